@@ -1,0 +1,16 @@
+"""Conditional SFT: imitate good and bad completions alike, each behind a control token that names its kind."""
+
+from halos.losses.sft import sft
+from halos.types import Demonstration, Judgement, Loss, TokenLogps
+
+
+def examples(row: Judgement, *, desirable_token: str, undesirable_token: str) -> Demonstration:
+    """The completion behind its control token (arXiv:2302.08582, section 2); a new row, the given one is not touched."""
+    token = desirable_token if row.desirable else undesirable_token
+    first, *rest = row.completion
+    return Demonstration(row.prompt, ({**first, "content": token + str(first.get("content") or "")}, *rest))
+
+
+def csft(policy: TokenLogps) -> Loss:
+    """Cross-entropy over control token and completion (arXiv:2302.08582, eq. 2)."""
+    return sft(policy)

@@ -1,0 +1,26 @@
+"""Identity Preference Optimization."""
+
+from typing import Annotated, Literal
+
+from halos.losses.common import pair_metrics
+from halos.types import Loss, Pair, Range
+
+
+def ipo(
+    policy: Pair,
+    reference: Pair,
+    *,
+    tau: Annotated[float, Range(above=0)],
+    average: Literal["mean", "sum"],
+) -> Loss:
+    """(g - 1/(2 tau))^2, g the difference of log-ratios, per token (`mean`) or whole (`sum`). Eq. 17 of arXiv:2310.12036.
+
+    The length is the number of scored tokens, never the number of tokens whose log-ratio is not zero: where policy ==
+    reference the latter is 0.
+    """
+    chosen = policy.chosen.sum - reference.chosen.sum
+    rejected = policy.rejected.sum - reference.rejected.sum
+    if average == "mean":
+        chosen, rejected = chosen / policy.chosen.length, rejected / policy.rejected.length
+    values = (chosen - rejected - 1 / (2 * tau)) ** 2
+    return Loss(values, pair_metrics(policy, tau * chosen, tau * rejected))

@@ -1,0 +1,8 @@
+"""Supervised fine-tuning: imitate the completion."""
+
+from halos.types import Loss, Mean, TokenLogps
+
+
+def sft(policy: TokenLogps) -> Loss:
+    """-log pi(y_t | x, y_<t), averaged over every scored token of the global batch."""
+    return Loss(-policy.values, {"logps/completion": Mean.of(policy.sum)}, per="token")
