@@ -64,9 +64,7 @@ class Sequences:
 
     def to(self, device: torch.device) -> Self:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(
-            **{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()}
-        )
+        return type(self)(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
 
 
 # --- what a loss is given ----------------------------------------------------------------------------------------------
