@@ -1,0 +1,48 @@
+"""The data of a run: tokenised once, by one process, and opened by all."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from halos.config.bind import LossSpec
+from halos.config.schema import Config
+from halos.data.dataset import Dataset, open_dataset
+from halos.data.order import Order, partners
+from halos.data.tokenize import prepare
+from halos.trainers.deal import Split
+from halos.types import Comparison, Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps
+
+KINDS: dict[type, type] = {TokenLogps: Demonstration, Pair: Comparison, PairScores: Comparison, Labelled: Judgement}
+
+
+def load(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> tuple[Split, Split | None]:
+    """Training and held-out rows. Raises UserError for every mistake in them, before any model loads."""
+    train = _open(config, loss, tokenizer, made, config.data.train)
+    held_out = _open(config, loss, tokenizer, made, config.data.eval) if config.data.eval else None
+    return _split(train, loss, config.seed), _split(held_out, loss, config.seed) if held_out is not None else None
+
+
+def _open(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, entries: list[Any]) -> Dataset:
+    with made.main_process_first():  # the others find what the first one has written
+        path = prepare(
+            entries,
+            kind=loss.example_type or KINDS[loss.inputs],
+            tokenizer=tokenizer,
+            max_length=config.train.max_length,
+            truncation=config.train.truncation,
+            score=config.data.score,
+            transform=loss.examples,
+            transform_key=repr(loss.settings) if loss.examples else "",
+            cache_dir=Path(config.cache_dir).expanduser(),
+        )
+    return open_dataset(path)
+
+
+def _split(rows: Dataset, loss: LossSpec, seed: int) -> Split:
+    return Split(rows, partners(rows.groups, seed) if loss.statistics_inputs is Mismatched else None)
+
+
+def order(rows: Dataset, config: Config) -> Order:
+    return Order(rows.sources, rows.weights, config.train.batch_size, config.seed)

@@ -1,0 +1,93 @@
+"""What is said and recorded at the start of a run: the header people read, the attempt's record."""
+
+import logging
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from halos import __version__
+from halos.config.bind import LossSpec
+from halos.data.dataset import Dataset
+from halos.hooks.base import Run
+
+log = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "hydra-core", "omegaconf", "datasets", "safetensors")
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """The commit of this code, with a mark where it was edited since; None outside a repository."""
+    here = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return described.stdout.strip() or None
+
+
+def attempt(typed: list[str], made: Accelerator, *, source: str) -> dict[str, Any]:
+    """The record of one start: what was typed, with which versions, on how many processes, and where it went on from."""
+    return {
+        "overrides": typed,
+        "resumed_from": source,
+        "world_size": made.num_processes,
+        "distributed": made.distributed_type.name,
+        "device": str(made.device),
+        "mixed_precision": made.mixed_precision,
+        "threads": torch.get_num_threads(),
+        "halos": __version__,
+        "git_commit": _git_commit(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {package: _version(package) for package in PACKAGES},
+        "launched_by": os.environ.get("TORCHELASTIC_RUN_ID") and "accelerate or torchrun",
+        "argv0": Path(sys.argv[0]).name,
+    }
+
+
+def _count(model: nn.Module, *, trained: bool) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def _short(number: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.2f} {unit}"
+    return str(number)
+
+
+def header(run: Run, loss: LossSpec, train: Dataset, held_out: Dataset | None, reference: nn.Module | None) -> None:
+    """A few lines: model, parameters, data after filtering, steps, run directory."""
+    config, model = run.config, run.model
+    made = run.accelerator
+    trained, total = _count(model, trained=True), _count(model, trained=False)
+    against = "" if not loss.needs_reference else ", reference: " + ("its own base" if reference is None else "a frozen copy")
+    log.info("loss       %s %s", loss.name, "  ".join(f"{k}={v}" for k, v in loss.settings.items()))
+    log.info(
+        "model      %s (%s)%s", config.model.name_or_path, str(next(model.parameters()).dtype).removeprefix("torch."), against
+    )
+    log.info("parameters %s trained of %s (%.2f%%)", _short(trained), _short(total), 100 * trained / total)
+    for name, rows in (("train", train), ("held out", held_out)):
+        for line in rows.report.lines() if rows is not None else ["none"]:
+            log.info("%-10s %s", name, line)
+    where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
+    steps = f"{run.total_steps} of {config.train.batch_size}, {config.train.microbatch_size} at a time"
+    log.info("steps      %s, %s, %s", steps, where, made.distributed_type.name)
+    log.info("run        %s", run.directory.path)

@@ -1,0 +1,31 @@
+"""Who speaks: the first process to the terminal and to train.log, the others only when something is wrong."""
+
+import logging
+import warnings
+from pathlib import Path
+
+from tqdm import tqdm
+
+
+class AboveTheBar(logging.Handler):
+    """Writes lines without tearing a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=None)
+
+
+def speak(path: Path, *, main: bool) -> None:
+    """Set logging up, in the one place where it is."""
+    logger = logging.getLogger("halos")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if main else logging.WARNING)
+    console = AboveTheBar()
+    console.setFormatter(logging.Formatter("%(message)s"))
+    logger.addHandler(console)
+    if main:
+        file = logging.FileHandler(path, delay=True)
+        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        logger.addHandler(file)
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")

@@ -1,0 +1,197 @@
+"""One attempt at a run, from its config to its exit status."""
+
+import logging
+import math
+import signal
+import types
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+from transformers import PreTrainedTokenizerBase
+
+from halos.build import data, facts, model
+from halos.build.logs import speak
+from halos.build.processes import accelerator
+from halos.checkpoint import commit, find
+from halos.config.bind import LossSpec, bind_hook, bind_loss
+from halos.config.schema import Config
+from halos.data.template import choose_template
+from halos.hooks.base import Hook, Run
+from halos.hooks.checkpoint import restore
+from halos.hooks.early_stopping import EarlyStopping
+from halos.hooks.log import MetricsLog, summary
+from halos.hooks.progress import ProgressBar
+from halos.models.load import load_tokenizer
+from halos.models.locate import locate
+from halos.rundir import RunDir
+from halos.trainers.base import Trainer
+from halos.trainers.paired import PairedTrainer
+from halos.trainers.reward import RewardTrainer
+from halos.trainers.sft import SFTTrainer
+from halos.trainers.unpaired import UnpairedTrainer
+from halos.types import Labelled, Pair, PairScores, TokenLogps
+
+log = logging.getLogger(__name__)
+
+TRAINERS: dict[type, type[Trainer]] = {
+    TokenLogps: SFTTrainer,
+    Pair: PairedTrainer,
+    Labelled: UnpairedTrainer,
+    PairScores: RewardTrainer,
+}
+FINISHED, FAILED, STOPPED = 0, 1, 75
+
+
+def run(config: Config, typed: list[str]) -> int:
+    """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
+    loss = bind_loss(config.loss, config.plugins)
+    hooks = _hooks(config)
+    directory = RunDir(Path(config.run_dir))
+    made = accelerator(config.train.precision)
+    if made.is_main_process and not config.dry_run:
+        directory.open() if config.resume else directory.create(overwrite=config.overwrite)
+    made.wait_for_everyone()
+    speak(directory.log, main=made.is_main_process)
+    if config.resume and directory.is_finished():
+        log.info("%s is finished already; its model is %s", directory.path, directory.final)
+        return FINISHED
+    source = _source(config, directory, made)
+    base = _base(config, made)
+    tokenizer = load_tokenizer(base, add_tokens=config.model.add_tokens)
+    choose_template(tokenizer, config.model.chat_template)
+    train, held_out = data.load(config, loss, tokenizer, made)
+    order = data.order(train.rows, config)
+    total = config.train.steps or math.ceil((config.train.epochs or 0) * order.batches_per_epoch)
+    if config.dry_run:
+        for line in train.rows.report.lines():
+            log.info("train      %s", line)
+        log.info("%d steps of %d; everything fits together, nothing was trained", total, config.train.batch_size)
+        return FINISHED
+    current = _assemble(config, loss, hooks, directory, made, base, tokenizer, total, source.path)
+    against = model.reference(config, current.model, base, tokenizer, made) if loss.needs_reference else None
+    if made.is_main_process:
+        _record(current, typed, source)
+    facts.header(current, loss, train.rows, held_out.rows if held_out else None, against)
+    trainer = TRAINERS[loss.inputs](
+        current, loss, current.hooks["checkpoint"], train=train, held_out=held_out, order=order, reference=against
+    )
+    return _train(trainer, current)
+
+
+def _hooks(config: Config) -> dict[str, Hook]:
+    """The checkpoint hook, the run's own record, then the config's, in its order."""
+    hooks: dict[str, Hook] = {"checkpoint": bind_hook("checkpoint", config.checkpoint, config.plugins)()}
+    hooks |= {"metrics": MetricsLog(), "progress": ProgressBar()}
+    if config.train.early_stopping is not None:
+        hooks["early_stopping"] = EarlyStopping(patience=config.train.early_stopping)
+    return hooks | {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
+
+
+def _source(config: Config, directory: RunDir, made: Accelerator) -> find.Found:
+    """Where this attempt goes on from: decided by one process, so that all of them agree."""
+    box: list[Any] = [find.Found(None, [])]
+    if made.is_main_process and not config.dry_run:
+        commit.sweep(directory.checkpoints)
+        commit.sweep(directory.path)
+        asked = directory.asked_checkpoint(config.resume)
+        if asked is not None:
+            box = [find.Found(find.exactly(asked), [])]
+        elif config.resume:
+            box = [find.newest(directory.checkpoints)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def _base(config: Config, made: Accelerator) -> Path:
+    assert config.model.name_or_path is not None, "the gate lets no run through without a model"
+    with made.main_process_first():
+        return locate(config.model.name_or_path, config.model.revision, Path(config.cache_dir).expanduser())
+
+
+def _assemble(
+    config: Config,
+    loss: LossSpec,
+    hooks: dict[str, Hook],
+    directory: RunDir,
+    made: Accelerator,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    total: int,
+    checkpoint: Path | None,
+) -> Run:
+    """Model and optimizer as the strategy wants them, and the state of the checkpoint that the run goes on from."""
+    reward = loss.inputs is PairScores
+    inner = model.policy(config, base, tokenizer, made, reward=reward, checkpoint=checkpoint)
+    module = model.wrapped(inner, reward=reward)
+    module, optimizer = made.prepare(module, model.optimizer(module, config.optim))
+    current = Run(
+        config=config, directory=directory, accelerator=made, module=module, model=inner, base=base, optimizer=optimizer,
+        tokenizer=tokenizer, reward=reward, total_steps=total, hooks=hooks,
+    )  # fmt: skip
+    if checkpoint is not None:
+        restore(current, checkpoint)
+    return current
+
+
+def _record(current: Run, typed: list[str], source: find.Found) -> None:
+    directory = current.directory
+    for line in source.passed_over:
+        log.warning(line)
+    went_on = f"checkpoints/{source.path.name}" if source.path else "nothing: step 0"
+    if current.config.resume:
+        log.info("going on from %s", went_on)
+    record = facts.attempt(typed, current.accelerator, source=went_on)
+    directory.start_attempt({**record, "passed_over": source.passed_over})
+    directory.truncate_metrics(current.step if source.path else -1)
+    directory.write_result("running", current.step, {})
+
+
+def _train(trainer: Trainer, current: Run) -> int:
+    """The loop, and the word it leaves in result.json however it ends."""
+    _listen(current)
+    status, note = "failed", None
+    try:
+        trainer.fit()
+        stopped = current.stop is not None and not current.stop.finished
+        status = "stopped" if stopped else "failed" if current.failure else "finished"
+        note = current.failure or (current.stop.reason if current.stop else None)
+    except BaseException as error:
+        note = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        for hook in current.hooks.values():
+            hook.on_end(current)
+        if current.main:
+            metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
+            current.directory.write_result(status, current.step, metrics, **({"reason": note} if note else {}))
+    return _close(current, status, note)
+
+
+def _close(current: Run, status: str, note: str | None) -> int:
+    made = current.accelerator
+    if note:
+        log.info("stopped: %s", note) if status != "failed" else log.error("failed: %s", note)
+    if status == "finished" and current.main:
+        log.info("finished: %s  %s", current.directory.final, summary(current.last_eval))
+    if status == "stopped" and current.main:
+        log.info("go on with: python train.py resume=%s", current.directory.path)
+    made.wait_for_everyone()
+    if dist.is_initialized():  # a gloo group that is left to the interpreter's exit aborts now and then
+        dist.destroy_process_group()
+    return {"finished": FINISHED, "stopped": STOPPED}.get(status, FAILED)
+
+
+def _listen(current: Run) -> None:
+    """A first signal asks for a complete save and a clean end; a second one ends the process at once."""
+
+    def ask(number: int, _: types.FrameType | None) -> None:
+        if current.interrupted:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        current.interrupted = signal.Signals(number).name
+
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, ask)

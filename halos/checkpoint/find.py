@@ -1,0 +1,64 @@
+"""Which checkpoint a run goes on from: the newest that verifies, and why newer ones were passed over."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halos.checkpoint import manifest
+from halos.errors import UserError
+
+STEP = re.compile(r"step-(\d+)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A whole checkpoint, or None, and one line for each that was passed over."""
+
+    path: Path | None
+    passed_over: list[str]
+
+
+def name_of(step: int) -> str:
+    return f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    match = STEP.match(path.name)
+    assert match, f"{path} is no checkpoint"
+    return int(match[1])
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """All of them, whole or not, oldest first; hidden ones are none."""
+    found = [path for path in directory.glob("step-*") if STEP.match(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def newest(directory: Path) -> Found:
+    """The newest checkpoint of `directory` whose every byte is what its manifest says."""
+    passed_over = []
+    for path in reversed(checkpoints(directory)):
+        faults = manifest.verify(path)
+        if not faults:
+            return Found(path, passed_over)
+        more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
+        passed_over.append(f"{path.name} passed over: {faults[0]}{more}")
+    return Found(None, passed_over)
+
+
+def exactly(path: Path) -> Path:
+    """The checkpoint that was asked for by name. Raises UserError where it is not whole."""
+    faults = manifest.verify(path)
+    if faults:
+        raise UserError(f"{path} cannot be resumed from: {'; '.join(str(fault) for fault in faults[:3])}")
+    return path
+
+
+def metrics_of(path: Path) -> dict[str, Any]:
+    """The metrics saved with a checkpoint, or nothing where they cannot be read."""
+    try:
+        return json.loads((path / "metrics.json").read_text())
+    except (OSError, ValueError):
+        return {}

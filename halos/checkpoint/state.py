@@ -1,0 +1,101 @@
+"""Everything besides weights that the next step depends on: optimizer, random numbers, position, hooks.
+
+Tensors are safetensors, written and read through torch.distributed.checkpoint so that they load across strategies and
+world sizes; the rest is JSON. Nothing is pickled: a checkpoint from a stranger cannot run code.
+"""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint import load as load_sharded
+from torch.distributed.checkpoint import save as save_sharded
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from halos.errors import UserError
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def save_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Every process writes its own shard; a parameter group's settings go to JSON, from the first process."""
+    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    settings = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
+    writer = HuggingFaceStorageWriter(str(directory / "optimizer"), save_distributed=True)
+    save_sharded(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        (directory / "optimizer.json").write_text(json.dumps(settings, indent=1))
+
+
+def load_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """Exactly what was saved, into an optimizer over the same parameters. Raises UserError where they are others."""
+    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)  # on a fresh optimizer this makes zero moments
+    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+    settings = json.loads((directory / "optimizer.json").read_text())
+    if settings.keys() != flat.keys() - tensors.keys():
+        other = sorted(settings.keys() ^ (flat.keys() - tensors.keys()))[0]
+        raise UserError(f"{directory} holds the optimizer of other parameters: {other} is on one side only")
+    reader = HuggingFaceStorageReader(str(directory / "optimizer"))
+    load_sharded(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    set_optimizer_state_dict(model, optimizer, {**settings, **tensors}, options=FLAT)
+
+
+def random_state() -> dict[str, Tensor]:
+    """Python's, numpy's and torch's generators as tensors."""
+    version, words, gauss = random.getstate()
+    _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
+    state = {
+        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
+        "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+        "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
+        "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
+        "torch": torch.get_rng_state(),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, Tensor]) -> None:
+    version, *words = state["python"].tolist()
+    gauss = state["python_gauss"].item()
+    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    position, has_gauss = state["numpy_position"].tolist()
+    keys = state["numpy"].numpy().astype(np.uint32)
+    np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+def save_random(directory: Path, rank: int) -> None:
+    save_file(random_state(), directory / f"random-{rank:05d}.safetensors")
+
+
+def load_random(directory: Path, rank: int) -> None:
+    """This rank's generators; a rank that did not exist when it was saved keeps what its seed gave it."""
+    path = directory / f"random-{rank:05d}.safetensors"
+    if path.exists():
+        restore_random_state(load_file(path))
+
+
+def save_progress(directory: Path, progress: dict[str, Any]) -> None:
+    (directory / "progress.json").write_text(json.dumps(progress, indent=1))
+
+
+def load_progress(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "progress.json").read_text())

@@ -1,0 +1,126 @@
+"""Settings that are fine one by one and impossible together; each check gives back its message, or None."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Protocol
+
+from halos.config.schema import Config
+from halos.errors import UserError
+
+EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
+
+
+class NeedsReference(Protocol):
+    """The part of a bound loss that matters here."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+
+def refuse_combinations(config: Config, typed: Sequence[str]) -> None:
+    """Raises UserError with the first complaint."""
+    complaints = (
+        _exp_name(config),
+        _duration(config),
+        _batch(config),
+        _peft(config, typed),
+        _quantize(config),
+        _tokens(config),
+        _evaluation(config),
+        _betas(config),
+        _plugins(config),
+    )
+    for complaint in complaints:
+        if complaint:
+            raise UserError(complaint)
+
+
+def refuse_for_loss(config: Config, loss: NeedsReference) -> None:
+    """Raises UserError where the run asks for something that its loss never looks at."""
+    if config.reference.name_or_path is not None and not loss.needs_reference:
+        raise UserError(
+            f"reference.name_or_path is {config.reference.name_or_path}, but loss={loss.name} compares with no reference model:"
+            " leave it out, or choose a loss that does"
+        )
+
+
+def _exp_name(config: Config) -> str | None:
+    name = config.exp_name or ""
+    if name and name == name.strip() and name[0] not in ".-" and not set(name) & set("/\\\n\r\t\0") and len(name) <= 200:
+        return None
+    return f"exp_name names a directory, so it cannot be {name!r}: use letters, digits, - and _; output_root= says where it lies"
+
+
+def _duration(config: Config) -> str | None:
+    if config.train.steps is None and config.train.epochs is None:
+        return "train.steps and train.epochs are both null: give one, for example train.steps=100"
+    return None
+
+
+def _batch(config: Config) -> str | None:
+    processes = int(os.environ.get("WORLD_SIZE") or 1)
+    if config.train.batch_size < processes:
+        return (
+            f"train.batch_size is {config.train.batch_size}, for all {processes} processes together:"
+            f" use train.batch_size={processes} or more, or fewer processes"
+        )
+    return None
+
+
+def _peft(config: Config, typed: Sequence[str]) -> str | None:
+    keys = [text.lstrip("+~").partition("=")[0] for text in typed]
+    idle = [key for key in keys if key.startswith("peft.") and key != "peft.name"]
+    if config.peft.name == "none" and idle:
+        return f"{idle[0]} has no effect with peft=none: add peft=lora, or leave it out"
+    return None
+
+
+def _quantize(config: Config) -> str | None:
+    if config.model.quantize is None:
+        return None
+    if config.peft.name == "none":
+        return f"model.quantize={config.model.quantize} freezes the weights, so nothing would be trained: add peft=lora"
+    if find_spec("bitsandbytes") is None:
+        return f"model.quantize={config.model.quantize} needs the package bitsandbytes: pip install bitsandbytes"
+    return None
+
+
+def _tokens(config: Config) -> str | None:
+    if config.peft.name == "none" or not config.model.add_tokens:
+        return None
+    if any(name in module for module in config.peft.modules_to_save for name in EMBEDDINGS):
+        return None
+    return (
+        f"model.add_tokens adds {', '.join(config.model.add_tokens)} to an embedding that LoRA leaves frozen:"
+        " add peft.modules_to_save=[embed_tokens] (embed_in for pythia), or train with peft=none"
+    )
+
+
+def _evaluation(config: Config) -> str | None:
+    patience, best = config.train.early_stopping, config.checkpoint.get("keep_best")
+    if config.data.eval == [] and (patience or best):
+        key = f"train.early_stopping={patience}" if patience else f"checkpoint.keep_best={best}"
+        return f"{key} watches {config.objective.metric} of the evaluation, but data.eval is []: give data.eval, or leave it out"
+    if patience and config.train.eval_every is None:
+        return f"train.early_stopping={patience} counts evaluations, but train.eval_every is null: give it a number of steps"
+    return None
+
+
+def _betas(config: Config) -> str | None:
+    betas = config.optim.betas
+    if len(betas) == 2 and all(0 <= beta < 1 for beta in betas):
+        return None
+    return f"optim.betas takes two numbers from 0 to below 1, such as [0.9,0.999], not {betas}"
+
+
+def _plugins(config: Config) -> str | None:
+    for package in config.plugins:
+        if not package or find_spec(package.partition(".")[0]) is None:
+            return f"plugins names {package!r}, which Python does not find: install it, or put its directory on PYTHONPATH"
+    return None

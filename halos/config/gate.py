@@ -1,0 +1,162 @@
+"""The gate: a composed configuration is checked whole before anything loads, and every message names key, value and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import (
+    ConfigAttributeError,
+    ConfigKeyError,
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+    ValidationError,
+)
+
+from halos.config.combinations import refuse_combinations, refuse_for_loss
+from halos.config.paths import check_paths
+from halos.config.schema import Config
+from halos.config.secrets import refuse_secrets
+from halos.config.suggest import nearest, schema_keys, unknown_key
+from halos.config.values import describe, show
+from halos.errors import UserError
+
+Choices = Mapping[str, Sequence[str]]
+
+
+def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | None = None) -> Config:
+    """The configuration as plain dataclasses, or UserError.
+
+    `typed` are the overrides as the user wrote them; `choices` the options of each group, for messages. Torch is imported
+    last, by the loss, so that most mistakes are told in well under a second.
+    """
+    refuse_secrets(OmegaConf.to_container(composed), typed)
+    _refuse_undecided(composed, choices or {})
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        _check_ranges(OmegaConf.to_container(merged))
+        resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise UserError(explain(error, composed)) from error
+    assert isinstance(config, Config)
+    refuse_secrets(resolved)
+    _check_ranges(resolved)
+    refuse_combinations(config, typed)
+    check_paths(config)
+    _bind(config)
+    return config
+
+
+def explain(error: OmegaConfBaseException, composed: DictConfig) -> str:
+    """One of OmegaConf's errors in our words: the key, what was given, what would work."""
+    key = str(error.full_key or error.key or "")
+    reason = str(error).partition("\n")[0]
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+        return unknown_key(key, ())
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key} is missing: it takes {_wanted(key)}"
+    given = _raw(composed, key)
+    if isinstance(error, InterpolationResolutionError):
+        return f"{key} is {given}, which leads nowhere: {reason}"
+    if isinstance(error, ValidationError):
+        remedy = f": write {key}=[{given}]" if _wanted(key) == "a list" and isinstance(given, str) else ""
+        return f"{key} takes {_wanted(key)}, not {show(given)}{remedy}"
+    return f"{key}: {reason}" if key else reason
+
+
+def _raw(composed: DictConfig, key: str) -> Any:
+    """What stands at a key, interpolations as they are written."""
+    node: Any = OmegaConf.to_container(composed)
+    for part in key.replace("[", ".").replace("]", "").split("."):
+        if isinstance(node, list):
+            node = node[int(part)]
+        elif isinstance(node, Mapping):
+            node = node.get(part)
+    return node
+
+
+def _wanted(key: str) -> str:
+    """What a key takes, as far as the schema says: elements of lists and mappings fall back on their container."""
+    keys = schema_keys()
+    name = key.partition("[")[0]
+    while name not in keys and "." in name:
+        name = name.rpartition(".")[0]
+    if name not in keys:
+        return "a value"
+    if name == key:
+        return describe(keys[name])
+    element = getattr(keys[name], "__args__", (Any,))[-1]
+    return describe(element)
+
+
+def _refuse_undecided(composed: DictConfig, choices: Choices) -> None:
+    """Choices without a sensible default are null in config.yaml: say which there are."""
+    plain = OmegaConf.to_container(composed)
+    assert isinstance(plain, dict)
+
+    def absent(section: str, name: str) -> bool:
+        node = plain.get(section)
+        return isinstance(node, dict) and node.get(name) is None
+
+    if plain.get("loss") is None:
+        raise UserError(f"loss is missing: choose one with loss=, of {_listed(choices, 'loss')}")
+    if absent("model", "name_or_path"):
+        raise UserError(
+            f"model.name_or_path is missing: choose model= of {_listed(choices, 'model', besides='path')};"
+            " or model.name_or_path= a directory, a hub id (org/name) or a .gguf file"
+        )
+    names = f"choose data= of {_listed(choices, 'data', besides='files')}"
+    if absent("data", "train"):
+        raise UserError(f"data.train is missing: {names}; or data.train=[a.jsonl,org/name,dir/] data.eval=[b.jsonl]")
+    if absent("data", "eval"):
+        raise UserError(f"data.eval is missing: {names}; or data.eval=[b.jsonl], or data.eval=[] for no evaluation")
+    if plain.get("exp_name") is None:
+        raise UserError("exp_name is missing: it names the run directory, for example exp_name=demo")
+
+
+def _listed(choices: Choices, group: str, besides: str = "") -> str:
+    return ", ".join(choice for choice in choices.get(group, ()) if choice != besides) or f"the files in config/{group}"
+
+
+def _check_ranges(node: Any, schema: type = Config, prefix: str = "") -> None:
+    """Every value against the limits in the schema; what is still an interpolation or missing waits for the second look."""
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        key, value = prefix + field.name, node.get(field.name)
+        if is_dataclass(hints[field.name]) and isinstance(value, Mapping):
+            _check_ranges(value, hints[field.name], f"{key}.")
+        elif field.metadata and value is not None and not (isinstance(value, str) and ("${" in value or value == "???")):
+            _check_range(key, value, field.metadata, describe(hints[field.name]))
+
+
+def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> None:
+    if "one_of" in limits:
+        if value not in limits["one_of"]:
+            near = nearest(str(value), limits["one_of"])
+            meant = f" (did you mean {near}?)" if near else ""
+            null = " or null" if kind.endswith("null") else ""
+            raise UserError(f"{key} takes {', '.join(limits['one_of'])}{null}, not {show(value)}{meant}")
+        return
+    words = {"above": "above", "least": "at least", "most": "at most"}
+    bounds = " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
+    good = (
+        value > limits.get("above", float("-inf"))  # written so that not-a-number is never good
+        and limits.get("least", float("-inf")) <= value <= limits.get("most", float("inf"))
+        and abs(value) != float("inf")
+    )
+    if not good:
+        raise UserError(f"{key} takes {kind.replace('number', f'number {bounds}', 1)}, not {show(value)}")
+
+
+def _bind(config: Config) -> None:
+    """Everything that has a `_target_`, against its signature."""
+    from halos.config.bind import bind_hook, bind_loss  # here: it imports torch, and all that is above is told without
+
+    refuse_for_loss(config, bind_loss(config.loss, config.plugins))
+    bind_hook("checkpoint", config.checkpoint, config.plugins)
+    for name, settings in config.hooks.items():
+        bind_hook(f"hooks.{name}", settings, config.plugins)

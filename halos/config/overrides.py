@@ -1,0 +1,126 @@
+"""What was typed, key by key, against the choices and keys that exist: before Hydra composes, so that we say what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from typing import Any
+
+from halos.config.suggest import kind_of, nearest, schema_keys, unknown_key
+from halos.config.values import describe
+from halos.errors import UserError
+
+Choices = Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Typed:
+    """One override. `values` holds its value, or those that a sweep would try; none where they cannot be counted."""
+
+    sign: str  # "", "+", "++" or "~"
+    key: str
+    package: str | None
+    value_text: str  # as typed, quotes included
+    values: tuple[Any, ...]
+    is_sweep: bool
+
+    @property
+    def text(self) -> str:
+        package = f"@{self.package}" if self.package else ""
+        return f"{self.sign}{self.key}{package}" + ("" if self.sign == "~" and not self.value_text else f"={self.value_text}")
+
+    @property
+    def is_hydra(self) -> bool:
+        return self.key.startswith(("hydra.", "hydra/")) or self.package is not None
+
+    def chooses(self, choices: Choices) -> bool:
+        """Whether it picks an option of a group, as in loss=dpo, rather than setting a key."""
+        return self.key in choices and not any(isinstance(value, Mapping) for value in self.values)
+
+
+def unreadable(text: str, reason: str) -> str:
+    """The message for what Hydra's parser cannot read: nearly always a character that needs quotes."""
+    key, equal, value = text.partition("=")
+    if not equal:
+        near = f": write {key.lstrip('-')}=..." if key.startswith("-") else ""
+        return f"{text!r} is not key=value{near}; a value with spaces needs quotes around the whole, 'key=[a, b]'"
+    if not key.lstrip("+~") or not set(key.lstrip("+~")) <= set(_KEY):
+        return f"{text!r} is not key=value: {key!r} cannot be a key; entries of a list are named by a dot, data.train.0.path="
+    opened = sum(value.count(mark) for mark in "[{(") - sum(value.count(mark) for mark in "]})")
+    if opened > 0:
+        return f"{text!r} ends inside a bracket: leave out spaces, or put quotes around the whole, '{key}=[a, b]'"
+    inner = value.strip("'\"").replace('"', r"\"")
+    return f"cannot read {text!r} ({reason}); quote the value, twice because the shell takes one pair: '{key}=\"{inner}\"'"
+
+
+_KEY = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/@:$"
+
+
+def check_choices(typed: Sequence[Typed], choices: Choices, *, multirun: bool) -> None:
+    """Raises UserError for a choice that does not exist, and for commas outside a sweep."""
+    for one in typed:
+        if one.is_sweep and not multirun:
+            raise UserError(_comma(one, choices))
+        if one.is_hydra or not one.chooses(choices):
+            continue
+        options = ", ".join(choices[one.key]) or f"none yet; put a file into config/{one.key}"
+        if one.sign:
+            what = (
+                "cannot be removed" if one.sign == "~" else f"is a choice that is always made: write {one.key}={one.value_text}"
+            )
+            raise UserError(f"{one.text}: {one.key} {what}; choices: {options}")
+        for value in one.values:
+            if not isinstance(value, str) or value not in choices[one.key]:
+                raise UserError(
+                    f"{one.key} has no choice {str(value)!r}; choices: {options}{_meant(one.key, str(value), choices)}"
+                )
+
+
+def settle(typed: Sequence[Typed], choices: Choices, known: Sequence[str]) -> list[Typed]:
+    """Key overrides as Hydra shall apply them; raises UserError for keys that do not exist, however they were spelled.
+
+    `known` are the keys of the configuration that the choices alone compose to. Children of a free mapping
+    (`peft.rank_pattern.q_proj=8`) need no plus sign.
+    """
+    return [one if one.is_hydra or one.chooses(choices) else _settle_one(one, choices, known) for one in typed]
+
+
+def _settle_one(one: Typed, choices: Choices, known: Sequence[str]) -> Typed:
+    kind = kind_of(one.key)
+    exists = one.key in known
+    if kind == "unknown" and not exists:
+        raise UserError(unknown_key(one.key, [*known, *choices]))
+    if one.sign == "~":
+        if kind == "free" and exists:
+            return one
+        if kind == "free":
+            raise UserError(f"{one.text}: {unknown_key(one.key, known)}")
+        raise UserError(f"{one.text}: a key cannot be removed; give it a value, or null where it takes null")
+    if one.sign == "+" and (exists or kind == "value"):
+        raise UserError(f"{one.text}: {one.key} exists already: write {one.key}={one.value_text}")
+    if one.key in choices:
+        return replace(one, sign="")  # a mapping for a whole section, which Hydra merges
+    return replace(one, sign="" if exists else "++")
+
+
+def _comma(one: Typed, choices: Choices) -> str:
+    several = f"{one.key}={one.value_text}"
+    if describe(schema_keys().get(one.key)) == "a list":
+        return f"{several}: {one.key} takes a list, in brackets: {one.key}=[{one.value_text}]"
+    if one.key in choices:
+        return f"{several}: {one.key} takes one choice; to try each, sweep with python train.py -m"
+    return f"{several} means one run for each value, which needs -m; for the text itself quote it twice: '{one.key}=\"{one.value_text}\"'"
+
+
+def _meant(group: str, value: str, choices: Choices) -> str:
+    near = nearest(value, choices[group])
+    if near:
+        return f" (did you mean {group}={near}?)"
+    is_path = "/" in value or "." in value
+    if group == "model" and is_path:
+        return f"; a directory, hub id or file goes into model.name_or_path={value}"
+    if group == "data" and is_path:
+        return f"; files go into data.train=[{value}] data.eval=[...]"
+    other = next((name for name, options in choices.items() if get_close_matches(value, options, 1, 0.8)), None)
+    return f" (did you mean {other}={value}?)" if other else ""

@@ -1,0 +1,154 @@
+"""What a configuration points at on this machine: models, data and room to write."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halos.config.schema import Config
+from halos.config.suggest import nearest
+from halos.config.values import MisfitError, describe, fit, show
+from halos.errors import UserError
+
+BUNDLED_DATA = ("arithmetic",)
+BUNDLED_MODELS = ("tiny",)
+SOURCE = {"path": str, "split": str | None, "weight": float | None, "revision": str | None, "format": str | None}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow", ".gguf", ".bin", ".safetensors", ".pt", ".jinja")
+ROOM = 50 * 2**20  # bytes; less than this holds no run, however small
+
+
+def check_paths(config: Config) -> None:
+    """Raises UserError for a path that leads nowhere; expands ~ in those that do."""
+    config.output_root, config.run_dir, config.cache_dir = map(_expanded, (config.output_root, config.run_dir, config.cache_dir))
+    for model, key in ((config.model, "model.name_or_path"), (config.reference, "reference.name_or_path")):
+        if model.name_or_path is not None:
+            model.name_or_path = _expanded(model.name_or_path)
+            _check_model(model.name_or_path, key)
+    template = config.model.chat_template
+    if template is not None and template.endswith(".jinja") and not Path(template).is_file():
+        raise UserError(f"model.chat_template: there is no file {template}{_near_file(template)}")
+    config.data.train = [_checked_source(source, f"data.train.{i}", config) for i, source in enumerate(config.data.train)]
+    config.data.eval = [_checked_source(source, f"data.eval.{i}", config) for i, source in enumerate(config.data.eval)]
+    if not config.data.train:
+        raise UserError("data.train is []: give at least one file or name, data.train=[a.jsonl]")
+    _check_room(config.run_dir, "run_dir")
+    _check_room(config.cache_dir, "cache_dir")
+
+
+def _checked_source(source: Any, key: str, config: Config) -> Any:
+    """One entry of data.train or data.eval: a path or a name, alone or in a mapping."""
+    if isinstance(source, str):
+        _check_data(_expanded(source), key)
+        return _expanded(source)
+    if not isinstance(source, Mapping):
+        raise UserError(f"{key} takes a path or a name, or a mapping with {', '.join(SOURCE)}; not {show(source)}")
+    for name in source:
+        if name not in SOURCE:
+            near = nearest(str(name), SOURCE)
+            raise UserError(f"{key} takes no {name!r}; it takes {', '.join(SOURCE)}{f' (did you mean {near}?)' if near else ''}")
+    if source.get("path") is None:
+        if config.data.root is None and source.get("format"):
+            raise UserError(f"data.root is missing: data={source['format']} reads its files from it; data.root=DIRECTORY")
+        raise UserError(f"{key}.path is missing: a path or a name")
+    for name, value in source.items():
+        try:
+            fit(value, SOURCE[name])
+        except MisfitError as error:
+            raise UserError(f"{key}.{name} takes {describe(SOURCE[name])}, not {show(value)}") from error
+    weight = source.get("weight")
+    if weight is not None and not float(weight) > 0:
+        raise UserError(f"{key}.weight takes a number above 0, not {weight}")
+    _check_data(_expanded(source["path"]), f"{key}.path")
+    return {**source, "path": _expanded(source["path"])}
+
+
+def _check_data(path: str, key: str) -> None:
+    if path in BUNDLED_DATA or Path(path).exists():
+        return
+    if HUB_ID.fullmatch(path) and not _is_path(path):
+        return
+    names = ", ".join(BUNDLED_DATA)
+    hint = _near_file(path) or ("" if _is_path(path) else f"; a hub data set is written org/name, the bundled ones are: {names}")
+    raise UserError(f"{key}: there is no file or directory {path}{hint}")
+
+
+def _check_model(path: str, key: str) -> None:
+    """A hub id, a directory that plain `from_pretrained` can load without unpickling anything, or a .gguf file."""
+    place = Path(path)
+    if path in BUNDLED_MODELS:
+        return
+    if not place.exists():
+        if HUB_ID.fullmatch(path) and not _is_path(path):
+            return
+        group = key.partition(".")[0]
+        hint = _near_file(path) or ("" if _is_path(path) else f"; did you mean {group}={path}? A hub id looks like org/name")
+        raise UserError(f"{key}: there is no directory or file {path}{hint}")
+    if place.is_file():
+        if place.suffix != ".gguf":
+            raise UserError(f"{key}: {path} is a file, and of files only .gguf can be a model: give the directory around it")
+        return
+    if not (place / "config.json").is_file():
+        raise UserError(f"{key}: {path} has no config.json, so it is no model{_better(place)}")
+    _check_weights(place, key)
+
+
+def _check_weights(place: Path, key: str) -> None:
+    if not any(place.glob("*.safetensors")):
+        if any(place.glob("*.bin")) or any(place.glob("*.pt")) or any(place.glob("*.pth")):
+            raise UserError(
+                f"{key}: {place} has its weights in pickled files (*.bin, *.pt), and nothing is unpickled here, because a pickle"
+                " can run code: convert them to safetensors, with save_pretrained on a machine that you trust them on"
+            )
+        raise UserError(f"{key}: {place} has a config.json but no weights: *.safetensors is missing{_better(place)}")
+    index = place / "model.safetensors.index.json"
+    if index.is_file():
+        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        missing = [part for part in parts if not (place / part).is_file()]
+        if missing:
+            raise UserError(f"{key}: {place} lacks {len(missing)} of {len(parts)} parts of its weights, {missing[0]} for one")
+
+
+def _better(place: Path) -> str:
+    """What was probably meant, where a directory is of ours but no model."""
+    if (place / "FINAL" / "config.json").is_file():
+        return f"; it is a run, whose model is {place / 'FINAL'}"
+    if (place / "adapter_config.json").is_file():
+        return "; it is an adapter: merge it first, python -m halos.checkpoint merge"
+    return ""
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(("/", "./", "../", "~")) or text.endswith(("/", *FILES)) or os.sep != "/" and os.sep in text
+
+
+def _near_file(path: str) -> str:
+    """`; did you mean b.jsonl?` from what lies beside a path that does not exist."""
+    parent = Path(path).parent
+    if not parent.is_dir():
+        return f"; there is no directory {parent}"
+    near = nearest(Path(path).name, [entry.name for entry in parent.iterdir()])
+    return f"; did you mean {parent / near}?" if near else ""
+
+
+def _check_room(path: str, key: str) -> None:
+    """Raises UserError where nothing could be written."""
+    place = Path(path).absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir():
+        raise UserError(f"{key}: {path} cannot be made, because {place} is a file")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: no permission to write in {place}, for {path}; choose another place with {key}=")
+    free = shutil.disk_usage(place).free
+    if free < ROOM:
+        raise UserError(f"{key}: only {free / 2**20:.0f} MB are free in {place}: make room, or choose another place with {key}=")
+
+
+def _expanded(path: str) -> str:
+    return os.path.expanduser(path) if path.startswith("~") else path

@@ -1,0 +1,59 @@
+"""Secrets stay out of a run's configuration, which is saved, and out of messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from halos.errors import UserError
+
+KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
+SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+SHORTEST = 8  # characters; anything shorter is a word that may well occur by chance
+WITHIN = 20  # from so many on a secret is looked for inside longer text too
+
+
+def refuse_secrets(node: Any, typed: Sequence[str] = ()) -> None:
+    """Raises UserError where a configuration (plain lists and mappings) or what was typed holds a secret; never shows it."""
+    known = _known()
+    for key, value in _leaves(node):
+        if key.rpartition(".")[2].lower() in KEYS and value is not None:
+            raise UserError(f"{key} would be saved in the run's config.yaml: {_REMEDY}")
+        if name := _held(str(value), known):
+            raise UserError(f"{key} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
+    for text in typed:
+        key, _, value = text.lstrip("+~").partition("=")
+        if key.rpartition(".")[2].lower() in KEYS or _held(value.strip("'\""), known):
+            raise UserError(f"{key} holds a secret, and what is typed is saved with the run: {_REMEDY}")
+
+
+_REMEDY = "leave it out and keep the secret in the environment (WANDB_API_KEY, HF_TOKEN), where the libraries look for it"
+
+
+def redact(text: str) -> str:
+    """`text` with the value of every secret environment variable replaced by its name."""
+    for value, name in sorted(_known().items(), key=lambda known: -len(known[0])):
+        text = text.replace(value, f"<{name}>")
+    return text
+
+
+def _known() -> dict[str, str]:
+    return {value: name for name, value in os.environ.items() if name.upper().endswith(SUFFIXES) and len(value) >= SHORTEST}
+
+
+def _held(text: str, known: Mapping[str, str]) -> str | None:
+    if text in known:
+        return known[text]
+    return next((name for value, name in known.items() if len(value) >= WITHIN and value in text), None)
+
+
+def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, Mapping):
+        for name, value in node.items():
+            yield from _leaves(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(node, (list, tuple)):
+        for place, value in enumerate(node):
+            yield from _leaves(value, f"{key}.{place}")
+    else:
+        yield key, node

@@ -1,0 +1,90 @@
+"""Does a value fit a type? Said in words that a user knows, without torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
+
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+LISTS = (list, tuple, set, frozenset, Sequence)
+MAPPINGS = (dict, Mapping)
+
+
+class MisfitError(ValueError):
+    """The value is not of the type; whoever catches it knows the key and says so."""
+
+
+def describe(kind: Any) -> str:
+    """What a type lets one write: `a number or null`."""
+    origin = get_origin(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(describe(part) for part in get_args(kind))
+    if origin is Literal:
+        return " or ".join("null" if part is None else str(part) for part in get_args(kind))
+    if (origin or kind) in LISTS:
+        return "a list"
+    if (origin or kind) in MAPPINGS or is_dataclass(kind):
+        return "a mapping"
+    return WORDS.get(kind, "a value")
+
+
+def show(value: Any) -> str:
+    """A value as one would type it."""
+    words = {True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return "null" if value is None else words[value]
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{name}: {show(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(show, value)) + "]"
+    return repr(value)
+
+
+def fit(value: Any, kind: Any) -> Any:
+    """`value` as a `kind`: numbers may be written as text, since YAML reads 1e-5 as text. Raises MisfitError."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (Union, UnionType):
+        return _fit_one_of(value, parts)
+    if origin is Literal:
+        if not any(value == part and type(value) is type(part) for part in parts):
+            raise MisfitError
+        return value
+    if (origin or kind) in LISTS:
+        if not isinstance(value, (list, tuple)):
+            raise MisfitError
+        return [fit(part, parts[0] if parts else Any) for part in value]
+    if (origin or kind) in MAPPINGS:
+        if not isinstance(value, Mapping):
+            raise MisfitError
+        return {name: fit(part, parts[1] if parts else Any) for name, part in value.items()}
+    return _fit_scalar(value, kind)
+
+
+def _fit_one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # text takes anything, so it is asked last
+        try:
+            return fit(value, kind)
+        except MisfitError:
+            continue
+    raise MisfitError
+
+
+def _fit_scalar(value: Any, kind: Any) -> Any:
+    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        try:
+            number = kind(value)
+        except (ValueError, OverflowError) as error:
+            raise MisfitError from error
+        if not math.isfinite(number) or (kind is int and not isinstance(value, str) and number != value):
+            raise MisfitError
+        return number
+    if kind is NoneType and value is None:
+        return None
+    if kind in (bool, str) and isinstance(value, kind):
+        return value
+    raise MisfitError

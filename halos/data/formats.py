@@ -1,0 +1,212 @@
+"""From a row's columns to an example, and from an example to what a loss can eat."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from halos.data.files import Row
+from halos.errors import UserError
+from halos.types import Comparison, Demonstration, Example, Judgement, Message, Turns
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+_NEEDED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label"
+_LEARNS = {
+    Demonstration: "demonstrations: messages, or prompt + completion",
+    Comparison: "pairs: prompt + chosen + rejected (or chosen + rejected as messages that share their first turns)",
+    Judgement: "labels: prompt + completion + label, or pairs",
+}
+_SERVES = {
+    Demonstration: "only losses on demonstrations, such as sft",
+    Judgement: "losses on labels, such as kto, and on demonstrations, such as sft",
+}
+
+
+def read_example(row: Row, *, score: str) -> Example:
+    """What the columns say. `score` (last or all) chooses which assistant turns of `messages` count.
+
+    A HALOs record is known by its column `type`. Raises UserError with the row's place for anything that is no example.
+    """
+    columns = {name: value for name, value in row.record.items() if value is not None}
+    if columns.get("tools") not in (None, "", "[]", [], {}):
+        raise UserError(f"{row.where}: a column 'tools' is not supported: describe the tools in the system turn")
+    if read := _HALOS.get(str(columns.get("type"))):
+        return read(columns, row.where)
+    if {"chosen", "rejected"} <= columns.keys():
+        return _comparison(columns, row.where)
+    if {"prompt", "completion"} <= columns.keys():
+        prompt, completion = _answered(columns, "completion", row.where)
+        if "label" in columns:
+            return Judgement(prompt, completion, _label(columns, (0, 1), row.where))
+        return Demonstration(prompt, completion)
+    if "messages" in columns:
+        return _conversation(_turns(columns["messages"], "user", "messages", row.where), row.where, score)
+    found = ", ".join(columns) or "none"
+    raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_NEEDED}")
+
+
+def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
+    """`example` as the loss needs it: a pair is also two labels or one demonstration, a desirable label a demonstration.
+
+    Empty where this row has nothing to give: an undesirable completion is not imitated, and a pair of equal
+    completions prefers nothing. Raises UserError where rows like this never can.
+    """
+    if isinstance(example, Comparison) and kind is not Demonstration and example.chosen == example.rejected:
+        return []
+    match example, kind:
+        case _ if type(example) is kind:
+            return [example]
+        case Comparison(prompt, chosen, rejected), _ if kind is Judgement:
+            return [Judgement(prompt, chosen, True), Judgement(prompt, rejected, False)]
+        case Comparison(prompt, chosen, _), _ if kind is Demonstration:
+            return [Demonstration(prompt, chosen)]
+        case Judgement(prompt, completion, desirable), _ if kind is Demonstration:
+            return [Demonstration(prompt, completion)] if desirable else []
+    found = ", ".join(name for name, value in row.record.items() if value is not None)
+    raise UserError(
+        f"{row.where}: columns found: {found}. They can train {_SERVES[type(example)]}; "
+        f"the loss of this run learns from {_LEARNS[kind]}"
+    )
+
+
+# --- turns -------------------------------------------------------------------------------------------------------------
+
+
+def _turns(value: Any, role: str, column: str, where: str) -> Turns:
+    """Text is one turn of `role`; a list is one of OpenAI-style messages."""
+    if isinstance(value, str):
+        return ({"role": role, "content": value},)
+    if not isinstance(value, Sequence) or not value:
+        raise UserError(f"{where}: {column} must be text or a list of messages that is not empty")
+    return tuple(_turn(each, column, where) for each in value)
+
+
+def _turn(turn: Any, column: str, where: str) -> Message:
+    if not isinstance(turn, Mapping) or "role" not in turn:
+        given = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
+        raise UserError(f"{where}: each turn of {column} needs role and content, one {given}")
+    turn = {name: value for name, value in turn.items() if value is not None}
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise UserError(f"{where}: {column} has a turn of unknown role {role!r}; roles are {', '.join(ROLES)}")
+    if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
+        raise UserError(f"{where}: {column} has a turn of role {role} whose content is {type(content).__name__}, not text")
+    return turn
+
+
+def _scored(turns: Turns, column: str, where: str) -> Turns:
+    """A completion: it starts and ends with the assistant, and no turn of the assistant's is empty."""
+    for turn in (turns[0], turns[-1]):
+        if turn["role"] != "assistant":
+            raise UserError(f"{where}: {column} must start and end with an assistant turn, not with one of role {turn['role']}")
+    for turn in turns:
+        if turn["role"] == "assistant" and not turn.get("tool_calls") and not turn["content"].strip():
+            raise UserError(f"{where}: {column} is empty: the assistant says nothing")
+    return turns
+
+
+def _answered(columns: Mapping[str, Any], column: str, where: str) -> tuple[Turns, Turns]:
+    """`prompt` and one completion, which may repeat the prompt's turns in front."""
+    prompt = _turns(columns.get("prompt", columns.get("instruction")), "user", "prompt", where)
+    completion = _turns(columns[column], "assistant", column, where)
+    if completion[: len(prompt)] == prompt:
+        completion = completion[len(prompt) :] or completion
+    return prompt, _scored(completion, column, where)
+
+
+def _conversation(turns: Turns, where: str, score: str) -> Demonstration:
+    spoken = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not spoken:
+        raise UserError(f"{where}: messages has no assistant turn, so there is nothing to learn from")
+    start, end = spoken[0] if score == "all" else spoken[-1], spoken[-1] + 1  # no later turn can change what is scored
+    if start == 0:
+        raise UserError(f"{where}: messages starts with the assistant: there is no turn that it answers")
+    return Demonstration(turns[:start], _scored(turns[start:end], "messages", where))
+
+
+# --- pairs and labels --------------------------------------------------------------------------------------------------
+
+
+def _comparison(columns: Mapping[str, Any], where: str) -> Comparison:
+    margin = _number(columns, "margin", where)
+    chosen, rejected = (_turns(columns[name], "assistant", name, where) for name in ("chosen", "rejected"))
+    if "prompt" in columns and chosen[0]["role"] == rejected[0]["role"] == "assistant":
+        prompt = _turns(columns["prompt"], "user", "prompt", where)
+        return Comparison(prompt, _scored(chosen, "chosen", where), _scored(rejected, "rejected", where), margin)
+    if isinstance(columns["chosen"], str) or isinstance(columns["rejected"], str):
+        raise UserError(f"{where}: chosen and rejected are text, so a column 'prompt' is needed too")
+    shared = _shared(chosen, rejected)
+    for turns in (chosen, rejected):
+        if not shared or turns[shared]["role"] != "assistant":
+            raise UserError(f"{where}: chosen and rejected must share every turn up to an assistant's, where they part")
+    prompt = chosen[:shared]
+    if "prompt" in columns and (given := _turns(columns["prompt"], "user", "prompt", where)) != prompt[-len(given) :]:
+        raise UserError(f"{where}: chosen and rejected repeat another prompt than the column 'prompt' gives")
+    return Comparison(prompt, _scored(chosen[shared:], "chosen", where), _scored(rejected[shared:], "rejected", where), margin)
+
+
+def _shared(chosen: Turns, rejected: Turns) -> int:
+    """How many turns two conversations have in common before the last of either."""
+    most = min(len(chosen), len(rejected)) - 1
+    return next((n for n in range(most) if chosen[n] != rejected[n]), most)
+
+
+def _number(columns: Mapping[str, Any], column: str, where: str) -> float | None:
+    value = columns.get(column)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{where}: {column} is {value!r}, not a number")
+    return float(value)
+
+
+def _label(columns: Mapping[str, Any], allowed: tuple[int, ...], where: str) -> bool:
+    value = columns.get("label")
+    if not isinstance(value, int | float) or value not in allowed:
+        raise UserError(f"{where}: label is {value!r}; it must be true or false, or one of {', '.join(map(str, allowed))}")
+    return value > 0
+
+
+# --- HALOs' records (its label.py and sample.py write them) ------------------------------------------------------------
+
+
+def _pairwise(columns: Mapping[str, Any], where: str) -> Comparison:
+    """Label 1 prefers output_A, as HALOs' own reader has it; the difference of the rewards is the margin."""
+    _require(columns, ("prompt", "output_A", "output_B", "label"), where)
+    first = _label(columns, (0, 1), where)
+    rewards = _number(columns, "reward_A", where), _number(columns, "reward_B", where)
+    margin = None
+    if rewards[0] is not None and rewards[1] is not None:
+        margin = rewards[0] - rewards[1] if first else rewards[1] - rewards[0]
+    names = ("output_A", "output_B") if first else ("output_B", "output_A")
+    (prompt, chosen), (_, rejected) = (_answered(columns, name, where) for name in names)
+    return Comparison(prompt, chosen, rejected, margin)
+
+
+def _binary(columns: Mapping[str, Any], where: str) -> Judgement:
+    _require(columns, ("prompt", "output", "label"), where)
+    return Judgement(*_answered(columns, "output", where), _label(columns, (0, 1, -1), where))
+
+
+def _scalar(columns: Mapping[str, Any], where: str) -> Example:
+    raise UserError(
+        f"{where}: scalar_feedback has a reward and no preference: make binary_feedback of it (label 1 from a threshold on) "
+        "or pairwise_feedback (two outputs of one prompt)"
+    )
+
+
+def _sample(columns: Mapping[str, Any], where: str) -> Demonstration:
+    _require(columns, ("output",), where)
+    return Demonstration(*_answered(columns, "output", where))
+
+
+def _require(columns: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:
+    if missing := [name for name in names if name not in columns]:
+        raise UserError(f"{where}: a {columns['type']} record has {', '.join(names)}; this one lacks {', '.join(missing)}")
+
+
+_HALOS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {
+    "pairwise_feedback": _pairwise,
+    "binary_feedback": _binary,
+    "scalar_feedback": _scalar,
+    "sample": _sample,
+}

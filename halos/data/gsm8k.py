@@ -1,0 +1,56 @@
+"""GSM8K as published (arXiv:2110.14168): worked solutions, and right and wrong solutions of four models."""
+
+import re
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from halos.data.files import Row, read_jsonl
+from halos.errors import UserError
+from halos.types import Demonstration, Example, Judgement
+
+HELD_OUT = 0.1  # of the problems, the last of the file
+_MARKS = re.compile(r"<<[^<>\n]*>>")  # the calculator's: 48/2 = <<48/2=24>>24
+_ANSWER = re.compile(r"\nA: *(?=[^\n]*\s*$)")  # model solutions end `A: 24`, the published ones `#### 24`
+
+
+def file_for(directory: Path, kind: type[Example]) -> Path:
+    """Demonstrations come from train.jsonl, pairs and labels from model_solutions.jsonl."""
+    path = directory / ("train.jsonl" if kind is Demonstration else "model_solutions.jsonl")
+    if not path.is_file():
+        raise UserError(f"{path}: not found; data.root must be the directory with GSM8K's train.jsonl and model_solutions.jsonl")
+    return path
+
+
+def tidy(solution: str) -> str:
+    """Without calculator marks, and with the answer on a last line `#### 24`."""
+    return _ANSWER.sub("\n#### ", _MARKS.sub("", solution)).rstrip()
+
+
+def rows(path: Path, kind: type[Example], split: str) -> Iterator[Row]:
+    """Rows of the kind that the loss eats; the last tenth of the problems is `eval`, so no problem is in both splits."""
+    if split not in ("train", "eval"):
+        raise UserError(f"{path}: no split '{split}'; gsm8k has train and eval")
+    problems = list(read_jsonl(path))
+    held_out = round(len(problems) * HELD_OUT)
+    first_held = len(problems) - held_out
+    for problem, where in problems[:first_held] if split == "train" else problems[first_held:]:
+        try:
+            yield from (Row(record, where) for record in _records(problem, kind))
+        except KeyError as error:
+            raise UserError(f"{where}: no column {error}, which GSM8K's {path.name} has") from error
+
+
+def _records(problem: dict[str, Any], kind: type[Example]) -> Iterator[dict[str, Any]]:
+    prompt = problem["question"]
+    if kind is Demonstration:
+        yield {"prompt": prompt, "completion": tidy(problem["answer"])}
+        return
+    solutions = [value for value in problem.values() if isinstance(value, dict)]
+    judged = [(tidy(each["solution"]), bool(each["is_correct"])) for each in solutions]
+    if kind is Judgement:
+        yield from ({"prompt": prompt, "completion": text, "label": right} for text, right in judged)
+        return
+    right, wrong = ([text for text, good in judged if good is wanted] for wanted in (True, False))
+    yield from ({"prompt": prompt, "chosen": good, "rejected": bad} for good, bad in product(right, wrong))

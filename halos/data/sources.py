@@ -1,0 +1,209 @@
+"""Where rows come from: files, directories, hub data sets and what is built in, each with a fingerprint of its content."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from halos.data import arithmetic, gsm8k
+from halos.data.files import READERS, SPLITS, Row, in_directory, reader
+from halos.errors import UserError
+from halos.types import Example
+
+BUILT_IN = "arithmetic"
+FORMATS = ("gsm8k", *READERS)
+_SPLIT = re.compile(r"(?P<name>[\w.-]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
+_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+_EVAL = ("eval", "validation", "valid", "val", "dev", "test")  # what stands for evaluation where an entry names no split
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`train`, `train[:200]`, `[:10%]`: which rows of a source are meant."""
+
+    name: str
+    start: str | None = None
+    stop: str | None = None
+
+    @classmethod
+    def of(cls, text: Any) -> "Split":
+        found = _SPLIT.fullmatch(text) if isinstance(text, str) else None
+        if not found:
+            raise UserError(f"data entry: split={text!r} is not understood; write a name, a slice or both: train[:200], [:10%]")
+        return cls(found["name"], found["start"], found["stop"])
+
+    def cut(self, rows: Iterator[Row]) -> Iterator[Row]:
+        if self.start is None and self.stop is None:
+            return rows
+        everything = list(rows)
+        return iter(everything[self._bound(self.start, len(everything)) : self._bound(self.stop, len(everything))])
+
+    @staticmethod
+    def _bound(text: str | None, count: int) -> int | None:
+        if text is None:
+            return None
+        return round(int(text[:-1]) * count / 100) if text.endswith("%") else int(text)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One entry of data.train or data.eval."""
+
+    path: str
+    split: str = ""
+    weight: float = 1.0  # how often its rows come in an epoch: 0.5 half of them, 2 each twice
+    revision: str | None = None
+    format: str | None = None
+
+    @classmethod
+    def of(cls, entry: str | Mapping[str, Any]) -> "Source":
+        """Raises UserError for keys and values that no source has."""
+        given = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(given, Mapping):
+            raise UserError(f"data entry {entry!r}: give a path, a name, or {{path, split, weight, revision, format}}")
+        names = [f.name for f in fields(cls)]
+        for key in given:
+            if key not in names:
+                near = get_close_matches(str(key), names, 1)
+                hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(names)}"
+                raise UserError(f"data entry {dict(given)!r}: no key '{key}'; {hint}")
+        source = cls(**{"path": None, **{key: value for key, value in given.items() if value is not None}})
+        source._check()
+        return source
+
+    def _check(self) -> None:
+        if not isinstance(self.path, str) or not self.path:
+            where = f" (for format {self.format}, set data.root to the directory that holds its files)" if self.format else ""
+            raise UserError(f"data entry: path={self.path!r} names nothing{where}")
+        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
+            raise UserError(f"data entry {self.path}: weight={self.weight!r} must be a number above 0")
+        if self.format not in (None, *FORMATS):
+            raise UserError(f"data entry {self.path}: format={self.format!r} must be one of {', '.join(FORMATS)}")
+        Split.of(self.split)
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A source that exists: its rows, and a fingerprint that changes when they do."""
+
+    source: Source
+    fingerprint: str
+    rows: Callable[[], Iterator[Row]]
+
+
+def open_source(source: Source, kind: type[Example], purpose: str) -> Opened:
+    """Find what `source` names. `kind` is what the loss eats; `purpose` (train or eval) is the split where none is named.
+
+    Raises UserError where nothing is found; reading the rows raises it where there are none.
+    """
+    split, path = Split.of(source.split), Path(source.path).expanduser()
+    if source.revision and (source.path == BUILT_IN or path.exists()):
+        raise UserError(f"data entry {source.path}: revision={source.revision!r} is for data sets of the hub")
+    if source.path == BUILT_IN:
+        opened = _built_in(split.name or purpose)
+    elif path.exists():
+        opened = _local(path, source, split.name, kind, purpose)
+    else:
+        opened = _hub(source, split.name, purpose)
+
+    def rows() -> Iterator[Row]:
+        wanted = split.cut(opened[1]())
+        first = next(wanted, None)
+        if first is None:
+            raise UserError(f"{source.path}: no rows{f' in {source.split}' if source.split else ''}")
+        return chain([first], wanted)
+
+    return Opened(source, opened[0], rows)
+
+
+Found = tuple[str, Callable[[], Iterator[Row]]]  # fingerprint, rows
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """One hash over names and bytes."""
+    total = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                total.update(path.name.encode() + hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    return total.hexdigest()
+
+
+def _built_in(split: str) -> Found:
+    if split not in ("train", "eval"):
+        raise UserError(f"arithmetic: no split '{split}'; it has train and eval")
+
+    def rows() -> Iterator[Row]:
+        return (Row(record, f"arithmetic[{split}]:{n}") for n, record in enumerate(arithmetic.rows(split), 1))
+
+    return f"{split} {hash_files([Path(arithmetic.__file__)])}", rows
+
+
+def _local(path: Path, source: Source, split: str, kind: type[Example], purpose: str) -> Found:
+    if source.format == "gsm8k":
+        file = gsm8k.file_for(path, kind)
+        return f"{split or purpose} {hash_files([file])}", lambda: gsm8k.rows(file, kind, split or purpose)
+    if path.is_dir():
+        files = _of_split(path, split, purpose)
+        return hash_files(files), lambda: chain.from_iterable(reader(file, source.format)(file) for file in files)
+    if path.stat().st_size == 0:
+        raise UserError(f"{path}: is empty")
+    read = reader(path, source.format)
+    return f"{split} {hash_files([path])}", lambda: _marked(read(path), split, path) if split else read(path)
+
+
+def _marked(rows: Iterator[Row], split: str, path: Path) -> Iterator[Row]:
+    """The rows of one file that its column `split` marks as `split`; a file without the column is all `train`."""
+    seen: set[str] = set()
+    for row in rows:
+        mark = str(row.record.get("split") or "train")
+        seen.add(mark)
+        if mark == split:
+            yield row
+    if split not in seen:
+        marks = ", ".join(sorted(seen))
+        raise UserError(f"{path}: no row of split '{split}' (its rows are: {marks}); a slice of a file is written [:200]")
+
+
+def _of_split(root: Path, split: str, purpose: str) -> list[Path]:
+    splits = in_directory(root)
+    if not split and splits.keys() == {""}:
+        return splits[""]
+    wanted = [split] if split else list(_EVAL if purpose == "eval" else ["train"])
+    for name in wanted:
+        if name in splits:
+            return splits[name]
+    has = ", ".join(name or "files of no split" for name in splits)
+    raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); names that are seen: {', '.join(SPLITS)}")
+
+
+def _hub(source: Source, split: str, purpose: str) -> Found:
+    path, near = source.path, get_close_matches(source.path, [BUILT_IN], 1)
+    hint = f"; did you mean '{near[0]}'?" if near else ""
+    if source.format or not _HUB.fullmatch(path) or path.startswith(".") or Path(path).suffix.removeprefix(".") in READERS:
+        raise UserError(f"{path}: no such file or directory{hint}")
+    from datasets import Dataset, load_dataset
+
+    name, _, config = path.partition(":")
+    try:
+        loaded = load_dataset(name, config or None, split=split or None, revision=source.revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: neither a file or directory here nor a data set that the hub gives: {reason}{hint}") from error
+    if not isinstance(loaded, Dataset):
+        wanted = [name for name in (_EVAL if purpose == "eval" else ("train",)) if name in loaded]
+        if not wanted:
+            raise UserError(f"{path}: which split? It has {', '.join(loaded)}; write {{path: {path}, split: ...}}")
+        split = wanted[0]
+        loaded = loaded[split]
+
+    def rows() -> Iterator[Row]:
+        return (Row(record, f"{path}[{split}]:{n}") for n, record in enumerate(loaded, 1))
+
+    return loaded._fingerprint, rows

@@ -1,0 +1,84 @@
+"""The protocol between the loop and everything that happens around it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from halos.config.schema import Config
+from halos.metrics import Window
+from halos.rundir import RunDir
+
+Metrics = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Why the loop ends before its last step, and whether the run counts as finished all the same."""
+
+    reason: str
+    finished: bool
+
+
+@dataclass
+class Run:
+    """What hooks see of a run."""
+
+    config: Config
+    directory: RunDir
+    accelerator: Accelerator
+    module: nn.Module  # what the loop calls: the log-prob module, as DDP or FSDP wrapped it
+    model: nn.Module  # the transformers or PEFT model in it
+    base: Path  # the directory its base weights were read from
+    optimizer: Optimizer
+    tokenizer: PreTrainedTokenizerBase
+    reward: bool  # a reward model rather than a language model
+    total_steps: int
+    step: int = 0
+    examples: int = 0  # trained on so far, over all processes
+    tokens: int = 0
+    last_eval: dict[str, Any] = field(default_factory=dict)  # the newest evaluation's row, its step included
+    last_train: dict[str, Any] = field(default_factory=dict)
+    window: Window = field(default_factory=Window)  # metrics since the last logged step
+    interrupted: str | None = None  # a signal that this process has had; processes agree on `stop` at the end of a step
+    stop: Stop | None = None  # set by a hook on every process alike, or agreed on after a signal
+    failure: str | None = None  # why the run ends "failed" although it trained to its end
+    hooks: dict[str, "Hook"] = field(default_factory=dict)
+
+    @property
+    def main(self) -> bool:
+        return self.accelerator.is_main_process
+
+
+class Hook:
+    """Each method does nothing by default. Every process runs every hook; guard output with `run.main`, never a collective."""
+
+    def on_start(self, run: Run) -> None:
+        """After any resume, before the first step."""
+
+    def on_step(self, run: Run, metrics: Metrics) -> None:
+        """After a step; `run.step` counts it. `metrics` is its line of metrics.jsonl, empty between logged steps."""
+
+    def on_eval(self, run: Run, metrics: Metrics) -> None:
+        """After an evaluation, which belongs to the loop."""
+
+    def on_save(self, run: Run, path: Path, *, final: bool) -> None:
+        """Write into `path`; it becomes visible when every hook and every process is done."""
+
+    def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
+        """After the checkpoint is durable: retention, upload, pointers."""
+
+    def on_end(self, run: Run) -> None:
+        """However the loop ended."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the hook must remember across a resume; JSON."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""

@@ -1,0 +1,31 @@
+"""End a run whose objective no longer improves."""
+
+from typing import Any
+
+from halos.hooks.base import Hook, Metrics, Run, Stop
+
+
+class EarlyStopping(Hook):
+    """Stops after `patience` evaluations in a row without a better objective."""
+
+    def __init__(self, *, patience: int) -> None:
+        self.patience = patience
+        self.best: float | None = None
+        self.since = 0
+
+    def on_eval(self, run: Run, metrics: Metrics) -> None:
+        objective = run.config.objective
+        value = metrics.get(objective.metric)
+        if value is None:
+            return
+        better = self.best is None or (value > self.best if objective.mode == "max" else value < self.best)
+        self.best, self.since = (value, 0) if better else (self.best, self.since + 1)
+        if self.since >= self.patience and run.step < run.total_steps:
+            reason = f"{objective.metric} has not improved on {self.best:.4g} for {self.patience} evaluations"
+            run.stop = Stop(reason, finished=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "since": self.since}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.since = state.get("best"), state.get("since", 0)

@@ -1,0 +1,43 @@
+"""LoRA adapters: PEFT's, with PEFT's own keys."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from halos.errors import UserError
+
+KEYS = (
+    "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
+    "modules_to_save",
+)  # fmt: skip
+
+
+def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, reward: bool, seed: int) -> PeftModel:
+    """The model with a fresh adapter (B = 0, so it computes what it did). A reward model's head is trained and saved whole."""
+    task = TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM
+    config = LoraConfig(task_type=task, **{name: settings[name] for name in KEYS})
+    model.config._name_or_path = base
+    torch.manual_seed(seed)
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
+        raise UserError(f"peft: {error} The linear layers of this model are: {', '.join(linear)}") from error
+
+
+def load_adapter(model: PeftModel, directory: Path) -> None:
+    """Put saved adapter weights into the model's own adapter. Raises UserError where they belong to another model."""
+    weights = load_file(directory / "adapter_model.safetensors")
+    try:
+        result = set_peft_model_state_dict(model, weights)
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{directory} is not an adapter of this model: {str(error).splitlines()[0]}") from error
+    missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
+    if missing or result.unexpected_keys:
+        raise UserError(f"{directory} is not an adapter of this model: {len(missing)} tensors are missing from it and "
+                        f"{len(result.unexpected_keys)} belong nowhere, such as {(missing + result.unexpected_keys)[0]}")  # fmt: skip

@@ -1,0 +1,140 @@
+"""Load a tokenizer, a policy, a reference or a reward model from a directory of safetensors."""
+
+import importlib.util
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from halos.errors import UserError
+from halos.logps.attention import SEGMENTS, register
+
+log = logging.getLogger(__name__)
+
+
+def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> PreTrainedTokenizerBase:
+    """The directory's tokenizer, with `add_tokens` in its vocabulary. Padding is never trained on, so it may be eos."""
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    if not tokenizer.is_fast:
+        raise UserError(f"{directory}: only fast tokenizers (tokenizer.json) are supported")
+    if tokenizer.eos_token is None:
+        raise UserError(f"{directory}: its tokenizer has no end-of-sequence token, so no completion could end")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.add_tokens(add_tokens, special_tokens=True)
+    return tokenizer
+
+
+def weights_dtype(name: str, *, trained: bool, device: torch.device) -> torch.dtype:
+    """`auto`: float32 for what the optimizer touches and on CPUs; bfloat16 for a frozen base on a GPU that has it."""
+    if name != "auto":
+        dtype = getattr(torch, name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if half and not trained else torch.float32
+
+
+def attention(name: str, *, half: bool, device: torch.device) -> str:
+    """`auto`: flash-attention where it is installed and can run (half precision on a GPU), else SDPA per segment."""
+    installed = importlib.util.find_spec("flash_attn") is not None
+    if name == "flash_attention_2" and not (installed and half and device.type == "cuda"):
+        missing = "the package flash-attn: pip install flash-attn" if not installed else "a GPU and bfloat16 (train.precision)"
+        raise UserError(f"model.attention=flash_attention_2 needs {missing}; or use model.attention=segments")
+    if name == "flash_attention_2" or (name == "auto" and installed and half and device.type == "cuda"):
+        return "flash_attention_2"
+    register()
+    return SEGMENTS
+
+
+def _quantization(kind: str | None) -> dict[str, Any]:
+    if kind is None:
+        return {}
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    return {"quantization_config": config}
+
+
+def load_model(
+    directory: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reward: bool,
+    dtype: torch.dtype,
+    attention: str,
+    quantize: str | None = None,
+    new_tokens: list[str] = [],  # noqa: B006  never written
+    seed: int = 0,
+) -> PreTrainedModel:
+    """A causal language model, or with `reward` the same backbone under one scalar head (random where there is none).
+
+    Embeddings of `new_tokens` start at the mean of the others.
+    """
+    config = AutoConfig.from_pretrained(directory)
+    extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_quantization(quantize)}
+    torch.manual_seed(seed)  # a fresh score head is drawn here
+    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    if reward:
+        _must_score(directory, config.architectures or [], getattr(config, "num_labels", 1))
+        extra["num_labels"] = 1
+    try:
+        model = auto.from_pretrained(directory, **extra)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory} could not be loaded as a {auto.__name__}: {str(error).splitlines()[0]}") from error
+    if not model.is_backend_compatible():
+        raise UserError(f"{type(model).__name__} does not let its attention be chosen, which packing needs; it is not supported")
+    if reward:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    _grow(model, tokenizer, new_tokens)
+    model.generation_config = _stops(model, tokenizer)
+    return model
+
+
+def _must_score(directory: Path, architectures: list[str], labels: int) -> None:
+    if any("SequenceClassification" in name for name in architectures) and labels != 1:
+        raise UserError(f"{directory} is a classifier with {labels} labels; a reward model has 1")
+
+
+def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> None:
+    """Make room for tokens that the tokenizer knows and the model does not; start them at the mean embedding."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > known:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ids = tokenizer.convert_tokens_to_ids(new_tokens)
+    if not ids:
+        return
+    old = min(known, min(ids))
+    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    with torch.no_grad():
+        for table in tables.values():
+            table[ids] = table[:old].float().mean(0).to(table.dtype)
+
+
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """The model's generation settings, sampling at its end token too: training scores it, so serving must stop there."""
+    settings = model.generation_config
+    ids = settings.eos_token_id if settings.eos_token_id is not None else []
+    ids = list(ids) if isinstance(ids, list) else [ids]
+    if tokenizer.eos_token_id not in ids:
+        settings.eos_token_id = [tokenizer.eos_token_id, *ids]
+    if settings.pad_token_id is None:
+        settings.pad_token_id = tokenizer.pad_token_id
+    return settings
+
+
+def freeze(model: nn.Module) -> nn.Module:
+    """For references: no gradients, no dropout."""
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,95 @@
+"""From what `model.name_or_path` says to a local directory of safetensors, which everything else reads."""
+
+import hashlib
+import logging
+import os
+from pathlib import Path
+
+from halos.errors import UserError
+
+log = logging.getLogger(__name__)
+
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # no pickles, no code
+
+
+def locate(name: str, revision: str | None, cache_dir: Path) -> Path:
+    """A directory with config.json, safetensors and tokenizer; built, converted or downloaded where there is none yet.
+
+    Raises UserError for a hub id that cannot be had and for a directory that is not a model.
+    """
+    path = Path(name).expanduser()
+    if name == "tiny":
+        return _tiny(cache_dir)
+    if path.suffix == ".gguf":
+        return _converted(path, cache_dir)
+    if path.is_dir():
+        _must_be_model(path)
+        return path.resolve()
+    return _downloaded(name, revision)
+
+
+def _must_be_model(path: Path) -> None:
+    if (path / "FINAL").is_dir():
+        raise UserError(f"{path} is a run directory; its model is {path / 'FINAL'}")
+    if (path / "adapter_config.json").exists() or (not (path / "config.json").exists() and (path / "adapter").is_dir()):
+        raise UserError(f"{path} holds an adapter, not a model: merge it with `python -m halos.checkpoint merge {path}`")
+    if not (path / "config.json").exists():
+        raise UserError(f"{path} is not a model directory: it has no config.json")
+    if not any(path.glob("*.safetensors")):
+        raise UserError(f"{path} has no *.safetensors: weights in other formats are not read, since unpickling runs code")
+
+
+def _tiny(cache_dir: Path) -> Path:
+    from halos.models import tiny
+
+    directory = cache_dir / "models" / f"tiny-{tiny.fingerprint()}"
+    if not directory.exists():
+        tiny.build(directory)
+    return directory
+
+
+def _converted(path: Path, cache_dir: Path) -> Path:
+    """A .gguf file dequantised once into float32 safetensors, keyed by its bytes."""
+    if not path.is_file():
+        raise UserError(f"model.name_or_path={path}: no such file")
+    with path.open("rb") as file:
+        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    directory = cache_dir / "models" / f"{path.stem}-{key}"
+    if directory.exists():
+        return directory
+    try:
+        import gguf  # noqa: F401  transformers needs it to read the file
+    except ImportError as error:
+        raise UserError("reading .gguf files needs the package gguf: pip install gguf") from error
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    log.info("converting %s to safetensors, once", path)
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model.config.__dict__.pop("quantization_config", None)
+    model.config._name_or_path = ""
+    clean = type(model)(type(model.config).from_dict(model.config.to_dict()))
+    clean.load_state_dict(model.state_dict())
+    clean.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
+    partial.rename(directory)
+    return directory
+
+
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+    except GatedRepoError as error:
+        raise UserError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from error
+    except HFValidationError as error:
+        raise UserError(f"model.name_or_path={name}: no such directory, and not a hub id (org/name)") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model.name_or_path={name}: no such directory here, and it could not be had from the hub ({reason}). "
+            "Without a network give a local directory or model=tiny"
+        ) from error

@@ -1,0 +1,206 @@
+"""The directory of one run: what lies where, and the small files that say how far it is. Only rank 0 writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+
+from halos.errors import UserError
+
+Status = Literal["finished", "stopped", "failed", "running"]
+LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json"}  # what a start may leave that died before config.yaml
+
+
+class RunDir:
+    """A run's directory. Making the object touches nothing."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        return self.path / "FINAL"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "train.log"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    # --- begin, or go on
+
+    def refuse_occupied(self, *, overwrite: bool) -> None:
+        """Raises UserError where a new run cannot begin here; changes nothing."""
+        other = "choose another exp_name"
+        if is_run(self.path.parent):
+            raise UserError(f"{self.path.parent} is a run already, so nothing else can lie in it: {other}")
+        if is_run(self.path) and self.status() != "finished":
+            raise UserError(
+                f"{self.path} holds a run that is not finished: python train.py resume={self.path} goes on with it;"
+                f" to begin anew delete the directory, or {other}"
+            )
+        if is_run(self.path) and not overwrite:
+            raise UserError(f"{self.path} holds a finished run: overwrite=true deletes it, or {other}")
+        if is_run(self.path) and Path.cwd().is_relative_to(self.path.resolve()):
+            raise UserError(f"overwrite=true would delete {self.path.resolve()}, which you are in: change directory, or {other}")
+        if is_run(self.path):
+            return
+        if (self.path / "multirun.yaml").is_file() or _runs(self.path):
+            raise UserError(f"{self.path} holds a sweep, and a single run cannot share its name: {other}")
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: {other} or run_dir")
+        if foreign := sorted({entry.name for entry in self._entries()} - LEFTOVERS):
+            raise UserError(f"{self.path} is not empty and no run ({foreign[0]} lies in it): {other} or run_dir")
+
+    def create(self, *, overwrite: bool) -> None:
+        """A directory for a new run, with nothing of an older one in it. Raises UserError where something stands in the way."""
+        self.refuse_occupied(overwrite=overwrite)
+        if is_run(self.path):
+            place = self.path.resolve()
+            doomed = place.with_name(f".{place.name}.deleted-{os.getpid()}")
+            place.rename(doomed)  # first away, so that nobody meets half a run
+            shutil.rmtree(doomed)
+            place.mkdir()
+        for entry in self._entries():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        (self.path / "attempts").mkdir(parents=True)
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple[Self, str | None]:
+        """The run to resume, and the name of the checkpoint where the path names one (RUN/checkpoints/step-N)."""
+        place = Path(path)
+        inside = place.parent.name == "checkpoints" and is_run(place.parent.parent)
+        run = cls(place.parent.parent if inside else place)
+        if not is_run(run.path):
+            raise UserError(f"resume={path}: {_no_run(place)}")
+        if inside and not place.is_dir():
+            saves = sorted(entry.name for entry in run.checkpoints.iterdir() if not entry.name.startswith("."))
+            raise UserError(f"resume={path}: there is no such checkpoint; there are {', '.join(saves) or 'none'}")
+        return run, place.name if inside else None
+
+    # --- what it holds
+
+    def write_config(self, text: str) -> None:
+        """config.yaml, once."""
+        assert not self.config.exists(), "a run's configuration is written once"
+        _write(self.config, text)
+
+    def read_config(self) -> str:
+        return self.config.read_text(encoding="utf-8")
+
+    def start_attempt(self, record: Mapping[str, Any]) -> int:
+        """attempts/NNN.yaml: what was typed, which versions, why it went on where it did. Gives back NNN."""
+        folder = self.path / "attempts"
+        folder.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((int(entry.stem) for entry in folder.glob("[0-9]*.yaml")), default=-1)
+        _write(folder / f"{number:03d}.yaml", yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
+        return number
+
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """One line of metrics.jsonl; it has a `step`."""
+        assert "step" in row
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(_json(row) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All rows; a last line that was cut off by a crash is passed over."""
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return []
+        *whole, torn = path.read_text(encoding="utf-8").split("\n")  # what follows the last line's end is no line
+        return [json.loads(line) for line in whole]
+
+    def truncate_metrics(self, after_step: int) -> None:
+        """Drops what was logged after the step that the run goes on from, so that no step appears twice."""
+        kept = [row for row in self.read_metrics() if row["step"] <= after_step]
+        _write(self.path / "metrics.jsonl", "".join(_json(row) + "\n" for row in kept))
+
+    def write_result(self, status: Status, step: int, metrics: Mapping[str, Any]) -> None:
+        """result.json, which outlives the launcher's habit of turning every exit status into 1."""
+        _write(self.path / "result.json", _json({"status": status, "step": step, "metrics": metrics}) + "\n")
+
+    def read_result(self) -> dict[str, Any] | None:
+        path = self.path / "result.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+    def status(self) -> Status | None:
+        result = self.read_result()
+        return result["status"] if result else None
+
+    def _entries(self) -> list[Path]:
+        return list(self.path.iterdir()) if self.path.is_dir() else []
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run was begun here: other directories may well have a config.yaml of their own."""
+    return (path / "config.yaml").is_file() and (path / "attempts").is_dir()
+
+
+def job_name(overrides: Sequence[str]) -> str:
+    """A sweep's job by what was typed for it: the place in the grid would move when the grid changes."""
+    plain = sorted(text.lstrip("+") for text in overrides)
+    slug = re.sub(r"[^\w.=-]+", "_", ",".join(plain))[:60].strip("._-")
+    return f"{slug}-{hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:8]}"
+
+
+def _runs(path: Path) -> list[str]:
+    if not path.is_dir():
+        return []
+    return sorted(entry.name for entry in path.iterdir() if is_run(entry) and not entry.name.startswith("."))
+
+
+def _no_run(place: Path) -> str:
+    """Why a path is no run, and which one was probably meant."""
+    if inside := _runs(place):
+        return f"it is a sweep or a directory of runs: resume one of them, such as {place / inside[0]}"
+    if is_run(place.parent):
+        return f"it lies inside a run: resume={place.parent}"
+    what = "it is no run (no config.yaml)" if place.exists() else "there is no such directory"
+    siblings = _runs(place.parent)
+    if near := get_close_matches(place.name, siblings, 1):
+        return f"{what}; did you mean {place.parent / near[0]}?"
+    return f"{what}; {place.parent} holds {', '.join(siblings[:8])}" if siblings else f"{what}, and {place.parent} holds no runs"
+
+
+def _json(value: Any) -> str:
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan and no infinity: null stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """The whole file or nothing, also after a power cut."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    with hidden.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(hidden, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,237 @@
+"""The loop. A step is the exact mean over every item of the global batch, however that was cut up."""
+
+import logging
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from halos.checkpoint.commit import staged
+from halos.checkpoint.find import name_of
+from halos.config.bind import LossSpec
+from halos.data.collate import Row, mismatch, pack
+from halos.data.dataset import Item
+from halos.data.order import Order, eval_batches
+from halos.hooks.base import Run, Stop
+from halos.hooks.checkpoint import CheckpointHook
+from halos.logps.model import adapter_off
+from halos.metrics import Meter, Window
+from halos.trainers.deal import Chunk, Split, deal, gather_in_order
+from halos.trainers.memory import peak_mb
+from halos.trainers.schedule import multiplier
+from halos.types import Loss, Mean, Mismatched
+
+log = logging.getLogger(__name__)
+
+Totals = Mapping[str, tuple[float, float]]
+
+
+class Trainer(ABC):
+    """Owns the loop. A subclass says how items become rows of tokens, and the model's output what the loss takes."""
+
+    def __init__(
+        self,
+        run: Run,
+        loss: LossSpec,
+        checkpoint: CheckpointHook,
+        *,
+        train: Split,
+        held_out: Split | None,
+        order: Order,
+        reference: nn.Module | None,
+    ) -> None:
+        self.run, self.loss, self.checkpoint = run, loss, checkpoint
+        self.train, self.held_out, self.order, self.reference = train, held_out, order, reference
+        self.settings = run.config.train
+        self._clock, self._window_tokens = 0.0, 0
+
+    @abstractmethod
+    def rows(self, items: Sequence[Item]) -> list[Row]:
+        """The sequences that the model sees for these items."""
+
+    @abstractmethod
+    def inputs(self, output: Any, items: Sequence[Item]) -> Any:
+        """The loss's first parameter, from the model's output over `rows`."""
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that are functions of other metrics' means."""
+        return {}
+
+    # --- the loop ------------------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train to the last step, or until a hook or a signal says stop. `FINAL` is written only by a run that finished."""
+        run = self.run
+        self._tell(lambda hook: hook.on_start(run))
+        if self.settings.eval_at_start and run.step == 0:
+            self.evaluate()
+        self._clock, self._window_tokens = time.perf_counter(), run.tokens
+        while run.step < run.total_steps and not run.stop:
+            self._log(self.step(self.order.batch(run.step)))
+            if run.step == run.total_steps or run.stop:
+                break
+            if self.settings.eval_every and run.step % self.settings.eval_every == 0:
+                self.evaluate()
+            if self.checkpoint.due(run) and not run.stop:
+                self.save(final=False)
+        finished = run.step == run.total_steps or (run.stop is not None and run.stop.finished)
+        if finished and run.last_eval.get("step") != run.step:
+            self.evaluate()
+        if not finished or self.checkpoint.due(run):
+            self.save(final=False)
+        if finished:
+            self.save(final=True)
+
+    def step(self, indices: np.ndarray) -> Totals:
+        """One optimizer step over a global batch: the sum of its items' losses over the count of the whole batch."""
+        run, accelerator, model = self.run, self.run.accelerator, self.run.module
+        for group in run.optimizer.param_groups:
+            group["lr"] = run.config.optim.lr * multiplier(run.config.schedule, run.step, run.total_steps)
+        model.train()
+        chunks, meter = self._deal(self.train, indices), Meter()
+        counts = self._counts(self.train, indices)
+        statistics = self._statistics(chunks, len(indices))
+        for number, chunk in enumerate(chunks, 1):
+            with nullcontext() if number == len(chunks) else accelerator.no_sync(model):
+                loss = self._loss(chunk, statistics, len(indices))
+                total = loss.values.sum() * chunk.weight
+                # DDP and FSDP average gradients over processes: scale the sum back up before dividing by the global count
+                accelerator.backward(total * accelerator.num_processes / counts[loss.per])
+            meter.add(self._means(loss, chunk), chunk.weight)
+        norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or float("inf"))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.step += 1
+        run.examples += len(indices)
+        run.tokens += int(self.train.rows.lengths[indices].sum())
+        meter.add({"stop": Mean.of(torch.tensor([float(bool(run.interrupted))], device=accelerator.device))})
+        totals = meter.reduce(lambda table: accelerator.reduce(table, reduction="sum"))
+        if totals.pop("stop")[0]:
+            run.stop = Stop(run.interrupted or "another process was told to stop", finished=False)
+        return {**totals, "grad_norm": (float(norm), 1.0)}
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """The same loss over all held-out items, in global batches of the training size."""
+        run, began, meter = self.run, time.perf_counter(), Meter()
+        if self.held_out is None:
+            return
+        run.module.eval()
+        batches = eval_batches(len(self.held_out.rows), self.settings.batch_size)
+        quiet = not run.main or not sys.stderr.isatty()
+        for indices in tqdm(batches, desc="held out", unit="batch", leave=False, disable=quiet):
+            chunks = self._deal(self.held_out, indices)
+            statistics = self._statistics(chunks, len(indices))
+            for chunk in chunks:
+                meter.add(self._means(self._loss(chunk, statistics, len(indices)), chunk), chunk.weight)
+        window = Window()
+        window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum")))
+        means, seconds = window.means(), time.perf_counter() - began
+        row = {"step": run.step, "split": "eval", **means, **self.derived(means), "examples": len(self.held_out.rows)}
+        run.last_eval = {**row, "seconds": round(seconds, 3)}
+        self._tell(lambda hook: hook.on_eval(run, run.last_eval))
+        self._clock += seconds
+
+    def save(self, *, final: bool) -> None:
+        """A checkpoint, or with `final` what the user came for. It becomes visible at once, complete, or not at all."""
+        run, began = self.run, time.perf_counter()
+        target = run.directory.final if final else run.directory.checkpoints / name_of(run.step)
+        facts = {"step": run.step, "world_size": run.accelerator.num_processes}
+        with staged(target, main=run.main, barrier=run.accelerator.wait_for_everyone, facts=facts) as path:
+            self._tell(lambda hook: hook.on_save(run, path, final=final))
+        self._tell(lambda hook: hook.on_saved(run, target, final=final))
+        run.accelerator.wait_for_everyone()
+        self._clock += time.perf_counter() - began
+
+    # --- a step's parts ------------------------------------------------------------------------------------------------
+
+    def _deal(self, split: Split, indices: np.ndarray) -> list[Chunk]:
+        seeds = (self.run.config.seed, self.run.step)
+        return deal(split, indices, self.run.accelerator, size=self.settings.microbatch_size, seeds=seeds)
+
+    def _counts(self, split: Split, indices: np.ndarray) -> dict[str, int]:
+        """Items and scored tokens of the whole global batch: from the data alone, so before the first backward."""
+        return {"item": len(indices), "token": int(split.rows.scored[indices].sum())}
+
+    def _means(self, loss: Loss, chunk: Chunk) -> dict[str, Mean]:
+        count = len(chunk.items) if loss.per == "item" else chunk.num_scored
+        return {**loss.metrics, "loss": Mean(loss.values.detach().sum(), loss.values.new_tensor(float(count)))}
+
+    def _forward(self, rows: list[Row], shape: Callable[[Any], Any]) -> list[Any]:
+        """The policy's output, and the reference's where the loss compares with one, in the loss's own types."""
+        batch = pack(rows).to(self.run.accelerator.device)
+        if not self.loss.needs_reference:
+            return [shape(self.run.module(batch))]
+        reference = shape(self._refer(batch))  # first, so that it does not meet the policy's activations in memory
+        return [shape(self.run.module(batch)), reference]
+
+    @torch.no_grad()
+    def _refer(self, batch: Any) -> Any:
+        """The reference model's output: a frozen copy's, or the policy's own with its adapter off."""
+        model = self.run.module
+        if self.reference is not None:
+            with self.run.accelerator.autocast():
+                return self.reference(batch)
+        training = model.training
+        try:
+            with adapter_off(model):
+                return model.eval()(batch)
+        finally:
+            model.train(training)
+
+    def _loss(self, chunk: Chunk, statistics: Tensor | None, total: int) -> Loss:
+        torch.manual_seed(chunk.seed)
+        arguments = self._forward(self.rows(chunk.items), lambda output: self.inputs(output, chunk.items))
+        if self.loss.statistics is not None and statistics is None:
+            # a single micro-batch: the forward pass that the loss needs serves its statistics too
+            with torch.no_grad():
+                values = self.loss.statistics(*(argument.detach() for argument in arguments))
+            statistics = gather_in_order(values[: len(values) if chunk.weight else 0], total, self.run.accelerator)
+        return self.loss.function(*arguments, *([statistics] if statistics is not None else []))
+
+    @torch.no_grad()
+    def _statistics(self, chunks: list[Chunk], total: int) -> Tensor | None:
+        """The loss's statistics over the global batch, in its order; None where none are wanted, or `_loss` has them free."""
+        mismatched = self.loss.statistics_inputs is Mismatched
+        if self.loss.statistics is None or (len(chunks) == 1 and not mismatched):
+            return None
+        parts = []
+        for chunk in chunks:
+            torch.manual_seed(chunk.seed)  # the dropout that the loss will see
+            if mismatched:
+                length = self.settings.max_length
+                rows = [mismatch(item, partner, length) for item, partner in zip(chunk.items, chunk.partners, strict=True)]
+                arguments = self._forward(rows, Mismatched)
+            else:
+                items = chunk.items
+                arguments = self._forward(self.rows(items), lambda output, items=items: self.inputs(output, items))
+            values = self.loss.statistics(*arguments)
+            parts.append(values[: len(values) if chunk.weight else 0])
+        return gather_in_order(torch.cat(parts), total, self.run.accelerator)
+
+    # --- telling -------------------------------------------------------------------------------------------------------
+
+    def _tell(self, event: Callable[[Any], None]) -> None:
+        for hook in self.run.hooks.values():
+            event(hook)
+
+    def _log(self, totals: Totals) -> None:
+        """Count a step's totals; every `log_every` steps their means become a line."""
+        run, row = self.run, {}
+        run.window.add(totals)
+        if run.step % self.settings.log_every == 0 or run.step == run.total_steps:
+            means, seconds = run.window.means(), time.perf_counter() - self._clock
+            row = {"step": run.step, "split": "train", **means, **self.derived(means)}
+            row |= {"lr": run.optimizer.param_groups[0]["lr"], "examples": run.examples, "tokens": run.tokens}
+            row |= {"seconds": round(seconds, 4), "tokens_per_second": round((run.tokens - self._window_tokens) / seconds, 1)}
+            row |= {"peak_memory_mb": peak_mb(run.accelerator.device)}
+            run.last_train, run.window = row, Window()
+            self._clock, self._window_tokens = time.perf_counter(), run.tokens
+        self._tell(lambda hook: hook.on_step(run, row))

@@ -1,0 +1,23 @@
+"""Comparisons scored by a reward model."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from halos.data.collate import Row
+from halos.data.dataset import Item
+from halos.trainers.base import Trainer
+from halos.trainers.paired import both
+from halos.types import PairScores
+
+
+class RewardTrainer(Trainer):
+    """For losses whose first parameter is PairScores."""
+
+    def rows(self, items: Sequence[Item]) -> list[Row]:
+        return both(items)
+
+    def inputs(self, output: Tensor, items: Sequence[Item]) -> PairScores:
+        margin = torch.tensor([item.margin for item in items], dtype=torch.float32, device=output.device)
+        return PairScores(output[: len(items)], output[len(items) :], margin)

@@ -1,0 +1,22 @@
+"""Demonstrations: one completion a row, scored token by token."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from halos.data.collate import Row
+from halos.data.dataset import Item
+from halos.trainers.base import Trainer
+from halos.types import TokenLogps
+
+
+class SFTTrainer(Trainer):
+    """For losses whose first parameter is TokenLogps."""
+
+    def rows(self, items: Sequence[Item]) -> list[Row]:
+        return [(item.prompt, item.completions[0]) for item in items]
+
+    def inputs(self, output: TokenLogps, items: Sequence[Item]) -> TokenLogps:
+        return output
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        return {"perplexity": math.exp(min(means["loss"], 700.0))}

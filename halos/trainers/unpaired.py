@@ -1,0 +1,24 @@
+"""Judgements: completions labelled one by one, desirable or not."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from halos.data.collate import Row
+from halos.data.dataset import Item
+from halos.trainers.base import Trainer
+from halos.types import Labelled, TokenLogps
+
+
+class UnpairedTrainer(Trainer):
+    """For losses whose first parameter is Labelled."""
+
+    def rows(self, items: Sequence[Item]) -> list[Row]:
+        return [(item.prompt, item.completions[0]) for item in items]
+
+    def inputs(self, output: TokenLogps, items: Sequence[Item]) -> Labelled:
+        return Labelled(output, torch.tensor([item.desirable for item in items], device=output.values.device))
+
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        both = "rewards/chosen" in means and "rewards/rejected" in means
+        return {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]} if both else {}

@@ -1,0 +1,32 @@
+# Sourced by the other scripts: makes .venv with the newest Python from 3.11 to 3.13 and installs what requirements.txt
+# pins. Works with macOS's bash 3.2. HALOS_PYTHON names another interpreter.
+
+find_python() {
+  for candidate in ${HALOS_PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
+    # a version manager's stub exists and still fails: ask the interpreter itself
+    if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
+      echo "$candidate"
+      return 0
+    fi
+  done
+  echo "error: no Python from 3.11 to 3.13 was found. Install one, such as 3.12 from https://www.python.org/downloads/, or name it: HALOS_PYTHON=/path/to/python3.12" >&2
+  return 2
+}
+
+use_venv() { # $1: further packages
+  root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+  if [ ! -x "$root/.venv/bin/python" ]; then
+    python="$(find_python)" || exit 2
+    echo "making .venv with $("$python" --version)"
+    "$python" -m venv "$root/.venv" || exit 1
+  fi
+  wanted="$(cat "$root/requirements.txt"; echo "$1")"
+  if [ "$(cat "$root/.venv/installed" 2>/dev/null)" != "$wanted" ]; then
+    echo "installing requirements.txt $1 (some minutes the first time)"
+    # shellcheck disable=SC2086
+    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" $1 || exit 1
+    printf '%s\n' "$wanted" > "$root/.venv/installed"
+  fi
+  PATH="$root/.venv/bin:$PATH"
+  export PATH
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Lint, types and tests, from a fresh machine: makes .venv if needed, installs, runs. Arguments go to pytest.
+#   bash launch/test.sh            what CI runs
+#   bash launch/test.sh -m slow    the long matrices
+set -eu
+cd "$(dirname "$0")/.."
+. launch/python.sh
+use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18"
+
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+ruff check .
+ruff format --check .
+pyrefly check
+if [ "$#" -gt 0 ]; then
+  exec python -m pytest "$@"
+fi
+exec python -m pytest -n 2 --dist loadfile -m "not slow"

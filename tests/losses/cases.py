@@ -1,0 +1,135 @@
+"""The losses of config/loss as their YAML binds them, and batches made from their signatures alone."""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+import torch
+import yaml
+from torch import Tensor
+
+from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, TokenLogps
+
+CONFIG = Path(__file__).parents[2] / "config/loss"
+ROWS, WIDTH = 5, 6
+KNOWN = (TokenLogps, Pair, Labelled, PairScores)  # first parameters that `sample` can make
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss of this package as its YAML binds it."""
+
+    name: str
+    settings: dict[str, Any]
+    objective: str
+
+    @property
+    def module(self) -> ModuleType:
+        return importlib.import_module(self.settings["_target_"].rpartition(".")[0])
+
+    @property
+    def function(self) -> Callable[..., Loss]:
+        return vars(self.module)[self.settings["_target_"].rpartition(".")[2]]
+
+    @property
+    def knobs(self) -> dict[str, Any]:
+        return {k: v for k, v in self.settings.items() if k in keywords(self.function)}
+
+
+def keywords(function: Callable[..., Any]) -> list[str]:
+    return [p.name for p in inspect.signature(function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+
+def positional(function: Callable[..., Any]) -> dict[str, type]:
+    """Names and types of the tensors that a loss is given, in order."""
+    hints = get_type_hints(function)
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return {p.name: hints[p.name] for p in inspect.signature(function).parameters.values() if p.kind in kinds}
+
+
+def of_this_package() -> list[Case]:
+    read = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONFIG.glob("*.yaml"))}
+    cases = [Case(name, node["loss"], node["objective"]["metric"]) for name, node in read.items()]
+    return [case for case in cases if case.settings["_target_"].startswith("halos.losses.")]
+
+
+def sample(kind: type, seed: int) -> Any:
+    """A batch of `ROWS` rows of unequal lengths, from 1 token to `WIDTH`."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def logps(seed_of_mask: int) -> TokenLogps:
+        lengths = torch.randint(1, WIDTH + 1, (ROWS, 1), generator=torch.Generator().manual_seed(seed_of_mask))
+        lengths[0] = WIDTH
+        mask = torch.arange(WIDTH) < lengths
+        return TokenLogps(-3 * torch.rand(ROWS, WIDTH, generator=generator) * mask, mask)
+
+    desirable = torch.tensor([True, False, True, False, False])
+    if kind is TokenLogps:
+        return logps(1)
+    if kind is Pair:
+        return Pair(logps(1), logps(2))
+    if kind is Labelled:
+        return Labelled(logps(1), desirable)
+    if kind is Mismatched:
+        return Mismatched(logps(3))
+    assert kind is PairScores, f"say here how to make a {kind.__name__}"
+    chosen, rejected, margin = torch.randn(3, ROWS, generator=generator)
+    return PairScores(chosen, rejected, margin.abs())
+
+
+def inputs(case: Case) -> dict[str, Any]:
+    """The loss's positional arguments; `statistics` are those of the whole batch, made by its module's function."""
+    made = {}
+    for seed, (name, kind) in enumerate(positional(case.function).items()):
+        if name == "statistics":
+            parameters = positional(case.module.statistics)
+            made[name] = case.module.statistics(*[sample(k, 10 + i) for i, k in enumerate(parameters.values())])
+        else:
+            made[name] = sample(kind, seed)
+    return made
+
+
+def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
+    """`change` applied to each tensor or TokenLogps in `value`."""
+    if isinstance(value, Tensor | TokenLogps):
+        return change(value)
+    assert is_dataclass(value)
+    return replace(value, **{f.name: mapped(getattr(value, f.name), change) for f in fields(value)})
+
+
+def rows(given: dict[str, Any], where: slice) -> dict[str, Any]:
+    """A micro-batch; `statistics` stay those of the global batch."""
+
+    def take(part: Tensor | TokenLogps) -> Tensor | TokenLogps:
+        return TokenLogps(part.values[where], part.mask[where]) if isinstance(part, TokenLogps) else part[where]
+
+    return {name: value if name == "statistics" else mapped(value, take) for name, value in given.items()}
+
+
+def leaves(value: Any) -> list[Tensor]:
+    """The tensors in `value` that can take a gradient, in order."""
+    found: list[Tensor] = []
+    mapped(value, lambda part: found.append(part.values if isinstance(part, TokenLogps) else part))
+    return [leaf for leaf in found if leaf.is_floating_point()]
+
+
+def with_gradient(value: Any) -> Any:
+    def fresh(part: Tensor | TokenLogps) -> Tensor | TokenLogps:
+        if isinstance(part, TokenLogps):
+            return TokenLogps(part.values.clone().requires_grad_(), part.mask)
+        return part.clone().requires_grad_() if part.is_floating_point() else part
+
+    return mapped(value, fresh)
+
+
+def call(case: Case, given: dict[str, Any]) -> Loss:
+    return case.function(*given.values(), **case.knobs)
+
+
+def count(given: dict[str, Any], loss: Loss) -> int:
+    first = next(iter(given.values()))
+    return int(first.mask.sum()) if loss.per == "token" else len(loss.values)
