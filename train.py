@@ -1,4 +1,7 @@
-"""Compose, check, build, fit: `python train.py loss=dpo model=tiny data=arithmetic exp_name=demo`. The only file that imports hydra."""
+"""Compose, check, build, fit. The only file that imports hydra.
+
+python train.py loss=dpo model=tiny data=arithmetic exp_name=demo
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -25,7 +29,7 @@ from halos.config.overrides import Choices, Typed, check_choices, settle, unread
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_secrets
 from halos.errors import UserError
-from halos.rundir import RunDir, job_name
+from halos.rundir import RunDir, is_run, job_name
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "1.3"  # of Hydra's behaviour
@@ -55,7 +59,9 @@ def start(argv: list[str]) -> int:
     """What was typed is checked before Hydra takes over, because Hydra's own errors exit 1 with tracebacks or bad advice."""
     args, unknown = get_args_parser().parse_known_intermixed_args(argv)
     if unknown:
-        raise UserError(unreadable(unknown[0], "") if unknown[0].startswith("--") else f"there is no option {unknown[0]}; try --help")
+        raise UserError(
+            unreadable(unknown[0], "") if unknown[0].startswith("--") else f"there is no option {unknown[0]}; try --help"
+        )
     flags = [word for word in argv if word not in args.overrides]
     if args.hydra_help or args.shell_completion or args.experimental_rerun:
         return enter_hydra(flags + args.overrides)
@@ -66,34 +72,154 @@ def start(argv: list[str]) -> int:
             " python train.py -m ... hydra/launcher=accelerate starts each job with its own accelerate launch"
         )
     refuse_secrets({}, args.overrides)
-    typed = [parse(text) for text in args.overrides]
-    resume = next((one.values[0] for one in typed if one.key == "resume" and one.values), None)
-    if resume is not None and multirun:
-        raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
     config_dir = str((ROOT / (args.config_path or "config")).resolve())
     with hydra.initialize_config_dir(config_dir, version_base=VERSION):
-        choices = list_choices()
-        check_choices(typed, choices, multirun=multirun)
-        if resume is not None:
-            return run(resumed(str(resume), typed, choices), args.overrides)
-        name = args.config_name or "config"
         searched = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
-        known = keys(compose(name, searched + [first_of(one) for one in typed if one.chooses(choices)]))
+        name, choices = args.config_name or "config", list_choices(searched)
+        typed = [parse(text) for text in args.overrides]
+        check_choices(typed, choices, multirun=multirun)
+        resume = next((one.values[0] for one in typed if one.key == "resume" and one.values), None)
+        if resume is not None:
+            return run(resumed(str(resume), typed, choices, multirun=multirun), args.overrides)
+        known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
         settled = settle(typed, choices, known)
-        compose(name, searched + [first_of(one) for one in settled])
-    return enter_hydra(flags + [one.text for one in settled])
+        composed = compose(name, searched + firsts(settled))
+    if multirun:
+        check_sweep(gate.check(composed, args.overrides, choices))
+    return enter_hydra([one.text for one in settled] + flags)
+
+
+def list_choices(searched: Sequence[str] = ()) -> Choices:
+    """The options of every group of ours, those of --config-dir included."""
+    loader = GlobalHydra.instance().config_loader()
+
+    def groups(parent: str) -> Iterator[str]:
+        for name in loader.get_group_options(parent, ObjectType.GROUP, overrides=list(searched)):
+            if name != "hydra":
+                group = f"{parent}/{name}" if parent else name
+                yield group
+                yield from groups(group)
+
+    found = {group: loader.get_group_options(group, ObjectType.CONFIG, overrides=list(searched)) for group in groups("")}
+    return {"experiment": [], **{group: options for group, options in found.items() if options}}
 
 
 def parse(text: str) -> Typed:
-    """One override, read by Hydra's parser."""
+    """One override, read by Hydra's parser. A sweep's values are as they would be typed."""
     try:
         override = OverridesParser.create().parse_override(text)
-        sweep = override.is_sweep_override()
-        if not sweep:
-            values: tuple[Any, ...] = () if override.value_type is None else (override.value(),)
-        else:
-            values = () if override.is_interval_sweep() or "glob(" in text else tuple(override.sweep_iterator())
+        override.config_loader = GlobalHydra.instance().config_loader()
+        sweep, values = override.is_sweep_override(), ()
+        if sweep and not override.is_interval_sweep():
+            values = tuple(override.sweep_string_iterator())
+        elif not sweep and override.value_type is not None:
+            values = (override.value(),)
     except HydraException as error:
         raise UserError(unreadable(text, str(error).strip().splitlines()[-1])) from error
     sign = text[: len(text) - len(text.lstrip("+~"))]
     return Typed(sign, override.key_or_group, override.package, text.partition("=")[2], values, sweep)
+
+
+def firsts(typed: Sequence[Typed]) -> list[str]:
+    """What is typed, with the first value of each sweep; an interval has none, so its key stays at its default."""
+    return [
+        f"{one.sign}{one.key}={one.values[0]}" if one.is_sweep else one.text for one in typed if one.values or not one.is_sweep
+    ]
+
+
+def compose(name: str, overrides: Sequence[str]) -> DictConfig:
+    try:
+        return hydra.compose(name, list(overrides))
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
+        raise UserError(explain(error)) from error
+
+
+def explain(error: Exception) -> str:
+    """Hydra's errors without its search paths, OmegaConf's in our words."""
+    cause = error.__cause__ or error
+    if isinstance(cause, OmegaConfBaseException) and cause.full_key:
+        return gate.explain(cause, OmegaConf.create())
+    lines = str(error).partition("onfig search path")[0].partition("Search path:")[0].strip().splitlines()
+    return "; ".join(line.strip() for line in lines if line.strip() and line.strip() != "C") or type(cause).__name__
+
+
+def keys(composed: DictConfig) -> list[str]:
+    """Every key that is there, dotted, sections included."""
+
+    def walk(node: Any, prefix: str) -> Iterator[str]:
+        for name, value in node.items() if isinstance(node, dict) else ():
+            yield f"{prefix}{name}"
+            yield from walk(value, f"{prefix}{name}.")
+
+    return list(walk(OmegaConf.to_container(composed), ""))
+
+
+def check_sweep(first: Config) -> None:
+    """Its jobs lie in runs/<exp_name>/, which a single run may not use."""
+    place = Path(first.run_dir)
+    if is_run(place):
+        raise UserError(f"{place} holds a single run, and a sweep cannot share its name: choose another exp_name")
+
+
+def resumed(path: str, typed: Sequence[Typed], choices: Choices, *, multirun: bool) -> Config:
+    """A saved run's own configuration, with what was typed on top: values only, its choices are made."""
+    if multirun:
+        raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
+    run_dir = RunDir.at(path)
+    run_dir.open()
+    run_dir.asked_checkpoint(path)
+    for one in typed:
+        if one.is_hydra or one.chooses(choices):
+            raise UserError(
+                f"{one.text}: resume= goes on with the choices of {run_dir.path}; type only values, such as train.steps=200"
+            )
+        if one.key in ("exp_name", "output_root", "run_dir") or (one.key == "overwrite" and True in one.values):
+            raise UserError(
+                f"{one.text}: resume= goes on in {run_dir.path}; for a new run from its model leave out resume= and type"
+                f" model.name_or_path={run_dir.final}"
+            )
+    composed = saved.load(run_dir.read_config(), str(run_dir.path), path)
+    for one in settle(typed, choices, keys(composed)):
+        parent, _, name = one.key.rpartition(".")
+        if one.sign == "~":
+            del OmegaConf.select(composed, parent)[name]
+        else:
+            OmegaConf.update(composed, one.key, one.values[0], merge=True, force_add=True)
+    return gate.check(composed, [one.text for one in typed], choices)
+
+
+def enter_hydra(words: list[str]) -> int:
+    """Hydra as usual, with what was typed settled; a crash of ours keeps its whole traceback."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    sys.argv = [sys.argv[0], *words]
+    try:
+        hydra.main(version_base=VERSION, config_path=str(ROOT / "config"), config_name="config")(job)()
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(explain(error)) from error
+    return 0
+
+
+def job(composed: DictConfig) -> None:
+    """One run, or one of a sweep's."""
+    settings = HydraConfig.get()
+    typed, multirun = list(settings.overrides.task), settings.mode == RunMode.MULTIRUN
+    if multirun and not any(text.lstrip("+").startswith("run_dir=") for text in typed):
+        shared = OmegaConf.to_container(composed)["run_dir"]
+        composed.run_dir = f"{shared}/{job_name(typed)}"
+    try:
+        status = run(gate.check(composed, typed, list_choices()), typed)
+    except UserError as error:
+        status = refuse(error)
+    if status or not multirun:
+        raise SystemExit(status)
+
+
+def run(config: Config, typed: Sequence[str]) -> int:
+    """The exit status of the run itself."""
+    from halos.build import run as build_and_fit  # here: it imports torch, which --help and wrong input need not wait for
+
+    return build_and_fit(config, list(typed))
+
+
+if __name__ == "__main__":
+    main()

@@ -50,7 +50,7 @@ class RunDir:
         other = "choose another exp_name"
         if is_run(self.path.parent):
             raise UserError(f"{self.path.parent} is a run already, so nothing else can lie in it: {other}")
-        if is_run(self.path) and self.status() != "finished":
+        if is_run(self.path) and not self.is_finished():
             raise UserError(
                 f"{self.path} holds a run that is not finished: python train.py resume={self.path} goes on with it;"
                 f" to begin anew delete the directory, or {other}"
@@ -65,7 +65,7 @@ class RunDir:
             raise UserError(f"{self.path} holds a sweep, and a single run cannot share its name: {other}")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: {other} or run_dir")
-        if foreign := sorted({entry.name for entry in self._entries()} - LEFTOVERS):
+        if foreign := [name for name in sorted(self._names()) if name not in LEFTOVERS and not name.startswith(".config.yaml.")]:
             raise UserError(f"{self.path} is not empty and no run ({foreign[0]} lies in it): {other} or run_dir")
 
     def create(self, *, overwrite: bool) -> None:
@@ -77,22 +77,31 @@ class RunDir:
             place.rename(doomed)  # first away, so that nobody meets half a run
             shutil.rmtree(doomed)
             place.mkdir()
-        for entry in self._entries():
+        for name in self._names():
+            entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         (self.path / "attempts").mkdir(parents=True)
 
     @classmethod
-    def open(cls, path: str | Path) -> tuple[Self, str | None]:
-        """The run to resume, and the name of the checkpoint where the path names one (RUN/checkpoints/step-N)."""
-        place = Path(path)
-        inside = place.parent.name == "checkpoints" and is_run(place.parent.parent)
-        run = cls(place.parent.parent if inside else place)
-        if not is_run(run.path):
-            raise UserError(f"resume={path}: {_no_run(place)}")
-        if inside and not place.is_dir():
-            saves = sorted(entry.name for entry in run.checkpoints.iterdir() if not entry.name.startswith("."))
-            raise UserError(f"resume={path}: there is no such checkpoint; there are {', '.join(saves) or 'none'}")
-        return run, place.name if inside else None
+    def at(cls, resume: str) -> Self:
+        """The run that `resume=` names, by its directory or by one of its checkpoints (RUN/checkpoints/step-N)."""
+        place = Path(resume)
+        return cls(place.parent.parent if place.parent.name == "checkpoints" else place)
+
+    def open(self) -> None:
+        """Raises UserError where no run was begun here, so that none can be resumed."""
+        if not is_run(self.path):
+            raise UserError(f"resume={self.path}: {_no_run(self.path)}")
+
+    def asked_checkpoint(self, resume: str | None) -> Path | None:
+        """The checkpoint that `resume=` names, or None where it leaves the choice to us."""
+        if resume is None or Path(resume).parent.name != "checkpoints":
+            return None
+        asked = self.checkpoints / Path(resume).name
+        if not asked.is_dir():
+            saves = sorted(path.name for path in self.checkpoints.glob("step-*"))
+            raise UserError(f"resume={resume}: there is no such checkpoint; there are {', '.join(saves) or 'none'}")
+        return asked
 
     # --- what it holds
 
@@ -123,7 +132,7 @@ class RunDir:
         path = self.path / "metrics.jsonl"
         if not path.exists():
             return []
-        *whole, torn = path.read_text(encoding="utf-8").split("\n")  # what follows the last line's end is no line
+        *whole, _torn = path.read_text(encoding="utf-8").split("\n")  # what follows the last line's end is no line
         return [json.loads(line) for line in whole]
 
     def truncate_metrics(self, after_step: int) -> None:
@@ -131,20 +140,21 @@ class RunDir:
         kept = [row for row in self.read_metrics() if row["step"] <= after_step]
         _write(self.path / "metrics.jsonl", "".join(_json(row) + "\n" for row in kept))
 
-    def write_result(self, status: Status, step: int, metrics: Mapping[str, Any]) -> None:
-        """result.json, which outlives the launcher's habit of turning every exit status into 1."""
-        _write(self.path / "result.json", _json({"status": status, "step": step, "metrics": metrics}) + "\n")
+    def write_result(self, status: Status, step: int, metrics: Mapping[str, Any], *, reason: str | None = None) -> None:
+        """result.json, because a launcher turns every exit status but 0 into 1."""
+        why = {"reason": reason} if reason else {}
+        _write(self.path / "result.json", _json({"status": status, "step": step, "metrics": metrics, **why}) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
         path = self.path / "result.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
-    def status(self) -> Status | None:
+    def is_finished(self) -> bool:
         result = self.read_result()
-        return result["status"] if result else None
+        return result is not None and result["status"] == "finished"
 
-    def _entries(self) -> list[Path]:
-        return list(self.path.iterdir()) if self.path.is_dir() else []
+    def _names(self) -> list[str]:
+        return os.listdir(self.path) if self.path.is_dir() else []
 
 
 def is_run(path: Path) -> bool:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -62,9 +62,12 @@ class Sequences:
     columns: Tensor  # (scored,) int64: its place among the scored tokens of that sequence
     widest: int  # scored tokens of the sequence that has the most
 
-    def to(self, device: torch.device) -> Self:
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return type(self)(**{k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in moved.items()})
+    def to(self, device: torch.device) -> Sequences:
+        ids, positions, targets, sources, rows, columns = (
+            tensor.to(device, non_blocking=True)
+            for tensor in (self.ids, self.positions, self.targets, self.sources, self.rows, self.columns)
+        )
+        return Sequences(ids, positions, self.lengths, targets, sources, rows, columns, self.widest)
 
 
 # --- what a loss is given ----------------------------------------------------------------------------------------------

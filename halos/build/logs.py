@@ -14,7 +14,7 @@ class AboveTheBar(logging.Handler):
         tqdm.write(self.format(record), file=None)
 
 
-def speak(path: Path, *, main: bool) -> None:
+def speak(path: Path | None, *, main: bool) -> None:
     """Set logging up, in the one place where it is."""
     logger = logging.getLogger("halos")
     logger.handlers.clear()
@@ -23,7 +23,7 @@ def speak(path: Path, *, main: bool) -> None:
     console = AboveTheBar()
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
-    if main:
+    if main and path is not None:
         file = logging.FileHandler(path, delay=True)
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)

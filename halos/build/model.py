@@ -24,17 +24,17 @@ def policy(
     lora = config.peft.name == "lora"
     dtype = weights_dtype(config.model.dtype, trained=not lora, device=made.device)
     source = checkpoint / "model" if checkpoint and not lora else base
-    model: nn.Module = _load(config, source, tokenizer, made, reward=reward, dtype=dtype, quantize=config.model.quantize)
+    model = _load(config, source, tokenizer, made, reward=reward, dtype=dtype, quantize=config.model.quantize)
     if config.model.quantize:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.train.activation_checkpointing)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if lora:
-        assert isinstance(model, PreTrainedModel)
-        model = adapter.attach(model, asdict(config.peft), base=str(base), reward=reward, seed=config.seed)
-        if checkpoint:
-            adapter.load_adapter(model, checkpoint / "adapter")
-    return model
+    if not lora:
+        return model
+    adapted = adapter.attach(model, asdict(config.peft), base=str(base), reward=reward, seed=config.seed)
+    if checkpoint:
+        adapter.load_adapter(adapted, checkpoint / "adapter")
+    return adapted
 
 
 def _load(

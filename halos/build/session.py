@@ -4,10 +4,12 @@ import logging
 import math
 import signal
 import types
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -17,9 +19,9 @@ from halos.build.processes import accelerator
 from halos.checkpoint import commit, find
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.schema import Config
-from halos.data.template import choose_template
+from halos.data.template import chat_template
 from halos.hooks.base import Hook, Run
-from halos.hooks.checkpoint import restore
+from halos.hooks.checkpoint import CheckpointHook, restore
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.log import MetricsLog, summary
 from halos.hooks.progress import ProgressBar
@@ -47,20 +49,21 @@ FINISHED, FAILED, STOPPED = 0, 1, 75
 def run(config: Config, typed: list[str]) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
     loss = bind_loss(config.loss, config.plugins)
-    hooks = _hooks(config)
-    directory = RunDir(Path(config.run_dir))
+    checkpoint, hooks = _hooks(config)
+    directory, asked = RunDir.open(config.resume) if config.resume else (RunDir(config.run_dir), None)
     made = accelerator(config.train.precision)
-    if made.is_main_process and not config.dry_run:
-        directory.open() if config.resume else directory.create(overwrite=config.overwrite)
+    if made.is_main_process and not config.resume and not config.dry_run:
+        directory.create(overwrite=config.overwrite)
+        directory.write_config(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
     made.wait_for_everyone()
-    speak(directory.log, main=made.is_main_process)
-    if config.resume and directory.is_finished():
+    speak(None if config.dry_run else directory.log, main=made.is_main_process)
+    if config.resume and directory.status() == "finished":
         log.info("%s is finished already; its model is %s", directory.path, directory.final)
         return FINISHED
-    source = _source(config, directory, made)
+    source = _source(config, directory, asked, made)
     base = _base(config, made)
     tokenizer = load_tokenizer(base, add_tokens=config.model.add_tokens)
-    choose_template(tokenizer, config.model.chat_template)
+    tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
     train, held_out = data.load(config, loss, tokenizer, made)
     order = data.order(train.rows, config)
     total = config.train.steps or math.ceil((config.train.epochs or 0) * order.batches_per_epoch)
@@ -75,29 +78,30 @@ def run(config: Config, typed: list[str]) -> int:
         _record(current, typed, source)
     facts.header(current, loss, train.rows, held_out.rows if held_out else None, against)
     trainer = TRAINERS[loss.inputs](
-        current, loss, current.hooks["checkpoint"], train=train, held_out=held_out, order=order, reference=against
+        current, loss, checkpoint, train=train, held_out=held_out, order=order, reference=against
     )
     return _train(trainer, current)
 
 
-def _hooks(config: Config) -> dict[str, Hook]:
-    """The checkpoint hook, the run's own record, then the config's, in its order."""
-    hooks: dict[str, Hook] = {"checkpoint": bind_hook("checkpoint", config.checkpoint, config.plugins)()}
-    hooks |= {"metrics": MetricsLog(), "progress": ProgressBar()}
+def _hooks(config: Config) -> tuple[CheckpointHook, dict[str, Hook]]:
+    """The checkpoint hook; and all hooks in order: it first, the run's own record, then the config's, in its order."""
+    checkpoint = bind_hook("checkpoint", config.checkpoint, config.plugins)()
+    if not isinstance(checkpoint, CheckpointHook):
+        raise UserError(f"checkpoint._target_={config.checkpoint['_target_']} is no CheckpointHook")
+    hooks: dict[str, Hook] = {"checkpoint": checkpoint, "metrics": MetricsLog(), "progress": ProgressBar()}
     if config.train.early_stopping is not None:
         hooks["early_stopping"] = EarlyStopping(patience=config.train.early_stopping)
-    return hooks | {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
+    return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
 
-def _source(config: Config, directory: RunDir, made: Accelerator) -> find.Found:
+def _source(config: Config, directory: RunDir, asked: str | None, made: Accelerator) -> find.Found:
     """Where this attempt goes on from: decided by one process, so that all of them agree."""
     box: list[Any] = [find.Found(None, [])]
     if made.is_main_process and not config.dry_run:
         commit.sweep(directory.checkpoints)
         commit.sweep(directory.path)
-        asked = directory.asked_checkpoint(config.resume)
         if asked is not None:
-            box = [find.Found(find.exactly(asked), [])]
+            box = [find.Found(find.exactly(directory.checkpoints / asked), [])]
         elif config.resume:
             box = [find.newest(directory.checkpoints)]
     if dist.is_initialized():
@@ -166,7 +170,7 @@ def _train(trainer: Trainer, current: Run) -> int:
             hook.on_end(current)
         if current.main:
             metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
-            current.directory.write_result(status, current.step, metrics, **({"reason": note} if note else {}))
+            current.directory.write_result(status, current.step, metrics, note)
     return _close(current, status, note)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -50,13 +50,13 @@ def _pattern(patterns: dict[str, Any], layer: str, default: float) -> float:
     return default
 
 
-def scaling(config: PeftConfig, layer: str, rank: int) -> float:
+def scaling(config: LoraConfig, layer: str, rank: int) -> float:
     """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
-    alpha = _pattern(getattr(config, "alpha_pattern", None) or {}, layer, config.lora_alpha)
+    alpha = _pattern(config.alpha_pattern or {}, layer, config.lora_alpha)
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def plan(adapter: SafeFile, config: PeftConfig) -> Plan:
+def plan(adapter: SafeFile, config: LoraConfig) -> Plan:
     """Sort an adapter's tensors. Raises UserError for those that this module does not know how to merge."""
     result, unknown = Plan({}, {}), []
     for name in adapter.names:
@@ -73,7 +73,7 @@ def plan(adapter: SafeFile, config: PeftConfig) -> Plan:
     for layer, update in result.updates.items():
         rank = adapter.shape(update.tensors["lora_A"])[0]
         update.scaling = scaling(config, layer, rank)
-        update.transposed = bool(getattr(config, "fan_in_fan_out", False))
+        update.transposed = config.fan_in_fan_out
     return result
 
 
@@ -126,7 +126,10 @@ def merge(
     embeddings. Raises UserError, before a byte is written, where the adapter does not fit the base.
     """
     delta, names = SafeFile(adapter / "adapter_model.safetensors"), _Names(expected, prefix)
-    todo = plan(delta, PeftConfig.from_pretrained(str(adapter)))
+    kind = PeftConfig.from_pretrained(str(adapter))
+    if not isinstance(kind, LoraConfig):
+        raise UserError(f"{adapter} is a {kind.peft_type} adapter; only LoRA can be merged")
+    todo = plan(delta, kind)
     files = _base_files(base)
     layout = [{name: names(name) for name in SafeFile(path).names} for path in files]
     present = {name for table in layout for name in table.values() if name is not None}

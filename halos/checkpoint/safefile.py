@@ -52,5 +52,5 @@ def write(path: Path, entries: dict[str, tuple[torch.dtype, list[int]]], tensors
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
-            assert tensor.dtype == dtype and list(tensor.shape) == shape, f"{name} is not what the header says"
-            file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            assert (tensor.dtype, list(tensor.shape)) == (dtype, shape), f"{name} is not what the header says"
+            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)

@@ -13,7 +13,7 @@ def gathered(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
     """Whole tensors of the wrapped module under the names of the model inside; every process calls, the first one gets."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
     state = get_model_state_dict(module, options=options)
-    return {name.removeprefix("model."): value for name, value in state.items()}
+    return {name.removeprefix("model."): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def save_weights(directory: Path, module: nn.Module, model: nn.Module, *, main: bool) -> Path:
@@ -22,7 +22,7 @@ def save_weights(directory: Path, module: nn.Module, model: nn.Module, *, main: 
         path = directory / "adapter"
         state = gathered(module, trained_only=True)
         if main:
-            model.save_pretrained(path, state_dict=state, save_embedding_layers=False)
+            model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
             (path / "README.md").unlink(missing_ok=True)  # PEFT's empty form
         return path
     assert isinstance(model, PreTrainedModel)
@@ -37,4 +37,4 @@ def save_model(path: Path, model: PreTrainedModel, state: dict[str, Tensor], dty
     """What from_pretrained loads, with the attention that any reader has, not the one training used."""
     if dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
-    model.save_pretrained(path, state_dict=state)
+    model.save_pretrained(str(path), state_dict=state)

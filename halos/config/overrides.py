@@ -110,7 +110,8 @@ def _comma(one: Typed, choices: Choices) -> str:
         return f"{several}: {one.key} takes a list, in brackets: {one.key}=[{one.value_text}]"
     if one.key in choices:
         return f"{several}: {one.key} takes one choice; to try each, sweep with python train.py -m"
-    return f"{several} means one run for each value, which needs -m; for the text itself quote it twice: '{one.key}=\"{one.value_text}\"'"
+    quoted = f"'{one.key}=\"{one.value_text}\"'"
+    return f"{several} means one run for each value, which needs -m; for the text itself quote it twice: {quoted}"
 
 
 def _meant(group: str, value: str, choices: Choices) -> str:

@@ -12,13 +12,11 @@ from typing import Any
 
 from halos.config.schema import Config
 from halos.config.suggest import nearest
-from halos.config.values import MisfitError, describe, fit, show
 from halos.errors import UserError
 
 BUNDLED_DATA = ("arithmetic",)
 BUNDLED_MODELS = ("tiny",)
-SOURCE = {"path": str, "split": str | None, "weight": float | None, "revision": str | None, "format": str | None}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # of a data set also org/name:config
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow", ".gguf", ".bin", ".safetensors", ".pt", ".jinja")
 ROOM = 50 * 2**20  # bytes; less than this holds no run, however small
 
@@ -33,6 +31,8 @@ def check_paths(config: Config) -> None:
     template = config.model.chat_template
     if template is not None and template.endswith(".jinja") and not Path(template).is_file():
         raise UserError(f"model.chat_template: there is no file {template}{_near_file(template)}")
+    if config.data.root is not None and not Path(_expanded(config.data.root)).is_dir():
+        raise UserError(f"data.root: there is no directory {config.data.root}{_near_file(config.data.root)}")
     config.data.train = [_checked_source(source, f"data.train.{i}", config) for i, source in enumerate(config.data.train)]
     config.data.eval = [_checked_source(source, f"data.eval.{i}", config) for i, source in enumerate(config.data.eval)]
     if not config.data.train:
@@ -42,30 +42,15 @@ def check_paths(config: Config) -> None:
 
 
 def _checked_source(source: Any, key: str, config: Config) -> Any:
-    """One entry of data.train or data.eval: a path or a name, alone or in a mapping."""
-    if isinstance(source, str):
-        _check_data(_expanded(source), key)
-        return _expanded(source)
-    if not isinstance(source, Mapping):
-        raise UserError(f"{key} takes a path or a name, or a mapping with {', '.join(SOURCE)}; not {show(source)}")
-    for name in source:
-        if name not in SOURCE:
-            near = nearest(str(name), SOURCE)
-            raise UserError(f"{key} takes no {name!r}; it takes {', '.join(SOURCE)}{f' (did you mean {near}?)' if near else ''}")
-    if source.get("path") is None:
-        if config.data.root is None and source.get("format"):
-            raise UserError(f"data.root is missing: data={source['format']} reads its files from it; data.root=DIRECTORY")
-        raise UserError(f"{key}.path is missing: a path or a name")
-    for name, value in source.items():
-        try:
-            fit(value, SOURCE[name])
-        except MisfitError as error:
-            raise UserError(f"{key}.{name} takes {describe(SOURCE[name])}, not {show(value)}") from error
-    weight = source.get("weight")
-    if weight is not None and not float(weight) > 0:
-        raise UserError(f"{key}.weight takes a number above 0, not {weight}")
-    _check_data(_expanded(source["path"]), f"{key}.path")
-    return {**source, "path": _expanded(source["path"])}
+    """One entry of data.train or data.eval: a path or a name, alone or in a mapping, whose other keys are the data's to check."""
+    path = source.get("path") if isinstance(source, Mapping) else source
+    if path is None and config.data.root is None and isinstance(source, Mapping) and "format" in source:
+        raise UserError(f"data.root is missing: data={source['format']} reads its files from there, data.root=DIRECTORY")
+    if not isinstance(path, str):
+        return source
+    path = _expanded(path)
+    _check_data(path, key)
+    return {**source, "path": path} if isinstance(source, Mapping) else path
 
 
 def _check_data(path: str, key: str) -> None:
@@ -124,7 +109,7 @@ def _better(place: Path) -> str:
 
 
 def _is_path(text: str) -> bool:
-    return text.startswith(("/", "./", "../", "~")) or text.endswith(("/", *FILES)) or os.sep != "/" and os.sep in text
+    return text.startswith(("/", "./", "../", "~")) or text.endswith(("/", *FILES)) or (os.sep != "/" and os.sep in text)
 
 
 def _near_file(path: str) -> str:

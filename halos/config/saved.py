@@ -1,4 +1,4 @@
-"""A run's configuration on disk: written once, resolved; read back as plain values, so that it runs no code and reads no environment."""
+"""A run's configuration on disk: resolved when written, plain values when read, so that it runs no code."""
 
 from __future__ import annotations
 

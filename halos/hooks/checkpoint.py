@@ -137,7 +137,7 @@ def _unwrapped(name: str) -> str:
 def _logits(run: Run, ids: Tensor) -> Tensor:
     """The trained model's own logits for `ids`, by its own forward, whatever attention training used."""
     model = bare(run.model)
-    used, training = model.config._attn_implementation, model.training
+    used, training = str(model.config._attn_implementation), model.training
     model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     try:
         return model.eval()(input_ids=ids.to(model.device)).logits.float().cpu()

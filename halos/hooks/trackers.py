@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +34,8 @@ class TensorBoard(Hook):
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise UserError("logging=tensorboard needs the package tensorboard: pip install tensorboard") from error
-        self._open, self._writer = SummaryWriter, None
+        self._open = SummaryWriter
+        self._writer: SummaryWriter | None = None
 
     def on_start(self, run: Run) -> None:
         if run.main:
@@ -74,23 +76,37 @@ class Wandb(Hook):
     def on_start(self, run: Run) -> None:
         if not run.main:
             return
-        mode = self.mode if self.mode != "auto" else "online" if self._has_key() else "offline"
+        mode: Literal["online", "offline"] = "online" if self._has_key() else "offline"
+        if self.mode != "auto":
+            mode = self.mode
         if mode == "online" and not self._has_key():
             raise UserError("hooks.wandb.mode=online needs a key: run `wandb login` or set WANDB_API_KEY; or use mode=auto")
         if mode == "offline" and self.mode == "auto":
             log.info("wandb: no key found, so this run is logged offline under %s/wandb", run.directory.path)
         import wandb
 
-        self._id = self._id or wandb.util.generate_id()
-        start = {"project": self.project, "entity": self.entity, "id": self._id, "resume": "allow", "name": run.config.exp_name}
-        # the network is given 15 seconds: with a key and no route wandb would hold every process for a minute and a half
-        settings = wandb.Settings(init_timeout=15, silent=True)
-        place = {"dir": str(run.directory.path), "config": asdict(run.config), "settings": settings}
+        self._id = self._id or secrets.token_hex(4)
         try:
-            self._run = wandb.init(**start, **place, mode=mode)
+            self._run = self._init(run, mode)
         except (wandb.errors.CommError, wandb.errors.UsageError, TimeoutError) as error:
             log.warning("wandb could not be reached (%s); logging offline", str(error).splitlines()[0])
-            self._run = wandb.init(**start, **place, mode="offline")
+            self._run = self._init(run, "offline")
+
+    def _init(self, run: Run, mode: Literal["online", "offline"]) -> Any:
+        import wandb
+
+        return wandb.init(
+            project=self.project,
+            entity=self.entity,
+            id=self._id,
+            resume="allow",
+            name=run.config.exp_name,
+            dir=str(run.directory.path),
+            config=asdict(run.config),
+            # with a key and no route to the server wandb would hold every process for a minute and a half
+            settings=wandb.Settings(init_timeout=15, silent=True),
+            mode=mode,
+        )
 
     def _write(self, run: Run, metrics: Metrics) -> None:
         if self._run is not None and metrics:

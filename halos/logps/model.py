@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import accumulate
+from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -16,8 +18,8 @@ from halos.types import Sequences, TokenLogps
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """The base model as it was before its adapter. Nothing but a flag of each layer moves: no gradient setting, no copy."""
-    layers = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
-    before = [m._disable_adapters for m in layers]
+    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
@@ -29,7 +31,7 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 def bare(model: nn.Module) -> PreTrainedModel:
     """The transformers model inside a PEFT wrapper, or the model itself; its layers carry the adapter where there is one."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
 
@@ -74,7 +76,7 @@ class RewardModel(nn.Module):
 
     def forward(self, batch: Sequences) -> Tensor:
         """(rows,) float32: the score at each sequence's last token that is not padding."""
-        model = bare(self.model)
+        model: Any = bare(self.model)
         hidden = hidden_states(model, batch)
         return model.score(hidden[self._last(batch)]).float()[:, 0]
 

@@ -39,5 +39,6 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
         raise UserError(f"{directory} is not an adapter of this model: {str(error).splitlines()[0]}") from error
     missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or result.unexpected_keys:
-        raise UserError(f"{directory} is not an adapter of this model: {len(missing)} tensors are missing from it and "
-                        f"{len(result.unexpected_keys)} belong nowhere, such as {(missing + result.unexpected_keys)[0]}")  # fmt: skip
+        example = (missing + result.unexpected_keys)[0]
+        counts = f"{len(missing)} tensors are missing from it and {len(result.unexpected_keys)} belong nowhere"
+        raise UserError(f"{directory} is not an adapter of this model: {counts}, such as {example}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 
 from halos.errors import UserError
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> PreTrainedTokenizerBase:
     """The directory's tokenizer, with `add_tokens` in its vocabulary. Padding is never trained on, so it may be eos."""
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: only fast tokenizers (tokenizer.json) are supported")
     if tokenizer.eos_token is None:
         raise UserError(f"{directory}: its tokenizer has no end-of-sequence token, so no completion could end")
@@ -110,17 +111,23 @@ def _must_score(directory: Path, architectures: list[str], labels: int) -> None:
 
 def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> None:
     """Make room for tokens that the tokenizer knows and the model does not; start them at the mean embedding."""
-    known = model.get_input_embeddings().weight.shape[0]
+    known = len(_table(model.get_input_embeddings()))
     if len(tokenizer) > known:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    ids = tokenizer.convert_tokens_to_ids(new_tokens)
+    ids = [tokenizer.get_vocab()[token] for token in new_tokens]
     if not ids:
         return
-    old = min(known, min(ids))
-    tables = {id(m.weight): m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m is not None}
+    old = min(known, *ids)
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
     with torch.no_grad():
-        for table in tables.values():
+        for table in {id(_table(layer)): _table(layer) for layer in layers}.values():
             table[ids] = table[:old].float().mean(0).to(table.dtype)
+
+
+def _table(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:

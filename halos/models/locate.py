@@ -72,7 +72,9 @@ def _converted(path: Path, cache_dir: Path) -> Path:
     clean = type(model)(type(model.config).from_dict(model.config.to_dict()))
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(partial)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    assert tokenizer is not None, "transformers finds the tokenizer in the file"
+    tokenizer.save_pretrained(partial)
     partial.rename(directory)
     return directory
 

@@ -115,7 +115,8 @@ class Trainer(ABC):
         totals = meter.reduce(lambda table: accelerator.reduce(table, reduction="sum"))
         if totals.pop("stop")[0]:
             run.stop = Stop(run.interrupted or "another process was told to stop", finished=False)
-        return {**totals, "grad_norm": (float(norm), 1.0)}
+        assert isinstance(norm, Tensor)
+        return {**totals, "grad_norm": (norm.item(), 1.0)}
 
     @torch.no_grad()
     def evaluate(self) -> None:

@@ -1,0 +1,68 @@
+"""Look at what a run saved, and check it byte for byte: python -m halos.checkpoint {ls,verify} PATH ..."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from halos.checkpoint import find, manifest
+from halos.errors import UserError
+
+
+def _size(path: Path) -> str:
+    size = float(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
+
+
+def _saved(run: Path) -> list[Path]:
+    """A run's checkpoints and its FINAL; or the one directory that was named."""
+    if (run / manifest.NAME).exists():
+        return [run]
+    found = find.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
+    if not found:
+        raise UserError(f"{run} holds no checkpoints: it is neither a run directory nor a checkpoint")
+    return found
+
+
+def ls(run: Path) -> int:
+    """Steps, sizes, held-out metrics, and whether each is whole."""
+    for path in _saved(run):
+        faults = manifest.verify(path)
+        metrics = find.metrics_of(path).get("eval", {})
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
+        print(f"{path.name:14s} {_size(path):>10s}  {'whole' if not faults else 'BAD'}  {shown}")
+    return 0
+
+
+def verify(run: Path) -> int:
+    """Every file of every checkpoint against its manifest; 1 where something is wrong."""
+    bad = False
+    for path in _saved(run):
+        faults = {fault.file: fault for fault in manifest.verify(path)}
+        listed = (manifest.read(path) or {"files": {}})["files"]
+        for name in sorted({*listed, *faults}):
+            print(f"{path.name}/{name}: {faults[name].reason if name in faults else 'ok'}")
+        bad |= bool(faults)
+    return int(bad)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m halos.checkpoint", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, function in (("ls", ls), ("verify", verify)):
+        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        command.add_argument("path", type=Path, nargs="+", help="a run directory, or one checkpoint in it")
+        command.set_defaults(function=function)
+    arguments = parser.parse_args()
+    try:
+        return max(arguments.function(path) for path in arguments.path)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,52 @@
+"""Rows of token ids laid end to end: what the model is fed."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from halos.data.dataset import Completion, Item
+from halos.types import Sequences
+
+PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion
+
+
+def pack(rows: Sequence[PackRow]) -> Sequences:
+    """One sequence a row, in order. A scored first token of a sequence has nothing to be predicted from, and is left out."""
+    lengths = np.array([len(prompt) + len(completion.ids) for prompt, completion in rows], np.int64)
+    starts = np.cumsum(lengths) - lengths
+    ids = np.concatenate([part for prompt, completion in rows for part in (prompt, completion.ids)]).astype(np.int64)
+    positions = np.arange(len(ids)) - np.repeat(starts, lengths)
+    nothing = [np.zeros(len(prompt), bool) for prompt, _ in rows]
+    scored = np.concatenate([part for none, (_, completion) in zip(nothing, rows, strict=True) for part in (none, completion.scored)])
+    at = np.flatnonzero(scored & (positions > 0))
+    row_of = np.repeat(np.arange(len(rows)), lengths)[at]
+    counts = np.bincount(row_of, minlength=len(rows))
+    columns = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return Sequences(
+        ids=_tensor(ids),
+        positions=_tensor(positions),
+        lengths=tuple(lengths.tolist()),
+        targets=_tensor(ids[at]),
+        sources=_tensor(at - 1),
+        rows=_tensor(row_of),
+        columns=_tensor(columns),
+        widest=int(counts.max()),
+    )
+
+
+def _tensor(values: np.ndarray) -> Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))
+
+
+def mismatch(item: Item, partner: Item, max_length: int) -> PackRow:
+    """The prompt of one row before the completion of another, cut at `max_length`."""
+    completion, room = partner.completions[0], max_length - len(item.prompt)
+    return item.prompt, Completion(completion.ids[:room], completion.scored[:room])
+
+
+def num_cut_mismatches(prompt_lengths: np.ndarray, lengths: np.ndarray, partners: np.ndarray, max_length: int) -> int:
+    """How many rows `mismatch` will cut: all three are (N,), `lengths` counts prompt and completion."""
+    completions = (lengths - prompt_lengths)[partners]
+    return int((prompt_lengths + completions > max_length).sum())

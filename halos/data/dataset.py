@@ -1,0 +1,191 @@
+"""Tokenised rows on disk: written once as arrow, memory-mapped by every process, read row by row as numpy slices."""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from halos.types import Comparison, Demonstration, Example, Judgement
+
+KINDS: dict[str, type[Example]] = {kind.__name__: kind for kind in (Demonstration, Comparison, Judgement)}
+ROWS, META = "rows.arrow", "meta.json"
+_COMPLETIONS = ("first", "second")  # of a pair the first is the chosen one
+_LISTS = ("prompt", *_COMPLETIONS, *(f"{name}_spans" for name in _COMPLETIONS))
+_SCHEMA = pa.schema(
+    [(name, pa.list_(pa.int32())) for name in _LISTS]
+    + [(f"{name}_scored", pa.int32()) for name in _COMPLETIONS]
+    + [("desirable", pa.bool_()), ("margin", pa.float64()), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What follows a prompt, and which of its tokens are scored."""
+
+    ids: np.ndarray  # (tokens,) int32
+    scored: np.ndarray  # (tokens,) bool
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One row of data as token ids."""
+
+    prompt: np.ndarray  # (tokens,) int32, exactly what a sampler is fed
+    completions: tuple[Completion, ...]  # one, or two of which the first is the chosen one
+    desirable: bool  # of a Judgement; True elsewhere
+    margin: float  # of a Comparison; 0 where the data names none
+    id: str  # where the row came from, and which of the row's examples it is
+
+
+@dataclass(slots=True)
+class Counts:
+    """What became of one source's rows."""
+
+    name: str
+    rows: int = 0  # read
+    examples: int = 0  # a pair is two where labels are wanted
+    kept: int = 0
+    cut_turns: int = 0  # examples that lost their oldest turns
+    cut_completions: int = 0  # completions that lost their end
+    inexact: int = 0  # examples whose text does not continue the template's own generation prompt
+    merged: int = 0  # examples whose last prompt characters and first words would have shared a token
+    dropped: dict[str, int] = field(default_factory=dict)  # examples by reason
+
+    def drop(self, reason: str) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+
+    def line(self) -> str:
+        """`a.jsonl: 120 rows, 118 kept; dropped 2 (longer than max_length)`."""
+        parts = [f"{self.name}: {self.rows} rows, {self.kept} kept"]
+        if self.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
+            parts.append(f"dropped {sum(self.dropped.values())} ({reasons})")
+        said = {
+            "lost their oldest turns": self.cut_turns,
+            "completions cut at max_length": self.cut_completions,
+            "do not continue the template's generation prompt (it opens a thought that they lack)": self.inexact,
+            "tokenised apart from their prompt, which shares a token with them": self.merged,
+        }
+        return "; ".join(parts + [f"{count} {what}" for what, count in said.items() if count])
+
+
+class Writer:
+    """Appends items to an arrow file, a batch at a time; equal prompts get one group number."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._file = (directory / ROWS).open("wb")
+        self._arrow = pa.ipc.new_file(self._file, _SCHEMA)
+        self._groups: dict[bytes, int] = {}
+
+    def write(self, items: Iterable[tuple[Item, int]]) -> None:
+        """Each item with the index of its source."""
+        columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+        for item, source in items:
+            columns["prompt"].append(item.prompt)
+            for name, completion in zip(_COMPLETIONS, (*item.completions, None), strict=False):
+                columns[name].append(completion.ids if completion else ())
+                columns[f"{name}_spans"].append(_spans(completion.scored) if completion else ())
+                columns[f"{name}_scored"].append(int(completion.scored.sum()) if completion else 0)
+            columns["desirable"].append(item.desirable)
+            columns["margin"].append(item.margin)
+            columns["source"].append(source)
+            columns["group"].append(self._groups.setdefault(item.prompt.tobytes(), len(self._groups)))
+            columns["id"].append(item.id)
+        arrays = [_list_array(columns[name]) if name in _LISTS else columns[name] for name in _SCHEMA.names]
+        self._arrow.write_table(pa.table(arrays, schema=_SCHEMA))
+
+    def close(self, meta: dict[str, Any]) -> None:
+        """Everything is on the disk when this returns."""
+        self._arrow.close()
+        with self._file, (self._directory / META).open("w") as notes:
+            json.dump(meta, notes, indent=1)
+            for file in (self._file, notes):
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _spans(scored: np.ndarray) -> np.ndarray:
+    """Runs of True as [start, end, start, end, ...]."""
+    return np.flatnonzero(np.diff(scored, prepend=False, append=False)).astype(np.int32)
+
+
+def _list_array(rows: list[Any]) -> pa.ListArray:
+    lengths = np.fromiter((len(row) for row in rows), np.int32, len(rows))
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    values = np.concatenate([np.asarray(row, np.int32) for row in rows]) if rows else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+class _Lists:
+    """A column of lists as numpy views into the mapped file."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        chunk = int(self._starts.searchsorted(row, "right")) - 1
+        offsets, values = self._chunks[chunk]
+        at = row - int(self._starts[chunk])
+        return values[offsets[at] : offsets[at + 1]]
+
+    def lengths(self) -> np.ndarray:
+        parts = [np.diff(offsets) for offsets, _ in self._chunks]
+        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+
+
+class Dataset:
+    """Items in the order in which they were read; whole columns where no row needs to be touched."""
+
+    def __init__(self, path: Path) -> None:
+        meta = json.loads((path / META).read_text())
+        table = pa.ipc.open_file(pa.memory_map(str(path / ROWS))).read_all()
+        self.kind = KINDS[meta["kind"]]
+        self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources
+        self.report = tuple(Counts(**counts) for counts in meta["report"])  # one per source
+        self.groups = table["group"].to_numpy()  # (N,) equal prompts share a number
+        self.sources = table["source"].to_numpy()  # (N,) index into weights and report
+        names = _COMPLETIONS if self.kind is Comparison else _COMPLETIONS[:1]
+        self._lists = {name: _Lists(table[name]) for name in _LISTS}
+        self._names = [(name, f"{name}_spans") for name in names]
+        self._desirable, self._margin = table["desirable"].to_numpy(), table["margin"].to_numpy()
+        self._id = table["id"]
+        self.scored = np.stack([table[f"{name}_scored"].to_numpy() for name in names], 1)  # (N, completions) scored tokens
+        self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
+        completion_lengths = np.stack([self._lists[name].lengths() for name in names], 1)
+        self.lengths = self.prompt_lengths[:, None] + completion_lengths  # (N, completions) tokens of prompt and completion
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def __getitem__(self, row: int) -> Item:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        completions = tuple(_completion(self._lists[ids][row], self._lists[spans][row]) for ids, spans in self._names)
+        desirable, margin = bool(self._desirable[row]), float(self._margin[row])
+        return Item(self._lists["prompt"][row], completions, desirable, margin, self._id[row].as_py())
+
+    def __iter__(self) -> Iterator[Item]:
+        return (self[row] for row in range(len(self)))
+
+    def lines(self) -> list[str]:
+        """What became of the rows, one line a source."""
+        return [counts.line() for counts in self.report]
+
+
+def _completion(ids: np.ndarray, spans: np.ndarray) -> Completion:
+    scored = np.zeros(len(ids), bool)
+    for start, end in spans.reshape(-1, 2):
+        scored[start:end] = True
+    return Completion(ids, scored)
+
+
+def open_dataset(path: Path) -> Dataset:
+    """What `prepare` wrote."""
+    return Dataset(path)

@@ -1,0 +1,71 @@
+"""Which rows each global batch holds: a pure function of (seed, epoch, batch), whoever asks and whatever was asked before."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from halos.errors import UserError
+
+_EPOCH, _PARTNER = 0, 1  # streams of one seed
+
+
+def _stream(seed: int, *key: int) -> np.random.Philox:
+    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key))
+
+
+def _permutation(stream: np.random.Philox, count: int) -> np.ndarray:
+    # Raw bits are the same in every numpy; what Generator.permutation makes of them may change between releases.
+    return np.argsort(stream.random_raw(count), kind="stable")
+
+
+class Order:
+    """An endless sequence of global batches. A source of weight w gives round(w n) of its n rows to every epoch."""
+
+    def __init__(self, sources: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:
+        self._rows = [np.flatnonzero(sources == number) for number in range(len(weights))]
+        self._wanted = [round(weight * len(rows)) for weight, rows in zip(weights, self._rows, strict=True)]
+        self.rows_per_epoch = sum(self._wanted)
+        if not self.rows_per_epoch:
+            raise UserError("the weights of data.train leave no row in an epoch; raise them")
+        self.batches_per_epoch = -(-self.rows_per_epoch // batch_size)
+        self._batch_size, self._seed = batch_size, seed
+        self._cached: tuple[int, np.ndarray] | None = None
+
+    def batch(self, number: int) -> np.ndarray:
+        """Rows of global batch `number`, counted from 0 through all epochs; the last one of an epoch may be smaller."""
+        epoch, within = divmod(number, self.batches_per_epoch)
+        return self.epoch(epoch)[within * self._batch_size : (within + 1) * self._batch_size]
+
+    def epoch(self, number: int) -> np.ndarray:
+        """All rows of an epoch, in order: (rows_per_epoch,)."""
+        if self._cached is None or self._cached[0] != number:
+            stream = _stream(self._seed, _EPOCH, number)
+            mixture = np.concatenate([_share(rows, wanted, stream) for rows, wanted in zip(self._rows, self._wanted, strict=True)])
+            self._cached = number, mixture[_permutation(stream, len(mixture))]
+        return self._cached[1]
+
+
+def _share(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarray:
+    """All rows as often as they go into `wanted`, and a random choice for the rest."""
+    copies, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)
+    return np.concatenate([np.tile(rows, copies), rows[_permutation(stream, len(rows))[:rest]]])
+
+
+def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
+    """Every row once, in the order of the data."""
+    return [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def partners(groups: np.ndarray, seed: int) -> np.ndarray:
+    """For each row another one, uniform among those with a different prompt: (N,). KTO's mismatched completions."""
+    count = len(groups)
+    order = np.argsort(groups, kind="stable")
+    _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
+    if len(starts) < 2:
+        raise UserError("kto needs at least two different prompts in the data: it pairs each with an answer to another")
+    others = np.repeat(count - sizes, sizes).astype(np.uint64)
+    steps = (_stream(seed, _PARTNER).random_raw(count) % others).astype(np.int64)
+    after = np.repeat(starts + sizes, sizes)  # sorted by prompt, the rows of other prompts follow a row's own, cyclically
+    found = np.empty(count, np.int64)
+    found[order] = order[(after + steps) % count]
+    return found

@@ -1,0 +1,168 @@
+"""Entries of data.train or data.eval to a tokenised data set: read, converted and tokenised once, then found by its content."""
+
+import hashlib
+import json
+import logging
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import transformers
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from halos.data.dataset import META, Counts, Item, Writer
+from halos.data.formats import as_kind, read_example
+from halos.data.sources import Opened, Source, hash_files, open_source
+from halos.data.template import chat_template
+from halos.data.tokenize import EQUAL, Encoded, Encoder
+from halos.errors import UserError
+from halos.types import Comparison, Example, Judgement
+
+log = logging.getLogger(__name__)
+
+BATCH = 1000  # rows tokenised in one call, and written as one arrow batch
+UNDESIRABLE = "undesirable, not to be imitated"
+
+
+def prepare(
+    entries: Sequence[str | Mapping[str, Any]],
+    *,
+    kind: type[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    truncation: str,
+    score: str,
+    cache_dir: Path,
+    purpose: str = "train",
+    transform: Callable[[Any], Example] | None = None,
+    transform_key: str = "",
+) -> Path:
+    """The directory below `cache_dir` that holds the tokenised rows; made on the first call, found by the next ones.
+
+    `kind` is what the loss eats, or what `transform` eats where the loss has one (conditional SFT); `transform_key` names
+    it and its settings. `purpose` (train or eval) is the split of sources whose entry names none. Call it in one process;
+    the others open what it returns.
+    """
+    if not entries:
+        raise UserError(f"data.{purpose}: no entry; give files, directories or names")
+    opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
+    settings = [kind.__name__, max_length, truncation, score, transform_key, [each.fingerprint for each in opened]]
+    key = _key([settings, [asdict(each.source) for each in opened], purpose, _code(), *_tokenizer(tokenizer)])
+    path = cache_dir.expanduser() / "data" / key
+    if (path / META).exists():
+        return path
+    hidden = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
+    try:
+        hidden.mkdir(parents=True)
+        encoder = Encoder(tokenizer, max_length=max_length, truncation=truncation)
+        _write(hidden, opened, kind, score, encoder, transform)
+        _publish(hidden, path)
+    except OSError as error:
+        raise UserError(f"cache_dir={cache_dir}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    return path
+
+
+def _publish(hidden: Path, path: Path) -> None:
+    """It appears at once and complete; where another process was first, its work is as good."""
+    try:
+        hidden.rename(path)
+    except OSError:
+        if not (path / META).exists():
+            raise
+
+
+def _key(parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def _code() -> str:
+    """A change to the code of this room makes everything anew."""
+    return hash_files(sorted(Path(__file__).parent.glob("*.py")))
+
+
+def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Everything that decides which ids a row becomes."""
+    tokenizer("", padding=False, truncation=False)  # the state of earlier calls would be part of the backend's description
+    backend = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
+    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    return [backend, special, chat_template(tokenizer, None), tokenizers.__version__, transformers.__version__]
+
+
+# --- the rows ----------------------------------------------------------------------------------------------------------
+
+
+def _write(
+    directory: Path,
+    opened: Sequence[Opened],
+    kind: type[Example],
+    score: str,
+    encoder: Encoder,
+    transform: Callable[[Any], Example] | None,
+) -> None:
+    writer, report, made = Writer(directory), [], kind
+    with tqdm(desc="tokenising", unit=" rows", delay=2, disable=None, leave=False) as bar:
+        for number, source in enumerate(opened):
+            counts = Counts(source.source.path)
+            report.append(counts)
+            examples = _examples(source, kind, score, counts, transform, bar)
+            while batch := list(islice(examples, BATCH)):
+                made = type(batch[0][0])
+                items = _items(batch, encoder, counts)
+                writer.write((item, number) for item in items)
+            if not counts.kept:
+                raise UserError(f"{counts.line()}: nothing is left; raise train.max_length or choose another truncation")
+    weights = [each.source.weight for each in opened]
+    writer.close({"kind": made.__name__, "weights": weights, "report": [asdict(counts) for counts in report]})
+
+
+Placed = tuple[Example, str, str]  # with the row's place, and the example's own name
+
+
+def _examples(
+    opened: Opened,
+    kind: type[Example],
+    score: str,
+    counts: Counts,
+    transform: Callable[[Any], Example] | None,
+    bar: Iterable[Any],
+) -> Iterator[Placed]:
+    for row in opened.rows():
+        counts.rows += 1
+        bar.update()
+        example = read_example(row, score=score)
+        served = as_kind(example, kind, row)
+        if not served:
+            counts.examples += 1
+            counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL)
+        for number, each in enumerate(served):
+            counts.examples += 1
+            yield transform(each) if transform else each, row.where, f"{row.where}#{number}"
+
+
+def _items(batch: Sequence[Placed], encoder: Encoder, counts: Counts) -> list[Item]:
+    items = []
+    for encoded, (example, _, name) in zip(encoder.encode([(each, where) for each, where, _ in batch]), batch, strict=True):
+        if isinstance(encoded, str):
+            counts.drop(encoded)
+            continue
+        _count(encoded, counts)
+        margin = (example.margin or 0.0) if isinstance(example, Comparison) else 0.0
+        desirable = example.desirable if isinstance(example, Judgement) else True
+        items.append(Item(encoded.prompt, encoded.completions, desirable, margin, name))
+    return items
+
+
+def _count(encoded: Encoded, counts: Counts) -> None:
+    counts.kept += 1
+    counts.cut_turns += encoded.cut_turns
+    counts.cut_completions += encoded.cut_completions
+    counts.inexact += not encoded.exact
+    counts.merged += encoded.merged

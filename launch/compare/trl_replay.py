@@ -1,0 +1,201 @@
+"""The loss methods of TRL's trainers, run on log-probs made beforehand: no model, no data, no copy of a formula."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.utils import ModelOutput
+from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl.experimental.cpo import CPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from halos.types import Pair, TokenLogps
+
+PAIRS, WIDTH = 8, 12
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A mean loss, its gradient with respect to every log-prob or score, and what would be logged."""
+
+    loss: Tensor
+    gradient: Tensor
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows [chosen, rejected]; values are 0 where the mask is False."""
+
+    policy: Tensor  # (2 pairs, time), a leaf that takes a gradient
+    reference: Tensor  # (2 pairs, time)
+    mask: Tensor  # (2 pairs, time) bool
+
+    @classmethod
+    def random(cls, seed: int, pairs: int = PAIRS) -> "Batch":
+        generator = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(2, WIDTH + 1, (2 * pairs, 1), generator=generator)
+        mask = torch.arange(WIDTH) < lengths
+        policy, reference = -3 * torch.rand(2, 2 * pairs, WIDTH, generator=generator) * mask
+        return cls(policy.requires_grad_(), reference, mask)
+
+    def rows(self, where: slice) -> "Batch":
+        return Batch(self.policy.detach()[where].clone().requires_grad_(), self.reference[where], self.mask[where])
+
+    def turned(self) -> "Batch":
+        """Policy and reference exchanged, so that every log-ratio has the other sign."""
+        return Batch(self.reference.clone().requires_grad_(), self.policy.detach(), self.mask)
+
+    @property
+    def policy_logps(self) -> TokenLogps:
+        return TokenLogps(self.policy, self.mask)
+
+    @property
+    def reference_logps(self) -> TokenLogps:
+        return TokenLogps(self.reference, self.mask)
+
+    def outcome(self, loss: Tensor, metrics: Mapping[str, float]) -> Outcome:
+        """With the gradient of scored tokens alone: what stands in the padding is nobody's log-prob."""
+        return Outcome(loss.detach(), torch.autograd.grad(loss, self.policy)[0] * self.mask, metrics)
+
+    def pairs(self) -> tuple[Pair, Pair]:
+        half = len(self.policy) // 2
+        return Pair(*self.policy_logps.split(half)), Pair(*self.reference_logps.split(half))
+
+
+class Replay(torch.nn.Module):
+    """Stands in for a model: answers each call with the next of the outputs made beforehand."""
+
+    is_gradient_checkpointing = False
+
+    def __init__(self, *outputs: ModelOutput) -> None:
+        super().__init__()
+        self.outputs = list(outputs)
+
+    def forward(self, *_: Any, **__: Any) -> ModelOutput:
+        return self.outputs.pop(0)
+
+
+def bare(trainer: type, **settings: Any) -> Any:
+    """A trainer of TRL's with the attributes that its loss method reads, and nothing else."""
+    made = object.__new__(trainer)
+    made.accelerator = Accelerator(cpu=True)
+    made.aux_loss_enabled = False
+    made._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    made._total_train_tokens, made._tp_size = 0, 1
+    made.args = SimpleNamespace(gradient_checkpointing_kwargs=None)
+    for name, value in settings.items():
+        setattr(made, name, value)
+    return made
+
+
+def logged(trainer: Any) -> dict[str, float]:
+    return {name: values[-1] for name, values in trainer._metrics["train"].items()}
+
+
+def fused(values: Tensor, mask: Tensor) -> FusedCausalLMOutput:
+    """What a model with TRL's fused head returns; the fields that only metrics read are 0."""
+    nothing = torch.zeros_like(values)
+    return FusedCausalLMOutput(
+        log_probs=values, entropy=nothing, mean_logits=nothing, is_top1=torch.zeros_like(mask), label_mask=mask
+    )
+
+
+def behind_a_prompt(mask: Tensor) -> Tensor:
+    """One prompt token in front, as TRL's masks have it: (rows, 1 + time)."""
+    return torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask.long()], 1)
+
+
+def trl_dpo(batch: Batch, loss_type: str, *, beta: float, label_smoothing: float = 0.0) -> Outcome:
+    trainer = bare(
+        DPOTrainer,
+        model=Replay(fused(batch.policy, batch.mask)),
+        ref_model=Replay(fused(batch.reference, batch.mask)),
+        ld_alpha=None,
+        precompute_ref_logps=False,
+        f_divergence_type="reverse_kl",
+        loss_types=[loss_type],
+        loss_weights=[1.0],
+        beta=beta,
+        label_smoothing=label_smoothing,
+        use_weighting=False,
+    )
+    mask = behind_a_prompt(batch.mask)
+    given = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+    loss = trainer.compute_loss(trainer.model, given)
+    return batch.outcome(loss, logged(trainer))
+
+
+def trl_cpo(batch: Batch, loss_type: str, *, beta: float, gamma: float = 0.0, alpha: float = 0.0) -> Outcome:
+    """CPO's trainer starts from logits, so two of them say each log-prob p: log(1 - e^p) and p, whose softmax is itself."""
+    first = torch.zeros(len(batch.policy), 1)
+    values = torch.cat([batch.policy, first], 1)
+    wrong = torch.log(-torch.expm1(values.clamp(max=-1e-6)))
+    logits = torch.stack([wrong, values], -1)
+    trainer = bare(CPOTrainer, loss_type=loss_type, beta=beta, simpo_gamma=gamma, cpo_alpha=alpha, label_smoothing=0.0, alpha=0.0)
+    trainer.is_encoder_decoder, trainer.pad_token_id = False, 0
+    mask = behind_a_prompt(batch.mask)
+    labels = torch.where(mask.bool(), 1, -100)
+    given = {}
+    for name, rows in zip(("chosen", "rejected"), labels.chunk(2), strict=True):
+        given |= {f"{name}_input_ids": torch.ones_like(rows), f"{name}_attention_mask": torch.ones_like(rows)}
+        given[f"{name}_labels"] = rows
+    loss, metrics = trainer.get_batch_loss_metrics(Replay(ModelOutput(logits=logits)), given)
+    return batch.outcome(loss, metrics)
+
+
+def trl_kto(batch: Batch, mismatched: Batch, labels: Sequence[bool], *, beta: float, weights: tuple[float, float]) -> Outcome:
+    policy = (fused(mismatched.policy.detach(), mismatched.mask), fused(batch.policy, batch.mask))
+    trainer = bare(
+        KTOTrainer,
+        model=Replay(*policy),
+        ref_model=Replay(fused(mismatched.reference, mismatched.mask), fused(batch.reference, batch.mask)),
+        calculate_KL=True,
+        precompute_ref_logps=False,
+        loss_type="kto",
+        beta=beta,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+    )
+    mask, other = behind_a_prompt(batch.mask), behind_a_prompt(mismatched.mask)
+    given = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask, "label": torch.tensor(labels)}
+    given |= {"KL_input_ids": other, "KL_attention_mask": torch.ones_like(other), "KL_completion_mask": other}
+    loss = trainer.compute_loss(trainer.model, given)
+    return batch.outcome(loss, logged(trainer))
+
+
+def trl_reward(scores: Tensor, margin: Tensor | None, centering: float | None) -> Outcome:
+    trainer = bare(RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=centering))
+    trainer.model = Replay(ModelOutput(logits=scores[:, None]))
+    given = {"attention_mask": torch.ones(len(scores), 1, dtype=torch.long)} | ({} if margin is None else {"margin": margin})
+    loss = trainer.compute_loss(trainer.model, given)
+    return Outcome(loss.detach(), torch.autograd.grad(loss, scores)[0], logged(trainer))
+
+
+def trl_sft(batches: Sequence[Batch]) -> Outcome:
+    """The micro-batches of one step, with the token count of the whole step, as transformers' Trainer passes it."""
+    tokens = sum(batch.mask.sum() for batch in batches)
+    losses, gradients = [], []
+    for batch in batches:
+        trainer = bare(SFTTrainer, compute_loss_func=None, label_smoother=None)
+        trainer.args = SimpleNamespace(loss_type="nll", average_tokens_across_devices=False)
+        trainer.model = Replay(fused(batch.policy, batch.mask))
+        mask = behind_a_prompt(batch.mask)
+        given = {"input_ids": mask, "attention_mask": mask, "labels": mask}
+        part = batch.outcome(trainer.compute_loss(trainer.model, given, num_items_in_batch=tokens), {})
+        losses.append(part.loss)
+        gradients.append(part.gradient)
+    return Outcome(torch.stack(losses).sum(), torch.cat(gradients), {})
+
+
+def averaged(outcomes: Sequence[Outcome]) -> Outcome:
+    """The mean of micro-batches' means, as accumulation takes it where a trainer passes no global count."""
+    count = len(outcomes)
+    return Outcome(
+        torch.stack([x.loss for x in outcomes]).mean(), torch.cat([x.gradient for x in outcomes]) / count, outcomes[0].metrics
+    )
