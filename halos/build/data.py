@@ -10,7 +10,7 @@ from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import Order, partners
-from halos.data.tokenize import prepare
+from halos.data.prepare import prepare
 from halos.trainers.deal import Split
 from halos.types import Comparison, Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps
 
@@ -19,15 +19,18 @@ KINDS: dict[type, type] = {TokenLogps: Demonstration, Pair: Comparison, PairScor
 
 def load(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> tuple[Split, Split | None]:
     """Training and held-out rows. Raises UserError for every mistake in them, before any model loads."""
-    train = _open(config, loss, tokenizer, made, config.data.train)
-    held_out = _open(config, loss, tokenizer, made, config.data.eval) if config.data.eval else None
+    train = _open(config, loss, tokenizer, made, "train", config.data.train)
+    held_out = _open(config, loss, tokenizer, made, "eval", config.data.eval) if config.data.eval else None
     return _split(train, loss, config.seed), _split(held_out, loss, config.seed) if held_out is not None else None
 
 
-def _open(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, entries: list[Any]) -> Dataset:
+def _open(
+    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, purpose: str, entries: list[Any]
+) -> Dataset:
     with made.main_process_first():  # the others find what the first one has written
         path = prepare(
             entries,
+            purpose=purpose,
             kind=loss.example_type or KINDS[loss.inputs],
             tokenizer=tokenizer,
             max_length=config.train.max_length,

@@ -85,7 +85,7 @@ def header(run: Run, loss: LossSpec, train: Dataset, held_out: Dataset | None, r
     )
     log.info("parameters %s trained of %s (%.2f%%)", _short(trained), _short(total), 100 * trained / total)
     for name, rows in (("train", train), ("held out", held_out)):
-        for line in rows.report.lines() if rows is not None else ["none"]:
+        for line in rows.lines() if rows is not None else ["none"]:
             log.info("%-10s %s", name, line)
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
     steps = f"{run.total_steps} of {config.train.batch_size}, {config.train.microbatch_size} at a time"

@@ -14,7 +14,7 @@ class AboveTheBar(logging.Handler):
         tqdm.write(self.format(record), file=None)
 
 
-def speak(path: Path | None, *, main: bool) -> None:
+def speak(main: bool) -> None:
     """Set logging up, in the one place where it is."""
     logger = logging.getLogger("halos")
     logger.handlers.clear()
@@ -23,9 +23,12 @@ def speak(path: Path | None, *, main: bool) -> None:
     console = AboveTheBar()
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
-    if main and path is not None:
-        file = logging.FileHandler(path, delay=True)
-        file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(file)
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+
+
+def write_to(path: Path) -> None:
+    """Keep what is said in the run's train.log too."""
+    file = logging.FileHandler(path)
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger("halos").addHandler(file)

@@ -14,12 +14,13 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from halos.build import data, facts, model
-from halos.build.logs import speak
+from halos.build.logs import speak, write_to
 from halos.build.processes import accelerator
 from halos.checkpoint import commit, find
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.schema import Config
 from halos.data.template import chat_template
+from halos.errors import UserError
 from halos.hooks.base import Hook, Run
 from halos.hooks.checkpoint import CheckpointHook, restore
 from halos.hooks.early_stopping import EarlyStopping
@@ -50,17 +51,14 @@ def run(config: Config, typed: list[str]) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
     loss = bind_loss(config.loss, config.plugins)
     checkpoint, hooks = _hooks(config)
-    directory, asked = RunDir.open(config.resume) if config.resume else (RunDir(config.run_dir), None)
+    directory = RunDir(config.run_dir)
     made = accelerator(config.train.precision)
-    if made.is_main_process and not config.resume and not config.dry_run:
-        directory.create(overwrite=config.overwrite)
-        directory.write_config(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
-    made.wait_for_everyone()
-    speak(None if config.dry_run else directory.log, main=made.is_main_process)
-    if config.resume and directory.status() == "finished":
+    speak(made.is_main_process)
+    if made.is_main_process:
+        directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
+    if config.resume and directory.is_finished():
         log.info("%s is finished already; its model is %s", directory.path, directory.final)
         return FINISHED
-    source = _source(config, directory, asked, made)
     base = _base(config, made)
     tokenizer = load_tokenizer(base, add_tokens=config.model.add_tokens)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
@@ -68,18 +66,17 @@ def run(config: Config, typed: list[str]) -> int:
     order = data.order(train.rows, config)
     total = config.train.steps or math.ceil((config.train.epochs or 0) * order.batches_per_epoch)
     if config.dry_run:
-        for line in train.rows.report.lines():
+        for line in train.rows.lines():
             log.info("train      %s", line)
         log.info("%d steps of %d; everything fits together, nothing was trained", total, config.train.batch_size)
         return FINISHED
+    source = _begin(config, directory, made)
     current = _assemble(config, loss, hooks, directory, made, base, tokenizer, total, source.path)
     against = model.reference(config, current.model, base, tokenizer, made) if loss.needs_reference else None
     if made.is_main_process:
         _record(current, typed, source)
     facts.header(current, loss, train.rows, held_out.rows if held_out else None, against)
-    trainer = TRAINERS[loss.inputs](
-        current, loss, checkpoint, train=train, held_out=held_out, order=order, reference=against
-    )
+    trainer = TRAINERS[loss.inputs](current, loss, checkpoint, train=train, held_out=held_out, order=order, reference=against)
     return _train(trainer, current)
 
 
@@ -94,16 +91,19 @@ def _hooks(config: Config) -> tuple[CheckpointHook, dict[str, Hook]]:
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
 
-def _source(config: Config, directory: RunDir, asked: str | None, made: Accelerator) -> find.Found:
-    """Where this attempt goes on from: decided by one process, so that all of them agree."""
+def _begin(config: Config, directory: RunDir, made: Accelerator) -> find.Found:
+    """Make the run's directory, or find what it goes on from: one process decides, so that all agree."""
     box: list[Any] = [find.Found(None, [])]
-    if made.is_main_process and not config.dry_run:
+    if made.is_main_process and config.resume:
         commit.sweep(directory.checkpoints)
         commit.sweep(directory.path)
-        if asked is not None:
-            box = [find.Found(find.exactly(directory.checkpoints / asked), [])]
-        elif config.resume:
-            box = [find.newest(directory.checkpoints)]
+        asked = directory.asked_checkpoint(config.resume)
+        box = [find.Found(find.exactly(asked), [])] if asked else [find.newest(directory.checkpoints)]
+    elif made.is_main_process:
+        directory.create(overwrite=config.overwrite)
+        directory.write_config(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+    if made.is_main_process:
+        write_to(directory.log)
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
@@ -170,7 +170,7 @@ def _train(trainer: Trainer, current: Run) -> int:
             hook.on_end(current)
         if current.main:
             metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
-            current.directory.write_result(status, current.step, metrics, note)
+            current.directory.write_result(status, current.step, metrics, reason=note)
     return _close(current, status, note)
 
 

@@ -19,7 +19,9 @@ def pack(rows: Sequence[PackRow]) -> Sequences:
     ids = np.concatenate([part for prompt, completion in rows for part in (prompt, completion.ids)]).astype(np.int64)
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
     nothing = [np.zeros(len(prompt), bool) for prompt, _ in rows]
-    scored = np.concatenate([part for none, (_, completion) in zip(nothing, rows, strict=True) for part in (none, completion.scored)])
+    scored = np.concatenate(
+        [part for none, (_, completion) in zip(nothing, rows, strict=True) for part in (none, completion.scored)]
+    )
     at = np.flatnonzero(scored & (positions > 0))
     row_of = np.repeat(np.arange(len(rows)), lengths)[at]
     counts = np.bincount(row_of, minlength=len(rows))

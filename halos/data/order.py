@@ -40,7 +40,9 @@ class Order:
         """All rows of an epoch, in order: (rows_per_epoch,)."""
         if self._cached is None or self._cached[0] != number:
             stream = _stream(self._seed, _EPOCH, number)
-            mixture = np.concatenate([_share(rows, wanted, stream) for rows, wanted in zip(self._rows, self._wanted, strict=True)])
+            mixture = np.concatenate(
+                [_share(rows, wanted, stream) for rows, wanted in zip(self._rows, self._wanted, strict=True)]
+            )
             self._cached = number, mixture[_permutation(stream, len(mixture))]
         return self._cached[1]
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from halos.checkpoint.commit import staged
 from halos.checkpoint.find import name_of
 from halos.config.bind import LossSpec
-from halos.data.collate import Row, mismatch, pack
+from halos.data.collate import PackRow, mismatch, pack
 from halos.data.dataset import Item
 from halos.data.order import Order, eval_batches
 from halos.hooks.base import Run, Stop
@@ -53,7 +53,7 @@ class Trainer(ABC):
         self._clock, self._window_tokens = 0.0, 0
 
     @abstractmethod
-    def rows(self, items: Sequence[Item]) -> list[Row]:
+    def rows(self, items: Sequence[Item]) -> list[PackRow]:
         """The sequences that the model sees for these items."""
 
     @abstractmethod
@@ -165,7 +165,7 @@ class Trainer(ABC):
         count = len(chunk.items) if loss.per == "item" else chunk.num_scored
         return {**loss.metrics, "loss": Mean(loss.values.detach().sum(), loss.values.new_tensor(float(count)))}
 
-    def _forward(self, rows: list[Row], shape: Callable[[Any], Any]) -> list[Any]:
+    def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss compares with one, in the loss's own types."""
         batch = pack(rows).to(self.run.accelerator.device)
         if not self.loss.needs_reference:

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from halos.data.collate import Row
+from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
 from halos.types import Pair, TokenLogps
 
 
-def both(items: Sequence[Item]) -> list[Row]:
+def both(items: Sequence[Item]) -> list[PackRow]:
     """Every chosen row, then every rejected row."""
     return [(item.prompt, item.completions[which]) for which in (0, 1) for item in items]
 
@@ -16,7 +16,7 @@ def both(items: Sequence[Item]) -> list[Row]:
 class PairedTrainer(Trainer):
     """For losses whose first parameter is a Pair."""
 
-    def rows(self, items: Sequence[Item]) -> list[Row]:
+    def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return both(items)
 
     def inputs(self, output: TokenLogps, items: Sequence[Item]) -> Pair:

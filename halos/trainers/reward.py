@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from halos.data.collate import Row
+from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
 from halos.trainers.paired import both
@@ -15,7 +15,7 @@ from halos.types import PairScores
 class RewardTrainer(Trainer):
     """For losses whose first parameter is PairScores."""
 
-    def rows(self, items: Sequence[Item]) -> list[Row]:
+    def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return both(items)
 
     def inputs(self, output: Tensor, items: Sequence[Item]) -> PairScores:

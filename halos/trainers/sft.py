@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from halos.data.collate import Row
+from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
 from halos.types import TokenLogps
@@ -12,7 +12,7 @@ from halos.types import TokenLogps
 class SFTTrainer(Trainer):
     """For losses whose first parameter is TokenLogps."""
 
-    def rows(self, items: Sequence[Item]) -> list[Row]:
+    def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return [(item.prompt, item.completions[0]) for item in items]
 
     def inputs(self, output: TokenLogps, items: Sequence[Item]) -> TokenLogps:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from halos.data.collate import Row
+from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
 from halos.types import Labelled, TokenLogps
@@ -13,7 +13,7 @@ from halos.types import Labelled, TokenLogps
 class UnpairedTrainer(Trainer):
     """For losses whose first parameter is Labelled."""
 
-    def rows(self, items: Sequence[Item]) -> list[Row]:
+    def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return [(item.prompt, item.completions[0]) for item in items]
 
     def inputs(self, output: TokenLogps, items: Sequence[Item]) -> Labelled:

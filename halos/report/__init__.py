@@ -1,0 +1,1 @@
+"""What saved runs say: a table and pictures, from their small files alone."""

@@ -1,0 +1,170 @@
+"""Pictures of runs: learning curves, rewards, and what the optimizer did."""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
+
+from halos.report.read import Record, series
+
+Color = tuple[float, ...]
+NOISY = 20  # from so many points on, a curve is smoothed
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """One metric over the steps, of every run that has it."""
+
+    metrics: tuple[str, ...]  # the first that a run reports
+    title: str
+    level: float | None = None  # a dotted line to compare with
+    bounds: tuple[float, float] | None = None
+    held_out: bool = True
+    runs: Callable[[Record], bool] = lambda record: True
+
+    def of(self, records: Sequence[Record]) -> list[tuple[Record, str]]:
+        """The runs it shows, each with its metric."""
+        found = [(record, name) for record in records if self.runs(record) for name in self.metrics if _has(record, name)]
+        return [pair for i, pair in enumerate(found) if pair[0] not in [other for other, _ in found[:i]]]
+
+
+REWARDS = (
+    Panel(("rewards/accuracies", "accuracy"), "Reward accuracy", level=0.5, bounds=(-0.02, 1.02)),
+    Panel(("rewards/margins",), "Reward margin, chosen − rejected", level=0.0),
+    Panel(("reward",), "Reward"),
+    Panel(("kl",), "KL to the reference, nats", level=0.0),
+    Panel(("entropy",), "Entropy, nats"),
+    Panel(("clip_fraction",), "Share of clipped tokens"),
+)
+OPTIMIZER = (
+    Panel(("lr",), "Learning rate", held_out=False),
+    Panel(("grad_norm",), "Gradient norm, before clipping", held_out=False),
+)
+
+
+def plot(records: Sequence[Record], output: Path) -> list[Path]:
+    """Writes the pictures that the runs have numbers for; gives back their paths."""
+    output.mkdir(parents=True, exist_ok=True)
+    losses = list(dict.fromkeys(record.loss for record in records))
+    # losses of different kinds share no scale, so each kind has a panel of its own
+    curves = [Panel(("loss",), f"{name} loss", runs=lambda record, name=name: record.loss == name) for name in losses]
+    drawn = []
+    for name, panels in (("learning_curves", curves), ("rewards", REWARDS), ("optimizer", OPTIMIZER)):
+        if figure := draw(records, panels):
+            drawn.append(_save(figure, output / f"{name}.png"))
+    return drawn
+
+
+def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
+    """The panels that any run has numbers for, side by side under one legend; None where there are none."""
+    shown = [panel for panel in panels if panel.of(records)]
+    if not shown:
+        return None
+    columns = min(len(shown), 3)
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(max(6.8, 5.2 * columns), 3.9 * lines + 0.8), dpi=150, layout="constrained")
+    palette = dict(zip([record.label for record in records], _palette(len(records)), strict=True))
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for panel, ax in zip(shown, axes, strict=False):
+        _fill(ax, panel, [(record, name, palette[record.label]) for record, name in panel.of(records)])
+    for ax in list(axes)[len(shown) :]:
+        ax.set_axis_off()
+    _legend(figure, records, palette, held_out=any(panel.held_out for panel in shown))
+    return figure
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """A centred mean over a twelfth of the curve, narrower towards its ends; centred, so that it lags behind nothing."""
+    reach = max(2, len(values) // 24)
+    known = np.isfinite(values)
+    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
+    places = np.arange(len(values))
+    width = np.minimum(reach, np.minimum(places, len(values) - 1 - places))
+    stop, start = places + width, places - width - 1
+    count = counts[stop] - np.where(start >= 0, counts[start], 0)
+    total = sums[stop] - np.where(start >= 0, sums[start], 0.0)
+    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+
+
+def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, Color]]) -> None:
+    seen = []
+    for record, name, color in curves:
+        steps, values = series(record.train, name)
+        trend = smooth(values) if len(values) >= NOISY and panel.metrics != ("lr",) else values
+        if trend is not values:
+            ax.plot(steps, values, color=color, linewidth=0.7, alpha=0.28)
+        ax.plot(steps, trend, color=color, linewidth=2, marker="." if len(steps) < 2 else "", solid_capstyle="round")
+        seen += [trend, np.nanpercentile(values, [2, 98]) if np.isfinite(values).any() else trend]
+        if panel.held_out:
+            steps, values = series(record.held_out, name)
+            ax.plot(
+                steps, values, color=color, linewidth=1.3, linestyle="--", marker="o", markersize=4.5, markeredgecolor="white"
+            )
+            seen.append(values)
+    _dress(ax, panel, np.concatenate(seen))
+
+
+def _dress(ax: Axes, panel: Panel, seen: np.ndarray) -> None:
+    ax.set_title(panel.title, fontsize=11, loc="left")
+    ax.set_xlabel("optimizer step")
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.grid(alpha=0.25, linewidth=0.7)
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.tick_params(labelsize=9)
+    if panel.level is not None:
+        ax.axhline(panel.level, color="0.45", linewidth=0.9, linestyle=":", zorder=0)
+    seen = seen[np.isfinite(seen)]
+    if panel.bounds:
+        ax.set_ylim(panel.bounds)
+    elif panel.metrics == ("grad_norm",) and len(seen) and 0 < seen.min() * 100 < seen.max():
+        ax.set_yscale("log")
+    elif panel.metrics == ("lr",):
+        ax.set_ylim(bottom=0)
+        ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+    elif len(seen) and seen.max() > seen.min():
+        # a few spikes of the raw curve may leave the picture, the trend and the evaluations never
+        room = 0.07 * (seen.max() - seen.min())
+        ax.set_ylim(seen.min() - room, seen.max() + room)
+
+
+def _legend(figure: Figure, records: Sequence[Record], palette: dict[str, Color], *, held_out: bool) -> None:
+    """Colours are runs, strokes are splits."""
+    handles = [Line2D([], [], color=palette[record.label], linewidth=3) for record in records]
+    names = [_plain(record.label) for record in records]
+    if held_out:
+        handles += [
+            Line2D([], [], color="0.35", linewidth=2),
+            Line2D([], [], color="0.35", linewidth=1.3, linestyle="--", marker="o", markersize=4.5, markeredgecolor="white"),
+        ]
+        names += ["train (thin: each logged step)", "held out"]
+    columns = max(1, min(len(names), int(figure.get_figwidth() / (0.9 + 0.075 * max(map(len, names))))))
+    figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _plain(label: str) -> str:
+    """No mathematics between dollar signs, and no leading underscore, which would hide the entry."""
+    return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
+
+
+def _palette(count: int) -> list[Color]:
+    if count <= 10:
+        return list(colormaps["tab10"].colors[:count])
+    return [tuple(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
+
+
+def _has(record: Record, name: str) -> bool:
+    return any(name in row for row in (*record.train, *record.held_out))
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    hidden = path.with_name(f".{path.name}")
+    figure.savefig(hidden, format="png")
+    os.replace(hidden, path)
+    return path

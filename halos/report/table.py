@@ -1,0 +1,72 @@
+"""Runs side by side, in Markdown."""
+
+from collections.abc import Sequence
+
+from halos.report.read import Record, series
+
+# In this order, where a run has them; each run's own objective comes on top.
+METRICS = (
+    "loss",
+    "perplexity",
+    "accuracy",
+    "rewards/accuracies",
+    "rewards/margins",
+    "logps/accuracies",
+    "kl",
+    "reward",
+    "entropy",
+)
+
+
+def table(records: Sequence[Record]) -> str:
+    """One row a run. Held-out metrics: the first evaluation -> the last."""
+    metrics = _shown(records)
+    header = ["run", "loss", "model", "peft", "steps", "status", *[f"held-out {name}" for name in metrics], "time"]
+    lines = [header, ["---"] * len(header)]
+    for record in records:
+        facts = [record.label, record.loss, _model(record), _peft(record), _steps(record), record.status]
+        lines.append([*facts, *[_change(record, name) for name in metrics], _duration(record.seconds)])
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+
+
+def _shown(records: Sequence[Record]) -> list[str]:
+    reported = {name for record in records for row in record.held_out for name in row}
+    wanted = [*METRICS, *[str(record.node("objective").get("metric")) for record in records]]
+    return [name for name in dict.fromkeys(wanted) if name in reported]
+
+
+def _model(record: Record) -> str:
+    """A hub id whole, a local path by its last part."""
+    name = str(record.node("model").get("name_or_path") or "?")
+    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
+
+
+def _peft(record: Record) -> str:
+    peft = record.node("peft")
+    return f"lora r={peft.get('r')}" if peft.get("name") == "lora" else str(peft.get("name", "?"))
+
+
+def _steps(record: Record) -> str:
+    planned = record.node("train").get("steps")
+    return f"{record.step} of {planned}" if planned and planned != record.step else str(record.step)
+
+
+def _change(record: Record, name: str) -> str:
+    """`0.6931 -> 0.412`; a first evaluation that was not made at the start says its step."""
+    steps, values = series(record.held_out, name)
+    if not len(values):
+        return ""
+    first = _number(values[0]) + (f" (step {steps[0]:.0f})" if steps[0] else "")
+    return first if len(values) == 1 else f"{first} → {_number(values[-1])}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}" if value == value else "not finite"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
