@@ -59,12 +59,10 @@ def start(argv: list[str]) -> int:
     """What was typed is checked before Hydra takes over, because Hydra's own errors exit 1 with tracebacks or bad advice."""
     args, unknown = get_args_parser().parse_known_intermixed_args(argv)
     if unknown:
-        raise UserError(
-            unreadable(unknown[0], "") if unknown[0].startswith("--") else f"there is no option {unknown[0]}; try --help"
-        )
+        raise UserError(unreadable(unknown[0], "an option that does not exist"))
     flags = [word for word in argv if word not in args.overrides]
-    if args.hydra_help or args.shell_completion or args.experimental_rerun:
-        return enter_hydra(flags + args.overrides)
+    if args.hydra_help or args.shell_completion or args.experimental_rerun or (args.help and not args.overrides):
+        return enter_hydra(args.overrides + flags)
     multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     if multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
         raise UserError(
@@ -74,19 +72,29 @@ def start(argv: list[str]) -> int:
     refuse_secrets({}, args.overrides)
     config_dir = str((ROOT / (args.config_path or "config")).resolve())
     with hydra.initialize_config_dir(config_dir, version_base=VERSION):
-        searched = [f"hydra.searchpath=['file://{Path(args.config_dir).resolve()}']"] if args.config_dir else []
+        searched = searched_too(args.config_dir)
         name, choices = args.config_name or "config", list_choices(searched)
         typed = [parse(text) for text in args.overrides]
         check_choices(typed, choices, multirun=multirun)
         resume = next((one.values[0] for one in typed if one.key == "resume" and one.values), None)
-        if resume is not None:
-            return run(resumed(str(resume), typed, choices, multirun=multirun), args.overrides)
-        known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
-        settled = settle(typed, choices, known)
-        composed = compose(name, searched + firsts(settled))
+        if resume is None:
+            known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
+            settled = settle(typed, choices, known)
+            composed = compose(name, searched + firsts(settled), known)
+    if resume is not None:
+        return run(resumed(str(resume), typed, choices, multirun=multirun), args.overrides)
     if multirun:
         check_sweep(gate.check(composed, args.overrides, choices))
     return enter_hydra([one.text for one in settled] + flags)
+
+
+def searched_too(config_dir: str | None) -> list[str]:
+    """What makes Hydra's compose see the configurations of --config-dir."""
+    if config_dir is None:
+        return []
+    if not Path(config_dir).is_dir():
+        raise UserError(f"--config-dir: there is no directory {config_dir}")
+    return [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
 
 
 def list_choices(searched: Sequence[str] = ()) -> Choices:
@@ -127,18 +135,19 @@ def firsts(typed: Sequence[Typed]) -> list[str]:
     ]
 
 
-def compose(name: str, overrides: Sequence[str]) -> DictConfig:
+def compose(name: str, overrides: Sequence[str], known: Sequence[str] = ()) -> DictConfig:
+    """Hydra's compose; `known` are keys that its errors may mean."""
     try:
         return hydra.compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, known)) from error
 
 
-def explain(error: Exception) -> str:
+def explain(error: Exception, known: Sequence[str] = ()) -> str:
     """Hydra's errors without its search paths, OmegaConf's in our words."""
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return gate.explain(cause, OmegaConf.create())
+        return gate.explain(cause, OmegaConf.create(), known)
     lines = str(error).partition("onfig search path")[0].partition("Search path:")[0].strip().splitlines()
     return "; ".join(line.strip() for line in lines if line.strip() and line.strip() != "C") or type(cause).__name__
 
@@ -202,7 +211,7 @@ def enter_hydra(words: list[str]) -> int:
 def job(composed: DictConfig) -> None:
     """One run, or one of a sweep's."""
     settings = HydraConfig.get()
-    typed, multirun = list(settings.overrides.task), settings.mode == RunMode.MULTIRUN
+    typed, multirun = OmegaConf.to_container(settings.overrides.task), settings.mode == RunMode.MULTIRUN
     if multirun and not any(text.lstrip("+").startswith("run_dir=") for text in typed):
         shared = OmegaConf.to_container(composed)["run_dir"]
         composed.run_dir = f"{shared}/{job_name(typed)}"

@@ -163,10 +163,10 @@ def is_run(path: Path) -> bool:
 
 
 def job_name(overrides: Sequence[str]) -> str:
-    """A sweep's job by what was typed for it: the place in the grid would move when the grid changes."""
-    plain = sorted(text.lstrip("+") for text in overrides)
-    slug = re.sub(r"[^\w.=-]+", "_", ",".join(plain))[:60].strip("._-")
-    return f"{slug}-{hashlib.sha256(json.dumps(plain).encode()).hexdigest()[:8]}"
+    """A sweep's job by what was typed for it: its place in the grid would move when the grid changes."""
+    told = sorted(text.lstrip("+") for text in overrides if not text.startswith(("exp_name=", "output_root=")))
+    slug = re.sub(r"[^\w.=-]+", "_", ",".join(told))[:80].strip("._-")
+    return f"{slug}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]}"
 
 
 def _runs(path: Path) -> list[str]:

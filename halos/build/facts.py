@@ -15,8 +15,9 @@ from torch import nn
 
 from halos import __version__
 from halos.config.bind import LossSpec
-from halos.data.dataset import Dataset
+from halos.data.collate import num_cut_mismatches
 from halos.hooks.base import Run
+from halos.trainers.deal import Split
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def header(run: Run, loss: LossSpec, train: Dataset, held_out: Dataset | None, reference: nn.Module | None) -> None:
+def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, reference: nn.Module | None) -> None:
     """A few lines: model, parameters, data after filtering, steps, run directory."""
     config, model = run.config, run.model
     made = run.accelerator
@@ -84,10 +85,15 @@ def header(run: Run, loss: LossSpec, train: Dataset, held_out: Dataset | None, r
         "model      %s (%s)%s", config.model.name_or_path, str(next(model.parameters()).dtype).removeprefix("torch."), against
     )
     log.info("parameters %s trained of %s (%.2f%%)", _short(trained), _short(total), 100 * trained / total)
-    for name, rows in (("train", train), ("held out", held_out)):
-        for line in rows.lines() if rows is not None else ["none"]:
+    for name, split in (("train", train), ("held out", held_out)):
+        for line in split.rows.lines() if split else ["none"]:
             log.info("%-10s %s", name, line)
+        if split and split.partners is not None:
+            rows = split.rows
+            cut = num_cut_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, config.train.max_length)
+            log.info("%-10s paired with answers to other prompts for the KL, %d of them cut at max_length", "", cut)
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
+    strategy = "" if made.num_processes == 1 else f", {made.distributed_type.name}"
     steps = f"{run.total_steps} of {config.train.batch_size}, {config.train.microbatch_size} at a time"
-    log.info("steps      %s, %s, %s", steps, where, made.distributed_type.name)
+    log.info("steps      %s, %s%s", steps, where, strategy)
     log.info("run        %s", run.directory.path)

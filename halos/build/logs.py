@@ -4,6 +4,7 @@ import logging
 import warnings
 from pathlib import Path
 
+import transformers
 from tqdm import tqdm
 
 
@@ -23,8 +24,10 @@ def speak(main: bool) -> None:
     console = AboveTheBar()
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def write_to(path: Path) -> None:

@@ -49,16 +49,23 @@ FINISHED, FAILED, STOPPED = 0, 1, 75
 
 def run(config: Config, typed: list[str]) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
-    loss = bind_loss(config.loss, config.plugins)
-    checkpoint, hooks = _hooks(config)
-    directory = RunDir(config.run_dir)
     made = accelerator(config.train.precision)
     speak(made.is_main_process)
-    if made.is_main_process:
-        directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
+    directory = RunDir(config.run_dir)
     if config.resume and directory.is_finished():
         log.info("%s is finished already; its model is %s", directory.path, directory.final)
         return FINISHED
+    trainer = assemble(config, typed, made)
+    return _train(trainer) if trainer else FINISHED
+
+
+def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | None:
+    """Everything a run needs, ready for `fit`; None for a dry run. What can be wrong is found before the model loads."""
+    loss = bind_loss(config.loss, config.plugins)
+    checkpoint, hooks = _hooks(config)
+    directory = RunDir(config.run_dir)
+    if made.is_main_process:
+        directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
     base = _base(config, made)
     tokenizer = load_tokenizer(base, add_tokens=config.model.add_tokens)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
@@ -66,18 +73,18 @@ def run(config: Config, typed: list[str]) -> int:
     order = data.order(train.rows, config)
     total = config.train.steps or math.ceil((config.train.epochs or 0) * order.batches_per_epoch)
     if config.dry_run:
-        for line in train.rows.lines():
-            log.info("train      %s", line)
+        for name, split in (("train", train), ("held out", held_out)):
+            for line in split.rows.lines() if split else []:
+                log.info("%-10s %s", name, line)
         log.info("%d steps of %d; everything fits together, nothing was trained", total, config.train.batch_size)
-        return FINISHED
+        return None
     source = _begin(config, directory, made)
-    current = _assemble(config, loss, hooks, directory, made, base, tokenizer, total, source.path)
+    current = _load(config, loss, hooks, directory, made, base, tokenizer, total, source.path)
     against = model.reference(config, current.model, base, tokenizer, made) if loss.needs_reference else None
     if made.is_main_process:
         _record(current, typed, source)
-    facts.header(current, loss, train.rows, held_out.rows if held_out else None, against)
-    trainer = TRAINERS[loss.inputs](current, loss, checkpoint, train=train, held_out=held_out, order=order, reference=against)
-    return _train(trainer, current)
+    facts.header(current, loss, train, held_out, against)
+    return TRAINERS[loss.inputs](current, loss, checkpoint, train=train, held_out=held_out, order=order, reference=against)
 
 
 def _hooks(config: Config) -> tuple[CheckpointHook, dict[str, Hook]]:
@@ -115,7 +122,7 @@ def _base(config: Config, made: Accelerator) -> Path:
         return locate(config.model.name_or_path, config.model.revision, Path(config.cache_dir).expanduser())
 
 
-def _assemble(
+def _load(
     config: Config,
     loss: LossSpec,
     hooks: dict[str, Hook],
@@ -153,8 +160,9 @@ def _record(current: Run, typed: list[str], source: find.Found) -> None:
     directory.write_result("running", current.step, {})
 
 
-def _train(trainer: Trainer, current: Run) -> int:
+def _train(trainer: Trainer) -> int:
     """The loop, and the word it leaves in result.json however it ends."""
+    current = trainer.run
     _listen(current)
     status, note = "failed", None
     try:

@@ -78,9 +78,12 @@ def bind_hook(key: str, settings: Mapping[str, Any], plugins: Sequence[str]) -> 
 
 def _locate(settings: Mapping[str, Any], key: str, plugins: Sequence[str]) -> tuple[Any, ModuleType]:
     """What `_target_` names, and its module. Nothing is imported that is neither ours nor a package the user typed."""
-    target = settings.get("_target_") if isinstance(settings, Mapping) else None
-    if not isinstance(target, str) or target.count(".") < 1 or not all(part.isidentifier() for part in target.split(".")):
-        raise UserError(f"{key}._target_ takes a dotted path such as halos.losses.dpo.dpo, not {show(target)}")
+    example = "halos.losses.dpo.dpo" if key == "loss" else "halos.hooks.trackers.TensorBoard"
+    if not isinstance(settings, Mapping):
+        raise UserError(f"{key} takes a mapping with a _target_ such as {example}, not {show(settings)}")
+    target = settings.get("_target_")
+    if not isinstance(target, str) or "." not in target or not all(part.isidentifier() for part in target.split(".")):
+        raise UserError(f"{key}._target_ takes a dotted path such as {example}, not {show(target)}")
     if not any(target.startswith(f"{package}.") for package in ("halos", *plugins)):
         package = target.partition(".")[0]
         raise UserError(f"{key}._target_ is {target}, outside halos: if you trust that package, type plugins=[{package}]")
@@ -156,7 +159,7 @@ def _split(annotation: Any) -> tuple[Any, Range]:
 def _wanted(annotation: Any) -> str:
     kind, limits = _split(annotation)
     bounds = limits.violated_by(math.nan)  # which lies within no bounds, so that it names them all
-    return describe(kind).replace("number", f"number {bounds}", 1) if bounds else describe(kind)
+    return describe(kind).replace("number", f"number ({bounds})", 1) if bounds else describe(kind)
 
 
 def _fit_one(value: Any, annotation: Any, key: str) -> Any:

@@ -46,17 +46,17 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     refuse_secrets(resolved)
     _check_ranges(resolved)
     refuse_combinations(config, typed)
-    check_paths(config)
+    check_paths(config, choices or {})
     _bind(config)
     return config
 
 
-def explain(error: OmegaConfBaseException, composed: DictConfig) -> str:
+def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence[str] = ()) -> str:
     """One of OmegaConf's errors in our words: the key, what was given, what would work."""
     key = str(error.full_key or error.key or "")
     reason = str(error).partition("\n")[0]
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
-        return unknown_key(key, ())
+        return unknown_key(key, known)
     if isinstance(error, MissingMandatoryValue):
         return f"{key} is missing: it takes {_wanted(key)}"
     given = _raw(composed, key)
@@ -149,7 +149,7 @@ def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> 
         and abs(value) != float("inf")
     )
     if not good:
-        raise UserError(f"{key} takes {kind.replace('number', f'number {bounds}', 1)}, not {show(value)}")
+        raise UserError(f"{key} takes {kind.replace('number', f'number ({bounds})', 1)}, not {show(value)}")
 
 
 def _bind(config: Config) -> None:

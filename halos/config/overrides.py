@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from halos.config.suggest import kind_of, nearest, schema_keys, unknown_key
-from halos.config.values import describe
+from halos.config.values import describe, show
 from halos.errors import UserError
 
 Choices = Mapping[str, Sequence[str]]
@@ -42,14 +42,15 @@ class Typed:
 def unreadable(text: str, reason: str) -> str:
     """The message for what Hydra's parser cannot read: nearly always a character that needs quotes."""
     key, equal, value = text.partition("=")
+    if key.startswith("-"):
+        return f"there is no option {key}: keys are typed without dashes, {key.lstrip('-')}={value or '...'}; --help lists them"
     if not equal:
-        near = f": write {key.lstrip('-')}=..." if key.startswith("-") else ""
-        return f"{text!r} is not key=value{near}; a value with spaces needs quotes around the whole, 'key=[a, b]'"
+        return f"{text!r} is not key=value; a value with spaces needs quotes around the whole, 'key=[a, b]'"
     if not key.lstrip("+~") or not set(key.lstrip("+~")) <= set(_KEY):
         return f"{text!r} is not key=value: {key!r} cannot be a key; entries of a list are named by a dot, data.train.0.path="
     opened = sum(value.count(mark) for mark in "[{(") - sum(value.count(mark) for mark in "]})")
     if opened > 0:
-        return f"{text!r} ends inside a bracket: leave out spaces, or put quotes around the whole, '{key}=[a, b]'"
+        return f"{text!r} ends inside a bracket: leave out the space after it, or put quotes around the whole, '{text} ...'"
     inner = value.strip("'\"").replace('"', r"\"")
     return f"cannot read {text!r} ({reason}); quote the value, twice because the shell takes one pair: '{key}=\"{inner}\"'"
 
@@ -73,7 +74,7 @@ def check_choices(typed: Sequence[Typed], choices: Choices, *, multirun: bool) -
         for value in one.values:
             if not isinstance(value, str) or value not in choices[one.key]:
                 raise UserError(
-                    f"{one.key} has no choice {str(value)!r}; choices: {options}{_meant(one.key, str(value), choices)}"
+                    f"{one.key} has no choice {show(value)}; choices: {options}{_meant(one.key, str(value), choices)}"
                 )
 
 
@@ -101,7 +102,8 @@ def _settle_one(one: Typed, choices: Choices, known: Sequence[str]) -> Typed:
         raise UserError(f"{one.text}: {one.key} exists already: write {one.key}={one.value_text}")
     if one.key in choices:
         return replace(one, sign="")  # a mapping for a whole section, which Hydra merges
-    return replace(one, sign="" if exists else "++")
+    plain = exists and not any(isinstance(value, Mapping) for value in one.values)
+    return replace(one, sign="" if plain else "++")  # of a mapping's own keys none need exist
 
 
 def _comma(one: Typed, choices: Choices) -> str:

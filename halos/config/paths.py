@@ -6,7 +6,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,13 @@ FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow",
 ROOM = 50 * 2**20  # bytes; less than this holds no run, however small
 
 
-def check_paths(config: Config) -> None:
+def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
     """Raises UserError for a path that leads nowhere; expands ~ in those that do."""
     config.output_root, config.run_dir, config.cache_dir = map(_expanded, (config.output_root, config.run_dir, config.cache_dir))
     for model, key in ((config.model, "model.name_or_path"), (config.reference, "reference.name_or_path")):
         if model.name_or_path is not None:
             model.name_or_path = _expanded(model.name_or_path)
-            _check_model(model.name_or_path, key)
+            _check_model(model.name_or_path, key, choices.get("model", ()))
     template = config.model.chat_template
     if template is not None and template.endswith(".jinja") and not Path(template).is_file():
         raise UserError(f"model.chat_template: there is no file {template}{_near_file(template)}")
@@ -63,7 +63,7 @@ def _check_data(path: str, key: str) -> None:
     raise UserError(f"{key}: there is no file or directory {path}{hint}")
 
 
-def _check_model(path: str, key: str) -> None:
+def _check_model(path: str, key: str, choices: Sequence[str]) -> None:
     """A hub id, a directory that plain `from_pretrained` can load without unpickling anything, or a .gguf file."""
     place = Path(path)
     if path in BUNDLED_MODELS:
@@ -71,8 +71,9 @@ def _check_model(path: str, key: str) -> None:
     if not place.exists():
         if HUB_ID.fullmatch(path) and not _is_path(path):
             return
-        group = key.partition(".")[0]
-        hint = _near_file(path) or ("" if _is_path(path) else f"; did you mean {group}={path}? A hub id looks like org/name")
+        choice = nearest(path, choices)
+        meant = f"did you mean model={choice}? A" if choice else "a"
+        hint = _near_file(path) or ("" if _is_path(path) else f"; {meant} hub id looks like org/name")
         raise UserError(f"{key}: there is no directory or file {path}{hint}")
     if place.is_file():
         if place.suffix != ".gguf":

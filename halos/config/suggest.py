@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
+from functools import cache
 from typing import Any, Literal, get_origin, get_type_hints
 
 from halos.config.schema import Config
+from halos.config.values import describe
 
 # What the key is called elsewhere: in TRL, transformers, PEFT's wrappers and the HALOs repository.
 ELSEWHERE = {
@@ -22,6 +24,7 @@ ELSEWHERE = {
     "eval_steps": "train.eval_every",
     "logging_steps": "train.log_every",
     "save_steps": "checkpoint.every",
+    "save_every": "checkpoint.every",
     "output_dir": "run_dir",
     "lora_r": "peft.r",
     "warmup_ratio": "schedule.warmup",
@@ -37,7 +40,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     def likeness(name: str) -> float:
         whole = SequenceMatcher(None, word.lower(), name.lower()).ratio()
         last = SequenceMatcher(None, word.lower().rpartition(".")[2], name.lower().rpartition(".")[2]).ratio()
-        return max(whole, 0.95 * last)
+        return 0.75 * last + 0.25 * whole  # the section is what people leave out or get wrong
 
     known = list(known)
     if ELSEWHERE.get(word.rpartition(".")[2]) in known:
@@ -46,6 +49,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     return best if best is not None and likeness(best) > 0.6 else None
 
 
+@cache
 def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
     """Every key of the schema, `train.steps`, with its type; sections themselves included."""
     found: dict[str, Any] = {}
@@ -78,7 +82,11 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     near = nearest(key, sorted(known - {""}))
     if near:
         return f"there is no key {key!r}; did you mean {near}?"
+    if key.startswith("hydra."):
+        return f"there is no key {key!r}; python train.py --hydra-help lists those of Hydra"
     section = key.rpartition(".")[0]
+    if kind_of(section) == "value":
+        return f"there is no key {key!r}; {section} takes {describe(schema_keys()[section])}"
     inside = sorted(name.removeprefix(f"{section}.") for name in known if name.rpartition(".")[0] == section)
     if section and inside:
         return f"there is no key {key!r}; {section} takes {', '.join(inside)}"

@@ -14,15 +14,13 @@ PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion
 
 def pack(rows: Sequence[PackRow]) -> Sequences:
     """One sequence a row, in order. A scored first token of a sequence has nothing to be predicted from, and is left out."""
+    assert rows
     lengths = np.array([len(prompt) + len(completion.ids) for prompt, completion in rows], np.int64)
     starts = np.cumsum(lengths) - lengths
     ids = np.concatenate([part for prompt, completion in rows for part in (prompt, completion.ids)]).astype(np.int64)
+    masks = [part for prompt, completion in rows for part in (np.zeros(len(prompt), bool), completion.scored)]
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
-    nothing = [np.zeros(len(prompt), bool) for prompt, _ in rows]
-    scored = np.concatenate(
-        [part for none, (_, completion) in zip(nothing, rows, strict=True) for part in (none, completion.scored)]
-    )
-    at = np.flatnonzero(scored & (positions > 0))
+    at = np.flatnonzero(np.concatenate(masks) & (positions > 0))
     row_of = np.repeat(np.arange(len(rows)), lengths)[at]
     counts = np.bincount(row_of, minlength=len(rows))
     columns = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)

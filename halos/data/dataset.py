@@ -100,18 +100,24 @@ class Writer:
         arrays = [_list_array(columns[name]) if name in _LISTS else columns[name] for name in _SCHEMA.names]
         self._arrow.write_table(pa.table(arrays, schema=_SCHEMA))
 
-    def close(self, meta: dict[str, Any]) -> None:
+    def finish(self, meta: dict[str, Any]) -> None:
         """Everything is on the disk when this returns."""
         self._arrow.close()
-        with self._file, (self._directory / META).open("w") as notes:
+        with (self._directory / META).open("w") as notes:
             json.dump(meta, notes, indent=1)
             for file in (self._file, notes):
                 file.flush()
                 os.fsync(file.fileno())
 
+    def close(self) -> None:
+        """Let go of the file, finished or not."""
+        self._file.close()
+
 
 def _spans(scored: np.ndarray) -> np.ndarray:
     """Runs of True as [start, end, start, end, ...]."""
+    if scored.all():
+        return np.array([0, len(scored)], np.int32)
     return np.flatnonzero(np.diff(scored, prepend=False, append=False)).astype(np.int32)
 
 

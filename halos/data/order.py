@@ -50,7 +50,8 @@ class Order:
 def _share(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarray:
     """All rows as often as they go into `wanted`, and a random choice for the rest."""
     copies, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)
-    return np.concatenate([np.tile(rows, copies), rows[_permutation(stream, len(rows))[:rest]]])
+    some = rows[_permutation(stream, len(rows))[:rest]] if rest else rows[:0]
+    return np.concatenate([np.tile(rows, copies), some])
 
 
 def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:

@@ -2,10 +2,10 @@
 
 import hashlib
 import json
-import logging
 import shutil
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,8 +23,6 @@ from halos.data.template import chat_template
 from halos.data.tokenize import EQUAL, Encoded, Encoder
 from halos.errors import UserError
 from halos.types import Comparison, Example, Judgement
-
-log = logging.getLogger(__name__)
 
 BATCH = 1000  # rows tokenised in one call, and written as one arrow batch
 UNDESIRABLE = "undesirable, not to be imitated"
@@ -64,7 +62,7 @@ def prepare(
         _write(hidden, opened, kind, score, encoder, transform)
         _publish(hidden, path)
     except OSError as error:
-        raise UserError(f"cache_dir={cache_dir}: cannot be written: {error.strerror or error}") from error
+        raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be kept there: {error}") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return path
@@ -107,8 +105,9 @@ def _write(
     encoder: Encoder,
     transform: Callable[[Any], Example] | None,
 ) -> None:
-    writer, report, made = Writer(directory), [], kind
-    with tqdm(desc="tokenising", unit=" rows", delay=2, disable=None, leave=False) as bar:
+    report, made = [], kind
+    bar = tqdm(desc="tokenising", unit=" rows", delay=2, disable=None, leave=False)
+    with bar, closing(Writer(directory)) as writer:
         for number, source in enumerate(opened):
             counts = Counts(source.source.path)
             report.append(counts)
@@ -118,9 +117,9 @@ def _write(
                 items = _items(batch, encoder, counts)
                 writer.write((item, number) for item in items)
             if not counts.kept:
-                raise UserError(f"{counts.line()}: nothing is left; raise train.max_length or choose another truncation")
-    weights = [each.source.weight for each in opened]
-    writer.close({"kind": made.__name__, "weights": weights, "report": [asdict(counts) for counts in report]})
+                raise UserError(f"{counts.line()}: none of them can be used")
+        weights = [each.source.weight for each in opened]
+        writer.finish({"kind": made.__name__, "weights": weights, "report": [asdict(counts) for counts in report]})
 
 
 Placed = tuple[Example, str, str]  # with the row's place, and the example's own name
@@ -132,7 +131,7 @@ def _examples(
     score: str,
     counts: Counts,
     transform: Callable[[Any], Example] | None,
-    bar: Iterable[Any],
+    bar: tqdm,
 ) -> Iterator[Placed]:
     for row in opened.rows():
         counts.rows += 1

@@ -63,8 +63,8 @@ class Template:
         self._jinja = chat_template(tokenizer, None)
         added = tokenizer.added_tokens_decoder.values()
         special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
-        self._special = _any_of(special)
-        self._added = _any_of({*special, *map(str, added)})
+        self._special = any_of(special)
+        self._added = any_of([*special, *map(str, added)])
         self._suffix: str | None = None
 
     def lay_out(self, prompt: Turns, completions: Sequence[Turns], where: str) -> Layout:
@@ -159,8 +159,9 @@ class Template:
         return found[0].start() if found else len(full)
 
 
-def _any_of(tokens: set[str]) -> re.Pattern[str]:
-    longest_first = sorted(filter(None, tokens), key=lambda token: (-len(token), token))
+def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches each of `tokens`, a longer one before one that it contains."""
+    longest_first = sorted(set(filter(None, tokens)), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
 

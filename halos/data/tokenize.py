@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from halos.data.dataset import Completion
-from halos.data.template import Layout, Span, Template
+from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
 from halos.types import Comparison, Example, Turns
 
@@ -39,6 +39,8 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str) -> None:
         self._tokenizer, self._template = tokenizer, Template(tokenizer)
         self._max_length, self._truncation = max_length, truncation
+        added = tokenizer.added_tokens_decoder.values()
+        self._seams = any_of(str(t) for t in added if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
     def encode(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded | str]:
         """Each example comes with its place in the data; a string in the answer says why one is dropped."""
@@ -48,10 +50,22 @@ class Encoder:
 
     def _encode(self, layouts: Sequence[Layout]) -> list[Encoded]:
         prompts = dict.fromkeys(layout.prompt for layout in layouts)
-        texts = [layout.prompt + text for layout in layouts for text in layout.completions]
-        ids = iter(self._ids([*prompts, *texts]))
+        seams = {prompt: self._seam(prompt) for prompt in prompts}
+        tails = [layout.prompt[seams[layout.prompt] :] + text for layout in layouts for text in layout.completions]
+        ids = iter(self._ids([*prompts, *tails]))
         prompt_ids = {prompt: next(ids) for prompt in prompts}
-        return [self._split(layout, prompt_ids[layout.prompt], [next(ids) for _ in layout.completions]) for layout in layouts]
+        encoded = []
+        for layout in layouts:
+            prompt, wholes = prompt_ids[layout.prompt], [next(ids) for _ in layout.completions]
+            if seams[layout.prompt]:
+                before = len(prompt) - 1 - prompt[::-1].index(wholes[0][0])
+                wholes = [prompt[:before] + tail for tail in wholes]
+            encoded.append(self._split(layout, prompt, wholes))
+        return encoded
+
+    def _seam(self, prompt: str) -> int:
+        """Where the prompt's last special token starts. Nothing merges across one, so what stands before is tokenised once."""
+        return max((match.start() for match in self._seams.finditer(prompt)), default=0)
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # Rendered text has its special tokens already, BOS included.

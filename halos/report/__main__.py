@@ -13,9 +13,7 @@ from halos.report.table import table
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m halos.report", description=__doc__)
-    parser.add_argument(
-        "runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or one with runs below it (a sweep)"
-    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's directory, or one with runs below it")
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: `report` beside the runs)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     chosen = parser.parse_args(arguments)

@@ -4,18 +4,21 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from halos.report.read import Record, series
 
-Color = tuple[float, ...]
+CROWD = 6  # more curves than this in one panel are drawn smoothed alone
 NOISY = 20  # from so many points on, a curve is smoothed
+HELD_OUT: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--", "marker": "o", "markersize": 4.5, "markeredgecolor": "white"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,61 +55,65 @@ OPTIMIZER = (
 def plot(records: Sequence[Record], output: Path) -> list[Path]:
     """Writes the pictures that the runs have numbers for; gives back their paths."""
     output.mkdir(parents=True, exist_ok=True)
-    losses = list(dict.fromkeys(record.loss for record in records))
-    # losses of different kinds share no scale, so each kind has a panel of its own
-    curves = [Panel(("loss",), f"{name} loss", runs=lambda record, name=name: record.loss == name) for name in losses]
     drawn = []
-    for name, panels in (("learning_curves", curves), ("rewards", REWARDS), ("optimizer", OPTIMIZER)):
+    for name, panels in (("learning_curves", learning_curves(records)), ("rewards", REWARDS), ("optimizer", OPTIMIZER)):
         if figure := draw(records, panels):
             drawn.append(_save(figure, output / f"{name}.png"))
     return drawn
 
 
+def learning_curves(records: Sequence[Record]) -> list[Panel]:
+    """Losses of different kinds share no scale, so each kind has a panel of its own."""
+    losses = dict.fromkeys(record.loss for record in records)
+    return [Panel(("loss",), f"{name} loss", runs=lambda record, name=name: record.loss == name) for name in losses]
+
+
 def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
-    """The panels that any run has numbers for, side by side under one legend; None where there are none."""
+    """The panels that any run has numbers for, side by side over one legend; None where there are none."""
     shown = [panel for panel in panels if panel.of(records)]
     if not shown:
         return None
+    palette = dict(zip([record.label for record in records], _palette(len(records)), strict=True))  # the same in each picture
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(max(6.8, 5.2 * columns), 3.9 * lines + 0.8), dpi=150, layout="constrained")
-    palette = dict(zip([record.label for record in records], _palette(len(records)), strict=True))
-    axes = figure.subplots(lines, columns, squeeze=False).flat
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, ax in zip(shown, axes, strict=False):
         _fill(ax, panel, [(record, name, palette[record.label]) for record, name in panel.of(records)])
-    for ax in list(axes)[len(shown) :]:
+    for ax in axes[len(shown) :]:
         ax.set_axis_off()
-    _legend(figure, records, palette, held_out=any(panel.held_out for panel in shown))
+    drawn = {record.label for panel in shown for record, _ in panel.of(records)}
+    _legend_of_runs(figure, {label: color for label, color in palette.items() if label in drawn})
+    if any(panel.held_out for panel in shown):
+        _legend_of_splits(figure, thin=any(line.get_alpha() for ax in axes for line in ax.get_lines()))
     return figure
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A centred mean over a twelfth of the curve, narrower towards its ends; centred, so that it lags behind nothing."""
-    reach = max(2, len(values) // 24)
+    """A Gaussian mean whose width is a share of the curve's; centred, so that it lags behind nothing. nan is left out."""
+    width = max(1.5, len(values) / 40)
+    reach = np.arange(-int(4 * width), int(4 * width) + 1)
+    kernel = np.exp(-0.5 * (reach / width) ** 2)
     known = np.isfinite(values)
-    sums, counts = np.cumsum(np.where(known, values, 0.0)), np.cumsum(known)
-    places = np.arange(len(values))
-    width = np.minimum(reach, np.minimum(places, len(values) - 1 - places))
-    stop, start = places + width, places - width - 1
-    count = counts[stop] - np.where(start >= 0, counts[start], 0)
-    total = sums[stop] - np.where(start >= 0, sums[start], 0.0)
-    return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0)
+    total = np.convolve(np.where(known, values, 0.0), kernel, mode="same")
+    weight = np.convolve(known.astype(float), kernel, mode="same")
+    return np.divide(total, weight, out=np.full(len(values), np.nan), where=weight > 1e-6)
 
 
-def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, Color]]) -> None:
-    seen = []
+def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> None:
+    seen = [np.empty(0)]
     for record, name, color in curves:
         steps, values = series(record.train, name)
         trend = smooth(values) if len(values) >= NOISY and panel.metrics != ("lr",) else values
-        if trend is not values:
+        if trend is not values and len(curves) <= CROWD:
             ax.plot(steps, values, color=color, linewidth=0.7, alpha=0.28)
-        ax.plot(steps, trend, color=color, linewidth=2, marker="." if len(steps) < 2 else "", solid_capstyle="round")
-        seen += [trend, np.nanpercentile(values, [2, 98]) if np.isfinite(values).any() else trend]
+            known = values[np.isfinite(values)]
+            seen.append(np.percentile(known, [2, 98]) if len(known) else known)
+        ax.plot(steps, trend, color=color, linewidth=2, marker="o" if len(steps) == 1 else "", solid_capstyle="round")
+        seen.append(trend)
         if panel.held_out:
             steps, values = series(record.held_out, name)
-            ax.plot(
-                steps, values, color=color, linewidth=1.3, linestyle="--", marker="o", markersize=4.5, markeredgecolor="white"
-            )
+            ax.plot(steps, values, color=color, **HELD_OUT)
             seen.append(values)
     _dress(ax, panel, np.concatenate(seen))
 
@@ -127,25 +134,27 @@ def _dress(ax: Axes, panel: Panel, seen: np.ndarray) -> None:
         ax.set_yscale("log")
     elif panel.metrics == ("lr",):
         ax.set_ylim(bottom=0)
-        ax.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3))
+        ax.yaxis.set_major_formatter("{x:.2g}")
     elif len(seen) and seen.max() > seen.min():
         # a few spikes of the raw curve may leave the picture, the trend and the evaluations never
         room = 0.07 * (seen.max() - seen.min())
         ax.set_ylim(seen.min() - room, seen.max() + room)
 
 
-def _legend(figure: Figure, records: Sequence[Record], palette: dict[str, Color], *, held_out: bool) -> None:
-    """Colours are runs, strokes are splits."""
-    handles = [Line2D([], [], color=palette[record.label], linewidth=3) for record in records]
-    names = [_plain(record.label) for record in records]
-    if held_out:
-        handles += [
-            Line2D([], [], color="0.35", linewidth=2),
-            Line2D([], [], color="0.35", linewidth=1.3, linestyle="--", marker="o", markersize=4.5, markeredgecolor="white"),
-        ]
-        names += ["train (thin: each logged step)", "held out"]
+def _legend_of_runs(figure: Figure, palette: dict[str, str]) -> None:
+    names = [_plain(label) for label in palette]
+    if len(names) == 1:
+        figure.suptitle(names[0], x=0.01, ha="left", fontsize=12, fontweight="bold")
+        return
+    handles = [Line2D([], [], color=color, linewidth=3) for color in palette.values()]
     columns = max(1, min(len(names), int(figure.get_figwidth() / (0.9 + 0.075 * max(map(len, names))))))
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _legend_of_splits(figure: Figure, *, thin: bool) -> None:
+    handles = [Line2D([], [], color="0.35", linewidth=2), Line2D([], [], color="0.35", **HELD_OUT)]
+    names = ["train, smoothed (thin: as logged)" if thin else "train", "held out"]
+    figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
 
 
 def _plain(label: str) -> str:
@@ -153,10 +162,10 @@ def _plain(label: str) -> str:
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
-def _palette(count: int) -> list[Color]:
+def _palette(count: int) -> list[str]:
     if count <= 10:
-        return list(colormaps["tab10"].colors[:count])
-    return [tuple(color) for color in colormaps["turbo"](np.linspace(0.05, 0.95, count))]
+        return [to_hex(colormaps["tab10"](i)) for i in range(count)]
+    return [to_hex(colormaps["turbo"](place)) for place in np.linspace(0.05, 0.95, count)]
 
 
 def _has(record: Record, name: str) -> bool:

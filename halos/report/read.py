@@ -84,7 +84,13 @@ def runs_below(place: Path) -> list[Path]:
         raise UserError(f"{place}: there is no such directory")
     if not found:
         raise UserError(f"{place} is neither a run nor a directory of runs: no config.yaml with a metrics.jsonl beside it")
-    return sorted(found)
+    return sorted(found, key=_natural)
+
+
+def _natural(path: Path) -> list[tuple[float, str]]:
+    """Numbers in names by their size: optim.lr=1e-5 before optim.lr=1e-4."""
+    parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", str(path))
+    return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]
 
 
 def _looks_like_run(place: Path) -> bool:
@@ -116,7 +122,7 @@ def _read(path: Path, label: str) -> Record:
     return Record(path, label, config, status, result["step"] if result else last, train, held_out)
 
 
-def _parsed[T](path: Path, read: Callable[[], T]) -> T:
+def _parsed(path: Path, read: Callable[[], Any]) -> Any:
     """`read()`, with whatever is wrong in the file said in one line."""
     try:
         return read()

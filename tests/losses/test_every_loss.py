@@ -129,7 +129,7 @@ def test_micro_batches_add_up_to_the_whole(case: Case, cuts: list[int]):
     pieces = [rows(given, slice(start, stop)) for start, stop in pairwise(cuts)]
     parts = [call(case, piece) for piece in pieces]
     items = sum(count(piece, part) for piece, part in zip(pieces, parts, strict=True))
-    total, added = whole.values.sum() / count(given, whole), sum(part.values.sum() for part in parts) / items
+    total, added = whole.values.sum() / count(given, whole), torch.stack([part.values.sum() for part in parts]).sum() / items
     torch.testing.assert_close(added, total, rtol=1e-6, atol=1e-6)
     assert add_up(parts) == {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in add_up([whole]).items()}
     of_whole, of_parts = (torch.autograd.grad(x, leaves(given[name]), allow_unused=True) for x in (total, added))

@@ -17,7 +17,7 @@ LABELS = [True, True, False]
 KNOBS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 
 
-def sigmoid(x: np.ndarray) -> np.ndarray:
+def sigmoid(x: np.ndarray | float) -> np.ndarray:
     return 1 / (1 + np.exp(-np.asarray(x, dtype=np.float64)))
 
 

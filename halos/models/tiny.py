@@ -1,0 +1,142 @@
+"""The model behind `model=tiny`: a Llama and a tokenizer made in code, so that everything runs with no network."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+PAD, END = "<|pad|>", "<|end|>"
+ROLES = ("system", "user", "assistant", "tool")
+MAX_LENGTH = 2048
+SEED = 0
+
+# Words of halos.data.arithmetic, one token each, so that its rows are short. A test compares the two: data and models
+# stand on one floor and do not import each other. All else is spelled in bytes.
+WORDS = """
+Ada Ben Cleo Dan Eva Finn Gia Hugo Ivy Jon Kim Leo
+apples books cards coins cups eggs keys maps pens shells stamps toys
+buys finds gets wins drops lends loses sells
+How and does has have is many now that
+""".split()
+MARKS = (" + ", " - ", " = ", "\n#### ")
+
+# In this order: what joins numbers, a digit, a word or a sign with the space before it, white space.
+PIECES = r" [-+=] (?=[0-9])|\n#### (?=[0-9])|[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]|\s"
+
+TEMPLATE = """\
+{%- for message in messages %}
+{%- if message['role'] not in ['system', 'user', 'assistant', 'tool'] %}
+{{- raise_exception('no role ' + message['role'] + '; there are system, user, assistant and tool') }}
+{%- endif %}
+{{- '<|' + message['role'] + '|>' }}
+{%- if message['content'] is string %}
+{{- message['content'] }}
+{%- else %}
+{%- for part in message['content'] or [] %}{{- part['text'] }}{% endfor %}
+{%- endif %}
+{%- for call in message['tool_calls'] or [] %}{{- (call['function'] or call) | tojson }}{% endfor %}
+{{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{% endif %}"""
+
+
+def build(directory: Path) -> None:
+    """Write the model to `directory`, complete or not at all; one that exists is left alone."""
+    if directory.exists():
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
+    try:
+        hidden.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp's own keeps everyone else out
+        _model().save_pretrained(hidden)
+        _tokenizer().save_pretrained(hidden)
+        os.rename(hidden, directory)
+    except OSError:
+        if not directory.exists():  # else another process was first, and wrote the same bytes
+            raise
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def fingerprint() -> str:
+    """Changes with everything that the files depend on, transformers' version included: the key under which to cache them."""
+    parts = (_config().to_json_string(use_diff=False), _vocabulary().to_str(), TEMPLATE, str(SEED), str(MAX_LENGTH))
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+
+
+def _config() -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=_vocabulary().get_vocab_size(),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=MAX_LENGTH,
+        initializer_range=0.09,  # about 1 / sqrt(hidden_size): at Llama's 0.02 so narrow a model starts slowly
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        dtype="float32",
+        architectures=["LlamaForCausalLM"],
+    )
+
+
+def _model() -> LlamaForCausalLM:
+    config = _config()
+    with torch.device("meta"):  # leaves the caller's random numbers alone
+        model = LlamaForCausalLM(config)
+    generator = torch.Generator().manual_seed(SEED)
+    names = sorted(name for name, _ in model.named_parameters())
+    weights = {name: _drawn(model.get_parameter(name), generator, config.initializer_range) for name in names}
+    model.load_state_dict(weights, strict=False, assign=True)  # a tied head has no tensor of its own
+    model.tie_weights()
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=None, eos_token_id=1)
+    return model
+
+
+def _drawn(like: Tensor, generator: torch.Generator, deviation: float) -> Tensor:
+    """Ones for a norm, else uniform: unlike normal numbers, those are the same to the bit on every processor."""
+    if like.dim() == 1:
+        return torch.ones(like.shape)
+    return (torch.rand(like.shape, generator=generator) * 2 - 1) * (3**0.5 * deviation)
+
+
+def _vocabulary() -> Tokenizer:
+    """Whole words where they are known and bytes for everything else, by byte-level BPE without a merge."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    known = [form for word in WORDS for form in (word, " " + word)] + list(MARKS)
+    special = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
+    tokens = [*special, *alphabet, *map(_byte_level, known)]
+    tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[], ignore_merges=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _byte_level(text: str) -> str:
+    """`text` in the alphabet of byte-level BPE: 'Ġapples'."""
+    ((piece, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
+    return piece
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_vocabulary(),
+        pad_token=PAD,
+        eos_token=END,
+        extra_special_tokens=[f"<|{role}|>" for role in ROLES],
+        model_max_length=MAX_LENGTH,
+        clean_up_tokenization_spaces=False,
+        chat_template=TEMPLATE,
+    )

@@ -1,0 +1,377 @@
+"""The gate lets whole configurations through, and names key, value and remedy of everything else."""
+
+import ast
+import json
+import os
+import re
+import shutil
+from collections import namedtuple
+from copy import deepcopy
+from dataclasses import fields
+from functools import cache
+from pathlib import Path
+
+import hydra
+import pytest
+from omegaconf import OmegaConf
+from peft import LoraConfig
+
+from halos.config import gate, saved
+from halos.config.schema import Config, Peft
+from halos.config.secrets import redact
+from halos.config.suggest import ELSEWHERE, kind_of, nearest, schema_keys
+from halos.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+CONFIG = ROOT / "config"
+LOSSES = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
+RUN = ("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo")
+CHOICES = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in CONFIG.iterdir() if group.is_dir()}
+
+
+@cache
+def _composed(overrides):
+    with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+def composed(*overrides, **values):
+    config = deepcopy(_composed(overrides or RUN))
+    OmegaConf.set_struct(config, False)
+    for key, value in values.items():
+        OmegaConf.update(config, key.replace("__", "."), value, merge=False)
+    return config
+
+
+def message(config, typed=()):
+    with pytest.raises(UserError) as caught:
+        gate.check(config, typed, CHOICES)
+    assert "\n" not in str(caught.value), "one line"
+    return str(caught.value)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+# --- what passes
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_composes_and_passes(name):
+    config = gate.check(composed(f"loss={name}", *RUN[1:]))
+    assert isinstance(config, Config)
+    assert config.objective.mode in ("min", "max")
+    assert config.optim.lr == config.optim.lr_by_peft["none"]
+
+
+@pytest.mark.parametrize("group", [g for g in CHOICES if g not in ("loss", "experiment", "hydra")])
+def test_every_choice_of_every_group_composes_and_passes(group, tmp_path):
+    for choice in CHOICES[group]:
+        fill = {"data__root": str(tmp_path)} if choice == "gsm8k" else {}
+        fill |= {"data__train": ["org/a"], "data__eval": []} if choice == "files" else {}
+        fill |= {"model__name_or_path": "org/name"} if choice == "path" else {}
+        gate.check(composed(*(one for one in RUN if not one.startswith(f"{group}=")), f"{group}={choice}", **fill))
+
+
+def test_a_loss_may_move_what_the_model_says():
+    assert gate.check(composed("loss=csft", *RUN[1:])).model.add_tokens == ["<|good|>", "<|bad|>"]
+
+
+def test_the_checked_config_holds_plain_values():
+    config = gate.check(composed(data__train=["org/a", {"path": "org/b", "weight": 2}], data__eval=[]))
+    assert type(config.data.train) is list
+    assert type(config.data.train[1]) is dict
+    assert type(config.loss) is dict
+
+
+def test_a_home_directory_is_spelled_out(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.jsonl").write_text("{}")
+    config = gate.check(composed(cache_dir="~/c", data__train=["~/a.jsonl"], data__eval=[{"path": "~/a.jsonl"}]))
+    assert config.cache_dir == f"{tmp_path}/c"
+    assert config.data.train == [f"{tmp_path}/a.jsonl"]
+    assert config.data.eval == [{"path": f"{tmp_path}/a.jsonl"}]
+
+
+def test_a_saved_config_reads_back_as_it_was_and_interpolates_nothing(monkeypatch):
+    monkeypatch.setenv("ELSE", "read from the environment")
+    config = gate.check(composed(model__chat_template="{{ x }} \\${oc.env:ELSE} \\\\\\${y}", plugins=["yaml"], overwrite=True))
+    assert config.model.chat_template == "{{ x }} ${oc.env:ELSE} \\${y}"
+    again = gate.check(saved.load(saved.dump(config), "here/demo", "here/demo"))
+    assert (again.run_dir, again.resume, again.plugins, again.overwrite) == ("here/demo", "here/demo", [], False)
+    again.run_dir, again.resume, again.plugins, again.overwrite = config.run_dir, None, config.plugins, True
+    assert again == config
+
+
+# --- what does not: (changes to a run that passes, words of the message)
+
+WRONG = [
+    ({"train__stepz": 3}, ["train.stepz", "did you mean train.steps?"]),
+    ({"batch_size": 8}, ["'batch_size'", "did you mean train.batch_size?"]),
+    ({"nonsense": 8}, ["'nonsense'", "--help"]),
+    ({"train__nonsense": 8}, ["train.nonsense", "train takes", "max_length"]),
+    ({"loss__betta": 8}, ["loss.betta", "dpo takes no 'betta'", "did you mean beta?"]),
+    ({"checkpoint__evry": 8}, ["checkpoint.evry", "did you mean every?"]),
+    ({"train__steps": "abc"}, ["train.steps takes a whole number or null, not 'abc'"]),
+    ({"train__steps": 1.5}, ["train.steps", "not 1.5"]),
+    ({"train__steps": 0}, ["train.steps takes a whole number (at least 1) or null, not 0"]),
+    ({"train__eval_at_start": "maybe"}, ["train.eval_at_start takes true or false, not 'maybe'"]),
+    ({"train__truncation": "cut"}, ["train.truncation takes drop, truncate, error, not 'cut'"]),
+    ({"model__quantize": "3bit"}, ["model.quantize takes 4bit, 8bit or null, not '3bit'"]),
+    ({"peft__name": "lora2"}, ["peft.name", "did you mean lora?"]),
+    ({"optim__lr": "fast"}, ["optim.lr takes a number, not 'fast'"]),
+    ({"optim__lr": 0}, ["optim.lr takes a number (above 0), not 0"]),
+    ({"optim__lr": float("nan")}, ["optim.lr", "not nan"]),
+    ({"optim__lr": float("inf")}, ["optim.lr", "not inf"]),
+    ({"optim__lr": None}, ["optim.lr takes a number, not null"]),
+    ({"optim__betas": [0.9]}, ["optim.betas takes two numbers"]),
+    ({"optim__betas": ["a", "b"]}, ["optim.betas[0] takes a number, not 'a'"]),
+    ({"peft__rank_pattern": {"q": "x"}}, ["peft.rank_pattern.q takes a whole number, not 'x'"]),
+    ({"seed": "???"}, ["seed is missing: it takes a whole number"]),
+    ({"seed": "${nope}"}, ["seed is ${nope}", "leads nowhere"]),
+    ({"optim__lr": "${oc.env:NOT_THERE}"}, ["optim.lr is ${oc.env:NOT_THERE}", "leads nowhere"]),
+    ({"reference": "x"}, ["reference takes a mapping, not 'x'"]),
+    ({"loss": None}, ["loss is missing", "dpo", "kto"]),
+    ({"model__name_or_path": None}, ["model.name_or_path is missing", "tiny", "model.name_or_path="]),
+    ({"data__train": None}, ["data.train is missing", "arithmetic", "data.train=["]),
+    ({"data__eval": None}, ["data.eval is missing", "data.eval=[]"]),
+    ({"data__train": "a.jsonl"}, ["data.train takes a list", "data.train=[a.jsonl]"]),
+    ({"data__train": []}, ["data.train is []"]),
+    ({"exp_name": None}, ["exp_name is missing", "exp_name=demo"]),
+    *(({"exp_name": name}, ["exp_name", repr(name)]) for name in ("a/b", "..", ".a", "-a", "", " a", "a\nb", "a\\b")),
+    ({"train__steps": None, "train__epochs": None}, ["train.steps", "train.epochs", "train.steps=100"]),
+    ({"reference__name_or_path": "a/b", "loss": {"_target_": "halos.losses.sft.sft"}}, ["reference.name_or_path", "loss=sft"]),
+    ({"model__quantize": "4bit"}, ["model.quantize=4bit", "peft=lora"]),
+    ({"model__add_tokens": ["<x>"], "peft__name": "lora"}, ["model.add_tokens", "peft.modules_to_save=[embed_tokens]"]),
+    ({"train__early_stopping": 2, "data__eval": []}, ["train.early_stopping=2", "data.eval"]),
+    ({"checkpoint__keep_best": 2, "data__eval": []}, ["checkpoint.keep_best=2", "data.eval"]),
+    ({"train__early_stopping": 2, "train__eval_every": None}, ["train.early_stopping=2", "train.eval_every"]),
+    ({"plugins": ["no_such_package"]}, ["no_such_package", "PYTHONPATH"]),
+    ({"hooks__x": {"_target_": "os.system"}}, ["hooks.x._target_", "plugins=[os]"]),
+    ({"data__train": ["no.jsonl"]}, ["data.train.0", "no.jsonl"]),
+    ({"data__eval": [{"path": "./dir"}]}, ["data.eval.0", "./dir"]),
+    ({"data__train": ["arithmetc"]}, ["data.train.0", "arithmetc", "org/name", "arithmetic"]),
+    ({"data__root": "/no/such"}, ["data.root", "/no/such"]),
+    ({"data__train": [{"path": None, "format": "gsm8k"}]}, ["data.root=DIRECTORY"]),
+    ({"model__name_or_path": "smolm2"}, ["model.name_or_path", "model=smollm2", "org/name"]),
+    ({"model__name_or_path": "./none"}, ["model.name_or_path", "./none"]),
+    ({"reference__name_or_path": "./none"}, ["reference.name_or_path", "./none"]),
+    ({"model__chat_template": "none.jinja"}, ["model.chat_template", "none.jinja"]),
+    ({"hooks__x": {"_target_": "a.b", "api_key": "x"}}, ["hooks.x.api_key", "WANDB_API_KEY"]),
+    ({"data__train": [{"path": "a/b", "hf_token": "x"}]}, ["data.train.0.hf_token", "HF_TOKEN"]),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda part: str(part)[:60] if isinstance(part, dict) else "")
+def test_wrong_input_is_refused_with_the_key_and_the_remedy(changes, words):
+    said = message(composed(**changes))
+    for word in words:
+        assert word in said
+
+
+def test_a_typing_mistake_in_a_file_name_meets_the_file_beside_it(tmp_path):
+    (tmp_path / "train.jsonl").write_text("{}")
+    assert "did you mean train.jsonl?" in message(composed(data__train=["trian.jsonl"]))
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert "train.batch_size=8" in message(composed(train__batch_size=7))
+    gate.check(composed(train__batch_size=8, train__microbatch_size=64))
+
+
+def test_peft_keys_without_peft_are_refused_only_where_they_were_typed():
+    said = message(composed(peft__r=8), ["peft.r=8"])
+    assert "peft.r" in said
+    assert "peft=lora" in said
+    gate.check(composed(*RUN, "peft=lora", peft__r=8), ["peft=lora", "peft.r=8"])
+
+
+def test_quantize_names_the_package_to_install(monkeypatch):
+    monkeypatch.setattr("halos.config.combinations.find_spec", lambda name: None)
+    assert "pip install bitsandbytes" in message(composed(*RUN, "peft=lora", model__quantize="4bit"))
+
+
+def test_added_tokens_pass_with_the_embedding_saved():
+    gate.check(composed(*RUN, "peft=lora", model__add_tokens=["<x>"], peft__modules_to_save=["model.embed_tokens"]))
+
+
+# --- models on this disk
+
+
+@pytest.fixture
+def model(tmp_path):
+    place = tmp_path / "model"
+    place.mkdir()
+    (place / "config.json").write_text("{}")
+    (place / "model.safetensors").write_bytes(b"")
+    return place
+
+
+def test_a_model_directory_with_safetensors_passes(model):
+    gate.check(composed(model__name_or_path=str(model)))
+
+
+def test_a_gguf_file_passes_and_any_other_file_is_refused(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"")
+    (tmp_path / "a.pt").write_bytes(b"")
+    gate.check(composed(model__name_or_path="a.gguf"))
+    assert "of files only .gguf" in message(composed(model__name_or_path="a.pt"))
+
+
+def test_a_directory_without_a_config_is_no_model(model):
+    (model / "config.json").unlink()
+    assert "no config.json" in message(composed(model__name_or_path=str(model)))
+    (model / "adapter_config.json").write_text("{}")
+    assert "halos.checkpoint merge" in message(composed(model__name_or_path=str(model)))
+    (model / "FINAL").mkdir()
+    (model / "FINAL" / "config.json").write_text("{}")
+    assert f"{model}/FINAL" in message(composed(model__name_or_path=str(model)))
+
+
+def test_a_model_without_weights_is_refused_and_pickles_are_never_read(model):
+    (model / "model.safetensors").unlink()
+    assert "*.safetensors is missing" in message(composed(model__name_or_path=str(model)))
+    (model / "pytorch_model.bin").write_bytes(b"")
+    said = message(composed(model__name_or_path=str(model)))
+    assert "nothing is unpickled" in said
+    assert "safetensors" in said
+
+
+def test_a_missing_shard_is_named(model):
+    shards = {"weight_map": {"a": "model.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(shards))
+    assert "model-00002-of-00002.safetensors" in message(composed(model__name_or_path=str(model)))
+
+
+# --- room
+
+
+def test_a_run_directory_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "run_dir" in message(composed(run_dir="file/x"))
+
+
+def test_a_full_disk_is_refused(monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage(10**9, 10**9, 10**6))
+    said = message(composed())
+    assert "run_dir" in said
+    assert "only 1 MB are free" in said
+
+
+def test_a_directory_without_permission_is_refused(monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, how: False)
+    assert "run_dir: no permission" in message(composed())
+
+
+# --- secrets
+
+
+def test_the_value_of_a_secret_variable_is_refused_and_never_shown(monkeypatch):
+    monkeypatch.setenv("MY_TOKEN", "tk_0123456789abcdefghij")
+    for config in (
+        composed(exp_name="tk_0123456789abcdefghij"),
+        composed(exp_name="${oc.env:MY_TOKEN}"),
+        composed(model__chat_template="see tk_0123456789abcdefghij"),
+        composed(model__dtype="tk_0123456789abcdefghij"),
+    ):
+        said = message(config)
+        assert "MY_TOKEN" in said
+        assert "tk_0123" not in said
+    assert "tk_0123" not in message(composed(), ["hydra.job.name=tk_0123456789abcdefghij"])
+
+
+def test_short_values_and_other_variables_are_no_secrets(monkeypatch):
+    monkeypatch.setenv("SORT_KEY", "demo")
+    monkeypatch.setenv("SOME_NAME", "a-long-enough-name")
+    gate.check(composed(exp_name="demo"))
+    gate.check(composed(exp_name="a-long-enough-name"))
+    gate.check(composed(*RUN, "logging=wandb", hooks__wandb__entity=None))
+
+
+def test_messages_hide_secrets(monkeypatch):
+    monkeypatch.setenv("MY_PASSWORD", "correct horse")
+    assert redact("cannot read 'x=correct horse'") == "cannot read 'x=<MY_PASSWORD>'"
+
+
+# --- suggestions, and keys that are dead
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("train.batchsize", "train.batch_size"),
+        ("tran.steps", "train.steps"),
+        ("lr", "optim.lr"),
+        ("model.lr", "optim.lr"),
+        ("max_steps", "train.steps"),
+        ("train.learning_rate", "optim.lr"),
+        ("expname", "exp_name"),
+        ("train.foo", None),
+        ("qqq", None),
+    ],
+)
+def test_the_nearest_key_is_the_one_that_was_meant(typed, meant):
+    assert nearest(typed, schema_keys()) == meant
+
+
+def test_names_from_elsewhere_lead_to_keys_that_exist():
+    for meant in ELSEWHERE.values():
+        assert kind_of(meant) in ("value", "free")
+
+
+def _keys(node, prefix=""):
+    for name, value in node.items():
+        yield f"{prefix}{name}"
+        if isinstance(value, dict) and kind_of(f"{prefix}{name}") == "section":
+            yield from (key for key in _keys(value, f"{prefix}{name}.") if kind_of(key) != "free")
+
+
+def test_yaml_and_schema_name_the_same_keys():
+    assert set(_keys(OmegaConf.to_container(composed()))) == set(schema_keys())
+
+
+@cache
+def _read_in_code():
+    """Per file: the pairs (owner, name) of `owner.name`, the classes it imports, and the sections it takes whole."""
+    files = []
+    for path in (ROOT / "halos").rglob("*.py"):
+        if path.parent.name == "config":
+            continue  # checking a key is not reading it
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        pairs = {(node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", ""), node.attr)
+                 for node in nodes if isinstance(node, ast.Attribute)}  # fmt: skip
+        imports = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+        calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "asdict"]
+        files.append((pairs, imports, {call.args[0].attr for call in calls if isinstance(call.args[0], ast.Attribute)}))
+    return files
+
+
+def _is_read(key):
+    """`train.steps`; `.steps` in a file that has the section or its class; the section taken whole; or by a YAML."""
+    section, _, name = key.rpartition(".")
+    for pairs, imports, whole in _read_in_code():
+        has_section = ("config", section) in pairs or (section.capitalize() or "Config") in imports
+        if section in whole or (section or "config", name) in pairs or (has_section and any(attr == name for _, attr in pairs)):
+            return True
+    return any(re.search(rf"\${{[^}}]*\b{name}\b", path.read_text()) for path in CONFIG.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "key", [key for key in schema_keys() if kind_of(key) == "value" or key in ("loss", "checkpoint", "hooks")]
+)
+def test_no_key_is_dead(key):
+    assert _is_read(key), f"nothing reads {key}"
+
+
+def test_a_key_that_nobody_reads_would_be_found():
+    assert not _is_read("train.nobody_reads_this")
+
+
+def test_the_keys_of_peft_are_those_of_its_own_config():
+    assert {field.name for field in fields(Peft)} - {"name"} <= {field.name for field in fields(LoraConfig)}

@@ -1,0 +1,160 @@
+import pytest
+
+from halos.data.files import Row
+from halos.data.formats import as_kind, read_example
+from halos.errors import UserError
+from halos.types import Comparison, Demonstration, Judgement
+
+from .kit import says, turn, user
+
+WHERE = "a.jsonl:12"
+Q, GOOD, BAD = (user("One?"),), (says("one"),), (says("two"),)
+
+
+def read(score: str = "last", **columns):
+    return read_example(Row(columns, WHERE), score=score)
+
+
+def refuses(message: str, **columns) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl:12: .*{message}"):
+        read(**columns)
+
+
+# --- what columns say --------------------------------------------------------------------------------------------------
+
+
+def test_prompt_and_completion_are_a_demonstration_as_text_or_as_messages():
+    assert read(prompt="One?", completion="one") == Demonstration(Q, GOOD)
+    assert read(prompt=list(Q), completion=list(GOOD)) == Demonstration(Q, GOOD)
+    assert read(prompt=list(Q), completion=[*Q, *GOOD]) == Demonstration(Q, GOOD), "the prompt repeated"
+
+
+def test_a_label_makes_it_a_judgement():
+    assert read(prompt="One?", completion="one", label=True) == Judgement(Q, GOOD, True)
+    assert read(prompt="One?", completion="two", label=0) == Judgement(Q, BAD, False)
+    assert read(prompt="One?", completion="two", label=None) == Demonstration(Q, BAD), "an empty column is no column"
+    refuses("label is 'good'", prompt="One?", completion="one", label="good")
+    refuses("label is -1", prompt="One?", completion="one", label=-1)
+    refuses("label is 0.5", prompt="One?", completion="one", label=0.5)
+
+
+def test_chosen_and_rejected_are_a_comparison_with_the_margin_that_is_known():
+    assert read(prompt="One?", chosen="one", rejected="two") == Comparison(Q, GOOD, BAD)
+    assert read(prompt="One?", chosen="one", rejected="two", margin=2) == Comparison(Q, GOOD, BAD, 2.0)
+    assert read(prompt="One?", chosen=list(GOOD), rejected="two") == Comparison(Q, GOOD, BAD)
+    refuses("margin is 'far'", prompt="One?", chosen="one", rejected="two", margin="far")
+    refuses("margin is nan", prompt="One?", chosen="one", rejected="two", margin=float("nan"))
+
+
+def test_a_prompt_may_be_what_both_conversations_share():
+    system = turn("system", "Be brief.")
+    assert read(chosen=[*Q, *GOOD], rejected=[*Q, *BAD]) == Comparison(Q, GOOD, BAD)
+    assert read(chosen=[system, *Q, *GOOD], rejected=[system, *Q, *BAD]) == Comparison((system, *Q), GOOD, BAD)
+    # As UltraFeedback has it: the prompt as text, and once more in front of each conversation.
+    both = read(prompt="One?", chosen=[*Q, *GOOD], rejected=[*Q, *BAD], messages=[*Q, *GOOD])
+    assert both == Comparison(Q, GOOD, BAD)
+    refuses("repeat another prompt", prompt="Two?", chosen=[*Q, *GOOD], rejected=[*Q, *BAD])
+    refuses("share every turn", chosen=[*Q, *GOOD], rejected=[user("Two?"), *BAD])
+    refuses("share every turn", chosen=[*Q, *GOOD, *Q, *GOOD], rejected=[*Q, *GOOD, user("Two?"), *BAD])
+    refuses("a column 'prompt' is needed", chosen="one", rejected="two")
+
+
+def test_the_last_assistant_turn_of_messages_is_scored_or_all_of_them():
+    talk = [*Q, *GOOD, user("Two?"), *BAD, user("Thanks.")]
+    assert read(messages=talk) == Demonstration((*Q, *GOOD, user("Two?")), BAD)
+    assert read("all", messages=talk) == Demonstration(Q, (*GOOD, user("Two?"), *BAD))
+
+
+def test_tool_calls_are_carried_and_keys_without_value_are_not():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}], "name": None}
+    read_call = read(messages=[*Q, call]).completion[0]
+    assert read_call == {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
+    refuses("'tools' is not supported", messages=[*Q, *GOOD], tools=[{"name": "add"}])
+    assert read(messages=[*Q, *GOOD], tools=[]) == Demonstration(Q, GOOD)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"messages": [user("One?")]}, "no assistant turn"),
+        ({"messages": [says("one")]}, "no turn that it answers"),
+        ({"messages": []}, "messages must be text or a list"),
+        ({"messages": [user("One?"), says(" ")]}, "the assistant says nothing"),
+        ({"messages": [{"from": "human", "value": "One?"}]}, "needs role and content, one has from, value"),
+        ({"messages": ["One?"]}, "needs role and content, one is str"),
+        ({"messages": [user("One?"), turn("bot", "one")]}, "unknown role 'bot'; roles are system"),
+        ({"messages": [user("One?"), {"role": "assistant"}]}, "content is NoneType, not text"),
+        ({"messages": [user("One?"), {"role": "assistant", "content": [{"type": "text"}]}]}, "content is list, not text"),
+        ({"prompt": "One?", "completion": ""}, "completion is empty"),
+        ({"prompt": 1, "completion": "one"}, "prompt must be text or a list"),
+        ({"prompt": "One?", "completion": [user("two")]}, "must start and end with an assistant turn"),
+        ({"prompt": "One?", "chosen": "one", "rejected": [says("two"), user("so?")]}, "rejected must start and end"),
+        ({"prompt": "One?"}, "columns found: prompt; a row that can be trained on has messages; prompt"),
+        ({"text": "One?", "id": 7}, "columns found: text, id;"),
+        ({}, "columns found: none"),
+    ],
+)
+def test_a_row_that_is_no_example_is_named_with_the_reason(columns, message: str):
+    refuses(message, **columns)
+
+
+# --- HALOs' records ----------------------------------------------------------------------------------------------------
+
+
+def test_label_one_of_pairwise_feedback_prefers_the_first_output():
+    record = {"type": "pairwise_feedback", "prompt": list(Q), "output_A": list(GOOD), "output_B": list(BAD)}
+    assert read(**record, label=1) == Comparison(Q, GOOD, BAD)
+    assert read(**record, label=0) == Comparison(Q, BAD, GOOD)
+    assert read(**record, label=0, reward_A=1.5, reward_B=4.0) == Comparison(Q, BAD, GOOD, 2.5)
+    refuses("lacks label", **record)
+
+
+def test_binary_feedback_is_a_judgement_and_minus_one_is_undesirable():
+    record = {"type": "binary_feedback", "prompt": list(Q), "output": list(GOOD), "reward": 0.3}
+    assert read(**record, label=1) == Judgement(Q, GOOD, True)
+    assert [read(**record, label=label).desirable for label in (0, -1)] == [False, False]
+
+
+def test_a_sample_is_a_demonstration_and_scalar_feedback_says_what_to_do():
+    assert read(type="sample", prompt=list(Q), output="one") == Demonstration(Q, GOOD)
+    assert read(type="sample", instruction="One?", output="one") == Demonstration(Q, GOOD)
+    refuses("make binary_feedback of it", type="scalar_feedback", prompt=list(Q), output=list(GOOD), reward=1.0)
+    assert read(type="maths", prompt="One?", completion="one") == Demonstration(Q, GOOD), "other data have a type too"
+
+
+# --- what an example serves --------------------------------------------------------------------------------------------
+
+
+def serves(example, kind, **columns):
+    return as_kind(example, kind, Row(columns, WHERE))
+
+
+def test_a_comparison_is_also_two_judgements_or_one_demonstration():
+    pair = Comparison(Q, GOOD, BAD, 1.0)
+    assert serves(pair, Comparison) == [pair]
+    assert serves(pair, Judgement) == [Judgement(Q, GOOD, True), Judgement(Q, BAD, False)]
+    assert serves(pair, Demonstration) == [Demonstration(Q, GOOD)]
+
+
+def test_only_a_desirable_judgement_is_a_demonstration():
+    assert serves(Judgement(Q, GOOD, True), Demonstration) == [Demonstration(Q, GOOD)]
+    assert serves(Judgement(Q, BAD, False), Demonstration) == []
+
+
+def test_a_pair_of_equal_completions_prefers_nothing_but_can_be_imitated():
+    pair = Comparison(Q, GOOD, GOOD)
+    assert serves(pair, Comparison) == serves(pair, Judgement) == []
+    assert serves(pair, Demonstration) == [Demonstration(Q, GOOD)]
+
+
+@pytest.mark.parametrize(
+    ("example", "kind", "message"),
+    [
+        (Demonstration(Q, GOOD), Comparison, "columns found: prompt, completion. .*sft.*learns from pairs: prompt . chosen"),
+        (Demonstration(Q, GOOD), Judgement, "only losses on demonstrations.*learns from labels"),
+        (Judgement(Q, GOOD, True), Comparison, "losses on labels, such as kto.*learns from pairs"),
+    ],
+)
+def test_columns_that_cannot_serve_the_loss_say_which_they_can(example, kind, message: str):
+    with pytest.raises(UserError, match=rf"a\.jsonl:12: .*{message}"):
+        serves(example, kind, prompt="One?", completion="one", label=None)

@@ -1,0 +1,84 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from halos.data.formats import read_example
+from halos.data.gsm8k import tidy
+from halos.data.sources import Source, open_source
+from halos.errors import UserError
+from halos.types import Comparison, Demonstration, Example, Judgement
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Twenty problems in each file; of each the solutions are right, wrong, right, wrong."""
+
+    def solved(n: int, right: bool, by: str) -> dict:
+        return {"is_correct": right, "solution": f"{by}: 1+{n} = <<1+{n}={n + 1}>>{n + 1}\nA: {n + 1 if right else n}"}
+
+    train = [{"question": f"Train {n}?", "answer": f"1+{n} = <<1+{n}={n + 1}>>{n + 1}\n#### {n + 1}"} for n in range(20)]
+    names = ("6b_finetuning", "6b_verification", "175b_finetuning", "175b_verification")
+    test = [
+        {"question": f"Test {n}?", "ground_truth": f"A: {n + 1}"}
+        | {name: solved(n, place % 2 == 0, name) for place, name in enumerate(names)}
+        for n in range(20)
+    ]
+    for name, rows in (("train.jsonl", train), ("model_solutions.jsonl", test)):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def examples(root: Path, kind: type[Example], purpose: str = "train") -> list:
+    opened = open_source(Source.of({"path": str(root), "format": "gsm8k", "split": purpose}), kind, purpose)
+    return [read_example(row, score="last") for row in opened.rows()]
+
+
+def test_demonstrations_lose_the_calculator_marks_and_keep_the_answer_line(root: Path):
+    first = examples(root, Demonstration)[3]
+    assert first == Demonstration(
+        ({"role": "user", "content": "Train 3?"},), ({"role": "assistant", "content": "1+3 = 4\n#### 4"},)
+    )
+
+
+def test_pairs_are_all_right_over_wrong_solutions_of_one_problem(root: Path):
+    pairs = examples(root, Comparison)
+    assert len(pairs) == 18 * 4
+    said = {(pair.chosen[0]["content"].split(":")[0], pair.rejected[0]["content"].split(":")[0]) for pair in pairs[:4]}
+    assert said == {(r, w) for r in ("6b_finetuning", "175b_finetuning") for w in ("6b_verification", "175b_verification")}
+    for pair in pairs:
+        number = int(pair.prompt[0]["content"].split()[1][:-1])
+        assert pair.chosen[0]["content"].endswith(f"\n#### {number + 1}")
+        assert pair.rejected[0]["content"].endswith(f"\n#### {number}")
+
+
+def test_labels_are_each_solution_once(root: Path):
+    labels = examples(root, Judgement)
+    assert len(labels) == 18 * 4
+    assert [label.desirable for label in labels[:4]] == [True, False, True, False]
+    assert len({label.completion[0]["content"] + label.prompt[0]["content"] for label in labels}) == 18 * 4
+
+
+@pytest.mark.parametrize("kind", [Demonstration, Comparison, Judgement])
+def test_the_last_tenth_of_the_problems_is_held_out(root: Path, kind):
+    train, held_out = ({each.prompt[0]["content"] for each in examples(root, kind, purpose)} for purpose in ("train", "eval"))
+    assert len(train) == 18
+    assert {int(name.split()[1][:-1]) for name in held_out} == {18, 19}
+
+
+def test_answer_lines_of_both_files_end_up_in_one_style():
+    assert tidy("So 2*2 = <<2*2=4>>4.\nA: 4") == "So 2*2 = 4.\n#### 4"
+    assert tidy("It is 1,080.\nA:  1,080\n") == "It is 1,080.\n#### 1,080"
+    assert tidy("Person\nA: 3 apples.\nSo 3.\n#### 3") == "Person\nA: 3 apples.\nSo 3.\n#### 3", "only the last line"
+
+
+def test_what_is_no_gsm8k_is_refused(root: Path):
+    def refuses(message: str, **entry) -> None:
+        with pytest.raises(UserError, match=message):
+            list(open_source(Source.of({"path": str(root), "format": "gsm8k", **entry}), Comparison, "train").rows())
+
+    refuses("no split 'test'", split="test")
+    (root / "model_solutions.jsonl").write_text('{"prompt": "a"}\n' * 3)
+    refuses(r"model_solutions\.jsonl:1: no column 'question'")
+    (root / "model_solutions.jsonl").unlink()
+    refuses(r"not found; data\.root must be")

@@ -1,0 +1,212 @@
+import multiprocessing
+import pickle
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from halos.data import prepare as room
+from halos.data.dataset import Dataset, open_dataset
+from halos.data.tokenize import Encoder
+from halos.errors import UserError
+from halos.losses.csft import examples as csft_examples
+from halos.types import Comparison, Demonstration, Judgement
+
+from .kit import LLAMA3, THINKING, jsonl, prepared, tokenizer, turn
+
+PAIRS = [
+    {"prompt": "What is one?", "chosen": "one", "rejected": "two", "margin": 0.5},
+    {"prompt": "What is two?", "chosen": "two", "rejected": "five five five"},
+    {"prompt": "What is one?", "chosen": "One, and no more.", "rejected": "three"},
+]
+
+
+def words(data: Dataset, row: int) -> list[str]:
+    return [tokenizer().decode(each.ids) for each in data[row].completions]
+
+
+def test_pairs_come_back_as_they_were_written(tmp_path: Path):
+    data = prepared(jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path, kind=Comparison)
+    assert data.kind is Comparison
+    assert words(data, 1) == ["two<|im_end|>", "five five five<|im_end|>"]
+    assert [item.margin for item in data] == [0.5, 0.0, 0.0]
+    assert data.groups.tolist() == [0, 1, 0]
+
+
+def test_whole_columns_agree_with_the_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(room, "BATCH", 2)  # so that rows lie in several arrow batches
+    data = prepared([jsonl(tmp_path / name, PAIRS) for name in ("a.jsonl", "b.jsonl")], tmp_path, kind=Comparison)
+    items = list(data)
+    assert len(items) == len(data) == 6
+    assert data.prompt_lengths.tolist() == [len(item.prompt) for item in items]
+    assert data.lengths.tolist() == [[len(item.prompt) + len(c.ids) for c in item.completions] for item in items]
+    assert data.scored.tolist() == [[c.scored.sum() for c in item.completions] for item in items]
+    assert data.sources.tolist() == [0, 0, 0, 1, 1, 1]
+    assert [item.id for item in items[:2]] == [f"{tmp_path}/a.jsonl:1#0", f"{tmp_path}/a.jsonl:2#0"]
+    assert len({item.id for item in items}) == 6
+    with pytest.raises(IndexError):
+        data[6]
+
+
+def test_scored_marks_of_several_turns_survive_the_file(tmp_path: Path):
+    talk = [turn("user", "a"), turn("assistant", "one"), turn("user", "b"), turn("assistant", "two")]
+    data = prepared(jsonl(tmp_path / "a.jsonl", [{"messages": talk}]), tmp_path, score="all")
+    completion = data[0].completions[0]
+    assert tokenizer().decode(completion.ids[completion.scored]) == "one<|im_end|>two<|im_end|>"
+    assert data.scored[0, 0] == completion.scored.sum() < len(completion.ids)
+
+
+def test_a_pair_serves_losses_on_labels_and_on_demonstrations(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", PAIRS[:1])
+    labels = prepared(path, tmp_path, kind=Judgement)
+    assert [(words(labels, n), labels[n].desirable) for n in range(2)] == [(["one<|im_end|>"], True), (["two<|im_end|>"], False)]
+    assert [item.id.rpartition("#")[2] for item in labels] == ["0", "1"]
+    assert words(prepared(path, tmp_path, kind=Demonstration), 0) == ["one<|im_end|>"]
+
+
+def test_a_transform_turns_what_was_read_into_what_is_trained_on(tmp_path: Path):
+    signs = partial(csft_examples, desirable_token="<|good|>", undesirable_token="<|bad|>")
+    path = jsonl(tmp_path / "a.jsonl", PAIRS[:1])
+    data = prepared(path, tmp_path, kind=Judgement, transform=signs, transform_key="csft")
+    assert data.kind is Demonstration
+    assert [words(data, n) for n in range(2)] == [["<|good|>one<|im_end|>"], ["<|bad|>two<|im_end|>"]]
+    assert prepared(path, tmp_path, kind=Judgement).kind is Judgement, "the key tells them apart"
+
+
+def test_every_row_that_is_not_kept_as_it_was_is_counted(tmp_path: Path):
+    rows = [
+        {"prompt": "What is one?", "completion": "one", "label": True},
+        {"prompt": "What is one?", "completion": "two", "label": False},
+        {"prompt": "What is two?", "completion": "five " * 60, "label": True},
+        {"prompt": "one " * 99, "completion": "five", "label": True},
+    ]
+    path = jsonl(tmp_path / "a.jsonl", rows)
+    report = prepared(path, tmp_path, max_length=60).report[0]
+    assert (report.rows, report.kept) == (4, 1)
+    assert report.dropped == {
+        "undesirable, not to be imitated": 1,
+        "longer than max_length": 1,
+        "with a prompt that fills max_length": 1,
+    }
+    data = prepared(path, tmp_path, max_length=60, truncation="truncate")
+    assert (data.report[0].kept, data.report[0].cut_completions) == (2, 1)
+    assert "4 rows, 2 kept; dropped 2" in data.lines()[0]
+    assert "1 completions cut" in data.lines()[0]
+
+
+def test_rows_that_leave_the_generation_prompt_are_counted(tmp_path: Path):
+    data = prepared(jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path, kind=Comparison, tokenizer=tokenizer(THINKING))
+    assert data.report[0].inexact == 3
+    assert "3 do not continue the template's generation prompt" in data.lines()[0]
+
+
+def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", PAIRS)
+    with pytest.raises(UserError, match=r"a\.jsonl: 3 rows, 0 kept; dropped 3.*none of them can be used"):
+        prepared(path, tmp_path, max_length=4)
+    with pytest.raises(UserError, match=r"data\.train: no entry"):
+        prepared([], tmp_path)
+
+
+# --- the cache ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_tokenised_once_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = jsonl(tmp_path / "a.jsonl", PAIRS)
+    first = prepared(path, tmp_path, kind=Comparison)
+
+    def must_not_run(*_: object) -> None:
+        raise AssertionError("tokenised twice")
+
+    monkeypatch.setattr(Encoder, "encode", must_not_run)
+    again = prepared(path, tmp_path, kind=Comparison)
+    assert [item.id for item in again] == [item.id for item in first]
+    jsonl(tmp_path / "a.jsonl", PAIRS[:2])
+    with pytest.raises(AssertionError, match="tokenised twice"):
+        prepared(path, tmp_path, kind=Comparison)
+
+
+def test_everything_that_decides_the_ids_is_part_of_the_key(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", PAIRS)
+    grown = tokenizer()
+    grown.add_tokens(["<|new|>"], special_tokens=True)
+    changes = [
+        {},
+        {"max_length": 100},
+        {"truncation": "truncate"},
+        {"score": "all"},
+        {"kind": Comparison},
+        {"kind": Judgement},
+        {"transform_key": "x"},
+        {"purpose": "eval"},
+        {"tokenizer": tokenizer(LLAMA3)},
+        {"tokenizer": tokenizer(eos="<|im_end|>")},
+        {"tokenizer": grown},
+    ]
+    settings = {"max_length": 200, "truncation": "drop", "score": "last", "cache_dir": tmp_path, "kind": Demonstration}
+    made = tokenizer()
+    paths = [room.prepare([path], **{**settings, "tokenizer": made, **change}) for change in changes]
+    paths.append(room.prepare([{"path": path, "weight": 2}], **{**settings, "tokenizer": made}))
+    paths.append(room.prepare([{"path": path, "split": "[:2]"}], **{**settings, "tokenizer": made}))
+    assert len(set(paths)) == len(changes) + 2
+    made("some text", padding="max_length", truncation=True, max_length=5)
+    assert room.prepare([path], **{**settings, "tokenizer": made}) == paths[0], "what a tokenizer was used for before is not"
+
+
+def test_a_run_that_fails_leaves_nothing_behind(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", [*PAIRS, {"prompt": "a"}])
+    with pytest.raises(UserError, match=r"a\.jsonl:4"):
+        prepared(path, tmp_path / "cache", kind=Comparison)
+    assert list((tmp_path / "cache" / "data").iterdir()) == []
+
+
+def test_the_one_who_comes_second_uses_what_the_first_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = jsonl(tmp_path / "a.jsonl", PAIRS)
+    write, other = room._write, tmp_path / "other"
+
+    def overtaken(directory: Path, *rest: object) -> None:
+        write(directory, *rest)
+        if not list((tmp_path / "data").glob("[!.]*")):  # another process finishes first
+            finished = directory.with_name(directory.name[1:].rpartition("-")[0])
+            write(other, *rest)
+            other.rename(finished)
+
+    other.mkdir()
+    monkeypatch.setattr(room, "_write", overtaken)
+    assert len(prepared(path, tmp_path, kind=Comparison)) == 3
+    assert len(list((tmp_path / "data").iterdir())) == 1, "the loser's copy is gone"
+
+
+def _prepare_and_count(path: str, cache: Path) -> int:
+    return len(prepared(path, cache, kind=Comparison))
+
+
+def test_two_processes_at_once_both_get_the_rows(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", PAIRS * 50)
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        assert pool.starmap(_prepare_and_count, [(path, tmp_path)] * 2) == [150, 150]
+    assert len(list((tmp_path / "data").iterdir())) == 1
+
+
+def test_nothing_in_the_cache_is_pickled(tmp_path: Path):
+    path = room.prepare(
+        [jsonl(tmp_path / "a.jsonl", PAIRS)],
+        kind=Comparison,
+        tokenizer=tokenizer(),
+        max_length=200,
+        truncation="drop",
+        score="last",
+        cache_dir=tmp_path,
+    )
+    assert sorted(file.name for file in path.iterdir()) == ["meta.json", "rows.arrow"]
+    for file in path.iterdir():
+        with pytest.raises((pickle.UnpicklingError, KeyError, ValueError, EOFError)):
+            pickle.loads(file.read_bytes())
+    assert isinstance(open_dataset(path)[0].prompt, np.ndarray)
+
+
+def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cache_dir="):
+        prepared(jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path / "file")
