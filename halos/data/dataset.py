@@ -1,5 +1,6 @@
 """Tokenised rows on disk: written once as arrow, memory-mapped by every process, read row by row as numpy slices."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator
@@ -95,7 +96,8 @@ class Writer:
             columns["desirable"].append(item.desirable)
             columns["margin"].append(item.margin)
             columns["source"].append(source)
-            columns["group"].append(self._groups.setdefault(item.prompt.tobytes(), len(self._groups)))
+            prompt = hashlib.blake2b(item.prompt.tobytes(), digest_size=16).digest()
+            columns["group"].append(self._groups.setdefault(prompt, len(self._groups)))
             columns["id"].append(item.id)
         arrays = [_list_array(columns[name]) if name in _LISTS else columns[name] for name in _SCHEMA.names]
         self._arrow.write_table(pa.table(arrays, schema=_SCHEMA))

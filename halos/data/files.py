@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from halos.errors import UserError
 
-_BLANK = re.compile(r"[ \t\r\n]*")
+_INK = re.compile(r"[^ \t\r\n]")
 
 
 class Row(NamedTuple):
@@ -51,7 +51,7 @@ def read_json(path: Path) -> Iterator[Row]:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text") from error
-    start = _BLANK.match(text).end()  # type: ignore[union-attr]
+    start = _skip(text, 0)
     if text.startswith("[", start):
         yield from _elements(text, start + 1, path)
         return
@@ -69,11 +69,17 @@ def read_json(path: Path) -> Iterator[Row]:
     raise UserError(f"{path}: a .json file holds a list of objects, this one {_named(value)}")
 
 
+def _skip(text: str, at: int) -> int:
+    """The next place from `at` on that is not blank."""
+    found = _INK.search(text, at)
+    return found.start() if found else len(text)
+
+
 def _elements(text: str, at: int, path: Path) -> Iterator[Row]:
     """The elements of a JSON list that starts before `at`, each with the line on which it starts."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     while True:
-        at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
+        at = _skip(text, at)
         line, counted = line + text.count("\n", counted, at), at
         if text.startswith("]", at):
             break
@@ -82,7 +88,7 @@ def _elements(text: str, at: int, path: Path) -> Iterator[Row]:
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
         yield _record(value, f"{path}:{line}")
-        at = _BLANK.match(text, at).end()  # type: ignore[union-attr]
+        at = _skip(text, at)
         if text.startswith(",", at):
             at += 1
         elif not text.startswith("]", at):

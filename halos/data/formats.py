@@ -10,12 +10,12 @@ from halos.types import Comparison, Demonstration, Example, Judgement, Message, 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEEDED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label"
-_LEARNS = {
+_LEARNS: dict[type[Example], str] = {
     Demonstration: "demonstrations: messages, or prompt + completion",
     Comparison: "pairs: prompt + chosen + rejected (or chosen + rejected as messages that share their first turns)",
     Judgement: "labels: prompt + completion + label, or pairs",
 }
-_SERVES = {
+_SERVES: dict[type[Example], str] = {
     Demonstration: "only losses on demonstrations, such as sft",
     Judgement: "losses on labels, such as kto, and on demonstrations, such as sft",
 }

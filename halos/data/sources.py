@@ -18,7 +18,6 @@ BUILT_IN = "arithmetic"
 FORMATS = ("gsm8k", *READERS)
 _SPLIT = re.compile(r"(?P<name>[\w.-]*)(?:\[(?P<start>-?\d+%?)?:(?P<stop>-?\d+%?)?\])?")
 _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
-_EVAL = ("eval", "validation", "valid", "val", "dev", "test")  # what stands for evaluation where an entry names no split
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,8 @@ class Source:
                 near = get_close_matches(str(key), names, 1)
                 hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(names)}"
                 raise UserError(f"data entry {dict(given)!r}: no key '{key}'; {hint}")
-        source = cls(**{"path": None, **{key: value for key, value in given.items() if value is not None}})
+        values: dict[str, Any] = {"path": "", **{key: value for key, value in given.items() if value is not None}}
+        source = cls(**values)
         source._check()
         return source
 
@@ -175,7 +175,7 @@ def _of_split(root: Path, split: str, purpose: str) -> list[Path]:
     splits = in_directory(root)
     if not split and splits.keys() == {""}:
         return splits[""]
-    wanted = [split] if split else list(_EVAL if purpose == "eval" else ["train"])
+    wanted = (split,) if split else _meant(purpose)
     for name in wanted:
         if name in splits:
             return splits[name]
@@ -183,12 +183,17 @@ def _of_split(root: Path, split: str, purpose: str) -> list[Path]:
     raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); names that are seen: {', '.join(SPLITS)}")
 
 
+def _meant(purpose: str) -> tuple[str, ...]:
+    """The splits that may stand for `train` or `eval` where an entry names none, the best first."""
+    return ("eval", "validation", "valid", "val", "dev", "test") if purpose == "eval" else ("train",)
+
+
 def _hub(source: Source, split: str, purpose: str) -> Found:
     path, near = source.path, get_close_matches(source.path, [BUILT_IN], 1)
     hint = f"; did you mean '{near[0]}'?" if near else ""
     if source.format or not _HUB.fullmatch(path) or path.startswith(".") or Path(path).suffix.removeprefix(".") in READERS:
         raise UserError(f"{path}: no such file or directory{hint}")
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, DatasetDict, load_dataset
 
     name, _, config = path.partition(":")
     try:
@@ -196,14 +201,16 @@ def _hub(source: Source, split: str, purpose: str) -> Found:
     except (OSError, ValueError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: neither a file or directory here nor a data set that the hub gives: {reason}{hint}") from error
-    if not isinstance(loaded, Dataset):
-        wanted = [name for name in (_EVAL if purpose == "eval" else ("train",)) if name in loaded]
-        if not wanted:
-            raise UserError(f"{path}: which split? It has {', '.join(loaded)}; write {{path: {path}, split: ...}}")
-        split = wanted[0]
+    if isinstance(loaded, DatasetDict):
+        has = [str(name) for name in loaded]
+        split = next((name for name in _meant(purpose) if name in has), "")
+        if not split:
+            raise UserError(f"{path}: which split? It has {', '.join(has)}; write {{path: {path}, split: ...}}")
         loaded = loaded[split]
+    assert isinstance(loaded, Dataset)
+    table = loaded
 
     def rows() -> Iterator[Row]:
-        return (Row(record, f"{path}[{split}]:{n}") for n, record in enumerate(loaded, 1))
+        return (Row(dict(record), f"{path}[{split}]:{n}") for n, record in enumerate(table, 1))
 
-    return loaded._fingerprint, rows
+    return table._fingerprint, rows

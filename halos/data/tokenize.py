@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -33,6 +34,18 @@ class Encoded:
         return len(self.prompt) + max(len(each.ids) for each in self.completions)
 
 
+class _Tokens(NamedTuple):
+    ids: list[int]
+    starts: list[int]  # the character at which each begins; empty where nobody asked
+
+    def scored(self, spans: Sequence[Span], shift: int) -> np.ndarray:
+        """Which tokens begin inside a span, counted from the character `shift`; the only span of a completion is all of it."""
+        if len(spans) == 1:
+            return np.ones(len(self.ids), bool)
+        starts = np.array(self.starts) - shift
+        return np.any([(start <= starts) & (starts < end) for start, end in spans], axis=0)
+
+
 class Encoder:
     """Tokenises examples. The prompt's ids are those of the prompt alone, as a sampler would feed it."""
 
@@ -49,46 +62,39 @@ class Encoder:
         return [EQUAL if isinstance(each, Encoded) and _equal(each) else each for each in fitted]
 
     def _encode(self, layouts: Sequence[Layout]) -> list[Encoded]:
-        prompts = dict.fromkeys(layout.prompt for layout in layouts)
+        prompts = list(dict.fromkeys(layout.prompt for layout in layouts))
+        prompt_ids = {prompt: found.ids for prompt, found in zip(prompts, self._tokenise(prompts), strict=True)}
         seams = {prompt: self._seam(prompt) for prompt in prompts}
         tails = [layout.prompt[seams[layout.prompt] :] + text for layout in layouts for text in layout.completions]
-        ids = iter(self._ids([*prompts, *tails]))
-        prompt_ids = {prompt: next(ids) for prompt in prompts}
-        encoded = []
-        for layout in layouts:
-            prompt, wholes = prompt_ids[layout.prompt], [next(ids) for _ in layout.completions]
-            if seams[layout.prompt]:
-                before = len(prompt) - 1 - prompt[::-1].index(wholes[0][0])
-                wholes = [prompt[:before] + tail for tail in wholes]
-            encoded.append(self._split(layout, prompt, wholes))
-        return encoded
+        starts = any(len(spans) > 1 for layout in layouts for spans in layout.spans)
+        found = iter(self._tokenise(tails, starts=starts))
+        return [
+            self._join(layout, prompt_ids[layout.prompt], seams[layout.prompt], [next(found) for _ in layout.completions])
+            for layout in layouts
+        ]
 
     def _seam(self, prompt: str) -> int:
         """Where the prompt's last special token starts. Nothing merges across one, so what stands before is tokenised once."""
         return max((match.start() for match in self._seams.finditer(prompt)), default=0)
 
-    def _ids(self, texts: list[str]) -> list[list[int]]:
+    def _tokenise(self, texts: list[str], *, starts: bool = False) -> list[_Tokens]:
         # Rendered text has its special tokens already, BOS included.
-        return self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        found = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=starts)
+        places = found["offset_mapping"] if starts else [()] * len(texts)
+        return [_Tokens(ids, [start for start, _ in place]) for ids, place in zip(found["input_ids"], places, strict=True)]
 
-    def _split(self, layout: Layout, prompt: list[int], wholes: list[list[int]]) -> Encoded:
+    def _join(self, layout: Layout, prompt: list[int], seam: int, tails: list[_Tokens]) -> Encoded:
+        """Each completion's ids: what follows the prompt's in the whole, or its own where the two share a token."""
+        repeated = prompt[len(prompt) - 1 - prompt[::-1].index(tails[0].ids[0]) :] if seam else prompt
         completions, merged = [], False
-        for text, spans, whole in zip(layout.completions, layout.spans, wholes, strict=True):
-            apart = whole[: len(prompt)] != prompt
-            merged |= apart
-            ids = np.array(self._ids([text])[0] if apart else whole[len(prompt) :], np.int32)
-            scored = np.ones(len(ids), bool)
-            if spans != ((0, len(text)),):
-                scored = self._scored(text if apart else layout.prompt + text, spans, 0 if apart else len(layout.prompt))
-                scored = scored[-len(ids) :]
-            completions.append(Completion(ids, scored))
+        for text, spans, tail in zip(layout.completions, layout.spans, tails, strict=True):
+            shift = len(layout.prompt) - seam
+            if tail.ids[: len(repeated)] == repeated:
+                tail = _Tokens(tail.ids[len(repeated) :], tail.starts[len(repeated) :])
+            else:
+                (tail,), shift, merged = self._tokenise([text], starts=True), 0, True
+            completions.append(Completion(np.array(tail.ids, np.int32), tail.scored(spans, shift)))
         return Encoded(np.array(prompt, np.int32), tuple(completions), layout.exact, merged)
-
-    def _scored(self, text: str, spans: Sequence[Span], shift: int) -> np.ndarray:
-        """Which tokens of `text` begin inside a span of it, counted from the character `shift`."""
-        found = self._tokenizer(text, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=True)
-        starts = np.array([start for start, _ in found["offset_mapping"]]) - shift
-        return np.any([(start <= starts) & (starts < end) for start, end in spans], axis=0)
 
     # --- max_length ----------------------------------------------------------------------------------------------------
 
@@ -137,7 +143,8 @@ def _parts(example: Example) -> tuple[Turns, tuple[Turns, ...]]:
 
 
 def _equal(encoded: Encoded) -> bool:
-    return len(encoded.completions) == 2 and np.array_equal(*(each.ids for each in encoded.completions))
+    first, *others = encoded.completions
+    return any(np.array_equal(first.ids, other.ids) for other in others)
 
 
 def _without_oldest(example: Example) -> list[Example]:

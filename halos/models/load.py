@@ -100,7 +100,8 @@ def load_model(
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     _grow(model, tokenizer, new_tokens)
-    model.generation_config = _stops(model, tokenizer)
+    if not reward:
+        model.generation_config = _stops(model, tokenizer)
     return model
 
 

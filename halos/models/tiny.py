@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -54,8 +55,10 @@ def build(directory: Path) -> None:
     hidden = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
         hidden.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp's own keeps everyone else out
-        _model().save_pretrained(hidden)
+        _config().save_pretrained(hidden)
+        _generation().save_pretrained(hidden)
         _tokenizer().save_pretrained(hidden)
+        save_file(_weights(), hidden / "model.safetensors", metadata={"format": "pt"})
         os.rename(hidden, directory)
     except OSError:
         if not directory.exists():  # else another process was first, and wrote the same bytes
@@ -89,24 +92,25 @@ def _config() -> LlamaConfig:
     )
 
 
-def _model() -> LlamaForCausalLM:
+def _generation() -> GenerationConfig:
+    return GenerationConfig(pad_token_id=0, bos_token_id=None, eos_token_id=1)
+
+
+def _weights() -> dict[str, Tensor]:
+    """Drawn in the order of their names, so that how the library orders or initialises them does not matter."""
     config = _config()
-    with torch.device("meta"):  # leaves the caller's random numbers alone
+    with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(SEED)
-    names = sorted(name for name, _ in model.named_parameters())
-    weights = {name: _drawn(model.get_parameter(name), generator, config.initializer_range) for name in names}
-    model.load_state_dict(weights, strict=False, assign=True)  # a tied head has no tensor of its own
-    model.tie_weights()
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=None, eos_token_id=1)
-    return model
+    generator = torch.Generator().manual_seed(SEED)  # the caller's random numbers are left alone
+    shapes = sorted((name, parameter.shape) for name, parameter in model.named_parameters())
+    return {name: _drawn(shape, generator, config.initializer_range) for name, shape in shapes}
 
 
-def _drawn(like: Tensor, generator: torch.Generator, deviation: float) -> Tensor:
+def _drawn(shape: torch.Size, generator: torch.Generator, deviation: float) -> Tensor:
     """Ones for a norm, else uniform: unlike normal numbers, those are the same to the bit on every processor."""
-    if like.dim() == 1:
-        return torch.ones(like.shape)
-    return (torch.rand(like.shape, generator=generator) * 2 - 1) * (3**0.5 * deviation)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return (torch.rand(shape, generator=generator) * 2 - 1) * (3**0.5 * deviation)
 
 
 def _vocabulary() -> Tokenizer:

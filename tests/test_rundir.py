@@ -1,0 +1,224 @@
+"""A run's directory: who may begin or go on in it, and files that are whole or absent."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+
+from halos.errors import UserError
+from halos.rundir import RunDir, is_run, job_name
+
+
+def begun(path, status="running"):
+    run = RunDir(path)
+    run.create(overwrite=False)
+    run.write_config("seed: 0\n")
+    run.write_result(status, 3, {})
+    return run
+
+
+def said(action):
+    with pytest.raises(UserError) as caught:
+        action()
+    return str(caught.value)
+
+
+# --- beginning
+
+
+def test_a_new_run_makes_its_directory_and_nothing_before(tmp_path):
+    run = RunDir(tmp_path / "runs" / "demo")
+    assert not (tmp_path / "runs").exists()
+    run.create(overwrite=False)
+    run.write_config("seed: 0\n")
+    assert is_run(run.path)
+    assert run.read_config() == "seed: 0\n"
+    assert (run.checkpoints, run.final, run.log) == (run.path / "checkpoints", run.path / "FINAL", run.path / "train.log")
+
+
+@pytest.mark.parametrize("status", ["running", "stopped", "failed"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_unfinished_run_is_never_replaced_and_the_message_says_how_to_go_on(tmp_path, status, overwrite):
+    run = begun(tmp_path / "demo", status)
+    message = said(lambda: RunDir(run.path).create(overwrite=overwrite))
+    assert f"python train.py resume={run.path}" in message
+    assert run.read_config() == "seed: 0\n"
+
+
+def test_a_finished_run_is_replaced_only_when_asked(tmp_path):
+    run = begun(tmp_path / "demo", "finished")
+    (run.path / "old").write_text("x")
+    assert "overwrite=true" in said(lambda: run.create(overwrite=False))
+    run.create(overwrite=True)
+    assert sorted(os.listdir(run.path)) == ["attempts"]
+    assert sorted(os.listdir(tmp_path)) == ["demo"]
+
+
+def test_a_finished_run_behind_a_link_is_replaced_where_it_lies(tmp_path):
+    run = begun(tmp_path / "disk" / "demo", "finished")
+    (tmp_path / "demo").symlink_to(run.path)
+    RunDir(tmp_path / "demo").create(overwrite=True)
+    assert (tmp_path / "demo").is_symlink()
+    assert os.listdir(run.path) == ["attempts"]
+
+
+def test_the_directory_that_one_is_in_is_not_deleted(tmp_path, monkeypatch):
+    run = begun(tmp_path / "demo", "finished")
+    (run.path / "sub").mkdir()
+    monkeypatch.chdir(run.path / "sub")
+    assert "which you are in" in said(lambda: run.create(overwrite=True))
+    assert run.config.exists()
+
+
+@pytest.mark.parametrize("name", ["notes.txt", ".git", "config.yaml"])
+def test_a_directory_that_is_no_run_is_left_alone(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    assert name in said(lambda: RunDir(tmp_path).create(overwrite=True))
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_what_a_start_left_that_died_at_once_is_no_obstacle(tmp_path):
+    run = RunDir(tmp_path / "demo")
+    run.create(overwrite=False)
+    (run.path / ".config.yaml.123").write_text("half")
+    run.log.write_text("line")
+    run.create(overwrite=False)
+    assert os.listdir(run.path) == ["attempts"]
+
+
+def test_a_file_in_the_way_is_refused(tmp_path):
+    (tmp_path / "demo").write_text("")
+    assert "is a file" in said(lambda: RunDir(tmp_path / "demo").create(overwrite=False))
+
+
+def test_a_sweep_and_a_run_share_no_name(tmp_path):
+    begun(tmp_path / "sweep" / "a-1", "finished")
+    assert "holds a sweep" in said(lambda: RunDir(tmp_path / "sweep").create(overwrite=True))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "multirun.yaml").write_text("")
+    assert "holds a sweep" in said(lambda: RunDir(tmp_path / "other").create(overwrite=False))
+    run = begun(tmp_path / "run")
+    assert "is a run already" in said(lambda: RunDir(run.path / "a-1").create(overwrite=False))
+
+
+def test_asking_changes_nothing(tmp_path):
+    run = begun(tmp_path / "demo", "finished")
+    run.refuse_occupied(overwrite=True)
+    RunDir(tmp_path / "new").refuse_occupied(overwrite=False)
+    assert run.config.exists()
+    assert os.listdir(tmp_path) == ["demo"]
+
+
+# --- going on
+
+
+def test_a_run_opens_by_its_directory_or_one_of_its_checkpoints(tmp_path):
+    run = begun(tmp_path / "demo")
+    save = run.checkpoints / "step-00000010"
+    save.mkdir(parents=True)
+    for asked, checkpoint in ((str(run.path), None), (f"{run.path}/", None), (str(save), save)):
+        found = RunDir.at(asked)
+        found.open()
+        assert found.path == run.path
+        assert found.asked_checkpoint(asked) == checkpoint
+    assert run.asked_checkpoint(None) is None
+
+
+def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+    run = begun(tmp_path / "demo")
+    assert "there are none" in said(lambda: run.asked_checkpoint(f"{run.path}/checkpoints/step-7"))
+    (run.checkpoints / "step-00000010").mkdir(parents=True)
+    assert "step-00000010" in said(lambda: run.asked_checkpoint(f"{run.path}/checkpoints/step-7"))
+
+
+def test_what_is_no_run_is_refused_with_the_run_that_was_meant(tmp_path):
+    begun(tmp_path / "runs" / "demo")
+    begun(tmp_path / "runs" / "other")
+    assert f"did you mean {tmp_path}/runs/demo?" in said(RunDir(tmp_path / "runs" / "dmo").open)
+    assert "holds demo, other" in said(RunDir(tmp_path / "runs" / "zzzzzz").open)
+    assert f"such as {tmp_path}/runs/demo" in said(RunDir(tmp_path / "runs").open)
+    (tmp_path / "runs" / "demo" / "FINAL").mkdir()
+    assert f"resume={tmp_path}/runs/demo" in said(RunDir(tmp_path / "runs" / "demo" / "FINAL").open)
+    (tmp_path / "empty" / "sub").mkdir(parents=True)
+    assert "no config.yaml" in said(RunDir(tmp_path / "empty" / "sub").open)
+    assert "holds no runs" in said(RunDir(tmp_path / "nowhere" / "x").open)
+
+
+# --- files
+
+
+def test_the_configuration_is_written_once(tmp_path):
+    run = begun(tmp_path / "demo")
+    with pytest.raises(AssertionError):
+        run.write_config("seed: 1\n")
+
+
+def test_attempts_are_numbered(tmp_path):
+    run = begun(tmp_path / "demo")
+    assert [run.start_attempt({"typed": ["a=ü"], "world_size": 2}) for _ in range(3)] == [0, 1, 2]
+    assert yaml.safe_load((run.path / "attempts" / "002.yaml").read_text()) == {"typed": ["a=ü"], "world_size": 2}
+
+
+def test_metrics_come_back_as_they_went_with_null_for_what_is_no_number(tmp_path):
+    run = begun(tmp_path / "demo")
+    run.append_metrics({"step": 1, "loss": float("nan"), "parts": [float("inf"), 1.5], "split": "train"})
+    run.append_metrics({"step": 2, "loss": 0.25})
+    assert run.read_metrics() == [{"step": 1, "loss": None, "parts": [None, 1.5], "split": "train"}, {"step": 2, "loss": 0.25}]
+
+
+def test_a_torn_last_line_is_passed_over_and_then_gone(tmp_path):
+    run = begun(tmp_path / "demo")
+    run.append_metrics({"step": 1})
+    path = run.path / "metrics.jsonl"
+    path.write_text(path.read_text() + '{"step": 2, "lo')
+    assert run.read_metrics() == [{"step": 1}]
+    run.truncate_metrics(5)
+    run.append_metrics({"step": 2})
+    assert [row["step"] for row in run.read_metrics()] == [1, 2]
+
+
+def test_after_a_resume_no_step_appears_twice(tmp_path):
+    run = begun(tmp_path / "demo")
+    for step in range(6):
+        run.append_metrics({"step": step})
+    run.truncate_metrics(3)
+    for step in range(4, 8):
+        run.append_metrics({"step": step})
+    assert [row["step"] for row in run.read_metrics()] == list(range(8))
+
+
+def test_a_result_says_how_it_ended(tmp_path):
+    run = RunDir(tmp_path / "demo")
+    assert run.read_result() is None
+    run = begun(tmp_path / "demo")
+    assert not run.is_finished()
+    run.write_result("finished", 7, {"loss": float("inf")})
+    assert run.is_finished()
+    assert run.read_result() == {"status": "finished", "step": 7, "metrics": {"loss": None}}
+    run.write_result("failed", 7, {}, reason="out of memory")
+    assert run.read_result()["reason"] == "out of memory"
+
+
+def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
+    run = begun(tmp_path / "demo")
+    run.write_result("running", 7, {"loss": 1.0})
+
+    def fail(source, target):
+        raise OSError("power cut")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="power cut"):
+        run.write_result("finished", 8, {})
+    assert json.loads((run.path / "result.json").read_text())["step"] == 7
+
+
+def test_a_job_is_named_by_what_was_typed_in_any_order():
+    name = job_name(["loss=dpo", "++optim.lr=1e-05", "exp_name=sweep"])
+    assert name == job_name(["optim.lr=1e-05", "exp_name=other", "loss=dpo"])
+    assert name.startswith("loss=dpo_optim.lr=1e-05-")
+    assert name != job_name(["loss=dpo", "optim.lr=1e-04", "exp_name=sweep"])
+    wild = job_name(["data.train=[/a/b c.jsonl,{path: x}]", "x=" + "y" * 300])
+    assert len(wild) < 100
+    assert Path(wild).name == wild

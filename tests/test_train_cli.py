@@ -1,0 +1,414 @@
+"""The command line: what is typed becomes a run, or one message and exit status 2."""
+
+import importlib.util
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from halos.config import saved
+from halos.config.schema import Config
+from halos.rundir import RunDir
+
+ROOT = Path(__file__).parents[1]
+RUN = ("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo")
+
+
+def _load():
+    spec = importlib.util.spec_from_file_location("train_cli", ROOT / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_cli"] = module  # Hydra asks for the module of the job
+    spec.loader.exec_module(module)
+    return module
+
+
+train = _load()
+
+
+class Build(ModuleType):
+    """Stands in for halos.build: remembers what it was to run."""
+
+    def __init__(self):
+        super().__init__("halos.build")
+        self.calls, self.status = [], 0
+
+    def run(self, config, typed):
+        assert isinstance(config, Config)
+        self.calls.append((config, typed))
+        if isinstance(self.status, BaseException):
+            raise self.status
+        return self.status
+
+
+@pytest.fixture(autouse=True)
+def build(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("MY_TOKEN", "tk_0123456789abcdefghij")
+    for name in ("WORLD_SIZE", "RANK", "HYDRA_FULL_ERROR"):
+        monkeypatch.delenv(name, raising=False)
+    stub = Build()
+    monkeypatch.setitem(sys.modules, "halos.build", stub)
+    return stub
+
+
+@pytest.fixture
+def cli(monkeypatch, capsys):
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["train.py", *words])
+        with pytest.raises(SystemExit) as caught:
+            train.main()
+        out, err = capsys.readouterr()
+        return caught.value.code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(cli, build):
+    """The one message of a command that is refused before anything is built."""
+
+    def call(*words):
+        status, out, err = cli(*words)
+        assert status == 2, err
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1, "one message, no traceback"
+        assert build.calls == []
+        return err
+
+    return call
+
+
+# --- what runs
+
+
+def test_a_whole_command_reaches_the_run(cli, build):
+    status, _, err = cli(
+        *RUN, "loss.beta=0.5", "train.steps=3", "+hooks.tb._target_=halos.hooks.trackers.TensorBoard", "optim.lr=5e-7"
+    )
+    assert (status, err) == (0, "")
+    [(config, typed)] = build.calls
+    assert config.loss == {"_target_": "halos.losses.dpo.dpo", "beta": 0.5}
+    assert (config.train.steps, config.optim.lr, config.run_dir) == (3, 5e-7, "runs/demo")
+    assert config.hooks == {"tb": {"_target_": "halos.hooks.trackers.TensorBoard"}}
+    assert "loss.beta=0.5" in typed
+
+
+def test_keys_below_a_free_mapping_need_no_plus_sign(cli, build):
+    words = [
+        "peft=lora",
+        "peft.rank_pattern.q_proj=4",
+        "peft.alpha_pattern={v_proj: 2}",
+        "++train.steps=7",
+        "train={batch_size: 8}",
+    ]
+    assert cli(*RUN, *words)[0] == 0
+    config = build.calls[0][0]
+    assert (config.peft.rank_pattern, config.peft.alpha_pattern) == ({"q_proj": 4}, {"v_proj": 2})
+    assert (config.train.steps, config.train.batch_size) == (7, 8)
+
+
+def test_steps_may_be_given_beside_epochs(cli, build):
+    assert cli(*RUN, "train.steps=3", "train.epochs=2")[0] == 0
+
+
+@pytest.mark.parametrize("status", [0, 1, 75])
+def test_the_exit_status_is_that_of_the_run(cli, build, status):
+    build.status = status
+    assert cli(*RUN)[0] == status
+
+
+def test_wrong_input_found_by_the_run_is_one_message_too(cli, build):
+    build.status = train.UserError("a.jsonl, line 3: no assistant turn; saw tk_0123456789abcdefghij")
+    status, _, err = cli(*RUN)
+    assert status == 2
+    assert err == "error: a.jsonl, line 3: no assistant turn; saw <MY_TOKEN>\n"
+
+
+def test_an_interrupt_is_no_crash(cli, build):
+    build.status = KeyboardInterrupt()
+    status, _, err = cli(*RUN)
+    assert (status, err) == (130, "")
+
+
+def test_a_crash_of_ours_keeps_its_traceback(monkeypatch, build):
+    build.status = RuntimeError("a defect")
+    monkeypatch.setattr(sys, "argv", ["train.py", *RUN])
+    with pytest.raises(RuntimeError, match="a defect"):
+        train.main()
+
+
+# --- what does not: (typed after RUN, words of the message)
+
+WRONG = [
+    (["loss=dpoo"], ["loss has no choice 'dpoo'", "kto", "did you mean loss=dpo?"]),
+    (["loss=null"], ["loss has no choice null", "dpo"]),
+    (["loss=[dpo,kto]"], ["loss has no choice"]),
+    (["logging=null"], ["did you mean logging=none?"]),
+    (["experiment=mine"], ["experiment has no choice 'mine'", "config/experiment"]),
+    (["model=org/name"], ["model.name_or_path=org/name"]),
+    (["data=a.jsonl"], ["data.train=[a.jsonl]"]),
+    (["model=lora"], ["did you mean peft=lora?"]),
+    (["los=dpo"], ["'los'", "did you mean loss?"]),
+    (["+loss=dpo"], ["write loss=dpo"]),
+    (["++loss=dpo"], ["write loss=dpo"]),
+    (["~loss"], ["loss cannot be removed"]),
+    (["train.stepz=3"], ["train.stepz", "did you mean train.steps?"]),
+    (["+train.stepz=3"], ["train.stepz", "did you mean train.steps?"]),
+    (["++train.stepz=3"], ["train.stepz", "did you mean train.steps?"]),
+    (["~train.stepz"], ["train.stepz", "did you mean train.steps?"]),
+    (["train={stepz: 3}"], ["train.stepz", "did you mean train.steps?"]),
+    (["loss={betta: 3}"], ["loss.betta", "did you mean loss.beta?"]),
+    (["lr=1e-4"], ["did you mean optim.lr?"]),
+    (["beta=1"], ["did you mean loss.beta?"]),
+    (["train.steps.x=1"], ["train.steps takes a whole number"]),
+    (["+train.steps=3"], ["train.steps exists already", "write train.steps=3"]),
+    (["+loss.beta=3"], ["loss.beta exists already", "write loss.beta=3"]),
+    (["~train.steps"], ["cannot be removed"]),
+    (["~hooks.none"], ["hooks.none"]),
+    (["loss.betta=0.2"], ["dpo takes no 'betta'; it takes beta (did you mean beta?)"]),
+    (["++loss.betta=0.2"], ["dpo takes no 'betta'"]),
+    (["loss.beta=much"], ["loss.beta takes a number (above 0), not 'much'"]),
+    (["train.steps=many"], ["train.steps takes a whole number"]),
+    (["seed=${nope}"], ["seed is ${nope}"]),
+    (["data.train=a.jsonl"], ["data.train=[a.jsonl]"]),
+    (["data.train=a.jsonl,b.jsonl"], ["data.train=[a.jsonl,b.jsonl]"]),
+    (["data.train=[a.jsonl,", "b.jsonl]"], ["'data.train=[a.jsonl, ...'"]),
+    (["data.train[0]=a.jsonl"], ["data.train.0.path="]),
+    (["exp_name=a,b"], ["-m", "'exp_name=\"a,b\"'"]),
+    (["loss=dpo,kto"], ["one choice", "-m"]),
+    (["exp_name=a=b"], ["'exp_name=\"a=b\"'"]),
+    (["model.chat_template={{x}}"], ["'model.chat_template=\"{{x}}\"'"]),
+    (["model.name_or_path=~/x"], ["'model.name_or_path=\"~/x\"'"]),
+    (["exp_name='unclosed"], ["'exp_name=\"unclosed\"'"]),
+    (["train.steps"], ["'train.steps' is not key=value"]),
+    (["--lr", "3"], ["no option --lr", "lr="]),
+    (["--steps=3"], ["no option --steps", "steps=3"]),
+    (["exp_name=a/b"], ["exp_name", "a/b"]),
+    (["peft.r=8"], ["peft.r", "peft=lora"]),
+    (["hydra/launcher=nope"], ["hydra/launcher"]),
+    (["hydra.nope=3"], ["hydra.nope"]),
+    (["--config-dir", "nowhere"], ["--config-dir", "nowhere"]),
+    (["resume=runs/nope"], ["resume=runs/nope"]),
+    (["hooks.x.api_key=abc"], ["hooks.x.api_key", "WANDB_API_KEY"]),
+    (["model.revision=tk_0123456789abcdefghij"], ["model.revision"]),
+    (["resume=x", "-m"], ["-m"]),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), WRONG, ids=lambda part: " ".join(part)[:50])
+def test_wrong_input_is_one_message_that_names_the_key_and_the_remedy(refused, words, parts):
+    err = refused(*RUN, *words)
+    for part in parts:
+        assert part in err
+    assert "tk_0123" not in err
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ([], ["loss is missing", "dpo", "kto", "sft"]),
+        (["loss=dpo"], ["model.name_or_path is missing", "smollm2", "tiny"]),
+        (["loss=dpo", "model=tiny"], ["data.train is missing", "arithmetic"]),
+        (["loss=dpo", "model=tiny", "data.train=[org/a]"], ["data.eval is missing", "data.eval=[]"]),
+        (["loss=dpo", "model=tiny", "data=gsm8k"], ["exp_name is missing"]),
+        (["loss=dpo", "model=tiny", "data=gsm8k", "exp_name=x"], ["data.root=DIRECTORY"]),
+        (["objective.metric=loss"], ["loss is missing"]),
+    ],
+)
+def test_a_missing_choice_lists_the_choices(refused, words, parts):
+    err = refused(*words)
+    for part in parts:
+        assert part in err
+
+
+# --- processes
+
+
+def test_only_rank_0_speaks_and_the_others_wait(cli, monkeypatch):
+    waited = []
+    monkeypatch.setattr("time.sleep", waited.append)
+    monkeypatch.setenv("RANK", "1")
+    assert cli("loss=dpoo") == (2, "", "")
+    assert waited == [2]
+
+
+def test_a_batch_smaller_than_the_number_of_processes_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert "train.batch_size=4" in refused(*RUN, "train.batch_size=3")
+
+
+# --- sweeps
+
+
+def test_a_sweep_runs_each_job_in_a_directory_named_by_what_was_typed(cli, build):
+    status, _, err = cli("-m", *RUN, "loss.beta=0.1,0.2", "peft.rank_pattern.q=1")
+    assert (status, err) == (0, "")
+    places = [Path(config.run_dir) for config, _ in build.calls]
+    assert [config.loss["beta"] for config, _ in build.calls] == [0.1, 0.2]
+    assert {place.parent for place in places} == {Path("runs/demo")}
+    assert len(set(places)) == 2
+    assert "loss.beta=0.1" in places[0].name
+
+
+def test_flags_and_keys_may_come_in_any_order(cli, build):
+    assert cli(RUN[0], "-m", *RUN[1:], "loss.beta=0.1,0.2")[0] == 0
+    assert len(build.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["loss=dpo,ktoo"], "did you mean loss=kto?"),
+        (["train.stepz=1,2"], "did you mean train.steps?"),
+        (["loss.beta=-1,2"], "loss.beta takes a number"),
+        (["exp_name=null"], "exp_name is missing"),
+        (["model.revision=tk_0123456789abcdefghij,x"], "model.revision"),
+        (["exp_name=run"], "share its name"),
+    ],
+)
+def test_a_sweep_is_checked_before_it_begins(refused, words, part):
+    run = RunDir("runs/run")
+    run.create(overwrite=False)
+    run.write_config("seed: 0")
+    assert part in refused("-m", *RUN, *words)
+    assert os.listdir("runs") == ["run"]
+    assert not (run.path / "multirun.yaml").exists()
+
+
+def test_a_sweep_ends_at_the_first_job_that_does_not_finish(cli, build):
+    build.status = 75
+    assert cli("-m", *RUN, "loss.beta=0.1,0.2")[0] == 75
+    assert len(build.calls) == 1
+
+
+def test_a_sweep_inside_a_launcher_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "hydra/launcher=accelerate" in refused("-m", *RUN, "loss.beta=0.1,0.2")
+
+
+# --- going on
+
+
+@pytest.fixture
+def demo(cli, build):
+    """A run that was begun, moved elsewhere since."""
+    assert cli(*RUN, "train.steps=10", "plugins=[yaml]")[0] == 0
+    config = build.calls.pop()[0]
+    run = RunDir("moved/demo")
+    run.create(overwrite=False)
+    run.write_config(saved.dump(config))
+    run.write_result("stopped", 5, {})
+    (run.checkpoints / "step-00000005").mkdir(parents=True)
+    return run
+
+
+def test_a_run_goes_on_with_its_own_config_where_it_lies_now(cli, build, demo):
+    status, _, err = cli("resume=moved/demo")
+    assert (status, err) == (0, "")
+    config, typed = build.calls[0]
+    assert (config.resume, config.run_dir, config.train.steps) == ("moved/demo", "moved/demo", 10)
+    assert config.plugins == [], "a saved run never says what may be imported"
+    assert typed == ["resume=moved/demo"]
+
+
+def test_values_may_be_typed_on_top_and_a_checkpoint_named(cli, build, demo):
+    path = "moved/demo/checkpoints/step-00000005"
+    words = ["train.steps=20", "++loss.beta=0.3", "+hooks.tb._target_=halos.hooks.trackers.TensorBoard", "plugins=[json]"]
+    status, _, err = cli(f"resume={path}", *words)
+    assert (status, err) == (0, "")
+    config = build.calls[0][0]
+    assert (config.resume, config.run_dir) == (path, "moved/demo")
+    assert (config.train.steps, config.loss["beta"], config.plugins) == (20, 0.3, ["json"])
+    assert list(config.hooks) == ["tb"]
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["loss=kto"], "loss=kto: resume= goes on with the choices of moved/demo"),
+        (["peft=lora"], "peft=lora: resume="),
+        (["exp_name=other"], "model.name_or_path=moved/demo/FINAL"),
+        (["run_dir=other"], "run_dir=other: resume="),
+        (["overwrite=true"], "overwrite=true: resume="),
+        (["train.stepz=3"], "did you mean train.steps?"),
+        (["loss.betta=3"], "did you mean beta?"),
+        (["+train.steps=3"], "write train.steps=3"),
+        (["train.steps=no"], "train.steps takes a whole number"),
+        (["train.steps=1,2"], "-m"),
+    ],
+)
+def test_what_a_resume_does_not_take_is_refused(refused, demo, words, part):
+    assert part in refused("resume=moved/demo", *words)
+
+
+def test_a_missing_run_or_checkpoint_names_those_that_are_there(refused, demo):
+    assert "did you mean moved/demo?" in refused("resume=moved/dmo")
+    assert "step-00000005" in refused("resume=moved/demo/checkpoints/step-00000007")
+
+
+def test_a_strangers_run_runs_no_code_and_reads_no_environment(refused, cli, build, demo):
+    text = demo.config.read_text()
+    demo.config.write_text(text.replace("chat_template: null", "chat_template: ${oc.env:MY_TOKEN}"))
+    assert cli("resume=moved/demo")[0] == 0
+    assert build.calls.pop()[0].model.chat_template == "${oc.env:MY_TOKEN}"
+    demo.config.write_text(text.replace("halos.losses.dpo.dpo", "antigravity.geohash"))
+    assert "plugins=[antigravity]" in refused("resume=moved/demo")
+    assert "antigravity" not in sys.modules
+    demo.config.write_text("loss: !!python/object/apply:os.system [x]")
+    assert "cannot be read" in refused("resume=moved/demo").replace("\n", "")
+
+
+# --- help
+
+
+def _alone(*words):
+    """A real process that never imports torch; its output, and the processor time it took."""
+    code = (
+        "import runpy, sys\n"
+        f"sys.argv = {['train.py', *words]!r}\n"
+        f"try: runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
+        "finally: assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_is_quick_and_shows_commands_choices_and_keys():
+    done, seconds = _alone("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    for part in ("python train.py loss=dpo", "resume=", "loss: cdpo", "model: gemma", "batch_size: 64", "Exit status"):
+        assert part in done.stdout
+    assert seconds < 1.5
+
+
+def test_most_mistakes_are_told_without_torch():
+    done, _ = _alone("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=x", "train.batch_size=0")
+    assert done.returncode == 2
+    assert done.stderr == "error: train.batch_size takes a whole number (at least 1), not 0\n"
+
+
+def test_help_and_config_can_be_shown_for_a_choice(cli):
+    status, out, err = cli("--cfg", "job", "loss=kto", "loss.beta=0.3", "-p", "loss")
+    assert (status, err) == (0, "")
+    assert "beta: 0.3" in out
+    assert "desirable_weight" in cli("loss=kto", "--help")[1]
+
+
+def test_a_users_own_directory_adds_choices(cli, build, refused):
+    Path("mine/loss").mkdir(parents=True)
+    Path("mine/loss/soft.yaml").write_text(
+        "# @package _global_\ndefaults:\n  - dpo\n  - _self_\nloss:\n  beta: 0.01\n", encoding="utf-8"
+    )
+    assert cli("--config-dir", "mine", "loss=soft", *RUN[1:])[0] == 0
+    assert build.calls.pop()[0].loss["beta"] == 0.01
+    Path("mine/loss/bad.yaml").write_text("# @package _global_\nloss: [", encoding="utf-8")
+    assert "bad" in refused("--config-dir", "mine", "loss=bad", *RUN[1:]).replace("\n", " ")
