@@ -14,10 +14,9 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -70,55 +69,48 @@ def start(argv: list[str]) -> int:
             " python train.py -m ... hydra/launcher=accelerate starts each job with its own accelerate launch"
         )
     refuse_secrets({}, args.overrides)
-    config_dir = str((ROOT / (args.config_path or "config")).resolve())
-    with hydra.initialize_config_dir(config_dir, version_base=VERSION):
-        searched = searched_too(args.config_dir)
-        name, choices = args.config_name or "config", list_choices(searched)
-        typed = [parse(text) for text in args.overrides]
-        check_choices(typed, choices, multirun=multirun)
-        resume = next((one.values[0] for one in typed if one.key == "resume" and one.values), None)
-        if resume is None:
-            known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
-            settled = settle(typed, choices, known)
-            composed = compose(name, searched + firsts(settled), known)
+    places = [(ROOT / (args.config_path or "config")).resolve(), *also_in(args.config_dir)]
+    choices, name = list_choices(places), args.config_name or "config"
+    typed = [parse(text, choices) for text in args.overrides]
+    check_choices(typed, choices, multirun=multirun)
+    resume = next((one.values[0] for one in typed if one.key == "resume" and one.values), None)
     if resume is not None:
         return run(resumed(str(resume), typed, choices, multirun=multirun), args.overrides)
-    if multirun:
-        check_sweep(gate.check(composed, args.overrides, choices))
-    return enter_hydra([one.text for one in settled] + flags)
+    searched = [f"hydra.searchpath=['file://{place}']" for place in places[1:]]
+    with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
+        known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
+        settled = settle(typed, choices, known)
+        if multirun:
+            check_sweep(gate.check(compose(name, searched + firsts(settled)), args.overrides, choices))
+    return enter_hydra([one.text for one in settled] + flags, known)
 
 
-def searched_too(config_dir: str | None) -> list[str]:
-    """What makes Hydra's compose see the configurations of --config-dir."""
-    if config_dir is None:
-        return []
-    if not Path(config_dir).is_dir():
+def also_in(config_dir: str | None) -> list[Path]:
+    """The user's own directory of configurations."""
+    if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir: there is no directory {config_dir}")
-    return [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+    return [Path(config_dir).resolve()] if config_dir is not None else []
 
 
-def list_choices(searched: Sequence[str] = ()) -> Choices:
-    """The options of every group of ours, those of --config-dir included."""
-    loader = GlobalHydra.instance().config_loader()
-
-    def groups(parent: str) -> Iterator[str]:
-        for name in loader.get_group_options(parent, ObjectType.GROUP, overrides=list(searched)):
-            if name != "hydra":
-                group = f"{parent}/{name}" if parent else name
-                yield group
-                yield from groups(group)
-
-    found = {group: loader.get_group_options(group, ObjectType.CONFIG, overrides=list(searched)) for group in groups("")}
-    return {"experiment": [], **{group: options for group, options in found.items() if options}}
+def list_choices(places: Sequence[Path]) -> Choices:
+    """The options of every group of ours."""
+    found: dict[str, list[str]] = {"experiment": []}
+    for place in places:
+        for file in sorted(place.glob("*/**/*.yaml")):
+            group = file.parent.relative_to(place).as_posix()
+            if group.partition("/")[0] != "hydra":
+                found.setdefault(group, []).append(file.stem)
+    return found
 
 
-def parse(text: str) -> Typed:
-    """One override, read by Hydra's parser. A sweep's values are as they would be typed."""
+def parse(text: str, choices: Choices) -> Typed:
+    """One override, read by Hydra's parser. A sweep's values are as they would be typed; an interval has none."""
     try:
         override = OverridesParser.create().parse_override(text)
-        override.config_loader = GlobalHydra.instance().config_loader()
         sweep, values = override.is_sweep_override(), ()
-        if sweep and not override.is_interval_sweep():
+        if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+            values = tuple(override.value().filter(list(choices.get(override.key_or_group, ()))))
+        elif sweep and not override.is_interval_sweep():
             values = tuple(override.sweep_string_iterator())
         elif not sweep and override.value_type is not None:
             values = (override.value(),)
@@ -135,12 +127,11 @@ def firsts(typed: Sequence[Typed]) -> list[str]:
     ]
 
 
-def compose(name: str, overrides: Sequence[str], known: Sequence[str] = ()) -> DictConfig:
-    """Hydra's compose; `known` are keys that its errors may mean."""
+def compose(name: str, overrides: Sequence[str]) -> DictConfig:
     try:
         return hydra.compose(name, list(overrides))
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
-        raise UserError(explain(error, known)) from error
+        raise UserError(explain(error)) from error
 
 
 def explain(error: Exception, known: Sequence[str] = ()) -> str:
@@ -197,14 +188,14 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, *, multirun: bo
     return gate.check(composed, [one.text for one in typed], choices)
 
 
-def enter_hydra(words: list[str]) -> int:
-    """Hydra as usual, with what was typed settled; a crash of ours keeps its whole traceback."""
-    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+def enter_hydra(words: list[str], known: Sequence[str] = ()) -> int:
+    """Hydra as usual, with what was typed settled; `known` are keys that its errors may mean."""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # it raises what it would print, and a crash of ours keeps its whole traceback
     sys.argv = [sys.argv[0], *words]
     try:
         hydra.main(version_base=VERSION, config_path=str(ROOT / "config"), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error)) from error
+        raise UserError(explain(error, known)) from error
     return 0
 
 
@@ -215,8 +206,9 @@ def job(composed: DictConfig) -> None:
     if multirun and not any(text.lstrip("+").startswith("run_dir=") for text in typed):
         shared = OmegaConf.to_container(composed)["run_dir"]
         composed.run_dir = f"{shared}/{job_name(typed)}"
+    places = [Path(source.path) for source in settings.runtime.config_sources if source.schema == "file"]
     try:
-        status = run(gate.check(composed, typed, list_choices()), typed)
+        status = run(gate.check(composed, typed, list_choices(places)), typed)
     except UserError as error:
         status = refuse(error)
     if status or not multirun:

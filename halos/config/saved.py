@@ -26,7 +26,7 @@ def load(text: str, run_dir: str, resume: str) -> DictConfig:
     try:
         node = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{run_dir}/config.yaml cannot be read: {error}") from error
+        raise UserError(f"{run_dir}/config.yaml cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(node, dict):
         raise UserError(f"{run_dir}/config.yaml holds no configuration")
     own = {"run_dir": run_dir, "resume": resume, "plugins": [], "overwrite": False, "dry_run": False}

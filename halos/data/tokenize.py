@@ -53,7 +53,7 @@ class Encoder:
         self._tokenizer, self._template = tokenizer, Template(tokenizer)
         self._max_length, self._truncation = max_length, truncation
         added = tokenizer.added_tokens_decoder.values()
-        self._seams = any_of(str(t) for t in added if t.special and not (t.normalized or t.lstrip or t.rstrip or t.single_word))
+        self._seams = any_of(str(t) for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
     def encode(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded | str]:
         """Each example comes with its place in the data; a string in the answer says why one is dropped."""
@@ -74,7 +74,7 @@ class Encoder:
         ]
 
     def _seam(self, prompt: str) -> int:
-        """Where the prompt's last special token starts. Nothing merges across one, so what stands before is tokenised once."""
+        """Where the prompt's last added token starts. Nothing merges across one, so what stands before is tokenised once."""
         return max((match.start() for match in self._seams.finditer(prompt)), default=0)
 
     def _tokenise(self, texts: list[str], *, starts: bool = False) -> list[_Tokens]:

@@ -56,6 +56,8 @@ def test_where_the_template_opens_a_thought_the_prompt_ends_before_it_and_the_ro
 
 def test_a_completion_that_shares_characters_with_the_opened_thought_keeps_them():
     assert lay_out(THINKING, PROMPT, (says("<b>2</b>"),)).completions == ("<b>2</b></s>",)
+    spoken = THINKING.replace("<think>\n", "Let me think:")
+    assert lay_out(spoken, PROMPT, (says("Let us add."),)).completions == ("Let us add.</s>",)
     tagged = THINKING.replace("m['content'].split", "'<thought>' + m['content'].split")
     assert lay_out(tagged).completions == ("<thought>It is 2.</s>",)  # <th is common to <think> and <thought>
 

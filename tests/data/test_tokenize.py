@@ -106,6 +106,8 @@ def test_a_row_over_max_length_is_dropped_whole_by_default():
     pair = Comparison(PROMPT, ANSWER, (says("no " * 50),))
     length = encoded(pair).length
     assert encode(pair, max_length=length - 1) == TOO_LONG
+    assert encode(Comparison(PROMPT, pair.rejected, ANSWER), max_length=length - 1) == TOO_LONG, "whichever is too long"
+    assert isinstance(encode(Demonstration(PROMPT, ANSWER), max_length=length - 1), Encoded)
     assert isinstance(encode(pair, max_length=length), Encoded)
     assert encode(pair, max_length=len(encoded(pair).prompt)) == PROMPT_TOO_LONG
 

@@ -1,0 +1,76 @@
+"""What tests share: a config as the command line would make it, and runs of a small model on the bundled data."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import hydra
+import pytest
+import torch
+
+from halos.build.processes import accelerator
+from halos.build.session import assemble
+from halos.config import gate
+from halos.config.schema import Config
+from halos.trainers.base import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+SMALL = ["model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split: 'train[:48]'}]",
+         "data.eval=[{path: arithmetic, split: 'eval[:12]'}]"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def configure(tmp_path: Path, cache: Path) -> Callable[..., Config]:
+    """`configure("loss=dpo", ...)`: a small run's config, checked as train.py checks it."""
+
+    def make(*overrides: str) -> Config:
+        words = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run", *overrides]
+        with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+            return gate.check(hydra.compose("config", words), words)
+
+    return make
+
+
+@pytest.fixture
+def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
+    """`trainer("loss=dpo", ...)`: everything assembled, nothing trained."""
+
+    def make(*overrides: str) -> Trainer:
+        config = configure(*overrides)
+        made = assemble(config, [], accelerator(config.train.precision))
+        assert made is not None
+        return made
+
+    return make
+
+
+@pytest.fixture
+def command(tmp_path: Path, cache: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`command("loss=dpo", ..., launch=2)`: train.py as a user starts it, on one process or under accelerate."""
+
+    def run(*words: str, launch: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+        start = [sys.executable]
+        if launch > 1:
+            config = ROOT / "launch" / "accelerate" / "cpu2.yaml"
+            start += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(launch)]
+        new = (
+            [] if any(word.startswith("resume=") for word in words) else [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}"]
+        )
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [*start, str(ROOT / "train.py"), *new, *words], capture_output=True, text=True, check=False, env=environment
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
