@@ -93,7 +93,7 @@ class TokenLogps:
     @property
     def mean(self) -> Tensor:
         """log pi(y|x) / |y| of each row: (rows,)."""
-        return self.sum / self.length
+        return self.sum / self.length.clamp(min=1)
 
     def split(self, rows: int) -> tuple[TokenLogps, TokenLogps]:
         """The first `rows` rows, and the rest."""
@@ -159,8 +159,8 @@ class Mean:
         """The mean of `values`, or of those that the boolean `where` selects; both of one shape."""
         values = values.detach().float()
         if where is None:
-            return cls(values.sum(), torch.tensor(float(values.numel()), device=values.device))
-        return cls((values * where).sum(), where.sum().float())
+            return cls(values.sum(), values.new_full((), values.numel()))
+        return cls(torch.where(where, values, 0.0).sum(), where.sum().float())
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,9 @@ import torch
 from peft import LoraConfig, PeftConfig
 from safetensors import safe_open
 from torch import Tensor
-from transformers import PretrainedConfig
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from halos.checkpoint.safefile import SafeFile, write
 from halos.errors import UserError
@@ -96,18 +98,30 @@ def _base_files(base: Path) -> list[Path]:
     return files
 
 
-class _Names:
-    """How the base's file spells what the model calls its tensors: some files leave out, or add, the backbone's prefix."""
+class Names:
+    """How a file of the base spells what the model calls its tensors, by the rules that from_pretrained follows."""
 
-    def __init__(self, expected: set[str], prefix: str) -> None:
-        self.expected, self.prefix = expected, prefix + "."
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.expected = {unwrapped(name): None for name in model.state_dict() if ".lora_" not in name}
+        self._prefix = model.base_model_prefix
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
     def __call__(self, name: str) -> str | None:
-        """The model's name for a tensor of the file; None for one that the model does not have (a dropped LM head)."""
-        for candidate in (name, self.prefix + name, name.removeprefix(self.prefix)):
-            if candidate in self.expected:
-                return candidate
-        return None
+        """The model's name for a tensor of the file; None for one that it does not have (a dropped LM head).
+
+        Raises UserError where loading fuses or splits the tensor, so that no single one stands for the model's.
+        """
+        mine, converted = rename_source_key(name, self._renamings, self._converters, self._prefix, self.expected)
+        if converted is not None:
+            raise UserError(f"cannot merge: {name} is fused with others when it is loaded, which is not covered")
+        return mine if mine in self.expected else None
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name in the model without PEFT's wrappers."""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".").replace(".modules_to_save.default.", ".")
 
 
 def merge(
@@ -115,17 +129,17 @@ def merge(
     adapter: Path,
     output: Path,
     *,
-    config: PretrainedConfig,
-    expected: set[str],
-    prefix: str,
+    model: PreTrainedModel,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
-    """Write merged safetensors into `output`, a file for each of the base's; returns what was done, for the report.
+    """Write merged safetensors into `output`, a file for each of the base's, and config.json; what was done, for the report.
 
-    `expected` are the model's tensor names, `prefix` that of its backbone. `config` is changed where merging unties the
-    embeddings. Raises UserError, before a byte is written, where the adapter does not fit the base.
+    `model` (its layers may carry the adapter, or lie on the meta device) says what the tensors are called; none of its
+    weights is read. Raises UserError, before a byte is written, where the adapter does not fit the base.
     """
-    delta, names = SafeFile(adapter / "adapter_model.safetensors"), _Names(expected, prefix)
+    config = type(model.config).from_dict(model.config.to_dict())
+    config.architectures, config.dtype = [type(model).__name__], dtype
+    delta, names = SafeFile(adapter / "adapter_model.safetensors"), Names(model)
     kind = PeftConfig.from_pretrained(str(adapter))
     if not isinstance(kind, LoraConfig):
         raise UserError(f"{adapter} is a {kind.peft_type} adapter; only LoRA can be merged")
@@ -149,6 +163,7 @@ def merge(
     if len(files) > 1:
         index = {"metadata": {"total_size": sum((output / f).stat().st_size for f in set(weight_map.values()))}}
         (output / "model.safetensors.index.json").write_text(json.dumps({**index, "weight_map": weight_map}, indent=1))
+    config.save_pretrained(output)
     return {"merged": len(todo.updates), "replaced": sorted(set(todo.replaced) & present), "added": added,
             "dropped": sorted(name for table in layout for name, mine in table.items() if mine is None)}  # fmt: skip
 
@@ -161,7 +176,7 @@ def _entries(
         if mine is not None:
             source = (delta, todo.replaced[mine]) if mine in todo.replaced else (base, name)
             kind = source[0].dtype(source[1])
-            entries[mine] = (dtype if kind.is_floating_point else kind, source[0].shape(source[1]))
+            entries[name] = (dtype if kind.is_floating_point else kind, source[0].shape(source[1]))
     return entries | {name: (dtype, delta.shape(todo.replaced[name])) for name in extra}
 
 

@@ -82,11 +82,7 @@ class CheckpointHook(Hook):
         """Merge, reload, compare; why it failed, if it did, in which case no merged weights are left behind."""
         model = bare(run.model)
         kind = model.dtype if self.merge_dtype == "auto" else getattr(torch, self.merge_dtype)
-        names = {_unwrapped(name) for name in model.state_dict() if ".lora_" not in name}
-        config = model.config.__class__.from_dict(model.config.to_dict())
-        config.architectures, config.dtype = [type(model).__name__], kind
-        facts = merge.merge(run.base, adapter, path, config=config, expected=names, prefix=model.base_model_prefix, dtype=kind)
-        config.save_pretrained(path)
+        facts = merge.merge(run.base, adapter, path, model=model, dtype=kind)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(path)
         ids = proof.probe(model.config.get_text_config().vocab_size)
@@ -126,11 +122,6 @@ def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
     for name, hook in run.hooks.items():
         hook.load_state_dict(progress["hooks"].get(name, {}))
     return progress
-
-
-def _unwrapped(name: str) -> str:
-    """A tensor's name in the model without PEFT's wrappers."""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".").replace(".modules_to_save.default.", ".")
 
 
 @torch.no_grad()

@@ -12,5 +12,5 @@ def examples(row: Judgement, *, desirable_token: str, undesirable_token: str) ->
 
 
 def csft(policy: TokenLogps) -> Loss:
-    """Cross-entropy over control token and completion (arXiv:2302.08582, eq. 2)."""
+    """Cross-entropy over control token and completion (conditional training, section 2 of arXiv:2302.08582)."""
     return sft(policy)

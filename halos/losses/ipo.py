@@ -21,6 +21,7 @@ def ipo(
     chosen = policy.chosen.sum - reference.chosen.sum
     rejected = policy.rejected.sum - reference.rejected.sum
     if average == "mean":
-        chosen, rejected = chosen / policy.chosen.length, rejected / policy.rejected.length
+        chosen = chosen / policy.chosen.length.clamp(min=1)
+        rejected = rejected / policy.rejected.length.clamp(min=1)
     values = (chosen - rejected - 1 / (2 * tau)) ** 2
     return Loss(values, pair_metrics(policy, tau * chosen, tau * rejected))

@@ -26,7 +26,7 @@ def kto(
     z0 is the mean mismatched log-ratio of the whole global batch, clamped at 0 from below, without gradient. `statistics`
     holds those log-ratios: (items of the global batch,).
     """
-    z0 = statistics.mean().clamp(min=0)
+    z0 = statistics.detach().mean().clamp(min=0)
     ratio = policy.completion.sum - reference.completion.sum
     good = policy.desirable
     values = where(

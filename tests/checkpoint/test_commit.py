@@ -21,13 +21,15 @@ def test_a_commit_is_whole_and_leaves_nothing_hidden(tmp_path: Path) -> None:
     assert manifest.verify(tmp_path / "step-00000001") == []
 
 
-def test_nothing_becomes_visible_when_a_save_fails(tmp_path: Path) -> None:
-    with (
-        pytest.raises(RuntimeError),
-        commit.staged(tmp_path / "step-00000001", main=True, barrier=lambda: None, facts={}) as path,
-    ):
+def fail_to_save(final: Path) -> None:
+    with commit.staged(final, main=True, barrier=lambda: None, facts={}) as path:
         (path / "file").write_text("half")
         raise RuntimeError
+
+
+def test_nothing_becomes_visible_when_a_save_fails(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError):
+        fail_to_save(tmp_path / "step-00000001")
     assert find.checkpoints(tmp_path) == []
     commit.sweep(tmp_path)
     assert list(tmp_path.iterdir()) == []
