@@ -1,0 +1,77 @@
+"""Two real processes under accelerate: the losses of one, one writer, checkpoints that either can go on from."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+# 13 rows in batches of 5, three at a time: ranks of unequal size, a last batch of 3, a rank with fewer micro-batches
+SETTINGS = ["train.batch_size=5", "train.microbatch_size=2", "train.steps=6", "train.eval_every=3", "checkpoint.every=2",
+            "optim.lr=1e-3", "data.train=[{path: arithmetic, split: 'train[:13]'}]"]  # fmt: skip
+LORA = ["peft=lora"]
+
+
+def rows(directory: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def compare(one: Path, two: Path) -> None:
+    mine, theirs = rows(one), rows(two)
+    assert [(row["step"], row["split"]) for row in mine] == [(row["step"], row["split"]) for row in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["examples"] == b["examples"]
+        for name in a.keys() & {"kl", "rewards/margins", "accuracy", "grad_norm"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "peft"),
+    [
+        ("kto", LORA),
+        pytest.param("sft", [], marks=pytest.mark.slow),
+        pytest.param("dpo", LORA, marks=pytest.mark.slow),
+        pytest.param("reward", LORA, marks=pytest.mark.slow),
+        pytest.param("kto", [], marks=pytest.mark.slow),
+    ],
+)
+def test_two_processes_train_with_the_losses_of_one(loss: str, peft: list[str], command: Command, tmp_path: Path) -> None:
+    words = [f"loss={loss}", *peft, *SETTINGS]
+    command(*words, "exp_name=one")
+    done = command(*words, "exp_name=two", launch=2)
+    assert yaml.safe_load((tmp_path / "two" / "attempts" / "000.yaml").read_text())["world_size"] == 2
+    assert json.loads((tmp_path / "two" / "result.json").read_text())["status"] == "finished"
+    assert (done.stdout + done.stderr).count("finished: ") == 1  # one process speaks
+    compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_what_two_processes_saved_one_goes_on_from(command: Command, tmp_path: Path) -> None:
+    words = ["loss=dpo", "peft=lora", *SETTINGS]
+    command(*words, "exp_name=one")
+    command(*words, "exp_name=two", launch=2)
+    for path in ("FINAL", "checkpoints/step-00000006"):
+        subprocess.run(["rm", "-r", str(tmp_path / "two" / path)], check=True)
+    (tmp_path / "two" / "result.json").unlink()
+    command(f"resume={tmp_path / 'two'}")
+    assert yaml.safe_load((tmp_path / "two" / "attempts" / "001.yaml").read_text())["resumed_from"] == "checkpoints/step-00000004"
+    compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_refused(command: Command, tmp_path: Path) -> None:
+    import os
+    import sys
+
+    root = Path(__file__).resolve().parents[2]
+    words = ["--cpu", "--num_processes", "2", str(root / "train.py"), "loss=sft", "model=tiny", "data=arithmetic", "exp_name=x",
+             f"output_root={tmp_path}"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], capture_output=True, text=True, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "accelerate was asked for 2 processes and started one" in done.stderr
+    assert not (tmp_path / "x").exists()
