@@ -16,7 +16,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import ValueType
+from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -107,13 +107,14 @@ def parse(text: str, choices: Choices) -> Typed:
     """One override, read by Hydra's parser. A sweep's values are as they would be typed; an interval has none."""
     try:
         override = OverridesParser.create().parse_override(text)
-        sweep, values = override.is_sweep_override(), ()
-        if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
-            values = tuple(override.value().filter(list(choices.get(override.key_or_group, ()))))
+        sweep, given = override.is_sweep_override(), override.value()
+        values: tuple[Any, ...] = ()
+        if isinstance(given, Glob):
+            values = tuple(given.filter(list(choices.get(override.key_or_group, ()))))
         elif sweep and not override.is_interval_sweep():
             values = tuple(override.sweep_string_iterator())
         elif not sweep and override.value_type is not None:
-            values = (override.value(),)
+            values = (given,)
     except HydraException as error:
         raise UserError(unreadable(text, str(error).strip().splitlines()[-1])) from error
     sign = text[: len(text) - len(text.lstrip("+~"))]
@@ -151,7 +152,12 @@ def keys(composed: DictConfig) -> list[str]:
             yield f"{prefix}{name}"
             yield from walk(value, f"{prefix}{name}.")
 
-    return list(walk(OmegaConf.to_container(composed), ""))
+    return list(walk(plain(composed), ""))
+
+
+def plain(node: Any) -> Any:
+    """Lists and mappings of Python, interpolations as they are written."""
+    return OmegaConf.to_container(node)
 
 
 def check_sweep(first: Config) -> None:
@@ -202,10 +208,10 @@ def enter_hydra(words: list[str], known: Sequence[str] = ()) -> int:
 def job(composed: DictConfig) -> None:
     """One run, or one of a sweep's."""
     settings = HydraConfig.get()
-    typed, multirun = OmegaConf.to_container(settings.overrides.task), settings.mode == RunMode.MULTIRUN
+    typed: list[str] = plain(settings.overrides.task)
+    multirun = settings.mode == RunMode.MULTIRUN
     if multirun and not any(text.lstrip("+").startswith("run_dir=") for text in typed):
-        shared = OmegaConf.to_container(composed)["run_dir"]
-        composed.run_dir = f"{shared}/{job_name(typed)}"
+        composed.run_dir = f"{plain(composed)['run_dir']}/{job_name(typed)}"
     places = [Path(source.path) for source in settings.runtime.config_sources if source.schema == "file"]
     try:
         status = run(gate.check(composed, typed, list_choices(places)), typed)

@@ -50,6 +50,7 @@ def build(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MY_TOKEN", "tk_0123456789abcdefghij")
+    monkeypatch.setenv("MY_PASSWORD", "sh0rt-one")
     for name in ("WORLD_SIZE", "RANK", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
     stub = Build()
@@ -197,6 +198,7 @@ WRONG = [
     (["--config-dir", "nowhere"], ["--config-dir", "nowhere"]),
     (["resume=runs/nope"], ["resume=runs/nope"]),
     (["hooks.x.api_key=abc"], ["hooks.x.api_key", "WANDB_API_KEY"]),
+    (["hooks.x.api_key=abc=def"], ["hooks.x.api_key", "WANDB_API_KEY"]),
     (["model.revision=tk_0123456789abcdefghij"], ["model.revision"]),
     (["resume=x", "-m"], ["-m"]),
 ]
@@ -208,6 +210,7 @@ def test_wrong_input_is_one_message_that_names_the_key_and_the_remedy(refused, w
     for part in parts:
         assert part in err
     assert "tk_0123" not in err
+    assert "abc=def" not in err
     assert not Path("runs").exists()
 
 
@@ -258,6 +261,11 @@ def test_a_sweep_runs_each_job_in_a_directory_named_by_what_was_typed(cli, build
     assert "loss.beta=0.1" in places[0].name
 
 
+def test_a_sweep_may_go_over_all_choices_that_match(cli, build):
+    assert cli("-m", *RUN[1:], "loss=glob([ip*,kt*])")[0] == 0
+    assert [config.loss["_target_"] for config, _ in build.calls] == ["halos.losses.ipo.ipo", "halos.losses.kto.kto"]
+
+
 def test_flags_and_keys_may_come_in_any_order(cli, build):
     assert cli(RUN[0], "-m", *RUN[1:], "loss.beta=0.1,0.2")[0] == 0
     assert len(build.calls) == 2
@@ -270,7 +278,7 @@ def test_flags_and_keys_may_come_in_any_order(cli, build):
         (["train.stepz=1,2"], "did you mean train.steps?"),
         (["loss.beta=-1,2"], "loss.beta takes a number"),
         (["exp_name=null"], "exp_name is missing"),
-        (["model.revision=tk_0123456789abcdefghij,x"], "model.revision"),
+        (["model.revision=main,sh0rt-one"], "model.revision"),
         (["exp_name=run"], "share its name"),
     ],
 )

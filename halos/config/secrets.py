@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,8 @@ def refuse_secrets(node: Any, typed: Sequence[str] = ()) -> None:
             raise UserError(f"{key} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
     for text in typed:
         key, _, value = text.lstrip("+~").partition("=")
-        if key.rpartition(".")[2].lower() in KEYS or _held(value.strip("'\""), known):
+        parts = re.split(r"[\s,:'\"()\[\]{}]+", value)  # of a list, a mapping or a sweep
+        if key.rpartition(".")[2].lower() in KEYS or any(_held(part, known) for part in parts):
             raise UserError(f"{key} holds a secret, and what is typed is saved with the run: {_REMEDY}")
 
 

@@ -50,15 +50,19 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 
 @cache
-def schema_keys(schema: type = Config, prefix: str = "") -> dict[str, Any]:
+def schema_keys() -> dict[str, Any]:
     """Every key of the schema, `train.steps`, with its type; sections themselves included."""
+    return _keys_of(Config, "")
+
+
+def _keys_of(schema: Any, prefix: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for field in fields(schema):
         kind = hints[field.name]
         found[prefix + field.name] = kind
         if is_dataclass(kind):
-            found |= schema_keys(kind, f"{prefix}{field.name}.")
+            found |= _keys_of(kind, f"{prefix}{field.name}.")
     return found
 
 

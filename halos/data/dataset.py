@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from halos.data.arrow import INTS, Lists, column, numbers
 from halos.types import Comparison, Demonstration, Example, Judgement
 
 KINDS: dict[str, type[Example]] = {kind.__name__: kind for kind in (Demonstration, Comparison, Judgement)}
@@ -18,9 +19,9 @@ ROWS, META = "rows.arrow", "meta.json"
 _COMPLETIONS = ("first", "second")  # of a pair the first is the chosen one
 _LISTS = ("prompt", *_COMPLETIONS, *(f"{name}_spans" for name in _COMPLETIONS))
 _SCHEMA = pa.schema(
-    [(name, pa.list_(pa.int32())) for name in _LISTS]
+    [(name, INTS) for name in _LISTS]
     + [(f"{name}_scored", pa.int32()) for name in _COMPLETIONS]
-    + [("desirable", pa.bool_()), ("margin", pa.float64()), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
+    + [("desirable", pa.int8()), ("margin", pa.float64()), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
 )
 
 
@@ -61,8 +62,8 @@ class Counts:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def line(self) -> str:
-        """`a.jsonl: 120 rows, 118 kept; dropped 2 (longer than max_length)`."""
-        parts = [f"{self.name}: {self.rows} rows, {self.kept} kept"]
+        """`a.jsonl: 120 rows, 118 examples kept; dropped 2 (2 longer than max_length)`."""
+        parts = [f"{self.name}: {self.rows} rows, {self.kept} examples kept"]
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"dropped {sum(self.dropped.values())} ({reasons})")
@@ -99,8 +100,9 @@ class Writer:
             prompt = hashlib.blake2b(item.prompt.tobytes(), digest_size=16).digest()
             columns["group"].append(self._groups.setdefault(prompt, len(self._groups)))
             columns["id"].append(item.id)
-        arrays = [_list_array(columns[name]) if name in _LISTS else columns[name] for name in _SCHEMA.names]
-        self._arrow.write_table(pa.table(arrays, schema=_SCHEMA))
+        if columns["id"]:
+            arrays = [column(columns[each.name], each.type) for each in _SCHEMA]
+            self._arrow.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA))
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Everything is on the disk when this returns."""
@@ -123,31 +125,6 @@ def _spans(scored: np.ndarray) -> np.ndarray:
     return np.flatnonzero(np.diff(scored, prepend=False, append=False)).astype(np.int32)
 
 
-def _list_array(rows: list[Any]) -> pa.ListArray:
-    lengths = np.fromiter((len(row) for row in rows), np.int32, len(rows))
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    values = np.concatenate([np.asarray(row, np.int32) for row in rows]) if rows else np.empty(0, np.int32)
-    return pa.ListArray.from_arrays(offsets, values)
-
-
-class _Lists:
-    """A column of lists as numpy views into the mapped file."""
-
-    def __init__(self, column: pa.ChunkedArray) -> None:
-        self._chunks = [(chunk.offsets.to_numpy(), chunk.values.to_numpy()) for chunk in column.chunks]
-        self._starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
-
-    def __getitem__(self, row: int) -> np.ndarray:
-        chunk = int(self._starts.searchsorted(row, "right")) - 1
-        offsets, values = self._chunks[chunk]
-        at = row - int(self._starts[chunk])
-        return values[offsets[at] : offsets[at + 1]]
-
-    def lengths(self) -> np.ndarray:
-        parts = [np.diff(offsets) for offsets, _ in self._chunks]
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
-
-
 class Dataset:
     """Items in the order in which they were read; whole columns where no row needs to be touched."""
 
@@ -157,14 +134,14 @@ class Dataset:
         self.kind = KINDS[meta["kind"]]
         self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources
         self.report = tuple(Counts(**counts) for counts in meta["report"])  # one per source
-        self.groups = table["group"].to_numpy()  # (N,) equal prompts share a number
-        self.sources = table["source"].to_numpy()  # (N,) index into weights and report
+        self.groups = numbers(table["group"])  # (N,) equal prompts share a number
+        self.sources = numbers(table["source"])  # (N,) index into weights and report
         names = _COMPLETIONS if self.kind is Comparison else _COMPLETIONS[:1]
-        self._lists = {name: _Lists(table[name]) for name in _LISTS}
+        self._lists = {name: Lists(table[name]) for name in _LISTS}
         self._names = [(name, f"{name}_spans") for name in names]
-        self._desirable, self._margin = table["desirable"].to_numpy(), table["margin"].to_numpy()
+        self._desirable, self._margin = numbers(table["desirable"]), numbers(table["margin"])
         self._id = table["id"]
-        self.scored = np.stack([table[f"{name}_scored"].to_numpy() for name in names], 1)  # (N, completions) scored tokens
+        self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
         completion_lengths = np.stack([self._lists[name].lengths() for name in names], 1)
         self.lengths = self.prompt_lengths[:, None] + completion_lengths  # (N, completions) tokens of prompt and completion

@@ -127,6 +127,7 @@ WRONG = [
     ({"optim__lr": 0}, ["optim.lr takes a number (above 0), not 0"]),
     ({"optim__lr": float("nan")}, ["optim.lr", "not nan"]),
     ({"optim__lr": float("inf")}, ["optim.lr", "not inf"]),
+    ({"train__steps": "${seed}"}, ["train.steps takes a whole number (at least 1) or null, not 0"]),
     ({"optim__lr": None}, ["optim.lr takes a number, not null"]),
     ({"optim__betas": [0.9]}, ["optim.betas takes two numbers"]),
     ({"optim__betas": ["a", "b"]}, ["optim.betas[0] takes a number, not 'a'"]),

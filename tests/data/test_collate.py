@@ -71,7 +71,7 @@ def test_a_mismatch_is_one_prompt_before_the_completion_of_another_within_max_le
     assert mismatch(item(4, 2), item(9, 5), 9)[1].ids.tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("max_length", [4, 7, 9, 30])
+@pytest.mark.parametrize("max_length", [4, 7, 9, 11, 30])
 def test_the_count_of_cut_mismatches_is_what_making_them_shows(max_length: int):
     items = [item(p, c) for p, c in ((3, 4), (1, 9), (2, 2), (3, 1))]
     partners = np.array([1, 2, 3, 0])

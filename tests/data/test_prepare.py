@@ -1,5 +1,7 @@
 import multiprocessing
 import pickle
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -91,7 +93,7 @@ def test_every_row_that_is_not_kept_as_it_was_is_counted(tmp_path: Path):
     }
     data = prepared(path, tmp_path, max_length=60, truncation="truncate")
     assert (data.report[0].kept, data.report[0].cut_completions) == (2, 1)
-    assert "4 rows, 2 kept; dropped 2" in data.lines()[0]
+    assert "4 rows, 2 examples kept; dropped 2 (1 und" in data.lines()[0]
     assert "1 completions cut" in data.lines()[0]
 
 
@@ -103,7 +105,7 @@ def test_rows_that_leave_the_generation_prompt_are_counted(tmp_path: Path):
 
 def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
-    with pytest.raises(UserError, match=r"a\.jsonl: 3 rows, 0 kept; dropped 3.*none of them can be used"):
+    with pytest.raises(UserError, match=r"a\.jsonl: 3 rows, 0 examples kept; dropped 3.*none of them can be used"):
         prepared(path, tmp_path, max_length=4)
     with pytest.raises(UserError, match=r"data\.train: no entry"):
         prepared([], tmp_path)
@@ -204,6 +206,19 @@ def test_nothing_in_the_cache_is_pickled(tmp_path: Path):
         with pytest.raises((pickle.UnpicklingError, KeyError, ValueError, EOFError)):
             pickle.loads(file.read_bytes())
     assert isinstance(open_dataset(path)[0].prompt, np.ndarray)
+
+
+def test_neither_writing_nor_reading_imports_pandas(tmp_path: Path):
+    path = jsonl(tmp_path / "a.jsonl", PAIRS)
+    code = f"""
+import sys
+from pathlib import Path
+from halos.types import Comparison
+from tests.data.kit import prepared
+assert prepared({path!r}, Path({str(tmp_path)!r}), kind=Comparison)[2].id
+sys.exit("pandas" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
 def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path):

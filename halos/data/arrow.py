@@ -1,0 +1,57 @@
+"""Arrow columns to and from numpy by their buffers alone: pyarrow's own conversions import pandas, which takes up to a second."""
+
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+_DTYPES: dict[pa.DataType, Any] = {pa.int8(): np.int8, pa.int32(): np.int32, pa.int64(): np.int64, pa.float64(): np.float64}
+INTS = pa.list_(pa.int32())
+
+
+def column(values: list[Any], kind: pa.DataType) -> pa.Array:
+    """Numbers, strings or (as INTS) integer arrays, none of them null."""
+    if kind == INTS:
+        return pa.ListArray.from_arrays(_flat(_offsets(values), pa.int32()), _flat(np.concatenate(values), pa.int32()))
+    if kind == pa.string():
+        texts = [text.encode() for text in values]
+        return pa.StringArray.from_buffers(len(texts), pa.py_buffer(_offsets(texts)), pa.py_buffer(b"".join(texts)))
+    return _flat(values, kind)
+
+
+def _offsets(values: list[Any]) -> np.ndarray:
+    return np.cumsum([0, *map(len, values)], dtype=np.int32)
+
+
+def _flat(values: Any, kind: pa.DataType) -> pa.Array:
+    array = np.ascontiguousarray(values, _DTYPES[kind])
+    return pa.Array.from_buffers(kind, len(array), [None, pa.py_buffer(array)])
+
+
+def _view(array: pa.Array) -> np.ndarray:
+    """The numbers of one array, where they lie."""
+    dtype = np.dtype(_DTYPES[array.type])
+    return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
+
+
+def numbers(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of numbers: (N,)."""
+    return np.concatenate([_view(chunk) for chunk in column.chunks])
+
+
+class Lists:
+    """A column of lists as views into the mapped file."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._chunks = [(_view(chunk.offsets), _view(chunk.values)) for chunk in column.chunks]
+        self._starts = np.cumsum([0] + [len(chunk) for chunk in column.chunks])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        chunk = int(self._starts.searchsorted(row, "right")) - 1
+        offsets, values = self._chunks[chunk]
+        at = row - int(self._starts[chunk])
+        return values[offsets[at] : offsets[at + 1]]
+
+    def lengths(self) -> np.ndarray:
+        """Of each list: (N,)."""
+        return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks])
