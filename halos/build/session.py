@@ -4,12 +4,10 @@ import logging
 import math
 import signal
 import types
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -17,6 +15,7 @@ from halos.build import data, facts, model
 from halos.build.logs import speak, write_to
 from halos.build.processes import accelerator
 from halos.checkpoint import commit, find
+from halos.config import saved
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.schema import Config
 from halos.data.template import chat_template
@@ -108,7 +107,7 @@ def _begin(config: Config, directory: RunDir, made: Accelerator) -> find.Found:
         box = [find.Found(find.exactly(asked), [])] if asked else [find.newest(directory.checkpoints)]
     elif made.is_main_process:
         directory.create(overwrite=config.overwrite)
-        directory.write_config(yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True))
+        directory.write_config(saved.dump(config))
     if made.is_main_process:
         write_to(directory.log)
     if dist.is_initialized():

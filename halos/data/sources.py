@@ -4,11 +4,11 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from halos.config.suggest import nearest
 from halos.data import arithmetic, gsm8k
 from halos.data.files import READERS, SPLITS, Row, in_directory, reader
 from halos.errors import UserError
@@ -67,8 +67,8 @@ class Source:
         names = [f.name for f in fields(cls)]
         for key in given:
             if key not in names:
-                near = get_close_matches(str(key), names, 1)
-                hint = f"did you mean '{near[0]}'?" if near else f"it takes {', '.join(names)}"
+                near = nearest(str(key), names)
+                hint = f"did you mean '{near}'?" if near else f"it takes {', '.join(names)}"
                 raise UserError(f"data entry {dict(given)!r}: no key '{key}'; {hint}")
         values: dict[str, Any] = {"path": "", **{key: value for key, value in given.items() if value is not None}}
         source = cls(**values)
@@ -189,8 +189,8 @@ def _meant(purpose: str) -> tuple[str, ...]:
 
 
 def _hub(source: Source, split: str, purpose: str) -> Found:
-    path, near = source.path, get_close_matches(source.path, [BUILT_IN], 1)
-    hint = f"; did you mean '{near[0]}'?" if near else ""
+    path, near = source.path, nearest(source.path, [BUILT_IN])
+    hint = f"; did you mean '{near}'?" if near else ""
     if source.format or not _HUB.fullmatch(path) or path.startswith(".") or Path(path).suffix.removeprefix(".") in READERS:
         raise UserError(f"{path}: no such file or directory{hint}")
     from datasets import Dataset, DatasetDict, load_dataset

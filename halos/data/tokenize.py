@@ -93,7 +93,10 @@ class Encoder:
                 tail = _Tokens(tail.ids[len(repeated) :], tail.starts[len(repeated) :])
             else:
                 (tail,), shift, merged = self._tokenise([text], starts=True), 0, True
-            completions.append(Completion(np.array(tail.ids, np.int32), tail.scored(spans, shift)))
+            scored = tail.scored(spans, shift)
+            if not prompt:
+                scored[0] = False  # there is nothing to predict it from
+            completions.append(Completion(np.array(tail.ids, np.int32), scored))
         return Encoded(np.array(prompt, np.int32), tuple(completions), layout.exact, merged)
 
     # --- max_length ----------------------------------------------------------------------------------------------------

@@ -1,9 +1,10 @@
-import multiprocessing
 import pickle
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,7 +168,7 @@ def test_the_one_who_comes_second_uses_what_the_first_finished(tmp_path: Path, m
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
     write, other = room._write, tmp_path / "other"
 
-    def overtaken(directory: Path, *rest: object) -> None:
+    def overtaken(directory: Path, *rest: Any) -> None:
         write(directory, *rest)
         if not list((tmp_path / "data").glob("[!.]*")):  # another process finishes first
             finished = directory.with_name(directory.name[1:].rpartition("-")[0])
@@ -180,14 +181,11 @@ def test_the_one_who_comes_second_uses_what_the_first_finished(tmp_path: Path, m
     assert len(list((tmp_path / "data").iterdir())) == 1, "the loser's copy is gone"
 
 
-def _prepare_and_count(path: str, cache: Path) -> int:
-    return len(prepared(path, cache, kind=Comparison))
-
-
-def test_two_processes_at_once_both_get_the_rows(tmp_path: Path):
+def test_two_at_once_both_get_the_rows(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS * 50)
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        assert pool.starmap(_prepare_and_count, [(path, tmp_path)] * 2) == [150, 150]
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(prepared, path, tmp_path, kind=Comparison) for _ in range(2)]
+        assert [len(each.result()) for each in found] == [150, 150]
     assert len(list((tmp_path / "data").iterdir())) == 1
 
 

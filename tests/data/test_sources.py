@@ -209,7 +209,7 @@ def test_a_hub_name_is_loaded_with_its_configuration_split_and_revision(monkeypa
     def load(name, config=None, *, split=None, revision=None):
         asked.update(name=name, config=config, split=split, revision=revision)
         parts = {"train": datasets.Dataset.from_list(ROWS), "test": datasets.Dataset.from_list(ROWS[:4])}
-        return parts[split] if split else datasets.DatasetDict(parts)
+        return parts[split] if split else datasets.DatasetDict(**parts)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     rows = read({"path": "org/name:main", "split": "test[:50%]", "revision": "abc"})

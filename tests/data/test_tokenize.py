@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from halos.data.collate import pack
 from halos.data.tokenize import EQUAL, PROMPT_TOO_LONG, TOO_LONG, Encoded, Encoder, any_of
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Example, Turns
@@ -100,6 +101,15 @@ def test_scored_turns_are_found_where_the_first_completion_was_tokenised_apart()
     assert done.merged
     completion = done.completions[0]
     assert made.decode(completion.ids[~completion.scored]) == "What is"
+
+
+def test_after_an_empty_prompt_the_first_token_is_not_counted_as_scored():
+    bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    done = encoded(Demonstration((user(""),), (says("one two"),)), tokenizer(bare))
+    assert len(done.prompt) == 0
+    completion = done.completions[0]
+    assert completion.scored.tolist() == [False] + [True] * (len(completion.ids) - 1)
+    assert len(pack([(done.prompt, completion)]).targets) == completion.scored.sum()
 
 
 def test_a_row_over_max_length_is_dropped_whole_by_default():

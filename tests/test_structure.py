@@ -1,0 +1,90 @@
+"""The layout shows the architecture: imports point one way, and what the README tells people to type works."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOORS = [
+    {"errors", "types"},
+    {"config", "logps", "losses", "metrics", "rundir"},
+    {"models", "data", "checkpoint"},
+    {"hooks"},
+    {"trainers"},
+    {"online"},
+    {"build"},
+    {"report"},  # reads what runs left; nothing imports it
+]
+LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+
+
+def imports(path: Path) -> set[str]:
+    """Rooms of halos that a file imports, wherever the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "halos":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("halos.")}
+    return found - {"__version__"}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down_a_floor(path: Path) -> None:
+    room = path.relative_to(ROOT / "halos").parts[0].removesuffix(".py")
+    if room == "__init__":
+        return
+    for other in imports(path) - {room}:
+        assert LEVEL[other] < LEVEL[room] or (
+            LEVEL[other] == LEVEL[room] and {room, other} <= {"config", "losses", "metrics", "logps"}
+        ), f"{room} imports {other}, which is not below it"
+    if path.name != "train.py":
+        assert "hydra" not in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M), "only train.py imports hydra"
+
+
+def test_nothing_at_the_top_level_but_what_belongs_there() -> None:
+    allowed = {"config", "train.py", "halos", "launch", "tests", "requirements.txt", "README.md", "pyproject.toml", "LICENSE"}
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert found <= allowed | {"runs", "report", "wandb", "halos.egg-info"}
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def words_of(command: str) -> list[str]:
+    words = shlex.split(command)
+    return words[words.index("train.py") + 1 :]
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if "train.py" in line and "resume=" not in line])
+def test_every_documented_training_command_composes_and_binds(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", command):
+        (tmp_path / name).write_text("{}")
+    package = tmp_path / "mylosses"
+    package.mkdir()
+    example = re.search(r"```python\n# mylosses/hinge.py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert example
+    (package / "__init__.py").write_text("")
+    (package / "hinge.py").write_text(example[1])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    monkeypatch.setattr(train, "run", lambda config, typed: seen.append(config) or 0)
+    assert train.start(words_of(command)) == 0
+    assert len(seen) == 1
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    text = (ROOT / "README.md").read_text()
+    for path in re.findall(r"(?:launch|config|halos|tests)/[\w/.-]+\.(?:py|sh|yaml)", text):
+        assert (ROOT / path).exists(), path
