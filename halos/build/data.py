@@ -37,7 +37,7 @@ def _open(
             truncation=config.train.truncation,
             score=config.data.score,
             transform=loss.examples,
-            transform_key=repr(loss.settings) if loss.examples else "",
+            transform_key=f"{loss.name} {loss.settings}" if loss.examples else "",
             cache_dir=Path(config.cache_dir).expanduser(),
         )
     return open_dataset(path)

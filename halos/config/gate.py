@@ -43,12 +43,18 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     except OmegaConfBaseException as error:
         raise UserError(explain(error, composed)) from error
     assert isinstance(config, Config)
+    if _typed("train.epochs", typed) and not _typed("train.steps", typed):
+        config.train.steps = None  # of the two, what was typed counts, not what a model or an experiment came with
     refuse_secrets(resolved)
     _check_ranges(resolved)
     refuse_combinations(config, typed)
     check_paths(config, choices or {})
     _bind(config)
     return config
+
+
+def _typed(key: str, typed: Sequence[str]) -> bool:
+    return any(text.lstrip("+").startswith(f"{key}=") for text in typed)
 
 
 def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence[str] = ()) -> str:

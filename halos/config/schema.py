@@ -78,6 +78,7 @@ class Optim:
     name: str = key(one_of=("adamw", "adam", "sgd", "rmsprop"))
     lr: float = key(above=0)
     lr_by_peft: dict[str, float] = key()
+    lr_from_scratch: dict[str, float] = key()
     betas: list[float] = key()
     eps: float = key(above=0)
     weight_decay: float = key(least=0)

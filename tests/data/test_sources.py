@@ -174,6 +174,8 @@ def test_rows_of_one_file_that_carry_a_split_are_told_apart(tmp_path: Path):
         (17, "give a path, a name, or"),
         ("no/such/file.jsonl", r"no/such/file\.jsonl: no such file"),
         ("missing.jsonl", "no such file"),
+        ("missing.csv", "no such file"),
+        ("/tmp/missing/rows", "no such file"),
         ({"path": "arithmetic", "split": "test"}, "it has train and eval"),
     ],
 )
@@ -237,3 +239,9 @@ def test_objects_nested_in_rows_arrive_as_they_were(tmp_path: Path):
     row = {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"arguments": {"x": 1}}}]}]}
     (tmp_path / "a.json").write_text(json.dumps([row]))
     assert read(str(tmp_path / "a.json"))[0].record == row
+
+
+def test_a_name_below_a_directory_that_exists_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "org").mkdir()
+    monkeypatch.chdir(tmp_path)
+    refuses("org/missing", "org/missing: no such file or directory")

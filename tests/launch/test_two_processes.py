@@ -70,7 +70,8 @@ def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_refused(
     words = ["--cpu", "--num_processes", "2", str(root / "train.py"), "loss=sft", "model=tiny", "data=arithmetic", "exp_name=x",
              f"output_root={tmp_path}"]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words], capture_output=True, text=True, check=False,
+        [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words],
+        capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert "accelerate was asked for 2 processes and started one" in done.stderr

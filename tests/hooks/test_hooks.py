@@ -1,0 +1,113 @@
+"""Trackers that cannot stop a run, early stopping, and a hook of the user's own."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from halos.build.session import run
+from halos.config.schema import Config, Objective
+from halos.errors import UserError
+from halos.hooks.early_stopping import EarlyStopping
+from halos.hooks.trackers import Wandb
+
+FEW = ["loss=sft", "train.steps=3", "train.batch_size=8", "checkpoint.every=null", "train.eval_every=1"]
+
+
+def test_wandb_goes_offline_where_there_is_no_key_and_says_so(
+    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    assert run(configure(*FEW, "logging=wandb"), []) == 0
+    assert "wandb: no key found" in (tmp_path / "run" / "train.log").read_text()
+    assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
+    assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"split": "train"') == 3
+
+
+def test_wandb_asked_for_online_without_a_key_is_refused_and_never_prompts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    with pytest.raises(UserError, match="needs a key"):
+        Wandb(project="x", entity=None, mode="online").on_start(SimpleNamespace(main=True))  # type: ignore[arg-type]
+
+
+def test_tensorboard_shows_what_metrics_jsonl_holds(configure: Callable[..., Config], tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run(configure(*FEW, "logging=tensorboard"), []) == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    wanted = [(row["step"], row["loss"]) for row in rows if row["split"] == "train"]
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert [step for step, _ in found] == [step for step, _ in wanted]
+    assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)
+
+
+def test_early_stopping_counts_evaluations_without_improvement_and_remembers_them() -> None:
+    current: Any = SimpleNamespace(config=SimpleNamespace(objective=Objective("loss", "min")), stop=None, step=1, total_steps=9)
+    hook = EarlyStopping(patience=2)
+    for value in (1.0, 0.9, 0.95):
+        hook.on_eval(current, {"loss": value})
+    resumed = EarlyStopping(patience=2)
+    resumed.load_state_dict(hook.state_dict())
+    assert current.stop is None
+    resumed.on_eval(current, {"loss": 0.9})
+    assert current.stop.finished
+    assert "has not improved on 0.9" in current.stop.reason
+
+
+def test_a_run_that_stops_early_is_finished_with_a_final_model(configure: Callable[..., Config], tmp_path: Path) -> None:
+    words = ["loss=sft", "train.steps=9", "train.batch_size=8", "train.eval_every=1", "optim.lr=1e-12", "train.early_stopping=2"]
+    assert run(configure(*words, "objective.metric=loss", "checkpoint.every=null"), []) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["step"] < 9) == ("finished", True)
+    assert (tmp_path / "run" / "FINAL" / "model.safetensors").exists()
+
+
+HOOK = '''
+from halos.hooks.base import Hook
+
+
+class Note(Hook):
+    """Writes a file into every checkpoint, and counts across resumes."""
+
+    def __init__(self, *, text: str) -> None:
+        self.text, self.saves = text, 0
+
+    def on_save(self, run, path, *, final):
+        self.saves += 1
+        if run.main:
+            (path / "note.txt").write_text(f"{self.text} {self.saves}")
+
+    def state_dict(self):
+        return {"saves": self.saves}
+
+    def load_state_dict(self, state):
+        self.saves = state.get("saves", 0)
+'''
+
+
+def test_a_hook_from_the_users_own_package_joins_and_needs_plugins_typed(
+    command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "__init__.py").write_text(HOOK)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    words = [*FEW[:3], "checkpoint.every=2", "exp_name=noted", "+hooks.note={_target_: mine.Note, text: hello}"]
+    refused = command(*words, check=False)
+    assert refused.returncode == 2
+    assert "plugins=[mine]" in refused.stderr
+    command(*words, "plugins=[mine]")
+    assert (tmp_path / "noted" / "checkpoints" / "step-00000002" / "note.txt").read_text() == "hello 1"
+    assert (tmp_path / "noted" / "FINAL" / "note.txt").read_text() == "hello 2"
+    listed = json.loads((tmp_path / "noted" / "FINAL" / "manifest.json").read_text())["files"]
+    assert "note.txt" in listed
