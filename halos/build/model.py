@@ -1,6 +1,6 @@
 """The models of a run: policy or reward model, adapter, reference, optimizer."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,63 +17,63 @@ from halos.models.load import attention, freeze, load_model, weights_dtype
 from halos.models.locate import locate
 
 
-def policy(
-    config: Config, base: Path, tokenizer: PreTrainedTokenizerBase, made: Accelerator, *, reward: bool, checkpoint: Path | None
-) -> nn.Module:
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Where models are taken from, and what they are loaded for."""
+
+    config: Config
+    base: Path
+    tokenizer: PreTrainedTokenizerBase
+    new_tokens: list[str]  # that the base's embeddings do not know
+    made: Accelerator
+
+    def load(self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None) -> PreTrainedModel:
+        settings, device = self.config.model, self.made.device
+        half = dtype is torch.bfloat16 or self.made.mixed_precision == "bf16"
+        return load_model(
+            source,
+            self.tokenizer,
+            reward=reward,
+            dtype=dtype,
+            attention=attention(settings.attention, half=half, device=device),
+            quantize=quantize,
+            new_tokens=self.new_tokens if source == self.base else [],
+            seed=self.config.seed,
+        )
+
+
+def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed."""
+    config = shelf.config
     lora = config.peft.name == "lora"
-    dtype = weights_dtype(config.model.dtype, trained=not lora, device=made.device)
-    source = checkpoint / "model" if checkpoint and not lora else base
-    model = _load(config, source, tokenizer, made, reward=reward, dtype=dtype, quantize=config.model.quantize)
+    dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)
+    source = checkpoint / "model" if checkpoint and not lora else shelf.base
+    model = shelf.load(source, dtype, reward=reward, quantize=config.model.quantize)
     if config.model.quantize:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.train.activation_checkpointing)
     if config.train.activation_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not lora:
         return model
-    adapted = adapter.attach(model, asdict(config.peft), base=str(base), reward=reward, seed=config.seed)
+    adapted = adapter.attach(model, asdict(config.peft), base=str(shelf.base), reward=reward, seed=config.seed)
     if checkpoint:
         adapter.load_adapter(adapted, checkpoint / "adapter")
     return adapted
 
 
-def _load(
-    config: Config,
-    source: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    made: Accelerator,
-    *,
-    reward: bool,
-    dtype: torch.dtype,
-    quantize: str | None = None,
-) -> PreTrainedModel:
-    half = dtype is torch.bfloat16 or made.mixed_precision == "bf16"
-    return load_model(
-        source,
-        tokenizer,
-        reward=reward,
-        dtype=dtype,
-        attention=attention(config.model.attention, half=half, device=made.device),
-        quantize=quantize,
-        new_tokens=config.model.add_tokens,
-        seed=config.seed,
-    )
-
-
-def reference(
-    config: Config, model: nn.Module, base: Path, tokenizer: PreTrainedTokenizerBase, made: Accelerator
-) -> nn.Module | None:
+def reference(shelf: Shelf, model: nn.Module) -> nn.Module | None:
     """A frozen copy of the policy's start, or the model that `reference.name_or_path` names.
 
     None where the policy's own base, with its adapter off, is the reference: no second copy is loaded.
     """
+    config = shelf.config
     named = config.reference.name_or_path
     if named is None and isinstance(model, PeftModel):
         return None
-    source = base if named is None else locate(named, config.reference.revision, Path(config.cache_dir).expanduser())
-    dtype = weights_dtype(config.model.dtype, trained=True, device=made.device)
-    loaded = _load(config, source, tokenizer, made, reward=False, dtype=dtype)
-    return freeze(LanguageModel(loaded)).to(made.device)
+    cache = Path(config.cache_dir).expanduser()
+    source = shelf.base if named is None else locate(named, config.reference.revision, cache)
+    dtype = weights_dtype(config.model.dtype, trained=True, device=shelf.made.device)
+    return freeze(LanguageModel(shelf.load(source, dtype, reward=False))).to(shelf.made.device)
 
 
 def wrapped(model: nn.Module, *, reward: bool) -> nn.Module:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from transformers import PreTrainedTokenizerBase
 
 from halos.build import data, facts, model
 from halos.build.logs import speak, write_to
@@ -66,7 +65,7 @@ def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | N
     if made.is_main_process:
         directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
     base = _base(config, made)
-    tokenizer = load_tokenizer(base, add_tokens=config.model.add_tokens)
+    tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
     train, held_out = data.load(config, loss, tokenizer, made)
     order = data.order(train.rows, config)
@@ -78,8 +77,9 @@ def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | N
         log.info("%d steps of %d; everything fits together, nothing was trained", total, config.train.batch_size)
         return None
     source = _begin(config, directory, made)
-    current = _load(config, loss, hooks, directory, made, base, tokenizer, total, source.path)
-    against = model.reference(config, current.model, base, tokenizer, made) if loss.needs_reference else None
+    shelf = model.Shelf(config, base, tokenizer, new_tokens, made)
+    current = _load(shelf, loss, hooks, directory, total, source.path)
+    against = model.reference(shelf, current.model) if loss.needs_reference else None
     if made.is_main_process:
         _record(current, typed, source)
     facts.header(current, loss, train, held_out, against)
@@ -122,24 +122,16 @@ def _base(config: Config, made: Accelerator) -> Path:
 
 
 def _load(
-    config: Config,
-    loss: LossSpec,
-    hooks: dict[str, Hook],
-    directory: RunDir,
-    made: Accelerator,
-    base: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    total: int,
-    checkpoint: Path | None,
+    shelf: model.Shelf, loss: LossSpec, hooks: dict[str, Hook], directory: RunDir, total: int, checkpoint: Path | None
 ) -> Run:
     """Model and optimizer as the strategy wants them, and the state of the checkpoint that the run goes on from."""
     reward = loss.inputs is PairScores
-    inner = model.policy(config, base, tokenizer, made, reward=reward, checkpoint=checkpoint)
+    inner = model.policy(shelf, reward=reward, checkpoint=checkpoint)
     module = model.wrapped(inner, reward=reward)
-    module, optimizer = made.prepare(module, model.optimizer(module, config.optim))
+    module, optimizer = shelf.made.prepare(module, model.optimizer(module, shelf.config.optim))
     current = Run(
-        config=config, directory=directory, accelerator=made, module=module, model=inner, base=base, optimizer=optimizer,
-        tokenizer=tokenizer, reward=reward, total_steps=total, hooks=hooks,
+        config=shelf.config, directory=directory, accelerator=shelf.made, module=module, model=inner, base=shelf.base,
+        optimizer=optimizer, tokenizer=shelf.tokenizer, reward=reward, total_steps=total, hooks=hooks,
     )  # fmt: skip
     if checkpoint is not None:
         restore(current, checkpoint)

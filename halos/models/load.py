@@ -23,8 +23,11 @@ from halos.logps.attention import SEGMENTS, register
 log = logging.getLogger(__name__)
 
 
-def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> PreTrainedTokenizerBase:
-    """The directory's tokenizer, with `add_tokens` in its vocabulary. Padding is never trained on, so it may be eos."""
+def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The directory's tokenizer with `add_tokens` in its vocabulary, and those of them that it did not know.
+
+    Padding is never trained on, so it may be eos.
+    """
     tokenizer = AutoTokenizer.from_pretrained(directory)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: only fast tokenizers (tokenizer.json) are supported")
@@ -32,8 +35,10 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> PreTrainedToken
         raise UserError(f"{directory}: its tokenizer has no end-of-sequence token, so no completion could end")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.add_tokens(add_tokens, special_tokens=True)
-    return tokenizer
+    known = tokenizer.get_vocab()
+    new = [token for token in add_tokens if token not in known]
+    tokenizer.add_tokens(new, special_tokens=True)
+    return tokenizer, new
 
 
 def weights_dtype(name: str, *, trained: bool, device: torch.device) -> torch.dtype:

@@ -1,0 +1,60 @@
+"""Tokens that are new start at the mean; tokens that were trained stay as they are."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from halos.build.session import run
+from halos.config.schema import Config
+from halos.errors import UserError
+from halos.models import tiny
+from halos.models.load import load_model, load_tokenizer
+from halos.models.locate import locate
+
+CSFT = ["loss=csft", "train.batch_size=8", "optim.lr=1e-3", "train.eval_every=null"]
+
+
+def test_new_tokens_start_at_the_mean_of_the_others(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "tiny")
+    tokenizer, new = load_tokenizer(tmp_path / "tiny", add_tokens=["<|good|>", "<|bad|>"])
+    assert new == ["<|good|>", "<|bad|>"]
+    model = load_model(tmp_path / "tiny", tokenizer, reward=False, dtype=torch.float32, attention="sdpa", new_tokens=new)
+    table = model.get_input_embeddings().weight
+    known = len(AutoTokenizer.from_pretrained(tmp_path / "tiny"))
+    assert table.shape[0] >= len(tokenizer)
+    for token in new:
+        assert torch.allclose(table[tokenizer.get_vocab()[token]], table[:known].mean(0), atol=1e-6)
+
+
+def test_trained_control_tokens_survive_a_resume_and_a_second_stage(configure: Callable[..., Config], tmp_path: Path) -> None:
+    assert run(configure(*CSFT, "train.steps=4", "checkpoint.every=2", "exp_name=whole"), []) == 0
+    assert run(configure(*CSFT, "train.steps=4", "checkpoint.every=2", "exp_name=cut"), []) == 0
+    for name in ("FINAL", "checkpoints/step-00000004"):
+        (tmp_path / "cut" / name).rename(tmp_path / ("away-" + name[-5:]))
+    (tmp_path / "cut" / "result.json").unlink()
+    assert train.start([f"resume={tmp_path / 'cut'}"]) == 0
+    whole, cut = (AutoModelForCausalLM.from_pretrained(tmp_path / name / "FINAL").state_dict() for name in ("whole", "cut"))
+    assert all(tensor.equal(cut[name]) for name, tensor in whole.items())
+    _, new = load_tokenizer(tmp_path / "whole" / "FINAL", add_tokens=["<|good|>"])
+    assert new == []
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "no config.json"),
+        ({"config.json": "{}", "pytorch_model.bin": ""}, "unpickling runs code"),
+        ({"adapter_config.json": "{}"}, "holds an adapter"),
+        ({"FINAL/config.json": "{}"}, "is a run directory; its model is"),
+    ],
+)
+def test_a_directory_that_is_no_model_is_refused_with_the_reason(files: dict[str, str], message: str, tmp_path: Path) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=message):
+        locate(str(tmp_path), None, tmp_path)
