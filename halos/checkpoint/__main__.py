@@ -1,4 +1,4 @@
-"""Look at what a run saved, and check it byte for byte: python -m halos.checkpoint {ls,verify} PATH ..."""
+"""Look at what a run saved, check it byte for byte, merge its adapter: python -m halos.checkpoint {ls,verify,merge} PATH"""
 
 import argparse
 import sys
@@ -49,6 +49,16 @@ def verify(run: Path) -> int:
     return int(bad)
 
 
+def merge(saved: Path, output: Path, dtype: str | None) -> int:
+    """Merge an adapter (a checkpoint's, FINAL's or one of its own) into --output, which plain from_pretrained loads."""
+    import torch
+
+    from halos.checkpoint.handover import merged
+
+    print(f"{output}: {merged(saved, output, getattr(torch, dtype) if dtype else None)}")
+    return 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m halos.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -56,8 +66,14 @@ def main() -> int:
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.add_argument("path", type=Path, nargs="+", help="a run directory, or one checkpoint in it")
         command.set_defaults(function=function)
+    command = commands.add_parser("merge", help=merge.__doc__, description=merge.__doc__)
+    command.add_argument("path", type=Path, help="a checkpoint, FINAL, or an adapter's directory")
+    command.add_argument("--output", type=Path, required=True, help="the directory to make")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; the base's own by default")
     arguments = parser.parse_args()
     try:
+        if arguments.command == "merge":
+            return merge(arguments.path, arguments.output, arguments.dtype)
         return max(arguments.function(path) for path in arguments.path)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

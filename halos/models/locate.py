@@ -15,7 +15,7 @@ WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"
 def locate(name: str, revision: str | None, cache_dir: Path) -> Path:
     """A directory with config.json, safetensors and tokenizer; built, converted or downloaded where there is none yet.
 
-    Raises UserError for a hub id that cannot be had and for a directory that is not a model.
+    That a directory holds a model was checked with the config. Raises UserError for a hub id that cannot be had.
     """
     path = Path(name).expanduser()
     if name == "tiny":
@@ -23,20 +23,8 @@ def locate(name: str, revision: str | None, cache_dir: Path) -> Path:
     if path.suffix == ".gguf":
         return _converted(path, cache_dir)
     if path.is_dir():
-        _must_be_model(path)
         return path.resolve()
     return _downloaded(name, revision)
-
-
-def _must_be_model(path: Path) -> None:
-    if (path / "FINAL").is_dir():
-        raise UserError(f"{path} is a run directory; its model is {path / 'FINAL'}")
-    if (path / "adapter_config.json").exists() or (not (path / "config.json").exists() and (path / "adapter").is_dir()):
-        raise UserError(f"{path} holds an adapter, not a model: merge it with `python -m halos.checkpoint merge {path}`")
-    if not (path / "config.json").exists():
-        raise UserError(f"{path} is not a model directory: it has no config.json")
-    if not any(path.glob("*.safetensors")):
-        raise UserError(f"{path} has no *.safetensors: weights in other formats are not read, since unpickling runs code")
 
 
 def _tiny(cache_dir: Path) -> Path:

@@ -3,17 +3,14 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from halos.build.session import run
 from halos.config.schema import Config
-from halos.errors import UserError
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
-from halos.models.locate import locate
 
 CSFT = ["loss=csft", "train.batch_size=8", "optim.lr=1e-3", "train.eval_every=null"]
 
@@ -41,20 +38,3 @@ def test_trained_control_tokens_survive_a_resume_and_a_second_stage(configure: C
     assert all(tensor.equal(cut[name]) for name, tensor in whole.items())
     _, new = load_tokenizer(tmp_path / "whole" / "FINAL", add_tokens=["<|good|>"])
     assert new == []
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "no config.json"),
-        ({"config.json": "{}", "pytorch_model.bin": ""}, "unpickling runs code"),
-        ({"adapter_config.json": "{}"}, "holds an adapter"),
-        ({"FINAL/config.json": "{}"}, "is a run directory; its model is"),
-    ],
-)
-def test_a_directory_that_is_no_model_is_refused_with_the_reason(files: dict[str, str], message: str, tmp_path: Path) -> None:
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=message):
-        locate(str(tmp_path), None, tmp_path)

@@ -1,0 +1,53 @@
+"""python -m halos.checkpoint, as a user types it."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from halos.build.session import run
+from halos.checkpoint import __main__ as cli
+from halos.checkpoint import manifest
+from halos.config.schema import Config
+
+
+def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["halos.checkpoint", *words])
+    return cli.main()
+
+
+def test_a_run_is_listed_verified_and_merged_at_any_step(
+    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["loss=dpo", "peft=lora", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-3"]
+    assert run(configure(*words), []) == 0
+    place = str(tmp_path / "run")
+    assert typed(monkeypatch, "ls", place) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in ("step-00000002", "step-00000004", "FINAL", "whole", "rewards/margins"))
+    assert typed(monkeypatch, "verify", place) == 0
+    last = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert typed(monkeypatch, "merge", str(last), "--output", str(tmp_path / "merged")) == 0
+    assert manifest.verify(tmp_path / "merged") == []
+    merged, final = ((path / "model.safetensors").read_bytes() for path in (tmp_path / "merged", tmp_path / "run" / "FINAL"))
+    assert merged == final
+    (last / "adapter" / "adapter_model.safetensors").write_bytes(b"")
+    capsys.readouterr()
+    assert typed(monkeypatch, "verify", place) == 1
+    assert "step-00000004/adapter/adapter_model.safetensors: 0 bytes instead of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["ls", "{}"], ["merge", "{}", "--output", "{}/out"]])
+def test_what_is_no_checkpoint_is_one_message(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert typed(monkeypatch, *(word.format(tmp_path) for word in words)) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_help_needs_no_torch() -> None:
+    code = "import sys; sys.argv = ['x', '--help']\nfrom halos.checkpoint import __main__ as m\n" \
+        "try: m.main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"  # fmt: skip
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
