@@ -39,8 +39,8 @@ else
   start=tiny
   problems=200
   common="model=tiny data=arithmetic"
-  sft=""
-  dpo=""
+  sft="train.steps=100"
+  dpo="train.steps=60"
 fi
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
