@@ -47,7 +47,7 @@ def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
 
     def make(*overrides: str) -> Trainer:
         config = configure(*overrides)
-        made = assemble(config, [], accelerator(config.train.precision))
+        made = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
         assert made is not None
         return made
 

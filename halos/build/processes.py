@@ -15,15 +15,16 @@ from halos.errors import UserError
 PATIENCE = timedelta(hours=6)  # one process tokenises, or proves a merge, while the others wait
 
 
-def accelerator(precision: str) -> Accelerator:
+def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
     """The Accelerator of this process. Raises UserError where the launcher gave something else than was asked for.
 
-    `precision` auto takes what the launcher's config says, and else bfloat16 on a GPU that has it.
+    `precision` auto takes what the launcher's config says, and else bfloat16 on a GPU that has it, and wherever the
+    weights (`dtype`) were asked for in it: what is trained is float32 all the same.
     """
     cpu = not torch.cuda.is_available()
     _one_process_asked_for_many()
     names = {"float32": "no", "bfloat16": "bf16"}
-    mixed = names.get(precision)
+    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" else None)
     if mixed is None and not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         mixed = "bf16" if torch.cuda.is_bf16_supported() else "no"
     made = Accelerator(

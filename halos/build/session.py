@@ -47,7 +47,7 @@ FINISHED, FAILED, STOPPED = 0, 1, 75
 
 def run(config: Config, typed: list[str]) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
-    made = accelerator(config.train.precision)
+    made = accelerator(config.train.precision, config.model.dtype)
     speak(made.is_main_process)
     directory = RunDir(config.run_dir)
     if config.resume and directory.is_finished():

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 
 from halos.checkpoint import merge, proof
@@ -39,8 +39,7 @@ def merged(saved: Path, output: Path, dtype: torch.dtype | None) -> proof.Proof:
             bare = auto.from_config(config)
         facts = merge.merge(base, adapter, path, model=bare, dtype=kind)
         _copy_words(saved, path, base, reward=reward)
-        ids = proof.probe(config.get_text_config().vocab_size)
-        result = proof.prove(path, ids, _truth(auto, base, adapter, config, ids), reward=reward, dtype=kind)
+        result = compared(base, adapter, path, reward=reward, dtype=kind, vocabulary=config.get_text_config().vocab_size)
         proof.write_report(path / "merge_report.json", result, facts)
         if not result.holds:
             shutil.rmtree(path)
@@ -48,10 +47,15 @@ def merged(saved: Path, output: Path, dtype: torch.dtype | None) -> proof.Proof:
     return result
 
 
-@torch.no_grad()
-def _truth(auto: Any, base: Path, adapter: Path, config: Any, ids: torch.Tensor) -> torch.Tensor:
-    model = auto.from_pretrained(base, config=config, dtype=torch.float32)
-    return PeftModel.from_pretrained(model, str(adapter)).eval()(input_ids=ids).logits
+def compared(base: Path, adapter: Path, path: Path, *, reward: bool, dtype: torch.dtype, vocabulary: int) -> proof.Proof:
+    """The merged model at `path` against base and adapter, all three read from disk."""
+    ids = proof.probe(vocabulary)
+    truth = proof.adapter_logits(base, adapter, ids, reward=reward, dtype=torch.float32, vocabulary=vocabulary)
+    noise = 0.0
+    if dtype is not torch.float32:
+        rounded = proof.adapter_logits(base, adapter, ids, reward=reward, dtype=dtype, vocabulary=vocabulary)
+        noise = proof.distance(rounded, truth, half=True)
+    return proof.prove(path, ids, truth, reward=reward, dtype=dtype, noise=noise)
 
 
 def _copy_words(saved: Path, path: Path, base: Path, *, reward: bool) -> None:

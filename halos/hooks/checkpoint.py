@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from halos.checkpoint import commit, find, merge, proof, retention, state, weights
+from halos.checkpoint.handover import compared
 from halos.hooks.base import Hook, Run
 from halos.logps.model import bare
 from halos.types import Range
@@ -85,8 +86,7 @@ class CheckpointHook(Hook):
         facts = merge.merge(run.base, adapter, path, model=model, dtype=kind)
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(path)
-        ids = proof.probe(model.config.get_text_config().vocab_size)
-        result = proof.prove(path, ids, _logits(run, ids), reward=run.reward, dtype=kind)
+        result = self._proof(run, adapter, path, kind)
         proof.write_report(path / "merge_report.json", result, facts)
         if result.holds:
             log.info("merged %d layers; %s", facts["merged"], result)
@@ -94,6 +94,14 @@ class CheckpointHook(Hook):
         for file in [*path.glob("*.safetensors*"), path / "config.json", path / "generation_config.json"]:
             file.unlink(missing_ok=True)
         return f"the merged model is not the one that was trained: {result}. The adapter is kept in FINAL/adapter"
+
+    def _proof(self, run: Run, adapter: Path, path: Path, kind: torch.dtype) -> proof.Proof:
+        """In float32 against the very model that was trained; in a half type against what was saved of it, in float32."""
+        vocabulary = bare(run.model).config.get_text_config().vocab_size
+        if kind is torch.float32 and bare(run.model).dtype is torch.float32:
+            ids = proof.probe(vocabulary)
+            return proof.prove(path, ids, _logits(run, ids), reward=run.reward, dtype=kind)
+        return compared(run.base, adapter, path, reward=run.reward, dtype=kind, vocabulary=vocabulary)
 
 
 def progress_of(run: Run) -> dict[str, Any]:

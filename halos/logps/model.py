@@ -77,8 +77,9 @@ class RewardModel(nn.Module):
     def forward(self, batch: Sequences) -> Tensor:
         """(rows,) float32: the score at each sequence's last token that is not padding."""
         model: Any = bare(self.model)
-        hidden = hidden_states(model, batch)
-        return model.score(hidden[self._last(batch)]).float()[:, 0]
+        hidden = hidden_states(model, batch)[self._last(batch)]
+        with torch.autocast(hidden.device.type, enabled=False):  # scores are compared: their differences are small
+            return model.score(hidden.to(model.score.weight.dtype)).float()[:, 0]
 
     def _last(self, batch: Sequences) -> Tensor:
         # where pad == eos, transformers takes the end token for padding and reads the token before it; so do we

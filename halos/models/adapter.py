@@ -24,10 +24,14 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     model.config._name_or_path = base
     torch.manual_seed(seed)
     try:
-        return get_peft_model(model, config)
+        adapted = get_peft_model(model, config)
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"peft: {error} The linear layers of this model are: {', '.join(linear)}") from error
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:  # a head that is saved whole has the base's dtype; steps would vanish in bfloat16
+            parameter.data = parameter.data.float()
+    return adapted
 
 
 def load_adapter(model: PeftModel, directory: Path) -> None:

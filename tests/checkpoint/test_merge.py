@@ -10,6 +10,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from halos.checkpoint import merge, proof
+from halos.checkpoint.handover import compared
 from halos.errors import UserError
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
@@ -60,9 +61,11 @@ def merged(model: Any, directory: Path, *, reward: bool = False, dtype: torch.dt
     output = directory / "merged"
     output.mkdir()
     merge.merge(directory / "base", directory / "adapter", output, model=model.get_base_model(), dtype=dtype)
+    if dtype is not torch.float32:
+        return compared(directory / "base", directory / "adapter", output, reward=reward, dtype=dtype, vocabulary=300)
     ids = proof.probe(SIZES["vocab_size"])
     with torch.no_grad():
-        truth = model(input_ids=ids).logits
+        truth = torch.cat([model(input_ids=row[None]).logits for row in ids])
     return proof.prove(output, ids, truth, reward=reward, dtype=dtype)
 
 
@@ -126,18 +129,20 @@ def test_what_is_not_covered_is_refused_by_name(tmp_path: Path) -> None:
         merged(model, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fault", ["alpha", "bias", "transposed", "layers swapped", "layer lost"])
-def test_a_wrong_merge_fails_its_proof(fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted(base("Llama", tmp_path / "base"), bias="lora_only")
-    assert merged(model, tmp_path).holds
+def test_a_wrong_merge_fails_its_proof(fault: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = adapted(base("Llama", tmp_path / "base", dtype=dtype), bias="lora_only")
+    assert merged(model, tmp_path, dtype=dtype).holds
     path = tmp_path / "merged" / "model.safetensors"
-    tensors = load_file(path)
+    tensors, original = load_file(path), load_file(tmp_path / "base" / "model.safetensors")
     first, second = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
-    original = load_file(tmp_path / "base" / "model.safetensors")
+    bias = "model.layers.0.self_attn.q_proj.bias"
     if fault == "alpha":
-        tensors[first] = original[first] + 1.1 * (tensors[first] - original[first])
+        for name in tensors:
+            tensors[name] = (original[name] + 1.5 * (tensors[name].float() - original[name])).to(dtype)
     elif fault == "bias":
-        tensors["model.layers.0.self_attn.q_proj.bias"] = original["model.layers.0.self_attn.q_proj.bias"]
+        tensors[bias] = original[bias]
     elif fault == "transposed":
         tensors[first] = tensors[first].T.contiguous()
     elif fault == "layers swapped":
@@ -145,6 +150,14 @@ def test_a_wrong_merge_fails_its_proof(fault: str, tmp_path: Path, monkeypatch: 
     else:
         del tensors["model.layers.0.mlp.up_proj.weight"]
     save_file(tensors, path, metadata={"format": "pt"})
-    ids = proof.probe(SIZES["vocab_size"])
-    with torch.no_grad():
-        assert not proof.prove(tmp_path / "merged", ids, model(input_ids=ids).logits, reward=False, dtype=torch.float32).holds
+    places = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
+    assert not compared(*places, reward=False, dtype=dtype, vocabulary=300).holds
+
+
+def test_a_half_precision_reward_model_proves_itself(tmp_path: Path) -> None:
+    base("Llama", tmp_path / "base", dtype=torch.bfloat16)
+    reward = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "base", num_labels=1, dtype=torch.bfloat16
+    )
+    result = merged(adapted(reward, task_type="SEQ_CLS"), tmp_path, reward=True, dtype=torch.bfloat16)
+    assert result.holds, str(result)
