@@ -40,7 +40,7 @@ else
   problems=200
   common="model=tiny data=arithmetic"
   sft="train.steps=75 optim.lr=1e-3"  # left half-taught on purpose, so that DPO has something to win
-  dpo="train.steps=75 loss.beta=0.5"  # a model this small forgets how to end its answers under a looser rein
+  dpo="train.steps=75 loss.beta=1"  # a model this small forgets how to end its answers under a looser rein
 fi
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }

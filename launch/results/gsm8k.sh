@@ -31,7 +31,7 @@ for run in ${*:-sft-full sft dpo kto reward}; do
     sft-full) train sft-full 240 60 loss=sft train.precision=bfloat16 ;;
     sft) train sft 240 60 loss=sft $lora ;;
     dpo) train dpo 240 60 loss=dpo $lora optim.lr=5e-5 ;;
-    kto) train kto 320 80 loss=kto $lora ;;
+    kto) train kto 192 60 loss=kto $lora ;;
     reward) train reward 240 60 loss=reward $lora optim.lr=2e-4 ;;
     *) echo "error: no run '$run'; there are sft-full sft dpo kto reward" >&2; exit 2 ;;
   esac

@@ -381,7 +381,7 @@ def test_the_keys_of_peft_are_those_of_its_own_config():
 def test_epochs_that_were_typed_count_against_steps_that_a_model_came_with() -> None:
     words = ["loss=sft", "model=tiny", "data=arithmetic", "exp_name=x"]
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        assert gate.check(hydra.compose("config", words), words).train.steps == 150
+        assert gate.check(hydra.compose("config", words), words).train.steps == 200
         more = [*words, "train.epochs=3"]
         assert gate.check(hydra.compose("config", more), more).train.steps is None
         both = [*more, "train.steps=7"]
