@@ -39,7 +39,7 @@ else
   start=tiny
   problems=200
   common="model=tiny data=arithmetic"
-  sft="train.steps=75 optim.lr=1e-3"  # left half-taught on purpose, so that DPO has something to win
+  sft="train.steps=100 optim.lr=1e-3"  # left half-taught on purpose, so that DPO has something to win
   dpo="train.steps=75 loss.beta=1"  # a model this small forgets how to end its answers under a looser rein
 fi
 
