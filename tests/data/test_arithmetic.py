@@ -1,0 +1,50 @@
+"""The bundled word problems: the same for ever, split cleanly, and wrong where they say so."""
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+
+from halos.data import arithmetic
+
+
+def test_no_question_is_in_both_splits() -> None:
+    train, held_out = ({problem.question for problem in arithmetic.problems(split)} for split in ("train", "eval"))
+    assert (len(train), len(held_out)) == (4800, 400)
+    assert not train & held_out
+
+
+def test_the_problems_are_the_same_for_ever() -> None:
+    rows = [row for split in ("train", "eval") for row in arithmetic.rows(split)]
+    found = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    assert found == "57a726edd5306bc1c26519f57aeecf4cfb93c1b60a757df06c9f4f8a2be745ee"
+
+
+def test_right_is_right_and_wrong_is_wrong() -> None:
+    for problem in arithmetic.problems("train"):
+        assert arithmetic.answer(problem.solution) == problem.answer
+        assert arithmetic.answer(problem.wrong) not in (problem.answer, None)
+
+
+def test_every_mistake_is_as_likely() -> None:
+    counts = Counter(problem.mistake for problem in arithmetic.problems("train"))
+    assert set(counts) == set(arithmetic.MISTAKES)
+    assert max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_length_does_not_give_the_wrong_one_away() -> None:
+    problems = arithmetic.problems("train")
+    longer = sum(len(p.wrong) > len(p.solution) for p in problems) / len(problems)
+    shorter = sum(len(p.wrong) < len(p.solution) for p in problems) / len(problems)
+    assert abs(longer - shorter) < 0.1
+
+
+@pytest.mark.parametrize(("text", "number"), [("3 + 4 = 7\n#### 7", 7), ("#### -2 ", -2), ("so 7", None), ("#### 7\nmore", None)])
+def test_an_answer_is_what_a_text_ends_with(text: str, number: int | None) -> None:
+    assert arithmetic.answer(text) == number
+
+
+def test_another_split_is_refused() -> None:
+    with pytest.raises(ValueError, match="no split 'test'"):
+        arithmetic.problems("test")
