@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 Message = Mapping[str, Any]  # OpenAI-style: role, content, and where they occur tool_calls, name, tool_call_id
 Turns = tuple[Message, ...]
@@ -101,6 +102,10 @@ class TokenLogps:
 
     def detach(self) -> TokenLogps:
         return TokenLogps(self.values.detach(), self.mask)
+
+
+# FSDP finds the tensors of a module's output, whose gradients tell it when to gather parameters again, through pytrees
+register_pytree_node(TokenLogps, lambda logps: ([logps.values, logps.mask], None), lambda parts, _: TokenLogps(*parts))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from halos import __version__
+from halos.build.strategy import name_of
 from halos.config.bind import LossSpec
 from halos.data.collate import num_cut_mismatches
 from halos.hooks.base import Run
@@ -43,13 +44,13 @@ def _git_commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def attempt(typed: list[str], made: Accelerator, *, source: str) -> dict[str, Any]:
+def attempt(typed: list[str], made: Accelerator, *, strategy: str, source: str) -> dict[str, Any]:
     """The record of one start: what was typed, with which versions, on how many processes, and where it went on from."""
     return {
         "overrides": typed,
         "resumed_from": source,
         "world_size": made.num_processes,
-        "distributed": made.distributed_type.name,
+        "strategy": strategy,
         "device": str(made.device),
         "mixed_precision": made.mixed_precision,
         "threads": torch.get_num_threads(),
@@ -93,7 +94,8 @@ def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, refer
             cut = num_cut_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, config.train.max_length)
             log.info("%-10s paired with answers to other prompts for the KL, %d of them cut at max_length", "", cut)
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
-    strategy = "" if made.num_processes == 1 else f", {made.distributed_type.name}"
+    how = name_of(run.module)
+    where += "" if how == "alone" else f", {how}"
     steps = f"{run.total_steps} of {config.train.batch_size}, {config.train.microbatch_size} at a time"
-    log.info("steps      %s, %s%s", steps, where, strategy)
+    log.info("steps      %s, %s", steps, where)
     log.info("run        %s", run.directory.path)

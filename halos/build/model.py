@@ -73,7 +73,7 @@ def reference(shelf: Shelf, model: nn.Module) -> nn.Module | None:
     cache = Path(config.cache_dir).expanduser()
     source = shelf.base if named is None else locate(named, config.reference.revision, cache)
     dtype = weights_dtype(config.model.dtype, trained=True, device=shelf.made.device)
-    return freeze(LanguageModel(shelf.load(source, dtype, reward=False))).to(shelf.made.device)
+    return freeze(LanguageModel(shelf.load(source, dtype, reward=False)))
 
 
 def wrapped(model: nn.Module, *, reward: bool) -> nn.Module:

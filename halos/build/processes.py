@@ -6,6 +6,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
@@ -23,6 +24,8 @@ def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
     """
     cpu = not torch.cuda.is_available()
     _one_process_asked_for_many()
+    # transformers would leave a new reward head on the meta device of every process but the first
+    os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     names = {"float32": "no", "bfloat16": "bf16"}
     mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" else None)
     if mixed is None and not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
@@ -45,12 +48,21 @@ def _compare(made: Accelerator) -> None:
         raise UserError(
             f"{asked} processes were launched, but each sees {made.num_processes}: launch with accelerate or torchrun"
         )
-    for flag, kind in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DEEPSPEED")):
-        wanted = os.environ.get(flag, "false").lower() == "true"
-        if wanted and made.distributed_type.name != kind:
-            raise UserError(f"the accelerate config asks for {kind}, but {made.distributed_type.name} is what it gives here")
-        if wanted:
-            raise UserError(f"{kind} is not supported yet: use launch/accelerate/cpu2.yaml or another DDP config")
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("DeepSpeed is not supported yet: use launch/accelerate/fsdp2.yaml, which shards as ZeRO-3 does")
+    if asked_to_shard() and os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UserError("the accelerate config asks for FSDP 1: set fsdp_version: 2 in its fsdp_config")
+    if asked_to_shard() and not dist.is_initialized():
+        raise UserError("the accelerate config asks for FSDP, but there is no process group: launch with accelerate or torchrun")
+
+
+def _asked(flag: str) -> bool:
+    return os.environ.get(flag, "false").lower() == "true"
+
+
+def asked_to_shard() -> bool:
+    """Whether the launcher's config says FSDP. accelerate itself forgets it where there is no GPU, and trains DDP."""
+    return _asked("ACCELERATE_USE_FSDP")
 
 
 def _one_process_asked_for_many() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from halos.build import data, facts, model
+from halos.build import data, facts, model, strategy
 from halos.build.logs import speak, write_to
 from halos.build.processes import accelerator
 from halos.checkpoint import commit, find
@@ -80,6 +80,7 @@ def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | N
     shelf = model.Shelf(config, base, tokenizer, new_tokens, made)
     current = _load(shelf, loss, hooks, directory, total, source.path)
     against = model.reference(shelf, current.model) if loss.needs_reference else None
+    against = strategy.distribute(against, made) if against else None
     if made.is_main_process:
         _record(current, typed, source)
     facts.header(current, loss, train, held_out, against)
@@ -127,8 +128,8 @@ def _load(
     """Model and optimizer as the strategy wants them, and the state of the checkpoint that the run goes on from."""
     reward = loss.inputs is PairScores
     inner = model.policy(shelf, reward=reward, checkpoint=checkpoint)
-    module = model.wrapped(inner, reward=reward)
-    module, optimizer = shelf.made.prepare(module, model.optimizer(module, shelf.config.optim))
+    module = strategy.distribute(model.wrapped(inner, reward=reward), shelf.made)
+    optimizer = model.optimizer(module, shelf.config.optim)
     current = Run(
         config=shelf.config, directory=directory, accelerator=shelf.made, module=module, model=inner, base=shelf.base,
         optimizer=optimizer, tokenizer=shelf.tokenizer, reward=reward, total_steps=total, hooks=hooks,
@@ -145,7 +146,7 @@ def _record(current: Run, typed: list[str], source: find.Found) -> None:
     went_on = f"checkpoints/{source.path.name}" if source.path else "nothing: step 0"
     if current.config.resume:
         log.info("going on from %s", went_on)
-    record = facts.attempt(typed, current.accelerator, source=went_on)
+    record = facts.attempt(typed, current.accelerator, strategy=strategy.name_of(current.module), source=went_on)
     directory.start_attempt({**record, "passed_over": source.passed_over})
     directory.truncate_metrics(current.step if source.path else -1)
     directory.write_result("running", current.step, {})

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from peft import PeftModel
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from halos.checkpoint import commit, find, merge, proof, retention, state, weights
 from halos.checkpoint.handover import compared
@@ -96,9 +97,10 @@ class CheckpointHook(Hook):
         return f"the merged model is not the one that was trained: {result}. The adapter is kept in FINAL/adapter"
 
     def _proof(self, run: Run, adapter: Path, path: Path, kind: torch.dtype) -> proof.Proof:
-        """In float32 against the very model that was trained; in a half type against what was saved of it, in float32."""
+        """In float32 against the very model that was trained; in a half type, or sharded, against what was saved of it."""
         vocabulary = bare(run.model).config.get_text_config().vocab_size
-        if kind is torch.float32 and bare(run.model).dtype is torch.float32:
+        whole = not isinstance(run.module, FSDPModule)
+        if whole and kind is torch.float32 and bare(run.model).dtype is torch.float32:
             ids = proof.probe(vocabulary)
             return proof.prove(path, ids, _logits(run, ids), reward=run.reward, dtype=kind)
         return compared(run.base, adapter, path, reward=run.reward, dtype=kind, vocabulary=vocabulary)

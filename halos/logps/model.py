@@ -79,7 +79,7 @@ class RewardModel(nn.Module):
         model: Any = bare(self.model)
         hidden = hidden_states(model, batch)[self._last(batch)]
         with torch.autocast(hidden.device.type, enabled=False):  # scores are compared: their differences are small
-            return model.score(hidden.to(model.score.weight.dtype)).float()[:, 0]
+            return model.score(hidden.to(model.score.weight.dtype)).float().sum(1)  # of one label: FSDP wants no view
 
     def _last(self, batch: Sequences) -> Tensor:
         # where pad == eos, transformers takes the end token for padding and reads the token before it; so do we

@@ -5,12 +5,16 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
 from halos.checkpoint.commit import staged
@@ -99,13 +103,13 @@ class Trainer(ABC):
         counts = self._counts(self.train, indices)
         statistics = self._statistics(chunks, len(indices))
         for number, chunk in enumerate(chunks, 1):
-            with nullcontext() if number == len(chunks) else accelerator.no_sync(model):
+            with self._unreduced() if number < len(chunks) else nullcontext():
                 loss = self._loss(chunk, statistics, len(indices))
                 total = loss.values.sum() * chunk.weight
                 # DDP and FSDP average gradients over processes: scale the sum back up before dividing by the global count
                 accelerator.backward(total * accelerator.num_processes / counts[loss.per])
             meter.add(self._means(loss, chunk), chunk.weight)
-        norm = accelerator.clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or float("inf"))
+        norm = clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or float("inf"))
         run.optimizer.step()
         run.optimizer.zero_grad()
         run.step += 1
@@ -115,7 +119,7 @@ class Trainer(ABC):
         totals = meter.reduce(lambda table: accelerator.reduce(table, reduction="sum"))
         if totals.pop("stop")[0]:
             run.stop = Stop(run.interrupted or "another process was told to stop", finished=False)
-        assert isinstance(norm, Tensor)
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return {**totals, "grad_norm": (norm.item(), 1.0)}
 
     @torch.no_grad()
@@ -132,6 +136,8 @@ class Trainer(ABC):
             statistics = self._statistics(chunks, len(indices))
             for chunk in chunks:
                 meter.add(self._means(self._loss(chunk, statistics, len(indices)), chunk), chunk.weight)
+        if isinstance(run.module, FSDPModule):
+            run.module.reshard()  # without a backward the root's parameters stay whole
         window = Window()
         window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum")))
         means, seconds = window.means(), time.perf_counter() - began
@@ -153,6 +159,11 @@ class Trainer(ABC):
 
     # --- a step's parts ------------------------------------------------------------------------------------------------
 
+    def _unreduced(self) -> AbstractContextManager[Any]:
+        """DDP reduces with the last micro-batch. FSDP with each: whole gradients kept until then would undo the sharding."""
+        module = self.run.module
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
+
     def _deal(self, split: Split, indices: np.ndarray) -> list[Chunk]:
         seeds = (self.run.config.seed, self.run.step)
         return deal(split, indices, self.run.accelerator, size=self.settings.microbatch_size, seeds=seeds)
@@ -168,18 +179,17 @@ class Trainer(ABC):
     def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss compares with one, in the loss's own types."""
         batch = pack(rows).to(self.run.accelerator.device)
-        if not self.loss.needs_reference:
-            return [shape(self.run.module(batch))]
-        reference = shape(self._refer(batch))  # first, so that it does not meet the policy's activations in memory
-        return [shape(self.run.module(batch)), reference]
+        with self.run.accelerator.autocast():
+            # the reference first, so that it does not meet the policy's activations in memory
+            references = [shape(self._refer(batch))] if self.loss.needs_reference else []
+            return [shape(self.run.module(batch)), *references]
 
     @torch.no_grad()
     def _refer(self, batch: Any) -> Any:
         """The reference model's output: a frozen copy's, or the policy's own with its adapter off."""
         model = self.run.module
         if self.reference is not None:
-            with self.run.accelerator.autocast():
-                return self.reference(batch)
+            return self.reference(batch)
         training = model.training
         try:
             with adapter_off(model):

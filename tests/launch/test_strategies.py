@@ -1,0 +1,68 @@
+"""DDP and real FSDP2 on gloo give the step of one process: the same gradients, then the same losses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+# 13 rows in batches of 5, two at a time: a last batch of 3, so that ranks have one row, or none, or one class of KTO's
+DATA = ("model=tiny data=arithmetic train.batch_size=5 train.microbatch_size=2 train.eval_every=null checkpoint.every=null "
+        "optim.lr=1e-3 data.train=[{path:arithmetic,split:'train[:13]'}] "
+        "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
+LOSSES = ["sft", "dpo", "kto", "reward"]
+EVERY = [f"loss={loss} peft={peft}" for loss in LOSSES for peft in ("none", "lora")]
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
+def train(output: Path, cache: Path, cells: list[str], *, steps: int, world: int, sharded: bool) -> list[dict[str, torch.Tensor]]:
+    """Every cell's first gradients and its losses."""
+    output.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 or sharded else []
+    words = [f"{cell} {DATA} cache_dir={cache}" for cell in cells]
+    done = subprocess.run(
+        [sys.executable, *many, str(ROOT / "tests" / "launch" / "worker.py"), str(output), str(steps), *words],
+        capture_output=True, text=True, check=False, env=environment | (SHARDED if sharded else {}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.stdout.split() == [("FSDP2" if sharded else "DDP" if many else "alone")] * len(cells)
+    return [load_file(output / f"{number}.safetensors") for number in range(len(cells))]
+
+
+def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch.Tensor]], cells: list[str]) -> None:
+    for one, many, cell in zip(alone, together, cells, strict=True):
+        assert one.keys() == many.keys(), cell
+        losses, others = one.pop("losses"), many.pop("losses")
+        mine, theirs = (torch.cat([table[name].flatten().double() for name in sorted(one)]) for table in (one, many))
+        assert mine.norm() > 0, cell
+        assert ((mine - theirs).norm() / mine.norm()).item() < 5e-6, cell
+        torch.testing.assert_close(others, losses, rtol=1e-5, atol=1e-6, msg=lambda text, cell=cell: f"{cell}: {text}")
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_two_processes_make_the_step_of_one(sharded: bool, tmp_path: Path, cache: Path) -> None:
+    cells = ["loss=kto peft=none", "loss=dpo peft=lora"] if sharded else ["loss=reward peft=lora"]
+    alone = train(tmp_path / "one", cache, cells, steps=3, world=1, sharded=False)
+    compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, sharded=sharded), cells)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[str, torch.Tensor]]:
+    return train(tmp_path_factory.mktemp("alone") / "one", cache, EVERY, steps=20, world=1, sharded=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_every_loss_on_every_strategy(
+    world: int, sharded: bool, alone: list[dict[str, torch.Tensor]], tmp_path: Path, cache: Path
+) -> None:
+    if world == 1 and not sharded:
+        pytest.skip("one process is what the others are compared with")
+    together = train(tmp_path / "many", cache, EVERY, steps=20, world=world, sharded=sharded)
+    compare([dict(table) for table in alone], together, EVERY)

@@ -1,0 +1,83 @@
+"""One process of several: trains cells one after the other and writes down gradients, losses and the order of the data.
+
+torchrun tests/launch/worker.py OUTPUT STEPS CELL [CELL ...], a cell being overrides joined with blanks.
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from halos.build.processes import accelerator
+from halos.build.session import assemble
+from halos.build.strategy import name_of
+from halos.config import gate
+from halos.trainers.base import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+torch.set_num_threads(1)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name.removeprefix("module."): p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def unsettle(module: nn.Module) -> None:
+    """Away from policy == reference, where losses have no curvature and z0 is 0; the same way on every strategy."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in sorted(trained(module).items()):
+            noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+            sharded = isinstance(parameter, DTensor)
+            parameter += distribute_tensor(noise, parameter.device_mesh, parameter.placements) if sharded else noise
+
+
+def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    seen: dict[str, Tensor] = {}
+    optimizer, step = trainer.run.optimizer, trainer.run.optimizer.step
+
+    def look() -> None:
+        seen.update({name: whole(p.grad) for name, p in trained(trainer.run.module).items() if p.grad is not None})
+        optimizer.step = step  # type: ignore[method-assign]
+        step()
+
+    optimizer.step = look  # type: ignore[method-assign]
+    trainer._log(trainer.step(trainer.order.batch(0)))
+    return seen
+
+
+def main() -> None:
+    output, steps, *cells = sys.argv[1:]
+    for number, cell in enumerate(cells):
+        words = [*cell.split(), f"train.steps={steps}", f"exp_name=cell{number}", f"output_root={output}/runs"]
+        with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+            config = gate.check(hydra.compose("config", words), words)
+        trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+        assert trainer is not None
+        unsettle(trainer.run.module)
+        gradients = first_gradients(trainer)
+        losses = [trainer.run.last_train["loss"]]
+        for k in range(1, int(steps)):
+            trainer._log(trainer.step(trainer.order.batch(k)))
+            losses.append(trainer.run.last_train["loss"])
+        trainer.evaluate()
+        losses.append(trainer.run.last_eval["loss"])
+        if trainer.run.main:
+            print(name_of(trainer.run.module))
+            save_file({**gradients, "losses": torch.tensor(losses, dtype=torch.float64)}, f"{output}/{number}.safetensors")
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
