@@ -70,7 +70,7 @@ def _one_process_asked_for_many() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
     words = _parent_command()
-    if "launch" not in words or not any("accelerate" in word for word in words[: words.index("launch")]):
+    if not _is_accelerate(words):
         return
     asked = _option(words, "--num_processes") or _option(words, "--num-processes")
     config = _option(words, "--config_file") or _option(words, "--config-file")
@@ -81,6 +81,15 @@ def _one_process_asked_for_many() -> None:
             f"accelerate was asked for {asked} processes and started one, as it does on a CPU unless its config says "
             "distributed_type: MULTI_GPU: use --config_file launch/accelerate/cpu2.yaml"
         )
+
+
+def launched() -> bool:
+    """Whether a launcher started this process, rather than a shell."""
+    return "TORCHELASTIC_RUN_ID" in os.environ or _is_accelerate(_parent_command())
+
+
+def _is_accelerate(words: list[str]) -> bool:
+    return "launch" in words and any("accelerate" in word for word in words[: words.index("launch")])
 
 
 def _parent_command() -> list[str]:

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 
 from halos.build import data, facts, model, strategy
 from halos.build.logs import speak, write_to
-from halos.build.processes import accelerator
+from halos.build.processes import accelerator, launched
+from halos.build.watch import outlive_no_launcher, together
 from halos.checkpoint import commit, find
 from halos.config import saved
 from halos.config.bind import LossSpec, bind_hook, bind_loss
@@ -26,7 +27,7 @@ from halos.hooks.log import MetricsLog, summary
 from halos.hooks.progress import ProgressBar
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
-from halos.rundir import RunDir
+from halos.rundir import RunDir, is_run
 from halos.trainers.base import Trainer
 from halos.trainers.paired import PairedTrainer
 from halos.trainers.reward import RewardTrainer
@@ -45,16 +46,30 @@ TRAINERS: dict[type, type[Trainer]] = {
 FINISHED, FAILED, STOPPED = 0, 1, 75
 
 
+class Interrupted(BaseException):
+    """A signal came while there was nothing to save yet."""
+
+
 def run(config: Config, typed: list[str]) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
     made = accelerator(config.train.precision, config.model.dtype)
+    outlive_no_launcher(launched())
     speak(made.is_main_process)
     directory = RunDir(config.run_dir)
-    if config.resume and directory.is_finished():
-        log.info("%s is finished already; its model is %s", directory.path, directory.final)
-        return FINISHED
-    trainer = assemble(config, typed, made)
-    return _train(trainer) if trainer else FINISHED
+    _listen(None)
+    try:
+        with together(made):
+            if config.resume and directory.is_finished():
+                log.info("%s is finished already; its model is %s", directory.path, directory.final)
+                return FINISHED
+            trainer = assemble(config, typed, made)
+            return _train(trainer) if trainer else FINISHED
+    except Interrupted as signalled:
+        log.warning("stopped: %s, before the first step", signalled)
+        if made.is_main_process and is_run(directory.path):
+            before = directory.read_result() or {"step": 0, "metrics": {}}
+            directory.write_result("stopped", before["step"], before["metrics"], reason=str(signalled))
+        return STOPPED
 
 
 def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | None:
@@ -175,23 +190,21 @@ def _train(trainer: Trainer) -> int:
 
 
 def _close(current: Run, status: str, note: str | None) -> int:
-    made = current.accelerator
     if note:
         log.info("stopped: %s", note) if status != "failed" else log.error("failed: %s", note)
     if status == "finished" and current.main:
         log.info("finished: %s  %s", current.directory.final, summary(current.last_eval))
     if status == "stopped" and current.main:
         log.info("go on with: python train.py resume=%s", current.directory.path)
-    made.wait_for_everyone()
-    if dist.is_initialized():  # a gloo group that is left to the interpreter's exit aborts now and then
-        dist.destroy_process_group()
     return {"finished": FINISHED, "stopped": STOPPED}.get(status, FAILED)
 
 
-def _listen(current: Run) -> None:
+def _listen(current: Run | None) -> None:
     """A first signal asks for a complete save and a clean end; a second one ends the process at once."""
 
     def ask(number: int, _: types.FrameType | None) -> None:
+        if current is None:
+            raise Interrupted(signal.Signals(number).name)
         if current.interrupted:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

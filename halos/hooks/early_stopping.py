@@ -13,6 +13,9 @@ class EarlyStopping(Hook):
         self.best: float | None = None
         self.since = 0
 
+    def on_start(self, run: Run) -> None:
+        self._stop_if_out_of_patience(run)  # it was before a signal came between
+
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         objective = run.config.objective
         value = metrics.get(objective.metric)
@@ -20,8 +23,12 @@ class EarlyStopping(Hook):
             return
         better = self.best is None or (value > self.best if objective.mode == "max" else value < self.best)
         self.best, self.since = (value, 0) if better else (self.best, self.since + 1)
-        if self.since >= self.patience and run.step < run.total_steps:
-            reason = f"{objective.metric} has not improved on {self.best:.4g} for {self.patience} evaluations"
+        self._stop_if_out_of_patience(run)
+
+    def _stop_if_out_of_patience(self, run: Run) -> None:
+        if self.best is not None and self.since >= self.patience and run.step < run.total_steps:
+            metric = run.config.objective.metric
+            reason = f"{metric} has not improved on {self.best:.4g} for {self.patience} evaluations"
             run.stop = Stop(reason, finished=True)
 
     def state_dict(self) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Trainer(ABC):
         self.train, self.held_out, self.order, self.reference = train, held_out, order, reference
         self.settings = run.config.train
         self._clock, self._window_tokens = 0.0, 0
+        self._saved = run.step  # the newest step that a checkpoint holds, or the one that needs none
 
     @abstractmethod
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
@@ -74,23 +75,22 @@ class Trainer(ABC):
         """Train to the last step, or until a hook or a signal says stop. `FINAL` is written only by a run that finished."""
         run = self.run
         self._tell(lambda hook: hook.on_start(run))
-        if self.settings.eval_at_start and run.step == 0:
+        if self._evaluation_due():
             self.evaluate()
         self._clock, self._window_tokens = time.perf_counter(), run.tokens
         while run.step < run.total_steps and not run.stop:
             self._log(self.step(self.order.batch(run.step)))
             if run.step == run.total_steps or run.stop:
                 break
-            if self.settings.eval_every and run.step % self.settings.eval_every == 0:
+            if self._evaluation_due():
                 self.evaluate()
             if self.checkpoint.due(run) and not run.stop:
                 self.save(final=False)
-        finished = run.step == run.total_steps or (run.stop is not None and run.stop.finished)
-        if finished and run.last_eval.get("step") != run.step:
+        if not self._cut_short() and run.last_eval.get("step") != run.step:
             self.evaluate()
-        if not finished or self.checkpoint.due(run):
+        if (self._cut_short() or self.checkpoint.due(run)) and self._saved != run.step:
             self.save(final=False)
-        if finished:
+        if not self._cut_short():
             self.save(final=True)
 
     def step(self, indices: np.ndarray) -> Totals:
@@ -117,8 +117,7 @@ class Trainer(ABC):
         run.tokens += int(self.train.rows.lengths[indices].sum())
         meter.add({"stop": Mean.of(torch.tensor([float(bool(run.interrupted))], device=accelerator.device))})
         totals = meter.reduce(lambda table: accelerator.reduce(table, reduction="sum"))
-        if totals.pop("stop")[0]:
-            run.stop = Stop(run.interrupted or "another process was told to stop", finished=False)
+        self._stop_if(totals.pop("stop")[0])
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return {**totals, "grad_norm": (norm.item(), 1.0)}
 
@@ -132,12 +131,17 @@ class Trainer(ABC):
         batches = eval_batches(len(self.held_out.rows), self.settings.batch_size)
         quiet = not run.main or not sys.stderr.isatty()
         for indices in tqdm(batches, desc="held out", unit="batch", leave=False, disable=quiet):
+            self._heed()
+            if self._cut_short():
+                break
             chunks = self._deal(self.held_out, indices)
             statistics = self._statistics(chunks, len(indices))
             for chunk in chunks:
                 meter.add(self._means(self._loss(chunk, statistics, len(indices)), chunk), chunk.weight)
         if isinstance(run.module, FSDPModule):
             run.module.reshard()  # without a backward the root's parameters stay whole
+        if self._cut_short():
+            return  # and it is made when the run goes on
         window = Window()
         window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum")))
         means, seconds = window.means(), time.perf_counter() - began
@@ -154,8 +158,31 @@ class Trainer(ABC):
         with staged(target, main=run.main, barrier=run.accelerator.wait_for_everyone, facts=facts) as path:
             self._tell(lambda hook: hook.on_save(run, path, final=final))
         self._tell(lambda hook: hook.on_saved(run, target, final=final))
-        run.accelerator.wait_for_everyone()
+        if not final:
+            self._heed()
+            self._saved = run.step
         self._clock += time.perf_counter() - began
+
+    # --- when to stop ----------------------------------------------------------------------------------------------------
+
+    def _heed(self) -> None:
+        """Have all processes know of a signal that one of them has had: what it asks for needs them all."""
+        told = torch.tensor([float(bool(self.run.interrupted))], device=self.run.accelerator.device)
+        self._stop_if(self.run.accelerator.reduce(told, reduction="sum").item())
+
+    def _stop_if(self, told: float) -> None:
+        if told:
+            self.run.stop = Stop(self.run.interrupted or "another process was told to stop", finished=False)
+
+    def _cut_short(self) -> bool:
+        """Whether the run ends here but is not finished: it leaves a checkpoint, and no FINAL."""
+        return self.run.stop is not None and not self.run.stop.finished
+
+    def _evaluation_due(self) -> bool:
+        """At the start, at every interval; and where a run goes on that was stopped before or during one."""
+        run, every = self.run, self.settings.eval_every
+        due = self.settings.eval_at_start if run.step == 0 else bool(every) and run.step % every == 0
+        return due and run.step < run.total_steps and run.last_eval.get("step") != run.step
 
     # --- a step's parts ------------------------------------------------------------------------------------------------
 

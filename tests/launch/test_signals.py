@@ -1,0 +1,146 @@
+"""Signals and failures, of one process or of the launcher: a whole save, nobody left behind, an exact resume."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from safetensors.torch import load_file
+
+from halos.checkpoint import find
+
+ROOT = Path(__file__).resolve().parents[2]
+RUN = ["loss=sft", "model=tiny", "data=arithmetic", "train.steps=6", "train.batch_size=4", "train.eval_every=3",
+       "checkpoint.every=2", "data.train=[{path: arithmetic, split: 'train[:12]'}]",
+       "data.eval=[{path: arithmetic, split: 'eval[:6]'}]"]  # fmt: skip
+LAUNCHERS = {
+    "alone": [],
+    "accelerate-one": ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu1.yaml"],
+    "ddp": ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"],
+    "fsdp2": ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2_fsdp2.yaml"],
+}
+
+
+def start(launcher: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'tests' / 'launch'}"}
+    return subprocess.run(
+        [sys.executable, *LAUNCHERS[launcher], "train.py", *words],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def sabotage(moment: str, step: int, deed: str, *, whom: str = "self", rank: int = 0) -> list[str]:
+    settings = f"{{_target_: sabotage.Sabotage, moment: {moment}, step: {step}, deed: {deed}, whom: {whom}, rank: {rank}}}"
+    return ["plugins=[sabotage]", f"+hooks.sabotage={settings}"]
+
+
+def processes_of(run: Path, patience: float = 40.0) -> list[int]:
+    """Those that still work on a run, once they have had time to end."""
+    until = time.monotonic() + patience
+    while time.monotonic() < until:
+        left = [p.pid for p in psutil.process_iter(["cmdline"]) if any(str(run.parent) in w for w in p.info["cmdline"] or [])]
+        if not left:
+            return []
+        time.sleep(0.2)
+    return left
+
+
+def losses(run: Path) -> list[tuple[int, str, float]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["split"], row["loss"]) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, Path]:
+    """Runs that nothing happened to, made when they are first asked for."""
+    return {"root": tmp_path_factory.mktemp("whole"), "cache": cache}
+
+
+def uninterrupted(whole: dict[str, Path], launcher: str) -> Path:
+    name = "alone" if launcher == "accelerate-one" else launcher
+    if name not in whole:
+        done = start(name, [*RUN, f"cache_dir={whole['cache']}", f"output_root={whole['root']}", f"exp_name={name}"])
+        assert done.returncode == 0, done.stderr
+        whole[name] = whole["root"] / name
+    return whole[name]
+
+
+CASES = [
+    ("alone", "step", 3, "SIGUSR1", "self", 0),
+    ("ddp", "eval", 3, "SIGTERM", "self", 1),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        ("alone", "eval", 3, "SIGTERM", "self", 0),
+        ("ddp", "step", 5, "SIGTERM", "self", 1),
+        ("fsdp2", "save", 4, "SIGTERM", "launcher", 0),
+        ("alone", "start", 0, "SIGTERM", "self", 0),
+        ("alone", "save", 2, "SIGTERM", "self", 0),
+        ("alone", "step", 6, "SIGTERM", "self", 0),
+        ("accelerate-one", "step", 3, "SIGTERM", "launcher", 0),
+        ("accelerate-one", "eval", 3, "SIGUSR1", "launcher", 0),
+        ("ddp", "step", 3, "SIGUSR1", "launcher", 0),
+        ("ddp", "step", 3, "SIGTERM", "launcher", 0),
+        ("ddp", "save", 4, "SIGUSR1", "self", 1),
+        ("fsdp2", "step", 3, "SIGUSR1", "self", 1),
+        ("fsdp2", "eval", 0, "SIGTERM", "launcher", 0),
+    ]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("launcher", "moment", "step", "deed", "whom", "rank"), CASES)
+def test_a_signal_leaves_a_whole_checkpoint_and_nobody_behind(
+    launcher: str, moment: str, step: int, deed: str, whom: str, rank: int, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    words = [*RUN, f"cache_dir={whole['cache']}", f"output_root={tmp_path}", "exp_name=run"]
+    done = start(launcher, words + sabotage(moment, step, deed, whom=whom, rank=rank))
+    assert processes_of(run) == []
+    if launcher == "alone":
+        assert done.returncode == 75, done.stderr
+    assert json.loads((run / "result.json").read_text())["status"] == "stopped", done.stderr
+    newest = find.newest(run / "checkpoints")
+    assert not newest.passed_over
+    saved = find.step_of(newest.path) if newest.path else 0
+    assert saved in (step, step + 1)  # a signal to the launcher takes its time
+    assert not (run / "FINAL").exists()
+    gone_on = start(launcher, [f"resume={run}", "plugins=[sabotage]"])
+    assert gone_on.returncode == 0, gone_on.stderr
+    expected = uninterrupted(whole, launcher)
+    assert losses(run) == losses(expected)
+    mine, theirs = (load_file(path / "FINAL" / "model.safetensors") for path in (run, expected))
+    assert all(mine[name].equal(theirs[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(
+    ("launcher", "rank"), [("ddp", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 0), ("fsdp2", 1)))]
+)
+def test_a_rank_that_fails_takes_the_job_down_with_its_own_error_last(
+    launcher: str, rank: int, cache: Path, tmp_path: Path
+) -> None:
+    words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
+    done = start(launcher, words + sabotage("step", 3, "raise", rank=rank))
+    assert done.returncode == 1
+    assert processes_of(tmp_path / "run", patience=1) == []
+    told = [line for line in done.stderr.splitlines() if "Error: " in line and "ChildFailedError" not in line]
+    assert told and all("sabotage: this is the error that people must see" in line for line in told), told
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_takes_the_job_down(cache: Path, tmp_path: Path) -> None:
+    words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
+    done = start("ddp", words + sabotage("step", 3, "SIGKILL", rank=1))
+    assert done.returncode == 1
+    assert processes_of(tmp_path / "run", patience=1) == []
+    assert start("ddp", [f"resume={tmp_path / 'run'}", "plugins=[sabotage]"]).returncode == 0
+
+
+def test_a_second_signal_ends_a_run_at_once(cache: Path, tmp_path: Path) -> None:
+    words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
+    two = sabotage("step", 3, "SIGTERM") + [sabotage("save", 3, "SIGTERM")[1].replace("hooks.sabotage", "hooks.again")]
+    assert start("alone", words + two).returncode == -signal.SIGTERM
+    assert find.newest(tmp_path / "run" / "checkpoints").path == tmp_path / "run" / "checkpoints" / find.name_of(2)
