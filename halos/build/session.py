@@ -96,6 +96,8 @@ def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | N
     current = _load(shelf, loss, hooks, directory, total, source.path)
     against = model.reference(shelf, current.model) if loss.needs_reference else None
     against = strategy.distribute(against, made) if against else None
+    if source.path is not None:
+        restore(current, source.path)  # last: loading models draws random numbers
     if made.is_main_process:
         _record(current, typed, source)
     facts.header(current, loss, train, held_out, against)
@@ -140,7 +142,7 @@ def _base(config: Config, made: Accelerator) -> Path:
 def _load(
     shelf: model.Shelf, loss: LossSpec, hooks: dict[str, Hook], directory: RunDir, total: int, checkpoint: Path | None
 ) -> Run:
-    """Model and optimizer as the strategy wants them, and the state of the checkpoint that the run goes on from."""
+    """Model and optimizer as the strategy wants them; the weights are those of the checkpoint that the run goes on from."""
     reward = loss.inputs is PairScores
     inner = model.policy(shelf, reward=reward, checkpoint=checkpoint)
     module = strategy.distribute(model.wrapped(inner, reward=reward), shelf.made)
@@ -149,8 +151,6 @@ def _load(
         config=shelf.config, directory=directory, accelerator=shelf.made, module=module, model=inner, base=shelf.base,
         optimizer=optimizer, tokenizer=shelf.tokenizer, reward=reward, total_steps=total, hooks=hooks,
     )  # fmt: skip
-    if checkpoint is not None:
-        restore(current, checkpoint)
     return current
 
 

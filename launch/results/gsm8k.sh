@@ -29,7 +29,7 @@ for run in ${*:-dpo reward kto sft sft-full}; do
   case "$run" in
     dpo) train dpo 183 loss=dpo train.steps=50 $lora optim.lr=5e-5 ;;
     reward) train reward 183 loss=reward train.steps=60 $lora optim.lr=2e-4 ;;
-    kto) train kto 240 loss=kto train.steps=60 $lora optim.lr=1e-4 ;;
+    kto) train kto 80 loss=kto train.steps=24 $lora optim.lr=1e-4 ;;
     sft) train sft 120 loss=sft train.steps=30 $lora ;;
     sft-full) train sft-full 120 loss=sft train.steps=30 train.precision=bfloat16 ;;
     *) echo "error: no run '$run'; there are dpo reward kto sft sft-full" >&2; exit 2 ;;

@@ -126,7 +126,8 @@ def test_a_rank_that_fails_takes_the_job_down_with_its_own_error_last(
     assert done.returncode == 1
     assert processes_of(tmp_path / "run", patience=1) == []
     told = [line for line in done.stderr.splitlines() if "Error: " in line and "ChildFailedError" not in line]
-    assert told and all("sabotage: this is the error that people must see" in line for line in told), told
+    assert told
+    assert all("sabotage: this is the error that people must see" in line for line in told), told
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "failed"
 
 
@@ -141,6 +142,6 @@ def test_a_rank_that_is_killed_takes_the_job_down(cache: Path, tmp_path: Path) -
 
 def test_a_second_signal_ends_a_run_at_once(cache: Path, tmp_path: Path) -> None:
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
-    two = sabotage("step", 3, "SIGTERM") + [sabotage("save", 3, "SIGTERM")[1].replace("hooks.sabotage", "hooks.again")]
+    two = [*sabotage("step", 3, "SIGTERM"), sabotage("save", 3, "SIGTERM")[1].replace("hooks.sabotage", "hooks.again")]
     assert start("alone", words + two).returncode == -signal.SIGTERM
     assert find.newest(tmp_path / "run" / "checkpoints").path == tmp_path / "run" / "checkpoints" / find.name_of(2)

@@ -1,0 +1,125 @@
+"""One process of several, for tests of resuming: train runs to their end, resume copies of them, write down what was seen.
+
+torchrun tests/launch/exactness.py train OUTPUT NAME=OVERRIDES ...     OUTPUT/NAME becomes a run, OUTPUT/NAME.json its story
+torchrun tests/launch/exactness.py resume OUTPUT NAME ...              goes on with OUTPUT/NAME
+"""
+
+import hashlib
+import json
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from halos.build.processes import accelerator
+from halos.build.session import assemble
+from halos.config import gate
+from halos.config.saved import load
+from halos.hooks.base import Hook, Run
+from halos.trainers.base import Trainer
+
+ROOT = Path(__file__).resolve().parents[2]
+torch.set_num_threads(1)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def digest(parts: Any) -> str:
+    told = hashlib.sha256()
+    for part in parts:
+        told.update(
+            part.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            if isinstance(part, Tensor)
+            else repr(part).encode()
+        )
+    return told.hexdigest()[:16]
+
+
+def fingerprint(run: Run) -> dict[str, str]:
+    """Hashes of all that the next step depends on; a parameter's is of its whole value, a generator's of every rank's."""
+    parameters = dict(run.module.named_parameters())
+    gradients = [whole(p.grad) for p in parameters.values() if p.grad is not None]
+    state = [value for p in parameters.values() for _, value in sorted(run.optimizer.state.get(p, {}).items())]
+    moments = [whole(value) if isinstance(value, Tensor) else value for value in state]
+    mine = digest([random.getstate(), *np.random.get_state()[1:3], torch.get_rng_state()])  # type: ignore[index]
+    everyone: list[Any] = [mine]
+    if dist.is_initialized():
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, mine)
+    return {
+        "parameters": digest(whole(p) for p in parameters.values()),
+        "gradients": digest(gradients),
+        "optimizer": digest(moments),
+        "random": digest(everyone),
+    }
+
+
+class Witness(Hook):
+    """What a run was at its start, before and after every save; the losses and the items of every step."""
+
+    def __init__(self) -> None:
+        self.story: dict[str, Any] = {"saves": {}, "before": {}, "losses": [], "batches": {}}
+
+    def on_start(self, run: Run) -> None:
+        self.story["start"] = fingerprint(run)
+
+    def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        self.story["losses"].append(["train", run.step, metrics["loss"]])
+
+    def on_eval(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        self.story["losses"].append(["eval", run.step, metrics["loss"]])
+
+    def on_save(self, run: Run, path: Path, *, final: bool) -> None:
+        self.story["before"]["final" if final else str(run.step)] = fingerprint(run)
+
+    def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
+        self.story["saves"]["final" if final else str(run.step)] = fingerprint(run)
+
+
+def watch(trainer: Trainer) -> Witness:
+    witness, step = Witness(), trainer.step
+    trainer.run.hooks = {"witness": witness, **trainer.run.hooks}
+
+    def noted(indices: np.ndarray) -> Any:
+        witness.story["batches"][str(trainer.run.step)] = indices.tolist()
+        return step(indices)
+
+    trainer.step = noted  # type: ignore[method-assign]
+    return witness
+
+
+def main() -> None:
+    mode, output, *cells = sys.argv[1:]
+    for cell in cells:
+        name, _, overrides = cell.partition("=")
+        run = f"{output}/{name}"
+        if mode == "train":
+            words = [*overrides.split(), f"exp_name={name}", f"output_root={output}"]
+            with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+                config = gate.check(hydra.compose("config", words), words)
+        else:
+            config = gate.check(load(Path(run, "config.yaml").read_text(), run, run), [])
+        trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+        assert trainer is not None
+        witness = watch(trainer)
+        trainer.fit()
+        witness.story["ahead"] = [trainer.order.batch(trainer.run.step + k).tolist() for k in range(10)]
+        if trainer.run.main:
+            Path(f"{run}.json").write_text(json.dumps(witness.story))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

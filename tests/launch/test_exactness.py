@@ -1,0 +1,117 @@
+"""Every checkpoint of every kind of run leads where the uninterrupted run went; on other numbers of processes too."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.checkpoint.find import checkpoints, step_of
+
+ROOT = Path(__file__).resolve().parents[2]
+# 13 rows in batches of 5, two at a time: step 2 is in mid-epoch and accumulates, 3 ends an epoch, 4 follows an evaluation
+RUN = ("model=tiny data=arithmetic train.steps=7 train.batch_size=5 train.microbatch_size=2 train.eval_every=4 checkpoint.every=1 "
+       "checkpoint.keep_last=9 optim.lr=1e-3 data.train=[{path:arithmetic,split:'train[:13]'}] "
+       "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
+POSITIONS = [2, 3, 4]
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+DROPOUT = "peft=lora peft.lora_dropout=0.1"
+Story = dict[str, Any]
+
+
+def start(mode: str, output: Path, cells: list[str], *, world: int, sharded: bool) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 or sharded else []
+    done = subprocess.run(
+        [sys.executable, *many, str(ROOT / "tests" / "launch" / "exactness.py"), mode, str(output), *cells],
+        capture_output=True, text=True, check=False, env=environment | (SHARDED if sharded else {}),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+
+
+def story(output: Path, name: str) -> Story:
+    return json.loads((output / f"{name}.json").read_text())
+
+
+def copy_until(output: Path, name: str, step: int, copy: str) -> None:
+    """`copy`: the run as it was when its process died right after the save of `step`."""
+    target = output / copy
+    shutil.copytree(output / name, target)
+    for path in checkpoints(target / "checkpoints"):
+        if step_of(path) > step:
+            shutil.rmtree(path)
+    shutil.rmtree(target / "FINAL")
+    (target / "result.json").unlink()
+    config = (target / "config.yaml").read_text()
+    (target / "config.yaml").write_text(config.replace(f"run_dir: {output / name}", f"run_dir: {target}"))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "losses", "pefts", "positions"),
+    [
+        (("fsdp2", 2), ["dpo"], [DROPOUT], [3]),
+        (("ddp", 2), ["kto"], ["peft=none"], [2]),
+        *(
+            pytest.param(strategy, ["sft", "dpo", "kto", "reward"], ["peft=none", DROPOUT], POSITIONS, marks=pytest.mark.slow)
+            for strategy in (("alone", 1), ("ddp", 2), ("fsdp2", 2))
+        ),
+    ],
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    strategy: tuple[str, int], losses: list[str], pefts: list[str], positions: list[int], tmp_path: Path, cache: Path
+) -> None:
+    world, sharded = strategy[1], strategy[0] == "fsdp2"
+    cells = {f"{loss}-{number}": f"loss={loss} {peft}" for loss in losses for number, peft in enumerate(pefts)}
+    start("train", tmp_path, [f"{name}={words} {RUN} cache_dir={cache}" for name, words in cells.items()],
+          world=world, sharded=sharded)  # fmt: skip
+    copies = {f"{name}-from-{step}": (name, step) for name in cells for step in positions}
+    for copy, (name, step) in copies.items():
+        copy_until(tmp_path, name, step, copy)
+    start("resume", tmp_path, list(copies), world=world, sharded=sharded)
+    for copy, (name, step) in copies.items():
+        whole, resumed = story(tmp_path, name), story(tmp_path, copy)
+        assert whole["before"] == whole["saves"], f"{name}: a save changed what was trained"
+        assert resumed["start"] == whole["saves"][str(step)], copy
+        assert resumed["saves"]["final"] == whole["saves"]["final"], copy
+        assert resumed["ahead"] == whole["ahead"], copy
+        assert resumed["losses"] == [line for line in whole["losses"] if line[1] > step], copy
+        assert resumed["batches"] == {k: ids for k, ids in whole["batches"].items() if int(k) >= step}, copy
+
+
+PLACES = [("alone", 1), ("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2", 4)]
+ELASTIC = {
+    "sft": "loss=sft peft=none",
+    "dpo": "loss=dpo peft=lora",
+    "kto": "loss=kto peft=lora",
+    "reward": "loss=reward peft=lora",
+}
+
+
+@pytest.mark.parametrize(
+    ("places", "names"), [([("alone", 1), ("fsdp2", 2)], ["dpo"]), pytest.param(PLACES, list(ELASTIC), marks=pytest.mark.slow)]
+)
+def test_a_run_goes_on_on_any_number_of_processes(
+    places: list[tuple[str, int]], names: list[str], tmp_path: Path, cache: Path
+) -> None:
+    tag = {place: f"{place[0]}{place[1]}" for place in places}
+    for place in places:
+        cells = [f"{name}-{tag[place]}={ELASTIC[name]} {RUN} cache_dir={cache}" for name in names]
+        start("train", tmp_path, cells, world=place[1], sharded=place[0] == "fsdp2")
+    for place in places:
+        moves = {f"{name}-{tag[source]}-to-{tag[place]}": f"{name}-{tag[source]}" for name in names for source in places}
+        for copy, name in moves.items():
+            copy_until(tmp_path, name, 3, copy)
+        start("resume", tmp_path, list(moves), world=place[1], sharded=place[0] == "fsdp2")
+        for copy, name in moves.items():
+            whole, moved = story(tmp_path, name), story(tmp_path, copy)
+            assert moved["start"]["parameters"] == whole["saves"]["3"]["parameters"], copy
+            assert moved["start"]["optimizer"] == whole["saves"]["3"]["optimizer"], copy
+            assert moved["batches"] == {k: ids for k, ids in whole["batches"].items() if int(k) >= 3}, copy
+            expected = [line for line in whole["losses"] if line[1] > 3]
+            assert [line[:2] for line in moved["losses"]] == [line[:2] for line in expected]
+            for mine, theirs in zip(moved["losses"], expected, strict=True):
+                assert mine[2] == pytest.approx(theirs[2], rel=1e-6, abs=1e-6), copy
