@@ -60,7 +60,7 @@ class RunLock:
     A lock whose holder ran on this host (and in this pid namespace) counts as long as that very process lives: a pid that
     is gone, or that another process has been given since, leaves a stale lock. A holder that cannot be looked at, on another
     host or in another container, counts until its heartbeat has been silent for ten minutes: the holder touches the file
-    every half minute. A stale lock is taken over, with a line that says so.
+    every half minute. A stale lock is taken over.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,30 +74,39 @@ class RunLock:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.release()
 
+    @property
+    def held(self) -> bool:
+        return self._mine is not None
+
     def refuse_held(self) -> None:
         """Raises UserError where another process trains here now; changes nothing."""
         verdict = self._judge(time.time())
         if verdict is not None and verdict.alive:
             raise UserError(verdict.why)
 
-    def acquire(self, attempt: int, *, heartbeat: bool = True) -> None:
-        """Take the lock; of several processes that try at once one does. Raises UserError where it is held."""
+    def acquire(self, attempt: int, *, heartbeat: bool = True) -> str | None:
+        """Take the lock; of several processes that try at once one does. Raises UserError where it is held.
+
+        Gives back a line about the stale lock that was taken over, if one was.
+        """
         mine = Holder.myself(attempt)
         own = self.path.with_name(f".{self.path.name.lstrip('.')}.{mine.pid}-{mine.token}")
         _write(own, mine)
+        line = None
         try:
             while not _link(own, self.path):
                 verdict = self._judge(own.stat().st_mtime)  # the file system's clock, which all hosts share
                 if verdict is not None and verdict.alive:
                     raise UserError(verdict.why)
                 if verdict is not None and self._take_over(own, verdict):
-                    log.warning("%s was left behind (%s): taken over", self.path, verdict.why)
+                    line = f"{self.path} was left behind ({verdict.why}): taken over"
                     break
         finally:
             own.unlink(missing_ok=True)
         self._mine = mine
         if heartbeat:
             threading.Thread(target=self._beat, name="run.lock", daemon=True).start()
+        return line
 
     def release(self) -> None:
         """Give the lock back, if it is ours."""
