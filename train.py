@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +25,20 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from halos.config import gate, saved
+from halos.config import changes, gate, saved
+from halos.config.changes import Change
 from halos.config.overrides import Choices, Typed, check_choices, settle, unreadable
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_secrets
+from halos.config.suggest import kind_of
 from halos.errors import UserError
-from halos.rundir import RunDir, is_run, job_name
+from halos.rundir import RunDir, is_run, job_name, step_of
 
 ROOT = Path(__file__).resolve().parent
 VERSION = "1.3"  # of Hydra's behaviour
 WRONG_INPUT = 2
+CHOSEN_AGAIN = ("logging", "checkpoint")  # groups that change no step of a run
+Composer = Callable[[list[str]], DictConfig]
 
 
 def main() -> None:
@@ -75,13 +81,17 @@ def start(argv: list[str]) -> int:
     check_choices(typed, choices, multirun=multirun)
     resume = next((one.values[0] for one in typed if one.key == "resume" and one.values), None)
     if resume is not None:
-        return run(resumed(str(resume), typed, choices, multirun=multirun), args.overrides)
-    searched = [f"hydra.searchpath=['file://{place}']" for place in places[1:]]
+        if multirun:
+            raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
+        with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
+            config, changed = resumed(str(resume), typed, choices, lambda words: compose(name, [*also_searched(places), *words]))
+        return run(config, args.overrides, changed)
+    searched = also_searched(places)
     with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
         known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
         settled = settle(typed, choices, known)
         if multirun:
-            check_sweep(gate.check(compose(name, searched + firsts(settled)), args.overrides, choices))
+            check_sweep(settled, args.overrides, choices, lambda words: compose(name, searched + words))
     return enter_hydra([one.text for one in settled] + flags, known)
 
 
@@ -90,6 +100,10 @@ def also_in(config_dir: str | None) -> list[Path]:
     if config_dir is not None and not Path(config_dir).is_dir():
         raise UserError(f"--config-dir: there is no directory {config_dir}")
     return [Path(config_dir).resolve()] if config_dir is not None else []
+
+
+def also_searched(places: Sequence[Path]) -> list[str]:
+    return [f"hydra.searchpath=['file://{place}']" for place in places[1:]]
 
 
 def list_choices(places: Sequence[Path]) -> Choices:
@@ -121,11 +135,29 @@ def parse(text: str, choices: Choices) -> Typed:
     return Typed(sign, override.key_or_group, override.package, text.partition("=")[2], values, sweep)
 
 
+def spoken(typed: Sequence[Typed]) -> list[Typed]:
+    """All but an interval, which has no values that could be tried: its key stays at its default."""
+    return [one for one in typed if one.values or not one.is_sweep]
+
+
+def ways(one: Typed) -> list[str]:
+    """What is typed, once for each value of a sweep."""
+    return [f"{one.sign}{one.key}={value}" for value in one.values] if one.is_sweep else [one.text]
+
+
 def firsts(typed: Sequence[Typed]) -> list[str]:
-    """What is typed, with the first value of each sweep; an interval has none, so its key stays at its default."""
-    return [
-        f"{one.sign}{one.key}={one.values[0]}" if one.is_sweep else one.text for one in typed if one.values or not one.is_sweep
-    ]
+    return [ways(one)[0] for one in spoken(typed)]
+
+
+def all_combinations(typed: Sequence[Typed]) -> list[list[str]]:
+    return [list(words) for words in product(*map(ways, spoken(typed)))]
+
+
+def one_by_one(typed: Sequence[Typed]) -> list[list[str]]:
+    """The first values together, then every other one in the place of its first."""
+    first = firsts(typed)
+    others = [[*first[:i], way, *first[i + 1 :]] for i, one in enumerate(spoken(typed)) for way in ways(one)[1:]]
+    return [first, *others]
 
 
 def compose(name: str, overrides: Sequence[str]) -> DictConfig:
@@ -160,38 +192,82 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node)
 
 
-def check_sweep(first: Config) -> None:
-    """Its jobs lie in runs/<exp_name>/, which a single run may not use."""
-    place = Path(first.run_dir)
-    if is_run(place):
-        raise UserError(f"{place} holds a single run, and a sweep cannot share its name: choose another exp_name")
+def check_sweep(settled: Sequence[Typed], overrides: Sequence[str], choices: Choices, composer: Composer) -> None:
+    """Every job, before the first one starts. They lie in runs/<exp_name>/, which a single run may not use.
+
+    A sweeper that searches tries its values in other combinations than all: of each key every value is checked, by itself.
+    """
+    searches = any(one.key == "hydra/sweeper" and one.values != ("basic",) for one in settled)
+    jobs = one_by_one(settled) if searches else all_combinations(settled)
+    for number, words in enumerate(jobs):
+        try:
+            config = gate.check(composer(words), overrides, choices)
+        except UserError as error:
+            told = [word for word, one in zip(words, spoken(settled), strict=True) if one.is_sweep]
+            raise UserError(f"{error} (in the job {' '.join(told)})" if told else str(error)) from error
+        place = Path(config.run_dir)
+        if number == 0 and is_run(place):
+            raise UserError(f"{place} holds a single run, and a sweep cannot share its name: choose another exp_name")
 
 
-def resumed(path: str, typed: Sequence[Typed], choices: Choices, *, multirun: bool) -> Config:
-    """A saved run's own configuration, with what was typed on top: values only, its choices are made."""
-    if multirun:
-        raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
+def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Composer) -> tuple[Config, list[Change]]:
+    """A saved run's own configuration with what was typed on top, and what that changes. Its choices are made, but for those
+    that only say what is logged and when it is saved."""
     run_dir = RunDir.at(path)
     run_dir.open()
-    run_dir.asked_checkpoint(path)
+    source = run_dir.asked_checkpoint(path) or next(iter(run_dir.saves().values()), None)
+    records = {record.name: record.read_text(encoding="utf-8", errors="replace") for record in run_dir.attempts()}
+    settings = saved.load(run_dir.read_config(), records, str(run_dir.path))
     for one in typed:
-        if one.is_hydra or one.chooses(choices):
-            raise UserError(
-                f"{one.text}: resume= goes on with the choices of {run_dir.path}; type only values, such as train.steps=200"
-            )
-        if one.key in ("exp_name", "output_root", "run_dir") or (one.key == "overwrite" and True in one.values):
-            raise UserError(
-                f"{one.text}: resume= goes on in {run_dir.path}; for a new run from its model leave out resume= and type"
-                f" model.name_or_path={run_dir.final}"
-            )
-    composed = saved.load(run_dir.read_config(), str(run_dir.path), path)
-    for one in settle(typed, choices, keys(composed)):
+        refuse_on_resume(one, settings, run_dir, choices)
+    composed = saved.composed(settings, str(run_dir.path), path)
+    choose_again(composed, [one for one in typed if one.chooses(choices)], choices, composer)
+    values = [joining(one) for one in typed if not one.chooses(choices)]
+    for one in settle(values, choices, keys(composed)):
         parent, _, name = one.key.rpartition(".")
         if one.sign == "~":
             del OmegaConf.select(composed, parent)[name]
         else:
             OmegaConf.update(composed, one.key, one.values[0], merge=True, force_add=True)
-    return gate.check(composed, [one.text for one in typed], choices)
+    if missing := [key for key in changes.CHANGES if not changes.present(plain(composed), key)]:
+        raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
+    config = gate.check(composed, [one.text for one in typed], choices)
+    changed = changes.compare(config, changes.Past(settings, run_dir.path, step_of(source) if source else None))
+    if config.resume_changes == "refuse":
+        changes.refuse(changed, run_dir.path)
+    return config, changed
+
+
+def refuse_on_resume(one: Typed, settings: dict[str, Any], run_dir: RunDir, choices: Choices) -> None:
+    """Raises UserError for what makes another run of it."""
+    if one.is_hydra or (one.chooses(choices) and one.key not in CHOSEN_AGAIN):
+        raise UserError(
+            f"{one.text}: resume= goes on with the choices of {run_dir.path}; type only values, such as train.steps=200"
+        )
+    elsewhere = one.key in ("exp_name", "output_root", "run_dir") and one.values != (settings.get(one.key),)
+    if elsewhere or (one.key == "overwrite" and True in one.values):
+        raise UserError(
+            f"{one.text}: resume= goes on in {run_dir.path}; for a new run from its model leave out resume= and type"
+            f" model.name_or_path={run_dir.final}"
+        )
+
+
+def choose_again(composed: DictConfig, typed: Sequence[Typed], choices: Choices, composer: Composer) -> None:
+    """checkpoint= anew; logging= anew, which leaves the hooks alone that no logging choice has."""
+    if not typed:
+        return
+    fresh = plain(composer([one.text for one in typed]))
+    if any(one.key == "checkpoint" for one in typed):
+        composed.checkpoint = fresh["checkpoint"]
+    if any(one.key == "logging" for one in typed):
+        trackers = {hook for choice in choices["logging"] for hook in plain(composer([f"logging={choice}"]))["hooks"]}
+        kept = {name: hook for name, hook in plain(composed)["hooks"].items() if name not in trackers or name in fresh["hooks"]}
+        composed.hooks = kept | {name: hook for name, hook in fresh["hooks"].items() if name not in kept}
+
+
+def joining(one: Typed) -> Typed:
+    """`+hooks.mine=` may be typed again at every resume."""
+    return replace(one, sign="++") if one.sign == "+" and kind_of(one.key) == "free" else one
 
 
 def enter_hydra(words: list[str], known: Sequence[str] = ()) -> int:
@@ -221,11 +297,11 @@ def job(composed: DictConfig) -> None:
         raise SystemExit(status)
 
 
-def run(config: Config, typed: Sequence[str]) -> int:
+def run(config: Config, typed: Sequence[str], changed: Sequence[Change] = ()) -> int:
     """The exit status of the run itself."""
     from halos.build import run as build_and_fit  # here: it imports torch, which --help and wrong input need not wait for
 
-    return build_and_fit(config, list(typed))
+    return build_and_fit(config, list(typed), changed)
 
 
 if __name__ == "__main__":

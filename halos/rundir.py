@@ -16,9 +16,13 @@ from typing import Any, Literal, Self
 import yaml
 
 from halos.errors import UserError
+from halos.lock import NAME as LOCK
+from halos.lock import RunLock
 
 Status = Literal["finished", "stopped", "failed", "running"]
-LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json"}  # what a start may leave that died before config.yaml
+LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", LOCK}  # what a start may leave that died before config.yaml
+ASIDE = "superseded-"
+HIDDEN = (".config.yaml.", f".{LOCK}.", ".deleted-")
 
 
 class RunDir:
@@ -43,6 +47,9 @@ class RunDir:
     def config(self) -> Path:
         return self.path / "config.yaml"
 
+    def lock(self) -> RunLock:
+        return RunLock(self.path / LOCK)
+
     # --- begin, or go on
 
     def refuse_occupied(self, *, overwrite: bool) -> None:
@@ -65,27 +72,34 @@ class RunDir:
             raise UserError(f"{self.path} holds a sweep, and a single run cannot share its name: {other}")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file: {other} or run_dir")
-        if foreign := [name for name in sorted(self._names()) if name not in LEFTOVERS and not name.startswith(".config.yaml.")]:
+        if foreign := [name for name in sorted(self._names()) if name not in LEFTOVERS and not name.startswith(HIDDEN)]:
             raise UserError(f"{self.path} is not empty and no run ({foreign[0]} lies in it): {other} or run_dir")
 
     def create(self, *, overwrite: bool) -> None:
-        """A directory for a new run, with nothing of an older one in it. Raises UserError where something stands in the way."""
+        """A directory for a new run, with nothing of an older one in it but a lock. Raises UserError where one cannot be.
+
+        Whatever the moment of a crash, what is left is a finished run or no run, which a new one can replace.
+        """
         self.refuse_occupied(overwrite=overwrite)
-        if is_run(self.path):
-            place = self.path.resolve()
-            doomed = place.with_name(f".{place.name}.deleted-{os.getpid()}")
-            place.rename(doomed)  # first away, so that nobody meets half a run
-            shutil.rmtree(doomed)
-            place.mkdir()
-        for name in self._names():
-            entry = self.path / name
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-        (self.path / "attempts").mkdir(parents=True)
+        doomed = self.path / f".deleted-{os.getpid()}"
+        shutil.rmtree(doomed, ignore_errors=True)
+        names = [name for name in self._names() if name != LOCK and not name.startswith(f".{LOCK}.")]
+        doomed.mkdir(parents=True)
+        last = ["config.yaml", "attempts", "result.json"]
+        for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
+            (self.path / name).rename(doomed / name)
+        shutil.rmtree(doomed)
+        (self.path / "attempts").mkdir()
 
     @classmethod
     def at(cls, resume: str) -> Self:
         """The run that `resume=` names, by its directory or by one of its checkpoints (RUN/checkpoints/step-N)."""
         place = Path(resume)
+        if place.parent.parent.name == "checkpoints" and place.parent.name.startswith(ASIDE):
+            raise UserError(
+                f"resume={resume}: this checkpoint was set aside; to go on from it move it back into {place.parent.parent}"
+                " and resume from it there by name"
+            )
         return cls(place.parent.parent if place.parent.name == "checkpoints" else place)
 
     def open(self) -> None:
@@ -98,10 +112,15 @@ class RunDir:
         if resume is None or Path(resume).parent.name != "checkpoints":
             return None
         asked = self.checkpoints / Path(resume).name
-        if not asked.is_dir():
-            saves = sorted(path.name for path in self.checkpoints.glob("step-*"))
-            raise UserError(f"resume={resume}: there is no such checkpoint; there are {', '.join(saves) or 'none'}")
+        if asked not in self.saves().values():
+            names = [path.name for path in self.saves().values()]
+            raise UserError(f"resume={resume}: there is no such checkpoint; there are {', '.join(names) or 'none'}")
         return asked
+
+    def saves(self) -> dict[int, Path]:
+        """Checkpoints by step, oldest first, whole or not."""
+        found = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+        return {step_of(path): path for path in sorted(found, key=step_of)}
 
     # --- what it holds
 
@@ -111,15 +130,43 @@ class RunDir:
         _write(self.config, text)
 
     def read_config(self) -> str:
-        return self.config.read_text(encoding="utf-8")
+        """The text of config.yaml. Raises UserError where it is none."""
+        try:
+            return self.config.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{self.config} cannot be read: {error}") from error
+
+    def attempts(self) -> list[Path]:
+        """Their records, oldest first."""
+        found = [path for path in (self.path / "attempts").glob("*.yaml") if path.stem.isdecimal()]
+        return sorted(found, key=lambda path: int(path.stem))
+
+    def next_attempt(self) -> int:
+        return 1 + int(self.attempts()[-1].stem) if self.attempts() else 0
 
     def start_attempt(self, record: Mapping[str, Any]) -> int:
         """attempts/NNN.yaml: what was typed, which versions, why it went on where it did. Gives back NNN."""
-        folder = self.path / "attempts"
-        folder.mkdir(parents=True, exist_ok=True)
-        number = 1 + max((int(entry.stem) for entry in folder.glob("[0-9]*.yaml")), default=-1)
-        _write(folder / f"{number:03d}.yaml", yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
+        number = self.next_attempt()
+        (self.path / "attempts").mkdir(parents=True, exist_ok=True)
+        _write(self.path / "attempts" / f"{number:03d}.yaml", yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
         return number
+
+    def set_aside(self, step: int, *, final: bool) -> tuple[Path, list[str]]:
+        """Moves checkpoints after `step`, and with `final` FINAL, into checkpoints/superseded-NNN/; NNN is the coming attempt.
+
+        Their lines of metrics.jsonl are copied there. The newest goes first, so that a crash in between leaves a run that
+        lacks its newest checkpoints, and no gap. Gives back the place and what was moved.
+        """
+        place = self.checkpoints / f"{ASIDE}{self.next_attempt():03d}"
+        later = [path for number, path in reversed(self.saves().items()) if number > step]
+        moved = [*later, *([self.final] if final and self.final.exists() else [])]
+        if moved:
+            place.mkdir(parents=True, exist_ok=True)
+            rows = [row for row in self.read_metrics() if row["step"] > step]
+            _write(place / "metrics.jsonl", "".join(_json(row) + "\n" for row in rows))
+        for path in moved:
+            path.rename(place / path.name)
+        return place, [path.name for path in moved]
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; it has a `step`."""
@@ -146,15 +193,23 @@ class RunDir:
         _write(self.path / "result.json", _json({"status": status, "step": step, "metrics": metrics, **why}) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
-        path = self.path / "result.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        """None where there is none that can be read."""
+        try:
+            result = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return result if isinstance(result, dict) and result.keys() >= {"status", "step", "metrics"} else None
 
     def is_finished(self) -> bool:
         result = self.read_result()
-        return result is not None and result["status"] == "finished"
+        return result is not None and result.get("status") == "finished"
 
     def _names(self) -> list[str]:
         return os.listdir(self.path) if self.path.is_dir() else []
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def is_run(path: Path) -> bool:

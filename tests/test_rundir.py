@@ -111,6 +111,36 @@ def test_asking_changes_nothing(tmp_path):
     assert os.listdir(tmp_path) == ["demo"]
 
 
+def test_a_lock_is_no_obstacle_and_stays(tmp_path):
+    run = begun(tmp_path / "demo", "finished")
+    run.lock().acquire(1)
+    run.create(overwrite=True)
+    assert sorted(os.listdir(run.path)) == ["attempts", "run.lock"]
+    (run.path / ".run.lock.7-abc").write_text("{}")
+    RunDir(run.path).refuse_occupied(overwrite=False)
+
+
+@pytest.mark.parametrize("moves", range(6))
+def test_a_crash_in_the_middle_of_an_overwrite_leaves_what_can_be_replaced(tmp_path, monkeypatch, moves):
+    run = begun(tmp_path / "demo", "finished")
+    run.start_attempt({})
+    (run.path / "FINAL").mkdir()
+    rename, left = Path.rename, iter(range(moves))
+
+    def crash(self, target):
+        if next(left, None) is None:
+            raise OSError("power cut")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    try:
+        run.create(overwrite=True)
+    except OSError:
+        monkeypatch.undo()
+        run.create(overwrite=True)
+    assert os.listdir(run.path) == ["attempts"]
+
+
 # --- going on
 
 
@@ -146,6 +176,44 @@ def test_what_is_no_run_is_refused_with_the_run_that_was_meant(tmp_path):
     assert "holds no runs" in said(RunDir(tmp_path / "nowhere" / "x").open)
 
 
+def test_newer_checkpoints_are_set_aside_whole_with_their_metrics(tmp_path):
+    run = begun(tmp_path / "demo")
+    run.start_attempt({})
+    for step in (2, 4, 10):
+        (run.checkpoints / f"step-{step:08d}" / "state").mkdir(parents=True)
+        run.append_metrics({"step": step})
+    run.final.mkdir()
+    place, moved = run.set_aside(2, final=False)
+    assert moved == ["step-00000010", "step-00000004"]
+    assert place == run.checkpoints / "superseded-001"
+    assert sorted(os.listdir(place)) == ["metrics.jsonl", "step-00000004", "step-00000010"]
+    assert (place / "step-00000010" / "state").is_dir()
+    assert (place / "metrics.jsonl").read_text() == '{"step": 4}\n{"step": 10}\n'
+    assert list(run.saves()) == [2]
+    assert run.final.is_dir()
+    assert run.set_aside(2, final=True)[1] == ["FINAL"]
+    assert run.set_aside(2, final=True)[1] == []
+    with pytest.raises(UserError, match="was set aside"):
+        RunDir.at(str(place / "step-00000010"))
+
+
+def test_a_crash_while_setting_aside_leaves_no_gap(tmp_path, monkeypatch):
+    run = begun(tmp_path / "demo")
+    for step in (2, 4, 6):
+        (run.checkpoints / f"step-{step:08d}").mkdir(parents=True)
+    rename = Path.rename
+
+    def crash(self, target):
+        if self.name == "step-00000004":
+            raise OSError("power cut")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", crash)
+    with pytest.raises(OSError, match="power cut"):
+        run.set_aside(2, final=False)
+    assert list(run.saves()) == [2, 4]
+
+
 # --- files
 
 
@@ -159,6 +227,8 @@ def test_attempts_are_numbered(tmp_path):
     run = begun(tmp_path / "demo")
     assert [run.start_attempt({"typed": ["a=ü"], "world_size": 2}) for _ in range(3)] == [0, 1, 2]
     assert yaml.safe_load((run.path / "attempts" / "002.yaml").read_text()) == {"typed": ["a=ü"], "world_size": 2}
+    (run.path / "attempts" / "10x.yaml").write_text("")
+    assert run.next_attempt() == 3
 
 
 def test_metrics_come_back_as_they_went_with_null_for_what_is_no_number(tmp_path):
@@ -199,6 +269,10 @@ def test_a_result_says_how_it_ended(tmp_path):
     assert run.read_result() == {"status": "finished", "step": 7, "metrics": {"loss": None}}
     run.write_result("failed", 7, {}, reason="out of memory")
     assert run.read_result()["reason"] == "out of memory"
+    for broken in ("", "[]", '{"status": "fin'):
+        (run.path / "result.json").write_text(broken)
+        assert run.read_result() is None
+        assert not run.is_finished()
 
 
 def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):

@@ -12,7 +12,8 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
-    {"config", "logps", "losses", "metrics", "rundir"},
+    {"config", "logps", "losses", "metrics", "lock"},
+    {"rundir"},
     {"models", "data", "checkpoint"},
     {"hooks"},
     {"trainers"},

@@ -10,8 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
-from halos.config import saved
+from halos.config import changes, saved
 from halos.config.schema import Config
 from halos.rundir import RunDir
 
@@ -35,11 +36,12 @@ class Build(ModuleType):
 
     def __init__(self):
         super().__init__("halos.build")
-        self.calls, self.status = [], 0
+        self.calls, self.changed, self.status = [], {}, 0
 
-    def run(self, config, typed):
+    def run(self, config, typed, changed=()):
         assert isinstance(config, Config)
         self.calls.append((config, typed))
+        self.changed = {change.key: [change.old, change.new] for change in changed}
         if isinstance(self.status, BaseException):
             raise self.status
         return self.status
@@ -291,6 +293,31 @@ def test_a_sweep_is_checked_before_it_begins(refused, words, part):
     assert not (run.path / "multirun.yaml").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["loss.beta=0.1,0.2,-1"], ["loss.beta takes a number", "in the job loss.beta=-1"]),
+        (["peft=lora,none", "peft.r=4,8"], ["peft.r has no effect with peft=none", "in the job peft=none peft.r=4"]),
+        (["loss=dpo,sft", "loss.beta=0.1"], ["no key 'loss.beta'", "in the job loss=sft"]),
+        (["loss=glob(*)", "reference.name_or_path=org/x"], ["compares with no reference model"]),
+    ],
+)
+def test_every_job_of_a_sweep_is_checked_before_the_first_one_starts(refused, words, parts):
+    err = refused("-m", *RUN, *words)
+    for part in parts:
+        assert part in err
+    assert not Path("runs").exists()
+
+
+def test_of_a_sweeper_that_searches_every_value_is_checked_once():
+    typed = [train.parse(text, {}) for text in ("loss=dpo,kto", "seed=3", "a=1,2,3", "b=interval(0,1)", "c=x,y")]
+    jobs = train.one_by_one(typed)
+    assert jobs[0] == ["loss=dpo", "seed=3", "a=1", "c=x"]
+    assert len(jobs) == 5
+    assert len(train.all_combinations(typed)) == 12
+    assert {word for job in jobs for word in job} == {"loss=dpo", "loss=kto", "seed=3", "a=1", "a=2", "a=3", "c=x", "c=y"}
+
+
 def test_a_sweep_ends_at_the_first_job_that_does_not_finish(cli, build):
     build.status = 75
     assert cli("-m", *RUN, "loss.beta=0.1,0.2")[0] == 75
@@ -335,15 +362,102 @@ def test_a_run_goes_on_with_its_own_config_where_it_lies_now(cli, build, demo):
     assert typed == ["resume=moved/demo"]
 
 
-def test_values_may_be_typed_on_top_and_a_checkpoint_named(cli, build, demo):
-    path = "moved/demo/checkpoints/step-00000005"
-    words = ["train.steps=20", "++loss.beta=0.3", "+hooks.tb._target_=halos.hooks.trackers.TensorBoard", "plugins=[json]"]
-    status, _, err = cli(f"resume={path}", *words)
+TB = {"_target_": "halos.hooks.trackers.TensorBoard"}
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["train.eval_every=3"], {"train.eval_every": [100, 3]}),
+        (
+            ["train={log_every: 5}", "train.eval_at_start=false"],
+            {"train.log_every": [1, 5], "train.eval_at_start": [True, False]},
+        ),
+        (["++train.activation_checkpointing=true"], {"train.activation_checkpointing": [False, True]}),
+        (["train.microbatch_size=2"], {"train.microbatch_size": [64, 2]}),
+        (["checkpoint.every=7", "checkpoint.keep_last=5"], {"checkpoint.every": [100, 7], "checkpoint.keep_last": [2, 5]}),
+        (["checkpoint=default"], {}),
+        (["cache_dir=elsewhere"], {"cache_dir": ["CACHE", "elsewhere"]}),
+        (["objective.metric=loss"], {"objective.metric": ["rewards/accuracies", "loss"]}),
+        (["train.early_stopping=3"], {"train.early_stopping": [None, 3]}),
+        (["+hooks.tb._target_=halos.hooks.trackers.TensorBoard"], {"hooks.tb": [None, TB]}),
+        (["hooks.tb._target_=halos.hooks.trackers.TensorBoard"], {"hooks.tb": [None, TB]}),
+        (["logging=tensorboard"], {"hooks.tensorboard": [None, TB]}),
+        (["logging=none"], {}),
+        (["plugins=[json]"], {}),
+        (["loss.beta=1e-1", "train.steps=10", "seed=0", "exp_name=demo", "data.train=[{path: arithmetic, split: train}]"], {}),
+    ],
+    ids=lambda part: str(part)[:50],
+)
+def test_what_changes_no_step_may_be_typed_on_top(cli, build, demo, words, changed):
+    status, _, err = cli("resume=moved/demo", *words)
     assert (status, err) == (0, "")
+    given = {
+        key: ["CACHE" if "cache" in str(old) and key == "cache_dir" else old, new] for key, (old, new) in build.changed.items()
+    }
+    assert given == changed
+
+
+def test_a_checkpoint_may_be_named(cli, build, demo):
+    path = "moved/demo/checkpoints/step-00000005"
+    assert cli(f"resume={path}")[0] == 0
     config = build.calls[0][0]
     assert (config.resume, config.run_dir) == (path, "moved/demo")
-    assert (config.train.steps, config.loss["beta"], config.plugins) == (20, 0.3, ["json"])
-    assert list(config.hooks) == ["tb"]
+
+
+REFUSED = [
+    "loss.beta=0.3", "seed=1", "data.train=[org/x]", "data.eval=[]", "data.score=all", "train.batch_size=8",
+    "model.dtype=bfloat16",
+    "model.revision=v2", "model.name_or_path=org/x", "reference.name_or_path=org/x", "optim.lr=1", "optim.name=sgd",
+    "schedule.name=constant", "schedule.final=0.1", "train.max_length=64", "train.truncation=error", "train.precision=bfloat16",
+    "train.steps=20", "train.epochs=2", "train.max_grad_norm=null", "model.chat_template=x",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("word", REFUSED)
+def test_what_would_change_the_mathematics_is_refused_by_name(refused, demo, word):
+    err = refused("resume=moved/demo", word, "train.log_every=3")
+    assert word.partition("=")[0] in err
+    assert "resume_changes=allow" in err
+    assert "log_every" not in err
+    assert os.listdir("moved/demo/attempts") == []
+
+
+def test_all_that_is_refused_is_said_at_once(refused, demo):
+    words = [word for word in REFUSED if not word.startswith("schedule.name")]  # under a constant rate steps may be added
+    err = refused("resume=moved/demo", *words)
+    for word in words:
+        assert word.partition("=")[0] in err
+
+
+def test_changes_of_the_mathematics_are_taken_where_they_are_allowed(cli, build, demo, refused):
+    assert cli("resume=moved/demo", "loss.beta=0.3", "train.steps=20", "resume_changes=allow")[0] == 0
+    assert build.changed == {"loss.beta": [0.1, 0.3], "train.steps": [10, 20]}
+    assert build.calls.pop()[0].loss["beta"] == 0.3
+    assert "no effect without resume=" in refused(*RUN, "resume_changes=allow")
+
+
+def test_what_former_attempts_changed_stays_changed(cli, build, demo):
+    demo.start_attempt({"overrides": []})
+    demo.start_attempt({"changed": {"train.log_every": [1, 5], "loss.beta": [0.1, 0.3], "hooks.tb": [None, TB]}})
+    demo.start_attempt({"changed": {"train.log_every": [5, 7]}})
+    before = demo.config.read_bytes()
+    assert cli("resume=moved/demo", "loss.beta=0.3")[0] == 0
+    config = build.calls.pop()[0]
+    assert (config.train.log_every, config.loss["beta"], config.hooks, build.changed) == (7, 0.3, {"tb": TB}, {})
+    assert cli("resume=moved/demo", "train.log_every=1", "logging=none", "~hooks.tb")[0] == 0
+    assert build.changed == {"train.log_every": [7, 1], "hooks.tb": [TB, None]}
+    assert demo.config.read_bytes() == before
+
+
+def test_a_tracker_may_be_chosen_again_and_other_hooks_stay(cli, build, demo):
+    own = {"_target_": "halos.hooks.trackers.TensorBoard"}
+    mine = {"_target_": "halos.hooks.trackers.Wandb", "project": "mine", "entity": None, "mode": "offline"}
+    demo.start_attempt({"changed": {"hooks.own": [None, own], "hooks.wandb": [None, mine]}})
+    assert cli("resume=moved/demo", "logging=wandb")[0] == 0
+    assert build.changed == {}
+    assert cli("resume=moved/demo", "logging=tensorboard")[0] == 0
+    assert build.changed == {"hooks.wandb": [mine, None], "hooks.tensorboard": [None, TB]}
 
 
 @pytest.mark.parametrize(
@@ -359,6 +473,8 @@ def test_values_may_be_typed_on_top_and_a_checkpoint_named(cli, build, demo):
         (["+train.steps=3"], "write train.steps=3"),
         (["train.steps=no"], "train.steps takes a whole number"),
         (["train.steps=1,2"], "-m"),
+        (["checkpoint=nope"], "checkpoint has no choice"),
+        (["hydra.verbose=true"], "hydra.verbose=true: resume="),
     ],
 )
 def test_what_a_resume_does_not_take_is_refused(refused, demo, words, part):
@@ -380,6 +496,74 @@ def test_a_strangers_run_runs_no_code_and_reads_no_environment(refused, cli, bui
     assert "antigravity" not in sys.modules
     demo.config.write_text("loss: !!python/object/apply:os.system [x]")
     assert "cannot be read" in refused("resume=moved/demo")
+
+
+HOSTILE = [
+    ("hooks.x", {"_target_": "os.system", "command": "touch pwned"}, "plugins=[os]"),
+    ("checkpoint", {"_target_": "antigravity.Hook"}, "plugins=[antigravity]"),
+    ("loss", {"_target_": "subprocess.run", "args": "touch pwned"}, "plugins=[subprocess]"),
+    ("hooks.x", {"_target_": "halos.rundir.shutil.rmtree"}, "no module halos.rundir.shutil"),
+    ("hooks.x", {"_target_": "halos.rundir.shutil"}, "is no hook"),
+    ("hooks.x", {"_target_": "halos.build.session.run"}, "is no hook"),
+    ("loss", {"_target_": "halos.rundir.RunDir"}, "is no loss"),
+    ("hooks.x", {"_target_": "halos.hooks.trackers.TensorBoard", "_args_": ["x"]}, "takes no '_args_'"),
+    ("plugins", ["antigravity"], None),
+    ("overwrite", True, None),
+    ("resume_changes", "allow", None),
+]
+
+
+@pytest.mark.parametrize("where", ["config.yaml", "attempts"])
+@pytest.mark.parametrize(("key", "planted", "part"), HOSTILE, ids=lambda part: str(part)[:40])
+def test_what_a_stranger_planted_in_a_run_runs_nothing(refused, cli, build, demo, where, key, planted, part):
+    if where == "attempts":
+        demo.start_attempt({"changed": {key: [None, planted]}})
+    else:
+        settings = yaml.safe_load(demo.config.read_text())
+        changes.apply(settings, {key: [None, planted]})
+        demo.config.write_text(yaml.safe_dump(settings))
+    if part:
+        assert part in refused("resume=moved/demo")
+    else:
+        assert cli("resume=moved/demo")[0] == 0
+        config = build.calls.pop()[0]
+        assert (config.plugins, config.overwrite, config.resume_changes) == ([], False, "refuse")
+    assert "antigravity" not in sys.modules
+    assert not Path("pwned").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("", "config.yaml holds no configuration"),
+        ("[1, 2]", "config.yaml holds no configuration"),
+        ("a: [", "config.yaml cannot be read"),
+        (b"\xff\xfe", "config.yaml cannot be read"),
+        ("seed: 0", "config.yaml has no loss, which this version needs: type it, loss=VALUE"),
+        ("train: {stepz: 3}", "config.yaml does not fit this version: there is no key 'train.stepz'; did you mean train.steps?"),
+        ("train: {steps: many}", "config.yaml does not fit this version: train.steps"),
+        ("train: 3", "config.yaml does not fit this version: train"),
+    ],
+)
+def test_a_broken_config_is_one_message_that_names_the_file(refused, demo, text, part):
+    demo.config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    assert f"moved/demo/{part}" in refused("resume=moved/demo")
+
+
+@pytest.mark.parametrize("text", ["a: [", "changed: 3", "changed: {train.steps: 3}", "changed: {no.such.place: [1, 2]}"])
+def test_a_broken_attempt_is_one_message_that_names_the_file(refused, demo, text):
+    demo.start_attempt({})
+    (demo.path / "attempts" / "000.yaml").write_text(text)
+    assert "moved/demo/attempts/000.yaml cannot be read" in refused("resume=moved/demo")
+
+
+def test_a_key_that_is_younger_than_the_run_can_be_typed(refused, cli, build, demo):
+    settings = yaml.safe_load(demo.config.read_text())
+    del settings["train"]["max_grad_norm"]
+    demo.config.write_text(yaml.safe_dump(settings))
+    assert "has no train.max_grad_norm" in refused("resume=moved/demo")
+    assert cli("resume=moved/demo", "train.max_grad_norm=1")[0] == 0
+    assert build.changed == {"train.max_grad_norm": [None, 1.0]}
 
 
 # --- help

@@ -4,6 +4,7 @@ import logging
 import math
 import signal
 import types
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from halos.build.watch import outlive_no_launcher, together
 from halos.checkpoint import commit, find
 from halos.config import saved
 from halos.config.bind import LossSpec, bind_hook, bind_loss
+from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.data.template import chat_template
 from halos.errors import UserError
@@ -25,7 +27,8 @@ from halos.hooks.checkpoint import CheckpointHook, restore
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.log import MetricsLog, summary
 from halos.hooks.progress import ProgressBar
-from halos.models.load import load_tokenizer
+from halos.lock import RunLock
+from halos.models.load import load_tokenizer, refuse_other_model
 from halos.models.locate import locate
 from halos.rundir import RunDir, is_run
 from halos.trainers.base import Trainer
@@ -50,34 +53,53 @@ class Interrupted(BaseException):
     """A signal came while there was nothing to save yet."""
 
 
-def run(config: Config, typed: list[str]) -> int:
+def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
     made = accelerator(config.train.precision, config.model.dtype)
     outlive_no_launcher(launched())
     speak(made.is_main_process)
     directory = RunDir(config.run_dir)
     _listen(None)
-    try:
-        with together(made):
-            if config.resume and directory.is_finished():
-                log.info("%s is finished already; its model is %s", directory.path, directory.final)
-                return FINISHED
-            trainer = assemble(config, typed, made)
-            return _train(trainer) if trainer else FINISHED
-    except Interrupted as signalled:
-        log.warning("stopped: %s, before the first step", signalled)
-        if made.is_main_process and is_run(directory.path):
-            before = directory.read_result() or {"step": 0, "metrics": {}}
-            directory.write_result("stopped", before["step"], before["metrics"], reason=str(signalled))
-        return STOPPED
+    with directory.lock() as lock:
+        try:
+            with together(made):
+                if config.resume and _is_over(config, directory, changed):
+                    return FINISHED
+                trainer = assemble(config, typed, made, changed, lock)
+                return _train(trainer) if trainer else FINISHED
+        except Interrupted as signalled:
+            log.warning("stopped: %s, before the first step", signalled)
+            if lock.held and is_run(directory.path):
+                before = directory.read_result() or {"step": 0, "metrics": {}}
+                directory.write_result("stopped", before["step"], before["metrics"], reason=str(signalled))
+            return STOPPED
 
 
-def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | None:
+def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
+    """Whether a finished run is asked for nothing that it has not done yet; says what would be more."""
+    further = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
+    if not directory.is_finished() or not directory.final.is_dir() or further or directory.asked_checkpoint(config.resume):
+        return False
+    log.info("%s is finished already; its model is %s", directory.path, directory.final)
+    if config.schedule.name == "constant":
+        log.info("to train on: python train.py resume=%s train.steps=MORE", directory.path)
+    else:
+        log.info(
+            "its %s schedule is at its end: a new run goes on with model.name_or_path=%s", config.schedule.name, directory.final
+        )
+    return True
+
+
+def assemble(
+    config: Config, typed: list[str], made: Accelerator, changed: Sequence[Change] = (), lock: RunLock | None = None
+) -> Trainer | None:
     """Everything a run needs, ready for `fit`; None for a dry run. What can be wrong is found before the model loads."""
     loss = bind_loss(config.loss, config.plugins)
     checkpoint, hooks = _hooks(config)
     directory = RunDir(config.run_dir)
     if made.is_main_process:
+        if lock:
+            lock.refuse_held()
         directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
     base = _base(config, made)
     tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
@@ -91,7 +113,7 @@ def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | N
                 log.info("%-10s %s", name, line)
         log.info("%d steps of %d; everything fits together, nothing was trained", total, config.train.batch_size)
         return None
-    source = _begin(config, directory, made)
+    source = _begin(config, directory, made, total, lock)
     shelf = model.Shelf(config, base, tokenizer, new_tokens, made)
     current = _load(shelf, loss, hooks, directory, total, source.path)
     against = model.reference(shelf, current.model) if loss.needs_reference else None
@@ -99,7 +121,7 @@ def assemble(config: Config, typed: list[str], made: Accelerator) -> Trainer | N
     if source.path is not None:
         restore(current, source.path)  # last: loading models draws random numbers
     if made.is_main_process:
-        _record(current, typed, source)
+        _record(current, typed, source, changed)
     facts.header(current, loss, train, held_out, against)
     return TRAINERS[loss.inputs](current, loss, checkpoint, train=train, held_out=held_out, order=order, reference=against)
 
@@ -115,22 +137,46 @@ def _hooks(config: Config) -> tuple[CheckpointHook, dict[str, Hook]]:
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
 
-def _begin(config: Config, directory: RunDir, made: Accelerator) -> find.Found:
+def _begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock: RunLock | None) -> find.Found:
     """Make the run's directory, or find what it goes on from: one process decides, so that all agree."""
     box: list[Any] = [find.Found(None, [])]
+    taken_over = None
+    if made.is_main_process and lock:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        taken_over = lock.acquire(directory.next_attempt())
     if made.is_main_process and config.resume:
         commit.sweep(directory.checkpoints)
         commit.sweep(directory.path)
         asked = directory.asked_checkpoint(config.resume)
         box = [find.Found(find.exactly(asked), [])] if asked else [find.newest(directory.checkpoints)]
+        _refuse_behind(config, directory, box[0].path, total)
     elif made.is_main_process:
         directory.create(overwrite=config.overwrite)
         directory.write_config(saved.dump(config))
     if made.is_main_process:
         write_to(directory.log)
+        if taken_over:
+            log.warning(taken_over)
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     return box[0]
+
+
+def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total: int) -> None:
+    """Raises UserError where a run is to end before where it is, or where nothing is left to go on from."""
+    result = directory.read_result() or {}
+    done = result.get("status") == "finished" and directory.final.is_dir() and not directory.asked_checkpoint(config.resume)
+    if done and source is None:
+        raise UserError(
+            f"{directory.path} is finished and has kept no checkpoint to train on from (checkpoint.every=null?): begin a new run"
+            f" with model.name_or_path={directory.final}"
+        )
+    step = max(find.step_of(source) if source else 0, int(result.get("step") or 0) if done else 0)
+    if step > total:
+        raise UserError(
+            f"{directory.path} is at step {step}, and is to end at {total}: give more train.steps, or name an earlier checkpoint,"
+            f" resume={directory.checkpoints}/step-N"
+        )
 
 
 def _base(config: Config, made: Accelerator) -> Path:
@@ -144,6 +190,8 @@ def _load(
 ) -> Run:
     """Model and optimizer as the strategy wants them; the weights are those of the checkpoint that the run goes on from."""
     reward = loss.inputs is PairScores
+    if checkpoint is not None and shelf.config.peft.name == "none":
+        refuse_other_model(shelf.base, checkpoint / "model")
     inner = model.policy(shelf, reward=reward, checkpoint=checkpoint)
     module = strategy.distribute(model.wrapped(inner, reward=reward), shelf.made)
     optimizer = model.optimizer(module, shelf.config.optim)
@@ -154,17 +202,29 @@ def _load(
     return current
 
 
-def _record(current: Run, typed: list[str], source: find.Found) -> None:
-    directory = current.directory
+def _record(current: Run, typed: list[str], source: find.Found, changed: Sequence[Change]) -> None:
+    directory, resume = current.directory, current.config.resume
     for line in source.passed_over:
         log.warning(line)
     went_on = f"checkpoints/{source.path.name}" if source.path else "nothing: step 0"
-    if current.config.resume:
+    if resume:
         log.info("going on from %s", went_on)
+        _tell_changes(changed, current.step)
+        place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
+        if moved:
+            log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
     record = facts.attempt(typed, current.accelerator, strategy=strategy.name_of(current.module), source=went_on)
-    directory.start_attempt({**record, "passed_over": source.passed_over})
+    altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
+    directory.start_attempt({**record, **altered, "passed_over": source.passed_over})
     directory.truncate_metrics(current.step if source.path else -1)
     directory.write_result("running", current.step, {})
+
+
+def _tell_changes(changed: Sequence[Change], step: int) -> None:
+    if safe := [str(change) for change in changed if change.why is None]:
+        log.info("changed: %s", ", ".join(safe))
+    if others := [str(change) for change in changed if change.why is not None]:
+        log.warning("CHANGED WHAT THE RUN COMPUTES, from step %d on: %s", step, ", ".join(others))
 
 
 def _train(trainer: Trainer) -> int:

@@ -38,8 +38,8 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     """The loss that `settings` (the node `loss`) names. Raises UserError for whatever it does not take."""
     function, module = _locate(settings, "loss", plugins)
     name = module.__name__.rpartition(".")[2]
-    positional = _positional(function)
-    first = _first_type(function)
+    positional = _positional(function) if inspect.isfunction(function) else []
+    first = _first_type(function) if positional else None
     if first not in INPUTS or not set(positional[1:]) <= {"reference", "statistics"}:
         kinds = ", ".join(kind.__name__ for kind in INPUTS)
         raise UserError(
@@ -71,9 +71,15 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
 def bind_hook(key: str, settings: Mapping[str, Any], plugins: Sequence[str]) -> Callable[[], Any]:
     """Makes the hook that the node `key` (`checkpoint` or `hooks.<name>`) names. Raises UserError for what it does not take."""
     hook, _ = _locate(settings, key, plugins)
-    if not inspect.isclass(hook) or not hasattr(hook, "on_step") or _positional(hook):
-        raise UserError(f"{key}._target_: {settings['_target_']} is no hook: a class with on_step and keyword-only parameters")
-    return partial(hook, **_fit_all(settings, _legal([hook]), key, hook.__name__))
+    base = "halos.hooks.checkpoint.CheckpointHook" if key == "checkpoint" else "halos.hooks.base.Hook"
+    if not inspect.isclass(hook) or base not in [f"{parent.__module__}.{parent.__qualname__}" for parent in hook.__mro__]:
+        raise UserError(f"{key}._target_: {settings['_target_']} is no hook: derive a class from {base}")
+    if others := _positional(hook):
+        raise UserError(f"{key}._target_: {settings['_target_']} takes {others[0]}, but a hook's parameters are keyword-only")
+    defaults = {
+        name: given.default for name, given in inspect.signature(hook).parameters.items() if given.default is not given.empty
+    }
+    return partial(hook, **_fit_all({**defaults, **settings}, _legal([hook]), key, hook.__name__))
 
 
 def _locate(settings: Mapping[str, Any], key: str, plugins: Sequence[str]) -> tuple[Any, ModuleType]:
@@ -94,8 +100,10 @@ def _locate(settings: Mapping[str, Any], key: str, plugins: Sequence[str]) -> tu
         if f"{module_name}.".startswith(f"{error.name}."):
             raise UserError(f"{key}._target_ is {target}, but there is no module {error.name}") from error
         raise UserError(f"{key}: {target} needs the package {error.name}: pip install {error.name}") from error
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"{key}._target_ is {target}, but {module_name} cannot be imported: {error}") from error
     if name not in vars(module):
-        public = [word for word, part in vars(module).items() if callable(part) and part.__module__ == module_name]
+        public = [word for word, part in vars(module).items() if getattr(part, "__module__", None) == module_name]
         raise UserError(f"{key}._target_: {module_name} has no {name!r}; it has {', '.join(sorted(public)) or 'nothing to call'}")
     return vars(module)[name], module
 
@@ -106,9 +114,7 @@ def _positional(function: Callable[..., Any]) -> list[str]:
 
 
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    return get_type_hints(
-        vars(function).get("__init__", function) if inspect.isclass(function) else function, include_extras=True
-    )
+    return get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
 
 
 def _first_type(function: Callable[..., Any]) -> Any:

@@ -34,7 +34,7 @@ def refuse_combinations(config: Config, typed: Sequence[str]) -> None:
         _tokens(config),
         _evaluation(config),
         _betas(config),
-        _plugins(config),
+        _resume_changes(config),
     )
     for complaint in complaints:
         if complaint:
@@ -119,8 +119,7 @@ def _betas(config: Config) -> str | None:
     return f"optim.betas takes two numbers from 0 to below 1, such as [0.9,0.999], not {betas}"
 
 
-def _plugins(config: Config) -> str | None:
-    for package in config.plugins:
-        if not package or find_spec(package.partition(".")[0]) is None:
-            return f"plugins names {package!r}, which Python does not find: install it, or put its directory on PYTHONPATH"
+def _resume_changes(config: Config) -> str | None:
+    if config.resume is None and config.resume_changes != "refuse":
+        return f"resume_changes={config.resume_changes} has no effect without resume=: leave it out"
     return None

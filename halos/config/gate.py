@@ -18,6 +18,7 @@ from omegaconf.errors import (
 
 from halos.config.combinations import refuse_combinations, refuse_for_loss
 from halos.config.paths import check_paths
+from halos.config.plugins import admit
 from halos.config.schema import Config
 from halos.config.secrets import refuse_secrets
 from halos.config.suggest import nearest, schema_keys, unknown_key
@@ -48,6 +49,7 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     refuse_secrets(resolved)
     _check_ranges(resolved)
     refuse_combinations(config, typed)
+    admit(config.plugins)
     check_paths(config, choices or {})
     _bind(config)
     return config

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from halos.config import changes
 from halos.config.schema import Config
+from halos.config.suggest import unknown_key
 from halos.errors import UserError
 
 
@@ -18,21 +22,53 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=10_000)
 
 
-def load(text: str, run_dir: str, resume: str) -> DictConfig:
-    """The configuration of the run in `run_dir`, to go on where it lies now.
+def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]:
+    """What the run in `run_dir` was last configured with: config.yaml, and on top what its attempts changed, in their order.
 
-    What must be typed on this command is not taken from the file: plugins, overwrite, dry_run.
+    `attempts` are name -> text. Raises UserError where one of the files is none of ours.
     """
+    settings = _parsed(text, f"{run_dir}/config.yaml")
+    if not settings:
+        raise UserError(f"{run_dir}/config.yaml holds no configuration")
+    for name, record in attempts.items():
+        changed = _parsed(record, f"{run_dir}/attempts/{name}").get("changed") or {}
+        try:
+            changes.apply(settings, changed)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise UserError(f"{run_dir}/attempts/{name} cannot be read: `changed` is no {{key: [old, new]}}") from error
+    try:
+        OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(_literal(settings)))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{run_dir}/config.yaml does not fit this version: {_told(error)}") from error
+    return settings
+
+
+def composed(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:
+    """A saved configuration as one to go on with, where it lies now.
+
+    What must be typed on this command is not taken from the files: plugins, overwrite, dry_run, resume_changes.
+    """
+    own = {
+        "run_dir": run_dir, "resume": resume, "plugins": [], "overwrite": False, "dry_run": False, "resume_changes": "refuse",
+    }  # fmt: skip
+    made = OmegaConf.create(_literal({**settings, **own}))
+    assert isinstance(made, DictConfig)
+    return made
+
+
+def _parsed(text: str, name: str) -> dict[str, Any]:
     try:
         node = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise UserError(f"{run_dir}/config.yaml cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(node, dict):
-        raise UserError(f"{run_dir}/config.yaml holds no configuration")
-    own = {"run_dir": run_dir, "resume": resume, "plugins": [], "overwrite": False, "dry_run": False}
-    saved = OmegaConf.create(_literal({**node, **own}))
-    assert isinstance(saved, DictConfig)
-    return saved
+        raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+    return node if isinstance(node, dict) else {}
+
+
+def _told(error: OmegaConfBaseException) -> str:
+    key = str(error.full_key or error.key or "")
+    if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
+        return unknown_key(key, [])
+    return f"{key}: {str(error).partition(chr(10))[0]}"
 
 
 def _literal(node: Any) -> Any:

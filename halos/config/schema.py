@@ -118,6 +118,7 @@ class Config:
     cache_dir: str = key()
     seed: int = key(least=0)
     resume: str | None = key()
+    resume_changes: str = key(one_of=("refuse", "allow"))
     overwrite: bool = key()
     dry_run: bool = key()
     plugins: list[str] = key()

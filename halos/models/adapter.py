@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.errors import UserError
@@ -40,9 +40,22 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
     try:
         result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{directory} is not an adapter of this model: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{directory} is not an adapter of {_base(model)}: {_misfit(model, weights) or error}") from error
     missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or result.unexpected_keys:
         example = (missing + result.unexpected_keys)[0]
         counts = f"{len(missing)} tensors are missing from it and {len(result.unexpected_keys)} belong nowhere"
-        raise UserError(f"{directory} is not an adapter of this model: {counts}, such as {example}")
+        raise UserError(f"{directory} is not an adapter of {_base(model)}: {counts}, such as {example}")
+
+
+def _base(model: PeftModel) -> str:
+    return f"this run's model, {model.peft_config['default'].base_model_name_or_path}"
+
+
+def _misfit(model: PeftModel, weights: dict[str, Tensor]) -> str | None:
+    """The first tensor whose shape is not the model's, if that is it."""
+    mine = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for name, value in weights.items():
+        if name in mine and mine[name].shape != value.shape:
+            return f"{name} is {list(value.shape)} instead of {list(mine[name].shape)}"
+    return None

@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -22,13 +23,18 @@ from halos.logps.attention import SEGMENTS, register
 
 log = logging.getLogger(__name__)
 
+SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # what is loaded runs no code
+
 
 def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The directory's tokenizer with `add_tokens` in its vocabulary, and those of them that it did not know.
 
     Padding is never trained on, so it may be eos.
     """
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: its tokenizer could not be loaded: {str(error).splitlines()[0]}") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: only fast tokenizers (tokenizer.json) are supported")
     if tokenizer.eos_token is None:
@@ -89,8 +95,8 @@ def load_model(
 
     Embeddings of `new_tokens` start at the mean of the others.
     """
-    config = AutoConfig.from_pretrained(directory)
-    extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **_quantization(quantize)}
+    config = read_config(directory)
+    extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **SAFELY, **_quantization(quantize)}
     torch.manual_seed(seed)  # a fresh score head is drawn here
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
@@ -98,7 +104,7 @@ def load_model(
         extra["num_labels"] = 1
     try:
         model = auto.from_pretrained(directory, **extra)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(f"{directory} could not be loaded as a {auto.__name__}: {str(error).splitlines()[0]}") from error
     if not model.is_backend_compatible():
         raise UserError(f"{type(model).__name__} does not let its attention be chosen, which packing needs; it is not supported")
@@ -108,6 +114,29 @@ def load_model(
     if not reward:
         model.generation_config = _stops(model, tokenizer)
     return model
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """Its config.json. Raises UserError for what transformers itself does not know; no code beside the model is run."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: its config.json could not be loaded: {str(error).splitlines()[0]}") from error
+
+
+def refuse_other_model(base: Path, saved: Path) -> None:
+    """Raises UserError where a checkpoint's whole model is another than the base that the run began with."""
+    one, other = (_shape(read_config(place)) for place in (base, saved))
+    if facts := [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]:
+        told = ", ".join(f"{name} {other.get(name)} instead of {one.get(name)}" for name in facts[:4])
+        raise UserError(f"{saved} is not the model of this run, {base}: {told}")
+
+
+def _shape(config: PretrainedConfig) -> dict[str, Any]:
+    """What gives a model's parameters their names and shapes; the vocabulary may have grown."""
+    facts = config.get_text_config().to_dict()
+    sizes = {name: value for name, value in facts.items() if type(value) is int and not name.endswith(("_id", "vocab_size"))}
+    return {"model_type": config.model_type, **sizes}
 
 
 def _must_score(directory: Path, architectures: list[str], labels: int) -> None:

@@ -33,8 +33,15 @@ def forgetful(policy: Pair, statistics, *, beta: float): ...
 
 def odd(policy: int, *, beta: float): ...
 
-class Hook:
-    def __init__(self, *, every: Annotated[int, Range(least=1)], name: str): self.every, self.name = every, name
+from halos.hooks import base, checkpoint
+
+class Hook(base.Hook):
+    def __init__(self, *, every: Annotated[int, Range(least=1)], name: str, loud: bool = False):
+        self.every, self.name, self.loud = every, name, loud
+
+class Child(Hook): ...
+
+class Stranger:
     def on_step(self, run, metrics): ...
 
 class Positional(Hook):
@@ -170,9 +177,10 @@ def test_a_function_of_something_else_is_no_loss(plugin):
 
 
 def test_a_hook_is_made_from_its_knobs(plugin):
-    make = bind_hook("hooks.mine", {"_target_": "toyplugin.Hook", "every": "3", "name": "n"}, ["toyplugin"])
-    hook = make()
-    assert (hook.every, hook.name) == (3, "n")
+    for name in ("Hook", "Child"):
+        hook = bind_hook("hooks.mine", {"_target_": f"toyplugin.{name}", "every": "3", "name": "n"}, ["toyplugin"])()
+        assert (hook.every, hook.name, hook.loud) == (3, "n", False)
+    assert bind_hook("hooks.mine", {"_target_": "toyplugin.Hook", "every": 3, "name": "n", "loud": True}, ["toyplugin"])().loud
 
 
 @pytest.mark.parametrize(
@@ -181,11 +189,16 @@ def test_a_hook_is_made_from_its_knobs(plugin):
         ({"_target_": "toyplugin.Hook", "every": 0, "name": "n"}, "hooks.mine.every takes a whole number (at least 1), not 0"),
         (
             {"_target_": "toyplugin.Hook", "evry": 1, "name": "n"},
-            "Hook takes no 'evry'; it takes every, name (did you mean every?)",
+            "Hook takes no 'evry'; it takes every, name, loud (did you mean every?)",
         ),
         ({"_target_": "toyplugin.Hook", "every": 1}, "hooks.mine.name is missing"),
-        ({"_target_": "toyplugin.Positional", "name": "n"}, "is no hook"),
+        ({"_target_": "toyplugin.Child", "every": 0, "name": "n"}, "hooks.mine.every takes a whole number (at least 1), not 0"),
+        ({"_target_": "toyplugin.Positional", "name": "n"}, "takes every, but a hook's parameters are keyword-only"),
         ({"_target_": "toyplugin.mine"}, "is no hook"),
+        ({"_target_": "toyplugin.Stranger"}, "is no hook: derive a class from halos.hooks.base.Hook"),
+        ({"_target_": "toyplugin.base"}, "is no hook"),
+        ({"_target_": "toyplugin.Hok"}, "toyplugin has no 'Hok'; it has Child, Hook, Positional"),
+        ({"_target_": "toyplugin.sub.Hook"}, "there is no module toyplugin.sub"),
         (3, "hooks.mine takes a mapping with a _target_"),
     ],
 )
@@ -193,6 +206,27 @@ def test_what_a_hook_does_not_take_is_refused(plugin, settings, words):
     with pytest.raises(UserError) as caught:
         bind_hook("hooks.mine", settings, ["toyplugin"])
     assert words in str(caught.value)
+
+
+def test_what_saves_a_run_is_a_checkpoint_hook(plugin):
+    settings = yaml.safe_load((CONFIG / "checkpoint" / "default.yaml").read_text())
+    bind_hook("checkpoint", settings, [])
+    for target in ("toyplugin.Hook", "halos.hooks.base.Hook"):
+        with pytest.raises(UserError, match=r"derive a class from halos\.hooks\.checkpoint\.CheckpointHook"):
+            bind_hook("checkpoint", {**settings, "_target_": target}, ["toyplugin"])
+
+
+@pytest.mark.parametrize("text", ["def broken(:", "from halos.types import Nothing"])
+def test_a_plugin_that_cannot_be_imported_says_why(plugin, text):
+    plugin.write_text(text)
+    with pytest.raises(UserError, match=r"toyplugin cannot be imported: .*(invalid syntax|Nothing)"):
+        bind_hook("hooks.mine", {"_target_": "toyplugin.Hook"}, ["toyplugin"])
+
+
+def test_what_is_no_function_is_no_loss(plugin):
+    for target in ("toyplugin.base", "toyplugin.Hook", "halos.losses.dpo.Loss"):
+        with pytest.raises(UserError, match="is no loss"):
+            bind_loss({"_target_": target}, ["toyplugin"])
 
 
 def test_a_missing_third_party_package_is_named(plugin):

@@ -1,0 +1,235 @@
+"""What may be typed anew when a run is resumed, and what would silently change what it computes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from halos.config.paths import BUNDLED_MODELS
+from halos.config.schema import Config
+from halos.config.values import show
+from halos.errors import UserError
+
+SAFE = "safe"  # what a step computes does not depend on it
+MATHEMATICAL = "mathematical"  # it does
+COMMAND = "command"  # of one command, or of the place where the run lies: never compared
+
+
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What a run has behind it, as far as it decides which changes are safe."""
+
+    settings: Mapping[str, Any]  # as it was last configured
+    path: Path
+    oldest: int | None  # step of its oldest checkpoint, below which it can only start over
+
+
+Condition = Callable[[Config, Past], str | None]  # why the change would alter what is computed; None where it would not
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One key that is no longer what it was. `why` says what it does to the mathematics; None: nothing."""
+
+    key: str
+    old: Any
+    new: Any
+    why: str | None
+
+    def __str__(self) -> str:
+        return f"{self.key} {show(self.old)} -> {show(self.new)}"
+
+
+def _length(config: Config, past: Past) -> str | None:
+    """More or fewer steps are free where the rate of every step to come is what it would have been."""
+    schedule, before = config.schedule, past.settings["train"].get("steps")
+    if schedule.name != "constant":
+        return f"the {schedule.name} schedule is spread over all steps"
+    if not 0 < schedule.warmup < 1 or past.oldest is None:
+        return None
+    if before and config.train.steps and past.oldest > schedule.warmup * max(before, config.train.steps):
+        return None  # behind the old warm-up and the new one
+    return f"its warm-up is a share of all steps (schedule.warmup={schedule.warmup})"
+
+
+def _microbatch(config: Config, past: Past) -> str | None:
+    if config.peft.name == "lora" and config.peft.lora_dropout:
+        return f"with peft.lora_dropout={config.peft.lora_dropout} it decides what is dropped"
+    name = config.model.name_or_path
+    if name in BUNDLED_MODELS:
+        return None
+    places = [*past.path.glob("checkpoints/step-*/model"), past.path / "FINAL", Path(name or "")]
+    found = next((place / "config.json" for place in places if (place / "config.json").is_file()), None) or _cached(config)
+    if found is None:
+        return "whether its model has dropout cannot be told before it loads"
+    dropout = _dropout(json.loads(found.read_text(encoding="utf-8")))
+    return f"with the model's {dropout} it decides what is dropped" if dropout else None
+
+
+def _cached(config: Config) -> Path | None:
+    """A hub model's config.json, where it was downloaded before."""
+    from huggingface_hub import try_to_load_from_cache  # here: most commands do without
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(config.model.name_or_path or "", "config.json", revision=config.model.revision)
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _dropout(node: Any) -> str | None:
+    """The first dropout of a model's configuration that is not zero, `resid_pdrop=0.1`."""
+    for name, value in node.items() if isinstance(node, dict) else ():
+        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+            return f"{name}={value}"
+        if inner := _dropout(value):
+            return inner
+    return None
+
+
+def _objective(config: Config, past: Past) -> str | None:
+    return "early stopping remembers the best of the other objective" if config.train.early_stopping is not None else None
+
+
+CHANGES: dict[str, str | Condition] = {
+    "loss": MATHEMATICAL,
+    "model.name_or_path": MATHEMATICAL,
+    "model.revision": MATHEMATICAL,
+    "model.dtype": MATHEMATICAL,
+    "model.attention": MATHEMATICAL,
+    "model.chat_template": MATHEMATICAL,
+    "model.add_tokens": MATHEMATICAL,
+    "model.quantize": MATHEMATICAL,
+    "reference.name_or_path": MATHEMATICAL,
+    "reference.revision": MATHEMATICAL,
+    "data.train": MATHEMATICAL,
+    "data.eval": MATHEMATICAL,  # what keep_best and early stopping compare
+    "data.root": MATHEMATICAL,
+    "data.score": MATHEMATICAL,
+    "peft.name": MATHEMATICAL,
+    "peft.r": MATHEMATICAL,
+    "peft.lora_alpha": MATHEMATICAL,
+    "peft.lora_dropout": MATHEMATICAL,
+    "peft.target_modules": MATHEMATICAL,
+    "peft.bias": MATHEMATICAL,
+    "peft.use_rslora": MATHEMATICAL,
+    "peft.use_dora": MATHEMATICAL,
+    "peft.rank_pattern": MATHEMATICAL,
+    "peft.alpha_pattern": MATHEMATICAL,
+    "peft.modules_to_save": MATHEMATICAL,
+    "train.steps": _length,
+    "train.epochs": _length,
+    "train.batch_size": MATHEMATICAL,
+    "train.microbatch_size": _microbatch,
+    "train.max_length": MATHEMATICAL,
+    "train.truncation": MATHEMATICAL,
+    "train.eval_every": SAFE,
+    "train.eval_at_start": SAFE,
+    "train.log_every": SAFE,
+    "train.max_grad_norm": MATHEMATICAL,
+    "train.precision": MATHEMATICAL,
+    "train.activation_checkpointing": SAFE,
+    "train.early_stopping": SAFE,  # it ends a run, and changes no step
+    "optim.name": MATHEMATICAL,
+    "optim.lr": MATHEMATICAL,
+    "optim.lr_by_peft": MATHEMATICAL,
+    "optim.lr_from_scratch": MATHEMATICAL,
+    "optim.betas": MATHEMATICAL,
+    "optim.eps": MATHEMATICAL,
+    "optim.weight_decay": MATHEMATICAL,
+    "schedule.name": MATHEMATICAL,
+    "schedule.warmup": MATHEMATICAL,
+    "schedule.final": MATHEMATICAL,
+    "checkpoint": SAFE,
+    "hooks": SAFE,
+    "objective.metric": _objective,
+    "objective.mode": _objective,
+    "exp_name": COMMAND,
+    "output_root": COMMAND,
+    "run_dir": COMMAND,
+    "cache_dir": SAFE,
+    "seed": MATHEMATICAL,
+    "resume": COMMAND,
+    "resume_changes": COMMAND,
+    "overwrite": COMMAND,
+    "dry_run": COMMAND,
+    "plugins": COMMAND,
+}
+
+
+def compare(config: Config, past: Past) -> list[Change]:
+    """Every key in which `config` is not what the run was last configured with."""
+    changes = []
+    for key, verdict in CHANGES.items():
+        if verdict == COMMAND:
+            continue
+        for name, old, new in _differences(key, _at(past.settings, key), _at(asdict(config), key)):
+            safe = verdict == SAFE or not present(past.settings, key)  # a key that is younger than the run had no value in it
+            why = None if safe else "" if isinstance(verdict, str) else verdict(config, past)
+            changes.append(Change(name, old, new, why))
+    return changes
+
+
+def refuse(changes: Sequence[Change], path: Path) -> None:
+    """Raises UserError, with all of them in one message, where changes would silently alter what a run computes."""
+    told = [f"{change}{f' ({change.why})' if change.why else ''}" for change in changes if change.why is not None]
+    if told:
+        raise UserError(
+            f"{path} would no longer compute what it began: {'; '.join(told)}. Leave that out; or add resume_changes=allow, and"
+            " it goes on changed, on record; or begin a new run from what it has trained, without resume="
+        )
+
+
+def apply(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> None:
+    """Put what an earlier attempt changed, {key: [old, new]}, into a saved configuration."""
+    for key, (_, new) in changed.items():
+        *parents, name = key.split(".")
+        node = settings
+        for parent in parents:
+            node = node[parent]
+        node[name] = new
+    settings["hooks"] = {name: hook for name, hook in settings["hooks"].items() if hook is not None}
+
+
+def present(settings: Mapping[str, Any], key: str) -> bool:
+    """Whether a dotted key is there, be it with null."""
+    section, _, name = key.rpartition(".")
+    node = _at(settings, section) if section else settings
+    return isinstance(node, Mapping) and name in node
+
+
+def _at(node: Mapping[str, Any], key: str) -> Any:
+    """The value at a dotted key, None where there is nothing."""
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None  # type: ignore[assignment]
+    return node
+
+
+def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    """What changed at a key: of a loss or checkpoint each knob while the knobs are the same, of hooks each hook."""
+    if _same(old, new):
+        return []
+    each = key == "hooks" or (key in ("loss", "checkpoint") and isinstance(old, Mapping) and old.keys() == new.keys())
+    if not each:
+        return [(key, old, new)]
+    names = list(dict.fromkeys([*(old or {}), *new]))
+    pairs = [(f"{key}.{name}", (old or {}).get(name), new.get(name)) for name in names]
+    return [(name, one, other) for name, one, other in pairs if not _same(one, other)]
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, whichever way a number is written: YAML reads 1e-5 as text."""
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        return one.keys() == other.keys() and all(_same(one[name], other[name]) for name in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, bool) or isinstance(other, bool) or isinstance(one, str) == isinstance(other, str):
+        return one == other and isinstance(one, bool) == isinstance(other, bool)
+    try:
+        return float(one) == float(other)
+    except (TypeError, ValueError):
+        return False

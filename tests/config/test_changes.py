@@ -1,0 +1,157 @@
+"""Which keys a resume takes, which it refuses, and on what conditions."""
+
+import json
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.config import changes
+from halos.config.changes import CHANGES, COMMAND, Change, Past
+from halos.config.schema import (
+    Config,
+    Data,
+    Model,
+    Objective,
+    Optim,
+    Peft,
+    Reference,
+    Schedule,
+    Train,
+)
+from halos.config.suggest import schema_keys
+from halos.errors import UserError
+
+
+def config(**values: Any) -> Config:
+    made = Config(
+        loss={"_target_": "halos.losses.dpo.dpo", "beta": 0.1}, model=Model(name_or_path="tiny"), reference=Reference(),
+        data=Data(train=["a.jsonl"]), peft=Peft(name="none", lora_dropout=0.0, rank_pattern={}),
+        train=Train(steps=100, epochs=1.0, microbatch_size=4, early_stopping=None), optim=Optim(lr=1e-5),
+        schedule=Schedule(name="constant", warmup=0.0), objective=Objective(metric="loss", mode="min"),
+        checkpoint={"_target_": "halos.hooks.checkpoint.CheckpointHook", "every": 10}, hooks={}, seed=0,
+    )  # fmt: skip
+    for key, value in values.items():
+        *sections, name = key.split("__")
+        node = made
+        for section in sections:
+            node = getattr(node, section) if is_dataclass(node) else node[section]
+        node.update({name: value}) if isinstance(node, dict) else setattr(node, name, value)
+    return made
+
+
+def found(new: Config, old: Config | None = None, path: Path = Path("nowhere"), oldest: int | None = 50) -> list[Change]:
+    return changes.compare(new, Past(asdict(old or config()), path, oldest))
+
+
+def test_every_key_of_the_schema_is_classified_once() -> None:
+    assert set(CHANGES) == {key for key, kind in schema_keys().items() if not is_dataclass(kind)}
+
+
+def test_what_was_not_changed_is_no_change_however_it_is_written() -> None:
+    assert found(config()) == []
+    assert found(config(loss__beta="1e-1", optim__lr="1e-5", train__steps=100.0)) == []
+    assert [c.key for c in found(config(loss__beta="much", hooks={"a": {}}, model__add_tokens=["1"]))] == [
+        "loss.beta", "model.add_tokens", "hooks.a",
+    ]  # fmt: skip
+    assert not changes._same(True, 1)
+    assert not changes._same("", False)
+
+
+def test_a_change_of_knobs_names_the_knob_and_a_change_of_kind_the_whole() -> None:
+    assert [str(c) for c in found(config(checkpoint__every=None))] == ["checkpoint.every 10 -> null"]
+    other = {"_target_": "my.Own", "when": 3}
+    assert [(c.key, c.new) for c in found(config(checkpoint=other))] == [("checkpoint", other)]
+    hooked = config(hooks={"a": {"_target_": "m.A", "x": 1}})
+    assert [(c.key, c.new) for c in found(config(hooks={"b": {}}), old=hooked)] == [("hooks.a", None), ("hooks.b", {})]
+
+
+@pytest.mark.parametrize(
+    "change", [{"loss__beta": 0.3}, {"seed": 1}, {"peft__rank_pattern": {"q.proj": 4}}, {"data__eval": ["b"]}]
+)
+def test_the_mathematics_is_refused_by_name(change: dict[str, Any]) -> None:
+    [one] = found(config(**change))
+    assert one.why is not None
+    with pytest.raises(UserError, match=one.key):
+        changes.refuse([one], Path("runs/demo"))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "oldest", "why"),
+    [
+        (("constant", 0), 200, 50, None),
+        (("constant", 20), 200, 10, None),
+        (("constant", 0), 60, 50, None),
+        (("cosine", 0), 200, 50, "the cosine schedule is spread over all steps"),
+        (("linear", 20), 99, 50, "the linear schedule is spread over all steps"),
+        (("constant", 0.1), 200, 50, None),  # behind both warm-ups, 10 steps and 20
+        (("constant", 0.1), 600, 50, "its warm-up is a share of all steps (schedule.warmup=0.1)"),
+        (("constant", 0.1), 600, None, None),  # starts over
+        (("constant", 0.1), None, 50, "its warm-up is a share of all steps (schedule.warmup=0.1)"),
+    ],
+)
+def test_more_steps_are_free_where_no_rate_depends_on_their_number(
+    schedule: tuple[str, float], steps: int | None, oldest: int | None, why: str | None
+) -> None:
+    settings = {"schedule__name": schedule[0], "schedule__warmup": schedule[1]}
+    [one] = found(config(**settings, train__steps=steps), config(**settings), oldest=oldest)
+    assert (one.key, one.why) == ("train.steps", why)
+
+
+def test_a_microbatch_is_free_where_nothing_is_dropped(tmp_path: Path) -> None:
+    def why(path: Path = tmp_path / "run", **settings: Any) -> str | None:
+        [one] = found(config(train__microbatch_size=2, **settings), config(**settings), path)
+        return one.why
+
+    assert why() is None
+    assert why(peft__lora_dropout=0.1) is None, "there is no LoRA"
+    assert why(peft__name="lora", peft__lora_dropout=0.1) == "with peft.lora_dropout=0.1 it decides what is dropped"
+    base = tmp_path / "base"
+    base.mkdir()
+    facts: dict[str, Any] = {"attention_dropout": 0.0, "classifier_dropout": None, "use_dropout": True}
+    (base / "config.json").write_text(json.dumps(facts))
+    assert why(model__name_or_path=str(base)) is None
+    (base / "config.json").write_text(json.dumps({**facts, "text_config": {"resid_pdrop": 0.1}}))
+    assert why(model__name_or_path=str(base)) == "with the model's resid_pdrop=0.1 it decides what is dropped"
+    assert "cannot be told" in str(why(model__name_or_path="org/never-downloaded"))
+    assert "cannot be told" in str(why(model__name_or_path="some/model.gguf"))
+    saved = tmp_path / "run" / "checkpoints" / "step-00000002" / "model"
+    saved.mkdir(parents=True)
+    (saved / "config.json").write_text(json.dumps(facts))
+    assert why(model__name_or_path="org/never-downloaded") is None
+
+
+def test_the_objective_is_free_unless_early_stopping_follows_it() -> None:
+    assert [c.why for c in found(config(objective__metric="kl"))] == [None]
+    watched = config(train__early_stopping=2)
+    assert "early stopping" in str(found(config(train__early_stopping=2, objective__mode="max"), watched)[0].why)
+
+
+def test_a_key_that_is_younger_than_the_run_is_free() -> None:
+    old = asdict(config())
+    del old["train"]["max_grad_norm"]
+    [one] = changes.compare(config(train__max_grad_norm=1.0), Past(old, Path("nowhere"), None))
+    assert (one.key, one.old, one.new, one.why) == ("train.max_grad_norm", None, 1.0, None)
+
+
+def test_all_that_is_refused_is_in_one_message() -> None:
+    new = config(loss__beta=0.3, seed=1, train__steps=200, schedule__name="cosine", train__log_every=5)
+    with pytest.raises(UserError) as caught:
+        changes.refuse(found(new, config(schedule__name="cosine")), Path("runs/demo"))
+    for part in ("loss.beta 0.1 -> 0.3", "seed 0 -> 1", "train.steps 100 -> 200 (the cosine schedule", "resume_changes=allow"):
+        assert part in str(caught.value)
+    assert "log_every" not in str(caught.value)
+    changes.refuse(found(config(train__log_every=5)), Path("runs/demo"))
+
+
+def test_what_attempts_changed_is_applied_in_order_and_a_null_hook_is_gone() -> None:
+    settings = asdict(config(hooks={"a": {}}))
+    for changed in ({"train.steps": [100, 200], "hooks.b": [None, {}]}, {"train.steps": [200, 300], "hooks.a": [{}, None]}):
+        changes.apply(settings, changed)
+    assert (settings["train"]["steps"], settings["hooks"]) == (300, {"b": {}})
+
+
+def test_of_the_command_are_the_keys_that_are_never_taken_from_a_saved_run() -> None:
+    own = {"resume", "resume_changes", "overwrite", "dry_run", "plugins", "exp_name", "output_root", "run_dir"}
+    assert {key for key, verdict in CHANGES.items() if verdict == COMMAND} == own
