@@ -15,7 +15,7 @@ from halos.build import data, facts, model, strategy
 from halos.build.logs import speak, write_to
 from halos.build.processes import accelerator, launched
 from halos.build.watch import outlive_no_launcher, together
-from halos.checkpoint import commit, find
+from halos.checkpoint import find
 from halos.config import saved
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.changes import Change
@@ -145,10 +145,7 @@ def _begin(config: Config, directory: RunDir, made: Accelerator, total: int, loc
         directory.path.mkdir(parents=True, exist_ok=True)
         taken_over = lock.acquire(directory.next_attempt())
     if made.is_main_process and config.resume:
-        commit.sweep(directory.checkpoints)
-        commit.sweep(directory.path)
-        asked = directory.asked_checkpoint(config.resume)
-        box = [find.Found(find.exactly(asked), [])] if asked else [find.newest(directory.checkpoints)]
+        box = [find.go_on(directory, directory.asked_checkpoint(config.resume))]
         _refuse_behind(config, directory, box[0].path, total)
     elif made.is_main_process:
         directory.create(overwrite=config.overwrite)
@@ -235,7 +232,7 @@ def _train(trainer: Trainer) -> int:
     try:
         trainer.fit()
         stopped = current.stop is not None and not current.stop.finished
-        status = "stopped" if stopped else "failed" if current.failure else "finished"
+        status = "failed" if current.failure else "stopped" if stopped else "finished"
         note = current.failure or (current.stop.reason if current.stop else None)
     except BaseException as error:
         note = f"{type(error).__name__}: {error}"

@@ -9,12 +9,7 @@ from halos.errors import UserError
 
 
 def _size(path: Path) -> str:
-    size = float(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
+    return manifest.in_words(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
 
 
 def _saved(run: Path) -> list[Path]:
@@ -27,13 +22,19 @@ def _saved(run: Path) -> list[Path]:
     return found
 
 
+def _condition(path: Path) -> str:
+    try:
+        return "BAD" if manifest.verify(path) else "whole"
+    except manifest.NewerFormatError:
+        return "NEWER"
+
+
 def ls(run: Path) -> int:
-    """Steps, sizes, held-out metrics, and whether each is whole."""
+    """Steps, sizes, held-out metrics, and whether each is whole (BAD: damaged; NEWER: saved by a later version)."""
     for path in _saved(run):
-        faults = manifest.verify(path)
         metrics = find.metrics_of(path).get("eval", {})
         shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
-        print(f"{path.name:14s} {_size(path):>10s}  {'whole' if not faults else 'BAD'}  {shown}")
+        print(f"{path.name:14s} {_size(path):>10s}  {_condition(path):5s}  {shown}")
     return 0
 
 
@@ -42,7 +43,8 @@ def verify(run: Path) -> int:
     bad = False
     for path in _saved(run):
         faults = {fault.file: fault for fault in manifest.verify(path)}
-        listed = (manifest.read(path) or {"files": {}})["files"]
+        listing = manifest.read(path)
+        listed = {} if isinstance(listing, manifest.Fault) else listing["files"]
         for name in sorted({*listed, *faults}):
             print(f"{path.name}/{name}: {faults[name].reason if name in faults else 'ok'}")
         bad |= bool(faults)

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halos.checkpoint import manifest
+from halos.checkpoint import commit, manifest
 from halos.errors import UserError
+from halos.rundir import RunDir
 
 STEP = re.compile(r"step-(\d+)$")
 
@@ -36,6 +37,20 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def go_on(run: RunDir, asked: Path | None) -> Found:
+    """What a resumed run goes on from, when the leftovers of dead saves are gone. Raises UserError, then touching nothing."""
+    refuse_newer(run.checkpoints)
+    commit.sweep(run.checkpoints)
+    commit.sweep(run.path)
+    return Found(exactly(asked), []) if asked else newest(run.checkpoints)
+
+
+def refuse_newer(directory: Path) -> None:
+    """Raises NewerFormatError where a later version of halos has saved here: nothing older is taken in its place."""
+    for path in checkpoints(directory):
+        manifest.read(path)
+
+
 def newest(directory: Path) -> Found:
     """The newest checkpoint of `directory` whose every byte is what its manifest says."""
     passed_over = []
@@ -54,6 +69,12 @@ def exactly(path: Path) -> Path:
     if faults:
         raise UserError(f"{path} cannot be resumed from: {'; '.join(str(fault) for fault in faults[:3])}")
     return path
+
+
+def score_of(path: Path, metric: str) -> float | None:
+    """A checkpoint's held-out metric, or None where it has none."""
+    score = metrics_of(path).get("eval", {}).get(metric)
+    return score if isinstance(score, (int, float)) else None
 
 
 def metrics_of(path: Path) -> dict[str, Any]:

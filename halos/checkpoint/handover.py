@@ -34,7 +34,7 @@ def merged(saved: Path, output: Path, dtype: torch.dtype | None) -> proof.Proof:
     auto: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     config = AutoConfig.from_pretrained(base, **({"num_labels": 1} if reward else {}))
     kind = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    with staged(output, main=True, barrier=lambda: None, facts={"merged_from": str(saved)}) as path:
+    with staged(output, main=True, facts={"merged_from": str(saved)}) as path:
         with torch.device("meta"):
             bare = auto.from_config(config)
         facts = merge.merge(base, adapter, path, model=bare, dtype=kind)

@@ -1,14 +1,36 @@
 """Which checkpoints may go: a pure function, so that it can be tested over every history."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 
-def expendable(scores: Mapping[int, float | None], *, keep_last: int, keep_best: int, largest: bool) -> list[int]:
-    """Steps to delete, oldest first, given each whole checkpoint's score (None where it was never evaluated).
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What `checkpoint.{keep_last,keep_best,keep_every,pinned}` and `objective.mode` ask for."""
 
-    Kept are the newest `keep_last` (never fewer than one) and the best `keep_best`; of equal scores the newer is kept.
-    """
-    newest = sorted(scores)[-max(1, keep_last) :]
-    ranked = sorted((score if largest else -score, step) for step, score in scores.items() if score is not None)
-    best = [step for _, step in ranked[-keep_best:]] if keep_best else []
-    return sorted(set(scores) - set(newest) - set(best))
+    keep_last: int
+    keep_best: int
+    keep_every: int | None
+    pinned: frozenset[int]
+    largest: bool
+
+    def permanent(self, step: int) -> bool:
+        return step in self.pinned or (self.keep_every is not None and step % self.keep_every == 0)
+
+    def expendable(self, scores: Mapping[int, float | None]) -> list[int]:
+        """Steps to delete, oldest first, given each whole checkpoint's score (None where it was never evaluated).
+
+        Kept are the newest `keep_last` (never fewer than one), the best `keep_best`, and the permanent ones beside them. Of
+        equal scores the newer is kept; a score that is no finite number is none.
+        """
+        newest = sorted(scores)[-max(1, self.keep_last) :]
+        known = [(score, step) for step, score in scores.items() if score is not None and math.isfinite(score)]
+        ranked = sorted((score if self.largest else -score, step) for score, step in known)
+        best = [step for _, step in ranked[-self.keep_best :]] if self.keep_best else []
+        return sorted(step for step in {*scores} - {*newest} - {*best} if not self.permanent(step))
+
+    def most(self, saves: Collection[int]) -> int:
+        """How many checkpoints lie on the disk at once, at most, in a run that saves at the steps `saves`."""
+        permanent = sum(map(self.permanent, saves))
+        return min(len(saves), max(1, self.keep_last) + self.keep_best + permanent + 1)  # one being written

@@ -2,17 +2,22 @@
 
 import json
 import logging
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from halos.checkpoint import commit, find, merge, proof, retention, state, weights
+from halos.checkpoint import commit, find, manifest, merge, proof, space, state, weights
 from halos.checkpoint.handover import compared
-from halos.hooks.base import Hook, Run
+from halos.checkpoint.retention import Policy
+from halos.errors import UserError
+from halos.hooks.base import Hook, Run, Stop
 from halos.logps.model import bare
 from halos.types import Range
 
@@ -28,23 +33,47 @@ class CheckpointHook(Hook):
         every: Annotated[int | None, Range(least=1)],
         keep_last: Annotated[int, Range(least=1)],
         keep_best: Annotated[int, Range(least=0)],
+        keep_every: Annotated[int | None, Range(least=1)],
+        pinned: Annotated[list[int], Range(least=1)],
+        on_full_disk: Literal["warn", "stop"],
         merge_lora: bool,
         merge_dtype: Literal["auto", "float32", "bfloat16", "float16"],
     ) -> None:
+        if keep_every is not None and (every is None or keep_every % every):
+            raise UserError(
+                f"checkpoint.keep_every={keep_every} is no multiple of checkpoint.every={every}: nothing is saved then"
+            )
         self.every, self.keep_last, self.keep_best = every, keep_last, keep_best
+        self.keep_every, self.pinned, self.on_full_disk = keep_every, frozenset(pinned), on_full_disk
         self.merge_lora, self.merge_dtype = merge_lora, merge_dtype
+        self._whole: set[int] = set()  # steps whose checkpoints this attempt has verified or written; on the first process
+        self._full: Stop | None = None
 
     def due(self, run: Run) -> bool:
-        return self.every is not None and run.step % self.every == 0
+        return self._due_at(run.step)
+
+    def on_start(self, run: Run) -> None:
+        problem = None
+        if run.main:
+            self._whole = set(self._verified(run))
+            problem = self._too_little_space(run)
+        problem = gather_object([problem])[0]
+        if problem:
+            raise UserError(problem)
 
     def on_save(self, run: Run, path: Path, *, final: bool) -> None:
+        held = commit.Held()
         if final:
-            self._final(run, path)
+            with held:
+                self._final(run, path)
         else:
-            weights.save_weights(path, run.module, run.model, main=run.main)
-            self._state(run, path / "state")
-            if run.main:
-                run.tokenizer.save_pretrained(path / "tokenizer")
+            with held:
+                weights.save_weights(path, run.module, run.model, main=run.main)
+            self._state(run, path / "state", held)
+            with held:
+                if run.main:
+                    run.tokenizer.save_pretrained(path / "tokenizer")
+        held.release()
         if run.main:
             metrics = {"step": run.step, "train": run.last_train, "eval": run.last_eval}
             (path / "metrics.json").write_text(json.dumps(metrics, indent=1))
@@ -52,20 +81,68 @@ class CheckpointHook(Hook):
     def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
         if final or not run.main:
             return
-        objective = run.config.objective
+        self._whole.add(find.step_of(checkpoint))
         paths = {find.step_of(path): path for path in find.checkpoints(checkpoint.parent)}
-        scores = {step: find.metrics_of(path).get("eval", {}).get(objective.metric) for step, path in paths.items()}
-        largest = objective.mode == "max"
-        for step in retention.expendable(scores, keep_last=self.keep_last, keep_best=self.keep_best, largest=largest):
-            commit.discard(paths[step])
+        # one that was damaged or taken away since it was verified must not stand for one that is there
+        whole = [step for step in self._whole & paths.keys() if not manifest.verify(paths[step], contents=False)]
+        scores = {step: find.score_of(paths[step], run.config.objective.metric) for step in whole}
+        try:
+            commit.discard([paths[step] for step in self._policy(run).expendable(scores)])
+        except OSError as error:
+            log.warning("older checkpoints could not be deleted: %s", error)  # what is left of them is swept at the next start
 
-    def _state(self, run: Run, path: Path) -> None:
-        path.mkdir(exist_ok=True)
+    def on_disk_full(self, run: Run, error: commit.DiskFullError, *, final: bool) -> None:
+        """A save found no room, on every process alike: go on, or stop, as `on_full_disk` says; what comes last must be saved."""
+        newest = max((find.step_of(path) for path in find.checkpoints(run.directory.checkpoints)), default=None)
+        standing = "there is no earlier checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
+        what = "FINAL" if final else f"the checkpoint of step {run.step}"
+        message = f"THE DISK IS FULL: {what} was not saved, and {standing} ({error})"
+        stopping = run.stop is not None and not run.stop.finished
+        if self.on_full_disk == "stop" and not stopping and not final and run.step < run.total_steps:
+            self._full = run.stop = Stop(message, finished=False)
+        elif final or (stopping and run.stop is not self._full):
+            run.failure = message
+        log.warning("%s", message)
+
+    def _due_at(self, step: int) -> bool:
+        return step in self.pinned or (self.every is not None and step % self.every == 0)
+
+    def _policy(self, run: Run) -> Policy:
+        largest = run.config.objective.mode == "max"
+        return Policy(self.keep_last, self.keep_best, self.keep_every, self.pinned, largest)
+
+    def _verified(self, run: Run) -> Iterator[int]:
+        """Steps of the checkpoints that are whole, each read once; the one that the run goes on from was, just before."""
+        for path in find.checkpoints(run.directory.checkpoints):
+            step = find.step_of(path)
+            faults = [] if step == run.step else manifest.verify(path)
+            if faults:
+                log.warning("%s is not whole (%s): it is left as it is, and counts as none of those kept", path, faults[0])
+            else:
+                yield step
+
+    def _too_little_space(self, run: Run) -> str | None:
+        """What is wrong with the disk for the checkpoints to come and FINAL, if anything is; says what they will take."""
+        directory, vocabulary = run.directory.checkpoints, len(run.tokenizer)
+        adapter, optimizer = isinstance(run.model, PeftModel), run.config.optim.name
+        one = space.checkpoint_bytes(run.module, adapter=adapter, optimizer=optimizer, vocabulary=vocabulary)
+        final = space.final_bytes(run.module, adapter_alone=adapter and not self.merge_lora, vocabulary=vocabulary)
+        steps = [step for step in range(1, run.total_steps + 1) if self._due_at(step)] or [run.total_steps]
+        most, free = self._policy(run).most(steps), shutil.disk_usage(run.directory.path).free
+        sizes = [manifest.in_words(size) for size in (one, final, free)]
+        log.info("disk       at most %d checkpoints of about %s, FINAL of about %s; %s free", most, *sizes)
+        return space.too_little(directory, free=free, one=one, most=most, there=len(self._whole), final=final)
+
+    def _state(self, run: Run, path: Path, held: commit.Held) -> None:
+        with held:
+            path.mkdir(exist_ok=True)
         run.accelerator.wait_for_everyone()
-        state.save_optimizer(path, run.module, run.optimizer)
-        state.save_random(path, run.accelerator.process_index)
-        if run.main:
-            state.save_progress(path, progress_of(run))
+        with held:
+            state.save_optimizer(path, run.module, run.optimizer)
+        with held:
+            state.save_random(path, run.accelerator.process_index)
+            if run.main:
+                state.save_progress(path, progress_of(run))
 
     def _final(self, run: Run, path: Path) -> None:
         """What from_pretrained loads: merged weights (and adapter/) for LoRA, else the model itself."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -17,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from halos.checkpoint.commit import staged
+from halos.checkpoint.commit import DiskFullError, Held, staged
 from halos.checkpoint.find import name_of
 from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
@@ -155,12 +156,20 @@ class Trainer(ABC):
         run, began = self.run, time.perf_counter()
         target = run.directory.final if final else run.directory.checkpoints / name_of(run.step)
         facts = {"step": run.step, "world_size": run.accelerator.num_processes}
-        with staged(target, main=run.main, barrier=run.accelerator.wait_for_everyone, facts=facts) as path:
-            self._tell(lambda hook: hook.on_save(run, path, final=final))
-        self._tell(lambda hook: hook.on_saved(run, target, final=final))
+        held = Held()
+        try:
+            with staged(target, main=run.main, gather=gather_object, facts=facts) as path:
+                for hook in run.hooks.values():
+                    with held:
+                        hook.on_save(run, path, final=final)
+                held.release()
+        except DiskFullError as error:
+            self.checkpoint.on_disk_full(run, error, final=final)
+        else:
+            self._tell(lambda hook: hook.on_saved(run, target, final=final))
+            self._saved = self._saved if final else run.step
         if not final:
             self._heed()
-            self._saved = run.step
         self._clock += time.perf_counter() - began
 
     # --- when to stop ----------------------------------------------------------------------------------------------------

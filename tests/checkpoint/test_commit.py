@@ -1,16 +1,21 @@
 """A checkpoint appears at once and whole, or not at all."""
 
+import errno
 import json
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 from halos.checkpoint import commit, find, manifest
 
 
 def save(final: Path, text: str = "weights") -> None:
-    with commit.staged(final, main=True, barrier=lambda: None, facts={"step": 1}) as path:
+    with commit.staged(final, main=True, facts={"step": 1}) as path:
         (path / "state").mkdir()
         (path / "state" / "file").write_text(text)
 
@@ -22,7 +27,7 @@ def test_a_commit_is_whole_and_leaves_nothing_hidden(tmp_path: Path) -> None:
 
 
 def fail_to_save(final: Path) -> None:
-    with commit.staged(final, main=True, barrier=lambda: None, facts={}) as path:
+    with commit.staged(final, main=True, facts={}) as path:
         (path / "file").write_text("half")
         raise RuntimeError
 
@@ -71,8 +76,140 @@ def test_every_kind_of_damage_is_found_and_the_one_before_taken(fault: str, tmp_
     assert "step-00000002 passed over" in found.passed_over[0]
 
 
-def test_a_manifest_of_a_newer_format_is_not_guessed_at(tmp_path: Path) -> None:
+def of_newer_format(checkpoint: Path) -> None:
+    """The manifest that a later version would have written."""
+    path = checkpoint / manifest.NAME
+    listed = {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"}
+    path.write_text(manifest.seal(json.dumps({**listed, "format": manifest.FORMAT + 1}, indent=1)))
+
+
+def test_a_manifest_of_a_newer_format_is_refused_and_nothing_older_taken(tmp_path: Path) -> None:
+    save(tmp_path / "step-00000001")
+    save(tmp_path / "step-00000002")
+    of_newer_format(tmp_path / "step-00000002")
+    for refuses in (find.newest, find.refuse_newer):
+        with pytest.raises(manifest.NewerFormatError, match=f"newer version.*format {manifest.FORMAT + 1}"):
+            refuses(tmp_path)
+
+
+def test_a_format_that_was_changed_by_a_flipped_bit_is_damage_and_not_a_newer_version(tmp_path: Path) -> None:
     save(tmp_path / "step-00000001")
     path = tmp_path / "step-00000001" / manifest.NAME
-    path.write_text(json.dumps({**json.loads(path.read_text()), "format": manifest.FORMAT + 1}))
-    assert "this version reads" in str(manifest.verify(tmp_path / "step-00000001")[0])
+    path.write_text(path.read_text().replace(f'"format": {manifest.FORMAT}', f'"format": {manifest.FORMAT + 1}'))
+    assert str(manifest.verify(tmp_path / "step-00000001")[0]) == "manifest.json: contents changed"
+
+
+def test_every_flipped_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
+    save(tmp_path / "step-00000001")
+    path = tmp_path / "step-00000001" / manifest.NAME
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        for bit in (1, 2, 32):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            assert manifest.verify(path.parent), f"byte {place}, bit {bit}"
+    path.write_bytes(whole)
+    assert manifest.verify(path.parent) == []
+
+
+# --- several processes -------------------------------------------------------------------------------------------------
+
+
+def two(final: Path, *bodies: Callable[[Path], None]) -> list[BaseException | None]:
+    """Processes, here threads, that save together; what each of them raised."""
+    turn, boxes = threading.Barrier(len(bodies)), [None] * len(bodies)
+    raised: list[BaseException | None] = [None] * len(bodies)
+
+    def process(rank: int) -> None:
+        def gather(own: list[Any]) -> list[Any]:
+            boxes[rank] = own[0]
+            turn.wait(30)
+            everyone = list(boxes)
+            turn.wait(30)
+            return everyone
+
+        try:
+            with commit.staged(final, main=rank == 0, gather=gather, facts={}) as path:
+                bodies[rank](path)
+        except Exception as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in range(len(bodies))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def writes(path: Path) -> None:
+    (path / f"{threading.get_ident()}").write_text("weights")
+
+
+def finds_no_room(path: Path) -> None:
+    (path / "half").write_text("weig")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def finds_no_room_in_other_words(path: Path) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+def fails(path: Path) -> None:
+    raise ValueError("broken")
+
+
+def test_all_processes_save_together(tmp_path: Path) -> None:
+    assert two(tmp_path / "step-00000001", writes, writes) == [None, None]
+    assert len(manifest.files_of(tmp_path / "step-00000001")) == 2
+
+
+@pytest.mark.parametrize("full", [finds_no_room, finds_no_room_in_other_words])
+@pytest.mark.parametrize("first", [True, False])
+def test_all_learn_that_the_disk_of_one_is_full_and_nothing_is_left(full: Any, first: bool, tmp_path: Path) -> None:
+    save(tmp_path / "step-00000001")
+    raised = two(tmp_path / "step-00000002", *((full, writes) if first else (writes, full)))
+    assert [type(error) for error in raised] == [commit.DiskFullError, commit.DiskFullError]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_another_error_is_raised_as_itself_and_told_to_the_others(tmp_path: Path) -> None:
+    mine, others = two(tmp_path / "step-00000002", fails, finds_no_room)
+    assert isinstance(mine, ValueError)
+    assert isinstance(others, OSError)
+    mine, others = two(tmp_path / "step-00000002", writes, fails)
+    assert isinstance(mine, commit.SaveError)
+    assert "broken" in str(mine)
+    assert isinstance(others, ValueError)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+def test_a_disk_that_fills_at_the_commit_itself_leaves_the_older_one(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    save(tmp_path / "step-00000001", "old")
+    monkeypatch.setattr(os, call, refuse)
+    with pytest.raises(commit.DiskFullError):
+        save(tmp_path / "step-00000001", "new")
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert (tmp_path / "step-00000001" / "state" / "file").read_text() == "old"
+
+
+# --- what dead saves leave ---------------------------------------------------------------------------------------------
+
+
+def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "attempts").mkdir()
+    leftovers = [".config.yaml.123", ".result.json.4", ".metrics.jsonl.77", "attempts/.000.yaml.9"]
+    others = ["config.yaml", "attempts/000.yaml", ".run.lock.12-a3", ".hidden", "notes.1"]
+    for name in (*leftovers, *others):
+        (tmp_path / name).write_text("")
+    (tmp_path / (commit.HIDDEN + "FINAL")).mkdir()
+    commit.sweep(tmp_path)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == set(others)
+    assert not (tmp_path / (commit.HIDDEN + "FINAL")).exists()

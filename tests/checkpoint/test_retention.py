@@ -1,31 +1,253 @@
 """Which checkpoints may go."""
 
+import math
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import hypothesis.strategies as st
+import pytest
 from hypothesis import given
 
-from halos.checkpoint.retention import expendable
+from halos.checkpoint import commit, find, manifest
+from halos.checkpoint.retention import Policy
+from halos.errors import UserError
+from halos.hooks import checkpoint as hook_module
+from halos.hooks.checkpoint import CheckpointHook
+
+
+def policy(
+    keep_last: int, keep_best: int, *, largest: bool = True, keep_every: int | None = None, pinned: Sequence[int] = ()
+) -> Policy:
+    return Policy(keep_last, keep_best, keep_every, frozenset(pinned), largest)
 
 
 def test_the_newest_and_the_best_are_kept() -> None:
     scores = {10: 0.9, 20: 0.5, 30: 0.7, 40: None, 50: 0.6}
-    assert expendable(scores, keep_last=1, keep_best=2, largest=True) == [20, 40]
-    assert expendable(scores, keep_last=2, keep_best=1, largest=False) == [10, 30]
+    assert policy(1, 2).expendable(scores) == [20, 40]
+    assert policy(2, 1, largest=False).expendable(scores) == [10, 30]
 
 
 def test_of_equal_scores_the_newer_is_kept() -> None:
-    assert expendable({1: 0.5, 2: 0.5, 3: 0.1}, keep_last=1, keep_best=1, largest=True) == [1]
+    assert policy(1, 1).expendable({1: 0.5, 2: 0.5, 3: 0.1}) == [1]
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_score_that_is_no_number_never_wins(bad: float, largest: bool) -> None:
+    assert policy(1, 1, largest=largest).expendable({1: bad, 2: 0.5, 3: bad, 4: bad}) == [1, 3]
+
+
+def test_multiples_of_keep_every_and_pinned_steps_are_permanent() -> None:
+    scores = dict.fromkeys(range(10, 110, 10))
+    assert policy(1, 0, keep_every=40, pinned=[10, 70]).expendable(scores) == [20, 30, 50, 60, 90]
+
+
+def test_the_most_that_lie_there_at_once() -> None:
+    assert policy(2, 1).most(range(100, 1001, 100)) == 4
+    assert policy(2, 1, keep_every=500, pinned=[100]).most(range(100, 1001, 100)) == 7
+    assert policy(2, 1).most([100]) == 1
 
 
 @given(
-    st.dictionaries(st.integers(0, 99), st.none() | st.floats(-1, 1), min_size=1),
+    st.dictionaries(st.integers(0, 99), st.none() | st.floats(), min_size=1),
     st.integers(0, 5),
     st.integers(0, 5),
     st.booleans(),
 )
 def test_never_fewer_than_one_and_the_bound_holds(scores: dict[int, float | None], last: int, best: int, largest: bool) -> None:
-    kept = set(scores) - set(expendable(scores, keep_last=last, keep_best=best, largest=largest))
+    kept = set(scores) - set(policy(last, best, largest=largest).expendable(scores))
     assert max(scores) in kept
     assert len(kept) <= max(1, last) + best
-    scored = [value for value in scores.values() if value is not None]
+    scored = [value for value in scores.values() if value is not None and math.isfinite(value)]
     if best and scored:
         assert (max if largest else min)(scored) in [scores[step] for step in kept]
+
+
+# --- the hook, over random histories of saves, crashes, restarts and damage ----------------------------------------------
+
+
+class CrashError(Exception):
+    """Stands for SIGKILL."""
+
+
+@dataclass
+class Saved:
+    """A checkpoint on the model's disk."""
+
+    score: float | None
+    contents: bool = True  # as they were written
+    sizes: bool = True
+
+
+@dataclass
+class World:
+    """A disk in memory, and a run on it that saves, evaluates, crashes, goes on, and whose disk rots."""
+
+    seed: int
+    disk: dict[int, Saved] = field(default_factory=dict)
+    step: int = 0
+    num_retained: int = 0
+
+    def __post_init__(self) -> None:
+        self.chance = random.Random(self.seed)
+        every = self.chance.choice([1, 2, 5])
+        self.knobs: dict[str, Any] = {
+            "every": every,
+            "keep_last": self.chance.randint(1, 3),
+            "keep_best": self.chance.randint(0, 2),
+            "keep_every": self.chance.choice([None, 3 * every]),
+            "pinned": sorted(self.chance.sample(range(1, 40), self.chance.randint(0, 2))),
+        }
+        self.largest = self.chance.random() < 0.5
+        objective = SimpleNamespace(metric="loss", mode="max" if self.largest else "min")
+        self.run: Any = SimpleNamespace(
+            main=True, step=0, config=SimpleNamespace(objective=objective), directory=SimpleNamespace(checkpoints=Path("disk"))
+        )
+        self.crash_after: int | None = None  # deletions
+        self.start()
+
+    # what the hook sees
+
+    def checkpoints(self, _: Path) -> list[Path]:
+        return [Path("disk") / find.name_of(step) for step in sorted(self.disk)]
+
+    def verify(self, path: Path, *, contents: bool = True) -> list[manifest.Fault]:
+        saved = self.disk[find.step_of(path)]
+        return [] if saved.sizes and (saved.contents or not contents) else [manifest.Fault("file", "damaged")]
+
+    def score_of(self, path: Path, _: str) -> float | None:
+        return self.disk[find.step_of(path)].score
+
+    def discard(self, paths: Sequence[Path]) -> None:
+        for number, path in enumerate(paths):
+            if number == self.crash_after:
+                raise CrashError
+            del self.disk[find.step_of(path)]
+
+    # what happens
+
+    def whole(self) -> set[int]:
+        return {step for step, saved in self.disk.items() if saved.contents and saved.sizes}
+
+    def start(self) -> None:
+        self.run.step = self.step = max(self.whole(), default=0)
+        self.hook = CheckpointHook(**self.knobs, on_full_disk="warn", merge_lora=True, merge_dtype="auto")
+        self.hook._whole = set(self.hook._verified(self.run))
+        self.trusted = self.whole()  # by this attempt
+
+    def train(self) -> None:
+        self.run.step = self.step = self.step + 1
+        if self.hook.due(self.run):
+            self.save()
+
+    def save(self) -> None:
+        crash = self.chance.random()
+        if crash < 0.05:  # before the rename
+            return self.start()
+        score = self.chance.choice([None, math.nan, math.inf, *[round(self.chance.random(), 1)] * 6])
+        self.disk[self.step] = Saved(score)
+        if crash < 0.1:  # before retention
+            return self.start()
+        self.trusted.add(self.step)
+        before = dict(self.disk)
+        self.crash_after = self.chance.randint(0, 2) if crash < 0.2 else None
+        try:
+            self.hook.on_saved(self.run, Path("disk") / find.name_of(self.step), final=False)
+        except CrashError:
+            self.check(before, finished=False)
+            assert max(self.whole()) == self.step  # nothing of the work is lost
+            self.start()
+        else:
+            self.check(before, finished=True)
+
+    def damage(self) -> None:
+        if self.disk:
+            step = self.chance.choice(sorted(self.disk))
+            kind = self.chance.choice(["contents", "sizes", "gone"])
+            if kind == "gone":
+                del self.disk[step]
+            else:
+                setattr(self.disk[step], kind, False)
+
+    def permanent(self, step: int) -> bool:
+        every = self.knobs["keep_every"]
+        return step in self.knobs["pinned"] or (every is not None and step % every == 0)
+
+    def check(self, before: dict[int, Saved], *, finished: bool) -> None:
+        """What retention may have done to `before`, said without the function that decides it."""
+        self.num_retained += 1
+        counted = {step for step in self.trusted & before.keys() if before[step].sizes}
+        kept, gone = counted & self.disk.keys(), before.keys() - self.disk.keys()
+        assert self.whole(), "there was one, and now there is none"
+        assert gone <= counted, "what is damaged or was never verified is not ours to delete"
+        assert not any(map(self.permanent, gone))
+        for step in gone:
+            assert sum(other > step for other in kept) >= self.knobs["keep_last"]
+            if self.finite(before[step].score):
+                better = [other for other in kept if self.rank(before, other) > self.rank(before, step)]
+                assert len(better) >= self.knobs["keep_best"]
+        if finished:
+            bound = self.knobs["keep_last"] + self.knobs["keep_best"]
+            assert sum(not self.permanent(step) for step in kept) <= bound
+
+    @staticmethod
+    def finite(score: float | None) -> bool:
+        return score is not None and math.isfinite(score)
+
+    def rank(self, before: dict[int, Saved], step: int) -> tuple[float, int]:
+        score = before[step].score
+        if score is None or not math.isfinite(score):
+            return (-math.inf, step)
+        return (score if self.largest else -score, step)
+
+
+@pytest.fixture
+def worlds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
+    """Makes worlds, on whose disk the hook's functions work."""
+    here: list[World] = []
+    for module, name in ((find, "checkpoints"), (manifest, "verify"), (find, "score_of"), (commit, "discard")):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **kw: getattr(here[-1], name)(*args, **kw))
+    monkeypatch.setattr(hook_module.log, "disabled", True)
+
+    def make(seed: int) -> World:
+        world = object.__new__(World)
+        here[:] = [world]
+        world.__init__(seed)  # type: ignore[misc]  # its disk is looked at while it is made
+        return world
+
+    return make
+
+
+def test_ten_thousand_histories_never_lose_what_must_be_kept(worlds: Callable[[int], World]) -> None:
+    retained = 0
+    for seed in range(10_000):
+        world = worlds(seed)
+        for _ in range(20):
+            world.chance.choices([world.train, world.damage, world.start], [20, 1, 1])[0]()
+        retained += world.num_retained
+    assert retained > 40_000
+
+
+# --- settings ----------------------------------------------------------------------------------------------------------
+
+
+def hook(**knobs: Any) -> CheckpointHook:
+    given = {"every": 100, "keep_last": 1, "keep_best": 0, "keep_every": None, "pinned": [], "on_full_disk": "warn"}
+    return CheckpointHook(**{**given, "merge_lora": True, "merge_dtype": "auto", **knobs})
+
+
+def test_pinned_steps_are_saved_whatever_the_interval() -> None:
+    steps = [1, 50, 100, 150, 200]
+    due = [step for step in steps if hook(pinned=[50]).due(SimpleNamespace(step=step))]  # type: ignore[arg-type]
+    assert due == [50, 100, 200]
+    assert [step for step in steps if hook(every=None, pinned=[50]).due(SimpleNamespace(step=step))] == [50]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("every", [100, None])
+def test_an_interval_that_would_keep_nothing_is_refused(every: int | None) -> None:
+    with pytest.raises(UserError, match="keep_every=250"):
+        hook(every=every, keep_every=250)

@@ -1,0 +1,43 @@
+"""How much disk a run takes: estimated before its first step, so that it does not end on a full disk days later."""
+
+from pathlib import Path
+
+from torch import nn
+
+from halos.checkpoint.manifest import in_words
+
+MOMENTS = {"adamw": 2, "adam": 2, "rmsprop": 1, "sgd": 0}  # tensors an optimizer keeps beside each trained one, float32
+TOKEN = 150  # bytes of tokenizer.json for each token: 70 for SmolLM2's, 140 for Llama 3's
+PARAMETER = 2048  # bytes of headers and settings for each trained tensor
+REST = 2**18  # random numbers, configurations, metrics, manifest
+
+
+def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: str, vocabulary: int) -> int:
+    """One checkpoint: the weights that are saved, the optimizer's moments of those that are trained, and small files.
+
+    An adapter is saved alone; otherwise all weights are. Full fine-tuning in float32 with AdamW so takes 12 bytes for each
+    parameter, LoRA the same for each of its own.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    saved = trained if adapter else list(module.parameters())
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
+    moments = sum(parameter.numel() for parameter in trained) * 4 * MOMENTS[optimizer]
+    return weights + moments + vocabulary * TOKEN + len(trained) * PARAMETER + REST
+
+
+def final_bytes(module: nn.Module, *, adapter_alone: bool, vocabulary: int) -> int:
+    """FINAL: all weights once, an adapter's merged ones and its own; or the adapter alone."""
+    saved = [parameter for parameter in module.parameters() if parameter.requires_grad or not adapter_alone]
+    return sum(parameter.numel() * parameter.element_size() for parameter in saved) + vocabulary * TOKEN + REST
+
+
+def too_little(directory: Path, *, free: int, one: int, most: int, there: int, final: int) -> str | None:
+    """The complaint where `free` bytes do not hold FINAL and `most` checkpoints of `one` each, `there` of them saved already."""
+    needed = max(0, most - there) * one + final
+    if needed <= free:
+        return None
+    return (
+        f"{directory} has {in_words(free)} free, and this run needs about {in_words(needed)}: {most} checkpoints of"
+        f" {in_words(one)} at once, one of them being written and {there} there already, and {in_words(final)} for FINAL."
+        " Free some, set a lower checkpoint.keep_last or keep_best, or choose another output_root"
+    )
