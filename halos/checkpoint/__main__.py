@@ -1,4 +1,4 @@
-"""Look at what a run saved, check it byte for byte, merge its adapter: python -m halos.checkpoint {ls,verify,merge} PATH"""
+"""Look at what a run saved, check it, hand it over: python -m halos.checkpoint {ls,verify,export,merge} PATH ..."""
 
 import argparse
 import sys
@@ -51,14 +51,45 @@ def verify(run: Path) -> int:
     return int(bad)
 
 
-def merge(saved: Path, output: Path, dtype: str | None) -> int:
-    """Merge an adapter (a checkpoint's, FINAL's or one of its own) into --output, which plain from_pretrained loads."""
+def export(given: argparse.Namespace) -> int:
+    """A checkpoint, FINAL or any adapter as a directory to load or to push: merged where there is an adapter, else whole."""
     import torch
 
-    from halos.checkpoint.handover import merged
+    from halos.checkpoint import export as room
+    from halos.checkpoint import hub
+    from halos.checkpoint.safefile import SHARD, size_of
 
-    print(f"{output}: {merged(saved, output, getattr(torch, dtype) if dtype else None)}")
+    if given.push_to_hub is not None:
+        hub.check_name(given.push_to_hub)
+    elif given.private or given.revision:
+        raise UserError("--private and --revision are for --push-to-hub ORG/NAME: add it, or leave them out")
+    shard = size_of(given.max_shard_size) if given.max_shard_size else SHARD
+    dtype = getattr(torch, given.dtype) if given.dtype else None
+    if given.kind == "adapter":
+        if dtype is not None or given.max_shard_size:
+            raise UserError("--dtype and --max-shard-size are for whole weights: leave them out, or --adapter")
+        said = room.adapter(given.path, given.output, base=given.base)
+    elif given.kind == "merged" or room.Saved.at(given.path).adapter is not None:
+        said = room.merged(given.path, given.output, dtype=dtype, base=given.base, shard=shard)
+    else:
+        said = room.whole(given.path, given.output, dtype=dtype, shard=shard)
+    print(f"{given.output}: {said}")
+    if given.push_to_hub is not None:
+        print(hub.push(given.output, given.push_to_hub, private=given.private, revision=given.revision))
     return 0
+
+
+def add_export(command: argparse.ArgumentParser) -> None:
+    command.add_argument("path", type=Path, help="a checkpoint, FINAL, a run's directory, or an adapter's")
+    command.add_argument("--output", type=Path, required=True, help="the directory to make")
+    command.add_argument("--base", type=Path, help="where the adapter's base lies now")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; as they are by default")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="of a file of weights: 5GB (the default), 200MB")
+    command.add_argument(
+        "--push-to-hub", metavar="ORG/NAME", help="upload it too, with the token of the environment or the login"
+    )
+    command.add_argument("--private", action="store_true", help="make the repository private, where it does not exist yet")
+    command.add_argument("--revision", help="push to this branch")
 
 
 def main() -> int:
@@ -67,16 +98,19 @@ def main() -> int:
     for name, function in (("ls", ls), ("verify", verify)):
         command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
         command.add_argument("path", type=Path, nargs="+", help="a run directory, or one checkpoint in it")
-        command.set_defaults(function=function)
-    command = commands.add_parser("merge", help=merge.__doc__, description=merge.__doc__)
-    command.add_argument("path", type=Path, help="a checkpoint, FINAL, or an adapter's directory")
-    command.add_argument("--output", type=Path, required=True, help="the directory to make")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; the base's own by default")
+        command.set_defaults(function=lambda given, each=function: max(each(path) for path in given.path))
+    command = commands.add_parser("export", help=export.__doc__, description=export.__doc__)
+    add_export(command)
+    kind = command.add_mutually_exclusive_group()
+    kind.add_argument("--merged", dest="kind", action="store_const", const="merged", help="base and adapter in one")
+    kind.add_argument("--adapter", dest="kind", action="store_const", const="adapter", help="the adapter alone, for PEFT")
+    command.set_defaults(function=export)
+    command = commands.add_parser("merge", help="export --merged", description="The same as export --merged.")
+    add_export(command)
+    command.set_defaults(function=export, kind="merged")
     arguments = parser.parse_args()
     try:
-        if arguments.command == "merge":
-            return merge(arguments.path, arguments.output, arguments.dtype)
-        return max(arguments.function(path) for path in arguments.path)
+        return arguments.function(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,68 +1,69 @@
-"""Merge what a run saved, at any step, into a directory that plain from_pretrained loads."""
+"""Merge, prove and hand over: what the final save of a run and the commands have in common."""
 
-import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from peft import PeftConfig
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
 
-from halos.checkpoint import merge, proof
-from halos.checkpoint.commit import staged
-from halos.errors import UserError
-
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
+from halos.checkpoint import lineage, merge, proof
+from halos.checkpoint.safefile import SHARD
 
 
-def merged(saved: Path, output: Path, dtype: torch.dtype | None) -> proof.Proof:
-    """Merge the adapter of a checkpoint, of FINAL, or in a directory of its own; its proof.
-
-    `dtype` None keeps the base's. Raises UserError where there is no adapter, its base is gone, or `output` exists; the
-    caller decides about a proof that does not hold, and nothing is left at `output` then.
-    """
-    adapter = saved / "adapter" if (saved / "adapter").is_dir() else saved
-    if not (adapter / "adapter_config.json").is_file():
-        raise UserError(f"{saved} holds no adapter: there is nothing to merge")
-    if output.exists():
-        raise UserError(f"{output} exists already: name another --output")
-    settings = PeftConfig.from_pretrained(str(adapter))
-    base = Path(settings.base_model_name_or_path or "")
-    if not isinstance(settings, LoraConfig) or not (base / "config.json").is_file():
-        raise UserError(f"{adapter} was trained on {base}, which is not here: put its base back, or edit adapter_config.json")
-    reward = settings.task_type == "SEQ_CLS"
-    auto: Any = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    config = AutoConfig.from_pretrained(base, **({"num_labels": 1} if reward else {}))
+def case_of(base: Path, adapter: Path, words: Path, *, dtype: torch.dtype | None) -> proof.Case:
+    """What there is to merge: `words` holds the tokenizer that was trained with. `dtype` None keeps the base's."""
+    reward = PeftConfig.from_pretrained(str(adapter)).task_type == "SEQ_CLS"
+    config = AutoConfig.from_pretrained(base)
+    size, tokens = _vocabulary(base, words)
     kind = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    with staged(output, main=True, facts={"merged_from": str(saved)}) as path:
-        with torch.device("meta"):
-            bare = auto.from_config(config)
-        facts = merge.merge(base, adapter, path, model=bare, dtype=kind)
-        _copy_words(saved, path, base, reward=reward)
-        result = compared(base, adapter, path, reward=reward, dtype=kind, vocabulary=config.get_text_config().vocab_size)
-        proof.write_report(path / "merge_report.json", result, facts)
-        if not result.holds:
-            shutil.rmtree(path)
-            raise UserError(f"the merged model is not the adapter's: {result}. Nothing was written")
+    return proof.Case(base, adapter, reward, kind, max(size, config.get_text_config().vocab_size), tokens)
+
+
+def _vocabulary(base: Path, words: Path) -> tuple[int, list[int]]:
+    """How many ids the saved tokenizer has, and those of its tokens that the base's own does not know."""
+    if not (words / "tokenizer.json").is_file():
+        return 0, []
+    now = Tokenizer.from_file(str(words / "tokenizer.json")).get_vocab()
+    was = Tokenizer.from_file(str(base / "tokenizer.json")).get_vocab() if (base / "tokenizer.json").is_file() else now
+    return len(now), sorted(number for token, number in now.items() if token not in was)
+
+
+def combine(
+    case: proof.Case,
+    output: Path,
+    *,
+    model: PreTrainedModel | None = None,
+    shard: int = SHARD,
+    logits: Callable[[Tensor], Tensor] | None = None,
+) -> proof.Proof:
+    """Merge into `output`, prove it, and write merge_report.json with the hashes of all three.
+
+    `model` is the trained model and `logits` its forward, where they are at hand. Where the proof does not hold, no merged
+    weights are left behind.
+    """
+    try:
+        facts = merge.merge(
+            case.base, case.adapter, output, model=model or case.bare(), dtype=case.dtype, vocabulary=case.vocabulary,
+            tokens=case.tokens, shard=shard,
+        )  # fmt: skip
+        result = proof.prove(case, output, logits)
+    except BaseException:
+        _withdraw(output)
+        raise
+    places = {"base": case.base, "adapter": case.adapter, "merged": output}
+    facts |= {
+        "dtype": str(case.dtype).removeprefix("torch."),
+        "sha256": {name: lineage.hashes(at) for name, at in places.items()},
+    }
+    proof.write_report(output / "merge_report.json", result, facts)
+    if not result.holds:
+        _withdraw(output)
     return result
 
 
-def compared(base: Path, adapter: Path, path: Path, *, reward: bool, dtype: torch.dtype, vocabulary: int) -> proof.Proof:
-    """The merged model at `path` against base and adapter, all three read from disk."""
-    ids = proof.probe(vocabulary)
-    truth = proof.adapter_logits(base, adapter, ids, reward=reward, dtype=torch.float32, vocabulary=vocabulary)
-    noise = 0.0
-    if dtype is not torch.float32:
-        rounded = proof.adapter_logits(base, adapter, ids, reward=reward, dtype=dtype, vocabulary=vocabulary)
-        noise = proof.distance(rounded, truth, half=True)
-    return proof.prove(path, ids, truth, reward=reward, dtype=dtype, noise=noise)
-
-
-def _copy_words(saved: Path, path: Path, base: Path, *, reward: bool) -> None:
-    """Tokenizer and generation settings, as the run saved them."""
-    source = saved / "tokenizer" if (saved / "tokenizer").is_dir() else saved
-    for pattern in TOKENIZER:
-        for file in source.glob(pattern):
-            shutil.copy2(file, path / file.name)
-    if not reward and (base / "generation_config.json").is_file():
-        GenerationConfig.from_pretrained(base).save_pretrained(path)
+def _withdraw(output: Path) -> None:
+    for file in [*output.glob("*.safetensors*"), output / "config.json"]:
+        file.unlink(missing_ok=True)

@@ -1,28 +1,48 @@
-"""Safetensors one tensor at a time: a file opened by name, and one written as its tensors arrive."""
+"""Safetensors a block of rows at a time: read by name without mapping the file, written in shards as the blocks arrive."""
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
+
+from halos.errors import UserError
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
+BLOCK = 2**22  # elements worked on at once: 16 MiB of float32
+SHARD = 5 * 10**9  # bytes, the hub's own default
+INDEX = "model.safetensors.index.json"
 
 
 class SafeFile:
-    """Names, shapes and dtypes of a safetensors file; tensors are read when asked for."""
+    """A safetensors file opened by name. What is read is copied, so that memory holds no page of the file.
+
+    Raises UserError where the file is not whole.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with safe_open(path, framework="pt") as file:
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  not a dict
-            self._facts = {name: (DTYPES[part.get_dtype()], list(part.get_shape())) for name, part in slices.items()}
+        try:
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(length)) if length < path.stat().st_size else {}
+            header.pop("__metadata__", None)
+            self._facts = {name: (DTYPES[f["dtype"]], f["shape"], f["data_offsets"]) for name, f in header.items()}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
+        self._data = 8 + length
+        end = max((offsets[1] for _, _, offsets in self._facts.values()), default=0)
+        if path.stat().st_size != self._data + end:
+            raise UserError(
+                f"{path} has {path.stat().st_size} bytes and its header speaks of {self._data + end}: it is not whole"
+            )
 
     @property
     def names(self) -> list[str]:
@@ -35,22 +55,119 @@ class SafeFile:
         return self._facts[name][1]
 
     def read(self, name: str) -> Tensor:
-        with safe_open(self.path, framework="pt") as file:
-            return file.get_tensor(name)
+        dtype, shape, (start, end) = self._facts[name]
+        return self._bytes(start, end).view(dtype).reshape(shape)
+
+    def rows(self, name: str, first: int, last: int) -> Tensor:
+        """Rows `first` to `last` of a tensor of one dimension or more."""
+        dtype, shape, (start, _) = self._facts[name]
+        width = math.prod(shape[1:]) * dtype.itemsize
+        return self._bytes(start + first * width, start + last * width).view(dtype).reshape(last - first, *shape[1:])
+
+    def _bytes(self, start: int, end: int) -> Tensor:
+        buffer = torch.empty(end - start, dtype=torch.uint8)
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._data + start)
+            view, done = buffer.numpy().data, 0
+            while done < end - start and (count := file.readinto(view[done:])):
+                done += count
+        assert done == end - start, f"{self.path} became shorter while it was read"
+        return buffer
 
 
-def write(path: Path, entries: dict[str, tuple[torch.dtype, list[int]]], tensors: Iterable[Tensor]) -> None:
-    """A safetensors file of `entries` (name -> dtype, shape), whose tensors come in that order, one in memory at a time."""
+def spans(shape: list[int]) -> list[tuple[int, int]]:
+    """Runs of rows that make a block each; a tensor of no or small rows is one."""
+    if not shape:
+        return [(0, 0)]
+    step = max(1, BLOCK // max(1, math.prod(shape[1:])))
+    return [(first, min(first + step, shape[0])) for first in range(0, shape[0], step)]
+
+
+def blocks(file: SafeFile, name: str) -> Iterator[Tensor]:
+    """A tensor's rows in order."""
+    if not file.shape(name):
+        yield file.read(name)
+        return
+    for first, last in spans(file.shape(name)):
+        yield file.rows(name, first, last)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor to be written: what it is, and its rows, block by block, when its turn comes."""
+
+    dtype: torch.dtype
+    shape: list[int]
+    blocks: Callable[[], Iterator[Tensor]]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def write(path: Path, entries: Mapping[str, Entry]) -> None:
+    """A safetensors file, one block in memory at a time."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (dtype, shape) in entries.items():
-        size = torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
+    for name, entry in entries.items():
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, offset + entry.size]}
+        offset += entry.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for (name, (dtype, shape)), tensor in zip(entries.items(), tensors, strict=True):
-            assert (tensor.dtype, list(tensor.shape)) == (dtype, shape), f"{name} is not what the header says"
-            tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tofile(file)
+        for name, entry in entries.items():
+            size = 0
+            for block in entry.blocks():
+                raw = block.to(entry.dtype).contiguous().reshape(-1).view(torch.uint8)
+                file.write(raw.numpy().data)
+                size += len(raw)
+            assert size == entry.size, f"{name} is not what the header says"
+
+
+def write_sharded(directory: Path, entries: Mapping[str, Entry], limit: int = SHARD) -> None:
+    """model.safetensors, or shards of at most `limit` bytes (or one tensor) with their index, as from_pretrained reads them."""
+    shards: list[dict[str, Entry]] = [{}]
+    for name, entry in entries.items():
+        if shards[-1] and sum(each.size for each in shards[-1].values()) + entry.size > limit:
+            shards.append({})
+        shards[-1][name] = entry
+    if len(shards) == 1:
+        write(directory / "model.safetensors", entries)
+        return
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        write(directory / name, shard)
+        weight_map |= dict.fromkeys(shard, name)
+    index = {"metadata": {"total_size": sum(entry.size for entry in entries.values())}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=1))
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files that make up the model in `directory`. Raises UserError where there are none, or one is missing."""
+    index = directory / INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
+        names = names or sorted(path.name for path in directory.glob("*.safetensors"))
+    missing = [name for name in names if not (directory / name).is_file()]
+    if missing:
+        raise UserError(f"{directory} lacks {len(missing)} of {len(names)} parts of its weights, {missing[0]} for one")
+    if not names and any(directory.glob("*.bin")):
+        raise UserError(
+            f"{directory} has its weights in pickled files (*.bin), and nothing is unpickled here: convert them first"
+        )
+    if not names:
+        raise UserError(f"{directory} holds no weights (*.safetensors)")
+    return [directory / name for name in names]
+
+
+def size_of(text: str) -> int:
+    """`5GB`, `200MB`: decimal units as the hub counts them. Raises UserError."""
+    for unit, scale in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        number = text.upper().removesuffix(unit)
+        if number != text.upper() and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return int(float(number) * scale)
+    raise UserError(f"'{text}' is no size: write a number and a unit, such as 5GB or 200MB")

@@ -12,7 +12,7 @@ from halos.config.suggest import nearest
 from halos.data import arithmetic, gsm8k
 from halos.data.files import READERS, SPLITS, Row, in_directory, reader
 from halos.errors import UserError
-from halos.types import Example
+from halos.types import Demonstration, Example
 
 BUILT_IN = "arithmetic"
 FORMATS = ("gsm8k", *READERS)
@@ -118,6 +118,14 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> Opened:
         return chain([first], wanted)
 
     return Opened(source, opened[0], rows)
+
+
+def content_hash(entry: str | Mapping[str, Any], purpose: str) -> str:
+    """A hash that changes with the rows that an entry of data.train or data.eval names, whatever loss reads them."""
+    source = Source.of(entry)
+    if source.format == "gsm8k":
+        return hash_files(sorted(Path(source.path).expanduser().glob("*.jsonl")))
+    return open_source(source, Demonstration, purpose).fingerprint
 
 
 Found = tuple[str, Callable[[], Iterator[Row]]]  # fingerprint, rows

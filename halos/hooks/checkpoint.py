@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,10 +14,11 @@ from peft import PeftModel
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from halos.checkpoint import commit, find, manifest, merge, proof, space, state, weights
-from halos.checkpoint.handover import compared
+from halos.checkpoint import commit, find, manifest, merge, space, state, weights
+from halos.checkpoint.handover import case_of, combine
 from halos.checkpoint.retention import Policy
 from halos.errors import UserError
+from halos.hooks import origin
 from halos.hooks.base import Hook, Run, Stop
 from halos.logps.model import bare
 from halos.types import Range
@@ -48,11 +50,17 @@ class CheckpointHook(Hook):
         self.merge_lora, self.merge_dtype = merge_lora, merge_dtype
         self._whole: set[int] = set()  # steps whose checkpoints this attempt has verified or written; on the first process
         self._full: Stop | None = None
+        self.origin: dict[str, Any] = {}
 
     def due(self, run: Run) -> bool:
         return self._due_at(run.step)
 
     def on_start(self, run: Run) -> None:
+        """Refuse what could not be merged in the end, an adapter that met another base than its own, and too small a disk."""
+        if isinstance(run.model, PeftModel) and self.merge_lora:
+            merge.check(run.base, run.model)
+        if run.main:
+            self.origin = origin.begin(run)
         problem = None
         if run.main:
             self._whole = set(self._verified(run))
@@ -77,6 +85,7 @@ class CheckpointHook(Hook):
         if run.main:
             metrics = {"step": run.step, "train": run.last_train, "eval": run.last_eval}
             (path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+            origin.leave(self.origin or origin.begin(run), run, path, final=final)
 
     def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
         if final or not run.main:
@@ -146,41 +155,36 @@ class CheckpointHook(Hook):
 
     def _final(self, run: Run, path: Path) -> None:
         """What from_pretrained loads: merged weights (and adapter/) for LoRA, else the model itself."""
-        if not isinstance(run.model, PeftModel):
+        if isinstance(run.model, PeftModel):
+            weights.save_weights(path, run.module, run.model, main=run.main)
+        else:
             values = weights.gathered(run.module, trained_only=False)
             if run.main:
                 weights.save_model(path, bare(run.model), values)
-        else:
-            adapter = weights.save_weights(path, run.module, run.model, main=run.main)
-            if run.main and self.merge_lora:
-                run.failure = self._merge(run, adapter, path)
         if run.main:
             run.tokenizer.save_pretrained(path)
+            if isinstance(run.model, PeftModel) and self.merge_lora:
+                drawn = state.random_state()  # loading the merged model draws random numbers
+                run.failure = self._merge(run, path / "adapter", path)
+                state.restore_random_state(drawn)
 
     def _merge(self, run: Run, adapter: Path, path: Path) -> str | None:
-        """Merge, reload, compare; why it failed, if it did, in which case no merged weights are left behind."""
+        """Merge and prove; why it failed, if it did, in which case the adapter is kept and no merged weights are."""
         model = bare(run.model)
         kind = model.dtype if self.merge_dtype == "auto" else getattr(torch, self.merge_dtype)
-        facts = merge.merge(run.base, adapter, path, model=model, dtype=kind)
+        whole = not isinstance(run.module, FSDPModule)  # a sharded model's forward needs all processes
+        exact = whole and model.dtype is torch.float32 and not getattr(model, "is_quantized", False)
+        try:
+            case = case_of(run.base, adapter, path, dtype=kind)
+            result = combine(case, path, model=model, logits=partial(_logits, run) if exact else None)
+        except (UserError, OSError, RuntimeError, AssertionError) as error:
+            return f"the adapter could not be merged: {type(error).__name__}: {error}. It is kept in FINAL/adapter"
+        if not result.holds:
+            return f"the merged model is not the one that was trained: {result}. The adapter is kept in FINAL/adapter"
         if model.can_generate() and model.generation_config is not None:
             model.generation_config.save_pretrained(path)
-        result = self._proof(run, adapter, path, kind)
-        proof.write_report(path / "merge_report.json", result, facts)
-        if result.holds:
-            log.info("merged %d layers; %s", facts["merged"], result)
-            return None
-        for file in [*path.glob("*.safetensors*"), path / "config.json", path / "generation_config.json"]:
-            file.unlink(missing_ok=True)
-        return f"the merged model is not the one that was trained: {result}. The adapter is kept in FINAL/adapter"
-
-    def _proof(self, run: Run, adapter: Path, path: Path, kind: torch.dtype) -> proof.Proof:
-        """In float32 against the very model that was trained; in a half type, or sharded, against what was saved of it."""
-        vocabulary = bare(run.model).config.get_text_config().vocab_size
-        whole = not isinstance(run.module, FSDPModule)
-        if whole and kind is torch.float32 and bare(run.model).dtype is torch.float32:
-            ids = proof.probe(vocabulary)
-            return proof.prove(path, ids, _logits(run, ids), reward=run.reward, dtype=kind)
-        return compared(run.base, adapter, path, reward=run.reward, dtype=kind, vocabulary=vocabulary)
+        log.info("merged; %s", result)
+        return None
 
 
 def progress_of(run: Run) -> dict[str, Any]:

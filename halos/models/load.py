@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +20,7 @@ from transformers import (
 
 from halos.errors import UserError
 from halos.logps.attention import SEGMENTS, register
+from halos.logps.vocabulary import grow
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ def load_model(
         raise UserError(f"{type(model).__name__} does not let its attention be chosen, which packing needs; it is not supported")
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    _grow(model, tokenizer, new_tokens)
+    grow(model, len(tokenizer), [tokenizer.get_vocab()[token] for token in new_tokens])
     if not reward:
         model.generation_config = _stops(model, tokenizer)
     return model
@@ -142,27 +143,6 @@ def _shape(config: PretrainedConfig) -> dict[str, Any]:
 def _must_score(directory: Path, architectures: list[str], labels: int) -> None:
     if any("SequenceClassification" in name for name in architectures) and labels != 1:
         raise UserError(f"{directory} is a classifier with {labels} labels; a reward model has 1")
-
-
-def _grow(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> None:
-    """Make room for tokens that the tokenizer knows and the model does not; start them at the mean embedding."""
-    known = len(_table(model.get_input_embeddings()))
-    if len(tokenizer) > known:
-        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    ids = [tokenizer.get_vocab()[token] for token in new_tokens]
-    if not ids:
-        return
-    old = min(known, *ids)
-    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
-    with torch.no_grad():
-        for table in {id(_table(layer)): _table(layer) for layer in layers}.values():
-            table[ids] = table[:old].float().mean(0).to(table.dtype)
-
-
-def _table(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:

@@ -14,8 +14,8 @@ from halos.checkpoint.find import checkpoints, step_of
 
 ROOT = Path(__file__).resolve().parents[2]
 # 13 rows in batches of 5, two at a time: step 2 is in mid-epoch and accumulates, 3 ends an epoch, 4 follows an evaluation
-RUN = ("model=tiny data=arithmetic train.steps=7 train.batch_size=5 train.microbatch_size=2 train.eval_every=4 checkpoint.every=1 "
-       "checkpoint.keep_last=9 optim.lr=1e-3 data.train=[{path:arithmetic,split:'train[:13]'}] "
+RUN = ("model=tiny data=arithmetic train.steps=7 train.batch_size=5 train.microbatch_size=2 train.eval_every=4 "
+       "checkpoint.every=1 checkpoint.keep_last=9 optim.lr=1e-3 data.train=[{path:arithmetic,split:'train[:13]'}] "
        "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
 POSITIONS = [2, 3, 4]
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}

@@ -1,0 +1,95 @@
+"""The model card, README.md: what a model was made from and how, what it scored, and how to load it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from halos.checkpoint.lineage import on_the_hub
+
+NAME = "README.md"
+SHOWN = {"loss": None, "train": ("steps", "epochs", "batch_size", "max_length", "precision"), "schedule": None,
+         "optim": ("name", "lr", "weight_decay"), "peft": None}  # fmt: skip
+
+
+def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, reward: bool, title: str) -> None:
+    """README.md beside the weights in `directory`, an `adapter`'s or a whole model's."""
+    runs = lineage["runs"] if lineage else []
+    parts = [_front(runs, adapter=adapter, reward=reward), f"# {title}", _made_from(runs, adapter=adapter)]
+    if runs:
+        parts += [_metrics(runs[-1]), _settings(runs[-1]["config"]), _chain(runs)]
+    parts.append(_how_to_load(runs, adapter=adapter, reward=reward))
+    (directory / NAME).write_text("\n\n".join(part for part in parts if part) + "\n")
+
+
+def _front(runs: list[Any], *, adapter: bool, reward: bool) -> str:
+    """YAML as the hub reads it, which takes only names of the hub for base and data."""
+    names = [run["base"]["name"] for run in runs]
+    base = next((name for name in reversed(names) if on_the_hub(name)), None)
+    sources = [source["path"] for run in runs for source in run["data"].get("train", [])]
+    facts = ModelCardData(
+        base_model=base,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag="text-classification" if reward else "text-generation",
+        tags=["halos", *dict.fromkeys(run["loss"] for run in runs), *(["lora"] if adapter else [])],
+        datasets=list(dict.fromkeys(name for name in sources if on_the_hub(name))) or None,
+    )
+    return f"---\n{facts.to_yaml()}\n---"
+
+
+def _made_from(runs: list[Any], *, adapter: bool) -> str:
+    if not runs:
+        return "Exported by halos. Nothing was recorded of how it was trained."
+    run = runs[-1]
+    how = " with LoRA" if run["config"]["peft"]["name"] == "lora" else ""
+    data = ", ".join(f"`{source['path']}`" for source in run["data"].get("train", []))
+    merged = " This is the adapter alone." if adapter else ""
+    return f"`{run['base']['name']}`, trained{how} by `loss={run['loss']}` on {data} with halos.{merged}"
+
+
+def _metrics(run: Mapping[str, Any]) -> str:
+    before, after = run["result"].get("before") or {}, run["result"].get("metrics") or {}
+    names = [name for name, value in after.items() if isinstance(value, float) and name != "seconds"]
+    if not names:
+        return ""
+    lines = [f"| {name} | {_short(before.get(name))} | {_short(after[name])} |" for name in names]
+    start = f"step {before['step']}" if before else "before"
+    return "\n".join(["## On held-out data", "", f"| | {start} | step {after.get('step', '')} |", "| --- | --- | --- |", *lines])
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else ""
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    rows = []
+    for section, names in SHOWN.items():
+        values = config[section]
+        for name in names or values:
+            if values.get(name) not in (None, [], {}) and not name.startswith("_"):
+                rows.append(f"| {section}.{name} | {values[name]} |")
+    return "\n".join(["## Settings", "", "| key | value |", "| --- | --- |", *rows, f"| seed | {config['seed']} |"])
+
+
+def _chain(runs: list[Any]) -> str:
+    lines = [
+        f"1. `{run['base']['name']}` ({run['base']['sha256'][:12]}) → `{run['loss']}`, {run['result']['step']} steps"
+        for run in runs
+    ]
+    return "\n".join(
+        ["## Lineage", "", *lines, "", "`lineage.json` has each run's whole configuration, and the hashes of weights and data."]
+    )
+
+
+def _how_to_load(runs: list[Any], *, adapter: bool, reward: bool) -> str:
+    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    labels = ", num_labels=1" if reward and adapter else ""
+    if adapter:
+        base = runs[-1]["base"]["name"] if runs else "BASE"
+        lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", ""]
+        lines += [f'base = {auto}.from_pretrained("{base}"{labels})', 'model = PeftModel.from_pretrained(base, "PATH")']
+    else:
+        lines = [f"from transformers import {auto}, AutoTokenizer", "", f'model = {auto}.from_pretrained("PATH")']
+    lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH")')
+    return "\n".join(["## Load", "", "```python", *lines, "```"])

@@ -1,0 +1,182 @@
+"""Any save as a directory for others: merged, adapter or whole model, with tokenizer, generation settings, card and lineage."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import AutoConfig, GenerationConfig
+
+from halos.checkpoint import card, lineage, manifest, recompute
+from halos.checkpoint.commit import HIDDEN, staged
+from halos.checkpoint.find import metrics_of
+from halos.checkpoint.handover import case_of, combine
+from halos.checkpoint.safefile import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
+from halos.errors import UserError
+
+WORDS = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
+AT_REST = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # what another dtype can be made of
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint, FINAL, or a directory of one adapter or one model: where its parts lie."""
+
+    path: Path
+    adapter: Path | None
+    model: Path | None
+
+    @classmethod
+    def at(cls, path: Path) -> "Saved":
+        """Raises UserError where nothing is saved at `path`, or not every byte of it is what it was."""
+        if not path.is_dir():
+            raise UserError(f"{path}: there is no such directory")
+        path = path / "FINAL" if (path / "FINAL").is_dir() else path
+        faults = manifest.verify(path) if (path / manifest.NAME).exists() else []
+        if faults:
+            raise UserError(f"{path} is not whole: {'; '.join(str(fault) for fault in faults[:3])}")
+        adapter = next((place for place in (path / "adapter", path) if (place / "adapter_config.json").is_file()), None)
+        model = next((place for place in (path / "model", path) if (place / "config.json").is_file()), None)
+        if adapter is None and model is None:
+            raise UserError(
+                f"{path} holds neither an adapter nor a model: give a checkpoint, FINAL, or a directory of one of them"
+            )
+        return cls(path, adapter, model)
+
+    @property
+    def words(self) -> Path:
+        return self.path / "tokenizer" if (self.path / "tokenizer").is_dir() else self.path
+
+    @property
+    def lineage(self) -> dict[str, Any] | None:
+        return lineage.read(self.path) or (lineage.read(self.path.parent) if self.path.name == "adapter" else None)
+
+
+def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: Path | None = None, shard: int = SHARD) -> str:
+    """Merge an adapter into `output`; what was proved. `dtype` None keeps the base's; `base` says where that lies now.
+
+    Raises UserError where there is no adapter, its base is gone or another one, the proof fails, or `output` exists.
+    """
+    saved = Saved.at(path)
+    if saved.adapter is None:
+        raise UserError(f"{path} holds no adapter: there is nothing to merge")
+    if saved.model is not None and base is None and dtype in (None, AutoConfig.from_pretrained(saved.model).dtype):
+        return whole(path, output, shard=shard)  # FINAL's, merged from its base and proved at the time
+    where = _base(saved, base)
+    with _new(output, path) as place:
+        case = case_of(where, saved.adapter, saved.words, dtype=dtype)
+        result = combine(case, place, shard=shard)
+        if not result.holds:
+            raise UserError(f"the merged model is not the adapter's: {result}. Nothing was written")
+        _copy_words(saved, place)
+        if not case.reward:
+            _copy_generation(where, saved, place)
+        _describe(saved, place, output.name, adapter=False, reward=case.reward)
+    return str(result)
+
+
+def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
+    """The adapter alone, in PEFT's own format, which names its base as the hub does where it came from there."""
+    saved = Saved.at(path)
+    if saved.adapter is None:
+        raise UserError(f"{path} holds no adapter: leave out --adapter")
+    if base is not None:
+        _base(saved, base)
+    with _new(output, path) as place:
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copy2(saved.adapter / file, place / file)
+        chain, settings = saved.lineage, place / "adapter_config.json"
+        name = chain["runs"][-1]["base"]["name"] if chain else ""
+        if base is not None or lineage.on_the_hub(name):
+            named = {"base_model_name_or_path": str(base.resolve()) if base is not None else name}
+            settings.write_text(json.dumps({**json.loads(settings.read_text()), **named}, indent=2))
+        _copy_words(saved, place)
+        reward = PeftConfig.from_pretrained(str(place)).task_type == "SEQ_CLS"
+        _describe(saved, place, output.name, adapter=True, reward=reward)
+    return "the adapter as it was saved"
+
+
+def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: int = SHARD) -> str:
+    """A model's weights as they are, or rounded once to `dtype`."""
+    saved = Saved.at(path)
+    if saved.model is None:
+        raise UserError(f"{path} holds an adapter and no whole model: merge it")
+    config = AutoConfig.from_pretrained(saved.model)
+    with _new(output, path) as place:
+        write_sharded(place, _entries(saved.model, dtype), shard)
+        _, faults = recompute.compare(place, recompute.copy_of(saved.model), dtype)
+        if faults:
+            raise UserError(f"what was written is not what was saved: {faults[0]}. Nothing was written")
+        config.dtype = dtype or config.dtype
+        config.save_pretrained(place)
+        _copy_words(saved, place)
+        _copy_generation(saved.model, saved, place)
+        reward = any("SequenceClassification" in name for name in config.architectures or [])
+        if (saved.path / "merge_report.json").is_file() and dtype is None:
+            shutil.copy2(saved.path / "merge_report.json", place)
+        _describe(saved, place, output.name, adapter=False, reward=reward)
+    return f"{'the weights as they were saved' if dtype is None else f'rounded to {dtype}'.replace('torch.', '')}"
+
+
+def _entries(model: Path, dtype: torch.dtype | None) -> dict[str, Entry]:
+    found = {}
+    for file in map(SafeFile, weight_files(model)):
+        for name in file.names:
+            kind = dtype if dtype is not None and file.dtype(name) in AT_REST else file.dtype(name)
+            found[name] = Entry(kind, file.shape(name), partial(blocks, file, name))
+    return found
+
+
+@contextmanager
+def _new(output: Path, path: Path) -> Iterator[Path]:
+    """A directory that appears when all is written, or not at all."""
+    if output.exists():
+        raise UserError(f"{output} exists already: name another --output")
+    try:
+        with staged(output, main=True, facts={"exported_from": str(path)}) as place:
+            yield place
+    except BaseException:
+        shutil.rmtree(output.with_name(HIDDEN + output.name), ignore_errors=True)
+        raise
+
+
+def _base(saved: Saved, given: Path | None) -> Path:
+    """Where the adapter's base lies now. Raises UserError where it is missing, or not the one that was trained on."""
+    assert saved.adapter is not None
+    base = given or Path(PeftConfig.from_pretrained(str(saved.adapter)).base_model_name_or_path or "")
+    if not (base / "config.json").is_file():
+        where = f"--base {base}: no model lies there" if given else f"{saved.adapter} was trained on {base}, which is not here"
+        raise UserError(f"{where}; say where its base lies now with --base DIRECTORY")
+    lineage.refuse_other_base(saved.lineage, base, str(saved.adapter))
+    return base
+
+
+def _copy_words(saved: Saved, place: Path) -> None:
+    for pattern in WORDS:
+        for file in saved.words.glob(pattern):
+            if file.is_file():
+                shutil.copy2(file, place / file.name)
+
+
+def _copy_generation(model: Path, saved: Saved, place: Path) -> None:
+    """FINAL's own generation settings, else those of the model."""
+    source = next((at for at in (saved.path, model) if (at / "generation_config.json").is_file()), None)
+    if source is not None:
+        GenerationConfig.from_pretrained(source).save_pretrained(place)
+
+
+def _describe(saved: Saved, place: Path, title: str, *, adapter: bool, reward: bool) -> None:
+    """Card, lineage and metrics."""
+    chain = saved.lineage
+    if chain is not None:
+        facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key != "model"}
+        chain = lineage.write(place, chain, {"adapter" if adapter else "model": place}, **facts)
+    if metrics := metrics_of(saved.path):
+        (place / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    card.write(place, chain, adapter=adapter, reward=reward, title=title)

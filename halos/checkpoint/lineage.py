@@ -1,0 +1,93 @@
+"""Where a model came from: lineage.json holds the chain of runs that made it, from the first base's weights on.
+
+A run takes over the chain of the model that it starts from and adds itself: its configuration, the hashes of its base and
+data, and what came out. Each save carries it, so that an adapter knows its base by content and not by path.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from halos.checkpoint.manifest import digest
+from halos.checkpoint.safefile import weight_files
+from halos.config.secrets import redact
+from halos.errors import UserError
+
+NAME = "lineage.json"
+FORMAT = 1
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@lru_cache(maxsize=4096)
+def _digest(path: Path, size: int, modified: int) -> str:
+    return digest(path)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256; read once as long as size and time of change stay."""
+    facts = path.stat()
+    return _digest(path.resolve(), facts.st_size, facts.st_mtime_ns)
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """SHA-256 of each weight file of a model or an adapter."""
+    return {path.name: file_hash(path) for path in weight_files(directory)}
+
+
+def identity(directory: Path) -> str:
+    """One hash for a model's or an adapter's weights: over the sorted hashes of its files, so that their names do not matter."""
+    return hashlib.sha256("\n".join(sorted(hashes(directory).values())).encode()).hexdigest()
+
+
+def read(directory: Path) -> dict[str, Any] | None:
+    """The lineage that was saved with a model, or None where it has none."""
+    path = directory / NAME
+    if not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT or not found.get("runs"):
+        raise UserError(f"{path} is no lineage of format {FORMAT}")
+    return found
+
+
+def begin(base: Path, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
+    """The lineage of a run that starts from `base`, with what else there is to know of it."""
+    before, weights, model = read(base), identity(base), config["model"]
+    origin: dict[str, Any] = {"name": model["name_or_path"], "revision": model["revision"], "sha256": weights}
+    if before is not None and before["runs"][-1]["result"].get("model") != weights:
+        origin["changed"] = "these are not the weights that its lineage ends with"
+    run = {"base": origin, **facts, "config": config, "result": {}}
+    whole = {"format": FORMAT, "runs": [*(before["runs"] if before else []), run]}
+    return json.loads(redact(json.dumps(whole, default=str)))
+
+
+def write(directory: Path, lineage: Mapping[str, Any], made: Mapping[str, Path], **facts: Any) -> dict[str, Any]:
+    """lineage.json for a save: `made` (model, adapter) is what the last run of the chain has come to, with `facts` about it."""
+    result = {**facts, **{kind: identity(place) for kind, place in made.items()}}
+    whole = {**lineage, "runs": [*lineage["runs"][:-1], {**lineage["runs"][-1], "result": result}]}
+    (directory / NAME).write_text(json.dumps(whole, indent=1))
+    return whole
+
+
+def refuse_other_base(lineage: Mapping[str, Any] | None, base: Path, what: str) -> None:
+    """Raises UserError where `base` is not the one, by content, that `what` was trained on."""
+    if lineage is None:
+        return
+    wanted = lineage["runs"][-1]["base"]
+    if identity(base) != wanted["sha256"]:
+        raise UserError(
+            f"{what} was trained on {wanted['name']} with weights {wanted['sha256'][:12]}, and {base} has {identity(base)[:12]}:"
+            " it is another model or was changed since"
+        )
+
+
+def on_the_hub(name: str) -> bool:
+    """Whether a name in a configuration can only be a repository's."""
+    return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()

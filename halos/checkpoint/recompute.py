@@ -1,0 +1,232 @@
+"""What every merged tensor must be, worked out again in float64 and apart from the code that merges.
+
+Rank and scale are read from adapter_config.json as PEFT reads it, the update is the plain formula, and what was written is
+read back from the disk.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from halos.checkpoint.merge import Source, unwrapped
+from halos.checkpoint.safefile import INDEX, SafeFile, spans, weight_files
+from halos.errors import UserError
+
+NOISE = 1e-6  # of a tensor's largest value: float32 products of a few dozen terms
+Rows = Callable[[int, int], Tensor]  # (first, last) -> float64
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """A tensor as it must be."""
+
+    shape: list[int]
+    rows: Rows
+    floating: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The merged model as it must be."""
+
+    tensors: dict[str, Truth]
+    tied: bool  # whether one table serves as embedding and head
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """How far a tensor on the disk is from the truth."""
+
+    name: str
+    error: float  # the largest difference over the largest value
+    allowed: float  # the largest difference as a share of what rounding explains; above 1 it is wrong
+
+
+def truths(base: Path, adapter: Path | None, model: PreTrainedModel, vocabulary: int, tokens: Sequence[int]) -> Wanted:
+    """Every tensor that the merged model must have, and no other. Without an adapter: the base itself."""
+    source = Source(base, model)
+    delta = SafeFile(adapter / "adapter_model.safetensors") if adapter else None
+    config = json.loads((adapter / "adapter_config.json").read_text()) if adapter else {}
+    changes = _Changes(delta, config, source.kinds)
+    tables = {source.embedding, source.head}
+    found = {}
+    for name, (file, mine) in source.tensors.items():
+        start = _grown(file, name, vocabulary, tokens) if mine in tables and adapter else _as_it_is(file, name)
+        found[name] = changes.applied(mine, start)
+    if source.absent and not changes.names.isdisjoint(tables):
+        mine, twin = source.absent
+        found[mine] = changes.applied(mine, _grown(*source.where[twin], vocabulary, tokens))
+    for mine in changes.whole.keys() - source.where.keys():
+        found[mine] = changes.applied(mine, Truth([], lambda *_: torch.empty(0)))
+    tied = source.tied_by_config and changes.names.isdisjoint(tables)
+    return Wanted(found, tied)
+
+
+def copy_of(model: Path) -> dict[str, Truth]:
+    """A model's tensors as they are."""
+    return {name: _as_it_is(file, name) for file in map(SafeFile, weight_files(model)) for name in file.names}
+
+
+def _as_it_is(file: SafeFile, name: str) -> Truth:
+    shape = file.shape(name)
+
+    def rows(first: int, last: int) -> Tensor:
+        return file.rows(name, first, last).double() if shape else file.read(name).double()
+
+    return Truth(shape, rows, file.dtype(name).is_floating_point)
+
+
+def _grown(file: SafeFile, name: str, vocabulary: int, tokens: Sequence[int]) -> Truth:
+    """A table with a row for each id: rows of new ones are the mean of those that the base knows."""
+    known, width = file.shape(name)
+    fresh = torch.zeros(max(known, vocabulary), dtype=torch.bool)
+    fresh[known:] = True
+    fresh[list(tokens)] = True
+    if not fresh.any():
+        return _as_it_is(file, name)
+    old = int(fresh.nonzero()[0])
+    mean = torch.zeros(width, dtype=torch.float64)
+    for first, last in spans([old, width]):
+        mean += file.rows(name, first, last).double().sum(0) / old
+
+    def rows(first: int, last: int) -> Tensor:
+        result = mean.repeat(last - first, 1)
+        kept = ~fresh[first:last]
+        if kept.any():
+            result[kept] = file.rows(name, first, min(last, known)).double()[kept[: min(last, known) - first]]
+        return result
+
+    return Truth([len(fresh), width], rows)
+
+
+class _Changes:
+    """What an adapter does, by its own configuration."""
+
+    def __init__(self, file: SafeFile | None, config: Mapping[str, Any], kinds: Mapping[str, nn.Module]) -> None:
+        self._file, self._config, self._kinds = file, config, kinds
+        self._parts: dict[str, dict[str, str]] = {}
+        self.whole: dict[str, str] = {}
+        for name in file.names if file else []:
+            bare = name.removeprefix("base_model.model.")
+            layer, mark, part = bare.partition(".lora_")
+            if mark:
+                self._parts.setdefault(layer, {})[part.removesuffix(".weight")] = name
+            else:
+                self.whole[unwrapped(bare)] = name
+
+    @property
+    def names(self) -> set[str]:
+        return {f"{layer}.weight" for layer in self._parts} | self.whole.keys()
+
+    def applied(self, mine: str, start: Truth) -> Truth:
+        layer = mine.removesuffix(".weight")
+        if self._file is not None and mine in self.whole:
+            return _as_it_is(self._file, self.whole[mine])
+        if layer == mine or layer not in self._parts:
+            return start
+        return self._updated(layer, start)
+
+    def _read(self, name: str) -> Tensor:
+        assert self._file is not None
+        return self._file.read(name).double()
+
+    def _updated(self, layer: str, start: Truth) -> Truth:
+        parts = self._parts[layer]
+        embedding = "embedding_A" in parts
+        a, b = (self._read(parts[f"embedding_{side}" if embedding else side]) for side in "AB")
+        rank = int(self._pattern("rank_pattern", layer, self._config["r"]))
+        if len(a) != rank:
+            raise UserError(f"{layer} has rank {len(a)} in the adapter and {rank} in its configuration")
+        alpha = self._pattern("alpha_pattern", layer, self._config["lora_alpha"])
+        b = b * (alpha / rank**0.5 if self._config.get("use_rslora") else alpha / rank)
+        inputs_first = isinstance(self._kinds[layer], Conv1D | nn.Embedding)
+        if start.shape != ([a.shape[1], len(b)] if inputs_first else [len(b), a.shape[1]]):
+            raise UserError(f"{layer} is {start.shape} and its adapter is for {len(b)} outputs of {a.shape[1]} inputs")
+
+        def plain(first: int, last: int) -> Tensor:
+            delta = (b @ a[:, first:last]).T if inputs_first else b[first:last] @ a
+            return start.rows(first, last) + delta
+
+        if self._config.get("use_dora"):
+            magnitude = self._read(parts["magnitude_vector"])
+            return Truth(start.shape, _normed(plain, start.shape, magnitude, inputs_first=inputs_first))
+        return Truth(start.shape, plain)
+
+    def _pattern(self, key: str, layer: str, default: float) -> float:
+        hits = (value for pattern, value in (self._config.get(key) or {}).items() if re.match(rf"(.*\.)?({pattern})$", layer))
+        return float(next(hits, default))
+
+
+def _normed(plain: Rows, shape: list[int], magnitude: Tensor, *, inputs_first: bool) -> Rows:
+    """Each output's weights brought to the length that DoRA learnt for it."""
+    if not inputs_first:
+        return lambda first, last: (block := plain(first, last)) * (magnitude[first:last] / block.norm(dim=1)).unsqueeze(1)
+    squares = torch.zeros(shape[1], dtype=torch.float64)
+    for span in spans(shape):
+        squares += plain(*span).square().sum(0)
+    return lambda first, last: plain(first, last) * (magnitude / squares.sqrt())
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def compare(merged: Path, wanted: Mapping[str, Truth], dtype: torch.dtype | None) -> tuple[list[Found], list[str]]:
+    """Each tensor of `merged` against the truth, the worst first; and all that is wrong with files, names, shapes, dtypes."""
+    faults, places = [], {}
+    for path in weight_files(merged):
+        file = SafeFile(path)
+        places |= {name: file for name in file.names}
+    faults += [f"{name} is missing" for name in sorted(wanted.keys() - places.keys())]
+    faults += [f"{name} does not belong there" for name in sorted(places.keys() - wanted.keys())]
+    faults += _of_index(merged, places)
+    found = []
+    for name in sorted(wanted.keys() & places.keys()):
+        truth, file = wanted[name], places[name]
+        if file.shape(name) != truth.shape:
+            faults.append(f"{name} is {file.shape(name)} instead of {truth.shape}")
+        elif truth.floating and dtype is not None and file.dtype(name) is not dtype:
+            faults.append(f"{name} is {file.dtype(name)} instead of {dtype}")
+        else:
+            found.append(_distance(name, file, truth))
+    found.sort(key=lambda each: -each.allowed if each.allowed == each.allowed else float("-inf"))
+    faults += [f"{each.name} is off by {each.error:.1e} of its largest value" for each in found if not each.allowed <= 1]
+    return found, faults
+
+
+def _of_index(merged: Path, places: Mapping[str, SafeFile]) -> list[str]:
+    stray = {path.name for path in merged.glob("*.safetensors")} - {file.path.name for file in places.values()}
+    faults = [f"{name} belongs to no model here" for name in sorted(stray)]
+    if (merged / INDEX).is_file():
+        weight_map = json.loads((merged / INDEX).read_text())["weight_map"]
+        listed = {name: file.path.name for name, file in places.items()}
+        faults += [f"{name} is not where the index says" for name in sorted(listed.keys() | weight_map.keys())
+                   if listed.get(name) != weight_map.get(name)]  # fmt: skip
+    return faults
+
+
+def _distance(name: str, file: SafeFile, truth: Truth) -> Found:
+    """Beside the noise of the products, a value may be off by half a unit in its last place: it was rounded once."""
+    kind = torch.finfo(file.dtype(name)) if truth.floating else None
+    unit, least = (kind.eps / 2, kind.smallest_normal * kind.eps) if kind else (0.0, 0.0)
+    largest = max((truth.rows(*span).abs().max().item() for span in spans(truth.shape)), default=0.0)
+    error, allowed = 0.0, 0.0
+    for first, last in spans(truth.shape):
+        wanted = truth.rows(first, last)
+        have = file.rows(name, first, last) if truth.shape else file.read(name)
+        off = (have.double() - wanted).abs()
+        share = off / (unit * wanted.abs() + NOISE * largest + least + 1e-300)
+        error, allowed = _worse(error, off.max().item()), _worse(allowed, share.max().item())
+    return Found(name, error / (largest or 1.0), allowed)
+
+
+def _worse(one: float, other: float) -> float:
+    """The larger, where not-a-number is the largest."""
+    return other if other > one or other != other else one

@@ -1,0 +1,41 @@
+"""What a run writes of itself into its saves: lineage.json, and FINAL's model card."""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+
+from halos import __version__
+from halos.checkpoint import card, lineage
+from halos.checkpoint.find import name_of
+from halos.data.sources import content_hash
+from halos.hooks.base import Run
+
+
+def begin(run: Run) -> dict[str, Any]:
+    """The chain up to this run. Raises UserError where a resumed adapter meets another base than it was trained on."""
+    saved = run.directory.checkpoints / name_of(run.step)
+    if run.step and isinstance(run.model, PeftModel):
+        lineage.refuse_other_base(lineage.read(saved), run.base, str(saved))
+    data = {purpose: [_source(entry, purpose) for entry in entries]
+            for purpose, entries in (("train", run.config.data.train), ("eval", run.config.data.eval))}  # fmt: skip
+    loss = run.config.loss["_target_"].split(".")[-2]
+    return lineage.begin(run.base, asdict(run.config), loss=loss, data=data, halos=__version__)
+
+
+def _source(entry: Any, purpose: str) -> dict[str, Any]:
+    source = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+    return {**{key: value for key, value in source.items() if value is not None}, "hash": content_hash(entry, purpose)}
+
+
+def leave(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> None:
+    """lineage.json for the save at `path`, and for FINAL its card."""
+    places = {"adapter": path / "adapter", "model": path if final else path / "model"}
+    made = {kind: place for kind, place in places.items() if any(place.glob("*.safetensors"))}
+    evaluations = [row for row in run.directory.read_metrics() if row["split"] == "eval"]
+    first = evaluations[0] if evaluations and evaluations[0]["step"] < run.step else None
+    whole = lineage.write(path, chain, made, step=run.step, before=first, metrics=run.last_eval)
+    if final and not run.failure:
+        card.write(path, whole, adapter="model" not in made, reward=run.reward, title=run.config.exp_name or path.name)
