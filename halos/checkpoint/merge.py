@@ -6,55 +6,24 @@ tied heads, grown vocabularies. Whatever else an adapter or its base holds is re
 run's first step.
 """
 
-import json
-import math
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
-from halos.checkpoint.safefile import SHARD, Entry, SafeFile, blocks, spans, weight_files, write_sharded
+from halos.checkpoint.lora import KEEP, Adapter, Update, refuse, scaling, sort
+from halos.checkpoint.safefile import SHARD, Entry, SafeFile, blocks, spans, write_sharded
+from halos.checkpoint.source import Source
 from halos.errors import UserError
 from halos.logps.vocabulary import fresh_rows
-
-PREFIX = "base_model.model."
-KEEP = "keep the adapter as it is with checkpoint.merge_lora=false"
-COVERED = {  # what a LoraConfig may say; anything else must be as PEFT's default has it
-    "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
-    "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
-    "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "runtime_config",
-    "eva_config", "qalora_group_size", "megatron_core",
-}  # fmt: skip
-STARTS = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: the others change the base's own weights
-
-
-# --- what is covered -------------------------------------------------------------------------------------------------
-
-
-def refuse(config: PeftConfig) -> None:
-    """Raises UserError for an adapter that is no LoRA, or a kind of LoRA that is not covered."""
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:  # AdaLoRA's is a LoraConfig
-        kind = getattr(config.peft_type, "value", config.peft_type)
-        raise UserError(f"cannot merge: this is a {kind} adapter, and only LoRA is covered; {KEEP}")
-    default = LoraConfig()
-    for name in (each.name for each in fields(config)):
-        value = getattr(config, name)
-        if name == "init_lora_weights":
-            known = value in STARTS
-        else:
-            known = name in COVERED or not value or value == getattr(default, name, None)
-        if not known:
-            raise UserError(f"cannot merge: {name}={value!r} is not covered; {KEEP}")
 
 
 def check(base: Path, model: PeftModel) -> None:
@@ -65,144 +34,6 @@ def check(base: Path, model: PeftModel) -> None:
     assert isinstance(inner, PreTrainedModel)
     adapter = sort(get_peft_model_state_dict(model, save_embedding_layers=False))
     _fit(adapter, Source(base, inner))
-
-
-# --- the adapter -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter's tensors by what they do: names in its file, under the names of the layers and tensors of the model."""
-
-    updates: dict[str, dict[str, str]] = field(default_factory=dict)  # layer -> {A, B, magnitude}
-    replaced: dict[str, str] = field(default_factory=dict)  # tensor -> what stands in its place
-
-
-def sort(names: Iterable[str]) -> Adapter:
-    """Raises UserError for tensors that this module does not know how to merge."""
-    found, unknown = Adapter(), []
-    for name in names:
-        bare = name.removeprefix(PREFIX)
-        if match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude)(?:_vector)?(\.weight)?", bare):
-            found.updates.setdefault(match[1], {})[match[2]] = name
-        elif "lora_" in bare or "trainable_tokens" in bare:
-            unknown.append(bare)
-        else:
-            found.replaced[unwrapped(bare)] = name
-    unknown += [f"{layer} (incomplete)" for layer, parts in found.updates.items() if not {"A", "B"} <= parts.keys()]
-    if unknown:
-        raise UserError(f"cannot merge this adapter: {unknown[0]} is not covered; {KEEP}")
-    return found
-
-
-def unwrapped(name: str) -> str:
-    """A tensor's name in the model without PEFT's wrappers."""
-    for wrapper in (".base_layer.", ".original_module.", ".modules_to_save.default.", ".modules_to_save."):
-        name = name.replace(wrapper, ".")
-    return name
-
-
-def scaling(config: LoraConfig, layer: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); of alpha's patterns the first that ends the layer's name."""
-    alpha: float = config.lora_alpha
-    for pattern, value in (config.alpha_pattern or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = float(value)
-            break
-    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
-
-
-@dataclass(frozen=True, slots=True)
-class Update:
-    """What an adapter adds to one layer's weight."""
-
-    a: Tensor  # (r, in)
-    b: Tensor  # (out, r)
-    magnitude: Tensor | None  # (out,), DoRA's
-    scaling: float
-    by_input: bool  # Conv1D and embeddings store (in, out)
-
-    def added(self, block: Tensor, first: int) -> Tensor:
-        last = first + len(block)
-        left, right = (self.a[:, first:last].T, self.b.T) if self.by_input else (self.b[first:last], self.a)
-        return torch.addmm(block.float(), left, right, alpha=self.scaling)
-
-    def merged(self, weight: Sequence[tuple[int, int]], rows: Any) -> Iterator[Tensor]:
-        """Blocks of the merged weight, from `rows(first, last)` of the base's. DoRA: eq. 5 of arXiv:2402.09353."""
-        norms: Tensor | None = None
-        if self.magnitude is not None and self.by_input:  # a norm runs over all inputs, and those are the rows
-            squares = (self.added(rows(*span), span[0]).square().sum(0, dtype=torch.float64) for span in weight)
-            norms = sum(squares, torch.zeros(())).sqrt().float()
-        for span in weight:
-            block = self.added(rows(*span), span[0])
-            if self.magnitude is not None and norms is not None:
-                block *= self.magnitude / norms
-            elif self.magnitude is not None:
-                block *= (self.magnitude[span[0] : span[1]] / block.norm(dim=1))[:, None]
-            yield block
-
-
-# --- the base --------------------------------------------------------------------------------------------------------
-
-
-class Names:
-    """How a file of the base spells what the model calls its tensors, by the rules that from_pretrained follows."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.expected = {unwrapped(name): None for name in model.state_dict() if ".lora_" not in name}
-        self._prefix = model.base_model_prefix
-        rules = get_model_conversion_mapping(model)
-        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-
-    def __call__(self, name: str) -> tuple[str | None, bool]:
-        """The model's name for a tensor of the file, or None for one that it does not have (a dropped LM head); and whether
-        loading fuses or splits the tensor, so that no single one stands for the model's."""
-        mine, converted = rename_source_key(name, self._renamings, self._converters, self._prefix, self.expected)
-        return (mine if mine in self.expected else None), converted is not None
-
-
-class Source:
-    """The base on disk under the names of the model. Raises UserError for one whose weights are quantised or pickled.
-
-    `where` has the tensors that stand for one of the model's; `absent` is the half of a tied pair that the files leave out,
-    with the other half.
-    """
-
-    def __init__(self, base: Path, model: PreTrainedModel) -> None:
-        settings = json.loads((base / "config.json").read_text())
-        if settings.get("quantization_config"):
-            raise UserError(f"cannot merge: the weights of {base} are quantised on disk; give the model they were made from")
-        self.path, names = base, Names(model)
-        self.files = [SafeFile(path) for path in weight_files(base)]
-        found = {name: (file, *names(name)) for file in self.files for name in file.names}
-        self.tensors = {name: (file, mine) for name, (file, mine, _) in found.items() if mine is not None}
-        self.dropped = sorted(name for name, (_, mine, _) in found.items() if mine is None)
-        self.fused = {mine for _, mine, fused in found.values() if fused}
-        self.where = {mine: (file, name) for name, (file, mine) in self.tensors.items() if mine not in self.fused}
-        self.expected, self.kinds = names.expected, _layers(model)
-        self.embedding, self.head = (
-            _name_of(model, each) for each in (model.get_input_embeddings(), model.get_output_embeddings())
-        )
-        pair = {each for each in (self.embedding, self.head) if each is not None}
-        configs = (model.config, model.config.get_text_config())
-        self.tied_by_config = any(getattr(each, "tie_word_embeddings", False) for each in configs)
-        self.tied = len(pair) == 2 and self.tied_by_config
-        lost = pair - self.where.keys()
-        self.absent: tuple[str, str] | None = None
-        if self.tied and len(lost) == 1:
-            self.absent = (lost.pop(), (pair & self.where.keys()).pop())
-
-
-def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Modules by their names without PEFT's wrappers, each the innermost."""
-    return {unwrapped(f"{name}.").removesuffix("."): module for name, module in model.named_modules() if ".lora_" not in name}
-
-
-def _name_of(model: PreTrainedModel, layer: nn.Module | None) -> str | None:
-    """The name of a layer's weight; of a layer that carries an adapter, the base's."""
-    names = [name for name, module in model.named_modules() if module is layer]
-    return unwrapped(f"{names[0]}.weight") if names else None
 
 
 def _fit(adapter: Adapter, base: Source) -> None:
@@ -271,7 +102,7 @@ class Merge:
             return Entry(kind, shape, lambda: self._update(layer).merged(spans(shape), _rows(file, name, fresh)))
         if not fresh:
             return Entry(kind, shape, partial(blocks, file, name))
-        return Entry(kind, shape, lambda: (_rows(file, name, fresh)(*span) for span in spans(shape)))
+        return Entry(kind, shape, lambda: starmap(_rows(file, name, fresh), spans(shape)))
 
     def _whole(self, name: str, dtype: torch.dtype, like: tuple[str, list[int]] | None = None) -> Entry:
         shape = self.adapter.shape(name)

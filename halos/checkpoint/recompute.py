@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halos.checkpoint.merge import Source, unwrapped
 from halos.checkpoint.safefile import INDEX, SafeFile, spans, weight_files
+from halos.checkpoint.source import Source, unwrapped
 from halos.errors import UserError
 
 NOISE = 1e-6  # of a tensor's largest value: float32 products of a few dozen terms

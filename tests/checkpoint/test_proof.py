@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from test_merge import VARIANTS, Variant, adapted, make_base, trained
 
 from halos.build.session import run
-from halos.checkpoint import handover, merge, proof, safefile
-from halos.checkpoint.merge import Update
+from halos.checkpoint import handover, lora, merge, proof, safefile
+from halos.checkpoint.lora import Update
 from halos.config.schema import Config
 from halos.errors import UserError
 
@@ -358,7 +358,7 @@ def test_a_run_whose_merge_is_wrong_fails_and_keeps_the_adapter(
 def test_a_run_that_could_not_be_merged_is_refused_before_its_first_step(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "COVERED", merge.COVERED - {"use_dora"})
+    monkeypatch.setattr(lora, "COVERED", lora.COVERED - {"use_dora"})
     with pytest.raises(UserError, match=r"cannot merge: use_dora=True is not covered"):
         run(configure(*LORA, "peft.use_dora=true"), [])
     assert "step" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -367,6 +367,6 @@ def test_a_run_that_could_not_be_merged_is_refused_before_its_first_step(
 def test_a_run_that_is_not_to_be_merged_may_train_what_cannot_be(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(merge, "COVERED", merge.COVERED - {"use_dora"})
+    monkeypatch.setattr(lora, "COVERED", lora.COVERED - {"use_dora"})
     assert run(configure(*LORA, "peft.use_dora=true", "checkpoint.merge_lora=false"), []) == 0
     assert list((tmp_path / "run" / "FINAL" / "adapter").glob("*.safetensors"))

@@ -1,0 +1,79 @@
+"""The base of a merge: its tensors on the disk under the names that the model has for them."""
+
+import json
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from halos.checkpoint.safefile import SafeFile, weight_files
+from halos.errors import UserError
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name in the model without PEFT's wrappers."""
+    for wrapper in (".base_layer.", ".original_module.", ".modules_to_save.default.", ".modules_to_save."):
+        name = name.replace(wrapper, ".")
+    return name
+
+
+class Names:
+    """How a file of the base spells what the model calls its tensors, by the rules that from_pretrained follows."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.expected = {unwrapped(name): None for name in model.state_dict() if ".lora_" not in name}
+        self._prefix = model.base_model_prefix
+        rules = get_model_conversion_mapping(model)
+        self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+        self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+
+    def __call__(self, name: str) -> tuple[str | None, bool]:
+        """The model's name for a tensor of the file, or None for one that it does not have (a dropped LM head); and whether
+        loading fuses or splits the tensor, so that no single one stands for the model's."""
+        mine, converted = rename_source_key(name, self._renamings, self._converters, self._prefix, self.expected)
+        return (mine if mine in self.expected else None), converted is not None
+
+
+class Source:
+    """The base on disk under the names of the model. Raises UserError for one whose weights are quantised or pickled.
+
+    `where` has the tensors that stand for one of the model's; `absent` is the half of a tied pair that the files leave out,
+    with the other half.
+    """
+
+    def __init__(self, base: Path, model: PreTrainedModel) -> None:
+        settings = json.loads((base / "config.json").read_text())
+        if settings.get("quantization_config"):
+            raise UserError(f"cannot merge: the weights of {base} are quantised on disk; give the model they were made from")
+        self.path, names = base, Names(model)
+        self.files = [SafeFile(path) for path in weight_files(base)]
+        found = {name: (file, *names(name)) for file in self.files for name in file.names}
+        self.tensors = {name: (file, mine) for name, (file, mine, _) in found.items() if mine is not None}
+        self.dropped = sorted(name for name, (_, mine, _) in found.items() if mine is None)
+        self.fused = {mine for _, mine, fused in found.values() if fused}
+        self.where = {mine: (file, name) for name, (file, mine) in self.tensors.items() if mine not in self.fused}
+        self.expected, self.kinds = names.expected, _layers(model)
+        self.embedding, self.head = (
+            _name_of(model, each) for each in (model.get_input_embeddings(), model.get_output_embeddings())
+        )
+        pair = {each for each in (self.embedding, self.head) if each is not None}
+        configs = (model.config, model.config.get_text_config())
+        self.tied_by_config = any(getattr(each, "tie_word_embeddings", False) for each in configs)
+        self.tied = len(pair) == 2 and self.tied_by_config
+        lost = pair - self.where.keys()
+        self.absent: tuple[str, str] | None = None
+        if self.tied and len(lost) == 1:
+            self.absent = (lost.pop(), (pair & self.where.keys()).pop())
+
+
+def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Modules by their names without PEFT's wrappers, each the innermost."""
+    return {unwrapped(f"{name}.").removesuffix("."): module for name, module in model.named_modules() if ".lora_" not in name}
+
+
+def _name_of(model: PreTrainedModel, layer: nn.Module | None) -> str | None:
+    """The name of a layer's weight; of a layer that carries an adapter, the base's."""
+    names = [name for name, module in model.named_modules() if module is layer]
+    return unwrapped(f"{names[0]}.weight") if names else None
