@@ -71,12 +71,9 @@ def test_every_documented_training_command_composes_and_binds(
 ) -> None:
     for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", command):
         (tmp_path / name).write_text("{}")
-    package = tmp_path / "mylosses"
-    package.mkdir()
-    example = re.search(r"```python\n# mylosses/hinge.py\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    assert example
-    (package / "__init__.py").write_text("")
-    (package / "hinge.py").write_text(example[1])
+    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(code)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.chdir(tmp_path)
     seen = []

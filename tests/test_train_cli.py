@@ -566,6 +566,61 @@ def test_a_key_that_is_younger_than_the_run_can_be_typed(refused, cli, build, de
     assert build.changed == {"train.max_grad_norm": [None, 1.0]}
 
 
+# --- packages of the user's own
+
+OWN = """
+from halos.hooks.base import Hook
+class Quiet(Hook):
+    def __init__(self, *, every: int = 3): ...
+class Other:
+    def on_step(self, run, metrics): ...
+"""
+
+
+@pytest.fixture
+def own(monkeypatch):
+    """A package in the current directory, which Python does not look into by itself."""
+    Path("myown").mkdir()
+    Path("myown/hooks.py").write_text(OWN)
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if place not in ("", os.getcwd())])
+    yield
+    for name in [name for name in sys.modules if name.partition(".")[0] == "myown"]:
+        del sys.modules[name]
+
+
+def test_a_hook_of_the_users_own_joins_at_the_start_and_at_a_resume(cli, build, own, demo):
+    given = {"_target_": "myown.hooks.Quiet", "every": 2}
+    for start in (RUN, ("resume=moved/demo",)):
+        for sign in ("+", ""):
+            words = [f"{sign}hooks.mine={{_target_: myown.hooks.Quiet, every: 2}}", "plugins=[myown]"]
+            assert cli(*start, *words)[0::2] == (0, "")
+            assert build.calls.pop()[0].hooks == {"mine": given}
+    demo.start_attempt({"changed": build.changed})
+    assert cli("resume=moved/demo", "plugins=[myown]", "+hooks.mine={_target_: myown.hooks.Quiet, every: 2}")[0] == 0
+    assert (build.calls.pop()[0].hooks, build.changed) == ({"mine": given}, {})
+
+
+@pytest.mark.parametrize("start", [RUN, ("resume=moved/demo",)], ids=["start", "resume"])
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["hooks.mine._target_=myown.hooks.Quiet"], "if you trust that package, type plugins=[myown]"),
+        (["hooks.mine._target_=myown.hooks.Quiet", "plugins=[yourown]"], "plugins names 'yourown', which Python does not find"),
+        (["plugins=['../x']"], "which is no package"),
+        (["hooks.mine._target_=myown.hoks.Quiet", "plugins=[myown]"], "there is no module myown.hoks"),
+        (["hooks.mine._target_=myown.hooks.Quit", "plugins=[myown]"], "myown.hooks has no 'Quit'; it has Other, Quiet"),
+        (["hooks.mine._target_=myown.hooks.Other", "plugins=[myown]"], "is no hook: derive a class from halos.hooks.base.Hook"),
+        (["hooks.mine={_target_: myown.hooks.Quiet, evry: 2}", "plugins=[myown]"], "takes no 'evry'; it takes every"),
+        (
+            ["checkpoint._target_=myown.hooks.Quiet", "plugins=[myown]"],
+            "derive a class from halos.hooks.checkpoint.CheckpointHook",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_hook_is_one_message(refused, own, demo, start, words, part):
+    assert part in refused(*start, *words)
+
+
 # --- help
 
 
