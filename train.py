@@ -49,6 +49,9 @@ def main() -> None:
         sys.exit(refuse(error))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # who read it has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
 
 
 def refuse(error: UserError) -> int:

@@ -91,6 +91,14 @@ class RunDir:
         shutil.rmtree(doomed)
         (self.path / "attempts").mkdir()
 
+    def abandon(self) -> None:
+        """Leave nothing of a start that was refused before its first step, so that the command can be mended and given again."""
+        if self.checkpoints.is_dir() or self.final.exists() or any(row["step"] for row in self.read_metrics()):
+            return
+        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", "train.log"):
+            entry = self.path / name
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+
     @classmethod
     def at(cls, resume: str) -> Self:
         """The run that `resume=` names, by its directory or by one of its checkpoints (RUN/checkpoints/step-N)."""

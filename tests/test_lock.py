@@ -198,8 +198,8 @@ def test_it_is_released_when_the_body_fails_and_may_be_taken_again_by_the_same_p
         raise ValueError
     assert not path.exists()
     first, second = RunLock(path), RunLock(path)
-    first.acquire(0)
-    second.acquire(1)
+    first.acquire(0, heartbeat=False)
+    second.acquire(1, heartbeat=False)
     assert json.loads(path.read_text())["attempt"] == 1
 
 
@@ -219,7 +219,7 @@ def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(os, "link", none)
     path = tmp_path / "run.lock"
-    RunLock(path).acquire(0)
+    RunLock(path).acquire(0, heartbeat=False)
     write(path, host="elsewhere")
     with pytest.raises(UserError, match="elsewhere"):
         RunLock(path).acquire(0)

@@ -80,7 +80,8 @@ def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, refer
     config, model = run.config, run.model
     made = run.accelerator
     trained, total = _count(model, trained=True), _count(model, trained=False)
-    against = "" if not loss.needs_reference else ", reference: " + ("its own base" if reference is None else "a frozen copy")
+    other = config.reference.name_or_path or "a frozen copy"
+    against = "" if not loss.needs_reference else ", reference: " + ("its own base" if reference is None else other)
     log.info("loss       %s %s", loss.name, "  ".join(f"{k}={v}" for k, v in loss.settings.items()))
     log.info(
         "model      %s (%s)%s", config.model.name_or_path, str(next(model.parameters()).dtype).removeprefix("torch."), against
@@ -96,6 +97,7 @@ def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, refer
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
     how = name_of(run.module)
     where += "" if how == "alone" else f", {how}"
-    steps = f"{run.total_steps} of {config.train.batch_size}, {config.train.microbatch_size} at a time"
+    micro = min(config.train.microbatch_size, -(-config.train.batch_size // made.num_processes))
+    steps = f"{run.total_steps} of {config.train.batch_size} items, {micro} at a time"
     log.info("steps      %s, %s", steps, where)
     log.info("run        %s", run.directory.path)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halos.config.schema import Config, Optim
 from halos.logps.model import LanguageModel, RewardModel
 from halos.models import adapter
-from halos.models.load import attention, freeze, load_model, weights_dtype
+from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
 from halos.models.locate import locate
 
 
@@ -61,17 +61,24 @@ def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     return adapted
 
 
-def reference(shelf: Shelf, model: nn.Module) -> nn.Module | None:
-    """A frozen copy of the policy's start, or the model that `reference.name_or_path` names.
+def named_reference(config: Config, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> Path | None:
+    """Where the reference lies that the config names. Raises UserError for one that cannot be compared with the policy."""
+    if config.reference.name_or_path is None:
+        return None
+    place = locate(config.reference.name_or_path, config.reference.revision, Path(config.cache_dir).expanduser())
+    refuse_other_words(place, tokenizer, new_tokens)
+    return place
+
+
+def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module | None:
+    """A frozen copy of the policy's start, or the model at `named`.
 
     None where the policy's own base, with its adapter off, is the reference: no second copy is loaded.
     """
     config = shelf.config
-    named = config.reference.name_or_path
     if named is None and isinstance(model, PeftModel):
         return None
-    cache = Path(config.cache_dir).expanduser()
-    source = shelf.base if named is None else locate(named, config.reference.revision, cache)
+    source = named or shelf.base
     dtype = weights_dtype(config.model.dtype, trained=True, device=shelf.made.device)
     return freeze(LanguageModel(shelf.load(source, dtype, reward=False)))
 

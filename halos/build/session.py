@@ -67,6 +67,10 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
                     return FINISHED
                 trainer = assemble(config, typed, made, changed, lock)
                 return _train(trainer) if trainer else FINISHED
+        except UserError:
+            if lock.held and not config.resume:
+                directory.abandon()
+            raise
         except Interrupted as signalled:
             log.warning("stopped: %s, before the first step", signalled)
             if lock.held and is_run(directory.path):
@@ -113,10 +117,11 @@ def assemble(
                 log.info("%-10s %s", name, line)
         log.info("%d steps of %d; everything fits together, nothing was trained", total, config.train.batch_size)
         return None
+    named = model.named_reference(config, tokenizer, new_tokens) if loss.needs_reference else None
     source = _begin(config, directory, made, total, lock)
     shelf = model.Shelf(config, base, tokenizer, new_tokens, made)
     current = _load(shelf, loss, hooks, directory, total, source.path)
-    against = model.reference(shelf, current.model) if loss.needs_reference else None
+    against = model.reference(shelf, current.model, named) if loss.needs_reference else None
     against = strategy.distribute(against, made) if against else None
     if source.path is not None:
         restore(current, source.path)  # last: loading models draws random numbers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -51,8 +52,11 @@ def unreadable(text: str, reason: str) -> str:
     opened = sum(value.count(mark) for mark in "[{(") - sum(value.count(mark) for mark in "]})")
     if opened > 0:
         return f"{text!r} ends inside a bracket: leave out the space after it, or put quotes around the whole, '{text} ...'"
+    if value.startswith("["):
+        return f"cannot read {text!r} ({reason}); quote the item that it stumbles over, and the whole for the shell"
     inner = value.strip("'\"").replace('"', r"\"")
-    return f"cannot read {text!r} ({reason}); quote the value, twice because the shell takes one pair: '{key}=\"{inner}\"'"
+    shown = shlex.quote(f'{key}="{inner}"')
+    return f"cannot read {text!r} ({reason}); quote the value, twice because the shell takes one pair: {shown}"
 
 
 _KEY = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/@:$"

@@ -116,7 +116,7 @@ class Config:
     output_root: str = key()
     run_dir: str = key()
     cache_dir: str = key()
-    seed: int = key(least=0)
+    seed: int = key(least=0, most=2**63 - 1)
     resume: str | None = key()
     resume_changes: str = key(one_of=("refuse", "allow"))
     overwrite: bool = key()

@@ -37,7 +37,11 @@ def read_jsonl(path: Path) -> Iterator[Row]:
                 continue
             where = f"{path}:{number}"
             try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
+                if b"\\ud" in line.lower():
+                    json.dumps(value, ensure_ascii=False).encode()  # half of a character, which no tokenizer takes
+            except UnicodeEncodeError as error:
+                raise UserError(f"{where}: holds half of a character, a lone surrogate such as \\ud800") from error
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 text") from error
             except json.JSONDecodeError as error:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -46,6 +47,17 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTraine
     new = [token for token in add_tokens if token not in known]
     tokenizer.add_tokens(new, special_tokens=True)
     return tokenizer, new
+
+
+def refuse_other_words(reference: Path, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> None:
+    """Raises UserError where a reference model spells the policy's tokens otherwise: its log-probs would be of other text."""
+    theirs = load_tokenizer(reference, add_tokens=[])[0].get_vocab()
+    ours = {token: number for token, number in tokenizer.get_vocab().items() if token not in new_tokens}
+    if other := [token for token, number in ours.items() if theirs.get(token) != number]:
+        raise UserError(
+            f"reference.name_or_path={reference} has another tokenizer: {len(other)} of the policy's {len(ours)} tokens are not"
+            f" the same in it, such as {other[0]!r}; a reference must share the policy's"
+        )
 
 
 def weights_dtype(name: str, *, trained: bool, device: torch.device) -> torch.dtype:
@@ -105,7 +117,7 @@ def load_model(
         extra["num_labels"] = 1
     try:
         model = auto.from_pretrained(directory, **extra)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory} could not be loaded as a {auto.__name__}: {str(error).splitlines()[0]}") from error
     if not model.is_backend_compatible():
         raise UserError(f"{type(model).__name__} does not let its attention be chosen, which packing needs; it is not supported")

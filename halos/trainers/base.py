@@ -24,6 +24,7 @@ from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
 from halos.data.dataset import Item
 from halos.data.order import Order, eval_batches
+from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
 from halos.logps.model import adapter_off
@@ -148,6 +149,7 @@ class Trainer(ABC):
         means, seconds = window.means(), time.perf_counter() - began
         row = {"step": run.step, "split": "eval", **means, **self.derived(means), "examples": len(self.held_out.rows)}
         run.last_eval = {**row, "seconds": round(seconds, 3)}
+        self._know_objective(means)
         self._tell(lambda hook: hook.on_eval(run, run.last_eval))
         self._clock += seconds
 
@@ -186,6 +188,12 @@ class Trainer(ABC):
     def _cut_short(self) -> bool:
         """Whether the run ends here but is not finished: it leaves a checkpoint, and no FINAL."""
         return self.run.stop is not None and not self.run.stop.finished
+
+    def _know_objective(self, means: Mapping[str, float]) -> None:
+        """Raises UserError where what the run is judged by is not measured: at the first evaluation, so that little is lost."""
+        metric = self.run.config.objective.metric
+        if metric not in self.run.last_eval and self.run.step == 0:
+            raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(sorted(means))}")
 
     def _evaluation_due(self) -> bool:
         """At the start, at every interval; and where a run goes on that was stopped before or during one."""

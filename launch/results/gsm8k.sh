@@ -31,7 +31,7 @@ for run in ${*:-dpo reward kto sft sft-full}; do
     reward) train reward 183 loss=reward train.steps=60 $lora optim.lr=2e-4 ;;
     kto) train kto 80 loss=kto train.steps=24 $lora optim.lr=1e-4 ;;
     sft) train sft 120 loss=sft train.steps=30 $lora ;;
-    sft-full) train sft-full 120 loss=sft train.steps=30 train.precision=bfloat16 ;;
+    sft-full) train sft-full 120 loss=sft train.steps=15 train.precision=bfloat16 ;;
     *) echo "error: no run '$run'; there are dpo reward kto sft sft-full" >&2; exit 2 ;;
   esac
 done
