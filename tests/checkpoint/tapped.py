@@ -70,7 +70,7 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
         if path is None:
             return real_open(file, mode, buffering, *args, **kwargs)
         hear("open", path)
-        sizes[path] = path.stat().st_size if "a" in mode else 0
+        sizes[path] = path.stat().st_size if "a" in mode and path.exists() else 0
         raw = Raw(path, mode.replace("b", "").replace("t", ""))
         stream: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return stream if "b" in mode else io.TextIOWrapper(stream, *args, **kwargs)
