@@ -122,7 +122,6 @@ def _publish(hidden: Path, final: Path, facts: dict[str, Any]) -> None:
     if final.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         final.rename(replaced)
-        sync(final.parent)  # a name must not stand for two directories after a power cut
     try:
         hidden.rename(final)
     except OSError:

@@ -136,6 +136,8 @@ class Stage:
         assert step in scene.after, f"went on from {step}: {found.passed_over}"
         if found.path:
             assert any(alike(found.path, shelf / "checkpoints" / found.path.name) for shelf in shelves)
+        bad = {find.step_of(path) for path in find.checkpoints(run_dir / "checkpoints") if manifest.verify(path)}
+        assert bad <= scene.damaged, f"{bad} can be seen and are not whole"
         final = RunDir(run_dir).final
         if final.exists():
             assert manifest.verify(final) == []
@@ -204,6 +206,7 @@ class Scene:
     settings: dict[str, Any] = None  # type: ignore[assignment]
     finals: tuple[str, ...] = ()  # what FINAL may be
     final_before: bool = False
+    damaged: frozenset[int] = frozenset()
     shared: bool = False  # worth playing with several processes
 
 
@@ -216,7 +219,7 @@ SCENES = [
     scene("the first save", save, [], [None, LAST], shared=True),
     scene("beside older ones", save, [2, 3], [3, LAST], shared=True),
     scene("with retention", save, [1, 2, 3], [3, LAST], settings={"keep_last": 1}, shared=True),
-    scene("over a damaged one", save, [3, LAST], [3, LAST], prepare=damaged_last),
+    scene("over a damaged one", save, [3, LAST], [3, LAST], prepare=damaged_last, damaged=frozenset([LAST])),
     scene("over a whole one", save, [LAST], [LAST]),
     scene("FINAL", save_final, [3, LAST], [LAST], finals=("FINAL",), shared=True),
     scene("over an older FINAL", save_final, [LAST], [LAST], prepare=older_final, finals=("FINAL", "older"), final_before=True),

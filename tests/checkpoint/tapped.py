@@ -1,6 +1,7 @@
 """Every change that a save makes to the file system, seen before it happens: to die there, to refuse it, or to write it down.
 
-What native code writes (safetensors' save_file, the tokenizer's) is written again by Python, byte for byte, and so is seen.
+What native code writes (safetensors' save_file, the tokenizer's) is written again by Python, byte for byte, and so is seen;
+what it writes into a file that Python opened is seen no later than the file's fsync.
 """
 
 import builtins
@@ -41,6 +42,7 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
     root = Path(os.path.realpath(root))
     real = {name: vars(os)[name] for name in ("open", "fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")}
     real_open = io.open
+    sizes: dict[Path, int] = {}  # of files as far as their writes were heard
 
     def place(path: Any, dir_fd: int | None = None) -> Path | None:
         """Where it is, if that is under `root`."""
@@ -60,6 +62,7 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
             path, data = place(self.name), bytes(data)
             assert path is not None
             listener(Change("write", path, data=data), lambda: io.FileIO.write(self, data[: len(data) // 2]))
+            sizes[path] += len(data)
             return super().write(data)
 
     def open_file(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
@@ -67,6 +70,7 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
         if path is None:
             return real_open(file, mode, buffering, *args, **kwargs)
         hear("open", path)
+        sizes[path] = path.stat().st_size if "a" in mode and path.exists() else 0
         raw = Raw(path, mode.replace("b", "").replace("t", ""))
         stream: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return stream if "b" in mode else io.TextIOWrapper(stream, *args, **kwargs)
@@ -78,6 +82,9 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
 
     def fsync(descriptor: int) -> None:
         path = place(descriptor)
+        if path in sizes and path.stat().st_size > sizes[path]:  # by native code, into a file that Python opened
+            listener(Change("write", path, data=path.read_bytes()[sizes[path] :]), None)
+            sizes[path] = path.stat().st_size
         hear("fsync", path)
         if path is None:  # under `root` nobody pulls the plug: it would only cost time
             real["fsync"](descriptor)
@@ -91,7 +98,9 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
 
     def one(name: str, kind: Kind) -> Callable[..., None]:
         def call(path: Any, *args: Any, **kwargs: Any) -> None:
-            hear(kind, place(path, kwargs.get("dir_fd")))
+            where = place(path, kwargs.get("dir_fd"))
+            if where is not None and where.parent.is_dir():  # else it fails and changes nothing: mkdir(parents=True) tries
+                hear(kind, where)
             real[name](path, *args, **kwargs)
 
         return call

@@ -39,6 +39,19 @@ def test_a_run_is_listed_verified_and_merged_at_any_step(
     assert "step-00000004/adapter/adapter_model.safetensors: 0 bytes instead of" in capsys.readouterr().out
 
 
+def test_a_checkpoint_of_a_newer_version_is_named_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = tmp_path / "run" / "checkpoints" / "step-00000001"
+    saved.mkdir(parents=True)
+    text = manifest.describe(saved, {}).replace(f'"format": {manifest.FORMAT}', '"format": 99').rpartition(manifest.SEAL)[0]
+    (saved / manifest.NAME).write_text(manifest.seal(text + "\n}"))
+    assert typed(monkeypatch, "ls", str(tmp_path / "run")) == 0
+    assert "NEWER" in capsys.readouterr().out
+    assert typed(monkeypatch, "verify", str(tmp_path / "run")) == 2
+    assert "format 99" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["ls", "{}"], ["merge", "{}", "--output", "{}/out"]])
 def test_what_is_no_checkpoint_is_one_message(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -1,0 +1,131 @@
+"""Whatever happens to a byte or a file of a checkpoint is found before training goes on, and the one before is taken."""
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scenes import LAST, Stage
+
+import train
+from halos.checkpoint import commit, find, manifest
+from halos.errors import UserError
+from halos.rundir import RunDir
+
+Fault = Callable[[Path, random.Random], None]
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Stage:
+    return Stage("lora", tmp_path_factory.mktemp("damage"), cache)
+
+
+def a_file(directory: Path, chance: random.Random, least: int = 1) -> Path:
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file() and path.stat().st_size >= least]
+    return chance.choice(files)
+
+
+def flip(directory: Path, chance: random.Random) -> None:
+    path = a_file(directory, chance)
+    content = bytearray(path.read_bytes())
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    path.write_bytes(content)
+
+
+def zero_a_block(directory: Path, chance: random.Random) -> None:
+    path = a_file(directory, chance)
+    content = path.read_bytes()
+    at = chance.randrange(len(content))
+    changed = content[:at] + bytes(min(512, len(content) - at)) + content[at + 512 :]
+    path.write_bytes(changed if changed != content else changed + b"\0")
+
+
+def truncate(directory: Path, chance: random.Random) -> None:
+    path = a_file(directory, chance)
+    path.write_bytes(path.read_bytes()[: chance.randrange(path.stat().st_size)])
+
+
+def extend(directory: Path, chance: random.Random) -> None:
+    with a_file(directory, chance, 0).open("ab") as file:
+        file.write(chance.randbytes(chance.randint(1, 4096)))
+
+
+def delete(directory: Path, chance: random.Random) -> None:
+    a_file(directory, chance, 0).unlink()
+
+
+def delete_a_directory(directory: Path, chance: random.Random) -> None:
+    shutil.rmtree(chance.choice([path for path in sorted(directory.rglob("*")) if path.is_dir()]))
+
+
+def add(directory: Path, chance: random.Random) -> None:
+    a_file(directory, chance, 0).with_name(f"stranger-{chance.random()}").write_bytes(b"")
+
+
+def rename(directory: Path, chance: random.Random) -> None:
+    path = a_file(directory, chance, 0)
+    path.rename(path.with_name(path.name + "-moved"))
+
+
+def become_a_directory(directory: Path, chance: random.Random) -> None:
+    path = a_file(directory, chance, 0)
+    path.unlink()
+    path.mkdir()
+
+
+def come_from_the_one_before(directory: Path, chance: random.Random) -> None:
+    """Right in itself, and of another step."""
+    before = directory.with_name(find.name_of(LAST - 1))
+    files = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
+    differing = [
+        path for path in files if path.name != manifest.NAME and (directory / path).read_bytes() != (before / path).read_bytes()
+    ]
+    path = chance.choice(differing)
+    shutil.copy(before / path, directory / path)
+
+
+FAULTS: list[Fault] = [flip, flip, zero_a_block, truncate, extend, delete, delete_a_directory, add, rename, become_a_directory,
+                       come_from_the_one_before]  # fmt: skip
+
+
+def damage(stage: Stage, seeds: range) -> None:
+    run_dir = stage.place / "damaged"
+    for seed in seeds:
+        chance = random.Random(seed)
+        shutil.rmtree(run_dir, ignore_errors=True)
+        for step in (LAST - 1, LAST):
+            shutil.copytree(stage.checkpoint(step), run_dir / "checkpoints" / find.name_of(step))
+        fault = chance.choice(FAULTS)
+        fault(run_dir / "checkpoints" / find.name_of(LAST), chance)
+        found = find.go_on(RunDir(run_dir), None)
+        assert found.path == run_dir / "checkpoints" / find.name_of(LAST - 1), f"seed {seed}: {fault.__name__} was not found"
+        assert len(found.passed_over) == 1
+        assert found.passed_over[0].startswith(f"{find.name_of(LAST)} passed over: ")
+
+
+def test_a_hundred_kinds_of_damage_are_found_and_the_one_before_is_taken(stage: Stage) -> None:
+    damage(stage, range(100))
+
+
+@pytest.mark.slow
+def test_a_thousand_kinds_of_damage_are_found_and_the_one_before_is_taken(stage: Stage) -> None:
+    damage(stage, range(100, 1100))
+
+
+def test_a_checkpoint_of_a_newer_version_stops_a_resume_and_nothing_is_touched(stage: Stage, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(stage.shelf, run_dir)
+    path = run_dir / "checkpoints" / find.name_of(LAST) / manifest.NAME
+    text = path.read_text().replace(f'"format": {manifest.FORMAT}', f'"format": {manifest.FORMAT + 1}')
+    path.write_text(manifest.seal(text.rpartition(manifest.SEAL)[0] + "\n}"))
+    (run_dir / "checkpoints" / (commit.HIDDEN + "step-00000009")).mkdir()
+    (run_dir / "result.json").write_text('{"status": "running", "step": 4, "metrics": {}}')
+
+    def everything() -> dict[str, bytes | None]:
+        return {str(path): path.read_bytes() if path.is_file() else None for path in run_dir.rglob("*")}
+
+    before = everything()
+    with pytest.raises(UserError, match=f"newer version of halos.*format {manifest.FORMAT + 1}"):
+        train.start([f"resume={run_dir}"])
+    assert everything() == before

@@ -1,0 +1,89 @@
+"""A power cut at any moment of a save: nothing half-written is ever taken for a checkpoint, and the one before is found."""
+
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from scenes import LAST, SCENES, Scene, Stage, save, save_final
+from tapped import Change, tapped
+from volatile import Volatile
+
+from halos.checkpoint import commit, find
+
+
+@pytest.fixture(scope="module", params=["full", "lora"])
+def stage(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Stage:
+    return Stage(request.param, tmp_path_factory.mktemp(request.param), cache)
+
+
+def recorded(run_dir: Path, act: Callable[[], object]) -> list[Change]:
+    """Every change that it makes to the run's directory, in order; made by a child, which the trainer here does not notice."""
+    log = run_dir.with_suffix(".changes")
+    pid = os.fork()
+    if not pid:
+        try:
+            changes: list[Change] = []
+            with tapped(run_dir, lambda change, half: changes.append(change)):
+                act()
+            log.write_bytes(pickle.dumps(changes))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    return pickle.loads(log.read_bytes())
+
+
+def cut_power(stage: Stage, scene: Scene, number: int) -> None:
+    """At so many moments, the last of them when the scene is over and what it did must be there to stay."""
+    run_dir, place = stage.place / "recorded", stage.place / "cut"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    stage.lay_out(scene, run_dir)
+    disk = Volatile(run_dir)
+    changes, chance = recorded(run_dir, lambda: stage.act(scene, run_dir)), random.Random(scene.name)
+    assert {change.kind for change in changes} >= {"open", "write", "fsync", "rename"}
+    moments = [*sorted(chance.choices(range(len(changes)), k=number - 1)), len(changes)]
+    played = 0
+    for moment in moments:
+        disk.play(changes[played:moment])
+        played = moment
+        shutil.rmtree(place, ignore_errors=True)
+        disk.cut(chance, place)
+        stage.go_on(scene, place)
+    if scene.act is save:
+        assert find.newest(place / "checkpoints").path == place / "checkpoints" / find.name_of(LAST)
+    if scene.act is save_final:
+        assert (place / "FINAL").is_dir()
+
+
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+def test_a_power_cut_during_a_save(stage: Stage, scene: Scene) -> None:
+    cut_power(stage, scene, 20)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scene", SCENES, ids=lambda scene: scene.name)
+def test_a_power_cut_at_many_moments_of_a_save(stage: Stage, scene: Scene) -> None:
+    cut_power(stage, scene, 500)
+
+
+def test_a_power_cut_after_a_restart_that_swept_what_a_killed_save_had_replaced(stage: Stage) -> None:
+    """The save was killed between its rename and the sync: nothing may be deleted before the rename is there to stay."""
+    run_dir, place = stage.place / "swept", stage.place / "cut"
+    checkpoints, name = run_dir / "checkpoints", find.name_of(LAST)
+    hidden = checkpoints / (commit.HIDDEN + name)
+    for path in (hidden, checkpoints / (commit.REPLACED + name)):
+        shutil.copytree(stage.checkpoint(LAST), path)
+    disk, renamed = Volatile(run_dir), Change("rename", hidden.resolve(), hidden.resolve().with_name(name))
+    hidden.rename(checkpoints / name)
+    changes = [renamed, *recorded(run_dir, lambda: commit.sweep(checkpoints))]
+    disk.play(changes)
+    for seed in range(20):
+        shutil.rmtree(place, ignore_errors=True)
+        disk.cut(random.Random(seed), place)
+        commit.sweep(place / "checkpoints")
+        assert find.newest(place / "checkpoints").path == place / "checkpoints" / name
+    shutil.rmtree(run_dir)
