@@ -35,4 +35,4 @@ for run in ${*:-dpo reward kto sft sft-full}; do
     *) echo "error: no run '$run'; there are dpo reward kto sft sft-full" >&2; exit 2 ;;
   esac
 done
-python -m halos.report "$root"/*/ --markdown "$root/table.md" --output "$root/report"
+python -m halos.report $(dirname "$root"/*/config.yaml) --markdown "$root/table.md" --output "$root/report"
