@@ -101,7 +101,7 @@ def _looks_like_run(place: Path) -> bool:
 def _nothing_logged(path: Path) -> str | None:
     if _parsed(path / "metrics.jsonl", RunDir(path).read_metrics):
         return None
-    result = _parsed(path / "result.json", RunDir(path).read_result) or {}
+    result = RunDir(path).read_result() or {}
     status = result.get("status")
     return f"{path} has logged nothing yet (metrics.jsonl is empty{f', status {status}' if status else ''}): try again later"
 
@@ -112,7 +112,9 @@ def _read(path: Path, label: str) -> Record:
     if not isinstance(config, Mapping):
         raise UserError(f"{run.config} holds no configuration")
     rows = _parsed(path / "metrics.jsonl", run.read_metrics)
-    result = _parsed(path / "result.json", run.read_result)
+    result = run.read_result()
+    if result is None and (path / "result.json").exists():
+        raise UserError(f"{path / 'result.json'} cannot be read")
     train = tuple(row for row in rows if row.get("split") == "train")
     held_out = tuple(row for row in rows if row.get("split") == "eval")
     if not train and not held_out:
