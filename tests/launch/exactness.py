@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from halos.build.processes import accelerator
 from halos.build.session import assemble
 from halos.config import gate
-from halos.config.saved import load
+from halos.config.saved import composed, load
 from halos.hooks.base import Hook, Run
 from halos.trainers.base import Trainer
 
@@ -108,7 +108,8 @@ def main() -> None:
             with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
                 config = gate.check(hydra.compose("config", words), words)
         else:
-            config = gate.check(load(Path(run, "config.yaml").read_text(), run, run), [])
+            settings = load(Path(run, "config.yaml").read_text(), {}, run)
+            config = gate.check(composed(settings, run, run), [])
         trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
         witness = watch(trainer)
