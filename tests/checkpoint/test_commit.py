@@ -183,12 +183,17 @@ def test_another_error_is_raised_as_itself_and_told_to_the_others(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("call", ["fsync", "rename", "mkdir"])
+@pytest.mark.parametrize(("call", "number"), [("fsync", 1), ("rename", 1), ("rename", 2), ("mkdir", 1)])
 def test_a_disk_that_fills_at_the_commit_itself_leaves_the_older_one(
-    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    """At its first call, or its second: the rename that follows the older one's moving aside."""
+    real, calls = vars(os)[call], iter(range(1, 100))
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*args, **kwargs)
 
     save(tmp_path / "step-00000001", "old")
     monkeypatch.setattr(os, call, refuse)
