@@ -371,7 +371,7 @@ def test_a_run_that_could_not_be_merged_is_refused_before_its_first_step(
     monkeypatch.setattr(lora, "COVERED", lora.COVERED - {"use_dora"})
     with pytest.raises(UserError, match=r"cannot merge: use_dora=True is not covered"):
         run(configure(*LORA, "peft.use_dora=true"), [])
-    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_run_that_is_not_to_be_merged_may_train_what_cannot_be(
