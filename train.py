@@ -5,6 +5,7 @@ python train.py loss=dpo model=tiny data=arithmetic exp_name=demo
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -12,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -31,7 +32,7 @@ from halos.config.overrides import Choices, Typed, check_choices, settle, unread
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_secrets
 from halos.config.suggest import kind_of
-from halos.errors import UserError
+from halos.errors import UserError, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
 
 ROOT = Path(__file__).resolve().parent
@@ -44,14 +45,27 @@ Composer = Callable[[list[str]], DictConfig]
 def main() -> None:
     """Ends with the run's exit status."""
     try:
-        sys.exit(start(sys.argv[1:]))
+        leave(start(sys.argv[1:]))
     except UserError as error:
-        sys.exit(refuse(error))
+        leave(refuse(error))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # who read it has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+    except BrokenPipeError:
+        sys.exit(read_enough())
+
+
+def leave(status: int) -> NoReturn:
+    """End this process with `status`.
+
+    One of several skips the interpreter's own end, in which a thread of the process group that still wants the
+    interpreter's lock now and then aborts what was a success.
+    """
+    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def refuse(error: UserError) -> int:
@@ -82,12 +96,12 @@ def start(argv: list[str]) -> int:
     choices, name = list_choices(places), args.config_name or "config"
     typed = [parse(text, choices) for text in args.overrides]
     check_choices(typed, choices, multirun=multirun)
-    resume = next((one.values[0] for one in typed if one.key == "resume" and one.values), None)
+    resume = asked_resume(typed)
     if resume is not None:
         if multirun:
             raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
         with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
-            config, changed = resumed(str(resume), typed, choices, lambda words: compose(name, [*also_searched(places), *words]))
+            config, changed = resumed(resume, typed, choices, lambda words: compose(name, [*also_searched(places), *words]))
         return run(config, args.overrides, changed)
     searched = also_searched(places)
     with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
@@ -96,6 +110,18 @@ def start(argv: list[str]) -> int:
         if multirun:
             check_sweep(settled, args.overrides, choices, lambda words: compose(name, searched + words))
     return enter_hydra([one.text for one in settled] + flags, known)
+
+
+def asked_resume(typed: Sequence[Typed]) -> str | None:
+    """The run directory that resume= names, if there is one."""
+    named = [one for one in typed if one.key == "resume" and one.values not in ((), (None,))]
+    if not named:
+        return None
+    value = named[0].values[0]
+    if len(named) > 1 or type(value) not in (str, int) or value == "":
+        given = " ".join(one.text for one in named)
+        raise UserError(f"{given}: resume= takes one run directory, for example resume=runs/demo")
+    return str(value)
 
 
 def also_in(config_dir: str | None) -> list[Path]:

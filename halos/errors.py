@@ -1,5 +1,28 @@
-"""The one error that is the user's to mend, as opposed to a defect of ours."""
+"""The one error that is the user's to mend, as opposed to a defect of ours; and how a command ends."""
+
+import os
+import sys
+from collections.abc import Callable
 
 
 class UserError(Exception):
     """Wrong input: the message says what was wrong, where, what was given and what would work. Ends in exit status 2."""
+
+
+def command(main: Callable[[], int]) -> int:
+    """The exit status of a command: what `main` gives, or 2 after the one message of a UserError."""
+    try:
+        status = main()
+        sys.stdout.flush()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except BrokenPipeError:
+        return read_enough()
+    return status
+
+
+def read_enough() -> int:
+    """Exit status 0 for `command | head`: whoever reads our output has closed it, and what is still buffered goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0

@@ -117,6 +117,17 @@ def test_keys_below_a_free_mapping_need_no_plus_sign(cli, build):
     assert (config.train.steps, config.train.batch_size) == (7, 8)
 
 
+@pytest.mark.parametrize("words", [["resume=[x]"], ["resume=true"], ["resume="], ["resume=a", "resume=b"]])
+def test_resume_takes_one_directory(refused, words):
+    assert f"{' '.join(words)}: resume= takes one run directory" in refused(*words)
+
+
+def test_one_of_several_processes_ends_with_the_status_and_without_the_interpreters_own_end():
+    said = "import os, train; os.environ['WORLD_SIZE'] = '2'; import atexit; atexit.register(print, 'flushed'); train.leave(75)"
+    ended = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (75, "flushed\n")
+
+
 def test_steps_may_be_given_beside_epochs(cli, build):
     assert cli(*RUN, "train.steps=3", "train.epochs=2")[0] == 0
 

@@ -19,6 +19,8 @@ from halos.config.bind import LossSpec
 from halos.data.collate import num_cut_mismatches
 from halos.hooks.base import Run
 from halos.trainers.deal import Split
+from halos.trainers.schedule import warmup_steps
+from halos.types import Judgement
 
 log = logging.getLogger(__name__)
 
@@ -90,14 +92,42 @@ def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, refer
     for name, split in (("train", train), ("held out", held_out)):
         for line in split.rows.lines() if split else ["none"]:
             log.info("%-10s %s", name, line)
+        if split and split.rows.kind is Judgement:
+            log.info("%-10s %.0f%% of them desirable", "", 100 * split.rows.desirable.mean())
         if split and split.partners is not None:
             rows = split.rows
             cut = num_cut_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, config.train.max_length)
             log.info("%-10s paired with answers to other prompts for the KL, %d of them cut at max_length", "", cut)
+    if train.rows.kind is Judgement:
+        _warn_of_labels(loss, train)
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
     how = name_of(run.module)
     where += "" if how == "alone" else f", {how}"
     micro = min(config.train.microbatch_size, -(-config.train.batch_size // made.num_processes))
     steps = f"{run.total_steps} of {config.train.batch_size} items, {micro} at a time"
     log.info("steps      %s, %s", steps, where)
+    if warmup_steps(config.schedule, run.total_steps) >= run.total_steps:
+        log.warning(
+            "schedule.warmup=%g is as long as the run: the learning rate falls before it has risen to optim.lr",
+            config.schedule.warmup,
+        )
     log.info("run        %s", run.directory.path)
+
+
+def _warn_of_labels(loss: LossSpec, train: Split) -> None:
+    """Say where one kind of label outweighs the other: KTO's authors keep the ratio of their weights within 1 to 1.5."""
+    count, desirable = len(train.rows), int(train.rows.desirable.sum())
+    if desirable in (0, count):
+        kind = "desirable" if desirable else "undesirable"
+        log.warning("every training example is %s: nothing says what the model should turn away from, or to", kind)
+        return
+    good, bad = (loss.settings.get(key) for key in ("desirable_weight", "undesirable_weight"))
+    if not good or not bad:
+        return
+    ratio = good * desirable / (bad * (count - desirable))
+    if not 0.95 <= ratio <= 1.55:
+        balanced = bad * (count - desirable) / desirable
+        log.warning(
+            "desirable examples weigh %.2f times the undesirable, where 1 to 1.5 is advised (arXiv:2402.01306):"
+            " loss.desirable_weight=%.2g makes them equal", ratio, balanced,
+        )  # fmt: skip

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import shlex
 import signal
 import types
 from collections.abc import Sequence
@@ -257,7 +258,8 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "finished" and current.main:
         log.info("finished: %s  %s", current.directory.final, summary(current.last_eval))
     if status == "stopped" and current.main:
-        log.info("go on with: python train.py resume=%s", current.directory.path)
+        plugins = [f"plugins=[{','.join(current.config.plugins)}]"] if current.config.plugins else []
+        log.info("go on with: python train.py %s", shlex.join([f"resume={current.directory.path}", *plugins]))
     return {"finished": FINISHED, "stopped": STOPPED}.get(status, FAILED)
 
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from halos.checkpoint import find, manifest
-from halos.errors import UserError
+from halos.errors import UserError, command
 
 
 def _size(path: Path) -> str:
@@ -96,24 +96,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m halos.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("ls", ls), ("verify", verify)):
-        command = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        command.add_argument("path", type=Path, nargs="+", help="a run directory, or one checkpoint in it")
-        command.set_defaults(function=lambda given, each=function: max(each(path) for path in given.path))
-    command = commands.add_parser("export", help=export.__doc__, description=export.__doc__)
-    add_export(command)
-    kind = command.add_mutually_exclusive_group()
+        asked = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        asked.add_argument("path", type=Path, nargs="+", help="a run directory, or one checkpoint in it")
+        asked.set_defaults(function=lambda given, each=function: max(each(path) for path in given.path))
+    asked = commands.add_parser("export", help=export.__doc__, description=export.__doc__)
+    add_export(asked)
+    kind = asked.add_mutually_exclusive_group()
     kind.add_argument("--merged", dest="kind", action="store_const", const="merged", help="base and adapter in one")
     kind.add_argument("--adapter", dest="kind", action="store_const", const="adapter", help="the adapter alone, for PEFT")
-    command.set_defaults(function=export)
-    command = commands.add_parser("merge", help="export --merged", description="The same as export --merged.")
-    add_export(command)
-    command.set_defaults(function=export, kind="merged")
+    asked.set_defaults(function=export)
+    asked = commands.add_parser("merge", help="export --merged", description="The same as export --merged.")
+    add_export(asked)
+    asked.set_defaults(function=export, kind="merged")
     arguments = parser.parse_args()
-    try:
-        return arguments.function(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return command(lambda: arguments.function(arguments))
 
 
 if __name__ == "__main__":

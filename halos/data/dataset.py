@@ -139,7 +139,8 @@ class Dataset:
         names = _COMPLETIONS if self.kind is Comparison else _COMPLETIONS[:1]
         self._lists = {name: Lists(table[name]) for name in _LISTS}
         self._names = [(name, f"{name}_spans") for name in names]
-        self._desirable, self._margin = numbers(table["desirable"]), numbers(table["margin"])
+        self.desirable = numbers(table["desirable"])  # (N,) of a Judgement; True elsewhere
+        self._margin = numbers(table["margin"])
         self._id = table["id"]
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
@@ -153,7 +154,7 @@ class Dataset:
         if not 0 <= row < len(self):
             raise IndexError(row)
         completions = tuple(_completion(self._lists[ids][row], self._lists[spans][row]) for ids, spans in self._names)
-        desirable, margin = bool(self._desirable[row]), float(self._margin[row])
+        desirable, margin = bool(self.desirable[row]), float(self._margin[row])
         return Item(self._lists["prompt"][row], completions, desirable, margin, self._id[row].as_py())
 
     def __iter__(self) -> Iterator[Item]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from halos.errors import UserError
+from halos.errors import UserError, command
 from halos.report.read import read_runs
 from halos.report.table import table
 
@@ -17,15 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: `report` beside the runs)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     chosen = parser.parse_args(arguments)
-    try:
-        _report(chosen.runs, chosen.output or _beside(chosen.runs), chosen.markdown)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command(lambda: _report(chosen.runs, chosen.output or _beside(chosen.runs), chosen.markdown))
 
 
-def _report(places: Sequence[Path], output: Path, markdown: Path | None) -> None:
+def _report(places: Sequence[Path], output: Path, markdown: Path | None) -> int:
     records, passed = read_runs(places)
     for problem in passed:
         print(f"passed over: {problem}", file=sys.stderr)
@@ -44,6 +39,7 @@ def _report(places: Sequence[Path], output: Path, markdown: Path | None) -> None
             print(picture)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another place with --output") from error
+    return 0
 
 
 def _beside(places: Sequence[Path]) -> Path:
