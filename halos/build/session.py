@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import set_seed
 
 from halos.build import data, facts, model, strategy
 from halos.build.logs import speak, write_to
@@ -100,6 +101,7 @@ def assemble(
 ) -> Trainer | None:
     """Everything a run needs, ready for `fit`; None for a dry run. What can be wrong is found before the model loads."""
     loss = bind_loss(config.loss, config.plugins)
+    set_seed(config.seed % 2**32)  # for what hooks and plugins draw; weights and steps have seeds of their own
     checkpoint, hooks = _hooks(config)
     directory = RunDir(config.run_dir)
     if made.is_main_process:

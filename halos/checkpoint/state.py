@@ -29,13 +29,17 @@ from halos.errors import UserError
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def save_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Every process writes its own shard; a parameter group's settings go to JSON, from the first process."""
-    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)
+def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    """By name: tensors, which are the optimizer's own, and a parameter group's settings."""
+    return dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
+
+
+def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
+    """Every process of `group` writes its own shard of an `optimizer_state`; the settings go to JSON, from the first process."""
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     writer = HuggingFaceStorageWriter(str(directory / "optimizer"), save_distributed=True)
-    save_sharded(tensors, storage_writer=writer, no_dist=not dist.is_initialized())
+    save_sharded(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
     if not dist.is_initialized() or dist.get_rank() == 0:
         (directory / "optimizer.json").write_text(json.dumps(settings, indent=1))
 
@@ -82,8 +86,8 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def save_random(directory: Path, rank: int) -> None:
-    save_file(random_state(), directory / f"random-{rank:05d}.safetensors")
+def save_random(directory: Path, state: dict[str, Tensor], rank: int) -> None:
+    save_file(state, directory / f"random-{rank:05d}.safetensors")
 
 
 def load_random(directory: Path, rank: int) -> None:
@@ -91,10 +95,6 @@ def load_random(directory: Path, rank: int) -> None:
     path = directory / f"random-{rank:05d}.safetensors"
     if path.exists():
         restore_random_state(load_file(path))
-
-
-def save_progress(directory: Path, progress: dict[str, Any]) -> None:
-    (directory / "progress.json").write_text(json.dumps(progress, indent=1))
 
 
 def load_progress(directory: Path) -> dict[str, Any]:

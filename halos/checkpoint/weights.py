@@ -9,28 +9,25 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import PreTrainedModel
 
 
-def gathered(module: nn.Module, *, trained_only: bool) -> dict[str, Tensor]:
-    """Whole tensors of the wrapped module under the names of the model inside; every process calls, the first one gets."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=trained_only)
+def gathered(module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
+    """Whole tensors of the wrapped module under the names of the model inside; every process calls, the first one gets.
+
+    Without `offload` every process gets them where they lie; a module that is not sharded gives its own, not copies.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=offload, ignore_frozen_params=trained_only)
     state = get_model_state_dict(module, options=options)
     return {name.removeprefix("model."): value for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def save_weights(directory: Path, module: nn.Module, model: nn.Module, *, main: bool) -> Path:
-    """`directory`/adapter for a PEFT model, else `directory`/model. `module` is the wrapped one, `model` what it holds."""
+def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
+    """`directory`/adapter for a PEFT model, else `directory`/model; `state` as it was gathered."""
     if isinstance(model, PeftModel):
         path = directory / "adapter"
-        state = gathered(module, trained_only=True)
-        if main:
-            model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
-            (path / "README.md").unlink(missing_ok=True)  # PEFT's empty form
-        return path
+        model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
+        (path / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        return
     assert isinstance(model, PreTrainedModel)
-    path = directory / "model"
-    state = gathered(module, trained_only=False)
-    if main:
-        save_model(path, model, state)
-    return path
+    save_model(directory / "model", model, state)
 
 
 def save_model(path: Path, model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:

@@ -1,10 +1,11 @@
 """The protocol between the loop and everything that happens around it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
@@ -49,6 +50,7 @@ class Run:
     stop: Stop | None = None  # set by a hook on every process alike, or agreed on after a signal
     failure: str | None = None  # why the run ends "failed" although it trained to its end
     hooks: dict[str, "Hook"] = field(default_factory=dict)
+    writers: dist.ProcessGroup | None = None  # the processes' own group for what is written beside the steps; None: the default
 
     @property
     def main(self) -> bool:
@@ -67,8 +69,12 @@ class Hook:
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         """After an evaluation, which belongs to the loop."""
 
-    def on_save(self, run: Run, path: Path, *, final: bool) -> None:
-        """Write into `path`; it becomes visible when every hook and every process is done."""
+    def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
+        """Write into `path`; it becomes visible when every hook and every process is done.
+
+        A hook that has much to write may copy it and give back what writes it: that is called next, with
+        checkpoint.async_save in a thread beside the steps, where `run` has moved on and `run.writers` is the group to use.
+        """
 
     def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
         """After the checkpoint is durable: retention, upload, pointers."""

@@ -3,7 +3,8 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from halos.checkpoint import commit, find, manifest, merge, space, state, weights
 from halos.checkpoint.handover import case_of, combine
 from halos.checkpoint.retention import Policy
+from halos.checkpoint.saving import Copier
 from halos.errors import UserError
 from halos.hooks import origin
 from halos.hooks.base import Hook, Run, Stop
@@ -38,6 +40,7 @@ class CheckpointHook(Hook):
         keep_every: Annotated[int | None, Range(least=1)],
         pinned: Annotated[list[int], Range(least=1)],
         on_full_disk: Literal["warn", "stop"],
+        async_save: bool,
         merge_lora: bool,
         merge_dtype: Literal["auto", "float32", "bfloat16", "float16"],
     ) -> None:
@@ -47,7 +50,8 @@ class CheckpointHook(Hook):
             )
         self.every, self.keep_last, self.keep_best = every, keep_last, keep_best
         self.keep_every, self.pinned, self.on_full_disk = keep_every, frozenset(pinned), on_full_disk
-        self.merge_lora, self.merge_dtype = merge_lora, merge_dtype
+        self.async_save, self.merge_lora, self.merge_dtype = async_save, merge_lora, merge_dtype
+        self._copier = Copier() if async_save else None
         self._whole: set[int] = set()  # steps whose checkpoints this attempt has verified or written; on the first process
         self._full: Stop | None = None
         self.origin: dict[str, Any] = {}
@@ -69,23 +73,26 @@ class CheckpointHook(Hook):
         if problem:
             raise UserError(problem)
 
-    def on_save(self, run: Run, path: Path, *, final: bool) -> None:
-        held = commit.Held()
+    def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
+        """FINAL at once; of a checkpoint what the steps change is gathered, or copied, and what writes it is given back."""
+        metrics = {"step": run.step, "train": run.last_train, "eval": run.last_eval}
         if final:
-            with held:
-                self._final(run, path)
-        else:
-            with held:
-                weights.save_weights(path, run.module, run.model, main=run.main)
-            self._state(run, path / "state", held)
-            with held:
-                if run.main:
-                    run.tokenizer.save_pretrained(path / "tokenizer")
+            self._final(run, path)
+            self._leave(run, path, metrics, final=True)
+            return None
+        held = commit.Held()
+        with held:
+            if run.main:
+                (path / "state").mkdir()
+        run.accelerator.wait_for_everyone()
+        write, then = self._parts(run, path), copy(run)
         held.release()
-        if run.main:
-            metrics = {"step": run.step, "train": run.last_train, "eval": run.last_eval}
-            (path / "metrics.json").write_text(json.dumps(metrics, indent=1))
-            origin.leave(self.origin or origin.begin(run), run, path, final=final)
+
+        def rest() -> None:
+            write()
+            self._leave(then, path, metrics, final=False)
+
+        return rest
 
     def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
         if final or not run.main:
@@ -100,11 +107,11 @@ class CheckpointHook(Hook):
         except OSError as error:
             log.warning("older checkpoints could not be deleted: %s", error)  # what is left of them is swept at the next start
 
-    def on_disk_full(self, run: Run, error: commit.DiskFullError, *, final: bool) -> None:
+    def on_disk_full(self, run: Run, error: commit.DiskFullError, *, step: int, final: bool) -> None:
         """A save found no room, on every process alike: go on, or stop, as `on_full_disk` says; what comes last must be saved."""
         newest = max((find.step_of(path) for path in find.checkpoints(run.directory.checkpoints)), default=None)
         standing = "there is no earlier checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
-        what = "FINAL" if final else f"the checkpoint of step {run.step}"
+        what = "FINAL" if final else f"the checkpoint of step {step}"
         message = f"THE DISK IS FULL: {what} was not saved, and {standing} ({error})"
         stopping = run.stop is not None and not run.stop.finished
         if self.on_full_disk == "stop" and not stopping and not final and run.step < run.total_steps:
@@ -142,21 +149,45 @@ class CheckpointHook(Hook):
         log.info("disk       at most %d checkpoints of about %s, FINAL of about %s; %s free", most, *sizes)
         return space.too_little(directory, free=free, one=one, most=most, there=len(self._whole), final=final)
 
-    def _state(self, run: Run, path: Path, held: commit.Held) -> None:
-        with held:
-            path.mkdir(exist_ok=True)
-        run.accelerator.wait_for_everyone()
-        with held:
-            state.save_optimizer(path, run.module, run.optimizer)
-        with held:
-            state.save_random(path, run.accelerator.process_index)
-            if run.main:
-                state.save_progress(path, progress_of(run))
+    def _parts(self, run: Run, path: Path) -> Callable[[], None]:
+        """A checkpoint's weights and state as they are now; what is given back writes them, whatever the steps do meanwhile."""
+        sharded, adapter, rank = (
+            isinstance(run.module, FSDPModule),
+            isinstance(run.model, PeftModel),
+            run.accelerator.process_index,
+        )
+        moving = {"optimizer": state.optimizer_state(run.module, run.optimizer)}
+        whole = weights.gathered(run.module, trained_only=adapter, offload=sharded)
+        moving |= {"weights": whole} if run.main and not sharded else {}  # what was gathered from shards is a copy
+        if self._copier:
+            moving = self._copier.copy(moving)
+        drawn, progress = state.random_state(), json.dumps(progress_of(run), indent=1)
+
+        def write() -> None:
+            held, directory = commit.Held(), path / "state"
+            with held:
+                state.save_optimizer(directory, moving["optimizer"], run.writers)
+            with held:
+                state.save_random(directory, drawn, rank)
+                if run.main:
+                    weights.save_weights(path, run.model, moving.get("weights", whole))
+                    run.tokenizer.save_pretrained(path / "tokenizer")
+                    (directory / "progress.json").write_text(progress)
+            held.release()
+
+        return write
+
+    def _leave(self, run: Run, path: Path, metrics: dict[str, Any], *, final: bool) -> None:
+        if run.main:
+            (path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+            origin.leave(self.origin or origin.begin(run), run, path, final=final)
 
     def _final(self, run: Run, path: Path) -> None:
         """What from_pretrained loads: merged weights (and adapter/) for LoRA, else the model itself."""
         if isinstance(run.model, PeftModel):
-            weights.save_weights(path, run.module, run.model, main=run.main)
+            values = weights.gathered(run.module, trained_only=True)
+            if run.main:
+                weights.save_weights(path, run.model, values)
         else:
             values = weights.gathered(run.module, trained_only=False)
             if run.main:

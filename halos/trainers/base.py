@@ -6,10 +6,12 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -18,8 +20,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
-from halos.checkpoint.commit import DiskFullError, Held, staged
+from halos.checkpoint.commit import DiskFullError, Gather, staged
 from halos.checkpoint.find import name_of
+from halos.checkpoint.saving import Saving
 from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
 from halos.data.dataset import Item
@@ -58,6 +61,7 @@ class Trainer(ABC):
         self.settings = run.config.train
         self._clock, self._window_tokens = 0.0, 0
         self._saved = run.step  # the newest step that a checkpoint holds, or the one that needs none
+        self._saving: Saving | None = None  # the one save that is under way
 
     @abstractmethod
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
@@ -90,8 +94,10 @@ class Trainer(ABC):
                 self.save(final=False)
         if not self._cut_short() and run.last_eval.get("step") != run.step:
             self.evaluate()
+        self.land()
         if (self._cut_short() or self.checkpoint.due(run)) and self._saved != run.step:
             self.save(final=False)
+            self.land()
         if not self._cut_short():
             self.save(final=True)
 
@@ -118,8 +124,12 @@ class Trainer(ABC):
         run.examples += len(indices)
         run.tokens += int(self.train.rows.lengths[indices].sum())
         meter.add({"stop": Mean.of(torch.tensor([float(bool(run.interrupted))], device=accelerator.device))})
+        if self._saving:
+            meter.add({"written": Mean.of(torch.tensor([float(self._saving.done)], device=accelerator.device))})
         totals = meter.reduce(lambda table: accelerator.reduce(table, reduction="sum"))
         self._stop_if(totals.pop("stop")[0])
+        if totals.pop("written", (0.0,))[0] == accelerator.num_processes:
+            self.land()
         norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return {**totals, "grad_norm": (norm.item(), 1.0)}
 
@@ -154,25 +164,53 @@ class Trainer(ABC):
         self._clock += seconds
 
     def save(self, *, final: bool) -> None:
-        """A checkpoint, or with `final` what the user came for. It becomes visible at once, complete, or not at all."""
+        """A checkpoint, or with `final` what the user came for. It becomes visible at once, complete, or not at all.
+
+        With checkpoint.async_save a checkpoint is copied here and written beside the next steps, until `land`.
+        """
+        self.land()
         run, began = self.run, time.perf_counter()
+        apart = self.checkpoint.async_save and not final
+        gather = self._gather(apart=apart)
         target = run.directory.final if final else run.directory.checkpoints / name_of(run.step)
         facts = {"step": run.step, "world_size": run.accelerator.num_processes}
-        held = Held()
-        try:
-            with staged(target, main=run.main, gather=gather_object, facts=facts) as path:
-                for hook in run.hooks.values():
-                    with held:
-                        hook.on_save(run, path, final=final)
-                held.release()
-        except DiskFullError as error:
-            self.checkpoint.on_disk_full(run, error, final=final)
-        else:
-            self._tell(lambda hook: hook.on_saved(run, target, final=final))
-            self._saved = self._saved if final else run.step
+        self._saving = Saving(target, run.step, final=final)
+        parts = [partial(hook.on_save, run, final=final) for hook in run.hooks.values()]
+        self._saving.begin(staged(target, main=run.main, gather=gather, facts=facts), parts, gather)
+        self._saving.finish(apart=apart)
+        self._clock += time.perf_counter() - began
+        if not apart:
+            self.land()
         if not final:
             self._heed()
+
+    def land(self) -> None:
+        """Wait for the save that is under way, if one is, and tell the hooks; every process alike. Raises what went wrong."""
+        run, saving, began = self.run, self._saving, time.perf_counter()
+        if saving is None:
+            return
+        self._saving = None
+        try:
+            saving.wait()
+        except DiskFullError as error:
+            self.checkpoint.on_disk_full(run, error, step=saving.step, final=saving.final)
+        else:
+            self._tell(lambda hook: hook.on_saved(run, saving.target, final=saving.final))
+            self._saved = self._saved if saving.final else saving.step
         self._clock += time.perf_counter() - began
+
+    def _gather(self, *, apart: bool) -> Gather:
+        """How the processes of a save speak; `apart` over a group of their own, since the steps use the default one."""
+        if not apart or not dist.is_initialized():
+            return gather_object
+        group = self.run.writers = self.run.writers or cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
+        everyone: list[Any] = [None] * self.run.accelerator.num_processes
+
+        def gather(own: list[Any]) -> list[Any]:
+            dist.all_gather_object(everyone, own, group=group)
+            return [one for part in everyone for one in part]
+
+        return gather
 
     # --- when to stop ----------------------------------------------------------------------------------------------------
 

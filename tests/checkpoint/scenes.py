@@ -17,6 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from halos.build.processes import accelerator
 from halos.build.session import assemble
 from halos.checkpoint import commit, find, manifest, state
+from halos.checkpoint.saving import Copier
 from halos.config import gate
 from halos.config.schema import Config
 from halos.hooks.base import Run
@@ -158,6 +159,13 @@ def save(trainer: Trainer) -> None:
     trainer.save(final=False)
 
 
+def save_apart(trainer: Trainer) -> None:
+    """With async_save: copied, and written in a thread."""
+    trainer.checkpoint.async_save, trainer.checkpoint._copier = True, Copier()
+    trainer.save(final=False)
+    trainer.land()
+
+
 def save_final(trainer: Trainer) -> None:
     trainer.save(final=True)
 
@@ -196,7 +204,7 @@ def leftovers(stage: Stage, run_dir: Path) -> None:
 
 @dataclass(frozen=True)
 class Scene:
-    """A new kind of save (one that writes in the background, say) joins SCENES with its own `act`."""
+    """A new kind of save joins SCENES with its own `act`."""
 
     name: str
     act: Callable[[Trainer], None]
@@ -224,4 +232,6 @@ SCENES = [
     scene("FINAL", save_final, [3, LAST], [LAST], finals=("FINAL",), shared=True),
     scene("over an older FINAL", save_final, [LAST], [LAST], prepare=older_final, finals=("FINAL", "older"), final_before=True),
     scene("a restart over leftovers", begin_again, [2, 3], [3], prepare=leftovers),
+    scene("the first save, in the background", save_apart, [], [None, LAST], shared=True),
+    scene("with retention, in the background", save_apart, [1, 2, 3], [3, LAST], settings={"keep_last": 1}, shared=True),
 ]

@@ -82,19 +82,20 @@ class Witness(Hook):
     def on_save(self, run: Run, path: Path, *, final: bool) -> None:
         self.story["before"]["final" if final else str(run.step)] = fingerprint(run)
 
-    def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
-        self.story["saves"]["final" if final else str(run.step)] = fingerprint(run)
-
 
 def watch(trainer: Trainer) -> Witness:
-    witness, step = Witness(), trainer.step
+    witness, step, save = Witness(), trainer.step, trainer.save
     trainer.run.hooks = {"witness": witness, **trainer.run.hooks}
 
     def noted(indices: np.ndarray) -> Any:
         witness.story["batches"][str(trainer.run.step)] = indices.tolist()
         return step(indices)
 
-    trainer.step = noted  # type: ignore[method-assign]
+    def saved(*, final: bool) -> None:
+        save(final=final)
+        witness.story["saves"]["final" if final else str(trainer.run.step)] = fingerprint(trainer.run)
+
+    trainer.step, trainer.save = noted, saved  # type: ignore[method-assign]
     return witness
 
 

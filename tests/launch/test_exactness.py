@@ -20,6 +20,7 @@ RUN = ("model=tiny data=arithmetic train.steps=7 train.batch_size=5 train.microb
 POSITIONS = [2, 3, 4]
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 DROPOUT = "peft=lora peft.lora_dropout=0.1"
+APART = "checkpoint.async_save=true"
 Story = dict[str, Any]
 
 
@@ -54,9 +55,15 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
     ("strategy", "losses", "pefts", "positions"),
     [
         (("fsdp2", 2), ["dpo"], [DROPOUT], [3]),
-        (("ddp", 2), ["kto"], ["peft=none"], [2]),
+        (("ddp", 2), ["kto"], [f"peft=none {APART}"], [2]),
         *(
-            pytest.param(strategy, ["sft", "dpo", "kto", "reward"], ["peft=none", DROPOUT], POSITIONS, marks=pytest.mark.slow)
+            pytest.param(
+                strategy,
+                ["sft", "dpo", "kto", "reward"],
+                ["peft=none", DROPOUT, f"{DROPOUT} {APART}"],
+                POSITIONS,
+                marks=pytest.mark.slow,
+            )
             for strategy in (("alone", 1), ("ddp", 2), ("fsdp2", 2))
         ),
     ],

@@ -1,0 +1,103 @@
+"""A save that is written beside the steps: one at a time, heard of at the next step, waited for at the end."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from halos.checkpoint import find, manifest, weights
+from halos.checkpoint.saving import Copier
+from halos.config.schema import Config
+from halos.trainers.base import Trainer
+
+Make = Callable[..., Trainer]
+APART = ["loss=sft", "train.steps=4", "checkpoint.async_save=true", "checkpoint.keep_last=9", "train.eval_every=null"]
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Nothing is written before it is set."""
+    opened, real = threading.Event(), weights.save_weights
+
+    def wait(*arguments: Any) -> None:
+        assert opened.wait(60)
+        real(*arguments)
+
+    monkeypatch.setattr(weights, "save_weights", wait)
+    return opened
+
+
+def steps(trainer: Trainer) -> list[int]:
+    return [find.step_of(path) for path in find.checkpoints(trainer.run.directory.checkpoints)]
+
+
+def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(trainer: Make, gate: threading.Event) -> None:
+    made = trainer(*APART)
+    made.step(made.order.batch(0))
+    before = {name: value.clone() for name, value in made.run.module.state_dict().items()}
+    made.save(final=False)
+    made.step(made.order.batch(1))
+    assert (steps(made), made.run.step) == ([], 2)
+    gate.set()
+    made.land()
+    path = made.run.directory.checkpoints / find.name_of(1)
+    assert manifest.verify(path) == []
+    assert find.metrics_of(path)["step"] == 1
+    saved = load_file(path / "model" / "model.safetensors")
+    assert saved
+    assert all(torch.equal(value, before[f"model.{name}"]) for name, value in saved.items())
+
+
+def test_a_save_waits_for_the_one_before_it_and_final_for_both(trainer: Make, gate: threading.Event) -> None:
+    made = trainer(*APART)
+    made.step(made.order.batch(0))
+    made.save(final=False)
+    threading.Timer(0.5, gate.set).start()
+    made.step(made.order.batch(1))
+    made.save(final=False)
+    assert steps(made) == [1]
+    made.save(final=True)
+    assert steps(made) == [1, 2]
+    assert manifest.verify(made.run.directory.final) == []
+
+
+def test_what_went_wrong_in_the_background_is_raised_by_the_next_step(trainer: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the cable was pulled")
+
+    made = trainer(*APART)
+    made.step(made.order.batch(0))
+    monkeypatch.setattr(weights, "save_weights", fail)
+    made.save(final=False)
+    assert made._saving is not None
+    assert made._saving._thread is not None
+    made._saving._thread.join()
+    with pytest.raises(RuntimeError, match="the cable was pulled"):
+        made.step(made.order.batch(1))
+    assert steps(made) == []
+    assert not list(made.run.directory.checkpoints.iterdir()), "nothing half-written is left"
+
+
+def test_a_run_that_saves_beside_its_steps_is_the_run_that_waits(configure: Callable[..., Config], tmp_path: Path) -> None:
+    from halos.build.session import run
+
+    for name, apart in (("beside", "true"), ("waiting", "false")):
+        assert run(configure(*APART, f"checkpoint.async_save={apart}", "checkpoint.every=1", f"exp_name={name}"), []) == 0
+    one, other = (tmp_path / name for name in ("beside", "waiting"))
+    assert len(find.checkpoints(one / "checkpoints")) == 4
+    for file in [*(one / "checkpoints").rglob("model.safetensors"), one / "FINAL" / "model.safetensors"]:
+        assert file.read_bytes() == (other / file.relative_to(one)).read_bytes()
+
+
+def test_copies_lie_in_the_same_place_every_time() -> None:
+    copier, tensor = Copier(), torch.arange(4.0)
+    first = copier.copy({"a": tensor, "b": 1})
+    place = first["a"].data_ptr()
+    tensor += 1
+    assert first["a"].tolist() == [0, 1, 2, 3]
+    second = copier.copy({"a": tensor, "b": 1})
+    assert (second["a"].data_ptr(), second["a"].tolist()) == (place, [1, 2, 3, 4])
