@@ -62,6 +62,8 @@ def build(tmp_path, monkeypatch):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
+    monkeypatch.setattr(train, "leave", sys.exit)  # one of several processes would end these tests' own
+
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
         with pytest.raises(SystemExit) as caught:
