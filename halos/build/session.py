@@ -258,7 +258,7 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if note:
         log.info("stopped: %s", note) if status != "failed" else log.error("failed: %s", note)
     if status == "finished" and current.main:
-        log.info("finished: %s  %s", current.directory.final, summary(current.last_eval))
+        log.info("finished: %s  %s", current.directory.final, summary(current.last_eval or current.last_train))
     if status == "stopped" and current.main:
         plugins = [f"plugins=[{','.join(current.config.plugins)}]"] if current.config.plugins else []
         log.info("go on with: python train.py %s", shlex.join([f"resume={current.directory.path}", *plugins]))

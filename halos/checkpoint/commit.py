@@ -87,6 +87,8 @@ def staged(final: Path, *, main: bool, facts: dict[str, Any], gather: Gather = a
         yield hidden
     _settle(held, hidden, main, gather)
     with held:
+        if main:
+            _open_to_readers(hidden)
         for path in manifest.files_of(hidden):  # every process: what it wrote may wait in the memory of its own host
             sync(path)
     _settle(held, hidden, main, gather)
@@ -94,6 +96,13 @@ def staged(final: Path, *, main: bool, facts: dict[str, Any], gather: Gather = a
         if main:
             _publish(hidden, final, facts)
     _settle(held, hidden, main, gather)
+
+
+def _open_to_readers(hidden: Path) -> None:
+    """Who may read the directory may read its files; safetensors writes them for their owner alone."""
+    mode = hidden.stat().st_mode & 0o666
+    for path in manifest.files_of(hidden):
+        path.chmod(mode)
 
 
 def _settle(held: Held, hidden: Path, main: bool, gather: Gather) -> None:

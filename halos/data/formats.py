@@ -40,7 +40,8 @@ def read_example(row: Row, *, score: str) -> Example:
         return Demonstration(prompt, completion)
     if "messages" in columns:
         return _conversation(_turns(columns["messages"], "user", "messages", row.where), row.where, score)
-    found = ", ".join(columns) or "none"
+    empty = [name for name in row.record if name not in columns]
+    found = (", ".join(columns) or "none") + (f" (and null: {', '.join(empty)})" if empty else "")
     raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_NEEDED}")
 
 

@@ -36,9 +36,10 @@ def _shown(records: Sequence[Record]) -> list[str]:
 
 
 def _model(record: Record) -> str:
-    """A hub id whole, a local path by its last part."""
-    name = str(record.node("model").get("name_or_path") or "?")
-    return name.rstrip("/").rpartition("/")[2] if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
+    """A hub id whole, a local path by its last part, of what another run left by that run's name."""
+    name = str(record.node("model").get("name_or_path") or "?").rstrip("/")
+    local = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    return "/".join(name.split("/")[-2 if name.endswith("/FINAL") else -1 :]) if local else name
 
 
 def _peft(record: Record) -> str:

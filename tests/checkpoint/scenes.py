@@ -164,6 +164,7 @@ def save_apart(trainer: Trainer) -> None:
     trainer.checkpoint.async_save, trainer.checkpoint._copier = True, Copier()
     trainer.save(final=False)
     trainer.land()
+    trainer._heed()  # as after the next step: the processes meet again
 
 
 def save_final(trainer: Trainer) -> None:

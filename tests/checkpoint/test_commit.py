@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from halos.checkpoint import commit, find, manifest
 
@@ -24,6 +26,13 @@ def test_a_commit_is_whole_and_leaves_nothing_hidden(tmp_path: Path) -> None:
     save(tmp_path / "step-00000001")
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     assert manifest.verify(tmp_path / "step-00000001") == []
+
+
+def test_who_may_read_a_save_may_read_its_weights(tmp_path: Path) -> None:
+    with commit.staged(tmp_path / "step-00000001", main=True, facts={}) as path:
+        save_file({"weight": torch.zeros(2)}, path / "model.safetensors")
+    for path in (tmp_path / "step-00000001").iterdir():
+        assert path.stat().st_mode & 0o777 == path.parent.stat().st_mode & 0o666
 
 
 def fail_to_save(final: Path) -> None:

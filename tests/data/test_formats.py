@@ -91,6 +91,7 @@ def test_tool_calls_are_carried_and_keys_without_value_are_not():
         ({"prompt": "One?", "chosen": "one", "rejected": [says("two"), user("so?")]}, "rejected must start and end"),
         ({"prompt": "One?"}, "columns found: prompt; a row that can be trained on has messages; prompt"),
         ({"text": "One?", "id": 7}, "columns found: text, id;"),
+        ({"prompt": "One?", "chosen": None, "rejected": "2"}, r"columns found: prompt, rejected \(and null: chosen\);"),
         ({}, "columns found: none"),
     ],
 )

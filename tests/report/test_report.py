@@ -133,7 +133,7 @@ def test_a_last_line_that_is_being_written_is_passed_over(tmp_path: Path):
 
 
 def test_a_local_model_goes_by_its_last_name_and_a_hub_model_by_both(tmp_path: Path):
-    names = {"/data/models/mine/": "mine", "./mine": "mine", "runs/a/FINAL": "FINAL", "org/name": "org/name", "tiny": "tiny"}
+    names = {"/data/models/mine/": "mine", "./mine": "mine", "runs/a/FINAL": "a/FINAL", "org/name": "org/name", "tiny": "tiny"}
     places = [save(tmp_path / str(i), dpo_rows(), config={"model": {"name_or_path": name}}) for i, name in enumerate(names)]
     assert [row["model"] for row in cells(table(read_runs(places)[0]))] == list(names.values())
 
