@@ -1,0 +1,169 @@
+#!/usr/bin/env python3
+"""How long a checkpoint keeps the steps waiting, in turn with them and beside them, and what it costs in memory.
+
+    python launch/compare/save_blocking.py MODEL [--every 10] [--saves 5] [--batch-size 4] [--growth 50]
+
+Full fine-tuning of MODEL in float32 on the bundled data, one run with checkpoint.async_save=false and one with true, each in
+a process of its own. What keeps a step waiting is compared with one copy of the same state (weights and Adam's moments) into
+memory that is there already, in the same process, and with the median step. Then so many saves in a row, one after each
+step, while the resident memory is watched.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+MIB = 2**20
+
+
+def resident(field: str = "VmRSS") -> float:
+    """VmRSS or VmHWM of this process, in MiB."""
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024 / MIB
+
+
+class Watch:
+    """Times the trainer's steps, and what they wait for a save, apart."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.steps: list[float] = []
+        self.beside: list[bool] = []  # whether a save was being written while the step was made
+        self.waits: list[float] = []  # for each save
+        self.resident: list[float] = []
+        self._trainer, self._waited, self._depth = trainer, 0.0, 0
+        step, save, land, on_save = trainer.step, trainer.save, trainer.land, trainer.checkpoint.on_save
+
+        def stepping(indices: Any) -> Any:
+            writing, began, before = trainer._saving is not None, time.perf_counter(), self._waited
+            totals = step(indices)
+            self.steps.append(time.perf_counter() - began - (self._waited - before))
+            self.beside.append(writing)
+            return totals
+
+        def waiting(call: Any) -> Any:
+            def timed(*args: Any, **kwargs: Any) -> None:
+                self._depth, began = self._depth + 1, time.perf_counter()
+                call(*args, **kwargs)
+                self._depth -= 1
+                if not self._depth:
+                    self._waited += time.perf_counter() - began
+
+            return timed
+
+        def keeping(run: Any, path: Path, *, final: bool) -> Any:
+            if not final:
+                self.resident.append(resident())
+            return on_save(run, path, final=final)
+
+        trainer.step, trainer.save, trainer.land, trainer.checkpoint.on_save = stepping, waiting(save), waiting(land), keeping
+
+    @property
+    def waited(self) -> float:
+        return self._waited
+
+
+def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_size: int) -> dict[str, Any]:
+    import hydra
+    import torch
+
+    from halos.build.processes import accelerator
+    from halos.build.session import assemble
+    from halos.config import gate
+
+    words = ["loss=sft", "data=arithmetic", f"model.name_or_path={model}", "model.dtype=float32", "data.eval=[]",
+             f"train.batch_size={batch_size}", f"train.microbatch_size={batch_size}", "train.activation_checkpointing=false",
+             f"train.steps={every * saves + every}", f"checkpoint.every={every}", f"checkpoint.async_save={apart}",
+             "exp_name=run", f"run_dir={place / 'run'}"]  # fmt: skip
+    with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        config = gate.check(hydra.compose("config", words), words)
+    trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+    assert trainer is not None
+    watch, run, waits = Watch(trainer), trainer.run, []
+    for hook in run.hooks.values():
+        hook.on_start(run)
+    for number in range(1, every * saves + every + 1):
+        before = watch.waited
+        trainer.step(trainer.order.batch(run.step))
+        if number % every == 0 and number <= every * saves:
+            trainer.save(final=False)
+            waits.append(0.0)
+        if waits:
+            waits[-1] += watch.waited - before
+    trainer.land()
+    peak = resident("VmHWM")
+    state = [value.detach() for value in run.module.state_dict().values()]
+    state += [part for moments in run.optimizer.state.values() for part in moments.values() if torch.is_tensor(part)]
+    copies = [torch.empty_like(value).copy_(value) for value in state]
+    memcpy = []
+    for _ in range(5):
+        began = time.perf_counter()
+        for copy, value in zip(copies, state, strict=True):
+            copy.copy_(value)
+        memcpy.append(time.perf_counter() - began)
+    alone = [seconds for seconds, beside in zip(watch.steps, watch.beside, strict=True) if not beside]
+    beside = [seconds for seconds, beside in zip(watch.steps, watch.beside, strict=True) if beside]
+    return {
+        "state": sum(value.nbytes for value in state) / MIB, "memcpy": statistics.median(memcpy), "waits": waits,
+        "step": statistics.median(alone or beside), "beside": statistics.median(beside) if beside else None, "peak": peak,
+        "resident": watch.resident,
+    }  # fmt: skip
+
+
+def alone(given: argparse.Namespace, **knobs: Any) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as place:
+        command = [sys.executable, __file__, given.model, "--place", place, "--act", json.dumps(knobs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{knobs} failed:\n{done.stderr[-3000:]}")
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="a directory or a hub id")
+    parser.add_argument("--every", type=int, default=10, help="steps from one save to the next (default: 10)")
+    parser.add_argument("--saves", type=int, default=5, help="how many are timed; the first is told apart (default: 5)")
+    parser.add_argument("--batch-size", type=int, default=4, help="rows of a step (default: 4)")
+    parser.add_argument("--growth", type=int, default=50, help="saves in a row while memory is watched; 0: none (default: 50)")
+    parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--act", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.act is not None:
+        print(json.dumps(act(given.model, given.place, **given.act)))
+        return
+    if given.saves < 2:
+        parser.error("--saves: at least 2, since the first is told apart")
+    knobs = {"every": given.every, "saves": given.saves, "batch_size": given.batch_size}
+    told = {name: alone(given, apart=name == "async", **knobs) for name in ("sync", "async")}
+    print(f"state {told['sync']['state']:.0f} MiB; checkpoint.every={given.every}; {given.saves} saves, the first apart\n")
+    print(
+        "| checkpoint.async_save | a save waits | the first | / memcpy | / step, over every | step | beside a write | peak MiB |"
+    )
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for name, numbers in told.items():
+        wait = statistics.median(numbers["waits"][1:])
+        share = wait / given.every / numbers["step"]
+        beside = f"{numbers['beside']:.2f} s" if numbers["beside"] else ""
+        print(
+            f"| {str(name == 'async').lower()} | {wait:.2f} s | {numbers['waits'][0]:.2f} s | {wait / numbers['memcpy']:.2f} "
+            f"| {share:.1%} | {numbers['step']:.2f} s | {beside} | {numbers['peak']:.0f} |", flush=True,
+        )  # fmt: skip
+    if given.growth:
+        grown = alone(given, apart=True, every=1, saves=given.growth, batch_size=1)["resident"]
+        tenth = max(1, given.growth // 10)
+        first, last = statistics.median(grown[tenth : 2 * tenth]), statistics.median(grown[-tenth:])
+        print(
+            f"\nresident memory over {given.growth} asynchronous saves in a row: {first:.0f} MiB early, {last:.0f} MiB at the end"
+        )
+
+
+if __name__ == "__main__":
+    main()
