@@ -72,6 +72,7 @@ class Witness(Hook):
 
     def on_start(self, run: Run) -> None:
         self.story["start"] = fingerprint(run)
+        self.story["trained bytes"] = sum(whole(p).nbytes for p in run.module.parameters() if p.requires_grad)
 
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
         self.story["losses"].append(["train", run.step, metrics["loss"]])

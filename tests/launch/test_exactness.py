@@ -38,6 +38,12 @@ def story(output: Path, name: str) -> Story:
     return json.loads((output / f"{name}.json").read_text())
 
 
+def size_of(checkpoint: Path) -> int:
+    """Bytes of its files, the tokenizer's apart."""
+    files = [path for path in checkpoint.rglob("*") if path.is_file() and "tokenizer" not in path.parts]
+    return sum(path.stat().st_size for path in files)
+
+
 def copy_until(output: Path, name: str, step: int, copy: str) -> None:
     """`copy`: the run as it was when its process died right after the save of `step`."""
     target = output / copy
@@ -79,6 +85,10 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     for copy, (name, step) in copies.items():
         copy_until(tmp_path, name, step, copy)
     start("resume", tmp_path, list(copies), world=world, sharded=sharded)
+    for name, words in cells.items():
+        for path in checkpoints(tmp_path / name / "checkpoints"):
+            if "lora" in words:
+                assert size_of(path) <= 3.2 * story(tmp_path, name)["trained bytes"] + 1e6, path
     for copy, (name, step) in copies.items():
         whole, resumed = story(tmp_path, name), story(tmp_path, copy)
         assert whole["before"] == whole["saves"], f"{name}: a save changed what was trained"
