@@ -31,10 +31,10 @@ export OMP_NUM_THREADS
 
 if [ "$model" = smollm2 ]; then
   start="$(python launch/smollm2.py)"
-  problems=50
-  common="data=arithmetic train.batch_size=16 train.microbatch_size=8 train.max_length=256 train.precision=bfloat16"
+  problems=100
+  common="data=arithmetic data.eval=[{path:arithmetic,split:'eval[:100]'}] train.batch_size=16 train.microbatch_size=8 train.max_length=256 train.precision=bfloat16"
   sft="train.steps=12"
-  dpo="train.steps=12 optim.lr=5e-5"
+  dpo="train.steps=30 optim.lr=5e-5 loss.beta=0.5"
 else
   start=tiny
   problems=200

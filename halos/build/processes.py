@@ -1,6 +1,7 @@
 """The processes of a run: what the launcher was asked for, and what it gave."""
 
 import os
+import re
 import subprocess
 from datetime import timedelta
 from pathlib import Path
@@ -89,6 +90,9 @@ def launched() -> bool:
 
 
 def _is_accelerate(words: list[str]) -> bool:
+    """`accelerate launch`, or its module by -m or by path."""
+    if any(re.search(r"accelerate[./]commands[./]launch", word) for word in words):
+        return True
     return "launch" in words and any("accelerate" in word for word in words[: words.index("launch")])
 
 

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from halos.build.processes import _is_accelerate
 from halos.checkpoint import find
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,6 +69,20 @@ def uninterrupted(whole: dict[str, Path], launcher: str) -> Path:
         assert done.returncode == 0, done.stderr
         whole[name] = whole["root"] / name
     return whole[name]
+
+
+@pytest.mark.parametrize(
+    ("words", "launcher"),
+    [
+        ("/venv/bin/python /venv/bin/accelerate launch train.py", True),
+        ("python -m accelerate.commands.launch --config_file a.yaml train.py", True),
+        ("python /site-packages/accelerate/commands/launch.py train.py", True),
+        ("bash launch/quickstart.sh", False),
+        ("bash -c accelerate test", False),
+    ],
+)
+def test_a_launcher_is_known_by_its_command(words: str, launcher: bool) -> None:
+    assert _is_accelerate(words.split()) is launcher
 
 
 CASES = [
