@@ -34,7 +34,7 @@ if [ "$model" = smollm2 ]; then
   problems=100
   common="data=arithmetic data.eval=[{path:arithmetic,split:'eval[:100]'}] train.batch_size=16 train.microbatch_size=8 train.max_length=256 train.precision=bfloat16"
   sft="train.steps=12"
-  dpo="train.steps=30 optim.lr=5e-5 loss.beta=0.5"
+  dpo="train.steps=40 optim.lr=2e-5 loss.beta=1"
 else
   start=tiny
   problems=200
