@@ -164,13 +164,18 @@ def sweep(directory: Path) -> list[str]:
     return removed
 
 
-def discard(directories: Sequence[Path]) -> None:
-    """Delete checkpoints so that no reader meets half of one, not even after a power cut: hidden first, then removed."""
+def discard(directories: Sequence[Path]) -> Callable[[], None]:
+    """Take checkpoints away so that no reader meets half of one, not even after a power cut: hidden now, removed by the call
+    that is given back."""
     hidden = [path.with_name(HIDDEN + "old-" + path.name) for path in directories]
     for path, place in zip(directories, hidden, strict=True):
         shutil.rmtree(place, ignore_errors=True)
         path.rename(place)
     for parent in {path.parent for path in directories}:
         sync(parent)
-    for place in hidden:
-        shutil.rmtree(place)
+
+    def remove() -> None:
+        for place in hidden:
+            shutil.rmtree(place)
+
+    return remove

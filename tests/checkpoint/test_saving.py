@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from halos.checkpoint import find, manifest, weights
 from halos.checkpoint.saving import Copier
@@ -95,9 +96,17 @@ def test_a_run_that_saves_beside_its_steps_is_the_run_that_waits(configure: Call
 
 def test_copies_lie_in_the_same_place_every_time() -> None:
     copier, tensor = Copier(), torch.arange(4.0)
-    first = copier.copy({"a": tensor, "b": 1})
+    first = copier.copy({"part": {"a": tensor, "b": 1}})["part"]
     place = first["a"].data_ptr()
     tensor += 1
     assert first["a"].tolist() == [0, 1, 2, 3]
-    second = copier.copy({"a": tensor, "b": 1})
+    second = copier.copy({"part": {"a": tensor, "b": 1}})["part"]
     assert (second["a"].data_ptr(), second["a"].tolist()) == (place, [1, 2, 3, 4])
+
+
+def test_copies_of_tied_tensors_are_tied() -> None:
+    tied = nn.Parameter(torch.arange(4.0))
+    copied = Copier().copy({"weights": {"head": tied, "embedding": tied.detach(), "transposed": tied.view(2, 2)}})["weights"]
+    assert copied["head"].data_ptr() == copied["embedding"].data_ptr() != tied.data_ptr()
+    assert copied["transposed"].shape == (2, 2)
+    assert not copied["head"].requires_grad
