@@ -99,7 +99,7 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
             waits[-1] += watch.waited - before
     trainer.land()
     peak = resident("VmHWM")
-    state = [value.detach() for value in run.module.state_dict().values()]
+    state = list({value.data_ptr(): value.detach() for value in run.module.state_dict().values()}.values())  # tied: once
     state += [part for moments in run.optimizer.state.values() for part in moments.values() if torch.is_tensor(part)]
     copies = [torch.empty_like(value).copy_(value) for value in state]
     memcpy = []
