@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
-from threading import Thread, get_native_id
+from threading import Thread, Timer, get_native_id
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from halos.checkpoint.commit import Gather, Held
 
 Write = Callable[[], None]
+BREATH = 0.05  # seconds before a thread begins to write: at once it would hold the interpreter while the step wants it
 
 
 class Saving:
@@ -46,7 +47,7 @@ class Saving:
     def finish(self, *, apart: bool) -> None:
         """Write what is left and have it appear; `apart`: in a thread, and this returns at once."""
         if apart and self._error is None:
-            self._thread = Thread(target=self._beside, name="checkpoint")  # no daemon: a process that ends waits for it
+            self._thread = Timer(BREATH, self._beside)  # no daemon: a process that ends waits for it
             self._thread.start()
         elif self._error is None:
             self._finish()
@@ -94,7 +95,7 @@ class Copier:
 
     def copy(self, state: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Groups of tensors, numbers and text by name. Sharded tensors stay sharded, and tied ones tied."""
-        host: dict[str, dict[str, Tensor]] = {group: {} for group in state}
+        copied: dict[str, dict[str, Any]] = {group: {} for group in state}
         others: dict[str, dict[str, Any]] = {group: {} for group in state}
         taken: dict[tuple[Any, ...], Tensor] = {}
         for group, values in state.items():
@@ -103,12 +104,14 @@ class Copier:
                     alias = (value.data_ptr(), value.dtype, value.shape, value.stride())
                     if alias not in taken:
                         taken[alias] = self._place(group, name, value).copy_(value.detach())
-                    host[group][name] = taken[alias]
-                else:
+                    copied[group][name] = taken[alias]
+                elif isinstance(value, Tensor):
                     others[group][name] = value
-        staged = self._stager.stage(others)
+                else:
+                    copied[group][name] = value  # a setting, which nothing changes in place
+        staged = self._stager.stage(others) if any(others.values()) else others
         assert isinstance(staged, dict)
-        return {group: {**host[group], **staged[group]} for group in state}
+        return {group: {**copied[group], **staged[group]} for group in state}
 
     def _place(self, group: str, name: str, value: Tensor) -> Tensor:
         place = self._places.get((group, name))

@@ -164,6 +164,7 @@ def save_apart(trainer: Trainer) -> None:
     trainer.checkpoint.async_save, trainer.checkpoint._copier = True, Copier()
     trainer.save(final=False)
     trainer.land()
+    trainer.checkpoint.on_end(trainer.run)  # one thread again: the points have an order
     trainer._heed()  # as after the next step: the processes meet again
 
 
