@@ -27,17 +27,20 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from halos.config import changes, gate, saved
-from halos.config.changes import Change
+from halos.config.changes import Change, Past
 from halos.config.overrides import Choices, Typed, check_choices, settle, unreadable
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_secrets
 from halos.config.suggest import kind_of
-from halos.errors import UserError, read_enough
+from halos.errors import JobsFailedError, UserError, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
 
 ROOT = Path(__file__).resolve().parent
+sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra looks for launchers
 VERSION = "1.3"  # of Hydra's behaviour
-WRONG_INPUT = 2
+FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
+AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
+SEEDED = ("tpe", "random", "cmaes", "nsgaii", "motpe")  # Optuna's samplers that draw
 CHOSEN_AGAIN = ("logging", "checkpoint")  # groups that change no step of a run
 Composer = Callable[[list[str]], DictConfig]
 
@@ -48,6 +51,9 @@ def main() -> None:
         leave(start(sys.argv[1:]))
     except UserError as error:
         leave(refuse(error))
+    except JobsFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -69,8 +75,8 @@ def leave(status: int) -> NoReturn:
 
 
 def refuse(error: UserError) -> int:
-    """One message, from one rank. The others wait, so that the launcher does not end rank 0 before it spoke."""
-    if int(os.environ.get("RANK") or 0):
+    """One message a host. The other ranks wait, so that the launcher does not end the one that speaks before it has."""
+    if int(os.environ.get("LOCAL_RANK") or 0):
         time.sleep(2)
     else:
         print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
@@ -97,7 +103,7 @@ def start(argv: list[str]) -> int:
     typed = [parse(text, choices) for text in args.overrides]
     check_choices(typed, choices, multirun=multirun)
     resume = asked_resume(typed)
-    if resume is not None:
+    if resume not in (None, AUTO):
         if multirun:
             raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
         with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
@@ -107,9 +113,16 @@ def start(argv: list[str]) -> int:
     with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
         known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
         settled = settle(typed, choices, known)
-        if multirun:
-            check_sweep(settled, args.overrides, choices, lambda words: compose(name, searched + words))
-    return enter_hydra([one.text for one in settled] + flags, known)
+        jobs = check_sweep(settled, args.overrides, choices, lambda words: compose(name, searched + words)) if multirun else []
+    words = [one.text for one in settled]
+    if not multirun:
+        return enter_hydra(words + flags, known)
+    try:
+        shared = f"hydra.job.config.override_dirname.exclude_keys={[one.key for one in settled if not one.is_sweep]}"
+        return enter_hydra([*words, *searching(settled, jobs[0]), shared, *flags], known)
+    finally:
+        if not jobs[0].dry_run:
+            report([Path(config.run_dir) for config in jobs])
 
 
 def asked_resume(typed: Sequence[Typed]) -> str | None:
@@ -221,13 +234,13 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node)
 
 
-def check_sweep(settled: Sequence[Typed], overrides: Sequence[str], choices: Choices, composer: Composer) -> None:
+def check_sweep(settled: Sequence[Typed], overrides: Sequence[str], choices: Choices, composer: Composer) -> list[Config]:
     """Every job, before the first one starts. They lie in runs/<exp_name>/, which a single run may not use.
 
     A sweeper that searches tries its values in other combinations than all: of each key every value is checked, by itself.
     """
     searches = any(one.key == "hydra/sweeper" and one.values != ("basic",) for one in settled)
-    jobs = one_by_one(settled) if searches else all_combinations(settled)
+    jobs, checked = one_by_one(settled) if searches else all_combinations(settled), list[Config]()
     for number, words in enumerate(jobs):
         try:
             config = gate.check(composer(words), overrides, choices)
@@ -237,6 +250,38 @@ def check_sweep(settled: Sequence[Typed], overrides: Sequence[str], choices: Cho
         place = Path(config.run_dir)
         if number == 0 and is_run(place):
             raise UserError(f"{place} holds a single run, and a sweep cannot share its name: choose another exp_name")
+        checked.append(config)
+    return checked
+
+
+def searching(settled: Sequence[Typed], config: Config) -> list[str]:
+    """What Optuna is to be told unless it was typed: a seed, so that the same command asks for the same jobs, and which way
+    the objective is better."""
+    typed = {one.key: one.values for one in settled}
+    if typed.get("hydra/sweeper") != ("optuna",):
+        return []
+    words = []
+    sampler = typed.get("hydra/sweeper/sampler", ("tpe",))
+    if "hydra.sweeper.sampler.seed" not in typed and sampler and sampler[0] in SEEDED:
+        words.append(f"hydra.sweeper.sampler.seed={config.seed}")
+    if "hydra.sweeper.direction" not in typed:
+        words.append(f"hydra.sweeper.direction={'maximize' if config.objective.mode == 'max' else 'minimize'}")
+    return words
+
+
+def report(places: Sequence[Path]) -> None:
+    """A sweep's table and pictures, beside its runs, however it ended."""
+    from halos.report.sweep import compare  # here: a run that is no sweep does not need it
+
+    for place in dict.fromkeys(places):
+        try:
+            text, written = compare(place)
+        except UserError as error:
+            print(f"no report: {error}", file=sys.stderr)
+            continue
+        print(text)
+        for path in written:
+            print(path)
 
 
 def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Composer) -> tuple[Config, list[Change]]:
@@ -245,8 +290,7 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
     run_dir = RunDir.at(path)
     run_dir.open()
     source = run_dir.asked_checkpoint(path) or next(iter(run_dir.saves().values()), None)
-    records = {record.name: record.read_text(encoding="utf-8", errors="replace") for record in run_dir.attempts()}
-    settings = saved.load(run_dir.read_config(), records, str(run_dir.path))
+    settings = last_settings(run_dir)
     for one in typed:
         refuse_on_resume(one, settings, run_dir, choices)
     composed = saved.composed(settings, str(run_dir.path), path)
@@ -261,10 +305,16 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
     if missing := [key for key in changes.CHANGES if not changes.present(plain(composed), key)]:
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
     config = gate.check(composed, [one.text for one in typed], choices)
-    changed = changes.compare(config, changes.Past(settings, run_dir.path, step_of(source) if source else None))
+    changed = changes.compare(config, Past(settings, run_dir.path, step_of(source) if source else None))
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return config, changed
+
+
+def last_settings(run_dir: RunDir) -> dict[str, Any]:
+    """A run's configuration as it was last changed."""
+    records = {record.name: record.read_text(encoding="utf-8", errors="replace") for record in run_dir.attempts()}
+    return saved.load(run_dir.read_config(), records, str(run_dir.path))
 
 
 def refuse_on_resume(one: Typed, settings: dict[str, Any], run_dir: RunDir, choices: Choices) -> None:
@@ -310,20 +360,49 @@ def enter_hydra(words: list[str], known: Sequence[str] = ()) -> int:
     return 0
 
 
-def job(composed: DictConfig) -> None:
-    """One run, or one of a sweep's."""
+def job(composed: DictConfig) -> float | None:
+    """One run, or one of a sweep's, which gives back its objective for the sweeper. A sweep's job that failed or was refused
+    has said so, and the others go on."""
     settings = HydraConfig.get()
     typed: list[str] = plain(settings.overrides.task)
     multirun = settings.mode == RunMode.MULTIRUN
     if multirun and not any(text.lstrip("+").startswith("run_dir=") for text in typed):
-        composed.run_dir = f"{plain(composed)['run_dir']}/{job_name(typed)}"
+        shared: list[str] = plain(settings.job.config.override_dirname.exclude_keys)
+        composed.run_dir = f"{plain(composed)['run_dir']}/{job_name(typed, shared)}"
     places = [Path(source.path) for source in settings.runtime.config_sources if source.schema == "file"]
+    config, status = None, WRONG_INPUT
     try:
-        status = run(gate.check(composed, typed, list_choices(places)), typed)
+        config = gate.check(composed, typed, list_choices(places))
+        changed = take_up(config) if multirun or config.resume == AUTO else []
+        status = run(config, typed, changed)
     except UserError as error:
-        status = refuse(error)
-    if status or not multirun:
+        refuse(error)
+    if not multirun or status == STOPPED:
         raise SystemExit(status)
+    if status or config is None:
+        raise JobsFailedError(f"a job of this sweep failed: {' '.join(typed)}")
+    return objective(config)
+
+
+def take_up(config: Config) -> list[Change]:
+    """Have `config` go on with the run of its name where that was begun already; what has changed since. Raises UserError
+    where a change would alter what it computes."""
+    run_dir, config.resume = RunDir(config.run_dir), None
+    if not is_run(run_dir.path) or (config.overwrite and run_dir.is_finished()):
+        return []
+    config.resume, config.overwrite = str(run_dir.path), False
+    oldest = next(iter(run_dir.saves()), None)
+    changed = changes.compare(config, Past(last_settings(run_dir), run_dir.path, oldest))
+    if config.resume_changes == "refuse":
+        changes.refuse(changed, run_dir.path)
+    return changed
+
+
+def objective(config: Config) -> float | None:
+    """The last held-out value of a run's objective; None where it has none."""
+    result = RunDir(config.run_dir).read_result()
+    value = result["metrics"].get(config.objective.metric) if result else None
+    return float(value) if isinstance(value, (int, float)) else None
 
 
 def run(config: Config, typed: Sequence[str], changed: Sequence[Change] = ()) -> int:

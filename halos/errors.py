@@ -9,6 +9,10 @@ class UserError(Exception):
     """Wrong input: the message says what was wrong, where, what was given and what would work. Ends in exit status 2."""
 
 
+class JobsFailedError(Exception):
+    """A job of a sweep has failed, and said why; the others went on. Ends in exit status 1."""
+
+
 def command(main: Callable[[], int]) -> int:
     """The exit status of a command: what `main` gives, or 2 after the one message of a UserError."""
     try:

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,7 +22,8 @@ from halos.lock import RunLock
 Status = Literal["finished", "stopped", "failed", "running"]
 LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", LOCK}  # what a start may leave that died before config.yaml
 ASIDE = "superseded-"
-HIDDEN = (".config.yaml.", f".{LOCK}.", ".deleted-")
+PLACE = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "dry_run")  # not what is run
+HIDDEN = (".config.yaml.", f".{LOCK}.", ".deleted-", "train.rank")
 
 
 class RunDir:
@@ -39,9 +40,9 @@ class RunDir:
     def final(self) -> Path:
         return self.path / "FINAL"
 
-    @property
-    def log(self) -> Path:
-        return self.path / "train.log"
+    def log_of(self, rank: int) -> Path:
+        """Where a process keeps what it says: train.log is the first one's."""
+        return self.path / (f"train.rank{rank}.log" if rank else "train.log")
 
     @property
     def config(self) -> Path:
@@ -95,7 +96,8 @@ class RunDir:
         """Leave nothing of a start that was refused before its first step, so that the command can be mended and given again."""
         if self.checkpoints.is_dir() or self.final.exists() or any(row["step"] for row in self.read_metrics()):
             return
-        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", "train.log"):
+        logs = [path.name for path in self.path.glob("train.*log")]
+        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", *logs):
             entry = self.path / name
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
 
@@ -225,11 +227,16 @@ def is_run(path: Path) -> bool:
     return (path / "config.yaml").is_file() and (path / "attempts").is_dir()
 
 
-def job_name(overrides: Sequence[str]) -> str:
-    """A sweep's job by what was typed for it: its place in the grid would move when the grid changes."""
-    told = sorted(text.lstrip("+") for text in overrides if not text.startswith(("exp_name=", "output_root=")))
-    slug = re.sub(r"[^\w.=-]+", "_", ",".join(told))[:80].strip("._-")
-    return f"{slug}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]}"
+def job_name(overrides: Sequence[str], shared: Collection[str] = ()) -> str:
+    """A sweep's job by what was typed for it: its place in the grid would move when the grid changes.
+
+    A few words for people, of keys that are not `shared` by all jobs and in letters that `resume=` takes unquoted; and a hash
+    of everything that makes it another run.
+    """
+    told = sorted(text.lstrip("+") for text in overrides if text.lstrip("+").partition("=")[0] not in PLACE)
+    words = [text for text in told if text.partition("=")[0] not in shared]
+    slug = re.sub(r"[^\w.-]+", "-", "__".join(words))[:80].strip("._-")
+    return f"{slug or 'job'}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]}"
 
 
 def _runs(path: Path) -> list[str]:

@@ -35,7 +35,7 @@ def test_a_new_run_makes_its_directory_and_nothing_before(tmp_path):
     run.write_config("seed: 0\n")
     assert is_run(run.path)
     assert run.read_config() == "seed: 0\n"
-    assert (run.checkpoints, run.final, run.log) == (run.path / "checkpoints", run.path / "FINAL", run.path / "train.log")
+    assert (run.checkpoints, run.final, run.log_of(0)) == (run.path / "checkpoints", run.path / "FINAL", run.path / "train.log")
 
 
 @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
@@ -83,7 +83,7 @@ def test_what_a_start_left_that_died_at_once_is_no_obstacle(tmp_path):
     run = RunDir(tmp_path / "demo")
     run.create(overwrite=False)
     (run.path / ".config.yaml.123").write_text("half")
-    run.log.write_text("line")
+    run.log_of(0).write_text("line")
     run.create(overwrite=False)
     assert os.listdir(run.path) == ["attempts"]
 
@@ -291,7 +291,8 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
 def test_a_job_is_named_by_what_was_typed_in_any_order():
     name = job_name(["loss=dpo", "++optim.lr=1e-05", "exp_name=sweep"])
     assert name == job_name(["optim.lr=1e-05", "exp_name=other", "loss=dpo"])
-    assert name.startswith("loss=dpo_optim.lr=1e-05-")
+    assert name.startswith("loss-dpo__optim.lr-1e-05-")
+    assert job_name(["loss=dpo", "optim.lr=1e-05"], ["loss"]) == name.removeprefix("loss-dpo__")
     assert name != job_name(["loss=dpo", "optim.lr=1e-04", "exp_name=sweep"])
     wild = job_name(["data.train=[/a/b c.jsonl,{path: x}]", "x=" + "y" * 300])
     assert len(wild) < 100

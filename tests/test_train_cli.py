@@ -253,7 +253,7 @@ def test_a_missing_choice_lists_the_choices(refused, words, parts):
 def test_only_rank_0_speaks_and_the_others_wait(cli, monkeypatch):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     assert cli("loss=dpoo") == (2, "", "")
     assert waited == [2]
 

@@ -6,11 +6,13 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
+from halos.build.processes import agree
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import Order, partners
 from halos.data.prepare import prepare
+from halos.errors import UserError
 from halos.trainers.deal import Split
 from halos.types import Comparison, Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps
 
@@ -27,19 +29,25 @@ def load(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, mad
 def _open(
     config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, purpose: str, entries: list[Any]
 ) -> Dataset:
+    path, problem = None, None
     with made.main_process_first():  # the others find what the first one has written
-        path = prepare(
-            entries,
-            purpose=purpose,
-            kind=loss.example_type or KINDS[loss.inputs],
-            tokenizer=tokenizer,
-            max_length=config.train.max_length,
-            truncation=config.train.truncation,
-            score=config.data.score,
-            transform=loss.examples,
-            transform_key=f"{loss.name} {loss.settings}" if loss.examples else "",
-            cache_dir=Path(config.cache_dir).expanduser(),
-        )
+        try:
+            path = prepare(
+                entries,
+                purpose=purpose,
+                kind=loss.example_type or KINDS[loss.inputs],
+                tokenizer=tokenizer,
+                max_length=config.train.max_length,
+                truncation=config.train.truncation,
+                score=config.data.score,
+                transform=loss.examples,
+                transform_key=f"{loss.name} {loss.settings}" if loss.examples else "",
+                cache_dir=Path(config.cache_dir).expanduser(),
+            )
+        except UserError as error:
+            problem = str(error)
+    agree(made, f"data.{purpose} (by its hash)", path.name if path else None, problem)
+    assert path is not None
     return open_dataset(path)
 
 

@@ -46,11 +46,12 @@ def _git_commit() -> str | None:
     return described.stdout.strip() or None
 
 
-def attempt(typed: list[str], made: Accelerator, *, strategy: str, source: str) -> dict[str, Any]:
+def attempt(typed: list[str], made: Accelerator, *, strategy: str, source: str, total_steps: int) -> dict[str, Any]:
     """The record of one start: what was typed, with which versions, on how many processes, and where it went on from."""
     return {
         "overrides": typed,
         "resumed_from": source,
+        "total_steps": total_steps,
         "world_size": made.num_processes,
         "strategy": strategy,
         "device": str(made.device),

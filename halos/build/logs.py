@@ -1,4 +1,4 @@
-"""Who speaks: the first process to the terminal and to train.log, the others only when something is wrong."""
+"""Who speaks: the first process to the terminal and train.log; each other one to its own file, and aloud when it fails."""
 
 import logging
 import warnings
@@ -20,8 +20,8 @@ def speak(main: bool) -> None:
     logger = logging.getLogger("halos")
     logger.handlers.clear()
     logger.propagate = False
-    logger.setLevel(logging.INFO if main else logging.WARNING)
-    console = AboveTheBar()
+    logger.setLevel(logging.INFO)
+    console = AboveTheBar(logging.INFO if main else logging.WARNING)
     console.setFormatter(logging.Formatter("%(message)s"))
     logger.addHandler(console)
     transformers.utils.logging.set_verbosity_error()
@@ -31,7 +31,7 @@ def speak(main: bool) -> None:
 
 
 def write_to(path: Path) -> None:
-    """Keep what is said in the run's train.log too."""
-    file = logging.FileHandler(path)
+    """Keep what is said in a file too, which is made when there is something to say."""
+    file = logging.FileHandler(path, delay=True)
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("halos").addHandler(file)

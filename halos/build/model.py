@@ -10,7 +10,9 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halos.build.processes import asked_to_shard
 from halos.config.schema import Config, Optim
+from halos.errors import UserError
 from halos.logps.model import LanguageModel, RewardModel
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
@@ -39,12 +41,15 @@ class Shelf:
             quantize=quantize,
             new_tokens=self.new_tokens if source == self.base else [],
             seed=self.config.seed,
+            hollow=asked_to_shard() and not self.made.is_main_process,
         )
 
 
 def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed."""
     config = shelf.config
+    if config.model.quantize and asked_to_shard():
+        raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     lora = config.peft.name == "lora"
     dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)
     source = checkpoint / "model" if checkpoint and not lora else shelf.base

@@ -2,19 +2,30 @@
 
 import os
 import re
+import socket
 import subprocess
 from datetime import timedelta
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 
 from halos.errors import UserError
 
 PATIENCE = timedelta(hours=6)  # one process tokenises, or proves a merge, while the others wait
+UNSUPPORTED = {  # what an accelerate config may ask for besides: the variable its launcher sets, the words, the remedy
+    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "launch/accelerate/fsdp2.yaml shards as ZeRO-3 does"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use launch/accelerate/fsdp2.yaml"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism_config", "use launch/accelerate/fsdp2.yaml"),
+    "ACCELERATE_DYNAMO_BACKEND": ("torch.compile (dynamo_config)", "leave it out"),
+    "FSDP_ACTIVATION_CHECKPOINTING": (
+        "fsdp_activation_checkpointing", "leave it out and type train.activation_checkpointing=true"
+    ),
+}  # fmt: skip
 
 
 def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
@@ -49,12 +60,42 @@ def _compare(made: Accelerator) -> None:
         raise UserError(
             f"{asked} processes were launched, but each sees {made.num_processes}: launch with accelerate or torchrun"
         )
-    if _asked("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError("DeepSpeed is not supported yet: use launch/accelerate/fsdp2.yaml, which shards as ZeRO-3 does")
+    if made.mixed_precision not in ("no", "bf16"):
+        raise UserError(
+            f"the accelerate config asks for mixed_precision: {made.mixed_precision}, whose loss scaling is not supported:"
+            " write bf16 or no"
+        )
+    for flag, (what, remedy) in UNSUPPORTED.items():
+        if os.environ.get(flag, "no").lower() not in ("no", "false", "", "0"):
+            raise UserError(f"the accelerate config asks for {what}, which is not supported: {remedy}")
+    if made.gradient_accumulation_steps != 1:
+        raise UserError(
+            f"the accelerate config asks for gradient_accumulation_steps: {made.gradient_accumulation_steps}: leave it out;"
+            " train.batch_size counts a whole step, and train.microbatch_size says how it is cut up"
+        )
     if asked_to_shard() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("the accelerate config asks for FSDP 1: set fsdp_version: 2 in its fsdp_config")
     if asked_to_shard() and not dist.is_initialized():
         raise UserError("the accelerate config asks for FSDP, but there is no process group: launch with accelerate or torchrun")
+
+
+def agree(made: Accelerator, what: str, mine: str | None, problem: str | None = None) -> None:
+    """All processes come together over `what`, which is text. Raises UserError in each where one has a problem or other text.
+
+    Processes on other hosts read other files, and would train on with them without a word.
+    """
+    everyone = gather_object([(socket.gethostname(), mine, problem)])
+    home, text, trouble = everyone[0]
+    for rank, (host, theirs, complaint) in enumerate(everyone):
+        if complaint is not None:
+            raise UserError(complaint if complaint == trouble else f"process {rank} on {host}: {complaint}")
+        if theirs != text:
+            pairs = zip_longest((text or "").splitlines(), (theirs or "").splitlines(), fillvalue="nothing")
+            one, other = next(pair for pair in pairs if pair[0] != pair[1])
+            raise UserError(
+                f"the {what} of process {rank} on {host} is not that of process 0 on {home}: {other.strip()} instead of"
+                f" {one.strip()}. Every process needs the same command, and every host the same files"
+            )
 
 
 def _asked(flag: str) -> bool:

@@ -6,6 +6,7 @@ import shlex
 import signal
 import types
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from accelerate.utils import set_seed
 
 from halos.build import data, facts, model, strategy
 from halos.build.logs import speak, write_to
-from halos.build.processes import accelerator, launched
+from halos.build.processes import accelerator, agree, launched
 from halos.build.watch import outlive_no_launcher, together
 from halos.checkpoint import find
 from halos.config import saved
@@ -49,6 +50,7 @@ TRAINERS: dict[type, type[Trainer]] = {
     PairScores: RewardTrainer,
 }
 FINISHED, FAILED, STOPPED = 0, 1, 75
+SHARED = "all hosts write into it, so output_root (or run_dir) must lie on a file system that they share"
 
 
 class Interrupted(BaseException):
@@ -65,6 +67,7 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
     with directory.lock() as lock:
         try:
             with together(made):
+                agree(made, "configuration", saved.dump(replace(config, cache_dir="")))
                 if config.resume and _is_over(config, directory, changed):
                     return FINISHED
                 trainer = assemble(config, typed, made, changed, lock)
@@ -158,12 +161,13 @@ def _begin(config: Config, directory: RunDir, made: Accelerator, total: int, loc
     elif made.is_main_process:
         directory.create(overwrite=config.overwrite)
         directory.write_config(saved.dump(config))
-    if made.is_main_process:
-        write_to(directory.log)
-        if taken_over:
-            log.warning(taken_over)
     if dist.is_initialized():
         dist.broadcast_object_list(box)
+    seen = is_run(directory.path)
+    agree(made, "run directory", str(seen), None if seen else f"{directory.path} is not there on this host: {SHARED}")
+    write_to(directory.log_of(made.process_index))
+    if taken_over:
+        log.warning(taken_over)
     return box[0]
 
 
@@ -218,7 +222,8 @@ def _record(current: Run, typed: list[str], source: find.Found, changed: Sequenc
         place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
         if moved:
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
-    record = facts.attempt(typed, current.accelerator, strategy=strategy.name_of(current.module), source=went_on)
+    how = strategy.name_of(current.module)
+    record = facts.attempt(typed, current.accelerator, strategy=how, source=went_on, total_steps=current.total_steps)
     altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
     directory.start_attempt({**record, **altered, "passed_over": source.passed_over})
     directory.truncate_metrics(current.step if source.path else -1)
@@ -244,6 +249,7 @@ def _train(trainer: Trainer) -> int:
         note = current.failure or (current.stop.reason if current.stop else None)
     except BaseException as error:
         note = f"{type(error).__name__}: {error}"
+        _name_log(current, error)
         raise
     finally:
         for hook in current.hooks.values():
@@ -252,6 +258,14 @@ def _train(trainer: Trainer) -> int:
             metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
             current.directory.write_result(status, current.step, metrics, reason=note)
     return _close(current, status, note)
+
+
+def _name_log(current: Run, error: BaseException) -> None:
+    """Of several processes each has a file of its own, which has the traceback."""
+    rank = current.accelerator.process_index
+    if current.accelerator.num_processes > 1:
+        log.info("%s", error, exc_info=error)
+        log.error("process %d failed; its log is %s", rank, current.directory.log_of(rank))
 
 
 def _close(current: Run, status: str, note: str | None) -> int:

@@ -1,6 +1,7 @@
-"""Processes that look after each other: when one is gone the others leave at once, and the one at fault speaks last."""
+"""Processes that look after each other: when one is gone the others leave, and the one at fault speaks last."""
 
 import ctypes
+import logging
 import os
 import signal
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -16,19 +18,29 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+log = logging.getLogger(__name__)
+
 PERIOD = 0.5  # seconds between two looks
 PATIENCE = 3.0  # seconds in which a process that failed shows whether it was for another's sake
+BEAT = 5.0  # seconds between two signs of life of a host
+SILENCE = 60.0  # seconds without one after which a host counts as lost
 PR_SET_PDEATHSIG = 1
 
 
 @contextmanager
 def together(made: Accelerator) -> Iterator[None]:
-    """Inside, a process whose neighbour on this host has died ends at once, instead of waiting in a collective.
+    """Inside, a process whose neighbour on this host has died ends at once, instead of waiting in a collective; and all of a
+    host end when another host has given no sign of life for a minute: its power or its network is gone.
 
     An error that is only the echo of another process's is not printed. On the way out all wait for each other.
     """
-    neighbours, over = _neighbours(made), threading.Event()
+    places, over = _places(made), threading.Event()
+    neighbours = _neighbours(places, made.process_index)
     threading.Thread(target=_look, args=(neighbours, over), daemon=True).start()
+    first_of = {host: places.index((host, pid)) for host, pid in reversed(places)}
+    if len(first_of) > 1 and made.process_index in first_of.values():
+        others = {rank: host for host, rank in first_of.items() if rank != made.process_index}
+        threading.Thread(target=_hear, args=(made.process_index, others, over), daemon=True).start()
     try:
         yield
     except Exception as error:
@@ -61,13 +73,18 @@ def outlive_no_launcher(launched: bool) -> None:
         threading.Thread(target=_await_new_parent, args=(parent,), daemon=True).start()
 
 
-def _neighbours(made: Accelerator) -> dict[int, psutil.Process]:
-    """The other processes of the run on this host, by rank."""
-    everyone: list[Any] = [None] * made.num_processes
+def _places(made: Accelerator) -> list[tuple[str, int]]:
+    """Host and pid of every process of the run, by rank."""
+    mine = (socket.gethostname(), os.getpid())
+    everyone: list[Any] = [mine] * made.num_processes
     if dist.is_initialized():
-        dist.all_gather_object(everyone, (socket.gethostname(), os.getpid()))
-    mine = made.process_index
-    here = {rank: place[1] for rank, place in enumerate(everyone) if place and rank != mine and place[0] == socket.gethostname()}
+        dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+def _neighbours(places: list[tuple[str, int]], mine: int) -> dict[int, psutil.Process]:
+    """The other processes of the run on this host, by rank."""
+    here = {rank: pid for rank, (host, pid) in enumerate(places) if rank != mine and host == socket.gethostname()}
     return {rank: psutil.Process(pid) for rank, pid in here.items()}
 
 
@@ -78,6 +95,33 @@ def _gone(neighbours: dict[int, psutil.Process]) -> bool:
 def _look(neighbours: dict[int, psutil.Process], over: threading.Event) -> None:
     while not over.wait(PERIOD):
         if _gone(neighbours) and not over.wait(PATIENCE):  # a moment, in which an error of ours may end us in order
+            os._exit(1)
+
+
+def _hear(mine: int, others: dict[int, str], over: threading.Event) -> None:
+    """One process of each host tells the rendezvous store that it lives, and listens for the `others`.
+
+    A collective notices a process that died, and not a host whose network is gone: it would wait for hours.
+    """
+    shared: Any = dist.distributed_c10d._get_default_store()
+    store = shared.clone()  # a connection of its own: calls may wait for each other
+    store.set_timeout(timedelta(seconds=SILENCE))
+    told, heard = 0, {rank: (b"", time.monotonic()) for rank in others}
+    while not over.wait(BEAT):
+        told += 1
+        try:
+            store.set(f"halos/alive/{mine}", str(told))
+            for rank, (last, _) in heard.items():
+                key = f"halos/alive/{rank}"
+                said = store.get(key) if store.check([key]) else b""
+                if said != last:
+                    heard[rank] = (said, time.monotonic())
+        except RuntimeError:
+            pass  # the store itself lies on the first process's host: if it stays away, that host has gone silent
+        silent = [host for rank, host in others.items() if time.monotonic() - heard[rank][1] > SILENCE]
+        if silent and not over.is_set():
+            log.error("no sign of life from %s for %.0f s: leaving; resume= goes on, on the hosts there are", silent[0], SILENCE)
+            logging.shutdown()
             os._exit(1)
 
 

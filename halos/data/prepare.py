@@ -2,10 +2,11 @@
 
 import hashlib
 import json
+import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 
 import tokenizers
 import transformers
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -23,6 +25,8 @@ from halos.data.template import chat_template
 from halos.data.tokenize import EQUAL, Encoded, Encoder
 from halos.errors import UserError
 from halos.types import Comparison, Example, Judgement
+
+log = logging.getLogger(__name__)
 
 BATCH = 1000  # rows tokenised in one call, and written as one arrow batch
 UNDESIRABLE = "undesirable, not to be imitated"
@@ -57,15 +61,34 @@ def prepare(
         return path
     hidden = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
     try:
-        hidden.mkdir(parents=True)
-        encoder = Encoder(tokenizer, max_length=max_length, truncation=truncation)
-        _write(hidden, opened, kind, score, encoder, transform)
-        _publish(hidden, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _one_at_a_time(path):
+            if (path / META).exists():
+                return path
+            hidden.mkdir()
+            encoder = Encoder(tokenizer, max_length=max_length, truncation=truncation)
+            _write(hidden, opened, kind, score, encoder, transform)
+            _publish(hidden, path)
     except OSError as error:
         raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be kept there: {error}") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return path
+
+
+@contextmanager
+def _one_at_a_time(path: Path) -> Iterator[None]:
+    """Of several runs that want the same rows, a sweep's jobs say, one makes them and the others wait for it."""
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.info("another run is tokenising the same rows: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _publish(hidden: Path, path: Path) -> None:

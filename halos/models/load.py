@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.initialization import no_init_weights
 
 from halos.errors import UserError
 from halos.logps.attention import SEGMENTS, register
@@ -103,10 +104,12 @@ def load_model(
     quantize: str | None = None,
     new_tokens: list[str] = [],  # noqa: B006  never written
     seed: int = 0,
+    hollow: bool = False,
 ) -> PreTrainedModel:
     """A causal language model, or with `reward` the same backbone under one scalar head (random where there is none).
 
-    Embeddings of `new_tokens` start at the mean of the others.
+    Embeddings of `new_tokens` start at the mean of the others. A `hollow` one is the same but for the values of its weights,
+    which nobody has written: it takes no memory, and another process gives it its shards.
     """
     config = read_config(directory)
     extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **SAFELY, **_quantization(quantize)}
@@ -116,7 +119,7 @@ def load_model(
         _must_score(directory, config.architectures or [], getattr(config, "num_labels", 1))
         extra["num_labels"] = 1
     try:
-        model = auto.from_pretrained(directory, **extra)
+        model = _hollow(auto, config, extra) if hollow else auto.from_pretrained(directory, **extra)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory} could not be loaded as a {auto.__name__}: {str(error).splitlines()[0]}") from error
     if not model.is_backend_compatible():
@@ -126,6 +129,16 @@ def load_model(
     grow(model, len(tokenizer), [tokenizer.get_vocab()[token] for token in new_tokens])
     if not reward:
         model.generation_config = _stops(model, tokenizer)
+    return model
+
+
+def _hollow(auto: Any, config: PretrainedConfig, extra: dict[str, Any]) -> PreTrainedModel:
+    """As from_pretrained makes it, without reading or drawing a weight; buffers are computed as always."""
+    if "num_labels" in extra:
+        config.num_labels = extra["num_labels"]
+    with no_init_weights():
+        model = auto.from_config(config, dtype=extra["dtype"], attn_implementation=extra["attn_implementation"])
+    model.tie_weights()
     return model
 
 

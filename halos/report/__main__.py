@@ -1,4 +1,4 @@
-"""python -m halos.report RUN [RUN ...]: a table and pictures from saved runs, finished or not."""
+"""python -m halos.report RUN [RUN ...]: a table and pictures from saved runs, finished or not; of a sweep sweep.csv as well."""
 
 import argparse
 import os
@@ -28,6 +28,7 @@ def _report(places: Sequence[Path], output: Path, markdown: Path | None) -> int:
     print(text)
     try:
         from halos.report.plots import plot  # only here: the table needs no matplotlib
+        from halos.report.sweep import compare, is_sweep
     except ModuleNotFoundError as error:
         raise UserError(f"pictures need {error.name}: pip install {error.name}") from error
     try:
@@ -35,8 +36,13 @@ def _report(places: Sequence[Path], output: Path, markdown: Path | None) -> int:
             markdown.parent.mkdir(parents=True, exist_ok=True)
             markdown.write_text(text, encoding="utf-8")
             print(markdown)
-        for picture in plot(records, output):
-            print(picture)
+        if len(places) == 1 and is_sweep(places[0]):
+            text, written = compare(places[0], output)
+            print(text)
+        else:
+            written = plot(records, output)
+        for path in written:
+            print(path)
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}; choose another place with --output") from error
     return 0

@@ -58,7 +58,7 @@ def plot(records: Sequence[Record], output: Path) -> list[Path]:
     drawn = []
     for name, panels in (("learning_curves", learning_curves(records)), ("rewards", REWARDS), ("optimizer", OPTIMIZER)):
         if figure := draw(records, panels):
-            drawn.append(_save(figure, output / f"{name}.png"))
+            drawn.append(save(figure, output / f"{name}.png"))
     return drawn
 
 
@@ -73,17 +73,17 @@ def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
     shown = [panel for panel in panels if panel.of(records)]
     if not shown:
         return None
-    palette = dict(zip([record.label for record in records], _palette(len(records)), strict=True))  # the same in each picture
+    colors = dict(zip([record.label for record in records], palette(len(records)), strict=True))  # the same in each picture
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(max(6.8, 5.2 * columns), 3.9 * lines + 0.8), dpi=150, layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, ax in zip(shown, axes, strict=False):
-        _fill(ax, panel, [(record, name, palette[record.label]) for record, name in panel.of(records)])
+        _fill(ax, panel, [(record, name, colors[record.label]) for record, name in panel.of(records)])
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
     drawn = {record.label for panel in shown for record, _ in panel.of(records)}
-    _legend_of_runs(figure, {label: color for label, color in palette.items() if label in drawn})
+    _legend_of_runs(figure, {label: color for label, color in colors.items() if label in drawn})
     if any(panel.held_out for panel in shown):
         _legend_of_splits(figure, thin=any(line.get_alpha() for ax in axes for line in ax.get_lines()))
     return figure
@@ -162,7 +162,8 @@ def _plain(label: str) -> str:
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
-def _palette(count: int) -> list[str]:
+def palette(count: int) -> list[str]:
+    """So many colors that can be told apart."""
     if count <= 10:
         return [to_hex(colormaps["tab10"](i)) for i in range(count)]
     return [to_hex(colormaps["turbo"](place)) for place in np.linspace(0.05, 0.95, count)]
@@ -172,7 +173,8 @@ def _has(record: Record, name: str) -> bool:
     return any(name in row for row in (*record.train, *record.held_out))
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
+    """The whole picture or nothing."""
     hidden = path.with_name(f".{path.name}")
     figure.savefig(hidden, format="png")
     os.replace(hidden, path)

@@ -1,0 +1,109 @@
+"""One job of a sweep: what was typed for it, where it lies, and how far it is by the files it writes."""
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from halos.rundir import RunDir, is_run
+
+TAIL = 2**14  # bytes of a log or of metrics.jsonl that hold its last lines
+LINES = 12  # of a failed job's log that are shown
+
+State = Literal["waiting", "running", "finished", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """`words` are all its overrides, `told` those that only it has."""
+
+    number: int
+    words: tuple[str, ...]
+    told: str
+    path: Path  # its run directory
+    log: Path  # what its processes print
+
+    @property
+    def run(self) -> RunDir:
+        return RunDir(self.path)
+
+    def is_done(self) -> bool:
+        """Whether an earlier start has finished it, and nobody asks for it anew."""
+        if "overwrite=true" in [word.lstrip("+").lower() for word in self.words]:
+            return False
+        return is_run(self.path) and self.run.is_finished() and self.run.final.is_dir()
+
+    def objective(self) -> float | None:
+        """Its objective's last held-out value, for the sweeper; None where it has none."""
+        result = self.run.read_result()
+        if result is None or result["status"] != "finished":
+            return None
+        settings = yaml.safe_load(self.run.read_config())
+        value = result["metrics"].get(settings["objective"]["metric"])
+        return float(value) if isinstance(value, (int, float)) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    step: int
+    total: int | None  # unknown until it has begun
+    loss: float | None
+
+
+def progress(job: Job) -> Progress:
+    """How far a job is. Reads ends of files only, since it is asked for every second."""
+    row: dict[str, Any] = {}
+    for line in reversed(tail(job.path / "metrics.jsonl").splitlines()):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("split") == "train":
+            break
+        row = {}
+    attempts = job.run.attempts()
+    return Progress(int(row.get("step") or 0), _total(attempts[-1]) if attempts else None, row.get("loss"))
+
+
+@cache
+def _total(attempt: Path) -> int | None:
+    try:
+        record = yaml.safe_load(attempt.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return None
+    return record.get("total_steps") if isinstance(record, dict) else None
+
+
+def own_words(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """What tells each job from the others, as it was typed; all of it where there is one job."""
+    if len(jobs) == 1:
+        return [" ".join(jobs[0])]
+    shared = set(jobs[0]).intersection(*jobs[1:])
+    return [" ".join(word.lstrip("+") for word in words if word not in shared) or f"job {n}" for n, words in enumerate(jobs)]
+
+
+def tail(path: Path) -> str:
+    """The end of a text file, nothing where there is none."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
+            return file.read().decode("utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def last_words(log: Path) -> str:
+    """Why a job failed: our one message where there is one, else the end of its log, without the launcher's own report."""
+    text = tail(log)
+    if errors := re.findall(r"^error: .*", text, re.M):
+        return errors[-1]
+    parts = re.split(r"^(?=Traceback \(most recent call last\):)", text, flags=re.M)
+    own = "".join(part for part in parts if "accelerate/commands/launch" not in part)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", own) if line.strip()]
+    return "\n".join(lines[-LINES:]) or "it printed nothing"

@@ -1,0 +1,157 @@
+"""hydra/launcher=accelerate: every job of a sweep is an `accelerate launch` of its own, so many at a time."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+from halos.errors import JobsFailedError, UserError
+from halos.rundir import job_name
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "launch" / "accelerate"
+STOPPED = 75
+
+
+class AccelerateLauncher(Launcher):
+    """The keys are config/hydra/launcher/accelerate.yaml's, where they are explained."""
+
+    def __init__(
+        self,
+        *,
+        config_file: str | None,
+        num_processes: int | None,
+        max_parallel: int | None,
+        devices: Sequence[Any] | None,
+        args: Sequence[str],
+    ) -> None:
+        for name, value in (("num_processes", num_processes), ("max_parallel", max_parallel)):
+            if value is not None and (type(value) is not int or value < 1):
+                raise UserError(f"hydra.launcher.{name} takes a whole number from 1, or null, not {value!r}")
+        self.num_processes, self.max_parallel = num_processes, max_parallel
+        self.devices = None if devices is None else [str(device) for device in devices]
+        self.args = [str(word) for word in args]
+        self.config_file = self._found(config_file)
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Run a batch. Raises SystemExit(75) when a signal has stopped it."""
+        from halos.sweep import board, pool  # here: whoever only asks for --help need not wait for them
+
+        jobs = self._jobs(job_overrides, initial_job_idx)
+        config, processes = self._accelerate_config()
+        places = self._places(config, processes)
+        sys.stderr.write(
+            f"{len(jobs)} jobs, {len(places)} at a time, each by accelerate launch --config_file"
+            f" {os.path.relpath(self.config_file or config)} on {processes} process{'es' if processes > 1 else ''}\n"
+        )
+        watch, work = (
+            board.Board(jobs),
+            pool.Pool(jobs, places, lambda job: self._command(job, config, processes), lambda _: None),
+        )
+        work.watch = watch
+        outcomes = work.run()
+        for job, outcome in zip(jobs, outcomes, strict=True):
+            if outcome.state == "failed":
+                sys.stderr.write(f"\njob {job.number} failed: {job.told}\n{outcome.reason}\nwhole log: {job.log}\n")
+        sys.stderr.write(f"{board.counts(outcomes)}\n")
+        if work.stopped:
+            sys.stderr.write("stopped: the same command goes on where these jobs are\n")
+            raise SystemExit(STOPPED)
+        return [self._returned(job, outcome.state) for job, outcome in zip(jobs, outcomes, strict=True)]
+
+    def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
+        from halos.sweep.job import Job, own_words
+        from halos.sweep.pool import log_of
+
+        jobs, sweep = [], Path(str(self.config.hydra.sweep.dir))
+        for number, (words, told) in enumerate(zip(job_overrides, own_words(job_overrides), strict=True), first):
+            composed = self.context.config_loader.load_sweep_config(self.config, list(words))
+            path = Path(str(OmegaConf.select(composed, "run_dir")))
+            if not any(word.lstrip("+").startswith("run_dir=") for word in words):
+                path = path / job_name(words, OmegaConf.select(composed, "hydra.job.config.override_dirname.exclude_keys"))
+            jobs.append(Job(number, tuple(words), told, path, log_of(sweep, path)))
+        paths = [job.path for job in jobs]
+        if twice := next((path for path in paths if paths.count(path) > 1), None):
+            raise UserError(f"two jobs of this sweep would run in {twice}: leave out run_dir=, and each gets its own")
+        return jobs
+
+    def _command(self, job: Any, config: Path, processes: int) -> list[str]:
+        many = ["--num_processes", str(processes)] if self.num_processes else []
+        port = ["--main_process_port", "0"] if processes > 1 else []
+        sources = self.config.hydra.runtime.config_sources
+        own = [word for each in sources if each.provider == "command-line" for word in ("--config-dir", str(each.path))]
+        return [
+            sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *many, *port, *self.args,
+            str(ROOT / "train.py"), *own, *(word for word in job.words if not word.startswith("resume=")), f"run_dir={job.path}",
+            "resume=auto",
+        ]  # fmt: skip
+
+    def _returned(self, job: Any, state: str) -> JobReturn:
+        done = state == "finished"
+        return JobReturn(
+            overrides=list(job.words), cfg=None, hydra_cfg=None, working_dir=str(job.path), task_name="train",
+            status=JobStatus.COMPLETED if done else JobStatus.FAILED,
+            _return_value=job.objective() if done else JobsFailedError(f"a job of this sweep failed: {job.told}; see {job.log}"),
+        )  # fmt: skip
+
+    # --- where they run ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _found(name: str | None) -> Path | None:
+        if name is None:
+            return None
+        for place in (Path(name).expanduser(), ROOT / name, CONFIGS / name, CONFIGS / f"{name}.yaml"):
+            if place.is_file():
+                return place
+        there = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+        raise UserError(f"hydra.launcher.config_file: there is no file {name}; launch/accelerate has {there}")
+
+    def _accelerate_config(self) -> tuple[Path, int]:
+        """The config file of every job, and its number of processes."""
+        if self.config_file is None:
+            many, gpus = (self.num_processes or 1) > 1, bool(self._visible())
+            name = ("ddp" if gpus else "cpu2") if many else ("gpu1" if gpus else "cpu1")
+            return CONFIGS / f"{name}.yaml", self.num_processes or 1
+        try:
+            settings = yaml.safe_load(self.config_file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise UserError(f"{self.config_file} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(settings, dict) or "distributed_type" not in settings:
+            raise UserError(f"{self.config_file} is no config of accelerate: it has no distributed_type")
+        if int(settings.get("num_machines") or 1) > 1:
+            raise UserError(
+                f"{self.config_file} is for {settings['num_machines']} machines, and this launcher starts jobs on its own: for a"
+                " cluster use launch/slurm, or hydra/launcher=submitit_slurm"
+            )
+        return self.config_file, self.num_processes or int(settings.get("num_processes") or 1)
+
+    def _places(self, config: Path, processes: int) -> list[Any]:
+        from halos.sweep.places import cores, share_out
+
+        on_cpu = bool((yaml.safe_load(config.read_text()) or {}).get("use_cpu"))
+        devices = [] if on_cpu else self._visible()
+        if on_cpu and self.devices:
+            raise UserError(f"hydra.launcher.devices={self.devices} names GPUs, and {config} runs on the CPU: leave out one")
+        threads = os.environ.get("OMP_NUM_THREADS")
+        return share_out(devices, processes=processes, most=self.max_parallel, cores=cores(), threads=threads)
+
+    def _visible(self) -> list[str]:
+        """GPUs that jobs may have, as CUDA_VISIBLE_DEVICES names them."""
+        if self.devices is not None:
+            return self.devices
+        named = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if named is not None:
+            return [device.strip() for device in named.split(",") if device.strip()]
+        import torch
+
+        return [str(number) for number in range(torch.cuda.device_count())]

@@ -1,0 +1,95 @@
+"""Ranks with other settings or other data are told apart at the start; what accelerate's config asks for is obtained, or said."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from halos.build import processes
+from halos.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(change: str, words: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        str(Path(__file__).with_name("differing.py")),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, *command, "1", change, *words], capture_output=True, text=True, check=False, env=environment, cwd=place
+    )
+
+
+def test_ranks_that_were_told_or_read_something_else_are_refused_before_a_run_begins(tmp_path: Path, cache: Path) -> None:
+    for number, name in enumerate(("one", "other")):
+        (tmp_path / name).mkdir()
+        rows = [{"prompt": f"{n}?", "completion": f"{n + number}"} for n in range(8)]
+        (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["loss=sft", "model=tiny", "data.train=[train.jsonl]", "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}",
+             "exp_name=run", "seed=0", "train.steps=2"]  # fmt: skip
+    done = start("seed=0=>seed=1", words, tmp_path / "one")
+    assert done.returncode == 1
+    assert "error: the configuration of process 1 on" in done.stderr, done.stderr
+    assert "seed: 1 instead of seed: 0" in done.stderr
+    done = start(f"cd=>{tmp_path / 'other'}", words, tmp_path / "one")
+    assert done.returncode == 1
+    assert "error: the data.train (by its hash) of process 1 on" in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: fp16"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"torch.compile \(dynamo_config\)"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "type train.activation_checkpointing=true"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
+        ({"WORLD_SIZE": "2"}, "2 processes were launched, but each sees 1"),
+    ],
+)
+def test_what_an_accelerate_config_asks_for_and_is_not_given_stops_the_run(
+    settings: dict[str, str], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+
+    class Made:
+        mixed_precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        gradient_accumulation_steps = 1
+        num_processes = 1
+
+    with pytest.raises(UserError, match=told):
+        processes._compare(Made())  # type: ignore[arg-type]
+
+
+def test_accumulation_that_accelerate_would_divide_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Made:
+        mixed_precision, gradient_accumulation_steps, num_processes = "no", 4, 1
+
+    with pytest.raises(UserError, match="gradient_accumulation_steps: 4"):
+        processes._compare(Made())  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("everyone", "told"),
+    [
+        ([("a", "x", None), ("b", "x", "b.jsonl: there is no such file")], "process 1 on b: b.jsonl: there is no such file"),
+        ([("a", None, "bad row"), ("a", None, "bad row")], "^bad row$"),
+        ([("a", "1\n2", None), ("b", "1\n3", None)], "of process 1 on b is not that of process 0 on a: 3 instead of 2"),
+        ([("a", "1", None), ("b", "1\n3", None)], "3 instead of nothing"),
+    ],
+)
+def test_every_process_raises_what_is_wrong_with_one(everyone, told, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "gather_object", lambda mine: everyone)
+    with pytest.raises(UserError, match=told):
+        processes.agree(None, "data", "x")  # type: ignore[arg-type]
