@@ -99,30 +99,38 @@ def _look(neighbours: dict[int, psutil.Process], over: threading.Event) -> None:
 
 
 def _hear(mine: int, others: dict[int, str], over: threading.Event) -> None:
-    """One process of each host tells the rendezvous store that it lives, and listens for the `others`.
+    """One process of each host tells that it lives, and listens for the `others`.
 
     A collective notices a process that died, and not a host whose network is gone: it would wait for hours.
     """
-    shared: Any = dist.distributed_c10d._get_default_store()
-    store = shared.clone()  # a connection of its own: calls may wait for each other
-    store.set_timeout(timedelta(seconds=SILENCE))
-    told, heard = 0, {rank: (b"", time.monotonic()) for rank in others}
+    heard = dict.fromkeys(others, time.monotonic())
+    threading.Thread(target=_exchange, args=(mine, heard, over), daemon=True).start()
     while not over.wait(BEAT):
-        told += 1
-        try:
-            store.set(f"halos/alive/{mine}", str(told))
-            for rank, (last, _) in heard.items():
-                key = f"halos/alive/{rank}"
-                said = store.get(key) if store.check([key]) else b""
-                if said != last:
-                    heard[rank] = (said, time.monotonic())
-        except RuntimeError:
-            pass  # the store itself lies on the first process's host: if it stays away, that host has gone silent
-        silent = [host for rank, host in others.items() if time.monotonic() - heard[rank][1] > SILENCE]
+        silent = [host for rank, host in others.items() if time.monotonic() - heard[rank] > SILENCE]
         if silent and not over.is_set():
             log.error("no sign of life from %s for %.0f s: leaving; resume= goes on, on the hosts there are", silent[0], SILENCE)
             logging.shutdown()
             os._exit(1)
+
+
+def _exchange(mine: int, heard: dict[int, float], over: threading.Event) -> None:
+    """Signs of life through the rendezvous store, which lies on the first process's host. Where that host is gone a call may
+    never come back, so nobody waits for this thread."""
+    shared: Any = dist.distributed_c10d._get_default_store()
+    store = shared.clone()  # a connection of its own: calls may wait for each other
+    store.set_timeout(timedelta(seconds=SILENCE))
+    told, last = 0, dict.fromkeys(heard, b"")
+    while not over.wait(BEAT):
+        told += 1
+        try:
+            store.set(f"halos/alive/{mine}", str(told))
+            for rank in heard:
+                key = f"halos/alive/{rank}"
+                said = store.get(key) if store.check([key]) else b""
+                if said != last[rank]:
+                    last[rank], heard[rank] = said, time.monotonic()
+        except RuntimeError:
+            continue  # it may come back
 
 
 def _leave_if_an_echo(neighbours: dict[int, psutil.Process]) -> None:

@@ -15,18 +15,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def start(change: str, words: list[str], place: Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-        str(Path(__file__).with_name("differing.py")),
-    ]
+    script = str(Path(__file__).with_name("differing.py"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "1", change, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(
-        [sys.executable, *command, "1", change, *words], capture_output=True, text=True, check=False, env=environment, cwd=place
-    )
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=place)
 
 
 def test_ranks_that_were_told_or_read_something_else_are_refused_before_a_run_begins(tmp_path: Path, cache: Path) -> None:
@@ -34,8 +26,8 @@ def test_ranks_that_were_told_or_read_something_else_are_refused_before_a_run_be
         (tmp_path / name).mkdir()
         rows = [{"prompt": f"{n}?", "completion": f"{n + number}"} for n in range(8)]
         (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["loss=sft", "model=tiny", "data.train=[train.jsonl]", "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}",
-             "exp_name=run", "seed=0", "train.steps=2"]  # fmt: skip
+    words = ["loss=sft", "model=tiny", "data.train=[train.jsonl]", "data.eval=[]", f"cache_dir={cache}", "exp_name=run",
+             f"output_root={tmp_path}", "seed=0", "train.steps=2"]  # fmt: skip
     done = start("seed=0=>seed=1", words, tmp_path / "one")
     assert done.returncode == 1
     assert "error: the configuration of process 1 on" in done.stderr, done.stderr

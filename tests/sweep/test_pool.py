@@ -104,7 +104,7 @@ def test_what_is_finished_is_not_started_again(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_every_job_and_leaves_nobody_behind(tmp_path, number):
-    made, seen = pool(tmp_path, ["long", "long", "quick"], 2)
+    made, _ = pool(tmp_path, ["long", "long", "quick"], 2)
 
     def tell():
         while not all((tmp_path / f"run{n}" / "result.json").exists() for n in (0, 1)):
