@@ -40,6 +40,7 @@ sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra loo
 VERSION = "1.3"  # of Hydra's behaviour
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
 AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
+PLUGINS = {"optuna": "hydra-optuna-sweeper", "submitit": "hydra-submitit-launcher"}  # what pip calls them
 SEEDED = ("tpe", "random", "cmaes", "nsgaii", "motpe")  # Optuna's samplers that draw
 CHOSEN_AGAIN = ("logging", "checkpoint")  # groups that change no step of a run
 Composer = Callable[[list[str]], DictConfig]
@@ -215,7 +216,9 @@ def explain(error: Exception, known: Sequence[str] = ()) -> str:
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return gate.explain(cause, OmegaConf.create(), known)
     lines = str(error).partition("onfig search path")[0].partition("Search path:")[0].strip().splitlines()
-    return "; ".join(line.strip() for line in lines if line.strip() and line.strip() != "C") or type(cause).__name__
+    text = "; ".join(line.strip() for line in lines if line.strip() and line.strip() != "C") or type(cause).__name__
+    missing = next((package for name, package in PLUGINS.items() if f"er/{name}" in text), None)
+    return f"{text}; it comes with the package {missing}: pip install {missing}" if missing else text
 
 
 def keys(composed: DictConfig) -> list[str]:

@@ -65,22 +65,40 @@ def words_of(command: str) -> list[str]:
     return words[words.index("train.py") + 1 :]
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if "train.py" in line and "resume=" not in line])
+def prepare(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files that a documented command names, in the current directory."""
+    for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", command):
+        (place / name).write_text("{}")
+    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
+        (place / name).parent.mkdir()
+        (place / name).write_text(code)
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.chdir(place)
+
+
+TRAINING = [line for line in commands() if "train.py" in line and "resume=runs" not in line]
+
+
+@pytest.mark.parametrize("command", [line for line in TRAINING if " -m " not in line])
 def test_every_documented_training_command_composes_and_binds(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", command):
-        (tmp_path / name).write_text("{}")
-    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).write_text(code)
-    monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.chdir(tmp_path)
+    prepare(command, tmp_path, monkeypatch)
     seen = []
     monkeypatch.setattr(train, "run", lambda config, typed, changed: seen.append(config) or 0)
     with pytest.raises(SystemExit) as end:  # how Hydra's job gives back a status
         train.start(words_of(command))
     assert (end.value.code, len(seen)) == (0, 1)
+
+
+@pytest.mark.parametrize("command", [line for line in TRAINING if " -m " in line])
+def test_every_documented_sweep_is_one_that_would_start(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(command, tmp_path, monkeypatch)
+    started = []
+    monkeypatch.setattr(train, "enter_hydra", lambda words, known: started.append(words) or 0)
+    monkeypatch.setattr(train, "report", lambda places: None)
+    assert train.start(words_of(command)) == 0
+    assert len(started) == 1
 
 
 def test_every_file_the_readme_names_exists() -> None:

@@ -46,10 +46,10 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=4, help="of the sweep")
     given = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    starts = {
-        "python train.py": [sys.executable], "accelerate launch, 1 process": launcher("cpu1.yaml"),
-        "accelerate launch, 2 processes": launcher("cpu2.yaml"), "accelerate launch, 2 processes, FSDP2": launcher("cpu2_fsdp2.yaml"),
-    }  # fmt: skip
+    starts = {"python train.py": [sys.executable], "accelerate launch, 1 process": launcher("cpu1.yaml")}
+    starts |= {
+        f"accelerate launch, 2 processes{how}": launcher(f"cpu2{file}.yaml") for how, file in (("", ""), (", FSDP2", "_fsdp2"))
+    }
     print("| model=tiny | first step after | whole run of one step |")
     print("| --- | --- | --- |")
     with tempfile.TemporaryDirectory() as place:

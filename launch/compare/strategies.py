@@ -5,8 +5,8 @@
     python launch/compare/strategies.py speed MODEL [--steps 8]
 
 Everything runs on this machine's CPU over gloo. Memory is each rank's peak resident memory during steps, beyond what it had
-after its imports, and apart from that the peak while it started; models are Llamas with random weights. Speed is one process on all
-cores, one process on one thread, and processes on one thread each.
+after its imports, and apart from that the peak while it started; models are Llamas with random weights. Speed is one process
+on one thread, one on all cores, and as many processes as cores on one thread each.
 """
 
 import argparse
@@ -45,10 +45,8 @@ def build(place: Path, millions: int) -> Path:
 
     tiny.build(place)
     width = 64 * round((millions * 1e6 / 12 / 12) ** 0.5 / 64)
-    config = LlamaConfig.from_pretrained(
-        place, hidden_size=width, intermediate_size=4 * width * 2 // 3 // 8 * 8, num_hidden_layers=12, num_attention_heads=width // 64,
-        num_key_value_heads=width // 64, head_dim=64,
-    )  # fmt: skip
+    sizes = {"hidden_size": width, "intermediate_size": width * 8 // 3 // 8 * 8, "num_hidden_layers": 12, "head_dim": 64}
+    config = LlamaConfig.from_pretrained(place, num_attention_heads=width // 64, num_key_value_heads=width // 64, **sizes)
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(place)
     return place
@@ -111,10 +109,13 @@ def memory(sizes: list[int], world: int) -> None:
             ddp, fsdp = (measured(model, words, world=world, sharded=sharded, threads=1, steps=3) for sharded in (False, True))
         count, most = ddp[0]["parameters"], [max(rank["steps"] for rank in ranks) for ranks in (ddp, fsdp)]
         start = f"{fsdp[0]['start']:.0f}, {max(rank['start'] for rank in fsdp[1:]):.0f}"
-        print(
-            f"| {count / 1e6:.0f} M | {count * 4 / MIB:.0f} | {most[0]:.0f} | {most[1]:.0f} | {most[1] / most[0]:.2f} | {start} |",
-            flush=True,
-        )
+        facts = [
+            f"{count / 1e6:.0f} M",
+            *(f"{number:.0f}" for number in (count * 4 / MIB, *most)),
+            f"{most[1] / most[0]:.2f}",
+            start,
+        ]
+        print(f"| {' | '.join(facts)} |", flush=True)
 
 
 def speed(model: str, steps: int) -> None:

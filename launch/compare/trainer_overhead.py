@@ -16,8 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import hydra
 import numpy as np
@@ -30,11 +29,14 @@ from halos.config import gate
 from halos.data.collate import pack
 from halos.trainers.base import Trainer
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 def assembled(given: argparse.Namespace, place: str) -> Trainer:
-    words = [f"loss={given.loss}", "data=arithmetic", f"model.name_or_path={given.model}", "data.eval=[]", "exp_name=run",
-             f"train.batch_size={given.batch_size}", f"train.microbatch_size={given.microbatch_size}", "checkpoint.every=null",
-             f"run_dir={place}/run", f"train.steps={10 * given.steps}", "train.precision=float32", "model.dtype=float32"]  # fmt: skip
+    words = [f"loss={given.loss}", "data=arithmetic", f"model.name_or_path={given.model}", "data.eval=[]", "exp_name=x",
+             f"train.batch_size={given.batch_size}", f"train.microbatch_size={given.microbatch_size}", f"run_dir={place}/x",
+             f"train.steps={10 * given.steps}", "checkpoint.every=null", "train.precision=float32", "model.dtype=float32",
+             ]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = gate.check(hydra.compose("config", words), words)
     trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
