@@ -17,7 +17,7 @@ from accelerate.utils import set_seed
 from halos.build import data, facts, model, strategy
 from halos.build.logs import speak, write_to
 from halos.build.processes import accelerator, agree, launched
-from halos.build.watch import outlive_no_launcher, together
+from halos.build.watch import ORPHANED, outlive_no_launcher, together
 from halos.checkpoint import find
 from halos.config import saved
 from halos.config.bind import LossSpec, bind_hook, bind_loss
@@ -290,5 +290,12 @@ def _listen(current: Run | None) -> None:
             signal.raise_signal(number)
         current.interrupted = signal.Signals(number).name
 
+    def orphaned(number: int, _: types.FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the rest of them
+        if current is None:
+            raise Interrupted("its launcher has died")
+        current.interrupted = current.interrupted or "its launcher has died"
+
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
         signal.signal(number, ask)
+    signal.signal(ORPHANED, orphaned)

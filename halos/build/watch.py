@@ -25,6 +25,9 @@ PATIENCE = 3.0  # seconds in which a process that failed shows whether it was fo
 BEAT = 5.0  # seconds between two signs of life of a host
 SILENCE = 60.0  # seconds without one after which a host counts as lost
 PR_SET_PDEATHSIG = 1
+# What the kernel sends when the launcher dies. A signal of its own, since it comes once for every thread that the launcher had,
+# and of those that people send the second one ends a run at once
+ORPHANED = signal.SIGUSR2
 
 
 @contextmanager
@@ -57,7 +60,7 @@ def together(made: Accelerator) -> Iterator[None]:
 
 
 def outlive_no_launcher(launched: bool) -> None:
-    """Have the kernel send this process SIGTERM when its launcher dies: `accelerate launch` orphans its children.
+    """Have the kernel send this process ORPHANED when its launcher dies: `accelerate launch` orphans its children.
 
     Where there is no such call, a thread looks for a new parent. Not for a process that nobody launched: under nohup it
     is meant to outlive its shell.
@@ -66,9 +69,9 @@ def outlive_no_launcher(launched: bool) -> None:
         return
     parent = os.getppid()
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, ORPHANED)
         if os.getppid() != parent:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), ORPHANED)
     else:
         threading.Thread(target=_await_new_parent, args=(parent,), daemon=True).start()
 
@@ -144,4 +147,4 @@ def _leave_if_an_echo(neighbours: dict[int, psutil.Process]) -> None:
 def _await_new_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PERIOD)
-    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), ORPHANED)

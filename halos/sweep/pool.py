@@ -161,9 +161,9 @@ def _end(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
 
 
 def _die_with_parent() -> None:
-    """In the child, before it begins: a sweep that is killed takes its launchers along, and those their ranks."""
+    """In the child, before it begins: a sweep that is killed takes its launchers along, whose ranks then save and leave."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def log_of(sweep: Path, run: Path) -> Path:
