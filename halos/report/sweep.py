@@ -4,7 +4,7 @@ import csv
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +44,7 @@ def compare(place: Path, output: Path | None = None) -> tuple[str, list[Path]]:
     trials = [Trial(record, _typed(record.path), _last(record, metric)) for record in records]
     trials.sort(key=lambda trial: _rank(trial.objective, mode))
     keys = swept([trial.typed for trial in trials])
+    trials = _named(trials, keys)
     text = markdown(trials, keys, metric, mode)
     written = [place / "sweep.csv", place / "sweep.md"]
     _write_csv(written[0], trials, keys)
@@ -124,10 +125,19 @@ def _can_show(values: Sequence[str]) -> bool:
     return len(set(values)) > 1 and (_positions(values)[1] is None or len(set(values)) <= MOST)
 
 
+def _named(trials: Sequence[Trial], keys: Sequence[str]) -> list[Trial]:
+    """The runs under what was swept, where that tells them apart."""
+    names = [", ".join(f"{key}={trial.typed.get(key, '')}" for key in keys) for trial in trials]
+    if len(set(names)) < len(names):
+        return list(trials)
+    return [replace(trial, record=replace(trial.record, label=name)) for trial, name in zip(trials, names, strict=True)]
+
+
 def _objective(records: Sequence[Record]) -> tuple[str, str]:
-    """The one that most runs are judged by: a sweep over losses may have several."""
+    """Of those that runs are judged by (a sweep over losses may have several) the one that most of them measure."""
     named = [(str(node.get("metric")), str(node.get("mode"))) for node in (record.node("objective") for record in records)]
-    return max(dict.fromkeys(named), key=named.count)
+    measured = {pair: sum(math.isfinite(_last(record, pair[0])) for record in records) for pair in named}
+    return max(measured, key=lambda pair: (measured[pair], named.count(pair)))
 
 
 def _last(record: Record, metric: str) -> float:

@@ -1,0 +1,84 @@
+"""A sweep's table and pictures, from the files of its runs."""
+
+import csv
+import json
+
+import pytest
+import yaml
+
+from halos.errors import UserError
+from halos.report.sweep import compare, is_sweep, swept
+
+
+def run(place, name, typed, values, *, metric="rewards/accuracies", mode="max", status="finished"):
+    path = place / name
+    (path / "attempts").mkdir(parents=True)
+    config = {"loss": {"_target_": "halos.losses.dpo.dpo"}, "objective": {"metric": metric, "mode": mode}}
+    (path / "config.yaml").write_text(yaml.safe_dump(config))
+    shared = ["model=tiny", "exp_name=s", f"run_dir={path}"]
+    (path / "attempts" / "000.yaml").write_text(yaml.safe_dump({"overrides": [*shared, *typed]}))
+    rows = [{"step": 1, "split": "train", "loss": 1.0, "seconds": 2.0}]
+    rows += [{"step": n, "split": "eval", "loss": 1.0, metric: value, "seconds": 1.0} for n, value in enumerate(values)]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (path / "result.json").write_text(json.dumps({"status": status, "step": 1, "metrics": {}}))
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    run(tmp_path, "a-00000001", ["loss=dpo", "++optim.lr=0.001"], [0.5, 0.6])
+    run(tmp_path, "b-00000002", ["loss=dpo", "++optim.lr=0.1"], [0.5, 0.9])
+    run(tmp_path, "c-00000003", ["loss=ipo", "++optim.lr=0.001"], [0.5, 0.7])
+    run(tmp_path, "d-00000004", ["loss=ipo", "++optim.lr=0.1"], [], status="failed")
+    (tmp_path / "multirun.yaml").write_text("")
+    return tmp_path
+
+
+def test_what_was_swept_is_what_differs_between_runs_and_says_what_is_run():
+    assert swept([{"a": "1", "b": "2", "run_dir": "x"}, {"a": "1", "b": "3", "run_dir": "y"}]) == ["b"]
+    assert swept([{"a": "1"}, {}]) == ["a"]
+    assert swept([{"a": "1"}]) == []
+
+
+def test_the_table_has_the_best_first_and_what_measured_nothing_last(sweep):
+    text, written = compare(sweep)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
+    assert rows[0] == ["loss", "optim.lr", "rewards/accuracies (max)", "status", "step"]
+    assert [row[:4] for row in rows[2:]] == [
+        ["dpo", "0.1", "0.9", "finished"],
+        ["ipo", "0.001", "0.7", "finished"],
+        ["dpo", "0.001", "0.6", "finished"],
+        ["ipo", "0.1", "", "failed"],
+    ]
+    assert (sweep / "sweep.md").read_text().startswith(f"# {sweep.name}\n\n{text}")
+    with (sweep / "sweep.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [row["run"] for row in table] == ["b-00000002", "c-00000003", "a-00000001", "d-00000004"]
+    assert table[0] == {
+        "run": "b-00000002", "status": "finished", "step": "1", "loss": "dpo", "optim.lr": "0.1", "eval/loss": "1.0",
+        "eval/rewards/accuracies": "0.9", "seconds": "4.0",
+    }  # fmt: skip
+    pictures = [path.name for path in written if path.suffix == ".png"]
+    assert {"objective.png", "learning_curves.png"} <= set(pictures)
+    assert all(path.stat().st_size > 0 for path in written)
+
+
+def test_where_less_is_better_the_least_is_first(tmp_path):
+    for name, value in (("a-1", 3.0), ("b-2", 1.0), ("c-3", 2.0)):
+        run(tmp_path, name, [f"seed={name}"], [value], metric="loss", mode="min")
+    values = [line.split("|")[2].strip() for line in compare(tmp_path)[0].strip().splitlines()[2:]]
+    assert values == ["1", "2", "3"]
+
+
+def test_of_several_objectives_the_one_that_most_runs_measure_is_shown(tmp_path):
+    run(tmp_path, "a-1", ["loss=dpo"], [0.5], metric="rewards/accuracies")
+    run(tmp_path, "b-2", ["loss=kto"], [0.1], metric="rewards/margins")
+    row = {"step": 9, "split": "eval", "rewards/margins": 0.3, "rewards/accuracies": 0.5}
+    with (tmp_path / "a-1" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row) + "\n")
+    assert "rewards/margins (max)" in compare(tmp_path)[0]
+
+
+def test_a_place_without_runs_is_told(tmp_path):
+    assert not is_sweep(tmp_path)
+    with pytest.raises(UserError, match="neither a run nor a directory of runs"):
+        compare(tmp_path)
