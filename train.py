@@ -277,6 +277,8 @@ def report(places: Sequence[Path]) -> None:
     from halos.report.sweep import compare  # here: a run that is no sweep does not need it
 
     for place in dict.fromkeys(places):
+        if not any(map(is_run, place.glob("*"))):
+            continue  # no job has come so far
         try:
             text, written = compare(place)
         except UserError as error:
@@ -359,7 +361,8 @@ def enter_hydra(words: list[str], known: Sequence[str] = ()) -> int:
     try:
         hydra.main(version_base=VERSION, config_path=str(ROOT / "config"), config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(explain(error, known)) from error
+        cause = error.__cause__
+        raise cause if isinstance(cause, UserError) else UserError(explain(error, known)) from error
     return 0
 
 
@@ -391,7 +394,10 @@ def take_up(config: Config) -> list[Change]:
     """Have `config` go on with the run of its name where that was begun already; what has changed since. Raises UserError
     where a change would alter what it computes."""
     run_dir, config.resume = RunDir(config.run_dir), None
-    if not is_run(run_dir.path) or (config.overwrite and run_dir.is_finished()):
+    if is_run(run_dir.path) and config.overwrite and run_dir.is_finished():
+        print(f"overwrite=true: {run_dir.path}, which is finished, is deleted and begun anew", file=sys.stderr)
+        return []
+    if not is_run(run_dir.path):
         return []
     config.resume, config.overwrite = str(run_dir.path), False
     oldest = next(iter(run_dir.saves()), None)

@@ -105,7 +105,7 @@ def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, refer
     how = name_of(run.module)
     where += "" if how == "alone" else f", {how}"
     micro = min(config.train.microbatch_size, -(-config.train.batch_size // made.num_processes))
-    steps = f"{run.total_steps} of {config.train.batch_size} items, {micro} at a time"
+    steps = f"{run.total_steps}, each of {config.train.batch_size} items, {micro} at a time"
     log.info("steps      %s, %s", steps, where)
     if warmup_steps(config.schedule, run.total_steps) >= run.total_steps:
         log.warning(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from halos.checkpoint import find, manifest
 from halos.errors import UserError, command
+from halos.rundir import is_run
 
 
 def _size(path: Path) -> str:
@@ -17,6 +18,15 @@ def _saved(run: Path) -> list[Path]:
     if (run / manifest.NAME).exists():
         return [run]
     found = find.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
+    found = found or find.checkpoints(run)  # RUN/checkpoints itself
+    if not run.is_dir():
+        raise UserError(
+            f"{run} is a file: give a run's directory, or a checkpoint's"
+            if run.exists()
+            else f"{run}: there is no such directory"
+        )
+    if not found and is_run(run):
+        raise UserError(f"{run} has saved nothing yet")
     if not found:
         raise UserError(f"{run} holds no checkpoints: it is neither a run directory nor a checkpoint")
     return found

@@ -13,12 +13,12 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig
 
-from halos.checkpoint import card, lineage, manifest, recompute
+from halos.checkpoint import card, find, lineage, manifest, recompute
 from halos.checkpoint.commit import HIDDEN, staged
-from halos.checkpoint.find import metrics_of
 from halos.checkpoint.handover import case_of, combine
 from halos.checkpoint.safefile import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
 from halos.errors import UserError
+from halos.rundir import is_run
 
 WORDS = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
 AT_REST = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # what another dtype can be made of
@@ -38,6 +38,10 @@ class Saved:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such directory")
         path = path / "FINAL" if (path / "FINAL").is_dir() else path
+        if is_run(path):
+            newest = next(reversed(find.checkpoints(path / "checkpoints")), None)
+            instead = f"name a checkpoint, such as {newest}" if newest else "and it has saved no checkpoint"
+            raise UserError(f"{path} has no FINAL yet: {instead}")
         faults = manifest.verify(path) if (path / manifest.NAME).exists() else []
         if faults:
             raise UserError(f"{path} is not whole: {'; '.join(str(fault) for fault in faults[:3])}")
@@ -177,6 +181,6 @@ def _describe(saved: Saved, place: Path, title: str, *, adapter: bool, reward: b
     if chain is not None:
         facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key != "model"}
         chain = lineage.write(place, chain, {"adapter" if adapter else "model": place}, **facts)
-    if metrics := metrics_of(saved.path):
+    if metrics := find.metrics_of(saved.path):
         (place / "metrics.json").write_text(json.dumps(metrics, indent=1))
     card.write(place, chain, adapter=adapter, reward=reward, title=title)

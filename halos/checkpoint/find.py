@@ -2,9 +2,12 @@
 
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from halos.checkpoint import commit, manifest
 from halos.errors import UserError
@@ -40,9 +43,35 @@ def checkpoints(directory: Path) -> list[Path]:
 def go_on(run: RunDir, asked: Path | None) -> Found:
     """What a resumed run goes on from, when the leftovers of dead saves are gone. Raises UserError, then touching nothing."""
     refuse_newer(run.checkpoints)
+    refuse_misplaced(run)
     commit.sweep(run.checkpoints)
     commit.sweep(run.path)
     return Found(exactly(asked), []) if asked else newest(run.checkpoints)
+
+
+def refuse_misplaced(run: RunDir) -> None:
+    """Raises UserError where somebody has put a checkpoint here that is none of this run, or renamed one."""
+    settings = (yaml.safe_load(run.read_config()) if run.config.is_file() else None) or {}
+    for path in checkpoints(run.checkpoints):
+        if why := _misplaced(path, settings):
+            raise UserError(f"{path} is not what this run saved there: {why}. Move it away")
+
+
+def _misplaced(path: Path, settings: Mapping[str, Any]) -> str | None:
+    listing = manifest.read(path)
+    if isinstance(listing, manifest.Fault):
+        return None  # damaged, and passed over as such
+    if listing.get("step", step_of(path)) != step_of(path):
+        return f"it was saved at step {listing['step']}"
+    adapter = (settings.get("peft") or {}).get("name") == "lora"
+    mine, other = ("adapter", "model") if adapter else ("model", "adapter")
+    if (path / other).is_dir() and not (path / mine).is_dir():
+        return f"it holds {other}/, and this run trains and saves {mine}/"
+    try:
+        name = json.loads((path / "lineage.json").read_text())["runs"][-1]["config"]["exp_name"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return None if settings.get("exp_name") in (None, name) else f"it is of another run, {name}"
 
 
 def refuse_newer(directory: Path) -> None:

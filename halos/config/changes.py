@@ -192,7 +192,8 @@ def apply(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> Non
         for parent in parents:
             node = node[parent]
         node[name] = new
-    settings["hooks"] = {name: hook for name, hook in settings["hooks"].items() if hook is not None}
+    if isinstance(settings.get("hooks"), Mapping):  # else the configuration is cut short, which is told where it is checked
+        settings["hooks"] = {name: hook for name, hook in settings["hooks"].items() if hook is not None}
 
 
 def present(settings: Mapping[str, Any], key: str) -> bool:

@@ -79,7 +79,9 @@ def prepare(
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Of several runs that want the same rows, a sweep's jobs say, one makes them and the others wait for it."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    locks = path.parent.with_name("locks")  # apart, since they stay
+    locks.mkdir(exist_ok=True)
+    lock = FileLock(locks / f"{path.name}.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -17,6 +17,7 @@ from halos.report.read import Record, read_runs
 from halos.report.table import table
 
 NOT_SWEPT = ("exp_name", "output_root", "run_dir", "resume", "resume_changes", "cache_dir", "overwrite", "plugins")
+FEW = 7  # values of a key that each get a tick
 MOST = 12  # values of a key that is no number, beyond which it gets no picture
 
 
@@ -26,12 +27,12 @@ class Trial:
 
     record: Record
     typed: Mapping[str, str]
-    objective: float  # the last held-out value; nan where there is none
+    objective: float  # the last held-out value; nan where there is none, and of a run that failed
 
 
 def is_sweep(place: Path) -> bool:
-    """Whether Hydra's multirun began here."""
-    return (place / "multirun.yaml").is_file()
+    """Whether jobs of one command lie here: the basic sweeper leaves multirun.yaml, every sweep that came to an end its table."""
+    return (place / "multirun.yaml").is_file() or (place / "sweep.csv").is_file()
 
 
 def compare(place: Path, output: Path | None = None) -> tuple[str, list[Path]]:
@@ -101,6 +102,9 @@ def _fill(ax: Axes, trials: Sequence[Trial], key: str, others: Sequence[str], me
     numbers = np.array(places)
     if names is None and numbers.min() > 0 and numbers.max() >= 10 * numbers.min():
         ax.set_xscale("log")
+    if names is None and len(set(places)) <= FEW:
+        ax.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
+        ax.minorticks_off()
     if names is not None:
         ax.set_xticks(range(len(names)), names, rotation=20 if max(map(len, names)) > 10 else 0)
         ax.margins(x=0.15)
@@ -142,7 +146,7 @@ def _objective(records: Sequence[Record]) -> tuple[str, str]:
 
 def _last(record: Record, metric: str) -> float:
     values = [row[metric] for row in record.held_out if isinstance(row.get(metric), (int, float))]
-    return float(values[-1]) if values else math.nan
+    return float(values[-1]) if values and record.status != "failed" else math.nan
 
 
 def _rank(value: float, mode: str) -> float:

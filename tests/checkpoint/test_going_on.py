@@ -16,9 +16,11 @@ from test_resume import killed, rows, same, weights
 
 import train
 from halos.build.session import run
-from halos.checkpoint import manifest
+from halos.checkpoint import find, manifest
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.rundir import RunDir
+from halos.trainers.base import Trainer
 
 FEW = ["loss=sft", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=9", "optim.lr=1e-3", "train.eval_every=null"]
 CONSTANT = ["schedule=constant", "schedule.warmup=2"]
@@ -194,7 +196,8 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     AutoModelForCausalLM.from_config(other).save_pretrained(small)
     words = [*FEW, *peft, "train.steps=4"]
     assert run(configure(*words, "exp_name=mine"), []) == 0
-    assert run(configure(*words, "exp_name=other", f"model.name_or_path={small}"), []) == 0
+    elsewhere = [f"model.name_or_path={small}", f"run_dir={tmp_path / 'other'}"]
+    assert run(configure(*words, "exp_name=mine", *elsewhere), []) == 0
     mine = tmp_path / "mine"
     shutil.rmtree(mine / "FINAL")
     shutil.rmtree(mine / "checkpoints" / "step-00000004")
@@ -206,3 +209,23 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
     assert ("hidden_size 32 instead of" in told) or ("instead of [" in told)
     after = everything(mine)
     assert {name for name in after if before.get(name) != after[name]} <= {"train.log"}
+
+
+def test_a_checkpoint_that_was_put_or_renamed_here_is_refused(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+    made = trainer("loss=sft", "train.steps=4", "checkpoint.every=1", "checkpoint.keep_last=9", "train.eval_at_start=false")
+    for _ in range(2):
+        made.step(made.order.batch(made.run.step))
+        made.save(final=False)
+    run, saves = RunDir(tmp_path / "run"), made.run.directory.saves()
+    config, copy = run.config.read_text(), run.checkpoints / find.name_of(3)
+    assert find.go_on(run, None).path == saves[2]
+    shutil.copytree(saves[1], copy)
+    with pytest.raises(UserError, match=f"{copy} is not what this run saved there: it was saved at step 1"):
+        find.go_on(run, None)
+    shutil.rmtree(copy)
+    run.config.write_text(config.replace("exp_name: run", "exp_name: other"))
+    with pytest.raises(UserError, match="it is of another run, run"):
+        find.go_on(run, None)
+    run.config.write_text(config.replace("  name: none", "  name: lora"))
+    with pytest.raises(UserError, match="it holds model/, and this run trains and saves adapter/"):
+        find.go_on(run, None)

@@ -57,6 +57,30 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[st
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_the_rest_of_the_family_on_two_processes(sharded: bool, tmp_path: Path, cache: Path) -> None:
+    cells = [f"loss={path.stem}" for path in sorted((ROOT / "config" / "loss").glob("*.yaml")) if path.stem not in LOSSES]
+    assert cells
+    alone = train(tmp_path / "one", cache, cells, steps=3, world=1, sharded=False)
+    compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, sharded=sharded), cells)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "precision", ["model.dtype=bfloat16 peft=lora", "train.precision=bfloat16 train.activation_checkpointing=true"]
+)
+def test_a_sharded_step_in_bfloat16_is_the_replicated_one_within_its_rounding(
+    precision: str, tmp_path: Path, cache: Path
+) -> None:
+    cells = [f"loss=dpo {precision}", f"loss=reward {precision}"]
+    ddp, fsdp = (train(tmp_path / name, cache, cells, steps=3, world=2, sharded=name == "fsdp2") for name in ("ddp", "fsdp2"))
+    for one, other, cell in zip(ddp, fsdp, cells, strict=True):
+        torch.testing.assert_close(
+            other["losses"], one["losses"], rtol=2e-2, atol=2e-3, msg=lambda text, cell=cell: f"{cell}: {text}"
+        )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_every_loss_on_every_strategy(

@@ -28,7 +28,7 @@ def sweep(tmp_path):
     run(tmp_path, "a-00000001", ["loss=dpo", "++optim.lr=0.001"], [0.5, 0.6])
     run(tmp_path, "b-00000002", ["loss=dpo", "++optim.lr=0.1"], [0.5, 0.9])
     run(tmp_path, "c-00000003", ["loss=ipo", "++optim.lr=0.001"], [0.5, 0.7])
-    run(tmp_path, "d-00000004", ["loss=ipo", "++optim.lr=0.1"], [], status="failed")
+    run(tmp_path, "d-00000004", ["loss=ipo", "++optim.lr=0.1"], [0.95], status="failed")
     (tmp_path / "multirun.yaml").write_text("")
     return tmp_path
 
