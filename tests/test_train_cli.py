@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import resource
 import subprocess
 import sys
 from functools import cache
@@ -638,29 +637,25 @@ def test_what_is_wrong_with_a_hook_is_one_message(refused, own, demo, start, wor
 
 
 def _alone(*words):
-    """A real process that never imports torch; its output, and the processor time it took."""
+    """A real process that never imports torch: what makes --help quick can be counted, where seconds depend on the machine."""
     code = (
         "import runpy, sys\n"
         f"sys.argv = {['train.py', *words]!r}\n"
         f"try: runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')\n"
-        "finally: assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)"
+        "finally: assert not {'torch', 'transformers', 'datasets', 'peft', 'accelerate', 'matplotlib'} & set(sys.modules)"
     )
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
 
 
-def test_help_is_quick_and_shows_commands_choices_and_keys():
-    done, seconds = _alone("--help")
+def test_help_needs_nothing_large_and_shows_commands_choices_and_keys():
+    done = _alone("--help")
     assert (done.returncode, done.stderr) == (0, "")
     for part in ("python train.py loss=dpo", "resume=", "loss: cdpo", "model: gemma", "batch_size: 64", "Exit status"):
         assert part in done.stdout
-    assert seconds < 1.5
 
 
 def test_most_mistakes_are_told_without_torch():
-    done, _ = _alone("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=x", "train.batch_size=0")
+    done = _alone("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=x", "train.batch_size=0")
     assert done.returncode == 2
     assert done.stderr == "error: train.batch_size takes a whole number (at least 1), not 0\n"
 
