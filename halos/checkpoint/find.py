@@ -65,7 +65,7 @@ def _misplaced(path: Path, settings: Mapping[str, Any]) -> str | None:
         return f"it was saved at step {listing['step']}"
     adapter = (settings.get("peft") or {}).get("name") == "lora"
     mine, other = ("adapter", "model") if adapter else ("model", "adapter")
-    if (path / other).is_dir() and not (path / mine).is_dir():
+    if settings and (path / other).is_dir() and not (path / mine).is_dir():
         return f"it holds {other}/, and this run trains and saves {mine}/"
     try:
         name = json.loads((path / "lineage.json").read_text())["runs"][-1]["config"]["exp_name"]
