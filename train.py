@@ -387,7 +387,7 @@ def job(composed: DictConfig) -> float | None:
         raise SystemExit(status)
     if status or config is None:
         raise JobsFailedError(f"a job of this sweep failed: {' '.join(typed)}")
-    return objective(config)
+    return RunDir(config.run_dir).final_value(config.objective.metric)
 
 
 def take_up(config: Config) -> list[Change]:
@@ -405,13 +405,6 @@ def take_up(config: Config) -> list[Change]:
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return changed
-
-
-def objective(config: Config) -> float | None:
-    """The last held-out value of a run's objective; None where it has none."""
-    result = RunDir(config.run_dir).read_result()
-    value = result["metrics"].get(config.objective.metric) if result else None
-    return float(value) if isinstance(value, (int, float)) else None
 
 
 def run(config: Config, typed: Sequence[str], changed: Sequence[Change] = ()) -> int:

@@ -210,6 +210,11 @@ class RunDir:
             return None
         return result if isinstance(result, dict) and result.keys() >= {"status", "step", "metrics"} else None
 
+    def final_value(self, metric: str) -> float | None:
+        """A metric's last held-out value, for a sweeper; None where the run has none."""
+        value = (self.read_result() or {"metrics": {}})["metrics"].get(metric)
+        return float(value) if isinstance(value, (int, float)) else None
+
     def is_finished(self) -> bool:
         result = self.read_result()
         return result is not None and result.get("status") == "finished"

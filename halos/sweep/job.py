@@ -41,12 +41,9 @@ class Job:
 
     def objective(self) -> float | None:
         """Its objective's last held-out value, for the sweeper; None where it has none."""
-        result = self.run.read_result()
-        if result is None or result["status"] != "finished":
+        if not self.run.is_finished():
             return None
-        settings = yaml.safe_load(self.run.read_config())
-        value = result["metrics"].get(settings["objective"]["metric"])
-        return float(value) if isinstance(value, (int, float)) else None
+        return self.run.final_value(yaml.safe_load(self.run.read_config())["objective"]["metric"])
 
 
 @dataclass(frozen=True, slots=True)

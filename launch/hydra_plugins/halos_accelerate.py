@@ -54,11 +54,7 @@ class AccelerateLauncher(Launcher):
             f"{len(jobs)} jobs, {len(places)} at a time, each by accelerate launch --config_file"
             f" {os.path.relpath(self.config_file or config)} on {processes} process{'es' if processes > 1 else ''}\n"
         )
-        watch, work = (
-            board.Board(jobs),
-            pool.Pool(jobs, places, lambda job: self._command(job, config, processes), lambda _: None),
-        )
-        work.watch = watch
+        work = pool.Pool(jobs, places, lambda job: self._command(job, config, processes), board.Board(jobs))
         outcomes = work.run()
         for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome.state == "failed":
