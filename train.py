@@ -5,18 +5,19 @@ python train.py loss=dpo model=tiny data=arithmetic exp_name=demo
 
 from __future__ import annotations
 
-import atexit
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
@@ -26,12 +27,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from halos.children import leave
 from halos.config import changes, gate, saved
 from halos.config.changes import Change, Past
 from halos.config.overrides import Choices, Typed, check_choices, settle, unreadable
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_secrets
-from halos.config.suggest import kind_of
+from halos.config.suggest import kind_of, nearest
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
 
@@ -39,6 +41,11 @@ ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra looks for launchers
 VERSION = "1.3"  # of Hydra's behaviour
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
+ONLINE = "online"  # loss=online: a workflow around the loss that online.loss names
+OWN = {  # of a run that is a workflow, and not of the training within it
+    "loss", "online", "exp_name", "output_root", "run_dir", "resume", "resume_changes", "overwrite", "dry_run", "objective",
+    "hooks", "logging",
+}  # fmt: skip
 AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
 PLUGINS = {"optuna": "hydra-optuna-sweeper", "submitit": "hydra-submitit-launcher"}  # what pip calls them
 SEEDED = ("tpe", "random", "cmaes", "nsgaii", "motpe")  # Optuna's samplers that draw
@@ -59,20 +66,6 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(read_enough())
-
-
-def leave(status: int) -> NoReturn:
-    """End this process with `status`.
-
-    One of several skips the interpreter's own end, in which a thread of the process group that still wants the
-    interpreter's lock now and then aborts what was a success.
-    """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
-    sys.exit(status)
 
 
 def refuse(error: UserError) -> int:
@@ -109,7 +102,7 @@ def start(argv: list[str]) -> int:
             raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
         with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
             config, changed = resumed(resume, typed, choices, lambda words: compose(name, [*also_searched(places), *words]))
-        return run(config, args.overrides, changed)
+        return run(config, args.overrides, changed, places) if gate.is_walk(config) else run(config, args.overrides, changed)
     searched = also_searched(places)
     with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
         known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
@@ -307,7 +300,9 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
             del OmegaConf.select(composed, parent)[name]
         else:
             OmegaConf.update(composed, one.key, one.values[0], merge=True, force_add=True)
-    if missing := [key for key in changes.CHANGES if not changes.present(plain(composed), key)]:
+    sections = {key.partition(".")[0] for key in plain(composed) if plain(composed)[key] is not None}
+    wanted = [key for key in changes.CHANGES if not key.startswith("online.") or "online" in sections]
+    if missing := [key for key in wanted if not changes.present(plain(composed), key)]:
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
     config = gate.check(composed, [one.text for one in typed], choices)
     changed = changes.compare(config, Past(settings, run_dir.path, step_of(source) if source else None))
@@ -379,8 +374,10 @@ def job(composed: DictConfig) -> float | None:
     config, status = None, WRONG_INPUT
     try:
         config = gate.check(composed, typed, list_choices(places))
+        if config.online is not None and config.online.steps is not None:
+            config = gate.check(live(config, composed, typed, places), typed, list_choices(places))
         changed = take_up(config) if multirun or config.resume == AUTO else []
-        status = run(config, typed, changed)
+        status = run(config, typed, changed, places) if gate.is_walk(config) else run(config, typed, changed)
     except UserError as error:
         refuse(error)
     if not multirun or status == STOPPED:
@@ -407,8 +404,82 @@ def take_up(config: Config) -> list[Change]:
     return changed
 
 
-def run(config: Config, typed: Sequence[str], changed: Sequence[Change] = ()) -> int:
+def inner_words(typed: Sequence[str], config: Config) -> list[str]:
+    """What is typed for the training within a workflow, of what was typed for the whole."""
+    assert config.online is not None
+    passed = [word for word in typed if word.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0] not in OWN]
+    return [f"loss={config.online.loss}", *passed, *config.online.overrides]
+
+
+def inner(config: Config, words: Sequence[str], places: Sequence[Path]) -> DictConfig:
+    """The configuration of the training within a workflow. Raises UserError where online.loss names none that it could be."""
+    online, choices = config.online, list_choices(places)
+    assert online is not None
+    known = [name for name in choices["loss"] if name not in (ONLINE, "reward", "csft")]
+    if online.loss is None:
+        raise UserError(f"online.loss is missing: what each round trains with, of {', '.join(known)}")
+    if online.loss not in known:
+        near = nearest(online.loss, known)
+        raise UserError(f"online.loss={online.loss}: {f'did you mean {near}? ' if near else ''}It takes {', '.join(known)}")
+    typed = [parse(text, choices) for text in words]
+    check_choices(typed, choices, multirun=False)
+    started = GlobalHydra.instance().is_initialized()  # by hydra.main, whose composer it is then
+    with nullcontext() if started else hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
+        searched = also_searched(places)
+        chosen = [one.text for one in typed if one.chooses(choices)]
+        settled = settle(typed, choices, keys(compose("config", [*searched, *chosen])))
+        return compose("config", [*searched, *[one.text for one in settled]])
+
+
+def live(config: Config, composed: DictConfig, typed: Sequence[str], places: Sequence[Path]) -> DictConfig:
+    """The configuration of a live loop: an ordinary run of online.loss, whose rows come from its own policy."""
+    assert config.online is not None
+    own = {"exp_name": config.exp_name, "output_root": config.output_root, "run_dir": config.run_dir}
+    made = inner(config, inner_words(typed, config), places)
+    OmegaConf.update(made, "train.steps", config.online.steps, force_add=True)
+    OmegaConf.update(made, "train.temperature", config.online.sampler.temperature, force_add=True)
+    for name, value in own.items():
+        OmegaConf.update(made, name, value, force_add=True)
+    for name in ("online", "objective", "hooks", "resume", "resume_changes", "overwrite", "dry_run"):
+        OmegaConf.update(made, name, plain(composed)[name], force_add=True)
+    return made
+
+
+def walk(config: Config, typed: Sequence[str], changed: Sequence[Change], places: Sequence[Path]) -> int:
+    """Online rounds: the exit status. What each round's training is given is checked before anything starts."""
+    from halos.build.logs import speak
+    from halos.online import rounds
+
+    speak(main=True)
+    if config.resume:
+        assert config.online is not None
+        more = [word for word in inner_words(typed, config)[1:] if word not in config.online.overrides]
+        words = [*rounds.stored_words(Path(config.run_dir)), *more]
+    else:
+        words = inner_words(typed, config)
+    data = [word for word in typed if word.lstrip("+").startswith(("data=", "data."))]
+    words = [word for word in words if word not in data]
+    whole = inner(config, [*words, f"exp_name={rounds.quoted(config.exp_name)}"], places)
+    for name in ("data", "run_dir"):
+        OmegaConf.update(whole, name, asdict(config)[name], force_add=True)
+    OmegaConf.update(whole, "online", None, force_add=True)
+    status = rounds.run(config, gate.check(whole, words, list_choices(places)), words, typed, changed)
+    if not config.dry_run and RunDir(config.run_dir).read_metrics():
+        show(config)
+    return status
+
+
+def show(config: Config) -> None:
+    """Pictures of the rounds."""
+    from halos.report.__main__ import main as report_on
+
+    report_on([config.run_dir])
+
+
+def run(config: Config, typed: Sequence[str], changed: Sequence[Change] = (), places: Sequence[Path] = (ROOT / "config",)) -> int:
     """The exit status of the run itself."""
+    if gate.is_walk(config):
+        return walk(config, typed, changed, places)
     from halos.build import run as build_and_fit  # here: it imports torch, which --help and wrong input need not wait for
 
     return build_and_fit(config, list(typed), changed)

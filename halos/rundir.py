@@ -137,7 +137,7 @@ class RunDir:
     def write_config(self, text: str) -> None:
         """config.yaml, once."""
         assert not self.config.exists(), "a run's configuration is written once"
-        _write(self.config, text)
+        write_whole(self.config, text)
 
     def read_config(self) -> str:
         """The text of config.yaml. Raises UserError where it is none."""
@@ -158,7 +158,9 @@ class RunDir:
         """attempts/NNN.yaml: what was typed, which versions, why it went on where it did. Gives back NNN."""
         number = self.next_attempt()
         (self.path / "attempts").mkdir(parents=True, exist_ok=True)
-        _write(self.path / "attempts" / f"{number:03d}.yaml", yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True))
+        write_whole(
+            self.path / "attempts" / f"{number:03d}.yaml", yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True)
+        )
         return number
 
     def set_aside(self, step: int, *, final: bool) -> tuple[Path, list[str]]:
@@ -173,7 +175,7 @@ class RunDir:
         if moved:
             place.mkdir(parents=True, exist_ok=True)
             rows = [row for row in self.read_metrics() if row["step"] > step]
-            _write(place / "metrics.jsonl", "".join(_json(row) + "\n" for row in rows))
+            write_whole(place / "metrics.jsonl", "".join(_json(row) + "\n" for row in rows))
         for path in moved:
             path.rename(place / path.name)
         return place, [path.name for path in moved]
@@ -195,12 +197,12 @@ class RunDir:
     def truncate_metrics(self, after_step: int) -> None:
         """Drops what was logged after the step that the run goes on from, so that no step appears twice."""
         kept = [row for row in self.read_metrics() if row["step"] <= after_step]
-        _write(self.path / "metrics.jsonl", "".join(_json(row) + "\n" for row in kept))
+        write_whole(self.path / "metrics.jsonl", "".join(_json(row) + "\n" for row in kept))
 
     def write_result(self, status: Status, step: int, metrics: Mapping[str, Any], *, reason: str | None = None) -> None:
         """result.json, because a launcher turns every exit status but 0 into 1."""
         why = {"reason": reason} if reason else {}
-        _write(self.path / "result.json", _json({"status": status, "step": step, "metrics": metrics, **why}) + "\n")
+        write_whole(self.path / "result.json", _json({"status": status, "step": step, "metrics": metrics, **why}) + "\n")
 
     def read_result(self) -> dict[str, Any] | None:
         """None where there is none that can be read."""
@@ -276,7 +278,7 @@ def _finite(value: Any) -> Any:
     return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def _write(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str) -> None:
     """The whole file or nothing, also after a power cut."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     with hidden.open("w", encoding="utf-8") as file:

@@ -44,7 +44,23 @@ class Judgement:
     desirable: bool
 
 
-Example = Demonstration | Comparison | Judgement
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A completion that was sampled, and its reward.
+
+    `ids` and `logps`, where the sampler kept them, are its tokens and their log-probs: text need not tokenise to what was
+    sampled. `vocabulary` names the tokenizer that the ids are of.
+    """
+
+    prompt: Turns
+    completion: Turns
+    reward: float
+    ids: tuple[int, ...] = ()
+    logps: tuple[float, ...] = ()
+    vocabulary: str | None = None
+
+
+Example = Demonstration | Comparison | Judgement | Scored
 
 
 # --- what the model is fed: sequences laid end to end, nothing padded --------------------------------------------------
@@ -147,6 +163,60 @@ class PairScores:
 
     def detach(self) -> PairScores:
         return PairScores(self.chosen.detach(), self.rejected.detach(), self.margin)
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """Completions that were sampled, and what is known of each. Tensors over time are 0 where `logps.mask` is False."""
+
+    logps: TokenLogps  # under the policy in training
+    old: Tensor  # (rows, time) log-probs under the policy that sampled them
+    advantages: Tensor  # (rows, time)
+    rewards: Tensor  # (rows,)
+
+
+@dataclass(frozen=True, slots=True)
+class ValuedRollouts:
+    """Rollouts, and what a value head makes of the state before each token. A loss that takes them is given such a head."""
+
+    logps: TokenLogps
+    old: Tensor  # (rows, time)
+    advantages: Tensor  # (rows, time)
+    rewards: Tensor  # (rows,)
+    values: Tensor  # (rows, time) of the head in training
+    old_values: Tensor  # (rows, time) of the head as it was when the rollouts were read
+    returns: Tensor  # (rows, time) what the values should have been
+
+
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """What a model with a value head gives: log-probs of the scored tokens, and the value of the state before each."""
+
+    logps: TokenLogps
+    values: Tensor  # (rows, time) float32; 0 where the mask is False
+
+
+register_pytree_node(Acted, lambda acted: ([acted.logps, acted.values], None), lambda parts, _: Acted(*parts))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A global batch of rollouts as they came: whole groups of one prompt each. What advantages are made of."""
+
+    rewards: Tensor  # (rows,) float64
+    groups: Tensor  # (rows,) int64; samples of one prompt share a number
+    old: TokenLogps  # (rows, time)
+    reference: Tensor | None  # (rows, time) log-probs under the reference, where the loss compares with one
+    values: Tensor | None  # (rows, time), where there is a value head
+
+
+@dataclass(frozen=True, slots=True)
+class Estimates:
+    """What a loss's function `advantages` makes of a global batch."""
+
+    advantages: Tensor  # (rows, time); 0 outside the mask
+    returns: Tensor | None  # (rows, time) for a value head to learn
+    metrics: Mapping[str, Mean]
 
 
 # --- what a loss gives back --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import train
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
-    {"config", "logps", "losses", "metrics", "lock"},
+    {"config", "logps", "losses", "metrics", "lock", "children"},
     {"rundir"},
     {"models", "data", "checkpoint"},
     {"hooks"},

@@ -10,13 +10,28 @@ from halos.build.processes import agree
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Dataset, open_dataset
-from halos.data.order import Order, partners
+from halos.data.order import GroupOrder, Order, partners
 from halos.data.prepare import prepare
 from halos.errors import UserError
-from halos.trainers.deal import Split
-from halos.types import Comparison, Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps
+from halos.trainers.deal import Rows, Split
+from halos.types import (
+    Comparison,
+    Demonstration,
+    Judgement,
+    Labelled,
+    Mismatched,
+    Pair,
+    PairScores,
+    Rollouts,
+    Scored,
+    TokenLogps,
+    ValuedRollouts,
+)
 
-KINDS: dict[type, type] = {TokenLogps: Demonstration, Pair: Comparison, PairScores: Comparison, Labelled: Judgement}
+KINDS: dict[type, type] = {
+    TokenLogps: Demonstration, Pair: Comparison, PairScores: Comparison, Labelled: Judgement, Rollouts: Scored,
+    ValuedRollouts: Scored,
+}  # fmt: skip
 
 
 def load(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> tuple[Split, Split | None]:
@@ -55,5 +70,8 @@ def _split(rows: Dataset, loss: LossSpec, seed: int) -> Split:
     return Split(rows, partners(rows.groups, seed) if loss.statistics_inputs is Mismatched else None)
 
 
-def order(rows: Dataset, config: Config) -> Order:
+def order(rows: Rows, loss: LossSpec, config: Config) -> Order:
+    assert isinstance(rows, Dataset)
+    if loss.on_rollouts:
+        return GroupOrder(rows.groups, rows.weights, config.train.batch_size, config.seed)
     return Order(rows.sources, rows.weights, config.train.batch_size, config.seed)

@@ -17,6 +17,7 @@ from halos import __version__
 from halos.build.strategy import name_of
 from halos.config.bind import LossSpec
 from halos.data.collate import num_cut_mismatches
+from halos.data.dataset import Dataset
 from halos.hooks.base import Run
 from halos.trainers.deal import Split
 from halos.trainers.schedule import warmup_steps
@@ -78,7 +79,9 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, reference: nn.Module | None) -> None:
+def header(
+    run: Run, loss: LossSpec, data: list[tuple[str, str]], train: Split, held_out: Split | None, reference: nn.Module | None
+) -> None:
     """A few lines: model, parameters, data after filtering, steps, run directory."""
     config, model = run.config, run.model
     made = run.accelerator
@@ -90,17 +93,17 @@ def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, refer
         "model      %s (%s)%s", config.model.name_or_path, str(next(model.parameters()).dtype).removeprefix("torch."), against
     )
     log.info("parameters %s trained of %s (%.2f%%)", _short(trained), _short(total), 100 * trained / total)
-    for name, split in (("train", train), ("held out", held_out)):
-        for line in split.rows.lines() if split else ["none"]:
-            log.info("%-10s %s", name, line)
-        if split and split.rows.kind is Judgement:
+    for name, line in data:
+        log.info("%-10s %s", name, line)
+    for split in (train, held_out):
+        if split and isinstance(split.rows, Dataset) and split.rows.kind is Judgement:
             log.info("%-10s %.0f%% of them desirable", "", 100 * split.rows.desirable.mean())
-        if split and split.partners is not None:
+        if split and isinstance(split.rows, Dataset) and split.partners is not None:
             rows = split.rows
             cut = num_cut_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, config.train.max_length)
             log.info("%-10s paired with answers to other prompts for the KL, %d of them cut at max_length", "", cut)
-    if train.rows.kind is Judgement:
-        _warn_of_labels(loss, train)
+    if isinstance(train.rows, Dataset) and train.rows.kind is Judgement:
+        _warn_of_labels(loss, train.rows)
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
     how = name_of(run.module)
     where += "" if how == "alone" else f", {how}"
@@ -115,9 +118,9 @@ def header(run: Run, loss: LossSpec, train: Split, held_out: Split | None, refer
     log.info("run        %s", run.directory.path)
 
 
-def _warn_of_labels(loss: LossSpec, train: Split) -> None:
+def _warn_of_labels(loss: LossSpec, rows: Dataset) -> None:
     """Say where one kind of label outweighs the other: KTO's authors keep the ratio of their weights within 1 to 1.5."""
-    count, desirable = len(train.rows), int(train.rows.desirable.sum())
+    count, desirable = len(rows), int(rows.desirable.sum())
     if desirable in (0, count):
         kind = "desirable" if desirable else "undesirable"
         log.warning("every training example is %s: nothing says what the model should turn away from, or to", kind)

@@ -1,5 +1,6 @@
 """The models of a run: policy or reward model, adapter, reference, optimizer."""
 
+import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,12 +12,17 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.build.processes import asked_to_shard
+from halos.checkpoint.weights import load_value_head
 from halos.config.schema import Config, Optim
 from halos.errors import UserError
-from halos.logps.model import LanguageModel, RewardModel
+from halos.logps.attention import SEGMENTS, register
+from halos.logps.model import ActorCritic, LanguageModel, RewardModel
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
 from halos.models.locate import locate
+from halos.types import PairScores, ValuedRollouts
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +34,11 @@ class Shelf:
     tokenizer: PreTrainedTokenizerBase
     new_tokens: list[str]  # that the base's embeddings do not know
     made: Accelerator
+
+    @property
+    def hollow(self) -> bool:
+        """Whether another process deals out the weights."""
+        return asked_to_shard() and not self.made.is_main_process
 
     def load(self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None) -> PreTrainedModel:
         settings, device = self.config.model, self.made.device
@@ -41,7 +52,7 @@ class Shelf:
             quantize=quantize,
             new_tokens=self.new_tokens if source == self.base else [],
             seed=self.config.seed,
-            hollow=asked_to_shard() and not self.made.is_main_process,
+            hollow=self.hollow,
         )
 
 
@@ -63,7 +74,25 @@ def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     adapted = adapter.attach(model, asdict(config.peft), base=str(shelf.base), reward=reward, seed=config.seed)
     if checkpoint:
         adapter.load_adapter(adapted, checkpoint / "adapter")
+    elif config.peft.init_from is not None:
+        adapter.refuse_other_settings(adapted, Path(config.peft.init_from))
+        adapter.load_adapter(adapted, Path(config.peft.init_from))
     return adapted
+
+
+def skeleton(shelf: Shelf) -> nn.Module:
+    """The policy with its adapter and without its weights, on the meta device."""
+    config = shelf.config
+    lora = config.peft.name == "lora"
+    dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)
+    register()
+    made: nn.Module = load_model(
+        shelf.base, shelf.tokenizer, reward=False, dtype=dtype, attention=SEGMENTS, new_tokens=shelf.new_tokens, hollow=True
+    )
+    if lora:
+        assert isinstance(made, PreTrainedModel)
+        made = adapter.attach(made, asdict(config.peft), base=str(shelf.base), reward=False, seed=config.seed)
+    return made.to("meta").eval()
 
 
 def named_reference(config: Config, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> Path | None:
@@ -85,11 +114,23 @@ def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module |
         return None
     source = named or shelf.base
     dtype = weights_dtype(config.model.dtype, trained=True, device=shelf.made.device)
-    return freeze(LanguageModel(shelf.load(source, dtype, reward=False)))
+    return freeze(LanguageModel(shelf.load(source, dtype, reward=False), temperature=config.train.temperature))
 
 
-def wrapped(model: nn.Module, *, reward: bool) -> nn.Module:
-    return RewardModel(model) if reward else LanguageModel(model)
+def wrapped(shelf: Shelf, model: nn.Module, inputs: type, checkpoint: Path | None) -> nn.Module:
+    """What is trained: the model under what a loss of these inputs looks at. A value head goes on from one that was saved."""
+    if inputs is PairScores:
+        return RewardModel(model)
+    temperature = shelf.config.train.temperature
+    if inputs is not ValuedRollouts:
+        return LanguageModel(model, temperature=temperature)
+    made = ActorCritic(model, temperature=temperature)
+    adapter = shelf.config.peft.init_from
+    for place in (checkpoint,) if checkpoint else (Path(adapter).parent if adapter else None, shelf.base):
+        if place is not None and load_value_head(place, made.value_head):
+            log.info("value head  from %s", place)
+            break
+    return made
 
 
 def optimizer(module: nn.Module, settings: Optim) -> Optimizer:

@@ -1,12 +1,12 @@
 """One attempt at a run, from its config to its exit status."""
 
 import logging
-import math
 import shlex
 import signal
 import types
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from halos.build import data, facts, model, strategy
+from halos.build import facts, model, strategy
+from halos.build.feed import feed
 from halos.build.logs import speak, write_to
 from halos.build.processes import accelerator, agree, launched
 from halos.build.watch import ORPHANED, outlive_no_launcher, together
 from halos.checkpoint import find
+from halos.checkpoint.state import load_optimizer
 from halos.config import saved
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.changes import Change
@@ -28,6 +30,7 @@ from halos.errors import UserError
 from halos.hooks.base import Hook, Run
 from halos.hooks.checkpoint import CheckpointHook, restore
 from halos.hooks.early_stopping import EarlyStopping
+from halos.hooks.kl import KLCoefficient
 from halos.hooks.log import MetricsLog, summary
 from halos.hooks.progress import ProgressBar
 from halos.lock import RunLock
@@ -36,10 +39,11 @@ from halos.models.locate import locate
 from halos.rundir import RunDir, is_run
 from halos.trainers.base import Trainer
 from halos.trainers.paired import PairedTrainer
+from halos.trainers.policy_gradient import PolicyGradientTrainer
 from halos.trainers.reward import RewardTrainer
 from halos.trainers.sft import SFTTrainer
 from halos.trainers.unpaired import UnpairedTrainer
-from halos.types import Labelled, Pair, PairScores, TokenLogps
+from halos.types import Labelled, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +52,8 @@ TRAINERS: dict[type, type[Trainer]] = {
     Pair: PairedTrainer,
     Labelled: UnpairedTrainer,
     PairScores: RewardTrainer,
+    Rollouts: PolicyGradientTrainer,
+    ValuedRollouts: PolicyGradientTrainer,
 }
 FINISHED, FAILED, STOPPED = 0, 1, 75
 SHARED = "all hosts write into it, so output_root (or run_dir) must lie on a file system that they share"
@@ -105,7 +111,7 @@ def assemble(
     """Everything a run needs, ready for `fit`; None for a dry run. What can be wrong is found before the model loads."""
     loss = bind_loss(config.loss, config.plugins)
     set_seed(config.seed % 2**32)  # for what hooks and plugins draw; weights and steps have seeds of their own
-    checkpoint, hooks = _hooks(config)
+    checkpoint, hooks = _hooks(config, loss)
     directory = RunDir(config.run_dir)
     if made.is_main_process:
         if lock:
@@ -114,13 +120,11 @@ def assemble(
     base = _base(config, made)
     tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
-    train, held_out = data.load(config, loss, tokenizer, made)
-    order = data.order(train.rows, config)
-    total = config.train.steps or math.ceil((config.train.epochs or 0) * order.batches_per_epoch)
+    source_of_rows = feed(config, loss, tokenizer, made)
+    total = source_of_rows.total
     if config.dry_run:
-        for name, split in (("train", train), ("held out", held_out)):
-            for line in split.rows.lines() if split else []:
-                log.info("%-10s %s", name, line)
+        for name, line in source_of_rows.lines():
+            log.info("%-10s %s", name, line)
         log.info("%d steps of %d; everything fits together, nothing was trained", total, config.train.batch_size)
         return None
     named = model.named_reference(config, tokenizer, new_tokens) if loss.needs_reference else None
@@ -131,13 +135,18 @@ def assemble(
     against = strategy.distribute(against, made) if against else None
     if source.path is not None:
         restore(current, source.path)  # last: loading models draws random numbers
+    elif config.optim.init_from is not None:
+        load_optimizer(Path(config.optim.init_from) / "state", current.module, current.optimizer)
     if made.is_main_process:
         _record(current, typed, source, changed)
-    facts.header(current, loss, train, held_out, against)
-    return TRAINERS[loss.inputs](current, loss, checkpoint, train=train, held_out=held_out, order=order, reference=against)
+    rows = source_of_rows.open(current, partial(model.skeleton, shelf))
+    facts.header(current, loss, source_of_rows.lines(), rows.train, rows.held_out, against)
+    return TRAINERS[loss.inputs](
+        current, loss, checkpoint, train=rows.train, held_out=rows.held_out, order=rows.order, reference=against, exam=rows.exam
+    )
 
 
-def _hooks(config: Config) -> tuple[CheckpointHook, dict[str, Hook]]:
+def _hooks(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, Hook]]:
     """The checkpoint hook; and all hooks in order: it first, the run's own record, then the config's, in its order."""
     checkpoint = bind_hook("checkpoint", config.checkpoint, config.plugins)()
     if not isinstance(checkpoint, CheckpointHook):
@@ -145,6 +154,8 @@ def _hooks(config: Config) -> tuple[CheckpointHook, dict[str, Hook]]:
     hooks: dict[str, Hook] = {"checkpoint": checkpoint, "metrics": MetricsLog(), "progress": ProgressBar()}
     if config.train.early_stopping is not None:
         hooks["early_stopping"] = EarlyStopping(patience=config.train.early_stopping)
+    if loss.adapt is not None:
+        hooks["kl_coefficient"] = KLCoefficient(loss.settings["kl_coefficient"])
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
 
@@ -202,7 +213,7 @@ def _load(
     if checkpoint is not None and shelf.config.peft.name == "none":
         refuse_other_model(shelf.base, checkpoint / "model")
     inner = model.policy(shelf, reward=reward, checkpoint=checkpoint)
-    module = strategy.distribute(model.wrapped(inner, reward=reward), shelf.made)
+    module = strategy.distribute(model.wrapped(shelf, inner, loss.inputs, checkpoint), shelf.made)
     optimizer = model.optimizer(module, shelf.config.optim)
     current = Run(
         config=shelf.config, directory=directory, accelerator=shelf.made, module=module, model=inner, base=shelf.base,

@@ -55,8 +55,6 @@ def together(made: Accelerator) -> Iterator[None]:
     finally:
         over.set()
     made.wait_for_everyone()
-    if dist.is_initialized():  # a gloo group that is left to the interpreter's exit aborts now and then
-        dist.destroy_process_group()
 
 
 def outlive_no_launcher(launched: bool) -> None:

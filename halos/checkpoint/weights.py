@@ -4,9 +4,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import PreTrainedModel
+
+from halos.errors import UserError
+
+VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
+HEAD = "value_head."  # how its tensors are called in the module that is trained
 
 
 def gathered(module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
@@ -21,6 +27,7 @@ def gathered(module: nn.Module, *, trained_only: bool, offload: bool = True) -> 
 
 def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
     """`directory`/adapter for a PEFT model, else `directory`/model; `state` as it was gathered."""
+    state = apart(directory, state)
     if isinstance(model, PeftModel):
         path = directory / "adapter"
         model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
@@ -28,6 +35,27 @@ def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor]) ->
         return
     assert isinstance(model, PreTrainedModel)
     save_model(directory / "model", model, state)
+
+
+def apart(directory: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What of `state` is the model's; a value head goes into a directory of its own, where from_pretrained never looks."""
+    head = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
+    if head:
+        (directory / VALUE_HEAD).mkdir()
+        save_file({name: value.contiguous() for name, value in head.items()}, directory / VALUE_HEAD / "model.safetensors")
+    return {name: value for name, value in state.items() if not name.startswith(HEAD)}
+
+
+def load_value_head(directory: Path, head: nn.Module) -> bool:
+    """Whether a value head lies beside the model or checkpoint in `directory`. Raises UserError for one of another model."""
+    path = directory / VALUE_HEAD / "model.safetensors"
+    if not path.is_file():
+        return False
+    try:
+        head.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise UserError(f"{path} is no value head of this model: {str(error).splitlines()[-1].strip()}") from error
+    return True
 
 
 def save_model(path: Path, model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:

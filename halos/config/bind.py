@@ -14,9 +14,10 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from halos.config.suggest import nearest
 from halos.config.values import MisfitError, describe, fit, show
 from halos.errors import UserError
-from halos.types import Labelled, Pair, PairScores, Range, TokenLogps
+from halos.types import Labelled, Pair, PairScores, Range, Rollouts, TokenLogps, ValuedRollouts
 
-INPUTS = (TokenLogps, Pair, Labelled, PairScores)
+INPUTS = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)
+SAMPLED = (Rollouts, ValuedRollouts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,13 +26,20 @@ class LossSpec:
 
     name: str  # last part of its module
     function: Callable[..., Any]  # takes what `inputs` says[, reference][, statistics]
-    inputs: type  # TokenLogps | Pair | Labelled | PairScores
+    inputs: type  # one of INPUTS
     needs_reference: bool
     statistics: Callable[..., Any] | None  # over the global batch, where the loss has a parameter of that name
     statistics_inputs: type | None
     examples: Callable[..., Any] | None  # one example to another, before tokenisation
     example_type: type | None
     settings: dict[str, Any]
+    takes_reference: bool = False  # has a parameter of that name, which is None where the knobs need no reference
+    advantages: Callable[..., Any] | None = None  # of a loss on rollouts: from a global batch as it was sampled
+    adapt: Callable[..., float] | None = None  # the KL coefficient for the next global batch
+
+    @property
+    def on_rollouts(self) -> bool:
+        return self.inputs in SAMPLED
 
 
 def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
@@ -50,7 +58,11 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     if "statistics" in positional and statistics is None:
         raise UserError(f"{name} has a parameter `statistics`, but {module.__name__} has no function of that name")
     examples, check = vars(module).get("examples"), vars(module).get("check")
-    functions = [part for part in (function, statistics, examples, check) if part is not None]
+    advantages, adapt = vars(module).get("advantages"), vars(module).get("adapt")
+    needs = vars(module).get("needs_reference")
+    if first in SAMPLED and advantages is None:
+        raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
+    functions = [part for part in (function, statistics, examples, advantages, adapt, check, needs) if part is not None]
     knobs = _fit_all(settings, _legal(functions), "loss", name)
     complaint = _bound(check, knobs)() if check else None
     if complaint:
@@ -59,12 +71,15 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
         name=name,
         function=_bound(function, knobs),
         inputs=first,
-        needs_reference="reference" in positional,
+        needs_reference=_bound(needs, knobs)() if needs else "reference" in positional,
+        takes_reference="reference" in positional,
         statistics=_bound(statistics, knobs) if statistics else None,
         statistics_inputs=_first_type(statistics) if statistics else None,
         examples=_bound(examples, knobs) if examples else None,
         example_type=_first_type(examples) if examples else None,
         settings=knobs,
+        advantages=_bound(advantages, knobs) if advantages else None,
+        adapt=_bound(adapt, knobs) if adapt else None,
     )
 
 

@@ -35,6 +35,7 @@ def refuse_combinations(config: Config, typed: Sequence[str]) -> None:
         _evaluation(config),
         _betas(config),
         _resume_changes(config),
+        _online(config, typed),
     )
     for complaint in complaints:
         if complaint:
@@ -122,4 +123,24 @@ def _betas(config: Config) -> str | None:
 def _resume_changes(config: Config) -> str | None:
     if config.resume is None and config.resume_changes != "refuse":
         return f"resume_changes={config.resume_changes} has no effect without resume=: leave it out"
+    return None
+
+
+def _online(config: Config, typed: Sequence[str]) -> str | None:
+    online = config.online
+    if online is None:
+        return None
+    if config.reference.name_or_path is not None:
+        return "reference.name_or_path: with loss=online the reference is the first policy, or online.reference=last"
+    if online.steps is not None and [text for text in typed if text.lstrip("+").startswith("online.rounds=")]:
+        return "online.rounds and online.steps are two ways of going on: give rounds, or steps for a live loop"
+    if online.steps is not None and online.carry_optimizer:
+        return "online.carry_optimizer is of rounds; a live loop has one optimizer from beginning to end: leave it out"
+    if online.sampler.name == "openai" and online.sampler.url is None:
+        return "online.sampler.url is missing: the sampler openai needs one, such as http://localhost:8000/v1"
+    if online.sampler.name == "vllm" and online.sampler.url is None and online.sampler.python is None:
+        return (
+            "online.sampler.python is missing: an interpreter that has vllm (launch/requirements-vllm.txt); or give"
+            " online.sampler.url of a running server"
+        )
     return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -53,6 +53,11 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     check_paths(config, choices or {})
     _bind(config)
     return config
+
+
+def is_walk(config: Config) -> bool:
+    """Whether this is a walk of online rounds, which trains nothing itself."""
+    return config.online is not None and config.online.steps is None
 
 
 def _typed(key: str, typed: Sequence[str]) -> bool:
@@ -135,8 +140,9 @@ def _check_ranges(node: Any, schema: type = Config, prefix: str = "") -> None:
     hints = get_type_hints(schema)
     for field in fields(schema):
         key, value = prefix + field.name, node.get(field.name)
-        if is_dataclass(hints[field.name]) and isinstance(value, Mapping):
-            _check_ranges(value, hints[field.name], f"{key}.")
+        section = next((part for part in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(part)), None)
+        if section and isinstance(value, Mapping):
+            _check_ranges(value, section, f"{key}.")
         elif field.metadata and value is not None and not (isinstance(value, str) and ("${" in value or value == "???")):
             _check_range(key, value, field.metadata, describe(hints[field.name]))
 
@@ -161,10 +167,11 @@ def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> 
 
 
 def _bind(config: Config) -> None:
-    """Everything that has a `_target_`, against its signature."""
+    """Everything that has a `_target_`, against its signature. loss=online has none: the loss within it is checked with it."""
     from halos.config.bind import bind_hook, bind_loss  # here: it imports torch, and all that is above is told without
 
-    refuse_for_loss(config, bind_loss(config.loss, config.plugins))
+    if config.online is None or config.loss:
+        refuse_for_loss(config, bind_loss(config.loss, config.plugins))
     bind_hook("checkpoint", config.checkpoint, config.plugins)
     for name, settings in config.hooks.items():
         bind_hook(f"hooks.{name}", settings, config.plugins)

@@ -35,10 +35,21 @@ def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
         raise UserError(f"data.root: there is no directory {config.data.root}{_near_file(config.data.root)}")
     config.data.train = [_checked_source(source, f"data.train.{i}", config) for i, source in enumerate(config.data.train)]
     config.data.eval = [_checked_source(source, f"data.eval.{i}", config) for i, source in enumerate(config.data.eval)]
+    _check_starts(config)
     if not config.data.train:
         raise UserError("data.train is []: give at least one file or name, data.train=[a.jsonl]")
     _check_room(config.run_dir, "run_dir")
     _check_room(config.cache_dir, "cache_dir")
+
+
+def _check_starts(config: Config) -> None:
+    """What a run goes on from besides its model."""
+    if (adapter := config.peft.init_from) is not None and not Path(adapter).is_dir():
+        raise UserError(f"peft.init_from: there is no directory {adapter}{_near_file(adapter)}")
+    if (saved := config.optim.init_from) is not None and not (Path(saved) / "state").is_dir():
+        raise UserError(
+            f"optim.init_from: {saved} is no checkpoint (it has no state/), such as runs/demo/checkpoints/step-00000100"
+        )
 
 
 def _checked_source(source: Any, key: str, config: Config) -> Any:

@@ -54,6 +54,7 @@ class Peft:
     rank_pattern: dict[str, int] = key()
     alpha_pattern: dict[str, float] = key()
     modules_to_save: list[str] = key()
+    init_from: str | None = key()  # the directory of an adapter to go on from
 
 
 @dataclass
@@ -71,6 +72,7 @@ class Train:
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
     activation_checkpointing: bool = key()
     early_stopping: int | None = key(least=1)
+    temperature: float = key(above=0)  # of the softmax that log-probs are taken of
 
 
 @dataclass
@@ -82,6 +84,7 @@ class Optim:
     betas: list[float] = key()
     eps: float = key(above=0)
     weight_decay: float = key(least=0)
+    init_from: str | None = key()  # a checkpoint whose optimizer state a new run begins with
 
 
 @dataclass
@@ -95,6 +98,69 @@ class Schedule:
 class Objective:
     metric: str = key()
     mode: str = key(one_of=("min", "max"))
+
+
+@dataclass
+class Sampler:
+    name: str = key(one_of=("hf", "vllm", "openai"))
+    temperature: float = key(above=0)
+    top_p: float = key(above=0, most=1)
+    top_k: int = key(least=0)
+    max_new_tokens: int = key(least=1)
+    batch_size: int = key(least=1)
+    cache_tokens: int = key(least=64)
+    python: str | None = key()
+    url: str | None = key()
+    model: str | None = key()
+    concurrency: int = key(least=1)
+
+
+@dataclass
+class Labeller:
+    name: str = key(one_of=("function", "reward_model", "judge"))
+    functions: list[Any] = key()
+    model: str | None = key()
+    label: int | None = key(least=0)
+    batch_size: int = key(least=1)
+    processes: int = key(least=1)
+    timeout: float = key(above=0)
+    url: str | None = key()
+    pairwise: bool = key()
+    rubric: str | None = key()
+    concurrency: int = key(least=1)
+    max_requests: int | None = key(least=1)
+    max_cost: float | None = key(above=0)
+    price_in: float = key(least=0)
+    price_out: float = key(least=0)
+
+
+@dataclass
+class Feedback:
+    kind: str = key(one_of=("auto", "pairwise", "binary", "scalar"))
+    pairing: str = key(one_of=("max", "random", "min"))
+    threshold: Any = key()
+    drop_equal: bool = key()
+
+
+@dataclass
+class Online:
+    loss: str | None = key()
+    overrides: list[str] = key()
+    rounds: int = key(least=1)
+    steps: int | None = key(least=1)
+    prompts_per_round: int = key(least=1)
+    samples_per_prompt: int = key(least=1)
+    eval_prompts: int = key(least=0)
+    sampler: Sampler = key()
+    labeller: Labeller = key()
+    feedback: Feedback = key()
+    reference: str = key(one_of=("start", "last"))
+    carry_optimizer: bool = key()
+    keep_rounds: int | None = key(least=1)
+    kl_samples: int = key(least=0)
+    show: int = key(least=0)
+    config_file: str | None = key()
+    num_processes: int | None = key(least=1)
 
 
 @dataclass
@@ -122,3 +188,4 @@ class Config:
     overwrite: bool = key()
     dry_run: bool = key()
     plugins: list[str] = key()
+    online: Online | None = None  # of loss=online alone, whose YAML has the section

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields, is_dataclass
 from difflib import SequenceMatcher
 from functools import cache
-from typing import Any, Literal, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from halos.config.schema import Config
 from halos.config.values import describe
@@ -60,6 +60,7 @@ def _keys_of(schema: Any, prefix: str) -> dict[str, Any]:
     hints = get_type_hints(schema)
     for field in fields(schema):
         kind = hints[field.name]
+        kind = next((part for part in get_args(kind) if is_dataclass(part)), kind)  # a section that may be null
         found[prefix + field.name] = kind
         if is_dataclass(kind):
             found |= _keys_of(kind, f"{prefix}{field.name}.")

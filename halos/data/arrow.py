@@ -5,14 +5,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-_DTYPES: dict[pa.DataType, Any] = {pa.int8(): np.int8, pa.int32(): np.int32, pa.int64(): np.int64, pa.float64(): np.float64}
-INTS = pa.list_(pa.int32())
+_DTYPES: dict[pa.DataType, Any] = {
+    pa.int8(): np.int8, pa.int32(): np.int32, pa.int64(): np.int64, pa.float32(): np.float32, pa.float64(): np.float64,
+}  # fmt: skip
+INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 
 
 def column(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Numbers, strings or (as INTS) integer arrays, none of them null."""
-    if kind == INTS:
-        return pa.ListArray.from_arrays(_flat(_offsets(values), pa.int32()), _flat(np.concatenate(values), pa.int32()))
+    """Numbers, strings or (as INTS or FLOATS) arrays of numbers, none of them null."""
+    if kind in (INTS, FLOATS):
+        return pa.ListArray.from_arrays(_flat(_offsets(values), pa.int32()), _flat(np.concatenate(values), kind.value_type))
     if kind == pa.string():
         texts = [text.encode() for text in values]
         return pa.StringArray.from_buffers(len(texts), pa.py_buffer(_offsets(texts)), pa.py_buffer(b"".join(texts)))

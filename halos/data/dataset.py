@@ -11,17 +11,18 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from halos.data.arrow import INTS, Lists, column, numbers
-from halos.types import Comparison, Demonstration, Example, Judgement
+from halos.data.arrow import FLOATS, INTS, Lists, column, numbers
+from halos.types import Comparison, Demonstration, Example, Judgement, Scored
 
-KINDS: dict[str, type[Example]] = {kind.__name__: kind for kind in (Demonstration, Comparison, Judgement)}
+KINDS: dict[str, type[Example]] = {kind.__name__: kind for kind in (Demonstration, Comparison, Judgement, Scored)}
 ROWS, META = "rows.arrow", "meta.json"
 _COMPLETIONS = ("first", "second")  # of a pair the first is the chosen one
 _LISTS = ("prompt", *_COMPLETIONS, *(f"{name}_spans" for name in _COMPLETIONS))
 _SCHEMA = pa.schema(
     [(name, INTS) for name in _LISTS]
     + [(f"{name}_scored", pa.int32()) for name in _COMPLETIONS]
-    + [("desirable", pa.int8()), ("margin", pa.float64()), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
+    + [("desirable", pa.int8()), ("margin", pa.float64()), ("reward", pa.float64()), ("logps", FLOATS)]
+    + [("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
 )
 
 
@@ -42,6 +43,8 @@ class Item:
     desirable: bool  # of a Judgement; True elsewhere
     margin: float  # of a Comparison; 0 where the data names none
     id: str  # where the row came from, and which of the row's examples it is
+    reward: float = 0.0  # of a Scored
+    logps: np.ndarray | None = None  # (scored tokens,) float32, where a Scored came with its sampler's log-probs
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class Counts:
     cut_completions: int = 0  # completions that lost their end
     inexact: int = 0  # examples whose text does not continue the template's own generation prompt
     merged: int = 0  # examples whose last prompt characters and first words would have shared a token
+    tokenised_anew: int = 0  # sampled completions whose own token ids were missing, or another tokenizer's
     dropped: dict[str, int] = field(default_factory=dict)  # examples by reason
 
     def drop(self, reason: str) -> None:
@@ -72,6 +76,9 @@ class Counts:
             "completions cut at max_length": self.cut_completions,
             "do not continue the template's generation prompt (it opens a thought that they lack)": self.inexact,
             "tokenised apart from their prompt, which shares a token with them": self.merged,
+            "without token ids of this tokenizer: their text is tokenised, their log-probs are the starting policy's": (
+                self.tokenised_anew
+            ),
         }
         return "; ".join(parts + [f"{count} {what}" for what, count in said.items() if count])
 
@@ -96,6 +103,8 @@ class Writer:
                 columns[f"{name}_scored"].append(int(completion.scored.sum()) if completion else 0)
             columns["desirable"].append(item.desirable)
             columns["margin"].append(item.margin)
+            columns["reward"].append(item.reward)
+            columns["logps"].append(() if item.logps is None else item.logps)
             columns["source"].append(source)
             prompt = hashlib.blake2b(item.prompt.tobytes(), digest_size=16).digest()
             columns["group"].append(self._groups.setdefault(prompt, len(self._groups)))
@@ -141,6 +150,8 @@ class Dataset:
         self._names = [(name, f"{name}_spans") for name in names]
         self.desirable = numbers(table["desirable"])  # (N,) of a Judgement; True elsewhere
         self._margin = numbers(table["margin"])
+        self.rewards = numbers(table["reward"])  # (N,) of a Scored; 0 elsewhere
+        self._logps = Lists(table["logps"])
         self._id = table["id"]
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
@@ -155,7 +166,9 @@ class Dataset:
             raise IndexError(row)
         completions = tuple(_completion(self._lists[ids][row], self._lists[spans][row]) for ids, spans in self._names)
         desirable, margin = bool(self.desirable[row]), float(self._margin[row])
-        return Item(self._lists["prompt"][row], completions, desirable, margin, self._id[row].as_py())
+        reward, logps = float(self.rewards[row]), self._logps[row]
+        name = self._id[row].as_py()
+        return Item(self._lists["prompt"][row], completions, desirable, margin, name, reward, logps if len(logps) else None)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))

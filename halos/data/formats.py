@@ -6,18 +6,20 @@ from typing import Any
 
 from halos.data.files import Row
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Example, Judgement, Message, Turns
+from halos.types import Comparison, Demonstration, Example, Judgement, Message, Scored, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-_NEEDED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label"
+_NEEDED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label (or reward)"
 _LEARNS: dict[type[Example], str] = {
     Demonstration: "demonstrations: messages, or prompt + completion",
     Comparison: "pairs: prompt + chosen + rejected (or chosen + rejected as messages that share their first turns)",
     Judgement: "labels: prompt + completion + label, or pairs",
+    Scored: "completions with rewards: scalar_feedback, or prompt + completion + reward; labels and pairs stand for 1 and -1",
 }
 _SERVES: dict[type[Example], str] = {
     Demonstration: "only losses on demonstrations, such as sft",
-    Judgement: "losses on labels, such as kto, and on demonstrations, such as sft",
+    Judgement: "losses on labels, such as kto, on rollouts, such as grpo, and on demonstrations, such as sft",
+    Scored: "losses on rollouts, such as grpo and ppo, and sft; python -m halos.online.label makes pairs or labels of samples",
 }
 
 
@@ -37,6 +39,8 @@ def read_example(row: Row, *, score: str) -> Example:
         prompt, completion = _answered(columns, "completion", row.where)
         if "label" in columns:
             return Judgement(prompt, completion, _label(columns, (0, 1), row.where))
+        if "reward" in columns:
+            return _scored_by(columns, prompt, completion, row.where)
         return Demonstration(prompt, completion)
     if "messages" in columns:
         return _conversation(_turns(columns["messages"], "user", "messages", row.where), row.where, score)
@@ -45,10 +49,24 @@ def read_example(row: Row, *, score: str) -> Example:
     raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_NEEDED}")
 
 
-def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
-    """`example` as the loss needs it: a pair is also two labels or one demonstration, a desirable label a demonstration.
+def read_prompt(row: Row) -> tuple[Turns, str | None]:
+    """What a row asks, and the answer that it gives, if it gives one: column `solution` or `answer`, else a completion."""
+    columns = {name: value for name, value in row.record.items() if value is not None}
+    answer = next((str(columns[name]) for name in ("solution", "answer") if name in columns), None)
+    asked = columns.get("prompt", columns.get("instruction"))
+    if asked is not None and not {"completion", "chosen"} & columns.keys():
+        return _turns(asked, "user", "prompt", row.where), answer
+    example = read_example(row, score="last")
+    good = example.chosen if isinstance(example, Comparison) else example.completion
+    judged = isinstance(example, Judgement) and not example.desirable
+    return example.prompt, answer or (None if judged else str(good[-1].get("content") or ""))
 
-    Empty where this row has nothing to give: an undesirable completion is not imitated, and a pair of equal
+
+def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
+    """`example` as the loss needs it: a pair is also two labels or one demonstration, a desirable label a demonstration, a
+    label a reward of 1 or -1.
+
+    Empty where this row has nothing to give: an undesirable or empty completion is not imitated, and a pair of equal
     completions prefers nothing. Raises UserError where rows like this never can.
     """
     if isinstance(example, Comparison) and kind is not Demonstration and example.chosen == example.rejected:
@@ -62,6 +80,12 @@ def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
             return [Demonstration(prompt, chosen)]
         case Judgement(prompt, completion, desirable), _ if kind is Demonstration:
             return [Demonstration(prompt, completion)] if desirable else []
+        case Scored(prompt, completion), _ if kind is Demonstration:
+            return [Demonstration(prompt, completion)] if _says_something(completion) else []
+        case Comparison(prompt, chosen, rejected), _ if kind is Scored:
+            return [Scored(prompt, chosen, 1.0), Scored(prompt, rejected, -1.0)]
+        case Judgement(prompt, completion, desirable), _ if kind is Scored:
+            return [Scored(prompt, completion, 1.0 if desirable else -1.0)]  # HALOs' reading of labels for PPO
     found = ", ".join(name for name, value in row.record.items() if value is not None)
     raise UserError(
         f"{row.where}: columns found: {found}. They can train {_SERVES[type(example)]}; "
@@ -188,11 +212,31 @@ def _binary(columns: Mapping[str, Any], where: str) -> Judgement:
     return Judgement(*_answered(columns, "output", where), _label(columns, (0, 1, -1), where))
 
 
-def _scalar(columns: Mapping[str, Any], where: str) -> Example:
-    raise UserError(
-        f"{where}: scalar_feedback has a reward and no preference: make binary_feedback of it (label 1 from a threshold on) "
-        "or pairwise_feedback (two outputs of one prompt)"
-    )
+def _scalar(columns: Mapping[str, Any], where: str) -> Scored:
+    _require(columns, ("prompt", "output", "reward"), where)
+    return _scored_by(columns, *_sampled(columns, where), where)
+
+
+def _sampled(columns: Mapping[str, Any], where: str) -> tuple[Turns, Turns]:
+    """A prompt and what was sampled for it, which may be empty: a model may end at once."""
+    prompt = _turns(columns["prompt"], "user", "prompt", where)
+    return prompt, _turns(columns["output"], "assistant", "output", where)
+
+
+def _scored_by(columns: Mapping[str, Any], prompt: Turns, completion: Turns, where: str) -> Scored:
+    """The reward, and the sampler's own tokens where it kept them (`output_ids`, `logps`, `vocabulary`)."""
+    reward = _number(columns, "reward", where)
+    assert reward is not None, "the column is there"
+    ids, logps = (columns.get(name) or () for name in ("output_ids", "logps"))
+    if logps and len(logps) != len(ids):
+        raise UserError(f"{where}: logps has {len(logps)} numbers for {len(ids)} output_ids")
+    if not ids and not _says_something(completion):
+        raise UserError(f"{where}: output is empty, and there are no output_ids that say what was sampled")
+    return Scored(prompt, completion, reward, tuple(map(int, ids)), tuple(map(float, logps)), columns.get("vocabulary"))
+
+
+def _says_something(completion: Turns) -> bool:
+    return any(turn.get("tool_calls") or str(turn["content"]).strip() for turn in completion)
 
 
 def _sample(columns: Mapping[str, Any], where: str) -> Demonstration:

@@ -47,6 +47,34 @@ class Order:
         return self._cached[1]
 
 
+class GroupOrder(Order):
+    """Global batches of whole groups, as many in each as would fit if all were as large as the largest."""
+
+    def __init__(self, groups: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:
+        """`groups` (rows,) numbers each row's group. Raises UserError where one is larger than a batch."""
+        if any(weight != 1 for weight in weights):
+            raise UserError("data.train: weights other than 1 would tear groups of samples apart; leave them out")
+        order = np.argsort(groups, kind="stable")
+        _, starts = np.unique(groups[order], return_index=True)
+        self.members = np.split(order, starts[1:])  # rows of each group
+        largest = max(map(len, self.members))
+        if largest > batch_size:
+            raise UserError(
+                f"train.batch_size={batch_size} completions cannot hold a whole group: one prompt has {largest}; give"
+                f" train.batch_size={largest} or more"
+            )
+        at_once = batch_size // largest
+        self._groups = Order(np.zeros(len(self.members), np.int32), [1.0], at_once, seed)
+        self.rows_per_epoch = len(groups)
+        self.batches_per_epoch = self._groups.batches_per_epoch
+
+    def batch(self, number: int) -> np.ndarray:
+        return np.concatenate([self.members[group] for group in self._groups.batch(number)])
+
+    def epoch(self, number: int) -> np.ndarray:
+        return np.concatenate([self.members[group] for group in self._groups.epoch(number)])
+
+
 def _share(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarray:
     """All rows as often as they go into `wanted`, and a random choice for the rest."""
     copies, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)

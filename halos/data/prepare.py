@@ -24,7 +24,7 @@ from halos.data.sources import Opened, Source, hash_files, open_source
 from halos.data.template import chat_template
 from halos.data.tokenize import EQUAL, Encoded, Encoder
 from halos.errors import UserError
-from halos.types import Comparison, Example, Judgement
+from halos.types import Comparison, Example, Judgement, Scored
 
 log = logging.getLogger(__name__)
 
@@ -180,7 +180,8 @@ def _items(batch: Sequence[Placed], encoder: Encoder, counts: Counts) -> list[It
         _count(encoded, counts)
         margin = (example.margin or 0.0) if isinstance(example, Comparison) else 0.0
         desirable = example.desirable if isinstance(example, Judgement) else True
-        items.append(Item(encoded.prompt, encoded.completions, desirable, margin, name))
+        reward = example.reward if isinstance(example, Scored) else 0.0
+        items.append(Item(encoded.prompt, encoded.completions, desirable, margin, name, reward, encoded.logps))
     return items
 
 
@@ -190,3 +191,4 @@ def _count(encoded: Encoded, counts: Counts) -> None:
     counts.cut_completions += encoded.cut_completions
     counts.inexact += not encoded.exact
     counts.merged += encoded.merged
+    counts.tokenised_anew += encoded.tokenised_anew

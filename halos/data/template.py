@@ -78,6 +78,10 @@ class Template:
         spans = tuple(((0, spans[0][1] - cut), *((a - cut, b - cut) for a, b in spans[1:])) for _, spans, _ in placed)
         return Layout(start[:cut], texts, spans, all(exact for _, _, exact in placed))
 
+    def generation_prompt(self, prompt: Turns, where: str) -> str:
+        """What a sampler is fed for `prompt`."""
+        return self._render(prompt, where, generate=True)
+
     def _render(self, turns: Iterable[Message], where: str, *, generate: bool) -> str:
         # transformers drops keys without value from 5.18 on; templates print None where they meet it.
         plain = [{name: value for name, value in turn.items() if value is not None} for turn in turns]

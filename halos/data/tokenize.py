@@ -1,5 +1,6 @@
 """From examples to token ids, in batches, within max_length."""
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.data.dataset import Completion
 from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
-from halos.types import Comparison, Example, Turns
+from halos.types import Comparison, Example, Scored, Turns
 
 TOO_LONG, PROMPT_TOO_LONG = "longer than max_length", "with a prompt that fills max_length"
 EQUAL = "with equal completions"
@@ -28,6 +29,8 @@ class Encoded:
     merged: bool
     cut_turns: bool = False
     cut_completions: int = 0
+    logps: np.ndarray | None = None  # (scored tokens,) of a Scored whose sampler kept them
+    tokenised_anew: bool = False  # a Scored of which only the text could be used
 
     @property
     def length(self) -> int:
@@ -51,15 +54,38 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str) -> None:
         self._tokenizer, self._template = tokenizer, Template(tokenizer)
-        self._max_length, self._truncation = max_length, truncation
+        self._max_length, self._truncation, self._vocabulary = max_length, truncation, vocabulary_of(tokenizer)
         added = tokenizer.added_tokens_decoder.values()
         self._seams = any_of(str(t) for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
     def encode(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded | str]:
         """Each example comes with its place in the data; a string in the answer says why one is dropped."""
-        layouts = [self._template.lay_out(*_parts(example), where) for example, where in examples]
-        fitted = [self._fit(each, *given) for each, given in zip(self._encode(layouts), examples, strict=True)]
+        whole = [self._is_sampled(example) for example, _ in examples]
+        told = [given for given, sampled in zip(examples, whole, strict=True) if not sampled]
+        laid_out = iter(self._encode([self._template.lay_out(*_parts(example), where) for example, where in told]))
+        kept = iter(self._keep([given for given, sampled in zip(examples, whole, strict=True) if sampled]))
+        fitted = [self._fit(next(kept if sampled else laid_out), *given) for sampled, given in zip(whole, examples, strict=True)]
         return [EQUAL if isinstance(each, Encoded) and _equal(each) else each for each in fitted]
+
+    def prompts(self, prompts: Sequence[tuple[Turns, str]]) -> list[np.ndarray]:
+        """The ids that a sampler is fed, the template's generation prompt included: (tokens,) int32 each."""
+        texts = [self._template.generation_prompt(turns, where) for turns, where in prompts]
+        return [np.array(found.ids, np.int32) for found in self._tokenise(texts)] if texts else []
+
+    def _is_sampled(self, example: Example) -> bool:
+        """Whether an example brings its own tokens, and they are this tokenizer's."""
+        return isinstance(example, Scored) and bool(example.ids) and example.vocabulary == self._vocabulary
+
+    def _keep(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded]:
+        """What was sampled, token by token as it was sampled: all of it is scored, an end token where there is one."""
+        found = []
+        prompts = self.prompts([(example.prompt, where) for example, where in examples])
+        for prompt, (example, _) in zip(prompts, examples, strict=True):
+            assert isinstance(example, Scored)
+            ids = np.array(example.ids, np.int32)
+            logps = np.array(example.logps, np.float32) if example.logps else None
+            found.append(Encoded(prompt, (Completion(ids, np.ones(len(ids), bool)),), exact=True, merged=False, logps=logps))
+        return found
 
     def _encode(self, layouts: Sequence[Layout]) -> list[Encoded]:
         prompts = list(dict.fromkeys(layout.prompt for layout in layouts))
@@ -102,6 +128,8 @@ class Encoder:
     # --- max_length ----------------------------------------------------------------------------------------------------
 
     def _fit(self, encoded: Encoded, example: Example, where: str) -> Encoded | str:
+        if isinstance(example, Scored) and not self._is_sampled(example):
+            encoded = replace(encoded, tokenised_anew=True)
         if encoded.length <= self._max_length:
             return encoded
         if self._truncation == "error":
@@ -122,7 +150,7 @@ class Encoder:
             tried[n] = self._encode([self._template.lay_out(*_parts(shorter[n]), where)])[0]
             return tried[n].length <= self._max_length
 
-        if not shorter:
+        if not shorter or self._is_sampled(example):  # what was sampled from a prompt says nothing about another
             return encoded
         first = bisect_left(range(len(shorter)), True, key=fits)  # lengths fall, so the search has tried where it ends
         return replace(tried[min(first, len(shorter) - 1)], cut_turns=True)
@@ -136,7 +164,14 @@ class Encoder:
         completions = tuple(Completion(each.ids[:room], each.scored[:room]) for each in encoded.completions)
         if not all(each.scored.any() for each in completions):
             return TOO_LONG
-        return replace(encoded, completions=completions, cut_completions=cut)
+        logps = None if encoded.logps is None else encoded.logps[:room]
+        return replace(encoded, completions=completions, cut_completions=cut, logps=logps)
+
+
+def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A name for what its token ids mean."""
+    words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return hashlib.blake2b(repr(words).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def _parts(example: Example) -> tuple[Turns, tuple[Turns, ...]]:

@@ -1,9 +1,9 @@
 """The protocol between the loop and everything that happens around it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -57,6 +57,22 @@ class Run:
         return self.accelerator.is_main_process
 
 
+class Watched(Protocol):
+    """What a tracker needs of whatever it tracks: a run, or a walk of online rounds."""
+
+    @property
+    def config(self) -> Config: ...
+
+    @property
+    def directory(self) -> RunDir: ...
+
+    @property
+    def main(self) -> bool: ...
+
+    @property
+    def step(self) -> int: ...
+
+
 class Hook:
     """Each method does nothing by default. Every process runs every hook; guard output with `run.main`, never a collective."""
 
@@ -68,6 +84,9 @@ class Hook:
 
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         """After an evaluation, which belongs to the loop."""
+
+    def on_examples(self, run: Watched, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Samples with their scores, of an online round or of a live run's evaluation: `prompt`, `output`, `reward`, `split`."""
 
     def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
         """Write into `path`; it becomes visible when every hook and every process is done.

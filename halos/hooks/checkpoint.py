@@ -45,6 +45,7 @@ class CheckpointHook(Hook):
         async_save: bool,
         merge_lora: bool,
         merge_dtype: Literal["auto", "float32", "bfloat16", "float16"],
+        at_end: bool,
     ) -> None:
         if keep_every is not None and (every is None or keep_every % every):
             raise UserError(
@@ -53,6 +54,7 @@ class CheckpointHook(Hook):
         self.every, self.keep_last, self.keep_best = every, keep_last, keep_best
         self.keep_every, self.pinned, self.on_full_disk = keep_every, frozenset(pinned), on_full_disk
         self.async_save, self.merge_lora, self.merge_dtype = async_save, merge_lora, merge_dtype
+        self.at_end = at_end
         self._copier = Copier() if async_save else None
         self._whole: set[int] = set()  # steps whose checkpoints this attempt has verified or written; on the first process
         self._full: Stop | None = None
@@ -60,7 +62,7 @@ class CheckpointHook(Hook):
         self.origin: dict[str, Any] = {}
 
     def due(self, run: Run) -> bool:
-        return self._due_at(run.step)
+        return self._due_at(run.step) or (self.at_end and run.step == run.total_steps)
 
     def on_start(self, run: Run) -> None:
         """Refuse what could not be merged in the end, an adapter that met another base than its own, and too small a disk."""
@@ -206,7 +208,7 @@ class CheckpointHook(Hook):
         else:
             values = weights.gathered(run.module, trained_only=False)
             if run.main:
-                weights.save_model(path, bare(run.model), values)
+                weights.save_model(path, bare(run.model), weights.apart(path, values))
         if run.main:
             run.tokenizer.save_pretrained(path)
             if isinstance(run.model, PeftModel) and self.merge_lora:

@@ -6,7 +6,7 @@ from halos.hooks.base import Hook, Metrics, Run
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "logps/accuracies", "accuracy", "kl")
+SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "logps/accuracies", "accuracy", "reward", "kl")
 
 
 def summary(metrics: Metrics) -> str:

@@ -3,12 +3,13 @@
 import logging
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from halos.errors import UserError
-from halos.hooks.base import Hook, Metrics, Run
+from halos.hooks.base import Hook, Metrics, Watched
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +27,11 @@ def _flat(value: Any, name: str = "") -> dict[str, str | int | float | bool]:
     return {name: value if isinstance(value, str | int | float | bool) else str(value)}
 
 
+def _text(turns: Any) -> str:
+    """Turns, or text, as text."""
+    return turns if isinstance(turns, str) else "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
+
+
 class TensorBoard(Hook):
     """Event files under the run directory's tensorboard/."""
 
@@ -37,24 +43,24 @@ class TensorBoard(Hook):
         self._open = SummaryWriter
         self._writer: SummaryWriter | None = None
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: Watched) -> None:
         if run.main:
             # purge_step hides what an attempt that died wrote beyond the checkpoint this one goes on from
             self._writer = self._open(run.directory.path / "tensorboard", purge_step=run.step + 1 if run.step else None)
             self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in _flat(asdict(run.config)).items()), 0)
 
-    def _write(self, run: Run, metrics: Metrics) -> None:
+    def _write(self, run: Watched, metrics: Metrics) -> None:
         if self._writer is not None and metrics:
             for name, value in _named(metrics).items():
                 self._writer.add_scalar(name, value, run.step)
 
-    def on_step(self, run: Run, metrics: Metrics) -> None:
+    def on_step(self, run: Watched, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_eval(self, run: Run, metrics: Metrics) -> None:
+    def on_eval(self, run: Watched, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_end(self, run: Run) -> None:
+    def on_end(self, run: Watched) -> None:
         if self._writer is not None:
             self._writer.close()
 
@@ -73,7 +79,7 @@ class Wandb(Hook):
         netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
         return netrc.is_file() and "api.wandb.ai" in netrc.read_text()
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: Watched) -> None:
         if not run.main:
             return
         mode: Literal["online", "offline"] = "online" if self._has_key() else "offline"
@@ -92,7 +98,7 @@ class Wandb(Hook):
             log.warning("wandb could not be reached (%s); logging offline", str(error).splitlines()[0])
             self._run = self._init(run, "offline")
 
-    def _init(self, run: Run, mode: Literal["online", "offline"]) -> Any:
+    def _init(self, run: Watched, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         return wandb.init(
@@ -108,17 +114,27 @@ class Wandb(Hook):
             mode=mode,
         )
 
-    def _write(self, run: Run, metrics: Metrics) -> None:
+    def _write(self, run: Watched, metrics: Metrics) -> None:
         if self._run is not None and metrics:
             self._run.log(_named(metrics), step=run.step)
 
-    def on_step(self, run: Run, metrics: Metrics) -> None:
+    def on_step(self, run: Watched, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_eval(self, run: Run, metrics: Metrics) -> None:
+    def on_eval(self, run: Watched, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_end(self, run: Run) -> None:
+    def on_examples(self, run: Watched, examples: Sequence[Mapping[str, Any]]) -> None:
+        if self._run is not None:
+            import wandb
+
+            columns: list[Any] = ["split", "reward", "prompt", "completion"]
+            rows: list[Any] = [
+                [row.get("split"), row.get("reward"), _text(row["prompt"]), _text(row["output"])] for row in examples
+            ]
+            self._run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=run.step)
+
+    def on_end(self, run: Watched) -> None:
         if self._run is not None:
             self._run.finish()
 

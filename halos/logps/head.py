@@ -17,14 +17,15 @@ class Head:
     layer: nn.Module  # called as a module, so that a bias or an adapter on it counts
     scale: float
     softcap: float | None
+    temperature: float = 1.0  # of the softmax
 
     @classmethod
-    def of(cls, model: PreTrainedModel) -> "Head":
+    def of(cls, model: PreTrainedModel, temperature: float = 1.0) -> "Head":
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         layer = model.get_output_embeddings()
         assert isinstance(layer, nn.Module), f"{type(model).__name__} has no LM head"
-        return cls(layer, scale, getattr(config, "final_logit_softcapping", None))
+        return cls(layer, scale, getattr(config, "final_logit_softcapping", None), temperature)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocabulary), float32, as the model itself would have them."""
@@ -34,10 +35,11 @@ class Head:
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         logits = self.logits(hidden)
+        logits = logits if self.temperature == 1.0 else logits / self.temperature
         return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
 
     def logps(self, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-        """log softmax(logits)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
+        """log softmax(logits / temperature)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
 
         Logits of a chunk are formed again in the backward pass instead of being kept.
         """

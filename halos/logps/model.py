@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from halos.logps.attention import SEGMENTS
 from halos.logps.head import Head
-from halos.types import Sequences, TokenLogps
+from halos.types import Acted, Sequences, TokenLogps
 
 
 @contextmanager
@@ -49,22 +49,55 @@ def hidden_states(model: PreTrainedModel, batch: Sequences) -> Tensor:
     return output.last_hidden_state[0]
 
 
-class LanguageModel(nn.Module):
+def in_rows(flat: Tensor, batch: Sequences) -> Tensor:
+    """What was computed for each scored token, as (rows, time); 0 where a row has ended."""
+    return flat.new_zeros(len(batch.lengths), batch.widest).index_put((batch.rows, batch.columns), flat)
+
+
+def mask_of(batch: Sequences) -> Tensor:
+    """Which places of (rows, time) are scored tokens: bool."""
+    mask = torch.zeros(len(batch.lengths), batch.widest, dtype=torch.bool, device=batch.ids.device)
+    mask[batch.rows, batch.columns] = True
+    return mask
+
+
+class _Policy(nn.Module):
+    """A language model under what looks at its hidden states."""
+
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.model, self.temperature = model, temperature
+
+    def logps(self, hidden: Tensor, batch: Sequences) -> TokenLogps:
+        """From the hidden states (scored, hidden) that predict the scored tokens."""
+        model = bare(self.model)
+        flat = Head.of(model, self.temperature).logps(hidden, batch.targets, model.config.get_text_config().vocab_size)
+        return TokenLogps(in_rows(flat, batch), mask_of(batch))
+
+
+class LanguageModel(_Policy):
     """Sequences -> log-probs of their scored tokens. Prompt tokens never reach the head."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
     def forward(self, batch: Sequences) -> TokenLogps:
-        model = bare(self.model)
-        hidden = hidden_states(model, batch)[batch.sources]
-        flat = Head.of(model).logps(hidden, batch.targets, model.config.get_text_config().vocab_size)
-        rows = len(batch.lengths)
-        values = flat.new_zeros(rows, batch.widest).index_put((batch.rows, batch.columns), flat)
-        mask = torch.zeros(rows, batch.widest, dtype=torch.bool, device=flat.device)
-        mask[batch.rows, batch.columns] = True
-        return TokenLogps(values, mask)
+        return self.logps(hidden_states(bare(self.model), batch)[batch.sources], batch)
+
+
+class ActorCritic(_Policy):
+    """A language model and a linear value head on its last hidden states, which starts at 0: no second model is held."""
+
+    def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
+        super().__init__(model, temperature=temperature)
+        config = bare(model).config.get_text_config()
+        self.value_head = nn.Linear(config.hidden_size, 1, dtype=torch.float32)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+
+    def forward(self, batch: Sequences) -> Acted:
+        hidden = hidden_states(bare(self.model), batch)[batch.sources]
+        logps = self.logps(hidden, batch)
+        with torch.autocast(hidden.device.type, enabled=False):
+            values = self.value_head(hidden.float()).sum(-1)  # of one output: FSDP wants no view
+        return Acted(logps, in_rows(values, batch))
 
 
 class RewardModel(nn.Module):
@@ -77,15 +110,18 @@ class RewardModel(nn.Module):
     def forward(self, batch: Sequences) -> Tensor:
         """(rows,) float32: the score at each sequence's last token that is not padding."""
         model: Any = bare(self.model)
-        hidden = hidden_states(model, batch)[self._last(batch)]
+        hidden = hidden_states(model, batch)[last_tokens(batch, model.config.get_text_config().pad_token_id)]
         with torch.autocast(hidden.device.type, enabled=False):  # scores are compared: their differences are small
             return model.score(hidden.to(model.score.weight.dtype)).float().sum(1)  # of one label: FSDP wants no view
 
-    def _last(self, batch: Sequences) -> Tensor:
-        # where pad == eos, transformers takes the end token for padding and reads the token before it; so do we
-        padding = bare(self.model).config.get_text_config().pad_token_id
-        ends = torch.tensor(list(accumulate(batch.lengths)), device=batch.ids.device)
-        index = torch.arange(len(batch.ids), device=batch.ids.device)
-        index = torch.where(batch.ids == padding, -1, index) if padding is not None else index
-        latest = index.cummax(0).values[ends - 1]
-        return torch.maximum(latest, ends - torch.tensor(batch.lengths, device=batch.ids.device))
+
+def last_tokens(batch: Sequences, padding: int | None) -> Tensor:
+    """Where each sequence's last token stands that is not padding: (rows,) int64.
+
+    Where pad == eos, transformers takes the end token for padding and reads the token before it; so do we.
+    """
+    ends = torch.tensor(list(accumulate(batch.lengths)), device=batch.ids.device)
+    index = torch.arange(len(batch.ids), device=batch.ids.device)
+    index = torch.where(batch.ids == padding, -1, index) if padding is not None else index
+    latest = index.cummax(0).values[ends - 1]
+    return torch.maximum(latest, ends - torch.tensor(batch.lengths, device=batch.ids.device))

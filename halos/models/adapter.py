@@ -1,5 +1,6 @@
 """LoRA adapters: PEFT's, with PEFT's own keys."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,20 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
         if parameter.requires_grad:  # a head that is saved whole has the base's dtype; steps would vanish in bfloat16
             parameter.data = parameter.data.float()
     return adapted
+
+
+def refuse_other_settings(model: PeftModel, directory: Path) -> None:
+    """Raises UserError where a saved adapter was made with other keys than the model's own: it would mean something else."""
+    path = directory / "adapter_config.json"
+    if not path.is_file() or not (directory / "adapter_model.safetensors").is_file():
+        raise UserError(f"peft.init_from={directory} is no adapter: it lacks {path.name} or adapter_model.safetensors")
+    saved, own = json.loads(path.read_text()), model.peft_config["default"].to_dict()
+    for name in KEYS:
+        one, other = saved.get(name), own.get(name)
+        if sorted(one or []) != sorted(other or []) if name in ("target_modules", "modules_to_save") else one != other:
+            raise UserError(
+                f"peft.init_from={directory} was made with peft.{name}={one}, and this run has {other}: type the same"
+            )
 
 
 def load_adapter(model: PeftModel, directory: Path) -> None:

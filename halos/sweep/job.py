@@ -1,8 +1,6 @@
 """One job of a sweep: what was typed for it, where it lies, and how far it is by the files it writes."""
 
 import json
-import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
+from halos.children import tail
 from halos.rundir import RunDir, is_run
-
-TAIL = 2**14  # bytes of a log or of metrics.jsonl that hold its last lines
-LINES = 12  # of a failed job's log that are shown
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
 
@@ -83,24 +79,3 @@ def own_words(jobs: Sequence[Sequence[str]]) -> list[str]:
         return [" ".join(jobs[0])]
     shared = set(jobs[0]).intersection(*jobs[1:])
     return [" ".join(word.lstrip("+") for word in words if word not in shared) or f"job {n}" for n, words in enumerate(jobs)]
-
-
-def tail(path: Path) -> str:
-    """The end of a text file, nothing where there is none."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL))
-            return file.read().decode("utf-8", errors="replace")
-    except OSError:
-        return ""
-
-
-def last_words(log: Path) -> str:
-    """Why a job failed: our one message where there is one, else the end of its log, without the launcher's own report."""
-    text = tail(log)
-    if errors := re.findall(r"^error: .*", text, re.M):
-        return errors[-1]
-    parts = re.split(r"^(?=Traceback \(most recent call last\):)", text, flags=re.M)
-    own = "".join(part for part in parts if "accelerate/commands/launch" not in part)
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", own) if line.strip()]
-    return "\n".join(lines[-LINES:]) or "it printed nothing"

@@ -1,10 +1,8 @@
 """Runs jobs, so many at a time, and leaves no process behind, however the sweep ends."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +11,12 @@ from pathlib import Path
 
 import psutil
 
-from halos.sweep.job import Job, State, last_words
+from halos.children import die_with_parent, last_words
+from halos.sweep.job import Job, State
 from halos.sweep.places import Place
 
 PERIOD = 0.2  # seconds between two looks at the jobs
 PATIENCE = 600.0  # seconds in which a job that was told to stop saves what it has
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass
@@ -93,7 +91,7 @@ class Pool:
         with job.log.open("wb") as log:
             process = subprocess.Popen(
                 self.command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, **place.environment}, start_new_session=True, preexec_fn=_die_with_parent,
+                env={**os.environ, **place.environment}, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
         self._running.append(Running(job, place, process))
 
@@ -158,12 +156,6 @@ def _end(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
             process.send_signal(number)
         except psutil.NoSuchProcess:
             continue
-
-
-def _die_with_parent() -> None:
-    """In the child, before it begins: a sweep that is killed takes its launchers along, whose ranks then save and leave."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def log_of(sweep: Path, run: Path) -> Path:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -26,7 +26,7 @@ from halos.checkpoint.saving import Saving
 from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
 from halos.data.dataset import Item
-from halos.data.order import Order, eval_batches
+from halos.data.order import eval_batches
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
@@ -42,6 +42,15 @@ log = logging.getLogger(__name__)
 Totals = Mapping[str, tuple[float, float]]
 
 
+class Batches(Protocol):
+    """Which rows each global batch holds."""
+
+    def batch(self, number: int) -> np.ndarray: ...
+
+
+Exam = Callable[[], Mapping[str, float]]  # metrics; every process calls it, and gets the same
+
+
 class Trainer(ABC):
     """Owns the loop. A subclass says how items become rows of tokens, and the model's output what the loss takes."""
 
@@ -53,11 +62,13 @@ class Trainer(ABC):
         *,
         train: Split,
         held_out: Split | None,
-        order: Order,
+        order: Batches,
         reference: nn.Module | None,
+        exam: Exam | None = None,
     ) -> None:
         self.run, self.loss, self.checkpoint = run, loss, checkpoint
         self.train, self.held_out, self.order, self.reference = train, held_out, order, reference
+        self.exam = exam  # what an evaluation measures, where it is not the loss over held-out items
         self.settings = run.config.train
         self._clock, self._window_tokens = 0.0, 0
         self._saved = run.step  # the newest step that a checkpoint holds, or the one that needs none
@@ -68,8 +79,11 @@ class Trainer(ABC):
         """The sequences that the model sees for these items."""
 
     @abstractmethod
-    def inputs(self, output: Any, items: Sequence[Item]) -> Any:
-        """The loss's first parameter, from the model's output over `rows`."""
+    def inputs(self, output: Any, chunk: Chunk) -> Any:
+        """The loss's first parameter, from the model's output over the `rows` of a chunk's items."""
+
+    def begin(self) -> None:  # noqa: B027  most have nothing to do
+        """What is to be known of the data before the first step."""
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """Metrics that are functions of other metrics' means."""
@@ -81,6 +95,7 @@ class Trainer(ABC):
         """Train to the last step, or until a hook or a signal says stop. `FINAL` is written only by a run that finished."""
         run = self.run
         self._tell(lambda hook: hook.on_start(run))
+        self.begin()
         if self._evaluation_due():
             self.evaluate()
         self._clock, self._window_tokens = time.perf_counter(), run.tokens
@@ -135,11 +150,24 @@ class Trainer(ABC):
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """The same loss over all held-out items, in global batches of the training size."""
-        run, began, meter = self.run, time.perf_counter(), Meter()
-        if self.held_out is None:
+        """Held-out metrics: the same loss over all held-out items, or what the exam finds."""
+        run, began = self.run, time.perf_counter()
+        if self.held_out is None and self.exam is None:
             return
         run.module.eval()
+        means = self.exam() if self.exam else self._held_out_means()
+        if self._cut_short():
+            return  # and it is made when the run goes on
+        seconds = time.perf_counter() - began
+        run.last_eval = {"step": run.step, "split": "eval", **means, "seconds": round(seconds, 3)}
+        self._know_objective(means)
+        self._tell(lambda hook: hook.on_eval(run, run.last_eval))
+        self._clock += seconds
+
+    def _held_out_means(self) -> dict[str, float]:
+        """In global batches of the training size; nothing where a signal came between."""
+        run, meter = self.run, Meter()
+        assert self.held_out is not None
         batches = eval_batches(len(self.held_out.rows), self.settings.batch_size)
         quiet = not run.main or not sys.stderr.isatty()
         for indices in tqdm(batches, desc="held out", unit="batch", leave=False, disable=quiet):
@@ -153,15 +181,11 @@ class Trainer(ABC):
         if isinstance(run.module, FSDPModule):
             run.module.reshard()  # without a backward the root's parameters stay whole
         if self._cut_short():
-            return  # and it is made when the run goes on
+            return {}
         window = Window()
         window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum")))
-        means, seconds = window.means(), time.perf_counter() - began
-        row = {"step": run.step, "split": "eval", **means, **self.derived(means), "examples": len(self.held_out.rows)}
-        run.last_eval = {**row, "seconds": round(seconds, 3)}
-        self._know_objective(means)
-        self._tell(lambda hook: hook.on_eval(run, run.last_eval))
-        self._clock += seconds
+        means = window.means()
+        return {**means, **self.derived(means), "examples": len(self.held_out.rows)}
 
     def save(self, *, final: bool) -> None:
         """A checkpoint, or with `final` what the user came for. It becomes visible at once, complete, or not at all.
@@ -279,9 +303,13 @@ class Trainer(ABC):
         finally:
             model.train(training)
 
+    def _arguments(self, chunk: Chunk) -> list[Any]:
+        """What the loss is given for a chunk, its statistics apart."""
+        return self._forward(self.rows(chunk.items), lambda output: self.inputs(output, chunk))
+
     def _loss(self, chunk: Chunk, statistics: Tensor | None, total: int) -> Loss:
         torch.manual_seed(chunk.seed)
-        arguments = self._forward(self.rows(chunk.items), lambda output: self.inputs(output, chunk.items))
+        arguments = self._arguments(chunk)
         if self.loss.statistics is not None and statistics is None:
             # a single micro-batch: the forward pass that the loss needs serves its statistics too
             with torch.no_grad():
@@ -303,8 +331,7 @@ class Trainer(ABC):
                 rows = [mismatch(item, partner, length) for item, partner in zip(chunk.items, chunk.partners, strict=True)]
                 arguments = self._forward(rows, Mismatched)
             else:
-                items = chunk.items
-                arguments = self._forward(self.rows(items), lambda output, items=items: self.inputs(output, items))
+                arguments = self._arguments(chunk)
             values = self.loss.statistics(*arguments)
             parts.append(values[: len(values) if chunk.weight else 0])
         return gather_in_order(torch.cat(parts), total, self.run.accelerator)

@@ -2,20 +2,38 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from halos.data.dataset import Dataset, Item
+from halos.data.dataset import Item
+from halos.types import Example
+
+
+class Rows(Protocol):
+    """What a step needs of rows: a Dataset's, or those that a live run has just sampled."""
+
+    kind: type[Example]
+    groups: np.ndarray  # (rows,)
+    scored: np.ndarray  # (rows, completions)
+    lengths: np.ndarray  # (rows, completions)
+    rewards: np.ndarray  # (rows,)
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, row: int) -> Item: ...
+
+    def lines(self) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Split:
     """Tokenised rows, and for each the row whose completion it is mismatched with, where the loss wants that."""
 
-    rows: Dataset
+    rows: Rows
     partners: np.ndarray | None  # (rows,)
 
 
@@ -25,9 +43,11 @@ class Chunk:
 
     items: Sequence[Item]
     partners: Sequence[Item]
+    places: np.ndarray  # (items,) where in the global batch they stand
     num_scored: int
     weight: float
     seed: int
+    given: Any = None  # what a trainer knows of these items besides
 
 
 def deal(split: Split, indices: np.ndarray, accelerator: Accelerator, *, size: int, seeds: tuple[int, int]) -> list[Chunk]:
@@ -37,16 +57,17 @@ def deal(split: Split, indices: np.ndarray, accelerator: Accelerator, *, size: i
     of the batch with weight 0. `seeds` (the run's, the step) make each chunk's dropout a function of where it stands.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    mine, most = indices[rank::world], -(-len(indices) // world)
+    mine, most = np.arange(len(indices))[rank::world], -(-len(indices) // world)
     chunks = []
     for number, start in enumerate(range(0, most, size)):
-        some = mine[start : start + size]
-        weight = 1.0 if len(some) else 0.0
-        some = some if len(some) else indices[:1]
+        places = mine[start : start + size]
+        weight = 1.0 if len(places) else 0.0
+        places = places if len(places) else np.zeros(1, np.int64)
+        some = indices[places]
         partners = [split.rows[int(i)] for i in split.partners[some]] if split.partners is not None else []
         seed = int(np.random.SeedSequence([*seeds, rank, number]).generate_state(1, np.uint64)[0] >> 1)
         items = [split.rows[int(i)] for i in some]
-        chunks.append(Chunk(items, partners, int(split.rows.scored[some].sum()), weight, seed))
+        chunks.append(Chunk(items, partners, places, int(split.rows.scored[some].sum()), weight, seed))
     return chunks
 
 

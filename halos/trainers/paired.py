@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
+from halos.trainers.deal import Chunk
 from halos.types import Pair, TokenLogps
 
 
@@ -19,5 +20,5 @@ class PairedTrainer(Trainer):
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return both(items)
 
-    def inputs(self, output: TokenLogps, items: Sequence[Item]) -> Pair:
-        return Pair(*output.split(len(items)))
+    def inputs(self, output: TokenLogps, chunk: Chunk) -> Pair:
+        return Pair(*output.split(len(chunk.items)))

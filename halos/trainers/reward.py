@@ -8,6 +8,7 @@ from torch import Tensor
 from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
+from halos.trainers.deal import Chunk
 from halos.trainers.paired import both
 from halos.types import PairScores
 
@@ -18,6 +19,6 @@ class RewardTrainer(Trainer):
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return both(items)
 
-    def inputs(self, output: Tensor, items: Sequence[Item]) -> PairScores:
-        margin = torch.tensor([item.margin for item in items], dtype=torch.float32, device=output.device)
-        return PairScores(output[: len(items)], output[len(items) :], margin)
+    def inputs(self, output: Tensor, chunk: Chunk) -> PairScores:
+        margin = torch.tensor([item.margin for item in chunk.items], dtype=torch.float32, device=output.device)
+        return PairScores(output[: len(chunk.items)], output[len(chunk.items) :], margin)

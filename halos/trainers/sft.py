@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
+from halos.trainers.deal import Chunk
 from halos.types import TokenLogps
 
 
@@ -15,7 +16,7 @@ class SFTTrainer(Trainer):
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return [(item.prompt, item.completions[0]) for item in items]
 
-    def inputs(self, output: TokenLogps, items: Sequence[Item]) -> TokenLogps:
+    def inputs(self, output: TokenLogps, chunk: Chunk) -> TokenLogps:
         return output
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:

@@ -7,6 +7,7 @@ import torch
 from halos.data.collate import PackRow
 from halos.data.dataset import Item
 from halos.trainers.base import Trainer
+from halos.trainers.deal import Chunk
 from halos.types import Labelled, TokenLogps
 
 
@@ -16,8 +17,8 @@ class UnpairedTrainer(Trainer):
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return [(item.prompt, item.completions[0]) for item in items]
 
-    def inputs(self, output: TokenLogps, items: Sequence[Item]) -> Labelled:
-        return Labelled(output, torch.tensor([item.desirable for item in items], device=output.values.device))
+    def inputs(self, output: TokenLogps, chunk: Chunk) -> Labelled:
+        return Labelled(output, torch.tensor([item.desirable for item in chunk.items], device=output.values.device))
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         both = "rewards/chosen" in means and "rewards/rejected" in means

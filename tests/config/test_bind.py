@@ -7,9 +7,9 @@ import pytest
 import torch
 import yaml
 
-from halos.config.bind import bind_hook, bind_loss
+from halos.config.bind import INPUTS, bind_hook, bind_loss
 from halos.errors import UserError
-from halos.types import Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps
+from halos.types import Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps, ValuedRollouts
 
 CONFIG = Path(__file__).parents[2] / "config"
 LOSSES = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
@@ -59,13 +59,37 @@ def plugin(tmp_path, monkeypatch):
     return path
 
 
-@pytest.mark.parametrize("name", LOSSES)
+def settings_of(name):
+    """The knobs of a loss's YAML, on top of those of the one that it is a variant of; and which that is."""
+    node = yaml.safe_load((CONFIG / "loss" / f"{name}.yaml").read_text())
+    bases = [base for base in node.get("defaults", []) if base != "_self_"]
+    before, module = settings_of(bases[0]) if bases else ({}, name)
+    return {**before, **node["loss"]}, module
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "online"])
 def test_every_loss_yaml_binds(name):
-    settings = yaml.safe_load((CONFIG / "loss" / f"{name}.yaml").read_text())["loss"]
+    settings, module = settings_of(name)
     spec = bind_loss(settings, [])
-    assert spec.name == name, "the YAML and the module have one name, so that messages can say loss=name"
-    assert spec.inputs in (TokenLogps, Pair, Labelled, PairScores)
+    assert spec.name == module, "the YAML and the module have one name, so that messages can say loss=name"
+    assert spec.inputs in INPUTS
     assert spec.settings.keys() == settings.keys() - {"_target_"}
+
+
+def test_knobs_may_say_that_no_reference_is_needed():
+    grpo, _ = settings_of("grpo")
+    assert not bind_loss(grpo, []).needs_reference
+    with_kl = bind_loss({**grpo, "beta": 0.04}, [])
+    assert (with_kl.needs_reference, with_kl.takes_reference, with_kl.on_rollouts) == (True, True, True)
+    ppo, _ = settings_of("ppo")
+    assert (bind_loss(ppo, []).inputs, bind_loss(ppo, []).adapt is None) == (ValuedRollouts, False)
+    assert not bind_loss({**ppo, "kl_coefficient": 0}, []).needs_reference
+
+
+def test_a_loss_on_rollouts_says_how_its_advantages_come(plugin):
+    plugin.write_text("from halos.types import Loss, Rollouts\ndef mine(policy: Rollouts) -> Loss: ...\n")
+    with pytest.raises(UserError, match="takes Rollouts, but toyplugin has no function `advantages`"):
+        bind_loss({"_target_": "toyplugin.mine"}, ["toyplugin"])
 
 
 def test_a_signature_says_what_the_run_needs():

@@ -1,9 +1,9 @@
 import pytest
 
 from halos.data.files import Row
-from halos.data.formats import as_kind, read_example
+from halos.data.formats import as_kind, read_example, read_prompt
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Judgement
+from halos.types import Comparison, Demonstration, Judgement, Scored
 
 from .kit import says, turn, user
 
@@ -116,10 +116,38 @@ def test_binary_feedback_is_a_judgement_and_minus_one_is_undesirable():
     assert [read(**record, label=label).desirable for label in (0, -1)] == [False, False]
 
 
-def test_a_sample_is_a_demonstration_and_scalar_feedback_says_what_to_do():
+def test_scalar_feedback_has_a_reward_and_the_samplers_own_tokens():
+    row = {"type": "scalar_feedback", "prompt": list(Q), "output": list(GOOD), "reward": 0.5}
+    assert read(**row) == Scored(Q, GOOD, 0.5)
+    assert read(prompt="One?", completion="one", reward=2) == Scored(Q, GOOD, 2.0)
+    kept = read(**row, output_ids=[5, 6], logps=[-0.5, -1.0], vocabulary="v")
+    assert kept == Scored(Q, GOOD, 0.5, (5, 6), (-0.5, -1.0), "v")
+    refuses("logps has 1 numbers for 2 output_ids", **row, output_ids=[5, 6], logps=[-0.5])
+    refuses("reward is 'much', not a number", **{**row, "reward": "much"})
+    refuses("output is empty", **{**row, "output": ""})
+    assert read(**{**row, "output": ""}, output_ids=[1]).ids == (1,), "a model may end at once"
+
+
+def test_labels_and_pairs_stand_for_rewards_of_one_and_minus_one():
+    assert serves(Judgement(Q, GOOD, False), Scored) == [Scored(Q, GOOD, -1.0)]
+    assert serves(Comparison(Q, GOOD, BAD, None), Scored) == [Scored(Q, GOOD, 1.0), Scored(Q, BAD, -1.0)]
+    assert serves(Scored(Q, GOOD, 0.5), Demonstration) == [Demonstration(Q, GOOD)]
+    assert serves(Scored(Q, ({"role": "assistant", "content": " "},), 0.5, (1,)), Demonstration) == []
+    with pytest.raises(UserError, match=r"halos.online.label makes pairs or labels of samples"):
+        serves(Scored(Q, GOOD, 0.5), Comparison, reward=0.5)
+
+
+def test_a_prompt_is_read_from_any_row_with_the_answer_that_it_names():
+    assert read_prompt(Row({"prompt": "One?", "answer": "1"}, WHERE)) == (Q, "1")
+    assert read_prompt(Row({"prompt": "One?"}, WHERE)) == (Q, None)
+    assert read_prompt(Row({"prompt": "One?", "chosen": "one", "rejected": "two"}, WHERE)) == (Q, "one")
+    assert read_prompt(Row({"prompt": "One?", "completion": "two", "label": False}, WHERE)) == (Q, None)
+    assert read_prompt(Row({"messages": [*Q, *GOOD]}, WHERE)) == (Q, "one")
+
+
+def test_a_sample_is_a_demonstration():
     assert read(type="sample", prompt=list(Q), output="one") == Demonstration(Q, GOOD)
     assert read(type="sample", instruction="One?", output="one") == Demonstration(Q, GOOD)
-    refuses("make binary_feedback of it", type="scalar_feedback", prompt=list(Q), output=list(GOOD), reward=1.0)
     assert read(type="maths", prompt="One?", completion="one") == Demonstration(Q, GOOD), "other data have a type too"
 
 

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from halos.build.processes import accelerator
 from halos.build.session import assemble
+from halos.children import leave
 from halos.config import gate
 from halos.config.saved import composed, load
 from halos.hooks.base import Hook, Run
@@ -121,8 +122,8 @@ def main() -> None:
             Path(f"{run}.json").write_text(json.dumps(witness.story))
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

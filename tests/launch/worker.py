@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from halos.build.processes import accelerator
 from halos.build.session import assemble
 from halos.build.strategy import name_of
+from halos.children import leave
 from halos.config import gate
 from halos.trainers.base import Trainer
 
@@ -76,8 +77,8 @@ def main() -> None:
             save_file({**gradients, "losses": torch.tensor(losses, dtype=torch.float64)}, f"{output}/{number}.safetensors")
     if dist.is_initialized():
         dist.barrier()
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    leave(0)

@@ -6,17 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 import yaml
 from torch import Tensor
 
-from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, TokenLogps
+from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
 
 CONFIG = Path(__file__).parents[2] / "config/loss"
 ROWS, WIDTH = 5, 6
-KNOWN = (TokenLogps, Pair, Labelled, PairScores)  # first parameters that `sample` can make
+KNOWN = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)  # first parameters that `sample` can make
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,17 @@ def positional(function: Callable[..., Any]) -> dict[str, type]:
 
 
 def of_this_package() -> list[Case]:
-    read = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(CONFIG.glob("*.yaml"))}
-    cases = [Case(name, node["loss"], node["objective"]["metric"]) for name, node in read.items()]
-    return [case for case in cases if case.settings["_target_"].startswith("halos.losses.")]
+    cases = [Case(path.stem, *whole(path)) for path in sorted(CONFIG.glob("*.yaml"))]
+    return [case for case in cases if str(case.settings.get("_target_")).startswith("halos.losses.")]
+
+
+def whole(path: Path) -> tuple[dict[str, Any], str]:
+    """The knobs of a YAML, on top of those of the one that it is a variant of; and its objective."""
+    node = yaml.safe_load(path.read_text())
+    before: tuple[dict[str, Any], str] = ({}, "")
+    for name in node.get("defaults", ["_self_"]):
+        before = before if name == "_self_" else whole(path.with_name(f"{name}.yaml"))
+    return {**before[0], **(node.get("loss") or {})}, (node.get("objective") or {}).get("metric") or before[1]
 
 
 def sample(kind: type, seed: int) -> Any:
@@ -67,7 +75,16 @@ def sample(kind: type, seed: int) -> Any:
         mask = torch.arange(WIDTH) < lengths
         return TokenLogps(-3 * torch.rand(ROWS, WIDTH, generator=generator) * mask, mask)
 
+    def per_token() -> Tensor:
+        return torch.randn(ROWS, WIDTH, generator=generator) * logps(1).mask
+
     desirable = torch.tensor([True, False, True, False, False])
+    if get_args(kind):
+        return sample(get_args(kind)[0], seed)
+    if kind in (Rollouts, ValuedRollouts):
+        more = {"values": per_token(), "old_values": per_token(), "returns": per_token()} if kind is ValuedRollouts else {}
+        old = logps(1).values
+        return kind(logps(1), old, per_token(), torch.randn(ROWS, generator=generator), **more)
     if kind is TokenLogps:
         return logps(1)
     if kind is Pair:
@@ -132,4 +149,5 @@ def call(case: Case, given: dict[str, Any]) -> Loss:
 
 def count(given: dict[str, Any], loss: Loss) -> int:
     first = next(iter(given.values()))
+    first = first.logps if isinstance(first, Rollouts | ValuedRollouts) else first
     return int(first.mask.sum()) if loss.per == "token" else len(loss.values)

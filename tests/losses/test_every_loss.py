@@ -39,10 +39,10 @@ def test_inputs_of_its_kind_can_be_made_here(case: Case):
 
 @every_loss
 def test_its_yaml_names_each_knob_and_nothing_else(case: Case):
-    """A module's `examples` function, which rewrites rows, may have knobs too."""
-    rewrite = vars(case.module).get("examples")
-    legal = keywords(case.function) + (keywords(rewrite) if rewrite else [])
-    assert sorted(case.settings.keys() - {"_target_"}) == sorted(legal)
+    """The functions beside it that rewrite rows, make advantages or move the KL's weight may have knobs too."""
+    beside = [vars(case.module).get(name) for name in ("examples", "advantages", "adapt")]
+    legal = {name for part in (case.function, *beside) if part for name in keywords(part)}
+    assert case.settings.keys() - {"_target_"} == legal
 
 
 @every_loss
@@ -96,7 +96,7 @@ def test_metrics_are_detached_float32_scalars(case: Case):
 def test_padding_changes_neither_values_nor_metrics_nor_gradients(case: Case):
     def widen(part: Tensor | TokenLogps) -> Tensor | TokenLogps:
         if isinstance(part, Tensor):
-            return part
+            return torch.nn.functional.pad(part, (0, 3)) if part.ndim == 2 else part
         more = torch.zeros(len(part.values), 3)
         return TokenLogps(torch.cat([part.values, more], 1), torch.cat([part.mask, more.bool()], 1))
 

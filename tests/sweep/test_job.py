@@ -4,8 +4,9 @@ import json
 
 import pytest
 
+from halos.children import last_words
 from halos.rundir import RunDir
-from halos.sweep.job import Job, Progress, last_words, own_words, progress
+from halos.sweep.job import Job, Progress, own_words, progress
 
 
 @pytest.fixture

@@ -1,0 +1,90 @@
+"""Group Relative Policy Optimization and what came of it: Dr. GRPO, DAPO, GSPO and CISPO are settings of one function."""
+
+from typing import Annotated, Literal
+
+import torch
+
+from halos.losses.rollouts import KL, all_equal, clipped, is_clipped, kl, log_ratio, mean_over_time, of_group, report
+from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled, TokenLogps
+
+
+def needs_reference(*, beta: float) -> bool:
+    """Without a KL term no reference is loaded."""
+    return beta > 0
+
+
+def check(*, objective: str, ratio: str, aggregation: str, max_tokens: int | None) -> str | None:
+    if (aggregation == "constant") != (max_tokens is not None):
+        return (
+            "loss.max_tokens goes with loss.aggregation=constant, which divides by it: give both, or null and another aggregation"
+        )
+    if objective == "cispo" and ratio == "sequence":
+        return "loss.objective=cispo weights tokens, so it takes loss.ratio=token"
+    return None
+
+
+def advantages(
+    sampled: Sampled,
+    *,
+    advantage_scale: Literal["group", "batch", "none"],
+    std_ddof: Annotated[int, Range(least=0, most=1)],
+    epsilon: Annotated[float, Range(least=0)],
+) -> Estimates:
+    """A = r - mean(r of the group), divided by (std + epsilon) of the group, of the global batch, or by nothing.
+
+    Eq. 3 of arXiv:2402.03300; without the division it is that of arXiv:2503.20783.
+    """
+    mean, squares, sizes = of_group(sampled.rewards, sampled.groups)
+    values = sampled.rewards - mean
+    if advantage_scale == "group":
+        values = values / ((squares / (sizes - std_ddof).clamp(min=1)).sqrt() + epsilon)
+    elif advantage_scale == "batch":
+        count = len(sampled.rewards)
+        spread = (sampled.rewards - sampled.rewards.mean()).square().sum() / max(1, count - std_ddof)
+        values = values / (spread.sqrt() + epsilon)
+    whole = torch.where(sampled.old.mask, values.float()[:, None], 0.0)
+    return Estimates(whole, None, {"groups/all_equal": all_equal(sampled), "advantages/std": Mean.of(values.abs())})
+
+
+def grpo(
+    policy: Rollouts,
+    reference: TokenLogps | None,
+    *,
+    objective: Literal["clip", "cispo"],
+    ratio: Literal["token", "sequence"],
+    clip_low: Annotated[float, Range(least=0)],
+    clip_high: Annotated[float, Range(least=0)],
+    aggregation: Literal["sequence", "token", "constant"],
+    max_tokens: Annotated[int | None, Range(least=1)],
+    beta: Annotated[float, Range(least=0)],
+    kl_estimator: KL,
+) -> Loss:
+    """Eq. 3 of arXiv:2402.03300, token by token, with `beta` times an estimate of the KL to the reference.
+
+    `objective` clip is PPO's; cispo is -sg(min(r, 1 + clip_high)) A log pi (section 3.1 of arXiv:2506.13585). `ratio` sequence is
+    the geometric mean over a completion's tokens (eq. 7 of arXiv:2507.18071). `aggregation` is over a completion's tokens
+    and then completions (sequence), over all tokens of the global batch (token, section 3.3 of arXiv:2503.14476), or a sum
+    over tokens divided by `max_tokens` (constant, arXiv:2503.20783).
+    """
+    mask, logs = policy.logps.mask, log_ratio(policy)
+    if ratio == "sequence":
+        logs = mean_over_time(logs, mask)[:, None]
+    r = logs.exp()
+    if objective == "cispo":
+        values = -r.clamp(max=1 + clip_high).detach() * policy.advantages * policy.logps.values
+        taken_away = r > 1 + clip_high
+    else:
+        values = clipped(r, policy.advantages, clip_low, clip_high)
+        taken_away = is_clipped(r, policy.advantages, clip_low, clip_high)
+    metrics = report(policy, taken_away)
+    if reference is not None:
+        divergence = kl(kl_estimator, policy.logps.values, reference.values)
+        values = values + beta * divergence
+        metrics["kl"] = Mean.of(divergence, mask)
+    values = values * mask
+    if aggregation == "token":
+        return Loss(values, metrics, per="token")
+    if aggregation == "sequence":
+        return Loss(mean_over_time(values, mask), metrics)
+    assert max_tokens is not None, "check() lets no other case through"
+    return Loss(values.sum(-1) / max_tokens, metrics)

@@ -1,0 +1,58 @@
+"""REINFORCE++: no critic, a KL in the reward of every token, returns whitened over the global batch."""
+
+from typing import Annotated
+
+import torch
+
+from halos.losses.rollouts import (
+    KL,
+    all_equal,
+    clipped,
+    is_clipped,
+    log_ratio,
+    of_group,
+    report,
+    rewards_per_token,
+    sequence_kl,
+    whiten,
+)
+from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled
+
+
+def needs_reference(*, kl_coefficient: float) -> bool:
+    return kl_coefficient > 0
+
+
+def advantages(
+    sampled: Sampled,
+    *,
+    kl_coefficient: Annotated[float, Range(least=0)],
+    kl_estimator: KL,
+    group_baseline: bool,
+) -> Estimates:
+    """A_t = whitened (r - kl_coefficient sum of KL_i over i >= t). arXiv:2501.03262.
+
+    With `group_baseline` r is first taken relative to its group's mean, which that paper calls REINFORCE++-baseline.
+    """
+    rewards, mask = sampled.rewards, sampled.old.mask
+    if group_baseline:
+        rewards = rewards - of_group(rewards, sampled.groups)[0]
+    given = rewards_per_token(sampled, rewards, kl_coefficient, kl_estimator)
+    returns = torch.where(mask, given.flip(-1).cumsum(-1).flip(-1), 0.0)
+    metrics = {"groups/all_equal": all_equal(sampled)}
+    if sampled.reference is not None:
+        metrics["kl"] = Mean.of(sequence_kl(sampled))
+    return Estimates(whiten(returns, mask).float(), None, metrics)
+
+
+def reinforce_plus_plus(
+    policy: Rollouts,
+    *,
+    clip_low: Annotated[float, Range(least=0)],
+    clip_high: Annotated[float, Range(least=0)],
+) -> Loss:
+    """PPO's clipped objective, averaged over all tokens of the global batch."""
+    ratio = log_ratio(policy).exp()
+    taken_away = is_clipped(ratio, policy.advantages, clip_low, clip_high)
+    values = clipped(ratio, policy.advantages, clip_low, clip_high) * policy.logps.mask
+    return Loss(values, report(policy, taken_away), per="token")

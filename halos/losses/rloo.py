@@ -1,0 +1,41 @@
+"""REINFORCE with a baseline from the other samples of the same prompt: leave one out."""
+
+from typing import Annotated
+
+import torch
+
+from halos.losses.rollouts import all_equal, clipped, is_clipped, log_ratio, of_group, report, sequence_kl
+from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled
+
+
+def needs_reference(*, beta: float) -> bool:
+    return beta > 0
+
+
+def advantages(sampled: Sampled, *, beta: Annotated[float, Range(least=0)]) -> Estimates:
+    """A_i = R_i - mean of the group's other R_j, with R = r - beta log pi_old / pi_ref of the whole completion.
+
+    arXiv:2402.14740. A completion alone of its prompt has nothing to be compared with: its advantage is 0.
+    """
+    divergence = sequence_kl(sampled)
+    returns = sampled.rewards - beta * divergence
+    mean, _, sizes = of_group(returns, sampled.groups)
+    # R_i minus the mean of the others is (R_i - mean of all) n / (n - 1)
+    values = torch.where(sizes > 1, (returns - mean) * sizes / (sizes - 1).clamp(min=1), 0.0)
+    metrics = {"groups/all_equal": all_equal(sampled), "advantages/std": Mean.of(values.abs())}
+    if sampled.reference is not None:
+        metrics["kl"] = Mean.of(divergence)
+    return Estimates(torch.where(sampled.old.mask, values.float()[:, None], 0.0), None, metrics)
+
+
+def rloo(
+    policy: Rollouts,
+    *,
+    clip_low: Annotated[float, Range(least=0)],
+    clip_high: Annotated[float, Range(least=0)],
+) -> Loss:
+    """-min(r A, clip(r) A) with one ratio r for a whole completion; on the first pass its gradient is REINFORCE's."""
+    ratio = log_ratio(policy).sum(-1, keepdim=True).clamp(-20, 20).exp()  # (rows, 1)
+    advantage = policy.advantages.gather(1, torch.zeros_like(ratio, dtype=torch.long))  # the same for all tokens of a row
+    taken_away = is_clipped(ratio, advantage, clip_low, clip_high)
+    return Loss(clipped(ratio, advantage, clip_low, clip_high)[:, 0], report(policy, taken_away))

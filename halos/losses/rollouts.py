@@ -1,0 +1,105 @@
+"""What losses on sampled completions share: ratios, estimates of the KL, advantages, and what they report."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from halos.types import Mean, Rollouts, Sampled, ValuedRollouts
+
+LARGEST = 20.0  # of a log-ratio that is exponentiated: e^20 is far beyond every clip, and finite
+
+KL = Literal["k1", "k2", "k3"]
+
+
+def log_ratio(policy: Rollouts | ValuedRollouts) -> Tensor:
+    """log pi / pi_old of each token: (rows, time), 0 outside the mask."""
+    return (policy.logps.values - policy.old).clamp(-LARGEST, LARGEST)
+
+
+def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A). Eq. 7 of arXiv:1707.06347, with bounds of their own as in arXiv:2503.14476."""
+    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+
+
+def is_clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+    """Where the clip takes the gradient away."""
+    return ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+
+
+def kl(estimator: KL, policy: Tensor, reference: Tensor) -> Tensor:
+    """An estimate of KL(policy || reference) from the log-probs of sampled tokens, token by token.
+
+    With d = log pi / pi_ref: k1 = d, k2 = d^2 / 2, k3 = e^-d - 1 + d (J. Schulman, Approximating KL Divergence, 2020).
+    """
+    difference = (policy - reference).clamp(-LARGEST, LARGEST)
+    if estimator == "k1":
+        return difference
+    return difference**2 / 2 if estimator == "k2" else torch.expm1(-difference) + difference
+
+
+def mean_over_time(values: Tensor, mask: Tensor) -> Tensor:
+    """Of each row over its tokens: (rows,)."""
+    return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
+
+
+def report(policy: Rollouts | ValuedRollouts, taken_away: Tensor) -> dict[str, Mean]:
+    """Metrics of every loss on rollouts; `taken_away` (rows, time) or (rows, 1) says where the clip leaves no gradient.
+
+    The entropy is estimated from the sampled tokens alone, without the logits of all others: it is exact in the mean while
+    the policy is still the one that sampled.
+    """
+    mask = policy.logps.mask
+    return {
+        "reward": Mean.of(policy.rewards),
+        "clip_fraction": Mean.of(taken_away.expand(mask.shape), mask),
+        "approx_kl": Mean.of(log_ratio(policy) ** 2 / 2, mask),  # from the policy that sampled, not from the reference
+        "entropy": Mean.of(-policy.logps.values, mask),
+        "length": Mean.of(policy.logps.length),
+    }
+
+
+# --- what advantages are made of ---------------------------------------------------------------------------------------
+
+
+def of_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean of each row's group, sum of squares about it, and size of the group: (rows,) each, of the dtype of `rewards`."""
+    _, group = groups.unique(return_inverse=True)
+    zeros = rewards.new_zeros(int(group.max()) + 1)
+    sizes = zeros.index_add(0, group, torch.ones_like(rewards))
+    means = zeros.index_add(0, group, rewards) / sizes
+    squares = zeros.index_add(0, group, (rewards - means[group]) ** 2)
+    return means[group], squares[group], sizes[group]
+
+
+def all_equal(sampled: Sampled) -> Mean:
+    """The share of groups whose rewards are all the same: within them nothing is better than anything else."""
+    _, group = sampled.groups.unique(return_inverse=True)
+    count = int(group.max()) + 1
+    shape = sampled.rewards.new_zeros(count)
+    least = shape.scatter_reduce(0, group, sampled.rewards, "amin", include_self=False)
+    most = shape.scatter_reduce(0, group, sampled.rewards, "amax", include_self=False)
+    return Mean.of(least == most)
+
+
+def sequence_kl(sampled: Sampled) -> Tensor:
+    """log pi_old / pi_ref of each whole completion, 0 where there is no reference: (rows,)."""
+    if sampled.reference is None:
+        return torch.zeros_like(sampled.rewards)
+    return (sampled.old.values - sampled.reference).sum(-1).to(sampled.rewards.dtype)
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """(values - mean) / std over all tokens of the global batch; 0 outside the mask."""
+    inside = values[mask]
+    return torch.where(mask, (values - inside.mean()) / (inside.std(correction=0) + 1e-8), 0.0)
+
+
+def rewards_per_token(sampled: Sampled, rewards: Tensor, kl_coefficient: float, estimator: KL) -> Tensor:
+    """-kl_coefficient KL_t at every token, and the reward (rows,) at the last one: (rows, time)."""
+    mask = sampled.old.mask
+    given = torch.zeros(mask.shape, dtype=rewards.dtype, device=rewards.device)
+    if sampled.reference is not None:
+        given = given - kl_coefficient * kl(estimator, sampled.old.values, sampled.reference).to(rewards.dtype)
+    last = mask & (mask.cumsum(-1) == mask.sum(-1, keepdim=True))
+    return torch.where(mask, given, 0.0) + torch.where(last, rewards[:, None], 0.0)

@@ -1,0 +1,29 @@
+"""How far a policy has moved: log-ratios of what it sampled."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from halos.data.collate import pack
+from halos.data.dataset import Completion
+from halos.logps.attention import SEGMENTS, register
+from halos.logps.model import LanguageModel
+
+AT_ONCE = 8  # sequences of one forward pass
+
+
+@torch.no_grad()
+def mean_log_ratio(reference: Any, samples: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]) -> float:
+    """The mean of log pi(y|x) - log pi_ref(y|x) over samples (prompt ids, sampled ids, their log-probs): nats a completion."""
+    register()
+    reference.set_attn_implementation(SEGMENTS)
+    module, total = LanguageModel(reference), 0.0
+    for start in tqdm(range(0, len(samples), AT_ONCE), desc="KL", unit="batch", delay=2, leave=False, disable=None):
+        some = samples[start : start + AT_ONCE]
+        rows = [(np.array(prompt), Completion(np.array(ids), np.ones(len(ids), bool))) for prompt, ids, _ in some]
+        logps = module(pack(rows).to(reference.device)).sum.double().cpu()
+        total += sum(sum(own) for _, _, own in some) - float(logps.sum())
+    return total / len(samples)

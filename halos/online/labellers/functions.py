@@ -1,0 +1,218 @@
+"""Verifiable rewards: functions of the text, each run in a process of its own so that none can hold up or take down the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import math
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+from halos.config.plugins import admit
+from halos.config.suggest import nearest
+from halos.errors import UserError
+from halos.online.labellers.score import Score
+from halos.online.records import Row, text_of
+
+OWN = "halos.online.rewards"
+PACKAGES = {"math_verify": "math-verify"}  # what pip calls them
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One function of a composition, its keys bound."""
+
+    path: str
+    weight: float
+    settings: Mapping[str, Any]
+
+    def load(self) -> Callable[[str, Mapping[str, Any]], float]:
+        module, _, name = self.path.rpartition(".")
+        function = vars(import_module(module))[name]
+        return lambda completion, row: function(completion, row, **self.settings)
+
+
+def parts_of(entries: Sequence[Any], plugins: Sequence[str]) -> list[Part]:
+    """From `functions`: names of halos.online.rewards, dotted paths, or {function, weight, ...keys}.
+
+    Raises UserError for what is no such function, or lies in a package that was not typed as a plugin.
+    """
+    if not entries:
+        raise UserError("online.labeller.functions is []: name one, such as [exact_match]")
+    admit(plugins)
+    return [_part(entry, plugins) for entry in entries]
+
+
+def _part(entry: Any, plugins: Sequence[str]) -> Part:
+    given = {"function": entry} if isinstance(entry, str) else entry
+    if not isinstance(given, Mapping) or not isinstance(given.get("function"), str):
+        raise UserError(f"a reward is a name, or {{function: NAME, weight: 1.0, ...}}, not {entry!r}")
+    settings = {name: value for name, value in given.items() if name not in ("function", "weight")}
+    path, weight = given["function"], given.get("weight", 1.0)
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
+        raise UserError(f"{path}: weight={weight!r} is no number")
+    path = path if "." in path else f"{OWN}.{path}"
+    if not any(path.startswith(f"{package}.") for package in ("halos", *plugins)):
+        raise UserError(f"the reward {path} is outside halos: if you trust that package, type plugins=[{path.partition('.')[0]}]")
+    module, _, name = path.rpartition(".")
+    try:
+        there = vars(import_module(module))
+    except ImportError as error:
+        raise UserError(f"the reward {path} cannot be imported: {error}") from error
+    if not inspect.isfunction(there.get(name)):
+        known = [word for word, part in there.items() if inspect.isfunction(part) and part.__module__ == module
+                 and list(inspect.signature(part).parameters)[:2] == ["completion", "row"]]  # fmt: skip
+        near = nearest(name, known)
+        raise UserError(f"there is no reward {path}{f'; did you mean {near}?' if near else ''}; {module} has {', '.join(known)}")
+    _check_keys(path, there[name], settings)
+    needed = next((package for package in PACKAGES if package in inspect.getsource(there[name])), None)
+    if needed:
+        try:
+            import_module(needed)
+        except ImportError as error:
+            raise UserError(f"the reward {path} needs the package {PACKAGES[needed]}: pip install {PACKAGES[needed]}") from error
+    return Part(path, float(weight), settings)
+
+
+def _check_keys(path: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
+    parameters = list(inspect.signature(function).parameters.values())
+    if len(parameters) < 2 or any(each.kind is not each.KEYWORD_ONLY for each in parameters[2:]):
+        raise UserError(f"{path} is no reward: it takes (completion, row, *, ...)")
+    keys = {each.name: each for each in parameters[2:]}
+    takes = ", ".join(keys) or "no keys"
+    if wrong := [name for name in settings if name not in keys]:
+        raise UserError(f"{path} takes no {wrong[0]!r}; it takes {takes}")
+    if missing := [name for name, each in keys.items() if each.default is each.empty and name not in settings]:
+        raise UserError(f"{path} lacks {missing[0]}; it takes {takes}: {{function: {path}, {missing[0]}: ...}}")
+
+
+class Functions:
+    """A weighted sum of functions. One that raises, hangs or crashes costs the sample its score, and is counted."""
+
+    def __init__(self, parts: Sequence[Part], *, processes: int, timeout: float, plugins: Sequence[str]) -> None:
+        self.parts, self.processes, self.timeout, self.plugins = list(parts), processes, timeout, list(plugins)
+        self._workers: list[Worker] = []  # they stay for the next call
+
+    def name(self) -> str:
+        return " + ".join(part.path.removeprefix(f"{OWN}.") if part.weight == 1 else f"{part.weight:g} {part.path}"
+                          for part in self.parts)  # fmt: skip
+
+    def request(self) -> dict[str, Any]:
+        """The functions' own source counts: another rule gives other scores."""
+        return {"functions": [[part.path, part.weight, dict(part.settings), _source(part.path)] for part in self.parts],
+                "timeout": self.timeout}  # fmt: skip
+
+    def score(self, samples: Sequence[Row]) -> Iterator[tuple[Row, Score]]:
+        """As many at a time as there are processes."""
+        waiting, workers = list(reversed(samples)), self._workers
+        while len(workers) < min(self.processes, len(waiting)):
+            workers.append(Worker(self.parts, self.plugins))
+        try:
+            while waiting or any(worker.sample for worker in workers):
+                yield from self._round(waiting)
+        finally:
+            if any(worker.sample for worker in workers):
+                self.close()  # nobody is left to take what they are at
+
+    def _round(self, waiting: list[Row]) -> Iterator[tuple[Row, Score]]:
+        """Give to those that are idle, and take from those that are done or have been at it for too long."""
+        for number, worker in enumerate(self._workers):
+            if worker.sample is None and waiting:
+                worker.give(waiting.pop())
+            elif worker.sample is not None and worker.is_late(self.timeout):
+                late = worker.sample
+                self._replace(number)
+                yield late, Score(None, f"took longer than {self.timeout:g} s")
+        ready = wait([worker.pipe for worker in self._workers if worker.sample is not None], timeout=0.2)
+        for number, worker in enumerate(self._workers):
+            if worker.pipe not in ready or worker.sample is None:
+                continue
+            sample = worker.sample
+            try:
+                score = worker.take()
+            except (EOFError, ConnectionError):
+                score = Score(None, f"its process died (exit status {worker.status()})")
+                self._replace(number)
+            yield sample, score
+
+    def _replace(self, number: int) -> None:
+        self._workers[number].kill()
+        self._workers[number] = Worker(self.parts, self.plugins)
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers = []
+
+
+class Worker:
+    """A process that scores one sample at a time."""
+
+    def __init__(self, parts: Sequence[Part], plugins: Sequence[str]) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(theirs, list(parts), list(plugins)), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.sample: Row | None = None
+        self._since, self._ready = 0.0, False
+
+    def give(self, sample: Row) -> None:
+        self.sample, self._since = sample, time.monotonic()
+        self.pipe.send({name: value for name, value in sample.items() if name not in ("output_ids", "logps")})
+
+    def take(self) -> Score:
+        score = self.pipe.recv()
+        self.sample, self._ready = None, True
+        return score
+
+    def is_late(self, timeout: float) -> bool:
+        # the first one waits for Python to start and for what the functions import
+        return time.monotonic() - self._since > (timeout if self._ready else timeout + 60)
+
+    def status(self) -> int | None:
+        self.process.join(1)
+        return self.process.exitcode
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.pipe.close()
+
+
+def _work(pipe: Connection, parts: Sequence[Part], plugins: Sequence[str]) -> None:
+    """In the worker, until the other end of the pipe is closed."""
+    try:
+        admit(plugins)
+        functions = [(part, part.load()) for part in parts]
+        while True:
+            pipe.send(_scored(functions, pipe.recv()))
+    except (EOFError, ConnectionError, KeyboardInterrupt):
+        return
+
+
+def _scored(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]], float]]], sample: Row) -> Score:
+    detail, total = {}, 0.0
+    for part, function in functions:
+        try:
+            value = function(text_of(sample["output"]), sample)
+        except Exception as error:  # whatever a user's function does wrong is this sample's problem alone
+            return Score(None, f"{part.path} raised {type(error).__name__}: {error}")
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return Score(None, f"{part.path} gave {value!r}, which is no number")
+        detail[part.path.rpartition(".")[2]] = float(value)
+        total += part.weight * float(value)
+    return Score(total, detail=detail if len(functions) > 1 else {})
+
+
+def _source(path: str) -> str:
+    module, _, name = path.rpartition(".")
+    text = inspect.getsource(vars(import_module(module))[name])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

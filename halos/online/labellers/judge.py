@@ -1,0 +1,255 @@
+"""A judge behind an OpenAI-compatible API: a rubric in a file, answers that are kept by content, and a cap on what it costs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import sys
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from halos.errors import UserError
+from halos.online.labellers.score import Score
+from halos.online.records import Row, line, question, text_of, whole_lines
+
+RUBRICS = Path(__file__).resolve().parents[1] / "rubrics"
+SCALAR, PAIRWISE = ("prompt", "completion"), ("prompt", "first", "second")
+RETRIES = 6  # by the client, with its own growing pauses: 429, 5xx, lost connections
+TIMEOUT = 120.0  # seconds for one answer
+KEY = "OPENAI_API_KEY"
+_OBJECT = re.compile(r"\{[^{}]*\}")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`price_in` and `price_out` are dollars for a million tokens."""
+
+    model: str
+    url: str | None
+    rubric: Path | None
+    concurrency: int
+    max_requests: int | None
+    max_cost: float | None
+    price_in: float
+    price_out: float
+    cache: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    cost: float
+    finish: str
+
+
+class OverBudgetError(Exception):
+    """A cap is reached; nothing more is asked."""
+
+
+class Judge:
+    """Asks each question once, for ever: answers are kept in a file of lines by the hash of all that was asked."""
+
+    def __init__(self, settings: Settings, *, pairwise: bool) -> None:
+        """Raises UserError where the rubric lacks a place to fill, the key is missing, or the package is."""
+        self.settings, self.pairwise = settings, pairwise
+        places = PAIRWISE if pairwise else SCALAR
+        path = settings.rubric or RUBRICS / ("pairwise.txt" if pairwise else "scalar.txt")
+        try:
+            self.rubric = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"online.labeller.rubric={path} cannot be read: {error}") from error
+        if missing := [place for place in places if "{" + place + "}" not in self.rubric]:
+            raise UserError(f"online.labeller.rubric={path} has no {{{missing[0]}}}, where that is to be put")
+        try:
+            import openai  # noqa: F401
+        except ImportError as error:
+            raise UserError("a judge needs the package openai: pip install openai") from error
+        if not os.environ.get(KEY):
+            raise UserError(
+                f"the judge's key is read from the environment, and {KEY} is not set: export {KEY}=... (any word for a server"
+                " without keys)"
+            )
+        self.kept: dict[str, Answer] = {}
+        self.asked = 0  # requests that this and earlier starts have sent
+        self.spent = 0.0
+        self._sent: set[str] = set()
+        self._take_up()
+
+    def name(self) -> str:
+        return f"judge {self.settings.model}"
+
+    def request(self) -> dict[str, Any]:
+        rubric = hashlib.sha256(self.rubric.encode()).hexdigest()[:16]
+        return {"judge": self.settings.model, "rubric": rubric, "pairwise": self.pairwise}
+
+    # --- what was asked before -----------------------------------------------------------------------------------------
+
+    def _take_up(self) -> None:
+        if not self.settings.cache.is_file():
+            return
+        for row in whole_lines(self.settings.cache):
+            if "text" in row:
+                self.kept[row["key"]] = Answer(row["text"], row["cost"], row["finish"])
+                self.spent += row["cost"]
+            else:
+                self.asked += 1
+                self._sent.add(row["key"])
+        if lost := self._sent - self.kept.keys():
+            tqdm.write(f"judge: {len(lost)} requests were under way when it was stopped; they are sent again with the same"
+                       " idempotency key", file=sys.stderr)  # fmt: skip
+
+    def _note(self, row: Mapping[str, Any]) -> None:
+        self.settings.cache.parent.mkdir(parents=True, exist_ok=True)
+        with self.settings.cache.open("a", encoding="utf-8") as file:
+            file.write(line(row))
+            file.flush()
+            os.fsync(file.fileno())
+
+    # --- asking ----------------------------------------------------------------------------------------------------------
+
+    def score(self, samples: Sequence[Row]) -> Iterator[tuple[Row, Score]]:
+        """Of a scalar rubric. Raises UserError when the budget is used up or the server refuses: what was answered is kept."""
+        texts = [self._fill(prompt=question(row), completion=text_of(row["output"])) for row in samples]
+        for number, answer in self._answers(texts):
+            yield samples[number], read_score(answer)
+
+    def compare(self, pairs: Sequence[tuple[Row, Row]]) -> Iterator[tuple[int, str | None, Answer]]:
+        """Of a pairwise rubric: the pair's number, and `A`, `B`, `tie`, or None where the answer says none of them."""
+        texts = [self._fill(prompt=question(a), first=text_of(a["output"]), second=text_of(b["output"])) for a, b in pairs]
+        for number, answer in self._answers(texts):
+            yield number, read_preference(answer), answer
+
+    def _fill(self, **parts: str) -> str:
+        """The rubric with its places filled, in one pass: what is put in is not looked at for places."""
+        names = "|".join(parts)
+        return re.sub(r"\{(" + names + r")\}", lambda found: parts[found[1]], self.rubric)
+
+    def _answers(self, texts: Sequence[str]) -> Iterator[tuple[int, Answer]]:
+        """The kept ones first, then the others as they come."""
+        keys = [hashlib.sha256(json.dumps([self.settings.model, text]).encode()).hexdigest() for text in texts]
+        fresh: dict[str, list[int]] = {}
+        for number, key in enumerate(keys):
+            if key in self.kept:
+                yield number, self.kept[key]
+            else:
+                fresh.setdefault(key, []).append(number)
+        if not fresh:
+            return
+        asking = self._ask_all({key: texts[numbers[0]] for key, numbers in fresh.items()})
+        loop = asyncio.new_event_loop()
+        bar = tqdm(total=len(fresh), desc="judging", unit="answer", delay=1, disable=None)
+        try:
+            with bar:
+                while True:
+                    try:
+                        key = loop.run_until_complete(anext(asking))
+                    except StopAsyncIteration:
+                        return
+                    bar.update()
+                    for number in fresh[key]:
+                        yield number, self.kept[key]
+        finally:
+            loop.run_until_complete(asking.aclose())
+            loop.close()
+
+    async def _ask_all(self, texts: Mapping[str, str]) -> AsyncGenerator[str, None]:
+        import openai
+
+        # the key goes from the environment into the client, and nowhere else
+        async with openai.AsyncOpenAI(base_url=self.settings.url, max_retries=RETRIES, timeout=TIMEOUT) as client:
+            gate, left = asyncio.Semaphore(self.settings.concurrency), len(texts)
+
+            async def one(key: str, text: str) -> str:
+                async with gate:
+                    self._within_budget()
+                    await self._ask(client, key, text)
+                return key
+
+            tasks = [asyncio.ensure_future(one(key, text)) for key, text in texts.items()]
+            try:
+                for done in asyncio.as_completed(tasks):
+                    yield await done
+                    left -= 1
+            except OverBudgetError as error:
+                raise UserError(
+                    f"judge: {error}; {left} of {len(texts)} answers are still to come. What was paid for is kept: raise the cap,"
+                    " and give the same command again"
+                ) from error
+            except openai.APIError as error:
+                place = self.settings.url or "the API"
+                raise UserError(
+                    f"judge: {place} does not answer: {type(error).__name__}: {error}. What was answered is kept: the same"
+                    " command asks for the rest"
+                ) from error
+            finally:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _within_budget(self) -> None:
+        most, dollars = self.settings.max_requests, self.settings.max_cost
+        if most is not None and self.asked >= most:
+            raise OverBudgetError(f"the cap online.labeller.max_requests={most} is reached")
+        if dollars is not None and self.spent >= dollars:
+            raise OverBudgetError(f"the cap online.labeller.max_cost={dollars:g} is reached, {self.spent:.4f} dollars")
+
+    async def _ask(self, client: Any, key: str, text: str) -> None:
+        self.asked += 1
+        self._note({"key": key})
+        try:
+            given = await client.chat.completions.create(
+                model=self.settings.model, messages=[{"role": "user", "content": text}], temperature=0,
+                response_format={"type": "json_object"}, extra_headers={"Idempotency-Key": key},
+            )  # fmt: skip
+            choice = given.choices[0] if given.choices else None
+            answer = Answer((choice.message.content or "") if choice else "", self._cost(given.usage),
+                            str(choice.finish_reason) if choice else "empty")  # fmt: skip
+        except (ValueError, AttributeError, TypeError, IndexError) as error:
+            # the server said something that is no answer: it may have been paid for, and is not asked again
+            answer = Answer("", 0.0, f"broken: {type(error).__name__}")
+        self.kept[key] = answer
+        self.spent += answer.cost
+        self._note({"key": key, "text": answer.text, "cost": answer.cost, "finish": answer.finish})
+
+    def _cost(self, usage: Any) -> float:
+        if usage is None:
+            return 0.0
+        return (usage.prompt_tokens * self.settings.price_in + usage.completion_tokens * self.settings.price_out) / 1e6
+
+
+def read_score(answer: Answer) -> Score:
+    """A number under `score`, or none: nothing is guessed."""
+    found = _read(answer.text)
+    value = found.get("score") if found else None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10:
+        return Score(None, f"the judge gave no score from 0 to 10 ({_said(answer)})", answer.cost)
+    return Score(float(value), cost=answer.cost)
+
+
+def read_preference(answer: Answer) -> str | None:
+    found = _read(answer.text)
+    value = found.get("better") if found else None
+    return value if value in ("A", "B", "tie") else None
+
+
+def _read(text: str) -> dict[str, Any] | None:
+    """The one JSON object of an answer, which may stand in a code fence."""
+    objects = _OBJECT.findall(text)
+    if len(objects) != 1:
+        return None
+    try:
+        found = json.loads(objects[0])
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _said(answer: Answer) -> str:
+    return f"{answer.finish}: {answer.text[:80]!r}"

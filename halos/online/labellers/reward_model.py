@@ -1,0 +1,101 @@
+"""A reward model's scores: batched, shortest first, by every process its share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForSequenceClassification
+
+from halos.checkpoint.lineage import identity
+from halos.data.collate import pack
+from halos.data.dataset import Completion
+from halos.data.template import chat_template
+from halos.data.tokenize import Encoder
+from halos.errors import UserError
+from halos.logps.attention import SEGMENTS, register
+from halos.logps.model import hidden_states, last_tokens
+from halos.models.load import SAFELY, load_tokenizer, read_config, weights_dtype
+from halos.online.labellers.score import Score
+from halos.online.ranks import device_of_this_process
+from halos.online.records import Row, text_of
+from halos.types import Demonstration
+
+
+class RewardModel:
+    """A sequence classifier of one label (ours, TRL's), or of several of which `label` says which is the reward.
+
+    HALOs' reward models have two labels and score with the second: label=1.
+    """
+
+    def __init__(self, place: Path, *, label: int | None, batch_size: int, max_length: int | None, quiet: bool) -> None:
+        """Raises UserError for a model that does not score, and for a label that it does not have."""
+        config = read_config(place)
+        if not any("SequenceClassification" in name for name in config.architectures or []):
+            raise UserError(f"{place} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}")
+        labels = int(config.num_labels or 1)
+        if labels > 1 and label is None:
+            raise UserError(f"{place} has {labels} labels: say which one is the reward, online.labeller.label=1 for HALOs'")
+        if label is not None and label >= labels:
+            raise UserError(f"online.labeller.label={label}, but {place} has {labels} labels, counted from 0")
+        self.place, self.label, self.batch_size, self.quiet = place, label or 0, batch_size, quiet
+        self._loaded: Any = None
+        self.tokenizer, _ = load_tokenizer(place, add_tokens=[])
+        self.tokenizer.chat_template = chat_template(self.tokenizer, None)
+        limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.max_length = min(length for length in (max_length, limit, 2**31) if length)
+
+    def name(self) -> str:
+        return f"reward model {self.place}"
+
+    def request(self) -> dict[str, Any]:
+        weights = identity(self.place)
+        template = hashlib.sha256(json.dumps(self.tokenizer.chat_template).encode()).hexdigest()[:16]
+        return {"reward_model": weights, "label": self.label, "max_length": self.max_length, "template": template}
+
+    @torch.no_grad()
+    def score(self, samples: Sequence[Row]) -> Iterator[tuple[Row, Score]]:
+        encoder = Encoder(self.tokenizer, max_length=self.max_length, truncation="drop")
+        told = [(Demonstration(tuple(_turns(row)), ({"role": "assistant", "content": text_of(row["output"])},)),
+                 str(row["prompt_id"])) for row in samples]  # fmt: skip
+        fitting = []
+        for row, encoded in zip(samples, encoder.encode(told), strict=True):
+            if isinstance(encoded, str):
+                yield row, Score(None, encoded)
+            else:
+                whole = Completion(encoded.completions[0].ids, np.ones(len(encoded.completions[0].ids), bool))
+                fitting.append((len(encoded.prompt) + len(whole.ids), (encoded.prompt, whole), row))
+        fitting.sort(key=lambda each: each[0])  # rows of one batch are of one length, nearly
+        if not fitting:
+            return
+        model = self._loaded = self._loaded or self._load()
+        for start in tqdm(range(0, len(fitting), self.batch_size), desc="scoring", unit="batch", delay=2,
+                          disable=True if self.quiet else None):  # fmt: skip
+            some = fitting[start : start + self.batch_size]
+            batch = pack([pair for _, pair, _ in some]).to(model.device)
+            last = last_tokens(batch, model.config.get_text_config().pad_token_id)
+            scores = model.score(hidden_states(model, batch)[last])[:, self.label].float().tolist()
+            for (_, _, row), value in zip(some, scores, strict=True):
+                yield row, Score(value)
+
+    def _load(self) -> Any:
+        device = device_of_this_process()
+        dtype = weights_dtype("auto", trained=False, device=device)
+        register()
+        model = AutoModelForSequenceClassification.from_pretrained(
+            self.place, dtype=dtype, attn_implementation=SEGMENTS, **SAFELY
+        )
+        if model.config.get_text_config().pad_token_id is None:
+            model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
+        return model.to(device).eval()
+
+
+def _turns(row: Row) -> list[dict[str, Any]]:
+    prompt = row["prompt"] if "prompt" in row else row["instruction"]
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

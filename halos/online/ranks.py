@@ -1,0 +1,47 @@
+"""The processes of a stage: one, or as many as a launcher has started, each with its share of the work."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+class Ranks:
+    """Without a launcher nothing of torch's is touched, so that stages which need no model start at once."""
+
+    def __init__(self) -> None:
+        self.world = int(os.environ.get("WORLD_SIZE") or 1)
+        self.rank = int(os.environ.get("RANK") or 0)
+        if self.world > 1:
+            import torch
+            from accelerate import Accelerator
+
+            made = Accelerator(cpu=not torch.cuda.is_available())
+            self.rank, self.world = made.process_index, made.num_processes
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Every process's, in their order; a barrier too."""
+        if self.world == 1:
+            return [mine]
+        from accelerate.utils import gather_object
+
+        return gather_object([mine])
+
+    def first(self, mine: Any) -> Any:
+        """What the first process has."""
+        return self.gather(mine)[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.gather(None)
+
+
+def device_of_this_process() -> Any:
+    """A GPU of its own where there is one, else the CPU."""
+    import torch
+
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if torch.cuda.is_available() else torch.device("cpu")

@@ -1,0 +1,175 @@
+"""The files between stages: prompts, samples and feedback as JSON lines, written whole or not at all, and gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from halos.errors import UserError
+from halos.rundir import write_whole
+
+Row = dict[str, Any]
+TRAIN, EVAL = "train", "eval"  # what a row is for
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, int]:
+    """Which sample a row is about."""
+    return str(row["prompt_id"]), int(row.get("sample_id") or 0)
+
+
+def text_of(output: Any) -> str:
+    """A completion as text, whether a record has it as text or as messages."""
+    if isinstance(output, str):
+        return output
+    return "\n".join(str(turn.get("content") or "") for turn in output or ())
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """A prompt as text, for people and rubrics: one turn as it is, several with their roles."""
+    prompt = row["prompt"] if "prompt" in row else row.get("instruction")
+    if isinstance(prompt, str):
+        return prompt
+    turns = list(prompt or ())
+    if len(turns) == 1:
+        return str(turns[0].get("content") or "")
+    return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
+
+
+def read(path: Path) -> list[Row]:
+    """Rows of a .jsonl file, or of a .json file that holds a list. Raises UserError with file and line for what is neither."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+    if path.suffix == ".json":
+        try:
+            rows = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON: {error}") from error
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{path} holds no list of rows")
+        return rows
+    found = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: no JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: a row is an object with named columns")
+        found.append(row)
+    return found
+
+
+def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """All rows, or no file; a .json file holds them as a list, as HALOs' do."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".json":
+        write_whole(path, json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
+    else:
+        write_whole(path, "".join(line(row) for row in rows))
+
+
+def line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def hash_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def meta_path(path: Path) -> Path:
+    """What a stage was asked for, and what it counted."""
+    return path.with_name(f"{path.stem}.meta.json")
+
+
+def read_meta(path: Path) -> Row:
+    """Nothing where there is none, or none that can be read."""
+    try:
+        found = json.loads(meta_path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class Ledger:
+    """A file of rows that is being made, by one process or several, and gone on with after any death.
+
+    Rows are appended to files of `<name>.partial/`, one for each process; lines that a crash has cut are forgotten. When all
+    are there, `finish` writes the file itself, in the order that was asked for, and beside it `<name>.meta.json`. What was
+    asked for is written first: rows of another request are never taken for these.
+    """
+
+    def __init__(self, path: Path, request: Mapping[str, Any], *, rank: int = 0) -> None:
+        self.path, self.request, self.rank = path, json.loads(json.dumps(request)), rank
+        self.partial = path.with_name(f"{path.name}.partial")
+        self.rows: dict[Hashable, Row] = {}
+
+    def is_done(self) -> bool:
+        """Whether the file is there, of this very request. Raises UserError where it is another's."""
+        if not self.path.is_file():
+            return False
+        if (asked := read_meta(self.path).get("request")) != self.request:
+            raise UserError(f"{self.path} is there already, and {_difference(asked, self.request)}: delete it, or name another")
+        return True
+
+    def open(self) -> None:
+        """Take up what earlier processes have left. Raises UserError where that was of another request."""
+        asked = self.partial / "request.json"
+        if self.partial.is_dir() and asked.is_file():
+            try:
+                there = json.loads(asked.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise UserError(f"{asked} cannot be read: delete {self.partial}, and its rows are made anew") from error
+            if there != self.request:
+                raise UserError(f"{self.partial} was begun already, and {_difference(there, self.request)}: delete it")
+        elif self.rank == 0:
+            self.partial.mkdir(parents=True, exist_ok=True)
+            write_whole(asked, json.dumps(self.request, indent=1))
+        for file in sorted(self.partial.glob("rows.*.jsonl")) if self.partial.is_dir() else ():
+            for row in whole_lines(file):
+                self.rows.setdefault(row["key"] if not isinstance(row["key"], list) else tuple(row["key"]), row["row"])
+
+    def add(self, rows: Mapping[Any, Row]) -> None:
+        """Keep some rows; they are on the disk when this returns."""
+        self.partial.mkdir(parents=True, exist_ok=True)
+        with (self.partial / f"rows.{self.rank}.jsonl").open("a", encoding="utf-8") as file:
+            file.write("".join(line({"key": key, "row": row}) for key, row in rows.items()))
+            file.flush()
+            os.fsync(file.fileno())
+        self.rows.update(rows)
+
+    def finish(self, keys: Sequence[Hashable], facts: Mapping[str, Any]) -> None:
+        """The file, of the rows of `keys` in their order; then what it was made from goes."""
+        write_whole(meta_path(self.path), json.dumps({"request": self.request, **facts}, indent=1) + "\n")
+        write(self.path, [self.rows[key] for key in keys])
+        self.discard()
+
+    def discard(self) -> None:
+        shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def whole_lines(path: Path) -> Iterator[Row]:
+    """The rows of a file that is being appended to; a last line that was cut off is none, and is taken away."""
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    for text in whole.decode("utf-8").split("\n")[:-1]:
+        yield json.loads(text)
+
+
+def _difference(there: Any, asked: Mapping[str, Any]) -> str:
+    """The first thing in which two requests differ."""
+    if not isinstance(there, Mapping):
+        return "it does not say what it was made from"
+    name = next(name for name in [*asked, *there] if there.get(name) != asked.get(name))
+    return f"its {name} was {str(there.get(name))[:200]}, not {str(asked.get(name))[:200]}"

@@ -1,0 +1,119 @@
+"""vLLM: in a process of its own with its own interpreter, because its pins never match ours, or as a server."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+from transformers import PreTrainedTokenizerBase
+
+from halos.children import die_with_parent, environment_of_a_start
+from halos.errors import UserError
+from halos.online.samplers.request import Completion, Request
+
+WORKER = Path(__file__).with_name("vllm_worker.py")
+TIMEOUT = 600.0  # seconds for one completion
+KEY = "OPENAI_API_KEY"
+
+
+def _asked(request: Request, top_p: float, top_k: int) -> dict[str, Any]:
+    return {"prompt_token_ids": list(request.ids), "seed": request.seed % 2**31, "temperature": request.temperature,
+            "max_tokens": request.max_new_tokens, "top_p": top_p, "top_k": top_k or -1}  # fmt: skip
+
+
+def _completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], logps: Sequence[float], finish: str) -> Completion:
+    stopped = bool(ids) and finish == "stop" and ids[-1] == tokenizer.eos_token_id
+    text = tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)
+    assert isinstance(text, str)
+    return Completion(text, tuple(ids), tuple(logps), "stop" if finish == "stop" else "length", len(ids))
+
+
+class SubprocessEngine:
+    """One vLLM process for all requests: lines of JSON in, lines of JSON out."""
+
+    def __init__(self, python: str, model: str, tokenizer: PreTrainedTokenizerBase, *, top_p: float, top_k: int) -> None:
+        self.tokenizer, self.top_p, self.top_k, self.python = tokenizer, top_p, top_k, python
+        try:
+            self._process = subprocess.Popen(
+                [python, str(WORKER), model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                env=environment_of_a_start(), preexec_fn=die_with_parent,
+            )  # fmt: skip
+        except OSError as error:
+            raise UserError(f"online.sampler.python={python} cannot be started: {error}") from error
+
+    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
+        pipe_in, pipe_out = self._process.stdin, self._process.stdout
+        assert pipe_in is not None
+        assert pipe_out is not None
+        try:
+            pipe_in.write(json.dumps([_asked(each, self.top_p, self.top_k) for each in requests]) + "\n")
+            pipe_in.flush()
+            for _ in requests:
+                answer = json.loads(_answer(pipe_out))
+                yield requests[answer["number"]], _completion(self.tokenizer, answer["ids"], answer["logps"], answer["finish"])
+        except (OSError, ValueError, KeyError) as error:
+            status = self._process.wait(10) if self._process.poll() is not None else "still running"
+            raise UserError(
+                f"vLLM (in {self.python}) ended before it had answered: exit status {status}; what it said stands above. What it"
+                " has answered is kept: the same command goes on"
+            ) from error
+
+
+def _answer(pipe: Any) -> str:
+    """The next line that is an answer; vLLM prints others."""
+    for text in pipe:
+        if text.startswith('{"number"'):
+            return text
+    raise OSError("the pipe is closed")
+
+
+class ServerEngine:
+    """A running `vllm serve`: its completions API takes token ids and gives them back with their log-probs."""
+
+    def __init__(
+        self, url: str, model: str, tokenizer: PreTrainedTokenizerBase, *, top_p: float, top_k: int, concurrency: int
+    ) -> None:
+        self.url, self.model, self.tokenizer = url.rstrip("/"), model, tokenizer
+        self.top_p, self.top_k, self.concurrency = top_p, top_k, concurrency
+        key = os.environ.get(KEY)
+        self._client = httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {key}"} if key else {},
+                                    transport=httpx.HTTPTransport(retries=3))  # fmt: skip
+
+    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
+        with ThreadPoolExecutor(self.concurrency) as threads:
+            yield from threads.map(lambda request: (request, self._ask(request)), requests)
+
+    def _ask(self, request: Request) -> Completion:
+        asked = _asked(request, self.top_p, self.top_k)
+        body = {"model": self.model, "prompt": asked.pop("prompt_token_ids"), "logprobs": 0, "return_token_ids": True, **asked}
+        choice = self._post(f"{self.url}/completions", body)["choices"][0]
+        if not choice.get("token_ids"):
+            raise UserError(f"{self.url} gives no token_ids: --sampler vllm needs a vLLM server from 0.10.2 on")
+        logps = choice["logprobs"]["token_logprobs"]
+        return _completion(self.tokenizer, choice["token_ids"], logps, choice["finish_reason"])
+
+    def load(self, weights: Path) -> None:
+        """Have the server read its weights anew from a directory that it can reach, and forget what it has cached.
+
+        Its own interface for that is open with VLLM_SERVER_DEV_MODE=1. Raises UserError where it is not.
+        """
+        root = self.url.removesuffix("/v1")
+        self._post(f"{root}/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}})
+        self._post(f"{root}/reset_prefix_cache", {})
+
+    def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
+        try:
+            answer = self._client.post(url, json=body)
+            answer.raise_for_status()
+            return answer.json() if answer.content else {}
+        except httpx.HTTPStatusError as error:
+            hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.response.status_code == 404 else ""
+            raise UserError(f"{url} answers {error.response.status_code}: {error.response.text[:300]}{hint}") from error
+        except (httpx.HTTPError, ValueError) as error:
+            raise UserError(f"{url} does not answer: {type(error).__name__}: {error}") from error

@@ -1,0 +1,223 @@
+"""The commands behind a round's stages: each a process of its own, which ends with us and is told when we are to stop."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halos.children import die_with_parent, environment_of_a_start, last_words
+from halos.config.schema import Config, Online
+from halos.errors import UserError
+from halos.lock import RunLock
+from halos.rundir import RunDir
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "launch" / "accelerate"
+PERIOD = 0.05  # seconds between two looks at a stage
+PATIENCE = 600.0  # seconds in which a stage that was told to stop saves what it has
+ORPHANS = 120.0  # seconds that ranks may take to save, whose launcher was killed
+
+
+class StoppedError(Exception):
+    """A signal ended a stage, which goes on when the run does."""
+
+
+class StageError(Exception):
+    """A stage failed, and not because of what the user wrote."""
+
+
+@dataclass
+class Stages:
+    """Starts stages one after the other; a first signal is handed on to the one that runs."""
+
+    config: Config
+
+    def __post_init__(self) -> None:
+        self.interrupted: str | None = None
+
+    def listen(self) -> None:
+        def ask(number: int, _: object) -> None:
+            if self.interrupted:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self.interrupted = signal.Signals(number).name
+
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, ask)
+
+    def run(self, command: Sequence[str], log: Path) -> None:
+        """Until it is done. Raises StoppedError, UserError with the stage's one message, or StageError with its last words."""
+        self._refuse_interrupted()
+        log.parent.mkdir(parents=True, exist_ok=True)
+        aloud = sys.stderr.isatty()  # progress bars for people; in a log they would only be lines
+        with log.open("ab") as file:
+            file.write(f"$ {shlex.join(command)}\n".encode())
+            file.flush()
+            process = subprocess.Popen(
+                list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=None if aloud else file, env=_environment(),
+                start_new_session=True, preexec_fn=die_with_parent,
+            )  # fmt: skip
+            status = self._wait(process)
+        self._refuse_interrupted()
+        if status == 0:
+            return
+        words = "its words stand above" if aloud else last_words(log)
+        if words.startswith("error: "):
+            raise UserError(words.removeprefix("error: "))
+        raise StageError(f"{_name(command)} ended with status {status}: {words} ({log})")
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int:
+        told = None
+        while process.poll() is None:
+            if self.interrupted and told is None:
+                told = time.monotonic()
+                process.terminate()
+            if told is not None and time.monotonic() - told > PATIENCE:
+                process.kill()
+            time.sleep(PERIOD)
+        return process.returncode
+
+    def _refuse_interrupted(self) -> None:
+        if self.interrupted:
+            raise StoppedError(self.interrupted)
+
+    # --- what is started -------------------------------------------------------------------------------------------------
+
+    def sample(self, policy: str, prompts: Path, output: Path, *, seed: int, max_length: int, reference: str | None) -> list[str]:
+        """The command that samples from `policy`."""
+        online = self.config.online
+        assert online is not None
+        sampler = online.sampler
+        words = [
+            policy, "--data", str(prompts), "--output", str(output), "--sampler", sampler.name,
+            "--temperature", str(sampler.temperature), "--top-p", str(sampler.top_p), "--top-k", str(sampler.top_k),
+            "--max-new-tokens", str(sampler.max_new_tokens), "--max-length", str(max_length), "--seed", str(seed),
+            "--batch-size", str(sampler.batch_size), "--cache-tokens", str(sampler.cache_tokens),
+            "--concurrency", str(sampler.concurrency), "--cache-dir", self.config.cache_dir,
+        ]  # fmt: skip
+        template = self.config.model.chat_template
+        words += _given(python=sampler.python, url=sampler.url, served_model=sampler.model, chat_template=template)
+        if reference is not None and online.kl_samples:
+            words += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
+        return self._module("halos.online.sample", words, spread=sampler.name == "hf")
+
+    def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
+        """The command that labels them."""
+        online = self.config.online
+        assert online is not None
+        labeller, feedback = online.labeller, online.feedback
+        words = [
+            str(samples), str(output), "--feedback", kind, "--pairing", feedback.pairing, "--scores", str(scores),
+            "--seed", str(self.config.seed), "--cache-dir", self.config.cache_dir,
+        ]  # fmt: skip
+        if feedback.threshold is not None and kind != "scalar":
+            words += ["--threshold", str(feedback.threshold)]
+        words += ["--drop-equal"] if feedback.drop_equal and kind == "scalar" else []
+        words += _labeller_words(online, self.config.plugins, cache, against)
+        return self._module("halos.online.label", words, spread=labeller.name == "reward_model")
+
+    def train(self, words: Sequence[str]) -> list[str]:
+        return [*self._launcher(), str(ROOT / "train.py"), *words]
+
+    def _module(self, name: str, words: Sequence[str], *, spread: bool) -> list[str]:
+        if spread and self.processes > 1:
+            return [*self._launcher(), "-m", name, *words]
+        return [sys.executable, "-m", name, *words]
+
+    def _launcher(self) -> list[str]:
+        """`accelerate launch` where there is a config for it or several processes, else this interpreter alone."""
+        online = self.config.online
+        assert online is not None
+        if online.config_file is None and self.processes == 1:
+            return [sys.executable]
+        file = config_file(online)
+        many = ["--num_processes", str(self.processes)] if online.num_processes else []
+        port = ["--main_process_port", "0"] if self.processes > 1 else []
+        return [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), *many, *port]
+
+    @property
+    def processes(self) -> int:
+        online = self.config.online
+        assert online is not None
+        if online.num_processes or online.config_file is None:
+            return online.num_processes or 1
+        settings = yaml.safe_load(config_file(online).read_text(encoding="utf-8")) or {}
+        return int(settings.get("num_processes") or 1)
+
+
+def config_file(online: Online) -> Path:
+    """Of accelerate. Raises UserError where it is not there."""
+    if online.config_file is None:
+        import torch
+
+        name = "ddp" if torch.cuda.is_available() else "cpu2"
+        return CONFIGS / f"{name}.yaml"
+    given = online.config_file
+    for place in (Path(given).expanduser(), ROOT / given, CONFIGS / given, CONFIGS / f"{given}.yaml"):
+        if place.is_file():
+            return place
+    there = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    raise UserError(f"online.config_file: there is no file {given}; launch/accelerate has {there}")
+
+
+def await_orphans(run: RunDir, say: Any) -> None:
+    """Wait for ranks that go on saving after their launcher, and we, were killed."""
+    lock, until, said = RunLock(run.path / "run.lock"), time.monotonic() + ORPHANS, False
+    while run.path.is_dir():
+        try:
+            lock.refuse_held()
+            return
+        except UserError as error:
+            if time.monotonic() > until:
+                raise
+            if not said:
+                say("waiting: %s", error)
+                said = True
+            time.sleep(0.5)
+
+
+def _labeller_words(online: Online, plugins: Sequence[str], cache: Path, against: Path | None) -> list[str]:
+    labeller = online.labeller
+    if labeller.name == "function":
+        words = [word for entry in labeller.functions for word in ("--reward", _flow(entry))]
+        more = ["--plugins", *plugins] if plugins else []
+        return [*words, "--processes", str(labeller.processes), "--timeout", str(labeller.timeout), *more]
+    if labeller.name == "reward_model":
+        words = ["--reward-model", str(labeller.model), "--batch-size", str(labeller.batch_size)]
+        return words + _given(label=labeller.label)
+    words = ["--judge", str(labeller.model), "--concurrency", str(labeller.concurrency), "--cache", str(cache)]
+    words += ["--price-in", str(labeller.price_in), "--price-out", str(labeller.price_out)]
+    words += _given(url=labeller.url, rubric=labeller.rubric, max_requests=labeller.max_requests, max_cost=labeller.max_cost)
+    words += ["--pairwise"] if labeller.pairwise else []
+    return words + (["--against", str(against)] if labeller.pairwise and against is not None else [])
+
+
+def _given(**options: Any) -> list[str]:
+    """`--name value` for each that has one."""
+    return [word for name, value in options.items() if value is not None
+            for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
+
+
+def _flow(entry: Any) -> str:
+    """A reward's entry as one line of YAML."""
+    return entry if isinstance(entry, str) else yaml.safe_dump(entry, default_flow_style=True, width=10_000).strip()
+
+
+def _environment() -> dict[str, str]:
+    """Ours, with this code where `-m` finds it."""
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return environment_of_a_start(PYTHONPATH=os.pathsep.join(paths))
+
+
+def _name(command: Sequence[str]) -> str:
+    return next((word for word in command if word.startswith("halos.online.") or word.endswith("train.py")), command[0])

@@ -1,0 +1,212 @@
+"""Rollouts: completions that were sampled and scored, and what their rewards say of each of their tokens."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from tqdm import tqdm
+
+from halos.checkpoint import manifest
+from halos.checkpoint.commit import staged
+from halos.data.collate import PackRow, pack
+from halos.data.dataset import Dataset, Item
+from halos.errors import UserError
+from halos.hooks.kl import KLCoefficient
+from halos.trainers.base import Totals, Trainer
+from halos.trainers.deal import Chunk, Split
+from halos.trainers.known import Known, Per, load, save
+from halos.types import Acted, Estimates, Loss, Mean, Rollouts, Sampled, TokenLogps, ValuedRollouts
+
+log = logging.getLogger(__name__)
+
+NAME = "rollouts"  # the directory of a run that holds what was known of its rollouts before the first step
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What is known of some rows of a global batch besides their tokens: (rows, time) each, but for the rewards (rows,)."""
+
+    old: Tensor
+    rewards: Tensor
+    advantages: Tensor
+    reference: Tensor | None
+    returns: Tensor | None
+    values: Tensor | None
+    metrics: dict[str, Mean]
+
+    def take(self, places: np.ndarray, device: torch.device, *, first: bool) -> "Given":
+        """Some rows, on `device`; the batch's own metrics go with the first of them."""
+        rows = torch.from_numpy(places)
+        old, rewards, advantages, reference, returns, values = (
+            None if part is None else part[rows].to(device)
+            for part in (self.old, self.rewards, self.advantages, self.reference, self.returns, self.values)
+        )
+        assert old is not None
+        assert rewards is not None
+        assert advantages is not None
+        return Given(old, rewards, advantages, reference, returns, values, self.metrics if first else {})
+
+
+class PolicyGradientTrainer(Trainer):
+    """For losses whose first parameter is Rollouts or ValuedRollouts.
+
+    Log-probs under the policy that sampled, under the reference, and old values do not change while a data set is trained
+    on: they are computed before the first step and kept in the run's directory, and every process holds all of them. So
+    advantages are of whole groups and whole global batches, however those are dealt out, without a word between processes.
+    """
+
+    known: dict[int, Known] | None = None
+
+    def rows(self, items: Sequence[Item]) -> list[PackRow]:
+        return [(item.prompt, item.completions[0]) for item in items]
+
+    def inputs(self, output: TokenLogps | Acted, chunk: Chunk) -> Rollouts | ValuedRollouts:
+        given: Given = chunk.given
+        logps = output.logps if isinstance(output, Acted) else output
+        width = logps.values.shape[1]
+        old, advantages = given.old[:, :width], given.advantages[:, :width]
+        if not isinstance(output, Acted):
+            return Rollouts(logps, old, advantages, given.rewards)
+        assert given.values is not None
+        if given.returns is None:
+            raise UserError(f"{self.loss.name} takes ValuedRollouts, but its `advantages` gives no returns")
+        values, returns = given.values[:, :width], given.returns[:, :width]
+        return ValuedRollouts(logps, old, advantages, given.rewards, output.values, values, returns)
+
+    def begin(self) -> None:
+        for split, name in ((self.train, "train"), (self.held_out, "eval")):
+            if split is not None and isinstance(split.rows, Dataset):
+                self._remember(split, name)
+        if isinstance(self.train.rows, Dataset):
+            self.reference = None  # all that it had to say is known
+
+    def step(self, indices: np.ndarray) -> Totals:
+        totals = super().step(indices)
+        if self.loss.adapt is not None and "kl" in totals:
+            kl, count = totals["kl"]
+            controller = self._controller()
+            totals = {**totals, "kl_coefficient": (controller.value, 1.0)}
+            controller.value = self.loss.adapt(controller.value, kl / count, len(indices))
+        return totals
+
+    # --- what is known of rows before the policy moves -------------------------------------------------------------------
+
+    def _remember(self, split: Split, name: str) -> Known:
+        """Computed once for a data set, or read from the run's directory, where the first attempt has put it."""
+        self.known = self.known if self.known is not None else {}
+        if id(split.rows) not in self.known:
+            place = self.run.directory.path / NAME / name
+            there = [not manifest.verify(place) if self.run.main and place.is_dir() else False]
+            if not gather_object(there)[0]:
+                if self.run.step:
+                    raise UserError(f"{place} is damaged or gone, and the policy that it tells of has moved on since: begin anew")
+                known = self._find_out(split, name)
+                with staged(place, main=self.run.main, gather=gather_object, facts={"rows": len(split.rows)}) as hidden:
+                    if self.run.main:
+                        save(hidden, known)
+            self.known[id(split.rows)] = load(place)
+        return self.known[id(split.rows)]
+
+    def _known(self, split: Split) -> Known:
+        return self._remember(split, "train" if split is self.train else "eval") if isinstance(split.rows, Dataset) else (
+            self._find_out(split, "live")
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def _find_out(self, split: Split, name: str) -> Known:
+        """Log-probs of the policy as it is (where the sampler kept none) and of the reference, and values: of every row."""
+        rows, run, module = split.rows, self.run, self.run.module
+        valued = self.loss.inputs is ValuedRollouts
+        missing = sum(rows[row].logps is None for row in range(len(rows)))
+        own = [rows[row].logps for row in range(len(rows))]
+        if not (missing or valued or self.loss.needs_reference):
+            return Known(Per.of([part for part in own if part is not None]), None, None)
+        if missing and name != "live":
+            log.info("%-10s %d of %d completions came without log-probs: the policy's at the start stand for them", name, missing,
+                     len(rows))  # fmt: skip
+        was_training = module.training
+        module.eval()
+        rank, world, size = run.accelerator.process_index, run.accelerator.num_processes, self.settings.microbatch_size
+        mine, most = range(rank, len(rows), world), -(-len(rows) // world)
+        found: list[tuple[int, list[np.ndarray | None]]] = []
+        starts = range(0, most, size)
+        for start in tqdm(
+            starts, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=None if run.main else True
+        ):
+            some = list(mine[start : start + size])
+            items = [rows[row] for row in some or [0]]  # a process without rows joins in all the same
+            batch = pack(self.rows(items)).to(run.accelerator.device)
+            with run.accelerator.autocast():
+                reference = self._refer(batch) if self.loss.needs_reference else None
+                output = module(batch) if missing or valued else None
+            parts = [_logps(output), _logps(reference), output.values if isinstance(output, Acted) else None]
+            lengths = [int(items[n].completions[0].scored.sum()) for n in range(len(items))]
+            for n, row in enumerate(some):
+                found.append((row, [None if part is None else part[n, : lengths[n]].float().cpu().numpy() for part in parts]))
+        if isinstance(module, FSDPModule):
+            module.reshard()
+        module.train(was_training)
+        everything = dict(gather_object(found))
+        old, reference, values = zip(*(everything[row] for row in range(len(rows))), strict=True)
+        kept = [mine if mine is not None else computed for mine, computed in zip(own, old, strict=True)]
+        return Known(
+            Per.of([part for part in kept if part is not None]),
+            Per.of(reference) if self.loss.needs_reference else None,
+            Per.of(values) if valued else None,
+        )
+
+    # --- a global batch --------------------------------------------------------------------------------------------------
+
+    def _deal(self, split: Split, indices: np.ndarray) -> list[Chunk]:
+        batch, device = self._estimated(split, indices), self.run.accelerator.device
+        chunks = super()._deal(split, indices)
+        return [replace(chunk, given=batch.take(chunk.places, device, first=n == 0)) for n, chunk in enumerate(chunks)]
+
+    def _estimated(self, split: Split, indices: np.ndarray) -> Given:
+        """The whole global batch with its advantages; the same on every process."""
+        assert self.loss.advantages is not None, "bind_loss lets no loss on rollouts through without"
+        known = self._known(split)
+        width = int(split.rows.scored[indices, 0].max())
+        mask = torch.arange(width) < torch.from_numpy(split.rows.scored[indices, 0].astype(np.int64))[:, None]
+        old, reference, values = (
+            part.rows(indices, width) if part else None for part in (known.old, known.reference, known.values)
+        )
+        assert old is not None
+        rewards = torch.from_numpy(split.rows.rewards[indices])
+        groups = torch.from_numpy(split.rows.groups[indices].astype(np.int64))
+        sampled = Sampled(rewards, groups, TokenLogps(old, mask), reference, values)
+        controlled = {"kl_coefficient": self._controller().value} if self.loss.adapt is not None else {}
+        estimates: Estimates = self.loss.advantages(sampled, **controlled)
+        metrics = dict(estimates.metrics)
+        return Given(old, rewards.float(), estimates.advantages.float(), reference, estimates.returns, values, metrics)
+
+    def _controller(self) -> KLCoefficient:
+        controller = self.run.hooks["kl_coefficient"]
+        assert isinstance(controller, KLCoefficient)
+        return controller
+
+    def _arguments(self, chunk: Chunk) -> list[Any]:
+        batch = pack(self.rows(chunk.items)).to(self.run.accelerator.device)
+        with self.run.accelerator.autocast():
+            policy = self.inputs(self.run.module(batch), chunk)
+        if not self.loss.takes_reference:
+            return [policy]
+        reference = chunk.given.reference
+        mask = policy.logps.mask
+        return [policy, None if reference is None else TokenLogps(reference[:, : mask.shape[1]], mask)]
+
+    def _means(self, loss: Loss, chunk: Chunk) -> dict[str, Mean]:
+        given = {name: Mean(mean.total.to(loss.values.device), mean.count.to(loss.values.device))
+                 for name, mean in chunk.given.metrics.items()}  # fmt: skip
+        return {**given, **super()._means(loss, chunk)}
+
+
+def _logps(output: Any) -> Tensor | None:
+    output = output.logps if isinstance(output, Acted) else output
+    return output.values if isinstance(output, TokenLogps) else None
