@@ -30,7 +30,7 @@ from yaml import YAMLError
 from halos.children import leave
 from halos.config import changes, gate, saved
 from halos.config.changes import Change, Past
-from halos.config.overrides import Choices, Typed, check_choices, settle, unreadable
+from halos.config.overrides import Choices, Typed, check_choices, quote_nested, settle, unreadable
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_secrets
 from halos.config.suggest import kind_of, nearest
@@ -83,6 +83,7 @@ def start(argv: list[str]) -> int:
     if unknown:
         raise UserError(unreadable(unknown[0], "an option that does not exist"))
     flags = [word for word in argv if word not in args.overrides]
+    args.overrides = [quote_nested(word) for word in args.overrides]
     if args.hydra_help or args.shell_completion or args.experimental_rerun or (args.help and not args.overrides):
         return enter_hydra(args.overrides + flags)
     multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides

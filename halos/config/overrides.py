@@ -131,3 +131,36 @@ def _meant(group: str, value: str, choices: Choices) -> str:
         return f"; files go into data.train=[{value}] data.eval=[...]"
     other = next((name for name, options in choices.items() if get_close_matches(value, options, 1, 0.8)), None)
     return f" (did you mean {other}={value}?)" if other else ""
+
+
+def quote_nested(word: str) -> str:
+    """`online.overrides=[loss.beta=0.3]` as Hydra's grammar takes it, each override in quotes; other words as they are."""
+    key, sign, value = word.partition("=")
+    value = value.strip()
+    if key.lstrip("+") != "online.overrides" or not sign or not (value.startswith("[") and value.endswith("]")):
+        return word
+    items = [item.strip() for item in _split(value[1:-1])]
+    return f"{key}=[{','.join(_in_quotes(item) for item in items if item)}]"
+
+
+def _in_quotes(item: str) -> str:
+    if item[0] in "'\"" and item[-1] == item[0]:
+        return item
+    escaped = item.replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{escaped}'"
+
+
+def _split(text: str) -> list[str]:
+    """At commas that stand in no bracket and no quotes."""
+    items, depth, quote = [""], 0, ""
+    for letter in text:
+        if quote:
+            quote = "" if letter == quote else quote
+        elif letter in "'\"":
+            quote = letter
+        depth += (letter in "[{(") - (letter in ")}]") if not quote else 0
+        if letter == "," and not depth and not quote:
+            items.append("")
+        else:
+            items[-1] += letter
+    return items
