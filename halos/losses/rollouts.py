@@ -14,7 +14,7 @@ KL = Literal["k1", "k2", "k3"]
 
 def log_ratio(policy: Rollouts | ValuedRollouts) -> Tensor:
     """log pi / pi_old of each token: (rows, time), 0 outside the mask."""
-    return (policy.logps.values - policy.old).clamp(-LARGEST, LARGEST)
+    return torch.where(policy.logps.mask, (policy.logps.values - policy.old).clamp(-LARGEST, LARGEST), 0.0)
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
