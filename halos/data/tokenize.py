@@ -62,7 +62,9 @@ class Encoder:
         """Each example comes with its place in the data; a string in the answer says why one is dropped."""
         whole = [self._is_sampled(example) for example, _ in examples]
         told = [given for given, sampled in zip(examples, whole, strict=True) if not sampled]
-        laid_out = iter(self._encode([self._template.lay_out(*_parts(example), where) for example, where in told]) if told else [])
+        laid_out = iter(
+            self._encode([self._template.lay_out(*_parts(example), where) for example, where in told]) if told else []
+        )
         kept = iter(self._keep([given for given, sampled in zip(examples, whole, strict=True) if sampled]))
         fitted = [self._fit(next(kept if sampled else laid_out), *given) for sampled, given in zip(whole, examples, strict=True)]
         return [EQUAL if isinstance(each, Encoded) and _equal(each) else each for each in fitted]

@@ -29,10 +29,13 @@ def make(scores: Sequence[Row], *, kind: str, pairing: str, threshold: float | s
     groups = by_prompt(known)
     equal = [group for group in groups if len(group) > 1 and _spread(group) < CLOSE]
     counts |= {"groups": len(groups), "groups_all_equal": len(equal)}
+    said = [row for row in known if text_of(row["output"]).strip()]
+    if kind != SCALAR:  # text that is empty cannot be told from the prompt; scores come with tokens, an end token at the least
+        counts["empty"] = len(known) - len(said)
     if kind == PAIRWISE:
-        made = _pairs(groups, pairing, threshold, seed)
+        made = _pairs(by_prompt(said), pairing, threshold, seed)
     elif kind == BINARY:
-        made = _labels(known, threshold)
+        made = _labels(known, said, threshold)
     else:
         kept = [group for group in groups if not (drop_equal and group in equal)]
         made = [_common(row) | {"type": "scalar_feedback"} for group in kept for row in group]
@@ -108,13 +111,12 @@ def pair(one: Row, other: Row, *, swapped: bool, first_is_better: bool | None = 
     }  # fmt: skip
 
 
-def _labels(rows: Sequence[Row], threshold: float | str | None) -> list[Row]:
-    if not rows:
+def _labels(rows: Sequence[Row], said: Sequence[Row], threshold: float | str | None) -> list[Row]:
+    if not said:
         return []
     rewards = [row["reward"] for row in rows]
     at = statistics.median(rewards) if threshold == "median" else threshold
     at = statistics.fmean(rewards) if at in (None, "mean") else float(at)  # type: ignore[arg-type]
-    said = [row for row in rows if text_of(row["output"]).strip()]
     return [_common(row) | {"type": "binary_feedback", "label": int(row["reward"] >= at), "threshold": at} for row in said]
 
 

@@ -190,8 +190,9 @@ def _tell(given: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, in
     for problem, count in list(told["problems"].items())[:3]:
         tqdm.write(f"no score for {count}: {problem}", file=sys.stderr)
     equal = f", {left_out['groups_all_equal']} of {left_out['groups']} prompts with equal scores" if left_out["groups"] else ""
+    empty = f", {left_out['empty']} that say nothing left out" if left_out.get("empty") else ""
     tqdm.write(f"{given.feedback}: {left_out['rows']} rows of {given.kind} feedback from {told['scored']} scores"
-               f" ({told['without_score']} samples without one{equal})", file=sys.stderr)  # fmt: skip
+               f" ({told['without_score']} samples without one{equal}{empty})", file=sys.stderr)  # fmt: skip
 
 
 # --- a judge that compares -----------------------------------------------------------------------------------------------

@@ -164,10 +164,12 @@ class Judge:
 
         # the key goes from the environment into the client, and nowhere else
         async with openai.AsyncOpenAI(base_url=self.settings.url, max_retries=RETRIES, timeout=TIMEOUT) as client:
-            gate, left = asyncio.Semaphore(self.settings.concurrency), len(texts)
+            gate, ending, left = asyncio.Semaphore(self.settings.concurrency), asyncio.Event(), len(texts)
 
             async def one(key: str, text: str) -> str:
                 async with gate:
+                    if ending.is_set():
+                        raise OverBudgetError("the others have ended")
                     self._within_budget()
                     await self._ask(client, key, text)
                 return key
@@ -189,8 +191,7 @@ class Judge:
                     " command asks for the rest"
                 ) from error
             finally:
-                for task in tasks:
-                    task.cancel()
+                ending.set()  # what is under way is paid for already: its answer is awaited and kept
                 await asyncio.gather(*tasks, return_exceptions=True)
 
     def _within_budget(self) -> None:

@@ -1,0 +1,118 @@
+"""Pairs, labels and scores from scored samples, as HALOs writes them."""
+
+from typing import Any
+
+import pytest
+
+from halos.data.files import Row as DataRow
+from halos.data.formats import read_example
+from halos.errors import UserError
+from halos.online.feedback import check_threshold, make, pair
+from halos.types import Comparison, Judgement, Scored
+
+DEFAULTS: dict[str, Any] = {"kind": "pairwise", "pairing": "max", "threshold": None, "drop_equal": False, "seed": 0}
+
+
+def samples(*groups: list[float | None]) -> list[dict[str, Any]]:
+    return [
+        {"prompt_id": f"p{g}", "sample_id": n, "prompt": [{"role": "user", "content": f"q{g}"}], "output": f"answer {g} {n}",
+         "reward": reward, "seed": 7, "labeller": "me", "generator": "model", "output_ids": [n], "logps": [-1.0]}
+        for g, group in enumerate(groups) for n, reward in enumerate(group)
+    ]  # fmt: skip
+
+
+def rewards(row: dict[str, Any]) -> tuple[float, float]:
+    """Of the preferred and the other."""
+    both = row["reward_A"], row["reward_B"]
+    return both if row["label"] else (both[1], both[0])
+
+
+def test_max_pairs_the_best_with_the_worst() -> None:
+    rows, counts = make(samples([0.1, 0.9, 0.5], [1.0, 1.0]), **DEFAULTS)
+    assert [rewards(row) for row in rows] == [(0.9, 0.1)]
+    assert counts == {"without_score": 0, "groups": 2, "groups_all_equal": 1, "empty": 0, "rows": 1}
+    assert rows[0]["reward_difference"] == pytest.approx(0.8)
+    example = read_example(DataRow(rows[0], "x"), score="last")
+    assert isinstance(example, Comparison)
+    assert (example.chosen[0]["content"], example.margin) == ("answer 0 1", pytest.approx(0.8))
+
+
+def test_min_pairs_the_two_that_are_closest_and_still_differ() -> None:
+    rows, _ = make(samples([0.0, 0.3, 0.35, 1.0, 1.0]), **{**DEFAULTS, "pairing": "min"})
+    assert [rewards(row) for row in rows] == [(0.35, 0.3)]
+    rows, _ = make(samples([0.0, 0.3, 0.35, 1.0]), **{**DEFAULTS, "pairing": "min", "threshold": 0.1})
+    assert [rewards(row) for row in rows] == [(0.3, 0.0)]
+
+
+def test_random_pairs_every_sample_at_most_once() -> None:
+    rows, _ = make(samples([0.0, 1.0, 2.0, 3.0, 4.0]), **{**DEFAULTS, "pairing": "random"})
+    used = [row[name] for row in rows for name in ("sample_id_A", "sample_id_B")]
+    assert len(used) == len(set(used)) == 4
+    assert all(better > worse for better, worse in map(rewards, rows))
+    other, _ = make(samples([0.0, 1.0, 2.0, 3.0, 4.0]), **{**DEFAULTS, "pairing": "random", "seed": 3})
+    assert other != rows
+
+
+def test_the_order_of_a_and_b_is_drawn() -> None:
+    rows, _ = make(samples(*[[0.0, 1.0]] * 60), **DEFAULTS)
+    assert 15 < sum(row["label"] for row in rows) < 45
+    assert {rewards(row) for row in rows} == {(1.0, 0.0)}
+
+
+def test_what_says_nothing_is_counted_and_left_out_where_text_is_trained_on() -> None:
+    given = samples([0.0, 1.0, 0.5])
+    given[0]["output"] = " "
+    for kind, rows in (("pairwise", 1), ("binary", 2), ("scalar", 3)):
+        made, counts = make(given, **{**DEFAULTS, "kind": kind})
+        assert (len(made), counts.get("empty", 0)) == (rows, 0 if kind == "scalar" else 1)
+
+
+def test_a_difference_must_exceed_the_threshold_and_a_sample_must_have_a_score() -> None:
+    rows, counts = make(samples([0.0, 0.5, None], [None, 1.0]), **{**DEFAULTS, "threshold": 0.5})
+    assert rows == []
+    assert counts["without_score"] == 2
+
+
+@pytest.mark.parametrize(
+    ("threshold", "labels"), [(None, [0, 0, 1]), ("mean", [0, 0, 1]), ("median", [0, 1, 1]), (0.05, [1, 1, 1])]
+)
+def test_labels_by_mean_median_or_number(threshold: Any, labels: list[int]) -> None:
+    given = samples([0.1, 0.2, 0.9])
+    rows, _ = make(given, **{**DEFAULTS, "kind": "binary", "threshold": threshold})
+    assert [row["label"] for row in rows] == labels
+    assert isinstance(read_example(DataRow(rows[0], "x"), score="last"), Judgement)
+
+
+def test_scores_keep_tokens_and_where_they_come_from() -> None:
+    rows, _ = make(samples([0.1, 0.2]), **{**DEFAULTS, "kind": "scalar"})
+    example = read_example(DataRow(rows[1], "x"), score="last")
+    assert isinstance(example, Scored)
+    assert (example.reward, example.ids, example.logps) == (0.2, (1,), (-1.0,))
+    assert [rows[0][name] for name in ("labeller", "generator", "seed", "prompt_id", "cost")] == ["me", "model", 7, "p0", 0.0]
+
+
+def test_groups_without_a_difference_stay_unless_they_are_to_go() -> None:
+    given = samples([1.0, 1.0], [0.0, 1.0])
+    assert [len(make(given, **{**DEFAULTS, "kind": "scalar", "drop_equal": drop})[0]) for drop in (False, True)] == [4, 2]
+
+
+def test_held_out_samples_are_not_trained_on() -> None:
+    given = samples([0.0, 1.0])
+    assert make([{**row, "split": "eval"} for row in given], **DEFAULTS)[0] == []
+
+
+def test_a_preference_without_scores_keeps_its_winner_in_either_order() -> None:
+    one, other = ({**row, "reward": None} for row in samples([0.0, 0.0]))
+    for swapped in (False, True):
+        for better in (False, True):
+            row = pair(one, other, swapped=swapped, first_is_better=better)
+            winner = row["output_A"] if row["label"] else row["output_B"]
+            assert winner[0]["content"] == ("answer 0 0" if better else "answer 0 1")
+
+
+def test_a_threshold_that_is_none_is_told() -> None:
+    assert check_threshold("binary", "0.5") == 0.5
+    with pytest.raises(UserError, match="takes a number, not 'mean'"):
+        check_threshold("pairwise", "mean")
+    with pytest.raises(UserError, match="mean, median or a number"):
+        check_threshold("binary", "half")

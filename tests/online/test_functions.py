@@ -1,0 +1,114 @@
+"""Verifiable rewards: right, and safe from what they may do."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.errors import UserError
+from halos.online import rewards
+from halos.online.labellers.functions import Functions, parts_of
+
+ROW = {"solution": "2 + 2 = 4\n#### 4", "finish": "stop", "tokens": 90}
+
+MINE = """
+import os, time
+
+def good(completion, row, *, times: float = 1.0):
+    return times * len(completion)
+
+def odd(completion, row):
+    if completion == "raise":
+        raise ValueError("no such thing")
+    if completion == "hang":
+        time.sleep(600)
+    if completion == "die":
+        os._exit(7)
+    return float("nan") if completion == "nan" else None if completion == "none" else 1
+
+def positional(completion, row, extra): ...
+"""
+
+
+@pytest.fixture
+def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "myrewards.py").write_text(MINE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delitem(__import__("sys").modules, "myrewards", raising=False)
+    return "myrewards"
+
+
+def scores(functions: Functions, *texts: str) -> dict[str, Any]:
+    found = {row["output"]: score for row, score in functions.score([{"output": text, **ROW} for text in texts])}
+    functions.close()
+    return found
+
+
+def of(*entries: Any, plugins: tuple[str, ...] = (), timeout: float = 5.0) -> Functions:
+    return Functions(parts_of(entries, plugins), processes=2, timeout=timeout, plugins=plugins)
+
+
+def test_the_bundled_rewards() -> None:
+    assert rewards.exact_match("so\n#### 4", ROW) == 1
+    assert rewards.exact_match("so\n#### 5", ROW) == rewards.exact_match("4", ROW) == 0
+    assert rewards.exact_match("#### 1,200", {"solution": "#### 1200"}) == 1
+    assert rewards.last_number("It is 4.", ROW) == 1
+    assert rewards.last_number("4 or 5", ROW) == rewards.last_number("four", ROW) == 0
+    assert rewards.maths("The answer is $\\frac{8}{2}$", ROW) == 1
+    assert rewards.maths("#### 5", ROW) == 0
+    assert rewards.length("a b c d", ROW, target=4) == 1
+    assert rewards.length("a b", ROW, target=4) == 0.5
+    assert [rewards.overlong("", {"tokens": n}, limit=100, buffer=20) for n in (80, 90, 100, 150)] == [0, -0.5, -1, -1]
+    assert (rewards.ends("", ROW), rewards.ends("", {"finish": "length"})) == (1, 0)
+    with pytest.raises(KeyError, match="the data has no solution"):
+        rewards.exact_match("4", {})
+
+
+def test_what_a_function_does_wrong_costs_its_own_sample_alone(mine: str) -> None:
+    began = time.monotonic()
+    found = scores(of(f"{mine}.odd", plugins=(mine,), timeout=1.0), "fine", "raise", "hang", "die", "nan", "none", "too")
+    assert (found["fine"].value, found["too"].value) == (1.0, 1.0)
+    for text, words in {
+        "raise": "raised ValueError: no such thing", "hang": "took longer than 1 s", "die": "its process died (exit",
+        "nan": "which is no number", "none": "gave None",
+    }.items():  # fmt: skip
+        assert found[text].value is None
+        assert words in found[text].problem
+    assert time.monotonic() - began < 120
+
+
+def test_several_are_added_up_with_their_weights(mine: str) -> None:
+    parts = ({"function": f"{mine}.good", "times": 2.0, "weight": 0.5}, {"function": "ends"})
+    found = scores(of(*parts, plugins=(mine,)), "abc")["abc"]
+    assert found.value == 0.5 * 6 + 1
+    assert found.detail == {"good": 6.0, "ends": 1.0}
+
+
+def test_workers_stay_for_the_next_call(mine: str) -> None:
+    functions = of(f"{mine}.good", plugins=(mine,))
+    for _ in range(2):
+        assert [score.value for _, score in functions.score([{"output": "ab"}])] == [2.0]
+        workers = list(functions._workers)
+    assert functions._workers == workers
+    functions.close()
+
+
+def test_wrong_entries_are_told(mine: str) -> None:
+    for entry, words in (
+        ("exact_macth", "did you mean exact_match"),
+        ({"function": "length"}, "lacks target"),
+        ({"function": "length", "target": 3, "tagret": 4}, "takes no 'tagret'; it takes target"),
+        ({"function": "exact_match", "weight": "much"}, "weight='much' is no number"),
+        (f"{mine}.good", r"outside halos: if you trust that package, type plugins=\[myrewards\]"),
+        (7, "a reward is a name"),
+    ):
+        with pytest.raises(UserError, match=words):
+            parts_of([entry], [])
+    with pytest.raises(UserError, match=r"is no reward: it takes \(completion, row, \*, ...\)"):
+        parts_of([f"{mine}.positional"], [mine])
+    with pytest.raises(UserError, match="cannot be imported"):
+        parts_of(["halos.nowhere.good"], [])
+    with pytest.raises(UserError, match="name one"):
+        parts_of([], [])

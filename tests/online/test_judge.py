@@ -1,0 +1,166 @@
+"""A judge that is slow, busy, broken and talks nonsense: every answer is paid for once, and none is guessed."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.errors import UserError
+from halos.online.label import main as label
+from halos.online.labellers.judge import Answer, Judge, Settings, read_preference, read_score
+from halos.online.records import read, read_meta, write
+
+from .stub import Stub
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stub]]:
+    """`stub(trouble=..., slow=..., fail=...)`: a server that runs until the test ends."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-key")
+    made: list[Stub] = []
+
+    def start(**how: Any) -> Stub:
+        made.append(Stub(**how))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+def judge(stub: Stub, place: Path, *, pairwise: bool = False, **more: Any) -> Judge:
+    given: dict[str, Any] = {
+        "model": "j", "url": stub.url, "rubric": None, "concurrency": 8, "max_requests": None, "max_cost": None,
+        "price_in": 1000.0, "price_out": 10000.0, "cache": place / "judge.jsonl", **more,
+    }  # fmt: skip
+    return Judge(Settings(**given), pairwise=pairwise)
+
+
+def samples(count: int) -> list[dict[str, Any]]:
+    return [{"prompt_id": f"p{n // 2}", "sample_id": n % 2, "prompt": [{"role": "user", "content": f"question {n // 2}"}],
+             "output": f"answer {n}", "type": "sample"} for n in range(count)]  # fmt: skip
+
+
+def test_every_answer_comes_and_nonsense_is_counted(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = stub(slow=0.005)
+    asked = samples(80)
+    found = {row["output"]: score for row, score in judge(server, tmp_path).score(asked)}
+    assert len(found) == 80
+    assert server.statuses[429] > 0
+    assert server.statuses[500] > 0
+    assert sum(server.paid.values()) == len(server.paid) == 80
+    nothing = [score for score in found.values() if score.value is None]
+    assert len(nothing) == sum("cut off" in _kind(text) or "nonsense" in _kind(text) for text in server.seen)
+    assert nothing
+    assert all("the judge gave no score from 0 to 10" in score.problem for score in nothing)
+    assert all(score.cost == pytest.approx(0.2) for score in found.values())  # 100 tokens read and 10 written
+
+
+def _kind(text: str) -> str:
+    import hashlib
+
+    return {2: "cut off", 3: "nonsense"}.get(int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10, "score")
+
+
+def test_what_was_answered_is_never_asked_again(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = stub()
+    first = {row["output"]: score for row, score in judge(server, tmp_path).score(samples(20))}
+    again = judge(server, tmp_path)
+    more = {row["output"]: score for row, score in again.score(samples(24))}
+    assert {text: more[text] for text in first} == first
+    assert sum(server.paid.values()) == 24
+    assert again.spent == pytest.approx(24 * 0.2)
+
+
+def test_equal_questions_are_one(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = stub(trouble=False)
+    rows = samples(2) + samples(2)
+    assert len(list(judge(server, tmp_path).score(rows))) == 4
+    assert sum(server.paid.values()) == 2
+
+
+@pytest.mark.parametrize(
+    ("cap", "words", "most"), [({"max_requests": 10}, "max_requests=10", 10), ({"max_cost": 1.0}, "max_cost=1", 13)]
+)
+def test_a_cap_ends_it_and_nothing_paid_is_lost(
+    cap: dict[str, Any], words: str, most: int, stub: Callable[..., Stub], tmp_path: Path
+) -> None:
+    server = stub(trouble=False, slow=0.01)
+    with pytest.raises(UserError, match=f"the cap online.labeller.{words} is reached"):
+        list(judge(server, tmp_path, **cap).score(samples(40)))
+    assert 5 <= sum(server.paid.values()) <= most
+    assert len(list(judge(server, tmp_path).score(samples(40)))) == 40
+    assert sum(server.paid.values()) == 40
+
+
+def test_a_server_that_is_down_or_refuses_is_told(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = stub(fail=401)
+    with pytest.raises(UserError, match=r"does not answer: AuthenticationError: .*What was answered is kept"):
+        list(judge(server, tmp_path).score(samples(2)))
+    with pytest.raises(UserError, match="does not answer: APIConnectionError"):
+        list(judge(server, tmp_path, url="http://127.0.0.1:9/v1").score(samples(2)))
+
+
+def test_a_missing_key_and_a_rubric_without_a_place_are_told(
+    stub: Callable[..., Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = stub()
+    (tmp_path / "r.txt").write_text("Grade {prompt}!")
+    with pytest.raises(UserError, match=r"has no \{completion\}"):
+        judge(server, tmp_path, rubric=tmp_path / "r.txt")
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
+        judge(server, tmp_path)
+
+
+def test_the_key_stands_in_no_file(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    write(tmp_path / "samples.jsonl", samples(6))
+    command = [str(tmp_path / "samples.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", stub().url]
+    assert label(command) == 0
+    assert all("sk-not-a-key" not in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_places_inside_an_answer_are_not_filled(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = stub(trouble=False)
+    row = samples(1)[0] | {"output": "{prompt} {completion}"}
+    list(judge(server, tmp_path).score([row]))
+    (text,) = server.seen
+    assert "{prompt} {completion}" in text
+
+
+@pytest.mark.parametrize("text", ['{"score": 7}', '```json\n{"score": 7.0}\n```', 'Sure: {"score": 7}'])
+def test_a_score_is_read(text: str) -> None:
+    assert read_score(Answer(text, 0.0, "stop")).value == 7.0
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", '{"score": ', '{"score": "7"}', '{"score": 11}', '{"score": true}', '{"score": 7} or {"score": 8}', "[7]"]
+)
+def test_what_is_no_score_is_none(text: str) -> None:
+    assert read_score(Answer(text, 0.0, "stop")).value is None
+
+
+def test_a_preference_is_read_and_nothing_else() -> None:
+    said = ['{"better": "A"}', '{"better": "tie"}', '{"better": "a"}', "A", '{"better": ["A"]}']
+    assert [read_preference(Answer(text, 0.0, "stop")) for text in said] == ["A", "tie", None, None, None]
+
+
+def test_a_judge_compares_in_an_order_that_is_drawn_and_recorded(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    server = stub()
+    write(tmp_path / "samples.jsonl", samples(120))
+    command = [str(tmp_path / "samples.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", server.url, "--pairwise"]
+    assert label(command) == 0
+    rows, told = read(tmp_path / "f.jsonl"), read_meta(tmp_path / "f.jsonl")
+    assert told["compared"] == 60 == len(rows) + told["ties"] + told["unparsable"]
+    assert told["unparsable"] > 0
+    shown_first = [row["sample_id_A"] for row in rows]
+    assert 0 < sum(shown_first) < len(rows), "either sample is shown first now and then"
+    for row in rows:
+        assert row["label"] == int(row["verdict"] == "A")
+        assert json.loads(row["said"].strip("`json\n"))["better"] == row["verdict"]
+    paid = sum(server.paid.values())
+    (tmp_path / "f.jsonl").unlink()
+    assert label(command) == 0
+    assert (read(tmp_path / "f.jsonl"), sum(server.paid.values())) == (rows, paid)

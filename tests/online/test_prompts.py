@@ -1,0 +1,51 @@
+"""Each prompt once before any comes again, whatever the rounds are cut into."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halos.errors import UserError
+from halos.online.prompts import for_round, held_out, read_prompts
+
+ROWS = [{"prompt_id": str(n), "prompt": [{"role": "user", "content": str(n)}]} for n in range(10)]
+
+
+def ids(rows: list[dict]) -> list[str]:
+    return [row["prompt_id"] for row in rows]
+
+
+def test_no_prompt_comes_again_before_all_have() -> None:
+    rounds = [ids(for_round(ROWS, k, count=4, samples=2, seed=0)) for k in range(5)]
+    assert len(set(rounds[0] + rounds[1])) == 8
+    assert sorted(name for names in rounds for name in names) == sorted(ids(ROWS) * 2)
+    assert rounds != [ids(for_round(ROWS, k, count=4, samples=2, seed=1)) for k in range(5)]
+    assert rounds[3] == ids(for_round(ROWS, 3, count=4, samples=9, seed=0)), "a round does not depend on the ones before"
+
+
+def test_a_round_larger_than_the_data_has_each_prompt_once() -> None:
+    assert sorted(ids(for_round(ROWS, 1, count=99, samples=2, seed=0))) == sorted(ids(ROWS))
+
+
+def test_held_out_prompts_are_answered_once_and_greedily() -> None:
+    rows = held_out(ROWS, count=3, seed=0)
+    assert [(row["samples"], row["temperature"], row["split"]) for row in rows] == [(1, 0.0, "eval")] * 3
+
+
+def test_rows_of_one_prompt_are_one_and_answers_come_along(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": "One?", "completion": "1"}, {"prompt": "Two?", "answer": "2"}, {"prompt": "One?", "completion": "one"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = read_prompts([str(path)], "train")
+    assert [(row["prompt"][0]["content"], row["solution"]) for row in found] == [("One?", "1"), ("Two?", "2")]
+    assert found[0]["prompt_id"].endswith("a.jsonl:1")
+
+
+def test_what_has_no_prompt_and_what_shares_an_id_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "One?"}\n')
+    with pytest.raises(UserError, match=r"a.jsonl:1: columns found: text"):
+        read_prompts([str(path)], "train")
+    path.write_text('{"prompt_id": 1, "prompt": "One?"}\n{"prompt_id": 1, "prompt": "Two?"}\n')
+    with pytest.raises(UserError, match="two prompts have the prompt_id '1'"):
+        read_prompts([str(path)], "train")

@@ -1,0 +1,80 @@
+"""Files between stages: whole or not there, and gone on with."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from halos.errors import UserError
+from halos.online.records import Ledger, meta_path, read, read_meta, write
+
+REQUEST = {"model": "a", "seed": 0}
+
+
+def test_rows_survive_and_the_file_has_them_in_the_order_that_was_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "samples.jsonl"
+    first = Ledger(path, REQUEST)
+    first.open()
+    first.add({("p", 1): {"n": 1}})
+    again = Ledger(path, REQUEST)
+    again.open()
+    assert again.rows == {("p", 1): {"n": 1}}
+    again.add({("p", 0): {"n": 0}})
+    assert not again.is_done()
+    again.finish([("p", 0), ("p", 1)], {"samples": 2})
+    assert read(path) == [{"n": 0}, {"n": 1}]
+    assert read_meta(path) == {"request": REQUEST, "samples": 2}
+    assert Ledger(path, REQUEST).is_done()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["samples.jsonl", "samples.meta.json"]
+
+
+def test_a_line_that_a_crash_has_cut_is_forgotten_and_the_next_one_is_whole(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    ledger = Ledger(path, REQUEST)
+    ledger.open()
+    ledger.add({"a": {"n": 1}})
+    with (ledger.partial / "rows.0.jsonl").open("a") as file:
+        file.write('{"key": "b", "row": {"n"')
+    again = Ledger(path, REQUEST)
+    again.open()
+    again.add({"c": {"n": 3}})
+    last = Ledger(path, REQUEST)
+    last.open()
+    assert last.rows == {"a": {"n": 1}, "c": {"n": 3}}
+
+
+def test_rows_of_other_processes_are_taken_up(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for rank in (0, 1, 2):
+        ledger = Ledger(path, REQUEST, rank=rank)
+        ledger.open()
+        ledger.add({f"{rank}": {"rank": rank}})
+    alone = Ledger(path, REQUEST)
+    alone.open()
+    assert alone.rows.keys() == {"0", "1", "2"}
+
+
+def test_another_request_is_refused_by_what_differs(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    ledger = Ledger(path, REQUEST)
+    ledger.open()
+    ledger.add({"a": {"n": 1}})
+    with pytest.raises(UserError, match="its seed was 0, not 1: delete it"):
+        Ledger(path, {**REQUEST, "seed": 1}).open()
+    ledger.finish(["a"], {})
+    with pytest.raises(UserError, match="its model was a, not b"):
+        Ledger(path, {**REQUEST, "model": "b"}).is_done()
+    meta_path(path).unlink()
+    with pytest.raises(UserError, match="does not say what it was made from"):
+        Ledger(path, REQUEST).is_done()
+
+
+def test_both_kinds_of_file_are_read_and_what_is_none_is_named(tmp_path: Path) -> None:
+    rows = [{"a": "ä"}, {"a": 2}]
+    for name in ("x.json", "x.jsonl"):
+        write(tmp_path / name, rows)
+        assert read(tmp_path / name) == rows
+    assert isinstance(json.loads((tmp_path / "x.json").read_text()), list)
+    (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"')
+    with pytest.raises(UserError, match=r"bad.jsonl:2: no JSON"):
+        read(tmp_path / "bad.jsonl")
