@@ -58,11 +58,11 @@ def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
 def command(tmp_path: Path, cache: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`command("loss=dpo", ..., launch=2)`: train.py as a user starts it, on one process or under accelerate."""
 
-    def run(*words: str, launch: int = 1, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def run(*words: str, launch: int = 1, config: str = "cpu2", check: bool = True) -> subprocess.CompletedProcess[str]:
         start = [sys.executable]
         if launch > 1:
-            config = ROOT / "launch" / "accelerate" / "cpu2.yaml"
-            start += ["-m", "accelerate.commands.launch", "--config_file", str(config), "--num_processes", str(launch)]
+            config = str(ROOT / "launch" / "accelerate" / f"{config}.yaml")
+            start += ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(launch)]
         new = (
             [] if any(word.startswith("resume=") for word in words) else [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}"]
         )

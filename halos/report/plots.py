@@ -42,9 +42,12 @@ REWARDS = (
     Panel(("rewards/accuracies", "accuracy"), "Reward accuracy", level=0.5, bounds=(-0.02, 1.02)),
     Panel(("rewards/margins",), "Reward margin, chosen − rejected", level=0.0),
     Panel(("reward",), "Reward"),
+    Panel(("win_rate",), "Win rate against the first policy", level=0.5),
     Panel(("kl",), "KL to the reference, nats", level=0.0),
     Panel(("entropy",), "Entropy, nats"),
     Panel(("clip_fraction",), "Share of clipped tokens"),
+    Panel(("length",), "Length of completions, tokens"),
+    Panel(("unique",), "Share of a prompt's samples that differ"),
 )
 OPTIMIZER = (
     Panel(("lr",), "Learning rate", held_out=False),
@@ -116,6 +119,8 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
             ax.plot(steps, values, color=color, **HELD_OUT)
             seen.append(values)
     _dress(ax, panel, np.concatenate(seen))
+    if all(record.rounds is not None for record, _, _ in curves):
+        ax.set_xlabel("round")
 
 
 def _dress(ax: Axes, panel: Panel, seen: np.ndarray) -> None:

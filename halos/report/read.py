@@ -33,12 +33,23 @@ class Record:
 
     @property
     def loss(self) -> str:
-        """halos.losses.dpo.dpo -> dpo."""
+        """halos.losses.dpo.dpo -> dpo; of online rounds what each trains with."""
+        if self.rounds is not None:
+            return f"online {self.node('online').get('loss')}"
         return str(self.node("loss").get("_target_", "?")).rpartition(".")[0].rpartition(".")[2] or "?"
 
     @property
+    def rounds(self) -> int | None:
+        """How many online rounds were asked for; None of a run that has steps."""
+        online = self.node("online")
+        return online.get("rounds") if online and online.get("steps") is None else None
+
+    @property
     def seconds(self) -> float:
-        """Spent in steps and evaluations; every row has the time since the one before it."""
+        """Spent in steps and evaluations, or in the stages of rounds; every row has the time since the one before it."""
+        stages = [value for row in self.train for name, value in row.items() if name.startswith("seconds/")]
+        if stages:
+            return float(sum(stages))
         return sum(row.get("seconds") or 0.0 for row in (*self.train, *self.held_out))
 
     def node(self, name: str) -> Mapping[str, Any]:

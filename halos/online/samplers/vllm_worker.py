@@ -6,7 +6,9 @@ Each line of stdin is a list of requests; each line of stdout that begins with {
 import json
 import sys
 
-from vllm import LLM, SamplingParams
+sys.path.pop(0)  # the directory of this file, whose modules are not those that vllm means
+
+from vllm import LLM, SamplingParams  # noqa: E402
 
 
 def main() -> None:

@@ -1,0 +1,82 @@
+"""The live loop: what a step trains on was said by the policy as it is in that step, on every strategy."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+LIVE = [
+    "loss=online", "online.loss=grpo", "online.steps=4", "online.samples_per_prompt=3", "online.eval_prompts=4",
+    "online.sampler.max_new_tokens=8", "online.labeller.functions=[{function: length, target: 3}]", "train.batch_size=12",
+    "optim.lr=1e-2", "schedule=constant", "checkpoint.every=2",
+]  # fmt: skip
+
+
+def rows(run: Path, split: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in found if row["split"] == split]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "FINAL" / "model.safetensors")
+
+
+@pytest.mark.parametrize(("config", "peft"), [("cpu2", "none"), ("cpu2_fsdp2", "none"), ("cpu2_fsdp2", "lora")],
+                         ids=["DDP", "FSDP2", "FSDP2, LoRA"])  # fmt: skip
+def test_sampled_log_probs_are_the_recomputed_ones_on_every_strategy(
+    config: str, peft: str, command: Command, tmp_path: Path
+) -> None:
+    """approx_kl is the mean of half the squared difference: 5e-9 where the differences are 1e-4."""
+    common = [*LIVE, f"peft={peft}"]
+    command(*common, "exp_name=alone")
+    command(*common, "exp_name=two", launch=2, config=config)
+    alone, two = rows(tmp_path / "alone", "train"), rows(tmp_path / "two", "train")
+    assert len(alone) == len(two) == 4
+    for row in (*alone, *two):
+        assert 0 <= row["approx_kl"] < 5e-9
+        assert row["entropy"] > 0.5, "not gibberish of one token"
+    assert two[0]["reward"] == pytest.approx(alone[0]["reward"], rel=1e-6), "the same requests, the same texts"
+    assert two[0]["loss"] == pytest.approx(alone[0]["loss"], abs=1e-5)
+    evals = [rows(tmp_path / name, "eval") for name in ("alone", "two")]
+    assert evals[0][0]["reward"] == pytest.approx(evals[1][0]["reward"], rel=1e-6)
+    assert alone[-1]["reward"] != alone[0]["reward"]
+
+
+def test_the_policy_moves_between_samples_and_a_killed_run_goes_on_exactly(command: Command, tmp_path: Path) -> None:
+    command(*LIVE, "exp_name=whole")
+    command(*LIVE, "exp_name=cut")
+    # back to the checkpoint of step 2, as a run that died after it would go on
+    command(f"resume={tmp_path / 'cut' / 'checkpoints' / 'step-00000002'}")
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    plain = [[{name: value for name, value in row.items() if "second" not in name and "memory" not in name}
+              for row in rows(tmp_path / name, "train")] for name in ("whole", "cut")]  # fmt: skip
+    assert plain[0] == plain[1]
+    assert (tmp_path / "whole" / "samples.md").is_file()
+
+
+@pytest.mark.parametrize("words", [["online.loss=dpo"], ["online.loss=ppo", "peft=lora"], ["online.loss=rloo"],
+                                   ["online.loss=reinforce_plus_plus"], ["online.loss=simpo"], ["online.loss=cispo"]],
+                         ids=lambda words: words[0].partition("=")[2])  # fmt: skip
+def test_other_losses_learn_from_the_same_source(words: list[str], command: Command, tmp_path: Path) -> None:
+    command(*LIVE, *words, "online.steps=2", "exp_name=run")
+    assert len(rows(tmp_path / "run", "train")) == 2
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["reward"] > 0
+
+
+def test_what_cannot_be_live_is_told(command: Command) -> None:
+    for words, said in (
+        (["online.loss=kto"], "for which it needs online.rounds"),
+        (["train.batch_size=2"], "cannot hold the 3 samples"),
+        (["online.rounds=2"], "two ways of going on"),
+        (["online.sampler.name=openai", "online.sampler.url=http://x/v1"], "a live loop samples with"),
+        (["online.sampler.max_new_tokens=256"], "no prompt leaves room"),
+    ):
+        done = command(*LIVE, *words, "exp_name=no", check=False)
+        assert (done.returncode, said in done.stderr) == (2, True), done.stderr

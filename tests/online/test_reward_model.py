@@ -1,0 +1,77 @@
+"""Scores of a reward model: those that plain transformers gives, one at a time."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification
+
+from halos.data import arithmetic
+from halos.errors import UserError
+from halos.models.load import load_tokenizer
+from halos.models.locate import locate
+from halos.online.labellers.reward_model import RewardModel
+
+
+@pytest.fixture
+def place(cache: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """A classifier on tiny's backbone with as many labels as the test asks for."""
+    source, labels = locate("tiny", None, cache), request.param
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_pretrained(source, num_labels=labels)
+    model.score.weight.data.normal_()
+    model.config.pad_token_id = 0
+    model.save_pretrained(tmp_path / "rm")
+    load_tokenizer(source, add_tokens=[])[0].save_pretrained(tmp_path / "rm")
+    return tmp_path / "rm"
+
+
+def samples() -> list[dict[str, Any]]:
+    rows = [row for _, row in zip(range(9), arithmetic.rows("eval"), strict=False)]
+    texts = [row["chosen"][0]["content"] + " so" * n for n, row in enumerate(rows)]
+    return [{"prompt_id": str(n), "sample_id": 0, "prompt": row["prompt"], "output": text} for n, (row, text) in
+            enumerate(zip(rows, texts, strict=True))]  # fmt: skip
+
+
+@torch.no_grad()
+def one_at_a_time(place: Path, rows: list[dict[str, Any]], label: int) -> list[float]:
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(place), load_tokenizer(place, add_tokens=[])[0]
+    found = []
+    for row in rows:
+        turns = [*row["prompt"], {"role": "assistant", "content": row["output"]}]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+        found.append(model(input_ids=ids).logits[0, label].item())
+    return found
+
+
+@pytest.mark.parametrize(("place", "label"), [(1, None), (2, 1)], indirect=["place"], ids=["one label", "HALOs' two"])
+def test_batches_give_what_each_alone_would(place: Path, label: int | None) -> None:
+    rows = samples()
+    labeller = RewardModel(place, label=label, batch_size=4, max_length=None, quiet=True)
+    found = {row["prompt_id"]: score.value for row, score in labeller.score(rows)}
+    assert [found[row["prompt_id"]] for row in rows] == pytest.approx(one_at_a_time(place, rows, label or 0), abs=1e-4)
+
+
+@pytest.mark.parametrize("place", [2], indirect=True)
+def test_which_of_several_labels_counts_must_be_said(place: Path) -> None:
+    with pytest.raises(UserError, match="has 2 labels: say which one"):
+        RewardModel(place, label=None, batch_size=4, max_length=None, quiet=True)
+    with pytest.raises(UserError, match="has 2 labels, counted from 0"):
+        RewardModel(place, label=2, batch_size=4, max_length=None, quiet=True)
+
+
+@pytest.mark.parametrize("place", [1], indirect=True)
+def test_what_is_too_long_has_no_score(place: Path) -> None:
+    rows = samples()
+    labeller = RewardModel(place, label=None, batch_size=4, max_length=40, quiet=True)
+    found = {row["prompt_id"]: score for row, score in labeller.score(rows)}
+    assert len(found) == len(rows)
+    long = [score for score in found.values() if score.value is None]
+    assert 0 < len(long) < len(rows)
+    assert {score.problem for score in long} == {"longer than max_length"}
+
+
+def test_a_language_model_is_no_reward_model(cache: Path) -> None:
+    with pytest.raises(UserError, match="is no reward model: its architecture is LlamaForCausalLM"):
+        RewardModel(locate("tiny", None, cache), label=None, batch_size=4, max_length=None, quiet=True)

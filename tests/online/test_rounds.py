@@ -1,0 +1,298 @@
+"""Rounds from beginning to end, killed wherever it hurts: the same samples, the same feedback, the same weights."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import train
+from halos.checkpoint.lineage import identity
+from halos.errors import UserError
+from halos.online.records import read
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "loss=online", "model=tiny", "data=arithmetic", "online.rounds=2", "online.prompts_per_round=6",
+    "online.samples_per_prompt=3", "online.eval_prompts=4", "online.sampler.max_new_tokens=8", "online.sampler.batch_size=4",
+    "online.kl_samples=4", "online.labeller.functions=[{function: length, target: 3}]", "train.batch_size=6", "optim.lr=1e-3",
+]  # fmt: skip
+
+
+class Walk:
+    """train.py with a walk's words, as a user starts it; every start goes on with what is there."""
+
+    def __init__(self, place: Path, cache: Path, words: list[str], environment: dict[str, str] | None = None) -> None:
+        self.run = place / "walk"
+        common = [f"output_root={place}", "exp_name=walk", f"cache_dir={cache}"]
+        self.words = [*SMALL, *common, *words]
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
+
+    def start(self, *more: str) -> subprocess.Popen[str]:
+        begun = (self.run / "config.yaml").is_file() and (self.run / "attempts").is_dir()
+        words = [f"resume={self.run}"] if begun else [*self.words, "overwrite=false"]
+        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, *more], stdout=subprocess.PIPE,
+                                stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.run.parent)  # fmt: skip
+
+    def finish(self, *more: str) -> str:
+        process = self.start(*more)
+        said, _ = process.communicate(timeout=600)
+        assert process.returncode == 0, said
+        return said
+
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.run / "result.json").read_text())
+
+    def story(self) -> dict[str, str]:
+        """Everything that must not depend on what happened to the run, by hash."""
+        found = {}
+        for path in sorted(self.run.glob("rounds/*/*.jsonl")) + sorted(self.run.glob("exam/*.jsonl")):
+            rows = [{name: value for name, value in row.items() if name != "generator"} for row in read(path)]
+            found[str(path.relative_to(self.run))] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        return {**found, "FINAL": identity(self.run / "FINAL")}
+
+    def rows(self, split: str) -> list[dict[str, Any]]:
+        rows = [json.loads(line) for line in (self.run / "metrics.jsonl").read_text().splitlines()]
+        return [row for row in rows if row["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], Walk]:
+    """A finished walk of a loss, run once."""
+    made: dict[str, Walk] = {}
+
+    def of(loss: str) -> Walk:
+        if loss not in made:
+            made[loss] = Walk(tmp_path_factory.mktemp(loss), cache, [f"online.loss={loss}"])
+            made[loss].finish()
+        return made[loss]
+
+    return of
+
+
+def test_a_walk_leaves_what_people_came_for(whole: Callable[[str], Walk]) -> None:
+    walk = whole("dpo")
+    assert walk.result()["status"] == "finished"
+    names = {path.name for path in (walk.run / "rounds" / "000").iterdir()}
+    assert names >= {"prompts.jsonl", "samples.jsonl", "feedback.jsonl", "train", "round.json", "samples.md", "samples.html"}
+    assert [row["step"] for row in walk.rows("train")] == [0, 1]
+    assert [row["step"] for row in walk.rows("eval")] == [0, 1, 2]
+    assert {"reward", "reward/std", "length", "kl", "unique", "cost", "seconds/sample", "seconds/train"} <= walk.rows("train")[
+        1
+    ].keys()
+    assert walk.rows("eval")[0]["win_rate"] == 0.5
+    feedback = read(walk.run / "rounds" / "000" / "feedback.jsonl")
+    for name in ("generator_sha256", "labeller", "prompt_id", "seed_A", "seed_B", "reward_A", "cost"):
+        assert feedback[0][name] is not None
+    model = AutoModelForCausalLM.from_pretrained(walk.run / "FINAL")
+    last = AutoModelForCausalLM.from_pretrained(walk.run / "rounds" / "001" / "train" / "FINAL")
+    first = AutoModelForCausalLM.from_pretrained(walk.run / "rounds" / "000" / "train" / "FINAL")
+    weights = [torch.cat([p.flatten() for p in each.parameters()]) for each in (model, last, first)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[1], weights[2]), "the second round went on from the first"
+
+
+def test_each_round_samples_from_the_policy_that_the_last_one_saved(whole: Callable[[str], Walk]) -> None:
+    walk = whole("dpo")
+    asked = json.loads((walk.run / "rounds" / "001" / "samples.meta.json").read_text())["request"]
+    assert asked["model_sha256"] == identity(walk.run / "rounds" / "000" / "train" / "FINAL")
+    lineage = json.loads((walk.run / "FINAL" / "lineage.json").read_text())
+    assert len(lineage["runs"]) == 2
+    config = (walk.run / "rounds" / "001" / "train" / "config.yaml").read_text()
+    assert "name_or_path: tiny" in config.partition("reference:")[2], "the reference stays at the start"
+    prompts = [{row["prompt_id"] for row in read(walk.run / "rounds" / f"{k:03d}" / "prompts.jsonl") if row["split"] == "train"}
+               for k in (0, 1)]  # fmt: skip
+    assert not prompts[0] & prompts[1]
+
+
+@pytest.mark.slow
+def test_a_finished_walk_goes_on_when_there_are_to_be_more_rounds(tmp_path: Path, cache: Path) -> None:
+    walk = Walk(tmp_path, cache, ["online.loss=sft"])
+    walk.finish()
+    before = walk.story()
+    walk.finish("online.rounds=3")
+    after = walk.story()
+    assert {name: value for name, value in after.items() if name in before and name.startswith("rounds/00")} == {
+        name: value for name, value in before.items() if name.startswith("rounds/00")
+    }
+    assert after["FINAL"] == identity(walk.run / "rounds" / "002" / "train" / "FINAL") != before["FINAL"]
+    assert [row["step"] for row in walk.rows("eval")] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("words", [["online.loss=grpo", "peft=lora", "online.carry_optimizer=true", "schedule=constant"],
+                                   ["online.loss=ppo", "train.epochs=1"], ["online.loss=kto"]],
+                         ids=["grpo, LoRA, optimizer carried", "ppo", "kto"])  # fmt: skip
+@pytest.mark.slow
+def test_other_losses_walk_too(words: list[str], tmp_path: Path, cache: Path) -> None:
+    walk = Walk(tmp_path, cache, words)
+    walk.finish()
+    assert walk.result()["status"] == "finished"
+    second = (walk.run / "rounds" / "001" / "train" / "config.yaml").read_text()
+    if "peft=lora" in words:
+        assert "rounds/000/train/FINAL/adapter" in second
+        assert "rounds/000/train/checkpoints/step-" in second
+    if "ppo" in words[0]:
+        assert (walk.run / "FINAL" / "value_head" / "model.safetensors").is_file()
+        log = (walk.run / "rounds" / "001" / "train" / "train.log").read_text()
+        assert "value head  from" in log
+
+
+def killed(walk: Walk, dice: random.Random, most: int) -> tuple[int, list[str]]:
+    """Start it again and again, and kill it, until it ends by itself; how often it was killed, and in which stages."""
+    stages: list[str] = []
+    while len(stages) < most:
+        process = walk.start()
+        try:
+            process.wait(dice.uniform(0.5, 16.0))
+            said = process.communicate()[0]
+            assert process.returncode == 0, said
+            return len(stages), stages
+        except subprocess.TimeoutExpired:
+            below = psutil.Process(process.pid).children(recursive=True)
+            commands = [" ".join(child.cmdline()) for child in below if child.is_running()]
+            names = [name for name in ("online.sample", "online.label", "train.py") if any(name in text for text in commands)]
+            victim = process.pid if dice.random() < 0.7 or not below else dice.choice(below).pid
+            with suppress(ProcessLookupError):
+                os.kill(victim, signal.SIGKILL)
+            stages.append(names[0] if names else "driver")
+            if victim != process.pid:  # a stage that died is told, and the driver leaves
+                process.wait(60)
+            process.communicate()
+            until = time.monotonic() + 60
+            while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below):
+                assert time.monotonic() < until, "a process was left behind"
+                time.sleep(0.05)
+    walk.finish()
+    return len(stages), stages
+
+
+@pytest.mark.slow
+def test_a_walk_that_is_killed_ends_as_if_nothing_had_been(tmp_path: Path, cache: Path, whole: Callable[[str], Walk]) -> None:
+    times, _ = killed(walk := Walk(tmp_path, cache, ["online.loss=kto"]), random.Random(1), 3)
+    assert times > 0
+    assert walk.story() == whole("kto").story()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(12))
+def test_a_walk_that_is_killed_at_random_ends_as_if_nothing_had_been(
+    seed: int, tmp_path: Path, cache: Path, whole: Callable[[str], Walk]
+) -> None:
+    """Twelve walks, some nine deaths each."""
+    loss = ("dpo", "grpo", "kto")[seed % 3]
+    walk = Walk(tmp_path, cache, [f"online.loss={loss}"])
+    times, stages = killed(walk, random.Random(seed), 9)
+    print(f"killed {times} times: {stages}")
+    want = {name: value for name, value in whole(loss).story().items() if name in walk.story()}
+    assert walk.story() == want
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The stub in a process of its own; what it was paid for so far."""
+    port, counts = tmp_path / "port", tmp_path / "counts.json"
+    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("stub.py")), str(port), str(counts)])
+    while not port.is_file() or not port.read_text():
+        time.sleep(0.05)
+
+    def now() -> dict[str, Any]:
+        time.sleep(0.3)
+        return {"url": port.read_text(), **json.loads(counts.read_text())}
+
+    yield now
+    process.kill()
+    process.wait()
+
+
+@pytest.mark.slow
+def test_no_answer_of_a_judge_is_paid_for_twice(tmp_path: Path, cache: Path, server: Callable[[], dict[str, Any]]) -> None:
+    """A walk judged by a server that is busy, broken and talks nonsense, killed some times on its way."""
+    judge = ["online.loss=dpo", "online.labeller.name=judge", "online.labeller.model=stub", "online.labeller.functions=[]",
+             f"online.labeller.url={server()['url']}", "online.labeller.concurrency=2"]  # fmt: skip
+    walk = Walk(tmp_path, cache, judge, {"OPENAI_API_KEY": "sk-not-a-key"})
+    killed(walk, random.Random(0), 5)
+    told = server()
+    kept = [json.loads(line) for line in (walk.run / "judge.jsonl").read_text().splitlines()]
+    answers = [row for row in kept if "text" in row]
+    assert len({row["key"] for row in answers}) == len(answers)
+    again = {key: count for key, count in told["paid"].items() if count > 1}
+    sent = [row["key"] for row in kept if "text" not in row]
+    assert all(sent.count(key) > 1 for key in again), "only what was under way when it died came again, with its own key"
+    assert told["paid"].keys() == {row["key"] for row in answers}
+    metas = [json.loads(path.read_text()) for path in walk.run.glob("rounds/*/scores.meta.json")]
+    assert sum(meta["without_score"] for meta in metas) > 0
+    assert not any("sk-not-a-key" in path.read_text(errors="ignore") for path in walk.run.rglob("*") if path.suffix in
+                   (".yaml", ".json", ".jsonl", ".log", ".md"))  # fmt: skip
+
+
+def test_stopped_by_a_signal_and_then_killed_it_ends_as_if_nothing_had_been(
+    tmp_path: Path, cache: Path, whole: Callable[[str], Walk]
+) -> None:
+    walk = Walk(tmp_path, cache, ["online.loss=dpo"])
+    process = walk.start()
+    until = time.monotonic() + 300
+    while not (walk.run / "rounds" / "000" / "samples.jsonl").exists():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert process.returncode == 75, said
+    assert walk.result()["status"] == "stopped"
+    assert f"resume={walk.run}" in said
+    again = walk.start()
+    while not (walk.run / "rounds" / "001" / "samples.jsonl.partial").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    again.kill()  # in the middle of the second round's sampling, and of everything else that it was at
+    again.communicate()
+    walk.finish()
+    assert walk.story() == whole("dpo").story()
+
+
+def refused(words: list[str], place: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message of a start that is refused."""
+    common = [f"output_root={place}", "exp_name=walk", f"cache_dir={cache}"]
+    with pytest.raises((UserError, SystemExit)) as end:
+        train.start([*SMALL, *common, *words])
+    if isinstance(end.value, UserError):
+        return str(end.value)
+    assert end.value.code == 2
+    return capsys.readouterr().err
+
+
+def test_wrong_words_are_told_before_anything_starts(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        ([], "online.loss is missing"),
+        (["online.loss=dop"], "did you mean dpo?"),
+        (["online.loss=reward"], "online.loss=reward: "),
+        (["online.loss=dpo", "online.overrides=[loss.bta=1]"], "loss.bta"),
+        (["online.loss=dpo", "online.samples_per_prompt=1"], "learns from pairs"),
+        (["online.loss=dpo", "online.labeller.functions=[exact_macth]"], "did you mean exact_match"),
+        (["online.loss=dpo", "online.labeller.name=judge"], "online.labeller.model is missing"),
+        (["online.loss=dpo", "online.sampler.name=vllm"], "online.sampler.python is missing"),
+        (["online.loss=dpo", "reference.name_or_path=tiny"], "online.reference"),
+        (["online.loss=dpo", "online.rouns=3"], "online.rounds"),
+    ):
+        assert said in refused(words, tmp_path, cache, capsys), words
+    assert not (tmp_path / "walk").exists()
+
+
+def test_scores_that_are_all_equal_leave_nothing_to_learn_and_nothing_is_lost(tmp_path: Path, cache: Path) -> None:
+    process = Walk(tmp_path, cache, ["online.loss=dpo", "online.labeller.functions=[exact_match]"]).start()
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert "there is nothing to learn from: the scores of all samples of a prompt are equal" in said
+    assert (tmp_path / "walk" / "rounds" / "000" / "samples.jsonl").is_file()

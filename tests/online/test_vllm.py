@@ -1,0 +1,84 @@
+"""vLLM by its two contracts: a process that speaks lines, and a server that speaks token ids; both are stubs here."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from halos.errors import UserError
+from halos.models.load import load_tokenizer
+from halos.models.locate import locate
+from halos.online.samplers.request import Request
+from halos.online.samplers.vllm import ServerEngine, SubprocessEngine
+
+from .stub import Stub
+
+VLLM = """
+class SamplingParams:
+    def __init__(self, **given): self.__dict__ |= given
+
+class Logprob:
+    def __init__(self, value): self.logprob = value
+
+class Out:
+    def __init__(self, ids, reason):
+        self.token_ids, self.finish_reason = ids, reason
+        self.logprobs = [{token: Logprob(-0.5 * n)} for n, token in enumerate(ids)]
+
+class Result:
+    def __init__(self, out): self.outputs = [out]
+
+class LLM:
+    def __init__(self, model):
+        print("vLLM says many things")
+        self.model = model
+    def generate(self, prompts, settings, use_tqdm):
+        if self.model == "broken": raise SystemExit(3)
+        return [Result(Out([s.seed % 50 + 10, *p["prompt_token_ids"][:2], 1], "stop")) for p, s in zip(prompts, settings)]
+"""
+
+
+def requests(count: int) -> list[Request]:
+    return [Request((f"p{n}", 0), (20, 21, 22 + n), ({"role": "user", "content": "x"},), n, 1.0, 6) for n in range(count)]
+
+
+@pytest.fixture
+def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "vllm.py").write_text(VLLM)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return sys.executable
+
+
+def test_a_process_answers_every_request(interpreter: str, cache: Path) -> None:
+    tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
+    engine = SubprocessEngine(interpreter, "model", tokenizer, top_p=1.0, top_k=0)
+    for _ in range(2):  # one process for all that is asked
+        found = list(engine.sample(requests(3)))
+        assert [request.key for request, _ in found] == [("p0", 0), ("p1", 0), ("p2", 0)]
+        assert [completion.ids for _, completion in found] == [(10 + n, 20, 21, 1) for n in range(3)]
+        assert found[0][1].logps == (0.0, -0.5, -1.0, -1.5)
+        assert found[0][1].finish == "stop"
+        assert tokenizer.eos_token not in found[0][1].text
+
+
+def test_a_process_that_dies_is_told(interpreter: str, cache: Path) -> None:
+    tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
+    with pytest.raises(UserError, match=r"ended before it had answered"):
+        list(SubprocessEngine(interpreter, "broken", tokenizer, top_p=1.0, top_k=0).sample(requests(1)))
+    with pytest.raises(UserError, match="cannot be started"):
+        SubprocessEngine("/no/such/python", "model", tokenizer, top_p=1.0, top_k=0)
+
+
+def test_a_server_gives_tokens_and_takes_weights(cache: Path, tmp_path: Path) -> None:
+    tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
+    server = Stub()
+    engine = ServerEngine(server.url, "model", tokenizer, top_p=1.0, top_k=0, concurrency=4)
+    found = list(engine.sample(requests(8)))
+    assert len(found) == 8
+    assert all(len(completion.ids) == len(completion.logps) > 0 for _, completion in found)
+    assert {completion.finish for _, completion in found} <= {"stop", "length"}
+    engine.load(tmp_path)
+    assert server.loaded == [str(tmp_path)]
+    server.close()
+    with pytest.raises(UserError, match="does not answer"):
+        ServerEngine("http://127.0.0.1:9/v1", "model", tokenizer, top_p=1.0, top_k=0, concurrency=4).load(tmp_path)

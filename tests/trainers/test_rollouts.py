@@ -1,0 +1,145 @@
+"""A step on rollouts: advantages of whole groups, whatever the batch is cut into, and old log-probs of who sampled."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from halos.data import arithmetic
+from halos.data.order import GroupOrder
+from halos.errors import UserError
+from halos.trainers.base import Trainer
+
+from .test_exact_step import _unsettle, relative, step
+
+LOSSES = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "ppo"]
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> str:
+    """Four prompts with 4, 4, 2 and 1 answers of different lengths and rewards."""
+    rows = []
+    problems = list(zip(arithmetic.rows("train"), (4, 4, 2, 1), strict=False))
+    for number, (row, count) in enumerate(problems):
+        for sample in range(count):
+            text = (row["chosen"] if sample % 2 else row["rejected"])[0]["content"] + " so" * (sample + number)
+            rows.append({"type": "scalar_feedback", "prompt": row["prompt"], "output": text, "reward": (sample * 7 + number) % 5})
+    path = tmp_path / "scored.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return f"data.train=['{path}']"
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_microbatches_of_any_size_give_the_same_step(loss: str, scored: str, trainer: Callable[..., Trainer]) -> None:
+    results = []
+    for size in (11, 4, 1):
+        made = trainer(f"loss={loss}", scored, "data.eval=[]", "train.max_grad_norm=null", "train.batch_size=11",
+                       f"train.microbatch_size={size}", f"exp_name=run{size}")  # fmt: skip
+        made.begin()
+        _unsettle(made)
+        results.append(step(made, np.arange(11)))
+    (value, gradient), *others = results
+    assert gradient.norm() > 0
+    for other_value, other_gradient in others:
+        assert other_value == pytest.approx(value, rel=1e-6, abs=1e-6)
+        assert relative(other_gradient, gradient) < 5e-6
+
+
+def test_old_log_probs_are_those_of_the_start_where_the_sampler_kept_none(scored: str, trainer: Callable[..., Trainer]) -> None:
+    made = trainer("loss=grpo", scored, "data.eval=[]", "train.batch_size=11")
+    made.begin()
+    assert made.step(np.arange(11))["approx_kl"][0] == 0.0
+    assert made.step(np.arange(11))["approx_kl"][0] > 0.0, "the policy has moved, what it was has not"
+
+
+def test_the_samplers_own_tokens_and_log_probs_are_used(tmp_path: Path, trainer: Callable[..., Trainer]) -> None:
+    from halos.data.tokenize import vocabulary_of
+
+    probe = trainer("loss=sft", "exp_name=probe")
+    vocabulary = vocabulary_of(probe.run.tokenizer)
+    prompt = next(arithmetic.rows("train"))["prompt"]
+    rows = [{"type": "scalar_feedback", "prompt": prompt, "output": "text that says something else", "reward": reward,
+             "output_ids": [30 + reward, 31, 1], "logps": [-0.5, -0.25, -0.125], "vocabulary": name}
+            for reward, name in ((0, vocabulary), (1, vocabulary), (2, "another"))]  # fmt: skip
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = trainer("loss=grpo", f"data.train=['{tmp_path / 's.jsonl'}']", "data.eval=[]", "train.batch_size=3", "exp_name=own")
+    items = [made.train.rows[row] for row in range(3)]
+    assert items[1].completions[0].ids.tolist() == [31, 31, 1]
+    np.testing.assert_array_equal(items[1].logps, np.array([-0.5, -0.25, -0.125], np.float32))
+    assert items[2].logps is None, "ids of another tokenizer mean nothing here"
+    assert "1 without token ids of this tokenizer" in made.train.rows.lines()[0]
+    made.begin()
+    chunk = made._deal(made.train, np.arange(3))[0]
+    np.testing.assert_array_equal(chunk.given.old[0, :3], torch.tensor([-0.5, -0.25, -0.125]))
+
+
+def test_what_was_known_at_the_start_is_kept_for_a_resume(scored: str, trainer: Callable[..., Trainer]) -> None:
+    words = ["loss=ppo", scored, "data.eval=[]", "train.batch_size=11"]
+    first = trainer(*words)
+    first.begin()
+    assert first.reference is None, "all that it had to say is known"
+    again = trainer(*words, f"resume={first.run.directory.path}")
+    _unsettle(again)
+    again.begin()
+    one, other = (made._known(made.train) for made in (first, again))
+    for name in ("old", "reference", "values"):
+        np.testing.assert_array_equal(getattr(one, name).flat, getattr(other, name).flat)
+    damaged = first.run.directory.path / "rollouts" / "train" / "rollouts.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    late = trainer(*words, f"resume={first.run.directory.path}")
+    late.run.step = 3
+    with pytest.raises(UserError, match="is damaged or gone, and the policy that it tells of has moved on"):
+        late.begin()
+
+
+def test_the_coefficient_of_an_adaptive_kl_moves_and_is_part_of_the_state(scored: str, trainer: Callable[..., Trainer]) -> None:
+    made = trainer("loss=ppo", "loss.kl_target=1.0", "loss.kl_horizon=100", scored, "data.eval=[]", "train.batch_size=11")
+    made.begin()
+    hook: Any = made.run.hooks["kl_coefficient"]
+    before = hook.value
+    totals = made.step(np.arange(11))
+    assert totals["kl_coefficient"][0] == before
+    assert hook.value == pytest.approx(before * (1 - 0.2 * 11 / 100))  # the KL is 0 at the start, far below its target
+    hook.load_state_dict({"value": 0.5})
+    assert hook.state_dict() == {"value": 0.5}
+
+
+def test_a_batch_holds_whole_groups() -> None:
+    groups = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3])
+    order = GroupOrder(groups, [1.0], 6, 0)
+    assert order.batches_per_epoch == 2
+    for epoch in range(3):
+        batches = [order.batch(epoch * 2 + k) for k in range(2)]
+        assert sorted(np.concatenate(batches)) == list(range(9))
+        for batch in batches:
+            for group in set(groups[batch]):
+                assert (groups[batch] == group).sum() == (groups == group).sum()
+    with pytest.raises(UserError, match="cannot hold a whole group: one prompt has 3"):
+        GroupOrder(groups, [1.0], 2, 0)
+    with pytest.raises(UserError, match="tear groups of samples apart"):
+        GroupOrder(groups, [0.5], 6, 0)
+
+
+def test_a_value_head_is_saved_beside_the_policy_and_taken_up(
+    scored: str, trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    for peft in ("none", "lora"):
+        made = trainer("loss=ppo", f"peft={peft}", scored, "data.eval=[]", "train.batch_size=11", "train.steps=2",
+                       f"exp_name={peft}")  # fmt: skip
+        made.fit()
+        final = tmp_path / peft / "FINAL"
+        head: Tensor = made.run.module.value_head.weight
+        assert head.abs().sum() > 0
+        more = [f"peft.init_from={final / 'adapter'}"] if peft == "lora" else [f"model.name_or_path={final}"]
+        second = trainer("loss=ppo", f"peft={peft}", scored, "data.eval=[]", "train.batch_size=11", *more, f"exp_name={peft}2")
+        assert torch.equal(second.run.module.value_head.weight, head)
+        if peft == "lora":
+            taken = {name: p for name, p in second.run.model.named_parameters() if "lora_B" in name}
+            assert all(torch.equal(p, made.run.model.get_parameter(name)) for name, p in taken.items())
+            with pytest.raises(UserError, match=r"was made with peft.r=16, and this run has 8"):
+                trainer("loss=ppo", "peft=lora", "peft.r=8", scored, "data.eval=[]", "train.batch_size=11", *more, "exp_name=x")
