@@ -16,10 +16,23 @@ from typing import Any
 import torch
 import trl
 from torch import Tensor
-from trl_replay import PAIRS, Batch, Outcome, averaged, trl_cpo, trl_dpo, trl_kto, trl_reward, trl_sft
+from trl_replay import (
+    PAIRS,
+    WIDTH,
+    Batch,
+    Outcome,
+    averaged,
+    trl_cpo,
+    trl_dpo,
+    trl_grpo,
+    trl_kto,
+    trl_reward,
+    trl_rloo,
+    trl_sft,
+)
 
-from halos.losses import cdpo, dpo, ipo, kto, reward, sft, simpo, slic
-from halos.types import Labelled, Loss, Mismatched, Pair, PairScores
+from halos.losses import cdpo, dpo, grpo, ipo, kto, reward, rloo, sft, simpo, slic
+from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts
 
 TOLERANCE = 2e-6  # relative, of float32 sums
 
@@ -141,6 +154,45 @@ def paired_rows(batch: Batch) -> list[Row]:
     ]
 
 
+def rollout_rows() -> list[Row]:
+    """With the same advantages; how those come from rewards is in TRL's sampling code, which is no loss."""
+    batch = Batch.random(6)
+    batch = Batch((batch.reference * 0.98).requires_grad_(), batch.reference, batch.mask)  # near the policy that sampled
+    advantages = torch.randn(2 * PAIRS, generator=torch.Generator().manual_seed(7))
+    plain = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence",
+             "max_tokens": None, "beta": 0.0, "kl_estimator": "k3"}  # fmt: skip
+    policy = Rollouts(batch.policy_logps, batch.reference, advantages[:, None] * batch.mask, torch.zeros(2 * PAIRS))
+
+    def ours(**knobs: Any) -> Callable[[], Outcome]:
+        def run() -> Outcome:
+            reference = batch.reference_logps if knobs.get("beta") else None
+            loss = grpo.grpo(policy, reference, **{**plain, **knobs})
+            count = batch.mask.sum() if loss.per == "token" else len(loss.values)
+            return batch.outcome(loss.values.sum() / count, {})
+
+        return run
+
+    def ours_rloo() -> Outcome:
+        return batch.outcome(rloo.rloo(policy, clip_low=0.2, clip_high=0.2).values.mean(), {})
+
+    def theirs(**settings: Any) -> Callable[[], Outcome]:
+        return lambda: trl_grpo(batch, advantages, **settings)
+
+    gspo = {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
+    return [
+        Row("grpo", "GRPO `grpo`", ours(), theirs()),
+        Row("grpo, beta .04", "GRPO `grpo`, beta .04", ours(beta=0.04), theirs(beta=0.04)),
+        Row("dr_grpo", "GRPO `dr_grpo`", ours(aggregation="constant", max_tokens=WIDTH), theirs(loss_type="dr_grpo")),
+        Row("dapo", "GRPO `dapo`, epsilon_high .28", ours(aggregation="token", clip_high=0.28),
+            theirs(loss_type="dapo", epsilon_high=0.28)),
+        Row("gspo", "GRPO `grpo`, importance_sampling_level sequence", ours(**gspo),
+            theirs(importance_sampling_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)),
+        Row("cispo", "GRPO `cispo`, epsilon_high 5", ours(objective="cispo", aggregation="token", clip_high=4.0),
+            theirs(loss_type="cispo", epsilon_high=5.0), note="our clip_high 4 is a cap of 5 on the ratio, as TRL counts it"),
+        Row("rloo", "RLOO", ours_rloo, lambda: trl_rloo(batch, advantages)),
+    ]  # fmt: skip
+
+
 def kto_rows() -> list[Row]:
     batch, labels = Batch.random(3), [i % 3 != 0 for i in range(2 * PAIRS)]
     either = [Batch.random(4), Batch.random(4).turned()]
@@ -250,11 +302,12 @@ def main() -> int:
     print("| ours | TRL's trainer | our loss | TRL's loss | largest gradient gap | metrics equal | verdict | note |")
     print("|---|---|---|---|---|---|---|---|")
     right = True
-    for row in [*sft_rows(batch), *paired_rows(batch), *kto_rows(), *reward_rows()]:
+    for row in [*sft_rows(batch), *paired_rows(batch), *kto_rows(), *reward_rows(), *rollout_rows()]:
         line, as_expected = compared(row)
         print(line, flush=True)
         right &= as_expected
     print("\nMetrics are compared where both log one of that name. IPO summed stands in TRL's online DPO only, inside its step.")
+    print("TRL's PPO and REINFORCE++ have no loss that can be called apart from their training loop (or are not there).")
     return 0 if right else 1
 
 

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import ModelOutput
-from trl import DPOTrainer, KTOTrainer, RewardTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -191,6 +191,36 @@ def trl_sft(batches: Sequence[Batch]) -> Outcome:
         losses.append(part.loss)
         gradients.append(part.gradient)
     return Outcome(torch.stack(losses).sum(), torch.cat(gradients), {})
+
+
+def trl_grpo(batch: Batch, advantages: Tensor, **settings: Any) -> Outcome:
+    """GRPO's trainer on log-probs whose old ones are `batch.reference`, and so is the reference model where beta asks for one."""
+    given: dict[str, Any] = {
+        "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0,
+        "max_completion_length": WIDTH, **settings,
+    }  # fmt: skip
+    trainer = bare(
+        GRPOTrainer, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, **given,
+    )  # fmt: skip
+    trainer.args = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
+    return _sampled(trainer, batch, advantages)
+
+
+def trl_rloo(batch: Batch, advantages: Tensor) -> Outcome:
+    return _sampled(bare(RLOOTrainer, epsilon_low=0.2, epsilon_high=0.2), batch, advantages)
+
+
+def _sampled(trainer: Any, batch: Batch, advantages: Tensor) -> Outcome:
+    trainer.model = Replay().train()
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (batch.policy, torch.zeros_like(batch.reference), None)
+    mask = batch.mask.long()
+    given = {
+        "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,
+        "advantages": advantages, "old_per_token_logps": batch.reference, "ref_per_token_logps": batch.reference,
+        "old_logps": batch.reference.sum(1), "num_items_in_batch": mask.sum(),
+    }  # fmt: skip
+    return batch.outcome(trainer._compute_loss(trainer.model, given), logged(trainer))
 
 
 def averaged(outcomes: Sequence[Outcome]) -> Outcome:

@@ -27,8 +27,14 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "FINAL" / "model.safetensors")
 
 
-@pytest.mark.parametrize(("config", "peft"), [("cpu2", "none"), ("cpu2_fsdp2", "none"), ("cpu2_fsdp2", "lora")],
-                         ids=["DDP", "FSDP2", "FSDP2, LoRA"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("config", "peft"),
+    [
+        pytest.param("cpu2", "none", id="DDP", marks=pytest.mark.slow),
+        pytest.param("cpu2_fsdp2", "none", id="FSDP2"),
+        pytest.param("cpu2_fsdp2", "lora", id="FSDP2, LoRA", marks=pytest.mark.slow),
+    ],
+)
 def test_sampled_log_probs_are_the_recomputed_ones_on_every_strategy(
     config: str, peft: str, command: Command, tmp_path: Path
 ) -> None:
@@ -61,9 +67,14 @@ def test_the_policy_moves_between_samples_and_a_killed_run_goes_on_exactly(comma
     assert (tmp_path / "whole" / "samples.md").is_file()
 
 
-@pytest.mark.parametrize("words", [["online.loss=dpo"], ["online.loss=ppo", "peft=lora"], ["online.loss=rloo"],
-                                   ["online.loss=reinforce_plus_plus"], ["online.loss=simpo"], ["online.loss=cispo"]],
-                         ids=lambda words: words[0].partition("=")[2])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        pytest.param(["online.loss=ppo", "peft=lora"], id="ppo"),
+        *(pytest.param([f"online.loss={name}"], id=name, marks=pytest.mark.slow)
+          for name in ("dpo", "rloo", "reinforce_plus_plus", "simpo", "cispo")),
+    ],
+)  # fmt: skip
 def test_other_losses_learn_from_the_same_source(words: list[str], command: Command, tmp_path: Path) -> None:
     command(*LIVE, *words, "online.steps=2", "exp_name=run")
     assert len(rows(tmp_path / "run", "train")) == 2

@@ -8,7 +8,7 @@ import sys
 
 sys.path.pop(0)  # the directory of this file, whose modules are not those that vllm means
 
-from vllm import LLM, SamplingParams  # noqa: E402
+from vllm import LLM, SamplingParams
 
 
 def main() -> None:
