@@ -18,7 +18,6 @@ from typing import Any
 from halos import __version__
 from halos.checkpoint.commit import staged, sweep
 from halos.checkpoint.find import checkpoints
-from halos.checkpoint.lineage import identity
 from halos.config import saved
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.changes import Change
@@ -49,6 +48,8 @@ def run(config: Config, inner: Config, words: Sequence[str], typed: Sequence[str
             "loss=online starts an accelerate launch of its own for every stage: python train.py loss=online"
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
         )
+    if config.resume:
+        _refuse_untyped(config, typed)
     walk = Walk(config, inner, words)
     walk.check()
     if config.dry_run:
@@ -71,7 +72,10 @@ class Walk:
 
     def __init__(self, config: Config, inner: Config, words: Sequence[str]) -> None:
         assert config.online is not None
-        self.config, self.inner, self.words, self.online = config, inner, list(words), config.online
+        self.config, self.inner, self.online = config, inner, config.online
+        # what may be imported is typed on this command, and never read from a saved run
+        self.words = [word for word in words if not word.lstrip("+").startswith("plugins=")]
+        self.words += [f"plugins=[{','.join(config.plugins)}]"] if config.plugins else []
         self.directory, self.stages = RunDir(config.run_dir), Stages(config)
         self.loss: LossSpec = bind_loss(inner.loss, config.plugins)
         self.main, self.step = True, 0
@@ -98,8 +102,6 @@ class Walk:
         if labeller.pairwise and (labeller.name != "judge" or self.kind != feedback.PAIRWISE):
             raise UserError("online.labeller.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
         feedback.check_threshold(self.kind, online.feedback.threshold)
-        if self.config.plugins == [] and any(word.startswith("plugins=") for word in self.words):
-            raise UserError("this run was begun with plugins=: type them again, they are never taken from a saved run")
         self.prompts = read_prompts(self.config.data.train, "train")
         self.exam = read_prompts(self.config.data.eval, "eval") if self.config.data.eval and online.eval_prompts else []
         if not self.prompts:
@@ -132,6 +134,8 @@ class Walk:
         try:
             for hook in self.hooks.values():
                 hook.on_start(self)  # type: ignore[arg-type]
+            kept = {name: hook.state_dict() for name, hook in self.hooks.items()}
+            write_whole(self.directory.path / "hooks.json", json.dumps(kept) + "\n")
             for number in range(self.online.rounds):
                 self.step = number
                 Round(self, number).go()
@@ -175,7 +179,6 @@ class Walk:
             for name, kept in json.loads(state.read_text()).items():
                 if name in self.hooks:
                     self.hooks[name].load_state_dict(kept)
-        write_whole(state, json.dumps({name: hook.state_dict() for name, hook in self.hooks.items()}))
         directory.write_result("running", 0, {})
         online = self.online
         log.info("online     %s, %s feedback by %s", self.loss.name, self.kind, online.labeller.name)
@@ -232,6 +235,26 @@ class Walk:
             shutil.copytree(last, hidden, dirs_exist_ok=True, copy_function=_link, ignore=shutil.ignore_patterns("manifest.json"))
 
 
+def _refuse_untyped(config: Config, typed: Sequence[str]) -> None:
+    """Raises UserError where a saved run names a program that would be run, or an address that the key would be sent to.
+
+    A run directory may be a stranger's.
+    """
+    online = config.online
+    assert online is not None
+    used = {
+        "online.sampler.python": online.sampler.python if online.sampler.name == "vllm" else None,
+        "online.sampler.url": online.sampler.url if online.sampler.name != "hf" else None,
+        "online.labeller.url": online.labeller.url if online.labeller.name == "judge" else None,
+    }
+    for key, value in used.items():
+        if value is not None and not any(word.lstrip("+").startswith(f"{key}=") for word in typed):
+            raise UserError(
+                f"{config.run_dir} names {key}={value}, and what is run and where keys are sent is never taken from a saved run:"
+                " type it again"
+            )
+
+
 SHOWN = ("reward", "kl", "length", "unique", "cost")
 
 
@@ -249,13 +272,12 @@ class Round:
         if self.facts.get("done"):
             self.walk.metrics = self.facts.get("metrics", {})
             return
-        began = time.perf_counter()
+        began, fresh = time.perf_counter(), not (self.place / "prompts.jsonl").is_file()
         self._prompts(with_training=True)
         self._sample()
         self._label()
         self._train()
-        # a walk that goes on after a death knows only the time since
-        self._note(wall=round(self.facts.get("wall", 0.0) + time.perf_counter() - began, 2))
+        self._note(wall=round(time.perf_counter() - began, 2), whole=fresh)
         train, held = self._measure()
         self._show(train)
         self.walk.record(self.number, train, held)
@@ -282,12 +304,12 @@ class Round:
         self.facts |= facts
         write_whole(self.place / "round.json", json.dumps(self.facts, indent=1) + "\n")
 
-    def _stage(self, name: str, command: Sequence[str], **facts: Any) -> None:
-        """One command, timed as a whole."""
+    def _stage(self, name: str, command: Sequence[str]) -> None:
+        """One command, timed as a whole, over all starts."""
         began = time.perf_counter()
         self.walk.stages.run(command, self.place / "logs" / f"{name}.log")
         spent = self.facts["stages"].get(name, {}).get("wall", 0.0) + time.perf_counter() - began
-        self.facts["stages"][name] = {"wall": round(spent, 2), **facts}
+        self.facts["stages"][name] = {"wall": round(spent, 2)}
         self._note()
 
     def _prompts(self, *, with_training: bool) -> None:
@@ -332,15 +354,10 @@ class Round:
                 " more samples of each prompt, a higher temperature or other prompts would be another run"
             )
         await_orphans(run, log.info)
-        self._stage("train", walk.stages.train(self._words(run)), model=self._hash_of(run.final))
-        self._note(stages={**self.facts["stages"], "train": {**self.facts["stages"]["train"], "model": self._hash_of(run.final)}})
+        self._stage("train", walk.stages.train(self._words(run)))
         if not (run.is_finished() and run.final.is_dir()):
             result = run.read_result() or {}
             raise StageError(f"training of round {self.number} did not finish: {result.get('reason') or result.get('status')}")
-
-    @staticmethod
-    def _hash_of(final: Path) -> str | None:
-        return identity(final) if final.is_dir() else None
 
     def _why_nothing(self) -> str:
         rows = read(self.place / "scores.jsonl") if (self.place / "scores.jsonl").is_file() else []
@@ -411,7 +428,10 @@ class Round:
             train |= {"kl": sampled["kl"]} if "kl" in sampled else {}
             cost = sum(row.get("cost") or 0.0 for row in rows)
             train |= {"cost": cost, "without_score": sum(row.get("reward") is None for row in rows) if rows else 0}
-            train |= {f"seconds/{name}": stage["wall"] for name, stage in self.facts["stages"].items()}
+            stages = {name: stage["wall"] for name, stage in self.facts["stages"].items()}
+            train |= {f"seconds/{name}": spent for name, spent in stages.items()}
+            if self.facts["whole"]:  # of a round that was gone on with, what lay between its starts is nobody's
+                train["seconds/other"] = round(self.facts["wall"] - sum(stages.values()), 2)
             train |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.place / "feedback.jsonl"))}
             train |= self._of_training()
         return train, held

@@ -42,7 +42,8 @@ class Walk:
 
     def start(self, *more: str) -> subprocess.Popen[str]:
         begun = (self.run / "config.yaml").is_file() and (self.run / "attempts").is_dir()
-        words = [f"resume={self.run}"] if begun else [*self.words, "overwrite=false"]
+        again = [word for word in self.words if ".url=" in word]  # where keys are sent is typed at every start
+        words = [f"resume={self.run}", *again] if begun else [*self.words, "overwrite=false"]
         return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, *more], stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.run.parent)  # fmt: skip
 
@@ -287,6 +288,24 @@ def test_wrong_words_are_told_before_anything_starts(tmp_path: Path, cache: Path
     ):
         assert said in refused(words, tmp_path, cache, capsys), words
     assert not (tmp_path / "walk").exists()
+
+
+def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Callable[[str], Walk]) -> None:
+    """A run directory may be a stranger's."""
+    config = Path(whole("dpo").run / "config.yaml")
+    text = config.read_text()
+    try:
+        for change, said in (
+            (("name: function", "name: judge"), "online.labeller.url=http://evil/v1"),
+            (("name: hf", "name: vllm"), "online.sampler.python=/tmp/evil"),
+        ):
+            evil = text.replace(*change).replace("url: null", "url: http://evil/v1").replace("python: null", "python: /tmp/evil")
+            evil = evil if "judge" in change[1] else evil.replace("url: http://evil/v1", "url: null")
+            config.write_text(evil.replace("model: null", "model: m"))
+            with pytest.raises(UserError, match=rf"names {said}.*type it again"):
+                train.start([f"resume={whole('dpo').run}", "resume_changes=allow"])
+    finally:
+        config.write_text(text)
 
 
 def test_scores_that_are_all_equal_leave_nothing_to_learn_and_nothing_is_lost(tmp_path: Path, cache: Path) -> None:
