@@ -108,7 +108,8 @@ def start(argv: list[str]) -> int:
     with hydra.initialize_config_dir(str(places[0]), version_base=VERSION):
         known = keys(compose(name, searched + firsts([one for one in typed if one.chooses(choices)])))
         settled = settle(typed, choices, known)
-        jobs = check_sweep(settled, args.overrides, choices, lambda words: compose(name, searched + words)) if multirun else []
+        composer: Composer = lambda words: compose(name, searched + words)  # noqa: E731
+        jobs = check_sweep(settled, args.overrides, choices, composer, places) if multirun else []
     words = [one.text for one in settled]
     if not multirun:
         return enter_hydra(words + flags, known)
@@ -231,7 +232,9 @@ def plain(node: Any) -> Any:
     return OmegaConf.to_container(node)
 
 
-def check_sweep(settled: Sequence[Typed], overrides: Sequence[str], choices: Choices, composer: Composer) -> list[Config]:
+def check_sweep(
+    settled: Sequence[Typed], overrides: Sequence[str], choices: Choices, composer: Composer, places: Sequence[Path]
+) -> list[Config]:
     """Every job, before the first one starts. They lie in runs/<exp_name>/, which a single run may not use.
 
     A sweeper that searches tries its values in other combinations than all: of each key every value is checked, by itself.
@@ -241,6 +244,12 @@ def check_sweep(settled: Sequence[Typed], overrides: Sequence[str], choices: Cho
     for number, words in enumerate(jobs):
         try:
             config = gate.check(composer(words), overrides, choices)
+            if config.online is not None:
+                own = {"exp_name": config.exp_name, "run_dir": config.run_dir, "data": asdict(config)["data"]}
+                within = inner(config, inner_words(words, config), places)
+                for name, value in own.items():
+                    OmegaConf.update(within, name, value, force_add=True)
+                gate.check(within, words, choices)
         except UserError as error:
             told = [word for word, one in zip(words, spoken(settled), strict=True) if one.is_sweep]
             raise UserError(f"{error} (in the job {' '.join(told)})" if told else str(error)) from error

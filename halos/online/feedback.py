@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,11 +56,13 @@ def check_threshold(kind: str, threshold: Any) -> float | str | None:
     words = ("mean", "median") if kind == BINARY else ()
     if threshold is None or threshold in words:
         return threshold
+    takes = "mean, median or a number" if kind == BINARY else "a number"
     try:
-        return float(threshold)
-    except (TypeError, ValueError) as error:
-        takes = "mean, median or a number" if kind == BINARY else "a number"
-        raise UserError(f"the threshold of {kind} feedback takes {takes}, not {threshold!r}") from error
+        if math.isfinite(number := float(threshold)):
+            return number
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f"the threshold of {kind} feedback takes {takes}, not {threshold!r}")
 
 
 def _pairs(groups: Sequence[list[Row]], pairing: str, threshold: float | str | None, seed: int) -> list[Row]:

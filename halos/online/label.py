@@ -7,6 +7,7 @@ goes on: a score that was computed or paid for is kept. Under accelerate launch 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ from halos.errors import UserError, command
 from halos.online import feedback
 from halos.online.labellers.score import Labeller, Score
 from halos.online.ranks import Ranks
-from halos.online.records import EVAL, Ledger, Row, hash_of, key_of, read, read_meta, write
+from halos.online.records import EVAL, Ledger, Row, hash_of, key_of, meta_path, read, read_meta, write
+from halos.rundir import write_whole
 
 KEEP = 64  # scores that are written together, where they cost only time
 
@@ -65,7 +67,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return command(lambda: run(parser().parse_args(arguments)))
+    try:
+        return command(lambda: run(parser().parse_args(arguments)))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: what was scored is kept, and the same command goes on\n")
+        return 130
 
 
 def run(given: argparse.Namespace) -> int:
@@ -75,6 +81,7 @@ def run(given: argparse.Namespace) -> int:
     samples = [_uniform(row, given.samples, number) for number, row in enumerate(read(given.samples), 1)]
     if not samples:
         raise UserError(f"{given.samples} is empty")
+    _refuse_twins(samples, given.samples)
     ranks, began = Ranks(), time.perf_counter()
     generator = read_meta(given.samples).get("request", {}).get("model_sha256")
     if given.judge and given.pairwise:
@@ -96,16 +103,37 @@ def run(given: argparse.Namespace) -> int:
             rows = [ledger.rows[key_of(row)] for row in samples]
             ledger.finish([key_of(row) for row in samples], {**counts(rows), "seconds": seconds})
     if ranks.main:
+        asked = {"scores": hash_of(scores), "kind": given.kind, "pairing": given.pairing, "threshold": threshold,
+                 "drop_equal": given.drop_equal, "seed": given.seed}  # fmt: skip
+        if given.feedback.exists() and read_meta(given.feedback).get("request") != asked:
+            raise UserError(f"{given.feedback} is there already, and was not made from these scores in this way: name another")
         rows = read(scores)
         made, left_out = feedback.make(rows, kind=given.kind, pairing=given.pairing, threshold=threshold,
                                        drop_equal=given.drop_equal, seed=given.seed)  # fmt: skip
+        write_whole(meta_path(given.feedback), json.dumps({"request": asked, **left_out}, indent=1) + "\n")
         write(given.feedback, made)
         _tell(given, rows, left_out)
     ranks.wait()
     return 0
 
 
+def _refuse_twins(samples: list[Row], path: Path) -> None:
+    """Number samples of a prompt that have no number; raises UserError where two have the same."""
+    seen: set[tuple[str, int]] = set()
+    for number, row in enumerate(samples, 1):
+        if row["sample_id"] is None:
+            row["sample_id"] = sum(key[0] == row["prompt_id"] for key in seen)
+        if key_of(row) in seen:
+            raise UserError(f"{path}:{number}: there is a sample {row['sample_id']} of prompt {row['prompt_id']!r} already")
+        seen.add(key_of(row))
+
+
 def _check(given: argparse.Namespace) -> None:
+    for path in (given.feedback, given.scores):
+        if path is not None and path.resolve() == given.samples.resolve():
+            raise UserError(f"{path} is the samples' own file: name another")
+        if path is not None and path.is_dir():
+            raise UserError(f"{path} is a directory: name a file in it")
     for name, least in (("processes", 1), ("batch_size", 1), ("concurrency", 1), ("max_requests", 1), ("timeout", 0.001)):
         value = getattr(given, name)
         if value is not None and value < least:
@@ -121,14 +149,24 @@ def _uniform(row: Row, path: Path, number: int) -> Row:
         raise UserError(f"{path}:{number}: a sample has prompt_id, prompt (or instruction) and output; this row has {found}")
     prompt = row["prompt"] if "prompt" in row else row["instruction"]
     prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return {**row, "prompt": prompt, "prompt_id": str(row["prompt_id"]), "sample_id": int(row.get("sample_id") or 0)}
+    for name, value in (("prompt", prompt), ("output", row["output"])):
+        turns = [] if isinstance(value, str) and name == "output" else value
+        if not isinstance(turns, list) or not all(isinstance(turn, dict) and "role" in turn for turn in turns):
+            raise UserError(f"{path}:{number}: {name} is {str(value)[:60]!r}; it takes text or a list of messages")
+    sample = row.get("sample_id")
+    if sample is not None and not (isinstance(sample, int) and not isinstance(sample, bool)):
+        raise UserError(f"{path}:{number}: sample_id is {sample!r}, not a whole number")
+    return {**row, "prompt": prompt, "prompt_id": str(row["prompt_id"]), "sample_id": sample}
 
 
 def _labeller(given: argparse.Namespace, ranks: Ranks) -> Labeller:
     if given.reward:
         from halos.online.labellers.functions import Functions, parts_of
 
-        entries = [yaml.safe_load(entry) for entry in given.reward]
+        try:
+            entries = [yaml.safe_load(entry) for entry in given.reward]
+        except yaml.YAMLError as error:
+            raise UserError(f"--reward cannot be read: {' '.join(str(error).split())}") from error
         parts = parts_of(entries, given.plugins)
         return Functions(parts, processes=given.processes, timeout=given.timeout, plugins=given.plugins)
     if given.judge:

@@ -60,6 +60,8 @@ def for_round(prompts: Sequence[Row], number: int, *, count: int, samples: int, 
 
 def held_out(prompts: Sequence[Row], *, count: int, seed: int) -> list[Row]:
     """The prompts that every round's policy answers, once each and greedily."""
+    if not prompts or not count:
+        return []
     order = Order(np.zeros(len(prompts), np.int32), [1.0], 1, seed)
     chosen = sorted(int(order.batch(place)[0]) for place in range(min(count, len(prompts))))
     return [{**prompts[place], "samples": 1, "temperature": 0.0, "split": EVAL} for place in chosen]

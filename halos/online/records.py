@@ -163,8 +163,11 @@ def whole_lines(path: Path) -> Iterator[Row]:
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         os.truncate(path, len(whole))
-    for text in whole.decode("utf-8").split("\n")[:-1]:
-        yield json.loads(text)
+    for number, text in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+        try:
+            yield json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: no JSON; take that line out, and what it held is made anew") from error
 
 
 def _difference(there: Any, asked: Mapping[str, Any]) -> str:

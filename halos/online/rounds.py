@@ -27,7 +27,7 @@ from halos.hooks.base import Hook
 from halos.online import feedback, measure
 from halos.online.prompts import for_round, held_out, read_prompts
 from halos.online.records import EVAL, TRAIN, Row, read, read_meta, write
-from halos.online.stages import StageError, Stages, StoppedError, await_orphans, config_file
+from halos.online.stages import WRONG_INPUT, RefusedError, StageError, Stages, StoppedError, await_orphans, config_file
 from halos.rundir import RunDir, is_run, write_whole
 from halos.types import Labelled, Pair, TokenLogps
 
@@ -99,6 +99,20 @@ class Walk:
         elif labeller.model is None:
             what = "its directory or hub id" if labeller.name == "reward_model" else "the judge's name at its API"
             raise UserError(f"online.labeller.model is missing: {what}")
+        if labeller.name == "judge" and not os.environ.get("OPENAI_API_KEY"):
+            raise UserError("the judge's key is read from the environment, and OPENAI_API_KEY is not set")
+        model = str(labeller.model)
+        if (
+            labeller.name == "reward_model"
+            and not Path(model).is_dir()
+            and (model.count("/") != 1 or Path(model).parent.is_dir())
+        ):
+            raise UserError(f"online.labeller.model: there is no directory {model}")
+        if online.sampler.max_new_tokens >= self.inner.train.max_length:
+            raise UserError(
+                f"online.sampler.max_new_tokens={online.sampler.max_new_tokens} leaves no room for a prompt within"
+                f" train.max_length={self.inner.train.max_length}"
+            )
         if labeller.pairwise and (labeller.name != "judge" or self.kind != feedback.PAIRWISE):
             raise UserError("online.labeller.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
         feedback.check_threshold(self.kind, online.feedback.threshold)
@@ -145,6 +159,8 @@ class Walk:
             status = "finished"
         except StoppedError as stopped:
             status, note = "stopped", str(stopped)
+        except RefusedError as error:
+            status, note = "refused", str(error)
         except StageError as error:
             note = str(error)
             log.error("failed: %s", error)
@@ -154,12 +170,13 @@ class Walk:
         finally:
             for hook in self.hooks.values():
                 hook.on_end(self)  # type: ignore[arg-type]
-            self.directory.write_result(status, self.step, self.metrics, reason=note)  # type: ignore[arg-type]
+            ended = "failed" if status == "refused" else status
+            self.directory.write_result(ended, self.step, self.metrics, reason=note)  # type: ignore[arg-type]
         if status == "finished":
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":
             log.info("stopped: %s; go on with: python train.py resume=%s", note, self.directory.path)
-        return {"finished": FINISHED, "stopped": STOPPED}.get(status, FAILED)
+        return {"finished": FINISHED, "stopped": STOPPED, "refused": WRONG_INPUT}.get(status, FAILED)
 
     def _begin(self, typed: Sequence[str], changed: Sequence[Change]) -> None:
         directory, resumed = self.directory, bool(self.config.resume)
@@ -296,9 +313,10 @@ class Round:
 
     def _read(self) -> dict[str, Any]:
         try:
-            return json.loads((self.place / "round.json").read_text(encoding="utf-8"))
+            found = json.loads((self.place / "round.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return {"round": self.number, "stages": {}}
+            found = {}
+        return {"round": self.number, "stages": {}, "whole": False, "wall": 0.0, **(found if isinstance(found, dict) else {})}
 
     def _note(self, **facts: Any) -> None:
         self.facts |= facts

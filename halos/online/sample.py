@@ -63,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return command(lambda: run(parser().parse_args(arguments)))
+    try:
+        return command(lambda: run(parser().parse_args(arguments)))
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: what was sampled is kept, and the same command goes on\n")
+        return 130
 
 
 def run(given: argparse.Namespace) -> int:
@@ -86,6 +90,8 @@ def run(given: argparse.Namespace) -> int:
     ranks.wait()
     if not ranks.main:
         ledger.open()
+    if own := sum("samples" in row or "temperature" in row for row in prompts):
+        say(ranks, f"{own} of {len(prompts)} prompts say themselves how many samples they want, or at what temperature")
     requests, too_long = source.requests(prompts)
     _sample(requests, source, ledger, ranks, {str(row["prompt_id"]): row for row in prompts})
     ranks.wait()

@@ -23,6 +23,7 @@ from halos.rundir import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "launch" / "accelerate"
+WRONG_INPUT = 2
 PERIOD = 0.05  # seconds between two looks at a stage
 PATIENCE = 600.0  # seconds in which a stage that was told to stop saves what it has
 ORPHANS = 120.0  # seconds that ranks may take to save, whose launcher was killed
@@ -30,6 +31,10 @@ ORPHANS = 120.0  # seconds that ranks may take to save, whose launcher was kille
 
 class StoppedError(Exception):
     """A signal ended a stage, which goes on when the run does."""
+
+
+class RefusedError(Exception):
+    """A stage refused what the user wrote, and has said so on the terminal."""
 
 
 class StageError(Exception):
@@ -71,6 +76,8 @@ class Stages:
         self._refuse_interrupted()
         if status == 0:
             return
+        if aloud and status == WRONG_INPUT:
+            raise RefusedError(f"{_name(command)} refused its input; its message was on the terminal")
         words = "its words stand above" if aloud else last_words(log)
         if words.startswith("error: "):
             raise UserError(words.removeprefix("error: "))

@@ -49,7 +49,7 @@ def _peft(record: Record) -> str:
 
 def _steps(record: Record) -> str:
     if record.rounds is not None:
-        return f"{record.step} of {record.rounds} rounds" if record.step != record.rounds else f"{record.step} rounds"
+        return f"{record.step} rounds"
     planned = record.node("train").get("steps")
     return f"{record.step} of {planned}" if planned and planned != record.step else str(record.step)
 

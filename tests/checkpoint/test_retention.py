@@ -136,7 +136,9 @@ class World:
 
     def start(self) -> None:
         self.run.step = self.step = max(self.whole(), default=0)
-        self.hook = CheckpointHook(**self.knobs, on_full_disk="warn", async_save=False, merge_lora=True, merge_dtype="auto")
+        self.hook = CheckpointHook(
+            **self.knobs, on_full_disk="warn", async_save=False, merge_lora=True, merge_dtype="auto", at_end=False
+        )
         self.hook._whole = set(self.hook._verified(self.run))
         self.trusted = self.whole()  # by this attempt
 
@@ -238,7 +240,7 @@ def test_ten_thousand_histories_never_lose_what_must_be_kept(worlds: Callable[[i
 
 def hook(**knobs: Any) -> CheckpointHook:
     given = {"every": 100, "keep_last": 1, "keep_best": 0, "keep_every": None, "pinned": [], "on_full_disk": "warn"}
-    return CheckpointHook(**{**given, "async_save": False, "merge_lora": True, "merge_dtype": "auto", **knobs})
+    return CheckpointHook(**{**given, "async_save": False, "merge_lora": True, "merge_dtype": "auto", "at_end": False, **knobs})
 
 
 def test_pinned_steps_are_saved_whatever_the_interval() -> None:

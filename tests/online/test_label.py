@@ -1,0 +1,98 @@
+"""The label command by itself: what it writes, and what it refuses without losing anything."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.online.label import main as label
+from halos.online.prompts import held_out
+from halos.online.records import read, read_meta, write
+
+
+def samples() -> list[dict[str, Any]]:
+    return [{"prompt_id": f"p{n // 3}", "sample_id": n % 3, "prompt": "Say something!", "output": "so " * n, "type": "sample"}
+            for n in range(6)]  # fmt: skip
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    write(tmp_path / "s.jsonl", samples())
+    return tmp_path
+
+
+def run(place: Path, *words: str, output: str = "f.jsonl") -> int:
+    return label([str(place / "s.jsonl"), str(place / output), "--reward", "{function: length, target: 4}", *words])
+
+
+def test_halos_own_files_are_read_and_written(place: Path) -> None:
+    write(place / "s.json", [{"prompt_id": 0, "instruction": "Say!", "output": "so " * n, "sample_id": n} for n in (0, 2, 4)])
+    command = [str(place / "s.json"), str(place / "f.json"), "--reward", "{function: length, target: 4}", "--feedback", "scalar"]
+    assert label(command) == 0
+    rows = read(place / "f.json")
+    assert [row["reward"] for row in rows] == [0.0, 0.5, 1.0]
+    assert rows[0]["prompt"] == [{"role": "user", "content": "Say!"}]
+    assert read_meta(place / "f.json")["rows"] == 3
+
+
+def test_the_same_command_again_changes_nothing_and_another_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place) == 0
+    before = read(place / "f.jsonl")
+    assert run(place) == 0
+    assert read(place / "f.jsonl") == before
+    assert run(place, "--feedback", "binary") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert read(place / "f.jsonl") == before
+
+
+def test_the_samples_own_file_is_not_written_over(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(place, output="s.jsonl") == 2
+    assert "is the samples' own file" in capsys.readouterr().err
+    assert read(place / "s.jsonl") == samples()
+    (place / "d").mkdir()
+    assert run(place, output="d") == 2
+
+
+def test_samples_without_numbers_are_numbered_and_twins_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**row, "sample_id": None} for row in samples()]
+    write(place / "s.jsonl", rows)
+    assert run(place, "--feedback", "scalar") == 0
+    assert [row["sample_id"] for row in read(place / "f.jsonl")] == [0, 1, 2, 0, 1, 2]
+    write(place / "s.jsonl", [samples()[0], samples()[0]])
+    assert run(place, output="g.jsonl") == 2
+    assert "s.jsonl:2: there is a sample 0 of prompt 'p0' already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"output": 5}, "output is '5'"),
+        ({"sample_id": "abc"}, "sample_id is 'abc', not a whole number"),
+        ({"prompt": 3}, "prompt is '3'"),
+        ({"output": [{"text": "x"}]}, "it takes text or a list of messages"),
+    ],
+)
+def test_what_is_no_sample_is_told_by_its_line(
+    row: dict[str, Any], said: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(place / "s.jsonl", [samples()[0], {**samples()[1], **row}])
+    assert run(place) == 2
+    error = capsys.readouterr().err
+    assert "s.jsonl:2: " in error
+    assert said in error
+    assert not (place / "f.scores.jsonl.partial").exists()
+
+
+def test_words_that_are_wrong_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for words, said in (
+        (["--reward", "{function: length"], "--reward cannot be read"),
+        (["--threshold", "nan"], "takes a number, not 'nan'"),
+        (["--pairwise"], "--pairwise is of a --judge"),
+        (["--processes", "0"], "--processes takes a number from 1"),
+    ):
+        assert run(place, *words) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_no_held_out_prompts_are_none() -> None:
+    assert held_out([], count=5, seed=0) == []
