@@ -151,6 +151,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
     forms: Iterable[Callable[[Path], str]] = [
         lambda path: re.sub(r"-[0-9a-f]{8}$", "", path.resolve().name),
+        lambda path: re.sub(r"-[0-9a-f]{8}$", "", "/".join(path.resolve().parts[-2:])),
         *[tail(parts) for parts in range(1, 5)],
     ]
     for form in forms:
