@@ -32,7 +32,7 @@ from halos.config import changes, gate, saved
 from halos.config.changes import Change, Past
 from halos.config.overrides import Choices, Typed, check_choices, quote_nested, settle, unreadable
 from halos.config.schema import Config
-from halos.config.secrets import redact, refuse_secrets
+from halos.config.secrets import redact, refuse_saved_addresses, refuse_secrets
 from halos.config.suggest import kind_of, nearest
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
@@ -41,11 +41,11 @@ ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra looks for launchers
 VERSION = "1.3"  # of Hydra's behaviour
 FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
-ONLINE = "online"  # loss=online: a workflow around the loss that online.loss names
+COMMANDS = ("resume", "resume_changes", "overwrite", "dry_run")  # of one command
 OWN = {  # of a run that is a workflow, and not of the training within it
-    "loss", "online", "exp_name", "output_root", "run_dir", "resume", "resume_changes", "overwrite", "dry_run", "objective",
-    "hooks", "logging",
+    "loss", "online", "exp_name", "output_root", "run_dir", "data", "objective", "hooks", "logging", *COMMANDS,
 }  # fmt: skip
+NO_ROUNDS = ("online", "reward", "csft")  # losses that train no policy that could be sampled from as it is
 AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
 PLUGINS = {"optuna": "hydra-optuna-sweeper", "submitit": "hydra-submitit-launcher"}  # what pip calls them
 SEEDED = ("tpe", "random", "cmaes", "nsgaii", "motpe")  # Optuna's samplers that draw
@@ -245,11 +245,7 @@ def check_sweep(
         try:
             config = gate.check(composer(words), overrides, choices)
             if config.online is not None:
-                own = {"exp_name": config.exp_name, "run_dir": config.run_dir, "data": asdict(config)["data"]}
-                within = inner(config, inner_words(words, config), places)
-                for name, value in own.items():
-                    OmegaConf.update(within, name, value, force_add=True)
-                gate.check(within, words, choices)
+                within(config, inner_words(words, config), places)
         except UserError as error:
             told = [word for word, one in zip(words, spoken(settled), strict=True) if one.is_sweep]
             raise UserError(f"{error} (in the job {' '.join(told)})" if told else str(error)) from error
@@ -310,11 +306,12 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
             del OmegaConf.select(composed, parent)[name]
         else:
             OmegaConf.update(composed, one.key, one.values[0], merge=True, force_add=True)
-    sections = {key.partition(".")[0] for key in plain(composed) if plain(composed)[key] is not None}
-    wanted = [key for key in changes.CHANGES if not key.startswith("online.") or "online" in sections]
-    if missing := [key for key in wanted if not changes.present(plain(composed), key)]:
+    whole = plain(composed)
+    wanted = [key for key in changes.CHANGES if not key.startswith("online.") or whole.get("online") is not None]
+    if missing := [key for key in wanted if not changes.present(whole, key)]:
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
     config = gate.check(composed, [one.text for one in typed], choices)
+    refuse_saved_addresses(config, [one.key for one in typed])
     changed = changes.compare(config, Past(settings, run_dir.path, step_of(source) if source else None))
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
@@ -385,7 +382,7 @@ def job(composed: DictConfig) -> float | None:
     try:
         config = gate.check(composed, typed, list_choices(places))
         if config.online is not None and config.online.steps is not None:
-            config = gate.check(live(config, composed, typed, places), typed, list_choices(places))
+            config = live(config, typed, places)
         changed = take_up(config) if multirun or config.resume == AUTO else []
         status = run(config, typed, changed, places) if gate.is_walk(config) else run(config, typed, changed)
     except UserError as error:
@@ -425,7 +422,7 @@ def inner(config: Config, words: Sequence[str], places: Sequence[Path]) -> DictC
     """The configuration of the training within a workflow. Raises UserError where online.loss names none that it could be."""
     online, choices = config.online, list_choices(places)
     assert online is not None
-    known = [name for name in choices["loss"] if name not in (ONLINE, "reward", "csft")]
+    known = [name for name in choices["loss"] if name not in NO_ROUNDS]
     if online.loss is None:
         raise UserError(f"online.loss is missing: what each round trains with, of {', '.join(known)}")
     if online.loss not in known:
@@ -441,39 +438,38 @@ def inner(config: Config, words: Sequence[str], places: Sequence[Path]) -> DictC
         return compose("config", [*searched, *[one.text for one in settled]])
 
 
-def live(config: Config, composed: DictConfig, typed: Sequence[str], places: Sequence[Path]) -> DictConfig:
-    """The configuration of a live loop: an ordinary run of online.loss, whose rows come from its own policy."""
-    assert config.online is not None
-    own = {"exp_name": config.exp_name, "output_root": config.output_root, "run_dir": config.run_dir}
-    made = inner(config, inner_words(typed, config), places)
-    OmegaConf.update(made, "train.steps", config.online.steps, force_add=True)
-    OmegaConf.update(made, "train.temperature", config.online.sampler.temperature, force_add=True)
+def within(config: Config, words: Sequence[str], places: Sequence[Path]) -> Config:
+    """The training within online rounds, checked whole: of what it will be given only the feedback is not there yet."""
+    made = inner(config, words, places)
+    own = {"exp_name": config.exp_name, "run_dir": config.run_dir, "data": asdict(config)["data"], "online": None}
     for name, value in own.items():
         OmegaConf.update(made, name, value, force_add=True)
-    for name in ("online", "objective", "hooks", "resume", "resume_changes", "overwrite", "dry_run"):
-        OmegaConf.update(made, name, plain(composed)[name], force_add=True)
-    return made
+    return gate.check(made, words, list_choices(places))
+
+
+def live(config: Config, typed: Sequence[str], places: Sequence[Path]) -> Config:
+    """A live loop as the ordinary run that it is: of online.loss, whose rows come from its own policy."""
+    assert config.online is not None
+    words, whole = inner_words(typed, config), asdict(config)
+    made = inner(config, words, places)
+    own = ("exp_name", "output_root", "run_dir", "data", "online", "objective", "hooks", *COMMANDS)
+    more = {"train.steps": config.online.steps, "train.temperature": config.online.sampler.temperature}
+    for name, value in {**{name: whole[name] for name in own}, **more}.items():
+        OmegaConf.update(made, name, value, force_add=True)
+    return gate.check(made, typed, list_choices(places))
 
 
 def walk(config: Config, typed: Sequence[str], changed: Sequence[Change], places: Sequence[Path]) -> int:
     """Online rounds: the exit status. What each round's training is given is checked before anything starts."""
-    from halos.build.logs import speak
+    from halos.logs import speak
     from halos.online import rounds
 
+    assert config.online is not None
     speak(main=True)
+    words = inner_words(typed, config)
     if config.resume:
-        assert config.online is not None
-        more = [word for word in inner_words(typed, config)[1:] if word not in config.online.overrides]
-        words = [*rounds.stored_words(Path(config.run_dir)), *more]
-    else:
-        words = inner_words(typed, config)
-    data = [word for word in typed if word.lstrip("+").startswith(("data=", "data."))]
-    words = [word for word in words if word not in data]
-    whole = inner(config, [*words, f"exp_name={rounds.quoted(config.exp_name)}"], places)
-    for name in ("data", "run_dir"):
-        OmegaConf.update(whole, name, asdict(config)[name], force_add=True)
-    OmegaConf.update(whole, "online", None, force_add=True)
-    status = rounds.run(config, gate.check(whole, words, list_choices(places)), words, typed, changed)
+        words = [*rounds.stored_words(Path(config.run_dir)), *[word for word in words[1:] if word not in config.online.overrides]]
+    status = rounds.run(config, within(config, words, places), words, typed, changed)
     if not config.dry_run and RunDir(config.run_dir).read_metrics():
         show(config)
     return status

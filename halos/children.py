@@ -11,6 +11,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from halos.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]  # of the repository: launch/ lies beside this package
+CONFIGS = ROOT / "launch" / "accelerate"
 PR_SET_PDEATHSIG = 1
 TAIL = 2**14  # bytes of a file that hold its last lines
 LINES = 12  # of a failed process's log that are shown
@@ -18,6 +22,15 @@ LAUNCHED = re.compile(
     r"(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|GROUP_RANK|GROUP_WORLD_SIZE|ROLE_\w+|MASTER_ADDR|MASTER_PORT|TORCHELASTIC_\w+"
     r"|ACCELERATE_\w+|FSDP_\w+)"
 )  # what a launcher tells its ranks
+
+
+def accelerate_config(name: str, key: str) -> Path:
+    """A config file of accelerate: a path, or a name in launch/accelerate. Raises UserError, which names the `key`."""
+    for place in (Path(name).expanduser(), ROOT / name, CONFIGS / name, CONFIGS / f"{name}.yaml"):
+        if place.is_file():
+            return place
+    there = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+    raise UserError(f"{key}: there is no file {name}; launch/accelerate has {there}")
 
 
 def leave(status: int) -> NoReturn:

@@ -13,8 +13,8 @@ class JobsFailedError(Exception):
     """A job of a sweep has failed, and said why; the others went on. Ends in exit status 1."""
 
 
-def command(main: Callable[[], int]) -> int:
-    """The exit status of a command: what `main` gives, or 2 after the one message of a UserError."""
+def command(main: Callable[[], int], *, stopped: str = "") -> int:
+    """The exit status of a command: what `main` gives, 2 after the one message of a UserError, 130 after Ctrl-C and `stopped`."""
     try:
         status = main()
         sys.stdout.flush()
@@ -23,6 +23,9 @@ def command(main: Callable[[], int]) -> int:
         return 2
     except BrokenPipeError:
         return read_enough()
+    except KeyboardInterrupt:
+        sys.stderr.write(f"stopped{': ' if stopped else ''}{stopped}\n")
+        return 130
     return status
 
 

@@ -13,7 +13,7 @@ from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import GroupOrder, Order, partners
 from halos.data.prepare import prepare
 from halos.errors import UserError
-from halos.trainers.deal import Rows, Split
+from halos.trainers.deal import Split
 from halos.types import (
     Comparison,
     Demonstration,
@@ -70,8 +70,7 @@ def _split(rows: Dataset, loss: LossSpec, seed: int) -> Split:
     return Split(rows, partners(rows.groups, seed) if loss.statistics_inputs is Mismatched else None)
 
 
-def order(rows: Rows, loss: LossSpec, config: Config) -> Order:
-    assert isinstance(rows, Dataset)
+def order(rows: Dataset, loss: LossSpec, config: Config) -> Order | GroupOrder:
     if loss.on_rollouts:
         return GroupOrder(rows.groups, rows.weights, config.train.batch_size, config.seed)
     return Order(rows.sources, rows.weights, config.train.batch_size, config.seed)

@@ -15,6 +15,7 @@ from halos.build import data
 from halos.build.processes import agree
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
+from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import Live, Prompts
@@ -47,14 +48,16 @@ class Feed(Protocol):
 
 def feed(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> Feed:
     """Raises UserError for every mistake in the data."""
-    return Stored(config, loss, tokenizer, made) if config.online is None else Sampled(config, loss, tokenizer, made)
+    kind = FromFiles if config.online is None else FromPolicy
+    return kind(config, loss, tokenizer, made)
 
 
-class Stored:
+class FromFiles:
     """Rows of files."""
 
     def __init__(self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> None:
         self.train, self.held_out = data.load(config, loss, tokenizer, made)
+        assert isinstance(self.train.rows, Dataset)
         self.order = data.order(self.train.rows, loss, config)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
@@ -66,7 +69,7 @@ class Stored:
         return Opened(self.train, self.held_out, self.order)
 
 
-class Sampled:
+class FromPolicy:
     """Completions of the policy in training."""
 
     def __init__(self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> None:

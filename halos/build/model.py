@@ -35,11 +35,6 @@ class Shelf:
     new_tokens: list[str]  # that the base's embeddings do not know
     made: Accelerator
 
-    @property
-    def hollow(self) -> bool:
-        """Whether another process deals out the weights."""
-        return asked_to_shard() and not self.made.is_main_process
-
     def load(self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None) -> PreTrainedModel:
         settings, device = self.config.model, self.made.device
         half = dtype is torch.bfloat16 or self.made.mixed_precision == "bf16"
@@ -52,7 +47,7 @@ class Shelf:
             quantize=quantize,
             new_tokens=self.new_tokens if source == self.base else [],
             seed=self.config.seed,
-            hollow=self.hollow,
+            hollow=asked_to_shard() and not self.made.is_main_process,
         )
 
 
@@ -128,7 +123,7 @@ def wrapped(shelf: Shelf, model: nn.Module, inputs: type, checkpoint: Path | Non
     adapter = shelf.config.peft.init_from
     for place in (checkpoint,) if checkpoint else (Path(adapter).parent if adapter else None, shelf.base):
         if place is not None and load_value_head(place, made.value_head):
-            log.info("value head  from %s", place)
+            log.info("%-10s from %s", "value head", place)
             break
     return made
 

@@ -16,7 +16,6 @@ from accelerate.utils import set_seed
 
 from halos.build import facts, model, strategy
 from halos.build.feed import feed
-from halos.build.logs import speak, write_to
 from halos.build.processes import accelerator, agree, launched
 from halos.build.watch import ORPHANED, outlive_no_launcher, together
 from halos.checkpoint import find
@@ -34,6 +33,7 @@ from halos.hooks.kl import KLCoefficient
 from halos.hooks.log import MetricsLog, summary
 from halos.hooks.progress import ProgressBar
 from halos.lock import RunLock
+from halos.logs import speak, write_to
 from halos.models.load import load_tokenizer, refuse_other_model
 from halos.models.locate import locate
 from halos.rundir import RunDir, is_run

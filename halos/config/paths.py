@@ -27,7 +27,7 @@ def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
     for model, key in ((config.model, "model.name_or_path"), (config.reference, "reference.name_or_path")):
         if model.name_or_path is not None:
             model.name_or_path = _expanded(model.name_or_path)
-            _check_model(model.name_or_path, key, choices.get("model", ()))
+            check_model(model.name_or_path, key, choices.get("model", ()))
     template = config.model.chat_template
     if template is not None and template.endswith(".jinja") and not Path(template).is_file():
         raise UserError(f"model.chat_template: there is no file {template}{_near_file(template)}")
@@ -74,7 +74,7 @@ def _check_data(path: str, key: str) -> None:
     raise UserError(f"{key}: there is no file or directory {path}{hint}")
 
 
-def _check_model(path: str, key: str, choices: Sequence[str]) -> None:
+def check_model(path: str, key: str, choices: Sequence[str] = ()) -> None:
     """A hub id, a directory that plain `from_pretrained` can load without unpickling anything, or a .gguf file."""
     place = Path(path)
     if path in BUNDLED_MODELS:

@@ -4,15 +4,34 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+from halos.config.schema import Config
 from halos.errors import UserError
 
 KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
 SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 SHORTEST = 8  # characters; anything shorter is a word that may well occur by chance
 WITHIN = 20  # from so many on a secret is looked for inside longer text too
+
+
+def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
+    """Raises UserError where a saved run, which may be a stranger's, names a program that would be run or an address that the
+    key would be sent to; `typed` are the keys of this command."""
+    if (online := config.online) is None:
+        return
+    used = {
+        "online.sampler.python": online.sampler.python if online.sampler.name == "vllm" else None,
+        "online.sampler.url": online.sampler.url if online.sampler.name != "hf" else None,
+        "online.labeller.url": online.labeller.url if online.labeller.name == "judge" else None,
+    }
+    for key, value in used.items():
+        if value is not None and key not in typed:
+            raise UserError(
+                f"{config.run_dir} names {key}={value}, and what is run and where keys are sent is never taken from a saved run:"
+                " type it again"
+            )
 
 
 def refuse_secrets(node: Any, typed: Sequence[str] = ()) -> None:

@@ -47,7 +47,7 @@ class Order:
         return self._cached[1]
 
 
-class GroupOrder(Order):
+class GroupOrder:
     """Global batches of whole groups, as many in each as would fit if all were as large as the largest."""
 
     def __init__(self, groups: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:
@@ -56,23 +56,19 @@ class GroupOrder(Order):
             raise UserError("data.train: weights other than 1 would tear groups of samples apart; leave them out")
         order = np.argsort(groups, kind="stable")
         _, starts = np.unique(groups[order], return_index=True)
-        self.members = np.split(order, starts[1:])  # rows of each group
-        largest = max(map(len, self.members))
+        self._members = np.split(order, starts[1:])  # rows of each group
+        largest = max(map(len, self._members))
         if largest > batch_size:
             raise UserError(
                 f"train.batch_size={batch_size} completions cannot hold a whole group: one prompt has {largest}; give"
                 f" train.batch_size={largest} or more"
             )
         at_once = batch_size // largest
-        self._groups = Order(np.zeros(len(self.members), np.int32), [1.0], at_once, seed)
-        self.rows_per_epoch = len(groups)
+        self._groups = Order(np.zeros(len(self._members), np.int32), [1.0], at_once, seed)
         self.batches_per_epoch = self._groups.batches_per_epoch
 
     def batch(self, number: int) -> np.ndarray:
-        return np.concatenate([self.members[group] for group in self._groups.batch(number)])
-
-    def epoch(self, number: int) -> np.ndarray:
-        return np.concatenate([self.members[group] for group in self._groups.epoch(number)])
+        return np.concatenate([self._members[group] for group in self._groups.batch(number)])
 
 
 def _share(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarray:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 
-from halos.losses.rollouts import all_equal, clipped, is_clipped, log_ratio, of_group, report, sequence_kl
+from halos.losses.rollouts import LARGEST, all_equal, clipped, is_clipped, log_ratio, of_group, report, sequence_kl
 from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled
 
 
@@ -35,7 +35,7 @@ def rloo(
     clip_high: Annotated[float, Range(least=0)],
 ) -> Loss:
     """-min(r A, clip(r) A) with one ratio r for a whole completion; on the first pass its gradient is REINFORCE's."""
-    ratio = log_ratio(policy).sum(-1, keepdim=True).clamp(-20, 20).exp()  # (rows, 1)
+    ratio = log_ratio(policy).sum(-1, keepdim=True).clamp(-LARGEST, LARGEST).exp()  # (rows, 1)
     advantage = policy.advantages.gather(1, torch.zeros_like(ratio, dtype=torch.long))  # the same for all tokens of a row
     taken_away = is_clipped(ratio, advantage, clip_low, clip_high)
     return Loss(clipped(ratio, advantage, clip_low, clip_high)[:, 0], report(policy, taken_away))

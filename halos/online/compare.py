@@ -16,11 +16,16 @@ AT_ONCE = 8  # sequences of one forward pass
 
 
 @torch.no_grad()
-def mean_log_ratio(reference: Any, samples: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]]) -> float:
-    """The mean of log pi(y|x) - log pi_ref(y|x) over samples (prompt ids, sampled ids, their log-probs): nats a completion."""
+def mean_log_ratio(
+    reference: Any, samples: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]], temperature: float
+) -> float:
+    """The mean of log pi(y|x) - log pi_ref(y|x) over samples (prompt ids, sampled ids, their log-probs): nats a completion.
+
+    Both are of the softmax at the temperature that was sampled at.
+    """
     register()
     reference.set_attn_implementation(SEGMENTS)
-    module, total = LanguageModel(reference), 0.0
+    module, total = LanguageModel(reference, temperature=temperature), 0.0
     for start in tqdm(range(0, len(samples), AT_ONCE), desc="KL", unit="batch", delay=2, leave=False, disable=None):
         some = samples[start : start + AT_ONCE]
         rows = [(np.array(prompt), Completion(np.array(ids), np.ones(len(ids), bool))) for prompt, ids, _ in some]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -67,11 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return command(lambda: run(parser().parse_args(arguments)))
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped: what was scored is kept, and the same command goes on\n")
-        return 130
+    return command(lambda: run(parser().parse_args(arguments)), stopped="what was scored is kept, and the same command goes on")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -205,7 +202,7 @@ def _score(labeller: Labeller, samples: Sequence[Row], ledger: Ledger, ranks: Ra
 
 
 def _row(sample: Row, score: Score, labeller: str, generator: str | None) -> Row:
-    facts = {"labeller": labeller, "cost": score.cost + (sample.get("cost") or 0.0)}
+    facts = {"labeller": labeller, "cost": score.cost}
     facts |= {"generator_sha256": generator} if generator else {}
     facts |= {"problem": score.problem} if score.problem else {}
     facts |= {"parts": dict(score.detail)} if score.detail else {}
@@ -278,8 +275,6 @@ def _compare(given: argparse.Namespace, samples: Sequence[Row], ranks: Ranks, ge
 
 def _to_compare(samples: Sequence[Row], others: dict[str, Row], seed: int) -> list[tuple[Row, Row, bool]]:
     """Two samples each, and whether the second is shown first: drawn, so that no place is favoured."""
-    import random
-
     found = []
     for group in feedback.by_prompt(samples):
         dice = random.Random(f"{seed}/{group[0]['prompt_id']}")

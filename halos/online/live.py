@@ -14,7 +14,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from halos.checkpoint import weights
+from halos.checkpoint import merge, weights
+from halos.checkpoint.commit import staged
+from halos.checkpoint.handover import case_of
 from halos.config.schema import Config
 from halos.data.dataset import Completion as Tokens
 from halos.data.dataset import Item
@@ -28,7 +30,7 @@ from halos.online.labellers.score import Labeller
 from halos.online.prompts import for_round, held_out, read_prompts
 from halos.online.records import EVAL, Row
 from halos.online.samplers.hf import HFEngine
-from halos.online.samplers.request import Completion, Request, requests_for
+from halos.online.samplers.request import Completion, Request, requests_for, row_of
 from halos.types import Comparison, Example, Judgement, Scored
 
 FAR = 100_003  # batches of prompts between those of a step and those that are tried in their place
@@ -113,6 +115,7 @@ class Live:
         self.server = self._server()
         self.rows = LiveRows(prompts.kind)
         self._whole: nn.Module | None = None
+        self._served: int | None = None  # the step whose weights a server has
 
     # --- what a trainer asks ---------------------------------------------------------------------------------------------
 
@@ -156,7 +159,8 @@ class Live:
         by_id = {str(row["prompt_id"]): row for row in prompts}
         found = {}
         for request, completion in self._sample(mine):
-            found[request.key] = self._row(request, completion, by_id[request.key[0]])
+            row = row_of(request, completion, by_id[request.key[0]], generator="policy", vocabulary="")
+            found[request.key] = {**row, "ids": request.ids}
         for sample, score in self.labeller.score(list(found.values())):
             row = found[(sample["prompt_id"], sample["sample_id"])]
             row |= {"reward": score.value, "labeller": self.labeller.name(), "cost": score.cost}
@@ -200,14 +204,6 @@ class Live:
         finally:
             self._whole.to("meta")
 
-    def _row(self, request: Request, completion: Completion, prompt: Row) -> Row:
-        facts = {name: prompt[name] for name in ("solution", "split") if name in prompt}
-        return {
-            "type": "sample", "prompt_id": request.key[0], "sample_id": request.key[1], "prompt": prompt["prompt"],
-            "output": completion.text, **facts, "finish": completion.finish, "tokens": completion.tokens, "seed": request.seed,
-            "output_ids": completion.ids, "logps": completion.logps, "ids": request.ids,
-        }  # fmt: skip
-
     # --- rows of a loss's own kind ---------------------------------------------------------------------------------------
 
     def _fill(self, scored: Sequence[Row]) -> None:
@@ -229,7 +225,7 @@ class Live:
             return Item(_prompt(pair[0]), tuple(map(_tokens, pair)), True, row["reward_difference"], name)
         sample = samples[(row["prompt_id"], row["sample_id"])]
         if self.prompts.kind is Scored:
-            logps = np.array(sample["logps"], np.float32) if sample["logps"] else None
+            logps = np.array(sample["logps"], np.float32)
             return Item(_prompt(sample), (_tokens(sample),), True, 0.0, name, row["reward"], logps)
         return Item(_prompt(sample), (_tokens(sample),), bool(row.get("label", 1)), 0.0, name)
 
@@ -276,29 +272,24 @@ class Live:
                             concurrency=sampler.concurrency)  # fmt: skip
 
     def _push(self) -> None:
-        """The policy's weights to the server, by a directory that both see: merged, so that it needs no adapter of its own."""
+        """The policy's weights to the server, once a step, by a directory that both see; with LoRA merged into the base."""
         run, place = self.run, self.run.directory.path / "served"
-        state = weights.gathered(run.module, trained_only=False)
+        if self._served == run.step:
+            return
+        adapter = isinstance(run.model, PeftModel)
+        state = weights.gathered(run.module, trained_only=adapter)
         if run.main:
-            state = {name: value for name, value in state.items() if not name.startswith(weights.HEAD)}
-            weights.save_model(place, bare(run.model), merged(run.model, state))
-            self.server.load(place)
+            with staged(place, main=True, facts={"step": run.step}) as hidden:
+                weights.save_weights(hidden, run.model, state)
+                if adapter:  # unproved: the final save's merge, which is proved, is this one
+                    run.tokenizer.save_pretrained(hidden)
+                    case = case_of(run.base, hidden / "adapter", hidden, dtype=bare(run.model).dtype)
+                    (hidden / "model").mkdir()
+                    merge.merge(case.base, case.adapter, hidden / "model", model=bare(run.model), dtype=case.dtype,
+                                vocabulary=case.vocabulary, tokens=case.tokens)  # fmt: skip
+            self.server.load(place / "model")
+        self._served = run.step
         run.accelerator.wait_for_everyone()
-
-
-def merged(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """A state without adapters: W + (alpha / r) B A, under the names of the model itself."""
-    if not isinstance(model, PeftModel):
-        return state
-    inner = {name.removeprefix("base_model.model."): value for name, value in state.items()}
-    found = {name.replace(".base_layer.", "."): value for name, value in inner.items() if ".lora_" not in name}
-    for name, layer in model.get_base_model().named_modules():
-        if f"{name}.lora_A.default.weight" in inner:
-            down, up = inner[f"{name}.lora_A.default.weight"], inner[f"{name}.lora_B.default.weight"]
-            weight = found[f"{name}.weight"]
-            update = float(layer.scaling["default"]) * (up.float() @ down.float())  # type: ignore[index]
-            found[f"{name}.weight"] = (weight.float() + update.to(weight.device)).to(weight.dtype)
-    return found
 
 
 def _prompt(row: Row) -> np.ndarray:

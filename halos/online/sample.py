@@ -25,7 +25,7 @@ from halos.errors import UserError, command
 from halos.online.prompts import read_prompts
 from halos.online.ranks import Ranks, device_of_this_process
 from halos.online.records import TRAIN, Ledger, Row
-from halos.online.samplers.request import Completion, Engine, Request, requests_for
+from halos.online.samplers.request import Completion, Engine, Request, requests_for, row_of
 
 CHUNK = 4  # batches that are sampled and kept together: what a crash can lose
 
@@ -63,11 +63,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    try:
-        return command(lambda: run(parser().parse_args(arguments)))
-    except KeyboardInterrupt:
-        sys.stderr.write("stopped: what was sampled is kept, and the same command goes on\n")
-        return 130
+    return command(lambda: run(parser().parse_args(arguments)), stopped="what was sampled is kept, and the same command goes on")
 
 
 def run(given: argparse.Namespace) -> int:
@@ -143,7 +139,6 @@ def counts(rows: Sequence[Row]) -> dict[str, Any]:
         "tokens": sum(row["tokens"] for row in rows),
         "cut": sum(row["finish"] == "length" for row in rows),
         "empty": sum(not row["output"].strip() for row in rows),
-        "cost": sum(row.get("cost", 0.0) for row in rows),
     }
 
 
@@ -152,11 +147,10 @@ class Source:
 
     def __init__(self, given: argparse.Namespace, ranks: Ranks) -> None:
         self.given, self.ranks = given, ranks
-        self.local = given.sampler != "openai"
         self._tokenizer: Any = None
         self._place: Path | None = None
         self._vocabulary = ""
-        if self.local:
+        if given.sampler != "openai":
             from halos.data.template import chat_template
             from halos.data.tokenize import vocabulary_of
             from halos.models.load import load_tokenizer
@@ -247,23 +241,12 @@ class Source:
         return model.to(device).eval()
 
     def row(self, request: Request, completion: Completion, prompt: Row) -> Row:
-        """What is kept of a sample."""
-        vocabulary = {}
-        if completion.ids:
-            vocabulary = {"output_ids": list(completion.ids), "logps": [round(logp, 7) for logp in completion.logps],
-                          "vocabulary": self._vocabulary}  # fmt: skip
-        facts = {name: prompt[name] for name in ("solution", "split") if name in prompt}
-        return {
-            "type": "sample", "prompt_id": request.key[0], "sample_id": request.key[1], "prompt": prompt["prompt"],
-            "output": completion.text, **facts, "finish": completion.finish, "tokens": completion.tokens,
-            "seed": request.seed, "temperature": request.temperature, "generator": str(self.given.model), **vocabulary,
-            **({"cost": completion.cost} if completion.cost else {}),
-        }  # fmt: skip
+        return row_of(request, completion, prompt, generator=str(self.given.model), vocabulary=self._vocabulary)
 
     def divergence(self, ledger: Ledger, requests: Sequence[Request]) -> dict[str, Any]:
         """log pi / pi_ref of whole completions, in the mean over some samples: an estimate of the KL, nats a completion."""
         given = self.given
-        if not given.kl_samples or not self.ranks.main or self._place is None:
+        if not given.kl_samples or not given.temperature or not self.ranks.main or self._place is None:
             return {}
         from halos.models.locate import locate
         from halos.online.compare import mean_log_ratio
@@ -273,11 +256,11 @@ class Source:
             return {"kl": 0.0, "kl_samples": 0}
         kept = [(request, ledger.rows[request.key]) for request in requests]
         some = [(request.ids, row["output_ids"], row["logps"]) for request, row in kept
-                if request.temperature == 1.0 and row.get("logps") and row.get("split", TRAIN) == TRAIN]  # fmt: skip
+                if row.get("logps") and row.get("split", TRAIN) == TRAIN]  # fmt: skip
         some = some[:: max(1, len(some) // given.kl_samples)][: given.kl_samples]
         if not some:
             return {}
-        return {"kl": mean_log_ratio(self.load(place), some), "kl_samples": len(some)}
+        return {"kl": mean_log_ratio(self.load(place), some, given.temperature), "kl_samples": len(some)}
 
 
 def _sample(

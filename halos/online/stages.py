@@ -15,14 +15,11 @@ from typing import Any
 
 import yaml
 
-from halos.children import die_with_parent, environment_of_a_start, last_words
+from halos.children import CONFIGS, ROOT, accelerate_config, die_with_parent, environment_of_a_start, last_words
 from halos.config.schema import Config, Online
 from halos.errors import UserError
-from halos.lock import RunLock
 from halos.rundir import RunDir
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "launch" / "accelerate"
 WRONG_INPUT = 2
 PERIOD = 0.05  # seconds between two looks at a stage
 PATIENCE = 600.0  # seconds in which a stage that was told to stop saves what it has
@@ -48,6 +45,8 @@ class Stages:
     config: Config
 
     def __post_init__(self) -> None:
+        assert self.config.online is not None
+        self.online = self.config.online
         self.interrupted: str | None = None
 
     def listen(self) -> None:
@@ -102,9 +101,7 @@ class Stages:
 
     def sample(self, policy: str, prompts: Path, output: Path, *, seed: int, max_length: int, reference: str | None) -> list[str]:
         """The command that samples from `policy`."""
-        online = self.config.online
-        assert online is not None
-        sampler = online.sampler
+        online, sampler = self.online, self.online.sampler
         words = [
             policy, "--data", str(prompts), "--output", str(output), "--sampler", sampler.name,
             "--temperature", str(sampler.temperature), "--top-p", str(sampler.top_p), "--top-k", str(sampler.top_k),
@@ -120,8 +117,7 @@ class Stages:
 
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
         """The command that labels them."""
-        online = self.config.online
-        assert online is not None
+        online = self.online
         labeller, feedback = online.labeller, online.feedback
         words = [
             str(samples), str(output), "--feedback", kind, "--pairing", feedback.pairing, "--scores", str(scores),
@@ -143,8 +139,7 @@ class Stages:
 
     def _launcher(self) -> list[str]:
         """`accelerate launch` where there is a config for it or several processes, else this interpreter alone."""
-        online = self.config.online
-        assert online is not None
+        online = self.online
         if online.config_file is None and self.processes == 1:
             return [sys.executable]
         file = config_file(online)
@@ -154,8 +149,7 @@ class Stages:
 
     @property
     def processes(self) -> int:
-        online = self.config.online
-        assert online is not None
+        online = self.online
         if online.num_processes or online.config_file is None:
             return online.num_processes or 1
         settings = yaml.safe_load(config_file(online).read_text(encoding="utf-8")) or {}
@@ -169,17 +163,12 @@ def config_file(online: Online) -> Path:
 
         name = "ddp" if torch.cuda.is_available() else "cpu2"
         return CONFIGS / f"{name}.yaml"
-    given = online.config_file
-    for place in (Path(given).expanduser(), ROOT / given, CONFIGS / given, CONFIGS / f"{given}.yaml"):
-        if place.is_file():
-            return place
-    there = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-    raise UserError(f"online.config_file: there is no file {given}; launch/accelerate has {there}")
+    return accelerate_config(online.config_file, "online.config_file")
 
 
 def await_orphans(run: RunDir, say: Any) -> None:
     """Wait for ranks that go on saving after their launcher, and we, were killed."""
-    lock, until, said = RunLock(run.path / "run.lock"), time.monotonic() + ORPHANS, False
+    lock, until, said = run.lock(), time.monotonic() + ORPHANS, False
     while run.path.is_dir():
         try:
             lock.refuse_held()

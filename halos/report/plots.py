@@ -119,7 +119,7 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
             ax.plot(steps, values, color=color, **HELD_OUT)
             seen.append(values)
     _dress(ax, panel, np.concatenate(seen))
-    if all(record.rounds is not None for record, _, _ in curves):
+    if all(record.is_walk for record, _, _ in curves):
         ax.set_xlabel("round")
 
 

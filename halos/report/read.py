@@ -34,15 +34,15 @@ class Record:
     @property
     def loss(self) -> str:
         """halos.losses.dpo.dpo -> dpo; of online rounds what each trains with."""
-        if self.rounds is not None:
+        if self.is_walk:
             return f"online {self.node('online').get('loss')}"
         return str(self.node("loss").get("_target_", "?")).rpartition(".")[0].rpartition(".")[2] or "?"
 
     @property
-    def rounds(self) -> int | None:
-        """How many online rounds were asked for; None of a run that has steps."""
+    def is_walk(self) -> bool:
+        """Whether its steps are online rounds."""
         online = self.node("online")
-        return online.get("rounds") if online and online.get("steps") is None else None
+        return bool(online) and online.get("steps") is None
 
     @property
     def seconds(self) -> float:

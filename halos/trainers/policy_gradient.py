@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -61,7 +62,10 @@ class PolicyGradientTrainer(Trainer):
     advantages are of whole groups and whole global batches, however those are dealt out, without a word between processes.
     """
 
-    known: dict[int, Known] | None = None
+    @cached_property
+    def _of_data(self) -> dict[str, Known]:
+        """By split, as far as they were asked for."""
+        return {}
 
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return [(item.prompt, item.completions[0]) for item in items]
@@ -80,9 +84,9 @@ class PolicyGradientTrainer(Trainer):
         return ValuedRollouts(logps, old, advantages, given.rewards, output.values, values, returns)
 
     def begin(self) -> None:
-        for split, name in ((self.train, "train"), (self.held_out, "eval")):
+        for split in (self.train, self.held_out):
             if split is not None and isinstance(split.rows, Dataset):
-                self._remember(split, name)
+                self._known(split)
         if isinstance(self.train.rows, Dataset):
             self.reference = None  # all that it had to say is known
 
@@ -97,37 +101,37 @@ class PolicyGradientTrainer(Trainer):
 
     # --- what is known of rows before the policy moves -------------------------------------------------------------------
 
-    def _remember(self, split: Split, name: str) -> Known:
-        """Computed once for a data set, or read from the run's directory, where the first attempt has put it."""
-        self.known = self.known if self.known is not None else {}
-        if id(split.rows) not in self.known:
-            place = self.run.directory.path / NAME / name
-            there = [not manifest.verify(place) if self.run.main and place.is_dir() else False]
-            if not gather_object(there)[0]:
-                if self.run.step:
-                    raise UserError(f"{place} is damaged or gone, and the policy that it tells of has moved on since: begin anew")
-                known = self._find_out(split, name)
-                with staged(place, main=self.run.main, gather=gather_object, facts={"rows": len(split.rows)}) as hidden:
-                    if self.run.main:
-                        save(hidden, known)
-            self.known[id(split.rows)] = load(place)
-        return self.known[id(split.rows)]
-
     def _known(self, split: Split) -> Known:
-        return self._remember(split, "train" if split is self.train else "eval") if isinstance(split.rows, Dataset) else (
-            self._find_out(split, "live")
-        )  # fmt: skip
+        """Of a data set computed once, or read from the run's directory, where the first attempt has put it."""
+        if not isinstance(split.rows, Dataset):
+            return self._find_out(split, None)
+        name = "train" if split is self.train else "eval"
+        if name not in self._of_data:
+            self._of_data[name] = self._read_or_find_out(split, name)
+        return self._of_data[name]
+
+    def _read_or_find_out(self, split: Split, name: str) -> Known:
+        place = self.run.directory.path / NAME / name
+        there = [not manifest.verify(place) if self.run.main and place.is_dir() else False]
+        if not gather_object(there)[0]:
+            if self.run.step:
+                raise UserError(f"{place} is damaged or gone, and the policy that it tells of has moved on since: begin anew")
+            known = self._find_out(split, name)
+            with staged(place, main=self.run.main, gather=gather_object, facts={"rows": len(split.rows)}) as hidden:
+                if self.run.main:
+                    save(hidden, known)
+        return load(place)
 
     @torch.no_grad()
-    def _find_out(self, split: Split, name: str) -> Known:
+    def _find_out(self, split: Split, name: str | None) -> Known:
         """Log-probs of the policy as it is (where the sampler kept none) and of the reference, and values: of every row."""
         rows, run, module = split.rows, self.run, self.run.module
         valued = self.loss.inputs is ValuedRollouts
-        missing = sum(rows[row].logps is None for row in range(len(rows)))
         own = [rows[row].logps for row in range(len(rows))]
+        missing = sum(part is None for part in own)
         if not (missing or valued or self.loss.needs_reference):
             return Known(Per.of([part for part in own if part is not None]), None, None)
-        if missing and name != "live":
+        if missing and name is not None:
             log.info("%-10s %d of %d completions came without log-probs: the policy's at the start stand for them", name, missing,
                      len(rows))  # fmt: skip
         was_training = module.training

@@ -12,11 +12,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from halos.children import CONFIGS, ROOT, accelerate_config
 from halos.errors import JobsFailedError, UserError
 from halos.rundir import job_name
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = ROOT / "launch" / "accelerate"
 STOPPED = 75
 
 
@@ -38,7 +37,7 @@ class AccelerateLauncher(Launcher):
         self.num_processes, self.max_parallel = num_processes, max_parallel
         self.devices = None if devices is None else [str(device) for device in devices]
         self.args = [str(word) for word in args]
-        self.config_file = self._found(config_file)
+        self.config_file = accelerate_config(config_file, "hydra.launcher.config_file") if config_file is not None else None
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
@@ -101,16 +100,6 @@ class AccelerateLauncher(Launcher):
         )  # fmt: skip
 
     # --- where they run ------------------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _found(name: str | None) -> Path | None:
-        if name is None:
-            return None
-        for place in (Path(name).expanduser(), ROOT / name, CONFIGS / name, CONFIGS / f"{name}.yaml"):
-            if place.is_file():
-                return place
-        there = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-        raise UserError(f"hydra.launcher.config_file: there is no file {name}; launch/accelerate has {there}")
 
     def _accelerate_config(self) -> tuple[Path, int]:
         """The config file of every job, and its number of processes."""

@@ -375,6 +375,7 @@ def test_no_key_is_dead(key):
 
 def test_a_key_that_nobody_reads_would_be_found():
     assert not _is_read("train.nobody_reads_this")
+    assert not _is_read("online.sampler.nobody_reads_this")
 
 
 def test_the_keys_of_peft_are_those_of_its_own_config():

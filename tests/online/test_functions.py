@@ -1,6 +1,5 @@
 """Verifiable rewards: right, and safe from what they may do."""
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def test_the_bundled_rewards() -> None:
 
 
 def test_what_a_function_does_wrong_costs_its_own_sample_alone(mine: str) -> None:
-    began = time.monotonic()
     found = scores(of(f"{mine}.odd", plugins=(mine,), timeout=1.0), "fine", "raise", "hang", "die", "nan", "none", "too")
     assert (found["fine"].value, found["too"].value) == (1.0, 1.0)
     for text, words in {
@@ -76,7 +74,6 @@ def test_what_a_function_does_wrong_costs_its_own_sample_alone(mine: str) -> Non
     }.items():  # fmt: skip
         assert found[text].value is None
         assert words in found[text].problem
-    assert time.monotonic() - began < 120
 
 
 def test_several_are_added_up_with_their_weights(mine: str) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from .stub import Stub
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LIVE = [
     "loss=online", "online.loss=grpo", "online.steps=4", "online.samples_per_prompt=3", "online.eval_prompts=4",
@@ -79,6 +81,20 @@ def test_other_losses_learn_from_the_same_source(words: list[str], command: Comm
     command(*LIVE, *words, "online.steps=2", "exp_name=run")
     assert len(rows(tmp_path / "run", "train")) == 2
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["reward"] > 0
+
+
+def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(command: Command, tmp_path: Path) -> None:
+    server = Stub()
+    words = ["peft=lora", "online.steps=2", "online.sampler.name=vllm", f"online.sampler.url={server.url}", "exp_name=run"]
+    command(*LIVE, *words)
+    server.close()
+    served = tmp_path / "run" / "served" / "model"
+    assert server.loaded == [str(served)] * 3, "for the steps 0 and 1, and for the last evaluation"
+    mine, final = load_file(served / "model.safetensors"), weights(tmp_path / "run")
+    assert mine.keys() == final.keys()
+    assert all(torch.equal(mine[name], final[name]) for name in final), "what was served last is what was saved, merged"
+    done = command(f"resume={tmp_path / 'run'}", "train.steps=4", check=False)
+    assert (done.returncode, "online.sampler.url" in done.stderr) == (2, True), "where keys are sent is typed again"
 
 
 def test_what_cannot_be_live_is_told(command: Command) -> None:

@@ -147,7 +147,7 @@ def test_other_losses_walk_too(words: list[str], tmp_path: Path, cache: Path) ->
     if "ppo" in words[0]:
         assert (walk.run / "FINAL" / "value_head" / "model.safetensors").is_file()
         log = (walk.run / "rounds" / "001" / "train" / "train.log").read_text()
-        assert "value head  from" in log
+        assert "value head from" in log
 
 
 def killed(walk: Walk, dice: random.Random, most: int) -> tuple[int, list[str]]:

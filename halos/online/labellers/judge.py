@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
 import re
 import sys
-from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from tqdm import tqdm
 from halos.errors import UserError
 from halos.online.labellers.score import Score
 from halos.online.records import Row, line, question, text_of, whole_lines
+from halos.online.servers import OverBudgetError, answers, refuse_without
 
 RUBRICS = Path(__file__).resolve().parents[1] / "rubrics"
 SCALAR, PAIRWISE = ("prompt", "completion"), ("prompt", "first", "second")
-RETRIES = 6  # by the client, with its own growing pauses: 429, 5xx, lost connections
 TIMEOUT = 120.0  # seconds for one answer
-KEY = "OPENAI_API_KEY"
 _OBJECT = re.compile(r"\{[^{}]*\}")
 
 
@@ -49,10 +48,6 @@ class Answer:
     finish: str
 
 
-class OverBudgetError(Exception):
-    """A cap is reached; nothing more is asked."""
-
-
 class Judge:
     """Asks each question once, for ever: answers are kept in a file of lines by the hash of all that was asked."""
 
@@ -67,15 +62,7 @@ class Judge:
             raise UserError(f"online.labeller.rubric={path} cannot be read: {error}") from error
         if missing := [place for place in places if "{" + place + "}" not in self.rubric]:
             raise UserError(f"online.labeller.rubric={path} has no {{{missing[0]}}}, where that is to be put")
-        try:
-            import openai  # noqa: F401
-        except ImportError as error:
-            raise UserError("a judge needs the package openai: pip install openai") from error
-        if not os.environ.get(KEY):
-            raise UserError(
-                f"the judge's key is read from the environment, and {KEY} is not set: export {KEY}=... (any word for a server"
-                " without keys)"
-            )
+        refuse_without("a judge")
         self.kept: dict[str, Answer] = {}
         self.asked = 0  # requests that this and earlier starts have sent
         self.spent = 0.0
@@ -142,57 +129,21 @@ class Judge:
                 fresh.setdefault(key, []).append(number)
         if not fresh:
             return
-        asking = self._ask_all({key: texts[numbers[0]] for key, numbers in fresh.items()})
-        loop = asyncio.new_event_loop()
-        bar = tqdm(total=len(fresh), desc="judging", unit="answer", delay=1, disable=None)
+        asked = [(key, texts[numbers[0]]) for key, numbers in fresh.items()]
+        left = len(asked)
         try:
-            with bar:
-                while True:
-                    try:
-                        key = loop.run_until_complete(anext(asking))
-                    except StopAsyncIteration:
-                        return
+            coming = answers(asked, self._ask, url=self.settings.url, concurrency=self.settings.concurrency, timeout=TIMEOUT)
+            with closing(coming), tqdm(total=left, desc="judging", unit="answer", delay=1, disable=None) as bar:
+                for key in coming:
+                    left -= 1
                     bar.update()
                     for number in fresh[key]:
                         yield number, self.kept[key]
-        finally:
-            loop.run_until_complete(asking.aclose())
-            loop.close()
-
-    async def _ask_all(self, texts: Mapping[str, str]) -> AsyncGenerator[str, None]:
-        import openai
-
-        # the key goes from the environment into the client, and nowhere else
-        async with openai.AsyncOpenAI(base_url=self.settings.url, max_retries=RETRIES, timeout=TIMEOUT) as client:
-            gate, ending, left = asyncio.Semaphore(self.settings.concurrency), asyncio.Event(), len(texts)
-
-            async def one(key: str, text: str) -> str:
-                async with gate:
-                    if ending.is_set():
-                        raise OverBudgetError("the others have ended")
-                    self._within_budget()
-                    await self._ask(client, key, text)
-                return key
-
-            tasks = [asyncio.ensure_future(one(key, text)) for key, text in texts.items()]
-            try:
-                for done in asyncio.as_completed(tasks):
-                    yield await done
-                    left -= 1
-            except OverBudgetError as error:
-                raise UserError(
-                    f"judge: {error}; {left} of {len(texts)} answers are still to come. What was paid for is kept: raise the cap,"
-                    " and give the same command again"
-                ) from error
-            except openai.APIError as error:
-                place = self.settings.url or "the API"
-                raise UserError(
-                    f"judge: {place} does not answer: {type(error).__name__}: {error}. What was answered is kept: the same"
-                    " command asks for the rest"
-                ) from error
-            finally:
-                ending.set()  # what is under way is paid for already: its answer is awaited and kept
-                await asyncio.gather(*tasks, return_exceptions=True)
+        except OverBudgetError as error:
+            raise UserError(
+                f"judge: {error}; {left} of {len(asked)} answers are still to come. What was paid for is kept: raise the cap, and"
+                " give the same command again"
+            ) from error
 
     def _within_budget(self) -> None:
         most, dollars = self.settings.max_requests, self.settings.max_cost
@@ -201,7 +152,10 @@ class Judge:
         if dollars is not None and self.spent >= dollars:
             raise OverBudgetError(f"the cap online.labeller.max_cost={dollars:g} is reached, {self.spent:.4f} dollars")
 
-    async def _ask(self, client: Any, key: str, text: str) -> None:
+    async def _ask(self, client: Any, asked: tuple[str, str]) -> str:
+        """Keep the answer to a text under its key."""
+        self._within_budget()
+        key, text = asked
         self.asked += 1
         self._note({"key": key})
         try:
@@ -218,6 +172,7 @@ class Judge:
         self.kept[key] = answer
         self.spent += answer.cost
         self._note({"key": key, "text": answer.text, "cost": answer.cost, "finish": answer.finish})
+        return key
 
     def _cost(self, usage: Any) -> float:
         if usage is None:

@@ -39,7 +39,18 @@ class Completion:
     logps: tuple[float, ...]
     finish: str  # stop | length
     tokens: int  # sampled, as the engine counts them
-    cost: float = 0.0
+
+
+def row_of(request: Request, completion: Completion, prompt: Row, *, generator: str, vocabulary: str) -> Row:
+    """What is kept of a sample; `vocabulary` names the tokenizer that its ids are of."""
+    kept: Row = {"type": "sample", "prompt_id": request.key[0], "sample_id": request.key[1], "prompt": prompt["prompt"]}
+    kept |= {name: prompt[name] for name in ("solution", "split") if name in prompt}
+    kept |= {"output": completion.text, "finish": completion.finish, "tokens": completion.tokens, "seed": request.seed}
+    kept |= {"temperature": request.temperature, "generator": generator}
+    if completion.ids:
+        kept |= {"output_ids": list(completion.ids), "logps": [round(logp, 7) for logp in completion.logps]}
+        kept |= {"vocabulary": vocabulary}
+    return kept
 
 
 class Engine(Protocol):

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from halos.children import die_with_parent, environment_of_a_start
 from halos.errors import UserError
 from halos.online.samplers.request import Completion, Request
+from halos.online.servers import KEY
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TIMEOUT = 600.0  # seconds for one completion
-KEY = "OPENAI_API_KEY"
 
 
 def _asked(request: Request, top_p: float, top_k: int) -> dict[str, Any]:

@@ -1,0 +1,151 @@
+"""What a walk of online rounds is made of: its configuration and that of each round's training, the prompts, and who is where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halos.checkpoint.find import checkpoints
+from halos.config.bind import LossSpec
+from halos.config.paths import check_model
+from halos.config.schema import Config, Online
+from halos.errors import UserError
+from halos.online import feedback
+from halos.online.prompts import read_prompts
+from halos.online.records import Row
+from halos.online.servers import refuse_keyless
+from halos.online.stages import Stages, config_file
+from halos.rundir import RunDir
+from halos.types import Labelled, Pair, TokenLogps
+
+KINDS = {Pair: feedback.PAIRWISE, Labelled: feedback.BINARY, TokenLogps: feedback.BINARY}
+
+
+@dataclass
+class Plan:
+    """`inner` is the configuration of a round's training, `words` what is typed for it, and `loss` its loss."""
+
+    config: Config
+    inner: Config
+    words: list[str]
+    loss: LossSpec
+    prompts: list[Row] = field(default_factory=list)
+    exam: list[Row] = field(default_factory=list)  # held-out ones
+
+    def __post_init__(self) -> None:
+        assert self.config.online is not None
+        self.online: Online = self.config.online
+        self.directory, self.stages = RunDir(self.config.run_dir), Stages(self.config)
+        # what may be imported is typed on this command, and never read from a saved run
+        self.words = [word for word in self.words if not word.lstrip("+").startswith("plugins=")]
+        self.words += [f"plugins=[{','.join(self.config.plugins)}]"] if self.config.plugins else []
+
+    @property
+    def kind(self) -> str:
+        """Of feedback, which the loss learns from."""
+        kind = self.online.feedback.kind
+        return kind if kind != "auto" else KINDS.get(self.loss.inputs, feedback.SCALAR)
+
+    def place(self, number: int) -> Path:
+        return self.directory.path / "rounds" / f"{number:03d}"
+
+    @property
+    def start(self) -> str:
+        """The first policy."""
+        assert self.config.model.name_or_path is not None
+        return self.config.model.name_or_path
+
+    def policy(self, number: int) -> str:
+        """What round `number` samples from, and its training goes on from."""
+        return self.start if number == 0 else str(self.place(number - 1) / "train" / "FINAL")
+
+    # --- before anything starts ------------------------------------------------------------------------------------------
+
+    def prepare(self) -> None:
+        """Read the prompts. Raises UserError for what could not work, before a stage finds it out."""
+        online = self.online
+        self._check_labeller()
+        config_file(online) if online.config_file or self.stages.processes > 1 else None
+        if online.samples_per_prompt < 2 and self.kind == feedback.PAIRWISE:
+            raise UserError(
+                f"online.samples_per_prompt={online.samples_per_prompt}: online.loss={online.loss} learns from pairs: 2 or more"
+            )
+        if online.sampler.max_new_tokens >= self.inner.train.max_length:
+            raise UserError(
+                f"online.sampler.max_new_tokens={online.sampler.max_new_tokens} leaves no room for a prompt within"
+                f" train.max_length={self.inner.train.max_length}"
+            )
+        feedback.check_threshold(self.kind, online.feedback.threshold)
+        self.prompts = read_prompts(self.config.data.train, "train")
+        self.exam = read_prompts(self.config.data.eval, "eval") if self.config.data.eval and online.eval_prompts else []
+        if not self.prompts:
+            raise UserError("data.train has no prompts")
+
+    def _check_labeller(self) -> None:
+        labeller = self.online.labeller
+        if labeller.name == "function":
+            from halos.online.labellers.functions import parts_of
+
+            parts_of(labeller.functions, self.config.plugins)
+        elif labeller.model is None:
+            what = "its directory or hub id" if labeller.name == "reward_model" else "the judge's name at its API"
+            raise UserError(f"online.labeller.model is missing: {what}")
+        elif labeller.name == "judge":
+            refuse_keyless("a judge")
+        else:
+            check_model(labeller.model, "online.labeller.model")
+        if labeller.pairwise and (labeller.name != "judge" or self.kind != feedback.PAIRWISE):
+            raise UserError("online.labeller.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
+
+    # --- what a round's training is given --------------------------------------------------------------------------------
+
+    def words_of(self, number: int) -> list[str]:
+        """What is typed for the training of a round."""
+        config, inner, online, place = self.config, self.inner, self.online, self.place(number)
+        words = [
+            *self.words, f"data.train=[{quoted(place / 'feedback.jsonl')}]", "data.eval=[]", f"run_dir={quoted(place / 'train')}",
+            f"exp_name={quoted(f'{config.exp_name}-{number:03d}')}", f"seed={config.seed + number}", "resume=auto",
+            f"cache_dir={quoted(config.cache_dir)}",
+        ]  # fmt: skip
+        if not any(word.lstrip("+").startswith(("train.steps=", "train.epochs=")) for word in self.words):
+            words.append("train.steps=null")  # a bundled model's own number is for whole data sets
+        if self.loss.on_rollouts:
+            words.append(f"train.temperature={online.sampler.temperature}")
+        if online.carry_optimizer:
+            words.append("checkpoint.at_end=true")
+        if number:
+            words += self._going_on(self.place(number - 1) / "train", lora=inner.peft.name == "lora")
+        return words
+
+    def _going_on(self, before: Path, *, lora: bool) -> list[str]:
+        """From the last round's policy; the reference stays at the start unless told otherwise."""
+        words, last = [], self.online.reference == "last"
+        if lora:
+            words += [f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}"]
+            other = before / "FINAL" if last else None  # its own base is the start
+        else:
+            words += [f"model.name_or_path={quoted(before / 'FINAL')}"]
+            other = None if last else self.start
+        if self.loss.needs_reference and other is not None:
+            words += [f"reference.name_or_path={quoted(other)}"]
+            if str(other) == self.start and self.config.model.revision is not None:
+                words += [f"reference.revision={quoted(self.config.model.revision)}"]
+        if self.online.carry_optimizer:
+            words += [f"optim.init_from={quoted(checkpoints(before / 'checkpoints')[-1])}"]
+        if (weight := self._kl_weight(before)) is not None:
+            words += [f"loss.kl_coefficient={weight}"]
+        return words
+
+    def _kl_weight(self, before: Path) -> float | None:
+        """Of a KL that follows a target: where the last round has left it."""
+        if self.loss.adapt is None or self.loss.settings.get("kl_target") is None:
+            return None
+        rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]
+        return float(rows[-1]["kl_coefficient"]) if rows else None
+
+
+def quoted(value: Any) -> str:
+    """A word as Hydra's grammar takes it, whatever is in it."""
+    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
+    return f"'{text}'"

@@ -1,0 +1,175 @@
+"""One round of a walk: its stages are done when their files are there."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from halos.errors import UserError
+from halos.online import measure
+from halos.online.plan import Plan
+from halos.online.prompts import for_round, held_out
+from halos.online.records import EVAL, TRAIN, Row, read, read_meta, write
+from halos.online.stages import StageError, await_orphans
+from halos.rundir import RunDir, is_run, write_whole
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a round has come to: rows of metrics.jsonl, of its samples and of the held-out answers, and some samples."""
+
+    train: Mapping[str, Any]
+    held: Mapping[str, Any]
+    examples: Sequence[Row]
+
+
+class Round:
+    """`place` is its directory."""
+
+    def __init__(self, plan: Plan, number: int, place: Path) -> None:
+        self.plan, self.number, self.place = plan, number, place
+        place.mkdir(parents=True, exist_ok=True)
+        self.facts: dict[str, Any] = self._read()
+
+    @property
+    def is_done(self) -> bool:
+        return bool(self.facts.get("done"))
+
+    def go(self) -> Told:
+        """Prompts, samples, feedback, training: those that are not there yet."""
+        began, fresh = time.perf_counter(), not (self.place / "prompts.jsonl").is_file()
+        plan, online = self.plan, self.plan.online
+        self._prompts(for_round(plan.prompts, self.number, count=online.prompts_per_round, samples=online.samples_per_prompt,
+                                seed=plan.config.seed))  # fmt: skip
+        self._sample()
+        self._label()
+        self._train()
+        self._note(wall=round(time.perf_counter() - began, 2), whole=fresh)
+        return self._told()
+
+    def examine(self) -> Told:
+        """Held-out prompts alone."""
+        self._prompts([])
+        self._sample()
+        self._label()
+        return self._told()
+
+    def close(self, metrics: Mapping[str, Any]) -> None:
+        """What it has come to is on record: it is not looked at again."""
+        self._note(done=True, metrics=metrics)
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.place / "round.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = {}
+        return {"round": self.number, "stages": {}, "whole": False, "wall": 0.0, **(found if isinstance(found, dict) else {})}
+
+    def _note(self, **facts: Any) -> None:
+        self.facts |= facts
+        write_whole(self.place / "round.json", json.dumps(self.facts, indent=1) + "\n")
+
+    def _stage(self, name: str, command: Sequence[str]) -> None:
+        """One command; its time is that of the start that ended it."""
+        began = time.perf_counter()
+        self.plan.stages.run(command, self.place / "logs" / f"{name}.log")
+        self.facts["stages"][name] = {"wall": round(time.perf_counter() - began, 2)}
+        self._note()
+
+    def _prompts(self, chosen: list[Row]) -> None:
+        path, plan = self.place / "prompts.jsonl", self.plan
+        if not path.is_file():
+            write(path, [*chosen, *held_out(plan.exam, count=plan.online.eval_prompts, seed=plan.config.seed)])
+
+    def _sample(self) -> None:
+        path, plan = self.place / "samples.jsonl", self.plan
+        if path.is_file():
+            return
+        seed = plan.config.seed * 1_000_003 + self.number
+        policy = plan.policy(self.number)
+        command = plan.stages.sample(policy, self.place / "prompts.jsonl", path, seed=seed,
+                                     max_length=plan.inner.train.max_length, reference=plan.start)  # fmt: skip
+        self._note(policy=policy)
+        self._stage("sample", command)
+
+    def _label(self) -> None:
+        path, plan = self.place / "feedback.jsonl", self.plan
+        if path.is_file():
+            return
+        first = plan.place(0) / "samples.jsonl"
+        command = plan.stages.label(
+            self.place / "samples.jsonl", path, kind=plan.kind, scores=self.place / "scores.jsonl",
+            cache=plan.directory.path / "judge.jsonl", against=first if self.number else None,
+        )  # fmt: skip
+        self._stage("label", command)
+
+    def _train(self) -> None:
+        run, plan = RunDir(self.place / "train"), self.plan
+        if is_run(run.path) and run.is_finished() and run.final.is_dir():
+            return
+        rows = read(self.place / "feedback.jsonl")
+        if not rows:
+            raise UserError(
+                f"round {self.number}: there is nothing to learn from: {self._why_nothing()}. Its files are kept in {self.place};"
+                " more samples of each prompt, a higher temperature or other prompts would be another run"
+            )
+        await_orphans(run, log.info)
+        self._stage("train", plan.stages.train(plan.words_of(self.number)))
+        if not (run.is_finished() and run.final.is_dir()):
+            result = run.read_result() or {}
+            raise StageError(f"training of round {self.number} did not finish: {result.get('reason') or result.get('status')}")
+
+    def _why_nothing(self) -> str:
+        rows = read(self.place / "scores.jsonl") if (self.place / "scores.jsonl").is_file() else []
+        scores = [row.get("reward") for row in rows if row.get("split") != EVAL]
+        if scores and all(score is None for score in scores):
+            return f"none of {len(scores)} samples has a score ({rows[0].get('problem')})"
+        return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples)"
+
+    def _told(self) -> Told:
+        """What was sampled to train on, and the held-out answers of the policy that sampled."""
+        rows = self._scored()
+        return Told(self._sampled(rows), self._held_out(rows), measure.examples(rows, self.plan.online.show))
+
+    def _held_out(self, rows: Sequence[Row]) -> dict[str, Any]:
+        held = measure.of_samples(rows, split=EVAL)
+        judged = read_meta(self.place / "feedback.jsonl").get("win_rate")  # by a judge that compares
+        rate = judged if judged is not None else measure.win_rate(rows, self._first_rows())
+        return {**held, "win_rate": rate} if held and rate is not None else held
+
+    def _sampled(self, rows: Sequence[Row]) -> dict[str, Any]:
+        found, sampled = measure.of_samples(rows, split=TRAIN), read_meta(self.place / "samples.jsonl")
+        if not found:
+            return {}
+        found |= {"kl": sampled["kl"]} if "kl" in sampled else {}
+        found |= {"cost": sum(row.get("cost") or 0.0 for row in rows)}
+        found |= {"without_score": sum(row.get("reward") is None for row in rows)}
+        found |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.place / "feedback.jsonl"))}
+        stages = {name: stage["wall"] for name, stage in self.facts["stages"].items()}
+        found |= {f"seconds/{name}": spent for name, spent in stages.items()}
+        if self.facts["whole"]:  # of a round that was gone on with, what lay between its starts is nobody's
+            found["seconds/other"] = round(self.facts["wall"] - sum(stages.values()), 2)
+        return found | self._of_training()
+
+    def _of_training(self) -> dict[str, float]:
+        """The loss over the round's training, in the mean."""
+        rows = [row for row in RunDir(self.place / "train").read_metrics() if row["split"] == TRAIN]
+        losses = [row["loss"] for row in rows if row.get("loss") is not None]
+        return {"loss": sum(losses) / len(losses)} if losses else {}
+
+    def _scored(self) -> list[Row]:
+        """Every sample, with its score where the labeller gives scores."""
+        path = self.place / "scores.jsonl"
+        rows = read(path) if path.is_file() else []
+        return rows if rows and "output" in rows[0] else read(self.place / "samples.jsonl")
+
+    def _first_rows(self) -> list[Row]:
+        path = self.plan.place(0) / "scores.jsonl"
+        return [row for row in read(path) if "output" in row] if path.is_file() else []
