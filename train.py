@@ -36,11 +36,12 @@ from halos.config.secrets import redact, refuse_saved_addresses, refuse_secrets
 from halos.config.suggest import kind_of, nearest
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
+from halos.signals import AGAIN, leave_when_told
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra looks for launchers
 VERSION = "1.3"  # of Hydra's behaviour
-FAILED, WRONG_INPUT, STOPPED = 1, 2, 75
+FAILED, WRONG_INPUT = 1, 2
 COMMANDS = ("resume", "resume_changes", "overwrite", "dry_run")  # of one command
 OWN = {  # of a run that is a workflow, and not of the training within it
     "loss", "online", "exp_name", "output_root", "run_dir", "data", "objective", "hooks", "logging", *COMMANDS,
@@ -55,6 +56,7 @@ Composer = Callable[[list[str]], DictConfig]
 
 def main() -> None:
     """Ends with the run's exit status."""
+    leave_when_told()
     try:
         leave(start(sys.argv[1:]))
     except UserError as error:
@@ -387,7 +389,7 @@ def job(composed: DictConfig) -> float | None:
         status = run(config, typed, changed, places) if gate.is_walk(config) else run(config, typed, changed)
     except UserError as error:
         refuse(error)
-    if not multirun or status == STOPPED:
+    if not multirun or status == AGAIN:
         raise SystemExit(status)
     if status or config is None:
         raise JobsFailedError(f"a job of this sweep failed: {' '.join(typed)}")

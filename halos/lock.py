@@ -1,5 +1,7 @@
 """One process at a time trains in a run directory: run.lock, taken atomically and released at the end."""
 
+from __future__ import annotations
+
 import json
 import logging
 import os
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 NAME = "run.lock"
 HEARTBEAT = 30.0  # seconds
 SILENCE = 600.0  # seconds without a heartbeat after which a process that cannot be looked at counts as gone
+EARLIER = 90.0  # the same for one of this very batch job, which its scheduler has ended before it started us
+PERIOD = 0.5  # seconds between two looks at a lock that is waited for
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,26 @@ class Holder:
     since: str
     attempt: int
     token: str  # of this one taking
+    job: str = ""  # of a batch scheduler
+    restart: int = 0  # how often the scheduler has started that job again
 
     @classmethod
     def myself(cls, attempt: int) -> Self:
-        since = time.strftime("%Y-%m-%d %H:%M:%S %z")
         return cls(
-            socket.gethostname(), os.getpid(), _started(os.getpid()) or "", _namespace(), since, attempt, secrets.token_hex(8)
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            process_start=_started(os.getpid()) or "",
+            pid_namespace=_namespace(),
+            since=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+            attempt=attempt,
+            token=secrets.token_hex(8),
+            job=os.environ.get("SLURM_JOB_ID", ""),
+            restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
         )
+
+    def precedes(self, other: Holder) -> bool:
+        """Whether this one ran in an earlier start of the other's batch job."""
+        return bool(self.job) and self.job == other.job and self.restart < other.restart
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host}, since {self.since}"
@@ -52,6 +69,26 @@ class Verdict:
     content: bytes
     alive: bool
     why: str
+    touched: float | None = None  # the last heartbeat of a holder that cannot be looked at, which may be gone
+
+
+class Patience:
+    """For whose lock may be waited: one of which it cannot be told whether he lives, and a living one for some seconds."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self._until = time.monotonic() + seconds
+        self._first: Verdict | None = None
+
+    def is_over(self, verdict: Verdict) -> bool:
+        """Waits for a moment, unless it is."""
+        if self._first is None:
+            self._first = verdict
+            log.warning("waiting: %s", verdict.why)
+        beats = verdict.touched is None or verdict.touched != self._first.touched
+        if beats and time.monotonic() >= self._until:
+            return True
+        time.sleep(PERIOD)
+        return False
 
 
 class RunLock:
@@ -59,8 +96,9 @@ class RunLock:
 
     A lock whose holder ran on this host (and in this pid namespace) counts as long as that very process lives: a pid that
     is gone, or that another process has been given since, leaves a stale lock. A holder that cannot be looked at, on another
-    host or in another container, counts until its heartbeat has been silent for ten minutes: the holder touches the file
-    every half minute. A stale lock is taken over.
+    host or in another container, counts until its heartbeat has been silent for ten minutes, or for a minute and a half
+    where it ran in an earlier start of the same batch job: the holder touches the file every half minute. A stale lock is
+    taken over.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,26 +116,34 @@ class RunLock:
     def held(self) -> bool:
         return self._mine is not None
 
-    def refuse_held(self) -> None:
-        """Raises UserError where another process trains here now; changes nothing."""
-        verdict = self._judge(time.time())
-        if verdict is not None and verdict.alive:
-            raise UserError(verdict.why)
+    def refuse_held(self, *, wait: bool = False, patience: float = 0.0) -> None:
+        """Raises UserError where another process trains here now; changes nothing.
 
-    def acquire(self, attempt: int, *, heartbeat: bool = True) -> str | None:
-        """Take the lock; of several processes that try at once one does. Raises UserError where it is held.
+        `wait`: until it can be told of every holder whether he lives, and `patience` seconds for one that does.
+        """
+        waited = Patience(patience)
+        while (verdict := self._judge(time.time())) is not None and verdict.alive:
+            if not wait or waited.is_over(verdict):
+                raise UserError(verdict.why)
+
+    def acquire(self, attempt: int, *, heartbeat: bool = True, wait: bool = False) -> str | None:
+        """Take the lock; of several processes that try at once one does. Raises UserError where it is held, if `wait` is
+        set only when its holder has shown that he lives.
 
         Gives back a line about the stale lock that was taken over, if one was.
         """
         mine = Holder.myself(attempt)
         own = self.path.with_name(f".{self.path.name.lstrip('.')}.{mine.pid}-{mine.token}")
         _write(own, mine)
-        line = None
+        line, waited = None, Patience()
         try:
             while not _link(own, self.path):
+                os.utime(own)
                 verdict = self._judge(own.stat().st_mtime)  # the file system's clock, which all hosts share
                 if verdict is not None and verdict.alive:
-                    raise UserError(verdict.why)
+                    if not wait or waited.is_over(verdict):
+                        raise UserError(verdict.why)
+                    continue
                 if verdict is not None and self._take_over(own, verdict):
                     line = f"{self.path} was left behind ({verdict.why}): taken over"
                     break
@@ -151,10 +197,12 @@ class RunLock:
             return Verdict(content, alive=alive, why=f"another process is training in {place}: {holder}")
         who = str(holder) if holder else "its lock cannot be read"
         silent = f"silent for {max(0, now - touched):.0f} s"
-        if now - touched > SILENCE:
+        patience = EARLIER if holder is not None and holder.precedes(Holder.myself(0)) else SILENCE
+        if now - touched > patience:
             return Verdict(content, alive=False, why=f"{who}; {silent}")
-        rule = f"it counts as gone after {SILENCE:.0f} s without a heartbeat; if it surely is, delete {self.path}"
-        return Verdict(content, alive=True, why=f"another process is training in {place}: {who}; {silent}, and {rule}")
+        rule = f"it counts as gone after {patience:.0f} s without a heartbeat; if it surely is, delete {self.path}"
+        why = f"another process is training in {place}: {who}; {silent}, and {rule}"
+        return Verdict(content, alive=True, why=why, touched=touched)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):

@@ -30,3 +30,12 @@ use_venv() { # $1: further packages
   PATH="$root/.venv/bin:$PATH"
   export PATH
 }
+
+# A frozen base in bfloat16 is two to three times as fast where the processor has it, and many times slower where it has not.
+fast_dtype() {
+  if command -v nvidia-smi >/dev/null 2>&1 || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
+    echo bfloat16
+  else
+    echo float32
+  fi
+}

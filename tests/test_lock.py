@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -126,6 +127,67 @@ def test_a_process_that_cannot_be_looked_at_counts_by_its_heartbeat(tmp_path: Pa
     os.utime(path, (old, old))
     RunLock(path).refuse_held()
     assert "silent for 60" in str(RunLock(path).acquire(1))
+
+
+def test_what_an_earlier_start_of_the_same_batch_job_left_counts_for_a_minute_and_a_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, old = tmp_path / "run.lock", time.time() - 91
+    for name, value in (("SLURM_JOB_ID", "17"), ("SLURM_RESTART_COUNT", "2")):
+        monkeypatch.setenv(name, value)
+    for job, restart, gone in (("17", 1, True), ("17", 2, False), ("17", 3, False), ("18", 1, False), ("", 1, False)):
+        write(path, host="elsewhere", job=job, restart=restart)
+        assert RunLock(path)._judge(time.time()).alive, "its heart may just have beaten"
+        os.utime(path, (old, old))
+        verdict = RunLock(path)._judge(time.time())
+        assert verdict is not None
+        assert verdict.alive is not gone, (job, restart)
+    monkeypatch.delenv("SLURM_JOB_ID")
+    write(path, host="elsewhere", job="", restart=0)
+    os.utime(path, (old, old))
+    assert RunLock(path)._judge(time.time()).alive, "no scheduler is no job in common"
+
+
+def test_a_lock_of_which_it_cannot_be_told_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, looks = tmp_path / "run.lock", []
+    write(path, host="elsewhere")
+
+    def beat_at(look: int) -> Callable[[float], None]:
+        def sleep(_: float) -> None:
+            looks.append(look)
+            if len(looks) == look:
+                os.utime(path)
+
+        return sleep
+
+    def grow_old(_: float) -> None:
+        looks.append(0)
+        monkeypatch.setattr(module, "SILENCE", module.SILENCE - 250)  # as if time went by, and nobody touched it
+
+    for ask in (lambda: RunLock(path).refuse_held(wait=True), lambda: RunLock(path).acquire(1, wait=True)):
+        looks.clear()
+        monkeypatch.setattr(module.time, "sleep", beat_at(3))
+        os.utime(path, (time.time() - 20, time.time() - 20))
+        with pytest.raises(UserError, match="another process is training"):
+            ask()
+        assert len(looks) == 3, "refused when its heart was seen to beat, and not before"
+    for ask in (lambda: RunLock(path).refuse_held(wait=True), lambda: RunLock(path).acquire(1, wait=True)):
+        looks.clear()
+        monkeypatch.setattr(module, "SILENCE", 600.0)
+        monkeypatch.setattr(module.time, "sleep", grow_old)
+        ask()
+        assert len(looks) == 3
+    assert json.loads(path.read_text())["attempt"] == 1
+
+
+def test_a_living_holder_is_given_the_time_it_is_said_to_need(tmp_path: Path) -> None:
+    path = tmp_path / "run.lock"
+    child = holding(path)
+    with pytest.raises(UserError):
+        RunLock(path).refuse_held(wait=True)
+    threading.Timer(1.0, lambda: child.communicate("")).start()
+    RunLock(path).refuse_held(wait=True, patience=60)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("stale", [False, True], ids=["free", "left behind"])

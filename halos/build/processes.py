@@ -12,9 +12,10 @@ import torch
 import torch.distributed as dist
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from halos.errors import UserError
+from halos.rendezvous import meet
 
 PATIENCE = timedelta(hours=6)  # one process tokenises, or proves a merge, while the others wait
 UNSUPPORTED = {  # what an accelerate config may ask for besides: the variable its launcher sets, the words, the remedy
@@ -42,12 +43,12 @@ def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
     mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" else None)
     if mixed is None and not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         mixed = "bf16" if torch.cuda.is_bf16_supported() else "no"
+    meet(PATIENCE)
     made = Accelerator(
         cpu=cpu,
         mixed_precision=mixed,
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),  # buffers are constants: no collective for them
-            InitProcessGroupKwargs(timeout=PATIENCE, backend=None if cpu else "cuda:nccl,cpu:gloo"),
         ],
     )
     _compare(made)

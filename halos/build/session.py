@@ -37,6 +37,7 @@ from halos.logs import speak, write_to
 from halos.models.load import load_tokenizer, refuse_other_model
 from halos.models.locate import locate
 from halos.rundir import RunDir, is_run
+from halos.signals import AGAIN
 from halos.trainers.base import Trainer
 from halos.trainers.paired import PairedTrainer
 from halos.trainers.policy_gradient import PolicyGradientTrainer
@@ -55,7 +56,8 @@ TRAINERS: dict[type, type[Trainer]] = {
     Rollouts: PolicyGradientTrainer,
     ValuedRollouts: PolicyGradientTrainer,
 }
-FINISHED, FAILED, STOPPED = 0, 1, 75
+FINISHED, FAILED = 0, 1
+ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SHARED = "all hosts write into it, so output_root (or run_dir) must lie on a file system that they share"
 
 
@@ -65,13 +67,13 @@ class Interrupted(BaseException):
 
 def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
-    made = accelerator(config.train.precision, config.model.dtype)
-    outlive_no_launcher(launched())
-    speak(made.is_main_process)
-    directory = RunDir(config.run_dir)
     _listen(None)
+    directory = RunDir(config.run_dir)
     with directory.lock() as lock:
         try:
+            made = accelerator(config.train.precision, config.model.dtype)
+            outlive_no_launcher(launched())
+            speak(made.is_main_process)
             with together(made):
                 agree(made, "configuration", saved.dump(replace(config, cache_dir="")))
                 if config.resume and _is_over(config, directory, changed):
@@ -87,7 +89,7 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
             if lock.held and is_run(directory.path):
                 before = directory.read_result() or {"step": 0, "metrics": {}}
                 directory.write_result("stopped", before["step"], before["metrics"], reason=str(signalled))
-            return STOPPED
+            return AGAIN
 
 
 def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
@@ -115,7 +117,7 @@ def assemble(
     directory = RunDir(config.run_dir)
     if made.is_main_process:
         if lock:
-            lock.refuse_held()
+            lock.refuse_held(wait=bool(config.resume))
         directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
     base = _base(config, made)
     tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
@@ -165,7 +167,7 @@ def _begin(config: Config, directory: RunDir, made: Accelerator, total: int, loc
     taken_over = None
     if made.is_main_process and lock:
         directory.path.mkdir(parents=True, exist_ok=True)
-        taken_over = lock.acquire(directory.next_attempt())
+        taken_over = lock.acquire(directory.next_attempt(), wait=bool(config.resume))
     if made.is_main_process and config.resume:
         box = [find.go_on(directory, directory.asked_checkpoint(config.resume))]
         _refuse_behind(config, directory, box[0].path, total)
@@ -287,19 +289,24 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "stopped" and current.main:
         plugins = [f"plugins=[{','.join(current.config.plugins)}]"] if current.config.plugins else []
         log.info("go on with: python train.py %s", shlex.join([f"resume={current.directory.path}", *plugins]))
-    return {"finished": FINISHED, "stopped": STOPPED}.get(status, FAILED)
+    if status == "stopped" and current.stop is not None and current.stop.signalled:
+        return AGAIN
+    return FINISHED if status == "finished" else FAILED
 
 
 def _listen(current: Run | None) -> None:
-    """A first signal asks for a complete save and a clean end; a second one ends the process at once."""
+    """A first signal asks for a complete save and a clean end; a second Ctrl-C ends the process at once. Of the others more
+    may come, since schedulers and launchers repeat themselves."""
 
     def ask(number: int, _: types.FrameType | None) -> None:
         if current is None:
+            for other in ASKING:
+                signal.signal(other, signal.SIG_IGN)  # one is enough
             raise Interrupted(signal.Signals(number).name)
-        if current.interrupted:
+        if current.interrupted and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        current.interrupted = signal.Signals(number).name
+        current.interrupted = current.interrupted or signal.Signals(number).name
 
     def orphaned(number: int, _: types.FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # the rest of them
@@ -307,6 +314,6 @@ def _listen(current: Run | None) -> None:
             raise Interrupted("its launcher has died")
         current.interrupted = current.interrupted or "its launcher has died"
 
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    for number in ASKING:
         signal.signal(number, ask)
     signal.signal(ORPHANED, orphaned)

@@ -20,10 +20,12 @@ Metrics = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Why the loop ends before its last step, and whether the run counts as finished all the same."""
+    """Why the loop ends before its last step, and whether the run counts as finished all the same. A run that was stopped by
+    a signal is to be started again; of one that stops itself somebody must see why."""
 
     reason: str
     finished: bool
+    signalled: bool = False
 
 
 @dataclass

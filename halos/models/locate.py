@@ -5,6 +5,8 @@ import logging
 import os
 from pathlib import Path
 
+from filelock import FileLock
+
 from halos.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,14 @@ def _converted(path: Path, cache_dir: Path) -> Path:
     with path.open("rb") as file:
         key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     directory = cache_dir / "models" / f"{path.stem}-{key}"
-    if directory.exists():
-        return directory
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(directory.with_name(f".{directory.name}.lock")):  # of several runs one converts, and the others wait
+        if not directory.exists():
+            _convert(path, directory)
+    return directory
+
+
+def _convert(path: Path, directory: Path) -> None:
     try:
         import gguf  # noqa: F401  transformers needs it to read the file
     except ImportError as error:
@@ -64,7 +72,6 @@ def _converted(path: Path, cache_dir: Path) -> Path:
     assert tokenizer is not None, "transformers finds the tokenizer in the file"
     tokenizer.save_pretrained(partial)
     partial.rename(directory)
-    return directory
 
 
 def _downloaded(name: str, revision: str | None) -> Path:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any
+
+PATIENCE = timedelta(hours=6)  # one process may have more to do than the others, which wait for it
 
 
 class Ranks:
@@ -16,6 +19,9 @@ class Ranks:
             import torch
             from accelerate import Accelerator
 
+            from halos.rendezvous import meet
+
+            meet(PATIENCE)
             made = Accelerator(cpu=not torch.cuda.is_available())
             self.rank, self.world = made.process_index, made.num_processes
 
@@ -44,4 +50,6 @@ def device_of_this_process() -> Any:
     """A GPU of its own where there is one, else the CPU."""
     import torch
 
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0)) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())

@@ -15,10 +15,12 @@ from halos.online import measure
 from halos.online.plan import Plan
 from halos.online.prompts import for_round, held_out
 from halos.online.records import EVAL, TRAIN, Row, read, read_meta, write
-from halos.online.stages import StageError, await_orphans
+from halos.online.stages import StageError
 from halos.rundir import RunDir, is_run, write_whole
 
 log = logging.getLogger(__name__)
+
+ORPHANS = 120.0  # seconds that ranks may take to save, whose launcher was killed
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Round:
                 f"round {self.number}: there is nothing to learn from: {self._why_nothing()}. Its files are kept in {self.place};"
                 " more samples of each prompt, a higher temperature or other prompts would be another run"
             )
-        await_orphans(run, log.info)
+        run.lock().refuse_held(wait=True, patience=ORPHANS)
         self._stage("train", plan.stages.train(plan.words_of(self.number)))
         if not (run.is_finished() and run.final.is_dir()):
             result = run.read_result() or {}

@@ -29,10 +29,11 @@ from halos.online.records import EVAL, TRAIN, read_meta
 from halos.online.round import Round, Told
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.rundir import write_whole
+from halos.signals import AGAIN
 
 log = logging.getLogger(__name__)
 
-FINISHED, FAILED, STOPPED = 0, 1, 75
+FINISHED, FAILED = 0, 1
 WORDS = "online.json"  # what each round's training is given
 SHOWN = ("reward", "kl", "length", "unique", "cost")
 
@@ -56,13 +57,13 @@ def run(config: Config, inner: Config, words: Sequence[str], typed: Sequence[str
         log.info("%s is finished already; more rounds: online.rounds=%d", directory.path, plan.online.rounds + 1)
         return FINISHED
     with directory.lock() as lock:
-        lock.refuse_held()
+        lock.refuse_held(wait=bool(config.resume))
         if config.resume:
             directory.open()
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
         directory.path.mkdir(parents=True, exist_ok=True)
-        if line := lock.acquire(directory.next_attempt()):
+        if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
         return Walk(plan).go(typed, changed)
 
@@ -136,7 +137,7 @@ class Walk:
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":
             log.info("stopped: %s; go on with: python train.py resume=%s", note, self.directory.path)
-        return {"finished": FINISHED, "stopped": STOPPED, "refused": WRONG_INPUT}.get(status, FAILED)
+        return {"finished": FINISHED, "stopped": AGAIN, "refused": WRONG_INPUT}.get(status, FAILED)
 
     def _begin(self, typed: Sequence[str], changed: Sequence[Change]) -> None:
         directory, resumed = self.directory, bool(self.config.resume)

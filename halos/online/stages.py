@@ -18,12 +18,10 @@ import yaml
 from halos.children import CONFIGS, ROOT, accelerate_config, die_with_parent, environment_of_a_start, last_words
 from halos.config.schema import Config, Online
 from halos.errors import UserError
-from halos.rundir import RunDir
 
 WRONG_INPUT = 2
 PERIOD = 0.05  # seconds between two looks at a stage
 PATIENCE = 600.0  # seconds in which a stage that was told to stop saves what it has
-ORPHANS = 120.0  # seconds that ranks may take to save, whose launcher was killed
 
 
 class StoppedError(Exception):
@@ -40,7 +38,7 @@ class StageError(Exception):
 
 @dataclass
 class Stages:
-    """Starts stages one after the other; a first signal is handed on to the one that runs."""
+    """Starts stages one after the other; a first signal is handed on to the one that runs, a second Ctrl-C ends us at once."""
 
     config: Config
 
@@ -51,10 +49,10 @@ class Stages:
 
     def listen(self) -> None:
         def ask(number: int, _: object) -> None:
-            if self.interrupted:
+            if self.interrupted and number == signal.SIGINT:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            self.interrupted = signal.Signals(number).name
+            self.interrupted = self.interrupted or signal.Signals(number).name
 
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, ask)
@@ -164,22 +162,6 @@ def config_file(online: Online) -> Path:
         name = "ddp" if torch.cuda.is_available() else "cpu2"
         return CONFIGS / f"{name}.yaml"
     return accelerate_config(online.config_file, "online.config_file")
-
-
-def await_orphans(run: RunDir, say: Any) -> None:
-    """Wait for ranks that go on saving after their launcher, and we, were killed."""
-    lock, until, said = run.lock(), time.monotonic() + ORPHANS, False
-    while run.path.is_dir():
-        try:
-            lock.refuse_held()
-            return
-        except UserError as error:
-            if time.monotonic() > until:
-                raise
-            if not said:
-                say("waiting: %s", error)
-                said = True
-            time.sleep(0.5)
 
 
 def _labeller_words(online: Online, plugins: Sequence[str], cache: Path, against: Path | None) -> list[str]:

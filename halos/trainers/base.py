@@ -245,7 +245,7 @@ class Trainer(ABC):
 
     def _stop_if(self, told: float) -> None:
         if told:
-            self.run.stop = Stop(self.run.interrupted or "another process was told to stop", finished=False)
+            self.run.stop = Stop(self.run.interrupted or "another process was told to stop", finished=False, signalled=True)
 
     def _cut_short(self) -> bool:
         """Whether the run ends here but is not finished: it leaves a checkpoint, and no FINAL."""

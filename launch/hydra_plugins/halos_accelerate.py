@@ -15,8 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from halos.children import CONFIGS, ROOT, accelerate_config
 from halos.errors import JobsFailedError, UserError
 from halos.rundir import job_name
-
-STOPPED = 75
+from halos.signals import AGAIN
 
 
 class AccelerateLauncher(Launcher):
@@ -61,7 +60,7 @@ class AccelerateLauncher(Launcher):
         sys.stderr.write(f"{board.counts(outcomes)}\n")
         if work.stopped:
             sys.stderr.write("stopped: the same command goes on where these jobs are\n")
-            raise SystemExit(STOPPED)
+            raise SystemExit(AGAIN)
         return [self._returned(job, outcome.state) for job, outcome in zip(jobs, outcomes, strict=True)]
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:

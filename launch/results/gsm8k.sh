@@ -5,6 +5,7 @@
 # About two hours on one CPU core with a 135 M model; two cores do it in half with OMP_NUM_THREADS=1 and two lists of RUNs.
 set -eu
 cd "$(dirname "$0")/../.."
+. launch/python.sh
 model="$1" data="$2"
 shift 2
 root="${OUTPUT:-runs/gsm8k}"
@@ -22,8 +23,8 @@ train() { # name, rows held out, overrides
     output_root="$root" exp_name="$name" "$@"
 }
 
-# A frozen base in bfloat16 is two to three times as fast on a CPU that has it; what is trained stays float32.
-lora="peft=lora model.dtype=bfloat16"
+dtype="$(fast_dtype)"
+lora="peft=lora model.dtype=$dtype"
 for run in ${*:-dpo reward kto sft sft-full}; do
   # shellcheck disable=SC2086
   case "$run" in
@@ -32,7 +33,7 @@ for run in ${*:-dpo reward kto sft sft-full}; do
     # Three in five solutions are wrong: weighed so that right and wrong count alike, as KTO's paper advises.
     kto) train kto 120 loss=kto train.steps=48 $lora optim.lr=5e-5 loss.desirable_weight=1.6 ;;
     sft) train sft 120 loss=sft train.steps=30 $lora ;;
-    sft-full) train sft-full 120 loss=sft train.steps=15 train.precision=bfloat16 ;;
+    sft-full) train sft-full 120 loss=sft train.steps=15 train.precision=$dtype ;;
     *) echo "error: no run '$run'; there are dpo reward kto sft sft-full" >&2; exit 2 ;;
   esac
 done

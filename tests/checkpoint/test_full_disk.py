@@ -124,7 +124,7 @@ def test_by_default_a_run_warns_and_goes_on(configure: Configure, tmp_path: Path
 def test_a_run_can_stop_when_the_disk_is_full_and_be_resumed(configure: Configure, tmp_path: Path) -> None:
     assert run(configure(*WORDS, "exp_name=whole"), []) == 0
     with no_room_for(tmp_path / "run" / "checkpoints" / find.name_of(4)):
-        assert run(configure(*WORDS, "checkpoint.on_full_disk=stop"), []) == 75
+        assert run(configure(*WORDS, "checkpoint.on_full_disk=stop"), []) == 1
     assert result(tmp_path / "run")["status"] == "stopped"
     assert "THE DISK IS FULL" in result(tmp_path / "run")["reason"]
     assert (steps(tmp_path / "run"), (tmp_path / "run" / "FINAL").exists()) == ([2], False)
@@ -183,7 +183,7 @@ def test_on_a_disk_that_is_really_full(small_disk: Path, configure: Configure, m
     with pytest.raises(UserError, match="free, and this run needs about"):
         run(configure(*words, "exp_name=refused"), [])
     monkeypatch.setattr(CheckpointHook, "_too_little_space", lambda *_: None)
-    assert run(configure(*words), []) == 75
+    assert run(configure(*words), []) == 1
     assert steps(small_disk / "run") == [2, 4]
     assert list((small_disk / "run").rglob(commit.HIDDEN + "*")) == []
     assert result(small_disk / "run")["status"] == "stopped"

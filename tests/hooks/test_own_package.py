@@ -45,7 +45,7 @@ def package(tmp_path: Path) -> Path:
 def test_the_hook_in_the_readme_works_from_the_current_directory_and_through_a_resume(package: Path, cache: Path) -> None:
     hook = "+hooks.spikes={_target_: myhooks.spikes.Spikes, limit: 0}"
     done = start(package, *SMALL, *FEW, f"cache_dir={cache}", "plugins=[myhooks]", hook)
-    assert done.returncode == 75, done.stderr
+    assert done.returncode == 1, done.stderr
     result = json.loads((package / "runs" / "run" / "result.json").read_text())
     assert (result["status"], result["step"]) == ("stopped", 3)
     assert result["reason"] == "3 steps with a gradient norm above 0.0"

@@ -17,7 +17,7 @@ class Sabotage(Hook):
         step: Annotated[int, Range(least=0)],
         rank: Annotated[int, Range(least=0)],
         whom: Literal["self", "launcher"],
-        deed: Literal["SIGTERM", "SIGUSR1", "SIGKILL", "raise"],
+        deed: Literal["SIGINT", "SIGTERM", "SIGUSR1", "SIGKILL", "raise"],
     ) -> None:
         self.moment, self.step, self.rank, self.whom, self.deed = moment, step, rank, whom, deed
 

@@ -155,8 +155,18 @@ def test_a_rank_that_is_killed_takes_the_job_down(cache: Path, tmp_path: Path) -
     assert start("ddp", [f"resume={tmp_path / 'run'}", "plugins=[sabotage]"]).returncode == 0
 
 
-def test_a_second_signal_ends_a_run_at_once(cache: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("first", "second", "status", "saved"),
+    [
+        ("SIGINT", "SIGINT", -signal.SIGINT, 2),
+        ("SIGUSR1", "SIGTERM", 75, 3),
+        pytest.param("SIGTERM", "SIGTERM", 75, 3, marks=pytest.mark.slow),
+    ],
+)
+def test_a_second_ctrl_c_ends_a_run_at_once_and_schedulers_may_repeat_themselves(
+    first: str, second: str, status: int, saved: int, cache: Path, tmp_path: Path
+) -> None:
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
-    two = [*sabotage("step", 3, "SIGTERM"), sabotage("save", 3, "SIGTERM")[1].replace("hooks.sabotage", "hooks.again")]
-    assert start("alone", words + two).returncode == -signal.SIGTERM
-    assert find.newest(tmp_path / "run" / "checkpoints").path == tmp_path / "run" / "checkpoints" / find.name_of(2)
+    two = [*sabotage("step", 3, first), sabotage("save", 3, second)[1].replace("hooks.sabotage", "hooks.again")]
+    assert start("alone", words + two).returncode == status
+    assert find.newest(tmp_path / "run" / "checkpoints").path == tmp_path / "run" / "checkpoints" / find.name_of(saved)
