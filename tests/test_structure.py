@@ -14,7 +14,7 @@ from halos.config.schema import Config
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
-    {"config", "logps", "losses", "metrics", "lock", "children", "logs", "signals", "rendezvous"},
+    {"config", "logps", "losses", "metrics", "lock", "children", "logs", "signals", "rendezvous", "versions"},
     {"rundir"},
     {"models", "data", "checkpoint"},
     {"hooks"},

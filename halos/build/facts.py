@@ -2,18 +2,12 @@
 
 import logging
 import os
-import platform
-import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from halos import __version__
 from halos.build.strategy import name_of
 from halos.config.bind import LossSpec
 from halos.data.collate import num_cut_mismatches
@@ -22,29 +16,9 @@ from halos.hooks.base import Run
 from halos.trainers.deal import Split
 from halos.trainers.schedule import warmup_steps
 from halos.types import Judgement
+from halos.versions import versions
 
 log = logging.getLogger(__name__)
-
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "hydra-core", "omegaconf", "datasets", "safetensors")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git_commit() -> str | None:
-    """The commit of this code, with a mark where it was edited since; None outside a repository."""
-    here = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return None
-    return described.stdout.strip() or None
 
 
 def attempt(typed: list[str], made: Accelerator, *, strategy: str, source: str, total_steps: int) -> dict[str, Any]:
@@ -58,13 +32,8 @@ def attempt(typed: list[str], made: Accelerator, *, strategy: str, source: str, 
         "device": str(made.device),
         "mixed_precision": made.mixed_precision,
         "threads": torch.get_num_threads(),
-        "halos": __version__,
-        "git_commit": _git_commit(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {package: _version(package) for package in PACKAGES},
         "launched_by": os.environ.get("TORCHELASTIC_RUN_ID") and "accelerate or torchrun",
-        "argv0": Path(sys.argv[0]).name,
+        **versions(),
     }
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from halos import __version__
 from halos.checkpoint.commit import staged, sweep
 from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
@@ -30,6 +29,7 @@ from halos.online.round import Round, Told
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.rundir import write_whole
 from halos.signals import AGAIN
+from halos.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -148,9 +148,7 @@ class Walk:
         write_to(directory.log_of(0))
         sweep(directory.path)
         altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
-        directory.start_attempt(
-            {"overrides": list(typed), "halos": __version__, "total_steps": self.plan.online.rounds, **altered}
-        )
+        directory.start_attempt({"overrides": list(typed), "total_steps": self.plan.online.rounds, **altered, **versions()})
         self.hooks = {name: bind_hook(f"hooks.{name}", given, self.config.plugins)() for name, given in self.config.hooks.items()}
         state = directory.path / "hooks.json"
         if state.is_file():

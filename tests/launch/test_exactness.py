@@ -65,7 +65,7 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
         *(
             pytest.param(
                 strategy,
-                ["sft", "dpo", "kto", "reward"],
+                ["sft", "dpo", "kto", "reward", "grpo", "ppo"],
                 ["peft=none", DROPOUT, f"{DROPOUT} {APART}"],
                 POSITIONS,
                 marks=pytest.mark.slow,
@@ -105,6 +105,7 @@ ELASTIC = {
     "dpo": "loss=dpo peft=lora",
     "kto": "loss=kto peft=lora",
     "reward": "loss=reward peft=lora",
+    "ppo": "loss=ppo loss.kl_target=0.1 peft=lora",
 }
 
 

@@ -16,6 +16,7 @@ DATA = ("model=tiny data=arithmetic train.batch_size=5 train.microbatch_size=2 t
         "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
 LOSSES = ["sft", "dpo", "kto", "reward"]
 EVERY = [f"loss={loss} peft={peft}" for loss in LOSSES for peft in ("none", "lora")]
+ON_ROLLOUTS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "ppo"]
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
@@ -41,7 +42,9 @@ def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch
         mine, theirs = (torch.cat([table[name].flatten().double() for name in sorted(one)]) for table in (one, many))
         assert mine.norm() > 0, cell
         assert ((mine - theirs).norm() / mine.norm()).item() < 5e-6, cell
-        torch.testing.assert_close(others, losses, rtol=1e-5, atol=1e-6, msg=lambda text, cell=cell: f"{cell}: {text}")
+        # a policy gradient's loss is a mean of advantages, of both signs and of size one, that nearly cancel
+        least = 1e-5 if any(f"loss={name} " in f"{cell} " for name in ON_ROLLOUTS) else 1e-6
+        torch.testing.assert_close(others, losses, rtol=1e-5, atol=least, msg=lambda text, cell=cell: f"{cell}: {text}")
 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
@@ -59,8 +62,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[st
 @pytest.mark.slow
 @pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
 def test_the_rest_of_the_family_on_two_processes(sharded: bool, tmp_path: Path, cache: Path) -> None:
-    cells = [f"loss={path.stem}" for path in sorted((ROOT / "config" / "loss").glob("*.yaml")) if path.stem not in LOSSES]
-    assert cells
+    names = [path.stem for path in sorted((ROOT / "config" / "loss").glob("*.yaml"))]
+    cells = [f"loss={name}" for name in names if name not in (*LOSSES, "online")]
+    cells += ["loss=grpo loss.beta=0.1 peft=lora", "loss=ppo loss.kl_target=0.1 peft=lora"]
     alone = train(tmp_path / "one", cache, cells, steps=3, world=1, sharded=False)
     compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, sharded=sharded), cells)
 
