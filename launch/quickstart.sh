@@ -32,7 +32,7 @@ export OMP_NUM_THREADS
 if [ "$model" = smollm2 ]; then
   start="$(python launch/smollm2.py)"
   problems=100
-  common="data=arithmetic data.eval=[{path:arithmetic,split:'eval[:100]'}] train.batch_size=16 train.microbatch_size=8 train.max_length=256 train.precision=bfloat16"
+  common="data=arithmetic data.eval=[{path:arithmetic,split:'eval[:100]'}] train.batch_size=16 train.microbatch_size=8 train.max_length=256 train.precision=$(fast_dtype)"
   sft="train.steps=12"
   dpo="train.steps=40 optim.lr=2e-5 loss.beta=1"
 else

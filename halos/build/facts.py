@@ -2,6 +2,7 @@
 
 import logging
 import os
+import platform
 from typing import Any
 
 import torch
@@ -35,6 +36,12 @@ def attempt(typed: list[str], made: Accelerator, *, strategy: str, source: str, 
         "launched_by": os.environ.get("TORCHELASTIC_RUN_ID") and "accelerate or torchrun",
         **versions(),
     }
+
+
+def _bfloat16_is_emulated() -> bool:
+    return platform.machine() in ("x86_64", "AMD64") and not (
+        torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
 
 
 def _count(model: nn.Module, *, trained: bool) -> int:
@@ -79,6 +86,10 @@ def header(
     micro = min(config.train.microbatch_size, -(-config.train.batch_size // made.num_processes))
     steps = f"{run.total_steps}, each of {config.train.batch_size} items, {micro} at a time"
     log.info("steps      %s, %s", steps, where)
+    if made.mixed_precision == "bf16" and made.device.type == "cpu" and _bfloat16_is_emulated():
+        log.warning(
+            "this processor has no bfloat16: a step takes many times as long as in float32 (train.precision, model.dtype)"
+        )
     if warmup_steps(config.schedule, run.total_steps) >= run.total_steps:
         log.warning(
             "schedule.warmup=%g is as long as the run: the learning rate falls before it has risen to optim.lr",

@@ -29,14 +29,14 @@ case "$part" in
     ;;
   gsm8k)
     data="$3"
-    go reward loss=reward data=gsm8k data.root="$data" "data.eval=[{path: '$data', format: gsm8k, split: 'eval[:96]'}]" \
-      model.name_or_path="$model" model.dtype="$dtype" peft=lora train.steps=24 train.batch_size=16 train.microbatch_size=4 \
+    go reward loss=reward data=gsm8k data.root="$data" "data.eval=[{path: '$data', format: gsm8k, split: 'eval[:48]'}]" \
+      model.name_or_path="$model" model.dtype="$dtype" peft=lora train.steps=16 train.batch_size=8 train.microbatch_size=4 \
       train.eval_every=null optim.lr=2e-4
     # shellcheck disable=SC2086
     go dpo $rounds online.loss=dpo data=gsm8k data.root="$data" "data.eval=[{path: '$data', format: gsm8k, split: 'eval[:32]'}]" \
       model.name_or_path="$model" online.labeller.name=reward_model online.labeller.model="$root/reward/FINAL" \
-      online.rounds=3 online.prompts_per_round=24 online.samples_per_prompt=4 online.eval_prompts=24 online.kl_samples=32 \
-      online.sampler.max_new_tokens=128 train.batch_size=8 train.microbatch_size=4 optim.lr=1e-4
+      online.rounds=2 online.prompts_per_round=16 online.samples_per_prompt=4 online.eval_prompts=16 online.kl_samples=16 \
+      online.sampler.max_new_tokens=96 train.batch_size=8 train.microbatch_size=4 optim.lr=1e-4
     ;;
   *) echo "error: no part '$part'; there are arithmetic gsm8k" >&2; exit 2 ;;
 esac

@@ -153,6 +153,7 @@ def test_other_losses_walk_too(words: list[str], tmp_path: Path, cache: Path) ->
 
 STAGES = ("online.sample", "online.label", "train.py")  # of a round; the last exam is a stage of sampling
 DRIVER = "driver"
+LASTS = {"online.sample": 7.0, "online.label": 2.0, "train.py": 7.0, DRIVER: 4.0}  # seconds, about
 
 
 def killed(walk: Walk, dice: random.Random, stages: Sequence[str]) -> Counter[str]:
@@ -168,7 +169,7 @@ def killed(walk: Walk, dice: random.Random, stages: Sequence[str]) -> Counter[st
             time.sleep(0.02)
             below = descendants(process)
         try:
-            process.wait(dice.uniform(0.0, 4.0 if stage == DRIVER else 7.0))
+            process.wait(dice.uniform(0.0, LASTS[stage]))
         except subprocess.TimeoutExpired:
             below = descendants(process)
             victim = process.pid if dice.random() < 0.5 or not below else dice.choice(below).pid
