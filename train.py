@@ -59,6 +59,10 @@ def main() -> None:
     leave_when_told()
     try:
         leave(start(sys.argv[1:]))
+    except SystemExit as end:  # the only way to hand a status on through Hydra
+        if not isinstance(end.code, int):
+            raise
+        leave(end.code)
     except UserError as error:
         leave(refuse(error))
     except JobsFailedError as error:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from halos.errors import UserError
+from halos.signals import STOPPING
 
 ROOT = Path(__file__).resolve().parents[1]  # of the repository: launch/ lies beside this package
 CONFIGS = ROOT / "launch" / "accelerate"
@@ -34,11 +35,13 @@ def accelerate_config(name: str, key: str) -> Path:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process with `status`.
+    """End this process with `status`, which no signal changes any more.
 
     One of several skips the interpreter's own end, and never takes its process group down: the threads of a gloo group may
     want the interpreter's lock, which then aborts what was a success, or waits for ever.
     """
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)
     if int(os.environ.get("WORLD_SIZE") or 1) > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()

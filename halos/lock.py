@@ -70,6 +70,7 @@ class Verdict:
     alive: bool
     why: str
     touched: float | None = None  # the last heartbeat of a holder that cannot be looked at, which may be gone
+    earlier: bool = False  # it ran in an earlier start of our batch job, which is always waited for
 
 
 class Patience:
@@ -123,7 +124,7 @@ class RunLock:
         """
         waited = Patience(patience)
         while (verdict := self._judge(time.time())) is not None and verdict.alive:
-            if not wait or waited.is_over(verdict):
+            if not (wait or verdict.earlier) or waited.is_over(verdict):
                 raise UserError(verdict.why)
 
     def acquire(self, attempt: int, *, heartbeat: bool = True, wait: bool = False) -> str | None:
@@ -141,7 +142,7 @@ class RunLock:
                 os.utime(own)
                 verdict = self._judge(own.stat().st_mtime)  # the file system's clock, which all hosts share
                 if verdict is not None and verdict.alive:
-                    if not wait or waited.is_over(verdict):
+                    if not (wait or verdict.earlier) or waited.is_over(verdict):
                         raise UserError(verdict.why)
                     continue
                 if verdict is not None and self._take_over(own, verdict):
@@ -197,12 +198,13 @@ class RunLock:
             return Verdict(content, alive=alive, why=f"another process is training in {place}: {holder}")
         who = str(holder) if holder else "its lock cannot be read"
         silent = f"silent for {max(0, now - touched):.0f} s"
-        patience = EARLIER if holder is not None and holder.precedes(Holder.myself(0)) else SILENCE
+        earlier = holder is not None and holder.precedes(Holder.myself(0))
+        patience = EARLIER if earlier else SILENCE
         if now - touched > patience:
             return Verdict(content, alive=False, why=f"{who}; {silent}")
         rule = f"it counts as gone after {patience:.0f} s without a heartbeat; if it surely is, delete {self.path}"
         why = f"another process is training in {place}: {who}; {silent}, and {rule}"
-        return Verdict(content, alive=True, why=why, touched=touched)
+        return Verdict(content, alive=True, why=why, touched=touched, earlier=earlier)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):

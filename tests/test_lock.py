@@ -142,6 +142,9 @@ def test_what_an_earlier_start_of_the_same_batch_job_left_counts_for_a_minute_an
         verdict = RunLock(path)._judge(time.time())
         assert verdict is not None
         assert verdict.alive is not gone, (job, restart)
+    write(path, host="elsewhere", job="17", restart=1)
+    monkeypatch.setattr(module, "EARLIER", 0.2)
+    assert "left behind" in str(RunLock(path).acquire(4)), "waited for, though nobody asked to"
     monkeypatch.delenv("SLURM_JOB_ID")
     write(path, host="elsewhere", job="", restart=0)
     os.utime(path, (old, old))

@@ -13,8 +13,8 @@ from halos.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"errors", "types"},
-    {"config", "logps", "losses", "metrics", "lock", "children", "logs", "signals", "rendezvous", "versions"},
+    {"errors", "types", "signals"},
+    {"config", "logps", "losses", "metrics", "lock", "children", "logs", "rendezvous", "versions"},
     {"rundir"},
     {"models", "data", "checkpoint"},
     {"hooks"},

@@ -67,10 +67,10 @@ class Interrupted(BaseException):
 
 def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
-    _listen(None)
-    directory = RunDir(config.run_dir)
+    directory, told = RunDir(config.run_dir), list[str]()
     with directory.lock() as lock:
         try:
+            _listen(None, told)
             made = accelerator(config.train.precision, config.model.dtype)
             outlive_no_launcher(launched())
             speak(made.is_main_process)
@@ -79,17 +79,21 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
                 if config.resume and _is_over(config, directory, changed):
                     return FINISHED
                 trainer = assemble(config, typed, made, changed, lock)
-                return _train(trainer) if trainer else FINISHED
-        except UserError:
-            if lock.held and not config.resume:
+                return _train(trainer, told) if trainer else FINISHED
+        except BaseException as error:
+            if told:  # whatever became of Interrupted on its way: libraries turn it into errors of their own
+                return _stopped_at_the_start(directory, told[0], held=lock.held)
+            if isinstance(error, UserError) and lock.held and not config.resume:
                 directory.abandon()
             raise
-        except Interrupted as signalled:
-            log.warning("stopped: %s, before the first step", signalled)
-            if lock.held and is_run(directory.path):
-                before = directory.read_result() or {"step": 0, "metrics": {}}
-                directory.write_result("stopped", before["step"], before["metrics"], reason=str(signalled))
-            return AGAIN
+
+
+def _stopped_at_the_start(directory: RunDir, told: str, *, held: bool) -> int:
+    log.warning("stopped: %s, before the first step", told)
+    if held and is_run(directory.path):
+        before = directory.read_result() or {"step": 0, "metrics": {}}
+        directory.write_result("stopped", before["step"], before["metrics"], reason=told)
+    return AGAIN
 
 
 def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
@@ -250,10 +254,12 @@ def _tell_changes(changed: Sequence[Change], step: int) -> None:
         log.warning("CHANGED WHAT THE RUN COMPUTES, from step %d on: %s", step, ", ".join(others))
 
 
-def _train(trainer: Trainer) -> int:
+def _train(trainer: Trainer, told: list[str]) -> int:
     """The loop, and the word it leaves in result.json however it ends."""
     current = trainer.run
-    _listen(current)
+    _listen(current, told)
+    if told:  # Interrupted got lost: what it was raised in cannot raise
+        current.interrupted = told.pop(0)
     status, note = "failed", None
     try:
         trainer.fit()
@@ -294,15 +300,19 @@ def _close(current: Run, status: str, note: str | None) -> int:
     return FINISHED if status == "finished" else FAILED
 
 
-def _listen(current: Run | None) -> None:
+def _listen(current: Run | None, told: list[str]) -> None:
     """A first signal asks for a complete save and a clean end; a second Ctrl-C ends the process at once. Of the others more
-    may come, since schedulers and launchers repeat themselves."""
+    may come, since schedulers and launchers repeat themselves. Without a run there is nothing to save: what came is `told`."""
+
+    def end_the_start(reason: str) -> None:
+        if not told:
+            told.append(reason)
+            raise Interrupted(reason)
 
     def ask(number: int, _: types.FrameType | None) -> None:
         if current is None:
-            for other in ASKING:
-                signal.signal(other, signal.SIG_IGN)  # one is enough
-            raise Interrupted(signal.Signals(number).name)
+            end_the_start(signal.Signals(number).name)
+            return
         if current.interrupted and number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -311,7 +321,8 @@ def _listen(current: Run | None) -> None:
     def orphaned(number: int, _: types.FrameType | None) -> None:
         signal.signal(number, signal.SIG_IGN)  # the rest of them
         if current is None:
-            raise Interrupted("its launcher has died")
+            end_the_start("its launcher has died")
+            return
         current.interrupted = current.interrupted or "its launcher has died"
 
     for number in ASKING:

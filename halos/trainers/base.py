@@ -96,7 +96,7 @@ class Trainer(ABC):
         run = self.run
         self._tell(lambda hook: hook.on_start(run))
         self.begin()
-        if self._evaluation_due():
+        if not run.stop and self._evaluation_due():
             self.evaluate()
         self._clock, self._window_tokens = time.perf_counter(), run.tokens
         while run.step < run.total_steps and not run.stop:

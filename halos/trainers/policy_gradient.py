@@ -54,6 +54,10 @@ class Given:
         return Given(old, rewards, advantages, reference, returns, values, self.metrics if first else {})
 
 
+class ToldError(Exception):
+    """A signal came while rows were read, on every process alike: they are read again when the run goes on."""
+
+
 class PolicyGradientTrainer(Trainer):
     """For losses whose first parameter is Rollouts or ValuedRollouts.
 
@@ -84,9 +88,12 @@ class PolicyGradientTrainer(Trainer):
         return ValuedRollouts(logps, old, advantages, given.rewards, output.values, values, returns)
 
     def begin(self) -> None:
-        for split in (self.train, self.held_out):
-            if split is not None and isinstance(split.rows, Dataset):
-                self._known(split)
+        try:
+            for split in (self.train, self.held_out):
+                if split is not None and isinstance(split.rows, Dataset):
+                    self._known(split)
+        except ToldError:
+            return  # the loop sees it too
         if isinstance(self.train.rows, Dataset):
             self.reference = None  # all that it had to say is known
 
@@ -143,6 +150,9 @@ class PolicyGradientTrainer(Trainer):
         for start in tqdm(
             starts, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=None if run.main else True
         ):
+            self._heed()
+            if self._cut_short():
+                raise ToldError
             some = list(mine[start : start + size])
             items = [rows[row] for row in some or [0]]  # a process without rows joins in all the same
             batch = pack(self.rows(items)).to(run.accelerator.device)

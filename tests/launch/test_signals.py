@@ -1,19 +1,25 @@
 """Signals and failures, of one process or of the launcher: a whole save, nobody left behind, an exact resume."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from safetensors.torch import load_file
 
+import train
+from halos.build import facts, session
 from halos.build.processes import _is_accelerate
 from halos.checkpoint import find
+from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["loss=sft", "model=tiny", "data=arithmetic", "train.steps=6", "train.batch_size=4", "train.eval_every=3",
@@ -170,3 +176,71 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_schedulers_may_repeat_themselves
     two = [*sabotage("step", 3, first), sabotage("save", 3, second)[1].replace("hooks.sabotage", "hooks.again")]
     assert start("alone", words + two).returncode == status
     assert find.newest(tmp_path / "run" / "checkpoints").path == tmp_path / "run" / "checkpoints" / find.name_of(saved)
+
+
+LATE = """
+import atexit, os, signal, sys
+sys.path.insert(0, sys.argv.pop(1))
+import train
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    atexit.register(os.kill, os.getpid(), number)  # the first thing that the end of an interpreter does
+train.main()
+"""
+
+
+@pytest.mark.parametrize("more", [["dry_run=true"], ["resume=nowhere"]], ids=["a run", "a refusal"])
+def test_no_signal_changes_the_status_of_a_run_that_has_ended(more: list[str], cache: Path, tmp_path: Path) -> None:
+    words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run", *more]
+    done = subprocess.run([sys.executable, "-c", LATE, str(ROOT), *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == (0 if "dry_run=true" in more else 2), done.stderr
+
+
+def swallow(told: Callable[[], None]) -> None:
+    """As a destructor does, or a callback of C code."""
+    with contextlib.suppress(BaseException):
+        told()
+
+
+def disguise(told: Callable[[], None]) -> None:
+    """As torch's readers of checkpoints do."""
+    try:
+        told()
+    except BaseException as error:
+        raise RuntimeError("something failed") from error
+
+
+@pytest.mark.parametrize("library", [swallow, disguise])
+def test_a_signal_at_the_start_counts_whatever_a_library_makes_of_it(
+    library: Callable[[Callable[[], None]], None], configure: Callable[..., Any], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    before = {number: signal.getsignal(number) for number in (*session.ASKING, session.ORPHANED)}
+    header = facts.header
+    monkeypatch.setattr(facts, "header", lambda *given: (header(*given), library(lambda: signal.raise_signal(signal.SIGUSR1)))[0])
+    try:
+        assert session.run(configure("loss=sft", "train.steps=4", "train.batch_size=4"), []) == 75
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["status"], result["reason"], result["step"]) == ("stopped", "SIGUSR1", 0)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "ppo"])
+def test_a_signal_while_rollouts_are_read_is_heeded(
+    loss: str, configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [f"loss={loss}", "train.steps=2", "train.batch_size=6", "train.microbatch_size=2"]
+    heed, heeded = Trainer._heed, []
+
+    def told(self: Trainer) -> None:
+        heeded.append(self.run.step)
+        self.run.interrupted = "SIGTERM" if len(heeded) == 3 else None
+        heed(self)
+
+    monkeypatch.setattr(Trainer, "_heed", told)
+    assert session.run(configure(*words), []) == 75
+    assert heeded == [0, 0, 0]
+    assert not list((tmp_path / "run").glob("rollouts/*")), "half of it is nothing"
+    monkeypatch.setattr(Trainer, "_heed", heed)
+    assert train.start([f"resume={tmp_path / 'run'}"]) == 0
