@@ -49,7 +49,7 @@ def _peft(record: Record) -> str:
 
 def _steps(record: Record) -> str:
     if record.is_walk:
-        return f"{record.step} rounds"
+        return "1 round" if record.step == 1 else f"{record.step} rounds"
     planned = record.node("train").get("steps")
     return f"{record.step} of {planned}" if planned and planned != record.step else str(record.step)
 
