@@ -14,7 +14,7 @@ trap : TERM USR1 # for the ranks; this script stays to queue the job again
 # Ranks end together, and hosts notice within some 65 s that another has gone: one that is left after that is stuck. srun asks
 # for CPUs itself since Slurm 22.05, and of --nodes=2-4 the batch script may be told the least number of tasks.
 options="--kill-on-bad-exit=0 --wait=120 ${SLURM_CPUS_PER_TASK:+--cpus-per-task=$SLURM_CPUS_PER_TASK}"
-[ -n "${SLURM_NTASKS_PER_NODE:-}" ] && options="$options --ntasks=$((SLURM_JOB_NUM_NODES * SLURM_NTASKS_PER_NODE))"
+[ -n "${SLURM_NTASKS_PER_NODE:-}" ] && options="$options --ntasks=$((${SLURM_JOB_NUM_NODES:-1} * SLURM_NTASKS_PER_NODE))"
 # shellcheck disable=SC2086
 srun $options "$python" launch/slurm/rank.py "$ACCELERATE_CONFIG" train.py "$@" resume=auto
 status="$?"

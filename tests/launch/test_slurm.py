@@ -30,7 +30,8 @@ def slurm(tmp_path: Path) -> dict[str, str]:
         (stubs / name).chmod(0o755)
     return {
         **os.environ, "PATH": f"{stubs}:{os.environ['PATH']}", "HALOS_PYTHON": sys.executable, "SLURM_SUBMIT_DIR": str(ROOT),
-        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_CPUS_PER_TASK": "1",
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "localhost", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
+        "SLURM_JOB_NUM_NODES": "1", "SLURM_CPUS_PER_TASK": "1",
         "ACCELERATE_CONFIG": "launch/accelerate/cpu2.yaml", "STUB_REQUEUED": str(tmp_path / "requeued"),
         "STUB_TASKS": str(tmp_path / "tasks"), "STUB_OPTIONS": str(tmp_path / "options"), "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
@@ -62,7 +63,7 @@ def test_a_preempted_job_is_queued_again_and_goes_on(slurm: dict[str, str], tmp_
     assert job.returncode == 75, told
     assert Path(slurm["STUB_REQUEUED"]).read_text() == slurm["SLURM_JOB_ID"]
     options = Path(slurm["STUB_OPTIONS"]).read_text().split()
-    assert {"--cpus-per-task=1", "--wait=120", "--kill-on-bad-exit=0"} <= set(options)
+    assert {"--cpus-per-task=1", "--ntasks=2", "--wait=120", "--kill-on-bad-exit=0"} <= set(options)
     stopped = json.loads((tmp_path / "run" / "result.json").read_text())
     assert stopped["status"] == "stopped"
     assert 0 < stopped["step"] < 40
