@@ -26,6 +26,13 @@ def odd(completion, row):
         os._exit(7)
     return float("nan") if completion == "nan" else None if completion == "none" else 1
 
+def unlucky(completion, row, *, mark):
+    try:
+        open(f"{mark}-{completion}", "x").close()
+    except FileExistsError:
+        return len(completion)
+    os.kill(os.getpid(), 9)
+
 def positional(completion, row, extra): ...
 """
 
@@ -74,6 +81,22 @@ def test_what_a_function_does_wrong_costs_its_own_sample_alone(mine: str) -> Non
     }.items():  # fmt: skip
         assert found[text].value is None
         assert words in found[text].problem
+
+
+def test_a_process_that_dies_for_reasons_of_its_own_costs_nobody_a_score(mine: str, tmp_path: Path) -> None:
+    entry = {"function": f"{mine}.unlucky", "mark": str(tmp_path / "mark")}
+    found = scores(of(entry, plugins=(mine,)), "a", "bb", "ccc")
+    assert {text: score.value for text, score in found.items()} == {"a": 1.0, "bb": 2.0, "ccc": 3.0}
+
+
+def test_a_process_that_died_while_it_was_idle_is_replaced(mine: str) -> None:
+    functions = of(f"{mine}.good", plugins=(mine,))
+    assert [score.value for _, score in functions.score([{"output": "ab"}])] == [2.0]
+    for worker in functions._workers:
+        worker.process.kill()
+        worker.process.join()
+    assert [score.value for _, score in functions.score([{"output": "abc"}])] == [3.0]
+    functions.close()
 
 
 def test_several_are_added_up_with_their_weights(mine: str) -> None:

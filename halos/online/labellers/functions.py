@@ -93,11 +93,12 @@ def _check_keys(path: str, function: Callable[..., Any], settings: Mapping[str, 
 
 
 class Functions:
-    """A weighted sum of functions. One that raises, hangs or crashes costs the sample its score, and is counted."""
+    """A weighted sum of functions. One that raises, hangs or crashes twice costs the sample its score, and is counted."""
 
     def __init__(self, parts: Sequence[Part], *, processes: int, timeout: float, plugins: Sequence[str]) -> None:
         self.parts, self.processes, self.timeout, self.plugins = list(parts), processes, timeout, list(plugins)
         self._workers: list[Worker] = []  # they stay for the next call
+        self._died: set[int] = set()  # samples, by id(), at which a process has died once
 
     def name(self) -> str:
         return " + ".join(part.path.removeprefix(f"{OWN}.") if part.weight == 1 else f"{part.weight:g} {part.path}"
@@ -111,6 +112,7 @@ class Functions:
     def score(self, samples: Sequence[Row]) -> Iterator[tuple[Row, Score]]:
         """As many at a time as there are processes."""
         waiting, workers = list(reversed(samples)), self._workers
+        self._died.clear()
         while len(workers) < min(self.processes, len(waiting)):
             workers.append(Worker(self.parts, self.plugins))
         try:
@@ -121,10 +123,15 @@ class Functions:
                 self.close()  # nobody is left to take what they are at
 
     def _round(self, waiting: list[Row]) -> Iterator[tuple[Row, Score]]:
-        """Give to those that are idle, and take from those that are done or have been at it for too long."""
+        """Give to those that are idle, and take from those that are done or have been at it for too long. A process may die for
+        reasons of its own, memory for one: its sample is given once more, to another."""
         for number, worker in enumerate(self._workers):
             if worker.sample is None and waiting:
-                worker.give(waiting.pop())
+                try:
+                    worker.give(waiting[-1])
+                    waiting.pop()
+                except ConnectionError:  # it died while it was idle
+                    self._replace(number)
             elif worker.sample is not None and worker.is_late(self.timeout):
                 late = worker.sample
                 self._replace(number)
@@ -139,6 +146,10 @@ class Functions:
             except (EOFError, ConnectionError):
                 score = Score(None, f"its process died (exit status {worker.status()})")
                 self._replace(number)
+                if id(sample) not in self._died:
+                    self._died.add(id(sample))
+                    waiting.append(sample)
+                    continue
             yield sample, score
 
     def _replace(self, number: int) -> None:
