@@ -13,11 +13,12 @@ from halos.errors import UserError
 PATIENCE = 600.0  # seconds between the first process and the last: the hosts of a queue do not start at once
 PERIOD = 0.1  # seconds between two looks; in between, signals are heeded
 CALL = timedelta(seconds=5)  # for one call to the store
+WORK = timedelta(hours=6)  # one process tokenises, scores, or proves a merge, while the others wait in a collective
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EVERYONE = "halos/everyone"
 
 
-def meet(timeout: timedelta) -> None:
+def meet(timeout: timedelta = WORK) -> None:
     """Make the process group of what a launcher has started; nothing where nobody launched this process. Its collectives wait
     for each other as long as `timeout`. Raises UserError where not all have come within ten minutes.
 

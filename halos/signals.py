@@ -5,7 +5,8 @@ import signal
 import types
 
 AGAIN = 75  # the status of a run that a signal stopped: start it again (EX_TEMPFAIL)
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)
+STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send
+ASKING = (*STOPPING, signal.SIGINT)  # all that ask a run to save and leave
 
 
 def leave_when_told() -> None:

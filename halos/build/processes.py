@@ -4,7 +4,6 @@ import os
 import re
 import socket
 import subprocess
-from datetime import timedelta
 from itertools import zip_longest
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from accelerate.utils import DistributedDataParallelKwargs, gather_object
 from halos.errors import UserError
 from halos.rendezvous import meet
 
-PATIENCE = timedelta(hours=6)  # one process tokenises, or proves a merge, while the others wait
 UNSUPPORTED = {  # what an accelerate config may ask for besides: the variable its launcher sets, the words, the remedy
     "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "launch/accelerate/fsdp2.yaml shards as ZeRO-3 does"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use launch/accelerate/fsdp2.yaml"),
@@ -43,7 +41,7 @@ def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
     mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" else None)
     if mixed is None and not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         mixed = "bf16" if torch.cuda.is_bf16_supported() else "no"
-    meet(PATIENCE)
+    meet()
     made = Accelerator(
         cpu=cpu,
         mixed_precision=mixed,

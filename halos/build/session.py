@@ -37,7 +37,7 @@ from halos.logs import speak, write_to
 from halos.models.load import load_tokenizer, refuse_other_model
 from halos.models.locate import locate
 from halos.rundir import RunDir, is_run
-from halos.signals import AGAIN
+from halos.signals import AGAIN, ASKING
 from halos.trainers.base import Trainer
 from halos.trainers.paired import PairedTrainer
 from halos.trainers.policy_gradient import PolicyGradientTrainer
@@ -57,7 +57,6 @@ TRAINERS: dict[type, type[Trainer]] = {
     ValuedRollouts: PolicyGradientTrainer,
 }
 FINISHED, FAILED = 0, 1
-ASKING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 SHARED = "all hosts write into it, so output_root (or run_dir) must lie on a file system that they share"
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
 from typing import Any
-
-PATIENCE = timedelta(hours=6)  # one process may have more to do than the others, which wait for it
 
 
 class Ranks:
@@ -21,7 +18,7 @@ class Ranks:
 
             from halos.rendezvous import meet
 
-            meet(PATIENCE)
+            meet()
             made = Accelerator(cpu=not torch.cuda.is_available())
             self.rank, self.world = made.process_index, made.num_processes
 

@@ -18,6 +18,7 @@ import yaml
 from halos.children import CONFIGS, ROOT, accelerate_config, die_with_parent, environment_of_a_start, last_words
 from halos.config.schema import Config, Online
 from halos.errors import UserError
+from halos.signals import ASKING
 
 WRONG_INPUT = 2
 PERIOD = 0.05  # seconds between two looks at a stage
@@ -54,7 +55,7 @@ class Stages:
                 signal.raise_signal(number)
             self.interrupted = self.interrupted or signal.Signals(number).name
 
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in ASKING:
             signal.signal(number, ask)
 
     def run(self, command: Sequence[str], log: Path) -> None:

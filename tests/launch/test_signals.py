@@ -19,6 +19,7 @@ import train
 from halos.build import facts, session
 from halos.build.processes import _is_accelerate
 from halos.checkpoint import find
+from halos.signals import ASKING
 from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -214,7 +215,7 @@ def test_a_signal_at_the_start_counts_whatever_a_library_makes_of_it(
     library: Callable[[Callable[[], None]], None], configure: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    before = {number: signal.getsignal(number) for number in (*session.ASKING, session.ORPHANED)}
+    before = {number: signal.getsignal(number) for number in (*ASKING, session.ORPHANED)}
     header = facts.header
     monkeypatch.setattr(facts, "header", lambda *given: (header(*given), library(lambda: signal.raise_signal(signal.SIGUSR1)))[0])
     try:
