@@ -9,7 +9,7 @@ from typing import Any
 
 from halos import __version__
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "hydra-core", "omegaconf", "datasets", "safetensors")
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "hydra-core", "omegaconf", "datasets", "safetensors", "deepspeed")
 
 
 def versions() -> dict[str, Any]:

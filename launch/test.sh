@@ -5,7 +5,7 @@
 set -eu
 cd "$(dirname "$0")/.."
 . launch/python.sh
-use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 openai==3.57.0 math-verify==0.9.0"
+use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 openai==3.57.0 math-verify==0.9.0 deepspeed==0.19.8"
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .

@@ -14,7 +14,7 @@ from halos.config.schema import Config
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types", "signals"},
-    {"config", "logps", "losses", "metrics", "lock", "children", "logs", "rendezvous", "versions"},
+    {"config", "logps", "losses", "metrics", "lock", "children", "logs", "rendezvous", "versions", "zero"},
     {"rundir"},
     {"models", "data", "checkpoint"},
     {"hooks"},

@@ -18,6 +18,7 @@ from halos.trainers.deal import Split
 from halos.trainers.schedule import warmup_steps
 from halos.types import Judgement
 from halos.versions import versions
+from halos.zero import num_elements
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def _bfloat16_is_emulated() -> bool:
 
 
 def _count(model: nn.Module, *, trained: bool) -> int:
-    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
+    return sum(num_elements(p) for p in model.parameters() if p.requires_grad or not trained)
 
 
 def _short(number: int) -> str:

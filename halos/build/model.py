@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halos.build.processes import asked_to_shard
+from halos.build.processes import asked_to_cut
 from halos.checkpoint.weights import load_value_head
 from halos.config.schema import Config, Optim
 from halos.errors import UserError
@@ -21,6 +21,7 @@ from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
 from halos.models.locate import locate
 from halos.types import PairScores, ValuedRollouts
+from halos.zero import shape_of
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +48,14 @@ class Shelf:
             quantize=quantize,
             new_tokens=self.new_tokens if source == self.base else [],
             seed=self.config.seed,
-            hollow=asked_to_shard() and not self.made.is_main_process,
+            hollow=asked_to_cut() and not self.made.is_main_process,
         )
 
 
 def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed."""
     config = shelf.config
-    if config.model.quantize and asked_to_shard():
+    if config.model.quantize and asked_to_cut():
         raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     lora = config.peft.name == "lora"
     dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)
@@ -132,8 +133,8 @@ def optimizer(module: nn.Module, settings: Optim) -> Optimizer:
     """Over the parameters that are trained; norms and biases are not decayed."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if len(shape_of(p)) >= 2], "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained if len(shape_of(p)) < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     first, second = settings.betas

@@ -4,6 +4,8 @@ import os
 import re
 import socket
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 
@@ -13,11 +15,11 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
+from halos import zero
 from halos.errors import UserError
 from halos.rendezvous import meet
 
 UNSUPPORTED = {  # what an accelerate config may ask for besides: the variable its launcher sets, the words, the remedy
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "launch/accelerate/fsdp2.yaml shards as ZeRO-3 does"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use launch/accelerate/fsdp2.yaml"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism_config", "use launch/accelerate/fsdp2.yaml"),
     "ACCELERATE_DYNAMO_BACKEND": ("torch.compile (dynamo_config)", "leave it out"),
@@ -37,20 +39,34 @@ def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
     _one_process_asked_for_many()
     # transformers would leave a new reward head on the meta device of every process but the first
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
+    if zero.asked():
+        zero.check()
     names = {"float32": "no", "bfloat16": "bf16"}
-    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" else None)
+    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" or zero.asked_for_bfloat16() else None)
     if mixed is None and not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         mixed = "bf16" if torch.cuda.is_bf16_supported() else "no"
     meet()
-    made = Accelerator(
-        cpu=cpu,
-        mixed_precision=mixed,
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(broadcast_buffers=False),  # buffers are constants: no collective for them
-        ],
-    )
+    with _deepspeed_is_ours():
+        made = Accelerator(
+            cpu=cpu,
+            mixed_precision=mixed,
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False),  # buffers are constants: no collective for them
+            ],
+        )
     _compare(made)
     return made
+
+
+@contextmanager
+def _deepspeed_is_ours() -> Iterator[None]:
+    """accelerate would make its own engine, whose weights are bfloat16 and whose checkpoints are pickled."""
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
 
 
 def _compare(made: Accelerator) -> None:
@@ -74,8 +90,11 @@ def _compare(made: Accelerator) -> None:
         )
     if asked_to_shard() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("the accelerate config asks for FSDP 1: set fsdp_version: 2 in its fsdp_config")
-    if asked_to_shard() and not dist.is_initialized():
-        raise UserError("the accelerate config asks for FSDP, but there is no process group: launch with accelerate or torchrun")
+    if (asked_to_shard() or zero.asked()) and not dist.is_initialized():
+        what = "DeepSpeed" if zero.asked() else "FSDP"
+        raise UserError(
+            f"the accelerate config asks for {what}, but there is no process group: launch with accelerate or torchrun"
+        )
 
 
 def agree(made: Accelerator, what: str, mine: str | None, problem: str | None = None) -> None:
@@ -104,6 +123,11 @@ def _asked(flag: str) -> bool:
 def asked_to_shard() -> bool:
     """Whether the launcher's config says FSDP. accelerate itself forgets it where there is no GPU, and trains DDP."""
     return _asked("ACCELERATE_USE_FSDP")
+
+
+def asked_to_cut() -> bool:
+    """Whether no process is to hold a whole model: its parameters are dealt out from the first one's."""
+    return asked_to_shard() or zero.asked_to_cut()
 
 
 def _one_process_asked_for_many() -> None:

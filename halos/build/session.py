@@ -14,6 +14,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
+from halos import zero
 from halos.build import facts, model, strategy
 from halos.build.feed import feed
 from halos.build.processes import accelerator, agree, launched
@@ -115,6 +116,7 @@ def assemble(
 ) -> Trainer | None:
     """Everything a run needs, ready for `fit`; None for a dry run. What can be wrong is found before the model loads."""
     loss = bind_loss(config.loss, config.plugins)
+    zero.refuse_other_clipping(config.train.max_grad_norm)
     set_seed(config.seed % 2**32)  # for what hooks and plugins draw; weights and steps have seeds of their own
     checkpoint, hooks = _hooks(config, loss)
     directory = RunDir(config.run_dir)
@@ -137,7 +139,7 @@ def assemble(
     shelf = model.Shelf(config, base, tokenizer, new_tokens, made)
     current = _load(shelf, loss, hooks, directory, total, source.path)
     against = model.reference(shelf, current.model, named) if loss.needs_reference else None
-    against = strategy.distribute(against, made) if against else None
+    against = strategy.distribute_frozen(against, made) if against else None
     if source.path is not None:
         restore(current, source.path)  # last: loading models draws random numbers
     elif config.optim.init_from is not None:
@@ -218,8 +220,12 @@ def _load(
     if checkpoint is not None and shelf.config.peft.name == "none":
         refuse_other_model(shelf.base, checkpoint / "model")
     inner = model.policy(shelf, reward=reward, checkpoint=checkpoint)
-    module = strategy.distribute(model.wrapped(shelf, inner, loss.inputs, checkpoint), shelf.made)
-    optimizer = model.optimizer(module, shelf.config.optim)
+    module, optimizer = strategy.distribute(
+        model.wrapped(shelf, inner, loss.inputs, checkpoint),
+        shelf.made,
+        partial(model.optimizer, settings=shelf.config.optim),
+        max_grad_norm=shelf.config.train.max_grad_norm,
+    )
     current = Run(
         config=shelf.config, directory=directory, accelerator=shelf.made, module=module, model=inner, base=shelf.base,
         optimizer=optimizer, tokenizer=shelf.tokenizer, reward=reward, total_steps=total, hooks=hooks,

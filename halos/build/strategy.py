@@ -1,6 +1,7 @@
-"""How a model is spread over the processes: as it is, replicated (DDP), or sharded (FSDP2)."""
+"""How a model is spread over the processes: as it is, replicated (DDP), or sharded (FSDP2, DeepSpeed's ZeRO)."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,18 +12,50 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from halos import zero
 from halos.build.processes import agree, asked_to_shard
 from halos.errors import UserError
+from halos.logps.model import ActorCritic, LanguageModel, bare
 
 
-def distribute(module: nn.Module, made: Accelerator) -> nn.Module:
-    """The module as this run's processes hold it. Make its optimizer afterwards, over the parameters it has then."""
+def distribute(
+    module: nn.Module, made: Accelerator, optimizer_of: Callable[[nn.Module], Optimizer], *, max_grad_norm: float | None
+) -> tuple[nn.Module, Optimizer]:
+    """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over the parameters it has then."""
+    if not zero.asked():
+        spread = shard(module, made) if asked_to_shard() else _replicate(module, made)
+        return spread, optimizer_of(spread)
+    _agree_on_tensors(module, made)
+    if zero.asked_to_cut():
+        zero.cut(module)
+    engaged = zero.engage(module.to(made.device), optimizer_of(module), max_grad_norm=max_grad_norm, whole=_head(module))
+    return engaged, engaged.optimizer
+
+
+def distribute_frozen(module: nn.Module, made: Accelerator) -> nn.Module:
+    """A model that is not trained, as this run's processes hold it."""
     if asked_to_shard():
         return shard(module, made)
-    if not any(parameter.requires_grad for parameter in module.parameters()):
+    if not zero.asked_to_cut():
         return module.to(made.device)
+    _agree_on_tensors(module, made)
+    zero.cut(module)
+    return zero.frozen(module, whole=_head(module))
+
+
+def _head(module: nn.Module) -> list[nn.Parameter]:
+    """A language model's head, which each process calls as often as its own scored tokens need."""
+    if not isinstance(module, LanguageModel | ActorCritic):
+        return []
+    layer = bare(module.model).get_output_embeddings()
+    assert isinstance(layer, nn.Module), "Head.of refuses a model without one"
+    return list(layer.parameters())
+
+
+def _replicate(module: nn.Module, made: Accelerator) -> nn.Module:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate knows no other name yet
         prepared = made.prepare(module)
@@ -47,7 +80,7 @@ def shard(module: nn.Module, made: Accelerator) -> nn.Module:
     plugin = FullyShardedDataParallelPlugin()
     assert isinstance(plugin.cpu_offload, OffloadPolicy)
     whole = module.state_dict()
-    agree(made, "model", "\n".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in whole.items()))
+    _agree_on_tensors(module, made)
     mesh = init_device_mesh(made.device.type, (made.num_processes,))
     for part in (*layers, module):
         fully_shard(
@@ -60,6 +93,11 @@ def shard(module: nn.Module, made: Accelerator) -> nn.Module:
     if made.num_processes > 1:
         _deal_out(module, whole if made.is_main_process else {})
     return module
+
+
+def _agree_on_tensors(module: nn.Module, made: Accelerator) -> None:
+    values = module.state_dict().items()
+    agree(made, "model", "\n".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in values))
 
 
 def _precision(made: Accelerator) -> MixedPrecisionPolicy:
@@ -82,4 +120,6 @@ def name_of(module: nn.Module) -> str:
     """What became of the module, for people."""
     if isinstance(module, FSDPModule):
         return "FSDP2"
+    if isinstance(module, zero.Zero):
+        return f"DeepSpeed ZeRO-{module.stage}"
     return "DDP" if isinstance(module, DistributedDataParallel) else "alone"

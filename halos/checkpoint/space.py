@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from halos.checkpoint.manifest import in_words
+from halos.zero import num_elements
 
 MOMENTS = {"adamw": 2, "adam": 2, "rmsprop": 1, "sgd": 0}  # tensors an optimizer keeps beside each trained one, float32
 TOKEN = 150  # bytes of tokenizer.json for each token: 70 for SmolLM2's, 140 for Llama 3's
@@ -20,15 +21,15 @@ def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: str, vocabu
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     saved = trained if adapter else list(module.parameters())
-    weights = sum(parameter.numel() * parameter.element_size() for parameter in saved)
-    moments = sum(parameter.numel() for parameter in trained) * 4 * MOMENTS[optimizer]
+    weights = sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
+    moments = sum(map(num_elements, trained)) * 4 * MOMENTS[optimizer]
     return weights + moments + vocabulary * TOKEN + len(trained) * PARAMETER + REST
 
 
 def final_bytes(module: nn.Module, *, adapter_alone: bool, vocabulary: int) -> int:
     """FINAL: all weights once, an adapter's merged ones and its own; or the adapter alone."""
     saved = [parameter for parameter in module.parameters() if parameter.requires_grad or not adapter_alone]
-    return sum(parameter.numel() * parameter.element_size() for parameter in saved) + vocabulary * TOKEN + REST
+    return sum(num_elements(parameter) * parameter.element_size() for parameter in saved) + vocabulary * TOKEN + REST
 
 
 def too_little(directory: Path, *, free: int, one: int, most: int, there: int, final: int) -> str | None:

@@ -6,6 +6,7 @@ world sizes; the rest is JSON. Nothing is pickled: a checkpoint from a stranger 
 
 import json
 import random
+from collections.abc import Set
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,15 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from halos.errors import UserError
+from halos.zero import Zero
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """By name: tensors, which are the optimizer's own, and a parameter group's settings."""
+    if isinstance(model, Zero):
+        return model.optimizer_state()
     return dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
 
 
@@ -46,15 +50,29 @@ def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGro
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Exactly what was saved, into an optimizer over the same parameters. Raises UserError where they are others."""
+    settings = json.loads((directory / "optimizer.json").read_text())
+    if isinstance(model, Zero):
+        _refuse_others(directory, settings.keys(), model.settings().keys())
+        for part in model.blanks():
+            _read_tensors(directory, part)
+            model.put(part)
+        return
     flat = get_optimizer_state_dict(model, optimizer, options=FLAT)  # on a fresh optimizer this makes zero moments
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-    settings = json.loads((directory / "optimizer.json").read_text())
-    if settings.keys() != flat.keys() - tensors.keys():
-        other = sorted(settings.keys() ^ (flat.keys() - tensors.keys()))[0]
-        raise UserError(f"{directory} holds the optimizer of other parameters: {other} is on one side only")
+    _refuse_others(directory, settings.keys(), flat.keys() - tensors.keys())
+    _read_tensors(directory, tensors)
+    set_optimizer_state_dict(model, optimizer, {**settings, **tensors}, options=FLAT)
+
+
+def _refuse_others(directory: Path, saved: Set[str], mine: Set[str]) -> None:
+    if other := sorted(saved ^ mine):
+        raise UserError(f"{directory} holds the optimizer of other parameters: {other[0]} is on one side only")
+
+
+def _read_tensors(directory: Path, tensors: dict[str, Any]) -> None:
+    """Into these, which are whole or this process's shards."""
     reader = HuggingFaceStorageReader(str(directory / "optimizer"))
     load_sharded(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    set_optimizer_state_dict(model, optimizer, {**settings, **tensors}, options=FLAT)
 
 
 def random_state() -> dict[str, Tensor]:

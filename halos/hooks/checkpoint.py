@@ -15,7 +15,6 @@ import torch
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
 from halos.checkpoint import commit, find, manifest, merge, space, state, weights
 from halos.checkpoint.handover import case_of, combine
@@ -168,11 +167,7 @@ class CheckpointHook(Hook):
 
     def _parts(self, run: Run, path: Path) -> Callable[[], None]:
         """A checkpoint's weights and state as they are now; what is given back writes them, whatever the steps do meanwhile."""
-        sharded, adapter, rank = (
-            isinstance(run.module, FSDPModule),
-            isinstance(run.model, PeftModel),
-            run.accelerator.process_index,
-        )
+        sharded, adapter, rank = weights.is_sharded(run.module), isinstance(run.model, PeftModel), run.accelerator.process_index
         moving = {"optimizer": state.optimizer_state(run.module, run.optimizer)}
         whole = weights.gathered(run.module, trained_only=adapter, offload=sharded)
         moving |= {"weights": whole} if run.main and not sharded else {}  # what was gathered from shards is a copy
@@ -220,7 +215,7 @@ class CheckpointHook(Hook):
         """Merge and prove; why it failed, if it did, in which case the adapter is kept and no merged weights are."""
         model = bare(run.model)
         kind = model.dtype if self.merge_dtype == "auto" else getattr(torch, self.merge_dtype)
-        whole = not isinstance(run.module, FSDPModule)  # a sharded model's forward needs all processes
+        whole = not weights.is_sharded(run.module)  # a sharded model's forward needs all processes
         exact = whole and model.dtype is torch.float32 and not getattr(model, "is_quantized", False)
         try:
             case = case_of(run.base, adapter, path, dtype=kind)

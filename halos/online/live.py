@@ -11,7 +11,6 @@ import numpy as np
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from halos.checkpoint import merge, weights
@@ -184,10 +183,10 @@ class Live:
 
     @contextmanager
     def _whole_model(self) -> Iterator[PreTrainedModel]:
-        """The policy as it is now. What FSDP has cut is gathered into a second copy, on every process, for as long as it is used:
+        """The policy as it is now. What was cut is gathered into a second copy, on every process, for as long as it is used:
         ranks sample different texts, and cannot step through a sharded model together."""
         module, model = self.run.module, self.run.model
-        if not isinstance(module, FSDPModule):
+        if not weights.is_sharded(module):
             yield bare(model)
             return
         self._whole = self._whole if self._whole is not None else self._skeleton()

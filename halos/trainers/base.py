@@ -36,6 +36,7 @@ from halos.trainers.deal import Chunk, Split, deal, gather_in_order
 from halos.trainers.memory import peak_mb
 from halos.trainers.schedule import multiplier
 from halos.types import Loss, Mean, Mismatched
+from halos.zero import Zero
 
 log = logging.getLogger(__name__)
 
@@ -126,15 +127,14 @@ class Trainer(ABC):
         counts = self._counts(self.train, indices)
         statistics = self._statistics(chunks, len(indices))
         for number, chunk in enumerate(chunks, 1):
-            with self._unreduced() if number < len(chunks) else nullcontext():
+            last = number == len(chunks)
+            with nullcontext() if last else self._unreduced():
                 loss = self._loss(chunk, statistics, len(indices))
                 total = loss.values.sum() * chunk.weight
-                # DDP and FSDP average gradients over processes: scale the sum back up before dividing by the global count
-                accelerator.backward(total * accelerator.num_processes / counts[loss.per])
+                # gradients are averaged over processes: scale the sum back up before dividing by the global count
+                self._backward(total * accelerator.num_processes / counts[loss.per], last=last)
             meter.add(self._means(loss, chunk), chunk.weight)
-        norm = clip_grad_norm_(model.parameters(), self.settings.max_grad_norm or float("inf"))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+        norm = self._update()
         run.step += 1
         run.examples += len(indices)
         run.tokens += int(self.train.rows.lengths[indices].sum())
@@ -145,7 +145,6 @@ class Trainer(ABC):
         self._stop_if(totals.pop("stop")[0])
         if totals.pop("written", (0.0,))[0] == accelerator.num_processes:
             self.land()
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
         return {**totals, "grad_norm": (norm.item(), 1.0)}
 
     @torch.no_grad()
@@ -265,8 +264,25 @@ class Trainer(ABC):
 
     # --- a step's parts ------------------------------------------------------------------------------------------------
 
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        module = self.run.module
+        if isinstance(module, Zero):
+            module.backward(loss, last=last)
+        else:
+            self.run.accelerator.backward(loss)
+
+    def _update(self) -> Tensor:
+        """Clip the gradients, step, and forget them. Their norm before."""
+        run = self.run
+        if isinstance(run.module, Zero):
+            return run.module.update()
+        norm = clip_grad_norm_(run.module.parameters(), self.settings.max_grad_norm or float("inf"))
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
     def _unreduced(self) -> AbstractContextManager[Any]:
-        """DDP reduces with the last micro-batch. FSDP with each: whole gradients kept until then would undo the sharding."""
+        """DDP reduces with the last micro-batch, the others with each: whole gradients kept until then would undo sharding."""
         module = self.run.module
         return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""DDP and FSDP2 beside one process: tokens a second, and the memory of each rank over the size of the model.
+"""DDP, FSDP2 and DeepSpeed beside one process: tokens a second, and the memory of each rank over the size of the model.
 
     python launch/compare/strategies.py memory [--sizes 25 100 200] [--world 2]
     python launch/compare/strategies.py speed MODEL [--steps 8]
@@ -17,12 +17,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+DDP: dict[str, str] = {}
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
 MIB = 2**20
 
 
@@ -86,11 +89,11 @@ def act(model: str, output: Path, words: list[str], steps: int) -> None:
         dist.destroy_process_group()
 
 
-def measured(model: str, words: list[str], *, world: int, sharded: bool, threads: int, steps: int) -> list[dict[str, Any]]:
+def measured(model: str, words: list[str], *, world: int, how: dict[str, str], threads: int, steps: int) -> list[dict[str, Any]]:
     """What each rank wrote down."""
     with tempfile.TemporaryDirectory() as output:
         many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **(SHARDED if sharded else {})}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **how}
         command = [sys.executable, *many, __file__, "act", model, output, str(steps), *words]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
         if done.returncode:
@@ -100,21 +103,21 @@ def measured(model: str, words: list[str], *, world: int, sharded: bool, threads
 
 def memory(sizes: list[int], world: int) -> None:
     print(f"peak MiB of each of {world} ranks beyond its imports; full fine-tuning in float32 with AdamW, one row a rank\n")
-    print("| parameters | weights, MiB | DDP, in steps | FSDP2, in steps | ratio | FSDP2 at the start: first rank, others |")
-    print("| --- | --- | --- | --- | --- | --- |")
+    ways = {"FSDP2": FSDP2, **({"ZeRO-3": ZERO3} if find_spec("deepspeed") else {})}
+    heads = [f"{name}, in steps | over DDP | {name} at the start: first rank, others" for name in ways]
+    print(f"| parameters | weights, MiB | DDP, in steps | {' | '.join(heads)} |")
+    print("| --- | --- | --- |" + " --- | --- | --- |" * len(ways))
     words = ["loss=sft", f"train.batch_size={world}", "train.microbatch_size=1", "model.dtype=float32", "train.precision=float32"]
     for size in sizes:
         with tempfile.TemporaryDirectory() as place:
             model = str(build(Path(place) / "model", size))
-            ddp, fsdp = (measured(model, words, world=world, sharded=sharded, threads=1, steps=3) for sharded in (False, True))
-        count, most = ddp[0]["parameters"], [max(rank["steps"] for rank in ranks) for ranks in (ddp, fsdp)]
-        start = f"{fsdp[0]['start']:.0f}, {max(rank['start'] for rank in fsdp[1:]):.0f}"
-        facts = [
-            f"{count / 1e6:.0f} M",
-            *(f"{number:.0f}" for number in (count * 4 / MIB, *most)),
-            f"{most[1] / most[0]:.2f}",
-            start,
-        ]
+            ddp, *others = (measured(model, words, world=world, how=how, threads=1, steps=3) for how in (DDP, *ways.values()))
+        count, most = ddp[0]["parameters"], max(rank["steps"] for rank in ddp)
+        facts = [f"{count / 1e6:.0f} M", f"{count * 4 / MIB:.0f}", f"{most:.0f}"]
+        for ranks in others:
+            peak = max(rank["steps"] for rank in ranks)
+            start = f"{ranks[0]['start']:.0f}, {max(rank['start'] for rank in ranks[1:]):.0f}"
+            facts += [f"{peak:.0f}", f"{peak / most:.2f}", start]
         print(f"| {' | '.join(facts)} |", flush=True)
 
 
@@ -125,10 +128,10 @@ def speed(model: str, steps: int) -> None:
     print("| --- | --- | --- | --- | --- | --- |")
     for name, own in (("sft, full", ["loss=sft"]), ("dpo, LoRA", ["loss=dpo", "peft=lora"])):
         words = [*own, "train.batch_size=8", "train.microbatch_size=4", "model.dtype=float32", "train.precision=float32"]
-        places = [(1, False, 1), (1, False, cores), (cores, False, 1), (cores, True, 1)]
+        places = [(1, DDP, 1), (1, DDP, cores), (cores, DDP, 1), (cores, FSDP2, 1)]
         rates = []
-        for world, sharded, threads in places:
-            ranks = measured(model, words, world=world, sharded=sharded, threads=threads, steps=steps)
+        for world, how, threads in places:
+            ranks = measured(model, words, world=world, how=how, threads=threads, steps=steps)
             rates.append(statistics.mean(rank["tokens_per_second"] for rank in ranks))
         print(f"| {name} | " + " | ".join(f"{rate:.0f}" for rate in rates) + f" | {rates[2] / rates[1]:.2f} |", flush=True)
 

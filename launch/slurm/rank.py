@@ -19,7 +19,7 @@ def main() -> None:
     # what is held back nor what has come
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
     config, *command = sys.argv[1:]
     if missing := [name for name in (*RANKS.values(), "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
@@ -29,9 +29,8 @@ def main() -> None:
     ranks = {name: os.environ[source] for name, source in RANKS.items()}
     words = ["--config_file", config, "--num_machines", "1", "--num_processes", ranks["WORLD_SIZE"], "--main_process_port", "0"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, *command]))
-    if arguments.use_deepspeed:
-        sys.exit(f"error: {config} asks for DeepSpeed, which is not supported: use launch/accelerate/fsdp2.yaml")
-    environment = prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""  # which accelerate's own command sets apart from the rest
+    environment = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
     # accelerate has just chosen a port of its own, which the other ranks do not know
     meeting = {"MASTER_PORT": os.environ["MASTER_PORT"], **gloo_interface(os.environ)}
     os.execve(sys.executable, [sys.executable, *command], {**environment, **ranks, **meeting})

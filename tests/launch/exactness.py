@@ -16,7 +16,7 @@ import hydra
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from halos.build.processes import accelerator
@@ -26,13 +26,32 @@ from halos.config import gate
 from halos.config.saved import composed, load
 from halos.hooks.base import Hook, Run
 from halos.trainers.base import Trainer
+from halos.zero import Zero
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
 
 
 def whole(tensor: Tensor) -> Tensor:
+    if hasattr(tensor, "ds_id"):
+        from deepspeed.runtime.zero import GatheredParameters
+
+        with GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def state_of(run: Run, parameter: nn.Parameter) -> Mapping[str, Any]:
+    """What the optimizer keeps of a parameter, whole where DeepSpeed has it."""
+    if not isinstance(run.module, Zero):
+        return run.optimizer.state.get(parameter, {})
+    if not parameter.requires_grad:
+        return {}
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    wide, scalar = run.module._kinds()
+    once = run.module.optimizer.optimizer.state[run.module._partitions()[0][1]]
+    return {key: safe_get_full_optimizer_state(parameter, key) for key in wide} | {key: once[key] for key in scalar}
 
 
 def digest(parts: Any) -> str:
@@ -50,7 +69,7 @@ def fingerprint(run: Run) -> dict[str, str]:
     """Hashes of all that the next step depends on; a parameter's is of its whole value, a generator's of every rank's."""
     parameters = dict(run.module.named_parameters())
     gradients = [whole(p.grad) for p in parameters.values() if p.grad is not None]
-    state = [value for p in parameters.values() for _, value in sorted(run.optimizer.state.get(p, {}).items())]
+    state = [value for p in parameters.values() for _, value in sorted(state_of(run, p).items())]
     moments = [whole(value) if isinstance(value, Tensor) else value for value in state]
     mine = digest([random.getstate(), *np.random.get_state()[1:3], torch.get_rng_state()])  # type: ignore[index]
     everyone: list[Any] = [mine]

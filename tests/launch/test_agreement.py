@@ -43,7 +43,7 @@ def test_ranks_that_were_told_or_read_something_else_are_refused_before_a_run_be
     [
         ({"ACCELERATE_MIXED_PRECISION": "fp16"}, "mixed_precision: fp16"),
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"torch.compile \(dynamo_config\)"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "type train.activation_checkpointing=true"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
         ({"WORLD_SIZE": "2"}, "2 processes were launched, but each sees 1"),

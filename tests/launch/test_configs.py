@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 LAUNCH = Path(__file__).resolve().parents[2] / "launch"
 CONFIGS = sorted((LAUNCH / "accelerate").glob("*.yaml"))
@@ -16,12 +16,16 @@ CONFIGS = sorted((LAUNCH / "accelerate").glob("*.yaml"))
 def test_accelerate_takes_every_config_and_asks_for_what_its_name_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--config_file", str(path), "train.py", "loss=sft"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
-    environment = prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    zero = re.search(r"zero(\d)", path.stem)
+    environment = prepare_deepspeed_cmd_env(arguments)[1] if zero else prepare_multi_gpu_env(arguments)
+    assert arguments.use_deepspeed == bool(zero)
+    assert environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == (zero[1] if zero else None)
     assert arguments.use_fsdp == ("fsdp2" in path.stem)
     assert environment.get("FSDP_VERSION") == ("2" if "fsdp2" in path.stem else None)
     assert (arguments.num_machines > 1) == ("multinode" in path.stem)
     assert environment["ACCELERATE_MIXED_PRECISION"] == ("no" if path.stem.startswith("cpu") else "bf16")
-    assert environment["ACCELERATE_DYNAMO_BACKEND"] == "NO"
+    assert environment.get("ACCELERATE_DYNAMO_BACKEND", "NO") == "NO"
     assert (arguments.num_processes > 1) == (path.stem not in ("cpu1", "gpu1"))
     assert not {line.split(":")[0].strip() for line in path.read_text().splitlines()} & {
         "fsdp_transformer_layer_cls_to_wrap", "fsdp_auto_wrap_policy",

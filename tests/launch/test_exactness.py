@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from halos.checkpoint.find import checkpoints, step_of
+from tests.launch import spread
 
 ROOT = Path(__file__).resolve().parents[2]
 # 13 rows in batches of 5, two at a time: step 2 is in mid-epoch and accumulates, 3 ends an epoch, 4 follows an evaluation
@@ -18,18 +19,18 @@ RUN = ("model=tiny data=arithmetic train.steps=7 train.batch_size=5 train.microb
        "checkpoint.every=1 checkpoint.keep_last=9 optim.lr=1e-3 data.train=[{path:arithmetic,split:'train[:13]'}] "
        "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
 POSITIONS = [2, 3, 4]
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 DROPOUT = "peft=lora peft.lora_dropout=0.1"
 APART = "checkpoint.async_save=true"
 Story = dict[str, Any]
 
 
-def start(mode: str, output: Path, cells: list[str], *, world: int, sharded: bool) -> None:
+def start(mode: str, output: Path, cells: list[str], how: str, world: int) -> None:
+    spread.skip_unless_installed(how)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 or sharded else []
+    script = str(ROOT / "tests" / "launch" / "exactness.py")
     done = subprocess.run(
-        [sys.executable, *many, str(ROOT / "tests" / "launch" / "exactness.py"), mode, str(output), *cells],
-        capture_output=True, text=True, check=False, env=environment | (SHARDED if sharded else {}),
+        [sys.executable, *spread.launcher(how, world), script, mode, str(output), *cells],
+        capture_output=True, text=True, check=False, env=environment | spread.settings(how, output),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
 
@@ -62,6 +63,7 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
     [
         (("fsdp2", 2), ["dpo"], [DROPOUT], [3]),
         (("ddp", 2), ["kto"], [f"peft=none {APART}"], [2]),
+        (("zero3", 2), ["dpo"], [f"{DROPOUT} {APART}"], [3]),
         *(
             pytest.param(
                 strategy,
@@ -70,21 +72,19 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
                 POSITIONS,
                 marks=pytest.mark.slow,
             )
-            for strategy in (("alone", 1), ("ddp", 2), ("fsdp2", 2))
+            for strategy in (("alone", 1), ("ddp", 2), ("fsdp2", 2), ("zero2", 2), ("zero3", 2))
         ),
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     strategy: tuple[str, int], losses: list[str], pefts: list[str], positions: list[int], tmp_path: Path, cache: Path
 ) -> None:
-    world, sharded = strategy[1], strategy[0] == "fsdp2"
     cells = {f"{loss}-{number}": f"loss={loss} {peft}" for loss in losses for number, peft in enumerate(pefts)}
-    start("train", tmp_path, [f"{name}={words} {RUN} cache_dir={cache}" for name, words in cells.items()],
-          world=world, sharded=sharded)  # fmt: skip
+    start("train", tmp_path, [f"{name}={words} {RUN} cache_dir={cache}" for name, words in cells.items()], *strategy)
     copies = {f"{name}-from-{step}": (name, step) for name in cells for step in positions}
     for copy, (name, step) in copies.items():
         copy_until(tmp_path, name, step, copy)
-    start("resume", tmp_path, list(copies), world=world, sharded=sharded)
+    start("resume", tmp_path, list(copies), *strategy)
     for name, words in cells.items():
         for path in checkpoints(tmp_path / name / "checkpoints"):
             if "lora" in words:
@@ -100,6 +100,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 PLACES = [("alone", 1), ("ddp", 2), ("ddp", 3), ("ddp", 4), ("fsdp2", 1), ("fsdp2", 2), ("fsdp2", 3), ("fsdp2", 4)]
+ENGINES = [("alone", 1), ("fsdp2", 2), ("zero1", 2), ("zero2", 3), ("zero3", 1), ("zero3", 2), ("zero3", 3)]
 ELASTIC = {
     "sft": "loss=sft peft=none",
     "dpo": "loss=dpo peft=lora",
@@ -110,7 +111,13 @@ ELASTIC = {
 
 
 @pytest.mark.parametrize(
-    ("places", "names"), [([("alone", 1), ("fsdp2", 2)], ["dpo"]), pytest.param(PLACES, list(ELASTIC), marks=pytest.mark.slow)]
+    ("places", "names"),
+    [
+        ([("alone", 1), ("fsdp2", 2)], ["dpo"]),
+        pytest.param(PLACES, list(ELASTIC), marks=pytest.mark.slow),
+        pytest.param(ENGINES, ["kto", "ppo"], marks=pytest.mark.slow),
+    ],
+    ids=["two", "torch's own", "with DeepSpeed"],
 )
 def test_a_run_goes_on_on_any_number_of_processes(
     places: list[tuple[str, int]], names: list[str], tmp_path: Path, cache: Path
@@ -118,12 +125,12 @@ def test_a_run_goes_on_on_any_number_of_processes(
     tag = {place: f"{place[0]}{place[1]}" for place in places}
     for place in places:
         cells = [f"{name}-{tag[place]}={ELASTIC[name]} {RUN} cache_dir={cache}" for name in names]
-        start("train", tmp_path, cells, world=place[1], sharded=place[0] == "fsdp2")
+        start("train", tmp_path, cells, *place)
     for place in places:
         moves = {f"{name}-{tag[source]}-to-{tag[place]}": f"{name}-{tag[source]}" for name in names for source in places}
         for copy, name in moves.items():
             copy_until(tmp_path, name, 3, copy)
-        start("resume", tmp_path, list(moves), world=place[1], sharded=place[0] == "fsdp2")
+        start("resume", tmp_path, list(moves), *place)
         for copy, name in moves.items():
             whole, moved = story(tmp_path, name), story(tmp_path, copy)
             assert moved["start"]["parameters"] == whole["saves"]["3"]["parameters"], copy

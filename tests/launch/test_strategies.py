@@ -1,4 +1,4 @@
-"""DDP and real FSDP2 on gloo give the step of one process: the same gradients, then the same losses."""
+"""DDP, real FSDP2 and DeepSpeed on gloo give the step of one process: the same gradients, then the same losses."""
 
 import os
 import subprocess
@@ -9,6 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.launch import spread
+
 ROOT = Path(__file__).resolve().parents[2]
 # 13 rows in batches of 5, two at a time: a last batch of 3, so that ranks have one row, or none, or one class of KTO's
 DATA = ("model=tiny data=arithmetic train.batch_size=5 train.microbatch_size=2 train.eval_every=null checkpoint.every=null "
@@ -17,21 +19,21 @@ DATA = ("model=tiny data=arithmetic train.batch_size=5 train.microbatch_size=2 t
 LOSSES = ["sft", "dpo", "kto", "reward"]
 EVERY = [f"loss={loss} peft={peft}" for loss in LOSSES for peft in ("none", "lora")]
 ON_ROLLOUTS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "ppo"]
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
 
 
-def train(output: Path, cache: Path, cells: list[str], *, steps: int, world: int, sharded: bool) -> list[dict[str, torch.Tensor]]:
+def train(output: Path, cache: Path, cells: list[str], *, steps: int, world: int, how: str) -> list[dict[str, torch.Tensor]]:
     """Every cell's first gradients and its losses."""
+    spread.skip_unless_installed(how)
     output.mkdir()
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    many = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(world)] if world > 1 or sharded else []
     words = [f"{cell} {DATA} cache_dir={cache}" for cell in cells]
+    script = str(ROOT / "tests" / "launch" / "worker.py")
     done = subprocess.run(
-        [sys.executable, *many, str(ROOT / "tests" / "launch" / "worker.py"), str(output), str(steps), *words],
-        capture_output=True, text=True, check=False, env=environment | (SHARDED if sharded else {}),
+        [sys.executable, *spread.launcher(how, world), script, str(output), str(steps), *words],
+        capture_output=True, text=True, check=False, env=environment | spread.settings(how, output),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    assert done.stdout.split() == [("FSDP2" if sharded else "DDP" if many else "alone")] * len(cells)
+    assert done.stdout.splitlines() == [spread.NAMES[how]] * len(cells)
     return [load_file(output / f"{number}.safetensors") for number in range(len(cells))]
 
 
@@ -47,38 +49,42 @@ def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch
         torch.testing.assert_close(others, losses, rtol=1e-5, atol=least, msg=lambda text, cell=cell: f"{cell}: {text}")
 
 
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_two_processes_make_the_step_of_one(sharded: bool, tmp_path: Path, cache: Path) -> None:
-    cells = ["loss=kto peft=none", "loss=dpo peft=lora"] if sharded else ["loss=reward peft=lora"]
-    alone = train(tmp_path / "one", cache, cells, steps=3, world=1, sharded=False)
-    compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, sharded=sharded), cells)
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_two_processes_make_the_step_of_one(how: str, tmp_path: Path, cache: Path) -> None:
+    spread.skip_unless_installed(how)
+    cells = ["loss=reward peft=lora"] if how in ("ddp", "zero2") else ["loss=kto peft=none", "loss=dpo peft=lora"]
+    alone = train(tmp_path / "one", cache, cells, steps=3, world=1, how="alone")
+    compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, how=how), cells)
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[str, torch.Tensor]]:
-    return train(tmp_path_factory.mktemp("alone") / "one", cache, EVERY, steps=20, world=1, sharded=False)
+    return train(tmp_path_factory.mktemp("alone") / "one", cache, EVERY, steps=20, world=1, how="alone")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
-def test_the_rest_of_the_family_on_two_processes(sharded: bool, tmp_path: Path, cache: Path) -> None:
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero1", "zero3"])
+def test_the_rest_of_the_family_on_two_processes(how: str, tmp_path: Path, cache: Path) -> None:
+    spread.skip_unless_installed(how)
     names = [path.stem for path in sorted((ROOT / "config" / "loss").glob("*.yaml"))]
     cells = [f"loss={name}" for name in names if name not in (*LOSSES, "online")]
     cells += ["loss=grpo loss.beta=0.1 peft=lora", "loss=ppo loss.kl_target=0.1 peft=lora"]
-    alone = train(tmp_path / "one", cache, cells, steps=3, world=1, sharded=False)
-    compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, sharded=sharded), cells)
+    alone = train(tmp_path / "one", cache, cells, steps=3, world=1, how="alone")
+    compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, how=how), cells)
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "zero2", "zero3"])
 @pytest.mark.parametrize(
     "precision", ["model.dtype=bfloat16 peft=lora", "train.precision=bfloat16 train.activation_checkpointing=true"]
 )
 def test_a_sharded_step_in_bfloat16_is_the_replicated_one_within_its_rounding(
-    precision: str, tmp_path: Path, cache: Path
+    precision: str, how: str, tmp_path: Path, cache: Path
 ) -> None:
+    spread.skip_unless_installed(how)
     cells = [f"loss=dpo {precision}", f"loss=reward {precision}"]
-    ddp, fsdp = (train(tmp_path / name, cache, cells, steps=3, world=2, sharded=name == "fsdp2") for name in ("ddp", "fsdp2"))
-    for one, other, cell in zip(ddp, fsdp, cells, strict=True):
+    ddp, sharded = (train(tmp_path / name, cache, cells, steps=3, world=2, how=name) for name in ("ddp", how))
+    for one, other, cell in zip(ddp, sharded, cells, strict=True):
         torch.testing.assert_close(
             other["losses"], one["losses"], rtol=2e-2, atol=2e-3, msg=lambda text, cell=cell: f"{cell}: {text}"
         )
@@ -86,11 +92,11 @@ def test_a_sharded_step_in_bfloat16_is_the_replicated_one_within_its_rounding(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero2", "zero3"])
 def test_every_loss_on_every_strategy(
-    world: int, sharded: bool, alone: list[dict[str, torch.Tensor]], tmp_path: Path, cache: Path
+    world: int, how: str, alone: list[dict[str, torch.Tensor]], tmp_path: Path, cache: Path
 ) -> None:
-    if world == 1 and not sharded:
+    if world == 1 and how == "ddp":
         pytest.skip("one process is what the others are compared with")
-    together = train(tmp_path / "many", cache, EVERY, steps=20, world=world, sharded=sharded)
+    together = train(tmp_path / "many", cache, EVERY, steps=20, world=world, how=how)
     compare([dict(table) for table in alone], together, EVERY)

@@ -19,6 +19,7 @@ from halos.build.strategy import name_of
 from halos.children import leave
 from halos.config import gate
 from halos.trainers.base import Trainer
+from halos.zero import Zero, piece_of, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
@@ -37,23 +38,50 @@ def unsettle(module: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for _, parameter in sorted(trained(module).items()):
-            noise = 0.02 * torch.randn(parameter.shape, generator=generator)
+            noise = 0.02 * torch.randn(shape_of(parameter), generator=generator)
+            if isinstance(module, Zero):
+                add_to(parameter, noise)
+                continue
             sharded = isinstance(parameter, DTensor)
             parameter += distribute_tensor(noise, parameter.device_mesh, parameter.placements) if sharded else noise
 
 
+def add_to(parameter: nn.Parameter, noise: Tensor) -> None:
+    """To what the layers see, and to what DeepSpeed's optimizer has of it."""
+    from deepspeed.runtime.zero import GatheredParameters
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param, safe_set_local_fp32_param
+
+    moved = safe_get_full_fp32_param(parameter) + noise
+    if not hasattr(parameter, "ds_id"):
+        safe_set_full_fp32_param(parameter, moved)
+        parameter += noise
+        return
+    safe_set_local_fp32_param(parameter, piece_of(parameter, moved))
+    with GatheredParameters([parameter], modifier_rank=0):
+        parameter += noise
+
+
 def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
+    """Before they are clipped, so as they are when the update is made."""
     seen: dict[str, Tensor] = {}
-    optimizer, step = trainer.run.optimizer, trainer.run.optimizer.step
+    update = trainer._update
 
-    def look() -> None:
-        seen.update({name: whole(p.grad) for name, p in trained(trainer.run.module).items() if p.grad is not None})
-        optimizer.step = step  # type: ignore[method-assign]
-        step()
+    def look() -> Tensor:
+        seen.update({name: value for name, p in trained(trainer.run.module).items() if (value := gradient(p)) is not None})
+        trainer._update = update  # type: ignore[method-assign]
+        return update()
 
-    optimizer.step = look  # type: ignore[method-assign]
+    trainer._update = look  # type: ignore[method-assign]
     trainer._log(trainer.step(trainer.order.batch(0)))
     return seen
+
+
+def gradient(parameter: nn.Parameter) -> Tensor | None:
+    if hasattr(parameter, "_dp_group") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter).detach().clone()
+    return None if parameter.grad is None else whole(parameter.grad)
 
 
 def main() -> None:

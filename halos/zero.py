@@ -1,0 +1,330 @@
+"""A model under DeepSpeed's ZeRO: the engine that an accelerate config asks for, and what only the engine knows of the model.
+
+The engine keeps the optimizer, whose flat partitions the processes share out (stages 1 and 2), and the parameters with it
+(stage 3). Everything leaves here whole and under the model's own names: a checkpoint does not tell what trained it.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import DeepSpeedPlugin
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+from halos.errors import UserError
+
+STAGES = (1, 2, 3)
+AT_ONCE = 2**28  # elements of the optimizer's state in the host's memory at once while it is read: 1 GiB
+INSTEAD = "or use launch/accelerate/fsdp2.yaml, which shards the same"
+OURS = {  # what of a DeepSpeed config another key decides
+    "optimizer": "optim=",
+    "scheduler": "schedule=",
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.microbatch_size",
+    "gradient_accumulation_steps": "train.batch_size and train.microbatch_size",
+}
+
+
+def asked() -> bool:
+    """Whether the launcher's config says DeepSpeed."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+
+
+def asked_to_cut() -> bool:
+    """Whether the launcher's config has the parameters themselves shared out."""
+    return asked() and _given()["zero_optimization"]["stage"] == 3
+
+
+def asked_for_bfloat16() -> bool:
+    return asked() and _on(_given().get("bf16"))
+
+
+def check() -> None:
+    """Raises UserError where the launcher's DeepSpeed config cannot be had, or says what is said elsewhere."""
+    if find_spec("deepspeed") is None:
+        raise UserError(f"the accelerate config asks for DeepSpeed, which is not installed: pip install deepspeed, {INSTEAD}")
+    try:
+        given = _given()
+    except (ValueError, OSError, AttributeError) as error:  # of a file that is no object, accelerate asks for its keys
+        raise UserError(f"the accelerate config's DeepSpeed part could not be read: {error}") from error
+    stage = given["zero_optimization"].get("stage")
+    if stage not in STAGES:
+        raise UserError(f"the accelerate config asks for DeepSpeed's ZeRO stage {stage}: there are 1, 2 and 3, {INSTEAD}")
+    if _on(given.get("fp16")):
+        raise UserError("the DeepSpeed config asks for fp16, whose loss scaling is not supported: write bf16")
+    for name, key in OURS.items():
+        value = given.get(name, "auto")
+        if value not in ("auto", 1 if name == "gradient_accumulation_steps" else "auto"):
+            raise UserError(f"the DeepSpeed config says {name}: {value}: leave it out; {key} decides")
+    for part in ("offload_optimizer", "offload_param"):
+        device = (given["zero_optimization"].get(part) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise UserError(f"the DeepSpeed config says {part} to {device}: there are none and cpu")
+
+
+def refuse_other_clipping(max_grad_norm: float | None) -> None:
+    """Raises UserError where the launcher's config clips gradients at another norm than train.max_grad_norm."""
+    clipping = _given().get("gradient_clipping", "auto") if asked() else "auto"
+    if clipping not in ("auto", None) and float(clipping) != float(max_grad_norm or 0.0):
+        raise UserError(f"the DeepSpeed config says gradient_clipping: {clipping}: leave it out; train.max_grad_norm decides")
+
+
+def _given() -> dict[str, Any]:
+    """The launcher's DeepSpeed config, as accelerate reads it from a file or from its own keys."""
+    given = DeepSpeedPlugin().deepspeed_config
+    assert isinstance(given, dict)
+    return given
+
+
+def _on(part: dict[str, Any] | None) -> bool:
+    return str((part or {}).get("enabled", "false")).lower() == "true"
+
+
+def _config(max_grad_norm: float | None) -> dict[str, Any]:
+    """What the engine is told. Weights stay float32, and autocast makes bfloat16 of them as under DDP: a step is the same step,
+    and 16 bytes a parameter (weight, gradient, two moments) are shared out, as many as with bfloat16 weights beside a copy."""
+    kept = {name: value for name, value in _given().items() if name not in (*OURS, "fp16", "bf16")}
+    return {
+        **kept,
+        "train_micro_batch_size_per_gpu": 1,  # the engine only counts with it
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def _deepspeed() -> Any:
+    """The package, silent but for warnings; imported here because only these runs need it, and it takes seconds."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # pyrefly: ignore  # the user's to install
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # it calls torch by older names
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does as well
+    return deepspeed
+
+
+class Zero(nn.Module):
+    """`module` as DeepSpeed's engine calls it: what DDP and FSDP are to the loop, and the optimizer's step besides."""
+
+    def __init__(self, engine: Any, groups: dict[str, int]) -> None:
+        super().__init__()
+        self.module: nn.Module = engine.module
+        self._forward = self.module.forward
+        self._form: TreeSpec | None = None
+        self.module.forward = self._flat
+        self.stage: int = engine.zero_optimization_stage()
+        self._engines = (engine,)  # in a tuple, so that its parameters are not found twice
+        self._groups = groups  # which of the optimizer's groups a parameter is in, by name
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's, around the one it was given; `param_groups` are shared."""
+        return self._engines[0].optimizer
+
+    def forward(self, batch: Any) -> Any:
+        leaves = self._engines[0](batch)
+        assert self._form is not None
+        return tree_unflatten(leaves, self._form)
+
+    def _flat(self, batch: Any) -> tuple[Tensor, ...]:
+        """The module's own forward. The engine's hooks find tensors in tuples and dicts, and in nothing of ours."""
+        leaves, self._form = tree_flatten(self._forward(batch))
+        return tuple(leaves)
+
+    def train(self, mode: bool = True) -> "Zero":
+        self._engines[0].train(mode)
+        return super().train(mode)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Gradients, averaged over the processes; `last` says that `update` comes next."""
+        self._engines[0].set_gradient_accumulation_boundary(is_boundary=last)
+        self._engines[0].backward(loss)
+
+    def update(self) -> Tensor:
+        """Clip, step, and forget the gradients; their norm before."""
+        self._engines[0].step()
+        norm = self._engines[0].get_global_grad_norm()
+        return norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm))
+
+    # --- whole tensors ---------------------------------------------------------------------------------------------------
+
+    def gathered(self, *, trained_only: bool, offload: bool) -> dict[str, Tensor]:
+        """Stage 3: copies of the whole state dict's tensors. With `offload` they go to the first process's host memory, and the
+        others get none; else all have them where the model lies. Every process calls."""
+        gather = _deepspeed().zero.GatheredParameters
+        first, found, copies = dist.get_rank() == 0, dict[str, Tensor](), dict[int, Tensor | None]()
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if trained_only and not value.requires_grad:
+                continue
+            if id(value) not in copies:  # tied parameters are one
+                with gather([value] if hasattr(value, "ds_id") else []):
+                    wanted = first or not offload
+                    copies[id(value)] = value.detach().to("cpu" if offload else value.device, copy=True) if wanted else None
+            if (copy := copies[id(value)]) is not None:
+                found[name] = copy
+        return found
+
+    # --- the optimizer's state -------------------------------------------------------------------------------------------
+
+    def make_moments(self) -> None:
+        """The optimizer's tensors at 0, as its first step would find them. DeepSpeed makes them at the first step, and of an
+        optimizer with two groups then knows the first one's parameters only (0.19)."""
+        inner = self.optimizer.optimizer
+        groups = inner.param_groups
+        for group, flat in self._partitions():
+            inner.param_groups, before = [{**group, "params": [flat], "lr": 0.0}], flat.grad
+            flat.grad = torch.zeros_like(flat)
+            inner.step()
+            flat.grad = before
+            for value in inner.state[flat].values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        inner.param_groups = groups
+        if self.stage < 3:
+            self.optimizer._hp_optimizer_states_linked = False
+            self.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _partitions(self) -> list[tuple[dict[str, Any], Tensor]]:
+        """This process's flat pieces of the trained parameters, float32, each with its group's settings."""
+        optimizer, groups = self.optimizer, self.optimizer.optimizer.param_groups
+        if self.stage < 3:
+            return list(zip(groups, optimizer.single_partition_of_fp32_groups, strict=True))
+        flats = optimizer.fp32_partitioned_groups_flat
+        return [(groups[optimizer.sub_group_to_group_id[number]], flat) for number, flat in enumerate(flats)]
+
+    def _kinds(self) -> tuple[list[str], list[str]]:
+        """What the optimizer keeps for each element, and what for each parameter: exp_avg, and step."""
+        flat = self._partitions()[0][1]
+        state = {key: value for key, value in self.optimizer.optimizer.state[flat].items() if isinstance(value, Tensor)}
+        wide = [key for key, value in state.items() if value.shape == flat.shape]
+        return wide, [key for key in state if key not in wide]
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+    def settings(self) -> dict[str, Any]:
+        """Each trained parameter's group, in the names of torch's flat optimizer state dict."""
+        groups = self.optimizer.param_groups
+        return {
+            f"param_groups.{name}.{key}": value
+            for name, number in self._groups.items()
+            for key, value in groups[number].items()
+            if key != "params"
+        }
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """As torch's flat optimizer state dict, settings on every process; of the tensors, which are whole and copies in the
+        host's memory, each process holds its share. Every process calls."""
+        from deepspeed.utils import safe_get_full_optimizer_state  # pyrefly: ignore
+
+        rank, world = dist.get_rank(), dist.get_world_size()
+        wide, scalar = self._kinds()
+        once = self.optimizer.optimizer.state[self._partitions()[0][1]]
+        found: dict[str, Any] = self.settings()
+        for number, (name, parameter) in enumerate(self._trained()):
+            for key in wide:
+                value = safe_get_full_optimizer_state(parameter, key)
+                if number % world == rank:
+                    found[f"state.{name}.{key}"] = value.detach().to("cpu", copy=True)
+            if number % world == rank:
+                found |= {f"state.{name}.{key}": once[key].detach().to("cpu", copy=True) for key in scalar}
+        return found
+
+    def blanks(self) -> Iterator[dict[str, Tensor]]:
+        """What `put` takes, a part after the other, to be read into."""
+        wide, scalar = self._kinds()
+        part, size = dict[str, Tensor](), 0
+        for name, parameter in self._trained():
+            part |= {f"state.{name}.{key}": torch.empty(shape_of(parameter)) for key in wide}
+            part |= {f"state.{name}.{key}": torch.zeros(()) for key in scalar}
+            size += len(wide) * num_elements(parameter)
+            if size >= AT_ONCE:
+                yield part
+                part, size = {}, 0
+        if part:
+            yield part
+
+    def put(self, part: dict[str, Tensor]) -> None:
+        """Whole tensors of `blanks` become this process's piece of the optimizer's state."""
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state  # pyrefly: ignore
+
+        wide, scalar = self._kinds()
+        for name, parameter in self._trained():
+            for key in wide:
+                if (value := part.get(f"state.{name}.{key}")) is None:
+                    continue
+                if self.stage == 3:
+                    safe_set_local_optimizer_state(parameter, piece_of(parameter, value), key)
+                else:
+                    safe_set_full_optimizer_state(parameter, value, key)
+            for key in scalar:
+                for _, flat in self._partitions() if f"state.{name}.{key}" in part else ():
+                    self.optimizer.optimizer.state[flat][key].copy_(part[f"state.{name}.{key}"])
+
+
+def shape_of(parameter: Tensor) -> torch.Size:
+    """Of the whole parameter, whatever this process has of it."""
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def num_elements(parameter: Tensor) -> int:
+    """Of the whole parameter, whatever this process has of it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def piece_of(parameter: Any, whole: Tensor) -> Tensor:
+    """What this process has of a parameter that stage 3 cut. The last pieces are padded with 0, where DeepSpeed itself would
+    read on behind the end (0.19, safe_set_full_optimizer_state)."""
+    size, rank = parameter.ds_tensor.numel(), dist.get_rank()
+    padded = whole.new_zeros(size * dist.get_world_size())
+    padded[: whole.numel()] = whole.flatten()
+    return padded[size * rank : size * (rank + 1)]
+
+
+def cut(module: nn.Module) -> None:
+    """Stage 3: deal a module's parameters out from the first process, one after the other; the others' may be hollow."""
+    _deepspeed().zero.Init(module=module, config_dict_or_path=_config(None))
+
+
+def engage(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, whole: Sequence[nn.Parameter]) -> Zero:
+    """The module under an engine that keeps `optimizer`. Stage 3 keeps the parameters in `whole` gathered on every process:
+    those that processes use different numbers of times in a step, while a gather needs them all."""
+    number_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    groups = {name: number_of[id(p)] for name, p in module.named_parameters() if p.requires_grad}
+    engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=_config(max_grad_norm))
+    made = Zero(engine, groups)
+    if made.stage == 3:
+        _keep(engine.optimizer, whole)
+    made.make_moments()
+    return made
+
+
+def frozen(module: nn.Module, *, whole: Sequence[nn.Parameter]) -> nn.Module:
+    """A model that is not trained, cut by stage 3 like the one that is."""
+    engine, *_ = _deepspeed().initialize(model=module, config=_config(None))
+    _keep(engine.optimizer, whole)
+    return Zero(engine, {})
+
+
+def _keep(offload: Any, whole: Sequence[Any]) -> None:
+    some = [parameter for parameter in whole if hasattr(parameter, "ds_id") and not parameter.ds_persist]
+    for parameter in some:
+        parameter.ds_persist = True
+    offload.persistent_parameters.extend(some)
+    if some:
+        some[0].all_gather(some)
+
+
+def is_cut(module: nn.Module) -> bool:
+    return isinstance(module, Zero) and module.stage == 3
