@@ -7,7 +7,9 @@ The engine keeps the optimizer, whose flat partitions the processes share out (s
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any
 
@@ -163,12 +165,13 @@ class Zero(nn.Module):
         """Stage 3: copies of the whole state dict's tensors. With `offload` they go to the first process's host memory, and the
         others get none; else all have them where the model lies. Every process calls."""
         gather = _deepspeed().zero.GatheredParameters
+        kept = {id(parameter) for parameter in self.optimizer.persistent_parameters}
         first, found, copies = dist.get_rank() == 0, dict[str, Tensor](), dict[int, Tensor | None]()
         for name, value in self.module.state_dict(keep_vars=True).items():
             if trained_only and not value.requires_grad:
                 continue
             if id(value) not in copies:  # tied parameters are one
-                with gather([value] if hasattr(value, "ds_id") else []):
+                with gather([value] if hasattr(value, "ds_id") and id(value) not in kept else []):
                     wanted = first or not offload
                     copies[id(value)] = value.detach().to("cpu" if offload else value.device, copy=True) if wanted else None
             if (copy := copies[id(value)]) is not None:
@@ -297,33 +300,52 @@ def cut(module: nn.Module) -> None:
     _deepspeed().zero.Init(module=module, config_dict_or_path=_config(None))
 
 
-def engage(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, whole: Sequence[nn.Parameter]) -> Zero:
-    """The module under an engine that keeps `optimizer`. Stage 3 keeps the parameters in `whole` gathered on every process:
-    those that processes use different numbers of times in a step, while a gather needs them all."""
+def engage(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, head: nn.Module | None) -> Zero:
+    """The module under an engine that keeps `optimizer`. `head`: a part that stays whole under stage 3 (`_unseen`)."""
     number_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
     groups = {name: number_of[id(p)] for name, p in module.named_parameters() if p.requires_grad}
-    engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=_config(max_grad_norm))
+    with _unseen(head):
+        engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=_config(max_grad_norm))
     made = Zero(engine, groups)
     if made.stage == 3:
-        _keep(engine.optimizer, whole)
+        _keep_whole(engine.optimizer, head)
     made.make_moments()
     return made
 
 
-def frozen(module: nn.Module, *, whole: Sequence[nn.Parameter]) -> nn.Module:
-    """A model that is not trained, cut by stage 3 like the one that is."""
-    engine, *_ = _deepspeed().initialize(model=module, config=_config(None))
-    _keep(engine.optimizer, whole)
+def frozen(module: nn.Module, *, head: nn.Module | None) -> nn.Module:
+    """A model that is not trained, cut by stage 3 like the one that is; `head` as for `engage`."""
+    with _unseen(head):
+        engine, *_ = _deepspeed().initialize(model=module, config=_config(None))
+    _keep_whole(engine.optimizer, head)
     return Zero(engine, {})
 
 
-def _keep(offload: Any, whole: Sequence[Any]) -> None:
-    some = [parameter for parameter in whole if hasattr(parameter, "ds_id") and not parameter.ds_persist]
+@contextmanager
+def _unseen(head: nn.Module | None) -> Iterator[None]:
+    """Keep the engine's hooks off a language model's head, which each process calls as often as its own tokens need.
+
+    What a process gathers ahead and what it lets go, the engine learns from the order of the calls; where that is not the
+    same on all processes, their collectives no longer meet.
+    """
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    parts = list(head.modules()) if head is not None else []
+    before = [{kind: OrderedDict(vars(part)[kind]) for kind in kinds} for part in parts]
+    try:
+        yield
+    finally:
+        for part, hooks in zip(parts, before, strict=True):
+            vars(part).update(hooks)
+
+
+def _keep_whole(optimizer: Any, head: nn.Module | None) -> None:
+    """Have stage 3 keep a head's parameters gathered, renewed after every step."""
+    some: list[Any] = [p for p in head.parameters() if not p.ds_persist] if head is not None else []  # type: ignore[attr-defined]
     for parameter in some:
         parameter.ds_persist = True
-    offload.persistent_parameters.extend(some)
-    if some:
-        some[0].all_gather(some)
+    optimizer.persistent_parameters.extend(some)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def is_cut(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ def distribute(
     _agree_on_tensors(module, made)
     if zero.asked_to_cut():
         zero.cut(module)
-    engaged = zero.engage(module.to(made.device), optimizer_of(module), max_grad_norm=max_grad_norm, whole=_head(module))
+    engaged = zero.engage(module.to(made.device), optimizer_of(module), max_grad_norm=max_grad_norm, head=_head(module))
     return engaged, engaged.optimizer
 
 
@@ -43,16 +43,16 @@ def distribute_frozen(module: nn.Module, made: Accelerator) -> nn.Module:
         return module.to(made.device)
     _agree_on_tensors(module, made)
     zero.cut(module)
-    return zero.frozen(module, whole=_head(module))
+    return zero.frozen(module, head=_head(module))
 
 
-def _head(module: nn.Module) -> list[nn.Parameter]:
-    """A language model's head, which each process calls as often as its own scored tokens need."""
+def _head(module: nn.Module) -> nn.Module | None:
+    """A language model's last layer, which is called as often as its scored tokens need."""
     if not isinstance(module, LanguageModel | ActorCritic):
-        return []
+        return None
     layer = bare(module.model).get_output_embeddings()
     assert isinstance(layer, nn.Module), "Head.of refuses a model without one"
-    return list(layer.parameters())
+    return layer
 
 
 def _replicate(module: nn.Module, made: Accelerator) -> nn.Module:

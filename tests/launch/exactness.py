@@ -33,7 +33,7 @@ torch.set_num_threads(1)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    if hasattr(tensor, "ds_id"):
+    if hasattr(tensor, "ds_id") and not tensor.ds_persist:
         from deepspeed.runtime.zero import GatheredParameters
 
         with GatheredParameters([tensor]):

@@ -16,8 +16,12 @@ def settings(how: str, place: Path) -> dict[str, str]:
         return FSDP2
     if not how.startswith("zero"):
         return {}
-    file = place / f"{how}.json"  # nothing of a model for tests is large enough to be cut unless this says so
-    file.write_text(json.dumps({"zero_optimization": {"stage": int(how[-1]), "stage3_param_persistence_threshold": 0}}))
+    file = place / f"{how}.json"
+    small = {  # beside a model for tests, as the defaults are beside a real one: it is cut, let go, and gathered ahead
+        "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 200_000, "stage3_max_live_parameters": 300_000,
+        "stage3_prefetch_bucket_size": 50_000,
+    }  # fmt: skip
+    file.write_text(json.dumps({"zero_optimization": {"stage": int(how[-1]), **small}}))
     return {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": str(file)}
 
 

@@ -18,11 +18,13 @@ from halos.build.session import assemble
 from halos.build.strategy import name_of
 from halos.children import leave
 from halos.config import gate
+from halos.logps import head
 from halos.trainers.base import Trainer
-from halos.zero import Zero, piece_of, shape_of
+from halos.zero import Zero, is_cut, piece_of, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
+head.LOGITS_AT_ONCE = 2000  # some tokens at a time, so that processes call the head different numbers of times
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -44,6 +46,8 @@ def unsettle(module: nn.Module) -> None:
                 continue
             sharded = isinstance(parameter, DTensor)
             parameter += distribute_tensor(noise, parameter.device_mesh, parameter.placements) if sharded else noise
+    if kept := module.optimizer.persistent_parameters if is_cut(module) else []:
+        kept[0].all_gather(kept)
 
 
 def add_to(parameter: nn.Parameter, noise: Tensor) -> None:
