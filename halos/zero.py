@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -107,8 +108,7 @@ def _deepspeed() -> Any:
     """The package, silent but for warnings; imported here because only these runs need it, and it takes seconds."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed  # pyrefly: ignore  # the user's to install
-
+    deepspeed = import_module("deepspeed")  # the user's to install
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # it calls torch by older names
     if not torch.cuda.is_available():
@@ -229,15 +229,14 @@ class Zero(nn.Module):
     def optimizer_state(self) -> dict[str, Any]:
         """As torch's flat optimizer state dict, settings on every process; of the tensors, which are whole and copies in the
         host's memory, each process holds its share. Every process calls."""
-        from deepspeed.utils import safe_get_full_optimizer_state  # pyrefly: ignore
-
+        whole_of = _deepspeed().utils.safe_get_full_optimizer_state
         rank, world = dist.get_rank(), dist.get_world_size()
         wide, scalar = self._kinds()
         once = self.optimizer.optimizer.state[self._partitions()[0][1]]
         found: dict[str, Any] = self.settings()
         for number, (name, parameter) in enumerate(self._trained()):
             for key in wide:
-                value = safe_get_full_optimizer_state(parameter, key)
+                value = whole_of(parameter, key)
                 if number % world == rank:
                     found[f"state.{name}.{key}"] = value.detach().to("cpu", copy=True)
             if number % world == rank:
@@ -260,17 +259,16 @@ class Zero(nn.Module):
 
     def put(self, part: dict[str, Tensor]) -> None:
         """Whole tensors of `blanks` become this process's piece of the optimizer's state."""
-        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state  # pyrefly: ignore
-
+        utils = _deepspeed().utils
         wide, scalar = self._kinds()
         for name, parameter in self._trained():
             for key in wide:
                 if (value := part.get(f"state.{name}.{key}")) is None:
                     continue
                 if self.stage == 3:
-                    safe_set_local_optimizer_state(parameter, piece_of(parameter, value), key)
+                    utils.safe_set_local_optimizer_state(parameter, piece_of(parameter, value), key)
                 else:
-                    safe_set_full_optimizer_state(parameter, value, key)
+                    utils.safe_set_full_optimizer_state(parameter, value, key)
             for key in scalar:
                 for _, flat in self._partitions() if f"state.{name}.{key}" in part else ():
                     self.optimizer.optimizer.state[flat][key].copy_(part[f"state.{name}.{key}"])
@@ -340,7 +338,8 @@ def _unseen(head: nn.Module | None) -> Iterator[None]:
 
 def _keep_whole(optimizer: Any, head: nn.Module | None) -> None:
     """Have stage 3 keep a head's parameters gathered, renewed after every step."""
-    some: list[Any] = [p for p in head.parameters() if not p.ds_persist] if head is not None else []  # type: ignore[attr-defined]
+    parameters: list[Any] = list(head.parameters()) if head is not None else []
+    some = [parameter for parameter in parameters if not parameter.ds_persist]
     for parameter in some:
         parameter.ds_persist = True
     optimizer.persistent_parameters.extend(some)
