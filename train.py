@@ -6,6 +6,7 @@ python train.py loss=dpo model=tiny data=arithmetic exp_name=demo
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +37,7 @@ from halos.config.secrets import redact, refuse_saved_addresses, refuse_secrets
 from halos.config.suggest import kind_of, nearest
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
-from halos.signals import AGAIN, leave_when_told
+from halos.signals import AGAIN, ASKING, leave_when_told
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra looks for launchers
@@ -77,6 +78,8 @@ def main() -> None:
 def refuse(error: UserError) -> int:
     """One message a host. The other ranks wait, so that the launcher does not end the one that speaks before it has."""
     if int(os.environ.get("LOCAL_RANK") or 0):
+        for number in ASKING:
+            signal.signal(number, signal.SIG_IGN)  # from the launcher, once the other has left
         time.sleep(2)
     else:
         print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)

@@ -26,12 +26,25 @@ from halos.errors import UserError
 STAGES = (1, 2, 3)
 AT_ONCE = 2**28  # elements of the optimizer's state in the host's memory at once while it is read: 1 GiB
 INSTEAD = "or use launch/accelerate/fsdp2.yaml, which shards the same"
-OURS = {  # what of a DeepSpeed config another key decides
-    "optimizer": "optim=",
-    "scheduler": "schedule=",
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.microbatch_size",
-    "gradient_accumulation_steps": "train.batch_size and train.microbatch_size",
+TAKEN = {"zero_optimization", "communication_data_type", "communication_data_type_sp", "steps_per_print", "wall_clock_breakdown",
+         "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "zero_allow_untested_optimizer",
+         "zero_force_ds_cpu_optimizer"}  # fmt: skip
+OURS = {  # what of a DeepSpeed config another key decides, and the one value besides auto that says nothing else
+    "optimizer": ("optim=", None),
+    "scheduler": ("schedule=", None),
+    "train_batch_size": ("train.batch_size", None),
+    "train_micro_batch_size_per_gpu": ("train.microbatch_size", None),
+    "gradient_accumulation_steps": ("train.batch_size and train.microbatch_size", 1),
+    "activation_checkpointing": ("train.activation_checkpointing", None),
+    "torch_autocast": ("train.precision", None),
+}
+OTHERWISE = {  # of zero_optimization: what would share parameters out in a way that is not read here, or round them
+    "zero_hpz_partition_size": 1,
+    "mics_shard_size": -1,
+    "zero_quantized_weights": False,
+    "zero_quantized_nontrainable_weights": False,
+    "zero_quantized_gradients": False,
+    "compute_grad_norm": True,
 }
 
 
@@ -41,7 +54,7 @@ def asked() -> bool:
 
 
 def asked_to_cut() -> bool:
-    """Whether the launcher's config has the parameters themselves shared out."""
+    """Whether the launcher's config, which `check` has passed, has the parameters themselves shared out."""
     return asked() and _given()["zero_optimization"]["stage"] == 3
 
 
@@ -50,33 +63,56 @@ def asked_for_bfloat16() -> bool:
 
 
 def check() -> None:
-    """Raises UserError where the launcher's DeepSpeed config cannot be had, or says what is said elsewhere."""
+    """Raises UserError where the launcher's DeepSpeed config cannot be had, is wrong, or says what is said elsewhere."""
     if find_spec("deepspeed") is None:
         raise UserError(f"the accelerate config asks for DeepSpeed, which is not installed: pip install deepspeed, {INSTEAD}")
     try:
         given = _given()
-    except (ValueError, OSError, AttributeError) as error:  # of a file that is no object, accelerate asks for its keys
-        raise UserError(f"the accelerate config's DeepSpeed part could not be read: {error}") from error
-    stage = given["zero_optimization"].get("stage")
-    if stage not in STAGES:
-        raise UserError(f"the accelerate config asks for DeepSpeed's ZeRO stage {stage}: there are 1, 2 and 3, {INSTEAD}")
+    except (ValueError, OSError, AttributeError, TypeError) as error:  # of a file that is no object, accelerate asks for its keys
+        raise UserError(f"the accelerate config's DeepSpeed part could not be read: {' '.join(str(error).split())}") from error
+    for name in ("zero_optimization", "fp16", "bf16"):
+        if not isinstance(given.get(name) or {}, dict):
+            raise UserError(
+                f"the DeepSpeed config says {name}: {given[name]!r}: it must be an object, as in DeepSpeed's documentation"
+            )
+    stages = given.get("zero_optimization") or {}
+    if type(stage := stages.get("stage")) is not int or stage not in STAGES:
+        raise UserError(f"the DeepSpeed config asks for ZeRO stage {stage!r}: there are the numbers 1, 2 and 3, {INSTEAD}")
     if _on(given.get("fp16")):
         raise UserError("the DeepSpeed config asks for fp16, whose loss scaling is not supported: write bf16")
-    for name, key in OURS.items():
-        value = given.get(name, "auto")
-        if value not in ("auto", 1 if name == "gradient_accumulation_steps" else "auto"):
-            raise UserError(f"the DeepSpeed config says {name}: {value}: leave it out; {key} decides")
+    for name, value in given.items():
+        key, nothing = OURS.get(name, (None, None))
+        if key is not None and value not in ("auto", nothing):
+            raise UserError(f"the DeepSpeed config says {name}: {value!r}: leave it out; {key} decides")
+        if name not in {*TAKEN, *OURS, "fp16", "bf16", "gradient_clipping"}:
+            raise UserError(f"the DeepSpeed config says {name}, which is not passed on: leave it out")
+    for name, value in OTHERWISE.items():
+        if stages.get(name, value) not in ("auto", value):
+            raise UserError(f"the DeepSpeed config says {name}: {stages[name]!r}, which is not supported: leave it out")
     for part in ("offload_optimizer", "offload_param"):
-        device = (given["zero_optimization"].get(part) or {}).get("device", "none")
+        device = (stages.get(part) or {}).get("device", "none")
         if device not in ("none", "cpu"):
             raise UserError(f"the DeepSpeed config says {part} to {device}: there are none and cpu")
+    try:
+        _deepspeed().DeepSpeedConfig(_config(None))
+    except Exception as error:  # whatever its parts raise
+        raise UserError(f"DeepSpeed does not take its config: {' '.join(str(error).split())}") from error
 
 
-def refuse_other_clipping(max_grad_norm: float | None) -> None:
-    """Raises UserError where the launcher's config clips gradients at another norm than train.max_grad_norm."""
-    clipping = _given().get("gradient_clipping", "auto") if asked() else "auto"
-    if clipping not in ("auto", None) and float(clipping) != float(max_grad_norm or 0.0):
-        raise UserError(f"the DeepSpeed config says gradient_clipping: {clipping}: leave it out; train.max_grad_norm decides")
+def refuse_settings(*, max_grad_norm: float | None, trained: str) -> None:
+    """Raises UserError where the launcher's config clips gradients otherwise than train.max_grad_norm, or where the parameters
+    that are trained would not be float32 (`trained`: a dtype's name, or auto): the engine would make float32 copies of them,
+    which no checkpoint has."""
+    if not asked():
+        return
+    clipping = _given().get("gradient_clipping")
+    if clipping not in ("auto", None) and clipping != (max_grad_norm or 0.0):
+        raise UserError(f"the DeepSpeed config says gradient_clipping: {clipping!r}: leave it out; train.max_grad_norm decides")
+    if trained not in ("auto", "float32"):
+        raise UserError(
+            f"model.dtype={trained} with peft=none: under DeepSpeed what is trained is float32. Leave model.dtype out;"
+            " train.precision=bfloat16 computes in bfloat16 all the same"
+        )
 
 
 def _given() -> dict[str, Any]:
@@ -91,9 +127,9 @@ def _on(part: dict[str, Any] | None) -> bool:
 
 
 def _config(max_grad_norm: float | None) -> dict[str, Any]:
-    """What the engine is told. Weights stay float32, and autocast makes bfloat16 of them as under DDP: a step is the same step,
-    and 16 bytes a parameter (weight, gradient, two moments) are shared out, as many as with bfloat16 weights beside a copy."""
-    kept = {name: value for name, value in _given().items() if name not in (*OURS, "fp16", "bf16")}
+    """What the engine is told. Weights stay float32, and autocast makes bfloat16 of them as under DDP: a step is the same step.
+    Stage 3 so shares out 16 bytes a parameter (weight, gradient, two moments), as many as with bfloat16 weights and a copy."""
+    kept = {name: value for name, value in _given().items() if name in TAKEN}
     return {
         **kept,
         "train_micro_batch_size_per_gpu": 1,  # the engine only counts with it
@@ -156,8 +192,8 @@ class Zero(nn.Module):
     def update(self) -> Tensor:
         """Clip, step, and forget the gradients; their norm before."""
         self._engines[0].step()
-        norm = self._engines[0].get_global_grad_norm()
-        return norm.detach() if isinstance(norm, Tensor) else torch.tensor(float(norm))
+        norm = torch.as_tensor(self._engines[0].get_global_grad_norm()).detach()
+        return torch.where(norm < 0, torch.nan, norm)  # it says -1 of one that is not finite
 
     # --- whole tensors ---------------------------------------------------------------------------------------------------
 
@@ -230,16 +266,18 @@ class Zero(nn.Module):
         """As torch's flat optimizer state dict, settings on every process; of the tensors, which are whole and copies in the
         host's memory, each process holds its share. Every process calls."""
         whole_of = _deepspeed().utils.safe_get_full_optimizer_state
-        rank, world = dist.get_rank(), dist.get_world_size()
+        rank, shares = dist.get_rank(), [0] * dist.get_world_size()
         wide, scalar = self._kinds()
         once = self.optimizer.optimizer.state[self._partitions()[0][1]]
         found: dict[str, Any] = self.settings()
-        for number, (name, parameter) in enumerate(self._trained()):
+        for name, parameter in self._trained():
+            holder = min(range(len(shares)), key=shares.__getitem__)
+            shares[holder] += num_elements(parameter)
             for key in wide:
                 value = whole_of(parameter, key)
-                if number % world == rank:
+                if holder == rank:
                     found[f"state.{name}.{key}"] = value.detach().to("cpu", copy=True)
-            if number % world == rank:
+            if holder == rank:
                 found |= {f"state.{name}.{key}": once[key].detach().to("cpu", copy=True) for key in scalar}
         return found
 

@@ -2,9 +2,10 @@
 as everything else does is in tests/launch."""
 
 import json
-import sys
 from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 
@@ -16,6 +17,8 @@ from halos.errors import UserError
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(zero, "find_spec", lambda name: ModuleSpec(name, None))
+    if find_spec("deepspeed") is None:
+        monkeypatch.setattr(zero, "_deepspeed", MagicMock)
 
 
 def given(monkeypatch: pytest.MonkeyPatch, place: Path, **parts: object) -> None:
@@ -27,7 +30,14 @@ def given(monkeypatch: pytest.MonkeyPatch, place: Path, **parts: object) -> None
 @pytest.mark.parametrize(
     ("parts", "told"),
     [
-        ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0: there are 1, 2 and 3, or use launch/accelerate/fsdp2.yaml"),
+        ({"zero_optimization": {"stage": 0}}, "ZeRO stage 0: there are the numbers 1, 2 and 3, or use launch/accelerate/fsdp2"),
+        ({"zero_optimization": {"stage": "3"}}, "ZeRO stage '3': there are the numbers 1, 2 and 3"),
+        ({"zero_optimization": None}, "ZeRO stage None"),
+        ({"fp16": True}, "says fp16: True: it must be an object"),
+        ({"bf16": "auto"}, "says bf16: 'auto': it must be an object"),
+        ({"torch_autocast": {"enabled": True}}, "leave it out; train.precision decides"),
+        ({"sequence_parallel_size": 2}, "says sequence_parallel_size, which is not passed on"),
+        ({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 2}}, "zero_hpz_partition_size: 2, which is not supported"),
         ({"fp16": {"enabled": True}}, "asks for fp16, whose loss scaling is not supported: write bf16"),
         ({"optimizer": {"type": "AdamW"}}, r"says optimizer: .*: leave it out; optim= decides"),
         ({"scheduler": {"type": "WarmupLR"}}, r"says scheduler: .*: leave it out; schedule= decides"),
@@ -55,6 +65,22 @@ def test_a_file_that_is_no_deepspeed_config_is_refused(text: str, tmp_path: Path
         zero.check()
 
 
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize(
+    ("parts", "told"),
+    [
+        ({"zero_optimization": {"stage": 3, "overlap_com": True}}, "overlap_com"),
+        ({"communication_data_type": "bfloat"}, "communication_data_type"),
+    ],
+)
+def test_what_deepspeed_itself_refuses_is_one_message(
+    parts: dict[str, object], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given(monkeypatch, tmp_path, **parts)
+    with pytest.raises(UserError, match=f"DeepSpeed does not take its config: .*{told}"):
+        zero.check()
+
+
 def test_a_package_that_is_not_there_is_named_with_what_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(zero, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install deepspeed, or use launch/accelerate/fsdp2\.yaml"):
@@ -65,7 +91,7 @@ def test_auto_and_what_agrees_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
     given(monkeypatch, tmp_path, train_batch_size="auto", gradient_clipping=1.0, bf16={"enabled": True},
           gradient_accumulation_steps=1, communication_data_type="fp32")  # fmt: skip
     zero.check()
-    zero.refuse_other_clipping(1.0)
+    zero.refuse_settings(max_grad_norm=1.0, trained="auto")
     assert zero.asked_to_cut()
     assert zero.asked_for_bfloat16()
     told = zero._config(1.0)
@@ -73,7 +99,9 @@ def test_auto_and_what_agrees_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
     assert told["communication_data_type"] == "fp32"
     assert "bf16" not in told, "autocast does it: weights stay float32"
     with pytest.raises(UserError, match=r"gradient_clipping: 1.0: leave it out; train.max_grad_norm decides"):
-        zero.refuse_other_clipping(0.5)
+        zero.refuse_settings(max_grad_norm=0.5, trained="auto")
+    with pytest.raises(UserError, match=r"model\.dtype=bfloat16 with peft=none: under DeepSpeed what is trained is float32"):
+        zero.refuse_settings(max_grad_norm=1.0, trained="bfloat16")
 
 
 def test_the_stage_comes_from_accelerates_own_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,5 +116,4 @@ def test_nothing_is_asked_where_the_launcher_says_nothing(monkeypatch: pytest.Mo
     assert not zero.asked()
     assert not zero.asked_to_cut()
     assert not zero.asked_for_bfloat16()
-    zero.refuse_other_clipping(1.0)
-    assert "deepspeed" not in sys.modules
+    zero.refuse_settings(max_grad_norm=1.0, trained="bfloat16")

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from halos import zero
 from halos.build.processes import asked_to_cut
 from halos.checkpoint.weights import load_value_head
 from halos.config.schema import Config, Optim
@@ -55,7 +56,7 @@ class Shelf:
 def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed."""
     config = shelf.config
-    if config.model.quantize and asked_to_cut():
+    if config.model.quantize and (asked_to_cut() or zero.asked()):
         raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     lora = config.peft.name == "lora"
     dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)

@@ -116,7 +116,8 @@ def assemble(
 ) -> Trainer | None:
     """Everything a run needs, ready for `fit`; None for a dry run. What can be wrong is found before the model loads."""
     loss = bind_loss(config.loss, config.plugins)
-    zero.refuse_other_clipping(config.train.max_grad_norm)
+    trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
+    zero.refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     set_seed(config.seed % 2**32)  # for what hooks and plugins draw; weights and steps have seeds of their own
     checkpoint, hooks = _hooks(config, loss)
     directory = RunDir(config.run_dir)

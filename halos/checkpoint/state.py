@@ -49,7 +49,8 @@ def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGro
 
 
 def load_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Exactly what was saved, into an optimizer over the same parameters. Raises UserError where they are others."""
+    """The tensors that were saved, into an optimizer over the same parameters, which keeps its own settings: what the config says
+    now holds. Raises UserError where the parameters are others."""
     settings = json.loads((directory / "optimizer.json").read_text())
     if isinstance(model, Zero):
         _refuse_others(directory, settings.keys(), model.settings().keys())
@@ -61,7 +62,7 @@ def load_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> N
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     _refuse_others(directory, settings.keys(), flat.keys() - tensors.keys())
     _read_tensors(directory, tensors)
-    set_optimizer_state_dict(model, optimizer, {**settings, **tensors}, options=FLAT)
+    set_optimizer_state_dict(model, optimizer, {**flat, **tensors}, options=FLAT)
 
 
 def _refuse_others(directory: Path, saved: Set[str], mine: Set[str]) -> None:

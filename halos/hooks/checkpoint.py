@@ -25,6 +25,7 @@ from halos.hooks import origin
 from halos.hooks.base import Hook, Run, Stop
 from halos.logps.model import bare
 from halos.types import Range
+from halos.zero import Zero
 
 log = logging.getLogger(__name__)
 
@@ -168,7 +169,8 @@ class CheckpointHook(Hook):
     def _parts(self, run: Run, path: Path) -> Callable[[], None]:
         """A checkpoint's weights and state as they are now; what is given back writes them, whatever the steps do meanwhile."""
         sharded, adapter, rank = weights.is_sharded(run.module), isinstance(run.model, PeftModel), run.accelerator.process_index
-        moving = {"optimizer": state.optimizer_state(run.module, run.optimizer)}
+        optimizer = state.optimizer_state(run.module, run.optimizer)
+        moving = {} if isinstance(run.module, Zero) else {"optimizer": optimizer}  # whose are copies already
         whole = weights.gathered(run.module, trained_only=adapter, offload=sharded)
         moving |= {"weights": whole} if run.main and not sharded else {}  # what was gathered from shards is a copy
         if self._copier:
@@ -178,7 +180,7 @@ class CheckpointHook(Hook):
         def write() -> None:
             held, directory = commit.Held(), path / "state"
             with held:
-                state.save_optimizer(directory, moving["optimizer"], run.writers)
+                state.save_optimizer(directory, moving.get("optimizer", optimizer), run.writers)
             with held:
                 state.save_random(directory, drawn, rank)
                 if run.main:

@@ -28,8 +28,10 @@ def main() -> None:
         sys.exit(f"error: there is no accelerate config {config}")
     ranks = {name: os.environ[source] for name, source in RANKS.items()}
     words = ["--config_file", config, "--num_machines", "1", "--num_processes", ranks["WORLD_SIZE"], "--main_process_port", "0"]
-    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args([*words, *command]))
-    arguments.deepspeed_fields_from_accelerate_config = ""  # which accelerate's own command sets apart from the rest
+    arguments, defaults, says_precision = _validate_launch_command(launch_command_parser().parse_args([*words, *command]))
+    # accelerate's own command sets this apart from the rest: what stands beside a DeepSpeed file and contradicts it
+    fields = [*(defaults.deepspeed_config if defaults else ()), *(["mixed_precision"] if says_precision else [])]
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
     environment = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
     # accelerate has just chosen a port of its own, which the other ranks do not know
     meeting = {"MASTER_PORT": os.environ["MASTER_PORT"], **gloo_interface(os.environ)}

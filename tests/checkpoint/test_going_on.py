@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import SMALL
 from test_resume import killed, rows, same, weights
 
 import train
 from halos.build.session import run
-from halos.checkpoint import find, manifest
+from halos.checkpoint import find, manifest, state
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.rundir import RunDir
@@ -93,6 +94,24 @@ def test_an_allowed_change_of_the_mathematics_is_loud_and_on_record(tmp_path: Pa
     assert "CHANGED WHAT THE RUN COMPUTES, from step 2 on: optim.lr 0.001 -> 0.01" in (directory / "train.log").read_text()
     assert attempt(directory, 1)["changed"] == {"optim.lr": [0.001, 0.01]}
     assert max(row.get("lr", 0) for row in rows(directory)) > 0.001
+
+
+def test_what_the_config_says_of_the_optimizer_holds_and_not_what_was_saved(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 1)
+
+    def made(weight_decay: float) -> torch.optim.AdamW:
+        return torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=weight_decay)
+
+    first, second = made(0.1), made(5.0)
+    model(torch.ones(2)).backward()
+    first.step()
+    first.zero_grad()
+    state.save_optimizer(tmp_path, state.optimizer_state(model, first))
+    state.load_optimizer(tmp_path, model, second)
+    assert second.param_groups[0]["weight_decay"] == 5.0
+    for parameter in model.parameters():
+        assert torch.equal(second.state[parameter]["exp_avg"], first.state[parameter]["exp_avg"])
+        assert second.state[parameter]["step"] == 1
 
 
 def test_a_finished_run_that_kept_no_checkpoint_says_what_to_do(configure: Callable[..., Config], tmp_path: Path) -> None:
