@@ -62,8 +62,7 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
     ("strategy", "losses", "pefts", "positions"),
     [
         (("fsdp2", 2), ["dpo"], [DROPOUT], [3]),
-        (("ddp", 2), ["kto"], [f"peft=none {APART}"], [2]),
-        (("zero3", 2), ["dpo"], [f"{DROPOUT} {APART}"], [3]),
+        pytest.param(("ddp", 2), ["kto"], [f"peft=none {APART}"], [2], marks=pytest.mark.slow),
         *(
             pytest.param(
                 strategy,
@@ -113,7 +112,7 @@ ELASTIC = {
 @pytest.mark.parametrize(
     ("places", "names"),
     [
-        ([("alone", 1), ("fsdp2", 2)], ["dpo"]),
+        ([("fsdp2", 2), ("zero3", 2)], ["dpo"]),
         pytest.param(PLACES, list(ELASTIC), marks=pytest.mark.slow),
         pytest.param(ENGINES, ["kto", "ppo"], marks=pytest.mark.slow),
     ],

@@ -31,6 +31,7 @@ LAUNCHERS = {
     "accelerate-one": ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu1.yaml"],
     "ddp": ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2.yaml"],
     "fsdp2": ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2_fsdp2.yaml"],
+    "zero3": ["-m", "accelerate.commands.launch", "--config_file", "launch/accelerate/cpu2_zero3.yaml"],
 }
 
 
@@ -93,10 +94,11 @@ def test_a_launcher_is_known_by_its_command(words: str, launcher: bool) -> None:
 
 
 CASES = [
-    ("alone", "step", 3, "SIGUSR1", "self", 0),
     ("ddp", "eval", 3, "SIGTERM", "self", 1),
     *(pytest.param(*case, marks=pytest.mark.slow) for case in [
         ("alone", "eval", 3, "SIGTERM", "self", 0),
+        ("alone", "step", 3, "SIGUSR1", "self", 0),
+        ("zero3", "step", 3, "SIGTERM", "self", 1),
         ("ddp", "step", 5, "SIGTERM", "self", 1),
         ("fsdp2", "save", 4, "SIGTERM", "launcher", 0),
         ("alone", "start", 0, "SIGTERM", "self", 0),

@@ -49,7 +49,7 @@ def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch
         torch.testing.assert_close(others, losses, rtol=1e-5, atol=least, msg=lambda text, cell=cell: f"{cell}: {text}")
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero3", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_processes_make_the_step_of_one(how: str, tmp_path: Path, cache: Path) -> None:
     spread.skip_unless_installed(how)
     cells = ["loss=reward peft=lora"] if how in ("ddp", "zero2") else ["loss=kto peft=none", "loss=dpo peft=lora"]

@@ -33,7 +33,7 @@ def compare(one: Path, two: Path) -> None:
 @pytest.mark.parametrize(
     ("loss", "peft"),
     [
-        ("kto", LORA),
+        pytest.param("kto", LORA, marks=pytest.mark.slow),
         pytest.param("sft", [], marks=pytest.mark.slow),
         pytest.param("dpo", LORA, marks=pytest.mark.slow),
         pytest.param("reward", LORA, marks=pytest.mark.slow),
