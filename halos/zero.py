@@ -200,6 +200,8 @@ class Zero(nn.Module):
     def gathered(self, *, trained_only: bool, offload: bool) -> dict[str, Tensor]:
         """Stage 3: copies of the whole state dict's tensors. With `offload` they go to the first process's host memory, and the
         others get none; else all have them where the model lies. Every process calls."""
+        # an evaluation ends with a forward pass, behind which the next layers are under way already
+        self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
         gather = _deepspeed().zero.GatheredParameters
         kept = {id(parameter) for parameter in self.optimizer.persistent_parameters}
         first, found, copies = dist.get_rank() == 0, dict[str, Tensor](), dict[int, Tensor | None]()

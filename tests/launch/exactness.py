@@ -26,18 +26,13 @@ from halos.config import gate
 from halos.config.saved import composed, load
 from halos.hooks.base import Hook, Run
 from halos.trainers.base import Trainer
-from halos.zero import Zero
+from halos.zero import Zero, is_cut, num_elements
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
 
 
 def whole(tensor: Tensor) -> Tensor:
-    if hasattr(tensor, "ds_id") and not tensor.ds_persist:
-        from deepspeed.runtime.zero import GatheredParameters
-
-        with GatheredParameters([tensor]):
-            return tensor.detach().clone()
     return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
@@ -68,6 +63,11 @@ def digest(parts: Any) -> str:
 def fingerprint(run: Run) -> dict[str, str]:
     """Hashes of all that the next step depends on; a parameter's is of its whole value, a generator's of every rank's."""
     parameters = dict(run.module.named_parameters())
+    values: Any = [whole(p) for p in parameters.values()]
+    if is_cut(run.module):
+        assert isinstance(run.module, Zero)
+        gathered = run.module.gathered(trained_only=False, offload=False)
+        values = [gathered[name.removeprefix("module.")] for name in parameters]
     gradients = [whole(p.grad) for p in parameters.values() if p.grad is not None]
     state = [value for p in parameters.values() for _, value in sorted(state_of(run, p).items())]
     moments = [whole(value) if isinstance(value, Tensor) else value for value in state]
@@ -77,7 +77,7 @@ def fingerprint(run: Run) -> dict[str, str]:
         everyone = [None] * dist.get_world_size()
         dist.all_gather_object(everyone, mine)
     return {
-        "parameters": digest(whole(p) for p in parameters.values()),
+        "parameters": digest(values),
         "gradients": digest(gradients),
         "optimizer": digest(moments),
         "random": digest(everyone),
@@ -92,7 +92,8 @@ class Witness(Hook):
 
     def on_start(self, run: Run) -> None:
         self.story["start"] = fingerprint(run)
-        self.story["trained bytes"] = sum(whole(p).nbytes for p in run.module.parameters() if p.requires_grad)
+        trained = [p for p in run.module.parameters() if p.requires_grad]
+        self.story["trained bytes"] = sum(num_elements(p) * p.element_size() for p in trained)
 
     def on_step(self, run: Run, metrics: Mapping[str, Any]) -> None:
         self.story["losses"].append(["train", run.step, metrics["loss"]])
