@@ -18,7 +18,7 @@ from halos.trainers.deal import Split
 from halos.trainers.schedule import warmup_steps
 from halos.types import Judgement
 from halos.versions import versions
-from halos.zero import num_elements
+from halos.zero.engine import num_elements
 
 log = logging.getLogger(__name__)
 

@@ -11,8 +11,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halos import zero
-from halos.build.processes import asked_to_cut
+from halos.build.processes import asked_to_cut, asked_to_shard
 from halos.checkpoint.weights import load_value_head
 from halos.config.schema import Config, Optim
 from halos.errors import UserError
@@ -22,7 +21,8 @@ from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
 from halos.models.locate import locate
 from halos.types import PairScores, ValuedRollouts
-from halos.zero import shape_of
+from halos.zero.config import deepspeed_asked
+from halos.zero.engine import shape_of
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Shelf:
 def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed."""
     config = shelf.config
-    if config.model.quantize and (asked_to_cut() or zero.asked()):
+    if config.model.quantize and (asked_to_shard() or deepspeed_asked()):
         raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     lora = config.peft.name == "lora"
     dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)

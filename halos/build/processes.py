@@ -15,9 +15,9 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
-from halos import zero
 from halos.errors import UserError
 from halos.rendezvous import meet
+from halos.zero.config import bfloat16_asked, check_config, cut_asked, deepspeed_asked
 
 UNSUPPORTED = {  # what an accelerate config may ask for besides: the variable its launcher sets, the words, the remedy
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use launch/accelerate/fsdp2.yaml"),
@@ -39,10 +39,10 @@ def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
     _one_process_asked_for_many()
     # transformers would leave a new reward head on the meta device of every process but the first
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if zero.asked():
-        zero.check()
+    if deepspeed_asked():
+        check_config()
     names = {"float32": "no", "bfloat16": "bf16"}
-    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" or zero.asked_for_bfloat16() else None)
+    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" or bfloat16_asked() else None)
     if mixed is None and not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
         mixed = "bf16" if torch.cuda.is_bf16_supported() else "no"
     meet()
@@ -90,8 +90,8 @@ def _compare(made: Accelerator) -> None:
         )
     if asked_to_shard() and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError("the accelerate config asks for FSDP 1: set fsdp_version: 2 in its fsdp_config")
-    if (asked_to_shard() or zero.asked()) and not dist.is_initialized():
-        what = "DeepSpeed" if zero.asked() else "FSDP"
+    if (asked_to_shard() or deepspeed_asked()) and not dist.is_initialized():
+        what = "DeepSpeed" if deepspeed_asked() else "FSDP"
         raise UserError(
             f"the accelerate config asks for {what}, but there is no process group: launch with accelerate or torchrun"
         )
@@ -127,7 +127,7 @@ def asked_to_shard() -> bool:
 
 def asked_to_cut() -> bool:
     """Whether no process is to hold a whole model: its parameters are dealt out from the first one's."""
-    return asked_to_shard() or zero.asked_to_cut()
+    return asked_to_shard() or cut_asked()
 
 
 def _one_process_asked_for_many() -> None:

@@ -14,7 +14,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from halos import zero
 from halos.build import facts, model, strategy
 from halos.build.feed import feed
 from halos.build.processes import accelerator, agree, launched
@@ -46,6 +45,7 @@ from halos.trainers.reward import RewardTrainer
 from halos.trainers.sft import SFTTrainer
 from halos.trainers.unpaired import UnpairedTrainer
 from halos.types import Labelled, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
+from halos.zero.config import refuse_settings
 
 log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def assemble(
     """Everything a run needs, ready for `fit`; None for a dry run. What can be wrong is found before the model loads."""
     loss = bind_loss(config.loss, config.plugins)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
-    zero.refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
+    refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     set_seed(config.seed % 2**32)  # for what hooks and plugins draw; weights and steps have seeds of their own
     checkpoint, hooks = _hooks(config, loss)
     directory = RunDir(config.run_dir)

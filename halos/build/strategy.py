@@ -15,23 +15,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halos import zero
 from halos.build.processes import agree, asked_to_shard
 from halos.errors import UserError
 from halos.logps.model import ActorCritic, LanguageModel, bare
+from halos.zero.config import cut_asked, deepspeed_asked
+from halos.zero.engine import Zero, cut, engage, engage_frozen
 
 
 def distribute(
     module: nn.Module, made: Accelerator, optimizer_of: Callable[[nn.Module], Optimizer], *, max_grad_norm: float | None
 ) -> tuple[nn.Module, Optimizer]:
     """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over the parameters it has then."""
-    if not zero.asked():
+    if not deepspeed_asked():
         spread = shard(module, made) if asked_to_shard() else _replicate(module, made)
         return spread, optimizer_of(spread)
     _agree_on_tensors(module, made)
-    if zero.asked_to_cut():
-        zero.cut(module)
-    engaged = zero.engage(module.to(made.device), optimizer_of(module), max_grad_norm=max_grad_norm, head=_head(module))
+    if cut_asked():
+        cut(module)
+    engaged = engage(module.to(made.device), optimizer_of(module), max_grad_norm=max_grad_norm, head=_head(module))
     return engaged, engaged.optimizer
 
 
@@ -39,11 +40,11 @@ def distribute_frozen(module: nn.Module, made: Accelerator) -> nn.Module:
     """A model that is not trained, as this run's processes hold it."""
     if asked_to_shard():
         return shard(module, made)
-    if not zero.asked_to_cut():
+    if not cut_asked():
         return module.to(made.device)
     _agree_on_tensors(module, made)
-    zero.cut(module)
-    return zero.frozen(module, head=_head(module))
+    cut(module)
+    return engage_frozen(module, head=_head(module))
 
 
 def _head(module: nn.Module) -> nn.Module | None:
@@ -120,6 +121,6 @@ def name_of(module: nn.Module) -> str:
     """What became of the module, for people."""
     if isinstance(module, FSDPModule):
         return "FSDP2"
-    if isinstance(module, zero.Zero):
+    if isinstance(module, Zero):
         return f"DeepSpeed ZeRO-{module.stage}"
     return "DDP" if isinstance(module, DistributedDataParallel) else "alone"

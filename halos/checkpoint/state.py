@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from halos.errors import UserError
-from halos.zero import Zero
+from halos.zero.engine import Zero
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 

@@ -11,9 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from halos import zero
 from halos.errors import UserError
-from halos.zero import Zero
+from halos.zero.engine import Zero
 
 VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
 HEAD = "value_head."  # how its tensors are called in the module that is trained
@@ -43,7 +42,7 @@ def _named(state: dict[str, Any]) -> dict[str, Tensor]:
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether no process has all of its parameters, so that a forward pass needs all processes."""
-    return isinstance(module, FSDPModule) or zero.is_cut(module)
+    return isinstance(module, FSDPModule) or (isinstance(module, Zero) and module.stage == 3)
 
 
 def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor]) -> None:

@@ -25,7 +25,7 @@ from halos.hooks import origin
 from halos.hooks.base import Hook, Run, Stop
 from halos.logps.model import bare
 from halos.types import Range
-from halos.zero import Zero
+from halos.zero.engine import Zero
 
 log = logging.getLogger(__name__)
 

@@ -36,7 +36,7 @@ from halos.trainers.deal import Chunk, Split, deal, gather_in_order
 from halos.trainers.memory import peak_mb
 from halos.trainers.schedule import multiplier
 from halos.types import Loss, Mean, Mismatched
-from halos.zero import Zero
+from halos.zero.engine import Zero
 
 log = logging.getLogger(__name__)
 

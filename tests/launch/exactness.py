@@ -26,7 +26,7 @@ from halos.config import gate
 from halos.config.saved import composed, load
 from halos.hooks.base import Hook, Run
 from halos.trainers.base import Trainer
-from halos.zero import Zero, is_cut, num_elements
+from halos.zero.engine import Zero, num_elements
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
@@ -63,11 +63,11 @@ def digest(parts: Any) -> str:
 def fingerprint(run: Run) -> dict[str, str]:
     """Hashes of all that the next step depends on; a parameter's is of its whole value, a generator's of every rank's."""
     parameters = dict(run.module.named_parameters())
-    values: Any = [whole(p) for p in parameters.values()]
-    if is_cut(run.module):
-        assert isinstance(run.module, Zero)
+    if isinstance(run.module, Zero) and run.module.stage == 3:
         gathered = run.module.gathered(trained_only=False, offload=False)
         values = [gathered[name.removeprefix("module.")] for name in parameters]
+    else:
+        values = [whole(p) for p in parameters.values()]
     gradients = [whole(p.grad) for p in parameters.values() if p.grad is not None]
     state = [value for p in parameters.values() for _, value in sorted(state_of(run, p).items())]
     moments = [whole(value) if isinstance(value, Tensor) else value for value in state]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
 
 from halos.checkpoint.find import checkpoints, step_of
 from tests.launch import spread
@@ -112,7 +113,7 @@ ELASTIC = {
 @pytest.mark.parametrize(
     ("places", "names"),
     [
-        ([("fsdp2", 2), ("zero3", 2)], ["dpo"]),
+        ([("fsdp2", 2), ("zero3", 2)], ["sft"]),
         pytest.param(PLACES, list(ELASTIC), marks=pytest.mark.slow),
         pytest.param(ENGINES, ["kto", "ppo"], marks=pytest.mark.slow),
     ],
@@ -125,6 +126,10 @@ def test_a_run_goes_on_on_any_number_of_processes(
     for place in places:
         cells = [f"{name}-{tag[place]}={ELASTIC[name]} {RUN} cache_dir={cache}" for name in names]
         start("train", tmp_path, cells, *place)
+        for name in names:
+            with safe_open(tmp_path / f"{name}-{tag[place]}" / "FINAL" / "model.safetensors", "pt") as final:
+                assert "model.embed_tokens.weight" in final.keys()  # noqa: SIM118  it is no dictionary
+                assert "lm_head.weight" not in final.keys(), "tied, and written once"  # noqa: SIM118
     for place in places:
         moves = {f"{name}-{tag[source]}-to-{tag[place]}": f"{name}-{tag[source]}" for name in names for source in places}
         for copy, name in moves.items():

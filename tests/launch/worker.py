@@ -20,7 +20,7 @@ from halos.children import leave
 from halos.config import gate
 from halos.logps import head
 from halos.trainers.base import Trainer
-from halos.zero import Zero, is_cut, piece_of, shape_of
+from halos.zero.engine import Zero, piece_of, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
@@ -46,7 +46,7 @@ def unsettle(module: nn.Module) -> None:
                 continue
             sharded = isinstance(parameter, DTensor)
             parameter += distribute_tensor(noise, parameter.device_mesh, parameter.placements) if sharded else noise
-    if kept := module.optimizer.persistent_parameters if is_cut(module) else []:
+    if isinstance(module, Zero) and module.stage == 3 and (kept := module.optimizer.persistent_parameters):
         kept[0].all_gather(kept)
 
 

@@ -1,155 +1,19 @@
-"""A model under DeepSpeed's ZeRO: the engine that an accelerate config asks for, and what only the engine knows of the model.
+"""A module under DeepSpeed's engine, and what only the engine knows: parameters that were cut, and the optimizer's state."""
 
-The engine keeps the optimizer, whose flat partitions the processes share out (stages 1 and 2), and the parameters with it
-(stage 3). Everything leaves here whole and under the model's own names: a checkpoint does not tell what trained it.
-"""
-
-import logging
-import os
-import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from halos.errors import UserError
+from halos.zero.config import engine_config, package
 
-STAGES = (1, 2, 3)
 AT_ONCE = 2**28  # elements of the optimizer's state in the host's memory at once while it is read: 1 GiB
-INSTEAD = "or use launch/accelerate/fsdp2.yaml, which shards the same"
-TAKEN = {"zero_optimization", "communication_data_type", "communication_data_type_sp", "steps_per_print", "wall_clock_breakdown",
-         "memory_breakdown", "dump_state", "comms_logger", "flops_profiler", "zero_allow_untested_optimizer",
-         "zero_force_ds_cpu_optimizer"}  # fmt: skip
-OURS = {  # what of a DeepSpeed config another key decides, and the one value besides auto that says nothing else
-    "optimizer": ("optim=", None),
-    "scheduler": ("schedule=", None),
-    "train_batch_size": ("train.batch_size", None),
-    "train_micro_batch_size_per_gpu": ("train.microbatch_size", None),
-    "gradient_accumulation_steps": ("train.batch_size and train.microbatch_size", 1),
-    "activation_checkpointing": ("train.activation_checkpointing", None),
-    "torch_autocast": ("train.precision", None),
-}
-OTHERWISE = {  # of zero_optimization: what would share parameters out in a way that is not read here, or round them
-    "zero_hpz_partition_size": 1,
-    "mics_shard_size": -1,
-    "zero_quantized_weights": False,
-    "zero_quantized_nontrainable_weights": False,
-    "zero_quantized_gradients": False,
-    "compute_grad_norm": True,
-}
-
-
-def asked() -> bool:
-    """Whether the launcher's config says DeepSpeed."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
-
-
-def asked_to_cut() -> bool:
-    """Whether the launcher's config, which `check` has passed, has the parameters themselves shared out."""
-    return asked() and _given()["zero_optimization"]["stage"] == 3
-
-
-def asked_for_bfloat16() -> bool:
-    return asked() and _on(_given().get("bf16"))
-
-
-def check() -> None:
-    """Raises UserError where the launcher's DeepSpeed config cannot be had, is wrong, or says what is said elsewhere."""
-    if find_spec("deepspeed") is None:
-        raise UserError(f"the accelerate config asks for DeepSpeed, which is not installed: pip install deepspeed, {INSTEAD}")
-    try:
-        given = _given()
-    except (ValueError, OSError, AttributeError, TypeError) as error:  # of a file that is no object, accelerate asks for its keys
-        raise UserError(f"the accelerate config's DeepSpeed part could not be read: {' '.join(str(error).split())}") from error
-    for name in ("zero_optimization", "fp16", "bf16"):
-        if not isinstance(given.get(name) or {}, dict):
-            raise UserError(
-                f"the DeepSpeed config says {name}: {given[name]!r}: it must be an object, as in DeepSpeed's documentation"
-            )
-    stages = given.get("zero_optimization") or {}
-    if type(stage := stages.get("stage")) is not int or stage not in STAGES:
-        raise UserError(f"the DeepSpeed config asks for ZeRO stage {stage!r}: there are the numbers 1, 2 and 3, {INSTEAD}")
-    if _on(given.get("fp16")):
-        raise UserError("the DeepSpeed config asks for fp16, whose loss scaling is not supported: write bf16")
-    for name, value in given.items():
-        key, nothing = OURS.get(name, (None, None))
-        if key is not None and value not in ("auto", nothing):
-            raise UserError(f"the DeepSpeed config says {name}: {value!r}: leave it out; {key} decides")
-        if name not in {*TAKEN, *OURS, "fp16", "bf16", "gradient_clipping"}:
-            raise UserError(f"the DeepSpeed config says {name}, which is not passed on: leave it out")
-    for name, value in OTHERWISE.items():
-        if stages.get(name, value) not in ("auto", value):
-            raise UserError(f"the DeepSpeed config says {name}: {stages[name]!r}, which is not supported: leave it out")
-    for part in ("offload_optimizer", "offload_param"):
-        device = (stages.get(part) or {}).get("device", "none")
-        if device not in ("none", "cpu"):
-            raise UserError(f"the DeepSpeed config says {part} to {device}: there are none and cpu")
-    try:
-        _deepspeed().DeepSpeedConfig(_config(None))
-    except Exception as error:  # whatever its parts raise
-        raise UserError(f"DeepSpeed does not take its config: {' '.join(str(error).split())}") from error
-
-
-def refuse_settings(*, max_grad_norm: float | None, trained: str) -> None:
-    """Raises UserError where the launcher's config clips gradients otherwise than train.max_grad_norm, or where the parameters
-    that are trained would not be float32 (`trained`: a dtype's name, or auto): the engine would make float32 copies of them,
-    which no checkpoint has."""
-    if not asked():
-        return
-    clipping = _given().get("gradient_clipping")
-    if clipping not in ("auto", None) and clipping != (max_grad_norm or 0.0):
-        raise UserError(f"the DeepSpeed config says gradient_clipping: {clipping!r}: leave it out; train.max_grad_norm decides")
-    if trained not in ("auto", "float32"):
-        raise UserError(
-            f"model.dtype={trained} with peft=none: under DeepSpeed what is trained is float32. Leave model.dtype out;"
-            " train.precision=bfloat16 computes in bfloat16 all the same"
-        )
-
-
-def _given() -> dict[str, Any]:
-    """The launcher's DeepSpeed config, as accelerate reads it from a file or from its own keys."""
-    given = DeepSpeedPlugin().deepspeed_config
-    assert isinstance(given, dict)
-    return given
-
-
-def _on(part: dict[str, Any] | None) -> bool:
-    return str((part or {}).get("enabled", "false")).lower() == "true"
-
-
-def _config(max_grad_norm: float | None) -> dict[str, Any]:
-    """What the engine is told. Weights stay float32, and autocast makes bfloat16 of them as under DDP: a step is the same step.
-    Stage 3 so shares out 16 bytes a parameter (weight, gradient, two moments), as many as with bfloat16 weights and a copy."""
-    kept = {name: value for name, value in _given().items() if name in TAKEN}
-    return {
-        **kept,
-        "train_micro_batch_size_per_gpu": 1,  # the engine only counts with it
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": max_grad_norm or 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
-
-
-def _deepspeed() -> Any:
-    """The package, silent but for warnings; imported here because only these runs need it, and it takes seconds."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = import_module("deepspeed")  # the user's to install
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # it calls torch by older names
-    if not torch.cuda.is_available():
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does as well
-    return deepspeed
 
 
 class Zero(nn.Module):
@@ -202,7 +66,7 @@ class Zero(nn.Module):
         others get none; else all have them where the model lies. Every process calls."""
         # an evaluation ends with a forward pass, behind which the next layers are under way already
         self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
-        gather = _deepspeed().zero.GatheredParameters
+        gather = package().zero.GatheredParameters
         kept = {id(parameter) for parameter in self.optimizer.persistent_parameters}
         first, found, copies = dist.get_rank() == 0, dict[str, Tensor](), dict[int, Tensor | None]()
         for name, value in self.module.state_dict(keep_vars=True).items():
@@ -218,7 +82,7 @@ class Zero(nn.Module):
 
     # --- the optimizer's state -------------------------------------------------------------------------------------------
 
-    def make_moments(self) -> None:
+    def _make_moments(self) -> None:
         """The optimizer's tensors at 0, as its first step would find them. DeepSpeed makes them at the first step, and of an
         optimizer with two groups then knows the first one's parameters only (0.19)."""
         inner = self.optimizer.optimizer
@@ -267,7 +131,7 @@ class Zero(nn.Module):
     def optimizer_state(self) -> dict[str, Any]:
         """As torch's flat optimizer state dict, settings on every process; of the tensors, which are whole and copies in the
         host's memory, each process holds its share. Every process calls."""
-        whole_of = _deepspeed().utils.safe_get_full_optimizer_state
+        whole_of = package().utils.safe_get_full_optimizer_state
         rank, shares = dist.get_rank(), [0] * dist.get_world_size()
         wide, scalar = self._kinds()
         once = self.optimizer.optimizer.state[self._partitions()[0][1]]
@@ -278,7 +142,7 @@ class Zero(nn.Module):
             for key in wide:
                 value = whole_of(parameter, key)
                 if holder == rank:
-                    found[f"state.{name}.{key}"] = value.detach().to("cpu", copy=True)
+                    found[f"state.{name}.{key}"] = value.detach().cpu()  # put together for us, so ours
             if holder == rank:
                 found |= {f"state.{name}.{key}": once[key].detach().to("cpu", copy=True) for key in scalar}
         return found
@@ -299,7 +163,7 @@ class Zero(nn.Module):
 
     def put(self, part: dict[str, Tensor]) -> None:
         """Whole tensors of `blanks` become this process's piece of the optimizer's state."""
-        utils = _deepspeed().utils
+        utils = package().utils
         wide, scalar = self._kinds()
         for name, parameter in self._trained():
             for key in wide:
@@ -335,7 +199,7 @@ def piece_of(parameter: Any, whole: Tensor) -> Tensor:
 
 def cut(module: nn.Module) -> None:
     """Stage 3: deal a module's parameters out from the first process, one after the other; the others' may be hollow."""
-    _deepspeed().zero.Init(module=module, config_dict_or_path=_config(None))
+    package().zero.Init(module=module, config_dict_or_path=engine_config(None))
 
 
 def engage(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, head: nn.Module | None) -> Zero:
@@ -343,18 +207,18 @@ def engage(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | No
     number_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
     groups = {name: number_of[id(p)] for name, p in module.named_parameters() if p.requires_grad}
     with _unseen(head):
-        engine, *_ = _deepspeed().initialize(model=module, optimizer=optimizer, config=_config(max_grad_norm))
+        engine, *_ = package().initialize(model=module, optimizer=optimizer, config=engine_config(max_grad_norm))
     made = Zero(engine, groups)
     if made.stage == 3:
         _keep_whole(engine.optimizer, head)
-    made.make_moments()
+    made._make_moments()
     return made
 
 
-def frozen(module: nn.Module, *, head: nn.Module | None) -> nn.Module:
+def engage_frozen(module: nn.Module, *, head: nn.Module | None) -> nn.Module:
     """A model that is not trained, cut by stage 3 like the one that is; `head` as for `engage`."""
     with _unseen(head):
-        engine, *_ = _deepspeed().initialize(model=module, config=_config(None))
+        engine, *_ = package().initialize(model=module, config=engine_config(None))
     _keep_whole(engine.optimizer, head)
     return Zero(engine, {})
 
@@ -385,7 +249,3 @@ def _keep_whole(optimizer: Any, head: nn.Module | None) -> None:
     optimizer.persistent_parameters.extend(some)
     if optimizer.persistent_parameters:
         optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
-
-
-def is_cut(module: nn.Module) -> bool:
-    return isinstance(module, Zero) and module.stage == 3

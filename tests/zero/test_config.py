@@ -9,16 +9,16 @@ from unittest.mock import MagicMock
 
 import pytest
 
-from halos import zero
 from halos.errors import UserError
+from halos.zero import config
 
 
 @pytest.fixture(autouse=True)
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    monkeypatch.setattr(zero, "find_spec", lambda name: ModuleSpec(name, None))
+    monkeypatch.setattr(config, "find_spec", lambda name: ModuleSpec(name, None))
     if find_spec("deepspeed") is None:
-        monkeypatch.setattr(zero, "_deepspeed", MagicMock)
+        monkeypatch.setattr(config, "package", MagicMock)
 
 
 def given(monkeypatch: pytest.MonkeyPatch, place: Path, **parts: object) -> None:
@@ -54,7 +54,7 @@ def test_a_config_that_says_what_other_keys_decide_is_refused(
 ) -> None:
     given(monkeypatch, tmp_path, **parts)
     with pytest.raises(UserError, match=told):
-        zero.check()
+        config.check_config()
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"zero": 3}'])
@@ -62,7 +62,7 @@ def test_a_file_that_is_no_deepspeed_config_is_refused(text: str, tmp_path: Path
     (tmp_path / "deepspeed.json").write_text(text)
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "deepspeed.json"))
     with pytest.raises(UserError, match="DeepSpeed part could not be read"):
-        zero.check()
+        config.check_config()
 
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed")
@@ -78,42 +78,42 @@ def test_what_deepspeed_itself_refuses_is_one_message(
 ) -> None:
     given(monkeypatch, tmp_path, **parts)
     with pytest.raises(UserError, match=f"DeepSpeed does not take its config: .*{told}"):
-        zero.check()
+        config.check_config()
 
 
 def test_a_package_that_is_not_there_is_named_with_what_does_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(zero, "find_spec", lambda name: None)
+    monkeypatch.setattr(config, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install deepspeed, or use launch/accelerate/fsdp2\.yaml"):
-        zero.check()
+        config.check_config()
 
 
 def test_auto_and_what_agrees_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, tmp_path, train_batch_size="auto", gradient_clipping=1.0, bf16={"enabled": True},
           gradient_accumulation_steps=1, communication_data_type="fp32")  # fmt: skip
-    zero.check()
-    zero.refuse_settings(max_grad_norm=1.0, trained="auto")
-    assert zero.asked_to_cut()
-    assert zero.asked_for_bfloat16()
-    told = zero._config(1.0)
+    config.check_config()
+    config.refuse_settings(max_grad_norm=1.0, trained="auto")
+    assert config.cut_asked()
+    assert config.bfloat16_asked()
+    told = config.engine_config(1.0)
     assert told["gradient_clipping"] == 1.0
     assert told["communication_data_type"] == "fp32"
     assert "bf16" not in told, "autocast does it: weights stay float32"
     with pytest.raises(UserError, match=r"gradient_clipping: 1.0: leave it out; train.max_grad_norm decides"):
-        zero.refuse_settings(max_grad_norm=0.5, trained="auto")
+        config.refuse_settings(max_grad_norm=0.5, trained="auto")
     with pytest.raises(UserError, match=r"model\.dtype=bfloat16 with peft=none: under DeepSpeed what is trained is float32"):
-        zero.refuse_settings(max_grad_norm=1.0, trained="bfloat16")
+        config.refuse_settings(max_grad_norm=1.0, trained="bfloat16")
 
 
 def test_the_stage_comes_from_accelerates_own_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    zero.check()
-    assert not zero.asked_to_cut()
-    assert zero._config(None)["gradient_clipping"] == 0.0
+    config.check_config()
+    assert not config.cut_asked()
+    assert config.engine_config(None)["gradient_clipping"] == 0.0
 
 
 def test_nothing_is_asked_where_the_launcher_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
-    assert not zero.asked()
-    assert not zero.asked_to_cut()
-    assert not zero.asked_for_bfloat16()
-    zero.refuse_settings(max_grad_norm=1.0, trained="bfloat16")
+    assert not config.deepspeed_asked()
+    assert not config.cut_asked()
+    assert not config.bfloat16_asked()
+    config.refuse_settings(max_grad_norm=1.0, trained="bfloat16")
