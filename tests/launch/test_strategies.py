@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from tests.launch import spread
 
 ROOT = Path(__file__).resolve().parents[2]
-# what is decayed and what is not is seen; 13 rows in batches of 5, two at a time: a last batch of 3, so that ranks have one row, or none, or one class of KTO's
+# so much weight decay that it is seen what is decayed and what is not
+# 13 rows in batches of 5, two at a time: a last batch of 3, so that ranks have one row, or none, or one class of KTO's
 DATA = ("model=tiny data=arithmetic train.batch_size=5 train.microbatch_size=2 train.eval_every=null checkpoint.every=null "
         "optim.lr=1e-3 optim.weight_decay=3 data.train=[{path:arithmetic,split:'train[:13]'}] "
         "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
