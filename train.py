@@ -28,16 +28,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from halos.children import leave
 from halos.config import changes, gate, saved
 from halos.config.changes import Change, Past
 from halos.config.overrides import Choices, Typed, check_choices, quote_nested, settle, unreadable
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_saved_addresses, refuse_secrets
 from halos.config.suggest import kind_of, nearest
+from halos.distributed.children import leave
+from halos.distributed.signals import AGAIN, ASKING, leave_when_told
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
-from halos.signals import AGAIN, ASKING, leave_when_told
 
 ROOT = Path(__file__).resolve().parent
 sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra looks for launchers
@@ -495,7 +495,7 @@ def run(config: Config, typed: Sequence[str], changed: Sequence[Change] = (), pl
     """The exit status of the run itself."""
     if gate.is_walk(config):
         return walk(config, typed, changed, places)
-    from halos.build import run as build_and_fit  # here: it imports torch, which --help and wrong input need not wait for
+    from halos.run import run as build_and_fit  # here: it imports torch, which --help and wrong input need not wait for
 
     return build_and_fit(config, list(typed), changed)
 

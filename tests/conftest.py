@@ -10,10 +10,10 @@ import hydra
 import pytest
 import torch
 
-from halos.build.processes import accelerator
-from halos.build.session import assemble
 from halos.config import gate
 from halos.config.schema import Config
+from halos.distributed.launch import accelerator
+from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

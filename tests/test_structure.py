@@ -13,14 +13,14 @@ from halos.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"errors", "types", "signals"},
-    {"config", "logps", "losses", "metrics", "lock", "children", "logs", "rendezvous", "versions", "zero"},
-    {"rundir"},
+    {"errors", "types"},
+    {"config", "logps", "losses", "metrics", "lock", "logs", "versions"},
+    {"rundir", "distributed"},
     {"models", "data", "checkpoint"},
     {"hooks"},
     {"trainers"},
     {"online"},
-    {"build"},
+    {"run"},
     {"report", "sweep"},  # they read what runs left; no run imports them
 ]
 SIDE_BY_SIDE = {"config", "losses"}  # the gate binds losses by name

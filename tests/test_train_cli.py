@@ -31,10 +31,10 @@ train = _load()
 
 
 class Build(ModuleType):
-    """Stands in for halos.build: remembers what it was to run."""
+    """Stands in for halos.run: remembers what it was to run."""
 
     def __init__(self):
-        super().__init__("halos.build")
+        super().__init__("halos.run")
         self.calls, self.changed, self.status = [], {}, 0
 
     def run(self, config, typed, changed=()):
@@ -55,7 +55,7 @@ def build(tmp_path, monkeypatch):
     for name in ("WORLD_SIZE", "RANK", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
     stub = Build()
-    monkeypatch.setitem(sys.modules, "halos.build", stub)
+    monkeypatch.setitem(sys.modules, "halos.run", stub)
     return stub
 
 
@@ -351,7 +351,7 @@ def _begun():
         patch.setattr(sys, "argv", ["train.py", *RUN, "train.steps=10", "plugins=[yaml]"])
         with pytest.raises(SystemExit):
             train.main()
-    return saved.dump(sys.modules["halos.build"].calls.pop()[0])
+    return saved.dump(sys.modules["halos.run"].calls.pop()[0])
 
 
 @pytest.fixture
@@ -516,7 +516,7 @@ HOSTILE = [
     ("loss", {"_target_": "subprocess.run", "args": "touch pwned"}, "plugins=[subprocess]"),
     ("hooks.x", {"_target_": "halos.rundir.shutil.rmtree"}, "no module halos.rundir.shutil"),
     ("hooks.x", {"_target_": "halos.rundir.shutil"}, "is no hook"),
-    ("hooks.x", {"_target_": "halos.build.session.run"}, "is no hook"),
+    ("hooks.x", {"_target_": "halos.run.lifecycle.run"}, "is no hook"),
     ("loss", {"_target_": "halos.rundir.RunDir"}, "is no loss"),
     ("hooks.x", {"_target_": "halos.hooks.trackers.TensorBoard", "_args_": ["x"]}, "takes no '_args_'"),
     ("plugins", ["antigravity"], None),

@@ -25,8 +25,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
-from halos.zero.engine import Zero
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 

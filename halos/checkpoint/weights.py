@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
-from halos.zero.engine import Zero
 
 VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
 HEAD = "value_head."  # how its tensors are called in the module that is trained

@@ -20,12 +20,12 @@ from halos.checkpoint import commit, find, manifest, merge, space, state, weight
 from halos.checkpoint.handover import case_of, combine
 from halos.checkpoint.retention import Policy
 from halos.checkpoint.saving import Copier
+from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
 from halos.hooks import origin
 from halos.hooks.base import Hook, Run, Stop
 from halos.logps.model import bare
 from halos.types import Range
-from halos.zero.engine import Zero
 
 log = logging.getLogger(__name__)
 

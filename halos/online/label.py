@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from halos.children import leave
+from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.online import feedback
 from halos.online.labellers.score import Labeller, Score

@@ -16,7 +16,7 @@ class Ranks:
             import torch
             from accelerate import Accelerator
 
-            from halos.rendezvous import meet
+            from halos.distributed.rendezvous import meet
 
             meet()
             made = Accelerator(cpu=not torch.cuda.is_available())

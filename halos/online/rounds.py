@@ -19,6 +19,7 @@ from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
 from halos.config.changes import Change
 from halos.config.schema import Config
+from halos.distributed.signals import AGAIN
 from halos.errors import UserError
 from halos.hooks.base import Hook
 from halos.logs import write_to
@@ -28,7 +29,6 @@ from halos.online.records import EVAL, TRAIN, read_meta
 from halos.online.round import Round, Told
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.rundir import write_whole
-from halos.signals import AGAIN
 from halos.versions import versions
 
 log = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from halos.children import leave
+from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.online.prompts import read_prompts
 from halos.online.ranks import Ranks, device_of_this_process

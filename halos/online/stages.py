@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 
-from halos.children import CONFIGS, ROOT, accelerate_config, die_with_parent, environment_of_a_start, last_words
 from halos.config.schema import Config, Online
+from halos.distributed.children import CONFIGS, ROOT, accelerate_config, die_with_parent, environment_of_a_start, last_words
+from halos.distributed.signals import ASKING
 from halos.errors import UserError
-from halos.signals import ASKING
 
 WRONG_INPUT = 2
 PERIOD = 0.05  # seconds between two looks at a stage

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from halos.children import tail
+from halos.distributed.children import tail
 from halos.rundir import RunDir, is_run
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 
-from halos.children import die_with_parent, last_words
+from halos.distributed.children import die_with_parent, last_words
 from halos.sweep.job import Job, State
 from halos.sweep.places import Place
 

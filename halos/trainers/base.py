@@ -27,6 +27,7 @@ from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
 from halos.data.dataset import Item
 from halos.data.order import eval_batches
+from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
@@ -36,7 +37,6 @@ from halos.trainers.deal import Chunk, Split, deal, gather_in_order
 from halos.trainers.memory import peak_mb
 from halos.trainers.schedule import multiplier
 from halos.types import Loss, Mean, Mismatched
-from halos.zero.engine import Zero
 
 log = logging.getLogger(__name__)
 

@@ -74,9 +74,9 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
     import hydra
     import torch
 
-    from halos.build.processes import accelerator
-    from halos.build.session import assemble
     from halos.config import gate
+    from halos.distributed.launch import accelerator
+    from halos.run.assemble import assemble
 
     words = ["loss=sft", "data=arithmetic", f"model.name_or_path={model}", "model.dtype=float32", "data.eval=[]",
              f"train.batch_size={batch_size}", f"train.microbatch_size={batch_size}", "train.activation_checkpointing=false",

@@ -60,9 +60,9 @@ def act(model: str, output: Path, words: list[str], steps: int) -> None:
     import hydra
     import torch.distributed as dist
 
-    from halos.build.processes import accelerator
-    from halos.build.session import assemble
     from halos.config import gate
+    from halos.distributed.launch import accelerator
+    from halos.run.assemble import assemble
 
     typed = ["data=arithmetic", f"model.name_or_path={model}", "data.eval=[]", "exp_name=run", "checkpoint.every=null",
              f"run_dir={output}/run", f"train.steps={steps + 1}", "train.eval_at_start=false", *words]  # fmt: skip

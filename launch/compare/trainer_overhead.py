@@ -23,10 +23,10 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from halos.build.processes import accelerator
-from halos.build.session import assemble
 from halos.config import gate
 from halos.data.collate import pack
+from halos.distributed.launch import accelerator
+from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]

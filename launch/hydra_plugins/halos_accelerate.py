@@ -12,10 +12,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from halos.children import CONFIGS, ROOT, accelerate_config
+from halos.distributed.children import CONFIGS, ROOT, accelerate_config
+from halos.distributed.signals import AGAIN
 from halos.errors import JobsFailedError, UserError
 from halos.rundir import job_name
-from halos.signals import AGAIN
 
 
 class AccelerateLauncher(Launcher):

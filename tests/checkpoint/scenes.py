@@ -14,15 +14,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halos.build.processes import accelerator
-from halos.build.session import assemble
 from halos.checkpoint import commit, find, manifest, state
 from halos.checkpoint.saving import Copier
 from halos.config import gate
 from halos.config.schema import Config
+from halos.distributed.launch import accelerator
 from halos.hooks.base import Run
 from halos.hooks.checkpoint import progress_of
 from halos.models import tiny
+from halos.run.assemble import assemble
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from halos.build.session import run
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import manifest
 from halos.config.schema import Config
+from halos.run.lifecycle import run
 
 
 def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:

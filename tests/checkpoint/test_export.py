@@ -16,10 +16,10 @@ import yaml
 from safetensors.torch import load_file
 
 import train
-from halos.build.session import run
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import hub, lineage, manifest, recompute
 from halos.config.schema import Config
+from halos.run.lifecycle import run
 
 SHORT = ["train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-2", "train.eval_at_start=true"]
 

@@ -17,11 +17,11 @@ from tapped import Change, tapped
 from theatre import Point, Theatre
 
 import train
-from halos.build.session import run
 from halos.checkpoint import commit, find, manifest
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.hooks.checkpoint import CheckpointHook
+from halos.run.lifecycle import run
 from halos.trainers.base import Trainer
 
 Configure = Callable[..., Config]

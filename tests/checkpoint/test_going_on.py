@@ -16,10 +16,10 @@ from conftest import SMALL
 from test_resume import killed, rows, same, weights
 
 import train
-from halos.build.session import run
 from halos.checkpoint import find, manifest, state
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
 

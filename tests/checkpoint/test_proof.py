@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_merge import VARIANTS, Variant, adapted, make_base, trained
 
-from halos.build.session import run
 from halos.checkpoint import handover, lora, merge, proof, safefile
 from halos.checkpoint.lora import Update
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.run.lifecycle import run
 
 Tensors = dict[str, torch.Tensor]
 Q0, Q1 = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))

@@ -15,8 +15,8 @@ from conftest import SMALL
 from safetensors.torch import load_file
 
 import train
-from halos.build.session import run
 from halos.config.schema import Config
+from halos.run.lifecycle import run
 
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb"}
 # 48 rows (96 for kto) in batches of 8: the steps cross epochs, the kill falls between saves and after an evaluation

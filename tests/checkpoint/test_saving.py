@@ -84,7 +84,7 @@ def test_what_went_wrong_in_the_background_is_raised_by_the_next_step(trainer: M
 
 
 def test_a_run_that_saves_beside_its_steps_is_the_run_that_waits(configure: Callable[..., Config], tmp_path: Path) -> None:
-    from halos.build.session import run
+    from halos.run.lifecycle import run
 
     for name, apart in (("beside", "true"), ("waiting", "false")):
         assert run(configure(*APART, f"checkpoint.async_save={apart}", "checkpoint.every=1", f"exp_name={name}"), []) == 0

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import train
-from halos.build.session import run
 from halos.checkpoint import manifest
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.run.lifecycle import run
 
 FEW = ["loss=sft", "train.batch_size=8", "train.steps=4", "checkpoint.every=2", "optim.lr=1e-3", "train.eval_every=null"]
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from scenes import Scene, Stage
 from tapped import Change, tapped
 
-from halos.build.processes import accelerator
+from halos.distributed.launch import accelerator
 
 PATIENCE = 60  # seconds after which a process that lost its neighbour counts as hanging
 

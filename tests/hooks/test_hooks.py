@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from halos.build.session import run
 from halos.config.schema import Config, Objective
 from halos.errors import UserError
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.trackers import Wandb
+from halos.run.lifecycle import run
 
 FEW = ["loss=sft", "train.steps=3", "train.batch_size=8", "checkpoint.every=null", "train.eval_every=1"]
 

@@ -19,14 +19,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from halos.build.processes import accelerator
-from halos.build.session import assemble
-from halos.children import leave
 from halos.config import gate
 from halos.config.saved import composed, load
+from halos.distributed.children import leave
+from halos.distributed.deepspeed import Zero, num_elements
+from halos.distributed.launch import accelerator
 from halos.hooks.base import Hook, Run
+from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
-from halos.zero.engine import Zero, num_elements
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)

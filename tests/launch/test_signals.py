@@ -16,10 +16,12 @@ import pytest
 from safetensors.torch import load_file
 
 import train
-from halos.build import facts, session
-from halos.build.processes import _is_accelerate
 from halos.checkpoint import find
-from halos.signals import ASKING
+from halos.distributed import watchdog
+from halos.distributed.launch import _is_accelerate
+from halos.distributed.signals import ASKING
+from halos.run import header as start_header
+from halos.run import lifecycle
 from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -217,11 +219,13 @@ def test_a_signal_at_the_start_counts_whatever_a_library_makes_of_it(
     library: Callable[[Callable[[], None]], None], configure: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    before = {number: signal.getsignal(number) for number in (*ASKING, session.ORPHANED)}
-    header = facts.header
-    monkeypatch.setattr(facts, "header", lambda *given: (header(*given), library(lambda: signal.raise_signal(signal.SIGUSR1)))[0])
+    before = {number: signal.getsignal(number) for number in (*ASKING, watchdog.ORPHANED)}
+    written = start_header.write
+    monkeypatch.setattr(
+        start_header, "write", lambda *given: (written(*given), library(lambda: signal.raise_signal(signal.SIGUSR1)))[0]
+    )
     try:
-        assert session.run(configure("loss=sft", "train.steps=4", "train.batch_size=4"), []) == 75
+        assert lifecycle.run(configure("loss=sft", "train.steps=4", "train.batch_size=4"), []) == 75
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -242,7 +246,7 @@ def test_a_signal_while_rollouts_are_read_is_heeded(
         heed(self)
 
     monkeypatch.setattr(Trainer, "_heed", told)
-    assert session.run(configure(*words), []) == 75
+    assert lifecycle.run(configure(*words), []) == 75
     assert heeded == [0, 0, 0]
     assert not list((tmp_path / "run").glob("rollouts/*")), "half of it is nothing"
     monkeypatch.setattr(Trainer, "_heed", heed)

@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from halos.build.processes import accelerator
-from halos.build.session import assemble
-from halos.build.strategy import name_of
-from halos.children import leave
 from halos.config import gate
+from halos.distributed.children import leave
+from halos.distributed.deepspeed import Zero, piece_of, shape_of
+from halos.distributed.launch import accelerator
+from halos.distributed.strategy import name_of
 from halos.logps import head
+from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
-from halos.zero.engine import Zero, piece_of, shape_of
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)

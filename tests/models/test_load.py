@@ -7,10 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from halos.build.session import run
 from halos.config.schema import Config
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
+from halos.run.lifecycle import run
 
 CSFT = ["loss=csft", "train.batch_size=8", "optim.lr=1e-3", "train.eval_every=null"]
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from halos.children import last_words
+from halos.distributed.children import last_words
 from halos.rundir import RunDir
 from halos.sweep.job import Job, Progress, own_words, progress
 

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
-from halos.children import die_with_parent, environment_of_a_start
+from halos.distributed.children import die_with_parent, environment_of_a_start
 from halos.errors import UserError
 from halos.online.samplers.request import Completion, Request
 from halos.online.servers import KEY

@@ -13,7 +13,7 @@ PRETEND = """
 import torch
 torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_: True
 torch.cuda.device_count = lambda: 1
-from halos.build.processes import accelerator
+from halos.distributed.launch import accelerator
 made = accelerator("auto")
 print(made.device.type, made.num_processes, made.mixed_precision)
 """

@@ -8,12 +8,12 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 MEET = """
 import sys
 from datetime import timedelta
-from halos import rendezvous
-from halos.children import leave
+from halos.distributed import rendezvous
+from halos.distributed.children import leave
 from halos.errors import UserError
 rendezvous.PATIENCE = float(sys.argv[1])
 try:

@@ -11,9 +11,11 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halos.build.processes import asked_to_cut, asked_to_shard
 from halos.checkpoint.weights import load_value_head
 from halos.config.schema import Config, Optim
+from halos.distributed.deepspeed import shape_of
+from halos.distributed.deepspeed_config import deepspeed_asked
+from halos.distributed.launch import asked_to_cut, asked_to_shard
 from halos.errors import UserError
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import ActorCritic, LanguageModel, RewardModel
@@ -21,8 +23,6 @@ from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
 from halos.models.locate import locate
 from halos.types import PairScores, ValuedRollouts
-from halos.zero.config import deepspeed_asked
-from halos.zero.engine import shape_of
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from halos.build import processes
+from halos.distributed import launch
 from halos.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +61,7 @@ def test_what_an_accelerate_config_asks_for_and_is_not_given_stops_the_run(
         num_processes = 1
 
     with pytest.raises(UserError, match=told):
-        processes._compare(Made())  # type: ignore[arg-type]
+        launch._compare(Made())  # type: ignore[arg-type]
 
 
 def test_accumulation_that_accelerate_would_divide_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +69,7 @@ def test_accumulation_that_accelerate_would_divide_by_is_refused(monkeypatch: py
         mixed_precision, gradient_accumulation_steps, num_processes = "no", 4, 1
 
     with pytest.raises(UserError, match="gradient_accumulation_steps: 4"):
-        processes._compare(Made())  # type: ignore[arg-type]
+        launch._compare(Made())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,6 @@ def test_accumulation_that_accelerate_would_divide_by_is_refused(monkeypatch: py
     ],
 )
 def test_every_process_raises_what_is_wrong_with_one(everyone, told, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "gather_object", lambda mine: everyone)
+    monkeypatch.setattr(launch, "gather_object", lambda mine: everyone)
     with pytest.raises(UserError, match=told):
-        processes.agree(None, "data", "x")  # type: ignore[arg-type]
+        launch.agree(None, "data", "x")  # type: ignore[arg-type]

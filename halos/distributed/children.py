@@ -11,10 +11,10 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from halos.distributed.signals import STOPPING
 from halos.errors import UserError
-from halos.signals import STOPPING
 
-ROOT = Path(__file__).resolve().parents[1]  # of the repository: launch/ lies beside this package
+ROOT = Path(__file__).resolve().parents[2]  # of the repository: launch/ lies beside this package
 CONFIGS = ROOT / "launch" / "accelerate"
 PR_SET_PDEATHSIG = 1
 TAIL = 2**14  # bytes of a file that hold its last lines

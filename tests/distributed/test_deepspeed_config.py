@@ -9,8 +9,8 @@ from unittest.mock import MagicMock
 
 import pytest
 
+from halos.distributed import deepspeed_config as config
 from halos.errors import UserError
-from halos.zero import config
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
+from halos.distributed.deepspeed_config import bfloat16_asked, check_config, cut_asked, deepspeed_asked
+from halos.distributed.rendezvous import meet
 from halos.errors import UserError
-from halos.rendezvous import meet
-from halos.zero.config import bfloat16_asked, check_config, cut_asked, deepspeed_asked
 
 UNSUPPORTED = {  # what an accelerate config may ask for besides: the variable its launcher sets, the words, the remedy
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use launch/accelerate/fsdp2.yaml"),

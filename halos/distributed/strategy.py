@@ -15,11 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halos.build.processes import agree, asked_to_shard
+from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen
+from halos.distributed.deepspeed_config import cut_asked, deepspeed_asked
+from halos.distributed.launch import agree, asked_to_shard
 from halos.errors import UserError
 from halos.logps.model import ActorCritic, LanguageModel, bare
-from halos.zero.config import cut_asked, deepspeed_asked
-from halos.zero.engine import Zero, cut, engage, engage_frozen
 
 
 def distribute(

@@ -9,16 +9,16 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from halos.build.strategy import name_of
 from halos.config.bind import LossSpec
 from halos.data.collate import num_cut_mismatches
 from halos.data.dataset import Dataset
+from halos.distributed.deepspeed import num_elements
+from halos.distributed.strategy import name_of
 from halos.hooks.base import Run
 from halos.trainers.deal import Split
 from halos.trainers.schedule import warmup_steps
 from halos.types import Judgement
 from halos.versions import versions
-from halos.zero.engine import num_elements
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def header(
+def write(
     run: Run, loss: LossSpec, data: list[tuple[str, str]], train: Split, held_out: Split | None, reference: nn.Module | None
 ) -> None:
     """A few lines: model, parameters, data after filtering, steps, run directory."""

@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos.build import data
-from halos.build.processes import agree
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
+from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import Live, Prompts
+from halos.run import datasets
 from halos.trainers.base import Batches, Exam
 from halos.trainers.deal import Split
 from halos.types import Mismatched
@@ -56,9 +56,9 @@ class FromFiles:
     """Rows of files."""
 
     def __init__(self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> None:
-        self.train, self.held_out = data.load(config, loss, tokenizer, made)
+        self.train, self.held_out = datasets.load(config, loss, tokenizer, made)
         assert isinstance(self.train.rows, Dataset)
-        self.order = data.order(self.train.rows, loss, config)
+        self.order = datasets.order(self.train.rows, loss, config)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
     def lines(self) -> list[tuple[str, str]]:
@@ -79,7 +79,7 @@ class FromPolicy:
             )
         if loss.example_type is not None:
             raise UserError(f"online.steps: {loss.name} rewrites rows of a data set: it cannot be trained live")
-        self.prompts = Prompts(config, tokenizer, data.KINDS[loss.inputs])
+        self.prompts = Prompts(config, tokenizer, datasets.KINDS[loss.inputs])
         self.total = config.train.steps or 0
         asked = [[row["prompt_id"], row["prompt"]] for row in (*self.prompts.train, *self.prompts.exam)]
         agree(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())

@@ -6,12 +6,12 @@ from typing import Any
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from halos.build.processes import agree
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import GroupOrder, Order, partners
 from halos.data.prepare import prepare
+from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.trainers.deal import Split
 from halos.types import (

@@ -1,4 +1,8 @@
-"""A module under DeepSpeed's engine, and what only the engine knows: parameters that were cut, and the optimizer's state."""
+"""DeepSpeed's ZeRO, where an accelerate config asks for it: a module under its engine.
+
+The engine keeps the optimizer, whose flat partitions the processes share out (stages 1 and 2), and the parameters with it
+(stage 3). Everything leaves here whole and under the model's own names: a checkpoint does not tell what trained it.
+"""
 
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -11,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from halos.zero.config import engine_config, package
+from halos.distributed.deepspeed_config import engine_config, package
 
 AT_ONCE = 2**28  # elements of the optimizer's state in the host's memory at once while it is read: 1 GiB
 

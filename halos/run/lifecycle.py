@@ -1,0 +1,152 @@
+"""One attempt at a run, from its start to its exit status: the lock, signals, the loop, the word it leaves behind."""
+
+import logging
+import shlex
+import signal
+import types
+from collections.abc import Sequence
+from dataclasses import replace
+
+from halos.config import saved
+from halos.config.changes import Change
+from halos.config.schema import Config
+from halos.distributed.launch import accelerator, agree, launched
+from halos.distributed.signals import AGAIN, ASKING
+from halos.distributed.watchdog import ORPHANED, outlive_no_launcher, together
+from halos.errors import UserError
+from halos.hooks.base import Run
+from halos.hooks.log import summary
+from halos.logs import speak
+from halos.run.assemble import assemble
+from halos.rundir import RunDir, is_run
+from halos.trainers.base import Trainer
+
+log = logging.getLogger(__name__)
+
+FINISHED, FAILED = 0, 1
+
+
+class Interrupted(BaseException):
+    """A signal came while there was nothing to save yet."""
+
+
+def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int:
+    """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
+    directory, told = RunDir(config.run_dir), list[str]()
+    with directory.lock() as lock:
+        try:
+            _listen(None, told)
+            made = accelerator(config.train.precision, config.model.dtype)
+            outlive_no_launcher(launched())
+            speak(made.is_main_process)
+            with together(made):
+                agree(made, "configuration", saved.dump(replace(config, cache_dir="")))
+                if config.resume and _is_over(config, directory, changed):
+                    return FINISHED
+                trainer = assemble(config, typed, made, changed, lock)
+                return _train(trainer, told) if trainer else FINISHED
+        except BaseException as error:
+            if told:  # whatever became of Interrupted on its way: libraries turn it into errors of their own
+                return _stopped_at_the_start(directory, told[0], held=lock.held)
+            if isinstance(error, UserError) and lock.held and not config.resume:
+                directory.abandon()
+            raise
+
+
+def _stopped_at_the_start(directory: RunDir, told: str, *, held: bool) -> int:
+    log.warning("stopped: %s, before the first step", told)
+    if held and is_run(directory.path):
+        before = directory.read_result() or {"step": 0, "metrics": {}}
+        directory.write_result("stopped", before["step"], before["metrics"], reason=told)
+    return AGAIN
+
+
+def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
+    """Whether a finished run is asked for nothing that it has not done yet; says what would be more."""
+    further = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
+    if not directory.is_finished() or not directory.final.is_dir() or further or directory.asked_checkpoint(config.resume):
+        return False
+    log.info("%s is finished already; its model is %s", directory.path, directory.final)
+    if config.schedule.name == "constant":
+        log.info("to train on: python train.py resume=%s train.steps=MORE", directory.path)
+    else:
+        log.info(
+            "its %s schedule is at its end: a new run goes on with model.name_or_path=%s", config.schedule.name, directory.final
+        )
+    return True
+
+
+def _train(trainer: Trainer, told: list[str]) -> int:
+    """The loop, and the word it leaves in result.json however it ends."""
+    current = trainer.run
+    _listen(current, told)
+    if told:  # Interrupted got lost: what it was raised in cannot raise
+        current.interrupted = told.pop(0)
+    status, note = "failed", None
+    try:
+        trainer.fit()
+        stopped = current.stop is not None and not current.stop.finished
+        status = "failed" if current.failure else "stopped" if stopped else "finished"
+        note = current.failure or (current.stop.reason if current.stop else None)
+    except BaseException as error:
+        note = f"{type(error).__name__}: {error}"
+        _name_log(current, error)
+        raise
+    finally:
+        for hook in current.hooks.values():
+            hook.on_end(current)
+        if current.main:
+            metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
+            current.directory.write_result(status, current.step, metrics, reason=note)
+    return _close(current, status, note)
+
+
+def _name_log(current: Run, error: BaseException) -> None:
+    """Of several processes each has a file of its own, which has the traceback."""
+    rank = current.accelerator.process_index
+    if current.accelerator.num_processes > 1:
+        log.info("%s", error, exc_info=error)
+        log.error("process %d failed; its log is %s", rank, current.directory.log_of(rank))
+
+
+def _close(current: Run, status: str, note: str | None) -> int:
+    if note:
+        log.info("stopped: %s", note) if status != "failed" else log.error("failed: %s", note)
+    if status == "finished" and current.main:
+        log.info("finished: %s  %s", current.directory.final, summary(current.last_eval or current.last_train))
+    if status == "stopped" and current.main:
+        plugins = [f"plugins=[{','.join(current.config.plugins)}]"] if current.config.plugins else []
+        log.info("go on with: python train.py %s", shlex.join([f"resume={current.directory.path}", *plugins]))
+    if status == "stopped" and current.stop is not None and current.stop.signalled:
+        return AGAIN
+    return FINISHED if status == "finished" else FAILED
+
+
+def _listen(current: Run | None, told: list[str]) -> None:
+    """A first signal asks for a complete save and a clean end; a second Ctrl-C ends the process at once. Of the others more
+    may come, since schedulers and launchers repeat themselves. Without a run there is nothing to save: what came is `told`."""
+
+    def end_the_start(reason: str) -> None:
+        if not told:
+            told.append(reason)
+            raise Interrupted(reason)
+
+    def ask(number: int, _: types.FrameType | None) -> None:
+        if current is None:
+            end_the_start(signal.Signals(number).name)
+            return
+        if current.interrupted and number == signal.SIGINT:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        current.interrupted = current.interrupted or signal.Signals(number).name
+
+    def orphaned(number: int, _: types.FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)  # the rest of them
+        if current is None:
+            end_the_start("its launcher has died")
+            return
+        current.interrupted = current.interrupted or "its launcher has died"
+
+    for number in ASKING:
+        signal.signal(number, ask)
+    signal.signal(ORPHANED, orphaned)

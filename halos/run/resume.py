@@ -1,0 +1,92 @@
+"""Where a run begins or goes on: its directory, the checkpoint it resumes from, the record of this start."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from accelerate import Accelerator
+
+from halos.checkpoint import find
+from halos.config import saved
+from halos.config.changes import Change
+from halos.config.schema import Config
+from halos.distributed import strategy
+from halos.distributed.launch import agree
+from halos.errors import UserError
+from halos.hooks.base import Run
+from halos.lock import RunLock
+from halos.logs import write_to
+from halos.run import header
+from halos.rundir import RunDir, is_run
+
+log = logging.getLogger(__name__)
+
+SHARED = "all hosts write into it, so output_root (or run_dir) must lie on a file system that they share"
+
+
+def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock: RunLock | None) -> find.Found:
+    """Make the run's directory, or find what it goes on from: one process decides, so that all agree."""
+    box: list[Any] = [find.Found(None, [])]
+    taken_over = None
+    if made.is_main_process and lock:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        taken_over = lock.acquire(directory.next_attempt(), wait=bool(config.resume))
+    if made.is_main_process and config.resume:
+        box = [find.go_on(directory, directory.asked_checkpoint(config.resume))]
+        _refuse_behind(config, directory, box[0].path, total)
+    elif made.is_main_process:
+        directory.create(overwrite=config.overwrite)
+        directory.write_config(saved.dump(config))
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    seen = is_run(directory.path)
+    agree(made, "run directory", str(seen), None if seen else f"{directory.path} is not there on this host: {SHARED}")
+    write_to(directory.log_of(made.process_index))
+    if taken_over:
+        log.warning(taken_over)
+    return box[0]
+
+
+def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total: int) -> None:
+    """Raises UserError where a run is to end before where it is, or where nothing is left to go on from."""
+    result = directory.read_result() or {}
+    done = result.get("status") == "finished" and directory.final.is_dir() and not directory.asked_checkpoint(config.resume)
+    if done and source is None:
+        raise UserError(
+            f"{directory.path} is finished and has kept no checkpoint to train on from (checkpoint.every=null?): begin a new run"
+            f" with model.name_or_path={directory.final}"
+        )
+    step = max(find.step_of(source) if source else 0, int(result.get("step") or 0) if done else 0)
+    if step > total:
+        raise UserError(
+            f"{directory.path} is at step {step}, and is to end at {total}: give more train.steps, or name an earlier checkpoint,"
+            f" resume={directory.checkpoints}/step-N"
+        )
+
+
+def record(current: Run, typed: list[str], source: find.Found, changed: Sequence[Change]) -> None:
+    directory, resume = current.directory, current.config.resume
+    for line in source.passed_over:
+        log.warning(line)
+    went_on = f"checkpoints/{source.path.name}" if source.path else "nothing: step 0"
+    if resume:
+        log.info("going on from %s", went_on)
+        _tell_changes(changed, current.step)
+        place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
+        if moved:
+            log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
+    how = strategy.name_of(current.module)
+    attempt = header.attempt(typed, current.accelerator, strategy=how, source=went_on, total_steps=current.total_steps)
+    altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
+    directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over})
+    directory.truncate_metrics(current.step if source.path else -1)
+    directory.write_result("running", current.step, {})
+
+
+def _tell_changes(changed: Sequence[Change], step: int) -> None:
+    if safe := [str(change) for change in changed if change.why is None]:
+        log.info("changed: %s", ", ".join(safe))
+    if others := [str(change) for change in changed if change.why is not None]:
+        log.warning("CHANGED WHAT THE RUN COMPUTES, from step %d on: %s", step, ", ".join(others))
