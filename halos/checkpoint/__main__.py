@@ -67,7 +67,7 @@ def export(given: argparse.Namespace) -> int:
 
     from halos.checkpoint import export as room
     from halos.checkpoint import hub
-    from halos.checkpoint.safefile import SHARD, size_of
+    from halos.merge.safetensors_io import SHARD, size_of
 
     if given.push_to_hub is not None:
         hub.check_name(given.push_to_hub)

@@ -13,11 +13,12 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig
 
-from halos.checkpoint import card, find, lineage, manifest, recompute
+from halos.checkpoint import card, find, lineage, manifest
 from halos.checkpoint.commit import HIDDEN, staged
-from halos.checkpoint.handover import case_of, combine
-from halos.checkpoint.safefile import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
 from halos.errors import UserError
+from halos.merge import expected
+from halos.merge.merge_and_prove import case_of, combine
+from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
 from halos.rundir import is_run
 
 WORDS = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
@@ -75,7 +76,7 @@ def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: 
     where = _base(saved, base)
     with _new(output, path) as place:
         case = case_of(where, saved.adapter, saved.words, dtype=dtype)
-        result = combine(case, place, shard=shard)
+        result = combine(case, place, lineage.hashes, shard=shard)
         if not result.holds:
             raise UserError(f"the merged model is not the adapter's: {result}. Nothing was written")
         _copy_words(saved, place)
@@ -114,7 +115,7 @@ def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: 
     config = AutoConfig.from_pretrained(saved.model)
     with _new(output, path) as place:
         write_sharded(place, _entries(saved.model, dtype), shard)
-        _, faults = recompute.compare(place, recompute.copy_of(saved.model), dtype)
+        _, faults = expected.compare(place, expected.copy_of(saved.model), dtype)
         if faults:
             raise UserError(f"what was written is not what was saved: {faults[0]}. Nothing was written")
         config.dtype = dtype or config.dtype

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from halos.checkpoint.manifest import digest
-from halos.checkpoint.safefile import weight_files
 from halos.config.secrets import redact
 from halos.errors import UserError
+from halos.merge.safetensors_io import weight_files
 
 NAME = "lineage.json"
 FORMAT = 1

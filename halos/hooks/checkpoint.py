@@ -16,8 +16,7 @@ from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 
-from halos.checkpoint import commit, find, manifest, merge, space, state, weights
-from halos.checkpoint.handover import case_of, combine
+from halos.checkpoint import commit, find, lineage, manifest, space, state, weights
 from halos.checkpoint.retention import Policy
 from halos.checkpoint.saving import Copier
 from halos.distributed.deepspeed import Zero
@@ -25,6 +24,8 @@ from halos.errors import UserError
 from halos.hooks import origin
 from halos.hooks.base import Hook, Run, Stop
 from halos.logps.model import bare
+from halos.merge import merge
+from halos.merge.merge_and_prove import case_of, combine
 from halos.types import Range
 
 log = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ class CheckpointHook(Hook):
         exact = whole and model.dtype is torch.float32 and not getattr(model, "is_quantized", False)
         try:
             case = case_of(run.base, adapter, path, dtype=kind)
-            result = combine(case, path, model=model, logits=partial(_logits, run) if exact else None)
+            result = combine(case, path, lineage.hashes, model=model, logits=partial(_logits, run) if exact else None)
         except (UserError, OSError, RuntimeError, AssertionError) as error:
             return f"the adapter could not be merged: {type(error).__name__}: {error}. It is kept in FINAL/adapter"
         if not result.holds:

@@ -13,9 +13,8 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from halos.checkpoint import merge, weights
+from halos.checkpoint import weights
 from halos.checkpoint.commit import staged
-from halos.checkpoint.handover import case_of
 from halos.config.schema import Config
 from halos.data.dataset import Completion as Tokens
 from halos.data.dataset import Item
@@ -23,6 +22,8 @@ from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.logps.model import bare
+from halos.merge import merge
+from halos.merge.merge_and_prove import case_of
 from halos.online import feedback, measure
 from halos.online.labellers.functions import Functions, parts_of
 from halos.online.labellers.score import Labeller

@@ -51,14 +51,14 @@ def build(place: Path, size: int) -> None:
 
 
 def ours(place: Path, output: Path, case: Any) -> None:
-    from halos.checkpoint.merge import merge
+    from halos.merge.merge import merge
 
     output.mkdir()
     merge(case.base, case.adapter, output, model=case.bare(), dtype=case.dtype)
 
 
 def proving(place: Path, output: Path, case: Any) -> None:
-    from halos.checkpoint.proof import prove
+    from halos.merge.proof import prove
 
     result = prove(case, place / "ours")
     assert result.holds, result.faults
@@ -80,7 +80,7 @@ def act(role: str, place: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  imports are not what is measured
 
-    from halos.checkpoint import merge, proof  # noqa: F401
+    from halos.merge import merge, proof  # noqa: F401
 
     case = proof.Case(place / "base", place / "adapter", False, torch.bfloat16)
     case.bare()
@@ -113,7 +113,7 @@ def main() -> None:
             place = Path(text)
             subprocess.run([sys.executable, __file__, "--role", "build", "--place", text, "--sizes", str(size)], check=True,
                            capture_output=True)  # fmt: skip
-            from halos.checkpoint.safefile import SafeFile
+            from halos.merge.safetensors_io import SafeFile
 
             file = SafeFile(place / "base" / "model.safetensors")
             largest = max(file.dtype(name).itemsize * _numel(file.shape(name)) for name in file.names)

@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 
 import train
 from halos.checkpoint import __main__ as cli
-from halos.checkpoint import hub, lineage, manifest, recompute
+from halos.checkpoint import hub, lineage, manifest
 from halos.config.schema import Config
+from halos.merge import expected
 from halos.run.lifecycle import run
 
 SHORT = ["train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-2", "train.eval_at_start=true"]
@@ -130,7 +131,7 @@ def test_a_reward_model_keeps_its_score(runs: Path, tmp_path: Path, ends: Any) -
 def test_a_copy_that_is_not_the_original_is_not_left_behind(
     runs: Path, tmp_path: Path, ends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recompute, "copy_of", lambda _: {})
+    monkeypatch.setattr(expected, "copy_of", lambda _: {})
     status, said = ends("export", runs / "whole", "--output", tmp_path / "out")
     assert status == 2
     assert "what was written is not what was saved" in said

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftType
 from torch import Tensor
 
-from halos.checkpoint.source import unwrapped
 from halos.errors import UserError
+from halos.merge.base_weights import unwrapped
 
 PREFIX = "base_model.model."
 KEEP = "keep the adapter as it is with checkpoint.merge_lora=false"

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_merge import VARIANTS, Variant, adapted, make_base, trained
+from test_merge import VARIANTS, Variant, adapted, combined, make_base, trained
 
-from halos.checkpoint import handover, lora, merge, proof, safefile
-from halos.checkpoint.lora import Update
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.merge import lora, merge, proof, safetensors_io
+from halos.merge.lora import Update
 from halos.run.lifecycle import run
 
 Tensors = dict[str, torch.Tensor]
@@ -126,7 +126,7 @@ def test_a_wrong_tensor_fails_the_proof(fault: Callable[..., None], dtype: str, 
 
 def merged_well(place: Path, variant: Variant, *, name: str = "Llama", tied: bool = False, dtype: str = "float32") -> Any:
     model, case = trained(place, name, variant, tied=tied, dtype=dtype)
-    result = handover.combine(case, place / "merged", shard=100_000 if variant.shard != "5GB" else safefile.SHARD)
+    result = combined(case, place / "merged", shard=100_000 if variant.shard != "5GB" else safetensors_io.SHARD)
     assert result.holds, result.faults
     return model, case
 
@@ -175,7 +175,7 @@ def test_a_wrong_merge_fails_its_proof(fault: Callable[..., None], tmp_path: Pat
 
 
 def assert_leaves_nothing(case: proof.Case, merged: Path) -> None:
-    result = handover.combine(case, merged)
+    result = combined(case, merged)
     assert not result.holds
     report = json.loads((merged / "merge_report.json").read_text())
     assert not report["holds"]
@@ -318,7 +318,7 @@ def stale_shard(merged: Path, files: list[Path]) -> None:
 
 
 def index_misses_a_tensor(merged: Path, files: list[Path]) -> None:
-    edit(merged / safefile.INDEX, lambda index: index["weight_map"].pop(Q0))
+    edit(merged / safetensors_io.INDEX, lambda index: index["weight_map"].pop(Q0))
 
 
 @pytest.mark.parametrize("fault", [shard_lost, shards_swapped, stale_shard, index_misses_a_tensor], ids=lambda f: f.__name__)

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halos.checkpoint.safefile import INDEX, SafeFile, spans, weight_files
-from halos.checkpoint.source import Source, unwrapped
 from halos.errors import UserError
+from halos.merge.base_weights import Source, unwrapped
+from halos.merge.safetensors_io import INDEX, SafeFile, spans, weight_files
 
 NOISE = 1e-6  # of a tensor's largest value: float32 products of a few dozen terms
 Rows = Callable[[int, int], Tensor]  # (first, last) -> float64

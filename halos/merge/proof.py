@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from halos.checkpoint import recompute
 from halos.errors import UserError
 from halos.logps.vocabulary import grow
+from halos.merge import expected
 
 EXACT = 1e-5  # in float32, of the largest logit
 ROUNDED = 1.5  # in a half type, times the KL that the adapter model itself loses by computing in that type
@@ -57,7 +57,7 @@ class Proof:
     """All that is wrong, and how far tensors and logits are from the truth."""
 
     faults: list[str]
-    tensors: list[recompute.Found]  # the worst first
+    tensors: list[expected.Found]  # the worst first
     error: float  # of the logits, by `measure`
     tolerance: float
     measure: str
@@ -104,8 +104,8 @@ def prove(case: Case, merged: Path, logits: Callable[[Tensor], Tensor] | None = 
     after the other, never two at once.
     """
     try:
-        wanted = recompute.truths(case.base, case.adapter, case.bare(), case.vocabulary, case.tokens)
-        tensors, faults = recompute.compare(merged, wanted.tensors, case.dtype)
+        wanted = expected.truths(case.base, case.adapter, case.bare(), case.vocabulary, case.tokens)
+        tensors, faults = expected.compare(merged, wanted.tensors, case.dtype)
         faults += _of_config(case, merged, tied=wanted.tied)
     except UserError as error:
         tensors, faults = [], [str(error)]

@@ -12,10 +12,11 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from halos.checkpoint import merge, proof
-from halos.checkpoint.handover import combine
+from halos.checkpoint import lineage
 from halos.errors import UserError
 from halos.logps.vocabulary import grow
+from halos.merge import merge, proof
+from halos.merge.merge_and_prove import combine
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -138,6 +139,10 @@ def adapted(model: Any, name: str, *, seed: int = 2, **settings: Any) -> Any:
     return found
 
 
+def combined(case: proof.Case, output: Path, **settings: Any) -> proof.Proof:
+    return combine(case, output, lineage.hashes, **settings)
+
+
 def forward(model: Any) -> Any:
     @torch.no_grad()
     def logits(ids: torch.Tensor) -> torch.Tensor:
@@ -159,7 +164,7 @@ def trained(directory: Path, name: str, variant: Variant, *, tied: bool, dtype: 
 @pytest.mark.parametrize(("name", "variant", "tied", "dtype"), cells())
 def test_a_merged_model_is_the_adapter_model(name: str, variant: str, tied: bool, dtype: str, tmp_path: Path) -> None:
     model, case = trained(tmp_path, name, VARIANTS[variant], tied=tied, dtype=dtype)
-    result = combine(case, tmp_path / "merged", model=model.get_base_model(), logits=forward(model))
+    result = combined(case, tmp_path / "merged", model=model.get_base_model(), logits=forward(model))
     assert result.holds, result.faults
     ids = proof.probe(SIZES["vocab_size"])
     merged, report = case.auto.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
@@ -175,12 +180,12 @@ def test_a_merged_model_is_the_adapter_model(name: str, variant: str, tied: bool
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_adapter_on_disk_is_merged_without_the_model_that_was_trained(name: str, tmp_path: Path) -> None:
     _, case = trained(tmp_path, name, VARIANTS["grown, embedding whole"], tied=ARCHITECTURES[name].tied)
-    assert combine(case, tmp_path / "merged").holds
+    assert combined(case, tmp_path / "merged").holds
 
 
 def test_shards_are_no_larger_than_asked_for_and_their_index_is_right(tmp_path: Path) -> None:
     _, case = trained(tmp_path, "Llama", VARIANTS["sharded"], tied=False)
-    assert combine(case, tmp_path / "merged", shard=60_000).holds
+    assert combined(case, tmp_path / "merged", shard=60_000).holds
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     assert len(files) > 3
     assert all(path.stat().st_size <= 65_000 or len(load_file(path)) == 1 for path in files)
@@ -189,7 +194,7 @@ def test_shards_are_no_larger_than_asked_for_and_their_index_is_right(tmp_path: 
 
 def test_a_half_precision_merge_rounds_once(tmp_path: Path) -> None:
     model, case = trained(tmp_path, "Llama", VARIANTS["bfloat16 base"], tied=False, dtype="bfloat16")
-    assert combine(case, tmp_path / "merged").holds
+    assert combined(case, tmp_path / "merged").holds
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     delta = 6 / 4 * layer.lora_B["default"].weight.float() @ layer.lora_A["default"].weight.float()
     wanted = (layer.base_layer.weight.float() + delta).to(torch.bfloat16)
@@ -202,9 +207,9 @@ def test_blocks_of_a_few_rows_give_what_whole_tensors_give(tmp_path: Path, monke
         _, case = trained(place, name, VARIANTS[variant], tied=ARCHITECTURES[name].tied)
         merge.merge(case.base, case.adapter, place / "merged", model=case.bare(), dtype=case.dtype, vocabulary=case.vocabulary,
                     tokens=case.tokens)  # fmt: skip
-        monkeypatch.setattr("halos.checkpoint.safefile.BLOCK", 1000)
+        monkeypatch.setattr("halos.merge.safetensors_io.BLOCK", 1000)
         (place / "blocks").mkdir()
-        assert combine(case, place / "blocks").holds
+        assert combined(case, place / "blocks").holds
         monkeypatch.undo()
         whole, cut = (load_file(place / at / "model.safetensors") for at in ("merged", "blocks"))
         assert whole.keys() == cut.keys()
@@ -255,7 +260,7 @@ def test_experts_that_no_adapter_changes_pass_through(tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     (tmp_path / "merged").mkdir()
     case = proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32)
-    assert combine(case, tmp_path / "merged").holds
+    assert combined(case, tmp_path / "merged").holds
 
 
 def test_experts_that_loading_fuses_are_refused_before_training(tmp_path: Path) -> None:
@@ -269,7 +274,7 @@ def test_what_the_base_does_not_have_is_refused_before_a_byte_is_written(tmp_pat
     other = make_base("GPT2", tmp_path / "other", tied=True)
     assert other is not None
     with pytest.raises(UserError, match=r"which .* does not have"):
-        combine(replace(case, base=tmp_path / "other"), tmp_path / "merged")
+        combined(replace(case, base=tmp_path / "other"), tmp_path / "merged")
     assert not list((tmp_path / "merged").iterdir())
 
 

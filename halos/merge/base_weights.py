@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from halos.checkpoint.safefile import SafeFile, weight_files
 from halos.errors import UserError
+from halos.merge.safetensors_io import SafeFile, weight_files
 
 
 def unwrapped(name: str) -> str:

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from halos.checkpoint.lora import KEEP, Adapter, Update, refuse, scaling, sort
-from halos.checkpoint.safefile import SHARD, Entry, SafeFile, blocks, spans, write_sharded
-from halos.checkpoint.source import Source
 from halos.errors import UserError
 from halos.logps.vocabulary import fresh_rows
+from halos.merge.base_weights import Source
+from halos.merge.lora import KEEP, Adapter, Update, refuse, scaling, sort
+from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, spans, write_sharded
 
 
 def check(base: Path, model: PeftModel) -> None:

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from halos.checkpoint import lineage, merge, proof
-from halos.checkpoint.safefile import SHARD
+from halos.merge import merge, proof
+from halos.merge.safetensors_io import SHARD
 
 
 def case_of(base: Path, adapter: Path, words: Path, *, dtype: torch.dtype | None) -> proof.Case:
@@ -34,12 +34,13 @@ def _vocabulary(base: Path, words: Path) -> tuple[int, list[int]]:
 def combine(
     case: proof.Case,
     output: Path,
+    hashes: Callable[[Path], dict[str, str]],
     *,
     model: PreTrainedModel | None = None,
     shard: int = SHARD,
     logits: Callable[[Tensor], Tensor] | None = None,
 ) -> proof.Proof:
-    """Merge into `output`, prove it, and write merge_report.json with the hashes of all three.
+    """Merge into `output`, prove it, and write merge_report.json with the `hashes` of all three.
 
     `model` is the trained model and `logits` its forward, where they are at hand. Where the proof does not hold, no merged
     weights are left behind.
@@ -56,7 +57,7 @@ def combine(
     places = {"base": case.base, "adapter": case.adapter, "merged": output}
     facts |= {
         "dtype": str(case.dtype).removeprefix("torch."),
-        "sha256": {name: lineage.hashes(at) for name, at in places.items()},
+        "sha256": {name: hashes(at) for name, at in places.items()},
     }
     proof.write_report(output / "merge_report.json", result, facts)
     if not result.holds:
