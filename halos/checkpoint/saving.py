@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from halos.checkpoint.commit import Gather, Held
+from halos.distributed.device import uses_gpu
 
 Write = Callable[[], None]
 BREATH = 0.05  # seconds before a thread begins to write: at once it would hold the interpreter while the step wants it
@@ -87,7 +88,7 @@ class Copier:
     """
 
     def __init__(self) -> None:
-        cuda = torch.cuda.is_available()
+        cuda = uses_gpu()
         self._stager = DefaultStager(
             StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
         )

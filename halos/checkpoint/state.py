@@ -26,6 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from halos.distributed.deepspeed import Zero
+from halos.distributed.device import uses_gpu
 from halos.errors import UserError
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -88,7 +89,7 @@ def random_state() -> dict[str, Tensor]:
         "numpy_gauss": torch.tensor([cached], dtype=torch.float64),
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available():
+    if uses_gpu():
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -101,7 +102,7 @@ def restore_random_state(state: dict[str, Tensor]) -> None:
     keys = state["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
+    if "cuda" in state and uses_gpu():
         torch.cuda.set_rng_state(state["cuda"])
 
 

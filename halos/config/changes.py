@@ -134,6 +134,7 @@ CHANGES: dict[str, str | Condition] = {
     "train.max_grad_norm": MATHEMATICAL,
     "train.precision": MATHEMATICAL,
     "train.activation_checkpointing": SAFE,
+    "train.deterministic": SAFE,
     "train.early_stopping": SAFE,  # it ends a run, and changes no step
     "train.temperature": MATHEMATICAL,
     "optim.name": MATHEMATICAL,

@@ -71,6 +71,7 @@ class Train:
     max_grad_norm: float | None = key(above=0)
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
     activation_checkpointing: bool = key()
+    deterministic: bool = key()
     early_stopping: int | None = key(least=1)
     temperature: float = key(above=0)  # of the softmax that log-probs are taken of
 

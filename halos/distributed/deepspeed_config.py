@@ -7,9 +7,9 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-import torch
 from accelerate.utils import DeepSpeedPlugin
 
+from halos.distributed.device import uses_gpu
 from halos.errors import UserError
 
 STAGES = (1, 2, 3)
@@ -130,11 +130,11 @@ def engine_config(max_grad_norm: float | None) -> dict[str, Any]:
 
 def package() -> Any:
     """The package, silent but for warnings; imported here because only these runs need it, and it takes seconds."""
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = import_module("deepspeed")  # the user's to install
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # it calls torch by older names
-    if not torch.cuda.is_available():
+    if not uses_gpu():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does as well
     return deepspeed

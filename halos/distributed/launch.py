@@ -1,21 +1,25 @@
 """The processes of a run: what the launcher was asked for, and what it gave."""
 
 import os
-import re
 import socket
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
-from pathlib import Path
 
-import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
 from halos.distributed.deepspeed_config import bfloat16_asked, check_config, cut_asked, deepspeed_asked
+from halos.distributed.device import (
+    has_bfloat16,
+    is_accelerate,
+    launcher_settings,
+    parent_command,
+    precision_asked,
+    prepare_torch,
+    uses_gpu,
+)
 from halos.distributed.rendezvous import meet
 from halos.errors import UserError
 
@@ -29,29 +33,30 @@ UNSUPPORTED = {  # what an accelerate config may ask for besides: the variable i
 }  # fmt: skip
 
 
-def accelerator(precision: str, dtype: str = "auto") -> Accelerator:
+def accelerator(precision: str, dtype: str = "auto", *, deterministic: bool = False) -> Accelerator:
     """The Accelerator of this process. Raises UserError where the launcher gave something else than was asked for.
 
     `precision` auto takes what the launcher's config says, and else bfloat16 on a GPU that has it, and wherever the
     weights (`dtype`) were asked for in it: what is trained is float32 all the same.
     """
-    cpu = not torch.cuda.is_available()
     _one_process_asked_for_many()
+    prepare_torch(deterministic=deterministic)
     # transformers would leave a new reward head on the meta device of every process but the first
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     if deepspeed_asked():
         check_config()
     names = {"float32": "no", "bfloat16": "bf16"}
-    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" or bfloat16_asked() else None)
-    if mixed is None and not cpu and os.environ.get("ACCELERATE_MIXED_PRECISION", "no") == "no":
-        mixed = "bf16" if torch.cuda.is_bf16_supported() else "no"
+    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" or bfloat16_asked() else None) or precision_asked()
+    if mixed is None:
+        mixed = "bf16" if has_bfloat16() else "no"
     meet()
     with _deepspeed_is_ours():
         made = Accelerator(
-            cpu=cpu,
+            cpu=not uses_gpu(),
             mixed_precision=mixed,
             kwargs_handlers=[
-                DistributedDataParallelKwargs(broadcast_buffers=False),  # buffers are constants: no collective for them
+                # buffers are constants: no collective for them; gradients lie in the buckets that are reduced: no copy of them
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
     _compare(made)
@@ -134,14 +139,8 @@ def _one_process_asked_for_many() -> None:
     """`accelerate launch --cpu --num_processes 2`, and distributed_type MULTI_CPU, start one process and say nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         return
-    words = _parent_command()
-    if not _is_accelerate(words):
-        return
-    asked = _option(words, "--num_processes") or _option(words, "--num-processes")
-    config = _option(words, "--config_file") or _option(words, "--config-file")
-    if asked is None and config is not None and Path(config).is_file():
-        asked = str((yaml.safe_load(Path(config).read_text()) or {}).get("num_processes", 1))
-    if asked is not None and asked.isdigit() and int(asked) > 1:
+    asked = launcher_settings().num_processes
+    if asked is not None and asked > 1:
         raise UserError(
             f"accelerate was asked for {asked} processes and started one, as it does on a CPU unless its config says "
             "distributed_type: MULTI_GPU: use --config_file launch/accelerate/cpu2.yaml"
@@ -150,28 +149,4 @@ def _one_process_asked_for_many() -> None:
 
 def launched() -> bool:
     """Whether a launcher started this process, rather than a shell."""
-    return "TORCHELASTIC_RUN_ID" in os.environ or _is_accelerate(_parent_command())
-
-
-def _is_accelerate(words: list[str]) -> bool:
-    """`accelerate launch`, or its module by -m or by path."""
-    if any(re.search(r"accelerate[./]commands[./]launch", word) for word in words):
-        return True
-    return "launch" in words and any("accelerate" in word for word in words[: words.index("launch")])
-
-
-def _parent_command() -> list[str]:
-    try:
-        return Path(f"/proc/{os.getppid()}/cmdline").read_bytes().decode().split("\0")
-    except OSError:
-        shown = subprocess.run(["ps", "-o", "command=", "-p", str(os.getppid())], capture_output=True, text=True, check=False)
-        return shown.stdout.split()
-
-
-def _option(words: list[str], name: str) -> str | None:
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word == name:
-            return following
-        if word.startswith(name + "="):
-            return word.partition("=")[2]
-    return None
+    return "TORCHELASTIC_RUN_ID" in os.environ or is_accelerate(parent_command())

@@ -5,9 +5,9 @@ import socket
 import time
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
+from halos.distributed.device import uses_gpu
 from halos.errors import UserError
 
 PATIENCE = 600.0  # seconds between the first process and the last: the hosts of a queue do not start at once
@@ -35,7 +35,7 @@ def meet(timeout: timedelta = WORK) -> None:
     except dist.DistError as error:
         raise UserError(f"process 0, at {where}, has gone before all {size} had come: it says why itself") from error
     store.set_timeout(timeout)
-    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
+    backend = "cuda:nccl,cpu:gloo" if uses_gpu() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
 
 

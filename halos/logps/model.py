@@ -111,8 +111,19 @@ class RewardModel(nn.Module):
         """(rows,) float32: the score at each sequence's last token that is not padding."""
         model: Any = bare(self.model)
         hidden = hidden_states(model, batch)[last_tokens(batch, model.config.get_text_config().pad_token_id)]
-        with torch.autocast(hidden.device.type, enabled=False):  # scores are compared: their differences are small
-            return model.score(hidden.to(model.score.weight.dtype)).float().sum(1)  # of one label: FSDP wants no view
+        return scores_of(model, hidden).sum(1)  # of one label: FSDP wants no view
+
+
+def scores_of(model: Any, hidden: Tensor) -> Tensor:
+    """A sequence classifier's scores of hidden states (rows, hidden): (rows, labels) float32, whatever the weights are in.
+
+    Scores are compared, and their differences are small.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = model.score
+        if head.weight.dtype is torch.float32 or not isinstance(head, nn.Linear):
+            return head(hidden.to(head.weight.dtype)).float()
+        return nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
 
 
 def last_tokens(batch: Sequences, padding: int | None) -> Tensor:

@@ -61,13 +61,12 @@ def refuse_other_words(reference: Path, tokenizer: PreTrainedTokenizerBase, new_
         )
 
 
-def weights_dtype(name: str, *, trained: bool, device: torch.device) -> torch.dtype:
-    """`auto`: float32 for what the optimizer touches and on CPUs; bfloat16 for a frozen base on a GPU that has it."""
+def weights_dtype(name: str, *, trained: bool, half: bool) -> torch.dtype:
+    """`auto`: float32 for what the optimizer touches; bfloat16 for a frozen base where the arithmetic is `half` anyway."""
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
         return dtype
-    half = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if half and not trained else torch.float32
 
 

@@ -13,13 +13,14 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE") or 1)
         self.rank = int(os.environ.get("RANK") or 0)
         if self.world > 1:
-            import torch
             from accelerate import Accelerator
 
+            from halos.distributed.device import prepare_torch, uses_gpu
             from halos.distributed.rendezvous import meet
 
+            prepare_torch()
             meet()
-            made = Accelerator(cpu=not torch.cuda.is_available())
+            made = Accelerator(cpu=not uses_gpu())
             self.rank, self.world = made.process_index, made.num_processes
 
     @property
@@ -47,6 +48,9 @@ def device_of_this_process() -> Any:
     """A GPU of its own where there is one, else the CPU."""
     import torch
 
-    if not torch.cuda.is_available():
+    from halos.distributed.device import prepare_torch, uses_gpu
+
+    prepare_torch()
+    if not uses_gpu():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())

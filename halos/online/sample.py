@@ -231,12 +231,13 @@ class Source:
     def load(self, place: Path | None) -> Any:
         from transformers.utils import logging as transformers_logging
 
+        from halos.distributed.device import has_bfloat16
         from halos.models.load import load_model, weights_dtype
 
         transformers_logging.disable_progress_bar()
         assert place is not None
         device = device_of_this_process()
-        dtype = weights_dtype(self.given.dtype, trained=False, device=device)
+        dtype = weights_dtype(self.given.dtype, trained=False, half=has_bfloat16())
         model: Any = load_model(place, self._tokenizer, reward=False, dtype=dtype, attention="sdpa")
         return model.to(device).eval()
 

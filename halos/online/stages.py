@@ -158,9 +158,9 @@ class Stages:
 def config_file(online: Online) -> Path:
     """Of accelerate. Raises UserError where it is not there."""
     if online.config_file is None:
-        import torch
+        from halos.distributed.device import uses_gpu
 
-        name = "ddp" if torch.cuda.is_available() else "cpu2"
+        name = "ddp" if uses_gpu() else "cpu2"
         return CONFIGS / f"{name}.yaml"
     return accelerate_config(online.config_file, "online.config_file")
 

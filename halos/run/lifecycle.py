@@ -36,7 +36,7 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
     with directory.lock() as lock:
         try:
             _listen(None, told)
-            made = accelerator(config.train.precision, config.model.dtype)
+            made = accelerator(config.train.precision, config.model.dtype, deterministic=config.train.deterministic)
             outlive_no_launcher(launched())
             speak(made.is_main_process)
             with together(made):

@@ -37,6 +37,11 @@ class Shelf:
     new_tokens: list[str]  # that the base's embeddings do not know
     made: Accelerator
 
+    @property
+    def half(self) -> bool:
+        """Whether this run computes in bfloat16 on a GPU, so that frozen weights lose nothing by it."""
+        return self.made.device.type == "cuda" and self.made.mixed_precision == "bf16"
+
     def load(self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None) -> PreTrainedModel:
         settings, device = self.config.model, self.made.device
         half = dtype is torch.bfloat16 or self.made.mixed_precision == "bf16"
@@ -59,7 +64,7 @@ def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     if config.model.quantize and (asked_to_shard() or deepspeed_asked()):
         raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     lora = config.peft.name == "lora"
-    dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)
+    dtype = weights_dtype(config.model.dtype, trained=not lora, half=shelf.half)
     source = checkpoint / "model" if checkpoint and not lora else shelf.base
     model = shelf.load(source, dtype, reward=reward, quantize=config.model.quantize)
     if config.model.quantize:
@@ -81,7 +86,7 @@ def skeleton(shelf: Shelf) -> nn.Module:
     """The policy with its adapter and without its weights, on the meta device."""
     config = shelf.config
     lora = config.peft.name == "lora"
-    dtype = weights_dtype(config.model.dtype, trained=not lora, device=shelf.made.device)
+    dtype = weights_dtype(config.model.dtype, trained=not lora, half=shelf.half)
     register()
     made: nn.Module = load_model(
         shelf.base, shelf.tokenizer, reward=False, dtype=dtype, attention=SEGMENTS, new_tokens=shelf.new_tokens, hollow=True
@@ -110,7 +115,7 @@ def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module |
     if named is None and isinstance(model, PeftModel):
         return None
     source = named or shelf.base
-    dtype = weights_dtype(config.model.dtype, trained=True, device=shelf.made.device)
+    dtype = weights_dtype(config.model.dtype, trained=True, half=shelf.half)
     return freeze(LanguageModel(shelf.load(source, dtype, reward=False), temperature=config.train.temperature))
 
 

@@ -33,6 +33,9 @@ def main() -> None:
     fields = [*(defaults.deepspeed_config if defaults else ()), *(["mixed_precision"] if says_precision else [])]
     arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
     environment = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
+    environment["ACCELERATE_USE_CPU"] = str(bool(arguments.use_cpu))  # which accelerate hands to a single process only
+    if not says_precision:  # else its own default would pass for a wish
+        environment.pop("ACCELERATE_MIXED_PRECISION", None)
     # accelerate has just chosen a port of its own, which the other ranks do not know
     meeting = {"MASTER_PORT": os.environ["MASTER_PORT"], **gloo_interface(os.environ)}
     os.execve(sys.executable, [sys.executable, *command], {**environment, **ranks, **meeting})

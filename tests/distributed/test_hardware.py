@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PRETEND = """
 import torch
-torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_: True
+torch.cuda.is_available = torch.cuda.is_bf16_supported = lambda *_, **__: True
 torch.cuda.device_count = lambda: 1
 from halos.distributed.launch import accelerator
 made = accelerator("auto")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from halos.checkpoint import find
 from halos.distributed import watchdog
-from halos.distributed.launch import _is_accelerate
+from halos.distributed.device import is_accelerate
 from halos.distributed.signals import ASKING
 from halos.run import header as start_header
 from halos.run import lifecycle
@@ -92,7 +92,7 @@ def uninterrupted(whole: dict[str, Path], launcher: str) -> Path:
     ],
 )
 def test_a_launcher_is_known_by_its_command(words: str, launcher: bool) -> None:
-    assert _is_accelerate(words.split()) is launcher
+    assert is_accelerate(words.split()) is launcher
 
 
 CASES = [

@@ -18,9 +18,10 @@ from halos.data.collate import pack
 from halos.data.dataset import Completion
 from halos.data.template import chat_template
 from halos.data.tokenize import Encoder
+from halos.distributed.device import has_bfloat16
 from halos.errors import UserError
 from halos.logps.attention import SEGMENTS, register
-from halos.logps.model import hidden_states, last_tokens
+from halos.logps.model import hidden_states, last_tokens, scores_of
 from halos.models.load import SAFELY, load_tokenizer, read_config, weights_dtype
 from halos.online.labellers.score import Score
 from halos.online.ranks import device_of_this_process
@@ -80,13 +81,13 @@ class RewardModel:
             some = fitting[start : start + self.batch_size]
             batch = pack([pair for _, pair, _ in some]).to(model.device)
             last = last_tokens(batch, model.config.get_text_config().pad_token_id)
-            scores = model.score(hidden_states(model, batch)[last])[:, self.label].float().tolist()
+            scores = scores_of(model, hidden_states(model, batch)[last])[:, self.label].tolist()
             for (_, _, row), value in zip(some, scores, strict=True):
                 yield row, Score(value)
 
     def _load(self) -> Any:
         device = device_of_this_process()
-        dtype = weights_dtype("auto", trained=False, device=device)
+        dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
         register()
         model = AutoModelForSequenceClassification.from_pretrained(
             self.place, dtype=dtype, attn_implementation=SEGMENTS, **SAFELY

@@ -1,0 +1,113 @@
+"""Wishes for a device and a precision are told from accelerate's defaults, and heeded; torch computes as it was asked to."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from halos.distributed import device
+from halos.logps.model import scores_of
+from halos.models.load import weights_dtype
+from halos.trainers.base import Trainer
+
+CONFIGS = Path(__file__).resolve().parents[2] / "launch" / "accelerate"
+GPUS = ["gpu1", "ddp", "ddp_multinode", "fsdp2", "fsdp2_multinode", "deepspeed_zero2", "deepspeed_zero3"]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """`launched("--config_file", ...)`: this process was started by such an accelerate launch, on a machine with a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate's own word, whether somebody wrote it or not
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+
+    def command(*words: str) -> None:
+        monkeypatch.setattr(device, "parent_command", lambda: ["python", "/bin/accelerate", "launch", *words, "train.py"])
+        device.launcher_settings.cache_clear()
+
+    yield command
+    device.launcher_settings.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["cpu1", "cpu2", "cpu2_fsdp2", "cpu2_zero3"])
+def test_a_config_for_the_cpu_takes_no_gpu(name: str, launched: Callable[..., None]) -> None:
+    launched("--config_file", str(CONFIGS / f"{name}.yaml"))
+    assert not device.uses_gpu()
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_a_config_for_gpus_takes_them_and_says_bfloat16(name: str, launched: Callable[..., None]) -> None:
+    launched(f"--config-file={CONFIGS / f'{name}.yaml'}")
+    assert device.uses_gpu()
+    assert device.precision_asked() == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("line", "options", "asked"),
+    [("mixed_precision: no", [], "no"), ("mixed_precision: 'no'", [], "no"), ("mixed_precision: bf16", [], "bf16"),
+     ("", [], None), ("", ["--mixed_precision", "no"], "no"), ("mixed_precision: no", ["--mixed_precision=bf16"], "bf16")],
+)  # fmt: skip
+def test_a_precision_that_was_written_down_is_told_from_the_launchers_default(
+    line: str, options: list[str], asked: str | None, launched: Callable[..., None], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(f"distributed_type: MULTI_GPU\nnum_processes: 8\n{line}\n")
+    launched("--config_file", str(tmp_path / "mine.yaml"), *options)
+    assert device.precision_asked() == asked
+    assert device.launcher_settings().num_processes == 8
+
+
+def test_without_accelerate_its_variable_is_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "parent_command", lambda: ["srun", "python", "rank.py"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert device.precision_asked() == "no"
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert device.precision_asked() is None
+
+
+def test_a_gpu_that_only_emulates_bfloat16_has_none(launched: Callable[..., None]) -> None:
+    launched("--num_processes", "1")
+    assert not device.has_bfloat16()
+
+
+def test_a_frozen_base_is_bfloat16_only_where_the_arithmetic_is() -> None:
+    wanted = {(False, True): torch.bfloat16, (False, False): torch.float32, (True, True): torch.float32}
+    assert {key: weights_dtype("auto", trained=key[0], half=key[1]) for key in wanted} == wanted
+    assert weights_dtype("float32", trained=False, half=True) is torch.float32
+
+
+def test_cudnn_attention_is_off_and_deterministic_kernels_train(
+    monkeypatch: pytest.MonkeyPatch, trainer: Callable[..., Trainer]
+) -> None:
+    for name in device.DETERMINISTIC:
+        monkeypatch.delenv(name, raising=False)
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        device.prepare_torch()
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert not torch.are_deterministic_algorithms_enabled()
+        device.prepare_torch(deterministic=True)
+        assert torch.are_deterministic_algorithms_enabled()
+        assert all(os.environ[name] == value for name, value in device.DETERMINISTIC.items())
+        made = trainer("loss=dpo", "peft=lora", "train.batch_size=4", "train.microbatch_size=2", "train.steps=1")
+        totals = made.step(made.order.batch(0))  # an operation without such a kernel raises
+        assert totals["grad_norm"][0] > 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+        for name in device.DETERMINISTIC:
+            os.environ.pop(name, None)
+
+
+class Scorer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = nn.Linear(2, 1, bias=False, dtype=torch.bfloat16)
+        self.score.weight.data = torch.tensor([[1.0, 0.0078125]], dtype=torch.bfloat16)
+
+
+def test_scores_are_computed_in_float32_whatever_the_weights_are_in() -> None:
+    hidden = torch.tensor([[256.0, 1.0], [256.0, 2.0]], dtype=torch.bfloat16)  # as bfloat16 all scores would be 256
+    assert scores_of(Scorer(), hidden)[:, 0].tolist() == [256.0078125, 256.015625]
