@@ -7,6 +7,16 @@ cd "$(dirname "$0")/.."
 . launch/python.sh
 use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 openai==3.57.0 math-verify==0.9.0 deepspeed==0.19.8"
 
+# the oldest transformers that requirements.txt names, with the hub client that it takes; tests/test_oldest_versions.py runs it
+oldest="transformers==5.17.0 huggingface-hub==1.33.0"
+if [ "$(cat .venv/oldest/installed 2>/dev/null)" != "$oldest" ]; then
+  rm -rf .venv/oldest
+  # shellcheck disable=SC2086
+  python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oldest $oldest || exit 1
+  echo "$oldest" > .venv/oldest/installed
+fi
+
+export CUDA_VISIBLE_DEVICES=""  # the tests are for the CPU
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .

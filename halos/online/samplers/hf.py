@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -141,7 +142,11 @@ class HFEngine:
         # room for one sequence at the least, else nothing could ever be scheduled
         pages = max(self.cache_tokens // PAGE, -(-longest // PAGE) + 2)
         tokens = min(MOST_AT_ONCE, max(self.batch_size, max(len(request.ids) for request in requests)) * 2)
+        known = inspect.signature(ContinuousBatchingConfig).parameters  # transformers 5.17 calls a page a block
+        more: dict[str, Any] = {"page_size" if "page_size" in known else "block_size": PAGE}
+        if "auto_switch_to_flash" in known:
+            more["auto_switch_to_flash"] = False  # it would fetch a kernel from the hub, and sample by another attention
         return ContinuousBatchingConfig(
-            page_size=PAGE, num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.batch_size,
-            use_async_batching=False, use_cuda_graph=False,
+            num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.batch_size, use_async_batching=False,
+            use_cuda_graph=False, **more,
         )  # fmt: skip
