@@ -329,8 +329,7 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
 
 def last_settings(run_dir: RunDir) -> dict[str, Any]:
     """A run's configuration as it was last changed."""
-    records = {record.name: record.read_text(encoding="utf-8", errors="replace") for record in run_dir.attempts()}
-    return saved.load(run_dir.read_config(), records, str(run_dir.path))
+    return saved.load(run_dir.read_config(), run_dir.read_attempts(), str(run_dir.path))
 
 
 def refuse_on_resume(one: Typed, settings: dict[str, Any], run_dir: RunDir, choices: Choices) -> None:
@@ -412,6 +411,7 @@ def take_up(config: Config) -> list[Change]:
         return []
     if not is_run(run_dir.path):
         return []
+    run_dir.open()
     config.resume, config.overwrite = str(run_dir.path), False
     oldest = next(iter(run_dir.saves()), None)
     changed = changes.compare(config, Past(last_settings(run_dir), run_dir.path, oldest))

@@ -10,11 +10,13 @@ import socket
 import subprocess
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from halos import confined
+from halos.confined import UnreadableError
 from halos.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,7 @@ HEARTBEAT = 30.0  # seconds
 SILENCE = 600.0  # seconds without a heartbeat after which a process that cannot be looked at counts as gone
 EARLIER = 90.0  # the same for one of this very batch job, which its scheduler has ended before it started us
 PERIOD = 0.5  # seconds between two looks at a lock that is waited for
+LARGEST = 2**16  # bytes of a lock
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +177,9 @@ class RunLock:
             raise UserError(f"another process is just taking over {self.path}: try again in a moment") from error
         with claim:
             try:
-                if self.path.read_bytes() != stale.content:
+                if confined.read_bytes(self.path, within=self.path.parent, most=LARGEST) != stale.content:
                     return False
-            except FileNotFoundError:
+            except UnreadableError:
                 return False
             os.replace(own, self.path)
             return True
@@ -184,8 +187,10 @@ class RunLock:
     def _judge(self, now: float) -> Verdict | None:
         """None where there is no lock."""
         try:
-            content, touched = self.path.read_bytes(), self.path.stat().st_mtime
-        except FileNotFoundError:
+            content, touched = confined.read_bytes(self.path, within=self.path.parent, most=LARGEST), self.path.stat().st_mtime
+        except (UnreadableError, FileNotFoundError):
+            if self.path.exists():
+                raise
             return None
         holder, place = _parse(content), self.path.parent
         if holder is not None and (holder.host, holder.pid_namespace) == (socket.gethostname(), _namespace()):
@@ -213,7 +218,7 @@ class RunLock:
                     if not self._ended.is_set():
                         log.error("%s is no longer ours: another process may be training in this directory", self.path)
                     return
-                os.utime(self.path)
+                os.utime(self.path, follow_symlinks=False)
             except OSError as error:  # a network file system may come back
                 log.warning("%s could not be touched: %s", self.path, error)
 
@@ -234,7 +239,7 @@ def _link(own: Path, path: Path) -> bool:
 
 
 def _write(path: Path, holder: Holder) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with path.open("x", encoding="utf-8") as file:
         file.write(json.dumps(asdict(holder), indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
@@ -242,18 +247,20 @@ def _write(path: Path, holder: Holder) -> None:
 
 def _read(path: Path) -> Holder | None:
     try:
-        return _parse(path.read_bytes())
-    except FileNotFoundError:
+        return _parse(confined.read_bytes(path, within=path.parent, most=LARGEST))
+    except UserError:
         return None
 
 
 def _parse(content: bytes) -> Holder | None:
     """None where a lock was not written by us, or only in part."""
     try:
-        holder = Holder(**json.loads(content))
-    except (ValueError, TypeError):
+        holder = Holder(**confined.parse_json(content.decode("utf-8"), NAME))
+    except (ValueError, TypeError, UnreadableError):
         return None
-    return holder if isinstance(holder.pid, int) and 0 < holder.pid < 2**31 else None
+    if any(type(getattr(holder, each.name)) is not (int if each.type == "int" else str) for each in fields(holder)):
+        return None
+    return holder if 0 < holder.pid < 2**31 else None
 
 
 def _namespace() -> str:

@@ -1,11 +1,24 @@
 """Who speaks: the first process to the terminal and train.log; each other one to its own file, and aloud when it fails."""
 
 import logging
+import os
+import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 
 import transformers
 from tqdm import tqdm
+
+from halos import confined
+from halos.errors import printable
+
+
+class Printable(logging.Formatter):
+    """What is said may hold names of a stranger's files."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class AboveTheBar(logging.Handler):
@@ -15,6 +28,24 @@ class AboveTheBar(logging.Handler):
         tqdm.write(self.format(record), file=None)
 
 
+class Kept(logging.FileHandler):
+    """A log file of the run directory. On a full disk what was to be kept is lost, and that is said once, on the terminal."""
+
+    _lost = False
+
+    def _open(self) -> TextIOWrapper:
+        return os.fdopen(confined.open_to_append(Path(self.baseFilename)), "a", encoding="utf-8")
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+        elif not self._lost:
+            self._lost = True
+            tqdm.write(
+                f"{self.baseFilename} cannot be written ({sys.exception()}): what is said is lost from here on", sys.stderr
+            )
+
+
 def speak(main: bool) -> None:
     """Set logging up, in the one place where it is."""
     logger = logging.getLogger("halos")
@@ -22,7 +53,7 @@ def speak(main: bool) -> None:
     logger.propagate = False
     logger.setLevel(logging.INFO)
     console = AboveTheBar(logging.INFO if main else logging.WARNING)
-    console.setFormatter(logging.Formatter("%(message)s"))
+    console.setFormatter(Printable("%(message)s"))
     logger.addHandler(console)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -31,7 +62,10 @@ def speak(main: bool) -> None:
 
 
 def write_to(path: Path) -> None:
-    """Keep what is said in a file too, which is made when there is something to say."""
-    file = logging.FileHandler(path, delay=True)
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    """Keep what is said in a file too, which is made when there is something to say. Raises UserError where what stands there
+    is a link, or no file."""
+    if os.path.lexists(path):
+        os.close(confined.open_to_append(path))
+    file = Kept(path, delay=True)
+    file.setFormatter(Printable("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("halos").addHandler(file)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
-import math
 import os
 import re
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,15 +14,20 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from halos import confined
+from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.lock import NAME as LOCK
 from halos.lock import RunLock
+from halos.metrics_file import MetricsFile, to_json
 
 Status = Literal["finished", "stopped", "failed", "running"]
 LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", LOCK}  # what a start may leave that died before config.yaml
 ASIDE = "superseded-"
 PLACE = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "dry_run")  # not what is run
-HIDDEN = (".config.yaml.", f".{LOCK}.", ".deleted-", "train.rank")
+HIDDEN = (".config.yaml.", ".result.json.", f".{LOCK}.", ".deleted-", "train.rank")
+RESERVE, RESERVED = ".result.json.reserve", 2**14  # room for the last word of a run whose disk others have filled
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class RunDir:
@@ -47,6 +51,10 @@ class RunDir:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> MetricsFile:
+        return MetricsFile(self.path / "metrics.jsonl")
 
     def lock(self) -> RunLock:
         return RunLock(self.path / LOCK)
@@ -83,13 +91,13 @@ class RunDir:
         """
         self.refuse_occupied(overwrite=overwrite)
         doomed = self.path / f".deleted-{os.getpid()}"
-        shutil.rmtree(doomed, ignore_errors=True)
+        confined.remove(doomed)
         names = [name for name in self._names() if name != LOCK and not name.startswith(f".{LOCK}.")]
         doomed.mkdir(parents=True)
         last = ["config.yaml", "attempts", "result.json"]
         for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
             (self.path / name).rename(doomed / name)
-        shutil.rmtree(doomed)
+        confined.remove(doomed)
         (self.path / "attempts").mkdir()
 
     def abandon(self) -> None:
@@ -97,9 +105,8 @@ class RunDir:
         if self.checkpoints.is_dir() or self.final.exists() or any(row["step"] for row in self.read_metrics()):
             return
         logs = [path.name for path in self.path.glob("train.*log")]
-        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", *logs):
-            entry = self.path / name
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", RESERVE, *logs):
+            confined.remove(self.path / name)
 
     @classmethod
     def at(cls, resume: str) -> Self:
@@ -113,9 +120,16 @@ class RunDir:
         return cls(place.parent.parent if place.parent.name == "checkpoints" else place)
 
     def open(self) -> None:
-        """Raises UserError where no run was begun here, so that none can be resumed."""
+        """Raises UserError where no run was begun here, so that none can be resumed, and where something in it leads out of it
+        or could not be written."""
         if not is_run(self.path):
             raise UserError(f"resume={self.path}: {_no_run(self.path)}")
+        confined.inspect(self.path)
+        for place in (self.path, self.path / "attempts", self.checkpoints):
+            if place.exists() and not place.is_dir():
+                raise UserError(f"{place} is a file where a directory belongs: move it away")
+            if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+                raise UserError(f"{place} cannot be written into, and a run that goes on saves there: chmod u+wx {place}")
 
     def asked_checkpoint(self, resume: str | None) -> Path | None:
         """The checkpoint that `resume=` names, or None where it leaves the choice to us."""
@@ -129,7 +143,8 @@ class RunDir:
 
     def saves(self) -> dict[int, Path]:
         """Checkpoints by step, oldest first, whole or not."""
-        found = [path for path in self.checkpoints.glob("step-*") if path.name[5:].isdecimal() and path.is_dir()]
+        there = self.checkpoints.glob("step-*")
+        found = [path for path in there if path.name[5:].isdecimal() and len(path.name) < 20 and path.is_dir()]
         return {step_of(path): path for path in sorted(found, key=step_of)}
 
     # --- what it holds
@@ -141,14 +156,11 @@ class RunDir:
 
     def read_config(self) -> str:
         """The text of config.yaml. Raises UserError where it is none."""
-        try:
-            return self.config.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.config} cannot be read: {error}") from error
+        return confined.read_text(self.config, within=self.path, most=confined.SETTINGS)
 
     def attempts(self) -> list[Path]:
         """Their records, oldest first."""
-        found = [path for path in (self.path / "attempts").glob("*.yaml") if path.stem.isdecimal()]
+        found = [path for path in (self.path / "attempts").glob("*.yaml") if path.stem.isdecimal() and len(path.stem) < 10]
         return sorted(found, key=lambda path: int(path.stem))
 
     def next_attempt(self) -> int:
@@ -158,10 +170,13 @@ class RunDir:
         """attempts/NNN.yaml: what was typed, which versions, why it went on where it did. Gives back NNN."""
         number = self.next_attempt()
         (self.path / "attempts").mkdir(parents=True, exist_ok=True)
-        write_whole(
-            self.path / "attempts" / f"{number:03d}.yaml", yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True)
-        )
+        text = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True)
+        write_whole(self.path / "attempts" / f"{number:03d}.yaml", text, within=self.path)
         return number
+
+    def read_attempts(self) -> dict[str, str]:
+        """The text of each record by its name, oldest first."""
+        return {path.name: confined.read_text(path, within=self.path, most=confined.SETTINGS) for path in self.attempts()}
 
     def set_aside(self, step: int, *, final: bool) -> tuple[Path, list[str]]:
         """Moves checkpoints after `step`, and with `final` FINAL, into checkpoints/superseded-NNN/; NNN is the coming attempt.
@@ -173,49 +188,56 @@ class RunDir:
         later = [path for number, path in reversed(self.saves().items()) if number > step]
         moved = [*later, *([self.final] if final and self.final.exists() else [])]
         if moved:
+            if place.exists() and not place.is_dir():
+                confined.remove(place)  # of that name is only what we set aside
             place.mkdir(parents=True, exist_ok=True)
             rows = [row for row in self.read_metrics() if row["step"] > step]
-            write_whole(place / "metrics.jsonl", "".join(_json(row) + "\n" for row in rows))
+            write_whole(place / "metrics.jsonl", "".join(to_json(row) + "\n" for row in rows), within=self.path)
         for path in moved:
             path.rename(place / path.name)
         return place, [path.name for path in moved]
 
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """One line of metrics.jsonl; it has a `step`."""
-        assert "step" in row
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(_json(row) + "\n")
+        self.metrics.append(row)
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All rows; a last line that was cut off by a crash is passed over."""
-        path = self.path / "metrics.jsonl"
-        if not path.exists():
-            return []
-        *whole, _torn = path.read_text(encoding="utf-8").split("\n")  # what follows the last line's end is no line
-        return [json.loads(line) for line in whole]
+        """All rows that can be read."""
+        return self.metrics.read()
 
-    def truncate_metrics(self, after_step: int) -> None:
-        """Drops what was logged after the step that the run goes on from, so that no step appears twice."""
-        kept = [row for row in self.read_metrics() if row["step"] <= after_step]
-        write_whole(self.path / "metrics.jsonl", "".join(_json(row) + "\n" for row in kept))
+    def go_on_from(self, step: int) -> int:
+        """Drop what was logged after the step that the run goes on from. How many lines of its metrics were damaged."""
+        return self.metrics.keep_until(step)
 
     def write_result(self, status: Status, step: int, metrics: Mapping[str, Any], *, reason: str | None = None) -> None:
         """result.json, because a launcher turns every exit status but 0 into 1."""
         why = {"reason": reason} if reason else {}
-        write_whole(self.path / "result.json", _json({"status": status, "step": step, "metrics": metrics, **why}) + "\n")
+        text = to_json({"status": status, "step": step, "metrics": metrics, **why}) + "\n"
+        result, reserve = self.path / "result.json", self.path / RESERVE
+        if status == "running":  # on a disk that others fill there is still room for what comes of it
+            write_whole(reserve, " " * RESERVED, within=self.path)
+        try:
+            write_whole(result, text, within=self.path)
+        except OSError as error:
+            if error.errno not in FULL or not confined.fill(reserve, text):
+                raise
+            os.replace(reserve, result)
+        if status != "running":
+            confined.remove(reserve)
 
     def read_result(self) -> dict[str, Any] | None:
         """None where there is none that can be read."""
         try:
-            result = json.loads((self.path / "result.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            result = confined.load_object(self.path / "result.json", within=self.path)
+        except UnreadableError:
             return None
-        return result if isinstance(result, dict) and result.keys() >= {"status", "step", "metrics"} else None
+        kinds = {"status": str, "step": int, "metrics": dict}
+        return result if all(type(result.get(name)) is kind for name, kind in kinds.items()) else None
 
     def final_value(self, metric: str) -> float | None:
         """A metric's last held-out value, for a sweeper; None where the run has none."""
         value = (self.read_result() or {"metrics": {}})["metrics"].get(metric)
-        return float(value) if isinstance(value, (int, float)) else None
+        return float(value) if isinstance(value, float) or type(value) is int else None
 
     def is_finished(self) -> bool:
         result = self.read_result()
@@ -259,35 +281,12 @@ def _no_run(place: Path) -> str:
     if is_run(place.parent):
         return f"it lies inside a run: resume={place.parent}"
     what = "it is no run (no config.yaml)" if place.exists() else "there is no such directory"
+    if (place / "config.yaml").is_file() and any((place / name).exists() for name in ("checkpoints", "FINAL", "metrics.jsonl")):
+        return (
+            "attempts/, the record of its starts, is missing from it: bring it back, since settings that a resume changed stand"
+            f" there; where none were changed, mkdir {place}/attempts"
+        )
     siblings = _runs(place.parent)
     if near := get_close_matches(place.name, siblings, 1):
         return f"{what}; did you mean {place.parent / near[0]}?"
     return f"{what}; {place.parent} holds {', '.join(siblings[:8])}" if siblings else f"{what}, and {place.parent} holds no runs"
-
-
-def _json(value: Any) -> str:
-    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan and no infinity: null stands for them."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {name: _finite(part) for name, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-def write_whole(path: Path, text: str) -> None:
-    """The whole file or nothing, also after a power cut."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    with hidden.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(hidden, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)

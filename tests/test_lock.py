@@ -272,7 +272,7 @@ def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(module, "HEARTBEAT", 0.01)
     path = tmp_path / "run.lock"
     touched, touch = threading.Event(), os.utime
-    monkeypatch.setattr(os, "utime", lambda place: (touch(place), touched.set()))
+    monkeypatch.setattr(os, "utime", lambda place, **how: (touch(place, **how), touched.set()))
     with RunLock(path) as lock:
         lock.acquire(0)
         assert touched.wait(60)

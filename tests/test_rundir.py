@@ -244,7 +244,7 @@ def test_a_torn_last_line_is_passed_over_and_then_gone(tmp_path):
     path = run.path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 2, "lo')
     assert run.read_metrics() == [{"step": 1}]
-    run.truncate_metrics(5)
+    run.go_on_from(5)
     run.append_metrics({"step": 2})
     assert [row["step"] for row in run.read_metrics()] == [1, 2]
 
@@ -253,7 +253,7 @@ def test_after_a_resume_no_step_appears_twice(tmp_path):
     run = begun(tmp_path / "demo")
     for step in range(6):
         run.append_metrics({"step": step})
-    run.truncate_metrics(3)
+    run.go_on_from(3)
     for step in range(4, 8):
         run.append_metrics({"step": step})
     assert [row["step"] for row in run.read_metrics()] == list(range(8))

@@ -14,7 +14,8 @@ from halos.config.schema import Config
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
-    {"config", "logps", "losses", "metrics", "lock", "logs", "versions"},
+    {"confined"},
+    {"config", "logps", "losses", "metrics", "metrics_file", "lock", "logs", "versions"},
     {"rundir", "distributed"},
     {"models", "data", "merge"},
     {"checkpoint"},

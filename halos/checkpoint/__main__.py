@@ -5,12 +5,12 @@ import sys
 from pathlib import Path
 
 from halos.checkpoint import find, manifest
-from halos.errors import UserError, command
+from halos.errors import UserError, command, one_line
 from halos.rundir import is_run
 
 
 def _size(path: Path) -> str:
-    return manifest.in_words(sum(file.stat().st_size for file in path.rglob("*") if file.is_file()))
+    return manifest.in_words(sum(file.stat().st_size for file in manifest.files_of(path)))
 
 
 def _saved(run: Path) -> list[Path]:
@@ -43,8 +43,8 @@ def ls(run: Path) -> int:
     """Steps, sizes, held-out metrics, and whether each is whole (BAD: damaged; NEWER: saved by a later version)."""
     for path in _saved(run):
         metrics = find.metrics_of(path).get("eval", {})
-        shown = "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
-        print(f"{path.name:14s} {_size(path):>10s}  {_condition(path):5s}  {shown}")
+        shown = "  ".join(f"{one_line(k)} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
+        print(f"{one_line(path.name):14s} {_size(path):>10s}  {_condition(path):5s}  {shown}")
     return 0
 
 
@@ -56,7 +56,7 @@ def verify(run: Path) -> int:
         listing = manifest.read(path)
         listed = {} if isinstance(listing, manifest.Fault) else listing["files"]
         for name in sorted({*listed, *faults}):
-            print(f"{path.name}/{name}: {faults[name].reason if name in faults else 'ok'}")
+            print(f"{one_line(f'{path.name}/{name}')}: {faults[name].reason if name in faults else 'ok'}")
         bad |= bool(faults)
     return int(bad)
 

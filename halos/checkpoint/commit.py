@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from halos import confined
 from halos.checkpoint import manifest
 
 HIDDEN = ".partial-"
@@ -80,7 +81,7 @@ def staged(final: Path, *, main: bool, facts: dict[str, Any], gather: Gather = a
     hidden, held = final.with_name(HIDDEN + final.name), Held()
     with held:
         if main:
-            shutil.rmtree(hidden, ignore_errors=True)
+            confined.remove(hidden)
             hidden.mkdir(parents=True)
     _settle(held, hidden, main, gather)
     with held:
@@ -128,8 +129,8 @@ def _publish(hidden: Path, final: Path, facts: dict[str, Any]) -> None:
         sync(path)
     sync(hidden)
     replaced = final.with_name(REPLACED + final.name)
-    if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+    if os.path.lexists(final):
+        confined.remove(replaced)
         final.rename(replaced)
     try:
         hidden.rename(final)
@@ -141,7 +142,8 @@ def _publish(hidden: Path, final: Path, facts: dict[str, Any]) -> None:
     for above in list(final.parents)[1:4]:  # checkpoints/, the run's directory and a sweep's: this save may be their first
         with suppress(PermissionError):
             sync(above)
-    shutil.rmtree(replaced, ignore_errors=True)
+    with suppress(OSError):
+        confined.remove(replaced)
 
 
 def sweep(directory: Path) -> list[str]:
@@ -156,9 +158,9 @@ def sweep(directory: Path) -> list[str]:
     removed = []
     for path in sorted([*directory.iterdir(), *directory.glob("attempts/*")]):
         if path.name.startswith((HIDDEN, REPLACED)):
-            shutil.rmtree(path)
+            confined.remove(path)
             removed.append(path.name)
-        elif TEMPORARY.fullmatch(path.name) and path.is_file():
+        elif TEMPORARY.fullmatch(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
             removed.append(path.name)
     return removed
@@ -169,13 +171,13 @@ def discard(directories: Sequence[Path]) -> Callable[[], None]:
     that is given back."""
     hidden = [path.with_name(HIDDEN + "old-" + path.name) for path in directories]
     for path, place in zip(directories, hidden, strict=True):
-        shutil.rmtree(place, ignore_errors=True)
+        confined.remove(place)
         path.rename(place)
     for parent in {path.parent for path in directories}:
         sync(parent)
 
     def remove() -> None:
         for place in hidden:
-            shutil.rmtree(place)
+            confined.remove(place)
 
     return remove

@@ -1,19 +1,17 @@
 """Which checkpoint a run goes on from: the newest that verifies, and why newer ones were passed over."""
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from halos import confined
 from halos.checkpoint import commit, manifest
 from halos.errors import UserError
 from halos.rundir import RunDir
 
-STEP = re.compile(r"step-(\d+)$")
+STEP = re.compile(r"step-(\d{1,15})\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,8 @@ def go_on(run: RunDir, asked: Path | None) -> Found:
 
 def refuse_misplaced(run: RunDir) -> None:
     """Raises UserError where somebody has put a checkpoint here that is none of this run, or renamed one."""
-    settings = (yaml.safe_load(run.read_config()) if run.config.is_file() else None) or {}
+    settings = confined.parse_yaml(run.read_config(), str(run.config)) if run.config.is_file() else None
+    settings = settings if isinstance(settings, dict) else {}
     for path in checkpoints(run.checkpoints):
         if why := _misplaced(path, settings):
             raise UserError(f"{path} is not what this run saved there: {why}. Move it away")
@@ -68,8 +67,8 @@ def _misplaced(path: Path, settings: Mapping[str, Any]) -> str | None:
     if settings and (path / other).is_dir() and not (path / mine).is_dir():
         return f"it holds {other}/, and this run trains and saves {mine}/"
     try:
-        name = json.loads((path / "lineage.json").read_text())["runs"][-1]["config"]["exp_name"]
-    except (OSError, ValueError, LookupError, TypeError):
+        name = confined.load_object(path / "lineage.json", within=path)["runs"][-1]["config"]["exp_name"]
+    except (UserError, LookupError, TypeError):
         return None
     return None if settings.get("exp_name") in (None, name) else f"it is of another run, {name}"
 
@@ -103,12 +102,13 @@ def exactly(path: Path) -> Path:
 def score_of(path: Path, metric: str) -> float | None:
     """A checkpoint's held-out metric, or None where it has none."""
     score = metrics_of(path).get("eval", {}).get(metric)
-    return score if isinstance(score, (int, float)) else None
+    return score if isinstance(score, float) or type(score) is int else None
 
 
 def metrics_of(path: Path) -> dict[str, Any]:
     """The metrics saved with a checkpoint, or nothing where they cannot be read."""
     try:
-        return json.loads((path / "metrics.json").read_text())
-    except (OSError, ValueError):
+        metrics = confined.load_object(path / "metrics.json", within=path)
+    except UserError:
         return {}
+    return metrics if isinstance(metrics.get("eval", {}), dict) else {}

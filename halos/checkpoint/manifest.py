@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halos.errors import UserError
+from halos import confined
+from halos.errors import UserError, one_line
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -25,7 +28,7 @@ class Fault:
     reason: str
 
     def __str__(self) -> str:
-        return f"{self.file}: {self.reason}"
+        return f"{one_line(self.file)}: {self.reason}"
 
 
 def digest(path: Path) -> str:
@@ -34,7 +37,15 @@ def digest(path: Path) -> str:
 
 
 def files_of(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.rglob("*") if path.is_file() and path != directory / NAME)
+    """The regular files below a directory, its manifest not among them. No link is followed."""
+    return sorted(path for path, regular in _below(directory) if regular and path != directory / NAME)
+
+
+def _below(directory: Path) -> Iterator[tuple[Path, bool]]:
+    """All that is no directory, and whether it is a regular file."""
+    for place, inner, names in os.walk(directory):
+        yield from ((Path(place, name), False) for name in inner if Path(place, name).is_symlink())
+        yield from ((path := Path(place, name), not path.is_symlink() and path.is_file()) for name in names)
 
 
 def seal(text: str) -> str:
@@ -53,21 +64,40 @@ def describe(directory: Path, facts: dict[str, Any]) -> str:
 
 def read(directory: Path) -> dict[str, Any] | Fault:
     """The manifest, or why it is none. Raises NewerFormatError."""
-    try:
-        text = (directory / NAME).read_bytes().decode()
-        manifest = json.loads(text)
-    except FileNotFoundError:
+    if not os.path.lexists(directory / NAME):
         return Fault(NAME, "missing")
-    except (OSError, ValueError) as error:
+    try:
+        text = confined.read_text(directory / NAME, within=directory)
+        manifest = confined.parse_json(text, NAME)
+    except UserError as error:
         return Fault(NAME, f"unreadable ({error})")
     if text != seal(text.rpartition(SEAL)[0] + "\n}"):
         return Fault(NAME, "contents changed")
+    if why := _malformed(manifest):
+        return Fault(NAME, f"malformed, though it is sealed: {why}")
     if manifest["format"] > FORMAT:
         raise NewerFormatError(
             f"{directory} was saved by a newer version of halos: its manifest has format {manifest['format']},"
             f" and this version reads {FORMAT}. Go on with that version"
         )
     return manifest
+
+
+def _malformed(manifest: Any) -> str | None:
+    """What is wrong with a list that a stranger may have sealed, if anything is. Of a later format only the number is known."""
+    if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
+        return "it has no format"
+    if manifest["format"] > FORMAT:
+        return None
+    files = manifest.get("files")
+    if not isinstance(files, dict):
+        return "it lists no files"
+    for name, facts in files.items():
+        if not isinstance(facts, dict) or type(facts.get("bytes")) is not int or not isinstance(facts.get("sha256"), str):
+            return f"{one_line(name)} has no size and hash"
+    if type(manifest.get("step", 0)) is not int:
+        return "its step is no number"
+    return None
 
 
 def verify(directory: Path, *, contents: bool = True) -> list[Fault]:
@@ -79,19 +109,21 @@ def verify(directory: Path, *, contents: bool = True) -> list[Fault]:
     if isinstance(manifest, Fault):
         return [manifest]
     faults, listed = [], manifest["files"]
+    there = {path.relative_to(directory).as_posix(): (path, regular) for path, regular in _below(directory)}
     for name, facts in listed.items():
-        path = directory / name
+        path, regular = there.get(name, (None, False))  # so that a listed name leads nowhere else
         try:
-            if not path.is_file():
+            if path is None:
                 faults.append(Fault(name, "missing"))
+            elif not regular:
+                faults.append(Fault(name, "a link or a device instead of a file"))
             elif path.stat().st_size != facts["bytes"]:
                 faults.append(Fault(name, f"{path.stat().st_size} bytes instead of {facts['bytes']}"))
             elif contents and digest(path) != facts["sha256"]:
                 faults.append(Fault(name, "contents changed"))
         except OSError as error:
             faults.append(Fault(name, f"unreadable ({error.strerror})"))
-    found = {path.relative_to(directory).as_posix() for path in files_of(directory)}
-    return faults + [Fault(name, "not in the manifest") for name in sorted(found - set(listed))]
+    return faults + [Fault(name, "not in the manifest") for name in sorted(there.keys() - listed.keys() - {NAME})]
 
 
 def in_words(size: float) -> str:

@@ -14,6 +14,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from halos.config import changes
 from halos.config.schema import Config
 from halos.config.suggest import unknown_key
+from halos.confined import parse_yaml
 from halos.errors import UserError
 
 
@@ -57,10 +58,7 @@ def composed(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
-    try:
-        node = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+    node = parse_yaml(text, name)
     return node if isinstance(node, dict) else {}
 
 

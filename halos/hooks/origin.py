@@ -34,7 +34,7 @@ def leave(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> Non
     """lineage.json for the save at `path`, and for FINAL its card."""
     places = {"adapter": path / "adapter", "model": path if final else path / "model"}
     made = {kind: place for kind, place in places.items() if any(place.glob("*.safetensors"))}
-    evaluations = [row for row in run.directory.read_metrics() if row["split"] == "eval"]
+    evaluations = [row for row in run.directory.read_metrics() if row.get("split") == "eval"]
     first = evaluations[0] if evaluations and evaluations[0]["step"] < run.step else None
     whole = lineage.write(path, chain, made, step=run.step, before=first, metrics=run.last_eval)
     if final and not run.failure:

@@ -18,13 +18,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
+from halos.confined import write_whole
 from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.online import feedback
 from halos.online.labellers.score import Labeller, Score
 from halos.online.ranks import Ranks
 from halos.online.records import EVAL, Ledger, Row, hash_of, key_of, meta_path, read, read_meta, write
-from halos.rundir import write_whole
 
 KEEP = 64  # scores that are written together, where they cost only time
 

@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halos.confined import write_whole
 from halos.online.feedback import by_prompt
 from halos.online.records import EVAL, TRAIN, Row, question, text_of
-from halos.rundir import write_whole
 
 LONGEST = 600  # characters of a prompt or completion that are shown
 

@@ -10,8 +10,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halos.confined import write_whole
 from halos.errors import UserError
-from halos.rundir import write_whole
 
 Row = dict[str, Any]
 TRAIN, EVAL = "train", "eval"  # what a row is for

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from halos.confined import write_whole
 from halos.errors import UserError
 from halos.online import measure
 from halos.online.plan import Plan
 from halos.online.prompts import for_round, held_out
 from halos.online.records import EVAL, TRAIN, Row, read, read_meta, write
 from halos.online.stages import StageError
-from halos.rundir import RunDir, is_run, write_whole
+from halos.rundir import RunDir, is_run
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +163,7 @@ class Round:
 
     def _of_training(self) -> dict[str, float]:
         """The loss over the round's training, in the mean."""
-        rows = [row for row in RunDir(self.place / "train").read_metrics() if row["split"] == TRAIN]
+        rows = [row for row in RunDir(self.place / "train").read_metrics() if row.get("split") == TRAIN]
         losses = [row["loss"] for row in rows if row.get("loss") is not None]
         return {"loss": sum(losses) / len(losses)} if losses else {}
 

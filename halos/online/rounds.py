@@ -19,6 +19,7 @@ from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
 from halos.config.changes import Change
 from halos.config.schema import Config
+from halos.confined import write_whole
 from halos.distributed.signals import AGAIN
 from halos.errors import UserError
 from halos.hooks.base import Hook
@@ -28,7 +29,6 @@ from halos.online.plan import Plan
 from halos.online.records import EVAL, TRAIN, read_meta
 from halos.online.round import Round, Told
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
-from halos.rundir import write_whole
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Walk:
 
     def _record(self, one: Round, told: Told) -> None:
         """A round's rows of metrics.jsonl, in the place of any that an earlier attempt has left, and its examples."""
-        self.directory.truncate_metrics(one.number - 1)
+        self.directory.go_on_from(one.number - 1)
         for split, row in ((TRAIN, told.train), (EVAL, told.held)):
             if row:
                 whole = {"step": one.number, "split": split, **row}

@@ -18,6 +18,7 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.lock import RunLock
 from halos.logs import write_to
+from halos.metrics_file import DAMAGED
 from halos.run import header
 from halos.rundir import RunDir, is_run
 
@@ -81,7 +82,8 @@ def record(current: Run, typed: list[str], source: find.Found, changed: Sequence
     attempt = header.attempt(typed, current.accelerator, strategy=how, source=went_on, total_steps=current.total_steps)
     altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
     directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over})
-    directory.truncate_metrics(current.step if source.path else -1)
+    if damaged := directory.go_on_from(current.step if source.path else -1):
+        log.warning("%d lines of metrics.jsonl were damaged, and stand in %s now", damaged, DAMAGED)
     directory.write_result("running", current.step, {})
 
 

@@ -177,7 +177,7 @@ def begin_again(trainer: Trainer) -> None:
     directory = trainer.run.directory
     find.go_on(directory, None)
     directory.start_attempt({"resumed_from": "here"})
-    directory.truncate_metrics(trainer.run.step)
+    directory.go_on_from(trainer.run.step)
     directory.write_result("running", trainer.run.step, {})
 
 

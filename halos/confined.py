@@ -1,0 +1,272 @@
+"""Small files, read in bounds and written whole; and those of a run directory never through a link that leaves it.
+
+A run directory may be a stranger's, and so may be everything that it names: a link to a shell's start file, a pipe that nobody
+fills, a list of a gigabyte. The directory itself may be reached through a link, as a scratch disk is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from halos.errors import UserError, doing, one_line, words_of
+
+SMALL = 2**26  # bytes of a JSON file: the tokenizer.json of a large vocabulary has 34 MB
+SETTINGS = 2**20  # bytes of a YAML file, which is read at about 100 kB a second
+LARGE = 2**32  # bytes of a file of rows
+NODES = 100_000  # values in a YAML file, aliases counted as often as they stand for one
+REMEDY = "nothing is read or written through it; put what it points to in its place, or delete it"
+APPENDED = (".log", ".jsonl")  # files that are added to, so that a second name of one would change with it
+
+
+class UnreadableError(UserError):
+    """A file that is not there, or holds nothing that could be used. Whoever can do without it catches this."""
+
+
+# --- what a directory may hold -------------------------------------------------------------------------------------------
+
+
+def inspect(root: Path) -> None:
+    """Raises UserError where anything below `root` leads out of it, or is neither a file nor a directory. Opens nothing."""
+    home = Path(os.path.realpath(root))
+    for entry in _below(str(root)):
+        path = Path(entry.path)
+        if entry.is_symlink():
+            _refuse_leaving(path, home, root)
+            continue
+        facts = entry.stat(follow_symlinks=False)
+        if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
+            raise UserError(f"{one_line(path)} is {_kind(facts.st_mode)}, and a run directory holds files: delete it")
+        if facts.st_nlink > 1 and stat.S_ISREG(facts.st_mode) and entry.name.endswith(APPENDED):
+            raise UserError(_second_name(path))
+
+
+def _below(root: str) -> Iterator[os.DirEntry[str]]:
+    """Everything below a directory, without following a link."""
+    waiting = [root]  # and no call within a call: directories may be deeper than Python's stack
+    while waiting:
+        place = waiting.pop()
+        with doing(f"{one_line(place)} cannot be looked through"), os.scandir(place) as entries:
+            there = sorted(entries, key=lambda entry: entry.name)
+        yield from there
+        waiting += [entry.path for entry in reversed(there) if entry.is_dir(follow_symlinks=False)]
+
+
+def _refuse_leaving(path: Path, home: Path, root: Path) -> None:
+    target = Path(os.path.realpath(path))
+    if target == home or not target.is_relative_to(home):
+        raise UserError(f"{one_line(path)} is a link that leaves {one_line(root)} (to {one_line(target)}): {REMEDY}")
+
+
+def _second_name(path: Path) -> str:
+    shown = one_line(path)
+    return f"{shown} has a second name (a hard link), whose content would change with it: copy it, and put the copy in its place"
+
+
+def _kind(mode: int) -> str:
+    kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
+        (stat.S_ISLNK, "a link"), (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
+    )  # fmt: skip
+    return next((words for asks, words in kinds if asks(mode)), "a device")
+
+
+def refuse_links(path: Path, within: Path) -> None:
+    """Raises UserError where `path`, or a directory on the way to it from `within`, is a link that leaves `within`."""
+    home = Path(os.path.realpath(within))
+    for place in [path, *path.parents]:
+        if place == within:
+            return
+        if place.is_symlink():
+            _refuse_leaving(place, home, within)
+
+
+def root_of(directory: Path) -> Path:
+    """What the files of a directory of weights may point into: itself, or the hub's cache whose snapshot it is."""
+    snapshots = directory.absolute().parent
+    is_snapshot = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
+    return snapshots.parent if is_snapshot else directory
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------------
+
+
+def read_bytes(path: Path, *, within: Path | None = None, most: int = SMALL) -> bytes:
+    """A file's bytes. Raises UnreadableError for a missing one, for one that is no file or holds more than `most` bytes, and
+    for a link that leaves `within`; without `within`, where the user named the file, links are followed."""
+    if within is not None:
+        refuse_links(path, within)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe that nobody fills would hang
+        with os.fdopen(descriptor, "rb") as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode):
+                raise UnreadableError(f"{one_line(path)} is {_kind(facts.st_mode)} where a file belongs")
+            data = file.read(most + 1)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else words_of(error)
+        raise UnreadableError(f"{one_line(path)} cannot be read: {reason}") from error
+    if len(data) > most:
+        raise UnreadableError(f"{one_line(path)} is larger than {most} bytes, which no such file is")
+    return data
+
+
+def read_text(path: Path, *, within: Path | None = None, most: int = SMALL) -> str:
+    """The same as text. Raises UnreadableError for what is not UTF-8."""
+    try:
+        return read_bytes(path, within=within, most=most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{one_line(path)} cannot be read: it is no UTF-8 text") from error
+
+
+def load_json(path: Path, *, within: Path | None = None, most: int = SMALL) -> Any:
+    """What a JSON file holds. Raises UnreadableError for a file that is none."""
+    return parse_json(read_text(path, within=within, most=most), one_line(path))
+
+
+def load_object(path: Path, *, within: Path | None = None, most: int = SMALL) -> dict[str, Any]:
+    """The object that a JSON file holds. Raises UnreadableError for anything else."""
+    value = load_json(path, within=within, most=most)
+    if not isinstance(value, dict):
+        raise UnreadableError(f"{one_line(path)} holds no object with named values")
+    return value
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Raises UnreadableError for what is no JSON, or nothing that any text or number of ours could be."""
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half of a character
+    except (ValueError, RecursionError) as error:  # of a number of 5,000 digits too, and of lists in lists without end
+        raise UnreadableError(f"{name} cannot be read as JSON: {words_of(error)}") from error
+    return value
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Plain values: no tag makes an object of ours. Raises UnreadableError for what is no YAML."""
+    if len(text) > SETTINGS:
+        raise UnreadableError(f"{name} is larger than {SETTINGS} characters, which no configuration is")
+    try:
+        with doing(f"{name} cannot be read"):
+            value = yaml.safe_load(text)
+            _count(value)
+    except UserError as error:
+        raise UnreadableError(str(error)) from error
+    return value
+
+
+def _count(value: Any) -> None:
+    """Raises ValueError for a few lines whose aliases stand for more values than a computer holds."""
+    waiting, seen = [value], 0
+    while waiting:
+        node = waiting.pop()
+        seen += 1
+        if seen + len(waiting) > NODES:
+            raise ValueError(f"it holds more than {NODES} values")
+        if isinstance(node, dict):
+            waiting += [*node.keys(), *node.values()]
+        elif isinstance(node, (list, tuple, set)):
+            waiting += node
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------------
+
+
+def open_to_append(path: Path, *, within: Path | None = None) -> int:
+    """A descriptor of a file that is added to, made where there is none. Raises UserError for a link, for what is no file and
+    for a file with a second name, which lies somewhere else."""
+    if within is not None:
+        refuse_links(path.parent, within)
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    if path.is_symlink():
+        raise UserError(f"{one_line(path)} is a link (to {one_line(os.path.realpath(path))}): {REMEDY}")
+    try:
+        descriptor = os.open(path, flags, 0o666)
+    except OSError as error:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{one_line(path)} is {_kind(path.lstat().st_mode)} where a file belongs: delete it") from error
+        raise
+    facts = os.fstat(descriptor)
+    if stat.S_ISREG(facts.st_mode) and facts.st_nlink <= 1:
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISREG(facts.st_mode):
+        raise UserError(_second_name(path))
+    raise UserError(f"{one_line(path)} is {_kind(facts.st_mode)} where a file belongs: delete it")
+
+
+def append(path: Path, text: str, *, within: Path | None = None, sync: bool = False) -> None:
+    """Add to the end of a file: all of `text`, or on a full disk nothing."""
+    with os.fdopen(open_to_append(path, within=within), "ab", buffering=0) as file:
+        before, data = os.fstat(file.fileno()).st_size, memoryview(text.encode("utf-8"))
+        try:
+            while data:
+                data = data[file.write(data) :]
+            if sync:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)
+            raise
+
+
+def write_whole(path: Path, text: str, *, within: Path | None = None) -> None:
+    """The whole file or nothing, also after a power cut. A link that stands at `path` is replaced, not followed."""
+    if within is not None:
+        refuse_links(path.parent, within)
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    remove(hidden)  # of a process that had our number
+    try:
+        with os.fdopen(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
+            file.write(text.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(hidden, path)
+    except IsADirectoryError as error:
+        hidden.unlink()
+        raise UserError(f"{one_line(path)} is a directory where a file belongs: move it away") from error
+    except OSError:
+        hidden.unlink(missing_ok=True)  # of a full disk
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def fill(path: Path, text: str) -> bool:
+    """Whether `text` stands in a file that takes up its room already, so that a full disk is no hindrance."""
+    data = text.encode("utf-8")
+    try:
+        with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r+b", buffering=0) as file:
+            facts = os.fstat(file.fileno())
+            if not stat.S_ISREG(facts.st_mode) or facts.st_nlink > 1 or facts.st_size < len(data):
+                return False
+            file.write(data.rstrip(b"\n") + b" " * (facts.st_size - len(data)) + b"\n")
+            os.fsync(file.fileno())
+    except OSError:
+        return False
+    return True
+
+
+def remove(path: Path) -> None:
+    """Take away whatever stands at `path`: a link and not what it points to. Nothing where nothing is there."""
+    if path.is_symlink() or not path.is_dir():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path)
+
+
+def copy(source: Path, target: Path, *, within: Path) -> None:
+    """A file with its times. Raises UserError for what is none, or lies outside `within`."""
+    refuse_links(source, within)
+    if not source.is_file():
+        raise UserError(f"{one_line(source)} is {_kind(source.stat().st_mode)} where a file belongs: delete it")
+    shutil.copy2(source, target)

@@ -1,0 +1,92 @@
+"""metrics.jsonl: a line for each logged step and evaluation, read so that a damaged line costs no more than itself."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halos import confined
+from halos.confined import UnreadableError
+
+DAMAGED = "metrics.damaged.jsonl"  # beside it: lines that could not be read, as they were
+LAST = 2**53  # a step beyond which floats could not count
+
+
+class MetricsFile:
+    """One run's. Making the object touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """One line, whole or not at all; it has a `step`."""
+        assert "step" in row
+        confined.append(self.path, to_json(row) + "\n", within=self.path.parent)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All rows that are ones."""
+        return self._sorted()[0]
+
+    def damaged(self) -> list[bytes]:
+        """Lines that are none. A last line without an end is not counted: a crash has cut it off."""
+        return self._sorted()[1]
+
+    def keep_until(self, step: int) -> int:
+        """Drop what was logged after `step`, so that no step appears twice when a run goes on from there. How many lines were
+        damaged, which are set aside."""
+        rows, damaged = self._sorted()
+        if damaged:
+            confined.append(
+                self.path.with_name(DAMAGED),
+                "".join(f"{line.decode('utf-8', errors='backslashreplace')}\n" for line in damaged),
+                within=self.path.parent,
+            )
+        text = "".join(to_json(row) + "\n" for row in rows if row["step"] <= step)
+        confined.write_whole(self.path, text, within=self.path.parent)
+        return len(damaged)
+
+    def _sorted(self) -> tuple[list[dict[str, Any]], list[bytes]]:
+        if not os.path.lexists(self.path):
+            return [], []
+        data = confined.read_bytes(self.path, within=self.path.parent, most=confined.LARGE)
+        rows, damaged = [], []
+        for line in data.split(b"\n")[:-1]:
+            row = _row(line)
+            if row is not None:
+                rows.append(row)
+            elif line.strip():
+                damaged.append(line)
+        return rows, damaged
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line as `append` writes it: a step, text for the split, numbers for the rest."""
+    try:
+        row = confined.parse_json(line.decode("utf-8"), "a line")
+    except (UnreadableError, UnicodeDecodeError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int or not -1 <= row["step"] < LAST:
+        return None
+    return row if all(isinstance(value, str) if name == "split" else _is_number(value) for name, value in row.items()) else None
+
+
+def _is_number(value: Any) -> bool:
+    """Or null, or a list of such."""
+    return all(map(_is_number, value)) if isinstance(value, list) else value is None or isinstance(value, (int, float))
+
+
+def to_json(value: Any) -> str:
+    """JSON has no nan and no infinity: null stands for them."""
+    return json.dumps(_finite(value), allow_nan=False, ensure_ascii=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, (list, tuple)) else value
