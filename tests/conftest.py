@@ -1,24 +1,27 @@
-"""What tests share: a config as the command line would make it, and runs of a small model on the bundled data."""
+"""What tests share: a config as the command line would make it, and runs of a small model on the bundled data.
+
+What is heavy is imported by the fixture that needs it, so that a test of a pure function starts at once.
+"""
+
+from __future__ import annotations
 
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import hydra
 import pytest
-import torch
 
-from halos.config import gate
-from halos.config.schema import Config
-from halos.distributed.launch import accelerator
-from halos.run.assemble import assemble
-from halos.trainers.base import Trainer
+if TYPE_CHECKING:
+    from halos.config.schema import Config
+    from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
 SMALL = ["model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split: 'train[:48]'}]",
          "data.eval=[{path: arithmetic, split: 'eval[:12]'}]"]  # fmt: skip
@@ -29,21 +32,28 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def compose(cache: Path, output_root: Path, *overrides: str) -> Config:
+    """A small run's config, checked as train.py checks it."""
+    import hydra
+
+    from halos.config import gate
+
+    words = [*SMALL, f"cache_dir={cache}", f"output_root={output_root}", "exp_name=run", *overrides]
+    with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
+        return gate.check(hydra.compose("config", words), words)
+
+
 @pytest.fixture
 def configure(tmp_path: Path, cache: Path) -> Callable[..., Config]:
-    """`configure("loss=dpo", ...)`: a small run's config, checked as train.py checks it."""
-
-    def make(*overrides: str) -> Config:
-        words = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run", *overrides]
-        with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-            return gate.check(hydra.compose("config", words), words)
-
-    return make
+    """`configure("loss=dpo", ...)`: the config of a small run."""
+    return partial(compose, cache, tmp_path)
 
 
 @pytest.fixture
 def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
     """`trainer("loss=dpo", ...)`: everything assembled, nothing trained."""
+    from halos.distributed.launch import accelerator
+    from halos.run.assemble import assemble
 
     def make(*overrides: str) -> Trainer:
         config = configure(*overrides)
@@ -66,7 +76,7 @@ def command(tmp_path: Path, cache: Path) -> Callable[..., subprocess.CompletedPr
         new = (
             [] if any(word.startswith("resume=") for word in words) else [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}"]
         )
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         done = subprocess.run(
             [*start, str(ROOT / "train.py"), *new, *words], capture_output=True, text=True, check=False, env=environment
         )

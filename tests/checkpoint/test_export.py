@@ -13,6 +13,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from conftest import compose
 from safetensors.torch import load_file
 
 import train
@@ -42,15 +43,10 @@ def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run with LoRA, a whole one that goes on from its FINAL, and a reward model."""
-    from conftest import ROOT, SMALL, gate, hydra
-
     place = tmp_path_factory.mktemp("runs")
 
     def make(name: str, *words: str) -> None:
-        given = [*SMALL, f"cache_dir={cache}", f"output_root={place}", f"exp_name={name}", *SHORT, *words]
-        with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-            config = gate.check(hydra.compose("config", given), given)
-        assert run(config, []) == 0
+        assert run(compose(cache, place, f"exp_name={name}", *SHORT, *words), []) == 0
 
     make("lora", "loss=sft", "peft=lora")
     make("whole", "loss=dpo", "model=path", f"model.name_or_path={place / 'lora' / 'FINAL'}", "train.max_length=256")
