@@ -251,6 +251,12 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def existing(path: Path) -> Path:
+    """The path itself, or the nearest directory above it that is there."""
+    path = path.absolute()
+    return next(place for place in (path, *path.parents) if place.exists())
+
+
 def is_run(path: Path) -> bool:
     """Whether a run was begun here: other directories may well have a config.yaml of their own."""
     return (path / "config.yaml").is_file() and (path / "attempts").is_dir()

@@ -41,9 +41,14 @@ def deepspeed_asked() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
+def stage_asked() -> int:
+    """Of the launcher's config, which `check_config` has passed."""
+    return _given()["zero_optimization"]["stage"]
+
+
 def cut_asked() -> bool:
-    """Whether the launcher's config, which `check_config` has passed, has the parameters themselves shared out."""
-    return deepspeed_asked() and _given()["zero_optimization"]["stage"] == 3
+    """Whether the parameters themselves are shared out."""
+    return deepspeed_asked() and stage_asked() == 3
 
 
 def bfloat16_asked() -> bool:

@@ -16,10 +16,27 @@ from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen
-from halos.distributed.deepspeed_config import cut_asked, deepspeed_asked
+from halos.distributed.deepspeed_config import cut_asked, deepspeed_asked, stage_asked
 from halos.distributed.launch import agree, asked_to_shard
 from halos.errors import UserError
 from halos.logps.model import ActorCritic, LanguageModel, bare
+
+
+def asked(made: Accelerator) -> str:
+    """What the launcher's config asks for, for people: `alone` for one process that is given the whole model."""
+    if deepspeed_asked():
+        return f"DeepSpeed ZeRO-{stage_asked()}"
+    return "FSDP2" if asked_to_shard() else "DDP" if made.num_processes > 1 else "alone"
+
+
+def refuse_whole(module: nn.Module) -> None:
+    """Raises UserError where FSDP is asked for and the model has no layers that could be sharded."""
+    if asked_to_shard() and not _layers(module):
+        raise UserError(f"FSDP: {type(bare(module)).__name__} has no layers to shard by; launch it with a DDP config")
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
 
 
 def distribute(
@@ -75,9 +92,8 @@ def shard(module: nn.Module, made: Accelerator) -> nn.Module:
     would turn a frozen bfloat16 base into float32. The accelerate config still says how (`fsdp_config`). The first process
     has the whole model in its host's memory, and deals it out a tensor at a time; the others' are hollow until then.
     """
-    layers = [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
-    if not layers:
-        raise UserError(f"FSDP: {type(module).__name__} has no layers to shard by; launch it with a DDP config")
+    layers = _layers(module)
+    assert layers, "refuse_whole came before"
     plugin = FullyShardedDataParallelPlugin()
     assert isinstance(plugin.cpu_offload, OffloadPolicy)
     whole = module.state_dict()

@@ -28,6 +28,22 @@ class Stop:
     signalled: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Blueprint:
+    """A run before its weights are read: what can be told of it, and refused, by then. A dry run ends with it."""
+
+    config: Config
+    directory: RunDir
+    base: Path  # the directory that its base weights will be read from
+    tokenizer: PreTrainedTokenizerBase
+    model: nn.Module  # with its adapter, on the meta device: names, shapes and dtypes without values
+    reward: bool
+    total_steps: int
+    max_length: int
+    main: bool
+    lines: list[tuple[str, str]] = field(default_factory=list)  # that hooks add to the header: a name, and what there is to say
+
+
 @dataclass
 class Run:
     """What hooks see of a run."""
@@ -42,6 +58,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     reward: bool  # a reward model rather than a language model
     total_steps: int
+    max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
     step: int = 0
     examples: int = 0  # trained on so far, over all processes
     tokens: int = 0
@@ -77,6 +94,9 @@ class Watched(Protocol):
 
 class Hook:
     """Each method does nothing by default. Every process runs every hook; guard output with `run.main`, never a collective."""
+
+    def check(self, blueprint: Blueprint) -> None:
+        """Before any weights are read, in dry runs too: raise UserError for what could not work in the end."""
 
     def on_start(self, run: Run) -> None:
         """After any resume, before the first step."""

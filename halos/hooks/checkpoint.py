@@ -12,7 +12,6 @@ from threading import Thread
 from typing import Annotated, Any, Literal
 
 import torch
-from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import Tensor
 
@@ -22,10 +21,11 @@ from halos.checkpoint.saving import Copier
 from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
 from halos.hooks import origin
-from halos.hooks.base import Hook, Run, Stop
+from halos.hooks.base import Blueprint, Hook, Run, Stop
 from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of, combine
+from halos.rundir import existing
 from halos.types import Range
 
 log = logging.getLogger(__name__)
@@ -65,19 +65,19 @@ class CheckpointHook(Hook):
     def due(self, run: Run) -> bool:
         return self._due_at(run.step) or (self.at_end and run.step == run.total_steps)
 
-    def on_start(self, run: Run) -> None:
-        """Refuse what could not be merged in the end, an adapter that met another base than its own, and too small a disk."""
-        if isinstance(run.model, PeftModel) and self.merge_lora:
-            merge.check(run.base, run.model)
-        if run.main:
-            self.origin = origin.begin(run)
-        problem = None
-        if run.main:
-            self._whole = set(self._verified(run))
-            problem = self._too_little_space(run)
-        problem = gather_object([problem])[0]
+    def check(self, blueprint: Blueprint) -> None:
+        """Refuse what could not be merged in the end, and too small a disk."""
+        if isinstance(blueprint.model, PeftModel) and self.merge_lora:
+            merge.check(blueprint.base, blueprint.model)
+        problem = self._too_little_space(blueprint) if blueprint.main else None
         if problem:
             raise UserError(problem)
+
+    def on_start(self, run: Run) -> None:
+        """Refuse an adapter that met another base than its own."""
+        if run.main:
+            self.origin = origin.begin(run)
+            self._whole = set(self._verified(run))
 
     def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
         """FINAL at once; of a checkpoint what the steps change is gathered, or copied, and what writes it is given back."""
@@ -141,7 +141,7 @@ class CheckpointHook(Hook):
     def _due_at(self, step: int) -> bool:
         return step in self.pinned or (self.every is not None and step % self.every == 0)
 
-    def _policy(self, run: Run) -> Policy:
+    def _policy(self, run: Run | Blueprint) -> Policy:
         largest = run.config.objective.mode == "max"
         return Policy(self.keep_last, self.keep_best, self.keep_every, self.pinned, largest)
 
@@ -155,17 +155,19 @@ class CheckpointHook(Hook):
             else:
                 yield step
 
-    def _too_little_space(self, run: Run) -> str | None:
+    def _too_little_space(self, blueprint: Blueprint) -> str | None:
         """What is wrong with the disk for the checkpoints to come and FINAL, if anything is; says what they will take."""
-        directory, vocabulary = run.directory.checkpoints, len(run.tokenizer)
-        adapter, optimizer = isinstance(run.model, PeftModel), run.config.optim.name
-        one = space.checkpoint_bytes(run.module, adapter=adapter, optimizer=optimizer, vocabulary=vocabulary)
-        final = space.final_bytes(run.module, adapter_alone=adapter and not self.merge_lora, vocabulary=vocabulary)
-        steps = [step for step in range(1, run.total_steps + 1) if self._due_at(step)] or [run.total_steps]
-        most, free = self._policy(run).most(steps), shutil.disk_usage(run.directory.path).free
+        model, vocabulary, config = blueprint.model, len(blueprint.tokenizer), blueprint.config
+        adapter, directory = isinstance(model, PeftModel), blueprint.directory.checkpoints
+        one = space.checkpoint_bytes(model, adapter=adapter, optimizer=config.optim.name, vocabulary=vocabulary)
+        final = space.final_bytes(model, adapter_alone=adapter and not self.merge_lora, vocabulary=vocabulary)
+        steps = [step for step in range(1, blueprint.total_steps + 1) if self._due_at(step)] or [blueprint.total_steps]
+        most, free = self._policy(blueprint).most(steps), shutil.disk_usage(existing(directory)).free
+        there = sum(not manifest.verify(path, contents=False) for path in find.checkpoints(directory))
         sizes = [manifest.in_words(size) for size in (one, final, free)]
-        log.info("disk       at most %d checkpoints of about %s, FINAL of about %s; %s free", most, *sizes)
-        return space.too_little(directory, free=free, one=one, most=most, there=len(self._whole), final=final)
+        said = f"at most {most} checkpoints of about {sizes[0]}, FINAL of about {sizes[1]}; {sizes[2]} free"
+        blueprint.lines.append(("disk", said))
+        return space.too_little(directory, free=free, one=one, most=most, there=there, final=final)
 
     def _parts(self, run: Run, path: Path) -> Callable[[], None]:
         """A checkpoint's weights and state as they are now; what is given back writes them, whatever the steps do meanwhile."""

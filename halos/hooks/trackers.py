@@ -5,11 +5,12 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from halos.errors import UserError
-from halos.hooks.base import Hook, Metrics, Watched
+from halos.hooks.base import Blueprint, Hook, Metrics, Watched
 
 log = logging.getLogger(__name__)
 
@@ -79,14 +80,18 @@ class Wandb(Hook):
         netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
         return netrc.is_file() and "api.wandb.ai" in netrc.read_text()
 
+    def check(self, blueprint: Blueprint) -> None:
+        if self.mode == "online" and not self._has_key():
+            raise UserError("hooks.wandb.mode=online needs a key: run `wandb login` or set WANDB_API_KEY; or use mode=auto")
+        if find_spec("wandb") is None:
+            raise UserError("logging=wandb needs the package wandb: pip install wandb")
+
     def on_start(self, run: Watched) -> None:
         if not run.main:
             return
         mode: Literal["online", "offline"] = "online" if self._has_key() else "offline"
         if self.mode != "auto":
             mode = self.mode
-        if mode == "online" and not self._has_key():
-            raise UserError("hooks.wandb.mode=online needs a key: run `wandb login` or set WANDB_API_KEY; or use mode=auto")
         if mode == "offline" and self.mode == "auto":
             log.info("wandb: no key found, so this run is logged offline under %s/wandb", run.directory.path)
         import wandb

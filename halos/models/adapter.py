@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -25,7 +26,8 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     model.config._name_or_path = base
     torch.manual_seed(seed)
     try:
-        adapted = get_peft_model(model, config)
+        # on the meta device there is nothing to draw
+        adapted = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"peft: {error} The linear layers of this model are: {', '.join(linear)}") from error
@@ -47,6 +49,19 @@ def refuse_other_settings(model: PeftModel, directory: Path) -> None:
             raise UserError(
                 f"peft.init_from={directory} was made with peft.{name}={one}, and this run has {other}: type the same"
             )
+
+
+def refuse_other_tensors(model: PeftModel, directory: Path) -> None:
+    """Raises UserError where a saved adapter's tensors are not those of the model's own; reads none of them."""
+    with safe_open(directory / "adapter_model.safetensors", "pt") as file:
+        saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    own = {name: list(value.shape) for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    if other := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
+        shapes = [str(each.get(other[0], "absent")) for each in (saved, own)]
+        raise UserError(
+            f"{directory} is not an adapter of {_base(model)}: {len(other)} tensors differ, such as {other[0]}, {shapes[0]}"
+            f" instead of {shapes[1]}"
+        )
 
 
 def load_adapter(model: PeftModel, directory: Path) -> None:

@@ -14,19 +14,20 @@ log = logging.getLogger(__name__)
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # no pickles, no code
 
 
-def locate(name: str, revision: str | None, cache_dir: Path) -> Path:
+def locate(name: str, revision: str | None, cache_dir: Path, key: str = "model.name_or_path") -> Path:
     """A directory with config.json, safetensors and tokenizer; built, converted or downloaded where there is none yet.
 
-    That a directory holds a model was checked with the config. Raises UserError for a hub id that cannot be had.
+    That a directory holds a model was checked with the config. Raises UserError, which names the `key`, for a hub id that
+    cannot be had.
     """
     path = Path(name).expanduser()
     if name == "tiny":
         return _tiny(cache_dir)
     if path.suffix == ".gguf":
-        return _converted(path, cache_dir)
+        return _converted(path, cache_dir, key)
     if path.is_dir():
         return path.resolve()
-    return _downloaded(name, revision)
+    return _downloaded(name, revision, key)
 
 
 def _tiny(cache_dir: Path) -> Path:
@@ -38,13 +39,13 @@ def _tiny(cache_dir: Path) -> Path:
     return directory
 
 
-def _converted(path: Path, cache_dir: Path) -> Path:
+def _converted(path: Path, cache_dir: Path, key: str) -> Path:
     """A .gguf file dequantised once into float32 safetensors, keyed by its bytes."""
     if not path.is_file():
-        raise UserError(f"model.name_or_path={path}: no such file")
+        raise UserError(f"{key}={path}: no such file")
     with path.open("rb") as file:
-        key = hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    directory = cache_dir / "models" / f"{path.stem}-{key}"
+        content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    directory = cache_dir / "models" / f"{path.stem}-{content}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(directory.with_name(f".{directory.name}.lock")):  # of several runs one converts, and the others wait
         if not directory.exists():
@@ -74,19 +75,19 @@ def _convert(path: Path, directory: Path) -> None:
     partial.rename(directory)
 
 
-def _downloaded(name: str, revision: str | None) -> Path:
+def _downloaded(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
     except GatedRepoError as error:
-        raise UserError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from error
+        raise UserError(f"{key}={name} is gated: accept its terms on the hub and log in with `hf auth login`") from error
     except HFValidationError as error:
-        raise UserError(f"model.name_or_path={name}: no such directory, and not a hub id (org/name)") from error
+        raise UserError(f"{key}={name}: no such directory, and not a hub id (org/name)") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"model.name_or_path={name}: no such directory here, and it could not be had from the hub ({reason}). "
+            f"{key}={name}: no such directory here, and it could not be had from the hub ({reason}). "
             "Without a network give a local directory or model=tiny"
         ) from error

@@ -64,8 +64,9 @@ class LiveRows:
 class Prompts:
     """What a live loop asks, read and tokenised before any model loads. Raises UserError for what is wrong with it."""
 
-    def __init__(self, config: Config, tokenizer: Any, kind: type[Example]) -> None:
+    def __init__(self, config: Config, tokenizer: Any, kind: type[Example], max_length: int) -> None:
         assert config.online is not None
+        self.max_length = max_length
         self.config, self.online, self.kind, self.tokenizer = config, config.online, kind, tokenizer
         self.encoder = Encoder(tokenizer, max_length=2**31, truncation="drop")
         self.train, dropped = self._fitting(read_prompts(config.data.train, "train"))
@@ -73,7 +74,7 @@ class Prompts:
         self.exam, also = self._fitting(held_out(exam, count=self.online.eval_prompts, seed=config.seed)) if exam else ([], 0)
         if not self.train:
             raise UserError(f"no prompt leaves room for online.sampler.max_new_tokens={self.online.sampler.max_new_tokens} within"
-                            f" train.max_length={config.train.max_length}")  # fmt: skip
+                            f" {max_length} tokens (train.max_length)")  # fmt: skip
         samples = self.online.samples_per_prompt
         self.per_step = config.train.batch_size // samples
         if not self.per_step:
@@ -88,7 +89,7 @@ class Prompts:
 
     def _fitting(self, rows: list[Row]) -> tuple[list[Row], int]:
         ids = self.encoder.prompts([(tuple(row["prompt"]), str(row["prompt_id"])) for row in rows])
-        room = self.config.train.max_length - self.online.sampler.max_new_tokens
+        room = self.max_length - self.online.sampler.max_new_tokens
         kept = [{**row, "ids": prompt} for row, prompt in zip(rows, ids, strict=True) if len(prompt) <= room]
         return kept, len(rows) - len(kept)
 

@@ -19,6 +19,7 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import Live, Prompts
 from halos.run import datasets
+from halos.run.shown import rendered, visible
 from halos.trainers.base import Batches, Exam
 from halos.trainers.deal import Split
 from halos.types import Mismatched
@@ -38,32 +39,43 @@ class Feed(Protocol):
     """Read and checked before any model loads, and opened when the run stands."""
 
     total: int  # steps
+    splits: list[tuple[str, Split]]  # what is on disk, by its name in the header
 
     def lines(self) -> list[tuple[str, str]]:
         """What became of the data, for people: which split, and a line."""
         ...
 
+    def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        """The first one as the model is to see it: what each part is, and its text."""
+        ...
+
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened: ...
 
 
-def feed(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> Feed:
+def feed(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int) -> Feed:
     """Raises UserError for every mistake in the data."""
     kind = FromFiles if config.online is None else FromPolicy
-    return kind(config, loss, tokenizer, made)
+    return kind(config, loss, tokenizer, made, max_length)
 
 
 class FromFiles:
     """Rows of files."""
 
-    def __init__(self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> None:
-        self.train, self.held_out = datasets.load(config, loss, tokenizer, made)
+    def __init__(
+        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int
+    ) -> None:
+        self.train, self.held_out = datasets.load(config, loss, tokenizer, made, max_length)
         assert isinstance(self.train.rows, Dataset)
         self.order = datasets.order(self.train.rows, loss, config)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
+        self.splits = [("train", self.train)] + ([("held out", self.held_out)] if self.held_out else [])
+
     def lines(self) -> list[tuple[str, str]]:
-        splits = (("train", self.train), ("held out", self.held_out))
-        return [(name, line) for name, split in splits for line in (split.rows.lines() if split else [])]
+        return [(name, line) for name, split in self.splits for line in split.rows.lines()]
+
+    def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        return rendered(self.train.rows[0], tokenizer)
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
         return Opened(self.train, self.held_out, self.order)
@@ -72,20 +84,26 @@ class FromFiles:
 class FromPolicy:
     """Completions of the policy in training."""
 
-    def __init__(self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> None:
+    def __init__(
+        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int
+    ) -> None:
         if loss.statistics_inputs is Mismatched:
             raise UserError(
                 f"online.steps: {loss.name} pairs each prompt with another's answer, for which it needs online.rounds"
             )
         if loss.example_type is not None:
             raise UserError(f"online.steps: {loss.name} rewrites rows of a data set: it cannot be trained live")
-        self.prompts = Prompts(config, tokenizer, datasets.KINDS[loss.inputs])
+        self.splits: list[tuple[str, Split]] = []
+        self.prompts = Prompts(config, tokenizer, datasets.KINDS[loss.inputs], max_length)
         self.total = config.train.steps or 0
         asked = [[row["prompt_id"], row["prompt"]] for row in (*self.prompts.train, *self.prompts.exam)]
         agree(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())
 
     def lines(self) -> list[tuple[str, str]]:
         return [("prompts", self.prompts.line)]
+
+    def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        return [("prompt", visible(tokenizer, self.prompts.train[0]["ids"]))]
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
         source = Live(run, self.prompts, skeleton)

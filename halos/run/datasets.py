@@ -1,7 +1,6 @@
 """The data of a run: tokenised once, by one process, and opened by all."""
 
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -34,17 +33,20 @@ KINDS: dict[type, type] = {
 }  # fmt: skip
 
 
-def load(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator) -> tuple[Split, Split | None]:
+def load(
+    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int
+) -> tuple[Split, Split | None]:
     """Training and held-out rows. Raises UserError for every mistake in them, before any model loads."""
-    train = _open(config, loss, tokenizer, made, "train", config.data.train)
-    held_out = _open(config, loss, tokenizer, made, "eval", config.data.eval) if config.data.eval else None
+    train = _open(config, loss, tokenizer, made, max_length, "train")
+    held_out = _open(config, loss, tokenizer, made, max_length, "eval") if config.data.eval else None
     return _split(train, loss, config.seed), _split(held_out, loss, config.seed) if held_out is not None else None
 
 
 def _open(
-    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, purpose: str, entries: list[Any]
+    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int, purpose: str
 ) -> Dataset:
     path, problem = None, None
+    entries = config.data.train if purpose == "train" else config.data.eval
     with made.main_process_first():  # the others find what the first one has written
         try:
             path = prepare(
@@ -52,7 +54,7 @@ def _open(
                 purpose=purpose,
                 kind=loss.example_type or KINDS[loss.inputs],
                 tokenizer=tokenizer,
-                max_length=config.train.max_length,
+                max_length=max_length,
                 truncation=config.train.truncation,
                 score=config.data.score,
                 transform=loss.examples,

@@ -12,10 +12,10 @@ from torch import nn
 from halos.config.bind import LossSpec
 from halos.data.collate import num_cut_mismatches
 from halos.data.dataset import Dataset
+from halos.distributed import strategy
 from halos.distributed.deepspeed import num_elements
-from halos.distributed.strategy import name_of
-from halos.hooks.base import Run
-from halos.trainers.deal import Split
+from halos.run.blueprint import Prepared
+from halos.run.shown import CLOSE, OPEN
 from halos.trainers.schedule import warmup_steps
 from halos.types import Judgement
 from halos.versions import versions
@@ -23,14 +23,14 @@ from halos.versions import versions
 log = logging.getLogger(__name__)
 
 
-def attempt(typed: list[str], made: Accelerator, *, strategy: str, source: str, total_steps: int) -> dict[str, Any]:
+def attempt(typed: list[str], made: Accelerator, *, how: str, source: str, total_steps: int) -> dict[str, Any]:
     """The record of one start: what was typed, with which versions, on how many processes, and where it went on from."""
     return {
         "overrides": typed,
         "resumed_from": source,
         "total_steps": total_steps,
         "world_size": made.num_processes,
-        "strategy": strategy,
+        "strategy": how,
         "device": str(made.device),
         "mixed_precision": made.mixed_precision,
         "threads": torch.get_num_threads(),
@@ -56,47 +56,75 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def write(
-    run: Run, loss: LossSpec, data: list[tuple[str, str]], train: Split, held_out: Split | None, reference: nn.Module | None
-) -> None:
-    """A few lines: model, parameters, data after filtering, steps, run directory."""
-    config, model = run.config, run.model
-    made = run.accelerator
-    trained, total = _count(model, trained=True), _count(model, trained=False)
-    other = config.reference.name_or_path or "a frozen copy"
-    against = "" if not loss.needs_reference else ", reference: " + ("its own base" if reference is None else other)
-    log.info("loss       %s %s", loss.name, "  ".join(f"{k}={v}" for k, v in loss.settings.items()))
-    log.info(
-        "model      %s (%s)%s", config.model.name_or_path, str(next(model.parameters()).dtype).removeprefix("torch."), against
-    )
-    log.info("parameters %s trained of %s (%.2f%%)", _short(trained), _short(total), 100 * trained / total)
-    for name, line in data:
-        log.info("%-10s %s", name, line)
-    for split in (train, held_out):
-        if split and isinstance(split.rows, Dataset) and split.rows.kind is Judgement:
-            log.info("%-10s %.0f%% of them desirable", "", 100 * split.rows.desirable.mean())
-        if split and isinstance(split.rows, Dataset) and split.partners is not None:
-            rows = split.rows
-            cut = num_cut_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, config.train.max_length)
-            log.info("%-10s paired with answers to other prompts for the KL, %d of them cut at max_length", "", cut)
-    if isinstance(train.rows, Dataset) and train.rows.kind is Judgement:
-        _warn_of_labels(loss, train.rows)
+def write(run: Prepared, made: Accelerator) -> None:
+    """A few lines: loss, model, parameters, data after filtering, its first row, rate, steps, disk, run directory."""
+    config, loss = run.config, run.loss
+    _say("loss", f"{loss.name} " + "  ".join(f"{name}={value}" for name, value in loss.settings.items()))
+    _say_model(run)
+    _say_data(run)
+    end = "" if config.schedule.name == "constant" else f" down to {config.schedule.final * config.optim.lr:g}"
+    warmup = warmup_steps(config.schedule, run.rows.total)
+    _say("rate", f"{config.optim.lr:g}, {config.schedule.name}{end} after {warmup} steps of warm-up, {config.optim.name}")
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
-    how = name_of(run.module)
+    how = strategy.asked(made)
     where += "" if how == "alone" else f", {how}"
     micro = min(config.train.microbatch_size, -(-config.train.batch_size // made.num_processes))
-    steps = f"{run.total_steps}, each of {config.train.batch_size} items, {micro} at a time"
-    log.info("steps      %s, %s", steps, where)
+    _say("steps", f"{run.rows.total}, each of {config.train.batch_size} items, {micro} at a time, {where}")
     if made.mixed_precision == "bf16" and made.device.type == "cpu" and _bfloat16_is_emulated():
         log.warning(
             "this processor has no bfloat16: a step takes many times as long as in float32 (train.precision, model.dtype)"
         )
-    if warmup_steps(config.schedule, run.total_steps) >= run.total_steps:
+    if warmup >= run.rows.total:
         log.warning(
             "schedule.warmup=%g is as long as the run: the learning rate falls before it has risen to optim.lr",
             config.schedule.warmup,
         )
-    log.info("run        %s", run.directory.path)
+    for name, line in run.blueprint.lines:
+        _say(name, line)
+    _say("run", str(run.directory.path))
+
+
+def _say(name: str, line: str) -> None:
+    log.info("%-10s %s", name, line)
+
+
+def _say_model(run: Prepared) -> None:
+    config, model, limits = run.config, run.structure.model, run.structure.limits
+    own = "its own base" if config.peft.name == "lora" else "a frozen copy"
+    against = f", reference: {config.reference.name_or_path or own}" if run.loss.needs_reference else ""
+    trained, total = _count(model, trained=True), _count(model, trained=False)
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    _say("model", f"{config.model.name_or_path} ({dtype}){against}")
+    _say("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
+    if run.structure.max_length < config.train.max_length:
+        _say("positions", f"{limits.hard}, and a row cannot have more: train.max_length={config.train.max_length} counts as that")
+    elif limits.made_for is not None and limits.made_for < config.train.max_length:
+        for name, split in run.rows.splits:
+            if isinstance(split.rows, Dataset) and (longer := int((split.rows.lengths.max(1) > limits.made_for).sum())):
+                log.warning(
+                    "%d rows (%s) are longer than the %d positions that the model was made for: it may know nothing of what comes"
+                    " after (train.max_length)", longer, name, limits.made_for,
+                )  # fmt: skip
+
+
+def _say_data(run: Prepared) -> None:
+    for name, line in run.rows.lines():
+        _say(name, line)
+    for name, split in run.rows.splits:
+        rows = split.rows
+        if not isinstance(rows, Dataset):
+            continue
+        if rows.kind is Judgement:
+            _say("", f"{100 * rows.desirable.mean():.0f}% of them desirable ({name})")
+        if split.partners is not None:
+            cut = num_cut_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, run.structure.max_length)
+            _say("", f"paired with answers to other prompts for the KL, {cut} of them cut at max_length ({name})")
+        if rows.kind is Judgement and name == "train":
+            _warn_of_labels(run.loss, rows)
+    scored = "its score is read at the end of each completion" if run.blueprint.reward else f"{OPEN}scored{CLOSE}"
+    _say("first row", f"as the model sees it; {scored}")
+    for name, text in run.rows.first_row(run.structure.tokenizer):
+        _say(f"  {name}", text)
 
 
 def _warn_of_labels(loss: LossSpec, rows: Dataset) -> None:

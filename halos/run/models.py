@@ -3,9 +3,9 @@
 import logging
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
@@ -17,7 +17,6 @@ from halos.distributed.deepspeed import shape_of
 from halos.distributed.deepspeed_config import deepspeed_asked
 from halos.distributed.launch import asked_to_cut, asked_to_shard
 from halos.errors import UserError
-from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import ActorCritic, LanguageModel, RewardModel
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
@@ -25,6 +24,19 @@ from halos.models.locate import locate
 from halos.types import PairScores, ValuedRollouts
 
 log = logging.getLogger(__name__)
+
+
+class Machine(Protocol):
+    """What models are loaded for: an Accelerator, or what stands for one where nothing is trained."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def mixed_precision(self) -> str: ...
+
+    @property
+    def is_main_process(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +47,7 @@ class Shelf:
     base: Path
     tokenizer: PreTrainedTokenizerBase
     new_tokens: list[str]  # that the base's embeddings do not know
-    made: Accelerator
+    made: Machine
 
     @property
     def half(self) -> bool:
@@ -43,6 +55,18 @@ class Shelf:
         return self.made.device.type == "cuda" and self.made.mixed_precision == "bf16"
 
     def load(self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None) -> PreTrainedModel:
+        return self._load(
+            source, dtype, reward=reward, quantize=quantize, hollow=asked_to_cut() and not self.made.is_main_process
+        )
+
+    def draw(self, source: Path, dtype: torch.dtype, *, reward: bool) -> PreTrainedModel:
+        """The same without a weight, on the meta device."""
+        with torch.device("meta"):
+            return self._load(source, dtype, reward=reward, quantize=None, hollow=True)
+
+    def _load(
+        self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None, hollow: bool
+    ) -> PreTrainedModel:  # fmt: skip
         settings, device = self.config.model, self.made.device
         half = dtype is torch.bfloat16 or self.made.mixed_precision == "bf16"
         return load_model(
@@ -54,17 +78,24 @@ class Shelf:
             quantize=quantize,
             new_tokens=self.new_tokens if source == self.base else [],
             seed=self.config.seed,
-            hollow=asked_to_cut() and not self.made.is_main_process,
+            hollow=hollow,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the policy's weights, or of its frozen base's."""
+        return weights_dtype(self.config.model.dtype, trained=self.config.peft.name == "none", half=self.half)
+
+    @property
+    def reference_dtype(self) -> torch.dtype:
+        return weights_dtype(self.config.model.dtype, trained=True, half=self.half)
 
 
 def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed."""
     config = shelf.config
-    if config.model.quantize and (asked_to_shard() or deepspeed_asked()):
-        raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     lora = config.peft.name == "lora"
-    dtype = weights_dtype(config.model.dtype, trained=not lora, half=shelf.half)
+    dtype = shelf.dtype
     source = checkpoint / "model" if checkpoint and not lora else shelf.base
     model = shelf.load(source, dtype, reward=reward, quantize=config.model.quantize)
     if config.model.quantize:
@@ -77,32 +108,39 @@ def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     if checkpoint:
         adapter.load_adapter(adapted, checkpoint / "adapter")
     elif config.peft.init_from is not None:
-        adapter.refuse_other_settings(adapted, Path(config.peft.init_from))
         adapter.load_adapter(adapted, Path(config.peft.init_from))
     return adapted
 
 
-def skeleton(shelf: Shelf) -> nn.Module:
-    """The policy with its adapter and without its weights, on the meta device."""
+def structure(shelf: Shelf, *, reward: bool) -> nn.Module:
+    """The policy with its adapter and without its weights, on the meta device. Raises UserError where `policy` would, but for
+    what only the weights show."""
     config = shelf.config
-    lora = config.peft.name == "lora"
-    dtype = weights_dtype(config.model.dtype, trained=not lora, half=shelf.half)
-    register()
-    made: nn.Module = load_model(
-        shelf.base, shelf.tokenizer, reward=False, dtype=dtype, attention=SEGMENTS, new_tokens=shelf.new_tokens, hollow=True
-    )
-    if lora:
-        assert isinstance(made, PreTrainedModel)
-        made = adapter.attach(made, asdict(config.peft), base=str(shelf.base), reward=False, seed=config.seed)
-    return made.to("meta").eval()
+    if config.model.quantize and (asked_to_shard() or deepspeed_asked()):
+        raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
+    model = shelf.draw(shelf.base, shelf.dtype, reward=reward)
+    if config.peft.name == "none":
+        return model.eval()
+    adapted = adapter.attach(model, asdict(config.peft), base=str(shelf.base), reward=reward, seed=config.seed)
+    if config.peft.init_from is not None and not config.resume:
+        adapter.refuse_other_settings(adapted, Path(config.peft.init_from))
+        adapter.refuse_other_tensors(adapted, Path(config.peft.init_from))
+    return adapted.eval()
 
 
-def named_reference(config: Config, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> Path | None:
+def structure_of_reference(shelf: Shelf, named: Path) -> nn.Module:
+    """The reference that the config names, without its weights."""
+    return shelf.draw(named, shelf.reference_dtype, reward=False)
+
+
+def named_reference(shelf: Shelf) -> Path | None:
     """Where the reference lies that the config names. Raises UserError for one that cannot be compared with the policy."""
+    config = shelf.config
     if config.reference.name_or_path is None:
         return None
-    place = locate(config.reference.name_or_path, config.reference.revision, Path(config.cache_dir).expanduser())
-    refuse_other_words(place, tokenizer, new_tokens)
+    cache = Path(config.cache_dir).expanduser()
+    place = locate(config.reference.name_or_path, config.reference.revision, cache, key="reference.name_or_path")
+    refuse_other_words(place, shelf.tokenizer, shelf.new_tokens)
     return place
 
 
@@ -111,12 +149,10 @@ def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module |
 
     None where the policy's own base, with its adapter off, is the reference: no second copy is loaded.
     """
-    config = shelf.config
     if named is None and isinstance(model, PeftModel):
         return None
-    source = named or shelf.base
-    dtype = weights_dtype(config.model.dtype, trained=True, half=shelf.half)
-    return freeze(LanguageModel(shelf.load(source, dtype, reward=False), temperature=config.train.temperature))
+    inner = shelf.load(named or shelf.base, shelf.reference_dtype, reward=False)
+    return freeze(LanguageModel(inner, temperature=shelf.config.train.temperature))
 
 
 def wrapped(shelf: Shelf, model: nn.Module, inputs: type, checkpoint: Path | None) -> nn.Module:

@@ -79,7 +79,7 @@ def record(current: Run, typed: list[str], source: find.Found, changed: Sequence
         if moved:
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
     how = strategy.name_of(current.module)
-    attempt = header.attempt(typed, current.accelerator, strategy=how, source=went_on, total_steps=current.total_steps)
+    attempt = header.attempt(typed, current.accelerator, how=how, source=went_on, total_steps=current.total_steps)
     altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
     directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over})
     if damaged := directory.go_on_from(current.step if source.path else -1):

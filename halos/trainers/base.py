@@ -343,7 +343,7 @@ class Trainer(ABC):
         for chunk in chunks:
             torch.manual_seed(chunk.seed)  # the dropout that the loss will see
             if mismatched:
-                length = self.settings.max_length
+                length = self.run.max_length
                 rows = [mismatch(item, partner, length) for item, partner in zip(chunk.items, chunk.partners, strict=True)]
                 arguments = self._forward(rows, Mismatched)
             else:

@@ -36,7 +36,7 @@ def test_wandb_asked_for_online_without_a_key_is_refused_and_never_prompts(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     with pytest.raises(UserError, match="needs a key"):
-        Wandb(project="x", entity=None, mode="online").on_start(SimpleNamespace(main=True))  # type: ignore[arg-type]
+        Wandb(project="x", entity=None, mode="online").check(SimpleNamespace(main=True))  # type: ignore[arg-type]
 
 
 def test_tensorboard_shows_what_metrics_jsonl_holds(configure: Callable[..., Config], tmp_path: Path) -> None:

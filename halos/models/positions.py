@@ -1,0 +1,44 @@
+"""How many tokens a row may have for a model: a table of positions ends somewhere, rotary ones only become unfamiliar."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from halos.logps.model import bare
+
+OFFSETS = 8  # rows that a table of positions may have beyond them: OPT's has 2
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`made_for` is what the model's config says, None where it says nothing; `hard` is where its tables end."""
+
+    made_for: int | None
+    hard: int | None
+
+
+def limits(model: nn.Module) -> Limits:
+    """A table is known by what it is, whatever it is called: of as many rows as the config has positions, and not of tokens."""
+    inner = bare(model)
+    made_for = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(made_for, int) or made_for < 1:
+        return Limits(None, None)
+    words = inner.get_input_embeddings()
+    tables = [module.num_embeddings for module in inner.modules() if isinstance(module, nn.Embedding) and module is not words]
+    sizes = [size for buffer in inner.buffers() if buffer.dim() > 1 for size in buffer.shape]
+    ends = any(made_for <= rows <= made_for + OFFSETS for rows in tables) or made_for in sizes
+    return Limits(made_for, made_for if ends else None)
+
+
+def fewest(one: Limits, other: Limits) -> Limits:
+    """Of two models that read the same rows."""
+    return Limits(_least(one.made_for, other.made_for), _least(one.hard, other.hard))
+
+
+def within(limits: Limits, max_length: int) -> int:
+    """`max_length`, or the positions that there are, where these are fewer."""
+    return min(max_length, limits.hard or max_length)
+
+
+def _least(one: int | None, other: int | None) -> int | None:
+    return min((each for each in (one, other) if each is not None), default=None)

@@ -1,0 +1,131 @@
+"""From a checked config to a run before its weights: every check that needs none, in one order, for runs and dry runs alike."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from halos.config.bind import LossSpec, bind_hook, bind_loss
+from halos.config.schema import Config
+from halos.data.template import chat_template
+from halos.distributed import strategy
+from halos.distributed.deepspeed_config import refuse_settings
+from halos.distributed.launch import agree
+from halos.errors import UserError
+from halos.hooks.base import Blueprint, Hook
+from halos.hooks.checkpoint import CheckpointHook
+from halos.hooks.early_stopping import EarlyStopping
+from halos.hooks.kl import KLCoefficient
+from halos.hooks.log import MetricsLog
+from halos.hooks.progress import ProgressBar
+from halos.lock import RunLock
+from halos.models import positions
+from halos.models.load import load_tokenizer
+from halos.models.locate import locate
+from halos.run import models
+from halos.run.batch_source import Feed, feed
+from halos.rundir import RunDir
+from halos.types import PairScores
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What a run trains, without a weight: the base's files, the tokenizer, the model on the meta device."""
+
+    shelf: models.Shelf
+    model: nn.Module  # with its adapter
+    named: Path | None  # the reference that the config names
+    limits: positions.Limits
+    max_length: int  # tokens of a row
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        return self.shelf.tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A run that nothing is known to stand in the way of."""
+
+    config: Config
+    loss: LossSpec
+    directory: RunDir
+    structure: Structure
+    rows: Feed
+    checkpoint: CheckpointHook
+    hooks: Mapping[str, Hook]
+    blueprint: Blueprint
+
+
+def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared:
+    """Raises UserError for whatever is known to stand in a run's way before its weights are read; leaves nothing behind but
+    what is cached."""
+    loss = bind_loss(config.loss, config.plugins)
+    trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
+    refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
+    checkpoint, hooks = _hooks(config, loss)
+    directory = RunDir(config.run_dir)
+    if made.is_main_process:
+        if lock:
+            lock.refuse_held(wait=bool(config.resume))
+        directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
+    with made.main_process_first():
+        base = locate_base(config)
+    structure = structure_of(config, loss, made, base)
+    strategy.refuse_whole(structure.model)
+    rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
+    blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
+    agree(made, "hooks", ", ".join(hooks), complaint(hooks.values(), blueprint))
+    return Prepared(config, loss, directory, structure, rows, checkpoint, hooks, blueprint)
+
+
+def locate_base(config: Config) -> Path:
+    """The directory of what is trained, or of what its adapter is put on."""
+    assert config.model.name_or_path is not None, "the gate lets no run through without a model"
+    return locate(config.model.name_or_path, config.model.revision, Path(config.cache_dir).expanduser())
+
+
+def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: Path) -> Structure:
+    """Raises UserError for a tokenizer, adapter or reference that does not go with the base, and for what is no model of ours."""
+    tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
+    tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
+    shelf = models.Shelf(config, base, tokenizer, new_tokens, machine)
+    model = models.structure(shelf, reward=loss.inputs is PairScores)
+    named = models.named_reference(shelf) if loss.needs_reference else None
+    limits = positions.limits(model)
+    if named is not None:
+        limits = positions.fewest(limits, positions.limits(models.structure_of_reference(shelf, named)))
+    return Structure(shelf, model, named, limits, positions.within(limits, config.train.max_length))
+
+
+def draw(config: Config, structure: Structure, loss: LossSpec, *, total: int, main: bool) -> Blueprint:
+    return Blueprint(
+        config=config, directory=RunDir(config.run_dir), base=structure.shelf.base, tokenizer=structure.tokenizer,
+        model=structure.model, reward=loss.inputs is PairScores, total_steps=total, max_length=structure.max_length, main=main,
+    )  # fmt: skip
+
+
+def complaint(hooks: Iterable[Hook], blueprint: Blueprint) -> str | None:
+    """What the first of the hooks has against it."""
+    try:
+        for hook in hooks:
+            hook.check(blueprint)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _hooks(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, Hook]]:
+    """The checkpoint hook; and all hooks in order: it first, the run's own record, then the config's, in its order."""
+    checkpoint = bind_hook("checkpoint", config.checkpoint, config.plugins)()
+    if not isinstance(checkpoint, CheckpointHook):
+        raise UserError(f"checkpoint._target_={config.checkpoint['_target_']} is no CheckpointHook")
+    hooks: dict[str, Hook] = {"checkpoint": checkpoint, "metrics": MetricsLog(), "progress": ProgressBar()}
+    if config.train.early_stopping is not None:
+        hooks["early_stopping"] = EarlyStopping(patience=config.train.early_stopping)
+    if loss.adapt is not None:
+        hooks["kl_coefficient"] = KLCoefficient(loss.settings["kl_coefficient"])
+    return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
