@@ -17,6 +17,7 @@ import yaml
 from halos import confined
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
+from halos.journal import Journal
 from halos.lock import NAME as LOCK
 from halos.lock import RunLock
 from halos.metrics_file import MetricsFile, to_json
@@ -24,6 +25,7 @@ from halos.metrics_file import MetricsFile, to_json
 Status = Literal["finished", "stopped", "failed", "running"]
 LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", LOCK}  # what a start may leave that died before config.yaml
 ASIDE = "superseded-"
+COMMITS = "checkpoints.jsonl"
 PLACE = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "dry_run")  # not what is run
 HIDDEN = (".config.yaml.", ".result.json.", f".{LOCK}.", ".deleted-", "train.rank")
 RESERVE, RESERVED = ".result.json.reserve", 2**14  # room for the last word of a run whose disk others have filled
@@ -55,6 +57,11 @@ class RunDir:
     @property
     def metrics(self) -> MetricsFile:
         return MetricsFile(self.path / "metrics.jsonl")
+
+    @property
+    def commits(self) -> Journal:
+        """Each checkpoint that has become durable, on record outside checkpoints/: one that is gone has been there."""
+        return Journal(self.path / COMMITS)
 
     def lock(self) -> RunLock:
         return RunLock(self.path / LOCK)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
     {"confined"},
-    {"config", "logps", "losses", "metrics", "metrics_file", "lock", "logs", "versions"},
+    {"config", "logps", "losses", "metrics", "metrics_file", "journal", "lock", "logs", "versions"},
     {"rundir", "distributed"},
     {"models", "data", "merge"},
     {"checkpoint"},

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from: the newest that verifies, and why newer ones were passed over."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,9 @@ from typing import Any
 from halos import confined
 from halos.checkpoint import commit, manifest
 from halos.errors import UserError
-from halos.rundir import RunDir
+from halos.rundir import ASIDE, RunDir
+
+log = logging.getLogger(__name__)
 
 STEP = re.compile(r"step-(\d{1,15})\Z")
 
@@ -38,13 +41,38 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def record(run: RunDir, checkpoint: Path) -> None:
+    """Note outside checkpoints/ that this one has become durable. A disk that is full loses the note, not the run."""
+    try:
+        run.commits.add({"step": step_of(checkpoint), "checkpoint": checkpoint.name})
+    except OSError as error:
+        log.warning("%s: that %s was saved could not be noted: %s", run.commits.path, checkpoint.name, error)
+
+
 def go_on(run: RunDir, asked: Path | None) -> Found:
     """What a resumed run goes on from, when the leftovers of dead saves are gone. Raises UserError, then touching nothing."""
     refuse_newer(run.checkpoints)
     refuse_misplaced(run)
     commit.sweep(run.checkpoints)
     commit.sweep(run.path)
-    return Found(exactly(asked), []) if asked else newest(run.checkpoints)
+    found = Found(exactly(asked), []) if asked else newest(run.checkpoints)
+    if found.path is None:
+        refuse_lost(run, found)
+    return found
+
+
+def refuse_lost(run: RunDir, found: Found) -> None:
+    """Raises UserError where a run has committed checkpoints and none of them is whole: step 0 would throw its work away."""
+    steps = [int(row["step"]) for row in run.commits.read().rows] + [step_of(path) for path in checkpoints(run.checkpoints)]
+    if not steps:
+        return
+    why = f" ({'; '.join(found.passed_over)})" if found.passed_over else f": {run.checkpoints} holds none"
+    aside = sorted(path for path in run.checkpoints.glob(f"{ASIDE}*/step-*") if not manifest.verify(path))
+    whole = f" or move {aside[-1]} back into {run.checkpoints}," if aside else ""
+    raise UserError(
+        f"{run.path} has saved checkpoints up to step {max(steps)}, and none of them is whole{why}. It does not begin again at"
+        f" step 0 by itself: bring one back from a copy,{whole} or begin a new run (delete {run.path}, or another exp_name)"
+    )
 
 
 def refuse_misplaced(run: RunDir) -> None:

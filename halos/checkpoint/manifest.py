@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from halos.errors import UserError, one_line
 
 NAME = "manifest.json"
 FORMAT = 1
+# what operating systems and file servers leave beside other files, and nobody reads
+STRAY = re.compile(r"\._.*|\.DS_Store|\.nfs[0-9a-f]+|\.fuse_hidden.*|\.directory|Thumbs\.db|desktop\.ini")
 SEAL = ',\n "seal": "'  # a promise to every later format: the last entry, over all that stands before it
 
 
@@ -37,8 +40,9 @@ def digest(path: Path) -> str:
 
 
 def files_of(directory: Path) -> list[Path]:
-    """The regular files below a directory, its manifest not among them. No link is followed."""
-    return sorted(path for path, regular in _below(directory) if regular and path != directory / NAME)
+    """What a save consists of: the regular files below a directory, its manifest not among them. No link is followed."""
+    files = sorted(path for path, regular in _below(directory) if regular and path != directory / NAME)
+    return [path for path in files if not STRAY.fullmatch(path.name)]
 
 
 def _below(directory: Path) -> Iterator[tuple[Path, bool]]:
@@ -103,6 +107,7 @@ def _malformed(manifest: Any) -> str | None:
 def verify(directory: Path, *, contents: bool = True) -> list[Fault]:
     """Every file that is missing, altered or not listed; empty where the checkpoint is whole. Raises NewerFormatError.
 
+    A hidden file that is not listed is no damage: nothing here reads it, and somebody's tools may have left it.
     Without `contents` nothing is hashed: only that every file is there with its size, which costs no reading.
     """
     manifest = read(directory)
@@ -123,7 +128,13 @@ def verify(directory: Path, *, contents: bool = True) -> list[Fault]:
                 faults.append(Fault(name, "contents changed"))
         except OSError as error:
             faults.append(Fault(name, f"unreadable ({error.strerror})"))
-    return faults + [Fault(name, "not in the manifest") for name in sorted(there.keys() - listed.keys() - {NAME})]
+    others = sorted(name for name in there.keys() - listed.keys() - {NAME} if not _is_stray(name))
+    return faults + [Fault(name, "not in the manifest") for name in others]
+
+
+def _is_stray(name: str) -> bool:
+    """Hidden, or known to be left by machines: nothing here reads it."""
+    return name.startswith(".") or "/." in name or bool(STRAY.fullmatch(name.rpartition("/")[2]))
 
 
 def in_words(size: float) -> str:

@@ -73,8 +73,17 @@ def _refuse_others(directory: Path, saved: Set[str], mine: Set[str]) -> None:
 
 def _read_tensors(directory: Path, tensors: dict[str, Any]) -> None:
     """Into these, which are whole or this process's shards."""
-    reader = HuggingFaceStorageReader(str(directory / "optimizer"))
+    reader = _Reader(str(directory / "optimizer"))
     load_sharded(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+
+
+class _Reader(HuggingFaceStorageReader):
+    """torch's own takes every *.safetensors, and so the ._NAME.safetensors that macOS leaves beside each file it copies."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        every = self.fs.ls
+        self.fs.ls = lambda path: [name for name in every(path) if not Path(name).name.startswith(".")]
 
 
 def random_state() -> dict[str, Tensor]:

@@ -151,7 +151,7 @@ def weight_files(directory: Path) -> list[Path]:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
         names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
-        names = names or sorted(path.name for path in directory.glob("*.safetensors"))
+        names = names or sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory} lacks {len(missing)} of {len(names)} parts of its weights, {missing[0]} for one")

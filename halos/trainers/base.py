@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 from tqdm import tqdm
 
+from halos.checkpoint import find
 from halos.checkpoint.commit import DiskFullError, Gather, staged
-from halos.checkpoint.find import name_of
 from halos.checkpoint.saving import Saving
 from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
@@ -195,7 +195,7 @@ class Trainer(ABC):
         run, began = self.run, time.perf_counter()
         apart = self.checkpoint.async_save and not final
         gather = self._gather(apart=apart)
-        target = run.directory.final if final else run.directory.checkpoints / name_of(run.step)
+        target = run.directory.final if final else run.directory.checkpoints / find.name_of(run.step)
         facts = {"step": run.step, "world_size": run.accelerator.num_processes}
         self._saving = Saving(target, run.step, final=final)
         parts = [partial(hook.on_save, run, final=final) for hook in run.hooks.values()]
@@ -218,6 +218,8 @@ class Trainer(ABC):
         except DiskFullError as error:
             self.checkpoint.on_disk_full(run, error, step=saving.step, final=saving.final)
         else:
+            if run.main and not saving.final:
+                find.record(run.directory, saving.target)
             self._tell(lambda hook: hook.on_saved(run, saving.target, final=saving.final))
             self._saved = self._saved if saving.final else saving.step
         self._clock += time.perf_counter() - began

@@ -1,5 +1,6 @@
 """Whatever happens to a byte or a file of a checkpoint is found before training goes on, and the one before is taken."""
 
+import json
 import random
 import shutil
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 from scenes import LAST, Stage
 
 import train
-from halos.checkpoint import commit, find, manifest
+from halos.checkpoint import commit, find, manifest, state
 from halos.errors import UserError
 from halos.rundir import RunDir
 
@@ -129,3 +130,42 @@ def test_a_checkpoint_of_a_newer_version_stops_a_resume_and_nothing_is_touched(s
     with pytest.raises(UserError, match=f"newer version of halos.*format {manifest.FORMAT + 1}"):
         train.start([f"resume={run_dir}"])
     assert everything() == before
+
+
+STRAY = [".DS_Store", "._model.safetensors", ".nfs0000000000b0d9b100000002", "Thumbs.db", ".file.swp"]
+
+
+def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(stage: Stage, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / find.name_of(LAST)
+    shutil.copytree(stage.checkpoint(LAST), checkpoint)
+    for place in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
+        for name in STRAY:
+            (place / name).write_bytes(b"\0\5\26\7")
+    found = find.go_on(RunDir(tmp_path / "run"), None)
+    assert (found.path, found.passed_over) == (checkpoint, [])
+    listed = json.loads(manifest.describe(checkpoint, {}))["files"]
+    assert {Path(name).name for name in listed} & set(STRAY) == {".file.swp"}, "and what there is of them is not listed"
+    model, optimizer = stage.trainer.run.module, stage.trainer.run.optimizer
+    state.load_optimizer(checkpoint / "state", model, optimizer)  # torch would read ._model.safetensors too
+
+
+@pytest.mark.parametrize("left", ["damaged", "deleted"])
+def test_a_run_whose_checkpoints_are_all_lost_does_not_begin_again_by_itself(left: str, stage: Stage, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    for step in (LAST - 1, LAST):
+        place = run_dir / "checkpoints" / find.name_of(step)
+        shutil.copytree(stage.checkpoint(step), place)
+        find.record(RunDir(run_dir), place)
+        flip(place, random.Random(step)) if left == "damaged" else shutil.rmtree(place)
+    with pytest.raises(UserError, match=f"up to step {LAST}, and none of them is whole.*delete {run_dir}"):
+        find.go_on(RunDir(run_dir), None)
+
+
+def test_a_run_that_never_saved_a_checkpoint_begins_at_its_first_step(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / (commit.HIDDEN + find.name_of(2))).mkdir(parents=True)
+    assert find.go_on(RunDir(tmp_path / "run"), None) == find.Found(None, [])
+
+
+def test_a_checkpoint_is_on_record_when_it_has_become_durable(stage: Stage) -> None:
+    entries = RunDir(stage.shelf).commits.read()
+    assert ([row["step"] for row in entries.rows], entries.fault) == ([*range(1, LAST + 1)], None)
