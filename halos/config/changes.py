@@ -115,6 +115,7 @@ CHANGES: dict[str, str | Condition] = {
     "peft.lora_alpha": MATHEMATICAL,
     "peft.lora_dropout": MATHEMATICAL,
     "peft.target_modules": MATHEMATICAL,
+    "peft.target_parameters": MATHEMATICAL,
     "peft.bias": MATHEMATICAL,
     "peft.use_rslora": MATHEMATICAL,
     "peft.use_dora": MATHEMATICAL,
@@ -135,6 +136,7 @@ CHANGES: dict[str, str | Condition] = {
     "train.precision": MATHEMATICAL,
     "train.activation_checkpointing": SAFE,
     "train.deterministic": SAFE,
+    "train.router_aux_loss": MATHEMATICAL,
     "train.early_stopping": SAFE,  # it ends a run, and changes no step
     "train.temperature": MATHEMATICAL,
     "optim.name": MATHEMATICAL,

@@ -79,6 +79,13 @@ def _peft(config: Config, typed: Sequence[str]) -> str | None:
     idle = [key for key in keys if key.startswith("peft.") and key != "peft.name"]
     if config.peft.name == "none" and idle:
         return f"{idle[0]} has no effect with peft=none: add peft=lora, or leave it out"
+    for key in ("lora_dropout", "use_dora"):
+        value = getattr(config.peft, key)
+        if config.peft.name != "none" and config.peft.target_parameters and value:
+            return (
+                f"peft.{key}={value} is for layers, and peft.target_parameters names parameters, which have neither dropout nor"
+                f" DoRA: leave one of the two out"
+            )
     return None
 
 

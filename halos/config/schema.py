@@ -48,6 +48,7 @@ class Peft:
     lora_alpha: float = key(above=0)
     lora_dropout: float = key(least=0, most=0.99)
     target_modules: Any = key()
+    target_parameters: list[str] = key()
     bias: str = key(one_of=("none", "all", "lora_only"))
     use_rslora: bool = key()
     use_dora: bool = key()
@@ -72,6 +73,7 @@ class Train:
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
     activation_checkpointing: bool = key()
     deterministic: bool = key()
+    router_aux_loss: float | None = key(least=0)
     early_stopping: int | None = key(least=1)
     temperature: float = key(above=0)  # of the softmax that log-probs are taken of
 

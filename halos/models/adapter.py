@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.errors import UserError
+from halos.models import targets
 
 KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
-    "modules_to_save",
+    "modules_to_save", "target_parameters",
 )  # fmt: skip
+LISTS = ("target_modules", "modules_to_save", "target_parameters")  # in which order does not matter
 
 
 def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, reward: bool, seed: int) -> PeftModel:
     """The model with a fresh adapter (B = 0, so it computes what it did). A reward model's head is trained and saved whole."""
     task = TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM
-    config = LoraConfig(task_type=task, **{name: settings[name] for name in KEYS})
+    config = LoraConfig(task_type=task, **_named(model, settings))
     model.config._name_or_path = base
     torch.manual_seed(seed)
     try:
@@ -37,6 +39,26 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     return adapted
 
 
+def _named(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as PEFT is to have them: a key means what it matches. Raises UserError for what PEFT cannot adapt."""
+    chosen = targets.resolve(model, settings["target_modules"], settings["target_parameters"])
+    named = {name: settings[name] for name in KEYS}
+    named |= {"target_modules": chosen.modules, "target_parameters": chosen.parameters or None}
+    for key in ("rank_pattern", "alpha_pattern") if chosen.by_weight else ():
+        named[key] = {end: value for name, value in settings[key].items() for end in (name, rf"({name})\.weight")}
+    what = ", ".join(sorted({name.rpartition(".")[2] for name in chosen.by_weight}))
+    for key in ("lora_dropout", "use_dora") if chosen.by_weight else ():
+        if settings[key]:
+            raise UserError(
+                f"peft.{key}={settings[key]}: PEFT adapts {what} of {type(model).__name__} by their weights, where it has neither"
+                f" dropout nor DoRA. Leave {key} out, or name other layers with peft.target_modules=[...]"
+            )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() and any(name == end or name.endswith(f".{end}") for end in chosen.parameters):
+            raise UserError(f"peft.target_parameters: {name} is quantised, and PEFT adapts no quantised parameter")
+    return named
+
+
 def refuse_other_settings(model: PeftModel, directory: Path) -> None:
     """Raises UserError where a saved adapter was made with other keys than the model's own: it would mean something else."""
     path = directory / "adapter_config.json"
@@ -45,7 +67,7 @@ def refuse_other_settings(model: PeftModel, directory: Path) -> None:
     saved, own = json.loads(path.read_text()), model.peft_config["default"].to_dict()
     for name in KEYS:
         one, other = saved.get(name), own.get(name)
-        if sorted(one or []) != sorted(other or []) if name in ("target_modules", "modules_to_save") else one != other:
+        if sorted(one or []) != sorted(other or []) if name in LISTS else one != other:
             raise UserError(
                 f"peft.init_from={directory} was made with peft.{name}={one}, and this run has {other}: type the same"
             )

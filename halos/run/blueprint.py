@@ -22,6 +22,8 @@ from halos.hooks.kl import KLCoefficient
 from halos.hooks.log import MetricsLog
 from halos.hooks.progress import ProgressBar
 from halos.lock import RunLock
+from halos.logps.model import bare
+from halos.logps.router import refuse_without_router
 from halos.models import positions
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
@@ -94,6 +96,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
     shelf = models.Shelf(config, base, tokenizer, new_tokens, machine)
     model = models.structure(shelf, reward=loss.inputs is PairScores)
+    refuse_without_router(bare(model).config, config.train.router_aux_loss)
     named = models.named_reference(shelf) if loss.needs_reference else None
     limits = positions.limits(model)
     if named is not None:

@@ -8,12 +8,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers import PretrainedConfig
 
 from halos.config.bind import LossSpec
 from halos.data.collate import num_cut_mismatches
 from halos.data.dataset import Dataset
 from halos.distributed import strategy
 from halos.distributed.deepspeed import num_elements
+from halos.logps.model import bare
+from halos.logps.router import has_balancing_loss, weight_in
+from halos.models import targets
 from halos.run.blueprint import Prepared
 from halos.run.shown import CLOSE, OPEN
 from halos.trainers.schedule import warmup_steps
@@ -96,6 +100,10 @@ def _say_model(run: Prepared) -> None:
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     _say("model", f"{config.model.name_or_path} ({dtype}){against}")
     _say("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
+    for number, line in enumerate(targets.lines(model)):
+        _say("" if number else "adapter", line)
+    if has_balancing_loss(bare(model).config):
+        _say("router", _balance(bare(model).config, config.train.router_aux_loss))
     if run.structure.max_length < config.train.max_length:
         _say("positions", f"{limits.hard}, and a row cannot have more: train.max_length={config.train.max_length} counts as that")
     elif limits.made_for is not None and limits.made_for < config.train.max_length:
@@ -105,6 +113,15 @@ def _say_model(run: Prepared) -> None:
                     "%d rows (%s) are longer than the %d positions that the model was made for: it may know nothing of what comes"
                     " after (train.max_length)", longer, name, limits.made_for,
                 )  # fmt: skip
+
+
+def _balance(config: PretrainedConfig, asked: float | None) -> str:
+    """What becomes of a mixture's balancing loss."""
+    if asked is not None:
+        return f"its balancing loss weighs {asked:g} (train.router_aux_loss)" if asked else "no balancing loss"
+    if weight := weight_in(config):
+        return f"its balancing loss weighs {weight:g}, as the model's config says"
+    return "no balancing loss, as the model's config says; train.router_aux_loss=0.001 would add it"
 
 
 def _say_data(run: Prepared) -> None:

@@ -32,11 +32,12 @@ from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
 from halos.logps.model import adapter_off
+from halos.logps.router import RouterLoss
 from halos.metrics import Meter, Window
 from halos.trainers.deal import Chunk, Split, deal, gather_in_order
 from halos.trainers.memory import peak_mb
 from halos.trainers.schedule import multiplier
-from halos.types import Loss, Mean, Mismatched
+from halos.types import Loss, Mean, Mismatched, Sequences
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ class Trainer(ABC):
         self.train, self.held_out, self.order, self.reference = train, held_out, order, reference
         self.exam = exam  # what an evaluation measures, where it is not the loss over held-out items
         self.settings = run.config.train
+        self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self._clock, self._window_tokens = 0.0, 0
         self._saved = run.step  # the newest step that a checkpoint holds, or the one that needs none
         self._saving: Saving | None = None  # the one save that is under way
@@ -125,15 +127,20 @@ class Trainer(ABC):
         model.train()
         chunks, meter = self._deal(self.train, indices), Meter()
         counts = self._counts(self.train, indices)
-        statistics = self._statistics(chunks, len(indices))
+        statistics, routing = self._statistics(chunks, len(indices)), self._routing(chunks)
         for number, chunk in enumerate(chunks, 1):
             last = number == len(chunks)
             with nullcontext() if last else self._unreduced():
                 loss = self._loss(chunk, statistics, len(indices))
-                total = loss.values.sum() * chunk.weight
+                total, means = loss.values.sum() * chunk.weight, self._means(loss, chunk)
                 # gradients are averaged over processes: scale the sum back up before dividing by the global count
-                self._backward(total * accelerator.num_processes / counts[loss.per], last=last)
-            meter.add(self._means(loss, chunk), chunk.weight)
+                total = total * accelerator.num_processes / counts[loss.per]
+                if self.router is not None:
+                    balance = self.router.share(routing if routing is not None else self._chosen(chunk))
+                    total = total + self.router.weight * balance.total * chunk.weight * accelerator.num_processes
+                    means["router_aux_loss"] = balance
+                self._backward(total, last=last)
+            meter.add(means, chunk.weight)
         norm = self._update()
         run.step += 1
         run.examples += len(indices)
@@ -306,7 +313,13 @@ class Trainer(ABC):
         with self.run.accelerator.autocast():
             # the reference first, so that it does not meet the policy's activations in memory
             references = [shape(self._refer(batch))] if self.loss.needs_reference else []
-            return [shape(self.run.module(batch)), *references]
+            return [shape(self._policy(batch)), *references]
+
+    def _policy(self, batch: Sequences) -> Any:
+        """The policy's output; in a step its routers are watched, where their balance is part of the loss."""
+        module = self.run.module
+        with self.router.watching() if self.router is not None and module.training else nullcontext():
+            return module(batch)
 
     @torch.no_grad()
     def _refer(self, batch: Any) -> Any:
@@ -353,6 +366,25 @@ class Trainer(ABC):
             values = self.loss.statistics(*arguments)
             parts.append(values[: len(values) if chunk.weight else 0])
         return gather_in_order(torch.cat(parts), total, self.run.accelerator)
+
+    @torch.no_grad()
+    def _routing(self, chunks: list[Chunk]) -> Tensor | None:
+        """How often the global batch chooses each expert: a pass of its own, where one micro-batch does not tell all."""
+        if self.router is None or len(chunks) == 1:
+            return None
+        counts = []
+        for chunk in chunks:
+            torch.manual_seed(chunk.seed)  # the dropout that the loss will see
+            with self.run.accelerator.autocast():
+                self._policy(pack(self.rows(chunk.items)).to(self.run.accelerator.device))
+            counts.append(self.router.counts() * chunk.weight)
+        return self.run.accelerator.reduce(torch.stack(counts).sum(0), reduction="sum")
+
+    @torch.no_grad()
+    def _chosen(self, chunk: Chunk) -> Tensor:
+        """The same, of the one micro-batch that each process has, after its forward pass."""
+        assert self.router is not None
+        return self.run.accelerator.reduce(self.router.counts() * chunk.weight, reduction="sum")
 
     # --- telling -------------------------------------------------------------------------------------------------------
 

@@ -208,7 +208,7 @@ class PolicyGradientTrainer(Trainer):
     def _arguments(self, chunk: Chunk) -> list[Any]:
         batch = pack(self.rows(chunk.items)).to(self.run.accelerator.device)
         with self.run.accelerator.autocast():
-            policy = self.inputs(self.run.module(batch), chunk)
+            policy = self.inputs(self._policy(batch), chunk)
         if not self.loss.takes_reference:
             return [policy]
         reference = chunk.given.reference

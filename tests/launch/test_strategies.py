@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.launch import spread
+from tests.mixtures import EXPERTS, build
 
 ROOT = Path(__file__).resolve().parents[2]
 # so much weight decay that it is seen what is decayed and what is not
@@ -54,6 +55,10 @@ def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch
 def test_two_processes_make_the_step_of_one(how: str, tmp_path: Path, cache: Path) -> None:
     spread.skip_unless_installed(how)
     cells = ["loss=reward peft=lora"] if how in ("ddp", "zero2") else ["loss=kto peft=none", "loss=dpo peft=lora"]
+    mixture = build("Mixtral", tmp_path / "mixtral")  # of which a rank's rows do not reach every expert
+    cells.append(
+        f"loss=dpo peft=lora {EXPERTS} checkpoint.merge_lora=false model.name_or_path={mixture} train.router_aux_loss=0.5"
+    )
     alone = train(tmp_path / "one", cache, cells, steps=3, world=1, how="alone")
     compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, how=how), cells)
 
