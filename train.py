@@ -35,8 +35,9 @@ from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_saved_addresses, refuse_secrets
 from halos.config.suggest import kind_of, nearest
 from halos.distributed.children import leave
-from halos.distributed.signals import AGAIN, ASKING, leave_when_told
-from halos.errors import JobsFailedError, UserError, read_enough
+from halos.distributed.environment import number_of, refuse_half_launched, world_size
+from halos.distributed.signals import AGAIN, ASKING, as_before, leave_when_told
+from halos.errors import JobsFailedError, UserError, printable, read_enough
 from halos.rundir import RunDir, is_run, job_name, step_of
 
 ROOT = Path(__file__).resolve().parent
@@ -59,11 +60,7 @@ def main() -> None:
     """Ends with the run's exit status."""
     leave_when_told()
     try:
-        leave(start(sys.argv[1:]))
-    except SystemExit as end:  # the only way to hand a status on through Hydra
-        if not isinstance(end.code, int):
-            raise
-        leave(end.code)
+        leave(begin(sys.argv[1:]))
     except UserError as error:
         leave(refuse(error))
     except JobsFailedError as error:
@@ -77,16 +74,22 @@ def main() -> None:
 
 def refuse(error: UserError) -> int:
     """One message a host. The other ranks wait, so that the launcher does not end the one that speaks before it has."""
-    if int(os.environ.get("LOCAL_RANK") or 0):
+    if number_of("LOCAL_RANK", 0):
         for number in ASKING:
             signal.signal(number, signal.SIG_IGN)  # from the launcher, once the other has left
         time.sleep(2)
     else:
-        print(f"error: {redact(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {printable(redact(str(error)))}", file=sys.stderr, flush=True)
     return WRONG_INPUT
 
 
 def start(argv: list[str]) -> int:
+    """A command within a process of yours: its exit status. Raises UserError; signals and sys.argv are afterwards as before."""
+    with as_before():
+        return begin(argv)
+
+
+def begin(argv: list[str]) -> int:
     """What was typed is checked before Hydra takes over, because Hydra's own errors exit 1 with tracebacks or bad advice."""
     args, unknown = get_args_parser().parse_known_intermixed_args(argv)
     if unknown:
@@ -96,11 +99,12 @@ def start(argv: list[str]) -> int:
     if args.hydra_help or args.shell_completion or args.experimental_rerun or (args.help and not args.overrides):
         return enter_hydra(args.overrides + flags)
     multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
-    if multirun and int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if multirun and world_size() > 1:
         raise UserError(
             "a sweep cannot run inside accelerate launch, where the second job would fail:"
             " python train.py -m ... hydra/launcher=accelerate starts each job with its own accelerate launch"
         )
+    refuse_half_launched()
     refuse_secrets({}, args.overrides)
     places = [(ROOT / (args.config_path or "config")).resolve(), *also_in(args.config_dir)]
     choices, name = list_choices(places), args.config_name or "config"
@@ -370,6 +374,12 @@ def enter_hydra(words: list[str], known: Sequence[str] = ()) -> int:
     sys.argv = [sys.argv[0], *words]
     try:
         hydra.main(version_base=VERSION, config_path=str(ROOT / "config"), config_name="config")(job)()
+    except SystemExit as end:  # the only way to hand a status, or what was wrong, on through Hydra
+        if isinstance(end.code, UserError):
+            raise end.code from None
+        if not isinstance(end.code, int | None):
+            raise
+        return end.code or 0
     except (HydraException, OmegaConfBaseException) as error:
         cause = error.__cause__
         raise cause if isinstance(cause, UserError) else UserError(explain(error, known)) from error
@@ -394,6 +404,8 @@ def job(composed: DictConfig) -> float | None:
         changed = take_up(config) if multirun or config.resume == AUTO else []
         status = run(config, typed, changed, places) if gate.is_walk(config) else run(config, typed, changed)
     except UserError as error:
+        if not multirun:
+            raise SystemExit(error) from error
         refuse(error)
     if not multirun or status == AGAIN:
         raise SystemExit(status)

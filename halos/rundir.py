@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 import yaml
 
 from halos import confined
+from halos.config.values import to_type
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.journal import Journal
@@ -75,7 +76,7 @@ class RunDir:
             raise UserError(f"{self.path.parent} is a run already, so nothing else can lie in it: {other}")
         if is_run(self.path) and not self.is_finished():
             raise UserError(
-                f"{self.path} holds a run that is not finished: python train.py resume={self.path} goes on with it;"
+                f"{self.path} holds a run that is not finished: python train.py {to_type('resume', self.path)} goes on with it;"
                 f" to begin anew delete the directory, or {other}"
             )
         if is_run(self.path) and not overwrite:
@@ -127,16 +128,13 @@ class RunDir:
         return cls(place.parent.parent if place.parent.name == "checkpoints" else place)
 
     def open(self) -> None:
-        """Raises UserError where no run was begun here, so that none can be resumed, and where something in it leads out of it
-        or could not be written."""
+        """Raises UserError where no run was begun here, so that none can be resumed, or where something in it leads out of it."""
         if not is_run(self.path):
             raise UserError(f"resume={self.path}: {_no_run(self.path)}")
         confined.inspect(self.path)
-        for place in (self.path, self.path / "attempts", self.checkpoints):
+        for place in (self.checkpoints, self.final):
             if place.exists() and not place.is_dir():
                 raise UserError(f"{place} is a file where a directory belongs: move it away")
-            if place.exists() and not os.access(place, os.W_OK | os.X_OK):
-                raise UserError(f"{place} cannot be written into, and a run that goes on saves there: chmod u+wx {place}")
 
     def asked_checkpoint(self, resume: str | None) -> Path | None:
         """The checkpoint that `resume=` names, or None where it leaves the choice to us."""
@@ -292,7 +290,7 @@ def _no_run(place: Path) -> str:
     if inside := _runs(place):
         return f"it is a sweep or a directory of runs: resume one of them, such as {place / inside[0]}"
     if is_run(place.parent):
-        return f"it lies inside a run: resume={place.parent}"
+        return f"it lies inside a run: {to_type('resume', place.parent)}"
     what = "it is no run (no config.yaml)" if place.exists() else "there is no such directory"
     if (place / "config.yaml").is_file() and any((place / name).exists() for name in ("checkpoints", "FINAL", "metrics.jsonl")):
         return (

@@ -52,11 +52,18 @@ def build(tmp_path, monkeypatch):
     monkeypatch.setenv("HALOS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("MY_TOKEN", "tk_0123456789abcdefghij")
     monkeypatch.setenv("MY_PASSWORD", "sh0rt-one")
-    for name in ("WORLD_SIZE", "RANK", "HYDRA_FULL_ERROR"):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "HYDRA_FULL_ERROR"):
         monkeypatch.delenv(name, raising=False)
     stub = Build()
     monkeypatch.setitem(sys.modules, "halos.run", stub)
     return stub
+
+
+def launch(monkeypatch, **told):
+    """The environment of a rank."""
+    whole = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", **told}
+    for name, value in whole.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -252,14 +259,32 @@ def test_a_missing_choice_lists_the_choices(refused, words, parts):
 def test_only_rank_0_speaks_and_the_others_wait(cli, monkeypatch):
     waited = []
     monkeypatch.setattr("time.sleep", waited.append)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    launch(monkeypatch, RANK="1", LOCAL_RANK="1")
     assert cli("loss=dpoo") == (2, "", "")
     assert waited == [2]
 
 
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(refused, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    launch(monkeypatch, WORLD_SIZE="4")
     assert "train.batch_size=4" in refused(*RUN, "train.batch_size=3")
+
+
+@pytest.mark.parametrize(
+    ("left", "said"),
+    [
+        ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0"}, "but not MASTER_ADDR, MASTER_PORT"),
+        ({"WORLD_SIZE": "4"}, "but not RANK, LOCAL_RANK"),
+        ({"LOCAL_RANK": "0"}, "unset LOCAL_RANK"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four, which is no number"),
+        ({"WORLD_SIZE": "-1", "RANK": "\x1b[31m0"}, "which is no number"),
+    ],
+)
+def test_what_a_scheduler_left_behind_is_told_before_anything_waits_for_it(refused, monkeypatch, left, said):
+    for name, value in left.items():
+        monkeypatch.setenv(name, value)
+    told = refused(*RUN)
+    assert said in told
+    assert "\x1b" not in told
 
 
 # --- sweeps
@@ -515,7 +540,7 @@ HOSTILE = [
     ("checkpoint", {"_target_": "antigravity.Hook"}, "plugins=[antigravity]"),
     ("loss", {"_target_": "subprocess.run", "args": "touch pwned"}, "plugins=[subprocess]"),
     ("hooks.x", {"_target_": "halos.rundir.shutil.rmtree"}, "no module halos.rundir.shutil"),
-    ("hooks.x", {"_target_": "halos.rundir.shutil"}, "is no hook"),
+    ("hooks.x", {"_target_": "halos.confined.shutil"}, "is no hook"),
     ("hooks.x", {"_target_": "halos.run.lifecycle.run"}, "is no hook"),
     ("loss", {"_target_": "halos.rundir.RunDir"}, "is no loss"),
     ("hooks.x", {"_target_": "halos.hooks.trackers.TensorBoard", "_args_": ["x"]}, "takes no '_args_'"),

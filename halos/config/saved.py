@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,6 +17,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from halos.config import changes
 from halos.config.schema import Config
 from halos.config.suggest import unknown_key
+from halos.config.values import to_type
 from halos.confined import parse_yaml
 from halos.errors import UserError
 
@@ -55,6 +59,20 @@ def composed(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:
     made = OmegaConf.create(_literal({**settings, **own}))
     assert isinstance(made, DictConfig)
     return made
+
+
+def default_cache() -> str:
+    """cache_dir as config.yaml has it for everybody: a saved run's own names a place on the machine where it was begun."""
+    node = OmegaConf.load(Path(__file__).resolve().parents[2] / "config" / "config.yaml")
+    return os.path.expanduser(str(node.cache_dir))
+
+
+def to_resume(config: Config, run_dir: Path) -> str:
+    """What is typed to go on with a run: what is never taken from its files is typed again."""
+    words = [to_type("resume", run_dir)]
+    words += [shlex.quote(f"plugins=[{','.join(config.plugins)}]")] if config.plugins else []
+    words += [to_type("cache_dir", config.cache_dir)] if config.cache_dir != default_cache() else []
+    return " ".join(words)
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:

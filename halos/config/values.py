@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -41,6 +44,18 @@ def show(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(show, value)) + "]"
     return repr(value)
+
+
+def quoted(value: Any) -> str:
+    """A word as Hydra's grammar takes it, whatever is in it."""
+    text = re.sub(r"(\\*)(?:\Z|(?='))", r"\1\1", str(value)).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def to_type(key: str, value: Any) -> str:
+    """`key=value` as it is typed into a shell: quoted for Hydra where it must be, and that for the shell."""
+    plain = isinstance(value, str | Path) and re.fullmatch(r"[\w./@:+-]+", str(value), re.ASCII)
+    return shlex.quote(f"{key}={value}" if plain else f"{key}={quoted(value)}")
 
 
 def fit(value: Any, kind: Any) -> Any:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPING
 from halos.errors import UserError
 
@@ -42,7 +43,7 @@ def leave(status: int) -> NoReturn:
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if world_size() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

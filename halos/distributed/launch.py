@@ -20,6 +20,7 @@ from halos.distributed.device import (
     prepare_torch,
     uses_gpu,
 )
+from halos.distributed.environment import refuse_half_launched, world_size
 from halos.distributed.rendezvous import meet
 from halos.errors import UserError
 
@@ -39,6 +40,7 @@ def accelerator(precision: str, dtype: str = "auto", *, deterministic: bool = Fa
     `precision` auto takes what the launcher's config says, and else bfloat16 on a GPU that has it, and wherever the
     weights (`dtype`) were asked for in it: what is trained is float32 all the same.
     """
+    refuse_half_launched()
     _one_process_asked_for_many()
     prepare_torch(deterministic=deterministic)
     # transformers would leave a new reward head on the meta device of every process but the first
@@ -75,7 +77,7 @@ def _deepspeed_is_ours() -> Iterator[None]:
 
 
 def _compare(made: Accelerator) -> None:
-    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    asked = world_size()
     if asked != made.num_processes:
         raise UserError(
             f"{asked} processes were launched, but each sees {made.num_processes}: launch with accelerate or torchrun"
@@ -137,7 +139,7 @@ def asked_to_cut() -> bool:
 
 def _one_process_asked_for_many() -> None:
     """`accelerate launch --cpu --num_processes 2`, and distributed_type MULTI_CPU, start one process and say nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if world_size() > 1:
         return
     asked = launcher_settings().num_processes
     if asked is not None and asked > 1:

@@ -8,13 +8,13 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from halos.distributed.device import uses_gpu
+from halos.distributed.environment import MEETING, number_of, world_size
 from halos.errors import UserError
 
 PATIENCE = 600.0  # seconds between the first process and the last: the hosts of a queue do not start at once
 PERIOD = 0.1  # seconds between two looks; in between, signals are heeded
 CALL = timedelta(seconds=5)  # for one call to the store
 WORK = timedelta(hours=6)  # one process tokenises, scores, or proves a merge, while the others wait in a collective
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 EVERYONE = "halos/everyone"
 
 
@@ -24,9 +24,9 @@ def meet(timeout: timedelta = WORK) -> None:
 
     torch's own rendezvous waits as long as a collective may take, hears no signal meanwhile, and does not say for whom.
     """
-    if dist.is_initialized() or not all(os.environ.get(name) for name in LAUNCHED):
+    if dist.is_initialized() or not all(os.environ.get(name) for name in MEETING):
         return
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    rank, size = number_of("RANK", 0), world_size()
     until = time.monotonic() + PATIENCE
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     store = _store(rank, size, where, until)

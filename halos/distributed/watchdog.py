@@ -3,7 +3,6 @@
 import ctypes
 import logging
 import os
-import signal
 import socket
 import sys
 import threading
@@ -18,6 +17,8 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
+from halos.distributed.signals import ORPHANED
+
 log = logging.getLogger(__name__)
 
 PERIOD = 0.5  # seconds between two looks
@@ -25,9 +26,6 @@ PATIENCE = 3.0  # seconds in which a process that failed shows whether it was fo
 BEAT = 5.0  # seconds between two signs of life of a host
 SILENCE = 60.0  # seconds without one after which a host counts as lost
 PR_SET_PDEATHSIG = 1
-# What the kernel sends when the launcher dies. A signal of its own, since it comes once for every thread that the launcher had,
-# and of those that people send the second one ends a run at once
-ORPHANED = signal.SIGUSR2
 
 
 @contextmanager

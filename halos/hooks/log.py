@@ -15,13 +15,29 @@ def summary(metrics: Metrics) -> str:
 
 
 class MetricsLog(Hook):
-    """One object a logged step or evaluation, from the first process."""
+    """One object a logged step or evaluation, from the first process. On a full disk it is lost, counted and told: whether the
+    run goes on is for `checkpoint.on_full_disk` to say."""
+
+    def __init__(self) -> None:
+        self._lost = 0
 
     def on_step(self, run: Run, metrics: Metrics) -> None:
         if run.main and metrics:
-            run.directory.append_metrics(dict(metrics))
+            self._keep(run, metrics)
 
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         if run.main:
-            run.directory.append_metrics(dict(metrics))
+            self._keep(run, metrics)
             log.info("step %d of %d, held out: %s", run.step, run.total_steps, summary(metrics))
+
+    def on_end(self, run: Run) -> None:
+        if self._lost:
+            log.warning("%d lines are missing from metrics.jsonl, which could not be written", self._lost)
+
+    def _keep(self, run: Run, metrics: Metrics) -> None:
+        try:
+            run.directory.append_metrics(dict(metrics))
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                log.warning("metrics.jsonl cannot be written (%s): its lines are lost until it can", error)

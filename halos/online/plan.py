@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from halos.checkpoint.find import checkpoints
 from halos.config.bind import LossSpec
 from halos.config.paths import check_model
 from halos.config.schema import Config, Online
+from halos.config.values import quoted
 from halos.errors import UserError
 from halos.online import feedback
 from halos.online.prompts import read_prompts
@@ -143,9 +143,3 @@ class Plan:
             return None
         rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]
         return float(rows[-1]["kl_coefficient"]) if rows else None
-
-
-def quoted(value: Any) -> str:
-    """A word as Hydra's grammar takes it, whatever is in it."""
-    text = str(value).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

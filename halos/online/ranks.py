@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
+
+from halos.distributed.environment import number_of, world_size
 
 
 class Ranks:
     """Without a launcher nothing of torch's is touched, so that stages which need no model start at once."""
 
     def __init__(self) -> None:
-        self.world = int(os.environ.get("WORLD_SIZE") or 1)
-        self.rank = int(os.environ.get("RANK") or 0)
+        self.world = world_size()
+        self.rank = number_of("RANK", 0)
         if self.world > 1:
             from accelerate import Accelerator
 
@@ -53,4 +54,4 @@ def device_of_this_process() -> Any:
     prepare_torch()
     if not uses_gpu():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
+    return torch.device("cuda", number_of("LOCAL_RANK", 0) % torch.cuda.device_count())

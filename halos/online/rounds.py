@@ -20,6 +20,7 @@ from halos.config.bind import bind_hook, bind_loss
 from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.confined import write_whole
+from halos.distributed.environment import world_size
 from halos.distributed.signals import AGAIN
 from halos.errors import UserError
 from halos.hooks.base import Hook
@@ -43,7 +44,7 @@ def run(config: Config, inner: Config, words: Sequence[str], typed: Sequence[str
 
     `inner` is the configuration of a round's training and `words` what is typed for it. Raises UserError.
     """
-    if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+    if world_size() > 1:
         raise UserError(
             "loss=online starts an accelerate launch of its own for every stage: python train.py loss=online"
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
@@ -129,14 +130,16 @@ class Walk:
             note = f"{type(error).__name__}: {error}"
             raise
         finally:
-            for hook in self.hooks.values():
-                hook.on_end(self)  # type: ignore[arg-type]
-            ended = "failed" if status == "refused" else status
-            self.directory.write_result(ended, self.step, self.metrics, reason=note)  # type: ignore[arg-type]
+            try:
+                for hook in self.hooks.values():
+                    hook.on_end(self)  # type: ignore[arg-type]
+            finally:
+                ended = "failed" if status == "refused" else status
+                self.directory.write_result(ended, self.step, self.metrics, reason=note)  # type: ignore[arg-type]
         if status == "finished":
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":
-            log.info("stopped: %s; go on with: python train.py resume=%s", note, self.directory.path)
+            log.info("stopped: %s; go on with: python train.py %s", note, saved.to_resume(self.config, self.directory.path))
         return {"finished": FINISHED, "stopped": AGAIN, "refused": WRONG_INPUT}.get(status, FAILED)
 
     def _begin(self, typed: Sequence[str], changed: Sequence[Change]) -> None:

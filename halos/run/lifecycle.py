@@ -1,7 +1,6 @@
 """One attempt at a run, from its start to its exit status: the lock, signals, the loop, the word it leaves behind."""
 
 import logging
-import shlex
 import signal
 import types
 from collections.abc import Sequence
@@ -10,15 +9,16 @@ from dataclasses import replace
 from halos.config import saved
 from halos.config.changes import Change
 from halos.config.schema import Config
+from halos.config.values import to_type
 from halos.distributed.launch import accelerator, agree, launched
-from halos.distributed.signals import AGAIN, ASKING
-from halos.distributed.watchdog import ORPHANED, outlive_no_launcher, together
+from halos.distributed.signals import AGAIN, ASKING, ORPHANED
+from halos.distributed.watchdog import outlive_no_launcher, together
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.log import summary
 from halos.logs import speak
 from halos.run.assemble import assemble
-from halos.rundir import RunDir, is_run
+from halos.rundir import FULL, RunDir, is_run
 from halos.trainers.base import Trainer
 
 log = logging.getLogger(__name__)
@@ -50,6 +50,8 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
                 return _stopped_at_the_start(directory, told[0], held=lock.held)
             if isinstance(error, UserError) and lock.held and not config.resume:
                 directory.abandon()
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise UserError(f"no space is left for {error.filename or directory.path}: free some, and go on") from error
             raise
 
 
@@ -68,11 +70,10 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
         return False
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     if config.schedule.name == "constant":
-        log.info("to train on: python train.py resume=%s train.steps=MORE", directory.path)
+        log.info("to train on: python train.py %s train.steps=MORE", saved.to_resume(config, directory.path))
     else:
-        log.info(
-            "its %s schedule is at its end: a new run goes on with model.name_or_path=%s", config.schedule.name, directory.final
-        )
+        onward = to_type("model.name_or_path", directory.final)
+        log.info("its %s schedule is at its end: a new run goes on with %s", config.schedule.name, onward)
     return True
 
 
@@ -93,11 +94,13 @@ def _train(trainer: Trainer, told: list[str]) -> int:
         _name_log(current, error)
         raise
     finally:
-        for hook in current.hooks.values():
-            hook.on_end(current)
-        if current.main:
-            metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
-            current.directory.write_result(status, current.step, metrics, reason=note)
+        try:
+            for hook in current.hooks.values():
+                hook.on_end(current)
+        finally:  # whatever a hook makes of the end, the run's last word stands
+            if current.main:
+                metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
+                current.directory.write_result(status, current.step, metrics, reason=note)
     return _close(current, status, note)
 
 
@@ -115,8 +118,7 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "finished" and current.main:
         log.info("finished: %s  %s", current.directory.final, summary(current.last_eval or current.last_train))
     if status == "stopped" and current.main:
-        plugins = [f"plugins=[{','.join(current.config.plugins)}]"] if current.config.plugins else []
-        log.info("go on with: python train.py %s", shlex.join([f"resume={current.directory.path}", *plugins]))
+        log.info("go on with: python train.py %s", saved.to_resume(current.config, current.directory.path))
     if status == "stopped" and current.stop is not None and current.stop.signalled:
         return AGAIN
     return FINISHED if status == "finished" else FAILED

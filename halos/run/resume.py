@@ -8,10 +8,13 @@ from typing import Any
 import torch.distributed as dist
 from accelerate import Accelerator
 
+from halos import confined
 from halos.checkpoint import find
+from halos.checkpoint.commit import HIDDEN
 from halos.config import saved
 from halos.config.changes import Change
 from halos.config.schema import Config
+from halos.config.values import to_type
 from halos.distributed import strategy
 from halos.distributed.launch import agree
 from halos.errors import UserError
@@ -35,6 +38,7 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
         directory.path.mkdir(parents=True, exist_ok=True)
         taken_over = lock.acquire(directory.next_attempt(), wait=bool(config.resume))
     if made.is_main_process and config.resume:
+        _refuse_unwritable(directory)
         box = [find.go_on(directory, directory.asked_checkpoint(config.resume))]
         _refuse_behind(config, directory, box[0].path, total)
     elif made.is_main_process:
@@ -50,6 +54,18 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
     return box[0]
 
 
+def _refuse_unwritable(directory: RunDir) -> None:
+    """Raises UserError where the next save would fail: tried, since permissions do not say all."""
+    place = directory.checkpoints if directory.checkpoints.is_dir() else directory.path
+    trial = place / f"{HIDDEN}trial"
+    try:
+        confined.remove(trial)
+        trial.mkdir()
+        trial.rmdir()
+    except OSError as error:
+        raise UserError(f"{place} cannot be written into, and a run that goes on saves there: {error.strerror}") from error
+
+
 def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total: int) -> None:
     """Raises UserError where a run is to end before where it is, or where nothing is left to go on from."""
     result = directory.read_result() or {}
@@ -57,7 +73,7 @@ def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total
     if done and source is None:
         raise UserError(
             f"{directory.path} is finished and has kept no checkpoint to train on from (checkpoint.every=null?): begin a new run"
-            f" with model.name_or_path={directory.final}"
+            f" with {to_type('model.name_or_path', directory.final)}"
         )
     step = max(find.step_of(source) if source else 0, int(result.get("step") or 0) if done else 0)
     if step > total:
