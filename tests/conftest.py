@@ -15,16 +15,22 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests import processes
+
 if TYPE_CHECKING:
     from halos.config.schema import Config
     from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
+for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # before anything reads them
+    os.environ[name] = "1"
 
 SMALL = ["model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split: 'train[:48]'}]",
          "data.eval=[{path: arithmetic, split: 'eval[:12]'}]"]  # fmt: skip
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    processes.cold = processes.ALWAYS_COLD or any(map(item.get_closest_marker, ("slow", "cold")))
 
 
 @pytest.fixture(scope="session")
@@ -68,19 +74,17 @@ def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
 def command(tmp_path: Path, cache: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`command("loss=dpo", ..., launch=2)`: train.py as a user starts it, on one process or under accelerate."""
 
-    def run(*words: str, launch: int = 1, config: str = "cpu2", check: bool = True) -> subprocess.CompletedProcess[str]:
-        start = [sys.executable]
+    def start(*words: str, launch: int = 1, config: str = "cpu2", check: bool = True) -> subprocess.CompletedProcess[str]:
+        launcher = []
         if launch > 1:
             config = str(ROOT / "launch" / "accelerate" / f"{config}.yaml")
-            start += ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(launch)]
+            launcher = ["-m", "accelerate.commands.launch", "--config_file", config, "--num_processes", str(launch)]
         new = (
             [] if any(word.startswith("resume=") for word in words) else [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}"]
         )
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [*start, str(ROOT / "train.py"), *new, *words], capture_output=True, text=True, check=False, env=environment
-        )
+        typed = [sys.executable, *launcher, str(ROOT / "train.py"), *new, *words]
+        done = processes.run(typed, capture_output=True, text=True, check=False)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
-    return run
+    return start

@@ -22,6 +22,7 @@ from halos.errors import UserError
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
+from tests import processes
 
 FEW = ["loss=sft", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=9", "optim.lr=1e-3", "train.eval_every=null"]
 CONSTANT = ["schedule=constant", "schedule.warmup=2"]
@@ -176,7 +177,7 @@ def test_a_directory_in_which_a_process_trains_is_refused_and_after_its_death_is
     directory = tmp_path / "run"
     words = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=4", "exp_name=run"]
     script = [sys.executable, str(Path(__file__).with_name("waiting.py")), "3", *words]
-    child = subprocess.Popen(
+    child = processes.Popen(
         script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
     assert child.stdout is not None
@@ -185,7 +186,7 @@ def test_a_directory_in_which_a_process_trains_is_refused_and_after_its_death_is
     (directory / "checkpoints" / ".partial-step-00000004").mkdir()
     before = everything(directory)
     for again in ([f"resume={directory}"], words, [*words, "overwrite=true"]):
-        done = subprocess.run([sys.executable, "train.py", *again], capture_output=True, text=True, check=False)
+        done = processes.run([sys.executable, "train.py", *again], capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert f"another process is training in {directory}: pid {child.pid} on" in done.stderr
     assert everything(directory) == before

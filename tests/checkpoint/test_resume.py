@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import load_file
 import train
 from halos.config.schema import Config
 from halos.run.lifecycle import run
+from tests import processes
 
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb"}
 # 48 rows (96 for kto) in batches of 8: the steps cross epochs, the kill falls between saves and after an evaluation
@@ -30,7 +30,7 @@ REST = [("sft", LORA), ("dpo", []), ("kto", LORA), ("reward", [])]
 def killed(step: int, words: list[str]) -> None:
     script = Path(__file__).with_name("killed.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), str(step), *words], env=environment, capture_output=True, check=False)
+    done = processes.run([sys.executable, str(script), str(step), *words], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from halos.distributed import launch
 from halos.errors import UserError
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,7 +19,7 @@ def start(change: str, words: list[str], place: Path) -> subprocess.CompletedPro
     script = str(Path(__file__).with_name("differing.py"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, "1", change, *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=place)
+    return processes.run(command, capture_output=True, text=True, check=False, env=environment, cwd=place)
 
 
 def test_ranks_that_were_told_or_read_something_else_are_refused_before_a_run_begins(tmp_path: Path, cache: Path) -> None:

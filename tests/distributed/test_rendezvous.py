@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 MEET = """
 import sys
@@ -38,7 +40,7 @@ def launched(rank: int, size: int, port: int) -> dict[str, str]:
 
 def start(rank: int, size: int, port: int, patience: float = 60) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", MEET, str(patience)]
-    return subprocess.Popen(command, env=launched(rank, size, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return processes.Popen(command, env=launched(rank, size, port), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def free_port() -> int:
@@ -80,7 +82,7 @@ def test_nobody_to_meet_and_a_port_that_another_has_are_said() -> None:
 def test_a_signal_is_heeded_by_one_that_waits(tmp_path: Path) -> None:
     place = free_port()
     words = ["loss=sft", "model=tiny", "data=arithmetic", f"output_root={tmp_path}", "exp_name=run"]
-    process = subprocess.Popen([sys.executable, "train.py", *words], cwd=ROOT, env=launched(0, 2, place), stderr=subprocess.PIPE)
+    process = processes.Popen([sys.executable, "train.py", *words], cwd=ROOT, env=launched(0, 2, place), stderr=subprocess.PIPE)
     until = time.monotonic() + 120
     while time.monotonic() < until:
         with socket.socket() as probe:

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from conftest import SMALL
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 FEW = ["loss=sft", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-3", "exp_name=run"]
 SAVES = """
@@ -26,7 +28,7 @@ def start(place: Path, *words: str, path: Path | None = None) -> subprocess.Comp
     """`python train.py` in the directory `place`."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **({"PYTHONPATH": str(path)} if path else {})}
-    return subprocess.run(
+    return processes.run(
         [sys.executable, str(ROOT / "train.py"), *words], cwd=place, env=environment, capture_output=True, text=True, check=False
     )
 
@@ -57,6 +59,7 @@ def test_the_hook_in_the_readme_works_from_the_current_directory_and_through_a_r
     assert "changed: hooks.spikes" in (package / "runs" / "run" / "train.log").read_text()
 
 
+@pytest.mark.cold
 def test_a_checkpoint_hook_of_the_users_own_replaces_ours(package: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     words = ["checkpoint._target_=myhooks.saves.Odd", "plugins=[myhooks]"]

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 from safetensors import safe_open
 
 from halos.checkpoint.find import checkpoints, step_of
+from tests import processes
 from tests.launch import spread
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,7 +29,7 @@ def start(mode: str, output: Path, cells: list[str], how: str, world: int) -> No
     spread.skip_unless_installed(how)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     script = str(ROOT / "tests" / "launch" / "exactness.py")
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *spread.launcher(how, world), script, mode, str(output), *cells],
         capture_output=True, text=True, check=False, env=environment | spread.settings(how, output),
     )  # fmt: skip

@@ -23,6 +23,7 @@ from halos.distributed.signals import ASKING
 from halos.run import header as start_header
 from halos.run import lifecycle
 from halos.trainers.base import Trainer
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["loss=sft", "model=tiny", "data=arithmetic", "train.steps=6", "train.batch_size=4", "train.eval_every=3",
@@ -39,7 +40,7 @@ LAUNCHERS = {
 
 def start(launcher: str, words: list[str]) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": f"{ROOT / 'tests' / 'launch'}"}
-    return subprocess.run(
+    return processes.run(
         [sys.executable, *LAUNCHERS[launcher], "train.py", *words],
         cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
     )  # fmt: skip

@@ -1,7 +1,6 @@
 """DDP, real FSDP2 and DeepSpeed on gloo give the step of one process: the same gradients, then the same losses."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests import processes
 from tests.launch import spread
 from tests.mixtures import EXPERTS, build
 
@@ -30,7 +30,7 @@ def train(output: Path, cache: Path, cells: list[str], *, steps: int, world: int
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     words = [f"{cell} {DATA} cache_dir={cache}" for cell in cells]
     script = str(ROOT / "tests" / "launch" / "worker.py")
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, *spread.launcher(how, world), script, str(output), str(steps), *words],
         capture_output=True, text=True, check=False, env=environment | spread.settings(how, output),
     )  # fmt: skip

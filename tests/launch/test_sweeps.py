@@ -15,6 +15,8 @@ import psutil
 import pytest
 import yaml
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ["hydra/launcher=accelerate", "hydra.launcher.max_parallel=2"]
 RUN = ["loss=dpo", "model=tiny", "data=arithmetic", "train.batch_size=4", "train.eval_at_start=false",
@@ -30,7 +32,7 @@ class Sweep:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent)}
         command = [sys.executable, "train.py", "-m", *self.words, *words]
         with self.log.open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
+            return processes.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, text=True)
 
     def run(self, *words: str) -> tuple[int, str]:
         status = self.start(*words).wait(timeout=500)

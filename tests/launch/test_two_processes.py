@@ -50,6 +50,7 @@ def test_two_processes_train_with_the_losses_of_one(loss: str, peft: list[str], 
     compare(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.cold
 def test_what_two_processes_saved_one_goes_on_from(command: Command, tmp_path: Path) -> None:
     words = ["loss=dpo", "peft=lora", *SETTINGS]
     command(*words, "exp_name=one")

@@ -23,6 +23,7 @@ import train
 from halos.checkpoint.lineage import identity
 from halos.errors import UserError
 from halos.online.records import read
+from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -45,8 +46,8 @@ class Walk:
         begun = (self.run / "config.yaml").is_file() and (self.run / "attempts").is_dir()
         again = [word for word in self.words if ".url=" in word]  # where keys are sent is typed at every start
         words = [f"resume={self.run}", *again] if begun else [*self.words, "overwrite=false"]
-        return subprocess.Popen([sys.executable, str(ROOT / "train.py"), *words, *more], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.run.parent)  # fmt: skip
+        return processes.Popen([sys.executable, str(ROOT / "train.py"), *words, *more], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=self.environment, cwd=self.run.parent)  # fmt: skip
 
     def finish(self, *more: str) -> str:
         process = self.start(*more)

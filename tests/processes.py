@@ -1,0 +1,119 @@
+"""Python processes that start in a moment: `Popen` and `run` as subprocess has them, forked where that can be.
+
+Of a start of train.py nine tenths are imports. A forked process is a real one: pid, session, signals, descriptors, environment,
+command line and exit status are its own, and the python processes that it starts are forked from it in turn. What a fork
+cannot show is a start itself: the order of its imports, another hash seed in each process. So tests marked cold and slow start
+theirs anew (conftest.py), as all do where HALOS_TESTS_COLD is set, and on other systems than Linux.
+"""
+
+from __future__ import annotations
+
+import atexit
+import inspect
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.forked import FROM_THE_START, program_of
+
+ROOT = Path(__file__).resolve().parents[1]
+ALWAYS_COLD = sys.platform != "linux" or "HALOS_TESTS_COLD" in os.environ
+cold = ALWAYS_COLD  # whether what the present test starts is not forked
+
+
+class Nursery:
+    """A process that has imported what runs need, and done nothing else. It forks at request."""
+
+    def __init__(self) -> None:
+        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._owner = os.getpid()
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        room = " " * 2**15  # for the command lines of those that are forked
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.forked", str(theirs.fileno()), room], cwd=ROOT, env=environment,
+            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
+        )  # fmt: skip
+        theirs.close()
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        if os.getpid() == self._owner:
+            self._requests.close()
+            self._process.wait()
+
+    def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> tuple[int, socket.socket]:
+        """The pid, and the socket that its wait status will come from."""
+        mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(self._requests, [json.dumps(request).encode()], [*descriptors, theirs.fileno()])
+        return int(mine.recv(32)), mine
+
+
+nursery = cache(Nursery)
+
+
+class Popen(subprocess.Popen[Any]):
+    _status: socket.socket | None = None  # of one that was forked
+
+    def _execute_child(self, *args: Any) -> None:
+        given = inspect.signature(subprocess.Popen._execute_child).bind(self, *args).arguments
+        environment = dict(os.environ if given["env"] is None else given["env"])
+        if not _can_be_forked(given, environment):
+            return super()._execute_child(*args)
+        pipes = [given[name] for name in ("p2cread", "c2pwrite", "errwrite")]
+        request = {
+            "command": [os.fsdecode(word) for word in given["args"]],
+            "environment": environment,
+            "directory": os.fsdecode(given["cwd"] or os.getcwd()),
+            "session": bool(given["start_new_session"]),
+        }
+        self.pid, self._status = nursery().fork(request, [n if pipe == -1 else pipe for n, pipe in enumerate(pipes)])
+        self._child_created = True
+        ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
+        self._close_pipe_fds(*(given[name] for name in ends))
+
+    def _try_wait(self, flags: int) -> tuple[int, int]:
+        if self._status is None:
+            return super()._try_wait(flags)
+        if flags & os.WNOHANG and not select.select([self._status], [], [], 0)[0]:
+            return 0, 0
+        with self._status:
+            return self.pid, int(self._status.recv(32))
+
+    def _internal_poll(self, *args: Any, **kwargs: Any) -> int | None:
+        if self._status is None:
+            return super()._internal_poll(*args, **kwargs)
+        if self.returncode is None:
+            pid, status = self._try_wait(os.WNOHANG)
+            if pid:
+                self._handle_exitstatus(status)
+        return self.returncode
+
+
+def _can_be_forked(given: Mapping[str, Any], environment: Mapping[str, str]) -> bool:
+    if cold:
+        return False
+    unusual = given["preexec_fn"] or given["pass_fds"] or given["executable"] not in (None, given["args"][0]) or given["shell"]
+    same = all(environment.get(name) == os.environ.get(name) for name in FROM_THE_START)
+    return not unusual and same and program_of(given["args"]) is not None
+
+
+def run(
+    command: Sequence[str], *, check: bool, capture_output: bool = False, **settings: Any
+) -> subprocess.CompletedProcess[Any]:
+    """A process, to its end."""
+    if capture_output:
+        settings |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with Popen(command, **settings) as process:
+        out, err = process.communicate()
+    done = subprocess.CompletedProcess(command, process.returncode, out, err)
+    if check:
+        done.check_returncode()
+    return done
