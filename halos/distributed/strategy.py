@@ -17,9 +17,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen
 from halos.distributed.deepspeed_config import cut_asked, deepspeed_asked, stage_asked
-from halos.distributed.launch import agree, asked_to_shard
+from halos.distributed.launch import agree, asked_to_cut, asked_to_shard
 from halos.errors import UserError
-from halos.logps.model import ActorCritic, LanguageModel, bare
+from halos.logps.hidden import backbone_of
+from halos.logps.model import ActorCritic, LanguageModel, Reader, bare
 
 
 def asked(made: Accelerator) -> str:
@@ -43,6 +44,7 @@ def distribute(
     module: nn.Module, made: Accelerator, optimizer_of: Callable[[nn.Module], Optimizer], *, max_grad_norm: float | None
 ) -> tuple[nn.Module, Optimizer]:
     """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over the parameters it has then."""
+    _call_layers_alike(module)
     if not deepspeed_asked():
         spread = shard(module, made) if asked_to_shard() else _replicate(module, made)
         return spread, optimizer_of(spread)
@@ -55,6 +57,7 @@ def distribute(
 
 def distribute_frozen(module: nn.Module, made: Accelerator) -> nn.Module:
     """A model that is not trained, as this run's processes hold it."""
+    _call_layers_alike(module)
     if asked_to_shard():
         return shard(module, made)
     if not cut_asked():
@@ -64,13 +67,24 @@ def distribute_frozen(module: nn.Module, made: Accelerator) -> nn.Module:
     return engage_frozen(module, head=_head(module))
 
 
+def _call_layers_alike(module: nn.Module) -> None:
+    """Sharded layers are gathered when they are called, so where rows go through them one by one, all processes call them
+    equally often."""
+    assert isinstance(module, Reader)
+    module.everywhere = asked_to_cut()
+
+
 def _head(module: nn.Module) -> nn.Module | None:
-    """A language model's last layer, which is called as often as its scored tokens need."""
+    """What of a language model is called as often as its scored tokens need: its last layer, or all above its backbone."""
     if not isinstance(module, LanguageModel | ActorCritic):
         return None
-    layer = bare(module.model).get_output_embeddings()
-    assert isinstance(layer, nn.Module), "Head.of refuses a model without one"
-    return layer
+    inner = bare(module.model)
+    if module.plan.head == "layer":
+        layer = inner.get_output_embeddings()
+        assert isinstance(layer, nn.Module), "the plan has used it"
+        return layer
+    backbone = backbone_of(inner) if module.plan.head == "own" else inner
+    return nn.ModuleList(part for part in inner.children() if part is not backbone)
 
 
 def _replicate(module: nn.Module, made: Accelerator) -> nn.Module:

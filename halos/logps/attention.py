@@ -15,10 +15,25 @@ from transformers import AttentionInterface, AttentionMaskInterface
 SEGMENTS = "halos_segments"
 
 
-def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, softcap: float, dropout: float) -> Tensor:
-    """Attention with soft-capped logits (Gemma 2), which SDPA does not know. Shapes (1, heads, time, head_dim)."""
-    logits = softcap * torch.tanh(query @ key.transpose(-1, -2) * scale / softcap)
-    weights = logits.masked_fill(~mask, float("-inf")).float().softmax(-1).to(query.dtype)
+def _eager(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """What SDPA does not know: soft-capped logits (Gemma 2), and sinks, a logit (heads,) that takes weight and gives nothing
+    (gpt-oss). Shapes (1, heads, time, head_dim)."""
+    logits = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, float("-inf")).float()
+    if sinks is not None:
+        logits = torch.cat([logits, sinks.float().reshape(1, -1, 1, 1).expand(*logits.shape[:-1], 1)], -1)
+    weights = logits.softmax(-1)[..., : key.shape[2]].to(query.dtype)
     return drop(weights, dropout) @ value
 
 
@@ -44,7 +59,6 @@ def attend_by_segment(
 ) -> tuple[Tensor, None]:
     """Causal attention within each of `segments` (lengths that add up to tokens): (1, tokens, heads, head_dim)."""
     assert segments is not None, f"{type(module).__name__} does not hand its keyword arguments to its attention"
-    assert s_aux is None, "attention sinks are not covered"
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -53,14 +67,14 @@ def attend_by_segment(
     for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True):
         length = q.shape[2]
         window = sliding_window if sliding_window is not None and sliding_window < length else None
-        if softcap is not None:
-            output = _eager(q, k, v, _band(length, window, q.device), scale, softcap, dropout)
+        if softcap is not None or s_aux is not None:
+            output = _eager(q, k, v, _band(length, window, q.device), scale=scale, softcap=softcap, sinks=s_aux, dropout=dropout)
         elif window is not None:
             output = scaled_dot_product_attention(q, k, v, _band(length, window, q.device), dropout, scale=scale)
         else:
             output = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
         outputs.append(output)
-    return torch.cat(outputs, 2).transpose(1, 2), None
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # some models view it
 
 
 def _no_mask(*_: Any, **__: Any) -> None:

@@ -1,42 +1,88 @@
 """From hidden states to log-probs of given tokens: float32, chunked over rows, never a full logits tensor."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from halos.logps.hidden import accepted, name_of_backbone
+
 LOGITS_AT_ONCE = 2**25  # 128 MiB of float32: large enough for efficient products, small beside the activations
+
+
+class _States(tuple[Tensor, ...]):
+    """A backbone's output, however it is read; of what it might hold besides hidden states there is none."""
+
+    __slots__ = ()
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+
+class _Given(nn.Module):
+    """Stands where a backbone stood, with its hidden states at hand."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, *_: Any, **__: Any) -> _States:
+        return _States((self.hidden,))
+
+
+def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """(rows, hidden) -> (rows, vocabulary): what the model's own code does with its backbone's hidden states."""
+    name = name_of_backbone(model)
+    assert name is not None
+    real = model._modules[name]
+    model._modules[name] = _Given(hidden[None])
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        return model.forward(input_ids=ids, **accepted(type(model), use_cache=False)).logits[0]
+    finally:
+        model._modules[name] = real
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A language model's last layer, and what the model does to logits after it."""
+    """What a language model does to its last hidden states.
 
-    layer: nn.Module  # called as a module, so that a bias or an adapter on it counts
-    scale: float
-    softcap: float | None
+    `layer`, `scale` and `softcap` where it is known to do no more than that; else its own forward.
+    """
+
+    model: PreTrainedModel
+    layer: nn.Module | None  # called as a module, so that a bias or an adapter on it counts; None: the model's own forward
+    scale: float = 1.0
+    softcap: float | None = None
     temperature: float = 1.0  # of the softmax
 
     @classmethod
-    def of(cls, model: PreTrainedModel, temperature: float = 1.0) -> "Head":
+    def of(cls, model: PreTrainedModel, temperature: float = 1.0, *, own: bool = False) -> "Head":
+        if own:
+            return cls(model, None, temperature=temperature)
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         layer = model.get_output_embeddings()
         assert isinstance(layer, nn.Module), f"{type(model).__name__} has no LM head"
-        return cls(layer, scale, getattr(config, "final_logit_softcapping", None), temperature)
+        return cls(model, layer, scale, getattr(config, "final_logit_softcapping", None), temperature)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocabulary), float32, as the model itself would have them."""
+        if self.layer is None:
+            return own_logits(self.model, hidden).float()
         logits = self.layer(hidden).float()
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.logits(hidden)
-        logits = logits if self.temperature == 1.0 else logits / self.temperature
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+        return chosen(self.logits(hidden), targets, self.temperature)
 
     def logps(self, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
         """log softmax(logits / temperature)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
@@ -51,3 +97,9 @@ class Head:
             else:
                 parts.append(self._chunk(some_hidden, some_targets))
         return torch.cat(parts)
+
+
+def chosen(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature)[target]: (rows, vocabulary) float32, (rows,) -> (rows,)."""
+    logits = logits if temperature == 1.0 else logits / temperature
+    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)

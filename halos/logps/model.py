@@ -1,6 +1,6 @@
 """The modules that DDP and FSDP wrap: a language model with its head, or a reward model with its score."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
@@ -10,8 +10,10 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halos.logps.attention import SEGMENTS
-from halos.logps.head import Head
+from halos.errors import UserError
+from halos.logps.head import Head, chosen
+from halos.logps.hidden import hidden_states, is_packed, most_rows
+from halos.logps.plan import plan_of, whole
 from halos.types import Acted, Sequences, TokenLogps
 
 
@@ -36,19 +38,6 @@ def bare(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
-def hidden_states(model: PreTrainedModel, batch: Sequences) -> Tensor:
-    """The backbone over packed sequences: (tokens, hidden). Nothing attends across sequences."""
-    backbone = getattr(model, model.base_model_prefix)
-    if model.config._attn_implementation == SEGMENTS:
-        extra: dict[str, object] = {"segments": batch.lengths}
-    else:
-        ends = torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32, device=batch.ids.device)
-        longest = max(batch.lengths)
-        extra = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
-    output = backbone(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False, **extra)
-    return output.last_hidden_state[0]
-
-
 def in_rows(flat: Tensor, batch: Sequences) -> Tensor:
     """What was computed for each scored token, as (rows, time); 0 where a row has ended."""
     return flat.new_zeros(len(batch.lengths), batch.widest).index_put((batch.rows, batch.columns), flat)
@@ -61,17 +50,50 @@ def mask_of(batch: Sequences) -> Tensor:
     return mask
 
 
-class _Policy(nn.Module):
+def sources_of_rows(batch: Sequences) -> list[Tensor]:
+    """Where in each sequence the tokens stand that predict its scored ones."""
+    starts = torch.tensor([0, *accumulate(batch.lengths)], device=batch.ids.device)
+    within, counts = batch.sources - starts[batch.rows], torch.bincount(batch.rows, minlength=len(batch.lengths))
+    return list(within.split(counts.tolist()))
+
+
+class Reader(nn.Module):
+    """A transformers model under what reads it, by the plan that is right for its architecture."""
+
+    reward = False
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, inner = model, bare(model)
+        self.plan = plan_of(inner, reward=self.reward)
+        if is_packed(inner) and not self.plan.is_packed:
+            inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
+        self.everywhere = False  # whether all processes call the layers equally often: set where they are sharded
+
+    def hidden(self, batch: Sequences) -> Tensor:
+        return hidden_states(bare(self.model), batch, everywhere=self.everywhere)
+
+    def whole(self, batch: Sequences, keep: Sequence[Tensor] | None) -> Tensor:
+        """What the model says when it is called as a whole, one row after the other, of the places `keep` in each."""
+        inner, rows = bare(self.model), batch.ids.split(batch.lengths)
+        said = torch.cat([whole(inner, row, None if keep is None else keep[n]).float() for n, row in enumerate(rows)])
+        for _ in range(most_rows(batch) - len(rows) if self.everywhere else 0):
+            said = said + 0.0 * whole(inner, rows[0]).float().sum()
+        return said
+
+
+class _Policy(Reader):
     """A language model under what looks at its hidden states."""
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
-        super().__init__()
-        self.model, self.temperature = model, temperature
+        super().__init__(model)
+        self.temperature = temperature
 
     def logps(self, hidden: Tensor, batch: Sequences) -> TokenLogps:
         """From the hidden states (scored, hidden) that predict the scored tokens."""
         model = bare(self.model)
-        flat = Head.of(model, self.temperature).logps(hidden, batch.targets, model.config.get_text_config().vocab_size)
+        head = Head.of(model, self.temperature, own=self.plan.head == "own")
+        flat = head.logps(hidden, batch.targets, model.config.get_text_config().vocab_size)
         return TokenLogps(in_rows(flat, batch), mask_of(batch))
 
 
@@ -79,7 +101,10 @@ class LanguageModel(_Policy):
     """Sequences -> log-probs of their scored tokens. Prompt tokens never reach the head."""
 
     def forward(self, batch: Sequences) -> TokenLogps:
-        return self.logps(hidden_states(bare(self.model), batch)[batch.sources], batch)
+        if self.plan.head != "whole":
+            return self.logps(self.hidden(batch)[batch.sources], batch)
+        logits = self.whole(batch, sources_of_rows(batch))
+        return TokenLogps(in_rows(chosen(logits, batch.targets, self.temperature), batch), mask_of(batch))
 
 
 class ActorCritic(_Policy):
@@ -87,31 +112,39 @@ class ActorCritic(_Policy):
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         super().__init__(model, temperature=temperature)
+        if self.plan.head == "whole":
+            raise UserError(
+                f"{type(bare(model)).__name__} has no part that gives its last hidden states, which a value head reads"
+            )
         config = bare(model).config.get_text_config()
         self.value_head = nn.Linear(config.hidden_size, 1, dtype=torch.float32)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
     def forward(self, batch: Sequences) -> Acted:
-        hidden = hidden_states(bare(self.model), batch)[batch.sources]
+        hidden = self.hidden(batch)[batch.sources]
         logps = self.logps(hidden, batch)
         with torch.autocast(hidden.device.type, enabled=False):
             values = self.value_head(hidden.float()).sum(-1)  # of one output: FSDP wants no view
         return Acted(logps, in_rows(values, batch))
 
 
-class RewardModel(nn.Module):
+class RewardModel(Reader):
     """Sequences -> one score each, read where AutoModelForSequenceClassification will read it."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
+    reward = True
 
     def forward(self, batch: Sequences) -> Tensor:
         """(rows,) float32: the score at each sequence's last token that is not padding."""
+        return self.scores(batch).sum(1)  # of one label: FSDP wants no view
+
+    def scores(self, batch: Sequences) -> Tensor:
+        """(rows, labels) float32."""
+        if self.plan.head == "whole":
+            return self.whole(batch, None)
         model: Any = bare(self.model)
-        hidden = hidden_states(model, batch)[last_tokens(batch, model.config.get_text_config().pad_token_id)]
-        return scores_of(model, hidden).sum(1)  # of one label: FSDP wants no view
+        hidden = self.hidden(batch)[last_tokens(batch, model.config.get_text_config().pad_token_id)]
+        return scores_of(model, hidden)
 
 
 def scores_of(model: Any, hidden: Tensor) -> Tensor:

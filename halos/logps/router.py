@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from halos.errors import UserError
+from halos.logps.hidden import backbone_of, counts
 from halos.logps.model import bare
 from halos.types import Mean
 
@@ -51,7 +52,8 @@ class RouterLoss:
         self.weight, self._top_k = weight, int(inner.config.get_text_config().num_experts_per_tok)
         self._watching = False
         self._logits: list[Tensor] = []  # a layer each: (tokens, experts)
-        backbone = getattr(inner, inner.base_model_prefix)
+        backbone = backbone_of(inner)
+        assert backbone is not None, "transformers' balancing loss is read off the output of one"
         backbone.register_forward_pre_hook(self._ask, with_kwargs=True)
         backbone.register_forward_hook(self._keep)
 
@@ -89,5 +91,5 @@ class RouterLoss:
         return (args, {**kwargs, "output_router_logits": True}) if self._watching else None
 
     def _keep(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if self._watching:
+        if self._watching and counts():
             self._logits += output.router_logits

@@ -22,6 +22,8 @@ from transformers.initialization import no_init_weights
 
 from halos.errors import UserError
 from halos.logps.attention import SEGMENTS, register
+from halos.logps.hidden import PACKS
+from halos.logps.plan import plan_for, remember
 from halos.logps.vocabulary import grow
 
 log = logging.getLogger(__name__)
@@ -104,25 +106,31 @@ def load_model(
     new_tokens: list[str] = [],  # noqa: B006  never written
     seed: int = 0,
     hollow: bool = False,
+    longest: int | None = None,
 ) -> PreTrainedModel:
     """A causal language model, or with `reward` the same backbone under one scalar head (random where there is none).
 
-    Embeddings of `new_tokens` start at the mean of the others. A `hollow` one is the same but for the values of its weights,
-    which nobody has written: it takes no memory, and another process gives it its shards.
+    Rows will be packed where `attention` takes packed rows and the architecture can be packed; `longest` is the longest of them,
+    where it is known. Embeddings of `new_tokens` start at the mean of the others. A `hollow` one is the same but for the values
+    of its weights, which nobody has written: it takes no memory, and another process gives it its shards.
     """
     config = read_config(directory)
-    extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": attention, **SAFELY, **_quantization(quantize)}
-    torch.manual_seed(seed)  # a fresh score head is drawn here
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
         _must_score(directory, config.architectures or [], getattr(config, "num_labels", 1))
-        extra["num_labels"] = 1
+    try:
+        plan = plan_for(config, reward=reward, attention=attention, longest=longest)
+    except UserError as error:
+        raise UserError(f"{directory}: {error}") from error
+    chosen = plan.attention or (attention if attention not in PACKS else None)
+    extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen, **SAFELY, **_quantization(quantize)}
+    extra |= {"num_labels": 1} if reward else {}
+    torch.manual_seed(seed)  # a fresh score head is drawn here
     try:
         model = _hollow(auto, config, extra) if hollow else auto.from_pretrained(directory, **extra)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{directory} could not be loaded as a {auto.__name__}: {str(error).splitlines()[0]}") from error
-    if not model.is_backend_compatible():
-        raise UserError(f"{type(model).__name__} does not let its attention be chosen, which packing needs; it is not supported")
+    remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     grow(model, len(tokenizer), [tokenizer.get_vocab()[token] for token in new_tokens])

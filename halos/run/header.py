@@ -16,6 +16,7 @@ from halos.data.dataset import Dataset
 from halos.distributed import strategy
 from halos.distributed.deepspeed import num_elements
 from halos.logps.model import bare
+from halos.logps.plan import plan_of
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
 from halos.run.blueprint import Prepared
@@ -99,6 +100,8 @@ def _say_model(run: Prepared) -> None:
     trained, total = _count(model, trained=True), _count(model, trained=False)
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     _say("model", f"{config.model.name_or_path} ({dtype}){against}")
+    if (why := plan_of(bare(model), reward=run.blueprint.reward).why) is not None:
+        _say("forward", f"one row at a time, since rows cannot be packed: {why}")
     _say("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
     for number, line in enumerate(targets.lines(model)):
         _say("" if number else "adapter", line)

@@ -79,6 +79,7 @@ class Shelf:
             new_tokens=self.new_tokens if source == self.base else [],
             seed=self.config.seed,
             hollow=hollow,
+            longest=self.config.train.max_length,
         )
 
     @property

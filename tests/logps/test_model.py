@@ -32,11 +32,26 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Phi3": {"num_key_value_heads": 2},
     "Cohere": {"num_key_value_heads": 2, "logit_scale": 0.3},
     "Granite": {"num_key_value_heads": 2, "logits_scaling": 4.0},
+    "GptOss": {**GQA, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8},  # attention sinks
+    "HyperCLOVAX": {"num_key_value_heads": 2, "logits_scaling": 0.25},  # multiplied, where Granite divides
+    "ModernBertDecoder": {"local_attention": 8},  # a transform stands before its last layer
+    "Mixtral": {**GQA, "num_local_experts": 4},
 }
+HYBRID: dict[str, Any] = {"num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 32, "mamba_n_heads": 8,
+                          "mamba_d_head": 16, "mamba_d_state": 16, "mamba_n_groups": 1}  # fmt: skip
+ALONE: dict[str, dict[str, Any]] = {
+    "Lfm2": {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
+    "GraniteMoeHybrid": {**HYBRID, "layer_types": ["mamba", "attention"], "num_key_value_heads": 2},
+    "Falcon": {"alibi": True, "num_kv_heads": 4},  # attention of its own, as old architectures have
+    "Llama4Text": {**GQA, "attention_chunk_size": 8, "num_local_experts": 2, "intermediate_size_mlp": 96},  # chunks by a mask
+    "RecurrentGemma": {"block_types": ["recurrent", "attention"], "num_key_value_heads": 1, "lru_width": 64,
+                       "logits_soft_cap": 3.0},
+    "xLSTM": {"num_heads": 4},
+}  # fmt: skip
 
 
 def build(name: str, *, reward: bool = False) -> Any:
-    config = getattr(transformers, f"{name}Config")(**SIZES, **ARCHITECTURES[name], num_labels=1)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **(ARCHITECTURES | ALONE)[name]}, num_labels=1)
     register()
     torch.manual_seed(0)
     auto = transformers.AutoModelForSequenceClassification if reward else transformers.AutoModelForCausalLM
@@ -60,7 +75,7 @@ def packed(rows: list[np.ndarray]) -> Any:
 def own(model: Any, ids: np.ndarray) -> Tensor:
     """The completion's log-probs by the model's own forward, one sequence at a time."""
     model.set_attn_implementation("eager")
-    logits = model(torch.tensor(ids[None], dtype=torch.long)).logits[0].double().log_softmax(-1)
+    logits = model(torch.tensor(ids[None], dtype=torch.long), use_cache=False).logits[0].double().log_softmax(-1)
     model.set_attn_implementation(SEGMENTS)
     return logits[torch.arange(PROMPT - 1, len(ids) - 1), torch.tensor(ids[PROMPT:], dtype=torch.long)]
 
@@ -71,6 +86,17 @@ def test_packed_log_probs_are_the_models_own(name: str) -> None:
     wanted = [own(model, ids) for ids in rows]
     found = LanguageModel(model)(packed(rows))
     assert found.mask.sum(-1).tolist() == [len(ids) - PROMPT for ids in rows]
+    for row, truth in enumerate(wanted):
+        assert (found.values[row][found.mask[row]].double() - truth).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_cannot_be_packed_goes_through_one_row_at_a_time(name: str) -> None:
+    model, rows = build(name), sequences()
+    wanted = [own(model, ids) for ids in rows]
+    module = LanguageModel(model)
+    assert not module.plan.is_packed
+    found = module(packed(rows))
     for row, truth in enumerate(wanted):
         assert (found.values[row][found.mask[row]].double() - truth).abs().max() < 1e-5
 

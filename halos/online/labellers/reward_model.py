@@ -20,8 +20,9 @@ from halos.data.template import chat_template
 from halos.data.tokenize import Encoder
 from halos.distributed.device import has_bfloat16
 from halos.errors import UserError
-from halos.logps.attention import SEGMENTS, register
-from halos.logps.model import hidden_states, last_tokens, scores_of
+from halos.logps.attention import SEGMENTS
+from halos.logps.model import RewardModel as Scorer
+from halos.logps.plan import plan_for, remember
 from halos.models.load import SAFELY, load_tokenizer, read_config, weights_dtype
 from halos.online.labellers.score import Score
 from halos.online.ranks import device_of_this_process
@@ -79,22 +80,21 @@ class RewardModel:
         for start in tqdm(range(0, len(fitting), self.batch_size), desc="scoring", unit="batch", delay=2,
                           disable=True if self.quiet else None):  # fmt: skip
             some = fitting[start : start + self.batch_size]
-            batch = pack([pair for _, pair, _ in some]).to(model.device)
-            last = last_tokens(batch, model.config.get_text_config().pad_token_id)
-            scores = scores_of(model, hidden_states(model, batch)[last])[:, self.label].tolist()
+            scores = model.scores(pack([pair for _, pair, _ in some]).to(model.model.device))[:, self.label].tolist()
             for (_, _, row), value in zip(some, scores, strict=True):
                 yield row, Score(value)
 
     def _load(self) -> Any:
         device = device_of_this_process()
         dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
-        register()
+        plan = plan_for(read_config(self.place), reward=True, attention=SEGMENTS)
         model = AutoModelForSequenceClassification.from_pretrained(
-            self.place, dtype=dtype, attn_implementation=SEGMENTS, **SAFELY
+            self.place, dtype=dtype, attn_implementation=plan.attention, **SAFELY
         )
+        remember(model, plan)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        return model.to(device).eval()
+        return Scorer(model.to(device).eval())
 
 
 def _turns(row: Row) -> list[dict[str, Any]]:
