@@ -16,8 +16,9 @@ from transformers import AutoConfig, GenerationConfig
 from halos.checkpoint import card, find, lineage, manifest
 from halos.checkpoint.commit import HIDDEN, staged
 from halos.errors import UserError
+from halos.logps.vocabulary import Vocabulary
 from halos.merge import expected
-from halos.merge.merge_and_prove import case_of, combine
+from halos.merge.merge_and_prove import case_of, combine, vocabulary_of
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
 from halos.rundir import is_run
 
@@ -75,7 +76,7 @@ def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: 
         return whole(path, output, shard=shard)  # FINAL's, merged from its base and proved at the time
     where = _base(saved, base)
     with _new(output, path) as place:
-        case = case_of(where, saved.adapter, saved.words, dtype=dtype)
+        case = case_of(where, saved.adapter, _vocabulary(saved, where), dtype=dtype)
         result = combine(case, place, lineage.hashes, shard=shard)
         if not result.holds:
             raise UserError(f"the merged model is not the adapter's: {result}. Nothing was written")
@@ -160,6 +161,12 @@ def _base(saved: Saved, given: Path | None) -> Path:
         raise UserError(f"{where}; say where its base lies now with --base DIRECTORY")
     lineage.refuse_other_base(saved.lineage, base, str(saved.adapter))
     return base
+
+
+def _vocabulary(saved: Saved, base: Path) -> Vocabulary:
+    assert saved.adapter is not None
+    added = saved.lineage["runs"][-1]["config"]["model"]["add_tokens"] if saved.lineage else None
+    return vocabulary_of(base, saved.adapter, saved.words, added)
 
 
 def _copy_words(saved: Saved, place: Path) -> None:

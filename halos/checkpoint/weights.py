@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
+from halos.logps.vocabulary import Vocabulary
 
 VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
 HEAD = "value_head."  # how its tensors are called in the module that is trained
@@ -45,13 +46,18 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule) or (isinstance(module, Zero) and module.stage == 3)
 
 
-def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor]) -> None:
-    """`directory`/adapter for a PEFT model, else `directory`/model; `state` as it was gathered."""
+def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor], vocabulary: Vocabulary) -> None:
+    """`directory`/adapter for a PEFT model, with the `vocabulary` that its base was given, else `directory`/model; `state` as
+    it was gathered."""
     state = apart(directory, state)
     if isinstance(model, PeftModel):
         path = directory / "adapter"
         model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
         (path / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        vocabulary.save(path)
+        inner = model.get_base_model()
+        if isinstance(inner, PreTrainedModel) and inner.can_generate() and inner.generation_config is not None:
+            inner.generation_config.save_pretrained(directory)
         return
     assert isinstance(model, PreTrainedModel)
     save_model(directory / "model", model, state)

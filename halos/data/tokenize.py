@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.data.dataset import Completion
 from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
-from halos.types import Comparison, Example, Scored, Turns
+from halos.types import Comparison, Demonstration, Example, Scored, Turns
 
 TOO_LONG, PROMPT_TOO_LONG = "longer than max_length", "with a prompt that fills max_length"
 EQUAL = "with equal completions"
@@ -168,6 +168,17 @@ class Encoder:
             return TOO_LONG
         logps = None if encoded.logps is None else encoded.logps[:room]
         return replace(encoded, completions=completions, cut_completions=cut, logps=logps)
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """The special token that ends an assistant's turn as training scores it; none where the template takes no plain turn."""
+    turns = Demonstration(({"role": "user", "content": "x"},), ({"role": "assistant", "content": "y"},))
+    try:
+        (encoded,) = Encoder(tokenizer, max_length=2**31, truncation="drop").encode([(turns, "a plain turn")])
+    except UserError:
+        return ()
+    last = int(encoded.completions[0].ids[-1]) if isinstance(encoded, Encoded) else None
+    return (last,) if last is not None and (last in tokenizer.added_tokens_decoder or last == tokenizer.eos_token_id) else ()
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:

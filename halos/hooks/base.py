@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.schema import Config
+from halos.logps.vocabulary import Vocabulary
 from halos.metrics import Window
 from halos.rundir import RunDir
 
@@ -36,6 +37,7 @@ class Blueprint:
     directory: RunDir
     base: Path  # the directory that its base weights will be read from
     tokenizer: PreTrainedTokenizerBase
+    vocabulary: Vocabulary
     model: nn.Module  # with its adapter, on the meta device: names, shapes and dtypes without values
     reward: bool
     total_steps: int
@@ -54,6 +56,7 @@ class Run:
     module: nn.Module  # what the loop calls: the log-prob module, as DDP or FSDP wrapped it
     model: nn.Module  # the transformers or PEFT model in it
     base: Path  # the directory its base weights were read from
+    vocabulary: Vocabulary  # ids that the tokenizer has, and those that were new to the base
     optimizer: Optimizer
     tokenizer: PreTrainedTokenizerBase
     reward: bool  # a reward model rather than a language model

@@ -6,14 +6,12 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 
 from halos.checkpoint import commit, find, lineage, manifest, space, state, weights
 from halos.checkpoint.retention import Policy
@@ -25,6 +23,7 @@ from halos.hooks.base import Blueprint, Hook, Run, Stop
 from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of, combine
+from halos.merge.trained import Trained, ask, probe
 from halos.rundir import existing
 from halos.types import Range
 
@@ -187,7 +186,7 @@ class CheckpointHook(Hook):
             with held:
                 state.save_random(directory, drawn, rank)
                 if run.main:
-                    weights.save_weights(path, run.model, moving.get("weights", whole))
+                    weights.save_weights(path, run.model, moving.get("weights", whole), run.vocabulary)
                     run.tokenizer.save_pretrained(path / "tokenizer")
                     (directory / "progress.json").write_text(progress)
             held.release()
@@ -201,36 +200,43 @@ class CheckpointHook(Hook):
 
     def _final(self, run: Run, path: Path) -> None:
         """What from_pretrained loads: merged weights (and adapter/) for LoRA, else the model itself."""
+        live = self._ask(run) if isinstance(run.model, PeftModel) and self.merge_lora else None
         if isinstance(run.model, PeftModel):
             values = weights.gathered(run.module, trained_only=True)
             if run.main:
-                weights.save_weights(path, run.model, values)
+                weights.save_weights(path, run.model, values, run.vocabulary)
         else:
             values = weights.gathered(run.module, trained_only=False)
             if run.main:
                 weights.save_model(path, bare(run.model), weights.apart(path, values))
         if run.main:
             run.tokenizer.save_pretrained(path)
-            if isinstance(run.model, PeftModel) and self.merge_lora:
+            if live is not None:
                 drawn = state.random_state()  # loading the merged model draws random numbers
-                run.failure = self._merge(run, path / "adapter", path)
+                run.failure = self._merge(run, path / "adapter", path, live)
                 state.restore_random_state(drawn)
 
-    def _merge(self, run: Run, adapter: Path, path: Path) -> str | None:
+    def _ask(self, run: Run) -> Trained:
+        """What the trained model says; a sharded one's forward needs all processes."""
+        text = bare(run.model).config.get_text_config()
+        ids = probe(run.vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=run.reward)
+        half = run.accelerator.mixed_precision in ("bf16", "fp16")
+        assert isinstance(run.model, PeftModel)
+        return ask(
+            run.module, run.model, ids, autocast=run.accelerator.autocast, half=half, temperature=run.config.train.temperature
+        )
+
+    def _merge(self, run: Run, adapter: Path, path: Path, live: Trained) -> str | None:
         """Merge and prove; why it failed, if it did, in which case the adapter is kept and no merged weights are."""
         model = bare(run.model)
         kind = model.dtype if self.merge_dtype == "auto" else getattr(torch, self.merge_dtype)
-        whole = not weights.is_sharded(run.module)  # a sharded model's forward needs all processes
-        exact = whole and model.dtype is torch.float32 and not getattr(model, "is_quantized", False)
         try:
-            case = case_of(run.base, adapter, path, dtype=kind)
-            result = combine(case, path, lineage.hashes, model=model, logits=partial(_logits, run) if exact else None)
+            case = case_of(run.base, adapter, run.vocabulary, dtype=kind)
+            result = combine(case, path, lineage.hashes, model=model, live=live)
         except (UserError, OSError, RuntimeError, AssertionError) as error:
             return f"the adapter could not be merged: {type(error).__name__}: {error}. It is kept in FINAL/adapter"
         if not result.holds:
             return f"the merged model is not the one that was trained: {result}. The adapter is kept in FINAL/adapter"
-        if model.can_generate() and model.generation_config is not None:
-            model.generation_config.save_pretrained(path)
         log.info("merged; %s", result)
         return None
 
@@ -270,16 +276,3 @@ def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
     for name, hook in run.hooks.items():
         hook.load_state_dict(progress["hooks"].get(name, {}))
     return progress
-
-
-@torch.no_grad()
-def _logits(run: Run, ids: Tensor) -> Tensor:
-    """The trained model's own logits for `ids`, by its own forward, whatever attention training used."""
-    model = bare(run.model)
-    used, training = str(model.config._attn_implementation), model.training
-    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
-    try:
-        return model.eval()(input_ids=ids.to(model.device)).logits.float().cpu()
-    finally:
-        model.set_attn_implementation(used)
-        model.train(training)

@@ -3,13 +3,14 @@
 import json
 from pathlib import Path
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from halos.errors import UserError
-from halos.merge.safetensors_io import SafeFile, weight_files
+from halos.merge.safetensors_io import SafeFile, blocks, weight_files
 
 
 def unwrapped(name: str) -> str:
@@ -23,7 +24,8 @@ class Names:
     """How a file of the base spells what the model calls its tensors, by the rules that from_pretrained follows."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.expected = {unwrapped(name): None for name in model.state_dict() if ".lora_" not in name}
+        # transformers takes a prefix off or puts one on where the other spelling has a value here that is not None
+        self.expected = dict.fromkeys((unwrapped(name) for name in model.state_dict() if ".lora_" not in name), True)
         self._prefix = model.base_model_prefix
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -33,6 +35,8 @@ class Names:
         """The model's name for a tensor of the file, or None for one that it does not have (a dropped LM head); and whether
         loading fuses or splits the tensor, so that no single one stands for the model's."""
         mine, converted = rename_source_key(name, self._renamings, self._converters, self._prefix, self.expected)
+        if mine not in self.expected and name in self.expected:
+            mine, converted = rename_source_key(name, [], [], self._prefix, self.expected)
         return (mine if mine in self.expected else None), converted is not None
 
 
@@ -54,18 +58,38 @@ class Source:
         self.dropped = sorted(name for name, (_, mine, _) in found.items() if mine is None)
         self.fused = {mine for _, mine, fused in found.values() if fused}
         self.where = {mine: (file, name) for name, (file, mine) in self.tensors.items() if mine not in self.fused}
+        self._refuse_twins()
         self.expected, self.kinds = names.expected, _layers(model)
         self.embedding, self.head = (
             _name_of(model, each) for each in (model.get_input_embeddings(), model.get_output_embeddings())
         )
         pair = {each for each in (self.embedding, self.head) if each is not None}
+        bias = self.head.replace(".weight", ".bias") if self.head else None
+        self.tables = pair | ({bias} & self.expected.keys())  # what has a row for each id
         configs = (model.config, model.config.get_text_config())
         self.tied_by_config = any(getattr(each, "tie_word_embeddings", False) for each in configs)
-        self.tied = len(pair) == 2 and self.tied_by_config
+        self.diverged = self.tied_by_config and self._differ(pair)
+        self.tied = len(pair) == 2 and self.tied_by_config and not self.diverged
         lost = pair - self.where.keys()
         self.absent: tuple[str, str] | None = None
         if self.tied and len(lost) == 1:
             self.absent = (lost.pop(), (pair & self.where.keys()).pop())
+
+    def _refuse_twins(self) -> None:
+        for name, (_, mine) in self.tensors.items():
+            if mine in self.where and self.where[mine][1] != name:
+                raise UserError(
+                    f"cannot merge: {self.path} has {name} and {self.where[mine][1]}, and both are the model's {mine}"
+                )
+
+    def _differ(self, pair: set[str]) -> bool:
+        """Whether the files hold both of a pair that the configuration ties, and not the same: then loading ties nothing."""
+        if len(pair) < 2 or not pair <= self.where.keys():
+            return False
+        (one, mine), (other, theirs) = (self.where[each] for each in sorted(pair))
+        if one.shape(mine) != other.shape(theirs):
+            return True
+        return any(not torch.equal(a, b) for a, b in zip(blocks(one, mine), blocks(other, theirs), strict=True))
 
 
 def _layers(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -20,7 +20,8 @@ from halos.errors import UserError
 from halos.merge.base_weights import Source, unwrapped
 from halos.merge.safetensors_io import INDEX, SafeFile, spans, weight_files
 
-NOISE = 1e-6  # of a tensor's largest value: float32 products of a few dozen terms
+NOISE = 1e-13  # of a tensor's largest value: float64 products of a few dozen terms, summed in another order
+THROUGH = torch.finfo(torch.float32).eps / 2  # what goes from float64 to a half type passes float32
 Rows = Callable[[int, int], Tensor]  # (first, last) -> float64
 
 
@@ -39,6 +40,7 @@ class Wanted:
 
     tensors: dict[str, Truth]
     tied: bool  # whether one table serves as embedding and head
+    scales: dict[str, float]  # what each layer's update is multiplied by
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +59,17 @@ def truths(base: Path, adapter: Path | None, model: PreTrainedModel, vocabulary:
     config = json.loads((adapter / "adapter_config.json").read_text()) if adapter else {}
     changes = _Changes(delta, config, source.kinds)
     tables = {source.embedding, source.head}
-    found = {}
+    found: dict[str, Truth] = {}
     for name, (file, mine) in source.tensors.items():
-        start = _grown(file, name, vocabulary, tokens) if mine in tables and adapter else _as_it_is(file, name)
+        start = _grown(file, name, vocabulary, tokens) if mine in source.tables and adapter else _as_it_is(file, name)
         found[name] = changes.applied(mine, start)
     if source.absent and not changes.names.isdisjoint(tables):
         mine, twin = source.absent
         found[mine] = changes.applied(mine, _grown(*source.where[twin], vocabulary, tokens))
     for mine in changes.whole.keys() - source.where.keys():
         found[mine] = changes.applied(mine, Truth([], lambda *_: torch.empty(0)))
-    tied = source.tied_by_config and changes.names.isdisjoint(tables)
-    return Wanted(found, tied)
+    tied = source.tied_by_config and not source.diverged and changes.names.isdisjoint(tables)
+    return Wanted(found, tied, changes.scales)
 
 
 def copy_of(model: Path) -> dict[str, Truth]:
@@ -86,7 +88,7 @@ def _as_it_is(file: SafeFile, name: str) -> Truth:
 
 def _grown(file: SafeFile, name: str, vocabulary: int, tokens: Sequence[int]) -> Truth:
     """A table with a row for each id: rows of new ones are the mean of those that the base knows."""
-    known, width = file.shape(name)
+    known, *width = file.shape(name)
     fresh = torch.zeros(max(known, vocabulary), dtype=torch.bool)
     fresh[known:] = True
     fresh[list(tokens)] = True
@@ -94,17 +96,17 @@ def _grown(file: SafeFile, name: str, vocabulary: int, tokens: Sequence[int]) ->
         return _as_it_is(file, name)
     old = int(fresh.nonzero()[0])
     mean = torch.zeros(width, dtype=torch.float64)
-    for first, last in spans([old, width]):
+    for first, last in spans([old, *width]):
         mean += file.rows(name, first, last).double().sum(0) / old
 
     def rows(first: int, last: int) -> Tensor:
-        result = mean.repeat(last - first, 1)
+        result = mean.expand(last - first, *width).clone()
         kept = ~fresh[first:last]
         if kept.any():
             result[kept] = file.rows(name, first, min(last, known)).double()[kept[: min(last, known) - first]]
         return result
 
-    return Truth([len(fresh), width], rows)
+    return Truth([len(fresh), *width], rows)
 
 
 class _Changes:
@@ -140,13 +142,8 @@ class _Changes:
 
     def _updated(self, layer: str, start: Truth) -> Truth:
         parts = self._parts[layer]
-        embedding = "embedding_A" in parts
-        a, b = (self._read(parts[f"embedding_{side}" if embedding else side]) for side in "AB")
-        rank = int(self._pattern("rank_pattern", layer, self._config["r"]))
-        if len(a) != rank:
-            raise UserError(f"{layer} has rank {len(a)} in the adapter and {rank} in its configuration")
-        alpha = self._pattern("alpha_pattern", layer, self._config["lora_alpha"])
-        b = b * (alpha / rank**0.5 if self._config.get("use_rslora") else alpha / rank)
+        a, b = (self._read(self._factor(layer, side)) for side in "AB")
+        b = b * self._scale(layer)
         inputs_first = isinstance(self._kinds[layer], Conv1D | nn.Embedding)
         if start.shape != ([a.shape[1], len(b)] if inputs_first else [len(b), a.shape[1]]):
             raise UserError(f"{layer} is {start.shape} and its adapter is for {len(b)} outputs of {a.shape[1]} inputs")
@@ -160,9 +157,28 @@ class _Changes:
             return Truth(start.shape, _normed(plain, start.shape, magnitude, inputs_first=inputs_first))
         return Truth(start.shape, plain)
 
-    def _pattern(self, key: str, layer: str, default: float) -> float:
-        hits = (value for pattern, value in (self._config.get(key) or {}).items() if re.match(rf"(.*\.)?({pattern})$", layer))
-        return float(next(hits, default))
+    def _factor(self, layer: str, side: str) -> str:
+        parts = self._parts[layer]
+        return parts.get(side) or parts[f"embedding_{side}"]
+
+    @property
+    def scales(self) -> dict[str, float]:
+        return {layer: self._scale(layer) for layer in self._parts}
+
+    def _scale(self, layer: str) -> float:
+        assert self._file is not None
+        rank = self._file.shape(self._factor(layer, "A"))[0]
+        if rank not in (said := self._said("rank_pattern", layer, self._config["r"])):
+            raise UserError(f"{layer} has rank {rank} in the adapter and {said.pop():g} in its configuration")
+        (alpha, *others) = self._said("alpha_pattern", layer, self._config["lora_alpha"])
+        if others:
+            raise UserError(f"{layer} has more than one alpha in the adapter's configuration")
+        return alpha / (rank**0.5 if self._config.get("use_rslora") else rank)
+
+    def _said(self, key: str, layer: str, default: float) -> set[float]:
+        """All that the patterns say of a layer: which of them comes first is not told."""
+        patterns = (self._config.get(key) or {}).items()
+        return {float(value) for pattern, value in patterns if re.match(rf"(.*\.)?({pattern})$", layer)} or {float(default)}
 
 
 def _normed(plain: Rows, shape: list[int], magnitude: Tensor, *, inputs_first: bool) -> Rows:
@@ -213,18 +229,26 @@ def _of_index(merged: Path, places: Mapping[str, SafeFile]) -> list[str]:
 
 
 def _distance(name: str, file: SafeFile, truth: Truth) -> Found:
-    """Beside the noise of the products, a value may be off by half a unit in its last place: it was rounded once."""
+    """A value may be off by half a unit in its last place, since it was rounded once, and by float64's own noise."""
     kind = torch.finfo(file.dtype(name)) if truth.floating else None
-    unit, least = (kind.eps / 2, kind.smallest_normal * kind.eps) if kind else (0.0, 0.0)
     largest = max((truth.rows(*span).abs().max().item() for span in spans(truth.shape)), default=0.0)
     error, allowed = 0.0, 0.0
     for first, last in spans(truth.shape):
         wanted = truth.rows(first, last)
         have = file.rows(name, first, last) if truth.shape else file.read(name)
         off = (have.double() - wanted).abs()
-        share = off / (unit * wanted.abs() + NOISE * largest + least + 1e-300)
+        share = off / (_half_unit(wanted, kind) + NOISE * largest + 1e-300)
         error, allowed = _worse(error, off.max().item()), _worse(allowed, share.max().item())
     return Found(name, error / (largest or 1.0), allowed)
+
+
+def _half_unit(values: Tensor, kind: torch.finfo | None) -> Tensor:
+    """Half the distance between neighbours in a type, at each of `values`."""
+    if kind is None:
+        return torch.zeros_like(values)
+    places = torch.frexp(values.abs().clamp(min=kind.smallest_normal)).exponent - 1
+    half = torch.ldexp(torch.full_like(values, kind.eps / 2), places)
+    return half if kind.bits >= 32 else half + THROUGH * values.abs()
 
 
 def _worse(one: float, other: float) -> float:

@@ -2,12 +2,13 @@
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftType
+from peft import LoraConfig, PeftConfig, PeftModel, PeftType
+from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from halos.errors import UserError
@@ -65,19 +66,76 @@ def sort(names: Iterable[str]) -> Adapter:
     return found
 
 
+# --- patterns
+
+
+def say_exactly(model: PeftModel) -> None:
+    """Write each layer's own rank and alpha into the configuration, under its whole name.
+
+    PEFT takes the first pattern that ends a layer's name, and saves patterns in another order than it was given them: what
+    trained with one scale would be read with another. Raises UserError for a pattern that fits no layer.
+    """
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    layers = layers_of(model)
+    for key in ("rank_pattern", "alpha_pattern"):
+        for pattern in getattr(config, key) or {}:
+            if not any(_fits(pattern, layer) for layer in layers):
+                raise UserError(f"peft.{key}: '{pattern}' fits none of the {len(layers)} layers that have an adapter")
+    if config.rank_pattern:
+        ranks = {layer: module.r["default"] for layer, module in layers.items()}
+        config.rank_pattern = {exact(layer): rank for layer, rank in ranks.items() if rank != config.r}
+    if config.alpha_pattern:
+        alphas = {layer: module.lora_alpha["default"] for layer, module in layers.items()}
+        config.alpha_pattern = {exact(layer): alpha for layer, alpha in alphas.items() if alpha != config.lora_alpha}
+
+
+def layers_of(model: PeftModel) -> dict[str, LoraLayer]:
+    """The layers that carry an adapter, by the names that patterns are matched with."""
+    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+
+
+def exact(layer: str) -> str:
+    """A pattern that fits this layer and no other, for whoever reads patterns as PEFT does."""
+    return "^" + re.escape(layer)
+
+
+def _fits(pattern: str, layer: str) -> bool:
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", layer) is not None
+    except re.error as error:
+        raise UserError(f"'{pattern}' is no pattern for the names of layers: {error}") from error
+
+
+def value_of(patterns: Mapping[str, float] | None, layer: str, default: float, what: str) -> float:
+    """What `patterns` say of a layer. Raises UserError where it depends on their order: the file's need not be the one that
+    was trained with."""
+    values = {float(value) for pattern, value in (patterns or {}).items() if _fits(pattern, layer)}
+    if len(values) > 1:
+        raise UserError(
+            f"several patterns of {what} fit {layer} and say {', '.join(f'{value:g}' for value in sorted(values))}: which of them"
+            " training took cannot be told from the file. Give each layer one pattern"
+        )
+    return values.pop() if values else default
+
+
 def scaling(config: LoraConfig, layer: str, rank: int) -> float:
-    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732); of alpha's patterns the first that ends the layer's name."""
-    alpha: float = config.lora_alpha
-    for pattern, value in (config.alpha_pattern or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            alpha = float(value)
-            break
+    """alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv:2312.03732)."""
+    alpha = value_of(config.alpha_pattern, layer, config.lora_alpha, "alpha_pattern")
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
+
+
+def scales_of(model: PeftModel) -> dict[str, float]:
+    """What the layers themselves multiply their updates by."""
+    return {name: float(module.scaling["default"]) for name, module in layers_of(model).items()}
+
+
+# --- the update
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an adapter adds to one layer's weight."""
+    """What an adapter adds to one layer's weight, in float64: what is written is then rounded once."""
 
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
@@ -88,14 +146,14 @@ class Update:
     def added(self, block: Tensor, first: int) -> Tensor:
         last = first + len(block)
         left, right = (self.a[:, first:last].T, self.b.T) if self.by_input else (self.b[first:last], self.a)
-        return torch.addmm(block.float(), left, right, alpha=self.scaling)
+        return torch.addmm(block.double(), left, right, alpha=self.scaling)
 
     def merged(self, weight: Sequence[tuple[int, int]], rows: Any) -> Iterator[Tensor]:
-        """Blocks of the merged weight, from `rows(first, last)` of the base's. DoRA: eq. 5 of arXiv:2402.09353."""
+        """Blocks of the merged weight in float64, from `rows(first, last)` of the base's. DoRA: eq. 5 of arXiv:2402.09353."""
         norms: Tensor | None = None
         if self.magnitude is not None and self.by_input:  # a norm runs over all inputs, and those are the rows
-            squares = (self.added(rows(*span), span[0]).square().sum(0, dtype=torch.float64) for span in weight)
-            norms = sum(squares, torch.zeros(())).sqrt().float()
+            squares = (self.added(rows(*span), span[0]).square().sum(0) for span in weight)
+            norms = sum(squares, torch.zeros(())).sqrt()
         for span in weight:
             block = self.added(rows(*span), span[0])
             if self.magnitude is not None and norms is not None:

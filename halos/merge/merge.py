@@ -1,6 +1,6 @@
 """Merge a LoRA adapter into its base: W = W_base + (alpha/r) B A, a block of rows at a time, never a second model.
 
-Read from the base's safetensors, computed in float32, rounded once to the output dtype. Scaling comes from the adapter
+Read from the base's safetensors, computed in float64, rounded once to the output dtype. Scaling comes from the adapter
 itself. Covered: LoRA, rsLoRA, DoRA, rank and alpha patterns, biases, modules_to_save, Linear, Conv1D and embedding layers,
 tied heads, grown vocabularies. Whatever else an adapter or its base holds is refused by name, and `check` says so before a
 run's first step.
@@ -80,9 +80,10 @@ class Merge:
 
     @property
     def unties(self) -> bool:
-        """A tied head stays one only where neither it nor the embedding was trained: PEFT trains the two apart."""
+        """A tied head stays one only where neither it nor the embedding was trained: PEFT trains the two apart. And where the
+        files hold two different tables, no model was ever tied, whatever its configuration says."""
         touched = {f"{layer}.weight" for layer in self.sorted.updates} | self.sorted.replaced.keys()
-        return self.base.tied and not touched.isdisjoint({self.base.head, self.base.embedding})
+        return self.base.diverged or (self.base.tied and not touched.isdisjoint({self.base.head, self.base.embedding}))
 
     @property
     def added(self) -> list[str]:
@@ -93,7 +94,7 @@ class Merge:
             return self._whole(self.sorted.replaced[mine], dtype, like=(mine, file.shape(name)))
         kind, shape = file.dtype(name), file.shape(name)
         layer, fresh = mine.removesuffix(".weight"), []
-        if mine in (self.base.embedding, self.base.head):
+        if mine in self.base.tables:
             fresh = fresh_rows(shape[0], self.vocabulary, self.tokens)
             shape = [max(shape[0], self.vocabulary), *shape[1:]]
         kind = dtype if kind.is_floating_point else kind
@@ -108,7 +109,7 @@ class Merge:
         shape = self.adapter.shape(name)
         if like is not None:
             mine, wanted = like
-            if mine in (self.base.embedding, self.base.head):
+            if mine in self.base.tables:
                 wanted = [max(wanted[0], self.vocabulary), *wanted[1:]]
             if shape != wanted:
                 raise UserError(f"cannot merge: {mine} is {shape} in the adapter and {wanted} in {self.base.path}")
@@ -126,7 +127,7 @@ class Merge:
         return isinstance(self.base.kinds[layer], Conv1D | nn.Embedding)
 
     def _update(self, layer: str) -> Update:
-        parts = {name: self.adapter.read(key).float() for name, key in self.sorted.updates[layer].items()}
+        parts = {name: self.adapter.read(key).double() for name, key in self.sorted.updates[layer].items()}
         factor = scaling(self.config, layer, len(parts["A"]))
         return Update(parts["A"], parts["B"], parts.get("magnitude"), factor, self._by_input(layer))
 
@@ -138,12 +139,12 @@ def _rows(file: SafeFile, name: str, fresh: Sequence[int]) -> Any:
     known = file.shape(name)[0]
     old = min(known, *fresh)
     sums = (file.rows(name, *span).double().sum(0) for span in spans([old, *file.shape(name)[1:]]))
-    mean = (sum(sums, torch.zeros(())) / old).float()
+    mean = sum(sums, torch.zeros((), dtype=torch.float64)) / old
 
     def rows(first: int, last: int) -> Tensor:
-        result = torch.empty(last - first, *file.shape(name)[1:])
+        result = torch.empty(last - first, *file.shape(name)[1:], dtype=torch.float64)
         if first < known:
-            result[: min(known, last) - first] = file.rows(name, first, min(known, last)).float()
+            result[: min(known, last) - first] = file.rows(name, first, min(known, last)).double()
         result[[row - first for row in fresh if first <= row < last]] = mean
         return result
 

@@ -1,34 +1,56 @@
 """Merge, prove and hand over: what the final save of a run and the commands have in common."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
-from tokenizers import Tokenizer
-from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from halos.errors import UserError
+from halos.logps.vocabulary import Vocabulary
 from halos.merge import merge, proof
-from halos.merge.safetensors_io import SHARD
+from halos.merge.safetensors_io import SHARD, SafeFile
+from halos.merge.trained import Trained
 
 
-def case_of(base: Path, adapter: Path, words: Path, *, dtype: torch.dtype | None) -> proof.Case:
-    """What there is to merge: `words` holds the tokenizer that was trained with. `dtype` None keeps the base's."""
+def case_of(base: Path, adapter: Path, vocabulary: Vocabulary, *, dtype: torch.dtype | None) -> proof.Case:
+    """What there is to merge. `dtype` None keeps the base's."""
     reward = PeftConfig.from_pretrained(str(adapter)).task_type == "SEQ_CLS"
-    config = AutoConfig.from_pretrained(base)
-    size, tokens = _vocabulary(base, words)
+    config = AutoConfig.from_pretrained(base, **proof.SAFELY)
     kind = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
-    return proof.Case(base, adapter, reward, kind, max(size, config.get_text_config().vocab_size), tokens)
+    size = max(vocabulary.size, config.get_text_config().vocab_size)
+    return proof.Case(base, adapter, reward, kind, size, vocabulary.new)
 
 
-def _vocabulary(base: Path, words: Path) -> tuple[int, list[int]]:
-    """How many ids the saved tokenizer has, and those of its tokens that the base's own does not know."""
-    if not (words / "tokenizer.json").is_file():
-        return 0, []
-    now = Tokenizer.from_file(str(words / "tokenizer.json")).get_vocab()
-    was = Tokenizer.from_file(str(base / "tokenizer.json")).get_vocab() if (base / "tokenizer.json").is_file() else now
-    return len(now), sorted(number for token, number in now.items() if token not in was)
+def vocabulary_of(base: Path, adapter: Path, words: Path, added: Sequence[str] | None) -> Vocabulary:
+    """What an adapter that was saved knows of its ids: its own record. Else, of one that was saved before there was any, the
+    tokens that its run `added` and its base does not know, by the tokenizer of `words`.
+
+    Raises UserError where ids are new, and neither a record nor the adapter's own tables tell what their rows started as.
+    """
+    saved = Vocabulary.load(adapter)
+    if saved is not None or not (words / "tokenizer.json").is_file():
+        return saved or Vocabulary()
+    now = _tokenizer(words)
+    if added is not None:
+        known = _tokenizer(base).get_vocab()
+        return Vocabulary.of(now, [token for token in added if token not in known])
+    rows = AutoConfig.from_pretrained(base, **proof.SAFELY).get_text_config().vocab_size
+    file = SafeFile(adapter / "adapter_model.safetensors")
+    tables = [name for name in file.names if ".lora_" not in name and file.shape(name)[0] >= len(now)]
+    if len(now) > rows and not tables:
+        raise UserError(
+            f"{words} has a tokenizer of {len(now)} tokens and {base} rows for {rows}: {adapter} does not say what the"
+            " rows of the others started as"
+        )
+    return Vocabulary(len(now))
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    tokenizer = AutoTokenizer.from_pretrained(directory, **proof.SAFELY)
+    assert tokenizer is not None
+    return tokenizer
 
 
 def combine(
@@ -38,11 +60,11 @@ def combine(
     *,
     model: PreTrainedModel | None = None,
     shard: int = SHARD,
-    logits: Callable[[Tensor], Tensor] | None = None,
+    live: Trained | None = None,
 ) -> proof.Proof:
     """Merge into `output`, prove it, and write merge_report.json with the `hashes` of all three.
 
-    `model` is the trained model and `logits` its forward, where they are at hand. Where the proof does not hold, no merged
+    `model` is the trained model, and `live` what it said, where they are at hand. Where the proof does not hold, no merged
     weights are left behind.
     """
     try:
@@ -50,7 +72,7 @@ def combine(
             case.base, case.adapter, output, model=model or case.bare(), dtype=case.dtype, vocabulary=case.vocabulary,
             tokens=case.tokens, shard=shard,
         )  # fmt: skip
-        result = proof.prove(case, output, logits)
+        result = proof.prove(case, output, live)
     except BaseException:
         _withdraw(output)
         raise

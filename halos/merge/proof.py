@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,15 +13,14 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from halos.errors import UserError
-from halos.logps.vocabulary import grow
-from halos.merge import expected
+from halos.logps.vocabulary import Vocabulary, grow
+from halos.merge import expected, trained
+from halos.merge.trained import Trained, said_by, typical
 
-EXACT = 1e-5  # in float32, of the largest logit
-ROUNDED = 1.5  # in a half type, times the KL that the adapter model itself loses by computing in that type
-SCORED = 2.0  # a reward model has no distribution: times the typical error of its scores, and those are few
-ROWS = 8
-FOR_SCORES = 64  # rows: each has but one
+FACTOR = 4.0  # times the model's own rounding noise: two right computations lie within 2 of it
+SINGLE = torch.finfo(torch.float32).eps
 WORST = 5  # tensors named in the report
+SAFELY: dict[str, Any] = {"trust_remote_code": False}
 FREE = {"architectures", "dtype", "transformers_version", "num_labels", "id2label", "label2id", "problem_type", "pad_token_id",
         "use_cache", "vocab_size", "tie_word_embeddings", "quantization_config", "_name_or_path"}  # fmt: skip
 
@@ -47,18 +46,18 @@ class Case:
 
     def bare(self) -> PreTrainedModel:
         """The base's structure, without weights."""
-        config = AutoConfig.from_pretrained(self.base, **self.labels)
+        config = AutoConfig.from_pretrained(self.base, **SAFELY, **self.labels)
         with torch.device("meta"):
             return self.auto.from_config(config)
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """All that is wrong, and how far tensors and logits are from the truth."""
+    """All that is wrong, and how far tensors and values are from the truth."""
 
     faults: list[str]
     tensors: list[expected.Found]  # the worst first
-    error: float  # of the logits, by `measure`
+    error: float  # by `measure`
     tolerance: float
     measure: str
 
@@ -88,46 +87,36 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def probe(vocabulary: int, length: int = 24, rows: int = ROWS) -> Tensor:
-    """Fixed token ids (rows, length), spread over the vocabulary."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, vocabulary, (rows, length), generator=generator)
-
-
 # --- the three parts -------------------------------------------------------------------------------------------------
 
 
-def prove(case: Case, merged: Path, logits: Callable[[Tensor], Tensor] | None = None) -> Proof:
-    """Whether `merged` is the trained model: files and tensors, then configuration and keys, then logits.
+def prove(case: Case, merged: Path, live: Trained | None = None) -> Proof:
+    """Whether `merged` is the trained model: files and tensors, then configuration and keys, then log-probs or scores.
 
-    `logits` is the trained model's own float32 forward, where it is at hand; else base and adapter are loaded, one model
-    after the other, never two at once.
+    `live` is what the trained model itself said. Where it is not at hand, or computed in half precision, base and adapter are
+    loaded as PEFT does it too, one model after the other, never two at once.
     """
     try:
         wanted = expected.truths(case.base, case.adapter, case.bare(), case.vocabulary, case.tokens)
         tensors, faults = expected.compare(merged, wanted.tensors, case.dtype)
         faults += _of_config(case, merged, tied=wanted.tied)
+        faults += _of_scales(wanted.scales, live.scales) if live else []
     except UserError as error:
         tensors, faults = [], [str(error)]
     if faults:
-        return Proof(faults, tensors, math.nan, math.nan, "logits not compared")
-    ids = probe(AutoConfig.from_pretrained(merged).get_text_config().vocab_size, rows=FOR_SCORES if case.reward else ROWS)
-    truth = logits(ids) if logits is not None and case.dtype is torch.float32 else adapter_logits(case, ids, torch.float32)
-    found, faults = _loaded(case, merged, ids)
-    measure, error, tolerance = "largest difference over the largest logit", _largest(found, truth), EXACT
-    if case.dtype is not torch.float32:
-        rounded = adapter_logits(case, ids, case.dtype)
-        distance, factor = (_typical, SCORED) if case.reward else (_kl, ROUNDED)
-        measure = "typical difference of scores" if case.reward else "KL from the trained model in float32"
-        error, tolerance = distance(found, truth), factor * distance(rounded, truth)
-    if not error <= tolerance:
-        faults.append(f"logits: {measure} {error:.1e}, allowed {tolerance:.1e}")
-    return Proof(faults, tensors, error, tolerance, measure)
+        return Proof(faults, tensors, math.nan, math.nan, "log-probs not compared")
+    exact = live is None or live.unit > SINGLE or live.without is not None
+    ids = live.ids if live else _probe(case, merged)
+    stored = _stored(case, ids) if exact else None
+    comparisons, faults = _compared(case, merged, ids, live, stored)
+    worst = max(comparisons, key=lambda each: each.share)
+    faults += [str(each) for each in comparisons if not each.holds]
+    return Proof(faults, tensors, worst.error, worst.tolerance, worst.measure)
 
 
 def _of_config(case: Case, merged: Path, *, tied: bool) -> list[str]:
     """Settings of the merged model that are not the base's, other than those that a merge may move."""
-    base, made = (AutoConfig.from_pretrained(path, **case.labels) for path in (case.base, merged))
+    base, made = (AutoConfig.from_pretrained(path, **SAFELY, **case.labels) for path in (case.base, merged))
     was, now = _settled(base.to_dict()), _settled(made.to_dict())
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     faults = [f"config.json: {name} is {now.get(name)!r} and the base's is {was.get(name)!r}" for name in names]
@@ -146,45 +135,73 @@ def _settled(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-@torch.no_grad()
-def adapter_logits(case: Case, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """What base and adapter compute together in `dtype`, both read from disk."""
-    model = case.auto.from_pretrained(case.base, dtype=dtype, **case.labels)
+def _of_scales(saved: Mapping[str, float], used: Mapping[str, float]) -> list[str]:
+    """Layers whose saved adapter says another scale than the one that they were trained with."""
+    return [f"{layer} was trained with a scale of {used.get(layer)} and is saved with {saved.get(layer)}"
+            for layer in sorted(saved.keys() | used.keys())
+            if not math.isclose(saved.get(layer, math.nan), used.get(layer, math.nan), rel_tol=1e-9)]  # fmt: skip
+
+
+# --- what it computes ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The merged model's values against those of one witness."""
+
+    measure: str
+    error: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.tolerance
+
+    @property
+    def share(self) -> float:
+        """Of what is allowed; nan, which is wrong, counts as the most."""
+        share = self.error / (self.tolerance or math.ulp(0.0))
+        return share if share == share else math.inf
+
+    def __str__(self) -> str:
+        return f"{self.measure} {self.error:.1e}, allowed {self.tolerance:.1e}"
+
+
+def _probe(case: Case, merged: Path) -> Tensor:
+    text = AutoConfig.from_pretrained(merged, **SAFELY).get_text_config()
+    vocabulary = Vocabulary(case.vocabulary, tuple(case.tokens))
+    return trained.probe(vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=case.reward)
+
+
+def _stored(case: Case, ids: Tensor) -> Trained:
+    """What base and adapter compute together in float32, both read from the disk by PEFT."""
+    model = case.auto.from_pretrained(case.base, dtype=torch.float32, use_safetensors=True, **SAFELY, **case.labels)
     grow(model, case.vocabulary, case.tokens)
     adapted = PeftModel.from_pretrained(model, str(case.adapter)).eval()
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not torch.float32):
-        return _run(adapted, ids)
+    return Trained(ids, said_by(adapted, ids, temperature=1.0, reward=case.reward), {}, SINGLE)
 
 
-@torch.no_grad()
-def _loaded(case: Case, merged: Path, ids: Tensor) -> tuple[Tensor, list[str]]:
-    """The merged model's logits, loaded by plain from_pretrained; keys and ties that are not as they should be."""
-    model, report = case.auto.from_pretrained(merged, dtype=case.dtype, output_loading_info=True)
+def _compared(
+    case: Case, merged: Path, ids: Tensor, live: Trained | None, stored: Trained | None
+) -> tuple[list[Comparison], list[str]]:
+    """The merged model, loaded by plain from_pretrained into float32, beside its witnesses; and wrong keys."""
+    model, report = case.auto.from_pretrained(
+        merged, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **SAFELY
+    )
     faults = [f"from_pretrained finds {kind.replace('_', ' ')}: {', '.join(sorted(map(str, report[kind]))[:3])}"
               for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]]  # fmt: skip
-    return _run(model.eval(), ids), faults
+    kind = "scores" if case.reward else "log-probs"
+    witnesses = {f"typical difference of {kind} from the trained model": live,
+                 f"typical difference of {kind} from base and adapter as PEFT loads them": stored}  # fmt: skip
+    return [_beside(model.eval(), each, case, measure) for measure, each in witnesses.items() if each is not None], faults
 
 
-def _run(model: Any, ids: Tensor) -> Tensor:
-    """One row at a time: a reward model without a padding token takes no batch."""
-    return torch.cat([model(input_ids=row[None]).logits.float() for row in ids])
-
-
-def _largest(logits: Tensor, truth: Tensor) -> float:
-    return ((logits - truth).abs().max() / truth.abs().max().clamp(min=1e-9)).item()
-
-
-def _typical(scores: Tensor, truth: Tensor) -> float:
-    return (scores.double() - truth.double()).square().mean().sqrt().item()
-
-
-def _kl(logits: Tensor, truth: Tensor) -> float:
-    """Nats a token, the mean over the probe; a row at a time, since in float64 a large vocabulary weighs as much as a model."""
-    total = 0.0
-    for mine, wanted in zip(logits, truth, strict=True):
-        log_q, log_p = mine.double().log_softmax(-1), wanted.double().log_softmax(-1)
-        total += (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
-    return total / len(truth)
+def _beside(model: Any, witness: Trained, case: Case, measure: str) -> Comparison:
+    knobs: dict[str, Any] = {"temperature": witness.temperature, "reward": case.reward}
+    error = typical(said_by(model, witness.ids, **knobs) - witness.values)
+    unit = math.hypot(torch.finfo(case.dtype).eps, witness.unit, SINGLE)  # weights, the witness's arithmetic, this one's
+    tolerance = FACTOR * typical(trained.noise(model, witness.ids, unit, **knobs))
+    return Comparison(measure, error, tolerance)
 
 
 def write_report(path: Path, proof: Proof, facts: Mapping[str, Any]) -> None:

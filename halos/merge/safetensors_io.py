@@ -16,7 +16,7 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 2**22  # elements worked on at once: 16 MiB of float32
+BLOCK = 2**20  # elements worked on at once: 8 MiB of float64
 SHARD = 5 * 10**9  # bytes, the hub's own default
 INDEX = "model.safetensors.index.json"
 
@@ -147,11 +147,12 @@ def write_sharded(directory: Path, entries: Mapping[str, Entry], limit: int = SH
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that make up the model in `directory`. Raises UserError where there are none, or one is missing."""
     index = directory / INDEX
-    if index.is_file():
+    if (directory / "model.safetensors").is_file():  # from_pretrained takes it first, whatever an index says
+        names = ["model.safetensors"]
+    elif index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     else:
-        names = ["model.safetensors"] if (directory / "model.safetensors").is_file() else []
-        names = names or sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
+        names = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     missing = [name for name in names if not (directory / name).is_file()]
     if missing:
         raise UserError(f"{directory} lacks {len(missing)} of {len(names)} parts of its weights, {missing[0]} for one")

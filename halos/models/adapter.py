@@ -1,6 +1,7 @@
 """LoRA adapters: PEFT's, with PEFT's own keys."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.errors import UserError
+from halos.merge import lora
 from halos.models import targets
 
 KEYS = (
@@ -36,6 +38,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # a head that is saved whole has the base's dtype; steps would vanish in bfloat16
             parameter.data = parameter.data.float()
+    lora.say_exactly(adapted)
     return adapted
 
 
@@ -66,6 +69,8 @@ def refuse_other_settings(model: PeftModel, directory: Path) -> None:
         raise UserError(f"peft.init_from={directory} is no adapter: it lacks {path.name} or adapter_model.safetensors")
     saved, own = json.loads(path.read_text()), model.peft_config["default"].to_dict()
     for name in KEYS:
+        if name.endswith("_pattern"):
+            continue  # compared as what they say of each layer, with the weights
         one, other = saved.get(name), own.get(name)
         if sorted(one or []) != sorted(other or []) if name in LISTS else one != other:
             raise UserError(
@@ -87,7 +92,9 @@ def refuse_other_tensors(model: PeftModel, directory: Path) -> None:
 
 
 def load_adapter(model: PeftModel, directory: Path) -> None:
-    """Put saved adapter weights into the model's own adapter. Raises UserError where they belong to another model."""
+    """Put saved adapter weights into the model's own adapter. Raises UserError where they belong to another model, or were
+    trained with other scales."""
+    _refuse_other_scales(model, directory)
     weights = load_file(directory / "adapter_model.safetensors")
     try:
         result = set_peft_model_state_dict(model, weights)
@@ -98,6 +105,19 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
         example = (missing + result.unexpected_keys)[0]
         counts = f"{len(missing)} tensors are missing from it and {len(result.unexpected_keys)} belong nowhere"
         raise UserError(f"{directory} is not an adapter of {_base(model)}: {counts}, such as {example}")
+
+
+def _refuse_other_scales(model: PeftModel, directory: Path) -> None:
+    saved = LoraConfig.from_pretrained(str(directory))
+    assert isinstance(saved, LoraConfig)
+    for layer, module in lora.layers_of(model).items():
+        mine = float(module.scaling["default"])
+        theirs = lora.scaling(saved, layer, module.r["default"])
+        if not math.isclose(mine, theirs, rel_tol=1e-9):
+            raise UserError(
+                f"{directory} multiplies what it adds to {layer} by {theirs:g}, and this run by {mine:g}: type the"
+                " peft.lora_alpha, alpha_pattern and use_rslora that it was trained with"
+            )
 
 
 def _base(model: PeftModel) -> str:

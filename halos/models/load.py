@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from halos.logps.attention import SEGMENTS, register
 from halos.logps.hidden import PACKS
 from halos.logps.plan import plan_for, remember
 from halos.logps.vocabulary import grow
+from halos.models.generation import settings_for
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +54,10 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTraine
     return tokenizer, new
 
 
-def refuse_other_words(reference: Path, tokenizer: PreTrainedTokenizerBase, new_tokens: list[str]) -> None:
+def refuse_other_words(reference: Path, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]) -> None:
     """Raises UserError where a reference model spells the policy's tokens otherwise: its log-probs would be of other text."""
     theirs = load_tokenizer(reference, add_tokens=[])[0].get_vocab()
-    ours = {token: number for token, number in tokenizer.get_vocab().items() if token not in new_tokens}
+    ours = {token: number for token, number in tokenizer.get_vocab().items() if number not in new}
     if other := [token for token, number in ours.items() if theirs.get(token) != number]:
         raise UserError(
             f"reference.name_or_path={reference} has another tokenizer: {len(other)} of the policy's {len(ours)} tokens are not"
@@ -103,7 +105,8 @@ def load_model(
     dtype: torch.dtype,
     attention: str,
     quantize: str | None = None,
-    new_tokens: list[str] = [],  # noqa: B006  never written
+    new_tokens: Sequence[int] = (),
+    stops: Sequence[int] = (),
     seed: int = 0,
     hollow: bool = False,
     longest: int | None = None,
@@ -111,8 +114,9 @@ def load_model(
     """A causal language model, or with `reward` the same backbone under one scalar head (random where there is none).
 
     Rows will be packed where `attention` takes packed rows and the architecture can be packed; `longest` is the longest of them,
-    where it is known. Embeddings of `new_tokens` start at the mean of the others. A `hollow` one is the same but for the values
-    of its weights, which nobody has written: it takes no memory, and another process gives it its shards.
+    where it is known. Embeddings of `new_tokens` start at the mean of the others; `stops` end what is generated. A `hollow` one is
+    the same but for the values of its weights, which nobody has written: it takes no memory, and another process gives it its
+    shards.
     """
     config = read_config(directory)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
@@ -133,9 +137,9 @@ def load_model(
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    grow(model, len(tokenizer), [tokenizer.get_vocab()[token] for token in new_tokens])
+    grow(model, len(tokenizer), new_tokens)
     if not reward:
-        model.generation_config = _stops(model, tokenizer)
+        model.generation_config = settings_for(model.generation_config, tokenizer, stops)
     return model
 
 
@@ -175,18 +179,6 @@ def _shape(config: PretrainedConfig) -> dict[str, Any]:
 def _must_score(directory: Path, architectures: list[str], labels: int) -> None:
     if any("SequenceClassification" in name for name in architectures) and labels != 1:
         raise UserError(f"{directory} is a classifier with {labels} labels; a reward model has 1")
-
-
-def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """The model's generation settings, sampling at its end token too: training scores it, so serving must stop there."""
-    settings = model.generation_config
-    ids = settings.eos_token_id if settings.eos_token_id is not None else []
-    ids = list(ids) if isinstance(ids, list) else [ids]
-    if tokenizer.eos_token_id not in ids:
-        settings.eos_token_id = [tokenizer.eos_token_id, *ids]
-    if settings.pad_token_id is None:
-        settings.pad_token_id = tokenizer.pad_token_id
-    return settings
 
 
 def freeze(model: nn.Module) -> nn.Module:

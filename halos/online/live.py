@@ -281,10 +281,10 @@ class Live:
         state = weights.gathered(run.module, trained_only=adapter)
         if run.main:
             with staged(place, main=True, facts={"step": run.step}) as hidden:
-                weights.save_weights(hidden, run.model, state)
+                weights.save_weights(hidden, run.model, state, run.vocabulary)
                 if adapter:  # unproved: the final save's merge, which is proved, is this one
                     run.tokenizer.save_pretrained(hidden)
-                    case = case_of(run.base, hidden / "adapter", hidden, dtype=bare(run.model).dtype)
+                    case = case_of(run.base, hidden / "adapter", run.vocabulary, dtype=bare(run.model).dtype)
                     (hidden / "model").mkdir()
                     merge.merge(case.base, case.adapter, hidden / "model", model=bare(run.model), dtype=case.dtype,
                                 vocabulary=case.vocabulary, tokens=case.tokens)  # fmt: skip

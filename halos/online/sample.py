@@ -231,6 +231,7 @@ class Source:
     def load(self, place: Path | None) -> Any:
         from transformers.utils import logging as transformers_logging
 
+        from halos.data.tokenize import end_of_turn
         from halos.distributed.device import has_bfloat16
         from halos.models.load import load_model, weights_dtype
 
@@ -238,7 +239,9 @@ class Source:
         assert place is not None
         device = device_of_this_process()
         dtype = weights_dtype(self.given.dtype, trained=False, half=has_bfloat16())
-        model: Any = load_model(place, self._tokenizer, reward=False, dtype=dtype, attention="sdpa")
+        model: Any = load_model(
+            place, self._tokenizer, reward=False, dtype=dtype, attention="sdpa", stops=end_of_turn(self._tokenizer)
+        )
         return model.to(device).eval()
 
     def row(self, request: Request, completion: Completion, prompt: Row) -> Row:

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.schema import Config
 from halos.data.template import chat_template
+from halos.data.tokenize import end_of_turn
 from halos.distributed import strategy
 from halos.distributed.deepspeed_config import refuse_settings
 from halos.distributed.launch import agree
@@ -24,6 +25,7 @@ from halos.hooks.progress import ProgressBar
 from halos.lock import RunLock
 from halos.logps.model import bare
 from halos.logps.router import refuse_without_router
+from halos.logps.vocabulary import Vocabulary
 from halos.models import positions
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
@@ -94,7 +96,8 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     """Raises UserError for a tokenizer, adapter or reference that does not go with the base, and for what is no model of ours."""
     tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
-    shelf = models.Shelf(config, base, tokenizer, new_tokens, machine)
+    vocabulary = Vocabulary.of(tokenizer, new_tokens)
+    shelf = models.Shelf(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine)
     model = models.structure(shelf, reward=loss.inputs is PairScores)
     refuse_without_router(bare(model).config, config.train.router_aux_loss)
     named = models.named_reference(shelf) if loss.needs_reference else None
@@ -107,7 +110,8 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
 def draw(config: Config, structure: Structure, loss: LossSpec, *, total: int, main: bool) -> Blueprint:
     return Blueprint(
         config=config, directory=RunDir(config.run_dir), base=structure.shelf.base, tokenizer=structure.tokenizer,
-        model=structure.model, reward=loss.inputs is PairScores, total_steps=total, max_length=structure.max_length, main=main,
+        vocabulary=structure.shelf.vocabulary, model=structure.model, reward=loss.inputs is PairScores, total_steps=total,
+        max_length=structure.max_length, main=main,
     )  # fmt: skip
 
 

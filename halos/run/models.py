@@ -1,6 +1,7 @@
 """The models of a run: policy or reward model, adapter, reference, optimizer."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Protocol
@@ -18,6 +19,7 @@ from halos.distributed.deepspeed_config import deepspeed_asked
 from halos.distributed.launch import asked_to_cut, asked_to_shard
 from halos.errors import UserError
 from halos.logps.model import ActorCritic, LanguageModel, RewardModel
+from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
 from halos.models.locate import locate
@@ -46,7 +48,8 @@ class Shelf:
     config: Config
     base: Path
     tokenizer: PreTrainedTokenizerBase
-    new_tokens: list[str]  # that the base's embeddings do not know
+    vocabulary: Vocabulary  # with the tokens that the base does not know
+    stops: Sequence[int]  # the tokens that end an assistant's turn
     made: Machine
 
     @property
@@ -76,7 +79,8 @@ class Shelf:
             dtype=dtype,
             attention=attention(settings.attention, half=half, device=device),
             quantize=quantize,
-            new_tokens=self.new_tokens if source == self.base else [],
+            new_tokens=self.vocabulary.new if source == self.base else (),
+            stops=self.stops,
             seed=self.config.seed,
             hollow=hollow,
             longest=self.config.train.max_length,
@@ -141,7 +145,7 @@ def named_reference(shelf: Shelf) -> Path | None:
         return None
     cache = Path(config.cache_dir).expanduser()
     place = locate(config.reference.name_or_path, config.reference.revision, cache, key="reference.name_or_path")
-    refuse_other_words(place, shelf.tokenizer, shelf.new_tokens)
+    refuse_other_words(place, shelf.tokenizer, shelf.vocabulary.new)
     return place
 
 

@@ -160,7 +160,7 @@ def subtracted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def lost_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     added = Update.added
-    monkeypatch.setattr(Update, "added", lambda self, *given: added(self, *given).to(torch.bfloat16).float())
+    monkeypatch.setattr(Update, "added", lambda self, *given: added(self, *given).to(torch.bfloat16).double())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from halos.config.schema import Config
+from halos.logps.vocabulary import Vocabulary
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
 from halos.run.lifecycle import run
@@ -19,7 +20,8 @@ def test_new_tokens_start_at_the_mean_of_the_others(tmp_path: Path) -> None:
     tiny.build(tmp_path / "tiny")
     tokenizer, new = load_tokenizer(tmp_path / "tiny", add_tokens=["<|good|>", "<|bad|>"])
     assert new == ["<|good|>", "<|bad|>"]
-    model = load_model(tmp_path / "tiny", tokenizer, reward=False, dtype=torch.float32, attention="sdpa", new_tokens=new)
+    ids = Vocabulary.of(tokenizer, new).new
+    model = load_model(tmp_path / "tiny", tokenizer, reward=False, dtype=torch.float32, attention="sdpa", new_tokens=ids)
     table = model.get_input_embeddings().weight
     known = len(AutoTokenizer.from_pretrained(tmp_path / "tiny"))
     assert table.shape[0] >= len(tokenizer)

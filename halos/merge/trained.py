@@ -1,0 +1,147 @@
+"""What a trained model says of itself on fixed tokens: the one witness of a merge that reads nothing from the disk."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from halos.logps.model import adapter_off, bare
+from halos.logps.vocabulary import Vocabulary
+from halos.merge.lora import scales_of
+from halos.types import Acted, Sequences, TokenLogps
+
+ROWS, LENGTH = 12, 32
+FOR_SCORES = 64  # rows of a reward model, since each has but one score
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A trained model's own forward pass, whatever its arithmetic and however it is spread over processes."""
+
+    ids: Tensor  # (rows, length)
+    values: Tensor  # float32: log-probs of each row's tokens but the first, end to end; or a score for each row
+    scales: Mapping[str, float]  # what each layer multiplies its update by
+    unit: float  # the rounding unit of its arithmetic
+    temperature: float = 1.0
+    without: Tensor | None = None  # of a quantised model, whose base is not the one on the disk: `values`, its adapter off
+
+
+def probe(vocabulary: Vocabulary, known: int, *, longest: int | None = None, reward: bool = False) -> Tensor:
+    """Fixed token ids (rows, length) below `known`; the first row has the newest tokens, the others are spread over all."""
+    size = max(vocabulary.size, known)
+    rows, length = FOR_SCORES if reward else ROWS, min(LENGTH, longest or LENGTH)
+    ids = torch.randint(0, size, (rows, length), generator=torch.Generator().manual_seed(0))
+    latest = vocabulary.size or size
+    special = torch.tensor([*vocabulary.new, *range(max(0, latest - length), latest)][:length])
+    ids[0, : len(special)] = special
+    return ids
+
+
+@torch.no_grad()
+def ask(
+    module: nn.Module, model: PeftModel, ids: Tensor, *, autocast: Callable[[], AbstractContextManager[Any]], half: bool,
+    temperature: float,
+) -> Trained:  # fmt: skip
+    """Let the module that was trained, as DDP, FSDP or ZeRO have it, read `ids`. Every process calls, with the same ids.
+
+    `half` says that `autocast` computes in bfloat16.
+    """
+    training, inner = module.training, bare(model)
+    module.eval()
+    try:
+        with autocast():
+            values = _values(module, ids, inner.device)
+            without = None
+            if getattr(inner, "is_quantized", False):
+                with adapter_off(model):
+                    without = _values(module, ids, inner.device)
+    finally:
+        module.train(training)
+    return Trained(ids, values, scales_of(model), unit_of(inner, half=half), temperature, without)
+
+
+def unit_of(model: nn.Module, *, half: bool) -> float:
+    """The rounding unit of the coarsest arithmetic that a forward pass of `model` has in it."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    kinds |= {torch.bfloat16} if half else set()
+    units = [torch.finfo(kind).eps for kind in kinds & {torch.float32, torch.bfloat16, torch.float16}]
+    if torch.cuda.is_available() and torch.get_float32_matmul_precision() != "highest":
+        units.append(2.0**-10)  # TF32
+    return max(units, default=torch.finfo(torch.float32).eps)
+
+
+def _values(module: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
+    return torch.cat([_flat(module(_sequence(row).to(device))) for row in ids])
+
+
+def _sequence(ids: Tensor) -> Sequences:
+    """One row, every token of it scored that something stands before."""
+    count = len(ids) - 1
+    places = torch.arange(count)
+    return Sequences(
+        ids, torch.arange(len(ids)), (len(ids),), ids[1:], places, torch.zeros(count, dtype=torch.int64), places, count
+    )
+
+
+def _flat(output: Any) -> Tensor:
+    if isinstance(output, Acted):
+        output = output.logps
+    values = output.values if isinstance(output, TokenLogps) else output
+    assert isinstance(values, Tensor)
+    return values.float().flatten().cpu()
+
+
+@torch.no_grad()
+def said_by(model: Any, ids: Tensor, *, temperature: float, reward: bool) -> Tensor:
+    """What `Trained.values` holds, by the plain forward pass of a model that from_pretrained gave; a row at a time, since a
+    reward model without a padding token takes no batch."""
+    parts = []
+    for row in ids:
+        logits = model(input_ids=row[None].to(model.device)).logits.float()
+        if not reward:
+            logits = (logits[0, :-1] / temperature).log_softmax(-1).gather(-1, row[1:, None].to(logits.device))
+        parts.append(logits.flatten().cpu())
+    return torch.cat(parts)
+
+
+# --- how far two right computations may lie apart --------------------------------------------------------------------
+
+
+def noise(model: nn.Module, ids: Tensor, unit: float, *, temperature: float, reward: bool, draws: int = 2) -> Tensor:
+    """How far the values move where every module's output is off by one rounding of its typical size: (draws, values).
+
+    So a rounding at each weight and at each product shows in what it comes to at the end, for any depth and architecture.
+    """
+    plain = said_by(model, ids, temperature=temperature, reward=reward)
+    moved = []
+    for seed in range(draws):
+        generator = torch.Generator().manual_seed(seed)
+        handles = [each.register_forward_hook(_off_by(unit, generator)) for each in model.modules() if each is not model]
+        try:
+            moved.append(said_by(model, ids, temperature=temperature, reward=reward) - plain)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return torch.stack(moved)
+
+
+def _off_by(unit: float, generator: torch.Generator) -> Callable[[nn.Module, Any, Any], Any]:
+    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if not (isinstance(first, Tensor) and first.is_floating_point()):
+            return None
+        size = first.float().square().mean(-1, keepdim=True).sqrt()
+        drawn = (torch.rand(first.shape, generator=generator) - 0.5).to(first.device)
+        off = (first + drawn * unit * size).to(first.dtype)
+        return (off, *output[1:]) if isinstance(output, tuple) else off
+
+    return hook
+
+
+def typical(values: Sequence[float] | Tensor) -> float:
+    """Root of the mean square, which is nan where one is."""
+    return torch.as_tensor(values, dtype=torch.float64).square().mean().sqrt().item()
