@@ -7,6 +7,7 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from halos.checkpoint.lineage import on_the_hub
+from halos.logps.vocabulary import Vocabulary
 
 NAME = "README.md"
 SHOWN = {"loss": None, "train": ("steps", "epochs", "batch_size", "max_length", "precision"), "schedule": None,
@@ -19,7 +20,8 @@ def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, 
     parts = [_front(runs, adapter=adapter, reward=reward), f"# {title}", _made_from(runs, adapter=adapter)]
     if runs:
         parts += [_metrics(runs[-1]), _settings(runs[-1]["config"]), _chain(runs)]
-    parts.append(_how_to_load(runs, adapter=adapter, reward=reward))
+    vocabulary = Vocabulary.load(directory) or Vocabulary.load(directory / "adapter") if adapter else None
+    parts.append(_how_to_load(runs, adapter=adapter, reward=reward, vocabulary=vocabulary))
     (directory / NAME).write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
@@ -82,14 +84,30 @@ def _chain(runs: list[Any]) -> str:
     )
 
 
-def _how_to_load(runs: list[Any], *, adapter: bool, reward: bool) -> str:
+def _how_to_load(runs: list[Any], *, adapter: bool, reward: bool, vocabulary: Vocabulary | None) -> str:
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
     labels = ", num_labels=1" if reward and adapter else ""
     if adapter:
         base = runs[-1]["base"]["name"] if runs else "BASE"
         lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", ""]
-        lines += [f'base = {auto}.from_pretrained("{base}"{labels})', 'model = PeftModel.from_pretrained(base, "PATH")']
+        lines += [f'base = {auto}.from_pretrained("{base}"{labels})']
+        if vocabulary is not None and vocabulary.new:
+            lines = ["import torch", *lines, *_room_for(vocabulary)]
+        lines += ['model = PeftModel.from_pretrained(base, "PATH")']
     else:
         lines = [f"from transformers import {auto}, AutoTokenizer", "", f'model = {auto}.from_pretrained("PATH")']
     lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH")')
     return "\n".join(["## Load", "", "```python", *lines, "```"])
+
+
+def _room_for(vocabulary: Vocabulary) -> list[str]:
+    """Code that gives a base the rows which the adapter was trained over, as `grow` does."""
+    return [
+        f"known, size = base.get_input_embeddings().num_embeddings, {vocabulary.size}",
+        "if size > known:",
+        "    base.resize_token_embeddings(size, mean_resizing=False)",
+        f"new = [*{list(vocabulary.new)}, *range(known, size)]  # what the base does not know starts at the mean of the others",
+        "for layer in filter(None, (base.get_input_embeddings(), base.get_output_embeddings())):",
+        "    for table in layer.parameters():",
+        "        table.data[new] = table.data[: min(known, *new)].mean(0, dtype=torch.float64).to(table.dtype)",
+    ]

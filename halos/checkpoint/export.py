@@ -97,6 +97,11 @@ def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
     with _new(output, path) as place:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy2(saved.adapter / file, place / file)
+        vocabulary = Vocabulary.load(saved.adapter)
+        if vocabulary is not None:
+            vocabulary.save(place)
+        if (saved.path / "generation_config.json").is_file():
+            _copy_generation(saved.path, saved, place)
         chain, settings = saved.lineage, place / "adapter_config.json"
         name = chain["runs"][-1]["base"]["name"] if chain else ""
         if base is not None or lineage.on_the_hub(name):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor
 
 from halos.errors import UserError
@@ -69,19 +70,27 @@ def sort(names: Iterable[str]) -> Adapter:
 # --- patterns
 
 
+PATTERNS = ("rank_pattern", "alpha_pattern")
+
+
+def refuse_idle_patterns(model: PeftModel, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a pattern that fits no layer."""
+    layers = layers_of(model)
+    for key in PATTERNS:
+        for pattern in settings[key] or {}:  # a layer that PEFT adapts by its weight bears that one's name
+            if not any(_fits(pattern, layer) or _fits(rf"({pattern})\.weight", layer) for layer in layers):
+                raise UserError(f"peft.{key}: '{pattern}' fits none of the {len(layers)} layers that have an adapter")
+
+
 def say_exactly(model: PeftModel) -> None:
     """Write each layer's own rank and alpha into the configuration, under its whole name.
 
     PEFT takes the first pattern that ends a layer's name, and saves patterns in another order than it was given them: what
-    trained with one scale would be read with another. Raises UserError for a pattern that fits no layer.
+    trained with one scale would be read with another.
     """
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
     layers = layers_of(model)
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(config, key) or {}:
-            if not any(_fits(pattern, layer) for layer in layers):
-                raise UserError(f"peft.{key}: '{pattern}' fits none of the {len(layers)} layers that have an adapter")
     if config.rank_pattern:
         ranks = {layer: module.r["default"] for layer, module in layers.items()}
         config.rank_pattern = {exact(layer): rank for layer, rank in ranks.items() if rank != config.r}
@@ -91,8 +100,14 @@ def say_exactly(model: PeftModel) -> None:
 
 
 def layers_of(model: PeftModel) -> dict[str, LoraLayer]:
-    """The layers that carry an adapter, by the names that patterns are matched with."""
-    return {name: module for name, module in model.get_base_model().named_modules() if isinstance(module, LoraLayer)}
+    """The layers that carry an adapter, by the names that patterns are matched with: of one by its weight, the weight's."""
+    found: dict[str, LoraLayer] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, ParamWrapper):
+            found[unwrapped(f"{name}.{module.parameter_name}")] = module
+        elif isinstance(module, LoraLayer):
+            found[name] = module
+    return found
 
 
 def exact(layer: str) -> str:

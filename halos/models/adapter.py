@@ -38,6 +38,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # a head that is saved whole has the base's dtype; steps would vanish in bfloat16
             parameter.data = parameter.data.float()
+    lora.refuse_idle_patterns(adapted, settings)
     lora.say_exactly(adapted)
     return adapted
 

@@ -114,8 +114,8 @@ def load_model(
     """A causal language model, or with `reward` the same backbone under one scalar head (random where there is none).
 
     Rows will be packed where `attention` takes packed rows and the architecture can be packed; `longest` is the longest of them,
-    where it is known. Embeddings of `new_tokens` start at the mean of the others; `stops` end what is generated. A `hollow` one is
-    the same but for the values of its weights, which nobody has written: it takes no memory, and another process gives it its
+    where it is known. Embeddings of `new_tokens` start at the mean of the others; `stops` end what is generated. A `hollow` one
+    is the same but for the values of its weights, which nobody has written: it takes no memory, and another process gives it its
     shards.
     """
     config = read_config(directory)

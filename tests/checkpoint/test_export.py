@@ -1,6 +1,7 @@
 """python -m halos.checkpoint export: what any save becomes, with its card and lineage, and what is refused."""
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -14,13 +15,14 @@ import torch
 import transformers
 import yaml
 from conftest import compose
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import hub, lineage, manifest
 from halos.config.schema import Config
 from halos.merge import expected
+from halos.models import tiny
 from halos.run.lifecycle import run
 
 SHORT = ["train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-2", "train.eval_at_start=true"]
@@ -372,3 +374,36 @@ def test_a_push_that_fails_is_one_message_without_the_token(
     assert "is written, but org/name could not be pushed to" in said
     assert "hf_0123" not in said
     assert manifest.verify(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("whole", ["embed_tokens", "embed_tokens,lm_head"])
+def test_the_code_on_an_adapters_card_gives_the_model_that_was_trained(
+    whole: str, configure: Callable[..., Config], tmp_path: Path, ends: Any
+) -> None:
+    place = tmp_path / "base"
+    make_untied(place)
+    added = ["model.add_tokens=['<|yes|>', '<|no|>', '<|maybe|>']", "checkpoint.every=null", "train.max_length=128"]
+    base = ["model=path", f"model.name_or_path={place}", f"peft.modules_to_save=[{whole}]"]
+    assert run(configure("loss=sft", "peft=lora", *SHORT, *base, *added, "exp_name=grown"), []) == 0
+    out = tmp_path / "out"
+    assert ends("export", tmp_path / "grown" / "FINAL", "--output", out, "--adapter")[0] == 0
+    (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
+    assert "resize_token_embeddings" in code
+    scope: dict[str, Any] = {}
+    exec(code.replace('"PATH"', repr(str(out))), scope)
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown" / "FINAL").eval()
+    ids = scope["tokenizer"]("<|yes|><|no|>Ada has 3 coins<|maybe|>", return_tensors="pt").input_ids
+    with torch.no_grad():
+        mine, theirs = scope["model"].eval()(input_ids=ids).logits, merged(input_ids=ids).logits
+    assert mine.shape == theirs.shape
+    assert torch.allclose(mine, theirs, atol=2e-5)
+
+
+def make_untied(place: Path) -> None:
+    """The small model with a head of its own, so that each of the two tables shows what became of it."""
+    tiny.build(place)
+    tensors = load_file(place / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"] + 0.1
+    save_file({**tensors, "lm_head.weight": head}, place / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
