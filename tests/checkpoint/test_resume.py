@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -9,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from conftest import SMALL
 from safetensors.torch import load_file
 
@@ -106,24 +109,30 @@ def test_a_checkpoint_asked_for_by_name_is_the_one_taken(configure: Callable[...
     assert "step-00000002" in (tmp_path / "run" / "attempts" / "001.yaml").read_text()
 
 
-def test_a_signal_saves_stops_and_the_run_goes_on_from_there(
+def test_a_signal_saves_stops_and_the_run_goes_on_from_there_with_its_generators_too(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["loss=sft", "train.steps=6", "train.batch_size=8", "checkpoint.every=null", "optim.lr=1e-3"]
-    assert run(configure(*words, "exp_name=whole"), []) == 0
     from halos.trainers.base import Trainer
 
-    step = Trainer.step
+    step, drawn, told = Trainer.step, list[tuple[float, ...]](), []
 
-    def interrupted(self: Trainer, indices: Any) -> Any:
-        if self.run.step == 2:
+    def drawing(self: Trainer, indices: Any) -> Any:
+        """As hooks and plugins may."""
+        drawn.append((random.random(), np.random.rand(), torch.rand(()).item()))
+        if told and self.run.step == told[0]:
             signal.raise_signal(signal.SIGTERM)
         return step(self, indices)
 
-    monkeypatch.setattr(Trainer, "step", interrupted)
+    monkeypatch.setattr(Trainer, "step", drawing)
+    assert run(configure(*words, "exp_name=whole"), []) == 0
+    whole, told = [*drawn], [2]
+    drawn.clear()
     assert run(configure(*words, "exp_name=stopped"), []) == 75
-    monkeypatch.undo()
     assert json.loads((tmp_path / "stopped" / "result.json").read_text())["status"] == "stopped"
     assert not (tmp_path / "stopped" / "FINAL").exists()
+    told.clear()
     assert train.start([f"resume={tmp_path / 'stopped'}"]) == 0
+    assert len(set(whole)) == 6
+    assert drawn == whole
     same(tmp_path / "whole", tmp_path / "stopped")

@@ -17,9 +17,9 @@ class Rows:
         return row
 
 
-def dealt(indices: np.ndarray, rank: int, world: int, size: int) -> list[deal.Chunk]:
+def dealt(indices: np.ndarray, rank: int, world: int, size: int, seeds: tuple[int, int] = (0, 0)) -> list[deal.Chunk]:
     place = SimpleNamespace(process_index=rank, num_processes=world)
-    return deal.deal(Split(Rows(), None), indices, place, size=size, seeds=(0, 0))  # type: ignore[arg-type]
+    return deal.deal(Split(Rows(), None), indices, place, size=size, seeds=seeds)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
@@ -29,6 +29,12 @@ def test_every_item_is_dealt_once_and_every_process_gets_as_many_chunks(world: i
     assert len({len(chunks) for chunks in everyone}) == 1
     real = sorted(item for chunks in everyone for chunk in chunks if chunk.weight for item in chunk.items)
     assert real == list(range(count))
+
+
+def test_no_two_micro_batches_of_any_run_step_or_process_drop_the_same() -> None:
+    seeds = [chunk.seed for run in range(3) for step in range(5) for rank in range(2)
+             for chunk in dealt(np.arange(8), rank, 2, 2, (run, step))]  # fmt: skip
+    assert len(set(seeds)) == len(seeds) == 3 * 5 * 2 * 2
 
 
 def test_a_process_without_rows_keeps_in_step_with_weight_zero() -> None:

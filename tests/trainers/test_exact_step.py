@@ -116,6 +116,10 @@ def test_dropout_is_a_function_of_seed_step_and_place(trainer: Callable[..., Tra
     torch.manual_seed(456)
     assert torch.equal(first, step(made[1], BATCH)[1])
     assert not torch.equal(first, step(made[2], BATCH)[1])
+    assert made[0].run.step == 1
+    assert not torch.equal(first, step(made[0], BATCH)[1]), "the second step drops what the first did"
+    made[0].run.step = 0
+    assert torch.equal(first, step(made[0], BATCH)[1])
 
 
 def test_evaluation_does_not_depend_on_the_microbatch_and_changes_nothing(trainer: Callable[..., Trainer]) -> None:
