@@ -206,6 +206,16 @@ class RunDir:
         """One line of metrics.jsonl; it has a `step`."""
         self.metrics.append(row)
 
+    @property
+    def bad_rows(self) -> Path:
+        """The rows of every step that was skipped and of every evaluation whose loss was not finite, of all attempts."""
+        return self.path / "bad_steps.jsonl"
+
+    def append_bad_rows(self, record: Mapping[str, Any]) -> None:
+        attempts = self.attempts()
+        number = int(attempts[-1].stem) if attempts else 0
+        confined.append(self.bad_rows, to_json({"attempt": number, **record}) + "\n", within=self.path)
+
     def read_metrics(self) -> list[dict[str, Any]]:
         """All rows that can be read."""
         return self.metrics.read()

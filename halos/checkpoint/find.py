@@ -2,13 +2,13 @@
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from halos import confined
-from halos.checkpoint import commit, manifest
+from halos.checkpoint import commit, good, manifest
 from halos.errors import UserError
 from halos.rundir import ASIDE, RunDir
 
@@ -55,8 +55,9 @@ def go_on(run: RunDir, asked: Path | None) -> Found:
     refuse_misplaced(run)
     commit.sweep(run.checkpoints)
     commit.sweep(run.path)
-    found = Found(exactly(asked), []) if asked else newest(run.checkpoints)
-    if found.path is None:
+    doubted = good.doubted(run)
+    found = Found(exactly(asked), []) if asked else newest(run.checkpoints, doubted=doubted)
+    if found.path is None and not doubted:  # where all are, step 0 is the last that was good
         refuse_lost(run, found)
     return found
 
@@ -107,10 +108,13 @@ def refuse_newer(directory: Path) -> None:
         manifest.read(path)
 
 
-def newest(directory: Path) -> Found:
-    """The newest checkpoint of `directory` whose every byte is what its manifest says."""
+def newest(directory: Path, *, doubted: Collection[int] = ()) -> Found:
+    """The newest checkpoint of `directory` whose every byte is what its manifest says, and which is none of the `doubted`."""
     passed_over = []
     for path in reversed(checkpoints(directory)):
+        if step_of(path) in doubted:
+            passed_over.append(f"{path.name} passed over: no step after it was finite, and so the run failed")
+            continue
         faults = manifest.verify(path)
         if not faults:
             return Found(path, passed_over)

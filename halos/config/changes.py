@@ -133,6 +133,7 @@ CHANGES: dict[str, str | Condition] = {
     "train.eval_at_start": SAFE,
     "train.log_every": SAFE,
     "train.max_grad_norm": MATHEMATICAL,
+    "train.max_bad_steps": SAFE,  # it ends a run, and changes no step
     "train.precision": MATHEMATICAL,
     "train.activation_checkpointing": SAFE,
     "train.deterministic": SAFE,

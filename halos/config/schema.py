@@ -70,6 +70,7 @@ class Train:
     eval_at_start: bool = key()
     log_every: int = key(least=1)
     max_grad_norm: float | None = key(above=0)
+    max_bad_steps: int | None = key(least=1)
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
     activation_checkpointing: bool = key()
     deterministic: bool = key()

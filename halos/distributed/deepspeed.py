@@ -58,10 +58,20 @@ class Zero(nn.Module):
         self._engines[0].backward(loss)
 
     def update(self) -> Tensor:
-        """Clip, step, and forget the gradients; their norm before."""
-        self._engines[0].step()
-        norm = torch.as_tensor(self._engines[0].get_global_grad_norm()).detach()
-        return torch.where(norm < 0, torch.nan, norm)  # it says -1 of one that is not finite
+        """Clip, step, and forget the gradients; their norm before. Where it is not finite the engine makes no step."""
+        engine = self._engines[0]
+        engine.step()
+        norm = torch.as_tensor(engine.get_global_grad_norm()).detach()
+        norm = torch.where(norm < 0, torch.nan, norm)  # some of its versions say -1 of one that is not finite
+        if not engine.was_step_applied():
+            self._gather_persistent()
+            return torch.full_like(norm, torch.nan)
+        return norm
+
+    def _gather_persistent(self) -> None:
+        """Stage 3: what is meant to stay whole, the head among it, whole again, after the engine has let go of all parameters."""
+        if self.stage == 3 and (kept := self.optimizer.persistent_parameters):
+            kept[0].all_gather(kept)
 
     # --- whole tensors ---------------------------------------------------------------------------------------------------
 
@@ -70,6 +80,7 @@ class Zero(nn.Module):
         others get none; else all have them where the model lies. Every process calls."""
         # an evaluation ends with a forward pass, behind which the next layers are under way already
         self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        self._gather_persistent()  # let go of in a pass whose order of calls is new to the engine
         gather = package().zero.GatheredParameters
         kept = {id(parameter) for parameter in self.optimizer.persistent_parameters}
         first, found, copies = dist.get_rank() == 0, dict[str, Tensor](), dict[int, Tensor | None]()
@@ -199,6 +210,12 @@ def piece_of(parameter: Any, whole: Tensor) -> Tensor:
     padded = whole.new_zeros(size * dist.get_world_size())
     padded[: whole.numel()] = whole.flatten()
     return padded[size * rank : size * (rank + 1)]
+
+
+def own_piece(parameter: Any) -> Tensor:
+    """What this process has of a parameter that stage 3 cut, without the last pieces' padding, which holds anything."""
+    size = parameter.ds_tensor.numel()
+    return parameter.ds_tensor[: max(0, min(size, parameter.ds_numel - size * dist.get_rank()))]
 
 
 def cut(module: nn.Module) -> None:

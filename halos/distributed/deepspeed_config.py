@@ -138,8 +138,15 @@ def package() -> Any:
     if not uses_gpu():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = import_module("deepspeed")  # the user's to install
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    log = logging.getLogger("DeepSpeed")
+    log.setLevel(logging.WARNING)
+    log.addFilter(_says_something_new)
     warnings.filterwarnings("ignore", message="`torch.distributed.*` is deprecated")  # it calls torch by older names
     if not uses_gpu():
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first; gloo does as well
     return deepspeed
+
+
+def _says_something_new(record: logging.LogRecord) -> bool:
+    """That a step was skipped the loop tells, with its rows."""
+    return "Skipping step" not in record.getMessage()

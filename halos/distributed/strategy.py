@@ -7,15 +7,16 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen
+from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen, own_piece
 from halos.distributed.deepspeed_config import cut_asked, deepspeed_asked, stage_asked
 from halos.distributed.launch import agree, asked_to_cut, asked_to_shard
 from halos.errors import UserError
@@ -145,6 +146,13 @@ def _precision(made: Accelerator) -> MixedPrecisionPolicy:
 def _deal_out(module: nn.Module, whole: dict[str, Any]) -> None:
     """The first process's `whole` tensors become every process's shards."""
     set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+
+
+def own_part(parameter: nn.Parameter) -> Tensor:
+    """What this process has of a parameter, padding left out: all of it, or its shard."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local()
+    return own_piece(parameter) if hasattr(parameter, "ds_tensor") else parameter
 
 
 def name_of(module: nn.Module) -> str:

@@ -27,6 +27,7 @@ class Stop:
     reason: str
     finished: bool
     signalled: bool = False
+    failed: bool = False  # its weights or its data are broken: nothing more is saved
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +64,15 @@ class Run:
     total_steps: int
     max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
     step: int = 0
-    examples: int = 0  # trained on so far, over all processes
+    examples: int = 0  # read so far, over all processes, those of skipped steps too
     tokens: int = 0
     last_eval: dict[str, Any] = field(default_factory=dict)  # the newest evaluation's row, its step included
     last_train: dict[str, Any] = field(default_factory=dict)
     window: Window = field(default_factory=Window)  # metrics since the last logged step
     interrupted: str | None = None  # a signal that this process has had; processes agree on `stop` at the end of a step
+    bad_steps: int = 0  # in a row up to now whose loss or gradient was not finite, and which were skipped
+    skipped_steps: int = 0  # so far
+    finite_at: int = -1  # the newest step whose weights are known to be good: a loss and its gradient were finite with them
     stop: Stop | None = None  # set by a hook on every process alike, or agreed on after a signal
     failure: str | None = None  # why the run ends "failed" although it trained to its end
     hooks: dict[str, "Hook"] = field(default_factory=dict)

@@ -13,17 +13,18 @@ from typing import Annotated, Any, Literal
 import torch
 from peft import PeftModel
 
-from halos.checkpoint import commit, find, lineage, manifest, space, state, weights
+from halos.checkpoint import commit, find, good, lineage, manifest, space, state, weights
 from halos.checkpoint.retention import Policy
 from halos.checkpoint.saving import Copier
 from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
 from halos.hooks import origin
-from halos.hooks.base import Blueprint, Hook, Run, Stop
+from halos.hooks.base import Blueprint, Hook, Metrics, Run, Stop
 from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of, combine
 from halos.merge.trained import Trained, ask, probe
+from halos.metrics_file import finite
 from halos.rundir import existing
 from halos.types import Range
 
@@ -57,6 +58,7 @@ class CheckpointHook(Hook):
         self.at_end = at_end
         self._copier = Copier() if async_save else None
         self._whole: set[int] = set()  # steps whose checkpoints this attempt has verified or written; on the first process
+        self._good_until = -1  # the step up to which checkpoints are known to be good, as it stands on the disk; there too
         self._full: Stop | None = None
         self._removal: Thread | None = None  # deletes older checkpoints beside the steps
         self.origin: dict[str, Any] = {}
@@ -77,6 +79,8 @@ class CheckpointHook(Hook):
         if run.main:
             self.origin = origin.begin(run)
             self._whole = set(self._verified(run))
+            self._good_until = min(good.read(run.directory).until, run.step)
+            good.write(run.directory, good.Good(self._good_until))
 
     def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
         """FINAL at once; of a checkpoint what the steps change is gathered, or copied, and what writes it is given back."""
@@ -104,12 +108,30 @@ class CheckpointHook(Hook):
         if final or not run.main:
             return
         self._whole.add(find.step_of(checkpoint))
-        paths = {find.step_of(path): path for path in find.checkpoints(checkpoint.parent)}
+        if not self._now_good(run):
+            self._delete_expendable(run)
+
+    def on_step(self, run: Run, metrics: Metrics) -> None:
+        self._now_good(run)
+
+    def _now_good(self, run: Run) -> bool:
+        """Whether a checkpoint is known to be good now that was not: it is recorded, outside of what is sealed, and what was
+        kept until then may go."""
+        if not run.main or not any(self._good_until < step <= run.finite_at for step in self._whole):
+            return False
+        self._good_until = max(step for step in self._whole if step <= run.finite_at)
+        good.write(run.directory, good.Good(self._good_until))
+        self._delete_expendable(run)
+        return True
+
+    def _delete_expendable(self, run: Run) -> None:
+        self._await_removal()
+        paths = {find.step_of(path): path for path in find.checkpoints(run.directory.checkpoints)}
         # one that was damaged or taken away since it was verified must not stand for one that is there
         whole = [step for step in self._whole & paths.keys() if not manifest.verify(paths[step], contents=False)]
         scores = {step: find.score_of(paths[step], run.config.objective.metric) for step in whole}
         with _best_effort():
-            remove = commit.discard([paths[step] for step in self._policy(run).expendable(scores)])
+            remove = commit.discard([paths[step] for step in self._policy(run).expendable(scores, self._good_until)])
             if self.async_save:
                 self._removal = Thread(target=_best_effort()(remove), name="retention")
                 self._removal.start()
@@ -118,6 +140,8 @@ class CheckpointHook(Hook):
 
     def on_end(self, run: Run) -> None:
         self._await_removal()
+        if run.main and run.stop is not None and run.stop.failed:
+            good.write(run.directory, good.Good(self._good_until, doubted_at=run.step))
 
     def _await_removal(self) -> None:
         """Room that older checkpoints still take is not there for the next save."""
@@ -195,7 +219,7 @@ class CheckpointHook(Hook):
 
     def _leave(self, run: Run, path: Path, metrics: dict[str, Any], *, final: bool) -> None:
         if run.main:
-            (path / "metrics.json").write_text(json.dumps(metrics, indent=1))
+            (path / "metrics.json").write_text(json.dumps(finite(metrics), indent=1))
             origin.leave(self.origin or origin.begin(run), run, path, final=final)
 
     def _final(self, run: Run, path: Path) -> None:
@@ -259,6 +283,8 @@ def progress_of(run: Run) -> dict[str, Any]:
         "last_eval": run.last_eval,
         "last_train": run.last_train,
         "window": run.window.totals,
+        "bad_steps": run.bad_steps,
+        "skipped_steps": run.skipped_steps,
         "world_size": run.accelerator.num_processes,
         "hooks": {name: hook.state_dict() for name, hook in run.hooks.items()},
     }
@@ -273,6 +299,7 @@ def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
     run.step, run.examples, run.tokens = progress["step"], progress["examples"], progress["tokens"]
     run.last_eval, run.last_train = progress["last_eval"], progress["last_train"]
     run.window.totals = progress["window"]
+    run.bad_steps, run.skipped_steps = progress.get("bad_steps", 0), progress.get("skipped_steps", 0)
     for name, hook in run.hooks.items():
         hook.load_state_dict(progress["hooks"].get(name, {}))
     return progress

@@ -1,5 +1,6 @@
 """End a run whose objective no longer improves."""
 
+import math
 from typing import Any
 
 from halos.hooks.base import Hook, Metrics, Run, Stop
@@ -22,6 +23,7 @@ class EarlyStopping(Hook):
         if value is None:
             return
         better = self.best is None or (value > self.best if objective.mode == "max" else value < self.best)
+        better = better and math.isfinite(value)  # nothing would ever improve on nan
         self.best, self.since = (value, 0) if better else (self.best, self.since + 1)
         self._stop_if_out_of_patience(run)
 

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from halos import confined
-from halos.checkpoint import find
+from halos.checkpoint import find, good
 from halos.checkpoint.commit import HIDDEN
 from halos.config import saved
 from halos.config.changes import Change
@@ -89,7 +89,7 @@ def record(current: Run, typed: list[str], source: find.Found, changed: Sequence
         log.warning(line)
     went_on = f"checkpoints/{source.path.name}" if source.path else "nothing: step 0"
     if resume:
-        log.info("going on from %s", went_on)
+        log.info("going on from %s%s", went_on, _not_known_to_be_good(directory, current.step))
         _tell_changes(changed, current.step)
         place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
         if moved:
@@ -101,6 +101,12 @@ def record(current: Run, typed: list[str], source: find.Found, changed: Sequence
     if damaged := directory.go_on_from(current.step if source.path else -1):
         log.warning("%d lines of metrics.jsonl were damaged, and stand in %s now", damaged, DAMAGED)
     directory.write_result("running", current.step, {})
+
+
+def _not_known_to_be_good(directory: RunDir, step: int) -> str:
+    """The checkpoints up to the one of `step` that no later step has been finite with so far."""
+    names = [find.name_of(number) for number in good.unknown(directory) if number <= step]
+    return f" ({', '.join(names)}: not known to be good yet, as no later step was finite)" if names else ""
 
 
 def _tell_changes(changed: Sequence[Change], step: int) -> None:

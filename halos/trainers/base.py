@@ -1,6 +1,7 @@
 """The loop. A step is the exact mean over every item of the global batch, however that was cut up."""
 
 import logging
+import math
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -35,6 +36,7 @@ from halos.logps.model import adapter_off
 from halos.logps.router import RouterLoss
 from halos.metrics import Meter, Window
 from halos.trainers.deal import Chunk, Split, deal, gather_in_order
+from halos.trainers.guard import Contribution, Guard, spoil
 from halos.trainers.memory import peak_mb
 from halos.trainers.schedule import multiplier
 from halos.types import Loss, Mean, Mismatched, Sequences
@@ -71,6 +73,7 @@ class Trainer(ABC):
         self.run, self.loss, self.checkpoint = run, loss, checkpoint
         self.train, self.held_out, self.order, self.reference = train, held_out, order, reference
         self.exam = exam  # what an evaluation measures, where it is not the loss over held-out items
+        self.guard = Guard(run, self._output)
         self.settings = run.config.train
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self._clock, self._window_tokens = 0.0, 0
@@ -97,6 +100,7 @@ class Trainer(ABC):
     def fit(self) -> None:
         """Train to the last step, or until a hook or a signal says stop. `FINAL` is written only by a run that finished."""
         run = self.run
+        self.guard.refuse_start()
         self._tell(lambda hook: hook.on_start(run))
         self.begin()
         if not run.stop and self._evaluation_due():
@@ -113,6 +117,8 @@ class Trainer(ABC):
         if not self._cut_short() and run.last_eval.get("step") != run.step:
             self.evaluate()
         self.land()
+        if self._failed() or (not self._cut_short() and self.guard.refuse_final()):
+            return  # what was saved before stays as it is
         if (self._cut_short() or self.checkpoint.due(run)) and self._saved != run.step:
             self.save(final=False)
             self.land()
@@ -120,12 +126,36 @@ class Trainer(ABC):
             self.save(final=True)
 
     def step(self, indices: np.ndarray) -> Totals:
-        """One optimizer step over a global batch: the sum of its items' losses over the count of the whole batch."""
-        run, accelerator, model = self.run, self.run.accelerator, self.run.module
+        """One optimizer step over a global batch: the sum of its items' losses over the count of the whole batch.
+
+        The host waits for the device once, before the optimizer moves: for the gradient's norm, which decides whether it does,
+        and all that is logged. Of a step that was skipped there are no totals.
+        """
+        run = self.run
         for group in run.optimizer.param_groups:
             group["lr"] = run.config.optim.lr * multiplier(run.config.schedule, run.step, run.total_steps)
-        model.train()
-        chunks, meter = self._deal(self.train, indices), Meter()
+        run.module.train()
+        chunks = self._deal(self.train, indices)
+        meter, parts = self._backward_all(chunks, indices)
+        totals = self._reduce(meter, self._clip())
+        norm = totals["grad_norm"][0]
+        if moves := self.guard.passes(norm, chunks[0].items):
+            self._update()
+        self._forget_gradients()
+        run.step += 1
+        run.examples += len(indices)
+        run.tokens += int(self.train.rows.lengths[indices].sum())
+        self._stop_if(totals.pop("stop")[0])
+        if totals.pop("written", (0.0,))[0] == run.accelerator.num_processes:
+            self.land()
+        if not moves:
+            total, count = totals["loss"]
+            self.guard.skip(self.train, parts, loss=total / count, norm=norm)
+        return totals if moves else {}
+
+    def _backward_all(self, chunks: list[Chunk], indices: np.ndarray) -> tuple[Meter, list[Contribution]]:
+        """Gradients of a global batch, and what its loss and metrics are made of."""
+        meter, parts, world = Meter(), list[Contribution](), self.run.accelerator.num_processes
         counts = self._counts(self.train, indices)
         statistics, routing = self._statistics(chunks, len(indices)), self._routing(chunks)
         for number, chunk in enumerate(chunks, 1):
@@ -134,25 +164,16 @@ class Trainer(ABC):
                 loss = self._loss(chunk, statistics, len(indices))
                 total, means = loss.values.sum() * chunk.weight, self._means(loss, chunk)
                 # gradients are averaged over processes: scale the sum back up before dividing by the global count
-                total = total * accelerator.num_processes / counts[loss.per]
+                total = total * world / counts[loss.per]
                 if self.router is not None:
                     balance = self.router.share(routing if routing is not None else self._chosen(chunk))
-                    total = total + self.router.weight * balance.total * chunk.weight * accelerator.num_processes
+                    total = total + self.router.weight * balance.total * chunk.weight * world
                     means["router_aux_loss"] = balance
-                self._backward(total, last=last)
+                self._backward(spoil(total), last=last)
             meter.add(means, chunk.weight)
-        norm = self._update()
-        run.step += 1
-        run.examples += len(indices)
-        run.tokens += int(self.train.rows.lengths[indices].sum())
-        meter.add({"stop": Mean.of(torch.tensor([float(bool(run.interrupted))], device=accelerator.device))})
-        if self._saving:
-            meter.add({"written": Mean.of(torch.tensor([float(self._saving.done)], device=accelerator.device))})
-        totals = meter.reduce(lambda table: accelerator.reduce(table, reduction="sum"))
-        self._stop_if(totals.pop("stop")[0])
-        if totals.pop("written", (0.0,))[0] == accelerator.num_processes:
-            self.land()
-        return {**totals, "grad_norm": (norm.item(), 1.0)}
+            if chunk.weight:
+                parts.append(Contribution(indices[chunk.places], chunk.places, loss.values.detach()))
+        return meter, parts
 
     @torch.no_grad()
     def evaluate(self) -> None:
@@ -172,7 +193,7 @@ class Trainer(ABC):
 
     def _held_out_means(self) -> dict[str, float]:
         """In global batches of the training size; nothing where a signal came between."""
-        run, meter = self.run, Meter()
+        run, meter, parts = self.run, Meter(), list[Contribution]()
         assert self.held_out is not None
         batches = eval_batches(len(self.held_out.rows), self.settings.batch_size)
         quiet = not run.main or not sys.stderr.isatty()
@@ -183,7 +204,11 @@ class Trainer(ABC):
             chunks = self._deal(self.held_out, indices)
             statistics = self._statistics(chunks, len(indices))
             for chunk in chunks:
-                meter.add(self._means(self._loss(chunk, statistics, len(indices)), chunk), chunk.weight)
+                loss = self._loss(chunk, statistics, len(indices))
+                meter.add(self._means(loss, chunk), chunk.weight)
+                if chunk.weight:
+                    values = loss.values.reshape(len(chunk.places), -1).sum(-1)
+                    parts.append(Contribution(indices[chunk.places], chunk.places, values))
         if isinstance(run.module, FSDPModule):
             run.module.reshard()  # without a backward the root's parameters stay whole
         if self._cut_short():
@@ -191,6 +216,7 @@ class Trainer(ABC):
         window = Window()
         window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum")))
         means = window.means()
+        self.guard.evaluated(self.held_out, parts, means["loss"])
         return {**means, **self.derived(means), "examples": len(self.held_out.rows)}
 
     def save(self, *, final: bool) -> None:
@@ -255,6 +281,10 @@ class Trainer(ABC):
         if told:
             self.run.stop = Stop(self.run.interrupted or "another process was told to stop", finished=False, signalled=True)
 
+    def _failed(self) -> bool:
+        """Whether the run ends here since its weights, or its data, are broken: it leaves nothing new."""
+        return self.run.stop is not None and self.run.stop.failed
+
     def _cut_short(self) -> bool:
         """Whether the run ends here but is not finished: it leaves a checkpoint, and no FINAL."""
         return self.run.stop is not None and not self.run.stop.finished
@@ -280,15 +310,32 @@ class Trainer(ABC):
         else:
             self.run.accelerator.backward(loss)
 
-    def _update(self) -> Tensor:
-        """Clip the gradients, step, and forget them. Their norm before."""
-        run = self.run
-        if isinstance(run.module, Zero):
-            return run.module.update()
-        norm = clip_grad_norm_(run.module.parameters(), self.settings.max_grad_norm or float("inf"))
-        run.optimizer.step()
-        run.optimizer.zero_grad()
+    def _clip(self) -> Tensor:
+        """Clip the gradients; their norm before. DeepSpeed's engine steps here too, unless the norm is not finite."""
+        module = self.run.module
+        if isinstance(module, Zero):
+            return module.update()
+        norm = clip_grad_norm_(module.parameters(), self.settings.max_grad_norm or float("inf"))
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def _reduce(self, meter: Meter, norm: Tensor) -> dict[str, tuple[float, float]]:
+        """A step's totals over all processes, in one collective: with its metrics the norm, and what processes must agree on."""
+        run, device = self.run, self.run.accelerator.device
+        flags = {"stop": bool(run.interrupted), **({"written": self._saving.done} if self._saving else {})}
+        meter.add({name: Mean.of(torch.tensor(float(flag), device=device)) for name, flag in flags.items()})
+        meter.add({"grad_norm": Mean.of(norm.to(device))})
+        totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"))
+        total, count = totals["grad_norm"]  # every process has added the same
+        return {**totals, "grad_norm": (total / count, 1.0)}
+
+    def _update(self) -> None:
+        """What a step moves, where it was finite."""
+        if not isinstance(self.run.module, Zero):
+            self.run.optimizer.step()
+
+    def _forget_gradients(self) -> None:
+        if not isinstance(self.run.module, Zero):
+            self.run.optimizer.zero_grad()
 
     def _unreduced(self) -> AbstractContextManager[Any]:
         """DDP reduces with the last micro-batch, the others with each: whole gradients kept until then would undo sharding."""
@@ -306,6 +353,11 @@ class Trainer(ABC):
     def _means(self, loss: Loss, chunk: Chunk) -> dict[str, Mean]:
         count = len(chunk.items) if loss.per == "item" else chunk.num_scored
         return {**loss.metrics, "loss": Mean(loss.values.detach().sum(), loss.values.new_tensor(float(count)))}
+
+    def _output(self, items: Sequence[Item]) -> Any:
+        """The policy's alone."""
+        with self.run.accelerator.autocast():
+            return self.run.module(pack(self.rows(items)).to(self.run.accelerator.device))
 
     def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss compares with one, in the loss's own types."""
@@ -398,8 +450,10 @@ class Trainer(ABC):
         run.window.add(totals)
         if run.step % self.settings.log_every == 0 or run.step == run.total_steps:
             means, seconds = run.window.means(), time.perf_counter() - self._clock
+            means = {"loss": math.nan, **means}  # where every step of the window was skipped
             row = {"step": run.step, "split": "train", **means, **self.derived(means)}
             row |= {"lr": run.optimizer.param_groups[0]["lr"], "examples": run.examples, "tokens": run.tokens}
+            row |= {"skipped_steps": run.skipped_steps}
             row |= {"seconds": round(seconds, 4), "tokens_per_second": round((run.tokens - self._window_tokens) / seconds, 1)}
             row |= {"peak_memory_mb": peak_mb(run.accelerator.device)}
             run.last_train, run.window = row, Window()

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from halos.checkpoint import commit, find, manifest
+from halos.checkpoint import commit, find, good, manifest
 from halos.checkpoint.retention import Policy
 from halos.errors import UserError
 from halos.hooks import checkpoint as hook_module
@@ -27,23 +27,31 @@ def policy(
 
 def test_the_newest_and_the_best_are_kept() -> None:
     scores = {10: 0.9, 20: 0.5, 30: 0.7, 40: None, 50: 0.6}
-    assert policy(1, 2).expendable(scores) == [20, 40]
-    assert policy(2, 1, largest=False).expendable(scores) == [10, 30]
+    assert policy(1, 2).expendable(scores, max(scores)) == [20, 40]
+    assert policy(2, 1, largest=False).expendable(scores, max(scores)) == [10, 30]
 
 
 def test_of_equal_scores_the_newer_is_kept() -> None:
-    assert policy(1, 1).expendable({1: 0.5, 2: 0.5, 3: 0.1}) == [1]
+    assert policy(1, 1).expendable({1: 0.5, 2: 0.5, 3: 0.1}, 3) == [1]
 
 
 @pytest.mark.parametrize("largest", [True, False])
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_no_number_never_wins(bad: float, largest: bool) -> None:
-    assert policy(1, 1, largest=largest).expendable({1: bad, 2: 0.5, 3: bad, 4: bad}) == [1, 3]
+    assert policy(1, 1, largest=largest).expendable({1: bad, 2: 0.5, 3: bad, 4: bad}, 4) == [1, 3]
+
+
+def test_the_newest_checkpoint_that_is_known_to_be_good_is_kept_besides() -> None:
+    scores = dict.fromkeys(range(10, 60, 10))
+    assert policy(1, 0).expendable(scores, 50) == [10, 20, 30, 40]
+    assert policy(1, 0).expendable(scores, 35) == [10, 20, 40]
+    assert policy(3, 0).expendable(scores, 35) == [10, 20], "it is one of the last three as it is"
+    assert policy(1, 0).expendable(scores, -1) == [10, 20, 30, 40]
 
 
 def test_multiples_of_keep_every_and_pinned_steps_are_permanent() -> None:
     scores = dict.fromkeys(range(10, 110, 10))
-    assert policy(1, 0, keep_every=40, pinned=[10, 70]).expendable(scores) == [20, 30, 50, 60, 90]
+    assert policy(1, 0, keep_every=40, pinned=[10, 70]).expendable(scores, max(scores)) == [20, 30, 50, 60, 90]
 
 
 def test_the_most_that_lie_there_at_once() -> None:
@@ -53,15 +61,20 @@ def test_the_most_that_lie_there_at_once() -> None:
 
 
 @given(
-    st.dictionaries(st.integers(0, 99), st.none() | st.floats(), min_size=1),
+    st.dictionaries(st.integers(0, 99), st.none() | st.floats(), min_size=1, max_size=12),
     st.integers(0, 5),
     st.integers(0, 5),
     st.booleans(),
+    st.integers(-1, 99),
 )
-def test_never_fewer_than_one_and_the_bound_holds(scores: dict[int, float | None], last: int, best: int, largest: bool) -> None:
-    kept = set(scores) - set(policy(last, best, largest=largest).expendable(scores))
+def test_never_fewer_than_one_and_the_bound_holds(
+    scores: dict[int, float | None], last: int, best: int, largest: bool, good: int
+) -> None:
+    kept = set(scores) - set(policy(last, best, largest=largest).expendable(scores, good))
     assert max(scores) in kept
-    assert len(kept) <= max(1, last) + best
+    assert len(kept) <= max(1, last) + best + 1
+    if known := [step for step in scores if step <= good]:
+        assert max(known) in kept
     scored = [value for value in scores.values() if value is not None and math.isfinite(value)]
     if best and scored:
         assert (max if largest else min)(scored) in [scores[step] for step in kept]
@@ -79,6 +92,7 @@ class Saved:
     """A checkpoint on the model's disk."""
 
     score: float | None
+    good: bool  # its weights are
     contents: bool = True  # as they were written
     sizes: bool = True
 
@@ -105,8 +119,11 @@ class World:
         self.largest = self.chance.random() < 0.5
         objective = SimpleNamespace(metric="loss", mode="max" if self.largest else "min")
         self.run: Any = SimpleNamespace(
-            main=True, step=0, config=SimpleNamespace(objective=objective), directory=SimpleNamespace(checkpoints=Path("disk"))
-        )
+            main=True, step=0, finite_at=-1, config=SimpleNamespace(objective=objective),
+            directory=SimpleNamespace(checkpoints=Path("disk")),
+        )  # fmt: skip
+        self.record = good.Good()
+        self.broken = False  # the weights now
         self.crash_after: int | None = None  # deletions
         self.start()
 
@@ -129,6 +146,12 @@ class World:
             del self.disk[find.step_of(path)]
         return lambda: None
 
+    def read(self, _: Any) -> good.Good:
+        return self.record
+
+    def write(self, _: Any, record: good.Good) -> None:
+        self.record = record
+
     # what happens
 
     def whole(self) -> set[int]:
@@ -136,14 +159,23 @@ class World:
 
     def start(self) -> None:
         self.run.step = self.step = max(self.whole(), default=0)
+        if self.step in self.disk and not self.disk[self.step].good and self.chance.random() < 0.5:  # the run failed over it
+            self.run.step = self.step = max((step for step in self.whole() if step <= self.record.until), default=0)
+            self.disk = {step: saved for step, saved in self.disk.items() if step <= self.step}
+        self.broken = self.step in self.disk and not self.disk[self.step].good
+        self.run.finite_at = -1
         self.hook = CheckpointHook(
             **self.knobs, on_full_disk="warn", async_save=False, merge_lora=True, merge_dtype="auto", at_end=False
         )
-        self.hook._whole = set(self.hook._verified(self.run))
+        self.hook.on_start(self.run)
         self.trusted = self.whole()  # by this attempt
 
     def train(self) -> None:
+        if not self.broken:
+            self.run.finite_at = self.step
+            self.broken = self.chance.random() < 0.03
         self.run.step = self.step = self.step + 1
+        self.retain(lambda: self.hook.on_step(self.run, {}))
         if self.hook.due(self.run):
             self.save()
 
@@ -152,20 +184,27 @@ class World:
         if crash < 0.05:  # before the rename
             return self.start()
         score = self.chance.choice([None, math.nan, math.inf, *[round(self.chance.random(), 1)] * 6])
-        self.disk[self.step] = Saved(score)
+        self.disk[self.step] = Saved(score, good=not self.broken)
         if crash < 0.1:  # before retention
             return self.start()
         self.trusted.add(self.step)
-        before = dict(self.disk)
         self.crash_after = self.chance.randint(0, 2) if crash < 0.2 else None
+        saved = self.step
+        self.num_retained += 1
+        self.retain(lambda: self.hook.on_saved(self.run, Path("disk") / find.name_of(saved), final=False))
+        self.crash_after = None
+
+    def retain(self, act: Callable[[], None]) -> None:
+        before = dict(self.disk)
         try:
-            self.hook.on_saved(self.run, Path("disk") / find.name_of(self.step), final=False)
+            act()
         except CrashError:
             self.check(before, finished=False)
-            assert max(self.whole()) == self.step  # nothing of the work is lost
+            assert max(self.disk) == max(before)  # nothing of the work is lost
             self.start()
         else:
-            self.check(before, finished=True)
+            if before.keys() != self.disk.keys():
+                self.check(before, finished=True)
 
     def damage(self) -> None:
         if self.disk:
@@ -182,10 +221,12 @@ class World:
 
     def check(self, before: dict[int, Saved], *, finished: bool) -> None:
         """What retention may have done to `before`, said without the function that decides it."""
-        self.num_retained += 1
         counted = {step for step in self.trusted & before.keys() if before[step].sizes}
         kept, gone = counted & self.disk.keys(), before.keys() - self.disk.keys()
-        assert self.whole(), "there was one, and now there is none"
+        assert kept, "there was one, and now there is none"  # whose bytes may have changed unseen since it was written
+        known = {step for step in counted if step <= self.record.until}
+        assert all(before[step].good for step in known), "what was called good is not"
+        assert not known or max(known) in kept, "the last that is known to be good is gone"
         assert gone <= counted, "what is damaged or was never verified is not ours to delete"
         assert not any(map(self.permanent, gone))
         for step in gone:
@@ -194,7 +235,7 @@ class World:
                 better = [other for other in kept if self.rank(before, other) > self.rank(before, step)]
                 assert len(better) >= self.knobs["keep_best"]
         if finished:
-            bound = self.knobs["keep_last"] + self.knobs["keep_best"]
+            bound = self.knobs["keep_last"] + self.knobs["keep_best"] + (max(counted) not in known)
             assert sum(not self.permanent(step) for step in kept) <= bound
 
     @staticmethod
@@ -212,7 +253,16 @@ class World:
 def worlds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
     """Makes worlds, on whose disk the hook's functions work."""
     here: list[World] = []
-    for module, name in ((find, "checkpoints"), (manifest, "verify"), (find, "score_of"), (commit, "discard")):
+    replaced = (
+        (find, "checkpoints"),
+        (manifest, "verify"),
+        (find, "score_of"),
+        (commit, "discard"),
+        (good, "read"),
+        (good, "write"),
+    )
+    monkeypatch.setattr(hook_module.origin, "begin", lambda run: {})
+    for module, name in replaced:
         monkeypatch.setattr(module, name, lambda *args, name=name, **kw: getattr(here[-1], name)(*args, **kw))
     monkeypatch.setattr(hook_module.log, "disabled", True)
 

@@ -3,8 +3,11 @@
 torchrun tests/launch/worker.py OUTPUT STEPS CELL [CELL ...], a cell being overrides joined with blanks.
 """
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -68,16 +71,35 @@ def add_to(parameter: nn.Parameter, noise: Tensor) -> None:
 def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """Before they are clipped, so as they are when the update is made."""
     seen: dict[str, Tensor] = {}
-    update = trainer._update
+    clip = trainer._clip
 
     def look() -> Tensor:
         seen.update({name: value for name, p in trained(trainer.run.module).items() if (value := gradient(p)) is not None})
-        trainer._update = update  # type: ignore[method-assign]
-        return update()
+        trainer._clip = clip  # type: ignore[method-assign]
+        return clip()
 
-    trainer._update = look  # type: ignore[method-assign]
+    trainer._clip = look  # type: ignore[method-assign]
     trainer._log(trainer.step(trainer.order.batch(0)))
     return seen
+
+
+def skip_one(trainer: Trainer) -> None:
+    """A step whose loss is not finite on the last process alone: all of them skip it, and the first has its rows."""
+    whole, run = trainer.loss, trainer.run
+    last = run.accelerator.process_index == run.accelerator.num_processes - 1
+
+    def broken(*given: Any) -> Any:
+        loss = whole.function(*given)
+        return replace(loss, values=loss.values * float("nan")) if last else loss
+
+    trainer.loss = replace(whole, function=broken)
+    indices = trainer.order.batch(run.step)
+    assert trainer.step(indices) == {}
+    trainer.loss = whole
+    if run.main:
+        rows = json.loads(run.directory.bad_rows.read_text())["rows"]
+        assert [row["row"] for row in rows] == indices.tolist()
+        assert {row["rank"] for row in rows if row["loss"] == "nan"} == {run.accelerator.num_processes - 1}
 
 
 def gradient(parameter: nn.Parameter) -> Tensor | None:
@@ -100,6 +122,7 @@ def main() -> None:
         unsettle(trainer.run.module)
         gradients = first_gradients(trainer)
         losses = [trainer.run.last_train["loss"]]
+        skip_one(trainer)  # of which the steps to come must know nothing
         for k in range(1, int(steps)):
             trainer._log(trainer.step(trainer.order.batch(k)))
             losses.append(trainer.run.last_train["loss"])

@@ -1,0 +1,218 @@
+"""The guard of the loop: a step whose loss or gradient is not finite moves nothing, is named and counted, and may end the run."""
+
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._pytree import tree_leaves
+
+from halos.checkpoint import good
+from halos.data.dataset import Dataset, Item
+from halos.distributed.strategy import own_part
+from halos.errors import UserError
+from halos.hooks.base import Run, Stop
+from halos.trainers.deal import Split
+from halos.types import Scored
+
+log = logging.getLogger(__name__)
+
+MOST_TEXTS = 8  # rows of a process whose text is kept where their own loss is not finite
+NAMED = 3  # rows or tensors that a message names
+
+
+@dataclass(frozen=True, slots=True)
+class Contribution:
+    """What the rows of one micro-batch gave to a loss."""
+
+    rows: Any  # (rows,) numpy: their numbers in the split
+    places: Any  # (rows,) numpy: where in the global batch they stand
+    values: Tensor  # (rows,) or (rows, time)
+
+
+def spoil(loss: Tensor) -> Tensor:
+    """`loss`, whose gradient is not finite where it is not itself; of a finite one the factor is exactly 1.
+
+    Where logits are masked with -inf, say, a loss can be infinite and its gradient finite. This way the norm of the gradient
+    alone decides about a step, under every strategy.
+    """
+    return loss * (loss.detach() * 0 + 1)
+
+
+class Guard:
+    """Decides about each step by the norm of its gradient, before the optimizer moves; the same on every process.
+
+    Finite: the weights that the step began with are good, and so is a checkpoint of them. Not finite: the step is skipped.
+    Data, schedule and random numbers go on; the optimizer, and whatever else a step moves, do not.
+    """
+
+    def __init__(self, run: Run, forward: Callable[[Sequence[Item]], Any]) -> None:
+        """`forward` is the model's output over rows; every process calls it."""
+        self.run, self._forward = run, forward
+        self._probe: Sequence[Item] = ()  # rows of this process whose forward pass was finite
+        self._finite_loss_at: int | None = None  # the step of the last evaluation, where its loss was finite
+
+    # --- steps -----------------------------------------------------------------------------------------------------------
+
+    def passes(self, norm: float, items: Sequence[Item]) -> bool:
+        """Whether the optimizer may move, asked before `run.step` counts the step. `items`: some of the step's."""
+        if math.isfinite(norm):
+            self.run.bad_steps, self.run.finite_at, self._probe = 0, self.run.step, items
+        return math.isfinite(norm)
+
+    def skip(self, split: Split, parts: Sequence[Contribution], *, loss: float, norm: float) -> None:
+        """Count a step that was skipped, when `run.step` has; keep its rows, and end the run where it was one too many."""
+        run, limit = self.run, self.run.config.train.max_bad_steps
+        run.bad_steps += 1
+        run.skipped_steps += 1
+        rows = self._everyones(split, parts, all_of_them=True)
+        what = f"gradient norm {norm:.4g}, loss {loss:.4g}{_suspects(rows, of=len(rows))}"
+        self._keep("train", rows, loss=loss, norm=norm)
+        log.warning(
+            "step %d was skipped: %s. Its %d rows are in %s; %d in a row of %s (train.max_bad_steps), %d so far", run.step, what,
+            len(rows), run.directory.bad_rows, run.bad_steps, limit or "any number", run.skipped_steps,
+        )  # fmt: skip
+        if limit is not None and run.bad_steps >= limit:
+            first = run.step - run.bad_steps + 1
+            steps = f"step {run.step} was" if first == run.step else f"steps {first} to {run.step} were all"
+            self._fail(f"{steps} not finite: {what}")
+
+    def evaluated(self, split: Split, parts: Sequence[Contribution], loss: float) -> None:
+        """Rows of a held-out loss that is not finite are kept, and people are told.
+
+        One that is finite does not make a checkpoint good: behind norms the loss of weights that a rate of 1e20 has moved is
+        finite, and its gradient is not.
+        """
+        run = self.run
+        self._finite_loss_at = run.step if math.isfinite(loss) else None
+        if self._finite_loss_at is not None:
+            return
+        rows = self._everyones(split, parts, all_of_them=False)
+        self._keep("eval", rows, loss=loss, norm=None)
+        log.warning(
+            "step %d: the held-out loss is %.4g, by %d of %d rows%s; they are in %s", run.step, loss, len(rows), len(split.rows),
+            _suspects(rows, of=len(split.rows)), run.directory.bad_rows,
+        )  # fmt: skip
+
+    # --- weights ---------------------------------------------------------------------------------------------------------
+
+    def refuse_start(self) -> None:
+        """Raises UserError where the weights that a run begins with hold what is not finite: no step would be."""
+        if problem := self._broken_tensors():
+            run = self.run
+            source = f"the checkpoint of step {run.step}" if run.step else f"model.name_or_path={run.config.model.name_or_path}"
+            raise UserError(f"{source} cannot be trained: {problem}. Choose another {'checkpoint' if run.step else 'model'}")
+
+    def refuse_final(self) -> bool:
+        """Whether the last weights are nothing to hand over: not finite, or what they give is not. The run is then failed."""
+        run, problem = self.run, self._broken_tensors()
+        if problem is None and run.skipped_steps >= run.step > 0:
+            problem = f"all {run.step} steps were skipped, so nothing was trained"
+        if problem is None and self._finite_loss_at != run.step and not self._probe_is_finite():
+            problem = "with the last weights the log-probs or scores of rows that were fine are not finite"
+        if problem is not None:
+            self._fail(f"no FINAL was saved: {problem}")
+        else:
+            run.finite_at = run.step
+        return problem is not None
+
+    def _broken_tensors(self) -> str | None:
+        names = sorted({name for part in gather_object([not_finite(self.run.module)]) for name in part})
+        more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+        verb = "holds" if len(names) == 1 else "hold"
+        return f"{', '.join(names[:NAMED])}{more} {verb} values that are not finite" if names else None
+
+    @torch.no_grad()
+    def _probe_is_finite(self) -> bool:
+        """By one forward pass, where no evaluation has shown it of the last weights. Every process calls."""
+        if not self._probe:
+            return True  # no step of this attempt has changed them
+        self.run.module.eval()
+        leaves = [leaf for leaf in tree_leaves(self._forward(self._probe)) if leaf.is_floating_point()]
+        if isinstance(self.run.module, FSDPModule):
+            self.run.module.reshard()  # without a backward the root's parameters stay whole
+        fine = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
+        return all(gather_object([fine]))
+
+    # --- what is said and kept -------------------------------------------------------------------------------------------
+
+    def _fail(self, reason: str) -> None:
+        self.run.failure = f"{reason}. {self._advice()}"
+        self.run.stop = Stop(self.run.failure, finished=False, failed=True)
+
+    def _advice(self) -> str:
+        run, config = self.run, self.run.config
+        keys = [f"a lower optim.lr (now {config.optim.lr:g})"]
+        keys += ["train.max_grad_norm=1 (now null)"] if config.train.max_grad_norm is None else []
+        keys += ["train.precision=float32"] if run.accelerator.mixed_precision != "no" else []
+        keys += [f"a larger loss.epsilon (now {config.loss['epsilon']})"] if "epsilon" in config.loss else []
+        rows = f"Look at the rows in {run.directory.bad_rows}; where they are right, " if run.skipped_steps else "Perhaps "
+        until = good.read(run.directory).until
+        origin = (
+            f"the checkpoint of step {until}, the last good one" if until >= 0 else "step 0: no checkpoint is known to be good"
+        )
+        return (
+            f"{rows}{' or '.join(keys)} helps (resume_changes=allow lets a run change that). resume={run.directory.path} goes on"
+            f" from {origin}"
+        )
+
+    def _keep(self, split: str, rows: list[dict[str, Any]], *, loss: float, norm: float | None) -> None:
+        run = self.run
+        facts = {"step": run.step, "split": split, "loss": _shown(loss), "lr": run.optimizer.param_groups[0]["lr"]}
+        facts |= {"grad_norm": _shown(norm), "bad_steps": run.bad_steps} if norm is not None else {}
+        if run.main:
+            run.directory.append_bad_rows({**facts, "rows": rows})
+
+    def _everyones(self, split: Split, parts: Sequence[Contribution], *, all_of_them: bool) -> list[dict[str, Any]]:
+        """Rows of all processes, or those whose own loss is not finite; every process calls."""
+        mine: list[dict[str, Any]] = []
+        for part in parts:
+            losses = part.values.double().reshape(len(part.rows), -1).sum(-1).tolist()
+            for number, place, loss in zip(part.rows.tolist(), part.places.tolist(), losses, strict=True):
+                if all_of_them or not math.isfinite(loss):
+                    mine.append({"place": place, **self._described(split, number, loss)})
+        with_text = [row for row in mine if isinstance(row["loss"], str)][:MOST_TEXTS]
+        for row in mine if not isinstance(split.rows, Dataset) else with_text:  # what was sampled stands nowhere else
+            row |= self._text(split.rows[row["row"]])
+        everyone = [row for part in gather_object([mine]) for row in part]
+        return sorted(everyone, key=lambda row: (row["place"], row["row"]))
+
+    def _described(self, split: Split, number: int, loss: float) -> dict[str, Any]:
+        item = split.rows[number]
+        reward = {"reward": _shown(item.reward)} if split.rows.kind is Scored else {}
+        return {"row": number, "id": item.id, "rank": self.run.accelerator.process_index, "loss": _shown(loss), **reward}
+
+    def _text(self, item: Item) -> dict[str, Any]:
+        decode = self.run.tokenizer.decode
+        return {"prompt": decode(item.prompt), "completions": [decode(completion.ids) for completion in item.completions]}
+
+
+def not_finite(module: nn.Module) -> list[str]:
+    """Names of the trained tensors that hold a value that is not finite, in this process's part of them."""
+    parts = {name: own_part(p) for name, p in module.named_parameters() if p.requires_grad}
+    parts = {name: part.detach() for name, part in parts.items() if part.numel()}
+    if not parts:
+        return []
+    # the two ends are NaN where any value is: one pass, no copy, and the host waits once
+    ends = torch.stack([torch.stack(part.aminmax()).float() for part in parts.values()])
+    fine = torch.isfinite(ends).all(-1).tolist()
+    return [name.removeprefix("module.").removeprefix("model.") for name, good in zip(parts, fine, strict=True) if not good]
+
+
+def _shown(value: float) -> float | str:
+    """For JSON, which has no nan and no infinity."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _suspects(rows: Sequence[Mapping[str, Any]], *, of: int) -> str:
+    """The rows whose own loss is not finite, for a message; where all are, or none, they say nothing."""
+    names = [row["id"] for row in rows if isinstance(row["loss"], str)]
+    if not names or len(names) == of > 1:
+        return ""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f" ({', '.join(names[:NAMED])}{more})"
