@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ from yaml import YAMLError
 
 from halos.config import changes, gate, saved
 from halos.config.changes import Change, Past
-from halos.config.overrides import Choices, Typed, check_choices, quote_nested, settle, unreadable
+from halos.config.overrides import Choices, Typed, check_choices, no_choice, quote_nested, settle, unreadable
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_saved_addresses, refuse_secrets
-from halos.config.suggest import kind_of, nearest
+from halos.config.suggest import kind_of
 from halos.distributed.children import leave
 from halos.distributed.environment import number_of, refuse_half_launched, world_size
 from halos.distributed.signals import AGAIN, ASKING, as_before, leave_when_told
@@ -48,7 +49,6 @@ COMMANDS = ("resume", "resume_changes", "overwrite", "dry_run")  # of one comman
 OWN = {  # of a run that is a workflow, and not of the training within it
     "loss", "online", "exp_name", "output_root", "run_dir", "data", "objective", "hooks", "logging", *COMMANDS,
 }  # fmt: skip
-NO_ROUNDS = ("online", "reward", "csft")  # losses that train no policy that could be sampled from as it is
 AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
 PLUGINS = {"optuna": "hydra-optuna-sweeper", "submitit": "hydra-submitit-launcher"}  # what pip calls them
 SEEDED = ("tpe", "random", "cmaes", "nsgaii", "motpe")  # Optuna's samplers that draw
@@ -443,12 +443,11 @@ def inner(config: Config, words: Sequence[str], places: Sequence[Path]) -> DictC
     """The configuration of the training within a workflow. Raises UserError where online.loss names none that it could be."""
     online, choices = config.online, list_choices(places)
     assert online is not None
-    known = [name for name in choices["loss"] if name not in NO_ROUNDS]
+    known = choices["loss"]
     if online.loss is None:
         raise UserError(f"online.loss is missing: what each round trains with, of {', '.join(known)}")
     if online.loss not in known:
-        near = nearest(online.loss, known)
-        raise UserError(f"online.loss={online.loss}: {f'did you mean {near}? ' if near else ''}It takes {', '.join(known)}")
+        raise UserError(f"online.{no_choice('loss', online.loss, choices)}")
     typed = [parse(text, choices) for text in words]
     check_choices(typed, choices, multirun=False)
     started = GlobalHydra.instance().is_initialized()  # by hydra.main, whose composer it is then
@@ -456,7 +455,10 @@ def inner(config: Config, words: Sequence[str], places: Sequence[Path]) -> DictC
         searched = also_searched(places)
         chosen = [one.text for one in typed if one.chooses(choices)]
         settled = settle(typed, choices, keys(compose("config", [*searched, *chosen])))
-        return compose("config", [*searched, *[one.text for one in settled]])
+        made = compose("config", [*searched, *[one.text for one in settled]])
+    if plain(made).get("online") is not None:
+        raise UserError(f"online.loss={online.loss} is a workflow itself: name what each of its rounds trains with, such as dpo")
+    return made
 
 
 def within(config: Config, words: Sequence[str], places: Sequence[Path]) -> Config:
@@ -465,7 +467,16 @@ def within(config: Config, words: Sequence[str], places: Sequence[Path]) -> Conf
     own = {"exp_name": config.exp_name, "run_dir": config.run_dir, "data": asdict(config)["data"], "online": None}
     for name, value in own.items():
         OmegaConf.update(made, name, value, force_add=True)
-    return gate.check(made, words, list_choices(places))
+    return of_policy(config, gate.check(made, words, list_choices(places)))
+
+
+def of_policy(config: Config, training: Config) -> Config:
+    """The training within a workflow. Raises UserError for one that leaves no policy to sample from."""
+    from halos.config.bind import bind_loss, refuse_no_policy  # here: they import torch, which the gate has by now
+
+    assert config.online is not None
+    refuse_no_policy(str(config.online.loss), bind_loss(training.loss, training.plugins))
+    return training
 
 
 def live(config: Config, typed: Sequence[str], places: Sequence[Path]) -> Config:
@@ -477,20 +488,22 @@ def live(config: Config, typed: Sequence[str], places: Sequence[Path]) -> Config
     more = {"train.steps": config.online.steps, "train.temperature": config.online.sampler.temperature}
     for name, value in {**{name: whole[name] for name in own}, **more}.items():
         OmegaConf.update(made, name, value, force_add=True)
-    return gate.check(made, typed, list_choices(places))
+    return of_policy(config, gate.check(made, typed, list_choices(places)))
 
 
 def walk(config: Config, typed: Sequence[str], changed: Sequence[Change], places: Sequence[Path]) -> int:
     """Online rounds: the exit status. What each round's training is given is checked before anything starts."""
     from halos.logs import speak
     from halos.online import rounds
+    from halos.run.outline import Outline
 
     assert config.online is not None
     speak(main=True)
     words = inner_words(typed, config)
     if config.resume:
         words = [*rounds.stored_words(Path(config.run_dir)), *[word for word in words[1:] if word not in config.online.overrides]]
-    status = rounds.run(config, within(config, words, places), words, typed, changed)
+    training = within(config, words, places)
+    status = rounds.run(config, training, words, typed, changed, partial(Outline, training))
     if not config.dry_run and RunDir(config.run_dir).read_metrics():
         show(config)
     return status

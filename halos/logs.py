@@ -69,3 +69,13 @@ def write_to(path: Path) -> None:
     file = Kept(path, delay=True)
     file.setFormatter(Printable("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("halos").addHandler(file)
+
+
+def trace(message: str, error: BaseException) -> None:
+    """Keep a traceback in the file alone: who reads the terminal is told in a sentence."""
+    logger = logging.getLogger("halos")
+    info = (type(error), error, error.__traceback__)
+    record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), info)
+    for handler in logger.handlers:
+        if isinstance(handler, logging.FileHandler):
+            handler.handle(record)

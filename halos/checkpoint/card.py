@@ -10,8 +10,10 @@ from halos.checkpoint.lineage import on_the_hub
 from halos.logps.vocabulary import Vocabulary
 
 NAME = "README.md"
-SHOWN = {"loss": None, "train": ("steps", "epochs", "batch_size", "max_length", "precision"), "schedule": None,
-         "optim": ("name", "lr", "weight_decay"), "peft": None}  # fmt: skip
+TRAIN = ("steps", "epochs", "batch_size", "max_length", "precision")
+SHOWN: dict[str, tuple[str, ...] | None] = {
+    "loss": None, "train": TRAIN, "schedule": None, "optim": ("name", "lr", "weight_decay"), "peft": None,
+}  # fmt: skip
 
 
 def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, reward: bool, title: str) -> None:
@@ -68,6 +70,10 @@ def _settings(config: Mapping[str, Any]) -> str:
     rows = []
     for section, names in SHOWN.items():
         values = config[section]
+        if section == "peft" and values["name"] == "none":
+            names = ("name",)  # the others say nothing of what was done
+        if section == "train" and values.get("steps") is not None:
+            names = tuple(name for name in TRAIN if name != "epochs")  # of the two the number of steps counts
         for name in names or values:
             if values.get(name) not in (None, [], {}) and not name.startswith("_"):
                 rows.append(f"| {section}.{name} | {values[name]} |")
@@ -86,17 +92,18 @@ def _chain(runs: list[Any]) -> str:
 
 def _how_to_load(runs: list[Any], *, adapter: bool, reward: bool, vocabulary: Vocabulary | None) -> str:
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+    place = ['path = "path/to/this/directory"  # where this file lies, or the repository\'s name on the hub', ""]
     labels = ", num_labels=1" if reward and adapter else ""
     if adapter:
         base = runs[-1]["base"]["name"] if runs else "BASE"
-        lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", ""]
+        lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", *place]
         lines += [f'base = {auto}.from_pretrained("{base}"{labels})']
         if vocabulary is not None and vocabulary.new:
             lines = ["import torch", *lines, *_room_for(vocabulary)]
-        lines += ['model = PeftModel.from_pretrained(base, "PATH")']
+        lines += ["model = PeftModel.from_pretrained(base, path)"]
     else:
-        lines = [f"from transformers import {auto}, AutoTokenizer", "", f'model = {auto}.from_pretrained("PATH")']
-    lines.append('tokenizer = AutoTokenizer.from_pretrained("PATH")')
+        lines = [f"from transformers import {auto}, AutoTokenizer", "", *place, f"model = {auto}.from_pretrained(path)"]
+    lines.append("tokenizer = AutoTokenizer.from_pretrained(path)")
     return "\n".join(["## Load", "", "```python", *lines, "```"])
 
 

@@ -83,6 +83,16 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     )
 
 
+def refuse_no_policy(name: str, loss: LossSpec) -> None:
+    """Raises UserError where what a loss trains could not be sampled from and trained again: `name` is online.loss."""
+    if loss.inputs is PairScores:
+        raise UserError(f"online.loss={name} trains a reward model, which says nothing: choose a loss that trains a policy")
+    if loss.example_type is not None:
+        raise UserError(
+            f"online.loss={name} rewrites the rows that it trains on, so what is sampled is not what it learns: choose another"
+        )
+
+
 def bind_hook(key: str, settings: Mapping[str, Any], plugins: Sequence[str]) -> Callable[[], Any]:
     """Makes the hook that the node `key` (`checkpoint` or `hooks.<name>`) names. Raises UserError for what it does not take."""
     hook, _ = _locate(settings, key, plugins)
@@ -162,7 +172,9 @@ def _fit_all(settings: Mapping[str, Any], legal: Mapping[str, Any], key: str, ow
         if name not in legal and name != "_target_":
             near = nearest(str(name), legal)
             meant = f" (did you mean {near}?)" if near else ""
-            raise UserError(f"{key}.{name}: {owner} takes no {str(name)!r}; it takes {takes}{meant}")
+            # a target that was typed meets the keys that the choice before it came with
+            left = f"; where the choice came with it, '~{key}.{name}' leaves it out" if key == "loss" else ""
+            raise UserError(f"{key}.{name}: {owner} takes no {str(name)!r}; it takes {takes}{meant}{left}")
     for name, annotation in legal.items():
         if name not in settings:
             raise UserError(f"{key}.{name} is missing: {owner} takes {takes}; {name} is {_wanted(annotation)}")

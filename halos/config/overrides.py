@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from halos.config.suggest import kind_of, nearest, schema_keys, unknown_key
+from halos.config.suggest import elsewhere, kind_of, nearest, schema_keys, unknown_key
 from halos.config.values import describe, show
 from halos.errors import UserError
 
@@ -77,9 +77,29 @@ def check_choices(typed: Sequence[Typed], choices: Choices, *, multirun: bool) -
             raise UserError(f"{one.text}: {one.key} {what}; choices: {options}")
         for value in one.values:
             if not isinstance(value, str) or value not in choices[one.key]:
-                raise UserError(
-                    f"{one.key} has no choice {show(value)}; choices: {options}{_meant(one.key, str(value), choices)}"
-                )
+                raise UserError(no_choice(one.key, value, choices))
+
+
+def no_choice(group: str, value: Any, choices: Choices) -> str:
+    """The message for a choice that a group does not have: what is meant, as far as it can be told, comes last."""
+    options = ", ".join(choices[group]) or f"none yet; put a file into config/{group}"
+    if group == "logging" and isinstance(value, list):
+        return _both_trackers([str(each) for each in value], choices)
+    if group == "loss" and (told := elsewhere(str(value))):
+        return f"loss has no choice {show(value)}: {told}. Choices: {options}"
+    return f"{group} has no choice {show(value)}; choices: {options}{_meant(group, str(value), choices)}"
+
+
+def _both_trackers(asked: Sequence[str], choices: Choices) -> str:
+    """How several trackers are had: one by its choice, each other one as a hook."""
+    if any(name not in TRACKERS or name not in choices["logging"] for name in asked) or len(asked) < 2:
+        return f"logging takes one choice, of {', '.join(choices['logging'])}, not {show(list(asked))}"
+    first, *others = sorted(asked, key=lambda name: name != "wandb")
+    more = " ".join(shlex.quote(f"+hooks.{name}={{_target_: {TRACKERS[name]}}}") for name in others)
+    return f"logging takes one choice; for {' and '.join(asked)} at once type logging={first} {more}"
+
+
+TRACKERS = {"wandb": "halos.hooks.trackers.Wandb", "tensorboard": "halos.hooks.trackers.TensorBoard"}
 
 
 def settle(typed: Sequence[Typed], choices: Choices, known: Sequence[str]) -> list[Typed]:
@@ -114,6 +134,8 @@ def _comma(one: Typed, choices: Choices) -> str:
     several = f"{one.key}={one.value_text}"
     if describe(schema_keys().get(one.key)) == "a list":
         return f"{several}: {one.key} takes a list, in brackets: {one.key}=[{one.value_text}]"
+    if one.key == "logging" and all(str(value) in TRACKERS for value in one.values):
+        return f"{_both_trackers([str(value) for value in one.values], choices)}; to try each, sweep with python train.py -m"
     if one.key in choices:
         return f"{several}: {one.key} takes one choice; to try each, sweep with python train.py -m"
     quoted = f"'{one.key}=\"{one.value_text}\"'"

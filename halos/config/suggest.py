@@ -18,8 +18,6 @@ ELSEWHERE = {
     "max_steps": "train.steps",
     "n_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.microbatch_size",
-    "gradient_accumulation_steps": "train.microbatch_size",
     "gradient_checkpointing": "train.activation_checkpointing",
     "eval_steps": "train.eval_every",
     "logging_steps": "train.log_every",
@@ -32,6 +30,38 @@ ELSEWHERE = {
     "load_in_4bit": "model.quantize",
     "datasets": "data.train",
 }
+
+
+# What a key of another framework does, where its namesake here is not the same thing.
+EXPLAINED = {
+    "gradient_accumulation_steps": "train.batch_size is global, and is cut into micro-batches of train.microbatch_size by itself:"
+    " what is accumulated follows from the two and the number of processes",
+    "per_device_train_batch_size": "train.batch_size is global, over all processes; train.microbatch_size is what one of them"
+    " computes at a time",
+}
+# Losses of the field that are not built in: what they are, as far as it helps to choose.
+LOSSES = {
+    "orpo": "arXiv:2403.07691", "cpo": "arXiv:2401.08417", "rpo": "arXiv:2404.19733", "bco": "arXiv:2404.04656",
+    "apo": "arXiv:2408.06266", "apo_zero": "arXiv:2408.06266", "apo_down": "arXiv:2408.06266", "exo": "arXiv:2402.00856",
+    "nca": "arXiv:2402.05369", "sppo": "arXiv:2405.00675", "aot": "arXiv:2406.05882", "discopop": "arXiv:2406.08414",
+    "rdpo": "arXiv:2403.19159", "robust": "arXiv:2403.00409", "tdpo": "arXiv:2404.11999", "dpop": "arXiv:2402.13228",
+    "rrhf": "arXiv:2304.05302", "rso": "arXiv:2309.06657", "xpo": "arXiv:2405.21046", "nash_md": "arXiv:2312.00886",
+    "raft": "arXiv:2304.06767", "remax": "arXiv:2310.10505", "prime": "arXiv:2502.01456", "vapo": "arXiv:2504.05118",
+    "prm": "arXiv:2305.20050", "gkd": "arXiv:2306.13649", "humanline": "arXiv:2509.24207",
+}  # fmt: skip
+NAMESAKES = {"sigmoid": "dpo", "dpo_pair": "dpo", "rm": "reward", "reward_model": "reward", "bradley_terry": "reward",
+             "lm": "sft", "kto_pair": "kto", "reinforce++": "reinforce_plus_plus", "reinforce_pp": "reinforce_plus_plus",
+             "cross_entropy": "sft", "online_dpo": "online"}  # fmt: skip
+
+
+def elsewhere(loss: str) -> str | None:
+    """What there is to say of a loss by a name of the field that is not one of ours."""
+    name = loss.lower().replace("-", "_")
+    if name in NAMESAKES:
+        return f"here it is loss={NAMESAKES[name]}"
+    if name not in LOSSES:
+        return None
+    return f"it is known ({LOSSES[name]}) but not built in, and is one function of your own (README, Add a loss)"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -84,6 +114,8 @@ def kind_of(key: str) -> Literal["section", "value", "free", "unknown"]:
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """The message for a key that does not exist."""
     known = set(known) | set(schema_keys())
+    if told := EXPLAINED.get(key.rpartition(".")[2]):
+        return f"there is no key {key!r}: {told}"
     near = nearest(key, sorted(known - {""}))
     if near:
         return f"there is no key {key!r}; did you mean {near}?"

@@ -124,9 +124,19 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
+TABLES = {"csv": "", "tsv": ", sep='\\t'"}  # read by nobody here: what datasets is told of them
+
+
 def reader(path: Path, format: str | None) -> Callable[[Path], Iterator[Row]]:
     """How to read `path`: as `format` says, else by the end of its name."""
     suffix = format or path.suffix.removeprefix(".").lower()
+    if suffix in TABLES:
+        call = f"from datasets import load_dataset as load; load('csv', data_files='{path}'{TABLES[suffix]})['train']"
+        wanted = path.with_suffix(".jsonl")
+        raise UserError(
+            f"{path}: .json, .jsonl and .parquet files are read, and this is a .{suffix}: write it as one of them, for example"
+            f" python -c \"{call}.to_json('{wanted}')\""
+        )
     if suffix not in READERS:
         raise UserError(f"{path}: .json, .jsonl and .parquet files are read; name its kind with format: {' | '.join(READERS)}")
     return READERS[suffix]

@@ -83,13 +83,16 @@ def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def partners(groups: np.ndarray, seed: int) -> np.ndarray:
-    """For each row another one, uniform among those with a different prompt: (N,). KTO's mismatched completions."""
+def partners(groups: np.ndarray, seed: int, *, what: str) -> np.ndarray:
+    """For each row another one, uniform among those with a different prompt: (N,). KTO's mismatched completions.
+
+    Raises UserError, which names `what` the rows are of and for, where all have one prompt.
+    """
     count = len(groups)
     order = np.argsort(groups, kind="stable")
     _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
     if len(starts) < 2:
-        raise UserError("kto needs at least two different prompts in the data: it pairs each with an answer to another")
+        raise UserError(f"{what} pairs each prompt with an answer to another, and all {count} rows have the same prompt")
     others = np.repeat(count - sizes, sizes).astype(np.uint64)
     steps = (_stream(seed, _PARTNER).random_raw(count) % others).astype(np.int64)
     after = np.repeat(starts + sizes, sizes)  # sorted by prompt, the rows of other prompts follow a row's own, cyclically

@@ -1,7 +1,7 @@
 """The protocol between the loop and everything that happens around it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +63,7 @@ class Run:
     reward: bool  # a reward model rather than a language model
     total_steps: int
     max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
+    unmeasured: frozenset[str] = frozenset()  # metrics that the held-out rows cannot give, and nobody is to wait for
     step: int = 0
     examples: int = 0  # read so far, over all processes, those of skipped steps too
     tokens: int = 0
@@ -82,12 +83,21 @@ class Run:
     def main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        return asdict(self.config)
+
 
 class Watched(Protocol):
     """What a tracker needs of whatever it tracks: a run, or a walk of online rounds."""
 
     @property
     def config(self) -> Config: ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """What is trained, key by key."""
+        ...
 
     @property
     def directory(self) -> RunDir: ...

@@ -4,7 +4,6 @@ import logging
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -33,6 +32,12 @@ def _text(turns: Any) -> str:
     return turns if isinstance(turns, str) else "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
 
 
+def names_of(run: Watched) -> tuple[str, str | None]:
+    """A run's own name, and that of the sweep that it is a job of: exp_name is then the sweep's, which all jobs share."""
+    place, shared = run.directory.path.absolute(), str(run.config.exp_name)
+    return (place.name, shared) if place.parent.name == shared and place.name != shared else (shared, None)
+
+
 class TensorBoard(Hook):
     """Event files under the run directory's tensorboard/."""
 
@@ -48,7 +53,7 @@ class TensorBoard(Hook):
         if run.main:
             # purge_step hides what an attempt that died wrote beyond the checkpoint this one goes on from
             self._writer = self._open(run.directory.path / "tensorboard", purge_step=run.step + 1 if run.step else None)
-            self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in _flat(asdict(run.config)).items()), 0)
+            self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in _flat(dict(run.settings)).items()), 0)
 
     def _write(self, run: Watched, metrics: Metrics) -> None:
         if self._writer is not None and metrics:
@@ -106,14 +111,16 @@ class Wandb(Hook):
     def _init(self, run: Watched, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
+        name, group = names_of(run)
         return wandb.init(
             project=self.project,
             entity=self.entity,
             id=self._id,
             resume="allow",
-            name=run.config.exp_name,
+            name=name,
+            group=group,
             dir=str(run.directory.path),
-            config=asdict(run.config),
+            config=dict(run.settings),
             # with a key and no route to the server wandb would hold every process for a minute and a half
             settings=wandb.Settings(init_timeout=15, silent=True),
             mode=mode,

@@ -5,18 +5,23 @@ from torch import Tensor
 from halos.types import Mean, Pair
 
 
+def won(better: Tensor, worse: Tensor) -> Tensor:
+    """1 where the first is larger, 0 where it is smaller, and half of one for a tie, which ranks nothing: (rows,)."""
+    return (better > worse).float() + 0.5 * (better == worse).float()
+
+
 def pair_metrics(policy: Pair, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Mean]:
     """Implicit rewards (rows,), and two accuracies: of the implicit reward, and of the policy's own ranking.
 
-    They differ: where policy == reference every implicit reward is 0, so its accuracy is 0 by ties, while the ranking
-    accuracy is the reference's own.
+    They differ: where policy == reference every implicit reward is 0, so all are ties and its accuracy is that of a coin, while
+    the ranking accuracy is the reference's own.
     """
     return {
         "rewards/chosen": Mean.of(chosen_rewards),
         "rewards/rejected": Mean.of(rejected_rewards),
         "rewards/margins": Mean.of(chosen_rewards - rejected_rewards),
-        "rewards/accuracies": Mean.of(chosen_rewards > rejected_rewards),
+        "rewards/accuracies": Mean.of(won(chosen_rewards, rejected_rewards)),
         "logps/chosen": Mean.of(policy.chosen.sum),
         "logps/rejected": Mean.of(policy.rejected.sum),
-        "logps/accuracies": Mean.of(policy.chosen.sum > policy.rejected.sum),
+        "logps/accuracies": Mean.of(won(policy.chosen.sum, policy.rejected.sum)),
     }

@@ -26,7 +26,8 @@ def kto(
     z0 is the mean mismatched log-ratio of the whole global batch, clamped at 0 from below, without gradient. `statistics`
     holds those log-ratios: (items of the global batch,).
     """
-    z0 = statistics.detach().mean().clamp(min=0)
+    divergence = statistics.detach().mean()
+    z0 = divergence.clamp(min=0)
     ratio = policy.completion.sum - reference.completion.sum
     good = policy.desirable
     values = where(
@@ -40,6 +41,7 @@ def kto(
         "rewards/rejected": Mean.of(rewards, ~good),
         "logps/chosen": Mean.of(logps, good),
         "logps/rejected": Mean.of(logps, ~good),
-        "kl": Mean.of(z0.expand(len(ratio))),
+        "kl": Mean.of(divergence.expand(len(ratio))),  # as estimated, which may be below 0; the loss takes z0
+        "z0": Mean.of(z0.expand(len(ratio))),
     }
     return Loss(values, metrics)

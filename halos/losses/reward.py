@@ -4,6 +4,7 @@ from typing import Annotated
 
 from torch.nn.functional import logsigmoid
 
+from halos.losses.common import won
 from halos.types import Loss, Mean, PairScores, Range
 
 
@@ -16,7 +17,7 @@ def bradley_terry(scores: PairScores, *, centering: Annotated[float, Range(least
     margin = scores.chosen - scores.rejected
     values = -logsigmoid(margin - scores.margin) + centering * (scores.chosen + scores.rejected) ** 2
     metrics = {
-        "accuracy": Mean.of(margin > 0),
+        "accuracy": Mean.of(won(scores.chosen, scores.rejected)),
         "rewards/chosen": Mean.of(scores.chosen),
         "rewards/rejected": Mean.of(scores.rejected),
         "rewards/margins": Mean.of(margin),

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate.utils import gather_object
 from peft import PeftModel
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.checkpoint import weights
 from halos.checkpoint.commit import staged
@@ -25,12 +24,13 @@ from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of
 from halos.online import feedback, measure
-from halos.online.labellers.functions import Functions, parts_of
 from halos.online.labellers.score import Labeller
 from halos.online.prompts import for_round, held_out, read_prompts
 from halos.online.records import EVAL, Row
 from halos.online.samplers.hf import HFEngine
 from halos.online.samplers.request import Completion, Request, requests_for, row_of
+from halos.online.samplers.vllm import ServerEngine
+from halos.online.servers import refuse_silent
 from halos.types import Comparison, Example, Judgement, Scored
 
 FAR = 100_003  # batches of prompts between those of a step and those that are tried in their place
@@ -108,12 +108,14 @@ class Live:
     What is sampled is a function of the weights, the seed and the step, so a resumed run goes on as it would have.
     """
 
-    def __init__(self, run: Run, prompts: Prompts, skeleton: Callable[[], nn.Module]) -> None:
-        """`skeleton` makes the policy without weights, for those of a sharded one to be gathered in."""
+    def __init__(
+        self, run: Run, prompts: Prompts, labeller: Labeller, server: ServerEngine | None, skeleton: Callable[[], nn.Module]
+    ) -> None:
+        """`server` samples in the place of this process; `skeleton` makes the policy without weights, for those of a sharded one
+        to be gathered in."""
         self.run, self.prompts, self.online, self.config = run, prompts, prompts.online, run.config
         self._skeleton = skeleton
-        self.labeller: Labeller = self._labeller()
-        self.server = self._server()
+        self.labeller, self.server = labeller, server
         self.rows = LiveRows(prompts.kind)
         self._whole: nn.Module | None = None
         self._served: int | None = None  # the step whose weights a server has
@@ -230,47 +232,7 @@ class Live:
             return Item(_prompt(sample), (_tokens(sample),), True, 0.0, name, row["reward"], logps)
         return Item(_prompt(sample), (_tokens(sample),), bool(row.get("label", 1)), 0.0, name)
 
-    # --- who scores, and who samples --------------------------------------------------------------------------------------
-
-    def _labeller(self) -> Labeller:
-        given = self.online.labeller
-        if given.name == "function":
-            parts = parts_of(given.functions, self.config.plugins)
-            return Functions(parts, processes=given.processes, timeout=given.timeout, plugins=self.config.plugins)
-        if given.model is None:
-            raise UserError("online.labeller.model is missing: the reward model's directory, or the judge's name at its API")
-        if given.name == "reward_model":
-            from halos.models.locate import locate
-            from halos.online.labellers.reward_model import RewardModel
-
-            place = locate(given.model, None, Path(self.config.cache_dir).expanduser())
-            return RewardModel(place, label=given.label, batch_size=given.batch_size, max_length=None,
-                               quiet=True)  # fmt: skip
-        if given.pairwise:
-            raise UserError("online.labeller.pairwise is of rounds: a live loop needs scores")
-        from halos.online.labellers.judge import Judge, Settings
-
-        rank = self.run.accelerator.process_index
-        settings = Settings(
-            model=given.model, url=given.url, rubric=Path(given.rubric) if given.rubric else None, concurrency=given.concurrency,
-            max_requests=given.max_requests, max_cost=given.max_cost, price_in=given.price_in, price_out=given.price_out,
-            cache=self.run.directory.path / f"judge.{rank}.jsonl",
-        )  # fmt: skip
-        return Judge(settings, pairwise=False)
-
-    def _server(self) -> Any:
-        sampler = self.online.sampler
-        if sampler.name == "hf":
-            return None
-        if sampler.name != "vllm" or sampler.url is None:
-            raise UserError(
-                "a live loop samples with online.sampler.name=hf, or vllm with online.sampler.url of a running server"
-            )
-        from halos.online.samplers.vllm import ServerEngine
-
-        name = sampler.model or str(self.config.model.name_or_path)
-        return ServerEngine(sampler.url, name, self.prompts.tokenizer, top_p=sampler.top_p, top_k=sampler.top_k,
-                            concurrency=sampler.concurrency)  # fmt: skip
+    # --- a server's weights --------------------------------------------------------------------------------------
 
     def _push(self) -> None:
         """The policy's weights to the server, once a step, by a directory that both see; with LoRA merged into the base."""
@@ -288,9 +250,23 @@ class Live:
                     (hidden / "model").mkdir()
                     merge.merge(case.base, case.adapter, hidden / "model", model=bare(run.model), dtype=case.dtype,
                                 vocabulary=case.vocabulary, tokens=case.tokens)  # fmt: skip
+            assert self.server is not None
             self.server.load(place / "model")
         self._served = run.step
         run.accelerator.wait_for_everyone()
+
+
+def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> ServerEngine | None:
+    """The server that samples, None where this process does. Raises UserError for a sampler that cannot follow a policy."""
+    assert config.online is not None
+    sampler = config.online.sampler
+    if sampler.name == "hf":
+        return None
+    if sampler.name != "vllm" or sampler.url is None:
+        raise UserError("a live loop samples with online.sampler.name=hf, or vllm with online.sampler.url of a running server")
+    refuse_silent(sampler.url, "online.sampler.url")
+    name = sampler.model or str(config.model.name_or_path)
+    return ServerEngine(sampler.url, name, tokenizer, top_p=sampler.top_p, top_k=sampler.top_k, concurrency=sampler.concurrency)
 
 
 def _prompt(row: Row) -> np.ndarray:

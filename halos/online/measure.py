@@ -13,6 +13,7 @@ from halos.confined import write_whole
 from halos.online.feedback import by_prompt
 from halos.online.records import EVAL, TRAIN, Row, question, text_of
 
+PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # of two answers that a judge has compared
 LONGEST = 600  # characters of a prompt or completion that are shown
 
 
@@ -50,12 +51,31 @@ def win_rate(rows: Sequence[Row], first: Sequence[Row]) -> float | None:
     return statistics.fmean(1.0 if now > then else 0.5 if math.isclose(now, then) else 0.0 for now, then in pairs)
 
 
+def judged(samples: Sequence[Row], pairs: Sequence[Row]) -> list[Row]:
+    """Samples with what a judge that compares has made of each; nothing of those that it was not asked about, or gave no answer
+    about that could be read."""
+    verdicts: dict[tuple[str, int], str] = {}
+    held: dict[str, str] = {}
+    for pair in pairs:
+        if pair.get("split") == EVAL and pair.get("won") is not None:
+            held[pair["prompt_id"]] = {1.0: PREFERRED, 0.5: TIE, 0.0: OTHER}[pair["won"]]
+        elif pair.get("split") != EVAL and pair.get("verdict") is not None:
+            for letter in ("A", "B"):
+                said = TIE if pair["verdict"] == "tie" else PREFERRED if pair["verdict"] == letter else OTHER
+                verdicts[(pair["prompt_id"], pair[f"sample_id_{letter}"])] = said
+    said = [held.get(row["prompt_id"]) if row.get("split") == EVAL else verdicts.get((row["prompt_id"], row["sample_id"]))
+            for row in samples]  # fmt: skip
+    return [{**row, "verdict": each} if each else row for row, each in zip(samples, said, strict=True)]
+
+
 def examples(rows: Sequence[Row], count: int) -> list[Row]:
-    """Held-out answers first, then of as many prompts the best and the worst."""
+    """Held-out answers first, then of as many prompts the best and the worst, or two that a judge has compared."""
     shown = [row for row in rows if row.get("split") == EVAL][:count]
     for group in by_prompt(row for row in rows if row.get("split", TRAIN) == TRAIN)[:count]:
         scored = sorted((row for row in group if row.get("reward") is not None), key=lambda row: row["reward"])
-        shown += [scored[-1], scored[0]] if len(scored) > 1 else scored or group[:1]
+        compared = [row for said in (PREFERRED, OTHER) for row in group if row.get("verdict") == said]
+        pair = [compared[0], compared[-1]] if len(compared) > 1 else []
+        shown += [scored[-1], scored[0]] if len(scored) > 1 else scored or pair or group[:1]
     return shown
 
 
@@ -70,7 +90,7 @@ def write_examples(directory: Path, rows: Sequence[Row], title: str) -> None:
 
 
 def _score(row: Mapping[str, Any]) -> str:
-    return f"{row['reward']:.4g}" if row.get("reward") is not None else "none"
+    return f"{row['reward']:.4g}" if row.get("reward") is not None else str(row.get("verdict") or "none")
 
 
 def _short(text: str) -> str:

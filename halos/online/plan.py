@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint.find import checkpoints
 from halos.config.bind import LossSpec
 from halos.config.paths import check_model
 from halos.config.schema import Config, Online
 from halos.config.values import quoted
+from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.online import feedback
+from halos.online.labellers.of_config import judge_of, refuse_unscorable, reward_model_of
 from halos.online.prompts import read_prompts
 from halos.online.records import Row
-from halos.online.servers import refuse_keyless
 from halos.online.stages import Stages, config_file
 from halos.rundir import RunDir
 from halos.types import Labelled, Pair, TokenLogps
@@ -32,6 +37,7 @@ class Plan:
     loss: LossSpec
     prompts: list[Row] = field(default_factory=list)
     exam: list[Row] = field(default_factory=list)  # held-out ones
+    max_length: int = 0  # tokens of a row: train.max_length, or the model's positions where they are fewer
 
     def __post_init__(self) -> None:
         assert self.config.online is not None
@@ -46,6 +52,19 @@ class Plan:
         """Of feedback, which the loss learns from."""
         kind = self.online.feedback.kind
         return kind if kind != "auto" else KINDS.get(self.loss.inputs, feedback.SCALAR)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The whole as one configuration: what each round trains, under the workflow's own name and data."""
+        whole = asdict(self.config)
+        own = {name: whole[name] for name in ("online", "data", "objective", "hooks", "exp_name", "output_root", "run_dir")}
+        settings = {**asdict(self.inner), **own}
+        settings["train"]["steps"] = settings["train"]["steps"] if self._length_is_typed else None
+        return settings
+
+    @property
+    def _length_is_typed(self) -> bool:
+        return any(word.lstrip("+").startswith(("train.steps=", "train.epochs=")) for word in self.words)
 
     def place(self, number: int) -> Path:
         return self.directory.path / "rounds" / f"{number:03d}"
@@ -71,16 +90,25 @@ class Plan:
             raise UserError(
                 f"online.samples_per_prompt={online.samples_per_prompt}: online.loss={online.loss} learns from pairs: 2 or more"
             )
-        if online.sampler.max_new_tokens >= self.inner.train.max_length:
-            raise UserError(
-                f"online.sampler.max_new_tokens={online.sampler.max_new_tokens} leaves no room for a prompt within"
-                f" train.max_length={self.inner.train.max_length}"
-            )
         feedback.check_threshold(self.kind, online.feedback.threshold)
         self.prompts = read_prompts(self.config.data.train, "train")
         self.exam = read_prompts(self.config.data.eval, "eval") if self.config.data.eval and online.eval_prompts else []
         if not self.prompts:
             raise UserError("data.train has no prompts")
+        refuse_unscorable(self.config, self.prompts)
+
+    def first_that_fits(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+        """A prompt's tokens, which leave room for an answer. Raises UserError where none does."""
+        new, encoder = self.online.sampler.max_new_tokens, Encoder(tokenizer, max_length=2**31, truncation="drop")
+        self.max_length = max_length
+        for start in range(0, len(self.prompts), 256):
+            some = [(tuple(row["prompt"]), str(row["prompt_id"])) for row in self.prompts[start : start + 256]]
+            if (found := next((ids for ids in encoder.prompts(some) if len(ids) <= max_length - new), None)) is not None:
+                return [int(token) for token in found]
+        raise UserError(
+            f"no prompt of data.train leaves room for online.sampler.max_new_tokens={new} within the {max_length} tokens of a row"
+            " (train.max_length): lower the one or raise the other"
+        )
 
     def _check_labeller(self) -> None:
         labeller = self.online.labeller
@@ -92,9 +120,10 @@ class Plan:
             what = "its directory or hub id" if labeller.name == "reward_model" else "the judge's name at its API"
             raise UserError(f"online.labeller.model is missing: {what}")
         elif labeller.name == "judge":
-            refuse_keyless("a judge")
+            judge_of(self.config, Path(os.devnull))
         else:
             check_model(labeller.model, "online.labeller.model")
+            reward_model_of(self.config)
         if labeller.pairwise and (labeller.name != "judge" or self.kind != feedback.PAIRWISE):
             raise UserError("online.labeller.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
 
@@ -108,7 +137,7 @@ class Plan:
             f"exp_name={quoted(f'{config.exp_name}-{number:03d}')}", f"seed={config.seed + number}", "resume=auto",
             f"cache_dir={quoted(config.cache_dir)}",
         ]  # fmt: skip
-        if not any(word.lstrip("+").startswith(("train.steps=", "train.epochs=")) for word in self.words):
+        if not self._length_is_typed:
             words.append("train.steps=null")  # a bundled model's own number is for whole data sets
         if self.loss.on_rollouts:
             words.append(f"train.temperature={online.sampler.temperature}")

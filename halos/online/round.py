@@ -98,7 +98,7 @@ class Round:
         seed = plan.config.seed * 1_000_003 + self.number
         policy = plan.policy(self.number)
         command = plan.stages.sample(policy, self.place / "prompts.jsonl", path, seed=seed,
-                                     max_length=plan.inner.train.max_length, reference=plan.start)  # fmt: skip
+                                     max_length=plan.max_length, reference=plan.start)  # fmt: skip
         self._note(policy=policy)
         self._stage("sample", command)
 
@@ -152,8 +152,12 @@ class Round:
         if not found:
             return {}
         found |= {"kl": sampled["kl"]} if "kl" in sampled else {}
-        found |= {"cost": sum(row.get("cost") or 0.0 for row in rows)}
-        found |= {"without_score": sum(row.get("reward") is None for row in rows)}
+        labelled = read_meta(self.place / "feedback.jsonl")
+        if "compared" in labelled:  # by a judge that gives no scores
+            found |= {"cost": labelled["cost"], "without_verdict": labelled["unparsable"], "ties": labelled["ties"]}
+        else:
+            found |= {"cost": sum(row.get("cost") or 0.0 for row in rows)}
+            found |= {"without_score": sum(row.get("reward") is None for row in rows)}
         found |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.place / "feedback.jsonl"))}
         stages = {name: stage["wall"] for name, stage in self.facts["stages"].items()}
         found |= {f"seconds/{name}": spent for name, spent in stages.items()}
@@ -168,10 +172,10 @@ class Round:
         return {"loss": sum(losses) / len(losses)} if losses else {}
 
     def _scored(self) -> list[Row]:
-        """Every sample, with its score where the labeller gives scores."""
+        """Every sample, with its score, or with the verdict of a judge that compares."""
         path = self.place / "scores.jsonl"
         rows = read(path) if path.is_file() else []
-        return rows if rows and "output" in rows[0] else read(self.place / "samples.jsonl")
+        return rows if rows and "output" in rows[0] else measure.judged(read(self.place / "samples.jsonl"), rows)
 
     def _first_rows(self) -> list[Row]:
         path = self.plan.place(0) / "scores.jsonl"

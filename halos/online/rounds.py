@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint.commit import staged, sweep
 from halos.config import saved
@@ -39,10 +41,25 @@ WORDS = "online.json"  # what each round's training is given
 SHOWN = ("reward", "kl", "length", "unique", "cost")
 
 
-def run(config: Config, inner: Config, words: Sequence[str], typed: Sequence[str], changed: Sequence[Change] = ()) -> int:
+class Outlined(Protocol):
+    """What the rounds need to know of what they train, before the first of them."""
+
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+    def write(self, prompt: list[int]) -> None:
+        """Say what is trained, and a prompt as a sampler is fed it."""
+        ...
+
+
+def run(
+    config: Config, inner: Config, words: Sequence[str], typed: Sequence[str], changed: Sequence[Change],
+    outline: Callable[..., Outlined],
+) -> int:  # fmt: skip
     """All rounds, or those that are left; the exit status.
 
-    `inner` is the configuration of a round's training and `words` what is typed for it. Raises UserError.
+    `inner` is the configuration of a round's training and `words` what is typed for it; `outline` looks at that training
+    before anything starts. Raises UserError.
     """
     if world_size() > 1:
         raise UserError(
@@ -51,8 +68,8 @@ def run(config: Config, inner: Config, words: Sequence[str], typed: Sequence[str
         )
     plan = Plan(config, inner, list(words), bind_loss(inner.loss, config.plugins))
     plan.prepare()
-    if config.dry_run:
-        return rehearse(plan)
+    looked = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
+    prompt = plan.first_that_fits(looked.tokenizer, looked.max_length)
     directory = plan.directory
     if config.resume and _is_over(plan):
         log.info("%s is finished already; more rounds: online.rounds=%d", directory.path, plan.online.rounds + 1)
@@ -63,14 +80,22 @@ def run(config: Config, inner: Config, words: Sequence[str], typed: Sequence[str
             directory.open()
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
+        if config.dry_run:
+            return rehearse(plan, looked, prompt)
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
         return Walk(plan).go(typed, changed)
 
 
-def rehearse(plan: Plan) -> int:
+def trackers_of(config: Config) -> dict[str, Hook]:
+    """The workflow's own hooks; those of each round's training are its own."""
+    return {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
+
+
+def rehearse(plan: Plan, looked: Outlined, prompt: list[int]) -> int:
     """Say what would be done."""
+    looked.write(prompt)
     online = plan.online
     each = min(online.prompts_per_round, len(plan.prompts))
     held = min(online.eval_prompts, len(plan.exam))
@@ -94,7 +119,7 @@ class Walk:
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, self.directory = plan, plan.config, plan.directory
-        self.main, self.step = True, 0
+        self.main, self.step, self.settings = True, 0, plan.settings
         self.hooks: dict[str, Hook] = {}
         self.metrics: dict[str, Any] = {}
 
@@ -152,7 +177,7 @@ class Walk:
         sweep(directory.path)
         altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
         directory.start_attempt({"overrides": list(typed), "total_steps": self.plan.online.rounds, **altered, **versions()})
-        self.hooks = {name: bind_hook(f"hooks.{name}", given, self.config.plugins)() for name, given in self.config.hooks.items()}
+        self.hooks = trackers_of(self.config)
         state = directory.path / "hooks.json"
         if state.is_file():
             for name, kept in json.loads(state.read_text()).items():

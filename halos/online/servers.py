@@ -7,12 +7,15 @@ import os
 from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
 from typing import Any, TypeVar
 
+import httpx
+
 from halos.errors import UserError
 
 Asked = TypeVar("Asked")
 Given = TypeVar("Given")
 
 KEY = "OPENAI_API_KEY"
+LISTENS = 10.0  # seconds in which a server that is up says something
 RETRIES = 6  # by the client, with its own growing pauses: 429, 5xx, lost connections
 
 
@@ -39,6 +42,15 @@ def refuse_keyless(what: str) -> None:
             f"{what} reads its key from the environment, and {KEY} is not set: export {KEY}=... (any word for a server that"
             " wants none)"
         )
+
+
+def refuse_silent(url: str, key: str) -> None:
+    """Raises UserError where nothing listens at an address; whatever it answers, be it an error, will do."""
+    try:
+        httpx.get(f"{url.rstrip('/')}/models", timeout=LISTENS)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        said = str(error) or type(error).__name__
+        raise UserError(f"{key}={url} does not answer ({said}): start the server first, or give its address") from error
 
 
 def answers(

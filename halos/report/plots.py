@@ -43,7 +43,7 @@ REWARDS = (
     Panel(("rewards/margins",), "Reward margin, chosen − rejected", level=0.0),
     Panel(("reward",), "Reward"),
     Panel(("win_rate",), "Win rate against the first policy", level=0.5),
-    Panel(("kl",), "KL to the reference, nats", level=0.0),
+    Panel(("kl",), "KL to the reference, estimated, nats", level=0.0),
     Panel(("entropy",), "Entropy, nats"),
     Panel(("clip_fraction",), "Share of clipped tokens"),
     Panel(("length",), "Length of completions, tokens"),

@@ -17,6 +17,8 @@ from halos.report.read import Record, read_runs
 from halos.report.table import table
 
 NOT_SWEPT = ("exp_name", "output_root", "run_dir", "resume", "resume_changes", "cache_dir", "overwrite", "plugins")
+# measures on one scale whatever the loss, of which more is better
+COMPARABLE = ("rewards/accuracies", "logps/accuracies", "accuracy", "win_rate", "reward")
 FEW = 7  # values of a key that each get a tick
 MOST = 12  # values of a key that is no number, beyond which it gets no picture
 
@@ -41,12 +43,14 @@ def compare(place: Path, output: Path | None = None) -> tuple[str, list[Path]]:
     Raises UserError where no run of it has logged anything.
     """
     records, _ = read_runs([place])
-    metric, mode = _objective(records)
-    trials = [Trial(record, _typed(record.path), _last(record, metric)) for record in records]
-    trials.sort(key=lambda trial: _rank(trial.objective, mode))
-    keys = swept([trial.typed for trial in trials])
+    typed = [_typed(record.path) for record in records]
+    keys = swept(typed)
+    metric, mode, note = _ranking(records, keys)
+    trials = [Trial(record, words, _last(record, metric)) for record, words in zip(records, typed, strict=True)]
+    if mode is not None:
+        trials.sort(key=lambda trial: _rank(trial.objective, mode))
     trials = _named(trials, keys)
-    text = markdown(trials, keys, metric, mode)
+    text = markdown(trials, keys, metric, mode) + (f"\n{note}\n" if note else "")
     written = [place / "sweep.csv", place / "sweep.md"]
     _write_csv(written[0], trials, keys)
     _write(written[1], f"# {place.name}\n\n{text}\n{table([trial.record for trial in trials])}")
@@ -63,9 +67,9 @@ def swept(typed: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({words.get(key) for words in typed}) > 1]
 
 
-def markdown(trials: Sequence[Trial], keys: Sequence[str], metric: str, mode: str) -> str:
-    """The best first."""
-    header = [*keys, f"{metric} ({mode})", "status", "step"]
+def markdown(trials: Sequence[Trial], keys: Sequence[str], metric: str, mode: str | None) -> str:
+    """The best first, where there is a `mode`."""
+    header = [*keys, f"{metric} ({mode or 'not ranked'})", "status", "step"]
     lines = [header, ["---"] * len(header)]
     for trial in trials:
         value = f"{trial.objective:.4g}" if math.isfinite(trial.objective) else ""
@@ -135,6 +139,23 @@ def _named(trials: Sequence[Trial], keys: Sequence[str]) -> list[Trial]:
     if len(set(names)) < len(names):
         return list(trials)
     return [replace(trial, record=replace(trial.record, label=name)) for trial, name in zip(trials, names, strict=True)]
+
+
+def _ranking(records: Sequence[Record], keys: Sequence[str]) -> tuple[str, str | None, str]:
+    """What runs are compared by, which way is better (None: they cannot be ranked), and what there is to say of it.
+
+    Losses, and the rewards and margins that they imply, are on a scale of each loss's own, which its knobs stretch too.
+    """
+    metric, mode = _objective(records)
+    unlike = len({record.loss for record in records}) > 1 or not {"loss", "online.loss"}.isdisjoint(keys)
+    moved = next((key for key in keys if key.startswith("loss.")), None)
+    if metric in COMPARABLE or (not unlike and moved is None):
+        return metric, mode, ""
+    why = f"{metric} is on a scale of each loss's own" if unlike else f"{metric} is on a scale that {moved} moves"
+    shared = next((name for name in COMPARABLE if all(math.isfinite(_last(record, name)) for record in records)), None)
+    if shared is None:
+        return metric, None, f"Not ranked: {why}, and the runs have no other measure in common."
+    return shared, "max", f"Ranked by {shared}: {why}."
 
 
 def _objective(records: Sequence[Record]) -> tuple[str, str]:

@@ -14,6 +14,7 @@ METRICS = (
     "logps/accuracies",
     "kl",
     "reward",
+    "win_rate",
     "entropy",
 )
 

@@ -82,5 +82,5 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
     return Run(
         config=config, directory=run.directory, accelerator=made, module=module, model=inner, base=shelf.base,
         vocabulary=shelf.vocabulary, optimizer=optimizer, tokenizer=shelf.tokenizer, reward=blueprint.reward,
-        total_steps=blueprint.total_steps, max_length=blueprint.max_length, hooks=dict(run.hooks),
+        total_steps=blueprint.total_steps, max_length=blueprint.max_length, unmeasured=run.rows.unmeasured, hooks=dict(run.hooks),
     )  # fmt: skip

@@ -17,9 +17,11 @@ from halos.data.dataset import Dataset
 from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.hooks.base import Run
-from halos.online.live import Live, Prompts
+from halos.online.labellers.of_config import labeller_of, refuse_unscorable
+from halos.online.live import Live, Prompts, server_of
 from halos.run import datasets
 from halos.run.shown import rendered, visible
+from halos.rundir import RunDir
 from halos.trainers.base import Batches, Exam
 from halos.trainers.deal import Split
 from halos.types import Mismatched
@@ -40,6 +42,7 @@ class Feed(Protocol):
 
     total: int  # steps
     splits: list[tuple[str, Split]]  # what is on disk, by its name in the header
+    unmeasured: frozenset[str]  # metrics that the held-out rows cannot give
 
     def lines(self) -> list[tuple[str, str]]:
         """What became of the data, for people: which split, and a line."""
@@ -69,6 +72,7 @@ class FromFiles:
         self.order = datasets.order(self.train.rows, loss, config)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
+        self.unmeasured = datasets.unmeasured(config, loss, self.held_out)
         self.splits = [("train", self.train)] + ([("held out", self.held_out)] if self.held_out else [])
 
     def lines(self) -> list[tuple[str, str]]:
@@ -87,14 +91,21 @@ class FromPolicy:
     def __init__(
         self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int
     ) -> None:
+        assert config.online is not None
         if loss.statistics_inputs is Mismatched:
             raise UserError(
                 f"online.steps: {loss.name} pairs each prompt with another's answer, for which it needs online.rounds"
             )
         if loss.example_type is not None:
             raise UserError(f"online.steps: {loss.name} rewrites rows of a data set: it cannot be trained live")
+        if config.online.samples_per_prompt == 1 and loss.on_rollouts and not datasets.learns_from_single(loss):
+            raise UserError(f"online.samples_per_prompt=1: {loss.name} compares samples of one prompt: 2 or more")
         self.splits: list[tuple[str, Split]] = []
+        self.unmeasured: frozenset[str] = frozenset()
+        self.labeller = labeller_of(config, RunDir(config.run_dir).path / f"judge.{made.process_index}.jsonl")
+        self.server = server_of(config, tokenizer)
         self.prompts = Prompts(config, tokenizer, datasets.KINDS[loss.inputs], max_length)
+        refuse_unscorable(config, self.prompts.train)
         self.total = config.train.steps or 0
         asked = [[row["prompt_id"], row["prompt"]] for row in (*self.prompts.train, *self.prompts.exam)]
         agree(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())
@@ -106,5 +117,5 @@ class FromPolicy:
         return [("prompt", visible(tokenizer, self.prompts.train[0]["ids"]))]
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
-        source = Live(run, self.prompts, skeleton)
+        source = Live(run, self.prompts, self.labeller, self.server, skeleton)
         return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.exam else None)

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -70,7 +71,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     loss = bind_loss(config.loss, config.plugins)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
     refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
-    checkpoint, hooks = _hooks(config, loss)
+    checkpoint, hooks = hooks_of(config, loss)
     directory = RunDir(config.run_dir)
     if made.is_main_process:
         if lock:
@@ -107,6 +108,15 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     return Structure(shelf, model, named, limits, positions.within(limits, config.train.max_length))
 
 
+@dataclass(frozen=True, slots=True)
+class Driver:
+    """Stands for the processes that will train, in one that trains nothing itself."""
+
+    device: torch.device
+    mixed_precision: str
+    is_main_process: bool = True
+
+
 def draw(config: Config, structure: Structure, loss: LossSpec, *, total: int, main: bool) -> Blueprint:
     return Blueprint(
         config=config, directory=RunDir(config.run_dir), base=structure.shelf.base, tokenizer=structure.tokenizer,
@@ -125,7 +135,7 @@ def complaint(hooks: Iterable[Hook], blueprint: Blueprint) -> str | None:
     return None
 
 
-def _hooks(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, Hook]]:
+def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, Hook]]:
     """The checkpoint hook; and all hooks in order: it first, the run's own record, then the config's, in its order."""
     checkpoint = bind_hook("checkpoint", config.checkpoint, config.plugins)()
     if not isinstance(checkpoint, CheckpointHook):

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import numpy as np
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +24,7 @@ from halos.types import (
     Pair,
     PairScores,
     Rollouts,
+    Sampled,
     Scored,
     TokenLogps,
     ValuedRollouts,
@@ -39,7 +42,9 @@ def load(
     """Training and held-out rows. Raises UserError for every mistake in them, before any model loads."""
     train = _open(config, loss, tokenizer, made, max_length, "train")
     held_out = _open(config, loss, tokenizer, made, max_length, "eval") if config.data.eval else None
-    return _split(train, loss, config.seed), _split(held_out, loss, config.seed) if held_out is not None else None
+    return _split(train, loss, config.seed, "train"), _split(
+        held_out, loss, config.seed, "eval"
+    ) if held_out is not None else None
 
 
 def _open(
@@ -68,8 +73,47 @@ def _open(
     return open_dataset(path)
 
 
-def _split(rows: Dataset, loss: LossSpec, seed: int) -> Split:
-    return Split(rows, partners(rows.groups, seed) if loss.statistics_inputs is Mismatched else None)
+def _split(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
+    """Raises UserError where a loss that compares completions of one prompt finds none to compare."""
+    if purpose == "train" and loss.on_rollouts and len(np.unique(rows.groups)) == len(rows) and not learns_from_single(loss):
+        raise UserError(
+            f"{loss.name} compares completions of one prompt, and each of the {len(rows)} prompts of data.train has one: nothing"
+            " would be learnt. Give several of each, or choose a loss that takes single ones, such as ppo"
+        )
+    what = f"data.{purpose}: {loss.name}"
+    return Split(rows, partners(rows.groups, seed, what=what) if loss.statistics_inputs is Mismatched else None)
+
+
+def learns_from_single(loss: LossSpec) -> bool:
+    """Whether a loss on rollouts makes anything of completions whose prompts have no other: tried on a better and a worse one."""
+    assert loss.advantages is not None, "bind_loss lets no loss on rollouts through without"
+    old = TokenLogps(torch.full((2, 2), -1.0), torch.ones(2, 2, dtype=torch.bool))
+    values = torch.zeros(2, 2) if loss.inputs is ValuedRollouts else None
+    reference = old.values if loss.needs_reference else None
+    sampled = Sampled(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([0, 1]), old, reference, values)
+    controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}
+    advantages = loss.advantages(sampled, **controlled).advantages
+    return not bool(torch.isclose(advantages[0], advantages[1], atol=1e-9).all())
+
+
+def unmeasured(config: Config, loss: LossSpec, held_out: Split | None) -> frozenset[str]:
+    """Metrics that held-out rows of one label cannot give. Raises UserError where the run is to act on one of them."""
+    if held_out is None or loss.inputs is not Labelled or not isinstance(held_out.rows, Dataset):
+        return frozenset()
+    share = held_out.rows.desirable.mean()
+    if 0 < share < 1:
+        return frozenset()
+    other, kind = ("rejected", "desirable") if share else ("chosen", "undesirable")
+    lacking = frozenset({"rewards/margins", f"rewards/{other}", f"logps/{other}"})
+    metric = config.objective.metric
+    watchers = {"train.early_stopping": config.train.early_stopping, "checkpoint.keep_best": config.checkpoint.get("keep_best")}
+    watching = [f"{key}={value}" for key, value in watchers.items() if value]
+    if metric in lacking and watching:
+        raise UserError(
+            f"{watching[0]} watches {metric}, which needs both labels, and all rows of data.eval are {kind}: hold out both, or"
+            " watch another, objective.metric=loss objective.mode=min"
+        )
+    return lacking
 
 
 def order(rows: Dataset, loss: LossSpec, config: Config) -> Order | GroupOrder:

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from halos.config.bind import LossSpec
+from halos.config.schema import Config
 from halos.data.collate import num_cut_mismatches
 from halos.data.dataset import Dataset
 from halos.distributed import strategy
@@ -19,10 +20,10 @@ from halos.logps.model import bare
 from halos.logps.plan import plan_of
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
-from halos.run.blueprint import Prepared
+from halos.run.blueprint import Prepared, Structure
 from halos.run.shown import CLOSE, OPEN
 from halos.trainers.schedule import warmup_steps
-from halos.types import Judgement
+from halos.types import Judgement, PairScores
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,12 @@ def _short(number: int) -> str:
 
 def write(run: Prepared, made: Accelerator) -> None:
     """A few lines: loss, model, parameters, data after filtering, its first row, rate, steps, disk, run directory."""
-    config, loss = run.config, run.loss
-    _say("loss", f"{loss.name} " + "  ".join(f"{name}={value}" for name, value in loss.settings.items()))
-    _say_model(run)
+    config = run.config
+    write_model(config, run.loss, run.structure)
+    _say_positions(run)
     _say_data(run)
-    end = "" if config.schedule.name == "constant" else f" down to {config.schedule.final * config.optim.lr:g}"
+    write_rate(config, run.rows.total)
     warmup = warmup_steps(config.schedule, run.rows.total)
-    _say("rate", f"{config.optim.lr:g}, {config.schedule.name}{end} after {warmup} steps of warm-up, {config.optim.name}")
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
     how = strategy.asked(made)
     where += "" if how == "alone" else f", {how}"
@@ -93,20 +93,34 @@ def _say(name: str, line: str) -> None:
     log.info("%-10s %s", name, line)
 
 
-def _say_model(run: Prepared) -> None:
-    config, model, limits = run.config, run.structure.model, run.structure.limits
+def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
+    """What is trained, and with what."""
+    _say("loss", f"{loss.name} " + "  ".join(f"{name}={value}" for name, value in loss.settings.items()))
     own = "its own base" if config.peft.name == "lora" else "a frozen copy"
-    against = f", reference: {config.reference.name_or_path or own}" if run.loss.needs_reference else ""
-    trained, total = _count(model, trained=True), _count(model, trained=False)
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    against = f", reference: {config.reference.name_or_path or own}" if loss.needs_reference else ""
+    trained, total = (_count(structure.model, trained=only) for only in (True, False))
+    dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")
     _say("model", f"{config.model.name_or_path} ({dtype}){against}")
-    if (why := plan_of(bare(model), reward=run.blueprint.reward).why) is not None:
+    if (why := plan_of(bare(structure.model), reward=loss.inputs is PairScores).why) is not None:
         _say("forward", f"one row at a time, since rows cannot be packed: {why}")
     _say("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
-    for number, line in enumerate(targets.lines(model)):
+    for number, line in enumerate(targets.lines(structure.model)):
         _say("" if number else "adapter", line)
-    if has_balancing_loss(bare(model).config):
-        _say("router", _balance(bare(model).config, config.train.router_aux_loss))
+    if has_balancing_loss(settings := bare(structure.model).config):
+        _say("router", _balance(settings, config.train.router_aux_loss))
+
+
+def write_rate(config: Config, total: int | None) -> None:
+    """The schedule over `total` steps; None where their number is not known yet."""
+    schedule = config.schedule
+    end = "" if schedule.name == "constant" else f" down to {schedule.final * config.optim.lr:g}"
+    known = total is not None or schedule.warmup >= 1
+    warmup = f"{warmup_steps(schedule, total or 0)} steps" if known else f"{schedule.warmup:.0%} of all steps"
+    _say("rate", f"{config.optim.lr:g}, {schedule.name}{end} after a warm-up of {warmup}, by {config.optim.name}")
+
+
+def _say_positions(run: Prepared) -> None:
+    config, limits = run.config, run.structure.limits
     if run.structure.max_length < config.train.max_length:
         _say("positions", f"{limits.hard}, and a row cannot have more: train.max_length={config.train.max_length} counts as that")
     elif limits.made_for is not None and limits.made_for < config.train.max_length:
@@ -128,6 +142,7 @@ def _balance(config: PretrainedConfig, asked: float | None) -> str:
 
 
 def _say_data(run: Prepared) -> None:
+    config = run.config
     for name, line in run.rows.lines():
         _say(name, line)
     for name, split in run.rows.splits:
@@ -142,7 +157,12 @@ def _say_data(run: Prepared) -> None:
         if rows.kind is Judgement and name == "train":
             _warn_of_labels(run.loss, rows)
     scored = "its score is read at the end of each completion" if run.blueprint.reward else f"{OPEN}scored{CLOSE}"
-    _say("first row", f"as the model sees it; {scored}")
+    if config.objective.metric in run.rows.unmeasured:
+        log.warning(
+            "%s needs both labels, and all rows of data.eval have one: it is left out, and nothing is judged by it",
+            config.objective.metric,
+        )
+    _say("first row", f"as the model sees it; {scored}" if run.rows.splits else "as a sampler is fed it")
     for name, text in run.rows.first_row(run.structure.tokenizer):
         _say(f"  {name}", text)
 

@@ -16,10 +16,11 @@ from halos.distributed.watchdog import outlive_no_launcher, together
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.log import summary
-from halos.logs import speak
+from halos.logs import speak, trace
 from halos.run.assemble import assemble
 from halos.rundir import FULL, RunDir, is_run
 from halos.trainers.base import Trainer
+from halos.trainers.memory import ran_out, remedies
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,24 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
                 directory.abandon()
             if isinstance(error, OSError) and error.errno in FULL:
                 raise UserError(f"no space is left for {error.filename or directory.path}: free some, and go on") from error
+            if ran_out(error):
+                return _out_of_memory(config, directory, error, held=lock.held)
             raise
+
+
+def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, held: bool) -> int:
+    """In one message, with what would help; the traceback is in the log."""
+    said = " ".join(str(error).split()).partition(" If reserved")[0]
+    trace(f"out of memory: {said}", error)
+    if held and is_run(directory.path):
+        before = directory.read_result() or {"step": 0, "metrics": {}}
+        directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {said}")
+        last = next(reversed(directory.saves().values()), None)
+        more = f" The run goes on from {last.name}: python train.py resume={directory.path} KEY=VALUE." if last else ""
+    else:
+        more = ""
+    log.error("out of memory (%s). What helps: %s.%s", said[:300], remedies(config), more)
+    return FAILED
 
 
 def _stopped_at_the_start(directory: RunDir, told: str, *, held: bool) -> int:

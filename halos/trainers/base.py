@@ -292,7 +292,7 @@ class Trainer(ABC):
     def _know_objective(self, means: Mapping[str, float]) -> None:
         """Raises UserError where what the run is judged by is not measured: at the first evaluation, so that little is lost."""
         metric = self.run.config.objective.metric
-        if metric not in self.run.last_eval and self.run.step == 0:
+        if metric not in self.run.last_eval and self.run.step == 0 and metric not in self.run.unmeasured:
             raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(sorted(means))}")
 
     def _evaluation_due(self) -> bool:

@@ -390,7 +390,7 @@ def test_the_code_on_an_adapters_card_gives_the_model_that_was_trained(
     (code,) = re.findall(r"```python\n(.*?)```", (out / "README.md").read_text(), re.S)
     assert "resize_token_embeddings" in code
     scope: dict[str, Any] = {}
-    exec(code.replace('"PATH"', repr(str(out))), scope)
+    exec(code.replace('"path/to/this/directory"', repr(str(out))), scope)
     merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "grown" / "FINAL").eval()
     ids = scope["tokenizer"]("<|yes|><|no|>Ada has 3 coins<|maybe|>", return_tensors="pt").input_ids
     with torch.no_grad():

@@ -59,17 +59,17 @@ def test_metrics_are_the_ones_worked_by_hand():
             "rewards/accuracies": 1 / 2,
             "logps/chosen": (-1.75 - 2.5) / 2,
             "logps/rejected": (-1.75 - 3.0) / 2,
-            "logps/accuracies": 1 / 2,  # the first pair ties, the second is -2.5 against -3
+            "logps/accuracies": 3 / 4,  # the first pair ties, which is half of one; the second is -2.5 against -3
         },
         abs=1e-6,
     )
 
 
 def test_reward_accuracy_and_ranking_accuracy_differ_at_the_start():
-    """Every implicit reward ties at 0 there, while the policy already ranks as its reference does."""
+    """Every implicit reward ties at 0 there, as a coin would rank, while the policy already ranks as its reference does."""
     policy, _ = margins(0.0, 0.0, 0.0)
     metrics = dpo(policy, policy, beta=0.1).metrics
-    assert number(metrics["rewards/accuracies"]) == 0
+    assert number(metrics["rewards/accuracies"]) == 0.5
     assert number(metrics["logps/accuracies"]) == 1
 
 

@@ -42,7 +42,7 @@ def test_a_margin_asks_for_more_and_does_not_change_the_accuracy():
     plain = bradley_terry(scores(margin=np.zeros(3)), centering=0.0)
     asked = bradley_terry(scores(margin=np.full(3, 5.0)), centering=0.0)
     assert (numbers(asked) > numbers(plain)).all()
-    assert number(asked.metrics["accuracy"]) == number(plain.metrics["accuracy"]) == pytest.approx(1 / 3)  # a tie is no win
+    assert number(asked.metrics["accuracy"]) == number(plain.metrics["accuracy"]) == pytest.approx(1 / 2)  # a tie is half a win
 
 
 def test_chosen_is_pushed_up_and_rejected_down_and_both_towards_the_centre():
@@ -64,7 +64,7 @@ def test_swapping_chosen_and_rejected_adds_the_difference():
 
 def test_metrics_are_the_ones_worked_by_hand():
     metrics = {k: number(v) for k, v in bradley_terry(scores(), centering=0.01).metrics.items()}
-    expected = {"accuracy": 1 / 3, "rewards/chosen": 2.5 / 3, "rewards/rejected": 2.75 / 3, "rewards/margins": -0.25 / 3}
+    expected = {"accuracy": 1 / 2, "rewards/chosen": 2.5 / 3, "rewards/rejected": 2.75 / 3, "rewards/margins": -0.25 / 3}
     assert metrics == pytest.approx(expected, abs=1e-6)
 
 

@@ -108,7 +108,7 @@ def test_what_cannot_be_live_is_told(tmp_path: Path, cache: Path) -> None:
         (["train.batch_size=2"], "cannot hold the 3 samples"),
         (["online.rounds=2"], "two ways of going on"),
         (["online.sampler.name=openai", "online.sampler.url=http://x/v1"], "a live loop samples with"),
-        (["online.sampler.max_new_tokens=256"], "no prompt leaves room"),
+        (["online.sampler.max_new_tokens=512"], "no prompt leaves room"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             train.start([*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *LIVE, *words, "exp_name=no"])

@@ -69,13 +69,27 @@ def test_where_less_is_better_the_least_is_first(tmp_path):
     assert values == ["1", "2", "3"]
 
 
-def test_of_several_objectives_the_one_that_most_runs_measure_is_shown(tmp_path):
+def test_of_several_objectives_the_one_that_most_runs_measure_is_shown_and_unlike_scales_are_not_ranked(tmp_path):
     run(tmp_path, "a-1", ["loss=dpo"], [0.5], metric="rewards/accuracies")
     run(tmp_path, "b-2", ["loss=kto"], [0.1], metric="rewards/margins")
     row = {"step": 9, "split": "eval", "rewards/margins": 0.3, "rewards/accuracies": 0.5}
     with (tmp_path / "a-1" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    assert "rewards/margins (max)" in compare(tmp_path)[0]
+    text = compare(tmp_path)[0]
+    assert "rewards/margins (not ranked)" in text
+    assert "Not ranked: rewards/margins is on a scale of each loss's own" in text
+
+
+def test_margins_that_a_knob_of_the_loss_stretches_give_way_to_a_measure_that_all_runs_share(tmp_path):
+    for name, beta, margin, accuracy in (("a-1", "0.1", 0.2, 0.9), ("b-2", "1.0", 1.5, 0.6)):
+        run(tmp_path, name, ["loss=dpo", f"loss.beta={beta}"], [margin], metric="rewards/margins")
+        with (tmp_path / name / "metrics.jsonl").open("a") as file:
+            row = {"step": 9, "split": "eval", "rewards/margins": margin, "rewards/accuracies": accuracy}
+            file.write(json.dumps(row) + "\n")
+    text = compare(tmp_path)[0]
+    assert "rewards/accuracies (max)" in text
+    assert text.index("0.9") < text.index("0.6")
+    assert "a scale that loss.beta moves" in text
 
 
 def test_a_place_without_runs_is_told(tmp_path):

@@ -92,6 +92,34 @@ def _check_keys(path: str, function: Callable[..., Any], settings: Mapping[str, 
         raise UserError(f"{path} lacks {missing[0]}; it takes {takes}: {{function: {path}, {missing[0]}: ...}}")
 
 
+class Asked(dict[str, Any]):
+    """A sample's record that remembers what it was asked for and does not have."""
+
+    def __init__(self, row: Mapping[str, Any]) -> None:
+        super().__init__(row)
+        self.lacking: dict[str, None] = {}
+
+    def __missing__(self, name: str) -> Any:
+        self.lacking[name] = None
+        raise KeyError(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        if super().get(name) is None:
+            self.lacking[name] = None
+        return super().get(name, default)
+
+
+def try_on(part: Part, row: Row, *, plugins: Sequence[str], timeout: float) -> Score:
+    """One function on one sample: ours here, a user's where it can hold up nothing."""
+    if part.path.startswith(f"{OWN}."):
+        return _scored([(part, part.load())], row)
+    functions = Functions([part], processes=1, timeout=timeout, plugins=plugins)
+    try:
+        return next(score for _, score in functions.score([row]))
+    finally:
+        functions.close()
+
+
 class Functions:
     """A weighted sum of functions. One that raises, hangs or crashes twice costs the sample its score, and is counted."""
 
@@ -212,10 +240,11 @@ def _work(pipe: Connection, parts: Sequence[Part], plugins: Sequence[str]) -> No
 def _scored(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]], float]]], sample: Row) -> Score:
     detail, total = {}, 0.0
     for part, function in functions:
+        asked = Asked(sample)
         try:
-            value = function(text_of(sample["output"]), sample)
+            value = function(text_of(sample["output"]), asked)
         except Exception as error:  # whatever a user's function does wrong is this sample's problem alone
-            return Score(None, f"{part.path} raised {type(error).__name__}: {error}")
+            return Score(None, f"{part.path} raised {type(error).__name__}: {error}", lacking=tuple(asked.lacking))
         if not isinstance(value, int | float) or not math.isfinite(value):
             return Score(None, f"{part.path} gave {value!r}, which is no number")
         detail[part.path.rpartition(".")[2]] = float(value)

@@ -17,6 +17,7 @@ class Score:
     problem: str = ""
     cost: float = 0.0
     detail: Mapping[str, Any] = field(default_factory=dict)  # such as the parts of a composition
+    lacking: tuple[str, ...] = ()  # columns that a function asked for and the sample does not have, where it raised
 
 
 class Labeller(Protocol):
