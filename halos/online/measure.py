@@ -14,6 +14,7 @@ from halos.online.feedback import by_prompt
 from halos.online.records import EVAL, TRAIN, Row, question, text_of
 
 PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # of two answers that a judge has compared
+HELD_OUT = ("reward", "reward/std", "length", "cut", "samples", "examples")  # what is measured of held-out answers, score or none
 LONGEST = 600  # characters of a prompt or completion that are shown
 
 

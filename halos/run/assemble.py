@@ -17,25 +17,10 @@ from halos.hooks.checkpoint import restore
 from halos.lock import RunLock
 from halos.models.load import refuse_other_model
 from halos.run import header, models, resume
-from halos.run.blueprint import Prepared, prepare
+from halos.run.blueprint import TRAINERS, Prepared, prepare
 from halos.trainers.base import Trainer
-from halos.trainers.paired import PairedTrainer
-from halos.trainers.policy_gradient import PolicyGradientTrainer
-from halos.trainers.reward import RewardTrainer
-from halos.trainers.sft import SFTTrainer
-from halos.trainers.unpaired import UnpairedTrainer
-from halos.types import Labelled, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
 
 log = logging.getLogger(__name__)
-
-TRAINERS: dict[type, type[Trainer]] = {
-    TokenLogps: SFTTrainer,
-    Pair: PairedTrainer,
-    Labelled: UnpairedTrainer,
-    PairScores: RewardTrainer,
-    Rollouts: PolicyGradientTrainer,
-    ValuedRollouts: PolicyGradientTrainer,
-}
 
 
 def assemble(

@@ -32,8 +32,24 @@ from halos.models.load import load_tokenizer
 from halos.models.locate import locate
 from halos.run import models
 from halos.run.batch_source import Feed, feed
+from halos.run.measured import refuse_unmeasured
 from halos.rundir import RunDir
-from halos.types import PairScores
+from halos.trainers.base import Trainer
+from halos.trainers.paired import PairedTrainer
+from halos.trainers.policy_gradient import PolicyGradientTrainer
+from halos.trainers.reward import RewardTrainer
+from halos.trainers.sft import SFTTrainer
+from halos.trainers.unpaired import UnpairedTrainer
+from halos.types import Labelled, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
+
+TRAINERS: dict[type, type[Trainer]] = {
+    TokenLogps: SFTTrainer,
+    Pair: PairedTrainer,
+    Labelled: UnpairedTrainer,
+    PairScores: RewardTrainer,
+    Rollouts: PolicyGradientTrainer,
+    ValuedRollouts: PolicyGradientTrainer,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +85,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     """Raises UserError for whatever is known to stand in a run's way before its weights are read; leaves nothing behind but
     what is cached."""
     loss = bind_loss(config.loss, config.plugins)
+    refuse_unmeasured(config, loss, TRAINERS[loss.inputs].derived)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
     refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)

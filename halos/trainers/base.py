@@ -91,7 +91,8 @@ class Trainer(ABC):
     def begin(self) -> None:  # noqa: B027  most have nothing to do
         """What is to be known of the data before the first step."""
 
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+    @staticmethod
+    def derived(means: Mapping[str, float]) -> dict[str, float]:
         """Metrics that are functions of other metrics' means."""
         return {}
 
@@ -185,9 +186,10 @@ class Trainer(ABC):
         means = self.exam() if self.exam else self._held_out_means()
         if self._cut_short():
             return  # and it is made when the run goes on
-        seconds = time.perf_counter() - began
+        seconds, first = time.perf_counter() - began, not run.last_eval
         run.last_eval = {"step": run.step, "split": "eval", **means, "seconds": round(seconds, 3)}
-        self._know_objective(means)
+        if first:
+            self._know_objective(means)
         self._tell(lambda hook: hook.on_eval(run, run.last_eval))
         self._clock += seconds
 
@@ -290,10 +292,14 @@ class Trainer(ABC):
         return self.run.stop is not None and not self.run.stop.finished
 
     def _know_objective(self, means: Mapping[str, float]) -> None:
-        """Raises UserError where what the run is judged by is not measured: at the first evaluation, so that little is lost."""
+        """Raises UserError where the first evaluation does not measure what the run is judged by, as a loss of a user's own may
+        not; what was trained until then is saved."""
         metric = self.run.config.objective.metric
-        if metric not in self.run.last_eval and self.run.step == 0 and metric not in self.run.unmeasured:
-            raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(sorted(means))}")
+        if metric in self.run.last_eval or metric in self.run.unmeasured:
+            return
+        if self.run.step:
+            self.save(final=False)
+        raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(sorted(means))}")
 
     def _evaluation_due(self) -> bool:
         """At the start, at every interval; and where a run goes on that was stopped before or during one."""

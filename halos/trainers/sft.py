@@ -19,5 +19,6 @@ class SFTTrainer(Trainer):
     def inputs(self, output: TokenLogps, chunk: Chunk) -> TokenLogps:
         return output
 
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+    @staticmethod
+    def derived(means: Mapping[str, float]) -> dict[str, float]:
         return {"perplexity": math.exp(min(means["loss"], 700.0))}

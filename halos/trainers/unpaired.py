@@ -20,6 +20,7 @@ class UnpairedTrainer(Trainer):
     def inputs(self, output: TokenLogps, chunk: Chunk) -> Labelled:
         return Labelled(output, torch.tensor([item.desirable for item in chunk.items], device=output.values.device))
 
-    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+    @staticmethod
+    def derived(means: Mapping[str, float]) -> dict[str, float]:
         both = "rewards/chosen" in means and "rewards/rejected" in means
         return {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]} if both else {}
