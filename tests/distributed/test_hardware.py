@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 PRETEND = """
 import torch
@@ -21,7 +23,7 @@ print(made.device.type, made.num_processes, made.mixed_precision)
 
 def test_one_process_on_one_gpu_needs_no_launcher() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", PRETEND], env=environment, capture_output=True, text=True, check=False)
+    done = processes.run([sys.executable, "-c", PRETEND], env=environment, capture_output=True, text=True, check=False)
     assert done.stdout.split() == ["cuda", "1", "bf16"], done.stderr
 
 
