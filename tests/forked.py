@@ -163,7 +163,8 @@ def _forget() -> None:
 
     atexit._clear()
     atexit.register(logging.shutdown)
-    weakref.finalize._registry.clear()  # would remove the parent's temporary directories
+    weakref.finalize._registry.clear()  # else the child's next finaliser removes the parent's temporary directories
+    weakref.finalize._registered_with_atexit = False
     GlobalHydra.instance().clear()
     HydraConfig.instance().cfg = None
     for state in (AcceleratorState, GradientState, PartialState):

@@ -43,6 +43,10 @@ class Nursery:
         theirs.close()
         atexit.register(self.close)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def close(self) -> None:
         if os.getpid() == self._owner:
             self._requests.close()
@@ -106,13 +110,13 @@ def _can_be_forked(given: Mapping[str, Any], environment: Mapping[str, str]) -> 
 
 
 def run(
-    command: Sequence[str], *, check: bool, capture_output: bool = False, **settings: Any
+    command: Sequence[str], *, check: bool, capture_output: bool = False, input: str | None = None, **settings: Any
 ) -> subprocess.CompletedProcess[Any]:
     """A process, to its end."""
-    if capture_output:
-        settings |= {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with Popen(command, **settings) as process:
-        out, err = process.communicate()
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if capture_output else {}
+    pipes |= {"stdin": subprocess.PIPE} if input is not None else {}
+    with Popen(command, **pipes, **settings) as process:
+        out, err = process.communicate(input)
     done = subprocess.CompletedProcess(command, process.returncode, out, err)
     if check:
         done.check_returncode()
