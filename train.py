@@ -325,7 +325,7 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
     config = gate.check(composed, [one.text for one in typed], choices)
     refuse_saved_addresses(config, [one.key for one in typed])
-    changed = changes.compare(config, Past(settings, run_dir.path, step_of(source) if source else None))
+    changed = changes.compare(config, past(run_dir, settings, step_of(source) if source else None))
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return config, changed
@@ -334,6 +334,11 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
 def last_settings(run_dir: RunDir) -> dict[str, Any]:
     """A run's configuration as it was last changed."""
     return saved.load(run_dir.read_config(), run_dir.read_attempts(), str(run_dir.path))
+
+
+def past(run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> Past:
+    by_content = saved.content(run_dir.read_attempts(), str(run_dir.path)) is not None
+    return Past(settings, run_dir.path, oldest, by_content)
 
 
 def refuse_on_resume(one: Typed, settings: dict[str, Any], run_dir: RunDir, choices: Choices) -> None:
@@ -426,7 +431,7 @@ def take_up(config: Config) -> list[Change]:
     run_dir.open()
     config.resume, config.overwrite = str(run_dir.path), False
     oldest = next(iter(run_dir.saves()), None)
-    changed = changes.compare(config, Past(last_settings(run_dir), run_dir.path, oldest))
+    changed = changes.compare(config, past(run_dir, last_settings(run_dir), oldest))
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return changed

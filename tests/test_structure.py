@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
     {"confined"},
+    {"hashes"},
     {"config", "logps", "losses", "metrics", "metrics_file", "journal", "lock", "logs", "versions"},
     {"rundir", "distributed"},
     {"merge"},

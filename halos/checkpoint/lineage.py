@@ -8,13 +8,12 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from halos.checkpoint.manifest import digest
 from halos.config.secrets import redact
 from halos.errors import UserError
+from halos.hashes import file_hashes
 from halos.merge.safetensors_io import weight_files
 
 NAME = "lineage.json"
@@ -22,25 +21,14 @@ FORMAT = 1
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
-@lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, modified: int) -> str:
-    return digest(path)
+def hashes(directory: Path, cache: Path | None = None) -> dict[str, str]:
+    """SHA-256 of each weight file of a model or an adapter; with a `cache` (a cache_dir) read once, whatever process asks."""
+    return file_hashes(weight_files(directory), cache)
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256; read once as long as size and time of change stay."""
-    facts = path.stat()
-    return _digest(path.resolve(), facts.st_size, facts.st_mtime_ns)
-
-
-def hashes(directory: Path) -> dict[str, str]:
-    """SHA-256 of each weight file of a model or an adapter."""
-    return {path.name: file_hash(path) for path in weight_files(directory)}
-
-
-def identity(directory: Path) -> str:
+def identity(directory: Path, cache: Path | None = None) -> str:
     """One hash for a model's or an adapter's weights: over the sorted hashes of its files, so that their names do not matter."""
-    return hashlib.sha256("\n".join(sorted(hashes(directory).values())).encode()).hexdigest()
+    return hashlib.sha256("\n".join(sorted(hashes(directory, cache).values())).encode()).hexdigest()
 
 
 def read(directory: Path) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from halos import confined
 from halos.errors import UserError, one_line
+from halos.hashes import digest
 
 NAME = "manifest.json"
 FORMAT = 1
@@ -32,11 +33,6 @@ class Fault:
 
     def __str__(self) -> str:
         return f"{one_line(self.file)}: {self.reason}"
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def files_of(directory: Path) -> list[Path]:

@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halos.config.paths import BUNDLED_MODELS
+from halos.config.paths import BUNDLED_MODELS, located
 from halos.config.schema import Config
 from halos.config.values import show
 from halos.errors import UserError
 
 SAFE = "safe"  # what a step computes does not depend on it
 MATHEMATICAL = "mathematical"  # it does
+CONTENT = "content"  # it does on what the key names, wherever that lies: compared when it has been read, by content.py
 COMMAND = "command"  # of one command, or of the place where the run lies: never compared
 
 
@@ -25,6 +26,7 @@ class Past:
     settings: Mapping[str, Any]  # as it was last configured
     path: Path
     oldest: int | None  # step of its oldest checkpoint, below which it can only start over
+    by_content: bool = False  # whether it has recorded what it stands on; else all that can be compared are names
 
 
 Condition = Callable[[Config, Past], str | None]  # why the change would alter what is computed; None where it would not
@@ -95,20 +97,25 @@ def _objective(config: Config, past: Past) -> str | None:
     return "early stopping remembers the best of the other objective" if config.train.early_stopping is not None else None
 
 
+def _scorer(config: Config, past: Past) -> str | None:
+    """A reward model is compared by its content; a judge has but a name."""
+    return None if past.by_content and config.online is not None and config.online.labeller.name == "reward_model" else ""
+
+
 CHANGES: dict[str, str | Condition] = {
     "loss": MATHEMATICAL,
-    "model.name_or_path": MATHEMATICAL,
-    "model.revision": MATHEMATICAL,
+    "model.name_or_path": CONTENT,
+    "model.revision": CONTENT,
     "model.dtype": MATHEMATICAL,
     "model.attention": MATHEMATICAL,
-    "model.chat_template": MATHEMATICAL,
+    "model.chat_template": CONTENT,
     "model.add_tokens": MATHEMATICAL,
     "model.quantize": MATHEMATICAL,
-    "reference.name_or_path": MATHEMATICAL,
-    "reference.revision": MATHEMATICAL,
-    "data.train": MATHEMATICAL,
-    "data.eval": MATHEMATICAL,  # what keep_best and early stopping compare
-    "data.root": MATHEMATICAL,
+    "reference.name_or_path": CONTENT,
+    "reference.revision": CONTENT,
+    "data.train": CONTENT,
+    "data.eval": CONTENT,  # what keep_best and early stopping compare
+    "data.root": CONTENT,
     "data.score": MATHEMATICAL,
     "peft.name": MATHEMATICAL,
     "peft.r": MATHEMATICAL,
@@ -122,7 +129,7 @@ CHANGES: dict[str, str | Condition] = {
     "peft.rank_pattern": MATHEMATICAL,
     "peft.alpha_pattern": MATHEMATICAL,
     "peft.modules_to_save": MATHEMATICAL,
-    "peft.init_from": MATHEMATICAL,
+    "peft.init_from": CONTENT,
     "train.steps": _length,
     "train.epochs": _length,
     "train.batch_size": MATHEMATICAL,
@@ -175,14 +182,14 @@ CHANGES: dict[str, str | Condition] = {
     "online.sampler.concurrency": SAFE,
     "online.labeller.name": MATHEMATICAL,
     "online.labeller.functions": MATHEMATICAL,
-    "online.labeller.model": MATHEMATICAL,
+    "online.labeller.model": _scorer,
     "online.labeller.label": MATHEMATICAL,
     "online.labeller.batch_size": SAFE,
     "online.labeller.processes": SAFE,
     "online.labeller.timeout": MATHEMATICAL,  # what takes longer has no score
     "online.labeller.url": SAFE,
     "online.labeller.pairwise": MATHEMATICAL,
-    "online.labeller.rubric": MATHEMATICAL,
+    "online.labeller.rubric": CONTENT,
     "online.labeller.concurrency": SAFE,
     "online.labeller.max_requests": SAFE,
     "online.labeller.max_cost": SAFE,
@@ -218,8 +225,11 @@ def compare(config: Config, past: Past) -> list[Change]:
     for key, verdict in CHANGES.items():
         if verdict == COMMAND:
             continue
-        for name, old, new in _differences(key, _at(past.settings, key), _at(asdict(config), key)):
-            safe = verdict == SAFE or not present(past.settings, key)  # a key that is younger than the run had no value in it
+        values = _at(past.settings, key), _at(asdict(config), key)
+        for name, old, new in _differences(key, *(map(located, values) if verdict == CONTENT else values)):
+            by_content = verdict == CONTENT and past.by_content
+            # a key that is younger than the run had no value in it
+            safe = verdict == SAFE or by_content or not present(past.settings, key)
             why = None if safe else "" if isinstance(verdict, str) else verdict(config, past)
             changes.append(Change(name, old, new, why))
     return changes
@@ -230,8 +240,9 @@ def refuse(changes: Sequence[Change], path: Path) -> None:
     told = [f"{change}{f' ({change.why})' if change.why else ''}" for change in changes if change.why is not None]
     if told:
         raise UserError(
-            f"{path} would no longer compute what it began: {'; '.join(told)}. Leave that out; or add resume_changes=allow, and"
-            " it goes on changed, on record; or begin a new run from what it has trained, without resume="
+            f"{path} would no longer compute what it began: {'; '.join(told)}. Leave that out, or put it back; or add"
+            " resume_changes=allow, and it goes on changed, on record; or begin a new run from what it has trained, without"
+            " resume="
         )
 
 

@@ -21,8 +21,20 @@ FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow",
 ROOM = 50 * 2**20  # bytes; less than this holds no run, however small
 
 
+def located(value: Any) -> Any:
+    """A path that leads somewhere from here as one that leads there from anywhere, in entries of data too; the rest as it is."""
+    if isinstance(value, list):
+        return [located(entry) for entry in value]
+    if isinstance(value, Mapping):
+        return {**value, "path": located(value["path"])} if isinstance(value.get("path"), str) else value
+    if not isinstance(value, str) or "{" in value or value in BUNDLED_MODELS + BUNDLED_DATA:
+        return value
+    path = _expanded(value)
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
 def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raises UserError for a path that leads nowhere; expands ~ in those that do."""
+    """Raises UserError for a path that leads nowhere; makes those that do lead there from anywhere, and expands ~."""
     config.output_root, config.run_dir, config.cache_dir = map(_expanded, (config.output_root, config.run_dir, config.cache_dir))
     for model, key in ((config.model, "model.name_or_path"), (config.reference, "reference.name_or_path")):
         if model.name_or_path is not None:
@@ -36,10 +48,25 @@ def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
     config.data.train = [_checked_source(source, f"data.train.{i}", config) for i, source in enumerate(config.data.train)]
     config.data.eval = [_checked_source(source, f"data.eval.{i}", config) for i, source in enumerate(config.data.eval)]
     _check_starts(config)
+    _locate(config)
     if not config.data.train:
         raise UserError("data.train is []: give at least one file or name, data.train=[a.jsonl]")
     _check_room(config.run_dir, "run_dir")
     _check_room(config.cache_dir, "cache_dir")
+
+
+def _locate(config: Config) -> None:
+    """A run may be gone on with from another directory, where a relative path would lead nowhere, or elsewhere."""
+    for section in (config.model, config.reference):
+        section.name_or_path = located(section.name_or_path)
+    config.model.chat_template = located(config.model.chat_template)
+    config.peft.init_from, config.optim.init_from = located(config.peft.init_from), located(config.optim.init_from)
+    config.data.root, config.data.train, config.data.eval = map(located, (config.data.root, config.data.train, config.data.eval))
+    if config.online is not None:
+        labeller, sampler = config.online.labeller, config.online.sampler
+        labeller.rubric, sampler.python = located(labeller.rubric), located(sampler.python)
+        if labeller.name == "reward_model":
+            labeller.model = located(labeller.model)
 
 
 def _check_starts(config: Config) -> None:

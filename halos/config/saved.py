@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from halos.config import changes
+from halos.config.content import Content
 from halos.config.schema import Config
 from halos.config.suggest import unknown_key
 from halos.config.values import to_type
@@ -46,6 +47,14 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     except OmegaConfBaseException as error:
         raise UserError(f"{run_dir}/config.yaml does not fit this version: {_told(error)}") from error
     return settings
+
+
+def content(attempts: Mapping[str, str], run_dir: str) -> Content | None:
+    """What the run in `run_dir` stood on when it last started; None where none of its starts recorded it."""
+    for name, record in reversed(list(attempts.items())):
+        if (known := Content.read(_parsed(record, f"{run_dir}/attempts/{name}"))) is not None:
+            return known
+    return None
 
 
 def composed(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:

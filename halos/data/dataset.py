@@ -91,11 +91,13 @@ class Writer:
         self._file = (directory / ROWS).open("wb")
         self._arrow = pa.ipc.new_file(self._file, _SCHEMA)
         self._groups: dict[bytes, int] = {}
+        self._content = hashlib.sha256()
 
     def write(self, items: Iterable[tuple[Item, int]]) -> None:
         """Each item with the index of its source."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         for item, source in items:
+            _add(self._content, item, source)
             columns["prompt"].append(item.prompt)
             for name, completion in zip(_COMPLETIONS, (*item.completions, None), strict=False):
                 columns[name].append(completion.ids if completion else ())
@@ -116,8 +118,9 @@ class Writer:
     def finish(self, meta: dict[str, Any]) -> None:
         """Everything is on the disk when this returns."""
         self._arrow.close()
+        self._content.update(json.dumps([meta["kind"], meta["weights"]]).encode())
         with (self._directory / META).open("w") as notes:
-            json.dump(meta, notes, indent=1)
+            json.dump({**meta, "content": self._content.hexdigest()}, notes, indent=1)
             for file in (self._file, notes):
                 file.flush()
                 os.fsync(file.fileno())
@@ -125,6 +128,15 @@ class Writer:
     def close(self) -> None:
         """Let go of the file, finished or not."""
         self._file.close()
+
+
+def _add(content: Any, item: Item, source: int) -> None:
+    """All of an item that training sees; not where it came from, so that the same rows out of another file are the same."""
+    arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
+    arrays += [item.logps] if item.logps is not None else []
+    content.update(json.dumps([source, item.desirable, item.margin, item.reward, [len(array) for array in arrays]]).encode())
+    for array in arrays:
+        content.update(np.ascontiguousarray(array).tobytes())
 
 
 def _spans(scored: np.ndarray) -> np.ndarray:
@@ -142,6 +154,7 @@ class Dataset:
         table = pa.ipc.open_file(pa.memory_map(str(path / ROWS))).read_all()
         self.kind = KINDS[meta["kind"]]
         self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources
+        self.content: str = meta["content"]  # a hash of all rows in their order, and of what becomes of them
         self.report = tuple(Counts(**counts) for counts in meta["report"])  # one per source
         self.groups = numbers(table["group"])  # (N,) equal prompts share a number
         self.sources = numbers(table["source"])  # (N,) index into weights and report

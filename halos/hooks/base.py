@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
+from halos.config.content import Content
 from halos.config.schema import Config
 from halos.logps.vocabulary import Vocabulary
 from halos.metrics import Window
@@ -64,6 +65,7 @@ class Run:
     total_steps: int
     max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
     unmeasured: frozenset[str] = frozenset()  # metrics that the held-out rows cannot give, and nobody is to wait for
+    content: Content | None = None  # what it stands on; on the first process
     step: int = 0
     examples: int = 0  # read so far, over all processes, those of skipped steps too
     tokens: int = 0

@@ -10,24 +10,18 @@ from peft import PeftModel
 from halos import __version__
 from halos.checkpoint import card, lineage
 from halos.checkpoint.find import name_of
-from halos.data.sources import content_hash
 from halos.hooks.base import Run
 
 
 def begin(run: Run) -> dict[str, Any]:
     """The chain up to this run. Raises UserError where a resumed adapter meets another base than it was trained on."""
+    assert run.content is not None, "the first process has read what the run stands on"
     saved = run.directory.checkpoints / name_of(run.step)
     if run.step and isinstance(run.model, PeftModel):
         lineage.refuse_other_base(lineage.read(saved), run.base, str(saved))
-    data = {purpose: [_source(entry, purpose) for entry in entries]
-            for purpose, entries in (("train", run.config.data.train), ("eval", run.config.data.eval))}  # fmt: skip
     loss = run.config.loss["_target_"].split(".")[-2]
-    return lineage.begin(run.base, asdict(run.config), loss=loss, data=data, halos=__version__)
-
-
-def _source(entry: Any, purpose: str) -> dict[str, Any]:
-    source = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-    return {**{key: value for key, value in source.items() if value is not None}, "hash": content_hash(entry, purpose)}
+    facts = {"data": run.content.sources, "content": run.content.hashes}
+    return lineage.begin(run.base, asdict(run.config), loss=loss, **facts, halos=__version__)
 
 
 def leave(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,7 @@ def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str) -> li
     found: dict[str, Row] = {}
     for entry in entries:
         for record in open_source(Source.of(entry), Demonstration, purpose).rows():
-            row = _row(record)
+            row = _row(record, found)
             twin = found.setdefault(row["prompt_id"], row)
             if twin["prompt"] != row["prompt"]:
                 raise UserError(f"{record.where}: two prompts have the prompt_id {row['prompt_id']!r}")
@@ -39,14 +42,27 @@ def _once(rows: list[Row]) -> list[Row]:
     return list(seen.values())
 
 
-def _row(record: DataRow) -> Row:
+def digest(rows: Sequence[Row]) -> str:
+    """A hash of prompts in their order, with all that decides what is sampled of them and how that is scored."""
+    kept = [{name: value for name, value in row.items() if name != "ids"} for row in rows]
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _row(record: DataRow, taken: Collection[str]) -> Row:
     prompt, solution = read_prompt(record)
     own = record.record.get("prompt_id")
-    row: Row = {"type": "prompt", "prompt_id": str(own) if own is not None else record.where, "prompt": list(map(dict, prompt))}
+    name = str(own) if own is not None else _own_name(record.where, taken)
+    row: Row = {"type": "prompt", "prompt_id": name, "prompt": list(map(dict, prompt))}
     for name in ("samples", "temperature", "split"):  # of a prompts.jsonl that a round has written
         if record.record.get("type") == "prompt" and record.record.get(name) is not None:
             row[name] = record.record[name]
     return row if solution is None else {**row, "solution": solution}
+
+
+def _own_name(where: str, taken: Collection[str]) -> str:
+    """`a.jsonl:3` without its directory, since what is drawn for a prompt depends on its name: a moved file gives the same."""
+    name = where.rpartition("/")[2]
+    return name if name not in taken else next(each for n in count(2) if (each := f"{name}~{n}") not in taken)
 
 
 def for_round(prompts: Sequence[Row], number: int, *, count: int, samples: int, seed: int) -> list[Row]:

@@ -42,7 +42,7 @@ def assemble(
     elif config.optim.init_from is not None:
         load_optimizer(Path(config.optim.init_from) / "state", current.module, current.optimizer)
     if made.is_main_process:
-        resume.record(current, typed, source, changed)
+        resume.record(current, typed, source, changed, run.changed)
     skeleton = partial(models.structure, run.structure.shelf, reward=False)
     rows = run.rows.open(current, skeleton)
     header.write(run, made)
@@ -68,4 +68,5 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
         config=config, directory=run.directory, accelerator=made, module=module, model=inner, base=shelf.base,
         vocabulary=shelf.vocabulary, optimizer=optimizer, tokenizer=shelf.tokenizer, reward=blueprint.reward,
         total_steps=blueprint.total_steps, max_length=blueprint.max_length, unmeasured=run.rows.unmeasured, hooks=dict(run.hooks),
+        content=run.content,
     )  # fmt: skip

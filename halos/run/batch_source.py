@@ -19,6 +19,7 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.labellers.of_config import labeller_of, refuse_unscorable
 from halos.online.live import Live, Prompts, server_of
+from halos.online.prompts import digest
 from halos.run import datasets
 from halos.run.shown import rendered, visible
 from halos.rundir import RunDir
@@ -52,6 +53,10 @@ class Feed(Protocol):
         """The first one as the model is to see it: what each part is, and its text."""
         ...
 
+    def contents(self) -> dict[str, str | None]:
+        """Hashes of what is trained on and evaluated with, by the keys that name it."""
+        ...
+
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened: ...
 
 
@@ -80,6 +85,11 @@ class FromFiles:
 
     def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
         return rendered(self.train.rows[0], tokenizer)
+
+    def contents(self) -> dict[str, str | None]:
+        rows = (self.train.rows, self.held_out.rows if self.held_out else None)
+        return {key: each.content if isinstance(each, Dataset) else None
+                for key, each in zip(("data.train", "data.eval"), rows, strict=True)}  # fmt: skip
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
         return Opened(self.train, self.held_out, self.order)
@@ -115,6 +125,9 @@ class FromPolicy:
 
     def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
         return [("prompt", visible(tokenizer, self.prompts.train[0]["ids"]))]
+
+    def contents(self) -> dict[str, str | None]:
+        return {"data.train": digest(self.prompts.train), "data.eval": digest(self.prompts.exam) if self.prompts.exam else None}
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
         source = Live(run, self.prompts, self.labeller, self.server, skeleton)

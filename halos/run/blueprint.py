@@ -1,6 +1,6 @@
 """From a checked config to a run before its weights: every check that needs none, in one order, for runs and dry runs alike."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec, bind_hook, bind_loss
+from halos.config.changes import Change
+from halos.config.content import Content
 from halos.config.schema import Config
 from halos.data.template import chat_template
 from halos.data.tokenize import end_of_turn
@@ -30,7 +32,7 @@ from halos.logps.vocabulary import Vocabulary
 from halos.models import positions
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
-from halos.run import models
+from halos.run import contents, models
 from halos.run.batch_source import Feed, feed
 from halos.run.measured import refuse_unmeasured
 from halos.rundir import RunDir
@@ -79,6 +81,8 @@ class Prepared:
     checkpoint: CheckpointHook
     hooks: Mapping[str, Hook]
     blueprint: Blueprint
+    content: Content | None  # what the run stands on; on the first process
+    changed: Sequence[Change]  # in it, since it was last started
 
 
 def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared:
@@ -101,7 +105,24 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
     blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
     agree(made, "hooks", ", ".join(hooks), complaint(hooks.values(), blueprint))
-    return Prepared(config, loss, directory, structure, rows, checkpoint, hooks, blueprint)
+    content, changed = stand_on(config, directory, structure, rows, made)
+    return Prepared(config, loss, directory, structure, rows, checkpoint, hooks, blueprint, content, changed)
+
+
+def stand_on(
+    config: Config, directory: RunDir, structure: Structure, rows: Feed, made: Accelerator
+) -> tuple[Content | None, Sequence[Change]]:
+    """What the run stands on, by content, and what of it has changed. Raises UserError for a change that was not allowed."""
+    content, changed, problem = None, list[Change](), None
+    if made.is_main_process:
+        try:
+            base, named = structure.shelf.base, structure.named
+            content = contents.read(config, structure.tokenizer, rows.contents(), base=base, reference=named)
+            changed = contents.changed(config, directory, content) if config.resume else []
+        except UserError as error:
+            problem = str(error)
+    agree(made, "content", "", problem)
+    return content, changed
 
 
 def locate_base(config: Config) -> Path:

@@ -83,21 +83,26 @@ def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total
         )
 
 
-def record(current: Run, typed: list[str], source: find.Found, changed: Sequence[Change]) -> None:
+def record(
+    current: Run, typed: list[str], source: find.Found, changed: Sequence[Change], content_changed: Sequence[Change]
+) -> None:
+    """attempts/NNN.yaml of this start, and what a run that goes on leaves behind. What changed are keys, or what they name."""
     directory, resume = current.directory, current.config.resume
     for line in source.passed_over:
         log.warning(line)
     went_on = f"checkpoints/{source.path.name}" if source.path else "nothing: step 0"
     if resume:
         log.info("going on from %s%s", went_on, _not_known_to_be_good(directory, current.step))
-        _tell_changes(changed, current.step)
+        _tell_changes([*changed, *content_changed], current.step)
         place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
         if moved:
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
     how = strategy.name_of(current.module)
     attempt = header.attempt(typed, current.accelerator, how=how, source=went_on, total_steps=current.total_steps)
-    altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
-    directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over})
+    both = (("changed", changed), ("content_changed", content_changed))
+    altered = {name: {each.key: [each.old, each.new] for each in some} for name, some in both if some}
+    stands_on = current.content.record() if current.content is not None else {}
+    directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over, **stands_on})
     if damaged := directory.go_on_from(current.step if source.path else -1):
         log.warning("%d lines of metrics.jsonl were damaged, and stand in %s now", damaged, DAMAGED)
     directory.write_result("running", current.step, {})

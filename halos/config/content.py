@@ -1,0 +1,80 @@
+"""What a run stands on, by content: what an earlier start of it recorded against what lies there now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from halos.config.changes import Change
+from halos.hashes import short
+
+RECORDED = ("content", "sources")  # keys of an attempt's record and of a lineage
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Hashes under the keys that name what was hashed; None where the run has no such thing.
+
+    Of data there is one hash for the rows as they are trained on, and one for each source, which only says where rows that
+    are other ones come from: the same rows out of other files are the same.
+    """
+
+    hashes: dict[str, str | None]
+    sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by purpose: an entry of the config, and its hash
+
+    @classmethod
+    def read(cls, record: Mapping[str, Any]) -> Content | None:
+        """What a record holds; None of one that is older than such records."""
+        hashes, sources = (record.get(name) for name in RECORDED)
+        if not isinstance(hashes, Mapping) or not isinstance(sources, Mapping):
+            return None
+        return cls(dict(hashes), {name: list(entries) for name, entries in sources.items()})
+
+    @classmethod
+    def of_lineage(cls, run: Mapping[str, Any]) -> Content | None:
+        """What the last run of a lineage stood on; of an older one what it has: the base's weights and the data's sources."""
+        base, data = run.get("base"), run.get("data")
+        if not isinstance(base, Mapping) or not isinstance(data, Mapping):
+            return None
+        hashes = run.get("content")
+        return cls(dict(hashes) if isinstance(hashes, Mapping) else {"model.weights": base.get("sha256")}, dict(data))
+
+    def record(self) -> dict[str, Any]:
+        return {"content": self.hashes, "sources": self.sources}
+
+
+def compare(before: Content, now: Content, places: Mapping[str, str]) -> list[Change]:
+    """What is no longer what it was. What was not recorded is not compared. `places` say where it lies now."""
+    found = []
+    for key, value in now.hashes.items():
+        purpose = key.removeprefix("data.")
+        if key not in before.hashes and key.startswith("data.") and before.sources:
+            found += _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, []))
+        elif key in before.hashes and before.hashes[key] != value:
+            files = _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, [])) if purpose != key else []
+            where = places.get(key) or places.get(key.partition(".")[0])
+            found += files or [
+                Change(
+                    f"{key} {where} (content)" if where else f"{key} (content)",
+                    short(before.hashes[key]),
+                    short(value),
+                    _why(key),
+                )
+            ]
+    return found
+
+
+def _why(key: str) -> str:
+    same = "its files are the same: the tokenizer, the template or a library makes other rows of them"
+    return same if key.startswith("data.") else ""
+
+
+def _sources(key: str, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[Change]:
+    """The entries whose content is another one, in the place where they stand."""
+    pairs = zip(before, now, strict=False)
+    found = [Change(f"{key} {new['path']} (content)", short(old["hash"]), short(new["hash"]), "")
+             for old, new in pairs if old.get("hash") != new.get("hash")]  # fmt: skip
+    if len(before) != len(now):
+        found.append(Change(f"{key} (number of sources)", len(before), len(now), ""))
+    return found

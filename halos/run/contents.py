@@ -1,0 +1,115 @@
+"""What a run stands on, hashed at its start, and compared with what it stood on before."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from halos import confined
+from halos.checkpoint import find, lineage, manifest
+from halos.config import changes, saved
+from halos.config.changes import Change
+from halos.config.content import Content, compare
+from halos.config.schema import Config
+from halos.data.sources import content_hash
+from halos.hashes import file_hash
+from halos.models.locate import locate
+from halos.rundir import RunDir
+
+log = logging.getLogger(__name__)
+
+ARITHMETIC = 1  # goes up with a change to this code after which a step of a run that has begun would be another step
+UNREAD = ("transformers_version", "_name_or_path")  # of a config.json: nothing is computed from them
+
+
+def read(
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Mapping[str, str | None],
+    *,
+    base: Path,
+    reference: Path | None,
+) -> Content:
+    """`rows` are the hashes of the data as it is trained on; `base` and `reference` the directories of their weights."""
+    cache = Path(config.cache_dir)
+    hashes: dict[str, str | None] = {
+        "arithmetic": str(ARITHMETIC),
+        **rows,
+        "model.chat_template": _of(tokenizer.chat_template),
+        "model.tokenizer": _tokenizer(base, tokenizer, cache),
+        **_model("model", base, cache),
+        **_model("reference", reference, cache),
+        "peft.init_from": None,
+        **_scorer(config, cache),
+    }
+    if config.peft.name == "lora" and config.peft.init_from is not None:
+        hashes["peft.init_from"] = lineage.identity(Path(config.peft.init_from), cache)
+    return Content(hashes, {purpose: [_source(entry, purpose) for entry in entries]
+                            for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
+
+
+def _of(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> str:
+    """By its files and what became of them, not by what a library's version writes of it."""
+    file = base / "tokenizer.json"
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    return _of([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
+
+
+def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | None]:
+    found: dict[str, str | None] = {f"{name}.weights": None if directory is None else lineage.identity(directory, cache)}
+    for file in ("config.json", "generation_config.json"):
+        path = directory / file if directory is not None else None
+        facts = confined.load_object(path) if path is not None and path.is_file() else None
+        known = None if facts is None else {key: value for key, value in facts.items() if key not in UNREAD}
+        found[f"{name}.{file}"] = None if known is None else _of(known)
+    return found
+
+
+def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
+    """What scores a live loop's samples."""
+    found: dict[str, str | None] = {"online.labeller.model": None, "online.labeller.rubric": None}
+    labeller = config.online.labeller if config.online is not None else None
+    if labeller is not None and labeller.name == "reward_model" and labeller.model is not None:
+        found["online.labeller.model"] = lineage.identity(locate(labeller.model, None, cache), cache)
+    if labeller is not None and labeller.rubric is not None:
+        found["online.labeller.rubric"] = file_hash(Path(labeller.rubric))
+    return found
+
+
+def _source(entry: Any, purpose: str) -> dict[str, Any]:
+    source = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
+    return {**{key: value for key, value in source.items() if value is not None}, "hash": content_hash(entry, purpose)}
+
+
+def changed(config: Config, directory: RunDir, now: Content) -> list[Change]:
+    """What has become another thing since the run last started. Raises UserError unless resume_changes=allow."""
+    before = recorded(directory)
+    if before is None:
+        log.info("an older version began this run and recorded no contents: only names are compared, from now on contents too")
+        return []
+    template = config.model.chat_template
+    places = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
+              "model.chat_template": template if template is None or "{" not in template else "as typed"}  # fmt: skip
+    found = compare(before, now, {key: place for key, place in places.items() if place is not None})
+    if config.resume_changes == "refuse":
+        changes.refuse(found, directory.path)
+    return found
+
+
+def recorded(directory: RunDir) -> Content | None:
+    """What its newest start recorded; of a run that is older than such records what is sealed in its newest checkpoint."""
+    if (known := saved.content(directory.read_attempts(), str(directory.path))) is not None:
+        return known
+    for path in reversed(find.checkpoints(directory.checkpoints)):
+        chain = lineage.read(path) if not manifest.verify(path, contents=False) else None
+        if chain is not None:
+            return Content.of_lineage(chain["runs"][-1])
+    return None

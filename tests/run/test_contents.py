@@ -1,0 +1,212 @@
+"""A run that is gone on with stands on what it stood on, by content: what changed is named, and what only moved is welcome."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import compose
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import train
+from halos.errors import UserError
+from halos.models import tiny
+from halos.run.lifecycle import run
+
+WORDS = ["loss=dpo", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=9", "optim.lr=1e-3",
+         "train.eval_every=null", "train.eval_at_start=false", "train.max_length=128"]  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ('<|end|>' if m['role'] == 'assistant' else '\n') }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+def pairs(count: int, word: str = "no") -> list[str]:
+    return [json.dumps({"prompt": f"Count {n}", "chosen": f"one {n % 7}", "rejected": f"{word} {n}"}) for n in range(count)]
+
+
+class World:
+    """A base, data and a template in `place`, and in runs/ a run of two steps of four for each way of training."""
+
+    def __init__(self, place: Path, cache: Path) -> None:
+        self.place, self.cache = place, cache
+        self.base, self.data, self.held_out, self.template = (place / name for name in ("base", "s.jsonl", "e.jsonl", "t.jinja"))
+        tiny.build(self.base)
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
+        LlamaForCausalLM(LlamaConfig.from_pretrained(self.base, num_key_value_heads=2, **sizes)).save_pretrained(self.base)
+        self.data.write_text("\n".join(pairs(24)))
+        self.held_out.write_text("\n".join(pairs(8)))
+        self.template.write_text(TEMPLATE)
+
+    def words(self, name: str, *more: str) -> list[str]:
+        return [*WORDS, f"model.name_or_path={self.base}", f"model.chat_template={self.template}", f"data.train=[{self.data}]",
+                f"data.eval=[{self.held_out}]", f"exp_name={name}", *more]  # fmt: skip
+
+    def begin(self, name: str, *more: str) -> Path:
+        """A run that was stopped at step 2."""
+        config = compose(self.cache, self.place / "runs", *self.words(name, *more))
+        assert run(config, []) == 0
+        return stopped(Path(config.run_dir))
+
+
+def stopped(directory: Path) -> Path:
+    shutil.rmtree(directory / "FINAL")
+    shutil.rmtree(directory / "checkpoints" / "step-00000004")
+    (directory / "result.json").write_text('{"status": "stopped", "step": 2, "metrics": {}}')
+    return directory
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
+    made = World(tmp_path_factory.mktemp("world"), cache)
+    made.begin("lora", "peft=lora", "peft.r=2")
+    made.begin("full")
+    return made
+
+
+def resume(directory: Path, *words: str) -> int:
+    return train.start([f"resume={directory}", *words])
+
+
+def refusal(directory: Path, *words: str) -> str:
+    with pytest.raises(UserError) as caught:
+        resume(directory, *words)
+    return str(caught.value)
+
+
+def attempts(directory: Path) -> list[dict[str, object]]:
+    return [yaml.safe_load(path.read_text()) for path in sorted((directory / "attempts").glob("*.yaml"))]
+
+
+def copied(directory: Path, place: Path) -> Path:
+    return Path(shutil.copytree(directory, place / directory.name))
+
+
+# --- what has changed
+
+
+def reversed_rows(world: World) -> None:
+    world.data.write_text("\n".join(pairs(24)[::-1]))
+
+
+def cut_rows(world: World) -> None:
+    world.data.write_text("\n".join(pairs(23)))
+
+
+def other_rows(world: World) -> None:
+    world.data.write_text("\n".join(pairs(24, "never")))
+
+
+def other_held_out(world: World) -> None:
+    world.held_out.write_text("\n".join(pairs(8, "never")))
+
+
+def scaled_weights(world: World) -> None:
+    path = world.base / "model.safetensors"
+    save_file({name: value * 1.3 for name, value in load_file(path).items()}, path, {"format": "pt"})
+
+
+def other_settings(world: World) -> None:
+    path = world.base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-2}))
+
+
+def other_template(world: World) -> None:
+    world.template.write_text(TEMPLATE.replace("assistant: ", "assistant  "))
+
+
+def other_tokenizer(world: World) -> None:
+    path = world.base / "tokenizer.json"
+    path.write_text(path.read_text().replace('"ignore_merges": true', '"ignore_merges": false'))
+
+
+CHANGED = [
+    (reversed_rows, "data.train {}/s.jsonl (content)"),
+    (cut_rows, "data.train {}/s.jsonl (content)"),
+    (other_rows, "data.train {}/s.jsonl (content)"),
+    (other_held_out, "data.eval {}/e.jsonl (content)"),
+    (scaled_weights, "model.weights {}/base (content)"),
+    (other_settings, "model.config.json {}/base (content)"),
+    (other_template, "model.chat_template {}/t.jinja (content)"),
+    (other_tokenizer, "model.tokenizer {}/base (content)"),
+]
+
+
+@pytest.fixture
+def mended(world: World) -> object:
+    """What a test changes in the world is put back."""
+    files = [world.data, world.held_out, world.template, *(path for path in world.base.iterdir() if path.is_file())]
+    before = {path: path.read_bytes() for path in files}
+    yield
+    for path, content in before.items():
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@pytest.mark.parametrize(("change", "named"), CHANGED, ids=lambda part: part.__name__ if callable(part) else "")
+def test_what_a_run_stands_on_is_refused_by_name_when_it_has_changed(
+    change: Callable[[World], None], named: str, kind: str, world: World, mended: object
+) -> None:
+    directory = world.place / "runs" / kind
+    change(world)
+    before = {path: path.read_bytes() for path in directory.rglob("*") if path.is_file() and path.name != "run.lock"}
+    assert named.format(world.place) in refusal(directory)
+    assert named.format(world.place) in refusal(directory, "dry_run=true")
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_an_allowed_change_is_on_record_and_is_no_change_from_then_on(world: World, mended: object, tmp_path: Path) -> None:
+    directory = copied(world.place / "runs" / "full", tmp_path)
+    other_rows(world)
+    assert resume(directory, "resume_changes=allow") == 0
+    [key] = attempts(directory)[1]["content_changed"]  # type: ignore[misc]
+    assert key == f"data.train {world.data} (content)"
+    assert "CHANGED WHAT THE RUN COMPUTES, from step 2 on: data.train" in (directory / "train.log").read_text()
+    shutil.rmtree(directory / "FINAL")
+    assert resume(directory) == 0
+    assert "content_changed" not in attempts(directory)[2]
+
+
+def test_the_same_rows_out_of_another_file_are_the_same(world: World, mended: object, tmp_path: Path) -> None:
+    directory = copied(world.place / "runs" / "full", tmp_path)
+    world.data.write_text("\n".join(line.replace('": "', '" :  "') for line in pairs(24)) + "\n\n")
+    assert resume(directory) == 0
+
+
+def test_what_has_only_moved_is_welcome(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved = World.__new__(World)
+    moved.place = tmp_path / "elsewhere"
+    shutil.copytree(world.place, moved.place)
+    for name in ("base", "s.jsonl", "e.jsonl", "t.jinja"):
+        (moved.place / name).rename(moved.place / f"new-{name}")
+    monkeypatch.chdir(tmp_path)
+    directory = moved.place / "runs" / "lora"
+    words = ["model.name_or_path=elsewhere/new-base", "data.train=[elsewhere/new-s.jsonl]", "data.eval=[elsewhere/new-e.jsonl]",
+             "model.chat_template=elsewhere/new-t.jinja"]  # fmt: skip
+    assert resume(directory, *words) == 0
+    assert attempts(directory)[1]["changed"]["model.name_or_path"][1] == str(moved.place / "new-base")  # type: ignore[index]
+    assert "content_changed" not in attempts(directory)[1]
+    assert "CHANGED" not in (directory / "train.log").read_text()
+
+
+def test_a_relative_path_leads_to_the_same_files_from_another_directory(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(world.place)
+    words = ["model.name_or_path=base", "model.chat_template=t.jinja", "data.train=[{path: s.jsonl}]", "data.eval=[e.jsonl]"]
+    config = compose(world.cache, tmp_path, *world.words("run", *words))
+    assert run(config, []) == 0
+    directory = stopped(tmp_path / "run")
+    for name in ("s.jsonl", "e.jsonl", "t.jinja"):
+        (tmp_path / name).write_text("other")  # what the words would lead to from here
+    monkeypatch.chdir(tmp_path)
+    assert resume(directory) == 0
+    settings = yaml.safe_load((directory / "config.yaml").read_text())
+    assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.held_out)],
+                                                 "root": None, "score": "last"}  # fmt: skip
+    assert settings["model"]["name_or_path"] == str(world.base)
