@@ -135,8 +135,6 @@ def engine_config(max_grad_norm: float | None) -> dict[str, Any]:
 
 def package() -> Any:
     """The package, silent but for warnings; imported here because only these runs need it, and it takes seconds."""
-    if not uses_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     deepspeed = import_module("deepspeed")  # the user's to install
     log = logging.getLogger("DeepSpeed")
     log.setLevel(logging.WARNING)

@@ -67,6 +67,8 @@ def prepare_torch(*, deterministic: bool = False) -> None:
     costs a hundred times the attention itself. Flash attention takes over.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
+    if not uses_gpu():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # libraries import DeepSpeed where it is installed, and it wonders aloud
     if deterministic:
         os.environ.update(DETERMINISTIC)
         torch.use_deterministic_algorithms(True)
