@@ -18,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
-from hydra.types import RunMode
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -123,15 +125,17 @@ def begin(argv: list[str]) -> int:
         settled = settle(typed, choices, known)
         composer: Composer = lambda words: compose(name, searched + words)  # noqa: E731
         jobs = check_sweep(settled, args.overrides, choices, composer, places) if multirun else []
+        if jobs and jobs[0][0].dry_run:
+            make_launcher(name, searched + [one.text for one in settled if one.is_hydra])
+            return rehearse(jobs, settled, places)
     words = [one.text for one in settled]
     if not multirun:
         return enter_hydra(words + flags, known)
     try:
         shared = f"hydra.job.config.override_dirname.exclude_keys={[one.key for one in settled if not one.is_sweep]}"
-        return enter_hydra([*words, *searching(settled, jobs[0]), shared, *flags], known)
+        return enter_hydra([*words, *searching(settled, jobs[0][0]), shared, *flags], known)
     finally:
-        if not jobs[0].dry_run:
-            report([Path(config.run_dir) for config in jobs])
+        report([Path(config.run_dir) for config, _ in jobs])
 
 
 def asked_resume(typed: Sequence[Typed]) -> str | None:
@@ -247,13 +251,13 @@ def plain(node: Any) -> Any:
 
 def check_sweep(
     settled: Sequence[Typed], overrides: Sequence[str], choices: Choices, composer: Composer, places: Sequence[Path]
-) -> list[Config]:
-    """Every job, before the first one starts. They lie in runs/<exp_name>/, which a single run may not use.
+) -> list[tuple[Config, list[str]]]:
+    """Every job and what is typed for it, before the first starts. They lie in runs/<exp_name>/, which no single run may use.
 
     A sweeper that searches tries its values in other combinations than all: of each key every value is checked, by itself.
     """
     searches = any(one.key == "hydra/sweeper" and one.values != ("basic",) for one in settled)
-    jobs, checked = one_by_one(settled) if searches else all_combinations(settled), list[Config]()
+    jobs, checked = one_by_one(settled) if searches else all_combinations(settled), list[tuple[Config, list[str]]]()
     for number, words in enumerate(jobs):
         try:
             config = gate.check(composer(words), overrides, choices)
@@ -265,8 +269,38 @@ def check_sweep(
         place = Path(config.run_dir)
         if number == 0 and is_run(place):
             raise UserError(f"{place} holds a single run, and a sweep cannot share its name: choose another exp_name")
-        checked.append(config)
+        checked.append((config, words))
     return checked
+
+
+def make_launcher(name: str, words: Sequence[str]) -> None:
+    """What starts a sweep's jobs, and what searches for them, made and not begun. Raises UserError for what they do not take."""
+    context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks())
+    try:
+        composed = hydra.compose(name, list(words), return_hydra_config=True)
+        Plugins.instance().instantiate_sweeper(hydra_context=context, task_function=job, config=composed)  # and the launcher
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError, TypeError, OSError) as error:
+        raise error.__cause__ if isinstance(error.__cause__, UserError) else UserError(explain(error)) from error
+
+
+def rehearse(jobs: Sequence[tuple[Config, list[str]]], settled: Sequence[Typed], places: Sequence[Path]) -> int:
+    """A sweep's dry run: that of each job, here, one after the other. Raises UserError for the first that would be refused."""
+    shared = [one.key for one in settled if not one.is_sweep]
+    for number, (config, words) in enumerate(jobs, 1):
+        typed = [word for word, one in zip(words, spoken(settled), strict=True) if not one.is_hydra]
+        told = " ".join(word for word, one in zip(words, spoken(settled), strict=True) if one.is_sweep)
+        print(f"job {number} of {len(jobs)}: {told}", flush=True)
+        if not any(one.key == "run_dir" for one in settled):
+            config.run_dir = f"{config.run_dir}/{job_name(typed, shared)}"
+        try:
+            trained = live(config, typed, places) if config.online is not None and config.online.steps is not None else config
+            changed = take_up(trained)
+            status = run(trained, typed, changed, places) if gate.is_walk(trained) else run(trained, typed, changed)
+        except UserError as error:
+            raise UserError(f"{error} (in the job {told})") from error
+        if status:
+            return status
+    return 0
 
 
 def searching(settled: Sequence[Typed], config: Config) -> list[str]:

@@ -2,14 +2,9 @@
 
 import ast
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-
-import train
-from halos.config.changes import Change
-from halos.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
@@ -59,60 +54,3 @@ def test_nothing_at_the_top_level_but_what_belongs_there() -> None:
     allowed = {"config", "train.py", "halos", "launch", "tests", "requirements.txt", "README.md", "pyproject.toml", "LICENSE"}
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
     assert found <= allowed | {"runs", "report", "wandb", "halos.egg-info"}
-
-
-def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
-
-
-def words_of(command: str) -> list[str]:
-    words = shlex.split(command)
-    return words[words.index("train.py") + 1 :]
-
-
-def prepare(command: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files that a documented command names, in the current directory."""
-    for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", command):
-        (place / name).write_text("{}")
-    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S):
-        (place / name).parent.mkdir()
-        (place / name).write_text(code)
-    monkeypatch.syspath_prepend(str(place))
-    monkeypatch.chdir(place)
-
-
-TRAINING = [line for line in commands() if "train.py" in line and "resume=runs" not in line]
-
-
-@pytest.mark.parametrize("command", [line for line in TRAINING if " -m " not in line])
-def test_every_documented_training_command_composes_and_binds(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    prepare(command, tmp_path, monkeypatch)
-    seen = []
-
-    def run(config: Config, typed: list[str], changed: list[Change], places: list[Path] | None = None) -> int:
-        if places:  # online rounds: what is typed for the training within composes too
-            train.inner(config, train.inner_words(typed, config), places)
-        seen.append(config)
-        return 0
-
-    monkeypatch.setattr(train, "run", run)
-    assert (train.start(words_of(command)), len(seen)) == (0, 1)
-
-
-@pytest.mark.parametrize("command", [line for line in TRAINING if " -m " in line])
-def test_every_documented_sweep_is_one_that_would_start(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    prepare(command, tmp_path, monkeypatch)
-    started = []
-    monkeypatch.setattr(train, "enter_hydra", lambda words, known: started.append(words) or 0)
-    monkeypatch.setattr(train, "report", lambda places: None)
-    assert train.start(words_of(command)) == 0
-    assert len(started) == 1
-
-
-def test_every_file_the_readme_names_exists() -> None:
-    text = (ROOT / "README.md").read_text()
-    for path in re.findall(r"(?:launch|config|halos|tests)/[\w/.-]+\.(?:py|sh|yaml)", text):
-        assert (ROOT / path).exists(), path

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halos.config.suggest import nearest
 from halos.errors import UserError
 from halos.merge import lora
 from halos.models import targets
@@ -27,6 +28,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     """The model with a fresh adapter (B = 0, so it computes what it did). A reward model's head is trained and saved whole."""
     task = TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM
     config = LoraConfig(task_type=task, **_named(model, settings))
+    _refuse_idle_modules(model, settings["modules_to_save"])
     model.config._name_or_path = base
     torch.manual_seed(seed)
     try:
@@ -61,6 +63,16 @@ def _named(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
         if not parameter.is_floating_point() and any(name == end or name.endswith(f".{end}") for end in chosen.parameters):
             raise UserError(f"peft.target_parameters: {name} is quantised, and PEFT adapts no quantised parameter")
     return named
+
+
+def _refuse_idle_modules(model: PreTrainedModel, wanted: list[str]) -> None:
+    """Raises UserError for a name of peft.modules_to_save that no module has: PEFT passes over it without a word."""
+    names = [name for name, _ in model.named_modules()]
+    for end in wanted:
+        if not any(name == end or name.endswith(f".{end}") for name in names):
+            near = nearest(end, sorted({name.rpartition(".")[2] for name in names} - {""}))
+            meant = f"; did you mean {near}?" if near else ""
+            raise UserError(f"peft.modules_to_save: {type(model).__name__} has no module {end!r}{meant}")
 
 
 def refuse_other_settings(model: PeftModel, directory: Path) -> None:

@@ -1,0 +1,223 @@
+"""What the README tells people to type works: every command on train.py is run dry, in this process.
+
+Models of the hub are stood in for by random ones of the same architecture, a judge's key by a word; nothing else is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+KINDS = {"SmolLM2": "Llama", "Llama": "Llama", "Qwen": "Qwen2", "gemma": "Gemma3Text", "Mistral": "Mistral", "pythia": "GPTNeoX"}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "max_position_embeddings": 2048,
+}  # fmt: skip
+PAIRS = [{"prompt": f"Count {n}", "chosen": f"1 2 {n}\n#### {n}", "rejected": f"no {n}"} for n in range(8)]
+CHATS = [
+    {"messages": [{"role": "user", "content": f"Count {n}"}, {"role": "assistant", "content": f"1 2 {n}"}]} for n in range(8)
+]
+PROMPTS = [{"prompt": f"Count {n}", "solution": str(n)} for n in range(8)]
+
+
+def commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+
+
+ON_TRAIN = [line for line in commands() if "train.py" in line or ".sbatch" in line]
+GOING_ON = [line for line in ON_TRAIN if "resume=" in line]
+
+
+def words_of(command: str) -> list[str]:
+    words = shlex.split(command)
+    first = next(n for n, word in enumerate(words) if word == "train.py" or word.endswith(".sbatch"))
+    return words[first + 1 :]
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    if path.suffix == ".parquet":
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def save_model(directory: Path, kind: str, head: str) -> None:
+    """A random model with the tokenizer of the bundled one."""
+    import transformers
+
+    from halos.models import tiny
+
+    tiny.build(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    config = getattr(transformers, f"{kind}Config")(**SIZES, vocab_size=len(tokenizer), **ids)
+    config.num_labels = 1
+    (directory / "model.safetensors").unlink()
+    getattr(transformers, head).from_config(config).save_pretrained(directory)
+
+
+@pytest.fixture(scope="module")
+def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A directory with what the commands name: data, packages, a reward model, and few bundled problems."""
+    place = tmp_path_factory.mktemp("desk")
+    rows = {"pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS}
+    for name in {name for line in ON_TRAIN for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", line)}:
+        write_rows(place / name, rows[name])
+    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", README, re.S):
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        import huggingface_hub
+
+        from halos.data import arithmetic
+
+        patch.setattr(arithmetic, "NUM_PROBLEMS", {"eval": 12, "train": 64})
+        patch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub(place, name))
+        patch.setenv("OPENAI_API_KEY", "a word")
+        patch.setenv("HALOS_CACHE", str(place / "cache"))
+        patch.syspath_prepend(str(place))
+        yield place
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("myhooks", "mylosses", "myrewards")]:
+        del sys.modules[name]
+
+
+def hub(place: Path, name: str) -> str:
+    directory = place / "hub" / name
+    if not directory.exists():
+        save_model(directory, next(kind for word, kind in KINDS.items() if word in name), "AutoModelForCausalLM")
+    return str(directory)
+
+
+@pytest.fixture
+def dry(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
+    """`dry(command)`: its exit status with dry_run=true; what it would leave behind is nothing."""
+    from train import start
+
+    before = {number: signal.getsignal(number) for number in signal.valid_signals()}
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    monkeypatch.chdir(desk)
+    yield lambda command: start([*words_of(command), "dry_run=true"])
+    for number, handler in before.items():
+        if signal.getsignal(number) is not handler and handler is not None:
+            signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("command", [line for line in ON_TRAIN if line not in GOING_ON])
+def test_every_documented_command_ends_dry(command: str, dry: Callable[..., int], desk: Path) -> None:
+    if "=runs/reward/FINAL" in command and not (desk / "runs").exists():
+        save_model(desk / "runs" / "reward" / "FINAL", "Llama", "AutoModelForSequenceClassification")
+    elif "exp_name=reward" in command:
+        shutil.rmtree(desk / "runs", ignore_errors=True)
+    before = sorted(desk.rglob("runs/**"))
+    assert dry(command) == 0
+    assert sorted(desk.rglob("runs/**")) == before
+
+
+@pytest.fixture(scope="module")
+def begun(desk: Path) -> Iterator[None]:
+    """The runs that commands go on with, cut short after steps or before the first round."""
+    from halos.online.rounds import Walk
+    from halos.trainers.base import Trainer
+    from train import start
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py"])
+        patch.chdir(desk)
+        step = Trainer.step
+
+        def cut_short(self: Trainer, indices: Any) -> Any:
+            done = step(self, indices)
+            self.run.interrupted = "SIGTERM" if self.run.step == 40 else None
+            return done
+
+        patch.setattr(Trainer, "step", cut_short)
+        patch.setattr(Walk, "go", lambda self, typed, changed: self._begin(typed, changed) or 0)
+        for name in {name for line in GOING_ON for name in re.findall(r"resume=runs/(\w+)", line)}:
+            line = next(line for line in ON_TRAIN if f"exp_name={name}" in line and line not in GOING_ON)
+            few = ["train.batch_size=4", "train.eval_at_start=false"] if "loss=online" not in line else []
+            assert start([*words_of(line), *few]) in (0, 75)
+    yield
+    shutil.rmtree(desk / "runs")
+
+
+@pytest.mark.parametrize("command", GOING_ON)
+def test_every_documented_resume_ends_dry(command: str, begun: None, dry: Callable[..., int], desk: Path) -> None:
+    def state() -> dict[str, int]:
+        return {str(path): path.stat().st_mtime_ns for path in sorted((desk / "runs").rglob("*")) if path.is_file()}
+
+    before = state()
+    more = " train.batch_size=4 train.eval_at_start=false" if "resume=auto" in command else ""
+    assert dry(command + more) == 0
+    assert state() == before
+
+
+@pytest.mark.parametrize(
+    "choice", sorted(path.stem for path in (ROOT / "config" / "model").glob("*.yaml") if path.stem != "path")
+)
+def test_every_bundled_choice_of_a_model_ends_dry(choice: str, dry: Callable[..., int], desk: Path) -> None:
+    assert dry(f"train.py loss=dpo peft=lora model={choice} data.train=[pairs.jsonl] data.eval=[] exp_name={choice}") == 0
+
+
+WRONG = [
+    ("loss=dpo peft=lora peft.target_modules=[q_projj]", "Target modules {'q_projj'} not found"),
+    ("loss=dpo reference.name_or_path=runs/none", "reference.name_or_path=runs/none"),
+    ("loss=dpo peft=lora peft.modules_to_save=[lm_headd]", "modules_to_save"),
+    ("loss=online online.loss=grpo data.train=[bare.jsonl] data.eval=[]", "exact_match needs a column `solution`"),
+    ("loss=online online.loss=grpo online.steps=2 data.train=[bare.jsonl] data.eval=[]", "exact_match needs a column `solution`"),
+    ("loss=online online.loss=grpo online.samples_per_prompt=1", "grpo compares samples of one prompt"),
+    ("loss=grpo data.train=[single.jsonl] data.eval=[]", "each of the 8 prompts of data.train has one"),
+    ("loss=online online.loss=dpo online.sampler.max_new_tokens=600", "no prompt of data.train leaves room"),
+    ("loss=online online.loss=mine", "no choice 'mine'"),
+    ("loss=online online.loss=reward", "trains a reward model"),
+    ("loss=online online.loss=dpo online.labeller.name=reward_model online.labeller.model=runs/none", "online.labeller.model"),
+    ("loss=dpo logging=wandb hooks.wandb.mode=online", "hooks.wandb.mode=online needs a key"),
+    ("loss=dpo checkpoint.everyy=3", "checkpoint.everyy"),
+]
+
+
+@pytest.mark.parametrize(("words", "part"), WRONG)
+def test_a_dry_run_refuses_what_the_run_would(
+    words: str,
+    part: str,
+    dry: Callable[..., int],
+    desk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(desk / "none"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    write_rows(desk / "bare.jsonl", [{"prompt": row["prompt"]} for row in PROMPTS])
+    write_rows(desk / "single.jsonl", [{"prompt": f"Say {n}", "completion": str(n), "reward": n / 2} for n in range(8)])
+    try:
+        status, said = dry(f"train.py model=tiny data=arithmetic {words} exp_name=wrong"), capsys.readouterr().err
+    except UserError as error:
+        status, said = 2, str(error)
+    assert status == 2
+    assert part in said
+
+
+def refuse(name: str, **_: Any) -> str:
+    raise OSError(f"{name} is nowhere")
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    for path in re.findall(r"(?:launch|config|halos|tests)/[\w/.-]+\.(?:py|sh|yaml)", README):
+        assert (ROOT / path).exists(), path
