@@ -111,3 +111,15 @@ def test_a_hook_from_the_users_own_package_joins_and_needs_plugins_typed(
     assert (tmp_path / "noted" / "FINAL" / "note.txt").read_text() == "hello 2"
     listed = json.loads((tmp_path / "noted" / "FINAL" / "manifest.json").read_text())["files"]
     assert "note.txt" in listed
+
+
+def test_jobs_of_a_sweep_bear_their_own_names_in_one_group() -> None:
+    from halos.hooks.trackers import names_of
+    from halos.rundir import RunDir
+
+    def named(place: str) -> Any:
+        return names_of(SimpleNamespace(directory=RunDir(place), config=SimpleNamespace(exp_name="grid")))  # type: ignore[arg-type]
+
+    assert named("runs/grid/optim.lr-1e-4-0f3a91bc") == ("optim.lr-1e-4-0f3a91bc", "grid")
+    assert named("runs/grid") == ("grid", None)
+    assert named("elsewhere/of/mine") == ("grid", None)

@@ -1,0 +1,43 @@
+"""Where rows must end: a table of positions is known by what it is, whatever an architecture calls it."""
+
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from halos.models.positions import Limits, fewest, limits, within
+
+WORDS = {"vocab_size": 50}
+SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, **WORDS}
+LEARNED: list[tuple[str, dict[str, Any]]] = [
+    ("GPT2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, **WORDS}),
+    ("OPT", {**SIZES, "ffn_dim": 16, "word_embed_proj_dim": 16}),  # whose table has two rows more
+    ("GPTJ", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, "rotary_dim": 8, **WORDS}),  # sines in a buffer
+    ("GPTBigCode", {"n_embd": 16, "n_layer": 1, "n_head": 2, "n_positions": 64, **WORDS}),
+]
+ROTARY: list[tuple[str, dict[str, Any]]] = [
+    ("Llama", {**SIZES, "intermediate_size": 16, "num_key_value_heads": 2}),
+    ("GPTNeoX", {**SIZES, "intermediate_size": 16}),
+]
+
+
+def made(name: str, settings: dict[str, Any]) -> Any:
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{name}Config")(**settings))
+
+
+@pytest.mark.parametrize(("name", "settings"), LEARNED)
+def test_a_table_of_positions_is_where_rows_end(name: str, settings: dict[str, Any]) -> None:
+    assert limits(made(name, settings)) == Limits(64, 64)
+
+
+@pytest.mark.parametrize(("name", "settings"), ROTARY)
+def test_rotary_positions_end_nowhere(name: str, settings: dict[str, Any]) -> None:
+    assert limits(made(name, settings)) == Limits(64, None)
+
+
+def test_a_model_of_two_that_read_the_same_rows_decides_by_the_fewer_positions() -> None:
+    both = fewest(Limits(64, None), Limits(32, 32))
+    assert both == Limits(32, 32)
+    assert (within(both, 100), within(both, 20), within(Limits(64, None), 100)) == (32, 20, 100)

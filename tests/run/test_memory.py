@@ -1,0 +1,58 @@
+"""A run that finds no memory left says which keys help, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+if TYPE_CHECKING:
+    from halos.config.schema import Config
+
+GPU = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 2.00 GiB. If reserved but unallocated memory is large try ..."
+)
+CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+)
+
+
+@pytest.mark.parametrize("error", [GPU, CPU], ids=["gpu", "cpu"])
+def test_out_of_memory_is_one_message_with_the_keys_that_help_and_the_traceback_lies_in_the_log(
+    error: Exception, configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    from halos.run.lifecycle import run
+    from halos.rundir import RunDir
+    from halos.trainers.base import Trainer
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    words = ["loss=sft", "train.steps=2", "train.batch_size=8", "train.microbatch_size=8", "train.eval_at_start=false"]
+    assert run(configure(*words), []) == 1
+    said = "".join(capsys.readouterr())
+    assert "train.microbatch_size=4 (it changes no result)" in said
+    assert all(key in said for key in ("train.activation_checkpointing=true", "peft=lora", "train.max_length below"))
+    assert "Traceback" not in said
+    assert "If reserved" not in said
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+    result = RunDir(tmp_path / "run").read_result()
+    assert result is not None
+    assert result["status"] == "failed"
+
+
+def test_other_errors_are_not_taken_for_it(configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+    from halos.run.lifecycle import run
+    from halos.trainers.base import Trainer
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(Trainer, "step", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run(configure("loss=sft", "train.steps=2", "train.batch_size=8", "train.eval_at_start=false"), [])
