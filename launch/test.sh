@@ -1,9 +1,28 @@
 #!/usr/bin/env bash
 # Lint, types and tests, from a fresh machine: makes .venv if needed, installs, runs. Arguments go to pytest.
-#   bash launch/test.sh            what CI runs
-#   bash launch/test.sh -m slow    the long matrices
+#   bash launch/test.sh               what CI runs
+#   bash launch/test.sh slow          the long matrices
+#   bash launch/test.sh slow GROUP    one group of them: the names below
 set -eu
 cd "$(dirname "$0")/.."
+
+slow_group() { # where its tests are
+  case "$1" in
+    kills) echo tests/checkpoint ;;
+    moves) echo tests/launch/test_exactness.py ;;
+    strategies) echo tests/launch/test_strategies.py tests/launch/test_two_processes.py ;;
+    signals) echo tests/launch/test_signals.py tests/launch/test_slurm.py tests/launch/test_hosts.py ;;
+    sweeps) echo tests/launch/test_sweeps.py ;;
+    online) echo tests/online ;;
+    merges) echo tests/merge ;;
+    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online and merges" >&2; exit 2 ;;
+  esac
+}
+if [ "${1:-}" = slow ]; then
+  paths="$([ "$#" -lt 2 ] || slow_group "$2")"
+  # shellcheck disable=SC2086
+  set -- -m slow $paths
+fi
 . launch/python.sh
 use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 openai==3.57.0 math-verify==0.9.0 deepspeed==0.19.8"
 
@@ -24,4 +43,4 @@ pyrefly check
 if [ "$#" -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-exec python -m pytest -n 2 --dist loadfile -m "not slow"
+exec python -m pytest -n 2 --dist worksteal -m "not slow"
