@@ -358,11 +358,22 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
     if missing := [key for key in wanted if not changes.present(whole, key)]:
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
     config = gate.check(composed, [one.text for one in typed], choices)
+    note_cache(settings, config)
     refuse_saved_addresses(config, [one.key for one in typed])
     changed = changes.compare(config, past(run_dir, settings, step_of(source) if source else None))
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return config, changed
+
+
+def note_cache(settings: dict[str, Any], config: Config) -> None:
+    """A cache that is not followed would be made anew, on a disk that may be too small for it."""
+    elsewhere = settings.get("cache_dir")
+    if elsewhere != config.cache_dir and not number_of("LOCAL_RANK", 0):
+        told = (
+            f"the saved run's cache_dir={elsewhere} is not followed; this command's is {config.cache_dir} (cache_dir= names one)"
+        )
+        print(printable(told), file=sys.stderr)
 
 
 def last_settings(run_dir: RunDir) -> dict[str, Any]:

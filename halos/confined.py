@@ -23,6 +23,8 @@ SETTINGS = 2**20  # bytes of a YAML file, which is read at about 100 kB a second
 LARGE = 2**32  # bytes of a file of rows
 NODES = 100_000  # values in a YAML file, aliases counted as often as they stand for one
 REMEDY = "nothing is read or written through it; put what it points to in its place, or delete it"
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # for every from_pretrained: left out, transformers asks on the terminal
+SAFELY: dict[str, Any] = {**NO_CODE, "use_safetensors": True}  # for weights: nothing is unpickled
 APPENDED = (".log", ".jsonl")  # files that are added to, so that a second name of one would change with it
 
 
@@ -33,9 +35,10 @@ class UnreadableError(UserError):
 # --- what a directory may hold -------------------------------------------------------------------------------------------
 
 
-def inspect(root: Path) -> None:
-    """Raises UserError where anything below `root` leads out of it, or is neither a file nor a directory. Opens nothing."""
-    home = Path(os.path.realpath(root))
+def inspect(root: Path, *, home: Path | None = None) -> None:
+    """Raises UserError where anything below `root` leads out of it (or out of `home`, which holds it and is only read), or is
+    neither a file nor a directory. Opens nothing."""
+    is_read, home = home is not None, Path(os.path.realpath(home or root))
     for entry in _below(str(root)):
         path = Path(entry.path)
         if entry.is_symlink():
@@ -43,8 +46,9 @@ def inspect(root: Path) -> None:
             continue
         facts = entry.stat(follow_symlinks=False)
         if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
-            raise UserError(f"{one_line(path)} is {_kind(facts.st_mode)}, and a run directory holds files: delete it")
-        if facts.st_nlink > 1 and stat.S_ISREG(facts.st_mode) and entry.name.endswith(APPENDED):
+            raise UserError(f"{one_line(path)} is {_kind(facts.st_mode)} where a file belongs: delete it")
+        added_to = not is_read and stat.S_ISREG(facts.st_mode) and entry.name.endswith(APPENDED)
+        if facts.st_nlink > 1 and added_to:
             raise UserError(_second_name(path))
 
 

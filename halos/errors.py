@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+# what libraries raise past Exception: pyo3's panics, under which tokenizers and safetensors lie, and torch's sharded loader
+PAST_EXCEPTION = ("PanicException", "CheckpointException")
 LONGEST = 400  # characters of a library's own words that a message repeats
 # what a terminal obeys or cannot show: control characters but for ends of lines and tabs, halves of characters, reversed text
 UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -29,8 +31,7 @@ def doing(what: str, remedy: str = "") -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        # pyo3, under which tokenizers and safetensors lie, raises its panics past Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and type(error).__name__ not in PAST_EXCEPTION:
             raise
         if type(error).__module__.split(".")[0] in ("halos", "__main__"):
             raise

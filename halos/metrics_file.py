@@ -55,7 +55,7 @@ class MetricsFile:
         data = confined.read_bytes(self.path, within=self.path.parent, most=confined.LARGE)
         rows, damaged = [], []
         for line in data.split(b"\n")[:-1]:
-            row = _row(line)
+            row = row_of(line)
             if row is not None:
                 rows.append(row)
             elif line.strip():
@@ -63,7 +63,7 @@ class MetricsFile:
         return rows, damaged
 
 
-def _row(line: bytes) -> dict[str, Any] | None:
+def row_of(line: bytes) -> dict[str, Any] | None:
     """A line as `append` writes it: a step, text for the split, numbers for the rest."""
     try:
         row = confined.parse_json(line.decode("utf-8"), "a line")

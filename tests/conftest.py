@@ -35,7 +35,10 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    """Also that of runs that are resumed, which take the default and not what a saved run names."""
+    path = tmp_path_factory.mktemp("cache")
+    os.environ["HALOS_CACHE"] = str(path)
+    return path
 
 
 def compose(cache: Path, output_root: Path, *overrides: str) -> Config:

@@ -50,6 +50,22 @@ def test_imports_point_down_a_floor(path: Path) -> None:
         assert "hydra" not in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M), "only train.py imports hydra"
 
 
+# What loads a model, a tokenizer or a configuration, and would run code beside it; PEFT's and the generation settings run none
+LOADERS = re.compile(r"(?:Auto\w+|auto)$")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_loader_of_transformers_is_left_to_ask_for_remote_code(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            where = f"{path.name}:{node.lineno}"
+            owner = node.func.value.id if isinstance(node.func.value, ast.Name) else getattr(node.func.value, "attr", "")
+            if node.func.attr in ("from_pretrained", "from_config") and LOADERS.match(owner):
+                spread = {word.value.id for word in node.keywords if word.arg is None and isinstance(word.value, ast.Name)}
+                assert spread & {"NO_CODE", "SAFELY", "extra"}, f"{where}: **NO_CODE or **SAFELY is missing"
+            assert not {word.arg for word in node.keywords} & {"trust_remote_code"}, f"{where}: decided in halos/confined.py"
+
+
 def test_nothing_at_the_top_level_but_what_belongs_there() -> None:
     allowed = {"config", "train.py", "halos", "launch", "tests", "requirements.txt", "README.md", "pyproject.toml", "LICENSE"}
     found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from functools import cache
@@ -384,7 +385,7 @@ def demo(build):
     """A run that was begun, and moved elsewhere since."""
     run = RunDir("moved/demo")
     run.create(overwrite=False)
-    run.write_config(_begun())
+    run.write_config(re.sub(r"^cache_dir: .*", f"cache_dir: {os.environ['HALOS_CACHE']}", _begun(), flags=re.MULTILINE))
     run.write_result("stopped", 5, {})
     (run.checkpoints / "step-00000005").mkdir(parents=True)
     return run

@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from halos import confined
 from halos.checkpoint import find, manifest
 from halos.errors import UserError, command, one_line
 from halos.rundir import is_run
@@ -17,6 +18,8 @@ def _saved(run: Path) -> list[Path]:
     """A run's checkpoints and its FINAL; or the one directory that was named."""
     if (run / manifest.NAME).exists():
         return [run]
+    if run.is_dir():
+        confined.inspect(run, home=run)
     found = find.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
     found = found or find.checkpoints(run)  # RUN/checkpoints itself
     if not run.is_dir():

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
+from halos import confined
 from halos.checkpoint import card, find, lineage, manifest
 from halos.checkpoint.commit import HIDDEN, staged
-from halos.errors import UserError
+from halos.confined import NO_CODE
+from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import expected
 from halos.merge.merge_and_prove import case_of, combine, vocabulary_of
@@ -39,11 +41,13 @@ class Saved:
         """Raises UserError where nothing is saved at `path`, or not every byte of it is what it was."""
         if not path.is_dir():
             raise UserError(f"{path}: there is no such directory")
+        confined.refuse_links(path / "FINAL", path)
         path = path / "FINAL" if (path / "FINAL").is_dir() else path
         if is_run(path):
             newest = next(reversed(find.checkpoints(path / "checkpoints")), None)
             instead = f"name a checkpoint, such as {newest}" if newest else "and it has saved no checkpoint"
             raise UserError(f"{path} has no FINAL yet: {instead}")
+        confined.inspect(path, home=confined.root_of(path))  # what is exported may go to the hub
         faults = manifest.verify(path) if (path / manifest.NAME).exists() else []
         if faults:
             raise UserError(f"{path} is not whole: {'; '.join(str(fault) for fault in faults[:3])}")
@@ -54,6 +58,12 @@ class Saved:
                 f"{path} holds neither an adapter nor a model: give a checkpoint, FINAL, or a directory of one of them"
             )
         return cls(path, adapter, model)
+
+    def copy(self, file: Path, place: Path) -> None:
+        """One of its files, as it is."""
+        if not file.is_file():
+            raise UserError(f"{file} is not there: {self.path} is not whole")
+        confined.copy(file, place / file.name, within=confined.root_of(self.path))
 
     @property
     def words(self) -> Path:
@@ -72,7 +82,7 @@ def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: 
     saved = Saved.at(path)
     if saved.adapter is None:
         raise UserError(f"{path} holds no adapter: there is nothing to merge")
-    if saved.model is not None and base is None and dtype in (None, AutoConfig.from_pretrained(saved.model).dtype):
+    if saved.model is not None and base is None and dtype in (None, _config(saved.model).dtype):
         return whole(path, output, shard=shard)  # FINAL's, merged from its base and proved at the time
     where = _base(saved, base)
     with _new(output, path) as place:
@@ -96,7 +106,7 @@ def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
         _base(saved, base)
     with _new(output, path) as place:
         for file in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy2(saved.adapter / file, place / file)
+            saved.copy(saved.adapter / file, place)
         vocabulary = Vocabulary.load(saved.adapter)
         if vocabulary is not None:
             vocabulary.save(place)
@@ -106,9 +116,9 @@ def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
         name = chain["runs"][-1]["base"]["name"] if chain else ""
         if base is not None or lineage.on_the_hub(name):
             named = {"base_model_name_or_path": str(base.resolve()) if base is not None else name}
-            settings.write_text(json.dumps({**json.loads(settings.read_text()), **named}, indent=2))
+            settings.write_text(json.dumps({**confined.load_object(settings), **named}, indent=2))
         _copy_words(saved, place)
-        reward = PeftConfig.from_pretrained(str(place)).task_type == "SEQ_CLS"
+        reward = _settings(place).task_type == "SEQ_CLS"
         _describe(saved, place, output.name, adapter=True, reward=reward)
     return "the adapter as it was saved"
 
@@ -118,7 +128,7 @@ def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: 
     saved = Saved.at(path)
     if saved.model is None:
         raise UserError(f"{path} holds an adapter and no whole model: merge it")
-    config = AutoConfig.from_pretrained(saved.model)
+    config = _config(saved.model)
     with _new(output, path) as place:
         write_sharded(place, _entries(saved.model, dtype), shard)
         _, faults = expected.compare(place, expected.copy_of(saved.model), dtype)
@@ -130,9 +140,20 @@ def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: 
         _copy_generation(saved.model, saved, place)
         reward = any("SequenceClassification" in name for name in config.architectures or [])
         if (saved.path / "merge_report.json").is_file() and dtype is None:
-            shutil.copy2(saved.path / "merge_report.json", place)
+            saved.copy(saved.path / "merge_report.json", place)
         _describe(saved, place, output.name, adapter=False, reward=reward)
     return f"{'the weights as they were saved' if dtype is None else f'rounded to {dtype}'.replace('torch.', '')}"
+
+
+def _config(model: Path) -> PretrainedConfig:
+    with doing(f"{model}/config.json cannot be read"):
+        return AutoConfig.from_pretrained(model, **NO_CODE)
+
+
+def _settings(adapter: Path) -> PeftConfig:
+    confined.load_object(adapter / "adapter_config.json")  # said by its name, before PEFT has words for it
+    with doing(f"{adapter}/adapter_config.json is none of PEFT's"):
+        return PeftConfig.from_pretrained(str(adapter))
 
 
 def _entries(model: Path, dtype: torch.dtype | None) -> dict[str, Entry]:
@@ -160,7 +181,7 @@ def _new(output: Path, path: Path) -> Iterator[Path]:
 def _base(saved: Saved, given: Path | None) -> Path:
     """Where the adapter's base lies now. Raises UserError where it is missing, or not the one that was trained on."""
     assert saved.adapter is not None
-    base = given or Path(PeftConfig.from_pretrained(str(saved.adapter)).base_model_name_or_path or "")
+    base = given or Path(_settings(saved.adapter).base_model_name_or_path or "")
     if not (base / "config.json").is_file():
         where = f"--base {base}: no model lies there" if given else f"{saved.adapter} was trained on {base}, which is not here"
         raise UserError(f"{where}; say where its base lies now with --base DIRECTORY")
@@ -178,22 +199,24 @@ def _copy_words(saved: Saved, place: Path) -> None:
     for pattern in WORDS:
         for file in saved.words.glob(pattern):
             if file.is_file():
-                shutil.copy2(file, place / file.name)
+                saved.copy(file, place)
 
 
 def _copy_generation(model: Path, saved: Saved, place: Path) -> None:
     """FINAL's own generation settings, else those of the model."""
     source = next((at for at in (saved.path, model) if (at / "generation_config.json").is_file()), None)
     if source is not None:
-        GenerationConfig.from_pretrained(source).save_pretrained(place)
+        with doing(f"{source}/generation_config.json cannot be used"):
+            GenerationConfig.from_pretrained(source).save_pretrained(place)
 
 
 def _describe(saved: Saved, place: Path, title: str, *, adapter: bool, reward: bool) -> None:
-    """Card, lineage and metrics."""
+    """Card, lineage and metrics, for others: without what names places on this machine alone."""
     chain = saved.lineage
-    if chain is not None:
-        facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key != "model"}
-        chain = lineage.write(place, chain, {"adapter" if adapter else "model": place}, **facts)
-    if metrics := find.metrics_of(saved.path):
-        (place / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    card.write(place, chain, adapter=adapter, reward=reward, title=title)
+    with doing(f"{saved.path}/{lineage.NAME} is not what a run writes"):
+        if chain is not None:
+            facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key != "model"}
+            chain = lineage.write(place, lineage.public(chain), {"adapter" if adapter else "model": place}, **facts)
+        if metrics := find.metrics_of(saved.path):
+            (place / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        card.write(place, chain, adapter=adapter, reward=reward, title=title)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from halos import confined
 from halos.config.secrets import redact
 from halos.errors import UserError
 from halos.hashes import file_hashes
@@ -36,13 +37,26 @@ def read(directory: Path) -> dict[str, Any] | None:
     path = directory / NAME
     if not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT or not found.get("runs"):
+    found = confined.load_object(path)
+    if found.get("format") != FORMAT or not _fits(found.get("runs"), [RUN]):
         raise UserError(f"{path} is no lineage of format {FORMAT}")
     return found
+
+
+# what is read of a run: the rest is shown as it is
+RUN: dict[str, Any] = {
+    "base": {"name": str, "sha256": str}, "loss": str, "result": {},
+    "config": {"model": {}, "train": {}, "optim": {}, "schedule": {}, "peft": {}, "loss": {}}, "data": {},
+}  # fmt: skip
+
+
+def _fits(value: Any, shape: Any) -> bool:
+    """Whether a value has the names and kinds of `shape`, in which a list stands for one or more of its kind."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and bool(value) and all(_fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(_fits(value.get(name), kind) for name, kind in shape.items())
+    return isinstance(value, shape)
 
 
 def begin(base: Path, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
@@ -54,6 +68,19 @@ def begin(base: Path, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]
     run = {"base": origin, **facts, "config": config, "result": {}}
     whole = {"format": FORMAT, "runs": [*(before["runs"] if before else []), run]}
     return json.loads(redact(json.dumps(whole, default=str)))
+
+
+LOCAL = ("cache_dir", "output_root", "run_dir", "resume")  # keys of a configuration that name places on one machine
+
+
+def public(lineage: Mapping[str, Any]) -> dict[str, Any]:
+    """A lineage for others: no place of this machine's but what it was trained from, and that without the home directory."""
+    runs = [
+        {**run, "config": {key: value for key, value in run["config"].items() if key not in LOCAL}} for run in lineage["runs"]
+    ]
+    whole = json.dumps({**lineage, "runs": runs})
+    home = json.dumps(str(Path.home()))[1:-1]
+    return json.loads(whole.replace(f'"{home}/', '"~/') if len(Path.home().parts) > 1 else whole)
 
 
 def write(directory: Path, lineage: Mapping[str, Any], made: Mapping[str, Path], **facts: Any) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from halos import confined
 from halos.distributed.deepspeed import Zero
 from halos.distributed.device import uses_gpu
 from halos.errors import UserError
@@ -52,7 +53,7 @@ def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGro
 def load_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """The tensors that were saved, into an optimizer over the same parameters, which keeps its own settings: what the config says
     now holds. Raises UserError where the parameters are others."""
-    settings = json.loads((directory / "optimizer.json").read_text())
+    settings = confined.load_object(directory / "optimizer.json")
     if isinstance(model, Zero):
         _refuse_others(directory, settings.keys(), model.settings().keys())
         for part in model.blanks():
@@ -126,5 +127,24 @@ def load_random(directory: Path, rank: int) -> None:
         restore_random_state(load_file(path))
 
 
-def load_progress(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "progress.json").read_text())
+PROGRESS: dict[str, type] = {
+    "step": int, "examples": int, "tokens": int, "last_eval": dict, "last_train": dict, "window": dict, "hooks": dict,
+}  # fmt: skip
+
+
+def load_progress(directory: Path, step: int) -> dict[str, Any]:
+    """Where the run was at `step`. Raises UserError for what no save of that step has written."""
+    path = directory / "progress.json"
+    progress = confined.load_object(path, within=directory)
+    counts = {name: int for name in ("bad_steps", "skipped_steps") if name in progress}
+    if wrong := [name for name, kind in {**PROGRESS, **counts}.items() if type(progress.get(name)) is not kind]:
+        raise UserError(f"{path} is not what a save writes: its {wrong[0]} is missing or of another kind")
+    if progress["step"] != step:
+        raise UserError(f"{path} is of step {progress['step']}, and lies in a checkpoint of step {step}")
+    if not all(_is_total(total) for total in progress["window"].values()):
+        raise UserError(f"{path} is not what a save writes: its window holds no sums and counts")
+    return progress
+
+
+def _is_total(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, (int, float)) for part in value)

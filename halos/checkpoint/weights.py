@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from halos.distributed.deepspeed import Zero
-from halos.errors import UserError
+from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
 
 VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
@@ -77,8 +77,10 @@ def load_value_head(directory: Path, head: nn.Module) -> bool:
     path = directory / VALUE_HEAD / "model.safetensors"
     if not path.is_file():
         return False
+    with doing(f"{path} cannot be read"):
+        weights = load_file(path)
     try:
-        head.load_state_dict(load_file(path))
+        head.load_state_dict(weights)
     except RuntimeError as error:
         raise UserError(f"{path} is no value head of this model: {str(error).splitlines()[-1].strip()}") from error
     return True

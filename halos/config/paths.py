@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halos import confined
 from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.errors import UserError
@@ -132,7 +132,8 @@ def _check_weights(place: Path, key: str) -> None:
         raise UserError(f"{key}: {place} has a config.json but no weights: *.safetensors is missing{_better(place)}")
     index = place / "model.safetensors.index.json"
     if index.is_file():
-        parts = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        named = confined.load_object(index).get("weight_map")
+        parts = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
         missing = [part for part in parts if not (place / part).is_file()]
         if missing:
             raise UserError(f"{key}: {place} lacks {len(missing)} of {len(parts)} parts of its weights, {missing[0]} for one")

@@ -60,10 +60,12 @@ def content(attempts: Mapping[str, str], run_dir: str) -> Content | None:
 def composed(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:
     """A saved configuration as one to go on with, where it lies now.
 
-    What must be typed on this command is not taken from the files: plugins, overwrite, dry_run, resume_changes.
+    What must be typed on this command is not taken from the files: plugins, overwrite, dry_run, resume_changes, and cache_dir,
+    which is written into.
     """
     own = {
         "run_dir": run_dir, "resume": resume, "plugins": [], "overwrite": False, "dry_run": False, "resume_changes": "refuse",
+        "cache_dir": default_cache(),
     }  # fmt: skip
     made = OmegaConf.create(_literal({**settings, **own}))
     assert isinstance(made, DictConfig)

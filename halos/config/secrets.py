@@ -8,22 +8,24 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from halos.config.schema import Config
-from halos.errors import UserError
+from halos.errors import UserError, one_line
 
 KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
 SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
+NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
 SHORTEST = 8  # characters; anything shorter is a word that may well occur by chance
 WITHIN = 20  # from so many on a secret is looked for inside longer text too
 
 
 def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
-    """Raises UserError where a saved run, which may be a stranger's, names a program that would be run or an address that the
-    key would be sent to; `typed` are the keys of this command."""
+    """Raises UserError where a saved run, which may be a stranger's, names a program that would be run, an address that the key
+    would be sent to, or how processes are launched; `typed` are the keys of this command."""
     if (online := config.online) is None:
         return
     used = {
         "online.sampler.python": online.sampler.python if online.sampler.name == "vllm" else None,
         "online.sampler.url": online.sampler.url if online.sampler.name != "hf" else None,
+        "online.config_file": online.config_file,
         "online.labeller.url": online.labeller.url if online.labeller.name == "judge" else None,
     }
     for key, value in used.items():
@@ -32,6 +34,15 @@ def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
                 f"{config.run_dir} names {key}={value}, and what is run and where keys are sent is never taken from a saved run:"
                 " type it again"
             )
+
+
+def refuse_saved_words(words: Sequence[str], path: str) -> None:
+    """Raises UserError where words that a saved run hands to commands are more than values and choices of a training."""
+    for word in words:
+        key, equal, _ = word.lstrip("+~").partition("=")
+        section = re.split(r"[./@]", key)[0]
+        if not equal or not re.fullmatch(r"[A-Za-z_][\w./]*", key) or section in NEVER_SAVED:
+            raise UserError(f"{path} holds {one_line(repr(word))}, which is never taken from a saved run: take it out")
 
 
 def refuse_secrets(node: Any, typed: Sequence[str] = ()) -> None:

@@ -17,7 +17,7 @@ from halos.checkpoint import commit, find, good, lineage, manifest, space, state
 from halos.checkpoint.retention import Policy
 from halos.checkpoint.saving import Copier
 from halos.distributed.deepspeed import Zero
-from halos.errors import UserError
+from halos.errors import UserError, doing
 from halos.hooks import origin
 from halos.hooks.base import Blueprint, Hook, Metrics, Run, Stop
 from halos.logps.model import bare
@@ -293,13 +293,14 @@ def progress_of(run: Run) -> dict[str, Any]:
 def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
     """Optimizer, random numbers, position and hooks as they were saved; weights were loaded with the model."""
     directory = checkpoint / "state"
-    state.load_optimizer(directory, run.module, run.optimizer)
-    state.load_random(directory, run.accelerator.process_index)
-    progress = state.load_progress(directory)
+    progress = state.load_progress(directory, find.step_of(checkpoint))
+    with doing(f"{directory} cannot be put back", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
+        state.load_optimizer(directory, run.module, run.optimizer)
+        state.load_random(directory, run.accelerator.process_index)
+        for name, hook in run.hooks.items():
+            hook.load_state_dict(progress["hooks"].get(name, {}))
     run.step, run.examples, run.tokens = progress["step"], progress["examples"], progress["tokens"]
     run.last_eval, run.last_train = progress["last_eval"], progress["last_train"]
     run.window.totals = progress["window"]
     run.bad_steps, run.skipped_steps = progress.get("bad_steps", 0), progress.get("skipped_steps", 0)
-    for name, hook in run.hooks.items():
-        hook.load_state_dict(progress["hooks"].get(name, {}))
     return progress

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from halos.confined import NO_CODE
 from halos.logps.vocabulary import table
 
 log = logging.getLogger(__name__)
@@ -104,7 +105,7 @@ def build(auto: Any, config: PretrainedConfig, *, seed: int = 0) -> PreTrainedMo
 def _cut(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
     """The first layers of each kind, still without weights where the configuration alone cannot ask for just these."""
     with torch.device("meta"):
-        whole = auto.from_config(copy.deepcopy(config))
+        whole = auto.from_config(copy.deepcopy(config), **NO_CODE)
     stacks = _stacks(whole, config)
     kinds = [tuple(_kind(stack[number], number) for stack in stacks) for number in range(len(stacks[0]))] if stacks else []
     for each in (1, 2):  # some architectures are not themselves without a second layer of a kind: one shares the other's weights
@@ -115,7 +116,7 @@ def _cut(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
             return model
     kept = sorted(kinds.index(kind) for kind in set(kinds))[:KINDS]
     small = sum(parameter.numel() for parameter in whole.parameters()) < LARGE
-    return auto.from_config(config) if small or len(kept) == len(kinds) else _without(whole, stacks, kept)
+    return auto.from_config(config, **NO_CODE) if small or len(kept) == len(kinds) else _without(whole, stacks, kept)
 
 
 def _asked(auto: Any, config: PretrainedConfig, kept: list[int], kinds: list[tuple[str, ...]]) -> PreTrainedModel | None:
@@ -123,7 +124,7 @@ def _asked(auto: Any, config: PretrainedConfig, kept: list[int], kinds: list[tup
     less = copy.deepcopy(config)
     _keep(less, kept)
     try:
-        model = auto.from_config(less)
+        model = auto.from_config(less, **NO_CODE)
     except Exception:  # whatever an architecture checks of its configuration
         return None
     stacks = _stacks(model, less)

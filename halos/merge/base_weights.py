@@ -1,6 +1,5 @@
 """The base of a merge: its tensors on the disk under the names that the model has for them."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
+from halos import confined
 from halos.errors import UserError
 from halos.merge.safetensors_io import SafeFile, blocks, weight_files
 
@@ -48,7 +48,7 @@ class Source:
     """
 
     def __init__(self, base: Path, model: PreTrainedModel) -> None:
-        settings = json.loads((base / "config.json").read_text())
+        settings = confined.load_object(base / "config.json")
         if settings.get("quantization_config"):
             raise UserError(f"cannot merge: the weights of {base} are quantised on disk; give the model they were made from")
         self.path, names = base, Names(model)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from halos import confined
 from halos.errors import UserError
 from halos.merge.base_weights import Source, unwrapped
 from halos.merge.safetensors_io import INDEX, SafeFile, spans, weight_files
@@ -56,7 +57,7 @@ def truths(base: Path, adapter: Path | None, model: PreTrainedModel, vocabulary:
     """Every tensor that the merged model must have, and no other. Without an adapter: the base itself."""
     source = Source(base, model)
     delta = SafeFile(adapter / "adapter_model.safetensors") if adapter else None
-    config = json.loads((adapter / "adapter_config.json").read_text()) if adapter else {}
+    config = confined.load_object(adapter / "adapter_config.json") if adapter else {}
     changes = _Changes(delta, config, source.kinds)
     tables = {source.embedding, source.head}
     found: dict[str, Truth] = {}

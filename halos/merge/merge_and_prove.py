@@ -7,7 +7,8 @@ import torch
 from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from halos.errors import UserError
+from halos.confined import NO_CODE
+from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import merge, proof
 from halos.merge.safetensors_io import SHARD, SafeFile
@@ -16,11 +17,26 @@ from halos.merge.trained import Trained
 
 def case_of(base: Path, adapter: Path, vocabulary: Vocabulary, *, dtype: torch.dtype | None) -> proof.Case:
     """What there is to merge. `dtype` None keeps the base's."""
-    reward = PeftConfig.from_pretrained(str(adapter)).task_type == "SEQ_CLS"
-    config = AutoConfig.from_pretrained(base, **proof.SAFELY)
+    with doing(f"{adapter}/adapter_config.json is none of PEFT's"):
+        settings = PeftConfig.from_pretrained(str(adapter))
+        _check_kinds(settings)
+    reward = settings.task_type == "SEQ_CLS"
+    with doing(f"{base}/config.json is none that transformers knows"):
+        config = AutoConfig.from_pretrained(base, **NO_CODE)
     kind = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     size = max(vocabulary.size, config.get_text_config().vocab_size)
     return proof.Case(base, adapter, reward, kind, size, vocabulary.new)
+
+
+def _check_kinds(settings: PeftConfig) -> None:
+    """Raises TypeError where a number is none: PEFT takes what the file says."""
+    for name in ("r", "lora_alpha"):
+        if type(getattr(settings, name, 1)) not in (int, float):
+            raise TypeError(f"{name} is {getattr(settings, name)!r}, no number")
+    for name in ("rank_pattern", "alpha_pattern"):
+        values = getattr(settings, name, None) or {}
+        if not isinstance(values, dict) or not all(type(value) in (int, float) for value in values.values()):
+            raise TypeError(f"{name} is {values!r}, no numbers by name")
 
 
 def vocabulary_of(base: Path, adapter: Path, words: Path, added: Sequence[str] | None) -> Vocabulary:
@@ -36,7 +52,8 @@ def vocabulary_of(base: Path, adapter: Path, words: Path, added: Sequence[str] |
     if added is not None:
         known = _tokenizer(base).get_vocab()
         return Vocabulary.of(now, [token for token in added if token not in known])
-    rows = AutoConfig.from_pretrained(base, **proof.SAFELY).get_text_config().vocab_size
+    with doing(f"{base}/config.json is none that transformers knows"):
+        rows = AutoConfig.from_pretrained(base, **NO_CODE).get_text_config().vocab_size
     file = SafeFile(adapter / "adapter_model.safetensors")
     tables = [name for name in file.names if ".lora_" not in name and file.shape(name)[0] >= len(now)]
     if len(now) > rows and not tables:
@@ -48,7 +65,8 @@ def vocabulary_of(base: Path, adapter: Path, words: Path, added: Sequence[str] |
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    tokenizer = AutoTokenizer.from_pretrained(directory, **proof.SAFELY)
+    with doing(f"{directory}: its tokenizer cannot be read"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     assert tokenizer is not None
     return tokenizer
 

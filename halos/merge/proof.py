@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-from halos.errors import UserError
+from halos.confined import NO_CODE, SAFELY
+from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import expected, trained
 from halos.merge.trained import Trained, said_by, typical
@@ -20,7 +21,6 @@ from halos.merge.trained import Trained, said_by, typical
 FACTOR = 4.0  # times the model's own rounding noise: two right computations lie within 2 of it
 SINGLE = torch.finfo(torch.float32).eps
 WORST = 5  # tensors named in the report
-SAFELY: dict[str, Any] = {"trust_remote_code": False}
 FREE = {"architectures", "dtype", "transformers_version", "num_labels", "id2label", "label2id", "problem_type", "pad_token_id",
         "use_cache", "vocab_size", "tie_word_embeddings", "quantization_config", "_name_or_path"}  # fmt: skip
 
@@ -46,9 +46,9 @@ class Case:
 
     def bare(self) -> PreTrainedModel:
         """The base's structure, without weights."""
-        config = AutoConfig.from_pretrained(self.base, **SAFELY, **self.labels)
-        with torch.device("meta"):
-            return self.auto.from_config(config)
+        with doing(f"{self.base}/config.json makes no model"), torch.device("meta"):
+            config = AutoConfig.from_pretrained(self.base, **NO_CODE, **self.labels)
+            return self.auto.from_config(config, **NO_CODE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,7 @@ def prove(case: Case, merged: Path, live: Trained | None = None) -> Proof:
 
 def _of_config(case: Case, merged: Path, *, tied: bool) -> list[str]:
     """Settings of the merged model that are not the base's, other than those that a merge may move."""
-    base, made = (AutoConfig.from_pretrained(path, **SAFELY, **case.labels) for path in (case.base, merged))
+    base, made = (AutoConfig.from_pretrained(path, **NO_CODE, **case.labels) for path in (case.base, merged))
     was, now = _settled(base.to_dict()), _settled(made.to_dict())
     names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
     faults = [f"config.json: {name} is {now.get(name)!r} and the base's is {was.get(name)!r}" for name in names]
@@ -168,14 +168,14 @@ class Comparison:
 
 
 def _probe(case: Case, merged: Path) -> Tensor:
-    text = AutoConfig.from_pretrained(merged, **SAFELY).get_text_config()
+    text = AutoConfig.from_pretrained(merged, **NO_CODE).get_text_config()
     vocabulary = Vocabulary(case.vocabulary, tuple(case.tokens))
     return trained.probe(vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=case.reward)
 
 
 def _stored(case: Case, ids: Tensor) -> Trained:
     """What base and adapter compute together in float32, both read from the disk by PEFT."""
-    model = case.auto.from_pretrained(case.base, dtype=torch.float32, use_safetensors=True, **SAFELY, **case.labels)
+    model = case.auto.from_pretrained(case.base, dtype=torch.float32, **SAFELY, **case.labels)
     grow(model, case.vocabulary, case.tokens)
     adapted = PeftModel.from_pretrained(model, str(case.adapter)).eval()
     return Trained(ids, said_by(adapted, ids, temperature=1.0, reward=case.reward), {}, SINGLE)
@@ -185,9 +185,7 @@ def _compared(
     case: Case, merged: Path, ids: Tensor, live: Trained | None, stored: Trained | None
 ) -> tuple[list[Comparison], list[str]]:
     """The merged model, loaded by plain from_pretrained into float32, beside its witnesses; and wrong keys."""
-    model, report = case.auto.from_pretrained(
-        merged, dtype=torch.float32, use_safetensors=True, output_loading_info=True, **SAFELY
-    )
+    model, report = case.auto.from_pretrained(merged, dtype=torch.float32, output_loading_info=True, **SAFELY)
     faults = [f"from_pretrained finds {kind.replace('_', ' ')}: {', '.join(sorted(map(str, report[kind]))[:3])}"
               for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]]  # fmt: skip
     kind = "scores" if case.reward else "log-probs"

@@ -5,11 +5,13 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from halos.errors import UserError
+from halos import confined
+from halos.errors import UserError, doing, one_line
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -17,6 +19,7 @@ DTYPES = {
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 BLOCK = 2**20  # elements worked on at once: 8 MiB of float64
+HEADER = 100_000_000  # bytes, the library's own limit
 SHARD = 5 * 10**9  # bytes, the hub's own default
 INDEX = "model.safetensors.index.json"
 
@@ -29,14 +32,13 @@ class SafeFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                length = int.from_bytes(file.read(8), "little")
-                header = json.loads(file.read(length)) if length < path.stat().st_size else {}
+        with doing(f"{path} cannot be read as safetensors"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > HEADER:
+                raise ValueError(f"its header has {length} bytes, and {HEADER} is the most that safetensors knows")
+            header = json.loads(file.read(length)) if length < path.stat().st_size else {}
             header.pop("__metadata__", None)
-            self._facts = {name: (DTYPES[f["dtype"]], f["shape"], f["data_offsets"]) for name, f in header.items()}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
+            self._facts = {name: _facts(name, facts) for name, facts in header.items()}
         self._data = 8 + length
         end = max((offsets[1] for _, _, offsets in self._facts.values()), default=0)
         if path.stat().st_size != self._data + end:
@@ -73,6 +75,15 @@ class SafeFile:
                 done += count
         assert done == end - start, f"{self.path} became shorter while it was read"
         return buffer
+
+
+def _facts(name: str, facts: Any) -> tuple[torch.dtype, list[int], list[int]]:
+    """What the header says of a tensor. Raises ValueError where that is no tensor."""
+    dtype, shape, offsets = DTYPES[facts["dtype"]], facts["shape"], facts["data_offsets"]
+    whole = all(type(number) is int and 0 <= number < 2**48 for number in [*shape, *offsets]) and len(offsets) == 2
+    if not whole or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"{one_line(name)} does not lie where its header says")
+    return dtype, shape, offsets
 
 
 def spans(shape: list[int]) -> list[tuple[int, int]]:
@@ -144,13 +155,24 @@ def write_sharded(directory: Path, entries: Mapping[str, Entry], limit: int = SH
     (directory / INDEX).write_text(json.dumps(index, indent=1))
 
 
+def parts_of(index: Path) -> dict[str, str]:
+    """In which file beside its index each tensor lies. Raises UserError where the index names none, or a place elsewhere."""
+    found = confined.load_object(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise UserError(f"{index} has no weight_map")
+    for part in found.values():
+        if not isinstance(part, str) or part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
+            raise UserError(f"{index} names {one_line(part)} as a part of its weights, which is no file beside it")
+    return found
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The safetensors files that make up the model in `directory`. Raises UserError where there are none, or one is missing."""
     index = directory / INDEX
     if (directory / "model.safetensors").is_file():  # from_pretrained takes it first, whatever an index says
         names = ["model.safetensors"]
     elif index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = sorted(set(parts_of(index).values()))
     else:
         names = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     missing = [name for name in names if not (directory / name).is_file()]

@@ -1,6 +1,5 @@
 """LoRA adapters: PEFT's, with PEFT's own keys."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halos import confined
 from halos.config.suggest import nearest
-from halos.errors import UserError
+from halos.errors import UserError, doing
 from halos.merge import lora
 from halos.models import targets
 
@@ -80,7 +80,7 @@ def refuse_other_settings(model: PeftModel, directory: Path) -> None:
     path = directory / "adapter_config.json"
     if not path.is_file() or not (directory / "adapter_model.safetensors").is_file():
         raise UserError(f"peft.init_from={directory} is no adapter: it lacks {path.name} or adapter_model.safetensors")
-    saved, own = json.loads(path.read_text()), model.peft_config["default"].to_dict()
+    saved, own = confined.load_object(path), model.peft_config["default"].to_dict()
     for name in KEYS:
         if name.endswith("_pattern"):
             continue  # compared as what they say of each layer, with the weights
@@ -108,7 +108,8 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
     """Put saved adapter weights into the model's own adapter. Raises UserError where they belong to another model, or were
     trained with other scales."""
     _refuse_other_scales(model, directory)
-    weights = load_file(directory / "adapter_model.safetensors")
+    with doing(f"{directory / 'adapter_model.safetensors'} cannot be read"):
+        weights = load_file(directory / "adapter_model.safetensors")
     try:
         result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, KeyError, ValueError) as error:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -21,7 +20,8 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from halos.errors import UserError
+from halos.confined import NO_CODE, SAFELY
+from halos.errors import UserError, doing
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.hidden import PACKS
 from halos.logps.plan import plan_for, remember
@@ -30,18 +30,14 @@ from halos.models.generation import settings_for
 
 log = logging.getLogger(__name__)
 
-SAFELY: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}  # what is loaded runs no code
-
 
 def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The directory's tokenizer with `add_tokens` in its vocabulary, and those of them that it did not know.
 
     Padding is never trained on, so it may be eos.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: its tokenizer could not be loaded: {str(error).splitlines()[0]}") from error
+    with doing(f"{directory}: its tokenizer could not be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: only fast tokenizers (tokenizer.json) are supported")
     if tokenizer.eos_token is None:
@@ -130,10 +126,8 @@ def load_model(
     extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen, **SAFELY, **_quantization(quantize)}
     extra |= {"num_labels": 1} if reward else {}
     torch.manual_seed(seed)  # a fresh score head is drawn here
-    try:
+    with doing(f"{directory} could not be loaded as a {auto.__name__}"):
         model = _hollow(auto, config, extra) if hollow else auto.from_pretrained(directory, **extra)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{directory} could not be loaded as a {auto.__name__}: {str(error).splitlines()[0]}") from error
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -148,17 +142,15 @@ def _hollow(auto: Any, config: PretrainedConfig, extra: dict[str, Any]) -> PreTr
     if "num_labels" in extra:
         config.num_labels = extra["num_labels"]
     with no_init_weights():
-        model = auto.from_config(config, dtype=extra["dtype"], attn_implementation=extra["attn_implementation"])
+        model = auto.from_config(config, dtype=extra["dtype"], attn_implementation=extra["attn_implementation"], **NO_CODE)
     model.tie_weights()
     return model
 
 
 def read_config(directory: Path) -> PretrainedConfig:
     """Its config.json. Raises UserError for what transformers itself does not know; no code beside the model is run."""
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: its config.json could not be loaded: {str(error).splitlines()[0]}") from error
+    with doing(f"{directory}: its config.json could not be loaded"):
+        return AutoConfig.from_pretrained(directory, **NO_CODE)
 
 
 def refuse_other_model(base: Path, saved: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from halos.confined import NO_CODE, SAFELY
 from halos.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -63,13 +64,13 @@ def _convert(path: Path, directory: Path) -> None:
 
     log.info("converting %s to safetensors, once", path)
     partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32, **SAFELY)
     model.config.__dict__.pop("quantization_config", None)
     model.config._name_or_path = ""
     clean = type(model)(type(model.config).from_dict(model.config.to_dict()))
     clean.load_state_dict(model.state_dict())
     clean.save_pretrained(partial)
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **NO_CODE)
     assert tokenizer is not None, "transformers finds the tokenizer in the file"
     tokenizer.save_pretrained(partial)
     partial.rename(directory)

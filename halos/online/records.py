@@ -10,7 +10,8 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halos.confined import write_whole
+from halos import confined
+from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 
 Row = dict[str, Any]
@@ -42,15 +43,9 @@ def question(row: Mapping[str, Any]) -> str:
 
 def read(path: Path) -> list[Row]:
     """Rows of a .jsonl file, or of a .json file that holds a list. Raises UserError with file and line for what is neither."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    text = confined.read_text(path, most=confined.LARGE)
     if path.suffix == ".json":
-        try:
-            rows = json.loads(text)
-        except ValueError as error:
-            raise UserError(f"{path} is no JSON: {error}") from error
+        rows = confined.parse_json(text, str(path))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path} holds no list of rows")
         return rows
@@ -58,10 +53,7 @@ def read(path: Path) -> list[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: no JSON: {error}") from error
+        row = confined.parse_json(line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: a row is an object with named columns")
         found.append(row)
@@ -94,10 +86,9 @@ def meta_path(path: Path) -> Path:
 def read_meta(path: Path) -> Row:
     """Nothing where there is none, or none that can be read."""
     try:
-        found = json.loads(meta_path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return confined.load_object(meta_path(path))
+    except UnreadableError:
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 class Ledger:
@@ -126,8 +117,8 @@ class Ledger:
         asked = self.partial / "request.json"
         if self.partial.is_dir() and asked.is_file():
             try:
-                there = json.loads(asked.read_text(encoding="utf-8"))
-            except ValueError as error:
+                there = confined.load_json(asked, within=self.partial.parent)
+            except UnreadableError as error:
                 raise UserError(f"{asked} cannot be read: delete {self.partial}, and its rows are made anew") from error
             if there != self.request:
                 raise UserError(f"{self.partial} was begun already, and {_difference(there, self.request)}: delete it")
@@ -136,15 +127,17 @@ class Ledger:
             write_whole(asked, json.dumps(self.request, indent=1))
         for file in sorted(self.partial.glob("rows.*.jsonl")) if self.partial.is_dir() else ():
             for row in whole_lines(file):
-                self.rows.setdefault(row["key"] if not isinstance(row["key"], list) else tuple(row["key"]), row["row"])
+                key = row.get("key")
+                parts = key if isinstance(key, list) else [key]
+                if not isinstance(row.get("row"), dict) or not all(isinstance(part, (str, int)) for part in parts):
+                    raise UserError(f"{file} holds a line that is no row: delete {self.partial}, and its rows are made anew")
+                self.rows.setdefault(tuple(key) if isinstance(key, list) else key, row["row"])
 
     def add(self, rows: Mapping[Any, Row]) -> None:
         """Keep some rows; they are on the disk when this returns."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        with (self.partial / f"rows.{self.rank}.jsonl").open("a", encoding="utf-8") as file:
-            file.write("".join(line({"key": key, "row": row}) for key, row in rows.items()))
-            file.flush()
-            os.fsync(file.fileno())
+        text = "".join(line({"key": key, "row": row}) for key, row in rows.items())
+        confined.append(self.partial / f"rows.{self.rank}.jsonl", text, within=self.partial.parent, sync=True)
         self.rows.update(rows)
 
     def finish(self, keys: Sequence[Hashable], facts: Mapping[str, Any]) -> None:
@@ -159,15 +152,20 @@ class Ledger:
 
 def whole_lines(path: Path) -> Iterator[Row]:
     """The rows of a file that is being appended to; a last line that was cut off is none, and is taken away."""
-    data = path.read_bytes()
+    data = confined.read_bytes(path, within=path.parent, most=confined.LARGE)
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    for number, text in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+        descriptor = confined.open_to_append(path, within=path.parent)
+        os.ftruncate(descriptor, len(whole))
+        os.close(descriptor)
+    for number, text in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            yield json.loads(text)
-        except ValueError as error:
+            row = confined.parse_json(text.decode("utf-8"), "it")
+        except (UnreadableError, UnicodeDecodeError) as error:
             raise UserError(f"{path}:{number}: no JSON; take that line out, and what it held is made anew") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number}: no row; take that line out, and what it held is made anew")
+        yield row
 
 
 def _difference(there: Any, asked: Mapping[str, Any]) -> str:

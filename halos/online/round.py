@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halos.confined import write_whole
+from halos import confined
+from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.online import measure
 from halos.online.plan import Plan
@@ -69,11 +70,15 @@ class Round:
         self._note(done=True, metrics=metrics)
 
     def _read(self) -> dict[str, Any]:
+        start: dict[str, Any] = {"round": self.number, "stages": {}, "whole": False, "wall": 0.0, "metrics": {}}
         try:
-            found = json.loads((self.place / "round.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = confined.load_object(self.place / "round.json", within=self.plan.directory.path)
+        except UnreadableError:
             found = {}
-        return {"round": self.number, "stages": {}, "whole": False, "wall": 0.0, **(found if isinstance(found, dict) else {})}
+        kept = {name: value for name, value in found.items() if isinstance(value, type(start.get(name, value)))}
+        stages = kept.get("stages", {})
+        fits = all(isinstance(each, dict) and isinstance(each.get("wall"), (int, float)) for each in stages.values())
+        return {**start, **kept, "stages": stages if fits else {}}
 
     def _note(self, **facts: Any) -> None:
         self.facts |= facts

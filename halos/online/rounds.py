@@ -16,11 +16,13 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from halos import confined
 from halos.checkpoint.commit import staged, sweep
 from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
 from halos.config.changes import Change
 from halos.config.schema import Config
+from halos.config.secrets import refuse_saved_words
 from halos.confined import write_whole
 from halos.distributed.environment import world_size
 from halos.distributed.signals import AGAIN
@@ -180,8 +182,8 @@ class Walk:
         self.hooks = trackers_of(self.config)
         state = directory.path / "hooks.json"
         if state.is_file():
-            for name, kept in json.loads(state.read_text()).items():
-                if name in self.hooks:
+            for name, kept in confined.load_object(state, within=directory.path).items():
+                if name in self.hooks and isinstance(kept, dict):
                     self.hooks[name].load_state_dict(kept)
         directory.write_result("running", 0, {})
         plan, online = self.plan, self.plan.online
@@ -242,10 +244,9 @@ def _link(source: str, target: str) -> str:
 def stored_words(run: Path) -> list[str]:
     """What a saved run's training is given. Raises UserError where that cannot be read."""
     path = run / WORDS
-    try:
-        words = json.loads(path.read_text(encoding="utf-8"))["words"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
+    words = confined.load_object(path, within=run).get("words")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{path} holds no words")
+    words = [word for word in words if not word.startswith("plugins=")]  # they are typed again
+    refuse_saved_words(words, str(path))
     return words

@@ -15,6 +15,7 @@ from typing import Any
 
 import yaml
 
+from halos import confined
 from halos.config.schema import Config, Online
 from halos.distributed.children import CONFIGS, ROOT, accelerate_config, die_with_parent, environment_of_a_start, last_words
 from halos.distributed.signals import ASKING
@@ -63,7 +64,7 @@ class Stages:
         self._refuse_interrupted()
         log.parent.mkdir(parents=True, exist_ok=True)
         aloud = sys.stderr.isatty()  # progress bars for people; in a log they would only be lines
-        with log.open("ab") as file:
+        with os.fdopen(confined.open_to_append(log, within=Path(self.config.run_dir)), "ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(

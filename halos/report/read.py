@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
+from halos import confined
 from halos.errors import UserError
 from halos.rundir import RunDir, is_run
 
@@ -78,7 +77,12 @@ def read_runs(places: Sequence[Path]) -> tuple[list[Record], list[str]]:
                 found.append(path)
     if not found:
         raise UserError("nothing to report:\n" + "\n".join(f"  {problem}" for problem in passed))
+    passed += [f"{count} damaged lines of {path / 'metrics.jsonl'}" for path in found if (count := _damaged(path))]
     return [_read(path, label) for path, label in zip(found, _labels(found), strict=True)], passed
+
+
+def _damaged(path: Path) -> int:
+    return len(RunDir(path).metrics.damaged())
 
 
 def runs_below(place: Path) -> list[Path]:
@@ -110,7 +114,7 @@ def _looks_like_run(place: Path) -> bool:
 
 
 def _nothing_logged(path: Path) -> str | None:
-    if _parsed(path / "metrics.jsonl", RunDir(path).read_metrics):
+    if RunDir(path).read_metrics():
         return None
     result = RunDir(path).read_result() or {}
     status = result.get("status")
@@ -119,28 +123,21 @@ def _nothing_logged(path: Path) -> str | None:
 
 def _read(path: Path, label: str) -> Record:
     run = RunDir(path)
-    config = _parsed(run.config, lambda: yaml.safe_load(run.read_config()))
+    config = confined.parse_yaml(run.read_config(), str(run.config))
     if not isinstance(config, Mapping):
         raise UserError(f"{run.config} holds no configuration")
-    rows = _parsed(path / "metrics.jsonl", run.read_metrics)
+    rows = run.read_metrics()
     result = run.read_result()
     if result is None and (path / "result.json").exists():
         raise UserError(f"{path / 'result.json'} cannot be read")
     train = tuple(row for row in rows if row.get("split") == "train")
     held_out = tuple(row for row in rows if row.get("split") == "eval")
     if not train and not held_out:
-        raise UserError(f"{path / 'metrics.jsonl'} has no row with split train or eval")
+        more = f": it cannot be read, {count} lines are damaged" if (count := _damaged(path)) else ""
+        raise UserError(f"{path / 'metrics.jsonl'} has no row with split train or eval{more}")
     last = max(row["step"] for row in (*train, *held_out))
     status = result["status"] if result else "unknown (no result.json)"
     return Record(path, label, config, status, result["step"] if result else last, train, held_out)
-
-
-def _parsed(path: Path, read: Callable[[], Any]) -> Any:
-    """`read()`, with whatever is wrong in the file said in one line."""
-    try:
-        return read()
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

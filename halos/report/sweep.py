@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from halos import confined
+from halos.errors import UserError
 from halos.report.plots import palette, plot, save
 from halos.report.read import Record, read_runs
 from halos.report.table import table
@@ -178,11 +179,13 @@ def _rank(value: float, mode: str) -> float:
 
 def _typed(run: Path) -> dict[str, str]:
     """Overrides of a run's first start, key -> value."""
+    first = run / "attempts" / "000.yaml"
     try:
-        record = yaml.safe_load((run / "attempts" / "000.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        record = confined.parse_yaml(confined.read_text(first, within=run, most=confined.SETTINGS), str(first))
+    except UserError:
         return {}
-    words = record.get("overrides", []) if isinstance(record, dict) else []
+    words = record.get("overrides") if isinstance(record, dict) else []
+    words = words if isinstance(words, list) else []
     pairs = [str(word).lstrip("+~").partition("=") for word in words]
     return {key: value for key, _, value in pairs}
 

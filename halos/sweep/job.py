@@ -1,15 +1,15 @@
 """One job of a sweep: what was typed for it, where it lies, and how far it is by the files it writes."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
+from halos import confined
 from halos.distributed.children import tail
+from halos.errors import UserError
+from halos.metrics_file import row_of
 from halos.rundir import RunDir, is_run
 
 State = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -39,7 +39,8 @@ class Job:
         """Its objective's last held-out value, for the sweeper; None where it has none."""
         if not self.run.is_finished():
             return None
-        return self.run.final_value(yaml.safe_load(self.run.read_config())["objective"]["metric"])
+        settings = confined.parse_yaml(self.run.read_config(), str(self.run.config))
+        return self.run.final_value(str(settings["objective"]["metric"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +54,10 @@ def progress(job: Job) -> Progress:
     """How far a job is. Reads ends of files only, since it is asked for every second."""
     row: dict[str, Any] = {}
     for line in reversed(tail(job.path / "metrics.jsonl").splitlines()):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict) and row.get("split") == "train":
+        found = row_of(line.encode("utf-8", errors="replace"))
+        if found is not None and found.get("split") == "train":
+            row = found
             break
-        row = {}
     attempts = job.run.attempts()
     return Progress(int(row.get("step") or 0), _total(attempts[-1]) if attempts else None, row.get("loss"))
 
@@ -67,10 +65,11 @@ def progress(job: Job) -> Progress:
 @cache
 def _total(attempt: Path) -> int | None:
     try:
-        record = yaml.safe_load(attempt.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
+        record = confined.parse_yaml(confined.read_text(attempt, most=confined.SETTINGS), attempt.name)
+    except UserError:
         return None
-    return record.get("total_steps") if isinstance(record, dict) else None
+    total = record.get("total_steps") if isinstance(record, dict) else None
+    return total if type(total) is int else None
 
 
 def own_words(jobs: Sequence[Sequence[str]]) -> list[str]:

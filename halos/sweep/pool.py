@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from halos import confined
 from halos.distributed.children import die_with_parent, last_words
 from halos.sweep.job import Job, State
 from halos.sweep.places import Place
@@ -88,7 +89,8 @@ class Pool:
         job, place = self.jobs[number], self._free.pop(0)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         self.outcomes[number] = Outcome("running", began=time.time())
-        with job.log.open("wb") as log:
+        confined.remove(job.log)  # not written into: a link that stood there would be followed
+        with job.log.open("xb") as log:
             process = subprocess.Popen(
                 self.command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
                 env={**os.environ, **place.environment}, start_new_session=True, preexec_fn=die_with_parent,

@@ -76,5 +76,5 @@ def test_both_kinds_of_file_are_read_and_what_is_none_is_named(tmp_path: Path) -
         assert read(tmp_path / name) == rows
     assert isinstance(json.loads((tmp_path / "x.json").read_text()), list)
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a"')
-    with pytest.raises(UserError, match=r"bad.jsonl:2: no JSON"):
+    with pytest.raises(UserError, match=r"bad.jsonl:2 cannot be read as JSON"):
         read(tmp_path / "bad.jsonl")

@@ -228,7 +228,7 @@ def broken_result(place: Path) -> Path:
         (empty_run, "has logged nothing yet (metrics.jsonl is empty, status running)"),
         (only_configured, "has logged nothing yet"),
         (sweep_of_empty_runs, "nothing to report"),
-        (broken_metrics, "metrics.jsonl cannot be read"),
+        (broken_metrics, "cannot be read, 1 lines are damaged"),
         (broken_config, "config.yaml cannot be read"),
         (empty_config, "holds no configuration"),
         (broken_result, "result.json cannot be read"),

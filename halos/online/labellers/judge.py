@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from halos import confined
 from halos.errors import UserError
 from halos.online.labellers.score import Score
 from halos.online.records import Row, line, question, text_of, whole_lines
@@ -82,9 +82,12 @@ class Judge:
         if not self.settings.cache.is_file():
             return
         for row in whole_lines(self.settings.cache):
+            cost = row.get("cost", 0.0)
+            if not isinstance(row.get("key"), str) or not isinstance(cost, (int, float)):
+                raise UserError(f"{self.settings.cache} holds a line that is no answer: take it out, or move the file away")
             if "text" in row:
-                self.kept[row["key"]] = Answer(row["text"], row["cost"], row["finish"])
-                self.spent += row["cost"]
+                self.kept[row["key"]] = Answer(str(row["text"]), cost, str(row.get("finish")))
+                self.spent += cost
             else:
                 self.asked += 1
                 self._sent.add(row["key"])
@@ -94,10 +97,7 @@ class Judge:
 
     def _note(self, row: Mapping[str, Any]) -> None:
         self.settings.cache.parent.mkdir(parents=True, exist_ok=True)
-        with self.settings.cache.open("a", encoding="utf-8") as file:
-            file.write(line(row))
-            file.flush()
-            os.fsync(file.fileno())
+        confined.append(self.settings.cache, line(row), sync=True)
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 from halos.checkpoint.lineage import identity
+from halos.confined import SAFELY
 from halos.data.collate import pack
 from halos.data.dataset import Completion
 from halos.data.template import chat_template
@@ -23,7 +24,7 @@ from halos.errors import UserError
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import RewardModel as Scorer
 from halos.logps.plan import plan_for, remember
-from halos.models.load import SAFELY, load_tokenizer, read_config, weights_dtype
+from halos.models.load import load_tokenizer, read_config, weights_dtype
 from halos.online.labellers.score import Score
 from halos.online.ranks import device_of_this_process
 from halos.online.records import Row, text_of
