@@ -33,7 +33,7 @@ from yaml import YAMLError
 
 from halos.config import changes, gate, saved
 from halos.config.changes import Change, Past
-from halos.config.overrides import Choices, Typed, check_choices, no_choice, quote_nested, settle, unreadable
+from halos.config.overrides import Choices, Typed, check_choices, no_inner_loss, quote_nested, settle, unreadable
 from halos.config.schema import Config
 from halos.config.secrets import redact, refuse_saved_addresses, refuse_secrets
 from halos.config.suggest import kind_of
@@ -497,7 +497,7 @@ def inner(config: Config, words: Sequence[str], places: Sequence[Path]) -> DictC
     if online.loss is None:
         raise UserError(f"online.loss is missing: what each round trains with, of {', '.join(known)}")
     if online.loss not in known:
-        raise UserError(f"online.{no_choice('loss', online.loss, choices)}")
+        raise UserError(no_inner_loss(online.loss, known))
     typed = [parse(text, choices) for text in words]
     check_choices(typed, choices, multirun=False)
     started = GlobalHydra.instance().is_initialized()  # by hydra.main, whose composer it is then

@@ -184,7 +184,8 @@ WRONG = [
     ("loss=online online.loss=grpo online.samples_per_prompt=1", "grpo compares samples of one prompt"),
     ("loss=grpo data.train=[single.jsonl] data.eval=[]", "each of the 8 prompts of data.train has one"),
     ("loss=online online.loss=dpo online.sampler.max_new_tokens=600", "no prompt of data.train leaves room"),
-    ("loss=online online.loss=mine", "no choice 'mine'"),
+    ("loss=online online.loss=mine", "online.loss=mine: it is no loss"),
+    ("loss=online online.loss=orpo", "online.loss=orpo: it is known (arXiv:2403.07691) but not built in"),
     ("loss=online online.loss=reward", "trains a reward model"),
     ("loss=online online.loss=dpo online.labeller.name=reward_model online.labeller.model=runs/none", "online.labeller.model"),
     ("loss=dpo logging=wandb hooks.wandb.mode=online", "hooks.wandb.mode=online needs a key"),
@@ -212,6 +213,36 @@ def test_a_dry_run_refuses_what_the_run_would(
         status, said = 2, str(error)
     assert status == 2
     assert part in said
+
+
+def test_a_dry_resume_says_where_it_would_go_on_and_refuses_what_is_lost(
+    begun: None, dry: Callable[..., int], desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert dry("train.py resume=runs/long") == 0
+    assert "would go on from checkpoints/step-00000040" in "".join(capsys.readouterr())
+    newest = desk / "runs" / "long" / "checkpoints" / "step-00000040" / "metrics.json"
+    text = newest.read_text()
+    try:
+        newest.write_text("{}")
+        with pytest.raises(UserError, match="step-00000040 cannot be resumed from"):
+            dry("train.py resume=runs/long/checkpoints/step-00000040")
+    finally:
+        newest.write_text(text)
+
+
+@pytest.mark.parametrize(("loss", "why"), [("reward", "it trains a reward model"), ("csft", "it rewrites the rows")])
+@pytest.mark.parametrize("way", ["online.rounds=1", "online.steps=2"])
+def test_what_a_loss_is_bound_to_decides_whether_its_policy_can_be_sampled_and_not_its_name(
+    loss: str, why: str, way: str, dry: Callable[..., int], desk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (desk / "own" / "loss").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(ROOT / "config" / "loss" / f"{loss}.yaml", desk / "own" / "loss" / "mine.yaml")
+    command = f"train.py --config-dir own loss=online online.loss=mine {way} model=tiny data=arithmetic exp_name=own"
+    try:
+        status, said = dry(command), capsys.readouterr().err
+    except UserError as error:
+        status, said = 2, str(error)
+    assert (status, f"online.loss=mine: {why}" in said) == (2, True)
 
 
 def refuse(name: str, **_: Any) -> str:

@@ -50,11 +50,17 @@ def record(run: RunDir, checkpoint: Path) -> None:
 
 
 def go_on(run: RunDir, asked: Path | None) -> Found:
-    """What a resumed run goes on from, when the leftovers of dead saves are gone. Raises UserError, then touching nothing."""
-    refuse_newer(run.checkpoints)
-    refuse_misplaced(run)
+    """What a resumed run goes on from, and the leftovers of dead saves are gone. Raises UserError, then touching nothing."""
+    found = look(run, asked)
     commit.sweep(run.checkpoints)
     commit.sweep(run.path)
+    return found
+
+
+def look(run: RunDir, asked: Path | None) -> Found:
+    """What a resumed run would go on from; touches nothing. Raises UserError where there is nothing that it could."""
+    refuse_newer(run.checkpoints)
+    refuse_misplaced(run)
     doubted = good.doubted(run)
     found = Found(exactly(asked), []) if asked else newest(run.checkpoints, doubted=doubted)
     if found.path is None and not doubted:  # where all are, step 0 is the last that was good

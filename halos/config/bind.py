@@ -86,10 +86,10 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
 def refuse_no_policy(name: str, loss: LossSpec) -> None:
     """Raises UserError where what a loss trains could not be sampled from and trained again: `name` is online.loss."""
     if loss.inputs is PairScores:
-        raise UserError(f"online.loss={name} trains a reward model, which says nothing: choose a loss that trains a policy")
+        raise UserError(f"online.loss={name}: it trains a reward model, which says nothing; choose a loss that trains a policy")
     if loss.example_type is not None:
         raise UserError(
-            f"online.loss={name} rewrites the rows that it trains on, so what is sampled is not what it learns: choose another"
+            f"online.loss={name}: it rewrites the rows that it trains on, so it does not learn what is sampled; choose another"
         )
 
 

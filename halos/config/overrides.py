@@ -90,6 +90,13 @@ def no_choice(group: str, value: Any, choices: Choices) -> str:
     return f"{group} has no choice {show(value)}; choices: {options}{_meant(group, str(value), choices)}"
 
 
+def no_inner_loss(value: str, known: Sequence[str]) -> str:
+    """The same for online.loss, which names a loss and chooses none."""
+    near, told = nearest(value, known), elsewhere(value)
+    said = f"{told}." if told else f"did you mean {near}?" if near else "it is no loss of config/loss."
+    return f"online.loss={value}: {said} It takes {', '.join(known)}"
+
+
 def _both_trackers(asked: Sequence[str], choices: Choices) -> str:
     """How several trackers are had: one by its choice, each other one as a hook."""
     if any(name not in TRACKERS or name not in choices["logging"] for name in asked) or len(asked) < 2:

@@ -30,6 +30,8 @@ def assemble(
     set_seed(config.seed % 2**32)  # for what hooks and plugins draw; weights and steps have seeds of their own
     run = prepare(config, made, lock)
     if config.dry_run:
+        if config.resume and made.is_main_process:
+            resume.look(config, run.directory, run.rows.total)
         header.write(run, made)
         log.info("everything fits together; nothing was trained")
         return None

@@ -54,6 +54,16 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
     return box[0]
 
 
+def look(config: Config, directory: RunDir, total: int) -> None:
+    """Say what a resumed run would go on from. Raises UserError as `begin` does, and touches nothing."""
+    _refuse_unwritable(directory)
+    source = find.look(directory, directory.asked_checkpoint(config.resume))
+    _refuse_behind(config, directory, source.path, total)
+    for line in source.passed_over:
+        log.warning(line)
+    log.info("would go on from %s", f"checkpoints/{source.path.name}" if source.path else "nothing: step 0")
+
+
 def _refuse_unwritable(directory: RunDir) -> None:
     """Raises UserError where the next save would fail: tried, since permissions do not say all."""
     place = directory.checkpoints if directory.checkpoints.is_dir() else directory.path
