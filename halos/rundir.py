@@ -24,11 +24,13 @@ from halos.lock import RunLock
 from halos.metrics_file import MetricsFile, to_json
 
 Status = Literal["finished", "stopped", "failed", "running"]
-LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", LOCK}  # what a start may leave that died before config.yaml
+REPORT = "forward_report.json"  # what a start proved of the forward pass
+# what a start may leave that died before config.yaml
+LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", REPORT, LOCK}
 ASIDE = "superseded-"
 COMMITS = "checkpoints.jsonl"
 PLACE = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "dry_run")  # not what is run
-HIDDEN = (".config.yaml.", ".result.json.", f".{LOCK}.", ".deleted-", "train.rank")
+HIDDEN = (".config.yaml.", ".result.json.", f".{REPORT}.", f".{LOCK}.", ".deleted-", "train.rank")
 RESERVE, RESERVED = ".result.json.reserve", 2**14  # room for the last word of a run whose disk others have filled
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -113,7 +115,7 @@ class RunDir:
         if self.checkpoints.is_dir() or self.final.exists() or any(row["step"] for row in self.read_metrics()):
             return
         logs = [path.name for path in self.path.glob("train.*log")]
-        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", RESERVE, *logs):
+        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", REPORT, RESERVE, *logs):
             confined.remove(self.path / name)
 
     @classmethod

@@ -87,6 +87,13 @@ class Sequences:
         return Sequences(ids, positions, self.lengths, targets, sources, rows, columns, self.widest)
 
 
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """One row for the model as it is by itself: in the place of `Sequences`, it goes the same way through what wraps a model."""
+
+    ids: Tensor  # (tokens,) int64
+
+
 # --- what a loss is given ----------------------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"rundir", "distributed"},
     {"merge"},
     {"models", "data"},
-    {"checkpoint"},
+    {"checkpoint", "prove"},
     {"hooks"},
     {"trainers"},
     {"online"},

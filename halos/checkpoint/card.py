@@ -49,6 +49,7 @@ def _made_from(runs: list[Any], *, adapter: bool) -> str:
     how = " with LoRA" if run["config"]["peft"]["name"] == "lora" else ""
     data = ", ".join(f"`{source['path']}`" for source in run["data"].get("train", []))
     merged = " This is the adapter alone." if adapter else ""
+    merged += " Its forward pass was not proved (train.prove=off)." if run["config"]["train"].get("prove") == "off" else ""
     return f"`{run['base']['name']}`, trained{how} by `loss={run['loss']}` on {data} with halos.{merged}"
 
 

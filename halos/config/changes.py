@@ -145,6 +145,7 @@ CHANGES: dict[str, str | Condition] = {
     "train.activation_checkpointing": SAFE,
     "train.deterministic": SAFE,
     "train.router_aux_loss": MATHEMATICAL,
+    "train.prove": SAFE,  # it looks, and touches nothing
     "train.early_stopping": SAFE,  # it ends a run, and changes no step
     "train.temperature": MATHEMATICAL,
     "optim.name": MATHEMATICAL,

@@ -75,6 +75,7 @@ class Train:
     activation_checkpointing: bool = key()
     deterministic: bool = key()
     router_aux_loss: float | None = key(least=0)
+    prove: str = key(one_of=("auto", "always", "off"))  # that the forward is the model's own
     early_stopping: int | None = key(least=1)
     temperature: float = key(above=0)  # of the softmax that log-probs are taken of
 

@@ -5,18 +5,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen, own_piece
+from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen, own_piece, piece_of
 from halos.distributed.deepspeed_config import cut_asked, deepspeed_asked, stage_asked
 from halos.distributed.launch import agree, asked_to_cut, asked_to_shard
 from halos.errors import UserError
@@ -46,6 +47,7 @@ def distribute(
 ) -> tuple[nn.Module, Optimizer]:
     """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over the parameters it has then."""
     _call_layers_alike(module)
+    _share_start(module, made)
     if not deepspeed_asked():
         spread = shard(module, made) if asked_to_shard() else _replicate(module, made)
         return spread, optimizer_of(spread)
@@ -73,6 +75,28 @@ def _call_layers_alike(module: nn.Module) -> None:
     equally often."""
     assert isinstance(module, Reader)
     module.everywhere = asked_to_cut()
+
+
+def _share_start(module: nn.Module, made: Accelerator) -> None:
+    """What an adapter's base was at the start is known where its weights are: on the first process, where models are sharded."""
+    assert isinstance(module, Reader)
+    module.held = _held
+    if asked_to_cut() and made.num_processes > 1:
+        module.start = {name: value.to(made.device) for name, value in module.start.items()}
+        for value in module.start.values():
+            dist.broadcast(value, 0)
+
+
+def _held(parameter: Any, start: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """What this process has of a parameter, wherever that lies, and the same part of its value at the start."""
+    if isinstance(parameter, DTensor):
+        mesh, placements = parameter.device_mesh, parameter.placements
+        part = distribute_tensor(start.to(parameter.device), mesh, placements, src_data_rank=None)
+        return [(parameter.to_local().data, part.to_local())]
+    if not hasattr(parameter, "ds_tensor"):
+        return [(parameter.data, start)]
+    parts = [(parameter.ds_tensor.data, piece_of(parameter, start))]
+    return [*parts, (parameter.data, start)] if parameter.data.shape == start.shape else parts  # stage 3 keeps small ones whole
 
 
 def _head(module: nn.Module) -> nn.Module | None:

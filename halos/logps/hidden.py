@@ -45,10 +45,10 @@ def hidden_states(model: PreTrainedModel, batch: Sequences, *, everywhere: bool 
     if is_packed(model):
         return _packed(backbone, str(model.config._attn_implementation), batch)
     rows = batch.ids.split(batch.lengths)
-    states = [_of_row(backbone, row) for row in rows]
-    flat = torch.cat(states)
+    more = most_rows(batch) - len(rows) if everywhere else 0  # before the layers, whose own collectives must not cross this one
+    flat = torch.cat([_of_row(backbone, row) for row in rows])
     with _keeping_step():
-        for _ in range(most_rows(batch) - len(rows) if everywhere else 0):
+        for _ in range(more):
             flat = flat + 0.0 * _of_row(backbone, rows[0]).sum()
     return flat
 

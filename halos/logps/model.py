@@ -1,34 +1,53 @@
 """The modules that DDP and FSDP wrap: a language model with its head, or a reward model with its score."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from halos.errors import UserError
 from halos.logps.head import Head, chosen
 from halos.logps.hidden import hidden_states, is_packed, most_rows
 from halos.logps.plan import plan_of, whole
-from halos.types import Acted, Sequences, TokenLogps
+from halos.logps.start import Held, at_start, start_of
+from halos.logps.start import whole as whole_of
+from halos.types import Acted, Sequences, TokenLogps, Whole
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model as it was before its adapter. Nothing but a flag of each layer moves: no gradient setting, no copy."""
+    """The base model as it was before its adapter, its own trained biases included.
+
+    Nothing but a flag of each layer moves, and those biases: no gradient setting, no copy of a model.
+    """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+    readers = [module for module in model.modules() if isinstance(module, Reader) and module.start]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
-        yield
+        with ExitStack() as stack:
+            for reader in readers:
+                stack.callback(_forget_gathered, model)
+                stack.enter_context(at_start(reader, reader.start, reader.held))
+                _forget_gathered(model)
+            yield
     finally:
         for layer, was in zip(layers, before, strict=True):
             layer._disable_adapters = was
+
+
+def _forget_gathered(model: nn.Module) -> None:
+    """Have sharded parameters gathered anew by whoever calls next."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
@@ -68,7 +87,27 @@ class Reader(nn.Module):
         self.plan = plan_of(inner, reward=self.reward)
         if is_packed(inner) and not self.plan.is_packed:
             inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
+        self.start = {f"model.{name}": value for name, value in start_of(model).items()}
+        self.held: Held = whole_of  # what this process has of a parameter: set where models are spread
         self.everywhere = False  # whether all processes call the layers equally often: set where they are sharded
+
+    def forward(self, batch: Sequences | Whole) -> Any:
+        """What `read` says; of a whole row, what the model itself does."""
+        return whole(bare(self.model), batch.ids) if isinstance(batch, Whole) else self.read(batch)
+
+    def read(self, batch: Sequences) -> Any:
+        raise NotImplementedError
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """With transformers' own choice of attention, which a whole row can go through."""
+        inner = bare(self.model)
+        before = str(inner.config._attn_implementation)
+        inner.set_attn_implementation(inner.get_correct_attn_implementation(None) if is_packed(inner) else before)
+        try:
+            yield
+        finally:
+            inner.set_attn_implementation(before)
 
     def hidden(self, batch: Sequences) -> Tensor:
         return hidden_states(bare(self.model), batch, everywhere=self.everywhere)
@@ -76,8 +115,9 @@ class Reader(nn.Module):
     def whole(self, batch: Sequences, keep: Sequence[Tensor] | None) -> Tensor:
         """What the model says when it is called as a whole, one row after the other, of the places `keep` in each."""
         inner, rows = bare(self.model), batch.ids.split(batch.lengths)
+        more = most_rows(batch) - len(rows) if self.everywhere else 0
         said = torch.cat([whole(inner, row, None if keep is None else keep[n]).float() for n, row in enumerate(rows)])
-        for _ in range(most_rows(batch) - len(rows) if self.everywhere else 0):
+        for _ in range(more):
             said = said + 0.0 * whole(inner, rows[0]).float().sum()
         return said
 
@@ -100,7 +140,7 @@ class _Policy(Reader):
 class LanguageModel(_Policy):
     """Sequences -> log-probs of their scored tokens. Prompt tokens never reach the head."""
 
-    def forward(self, batch: Sequences) -> TokenLogps:
+    def read(self, batch: Sequences) -> TokenLogps:
         if self.plan.head != "whole":
             return self.logps(self.hidden(batch)[batch.sources], batch)
         logits = self.whole(batch, sources_of_rows(batch))
@@ -121,7 +161,7 @@ class ActorCritic(_Policy):
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, batch: Sequences) -> Acted:
+    def read(self, batch: Sequences) -> Acted:
         hidden = self.hidden(batch)[batch.sources]
         logps = self.logps(hidden, batch)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -134,7 +174,7 @@ class RewardModel(Reader):
 
     reward = True
 
-    def forward(self, batch: Sequences) -> Tensor:
+    def read(self, batch: Sequences) -> Tensor:
         """(rows,) float32: the score at each sequence's last token that is not padding."""
         return self.scores(batch).sum(1)  # of one label: FSDP wants no view
 

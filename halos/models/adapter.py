@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from halos import confined
 from halos.config.suggest import nearest
 from halos.errors import UserError, doing
+from halos.logps.start import remember_start
 from halos.merge import lora
 from halos.models import targets
 
@@ -30,6 +31,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     config = LoraConfig(task_type=task, **_named(model, settings))
     _refuse_idle_modules(model, settings["modules_to_save"])
     model.config._name_or_path = base
+    own = {id(parameter) for parameter in model.parameters()}
     torch.manual_seed(seed)
     try:
         # on the meta device there is nothing to draw
@@ -42,6 +44,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
             parameter.data = parameter.data.float()
     lora.refuse_idle_patterns(adapted, settings)
     lora.say_exactly(adapted)
+    remember_start(adapted, own)
     return adapted
 
 

@@ -16,7 +16,7 @@ from halos.hooks.base import Run
 from halos.hooks.checkpoint import restore
 from halos.lock import RunLock
 from halos.models.load import refuse_other_model
-from halos.run import header, models, resume
+from halos.run import header, models, proof, resume
 from halos.run.blueprint import TRAINERS, Prepared, prepare
 from halos.trainers.base import Trainer
 
@@ -45,6 +45,7 @@ def assemble(
         load_optimizer(Path(config.optim.init_from) / "state", current.module, current.optimizer)
     if made.is_main_process:
         resume.record(current, typed, source, changed, run.changed)
+    proof.of_start(current, run.structure.verdict)
     skeleton = partial(models.structure, run.structure.shelf, reward=False)
     rows = run.rows.open(current, skeleton)
     header.write(run, made)

@@ -32,7 +32,8 @@ from halos.logps.vocabulary import Vocabulary
 from halos.models import positions
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
-from halos.run import contents, models
+from halos.prove.verdict import Verdict
+from halos.run import contents, models, proof
 from halos.run.batch_source import Feed, feed
 from halos.run.measured import refuse_unmeasured
 from halos.rundir import RunDir
@@ -63,6 +64,7 @@ class Structure:
     named: Path | None  # the reference that the config names
     limits: positions.Limits
     max_length: int  # tokens of a row
+    verdict: Verdict  # on the forward
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -143,7 +145,8 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     limits = positions.limits(model)
     if named is not None:
         limits = positions.fewest(limits, positions.limits(models.structure_of_reference(shelf, named)))
-    return Structure(shelf, model, named, limits, positions.within(limits, config.train.max_length))
+    verdict = proof.of_copies(loss, shelf, model, named)
+    return Structure(shelf, model, named, limits, positions.within(limits, config.train.max_length), verdict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,12 @@ from halos.data.dataset import Dataset
 from halos.distributed import strategy
 from halos.distributed.deepspeed import num_elements
 from halos.logps.model import bare
-from halos.logps.plan import plan_of
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
 from halos.run.blueprint import Prepared, Structure
 from halos.run.shown import CLOSE, OPEN
 from halos.trainers.schedule import warmup_steps
-from halos.types import Judgement, PairScores
+from halos.types import Judgement
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
@@ -101,8 +100,7 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     trained, total = (_count(structure.model, trained=only) for only in (True, False))
     dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")
     _say("model", f"{config.model.name_or_path} ({dtype}){against}")
-    if (why := plan_of(bare(structure.model), reward=loss.inputs is PairScores).why) is not None:
-        _say("forward", f"one row at a time, since rows cannot be packed: {why}")
+    _say("forward", structure.verdict.line)
     _say("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
     for number, line in enumerate(targets.lines(structure.model)):
         _say("" if number else "adapter", line)

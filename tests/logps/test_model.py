@@ -14,6 +14,7 @@ from halos.data.dataset import Completion
 from halos.logps import head
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import LanguageModel, RewardModel, adapter_off
+from halos.models import adapter
 
 VOCABULARY, PROMPT = 300, 4
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY,
@@ -149,6 +150,27 @@ def test_adapter_off_is_the_base_and_leaves_every_flag_as_it_was() -> None:
     assert torch.equal(adapted(packed(rows)).values, on)
     assert not torch.allclose(on, base)
     assert [p.requires_grad for p in adapted.parameters()] == trained
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_trained_biases_are_the_bases_own_with_the_adapter_off(bias: str) -> None:
+    model, rows = build("Qwen2"), sequences()
+    base = LanguageModel(model)(packed(rows)).values.detach()
+    settings = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "bias": bias,
+                "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [],
+                "target_parameters": []}  # fmt: skip
+    adapted = LanguageModel(adapter.attach(model, settings, base="", reward=False, seed=0))
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if name.endswith(".bias")}
+    for parameter in trained.values():
+        assert parameter.requires_grad
+        parameter.data += 0.5
+    values = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    on = adapted(packed(rows)).values.detach()
+    with adapter_off(adapted):
+        assert torch.equal(adapted(packed(rows)).values, base)
+    assert torch.equal(adapted(packed(rows)).values, on)
+    assert not torch.allclose(on, base)
+    assert all(torch.equal(parameter, values[name]) for name, parameter in trained.items())
 
 
 def test_an_adapter_on_the_head_counts() -> None:

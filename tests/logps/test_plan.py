@@ -90,17 +90,23 @@ def test_ranks_call_their_layers_equally_often_and_no_number_moves(monkeypatch: 
         config("Lfm2", layer_types=["conv", "full_attention"], num_key_value_heads=2)
     )
     module, calls = LanguageModel(model.eval()), []
-    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    model.model.layers[0].register_forward_hook(lambda *_: calls.append("layer"))
     batch = plan.sequences([torch.arange(5, 12), torch.arange(20, 25)])
     results = []
-    monkeypatch.setattr(hidden.dist, "all_reduce", lambda most, _: most.fill_(5))  # another rank has five rows
+
+    def all_reduce(most: torch.Tensor, _: Any) -> None:  # another rank has five rows
+        calls.append("all-reduce")
+        most.fill_(5)
+
+    monkeypatch.setattr(hidden.dist, "all_reduce", all_reduce)
     for module.everywhere in (False, True):
         module.zero_grad()
         calls.clear()
         values = module(batch).values
         values.sum().backward()
         gradients = torch.cat([p.grad.flatten() for p in module.parameters() if p.grad is not None])
-        results.append((len(calls), values.detach(), gradients))
-    assert [count for count, *_ in results] == [2, 5]
+        results.append((list(calls), values.detach(), gradients))
+    assert results[0][0] == ["layer"] * 2
+    assert results[1][0] == ["all-reduce"] + ["layer"] * 5  # before the layers, which have collectives of their own
     assert torch.equal(results[0][1], results[1][1])
     assert torch.allclose(results[0][2], results[1][2], atol=1e-7)

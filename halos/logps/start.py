@@ -1,0 +1,45 @@
+"""What an adapter trains of its base itself, biases, as it was at the start: with the adapter off they are the base's again."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+Held = Callable[[nn.Parameter, Tensor], Sequence[tuple[Tensor, Tensor]]]  # what this process has of a parameter, and of its start
+
+_STARTS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+
+
+def remember_start(model: nn.Module, own: set[int]) -> None:
+    """Keep the values of the parameters that are trained and among the base's `own` (by id). They are few and small."""
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad and id(parameter) in own
+    }
+    _STARTS[model] = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def start_of(model: nn.Module) -> dict[str, Tensor]:
+    return _STARTS.get(model, {})
+
+
+def whole(parameter: nn.Parameter, start: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+    """For a process that has all of every parameter."""
+    return [(parameter.data, start)]
+
+
+@contextmanager
+def at_start(module: nn.Module, start: dict[str, Tensor], held: Held) -> Iterator[None]:
+    """Parameters of `module` as they were. By `.data`: what a backward pass has kept of them is theirs again before it runs."""
+    parts = [pair for name, value in start.items() for pair in held(module.get_parameter(name), value)]
+    trained = [live.clone() for live, _ in parts]
+    with torch.no_grad():
+        for live, was in parts:
+            live.copy_(was)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for (live, _), value in zip(parts, trained, strict=True):
+                live.copy_(value)

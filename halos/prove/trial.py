@@ -1,0 +1,162 @@
+"""The forward of a run on a small random copy of its model, against what transformers' own forward says of each row.
+
+What is expected is worked out here, row by row in float64 from the model's whole logits, by none of the code that is proved.
+"""
+
+import copy
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+
+from halos.data.collate import PackRow, pack
+from halos.data.dataset import Completion
+from halos.errors import UserError
+from halos.logps import miniature
+from halos.logps.model import ActorCritic, LanguageModel, Reader, RewardModel, bare
+from halos.logps.plan import plan_for, remember
+from halos.models import adapter
+from halos.types import Sequences
+
+MARGIN, HALF_MARGIN = 16.0, 4.0  # times how far the model's own forward is from itself in float64
+FLOOR = 1e-5  # of the largest number: float32
+MOVED = 0.5  # of a fresh matrix's size: how far all that is trained is from its start
+EMPTY = {"target_modules": "all-linear", "target_parameters": [], "modules_to_save": [], "rank_pattern": {}, "alpha_pattern": {}}
+
+# prompt tokens, and which of the completion's are scored: a plain row, one of several turns, one that only its end is scored of
+SHAPES = ((4, "111111111"), (9, "1111000011111111"), (6, "00001"))
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """What of a run its forward depends on, but for weights and data."""
+
+    config: PretrainedConfig
+    peft: Mapping[str, Any] | None
+    attention: str  # of packed rows
+    reward: bool
+    valued: bool  # with a value head
+    refers: bool  # the reference is the base with the adapter off
+    longest: int | None
+    dtype: torch.dtype
+    autocast: bool  # computes in bfloat16
+    device: torch.device
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing that was compared: how far it is from what it should be."""
+
+    what: str
+    error: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        return self.error <= self.allowed
+
+
+class Stage:
+    """The copy with everything trained moved away from its start, under what a run wraps it in; and its base by itself."""
+
+    def __init__(self, trial: Trial) -> None:
+        self.trial = trial
+        self.plan = plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest)
+        self.base = self._build()
+        self.rows = rows(self.base.config.get_text_config().pad_token_id if trial.reward else None)
+        model: nn.Module = self._build()
+        if trial.peft is not None:
+            assert isinstance(model, PreTrainedModel)
+            model = self._adapted(model, dict(trial.peft))
+        if trial.reward:
+            self.module: Reader = RewardModel(model)
+        else:
+            self.module = (ActorCritic if trial.valued else LanguageModel)(model, temperature=trial.temperature)
+        _move(self.module)
+        self.module.to(trial.device).eval()
+        self.model = bare(model)
+
+    def _build(self) -> PreTrainedModel:
+        auto = AutoModelForSequenceClassification if self.trial.reward else AutoModelForCausalLM
+        model = miniature.build(auto, miniature.small_config(self.trial.config, longest=self.trial.longest))
+        if self.trial.reward and model.config.get_text_config().pad_token_id is None:
+            model.config.get_text_config().pad_token_id = 0
+        self.plain = str(model.config._attn_implementation)
+        if self.plan.is_packed:
+            model.set_attn_implementation(str(self.plan.attention))
+        remember(model, self.plan)
+        nn.Module.to(model, device=self.trial.device, dtype=self.trial.dtype)
+        return model
+
+    def _adapted(self, model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
+        """With the run's adapter; with one on every layer where the run's names layers that the copy does not have."""
+        try:
+            return adapter.attach(model, settings, base="", reward=self.trial.reward, seed=0)
+        except (UserError, ValueError):
+            return adapter.attach(self._build(), {**settings, **EMPTY}, base="", reward=self.trial.reward, seed=0)
+
+    def arithmetic(self) -> AbstractContextManager[Any]:
+        return torch.autocast(self.trial.device.type, torch.bfloat16) if self.trial.autocast else nullcontext()
+
+    @torch.no_grad()
+    def said(self, which: list[int] | None = None) -> Any:
+        """What the module that is proved says of some rows, packed together where it packs."""
+        with self.arithmetic():
+            return self.module(self.packed(which))
+
+    def packed(self, which: list[int] | None = None) -> Sequences:
+        some = self.rows if which is None else [self.rows[number] for number in which]
+        return pack(some).to(self.trial.device)
+
+    def expected(self, model: PreTrainedModel, of: Callable[[PreTrainedModel, Tensor, int], Tensor], *, exact: bool) -> Tensor:
+        """`of` a model, each row's ids (1, tokens) and its number, by transformers' plain path: in float64 with `exact`, else in
+        the run's arithmetic."""
+        ids = [torch.from_numpy(np.concatenate([prompt, done.ids]).astype(np.int64))[None] for prompt, done in self.rows]
+        model.set_attn_implementation(self.plain)
+        try:
+            asked = _exact(model) if exact else model
+            with torch.no_grad(), nullcontext() if exact else self.arithmetic():
+                return torch.cat([of(asked, row.to(self.trial.device), number).double() for number, row in enumerate(ids)])
+        finally:
+            if self.plan.is_packed:
+                model.set_attn_implementation(str(self.plan.attention))
+
+
+def rows(padding: int | None) -> list[PackRow]:
+    """Three, of tokens that mean nothing special; where a score is read, the last one ends in padding."""
+    made = []
+    for number, (prompt, scored) in enumerate(SHAPES):
+        ids = miniature.row(prompt + len(scored), 50 + number).numpy().astype(np.int32)
+        made.append((ids[:prompt], Completion(ids[prompt:], np.array([mark == "1" for mark in scored]))))
+    if padding is not None:
+        made[-1][1].ids[-2:] = padding
+    return made
+
+
+@torch.no_grad()
+def _move(module: nn.Module) -> None:
+    """Everything that is trained, away from where it starts: adapters from nothing, biases, a value head, what is saved whole."""
+    generator = torch.Generator().manual_seed(7)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            bound = MOVED * (3.0 / parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 0.3
+            parameter += (torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1) * bound
+
+
+@torch.no_grad()
+def _exact(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that computes in float64, or in float32 where the architecture knows no more."""
+    twin = copy.deepcopy(model)
+    try:
+        if type(twin)._can_set_experts_implementation():
+            twin.set_experts_implementation("eager")  # grouped products know no float64
+        twin.double()(input_ids=miniature.row(5).to(model.device)[None])
+    except Exception:  # whatever an architecture raises
+        return twin.float()
+    return twin

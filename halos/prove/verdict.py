@@ -1,0 +1,95 @@
+"""The verdict on a run's forward: proved on a small copy, kept by everything that it depends on, and said in a line."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from halos import confined
+from halos.errors import UserError
+from halos.logps import miniature
+from halos.logps.plan import Plan, plan_for
+from halos.prove import checks
+from halos.prove.trial import Check, Trial
+from halos.versions import versions
+
+CODE = ("logps", "prove", "models/adapter.py", "models/targets.py", "data/collate.py", "types.py")  # what a verdict depends on
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """How a run computes its log-probs or scores, and what was proved of it; nothing was where there are no checks."""
+
+    plan: Plan
+    checks: Sequence[Check]
+
+    @property
+    def line(self) -> str:
+        way = "packed rows" if self.plan.is_packed else f"one row at a time, since rows cannot be packed: {self.plan.why}"
+        if not self.checks:
+            return f"{way}; NOT PROVED (train.prove=off)"
+        first = self.checks[0]
+        return f"{way}; {first.what} within {first.error:.0e} of the model's own on a small copy, {len(self.checks)} checks hold"
+
+    def report(self) -> dict[str, Any]:
+        return {"plan": asdict(self.plan), "copy": [asdict(check) for check in self.checks]}
+
+
+def judge(trial: Trial, cache_dir: Path, *, again: bool) -> Verdict:
+    """The verdict on the copy: from the cache, unless `again`. Raises UserError where a check does not hold."""
+    plan = plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest)
+    path = cache_dir / "forward" / f"{key_of(trial)}.json"
+    kept = None if again else _kept(path)
+    if kept is None:
+        try:
+            _, kept = checks.prove(trial)
+        except UserError:
+            raise
+        except Exception as error:  # whatever an architecture raises
+            raise UserError(
+                f"the forward of {trial.config.model_type} could not be proved on a small copy of it: {type(error).__name__}:"
+                f" {(str(error).splitlines() or [''])[0]}. train.prove=off trains without a proof"
+            ) from error
+        refuse(kept, f"a small random copy of {trial.config.model_type}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        confined.write_whole(path, json.dumps([asdict(check) for check in kept]))
+    return Verdict(plan, kept)
+
+
+def refuse(found: Sequence[Check], where: str) -> None:
+    if wrong := [check for check in found if not check.holds]:
+        raise UserError(
+            f"this run's numbers are not the model's own: {wrong[0].what} {wrong[0].error:.1e} off on {where}, where"
+            f" {wrong[0].allowed:.1e} is rounding. Nothing was trained; another model.attention or transformers may be right, and"
+            " train.prove=off trains all the same"
+        )
+
+
+def key_of(trial: Trial) -> str:
+    """Changes with everything that the verdict depends on: settings, device, versions, and the code that is proved."""
+    small = miniature.small_config(trial.config, longest=trial.longest)
+    facts = {name: str(value) for name, value in asdict(trial).items() if name != "config"}
+    name = torch.cuda.get_device_name(trial.device) if trial.device.type == "cuda" else ""
+    told = json.dumps([miniature.key_of(small), facts, name, versions()["packages"], _code()], sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:24]
+
+
+def _code() -> str:
+    home, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
+    for part in CODE:
+        for path in sorted((home / part).glob("*.py")) if (home / part).is_dir() else [home / part]:
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _kept(path: Path) -> list[Check] | None:
+    """None where there is none that could be read: it is proved again."""
+    try:
+        found = [Check(str(each["what"]), float(each["error"]), float(each["allowed"])) for each in json.loads(path.read_text())]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if found and all(check.holds for check in found) else None

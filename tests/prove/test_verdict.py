@@ -1,0 +1,101 @@
+"""What is proved at a start is kept, said and written; what does not hold stops the run with one message."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from halos.distributed.launch import accelerator
+from halos.errors import UserError
+from halos.logps import hidden
+from halos.logps.attention import SEGMENTS
+from halos.logps.model import LanguageModel
+from halos.models import tiny
+from halos.models.load import load_model, load_tokenizer
+from halos.prove import checks, start, verdict
+from halos.prove.trial import Trial
+
+LLAMA = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
+TRIAL = Trial(config=LLAMA, peft=None, attention=SEGMENTS, reward=False, valued=False, refers=False, longest=None,
+              dtype=torch.float32, autocast=False, device=torch.device("cpu"), temperature=1.0)  # fmt: skip
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
+    """Trials that were gone through, rather than found in the cache."""
+    gone, real = [], checks.prove
+    monkeypatch.setattr(checks, "prove", lambda trial: (gone.append(trial), real(trial))[1])
+    return gone
+
+
+def test_a_verdict_is_kept_by_all_that_it_depends_on(tmp_path: Path, proofs: list[Trial]) -> None:
+    first = verdict.judge(TRIAL, tmp_path, again=False)
+    assert verdict.judge(TRIAL, tmp_path, again=False) == first
+    wider = transformers.LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 500, "eos_token_id": 7})  # computes alike
+    verdict.judge(replace(TRIAL, config=wider), tmp_path, again=False)
+    assert len(proofs) == 1
+    for other in (replace(TRIAL, temperature=0.5), replace(TRIAL, valued=True), replace(TRIAL, dtype=torch.bfloat16)):
+        verdict.judge(other, tmp_path, again=False)
+    assert len(proofs) == 4
+    verdict.judge(TRIAL, tmp_path, again=True)
+    assert len(proofs) == 5
+
+
+def test_a_damaged_verdict_is_found_anew(tmp_path: Path, proofs: list[Trial]) -> None:
+    verdict.judge(TRIAL, tmp_path, again=False)
+    (path,) = (tmp_path / "forward").iterdir()
+    for text in ("[", "[]", '[{"what": "log-probs"}]', '[{"what": "log-probs", "error": 1, "allowed": 0}]'):
+        path.write_text(text)
+        assert verdict.judge(TRIAL, tmp_path, again=False).checks
+    assert len(proofs) == 5
+
+
+def test_numbers_that_are_not_the_models_own_are_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    verdict.plan_for(LLAMA, reward=False, attention=SEGMENTS)
+    real = hidden._packed
+    monkeypatch.setattr(hidden, "_packed", lambda *given: 1.01 * real(*given))
+    with pytest.raises(UserError, match=r"not the model's own: log-probs .* off on a small random copy of llama") as told:
+        verdict.judge(TRIAL, tmp_path, again=False)
+    assert "train.prove=off" in str(told.value)
+    assert not (tmp_path / "forward").exists()
+
+
+def test_a_row_at_the_start_sees_what_becomes_of_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.build(tmp_path / "tiny")
+    tokenizer, _ = load_tokenizer(tmp_path / "tiny", add_tokens=[])
+    loaded = load_model(tmp_path / "tiny", tokenizer, reward=False, dtype=torch.float32, attention=SEGMENTS)
+    module: Any = LanguageModel(loaded, temperature=0.7).train()
+
+    def proved(**more: Any) -> bool:
+        settings = {"temperature": 0.7, "longest": 1024, **more}
+        return start.prove(module, accelerator("float32"), tokenizer, **settings).holds
+
+    assert proved()
+    assert proved(longest=8)
+    assert module.training
+    assert loaded.config._attn_implementation == SEGMENTS
+    assert not proved(temperature=1.0)
+    real = hidden._packed
+    monkeypatch.setattr(hidden, "_packed", lambda *given: real(*given).roll(1, 0))
+    assert not proved()
+
+
+def test_a_run_writes_what_was_proved_and_says_where_nothing_was(
+    trainer: Callable[..., Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    assert trainer("loss=dpo", "peft=lora")
+    report = json.loads((tmp_path / "run" / "forward_report.json").read_text())
+    told = {check["what"]: check["error"] <= check["allowed"] for check in report["copy"] + report["start"]}
+    assert {"log-probs", "the reference's log-probs", "one row, as it is trained"} <= told.keys()
+    assert all(told.values())
+    assert "packed rows; log-probs within" in caplog.text
+    assert trainer("loss=dpo", "peft=lora", "train.prove=off", "exp_name=off")
+    report = json.loads((tmp_path / "off" / "forward_report.json").read_text())
+    assert (report["prove"], report["copy"], report["start"]) == ("off", [], [])
+    assert "packed rows; NOT PROVED (train.prove=off)" in caplog.text
