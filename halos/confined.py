@@ -91,6 +91,11 @@ def refuse_links(path: Path, within: Path) -> None:
             _refuse_leaving(place, home, within)
 
 
+def expanded(text: str | Path) -> Path:
+    """A path with ~ for the home directory; one of which the text only begins so after ./ is a file's own name."""
+    return Path(os.path.expanduser(text))
+
+
 def root_of(directory: Path) -> Path:
     """What the files of a directory of weights may point into: itself, or the hub's cache whose snapshot it is."""
     snapshots = directory.absolute().parent

@@ -3,10 +3,11 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halos.errors import UserError
+from halos.errors import UserError, doing, words_of
 
 _INK = re.compile(r"[^ \t\r\n]")
 
@@ -31,22 +32,46 @@ def _named(value: Any) -> str:
 
 def read_jsonl(path: Path) -> Iterator[Row]:
     """One object a line; blank lines are passed over."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip())
-                if b"\\ud" in line.lower():
-                    json.dumps(value, ensure_ascii=False).encode()  # half of a character, which no tokenizer takes
-            except UnicodeEncodeError as error:
-                raise UserError(f"{where}: holds half of a character, a lone surrogate such as \\ud800") from error
-            except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 text") from error
-            except json.JSONDecodeError as error:
-                raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
-            yield _record(value, where)
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: not UTF-8 text") from error
+        with _decoding(where):
+            value = json.loads(text)
+            if "\\ud" in text.lower():
+                _refuse_halves(value)
+        yield _record(value, where)
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    try:
+        with path.open("rb") as lines:
+            yield from lines
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _decoding(where: str) -> Iterator[None]:
+    """Whatever Python's decoder raises, with the row's place."""
+    try:
+        yield
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds half of a character, a lone surrogate such as \\ud800") from error
+    except RecursionError as error:
+        raise UserError(f"{where}: not valid JSON: lists or objects within each other without end") from error
+    except ValueError as error:  # a number of more digits than Python reads
+        raise UserError(f"{where}: not valid JSON: {words_of(error).partition(';')[0]}") from error
+
+
+def _refuse_halves(value: Any) -> None:
+    json.dumps(value, ensure_ascii=False).encode()  # raises at half of a character, which no tokenizer takes
 
 
 def read_json(path: Path) -> Iterator[Row]:
@@ -55,13 +80,19 @@ def read_json(path: Path) -> Iterator[Row]:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
     start = _skip(text, 0)
     if text.startswith("[", start):
         yield from _elements(text, start + 1, path)
         return
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
+        with _decoding(str(path)):
+            value = json.loads(text)
+    except UserError as told:
+        error = told.__cause__
+        if not isinstance(error, json.JSONDecodeError):
+            raise
         if error.msg == "Extra data":
             yield from read_jsonl(path)
             return
@@ -81,15 +112,21 @@ def _skip(text: str, at: int) -> int:
 
 def _elements(text: str, at: int, path: Path) -> Iterator[Row]:
     """The elements of a JSON list that starts before `at`, each with the line on which it starts."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
+    decoder, line, counted, halves = json.JSONDecoder(), 1, 0, "\\ud" in text.lower()
     while True:
         at = _skip(text, at)
         line, counted = line + text.count("\n", counted, at), at
         if text.startswith("]", at):
             break
         try:
-            value, at = decoder.raw_decode(text, at)
-        except json.JSONDecodeError as error:
+            with _decoding(f"{path}:{line}"):
+                value, at = decoder.raw_decode(text, at)
+                if halves:
+                    _refuse_halves(value)
+        except UserError as told:
+            error = told.__cause__
+            if not isinstance(error, json.JSONDecodeError):
+                raise
             raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
         yield _record(value, f"{path}:{line}")
         at = _skip(text, at)
@@ -103,17 +140,20 @@ def _elements(text: str, at: int, path: Path) -> Iterator[Row]:
 
 def read_parquet(path: Path) -> Iterator[Row]:
     """Rows of a parquet file, counted from 1."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file, number = pq.ParquetFile(path), 0
-        for batch in file.iter_batches(batch_size=1000):
-            for record in batch.to_pylist():
-                number += 1
-                yield Row(record, f"{path}:{number}")
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise UserError(f"{path}: not a readable parquet file: {str(error).splitlines()[0]}") from error
+    with doing(f"{path}: not a readable parquet file"):
+        batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
+    number = 0
+    while True:
+        with doing(f"{path}: not a readable parquet file, from row {number + 1} on"):
+            batch = next(batches, None)
+            records = [] if batch is None else batch.to_pylist()
+        if batch is None:
+            return
+        for record in records:
+            number += 1
+            yield Row(record, f"{path}:{number}")
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
@@ -142,14 +182,42 @@ def reader(path: Path, format: str | None) -> Callable[[Path], Iterator[Row]]:
     return READERS[suffix]
 
 
+UNREAD = {"gz", "bz2", "xz", "zst", "zip", "lz4", "tar", "tgz", "csv", "tsv", "arrow", "feather", "pickle", "pkl"}  # but data
+
+
+def _below(root: Path) -> list[Path]:
+    """The files below a directory, also where it links to, in their order; none of what is hidden by a dot or an underscore."""
+    found, open_ = list[Path](), {root.resolve()}
+
+    def look(place: Path) -> None:
+        for entry in sorted(place.iterdir()):
+            if entry.name.startswith((".", "_")):
+                continue
+            if entry.is_file():
+                found.append(entry)
+            elif entry.is_dir() and (target := entry.resolve()) not in open_:
+                open_.add(target)
+                look(entry)
+                open_.discard(target)
+
+    with doing(f"{root} cannot be looked through"):
+        look(root)
+    return sorted(found)
+
+
 def in_directory(root: Path) -> dict[str, list[Path]]:
     """The data files below `root` by the split that their directory or name announces; '' where neither does."""
-    files = sorted(p for p in root.rglob("*") if p.is_file() and p.suffix.removeprefix(".").lower() in READERS)
-    files = [p for p in files if not any(part.startswith((".", "_")) for part in p.relative_to(root).parts)]
+    there = _below(root)
+    files = [p for p in there if p.suffix.removeprefix(".").lower() in READERS]
     files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")]
     kinds = sorted({p.suffix for p in files})
     if len(kinds) > 1:
         raise UserError(f"{root}: holds files of several kinds ({', '.join(kinds)}); give the files, or a directory of one kind")
+    if files and (others := [p for p in there if p.suffix.removeprefix(".").lower() in UNREAD]):
+        raise UserError(
+            f"{root}: holds {others[0].relative_to(root)} beside {files[0].relative_to(root)}, and only {', '.join(kinds)} files"
+            " are read: unpack or convert it, move it away, or give the files one by one"
+        )
     if not files:
         saved = " (what save_to_disk wrote must be written again with to_parquet)" if any(root.rglob("*.arrow")) else ""
         raise UserError(f"{root}: no .json, .jsonl or .parquet file in this directory{saved}")
@@ -163,9 +231,10 @@ def in_directory(root: Path) -> dict[str, list[Path]]:
 
 SPLITS = ("train", "eval", "test", "validation", "valid", "val", "dev")
 _NAMED = re.compile(rf"({'|'.join(SPLITS)})(?:$|[-_.])", re.IGNORECASE)
+_SHARD = re.compile(r"(?:[-_.](?:part|shard)?[-_.]?\d+)+(?:[-_.]of[-_.]\d+)?$", re.IGNORECASE)
 
 
 def _split_of(path: Path) -> str:
-    """`test` for test/a.jsonl, test.jsonl and test-00000-of-00002.parquet."""
-    found = [match for part in (*path.parts[:-1], path.stem) if (match := _NAMED.match(part))]
-    return found[0].group(1).lower() if found else ""
+    """`test` for test/a.jsonl, test.jsonl and test-00000-of-00002.parquet, `test_prefs` for test_prefs-00000-of-00001.parquet."""
+    parts = [_SHARD.sub("", part) for part in (*path.parts[:-1], path.stem)]
+    return next((part.lower() for part in parts if _NAMED.match(part)), "")

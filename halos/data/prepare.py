@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from halos.confined import expanded
 from halos.data.dataset import META, Counts, Item, Writer
 from halos.data.formats import as_kind, read_example
 from halos.data.sources import Opened, Source, hash_files, open_source
@@ -56,7 +57,7 @@ def prepare(
     opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
     settings = [kind.__name__, max_length, truncation, score, transform_key, [each.fingerprint for each in opened]]
     key = _key([settings, [asdict(each.source) for each in opened], purpose, _code(), *_tokenizer(tokenizer)])
-    path = cache_dir.expanduser() / "data" / key
+    path = expanded(cache_dir) / "data" / key
     if (path / META).exists():
         return path
     hidden = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from halos.config.suggest import nearest
+from halos.confined import expanded
 from halos.data import arithmetic, gsm8k
 from halos.data.files import READERS, SPLITS, Row, in_directory, reader
-from halos.errors import UserError
+from halos.errors import UserError, doing
 from halos.types import Demonstration, Example
 
 BUILT_IN = "arithmetic"
@@ -100,7 +101,7 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> Opened:
 
     Raises UserError where nothing is found; reading the rows raises it where there are none.
     """
-    split, path = Split.of(source.split), Path(source.path).expanduser()
+    split, path = Split.of(source.split), expanded(source.path)
     if source.revision and (source.path == BUILT_IN or path.exists()):
         raise UserError(f"data entry {source.path}: revision={source.revision!r} is for data sets of the hub")
     if source.path == BUILT_IN:
@@ -124,7 +125,7 @@ def content_hash(entry: str | Mapping[str, Any], purpose: str) -> str:
     """A hash that changes with the rows that an entry of data.train or data.eval names, whatever loss reads them."""
     source = Source.of(entry)
     if source.format == "gsm8k":
-        return hash_files(sorted(Path(source.path).expanduser().glob("*.jsonl")))
+        return hash_files(sorted(expanded(source.path).glob("*.jsonl")))
     return open_source(source, Demonstration, purpose).fingerprint
 
 
@@ -183,10 +184,14 @@ def _of_split(root: Path, split: str, purpose: str) -> list[Path]:
     splits = in_directory(root)
     if not split and splits.keys() == {""}:
         return splits[""]
-    wanted = (split,) if split else _meant(purpose)
+    wanted = (split.lower(),) if split else _meant(purpose)
     for name in wanted:
         if name in splits:
             return splits[name]
+        if len(longer := [other for other in splits if re.match(rf"{re.escape(name)}[-_.]", other)]) > 1:
+            raise UserError(f"{root}: which of {', '.join(longer)}? Write {{path: {root}, split: {longer[0]}}}, or name each")
+        if longer:
+            return splits[longer[0]]
     has = ", ".join(name or "files of no split" for name in splits)
     raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); names that are seen: {', '.join(SPLITS)}")
 
@@ -204,11 +209,8 @@ def _hub(source: Source, split: str, purpose: str) -> Found:
     from datasets import Dataset, DatasetDict, load_dataset
 
     name, _, config = path.partition(":")
-    try:
+    with doing(f"{path}: neither a file or directory here nor a data set that the hub gives", hint.removeprefix("; ")):
         loaded = load_dataset(name, config or None, split=split or None, revision=source.revision)
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: neither a file or directory here nor a data set that the hub gives: {reason}{hint}") from error
     if isinstance(loaded, DatasetDict):
         has = [str(name) for name in loaded]
         split = next((name for name in _meant(purpose) if name in has), "")

@@ -3,12 +3,12 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from halos.confined import expanded
 from halos.errors import UserError
 from halos.types import Message, Turns
 
@@ -35,7 +35,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> s
     if override is not None and "{" in override:
         return override
     if override is not None:
-        path = Path(override).expanduser()
+        path = expanded(override)
         if not path.is_file():
             raise UserError(f"model.chat_template={override}: no such file, and no jinja template either")
         return path.read_text("utf-8")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from halos.confined import expanded
 from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPING
 from halos.errors import UserError
@@ -28,7 +29,7 @@ LAUNCHED = re.compile(
 
 def accelerate_config(name: str, key: str) -> Path:
     """A config file of accelerate: a path, or a name in launch/accelerate. Raises UserError, which names the `key`."""
-    for place in (Path(name).expanduser(), ROOT / name, CONFIGS / name, CONFIGS / f"{name}.yaml"):
+    for place in (expanded(name), ROOT / name, CONFIGS / name, CONFIGS / f"{name}.yaml"):
         if place.is_file():
             return place
     there = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from halos.confined import NO_CODE, SAFELY
-from halos.errors import UserError
+from halos.confined import NO_CODE, SAFELY, expanded
+from halos.errors import UserError, doing
 
 log = logging.getLogger(__name__)
 
+ALONE = "without a network give a local directory or model=tiny"
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # no pickles, no code
 
 
@@ -21,7 +22,7 @@ def locate(name: str, revision: str | None, cache_dir: Path, key: str = "model.n
     That a directory holds a model was checked with the config. Raises UserError, which names the `key`, for a hub id that
     cannot be had.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name == "tiny":
         return _tiny(cache_dir)
     if path.suffix == ".gguf":
@@ -78,17 +79,14 @@ def _convert(path: Path, directory: Path) -> None:
 
 def _downloaded(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
-    except GatedRepoError as error:
-        raise UserError(f"{key}={name} is gated: accept its terms on the hub and log in with `hf auth login`") from error
-    except HFValidationError as error:
-        raise UserError(f"{key}={name}: no such directory, and not a hub id (org/name)") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{key}={name}: no such directory here, and it could not be had from the hub ({reason}). "
-            "Without a network give a local directory or model=tiny"
-        ) from error
+        with doing(f"model.name_or_path={name}: no such directory here, and it could not be had from the hub", ALONE):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+    except UserError as error:
+        if isinstance(error.__cause__, GatedRepoError):
+            raise UserError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from error.__cause__
+        if isinstance(error.__cause__, HFValidationError):
+            raise UserError(f"model.name_or_path={name}: no such directory, and not a hub id (org/name)") from error.__cause__
+        raise

@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from halos.confined import write_whole
+from halos.confined import expanded, write_whole
 from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.online import feedback
@@ -171,7 +171,7 @@ def _labeller(given: argparse.Namespace, ranks: Ranks) -> Labeller:
     from halos.models.locate import locate
     from halos.online.labellers.reward_model import RewardModel
 
-    place = locate(given.reward_model, None, given.cache_dir.expanduser())
+    place = locate(given.reward_model, None, expanded(given.cache_dir))
     return RewardModel(place, label=given.label, batch_size=given.batch_size, max_length=given.max_length, quiet=not ranks.main)
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from halos.confined import expanded
 from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.online.prompts import read_prompts
@@ -157,7 +158,7 @@ class Source:
             from halos.models.locate import locate
 
             logging.getLogger("transformers").setLevel(logging.ERROR)
-            cache = given.cache_dir.expanduser()
+            cache = expanded(given.cache_dir)
             if ranks.main:
                 locate(given.model, given.revision, cache)
             ranks.wait()
@@ -255,7 +256,7 @@ class Source:
         from halos.models.locate import locate
         from halos.online.compare import mean_log_ratio
 
-        place = locate(given.reference, None, given.cache_dir.expanduser())
+        place = locate(given.reference, None, expanded(given.cache_dir))
         if place == self._place:
             return {"kl": 0.0, "kl_samples": 0}
         kept = [(request, ledger.rows[request.key]) for request in requests]

@@ -13,6 +13,7 @@ from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.changes import Change
 from halos.config.content import Content
 from halos.config.schema import Config
+from halos.confined import expanded
 from halos.data.template import chat_template
 from halos.data.tokenize import end_of_turn
 from halos.distributed import strategy
@@ -130,7 +131,7 @@ def stand_on(
 def locate_base(config: Config) -> Path:
     """The directory of what is trained, or of what its adapter is put on."""
     assert config.model.name_or_path is not None, "the gate lets no run through without a model"
-    return locate(config.model.name_or_path, config.model.revision, Path(config.cache_dir).expanduser())
+    return locate(config.model.name_or_path, config.model.revision, expanded(config.cache_dir))
 
 
 def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: Path) -> Structure:

@@ -1,7 +1,5 @@
 """The data of a run: tokenised once, by one process, and opened by all."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from accelerate import Accelerator
@@ -9,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
+from halos.confined import expanded
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import GroupOrder, Order, partners
 from halos.data.prepare import prepare
@@ -64,7 +63,7 @@ def _open(
                 score=config.data.score,
                 transform=loss.examples,
                 transform_key=f"{loss.name} {loss.settings}" if loss.examples else "",
-                cache_dir=Path(config.cache_dir).expanduser(),
+                cache_dir=expanded(config.cache_dir),
             )
         except UserError as error:
             problem = str(error)

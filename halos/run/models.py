@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.checkpoint.weights import load_value_head
 from halos.config.schema import Config, Optim
+from halos.confined import expanded
 from halos.distributed.deepspeed import shape_of
 from halos.distributed.deepspeed_config import deepspeed_asked
 from halos.distributed.launch import asked_to_cut, asked_to_shard
@@ -143,7 +144,7 @@ def named_reference(shelf: Shelf) -> Path | None:
     config = shelf.config
     if config.reference.name_or_path is None:
         return None
-    cache = Path(config.cache_dir).expanduser()
+    cache = expanded(config.cache_dir)
     place = locate(config.reference.name_or_path, config.reference.revision, cache, key="reference.name_or_path")
     refuse_other_words(place, shelf.tokenizer, shelf.vocabulary.new)
     return place

@@ -1,4 +1,5 @@
 import json
+import random
 from pathlib import Path
 
 import datasets
@@ -245,3 +246,107 @@ def test_a_name_below_a_directory_that_exists_is_not_asked_of_the_hub(tmp_path: 
     (tmp_path / "org").mkdir()
     monkeypatch.chdir(tmp_path)
     refuses("org/missing", "org/missing: no such file or directory")
+
+
+# --- what is damaged, hostile or passed over ------------------------------------------------------------------------------
+
+
+def damaged(path: Path) -> None:
+    """A parquet file with a whole footer and damaged pages."""
+    pq.write_table(pa.Table.from_pylist([{"prompt": f"{n}" * 50, "completion": "b" * 50} for n in range(3000)]), path)
+    data = bytearray(path.read_bytes())
+    for at in range(200, len(data) // 2, 7):
+        data[at] ^= 0x5A
+    path.write_bytes(bytes(data))
+
+
+BAD = {
+    "half of a character in a list": ("a.json", rb'[{"a": "\ud83d b"}]', r"a\.json:1: holds half of a character"),
+    "half of a character in a line": ("a.jsonl", rb'{"a": "\ud83d b"}', r"a\.jsonl:1: holds half of a character"),
+    "half of a character in a name": ("a.jsonl", rb'{"\udc00": 1}', r"a\.jsonl:1: holds half of a character"),
+    "a long number in a line": ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: not valid JSON: Exceeds the limit"),
+    "a long number in a list": ("a.json", b'[{"a": ' + b"1" * 5000 + b"}]", r"a\.json:1: not valid JSON: Exceeds the limit"),
+    "lists without end in a line": ("a.jsonl", b'{"a": ' + b"[" * 10**5, r"a\.jsonl:1: .* without end"),
+    "lists without end in a list": ("a.json", b'[{"a": ' + b"[" * 10**5, r"a\.json:1: .* without end"),
+    "objects without end": ("a.json", b'{"a":' * 10**5, r"a\.json: .* without end"),
+    "a parquet file of nothing": ("a.parquet", b"PAR1PAR1", r"a\.parquet: not a readable parquet file"),
+    "bytes that are no text": ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl:1: not UTF-8 text"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "said"), BAD.values(), ids=BAD)
+def test_damaged_rows_are_one_message_that_names_the_file(tmp_path: Path, name: str, content: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    refuses(str(tmp_path / name), said)
+
+
+def test_a_damaged_page_is_blamed_on_its_file(tmp_path: Path) -> None:
+    damaged(tmp_path / "a.parquet")
+    refuses(str(tmp_path / "a.parquet"), r"a\.parquet: not a readable parquet file, from row \d+ on")
+
+
+def test_a_name_that_begins_with_a_tilde_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(Path("~draft.jsonl"), ROWS)
+    assert len(read("./~draft.jsonl")) == len(ROWS)
+
+
+def test_a_split_that_lies_behind_a_link_is_read_and_links_in_a_circle_end(tmp_path: Path) -> None:
+    for place in ("real", "d"):
+        (tmp_path / place).mkdir()
+    jsonl(tmp_path / "real" / "part.jsonl", ROWS[:3])
+    jsonl(tmp_path / "d" / "train.jsonl", ROWS[3:5])
+    (tmp_path / "d" / "train").symlink_to(tmp_path / "real")
+    (tmp_path / "real" / "again").symlink_to(tmp_path / "d")
+    assert len(read(str(tmp_path / "d"))) == 5
+
+
+@pytest.mark.parametrize("name", ["train-00001.jsonl.gz", "train.csv", "train/data.arrow"])
+def test_data_that_would_be_passed_over_is_named(tmp_path: Path, name: str) -> None:
+    jsonl(tmp_path / "train-00000.jsonl", ROWS)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "README.md").write_text("of no matter")
+    refuses(str(tmp_path), f"holds {name} beside train-00000.jsonl")
+
+
+def test_splits_of_longer_names_are_taken_by_name_and_never_mixed(tmp_path: Path) -> None:
+    for number, name in enumerate(("train_prefs", "train_sft", "test_prefs")):
+        for part in range(2):
+            jsonl(tmp_path / f"{name}-0000{part}-of-00002.jsonl", ROWS[number : number + 1])
+    assert prompts({"path": str(tmp_path), "split": "train_prefs"}) == ["0?", "0?"]
+    assert prompts(str(tmp_path), "eval") == ["2?", "2?"]
+    refuses(str(tmp_path), "which of train_prefs, train_sft")
+    refuses({"path": str(tmp_path), "split": "train"}, "which of train_prefs, train_sft")
+
+
+def test_no_mutation_of_a_file_of_rows_is_a_traceback(tmp_path: Path) -> None:
+    """Seeded: bytes flipped, cut out, doubled and replaced in files of each kind."""
+    draw, rows = random.Random(0), [{"prompt": f"é{n}", "completion": [n, None, 1.5, {"a": "\U0001f600"}]} for n in range(6)]
+    table = pa.Table.from_pylist([{"prompt": f"{n}", "completion": ["a", "b"]} for n in range(200)])
+    pq.write_table(table, tmp_path / "whole.parquet")
+    whole = {
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "json": json.dumps(rows, indent=1).encode(),
+        "parquet": (tmp_path / "whole.parquet").read_bytes(),
+    }
+    refused = 0
+    for turn in range(450):
+        kind = ("jsonl", "json", "parquet")[turn % 3]
+        path = tmp_path / f"mutated.{kind}"
+        path.write_bytes(mutated(whole[kind], draw))
+        try:
+            read(str(path))
+        except UserError as error:
+            refused += 1
+            assert str(path) in str(error)  # noqa: PT017  read or refused: either is right
+    assert refused > 200
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """Some bytes of it are others."""
+    for _ in range(draw.randint(1, 4)):
+        at, more = draw.randrange(len(data)), draw.randint(1, 12)
+        middle = draw.choice((b"", draw.randbytes(more), data[at : at + more] * 2, b"[" * 2000, b"9" * 5000, b"\\ud800", b"\x00"))
+        data = data[:at] + middle + data[at + draw.choice((0, 1, more)) :]
+    return data

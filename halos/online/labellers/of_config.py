@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.config.schema import Config
+from halos.confined import expanded
 from halos.errors import UserError
 from halos.online.labellers.functions import OWN, Functions, parts_of, try_on
 from halos.online.labellers.score import Labeller
@@ -37,7 +38,7 @@ def reward_model_of(config: Config) -> Labeller:
 
     assert config.online is not None
     given = config.online.labeller
-    place = locate(str(given.model), None, Path(config.cache_dir).expanduser(), key="online.labeller.model")
+    place = locate(str(given.model), None, expanded(config.cache_dir), key="online.labeller.model")
     return RewardModel(place, label=given.label, batch_size=given.batch_size, max_length=None, quiet=True)
 
 
