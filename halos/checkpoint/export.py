@@ -14,7 +14,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from halos import confined
-from halos.checkpoint import card, find, lineage, manifest
+from halos.checkpoint import card, find, lineage, manifest, received
 from halos.checkpoint.commit import HIDDEN, staged
 from halos.confined import NO_CODE
 from halos.errors import UserError, doing
@@ -51,6 +51,7 @@ class Saved:
         faults = manifest.verify(path) if (path / manifest.NAME).exists() else []
         if faults:
             raise UserError(f"{path} is not whole: {'; '.join(str(fault) for fault in faults[:3])}")
+        received.check(path, "export")
         adapter = next((place for place in (path / "adapter", path) if (place / "adapter_config.json").is_file()), None)
         model = next((place for place in (path / "model", path) if (place / "config.json").is_file()), None)
         if adapter is None and model is None:

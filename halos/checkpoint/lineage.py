@@ -59,13 +59,20 @@ def _fits(value: Any, shape: Any) -> bool:
     return isinstance(value, shape)
 
 
-def begin(base: Path, config: Mapping[str, Any], **facts: Any) -> dict[str, Any]:
-    """The lineage of a run that starts from `base`, with what else there is to know of it."""
-    before, weights, model = read(base), identity(base), config["model"]
+def of_adapter(directory: Path) -> dict[str, Any] | None:
+    """The lineage of an adapter, which lies beside it or, in a save that holds more, above it."""
+    return read(directory) or read(directory.parent)
+
+
+def begin(base: Path, config: Mapping[str, Any], *, adapter: Path | None = None, **facts: Any) -> dict[str, Any]:
+    """The lineage of a run that starts from `base`, or from an `adapter` on it, with what else there is to know of it."""
+    before, weights, model = of_adapter(adapter) if adapter else read(base), identity(base), config["model"]
     origin: dict[str, Any] = {"name": model["name_or_path"], "revision": model["revision"], "sha256": weights}
-    if before is not None and before["runs"][-1]["result"].get("model") != weights:
+    start = {} if adapter is None else {"adapter": {"path": str(adapter), "sha256": identity(adapter)}}
+    kind, came_to = ("model", weights) if adapter is None else ("adapter", start["adapter"]["sha256"])
+    if before is not None and before["runs"][-1]["result"].get(kind) != came_to:
         origin["changed"] = "these are not the weights that its lineage ends with"
-    run = {"base": origin, **facts, "config": config, "result": {}}
+    run = {"base": origin, **start, **facts, "config": config, "result": {}}
     whole = {"format": FORMAT, "runs": [*(before["runs"] if before else []), run]}
     return json.loads(redact(json.dumps(whole, default=str)))
 
@@ -91,12 +98,12 @@ def write(directory: Path, lineage: Mapping[str, Any], made: Mapping[str, Path],
     return whole
 
 
-def refuse_other_base(lineage: Mapping[str, Any] | None, base: Path, what: str) -> None:
+def refuse_other_base(lineage: Mapping[str, Any] | None, base: Path, what: str, cache: Path | None = None) -> None:
     """Raises UserError where `base` is not the one, by content, that `what` was trained on."""
     if lineage is None:
         return
     wanted = lineage["runs"][-1]["base"]
-    if identity(base) != wanted["sha256"]:
+    if identity(base, cache) != wanted["sha256"]:
         raise UserError(
             f"{what} was trained on {wanted['name']} with weights {wanted['sha256'][:12]}, and {base} has {identity(base)[:12]}:"
             " it is another model or was changed since"

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from halos.hashes import digest
 
 NAME = "manifest.json"
 FORMAT = 1
+UNLISTED = "not in the manifest"
 # what operating systems and file servers leave beside other files, and nobody reads
 STRAY = re.compile(r"\._.*|\.DS_Store|\.nfs[0-9a-f]+|\.fuse_hidden.*|\.directory|Thumbs\.db|desktop\.ini")
 SEAL = ',\n "seal": "'  # a promise to every later format: the last entry, over all that stands before it
@@ -30,6 +31,10 @@ class Fault:
 
     file: str
     reason: str
+
+    @property
+    def is_listed(self) -> bool:
+        return self.reason != UNLISTED
 
     def __str__(self) -> str:
         return f"{one_line(self.file)}: {self.reason}"
@@ -100,16 +105,19 @@ def _malformed(manifest: Any) -> str | None:
     return None
 
 
-def verify(directory: Path, *, contents: bool = True) -> list[Fault]:
+def verify(
+    directory: Path, *, contents: bool = True, digest: Callable[[Path], str] = digest, only: Collection[str] = ("",)
+) -> list[Fault]:
     """Every file that is missing, altered or not listed; empty where the checkpoint is whole. Raises NewerFormatError.
 
     A hidden file that is not listed is no damage: nothing here reads it, and somebody's tools may have left it.
-    Without `contents` nothing is hashed: only that every file is there with its size, which costs no reading.
+    Without `contents` nothing is hashed: only that every file is there with its size, which costs no reading. `only` are
+    beginnings of names: of the others nothing is looked at.
     """
     manifest = read(directory)
     if isinstance(manifest, Fault):
         return [manifest]
-    faults, listed = [], manifest["files"]
+    faults, listed = [], {name: facts for name, facts in manifest["files"].items() if name.startswith(tuple(only))}
     there = {path.relative_to(directory).as_posix(): (path, regular) for path, regular in _below(directory)}
     for name, facts in listed.items():
         path, regular = there.get(name, (None, False))  # so that a listed name leads nowhere else
@@ -124,8 +132,8 @@ def verify(directory: Path, *, contents: bool = True) -> list[Fault]:
                 faults.append(Fault(name, "contents changed"))
         except OSError as error:
             faults.append(Fault(name, f"unreadable ({error.strerror})"))
-    others = sorted(name for name in there.keys() - listed.keys() - {NAME} if not _is_stray(name))
-    return faults + [Fault(name, "not in the manifest") for name in others]
+    others = (name for name in there.keys() - listed.keys() - {NAME} if not _is_stray(name))
+    return faults + [Fault(name, UNLISTED) for name in sorted(others) if name.startswith(tuple(only))]
 
 
 def _is_stray(name: str) -> bool:

@@ -21,7 +21,9 @@ def begin(run: Run) -> dict[str, Any]:
         lineage.refuse_other_base(lineage.read(saved), run.base, str(saved))
     loss = run.config.loss["_target_"].split(".")[-2]
     facts = {"data": run.content.sources, "content": run.content.hashes}
-    return lineage.begin(run.base, asdict(run.config), loss=loss, **facts, halos=__version__)
+    start = run.config.peft.init_from if run.config.peft.name == "lora" else None
+    adapter = Path(start) if start is not None else None
+    return lineage.begin(run.base, asdict(run.config), adapter=adapter, loss=loss, **facts, halos=__version__)
 
 
 def leave(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> None:

@@ -70,6 +70,10 @@ class Plan:
         return self.directory.path / "rounds" / f"{number:03d}"
 
     @property
+    def cache(self) -> Path:
+        return Path(self.config.cache_dir).expanduser()
+
+    @property
     def start(self) -> str:
         """The first policy."""
         assert self.config.model.name_or_path is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined
+from halos.checkpoint import received
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.online import measure
@@ -121,6 +122,7 @@ class Round:
     def _train(self) -> None:
         run, plan = RunDir(self.place / "train"), self.plan
         if is_run(run.path) and run.is_finished() and run.final.is_dir():
+            received.check_final(run, plan.cache)
             return
         rows = read(self.place / "feedback.jsonl")
         if not rows:

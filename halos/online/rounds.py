@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from halos import confined
+from halos.checkpoint import received
 from halos.checkpoint.commit import staged, sweep
 from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
@@ -113,7 +114,10 @@ def rehearse(plan: Plan, looked: Outlined, prompt: list[int]) -> int:
 def _is_over(plan: Plan) -> bool:
     """Whether every round that is asked for has been walked."""
     result = plan.directory.read_result() or {}
-    return plan.directory.is_finished() and plan.directory.final.is_dir() and result.get("step") == plan.online.rounds
+    done = plan.directory.is_finished() and plan.directory.final.is_dir() and result.get("step") == plan.online.rounds
+    if done:
+        received.check_final(plan.directory, plan.cache)
+    return done
 
 
 class Walk:
@@ -228,6 +232,7 @@ class Walk:
                 shutil.rmtree(place, ignore_errors=True)  # of a walk that was shorter
             exam = Round(plan, plan.online.rounds, place)
             self._record(exam, exam.examine())
+        received.check(Path(last), "the last policy", plan.cache)  # what is copied is listed anew
         with staged(self.directory.final, main=True, facts={"rounds": plan.online.rounds}) as hidden:
             shutil.copytree(last, hidden, dirs_exist_ok=True, copy_function=_link, ignore=shutil.ignore_patterns("manifest.json"))
 

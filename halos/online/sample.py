@@ -152,6 +152,7 @@ class Source:
         self._place: Path | None = None
         self._vocabulary = ""
         if given.sampler != "openai":
+            from halos.checkpoint import received
             from halos.data.template import chat_template
             from halos.data.tokenize import vocabulary_of
             from halos.models.load import load_tokenizer
@@ -163,6 +164,8 @@ class Source:
                 locate(given.model, given.revision, cache)
             ranks.wait()
             self._place = locate(given.model, given.revision, cache)
+            if ranks.main:
+                received.check_all([("MODEL", self._place), ("--reference", given.reference)], cache)
             self._tokenizer, _ = load_tokenizer(self._place, add_tokens=[])
             self._tokenizer.chat_template = chat_template(self._tokenizer, given.chat_template)
             self._vocabulary = vocabulary_of(self._tokenizer)
@@ -172,7 +175,7 @@ class Source:
         from halos.checkpoint.lineage import identity
 
         given = self.given
-        weights = self.ranks.first(identity(self._place) if self._place and self.ranks.main else None)
+        weights = self.ranks.first(identity(self._place, given.cache_dir) if self._place and self.ranks.main else None)
         asked = [[row["prompt_id"], row["prompt"], row.get("samples"), row.get("temperature")] for row in prompts]
         return {
             "sampler": given.sampler, "model": str(given.model), "model_sha256": weights, "prompts": _digest(asked),

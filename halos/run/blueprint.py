@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from halos.checkpoint import received
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.changes import Change
 from halos.config.content import Content
@@ -36,6 +37,7 @@ from halos.models.locate import locate
 from halos.prove.verdict import Verdict
 from halos.run import contents, models, proof
 from halos.run.batch_source import Feed, feed
+from halos.run.beginnings import refuse_other_start
 from halos.run.measured import refuse_unmeasured
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
@@ -103,6 +105,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
         directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
     with made.main_process_first():
         base = locate_base(config)
+    refuse_damaged(config, base, made)
     structure = structure_of(config, loss, made, base)
     strategy.refuse_whole(structure.model)
     rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
@@ -120,12 +123,27 @@ def stand_on(
     if made.is_main_process:
         try:
             base, named = structure.shelf.base, structure.named
+            refuse_other_start(config, base, structure.tokenizer)
             content = contents.read(config, structure.tokenizer, rows.contents(), base=base, reference=named)
             changed = contents.changed(config, directory, content) if config.resume else []
         except UserError as error:
             problem = str(error)
     agree(made, "content", "", problem)
     return content, changed
+
+
+def refuse_damaged(config: Config, base: Path, made: Accelerator) -> None:
+    """Raises UserError where what an earlier run saved, and this one goes on from, is no longer what was saved."""
+    problem, optimizer = None, config.optim.init_from
+    given = [("model.name_or_path", base), ("reference.name_or_path", config.reference.name_or_path),
+             ("peft.init_from", config.peft.init_from if config.peft.name == "lora" else None),
+             ("optim.init_from", Path(optimizer) / "state" if optimizer is not None else None)]  # fmt: skip
+    try:
+        if made.is_main_process:
+            received.check_all(given, Path(config.cache_dir).expanduser())
+    except UserError as error:
+        problem = str(error)
+    agree(made, "start", "", problem)
 
 
 def locate_base(config: Config) -> Path:

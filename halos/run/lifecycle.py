@@ -5,7 +5,9 @@ import signal
 import types
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from halos.checkpoint import received
 from halos.config import saved
 from halos.config.changes import Change
 from halos.config.schema import Config
@@ -86,6 +88,7 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
     further = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
     if not directory.is_finished() or not directory.final.is_dir() or further or directory.asked_checkpoint(config.resume):
         return False
+    received.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     if config.schedule.name == "constant":
         log.info("to train on: python train.py %s train.steps=MORE", saved.to_resume(config, directory.path))

@@ -265,7 +265,7 @@ def test_a_base_of_other_weights_is_refused(words: list[str], moved: tuple[Path,
 
 
 def test_an_adapter_does_not_go_on_from_another_base(configure: Callable[..., Config], tmp_path: Path, runs: Path) -> None:
-    shutil.copytree(runs / "lora" / "FINAL", tmp_path / "base")
+    shutil.copytree(runs / "lora" / "FINAL", tmp_path / "base", ignore=shutil.ignore_patterns("manifest.json"))
     words = ["loss=sft", "peft=lora", "model=path", f"model.name_or_path={tmp_path / 'base'}", *SHORT]
     assert run(configure(*words), []) == 0
     shutil.rmtree(tmp_path / "run" / "FINAL")

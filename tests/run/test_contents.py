@@ -6,59 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from conftest import compose
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
 
-import train
-from halos.errors import UserError
-from halos.models import tiny
 from halos.run.lifecycle import run
-
-WORDS = ["loss=dpo", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=9", "optim.lr=1e-3",
-         "train.eval_every=null", "train.eval_at_start=false", "train.max_length=128"]  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ('<|end|>' if m['role'] == 'assistant' else '\n') }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-
-
-def pairs(count: int, word: str = "no") -> list[str]:
-    return [json.dumps({"prompt": f"Count {n}", "chosen": f"one {n % 7}", "rejected": f"{word} {n}"}) for n in range(count)]
-
-
-class World:
-    """A base, data and a template in `place`, and in runs/ a run of two steps of four for each way of training."""
-
-    def __init__(self, place: Path, cache: Path) -> None:
-        self.place, self.cache = place, cache
-        self.base, self.data, self.held_out, self.template = (place / name for name in ("base", "s.jsonl", "e.jsonl", "t.jinja"))
-        tiny.build(self.base)
-        torch.manual_seed(0)
-        sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
-        LlamaForCausalLM(LlamaConfig.from_pretrained(self.base, num_key_value_heads=2, **sizes)).save_pretrained(self.base)
-        self.data.write_text("\n".join(pairs(24)))
-        self.held_out.write_text("\n".join(pairs(8)))
-        self.template.write_text(TEMPLATE)
-
-    def words(self, name: str, *more: str) -> list[str]:
-        return [*WORDS, f"model.name_or_path={self.base}", f"model.chat_template={self.template}", f"data.train=[{self.data}]",
-                f"data.eval=[{self.held_out}]", f"exp_name={name}", *more]  # fmt: skip
-
-    def begin(self, name: str, *more: str) -> Path:
-        """A run that was stopped at step 2."""
-        config = compose(self.cache, self.place / "runs", *self.words(name, *more))
-        assert run(config, []) == 0
-        return stopped(Path(config.run_dir))
-
-
-def stopped(directory: Path) -> Path:
-    shutil.rmtree(directory / "FINAL")
-    shutil.rmtree(directory / "checkpoints" / "step-00000004")
-    (directory / "result.json").write_text('{"status": "stopped", "step": 2, "metrics": {}}')
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -67,24 +20,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
     made.begin("lora", "peft=lora", "peft.r=2")
     made.begin("full")
     return made
-
-
-def resume(directory: Path, *words: str) -> int:
-    return train.start([f"resume={directory}", *words])
-
-
-def refusal(directory: Path, *words: str) -> str:
-    with pytest.raises(UserError) as caught:
-        resume(directory, *words)
-    return str(caught.value)
-
-
-def attempts(directory: Path) -> list[dict[str, object]]:
-    return [yaml.safe_load(path.read_text()) for path in sorted((directory / "attempts").glob("*.yaml"))]
-
-
-def copied(directory: Path, place: Path) -> Path:
-    return Path(shutil.copytree(directory, place / directory.name))
 
 
 # --- what has changed
@@ -164,7 +99,7 @@ def test_an_allowed_change_is_on_record_and_is_no_change_from_then_on(world: Wor
     directory = copied(world.place / "runs" / "full", tmp_path)
     other_rows(world)
     assert resume(directory, "resume_changes=allow") == 0
-    [key] = attempts(directory)[1]["content_changed"]  # type: ignore[misc]
+    [key] = attempts(directory)[1]["content_changed"]
     assert key == f"data.train {world.data} (content)"
     assert "CHANGED WHAT THE RUN COMPUTES, from step 2 on: data.train" in (directory / "train.log").read_text()
     shutil.rmtree(directory / "FINAL")
@@ -189,7 +124,7 @@ def test_what_has_only_moved_is_welcome(world: World, tmp_path: Path, monkeypatc
     words = ["model.name_or_path=elsewhere/new-base", "data.train=[elsewhere/new-s.jsonl]", "data.eval=[elsewhere/new-e.jsonl]",
              "model.chat_template=elsewhere/new-t.jinja"]  # fmt: skip
     assert resume(directory, *words) == 0
-    assert attempts(directory)[1]["changed"]["model.name_or_path"][1] == str(moved.place / "new-base")  # type: ignore[index]
+    assert attempts(directory)[1]["changed"]["model.name_or_path"][1] == str(moved.place / "new-base")
     assert "content_changed" not in attempts(directory)[1]
     assert "CHANGED" not in (directory / "train.log").read_text()
 

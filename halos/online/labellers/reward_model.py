@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
+from halos.checkpoint import received
 from halos.checkpoint.lineage import identity
 from halos.confined import SAFELY
 from halos.data.collate import pack
@@ -39,6 +40,7 @@ class RewardModel:
 
     def __init__(self, place: Path, *, label: int | None, batch_size: int, max_length: int | None, quiet: bool) -> None:
         """Raises UserError for a model that does not score, and for a label that it does not have."""
+        received.check(place, "reward model")
         config = read_config(place)
         if not any("SequenceClassification" in name for name in config.architectures or []):
             raise UserError(f"{place} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}")
