@@ -113,6 +113,7 @@ CHANGES: dict[str, str | Condition] = {
     "model.quantize": MATHEMATICAL,
     "reference.name_or_path": CONTENT,
     "reference.revision": CONTENT,
+    "reference.adapter": MATHEMATICAL,
     "data.train": CONTENT,
     "data.eval": CONTENT,  # what keep_best and early stopping compare
     "data.root": CONTENT,

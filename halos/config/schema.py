@@ -31,6 +31,7 @@ class Model:
 class Reference:
     name_or_path: str | None = key()
     revision: str | None = key()
+    adapter: str = key(one_of=("start", "off"))  # what of a LoRA policy is on in its own reference
 
 
 @dataclass

@@ -78,12 +78,14 @@ def _call_layers_alike(module: nn.Module) -> None:
 
 
 def _share_start(module: nn.Module, made: Accelerator) -> None:
-    """What an adapter's base was at the start is known where its weights are: on the first process, where models are sharded."""
+    """What was trained is known as it was at the start where weights are: on the first process, where models are sharded."""
     assert isinstance(module, Reader)
     module.held = _held
     if asked_to_cut() and made.num_processes > 1:
-        module.start = {name: value.to(made.device) for name, value in module.start.items()}
-        for value in module.start.values():
+        module.start, module.beginning = (
+            {name: value.to(made.device) for name, value in values.items()} for values in (module.start, module.beginning)
+        )
+        for value in (*module.start.values(), *module.beginning.values()):
             dist.broadcast(value, 0)
 
 

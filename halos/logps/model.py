@@ -15,7 +15,7 @@ from halos.errors import UserError
 from halos.logps.head import Head, chosen
 from halos.logps.hidden import hidden_states, is_packed, most_rows
 from halos.logps.plan import plan_of, whole
-from halos.logps.start import Held, at_start, start_of
+from halos.logps.start import Held, at_start, beginning_of, start_of
 from halos.logps.start import whole as whole_of
 from halos.types import Acted, Sequences, TokenLogps, Whole
 
@@ -34,13 +34,29 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
     try:
         with ExitStack() as stack:
             for reader in readers:
-                stack.callback(_forget_gathered, model)
-                stack.enter_context(at_start(reader, reader.start, reader.held))
-                _forget_gathered(model)
+                _stand_at(stack, model, reader, reader.start)
             yield
     finally:
         for layer, was in zip(layers, before, strict=True):
             layer._disable_adapters = was
+
+
+@contextmanager
+def at_beginning(model: nn.Module) -> Iterator[None]:
+    """The policy as its run began: the base, or where the run began with a trained adapter the base under that one."""
+    readers = [module for module in model.modules() if isinstance(module, Reader) and module.beginning]
+    with ExitStack() as stack:
+        if not readers:
+            stack.enter_context(adapter_off(model))
+        for reader in readers:
+            _stand_at(stack, model, reader, reader.beginning)
+        yield
+
+
+def _stand_at(stack: ExitStack, model: nn.Module, reader: "Reader", values: dict[str, Tensor]) -> None:
+    stack.callback(_forget_gathered, model)
+    stack.enter_context(at_start(reader, values, reader.held))
+    _forget_gathered(model)
 
 
 def _forget_gathered(model: nn.Module) -> None:
@@ -88,6 +104,7 @@ class Reader(nn.Module):
         if is_packed(inner) and not self.plan.is_packed:
             inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
         self.start = {f"model.{name}": value for name, value in start_of(model).items()}
+        self.beginning = {f"model.{name}": value for name, value in beginning_of(model).items()}
         self.held: Held = whole_of  # what this process has of a parameter: set where models are spread
         self.everywhere = False  # whether all processes call the layers equally often: set where they are sharded
 

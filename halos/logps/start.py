@@ -1,4 +1,8 @@
-"""What an adapter trains of its base itself, biases, as it was at the start: with the adapter off they are the base's again."""
+"""What is trained of a model with an adapter, as it was at the start, so that the model can compute what it did then.
+
+Of most adapters that is the base's own part of it, biases: with the adapter off they are the base's again. A run that begins
+with a trained adapter (peft.init_from) remembers everything that it trains.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +13,8 @@ from torch import Tensor, nn
 
 Held = Callable[[nn.Parameter, Tensor], Sequence[tuple[Tensor, Tensor]]]  # what this process has of a parameter, and of its start
 
-_STARTS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()
+_STARTS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # the base's own
+_BEGINNINGS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # all
 
 
 def remember_start(model: nn.Module, own: set[int]) -> None:
@@ -22,6 +27,16 @@ def remember_start(model: nn.Module, own: set[int]) -> None:
 
 def start_of(model: nn.Module) -> dict[str, Tensor]:
     return _STARTS.get(model, {})
+
+
+def remember_beginning(model: nn.Module) -> None:
+    """Keep the values of all parameters that are trained, as a run's first step finds them: an adapter's own size."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    _BEGINNINGS[model] = {name: parameter.detach().clone() for name, parameter in trained.items()}
+
+
+def beginning_of(model: nn.Module) -> dict[str, Tensor]:
+    return _BEGINNINGS.get(model, {})
 
 
 def whole(parameter: nn.Parameter, start: Tensor) -> Sequence[tuple[Tensor, Tensor]]:

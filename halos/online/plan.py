@@ -94,6 +94,11 @@ class Plan:
             raise UserError(
                 f"online.samples_per_prompt={online.samples_per_prompt}: online.loss={online.loss} learns from pairs: 2 or more"
             )
+        if self.inner.peft.name == "lora" and self.inner.peft.init_from is not None:
+            raise UserError(
+                "peft.init_from: rounds sample from a whole model before they train, so give the merged one"
+                " (model.name_or_path=RUN/FINAL, or python -m halos.checkpoint merge)"
+            )
         feedback.check_threshold(self.kind, online.feedback.threshold)
         self.prompts = read_prompts(self.config.data.train, "train")
         self.exam = read_prompts(self.config.data.eval, "eval") if self.config.data.eval and online.eval_prompts else []
@@ -155,8 +160,8 @@ class Plan:
         """From the last round's policy; the reference stays at the start unless told otherwise."""
         words, last = [], self.online.reference == "last"
         if lora:
-            words += [f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}"]
-            other = before / "FINAL" if last else None  # its own base is the start
+            words += [f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}", f"reference.adapter={'start' if last else 'off'}"]
+            other = None  # no second copy: the reference is the policy as the round began, or its base, which is the start
         else:
             words += [f"model.name_or_path={quoted(before / 'FINAL')}"]
             other = None if last else self.start

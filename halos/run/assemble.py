@@ -60,7 +60,7 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
     config, shelf, blueprint = run.config, run.structure.shelf, run.blueprint
     if checkpoint is not None and config.peft.name == "none":
         refuse_other_model(shelf.base, checkpoint / "model")
-    inner = models.policy(shelf, reward=blueprint.reward, checkpoint=checkpoint)
+    inner = models.policy(shelf, reward=blueprint.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
     module, optimizer = strategy.distribute(
         models.wrapped(shelf, inner, run.loss.inputs, checkpoint),
         made,

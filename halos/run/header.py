@@ -20,6 +20,7 @@ from halos.logps.model import bare
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
 from halos.run.blueprint import Prepared, Structure
+from halos.run.models import refers_to_adapter
 from halos.run.shown import CLOSE, OPEN
 from halos.trainers.schedule import warmup_steps
 from halos.types import Judgement
@@ -96,6 +97,7 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     """What is trained, and with what."""
     _say("loss", f"{loss.name} " + "  ".join(f"{name}={value}" for name, value in loss.settings.items()))
     own = "its own base" if config.peft.name == "lora" else "a frozen copy"
+    own = "the adapter it begins with" if refers_to_adapter(config) else own
     against = f", reference: {config.reference.name_or_path or own}" if loss.needs_reference else ""
     trained, total = (_count(structure.model, trained=only) for only in (True, False))
     dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")

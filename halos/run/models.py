@@ -20,6 +20,7 @@ from halos.distributed.deepspeed_config import deepspeed_asked
 from halos.distributed.launch import asked_to_cut, asked_to_shard
 from halos.errors import UserError
 from halos.logps.model import ActorCritic, LanguageModel, RewardModel
+from halos.logps.start import remember_beginning
 from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
@@ -97,9 +98,17 @@ class Shelf:
         return weights_dtype(self.config.model.dtype, trained=True, half=self.half)
 
 
-def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
-    """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed."""
+def refers_to_adapter(config: Config) -> bool:
+    """Whether a loss that compares with a reference has it under the adapter that the run begins with: the policy's own start."""
+    named, start = config.reference.name_or_path, config.peft.init_from
+    return config.peft.name == "lora" and start is not None and named is None and config.reference.adapter == "start"
+
+
+def policy(shelf: Shelf, *, reward: bool, refers: bool, checkpoint: Path | None) -> nn.Module:
+    """The model to train, with its adapter; from `checkpoint`'s weights where a run is resumed. `refers`: the loss compares with
+    a reference."""
     config = shelf.config
+    remembers = refers and refers_to_adapter(config)
     lora = config.peft.name == "lora"
     dtype = shelf.dtype
     source = checkpoint / "model" if checkpoint and not lora else shelf.base
@@ -111,10 +120,12 @@ def policy(shelf: Shelf, *, reward: bool, checkpoint: Path | None) -> nn.Module:
     if not lora:
         return model
     adapted = adapter.attach(model, asdict(config.peft), base=str(shelf.base), reward=reward, seed=config.seed)
+    if config.peft.init_from is not None and (remembers or not checkpoint):
+        adapter.load_adapter(adapted, Path(config.peft.init_from))
+    if remembers:
+        remember_beginning(adapted)
     if checkpoint:
         adapter.load_adapter(adapted, checkpoint / "adapter")
-    elif config.peft.init_from is not None:
-        adapter.load_adapter(adapted, Path(config.peft.init_from))
     return adapted
 
 
@@ -153,7 +164,7 @@ def named_reference(shelf: Shelf) -> Path | None:
 def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module | None:
     """A frozen copy of the policy's start, or the model at `named`.
 
-    None where the policy's own base, with its adapter off, is the reference: no second copy is loaded.
+    None where the policy itself, with what is trained of it as it was at the start, is the reference: no second copy is loaded.
     """
     if named is None and isinstance(model, PeftModel):
         return None

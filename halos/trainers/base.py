@@ -32,7 +32,7 @@ from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
-from halos.logps.model import adapter_off
+from halos.logps.model import at_beginning
 from halos.logps.router import RouterLoss
 from halos.metrics import Meter, Window
 from halos.trainers.deal import Chunk, Split, deal, gather_in_order
@@ -381,13 +381,13 @@ class Trainer(ABC):
 
     @torch.no_grad()
     def _refer(self, batch: Any) -> Any:
-        """The reference model's output: a frozen copy's, or the policy's own with its adapter off."""
+        """The reference model's output: a frozen copy's, or the policy's own as it was when the run began."""
         model = self.run.module
         if self.reference is not None:
             return self.reference(batch)
         training = model.training
         try:
-            with adapter_off(model):
+            with at_beginning(model):
                 return model.eval()(batch)
         finally:
             model.train(training)

@@ -1,0 +1,69 @@
+"""A run that begins with an adapter is compared with what it began as, and not with the bare base."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose
+from safetensors.torch import load_file
+from world import World, resume, stopped
+
+from halos.data.collate import pack
+from halos.distributed.launch import accelerator
+from halos.run.assemble import assemble
+from halos.trainers.base import Trainer
+
+KINDS = {"lora": [], "dora": ["peft.use_dora=true"], "head": ["peft.modules_to_save=[lm_head]"]}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[World, list[str]]:
+    """A world, and what is typed for DPO from an adapter that SFT has trained in it."""
+    world = World(tmp_path_factory.mktemp("world"), cache)
+    words = ["peft=lora", "peft.r=2", *KINDS[request.param]]
+    adapter = world.train("sft", "loss=sft", "optim.lr=3e-2", *words) / "FINAL" / "adapter"
+    return world, [*words, f"peft.init_from={adapter}", "train.eval_at_start=true"]
+
+
+def assembled(world: World, name: str, *words: str) -> Trainer:
+    config = compose(world.cache, world.place / "runs", *world.words(name, *words))
+    made = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+    assert made is not None
+    return made
+
+
+def refer(trainer: Trainer) -> torch.Tensor:
+    batch = pack(trainer.rows([trainer.train.rows[n] for n in range(8)]))
+    return trainer._refer(batch).values.clone()
+
+
+def test_the_first_loss_is_that_of_a_coin_and_the_reference_never_moves(begun: tuple[World, list[str]]) -> None:
+    world, words = begun
+    trainer = assembled(world, "dpo", *words)
+    trainer.evaluate()
+    assert trainer.run.last_eval["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    first = refer(trainer)
+    for step in range(2):
+        trainer.step(trainer.order.batch(step))
+    assert torch.equal(refer(trainer), first)
+    batch = pack(trainer.rows([trainer.train.rows[n] for n in range(8)]))
+    assert not torch.equal(trainer.run.module.eval()(batch).values, first), "the policy has moved"
+    merged = assembled(world, "named", *words, f"reference.name_or_path={world.place / 'runs' / 'sft' / 'FINAL'}")
+    assert first.allclose(refer(merged), atol=1e-4), "the merged model of the first run"
+    base = assembled(world, "off", *words, "reference.adapter=off")
+    assert (first - refer(base)).abs().max() > 0.05, "the adapter has learned something"
+    base.evaluate()
+    assert abs(base.run.last_eval["loss"] - math.log(2)) > 1e-3
+
+
+def test_a_resumed_run_has_the_same_reference(begun: tuple[World, list[str]]) -> None:
+    world, words = begun
+    whole = world.train("whole", *words)
+    directory = stopped(world.train("again", *words))
+    assert resume(directory) == 0
+    rows = [[json.loads(line) for line in (each / "metrics.jsonl").read_text().splitlines()] for each in (whole, directory)]
+    assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
+    mine, theirs = (load_file(each / "FINAL" / "model.safetensors") for each in (whole, directory))
+    assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
