@@ -1,7 +1,9 @@
 """A run's directory: who may begin or go on in it, and files that are whole or absent."""
 
+import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -257,6 +259,46 @@ def test_after_a_resume_no_step_appears_twice(tmp_path):
     for step in range(4, 8):
         run.append_metrics({"step": step})
     assert [row["step"] for row in run.read_metrics()] == list(range(8))
+
+
+@pytest.mark.parametrize(
+    "line", [b"{", b"\xff\xfe", b'{"step": "2"}', b'{"step": 2, "loss": {}}', b"[]", b'{"step": 2, "x": ' + b"1" * 5000 + b"}",
+             b"[" * 10**5, b'{"step": 2, "split": 5}', b'{"step": 2, "\\ud800": 1}', b'{"loss": 1}'],
+)  # fmt: skip
+def test_a_damaged_line_of_metrics_costs_itself_and_is_set_aside(tmp_path, line):
+    run = begun(tmp_path / "demo")
+    run.append_metrics({"step": 1})
+    with (run.path / "metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    run.append_metrics({"step": 3})
+    assert [row["step"] for row in run.read_metrics()] == [1, 3]
+    assert (len(run.metrics.damaged()), run.go_on_from(5)) == (1, 1)
+    assert len((run.path / "metrics.damaged.jsonl").read_text().splitlines()) == 1
+    assert ([row["step"] for row in run.read_metrics()], run.metrics.damaged()) == ([1, 3], [])
+
+
+def test_on_a_full_disk_the_last_word_has_its_room(tmp_path, monkeypatch):
+    run = begun(tmp_path / "demo")
+    run.write_result("running", 0, {})
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("halos.rundir.write_whole", full)
+        run.write_result("failed", 7, {"loss": 1.5}, reason="the disk is full")
+    assert run.read_result() == {"status": "failed", "step": 7, "metrics": {"loss": 1.5}, "reason": "the disk is full"}
+    run.write_result("running", 7, {})
+    run.write_result("finished", 8, {})
+    assert sorted(path.name for path in run.path.iterdir() if path.name.startswith(".")) == []
+
+
+def test_records_of_starts_that_are_gone_are_said_to_be(tmp_path):
+    run = begun(tmp_path / "demo")
+    run.checkpoints.mkdir()
+    shutil.rmtree(run.path / "attempts")
+    with pytest.raises(UserError, match=r"attempts/, the record of its starts, is missing"):
+        run.open()
 
 
 def test_a_result_says_how_it_ended(tmp_path):

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from functools import cache
@@ -14,6 +16,9 @@ import yaml
 
 from halos.config import changes, saved
 from halos.config.schema import Config
+from halos.config.values import to_type
+from halos.distributed.signals import ASKING
+from halos.errors import UserError
 from halos.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
@@ -286,6 +291,32 @@ def test_what_a_scheduler_left_behind_is_told_before_anything_waits_for_it(refus
     told = refused(*RUN)
     assert said in told
     assert "\x1b" not in told
+
+
+NAMES = ["demo", "x(1),y", "it's", "a b", r"q\"'", r"back\\", "ü", "[a]", "{a: b}", "$(touch pwned)", "a=b", "~x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_command_to_go_on_is_one_that_the_shell_and_our_parser_take(name):
+    [word] = shlex.split(to_type("resume", Path("runs") / name))
+    assert train.asked_resume([train.parse(word, {})]) == f"runs/{name}"
+
+
+def test_a_start_within_a_process_leaves_signals_and_arguments_as_they_were(build, monkeypatch):
+    def run(*_):
+        for number in ASKING:
+            signal.signal(number, signal.SIG_IGN)
+        return 75
+
+    monkeypatch.setattr(build, "run", run, raising=False)
+    words, handlers = sys.argv, [signal.getsignal(number) for number in ASKING]
+    assert train.start(RUN) == 75
+    with pytest.raises(UserError, match="loss has no choice"):
+        train.start(["loss=dpoo"])
+    with pytest.raises(UserError, match="exp_name is missing"):
+        train.start(RUN[:-1])
+    assert sys.argv is words
+    assert [signal.getsignal(number) for number in ASKING] == handlers
 
 
 # --- sweeps

@@ -20,7 +20,7 @@ from halos.config.schema import Config
 from halos.config.suggest import unknown_key
 from halos.config.values import to_type
 from halos.confined import parse_yaml
-from halos.errors import UserError
+from halos.errors import UserError, words_of
 
 BEFORE = {("reference", "adapter"): "off"}  # keys that are younger than a run, as it went without them
 
@@ -100,7 +100,7 @@ def _told(error: OmegaConfBaseException) -> str:
     key = str(error.full_key or error.key or "")
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         return unknown_key(key, [])
-    return f"{key}: {str(error).partition(chr(10))[0]}"
+    return f"{key}: {words_of(error)}"
 
 
 def _literal(node: Any) -> Any:

@@ -12,6 +12,8 @@ from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from halos.errors import UserError
+
 SEGMENTS = "halos_segments"
 
 
@@ -57,8 +59,15 @@ def attend_by_segment(
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each of `segments` (lengths that add up to tokens): (1, tokens, heads, head_dim)."""
-    assert segments is not None, f"{type(module).__name__} does not hand its keyword arguments to its attention"
+    """Causal attention within each of `segments` (lengths that add up to tokens): (1, tokens, heads, head_dim).
+
+    Raises UserError without them: a hook has called the model by itself, or its architecture hides its arguments from here.
+    """
+    if segments is None:
+        raise UserError(
+            f"{type(module).__name__} was not told where rows end: generate and model(...) of a model that is trained go inside"
+            " `with halos.logps.model.plainly(model):`"
+        )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -1,7 +1,7 @@
 """The modules that DDP and FSDP wrap: a language model with its head, or a reward model with its score."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -92,6 +92,19 @@ def sources_of_rows(batch: Sequences) -> list[Tensor]:
     return list(within.split(counts.tolist()))
 
 
+@contextmanager
+def plainly(model: nn.Module) -> Iterator[None]:
+    """Inside, transformers' own choice of attention, which whole rows and `generate` go through. For hooks that sample:
+    `with plainly(run.model): run.model.generate(...)`."""
+    inner = bare(model)
+    before = str(inner.config._attn_implementation)
+    inner.set_attn_implementation(inner.get_correct_attn_implementation(None) if is_packed(inner) else before)
+    try:
+        yield
+    finally:
+        inner.set_attn_implementation(before)
+
+
 class Reader(nn.Module):
     """A transformers model under what reads it, by the plan that is right for its architecture."""
 
@@ -115,16 +128,8 @@ class Reader(nn.Module):
     def read(self, batch: Sequences) -> Any:
         raise NotImplementedError
 
-    @contextmanager
-    def plainly(self) -> Iterator[None]:
-        """With transformers' own choice of attention, which a whole row can go through."""
-        inner = bare(self.model)
-        before = str(inner.config._attn_implementation)
-        inner.set_attn_implementation(inner.get_correct_attn_implementation(None) if is_packed(inner) else before)
-        try:
-            yield
-        finally:
-            inner.set_attn_implementation(before)
+    def plainly(self) -> AbstractContextManager[None]:
+        return plainly(self.model)
 
     def hidden(self, batch: Sequences) -> Tensor:
         return hidden_states(bare(self.model), batch, everywhere=self.everywhere)

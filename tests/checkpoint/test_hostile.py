@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import random
 import shutil
 import signal
 import sys
@@ -17,9 +18,11 @@ from conftest import compose
 
 import train
 from halos.checkpoint import __main__ as cli
-from halos.checkpoint import manifest
+from halos.checkpoint import find, lineage, manifest, state
 from halos.errors import UserError
+from halos.report.read import read_runs
 from halos.run.lifecycle import run as begin
+from halos.rundir import RunDir
 
 SECRET = "a secret\n"
 PATIENCE = 120  # seconds; what hangs, hangs for ever
@@ -463,3 +466,58 @@ def test_words_of_saved_rounds_are_values_of_a_training_and_no_more(tmp_path: Pa
         stored_words(tmp_path)
     (tmp_path / "online.json").write_text(json.dumps({"words": ["loss=dpo", "optim.lr=1e-4", "plugins=[mine]"]}))
     assert stored_words(tmp_path) == ["loss=dpo", "optim.lr=1e-4"]
+
+
+# --- mutations ---------------------------------------------------------------------------------------------------------------
+
+SMALL_FILES = (
+    "config.yaml", "attempts/000.yaml", "metrics.jsonl", "result.json", f"{STEP}/manifest.json", f"{STEP}/metrics.json",
+    f"{STEP}/lineage.json", f"{STEP}/state/progress.json", f"{STEP}/state/optimizer.json",
+)  # fmt: skip
+
+
+def test_no_mutation_of_a_runs_small_files_is_a_traceback(begun: Path, tmp_path: Path) -> None:
+    """Seeded: bytes flipped, cut out, doubled and replaced. What is read is right, or refused in one message."""
+    draw, run = random.Random(1), RunDir(shutil.copytree(begun, tmp_path / "run"))
+    step, refused = run.path / STEP, 0
+    asked: tuple[Callable[[], object], ...] = (
+        run.open, lambda: train.last_settings(run), run.read_metrics, run.read_result, run.next_attempt, run.is_finished,
+        lambda: find.newest(run.checkpoints), lambda: find.refuse_misplaced(run), lambda: find.metrics_of(step),
+        lambda: lineage.read(step), lambda: state.load_progress(step / "state", 2), lambda: manifest.verify(step, contents=False),
+        lambda: read_runs([run.path]),
+    )  # fmt: skip
+    for turn in range(270):
+        name = SMALL_FILES[turn % len(SMALL_FILES)]
+        whole = (begun / name).read_bytes()
+        changed = mutated(whole, draw)
+        if name.endswith("manifest.json") and turn % 2:  # sealed anew, as a stranger would
+            text = changed.decode("utf-8", errors="replace")
+            changed = manifest.seal(text.rpartition(manifest.SEAL)[0] + "\n}").encode("utf-8", errors="replace")
+        (run.path / name).write_bytes(changed)
+        for ask in asked:
+            try:
+                ask()
+            except UserError as error:
+                refused += 1
+                assert len(str(error)) < 1500  # noqa: PT017  read or refused: either is right
+        (run.path / name).write_bytes(whole)
+    assert refused > 100
+
+
+def mutated(data: bytes, draw: random.Random) -> bytes:
+    """Some bytes of it are others."""
+    for _ in range(draw.randint(1, 4)):
+        at, more = draw.randrange(len(data)), draw.randint(1, 12)
+        others = (
+            b"",
+            draw.randbytes(more),
+            data[at : at + more] * 2,
+            b"[" * 2000,
+            b"9" * 5000,
+            b"\\ud800",
+            b"\x00",
+            b"null",
+            b"- ",
+        )
+        data = data[:at] + draw.choice(others) + data[at + draw.choice((0, 1, more)) :]
+    return data

@@ -1,6 +1,7 @@
 """Trackers that cannot stop a run, early stopping, and a hook of the user's own."""
 
 import json
+import logging
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -123,3 +124,26 @@ def test_jobs_of_a_sweep_bear_their_own_names_in_one_group() -> None:
     assert named("runs/grid/optim.lr-1e-4-0f3a91bc") == ("optim.lr-1e-4-0f3a91bc", "grid")
     assert named("runs/grid") == ("grid", None)
     assert named("elsewhere/of/mine") == ("grid", None)
+
+
+def test_metrics_that_a_full_disk_does_not_take_are_counted_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    from halos.hooks.log import MetricsLog
+
+    def append(row: dict[str, Any]) -> None:
+        if row["step"] in (2, 3):
+            raise OSError(28, "No space left on device")
+        kept.append(row["step"])
+
+    kept = list[int]()
+    run: Any = SimpleNamespace(main=True, directory=SimpleNamespace(append_metrics=append))
+    hook = MetricsLog()
+    with caplog.at_level("WARNING"):
+        logging.getLogger("halos").propagate = True
+        for step in range(1, 5):
+            hook.on_step(run, {"step": step, "split": "train"})
+        hook.on_end(run)
+    assert kept == [1, 4]
+    assert [record.getMessage()[:30] for record in caplog.records] == [
+        "metrics.jsonl cannot be writte",
+        "2 lines are missing from metri",
+    ]

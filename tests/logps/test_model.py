@@ -1,5 +1,6 @@
 """Our log-probs against each architecture's own logits: packed or alone, with bias, soft-capping, scale or adapter."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import Tensor
 
 from halos.data.collate import pack
 from halos.data.dataset import Completion
+from halos.errors import UserError
 from halos.logps import head
 from halos.logps.attention import SEGMENTS, register
-from halos.logps.model import LanguageModel, RewardModel, adapter_off
+from halos.logps.model import LanguageModel, RewardModel, adapter_off, plainly
 from halos.models import adapter
 
 VOCABULARY, PROMPT = 300, 4
@@ -195,8 +197,13 @@ def test_scores_are_read_where_transformers_reads_them(name: str, ends_in_paddin
         assert RewardModel(model)(packed(rows)).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_an_architecture_that_hides_its_arguments_from_attention_fails_loudly() -> None:
-    model = build("Llama")
+def test_a_model_that_is_trained_generates_as_it_would_alone_and_says_how() -> None:
+    model, ids = build("Llama"), torch.tensor([[5, 6, 7, 8]])
+    wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
     model.set_attn_implementation(SEGMENTS)
-    with pytest.raises(AssertionError, match="does not hand its keyword arguments"):
-        model(torch.zeros(1, 4, dtype=torch.long))
+    for call in (model, partial(model.generate, max_new_tokens=6, do_sample=False)):
+        with pytest.raises(UserError, match=r"with halos\.logps\.model\.plainly"):
+            call(ids)
+    with plainly(model):
+        assert model.generate(ids, max_new_tokens=6, do_sample=False).tolist() == wanted.tolist()
+    assert model.config._attn_implementation == SEGMENTS
