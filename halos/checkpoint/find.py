@@ -50,17 +50,23 @@ def record(run: RunDir, checkpoint: Path) -> None:
 
 
 def go_on(run: RunDir, asked: Path | None) -> Found:
-    """What a resumed run goes on from, and the leftovers of dead saves are gone. Raises UserError, then touching nothing."""
-    found = look(run, asked)
+    """What a resumed run goes on from, when the leftovers of dead saves are gone: one that was moved aside is back first. Raises
+    UserError where there is nothing that it could go on from, and then touches no more than those."""
+    refuse_newer(run.checkpoints)
+    refuse_misplaced(run)
     commit.sweep(run.checkpoints)
     commit.sweep(run.path)
-    return found
+    return _choose(run, asked)
 
 
 def look(run: RunDir, asked: Path | None) -> Found:
-    """What a resumed run would go on from; touches nothing. Raises UserError where there is nothing that it could."""
+    """The same of what can be seen now, which is all but what a dead save has moved aside; touches nothing."""
     refuse_newer(run.checkpoints)
     refuse_misplaced(run)
+    return _choose(run, asked)
+
+
+def _choose(run: RunDir, asked: Path | None) -> Found:
     doubted = good.doubted(run)
     found = Found(exactly(asked), []) if asked else newest(run.checkpoints, doubted=doubted)
     if found.path is None and not doubted:  # where all are, step 0 is the last that was good

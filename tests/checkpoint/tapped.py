@@ -66,18 +66,26 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
             return super().write(data)
 
     def open_file(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
-        path = None if isinstance(file, int) or not set(mode) & set("wax+") else place(file)
+        path = place(file) if set(mode) & set("wax+") else None
         if path is None:
             return real_open(file, mode, buffering, *args, **kwargs)
-        hear("open", path)
-        sizes[path] = path.stat().st_size if "a" in mode and path.exists() else 0
-        raw = Raw(path, mode.replace("b", "").replace("t", ""))
+        if not isinstance(file, int):  # else its descriptor was listened to
+            hear("open", path)
+            sizes[path] = path.stat().st_size if "a" in mode and path.exists() else 0
+        raw = Raw(file if isinstance(file, int) else path, mode.replace("b", "").replace("t", ""))
+        if buffering == 0:
+            return raw
         stream: Any = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
         return stream if "b" in mode else io.TextIOWrapper(stream, *args, **kwargs)
 
     def open_descriptor(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            assert place(path, kwargs.get("dir_fd")) is None, f"{path} is opened in a way that is not listened to"
+        where = place(path, kwargs.get("dir_fd")) if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else None
+        if where is not None:
+            adds = bool(flags & os.O_APPEND) and where.exists()
+            assert adds or not where.exists(), f"{path} is opened in a way that is not listened to"
+            if not adds:
+                hear("open", where)
+            sizes[where] = where.stat().st_size if adds else 0
         return real["open"](path, flags, *args, **kwargs)
 
     def fsync(descriptor: int) -> None:

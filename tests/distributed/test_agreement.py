@@ -27,7 +27,8 @@ def test_ranks_that_were_told_or_read_something_else_are_refused_before_a_run_be
         (tmp_path / name).mkdir()
         rows = [{"prompt": f"{n}?", "completion": f"{n + number}"} for n in range(8)]
         (tmp_path / name / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["loss=sft", "model=tiny", "data.train=[train.jsonl]", "data.eval=[]", f"cache_dir={cache}", "exp_name=run",
+    words = ["loss=sft", "model=tiny", "data.train=[/proc/self/cwd/train.jsonl]", "data.eval=[]", f"cache_dir={cache}",
+             "exp_name=run",
              f"output_root={tmp_path}", "seed=0", "train.steps=2"]  # fmt: skip
     done = start("seed=0=>seed=1", words, tmp_path / "one")
     assert done.returncode == 1

@@ -15,7 +15,7 @@ from halos.models import adapter as adapters
 
 TYPED = {"model.layers.1.mlp.up_proj": 256, "mlp.up_proj": 4, r"layers\.0\..*": 12}
 SETTINGS = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": "all-linear", "bias": "none", "use_rslora": False,
-            "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None,
+            "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [],
             "target_parameters": []}  # fmt: skip
 
 

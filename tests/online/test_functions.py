@@ -39,11 +39,11 @@ def positional(completion, row, extra): ...
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    (tmp_path / "myrewards.py").write_text(MINE)
+    (tmp_path / "ownrewards.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delitem(__import__("sys").modules, "myrewards", raising=False)
-    return "myrewards"
+    monkeypatch.delitem(__import__("sys").modules, "ownrewards", raising=False)
+    return "ownrewards"
 
 
 def scores(functions: Functions, *texts: str) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def test_wrong_entries_are_told(mine: str) -> None:
         ({"function": "length"}, "lacks target"),
         ({"function": "length", "target": 3, "tagret": 4}, "takes no 'tagret'; it takes target"),
         ({"function": "exact_match", "weight": "much"}, "weight='much' is no number"),
-        (f"{mine}.good", r"outside halos: if you trust that package, type plugins=\[myrewards\]"),
+        (f"{mine}.good", r"outside halos: if you trust that package, type plugins=\[ownrewards\]"),
         (7, "a reward is a name"),
     ):
         with pytest.raises(UserError, match=words):
