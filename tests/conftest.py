@@ -5,6 +5,7 @@ What is heavy is imported by the fixture that needs it, so that a test of a pure
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
@@ -27,6 +28,11 @@ for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # before anything reads them
 
 SMALL = ["model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split: 'train[:48]'}]",
          "data.eval=[{path: arithmetic, split: 'eval[:12]'}]"]  # fmt: skip
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # what was imported: every full collection would walk it
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

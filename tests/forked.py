@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import gc
 import importlib
 import inspect
 import io
@@ -188,6 +189,8 @@ def main() -> None:
     for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]:
         if isinstance(logger, logging.Logger):
             LOGGERS[name] = logger.level, list(logger.handlers)
+    gc.collect()
+    gc.freeze()  # what was imported is walked by no collection of a child's, and its memory stays shared
     requests = socket.socket(fileno=int(sys.argv[1]))
     woken, wake = socket.socketpair()
     wake.setblocking(False)
