@@ -573,7 +573,7 @@ HOSTILE = [
     ("loss", {"_target_": "subprocess.run", "args": "touch pwned"}, "plugins=[subprocess]"),
     ("hooks.x", {"_target_": "halos.rundir.shutil.rmtree"}, "no module halos.rundir.shutil"),
     ("hooks.x", {"_target_": "halos.confined.shutil"}, "is no hook"),
-    ("hooks.x", {"_target_": "halos.run.lifecycle.run"}, "is no hook"),
+    ("hooks.x", {"_target_": "halos.rundir.is_run"}, "is no hook"),
     ("loss", {"_target_": "halos.rundir.RunDir"}, "is no loss"),
     ("hooks.x", {"_target_": "halos.hooks.trackers.TensorBoard", "_args_": ["x"]}, "takes no '_args_'"),
     ("plugins", ["antigravity"], None),
