@@ -84,7 +84,7 @@ class Train:
 @dataclass
 class Optim:
     name: str = key(one_of=("adamw", "adam", "sgd", "rmsprop"))
-    lr: float = key(above=0)
+    lr: float = key(above=0, most=1e30)  # beyond, a step is no float32
     lr_by_peft: dict[str, float] = key()
     lr_from_scratch: dict[str, float] = key()
     betas: list[float] = key()

@@ -60,8 +60,11 @@ class Guard:
     # --- steps -----------------------------------------------------------------------------------------------------------
 
     def passes(self, norm: float, items: Sequence[Item]) -> bool:
-        """Whether the optimizer may move, asked before `run.step` counts the step. `items`: some of the step's."""
-        if math.isfinite(norm):
+        """Whether the optimizer may move, asked before `run.step` counts the step. `items`: some of the step's.
+
+        A gradient of nothing but 0, as groups of equal rewards have, says nothing of the weights.
+        """
+        if math.isfinite(norm) and norm > 0:
             self.run.bad_steps, self.run.finite_at, self._probe = 0, self.run.step, items
         return math.isfinite(norm)
 

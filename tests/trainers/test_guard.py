@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from halos.errors import UserError
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
-from halos.trainers.guard import not_finite, spoil
+from halos.trainers.guard import Guard, not_finite, spoil
 from halos.types import Loss
 
 BATCHES = [np.arange(start, start + 4) for start in (0, 4, 8, 12)]
@@ -98,6 +99,16 @@ def test_a_skipped_step_moves_the_clock_and_nothing_else(
     assert [row["place"] for row in broken] == [0, 2], "the first of each micro-batch"
     assert broken[0]["prompt"] == made.run.tokenizer.decode(items[0].prompt)
     assert f"step 2 was skipped: gradient norm nan, loss nan ({items[0].id}, {items[2].id})" in caplog.text
+
+
+def test_a_gradient_of_zero_says_nothing_of_the_weights() -> None:
+    current: Any = SimpleNamespace(step=7, bad_steps=2, finite_at=3)
+    guard = Guard(current, lambda items: None)
+    assert guard.passes(0.0, [])
+    assert (current.bad_steps, current.finite_at) == (2, 3)
+    assert not guard.passes(math.inf, [])
+    assert guard.passes(1e-30, [])
+    assert (current.bad_steps, current.finite_at) == (0, 7)
 
 
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
