@@ -13,6 +13,7 @@ from safetensors import safe_open
 from halos.checkpoint.find import checkpoints, step_of
 from tests import processes
 from tests.launch import spread
+from tests.losses import cases
 
 ROOT = Path(__file__).resolve().parents[2]
 # 13 rows in batches of 5, two at a time: step 2 is in mid-epoch and accumulates, 3 ends an epoch, 4 follows an evaluation
@@ -63,11 +64,12 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
     ("strategy", "losses", "pefts", "positions"),
     [
         (("fsdp2", 2), ["dpo"], [DROPOUT], [3]),
+        (("alone", 1), cases.one_of_each_kind(), ["peft=none"], [3]),
         pytest.param(("ddp", 2), ["kto"], [f"peft=none {APART}"], [2], marks=pytest.mark.slow),
         *(
             pytest.param(
                 strategy,
-                ["sft", "dpo", "kto", "reward", "grpo", "ppo"],
+                cases.one_of_each_kind(),
                 ["peft=none", DROPOUT, f"{DROPOUT} {APART}"],
                 POSITIONS,
                 marks=pytest.mark.slow,

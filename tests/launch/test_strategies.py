@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tests import processes
 from tests.launch import spread
+from tests.losses import cases
 from tests.mixtures import EXPERTS, build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,7 +21,9 @@ DATA = ("model=tiny data=arithmetic train.batch_size=5 train.microbatch_size=2 t
         "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
 LOSSES = ["sft", "dpo", "kto", "reward"]
 EVERY = [f"loss={loss} peft={peft}" for loss in LOSSES for peft in ("none", "lora")]
-ON_ROLLOUTS = ["grpo", "dr_grpo", "dapo", "gspo", "cispo", "rloo", "reinforce_plus_plus", "ppo"]
+ON_ROLLOUTS = cases.names(on_rollouts=True)
+ALL = sorted([*cases.names(on_rollouts=False), *ON_ROLLOUTS])
+FAST = ("ddp", "fsdp2", "zero3")  # which take turns, so that each loss is in one of them
 
 
 def train(output: Path, cache: Path, cells: list[str], *, steps: int, world: int, how: str) -> list[dict[str, torch.Tensor]]:
@@ -51,10 +54,18 @@ def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch
         torch.testing.assert_close(others, losses, rtol=1e-5, atol=least, msg=lambda text, cell=cell: f"{cell}: {text}")
 
 
-@pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero3", pytest.param("zero2", marks=pytest.mark.slow)])
+def turn(how: str) -> list[str]:
+    """A third of all losses, with an adapter and without in turn; and under ZeRO-3 KTO's pass over other rows, and a reference
+    that is the base itself."""
+    number = FAST.index(how) if how in FAST else 0
+    cells = [f"loss={name} peft={'lora' if k % 2 else 'none'}" for k, name in enumerate(ALL) if k % len(FAST) == number]
+    return list(dict.fromkeys([*cells, *(["loss=kto peft=none", "loss=dpo peft=lora"] if how == "zero3" else [])]))
+
+
+@pytest.mark.parametrize("how", [*FAST, pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_processes_make_the_step_of_one(how: str, tmp_path: Path, cache: Path) -> None:
     spread.skip_unless_installed(how)
-    cells = ["loss=reward peft=lora"] if how in ("ddp", "zero2") else ["loss=kto peft=none", "loss=dpo peft=lora"]
+    cells = turn(how)
     mixture = build("Mixtral", tmp_path / "mixtral")  # of which a rank's rows do not reach every expert
     cells.append(
         f"loss=dpo peft=lora {EXPERTS} checkpoint.merge_lora=false model.name_or_path={mixture} train.router_aux_loss=0.5"
@@ -72,8 +83,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> list[dict[st
 @pytest.mark.parametrize("how", ["ddp", "fsdp2", "zero1", "zero3"])
 def test_the_rest_of_the_family_on_two_processes(how: str, tmp_path: Path, cache: Path) -> None:
     spread.skip_unless_installed(how)
-    names = [path.stem for path in sorted((ROOT / "config" / "loss").glob("*.yaml"))]
-    cells = [f"loss={name}" for name in names if name not in (*LOSSES, "online")]
+    cells = [f"loss={name}" for name in ALL if name not in LOSSES]
     cells += ["loss=grpo loss.beta=0.1 peft=lora", "loss=ppo loss.kl_target=0.1 peft=lora"]
     alone = train(tmp_path / "one", cache, cells, steps=3, world=1, how="alone")
     compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, how=how), cells)

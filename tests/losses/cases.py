@@ -56,6 +56,20 @@ def of_this_package() -> list[Case]:
     return [case for case in cases if str(case.settings.get("_target_")).startswith("halos.losses.")]
 
 
+def names(*, on_rollouts: bool) -> list[str]:
+    """Losses on sampled completions, or all the others."""
+    return [case.name for case in of_this_package() if (kind_of(case) in (Rollouts, ValuedRollouts)) is on_rollouts]
+
+
+def one_of_each_kind() -> list[str]:
+    """A loss for each of the types that losses take first."""
+    return list({kind_of(case): case.name for case in of_this_package()}.values())
+
+
+def kind_of(case: Case) -> type:
+    return next(iter(positional(case.function).values()))
+
+
 def whole(path: Path) -> tuple[dict[str, Any], str]:
     """The knobs of a YAML, on top of those of the one that it is a variant of; and its objective."""
     node = yaml.safe_load(path.read_text())
