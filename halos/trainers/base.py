@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from halos.checkpoint import find
@@ -78,6 +79,7 @@ class Trainer(ABC):
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self._clock, self._window_tokens = 0.0, 0
         self._saved = run.step  # the newest step that a checkpoint holds, or the one that needs none
+        self._outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
         self._saving: Saving | None = None  # the one save that is under way
 
     @abstractmethod
@@ -170,7 +172,7 @@ class Trainer(ABC):
                     balance = self.router.share(routing if routing is not None else self._chosen(chunk))
                     total = total + self.router.weight * balance.total * chunk.weight * world
                     means["router_aux_loss"] = balance
-                self._backward(spoil(total), last=last)
+                self._backward(spoil(total, self._outputs), last=last)
             meter.add(means, chunk.weight)
             if chunk.weight:
                 parts.append(Contribution(indices[chunk.places], chunk.places, loss.values.detach()))
@@ -363,7 +365,12 @@ class Trainer(ABC):
     def _output(self, items: Sequence[Item]) -> Any:
         """The policy's alone."""
         with self.run.accelerator.autocast():
-            return self.run.module(pack(self.rows(items)).to(self.run.accelerator.device))
+            return self._policy(pack(self.rows(items)).to(self.run.accelerator.device))
+
+    def _policy(self, batch: Any) -> Any:
+        output = self.run.module(batch)
+        self._outputs = tree_leaves(output)
+        return output
 
     def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss compares with one, in the loss's own types."""
@@ -377,7 +384,9 @@ class Trainer(ABC):
         """The policy's output; in a step its routers are watched, where their balance is part of the loss."""
         module = self.run.module
         with self.router.watching() if self.router is not None and module.training else nullcontext():
-            return module(batch)
+            output = module(batch)
+        self._outputs = tree_leaves(output)
+        return output
 
     @torch.no_grad()
     def _refer(self, batch: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,13 +35,14 @@ class Contribution:
     values: Tensor  # (rows,) or (rows, time)
 
 
-def spoil(loss: Tensor) -> Tensor:
-    """`loss`, whose gradient is not finite where it is not itself; of a finite one the factor is exactly 1.
+def spoil(loss: Tensor, outputs: Iterable[Tensor]) -> Tensor:
+    """`loss`, whose gradient is not finite where it is not itself: that of each of the model's `outputs` then is not.
 
-    Where logits are masked with -inf, say, a loss can be infinite and its gradient finite. This way the norm of the gradient
-    alone decides about a step, under every strategy.
+    Where logits are masked with -inf, or a clip takes its gradient away, a loss can be infinite or NaN and its gradient finite.
+    This way the norm of the gradient alone decides about a step, under every strategy. Of a finite loss all that is added is 0.
     """
-    return loss * (loss.detach() * 0 + 1)
+    nothing = loss.detach() * 0
+    return loss + sum((nothing * output).sum() for output in outputs if output.requires_grad)
 
 
 class Guard:

@@ -114,22 +114,35 @@ def test_a_gradient_of_zero_says_nothing_of_the_weights() -> None:
 @pytest.mark.parametrize("number", [math.inf, -math.inf, math.nan])
 def test_a_loss_that_is_not_finite_takes_its_gradient_with_it(number: float) -> None:
     weight = torch.tensor([1.0, 2.0], requires_grad=True)
-    (weight.sum() + number).backward()  # type: ignore[no-untyped-call]
+    output = weight * 5
+    (output.sum() + number).backward()  # type: ignore[no-untyped-call]
     assert torch.isfinite(weight.grad).all(), "which does not show in the gradient by itself"
-    weight.grad = None
-    spoil(weight.sum() + number).backward()
+    output, weight.grad = weight * 5, None
+    spoil(output.detach().sum() + number, [output, torch.ones(1)]).backward()
     assert not torch.isfinite(weight.grad).any()
-    weight.grad = None
-    spoil(3 * weight.sum()).backward()
-    assert weight.grad.tolist() == [3.0, 3.0]
+    output, weight.grad = weight * 5, None
+    spoil(3 * output.sum(), [output]).backward()
+    assert weight.grad.tolist() == [15.0, 15.0]
 
 
-def test_an_infinite_loss_of_a_finite_gradient_is_skipped_too(trainer: Callable[..., Trainer]) -> None:
-    made = trainer("loss=sft", *WORDS, "train.max_grad_norm=null")
+BROKEN = {
+    "infinite, with a finite gradient": lambda values: (
+        values + torch.where(torch.arange(len(values)) == 0, math.inf, 0.0)[:, None]
+    ),
+    "no number, and clipped": lambda values: torch.where(values > -9, math.nan, values),
+    "no number, of no parameter": lambda values: torch.full_like(values, math.nan),
+}
+
+
+def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient_is(trainer: Callable[..., Trainer]) -> None:
+    made = trainer("loss=sft", *WORDS, "train.max_grad_norm=null", "train.max_bad_steps=null")
     before = state(made)
-    break_loss(made, lambda values: values + torch.where(torch.arange(len(values)) == 0, math.inf, 0.0)[:, None])
-    assert made.step(BATCHES[0]) == {}
-    assert same(before[: len(before)], state(made))
+    for number, how in enumerate(BROKEN.values(), 1):
+        mend = break_loss(made, how)
+        assert made.step(BATCHES[0]) == {}
+        mend()
+        assert same(before, state(made))
+        assert made.run.bad_steps == number
     assert [row["loss"] for row in recorded(made)[0]["rows"]].count("inf") == 2
 
 
