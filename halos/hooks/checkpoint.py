@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from halos.checkpoint import commit, find, good, lineage, manifest, space, state, weights
 from halos.checkpoint.retention import Policy
@@ -21,8 +22,8 @@ from halos.errors import UserError, doing
 from halos.hooks import origin
 from halos.hooks.base import Blueprint, Hook, Metrics, Run, Stop
 from halos.logps.model import bare
-from halos.merge import merge
 from halos.merge.merge_and_prove import case_of, combine
+from halos.merge.rehearsal import rehearse
 from halos.merge.trained import Trained, ask, probe
 from halos.metrics_file import finite
 from halos.rundir import existing
@@ -68,8 +69,10 @@ class CheckpointHook(Hook):
 
     def check(self, blueprint: Blueprint) -> None:
         """Refuse what could not be merged in the end, and too small a disk."""
-        if isinstance(blueprint.model, PeftModel) and self.merge_lora:
-            merge.check(blueprint.base, blueprint.model)
+        if isinstance(blueprint.model, PeftModel) and self.merge_lora and blueprint.main:
+            kind = self._kind(bare(blueprint.model))
+            case = case_of(blueprint.base, Path("adapter"), blueprint.vocabulary, dtype=kind, reward=blueprint.reward)
+            rehearse(case, blueprint.model)
         problem = self._too_little_space(blueprint) if blueprint.main else None
         if problem:
             raise UserError(problem)
@@ -240,6 +243,10 @@ class CheckpointHook(Hook):
                 run.failure = self._merge(run, path / "adapter", path, live)
                 state.restore_random_state(drawn)
 
+    def _kind(self, model: PreTrainedModel) -> torch.dtype:
+        """Of merged weights."""
+        return model.dtype if self.merge_dtype == "auto" else getattr(torch, self.merge_dtype)
+
     def _ask(self, run: Run) -> Trained:
         """What the trained model says; a sharded one's forward needs all processes."""
         text = bare(run.model).config.get_text_config()
@@ -253,9 +260,8 @@ class CheckpointHook(Hook):
     def _merge(self, run: Run, adapter: Path, path: Path, live: Trained) -> str | None:
         """Merge and prove; why it failed, if it did, in which case the adapter is kept and no merged weights are."""
         model = bare(run.model)
-        kind = model.dtype if self.merge_dtype == "auto" else getattr(torch, self.merge_dtype)
         try:
-            case = case_of(run.base, adapter, run.vocabulary, dtype=kind)
+            case = case_of(run.base, adapter, run.vocabulary, dtype=self._kind(model))
             result = combine(case, path, lineage.hashes, model=model, live=live)
         except (UserError, OSError, RuntimeError, AssertionError) as error:
             return f"the adapter could not be merged: {type(error).__name__}: {error}. It is kept in FINAL/adapter"

@@ -42,6 +42,7 @@ class Wanted:
     tensors: dict[str, Truth]
     tied: bool  # whether one table serves as embedding and head
     scales: dict[str, float]  # what each layer's update is multiplied by
+    updated: set[str]  # tensors that those change
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def truths(base: Path, adapter: Path | None, model: PreTrainedModel, vocabulary:
     for mine in changes.whole.keys() - source.where.keys():
         found[mine] = changes.applied(mine, Truth([], lambda *_: torch.empty(0)))
     tied = source.tied_by_config and not source.diverged and changes.names.isdisjoint(tables)
-    return Wanted(found, tied, changes.scales)
+    return Wanted(found, tied, changes.scales, {n for n, (_, m) in source.tensors.items() if changes.updates(m)})
 
 
 def copy_of(model: Path) -> dict[str, Truth]:
@@ -128,6 +129,9 @@ class _Changes:
     @property
     def names(self) -> set[str]:
         return {f"{layer}.weight" for layer in self._parts} | self.whole.keys()
+
+    def updates(self, mine: str) -> bool:
+        return mine.endswith(".weight") and mine.removesuffix(".weight") in self._parts
 
     def applied(self, mine: str, start: Truth) -> Truth:
         layer = mine.removesuffix(".weight")
@@ -227,6 +231,12 @@ def _of_index(merged: Path, places: Mapping[str, SafeFile]) -> list[str]:
         faults += [f"{name} is not where the index says" for name in sorted(listed.keys() | weight_map.keys())
                    if listed.get(name) != weight_map.get(name)]  # fmt: skip
     return faults
+
+
+def is_rounded(block: Tensor, wanted: Tensor, dtype: torch.dtype) -> bool:
+    """Whether each value is what is `wanted`, rounded once."""
+    allowed = _half_unit(wanted, torch.finfo(dtype)) + NOISE * wanted.abs().max()
+    return bool(((block.double() - wanted).abs() <= allowed).all())
 
 
 def _distance(name: str, file: SafeFile, truth: Truth) -> Found:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from halos.errors import UserError
@@ -89,6 +89,16 @@ class Merge:
     def added(self) -> list[str]:
         return sorted(self.sorted.replaced.keys() - self.base.where.keys() - {*(self.base.absent or ())})
 
+    def config_of(self, model: PreTrainedModel, dtype: torch.dtype) -> PretrainedConfig:
+        config = type(model.config).from_dict(model.config.to_dict())
+        config.__dict__.pop("quantization_config", None)  # trained on a quantised copy; these are the weights it was made from
+        config.architectures, config.dtype = [type(model).__name__], dtype
+        text = config.get_text_config()
+        text.vocab_size = max(text.vocab_size, self.vocabulary)
+        if self.unties:
+            config.tie_word_embeddings = text.tie_word_embeddings = False
+        return config
+
     def _entry(self, mine: str, file: SafeFile, name: str, dtype: torch.dtype) -> Entry:
         if mine in self.sorted.replaced:
             return self._whole(self.sorted.replaced[mine], dtype, like=(mine, file.shape(name)))
@@ -151,6 +161,17 @@ def _rows(file: SafeFile, name: str, fresh: Sequence[int]) -> Any:
     return rows
 
 
+def plan(base: Path, adapter: Path, model: PreTrainedModel, vocabulary: int, tokens: Sequence[int]) -> Merge:
+    """What there is to do; of base and adapter names and shapes are read. Raises UserError where one does not fit the other."""
+    settings = PeftConfig.from_pretrained(str(adapter))
+    refuse(settings)
+    assert isinstance(settings, LoraConfig)
+    delta = SafeFile(adapter / "adapter_model.safetensors")
+    todo = Merge(delta, settings, sort(delta.names), Source(base, model), vocabulary, tokens)
+    _fit(todo.sorted, todo.base)
+    return todo
+
+
 def merge(
     base: Path,
     adapter: Path,
@@ -168,25 +189,13 @@ def merge(
     weights is read. `vocabulary` is how many ids the trained model had, where they are more than the base's, and `tokens`
     those that were new. Raises UserError, before a byte is written, where the adapter does not fit the base.
     """
-    settings = PeftConfig.from_pretrained(str(adapter))
-    refuse(settings)
-    assert isinstance(settings, LoraConfig)
-    delta = SafeFile(adapter / "adapter_model.safetensors")
-    todo = Merge(delta, settings, sort(delta.names), Source(base, model), vocabulary, tokens)
-    _fit(todo.sorted, todo.base)
-    entries = todo.entries(dtype)
-    config = type(model.config).from_dict(model.config.to_dict())
-    config.__dict__.pop("quantization_config", None)  # trained on a quantised copy; these are the weights it was made from
-    config.architectures, config.dtype = [type(model).__name__], dtype
-    text = config.get_text_config()
-    text.vocab_size = max(text.vocab_size, vocabulary)
-    if todo.unties:
-        config.tie_word_embeddings = text.tie_word_embeddings = False
+    todo = plan(base, adapter, model, vocabulary, tokens)
+    entries, config = todo.entries(dtype), todo.config_of(model, dtype)
     write_sharded(output, entries, shard)
     config.save_pretrained(output)
     present = set(todo.base.where)
     facts = {"merged": len(todo.sorted.updates), "replaced": sorted(todo.sorted.replaced.keys() & present), "added": todo.added,
-             "untied": todo.unties, "dropped": todo.base.dropped, "vocabulary": text.vocab_size}  # fmt: skip
+             "untied": todo.unties, "dropped": todo.base.dropped, "vocabulary": config.get_text_config().vocab_size}  # fmt: skip
     if getattr(model, "is_quantized", False):
         facts["note"] = "trained on a quantised copy of the base and merged into the base's own weights, as the proof compares"
     return facts

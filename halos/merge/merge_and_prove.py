@@ -15,12 +15,16 @@ from halos.merge.safetensors_io import SHARD, SafeFile
 from halos.merge.trained import Trained
 
 
-def case_of(base: Path, adapter: Path, vocabulary: Vocabulary, *, dtype: torch.dtype | None) -> proof.Case:
-    """What there is to merge. `dtype` None keeps the base's."""
-    with doing(f"{adapter}/adapter_config.json is none of PEFT's"):
-        settings = PeftConfig.from_pretrained(str(adapter))
-        _check_kinds(settings)
-    reward = settings.task_type == "SEQ_CLS"
+def case_of(
+    base: Path, adapter: Path, vocabulary: Vocabulary, *, dtype: torch.dtype | None, reward: bool | None = None
+) -> proof.Case:
+    """What there is to merge. `dtype` None keeps the base's; `reward` None leaves it to the adapter, which else need not be there
+    yet."""
+    if reward is None:
+        with doing(f"{adapter}/adapter_config.json is none of PEFT's"):
+            settings = PeftConfig.from_pretrained(str(adapter))
+            _check_kinds(settings)
+        reward = settings.task_type == "SEQ_CLS"
     with doing(f"{base}/config.json is none that transformers knows"):
         config = AutoConfig.from_pretrained(base, **NO_CODE)
     kind = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)

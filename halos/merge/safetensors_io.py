@@ -116,8 +116,8 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write(path: Path, entries: Mapping[str, Entry]) -> None:
-    """A safetensors file, one block in memory at a time."""
+def _head(entries: Mapping[str, Entry]) -> tuple[bytes, int]:
+    """What stands before the tensors, and how many bytes they take."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, entry in entries.items():
@@ -125,8 +125,22 @@ def write(path: Path, entries: Mapping[str, Entry]) -> None:
         offset += entry.size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # tensors start aligned
+    return len(text).to_bytes(8, "little") + text, offset
+
+
+def write_hollow(path: Path, shapes: Mapping[str, list[int]]) -> None:
+    """A file of float32 tensors of which only names and shapes count: it takes no room on the disk."""
+    head, size = _head({name: Entry(torch.float32, shape, lambda: iter(())) for name, shape in shapes.items()})
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(head)
+        file.truncate(len(head) + size)
+
+
+def write(path: Path, entries: Mapping[str, Entry]) -> None:
+    """A safetensors file, one block in memory at a time."""
+    head, _ = _head(entries)
+    with path.open("wb") as file:
+        file.write(head)
         for name, entry in entries.items():
             size = 0
             for block in entry.blocks():

@@ -1,13 +1,16 @@
 """What a trained model says of itself on fixed tokens: the one witness of a merge that reads nothing from the disk."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
@@ -26,6 +29,7 @@ class Trained:
     values: Tensor  # float32: log-probs of each row's tokens but the first, end to end; or a score for each row
     scales: Mapping[str, float]  # what each layer multiplies its update by
     unit: float  # the rounding unit of its arithmetic
+    content: Mapping[int, int] | None = None  # sums over the bits of what was trained, and how many tensors have each
     temperature: float = 1.0
     without: Tensor | None = None  # of a quantised model, whose base is not the one on the disk: `values`, its adapter off
 
@@ -61,7 +65,38 @@ def ask(
                     without = _values(module, ids, inner.device)
     finally:
         module.train(training)
-    return Trained(ids, values, scales_of(model), unit_of(inner, half=half), temperature, without)
+    return Trained(ids, values, scales_of(model), unit_of(inner, half=half), content_of(model), temperature, without)
+
+
+def content_of(model: nn.Module) -> Counter[int]:
+    """A sum over the bits of each trained tensor, whichever processes hold its parts. Every process calls."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        return Counter()
+    parts = [_local(parameter) for parameter in trained]
+    sums = torch.tensor([bits(part) for part, _ in parts], dtype=torch.int64, device=parts[0][0].device)
+    shared = torch.tensor([is_part for _, is_part in parts], device=sums.device)
+    if shared.any():
+        whole = sums.clone()
+        dist.all_reduce(whole)
+        sums = torch.where(shared, whole, sums)
+    return Counter(sums.tolist())
+
+
+def _local(parameter: nn.Parameter) -> tuple[Tensor, bool]:
+    """What this process holds of a parameter, and whether others hold the rest."""
+    if isinstance(parameter, DTensor):
+        return parameter.to_local(), True
+    partition = getattr(parameter, "ds_tensor", None)  # ZeRO-3's; padded with zeros, which have no bits
+    if isinstance(partition, Tensor) and parameter.numel() < parameter.ds_numel:  # type: ignore[attr-defined]
+        return partition, True
+    return parameter, False
+
+
+def bits(values: Tensor) -> int:
+    """The sum of a tensor's words, modulo 2^64: equal for equal values, however they are cut."""
+    words = {4: torch.int32, 2: torch.int16, 8: torch.int64}[values.element_size()]
+    return int(values.detach().contiguous().view(words).sum(dtype=torch.int64).item())
 
 
 def unit_of(model: nn.Module, *, half: bool) -> float:

@@ -17,7 +17,7 @@ from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import lora, merge, proof
 from halos.merge.merge_and_prove import combine
-from halos.merge.trained import Trained, probe, said_by, unit_of
+from halos.merge.trained import Trained, content_of, probe, said_by, unit_of
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -150,9 +150,8 @@ def said(model: Any, case: proof.Case) -> Trained:
     """What a model that was trained outside of a run says, as a run would ask it."""
     size = max(case.vocabulary, SIZES["vocab_size"])
     ids = probe(Vocabulary(size, case.tokens), size, reward=case.reward)
-    return Trained(
-        ids, said_by(model, ids, temperature=1.0, reward=case.reward), lora.scales_of(model), unit_of(model, half=False)
-    )
+    values = said_by(model, ids, temperature=1.0, reward=case.reward)
+    return Trained(ids, values, lora.scales_of(model), unit_of(model, half=False), content_of(model))
 
 
 def forward(model: Any) -> Any:
