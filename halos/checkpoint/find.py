@@ -111,7 +111,7 @@ def _misplaced(path: Path, settings: Mapping[str, Any]) -> str | None:
         name = confined.load_object(path / "lineage.json", within=path)["runs"][-1]["config"]["exp_name"]
     except (UserError, LookupError, TypeError):
         return None
-    return None if settings.get("exp_name") in (None, name) else f"it is of another run, {name}"
+    return None if settings.get("exp_name") in (None, name) else f"it is of another run, {confined.one_line(str(name)[:80])}"
 
 
 def refuse_newer(directory: Path) -> None:

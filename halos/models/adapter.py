@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from halos import confined
 from halos.config.suggest import nearest
@@ -39,6 +40,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"peft: {error} The linear layers of this model are: {', '.join(linear)}") from error
+    _share_configuration(adapted)
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # a head that is saved whole has the base's dtype; steps would vanish in bfloat16
             parameter.data = parameter.data.float()
@@ -46,6 +48,16 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     lora.say_exactly(adapted)
     remember_start(adapted, own)
     return adapted
+
+
+def _share_configuration(model: PeftModel) -> None:
+    """Whole layers that are trained in copies read the model's own configuration, as the originals do: what is said of its
+    attention later must reach them too."""
+    for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        for copied in wrapper.modules_to_save.values():
+            for name, module in copied.named_modules():
+                if isinstance(getattr(module, "config", None), PretrainedConfig):
+                    module.config = wrapper.original_module.get_submodule(name).config
 
 
 def _named(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:

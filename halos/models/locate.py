@@ -82,11 +82,11 @@ def _downloaded(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
-        with doing(f"model.name_or_path={name}: no such directory here, and it could not be had from the hub", ALONE):
+        with doing(f"{key}={name}: no such directory here, and it could not be had from the hub", ALONE):
             return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
     except UserError as error:
         if isinstance(error.__cause__, GatedRepoError):
             raise UserError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from error.__cause__
         if isinstance(error.__cause__, HFValidationError):
-            raise UserError(f"model.name_or_path={name}: no such directory, and not a hub id (org/name)") from error.__cause__
+            raise UserError(f"{key}={name}: no such directory, and not a hub id (org/name)") from error.__cause__
         raise

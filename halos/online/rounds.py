@@ -252,6 +252,6 @@ def stored_words(run: Path) -> list[str]:
     words = confined.load_object(path, within=run).get("words")
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise UserError(f"{path} holds no words")
-    words = [word for word in words if not word.startswith("plugins=")]  # they are typed again
+    words = [word for word in words if not word.startswith(("plugins=", "cache_dir="))]  # they are typed again
     refuse_saved_words(words, str(path))
     return words

@@ -124,7 +124,7 @@ WRONG = [
     ({"model__quantize": "3bit"}, ["model.quantize takes 4bit, 8bit or null, not '3bit'"]),
     ({"peft__name": "lora2"}, ["peft.name", "did you mean lora?"]),
     ({"optim__lr": "fast"}, ["optim.lr takes a number, not 'fast'"]),
-    ({"optim__lr": 0}, ["optim.lr takes a number (above 0), not 0"]),
+    ({"optim__lr": 0}, ["optim.lr takes a number (above 0 and at most 1e+30), not 0"]),
     ({"optim__lr": float("nan")}, ["optim.lr", "not nan"]),
     ({"optim__lr": float("inf")}, ["optim.lr", "not inf"]),
     ({"train__steps": "${seed}"}, ["train.steps takes a whole number (at least 1) or null, not 0"]),

@@ -279,6 +279,7 @@ def test_stopped_by_a_signal_and_then_killed_it_ends_as_if_nothing_had_been(
     again = walk.start()
     while not (walk.run / "rounds" / "001" / "samples.jsonl.partial").exists():
         assert time.monotonic() < until
+        assert again.poll() is None, again.communicate()[0]
         time.sleep(0.02)
     again.kill()  # in the middle of the second round's sampling, and of everything else that it was at
     again.communicate()
