@@ -123,7 +123,7 @@ class _Changes:
             layer, mark, part = bare.partition(".lora_")
             if mark:
                 self._parts.setdefault(layer, {})[part.removesuffix(".weight")] = name
-            else:
+            elif "original_module" not in bare.split("."):
                 self.whole[unwrapped(bare)] = name
 
     @property

@@ -59,7 +59,7 @@ def sort(names: Iterable[str]) -> Adapter:
             found.updates.setdefault(match[1], {})[match[2]] = name
         elif "lora_" in bare or "trainable_tokens" in bare:
             unknown.append(bare)
-        else:
+        elif ".original_module." not in bare:  # with every bias PEFT saves that of a layer's untrained twin too
             found.replaced[unwrapped(bare)] = name
     unknown += [f"{layer} (incomplete)" for layer, parts in found.updates.items() if not {"A", "B"} <= parts.keys()]
     if unknown:

@@ -2,8 +2,7 @@
 
 import json
 import math
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,18 +145,16 @@ def _of_scales(saved: Mapping[str, float], used: Mapping[str, float]) -> list[st
             if not math.isclose(saved.get(layer, math.nan), used.get(layer, math.nan), rel_tol=1e-9)]  # fmt: skip
 
 
-def _of_content(adapter: Path, content: Mapping[int, int]) -> list[str]:
+def _of_content(adapter: Path, content: Collection[int]) -> list[str]:
     """Tensors that were saved otherwise than the model has them."""
-    file = SafeFile(adapter / "adapter_model.safetensors")
-    sums = {name: sum(map(bits, blocks(file, name))) for name in file.names}
-    wrap = 2**64
-    left = Counter({number % wrap: count for number, count in content.items()})
-    faults = []
-    for name, number in sums.items():
-        left[number % wrap] -= 1
-        if left[number % wrap] < 0:
-            faults.append(f"{name} of the adapter is not as the trained model has it")
-    return faults + ([f"{left.total()} tensors that were trained are not in the adapter"] if not faults and left.total() else [])
+    file, wrap = SafeFile(adapter / "adapter_model.safetensors"), 2**64
+    sums = {name: sum(map(bits, blocks(file, name))) % wrap for name in file.names if ".original_module." not in name}
+    trained_with = {number % wrap for number in content}
+    faults = [
+        f"{name} of the adapter is not as the trained model has it" for name, each in sums.items() if each not in trained_with
+    ]
+    lost = len(trained_with - set(sums.values()))
+    return faults or ([f"{lost} tensors that were trained are not in the adapter"] if lost else [])
 
 
 # --- what it computes ------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """What a trained model says of itself on fixed tokens: the one witness of a merge that reads nothing from the disk."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,10 +10,12 @@ import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
 
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
 from halos.merge.lora import scales_of
+from halos.merge.safetensors_io import BLOCK
 from halos.types import Acted, Sequences, TokenLogps
 
 ROWS, LENGTH = 12, 32
@@ -29,7 +30,7 @@ class Trained:
     values: Tensor  # float32: log-probs of each row's tokens but the first, end to end; or a score for each row
     scales: Mapping[str, float]  # what each layer multiplies its update by
     unit: float  # the rounding unit of its arithmetic
-    content: Mapping[int, int] | None = None  # sums over the bits of what was trained, and how many tensors have each
+    content: frozenset[int] | None = None  # sums over the bits of the tensors that were trained
     temperature: float = 1.0
     without: Tensor | None = None  # of a quantised model, whose base is not the one on the disk: `values`, its adapter off
 
@@ -68,11 +69,11 @@ def ask(
     return Trained(ids, values, scales_of(model), unit_of(inner, half=half), content_of(model), temperature, without)
 
 
-def content_of(model: nn.Module) -> Counter[int]:
+def content_of(model: nn.Module) -> frozenset[int]:
     """A sum over the bits of each trained tensor, whichever processes hold its parts. Every process calls."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        return Counter()
+        return frozenset()
     parts = [_local(parameter) for parameter in trained]
     sums = torch.tensor([bits(part) for part, _ in parts], dtype=torch.int64, device=parts[0][0].device)
     shared = torch.tensor([is_part for _, is_part in parts], device=sums.device)
@@ -80,7 +81,7 @@ def content_of(model: nn.Module) -> Counter[int]:
         whole = sums.clone()
         dist.all_reduce(whole)
         sums = torch.where(shared, whole, sums)
-    return Counter(sums.tolist())
+    return frozenset(sums.tolist())
 
 
 def _local(parameter: nn.Parameter) -> tuple[Tensor, bool]:
@@ -147,7 +148,7 @@ def said_by(model: Any, ids: Tensor, *, temperature: float, reward: bool) -> Ten
 
 
 def noise(model: nn.Module, ids: Tensor, unit: float, *, temperature: float, reward: bool, draws: int = 2) -> Tensor:
-    """How far the values move where every module's output is off by one rounding of its typical size: (draws, values).
+    """How far the values move where every module's output is off by one rounding of what it was summed from: (draws, values).
 
     So a rounding at each weight and at each product shows in what it comes to at the end, for any depth and architecture.
     """
@@ -165,16 +166,26 @@ def noise(model: nn.Module, ids: Tensor, unit: float, *, temperature: float, rew
 
 
 def _off_by(unit: float, generator: torch.Generator) -> Callable[[nn.Module, Any, Any], Any]:
-    def hook(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
         first = output[0] if isinstance(output, tuple) and output else output
         if not (isinstance(first, Tensor) and first.is_floating_point()):
             return None
-        size = first.float().square().mean(-1, keepdim=True).sqrt()
+        size = _size(module, inputs, first)
         drawn = (torch.rand(first.shape, generator=generator) - 0.5).to(first.device)
         off = (first + drawn * unit * size).to(first.dtype)
         return (off, *output[1:]) if isinstance(output, tuple) else off
 
     return hook
+
+
+def _size(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+    """What is rounded on the way to an output: of a product the terms of its sum, which may be much larger than the sum."""
+    if not isinstance(module, nn.Linear | Conv1D):
+        return output.float().square().mean(-1, keepdim=True).sqrt()
+    weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+    squares = inputs[0].float().square()
+    parts = weight.split(max(1, BLOCK // weight.shape[1]))
+    return torch.cat([nn.functional.linear(squares, part.float().square()) for part in parts], -1).sqrt()
 
 
 def typical(values: Sequence[float] | Tensor) -> float:

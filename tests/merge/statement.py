@@ -207,8 +207,13 @@ def truncated_where_it_ought_to_be_rounded(tensors: Tensors, base: Tensors, dice
 
 
 def rounded_to_less(tensors: Tensors, base: Tensors, dice: random.Random) -> None:
-    value = tensors[dice.choice(_trained(tensors, base))]
-    value.copy_(value.to(torch.float8_e4m3fn if value.dtype is torch.bfloat16 else torch.bfloat16).to(value.dtype))
+    names = [name for name in _trained(tensors, base) if not torch.equal(_less(tensors[name]), tensors[name])]
+    value = tensors[dice.choice(names or _trained(tensors, base))]
+    value.copy_(_less(value) if names else 0.99 * value)
+
+
+def _less(value: torch.Tensor) -> torch.Tensor:
+    return value.to(torch.float8_e4m3fn if value.dtype is torch.bfloat16 else torch.bfloat16).to(value.dtype)
 
 
 def one_layer_scaled_by_a_thousandth_more(tensors: Tensors, base: Tensors, dice: random.Random) -> None:

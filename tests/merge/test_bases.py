@@ -105,3 +105,14 @@ def test_known_tokens_stay_the_bases_rows_bit_for_bit(tmp_path: Path) -> None:
 
 def test_phi_is_a_base_with_a_biased_head(tmp_path: Path) -> None:
     assert make_base("Phi", tmp_path / "base", tied=False).lm_head.bias is not None
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens", "lm_head"]], ids=str)
+def test_a_biased_head_that_is_trained_whole_keeps_its_own_bias_where_all_are_trained(whole: list[str], tmp_path: Path) -> None:
+    """PEFT saves the bias of the head's untrained original beside its copy's."""
+    model, case = trained(tmp_path, "Phi", Variant({"bias": "all", "modules_to_save": whole}), tied=False)
+    assert any("original_module" in name for name in load_file(case.adapter / "adapter_model.safetensors"))
+    result = combined(case, tmp_path / "merged", live=said(model, case))
+    assert result.holds, result.faults
+    trained_bias = model.get_base_model().lm_head.modules_to_save["default"].bias.detach()
+    assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["lm_head.bias"], trained_bias)
