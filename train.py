@@ -361,6 +361,7 @@ def resumed(path: str, typed: Sequence[Typed], choices: Choices, composer: Compo
     note_cache(settings, config)
     refuse_saved_addresses(config, [one.key for one in typed])
     changed = changes.compare(config, past(run_dir, settings, step_of(source) if source else None))
+    changed += altered(run_dir, changed)
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return config, changed
@@ -379,6 +380,14 @@ def note_cache(settings: dict[str, Any], config: Config) -> None:
 def last_settings(run_dir: RunDir) -> dict[str, Any]:
     """A run's configuration as it was last changed."""
     return saved.load(run_dir.read_config(), run_dir.read_attempts(), str(run_dir.path))
+
+
+def altered(run_dir: RunDir, changed: Sequence[Change]) -> list[Change]:
+    """What stands in the run's files and is not what it wrote there, but for keys that are typed anew."""
+    from halos.checkpoint import runfiles  # here: it takes torch, which wrong input need not wait for
+
+    typed = {change.key for change in changed}
+    return [change for change in runfiles.changed(run_dir) if change.key not in typed]
 
 
 def past(run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> Past:
@@ -477,6 +486,7 @@ def take_up(config: Config) -> list[Change]:
     config.resume, config.overwrite = str(run_dir.path), False
     oldest = next(iter(run_dir.saves()), None)
     changed = changes.compare(config, past(run_dir, last_settings(run_dir), oldest))
+    changed += altered(run_dir, changed)
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -49,12 +50,26 @@ class MetricsFile:
         confined.write_whole(self.path, text, within=self.path.parent)
         return len(damaged)
 
-    def _sorted(self) -> tuple[list[dict[str, Any]], list[bytes]]:
+    def digest(self, rows: int) -> tuple[int, str]:
+        """How many of the first `rows` lines there are, and a hash of them."""
+        lines = self._bytes().split(b"\n")[:-1][:rows]
+        return len(lines), hashlib.sha256(b"\n".join(lines)).hexdigest()
+
+    def seal(self, step: int) -> dict[str, Any]:
+        """For a save of `step`: how many lines it came after, and their hash. Lines of later steps may stand there already."""
+        lines = self._bytes().split(b"\n")[:-1]
+        later = (number for number, line in enumerate(lines) if (row := row_of(line)) is not None and row["step"] > step)
+        rows, digest = self.digest(next(later, len(lines)))
+        return {"rows": rows, "sha256": digest}
+
+    def _bytes(self) -> bytes:
         if not os.path.lexists(self.path):
-            return [], []
-        data = confined.read_bytes(self.path, within=self.path.parent, most=confined.LARGE)
+            return b""
+        return confined.read_bytes(self.path, within=self.path.parent, most=confined.LARGE)
+
+    def _sorted(self) -> tuple[list[dict[str, Any]], list[bytes]]:
         rows, damaged = [], []
-        for line in data.split(b"\n")[:-1]:
+        for line in self._bytes().split(b"\n")[:-1]:
             row = row_of(line)
             if row is not None:
                 rows.append(row)

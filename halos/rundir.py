@@ -12,9 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
-
-from halos import confined
+from halos import confined, seals
 from halos.config.values import to_type
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
@@ -177,7 +175,8 @@ class RunDir:
         """attempts/NNN.yaml: what was typed, which versions, why it went on where it did. Gives back NNN."""
         number = self.next_attempt()
         (self.path / "attempts").mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dict(record), sort_keys=False, allow_unicode=True)
+        before = [*self.read_attempts().values()][-1:]
+        text = seals.attempt(record, config=self.read_config(), before=before[0] if before else None)
         write_whole(self.path / "attempts" / f"{number:03d}.yaml", text, within=self.path)
         return number
 
@@ -229,7 +228,8 @@ class RunDir:
     def write_result(self, status: Status, step: int, metrics: Mapping[str, Any], *, reason: str | None = None) -> None:
         """result.json, because a launcher turns every exit status but 0 into 1."""
         why = {"reason": reason} if reason else {}
-        text = to_json({"status": status, "step": step, "metrics": metrics, **why}) + "\n"
+        known = to_json({"status": status, "step": step, "metrics": metrics, **why})
+        text = f'{known[:-1]}, "seal": "{seals.digest(known)}"}}\n'
         result, reserve = self.path / "result.json", self.path / RESERVE
         if status == "running":  # on a disk that others fill there is still room for what comes of it
             write_whole(reserve, " " * RESERVED, within=self.path)
@@ -248,6 +248,9 @@ class RunDir:
             result = confined.load_object(self.path / "result.json", within=self.path)
         except UnreadableError:
             return None
+        if sealed_result(self.path / "result.json") is False:
+            return None
+        result.pop("seal", None)
         kinds = {"status": str, "step": int, "metrics": dict}
         return result if all(type(result.get(name)) is kind for name, kind in kinds.items()) else None
 
@@ -262,6 +265,16 @@ class RunDir:
 
     def _names(self) -> list[str]:
         return os.listdir(self.path) if self.path.is_dir() else []
+
+
+def sealed_result(path: Path) -> bool | None:
+    """Whether result.json is what was written; None for one that is older than its seal."""
+    try:
+        result = confined.load_object(path)
+    except UnreadableError:
+        return False
+    seal = result.pop("seal", None)
+    return None if seal is None else seals.digest(to_json(result)) == seal
 
 
 def step_of(checkpoint: Path) -> int:

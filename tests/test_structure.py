@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
     {"confined"},
-    {"hashes"},
+    {"hashes", "seals"},
     {"config", "logps", "losses", "metrics", "metrics_file", "journal", "lock", "logs", "versions"},
     {"rundir", "distributed"},
     {"merge"},

@@ -7,7 +7,7 @@ from pathlib import Path
 from halos import confined
 from halos.checkpoint import find, manifest
 from halos.errors import UserError, command, one_line
-from halos.rundir import is_run
+from halos.rundir import RunDir, is_run
 
 
 def _size(path: Path) -> str:
@@ -52,16 +52,30 @@ def ls(run: Path) -> int:
 
 
 def verify(run: Path) -> int:
-    """Every file of every checkpoint against its manifest; 1 where something is wrong."""
+    """Every file of a run: checkpoints against their manifests, its own against their seals; 1 where something is wrong."""
+    bad = False
+    for directory in filter(is_run, [run, *sorted(run.glob("rounds/*/train"))]):
+        from halos.checkpoint import runfiles  # here: it reads lineages, which takes torch
+
+        prefix = f"{directory.relative_to(run)}/" if directory != run else ""
+        for name, said in runfiles.report(RunDir(directory)).items():
+            print(f"{one_line(prefix + name)}: {one_line(said)}")
+            bad |= not said.startswith("ok")
+        bad |= bool(prefix) and _verify_saves(directory, prefix)
+    return int(_verify_saves(run, "") or bad)
+
+
+def _verify_saves(run: Path, prefix: str) -> bool:
+    """Whether a file of a checkpoint is not what it was."""
     bad = False
     for path in _saved(run):
         faults = {fault.file: fault for fault in manifest.verify(path)}
         listing = manifest.read(path)
         listed = {} if isinstance(listing, manifest.Fault) else listing["files"]
         for name in sorted({*listed, *faults}):
-            print(f"{one_line(f'{path.name}/{name}')}: {faults[name].reason if name in faults else 'ok'}")
+            print(f"{one_line(f'{prefix}{path.name}/{name}')}: {faults[name].reason if name in faults else 'ok'}")
         bad |= bool(faults)
-    return int(bad)
+    return bad
 
 
 def export(given: argparse.Namespace) -> int:

@@ -216,7 +216,7 @@ def _describe(saved: Saved, place: Path, title: str, *, adapter: bool, reward: b
     chain = saved.lineage
     with doing(f"{saved.path}/{lineage.NAME} is not what a run writes"):
         if chain is not None:
-            facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key != "model"}
+            facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key not in ("model", "record")}
             chain = lineage.write(place, lineage.public(chain), {"adapter" if adapter else "model": place}, **facts)
         if metrics := find.metrics_of(saved.path):
             (place / "metrics.json").write_text(json.dumps(metrics, indent=1))

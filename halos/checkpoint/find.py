@@ -77,7 +77,7 @@ def _choose(run: RunDir, asked: Path | None) -> Found:
 def refuse_lost(run: RunDir, found: Found) -> None:
     """Raises UserError where a run has committed checkpoints and none of them is whole: step 0 would throw its work away."""
     steps = [int(row["step"]) for row in run.commits.read().rows] + [step_of(path) for path in checkpoints(run.checkpoints)]
-    if not steps:
+    if not steps or any(run.checkpoints.glob(f"{commit.REPLACED}*")):  # the one that is moved aside comes back
         return
     why = f" ({'; '.join(found.passed_over)})" if found.passed_over else f": {run.checkpoints} holds none"
     aside = sorted(path for path in run.checkpoints.glob(f"{ASIDE}*/step-*") if not manifest.verify(path))

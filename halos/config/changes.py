@@ -227,8 +227,8 @@ def compare(config: Config, past: Past) -> list[Change]:
     for key, verdict in CHANGES.items():
         if verdict == COMMAND:
             continue
-        values = _at(past.settings, key), _at(asdict(config), key)
-        for name, old, new in _differences(key, *(map(located, values) if verdict == CONTENT else values)):
+        values = at(past.settings, key), at(asdict(config), key)
+        for name, old, new in differences(key, *(map(located, values) if verdict == CONTENT else values)):
             by_content = verdict == CONTENT and past.by_content
             # a key that is younger than the run had no value in it
             safe = verdict == SAFE or by_content or not present(past.settings, key)
@@ -263,18 +263,18 @@ def apply(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> Non
 def present(settings: Mapping[str, Any], key: str) -> bool:
     """Whether a dotted key is there, be it with null."""
     section, _, name = key.rpartition(".")
-    node = _at(settings, section) if section else settings
+    node = at(settings, section) if section else settings
     return isinstance(node, Mapping) and name in node
 
 
-def _at(node: Mapping[str, Any], key: str) -> Any:
+def at(node: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key, None where there is nothing."""
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None  # type: ignore[assignment]
     return node
 
 
-def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+def differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     """What changed at a key: of a loss or checkpoint each knob while the knobs are the same, of hooks each hook."""
     if _same(old, new):
         return []

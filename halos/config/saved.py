@@ -14,6 +14,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from halos import seals
 from halos.config import changes
 from halos.config.content import Content
 from halos.config.schema import Config
@@ -54,10 +55,20 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     return settings
 
 
+def changed(record: str) -> Mapping[str, Any]:
+    """Keys that an attempt has changed, by its record."""
+    node = parse_yaml(record, "an attempt's record")
+    found = node.get("changed") if isinstance(node, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
 def content(attempts: Mapping[str, str], run_dir: str) -> Content | None:
-    """What the run in `run_dir` stood on when it last started; None where none of its starts recorded it."""
+    """What the run in `run_dir` stood on when it last started; None where no whole record of a start says so."""
     for name, record in reversed(list(attempts.items())):
-        if (known := Content.read(_parsed(record, f"{run_dir}/attempts/{name}"))) is not None:
+        if (
+            seals.is_whole(record) is not False
+            and (known := Content.read(_parsed(record, f"{run_dir}/attempts/{name}"))) is not None
+        ):
             return known
     return None
 

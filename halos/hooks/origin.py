@@ -32,6 +32,7 @@ def leave(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> Non
     made = {kind: place for kind, place in places.items() if any(place.glob("*.safetensors"))}
     evaluations = [row for row in run.directory.read_metrics() if row.get("split") == "eval"]
     first = evaluations[0] if evaluations and evaluations[0]["step"] < run.step else None
-    whole = lineage.write(path, chain, made, step=run.step, before=first, metrics=run.last_eval)
+    record = {"attempt": run.directory.next_attempt() - 1, "metrics": run.directory.metrics.seal(run.step)}
+    whole = lineage.write(path, chain, made, step=run.step, before=first, metrics=run.last_eval, record=record)
     if final and not run.failure:
         card.write(path, whole, adapter="model" not in made, reward=run.reward, title=run.config.exp_name or path.name)

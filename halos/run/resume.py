@@ -109,7 +109,8 @@ def record(
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
     how = strategy.name_of(current.module)
     attempt = header.attempt(typed, current.accelerator, how=how, source=went_on, total_steps=current.total_steps)
-    both = (("changed", changed), ("content_changed", content_changed))
+    of_files = [each for each in changed if each.key.endswith("(content)")]
+    both = (("changed", [each for each in changed if each not in of_files]), ("content_changed", [*of_files, *content_changed]))
     altered = {name: {each.key: [each.old, each.new] for each in some} for name, some in both if some}
     stands_on = current.content.record() if current.content is not None else {}
     directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over, **stands_on})

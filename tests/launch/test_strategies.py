@@ -2,12 +2,17 @@
 
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import compose
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from halos.models.adapter import attach
+from halos.models.locate import locate
 from tests import processes
 from tests.launch import spread
 from tests.losses import cases
@@ -62,10 +67,22 @@ def turn(how: str) -> list[str]:
     return list(dict.fromkeys([*cells, *(["loss=kto peft=none", "loss=dpo peft=lora"] if how == "zero3" else [])]))
 
 
+def trained_adapter(place: Path, cache: Path) -> Path:
+    """One that moves what the tiny model says, so that a reference without it would be seen."""
+    base, settings = locate("tiny", None, cache), asdict(compose(cache, place, "loss=dpo", "peft=lora").peft)
+    adapted = attach(AutoModelForCausalLM.from_pretrained(base), settings, base=str(base), reward=False, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    adapted.save_pretrained(str(place))
+    return place
+
+
 @pytest.mark.parametrize("how", [*FAST, pytest.param("zero2", marks=pytest.mark.slow)])
 def test_two_processes_make_the_step_of_one(how: str, tmp_path: Path, cache: Path) -> None:
     spread.skip_unless_installed(how)
     cells = turn(how)
+    cells.append(f"loss=dpo peft=lora peft.init_from={trained_adapter(tmp_path / 'adapter', cache)}")
     mixture = build("Mixtral", tmp_path / "mixtral")  # of which a rank's rows do not reach every expert
     cells.append(
         f"loss=dpo peft=lora {EXPERTS} checkpoint.merge_lora=false model.name_or_path={mixture} train.router_aux_loss=0.5"

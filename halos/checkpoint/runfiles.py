@@ -1,0 +1,124 @@
+"""A run's own small files, config.yaml and what lies beside it, against what is sealed of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from halos import confined, seals
+from halos.checkpoint import find, lineage, manifest
+from halos.config import changes, saved
+from halos.config.changes import COMMAND, Change
+from halos.errors import UserError
+from halos.hashes import short
+from halos.rundir import RunDir, sealed_result
+
+NO_SEAL = "ok (an older version wrote it, under no seal)"
+OF_MACHINE = ("cache_dir",)  # of the machine, besides the keys of a command
+READ_ONLY = ("good.json", "forward_report.json", "online.json", "hooks.json")  # of these all that is known is whether they read
+
+
+def changed(run: RunDir) -> list[Change]:
+    """Keys that are no longer what the run wrote, by the newest checkpoint's seal; or the file, where none says which key."""
+    text, records = run.read_config(), run.read_attempts()
+    broken, newest = seals.faults(text, records), _newest(run)
+    if newest is not None:
+        path, last = newest
+        seen = "".join(f"; {name}: {reason}" for name, reason in broken.items())
+        return _keys(run, text, records, last, f"the first is sealed in {path}{seen}")
+    why = "changed after it was written, and no checkpoint says what it said"
+    return [Change(f"{name} (content)", "as written", short(seals.digest(records.get(name, text))), why) for name in broken]
+
+
+def _newest(run: RunDir) -> tuple[Path, Mapping[str, Any]] | None:
+    """The newest save whose lineage is under an unbroken seal, and the last run in that."""
+    for path in [*reversed(find.checkpoints(run.checkpoints)), run.final]:
+        if path.is_dir() and not manifest.verify(path, only=("lineage.json",)) and (chain := _read(path)) is not None:
+            return path, chain["runs"][-1]
+    return None
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return lineage.read(path)
+    except UserError:
+        return None
+
+
+def _keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str, Any], why: str) -> list[Change]:
+    """What the files say against the sealed configuration, as of the attempt that sealed it."""
+    attempt = (last["result"].get("record") or {}).get("attempt")
+    names = list(records)
+    until = names if attempt is None else [name for name in names if int(name.removesuffix(".yaml")) <= attempt]
+    settings = saved.load(text, {name: records[name] for name in until}, str(run.path))
+    later = {key for name in (names if attempt is None else names[len(until) :]) for key in saved.changed(records[name])}
+    altered = []
+    for key, verdict in changes.CHANGES.items():
+        there, sealed = changes.at(settings, key), changes.at(last["config"], key)
+        if verdict == COMMAND or key in OF_MACHINE or not changes.present(last["config"], key):
+            continue
+        pairs = changes.differences(key, sealed, there)
+        altered += [Change(name, old, new, why) for name, old, new in pairs if not {name, key} & later]
+    return altered
+
+
+# --- all of it, for people ---------------------------------------------------------------------------------------------
+
+
+def report(run: RunDir) -> dict[str, str]:
+    """Each file's name, and `ok` or what is wrong with it; every byte that is under a seal is looked at."""
+    said = _of_configuration(run)
+    if (run.path / "metrics.jsonl").is_file():
+        said["metrics.jsonl"] = _metrics(run)
+    if (run.path / "result.json").is_file():
+        said["result.json"] = {True: "ok", False: seals.CHANGED, None: NO_SEAL}[sealed_result(run.path / "result.json")]
+    if run.commits.path.is_file():
+        said[run.commits.path.name] = run.commits.read().fault or "ok"
+    for name in READ_ONLY:
+        if (run.path / name).is_file():
+            said[name] = _readable(run.path / name)
+    return said
+
+
+def _of_configuration(run: RunDir) -> dict[str, str]:
+    """config.yaml and the attempts, as far as they can be read."""
+    texts, said = dict[str, str](), dict[str, str]()
+    for path in (run.config, *run.attempts()):
+        name = path.relative_to(run.path).as_posix()
+        try:
+            texts[name] = confined.read_text(path, within=run.path)
+        except UserError as error:
+            said[name] = str(error)
+    records = {name.removeprefix("attempts/"): text for name, text in texts.items() if name != "config.yaml"}
+    faults = seals.faults(texts.get("config.yaml", ""), records)
+    is_old = all(seals.is_whole(record) is None for record in records.values())
+    for name in texts:
+        said[name] = faults.get(name.removeprefix("attempts/"), NO_SEAL if is_old else "ok")
+    if all(each.startswith("ok") for each in said.values()):
+        for change in changed(run):
+            said["config.yaml"] = f"{change} ({change.why})"
+    return said
+
+
+def _metrics(run: RunDir) -> str:
+    if damaged := run.metrics.damaged():
+        return f"{len(damaged)} of its lines cannot be read"
+    newest = None if (run.path / "rounds").is_dir() else _newest(run)  # rounds hand on what their last training saved
+    known = (newest[1]["result"].get("record") or {}).get("metrics") if newest is not None else None
+    if known is None:
+        return "ok (its lines can be read; none is under a seal)"
+    rows, digest = run.metrics.digest(known["rows"])
+    if rows < known["rows"]:
+        return f"{rows} lines instead of {known['rows']}"
+    if digest != known["sha256"]:
+        return f"{seals.CHANGED} in its first {known['rows']} lines"
+    return f"ok ({rows} lines are sealed)"
+
+
+def _readable(path: Path) -> str:
+    try:
+        confined.load_json(path)
+    except UserError as error:
+        return str(error)
+    return "ok (it can be read)"
