@@ -1,5 +1,6 @@
 """A stranger's directory at the level of files: what is refused, what is read in bounds, what is never followed."""
 
+import json
 import os
 import socket
 from collections.abc import Callable
@@ -9,7 +10,7 @@ import pytest
 
 from halos import confined
 from halos.confined import UnreadableError
-from halos.errors import UserError, doing, one_line, printable
+from halos.errors import LONGEST, UserError, doing, one_line, printable
 
 OUTSIDE = "as it was\n"
 
@@ -58,6 +59,7 @@ LEAVING: dict[str, Callable[[Path, Path], object]] = {  # what is planted at a p
     "a link to a link": chain,
     "a link to a device": lambda path, outside: path.symlink_to("/dev/full"),
     "a link to the root": lambda path, outside: path.symlink_to("/"),
+    "a link to a neighbour whose name begins alike": lambda path, outside: path.symlink_to(outside.parents[1] / "run-too"),
     "a link to its own run": lambda path, outside: path.symlink_to(path.parent),
     "a pipe": lambda path, outside: os.mkfifo(path),
     "a socket": lambda path, outside: listening(path),
@@ -83,7 +85,9 @@ def test_what_leads_out_of_a_directory_is_refused_by_name(
 
 
 def test_a_second_name_of_a_file_that_is_added_to_is_refused_and_of_others_allowed(root: Path, outside: Path) -> None:
-    (root / "checkpoints" / "weights.safetensors").hardlink_to(outside)  # rounds share weights so
+    weights = outside.with_name("weights.safetensors")
+    weights.touch()
+    (root / "checkpoints" / weights.name).hardlink_to(weights)  # rounds share weights so
     confined.inspect(root)
     (root / "metrics.jsonl").hardlink_to(outside)
     with pytest.raises(UserError, match=r"metrics\.jsonl has a second name"):
@@ -123,12 +127,17 @@ def test_nothing_is_added_to_read_or_copied_through_what_leads_out(
 
 def test_nothing_is_written_in_a_directory_that_is_a_link(root: Path, outside: Path) -> None:
     (root / "rollouts").symlink_to(outside.parent)
+    (outside.parent / "deeper").mkdir()
     for write in (confined.append, confined.write_whole):
-        with pytest.raises(UserError, match="rollouts is a link that leaves"):
-            write(root / "rollouts" / "rows", "more", within=root)
+        for place in (root / "rollouts", root / "rollouts" / "deeper"):
+            with pytest.raises(UserError, match="rollouts is a link that leaves"):
+                write(place / "rows", "more", within=root)
+    with pytest.raises(UserError, match="rollouts is a link that leaves"):
+        confined.read_bytes(root / "rollouts" / outside.name, within=root)
     confined.remove(root / "rollouts")
     assert outside.read_text() == OUTSIDE
-    assert os.listdir(outside.parent) == ["canary"]
+    assert sorted(os.listdir(outside.parent)) == ["canary", "deeper"]
+    assert os.listdir(outside.parent / "deeper") == []
 
 
 def test_a_link_that_waits_for_a_hidden_name_is_not_followed(root: Path, outside: Path) -> None:
@@ -140,7 +149,7 @@ def test_a_link_that_waits_for_a_hidden_name_is_not_followed(root: Path, outside
 
 BAD_JSON = {
     "nothing": "", "half": '{"a": 1', "a list in a list": "[" * 100_000, "an object in an object": '{"a":' * 100_000,
-    "a long number": f'{{"a": {"9" * 5000}}}', "half of a character": r'["\ud800"]', "a list": "[]", "a number": "5",
+    "a long number": f'{{"a": {"9" * 5000}}}', "half of a character": r'{"a": "\ud800"}', "a list": "[]", "a number": "5",
     "not a number": "{]", "two": "{} {}",
 }  # fmt: skip
 
@@ -190,12 +199,32 @@ def test_what_is_added_on_a_full_disk_leaves_no_half_line(tmp_path: Path, monkey
     assert path.read_text() == "whole\n"
 
 
+def test_room_that_is_kept_for_a_last_word_is_filled_only_where_it_is_our_own(tmp_path: Path, outside: Path) -> None:
+    reserve = tmp_path / "reserve"
+    reserve.write_text(" " * 64)
+    before = reserve.stat()
+    assert confined.fill(reserve, '{"status": "failed"}\n')
+    assert (reserve.stat().st_ino, reserve.stat().st_size) == (before.st_ino, 64), "no new room is asked for"
+    assert json.loads(reserve.read_text()) == {"status": "failed"}
+    assert not confined.fill(reserve, "x" * 65)
+    assert not confined.fill(tmp_path / "none", "x")
+    for plant in (Path.hardlink_to, Path.symlink_to):
+        reserve.unlink()
+        plant(reserve, outside)
+        assert not confined.fill(reserve, "mine\n")
+    assert outside.read_text() == OUTSIDE
+
+
 def test_what_libraries_raise_becomes_one_line_that_names_the_deed() -> None:
     for error in (ValueError("first\nsecond"), RecursionError(), KeyError("a"), MemoryError(), OSError(5, "I/O"), EOFError()):
         with pytest.raises(UserError, match=r"^reading x: .+; mend it$") as told, doing("reading x", "mend it"):
             raise error
         assert "second" not in str(told.value)
         assert "\n" not in str(told.value)
+    for error, words in ((KeyError("a"), "KeyError: 'a'"), (ValueError("x" * 9999), "x" * LONGEST + " ...")):
+        with pytest.raises(UserError) as told, doing("reading x"):
+            raise error
+        assert str(told.value) == f"reading x: {words}"
     with pytest.raises(UserError, match=r"^mine$"), doing("reading x"):
         raise UserError("mine")
     with pytest.raises(KeyboardInterrupt), doing("reading x"):

@@ -285,6 +285,15 @@ def test_ten_thousand_histories_never_lose_what_must_be_kept(worlds: Callable[[i
     assert retained > 40_000
 
 
+def test_a_run_that_goes_on_from_an_earlier_checkpoint_knows_of_none_after_it_and_doubts_none(
+    worlds: Callable[[int], World],
+) -> None:
+    world = worlds(0)
+    world.disk, world.run.step, world.record = {2: Saved(None, good=True)}, 2, good.Good(6, doubted_at=9)
+    world.hook.on_start(world.run)
+    assert world.record == good.Good(2)
+
+
 # --- settings ----------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import train
 from halos.checkpoint.lineage import identity
 from halos.errors import UserError
 from halos.online.records import read
+from halos.rundir import RunDir
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -118,6 +120,21 @@ def test_each_round_samples_from_the_policy_that_the_last_one_saved(whole: Calla
     prompts = [{row["prompt_id"] for row in read(walk.run / "rounds" / f"{k:03d}" / "prompts.jsonl") if row["split"] == "train"}
                for k in (0, 1)]  # fmt: skip
     assert not prompts[0] & prompts[1]
+
+
+def test_a_round_that_is_done_is_not_walked_again_though_its_weights_are_deleted(
+    whole: Callable[[str], Walk], tmp_path: Path
+) -> None:
+    walk = whole("dpo")
+    before, rows = walk.story(), walk.rows("train")
+    trained = walk.run / "rounds" / "000" / "train" / "FINAL"
+    aside = trained.rename(tmp_path / "FINAL")  # online.keep_rounds deletes them
+    shutil.rmtree(walk.run / "FINAL")
+    RunDir(walk.run).write_result("stopped", 1, {})
+    assert train.start([f"resume={walk.run}"]) == 0
+    assert not trained.exists()
+    aside.rename(trained)
+    assert (walk.story(), walk.rows("train")) == (before, rows)
 
 
 @pytest.mark.slow

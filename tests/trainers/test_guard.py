@@ -19,6 +19,7 @@ from halos.config.schema import Config
 from halos.errors import UserError
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
+from halos.trainers import guard
 from halos.trainers.base import Trainer
 from halos.trainers.guard import Guard, not_finite, spoil
 from halos.types import Loss
@@ -103,11 +104,11 @@ def test_a_skipped_step_moves_the_clock_and_nothing_else(
 
 def test_a_gradient_of_zero_says_nothing_of_the_weights() -> None:
     current: Any = SimpleNamespace(step=7, bad_steps=2, finite_at=3)
-    guard = Guard(current, lambda items: None)
-    assert guard.passes(0.0, [])
+    made = Guard(current, lambda items: None)
+    assert made.passes(0.0, [])
     assert (current.bad_steps, current.finite_at) == (2, 3)
-    assert not guard.passes(math.inf, [])
-    assert guard.passes(1e-30, [])
+    assert not made.passes(math.inf, [])
+    assert made.passes(1e-30, [])
     assert (current.bad_steps, current.finite_at) == (0, 7)
 
 
@@ -193,16 +194,28 @@ def test_a_held_out_loss_that_is_not_finite_is_told_with_its_rows(
     assert made.run.finite_at == -1, "a loss alone makes no checkpoint good"
 
 
+def beside(names: list[str], fine: bool) -> Callable[[list[Any]], list[Any]]:
+    """gather_object beside a process whose part of the weights is broken at `names`, and whose rows' log-probs are `fine`."""
+    other = {list: names, bool: fine}
+    return lambda own: [*own, other[type(own[0])]]
+
+
 # --- the weights -------------------------------------------------------------------------------------------------------
 
 
-def test_no_run_begins_with_weights_that_are_not_finite_and_none_is_handed_over(trainer: Callable[..., Trainer]) -> None:
+def test_no_run_begins_with_weights_that_are_not_finite_and_none_is_handed_over(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = trainer("loss=sft", *WORDS, "data.eval=[]")
     parameter = dict(made.run.module.named_parameters())["model.model.layers.1.mlp.up_proj.weight"]
     made.step(BATCHES[0])
     assert not_finite(made.run.module) == []
     assert not made.guard.refuse_final()
     assert made.run.finite_at == 1
+    for process in (beside(["model.norm.weight"], True), beside([], False)):
+        with monkeypatch.context() as patch:
+            patch.setattr(guard, "gather_object", process)
+            assert made.guard.refuse_final()
     kept = parameter.detach().clone()
     for number in (math.nan, math.inf, -math.inf):
         with torch.no_grad():
@@ -215,9 +228,12 @@ def test_no_run_begins_with_weights_that_are_not_finite_and_none_is_handed_over(
     with torch.no_grad():
         parameter.copy_(kept * 1e25)  # finite, as is the other, and no log-prob behind their product
         dict(made.run.module.named_parameters())["model.model.layers.1.mlp.gate_proj.weight"].mul_(1e25)
+    made.guard.evaluated(made.train, [], 0.5)  # of the weights before the next step
     made.run.step = 2
     assert not_finite(made.run.module) == []
-    assert made.guard.refuse_final()
+    for _ in range(2):
+        assert made.guard.refuse_final()
+        made.guard.evaluated(made.train, [], math.nan)  # of these
     assert "with the last weights the log-probs or scores of rows that were fine are not finite" in (made.run.failure or "")
 
 
