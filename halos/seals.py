@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
+
+from halos import confined
 
 SEAL = "seal: "
 WHOLE = re.compile(r"(?P<text>.*\n)seal: (?P<seal>[0-9a-f]{64})\n", re.DOTALL)
 BY_NAME = "sealed"  # in an attempt's record: hashes of what the start stood on, config.yaml and the record before
 CHANGED = "contents changed"
+OF_ROWS = "sha256"  # in the facts beside a file of rows: the hash of that file
 
 
 def digest(text: str) -> str:
@@ -65,3 +69,12 @@ def _known(record: str) -> Mapping[str, Any] | None:
         return None
     sealed = node.get(BY_NAME) if isinstance(node, dict) else None
     return sealed if isinstance(sealed, dict) else None
+
+
+def are_written(rows: Path, facts: Path) -> bool | None:
+    """Whether a file of rows is what was written, by the facts beside it; None where those are older than its seal."""
+    known = confined.load_object(facts).get(OF_ROWS)
+    if known is None:
+        return None
+    with rows.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == known

@@ -15,7 +15,8 @@ slow_group() { # where its tests are
     sweeps) echo tests/launch/test_sweeps.py ;;
     online) echo tests/online ;;
     merges) echo tests/merge ;;
-    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online and merges" >&2; exit 2 ;;
+    architectures) echo tests/logps ;;
+    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges and architectures" >&2; exit 2 ;;
   esac
 }
 if [ "${1:-}" = slow ]; then

@@ -5,6 +5,8 @@ Models of the hub are stood in for by random ones of the same architecture, a ju
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import re
 import shlex
@@ -148,7 +150,7 @@ def begun(desk: Path) -> Iterator[None]:
             return done
 
         patch.setattr(Trainer, "step", cut_short)
-        patch.setattr(Walk, "go", lambda self, typed, changed: self._begin(typed, changed) or 0)
+        patch.setattr(Walk, "go", lambda self, attempt: self._begin(attempt) or 0)
         for name in {name for line in GOING_ON for name in re.findall(r"resume=runs/(\w+)", line)}:
             line = next(line for line in ON_TRAIN if f"exp_name={name}" in line and line not in GOING_ON)
             few = ["train.batch_size=4", "train.eval_at_start=false"] if "loss=online" not in line else []
@@ -247,6 +249,57 @@ def test_what_a_loss_is_bound_to_decides_whether_its_policy_can_be_sampled_and_n
 
 def refuse(name: str, **_: Any) -> str:
     raise OSError(f"{name} is nowhere")
+
+
+# --- what reads runs
+
+
+ON_RUNS = [line for line in commands() if "-m halos." in line]
+
+
+@pytest.fixture(scope="module")
+def left(desk: Path) -> Iterator[None]:
+    """What the commands on runs are typed after: runs of a few steps under the names they name, a reward model, a base."""
+    from train import start
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py"])
+        patch.chdir(desk)
+        shutil.rmtree("runs", ignore_errors=True)
+        words = ["loss=dpo", "model=tiny", "data.train=[pairs.jsonl]", "data.eval=[pairs.jsonl]", "peft=lora", "train.steps=50",
+                 "train.batch_size=1", "exp_name=demo", "train.eval_every=50", "train.prove=off"]  # fmt: skip
+        assert start([*words, "checkpoint.every=50"]) == 0
+        demo = Path("runs/demo")
+        for name in ("dpo", "kto", "sft", "sweep/a", "sweep/b"):
+            shutil.copytree(demo, demo.parent / name)
+        save_model(Path("runs/reward/FINAL"), "Llama", "AutoModelForSequenceClassification")
+        shutil.copytree(next((desk / "cache" / "models").glob("tiny-*")), "where/the/base/is/now")
+    yield
+    shutil.rmtree(desk / "runs")
+
+
+@pytest.mark.parametrize("line", ON_RUNS)
+def test_every_documented_command_on_runs_ends_well(
+    line: str, left: None, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For real, but for the hub, the judge and the number of tokens; each in what those above it left."""
+    from online.stub import Stub
+
+    monkeypatch.chdir(desk)
+    module, *words = shlex.split(line.partition("-m ")[2])
+    pushed: dict[str, Any] = {}
+    monkeypatch.setattr("halos.checkpoint.hub._push", lambda api, directory, repo, **given: str(pushed.setdefault(repo, given)))
+    judge = Stub(trouble=False)
+    words += ["--max-new-tokens", "4", "--overwrite"] if module == "halos.online.sample" else []
+    words += ["--url", judge.url] if "--judge" in words else []
+    output = next((desk / word for flag, word in itertools.pairwise(words) if flag == "--output"), None)
+    if output is not None and output.is_dir():
+        shutil.rmtree(output)
+    status = importlib.import_module(f"{module}.__main__" if (ROOT / Path(*module.split("."))).is_dir() else module).main(words)
+    judge.close()
+    assert status == 0, "".join(capsys.readouterr())
+    assert output is None or output.exists()
+    assert pushed == ({"me/demo": {"private": True, "revision": None}} if "--push-to-hub" in words else {})
 
 
 def test_every_file_the_readme_names_exists() -> None:

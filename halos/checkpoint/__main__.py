@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from halos import confined
@@ -119,7 +120,7 @@ def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("--revision", help="push to this branch")
 
 
-def main() -> int:
+def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m halos.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("ls", ls), ("verify", verify)):
@@ -135,7 +136,7 @@ def main() -> int:
     asked = commands.add_parser("merge", help="export --merged", description="The same as export --merged.")
     add_export(asked)
     asked.set_defaults(function=export, kind="merged")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(words)
     return command(lambda: arguments.function(arguments))
 
 

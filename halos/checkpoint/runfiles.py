@@ -34,9 +34,16 @@ def changed(run: RunDir) -> list[Change]:
 def _newest(run: RunDir) -> tuple[Path, Mapping[str, Any]] | None:
     """The newest save whose lineage is under an unbroken seal, and the last run in that."""
     for path in [*reversed(find.checkpoints(run.checkpoints)), run.final]:
-        if path.is_dir() and not manifest.verify(path, only=("lineage.json",)) and (chain := _read(path)) is not None:
+        is_whole = path.is_dir() and not manifest.verify(path, only=("lineage.json",))
+        if is_whole and not _is_handed_on(path) and (chain := _read(path)) is not None:
             return path, chain["runs"][-1]
     return None
+
+
+def _is_handed_on(path: Path) -> bool:
+    """Whether a walk of rounds has this FINAL from its last training: the lineage ends with that run, not with the walk."""
+    listing = manifest.read(path)
+    return not isinstance(listing, manifest.Fault) and "rounds" in listing
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -78,7 +85,21 @@ def report(run: RunDir) -> dict[str, str]:
     for name in READ_ONLY:
         if (run.path / name).is_file():
             said[name] = _readable(run.path / name)
+    for facts in sorted(run.path.glob("**/*.meta.json")):  # of rounds, and of the exam behind the last
+        said |= _of_rows(facts, run.path)
     return said
+
+
+def _of_rows(facts: Path, run: Path) -> dict[str, str]:
+    """Of a stage's file, by the hash beside it."""
+    rows = facts.with_name(facts.name.replace(".meta.json", ".jsonl"))
+    name = rows.relative_to(run).as_posix()
+    if not rows.is_file():
+        return {}
+    try:
+        return {name: {True: "ok", False: seals.CHANGED, None: NO_SEAL}[seals.are_written(rows, facts)]}
+    except UserError as error:
+        return {name: str(error)}
 
 
 def _of_configuration(run: RunDir) -> dict[str, str]:
@@ -104,7 +125,7 @@ def _of_configuration(run: RunDir) -> dict[str, str]:
 def _metrics(run: RunDir) -> str:
     if damaged := run.metrics.damaged():
         return f"{len(damaged)} of its lines cannot be read"
-    newest = None if (run.path / "rounds").is_dir() else _newest(run)  # rounds hand on what their last training saved
+    newest = _newest(run)
     known = (newest[1]["result"].get("record") or {}).get("metrics") if newest is not None else None
     if known is None:
         return "ok (its lines can be read; none is under a seal)"

@@ -156,7 +156,7 @@ CHANGES: dict[str, str | Condition] = {
     "optim.betas": MATHEMATICAL,
     "optim.eps": MATHEMATICAL,
     "optim.weight_decay": MATHEMATICAL,
-    "optim.init_from": MATHEMATICAL,
+    "optim.init_from": CONTENT,
     "schedule.name": MATHEMATICAL,
     "schedule.warmup": MATHEMATICAL,
     "schedule.final": MATHEMATICAL,

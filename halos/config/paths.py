@@ -73,6 +73,12 @@ def _check_starts(config: Config) -> None:
     """What a run goes on from besides its model."""
     if (adapter := config.peft.init_from) is not None and not Path(adapter).is_dir():
         raise UserError(f"peft.init_from: there is no directory {adapter}{_near_file(adapter)}")
+    if not config.resume:
+        refuse_no_optimizer(config)
+
+
+def refuse_no_optimizer(config: Config) -> None:
+    """Raises UserError where a run that begins at step 0 is to begin with the optimizer of no checkpoint."""
     if (saved := config.optim.init_from) is not None and not (Path(saved) / "state").is_dir():
         raise UserError(
             f"optim.init_from: {saved} is no checkpoint (it has no state/), such as runs/demo/checkpoints/step-00000100"

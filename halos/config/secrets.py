@@ -40,8 +40,8 @@ def refuse_saved_words(words: Sequence[str], path: str) -> None:
     """Raises UserError where words that a saved run hands to commands are more than values and choices of a training."""
     for word in words:
         key, equal, _ = word.lstrip("+~").partition("=")
-        section = re.split(r"[./@]", key)[0]
-        if not equal or not re.fullmatch(r"[A-Za-z_][\w./]*", key) or section in NEVER_SAVED:
+        section, leaves_out = re.split(r"[./@]", key)[0], word.startswith("~")
+        if not (equal or leaves_out) or not re.fullmatch(r"[A-Za-z_][\w./]*", key) or section in NEVER_SAVED:
             raise UserError(f"{path} holds {one_line(repr(word))}, which is never taken from a saved run: take it out")
 
 

@@ -140,11 +140,20 @@ def _stacks(model: PreTrainedModel, config: PretrainedConfig) -> list[nn.ModuleL
 def _keep(config: PretrainedConfig, kept: list[int]) -> None:
     """Of everything that a configuration says layer by layer, what it says of the kept ones."""
     text = config.get_text_config()
-    depth = text.num_hidden_layers
+    usual = type(text)()
     for name, value in list(vars(text).items()):
-        if isinstance(value, list | tuple) and len(value) == depth:
+        if _length(value) == text.num_hidden_layers and not _is_of_no_layer(name, value, usual):
             setattr(text, name, [value[number] for number in kept])
     text.num_hidden_layers = len(kept)
+
+
+def _length(value: Any) -> int | None:
+    return len(value) if isinstance(value, list | tuple) else None
+
+
+def _is_of_no_layer(name: str, value: Any, usual: PretrainedConfig) -> bool:
+    """Whether a setting is as long as this by chance: it is in a model of the usual depth, which is another."""
+    return _length(getattr(usual, name, None)) == _length(value) != getattr(usual, "num_hidden_layers", None)
 
 
 def _without(model: PreTrainedModel, stacks: list[nn.ModuleList], kept: list[int]) -> PreTrainedModel:

@@ -7,7 +7,6 @@ goes on: a score that was computed or paid for is kept. Under accelerate launch 
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import sys
 import time
@@ -18,13 +17,13 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from halos.confined import expanded, write_whole
+from halos.confined import expanded
 from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.online import feedback
 from halos.online.labellers.score import Labeller, Score
 from halos.online.ranks import Ranks
-from halos.online.records import EVAL, Ledger, Row, hash_of, key_of, meta_path, read, read_meta, write
+from halos.online.records import EVAL, Ledger, Row, hash_of, key_of, read, read_meta, write, write_sealed
 
 KEEP = 64  # scores that are written together, where they cost only time
 
@@ -107,8 +106,7 @@ def run(given: argparse.Namespace) -> int:
         rows = read(scores)
         made, left_out = feedback.make(rows, kind=given.kind, pairing=given.pairing, threshold=threshold,
                                        drop_equal=given.drop_equal, seed=given.seed)  # fmt: skip
-        write_whole(meta_path(given.feedback), json.dumps({"request": asked, **left_out}, indent=1) + "\n")
-        write(given.feedback, made)
+        write_sealed(given.feedback, made, asked, left_out)
         _tell(given, rows, left_out)
     ranks.wait()
     return 0

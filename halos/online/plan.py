@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint.find import checkpoints
 from halos.config.bind import LossSpec
+from halos.config.changes import at
 from halos.config.paths import check_model
 from halos.config.schema import Config, Online
 from halos.config.values import quoted
@@ -24,6 +25,7 @@ from halos.online.stages import Stages, config_file
 from halos.rundir import RunDir
 from halos.types import Labelled, Pair, TokenLogps
 
+LOCATED = ("model.name_or_path", "model.chat_template", "optim.init_from")
 KINDS = {Pair: feedback.PAIRWISE, Labelled: feedback.BINARY, TokenLogps: feedback.BINARY}
 
 
@@ -44,8 +46,14 @@ class Plan:
         self.online: Online = self.config.online
         self.directory, self.stages = RunDir(self.config.run_dir), Stages(self.config)
         # what may be imported is typed on this command, and never read from a saved run
-        self.words = [word for word in self.words if not word.lstrip("+").startswith("plugins=")]
+        self.words = [self._located(word) for word in self.words if not word.lstrip("+").startswith("plugins=")]
         self.words += [f"plugins=[{','.join(self.config.plugins)}]"] if self.config.plugins else []
+
+    def _located(self, word: str) -> str:
+        """A path as it leads to the same from any directory: the rounds may be gone on with from another."""
+        key = word.lstrip("+").partition("=")[0]
+        path = at(asdict(self.inner), key) if key in LOCATED else None
+        return word if path is None else f"{key}={quoted(path)}"
 
     @property
     def kind(self) -> str:
@@ -82,6 +90,10 @@ class Plan:
     def policy(self, number: int) -> str:
         """What round `number` samples from, and its training goes on from."""
         return self.start if number == 0 else str(self.place(number - 1) / "train" / "FINAL")
+
+    def revision(self, number: int) -> str | None:
+        """Of that policy, where it is a hub's."""
+        return self.config.model.revision if number == 0 else None
 
     # --- before anything starts ------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from halos import confined
+from halos import confined, seals
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 
@@ -63,10 +63,21 @@ def read(path: Path) -> list[Row]:
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """All rows, or no file; a .json file holds them as a list, as HALOs' do."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, _text(path, rows))
+
+
+def _text(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     if path.suffix == ".json":
-        write_whole(path, json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n")
-    else:
-        write_whole(path, "".join(line(row) for row in rows))
+        return json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n"
+    return "".join(line(row) for row in rows)
+
+
+def write_sealed(path: Path, rows: Sequence[Mapping[str, Any]], request: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """All rows, or no file; beside it what was asked for, the file's hash, and what was counted."""
+    text = _text(path, rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(meta_path(path), json.dumps({"request": request, seals.OF_ROWS: seals.digest(text), **facts}, indent=1) + "\n")
+    write_whole(path, text)
 
 
 def line(row: Mapping[str, Any]) -> str:
@@ -142,8 +153,7 @@ class Ledger:
 
     def finish(self, keys: Sequence[Hashable], facts: Mapping[str, Any]) -> None:
         """The file, of the rows of `keys` in their order; then what it was made from goes."""
-        write_whole(meta_path(self.path), json.dumps({"request": self.request, **facts}, indent=1) + "\n")
-        write(self.path, [self.rows[key] for key in keys])
+        write_sealed(self.path, [self.rows[key] for key in keys], self.request, facts)
         self.discard()
 
     def discard(self) -> None:

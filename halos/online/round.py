@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from halos import confined
-from halos.checkpoint import received
+from halos import confined, seals
+from halos.checkpoint import lineage, received
+from halos.config import saved
 from halos.confined import UnreadableError, write_whole
+from halos.data.sources import content_hash
 from halos.errors import UserError
+from halos.models.locate import locate
 from halos.online import measure
 from halos.online.plan import Plan
 from halos.online.prompts import for_round, held_out
-from halos.online.records import EVAL, TRAIN, Row, read, read_meta, write
+from halos.online.records import EVAL, TRAIN, Row, hash_of, meta_path, read, read_meta, write
 from halos.online.stages import StageError
 from halos.rundir import RunDir, is_run
 
@@ -100,17 +103,23 @@ class Round:
     def _sample(self) -> None:
         path, plan = self.place / "samples.jsonl", self.plan
         if path.is_file():
+            self._refuse_others(path)
+            if not sampled_from(path, plan.policy(self.number), plan.revision(self.number), plan.cache):
+                raise UserError(f"{path} was sampled from other weights than those of {plan.policy(self.number)}: {self._again}")
             return
         seed = plan.config.seed * 1_000_003 + self.number
         policy = plan.policy(self.number)
         command = plan.stages.sample(policy, self.place / "prompts.jsonl", path, seed=seed,
-                                     max_length=plan.max_length, reference=plan.start)  # fmt: skip
+                                     max_length=plan.max_length, reference=plan.start,
+                                     revision=plan.revision(self.number))  # fmt: skip
         self._note(policy=policy)
         self._stage("sample", command)
 
     def _label(self) -> None:
         path, plan = self.place / "feedback.jsonl", self.plan
         if path.is_file():
+            self._refuse_others(self.place / "scores.jsonl")
+            self._refuse_others(path)
             return
         first = plan.place(0) / "samples.jsonl"
         command = plan.stages.label(
@@ -119,10 +128,28 @@ class Round:
         )  # fmt: skip
         self._stage("label", command)
 
+    @property
+    def _again(self) -> str:
+        return f"bring back what it was, or delete {self.place}, and the round is made anew"
+
+    def _refuse_others(self, path: Path) -> None:
+        """Raises UserError where what an earlier start has written is not what it wrote, or was made from something else."""
+        if path.is_file() and meta_path(path).is_file() and seals.are_written(path, meta_path(path)) is False:
+            raise UserError(f"{path}: {seals.CHANGED}: {self._again}")
+        request = read_meta(path).get("request")
+        for name in ("samples", "scores"):
+            made_from = self.place / f"{name}.jsonl"
+            known = request.get(name) if isinstance(request, dict) and path.name != "samples.jsonl" else None
+            if known is not None and made_from.is_file() and hash_of(made_from) != known:
+                raise UserError(f"{path} was made from another {made_from.name}: {self._again}")
+
     def _train(self) -> None:
         run, plan = RunDir(self.place / "train"), self.plan
         if is_run(run.path) and run.is_finished() and run.final.is_dir():
             received.check_final(run, plan.cache)
+            rows = self.place / "feedback.jsonl"
+            if not _trained_on(run, rows):
+                raise UserError(f"{run.path} was trained on other rows than those of {rows}: {self._again}")
             return
         rows = read(self.place / "feedback.jsonl")
         if not rows:
@@ -187,3 +214,20 @@ class Round:
     def _first_rows(self) -> list[Row]:
         path = self.plan.place(0) / "scores.jsonl"
         return [row for row in read(path) if "output" in row] if path.is_file() else []
+
+
+def sampled_from(samples: Path, policy: str, revision: str | None, cache: Path) -> bool:
+    """Whether samples are of a policy's weights, wherever that lay; of a server's samples only its name is known."""
+    asked = read_meta(samples).get("request")
+    if not isinstance(asked, dict):
+        return False
+    weights = asked.get("model_sha256")
+    if weights is None:
+        return asked.get("model") == policy
+    return weights == lineage.identity(locate(policy, revision, cache), cache)
+
+
+def _trained_on(run: RunDir, rows: Path) -> bool:
+    """Whether a training's rows are those of a file; True where it is older than such records."""
+    known = saved.content(run.read_attempts(), str(run.path))
+    return known is None or [each.get("hash") for each in known.sources["train"]] == [content_hash(str(rows), "train")]

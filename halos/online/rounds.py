@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from halos.checkpoint.commit import staged, sweep
 from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
 from halos.config.changes import Change
+from halos.config.content import Content
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_words
 from halos.confined import write_whole
@@ -32,9 +33,11 @@ from halos.hooks.base import Hook
 from halos.logs import write_to
 from halos.online import measure
 from halos.online.plan import Plan
-from halos.online.records import EVAL, TRAIN, read_meta
-from halos.online.round import Round, Told
+from halos.online.prompts import digest
+from halos.online.records import EVAL, TRAIN
+from halos.online.round import Round, Told, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
+from halos.rundir import RunDir
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,14 @@ class Outlined(Protocol):
 
     def write(self, prompt: list[int]) -> None:
         """Say what is trained, and a prompt as a sampler is fed it."""
+        ...
+
+    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> Content:
+        """What the rounds stand on."""
+        ...
+
+    def changed(self, whole: Config, directory: RunDir, now: Content) -> Sequence[Change]:
+        """What of it has changed since they last started. Raises UserError for what was not allowed."""
         ...
 
 
@@ -83,12 +94,20 @@ def run(
             directory.open()
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
+        prompts = {"data.train": digest(plan.prompts), "data.eval": digest(plan.exam) if plan.exam else None}
+        content = looked.content(config, prompts)
+        altered = looked.changed(config, directory, content) if config.resume else []
         if config.dry_run:
             return rehearse(plan, looked, prompt)
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
-        return Walk(plan).go(typed, changed)
+        return Walk(plan).go({"overrides": list(typed), **_named(changed=changed, content_changed=altered), **content.record()})
+
+
+def _named(**changes: Sequence[Change]) -> dict[str, Any]:
+    """Changes as an attempt's record has them."""
+    return {name: {change.key: [change.old, change.new] for change in some} for name, some in changes.items() if some}
 
 
 def trackers_of(config: Config) -> dict[str, Hook]:
@@ -129,8 +148,9 @@ class Walk:
         self.hooks: dict[str, Hook] = {}
         self.metrics: dict[str, Any] = {}
 
-    def go(self, typed: Sequence[str], changed: Sequence[Change]) -> int:
-        self._begin(typed, changed)
+    def go(self, attempt: Mapping[str, Any]) -> int:
+        """The exit status. `attempt` is what the record of this start says of how it was asked for."""
+        self._begin(attempt)
         self.plan.stages.listen()
         status, note = "failed", None
         try:
@@ -173,7 +193,7 @@ class Walk:
             log.info("stopped: %s; go on with: python train.py %s", note, saved.to_resume(self.config, self.directory.path))
         return {"finished": FINISHED, "stopped": AGAIN, "refused": WRONG_INPUT}.get(status, FAILED)
 
-    def _begin(self, typed: Sequence[str], changed: Sequence[Change]) -> None:
+    def _begin(self, attempt: Mapping[str, Any]) -> None:
         directory, resumed = self.directory, bool(self.config.resume)
         if not resumed:
             directory.create(overwrite=self.config.overwrite)
@@ -181,8 +201,7 @@ class Walk:
         write_whole(directory.path / WORDS, json.dumps({"words": self.plan.words}, indent=1) + "\n")
         write_to(directory.log_of(0))
         sweep(directory.path)
-        altered = {"changed": {change.key: [change.old, change.new] for change in changed}} if changed else {}
-        directory.start_attempt({"overrides": list(typed), "total_steps": self.plan.online.rounds, **altered, **versions()})
+        directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
         self.hooks = trackers_of(self.config)
         state = directory.path / "hooks.json"
         if state.is_file():
@@ -228,7 +247,7 @@ class Walk:
         last = plan.policy(plan.online.rounds)
         if plan.exam:
             place = self.directory.path / "exam"
-            if read_meta(place / "samples.jsonl").get("request", {}).get("model") != last:
+            if not sampled_from(place / "samples.jsonl", last, None, plan.cache):
                 shutil.rmtree(place, ignore_errors=True)  # of a walk that was shorter
             exam = Round(plan, plan.online.rounds, place)
             self._record(exam, exam.examine())

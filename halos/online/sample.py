@@ -57,6 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--served-model", help="the model's name at that server (default: MODEL)")
     made.add_argument("--concurrency", type=int, default=16, help="requests to a server at once (default 16)")
     made.add_argument("--reference", help="a model that --kl-samples compares with")
+    made.add_argument("--reference-revision")
     made.add_argument("--kl-samples", type=int, default=0, help="estimate the KL to the reference from so many samples")
     made.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
     made.add_argument("--overwrite", action="store_true", help="sample anew where the output is there already")
@@ -178,7 +179,8 @@ class Source:
         weights = self.ranks.first(identity(self._place, given.cache_dir) if self._place and self.ranks.main else None)
         asked = [[row["prompt_id"], row["prompt"], row.get("samples"), row.get("temperature")] for row in prompts]
         return {
-            "sampler": given.sampler, "model": str(given.model), "model_sha256": weights, "prompts": _digest(asked),
+            "sampler": given.sampler, "model": None if weights else str(given.model), "model_sha256": weights,
+            "prompts": _digest(asked),
             "samples": given.samples, "temperature": given.temperature, "top_p": given.top_p, "top_k": given.top_k,
             "max_new_tokens": given.max_new_tokens, "max_length": given.max_length, "seed": given.seed,
             "template": _digest(self._tokenizer.chat_template) if self._tokenizer is not None else None, "dtype": given.dtype,
@@ -259,7 +261,7 @@ class Source:
         from halos.models.locate import locate
         from halos.online.compare import mean_log_ratio
 
-        place = locate(given.reference, None, expanded(given.cache_dir))
+        place = locate(given.reference, given.reference_revision, expanded(given.cache_dir))
         if place == self._place:
             return {"kl": 0.0, "kl_samples": 0}
         kept = [(request, ledger.rows[request.key]) for request in requests]

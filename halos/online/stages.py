@@ -99,7 +99,10 @@ class Stages:
 
     # --- what is started -------------------------------------------------------------------------------------------------
 
-    def sample(self, policy: str, prompts: Path, output: Path, *, seed: int, max_length: int, reference: str | None) -> list[str]:
+    def sample(
+        self, policy: str, prompts: Path, output: Path, *, seed: int, max_length: int, reference: str | None,
+        revision: str | None = None,
+    ) -> list[str]:  # fmt: skip
         """The command that samples from `policy`."""
         online, sampler = self.online, self.online.sampler
         words = [
@@ -109,10 +112,12 @@ class Stages:
             "--batch-size", str(sampler.batch_size), "--cache-tokens", str(sampler.cache_tokens),
             "--concurrency", str(sampler.concurrency), "--cache-dir", self.config.cache_dir,
         ]  # fmt: skip
-        template = self.config.model.chat_template
-        words += _given(python=sampler.python, url=sampler.url, served_model=sampler.model, chat_template=template)
+        model = self.config.model
+        words += _given(python=sampler.python, url=sampler.url, served_model=sampler.model, chat_template=model.chat_template,
+                        revision=revision)  # fmt: skip
         if reference is not None and online.kl_samples:
             words += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
+            words += _given(reference_revision=model.revision)
         return self._module("halos.online.sample", words, spread=sampler.name == "hf")
 
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:

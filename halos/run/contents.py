@@ -48,6 +48,10 @@ def read(
     }
     if config.peft.name == "lora" and config.peft.init_from is not None:
         hashes["peft.init_from"] = lineage.identity(Path(config.peft.init_from), cache)
+    if config.optim.init_from is not None:
+        optimizer = Path(config.optim.init_from) / "state" / "optimizer"
+        gone = config.resume and not optimizer.is_dir()  # what has gone on from checkpoints of its own no longer reads it
+        hashes |= {} if gone else {"optim.init_from": lineage.identity(optimizer, cache)}
     return Content(hashes, {purpose: [_source(entry, purpose) for entry in entries]
                             for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
 
@@ -97,6 +101,7 @@ def changed(config: Config, directory: RunDir, now: Content) -> list[Change]:
         return []
     template = config.model.chat_template
     places = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
+              "optim": config.optim.init_from,
               "model.chat_template": template if template is None or "{" not in template else "as typed"}  # fmt: skip
     found = compare(before, now, {key: place for key, place in places.items() if place is not None})
     if config.resume_changes == "refuse":

@@ -1,18 +1,22 @@
 """What each round of an online workflow will train, looked at before the first one: all but the rows, which are not there yet."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
 from halos.config.bind import bind_loss
+from halos.config.changes import Change
+from halos.config.content import Content
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.hooks.base import Hook
-from halos.run import header
+from halos.run import contents, header
 from halos.run.blueprint import Driver, complaint, draw, hooks_of, locate_base, structure_of
 from halos.run.datasets import learns_from_single
 from halos.run.shown import visible
+from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -38,3 +42,17 @@ class Outline:
         header.write_model(self.config, self.loss, self.structure)
         header.write_rate(self.config, None)
         log.info("%-10s %s", "prompt", visible(self.tokenizer, prompt))
+
+    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> Content:
+        """What the rounds of `whole` stand on, with the hashes of their prompts."""
+        base, reference = self.structure.shelf.base, self.structure.named
+        return contents.read(self._own(whole), self.tokenizer, prompts, base=base, reference=reference)
+
+    def changed(self, whole: Config, directory: RunDir, now: Content) -> Sequence[Change]:
+        """What of it has changed since they last started. Raises UserError for what was not allowed."""
+        return contents.changed(self._own(whole), directory, now)
+
+    def _own(self, whole: Config) -> Config:
+        """The training's configuration with the prompts and scorer of the workflow."""
+        own = {name: getattr(whole, name) for name in ("data", "online", "resume", "resume_changes")}
+        return replace(self.config, **own)

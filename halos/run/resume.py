@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from halos import confined
 from halos.checkpoint import find, good
 from halos.checkpoint.commit import HIDDEN
-from halos.config import saved
+from halos.config import paths, saved
 from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.config.values import to_type
@@ -41,6 +41,7 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
         _refuse_unwritable(directory)
         box = [find.go_on(directory, directory.asked_checkpoint(config.resume))]
         _refuse_behind(config, directory, box[0].path, total)
+        _refuse_no_start(config, box[0].path)
     elif made.is_main_process:
         directory.create(overwrite=config.overwrite)
         directory.write_config(saved.dump(config))
@@ -59,6 +60,7 @@ def look(config: Config, directory: RunDir, total: int) -> None:
     _refuse_unwritable(directory)
     source = find.look(directory, directory.asked_checkpoint(config.resume))
     _refuse_behind(config, directory, source.path, total)
+    _refuse_no_start(config, source.path)
     for line in source.passed_over:
         log.warning(line)
     log.info("would go on from %s", f"checkpoints/{source.path.name}" if source.path else "nothing: step 0")
@@ -74,6 +76,12 @@ def _refuse_unwritable(directory: RunDir) -> None:
         trial.rmdir()
     except OSError as error:
         raise UserError(f"{place} cannot be written into, and a run that goes on saves there: {error.strerror}") from error
+
+
+def _refuse_no_start(config: Config, source: Path | None) -> None:
+    """A run that has a checkpoint of its own no longer needs the one that it began with."""
+    if source is None:
+        paths.refuse_no_optimizer(config)
 
 
 def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total: int) -> None:

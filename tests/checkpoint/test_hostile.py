@@ -464,8 +464,8 @@ def test_words_of_saved_rounds_are_values_of_a_training_and_no_more(tmp_path: Pa
     (tmp_path / "online.json").write_text(json.dumps({"words": ["loss=dpo", "optim.lr=1e-4", "+loss.x=1", word]}))
     with pytest.raises(UserError, match="never taken from a saved run"):
         stored_words(tmp_path)
-    (tmp_path / "online.json").write_text(json.dumps({"words": ["loss=dpo", "optim.lr=1e-4", "plugins=[mine]"]}))
-    assert stored_words(tmp_path) == ["loss=dpo", "optim.lr=1e-4"]
+    (tmp_path / "online.json").write_text(json.dumps({"words": ["loss=dpo", "~loss.beta", "plugins=[mine]", "cache_dir=/c"]}))
+    assert stored_words(tmp_path) == ["loss=dpo", "~loss.beta"]
 
 
 # --- mutations ---------------------------------------------------------------------------------------------------------------

@@ -18,12 +18,18 @@ from typing import Any
 import psutil
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
+from world import attempts
 
 import train
+from halos.checkpoint import __main__ as cli
 from halos.checkpoint.lineage import identity
 from halos.errors import UserError
+from halos.models import tiny
 from halos.online.records import read
+from halos.online.rounds import stored_words
+from halos.online.stages import Stages, StoppedError
 from halos.rundir import RunDir
 from tests import processes
 
@@ -354,3 +360,76 @@ def test_scores_that_are_all_equal_leave_nothing_to_learn_and_nothing_is_lost(tm
     assert "Traceback" not in said
     assert "there is nothing to learn from: the scores of all samples of a prompt are equal" in said
     assert (tmp_path / "walk" / "rounds" / "000" / "samples.jsonl").is_file()
+
+
+# --- what a walk goes on from
+
+
+@pytest.fixture
+def begun(whole: Callable[[str], Walk], tmp_path: Path) -> Path:
+    """A walk elsewhere whose last round is trained, and not on record."""
+    run = Path(shutil.copytree(whole("dpo").run, tmp_path / "elsewhere"))
+    note = run / "rounds" / "001" / "round.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "done": False}))
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "FINAL")
+    return run
+
+
+def resealed(rows: Path) -> None:
+    facts = rows.with_name(f"{rows.stem}.meta.json")
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "sha256": hashlib.sha256(rows.read_bytes()).hexdigest()}))
+
+
+def test_a_walk_that_was_moved_goes_on_with_what_it_has(begun: Path, whole: Callable[[str], Walk]) -> None:
+    shutil.rmtree(begun / "rounds" / "001" / "logs")
+    assert train.start([f"resume={begun}"]) == 0
+    assert not (begun / "rounds" / "001" / "logs").exists(), "no stage was started"
+    assert identity(begun / "FINAL") == identity(whole("dpo").run / "FINAL")
+    assert cli.verify(begun) == 0
+
+
+@pytest.mark.parametrize("name", ["samples", "scores", "feedback"])
+def test_what_a_round_has_written_is_refused_by_name_once_it_is_not_what_was_written(name: str, begun: Path) -> None:
+    rows = begun / "rounds" / "001" / f"{name}.jsonl"
+    rows.write_text(rows.read_text().replace("1", "2", 1))
+    with pytest.raises(UserError, match=rf"{name}.jsonl: contents changed: bring back what it was, or delete \S*rounds/001,"):
+        train.start([f"resume={begun}"])
+    resealed(rows)  # a file that is whole, and not the one that the next was made from
+    following = {"samples": "scores.jsonl was made from another samples", "scores": "feedback.jsonl was made from another scores",
+                 "feedback": r"train was trained on other rows than those of \S*feedback.jsonl"}[name]  # fmt: skip
+    with pytest.raises(UserError, match=following):
+        train.start([f"resume={begun}"])
+
+
+def test_samples_of_other_weights_than_the_last_round_left_are_refused(begun: Path) -> None:
+    first, second = (begun / "rounds" / number / "train" / "FINAL" / "model.safetensors" for number in ("000", "001"))
+    first.write_bytes(second.read_bytes())
+    with pytest.raises(UserError, match=r"samples.jsonl was sampled from other weights than those of \S*000/train/FINAL"):
+        train.start([f"resume={begun}"])
+
+
+def test_what_the_rounds_stand_on_is_compared_by_content(begun: Path) -> None:
+    records = RunDir(begun).read_attempts()
+    [before] = [yaml.safe_load(text) for text in records.values()]
+    assert before["content"].keys() >= {"data.train", "data.eval", "model.weights", "model.tokenizer"}
+    for key in ("data.train", "model.weights"):
+        RunDir(begun).start_attempt({**before, "content": {**before["content"], key: "0" * 64}})
+        for word in ("dry_run=true", "dry_run=false"):
+            with pytest.raises(UserError, match=rf"{key} .*\(content\)"):
+                train.start([f"resume={begun}", word])
+    assert train.start([f"resume={begun}", "resume_changes=allow"]) == 0
+    assert attempts(begun)[-1]["content_changed"].keys() == {"model.weights tiny (content)"}
+
+
+def test_a_relative_path_of_a_walk_leads_to_the_same_from_anywhere(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny.build(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Stages, "run", lambda self, command, log: (_ for _ in ()).throw(StoppedError("here")))
+    words = ["online.loss=dpo", "model.name_or_path=base", f"output_root={tmp_path}", "exp_name=walk", f"cache_dir={cache}"]
+    assert train.start([*[word for word in SMALL if word != "model=tiny"], *words]) == 75
+    assert f"model.name_or_path='{tmp_path}/base'" in stored_words(tmp_path / "walk")
+    monkeypatch.chdir(cache)
+    assert train.start([f"resume={tmp_path / 'walk'}"]) == 75

@@ -145,3 +145,16 @@ def test_a_relative_path_leads_to_the_same_files_from_another_directory(
     assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.held_out)],
                                                  "root": None, "score": "last"}  # fmt: skip
     assert settings["model"]["name_or_path"] == str(world.base)
+
+
+def test_an_optimizer_to_begin_with_is_known_by_its_content(world: World, tmp_path: Path) -> None:
+    first, other = (copied(world.begin(name, f"seed={seed}"), tmp_path) for seed, name in enumerate(("first", "other")))
+    directory = world.begin("warm", f"optim.init_from={first}/checkpoints/step-00000002")
+    first.rename(tmp_path / "moved")
+    word = "optim.init_from={}/checkpoints/step-00000002"
+    assert f"optim.init_from {other}/checkpoints/step-00000002 (content)" in refusal(directory, word.format(other))
+    assert resume(copied(directory, tmp_path / "a"), word.format(tmp_path / "moved")) == 0
+    assert resume(copied(directory, tmp_path / "b")) == 0  # its own checkpoint has its own optimizer
+    shutil.rmtree(directory / "checkpoints")
+    (directory / "checkpoints.jsonl").unlink()
+    assert f"optim.init_from: {first}/checkpoints/step-00000002 is no checkpoint" in refusal(directory)
