@@ -120,9 +120,10 @@ class CheckpointHook(Hook):
     def _now_good(self, run: Run) -> bool:
         """Whether a checkpoint is known to be good now that was not: it is recorded, outside of what is sealed, and what was
         kept until then may go."""
-        if not run.main or not any(self._good_until < step <= run.finite_at for step in self._whole):
+        known = [step for step in self._whole if self._good_until < step <= run.finite_at]
+        if not run.main or not known:
             return False
-        self._good_until = max(step for step in self._whole if step <= run.finite_at)
+        self._good_until = max(known)
         good.write(run.directory, good.Good(self._good_until))
         self._delete_expendable(run)
         return True

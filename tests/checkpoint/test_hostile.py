@@ -456,7 +456,7 @@ def test_a_configuration_of_nonsense_is_one_message(
 @pytest.mark.parametrize(
     "word",
     ["+hydra.callbacks.a._target_=os.system", "--config-dir=/tmp", "hydra/launcher=evil", "hydra.searchpath=[/tmp]",
-     "run_dir=/tmp", "++plugins=[evil]", "resume=/tmp/x", "x y", "overwrite=true", "optim@hydra.launcher=adamw"],
+     "run_dir=/tmp", "++plugins=[evil]", "resume=/tmp/x", "x y", "overwrite=true", "optim@hydra.launcher=adamw", "loss"],
 )  # fmt: skip
 def test_words_of_saved_rounds_are_values_of_a_training_and_no_more(tmp_path: Path, word: str) -> None:
     from halos.online.rounds import stored_words

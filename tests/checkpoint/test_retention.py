@@ -10,7 +10,7 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from halos.checkpoint import commit, find, good, manifest
 from halos.checkpoint.retention import Policy
@@ -60,6 +60,7 @@ def test_the_most_that_lie_there_at_once() -> None:
     assert policy(2, 1).most([100]) == 1
 
 
+@settings(deadline=None)  # machines may be busy
 @given(
     st.dictionaries(st.integers(0, 99), st.none() | st.floats(), min_size=1, max_size=12),
     st.integers(0, 5),

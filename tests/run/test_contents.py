@@ -2,8 +2,10 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
@@ -11,6 +13,8 @@ from conftest import compose
 from safetensors.torch import load_file, save_file
 from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
 
+from halos.models.load import load_tokenizer
+from halos.run import contents
 from halos.run.lifecycle import run
 
 
@@ -20,6 +24,47 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
     made.begin("lora", "peft=lora", "peft.r=2")
     made.begin("full")
     return made
+
+
+# --- what is hashed
+
+
+def test_each_hash_is_of_what_its_key_names_and_of_nothing_else(world: World, tmp_path: Path) -> None:
+    base, reference, scorer = (copied(world.base, tmp_path / name) for name in ("policy", "reference", "scorer"))
+    adapter = copied(world.place / "runs" / "lora" / "checkpoints" / "step-00000002" / "adapter", tmp_path)
+    (tmp_path / "rubric.md").write_text("Prefer the shorter.")
+    config: Any = compose(world.cache, tmp_path, *world.words("x"))
+    config.peft.name, config.peft.init_from = "lora", str(adapter)
+    labeller = SimpleNamespace(name="reward_model", model=str(scorer), rubric=str(tmp_path / "rubric.md"))
+    config.online = SimpleNamespace(labeller=labeller)
+
+    def read(*added: str) -> Mapping[str, str | None]:
+        tokenizer, _ = load_tokenizer(base, add_tokens=[*added])
+        return contents.read(config, tokenizer, {}, base=base, reference=reference).hashes
+
+    def differing(*added: str) -> set[str]:
+        now = read(*added)
+        assert now.keys() == before.keys()
+        return {key for key, value in now.items() if value != before[key]}
+
+    before = read()
+    changes = {
+        base / "model.safetensors": "model.weights", reference / "model.safetensors": "reference.weights",
+        base / "generation_config.json": "model.generation_config.json", base / "tokenizer_config.json": "model.tokenizer",
+        reference / "config.json": "reference.config.json", scorer / "model.safetensors": "online.labeller.model",
+        adapter / "adapter_model.safetensors": "peft.init_from", tmp_path / "rubric.md": "online.labeller.rubric",
+    }  # fmt: skip
+    assert differing() == set()
+    assert differing("<|new|>") == {"model.tokenizer"}
+    for path, key in changes.items():
+        content = path.read_bytes()
+        settings = {"eos_token": "<|user|>", "top_k": 7} if path.suffix == ".json" else {}
+        path.write_bytes(json.dumps({**json.loads(content), **settings}).encode() if settings else content[:-1] + b"!")
+        assert differing() == {key}, path
+        path.write_bytes(content)
+    path = base / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_version": "4", "_name_or_path": "elsewhere"}))
+    assert differing() == set()
 
 
 # --- what has changed

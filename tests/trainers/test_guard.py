@@ -21,7 +21,7 @@ from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.trainers import guard
 from halos.trainers.base import Trainer
-from halos.trainers.guard import Guard, not_finite, spoil
+from halos.trainers.guard import Contribution, Guard, not_finite, spoil
 from halos.types import Loss
 
 BATCHES = [np.arange(start, start + 4) for start in (0, 4, 8, 12)]
@@ -49,6 +49,16 @@ def break_loss(trainer: Trainer, how: Callable[[Tensor], Tensor]) -> Callable[[]
 
     trainer.loss = replace(whole, function=function)
     return lambda: setattr(trainer, "loss", whole)
+
+
+class Sampled:
+    """Rows that are no data set."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows, self.kind = rows, rows.kind
+
+    def __getitem__(self, number: int) -> Any:
+        return self.rows[number]
 
 
 def recorded(trainer: Trainer) -> list[dict[str, Any]]:
@@ -100,6 +110,11 @@ def test_a_skipped_step_moves_the_clock_and_nothing_else(
     assert [row["place"] for row in broken] == [0, 2], "the first of each micro-batch"
     assert broken[0]["prompt"] == made.run.tokenizer.decode(items[0].prompt)
     assert f"step 2 was skipped: gradient norm nan, loss nan ({items[0].id}, {items[2].id})" in caplog.text
+
+    sampled: Any = SimpleNamespace(rows=Sampled(made.train.rows), partners=None)
+    made.guard.skip(sampled, [Contribution(BATCHES[1], np.arange(4), torch.ones(4))], loss=1.0, norm=math.inf)
+    texts = [row["prompt"] for row in recorded(made)[1]["rows"]]
+    assert texts == [made.run.tokenizer.decode(item.prompt) for item in items], "of rows that stand in no file"
 
 
 def test_a_gradient_of_zero_says_nothing_of_the_weights() -> None:
@@ -224,7 +239,7 @@ def test_no_run_begins_with_weights_that_are_not_finite_and_none_is_handed_over(
     assert made.guard.refuse_final()
     assert (made.run.failure or "").startswith("no FINAL was saved: model.layers.1.mlp.up_proj.weight holds values that are not")
     with pytest.raises(UserError, match=r"the checkpoint of step 1 cannot be trained: model.layers.1.mlp.up_proj.weight holds"):
-        made.guard.refuse_start()
+        made.fit()
     with torch.no_grad():
         parameter.copy_(kept * 1e25)  # finite, as is the other, and no log-prob behind their product
         dict(made.run.module.named_parameters())["model.model.layers.1.mlp.gate_proj.weight"].mul_(1e25)
