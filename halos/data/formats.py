@@ -1,14 +1,14 @@
 """From a row's columns to an example, and from an example to what a loss can eat."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from halos.data.files import Row
+from halos.data.messages import is_learned, turns_of, with_system
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Example, Judgement, Message, Scored, Turns
+from halos.types import Comparison, Demonstration, Example, Judgement, Scored, Turns
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
 _NEEDED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label (or reward)"
 _LEARNS: dict[type[Example], str] = {
     Demonstration: "demonstrations: messages, or prompt + completion",
@@ -28,9 +28,7 @@ def read_example(row: Row, *, score: str) -> Example:
 
     A HALOs record is known by its column `type`. Raises UserError with the row's place for anything that is no example.
     """
-    columns = {name: value for name, value in row.record.items() if value is not None}
-    if columns.get("tools") not in (None, "", "[]", [], {}):
-        raise UserError(f"{row.where}: a column 'tools' is not supported: describe the tools in the system turn")
+    columns = _columns(row)
     if read := _HALOS.get(str(columns.get("type"))):
         return read(columns, row.where)
     if {"chosen", "rejected"} <= columns.keys():
@@ -43,7 +41,7 @@ def read_example(row: Row, *, score: str) -> Example:
             return _scored_by(columns, prompt, completion, row.where)
         return Demonstration(prompt, completion)
     if "messages" in columns:
-        return _conversation(_turns(columns["messages"], "user", "messages", row.where), row.where, score)
+        return _conversation(turns_of(columns["messages"], "user", "messages", row.where), row.where, score)
     empty = [name for name in row.record if name not in columns]
     found = (", ".join(columns) or "none") + (f" (and null: {', '.join(empty)})" if empty else "")
     raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_NEEDED}")
@@ -51,15 +49,30 @@ def read_example(row: Row, *, score: str) -> Example:
 
 def read_prompt(row: Row) -> tuple[Turns, str | None]:
     """What a row asks, and the answer that it gives, if it gives one: column `solution` or `answer`, else a completion."""
-    columns = {name: value for name, value in row.record.items() if value is not None}
+    columns = _columns(row)
     answer = next((str(columns[name]) for name in ("solution", "answer") if name in columns), None)
     asked = columns.get("prompt", columns.get("instruction"))
     if asked is not None and not {"completion", "chosen"} & columns.keys():
-        return _turns(asked, "user", "prompt", row.where), answer
+        return turns_of(asked, "user", "prompt", row.where), answer
     example = read_example(row, score="last")
     good = example.chosen if isinstance(example, Comparison) else example.completion
     judged = isinstance(example, Judgement) and not example.desirable
     return example.prompt, answer or (None if judged else str(good[-1].get("content") or ""))
+
+
+def _columns(row: Row) -> dict[str, Any]:
+    """Those that hold something. Raises UserError for one that says something which would be lost."""
+    columns = {name: value for name, value in row.record.items() if value is not None}
+    empty = (None, "", "[]", [], {})
+    if columns.get("tools") not in empty:
+        raise UserError(f"{row.where}: a column 'tools' is not supported: describe the tools in the system turn")
+    asked = "instruction" if "prompt" not in columns else "prompt"
+    for name in ("input", "history") if asked == "instruction" and asked in columns else ("history",):
+        if columns.get(name) not in empty and "type" not in columns:
+            raise UserError(
+                f"{row.where}: a column '{name}' is not read, and would be lost: put what it says into {asked}, as text or turns"
+            )
+    return with_system(columns, row.where)
 
 
 def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
@@ -96,33 +109,13 @@ def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
 # --- turns -------------------------------------------------------------------------------------------------------------
 
 
-def _turns(value: Any, role: str, column: str, where: str) -> Turns:
-    """Text is one turn of `role`; a list is one of OpenAI-style messages."""
-    if isinstance(value, str):
-        return ({"role": role, "content": value},)
-    if not isinstance(value, Sequence) or not value:
-        raise UserError(f"{where}: {column} must be text or a list of messages that is not empty")
-    return tuple(_turn(each, column, where) for each in value)
-
-
-def _turn(turn: Any, column: str, where: str) -> Message:
-    if not isinstance(turn, Mapping) or "role" not in turn:
-        given = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
-        raise UserError(f"{where}: each turn of {column} needs role and content, one {given}")
-    turn = {name: value for name, value in turn.items() if value is not None}
-    role, content = turn.get("role"), turn.get("content")
-    if role not in ROLES:
-        raise UserError(f"{where}: {column} has a turn of unknown role {role!r}; roles are {', '.join(ROLES)}")
-    if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
-        raise UserError(f"{where}: {column} has a turn of role {role} whose content is {type(content).__name__}, not text")
-    return turn
-
-
 def _scored(turns: Turns, column: str, where: str) -> Turns:
     """A completion: it starts and ends with the assistant, and no turn of the assistant's is empty."""
     for turn in (turns[0], turns[-1]):
         if turn["role"] != "assistant":
             raise UserError(f"{where}: {column} must start and end with an assistant turn, not with one of role {turn['role']}")
+        if not is_learned(turn):
+            raise UserError(f"{where}: {column} starts or ends with a turn of weight 0, so there is nothing to learn from")
     for turn in turns:
         if turn["role"] == "assistant" and not turn.get("tool_calls") and not turn["content"].strip():
             raise UserError(f"{where}: {column} is empty: the assistant says nothing")
@@ -131,17 +124,18 @@ def _scored(turns: Turns, column: str, where: str) -> Turns:
 
 def _answered(columns: Mapping[str, Any], column: str, where: str) -> tuple[Turns, Turns]:
     """`prompt` and one completion, which may repeat the prompt's turns in front."""
-    prompt = _turns(columns.get("prompt", columns.get("instruction")), "user", "prompt", where)
-    completion = _turns(columns[column], "assistant", column, where)
+    prompt = turns_of(columns.get("prompt", columns.get("instruction")), "user", "prompt", where)
+    completion = turns_of(columns[column], "assistant", column, where)
     if completion[: len(prompt)] == prompt:
         completion = completion[len(prompt) :] or completion
     return prompt, _scored(completion, column, where)
 
 
 def _conversation(turns: Turns, where: str, score: str) -> Demonstration:
-    spoken = [n for n, turn in enumerate(turns) if turn["role"] == "assistant"]
+    spoken = [n for n, turn in enumerate(turns) if is_learned(turn)]
     if not spoken:
-        raise UserError(f"{where}: messages has no assistant turn, so there is nothing to learn from")
+        weight = " of a weight other than 0" if any(turn["role"] == "assistant" for turn in turns) else ""
+        raise UserError(f"{where}: messages has no assistant turn{weight}, so there is nothing to learn from")
     start, end = spoken[0] if score == "all" else spoken[-1], spoken[-1] + 1  # no later turn can change what is scored
     if start == 0:
         raise UserError(f"{where}: messages starts with the assistant: there is no turn that it answers")
@@ -153,9 +147,9 @@ def _conversation(turns: Turns, where: str, score: str) -> Demonstration:
 
 def _comparison(columns: Mapping[str, Any], where: str) -> Comparison:
     margin = _number(columns, "margin", where)
-    chosen, rejected = (_turns(columns[name], "assistant", name, where) for name in ("chosen", "rejected"))
+    chosen, rejected = (turns_of(columns[name], "assistant", name, where) for name in ("chosen", "rejected"))
     if "prompt" in columns and chosen[0]["role"] == rejected[0]["role"] == "assistant":
-        prompt = _turns(columns["prompt"], "user", "prompt", where)
+        prompt = turns_of(columns["prompt"], "user", "prompt", where)
         return Comparison(prompt, _scored(chosen, "chosen", where), _scored(rejected, "rejected", where), margin)
     if isinstance(columns["chosen"], str) or isinstance(columns["rejected"], str):
         raise UserError(f"{where}: chosen and rejected are text, so a column 'prompt' is needed too")
@@ -164,7 +158,7 @@ def _comparison(columns: Mapping[str, Any], where: str) -> Comparison:
         if not shared or turns[shared]["role"] != "assistant":
             raise UserError(f"{where}: chosen and rejected must share every turn up to an assistant's, where they part")
     prompt = chosen[:shared]
-    if "prompt" in columns and (given := _turns(columns["prompt"], "user", "prompt", where)) != prompt[-len(given) :]:
+    if "prompt" in columns and (given := turns_of(columns["prompt"], "user", "prompt", where)) != prompt[-len(given) :]:
         raise UserError(f"{where}: chosen and rejected repeat another prompt than the column 'prompt' gives")
     return Comparison(prompt, _scored(chosen[shared:], "chosen", where), _scored(rejected[shared:], "rejected", where), margin)
 
@@ -219,8 +213,8 @@ def _scalar(columns: Mapping[str, Any], where: str) -> Scored:
 
 def _sampled(columns: Mapping[str, Any], where: str) -> tuple[Turns, Turns]:
     """A prompt and what was sampled for it, which may be empty: a model may end at once."""
-    prompt = _turns(columns["prompt"], "user", "prompt", where)
-    return prompt, _turns(columns["output"], "assistant", "output", where)
+    prompt = turns_of(columns["prompt"], "user", "prompt", where)
+    return prompt, turns_of(columns["output"], "assistant", "output", where)
 
 
 def _scored_by(columns: Mapping[str, Any], prompt: Turns, completion: Turns, where: str) -> Scored:

@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
+from halos.data.lost import Lost
+from halos.data.messages import WEIGHT, is_learned
 from halos.errors import UserError
 from halos.types import Message, Turns
 
@@ -66,6 +67,8 @@ class Template:
         self._special = any_of(special)
         self._added = any_of([*special, *map(str, added)])
         self._suffix: str | None = None
+        self._of_rows = Lost(lambda turns: self._render(turns, "a row", generate=False))
+        self._of_prompts = Lost(lambda turns: self._render(turns, "a prompt", generate=True))
 
     def lay_out(self, prompt: Turns, completions: Sequence[Turns], where: str) -> Layout:
         """Raises UserError with the row's place where the template refuses it or hides what is to be scored."""
@@ -80,11 +83,13 @@ class Template:
 
     def generation_prompt(self, prompt: Turns, where: str) -> str:
         """What a sampler is fed for `prompt`."""
-        return self._render(prompt, where, generate=True)
+        text = self._render(prompt, where, generate=True)
+        self._of_prompts.refuse(prompt, text, where)
+        return text
 
     def _render(self, turns: Iterable[Message], where: str, *, generate: bool) -> str:
         # transformers drops keys without value from 5.18 on; templates print None where they meet it.
-        plain = [{name: value for name, value in turn.items() if value is not None} for turn in turns]
+        plain = [{name: value for name, value in turn.items() if value is not None and name != WEIGHT} for turn in turns]
         try:
             text = self._tokenizer.apply_chat_template(
                 plain, chat_template=self._jinja, tokenize=False, add_generation_prompt=generate
@@ -96,8 +101,9 @@ class Template:
 
     def _place(self, prompt: Turns, completion: Turns, start: str, where: str) -> tuple[str, list[Span], bool]:
         """The text of prompt and completion up to its end token, the spans of its assistant turns, and if all are exact."""
-        said = [n for n, turn in enumerate(completion) if turn["role"] == "assistant"]
-        whole = self._render((*prompt, *completion[: said[-1] + 1]), where, generate=False)
+        said = [n for n, turn in enumerate(completion) if is_learned(turn)]
+        turns = (*prompt, *completion[: said[-1] + 1])
+        whole = self._render(turns, where, generate=False)
         text, spans, exact = whole, [], True
         for n in said:
             before, turn = (*prompt, *completion[:n]), completion[n]
@@ -111,7 +117,7 @@ class Template:
                 )
             spans.append((self._begun(before, turn, opening, upto, where), end))
             exact &= spans[-1][0] == len(opening)
-        _must_show_calls(completion, text[spans[0][0] :], where)
+        self._of_rows.refuse(turns, whole, where, learned=[len(prompt) + n for n in said])
         return text, spans, exact
 
     def _begun(self, before: Turns, turn: Message, opening: str, full: str, where: str) -> int:
@@ -172,12 +178,3 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
 def _common(one: str, other: str) -> int:
     """Length of the longest common prefix."""
     return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
-def _must_show_calls(completion: Turns, text: str, where: str) -> None:
-    for turn in completion:
-        calls: list[Any] = turn.get("tool_calls") or []
-        for call in calls:
-            name = (call.get("function") or call).get("name") if isinstance(call, dict) else None
-            if not name or name not in text:
-                raise UserError(f"{where}: the chat template leaves out the assistant's tool call {name or call!r}")

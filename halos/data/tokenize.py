@@ -10,6 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from halos.data.dataset import Completion
+from halos.data.messages import is_learned
 from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Example, Scored, Turns
@@ -216,7 +217,7 @@ def _from(example: Example, start: int) -> Example:
         return replace(example, prompt=_system(prompt[:start]) + prompt[start:])
     assert not isinstance(example, Comparison)
     turns = prompt + example.completion
-    answer = next(n for n in range(start, len(turns)) if turns[n]["role"] == "assistant")
+    answer = next(n for n in range(start, len(turns)) if is_learned(turns[n]))
     return replace(example, prompt=_system(turns[:start]) + turns[start:answer], completion=turns[answer:])
 
 

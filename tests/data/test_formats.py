@@ -187,3 +187,48 @@ def test_a_pair_of_equal_completions_prefers_nothing_but_can_be_imitated():
 def test_columns_that_cannot_serve_the_loss_say_which_they_can(example, kind, message: str):
     with pytest.raises(UserError, match=rf"a\.jsonl:12: .*{message}"):
         serves(example, kind, prompt="One?", completion="one", label=None)
+
+
+# --- columns and keys that say more than words
+
+
+def test_a_system_column_is_the_first_turn():
+    system = turn("system", "In French.")
+    assert read(system="In French.", prompt="One?", completion="one") == Demonstration((system, *Q), GOOD)
+    assert read(system="In French.", prompt="One?", chosen="one", rejected="two") == Comparison((system, *Q), GOOD, BAD)
+    assert read(system="In French.", chosen=[*Q, *GOOD], rejected=[*Q, *BAD]) == Comparison((system, *Q), GOOD, BAD)
+    assert read(system="In French.", messages=[*Q, *GOOD]) == Demonstration((system, *Q), GOOD)
+    assert read(system="In French.", messages=[system, *Q, *GOOD]) == Demonstration((system, *Q), GOOD)
+    assert read(system="", messages=[*Q, *GOOD]) == Demonstration(Q, GOOD)
+    refuses("'system' and the system turn of messages differ", system="In German.", messages=[system, *Q, *GOOD])
+    refuses("system must be text", system=7, messages=[*Q, *GOOD])
+
+
+def test_a_column_that_would_be_lost_is_refused_unless_it_is_empty():
+    refuses("'history' is not read", prompt="One?", history=[["a", "b"]], completion="one")
+    with pytest.raises(UserError, match="'input' is not read, and would be lost: put what it says into instruction"):
+        read_prompt(Row({"instruction": "Add.", "input": "1, 1"}, "a.jsonl:12"))
+    assert read_prompt(Row({"instruction": "One?", "input": "", "history": []}, "a.jsonl:12")) == (Q, None)
+    assert read(prompt="One?", input="anything", completion="one") == Demonstration(Q, GOOD), "it is no part of the prompt"
+
+
+def test_arguments_of_a_tool_call_are_an_object_however_the_row_has_them():
+    def arguments(given: object) -> object:
+        call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": given}}]}
+        return read(messages=[*Q, call]).completion[0]["tool_calls"][0]["function"]["arguments"]
+
+    assert arguments('{"city": "Rome", "unit": null}') == {"city": "Rome", "unit": None}
+    assert arguments({"city": "Rome", "of_another_row": None, "of": {"x": None, "y": 1}}) == {"city": "Rome", "of": {"y": 1}}
+    assert arguments("Rome") == "Rome"
+    refuses("tool_calls of messages must be a list of objects", messages=[*Q, {**says("a"), "tool_calls": "add"}])
+
+
+@pytest.mark.parametrize("key", ["weight", "train"])
+def test_a_turn_of_weight_0_is_not_learned_from(key: str):
+    talk = [*Q, {**GOOD[0], key: 0}, user("Two?"), {**BAD[0], key: 1}, user("So?"), {**says("no"), key: False}]
+    unlearned = {**GOOD[0], "weight": 0}
+    for score in ("last", "all"):
+        assert read(score, messages=talk) == Demonstration((*Q, unlearned, user("Two?")), BAD)
+    refuses("no assistant turn of a weight other than 0", messages=[*Q, {**GOOD[0], key: 0}])
+    refuses(f"whose {key} is 0.5", messages=[*Q, {**GOOD[0], key: 0.5}])
+    refuses("starts or ends with a turn of weight 0", prompt="One?", completion=[{**GOOD[0], key: 0}])

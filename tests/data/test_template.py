@@ -138,3 +138,45 @@ def test_a_chat_template_can_be_given_as_jinja_or_as_a_file(tmp_path: Path):
     assert chat_template(tokenizer(None), None) == PLAIN
     with pytest.raises(UserError, match=r"model\.chat_template=.*no such file"):
         chat_template(made, str(tmp_path / "other.jinja"))
+
+
+# --- what a template leaves out
+
+
+def test_a_part_of_a_row_that_leaves_no_trace_is_refused_by_name():
+    tells_of_no_tool = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'tool'")
+    talk = (*PROMPT, says("One moment."), turn("tool", "2"))
+    for result in ("21 degrees", "2"):  # which stands in the answer too
+        with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template leaves out a tool's result"):
+            lay_out(tells_of_no_tool, (*talk[:-1], turn("tool", result)), (says("It is 2."),))
+    assert lay_out(CHATML, talk, (says("It is 2."),)).completions == ("It is 2.<|im_end|>",)
+    without_system = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'system'")
+    with pytest.raises(UserError, match=r"leaves out words of the system \('Be brief\.'\)"):
+        lay_out(without_system, (turn("system", "Be brief."), *PROMPT))
+    silent = TOOLS.replace("call['function'] | tojson", "call['function']['name']")
+    asked = {**call("add"), "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    with pytest.raises(UserError, match="leaves out the arguments of a tool call"):
+        lay_out(silent, PROMPT, (asked,))
+    assert '"a": 1' in lay_out(TOOLS, PROMPT, (asked,)).completions[0]
+
+
+def test_a_thought_that_is_learned_must_be_kept_and_one_of_an_earlier_turn_need_not():
+    thought = says("<think>\ncarry the one\n</think>\n\n32")
+    for one in (thought, {**says("32"), "reasoning_content": "carry the one"}):
+        with pytest.raises(UserError, match=r"leaves out a thought that is to be learned.*'carry the one'"):
+            lay_out(THINKING, PROMPT, (one,))
+    assert lay_out(THINKING, (*PROMPT, thought, user("And then?")), (says("Two."),)).completions == ("Two.</s>",)
+    assert "carry the one" in lay_out(LAST_THOUGHT, PROMPT, (thought,)).completions[0]
+
+
+def test_words_that_a_template_trims_escapes_or_repeats_are_there():
+    quoting = CHATML.replace("m['content']", "m['content'] | tojson")
+    assert lay_out(quoting, (user('Say "one"\n'),), (says("one"),)).prompt.count('Say \\"one\\"') == 1
+    assert lay_out(LLAMA3, (user("  x \n"), says(" x "), user("x")), (says(" x"),)).completions == ("x<|eot|>",)
+
+
+def test_a_turn_of_weight_0_is_in_the_row_and_is_not_scored():
+    talk = (says("Two."), user("Sure?"), {**says("No."), "weight": 0}, user("So?"), says("Yes."))
+    layout = lay_out(CHATML, PROMPT, talk)
+    assert [layout.completions[0][start:end] for start, end in layout.spans[0]] == ["Two.<|im_end|>", "Yes.<|im_end|>"]
+    assert "No.<|im_end|>" in layout.completions[0]

@@ -1,0 +1,102 @@
+"""Turns of a conversation as rows have them: text, or OpenAI-style messages, each brought to one form."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halos.errors import UserError
+from halos.types import Message, Turns
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+WEIGHT = "weight"  # of an assistant turn: 0 where it is not learned from
+ASKS = ("prompt", "instruction", "messages", "chosen", "rejected", "completion")
+
+
+def turns_of(value: Any, role: str, column: str, where: str) -> Turns:
+    """Text is one turn of `role`; a list is one of messages. Raises UserError with the row's place for anything else."""
+    if isinstance(value, str):
+        return ({"role": role, "content": value},)
+    if not isinstance(value, Sequence) or not value:
+        raise UserError(f"{where}: {column} must be text or a list of messages that is not empty")
+    return tuple(_turn(each, column, where) for each in value)
+
+
+def is_learned(turn: Message) -> bool:
+    """Whether an assistant said this, and it may be learned from."""
+    return turn["role"] == "assistant" and turn.get(WEIGHT) != 0
+
+
+def with_system(columns: dict[str, Any], where: str) -> dict[str, Any]:
+    """A column `system` is the first turn of what is asked. Raises UserError where there is another one already."""
+    words = columns.get("system")
+    if words in (None, "", []) or "type" in columns:
+        return columns
+    if not isinstance(words, str):
+        raise UserError(f"{where}: system must be text, and is {type(words).__name__}")
+    first = {"role": "system", "content": words}
+    return {**columns, **{name: _behind(first, columns[name], name, where) for name in ASKS if name in columns}}
+
+
+def _behind(first: Message, value: Any, column: str, where: str) -> Any:
+    """A column's turns behind the system's, where the conversation begins there."""
+    if isinstance(value, str):
+        return value if column not in ASKS[:2] else [first, {"role": "user", "content": value}]
+    if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
+        return value  # what it is, is told where it is read
+    if value[0].get("role") == "assistant" or value[0] == first:
+        return value
+    if value[0].get("role") == "system":
+        raise UserError(f"{where}: a column 'system' and the system turn of {column} differ: leave one of them out")
+    return [first, *value]
+
+
+def _turn(turn: Any, column: str, where: str) -> Message:
+    if not isinstance(turn, Mapping) or "role" not in turn:
+        given = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
+        raise UserError(f"{where}: each turn of {column} needs role and content, one {given}")
+    turn = {name: value for name, value in turn.items() if value is not None}
+    role, content = turn.get("role"), turn.get("content")
+    if role not in ROLES:
+        raise UserError(f"{where}: {column} has a turn of unknown role {role!r}; roles are {', '.join(ROLES)}")
+    if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
+        raise UserError(f"{where}: {column} has a turn of role {role} whose content is {type(content).__name__}, not text")
+    if "tool_calls" in turn:
+        turn["tool_calls"] = _calls(turn["tool_calls"], column, where)
+    return _weighed(turn, column, where)
+
+
+def _weighed(turn: dict[str, Any], column: str, where: str) -> Message:
+    """`weight` and `train` say of an assistant turn whether it is learned from; of others they say nothing."""
+    for name in (WEIGHT, "train"):
+        if turn.get(name, 1) not in (0, 1):
+            raise UserError(f"{where}: {column} has a turn whose {name} is {turn[name]!r}: 1 is learned from, and 0 is not")
+    learned = turn.pop(WEIGHT, 1) and turn.pop("train", 1)
+    return turn if learned or turn["role"] != "assistant" else {**turn, WEIGHT: 0}
+
+
+def _calls(calls: Any, column: str, where: str) -> list[Any]:
+    """Tool calls, their arguments as the object that templates print, where rows have it as JSON text."""
+    if not isinstance(calls, Sequence) or isinstance(calls, str) or not all(isinstance(call, Mapping) for call in calls):
+        raise UserError(f"{where}: tool_calls of {column} must be a list of objects")
+    return [{**call, "function": _called(call["function"])} if isinstance(call.get("function"), Mapping) else _called(call)
+            for call in calls]  # fmt: skip
+
+
+def _called(function: Mapping[str, Any]) -> dict[str, Any]:
+    given = function.get("arguments")
+    if isinstance(given, str):
+        try:
+            read = json.loads(given)
+        except ValueError:
+            read = given
+        given = read if isinstance(read, dict) else given
+    elif isinstance(given, Mapping):
+        given = _present(given)
+    return {**function, **({"arguments": given} if "arguments" in function else {})}
+
+
+def _present(value: Any) -> Any:
+    """Without keys that hold nothing: a table's rows all have the columns of any."""
+    if isinstance(value, Mapping):
+        return {name: _present(part) for name, part in value.items() if part is not None}
+    return [_present(part) for part in value] if isinstance(value, list) else value
