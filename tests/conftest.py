@@ -20,6 +20,7 @@ from tests import processes
 
 if TYPE_CHECKING:
     from halos.config.schema import Config
+    from halos.rundir import RunDir
     from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,6 +57,22 @@ def compose(cache: Path, output_root: Path, *overrides: str) -> Config:
     words = [*SMALL, f"cache_dir={cache}", f"output_root={output_root}", "exp_name=run", *overrides]
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         return gate.check(hydra.compose("config", words), words)
+
+
+@pytest.fixture
+def saved_twice(tmp_path: Path) -> RunDir:
+    """A run that has committed the checkpoints of steps 2 and 4, in which there is next to nothing."""
+    from halos.checkpoint import find, manifest
+    from halos.rundir import RunDir
+
+    directory = RunDir(tmp_path / "saved")
+    for step in (2, 4):
+        path = directory.checkpoints / find.name_of(step)
+        path.mkdir(parents=True)
+        (path / "weights").write_text(str(step))
+        (path / manifest.NAME).write_text(manifest.describe(path, {"step": step}))
+        find.record(directory, path)
+    return directory
 
 
 @pytest.fixture

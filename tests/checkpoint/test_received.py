@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,17 @@ def test_a_half_copied_model_is_refused(final: Path) -> None:
     (final / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json: missing"):
         received.check(final, "model.name_or_path")
+    listing = final / "manifest.json"
+    listing.write_bytes(listing.read_bytes()[: listing.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"manifest.json: unreadable"):
+        received.check(final, "model.name_or_path")
+
+
+def test_a_damaged_optimizer_is_not_begun_with(world: World, tmp_path: Path) -> None:
+    checkpoint = copied(world.place / "runs" / "sft" / "checkpoints" / "step-00000002", tmp_path)
+    flip(next(checkpoint.glob("state/optimizer/*.safetensors")))
+    said = world.refusal("next", "peft=lora", "peft.r=2", f"optim.init_from={checkpoint}", "dry_run=true")
+    assert f"optim.init_from={checkpoint / 'state'} is not what was saved there: state/optimizer/" in said
 
 
 def test_a_finished_run_whose_model_is_damaged_says_so_and_makes_it_again(world: World, tmp_path: Path) -> None:
@@ -152,11 +164,17 @@ def test_an_adapter_of_another_base_is_refused_by_content(world: World, final: P
     assert f"was trained on {world.base}, whose weights are others than those of {other.base}" in said
 
 
+def swapped(token: re.Match[str]) -> str:
+    return {'"<|end|>"': '"<|user|>"', '"<|user|>"': '"<|end|>"'}[token[0]]
+
+
 def test_an_adapter_of_other_tokens_is_refused(world: World, final: Path) -> None:
     path = final / "tokenizer.json"
-    path.write_text(path.read_text().replace('"<|end|>"', '"<|stop|>"'))
     (final / "manifest.json").unlink()
-    assert "was trained with another tokenizer" in begins(world, final)
+    whole = path.read_text()
+    for other in (whole.replace('"<|end|>"', '"<|stop|>"'), re.sub(r'"<\|(end|user)\|>"', swapped, whole)):
+        path.write_text(other)
+        assert "was trained with another tokenizer" in begins(world, final)
 
 
 def test_a_run_that_begins_with_an_adapter_keeps_the_chain_that_made_it(world: World, final: Path) -> None:

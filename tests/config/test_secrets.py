@@ -4,10 +4,24 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
+from halos.config import saved
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_addresses
 from halos.errors import UserError
+
+
+def test_what_is_of_one_command_is_not_taken_from_a_saved_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HALOS_CACHE", "/mine")
+    evil = {"plugins": ["evil"], "overwrite": True, "dry_run": True, "resume_changes": "allow", "cache_dir": "/evil",
+            "run_dir": "/evil", "resume": "/evil"}  # fmt: skip
+    made = saved.composed({**evil, "seed": 3}, "runs/a", "runs/a/checkpoints/step-2")
+    assert OmegaConf.to_container(made) == {
+        "plugins": [], "overwrite": False, "dry_run": False, "resume_changes": "refuse", "cache_dir": "/mine",
+        "run_dir": "runs/a", "resume": "runs/a/checkpoints/step-2", "seed": 3,
+    }  # fmt: skip
+
 
 NAMED = {  # by what a saved run says, which key must be typed again
     "sampler.name=vllm sampler.python=/tmp/evil": "online.sampler.python",
@@ -23,14 +37,14 @@ NAMED = {  # by what a saved run says, which key must be typed again
 def online(configure: Callable[..., Config]) -> Callable[[str], Config]:
     config: Any = configure("loss=online", "online.loss=dpo", "online.labeller.functions=[exact_match]")
 
-    def saved(words: str) -> Config:
+    def said(words: str) -> Config:
         for word in words.split():
             key, _, value = word.partition("=")
             section, _, name = key.rpartition(".")
             setattr(getattr(config.online, section) if section else config.online, name, None if value == "null" else value)
         return config
 
-    return saved
+    return said
 
 
 @pytest.mark.parametrize(("words", "key"), NAMED.items())

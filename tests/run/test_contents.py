@@ -13,9 +13,11 @@ from conftest import compose
 from safetensors.torch import load_file, save_file
 from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
 
+from halos.checkpoint import find, lineage, manifest
 from halos.models.load import load_tokenizer
 from halos.run import contents
 from halos.run.lifecycle import run
+from halos.rundir import RunDir
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,24 @@ def test_each_hash_is_of_what_its_key_names_and_of_nothing_else(world: World, tm
     path = base / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_version": "4", "_name_or_path": "elsewhere"}))
     assert differing() == set()
+
+
+def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_stood_on(tmp_path: Path) -> None:
+    directory = RunDir(tmp_path)
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / "000.yaml").write_text("overrides: []\n")
+    assert contents.recorded(directory) is None
+    for step in (2, 4):
+        sections = {key: {} for key in ("model", "train", "optim", "schedule", "peft", "loss")}
+        runs = [{"base": {"name": "b", "sha256": f"{name}{step}"}, "loss": "dpo", "result": {}, "config": sections, "data": {}}
+                for name in ("first", "last")]  # fmt: skip
+        path = directory.checkpoints / find.name_of(step)
+        path.mkdir(parents=True)
+        (path / lineage.NAME).write_text(json.dumps({"format": 1, "runs": runs}))
+        (path / manifest.NAME).write_text(manifest.describe(path, {"step": step}))
+    known = contents.recorded(directory)
+    assert known is not None
+    assert known.hashes == {"model.weights": "last4"}
 
 
 # --- what has changed

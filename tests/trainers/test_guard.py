@@ -274,6 +274,7 @@ def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_re
     assert run(configure(*RUN, "train.steps=2"), []) == 0
     assert [path.name for path in find.checkpoints(place / "checkpoints")] == ["step-00000002"]
     assert good.read(RunDir(place)) == good.Good(2)
+    assert [row["step"] for row in RunDir(place).commits.read().rows] == [1, 2], "the one that is gone has been there"
 
     again = [*RUN, f"resume={place}", "resume_changes=allow", "train.steps=9"]
     changed = [Change("train.steps", 2, 9, None)]
