@@ -200,7 +200,8 @@ class RunLock:
             if started and holder.process_start and started != holder.process_start:
                 return Verdict(content, alive=False, why=f"{holder}: that process is gone, its pid is another's now")
             alive = holder.pid != os.getpid()  # this very process may begin again
-            return Verdict(content, alive=alive, why=f"another process is training in {place}: {holder}")
+            copied = f"if {place} is a copy of the directory in which it does, delete {self.path}"
+            return Verdict(content, alive=alive, why=f"another process is training in {place}: {holder}; {copied}")
         who = str(holder) if holder else "its lock cannot be read"
         silent = f"silent for {max(0, now - touched):.0f} s"
         earlier = holder is not None and holder.precedes(Holder.myself(0))

@@ -112,9 +112,10 @@ class RunDir:
         """Leave nothing of a start that was refused before its first step, so that the command can be mended and given again."""
         if self.checkpoints.is_dir() or self.final.exists() or any(row["step"] for row in self.read_metrics()):
             return
-        logs = [path.name for path in self.path.glob("train.*log")]
-        for name in ("attempts", "config.yaml", "metrics.jsonl", "result.json", REPORT, RESERVE, *logs):
-            confined.remove(self.path / name)
+        begun = is_run(self.path)  # then all that lies here but the lock is of this start: it began in an empty directory
+        for name in self._names():
+            if name != LOCK and (begun or name in LEFTOVERS or name.startswith(HIDDEN)):
+                confined.remove(self.path / name)
 
     @classmethod
     def at(cls, resume: str) -> Self:

@@ -8,7 +8,9 @@ from pathlib import Path
 from halos import confined
 from halos.checkpoint import find, manifest
 from halos.errors import UserError, command, one_line
-from halos.rundir import RunDir, is_run
+from halos.rundir import ASIDE, RunDir, is_run
+
+KEPT = ("rollouts/*", f"checkpoints/{ASIDE}*/*")
 
 
 def _size(path: Path) -> str:
@@ -66,15 +68,21 @@ def verify(run: Path) -> int:
     return int(_verify_saves(run, "") or bad)
 
 
+def _kept_beside(run: Path) -> list[Path]:
+    """What else of a run is under a manifest: what was known of its rollouts, and what was set aside."""
+    return sorted(path.parent for pattern in KEPT for path in run.glob(f"{pattern}/{manifest.NAME}"))
+
+
 def _verify_saves(run: Path, prefix: str) -> bool:
     """Whether a file of a checkpoint is not what it was."""
-    bad = False
-    for path in _saved(run):
+    bad, beside = False, _kept_beside(run)
+    for path in [*_saved(run), *beside]:
         faults = {fault.file: fault for fault in manifest.verify(path)}
         listing = manifest.read(path)
         listed = {} if isinstance(listing, manifest.Fault) else listing["files"]
         for name in sorted({*listed, *faults}):
-            print(f"{one_line(f'{prefix}{path.name}/{name}')}: {faults[name].reason if name in faults else 'ok'}")
+            shown = path.relative_to(run) if path in beside else path.name
+            print(f"{one_line(f'{prefix}{shown}/{name}')}: {faults[name].reason if name in faults else 'ok'}")
         bad |= bool(faults)
     return bad
 

@@ -16,7 +16,8 @@ from halos.checkpoint import manifest
 
 HIDDEN = ".partial-"
 REPLACED = ".replaced-"
-TEMPORARY = re.compile(r"\..+\.\d+")  # .NAME.PID: a small file of RunDir's, on its way to NAME
+# .NAME.PID: a small file of ours on its way to NAME; whatever else is hidden may be somebody's
+TEMPORARY = re.compile(r"\.[\w.-]+\.(?:json|jsonl|yaml|md|html|reserve)\.\d+")
 # safetensors and torch.distributed.checkpoint wrap the system's error and keep its words
 FULL = re.compile(rf"(?:\[Errno|os error) (?:{errno.ENOSPC}|{errno.EDQUOT})\b")
 

@@ -16,6 +16,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from halos import confined
 from halos.checkpoint import card, find, lineage, manifest, received
 from halos.checkpoint.commit import HIDDEN, staged
+from halos.checkpoint.weights import HEAD_FILE, VALUE_HEAD
 from halos.confined import NO_CODE
 from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
@@ -91,7 +92,7 @@ def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: 
         result = combine(case, place, lineage.hashes, shard=shard)
         if not result.holds:
             raise UserError(f"the merged model is not the adapter's: {result}. Nothing was written")
-        _copy_words(saved, place)
+        _copy_beside(saved, place)
         if not case.reward:
             _copy_generation(where, saved, place)
         _describe(saved, place, output.name, adapter=False, reward=case.reward)
@@ -118,7 +119,7 @@ def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
         if base is not None or lineage.on_the_hub(name):
             named = {"base_model_name_or_path": str(base.resolve()) if base is not None else name}
             settings.write_text(json.dumps({**confined.load_object(settings), **named}, indent=2))
-        _copy_words(saved, place)
+        _copy_beside(saved, place)
         reward = _settings(place).task_type == "SEQ_CLS"
         _describe(saved, place, output.name, adapter=True, reward=reward)
     return "the adapter as it was saved"
@@ -137,7 +138,7 @@ def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: 
             raise UserError(f"what was written is not what was saved: {faults[0]}. Nothing was written")
         config.dtype = dtype or config.dtype
         config.save_pretrained(place)
-        _copy_words(saved, place)
+        _copy_beside(saved, place)
         _copy_generation(saved.model, saved, place)
         reward = any("SequenceClassification" in name for name in config.architectures or [])
         if (saved.path / "merge_report.json").is_file() and dtype is None:
@@ -172,7 +173,7 @@ def _new(output: Path, path: Path) -> Iterator[Path]:
     if output.exists():
         raise UserError(f"{output} exists already: name another --output")
     try:
-        with staged(output, main=True, facts={"exported_from": str(path)}) as place:
+        with staged(output, main=True, facts={"exported_from": path.name}) as place:  # for others: no place of this machine
             yield place
     except BaseException:
         shutil.rmtree(output.with_name(HIDDEN + output.name), ignore_errors=True)
@@ -196,11 +197,16 @@ def _vocabulary(saved: Saved, base: Path) -> Vocabulary:
     return vocabulary_of(base, saved.adapter, saved.words, added)
 
 
-def _copy_words(saved: Saved, place: Path) -> None:
+def _copy_beside(saved: Saved, place: Path) -> None:
+    """The tokenizer, and a value head as it was saved: a later run that has one goes on with it."""
     for pattern in WORDS:
         for file in saved.words.glob(pattern):
             if file.is_file():
                 saved.copy(file, place)
+    head = next((at for at in (saved.path, saved.path.parent) if (at / VALUE_HEAD / HEAD_FILE).is_file()), None)
+    if head is not None and (head == saved.path or saved.path.name in ("adapter", "model")):
+        (place / VALUE_HEAD).mkdir()
+        confined.copy(head / VALUE_HEAD / HEAD_FILE, place / VALUE_HEAD / HEAD_FILE, within=head)
 
 
 def _copy_generation(model: Path, saved: Saved, place: Path) -> None:

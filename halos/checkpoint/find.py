@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,14 @@ def checkpoints(directory: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def record(run: RunDir, checkpoint: Path) -> None:
-    """Note outside checkpoints/ that this one has become durable. A disk that is full loses the note, not the run."""
+def record(run: RunDir, checkpoint: Path | None) -> None:
+    """Note outside checkpoints/ that this one has become durable; None: that the run begins again at step 0, since none was good.
+    A disk that is full loses the note, not the run."""
+    row = {"step": step_of(checkpoint) if checkpoint else 0, "checkpoint": checkpoint.name if checkpoint else None}
     try:
-        run.commits.add({"step": step_of(checkpoint), "checkpoint": checkpoint.name})
+        run.commits.add(row)
     except OSError as error:
-        log.warning("%s: that %s was saved could not be noted: %s", run.commits.path, checkpoint.name, error)
+        log.warning("%s could not be written (%s): it lacks %s", run.commits.path, error, row)
 
 
 def go_on(run: RunDir, asked: Path | None) -> Found:
@@ -67,25 +69,37 @@ def look(run: RunDir, asked: Path | None) -> Found:
 
 
 def _choose(run: RunDir, asked: Path | None) -> Found:
+    known = good.read(run)
     doubted = good.doubted(run)
     found = Found(exactly(asked), []) if asked else newest(run.checkpoints, doubted=doubted)
-    if found.path is None and not doubted:  # where all are, step 0 is the last that was good
+    if found.path is None and (not doubted or known.until >= 0):  # where none was ever good, step 0 is the last that was
         refuse_lost(run, found)
     return found
 
 
 def refuse_lost(run: RunDir, found: Found) -> None:
     """Raises UserError where a run has committed checkpoints and none of them is whole: step 0 would throw its work away."""
-    steps = [int(row["step"]) for row in run.commits.read().rows] + [step_of(path) for path in checkpoints(run.checkpoints)]
-    if not steps or any(run.checkpoints.glob(f"{commit.REPLACED}*")):  # the one that is moved aside comes back
+    noted, known = run.commits.read(), good.read(run)
+    steps = _since_the_beginning(noted.rows) + [step_of(path) for path in checkpoints(run.checkpoints)]
+    if not (steps or noted.fault) or any(run.checkpoints.glob(f"{commit.REPLACED}*")):  # the one that is moved aside comes back
         return
     why = f" ({'; '.join(found.passed_over)})" if found.passed_over else f": {run.checkpoints} holds none"
+    saved = f"checkpoints up to step {max(steps)}" if steps else f"checkpoints, by {run.commits.path} ({noted.fault})"
+    sound = "whole" if known.doubted_at is None else "whole and known to be good"
     aside = sorted(path for path in run.checkpoints.glob(f"{ASIDE}*/step-*") if not manifest.verify(path))
     whole = f" or move {aside[-1]} back into {run.checkpoints}," if aside else ""
     raise UserError(
-        f"{run.path} has saved checkpoints up to step {max(steps)}, and none of them is whole{why}. It does not begin again at"
-        f" step 0 by itself: bring one back from a copy,{whole} or begin a new run (delete {run.path}, or another exp_name)"
+        f"{run.path} has saved {saved}, and none of them is {sound}{why}. It does not begin again at step 0 by itself: bring one"
+        f" back from a copy,{whole} or begin a new run (delete {run.path}, or another exp_name)"
     )
+
+
+def _since_the_beginning(rows: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Steps of the checkpoints that were noted since the run has last begun at step 0."""
+    steps = list[int]()
+    for row in rows:
+        steps = [*steps, int(row["step"])] if row.get("checkpoint") is not None else []
+    return steps
 
 
 def refuse_misplaced(run: RunDir) -> None:

@@ -14,7 +14,12 @@ from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
-MARKS = (b'"sha256"', b'"seal"', b'"files"', b'"format"')  # two of them make a manifest.json one of ours, damaged or not
+MARKS = (
+    b'"sha256"',
+    b'"seal"',
+    b'"files"',
+    b'"format"',
+)  # two of them make a manifest.json one of ours, damaged or not
 # of a file that no manifest lists: whether loading would read it
 READ = ("*.safetensors", "*.index.json", "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja",
         "vocab*", "merges.txt")  # fmt: skip
@@ -44,7 +49,7 @@ def _is_ours(directory: Path) -> bool:
     if not path.is_file():
         return False
     data = confined.read_bytes(path)
-    return sum(mark in data for mark in MARKS) >= 2
+    return sum(mark in data for mark in MARKS) >= 2 or (directory / lineage.NAME).is_file()  # emptied, or cut off
 
 
 def _damage(root: Path, part: str, cache: Path | None) -> list[manifest.Fault]:

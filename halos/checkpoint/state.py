@@ -136,7 +136,7 @@ def load_progress(directory: Path, step: int) -> dict[str, Any]:
     """Where the run was at `step`. Raises UserError for what no save of that step has written."""
     path = directory / "progress.json"
     progress = confined.load_object(path, within=directory)
-    counts = {name: int for name in ("bad_steps", "skipped_steps") if name in progress}
+    counts = {name: int for name in ("bad_steps", "skipped_steps", "finite_at") if name in progress}
     if wrong := [name for name, kind in {**PROGRESS, **counts}.items() if type(progress.get(name)) is not kind]:
         raise UserError(f"{path} is not what a save writes: its {wrong[0]} is missing or of another kind")
     if progress["step"] != step:

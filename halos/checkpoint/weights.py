@@ -16,6 +16,7 @@ from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
 
 VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
+HEAD_FILE = "model.safetensors"  # in it
 HEAD = "value_head."  # how its tensors are called in the module that is trained
 
 
@@ -68,13 +69,13 @@ def apart(directory: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
     head = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
     if head:
         (directory / VALUE_HEAD).mkdir()
-        save_file({name: value.contiguous() for name, value in head.items()}, directory / VALUE_HEAD / "model.safetensors")
+        save_file({name: value.contiguous() for name, value in head.items()}, directory / VALUE_HEAD / HEAD_FILE)
     return {name: value for name, value in state.items() if not name.startswith(HEAD)}
 
 
 def load_value_head(directory: Path, head: nn.Module) -> bool:
     """Whether a value head lies beside the model or checkpoint in `directory`. Raises UserError for one of another model."""
-    path = directory / VALUE_HEAD / "model.safetensors"
+    path = directory / VALUE_HEAD / HEAD_FILE
     if not path.is_file():
         return False
     with doing(f"{path} cannot be read"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from halos.config.paths import BUNDLED_MODELS, located
 from halos.config.schema import Config
 from halos.config.values import show
+from halos.confined import UnreadableError, load_json
 from halos.errors import UserError
 
 SAFE = "safe"  # what a step computes does not depend on it
@@ -67,7 +67,10 @@ def _microbatch(config: Config, past: Past) -> str | None:
     found = next((place / "config.json" for place in places if (place / "config.json").is_file()), None) or _cached(config)
     if found is None:
         return "whether its model has dropout cannot be told before it loads"
-    dropout = _dropout(json.loads(found.read_text(encoding="utf-8")))
+    try:
+        dropout = _dropout(load_json(found))
+    except UnreadableError as error:
+        return f"whether its model has dropout cannot be told: {error}"
     return f"with the model's {dropout} it decides what is dropped" if dropout else None
 
 

@@ -26,7 +26,7 @@ from halos.merge.merge_and_prove import case_of, combine
 from halos.merge.rehearsal import rehearse
 from halos.merge.trained import Trained, ask, probe
 from halos.metrics_file import finite
-from halos.rundir import existing
+from halos.rundir import FULL, existing
 from halos.types import Range
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class CheckpointHook(Hook):
         self._whole: set[int] = set()  # steps whose checkpoints this attempt has verified or written; on the first process
         self._good_until = -1  # the step up to which checkpoints are known to be good, as it stands on the disk; there too
         self._full: Stop | None = None
+        self._told = False  # that the note could not be written
         self._removal: Thread | None = None  # deletes older checkpoints beside the steps
         self.origin: dict[str, Any] = {}
 
@@ -83,7 +84,7 @@ class CheckpointHook(Hook):
             self.origin = origin.begin(run)
             self._whole = set(self._verified(run))
             self._good_until = min(good.read(run.directory).until, run.step)
-            good.write(run.directory, good.Good(self._good_until))
+            self._note(run, good.Good(self._good_until))
 
     def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
         """FINAL at once; of a checkpoint what the steps change is gathered, or copied, and what writes it is given back."""
@@ -123,9 +124,24 @@ class CheckpointHook(Hook):
         known = [step for step in self._whole if self._good_until < step <= run.finite_at]
         if not run.main or not known:
             return False
+        if not self._note(run, good.Good(max(known))):
+            return False  # and what was kept stays
         self._good_until = max(known)
-        good.write(run.directory, good.Good(self._good_until))
         self._delete_expendable(run)
+        return True
+
+    def _note(self, run: Run, known: good.Good) -> bool:
+        """Whether it stands on the disk. One that is full costs the note, until a later step finds room."""
+        try:
+            good.write(run.directory, known)
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            if not self._told:
+                log.warning("which checkpoints are good cannot be noted (%s): the last one that was is kept until it can", error)
+            self._told = True
+            return False
+        self._told = False
         return True
 
     def _delete_expendable(self, run: Run) -> None:
@@ -145,7 +161,7 @@ class CheckpointHook(Hook):
     def on_end(self, run: Run) -> None:
         self._await_removal()
         if run.main and run.stop is not None and run.stop.failed:
-            good.write(run.directory, good.Good(self._good_until, doubted_at=run.step))
+            self._note(run, good.Good(self._good_until, doubted_at=run.step))
 
     def _await_removal(self) -> None:
         """Room that older checkpoints still take is not there for the next save."""
@@ -292,6 +308,7 @@ def progress_of(run: Run) -> dict[str, Any]:
         "window": run.window.totals,
         "bad_steps": run.bad_steps,
         "skipped_steps": run.skipped_steps,
+        "finite_at": run.finite_at,
         "world_size": run.accelerator.num_processes,
         "hooks": {name: hook.state_dict() for name, hook in run.hooks.items()},
     }
@@ -305,9 +322,11 @@ def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
         state.load_optimizer(directory, run.module, run.optimizer)
         state.load_random(directory, run.accelerator.process_index)
         for name, hook in run.hooks.items():
-            hook.load_state_dict(progress["hooks"].get(name, {}))
+            if name in progress["hooks"]:  # one that was not there then begins now
+                hook.load_state_dict(progress["hooks"][name])
     run.step, run.examples, run.tokens = progress["step"], progress["examples"], progress["tokens"]
     run.last_eval, run.last_train = progress["last_eval"], progress["last_train"]
     run.window.totals = progress["window"]
     run.bad_steps, run.skipped_steps = progress.get("bad_steps", 0), progress.get("skipped_steps", 0)
+    run.finite_at = progress.get("finite_at", -1)
     return progress

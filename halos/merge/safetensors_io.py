@@ -205,6 +205,6 @@ def size_of(text: str) -> int:
     """`5GB`, `200MB`: decimal units as the hub counts them. Raises UserError."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         number = text.upper().removesuffix(unit)
-        if number != text.upper() and number.replace(".", "", 1).isdigit() and float(number) > 0:
+        if number != text.upper() and number.replace(".", "", 1).isdecimal() and float(number) > 0:
             return int(float(number) * scale)
     raise UserError(f"'{text}' is no size: write a number and a unit, such as 5GB or 200MB")

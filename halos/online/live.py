@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,10 @@ from halos.online.samplers.hf import HFEngine
 from halos.online.samplers.request import Completion, Request, requests_for, row_of
 from halos.online.samplers.vllm import ServerEngine
 from halos.online.servers import refuse_silent
+from halos.rundir import FULL
 from halos.types import Comparison, Example, Judgement, Scored
+
+log = logging.getLogger(__name__)
 
 FAR = 100_003  # batches of prompts between those of a step and those that are tried in their place
 FEEDBACK: dict[type, str] = {Comparison: feedback.PAIRWISE, Judgement: feedback.BINARY}
@@ -142,13 +146,22 @@ class Live:
         scored = self._scored(self.prompts.requests(self.prompts.exam, 0), self.prompts.exam)
         if self.run.main and self.online.show:
             rows = measure.examples(scored, self.online.show)
-            measure.write_examples(self.run.directory.path, rows, f"{self.config.exp_name}, step {self.run.step}")
+            self._show(rows)
             for hook in self.run.hooks.values():
                 hook.on_examples(self.run, rows)
         found = measure.of_samples(scored, split=EVAL)
         if "reward" not in found:
             raise UserError(f"none of the {len(scored)} held-out answers has a score: {scored[0].get('problem')}")
         return {**found, "examples": len(scored)}
+
+    def _show(self, rows: Sequence[Row]) -> None:
+        """samples.md, for people: a disk that is full costs it, and not the run."""
+        try:
+            measure.write_examples(self.run.directory.path, rows, f"{self.config.exp_name}, step {self.run.step}")
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            log.warning("samples.md could not be written: %s", error)
 
     # --- sampling and scoring --------------------------------------------------------------------------------------------
 

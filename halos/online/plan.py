@@ -17,6 +17,7 @@ from halos.config.schema import Config, Online
 from halos.config.values import quoted
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
+from halos.hooks import kl
 from halos.online import feedback
 from halos.online.labellers.of_config import judge_of, refuse_unscorable, reward_model_of
 from halos.online.prompts import read_prompts
@@ -191,5 +192,7 @@ class Plan:
         """Of a KL that follows a target: where the last round has left it."""
         if self.loss.adapt is None or self.loss.settings.get("kl_target") is None:
             return None
-        rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]
+        if (left := kl.left_in(before / "FINAL")) is not None:
+            return left
+        rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]  # of an older version
         return float(rows[-1]["kl_coefficient"]) if rows else None

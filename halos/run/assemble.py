@@ -43,16 +43,18 @@ def assemble(
         restore(current, source.path)  # last: loading models draws random numbers
     elif config.optim.init_from is not None:
         load_optimizer(Path(config.optim.init_from) / "state", current.module, current.optimizer)
-    if made.is_main_process:
-        resume.record(current, typed, source, changed, run.changed)
     proof.of_start(current, run.structure.verdict)
     skeleton = partial(models.structure, run.structure.shelf, reward=False)
     rows = run.rows.open(current, skeleton)
-    header.write(run, made)
-    return TRAINERS[run.loss.inputs](
+    trainer = TRAINERS[run.loss.inputs](
         current, run.loss, run.checkpoint, train=rows.train, held_out=rows.held_out, order=rows.order, reference=against,
         exam=rows.exam,
     )  # fmt: skip
+    trainer.refuse_lost()
+    if made.is_main_process:
+        resume.record(current, typed, source, changed, run.changed)  # only now: what is refused leaves a run as it was
+    header.write(run, made)
+    return trainer
 
 
 def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:

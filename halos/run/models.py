@@ -181,8 +181,9 @@ def wrapped(shelf: Shelf, model: nn.Module, inputs: type, checkpoint: Path | Non
         return LanguageModel(model, temperature=temperature)
     made = ActorCritic(model, temperature=temperature)
     adapter = shelf.config.peft.init_from
-    for place in (checkpoint,) if checkpoint else (Path(adapter).parent if adapter else None, shelf.base):
-        if place is not None and load_value_head(place, made.value_head):
+    beside = [Path(adapter), Path(adapter).parent] if adapter else []  # of an adapter that was exported, or lies in a save
+    for place in (checkpoint,) if checkpoint else (*beside, shelf.base):
+        if load_value_head(place, made.value_head):
             log.info("%-10s from %s", "value head", place)
             break
     return made

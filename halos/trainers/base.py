@@ -27,7 +27,7 @@ from halos.checkpoint.commit import DiskFullError, Gather, staged
 from halos.checkpoint.saving import Saving
 from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
-from halos.data.dataset import Item
+from halos.data.dataset import Dataset, Item
 from halos.data.order import eval_batches
 from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
@@ -74,7 +74,7 @@ class Trainer(ABC):
         self.run, self.loss, self.checkpoint = run, loss, checkpoint
         self.train, self.held_out, self.order, self.reference = train, held_out, order, reference
         self.exam = exam  # what an evaluation measures, where it is not the loss over held-out items
-        self.guard = Guard(run, self._output)
+        self.guard = Guard(run, self._output, self._rows_of)
         self.settings = run.config.train
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self._clock, self._window_tokens = 0.0, 0
@@ -89,6 +89,9 @@ class Trainer(ABC):
     @abstractmethod
     def inputs(self, output: Any, chunk: Chunk) -> Any:
         """The loss's first parameter, from the model's output over the `rows` of a chunk's items."""
+
+    def refuse_lost(self) -> None:  # noqa: B027  most need nothing else
+        """Raises UserError where what a run goes on with besides a checkpoint is damaged or gone; changes nothing."""
 
     def begin(self) -> None:  # noqa: B027  most have nothing to do
         """What is to be known of the data before the first step."""
@@ -361,6 +364,13 @@ class Trainer(ABC):
     def _means(self, loss: Loss, chunk: Chunk) -> dict[str, Mean]:
         count = len(chunk.items) if loss.per == "item" else chunk.num_scored
         return {**loss.metrics, "loss": Mean(loss.values.detach().sum(), loss.values.new_tensor(float(count)))}
+
+    def _rows_of(self, step: int) -> Sequence[Item]:
+        """This process's first rows of a step that is over; none where they were sampled."""
+        if not isinstance(self.train.rows, Dataset):
+            return ()
+        settings = self.settings.microbatch_size, (self.run.config.seed, step)
+        return deal(self.train, self.order.batch(step), self.run.accelerator, size=settings[0], seeds=settings[1])[0].items
 
     def _output(self, items: Sequence[Item]) -> Any:
         """The policy's alone."""

@@ -17,6 +17,7 @@ from halos.data.dataset import Dataset, Item
 from halos.distributed.strategy import own_part
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
+from halos.rundir import FULL
 from halos.trainers.deal import Split
 from halos.types import Scored
 
@@ -52,9 +53,11 @@ class Guard:
     Data, schedule and random numbers go on; the optimizer, and whatever else a step moves, do not.
     """
 
-    def __init__(self, run: Run, forward: Callable[[Sequence[Item]], Any]) -> None:
-        """`forward` is the model's output over rows; every process calls it."""
-        self.run, self._forward = run, forward
+    def __init__(
+        self, run: Run, forward: Callable[[Sequence[Item]], Any], rows_of: Callable[[int], Sequence[Item]] = lambda _: ()
+    ) -> None:
+        """`forward` is the model's output over rows, and every process calls it; `rows_of` a step: its first."""
+        self.run, self._forward, self._rows_of = run, forward, rows_of
         self._probe: Sequence[Item] = ()  # rows of this process whose forward pass was finite
         self._finite_loss_at: int | None = None  # the step of the last evaluation, where its loss was finite
 
@@ -134,10 +137,12 @@ class Guard:
     @torch.no_grad()
     def _probe_is_finite(self) -> bool:
         """By one forward pass, where no evaluation has shown it of the last weights. Every process calls."""
-        if not self._probe:
-            return True  # no step of this attempt has changed them
+        # where no step of this attempt was finite, the rows of the last one before it that was
+        probe = self._probe or (self._rows_of(self.run.finite_at) if self.run.finite_at >= 0 else ())
+        if not probe:
+            return True
         self.run.module.eval()
-        leaves = [leaf for leaf in tree_leaves(self._forward(self._probe)) if leaf.is_floating_point()]
+        leaves = [leaf for leaf in tree_leaves(self._forward(probe)) if leaf.is_floating_point()]
         if isinstance(self.run.module, FSDPModule):
             self.run.module.reshard()  # without a backward the root's parameters stay whole
         fine = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
@@ -169,8 +174,14 @@ class Guard:
         run = self.run
         facts = {"step": run.step, "split": split, "loss": _shown(loss), "lr": run.optimizer.param_groups[0]["lr"]}
         facts |= {"grad_norm": _shown(norm), "bad_steps": run.bad_steps} if norm is not None else {}
-        if run.main:
+        if not run.main:
+            return
+        try:
             run.directory.append_bad_rows({**facts, "rows": rows})
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            log.warning("%s could not be written, and lacks the rows of this step: %s", run.directory.bad_rows, error)
 
     def _everyones(self, split: Split, parts: Sequence[Contribution], *, all_of_them: bool) -> list[dict[str, Any]]:
         """Rows of all processes, or those whose own loss is not finite; every process calls."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
-from halos.checkpoint import manifest
+from halos.checkpoint import find, lineage, manifest
 from halos.checkpoint.commit import staged
 from halos.data.collate import PackRow, pack
 from halos.data.dataset import Dataset, Item
@@ -87,11 +87,14 @@ class PolicyGradientTrainer(Trainer):
         values, returns = given.values[:, :width], given.returns[:, :width]
         return ValuedRollouts(logps, old, advantages, given.rewards, output.values, values, returns)
 
+    def refuse_lost(self) -> None:
+        for name, split in self._data_sets():
+            self._is_there(split, name)
+
     def begin(self) -> None:
         try:
-            for split in (self.train, self.held_out):
-                if split is not None and isinstance(split.rows, Dataset):
-                    self._known(split)
+            for _, split in self._data_sets():
+                self._known(split)
         except ToldError:
             return  # the loop sees it too
         if isinstance(self.train.rows, Dataset):
@@ -108,6 +111,10 @@ class PolicyGradientTrainer(Trainer):
 
     # --- what is known of rows before the policy moves -------------------------------------------------------------------
 
+    def _data_sets(self) -> list[tuple[str, Split]]:
+        named = (("train", self.train), ("eval", self.held_out))
+        return [(name, split) for name, split in named if split is not None and isinstance(split.rows, Dataset)]
+
     def _known(self, split: Split) -> Known:
         """Of a data set computed once, or read from the run's directory, where the first attempt has put it."""
         if not isinstance(split.rows, Dataset):
@@ -119,15 +126,44 @@ class PolicyGradientTrainer(Trainer):
 
     def _read_or_find_out(self, split: Split, name: str) -> Known:
         place = self.run.directory.path / NAME / name
-        there = [not manifest.verify(place) if self.run.main and place.is_dir() else False]
-        if not gather_object(there)[0]:
-            if self.run.step:
-                raise UserError(f"{place} is damaged or gone, and the policy that it tells of has moved on since: begin anew")
+        if not self._is_there(split, name):
+            if self.run.main and self.run.step:
+                log.warning("%s: rows or settings are others now: read anew, with the policy of step %d", place, self.run.step)
             known = self._find_out(split, name)
-            with staged(place, main=self.run.main, gather=gather_object, facts={"rows": len(split.rows)}) as hidden:
+            facts = {"rows": len(split.rows), "stands_on": self._stands_on(name)}
+            with staged(place, main=self.run.main, gather=gather_object, facts=facts) as hidden:
                 if self.run.main:
                     save(hidden, known)
         return load(place)
+
+    def _is_there(self, split: Split, name: str) -> bool:
+        """Whether the run's directory holds what is to be known of these rows. Raises UserError where it has held it, and the
+        policy that it tells of has moved on since."""
+        place, there, problem = self.run.directory.path / NAME / name, False, None
+        if self.run.main:
+            listing = manifest.read(place) if place.is_dir() and not manifest.verify(place) else None
+            if isinstance(listing, dict):
+                mine = self._stands_on(name)  # of which an older version has noted nothing
+                there = listing["rows"] == len(split.rows) and listing.get("stands_on", mine) == mine
+            elif self.run.step and self._stood_on(name):
+                problem = f"{place} is damaged or gone, and the policy that it tells of has moved on since: begin anew"
+        there, problem = gather_object([(there, problem)])[0]
+        if problem is not None:
+            raise UserError(problem)
+        return there
+
+    def _stands_on(self, name: str) -> dict[str, Any]:
+        """What log-probs and values of rows depend on, besides the policy's own steps; on the first process."""
+        config, hashes = self.run.config, self.run.content.hashes if self.run.content is not None else {}
+        models = ("model.weights", "reference.weights", "peft.init_from", "model.chat_template")
+        knobs = {"temperature": config.train.temperature, "adapter": config.reference.adapter}
+        asked = {"reference": self.loss.needs_reference, "values": self.loss.inputs is ValuedRollouts}
+        return {"rows": hashes.get(f"data.{name}"), **{key: hashes.get(key) for key in models}, **knobs, **asked}
+
+    def _stood_on(self, name: str) -> bool:
+        """Whether the run had these rows when the checkpoint was saved that it goes on from."""
+        chain = lineage.read(self.run.directory.checkpoints / find.name_of(self.run.step))
+        return chain is None or (chain["runs"][-1].get("content") or {}).get(f"data.{name}") == self._stands_on(name)["rows"]
 
     @torch.no_grad()
     def _find_out(self, split: Split, name: str | None) -> Known:

@@ -99,7 +99,7 @@ def test_the_coefficient_of_an_adaptive_kl_moves_and_is_part_of_the_state(scored
     assert totals["kl_coefficient"][0] == before
     assert hook.value == pytest.approx(before * (1 - 0.2 * 11 / 100))  # the KL is 0 at the start, far below its target
     hook.load_state_dict({"value": 0.5})
-    assert hook.state_dict() == {"value": 0.5}
+    assert hook.state_dict() == {"value": 0.5, "start": before}
 
 
 def test_a_batch_holds_whole_groups() -> None:
