@@ -10,6 +10,7 @@ from typing import Any
 from halos import confined
 from halos.checkpoint import commit, good, manifest
 from halos.errors import UserError
+from halos.hashes import short
 from halos.rundir import ASIDE, RunDir
 
 log = logging.getLogger(__name__)
@@ -42,9 +43,13 @@ def checkpoints(directory: Path) -> list[Path]:
 
 
 def record(run: RunDir, checkpoint: Path | None) -> None:
-    """Note outside checkpoints/ that this one has become durable; None: that the run begins again at step 0, since none was good.
-    A disk that is full loses the note, not the run."""
-    row = {"step": step_of(checkpoint) if checkpoint else 0, "checkpoint": checkpoint.name if checkpoint else None}
+    """Note outside checkpoints/ that this one has become durable, with the seal of its manifest; None: that the run begins again
+    at step 0, since none was good. A disk that is full loses the note, not the run."""
+    row: dict[str, Any] = {"step": 0, "checkpoint": None}
+    if checkpoint is not None:
+        listing = manifest.read(checkpoint)
+        seal = None if isinstance(listing, manifest.Fault) else listing["seal"]
+        row = {"step": step_of(checkpoint), "checkpoint": checkpoint.name, "seal": seal}
     try:
         run.commits.add(row)
     except OSError as error:
@@ -106,17 +111,31 @@ def refuse_misplaced(run: RunDir) -> None:
     """Raises UserError where somebody has put a checkpoint here that is none of this run, or renamed one."""
     settings = confined.parse_yaml(run.read_config(), str(run.config)) if run.config.is_file() else None
     settings = settings if isinstance(settings, dict) else {}
+    sealed = _seals(run.commits.read().rows)
     for path in checkpoints(run.checkpoints):
-        if why := _misplaced(path, settings):
+        if why := _misplaced(path, settings, sealed.get(step_of(path))):
             raise UserError(f"{path} is not what this run saved there: {why}. Move it away")
 
 
-def _misplaced(path: Path, settings: Mapping[str, Any]) -> str | None:
+def _seals(rows: Sequence[Mapping[str, Any]]) -> dict[int, str | None]:
+    """By step, the seal of the manifest that was saved. Behind a step that is noted again, because the run went on from there,
+    nothing is known: what it saves there next may become durable and not be noted."""
+    seals = dict[int, str | None]()
+    for row in rows:
+        seals = {step: seal for step, seal in seals.items() if step < row["step"]}
+        seals |= {row["step"]: row.get("seal")} if row.get("checkpoint") is not None else {}
+    return seals
+
+
+def _misplaced(path: Path, settings: Mapping[str, Any], seal: str | None) -> str | None:
+    """Why a checkpoint is none of the run's. `seal` is that of the one that was saved under its name, where that is known."""
     listing = manifest.read(path)
     if isinstance(listing, manifest.Fault):
         return None  # damaged, and passed over as such
     if listing.get("step", step_of(path)) != step_of(path):
         return f"it was saved at step {listing['step']}"
+    if seal is not None:
+        return None if listing["seal"] == seal else f"it is sealed {short(listing['seal'])}, and what was saved was {short(seal)}"
     adapter = (settings.get("peft") or {}).get("name") == "lora"
     mine, other = ("adapter", "model") if adapter else ("model", "adapter")
     if settings and (path / other).is_dir() and not (path / mine).is_dir():

@@ -112,8 +112,7 @@ def record(
     if resume:
         log.info("going on from %s%s", went_on, _not_known_to_be_good(directory, current.step))
         _tell_changes([*changed, *content_changed], current.step)
-        if source.path is None:
-            find.record(directory, None)  # before what was saved until now is out of sight
+        find.record(directory, source.path)  # before what was saved behind it is out of sight
         place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
         if moved:
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))

@@ -1,8 +1,10 @@
 """Which checkpoint a run goes on from, by what is there and what is on record of it."""
 
+from pathlib import Path
+
 import pytest
 
-from halos.checkpoint import find, good
+from halos.checkpoint import find, good, manifest
 from halos.errors import UserError
 from halos.rundir import RunDir
 
@@ -36,3 +38,33 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(saved_twice: RunD
         find.look(saved_twice, None)
     saved_twice.commits.path.unlink()
     assert find.look(saved_twice, None) == find.Found(None, []), "a run that never committed one"
+
+
+def replaced(path: Path) -> None:
+    """By one that is whole, and other."""
+    (path / "weights").write_text("of a run of the same name")
+    (path / manifest.NAME).write_text(manifest.describe(path, {"step": find.step_of(path)}))
+    assert not manifest.verify(path)
+
+
+def test_a_checkpoint_in_the_place_of_the_one_that_was_saved_is_refused_though_it_is_whole(saved_twice: RunDir) -> None:
+    for path in saved_twice.saves().values():
+        before = {file: file.read_bytes() for file in path.iterdir()}
+        replaced(path)
+        for choose in (find.look, find.go_on):
+            with pytest.raises(UserError, match=f"{path} is not what this run saved there: it is sealed .*, and what was saved"):
+                choose(saved_twice, None)
+        for file, content in before.items():
+            file.write_bytes(content)
+    assert find.look(saved_twice, None).path == path
+
+
+def test_a_step_that_was_saved_anew_after_going_back_is_taken_though_a_kill_kept_it_from_being_noted(saved_twice: RunDir) -> None:
+    two, four = saved_twice.saves().values()
+    find.record(saved_twice, two)  # as a run that goes on from there does first
+    replaced(four)
+    assert find.look(saved_twice, None).path == four
+    find.record(saved_twice, four)
+    replaced(two)
+    with pytest.raises(UserError, match=f"{two} is not what this run saved there"):
+        find.look(saved_twice, None)
