@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from halos import confined
 from halos.data.arrow import FLOATS, INTS, Lists, column, numbers
+from halos.errors import UserError
+from halos.hashes import digest, file_hash
 from halos.types import Comparison, Demonstration, Example, Judgement, Scored
 
 KINDS: dict[str, type[Example]] = {kind.__name__: kind for kind in (Demonstration, Comparison, Judgement, Scored)}
-ROWS, META = "rows.arrow", "meta.json"
+ROWS, META, SEAL = "rows.arrow", "meta.json", "seal"
 _COMPLETIONS = ("first", "second")  # of a pair the first is the chosen one
 _LISTS = ("prompt", *_COMPLETIONS, *(f"{name}_spans" for name in _COMPLETIONS))
 _SCHEMA = pa.schema(
@@ -118,9 +121,11 @@ class Writer:
     def finish(self, meta: dict[str, Any]) -> None:
         """Everything is on the disk when this returns."""
         self._arrow.close()
+        self._file.flush()
         self._content.update(json.dumps([meta["kind"], meta["weights"]]).encode())
+        whole = {**meta, "content": self._content.hexdigest(), "rows": digest(self._directory / ROWS)}
         with (self._directory / META).open("w") as notes:
-            json.dump({**meta, "content": self._content.hexdigest()}, notes, indent=1)
+            json.dump({**whole, SEAL: _sealed(whole)}, notes, indent=1)
             for file in (self._file, notes):
                 file.flush()
                 os.fsync(file.fileno())
@@ -128,6 +133,21 @@ class Writer:
     def close(self) -> None:
         """Let go of the file, finished or not."""
         self._file.close()
+
+
+def _sealed(meta: Mapping[str, Any]) -> str:
+    known = {name: value for name, value in meta.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+
+def is_whole(path: Path, cache: Path | None = None) -> bool:
+    """Whether a tokenised data set is, byte for byte, what was written; with a `cache` its rows are read once for as long as
+    they stay what they were."""
+    try:
+        meta = confined.load_object(path / META)
+        return meta.get(SEAL) == _sealed(meta) and meta["rows"] == file_hash(path / ROWS, cache)
+    except (UserError, OSError, KeyError):
+        return False
 
 
 def _add(content: Any, item: Item, source: int) -> None:

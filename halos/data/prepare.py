@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
-from halos.data.dataset import META, Counts, Item, Writer
+from halos.data.dataset import Counts, Item, Writer, is_whole
 from halos.data.formats import as_kind, read_example
 from halos.data.sources import Opened, Source, hash_files, open_source
 from halos.data.template import chat_template
@@ -58,14 +58,17 @@ def prepare(
     settings = [kind.__name__, max_length, truncation, score, transform_key, [each.fingerprint for each in opened]]
     key = _key([settings, [asdict(each.source) for each in opened], purpose, _code(), *_tokenizer(tokenizer)])
     path = expanded(cache_dir) / "data" / key
-    if (path / META).exists():
+    if is_whole(path, expanded(cache_dir)):
         return path
     hidden = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _one_at_a_time(path):
-            if (path / META).exists():
+            if is_whole(path, expanded(cache_dir)):
                 return path
+            if path.exists():
+                log.warning("%s is not what was written there: it is made anew", path)
+                shutil.rmtree(path)
             hidden.mkdir()
             encoder = Encoder(tokenizer, max_length=max_length, truncation=truncation)
             _write(hidden, opened, kind, score, encoder, transform)
@@ -99,7 +102,7 @@ def _publish(hidden: Path, path: Path) -> None:
     try:
         hidden.rename(path)
     except OSError:
-        if not (path / META).exists():
+        if not is_whole(path):
             raise
 
 

@@ -14,10 +14,12 @@ from halos.checkpoint import find, lineage, manifest
 from halos.config import changes, saved
 from halos.config.changes import Change
 from halos.config.content import Content, compare
+from halos.config.plugins import code_of
 from halos.config.schema import Config
 from halos.data.sources import content_hash
 from halos.hashes import file_hash
 from halos.models.locate import locate
+from halos.online.labellers.functions import parts_of
 from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ def read(
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,
+        "loss._target_": code_of(config.loss["_target_"]),
         **_scorer(config, cache),
     }
     if config.peft.name == "lora" and config.peft.init_from is not None:
@@ -79,8 +82,12 @@ def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | No
 
 def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
     """What scores a live loop's samples."""
-    found: dict[str, str | None] = {"online.labeller.model": None, "online.labeller.rubric": None}
+    keys = ("online.labeller.model", "online.labeller.rubric", "online.labeller.functions")
+    found: dict[str, str | None] = dict.fromkeys(keys)
     labeller = config.online.labeller if config.online is not None else None
+    if labeller is not None and labeller.name == "function":
+        codes = {part.path: code_of(part.path) for part in parts_of(labeller.functions, config.plugins)}
+        found["online.labeller.functions"] = _of(codes) if any(codes.values()) else None
     if labeller is not None and labeller.name == "reward_model" and labeller.model is not None:
         found["online.labeller.model"] = lineage.identity(locate(labeller.model, None, cache), cache)
     if labeller is not None and labeller.rubric is not None:
@@ -102,7 +109,8 @@ def changed(config: Config, directory: RunDir, now: Content) -> list[Change]:
     template = config.model.chat_template
     places = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
               "optim": config.optim.init_from,
-              "model.chat_template": template if template is None or "{" not in template else "as typed"}  # fmt: skip
+              "model.chat_template": template if template is None or "{" not in template else "as typed",
+              "loss._target_": config.loss["_target_"]}  # fmt: skip
     found = compare(before, now, {key: place for key, place in places.items() if place is not None})
     if config.resume_changes == "refuse":
         changes.refuse(found, directory.path)

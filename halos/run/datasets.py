@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
+from halos.config.plugins import code_of
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.dataset import Dataset, open_dataset
@@ -62,7 +63,7 @@ def _open(
                 truncation=config.train.truncation,
                 score=config.data.score,
                 transform=loss.examples,
-                transform_key=f"{loss.name} {loss.settings}" if loss.examples else "",
+                transform_key=f"{loss.name} {loss.settings} {code_of(config.loss['_target_'])}" if loss.examples else "",
                 cache_dir=expanded(config.cache_dir),
             )
         except UserError as error:

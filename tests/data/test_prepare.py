@@ -130,6 +130,21 @@ def test_what_was_tokenised_once_is_found_again(tmp_path: Path, monkeypatch: pyt
         prepared(path, tmp_path, kind=Comparison)
 
 
+@pytest.mark.parametrize("name", ["rows.arrow", "meta.json"])
+def test_tokenised_rows_that_are_not_what_was_written_are_made_anew(name: str, tmp_path: Path):
+    source = jsonl(tmp_path / "a.jsonl", PAIRS)
+    before = [item.prompt.tolist() for item in prepared(source, tmp_path, kind=Comparison)]
+    (path,) = (tmp_path / "data").glob(f"*/{name}")
+    whole = path.read_bytes()
+    for at in range(9, len(whole), max(1, len(whole) // 8)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 4]) + whole[at + 1 :])
+        again = prepared(source, tmp_path, kind=Comparison)
+        assert [item.prompt.tolist() for item in again] == before
+        assert path.read_bytes() == whole
+    path.write_bytes(b"")
+    assert len(prepared(source, tmp_path, kind=Comparison)) == len(before)
+
+
 def test_everything_that_decides_the_ids_is_part_of_the_key(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
     grown = tokenizer()

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
 
 from halos.checkpoint import find, lineage, manifest
+from halos.config.plugins import code_of
 from halos.models.load import load_tokenizer
 from halos.run import contents
 from halos.run.lifecycle import run
@@ -85,6 +87,73 @@ def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_s
     known = contents.recorded(directory)
     assert known is not None
     assert known.hashes == {"model.weights": "last4"}
+
+
+HINGE = """
+from torch import relu
+from {package}.margins import MARGIN
+from halos.losses.common import pair_metrics
+from halos.types import Loss, Pair
+
+
+def hinge(policy: Pair, reference: Pair, *, beta: float) -> Loss:
+    chosen, rejected = beta * policy.chosen.sum, beta * policy.rejected.sum
+    return Loss(relu(MARGIN - (chosen - rejected)), pair_metrics(policy, chosen, rejected))
+
+
+def brief(completion, row):
+    return MARGIN
+"""
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A package of the user's own, with a loss, a reward, and what both use."""
+    place = tmp_path / "ownloss"
+    place.mkdir()
+    for name, text in {
+        "__init__": "",
+        "margins": "MARGIN = 1.0\n",
+        "unused": "\n",
+        "hinge": HINGE.format(package="ownloss"),
+    }.items():
+        (place / f"{name}.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    yield place
+    forget()
+
+
+def forget() -> None:
+    """As a process that begins has it."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "ownloss"]:
+        del sys.modules[name]
+
+
+def test_code_of_the_users_own_is_what_it_uses_of_its_package(package: Path) -> None:
+    labeller = SimpleNamespace(name="function", functions=["ownloss.hinge.brief"], model=None, rubric=None)
+    config: Any = SimpleNamespace(online=SimpleNamespace(labeller=labeller), plugins=["ownloss"])
+
+    def read() -> tuple[str | None, str | None]:
+        forget()
+        reward = contents._scorer(config, package)["online.labeller.functions"]
+        return reward, code_of("ownloss.hinge.hinge")
+
+    before = read()
+    assert None not in before
+    (package / "unused.py").write_text("import os\n")
+    assert read() == before
+    (package / "margins.py").write_text("MARGIN = 2.0\n")
+    assert all(one != other for one, other in zip(read(), before, strict=True))
+    assert code_of("halos.losses.dpo.dpo") is None, "of ours"
+
+
+def test_a_loss_of_the_users_own_that_was_edited_is_refused_by_name(world: World, package: Path) -> None:
+    directory = world.begin("own", "loss._target_=ownloss.hinge.hinge", "plugins=[ownloss]")
+    (package / "margins.py").write_text("MARGIN = 2.0\n")
+    forget()
+    assert "loss._target_ ownloss.hinge.hinge (content) " in refusal(directory, "plugins=[ownloss]")
+    assert resume(directory, "plugins=[ownloss]", "resume_changes=allow") == 0
 
 
 # --- what has changed
