@@ -184,6 +184,7 @@ WRONG = [
     ("loss=online online.loss=grpo data.train=[bare.jsonl] data.eval=[]", "exact_match needs a column `solution`"),
     ("loss=online online.loss=grpo online.steps=2 data.train=[bare.jsonl] data.eval=[]", "exact_match needs a column `solution`"),
     ("loss=online online.loss=grpo online.samples_per_prompt=1", "grpo compares samples of one prompt"),
+    ("loss=online online.loss=grpo online.samples_per_prompt=1 online.steps=2", "grpo compares samples of one prompt"),
     ("loss=grpo data.train=[single.jsonl] data.eval=[]", "each of the 8 prompts of data.train has one"),
     ("loss=online online.loss=dpo online.sampler.max_new_tokens=600", "no prompt of data.train leaves room"),
     ("loss=online online.loss=mine", "online.loss=mine: it is no loss"),
@@ -191,7 +192,9 @@ WRONG = [
     ("loss=online online.loss=reward", "trains a reward model"),
     ("loss=online online.loss=dpo online.labeller.name=reward_model online.labeller.model=runs/none", "online.labeller.model"),
     ("loss=dpo logging=wandb hooks.wandb.mode=online", "hooks.wandb.mode=online needs a key"),
+    ("loss=online online.loss=dpo logging=wandb hooks.wandb.mode=online", "hooks.wandb.mode=online needs a key"),
     ("loss=dpo checkpoint.everyy=3", "checkpoint.everyy"),
+    ("-m loss=dpo peft=lora peft.modules_to_save=[],[lm_headd]", "(in the job peft.modules_to_save=[lm_headd])"),
 ]
 
 

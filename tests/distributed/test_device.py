@@ -3,12 +3,14 @@
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from halos.distributed import device
+from halos.distributed import device, launch
 from halos.logps.model import scores_of
 from halos.models.load import weights_dtype
 from halos.trainers.base import Trainer
@@ -66,6 +68,25 @@ def test_without_accelerate_its_variable_is_a_wish(monkeypatch: pytest.MonkeyPat
     assert device.precision_asked() == "no"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert device.precision_asked() is None
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype", "asked", "gpu", "mixed"),
+    [("auto", "auto", None, True, "bf16"), ("auto", "auto", None, False, "no"), ("auto", "auto", "no", True, "no"),
+     ("auto", "auto", "bf16", False, "bf16"), ("auto", "bfloat16", "no", False, "bf16"),
+     ("float32", "bfloat16", "bf16", True, "no"), ("bfloat16", "auto", "no", False, "bf16")],
+)  # fmt: skip
+def test_what_was_typed_outweighs_the_launcher_and_that_the_hardware(
+    precision: str, dtype: str, asked: str | None, gpu: bool, mixed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(**given: Any) -> Any:
+        return SimpleNamespace(num_processes=1, gradient_accumulation_steps=1, **given)
+
+    for name, value in {"precision_asked": asked, "has_bfloat16": gpu, "uses_gpu": gpu}.items():
+        monkeypatch.setattr(launch, name, lambda value=value: value)
+    monkeypatch.setattr(launch, "Accelerator", made)
+    obtained: Any = launch.accelerator(precision, dtype)
+    assert (obtained.mixed_precision, obtained.cpu) == (mixed, not gpu)
 
 
 def test_a_gpu_that_only_emulates_bfloat16_has_none(launched: Callable[..., None]) -> None:

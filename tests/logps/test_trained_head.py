@@ -70,11 +70,17 @@ def test_a_layer_that_is_more_than_its_table_is_left_to_its_own_forward() -> Non
     class Other(nn.Linear):
         pass
 
+    class Shard(Tensor):
+        pass
+
     hidden = torch.zeros(2, HIDDEN)
     assert is_covered(nn.Linear(HIDDEN, VOCABULARY), hidden)
     assert not is_covered(Other(HIDDEN, VOCABULARY), hidden)
     assert not is_covered(nn.Linear(HIDDEN, VOCABULARY).requires_grad_(False), hidden)
     assert not is_covered(nn.Linear(HIDDEN, VOCABULARY), hidden.bfloat16())
+    sharded = nn.Linear(HIDDEN, VOCABULARY)
+    sharded.weight = nn.Parameter(sharded.weight.detach().as_subclass(Shard))
+    assert not is_covered(sharded, hidden), "of which this process has a part"
     hooked = nn.Linear(HIDDEN, VOCABULARY)
     hooked.register_forward_hook(lambda *_: None)
     assert not is_covered(hooked, hidden)

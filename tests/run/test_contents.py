@@ -291,4 +291,5 @@ def test_an_optimizer_to_begin_with_is_known_by_its_content(world: World, tmp_pa
     assert resume(copied(directory, tmp_path / "b")) == 0  # its own checkpoint has its own optimizer
     shutil.rmtree(directory / "checkpoints")
     (directory / "checkpoints.jsonl").unlink()
-    assert f"optim.init_from: {first}/checkpoints/step-00000002 is no checkpoint" in refusal(directory)
+    for more in ([], ["dry_run=true"]):
+        assert f"optim.init_from: {first}/checkpoints/step-00000002 is no checkpoint" in refusal(directory, *more)
