@@ -33,7 +33,7 @@ def build(family: str, directory: Path, *, fused: bool = False, dtype: torch.dty
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer += 0.05 * torch.randn(buffer.shape)
+            buffer.data = buffer.float() + 0.05 * torch.randn(buffer.shape)  # in float32 whatever the rest is
     model.save_pretrained(directory, save_original_format=not fused)
     tokenizer.save_pretrained(directory)
     return directory

@@ -1,5 +1,6 @@
 """The base of a merge: its tensors on the disk under the names that the model has for them."""
 
+import re
 from pathlib import Path
 
 import torch
@@ -10,13 +11,15 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 
 from halos import confined
 from halos.errors import UserError
+from halos.merge.pieces import Part, pieces, shapes
 from halos.merge.safetensors_io import SafeFile, blocks, weight_files
 
 
 def unwrapped(name: str) -> str:
     """A tensor's name in the model without PEFT's wrappers."""
     for wrapper in (".base_layer.", ".original_module.", ".modules_to_save.default.", ".modules_to_save."):
-        name = name.replace(wrapper, ".")
+        while wrapper in name:  # one may lie within another
+            name = name.replace(wrapper, ".")
     return name
 
 
@@ -31,19 +34,21 @@ class Names:
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
 
-    def __call__(self, name: str) -> tuple[str | None, bool]:
-        """The model's name for a tensor of the file, or None for one that it does not have (a dropped LM head); and whether
-        loading fuses or splits the tensor, so that no single one stands for the model's."""
+    def __call__(self, name: str) -> tuple[str | None, tuple[WeightConverter, int] | None]:
+        """The model's name for a tensor of the file, or None for one that it does not have (a dropped LM head); and the rule
+        by which loading fuses or splits the tensor, so that no single one stands for the model's, with its source there."""
         mine, converted = rename_source_key(name, self._renamings, self._converters, self._prefix, self.expected)
         if mine not in self.expected and name in self.expected:
             mine, converted = rename_source_key(name, [], [], self._prefix, self.expected)
-        return (mine if mine in self.expected else None), converted is not None
+        rules = ((rule, rule.source_patterns.index(converted)) for rule in self._converters if converted in rule.source_patterns)
+        return (mine if mine in self.expected else None), next(rules, None)
 
 
 class Source:
     """The base on disk under the names of the model. Raises UserError for one whose weights are quantised or pickled.
 
-    `where` has the tensors that stand for one of the model's; `absent` is the half of a tied pair that the files leave out,
+    `where` has the tensors that stand for one of the model's, `pieces` those that are experts of one, and `stacked` the shapes
+    of all that have three dimensions, however they are held; `absent` is the half of a tied pair that the files leave out,
     with the other half.
     """
 
@@ -51,13 +56,18 @@ class Source:
         settings = confined.load_object(base / "config.json")
         if settings.get("quantization_config"):
             raise UserError(f"cannot merge: the weights of {base} are quantised on disk; give the model they were made from")
-        self.path, names = base, Names(model)
+        self.path, names, self._plan = base, Names(model), model._get_dtype_plan
         self.files = [SafeFile(path) for path in weight_files(base)]
         found = {name: (file, *names(name)) for file in self.files for name in file.names}
         self.tensors = {name: (file, mine) for name, (file, mine, _) in found.items() if mine is not None}
         self.dropped = sorted(name for name, (_, mine, _) in found.items() if mine is None)
-        self.fused = {mine for _, mine, fused in found.values() if fused}
+        self.fused = {mine for _, mine, rule in found.values() if rule}
+        self.parts = [Part(name, mine, *rule, file.shape(name)) for name, (file, mine, rule) in found.items() if mine and rule]
+        self.pieces = pieces(self.parts)
         self.where = {mine: (file, name) for name, (file, mine) in self.tensors.items() if mine not in self.fused}
+        self.stacked = shapes(self.parts, self.pieces) | {
+            mine: file.shape(name) for mine, (file, name) in self.where.items() if len(file.shape(name)) == 3
+        }
         self._refuse_twins()
         self.expected, self.kinds = names.expected, _layers(model)
         self.embedding, self.head = (
@@ -74,6 +84,11 @@ class Source:
         self.absent: tuple[str, str] | None = None
         if self.tied and len(lost) == 1:
             self.absent = (lost.pop(), (pair & self.where.keys()).pop())
+
+    def dtype_of(self, mine: str, dtype: torch.dtype) -> torch.dtype:
+        """In a model of `dtype`: some of the model's tensors are float32 in all, a router's correction bias for one."""
+        kept = any(re.search(pattern.replace("*", ".*"), mine) for pattern in self._plan(dtype))
+        return torch.float32 if kept else dtype
 
     def _refuse_twins(self) -> None:
         for name, (_, mine) in self.tensors.items():

@@ -7,7 +7,8 @@ read back from the disk.
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from halos import confined
 from halos.errors import UserError
 from halos.merge.base_weights import Source, unwrapped
+from halos.merge.expected_experts import Factors, Landing, Named, landings, named_by_peft
 from halos.merge.safetensors_io import INDEX, SafeFile, spans, weight_files
 
 NOISE = 1e-13  # of a tensor's largest value: float64 products of a few dozen terms, summed in another order
@@ -33,6 +35,7 @@ class Truth:
     shape: list[int]
     rows: Rows
     floating: bool = True
+    wide: Sequence[torch.dtype] = ()  # of a model in which it is float32 nevertheless
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,19 +62,23 @@ def truths(base: Path, adapter: Path | None, model: PreTrainedModel, vocabulary:
     source = Source(base, model)
     delta = SafeFile(adapter / "adapter_model.safetensors") if adapter else None
     config = confined.load_object(adapter / "adapter_config.json") if adapter else {}
-    changes = _Changes(delta, config, source.kinds)
+    changes = _Changes(delta, config, source.kinds, named_by_peft(model, config))
+    touched = changes.names
+    places = landings(model, [part for part in source.parts if part.whole in touched])
     tables = {source.embedding, source.head}
     found: dict[str, Truth] = {}
     for name, (file, mine) in source.tensors.items():
         start = _grown(file, name, vocabulary, tokens) if mine in source.tables and adapter else _as_it_is(file, name)
-        found[name] = changes.applied(mine, start)
-    if source.absent and not changes.names.isdisjoint(tables):
+        wide = [half for half in (torch.bfloat16, torch.float16) if source.dtype_of(mine, half) is torch.float32]
+        found[name] = replace(changes.applied(mine, start, places.get(name)), wide=wide)
+    if source.absent and not touched.isdisjoint(tables):
         mine, twin = source.absent
         found[mine] = changes.applied(mine, _grown(*source.where[twin], vocabulary, tokens))
     for mine in changes.whole.keys() - source.where.keys():
         found[mine] = changes.applied(mine, Truth([], lambda *_: torch.empty(0)))
-    tied = source.tied_by_config and not source.diverged and changes.names.isdisjoint(tables)
-    return Wanted(found, tied, changes.scales, {n for n, (_, m) in source.tensors.items() if changes.updates(m)})
+    tied = source.tied_by_config and not source.diverged and touched.isdisjoint(tables)
+    updated = {name for name, (_, mine) in source.tensors.items() if mine in changes.updated}
+    return Wanted(found, tied, changes.scales, updated)
 
 
 def copy_of(model: Path) -> dict[str, Truth]:
@@ -114,13 +121,18 @@ def _grown(file: SafeFile, name: str, vocabulary: int, tokens: Sequence[int]) ->
 class _Changes:
     """What an adapter does, by its own configuration."""
 
-    def __init__(self, file: SafeFile | None, config: Mapping[str, Any], kinds: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, file: SafeFile | None, config: Mapping[str, Any], kinds: Mapping[str, nn.Module], parameters: Mapping[str, Named]
+    ) -> None:
         self._file, self._config, self._kinds = file, config, kinds
+        self._parameters = {named.parameter: named for named in parameters.values()}
+        self._factors = lru_cache(2)(self._factors_of)  # both of a layer, whose experts follow each other
         self._parts: dict[str, dict[str, str]] = {}
         self.whole: dict[str, str] = {}
         for name in file.names if file else []:
             bare = name.removeprefix("base_model.model.")
             layer, mark, part = bare.partition(".lora_")
+            layer = parameters[layer].parameter if layer in parameters else layer
             if mark:
                 self._parts.setdefault(layer, {})[part.removesuffix(".weight")] = name
             elif "original_module" not in bare.split("."):
@@ -128,18 +140,38 @@ class _Changes:
 
     @property
     def names(self) -> set[str]:
-        return {f"{layer}.weight" for layer in self._parts} | self.whole.keys()
+        return self.updated | self.whole.keys()
 
-    def updates(self, mine: str) -> bool:
-        return mine.endswith(".weight") and mine.removesuffix(".weight") in self._parts
+    @cached_property
+    def updated(self) -> set[str]:
+        """Tensors that factors change."""
+        names = {layer if layer in self._parameters else f"{layer}.weight" for layer in self._parts}
+        return names - self.whole.keys()
 
-    def applied(self, mine: str, start: Truth) -> Truth:
-        layer = mine.removesuffix(".weight")
+    def applied(self, mine: str, start: Truth, place: Landing | None = None) -> Truth:
         if self._file is not None and mine in self.whole:
             return _as_it_is(self._file, self.whole[mine])
-        if layer == mine or layer not in self._parts:
+        if mine not in self.updated:
             return start
-        return self._updated(layer, start)
+        if (named := self._parameters.get(mine)) and named.experts > 1:
+            return self._of_experts(mine, start, place)
+        return self._updated(mine if named else mine.removesuffix(".weight"), start)
+
+    def _of_experts(self, mine: str, start: Truth, place: Landing | None) -> Truth:
+        """A parameter of three dimensions as the files hold it: whole, or the tensor that lands at `place`."""
+        a, b = (self._shape_of(mine, side) for side in "AB")
+        if start.shape != (wanted := self._parameters[mine].shape_of(a, b, place)):
+            raise UserError(f"{mine} is {start.shape} in the files, and its adapter is for {wanted}")
+        return Truth(start.shape, lambda first, last: start.rows(first, last) + self._factors(mine).delta(place, first, last))
+
+    def _factors_of(self, mine: str) -> Factors:
+        assert self._file is not None
+        a, b = (self._file.read(self._factor(mine, side)) for side in "AB")
+        return Factors(a, b, self._scale(mine), self._parameters[mine].experts, self._parameters[mine].transposed)
+
+    def _shape_of(self, layer: str, side: str) -> list[int]:
+        assert self._file is not None
+        return self._file.shape(self._factor(layer, side))
 
     def _read(self, name: str) -> Tensor:
         assert self._file is not None
@@ -149,7 +181,7 @@ class _Changes:
         parts = self._parts[layer]
         a, b = (self._read(self._factor(layer, side)) for side in "AB")
         b = b * self._scale(layer)
-        inputs_first = isinstance(self._kinds[layer], Conv1D | nn.Embedding)
+        inputs_first = isinstance(self._kinds.get(layer), Conv1D | nn.Embedding)
         if start.shape != ([a.shape[1], len(b)] if inputs_first else [len(b), a.shape[1]]):
             raise UserError(f"{layer} is {start.shape} and its adapter is for {len(b)} outputs of {a.shape[1]} inputs")
 
@@ -171,8 +203,8 @@ class _Changes:
         return {layer: self._scale(layer) for layer in self._parts}
 
     def _scale(self, layer: str) -> float:
-        assert self._file is not None
-        rank = self._file.shape(self._factor(layer, "A"))[0]
+        rank = self._shape_of(layer, "A")[0]
+        rank = rank // self._parameters[layer].experts if layer in self._parameters else rank
         if rank not in (said := self._said("rank_pattern", layer, self._config["r"])):
             raise UserError(f"{layer} has rank {rank} in the adapter and {said.pop():g} in its configuration")
         (alpha, *others) = self._said("alpha_pattern", layer, self._config["lora_alpha"])
@@ -211,10 +243,11 @@ def compare(merged: Path, wanted: Mapping[str, Truth], dtype: torch.dtype | None
     found = []
     for name in sorted(wanted.keys() & places.keys()):
         truth, file = wanted[name], places[name]
+        kind = torch.float32 if dtype in truth.wide else dtype
         if file.shape(name) != truth.shape:
             faults.append(f"{name} is {file.shape(name)} instead of {truth.shape}")
-        elif truth.floating and dtype is not None and file.dtype(name) is not dtype:
-            faults.append(f"{name} is {file.dtype(name)} instead of {dtype}")
+        elif truth.floating and dtype is not None and file.dtype(name) is not kind:
+            faults.append(f"{name} is {file.dtype(name)} instead of {kind}")
         else:
             found.append(_distance(name, file, truth))
     found.sort(key=lambda each: -each.allowed if each.allowed == each.allowed else float("-inf"))

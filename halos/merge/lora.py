@@ -21,7 +21,7 @@ COVERED = {  # what a LoraConfig may say; anything else must be as PEFT's defaul
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
     "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "runtime_config",
-    "eva_config", "qalora_group_size", "megatron_core",
+    "eva_config", "qalora_group_size", "megatron_core", "target_parameters",
 }  # fmt: skip
 STARTS = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: the others change the base's own weights
 
@@ -46,17 +46,18 @@ def refuse(config: PeftConfig) -> None:
 class Adapter:
     """An adapter's tensors by what they do: names in its file, under the names of the layers and tensors of the model."""
 
-    updates: dict[str, dict[str, str]] = field(default_factory=dict)  # layer -> {A, B, magnitude}
+    updates: dict[str, dict[str, str]] = field(default_factory=dict)  # layer, or parameter -> {A, B, magnitude}
     replaced: dict[str, str] = field(default_factory=dict)  # tensor -> what stands in its place
 
 
-def sort(names: Iterable[str]) -> Adapter:
-    """Raises UserError for tensors that this module does not know how to merge."""
+def sort(names: Iterable[str], parameters: Mapping[str, str]) -> Adapter:
+    """What the tensors do, those at the paths of `parameters` to them instead of to a layer. Raises UserError for tensors that
+    this module does not know how to merge."""
     found, unknown = Adapter(), []
     for name in names:
         bare = name.removeprefix(PREFIX)
         if match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude)(?:_vector)?(\.weight)?", bare):
-            found.updates.setdefault(match[1], {})[match[2]] = name
+            found.updates.setdefault(parameters.get(match[1], match[1]), {})[match[2]] = name
         elif "lora_" in bare or "trainable_tokens" in bare:
             unknown.append(bare)
         elif ".original_module." not in bare:  # with every bias PEFT saves that of a layer's untrained twin too

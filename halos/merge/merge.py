@@ -2,12 +2,12 @@
 
 Read from the base's safetensors, computed in float64, rounded once to the output dtype. Scaling comes from the adapter
 itself. Covered: LoRA, rsLoRA, DoRA, rank and alpha patterns, biases, modules_to_save, Linear, Conv1D and embedding layers,
-tied heads, grown vocabularies. Whatever else an adapter or its base holds is refused by name, and `check` says so before a
-run's first step.
+the experts of mixtures and other parameters, tied heads, grown vocabularies. Whatever else an adapter or its base holds is
+refused by name, and `check` says so before a run's first step.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import starmap
 from pathlib import Path
@@ -22,30 +22,39 @@ from transformers.pytorch_utils import Conv1D
 from halos.errors import UserError
 from halos.logps.vocabulary import fresh_rows
 from halos.merge.base_weights import Source
-from halos.merge.lora import KEEP, Adapter, Update, refuse, scaling, sort
+from halos.merge.experts import Stack, is_transposed, parameters_of
+from halos.merge.lora import KEEP, Adapter, Update, refuse, scaling, sort, value_of
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, spans, write_sharded
 
 
 def check(base: Path, model: PeftModel) -> None:
     """Raises UserError where what is about to be trained could not be merged in the end."""
-    config = model.peft_config["default"]
-    refuse(config)
+    refuse(model.peft_config["default"])
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
-    adapter = sort(get_peft_model_state_dict(model, save_embedding_layers=False))
-    _fit(adapter, Source(base, inner))
+    _fit(trained_by(model), Source(base, inner))
+
+
+def trained_by(model: PeftModel) -> Adapter:
+    """What is about to be trained, by the names that its file would have."""
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return sort(state, parameters_of(model.get_base_model(), config.target_parameters or ()))
 
 
 def _fit(adapter: Adapter, base: Source) -> None:
     """Raises UserError where the adapter changes what the base does not have as a tensor of its own."""
     own = {*base.where, *(base.absent or ())}
     for layer in adapter.updates:
-        name = f"{layer}.weight"
+        name = layer if layer in base.expected else f"{layer}.weight"
+        if name == layer and name in base.stacked:
+            continue
         if name in base.fused:
             raise UserError(f"cannot merge: {name} is fused with others when it is loaded, which is not covered; {KEEP}")
         if name not in own:
             raise UserError(f"cannot merge: the adapter changes {layer}, which {base.path} does not have")
-        if not isinstance(base.kinds.get(layer), nn.Linear | Conv1D | nn.Embedding):
+        if name != layer and not isinstance(base.kinds.get(layer), nn.Linear | Conv1D | nn.Embedding):
             raise UserError(f"cannot merge: {layer} is a {type(base.kinds.get(layer)).__name__}, which is not covered; {KEEP}")
     for name in adapter.replaced:
         if name in base.fused:
@@ -67,15 +76,18 @@ class Merge:
     base: Source
     vocabulary: int
     tokens: Sequence[int]  # that were new to the base
+    stacks: dict[str, Stack] = field(default_factory=dict)  # as many as are in use
 
     def entries(self, dtype: torch.dtype) -> dict[str, Entry]:
         """Every tensor of the merged model in the base's order, under the base's names."""
+        for layer in self.sorted.updates.keys() & self.base.stacked:
+            self._refuse_other_size(layer)
         found = {name: self._entry(mine, file, name, dtype) for name, (file, mine) in self.base.tensors.items()}
         if self.base.absent and self.unties:
             mine, twin = self.base.absent
             found[mine] = self._entry(mine, *self.base.where[twin], dtype)
         for name in self.added:
-            found[name] = self._whole(self.sorted.replaced[name], dtype)
+            found[name] = self._whole(self.sorted.replaced[name], self.base.dtype_of(name, dtype))
         return found
 
     @property
@@ -100,15 +112,19 @@ class Merge:
         return config
 
     def _entry(self, mine: str, file: SafeFile, name: str, dtype: torch.dtype) -> Entry:
+        dtype = self.base.dtype_of(mine, dtype)
         if mine in self.sorted.replaced:
             return self._whole(self.sorted.replaced[mine], dtype, like=(mine, file.shape(name)))
         kind, shape = file.dtype(name), file.shape(name)
-        layer, fresh = mine.removesuffix(".weight"), []
+        layer, fresh = mine if mine in self.sorted.updates else mine.removesuffix(".weight"), []
+        if layer in self.sorted.updates and layer in self.base.stacked:
+            piece = self.base.pieces.get(name)
+            return Entry(dtype, shape, lambda: self._stack(layer).merged(file, name, piece))
         if mine in self.base.tables:
             fresh = fresh_rows(shape[0], self.vocabulary, self.tokens)
             shape = [max(shape[0], self.vocabulary), *shape[1:]]
         kind = dtype if kind.is_floating_point else kind
-        if layer in self.sorted.updates and mine != layer:
+        if layer in self.sorted.updates and (mine != layer or len(shape) == 2):
             self._refuse_other_shape(layer, shape)
             return Entry(kind, shape, lambda: self._update(layer).merged(spans(shape), _rows(file, name, fresh)))
         if not fresh:
@@ -134,7 +150,31 @@ class Merge:
             raise UserError(f"cannot merge: {layer} is {wanted} for the adapter and {shape} in {self.base.path}")
 
     def _by_input(self, layer: str) -> bool:
-        return isinstance(self.base.kinds[layer], Conv1D | nn.Embedding)
+        owner = self.base.kinds.get(layer.rpartition(".")[0])
+        return isinstance(self.base.kinds.get(layer), Conv1D | nn.Embedding) or is_transposed(owner)
+
+    def _stack(self, layer: str) -> Stack:
+        """Made once for the tensors of a layer's experts, which follow each other; two at a time, for both of a layer's."""
+        if layer not in self.stacks:
+            while len(self.stacks) > 1:
+                self.stacks.pop(next(iter(self.stacks)))
+            self.stacks[layer] = self._read(layer)
+        return self.stacks[layer]
+
+    def _read(self, layer: str) -> Stack:
+        parts, count = self.sorted.updates[layer], self.base.stacked[layer][0]
+        factor = scaling(self.config, layer, self.adapter.shape(parts["A"])[0] // count)
+        return Stack(self.adapter, parts["A"], self.adapter.read(parts["B"]), count, factor, self._by_input(layer))
+
+    def _refuse_other_size(self, layer: str) -> None:
+        a, b = (self.adapter.shape(self.sorted.updates[layer][side]) for side in "AB")
+        count, *wanted = self.base.stacked[layer]
+        wanted = wanted[::-1] if self._by_input(layer) else wanted
+        rank = int(value_of(self.config.rank_pattern, layer, self.config.r, "rank_pattern"))
+        if a[0] != count * rank or a[0] != b[1] or [b[0], a[1]] != wanted:
+            raise UserError(
+                f"cannot merge: {layer} has {count} experts of {wanted}, and its adapter of rank {rank} is {b} by {a}"
+            )
 
     def _update(self, layer: str) -> Update:
         parts = {name: self.adapter.read(key).double() for name, key in self.sorted.updates[layer].items()}
@@ -167,7 +207,8 @@ def plan(base: Path, adapter: Path, model: PreTrainedModel, vocabulary: int, tok
     refuse(settings)
     assert isinstance(settings, LoraConfig)
     delta = SafeFile(adapter / "adapter_model.safetensors")
-    todo = Merge(delta, settings, sort(delta.names), Source(base, model), vocabulary, tokens)
+    named = parameters_of(model, settings.target_parameters or ())
+    todo = Merge(delta, settings, sort(delta.names, named), Source(base, model), vocabulary, tokens)
     _fit(todo.sorted, todo.base)
     return todo
 

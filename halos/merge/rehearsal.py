@@ -23,9 +23,11 @@ from halos.errors import UserError
 from halos.logps import miniature
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import expected, lora, merge, proof
+from halos.merge.base_weights import Source
 from halos.merge.lora import KEEP
-from halos.merge.safetensors_io import spans, write_hollow
-from halos.merge.trained import Trained, content_of, probe, said_by, typical, unit_of
+from halos.merge.routing import Routes
+from halos.merge.safetensors_io import write_hollow
+from halos.merge.trained import Trained, chosen_by, content_of, probe, said_by, typical, unit_of
 
 MOVED = 0.1  # by the probe adapter, of the typical log-prob or score
 ROWS = 64  # of each kind of layer that are merged
@@ -75,7 +77,7 @@ def _loads(case: proof.Case, config: Any, shapes: dict[str, list[int]]) -> None:
 def _blocks(case: proof.Case, model: PeftModel, place: Path) -> None:
     """The first rows of one layer of each kind, merged from the base's own and from random factors."""
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    layers = lora.sort(state).updates
+    layers = merge.trained_by(model).updates
     kinds: dict[Any, str] = {}
     for layer, parts in layers.items():
         kinds.setdefault((layer.rpartition(".")[2], *(tuple(state[name].shape) for name in parts.values())), layer)
@@ -89,15 +91,19 @@ def _blocks(case: proof.Case, model: PeftModel, place: Path) -> None:
     save_file(values, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
     inner = model.get_base_model()
     assert isinstance(inner, PreTrainedModel)
-    entries = merge.plan(case.base, adapter, inner, case.vocabulary, case.tokens).entries(case.dtype)
+    todo = merge.plan(case.base, adapter, inner, case.vocabulary, case.tokens)
+    entries = todo.entries(case.dtype)
     wanted = expected.truths(case.base, adapter, case.bare(), case.vocabulary, case.tokens)
-    for name, truth in wanted.tensors.items():
-        if name in wanted.updated:
-            first, last = spans(truth.shape)[0]
-            last = min(last, first + ROWS)
-            block = next(iter(entries[name].blocks()))[: last - first].to(case.dtype)
-            if not expected.is_rounded(block, truth.rows(first, last), case.dtype):
-                raise UserError(f"cannot merge: the merge of {name} is not what its formula says; {KEEP}")
+    for name in sorted(wanted.updated - _inner_experts(todo.base)):
+        block = next(iter(entries[name].blocks()))[:ROWS].to(entries[name].dtype)
+        if not expected.is_rounded(block, wanted.tensors[name].rows(0, len(block)), block.dtype):
+            raise UserError(f"cannot merge: the merge of {name} is not what its formula says; {KEEP}")
+
+
+def _inner_experts(base: Source) -> set[str]:
+    """Of experts that are a tensor each all but the first and the last: there may be hundreds."""
+    ends = {whole: (0, shape[0] - 1) for whole, shape in base.stacked.items()}
+    return {name for name, piece in base.pieces.items() if piece.expert not in ends[piece.whole]}
 
 
 def _whole(case: proof.Case, model: PeftModel, place: Path) -> None:
@@ -105,7 +111,7 @@ def _whole(case: proof.Case, model: PeftModel, place: Path) -> None:
     base, merged = place / "base", place / "merged"
     config = AutoConfig.from_pretrained(case.base, **NO_CODE, **case.labels)
     small = miniature.build(case.auto, miniature.small_config(config, longest=None))
-    small.save_pretrained(base)
+    small.save_pretrained(base, save_original_format=not _fused(case))
     known = small.config.get_text_config().vocab_size
     vocabulary = Vocabulary(known + len(case.tokens), tuple(range(known, known + len(case.tokens))))
     grow(small, vocabulary.size, vocabulary.new)
@@ -116,36 +122,44 @@ def _whole(case: proof.Case, model: PeftModel, place: Path) -> None:
     except ValueError:
         return  # the settings name a layer that has been left out here
     ids = probe(vocabulary, known, reward=case.reward)
-    values = _moved(adapted, ids, reward=case.reward)
+    values, routes = _moved(adapted, ids, reward=case.reward)
     adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
     merged.mkdir()
     trial = proof.Case(base, place / "adapter", case.reward, case.dtype, vocabulary.size, vocabulary.new)
     merge.merge(trial.base, trial.adapter, merged, model=small, dtype=trial.dtype, vocabulary=trial.vocabulary,
                 tokens=trial.tokens)  # fmt: skip
-    live = Trained(ids, values, lora.scales_of(adapted), unit_of(adapted, half=False), content_of(adapted))
+    live = Trained(ids, values, lora.scales_of(adapted), unit_of(adapted, half=False), content_of(adapted), routes=routes)
     result = proof.prove(trial, merged, live)
     if not result.holds:
         raise UserError(f"cannot merge: tried on a small model of the same architecture, the merge fails: {result}; {KEEP}")
 
 
-def _moved(model: PeftModel, ids: Tensor, *, reward: bool) -> Tensor:
-    """What the model says when everything that is trained has been moved at random, as far as moves that by a tenth."""
+def _fused(case: proof.Case) -> bool:
+    """Whether the base's files hold a mixture's experts as memory does."""
+    source = Source(case.base, case.bare())
+    return any(name in source.where for name in source.stacked)
+
+
+def _moved(model: PeftModel, ids: Tensor, *, reward: bool) -> tuple[Tensor, Routes]:
+    """What the model says when everything that is trained has been moved at random, as far as moves that by a tenth; and where
+    a mixture's tokens go then."""
     knobs: dict[str, Any] = {"temperature": 1.0, "reward": reward}
     generator = torch.Generator().manual_seed(0)
     start = {p: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name}
     steps = {p: torch.randn(p.shape, generator=generator) * max(1e-3, value.std(correction=0).item() or 1.0)
              for p, value in start.items()}  # fmt: skip
     before, size = said_by(model, ids, **knobs), 0.01
-    values = before
+    values: Tensor = before
+    routes: Routes = ()
     for _ in range(4):
         for parameter, value in start.items():
             parameter.data.copy_(value + size * steps[parameter])
-        values = said_by(model, ids, **knobs)
+        values, routes = chosen_by(model, ids, **knobs)
         moved = typical(values - before) / max(typical(before), 1e-9)
         if MOVED / 2 <= moved <= 2 * MOVED:
             break
         size *= MOVED / max(moved, MOVED / 1000)
-    return values
+    return values, routes
 
 
 def _saved(model: PeftModel, directory: Path) -> Path:

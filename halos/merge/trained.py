@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
 from halos.merge.lora import scales_of
+from halos.merge.routing import Routes, otherwise, recorded, replayed
 from halos.merge.safetensors_io import BLOCK
 from halos.types import Acted, Sequences, TokenLogps
 
@@ -33,6 +34,7 @@ class Trained:
     content: frozenset[int] | None = None  # sums over the bits of the tensors that were trained
     temperature: float = 1.0
     without: Tensor | None = None  # of a quantised model, whose base is not the one on the disk: `values`, its adapter off
+    routes: Routes = ()  # that its routers chose for a mixture's tokens
 
 
 def probe(vocabulary: Vocabulary, known: int, *, longest: int | None = None, reward: bool = False) -> Tensor:
@@ -59,14 +61,15 @@ def ask(
     module.eval()
     try:
         with autocast():
-            values = _values(module, ids, inner.device)
+            with recorded(inner) as routes:
+                values = _values(module, ids, inner.device)
             without = None
             if getattr(inner, "is_quantized", False):
-                with adapter_off(model):
+                with adapter_off(model), replayed(inner, routes):
                     without = _values(module, ids, inner.device)
     finally:
         module.train(training)
-    return Trained(ids, values, scales_of(model), unit_of(inner, half=half), content_of(model), temperature, without)
+    return Trained(ids, values, scales_of(model), unit_of(inner, half=half), content_of(model), temperature, without, routes)
 
 
 def content_of(model: nn.Module) -> frozenset[int]:
@@ -132,37 +135,68 @@ def _flat(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def said_by(model: Any, ids: Tensor, *, temperature: float, reward: bool) -> Tensor:
-    """What `Trained.values` holds, by the plain forward pass of a model that from_pretrained gave; a row at a time, since a
-    reward model without a padding token takes no batch."""
+def said_by(model: Any, ids: Tensor, *, temperature: float, reward: bool, routes: Routes = ()) -> Tensor:
+    """What `Trained.values` holds, by the plain forward pass of a model that from_pretrained gave, along `routes` where there
+    are any; a row at a time, since a reward model without a padding token takes no batch."""
     parts = []
-    for row in ids:
-        logits = model(input_ids=row[None].to(model.device)).logits.float()
-        if not reward:
-            logits = (logits[0, :-1] / temperature).log_softmax(-1).gather(-1, row[1:, None].to(logits.device))
-        parts.append(logits.flatten().cpu())
+    with replayed(model, routes):
+        for row in ids:
+            logits = model(input_ids=row[None].to(model.device)).logits.float()
+            if not reward:
+                logits = (logits[0, :-1] / temperature).log_softmax(-1).gather(-1, row[1:, None].to(logits.device))
+            parts.append(logits.flatten().cpu())
     return torch.cat(parts)
+
+
+def chosen_by(model: Any, ids: Tensor, **knobs: Any) -> tuple[Tensor, Routes]:
+    """The same, and what a mixture's routers chose on the way, whichever routes its tokens took."""
+    with recorded(model) as chosen:
+        values = said_by(model, ids, **knobs)
+    return values, chosen
 
 
 # --- how far two right computations may lie apart --------------------------------------------------------------------
 
 
-def noise(model: nn.Module, ids: Tensor, unit: float, *, temperature: float, reward: bool, draws: int = 2) -> Tensor:
-    """How far the values move where every module's output is off by one rounding of what it was summed from: (draws, values).
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """What one rounding at each module moves."""
 
-    So a rounding at each weight and at each product shows in what it comes to at the end, for any depth and architecture.
+    moved: Tensor  # (draws, values)
+    detours: float  # the share of a mixture's decisions that are others
+
+
+def noise(
+    model: nn.Module, ids: Tensor, unit: float, *, temperature: float, reward: bool, routes: Routes = (), draws: int = 2
+) -> Noise:
+    """How far the values move where every module's output is off by one rounding of what it was summed from.
+
+    So a rounding at each weight and at each product shows in what it comes to at the end, for any depth and architecture. A
+    mixture's tokens take `routes` nevertheless.
     """
-    plain = said_by(model, ids, temperature=temperature, reward=reward)
-    moved = []
+    knobs: dict[str, Any] = {"temperature": temperature, "reward": reward, "routes": routes}
+    plain, chosen = chosen_by(model, ids, **knobs)
+    moved, detours = [], []
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         handles = [each.register_forward_hook(_off_by(unit, generator)) for each in model.modules() if each is not model]
         try:
-            moved.append(said_by(model, ids, temperature=temperature, reward=reward) - plain)
+            values, others = chosen_by(model, ids, **knobs)
+            moved.append(values - plain)
+            detours.append(otherwise(others, chosen))
         finally:
             for handle in handles:
                 handle.remove()
-    return torch.stack(moved)
+    return Noise(torch.stack(moved), sum(detours) / draws)
+
+
+def detours_in_half(model: Any, ids: Tensor, **knobs: Any) -> float:
+    """The share of a mixture's decisions that are others where products are computed in bfloat16: scores of experts that lie
+    close together are then equal, and no output of a module shows it."""
+    _, chosen = chosen_by(model, ids, **knobs)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
+        _, others = chosen_by(model, ids, **knobs)
+    return otherwise(others, chosen)
 
 
 def _off_by(unit: float, generator: torch.Generator) -> Callable[[nn.Module, Any, Any], Any]:

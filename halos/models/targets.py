@@ -68,11 +68,13 @@ def routers(model: nn.Module) -> list[str]:
     """Modules that weigh experts, by name: those beside the experts with one output for each of them, or one for all."""
     found = []
     for stack, count in stacks(model).items():
-        block = stack.rpartition(".")[0]  # what holds the experts and their router
+        owner = _unwrapped(stack)
+        block = owner.rpartition(".")[0]  # what holds the experts and their router
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) in (1, count) and count > 1:
-                found.append(name)
+            beside = not name.startswith(f"{owner}.") and ".lora_" not in name
+            if beside and isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) in (1, count) and count > 1:
+                found.append(_unwrapped(name))
     return list(dict.fromkeys(found))
 
 
@@ -114,6 +116,10 @@ def _is_a_router(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear | Conv1D | nn.Embedding) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
 
+def _unwrapped(name: str) -> str:
+    return re.sub(r"(\.base_layer)+$", "", name)
+
+
 def _leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
@@ -144,9 +150,10 @@ def experts(model: nn.Module) -> list[str]:
     """How the experts' parameters are named, as target_parameters takes them."""
     ends = []
     for stack in stacks(model):
-        last = re.sub(r"(\.base_layer)+$", "", stack).rpartition(".")[2]
         module = model.get_submodule(stack)
-        ends += [f"{last}.{name}" for name, value in module.named_parameters(recurse=False) if value.dim() == 3]
+        ends += [
+            f"{_leaf(_unwrapped(stack))}.{name}" for name, value in module.named_parameters(recurse=False) if value.dim() == 3
+        ]
     return list(dict.fromkeys(ends))
 
 
@@ -155,15 +162,17 @@ def lines(model: nn.Module) -> list[str]:
     if not isinstance(model, PeftModel) or not stacks(model):
         return []
     layers, weights = set(), set()
+    spared = {_leaf(name) for name in routers(model)}
     for name, module in model.named_modules():
+        path = _unwrapped(name).split(".")
         if isinstance(module, ParamWrapper):
-            path = re.sub(r"(\.base_layer)+$", "", name).split(".")
             weights.add(".".join([*(path[-2:] if module.parameter_name == "weight" else path[-1:]), module.parameter_name]))
         elif isinstance(module, LoraLayer):
-            layers.add(name.rpartition(".")[2])
+            layers.add(path[-1])
+        if isinstance(module, LoraLayer):
+            spared.discard(path[-1])
     changed = sorted({*layers, *(name.removesuffix(".weight") for name in weights)})
-    alone = [end for end in experts(model) if end not in weights]
-    said = [f"on {', '.join(changed)}"]
-    if alone:
+    said = [f"on {', '.join(changed)}" + (f"; the router ({', '.join(sorted(spared))}) stays as it is" if spared else "")]
+    if alone := [end for end in experts(model) if end not in weights]:
         said.append(f"the experts stay as they are: peft.target_parameters=[{','.join(alone)}] adapts them too")
     return said

@@ -234,7 +234,6 @@ REFUSED = [
     ({"trainable_token_indices": [3, 4]}, "trainable_token_indices"),
     ({"lora_bias": True}, "lora_bias"),
     ({"alora_invocation_tokens": [5, 6], "task_type": "CAUSAL_LM"}, "alora_invocation_tokens"),
-    ({"target_parameters": ["q_proj.weight"]}, "target_parameters"),
     ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights"),
     ({"init_lora_weights": "olora"}, "init_lora_weights"),

@@ -1,30 +1,35 @@
 """Of right merges none fails its proof, of wrong ones none passes it."""
 
 import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
-from statement import BESIDE, FAULTS, draw, right
+import statement
+import statement_experts
+from statement import Fault, Trial
 
 from halos.errors import UserError
 
-RIGHT, WRONG = 500, 100
+RIGHT, WRONG = 500, 100  # of models without experts, and as many of mixtures
+FLIPPED = 17  # where bfloat16 sends several tokens to other experts than float32
+Draw = Callable[..., Trial]
 
 
-def _right(seeds: range, place: Path) -> list[str]:
+def _right(draw: Draw, seeds: Iterable[int], place: Path) -> list[str]:
     failed = []
     for seed in seeds:
         trial = draw(seed, place / f"right-{seed}")
-        if (result := right(trial)).faults:
+        if (result := statement.right(trial)).faults:
             failed.append(f"{seed}: {trial.words}: {result}")
     return failed
 
 
-def _wrong(seeds: range, place: Path) -> list[str]:
+def _wrong(draw: Draw, faults: Sequence[Fault], seeds: range, place: Path) -> list[str]:
     passed = []
     for seed in seeds:
-        fault = FAULTS[seed % len(FAULTS)]
-        trial = draw(10_000 + seed, place / f"wrong-{seed}", alone=fault.__name__ not in BESIDE)
+        fault = faults[seed % len(faults)]
+        trial = draw(10_000 + seed, place / f"wrong-{seed}", alone=fault.__name__ not in statement.BESIDE)
         try:
             result = fault(trial, random.Random(seed)).prove()
         except UserError:
@@ -35,11 +40,22 @@ def _wrong(seeds: range, place: Path) -> list[str]:
 
 
 def test_a_sample_of_right_merges_holds_and_of_wrong_ones_fails(tmp_path: Path) -> None:
-    assert _right(range(20), tmp_path) == []
-    assert _wrong(range(len(FAULTS)), tmp_path) == []
+    assert _right(statement.draw, range(20), tmp_path) == []
+    assert _wrong(statement.draw, statement.FAULTS, range(len(statement.FAULTS)), tmp_path) == []
+
+
+def test_a_sample_of_right_mixtures_holds_and_of_wrong_ones_fails(tmp_path: Path) -> None:
+    faults = statement_experts.FAULTS
+    assert _right(statement_experts.draw, [*range(8), FLIPPED], tmp_path) == []
+    assert _wrong(statement_experts.draw, faults, range(len(faults)), tmp_path) == []
 
 
 @pytest.mark.slow
-def test_every_right_merge_holds_and_every_wrong_one_fails(tmp_path: Path) -> None:
-    assert _right(range(RIGHT), tmp_path) == []
-    assert _wrong(range(WRONG), tmp_path) == []
+@pytest.mark.parametrize(
+    ("draw", "faults"),
+    [(statement.draw, statement.FAULTS), (statement_experts.draw, statement_experts.EVERY)],
+    ids=["any", "mixtures"],
+)
+def test_every_right_merge_holds_and_every_wrong_one_fails(draw: Draw, faults: Sequence[Fault], tmp_path: Path) -> None:
+    assert _right(draw, range(RIGHT), tmp_path) == []
+    assert _wrong(draw, faults, range(WRONG), tmp_path) == []

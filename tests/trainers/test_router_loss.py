@@ -25,7 +25,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("loss", "peft"),
-    [("sft", ["peft=none"]), ("dpo", ["peft=lora", EXPERTS, "checkpoint.merge_lora=false"]), ("kto", ["peft=lora"])],
+    [("sft", ["peft=none"]), ("dpo", ["peft=lora", EXPERTS]), ("kto", ["peft=lora"])],
 )
 def test_microbatches_of_any_size_balance_the_same_batch(
     loss: str, peft: list[str], trainer: Callable[..., Trainer], mixtral: Path
