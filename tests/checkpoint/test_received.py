@@ -11,7 +11,7 @@ import pytest
 from world import World, copied, refusal, resume
 
 from halos import hashes
-from halos.checkpoint import export, lineage, received
+from halos.checkpoint import export, lineage, manifest, received
 from halos.errors import UserError
 from halos.online import sample
 from halos.online.labellers.reward_model import RewardModel
@@ -68,6 +68,17 @@ def test_a_flipped_bit_of_an_adapter_is_refused_and_of_what_lies_beside_it_is_no
     flip(final / "adapter" / "adapter_model.safetensors")
     said = world.refusal("next", "peft=lora", "peft.r=2", f"peft.init_from={final / 'adapter'}")
     assert f"peft.init_from={final / 'adapter'} is not what was saved there: adapter/adapter_model.safetensors" in said
+
+
+@pytest.mark.parametrize("name", ["value_head/model.safetensors", "lineage.json"])
+def test_what_goes_with_an_adapter_is_checked_with_it(name: str, final: Path) -> None:
+    (final / "value_head").mkdir()
+    shutil.copy(final / "adapter" / "adapter_model.safetensors", final / "value_head" / "model.safetensors")
+    (final / "manifest.json").write_text(manifest.describe(final, {}))
+    received.check(final / "adapter", "peft.init_from")
+    flip(final / name)
+    with pytest.raises(UserError, match=re.escape(f"{name}: contents changed")):
+        received.check(final / "adapter", "peft.init_from")
 
 
 def test_a_half_copied_model_is_refused(final: Path) -> None:
