@@ -2,7 +2,7 @@
 
 import importlib.util
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -127,13 +127,32 @@ def load_model(
     extra |= {"num_labels": 1} if reward else {}
     torch.manual_seed(seed)  # a fresh score head is drawn here
     with doing(f"{directory} could not be loaded as a {auto.__name__}"):
-        model = _hollow(auto, config, extra) if hollow else auto.from_pretrained(directory, **extra)
+        fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
+        model = _hollow(auto, config, extra) if hollow else read_whole(auto, directory, extra, fresh_head=fresh)
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     grow(model, len(tokenizer), new_tokens)
     if not reward:
         model.generation_config = settings_for(model.generation_config, tokenizer, stops)
+    return model
+
+
+def read_whole(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_head: bool = False) -> PreTrainedModel:
+    """The model that `auto` makes of the weights in `directory`. Raises UserError where some are not there, which transformers
+    would draw at random and go on; with `fresh_head` those of the head may be, where a backbone came without one."""
+    model, report = auto.from_pretrained(directory, output_loading_info=True, **extra)
+    known, foreign = {name for name, _ in model.named_parameters()}, sorted(map(str, report["unexpected_keys"]))
+    lost = sorted(name for name in map(str, report["missing_keys"]) if name in known)  # buffers are computed
+    if fresh_head:
+        lost = [name for name in lost if name.startswith(f"{model.base_model_prefix}.")]
+    if lost and "quantization_config" not in extra:
+        raise UserError(
+            f"{directory} lacks {len(lost)} tensors of a {type(model).__name__}, {lost[0]} for one, which would be drawn at"
+            " random. Its files are not whole, or of another architecture or version than its config.json says"
+        )
+    if foreign and not fresh_head:  # a language model's own head is nothing to a reward model
+        log.warning("%s holds %d tensors that its model does not have, such as %s: left out", directory, len(foreign), foreign[0])
     return model
 
 

@@ -1,16 +1,23 @@
 """Tokens that are new start at the mean; tokens that were trained stay as they are."""
 
+import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from halos.config.schema import Config
+from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
+from halos.online.labellers.reward_model import RewardModel
 from halos.run.lifecycle import run
 
 CSFT = ["loss=csft", "train.batch_size=8", "optim.lr=1e-3", "train.eval_every=null"]
@@ -27,6 +34,41 @@ def test_new_tokens_start_at_the_mean_of_the_others(tmp_path: Path) -> None:
     assert table.shape[0] >= len(tokenizer)
     for token in new:
         assert torch.allclose(table[tokenizer.get_vocab()[token]], table[:known].mean(0), atol=1e-6)
+
+
+def without(directory: Path, name: str, settings: dict[str, Any]) -> None:
+    """A small base in `directory` that lacks a tensor."""
+    tiny.build(directory)
+    path = directory / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    weights = {key: value for key, value in load_file(directory / "model.safetensors").items() if key != name}
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "reward", "lost"),
+    [
+        (UP, {}, False, UP),
+        (UP, {}, True, UP),
+        ("", {"tie_word_embeddings": False}, False, "lm_head.weight"),
+        ("", {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}, True, "score.weight"),
+        ("", {}, True, None),
+        ("", {}, False, None),
+    ],
+)
+def test_what_the_files_lack_is_not_drawn_at_random(
+    name: str, settings: dict[str, Any], reward: bool, lost: str | None, tmp_path: Path
+) -> None:
+    without(tmp_path / "base", name, settings)
+    tokenizer, _ = load_tokenizer(tmp_path / "base", add_tokens=[])
+    with nullcontext() if lost is None else pytest.raises(UserError, match=f"lacks 1 tensors of a .*, {lost} for one"):
+        load_model(tmp_path / "base", tokenizer, reward=reward, dtype=torch.float32, attention="sdpa")
+    if lost == "score.weight":
+        with pytest.raises(UserError, match=f"lacks 1 tensors of a .*, {lost} for one"):
+            RewardModel(tmp_path / "base", label=None, batch_size=1, max_length=None, quiet=True)._load()
 
 
 def test_trained_control_tokens_survive_a_resume_and_a_second_stage(configure: Callable[..., Config], tmp_path: Path) -> None:

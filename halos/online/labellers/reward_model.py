@@ -21,11 +21,11 @@ from halos.data.dataset import Completion
 from halos.data.template import chat_template
 from halos.data.tokenize import Encoder
 from halos.distributed.device import has_bfloat16
-from halos.errors import UserError
+from halos.errors import UserError, doing
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import RewardModel as Scorer
 from halos.logps.plan import plan_for, remember
-from halos.models.load import load_tokenizer, read_config, weights_dtype
+from halos.models.load import load_tokenizer, read_config, read_whole, weights_dtype
 from halos.online.labellers.score import Score
 from halos.online.ranks import device_of_this_process
 from halos.online.records import Row, text_of
@@ -91,9 +91,9 @@ class RewardModel:
         device = device_of_this_process()
         dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
         plan = plan_for(read_config(self.place), reward=True, attention=SEGMENTS)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            self.place, dtype=dtype, attn_implementation=plan.attention, **SAFELY
-        )
+        extra = {"dtype": dtype, "attn_implementation": plan.attention, **SAFELY}
+        with doing(f"{self.place} could not be loaded as a reward model"):
+            model = read_whole(AutoModelForSequenceClassification, self.place, extra)
         remember(model, plan)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
