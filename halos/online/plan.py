@@ -183,7 +183,7 @@ class Plan:
             if str(other) == self.start and self.config.model.revision is not None:
                 words += [f"reference.revision={quoted(self.config.model.revision)}"]
         if self.online.carry_optimizer:
-            words += [f"optim.init_from={quoted(checkpoints(before / 'checkpoints')[-1])}"]
+            words += [f"optim.init_from={quoted(_last_checkpoint(before))}"]
         if (weight := self._kl_weight(before)) is not None:
             words += [f"loss.kl_coefficient={weight}"]
         return words
@@ -196,3 +196,14 @@ class Plan:
             return left
         rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]  # of an older version
         return float(rows[-1]["kl_coefficient"]) if rows else None
+
+
+def _last_checkpoint(run: Path) -> Path:
+    """Of a round's training, whose optimizer the next one goes on with. Raises UserError where there is none."""
+    found = checkpoints(run / "checkpoints")
+    if not found:
+        raise UserError(
+            f"online.carry_optimizer: {run / 'checkpoints'} holds no checkpoint whose optimizer could be handed on. Bring it"
+            " back, or go on without: online.carry_optimizer=false resume_changes=allow"
+        )
+    return found[-1]

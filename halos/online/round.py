@@ -26,6 +26,7 @@ from halos.rundir import RunDir, is_run
 
 log = logging.getLogger(__name__)
 
+NOTE = "round.json"  # in its directory: how far it is, and what it has come to
 ORPHANS = 120.0  # seconds that ranks may take to save, whose launcher was killed
 
 
@@ -69,14 +70,14 @@ class Round:
         self._label()
         return self._told()
 
-    def close(self, metrics: Mapping[str, Any]) -> None:
-        """What it has come to is on record: it is not looked at again."""
-        self._note(done=True, metrics=metrics)
+    def close(self, metrics: Mapping[str, Any], hooks: Mapping[str, Any]) -> None:
+        """What it has come to is on record, with what the `hooks` remember of it: it is not looked at again."""
+        self._note(done=True, metrics=metrics, hooks=hooks)
 
     def _read(self) -> dict[str, Any]:
         start: dict[str, Any] = {"round": self.number, "stages": {}, "whole": False, "wall": 0.0, "metrics": {}}
         try:
-            found = confined.load_object(self.place / "round.json", within=self.plan.directory.path)
+            found = confined.load_object(self.place / NOTE, within=self.plan.directory.path)
         except UnreadableError:
             found = {}
         kept = {name: value for name, value in found.items() if isinstance(value, type(start.get(name, value)))}
@@ -86,7 +87,7 @@ class Round:
 
     def _note(self, **facts: Any) -> None:
         self.facts |= facts
-        write_whole(self.place / "round.json", json.dumps(self.facts, indent=1) + "\n")
+        write_whole(self.place / NOTE, json.dumps(self.facts, indent=1) + "\n")
 
     def _stage(self, name: str, command: Sequence[str]) -> None:
         """One command; its time is that of the start that ended it."""

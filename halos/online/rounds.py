@@ -35,7 +35,7 @@ from halos.online import measure
 from halos.online.plan import Plan
 from halos.online.prompts import digest
 from halos.online.records import EVAL, TRAIN
-from halos.online.round import Round, Told, sampled_from
+from halos.online.round import NOTE, Round, Told, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.rundir import RunDir
 from halos.versions import versions
@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 FINISHED, FAILED = 0, 1
 WORDS = "online.json"  # what each round's training is given
+HOOKS = "hooks.json"  # what they remembered at the last start
 SHOWN = ("reward", "kl", "length", "unique", "cost")
 
 
@@ -156,8 +157,7 @@ class Walk:
         try:
             for hook in self.hooks.values():
                 hook.on_start(self)  # type: ignore[arg-type]
-            kept = {name: hook.state_dict() for name, hook in self.hooks.items()}
-            write_whole(self.directory.path / "hooks.json", json.dumps(kept) + "\n")
+            write_whole(self.directory.path / HOOKS, json.dumps(self._remembered()) + "\n")
             for number in range(self.plan.online.rounds):
                 self.step = number
                 one = Round(self.plan, number, self.plan.place(number))
@@ -165,7 +165,7 @@ class Walk:
                     self.metrics = one.facts.get("metrics", {})
                     continue
                 self._record(one, one.go())
-                one.close(self.metrics)
+                one.close(self.metrics, self._remembered())
                 self._clean(number)
             self.step = self.plan.online.rounds
             self._finish()
@@ -203,17 +203,29 @@ class Walk:
         sweep(directory.path)
         directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
         self.hooks = trackers_of(self.config)
-        state = directory.path / "hooks.json"
-        if state.is_file():
-            for name, kept in confined.load_object(state, within=directory.path).items():
-                if name in self.hooks and isinstance(kept, dict):
-                    self.hooks[name].load_state_dict(kept)
+        for name, kept in self._remembered_before().items():
+            if name in self.hooks and isinstance(kept, dict):
+                self.hooks[name].load_state_dict(kept)
         directory.write_result("running", 0, {})
         plan, online = self.plan, self.plan.online
         log.info("online     %s, %s feedback by %s", plan.loss.name, plan.kind, online.labeller.name)
         log.info("prompts    %d, %d a round; %d held out", len(plan.prompts), min(online.prompts_per_round, len(plan.prompts)),
                  min(online.eval_prompts, len(plan.exam)))  # fmt: skip
         log.info("run        %s", directory.path)
+
+    def _remembered(self) -> dict[str, Any]:
+        """By the hooks, for a walk that goes on."""
+        return {name: hook.state_dict() for name, hook in self.hooks.items()}
+
+    def _remembered_before(self) -> dict[str, Any]:
+        """By an earlier start: as of the last round that is done, else as of that start."""
+        rounds = [self.plan.place(number) / NOTE for number in reversed(range(self.plan.online.rounds))]
+        for path in filter(Path.is_file, [*rounds, self.directory.path / HOOKS]):
+            found = confined.load_object(path, within=self.directory.path)
+            kept = found if path.name == HOOKS else found.get("hooks") if found.get("done") else None
+            if isinstance(kept, dict):
+                return kept
+        return {}
 
     def _record(self, one: Round, told: Told) -> None:
         """A round's rows of metrics.jsonl, in the place of any that an earlier attempt has left, and its examples."""

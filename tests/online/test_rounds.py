@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -26,8 +27,12 @@ import train
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint.lineage import identity
 from halos.errors import UserError
+from halos.hooks.base import Hook
 from halos.models import tiny
+from halos.online import rounds
+from halos.online.plan import _last_checkpoint
 from halos.online.records import read
+from halos.online.round import Round, Told
 from halos.online.rounds import stored_words
 from halos.online.stages import Stages, StoppedError
 from halos.rundir import RunDir
@@ -433,3 +438,68 @@ def test_a_relative_path_of_a_walk_leads_to_the_same_from_anywhere(
     assert f"model.name_or_path='{tmp_path}/base'" in stored_words(tmp_path / "walk")
     monkeypatch.chdir(cache)
     assert train.start([f"resume={tmp_path / 'walk'}"]) == 75
+
+
+# --- in one process
+
+
+class Counts(Hook):
+    """Remembers how many rounds it has seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def on_eval(self, run: Any, metrics: Any) -> None:
+        self.seen.append(metrics["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+def test_hooks_of_a_walk_remember_the_rounds_that_are_done_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDir(tmp_path / "walk")
+    (directory.path / "attempts").mkdir(parents=True)
+    directory.write_config("a: 1\n")
+    config = SimpleNamespace(
+        resume=str(directory.path), exp_name="walk", hooks={}, plugins=[], cache_dir="", run_dir=str(tmp_path)
+    )
+    labeller = SimpleNamespace(name="function")
+    online = SimpleNamespace(rounds=4, prompts_per_round=1, eval_prompts=0, keep_rounds=None, labeller=labeller)
+    plan: Any = SimpleNamespace(
+        config=config, directory=directory, online=online, settings={}, words=[], prompts=[1], exam=[], kind="",
+        loss=SimpleNamespace(name="dpo"),
+        place=lambda number: directory.path / "rounds" / f"{number:03d}", stages=SimpleNamespace(listen=lambda: None),
+    )  # fmt: skip
+    dying, hooks = {1, 3}, list[Counts]()
+
+    def go(self: Round) -> Told:
+        return Told({"reward": 1.0}, {}, ())
+
+    def close(self: Round, *given: Any) -> None:
+        if self.number in dying:  # when its hooks have heard of it
+            dying.remove(self.number)
+            raise KeyboardInterrupt
+        whole(self, *given)
+
+    def trackers(_: Any) -> dict[str, Hook]:
+        hooks.append(Counts())
+        return {"counts": hooks[-1]}
+
+    whole = Round.close
+    monkeypatch.setattr(Round, "go", go)
+    monkeypatch.setattr(Round, "close", close)
+    monkeypatch.setattr(rounds, "trackers_of", trackers)
+    monkeypatch.setattr(rounds.Walk, "_finish", lambda self: None)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            rounds.Walk(plan).go({"overrides": []})
+    assert rounds.Walk(plan).go({"overrides": []}) == 0
+    assert [each.seen for each in hooks] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_an_optimizer_that_is_not_there_any_more_is_one_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"online.carry_optimizer: .*checkpoints holds no checkpoint"):
+        _last_checkpoint(tmp_path)
