@@ -232,6 +232,7 @@ def engage(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | No
     made = Zero(engine, groups)
     if made.stage == 3:
         _keep_whole(engine.optimizer, head)
+        _deal_out_buffers(engine.module)
     made._make_moments()
     return made
 
@@ -241,7 +242,18 @@ def engage_frozen(module: nn.Module, *, head: nn.Module | None) -> nn.Module:
     with _unseen(head):
         engine, *_ = package().initialize(model=module, config=engine_config(None))
     _keep_whole(engine.optimizer, head)
+    _deal_out_buffers(engine.module)
     return Zero(engine, {})
+
+
+@torch.no_grad()
+def _deal_out_buffers(module: nn.Module) -> None:
+    """Those that are saved with a model are read by the first process, like its parameters: the others' were computed as of a
+    new one. DeepSpeed deals out parameters alone."""
+    saved = module.state_dict(keep_vars=True)
+    for name, buffer in module.named_buffers():
+        if name in saved:
+            dist.broadcast(buffer, 0)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -22,7 +23,7 @@ HALF = 2.0**-7  # of the largest logit: what bfloat16 rounds to, twice
 @torch.no_grad()
 def prove(
     module: nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, *, temperature: float, longest: int
-) -> Check:
+) -> list[Check]:
     """Every process calls, and gets its own numbers."""
     reader = next(part for part in module.modules() if isinstance(part, Reader))
     ids = _ids(tokenizer, min(TOKENS, longest))
@@ -38,8 +39,22 @@ def prove(
     module.train(training)
     half = half or next(reader.parameters()).dtype is not torch.float32
     truth = said.double()[0, :1] if reader.reward else _logps(said, ids, temperature)
-    error = (found.double().cpu() - truth.cpu()).abs().max().nan_to_num(float("inf")).item()
-    return Check("one row, as it is trained", error, (HALF if half else FLOOR) * max(1.0, said.abs().max().item()))
+    allowed = (HALF if half else FLOOR) * max(1.0, said.abs().max().item())
+    mine, plain = found.double().cpu(), truth.double().cpu()
+    return [Check("one row, as it is trained", _distance(mine, plain), allowed),
+            Check("the same row, on the first process", _distance(mine, _of_the_first(plain)), allowed)]  # fmt: skip
+
+
+def _distance(one: Tensor, other: Tensor) -> float:
+    return (one - other).abs().max().nan_to_num(float("inf")).item()
+
+
+def _of_the_first(value: Tensor) -> Tensor:
+    """What every process would have if its part of the model were that of the first, which has read the weights."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box)
+    return box[0]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
