@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ def test_a_value_that_was_changed_by_hand_is_named_and_may_be_allowed(directory:
         assert resume(directory) == 0
         shutil.rmtree(directory / "checkpoints" / name)
     assert "changed" not in attempts(directory)[2]
+
+
+def test_a_checkpoint_whose_own_seal_is_broken_says_nothing_of_the_configuration(finished: Path) -> None:
+    shutil.rmtree(finished / "FINAL")
+    for name, value in (("config.yaml", "batch_size: "), ("checkpoints/step-00000004/lineage.json", '"batch_size": ')):
+        edit(finished / name, f"{value}8", f"{value}6")
+    run = RunDir(finished)
+    [change] = runfiles.changed(run)
+    assert (change.key, change.old, change.new) == ("train.batch_size", 8, 6)
+    assert "step-00000002" in (change.why or "")
+    assert train.altered(run, []) == [change]
+    assert train.altered(run, [replace(change, old=6, new=5)]) == [], "what is typed anew is on record as it was typed"
 
 
 def test_a_change_that_a_start_recorded_is_sealed_with_it(directory: Path) -> None:

@@ -1,6 +1,7 @@
-"""Tokens that are new start at the mean; tokens that were trained stay as they are."""
+"""Tokens that are new start at the mean; tokens that were trained stay as they are; what cannot be loaded is one message."""
 
 import json
+import re
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -69,6 +70,32 @@ def test_what_the_files_lack_is_not_drawn_at_random(
     if lost == "score.weight":
         with pytest.raises(UserError, match=f"lacks 1 tensors of a .*, {lost} for one"):
             RewardModel(tmp_path / "base", label=None, batch_size=1, max_length=None, quiet=True)._load()
+
+
+SPOILT = {
+    "tokenizer.json": (b'{"model": {"type": "Evil"}}', "its tokenizer could not be loaded: "),
+    "config.json": (b"[1]", "its config.json could not be loaded: "),
+    "model.safetensors": (b"\xff" * 64, "could not be loaded as a AutoModelForCausalLM: "),
+}
+
+
+def test_whatever_a_library_makes_of_a_broken_file_is_one_message(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny.build(base)
+    tokenizer, _ = load_tokenizer(base, add_tokens=[])
+
+    def load() -> object:
+        if name == "tokenizer.json":
+            return load_tokenizer(base, add_tokens=[])
+        return load_model(base, tokenizer, reward=False, dtype=torch.float32, attention="sdpa")
+
+    for name, (content, words) in SPOILT.items():
+        whole = (base / name).read_bytes()
+        (base / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"^{re.escape(str(base))}.*{words}.") as refused:
+            load()
+        assert "\n" not in str(refused.value)
+        (base / name).write_bytes(whole)
 
 
 def test_trained_control_tokens_survive_a_resume_and_a_second_stage(configure: Callable[..., Config], tmp_path: Path) -> None:
