@@ -40,6 +40,11 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> s
         if not path.is_file():
             raise UserError(f"model.chat_template={override}: no such file, and no jinja template either")
         return path.read_text("utf-8")
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        names = ", ".join(tokenizer.chat_template)
+        raise UserError(
+            f"its tokenizer has several chat templates ({names}) and no default: model.chat_template=FILE chooses one"
+        )
     if tokenizer.chat_template:
         return tokenizer.get_chat_template()
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halos.errors import UserError
-from halos.hooks.base import Blueprint, Hook, Metrics, Watched
+from halos.hooks.base import Blueprint, Hook, Metrics, Run, Watched
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +51,9 @@ class TensorBoard(Hook):
 
     def on_start(self, run: Watched) -> None:
         if run.main:
-            # purge_step hides what an attempt that died wrote beyond the checkpoint this one goes on from
-            self._writer = self._open(run.directory.path / "tensorboard", purge_step=run.step + 1 if run.step else None)
+            # purge_step hides what an attempt that died wrote beyond the checkpoint this one goes on from, or before its first
+            again = 0 if isinstance(run, Run) and run.config.resume else None
+            self._writer = self._open(run.directory.path / "tensorboard", purge_step=run.step + 1 if run.step else again)
             self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in _flat(dict(run.settings)).items()), 0)
 
     def _write(self, run: Watched, metrics: Metrics) -> None:

@@ -1,5 +1,6 @@
 """From a checked config to a run before its weights: every check that needs none, in one order, for runs and dry runs alike."""
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,8 @@ from halos.trainers.reward import RewardTrainer
 from halos.trainers.sft import SFTTrainer
 from halos.trainers.unpaired import UnpairedTrainer
 from halos.types import Labelled, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
+
+log = logging.getLogger(__name__)
 
 TRAINERS: dict[type, type[Trainer]] = {
     TokenLogps: SFTTrainer,
@@ -155,6 +158,9 @@ def locate_base(config: Config) -> Path:
 def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: Path) -> Structure:
     """Raises UserError for a tokenizer, adapter or reference that does not go with the base, and for what is no model of ours."""
     tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
+    if machine.is_main_process and isinstance(tokenizer.chat_template, dict) and len(tokenizer.chat_template) > 1:
+        names = ", ".join(tokenizer.chat_template)
+        log.warning("%s has several chat templates (%s): one is trained with, and saved", base, names)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
     shelf = models.Shelf(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine)

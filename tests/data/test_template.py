@@ -180,3 +180,13 @@ def test_a_turn_of_weight_0_is_in_the_row_and_is_not_scored():
     layout = lay_out(CHATML, PROMPT, talk)
     assert [layout.completions[0][start:end] for start, end in layout.spans[0]] == ["Two.<|im_end|>", "Yes.<|im_end|>"]
     assert "No.<|im_end|>" in layout.completions[0]
+
+
+def test_of_several_templates_one_must_be_the_default():
+    several = tokenizer(CHATML)
+    several.chat_template = {"tool_use": CHATML, "rag": CHATML}
+    with pytest.raises(UserError, match=r"several chat templates \(tool_use, rag\) and no default: model.chat_template=FILE"):
+        chat_template(several, None)
+    assert chat_template(several, GEMMA) == GEMMA
+    several.chat_template = {"tool_use": GEMMA, "default": CHATML}
+    assert chat_template(several, None) == CHATML

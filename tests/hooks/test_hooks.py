@@ -15,6 +15,7 @@ from halos.errors import UserError
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.trackers import Wandb
 from halos.run.lifecycle import run
+from halos.trainers.base import Trainer
 
 FEW = ["loss=sft", "train.steps=3", "train.batch_size=8", "checkpoint.every=null", "train.eval_every=1"]
 
@@ -51,6 +52,29 @@ def test_tensorboard_shows_what_metrics_jsonl_holds(configure: Callable[..., Con
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert [step for step, _ in found] == [step for step, _ in wanted]
     assert [value for _, value in found] == pytest.approx([value for _, value in wanted], rel=1e-6)
+
+
+def test_tensorboard_hides_the_points_of_an_attempt_that_died_before_its_first_checkpoint(
+    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def die(trainer: Trainer, *given: Any) -> Any:
+        if trainer.run.step == 2:
+            raise KeyboardInterrupt
+        return whole(trainer, *given)
+
+    whole = Trainer._backward_all
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "_backward_all", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(configure(*FEW, "logging=tensorboard", "train.log_every=1", "train.steps=3"), [])
+    assert (
+        run(configure(*FEW, "logging=tensorboard", "train.log_every=1", "train.steps=3", f"resume={tmp_path / 'run'}"), []) == 0
+    )
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3]
 
 
 def test_early_stopping_counts_evaluations_without_improvement_and_remembers_them() -> None:
