@@ -295,6 +295,7 @@ def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_re
         run(configure(*again[:-3], f"resume={five}", "resume_changes=allow", "train.steps=9", "optim.lr=1e20"), [], changed) == 1
     )
     assert json.loads((place / "result.json").read_text())["step"] == 6
+    assert json.loads((place / "metrics.jsonl").read_text().splitlines()[-1])["skipped_steps"] == 3
 
     assert run(configure(*again, "optim.lr=1e-5"), [], changed) == 0
     text = (place / "train.log").read_text()
