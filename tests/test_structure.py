@@ -80,3 +80,9 @@ def test_every_slow_test_is_in_one_group_that_can_be_run_alone() -> None:
         assert len([path for path in paths if file.is_relative_to(path)]) == 1, (
             f"{file.relative_to(ROOT)} belongs into a group of launch/test.sh"
         )
+
+
+def test_no_two_test_files_share_a_name() -> None:
+    """pytest takes them for one, and collects nothing."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py") if not (path.parent / "__init__.py").is_file()]
+    assert sorted(names) == sorted(set(names))
