@@ -278,6 +278,8 @@ class CheckpointHook(Hook):
         """Merge and prove; why it failed, if it did, in which case the adapter is kept and no merged weights are."""
         model = bare(run.model)
         try:
+            # its files are read again: a row that no probe reads would be merged as it is now, by merge and proof alike
+            lineage.refuse_other_base(self.origin or None, run.base, "this run")
             case = case_of(run.base, adapter, run.vocabulary, dtype=self._kind(model))
             result = combine(case, path, lineage.hashes, model=model, live=live)
         except (UserError, OSError, RuntimeError, AssertionError) as error:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import compose
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 from world import World, attempts, copied, refusal, resume, stopped
 
 from halos import confined
@@ -193,6 +194,30 @@ def test_a_start_that_was_refused_leaves_a_directory_in_which_another_can_begin(
         with pytest.raises(UserError, match="not like this"):
             run(configure("loss=ppo", *ROLLOUTS[:-1], "train.eval_at_start=true"), [])
     assert run(configure("loss=ppo", *ROLLOUTS[:-1]), []) == 0
+
+
+def test_a_base_that_was_changed_while_its_adapter_was_trained_is_not_merged(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, table = copied(world.base, tmp_path), "model.embed_tokens.weight"
+    config = LlamaConfig.from_pretrained(base, vocab_size=4000, tie_word_embeddings=False)
+    LlamaForCausalLM(config).save_pretrained(base)
+    whole = Trainer._backward_all
+
+    def change(self: Trainer, *given: Any) -> Any:
+        weights = load_file(base / "model.safetensors")
+        weights[table][1501] += 5.0  # a row that no probe reads
+        save_file(weights, base / "model.safetensors", {"format": "pt"})
+        return whole(self, *given)
+
+    monkeypatch.setattr(Trainer, "_backward_all", change)
+    words = [f"model.name_or_path={base}", "peft=lora", "peft.r=2", "train.steps=1"]
+    assert run(compose(world.cache, world.place / "runs", *world.words("moving", *words)), []) == 1
+    final = world.place / "runs" / "moving" / "FINAL"
+    said = json.loads((final.parent / "result.json").read_text())["reason"]
+    assert "the adapter could not be merged: UserError: this run was trained on " in said
+    assert (final / "adapter").is_dir()
+    assert not (final / "model.safetensors").exists()
 
 
 # --- rollouts, values, coefficients
