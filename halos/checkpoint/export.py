@@ -1,7 +1,10 @@
 """Any save as a directory for others: merged, adapter or whole model, with tokenizer, generation settings, card and lineage."""
 
+import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
@@ -172,12 +176,17 @@ def _new(output: Path, path: Path) -> Iterator[Path]:
     """A directory that appears when all is written, or not at all."""
     if output.exists():
         raise UserError(f"{output} exists already: name another --output")
+    name = hashlib.sha256(f"{os.getuid()} {output.absolute()}".encode()).hexdigest()[:16]
     try:
-        with staged(output, main=True, facts={"exported_from": path.name}) as place:  # for others: no place of this machine
-            yield place
-    except BaseException:
-        shutil.rmtree(output.with_name(HIDDEN + output.name), ignore_errors=True)
-        raise
+        with FileLock(Path(tempfile.gettempdir()) / f"halos-export-{name}.lock", timeout=0):
+            try:
+                with staged(output, main=True, facts={"exported_from": path.name}) as place:  # no place of this machine
+                    yield place
+            except BaseException:
+                shutil.rmtree(output.with_name(HIDDEN + output.name), ignore_errors=True)
+                raise
+    except Timeout as error:
+        raise UserError(f"{output} is being written by another process: wait for it, or name another --output") from error
 
 
 def _base(saved: Saved, given: Path | None) -> Path:

@@ -407,3 +407,23 @@ def make_untied(place: Path) -> None:
     save_file({**tensors, "lm_head.weight": head}, place / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((place / "config.json").read_text())
     (place / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+
+
+def test_of_two_exports_into_one_directory_the_second_is_refused_and_the_first_is_whole(
+    ends: Callable[..., tuple[int, str]], step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halos.checkpoint import export
+
+    words, seen = ["export", step, "--output", tmp_path / "out"], []
+    plain = export._copy_beside
+
+    def beside(saved: Any, place: Path) -> None:
+        monkeypatch.setattr(export, "_copy_beside", plain)
+        seen.append(ends(*words))  # while the first is at work
+        plain(saved, place)
+
+    monkeypatch.setattr(export, "_copy_beside", beside)
+    assert ends(*words)[0] == 0
+    [(status, said)] = seen
+    assert (status, "is being written by another process" in said, "Traceback" in said) == (2, True, False)
+    assert not manifest.verify(tmp_path / "out")
