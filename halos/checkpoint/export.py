@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +25,12 @@ from halos.confined import NO_CODE
 from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import expected
+from halos.merge.base_weights import Names
 from halos.merge.merge_and_prove import case_of, combine, vocabulary_of
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
 from halos.rundir import is_run
 
+TEMPLATES = "additional_chat_templates"  # beside the default one: a directory of jinja files by name
 WORDS = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
 AT_REST = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # what another dtype can be made of
 
@@ -59,6 +61,11 @@ class Saved:
         received.check(path, "export")
         adapter = next((place for place in (path / "adapter", path) if (place / "adapter_config.json").is_file()), None)
         model = next((place for place in (path / "model", path) if (place / "config.json").is_file()), None)
+        if adapter is not None and adapter == model:
+            raise UserError(
+                f"{path} holds a whole model and an adapter side by side, and from_pretrained would put one on the other: move"
+                " adapter_config.json and adapter_model.safetensors into a directory of their own, and export what is meant"
+            )
         if adapter is None and model is None:
             raise UserError(
                 f"{path} holds neither an adapter nor a model: give a checkpoint, FINAL, or a directory of one of them"
@@ -135,16 +142,17 @@ def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: 
     if saved.model is None:
         raise UserError(f"{path} holds an adapter and no whole model: merge it")
     config = _config(saved.model)
+    reward = any("SequenceClassification" in name for name in config.architectures or [])
+    wide = _wide(saved.model, dtype, reward=reward) if dtype is not None else set()
     with _new(output, path) as place:
-        write_sharded(place, _entries(saved.model, dtype), shard)
-        _, faults = expected.compare(place, expected.copy_of(saved.model), dtype)
+        write_sharded(place, _entries(saved.model, dtype, wide), shard)
+        _, faults = expected.compare(place, expected.copy_of(saved.model, wide), dtype)
         if faults:
             raise UserError(f"what was written is not what was saved: {faults[0]}. Nothing was written")
         config.dtype = dtype or config.dtype
         config.save_pretrained(place)
         _copy_beside(saved, place)
         _copy_generation(saved.model, saved, place)
-        reward = any("SequenceClassification" in name for name in config.architectures or [])
         if (saved.path / "merge_report.json").is_file() and dtype is None:
             saved.copy(saved.path / "merge_report.json", place)
         _describe(saved, place, output.name, adapter=False, reward=reward)
@@ -162,11 +170,20 @@ def _settings(adapter: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(adapter))
 
 
-def _entries(model: Path, dtype: torch.dtype | None) -> dict[str, Entry]:
+def _wide(model: Path, dtype: torch.dtype, *, reward: bool) -> set[str]:
+    """The tensors that stay float32 in a model of `dtype`, as from_pretrained has them: a router's correction bias for one."""
+    names = Names(case_of(model, model, Vocabulary(), dtype=dtype, reward=reward).bare())
+    mine = {name: names(name)[0] or name for file in map(SafeFile, weight_files(model)) for name in file.names}
+    return {name for name in mine if names.dtype_of(mine[name], dtype) is not dtype}
+
+
+def _entries(model: Path, dtype: torch.dtype | None, wide: Collection[str]) -> dict[str, Entry]:
     found = {}
     for file in map(SafeFile, weight_files(model)):
         for name in file.names:
-            kind = dtype if dtype is not None and file.dtype(name) in AT_REST else file.dtype(name)
+            kind = file.dtype(name)
+            if dtype is not None and kind in AT_REST:
+                kind = torch.float32 if name in wide else dtype
             found[name] = Entry(kind, file.shape(name), partial(blocks, file, name))
     return found
 
@@ -212,6 +229,10 @@ def _copy_beside(saved: Saved, place: Path) -> None:
         for file in saved.words.glob(pattern):
             if file.is_file():
                 saved.copy(file, place)
+    if templates := sorted((saved.words / TEMPLATES).glob("*.jinja")):
+        (place / TEMPLATES).mkdir()
+        for file in templates:
+            saved.copy(file, place / TEMPLATES)
     head = next((at for at in (saved.path, saved.path.parent) if (at / VALUE_HEAD / HEAD_FILE).is_file()), None)
     if head is not None and (head == saved.path or saved.path.name in ("adapter", "model")):
         (place / VALUE_HEAD).mkdir()

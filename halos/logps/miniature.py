@@ -35,6 +35,7 @@ def small_config(config: PretrainedConfig, *, longest: int | None) -> Pretrained
     for part in _parts(small):
         part.__dict__.pop("quantization_config", None)
         part._attn_implementation_internal = None  # transformers' own choice again
+        part.dtype = torch.float32  # tables of positions are computed in it, and would stay as coarse as it is
         moving = _kinds_of_rope(vars(part)) & {"dynamic", "longrope"}
         for name, value in list(vars(part).items()):
             with suppress(ValueError, TypeError):  # a configuration may refuse another value: that one stays

@@ -29,7 +29,7 @@ class Names:
     def __init__(self, model: PreTrainedModel) -> None:
         # transformers takes a prefix off or puts one on where the other spelling has a value here that is not None
         self.expected = dict.fromkeys((unwrapped(name) for name in model.state_dict() if ".lora_" not in name), True)
-        self._prefix = model.base_model_prefix
+        self._prefix, self._plan = model.base_model_prefix, model._get_dtype_plan
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
         self._converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
@@ -42,6 +42,11 @@ class Names:
             mine, converted = rename_source_key(name, [], [], self._prefix, self.expected)
         rules = ((rule, rule.source_patterns.index(converted)) for rule in self._converters if converted in rule.source_patterns)
         return (mine if mine in self.expected else None), next(rules, None)
+
+    def dtype_of(self, mine: str, dtype: torch.dtype) -> torch.dtype:
+        """In a model of `dtype`: some of the model's tensors are float32 in all, a router's correction bias for one."""
+        kept = any(re.search(pattern.replace("*", ".*"), mine) for pattern in self._plan(dtype))
+        return torch.float32 if kept else dtype
 
 
 class Source:
@@ -56,7 +61,8 @@ class Source:
         settings = confined.load_object(base / "config.json")
         if settings.get("quantization_config"):
             raise UserError(f"cannot merge: the weights of {base} are quantised on disk; give the model they were made from")
-        self.path, names, self._plan = base, Names(model), model._get_dtype_plan
+        self.path, names = base, Names(model)
+        self.dtype_of = names.dtype_of
         self.files = [SafeFile(path) for path in weight_files(base)]
         found = {name: (file, *names(name)) for file in self.files for name in file.names}
         self.tensors = {name: (file, mine) for name, (file, mine, _) in found.items() if mine is not None}
@@ -84,11 +90,6 @@ class Source:
         self.absent: tuple[str, str] | None = None
         if self.tied and len(lost) == 1:
             self.absent = (lost.pop(), (pair & self.where.keys()).pop())
-
-    def dtype_of(self, mine: str, dtype: torch.dtype) -> torch.dtype:
-        """In a model of `dtype`: some of the model's tensors are float32 in all, a router's correction bias for one."""
-        kept = any(re.search(pattern.replace("*", ".*"), mine) for pattern in self._plan(dtype))
-        return torch.float32 if kept else dtype
 
     def _refuse_twins(self) -> None:
         for name, (_, mine) in self.tensors.items():

@@ -6,7 +6,7 @@ read back from the disk.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -25,6 +25,7 @@ from halos.merge.safetensors_io import INDEX, SafeFile, spans, weight_files
 
 NOISE = 1e-13  # of a tensor's largest value: float64 products of a few dozen terms, summed in another order
 THROUGH = torch.finfo(torch.float32).eps / 2  # what goes from float64 to a half type passes float32
+HALVES = (torch.bfloat16, torch.float16)
 Rows = Callable[[int, int], Tensor]  # (first, last) -> float64
 
 
@@ -69,7 +70,7 @@ def truths(base: Path, adapter: Path | None, model: PreTrainedModel, vocabulary:
     found: dict[str, Truth] = {}
     for name, (file, mine) in source.tensors.items():
         start = _grown(file, name, vocabulary, tokens) if mine in source.tables and adapter else _as_it_is(file, name)
-        wide = [half for half in (torch.bfloat16, torch.float16) if source.dtype_of(mine, half) is torch.float32]
+        wide = [half for half in HALVES if source.dtype_of(mine, half) is torch.float32]
         found[name] = replace(changes.applied(mine, start, places.get(name)), wide=wide)
     if source.absent and not touched.isdisjoint(tables):
         mine, twin = source.absent
@@ -81,9 +82,10 @@ def truths(base: Path, adapter: Path | None, model: PreTrainedModel, vocabulary:
     return Wanted(found, tied, changes.scales, updated)
 
 
-def copy_of(model: Path) -> dict[str, Truth]:
-    """A model's tensors as they are."""
-    return {name: _as_it_is(file, name) for file in map(SafeFile, weight_files(model)) for name in file.names}
+def copy_of(model: Path, wide: Collection[str] = ()) -> dict[str, Truth]:
+    """A model's tensors as they are, of which those of the names `wide` are float32 in a model of any dtype."""
+    found = {name: _as_it_is(file, name) for file in map(SafeFile, weight_files(model)) for name in file.names}
+    return {name: replace(truth, wide=HALVES if name in wide else ()) for name, truth in found.items()}
 
 
 def _as_it_is(file: SafeFile, name: str) -> Truth:

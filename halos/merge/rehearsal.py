@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from halos.confined import NO_CODE
-from halos.errors import UserError
+from halos.errors import UserError, doing
 from halos.logps import miniature
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import expected, lora, merge, proof
@@ -122,7 +122,8 @@ def _whole(case: proof.Case, model: PeftModel, place: Path) -> None:
     except ValueError:
         return  # the settings name a layer that has been left out here
     ids = probe(vocabulary, known, reward=case.reward)
-    values, routes = _moved(adapted, ids, reward=case.reward)
+    with doing(f"{type(small).__name__} does not run under this adapter", "name other layers with peft.target_modules=[...]"):
+        values, routes = _moved(adapted, ids, reward=case.reward)
     adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
     merged.mkdir()
     trial = proof.Case(base, place / "adapter", case.reward, case.dtype, vocabulary.size, vocabulary.new)

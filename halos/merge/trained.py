@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from halos.logps.hidden import accepted
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
 from halos.merge.lora import scales_of
@@ -139,9 +140,10 @@ def said_by(model: Any, ids: Tensor, *, temperature: float, reward: bool, routes
     """What `Trained.values` holds, by the plain forward pass of a model that from_pretrained gave, along `routes` where there
     are any; a row at a time, since a reward model without a padding token takes no batch."""
     parts = []
+    plain = accepted(type(bare(model)), use_cache=False)  # some caches know only models of their usual depth
     with replayed(model, routes):
         for row in ids:
-            logits = model(input_ids=row[None].to(model.device)).logits.float()
+            logits = model(input_ids=row[None].to(model.device), **plain).logits.float()
             if not reward:
                 logits = (logits[0, :-1] / temperature).log_softmax(-1).gather(-1, row[1:, None].to(logits.device))
             parts.append(logits.flatten().cpu())
@@ -214,12 +216,14 @@ def _off_by(unit: float, generator: torch.Generator) -> Callable[[nn.Module, Any
 
 def _size(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
     """What is rounded on the way to an output: of a product the terms of its sum, which may be much larger than the sum."""
+    whole = output.float().square().mean(-1, keepdim=True).sqrt()
     if not isinstance(module, nn.Linear | Conv1D):
-        return output.float().square().mean(-1, keepdim=True).sqrt()
+        return whole
     weight = module.weight.T if isinstance(module, Conv1D) else module.weight
     squares = inputs[0].float().square()
     parts = weight.split(max(1, BLOCK // weight.shape[1]))
-    return torch.cat([nn.functional.linear(squares, part.float().square()) for part in parts], -1).sqrt()
+    terms = torch.cat([nn.functional.linear(squares, part.float().square()) for part in parts], -1).sqrt()
+    return terms if terms.shape == output.shape else whole  # a product of groups is another
 
 
 def typical(values: Sequence[float] | Tensor) -> float:

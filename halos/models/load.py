@@ -167,7 +167,13 @@ def _hollow(auto: Any, config: PretrainedConfig, extra: dict[str, Any]) -> PreTr
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """Its config.json. Raises UserError for what transformers itself does not know; no code beside the model is run."""
+    """Its config.json. Raises UserError for what transformers itself does not know, and where an adapter lies beside the model,
+    which from_pretrained would put on it; no code beside the model is run."""
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} holds a whole model and an adapter side by side, and transformers would put one on the other: move"
+            " adapter_config.json and adapter_model.safetensors into a directory of their own"
+        )
     with doing(f"{directory}: its config.json could not be loaded"):
         return AutoConfig.from_pretrained(directory, **NO_CODE)
 

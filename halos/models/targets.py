@@ -40,7 +40,7 @@ def resolve(model: PreTrainedModel, modules: Wanted, parameters: Sequence[str]) 
     for end in parameters:
         if not any(_ends(name, end) for name in names):
             raise UserError(f"peft.target_parameters: {end} ends no parameter's name{_there_are(model)}")
-    if not stacks(model) and not parameters:
+    if not stacks(model) and not parameters and not (modules == ALL_LINEAR and _of_its_own(model)):
         return Targets(modules, [], [])
     if modules is None:
         raise UserError(
@@ -58,6 +58,8 @@ def stacks(model: nn.Module) -> dict[str, int]:
     """Modules that hold their experts in parameters of three dimensions, by name; and how many experts."""
     found = {}
     for name, module in model.named_modules():
+        if isinstance(module, nn.Conv1d):  # whose kernels have three dimensions too
+            continue
         shapes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
         if shapes and len({shape[0] for shape in shapes}) == 1:
             found[name] = int(shapes[0][0])
@@ -78,14 +80,21 @@ def routers(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _of_its_own(model: nn.Module) -> list[str]:
+    """Linear layers that PEFT would adapt without a word and wrongly: the step of a Mamba layer, which reads that weight itself
+    and calls no layer, and products of groups."""
+    linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name, module in linear if _leaf(name) == "dt_proj" or type(module).__name__.endswith("GroupedLinear")]
+
+
 def _linear(model: PreTrainedModel) -> list[str]:
-    """Every linear layer but the head and the routers."""
+    """Every linear layer but the head, the routers and those that no adapter can change."""
+    left = {*routers(model), *_of_its_own(model)}
     last = [layer for layer in (model.get_output_embeddings(), getattr(model, "score", None)) if layer is not None]
-    spared = {*routers(model)}
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name not in spared and not any(module is layer for layer in last)
+        if isinstance(module, nn.Linear | Conv1D) and name not in left and not any(module is layer for layer in last)
     ]
 
 

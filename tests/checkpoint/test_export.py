@@ -21,9 +21,12 @@ import train
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import hub, lineage, manifest
 from halos.config.schema import Config
+from halos.errors import UserError
 from halos.merge import expected
 from halos.models import tiny
+from halos.models.load import read_config
 from halos.run.lifecycle import run
+from tests import mixtures
 
 SHORT = ["train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-2", "train.eval_at_start=true"]
 
@@ -129,7 +132,7 @@ def test_a_reward_model_keeps_its_score(runs: Path, tmp_path: Path, ends: Any) -
 def test_a_copy_that_is_not_the_original_is_not_left_behind(
     runs: Path, tmp_path: Path, ends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expected, "copy_of", lambda _: {})
+    monkeypatch.setattr(expected, "copy_of", lambda *_: {})
     status, said = ends("export", runs / "whole", "--output", tmp_path / "out")
     assert status == 2
     assert "what was written is not what was saved" in said
@@ -427,3 +430,26 @@ def test_of_two_exports_into_one_directory_the_second_is_refused_and_the_first_i
     [(status, said)] = seen
     assert (status, "is being written by another process" in said, "Traceback" in said) == (2, True, False)
     assert not manifest.verify(tmp_path / "out")
+
+
+def test_an_exported_model_has_what_stays_float32_and_every_chat_template(tmp_path: Path, ends: Any) -> None:
+    base = mixtures.build("DeepseekV3", tmp_path / "base")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.chat_template = {"default": tokenizer.chat_template, "tool_use": "{{ 'tools' }}"}
+    tokenizer.save_pretrained(base)
+    assert ends("export", base, "--output", tmp_path / "out", "--dtype", "bfloat16")[0] == 0
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
+    mine = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(value, wanted[name]) for name, value in mine.items())
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out").chat_template.keys() == {"default", "tool_use"}
+    assert manifest.verify(tmp_path / "out") == []
+
+
+def test_a_model_with_an_adapter_beside_it_is_neither_exported_nor_trained(tmp_path: Path, ends: Any) -> None:
+    tiny.build(tmp_path / "base")
+    (tmp_path / "base" / "adapter_config.json").write_text("{}")
+    status, said = ends("export", tmp_path / "base", "--output", tmp_path / "out")
+    assert status == 2
+    assert "a whole model and an adapter side by side" in said
+    with pytest.raises(UserError, match="side by side"):
+        read_config(tmp_path / "base")

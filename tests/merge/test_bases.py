@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from test_merge import SIZES, VARIANTS, Variant, adapted, combined, make_base, said, trained
 
 from halos.errors import UserError
 from halos.logps.vocabulary import grow
 from halos.merge import proof
+from halos.merge.rehearsal import rehearse
 
 
 def rewritten(base: Path, change: Any) -> None:
@@ -116,3 +118,10 @@ def test_a_biased_head_that_is_trained_whole_keeps_its_own_bias_where_all_are_tr
     assert result.holds, result.faults
     trained_bias = model.get_base_model().lm_head.modules_to_save["default"].bias.detach()
     assert torch.equal(load_file(tmp_path / "merged" / "model.safetensors")["lm_head.bias"], trained_bias)
+
+
+def test_a_base_in_half_precision_is_rehearsed_with_tables_of_positions_as_fine_as_it_is_loaded_with(tmp_path: Path) -> None:
+    config = transformers.GPTJConfig(vocab_size=300, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64)
+    transformers.GPTJForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
+    model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), "Llama")
+    rehearse(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.bfloat16), model)

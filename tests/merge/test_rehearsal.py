@@ -7,8 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 from test_merge import VARIANTS, Variant, combined, said, trained
 
@@ -139,3 +141,13 @@ def test_an_adapter_that_is_not_saved_as_it_was_trained_is_told_by_its_bits(tmp_
     changed = replace(live, content=content_of(model))
     result = combined(case, tmp_path / "merged", live=changed)
     assert any("of the adapter is not as the trained model has it" in fault for fault in result.faults)
+
+
+def test_a_hybrid_without_attention_in_its_small_model_is_rehearsed(tmp_path: Path) -> None:
+    """Its cache knows no layer that could tell how many tokens there were."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300}
+    config = transformers.JambaConfig(**sizes, num_key_value_heads=2, num_experts=2, use_mamba_kernels=False, mamba_d_state=8)
+    transformers.JambaForCausalLM(config).save_pretrained(tmp_path / "base")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj", "down_proj"]))
+    rehearse(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)

@@ -116,3 +116,17 @@ def test_a_saved_adapter_is_loaded_again_by_us_and_by_peft(family: str, tmp_path
         assert torch.equal(again(input_ids=ids).logits, wanted)
         assert torch.equal(theirs(input_ids=ids).logits, wanted)
         assert not torch.equal(mixture(family)(input_ids=ids).logits, wanted)
+
+
+def test_convolutions_are_no_experts_and_what_stands_beside_them_is_no_router() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
+    lfm = transformers.Lfm2Config(**sizes, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+    jamba = transformers.JambaConfig(**sizes, num_key_value_heads=2, num_experts=4, use_mamba_kernels=False, mamba_d_state=8)
+    with torch.device("meta"):
+        dense, mixture = (transformers.AutoModelForCausalLM.from_config(config) for config in (lfm, jamba))
+    assert not targets.stacks(dense)
+    assert not targets.routers(dense)
+    assert targets.experts(mixture) == ["experts.gate_up_proj", "experts.down_proj"]
+    left = {name.rpartition(".")[2] for name in targets.resolve(mixture, "all-linear", []).modules or []}
+    assert {"in_proj", "x_proj", "out_proj"} <= left
+    assert "dt_proj" not in left  # whose weight the layer reads by itself
