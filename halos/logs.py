@@ -55,6 +55,11 @@ def speak(main: bool) -> None:
     console = AboveTheBar(logging.INFO if main else logging.WARNING)
     console.setFormatter(Printable("%(message)s"))
     logger.addHandler(console)
+    hush_libraries()
+
+
+def hush_libraries() -> None:
+    """Neither bars nor warnings of what lies below: nobody who runs halos can heed them."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")

@@ -91,6 +91,7 @@ def export(given: argparse.Namespace) -> int:
     """A checkpoint, FINAL or any adapter as a directory to load or to push: merged where there is an adapter, else whole."""
     import torch
 
+    from halos import logs
     from halos.checkpoint import export as room
     from halos.checkpoint import hub
     from halos.merge.safetensors_io import SHARD, size_of
@@ -99,6 +100,7 @@ def export(given: argparse.Namespace) -> int:
         hub.check_name(given.push_to_hub)
     elif given.private or given.revision:
         raise UserError("--private and --revision are for --push-to-hub ORG/NAME: add it, or leave them out")
+    logs.hush_libraries()
     shard = size_of(given.max_shard_size) if given.max_shard_size else SHARD
     dtype = getattr(torch, given.dtype) if given.dtype else None
     if given.kind == "adapter":

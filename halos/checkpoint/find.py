@@ -49,7 +49,7 @@ def record(run: RunDir, checkpoint: Path | None) -> None:
     if checkpoint is not None:
         listing = manifest.read(checkpoint)
         seal = None if isinstance(listing, manifest.Fault) else listing["seal"]
-        row = {"step": step_of(checkpoint), "checkpoint": checkpoint.name, "seal": seal}
+        row = {"step": step_of(checkpoint), "checkpoint": checkpoint.name, "manifest_seal": seal}
     try:
         run.commits.add(row)
     except OSError as error:
@@ -123,7 +123,7 @@ def _seals(rows: Sequence[Mapping[str, Any]]) -> dict[int, str | None]:
     seals = dict[int, str | None]()
     for row in rows:
         seals = {step: seal for step, seal in seals.items() if step < row["step"]}
-        seals |= {row["step"]: row.get("seal")} if row.get("checkpoint") is not None else {}
+        seals |= {row["step"]: row.get("manifest_seal")} if row.get("checkpoint") is not None else {}
     return seals
 
 

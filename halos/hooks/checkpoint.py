@@ -208,7 +208,7 @@ class CheckpointHook(Hook):
         most, free = self._policy(blueprint).most(steps), shutil.disk_usage(existing(directory)).free
         there = sum(not manifest.verify(path, contents=False) for path in find.checkpoints(directory))
         sizes = [manifest.in_words(size) for size in (one, final, free)]
-        said = f"at most {most} checkpoints of about {sizes[0]}, FINAL of about {sizes[1]}; {sizes[2]} free"
+        said = f"at most {most} checkpoint{'s' * (most != 1)} of about {sizes[0]}, FINAL of about {sizes[1]}; {sizes[2]} free"
         blueprint.lines.append(("disk", said))
         return space.too_little(directory, free=free, one=one, most=most, there=there, final=final)
 

@@ -95,7 +95,7 @@ def _say(name: str, line: str) -> None:
 
 def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     """What is trained, and with what."""
-    _say("loss", f"{loss.name} " + "  ".join(f"{name}={value}" for name, value in loss.settings.items()))
+    _say("loss", f"{loss.name} {'  '.join(f'{name}={value}' for name, value in loss.settings.items())}".rstrip())
     own = "its own base" if config.peft.name == "lora" else "a frozen copy"
     own = "the adapter it begins with" if refers_to_adapter(config) else own
     against = f", reference: {config.reference.name_or_path or own}" if loss.needs_reference else ""

@@ -131,7 +131,7 @@ def record(
 def _not_known_to_be_good(directory: RunDir, step: int) -> str:
     """The checkpoints up to the one of `step` that no later step has been finite with so far."""
     names = [find.name_of(number) for number in good.unknown(directory) if number <= step]
-    return f" ({', '.join(names)}: not known to be good yet, as no later step was finite)" if names else ""
+    return f" ({', '.join(names)}: not known to be good, as no step has come after it yet)" if names else ""
 
 
 def _tell_changes(changed: Sequence[Change], step: int) -> None:

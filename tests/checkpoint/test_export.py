@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,13 @@ def logits(model: Any) -> torch.Tensor:
 @pytest.mark.parametrize("words", [[], ["--merged"]])
 def test_a_step_of_a_lora_run_becomes_a_merged_model(words: list[str], step: Path, tmp_path: Path, ends: Any) -> None:
     out = tmp_path / "out"
-    assert ends("export", step, "--output", out, *words)[0] == 0
+    transformers.utils.logging.enable_progress_bar()  # as in a process of its own, before any run has hushed it
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("default")
+        status, said = ends("export", step, "--output", out, *words)
+    assert (status, [str(each.message) for each in heard if each.category is FutureWarning]) == (0, [])
+    assert said.startswith(f"{out}: ")
+    assert said.count("\n") == 1, "no bars of what is loaded"
     assert manifest.verify(out) == []
     assert json.loads((out / "merge_report.json").read_text())["holds"]
     settings = peft.PeftConfig.from_pretrained(str(step / "adapter"))

@@ -1,5 +1,6 @@
 """Which checkpoint a run goes on from, by what is there and what is on record of it."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,14 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(saved_twice: RunD
         find.look(saved_twice, None)
     saved_twice.commits.path.unlink()
     assert find.look(saved_twice, None) == find.Found(None, []), "a run that never committed one"
+
+
+def test_what_is_noted_of_a_save_has_no_key_twice(saved_twice: RunDir) -> None:
+    lines = saved_twice.commits.path.read_text().splitlines()
+    for line in lines:
+        keys = [key for key, _ in json.loads(line, object_pairs_hook=list)]
+        assert len(keys) == len(set(keys)), line
+    assert len(lines) == 2
 
 
 def replaced(path: Path) -> None:
