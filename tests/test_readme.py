@@ -156,7 +156,7 @@ def begun(desk: Path) -> Iterator[None]:
             few = ["train.batch_size=4", "train.eval_at_start=false"] if "loss=online" not in line else []
             assert start([*words_of(line), *few]) in (0, 75)
     yield
-    shutil.rmtree(desk / "runs")
+    shutil.rmtree(desk / "runs", ignore_errors=True)
 
 
 @pytest.mark.parametrize("command", GOING_ON)
@@ -278,7 +278,7 @@ def left(desk: Path) -> Iterator[None]:
         save_model(Path("runs/reward/FINAL"), "Llama", "AutoModelForSequenceClassification")
         shutil.copytree(next((desk / "cache" / "models").glob("tiny-*")), "where/the/base/is/now")
     yield
-    shutil.rmtree(desk / "runs")
+    shutil.rmtree(desk / "runs", ignore_errors=True)
 
 
 @pytest.mark.parametrize("line", ON_RUNS)

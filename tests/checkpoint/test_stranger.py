@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import train
-from halos.checkpoint import manifest
+from halos.checkpoint import find, manifest
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.run.lifecycle import run
+from halos.rundir import RunDir
 
 FEW = ["loss=sft", "train.batch_size=8", "train.steps=4", "checkpoint.every=2", "optim.lr=1e-3", "train.eval_every=null"]
 
@@ -30,6 +31,7 @@ def sealed(checkpoint: Path) -> None:
     """What was planted is listed, as a stranger would."""
     (checkpoint / "manifest.json").write_text(manifest.describe(checkpoint, {"step": 2, "world_size": 1}))
     assert manifest.verify(checkpoint) == []
+    find.record(RunDir(checkpoint.parents[1]), checkpoint)
 
 
 def edited(path: Path, **facts: Any) -> None:

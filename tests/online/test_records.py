@@ -1,5 +1,6 @@
 """Files between stages: whole or not there, and gone on with."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def test_rows_survive_and_the_file_has_them_in_the_order_that_was_asked_for(tmp_
     assert not again.is_done()
     again.finish([("p", 0), ("p", 1)], {"samples": 2})
     assert read(path) == [{"n": 0}, {"n": 1}]
-    assert read_meta(path) == {"request": REQUEST, "samples": 2}
+    assert read_meta(path) == {"request": REQUEST, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "samples": 2}
     assert Ledger(path, REQUEST).is_done()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["samples.jsonl", "samples.meta.json"]
 
