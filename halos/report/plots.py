@@ -87,7 +87,7 @@ def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
         ax.set_axis_off()
     drawn = {record.label for panel in shown for record, _ in panel.of(records)}
     _legend_of_runs(figure, {label: color for label, color in colors.items() if label in drawn})
-    if any(panel.held_out for panel in shown):
+    if any(panel.held_out and len(series(record.held_out, name)[0]) for panel in shown for record, name in panel.of(records)):
         _legend_of_splits(figure, thin=any(line.get_alpha() for ax in axes for line in ax.get_lines()))
     return figure
 
@@ -121,6 +121,9 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
     _dress(ax, panel, np.concatenate(seen))
     if all(record.is_walk for record, _, _ in curves):
         ax.set_xlabel("round")
+    first, last = ax.get_xlim()
+    if last - first < 1:  # one step: no fractions of it at the ticks
+        ax.set_xlim(first - 1, last + 1)
 
 
 def _dress(ax: Axes, panel: Panel, seen: np.ndarray) -> None:

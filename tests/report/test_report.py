@@ -384,3 +384,13 @@ def test_the_command_imports_no_torch(tmp_path: Path):
 def test_errors_are_the_users_kind(tmp_path: Path):
     with pytest.raises(UserError, match="no such directory"):
         read_runs([tmp_path / "nowhere"])
+
+
+def test_one_step_has_whole_numbers_at_its_ticks_and_no_legend_of_what_was_not_held_out(tmp_path: Path):
+    save(tmp_path / "one", [train_row(3, **{"rewards/accuracies": 0.5, "loss": 0.7})])
+    figure = drawn(read_runs([tmp_path / "one"])[0], REWARDS)
+    [low, high] = figure.axes[0].get_xlim()
+    assert [tick for tick in figure.axes[0].get_xticks() if low <= tick <= high] == [2, 3, 4]
+    assert figure.legends == []
+    save(tmp_path / "both", [train_row(3, **{"rewards/accuracies": 0.5}), eval_row(3, **{"rewards/accuracies": 0.6})])
+    assert len(drawn(read_runs([tmp_path / "both"])[0], REWARDS).legends) == 1
