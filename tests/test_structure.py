@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"errors", "types"},
     {"confined"},
-    {"hashes", "seals"},
+    {"hashes"},
+    {"seals"},
     {"config", "logps", "losses", "metrics", "metrics_file", "journal", "lock", "logs", "versions"},
     {"rundir", "distributed"},
     {"merge"},

@@ -6,9 +6,11 @@ architecture under an adapter of the same settings, whose random factors move wh
 hardly trains would show no fault of them in the end.
 """
 
+import logging
 import tempfile
 import warnings
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,12 @@ from halos.merge.routing import Routes
 from halos.merge.safetensors_io import write_hollow
 from halos.merge.trained import Trained, chosen_by, content_of, probe, said_by, typical, unit_of
 
+log = logging.getLogger(__name__)
+
 MOVED = 0.1  # by the probe adapter, of the typical log-prob or score
+EVERYWHERE: dict[str, Any] = {
+    "target_modules": "all-linear", "target_parameters": None, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
+}  # fmt: skip
 ROWS = 64  # of each kind of layer that are merged
 
 
@@ -110,17 +117,22 @@ def _whole(case: proof.Case, model: PeftModel, place: Path) -> None:
     """A small model of the architecture under a probe adapter, merged and proved as a run would."""
     base, merged = place / "base", place / "merged"
     config = AutoConfig.from_pretrained(case.base, **NO_CODE, **case.labels)
-    small = miniature.build(case.auto, miniature.small_config(config, longest=None))
-    small.save_pretrained(base, save_original_format=not _fused(case))
-    known = small.config.get_text_config().vocab_size
+    config = miniature.small_config(config, longest=None)
+    known = config.get_text_config().vocab_size
     vocabulary = Vocabulary(known + len(case.tokens), tuple(range(known, known + len(case.tokens))))
-    grow(small, vocabulary.size, vocabulary.new)
+    small = miniature.build(case.auto, config)
+    small.save_pretrained(base, save_original_format=not _fused(case))
+    settings: Any = model.peft_config["default"]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # PEFT's, of patterns for layers that are not here
-            adapted = get_peft_model(small, deepcopy(model.peft_config["default"])).eval()
-    except ValueError:
-        return  # the settings name a layer that has been left out here
+        adapted = _adapted(small, settings, vocabulary)
+    except ValueError:  # it names layers that have been left out here
+        log.info("a small model lacks layers that the adapter names: its merge is tried on all linear layers of that")
+        small = miniature.build(case.auto, config)
+        try:
+            adapted = _adapted(small, replace(settings, **EVERYWHERE), vocabulary)
+        except ValueError as error:  # PEFT takes some layers of state spaces only where they are not named by this
+            log.warning("the merge is not tried on a small model before the first step: %s", error)
+            return
     ids = probe(vocabulary, known, reward=case.reward)
     with doing(f"{type(small).__name__} does not run under this adapter", "name other layers with peft.target_modules=[...]"):
         values, routes = _moved(adapted, ids, reward=case.reward)
@@ -133,6 +145,13 @@ def _whole(case: proof.Case, model: PeftModel, place: Path) -> None:
     result = proof.prove(trial, merged, live)
     if not result.holds:
         raise UserError(f"cannot merge: tried on a small model of the same architecture, the merge fails: {result}; {KEEP}")
+
+
+def _adapted(small: PreTrainedModel, settings: Any, vocabulary: Vocabulary) -> PeftModel:
+    grow(small, vocabulary.size, vocabulary.new)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of patterns for layers that are not here
+        return get_peft_model(small, deepcopy(settings)).eval()
 
 
 def _fused(case: proof.Case) -> bool:

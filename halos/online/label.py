@@ -20,10 +20,11 @@ from tqdm import tqdm
 from halos.confined import expanded
 from halos.distributed.children import leave
 from halos.errors import UserError, command
+from halos.hashes import digest
 from halos.online import feedback
 from halos.online.labellers.score import Labeller, Score
 from halos.online.ranks import Ranks
-from halos.online.records import EVAL, Ledger, Row, hash_of, key_of, read, read_meta, write, write_sealed
+from halos.online.records import EVAL, Ledger, Row, key_of, read, read_meta, write, write_sealed
 
 KEEP = 64  # scores that are written together, where they cost only time
 
@@ -84,7 +85,7 @@ def run(given: argparse.Namespace) -> int:
         return _compare(given, samples, ranks, generator)
     labeller = _labeller(given, ranks)
     scores = given.scores or given.feedback.with_name(f"{given.feedback.stem}.scores.jsonl")
-    ledger = Ledger(scores, {"samples": hash_of(given.samples), **labeller.request()}, rank=ranks.rank)
+    ledger = Ledger(scores, {"samples": digest(given.samples), **labeller.request()}, rank=ranks.rank)
     if not ranks.first(ledger.is_done()):
         if ranks.main:
             ledger.open()
@@ -99,7 +100,7 @@ def run(given: argparse.Namespace) -> int:
             rows = [ledger.rows[key_of(row)] for row in samples]
             ledger.finish([key_of(row) for row in samples], {**counts(rows), "seconds": seconds})
     if ranks.main:
-        asked = {"scores": hash_of(scores), "kind": given.kind, "pairing": given.pairing, "threshold": threshold,
+        asked = {"scores": digest(scores), "kind": given.kind, "pairing": given.pairing, "threshold": threshold,
                  "drop_equal": given.drop_equal, "seed": given.seed}  # fmt: skip
         if given.feedback.exists() and read_meta(given.feedback).get("request") != asked:
             raise UserError(f"{given.feedback} is there already, and was not made from these scores in this way: name another")
@@ -238,8 +239,8 @@ def _compare(given: argparse.Namespace, samples: Sequence[Row], ranks: Ranks, ge
     judge = _judge(given)
     others = {row["prompt_id"]: row for row in map(lambda each: _uniform(each, given.against, 0), read(given.against))
               if row.get("split") == EVAL} if given.against else {}  # fmt: skip
-    rivals = hash_of(given.against) if given.against else None
-    ledger = Ledger(given.feedback, {"samples": hash_of(given.samples), "against": rivals, "seed": given.seed, **judge.request()})
+    rivals = digest(given.against) if given.against else None
+    ledger = Ledger(given.feedback, {"samples": digest(given.samples), "against": rivals, "seed": given.seed, **judge.request()})
     if ledger.is_done():
         return 0
     ledger.open()

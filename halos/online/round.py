@@ -16,11 +16,12 @@ from halos.config import saved
 from halos.confined import UnreadableError, write_whole
 from halos.data.sources import content_hash
 from halos.errors import UserError
+from halos.hashes import digest
 from halos.models.locate import locate
 from halos.online import measure
 from halos.online.plan import Plan
 from halos.online.prompts import for_round, held_out
-from halos.online.records import EVAL, TRAIN, Row, hash_of, meta_path, read, read_meta, write
+from halos.online.records import EVAL, TRAIN, Row, meta_path, read, read_meta, write
 from halos.online.stages import StageError
 from halos.rundir import RunDir, is_run
 
@@ -141,7 +142,7 @@ class Round:
         for name in ("samples", "scores"):
             made_from = self.place / f"{name}.jsonl"
             known = request.get(name) if isinstance(request, dict) and path.name != "samples.jsonl" else None
-            if known is not None and made_from.is_file() and hash_of(made_from) != known:
+            if known is not None and made_from.is_file() and digest(made_from) != known:
                 raise UserError(f"{path} was made from another {made_from.name}: {self._again}")
 
     def _train(self) -> None:

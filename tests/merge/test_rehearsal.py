@@ -86,6 +86,17 @@ def test_a_merge_that_would_go_wrong_is_found_on_a_fresh_adapter(
         rehearse(case, model)
 
 
+def test_an_adapter_of_layers_that_the_small_model_lacks_is_tried_on_all_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    last = Variant({"target_modules": ["model.layers.1.mlp.up_proj"]})
+    model, case = trained(tmp_path, "Llama", last, tied=False)
+    rehearse(case, model)
+    merge_and_recomputation_share_a_wrong_scale(monkeypatch)
+    with pytest.raises(UserError, match="tried on a small model of the same architecture"):
+        rehearse(case, model)
+
+
 def test_whole_layers_beside_an_adapter_train_and_end_merged(configure: Callable[..., Config], tmp_path: Path) -> None:
     words = ["loss=sft", "peft=lora", "train.steps=2", "train.batch_size=8", "checkpoint.every=null", "optim.lr=1e-2"]
     assert run(configure(*words, "peft.target_modules=[up_proj]", "peft.modules_to_save=[self_attn]"), []) == 0
