@@ -85,7 +85,7 @@ def _choose(run: RunDir, asked: Path | None) -> Found:
 def refuse_lost(run: RunDir, found: Found) -> None:
     """Raises UserError where a run has committed checkpoints and none of them is whole: step 0 would throw its work away."""
     noted, known = run.commits.read(), good.read(run)
-    steps = _since_the_beginning(noted.rows) + [step_of(path) for path in checkpoints(run.checkpoints)]
+    steps = _since_the_beginning(_of_steps(noted.rows)) + [step_of(path) for path in checkpoints(run.checkpoints)]
     if not (steps or noted.fault) or any(run.checkpoints.glob(f"{commit.REPLACED}*")):  # the one that is moved aside comes back
         return
     why = f" ({'; '.join(found.passed_over)})" if found.passed_over else f": {run.checkpoints} holds none"
@@ -99,11 +99,16 @@ def refuse_lost(run: RunDir, found: Found) -> None:
     )
 
 
+def _of_steps(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Without what no run has written, whoever sealed it."""
+    return [row for row in rows if type(row.get("step")) is int]
+
+
 def _since_the_beginning(rows: Sequence[Mapping[str, Any]]) -> list[int]:
     """Steps of the checkpoints that were noted since the run has last begun at step 0."""
     steps = list[int]()
     for row in rows:
-        steps = [*steps, int(row["step"])] if row.get("checkpoint") is not None else []
+        steps = [*steps, row["step"]] if row.get("checkpoint") is not None else []
     return steps
 
 
@@ -111,7 +116,7 @@ def refuse_misplaced(run: RunDir) -> None:
     """Raises UserError where somebody has put a checkpoint here that is none of this run, or renamed one."""
     settings = confined.parse_yaml(run.read_config(), str(run.config)) if run.config.is_file() else None
     settings = settings if isinstance(settings, dict) else {}
-    sealed = _seals(run.commits.read().rows)
+    sealed = _seals(_of_steps(run.commits.read().rows))
     for path in checkpoints(run.checkpoints):
         if why := _misplaced(path, settings, sealed.get(step_of(path))):
             raise UserError(f"{path} is not what this run saved there: {why}. Move it away")

@@ -14,12 +14,8 @@ from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
-MARKS = (
-    b'"sha256"',
-    b'"seal"',
-    b'"files"',
-    b'"format"',
-)  # two of them make a manifest.json one of ours, damaged or not
+# two of them make a manifest.json one of ours, damaged or not
+MARKS = (b'"sha256"', b'"seal"', b'"files"', b'"format"')
 # of a file that no manifest lists: whether loading would read it
 READ = ("*.safetensors", "*.index.json", "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "*.jinja",
         "vocab*", "merges.txt")  # fmt: skip

@@ -53,9 +53,20 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
 
 
+def _record(last: Mapping[str, Any]) -> dict[str, Any]:
+    """What a save says that it came after; nothing where that is of other kinds, whoever sealed it."""
+    record = last["result"].get("record")
+    record = record if isinstance(record, dict) else {}
+    attempt, metrics = record.get("attempt"), record.get("metrics")
+    known: dict[str, Any] = {"attempt": attempt} if type(attempt) is int else {}
+    if isinstance(metrics, dict) and type(metrics.get("rows")) is int and isinstance(metrics.get("sha256"), str):
+        known["metrics"] = metrics
+    return known
+
+
 def _keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str, Any], why: str) -> list[Change]:
     """What the files say against the sealed configuration, as of the attempt that sealed it."""
-    attempt = (last["result"].get("record") or {}).get("attempt")
+    attempt = _record(last).get("attempt")
     names = list(records)
     until = names if attempt is None else [name for name in names if int(name.removesuffix(".yaml")) <= attempt]
     settings = saved.load(text, {name: records[name] for name in until}, str(run.path))
@@ -126,7 +137,7 @@ def _metrics(run: RunDir) -> str:
     if damaged := run.metrics.damaged():
         return f"{len(damaged)} of its lines cannot be read"
     newest = _newest(run)
-    known = (newest[1]["result"].get("record") or {}).get("metrics") if newest is not None else None
+    known = _record(newest[1]).get("metrics") if newest is not None else None
     if known is None:
         return "ok (its lines can be read; none is under a seal)"
     rows, digest = run.metrics.digest(known["rows"])

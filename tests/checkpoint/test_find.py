@@ -77,3 +77,10 @@ def test_a_step_that_was_saved_anew_after_going_back_is_taken_though_a_kill_kept
     replaced(two)
     with pytest.raises(UserError, match=f"{two} is not what this run saved there"):
         find.look(saved_twice, None)
+
+
+def test_notes_that_no_run_has_written_say_nothing_whoever_sealed_them(saved_twice: RunDir) -> None:
+    four = saved_twice.saves()[4]
+    for row in ({"step": "4", "checkpoint": four.name, "manifest_seal": "0"}, {"checkpoint": four.name}, {"step": None}):
+        saved_twice.commits.add(row)
+    assert find.look(saved_twice, None).path == four

@@ -213,3 +213,16 @@ def test_a_damaged_result_is_none(finished: Path) -> None:
     assert run.is_finished()
     edit(finished / "result.json", '"step": 4', '"step": 5')
     assert run.read_result() is None
+
+
+@pytest.mark.parametrize("record", ["nonsense", [1], {"attempt": "0", "metrics": {"rows": "2"}}, {"attempt": None, "metrics": 7}])
+def test_a_save_that_says_nonsense_of_what_it_came_after_says_nothing(
+    record: object, directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = directory / "checkpoints" / "step-00000002"
+    chain = json.loads((path / "lineage.json").read_text())
+    chain["runs"][-1]["result"]["record"] = record
+    (path / "lineage.json").write_text(json.dumps(chain))
+    (path / "manifest.json").write_text(manifest.describe(path, {"step": 2}))
+    assert runfiles.changed(RunDir(directory)) == []
+    assert "none is under a seal" in verified(directory, capsys)[1]["metrics.jsonl"]
