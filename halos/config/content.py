@@ -44,6 +44,11 @@ class Content:
         return {"content": self.hashes, "sources": self.sources}
 
 
+def changes_record(**changes: Sequence[Change]) -> dict[str, Any]:
+    """Changes as an attempt's record has them, under the names they are given by; nothing of those that there are none of."""
+    return {name: {change.key: [change.old, change.new] for change in some} for name, some in changes.items() if some}
+
+
 def compare(before: Content, now: Content, places: Mapping[str, str]) -> list[Change]:
     """What is no longer what it was. What was not recorded is not compared. `places` say where it lies now."""
     found = []

@@ -22,7 +22,7 @@ from halos.checkpoint.commit import staged, sweep
 from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
 from halos.config.changes import Change
-from halos.config.content import Content
+from halos.config.content import Content, changes_record
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_words
 from halos.confined import write_whole
@@ -103,12 +103,9 @@ def run(
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
-        return Walk(plan).go({"overrides": list(typed), **_named(changed=changed, content_changed=altered), **content.record()})
-
-
-def _named(**changes: Sequence[Change]) -> dict[str, Any]:
-    """Changes as an attempt's record has them."""
-    return {name: {change.key: [change.old, change.new] for change in some} for name, some in changes.items() if some}
+        return Walk(plan).go(
+            {"overrides": list(typed), **changes_record(changed=changed, content_changed=altered), **content.record()}
+        )
 
 
 def trackers_of(config: Config) -> dict[str, Hook]:

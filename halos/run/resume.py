@@ -13,6 +13,7 @@ from halos.checkpoint import find, good
 from halos.checkpoint.commit import HIDDEN
 from halos.config import paths, saved
 from halos.config.changes import Change
+from halos.config.content import changes_record
 from halos.config.schema import Config
 from halos.config.values import to_type
 from halos.distributed import strategy
@@ -119,8 +120,8 @@ def record(
     how = strategy.name_of(current.module)
     attempt = header.attempt(typed, current.accelerator, how=how, source=went_on, total_steps=current.total_steps)
     of_files = [each for each in changed if each.key.endswith("(content)")]
-    both = (("changed", [each for each in changed if each not in of_files]), ("content_changed", [*of_files, *content_changed]))
-    altered = {name: {each.key: [each.old, each.new] for each in some} for name, some in both if some}
+    of_keys = [each for each in changed if each not in of_files]
+    altered = changes_record(changed=of_keys, content_changed=[*of_files, *content_changed])
     stands_on = current.content.record() if current.content is not None else {}
     directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over, **stands_on})
     if damaged := directory.go_on_from(current.step if source.path else -1):
