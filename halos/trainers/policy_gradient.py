@@ -144,7 +144,7 @@ class PolicyGradientTrainer(Trainer):
             listing = manifest.read(place) if place.is_dir() and not manifest.verify(place) else None
             if isinstance(listing, dict):
                 mine = self._stands_on(name)  # of which an older version has noted nothing
-                there = listing["rows"] == len(split.rows) and listing.get("stands_on", mine) == mine
+                there = listing.get("rows") == len(split.rows) and listing.get("stands_on", mine) == mine
             elif self.run.step and self._stood_on(name):
                 problem = f"{place} is damaged or gone, and the policy that it tells of has moved on since: begin anew"
         there, problem = gather_object([(there, problem)])[0]
