@@ -3,7 +3,7 @@
 Read from the base's safetensors, computed in float64, rounded once to the output dtype. Scaling comes from the adapter
 itself. Covered: LoRA, rsLoRA, DoRA, rank and alpha patterns, biases, modules_to_save, Linear, Conv1D and embedding layers,
 the experts of mixtures and other parameters, tied heads, grown vocabularies. Whatever else an adapter or its base holds is
-refused by name, and `check` says so before a run's first step.
+refused by name, which `halos/merge/rehearsal.py` does before a run's first step.
 """
 
 from collections.abc import Sequence
@@ -25,14 +25,6 @@ from halos.merge.base_weights import Source
 from halos.merge.experts import Stack, is_transposed, parameters_of
 from halos.merge.lora import KEEP, Adapter, Update, refuse, scaling, sort, value_of
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, spans, write_sharded
-
-
-def check(base: Path, model: PeftModel) -> None:
-    """Raises UserError where what is about to be trained could not be merged in the end."""
-    refuse(model.peft_config["default"])
-    inner = model.get_base_model()
-    assert isinstance(inner, PreTrainedModel)
-    _fit(trained_by(model), Source(base, inner))
 
 
 def trained_by(model: PeftModel) -> Adapter:
