@@ -83,12 +83,11 @@ class Saving:
 class Copier:
     """Copies of tensors in the host's memory, into the same place at every save: nothing grows, nothing is allocated anew.
 
-    What lies in the host's memory already is copied tensor by tensor, in about two thirds of the time that torch's stager
-    takes; the stager copies shards and what lies on an accelerator.
+    Tensors are copied one by one, in about two thirds of the time that torch's stager takes; the stager copies shards.
     """
 
     def __init__(self) -> None:
-        cuda = uses_gpu()
+        self._cuda = cuda = uses_gpu()
         self._stager = DefaultStager(
             StagingOptions(use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
         )
@@ -101,15 +100,17 @@ class Copier:
         taken: dict[tuple[Any, ...], Tensor] = {}
         for group, values in state.items():
             for name, value in values.items():
-                if type(value) in (Tensor, nn.Parameter) and value.device.type == "cpu":
-                    alias = (value.data_ptr(), value.dtype, value.shape, value.stride())
+                if type(value) in (Tensor, nn.Parameter):
+                    alias = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
                     if alias not in taken:
-                        taken[alias] = self._place(group, name, value).copy_(value.detach())
+                        taken[alias] = self._place(group, name, value).copy_(value.detach(), non_blocking=True)
                     copied[group][name] = taken[alias]
                 elif isinstance(value, Tensor):
                     others[group][name] = value
                 else:
                     copied[group][name] = value  # a setting, which nothing changes in place
+        if self._cuda:
+            torch.cuda.synchronize()  # what is copied to pinned memory is on its way
         staged = self._stager.stage(others) if any(others.values()) else others
         assert isinstance(staged, dict)
         return {group: {**copied[group], **staged[group]} for group in state}
@@ -117,5 +118,6 @@ class Copier:
     def _place(self, group: str, name: str, value: Tensor) -> Tensor:
         place = self._places.get((group, name))
         if place is None or (place.shape, place.dtype) != (value.shape, value.dtype):
-            place = self._places[group, name] = torch.empty_like(value, requires_grad=False)
+            place = torch.empty_like(value, device="cpu", requires_grad=False, pin_memory=self._cuda)
+            self._places[group, name] = place
         return place

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NoReturn
 
 from halos.confined import expanded
-from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPING
 from halos.errors import UserError
 
@@ -39,12 +38,12 @@ def accelerate_config(name: str, key: str) -> Path:
 def leave(status: int) -> NoReturn:
     """End this process with `status`, which no signal changes any more.
 
-    One of several skips the interpreter's own end, and never takes its process group down: the threads of a gloo group may
-    want the interpreter's lock, which then aborts what was a success, or waits for ever.
+    One of a process group skips the interpreter's own end, and never takes its group down: the threads of a gloo group may
+    want the interpreter's lock, which then aborts what was a success, or waits for ever; NCCL's complains of it.
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    if world_size() > 1:
+    if os.environ.get("RANK"):
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

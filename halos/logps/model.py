@@ -81,8 +81,8 @@ def in_rows(flat: Tensor, batch: Sequences) -> Tensor:
 def mask_of(batch: Sequences) -> Tensor:
     """Which places of (rows, time) are scored tokens: bool."""
     mask = torch.zeros(len(batch.lengths), batch.widest, dtype=torch.bool, device=batch.ids.device)
-    mask[batch.rows, batch.columns] = True
-    return mask
+    true = torch.ones((), dtype=torch.bool, device=mask.device)  # there already: a GPU would wait for one from the host
+    return mask.index_put_((batch.rows, batch.columns), true)
 
 
 def sources_of_rows(batch: Sequences) -> list[Tensor]:

@@ -1,7 +1,7 @@
 """What is proved of a run's forward on a small copy, each against the model's own."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -20,10 +20,15 @@ MIDDLE = 1  # the row with a neighbour on either side
 
 
 def prove(trial: Trial) -> tuple[Stage, list[Check]]:
-    """Every check that is of this run, those that fail among them."""
+    """Every check that is of this run, those that fail among them: in float32 first, and in the run's own arithmetic."""
     stage = Stage(trial)
-    of_values = _of_scores(stage) if trial.reward else _of_policy(stage)
-    return stage, [*of_values, *_of_borders(stage)]
+    exact = [replace(check, what=f"{check.what} in float32") for check in _all(Stage(trial.in_float32()))] if trial.half else []
+    return stage, [*exact, *_all(stage)]
+
+
+def _all(stage: Stage) -> Iterator[Check]:
+    yield from _of_scores(stage) if stage.trial.reward else _of_policy(stage)
+    yield from _of_borders(stage)
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------
@@ -70,7 +75,7 @@ class _Truth:
 def _truth(stage: Stage, model: PreTrainedModel, own: Callable[[PreTrainedModel, Tensor, int], Tensor]) -> _Truth:
     """Allowed is some times how far the model's own forward, in the run's arithmetic, is from itself in float64."""
     exact, plain = (stage.expected(model, own, exact=exact) for exact in (True, False))
-    half = stage.trial.autocast or stage.trial.dtype is not torch.float32
+    half = stage.trial.half
     distance = _typical if half else _largest
     allowed = max((HALF_MARGIN if half else MARGIN) * distance(plain, exact), FLOOR * exact.abs().max().item())
     return _Truth(exact, allowed, distance)
@@ -161,8 +166,8 @@ def _of_borders(stage: Stage) -> Iterator[Check]:
     other.ids[marks] = other.ids[marks].flip(0)
     with torch.no_grad(), stage.arithmetic():
         change = (_row(stage.module(other), MIDDLE) - numbers).abs().max().item()
-    half = stage.trial.autocast or stage.trial.dtype is not torch.float32
-    yield Check("change of a row with its neighbours' tokens", change, (1e-2 if half else FLOOR) * numbers.abs().max().item())
+    allowed = (1e-2 if stage.trial.half else FLOOR) * numbers.abs().max().item()
+    yield Check("change of a row with its neighbours' tokens", change, allowed)
 
 
 def _parted(flat: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ What is expected is worked out here, row by row in float64 from the model's whol
 import copy
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from halos.data.collate import PackRow, pack
 from halos.data.dataset import Completion
 from halos.errors import UserError
 from halos.logps import miniature
+from halos.logps.attention import SEGMENTS
 from halos.logps.model import ActorCritic, LanguageModel, Reader, RewardModel, bare
 from halos.logps.plan import plan_for, remember
 from halos.models import adapter
@@ -47,6 +48,15 @@ class Trial:
     autocast: bool  # computes in bfloat16
     device: torch.device
     temperature: float
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in fewer bits than float32, whose rounding hides what is off by a tenth of a nat."""
+        return self.autocast or self.dtype is not torch.float32
+
+    def in_float32(self) -> "Trial":
+        """The same forward in float32, for which flash-attn has no kernels."""
+        return replace(self, dtype=torch.float32, autocast=False, attention=SEGMENTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ class Verdict:
         if not self.checks:
             return f"{way}; NOT PROVED (train.prove=off)"
         first = self.checks[0]
-        return f"{way}; {first.what} within {first.error:.0e} of the model's own on a small copy, {len(self.checks)} checks hold"
+        return f"{way}; on a small copy {first.what} within {first.error:.0e} of the model's own, {len(self.checks)} checks hold"
 
     def report(self) -> dict[str, Any]:
         return {"plan": asdict(self.plan), "copy": [asdict(check) for check in self.checks]}

@@ -306,9 +306,11 @@ def is_right(base: str, more: dict[str, Any]) -> bool:
     return RIGHT[key]
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_planted_fault_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_planted_fault_is_seen(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     plant, base, more = CASES[name]
+    more = {**more, "autocast": autocast}
     asked = of(base, **more)
     assert is_right(base, more)
     plant(monkeypatch)

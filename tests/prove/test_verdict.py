@@ -97,7 +97,7 @@ def test_a_run_writes_what_was_proved_and_says_where_nothing_was(
     told = {check["what"]: check["error"] <= check["allowed"] for check in report["copy"] + report["start"]}
     assert {"log-probs", "the reference's log-probs", "one row, as it is trained"} <= told.keys()
     assert all(told.values())
-    assert "packed rows; log-probs within" in caplog.text
+    assert "packed rows; on a small copy log-probs within" in caplog.text
     assert trainer("loss=dpo", "peft=lora", "train.prove=off", "exp_name=off")
     report = json.loads((tmp_path / "off" / "forward_report.json").read_text())
     assert (report["prove"], report["copy"], report["start"]) == ("off", [], [])
