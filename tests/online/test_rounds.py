@@ -182,12 +182,13 @@ def test_other_losses_walk_too(words: list[str], tmp_path: Path, cache: Path) ->
 
 STAGES = ("online.sample", "online.label", "train.py")  # of a round; the last exam is a stage of sampling
 DRIVER = "driver"
-LASTS = {"online.sample": 7.0, "online.label": 2.0, "train.py": 7.0, DRIVER: 4.0}  # seconds, about
 
 
-def killed(walk: Walk, dice: random.Random, stages: Sequence[str]) -> Counter[str]:
-    """Start it again and again, and kill it in these stages, one after the other, at any moment of each; then let it end. How
-    often which was hit: one may be over before it is."""
+def killed(walk: Walk, dice: random.Random, stages: Sequence[str], like: Walk) -> Counter[str]:
+    """Start it again and again, and kill it in these stages, one after the other, at any moment of each, which last as long as
+    those of a walk `like` it; then let it end. How often which was hit: one may be over before it is."""
+    last = like.rows("train")[-1]
+    lasts = {name: last[f"seconds/{key}"] for name, key in zip(STAGES, ("sample", "label", "train"), strict=True)}
     hit: Counter[str] = Counter()
     for stage in stages:
         process = walk.start()
@@ -198,7 +199,7 @@ def killed(walk: Walk, dice: random.Random, stages: Sequence[str]) -> Counter[st
             time.sleep(0.02)
             below = descendants(process)
         try:
-            process.wait(dice.uniform(0.0, LASTS[stage]))
+            process.wait(dice.uniform(0.0, lasts.get(stage, 4.0)))
         except subprocess.TimeoutExpired:
             below = descendants(process)
             victim = process.pid if dice.random() < 0.5 or not below else dice.choice(below).pid
@@ -234,7 +235,7 @@ def command(process: psutil.Process) -> str:
 @pytest.mark.slow
 def test_a_walk_that_is_killed_ends_as_if_nothing_had_been(tmp_path: Path, cache: Path, whole: Callable[[str], Walk]) -> None:
     walk = Walk(tmp_path, cache, ["online.loss=kto"])
-    assert killed(walk, random.Random(1), STAGES).total() > 0
+    assert killed(walk, random.Random(1), STAGES, whole("kto")).total() > 0
     assert walk.story() == whole("kto").story()
 
 
@@ -246,7 +247,7 @@ def test_a_walk_that_is_killed_in_every_stage_ends_as_if_nothing_had_been(
     """Twelve walks, nine deaths each."""
     loss = ("dpo", "grpo", "kto")[seed % 3]
     walk = Walk(tmp_path, cache, [f"online.loss={loss}"])
-    hit = killed(walk, random.Random(seed), [DRIVER, *STAGES, *STAGES, "online.sample", DRIVER])
+    hit = killed(walk, random.Random(seed), [DRIVER, *STAGES, *STAGES, "online.sample", DRIVER], whole(loss))
     print(f"{loss}: {hit.total()} deaths: {dict(hit)}")
     assert hit.total() >= 5
     assert walk.story() == whole(loss).story()
@@ -270,12 +271,14 @@ def server(tmp_path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
 
 
 @pytest.mark.slow
-def test_no_answer_of_a_judge_is_paid_for_twice(tmp_path: Path, cache: Path, server: Callable[[], dict[str, Any]]) -> None:
+def test_no_answer_of_a_judge_is_paid_for_twice(
+    tmp_path: Path, cache: Path, whole: Callable[[str], Walk], server: Callable[[], dict[str, Any]]
+) -> None:
     """A walk judged by a server that is busy, broken and talks nonsense, killed some times on its way."""
     judge = ["online.loss=dpo", "online.labeller.name=judge", "online.labeller.model=stub", "online.labeller.functions=[]",
              f"online.labeller.url={server()['url']}", "online.labeller.concurrency=2"]  # fmt: skip
     walk = Walk(tmp_path, cache, judge, {"OPENAI_API_KEY": "sk-not-a-key"})
-    killed(walk, random.Random(0), [STAGES[0], STAGES[1], STAGES[1], STAGES[2], STAGES[1]])
+    killed(walk, random.Random(0), [STAGES[0], STAGES[1], STAGES[1], STAGES[2], STAGES[1]], whole("dpo"))
     told = server()
     kept = [json.loads(line) for line in (walk.run / "judge.jsonl").read_text().splitlines()]
     answers = [row for row in kept if "text" in row]
