@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from halos.confined import expanded
+from halos.distributed.environment import MINE
 from halos.distributed.signals import STOPPING
 from halos.errors import UserError
 
@@ -43,7 +44,7 @@ def leave(status: int) -> NoReturn:
     """
     for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
-    if os.environ.get("RANK"):
+    if any(os.environ.get(name) for name in MINE):
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()
