@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
+from halos.distributed.deepspeed import own_piece
 from halos.logps.hidden import accepted
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
@@ -92,9 +93,8 @@ def _local(parameter: nn.Parameter) -> tuple[Tensor, bool]:
     """What this process holds of a parameter, and whether others hold the rest."""
     if isinstance(parameter, DTensor):
         return parameter.to_local(), True
-    partition = getattr(parameter, "ds_tensor", None)  # ZeRO-3's; padded with zeros, which have no bits
-    if isinstance(partition, Tensor) and parameter.numel() < parameter.ds_numel:  # type: ignore[attr-defined]
-        return partition, True
+    if hasattr(parameter, "ds_tensor") and parameter.numel() < parameter.ds_numel:  # type: ignore[attr-defined]  # ZeRO-3's
+        return own_piece(parameter), True
     return parameter, False
 
 

@@ -9,12 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_merge import VARIANTS, Variant, adapted, combined, make_base, trained
+from torch import nn
 
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.merge import lora, merge, proof, safetensors_io
+from halos.merge import trained as witness
 from halos.merge.lora import Update
 from halos.run.lifecycle import run
 
@@ -381,3 +384,18 @@ def test_a_run_that_is_not_to_be_merged_may_train_what_cannot_be(
     monkeypatch.setattr(lora, "COVERED", lora.COVERED - {"use_dora"})
     assert run(configure(*LORA, "peft.use_dora=true", "checkpoint.merge_lora=false"), []) == 0
     assert list((tmp_path / "run" / "FINAL" / "adapter").glob("*.safetensors"))
+
+
+def test_what_pads_the_last_piece_of_a_parameter_is_none_of_its_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ZeRO-3 cuts 7 values for 3 processes into pieces of 3; what stands behind the end is whatever its memory held."""
+    values = torch.randn(7, generator=torch.Generator().manual_seed(1))
+    behind = torch.cat([values, torch.tensor([9.0, -4.0])])
+    found = 0
+    for rank in range(3):
+        parameter = nn.Parameter(torch.empty(0))
+        parameter.ds_tensor, parameter.ds_numel = behind[3 * rank : 3 * rank + 3], 7
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        piece, is_part = witness._local(parameter)
+        assert is_part
+        found += witness.bits(piece)
+    assert found == witness.bits(values)
