@@ -1,6 +1,5 @@
 """The command line: what is typed becomes a run, or one message and exit status 2."""
 
-import importlib.util
 import os
 import re
 import shlex
@@ -14,6 +13,8 @@ from types import ModuleType
 import pytest
 import yaml
 
+import train
+from halos.cli import command, overrides, resume
 from halos.config import changes, saved
 from halos.config.schema import Config
 from halos.config.values import to_type
@@ -23,17 +24,6 @@ from halos.rundir import RunDir
 
 ROOT = Path(__file__).parents[1]
 RUN = ("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo")
-
-
-def _load():
-    spec = importlib.util.spec_from_file_location("train_cli", ROOT / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_cli"] = module  # Hydra asks for the module of the job
-    spec.loader.exec_module(module)
-    return module
-
-
-train = _load()
 
 
 class Build(ModuleType):
@@ -74,7 +64,7 @@ def launch(monkeypatch, **told):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    monkeypatch.setattr(train, "leave", sys.exit)  # one of several processes would end these tests' own
+    monkeypatch.setattr(command, "leave", sys.exit)  # one of several processes would end these tests' own
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -137,7 +127,13 @@ def test_resume_takes_one_directory(refused, words):
 
 
 def test_one_of_several_processes_ends_with_the_status_and_without_the_interpreters_own_end():
-    said = "import os, train; os.environ['WORLD_SIZE'] = '2'; import atexit; atexit.register(print, 'flushed'); train.leave(75)"
+    said = """if True:
+        import atexit, os
+        from halos.distributed.children import leave
+        os.environ['WORLD_SIZE'] = '2'
+        atexit.register(print, 'flushed')
+        leave(75)
+    """
     ended = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (75, "flushed\n")
 
@@ -153,7 +149,7 @@ def test_the_exit_status_is_that_of_the_run(cli, build, status):
 
 
 def test_wrong_input_found_by_the_run_is_one_message_too(cli, build):
-    build.status = train.UserError("a.jsonl, line 3: no assistant turn; saw tk_0123456789abcdefghij")
+    build.status = UserError("a.jsonl, line 3: no assistant turn; saw tk_0123456789abcdefghij")
     status, _, err = cli(*RUN)
     assert status == 2
     assert err == "error: a.jsonl, line 3: no assistant turn; saw <MY_TOKEN>\n"
@@ -299,7 +295,7 @@ NAMES = ["demo", "x(1),y", "it's", "a b", r"q\"'", r"back\\", "ü", "[a]", "{a: 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_to_go_on_is_one_that_the_shell_and_our_parser_take(name):
     [word] = shlex.split(to_type("resume", Path("runs") / name))
-    assert train.asked_resume([train.parse(word, {})]) == f"runs/{name}"
+    assert resume.asked([overrides.parse(word, {})]) == f"runs/{name}"
 
 
 def test_a_start_within_a_process_leaves_signals_and_arguments_as_they_were(build, monkeypatch):
@@ -379,11 +375,11 @@ def test_every_job_of_a_sweep_is_checked_before_the_first_one_starts(refused, wo
 
 
 def test_of_a_sweeper_that_searches_every_value_is_checked_once():
-    typed = [train.parse(text, {}) for text in ("loss=dpo,kto", "seed=3", "a=1,2,3", "b=interval(0,1)", "c=x,y")]
-    jobs = train.one_by_one(typed)
+    typed = [overrides.parse(text, {}) for text in ("loss=dpo,kto", "seed=3", "a=1,2,3", "b=interval(0,1)", "c=x,y")]
+    jobs = overrides.one_by_one(typed)
     assert jobs[0] == ["loss=dpo", "seed=3", "a=1", "c=x"]
     assert len(jobs) == 5
-    assert len(train.all_combinations(typed)) == 12
+    assert len(overrides.all_combinations(typed)) == 12
     assert {word for job in jobs for word in job} == {"loss=dpo", "loss=kto", "seed=3", "a=1", "a=2", "a=3", "c=x", "c=y"}
 
 

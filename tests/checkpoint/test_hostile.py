@@ -19,6 +19,7 @@ from conftest import compose
 import train
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import find, lineage, manifest, state
+from halos.cli import single
 from halos.errors import UserError
 from halos.report.read import read_runs
 from halos.run.lifecycle import run as begin
@@ -447,7 +448,7 @@ def test_a_configuration_of_nonsense_is_one_message(
     monkeypatch.chdir(tmp_path)
     (run / where).write_text(text)
     if where == "attempts/000.yaml":
-        monkeypatch.setattr(train, "run", lambda *_: 2)  # a record that says nothing of a change may be passed over
+        monkeypatch.setattr(single, "run", lambda *_: 2)  # a record that says nothing of a change may be passed over
     status, words = told([f"resume={run}"], capsys, monkeypatch)
     assert status == 2, words
     assert len(words) < 1000

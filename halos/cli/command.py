@@ -1,0 +1,74 @@
+"""A command from its words to its exit status."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from hydra._internal.utils import get_args_parser
+
+from halos.cli import single, sweep
+from halos.cli.compose import ConfigTree
+from halos.cli.overrides import parse
+from halos.cli.resume import AUTO, asked
+from halos.cli.status import FAILED, refuse
+from halos.config.overrides import check_choices, quote_nested, unreadable
+from halos.config.secrets import refuse_secrets
+from halos.distributed.children import leave
+from halos.distributed.environment import refuse_half_launched, world_size
+from halos.distributed.signals import as_before, leave_when_told
+from halos.errors import JobsFailedError, UserError, read_enough
+
+
+def main() -> None:
+    """Ends with the run's exit status."""
+    leave_when_told()
+    try:
+        leave(begin(sys.argv[1:]))
+    except UserError as error:
+        leave(refuse(error))
+    except JobsFailedError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(read_enough())
+
+
+def start(argv: Sequence[str]) -> int:
+    """A command within a process of yours: its exit status. Raises UserError; signals and sys.argv are afterwards as before."""
+    with as_before():
+        return begin(argv)
+
+
+def begin(argv: Sequence[str]) -> int:
+    """What was typed is checked before Hydra takes over, because Hydra's own errors exit 1 with tracebacks or bad advice."""
+    args, unknown = get_args_parser().parse_known_intermixed_args(argv)
+    if unknown:
+        raise UserError(unreadable(unknown[0], "an option that does not exist"))
+    flags = [word for word in argv if word not in args.overrides]
+    overrides = [quote_nested(word) for word in args.overrides]
+    if args.hydra_help or args.shell_completion or args.experimental_rerun or (args.help and not overrides):
+        return sweep.enter_hydra([*overrides, *flags])
+    multirun = args.multirun or "hydra.mode=MULTIRUN" in overrides
+    if multirun and world_size() > 1:
+        raise UserError(
+            "a sweep cannot run inside accelerate launch, where the second job would fail:"
+            " python train.py -m ... hydra/launcher=accelerate starts each job with its own accelerate launch"
+        )
+    refuse_half_launched()
+    refuse_secrets({}, overrides)
+    tree = ConfigTree.of_options(args.config_path, args.config_dir, args.config_name)
+    typed = [parse(text, tree.choices) for text in overrides]
+    check_choices(typed, tree.choices, multirun=multirun)
+    resume = asked(typed)
+    if resume not in (None, AUTO):
+        if multirun:
+            raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
+        return single.go_on(resume, typed, overrides, tree)
+    if multirun:
+        return sweep.sweep(typed, overrides, flags, tree)
+    if args.help or args.cfg or args.info or any(one.is_hydra for one in typed):
+        return sweep.through_hydra(typed, flags, tree)
+    return single.begin(typed, tree)

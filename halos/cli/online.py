@@ -1,0 +1,102 @@
+"""loss=online: the configuration of the training within the workflow, and the run of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from halos.cli.compose import ConfigTree, plain
+from halos.cli.overrides import parse
+from halos.config import gate
+from halos.config.changes import Change
+from halos.config.overrides import check_choices, no_inner_loss
+from halos.config.schema import Config
+from halos.errors import UserError
+from halos.rundir import RunDir
+
+COMMANDS = ("resume", "resume_changes", "overwrite", "dry_run")  # of one command
+OWN = {  # of a run that is a workflow, and not of the training within it
+    "loss", "online", "exp_name", "output_root", "run_dir", "data", "objective", "hooks", "logging", *COMMANDS,
+}  # fmt: skip
+
+
+def inner_overrides(typed: Sequence[str], config: Config) -> list[str]:
+    """What is typed for the training within a workflow, of what was typed for the whole."""
+    assert config.online is not None
+    passed = [word for word in typed if word.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0] not in OWN]
+    return [f"loss={config.online.loss}", *passed, *config.online.overrides]
+
+
+def inner(config: Config, overrides: Sequence[str], tree: ConfigTree) -> DictConfig:
+    """The configuration of the training within a workflow. Raises UserError where online.loss names none that it could be."""
+    online, known = config.online, tree.choices["loss"]
+    assert online is not None
+    if online.loss is None:
+        raise UserError(f"online.loss is missing: what each round trains with, of {', '.join(known)}")
+    if online.loss not in known:
+        raise UserError(no_inner_loss(online.loss, known))
+    typed = [parse(text, tree.choices) for text in overrides]
+    check_choices(typed, tree.choices, multirun=False)
+    composed, _ = tree.compose_typed(typed)
+    if plain(composed).get("online") is not None:
+        raise UserError(f"online.loss={online.loss} is a workflow itself: name what each of its rounds trains with, such as dpo")
+    return composed
+
+
+def of_rounds(config: Config, overrides: Sequence[str], tree: ConfigTree) -> Config:
+    """The training within online rounds, checked whole: of what it will be given only the feedback is not there yet."""
+    composed = inner(config, overrides, tree)
+    own = {"exp_name": config.exp_name, "run_dir": config.run_dir, "data": asdict(config)["data"], "online": None}
+    for name, value in own.items():
+        OmegaConf.update(composed, name, value, force_add=True)
+    return _of_policy(config, gate.check(composed, overrides, tree.choices))
+
+
+def live(config: Config, typed: Sequence[str], tree: ConfigTree) -> Config:
+    """A live loop as the ordinary run that it is: of online.loss, whose rows come from its own policy."""
+    assert config.online is not None
+    composed, whole = inner(config, inner_overrides(typed, config), tree), asdict(config)
+    own = ("exp_name", "output_root", "run_dir", "data", "online", "objective", "hooks", *COMMANDS)
+    more = {"train.steps": config.online.steps, "train.temperature": config.online.sampler.temperature}
+    for name, value in {**{name: whole[name] for name in own}, **more}.items():
+        OmegaConf.update(composed, name, value, force_add=True)
+    return _of_policy(config, gate.check(composed, typed, tree.choices))
+
+
+def _of_policy(config: Config, training: Config) -> Config:
+    """Raises UserError for a training that leaves no policy to sample from."""
+    from halos.config.bind import bind_loss, refuse_no_policy  # here: they import torch, which the gate has by now
+
+    assert config.online is not None
+    refuse_no_policy(str(config.online.loss), bind_loss(training.loss, training.plugins))
+    return training
+
+
+def rounds(config: Config, typed: Sequence[str], changed: Sequence[Change], tree: ConfigTree) -> int:
+    """Online rounds: the exit status. What each round's training is given is checked before anything starts."""
+    from halos.logs import speak
+    from halos.online import rounds as driver
+    from halos.run.outline import Outline
+
+    assert config.online is not None
+    speak(main=True)
+    overrides = inner_overrides(typed, config)
+    if config.resume:
+        since = [word for word in overrides[1:] if word not in config.online.overrides]
+        overrides = [*driver.stored_words(Path(config.run_dir)), *since]
+    training = of_rounds(config, overrides, tree)
+    status = driver.run(config, training, overrides, typed, changed, partial(Outline, training))
+    if not config.dry_run and RunDir(config.run_dir).read_metrics():
+        _report(config)
+    return status
+
+
+def _report(config: Config) -> None:
+    """Pictures of the rounds."""
+    from halos.report.__main__ import main as report_on
+
+    report_on([config.run_dir])

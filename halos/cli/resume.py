@@ -1,0 +1,128 @@
+"""Going on with a saved run: its own configuration with what is typed on top, and what that changes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+
+from halos.cli.compose import ConfigTree, keys, plain, set_values
+from halos.cli.overrides import repeatable
+from halos.config import changes, gate, saved
+from halos.config.changes import Change, Past
+from halos.config.overrides import Choices, Typed, settle
+from halos.config.schema import Config
+from halos.config.secrets import refuse_saved_addresses
+from halos.distributed.environment import number_of
+from halos.errors import UserError, printable
+from halos.rundir import RunDir, is_run, step_of
+
+AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
+CHOSEN_AGAIN = ("logging", "checkpoint")  # groups that change no step of a run
+
+
+def asked(typed: Sequence[Typed]) -> str | None:
+    """The run directory that resume= names, if there is one."""
+    named = [one for one in typed if one.key == "resume" and one.values not in ((), (None,))]
+    if not named:
+        return None
+    value = named[0].values[0]
+    if len(named) > 1 or type(value) not in (str, int) or value == "":
+        given = " ".join(one.text for one in named)
+        raise UserError(f"{given}: resume= takes one run directory, for example resume=runs/demo")
+    return str(value)
+
+
+def resumed(path: str, typed: Sequence[Typed], tree: ConfigTree) -> tuple[Config, list[Change]]:
+    """A saved run's own configuration with what was typed on top, and what that changes. Its choices are made, but for those
+    that only say what is logged and when it is saved."""
+    run_dir = RunDir.at(path)
+    run_dir.open()
+    source = run_dir.asked_checkpoint(path) or next(iter(run_dir.saves().values()), None)
+    settings = _last_settings(run_dir)
+    for one in typed:
+        _refuse_another_run(one, settings, run_dir, tree.choices)
+    composed = saved.composed(settings, str(run_dir.path), path)
+    _choose_again(composed, [one for one in typed if one.chooses(tree.choices)], tree)
+    values = [repeatable(one) for one in typed if not one.chooses(tree.choices)]
+    set_values(composed, settle(values, tree.choices, keys(composed)))
+    whole = plain(composed)
+    wanted = [key for key in changes.CHANGES if not key.startswith("online.") or whole.get("online") is not None]
+    if missing := [key for key in wanted if not changes.present(whole, key)]:
+        raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
+    config = gate.check(composed, [one.text for one in typed], tree.choices)
+    _note_cache(settings, config)
+    refuse_saved_addresses(config, [one.key for one in typed])
+    return config, _changes(config, run_dir, settings, step_of(source) if source else None)
+
+
+def take_up(config: Config) -> list[Change]:
+    """Have `config` go on with the run of its name where that was begun already; what has changed since. Raises UserError
+    where a change would alter what it computes."""
+    run_dir, config.resume = RunDir(config.run_dir), None
+    if is_run(run_dir.path) and config.overwrite and run_dir.is_finished():
+        print(f"overwrite=true: {run_dir.path}, which is finished, is deleted and begun anew", file=sys.stderr)
+        return []
+    if not is_run(run_dir.path):
+        return []
+    run_dir.open()
+    config.resume, config.overwrite = str(run_dir.path), False
+    return _changes(config, run_dir, _last_settings(run_dir), next(iter(run_dir.saves()), None))
+
+
+def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> list[Change]:
+    """What `config` changes of a run, and what stands in its files and is not what it wrote there; refused where config says so.
+
+    `oldest`: the step of the checkpoint from which the run goes on.
+    """
+    from halos.checkpoint import runfiles  # here: it takes torch, which wrong input need not wait for
+
+    by_content = saved.content(run_dir.read_attempts(), str(run_dir.path)) is not None
+    changed = changes.compare(config, Past(settings, run_dir.path, oldest, by_content))
+    typed = {change.key for change in changed}
+    changed += [change for change in runfiles.changed(run_dir) if change.key not in typed]
+    if config.resume_changes == "refuse":
+        changes.refuse(changed, run_dir.path)
+    return changed
+
+
+def _last_settings(run_dir: RunDir) -> dict[str, Any]:
+    """A run's configuration as it was last changed."""
+    return saved.load(run_dir.read_config(), run_dir.read_attempts(), str(run_dir.path))
+
+
+def _note_cache(settings: dict[str, Any], config: Config) -> None:
+    """A cache that is not followed would be made anew, on a disk that may be too small for it."""
+    elsewhere = settings.get("cache_dir")
+    if elsewhere != config.cache_dir and not number_of("LOCAL_RANK", 0):
+        note = f"the saved run's cache_dir={elsewhere} is not followed; this command's is {config.cache_dir}"
+        print(printable(f"{note} (cache_dir= names one)"), file=sys.stderr)
+
+
+def _refuse_another_run(one: Typed, settings: dict[str, Any], run_dir: RunDir, choices: Choices) -> None:
+    """Raises UserError for what makes another run of it."""
+    if one.is_hydra or (one.chooses(choices) and one.key not in CHOSEN_AGAIN):
+        raise UserError(
+            f"{one.text}: resume= goes on with the choices of {run_dir.path}; type only values, such as train.steps=200"
+        )
+    elsewhere = one.key in ("exp_name", "output_root", "run_dir") and one.values != (settings.get(one.key),)
+    if elsewhere or (one.key == "overwrite" and True in one.values):
+        raise UserError(
+            f"{one.text}: resume= goes on in {run_dir.path}; for a new run from its model leave out resume= and type"
+            f" model.name_or_path={run_dir.final}"
+        )
+
+
+def _choose_again(composed: DictConfig, typed: Sequence[Typed], tree: ConfigTree) -> None:
+    """checkpoint= anew; logging= anew, which leaves the hooks alone that no logging choice has."""
+    if not typed:
+        return
+    fresh = plain(tree.compose([one.text for one in typed]))
+    if any(one.key == "checkpoint" for one in typed):
+        composed.checkpoint = fresh["checkpoint"]
+    if any(one.key == "logging" for one in typed):
+        trackers = {hook for choice in tree.choices["logging"] for hook in plain(tree.compose([f"logging={choice}"]))["hooks"]}
+        kept = {name: hook for name, hook in plain(composed)["hooks"].items() if name not in trackers or name in fresh["hooks"]}
+        composed.hooks = kept | {name: hook for name, hook in fresh["hooks"].items() if name not in kept}

@@ -1,0 +1,43 @@
+"""One run: composed once, checked, and handed to the room that trains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from halos.cli import online
+from halos.cli.compose import ConfigTree
+from halos.cli.resume import AUTO, resumed, take_up
+from halos.config import gate
+from halos.config.changes import Change
+from halos.config.overrides import Typed
+from halos.config.schema import Config
+
+
+def begin(typed: Sequence[Typed], tree: ConfigTree) -> int:
+    """What was typed as a new run, or with resume=auto as the run of its name that is there: the exit status."""
+    composed, settled = tree.compose_typed(typed)
+    overrides = [one.text for one in settled]
+    config = gate.check(composed, overrides, tree.choices)
+    if is_live(config):
+        config = online.live(config, overrides, tree)
+    changed = take_up(config) if config.resume == AUTO else []
+    return run(config, overrides, changed, tree)
+
+
+def go_on(path: str, typed: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> int:
+    """What resume= names, with what was typed on top: the exit status."""
+    config, changed = resumed(path, typed, tree)
+    return run(config, overrides, changed, tree)
+
+
+def is_live(config: Config) -> bool:
+    return config.online is not None and config.online.steps is not None
+
+
+def run(config: Config, overrides: Sequence[str], changed: Sequence[Change], tree: ConfigTree) -> int:
+    """The exit status of the run itself, or of the rounds."""
+    if gate.is_walk(config):
+        return online.rounds(config, overrides, changed, tree)
+    from halos.run import run as assemble_and_train  # here: it imports torch, which --help and wrong input need not wait for
+
+    return assemble_and_train(config, list(overrides), changed)
