@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from halos import confined, seals
+from halos.config.schema import Scope, keys_of
 from halos.config.values import to_type
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
@@ -27,7 +28,7 @@ REPORT = "forward_report.json"  # what a start proved of the forward pass
 LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", REPORT, LOCK}
 ASIDE = "superseded-"
 COMMITS = "checkpoints.jsonl"
-PLACE = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "dry_run")  # not what is run
+NOT_RUN = keys_of(Scope.PLACE, Scope.HOST, Scope.COMMAND)
 HIDDEN = (".config.yaml.", ".result.json.", f".{REPORT}.", f".{LOCK}.", ".deleted-", "train.rank")
 RESERVE, RESERVED = ".result.json.reserve", 2**14  # room for the last word of a run whose disk others have filled
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -299,7 +300,7 @@ def job_name(overrides: Sequence[str], shared: Collection[str] = ()) -> str:
     A few words for people, of keys that are not `shared` by all jobs and in letters that `resume=` takes unquoted; and a hash
     of everything that makes it another run.
     """
-    told = sorted(text.lstrip("+") for text in overrides if text.lstrip("+").partition("=")[0] not in PLACE)
+    told = sorted(text.lstrip("+") for text in overrides if text.lstrip("+").partition("=")[0] not in NOT_RUN)
     words = [text for text in told if text.partition("=")[0] not in shared]
     slug = re.sub(r"[^\w.-]+", "-", "__".join(words))[:80].strip("._-")
     return f"{slug or 'job'}-{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]}"

@@ -9,13 +9,14 @@ from typing import Any
 from halos import confined, seals
 from halos.checkpoint import find, lineage, manifest
 from halos.config import changes, saved
-from halos.config.changes import COMMAND, Change
+from halos.config.changes import Change
+from halos.config.schema import Scope, keys_of
 from halos.errors import UserError
 from halos.hashes import short
 from halos.rundir import RunDir, sealed_result
 
 NO_SEAL = "ok (an older version wrote it, under no seal)"
-OF_MACHINE = ("cache_dir",)  # of the machine, besides the keys of a command
+OF_HOST = keys_of(Scope.HOST)
 READ_ONLY = ("good.json", "forward_report.json", "online.json", "hooks.json")  # of these all that is known is whether they read
 
 
@@ -72,9 +73,9 @@ def _keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str,
     settings = saved.load(text, {name: records[name] for name in until}, str(run.path))
     later = {key for name in (names if attempt is None else names[len(until) :]) for key in saved.changed(records[name])}
     altered = []
-    for key, verdict in changes.CHANGES.items():
+    for key in changes.ON_RESUME:
         there, sealed = changes.at(settings, key), changes.at(last["config"], key)
-        if verdict == COMMAND or key in OF_MACHINE or not changes.present(last["config"], key):
+        if key in OF_HOST or not changes.present(last["config"], key):
             continue
         pairs = changes.differences(key, sealed, there)
         altered += [Change(name, old, new, why) for name, old, new in pairs if not {name, key} & later]

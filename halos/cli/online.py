@@ -14,14 +14,12 @@ from halos.cli.overrides import parse
 from halos.config import gate
 from halos.config.changes import Change
 from halos.config.overrides import check_choices, no_inner_loss
-from halos.config.schema import Config
+from halos.config.schema import Config, Scope, keys_of
 from halos.errors import UserError
 from halos.rundir import RunDir
 
-COMMANDS = ("resume", "resume_changes", "overwrite", "dry_run")  # of one command
-OWN = {  # of a run that is a workflow, and not of the training within it
-    "loss", "online", "exp_name", "output_root", "run_dir", "data", "objective", "hooks", "logging", *COMMANDS,
-}  # fmt: skip
+# Of a run that is a workflow, and not of the training within it
+OWN = {"loss", "online", "data", "objective", "hooks", "logging", *keys_of(Scope.PLACE, Scope.COMMAND)}
 
 
 def inner_overrides(typed: Sequence[str], config: Config) -> list[str]:
@@ -60,7 +58,7 @@ def live(config: Config, typed: Sequence[str], tree: ConfigTree) -> Config:
     """A live loop as the ordinary run that it is: of online.loss, whose rows come from its own policy."""
     assert config.online is not None
     composed, whole = inner(config, inner_overrides(typed, config), tree), asdict(config)
-    own = ("exp_name", "output_root", "run_dir", "data", "online", "objective", "hooks", *COMMANDS)
+    own = OWN - {"loss", "logging"}
     more = {"train.steps": config.online.steps, "train.temperature": config.online.sampler.temperature}
     for name, value in {**{name: whole[name] for name in own}, **more}.items():
         OmegaConf.update(composed, name, value, force_add=True)

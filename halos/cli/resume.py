@@ -41,7 +41,7 @@ def resumed(path: str, typed: Sequence[Typed], tree: ConfigTree) -> tuple[Config
     run_dir = RunDir.at(path)
     run_dir.open()
     source = run_dir.asked_checkpoint(path) or next(iter(run_dir.saves().values()), None)
-    settings = _last_settings(run_dir)
+    settings = last_settings(run_dir)
     for one in typed:
         _refuse_another_run(one, settings, run_dir, tree.choices)
     composed = saved.composed(settings, str(run_dir.path), path)
@@ -49,7 +49,7 @@ def resumed(path: str, typed: Sequence[Typed], tree: ConfigTree) -> tuple[Config
     values = [repeatable(one) for one in typed if not one.chooses(tree.choices)]
     set_values(composed, settle(values, tree.choices, keys(composed)))
     whole = plain(composed)
-    wanted = [key for key in changes.CHANGES if not key.startswith("online.") or whole.get("online") is not None]
+    wanted = [key for key in changes.ON_RESUME if not key.startswith("online.") or whole.get("online") is not None]
     if missing := [key for key in wanted if not changes.present(whole, key)]:
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
     config = gate.check(composed, [one.text for one in typed], tree.choices)
@@ -69,7 +69,7 @@ def take_up(config: Config) -> list[Change]:
         return []
     run_dir.open()
     config.resume, config.overwrite = str(run_dir.path), False
-    return _changes(config, run_dir, _last_settings(run_dir), next(iter(run_dir.saves()), None))
+    return _changes(config, run_dir, last_settings(run_dir), next(iter(run_dir.saves()), None))
 
 
 def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> list[Change]:
@@ -77,18 +77,23 @@ def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: 
 
     `oldest`: the step of the checkpoint from which the run goes on.
     """
-    from halos.checkpoint import runfiles  # here: it takes torch, which wrong input need not wait for
-
     by_content = saved.content(run_dir.read_attempts(), str(run_dir.path)) is not None
     changed = changes.compare(config, Past(settings, run_dir.path, oldest, by_content))
-    typed = {change.key for change in changed}
-    changed += [change for change in runfiles.changed(run_dir) if change.key not in typed]
+    changed += altered(run_dir, changed)
     if config.resume_changes == "refuse":
         changes.refuse(changed, run_dir.path)
     return changed
 
 
-def _last_settings(run_dir: RunDir) -> dict[str, Any]:
+def altered(run_dir: RunDir, changed: Sequence[Change]) -> list[Change]:
+    """What stands in the run's files and is not what it wrote there, but for keys that are typed anew."""
+    from halos.checkpoint import runfiles  # here: it takes torch, which wrong input need not wait for
+
+    typed = {change.key for change in changed}
+    return [change for change in runfiles.changed(run_dir) if change.key not in typed]
+
+
+def last_settings(run_dir: RunDir) -> dict[str, Any]:
     """A run's configuration as it was last changed."""
     return saved.load(run_dir.read_config(), run_dir.read_attempts(), str(run_dir.path))
 

@@ -8,15 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from halos.config.paths import BUNDLED_MODELS, located
-from halos.config.schema import Config
+from halos.config.schema import CONTENT, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Config, Scope, key_facts
 from halos.config.values import show
 from halos.confined import UnreadableError, load_json
 from halos.errors import UserError
-
-SAFE = "safe"  # what a step computes does not depend on it
-MATHEMATICAL = "mathematical"  # it does
-CONTENT = "content"  # it does on what the key names, wherever that lies: compared when it has been read, by content.py
-COMMAND = "command"  # of one command, or of the place where the run lies: never compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,137 +100,21 @@ def _scorer(config: Config, past: Past) -> str | None:
     return None if past.by_content and config.online is not None and config.online.labeller.name == "reward_model" else ""
 
 
-CHANGES: dict[str, str | Condition] = {
-    "loss": MATHEMATICAL,
-    "model.name_or_path": CONTENT,
-    "model.revision": CONTENT,
-    "model.dtype": MATHEMATICAL,
-    "model.attention": MATHEMATICAL,
-    "model.chat_template": CONTENT,
-    "model.add_tokens": MATHEMATICAL,
-    "model.quantize": MATHEMATICAL,
-    "reference.name_or_path": CONTENT,
-    "reference.revision": CONTENT,
-    "reference.adapter": MATHEMATICAL,
-    "data.train": CONTENT,
-    "data.eval": CONTENT,  # what keep_best and early stopping compare
-    "data.root": CONTENT,
-    "data.score": MATHEMATICAL,
-    "peft.name": MATHEMATICAL,
-    "peft.r": MATHEMATICAL,
-    "peft.lora_alpha": MATHEMATICAL,
-    "peft.lora_dropout": MATHEMATICAL,
-    "peft.target_modules": MATHEMATICAL,
-    "peft.target_parameters": MATHEMATICAL,
-    "peft.bias": MATHEMATICAL,
-    "peft.use_rslora": MATHEMATICAL,
-    "peft.use_dora": MATHEMATICAL,
-    "peft.rank_pattern": MATHEMATICAL,
-    "peft.alpha_pattern": MATHEMATICAL,
-    "peft.modules_to_save": MATHEMATICAL,
-    "peft.init_from": CONTENT,
-    "train.steps": _length,
-    "train.epochs": _length,
-    "train.batch_size": MATHEMATICAL,
-    "train.microbatch_size": _microbatch,
-    "train.max_length": MATHEMATICAL,
-    "train.truncation": MATHEMATICAL,
-    "train.eval_every": SAFE,
-    "train.eval_at_start": SAFE,
-    "train.log_every": SAFE,
-    "train.max_grad_norm": MATHEMATICAL,
-    "train.max_bad_steps": SAFE,  # it ends a run, and changes no step
-    "train.precision": MATHEMATICAL,
-    "train.activation_checkpointing": SAFE,
-    "train.deterministic": SAFE,
-    "train.router_aux_loss": MATHEMATICAL,
-    "train.prove": SAFE,  # it looks, and touches nothing
-    "train.early_stopping": SAFE,  # it ends a run, and changes no step
-    "train.temperature": MATHEMATICAL,
-    "optim.name": MATHEMATICAL,
-    "optim.lr": MATHEMATICAL,
-    "optim.lr_by_peft": MATHEMATICAL,
-    "optim.lr_from_scratch": MATHEMATICAL,
-    "optim.betas": MATHEMATICAL,
-    "optim.eps": MATHEMATICAL,
-    "optim.weight_decay": MATHEMATICAL,
-    "optim.init_from": CONTENT,
-    "schedule.name": MATHEMATICAL,
-    "schedule.warmup": MATHEMATICAL,
-    "schedule.final": MATHEMATICAL,
-    "checkpoint": SAFE,
-    "hooks": SAFE,
-    "objective.metric": _objective,
-    "objective.mode": _objective,
-    "online.loss": MATHEMATICAL,
-    "online.overrides": MATHEMATICAL,
-    "online.rounds": SAFE,  # no round depends on how many there will be
-    "online.steps": _length,
-    "online.prompts_per_round": MATHEMATICAL,
-    "online.samples_per_prompt": MATHEMATICAL,
-    "online.eval_prompts": MATHEMATICAL,  # what the objective is measured on
-    "online.sampler.name": MATHEMATICAL,
-    "online.sampler.temperature": MATHEMATICAL,
-    "online.sampler.top_p": MATHEMATICAL,
-    "online.sampler.top_k": MATHEMATICAL,
-    "online.sampler.max_new_tokens": MATHEMATICAL,
-    "online.sampler.batch_size": SAFE,  # to the rounding of sums in another order
-    "online.sampler.cache_tokens": SAFE,
-    "online.sampler.python": SAFE,
-    "online.sampler.url": SAFE,
-    "online.sampler.model": MATHEMATICAL,
-    "online.sampler.concurrency": SAFE,
-    "online.labeller.name": MATHEMATICAL,
-    "online.labeller.functions": MATHEMATICAL,
-    "online.labeller.model": _scorer,
-    "online.labeller.label": MATHEMATICAL,
-    "online.labeller.batch_size": SAFE,
-    "online.labeller.processes": SAFE,
-    "online.labeller.timeout": MATHEMATICAL,  # what takes longer has no score
-    "online.labeller.url": SAFE,
-    "online.labeller.pairwise": MATHEMATICAL,
-    "online.labeller.rubric": CONTENT,
-    "online.labeller.concurrency": SAFE,
-    "online.labeller.max_requests": SAFE,
-    "online.labeller.max_cost": SAFE,
-    "online.labeller.price_in": SAFE,
-    "online.labeller.price_out": SAFE,
-    "online.feedback.kind": MATHEMATICAL,
-    "online.feedback.pairing": MATHEMATICAL,
-    "online.feedback.threshold": MATHEMATICAL,
-    "online.feedback.drop_equal": MATHEMATICAL,
-    "online.reference": MATHEMATICAL,
-    "online.carry_optimizer": MATHEMATICAL,
-    "online.keep_rounds": SAFE,
-    "online.kl_samples": SAFE,
-    "online.show": SAFE,
-    "online.config_file": SAFE,
-    "online.num_processes": SAFE,
-    "exp_name": COMMAND,
-    "output_root": COMMAND,
-    "run_dir": COMMAND,
-    "cache_dir": SAFE,
-    "seed": MATHEMATICAL,
-    "resume": COMMAND,
-    "resume_changes": COMMAND,
-    "overwrite": COMMAND,
-    "dry_run": COMMAND,
-    "plugins": COMMAND,
-}
+CONDITIONS: dict[str, Condition] = {STEPS: _length, MICROBATCH: _microbatch, OBJECTIVE: _objective, SCORER: _scorer}
+NOT_COMPARED = (Scope.PLACE, Scope.COMMAND, Scope.CODE)
+ON_RESUME: dict[str, str] = {key: facts["on_resume"] for key, facts in key_facts() if facts["scope"] not in NOT_COMPARED}
 
 
 def compare(config: Config, past: Past) -> list[Change]:
     """Every key in which `config` is not what the run was last configured with."""
     changes = []
-    for key, verdict in CHANGES.items():
-        if verdict == COMMAND:
-            continue
+    for key, verdict in ON_RESUME.items():
         values = at(past.settings, key), at(asdict(config), key)
         for name, old, new in differences(key, *(map(located, values) if verdict == CONTENT else values)):
             by_content = verdict == CONTENT and past.by_content
             # a key that is younger than the run had no value in it
             safe = verdict == SAFE or by_content or not present(past.settings, key)
-            why = None if safe else "" if isinstance(verdict, str) else verdict(config, past)
+            why = None if safe else CONDITIONS[verdict](config, past) if verdict in CONDITIONS else ""
             changes.append(Change(name, old, new, why))
     return changes
 

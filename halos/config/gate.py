@@ -143,8 +143,13 @@ def _check_ranges(node: Any, schema: type = Config, prefix: str = "") -> None:
         section = next((part for part in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(part)), None)
         if section and isinstance(value, Mapping):
             _check_ranges(value, section, f"{key}.")
-        elif field.metadata and value is not None and not (isinstance(value, str) and ("${" in value or value == "???")):
-            _check_range(key, value, field.metadata, describe(hints[field.name]))
+        elif (limits := field.metadata.get("limits")) and value is not None and not _is_open(value):
+            _check_range(key, value, limits, describe(hints[field.name]))
+
+
+def _is_open(value: Any) -> bool:
+    """An interpolation, or what is missing."""
+    return isinstance(value, str) and ("${" in value or value == "???")
 
 
 def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> None:

@@ -1,44 +1,73 @@
-"""Names and types of every key of a run. Values live in config/*.yaml, once, each with its reason beside it."""
+"""Names and types of every key of a run, and what each may be when the run is resumed.
+
+Values live in config/*.yaml, once, each with its reason beside it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import StrEnum
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
+MATHEMATICS = "mathematics"  # what a step computes depends on it
+SAFE = "safe"  # it does not
+CONTENT = "content"  # it does on what the key names, wherever that lies: compared when it has been read, by content.py
+# Where it does under a condition, which changes.py has
+STEPS, MICROBATCH, OBJECTIVE, SCORER = "steps", "microbatch", "objective", "scorer"
+
+
+class Scope(StrEnum):
+    """What a key belongs to."""
+
+    RUN = "run"  # what is computed, saved and logged
+    PLACE = "place"  # where the run lies
+    HOST = "host"  # the machine that it is on
+    COMMAND = "command"  # one command
+    CODE = "code"  # what must be typed, and is never read from a saved run
+
 
 def key(
-    *, above: float | None = None, least: float | None = None, most: float | None = None, one_of: tuple[str, ...] = ()
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    most: float | None = None,
+    one_of: tuple[str, ...] = (),
+    on_resume: str = MATHEMATICS,
+    scope: Scope = Scope.RUN,
 ) -> Any:
-    """A required key, with the range of its values: `above` is exclusive, `least` and `most` are inclusive."""
+    """A required key: the range of its values, of which `above` is exclusive, `least` and `most` are inclusive; what typing
+    another value at a resume would change (`on_resume`); and what the key belongs to (`scope`)."""
     limits = {"above": above, "least": least, "most": most, "one_of": one_of or None}
-    return field(default=MISSING, metadata={name: limit for name, limit in limits.items() if limit is not None})
+    given = {name: limit for name, limit in limits.items() if limit is not None}
+    return field(default=MISSING, metadata={"limits": given, "on_resume": on_resume, "scope": scope})
 
 
 @dataclass
 class Model:
-    name_or_path: str | None = key()  # a directory, a hub id, a .gguf file, or `tiny`
-    revision: str | None = key()
+    name_or_path: str | None = key(on_resume=CONTENT)  # a directory, a hub id, a .gguf file, or `tiny`
+    revision: str | None = key(on_resume=CONTENT)
     dtype: str = key(one_of=("auto", "float32", "bfloat16", "float16"))
     attention: str = key(one_of=("auto", "segments", "flash_attention_2"))
-    chat_template: str | None = key()
+    chat_template: str | None = key(on_resume=CONTENT)
     add_tokens: list[str] = key()
     quantize: str | None = key(one_of=("4bit", "8bit"))
 
 
 @dataclass
 class Reference:
-    name_or_path: str | None = key()
-    revision: str | None = key()
+    name_or_path: str | None = key(on_resume=CONTENT)
+    revision: str | None = key(on_resume=CONTENT)
     adapter: str = key(one_of=("start", "off"))  # what of a LoRA policy is on in its own reference
 
 
 @dataclass
 class Data:
-    train: list[Any] = key()
-    eval: list[Any] = key()
-    root: str | None = key()
+    train: list[Any] = key(on_resume=CONTENT)
+    eval: list[Any] = key(on_resume=CONTENT)  # what keep_best and early stopping compare
+    root: str | None = key(on_resume=CONTENT)
     score: str = key(one_of=("last", "all"))
 
 
@@ -56,28 +85,28 @@ class Peft:
     rank_pattern: dict[str, int] = key()
     alpha_pattern: dict[str, float] = key()
     modules_to_save: list[str] = key()
-    init_from: str | None = key()  # the directory of an adapter to go on from
+    init_from: str | None = key(on_resume=CONTENT)  # the directory of an adapter to go on from
 
 
 @dataclass
 class Train:
-    steps: int | None = key(least=1)
-    epochs: float | None = key(above=0)
+    steps: int | None = key(least=1, on_resume=STEPS)
+    epochs: float | None = key(above=0, on_resume=STEPS)
     batch_size: int = key(least=1)
-    microbatch_size: int = key(least=1)
+    microbatch_size: int = key(least=1, on_resume=MICROBATCH)
     max_length: int = key(least=2)
     truncation: str = key(one_of=("drop", "truncate", "error"))
-    eval_every: int | None = key(least=1)
-    eval_at_start: bool = key()
-    log_every: int = key(least=1)
+    eval_every: int | None = key(least=1, on_resume=SAFE)
+    eval_at_start: bool = key(on_resume=SAFE)
+    log_every: int = key(least=1, on_resume=SAFE)
     max_grad_norm: float | None = key(above=0)
-    max_bad_steps: int | None = key(least=1)
+    max_bad_steps: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
-    activation_checkpointing: bool = key()
-    deterministic: bool = key()
+    activation_checkpointing: bool = key(on_resume=SAFE)
+    deterministic: bool = key(on_resume=SAFE)
     router_aux_loss: float | None = key(least=0)
-    prove: str = key(one_of=("auto", "always", "off"))  # that the forward is the model's own
-    early_stopping: int | None = key(least=1)
+    prove: str = key(one_of=("auto", "always", "off"), on_resume=SAFE)  # it looks, and touches nothing
+    early_stopping: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step
     temperature: float = key(above=0)  # of the softmax that log-probs are taken of
 
 
@@ -90,7 +119,7 @@ class Optim:
     betas: list[float] = key()
     eps: float = key(above=0)
     weight_decay: float = key(least=0)
-    init_from: str | None = key()  # a checkpoint whose optimizer state a new run begins with
+    init_from: str | None = key(on_resume=CONTENT)  # a checkpoint whose optimizer state a new run begins with
 
 
 @dataclass
@@ -102,8 +131,8 @@ class Schedule:
 
 @dataclass
 class Objective:
-    metric: str = key()
-    mode: str = key(one_of=("min", "max"))
+    metric: str = key(on_resume=OBJECTIVE)
+    mode: str = key(one_of=("min", "max"), on_resume=OBJECTIVE)
 
 
 @dataclass
@@ -113,31 +142,31 @@ class Sampler:
     top_p: float = key(above=0, most=1)
     top_k: int = key(least=0)
     max_new_tokens: int = key(least=1)
-    batch_size: int = key(least=1)
-    cache_tokens: int = key(least=64)
-    python: str | None = key()
-    url: str | None = key()
+    batch_size: int = key(least=1, on_resume=SAFE)  # to the rounding of sums in another order
+    cache_tokens: int = key(least=64, on_resume=SAFE)
+    python: str | None = key(on_resume=SAFE)
+    url: str | None = key(on_resume=SAFE)
     model: str | None = key()
-    concurrency: int = key(least=1)
+    concurrency: int = key(least=1, on_resume=SAFE)
 
 
 @dataclass
 class Labeller:
     name: str = key(one_of=("function", "reward_model", "judge"))
     functions: list[Any] = key()
-    model: str | None = key()
+    model: str | None = key(on_resume=SCORER)
     label: int | None = key(least=0)
-    batch_size: int = key(least=1)
-    processes: int = key(least=1)
-    timeout: float = key(above=0)
-    url: str | None = key()
+    batch_size: int = key(least=1, on_resume=SAFE)
+    processes: int = key(least=1, on_resume=SAFE)
+    timeout: float = key(above=0)  # what takes longer has no score
+    url: str | None = key(on_resume=SAFE)
     pairwise: bool = key()
-    rubric: str | None = key()
-    concurrency: int = key(least=1)
-    max_requests: int | None = key(least=1)
-    max_cost: float | None = key(above=0)
-    price_in: float = key(least=0)
-    price_out: float = key(least=0)
+    rubric: str | None = key(on_resume=CONTENT)
+    concurrency: int = key(least=1, on_resume=SAFE)
+    max_requests: int | None = key(least=1, on_resume=SAFE)
+    max_cost: float | None = key(above=0, on_resume=SAFE)
+    price_in: float = key(least=0, on_resume=SAFE)
+    price_out: float = key(least=0, on_resume=SAFE)
 
 
 @dataclass
@@ -152,21 +181,21 @@ class Feedback:
 class Online:
     loss: str | None = key()
     overrides: list[str] = key()
-    rounds: int = key(least=1)
-    steps: int | None = key(least=1)
+    rounds: int = key(least=1, on_resume=SAFE)  # no round depends on how many there will be
+    steps: int | None = key(least=1, on_resume=STEPS)
     prompts_per_round: int = key(least=1)
     samples_per_prompt: int = key(least=1)
-    eval_prompts: int = key(least=0)
+    eval_prompts: int = key(least=0)  # what the objective is measured on
     sampler: Sampler = key()
     labeller: Labeller = key()
     feedback: Feedback = key()
     reference: str = key(one_of=("start", "last"))
     carry_optimizer: bool = key()
-    keep_rounds: int | None = key(least=1)
-    kl_samples: int = key(least=0)
-    show: int = key(least=0)
-    config_file: str | None = key()
-    num_processes: int | None = key(least=1)
+    keep_rounds: int | None = key(least=1, on_resume=SAFE)
+    kl_samples: int = key(least=0, on_resume=SAFE)
+    show: int = key(least=0, on_resume=SAFE)
+    config_file: str | None = key(on_resume=SAFE)
+    num_processes: int | None = key(least=1, on_resume=SAFE)
 
 
 @dataclass
@@ -181,17 +210,37 @@ class Config:
     train: Train = key()
     optim: Optim = key()
     schedule: Schedule = key()
-    checkpoint: dict[str, Any] = key()
-    hooks: dict[str, Any] = key()
+    checkpoint: dict[str, Any] = key(on_resume=SAFE)
+    hooks: dict[str, Any] = key(on_resume=SAFE)
     objective: Objective = key()
-    exp_name: str | None = key()
-    output_root: str = key()
-    run_dir: str = key()
-    cache_dir: str = key()
+    exp_name: str | None = key(scope=Scope.PLACE)
+    output_root: str = key(scope=Scope.PLACE)
+    run_dir: str = key(scope=Scope.PLACE)
+    cache_dir: str = key(scope=Scope.HOST, on_resume=SAFE)
     seed: int = key(least=0, most=2**63 - 1)
-    resume: str | None = key()
-    resume_changes: str = key(one_of=("refuse", "allow"))
-    overwrite: bool = key()
-    dry_run: bool = key()
-    plugins: list[str] = key()
+    resume: str | None = key(scope=Scope.COMMAND)
+    resume_changes: str = key(one_of=("refuse", "allow"), scope=Scope.COMMAND)
+    overwrite: bool = key(scope=Scope.COMMAND)
+    dry_run: bool = key(scope=Scope.COMMAND)
+    plugins: list[str] = key(scope=Scope.CODE)
     online: Online | None = None  # of loss=online alone, whose YAML has the section
+
+
+def key_facts() -> list[tuple[str, Mapping[str, Any]]]:
+    """Every key that takes a value, with what the schema's `key` says of it."""
+    return list(_facts_of(Config, ""))
+
+
+def keys_of(*scopes: Scope) -> tuple[str, ...]:
+    return tuple(key for key, facts in key_facts() if facts["scope"] in scopes)
+
+
+def _facts_of(schema: Any, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    hints = get_type_hints(schema)
+    for each in fields(schema):
+        kind = hints[each.name]
+        section = next((part for part in (kind, *get_args(kind)) if is_dataclass(part)), None)
+        if section:
+            yield from _facts_of(section, f"{prefix}{each.name}.")
+        else:
+            yield prefix + each.name, each.metadata

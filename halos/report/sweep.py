@@ -12,12 +12,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from halos import confined
+from halos.config.schema import Scope, keys_of
 from halos.errors import UserError
 from halos.report.plots import palette, plot, save
 from halos.report.read import Record, read_runs
 from halos.report.table import table
 
-NOT_SWEPT = ("exp_name", "output_root", "run_dir", "resume", "resume_changes", "cache_dir", "overwrite", "plugins")
+NOT_SWEPT = keys_of(Scope.PLACE, Scope.HOST, Scope.COMMAND, Scope.CODE)
 # measures on one scale whatever the loss, of which more is better
 COMPARABLE = ("rewards/accuracies", "logps/accuracies", "accuracy", "win_rate", "reward")
 FEW = 7  # values of a key that each get a tick

@@ -19,7 +19,7 @@ from conftest import compose
 import train
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import find, lineage, manifest, state
-from halos.cli import single
+from halos.cli import resume, single
 from halos.errors import UserError
 from halos.report.read import read_runs
 from halos.run.lifecycle import run as begin
@@ -482,7 +482,7 @@ def test_no_mutation_of_a_runs_small_files_is_a_traceback(begun: Path, tmp_path:
     draw, run = random.Random(1), RunDir(shutil.copytree(begun, tmp_path / "run"))
     step, refused = run.path / STEP, 0
     asked: tuple[Callable[[], object], ...] = (
-        run.open, lambda: train.last_settings(run), run.read_metrics, run.read_result, run.next_attempt, run.is_finished,
+        run.open, lambda: resume.last_settings(run), run.read_metrics, run.read_result, run.next_attempt, run.is_finished,
         lambda: find.newest(run.checkpoints), lambda: find.refuse_misplaced(run), lambda: find.metrics_of(step),
         lambda: lineage.read(step), lambda: state.load_progress(step / "state", 2), lambda: manifest.verify(step, contents=False),
         lambda: read_runs([run.path]),

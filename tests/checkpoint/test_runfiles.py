@@ -10,10 +10,10 @@ import pytest
 import yaml
 from world import World, attempts, copied, refusal, resume
 
-import train
 from halos import seals
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import manifest, runfiles
+from halos.cli import resume as resuming
 from halos.errors import UserError
 from halos.rundir import RunDir
 
@@ -70,7 +70,7 @@ def test_every_flip_in_a_configuration_that_changes_a_value_is_refused(directory
         if not isinstance(now, dict) or {**now, **dict.fromkeys(place)} != {**before, **dict.fromkeys(place)}:
             changed += 1
             try:
-                train.last_settings(run)
+                resuming.last_settings(run)
                 taken += [at] if not runfiles.changed(run) else []
             except UserError:
                 pass
@@ -102,8 +102,8 @@ def test_a_checkpoint_whose_own_seal_is_broken_says_nothing_of_the_configuration
     [change] = runfiles.changed(run)
     assert (change.key, change.old, change.new) == ("train.batch_size", 8, 6)
     assert "step-00000002" in (change.why or "")
-    assert train.altered(run, []) == [change]
-    assert train.altered(run, [replace(change, old=6, new=5)]) == [], "what is typed anew is on record as it was typed"
+    assert resuming.altered(run, []) == [change]
+    assert resuming.altered(run, [replace(change, old=6, new=5)]) == [], "what is typed anew is on record as it was typed"
 
 
 def test_a_change_that_a_start_recorded_is_sealed_with_it(directory: Path) -> None:

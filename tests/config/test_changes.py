@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from halos.config import changes
-from halos.config.changes import CHANGES, COMMAND, Change, Past
+from halos.config.changes import CONDITIONS, NOT_COMPARED, ON_RESUME, Change, Past
 from halos.config.schema import (
+    CONTENT,
+    MATHEMATICS,
+    SAFE,
     Config,
     Data,
     Model,
@@ -19,6 +22,8 @@ from halos.config.schema import (
     Reference,
     Schedule,
     Train,
+    key_facts,
+    keys_of,
 )
 from halos.config.suggest import schema_keys
 from halos.errors import UserError
@@ -45,8 +50,11 @@ def found(new: Config, old: Config | None = None, path: Path = Path("nowhere"), 
     return changes.compare(new, Past(asdict(old or config()), path, oldest))
 
 
-def test_every_key_of_the_schema_is_classified_once() -> None:
-    assert set(CHANGES) == {key for key, kind in schema_keys().items() if not is_dataclass(kind)}
+def test_every_key_of_the_schema_is_compared_or_of_the_command() -> None:
+    every = {key for key, kind in schema_keys().items() if not is_dataclass(kind)}
+    assert {key for key, _ in key_facts()} == every
+    assert set(ON_RESUME) == every - set(keys_of(*NOT_COMPARED))
+    assert set(ON_RESUME.values()) == {MATHEMATICS, SAFE, CONTENT, *CONDITIONS}
 
 
 def test_what_was_not_changed_is_no_change_however_it_is_written() -> None:
@@ -154,4 +162,4 @@ def test_what_attempts_changed_is_applied_in_order_and_a_null_hook_is_gone() -> 
 
 def test_of_the_command_are_the_keys_that_are_never_taken_from_a_saved_run() -> None:
     own = {"resume", "resume_changes", "overwrite", "dry_run", "plugins", "exp_name", "output_root", "run_dir"}
-    assert {key for key, verdict in CHANGES.items() if verdict == COMMAND} == own
+    assert set(keys_of(*NOT_COMPARED)) == own
