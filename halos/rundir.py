@@ -21,6 +21,7 @@ from halos.journal import Journal
 from halos.lock import NAME as LOCK
 from halos.lock import RunLock
 from halos.metrics_file import MetricsFile, to_json
+from halos.repository import COMMAND
 
 Status = Literal["finished", "stopped", "failed", "running"]
 REPORT = "forward_report.json"  # what a start proved of the forward pass
@@ -77,7 +78,7 @@ class RunDir:
             raise UserError(f"{self.path.parent} is a run already, so nothing else can lie in it: {other}")
         if is_run(self.path) and not self.is_finished():
             raise UserError(
-                f"{self.path} holds a run that is not finished: python train.py {to_type('resume', self.path)} goes on with it;"
+                f"{self.path} holds a run that is not finished: {COMMAND} {to_type('resume', self.path)} goes on with it;"
                 f" to begin anew delete the directory, or {other}"
             )
         if is_run(self.path) and not overwrite:

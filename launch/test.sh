@@ -25,7 +25,7 @@ if [ "${1:-}" = slow ]; then
   set -- -m slow $paths
 fi
 . launch/python.sh
-use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 openai==3.57.0 math-verify==0.9.0 deepspeed==0.19.8"
+use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 hatchling==1.33.0 hatch-requirements-txt==0.4.1 openai==3.57.0 math-verify==0.9.0 deepspeed==0.19.8"
 
 # the oldest transformers that requirements.txt names, with the hub client that it takes; tests/test_oldest_versions.py runs it
 oldest="transformers==5.17.0 huggingface-hub==1.33.0"

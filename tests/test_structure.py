@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"errors", "types"},
+    {"errors", "repository", "types"},
     {"confined"},
     {"hashes"},
     {"seals"},

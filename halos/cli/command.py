@@ -10,14 +10,16 @@ from hydra._internal.utils import get_args_parser
 from halos.cli import single, sweep
 from halos.cli.compose import ConfigTree
 from halos.cli.overrides import parse
+from halos.cli.result import Result
 from halos.cli.resume import AUTO, asked
 from halos.cli.status import FAILED, refuse
-from halos.config.overrides import check_choices, quote_nested, unreadable
+from halos.config.overrides import Typed, check_choices, quote_nested, unreadable
 from halos.config.secrets import refuse_secrets
 from halos.distributed.children import leave
 from halos.distributed.environment import refuse_half_launched, world_size
 from halos.distributed.signals import as_before, leave_when_told
 from halos.errors import JobsFailedError, UserError, read_enough
+from halos.repository import COMMAND
 
 
 def main() -> None:
@@ -42,6 +44,21 @@ def start(argv: Sequence[str]) -> int:
         return begin(argv)
 
 
+def one_run(overrides: Sequence[str]) -> Result:
+    """The same for one run, and what became of it. Raises UserError for options, too: there is no sweep here, and no help."""
+    if options := [word for word in overrides if word.startswith("-")]:
+        raise UserError(f"{options[0]} is an option of the command line: train() takes overrides, as in train(['loss=dpo'])")
+    with as_before():
+        refuse_half_launched()
+        refuse_secrets({}, overrides)
+        tree, quoted = ConfigTree(), [quote_nested(word) for word in overrides]
+        typed = [parse(text, tree.choices) for text in quoted]
+        check_choices(typed, tree.choices, multirun=False)
+        if hydras := [one.text for one in typed if one.is_hydra]:
+            raise UserError(f"{hydras[0]}: Hydra's own keys belong to the command line")
+        return _run(typed, quoted, tree)
+
+
 def begin(argv: Sequence[str]) -> int:
     """What was typed is checked before Hydra takes over, because Hydra's own errors exit 1 with tracebacks or bad advice."""
     args, unknown = get_args_parser().parse_known_intermixed_args(argv)
@@ -55,20 +72,24 @@ def begin(argv: Sequence[str]) -> int:
     if multirun and world_size() > 1:
         raise UserError(
             "a sweep cannot run inside accelerate launch, where the second job would fail:"
-            " python train.py -m ... hydra/launcher=accelerate starts each job with its own accelerate launch"
+            f" {COMMAND} -m ... hydra/launcher=accelerate starts each job with its own accelerate launch"
         )
     refuse_half_launched()
     refuse_secrets({}, overrides)
     tree = ConfigTree.of_options(args.config_path, args.config_dir, args.config_name)
     typed = [parse(text, tree.choices) for text in overrides]
     check_choices(typed, tree.choices, multirun=multirun)
-    resume = asked(typed)
-    if resume not in (None, AUTO):
-        if multirun:
-            raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
-        return single.go_on(resume, typed, overrides, tree)
+    goes_on = asked(typed) not in (None, AUTO)
+    if multirun and goes_on:
+        raise UserError("resume= goes on with one run, so it cannot be part of a sweep: leave out -m")
     if multirun:
         return sweep.sweep(typed, overrides, flags, tree)
-    if args.help or args.cfg or args.info or any(one.is_hydra for one in typed):
+    if not goes_on and (args.help or args.cfg or args.info or any(one.is_hydra for one in typed)):
         return sweep.through_hydra(typed, flags, tree)
-    return single.begin(typed, tree)
+    return _run(typed, overrides, tree).exit_status
+
+
+def _run(typed: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> Result:
+    """A new run, or the one that resume= names."""
+    path = asked(typed)
+    return single.begin(typed, tree) if path in (None, AUTO) else single.go_on(path, typed, overrides, tree)

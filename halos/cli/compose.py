@@ -20,10 +20,9 @@ from yaml import YAMLError
 from halos.config import gate
 from halos.config.overrides import Choices, Typed, settle
 from halos.errors import UserError
+from halos.repository import CONFIG, LAUNCH, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = ROOT / "config"
-sys.path.append(str(ROOT / "launch"))  # hydra_plugins/ in it is where Hydra looks for launchers
+sys.path.append(str(LAUNCH))  # hydra_plugins/ in it is where Hydra looks for launchers
 VERSION = "1.3"  # of Hydra's behaviour
 PLUGINS = {"optuna": "hydra-optuna-sweeper", "submitit": "hydra-submitit-launcher"}  # what pip calls them
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from halos.cli import online
 from halos.cli.compose import ConfigTree
+from halos.cli.result import Result
 from halos.cli.resume import AUTO, resumed, take_up
 from halos.config import gate
 from halos.config.changes import Change
@@ -13,21 +14,25 @@ from halos.config.overrides import Typed
 from halos.config.schema import Config
 
 
-def begin(typed: Sequence[Typed], tree: ConfigTree) -> int:
-    """What was typed as a new run, or with resume=auto as the run of its name that is there: the exit status."""
+def begin(typed: Sequence[Typed], tree: ConfigTree) -> Result:
+    """What was typed as a new run, or with resume=auto as the run of its name that is there."""
     composed, settled = tree.compose_typed(typed)
     overrides = [one.text for one in settled]
     config = gate.check(composed, overrides, tree.choices)
     if is_live(config):
         config = online.live(config, overrides, tree)
     changed = take_up(config) if config.resume == AUTO else []
-    return run(config, overrides, changed, tree)
+    return _ended(config, run(config, overrides, changed, tree))
 
 
-def go_on(path: str, typed: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> int:
-    """What resume= names, with what was typed on top: the exit status."""
+def go_on(path: str, typed: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> Result:
+    """What resume= names, with what was typed on top."""
     config, changed = resumed(path, typed, tree)
-    return run(config, overrides, changed, tree)
+    return _ended(config, run(config, overrides, changed, tree))
+
+
+def _ended(config: Config, status: int) -> Result:
+    return Result.of(config.run_dir, status, dry=config.dry_run)
 
 
 def is_live(config: Config) -> bool:

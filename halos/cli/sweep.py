@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from halos.cli import online, single
-from halos.cli.compose import CONFIG, VERSION, ConfigTree, explain, keys, plain
+from halos.cli.compose import VERSION, ConfigTree, explain, keys, plain
 from halos.cli.overrides import all_combinations, countable, first_values, one_by_one
 from halos.cli.resume import AUTO, take_up
 from halos.cli.status import WRONG_INPUT, refuse
@@ -28,6 +28,7 @@ from halos.config.overrides import Typed, settle
 from halos.config.schema import Config
 from halos.distributed.signals import AGAIN
 from halos.errors import JobsFailedError, UserError
+from halos.repository import CONFIG
 from halos.rundir import RunDir, is_run, job_name
 
 SEEDED = ("tpe", "random", "cmaes", "nsgaii", "motpe")  # Optuna's samplers that draw

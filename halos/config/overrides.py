@@ -11,6 +11,7 @@ from typing import Any
 from halos.config.suggest import elsewhere, kind_of, nearest, schema_keys, unknown_key
 from halos.config.values import describe, show
 from halos.errors import UserError
+from halos.repository import COMMAND
 
 Choices = Mapping[str, Sequence[str]]
 
@@ -142,9 +143,9 @@ def _comma(one: Typed, choices: Choices) -> str:
     if describe(schema_keys().get(one.key)) == "a list":
         return f"{several}: {one.key} takes a list, in brackets: {one.key}=[{one.value_text}]"
     if one.key == "logging" and all(str(value) in TRACKERS for value in one.values):
-        return f"{_both_trackers([str(value) for value in one.values], choices)}; to try each, sweep with python train.py -m"
+        return f"{_both_trackers([str(value) for value in one.values], choices)}; to try each, sweep with {COMMAND} -m"
     if one.key in choices:
-        return f"{several}: {one.key} takes one choice; to try each, sweep with python train.py -m"
+        return f"{several}: {one.key} takes one choice; to try each, sweep with {COMMAND} -m"
     quoted = f"'{one.key}=\"{one.value_text}\"'"
     return f"{several} means one run for each value, which needs -m; for the text itself quote it twice: {quoted}"
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from halos.config.schema import Config
 from halos.config.values import describe
+from halos.repository import COMMAND
 
 # What the key is called elsewhere: in TRL, transformers, PEFT's wrappers and the HALOs repository.
 ELSEWHERE = {
@@ -120,11 +121,11 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     if near:
         return f"there is no key {key!r}; did you mean {near}?"
     if key.startswith("hydra."):
-        return f"there is no key {key!r}; python train.py --hydra-help lists those of Hydra"
+        return f"there is no key {key!r}; {COMMAND} --hydra-help lists those of Hydra"
     section = key.rpartition(".")[0]
     if kind_of(section) == "value":
         return f"there is no key {key!r}; {section} takes {describe(schema_keys()[section])}"
     inside = sorted(name.removeprefix(f"{section}.") for name in known if name.rpartition(".")[0] == section)
     if section and inside:
         return f"there is no key {key!r}; {section} takes {', '.join(inside)}"
-    return f"there is no key {key!r}; python train.py --help lists them"
+    return f"there is no key {key!r}; {COMMAND} --help lists them"

@@ -15,9 +15,9 @@ from halos.confined import expanded
 from halos.distributed.environment import MINE
 from halos.distributed.signals import STOPPING
 from halos.errors import UserError
+from halos.repository import LAUNCH, ROOT
 
-ROOT = Path(__file__).resolve().parents[2]  # of the repository: launch/ lies beside this package
-CONFIGS = ROOT / "launch" / "accelerate"
+CONFIGS = LAUNCH / "accelerate"
 PR_SET_PDEATHSIG = 1
 TAIL = 2**14  # bytes of a file that hold its last lines
 LINES = 12  # of a failed process's log that are shown

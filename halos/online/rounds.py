@@ -37,6 +37,7 @@ from halos.online.prompts import digest
 from halos.online.records import EVAL, TRAIN
 from halos.online.round import NOTE, Round, Told, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
+from halos.repository import COMMAND
 from halos.rundir import RunDir
 from halos.versions import versions
 
@@ -78,7 +79,7 @@ def run(
     """
     if world_size() > 1:
         raise UserError(
-            "loss=online starts an accelerate launch of its own for every stage: python train.py loss=online"
+            f"loss=online starts an accelerate launch of its own for every stage: {COMMAND} loss=online"
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
         )
     plan = Plan(config, inner, list(words), bind_loss(inner.loss, config.plugins))
@@ -123,7 +124,7 @@ def rehearse(plan: Plan, looked: Outlined, prompt: list[int]) -> int:
     log.info("%d rounds of %d prompts (of %d), %d samples of each", online.rounds, each, len(plan.prompts), samples)
     log.info("%d held-out prompts", held)
     log.info("%s feedback by %s for loss=%s", plan.kind, online.labeller.name, online.loss)
-    log.info("training of each round: python train.py %s", " ".join(plan.words))
+    log.info("training of each round: %s %s", COMMAND, " ".join(plan.words))
     log.info("everything fits together, nothing was started")
     return FINISHED
 
@@ -187,7 +188,8 @@ class Walk:
         if status == "finished":
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":
-            log.info("stopped: %s; go on with: python train.py %s", note, saved.to_resume(self.config, self.directory.path))
+            command = saved.to_resume(self.config, self.directory.path)
+            log.info("stopped: %s; go on with: %s %s", note, COMMAND, command)
         return {"finished": FINISHED, "stopped": AGAIN, "refused": WRONG_INPUT}.get(status, FAILED)
 
     def _begin(self, attempt: Mapping[str, Any]) -> None:

@@ -17,9 +17,10 @@ import yaml
 
 from halos import confined
 from halos.config.schema import Config, Online
-from halos.distributed.children import CONFIGS, ROOT, accelerate_config, die_with_parent, environment_of_a_start, last_words
+from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_of_a_start, last_words
 from halos.distributed.signals import ASKING
 from halos.errors import UserError
+from halos.repository import PACKAGES, TRAIN
 
 WRONG_INPUT = 2
 PERIOD = 0.05  # seconds between two looks at a stage
@@ -135,7 +136,7 @@ class Stages:
         return self._module("halos.online.label", words, spread=labeller.name == "reward_model")
 
     def train(self, words: Sequence[str]) -> list[str]:
-        return [*self._launcher(), str(ROOT / "train.py"), *words]
+        return [*self._launcher(), str(TRAIN), *words]
 
     def _module(self, name: str, words: Sequence[str], *, spread: bool) -> list[str]:
         if spread and self.processes > 1:
@@ -200,7 +201,7 @@ def _flow(entry: Any) -> str:
 
 def _environment() -> dict[str, str]:
     """Ours, with this code where `-m` finds it."""
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
     return environment_of_a_start(PYTHONPATH=os.pathsep.join(paths))
 
 

@@ -20,6 +20,7 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.log import summary
 from halos.logs import speak, trace
+from halos.repository import COMMAND
 from halos.run.assemble import assemble
 from halos.rundir import FULL, RunDir, is_run
 from halos.trainers.base import Trainer
@@ -70,7 +71,7 @@ def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, h
         before = directory.read_result() or {"step": 0, "metrics": {}}
         directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {said}")
         last = next(reversed(directory.saves().values()), None)
-        more = f" The run goes on from {last.name}: python train.py resume={directory.path} KEY=VALUE." if last else ""
+        more = f" The run goes on from {last.name}: {COMMAND} resume={directory.path} KEY=VALUE." if last else ""
     else:
         more = ""
     log.error("out of memory (%s). What helps: %s.%s", said[:300], remedies(config), more)
@@ -100,7 +101,7 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
     received.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     if config.schedule.name == "constant":
-        log.info("to train on: python train.py %s train.steps=MORE", saved.to_resume(config, directory.path))
+        log.info("to train on: %s %s train.steps=MORE", COMMAND, saved.to_resume(config, directory.path))
     else:
         onward = to_type("model.name_or_path", directory.final)
         log.info("its %s schedule is at its end: a new run goes on with %s", config.schedule.name, onward)
@@ -148,7 +149,7 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "finished" and current.main:
         log.info("finished: %s  %s", current.directory.final, summary(current.last_eval or current.last_train))
     if status == "stopped" and current.main:
-        log.info("go on with: python train.py %s", saved.to_resume(current.config, current.directory.path))
+        log.info("go on with: %s %s", COMMAND, saved.to_resume(current.config, current.directory.path))
     if status == "stopped" and current.stop is not None and current.stop.signalled:
         return AGAIN
     return FINISHED if status == "finished" else FAILED

@@ -12,9 +12,10 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
-from halos.distributed.children import CONFIGS, ROOT, accelerate_config
+from halos.distributed.children import CONFIGS, accelerate_config
 from halos.distributed.signals import AGAIN
 from halos.errors import JobsFailedError, UserError
+from halos.repository import TRAIN
 from halos.rundir import job_name
 
 
@@ -86,7 +87,7 @@ class AccelerateLauncher(Launcher):
         own = [word for each in sources if each.provider == "command-line" for word in ("--config-dir", str(each.path))]
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *many, *port, *self.args,
-            str(ROOT / "train.py"), *own, *(word for word in job.words if not word.startswith("resume=")), f"run_dir={job.path}",
+            str(TRAIN), *own, *(word for word in job.words if not word.startswith("resume=")), f"run_dir={job.path}",
             "resume=auto",
         ]  # fmt: skip
 

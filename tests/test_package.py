@@ -1,0 +1,80 @@
+"""The package: `halos.train` in a process of yours, and a wheel that trains where the repository is not."""
+
+import os
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import halos
+from halos.distributed.signals import ASKING
+from halos.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+WORDS = ["loss=dpo", "model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split: 'train[:16]'}]", "data.eval=[]",
+         "train.steps=2", "train.batch_size=4", "exp_name=demo"]  # fmt: skip
+
+
+@pytest.fixture
+def words(tmp_path: Path, cache: Path) -> list[str]:
+    return [*WORDS, f"output_root={tmp_path}", f"cache_dir={cache}"]
+
+
+def test_a_run_says_what_became_of_it(words: list[str], tmp_path: Path) -> None:
+    argv, handlers = sys.argv, [signal.getsignal(number) for number in ASKING]
+    result = halos.train(words)
+    assert (result.status, result.exit_status, result.step) == ("finished", 0, 2)
+    assert (result.run_dir, result.final) == (tmp_path / "demo", tmp_path / "demo" / "FINAL")
+    assert result.metrics == {}  # without held-out data there is no evaluation
+    assert sys.argv is argv
+    assert [signal.getsignal(number) for number in ASKING] == handlers
+    again = halos.train([f"resume={tmp_path / 'demo'}", f"cache_dir={words[-1].partition('=')[2]}"])
+    assert (again.status, again.step) == ("finished", 2)
+
+
+def test_a_dry_run_is_checked_and_leaves_nothing(words: list[str], tmp_path: Path) -> None:
+    result = halos.train([*words, "dry_run=true"])
+    assert (result.status, result.final, list(tmp_path.iterdir())) == ("checked", None, [])
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["train.batch_size=0"], "train.batch_size takes a whole number"),
+        (["-m"], "-m is an option of the command line"),
+        (["seed=1,2"], "needs -m"),
+        (["hydra.run.dir=x"], "Hydra's own keys belong to the command line"),
+    ],
+)
+def test_wrong_input_is_an_error_to_catch(words: list[str], more: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        halos.train([*words, *more])
+
+
+def test_the_package_costs_nothing_to_import() -> None:
+    told = "import sys, halos; print('torch' in sys.modules, 'hydra' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+@pytest.mark.cold
+def test_a_wheel_trains_where_there_is_no_repository(tmp_path: Path, words: list[str]) -> None:
+    build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run([sys.executable, *build], check=True, capture_output=True)
+    site = tmp_path / "site"
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        wheel.extractall(site)
+    (entry,) = site.glob("*.dist-info/entry_points.txt")
+    assert "halos = halos.cli.command:main" in entry.read_text()
+    installed = {**os.environ, "PYTHONPATH": str(site)}
+    command = [sys.executable, "-m", "halos.cli", *words]
+    started = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False)
+    assert started.returncode == 0, started.stderr
+    assert (tmp_path / "demo" / "FINAL" / "model.safetensors").is_file()
+    asked = "import halos; from halos.repository import COMMAND; print(halos.__file__, COMMAND)"
+    command = [sys.executable, "-c", asked]
+    said = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=True).stdout.split()
+    assert said == [str(site / "halos" / "__init__.py"), "halos"]
