@@ -1,4 +1,4 @@
-"""What the README tells people to type works: every command on train.py is run dry, in this process.
+"""What the documents tell people to type works: every command on train.py is run dry, in this process.
 
 Models of the hub are stood in for by random ones of the same architecture, a judge's key by a word; nothing else is.
 """
@@ -22,7 +22,11 @@ import pytest
 from halos.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [
+    ROOT / "README.md",
+    *sorted(path for room in ("config", "halos", "launch") for path in (ROOT / room).rglob("README.md")),
+]
+TEXT = "\n".join(path.read_text() for path in DOCUMENTS)
 KINDS = {"SmolLM2": "Llama", "Llama": "Llama", "Qwen": "Qwen2", "gemma": "Gemma3Text", "Mistral": "Mistral", "pythia": "GPTNeoX"}
 SIZES: dict[str, Any] = {
     "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -36,8 +40,21 @@ PROMPTS = [{"prompt": f"Count {n}", "solution": str(n)} for n in range(8)]
 
 
 def commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    blocks = re.findall(r"```bash\n(.*?)```", TEXT, re.S)
+    lines = [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()]
+    return list(dict.fromkeys(lines))  # some stand on the front page and in the manual
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_a_document_links_to_is_there(path: Path) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", path.read_text()):
+        assert (path.parent / target).exists(), f"{path.relative_to(ROOT)} links to {target}"
+
+
+def test_the_front_page_is_short_and_leads_to_every_other_document() -> None:
+    front = DOCUMENTS[0].read_text()
+    assert len(front.splitlines()) <= 150
+    assert {str(path.relative_to(ROOT)) for path in DOCUMENTS[1:]} <= set(re.findall(r"\]\(([^)]+)\)", front))
 
 
 ON_TRAIN = [line for line in commands() if "train.py" in line or ".sbatch" in line]
@@ -82,7 +99,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     rows = {"pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS}
     for name in {name for line in ON_TRAIN for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", line)}:
         write_rows(place / name, rows[name])
-    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", README, re.S):
+    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", TEXT, re.S):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(code)
     with pytest.MonkeyPatch.context() as patch:
@@ -305,6 +322,6 @@ def test_every_documented_command_on_runs_ends_well(
     assert pushed == ({"me/demo": {"private": True, "revision": None}} if "--push-to-hub" in words else {})
 
 
-def test_every_file_the_readme_names_exists() -> None:
-    for path in re.findall(r"(?:launch|config|halos|tests)/[\w/.-]+\.(?:py|sh|yaml)", README):
+def test_every_file_that_a_document_names_exists() -> None:
+    for path in re.findall(r"(?:launch|config|halos|tests)/[\w/.-]+\.(?:py|sh|yaml)", TEXT):
         assert (ROOT / path).exists(), path

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,12 @@ def test_imports_point_down_a_floor(path: Path) -> None:
         assert LEVEL[other] < LEVEL[room] or beside, f"{room} imports {other}, which is not below it"
     if room != "cli":
         assert "hydra" not in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M), "only halos/cli imports hydra"
+
+
+def test_the_drawing_of_the_architecture_is_that_of_the_code() -> None:
+    script = [sys.executable, str(ROOT / "launch" / "architecture.py")]
+    drawing = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "halos" / "README.md").read_text() == drawing, "python launch/architecture.py > halos/README.md"
 
 
 def test_the_entry_is_a_page() -> None:
