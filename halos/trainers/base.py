@@ -377,11 +377,6 @@ class Trainer(ABC):
         with self.run.accelerator.autocast():
             return self._policy(pack(self.rows(items)).to(self.run.accelerator.device))
 
-    def _policy(self, batch: Any) -> Any:
-        output = self.run.module(batch)
-        self._outputs = tree_leaves(output)
-        return output
-
     def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss compares with one, in the loss's own types."""
         batch = pack(rows).to(self.run.accelerator.device)
