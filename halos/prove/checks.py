@@ -27,8 +27,8 @@ def prove(trial: Trial) -> tuple[Stage, list[Check]]:
 
 
 def _all(stage: Stage) -> Iterator[Check]:
-    yield from _of_scores(stage) if stage.trial.reward else _of_policy(stage)
-    yield from _of_borders(stage)
+    for check in (*(_of_scores(stage) if stage.trial.reward else _of_policy(stage)), *_of_borders(stage)):
+        yield replace(check, what=f"{check.what}, with {stage.adapted}") if stage.adapted else check
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

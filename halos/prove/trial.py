@@ -76,7 +76,7 @@ class Stage:
     """The copy with everything trained moved away from its start, under what a run wraps it in; and its base by itself."""
 
     def __init__(self, trial: Trial) -> None:
-        self.trial = trial
+        self.trial, self.adapted = trial, ""  # what its adapter is, where it is not the run's
         self.plan = plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest)
         self.base = self._build()
         self.rows = rows(self.base.config.get_text_config().pad_token_id if trial.reward else None)
@@ -109,6 +109,7 @@ class Stage:
         try:
             return adapter.attach(model, settings, base="", reward=self.trial.reward, seed=0)
         except (UserError, ValueError):
+            self.adapted = "an adapter on every linear layer, since the run's names layers that the copy does not have"
             return adapter.attach(self._build(), {**settings, **EMPTY}, base="", reward=self.trial.reward, seed=0)
 
     def arithmetic(self) -> AbstractContextManager[Any]:

@@ -102,3 +102,17 @@ def test_a_run_writes_what_was_proved_and_says_where_nothing_was(
     report = json.loads((tmp_path / "off" / "forward_report.json").read_text())
     assert (report["prove"], report["copy"], report["start"]) == ("off", [], [])
     assert "packed rows; NOT PROVED (train.prove=off)" in caplog.text
+
+
+def test_a_copy_that_has_not_the_layers_of_the_runs_adapter_says_what_it_has_instead() -> None:
+    lora = {**adapter_settings(), "target_modules": ["layers.31.self_attn.q_proj"]}
+    deep = transformers.LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 32})
+    told = [check.what for check in checks.prove(replace(TRIAL, config=deep, peft=lora, refers=True))[1]]
+    assert all("an adapter on every linear layer, since the run's names layers" in what for what in told)
+    told = [check.what for check in checks.prove(replace(TRIAL, peft=adapter_settings(), refers=True))[1]]
+    assert not any("every linear layer" in what for what in told)
+
+
+def adapter_settings() -> dict[str, Any]:
+    return {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": ["q_proj"], "target_parameters": [], "bias": "none",
+            "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": []}  # fmt: skip
