@@ -22,6 +22,7 @@ from halos.config.schema import Config
 from halos.errors import UserError
 from halos.hooks.checkpoint import CheckpointHook
 from halos.run.lifecycle import run
+from halos.rundir import RunDir
 from halos.trainers.base import Trainer
 
 Configure = Callable[..., Config]
@@ -131,6 +132,17 @@ def test_a_run_can_stop_when_the_disk_is_full_and_be_resumed(configure: Configur
     assert train.start([f"resume={tmp_path / 'run'}"]) == 0
     mine, whole = ((tmp_path / name / "FINAL" / "model.safetensors").read_bytes() for name in ("run", "whole"))
     assert mine == whole
+
+
+def test_a_start_that_finds_no_room_says_where(configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "config.yaml"))
+
+    monkeypatch.setattr(RunDir, "write_config", full)
+    with pytest.raises(UserError, match=r"no space is left for .*run/config.yaml: free some, and go on"):
+        run(configure(*WORDS), [])
+    monkeypatch.undo()
+    assert run(configure(*WORDS), []) == 0, "nothing stands in the way of the next start"
 
 
 @pytest.mark.parametrize("policy", ["warn", "stop"])

@@ -253,6 +253,7 @@ def with_facts(name: str, **facts: Any) -> Plant:
 
 def sealed(run: Path) -> None:
     (run / STEP / "manifest.json").write_text(manifest.describe(run / STEP, {"step": 2, "world_size": 1}))
+    find.record(RunDir(run), run / STEP)  # as a stranger would, whose list of saves is his own too
 
 
 def pickled(name: str) -> Plant:
@@ -295,6 +296,16 @@ def test_a_checkpoint_whose_files_are_not_what_they_are_called_is_one_message(
     assert status == 2, words
     assert len(words) < 1000
     assert "step-00000002" in words, words
+
+
+def test_what_a_hook_cannot_take_back_is_one_message(
+    run: Path, outside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_facts(PROGRESS, hooks={"early_stopping": [1]})(run, outside)
+    status, words = told([f"resume={run}", "train.early_stopping=3", "train.eval_every=2"], capsys, monkeypatch)
+    assert status == 2, words
+    assert "cannot be put back" in words
+    assert "resume from another checkpoint" in words
 
 
 # --- an adapter to export or to merge ----------------------------------------------------------------------------------------
