@@ -34,7 +34,7 @@ def start(mode: str, output: Path, cells: list[str], how: str, world: int) -> No
         [sys.executable, *spread.launcher(how, world), script, mode, str(output), *cells],
         capture_output=True, text=True, check=False, env=environment | spread.settings(how, output),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-40_000:]  # the process that failed first comes first
 
 
 def story(output: Path, name: str) -> Story:
