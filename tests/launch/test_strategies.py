@@ -42,7 +42,7 @@ def train(output: Path, cache: Path, cells: list[str], *, steps: int, world: int
         [sys.executable, *spread.launcher(how, world), script, str(output), str(steps), *words],
         capture_output=True, text=True, check=False, env=environment | spread.settings(how, output),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-40_000:]
     assert done.stdout.splitlines() == [spread.NAMES[how]] * len(cells)
     return [load_file(output / f"{number}.safetensors") for number in range(len(cells))]
 
