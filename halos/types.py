@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -97,9 +97,21 @@ class Whole:
 # --- what a loss is given ----------------------------------------------------------------------------------------------
 
 
+class LossInput:
+    """What a loss may take first, and what follows from that: a subclass declares it, and all else reads it here."""
+
+    __slots__ = ()
+    example: ClassVar[type]  # what of the data it is computed from
+    feedback: ClassVar[str] = "scalar"  # what is made of scored samples for it: pairwise, binary, or the scores themselves
+    head: ClassVar[Literal["language", "value", "score"]] = "language"  # what the model is read through
+    sampled: ClassVar[bool] = False  # whether its rows are rollouts, whose advantages the loss says
+
+
 @dataclass(frozen=True, slots=True)
-class TokenLogps:
+class TokenLogps(LossInput):
     """Log-probabilities of the scored tokens, float32; 0 where `mask` is False."""
+
+    example, feedback = Demonstration, "binary"
 
     values: Tensor  # (rows, time)
     mask: Tensor  # (rows, time) bool
@@ -132,8 +144,10 @@ register_pytree_node(TokenLogps, lambda logps: ([logps.values, logps.mask], None
 
 
 @dataclass(frozen=True, slots=True)
-class Pair:
+class Pair(LossInput):
     """Log-probs of the chosen and the rejected completion of the same prompts, row by row."""
+
+    example, feedback = Comparison, "pairwise"
 
     chosen: TokenLogps
     rejected: TokenLogps
@@ -143,8 +157,10 @@ class Pair:
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labelled(LossInput):
     """Log-probs of completions that were judged one by one."""
+
+    example, feedback = Judgement, "binary"
 
     completion: TokenLogps
     desirable: Tensor  # (rows,) bool
@@ -161,8 +177,10 @@ class Mismatched:
 
 
 @dataclass(frozen=True, slots=True)
-class PairScores:
+class PairScores(LossInput):
     """Scores of a reward model for the chosen and the rejected completion; `margin` is 0 where the data names none."""
+
+    example, feedback, head = Comparison, "pairwise", "score"
 
     chosen: Tensor  # (rows,)
     rejected: Tensor  # (rows,)
@@ -173,8 +191,10 @@ class PairScores:
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts:
+class Rollouts(LossInput):
     """Completions that were sampled, and what is known of each. Tensors over time are 0 where `logps.mask` is False."""
+
+    example, sampled = Scored, True
 
     logps: TokenLogps  # under the policy in training
     old: Tensor  # (rows, time) log-probs under the policy that sampled them
@@ -183,8 +203,10 @@ class Rollouts:
 
 
 @dataclass(frozen=True, slots=True)
-class ValuedRollouts:
+class ValuedRollouts(LossInput):
     """Rollouts, and what a value head makes of the state before each token. A loss that takes them is given such a head."""
+
+    example, head, sampled = Scored, "value", True
 
     logps: TokenLogps
     old: Tensor  # (rows, time)
@@ -193,6 +215,9 @@ class ValuedRollouts:
     values: Tensor  # (rows, time) of the head in training
     old_values: Tensor  # (rows, time) of the head as it was when the rollouts were read
     returns: Tensor  # (rows, time) what the values should have been
+
+
+INPUTS = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)
 
 
 @dataclass(frozen=True, slots=True)

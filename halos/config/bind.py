@@ -14,10 +14,7 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 from halos.config.suggest import nearest
 from halos.config.values import MisfitError, describe, fit, show
 from halos.errors import UserError
-from halos.types import Labelled, Pair, PairScores, Range, Rollouts, TokenLogps, ValuedRollouts
-
-INPUTS = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)
-SAMPLED = (Rollouts, ValuedRollouts)
+from halos.types import INPUTS, LossInput, Range
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +23,7 @@ class LossSpec:
 
     name: str  # last part of its module
     function: Callable[..., Any]  # takes what `inputs` says[, reference][, statistics]
-    inputs: type  # one of INPUTS
+    inputs: type[LossInput]
     needs_reference: bool
     statistics: Callable[..., Any] | None  # over the global batch, where the loss has a parameter of that name
     statistics_inputs: type | None
@@ -39,7 +36,7 @@ class LossSpec:
 
     @property
     def on_rollouts(self) -> bool:
-        return self.inputs in SAMPLED
+        return self.inputs.sampled
 
 
 def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
@@ -48,7 +45,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     name = module.__name__.rpartition(".")[2]
     positional = _positional(function) if inspect.isfunction(function) else []
     first = _first_type(function) if positional else None
-    if first not in INPUTS or not set(positional[1:]) <= {"reference", "statistics"}:
+    if not (inspect.isclass(first) and issubclass(first, LossInput)) or not set(positional[1:]) <= {"reference", "statistics"}:
         kinds = ", ".join(kind.__name__ for kind in INPUTS)
         raise UserError(
             f"loss._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds}, then optionally"
@@ -60,7 +57,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     examples, check = vars(module).get("examples"), vars(module).get("check")
     advantages, adapt = vars(module).get("advantages"), vars(module).get("adapt")
     needs = vars(module).get("needs_reference")
-    if first in SAMPLED and advantages is None:
+    if first.sampled and advantages is None:
         raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
     functions = [part for part in (function, statistics, examples, advantages, adapt, check, needs) if part is not None]
     knobs = _fit_all(settings, _legal(functions), "loss", name)
@@ -85,7 +82,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
 
 def refuse_no_policy(name: str, loss: LossSpec) -> None:
     """Raises UserError where what a loss trains could not be sampled from and trained again: `name` is online.loss."""
-    if loss.inputs is PairScores:
+    if loss.inputs.head == "score":
         raise UserError(f"online.loss={name}: it trains a reward model, which says nothing; choose a loss that trains a policy")
     if loss.example_type is not None:
         raise UserError(

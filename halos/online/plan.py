@@ -24,10 +24,8 @@ from halos.online.prompts import read_prompts
 from halos.online.records import Row
 from halos.online.stages import Stages, config_file
 from halos.rundir import RunDir
-from halos.types import Labelled, Pair, TokenLogps
 
 LOCATED = ("model.name_or_path", "model.chat_template", "optim.init_from")
-KINDS = {Pair: feedback.PAIRWISE, Labelled: feedback.BINARY, TokenLogps: feedback.BINARY}
 
 
 @dataclass
@@ -60,7 +58,7 @@ class Plan:
     def kind(self) -> str:
         """Of feedback, which the loss learns from."""
         kind = self.online.feedback.kind
-        return kind if kind != "auto" else KINDS.get(self.loss.inputs, feedback.SCALAR)
+        return kind if kind != "auto" else self.loss.inputs.feedback
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -114,7 +114,7 @@ class FromPolicy:
         self.unmeasured: frozenset[str] = frozenset()
         self.labeller = labeller_of(config, RunDir(config.run_dir).path / f"judge.{made.process_index}.jsonl")
         self.server = server_of(config, tokenizer)
-        self.prompts = Prompts(config, tokenizer, datasets.KINDS[loss.inputs], max_length)
+        self.prompts = Prompts(config, tokenizer, loss.inputs.example, max_length)
         refuse_unscorable(config, self.prompts.train)
         self.total = config.train.steps or 0
         asked = [[row["prompt_id"], row["prompt"]] for row in (*self.prompts.train, *self.prompts.exam)]

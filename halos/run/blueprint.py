@@ -47,17 +47,14 @@ from halos.trainers.policy_gradient import PolicyGradientTrainer
 from halos.trainers.reward import RewardTrainer
 from halos.trainers.sft import SFTTrainer
 from halos.trainers.unpaired import UnpairedTrainer
-from halos.types import Labelled, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
+from halos.types import LossInput
 
 log = logging.getLogger(__name__)
 
-TRAINERS: dict[type, type[Trainer]] = {
-    TokenLogps: SFTTrainer,
-    Pair: PairedTrainer,
-    Labelled: UnpairedTrainer,
-    PairScores: RewardTrainer,
-    Rollouts: PolicyGradientTrainer,
-    ValuedRollouts: PolicyGradientTrainer,
+TRAINERS: dict[type[LossInput], type[Trainer]] = {
+    taken: trainer
+    for trainer in (SFTTrainer, PairedTrainer, UnpairedTrainer, RewardTrainer, PolicyGradientTrainer)
+    for taken in trainer.takes
 }
 
 
@@ -164,7 +161,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
     shelf = models.Shelf(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine)
-    model = models.structure(shelf, reward=loss.inputs is PairScores)
+    model = models.structure(shelf, reward=loss.inputs.head == "score")
     refuse_without_router(bare(model).config, config.train.router_aux_loss)
     named = models.named_reference(shelf) if loss.needs_reference else None
     limits = positions.limits(model)
@@ -186,7 +183,7 @@ class Driver:
 def draw(config: Config, structure: Structure, loss: LossSpec, *, total: int, main: bool) -> Blueprint:
     return Blueprint(
         config=config, directory=RunDir(config.run_dir), base=structure.shelf.base, tokenizer=structure.tokenizer,
-        vocabulary=structure.shelf.vocabulary, model=structure.model, reward=loss.inputs is PairScores, total_steps=total,
+        vocabulary=structure.shelf.vocabulary, model=structure.model, reward=loss.inputs.head == "score", total_steps=total,
         max_length=structure.max_length, main=main,
     )  # fmt: skip
 

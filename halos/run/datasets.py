@@ -16,24 +16,11 @@ from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.trainers.deal import Split
 from halos.types import (
-    Comparison,
-    Demonstration,
-    Judgement,
     Labelled,
     Mismatched,
-    Pair,
-    PairScores,
-    Rollouts,
     Sampled,
-    Scored,
     TokenLogps,
-    ValuedRollouts,
 )
-
-KINDS: dict[type, type] = {
-    TokenLogps: Demonstration, Pair: Comparison, PairScores: Comparison, Labelled: Judgement, Rollouts: Scored,
-    ValuedRollouts: Scored,
-}  # fmt: skip
 
 
 def load(
@@ -57,7 +44,7 @@ def _open(
             path = prepare(
                 entries,
                 purpose=purpose,
-                kind=loss.example_type or KINDS[loss.inputs],
+                kind=loss.example_type or loss.inputs.example,
                 tokenizer=tokenizer,
                 max_length=max_length,
                 truncation=config.train.truncation,
@@ -88,7 +75,7 @@ def learns_from_single(loss: LossSpec) -> bool:
     """Whether a loss on rollouts makes anything of completions whose prompts have no other: tried on a better and a worse one."""
     assert loss.advantages is not None, "bind_loss lets no loss on rollouts through without"
     old = TokenLogps(torch.full((2, 2), -1.0), torch.ones(2, 2, dtype=torch.bool))
-    values = torch.zeros(2, 2) if loss.inputs is ValuedRollouts else None
+    values = torch.zeros(2, 2) if loss.inputs.head == "value" else None
     reference = old.values if loss.needs_reference else None
     sampled = Sampled(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([0, 1]), old, reference, values)
     controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}

@@ -71,5 +71,5 @@ def made_up(kind: type) -> Any:
 def _sampled(loss: LossSpec) -> Sampled:
     logps = made_up(TokenLogps)
     known: Tensor | None = logps.values if loss.needs_reference else None
-    values = logps.values if loss.inputs is ValuedRollouts else None
+    values = logps.values if loss.inputs.head == "value" else None
     return Sampled(torch.tensor([1.0, 0.0]).double(), torch.zeros(2, dtype=torch.int64), logps, known, values)

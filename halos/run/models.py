@@ -25,7 +25,7 @@ from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
 from halos.models.locate import locate
-from halos.types import PairScores, ValuedRollouts
+from halos.types import LossInput
 
 log = logging.getLogger(__name__)
 
@@ -172,12 +172,12 @@ def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module |
     return freeze(LanguageModel(inner, temperature=shelf.config.train.temperature))
 
 
-def wrapped(shelf: Shelf, model: nn.Module, inputs: type, checkpoint: Path | None) -> nn.Module:
+def wrapped(shelf: Shelf, model: nn.Module, inputs: type[LossInput], checkpoint: Path | None) -> nn.Module:
     """What is trained: the model under what a loss of these inputs looks at. A value head goes on from one that was saved."""
-    if inputs is PairScores:
+    if inputs.head == "score":
         return RewardModel(model)
     temperature = shelf.config.train.temperature
-    if inputs is not ValuedRollouts:
+    if inputs.head == "language":
         return LanguageModel(model, temperature=temperature)
     made = ActorCritic(model, temperature=temperature)
     adapter = shelf.config.peft.init_from

@@ -22,7 +22,6 @@ from halos.prove.trial import Check, Trial
 from halos.prove.verdict import Verdict, judge, refuse
 from halos.run import models
 from halos.rundir import REPORT, RunDir
-from halos.types import PairScores, ValuedRollouts
 
 
 def of_copies(loss: LossSpec, shelf: models.Shelf, model: nn.Module, named: Path | None) -> Verdict:
@@ -33,8 +32,8 @@ def of_copies(loss: LossSpec, shelf: models.Shelf, model: nn.Module, named: Path
         config=bare(model).config,
         peft=asdict(config.peft) if isinstance(model, PeftModel) else None,
         attention=_attention(shelf, shelf.dtype),
-        reward=loss.inputs is PairScores,
-        valued=loss.inputs is ValuedRollouts,
+        reward=loss.inputs.head == "score",
+        valued=loss.inputs.head == "value",
         refers=loss.needs_reference and named is None and isinstance(model, PeftModel),
         longest=config.train.max_length,
         dtype=shelf.dtype,

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, ClassVar, Protocol, cast
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from halos.trainers.deal import Chunk, Split, deal, gather_in_order
 from halos.trainers.guard import Contribution, Guard, spoil
 from halos.trainers.memory import peak_mb
 from halos.trainers.schedule import multiplier
-from halos.types import Loss, Mean, Mismatched, Sequences
+from halos.types import Loss, LossInput, Mean, Mismatched, Sequences
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,8 @@ Exam = Callable[[], Mapping[str, float]]  # metrics; every process calls it, and
 
 class Trainer(ABC):
     """Owns the loop. A subclass says how items become rows of tokens, and the model's output what the loss takes."""
+
+    takes: ClassVar[tuple[type[LossInput], ...]]  # first parameters of the losses that it trains with
 
     def __init__(
         self,

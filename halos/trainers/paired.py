@@ -17,6 +17,8 @@ def both(items: Sequence[Item]) -> list[PackRow]:
 class PairedTrainer(Trainer):
     """For losses whose first parameter is a Pair."""
 
+    takes = (Pair,)
+
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return both(items)
 

@@ -66,6 +66,8 @@ class PolicyGradientTrainer(Trainer):
     advantages are of whole groups and whole global batches, however those are dealt out, without a word between processes.
     """
 
+    takes = (Rollouts, ValuedRollouts)
+
     @cached_property
     def _of_data(self) -> dict[str, Known]:
         """By split, as far as they were asked for."""
@@ -157,7 +159,7 @@ class PolicyGradientTrainer(Trainer):
         config, hashes = self.run.config, self.run.content.hashes if self.run.content is not None else {}
         models = ("model.weights", "reference.weights", "peft.init_from", "model.chat_template")
         knobs = {"temperature": config.train.temperature, "adapter": config.reference.adapter}
-        asked = {"reference": self.loss.needs_reference, "values": self.loss.inputs is ValuedRollouts}
+        asked = {"reference": self.loss.needs_reference, "values": self.loss.inputs.head == "value"}
         return {"rows": hashes.get(f"data.{name}"), **{key: hashes.get(key) for key in models}, **knobs, **asked}
 
     def _stood_on(self, name: str) -> bool:
@@ -169,7 +171,7 @@ class PolicyGradientTrainer(Trainer):
     def _find_out(self, split: Split, name: str | None) -> Known:
         """Log-probs of the policy as it is (where the sampler kept none) and of the reference, and values: of every row."""
         rows, run, module = split.rows, self.run, self.run.module
-        valued = self.loss.inputs is ValuedRollouts
+        valued = self.loss.inputs.head == "value"
         own = [rows[row].logps for row in range(len(rows))]
         missing = sum(part is None for part in own)
         if not (missing or valued or self.loss.needs_reference):

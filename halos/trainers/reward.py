@@ -16,6 +16,8 @@ from halos.types import PairScores
 class RewardTrainer(Trainer):
     """For losses whose first parameter is PairScores."""
 
+    takes = (PairScores,)
+
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return both(items)
 

@@ -13,6 +13,8 @@ from halos.types import TokenLogps
 class SFTTrainer(Trainer):
     """For losses whose first parameter is TokenLogps."""
 
+    takes = (TokenLogps,)
+
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return [(item.prompt, item.completions[0]) for item in items]
 

@@ -14,6 +14,8 @@ from halos.types import Labelled, TokenLogps
 class UnpairedTrainer(Trainer):
     """For losses whose first parameter is Labelled."""
 
+    takes = (Labelled,)
+
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         return [(item.prompt, item.completions[0]) for item in items]
 

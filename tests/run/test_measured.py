@@ -11,6 +11,7 @@ from halos.errors import UserError
 from halos.run import blueprint, measured
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
+from halos.types import INPUTS
 from tests.losses import cases
 
 
@@ -51,3 +52,7 @@ def test_an_objective_that_a_loss_of_ones_own_does_not_measure_costs_nothing_tha
     with pytest.raises(UserError, match=r"objective.metric=none is not measured; there are examples, logps/completion, loss"):
         made.fit()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def test_every_input_of_a_loss_has_one_trainer() -> None:
+    assert sorted(blueprint.TRAINERS, key=str) == sorted(INPUTS, key=str)
