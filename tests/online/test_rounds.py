@@ -206,8 +206,8 @@ def killed(walk: Walk, dice: random.Random, stages: Sequence[str], like: Walk) -
             hit[next((name for name in STAGES if any(name in command(child) for child in below)), DRIVER)] += 1
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            if victim != process.pid:  # a stage that died is told, and the driver leaves
-                process.wait(60)
+            if victim != process.pid:  # a stage that died is told, and the driver leaves; of a worker that dies, nothing ends
+                process.wait(600)
         said = process.communicate()[0]
         assert process.returncode in (0, 1, -signal.SIGKILL), said
         until = time.monotonic() + 60
