@@ -202,12 +202,13 @@ def killed(walk: Walk, dice: random.Random, stages: Sequence[str], like: Walk) -
             process.wait(dice.uniform(0.0, lasts.get(stage, 4.0)))
         except subprocess.TimeoutExpired:
             below = descendants(process)
-            victim = process.pid if dice.random() < 0.5 or not below else dice.choice(below).pid
+            stages_below = [child for child in below if any(name in command(child) for name in STAGES)]  # not their workers
+            victim = process.pid if dice.random() < 0.5 or not stages_below else dice.choice(stages_below).pid
             hit[next((name for name in STAGES if any(name in command(child) for child in below)), DRIVER)] += 1
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
-            if victim != process.pid:  # a stage that died is told, and the driver leaves; of a worker that dies, nothing ends
-                process.wait(600)
+            if victim != process.pid:  # a stage that died is told, and the driver leaves
+                process.wait(60)
         said = process.communicate()[0]
         assert process.returncode in (0, 1, -signal.SIGKILL), said
         until = time.monotonic() + 60
