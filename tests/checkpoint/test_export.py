@@ -282,7 +282,7 @@ def test_an_adapter_does_not_go_on_from_another_base(configure: Callable[..., Co
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
     alter(tmp_path / "base")
-    with pytest.raises(train.UserError, match=rf"model.weights {tmp_path / 'base'} \(content\)"):
+    with pytest.raises(UserError, match=rf"model.weights {tmp_path / 'base'} \(content\)"):
         train.start([f"resume={tmp_path / 'run'}"])
 
 

@@ -36,7 +36,9 @@ def start(place: Path, *words: str, path: Path | None = None) -> subprocess.Comp
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
     """The README's example, in a directory of its own."""
-    [(name, code)] = re.findall(r"```python\n# (myhooks/[\w/]+\.py)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    [(name, code)] = re.findall(
+        r"```python\n# (myhooks/[\w/]+\.py)\n(.*?)```", (ROOT / "halos" / "hooks" / "README.md").read_text(), re.S
+    )
     place = tmp_path / "place"
     (place / name).parent.mkdir(parents=True)
     (place / name).write_text(code)
