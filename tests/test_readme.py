@@ -303,7 +303,7 @@ def test_every_documented_command_on_runs_ends_well(
     line: str, left: None, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """For real, but for the hub, the judge and the number of tokens; each in what those above it left."""
-    from online.stub import Stub
+    from rollout.stub import Stub
 
     monkeypatch.chdir(desk)
     module, *words = shlex.split(line.partition("-m ")[2])

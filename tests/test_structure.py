@@ -19,6 +19,7 @@ FLOORS = [
     {"merge"},
     {"models", "data"},
     {"checkpoint", "prove"},
+    {"rollout"},
     {"hooks"},
     {"trainers"},
     {"online"},

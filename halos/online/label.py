@@ -21,10 +21,11 @@ from halos.confined import expanded
 from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.hashes import digest
-from halos.online import feedback
-from halos.online.labellers.score import Labeller, Score
-from halos.online.ranks import Ranks
-from halos.online.records import EVAL, Ledger, Row, key_of, read, read_meta, write, write_sealed
+from halos.online.records import Ledger, read, read_meta, write, write_sealed
+from halos.rollout import feedback
+from halos.rollout.ranks import Ranks
+from halos.rollout.scorers.score import Labeller, Score
+from halos.rollout.types import EVAL, Row, key_of
 
 KEEP = 64  # scores that are written together, where they cost only time
 
@@ -56,7 +57,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--max-length", type=int, help="of --reward-model: longer ones get no score")
     made.add_argument("--url", help="of the judge's API (default: OpenAI's)")
     made.add_argument("--pairwise", action="store_true", help="the judge compares two answers instead of grading one")
-    made.add_argument("--rubric", type=Path, help="a text file (default: halos/online/rubrics)")
+    made.add_argument("--rubric", type=Path, help="a text file (default: halos/rollout/scorers/rubrics)")
     made.add_argument("--concurrency", type=int, default=16, help="requests to the judge at once (default 16)")
     made.add_argument("--max-requests", type=int, help="to the judge, over all starts")
     made.add_argument("--max-cost", type=float, help="dollars, over all starts")
@@ -157,7 +158,7 @@ def _uniform(row: Row, path: Path, number: int) -> Row:
 
 def _labeller(given: argparse.Namespace, ranks: Ranks) -> Labeller:
     if given.reward:
-        from halos.online.labellers.functions import Functions, parts_of
+        from halos.rollout.scorers.functions import Functions, parts_of
 
         try:
             entries = [yaml.safe_load(entry) for entry in given.reward]
@@ -168,14 +169,14 @@ def _labeller(given: argparse.Namespace, ranks: Ranks) -> Labeller:
     if given.judge:
         return _judge(given)
     from halos.models.locate import locate
-    from halos.online.labellers.reward_model import RewardModel
+    from halos.rollout.scorers.reward_model import RewardModel
 
     place = locate(given.reward_model, None, expanded(given.cache_dir))
     return RewardModel(place, label=given.label, batch_size=given.batch_size, max_length=given.max_length, quiet=not ranks.main)
 
 
 def _judge(given: argparse.Namespace) -> Any:
-    from halos.online.labellers.judge import Judge, Settings
+    from halos.rollout.scorers.judge import Judge, Settings
 
     settings = Settings(
         model=given.judge, url=given.url, rubric=given.rubric, concurrency=given.concurrency, max_requests=given.max_requests,

@@ -24,14 +24,13 @@ from halos.hooks.base import Run
 from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of
-from halos.online import feedback, measure
-from halos.online.labellers.score import Labeller
-from halos.online.prompts import for_round, held_out, read_prompts
-from halos.online.records import EVAL, Row
-from halos.online.samplers.hf import HFEngine
-from halos.online.samplers.request import Completion, Request, requests_for, row_of
-from halos.online.samplers.vllm import ServerEngine
-from halos.online.servers import refuse_silent
+from halos.rollout import feedback, measure
+from halos.rollout.engines.hf import HFEngine
+from halos.rollout.engines.vllm import ServerEngine
+from halos.rollout.prompts import for_round, held_out, read_prompts
+from halos.rollout.scorers.score import Labeller
+from halos.rollout.servers import refuse_silent
+from halos.rollout.types import EVAL, Completion, Request, Row, requests_for, row_of
 from halos.rundir import FULL
 from halos.types import Comparison, Example, Judgement, Scored
 

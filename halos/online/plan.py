@@ -18,11 +18,11 @@ from halos.config.values import quoted
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks import kl
-from halos.online import feedback
-from halos.online.labellers.of_config import judge_of, refuse_unscorable, reward_model_of
-from halos.online.prompts import read_prompts
-from halos.online.records import Row
 from halos.online.stages import Stages, config_file
+from halos.rollout import feedback
+from halos.rollout.prompts import read_prompts
+from halos.rollout.scorers.of_config import judge_of, refuse_unscorable, reward_model_of
+from halos.rollout.types import Row
 from halos.rundir import RunDir
 
 LOCATED = ("model.name_or_path", "model.chat_template", "optim.init_from")
@@ -133,7 +133,7 @@ class Plan:
     def _check_labeller(self) -> None:
         labeller = self.online.labeller
         if labeller.name == "function":
-            from halos.online.labellers.functions import parts_of
+            from halos.rollout.scorers.functions import parts_of
 
             parts_of(labeller.functions, self.config.plugins)
         elif labeller.model is None:

@@ -3,41 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from halos import confined, seals
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
-
-Row = dict[str, Any]
-TRAIN, EVAL = "train", "eval"  # what a row is for
-
-
-def key_of(row: Mapping[str, Any]) -> tuple[str, int]:
-    """Which sample a row is about."""
-    return str(row["prompt_id"]), int(row.get("sample_id") or 0)
-
-
-def text_of(output: Any) -> str:
-    """A completion as text, whether a record has it as text or as messages."""
-    if isinstance(output, str):
-        return output
-    return "\n".join(str(turn.get("content") or "") for turn in output or ())
-
-
-def question(row: Mapping[str, Any]) -> str:
-    """A prompt as text, for people and rubrics: one turn as it is, several with their roles."""
-    prompt = row["prompt"] if "prompt" in row else row.get("instruction")
-    if isinstance(prompt, str):
-        return prompt
-    turns = list(prompt or ())
-    if len(turns) == 1:
-        return str(turns[0].get("content") or "")
-    return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
+from halos.rollout.lines import line, whole_lines
+from halos.rollout.types import Row
 
 
 def read(path: Path) -> list[Row]:
@@ -49,10 +24,10 @@ def read(path: Path) -> list[Row]:
             raise UserError(f"{path} holds no list of rows")
         return rows
     found = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
+    for number, text_line in enumerate(text.split("\n"), 1):
+        if not text_line.strip():
             continue
-        row = confined.parse_json(line, f"{path}:{number}")
+        row = confined.parse_json(text_line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: a row is an object with named columns")
         found.append(row)
@@ -77,10 +52,6 @@ def write_sealed(path: Path, rows: Sequence[Mapping[str, Any]], request: Mapping
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(meta_path(path), json.dumps({"request": request, seals.OF_ROWS: seals.digest(text), **facts}, indent=1) + "\n")
     write_whole(path, text)
-
-
-def line(row: Mapping[str, Any]) -> str:
-    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def meta_path(path: Path) -> Path:
@@ -152,24 +123,6 @@ class Ledger:
 
     def discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def whole_lines(path: Path) -> Iterator[Row]:
-    """The rows of a file that is being appended to; a last line that was cut off is none, and is taken away."""
-    data = confined.read_bytes(path, within=path.parent, most=confined.LARGE)
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        descriptor = confined.open_to_append(path, within=path.parent)
-        os.ftruncate(descriptor, len(whole))
-        os.close(descriptor)
-    for number, text in enumerate(whole.split(b"\n")[:-1], 1):
-        try:
-            row = confined.parse_json(text.decode("utf-8"), "it")
-        except (UnreadableError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{number}: no JSON; take that line out, and what it held is made anew") from error
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: no row; take that line out, and what it held is made anew")
-        yield row
 
 
 def _difference(there: Any, asked: Mapping[str, Any]) -> str:

@@ -18,11 +18,12 @@ from halos.data.sources import content_hash
 from halos.errors import UserError
 from halos.hashes import digest
 from halos.models.locate import locate
-from halos.online import measure
 from halos.online.plan import Plan
-from halos.online.prompts import for_round, held_out
-from halos.online.records import EVAL, TRAIN, Row, meta_path, read, read_meta, write
+from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
+from halos.rollout import measure
+from halos.rollout.prompts import for_round, held_out
+from halos.rollout.types import EVAL, TRAIN, Row
 from halos.rundir import RunDir, is_run
 
 log = logging.getLogger(__name__)

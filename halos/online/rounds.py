@@ -31,13 +31,13 @@ from halos.distributed.signals import AGAIN
 from halos.errors import UserError
 from halos.hooks.base import Hook
 from halos.logs import write_to
-from halos.online import measure
 from halos.online.plan import Plan
-from halos.online.prompts import digest
-from halos.online.records import EVAL, TRAIN
 from halos.online.round import NOTE, Round, Told, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
+from halos.rollout import measure
+from halos.rollout.prompts import digest
+from halos.rollout.types import EVAL, TRAIN
 from halos.rundir import RunDir
 from halos.versions import versions
 

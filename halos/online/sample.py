@@ -23,10 +23,10 @@ from tqdm import tqdm
 from halos.confined import expanded
 from halos.distributed.children import leave
 from halos.errors import UserError, command
-from halos.online.prompts import read_prompts
-from halos.online.ranks import Ranks, device_of_this_process
-from halos.online.records import TRAIN, Ledger, Row
-from halos.online.samplers.request import Completion, Engine, Request, requests_for, row_of
+from halos.online.records import Ledger
+from halos.rollout.prompts import read_prompts
+from halos.rollout.ranks import Ranks, device_of_this_process
+from halos.rollout.types import TRAIN, Completion, Engine, Request, Row, requests_for, row_of
 
 CHUNK = 4  # batches that are sampled and kept together: what a crash can lose
 
@@ -213,10 +213,10 @@ class Source:
         if given.sampler == "hf":
             return self._hf()
         if given.sampler == "openai":
-            from halos.online.samplers.api import ChatEngine
+            from halos.rollout.engines.openai import ChatEngine
 
             return ChatEngine(given.url, given.served_model or given.model, top_p=given.top_p, concurrency=given.concurrency)
-        from halos.online.samplers.vllm import ServerEngine, SubprocessEngine
+        from halos.rollout.engines.vllm import ServerEngine, SubprocessEngine
 
         if given.url:
             return ServerEngine(
@@ -226,7 +226,7 @@ class Source:
         return SubprocessEngine(given.python, str(self._place), self._tokenizer, top_p=given.top_p, top_k=given.top_k)
 
     def _hf(self) -> Engine:
-        from halos.online.samplers.hf import HFEngine
+        from halos.rollout.engines.hf import HFEngine
 
         model, given = self.load(self._place), self.given
         return HFEngine(
@@ -259,7 +259,7 @@ class Source:
         if not given.kl_samples or not given.temperature or not self.ranks.main or self._place is None:
             return {}
         from halos.models.locate import locate
-        from halos.online.compare import mean_log_ratio
+        from halos.rollout.kl import mean_log_ratio
 
         place = locate(given.reference, given.reference_revision, expanded(given.cache_dir))
         if place == self._place:

@@ -17,9 +17,9 @@ from halos.data.dataset import Dataset
 from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.hooks.base import Run
-from halos.online.labellers.of_config import labeller_of, refuse_unscorable
 from halos.online.live import Live, Prompts, server_of
-from halos.online.prompts import digest
+from halos.rollout.prompts import digest
+from halos.rollout.scorers.of_config import labeller_of, refuse_unscorable
 from halos.run import datasets
 from halos.run.shown import rendered, visible
 from halos.rundir import RunDir

@@ -19,7 +19,7 @@ from halos.config.schema import Config
 from halos.data.sources import content_hash
 from halos.hashes import file_hash
 from halos.models.locate import locate
-from halos.online.labellers.functions import parts_of
+from halos.rollout.scorers.functions import parts_of
 from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.errors import UserError
-from halos.online.measure import HELD_OUT
+from halos.rollout.measure import HELD_OUT
 from halos.types import Labelled, Mismatched, Pair, PairScores, Rollouts, Sampled, TokenLogps, ValuedRollouts
 
 ALWAYS = ("loss", "examples")

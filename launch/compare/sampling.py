@@ -22,9 +22,9 @@ from halos.data import arithmetic
 from halos.data.tokenize import Encoder
 from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
-from halos.online.labellers.reward_model import RewardModel
-from halos.online.samplers.hf import HFEngine
-from halos.online.samplers.request import requests_for
+from halos.rollout.engines.hf import HFEngine
+from halos.rollout.scorers.reward_model import RewardModel
+from halos.rollout.types import requests_for
 
 
 def seconds(work: Callable[[], int]) -> tuple[float, int]:

@@ -14,7 +14,7 @@ from halos import hashes
 from halos.checkpoint import export, lineage, manifest, received
 from halos.errors import UserError
 from halos.online import sample
-from halos.online.labellers.reward_model import RewardModel
+from halos.rollout.scorers.reward_model import RewardModel
 from halos.rundir import RunDir
 
 

@@ -18,7 +18,7 @@ from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
-from halos.online.labellers.reward_model import RewardModel
+from halos.rollout.scorers.reward_model import RewardModel
 from halos.run.lifecycle import run
 
 CSFT = ["loss=csft", "train.batch_size=8", "optim.lr=1e-3", "train.eval_every=null"]

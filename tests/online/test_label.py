@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from halos.online.label import main as label
-from halos.online.prompts import held_out
 from halos.online.records import read, read_meta, write
+from halos.rollout.prompts import held_out
 
 
 def samples() -> list[dict[str, Any]]:

@@ -14,8 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from halos.errors import UserError
-
-from .stub import Stub
+from tests.rollout.stub import Stub
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LIVE = [

@@ -258,7 +258,7 @@ def test_a_walk_that_is_killed_in_every_stage_ends_as_if_nothing_had_been(
 def server(tmp_path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
     """The stub in a process of its own; what it was paid for so far."""
     port, counts = tmp_path / "port", tmp_path / "counts.json"
-    process = subprocess.Popen([sys.executable, str(Path(__file__).with_name("stub.py")), str(port), str(counts)])
+    process = subprocess.Popen([sys.executable, str(ROOT / "tests" / "rollout" / "stub.py"), str(port), str(counts)])
     while not port.is_file() or not port.read_text():
         time.sleep(0.05)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halos.errors import UserError
-from halos.online.prompts import for_round, held_out, read_prompts
+from halos.rollout.prompts import for_round, held_out, read_prompts
 
 ROWS = [{"prompt_id": str(n), "prompt": [{"role": "user", "content": str(n)}]} for n in range(10)]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from halos.online.samplers.request import Completion, Request
-from halos.online.servers import answers, refuse_without
+from halos.rollout.servers import answers, refuse_without
+from halos.rollout.types import Completion, Request
 
 TIMEOUT = 600.0  # seconds for one completion
 

@@ -16,11 +16,12 @@ from tqdm import tqdm
 
 from halos import confined
 from halos.errors import UserError
-from halos.online.labellers.score import Score
-from halos.online.records import Row, line, question, text_of, whole_lines
-from halos.online.servers import OverBudgetError, answers, refuse_without
+from halos.rollout.lines import line, whole_lines
+from halos.rollout.scorers.score import Score
+from halos.rollout.servers import OverBudgetError, answers, refuse_without
+from halos.rollout.types import Row, question, text_of
 
-RUBRICS = Path(__file__).resolve().parents[1] / "rubrics"
+RUBRICS = Path(__file__).with_name("rubrics")
 SCALAR, PAIRWISE = ("prompt", "completion"), ("prompt", "first", "second")
 TIMEOUT = 120.0  # seconds for one answer
 _OBJECT = re.compile(r"\{[^{}]*\}")

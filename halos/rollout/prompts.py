@@ -15,7 +15,7 @@ from halos.data.formats import read_prompt
 from halos.data.order import Order
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
-from halos.online.records import EVAL, TRAIN, Row
+from halos.rollout.types import EVAL, TRAIN, Row
 from halos.types import Demonstration
 
 

@@ -1,6 +1,6 @@
 """A local server that speaks the OpenAI API as badly as real ones do: it is slow, busy, broken and talks nonsense, by content.
 
-python tests/online/stub.py PORT_FILE starts one by itself. What it does with a question is a function of the question, so that
+python tests/rollout/stub.py PORT_FILE starts one by itself. What it does with a question is a function of the question, so that
 every start of a run gets the same answers; the first attempts at some are turned away.
 """
 

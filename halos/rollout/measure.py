@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from halos.confined import write_whole
-from halos.online.feedback import by_prompt
-from halos.online.records import EVAL, TRAIN, Row, question, text_of
+from halos.rollout.feedback import by_prompt
+from halos.rollout.types import EVAL, TRAIN, Row, question, text_of
 
 PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # of two answers that a judge has compared
 HELD_OUT = ("reward", "reward/std", "length", "cut", "samples", "examples")  # what is measured of held-out answers, score or none

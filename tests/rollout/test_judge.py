@@ -9,8 +9,8 @@ import pytest
 
 from halos.errors import UserError
 from halos.online.label import main as label
-from halos.online.labellers.judge import Answer, Judge, Settings, read_preference, read_score
 from halos.online.records import read, read_meta, write
+from halos.rollout.scorers.judge import Answer, Judge, Settings, read_preference, read_score
 
 from .stub import Stub
 

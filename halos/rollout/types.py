@@ -9,7 +9,31 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from halos.online.records import Row
+Row = dict[str, Any]
+TRAIN, EVAL = "train", "eval"  # what a row is for
+
+
+def key_of(row: Mapping[str, Any]) -> tuple[str, int]:
+    """Which sample a row is about."""
+    return str(row["prompt_id"]), int(row.get("sample_id") or 0)
+
+
+def text_of(output: Any) -> str:
+    """A completion as text, whether a record has it as text or as messages."""
+    if isinstance(output, str):
+        return output
+    return "\n".join(str(turn.get("content") or "") for turn in output or ())
+
+
+def question(row: Mapping[str, Any]) -> str:
+    """A prompt as text, for people and rubrics: one turn as it is, several with their roles."""
+    prompt = row["prompt"] if "prompt" in row else row.get("instruction")
+    if isinstance(prompt, str):
+        return prompt
+    turns = list(prompt or ())
+    if len(turns) == 1:
+        return str(turns[0].get("content") or "")
+    return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from halos.online import measure
+from halos.rollout import measure
 
 SAMPLES = [{"prompt_id": "p", "sample_id": n, "prompt": "?", "output": f"answer {n}", "split": "train"} for n in range(4)]
 HELD = {"prompt_id": "h", "sample_id": 0, "prompt": "?", "output": "held", "split": "eval"}

@@ -16,8 +16,8 @@ from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import LanguageModel
 from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
-from halos.online.samplers.hf import HFEngine
-from halos.online.samplers.request import Completion, Request, requests_for
+from halos.rollout.engines.hf import HFEngine
+from halos.rollout.types import Completion, Request, requests_for
 
 PROMPTS = [{"prompt_id": str(n), "prompt": row["prompt"]} for n, row in zip(range(6), arithmetic.rows("eval"), strict=False)]
 

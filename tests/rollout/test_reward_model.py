@@ -11,7 +11,7 @@ from halos.data import arithmetic
 from halos.errors import UserError
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
-from halos.online.labellers.reward_model import RewardModel
+from halos.rollout.scorers.reward_model import RewardModel
 
 
 @pytest.fixture

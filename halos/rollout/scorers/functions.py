@@ -12,15 +12,17 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
+from types import ModuleType
 from typing import Any
 
 from halos.config.plugins import admit
 from halos.config.suggest import nearest
 from halos.errors import UserError
-from halos.online.labellers.score import Score
-from halos.online.records import Row, text_of
+from halos.rollout.scorers.score import Score
+from halos.rollout.types import Row, text_of
 
-OWN = "halos.online.rewards"
+OWN = "halos.online.rewards"  # as users type them and files name them
+LIES = {OWN: "halos.rollout.rewards"}
 PACKAGES = {"math_verify": "math-verify"}  # what pip calls them
 
 
@@ -33,8 +35,7 @@ class Part:
     settings: Mapping[str, Any]
 
     def load(self) -> Callable[[str, Mapping[str, Any]], float]:
-        module, _, name = self.path.rpartition(".")
-        function = vars(import_module(module))[name]
+        function = _function(self.path)
         return lambda completion, row: function(completion, row, **self.settings)
 
 
@@ -62,11 +63,12 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
         raise UserError(f"the reward {path} is outside halos: if you trust that package, type plugins=[{path.partition('.')[0]}]")
     module, _, name = path.rpartition(".")
     try:
-        there = vars(import_module(module))
+        found = _module(module)
     except ImportError as error:
         raise UserError(f"the reward {path} cannot be imported: {error}") from error
+    there = vars(found)
     if not inspect.isfunction(there.get(name)):
-        known = [word for word, part in there.items() if inspect.isfunction(part) and part.__module__ == module
+        known = [word for word, part in there.items() if inspect.isfunction(part) and part.__module__ == found.__name__
                  and list(inspect.signature(part).parameters)[:2] == ["completion", "row"]]  # fmt: skip
         near = nearest(name, known)
         raise UserError(f"there is no reward {path}{f'; did you mean {near}?' if near else ''}; {module} has {', '.join(known)}")
@@ -253,6 +255,13 @@ def _scored(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]], f
 
 
 def _source(path: str) -> str:
+    return hashlib.sha256(inspect.getsource(_function(path)).encode()).hexdigest()[:16]
+
+
+def _function(path: str) -> Callable[..., Any]:
     module, _, name = path.rpartition(".")
-    text = inspect.getsource(vars(import_module(module))[name])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return vars(_module(module))[name]
+
+
+def _module(name: str) -> ModuleType:
+    return import_module(LIES.get(name, name))

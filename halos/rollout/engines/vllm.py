@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.distributed.children import die_with_parent, environment_of_a_start
 from halos.errors import UserError
-from halos.online.samplers.request import Completion, Request
-from halos.online.servers import KEY
+from halos.rollout.servers import KEY
+from halos.rollout.types import Completion, Request
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TIMEOUT = 600.0  # seconds for one completion

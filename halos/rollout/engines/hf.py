@@ -17,7 +17,7 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.requests import FutureRequestState
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from halos.online.samplers.request import Completion, Request
+from halos.rollout.types import Completion, Request
 
 log = logging.getLogger(__name__)
 

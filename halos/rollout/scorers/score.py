@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from halos.online.records import Row
+from halos.rollout.types import Row
 
 
 @dataclass(frozen=True, slots=True)

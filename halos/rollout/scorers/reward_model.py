@@ -26,9 +26,9 @@ from halos.logps.attention import SEGMENTS
 from halos.logps.model import RewardModel as Scorer
 from halos.logps.plan import plan_for, remember
 from halos.models.load import load_tokenizer, read_config, read_whole, weights_dtype
-from halos.online.labellers.score import Score
-from halos.online.ranks import device_of_this_process
-from halos.online.records import Row, text_of
+from halos.rollout.ranks import device_of_this_process
+from halos.rollout.scorers.score import Score
+from halos.rollout.types import Row, text_of
 from halos.types import Demonstration
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from halos.errors import UserError
-from halos.online.records import EVAL, Row, text_of
+from halos.rollout.types import EVAL, Row, text_of
 
 PAIRWISE, BINARY, SCALAR = "pairwise", "binary", "scalar"
 CLOSE = 1e-12  # scores that differ by less are equal

@@ -1,13 +1,15 @@
 """Verifiable rewards: right, and safe from what they may do."""
 
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from halos.errors import UserError
-from halos.online import rewards
-from halos.online.labellers.functions import Functions, parts_of
+from halos.online import rewards as online
+from halos.rollout import rewards
+from halos.rollout.scorers.functions import Functions, parts_of
 
 ROW = {"solution": "2 + 2 = 4\n#### 4", "finish": "stop", "tokens": 90}
 
@@ -70,6 +72,17 @@ def test_the_bundled_rewards() -> None:
     assert (rewards.ends("", ROW), rewards.ends("", {"finish": "length"})) == (1, 0)
     with pytest.raises(KeyError, match="the data has no solution"):
         rewards.exact_match("4", {})
+
+
+def test_our_rewards_keep_the_name_by_which_users_and_files_know_them() -> None:
+    assert online.exact_match is rewards.exact_match
+    public = {name for name, part in vars(rewards).items() if isfunction(part) and not name.startswith("_")}
+    assert set(online.__all__) == public
+    for typed in ("ends", "halos.online.rewards.ends"):
+        functions = of({"function": typed, "weight": 0.5})
+        assert functions.name() == "0.5 halos.online.rewards.ends"
+        assert functions.request()["functions"][0][:2] == ["halos.online.rewards.ends", 0.5]
+    assert scores(functions, "so")["so"].value == 0.5
 
 
 def test_what_a_function_does_wrong_costs_its_own_sample_alone(mine: str) -> None:

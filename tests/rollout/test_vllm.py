@@ -8,8 +8,8 @@ import pytest
 from halos.errors import UserError
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
-from halos.online.samplers.request import Request
-from halos.online.samplers.vllm import ServerEngine, SubprocessEngine
+from halos.rollout.engines.vllm import ServerEngine, SubprocessEngine
+from halos.rollout.types import Request
 
 from .stub import Stub
 

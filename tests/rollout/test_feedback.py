@@ -7,7 +7,7 @@ import pytest
 from halos.data.files import Row as DataRow
 from halos.data.formats import read_example
 from halos.errors import UserError
-from halos.online.feedback import check_threshold, make, pair
+from halos.rollout.feedback import check_threshold, make, pair
 from halos.types import Comparison, Judgement, Scored
 
 DEFAULTS: dict[str, Any] = {"kind": "pairwise", "pairing": "max", "threshold": None, "drop_equal": False, "seed": 0}

@@ -9,10 +9,10 @@ from typing import Any
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.errors import UserError
-from halos.online.labellers.functions import OWN, Functions, parts_of, try_on
-from halos.online.labellers.score import Labeller
-from halos.online.records import Row
-from halos.online.servers import refuse_silent
+from halos.rollout.scorers.functions import OWN, Functions, parts_of, try_on
+from halos.rollout.scorers.score import Labeller
+from halos.rollout.servers import refuse_silent
+from halos.rollout.types import Row
 
 
 def labeller_of(config: Config, cache: Path) -> Labeller:
@@ -34,7 +34,7 @@ def labeller_of(config: Config, cache: Path) -> Labeller:
 def reward_model_of(config: Config) -> Labeller:
     """Its weights are read with the first sample."""
     from halos.models.locate import locate
-    from halos.online.labellers.reward_model import RewardModel
+    from halos.rollout.scorers.reward_model import RewardModel
 
     assert config.online is not None
     given = config.online.labeller
@@ -43,7 +43,7 @@ def reward_model_of(config: Config) -> Labeller:
 
 
 def judge_of(config: Config, cache: Path) -> Any:
-    from halos.online.labellers.judge import Judge, Settings
+    from halos.rollout.scorers.judge import Judge, Settings
 
     assert config.online is not None
     given = config.online.labeller

@@ -1,0 +1,1 @@
+"""Completions sampled from a policy, scored, and made into what a loss learns from: engines, scorers, rewards, feedback."""
