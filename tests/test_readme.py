@@ -152,7 +152,7 @@ def test_every_documented_command_ends_dry(command: str, dry: Callable[..., int]
 @pytest.fixture(scope="module")
 def begun(desk: Path) -> Iterator[None]:
     """The runs that commands go on with, cut short after steps or before the first round."""
-    from halos.online.rounds import Walk
+    from halos.online.rounds import OnlineRun
     from halos.trainers.base import Trainer
     from train import start
 
@@ -167,7 +167,7 @@ def begun(desk: Path) -> Iterator[None]:
             return done
 
         patch.setattr(Trainer, "step", cut_short)
-        patch.setattr(Walk, "go", lambda self, attempt: self._begin(attempt) or 0)
+        patch.setattr(OnlineRun, "go", lambda self, attempt: self._begin(attempt) or 0)
         for name in {name for line in GOING_ON for name in re.findall(r"resume=runs/(\w+)", line)}:
             line = next(line for line in ON_TRAIN if f"exp_name={name}" in line and line not in GOING_ON)
             few = ["train.batch_size=4", "train.eval_at_start=false"] if "loss=online" not in line else []

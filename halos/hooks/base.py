@@ -3,13 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import TypeVar  # with a default; torch brings it
 
 from halos.config.content import Content
 from halos.config.schema import Config
@@ -91,7 +92,8 @@ class Run:
 
 
 class Watched(Protocol):
-    """What a tracker needs of whatever it tracks: a run, or a walk of online rounds."""
+    """What a training run and online rounds both are to a hook. Rounds have no model of their own: it belongs to each round's
+    training, which is a run by itself."""
 
     @property
     def config(self) -> Config: ...
@@ -111,35 +113,42 @@ class Watched(Protocol):
     def step(self) -> int: ...
 
 
-class Hook:
-    """Each method does nothing by default. Every process runs every hook; guard output with `run.main`, never a collective."""
+Seen = TypeVar("Seen", bound=Watched, contravariant=True, default=Run)
+
+
+class Hook(Generic[Seen]):
+    """Each method does nothing by default. Every process runs every hook; guard output with `run.main`, never a collective.
+
+    A plain `Hook` is of a training run. `Hook[Watched]`, as the trackers are, asks for no more than online rounds have too;
+    rounds (`hooks` beside loss=online) call `on_start`, `on_eval`, `on_examples` and `on_end`, and keep its state.
+    """
 
     def check(self, blueprint: Blueprint) -> None:
         """Before any weights are read, in dry runs too: raise UserError for what could not work in the end."""
 
-    def on_start(self, run: Run) -> None:
+    def on_start(self, run: Seen) -> None:
         """After any resume, before the first step."""
 
-    def on_step(self, run: Run, metrics: Metrics) -> None:
+    def on_step(self, run: Seen, metrics: Metrics) -> None:
         """After a step; `run.step` counts it. `metrics` is its line of metrics.jsonl, empty between logged steps."""
 
-    def on_eval(self, run: Run, metrics: Metrics) -> None:
+    def on_eval(self, run: Seen, metrics: Metrics) -> None:
         """After an evaluation, which belongs to the loop."""
 
-    def on_examples(self, run: Watched, examples: Sequence[Mapping[str, Any]]) -> None:
+    def on_examples(self, run: Seen, examples: Sequence[Mapping[str, Any]]) -> None:
         """Samples with their scores, of an online round or of a live run's evaluation: `prompt`, `output`, `reward`, `split`."""
 
-    def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
+    def on_save(self, run: Seen, path: Path, *, final: bool) -> Callable[[], None] | None:
         """Write into `path`; it becomes visible when every hook and every process is done.
 
         A hook that has much to write may copy it and give back what writes it: that is called next, with
         checkpoint.async_save in a thread beside the steps, where `run` has moved on and `run.writers` is the group to use.
         """
 
-    def on_saved(self, run: Run, checkpoint: Path, *, final: bool) -> None:
+    def on_saved(self, run: Seen, checkpoint: Path, *, final: bool) -> None:
         """After the checkpoint is durable: retention, upload, pointers."""
 
-    def on_end(self, run: Run) -> None:
+    def on_end(self, run: Seen) -> None:
         """However the loop ended."""
 
     def state_dict(self) -> dict[str, Any]:

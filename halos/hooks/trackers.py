@@ -38,7 +38,7 @@ def names_of(run: Watched) -> tuple[str, str | None]:
     return (place.name, shared) if place.parent.name == shared and place.name != shared else (shared, None)
 
 
-class TensorBoard(Hook):
+class TensorBoard(Hook[Watched]):
     """Event files under the run directory's tensorboard/."""
 
     def __init__(self) -> None:
@@ -72,7 +72,7 @@ class TensorBoard(Hook):
             self._writer.close()
 
 
-class Wandb(Hook):
+class Wandb(Hook[Watched]):
     """Weights & Biases; offline, with one line that says so, where no key is configured. Never prompts."""
 
     def __init__(self, *, project: str, entity: str | None, mode: Literal["auto", "online", "offline"]) -> None:

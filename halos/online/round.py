@@ -33,7 +33,7 @@ ORPHANS = 120.0  # seconds that ranks may take to save, whose launcher was kille
 
 
 @dataclass(frozen=True, slots=True)
-class Told:
+class RoundResult:
     """What a round has come to: rows of metrics.jsonl, of its samples and of the held-out answers, and some samples."""
 
     train: Mapping[str, Any]
@@ -53,7 +53,7 @@ class Round:
     def is_done(self) -> bool:
         return bool(self.facts.get("done"))
 
-    def go(self) -> Told:
+    def go(self) -> RoundResult:
         """Prompts, samples, feedback, training: those that are not there yet."""
         began, fresh = time.perf_counter(), not (self.place / "prompts.jsonl").is_file()
         plan, online = self.plan, self.plan.online
@@ -65,7 +65,7 @@ class Round:
         self._note(wall=round(time.perf_counter() - began, 2), whole=fresh)
         return self._told()
 
-    def examine(self) -> Told:
+    def examine(self) -> RoundResult:
         """Held-out prompts alone."""
         self._prompts([])
         self._sample()
@@ -173,10 +173,10 @@ class Round:
             return f"none of {len(scores)} samples has a score ({rows[0].get('problem')})"
         return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples)"
 
-    def _told(self) -> Told:
+    def _told(self) -> RoundResult:
         """What was sampled to train on, and the held-out answers of the policy that sampled."""
         rows = self._scored()
-        return Told(self._sampled(rows), self._held_out(rows), measure.examples(rows, self.plan.online.show))
+        return RoundResult(self._sampled(rows), self._held_out(rows), measure.examples(rows, self.plan.online.show))
 
     def _held_out(self, rows: Sequence[Row]) -> dict[str, Any]:
         held = measure.of_samples(rows, split=EVAL)

@@ -29,10 +29,10 @@ from halos.confined import write_whole
 from halos.distributed.environment import world_size
 from halos.distributed.signals import AGAIN
 from halos.errors import UserError
-from halos.hooks.base import Hook
+from halos.hooks.base import Hook, Watched
 from halos.logs import write_to
 from halos.online.plan import Plan
-from halos.online.round import NOTE, Round, Told, sampled_from
+from halos.online.round import NOTE, Round, RoundResult, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
 from halos.rollout import measure
@@ -104,12 +104,12 @@ def run(
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
-        return Walk(plan).go(
+        return OnlineRun(plan).go(
             {"overrides": list(typed), **changes_record(changed=changed, content_changed=altered), **content.record()}
         )
 
 
-def trackers_of(config: Config) -> dict[str, Hook]:
+def trackers_of(config: Config) -> dict[str, Hook[Watched]]:
     """The workflow's own hooks; those of each round's training are its own."""
     return {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
@@ -138,13 +138,13 @@ def _is_over(plan: Plan) -> bool:
     return done
 
 
-class Walk:
+class OnlineRun:
     """What hooks see of it: `config`, `directory`, `main`, and `step`, the number of the round."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, self.directory = plan, plan.config, plan.directory
         self.main, self.step, self.settings = True, 0, plan.settings
-        self.hooks: dict[str, Hook] = {}
+        self.hooks: dict[str, Hook[Watched]] = {}
         self.metrics: dict[str, Any] = {}
 
     def go(self, attempt: Mapping[str, Any]) -> int:
@@ -154,7 +154,7 @@ class Walk:
         status, note = "failed", None
         try:
             for hook in self.hooks.values():
-                hook.on_start(self)  # type: ignore[arg-type]
+                hook.on_start(self)
             write_whole(self.directory.path / HOOKS, json.dumps(self._remembered()) + "\n")
             for number in range(self.plan.online.rounds):
                 self.step = number
@@ -181,10 +181,10 @@ class Walk:
         finally:
             try:
                 for hook in self.hooks.values():
-                    hook.on_end(self)  # type: ignore[arg-type]
+                    hook.on_end(self)
             finally:
                 ended = "failed" if status == "refused" else status
-                self.directory.write_result(ended, self.step, self.metrics, reason=note)  # type: ignore[arg-type]
+                self.directory.write_result(ended, self.step, self.metrics, reason=note)
         if status == "finished":
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":
@@ -226,7 +226,7 @@ class Walk:
                 return kept
         return {}
 
-    def _record(self, one: Round, told: Told) -> None:
+    def _record(self, one: Round, told: RoundResult) -> None:
         """A round's rows of metrics.jsonl, in the place of any that an earlier attempt has left, and its examples."""
         self.directory.go_on_from(one.number - 1)
         for split, row in ((TRAIN, told.train), (EVAL, told.held)):
@@ -234,7 +234,7 @@ class Walk:
                 whole = {"step": one.number, "split": split, **row}
                 self.directory.append_metrics(whole)
                 for hook in self.hooks.values():
-                    hook.on_eval(self, whole)  # type: ignore[arg-type]
+                    hook.on_eval(self, whole)
         if told.examples:
             measure.write_examples(one.place, told.examples, f"{self.config.exp_name}, round {one.number}")
             for hook in self.hooks.values():

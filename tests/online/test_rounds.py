@@ -32,7 +32,7 @@ from halos.models import tiny
 from halos.online import rounds
 from halos.online.plan import _last_checkpoint
 from halos.online.records import read
-from halos.online.round import Round, Told
+from halos.online.round import Round, RoundResult
 from halos.online.rounds import stored_words
 from halos.online.stages import Stages, StoppedError
 from halos.rundir import RunDir
@@ -479,8 +479,8 @@ def test_hooks_of_a_walk_remember_the_rounds_that_are_done_and_no_other(tmp_path
     )  # fmt: skip
     dying, hooks = {1, 3}, list[Counts]()
 
-    def go(self: Round) -> Told:
-        return Told({"reward": 1.0}, {}, ())
+    def go(self: Round) -> RoundResult:
+        return RoundResult({"reward": 1.0}, {}, ())
 
     def close(self: Round, *given: Any) -> None:
         if self.number in dying:  # when its hooks have heard of it
@@ -496,11 +496,11 @@ def test_hooks_of_a_walk_remember_the_rounds_that_are_done_and_no_other(tmp_path
     monkeypatch.setattr(Round, "go", go)
     monkeypatch.setattr(Round, "close", close)
     monkeypatch.setattr(rounds, "trackers_of", trackers)
-    monkeypatch.setattr(rounds.Walk, "_finish", lambda self: None)
+    monkeypatch.setattr(rounds.OnlineRun, "_finish", lambda self: None)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            rounds.Walk(plan).go({"overrides": []})
-    assert rounds.Walk(plan).go({"overrides": []}) == 0
+            rounds.OnlineRun(plan).go({"overrides": []})
+    assert rounds.OnlineRun(plan).go({"overrides": []}) == 0
     assert [each.seen for each in hooks] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
