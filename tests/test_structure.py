@@ -61,6 +61,35 @@ def test_the_drawing_of_the_architecture_is_that_of_the_code() -> None:
     assert (ROOT / "halos" / "README.md").read_text() == drawing, "python launch/architecture.py > halos/README.md"
 
 
+# what tells one engine from another: its modules, its marks on parameters, and the launcher's variables that ask for it
+ENGINE = re.compile(
+    r"\b(FSDPModule|fully_shard|DTensor|DistributedDataParallel|Zero|engines|deepspeed\w*|fsdp2|replicated|zero|ds_\w+)\b|"
+    r"ACCELERATE_USE_|asked_to_"
+)
+
+
+def names_in(path: Path) -> set[str]:
+    """Identifiers of a file, and texts that could be a mark or a variable of an engine."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        found |= {node.id} if isinstance(node, ast.Name) else {node.attr} if isinstance(node, ast.Attribute) else set()
+        if isinstance(node, ast.ImportFrom):
+            found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.match(r"ds_|ACCELERATE_USE_", node.value):
+            found.add(node.value)
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nobody_asks_which_engine_runs(path: Path) -> None:
+    """A strategy answers instead; `engines.asked` is called once, where a run is put together."""
+    room, *rest = path.relative_to(ROOT / "halos").parts
+    if room == "distributed":
+        return
+    asking = {name for name in names_in(path) if ENGINE.search(name)}
+    assert asking <= ({"engines"} if (room, rest) == ("run", ["blueprint.py"]) else set())
+
+
 def test_the_entry_is_a_page() -> None:
     assert len((ROOT / "train.py").read_text().splitlines()) <= 60
 

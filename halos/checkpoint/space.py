@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import nn
 
 from halos.checkpoint.manifest import in_words
-from halos.distributed.deepspeed import num_elements
+from halos.distributed.parameters import num_elements
 
 MOMENTS = {"adamw": 2, "adam": 2, "rmsprop": 1, "sgd": 0}  # tensors an optimizer keeps beside each trained one, float32
 TOKEN = 150  # bytes of tokenizer.json for each token: 70 for SmolLM2's, 140 for Llama 3's

@@ -7,6 +7,7 @@ world sizes; the rest is JSON. Nothing is pickled: a checkpoint from a stranger 
 import json
 import random
 from collections.abc import Set
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,30 +19,16 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint import load as load_sharded
 from torch.distributed.checkpoint import save as save_sharded
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
 from torch.optim import Optimizer
 
 from halos import confined
-from halos.distributed.deepspeed import Zero
 from halos.distributed.device import uses_gpu
+from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-
-FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
-
-
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """By name: tensors, which are the optimizer's own, and a parameter group's settings."""
-    if isinstance(model, Zero):
-        return model.optimizer_state()
-    return dict(get_optimizer_state_dict(model, optimizer, options=FLAT))
 
 
 def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Every process of `group` writes its own shard of an `optimizer_state`; the settings go to JSON, from the first process."""
+    """Every process of `group` writes its shards of a strategy's `optimizer_state`; the settings go to JSON, from the first."""
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     writer = HuggingFaceStorageWriter(str(directory / "optimizer"), save_distributed=True)
@@ -50,21 +37,12 @@ def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGro
         (directory / "optimizer.json").write_text(json.dumps(settings, indent=1))
 
 
-def load_optimizer(directory: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """The tensors that were saved, into an optimizer over the same parameters, which keeps its own settings: what the config says
-    now holds. Raises UserError where the parameters are others."""
-    settings = confined.load_object(directory / "optimizer.json")
-    if isinstance(model, Zero):
-        _refuse_others(directory, settings.keys(), model.settings().keys())
-        for part in model.blanks():
-            _read_tensors(directory, part)
-            model.put(part)
-        return
-    flat = get_optimizer_state_dict(model, optimizer, options=FLAT)  # on a fresh optimizer this makes zero moments
-    tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
-    _refuse_others(directory, settings.keys(), flat.keys() - tensors.keys())
-    _read_tensors(directory, tensors)
-    set_optimizer_state_dict(model, optimizer, {**flat, **tensors}, options=FLAT)
+def load_optimizer(directory: Path, strategy: Strategy, module: nn.Module, optimizer: Optimizer) -> None:
+    """The tensors that were saved, into an optimizer over the same parameters. Raises UserError where they are others."""
+    saved = confined.load_object(directory / "optimizer.json").keys()
+    strategy.load_optimizer(
+        module, optimizer, refuse_others=partial(_refuse_others, directory, saved), read=partial(_read_tensors, directory)
+    )
 
 
 def _refuse_others(directory: Path, saved: Set[str], mine: Set[str]) -> None:

@@ -1,17 +1,13 @@
 """Weights on their way to disk: a model directory for from_pretrained, or PEFT's adapter directory."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from halos.distributed.deepspeed import Zero
 from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
 
@@ -20,36 +16,9 @@ HEAD_FILE = "model.safetensors"  # in it
 HEAD = "value_head."  # how its tensors are called in the module that is trained
 
 
-def gathered(module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
-    """Whole tensors of the wrapped module under the names of the model inside; every process calls, the first one gets.
-
-    Without `offload` every process gets them where they lie; a module that is not sharded gives its own, not copies.
-    """
-    if isinstance(module, Zero):
-        if module.stage == 3:
-            return _named(module.gathered(trained_only=trained_only, offload=offload))
-        module = module.module  # the same on every process
-    options = StateDictOptions(full_state_dict=True, cpu_offload=offload, ignore_frozen_params=trained_only)
-    state = get_model_state_dict(module, options=options)
-    first: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        if name in state and first.setdefault(id(parameter), name) != name:
-            state[name] = state[first[id(parameter)]]  # tied parameters that were gathered twice are written once
-    return _named(state)
-
-
-def _named(state: dict[str, Any]) -> dict[str, Tensor]:
-    return {name.removeprefix("model."): value for name, value in state.items() if isinstance(value, Tensor)}
-
-
-def is_sharded(module: nn.Module) -> bool:
-    """Whether no process has all of its parameters, so that a forward pass needs all processes."""
-    return isinstance(module, FSDPModule) or (isinstance(module, Zero) and module.stage == 3)
-
-
 def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor], vocabulary: Vocabulary) -> None:
     """`directory`/adapter for a PEFT model, with the `vocabulary` that its base was given, else `directory`/model; `state` as
-    it was gathered."""
+    a strategy gathered it."""
     state = apart(directory, state)
     if isinstance(model, PeftModel):
         path = directory / "adapter"

@@ -1,190 +1,158 @@
-"""How a model is spread over the processes: as it is, replicated (DDP), or sharded (FSDP2, DeepSpeed's ZeRO)."""
+"""How the processes of a run hold a model, and all in which that shows. Each engine is a subclass, in a file of its own."""
 
-import warnings
-from collections.abc import Callable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence, Set
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ClassVar
 
-import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halos.distributed.deepspeed import Zero, cut, engage, engage_frozen, own_piece, piece_of
-from halos.distributed.deepspeed_config import cut_asked, deepspeed_asked, stage_asked
-from halos.distributed.launch import agree, asked_to_cut, asked_to_shard
-from halos.errors import UserError
-from halos.logps.hidden import backbone_of
-from halos.logps.model import ActorCritic, LanguageModel, Reader, bare
+from halos.distributed.launch import agree
+from halos.distributed.parameters import beside
+from halos.logps.model import Reader
 
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
-def asked(made: Accelerator) -> str:
-    """What the launcher's config asks for, for people: `alone` for one process that is given the whole model."""
-    if deepspeed_asked():
-        return f"DeepSpeed ZeRO-{stage_asked()}"
-    return "FSDP2" if asked_to_shard() else "DDP" if made.num_processes > 1 else "alone"
+MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 
-def refuse_whole(module: nn.Module) -> None:
-    """Raises UserError where FSDP is asked for and the model has no layers that could be sharded."""
-    if asked_to_shard() and not _layers(module):
-        raise UserError(f"FSDP: {type(bare(module)).__name__} has no layers to shard by; launch it with a DDP config")
+class Strategy(ABC):
+    """What the loop, saves and evaluations ask of an engine. Methods with `module` take what `wrap` gave, and all processes
+    call them together. What stands here is right for a module whose parameters are torch's own, whole or DTensors."""
+
+    is_sharded: ClassVar[bool] = False  # no process has all parameters: a forward pass, or whole tensors, take every process
+    takes_quantised: ClassVar[bool] = True  # a base of 4 or 8 bits
+    optimizer_state_is_copied: ClassVar[bool] = False  # `optimizer_state` gives copies, and not the optimizer's own tensors
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+
+    @classmethod
+    @abstractmethod
+    def is_asked(cls) -> bool:
+        """Whether the launcher's config asks for this engine."""
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """For people."""
+
+    @classmethod  # noqa: B027  most take all
+    def refuse_settings(cls, *, max_grad_norm: float | None, trained: str) -> None:
+        """Raises UserError for what this engine cannot do. `trained`: the dtype that model.dtype asks of trained weights."""
+
+    def refuse_model(self, model: nn.Module) -> None:  # noqa: B027  most take all
+        """Raises UserError for a model that cannot be held this way."""
+
+    # --- holding a model -------------------------------------------------------------------------------------------------
+
+    def wrap(self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None) -> tuple[nn.Module, Optimizer]:
+        """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over its parameters then."""
+        self._share_start(module)
+        wrapped = self._hold(module)
+        return wrapped, optimizer_of(wrapped)
+
+    def wrap_frozen(self, module: Reader) -> nn.Module:
+        """A model that is not trained, as this run's processes hold it."""
+        module.layout = self
+        return self._hold_frozen(module)
+
+    @abstractmethod
+    def _hold(self, module: Reader) -> nn.Module: ...
+
+    def _hold_frozen(self, module: Reader) -> nn.Module:
+        return module.to(self.accelerator.device)
+
+    def _share_start(self, module: Reader) -> None:
+        """What was trained is known as it was at the start where weights are: on the first process, where models are sharded."""
+        module.layout = self
+        if self.is_sharded and self.accelerator.num_processes > 1:
+            module.start, module.beginning = (
+                {name: value.to(self.accelerator.device) for name, value in values.items()}
+                for values in (module.start, module.beginning)
+            )
+            for value in (*module.start.values(), *module.beginning.values()):
+                dist.broadcast(value, 0)
+
+    def _agree_on_tensors(self, module: nn.Module) -> None:
+        values = module.state_dict().items()
+        agree(self.accelerator, "model", "\n".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in values))
+
+    def parts(self, parameter: nn.Parameter, whole: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """What this process has of a parameter, each with the same part of `whole`."""
+        return beside(parameter, whole)
+
+    def reshard(self, module: nn.Module) -> None:  # noqa: B027  most keep what they have
+        """After forward passes that no backward follows: let go of what was gathered for them."""
+
+    # --- a step ----------------------------------------------------------------------------------------------------------
+
+    def accumulate(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Around a micro-batch behind which others of its step come: gradients are not reduced yet, where that saves work."""
+        return nullcontext()
+
+    def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
+        """Gradients of `loss`, averaged over the processes once `last`."""
+        self.accelerator.backward(loss)
+
+    def clip(self, module: nn.Module, most: float | None) -> Tensor:
+        """Clip the gradients to the norm `most`; the norm that they had, a scalar: the same on every process."""
+        return clip_grad_norm_(module.parameters(), most or float("inf"))
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Move the parameters. Called between `clip` and `forget`, for a step whose norm was finite alone."""
+        optimizer.step()
+
+    def forget(self, optimizer: Optimizer) -> None:
+        """The gradients."""
+        optimizer.zero_grad()
+
+    # --- whole tensors, and the optimizer's ------------------------------------------------------------------------------
+
+    def gathered(self, module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
+        """Whole tensors under the names of the model inside; every process calls, the first one gets.
+
+        Without `offload` every process gets them where they lie; a module that is not sharded gives its own, not copies.
+        """
+        options = StateDictOptions(full_state_dict=True, cpu_offload=offload, ignore_frozen_params=trained_only)
+        state = get_model_state_dict(module, options=options)
+        first: dict[int, str] = {}
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if name in state and first.setdefault(id(parameter), name) != name:
+                state[name] = state[first[id(parameter)]]  # tied parameters that were gathered twice are one
+        return of_model(state)
+
+    def optimizer_state(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """By name: tensors, each process's own shards of them, and a parameter group's settings."""
+        return dict(get_optimizer_state_dict(module, optimizer, options=FLAT))
+
+    def load_optimizer(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer,
+        *,
+        refuse_others: Callable[[Set[str]], None],
+        read: Callable[[dict[str, Tensor]], None],
+    ) -> None:
+        """Tensors that `read` fills in place, whole or this process's shards, become the optimizer's, which keeps its own
+        settings: what the config says now holds. `refuse_others` is shown the settings' names before."""
+        flat = get_optimizer_state_dict(module, optimizer, options=FLAT)  # on a fresh optimizer this makes zero moments
+        tensors: dict[str, Any] = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+        refuse_others(flat.keys() - tensors.keys())
+        read(tensors)
+        set_optimizer_state_dict(module, optimizer, {**flat, **tensors}, options=FLAT)
 
 
-def _layers(module: nn.Module) -> list[nn.Module]:
-    return [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
-
-
-def distribute(
-    module: nn.Module, made: Accelerator, optimizer_of: Callable[[nn.Module], Optimizer], *, max_grad_norm: float | None
-) -> tuple[nn.Module, Optimizer]:
-    """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over the parameters it has then."""
-    _call_layers_alike(module)
-    _share_start(module, made)
-    if not deepspeed_asked():
-        spread = shard(module, made) if asked_to_shard() else _replicate(module, made)
-        return spread, optimizer_of(spread)
-    _agree_on_tensors(module, made)
-    if cut_asked():
-        cut(module)
-    engaged = engage(module.to(made.device), optimizer_of(module), max_grad_norm=max_grad_norm, head=_head(module))
-    return engaged, engaged.optimizer
-
-
-def distribute_frozen(module: nn.Module, made: Accelerator) -> nn.Module:
-    """A model that is not trained, as this run's processes hold it."""
-    _call_layers_alike(module)
-    if asked_to_shard():
-        return shard(module, made)
-    if not cut_asked():
-        return module.to(made.device)
-    _agree_on_tensors(module, made)
-    cut(module)
-    return engage_frozen(module, head=_head(module))
-
-
-def _call_layers_alike(module: nn.Module) -> None:
-    """Sharded layers are gathered when they are called, so where rows go through them one by one, all processes call them
-    equally often."""
-    assert isinstance(module, Reader)
-    module.everywhere = asked_to_cut()
-
-
-def _share_start(module: nn.Module, made: Accelerator) -> None:
-    """What was trained is known as it was at the start where weights are: on the first process, where models are sharded."""
-    assert isinstance(module, Reader)
-    module.held = _held
-    if asked_to_cut() and made.num_processes > 1:
-        module.start, module.beginning = (
-            {name: value.to(made.device) for name, value in values.items()} for values in (module.start, module.beginning)
-        )
-        for value in (*module.start.values(), *module.beginning.values()):
-            dist.broadcast(value, 0)
-
-
-def _held(parameter: Any, start: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """What this process has of a parameter, wherever that lies, and the same part of its value at the start."""
-    if isinstance(parameter, DTensor):
-        mesh, placements = parameter.device_mesh, parameter.placements
-        part = distribute_tensor(start.to(parameter.device), mesh, placements, src_data_rank=None)
-        return [(parameter.to_local().data, part.to_local())]
-    if not hasattr(parameter, "ds_tensor"):
-        return [(parameter.data, start)]
-    parts = [(parameter.ds_tensor.data, piece_of(parameter, start))]
-    return [*parts, (parameter.data, start)] if parameter.data.shape == start.shape else parts  # stage 3 keeps small ones whole
-
-
-def _head(module: nn.Module) -> nn.Module | None:
-    """What of a language model is called as often as its scored tokens need: its last layer, or all above its backbone."""
-    if not isinstance(module, LanguageModel | ActorCritic):
-        return None
-    inner = bare(module.model)
-    if module.plan.head == "layer":
-        layer = inner.get_output_embeddings()
-        assert isinstance(layer, nn.Module), "the plan has used it"
-        return layer
-    backbone = backbone_of(inner) if module.plan.head == "own" else inner
-    return nn.ModuleList(part for part in inner.children() if part is not backbone)
-
-
-def _replicate(module: nn.Module, made: Accelerator) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate knows no other name yet
-        prepared = made.prepare(module)
-    if made.num_processes > 1 and name_of(prepared) != "DDP":
-        raise UserError(
-            f"{made.num_processes} processes were launched, and accelerate made a model that is {name_of(prepared)}: gradients"
-            " would not be shared. Use one of launch/accelerate/*.yaml"
-        )
-    return prepared
-
-
-def shard(module: nn.Module, made: Accelerator) -> nn.Module:
-    """FSDP2: a group for each layer of the model, and one for the rest, the head included.
-
-    torch's own engine rather than accelerate's `prepare`, which shards on GPUs only, wants names of layer classes, and
-    would turn a frozen bfloat16 base into float32. The accelerate config still says how (`fsdp_config`). The first process
-    has the whole model in its host's memory, and deals it out a tensor at a time; the others' are hollow until then.
-    """
-    layers = _layers(module)
-    assert layers, "refuse_whole came before"
-    plugin = FullyShardedDataParallelPlugin()
-    assert isinstance(plugin.cpu_offload, OffloadPolicy)
-    whole = module.state_dict()
-    _agree_on_tensors(module, made)
-    mesh = init_device_mesh(made.device.type, (made.num_processes,))
-    for part in (*layers, module):
-        fully_shard(
-            part,
-            mesh=mesh,
-            reshard_after_forward=bool(plugin.reshard_after_forward),
-            offload_policy=plugin.cpu_offload,
-            mp_policy=_precision(made) if part is not module else MixedPrecisionPolicy(),
-        )
-    if made.num_processes > 1:
-        _deal_out(module, whole if made.is_main_process else {})
-    return module
-
-
-def _agree_on_tensors(module: nn.Module, made: Accelerator) -> None:
-    values = module.state_dict().items()
-    agree(made, "model", "\n".join(f"{name} {value.dtype} {list(value.shape)}" for name, value in values))
-
-
-def _precision(made: Accelerator) -> MixedPrecisionPolicy:
-    """Layers gather their parameters as autocast would use them, in half the bytes; gradients are summed in float32.
-
-    Activations stay what autocast makes of them, so that a sharded step is a replicated one up to the rounding of norms. The
-    rest of the model, embeddings and head, keeps float32: scores are compared.
-    """
-    if made.mixed_precision != "bf16":
-        return MixedPrecisionPolicy()
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-
-
-def _deal_out(module: nn.Module, whole: dict[str, Any]) -> None:
-    """The first process's `whole` tensors become every process's shards."""
-    set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-
-
-def own_part(parameter: nn.Parameter) -> Tensor:
-    """What this process has of a parameter, padding left out: all of it, or its shard."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local()
-    return own_piece(parameter) if hasattr(parameter, "ds_tensor") else parameter
-
-
-def name_of(module: nn.Module) -> str:
-    """What became of the module, for people."""
-    if isinstance(module, FSDPModule):
-        return "FSDP2"
-    if isinstance(module, Zero):
-        return f"DeepSpeed ZeRO-{module.stage}"
-    return "DDP" if isinstance(module, DistributedDataParallel) else "alone"
+def of_model(state: dict[str, Any]) -> dict[str, Tensor]:
+    """A wrapped module's tensors under the names of the model inside."""
+    return {name.removeprefix("model."): value for name, value in state.items() if isinstance(value, Tensor)}

@@ -14,6 +14,7 @@ from typing_extensions import TypeVar  # with a default; torch brings it
 
 from halos.config.content import Content
 from halos.config.schema import Config
+from halos.distributed.strategy import Strategy
 from halos.logps.vocabulary import Vocabulary
 from halos.metrics import Window
 from halos.rundir import RunDir
@@ -56,7 +57,8 @@ class Run:
     config: Config
     directory: RunDir
     accelerator: Accelerator
-    module: nn.Module  # what the loop calls: the log-prob module, as DDP or FSDP wrapped it
+    strategy: Strategy  # how the processes hold the model
+    module: nn.Module  # what the loop calls: the log-prob module, as the strategy wrapped it
     model: nn.Module  # the transformers or PEFT model in it
     base: Path  # the directory its base weights were read from
     vocabulary: Vocabulary  # ids that the tokenizer has, and those that were new to the base

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from halos.checkpoint import commit, find, good, lineage, manifest, space, state, weights
 from halos.checkpoint.retention import Policy
 from halos.checkpoint.saving import Copier
-from halos.distributed.deepspeed import Zero
 from halos.errors import UserError, doing
 from halos.hooks import origin
 from halos.hooks.base import Blueprint, Hook, Metrics, Run, Stop
@@ -214,10 +213,10 @@ class CheckpointHook(Hook):
 
     def _parts(self, run: Run, path: Path) -> Callable[[], None]:
         """A checkpoint's weights and state as they are now; what is given back writes them, whatever the steps do meanwhile."""
-        sharded, adapter, rank = weights.is_sharded(run.module), isinstance(run.model, PeftModel), run.accelerator.process_index
-        optimizer = state.optimizer_state(run.module, run.optimizer)
-        moving = {} if isinstance(run.module, Zero) else {"optimizer": optimizer}  # whose are copies already
-        whole = weights.gathered(run.module, trained_only=adapter, offload=sharded)
+        sharded, adapter, rank = run.strategy.is_sharded, isinstance(run.model, PeftModel), run.accelerator.process_index
+        optimizer = run.strategy.optimizer_state(run.module, run.optimizer)
+        moving = {} if run.strategy.optimizer_state_is_copied else {"optimizer": optimizer}
+        whole = run.strategy.gathered(run.module, trained_only=adapter, offload=sharded)
         moving |= {"weights": whole} if run.main and not sharded else {}  # what was gathered from shards is a copy
         if self._copier:
             moving = self._copier.copy(moving)
@@ -246,11 +245,11 @@ class CheckpointHook(Hook):
         """What from_pretrained loads: merged weights (and adapter/) for LoRA, else the model itself."""
         live = self._ask(run) if isinstance(run.model, PeftModel) and self.merge_lora else None
         if isinstance(run.model, PeftModel):
-            values = weights.gathered(run.module, trained_only=True)
+            values = run.strategy.gathered(run.module, trained_only=True)
             if run.main:
                 weights.save_weights(path, run.model, values, run.vocabulary)
         else:
-            values = weights.gathered(run.module, trained_only=False)
+            values = run.strategy.gathered(run.module, trained_only=False)
             if run.main:
                 weights.save_model(path, bare(run.model), weights.apart(path, values))
         if run.main:
@@ -321,7 +320,7 @@ def restore(run: Run, checkpoint: Path) -> dict[str, Any]:
     directory = checkpoint / "state"
     progress = state.load_progress(directory, find.step_of(checkpoint))
     with doing(f"{directory} cannot be put back", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
-        state.load_optimizer(directory, run.module, run.optimizer)
+        state.load_optimizer(directory, run.strategy, run.module, run.optimizer)
         state.load_random(directory, run.accelerator.process_index)
         for name, hook in run.hooks.items():
             if name in progress["hooks"]:  # one that was not there then begins now

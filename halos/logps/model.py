@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from halos.errors import UserError
 from halos.logps.head import Head, chosen
 from halos.logps.hidden import hidden_states, is_packed, most_rows
 from halos.logps.plan import plan_of, whole
-from halos.logps.start import Held, at_start, beginning_of, start_of
-from halos.logps.start import whole as whole_of
+from halos.logps.start import WHOLE, at_start, beginning_of, start_of
 from halos.types import Acted, Sequences, TokenLogps, Whole
 
 
@@ -54,16 +52,9 @@ def at_beginning(model: nn.Module) -> Iterator[None]:
 
 
 def _stand_at(stack: ExitStack, model: nn.Module, reader: "Reader", values: dict[str, Tensor]) -> None:
-    stack.callback(_forget_gathered, model)
-    stack.enter_context(at_start(reader, values, reader.held))
-    _forget_gathered(model)
-
-
-def _forget_gathered(model: nn.Module) -> None:
-    """Have sharded parameters gathered anew by whoever calls next."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    stack.callback(reader.layout.reshard, model)
+    stack.enter_context(at_start(reader, values, reader.layout))
+    reader.layout.reshard(model)
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
@@ -118,8 +109,7 @@ class Reader(nn.Module):
             inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
         self.start = {f"model.{name}": value for name, value in start_of(model).items()}
         self.beginning = {f"model.{name}": value for name, value in beginning_of(model).items()}
-        self.held: Held = whole_of  # what this process has of a parameter: set where models are spread
-        self.everywhere = False  # whether all processes call the layers equally often: set where they are sharded
+        self.layout = WHOLE  # the strategy's, where a run holds the model
 
     def forward(self, batch: Sequences | Whole) -> Any:
         """What `read` says; of a whole row, what the model itself does."""
@@ -132,12 +122,12 @@ class Reader(nn.Module):
         return plainly(self.model)
 
     def hidden(self, batch: Sequences) -> Tensor:
-        return hidden_states(bare(self.model), batch, everywhere=self.everywhere)
+        return hidden_states(bare(self.model), batch, everywhere=self.layout.is_sharded)
 
     def whole(self, batch: Sequences, keep: Sequence[Tensor] | None) -> Tensor:
         """What the model says when it is called as a whole, one row after the other, of the places `keep` in each."""
         inner, rows = bare(self.model), batch.ids.split(batch.lengths)
-        more = most_rows(batch) - len(rows) if self.everywhere else 0
+        more = most_rows(batch) - len(rows) if self.layout.is_sharded else 0
         said = torch.cat([whole(inner, row, None if keep is None else keep[n]).float() for n, row in enumerate(rows)])
         for _ in range(more):
             said = said + 0.0 * whole(inner, rows[0]).float().sum()

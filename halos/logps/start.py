@@ -4,14 +4,42 @@ Of most adapters that is the base's own part of it, biases: with the adapter off
 with a trained adapter (peft.init_from) remembers everything that it trains.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import ClassVar, Protocol
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
-Held = Callable[[nn.Parameter, Tensor], Sequence[tuple[Tensor, Tensor]]]  # what this process has of a parameter, and of its start
+
+class Layout(Protocol):
+    """How the processes of a run hold a model, as far as its forward pass must know."""
+
+    is_sharded: ClassVar[bool]  # layers are gathered as they are called: all processes have to call them equally often
+
+    def parts(self, parameter: nn.Parameter, whole: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        """What this process has of a parameter, each with the same part of `whole`."""
+        ...
+
+    def reshard(self, module: nn.Module) -> None:
+        """Have what was gathered be gathered anew by whoever calls next."""
+        ...
+
+
+class _Whole:
+    """Of a process that has all of every parameter."""
+
+    is_sharded: ClassVar[bool] = False
+
+    def parts(self, parameter: nn.Parameter, whole: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
+        return [(parameter.data, whole)]
+
+    def reshard(self, module: nn.Module) -> None:
+        """Nothing was."""
+
+
+WHOLE: Layout = _Whole()
 
 _STARTS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # the base's own
 _BEGINNINGS: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # all
@@ -39,15 +67,10 @@ def beginning_of(model: nn.Module) -> dict[str, Tensor]:
     return _BEGINNINGS.get(model, {})
 
 
-def whole(parameter: nn.Parameter, start: Tensor) -> Sequence[tuple[Tensor, Tensor]]:
-    """For a process that has all of every parameter."""
-    return [(parameter.data, start)]
-
-
 @contextmanager
-def at_start(module: nn.Module, start: dict[str, Tensor], held: Held) -> Iterator[None]:
+def at_start(module: nn.Module, start: dict[str, Tensor], layout: Layout) -> Iterator[None]:
     """Parameters of `module` as they were. By `.data`: what a backward pass has kept of them is theirs again before it runs."""
-    parts = [pair for name, value in start.items() for pair in held(module.get_parameter(name), value)]
+    parts = [pair for name, value in start.items() for pair in layout.parts(module.get_parameter(name), value)]
     trained = [live.clone() for live, _ in parts]
     with torch.no_grad():
         for live, was in parts:

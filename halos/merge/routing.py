@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from halos.distributed.parameters import shape_of
+
 # by module with experts, in the order in which they are first called, and by forward pass: (tokens, k) experts and weights
 Routes = Sequence[Sequence[tuple[Tensor, Tensor]]]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -81,7 +83,7 @@ def _before_experts(model: nn.Module, hook: Callable[[int, Tensor, Tensor], tupl
 def _experts(model: nn.Module) -> list[nn.Module]:
     """Modules that hold their experts in parameters of three dimensions, which ZeRO-3 keeps flat."""
     return [module for module in model.modules()
-            if any(len(getattr(each, "ds_shape", each.shape)) == 3 for each in module.parameters(recurse=False))]  # fmt: skip
+            if any(len(shape_of(each)) == 3 for each in module.parameters(recurse=False))]  # fmt: skip
 
 
 def decisions(routes: Routes) -> int:

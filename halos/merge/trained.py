@@ -9,10 +9,9 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
-from halos.distributed.deepspeed import own_piece
+from halos.distributed.parameters import is_shard, own_part
 from halos.logps.hidden import accepted
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
@@ -79,23 +78,14 @@ def content_of(model: nn.Module) -> frozenset[int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         return frozenset()
-    parts = [_local(parameter) for parameter in trained]
-    sums = torch.tensor([bits(part) for part, _ in parts], dtype=torch.int64, device=parts[0][0].device)
-    shared = torch.tensor([is_part for _, is_part in parts], device=sums.device)
+    parts = [own_part(parameter) if is_shard(parameter) else parameter for parameter in trained]
+    sums = torch.tensor([bits(part) for part in parts], dtype=torch.int64, device=parts[0].device)
+    shared = torch.tensor([is_shard(parameter) for parameter in trained], device=sums.device)
     if shared.any():
         whole = sums.clone()
         dist.all_reduce(whole)
         sums = torch.where(shared, whole, sums)
     return frozenset(sums.tolist())
-
-
-def _local(parameter: nn.Parameter) -> tuple[Tensor, bool]:
-    """What this process holds of a parameter, and whether others hold the rest."""
-    if isinstance(parameter, DTensor):
-        return parameter.to_local(), True
-    if hasattr(parameter, "ds_tensor") and parameter.numel() < parameter.ds_numel:  # type: ignore[attr-defined]  # ZeRO-3's
-        return own_piece(parameter), True
-    return parameter, False
 
 
 def bits(values: Tensor) -> int:

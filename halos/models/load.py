@@ -4,7 +4,7 @@ import importlib.util
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -29,6 +29,8 @@ from halos.logps.vocabulary import grow
 from halos.models.generation import settings_for
 
 log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
@@ -198,6 +200,6 @@ def _must_score(directory: Path, architectures: list[str], labels: int) -> None:
         raise UserError(f"{directory} is a classifier with {labels} labels; a reward model has 1")
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: Model) -> Model:
     """For references: no gradients, no dropout."""
     return model.requires_grad_(False).eval()

@@ -201,12 +201,12 @@ class Live:
     def _whole_model(self) -> Iterator[PreTrainedModel]:
         """The policy as it is now. What was cut is gathered into a second copy, on every process, for as long as it is used:
         ranks sample different texts, and cannot step through a sharded model together."""
-        module, model = self.run.module, self.run.model
-        if not weights.is_sharded(module):
+        strategy, module, model = self.run.strategy, self.run.module, self.run.model
+        if not strategy.is_sharded:
             yield bare(model)
             return
         self._whole = self._whole if self._whole is not None else self._skeleton()
-        state = weights.gathered(module, trained_only=False, offload=False)
+        state = strategy.gathered(module, trained_only=False, offload=False)
         own = {name: value for name, value in state.items() if not name.startswith(weights.HEAD)}
         self._whole.load_state_dict(own, strict=False, assign=True)
         for name, buffer in model.named_buffers():  # rotary tables and the like, which no state dict holds
@@ -252,7 +252,7 @@ class Live:
         if self._served == run.step:
             return
         adapter = isinstance(run.model, PeftModel)
-        state = weights.gathered(run.module, trained_only=adapter)
+        state = run.strategy.gathered(run.module, trained_only=adapter)
         if run.main:
             with staged(place, main=True, facts={"step": run.step}) as hidden:
                 weights.save_weights(hidden, run.model, state, run.vocabulary)

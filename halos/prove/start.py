@@ -4,13 +4,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 
 from halos.data.collate import pack
 from halos.data.dataset import Completion
+from halos.distributed.strategy import Strategy
 from halos.logps.model import Reader
 from halos.prove.trial import FLOOR, Check
 from halos.types import Acted, Whole
@@ -22,10 +21,10 @@ HALF = 2.0**-7  # of the largest logit: what bfloat16 rounds to, twice
 
 @torch.no_grad()
 def prove(
-    module: nn.Module, accelerator: Accelerator, tokenizer: PreTrainedTokenizerBase, *, temperature: float, longest: int
+    module: nn.Module, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, *, temperature: float, longest: int
 ) -> list[Check]:
     """Every process calls, and gets its own numbers."""
-    reader = next(part for part in module.modules() if isinstance(part, Reader))
+    accelerator, reader = strategy.accelerator, next(part for part in module.modules() if isinstance(part, Reader))
     ids = _ids(tokenizer, min(TOKENS, longest))
     training, half = module.training, accelerator.mixed_precision == "bf16"
     module.eval()
@@ -34,8 +33,7 @@ def prove(
         found = _numbers(module(pack([row]).to(accelerator.device)))
         with reader.plainly():
             said = module(Whole(ids.to(accelerator.device)))
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    strategy.reshard(module)
     module.train(training)
     half = half or next(reader.parameters()).dtype is not torch.float32
     truth = said.double()[0, :1] if reader.reward else _logps(said, ids, temperature)

@@ -11,7 +11,6 @@ from accelerate.utils import set_seed
 from halos.checkpoint.state import load_optimizer
 from halos.config.changes import Change
 from halos.config.schema import Config
-from halos.distributed import strategy
 from halos.hooks.base import Run
 from halos.hooks.checkpoint import restore
 from halos.lock import RunLock
@@ -38,11 +37,11 @@ def assemble(
     source = resume.begin(config, run.directory, made, run.rows.total, lock)
     current = _load(run, made, source.path)
     against = models.reference(run.structure.shelf, current.model, run.structure.named) if run.loss.needs_reference else None
-    against = strategy.distribute_frozen(against, made) if against else None
+    against = run.strategy.wrap_frozen(against) if against else None
     if source.path is not None:
         restore(current, source.path)  # last: loading models draws random numbers
     elif config.optim.init_from is not None:
-        load_optimizer(Path(config.optim.init_from) / "state", current.module, current.optimizer)
+        load_optimizer(Path(config.optim.init_from) / "state", current.strategy, current.module, current.optimizer)
     proof.of_start(current, run.structure.verdict)
     skeleton = partial(models.structure, run.structure.shelf, reward=False)
     rows = run.rows.open(current, skeleton)
@@ -63,15 +62,14 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
     if checkpoint is not None and config.peft.name == "none":
         refuse_other_model(shelf.base, checkpoint / "model")
     inner = models.policy(shelf, reward=blueprint.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
-    module, optimizer = strategy.distribute(
+    module, optimizer = run.strategy.wrap(
         models.wrapped(shelf, inner, run.loss.inputs, checkpoint),
-        made,
         partial(models.optimizer, settings=config.optim),
         max_grad_norm=config.train.max_grad_norm,
     )
     return Run(
-        config=config, directory=run.directory, accelerator=made, module=module, model=inner, base=shelf.base,
-        vocabulary=shelf.vocabulary, optimizer=optimizer, tokenizer=shelf.tokenizer, reward=blueprint.reward,
+        config=config, directory=run.directory, accelerator=made, strategy=run.strategy, module=module, model=inner,
+        base=shelf.base, vocabulary=shelf.vocabulary, optimizer=optimizer, tokenizer=shelf.tokenizer, reward=blueprint.reward,
         total_steps=blueprint.total_steps, max_length=blueprint.max_length, unmeasured=run.rows.unmeasured, hooks=dict(run.hooks),
         content=run.content,
     )  # fmt: skip

@@ -18,9 +18,9 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.template import chat_template
 from halos.data.tokenize import end_of_turn
-from halos.distributed import strategy
-from halos.distributed.deepspeed_config import refuse_settings
+from halos.distributed.engines import asked
 from halos.distributed.launch import agree
+from halos.distributed.strategy import Strategy
 from halos.errors import UserError
 from halos.hooks.base import Blueprint, Hook
 from halos.hooks.checkpoint import CheckpointHook
@@ -82,6 +82,7 @@ class Prepared:
     loss: LossSpec
     directory: RunDir
     structure: Structure
+    strategy: Strategy
     rows: Feed
     checkpoint: CheckpointHook
     hooks: Mapping[str, Hook]
@@ -96,7 +97,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     loss = bind_loss(config.loss, config.plugins)
     refuse_unmeasured(config, loss, TRAINERS[loss.inputs].derived)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
-    refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
+    asked().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)
     directory = RunDir(config.run_dir)
     if made.is_main_process:
@@ -107,12 +108,13 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
         base = locate_base(config)
     refuse_damaged(config, base, made)
     structure = structure_of(config, loss, made, base)
-    strategy.refuse_whole(structure.model)
+    strategy = structure.shelf.engine(made)
+    strategy.refuse_model(structure.model)
     rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
     blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
     agree(made, "hooks", ", ".join(hooks), complaint(hooks.values(), blueprint))
     content, changed = stand_on(config, directory, structure, rows, made)
-    return Prepared(config, loss, directory, structure, rows, checkpoint, hooks, blueprint, content, changed)
+    return Prepared(config, loss, directory, structure, strategy, rows, checkpoint, hooks, blueprint, content, changed)
 
 
 def stand_on(
@@ -160,7 +162,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
         log.warning("%s has several chat templates (%s): one is trained with, and saved", base, names)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
-    shelf = models.Shelf(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine)
+    shelf = models.Shelf(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, asked())
     model = models.structure(shelf, reward=loss.inputs.head == "score")
     refuse_without_router(bare(model).config, config.train.router_aux_loss)
     named = models.named_reference(shelf) if loss.needs_reference else None

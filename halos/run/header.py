@@ -14,8 +14,7 @@ from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.collate import num_cut_mismatches
 from halos.data.dataset import Dataset
-from halos.distributed import strategy
-from halos.distributed.deepspeed import num_elements
+from halos.distributed.parameters import num_elements
 from halos.logps.model import bare
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
@@ -71,7 +70,7 @@ def write(run: Prepared, made: Accelerator) -> None:
     write_rate(config, run.rows.total)
     warmup = warmup_steps(config.schedule, run.rows.total)
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
-    how = strategy.asked(made)
+    how = run.strategy.name
     where += "" if how == "alone" else f", {how}"
     micro = min(config.train.microbatch_size, -(-config.train.batch_size // made.num_processes))
     _say("steps", f"{run.rows.total}, each of {config.train.batch_size} items, {micro} at a time, {where}")

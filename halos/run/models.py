@@ -15,11 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halos.checkpoint.weights import load_value_head
 from halos.config.schema import Config, Optim
 from halos.confined import expanded
-from halos.distributed.deepspeed import shape_of
-from halos.distributed.deepspeed_config import deepspeed_asked
-from halos.distributed.launch import asked_to_cut, asked_to_shard
+from halos.distributed.parameters import shape_of
+from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-from halos.logps.model import ActorCritic, LanguageModel, RewardModel
+from halos.logps.model import ActorCritic, LanguageModel, Reader, RewardModel
 from halos.logps.start import remember_beginning
 from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
@@ -53,6 +52,7 @@ class Shelf:
     vocabulary: Vocabulary  # with the tokens that the base does not know
     stops: Sequence[int]  # the tokens that end an assistant's turn
     made: Machine
+    engine: type[Strategy]  # that will hold them
 
     @property
     def half(self) -> bool:
@@ -61,7 +61,7 @@ class Shelf:
 
     def load(self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None) -> PreTrainedModel:
         return self._load(
-            source, dtype, reward=reward, quantize=quantize, hollow=asked_to_cut() and not self.made.is_main_process
+            source, dtype, reward=reward, quantize=quantize, hollow=self.engine.is_sharded and not self.made.is_main_process
         )
 
     def draw(self, source: Path, dtype: torch.dtype, *, reward: bool) -> PreTrainedModel:
@@ -133,7 +133,7 @@ def structure(shelf: Shelf, *, reward: bool) -> nn.Module:
     """The policy with its adapter and without its weights, on the meta device. Raises UserError where `policy` would, but for
     what only the weights show."""
     config = shelf.config
-    if config.model.quantize and (asked_to_shard() or deepspeed_asked()):
+    if config.model.quantize and not shelf.engine.takes_quantised:
         raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     model = shelf.draw(shelf.base, shelf.dtype, reward=reward)
     if config.peft.name == "none":
@@ -161,7 +161,7 @@ def named_reference(shelf: Shelf) -> Path | None:
     return place
 
 
-def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module | None:
+def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> Reader | None:
     """A frozen copy of the policy's start, or the model at `named`.
 
     None where the policy itself, with what is trained of it as it was at the start, is the reference: no second copy is loaded.
@@ -172,7 +172,7 @@ def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> nn.Module |
     return freeze(LanguageModel(inner, temperature=shelf.config.train.temperature))
 
 
-def wrapped(shelf: Shelf, model: nn.Module, inputs: type[LossInput], checkpoint: Path | None) -> nn.Module:
+def wrapped(shelf: Shelf, model: nn.Module, inputs: type[LossInput], checkpoint: Path | None) -> Reader:
     """What is trained: the model under what a loss of these inputs looks at. A value head goes on from one that was saved."""
     if inputs.head == "score":
         return RewardModel(model)

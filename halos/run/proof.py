@@ -78,9 +78,7 @@ def of_start(run: Run, verdict: Verdict) -> None:
     """
     config, found, problem = run.config, list[Check](), None
     if config.train.prove != "off":
-        found = start.prove(
-            run.module, run.accelerator, run.tokenizer, temperature=config.train.temperature, longest=run.max_length
-        )
+        found = start.prove(run.module, run.strategy, run.tokenizer, temperature=config.train.temperature, longest=run.max_length)
         try:
             refuse(found, "the model as it is spread over the processes")
         except UserError as error:

@@ -16,7 +16,6 @@ from halos.config.changes import Change
 from halos.config.content import changes_record
 from halos.config.schema import Config
 from halos.config.values import to_type
-from halos.distributed import strategy
 from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.hooks.base import Run
@@ -117,7 +116,7 @@ def record(
         place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
         if moved:
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
-    how = strategy.name_of(current.module)
+    how = current.strategy.name
     attempt = header.attempt(typed, current.accelerator, how=how, source=went_on, total_steps=current.total_steps)
     of_files = [each for each in changed if each.key.endswith("(content)")]
     of_keys = [each for each in changed if each not in of_files]

@@ -6,7 +6,7 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar, Protocol, cast
 
@@ -15,10 +15,6 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
-from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
@@ -29,7 +25,6 @@ from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
 from halos.data.dataset import Dataset, Item
 from halos.data.order import eval_batches
-from halos.distributed.deepspeed import Zero
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
@@ -145,11 +140,11 @@ class Trainer(ABC):
         run.module.train()
         chunks = self._deal(self.train, indices)
         meter, parts = self._backward_all(chunks, indices)
-        totals = self._reduce(meter, self._clip())
+        totals = self._reduce(meter, run.strategy.clip(run.module, self.settings.max_grad_norm))
         norm = totals["grad_norm"][0]
         if moves := self.guard.passes(norm, chunks[0].items):
-            self._update()
-        self._forget_gradients()
+            run.strategy.step(run.optimizer)
+        run.strategy.forget(run.optimizer)
         run.step += 1
         run.examples += len(indices)
         run.tokens += int(self.train.rows.lengths[indices].sum())
@@ -168,7 +163,7 @@ class Trainer(ABC):
         statistics, routing = self._statistics(chunks, len(indices)), self._routing(chunks)
         for number, chunk in enumerate(chunks, 1):
             last = number == len(chunks)
-            with nullcontext() if last else self._unreduced():
+            with nullcontext() if last else self.run.strategy.accumulate(self.run.module):
                 loss = self._loss(chunk, statistics, len(indices))
                 total, means = loss.values.sum() * chunk.weight, self._means(loss, chunk)
                 # gradients are averaged over processes: scale the sum back up before dividing by the global count
@@ -177,7 +172,7 @@ class Trainer(ABC):
                     balance = self.router.share(routing if routing is not None else self._chosen(chunk))
                     total = total + self.router.weight * balance.total * chunk.weight * world
                     means["router_aux_loss"] = balance
-                self._backward(spoil(total, self._outputs), last=last)
+                self.run.strategy.backward(self.run.module, spoil(total, self._outputs), last=last)
             meter.add(means, chunk.weight)
             if chunk.weight:
                 parts.append(Contribution(indices[chunk.places], chunk.places, loss.values.detach()))
@@ -218,8 +213,7 @@ class Trainer(ABC):
                 if chunk.weight:
                     values = loss.values.reshape(len(chunk.places), -1).sum(-1)
                     parts.append(Contribution(indices[chunk.places], chunk.places, values))
-        if isinstance(run.module, FSDPModule):
-            run.module.reshard()  # without a backward the root's parameters stay whole
+        run.strategy.reshard(run.module)
         if self._cut_short():
             return {}
         window = Window()
@@ -316,21 +310,6 @@ class Trainer(ABC):
 
     # --- a step's parts ------------------------------------------------------------------------------------------------
 
-    def _backward(self, loss: Tensor, *, last: bool) -> None:
-        module = self.run.module
-        if isinstance(module, Zero):
-            module.backward(loss, last=last)
-        else:
-            self.run.accelerator.backward(loss)
-
-    def _clip(self) -> Tensor:
-        """Clip the gradients; their norm before. DeepSpeed's engine steps here too, unless the norm is not finite."""
-        module = self.run.module
-        if isinstance(module, Zero):
-            return module.update()
-        norm = clip_grad_norm_(module.parameters(), self.settings.max_grad_norm or float("inf"))
-        return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
     def _reduce(self, meter: Meter, norm: Tensor) -> dict[str, tuple[float, float]]:
         """A step's totals over all processes, in one collective: with its metrics the norm, and what processes must agree on."""
         run, device = self.run, self.run.accelerator.device
@@ -340,20 +319,6 @@ class Trainer(ABC):
         totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"))
         total, count = totals["grad_norm"]  # every process has added the same
         return {**totals, "grad_norm": (total / count, 1.0)}
-
-    def _update(self) -> None:
-        """What a step moves, where it was finite."""
-        if not isinstance(self.run.module, Zero):
-            self.run.optimizer.step()
-
-    def _forget_gradients(self) -> None:
-        if not isinstance(self.run.module, Zero):
-            self.run.optimizer.zero_grad()
-
-    def _unreduced(self) -> AbstractContextManager[Any]:
-        """DDP reduces with the last micro-batch, the others with each: whole gradients kept until then would undo sharding."""
-        module = self.run.module
-        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
 
     def _deal(self, split: Split, indices: np.ndarray) -> list[Chunk]:
         seeds = (self.run.config.seed, self.run.step)

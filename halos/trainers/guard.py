@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils._pytree import tree_leaves
 
 from halos.checkpoint import good
 from halos.data.dataset import Dataset, Item
-from halos.distributed.strategy import own_part
+from halos.distributed.parameters import own_part
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.rundir import FULL
@@ -143,8 +142,7 @@ class Guard:
             return True
         self.run.module.eval()
         leaves = [leaf for leaf in tree_leaves(self._forward(probe)) if leaf.is_floating_point()]
-        if isinstance(self.run.module, FSDPModule):
-            self.run.module.reshard()  # without a backward the root's parameters stay whole
+        self.run.strategy.reshard(self.run.module)
         fine = all(bool(torch.isfinite(leaf).all()) for leaf in leaves)
         return all(gather_object([fine]))
 

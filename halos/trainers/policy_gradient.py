@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from tqdm import tqdm
 
 from halos.checkpoint import find, lineage, manifest
@@ -201,8 +200,7 @@ class PolicyGradientTrainer(Trainer):
             lengths = [int(items[n].completions[0].scored.sum()) for n in range(len(items))]
             for n, row in enumerate(some):
                 found.append((row, [None if part is None else part[n, : lengths[n]].float().cpu().numpy() for part in parts]))
-        if isinstance(module, FSDPModule):
-            module.reshard()
+        run.strategy.reshard(module)
         module.train(was_training)
         everything = dict(gather_object(found))
         old, reference, values = zip(*(everything[row] for row in range(len(rows))), strict=True)

@@ -145,8 +145,10 @@ def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(stage: Stage, tmp_p
     assert (found.path, found.passed_over) == (checkpoint, [])
     listed = json.loads(manifest.describe(checkpoint, {}))["files"]
     assert {Path(name).name for name in listed} & set(STRAY) == {".file.swp"}, "and what there is of them is not listed"
-    model, optimizer = stage.trainer.run.module, stage.trainer.run.optimizer
-    state.load_optimizer(checkpoint / "state", model, optimizer)  # torch would read ._model.safetensors too
+    run = stage.trainer.run
+    state.load_optimizer(
+        checkpoint / "state", run.strategy, run.module, run.optimizer
+    )  # torch would read ._model.safetensors too
 
 
 @pytest.mark.parametrize("left", ["damaged", "deleted"])

@@ -12,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from conftest import SMALL
 from test_resume import killed, rows, same, weights
 
 import train
 from halos.checkpoint import find, manifest, state
 from halos.config.schema import Config
+from halos.distributed.replicated import Replicated
 from halos.errors import UserError
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
@@ -107,8 +109,9 @@ def test_what_the_config_says_of_the_optimizer_holds_and_not_what_was_saved(tmp_
     model(torch.ones(2)).backward()
     first.step()
     first.zero_grad()
-    state.save_optimizer(tmp_path, state.optimizer_state(model, first))
-    state.load_optimizer(tmp_path, model, second)
+    strategy = Replicated(Accelerator(cpu=True))
+    state.save_optimizer(tmp_path, strategy.optimizer_state(model, first))
+    state.load_optimizer(tmp_path, strategy, model, second)
     assert second.param_groups[0]["weight_decay"] == 5.0
     for parameter in model.parameters():
         assert torch.equal(second.state[parameter]["exp_avg"], first.state[parameter]["exp_avg"])

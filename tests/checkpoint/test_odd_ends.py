@@ -21,6 +21,7 @@ from halos.checkpoint import __main__ as cli
 from halos.checkpoint import commit, find, good
 from halos.checkpoint.weights import HEAD_FILE, VALUE_HEAD
 from halos.config.schema import Config
+from halos.distributed.replicated import Replicated
 from halos.errors import UserError
 from halos.hooks.base import Hook
 from halos.run.lifecycle import run
@@ -168,7 +169,7 @@ def test_weights_of_a_last_step_that_no_attempt_has_looked_at_are_looked_at_befo
 
 
 def test_a_disk_without_room_for_small_files_costs_them_and_not_the_run(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, append, clip = confined.write_whole, confined.append, Trainer._clip
+    write, append, clip = confined.write_whole, confined.append, Replicated.clip
 
     def full(path: Path, *given: Any, **more: Any) -> None:
         if path.name in ("good.json", "bad_steps.jsonl"):
@@ -177,7 +178,8 @@ def test_a_disk_without_room_for_small_files_costs_them_and_not_the_run(world: W
 
     monkeypatch.setattr(confined, "write_whole", full)
     monkeypatch.setattr(confined, "append", full)
-    monkeypatch.setattr(Trainer, "_clip", lambda self: clip(self) * (float("nan") if self.run.step == 1 else 1.0))
+    norms = iter([1.0, float("nan"), 1.0, 1.0])
+    monkeypatch.setattr(Replicated, "clip", lambda *given: clip(*given) * next(norms))
     directory = world.train("full", "checkpoint.every=1", "checkpoint.keep_last=1")
     assert [path.name for path in find.checkpoints(directory / "checkpoints")] == ["step-00000004"], "which room is wanted for"
     assert (json.loads((directory / "result.json").read_text())["status"], good.read(RunDir(directory)).until) == ("finished", -1)

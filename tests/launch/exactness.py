@@ -22,8 +22,9 @@ from torch.distributed.tensor import DTensor
 from halos.config import gate
 from halos.config.saved import composed, load
 from halos.distributed.children import leave
-from halos.distributed.deepspeed import Zero, num_elements
 from halos.distributed.launch import accelerator
+from halos.distributed.parameters import num_elements
+from halos.distributed.zero import Zero
 from halos.hooks.base import Hook, Run
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer

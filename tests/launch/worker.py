@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from halos.config import gate
 from halos.distributed.children import leave
-from halos.distributed.deepspeed import Zero, piece_of, shape_of
 from halos.distributed.launch import accelerator
-from halos.distributed.strategy import name_of
+from halos.distributed.parameters import piece_of, shape_of
+from halos.distributed.zero import Zero
 from halos.logps import head
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
@@ -71,14 +71,15 @@ def add_to(parameter: nn.Parameter, noise: Tensor) -> None:
 def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
     """Before they are clipped, so as they are when the update is made."""
     seen: dict[str, Tensor] = {}
-    clip = trainer._clip
+    strategy = trainer.run.strategy
+    clip = strategy.clip
 
-    def look() -> Tensor:
-        seen.update({name: value for name, p in trained(trainer.run.module).items() if (value := gradient(p)) is not None})
-        trainer._clip = clip  # type: ignore[method-assign]
-        return clip()
+    def look(module: nn.Module, most: float | None) -> Tensor:
+        seen.update({name: value for name, p in trained(module).items() if (value := gradient(p)) is not None})
+        strategy.clip = clip  # type: ignore[method-assign]
+        return clip(module, most)
 
-    trainer._clip = look  # type: ignore[method-assign]
+    strategy.clip = look  # type: ignore[method-assign]
     trainer._log(trainer.step(trainer.order.batch(0)))
     return seen
 
@@ -129,7 +130,7 @@ def main() -> None:
         trainer.evaluate()
         losses.append(trainer.run.last_eval["loss"])
         if trainer.run.main:
-            print(name_of(trainer.run.module))
+            print(trainer.run.strategy.name)
             save_file({**gradients, "losses": torch.tensor(losses, dtype=torch.float64)}, f"{output}/{number}.safetensors")
     if dist.is_initialized():
         dist.barrier()

@@ -1,0 +1,37 @@
+"""Each process has the whole model: one by itself, or several under DDP."""
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from halos.distributed.strategy import Strategy
+from halos.errors import UserError
+from halos.logps.model import Reader
+
+
+class Replicated(Strategy):
+    @classmethod
+    def is_asked(cls) -> bool:
+        """Where nothing else is."""
+        return True
+
+    @property
+    def name(self) -> str:
+        return "DDP" if self.accelerator.num_processes > 1 else "alone"
+
+    def _hold(self, module: Reader) -> nn.Module:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate knows no other name yet
+            prepared = self.accelerator.prepare(module)
+        if self.accelerator.num_processes > 1 and not isinstance(prepared, DistributedDataParallel):
+            raise UserError(
+                f"{self.accelerator.num_processes} processes were launched, and accelerate gave a {type(prepared).__name__}:"
+                " gradients would not be shared. Use one of launch/accelerate/*.yaml"
+            )
+        return prepared
+
+    def accumulate(self, module: nn.Module) -> AbstractContextManager[Any]:
+        return module.no_sync() if isinstance(module, DistributedDataParallel) else nullcontext()
