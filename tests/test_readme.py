@@ -207,7 +207,7 @@ WRONG = [
     ("loss=online online.loss=mine", "online.loss=mine: it is no loss"),
     ("loss=online online.loss=orpo", "online.loss=orpo: it is known (arXiv:2403.07691) but not built in"),
     ("loss=online online.loss=reward", "trains a reward model"),
-    ("loss=online online.loss=dpo online.labeller.name=reward_model online.labeller.model=runs/none", "online.labeller.model"),
+    ("loss=online online.loss=dpo online.scorer.name=reward_model online.scorer.model=runs/none", "online.scorer.model"),
     ("loss=dpo logging=wandb hooks.wandb.mode=online", "hooks.wandb.mode=online needs a key"),
     ("loss=online online.loss=dpo logging=wandb hooks.wandb.mode=online", "hooks.wandb.mode=online needs a key"),
     ("loss=dpo checkpoint.everyy=3", "checkpoint.everyy"),

@@ -13,10 +13,11 @@ from halos.cli.overrides import parse
 from halos.cli.result import Result
 from halos.cli.resume import AUTO, asked
 from halos.cli.status import FAILED, refuse
+from halos.config import renamed
 from halos.config.overrides import Typed, check_choices, quote_nested, unreadable
 from halos.config.secrets import refuse_secrets
 from halos.distributed.children import leave
-from halos.distributed.environment import refuse_half_launched, world_size
+from halos.distributed.environment import number_of, refuse_half_launched, world_size
 from halos.distributed.signals import as_before, leave_when_told
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.repository import COMMAND
@@ -51,7 +52,7 @@ def one_run(overrides: Sequence[str]) -> Result:
     with as_before():
         refuse_half_launched()
         refuse_secrets({}, overrides)
-        tree, quoted = ConfigTree(), [quote_nested(word) for word in overrides]
+        tree, quoted = ConfigTree(), _by_todays_names(overrides)
         typed = [parse(text, tree.choices) for text in quoted]
         check_choices(typed, tree.choices, multirun=False)
         if hydras := [one.text for one in typed if one.is_hydra]:
@@ -65,7 +66,7 @@ def begin(argv: Sequence[str]) -> int:
     if unknown:
         raise UserError(unreadable(unknown[0], "an option that does not exist"))
     flags = [word for word in argv if word not in args.overrides]
-    overrides = [quote_nested(word) for word in args.overrides]
+    overrides = _by_todays_names(args.overrides)
     if args.hydra_help or args.shell_completion or args.experimental_rerun or (args.help and not overrides):
         return sweep.enter_hydra([*overrides, *flags])
     multirun = args.multirun or "hydra.mode=MULTIRUN" in overrides
@@ -87,6 +88,13 @@ def begin(argv: Sequence[str]) -> int:
     if not goes_on and (args.help or args.cfg or args.info or any(one.is_hydra for one in typed)):
         return sweep.through_hydra(typed, flags, tree)
     return _run(typed, overrides, tree).exit_status
+
+
+def _by_todays_names(words: Sequence[str]) -> list[str]:
+    """Overrides as Hydra's grammar takes them; who types an old name is told the new one."""
+    if (note := renamed.note(words)) and not number_of("LOCAL_RANK", 0):
+        print(note, file=sys.stderr)
+    return [quote_nested(renamed.word(word)) for word in words]
 
 
 def _run(typed: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> Result:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -46,27 +47,28 @@ def inner(config: Config, overrides: Sequence[str], tree: ConfigTree) -> DictCon
 
 
 def of_rounds(config: Config, overrides: Sequence[str], tree: ConfigTree) -> Config:
-    """The training within online rounds, checked whole: of what it will be given only the feedback is not there yet."""
-    composed = inner(config, overrides, tree)
-    own = {"exp_name": config.exp_name, "run_dir": config.run_dir, "data": asdict(config)["data"], "online": None}
-    for name, value in own.items():
-        OmegaConf.update(composed, name, value, force_add=True)
-    return _of_policy(config, gate.check(composed, overrides, tree.choices))
+    """The training within online rounds: of what it will be given only the feedback is not there yet."""
+    own = {name: asdict(config)[name] for name in ("exp_name", "run_dir", "data")}
+    return _training(config, overrides, {**own, "online": None}, overrides, tree)
 
 
 def live(config: Config, typed: Sequence[str], tree: ConfigTree) -> Config:
     """A live loop as the ordinary run that it is: of online.loss, whose rows come from its own policy."""
     assert config.online is not None
-    composed, whole = inner(config, inner_overrides(typed, config), tree), asdict(config)
-    own = OWN - {"loss", "logging"}
-    more = {"train.steps": config.online.steps, "train.temperature": config.online.sampler.temperature}
-    for name, value in {**{name: whole[name] for name in own}, **more}.items():
+    own = {name: asdict(config)[name] for name in OWN - {"loss", "logging"}}
+    length = {"train.steps": config.online.steps, "train.temperature": config.online.sampler.temperature}
+    return _training(config, inner_overrides(typed, config), {**own, **length}, typed, tree)
+
+
+def _training(config: Config, overrides: Sequence[str], own: Mapping[str, Any], typed: Sequence[str], tree: ConfigTree) -> Config:
+    """The training of `overrides`, checked whole as one command that was `typed`, with values of the workflow's `own`.
+
+    Raises UserError, for one that leaves no policy to sample from too.
+    """
+    composed = inner(config, overrides, tree)
+    for name, value in own.items():
         OmegaConf.update(composed, name, value, force_add=True)
-    return _of_policy(config, gate.check(composed, typed, tree.choices))
-
-
-def _of_policy(config: Config, training: Config) -> Config:
-    """Raises UserError for a training that leaves no policy to sample from."""
+    training = gate.check(composed, typed, tree.choices)
     from halos.config.bind import bind_loss, refuse_no_policy  # here: they import torch, which the gate has by now
 
     assert config.online is not None

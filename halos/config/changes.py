@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from halos.config import renamed
 from halos.config.paths import BUNDLED_MODELS, located
 from halos.config.schema import CONTENT, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Config, Scope, key_facts
 from halos.config.values import show
@@ -97,7 +98,7 @@ def _objective(config: Config, past: Past) -> str | None:
 
 def _scorer(config: Config, past: Past) -> str | None:
     """A reward model is compared by its content; a judge has but a name."""
-    return None if past.by_content and config.online is not None and config.online.labeller.name == "reward_model" else ""
+    return None if past.by_content and config.online is not None and config.online.scorer.name == "reward_model" else ""
 
 
 CONDITIONS: dict[str, Condition] = {STEPS: _length, MICROBATCH: _microbatch, OBJECTIVE: _objective, SCORER: _scorer}
@@ -143,17 +144,19 @@ def apply(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> Non
 
 
 def present(settings: Mapping[str, Any], key: str) -> bool:
-    """Whether a dotted key is there, be it with null."""
+    """Whether a dotted key is there, be it with null, or under an old name."""
     section, _, name = key.rpartition(".")
     node = at(settings, section) if section else settings
     return isinstance(node, Mapping) and name in node
 
 
 def at(node: Mapping[str, Any], key: str) -> Any:
-    """The value at a dotted key, None where there is nothing."""
+    """The value at a dotted key, which may stand there under an old name; None where there is nothing."""
+    found: Any = node
     for part in key.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None  # type: ignore[assignment]
-    return node
+        found = found.get(part) if isinstance(found, Mapping) else None
+    old = renamed.before(key)
+    return found if found is not None or old is None else at(node, old)
 
 
 def differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from halos.config import renamed
 from halos.config.changes import Change
 from halos.hashes import short
 
@@ -29,7 +30,7 @@ class Content:
         hashes, sources = (record.get(name) for name in RECORDED)
         if not isinstance(hashes, Mapping) or not isinstance(sources, Mapping):
             return None
-        return cls(dict(hashes), {name: list(entries) for name, entries in sources.items()})
+        return cls(_by_key(hashes), {name: list(entries) for name, entries in sources.items()})
 
     @classmethod
     def of_lineage(cls, run: Mapping[str, Any]) -> Content | None:
@@ -38,10 +39,14 @@ class Content:
         if not isinstance(base, Mapping) or not isinstance(data, Mapping):
             return None
         hashes = run.get("content")
-        return cls(dict(hashes) if isinstance(hashes, Mapping) else {"model.weights": base.get("sha256")}, dict(data))
+        return cls(_by_key(hashes) if isinstance(hashes, Mapping) else {"model.weights": base.get("sha256")}, dict(data))
 
     def record(self) -> dict[str, Any]:
         return {"content": self.hashes, "sources": self.sources}
+
+
+def _by_key(hashes: Mapping[str, str | None]) -> dict[str, str | None]:
+    return {renamed.today(key): value for key, value in hashes.items()}
 
 
 def changes_record(**changes: Sequence[Change]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from halos.config import renamed
 from halos.config.combinations import refuse_combinations, refuse_for_loss
 from halos.config.paths import check_paths
 from halos.config.plugins import admit
@@ -35,6 +36,7 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     last, by the loss, so that most mistakes are told in well under a second.
     """
     refuse_secrets(OmegaConf.to_container(composed), typed)
+    renamed.move(composed, typed)
     _refuse_undecided(composed, choices or {})
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)

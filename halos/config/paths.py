@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined
-from halos.config.schema import Config
+from halos.config.schema import Config, Scorer, path_keys
 from halos.config.suggest import nearest
 from halos.errors import UserError
 
@@ -57,16 +57,20 @@ def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
 
 def _locate(config: Config) -> None:
     """A run may be gone on with from another directory, where a relative path would lead nowhere, or elsewhere."""
-    for section in (config.model, config.reference):
-        section.name_or_path = located(section.name_or_path)
-    config.model.chat_template = located(config.model.chat_template)
-    config.peft.init_from, config.optim.init_from = located(config.peft.init_from), located(config.optim.init_from)
-    config.data.root, config.data.train, config.data.eval = map(located, (config.data.root, config.data.train, config.data.eval))
-    if config.online is not None:
-        labeller, sampler = config.online.labeller, config.online.sampler
-        labeller.rubric, sampler.python = located(labeller.rubric), located(sampler.python)
-        if labeller.name == "reward_model":
-            labeller.model = located(labeller.model)
+    for key in path_keys():
+        section, name = _section(config, key)
+        is_judge = isinstance(section, Scorer) and name == "model" and section.name == "judge"  # which lies behind an API
+        if section is not None and not is_judge:
+            setattr(section, name, located(getattr(section, name)))
+
+
+def _section(config: Config, key: str) -> tuple[Any, str]:
+    """The part of a configuration that has a key, None where it has no such part, and the key's name in it."""
+    *sections, name = key.split(".")
+    node: Any = config
+    for section in sections:
+        node = None if node is None else getattr(node, section)
+    return node, name
 
 
 def _check_starts(config: Config) -> None:

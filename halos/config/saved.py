@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from halos import seals
-from halos.config import changes
+from halos.config import changes, renamed
 from halos.config.content import Content
 from halos.config.schema import Config
 from halos.config.suggest import unknown_key
@@ -39,13 +39,14 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     settings = _parsed(text, f"{run_dir}/config.yaml")
     if not settings:
         raise UserError(f"{run_dir}/config.yaml holds no configuration")
+    settings = renamed.moved(settings)
     for (section, name), value in BEFORE.items():
         if isinstance(settings.get(section), dict):
             settings[section].setdefault(name, value)
     for name, record in attempts.items():
         changed = _parsed(record, f"{run_dir}/attempts/{name}").get("changed") or {}
         try:
-            changes.apply(settings, changed)
+            changes.apply(settings, {renamed.today(key): values for key, values in changed.items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{run_dir}/attempts/{name} cannot be read: `changed` is no {{key: [old, new]}}") from error
     try:
@@ -59,7 +60,7 @@ def changed(record: str) -> Mapping[str, Any]:
     """Keys that an attempt has changed, by its record."""
     node = parse_yaml(record, "an attempt's record")
     found = node.get("changed") if isinstance(node, dict) else None
-    return found if isinstance(found, dict) else {}
+    return {renamed.today(str(key)): value for key, value in found.items()} if isinstance(found, dict) else {}
 
 
 def content(attempts: Mapping[str, str], run_dir: str) -> Content | None:

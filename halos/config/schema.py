@@ -37,37 +37,39 @@ def key(
     one_of: tuple[str, ...] = (),
     on_resume: str = MATHEMATICS,
     scope: Scope = Scope.RUN,
+    path: bool = False,
 ) -> Any:
     """A required key: the range of its values, of which `above` is exclusive, `least` and `most` are inclusive; what typing
-    another value at a resume would change (`on_resume`); and what the key belongs to (`scope`)."""
+    another value at a resume would change (`on_resume`); what the key belongs to (`scope`); and whether it names what lies on
+    this machine, so that it is made a `path` that leads there from any directory."""
     limits = {"above": above, "least": least, "most": most, "one_of": one_of or None}
     given = {name: limit for name, limit in limits.items() if limit is not None}
-    return field(default=MISSING, metadata={"limits": given, "on_resume": on_resume, "scope": scope})
+    return field(default=MISSING, metadata={"limits": given, "on_resume": on_resume, "scope": scope, "path": path})
 
 
 @dataclass
 class Model:
-    name_or_path: str | None = key(on_resume=CONTENT)  # a directory, a hub id, a .gguf file, or `tiny`
+    name_or_path: str | None = key(on_resume=CONTENT, path=True)  # a directory, a hub id, a .gguf file, or `tiny`
     revision: str | None = key(on_resume=CONTENT)
     dtype: str = key(one_of=("auto", "float32", "bfloat16", "float16"))
     attention: str = key(one_of=("auto", "segments", "flash_attention_2"))
-    chat_template: str | None = key(on_resume=CONTENT)
+    chat_template: str | None = key(on_resume=CONTENT, path=True)
     add_tokens: list[str] = key()
     quantize: str | None = key(one_of=("4bit", "8bit"))
 
 
 @dataclass
 class Reference:
-    name_or_path: str | None = key(on_resume=CONTENT)
+    name_or_path: str | None = key(on_resume=CONTENT, path=True)
     revision: str | None = key(on_resume=CONTENT)
     adapter: str = key(one_of=("start", "off"))  # what of a LoRA policy is on in its own reference
 
 
 @dataclass
 class Data:
-    train: list[Any] = key(on_resume=CONTENT)
-    eval: list[Any] = key(on_resume=CONTENT)  # what keep_best and early stopping compare
-    root: str | None = key(on_resume=CONTENT)
+    train: list[Any] = key(on_resume=CONTENT, path=True)
+    eval: list[Any] = key(on_resume=CONTENT, path=True)  # what keep_best and early stopping compare
+    root: str | None = key(on_resume=CONTENT, path=True)
     score: str = key(one_of=("last", "all"))
 
 
@@ -85,7 +87,7 @@ class Peft:
     rank_pattern: dict[str, int] = key()
     alpha_pattern: dict[str, float] = key()
     modules_to_save: list[str] = key()
-    init_from: str | None = key(on_resume=CONTENT)  # the directory of an adapter to go on from
+    init_from: str | None = key(on_resume=CONTENT, path=True)  # the directory of an adapter to go on from
 
 
 @dataclass
@@ -119,7 +121,7 @@ class Optim:
     betas: list[float] = key()
     eps: float = key(above=0)
     weight_decay: float = key(least=0)
-    init_from: str | None = key(on_resume=CONTENT)  # a checkpoint whose optimizer state a new run begins with
+    init_from: str | None = key(on_resume=CONTENT, path=True)  # a checkpoint whose optimizer state a new run begins with
 
 
 @dataclass
@@ -144,24 +146,24 @@ class Sampler:
     max_new_tokens: int = key(least=1)
     batch_size: int = key(least=1, on_resume=SAFE)  # to the rounding of sums in another order
     cache_tokens: int = key(least=64, on_resume=SAFE)
-    python: str | None = key(on_resume=SAFE)
+    python: str | None = key(on_resume=SAFE, path=True)
     url: str | None = key(on_resume=SAFE)
     model: str | None = key()
     concurrency: int = key(least=1, on_resume=SAFE)
 
 
 @dataclass
-class Labeller:
+class Scorer:
     name: str = key(one_of=("function", "reward_model", "judge"))
     functions: list[Any] = key()
-    model: str | None = key(on_resume=SCORER)
+    model: str | None = key(on_resume=SCORER, path=True)  # of a judge, its name
     label: int | None = key(least=0)
     batch_size: int = key(least=1, on_resume=SAFE)
     processes: int = key(least=1, on_resume=SAFE)
     timeout: float = key(above=0)  # what takes longer has no score
     url: str | None = key(on_resume=SAFE)
     pairwise: bool = key()
-    rubric: str | None = key(on_resume=CONTENT)
+    rubric: str | None = key(on_resume=CONTENT, path=True)
     concurrency: int = key(least=1, on_resume=SAFE)
     max_requests: int | None = key(least=1, on_resume=SAFE)
     max_cost: float | None = key(above=0, on_resume=SAFE)
@@ -187,7 +189,7 @@ class Online:
     samples_per_prompt: int = key(least=1)
     eval_prompts: int = key(least=0)  # what the objective is measured on
     sampler: Sampler = key()
-    labeller: Labeller = key()
+    scorer: Scorer = key()
     feedback: Feedback = key()
     reference: str = key(one_of=("start", "last"))
     carry_optimizer: bool = key()
@@ -229,6 +231,10 @@ class Config:
 def key_facts() -> list[tuple[str, Mapping[str, Any]]]:
     """Every key that takes a value, with what the schema's `key` says of it."""
     return list(_facts_of(Config, ""))
+
+
+def path_keys() -> tuple[str, ...]:
+    return tuple(key for key, facts in key_facts() if facts["path"])
 
 
 def keys_of(*scopes: Scope) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
         "online.sampler.python": online.sampler.python if online.sampler.name == "vllm" else None,
         "online.sampler.url": online.sampler.url if online.sampler.name != "hf" else None,
         "online.config_file": online.config_file,
-        "online.labeller.url": online.labeller.url if online.labeller.name == "judge" else None,
+        "online.scorer.url": online.scorer.url if online.scorer.name == "judge" else None,
     }
     for key, value in used.items():
         if value is not None and key not in typed:

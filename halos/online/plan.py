@@ -13,7 +13,7 @@ from halos.checkpoint.find import checkpoints
 from halos.config.bind import LossSpec
 from halos.config.changes import at
 from halos.config.paths import check_model
-from halos.config.schema import Config, Online
+from halos.config.schema import Config, Online, path_keys
 from halos.config.values import quoted
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
@@ -24,8 +24,6 @@ from halos.rollout.prompts import read_prompts
 from halos.rollout.scorers.of_config import judge_of, refuse_unscorable, reward_model_of
 from halos.rollout.types import Row
 from halos.rundir import RunDir
-
-LOCATED = ("model.name_or_path", "model.chat_template", "optim.init_from")
 
 
 @dataclass
@@ -51,8 +49,8 @@ class Plan:
     def _located(self, word: str) -> str:
         """A path as it leads to the same from any directory: the rounds may be gone on with from another."""
         key = word.lstrip("+").partition("=")[0]
-        path = at(asdict(self.inner), key) if key in LOCATED else None
-        return word if path is None else f"{key}={quoted(path)}"
+        path = at(asdict(self.inner), key) if key in path_keys() else None
+        return f"{key}={quoted(path)}" if isinstance(path, str) else word
 
     @property
     def kind(self) -> str:
@@ -99,7 +97,7 @@ class Plan:
     def prepare(self) -> None:
         """Read the prompts. Raises UserError for what could not work, before a stage finds it out."""
         online = self.online
-        self._check_labeller()
+        self._check_scorer()
         config_file(online) if online.config_file or self.stages.processes > 1 else None
         if online.samples_per_prompt < 2 and self.kind == feedback.PAIRWISE:
             raise UserError(
@@ -130,22 +128,22 @@ class Plan:
             " (train.max_length): lower the one or raise the other"
         )
 
-    def _check_labeller(self) -> None:
-        labeller = self.online.labeller
-        if labeller.name == "function":
+    def _check_scorer(self) -> None:
+        scorer = self.online.scorer
+        if scorer.name == "function":
             from halos.rollout.scorers.functions import parts_of
 
-            parts_of(labeller.functions, self.config.plugins)
-        elif labeller.model is None:
-            what = "its directory or hub id" if labeller.name == "reward_model" else "the judge's name at its API"
-            raise UserError(f"online.labeller.model is missing: {what}")
-        elif labeller.name == "judge":
+            parts_of(scorer.functions, self.config.plugins)
+        elif scorer.model is None:
+            what = "its directory or hub id" if scorer.name == "reward_model" else "the judge's name at its API"
+            raise UserError(f"online.scorer.model is missing: {what}")
+        elif scorer.name == "judge":
             judge_of(self.config, Path(os.devnull))
         else:
-            check_model(labeller.model, "online.labeller.model")
+            check_model(scorer.model, "online.scorer.model")
             reward_model_of(self.config)
-        if labeller.pairwise and (labeller.name != "judge" or self.kind != feedback.PAIRWISE):
-            raise UserError("online.labeller.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
+        if scorer.pairwise and (scorer.name != "judge" or self.kind != feedback.PAIRWISE):
+            raise UserError("online.scorer.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
 
     # --- what a round's training is given --------------------------------------------------------------------------------
 

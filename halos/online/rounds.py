@@ -123,7 +123,7 @@ def rehearse(plan: Plan, looked: Outlined, prompt: list[int]) -> int:
     samples = online.samples_per_prompt
     log.info("%d rounds of %d prompts (of %d), %d samples of each", online.rounds, each, len(plan.prompts), samples)
     log.info("%d held-out prompts", held)
-    log.info("%s feedback by %s for loss=%s", plan.kind, online.labeller.name, online.loss)
+    log.info("%s feedback by %s for loss=%s", plan.kind, online.scorer.name, online.loss)
     log.info("training of each round: %s %s", COMMAND, " ".join(plan.words))
     log.info("everything fits together, nothing was started")
     return FINISHED
@@ -207,7 +207,7 @@ class OnlineRun:
                 self.hooks[name].load_state_dict(kept)
         directory.write_result("running", 0, {})
         plan, online = self.plan, self.plan.online
-        log.info("online     %s, %s feedback by %s", plan.loss.name, plan.kind, online.labeller.name)
+        log.info("online     %s, %s feedback by %s", plan.loss.name, plan.kind, online.scorer.name)
         log.info("prompts    %d, %d a round; %d held out", len(plan.prompts), min(online.prompts_per_round, len(plan.prompts)),
                  min(online.eval_prompts, len(plan.exam)))  # fmt: skip
         log.info("run        %s", directory.path)

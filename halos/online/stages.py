@@ -124,7 +124,7 @@ class Stages:
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
         """The command that labels them."""
         online = self.online
-        labeller, feedback = online.labeller, online.feedback
+        labeller, feedback = online.scorer, online.feedback
         words = [
             str(samples), str(output), "--feedback", kind, "--pairing", feedback.pairing, "--scores", str(scores),
             "--seed", str(self.config.seed), "--cache-dir", self.config.cache_dir,
@@ -173,7 +173,7 @@ def config_file(online: Online) -> Path:
 
 
 def _labeller_words(online: Online, plugins: Sequence[str], cache: Path, against: Path | None) -> list[str]:
-    labeller = online.labeller
+    labeller = online.scorer
     if labeller.name == "function":
         words = [word for entry in labeller.functions for word in ("--reward", _flow(entry))]
         more = ["--plugins", *plugins] if plugins else []

@@ -19,7 +19,7 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import Live, Prompts, server_of
 from halos.rollout.prompts import digest
-from halos.rollout.scorers.of_config import labeller_of, refuse_unscorable
+from halos.rollout.scorers.of_config import refuse_unscorable, scorer_of
 from halos.run import datasets
 from halos.run.shown import rendered, visible
 from halos.rundir import RunDir
@@ -112,7 +112,7 @@ class FromPolicy:
             raise UserError(f"online.samples_per_prompt=1: {loss.name} compares samples of one prompt: 2 or more")
         self.splits: list[tuple[str, Split]] = []
         self.unmeasured: frozenset[str] = frozenset()
-        self.labeller = labeller_of(config, RunDir(config.run_dir).path / f"judge.{made.process_index}.jsonl")
+        self.scorer = scorer_of(config, RunDir(config.run_dir).path / f"judge.{made.process_index}.jsonl")
         self.server = server_of(config, tokenizer)
         self.prompts = Prompts(config, tokenizer, loss.inputs.example, max_length)
         refuse_unscorable(config, self.prompts.train)
@@ -130,5 +130,5 @@ class FromPolicy:
         return {"data.train": digest(self.prompts.train), "data.eval": digest(self.prompts.exam) if self.prompts.exam else None}
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
-        source = Live(run, self.prompts, self.labeller, self.server, skeleton)
+        source = Live(run, self.prompts, self.scorer, self.server, skeleton)
         return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.exam else None)

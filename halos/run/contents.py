@@ -82,16 +82,16 @@ def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | No
 
 def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
     """What scores a live loop's samples."""
-    keys = ("online.labeller.model", "online.labeller.rubric", "online.labeller.functions")
+    keys = ("online.scorer.model", "online.scorer.rubric", "online.scorer.functions")
     found: dict[str, str | None] = dict.fromkeys(keys)
-    labeller = config.online.labeller if config.online is not None else None
-    if labeller is not None and labeller.name == "function":
-        codes = {part.path: code_of(part.path) for part in parts_of(labeller.functions, config.plugins)}
-        found["online.labeller.functions"] = _of(codes) if any(codes.values()) else None
-    if labeller is not None and labeller.name == "reward_model" and labeller.model is not None:
-        found["online.labeller.model"] = lineage.identity(locate(labeller.model, None, cache), cache)
-    if labeller is not None and labeller.rubric is not None:
-        found["online.labeller.rubric"] = file_hash(Path(labeller.rubric))
+    scorer = config.online.scorer if config.online is not None else None
+    if scorer is not None and scorer.name == "function":
+        codes = {part.path: code_of(part.path) for part in parts_of(scorer.functions, config.plugins)}
+        found["online.scorer.functions"] = _of(codes) if any(codes.values()) else None
+    if scorer is not None and scorer.name == "reward_model" and scorer.model is not None:
+        found["online.scorer.model"] = lineage.identity(locate(scorer.model, None, cache), cache)
+    if scorer is not None and scorer.rubric is not None:
+        found["online.scorer.rubric"] = file_hash(Path(scorer.rubric))
     return found
 
 

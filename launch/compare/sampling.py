@@ -80,9 +80,9 @@ def scoring(place: Path, arguments: argparse.Namespace) -> None:
                 for n, row in zip(range(arguments.scores), arithmetic.rows("eval"), strict=False)]  # fmt: skip
         rates = {}
         for size in (16, 1):
-            labeller = RewardModel(Path(directory), label=None, batch_size=size, max_length=None, quiet=True)
-            list(labeller.score(rows[:4]))  # loads it
-            spent, _ = seconds(lambda labeller=labeller: len(list(labeller.score(rows))))
+            scorer = RewardModel(Path(directory), label=None, batch_size=size, max_length=None, quiet=True)
+            list(scorer.score(rows[:4]))  # loads it
+            spent, _ = seconds(lambda scorer=scorer: len(list(scorer.score(rows))))
             rates[size] = len(rows) / spent
         print(f"scoring    {rates[16]:.1f} samples/s, one at a time {rates[1]:.1f}; ratio {rates[16] / rates[1]:.2f}")
 

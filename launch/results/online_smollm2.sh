@@ -36,7 +36,7 @@ case "$part" in
       train.eval_every=null optim.lr=2e-4
     # shellcheck disable=SC2086
     go dpo $rounds online.loss=dpo data=gsm8k data.root="$data" "data.eval=[{path: '$data', format: gsm8k, split: 'eval[:32]'}]" \
-      model.name_or_path="$model" online.labeller.name=reward_model online.labeller.model="$root/reward/FINAL" \
+      model.name_or_path="$model" online.scorer.name=reward_model online.scorer.model="$root/reward/FINAL" \
       online.rounds=2 online.prompts_per_round=16 online.samples_per_prompt=4 online.eval_prompts=16 online.kl_samples=16 \
       online.sampler.max_new_tokens=96 train.batch_size=8 train.microbatch_size=4 optim.lr=1e-4
     ;;

@@ -27,15 +27,15 @@ NAMED = {  # by what a saved run says, which key must be typed again
     "sampler.name=vllm sampler.python=/tmp/evil": "online.sampler.python",
     "sampler.name=vllm sampler.python=null sampler.url=http://evil": "online.sampler.url",
     "sampler.name=openai sampler.url=http://evil": "online.sampler.url",
-    "labeller.name=judge labeller.url=http://evil": "online.labeller.url",
+    "scorer.name=judge scorer.url=http://evil": "online.scorer.url",
     "config_file=/tmp/evil.yaml": "online.config_file",
-    "sampler.python=/tmp/idle sampler.url=http://idle labeller.url=http://idle": None,  # of samplers that are not used
+    "sampler.python=/tmp/idle sampler.url=http://idle scorer.url=http://idle": None,  # of samplers that are not used
 }
 
 
 @pytest.fixture
 def online(configure: Callable[..., Config]) -> Callable[[str], Config]:
-    config: Any = configure("loss=online", "online.loss=dpo", "online.labeller.functions=[exact_match]")
+    config: Any = configure("loss=online", "online.loss=dpo", "online.scorer.functions=[exact_match]")
 
     def said(words: str) -> Config:
         for word in words.split():

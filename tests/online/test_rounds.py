@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "loss=online", "model=tiny", "data=arithmetic", "online.rounds=2", "online.prompts_per_round=6",
     "online.samples_per_prompt=3", "online.eval_prompts=4", "online.sampler.max_new_tokens=8", "online.sampler.batch_size=4",
-    "online.kl_samples=4", "online.labeller.functions=[{function: length, target: 3}]", "train.batch_size=6", "optim.lr=1e-3",
+    "online.kl_samples=4", "online.scorer.functions=[{function: length, target: 3}]", "train.batch_size=6", "optim.lr=1e-3",
 ]  # fmt: skip
 
 
@@ -276,8 +276,8 @@ def test_no_answer_of_a_judge_is_paid_for_twice(
     tmp_path: Path, cache: Path, whole: Callable[[str], Walk], server: Callable[[], dict[str, Any]]
 ) -> None:
     """A walk judged by a server that is busy, broken and talks nonsense, killed some times on its way."""
-    judge = ["online.loss=dpo", "online.labeller.name=judge", "online.labeller.model=stub", "online.labeller.functions=[]",
-             f"online.labeller.url={server()['url']}", "online.labeller.concurrency=2"]  # fmt: skip
+    judge = ["online.loss=dpo", "online.scorer.name=judge", "online.scorer.model=stub", "online.scorer.functions=[]",
+             f"online.scorer.url={server()['url']}", "online.scorer.concurrency=2"]  # fmt: skip
     walk = Walk(tmp_path, cache, judge, {"OPENAI_API_KEY": "sk-not-a-key"})
     killed(walk, random.Random(0), [STAGES[0], STAGES[1], STAGES[1], STAGES[2], STAGES[1]], whole("dpo"))
     told = server()
@@ -334,8 +334,8 @@ def test_wrong_words_are_told_before_anything_starts(tmp_path: Path, cache: Path
         (["online.loss=reward"], "online.loss=reward: "),
         (["online.loss=dpo", "online.overrides=[loss.bta=1]"], "loss.bta"),
         (["online.loss=dpo", "online.samples_per_prompt=1"], "learns from pairs"),
-        (["online.loss=dpo", "online.labeller.functions=[exact_macth]"], "did you mean exact_match"),
-        (["online.loss=dpo", "online.labeller.name=judge"], "online.labeller.model is missing"),
+        (["online.loss=dpo", "online.scorer.functions=[exact_macth]"], "did you mean exact_match"),
+        (["online.loss=dpo", "online.scorer.name=judge"], "online.scorer.model is missing"),
         (["online.loss=dpo", "online.sampler.name=vllm"], "online.sampler.python is missing"),
         (["online.loss=dpo", "reference.name_or_path=tiny"], "online.reference"),
         (["online.loss=dpo", "online.rouns=3"], "online.rounds"),
@@ -350,7 +350,7 @@ def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Cal
     text = config.read_text()
     try:
         for change, said in (
-            (("name: function", "name: judge"), "online.labeller.url=http://evil/v1"),
+            (("name: function", "name: judge"), "online.scorer.url=http://evil/v1"),
             (("name: hf", "name: vllm"), "online.sampler.python=/tmp/evil"),
         ):
             evil = text.replace(*change).replace("url: null", "url: http://evil/v1").replace("python: null", "python: /tmp/evil")
@@ -363,7 +363,7 @@ def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Cal
 
 
 def test_scores_that_are_all_equal_leave_nothing_to_learn_and_nothing_is_lost(tmp_path: Path, cache: Path) -> None:
-    process = Walk(tmp_path, cache, ["online.loss=dpo", "online.labeller.functions=[exact_match]"]).start()
+    process = Walk(tmp_path, cache, ["online.loss=dpo", "online.scorer.functions=[exact_match]"]).start()
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 2, said
     assert "Traceback" not in said
@@ -470,8 +470,8 @@ def test_hooks_of_a_walk_remember_the_rounds_that_are_done_and_no_other(tmp_path
     config = SimpleNamespace(
         resume=str(directory.path), exp_name="walk", hooks={}, plugins=[], cache_dir="", run_dir=str(tmp_path)
     )
-    labeller = SimpleNamespace(name="function")
-    online = SimpleNamespace(rounds=4, prompts_per_round=1, eval_prompts=0, keep_rounds=None, labeller=labeller)
+    scorer = SimpleNamespace(name="function")
+    online = SimpleNamespace(rounds=4, prompts_per_round=1, eval_prompts=0, keep_rounds=None, scorer=scorer)
     plan: Any = SimpleNamespace(
         config=config, directory=directory, online=online, settings={}, words=[], prompts=[1], exam=[], kind="",
         loss=SimpleNamespace(name="dpo"),

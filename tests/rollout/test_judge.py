@@ -88,7 +88,7 @@ def test_a_cap_ends_it_and_nothing_paid_is_lost(
     cap: dict[str, Any], words: str, most: int, stub: Callable[..., Stub], tmp_path: Path
 ) -> None:
     server = stub(trouble=False, slow=0.01)
-    with pytest.raises(UserError, match=f"the cap online.labeller.{words} is reached"):
+    with pytest.raises(UserError, match=f"the cap online.scorer.{words} is reached"):
         list(judge(server, tmp_path, **cap).score(samples(40)))
     assert 5 <= sum(server.paid.values()) <= most
     assert len(list(judge(server, tmp_path).score(samples(40)))) == 40

@@ -48,8 +48,8 @@ def one_at_a_time(place: Path, rows: list[dict[str, Any]], label: int) -> list[f
 @pytest.mark.parametrize(("place", "label"), [(1, None), (2, 1)], indirect=["place"], ids=["one label", "HALOs' two"])
 def test_batches_give_what_each_alone_would(place: Path, label: int | None) -> None:
     rows = samples()
-    labeller = RewardModel(place, label=label, batch_size=4, max_length=None, quiet=True)
-    found = {row["prompt_id"]: score.value for row, score in labeller.score(rows)}
+    scorer = RewardModel(place, label=label, batch_size=4, max_length=None, quiet=True)
+    found = {row["prompt_id"]: score.value for row, score in scorer.score(rows)}
     assert [found[row["prompt_id"]] for row in rows] == pytest.approx(one_at_a_time(place, rows, label or 0), abs=1e-4)
 
 
@@ -64,8 +64,8 @@ def test_which_of_several_labels_counts_must_be_said(place: Path) -> None:
 @pytest.mark.parametrize("place", [1], indirect=True)
 def test_what_is_too_long_has_no_score(place: Path) -> None:
     rows = samples()
-    labeller = RewardModel(place, label=None, batch_size=4, max_length=40, quiet=True)
-    found = {row["prompt_id"]: score for row, score in labeller.score(rows)}
+    scorer = RewardModel(place, label=None, batch_size=4, max_length=40, quiet=True)
+    found = {row["prompt_id"]: score for row, score in scorer.score(rows)}
     assert len(found) == len(rows)
     long = [score for score in found.values() if score.value is None]
     assert 0 < len(long) < len(rows)

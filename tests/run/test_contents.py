@@ -39,8 +39,8 @@ def test_each_hash_is_of_what_its_key_names_and_of_nothing_else(world: World, tm
     (tmp_path / "rubric.md").write_text("Prefer the shorter.")
     config: Any = compose(world.cache, tmp_path, *world.words("x"))
     config.peft.name, config.peft.init_from = "lora", str(adapter)
-    labeller = SimpleNamespace(name="reward_model", model=str(scorer), rubric=str(tmp_path / "rubric.md"))
-    config.online = SimpleNamespace(labeller=labeller)
+    model = SimpleNamespace(name="reward_model", model=str(scorer), rubric=str(tmp_path / "rubric.md"))
+    config.online = SimpleNamespace(scorer=model)
 
     def read(*added: str) -> Mapping[str, str | None]:
         tokenizer, _ = load_tokenizer(base, add_tokens=[*added])
@@ -55,8 +55,8 @@ def test_each_hash_is_of_what_its_key_names_and_of_nothing_else(world: World, tm
     changes = {
         base / "model.safetensors": "model.weights", reference / "model.safetensors": "reference.weights",
         base / "generation_config.json": "model.generation_config.json", base / "tokenizer_config.json": "model.tokenizer",
-        reference / "config.json": "reference.config.json", scorer / "model.safetensors": "online.labeller.model",
-        adapter / "adapter_model.safetensors": "peft.init_from", tmp_path / "rubric.md": "online.labeller.rubric",
+        reference / "config.json": "reference.config.json", scorer / "model.safetensors": "online.scorer.model",
+        adapter / "adapter_model.safetensors": "peft.init_from", tmp_path / "rubric.md": "online.scorer.rubric",
     }  # fmt: skip
     assert differing() == set()
     assert differing("<|new|>") == {"model.tokenizer"}
@@ -131,12 +131,12 @@ def forget() -> None:
 
 
 def test_code_of_the_users_own_is_what_it_uses_of_its_package(package: Path) -> None:
-    labeller = SimpleNamespace(name="function", functions=["ownloss.hinge.brief"], model=None, rubric=None)
-    config: Any = SimpleNamespace(online=SimpleNamespace(labeller=labeller), plugins=["ownloss"])
+    scorer = SimpleNamespace(name="function", functions=["ownloss.hinge.brief"], model=None, rubric=None)
+    config: Any = SimpleNamespace(online=SimpleNamespace(scorer=scorer), plugins=["ownloss"])
 
     def read() -> tuple[str | None, str | None]:
         forget()
-        reward = contents._scorer(config, package)["online.labeller.functions"]
+        reward = contents._scorer(config, package)["online.scorer.functions"]
         return reward, code_of("ownloss.hinge.hinge")
 
     before = read()

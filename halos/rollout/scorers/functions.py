@@ -45,7 +45,7 @@ def parts_of(entries: Sequence[Any], plugins: Sequence[str]) -> list[Part]:
     Raises UserError for what is no such function, or lies in a package that was not typed as a plugin.
     """
     if not entries:
-        raise UserError("online.labeller.functions is []: name one, such as [exact_match]")
+        raise UserError("online.scorer.functions is []: name one, such as [exact_match]")
     admit(plugins)
     return [_part(entry, plugins) for entry in entries]
 

@@ -60,9 +60,9 @@ class Judge:
         try:
             self.rubric = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"online.labeller.rubric={path} cannot be read: {error}") from error
+            raise UserError(f"online.scorer.rubric={path} cannot be read: {error}") from error
         if missing := [place for place in places if "{" + place + "}" not in self.rubric]:
-            raise UserError(f"online.labeller.rubric={path} has no {{{missing[0]}}}, where that is to be put")
+            raise UserError(f"online.scorer.rubric={path} has no {{{missing[0]}}}, where that is to be put")
         refuse_without("a judge")
         self.kept: dict[str, Answer] = {}
         self.asked = 0  # requests that this and earlier starts have sent
@@ -149,9 +149,9 @@ class Judge:
     def _within_budget(self) -> None:
         most, dollars = self.settings.max_requests, self.settings.max_cost
         if most is not None and self.asked >= most:
-            raise OverBudgetError(f"the cap online.labeller.max_requests={most} is reached")
+            raise OverBudgetError(f"the cap online.scorer.max_requests={most} is reached")
         if dollars is not None and self.spent >= dollars:
-            raise OverBudgetError(f"the cap online.labeller.max_cost={dollars:g} is reached, {self.spent:.4f} dollars")
+            raise OverBudgetError(f"the cap online.scorer.max_cost={dollars:g} is reached, {self.spent:.4f} dollars")
 
     async def _ask(self, client: Any, asked: tuple[str, str]) -> str:
         """Keep the answer to a text under its key."""

@@ -1,4 +1,4 @@
-"""The labeller that a configuration names, and whether it can score what the data has."""
+"""The scorer that a configuration names, and whether it can score what the data has."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from halos.rollout.servers import refuse_silent
 from halos.rollout.types import Row
 
 
-def labeller_of(config: Config, cache: Path) -> Labeller:
+def scorer_of(config: Config, cache: Path) -> Labeller:
     """For a live loop, which needs scores; a judge's answers are kept in `cache`. Raises UserError for what cannot score."""
     assert config.online is not None
-    given = config.online.labeller
+    given = config.online.scorer
     if given.name == "function":
         parts = parts_of(given.functions, config.plugins)
         return Functions(parts, processes=given.processes, timeout=given.timeout, plugins=config.plugins)
     if given.model is None:
-        raise UserError("online.labeller.model is missing: the reward model's directory, or the judge's name at its API")
+        raise UserError("online.scorer.model is missing: the reward model's directory, or the judge's name at its API")
     if given.name == "reward_model":
         return reward_model_of(config)
     if given.pairwise:
-        raise UserError("online.labeller.pairwise is of rounds: a live loop needs scores")
+        raise UserError("online.scorer.pairwise is of rounds: a live loop needs scores")
     return judge_of(config, cache)
 
 
@@ -37,8 +37,8 @@ def reward_model_of(config: Config) -> Labeller:
     from halos.rollout.scorers.reward_model import RewardModel
 
     assert config.online is not None
-    given = config.online.labeller
-    place = locate(str(given.model), None, expanded(config.cache_dir), key="online.labeller.model")
+    given = config.online.scorer
+    place = locate(str(given.model), None, expanded(config.cache_dir), key="online.scorer.model")
     return RewardModel(place, label=given.label, batch_size=given.batch_size, max_length=None, quiet=True)
 
 
@@ -46,21 +46,21 @@ def judge_of(config: Config, cache: Path) -> Any:
     from halos.rollout.scorers.judge import Judge, Settings
 
     assert config.online is not None
-    given = config.online.labeller
+    given = config.online.scorer
     settings = Settings(
         model=str(given.model), url=given.url, rubric=Path(given.rubric) if given.rubric else None, concurrency=given.concurrency,
         max_requests=given.max_requests, max_cost=given.max_cost, price_in=given.price_in, price_out=given.price_out, cache=cache,
     )  # fmt: skip
     judge = Judge(settings, pairwise=given.pairwise)
     if given.url is not None:
-        refuse_silent(given.url, "online.labeller.url")
+        refuse_silent(given.url, "online.scorer.url")
     return judge
 
 
 def refuse_unscorable(config: Config, prompts: Sequence[Row]) -> None:
     """Raises UserError where a function asks for a column that no prompt has: tried on a made-up answer to the first one."""
     assert config.online is not None
-    given = config.online.labeller
+    given = config.online.scorer
     if given.name != "function":
         return
     for part in parts_of(given.functions, config.plugins):
@@ -69,7 +69,7 @@ def refuse_unscorable(config: Config, prompts: Sequence[Row]) -> None:
             if any(row.get(column) is not None for row in prompts):
                 continue
             raise UserError(
-                f"online.labeller.functions: {part.path.removeprefix(f'{OWN}.')} needs {_named(column)}, and none of the"
+                f"online.scorer.functions: {part.path.removeprefix(f'{OWN}.')} needs {_named(column)}, and none of the"
                 f" {len(prompts)} prompts of data.train has one"
             )
 

@@ -46,9 +46,9 @@ class RewardModel:
             raise UserError(f"{place} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}")
         labels = int(config.num_labels or 1)
         if labels > 1 and label is None:
-            raise UserError(f"{place} has {labels} labels: say which one is the reward, online.labeller.label=1 for HALOs'")
+            raise UserError(f"{place} has {labels} labels: say which one is the reward, online.scorer.label=1 for HALOs'")
         if label is not None and label >= labels:
-            raise UserError(f"online.labeller.label={label}, but {place} has {labels} labels, counted from 0")
+            raise UserError(f"online.scorer.label={label}, but {place} has {labels} labels, counted from 0")
         self.place, self.label, self.batch_size, self.quiet = place, label or 0, batch_size, quiet
         self._loaded: Any = None
         self.tokenizer, _ = load_tokenizer(place, add_tokens=[])
