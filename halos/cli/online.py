@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
+from halos.cli.resume import last_settings, younger_keys
 from halos.config import gate
 from halos.config.changes import Change
 from halos.config.overrides import check_choices, no_inner_loss
@@ -87,7 +87,11 @@ def rounds(config: Config, typed: Sequence[str], changed: Sequence[Change], tree
     overrides = inner_overrides(typed, config)
     if config.resume:
         since = [word for word in overrides[1:] if word not in config.online.overrides]
-        overrides = [*driver.stored_words(Path(config.run_dir)), *since]
+        run_dir = RunDir(config.run_dir)
+        overrides = [*driver.stored_words(run_dir.path), *since]
+        old = younger_keys(run_dir, last_settings(run_dir), overrides)
+        # of their adapter and its reference the rounds say themselves what each trains with
+        overrides += [f"{key}={value}" for key, value in old.items() if key.startswith("train.")]
     training = of_rounds(config, overrides, tree)
     status = driver.run(config, training, overrides, typed, changed, partial(Outline, training))
     if not config.dry_run and RunDir(config.run_dir).read_metrics():

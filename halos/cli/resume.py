@@ -6,20 +6,21 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from halos.cli.compose import ConfigTree, keys, plain, set_values
 from halos.cli.overrides import repeatable
 from halos.config import changes, gate, saved
 from halos.config.changes import Change, Past
 from halos.config.overrides import Choices, Typed, settle
-from halos.config.schema import Config
+from halos.config.schema import SAFE, Config
 from halos.config.secrets import refuse_saved_addresses
 from halos.distributed.environment import number_of
 from halos.errors import UserError, printable
 from halos.rundir import RunDir, is_run, step_of
 
 AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
+ONLINE = "online"  # the workflow, whose section of the configuration no other run has
 CHOSEN_AGAIN = ("logging", "checkpoint")  # groups that change no step of a run
 
 
@@ -45,12 +46,11 @@ def resumed(path: str, typed: Sequence[Typed], tree: ConfigTree) -> tuple[Config
     for one in typed:
         _refuse_another_run(one, settings, run_dir, tree.choices)
     composed = saved.composed(settings, str(run_dir.path), path)
+    _add_younger_keys(composed, tree)
     _choose_again(composed, [one for one in typed if one.chooses(tree.choices)], tree)
     values = [repeatable(one) for one in typed if not one.chooses(tree.choices)]
     set_values(composed, settle(values, tree.choices, keys(composed)))
-    whole = plain(composed)
-    wanted = [key for key in changes.ON_RESUME if not key.startswith("online.") or whole.get("online") is not None]
-    if missing := [key for key in wanted if not changes.present(whole, key)]:
+    if missing := _missing(plain(composed)):
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
     config = gate.check(composed, [one.text for one in typed], tree.choices)
     _note_cache(settings, config)
@@ -58,9 +58,9 @@ def resumed(path: str, typed: Sequence[Typed], tree: ConfigTree) -> tuple[Config
     return config, _changes(config, run_dir, settings, step_of(source) if source else None)
 
 
-def take_up(config: Config) -> list[Change]:
-    """Have `config` go on with the run of its name where that was begun already; what has changed since. Raises UserError
-    where a change would alter what it computes."""
+def take_up(config: Config, typed: Sequence[str]) -> list[Change]:
+    """Have `config`, for which `typed` was typed, go on with the run of its name where that was begun already; what has changed
+    since. Raises UserError where a change would alter what it computes."""
     run_dir, config.resume = RunDir(config.run_dir), None
     if is_run(run_dir.path) and config.overwrite and run_dir.is_finished():
         print(f"overwrite=true: {run_dir.path}, which is finished, is deleted and begun anew", file=sys.stderr)
@@ -69,7 +69,18 @@ def take_up(config: Config) -> list[Change]:
         return []
     run_dir.open()
     config.resume, config.overwrite = str(run_dir.path), False
-    return _changes(config, run_dir, last_settings(run_dir), next(iter(run_dir.saves()), None))
+    settings = last_settings(run_dir)
+    for key, value in younger_keys(run_dir, settings, typed).items():
+        section, name = key.split(".")
+        setattr(getattr(config, section), name, value)
+    return _changes(config, run_dir, settings, next(iter(run_dir.saves()), None))
+
+
+def younger_keys(run_dir: RunDir, settings: dict[str, Any], typed: Sequence[str]) -> dict[str, Any]:
+    """What decides a step and is younger than the run, as that went without it, where nothing else was typed."""
+    keys = {word.lstrip("+~").partition("=")[0] for word in typed}
+    found = saved.younger(run_dir.read_config(), str(run_dir.path))
+    return {key: changes.at(settings, key) for key in found if key not in keys}
 
 
 def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> list[Change]:
@@ -118,6 +129,23 @@ def _refuse_another_run(one: Typed, settings: dict[str, Any], run_dir: RunDir, c
             f"{one.text}: resume= goes on in {run_dir.path}; for a new run from its model leave out resume= and type"
             f" model.name_or_path={run_dir.final}"
         )
+
+
+def _missing(whole: dict[str, Any]) -> list[str]:
+    """Keys that a saved configuration is too old to have."""
+    wanted = [key for key in changes.ON_RESUME if not key.startswith("online.") or whole.get("online") is not None]
+    return [key for key in wanted if not changes.present(whole, key)]
+
+
+def _add_younger_keys(composed: DictConfig, tree: ConfigTree) -> None:
+    """What changes no step is as config/ has it now; of what does, saved.BEFORE says how older runs went without it."""
+    whole = plain(composed)
+    safe = [key for key in _missing(whole) if changes.ON_RESUME[key] == SAFE]
+    if not safe:
+        return
+    fresh = plain(tree.compose([f"loss={ONLINE}"] if whole.get(ONLINE) is not None else []))
+    for key in safe:
+        OmegaConf.update(composed, key, changes.at(fresh, key), force_add=True)
 
 
 def _choose_again(composed: DictConfig, typed: Sequence[Typed], tree: ConfigTree) -> None:

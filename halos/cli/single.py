@@ -21,7 +21,7 @@ def begin(typed: Sequence[Typed], tree: ConfigTree) -> Result:
     config = gate.check(composed, overrides, tree.choices)
     if is_live(config):
         config = online.live(config, overrides, tree)
-    changed = take_up(config) if config.resume == AUTO else []
+    changed = take_up(config, overrides) if config.resume == AUTO else []
     return _ended(config, run(config, overrides, changed, tree))
 
 

@@ -90,7 +90,7 @@ def job(composed: DictConfig) -> float | None:
         config = gate.check(composed, typed, tree.choices)
         if single.is_live(config):
             config = online.live(config, typed, tree)
-        changed = take_up(config) if multirun or config.resume == AUTO else []
+        changed = take_up(config, typed) if multirun or config.resume == AUTO else []
         status = single.run(config, typed, changed, tree)
     except UserError as error:
         if not multirun:
@@ -146,7 +146,7 @@ def _rehearse(jobs: Sequence[tuple[Config, list[str]]], settled: Sequence[Typed]
             config.run_dir = f"{config.run_dir}/{job_name(typed, shared)}"
         try:
             trained = online.live(config, typed, tree) if single.is_live(config) else config
-            status = single.run(trained, typed, take_up(trained), tree)
+            status = single.run(trained, typed, take_up(trained, typed), tree)
         except UserError as error:
             raise UserError(f"{error} (in the job {told})") from error
         if status:

@@ -40,6 +40,10 @@ class Change:
     def __str__(self) -> str:
         return f"{self.key} {show(self.old)} -> {show(self.new)}"
 
+    @property
+    def explained(self) -> str:
+        return f"{self} ({self.why})" if self.why else str(self)
+
 
 def _length(config: Config, past: Past) -> str | None:
     """More or fewer steps are free where the rate of every step to come is what it would have been."""
@@ -122,7 +126,7 @@ def compare(config: Config, past: Past) -> list[Change]:
 
 def refuse(changes: Sequence[Change], path: Path) -> None:
     """Raises UserError, with all of them in one message, where changes would silently alter what a run computes."""
-    told = [f"{change}{f' ({change.why})' if change.why else ''}" for change in changes if change.why is not None]
+    told = [change.explained for change in changes if change.why is not None]
     if told:
         raise UserError(
             f"{path} would no longer compute what it began: {'; '.join(told)}. Leave that out, or put it back; or add"

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from halos.config import renamed
+from halos.config import arithmetic, renamed
 from halos.config.changes import Change
 from halos.hashes import short
 
@@ -58,6 +58,8 @@ def compare(before: Content, now: Content, places: Mapping[str, str]) -> list[Ch
     """What is no longer what it was. What was not recorded is not compared. `places` say where it lies now."""
     found = []
     for key, value in now.hashes.items():
+        if key == arithmetic.KEY:
+            continue  # which runs a change of it concerns is known there
         purpose = key.removeprefix("data.")
         if key not in before.hashes and key.startswith("data.") and before.sources:
             found += _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, []))

@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,10 @@ from halos.config.values import to_type
 from halos.confined import parse_yaml
 from halos.errors import UserError, words_of
 
-BEFORE = {("reference", "adapter"): "off"}  # keys that are younger than a run, as it went without them
+# Keys that are younger than a run and decide what a step computes, as it went without them
+BEFORE: dict[tuple[str, str], Any] = {
+    ("reference", "adapter"): "off", ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
+}  # fmt: skip
 
 
 def dump(config: Config) -> str:
@@ -42,7 +46,7 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     settings = renamed.moved(settings)
     for (section, name), value in BEFORE.items():
         if isinstance(settings.get(section), dict):
-            settings[section].setdefault(name, value)
+            settings[section].setdefault(name, copy(value))
     for name, record in attempts.items():
         changed = _parsed(record, f"{run_dir}/attempts/{name}").get("changed") or {}
         try:
@@ -54,6 +58,12 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     except OmegaConfBaseException as error:
         raise UserError(f"{run_dir}/config.yaml does not fit this version: {_told(error)}") from error
     return settings
+
+
+def younger(text: str, run_dir: str) -> list[str]:
+    """Keys of BEFORE that a run's config.yaml is too old to have."""
+    settings = _parsed(text, f"{run_dir}/config.yaml")
+    return [f"{section}.{name}" for section, name in BEFORE if name not in (settings.get(section) or {})]
 
 
 def changed(record: str) -> Mapping[str, Any]:

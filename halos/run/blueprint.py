@@ -11,6 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint import received
+from halos.config import saved
+from halos.config.arithmetic import Computed
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.changes import Change
 from halos.config.content import Content
@@ -113,12 +115,12 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
     blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
     agree(made, "hooks", ", ".join(hooks), complaint(hooks.values(), blueprint))
-    content, changed = stand_on(config, directory, structure, rows, made)
+    content, changed = stand_on(config, loss, structure, rows, made)
     return Prepared(config, loss, directory, structure, strategy, rows, checkpoint, hooks, blueprint, content, changed)
 
 
 def stand_on(
-    config: Config, directory: RunDir, structure: Structure, rows: Feed, made: Accelerator
+    config: Config, loss: LossSpec, structure: Structure, rows: Feed, made: Accelerator
 ) -> tuple[Content | None, Sequence[Change]]:
     """What the run stands on, by content, and what of it has changed. Raises UserError for a change that was not allowed."""
     content, changed, problem = None, list[Change](), None
@@ -127,11 +129,22 @@ def stand_on(
             base, named = structure.shelf.base, structure.named
             refuse_other_start(config, base, structure.tokenizer)
             content = contents.read(config, structure.tokenizer, rows.contents(), base=base, reference=named)
-            changed = contents.changed(config, directory, content) if config.resume else []
+            changed = contents.changed(config, computed(config, loss, structure), content) if config.resume else []
         except UserError as error:
             problem = str(error)
     agree(made, "content", "", problem)
     return content, changed
+
+
+def computed(config: Config, loss: LossSpec, structure: Structure) -> Computed:
+    """What decides which changes of the arithmetic concern a run."""
+    plan, shelf, directory = structure.verdict.plan, structure.shelf, RunDir(config.run_dir)
+    before = saved.load(directory.read_config(), directory.read_attempts(), str(directory.path)) if config.resume else {}
+    half = shelf.made.mixed_precision != "no" or shelf.dtype is not torch.float32
+    return Computed(
+        config, before, bare(structure.model).config.get_text_config().to_dict(), half=half, reads=loss.inputs.head,
+        refers=loss.needs_reference, packed=plan.is_packed, head=plan.head,
+    )  # fmt: skip
 
 
 def refuse_damaged(config: Config, base: Path, made: Accelerator) -> None:

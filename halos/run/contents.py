@@ -11,7 +11,8 @@ from transformers import PreTrainedTokenizerBase
 
 from halos import confined
 from halos.checkpoint import find, lineage, manifest
-from halos.config import changes, saved
+from halos.config import arithmetic, changes, saved
+from halos.config.arithmetic import Computed
 from halos.config.changes import Change
 from halos.config.content import Content, compare
 from halos.config.plugins import code_of
@@ -24,7 +25,6 @@ from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
-ARITHMETIC = 1  # goes up with a change to this code after which a step of a run that has begun would be another step
 UNREAD = ("transformers_version", "_name_or_path")  # of a config.json: nothing is computed from them
 
 
@@ -39,7 +39,7 @@ def read(
     """`rows` are the hashes of the data as it is trained on; `base` and `reference` the directories of their weights."""
     cache = Path(config.cache_dir)
     hashes: dict[str, str | None] = {
-        "arithmetic": str(ARITHMETIC),
+        arithmetic.KEY: str(arithmetic.NUMBER),
         **rows,
         "model.chat_template": _of(tokenizer.chat_template),
         "model.tokenizer": _tokenizer(base, tokenizer, cache),
@@ -100,9 +100,29 @@ def _source(entry: Any, purpose: str) -> dict[str, Any]:
     return {**{key: value for key, value in source.items() if value is not None}, "hash": content_hash(entry, purpose)}
 
 
-def changed(config: Config, directory: RunDir, now: Content) -> list[Change]:
-    """What has become another thing since the run last started. Raises UserError unless resume_changes=allow."""
+def changed(config: Config, computed: Computed, now: Content) -> list[Change]:
+    """What has become another thing since the run last started, the arithmetic of its steps included. Raises UserError unless
+    resume_changes=allow."""
+    directory = RunDir(config.run_dir)
     before = recorded(directory)
+    since = _computed_with(directory, before)
+    found = [*_other_content(config, before, now), *arithmetic.changes(since, computed)]
+    if config.resume_changes == "refuse":
+        changes.refuse(found, directory.path)
+    for line in arithmetic.notes(since, computed):
+        log.info("other than where the run began: %s", line)
+    return found
+
+
+def _computed_with(directory: RunDir, before: Content | None) -> int:
+    """The number of the arithmetic of a run, by its newest start, else by its newest save."""
+    if before is not None and arithmetic.KEY in before.hashes:
+        return arithmetic.number_in(before.hashes)
+    saves = (manifest.read(path) for path in reversed(find.checkpoints(directory.checkpoints)))
+    return next((arithmetic.number_in(listing) for listing in saves if isinstance(listing, dict)), 0)
+
+
+def _other_content(config: Config, before: Content | None, now: Content) -> list[Change]:
     if before is None:
         log.info("an older version began this run and recorded no contents: only names are compared, from now on contents too")
         return []
@@ -111,10 +131,7 @@ def changed(config: Config, directory: RunDir, now: Content) -> list[Change]:
               "optim": config.optim.init_from,
               "model.chat_template": template if template is None or "{" not in template else "as typed",
               "loss._target_": config.loss["_target_"]}  # fmt: skip
-    found = compare(before, now, {key: place for key, place in places.items() if place is not None})
-    if config.resume_changes == "refuse":
-        changes.refuse(found, directory.path)
-    return found
+    return compare(before, now, {key: place for key, place in places.items() if place is not None})
 
 
 def recorded(directory: RunDir) -> Content | None:

@@ -13,7 +13,7 @@ from halos.config.schema import Config
 from halos.errors import UserError
 from halos.hooks.base import Hook, Watched
 from halos.run import contents, header
-from halos.run.blueprint import Driver, complaint, draw, hooks_of, locate_base, structure_of
+from halos.run.blueprint import Driver, complaint, computed, draw, hooks_of, locate_base, structure_of
 from halos.run.datasets import learns_from_single
 from halos.run.shown import visible
 from halos.rundir import RunDir
@@ -50,7 +50,8 @@ class Outline:
 
     def changed(self, whole: Config, directory: RunDir, now: Content) -> Sequence[Change]:
         """What of it has changed since they last started. Raises UserError for what was not allowed."""
-        return contents.changed(self._own(whole), directory, now)
+        own = replace(self._own(whole), run_dir=str(directory.path))
+        return contents.changed(own, computed(own, self.loss, self.structure), now)
 
     def _own(self, whole: Config) -> Config:
         """The training's configuration with the prompts and scorer of the workflow."""

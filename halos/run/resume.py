@@ -137,5 +137,5 @@ def _not_known_to_be_good(directory: RunDir, step: int) -> str:
 def _tell_changes(changed: Sequence[Change], step: int) -> None:
     if safe := [str(change) for change in changed if change.why is None]:
         log.info("changed: %s", ", ".join(safe))
-    if others := [str(change) for change in changed if change.why is not None]:
+    if others := [change.explained for change in changed if change.why is not None]:
         log.warning("CHANGED WHAT THE RUN COMPUTES, from step %d on: %s", step, ", ".join(others))

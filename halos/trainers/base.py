@@ -21,6 +21,7 @@ from tqdm import tqdm
 from halos.checkpoint import find
 from halos.checkpoint.commit import DiskFullError, Gather, staged
 from halos.checkpoint.saving import Saving
+from halos.config import arithmetic
 from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatch, pack
 from halos.data.dataset import Dataset, Item
@@ -232,7 +233,7 @@ class Trainer(ABC):
         apart = self.checkpoint.async_save and not final
         gather = self._gather(apart=apart)
         target = run.directory.final if final else run.directory.checkpoints / find.name_of(run.step)
-        facts = {"step": run.step, "world_size": run.accelerator.num_processes}
+        facts = {"step": run.step, "world_size": run.accelerator.num_processes, arithmetic.KEY: arithmetic.NUMBER}
         self._saving = Saving(target, run.step, final=final)
         parts = [partial(hook.on_save, run, final=final) for hook in run.hooks.values()]
         self._saving.begin(staged(target, main=run.main, gather=gather, facts=facts), parts, gather)

@@ -1,0 +1,108 @@
+"""Which changes of the arithmetic stand between a run and this version, and which of them concern it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from halos.config import arithmetic
+from halos.config.arithmetic import HISTORY, NUMBER, Computed, Revision
+
+
+def computed(**other: Any) -> Computed:
+    """A small language model that is trained whole in float32."""
+    config: Any = SimpleNamespace(
+        peft=SimpleNamespace(name="none", bias="none"), train=SimpleNamespace(microbatch_size=4, max_length=512), online=None,
+        loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True},
+    )  # fmt: skip
+    known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
+    return Computed(config, **{**known, "head": "layer", **other})
+
+
+def why(now: Computed, since: int = 0) -> str:
+    return "; ".join(str(change.why) for change in arithmetic.changes(since, now))
+
+
+@pytest.fixture
+def history(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        Revision(1, "2026-01-01", "one", lambda now: True),
+        Revision(2, "2026-02-02", "two", lambda now: now.half),
+        Revision(3, "2026-03-03", "three", lambda now: True),
+        Revision(3, "2026-03-03", "accuracy", lambda now: True, of="metrics"),
+    )
+    monkeypatch.setattr(arithmetic, "HISTORY", lines)
+    monkeypatch.setattr(arithmetic, "NUMBER", 3)
+
+
+@pytest.mark.usefixtures("history")
+def test_every_change_between_that_concerns_a_run_is_named_and_no_other() -> None:
+    assert why(computed()) == "since 2026-01-01 one; since 2026-03-03 three"
+    assert why(computed(half=True), 1) == "since 2026-02-02 two; since 2026-03-03 three"
+    assert why(computed(), 2) == "since 2026-03-03 three"
+    assert why(computed(), 3) == ""
+    [change] = arithmetic.changes(1, computed())
+    assert str(change) == "arithmetic 1 -> 3"
+    assert arithmetic.notes(2, computed()) == ["metrics: since 2026-03-03 accuracy"]
+    assert arithmetic.notes(3, computed()) == []
+
+
+@pytest.mark.usefixtures("history")
+def test_what_a_newer_version_computed_is_not_gone_on_with() -> None:
+    assert "a newer version" in why(computed(), 4)
+
+
+def test_a_record_without_a_number_is_older_than_all() -> None:
+    assert [arithmetic.number_in(record) for record in (None, {}, {"arithmetic": None}, {"arithmetic": "-1"})] == [0, 0, 0, 0]
+    assert arithmetic.number_in({"arithmetic": "2"}) == arithmetic.number_in({"arithmetic": 2}) == 2
+
+
+def test_numbers_rise_and_none_is_left_out() -> None:
+    numbers = [revision.number for revision in HISTORY]
+    assert numbers == sorted(numbers)
+    assert set(numbers) == set(range(1, NUMBER + 1))
+
+
+HEAD, PACKED, OWN, BIASES, PROMPTS = "summed in float32", "not packed", "own head", "trained biases", "name of its file"
+
+
+@pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        (computed(), None),
+        (computed(model={"vocab_size": 50_000}), HEAD),  # 4,096 rows at most, of 671 in a chunk
+        (computed(half=True), HEAD),
+        (computed(model={"vocab_size": 350, "final_logit_softcapping": 30.0}), HEAD),
+        (computed(half=True, reads="score"), None),
+        (computed(packed=False), PACKED),
+        (computed(head="own"), OWN),
+        (computed(head="whole", reads="score"), None),
+    ],
+)
+def test_what_changed_before_the_first_number_concerns_whom_it_changed(now: Computed, named: str | None) -> None:
+    if named is None:
+        assert arithmetic.changes(0, now) == []
+    else:
+        assert named in why(now)
+
+
+def test_adapters_and_samples_are_concerned_by_what_they_are_computed_with() -> None:
+    lora = computed(half=True, refers=True)
+    lora.config.peft.name = "lora"
+    assert why(lora) == ""
+    assert [note.partition(":")[0] for note in arithmetic.notes(0, lora)] == ["FINAL"]
+    lora.config.peft.bias = "all"
+    assert BIASES in why(lora)
+    for path, named in (("rows.jsonl", False), ("data/rows.jsonl", True), ({"path": "org/rows"}, True)):
+        rounds = computed(before={"data": {"train": [path], "eval": []}})
+        assert why(rounds) == ""
+        rounds.config.online = SimpleNamespace()  # type: ignore[assignment]
+        assert (PROMPTS in why(rounds)) is named
+
+
+def test_metrics_that_read_otherwise_are_noted_and_refuse_nothing() -> None:
+    pairs = computed()
+    pairs.config.loss["_target_"] = "halos.losses.dpo.dpo"
+    assert (arithmetic.changes(0, pairs), len(arithmetic.notes(0, pairs))) == ([], 1)
