@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
-from halos.config.schema import Config
+from halos.config.schema import Config, Sampler
 from halos.errors import UserError
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
@@ -143,11 +143,18 @@ def _online(config: Config, typed: Sequence[str]) -> str | None:
         return "online.rounds and online.steps are two ways of going on: give rounds, or steps for a live loop"
     if online.steps is not None and online.carry_optimizer:
         return "online.carry_optimizer is of rounds; a live loop has one optimizer from beginning to end: leave it out"
-    if online.sampler.name == "openai" and online.sampler.url is None:
-        return "online.sampler.url is missing: the sampler openai needs one, such as http://localhost:8000/v1"
-    if online.sampler.name == "vllm" and online.sampler.url is None and online.sampler.python is None:
+    if online.sampler.temperature == 0:
+        return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
+    return sampler_complaint(online.sampler, lambda name: f"online.sampler.{name}")
+
+
+def sampler_complaint(sampler: Sampler, spelled: Callable[[str], str]) -> str | None:
+    """What an engine lacks; a key is named as it is `spelled` where it was typed."""
+    if sampler.name == "openai" and sampler.url is None:
+        return f"{spelled('url')} is missing: the sampler openai needs one, such as http://localhost:8000/v1"
+    if sampler.name == "vllm" and sampler.url is None and sampler.python is None:
         return (
-            "online.sampler.python is missing: an interpreter that has vllm (launch/requirements-vllm.txt); or give"
-            " online.sampler.url of a running server"
+            f"{spelled('python')} is missing: an interpreter that has vllm (python -m venv .vllm && .vllm/bin/pip install -r"
+            f" launch/requirements-vllm.txt gives .vllm/bin/python); or give {spelled('url')} of a running server"
         )
     return None

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import (
@@ -20,9 +19,10 @@ from halos.config import renamed
 from halos.config.combinations import refuse_combinations, refuse_for_loss
 from halos.config.paths import check_paths
 from halos.config.plugins import admit
+from halos.config.ranges import check_ranges
 from halos.config.schema import Config
 from halos.config.secrets import refuse_secrets
-from halos.config.suggest import nearest, schema_keys, unknown_key
+from halos.config.suggest import schema_keys, unknown_key
 from halos.config.values import describe, show
 from halos.errors import UserError
 
@@ -40,7 +40,7 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     _refuse_undecided(composed, choices or {})
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
-        _check_ranges(OmegaConf.to_container(merged))
+        check_ranges(OmegaConf.to_container(merged))
         resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -49,7 +49,7 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     if _typed("train.epochs", typed) and not _typed("train.steps", typed):
         config.train.steps = None  # of the two, what was typed counts, not what a model or an experiment came with
     refuse_secrets(resolved)
-    _check_ranges(resolved)
+    check_ranges(resolved)
     refuse_combinations(config, typed)
     admit(config.plugins)
     check_paths(config, choices or {})
@@ -135,42 +135,6 @@ def _refuse_undecided(composed: DictConfig, choices: Choices) -> None:
 
 def _listed(choices: Choices, group: str, besides: str = "") -> str:
     return ", ".join(choice for choice in choices.get(group, ()) if choice != besides) or f"the files in config/{group}"
-
-
-def _check_ranges(node: Any, schema: type = Config, prefix: str = "") -> None:
-    """Every value against the limits in the schema; what is still an interpolation or missing waits for the second look."""
-    hints = get_type_hints(schema)
-    for field in fields(schema):
-        key, value = prefix + field.name, node.get(field.name)
-        section = next((part for part in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(part)), None)
-        if section and isinstance(value, Mapping):
-            _check_ranges(value, section, f"{key}.")
-        elif (limits := field.metadata.get("limits")) and value is not None and not _is_open(value):
-            _check_range(key, value, limits, describe(hints[field.name]))
-
-
-def _is_open(value: Any) -> bool:
-    """An interpolation, or what is missing."""
-    return isinstance(value, str) and ("${" in value or value == "???")
-
-
-def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> None:
-    if "one_of" in limits:
-        if value not in limits["one_of"]:
-            near = nearest(str(value), limits["one_of"])
-            meant = f" (did you mean {near}?)" if near else ""
-            null = " or null" if kind.endswith("null") else ""
-            raise UserError(f"{key} takes {', '.join(limits['one_of'])}{null}, not {show(value)}{meant}")
-        return
-    words = {"above": "above", "least": "at least", "most": "at most"}
-    bounds = " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
-    good = (
-        value > limits.get("above", float("-inf"))  # written so that not-a-number is never good
-        and limits.get("least", float("-inf")) <= value <= limits.get("most", float("inf"))
-        and abs(value) != float("inf")
-    )
-    if not good:
-        raise UserError(f"{key} takes {kind.replace('number', f'number ({bounds})', 1)}, not {show(value)}")
 
 
 def _bind(config: Config) -> None:

@@ -140,7 +140,7 @@ class Objective:
 @dataclass
 class Sampler:
     name: str = key(one_of=("hf", "vllm", "openai"))
-    temperature: float = key(above=0)
+    temperature: float = key(least=0)  # 0: the likeliest token each time, which no training samples with
     top_p: float = key(above=0, most=1)
     top_k: int = key(least=0)
     max_new_tokens: int = key(least=1)
@@ -231,6 +231,11 @@ class Config:
 def key_facts() -> list[tuple[str, Mapping[str, Any]]]:
     """Every key that takes a value, with what the schema's `key` says of it."""
     return list(_facts_of(Config, ""))
+
+
+def mathematics(section: Any) -> dict[str, Any]:
+    """The keys of a section on which what is computed depends, whatever it is resumed from."""
+    return {each.name: getattr(section, each.name) for each in fields(section) if each.metadata["on_resume"] == MATHEMATICS}
 
 
 def path_keys() -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerBase
 from halos.checkpoint.find import checkpoints
 from halos.config.bind import LossSpec
 from halos.config.changes import at
-from halos.config.paths import check_model
 from halos.config.schema import Config, Online, path_keys
 from halos.config.values import quoted
 from halos.data.tokenize import Encoder
@@ -20,9 +19,9 @@ from halos.errors import UserError
 from halos.hooks import kl
 from halos.online.stages import Stages, config_file
 from halos.rollout import feedback
-from halos.rollout.prompts import read_prompts
-from halos.rollout.scorers.of_config import judge_of, refuse_unscorable, reward_model_of
-from halos.rollout.types import Row
+from halos.rollout.prompts import fitting, read_prompts
+from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
+from halos.rollout.types import Prompt
 from halos.rundir import RunDir
 
 
@@ -34,8 +33,8 @@ class Plan:
     inner: Config
     words: list[str]
     loss: LossSpec
-    prompts: list[Row] = field(default_factory=list)
-    exam: list[Row] = field(default_factory=list)  # held-out ones
+    prompts: list[Prompt] = field(default_factory=list)
+    exam: list[Prompt] = field(default_factory=list)  # held-out ones
     max_length: int = 0  # tokens of a row: train.max_length, or the model's positions where they are fewer
 
     def __post_init__(self) -> None:
@@ -97,7 +96,9 @@ class Plan:
     def prepare(self) -> None:
         """Read the prompts. Raises UserError for what could not work, before a stage finds it out."""
         online = self.online
-        self._check_scorer()
+        scorer_of(self.config, Path(os.devnull))
+        if online.scorer.pairwise and (online.scorer.name != "judge" or self.kind != feedback.PAIRWISE):
+            raise UserError("online.scorer.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
         config_file(online) if online.config_file or self.stages.processes > 1 else None
         if online.samples_per_prompt < 2 and self.kind == feedback.PAIRWISE:
             raise UserError(
@@ -120,30 +121,12 @@ class Plan:
         new, encoder = self.online.sampler.max_new_tokens, Encoder(tokenizer, max_length=2**31, truncation="drop")
         self.max_length = max_length
         for start in range(0, len(self.prompts), 256):
-            some = [(tuple(row["prompt"]), str(row["prompt_id"])) for row in self.prompts[start : start + 256]]
-            if (found := next((ids for ids in encoder.prompts(some) if len(ids) <= max_length - new), None)) is not None:
-                return [int(token) for token in found]
+            if fit := fitting(self.prompts[start : start + 256], encoder, max_length - new):
+                return [int(token) for token in fit[0].ids]
         raise UserError(
             f"no prompt of data.train leaves room for online.sampler.max_new_tokens={new} within the {max_length} tokens of a row"
             " (train.max_length): lower the one or raise the other"
         )
-
-    def _check_scorer(self) -> None:
-        scorer = self.online.scorer
-        if scorer.name == "function":
-            from halos.rollout.scorers.functions import parts_of
-
-            parts_of(scorer.functions, self.config.plugins)
-        elif scorer.model is None:
-            what = "its directory or hub id" if scorer.name == "reward_model" else "the judge's name at its API"
-            raise UserError(f"online.scorer.model is missing: {what}")
-        elif scorer.name == "judge":
-            judge_of(self.config, Path(os.devnull))
-        else:
-            check_model(scorer.model, "online.scorer.model")
-            reward_model_of(self.config)
-        if scorer.pairwise and (scorer.name != "judge" or self.kind != feedback.PAIRWISE):
-            raise UserError("online.scorer.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
 
     # --- what a round's training is given --------------------------------------------------------------------------------
 

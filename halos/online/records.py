@@ -6,13 +6,16 @@ import json
 import shutil
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from halos import confined, seals
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.rollout.lines import line, whole_lines
-from halos.rollout.types import Row
+from halos.rollout.ranks import Ranks
+from halos.rollout.types import Key, Rollout, Row, Sample
+
+Item = TypeVar("Item", Sample, Rollout)
 
 
 def read(path: Path) -> list[Row]:
@@ -123,6 +126,29 @@ class Ledger:
 
     def discard(self) -> None:
         shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def open_for_all(ledger: Ledger, ranks: Ranks) -> None:
+    """The first process begins a ledger, or takes one up, before the others look at it."""
+    if ranks.main:
+        ledger.open()
+    ranks.wait()
+    if not ranks.main:
+        ledger.open()
+
+
+class Kept(Generic[Item]):
+    """A ledger of samples or rollouts, as the step that collects them keeps what it has."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+
+    def has(self, key: Key) -> bool:
+        return key in self.ledger.rows
+
+    def keep(self, items: Sequence[Item]) -> None:
+        if items:
+            self.ledger.add({item.key: item.to_row() for item in items})
 
 
 def _difference(there: Any, asked: Mapping[str, Any]) -> str:

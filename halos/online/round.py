@@ -23,7 +23,7 @@ from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
 from halos.rollout import measure
 from halos.rollout.prompts import for_round, held_out
-from halos.rollout.types import EVAL, TRAIN, Row
+from halos.rollout.types import EVAL, TRAIN, Prompt, Rollout, Sample
 from halos.rundir import RunDir, is_run
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class RoundResult:
 
     train: Mapping[str, Any]
     held: Mapping[str, Any]
-    examples: Sequence[Row]
+    examples: Sequence[Rollout]
 
 
 class Round:
@@ -98,10 +98,11 @@ class Round:
         self.facts["stages"][name] = {"wall": round(time.perf_counter() - began, 2)}
         self._note()
 
-    def _prompts(self, chosen: list[Row]) -> None:
+    def _prompts(self, chosen: Sequence[Prompt]) -> None:
         path, plan = self.place / "prompts.jsonl", self.plan
         if not path.is_file():
-            write(path, [*chosen, *held_out(plan.exam, count=plan.online.eval_prompts, seed=plan.config.seed)])
+            held = held_out(plan.exam, count=plan.online.eval_prompts, seed=plan.config.seed)
+            write(path, [prompt.to_row() for prompt in (*chosen, *held)])
 
     def _sample(self) -> None:
         path, plan = self.place / "samples.jsonl", self.plan
@@ -175,17 +176,18 @@ class Round:
 
     def _told(self) -> RoundResult:
         """What was sampled to train on, and the held-out answers of the policy that sampled."""
-        rows = self._scored()
-        return RoundResult(self._sampled(rows), self._held_out(rows), measure.examples(rows, self.plan.online.show))
+        rollouts = self._rollouts()
+        shown = measure.examples(rollouts, self.plan.online.show)
+        return RoundResult(self._sampled(rollouts), self._held_out(rollouts), shown)
 
-    def _held_out(self, rows: Sequence[Row]) -> dict[str, Any]:
-        held = measure.of_samples(rows, split=EVAL)
+    def _held_out(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        held = measure.of_samples(rollouts, split=EVAL)
         judged = read_meta(self.place / "feedback.jsonl").get("win_rate")  # by a judge that compares
-        rate = judged if judged is not None else measure.win_rate(rows, self._first_rows())
+        rate = judged if judged is not None else measure.win_rate(rollouts, self._first())
         return {**held, "win_rate": rate} if held and rate is not None else held
 
-    def _sampled(self, rows: Sequence[Row]) -> dict[str, Any]:
-        found, sampled = measure.of_samples(rows, split=TRAIN), read_meta(self.place / "samples.jsonl")
+    def _sampled(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+        found, sampled = measure.of_samples(rollouts, split=TRAIN), read_meta(self.place / "samples.jsonl")
         if not found:
             return {}
         found |= {"kl": sampled["kl"]} if "kl" in sampled else {}
@@ -193,8 +195,8 @@ class Round:
         if "compared" in labelled:  # by a judge that gives no scores
             found |= {"cost": labelled["cost"], "without_verdict": labelled["unparsable"], "ties": labelled["ties"]}
         else:
-            found |= {"cost": sum(row.get("cost") or 0.0 for row in rows)}
-            found |= {"without_score": sum(row.get("reward") is None for row in rows)}
+            found |= {"cost": sum(rollout.score.cost for rollout in rollouts)}
+            found |= {"without_score": sum(rollout.score.value is None for rollout in rollouts)}
         found |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.place / "feedback.jsonl"))}
         stages = {name: stage["wall"] for name, stage in self.facts["stages"].items()}
         found |= {f"seconds/{name}": spent for name, spent in stages.items()}
@@ -208,15 +210,18 @@ class Round:
         losses = [row["loss"] for row in rows if row.get("loss") is not None]
         return {"loss": sum(losses) / len(losses)} if losses else {}
 
-    def _scored(self) -> list[Row]:
+    def _rollouts(self) -> list[Rollout]:
         """Every sample, with its score, or with the verdict of a judge that compares."""
-        path = self.place / "scores.jsonl"
+        path, samples = self.place / "scores.jsonl", self.place / "samples.jsonl"
         rows = read(path) if path.is_file() else []
-        return rows if rows and "output" in rows[0] else measure.judged(read(self.place / "samples.jsonl"), rows)
+        if rows and "output" in rows[0]:
+            return [Rollout.from_row(row, str(path)) for row in rows]
+        return measure.judged([Sample.from_row(row, str(samples)) for row in read(samples)], rows)
 
-    def _first_rows(self) -> list[Row]:
+    def _first(self) -> list[Rollout]:
+        """Those of the first round; a judge that compares has left none."""
         path = self.plan.place(0) / "scores.jsonl"
-        return [row for row in read(path) if "output" in row] if path.is_file() else []
+        return [Rollout.from_row(row, str(path)) for row in read(path) if "output" in row] if path.is_file() else []
 
 
 def sampled_from(samples: Path, policy: str, revision: str | None, cache: Path) -> bool:

@@ -237,8 +237,9 @@ class OnlineRun:
                     hook.on_eval(self, whole)
         if told.examples:
             measure.write_examples(one.place, told.examples, f"{self.config.exp_name}, round {one.number}")
+            rows = [rollout.shown() for rollout in told.examples]
             for hook in self.hooks.values():
-                hook.on_examples(self, told.examples)
+                hook.on_examples(self, rows)
         self.metrics = {name: value for name, value in {**told.train, **told.held}.items() if not name.startswith("seconds")}
         shown = [f"{name} {value:.4g}" for name, value in told.train.items() if name in SHOWN]
         shown += [f"held-out {name} {value:.4g}" for name, value in told.held.items() if name in ("reward", "win_rate")]

@@ -20,6 +20,7 @@ from halos.config.schema import Config, Online
 from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_of_a_start, last_words
 from halos.distributed.signals import ASKING
 from halos.errors import UserError
+from halos.online.options import FEEDBACK, SAMPLER, SCORER
 from halos.repository import PACKAGES, TRAIN
 
 WRONG_INPUT = 2
@@ -107,15 +108,11 @@ class Stages:
         """The command that samples from `policy`."""
         online, sampler = self.online, self.online.sampler
         words = [
-            policy, "--data", str(prompts), "--output", str(output), "--sampler", sampler.name,
-            "--temperature", str(sampler.temperature), "--top-p", str(sampler.top_p), "--top-k", str(sampler.top_k),
-            "--max-new-tokens", str(sampler.max_new_tokens), "--max-length", str(max_length), "--seed", str(seed),
-            "--batch-size", str(sampler.batch_size), "--cache-tokens", str(sampler.cache_tokens),
-            "--concurrency", str(sampler.concurrency), "--cache-dir", self.config.cache_dir,
+            policy, "--data", str(prompts), "--output", str(output), "--max-length", str(max_length), "--seed", str(seed),
+            "--cache-dir", self.config.cache_dir, *SAMPLER.words(sampler),
         ]  # fmt: skip
         model = self.config.model
-        words += _given(python=sampler.python, url=sampler.url, served_model=sampler.model, chat_template=model.chat_template,
-                        revision=revision)  # fmt: skip
+        words += _given(chat_template=model.chat_template, revision=revision)
         if reference is not None and online.kl_samples:
             words += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
             words += _given(reference_revision=model.revision)
@@ -123,17 +120,17 @@ class Stages:
 
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
         """The command that labels them."""
-        online = self.online
-        labeller, feedback = online.scorer, online.feedback
+        scorer = self.online.scorer
+        by = {"function": [word for entry in scorer.functions for word in ("--reward", _flow(entry))],
+              "reward_model": ["--reward-model", str(scorer.model)], "judge": ["--judge", str(scorer.model)]}  # fmt: skip
         words = [
-            str(samples), str(output), "--feedback", kind, "--pairing", feedback.pairing, "--scores", str(scores),
-            "--seed", str(self.config.seed), "--cache-dir", self.config.cache_dir,
+            str(samples), str(output), "--feedback", kind, "--scores", str(scores), "--seed", str(self.config.seed),
+            "--cache", str(cache), "--cache-dir", self.config.cache_dir, *by[scorer.name], *SCORER.words(scorer),
+            *FEEDBACK.words(self.online.feedback),
         ]  # fmt: skip
-        if feedback.threshold is not None and kind != "scalar":
-            words += ["--threshold", str(feedback.threshold)]
-        words += ["--drop-equal"] if feedback.drop_equal and kind == "scalar" else []
-        words += _labeller_words(online, self.config.plugins, cache, against)
-        return self._module("halos.online.label", words, spread=labeller.name == "reward_model")
+        words += ["--against", str(against)] if scorer.pairwise and against is not None else []
+        words += ["--plugins", *self.config.plugins] if self.config.plugins else []
+        return self._module("halos.online.label", words, spread=scorer.name == "reward_model")
 
     def train(self, words: Sequence[str]) -> list[str]:
         return [*self._launcher(), str(TRAIN), *words]
@@ -170,22 +167,6 @@ def config_file(online: Online) -> Path:
         name = "ddp" if uses_gpu() else "cpu2"
         return CONFIGS / f"{name}.yaml"
     return accelerate_config(online.config_file, "online.config_file")
-
-
-def _labeller_words(online: Online, plugins: Sequence[str], cache: Path, against: Path | None) -> list[str]:
-    labeller = online.scorer
-    if labeller.name == "function":
-        words = [word for entry in labeller.functions for word in ("--reward", _flow(entry))]
-        more = ["--plugins", *plugins] if plugins else []
-        return [*words, "--processes", str(labeller.processes), "--timeout", str(labeller.timeout), *more]
-    if labeller.name == "reward_model":
-        words = ["--reward-model", str(labeller.model), "--batch-size", str(labeller.batch_size)]
-        return words + _given(label=labeller.label)
-    words = ["--judge", str(labeller.model), "--concurrency", str(labeller.concurrency), "--cache", str(cache)]
-    words += ["--price-in", str(labeller.price_in), "--price-out", str(labeller.price_out)]
-    words += _given(url=labeller.url, rubric=labeller.rubric, max_requests=labeller.max_requests, max_cost=labeller.max_cost)
-    words += ["--pairwise"] if labeller.pairwise else []
-    return words + (["--against", str(against)] if labeller.pairwise and against is not None else [])
 
 
 def _given(**options: Any) -> list[str]:

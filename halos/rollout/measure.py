@@ -5,54 +5,59 @@ from __future__ import annotations
 import html
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from halos.confined import write_whole
-from halos.rollout.feedback import by_prompt
-from halos.rollout.types import EVAL, TRAIN, Row, question, text_of
+from halos.rollout.types import EVAL, TRAIN, Rollout, Row, Sample, Score, by_prompt, question
 
 PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # of two answers that a judge has compared
 HELD_OUT = ("reward", "reward/std", "length", "cut", "samples", "examples")  # what is measured of held-out answers, score or none
 LONGEST = 600  # characters of a prompt or completion that are shown
 
 
-def of_samples(rows: Sequence[Row], *, split: str) -> dict[str, float]:
-    """Rewards and what the samples are like, of the rows of one split; nothing where it has none."""
-    some = [row for row in rows if row.get("split", TRAIN) == split]
-    known = [row["reward"] for row in some if row.get("reward") is not None]
+def of_split(rollouts: Iterable[Rollout], split: str) -> list[Rollout]:
+    return [rollout for rollout in rollouts if (rollout.prompt.split or TRAIN) == split]
+
+
+def of_samples(rollouts: Sequence[Rollout], *, split: str) -> dict[str, float]:
+    """Rewards and what the samples are like, of the rollouts of one split; nothing where it has none."""
+    some = of_split(rollouts, split)
+    known = [rollout.reward for rollout in some if rollout.score.value is not None]
     if not some:
         return {}
-    found = {
-        "length": statistics.fmean(row.get("tokens") or 0 for row in some),
-        "cut": statistics.fmean(row.get("finish") == "length" for row in some),
+    metrics = {
+        "length": statistics.fmean(rollout.sample.tokens or 0 for rollout in some),
+        "cut": statistics.fmean(rollout.sample.finish == "length" for rollout in some),
         "samples": len(some),
     }
     if known:
-        found |= {"reward": statistics.fmean(known), "reward/std": statistics.pstdev(known)}
+        metrics |= {"reward": statistics.fmean(known), "reward/std": statistics.pstdev(known)}
     if split == TRAIN:
         groups = by_prompt(some)
-        found["unique"] = statistics.fmean(len({text_of(row["output"]) for row in group}) / len(group) for group in groups)
-        scored = [[row["reward"] for row in group if row.get("reward") is not None] for group in groups]
+        metrics["unique"] = statistics.fmean(len({rollout.sample.text for rollout in group}) / len(group) for group in groups)
+        scored = [[rollout.reward for rollout in group if rollout.score.value is not None] for group in groups]
         scored = [group for group in scored if group]
         if scored:
-            found["reward/best"] = statistics.fmean(map(max, scored))
-            found["groups/all_equal"] = statistics.fmean(max(group) == min(group) for group in scored)
-    return found
+            metrics["reward/best"] = statistics.fmean(map(max, scored))
+            metrics["groups/all_equal"] = statistics.fmean(max(group) == min(group) for group in scored)
+    return metrics
 
 
-def win_rate(rows: Sequence[Row], first: Sequence[Row]) -> float | None:
+def win_rate(rollouts: Sequence[Rollout], first: Sequence[Rollout]) -> float | None:
     """The share of held-out prompts that are answered better than by the first policy; where both are as good, half of one."""
-    before = {row["prompt_id"]: row["reward"] for row in first if row.get("split") == EVAL and row.get("reward") is not None}
-    pairs = [(row["reward"], before[row["prompt_id"]]) for row in rows
-             if row.get("split") == EVAL and row.get("reward") is not None and row["prompt_id"] in before]  # fmt: skip
+
+    def held(some: Sequence[Rollout]) -> list[Rollout]:
+        return [rollout for rollout in of_split(some, EVAL) if rollout.score.value is not None]
+
+    before = {rollout.prompt.id: rollout.reward for rollout in held(first)}
+    pairs = [(each.reward, before[each.prompt.id]) for each in held(rollouts) if each.prompt.id in before]
     if not pairs:
         return None
     return statistics.fmean(1.0 if now > then else 0.5 if math.isclose(now, then) else 0.0 for now, then in pairs)
 
 
-def judged(samples: Sequence[Row], pairs: Sequence[Row]) -> list[Row]:
+def judged(samples: Sequence[Sample], pairs: Sequence[Row]) -> list[Rollout]:
     """Samples with what a judge that compares has made of each; nothing of those that it was not asked about, or gave no answer
     about that could be read."""
     verdicts: dict[tuple[str, int], str] = {}
@@ -64,34 +69,34 @@ def judged(samples: Sequence[Row], pairs: Sequence[Row]) -> list[Row]:
             for letter in ("A", "B"):
                 said = TIE if pair["verdict"] == "tie" else PREFERRED if pair["verdict"] == letter else OTHER
                 verdicts[(pair["prompt_id"], pair[f"sample_id_{letter}"])] = said
-    said = [held.get(row["prompt_id"]) if row.get("split") == EVAL else verdicts.get((row["prompt_id"], row["sample_id"]))
-            for row in samples]  # fmt: skip
-    return [{**row, "verdict": each} if each else row for row, each in zip(samples, said, strict=True)]
+    said = [held.get(each.prompt.id) if each.prompt.is_held_out else verdicts.get(each.key) for each in samples]
+    return [Rollout(each, Score(None, verdict=verdict)) for each, verdict in zip(samples, said, strict=True)]
 
 
-def examples(rows: Sequence[Row], count: int) -> list[Row]:
+def examples(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
     """Held-out answers first, then of as many prompts the best and the worst, or two that a judge has compared."""
-    shown = [row for row in rows if row.get("split") == EVAL][:count]
-    for group in by_prompt(row for row in rows if row.get("split", TRAIN) == TRAIN)[:count]:
-        scored = sorted((row for row in group if row.get("reward") is not None), key=lambda row: row["reward"])
-        compared = [row for said in (PREFERRED, OTHER) for row in group if row.get("verdict") == said]
+    shown = of_split(rollouts, EVAL)[:count]
+    for group in by_prompt(of_split(rollouts, TRAIN))[:count]:
+        scored = sorted((each for each in group if each.score.value is not None), key=lambda each: each.reward)
+        compared = [each for verdict in (PREFERRED, OTHER) for each in group if each.score.verdict == verdict]
         pair = [compared[0], compared[-1]] if len(compared) > 1 else []
         shown += [scored[-1], scored[0]] if len(scored) > 1 else scored or pair or group[:1]
     return shown
 
 
-def write_examples(directory: Path, rows: Sequence[Row], title: str) -> None:
+def write_examples(directory: Path, rollouts: Sequence[Rollout], title: str) -> None:
     """samples.md, and samples.html, which needs nothing but a browser."""
     lines = [f"# {title}", "", "| split | score | prompt | completion |", "| --- | --- | --- | --- |"]
-    cells = [(row.get("split", TRAIN), _score(row), _short(question(row)), _short(text_of(row["output"]))) for row in rows]
+    cells = [(each.prompt.split or TRAIN, _score(each.score), _short(question(each.prompt.turns)), _short(each.sample.text))
+             for each in rollouts]  # fmt: skip
     lines += ["| " + " | ".join(part.replace("|", "\\|").replace("\n", "<br>") for part in cell) + " |" for cell in cells]
     write_whole(directory / "samples.md", "\n".join(lines) + "\n")
     body = "".join("<tr>" + "".join(f"<td>{html.escape(part)}</td>" for part in cell) + "</tr>" for cell in cells)
     write_whole(directory / "samples.html", PAGE.format(title=html.escape(title), style=STYLE, rows=body))
 
 
-def _score(row: Mapping[str, Any]) -> str:
-    return f"{row['reward']:.4g}" if row.get("reward") is not None else str(row.get("verdict") or "none")
+def _score(score: Score) -> str:
+    return f"{score.value:.4g}" if score.value is not None else score.verdict or "none"
 
 
 def _short(text: str) -> str:

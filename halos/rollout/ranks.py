@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from halos.distributed.environment import number_of, world_size
 
 
+@dataclass(frozen=True, slots=True)
 class Ranks:
-    """Without a launcher nothing of torch's is touched, so that stages which need no model start at once."""
+    rank: int
+    world: int
 
-    def __init__(self) -> None:
-        self.world = world_size()
-        self.rank = number_of("RANK", 0)
-        if self.world > 1:
-            from accelerate import Accelerator
+    @classmethod
+    def of_stage(cls) -> Ranks:
+        """Without a launcher nothing of torch's is touched, so that stages which need no model start at once."""
+        if world_size() == 1:
+            return cls(number_of("RANK", 0), 1)
+        from accelerate import Accelerator
 
-            from halos.distributed.device import prepare_torch, uses_gpu
-            from halos.distributed.rendezvous import meet
+        from halos.distributed.device import prepare_torch, uses_gpu
+        from halos.distributed.rendezvous import meet
 
-            prepare_torch()
-            meet()
-            made = Accelerator(cpu=not uses_gpu())
-            self.rank, self.world = made.process_index, made.num_processes
+        prepare_torch()
+        meet()
+        accelerator = Accelerator(cpu=not uses_gpu())
+        return cls(accelerator.process_index, accelerator.num_processes)
 
     @property
     def main(self) -> bool:

@@ -17,9 +17,10 @@ from halos.data.dataset import Dataset
 from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.hooks.base import Run
-from halos.online.live import Live, Prompts, server_of
+from halos.online.live import LivePrompts, RolloutSource
+from halos.online.policy import server_of
 from halos.rollout.prompts import digest
-from halos.rollout.scorers.of_config import refuse_unscorable, scorer_of
+from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
 from halos.run import datasets
 from halos.run.shown import rendered, visible
 from halos.rundir import RunDir
@@ -110,25 +111,28 @@ class FromPolicy:
             raise UserError(f"online.steps: {loss.name} rewrites rows of a data set: it cannot be trained live")
         if config.online.samples_per_prompt == 1 and loss.on_rollouts and not datasets.learns_from_single(loss):
             raise UserError(f"online.samples_per_prompt=1: {loss.name} compares samples of one prompt: 2 or more")
+        if config.online.scorer.pairwise:
+            raise UserError("online.scorer.pairwise is of rounds: a live loop needs scores")
         self.splits: list[tuple[str, Split]] = []
         self.unmeasured: frozenset[str] = frozenset()
+        self.loss = loss
         self.scorer = scorer_of(config, RunDir(config.run_dir).path / f"judge.{made.process_index}.jsonl")
         self.server = server_of(config, tokenizer)
-        self.prompts = Prompts(config, tokenizer, loss.inputs.example, max_length)
+        self.prompts = LivePrompts(config, tokenizer, loss, max_length)
         refuse_unscorable(config, self.prompts.train)
         self.total = config.train.steps or 0
-        asked = [[row["prompt_id"], row["prompt"]] for row in (*self.prompts.train, *self.prompts.exam)]
+        asked = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.exam)]
         agree(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())
 
     def lines(self) -> list[tuple[str, str]]:
         return [("prompts", self.prompts.line)]
 
     def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-        return [("prompt", visible(tokenizer, self.prompts.train[0]["ids"]))]
+        return [("prompt", visible(tokenizer, [int(token) for token in self.prompts.train[0].ids]))]
 
     def contents(self) -> dict[str, str | None]:
         return {"data.train": digest(self.prompts.train), "data.eval": digest(self.prompts.exam) if self.prompts.exam else None}
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
-        source = Live(run, self.prompts, self.scorer, self.server, skeleton)
+        source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, skeleton)
         return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.exam else None)

@@ -18,13 +18,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from halos.config.defaults import section
+from halos.config.schema import Sampler, Scorer
 from halos.data import arithmetic
 from halos.data.tokenize import Encoder
 from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
 from halos.rollout.engines.hf import HFEngine
+from halos.rollout.prompts import fitting
 from halos.rollout.scorers.reward_model import RewardModel
-from halos.rollout.types import requests_for
+from halos.rollout.types import Origin, Prompt, Sample, requests_for
 
 
 def seconds(work: Callable[[], int]) -> tuple[float, int]:
@@ -36,17 +39,16 @@ def seconds(work: Callable[[], int]) -> tuple[float, int]:
 def sampling(place: Path, arguments: argparse.Namespace) -> None:
     tokenizer, _ = load_tokenizer(place, add_tokens=[])
     model: Any = load_model(place, tokenizer, reward=False, dtype=torch.float32, attention="sdpa").eval()
-    rows = [
-        {"prompt_id": str(n), "prompt": row["prompt"]}
-        for n, row in zip(range(arguments.prompts), arithmetic.rows("eval"), strict=False)
+    asked = [
+        Prompt(str(n), tuple(row["prompt"])) for n, row in zip(range(arguments.prompts), arithmetic.rows("eval"), strict=False)
     ]
-    ids = Encoder(tokenizer, max_length=4096, truncation="drop").prompts([(tuple(row["prompt"]), "here") for row in rows])
-    requests = requests_for(rows, ids, samples=arguments.samples, temperature=1.0, max_new_tokens=arguments.new_tokens, seed=0)
-    engine = HFEngine(model, tokenizer, batch_size=arguments.batch_size, cache_tokens=2**15, top_p=1.0, top_k=0)
+    prompts = fitting(asked, Encoder(tokenizer, max_length=4096, truncation="drop"), 4096)
+    requests = requests_for(prompts, samples=arguments.samples, temperature=1.0, max_new_tokens=arguments.new_tokens, seed=0)
+    engine = HFEngine(model, tokenizer, section(Sampler, batch_size=arguments.batch_size), Origin("policy"))
     tokenizer.padding_side = "left"
 
     def ours() -> int:
-        return sum(completion.tokens for _, completion in engine.sample(requests))
+        return sum(sample.tokens or 0 for sample in engine.sample(requests))
 
     @torch.no_grad()
     def plain() -> int:
@@ -76,11 +78,11 @@ def scoring(place: Path, arguments: argparse.Namespace) -> None:
         made.config.pad_token_id = tokenizer.pad_token_id
         made.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        rows = [{"prompt_id": str(n), "prompt": row["prompt"], "output": row["chosen"][0]["content"] + " so" * (7 * n % 40)}
+        rows = [Sample(Prompt(str(n), tuple(row["prompt"])), 0, row["chosen"][0]["content"] + " so" * (7 * n % 40))
                 for n, row in zip(range(arguments.scores), arithmetic.rows("eval"), strict=False)]  # fmt: skip
         rates = {}
         for size in (16, 1):
-            scorer = RewardModel(Path(directory), label=None, batch_size=size, max_length=None, quiet=True)
+            scorer = RewardModel(Path(directory), section(Scorer, batch_size=size), max_length=None, quiet=True)
             list(scorer.score(rows[:4]))  # loads it
             spent, _ = seconds(lambda scorer=scorer: len(list(scorer.score(rows))))
             rates[size] = len(rows) / spent

@@ -12,6 +12,8 @@ from world import World, copied, refusal, resume
 
 from halos import hashes
 from halos.checkpoint import export, lineage, manifest, received
+from halos.config.defaults import section
+from halos.config.schema import Scorer
 from halos.errors import UserError
 from halos.online import sample
 from halos.rollout.scorers.reward_model import RewardModel
@@ -46,7 +48,7 @@ USES: list[Callable[[World, Path], object]] = [
     lambda world, final: world.refusal("next", f"model.name_or_path={final}"),
     lambda world, final: world.refusal("next", f"reference.name_or_path={final}", "dry_run=true"),
     lambda world, final: sampled(world, final),
-    lambda world, final: RewardModel(final, label=None, batch_size=1, max_length=None, quiet=True),
+    lambda world, final: RewardModel(final, section(Scorer, batch_size=1), max_length=None, quiet=True),
     lambda world, final: export.Saved.at(final),
 ]
 

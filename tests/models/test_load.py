@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from halos.config.schema import Config
+from halos.config.defaults import section
+from halos.config.schema import Config, Scorer
 from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.models import tiny
@@ -69,7 +70,7 @@ def test_what_the_files_lack_is_not_drawn_at_random(
         load_model(tmp_path / "base", tokenizer, reward=reward, dtype=torch.float32, attention="sdpa")
     if lost == "score.weight":
         with pytest.raises(UserError, match=f"lacks 1 tensors of a .*, {lost} for one"):
-            RewardModel(tmp_path / "base", label=None, batch_size=1, max_length=None, quiet=True)._load()
+            RewardModel(tmp_path / "base", section(Scorer, batch_size=1), max_length=None, quiet=True)._load()
 
 
 SPOILT = {

@@ -88,7 +88,7 @@ def test_words_that_are_wrong_are_told(place: Path, capsys: pytest.CaptureFixtur
         (["--reward", "{function: length"], "--reward cannot be read"),
         (["--threshold", "nan"], "takes a number, not 'nan'"),
         (["--pairwise"], "--pairwise is of a --judge"),
-        (["--processes", "0"], "--processes takes a number from 1"),
+        (["--processes", "0"], "--processes takes a whole number (at least 1), not 0"),
     ):
         assert run(place, *words) == 2
         assert said in capsys.readouterr().err

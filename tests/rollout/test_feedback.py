@@ -4,13 +4,24 @@ from typing import Any
 
 import pytest
 
+from halos.config.defaults import section
+from halos.config.schema import Feedback
 from halos.data.files import Row as DataRow
 from halos.data.formats import read_example
 from halos.errors import UserError
-from halos.rollout.feedback import check_threshold, make, pair
+from halos.rollout import feedback
+from halos.rollout.feedback import Pair, check_threshold
+from halos.rollout.types import Rollout
 from halos.types import Comparison, Judgement, Scored
 
-DEFAULTS: dict[str, Any] = {"kind": "pairwise", "pairing": "max", "threshold": None, "drop_equal": False, "seed": 0}
+DEFAULTS: dict[str, Any] = {"kind": "pairwise", "seed": 0}
+
+
+def make(rows: list[dict[str, Any]], *, kind: str, seed: int, **settings: Any) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """As files have it, of what files have."""
+    rollouts = [Rollout.from_row(row, "here") for row in rows]
+    made, counts = feedback.make(rollouts, section(Feedback, **settings), kind=kind, seed=seed)
+    return [each.to_row() for each in made], counts
 
 
 def samples(*groups: list[float | None]) -> list[dict[str, Any]]:
@@ -102,10 +113,11 @@ def test_held_out_samples_are_not_trained_on() -> None:
 
 
 def test_a_preference_without_scores_keeps_its_winner_in_either_order() -> None:
-    one, other = ({**row, "reward": None} for row in samples([0.0, 0.0]))
+    one, other = (Rollout.from_row({**row, "reward": None}, "here") for row in samples([0.0, 0.0]))
     for swapped in (False, True):
         for better in (False, True):
-            row = pair(one, other, swapped=swapped, first_is_better=better)
+            row = Pair(one, other, swapped, better).to_row()
+            assert "reward_A" not in row
             winner = row["output_A"] if row["label"] else row["output_B"]
             assert winner[0]["content"] == ("answer 0 0" if better else "answer 0 1")
 

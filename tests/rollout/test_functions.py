@@ -6,12 +6,16 @@ from typing import Any
 
 import pytest
 
+from halos.config.defaults import section
+from halos.config.schema import Scorer
 from halos.errors import UserError
 from halos.online import rewards as online
 from halos.rollout import rewards
 from halos.rollout.scorers.functions import Functions, parts_of
+from halos.rollout.types import Prompt, Sample
 
 ROW = {"solution": "2 + 2 = 4\n#### 4", "finish": "stop", "tokens": 90}
+PROMPT = Prompt("p", ({"role": "user", "content": "2 + 2?"},), columns={"solution": ROW["solution"]})
 
 MINE = """
 import os, time
@@ -49,13 +53,17 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def scores(functions: Functions, *texts: str) -> dict[str, Any]:
-    found = {row["output"]: score for row, score in functions.score([{"output": text, **ROW} for text in texts])}
+    found = {each.text: score for each, score in functions.score([said(text) for text in texts])}
     functions.close()
     return found
 
 
+def said(text: str) -> Sample:
+    return Sample(PROMPT, 0, text, finish="stop", tokens=90)
+
+
 def of(*entries: Any, plugins: tuple[str, ...] = (), timeout: float = 5.0) -> Functions:
-    return Functions(parts_of(entries, plugins), processes=2, timeout=timeout, plugins=plugins)
+    return Functions(parts_of(entries, plugins), section(Scorer, processes=2, timeout=timeout), plugins)
 
 
 def test_the_bundled_rewards() -> None:
@@ -104,11 +112,11 @@ def test_a_process_that_dies_for_reasons_of_its_own_costs_nobody_a_score(mine: s
 
 def test_a_process_that_died_while_it_was_idle_is_replaced(mine: str) -> None:
     functions = of(f"{mine}.good", plugins=(mine,))
-    assert [score.value for _, score in functions.score([{"output": "ab"}])] == [2.0]
+    assert [score.value for _, score in functions.score([said("ab")])] == [2.0]
     for worker in functions._workers:
         worker.process.kill()
         worker.process.join()
-    assert [score.value for _, score in functions.score([{"output": "abc"}])] == [3.0]
+    assert [score.value for _, score in functions.score([said("abc")])] == [3.0]
     functions.close()
 
 
@@ -116,13 +124,13 @@ def test_several_are_added_up_with_their_weights(mine: str) -> None:
     parts = ({"function": f"{mine}.good", "times": 2.0, "weight": 0.5}, {"function": "ends"})
     found = scores(of(*parts, plugins=(mine,)), "abc")["abc"]
     assert found.value == 0.5 * 6 + 1
-    assert found.detail == {"good": 6.0, "ends": 1.0}
+    assert found.parts == {"good": 6.0, "ends": 1.0}
 
 
 def test_workers_stay_for_the_next_call(mine: str) -> None:
     functions = of(f"{mine}.good", plugins=(mine,))
     for _ in range(2):
-        assert [score.value for _, score in functions.score([{"output": "ab"}])] == [2.0]
+        assert [score.value for _, score in functions.score([said("ab")])] == [2.0]
         workers = list(functions._workers)
     assert functions._workers == workers
     functions.close()

@@ -8,6 +8,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from halos.config.defaults import section
+from halos.config.schema import Sampler
 from halos.data import arithmetic
 from halos.data.collate import pack
 from halos.data.dataset import Completion as Tokens
@@ -17,9 +19,10 @@ from halos.logps.model import LanguageModel
 from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
 from halos.rollout.engines.hf import HFEngine
-from halos.rollout.types import Completion, Request, requests_for
+from halos.rollout.prompts import fitting
+from halos.rollout.types import Origin, Prompt, Request, Sample, requests_for
 
-PROMPTS = [{"prompt_id": str(n), "prompt": row["prompt"]} for n, row in zip(range(6), arithmetic.rows("eval"), strict=False)]
+PROMPTS = [Prompt(str(n), tuple(row["prompt"])) for n, row in zip(range(6), arithmetic.rows("eval"), strict=False)]
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +34,21 @@ def policy(cache: Path) -> tuple[PreTrainedModel, Any]:
 
 def asked(tokenizer: Any, *, samples: int = 3, temperature: float = 1.0, seed: int = 0, tokens: int = 10) -> list[Request]:
     encoder = Encoder(tokenizer, max_length=512, truncation="drop")
-    ids = encoder.prompts([(tuple(row["prompt"]), "here") for row in PROMPTS])
-    return requests_for(PROMPTS, ids, samples=samples, temperature=temperature, max_new_tokens=tokens, seed=seed)
+    return requests_for(
+        fitting(PROMPTS, encoder, 512), samples=samples, temperature=temperature, max_new_tokens=tokens, seed=seed
+    )
 
 
 def sampled(
     policy: tuple[PreTrainedModel, Any], requests: list[Request], *, batch_size: int = 32, cache_tokens: int = 4096,
     top_p: float = 1.0, top_k: int = 0,
-) -> dict[Any, Completion]:  # fmt: skip
-    engine = HFEngine(*policy, batch_size=batch_size, cache_tokens=cache_tokens, top_p=top_p, top_k=top_k)
-    return {request.key: completion for request, completion in engine.sample(requests)}
+) -> dict[Any, Sample]:  # fmt: skip
+    settings = section(Sampler, batch_size=batch_size, cache_tokens=cache_tokens, top_p=top_p, top_k=top_k)
+    return {sample.key: sample for sample in HFEngine(*policy, settings, Origin("policy")).sample(requests)}
 
 
-def texts(found: dict[Any, Completion]) -> dict[Any, tuple[int, ...]]:
-    return {key: completion.ids for key, completion in found.items()}
+def texts(found: dict[Any, Sample]) -> dict[Any, tuple[int, ...]]:
+    return {key: sample.ids for key, sample in found.items()}
 
 
 def test_the_same_request_gives_the_same_text_whoever_stands_beside_it(policy: tuple[PreTrainedModel, Any]) -> None:
@@ -99,20 +103,20 @@ def test_zero_temperature_and_one_token_of_the_top_are_greedy(policy: tuple[PreT
 
 def test_a_completion_ends_with_the_end_token_or_is_cut(policy: tuple[PreTrainedModel, Any]) -> None:
     tokenizer = policy[1]
-    for completion in sampled(policy, asked(tokenizer, samples=20, tokens=30)).values():
-        stopped = completion.ids[-1] == tokenizer.eos_token_id
-        assert completion.finish == ("stop" if stopped else "length")
-        assert stopped or len(completion.ids) == 30
-        assert tokenizer.eos_token not in completion.text
-        assert len(completion.logps) == len(completion.ids) == completion.tokens
+    for sample in sampled(policy, asked(tokenizer, samples=20, tokens=30)).values():
+        stopped = sample.ids[-1] == tokenizer.eos_token_id
+        assert sample.finish == ("stop" if stopped else "length")
+        assert stopped or len(sample.ids) == 30
+        assert tokenizer.eos_token not in sample.text
+        assert len(sample.logps) == len(sample.ids) == sample.tokens
 
 
 def test_tokens_come_as_often_as_the_model_says(policy: tuple[PreTrainedModel, Any]) -> None:
     """First tokens of one prompt, 1500 times: the chi-squared of the ten likeliest and the rest."""
     model, tokenizer = policy
     request = asked(tokenizer, samples=1)[0]
-    many = requests_for([PROMPTS[0]], [np.array(request.ids)], samples=1500, temperature=0.5, max_new_tokens=1, seed=0)
-    first = np.array([completion.ids[0] for completion in sampled(policy, many, batch_size=256, cache_tokens=2**14).values()])
+    many = requests_for([request.prompt], samples=1500, temperature=0.5, max_new_tokens=1, seed=0)
+    first = np.array([sample.ids[0] for sample in sampled(policy, many, batch_size=256, cache_tokens=2**14).values()])
     with torch.no_grad():
         wanted = (model(torch.tensor([request.ids])).logits[0, -1].double() / 0.5).softmax(-1).numpy()
     top = np.argsort(-wanted)[:10]

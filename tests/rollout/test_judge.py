@@ -2,15 +2,19 @@
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from halos.config.defaults import section
+from halos.config.schema import Scorer
 from halos.errors import UserError
 from halos.online.label import main as label
 from halos.online.records import read, read_meta, write
-from halos.rollout.scorers.judge import Answer, Judge, Settings, read_preference, read_score
+from halos.rollout.scorers.judge import Answer, Judge, read_preference, read_score
+from halos.rollout.types import Prompt, Sample
 
 from .stub import Stub
 
@@ -31,22 +35,24 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Stub]]:
 
 
 def judge(stub: Stub, place: Path, *, pairwise: bool = False, **more: Any) -> Judge:
-    given: dict[str, Any] = {
-        "model": "j", "url": stub.url, "rubric": None, "concurrency": 8, "max_requests": None, "max_cost": None,
-        "price_in": 1000.0, "price_out": 10000.0, "cache": place / "judge.jsonl", **more,
-    }  # fmt: skip
-    return Judge(Settings(**given), pairwise=pairwise)
+    given: dict[str, Any] = {"name": "judge", "model": "j", "url": stub.url, "concurrency": 8, "price_in": 1000.0,
+                             "price_out": 10000.0, "pairwise": pairwise, **more}  # fmt: skip
+    return Judge(section(Scorer, **given), place / "judge.jsonl")
 
 
-def samples(count: int) -> list[dict[str, Any]]:
-    return [{"prompt_id": f"p{n // 2}", "sample_id": n % 2, "prompt": [{"role": "user", "content": f"question {n // 2}"}],
-             "output": f"answer {n}", "type": "sample"} for n in range(count)]  # fmt: skip
+def samples(count: int) -> list[Sample]:
+    prompts = [Prompt(f"p{n}", ({"role": "user", "content": f"question {n}"},)) for n in range(count)]
+    return [Sample(prompts[n // 2], n % 2, f"answer {n}") for n in range(count)]
+
+
+def write_samples(path: Path, count: int) -> None:
+    write(path, [sample.to_row() for sample in samples(count)])
 
 
 def test_every_answer_comes_and_nonsense_is_counted(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub(slow=0.005)
     asked = samples(80)
-    found = {row["output"]: score for row, score in judge(server, tmp_path).score(asked)}
+    found = {each.text: score for each, score in judge(server, tmp_path).score(asked)}
     assert len(found) == 80
     assert server.statuses[429] > 0
     assert server.statuses[500] > 0
@@ -66,9 +72,9 @@ def _kind(text: str) -> str:
 
 def test_what_was_answered_is_never_asked_again(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub()
-    first = {row["output"]: score for row, score in judge(server, tmp_path).score(samples(20))}
+    first = {each.text: score for each, score in judge(server, tmp_path).score(samples(20))}
     again = judge(server, tmp_path)
-    more = {row["output"]: score for row, score in again.score(samples(24))}
+    more = {each.text: score for each, score in again.score(samples(24))}
     assert {text: more[text] for text in first} == first
     assert sum(server.paid.values()) == 24
     assert again.spent == pytest.approx(24 * 0.2)
@@ -109,14 +115,14 @@ def test_a_missing_key_and_a_rubric_without_a_place_are_told(
     server = stub()
     (tmp_path / "r.txt").write_text("Grade {prompt}!")
     with pytest.raises(UserError, match=r"has no \{completion\}"):
-        judge(server, tmp_path, rubric=tmp_path / "r.txt")
+        judge(server, tmp_path, rubric=str(tmp_path / "r.txt"))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         judge(server, tmp_path)
 
 
 def test_the_key_stands_in_no_file(stub: Callable[..., Stub], tmp_path: Path) -> None:
-    write(tmp_path / "samples.jsonl", samples(6))
+    write_samples(tmp_path / "samples.jsonl", 6)
     command = [str(tmp_path / "samples.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", stub().url]
     assert label(command) == 0
     assert all("sk-not-a-key" not in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
@@ -124,8 +130,7 @@ def test_the_key_stands_in_no_file(stub: Callable[..., Stub], tmp_path: Path) ->
 
 def test_places_inside_an_answer_are_not_filled(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub(trouble=False)
-    row = samples(1)[0] | {"output": "{prompt} {completion}"}
-    list(judge(server, tmp_path).score([row]))
+    list(judge(server, tmp_path).score([replace(samples(1)[0], output="{prompt} {completion}")]))
     (text,) = server.seen
     assert "{prompt} {completion}" in text
 
@@ -149,7 +154,7 @@ def test_a_preference_is_read_and_nothing_else() -> None:
 
 def test_a_judge_compares_in_an_order_that_is_drawn_and_recorded(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub()
-    write(tmp_path / "samples.jsonl", samples(120))
+    write_samples(tmp_path / "samples.jsonl", 120)
     command = [str(tmp_path / "samples.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", server.url, "--pairwise"]
     assert label(command) == 0
     rows, told = read(tmp_path / "f.jsonl"), read_meta(tmp_path / "f.jsonl")

@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from halos.rollout import measure
+from halos.rollout.types import Prompt, Sample
 
-SAMPLES = [{"prompt_id": "p", "sample_id": n, "prompt": "?", "output": f"answer {n}", "split": "train"} for n in range(4)]
-HELD = {"prompt_id": "h", "sample_id": 0, "prompt": "?", "output": "held", "split": "eval"}
+ASKED = ({"role": "user", "content": "?"},)
+SAMPLES = [Sample(Prompt("p", ASKED, "train"), n, f"answer {n}") for n in range(4)]
+HELD = Sample(Prompt("h", ASKED, "eval"), 0, "held")
 
 
 def pair(first: int, second: int, verdict: str | None) -> dict[str, Any]:
@@ -16,19 +18,18 @@ def pair(first: int, second: int, verdict: str | None) -> dict[str, Any]:
 
 def test_each_sample_has_the_judges_verdict() -> None:
     pairs = [pair(2, 0, "B"), pair(1, 3, "tie"), {**pair(0, 0, "A"), "prompt_id": "h", "split": "eval", "won": 1.0}]
-    rows = measure.judged([*SAMPLES, HELD], pairs)
-    said = [row.get("verdict") for row in rows]
+    said = [rollout.score.verdict for rollout in measure.judged([*SAMPLES, HELD], pairs)]
     assert said == ["preferred", "tie", "not preferred", "tie", "preferred"]
 
 
 def test_what_could_not_be_read_is_no_verdict() -> None:
-    assert [row.get("verdict") for row in measure.judged(SAMPLES, [pair(0, 1, None)])] == [None] * 4
+    assert [rollout.score.verdict for rollout in measure.judged(SAMPLES, [pair(0, 1, None)])] == [None] * 4
 
 
 def test_people_are_shown_the_answer_that_won_before_the_one_that_lost(tmp_path: Path) -> None:
     shown = measure.examples(measure.judged(SAMPLES, [pair(2, 0, "B")]), 3)
-    assert [row["sample_id"] for row in shown] == [0, 2]
+    assert [rollout.sample.number for rollout in shown] == [0, 2]
     measure.write_examples(tmp_path, shown, "round 0")
     lines = (tmp_path / "samples.md").read_text().splitlines()
     assert [line.split("|")[2].strip() for line in lines[-2:]] == ["preferred", "not preferred"]
-    assert json.dumps(shown)
+    assert json.dumps([rollout.shown() for rollout in shown])

@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 from halos.errors import UserError
-from halos.rollout.prompts import for_round, held_out, read_prompts
+from halos.rollout.prompts import digest, for_round, held_out, read_prompts
+from halos.rollout.types import Prompt
 
-ROWS = [{"prompt_id": str(n), "prompt": [{"role": "user", "content": str(n)}]} for n in range(10)]
+ROWS = [Prompt(str(n), ({"role": "user", "content": str(n)},)) for n in range(10)]
 
 
-def ids(rows: list[dict]) -> list[str]:
-    return [row["prompt_id"] for row in rows]
+def ids(prompts: list[Prompt]) -> list[str]:
+    return [prompt.id for prompt in prompts]
 
 
 def test_no_prompt_comes_again_before_all_have() -> None:
@@ -29,7 +30,7 @@ def test_a_round_larger_than_the_data_has_each_prompt_once() -> None:
 
 def test_held_out_prompts_are_answered_once_and_greedily() -> None:
     rows = held_out(ROWS, count=3, seed=0)
-    assert [(row["samples"], row["temperature"], row["split"]) for row in rows] == [(1, 0.0, "eval")] * 3
+    assert [(row.samples, row.temperature, row.split) for row in rows] == [(1, 0.0, "eval")] * 3
 
 
 def test_rows_of_one_prompt_are_one_and_answers_come_along(tmp_path: Path) -> None:
@@ -37,8 +38,8 @@ def test_rows_of_one_prompt_are_one_and_answers_come_along(tmp_path: Path) -> No
     rows = [{"prompt": "One?", "completion": "1"}, {"prompt": "Two?", "answer": "2"}, {"prompt": "One?", "completion": "one"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_prompts([str(path)], "train")
-    assert [(row["prompt"][0]["content"], row["solution"]) for row in found] == [("One?", "1"), ("Two?", "2")]
-    assert found[0]["prompt_id"].endswith("a.jsonl:1")
+    assert [(row.turns[0]["content"], row.columns["solution"]) for row in found] == [("One?", "1"), ("Two?", "2")]
+    assert found[0].id.endswith("a.jsonl:1")
 
 
 def test_what_has_no_prompt_and_what_shares_an_id_is_named(tmp_path: Path) -> None:
@@ -49,3 +50,18 @@ def test_what_has_no_prompt_and_what_shares_an_id_is_named(tmp_path: Path) -> No
     path.write_text('{"prompt_id": 1, "prompt": "One?"}\n{"prompt_id": 1, "prompt": "Two?"}\n')
     with pytest.raises(UserError, match="two prompts have the prompt_id '1'"):
         read_prompts([str(path)], "train")
+
+
+def test_a_file_of_prompts_is_what_it_was_and_read_again_gives_the_same(tmp_path: Path) -> None:
+    """To the byte, and with its hash, which runs that were begun before compare."""
+    asked = Prompt("a", ({"role": "user", "content": "1 + 1?"},), columns={"solution": "2"})
+    written = [*for_round([asked], 0, count=1, samples=4, seed=0), *held_out([asked], count=1, seed=0)]
+    assert [json.dumps(prompt.to_row()) for prompt in written] == [
+        '{"type": "prompt", "prompt_id": "a", "prompt": [{"role": "user", "content": "1 + 1?"}], "solution": "2",'
+        ' "samples": 4, "split": "train"}',
+        '{"type": "prompt", "prompt_id": "a", "prompt": [{"role": "user", "content": "1 + 1?"}], "solution": "2",'
+        ' "samples": 1, "temperature": 0.0, "split": "eval"}',
+    ]
+    assert digest([asked]) == "0e442f60a4442da614985c76ba0e07ba482c0ba6ef1c7073be818ec5730369ea"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(written[1].to_row()) + "\n")
+    assert read_prompts([str(tmp_path / "prompts.jsonl")], "train") == [written[1]]

@@ -1,17 +1,19 @@
 """Scores of a reward model: those that plain transformers gives, one at a time."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
+from halos.config.defaults import section
+from halos.config.schema import Scorer
 from halos.data import arithmetic
 from halos.errors import UserError
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
 from halos.rollout.scorers.reward_model import RewardModel
+from halos.rollout.types import Prompt, Sample
 
 
 @pytest.fixture
@@ -27,19 +29,22 @@ def place(cache: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     return tmp_path / "rm"
 
 
-def samples() -> list[dict[str, Any]]:
+def samples() -> list[Sample]:
     rows = [row for _, row in zip(range(9), arithmetic.rows("eval"), strict=False)]
     texts = [row["chosen"][0]["content"] + " so" * n for n, row in enumerate(rows)]
-    return [{"prompt_id": str(n), "sample_id": 0, "prompt": row["prompt"], "output": text} for n, (row, text) in
-            enumerate(zip(rows, texts, strict=True))]  # fmt: skip
+    return [Sample(Prompt(str(n), tuple(row["prompt"])), 0, text) for n, (row, text) in enumerate(zip(rows, texts, strict=True))]
+
+
+def model_of(place: Path, *, label: int | None, max_length: int | None = None) -> RewardModel:
+    return RewardModel(place, section(Scorer, label=label, batch_size=4), max_length=max_length, quiet=True)
 
 
 @torch.no_grad()
-def one_at_a_time(place: Path, rows: list[dict[str, Any]], label: int) -> list[float]:
+def one_at_a_time(place: Path, samples: list[Sample], label: int) -> list[float]:
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(place), load_tokenizer(place, add_tokens=[])[0]
     found = []
-    for row in rows:
-        turns = [*row["prompt"], {"role": "assistant", "content": row["output"]}]
+    for sample in samples:
+        turns = [*sample.prompt.turns, *sample.messages]
         ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
         found.append(model(input_ids=ids).logits[0, label].item())
     return found
@@ -48,24 +53,24 @@ def one_at_a_time(place: Path, rows: list[dict[str, Any]], label: int) -> list[f
 @pytest.mark.parametrize(("place", "label"), [(1, None), (2, 1)], indirect=["place"], ids=["one label", "HALOs' two"])
 def test_batches_give_what_each_alone_would(place: Path, label: int | None) -> None:
     rows = samples()
-    scorer = RewardModel(place, label=label, batch_size=4, max_length=None, quiet=True)
-    found = {row["prompt_id"]: score.value for row, score in scorer.score(rows)}
-    assert [found[row["prompt_id"]] for row in rows] == pytest.approx(one_at_a_time(place, rows, label or 0), abs=1e-4)
+    scorer = model_of(place, label=label)
+    found = {each.prompt.id: score.value for each, score in scorer.score(rows)}
+    assert [found[row.prompt.id] for row in rows] == pytest.approx(one_at_a_time(place, rows, label or 0), abs=1e-4)
 
 
 @pytest.mark.parametrize("place", [2], indirect=True)
 def test_which_of_several_labels_counts_must_be_said(place: Path) -> None:
     with pytest.raises(UserError, match="has 2 labels: say which one"):
-        RewardModel(place, label=None, batch_size=4, max_length=None, quiet=True)
+        model_of(place, label=None)
     with pytest.raises(UserError, match="has 2 labels, counted from 0"):
-        RewardModel(place, label=2, batch_size=4, max_length=None, quiet=True)
+        model_of(place, label=2)
 
 
 @pytest.mark.parametrize("place", [1], indirect=True)
 def test_what_is_too_long_has_no_score(place: Path) -> None:
     rows = samples()
-    scorer = RewardModel(place, label=None, batch_size=4, max_length=40, quiet=True)
-    found = {row["prompt_id"]: score for row, score in scorer.score(rows)}
+    scorer = model_of(place, label=None, max_length=40)
+    found = {each.prompt.id: score for each, score in scorer.score(rows)}
     assert len(found) == len(rows)
     long = [score for score in found.values() if score.value is None]
     assert 0 < len(long) < len(rows)
@@ -74,4 +79,4 @@ def test_what_is_too_long_has_no_score(place: Path) -> None:
 
 def test_a_language_model_is_no_reward_model(cache: Path) -> None:
     with pytest.raises(UserError, match="is no reward model: its architecture is LlamaForCausalLM"):
-        RewardModel(locate("tiny", None, cache), label=None, batch_size=4, max_length=None, quiet=True)
+        model_of(locate("tiny", None, cache), label=None)

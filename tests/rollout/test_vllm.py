@@ -2,17 +2,21 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from halos.config.defaults import section
+from halos.config.schema import Sampler
 from halos.errors import UserError
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
 from halos.rollout.engines.vllm import ServerEngine, SubprocessEngine
-from halos.rollout.types import Request
+from halos.rollout.types import Origin, Prompt, Request
 
 from .stub import Stub
 
+ORIGIN = Origin("model", "v")
 VLLM = """
 class SamplingParams:
     def __init__(self, **given): self.__dict__ |= given
@@ -39,7 +43,12 @@ class LLM:
 
 
 def requests(count: int) -> list[Request]:
-    return [Request((f"p{n}", 0), (20, 21, 22 + n), ({"role": "user", "content": "x"},), n, 1.0, 6) for n in range(count)]
+    prompts = [Prompt(f"p{n}", ({"role": "user", "content": "x"},)) for n in range(count)]
+    return [Request(prompt, 0, (20, 21, 22 + n), n, 1.0, 6) for n, prompt in enumerate(prompts)]
+
+
+def settings(**changed: Any) -> Sampler:
+    return section(Sampler, name="vllm", **changed)
 
 
 @pytest.fixture
@@ -51,34 +60,34 @@ def interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_a_process_answers_every_request(interpreter: str, cache: Path) -> None:
     tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
-    engine = SubprocessEngine(interpreter, "model", tokenizer, top_p=1.0, top_k=0)
+    engine = SubprocessEngine("model", tokenizer, settings(python=interpreter), ORIGIN)
     for _ in range(2):  # one process for all that is asked
         found = list(engine.sample(requests(3)))
-        assert [request.key for request, _ in found] == [("p0", 0), ("p1", 0), ("p2", 0)]
-        assert [completion.ids for _, completion in found] == [(10 + n, 20, 21, 1) for n in range(3)]
-        assert found[0][1].logps == (0.0, -0.5, -1.0, -1.5)
-        assert found[0][1].finish == "stop"
-        assert tokenizer.eos_token not in found[0][1].text
+        assert [sample.key for sample in found] == [("p0", 0), ("p1", 0), ("p2", 0)]
+        assert [sample.ids for sample in found] == [(10 + n, 20, 21, 1) for n in range(3)]
+        assert found[0].logps == (0.0, -0.5, -1.0, -1.5)
+        assert (found[0].finish, found[0].generator, found[0].vocabulary) == ("stop", "model", "v")
+        assert tokenizer.eos_token not in found[0].text
 
 
 def test_a_process_that_dies_is_told(interpreter: str, cache: Path) -> None:
     tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
     with pytest.raises(UserError, match=r"ended before it had answered"):
-        list(SubprocessEngine(interpreter, "broken", tokenizer, top_p=1.0, top_k=0).sample(requests(1)))
+        list(SubprocessEngine("broken", tokenizer, settings(python=interpreter), ORIGIN).sample(requests(1)))
     with pytest.raises(UserError, match="cannot be started"):
-        SubprocessEngine("/no/such/python", "model", tokenizer, top_p=1.0, top_k=0)
+        SubprocessEngine("model", tokenizer, settings(python="/no/such/python"), ORIGIN)
 
 
 def test_a_server_gives_tokens_and_takes_weights(cache: Path, tmp_path: Path) -> None:
     tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
     server = Stub()
-    engine = ServerEngine(server.url, "model", tokenizer, top_p=1.0, top_k=0, concurrency=4)
+    engine = ServerEngine(tokenizer, settings(url=server.url, concurrency=4), ORIGIN)
     found = list(engine.sample(requests(8)))
     assert len(found) == 8
-    assert all(len(completion.ids) == len(completion.logps) > 0 for _, completion in found)
-    assert {completion.finish for _, completion in found} <= {"stop", "length"}
+    assert all(len(sample.ids) == len(sample.logps) > 0 for sample in found)
+    assert {sample.finish for sample in found} <= {"stop", "length"}
     engine.load(tmp_path)
     assert server.loaded == [str(tmp_path)]
     server.close()
     with pytest.raises(UserError, match="does not answer"):
-        ServerEngine("http://127.0.0.1:9/v1", "model", tokenizer, top_p=1.0, top_k=0, concurrency=4).load(tmp_path)
+        ServerEngine(tokenizer, settings(url="http://127.0.0.1:9/v1"), ORIGIN).load(tmp_path)

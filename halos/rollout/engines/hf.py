@@ -17,7 +17,8 @@ from transformers.generation.continuous_batching.cb_logits_processors import (
 from transformers.generation.continuous_batching.requests import FutureRequestState
 from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
 
-from halos.rollout.types import Completion, Request
+from halos.config.schema import Sampler
+from halos.rollout.types import Origin, Request, Sample
 
 log = logging.getLogger(__name__)
 
@@ -85,20 +86,18 @@ class SeededSampling(ContinuousBatchingLogitsProcessor):
 class HFEngine:
     """A model in this process. It must be whole: what FSDP has cut is gathered first."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, cache_tokens: int, top_p: float,
-        top_k: int,
-    ) -> None:  # fmt: skip
-        self.model, self.tokenizer = model, tokenizer
-        self.batch_size, self.cache_tokens, self.top_p, self.top_k = batch_size, cache_tokens, top_p, top_k
+    is_paid = False
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
+        self.model, self.tokenizer, self.settings, self.origin = model, tokenizer, settings, origin
         stops = model.generation_config.eos_token_id if model.generation_config else None
         stops = [stops] if isinstance(stops, int) else list(stops or [])
         self.stops = sorted({*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
 
-    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
+    def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """All requests are queued before the first step, so that the same list makes the same batches, to the bit."""
         by_name = {str(number): request for number, request in enumerate(requests)}
-        processor = SeededSampling(by_name, top_p=self.top_p, top_k=self.top_k)
+        processor = SeededSampling(by_name, top_p=self.settings.top_p, top_k=self.settings.top_k)
         training, used = self.model.training, str(self.model.config._attn_implementation)
         self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
         model: Any = self.model
@@ -116,10 +115,8 @@ class HFEngine:
                     left.discard(result.request_id)
                     if result.error is not None:
                         raise RuntimeError(f"sampling failed: {result.error}")
-                    yield (
-                        by_name[result.request_id],
-                        self._completion(result.generated_tokens, processor.logps[result.request_id]),
-                    )
+                    logps = processor.logps[result.request_id]
+                    yield self._sample(by_name[result.request_id], result.generated_tokens, logps)
                 elif result is None and not manager.is_running():
                     raise RuntimeError("sampling ended before all requests were answered")
         finally:
@@ -128,11 +125,12 @@ class HFEngine:
             self.model.set_attn_implementation(used)
             self.model.train(training)
 
-    def _completion(self, ids: Sequence[int], logps: Sequence[float]) -> Completion:
+    def _sample(self, request: Request, ids: Sequence[int], logps: Sequence[float]) -> Sample:
         stopped = bool(ids) and ids[-1] in self.stops
         text = self.tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)
         assert isinstance(text, str)
-        return Completion(text, tuple(ids), tuple(logps), "stop" if stopped else "length", len(ids))
+        finish = "stop" if stopped else "length"
+        return Sample.of(request, self.origin, text, finish=finish, tokens=len(ids), ids=ids, logps=logps)
 
     def _generation(self) -> GenerationConfig:
         return GenerationConfig(do_sample=False, eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id)
@@ -140,13 +138,13 @@ class HFEngine:
     def _batching(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
         longest = max(len(request.ids) + request.max_new_tokens for request in requests)
         # room for one sequence at the least, else nothing could ever be scheduled
-        pages = max(self.cache_tokens // PAGE, -(-longest // PAGE) + 2)
-        tokens = min(MOST_AT_ONCE, max(self.batch_size, max(len(request.ids) for request in requests)) * 2)
+        pages = max(self.settings.cache_tokens // PAGE, -(-longest // PAGE) + 2)
+        tokens = min(MOST_AT_ONCE, max(self.settings.batch_size, max(len(request.ids) for request in requests)) * 2)
         known = inspect.signature(ContinuousBatchingConfig).parameters  # transformers 5.17 calls a page a block
         more: dict[str, Any] = {"page_size" if "page_size" in known else "block_size": PAGE}
         if "auto_switch_to_flash" in known:
             more["auto_switch_to_flash"] = False  # it would fetch a kernel from the hub, and sample by another attention
         return ContinuousBatchingConfig(
-            num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.batch_size, use_async_batching=False,
+            num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.settings.batch_size, use_async_batching=False,
             use_cuda_graph=False, **more,
         )  # fmt: skip

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from halos.config.schema import Sampler
 from halos.rollout.servers import answers, refuse_without
-from halos.rollout.types import Completion, Request
+from halos.rollout.types import Origin, Request, Sample
 
 TIMEOUT = 600.0  # seconds for one completion
 
@@ -14,19 +15,22 @@ TIMEOUT = 600.0  # seconds for one completion
 class ChatEngine:
     """Knows no token ids: what is trained on is the text, tokenised anew."""
 
-    def __init__(self, url: str, model: str, *, top_p: float, concurrency: int) -> None:
+    is_paid = True
+
+    def __init__(self, settings: Sampler, origin: Origin) -> None:
         refuse_without("the sampler openai")
-        self.url, self.model, self.top_p, self.concurrency = url, model, top_p, concurrency
+        self.settings, self.origin, self.model = settings, origin, settings.model or origin.generator
 
-    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
-        return answers(requests, self._ask, url=self.url, concurrency=self.concurrency, timeout=TIMEOUT)
+    def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        settings = self.settings
+        return answers(requests, self._ask, url=settings.url, concurrency=settings.concurrency, timeout=TIMEOUT)
 
-    async def _ask(self, client: Any, request: Request) -> tuple[Request, Completion]:
+    async def _ask(self, client: Any, request: Request) -> Sample:
         given = await client.chat.completions.create(
-            model=self.model, messages=[dict(turn) for turn in request.messages], max_tokens=request.max_new_tokens,
-            temperature=request.temperature, top_p=self.top_p, seed=request.seed % 2**31,
+            model=self.model, messages=[dict(turn) for turn in request.prompt.turns], max_tokens=request.max_new_tokens,
+            temperature=request.temperature, top_p=self.settings.top_p, seed=request.seed % 2**31,
         )  # fmt: skip
         choice = given.choices[0]
         tokens = given.usage.completion_tokens if given.usage else 0
         finish = "length" if choice.finish_reason == "length" else "stop"
-        return request, Completion(choice.message.content or "", (), (), finish, tokens)
+        return Sample.of(request, self.origin, choice.message.content or "", finish=finish, tokens=tokens)

@@ -13,50 +13,62 @@ from typing import Any
 import httpx
 from transformers import PreTrainedTokenizerBase
 
+from halos.config.schema import Sampler
 from halos.distributed.children import die_with_parent, environment_of_a_start
 from halos.errors import UserError
 from halos.rollout.servers import KEY
-from halos.rollout.types import Completion, Request
+from halos.rollout.types import Origin, Request, Sample
 
 WORKER = Path(__file__).with_name("vllm_worker.py")
 TIMEOUT = 600.0  # seconds for one completion
 
 
-def _asked(request: Request, top_p: float, top_k: int) -> dict[str, Any]:
-    return {"prompt_token_ids": list(request.ids), "seed": request.seed % 2**31, "temperature": request.temperature,
-            "max_tokens": request.max_new_tokens, "top_p": top_p, "top_k": top_k or -1}  # fmt: skip
+class _Tokens:
+    """Token ids in, token ids and their log-probs out: what both ways of running vLLM share."""
+
+    is_paid = False
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
+        self.tokenizer, self.settings, self.origin = tokenizer, settings, origin
+
+    def _asked(self, request: Request) -> dict[str, Any]:
+        top_p, top_k = self.settings.top_p, self.settings.top_k or -1
+        return {"prompt_token_ids": list(request.ids), "seed": request.seed % 2**31, "temperature": request.temperature,
+                "max_tokens": request.max_new_tokens, "top_p": top_p, "top_k": top_k}  # fmt: skip
+
+    def _sample(self, request: Request, ids: Sequence[int], logps: Sequence[float], finish: str) -> Sample:
+        stopped = bool(ids) and finish == "stop" and ids[-1] == self.tokenizer.eos_token_id
+        text = self.tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)
+        assert isinstance(text, str)
+        finish = "stop" if finish == "stop" else "length"
+        return Sample.of(request, self.origin, text, finish=finish, tokens=len(ids), ids=ids, logps=logps)
 
 
-def _completion(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], logps: Sequence[float], finish: str) -> Completion:
-    stopped = bool(ids) and finish == "stop" and ids[-1] == tokenizer.eos_token_id
-    text = tokenizer.decode(list(ids[:-1] if stopped else ids), skip_special_tokens=True)
-    assert isinstance(text, str)
-    return Completion(text, tuple(ids), tuple(logps), "stop" if finish == "stop" else "length", len(ids))
-
-
-class SubprocessEngine:
+class SubprocessEngine(_Tokens):
     """One vLLM process for all requests: lines of JSON in, lines of JSON out."""
 
-    def __init__(self, python: str, model: str, tokenizer: PreTrainedTokenizerBase, *, top_p: float, top_k: int) -> None:
-        self.tokenizer, self.top_p, self.top_k, self.python = tokenizer, top_p, top_k, python
+    def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
+        super().__init__(tokenizer, settings, origin)
+        assert settings.python is not None
+        self.python = settings.python
         try:
             self._process = subprocess.Popen(
-                [python, str(WORKER), model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                [self.python, str(WORKER), model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env=environment_of_a_start(), preexec_fn=die_with_parent,
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"online.sampler.python={python} cannot be started: {error}") from error
+            raise UserError(f"online.sampler.python={self.python} cannot be started: {error}") from error
 
-    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
+    def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
         pipe_in, pipe_out = self._process.stdin, self._process.stdout
         assert pipe_in is not None
         assert pipe_out is not None
         try:
-            pipe_in.write(json.dumps([_asked(each, self.top_p, self.top_k) for each in requests]) + "\n")
+            pipe_in.write(json.dumps([self._asked(each) for each in requests]) + "\n")
             pipe_in.flush()
             for _ in requests:
                 answer = json.loads(_answer(pipe_out))
-                yield requests[answer["number"]], _completion(self.tokenizer, answer["ids"], answer["logps"], answer["finish"])
+                yield self._sample(requests[answer["number"]], answer["ids"], answer["logps"], answer["finish"])
         except (OSError, ValueError, KeyError) as error:
             status = self._process.wait(10) if self._process.poll() is not None else "still running"
             raise UserError(
@@ -73,30 +85,32 @@ def _answer(pipe: Any) -> str:
     raise OSError("the pipe is closed")
 
 
-class ServerEngine:
+class ServerEngine(_Tokens):
     """A running `vllm serve`: its completions API takes token ids and gives them back with their log-probs."""
 
     def __init__(
-        self, url: str, model: str, tokenizer: PreTrainedTokenizerBase, *, top_p: float, top_k: int, concurrency: int
+        self, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin, *, model: str | None = None
     ) -> None:
-        self.url, self.model, self.tokenizer = url.rstrip("/"), model, tokenizer
-        self.top_p, self.top_k, self.concurrency = top_p, top_k, concurrency
+        """`model` is its name there, where that is neither `settings.model` nor the generator's."""
+        super().__init__(tokenizer, settings, origin)
+        assert settings.url is not None
+        self.url, self.model = settings.url.rstrip("/"), settings.model or model or origin.generator
         key = os.environ.get(KEY)
         self._client = httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {key}"} if key else {},
                                     transport=httpx.HTTPTransport(retries=3))  # fmt: skip
 
-    def sample(self, requests: Sequence[Request]) -> Iterator[tuple[Request, Completion]]:
-        with ThreadPoolExecutor(self.concurrency) as threads:
-            yield from threads.map(lambda request: (request, self._ask(request)), requests)
+    def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        with ThreadPoolExecutor(self.settings.concurrency) as threads:
+            yield from threads.map(self._ask, requests)
 
-    def _ask(self, request: Request) -> Completion:
-        asked = _asked(request, self.top_p, self.top_k)
+    def _ask(self, request: Request) -> Sample:
+        asked = self._asked(request)
         body = {"model": self.model, "prompt": asked.pop("prompt_token_ids"), "logprobs": 0, "return_token_ids": True, **asked}
         choice = self._post(f"{self.url}/completions", body)["choices"][0]
         if not choice.get("token_ids"):
             raise UserError(f"{self.url} gives no token_ids: --sampler vllm needs a vLLM server from 0.10.2 on")
         logps = choice["logprobs"]["token_logprobs"]
-        return _completion(self.tokenizer, choice["token_ids"], logps, choice["finish_reason"])
+        return self._sample(request, choice["token_ids"], logps, choice["finish_reason"])
 
     def load(self, weights: Path) -> None:
         """Have the server read its weights anew from a directory that it can reach, and forget what it has cached.

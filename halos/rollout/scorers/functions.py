@@ -8,7 +8,7 @@ import math
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -16,10 +16,10 @@ from types import ModuleType
 from typing import Any
 
 from halos.config.plugins import admit
+from halos.config.schema import Scorer as Settings
 from halos.config.suggest import nearest
 from halos.errors import UserError
-from halos.rollout.scorers.score import Score
-from halos.rollout.types import Row, text_of
+from halos.rollout.types import Row, Sample, Score, text_of
 
 OWN = "halos.online.rewards"  # as users type them and files name them
 LIES = {OWN: "halos.rollout.rewards"}
@@ -111,13 +111,13 @@ class Asked(dict[str, Any]):
         return super().get(name, default)
 
 
-def try_on(part: Part, row: Row, *, plugins: Sequence[str], timeout: float) -> Score:
+def try_on(part: Part, sample: Sample, settings: Settings, plugins: Sequence[str]) -> Score:
     """One function on one sample: ours here, a user's where it can hold up nothing."""
     if part.path.startswith(f"{OWN}."):
-        return _scored([(part, part.load())], row)
-    functions = Functions([part], processes=1, timeout=timeout, plugins=plugins)
+        return _scored([(part, part.load())], _row(sample))
+    functions = Functions([part], replace(settings, processes=1), plugins)
     try:
-        return next(score for _, score in functions.score([row]))
+        return next(score for _, score in functions.score([sample]))
     finally:
         functions.close()
 
@@ -125,8 +125,8 @@ def try_on(part: Part, row: Row, *, plugins: Sequence[str], timeout: float) -> S
 class Functions:
     """A weighted sum of functions. One that raises, hangs or crashes twice costs the sample its score, and is counted."""
 
-    def __init__(self, parts: Sequence[Part], *, processes: int, timeout: float, plugins: Sequence[str]) -> None:
-        self.parts, self.processes, self.timeout, self.plugins = list(parts), processes, timeout, list(plugins)
+    def __init__(self, parts: Sequence[Part], settings: Settings, plugins: Sequence[str]) -> None:
+        self.parts, self.settings, self.plugins = list(parts), settings, list(plugins)
         self._workers: list[Worker] = []  # they stay for the next call
         self._died: set[int] = set()  # samples, by id(), at which a process has died once
 
@@ -137,13 +137,13 @@ class Functions:
     def request(self) -> dict[str, Any]:
         """The functions' own source counts: another rule gives other scores."""
         return {"functions": [[part.path, part.weight, dict(part.settings), _source(part.path)] for part in self.parts],
-                "timeout": self.timeout}  # fmt: skip
+                "timeout": self.settings.timeout}  # fmt: skip
 
-    def score(self, samples: Sequence[Row]) -> Iterator[tuple[Row, Score]]:
+    def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         """As many at a time as there are processes."""
         waiting, workers = list(reversed(samples)), self._workers
         self._died.clear()
-        while len(workers) < min(self.processes, len(waiting)):
+        while len(workers) < min(self.settings.processes, len(waiting)):
             workers.append(Worker(self.parts, self.plugins))
         try:
             while waiting or any(worker.sample for worker in workers):
@@ -152,9 +152,9 @@ class Functions:
             if any(worker.sample for worker in workers):
                 self.close()  # nobody is left to take what they are at
 
-    def _round(self, waiting: list[Row]) -> Iterator[tuple[Row, Score]]:
-        """Give to those that are idle, and take from those that are done or have been at it for too long. A process may die for
-        reasons of its own, memory for one: its sample is given once more, to another."""
+    def _round(self, waiting: list[Sample]) -> Iterator[tuple[Sample, Score]]:
+        """Feed idle workers; collect finished and timed-out ones. A sample whose worker died, of a lack of memory for one, is
+        retried once."""
         for number, worker in enumerate(self._workers):
             if worker.sample is None and waiting:
                 try:
@@ -162,10 +162,10 @@ class Functions:
                     waiting.pop()
                 except ConnectionError:  # it died while it was idle
                     self._replace(number)
-            elif worker.sample is not None and worker.is_late(self.timeout):
+            elif worker.sample is not None and worker.is_late(self.settings.timeout):
                 late = worker.sample
                 self._replace(number)
-                yield late, Score(None, f"took longer than {self.timeout:g} s")
+                yield late, Score(None, f"took longer than {self.settings.timeout:g} s")
         ready = wait([worker.pipe for worker in self._workers if worker.sample is not None], timeout=0.2)
         for number, worker in enumerate(self._workers):
             if worker.pipe not in ready or worker.sample is None:
@@ -202,12 +202,12 @@ class Worker:
         self.process: BaseProcess = context.Process(target=_work, args=(theirs, list(parts), list(plugins)), daemon=True)
         self.process.start()
         theirs.close()
-        self.sample: Row | None = None
+        self.sample: Sample | None = None
         self._since, self._ready = 0.0, False
 
-    def give(self, sample: Row) -> None:
+    def give(self, sample: Sample) -> None:
         self.sample, self._since = sample, time.monotonic()
-        self.pipe.send({name: value for name, value in sample.items() if name not in ("output_ids", "logps")})
+        self.pipe.send(_row(sample))
 
     def take(self) -> Score:
         score = self.pipe.recv()
@@ -239,19 +239,24 @@ def _work(pipe: Connection, parts: Sequence[Part], plugins: Sequence[str]) -> No
         return
 
 
-def _scored(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]], float]]], sample: Row) -> Score:
-    detail, total = {}, 0.0
+def _row(sample: Sample) -> Row:
+    """As functions see it: without its tokens."""
+    return {name: value for name, value in sample.to_row().items() if name not in ("output_ids", "logps")}
+
+
+def _scored(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]], float]]], row: Row) -> Score:
+    parts, total = {}, 0.0
     for part, function in functions:
-        asked = Asked(sample)
+        asked = Asked(row)
         try:
-            value = function(text_of(sample["output"]), asked)
+            value = function(text_of(row["output"]), asked)
         except Exception as error:  # whatever a user's function does wrong is this sample's problem alone
             return Score(None, f"{part.path} raised {type(error).__name__}: {error}", lacking=tuple(asked.lacking))
         if not isinstance(value, int | float) or not math.isfinite(value):
             return Score(None, f"{part.path} gave {value!r}, which is no number")
-        detail[part.path.rpartition(".")[2]] = float(value)
+        parts[part.path.rpartition(".")[2]] = float(value)
         total += part.weight * float(value)
-    return Score(total, detail=detail if len(functions) > 1 else {})
+    return Score(total, parts=parts if len(functions) > 1 else {})
 
 
 def _source(path: str) -> str:

@@ -15,31 +15,16 @@ from typing import Any
 from tqdm import tqdm
 
 from halos import confined
+from halos.config.schema import Scorer as Settings
 from halos.errors import UserError
 from halos.rollout.lines import line, whole_lines
-from halos.rollout.scorers.score import Score
 from halos.rollout.servers import OverBudgetError, answers, refuse_without
-from halos.rollout.types import Row, question, text_of
+from halos.rollout.types import Sample, Score, question
 
 RUBRICS = Path(__file__).with_name("rubrics")
 SCALAR, PAIRWISE = ("prompt", "completion"), ("prompt", "first", "second")
 TIMEOUT = 120.0  # seconds for one answer
 _OBJECT = re.compile(r"\{[^{}]*\}")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """`price_in` and `price_out` are dollars for a million tokens."""
-
-    model: str
-    url: str | None
-    rubric: Path | None
-    concurrency: int
-    max_requests: int | None
-    max_cost: float | None
-    price_in: float
-    price_out: float
-    cache: Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +37,11 @@ class Answer:
 class Judge:
     """Asks each question once, for ever: answers are kept in a file of lines by the hash of all that was asked."""
 
-    def __init__(self, settings: Settings, *, pairwise: bool) -> None:
-        """Raises UserError where the rubric lacks a place to fill, the key is missing, or the package is."""
-        self.settings, self.pairwise = settings, pairwise
-        places = PAIRWISE if pairwise else SCALAR
-        path = settings.rubric or RUBRICS / ("pairwise.txt" if pairwise else "scalar.txt")
+    def __init__(self, settings: Settings, cache: Path) -> None:
+        """`cache` is the file of answers. Raises UserError for a rubric without a place to fill, or a missing key or package."""
+        self.settings, self.pairwise, self.cache = settings, settings.pairwise, cache
+        places = PAIRWISE if self.pairwise else SCALAR
+        path = Path(settings.rubric or RUBRICS / ("pairwise.txt" if self.pairwise else "scalar.txt"))
         try:
             self.rubric = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -80,12 +65,12 @@ class Judge:
     # --- what was asked before -----------------------------------------------------------------------------------------
 
     def _take_up(self) -> None:
-        if not self.settings.cache.is_file():
+        if not self.cache.is_file():
             return
-        for row in whole_lines(self.settings.cache):
+        for row in whole_lines(self.cache):
             cost = row.get("cost", 0.0)
             if not isinstance(row.get("key"), str) or not isinstance(cost, (int, float)):
-                raise UserError(f"{self.settings.cache} holds a line that is no answer: take it out, or move the file away")
+                raise UserError(f"{self.cache} holds a line that is no answer: take it out, or move the file away")
             if "text" in row:
                 self.kept[row["key"]] = Answer(str(row["text"]), cost, str(row.get("finish")))
                 self.spent += cost
@@ -97,20 +82,20 @@ class Judge:
                        " idempotency key", file=sys.stderr)  # fmt: skip
 
     def _note(self, row: Mapping[str, Any]) -> None:
-        self.settings.cache.parent.mkdir(parents=True, exist_ok=True)
-        confined.append(self.settings.cache, line(row), sync=True)
+        self.cache.parent.mkdir(parents=True, exist_ok=True)
+        confined.append(self.cache, line(row), sync=True)
 
     # --- asking ----------------------------------------------------------------------------------------------------------
 
-    def score(self, samples: Sequence[Row]) -> Iterator[tuple[Row, Score]]:
+    def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         """Of a scalar rubric. Raises UserError when the budget is used up or the server refuses: what was answered is kept."""
-        texts = [self._fill(prompt=question(row), completion=text_of(row["output"])) for row in samples]
+        texts = [self._fill(prompt=question(each.prompt.turns), completion=each.text) for each in samples]
         for number, answer in self._answers(texts):
             yield samples[number], read_score(answer)
 
-    def compare(self, pairs: Sequence[tuple[Row, Row]]) -> Iterator[tuple[int, str | None, Answer]]:
+    def compare(self, pairs: Sequence[tuple[Sample, Sample]]) -> Iterator[tuple[int, str | None, Answer]]:
         """Of a pairwise rubric: the pair's number, and `A`, `B`, `tie`, or None where the answer says none of them."""
-        texts = [self._fill(prompt=question(a), first=text_of(a["output"]), second=text_of(b["output"])) for a, b in pairs]
+        texts = [self._fill(prompt=question(a.prompt.turns), first=a.text, second=b.text) for a, b in pairs]
         for number, answer in self._answers(texts):
             yield number, read_preference(answer), answer
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForSequenceClassification
 
 from halos.checkpoint import received
 from halos.checkpoint.lineage import identity
+from halos.config.schema import Scorer as Settings
 from halos.confined import SAFELY
 from halos.data.collate import pack
 from halos.data.dataset import Completion
@@ -27,8 +28,7 @@ from halos.logps.model import RewardModel as Scorer
 from halos.logps.plan import plan_for, remember
 from halos.models.load import load_tokenizer, read_config, read_whole, weights_dtype
 from halos.rollout.ranks import device_of_this_process
-from halos.rollout.scorers.score import Score
-from halos.rollout.types import Row, text_of
+from halos.rollout.types import Sample, Score
 from halos.types import Demonstration
 
 
@@ -38,18 +38,18 @@ class RewardModel:
     HALOs' reward models have two labels and score with the second: label=1.
     """
 
-    def __init__(self, place: Path, *, label: int | None, batch_size: int, max_length: int | None, quiet: bool) -> None:
+    def __init__(self, place: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
         """Raises UserError for a model that does not score, and for a label that it does not have."""
         received.check(place, "reward model")
         config = read_config(place)
         if not any("SequenceClassification" in name for name in config.architectures or []):
             raise UserError(f"{place} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}")
-        labels = int(config.num_labels or 1)
+        labels, label = int(config.num_labels or 1), settings.label
         if labels > 1 and label is None:
             raise UserError(f"{place} has {labels} labels: say which one is the reward, online.scorer.label=1 for HALOs'")
         if label is not None and label >= labels:
             raise UserError(f"online.scorer.label={label}, but {place} has {labels} labels, counted from 0")
-        self.place, self.label, self.batch_size, self.quiet = place, label or 0, batch_size, quiet
+        self.place, self.label, self.batch_size, self.quiet = place, label or 0, settings.batch_size, quiet
         self._loaded: Any = None
         self.tokenizer, _ = load_tokenizer(place, add_tokens=[])
         self.tokenizer.chat_template = chat_template(self.tokenizer, None)
@@ -65,17 +65,17 @@ class RewardModel:
         return {"reward_model": weights, "label": self.label, "max_length": self.max_length, "template": template}
 
     @torch.no_grad()
-    def score(self, samples: Sequence[Row]) -> Iterator[tuple[Row, Score]]:
+    def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         encoder = Encoder(self.tokenizer, max_length=self.max_length, truncation="drop")
-        told = [(Demonstration(tuple(_turns(row)), ({"role": "assistant", "content": text_of(row["output"])},)),
-                 str(row["prompt_id"])) for row in samples]  # fmt: skip
+        told = [(Demonstration(sample.prompt.turns, ({"role": "assistant", "content": sample.text},)), sample.prompt.id)
+                for sample in samples]  # fmt: skip
         fitting = []
-        for row, encoded in zip(samples, encoder.encode(told), strict=True):
+        for sample, encoded in zip(samples, encoder.encode(told), strict=True):
             if isinstance(encoded, str):
-                yield row, Score(None, encoded)
+                yield sample, Score(None, encoded)
             else:
                 whole = Completion(encoded.completions[0].ids, np.ones(len(encoded.completions[0].ids), bool))
-                fitting.append((len(encoded.prompt) + len(whole.ids), (encoded.prompt, whole), row))
+                fitting.append((len(encoded.prompt) + len(whole.ids), (encoded.prompt, whole), sample))
         fitting.sort(key=lambda each: each[0])  # rows of one batch are of one length, nearly
         if not fitting:
             return
@@ -84,8 +84,8 @@ class RewardModel:
                           disable=True if self.quiet else None):  # fmt: skip
             some = fitting[start : start + self.batch_size]
             scores = model.scores(pack([pair for _, pair, _ in some]).to(model.model.device))[:, self.label].tolist()
-            for (_, _, row), value in zip(some, scores, strict=True):
-                yield row, Score(value)
+            for (_, _, sample), value in zip(some, scores, strict=True):
+                yield sample, Score(value)
 
     def _load(self) -> Any:
         device = device_of_this_process()
@@ -98,8 +98,3 @@ class RewardModel:
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return Scorer(model.to(device).eval())
-
-
-def _turns(row: Row) -> list[dict[str, Any]]:
-    prompt = row["prompt"] if "prompt" in row else row["instruction"]
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)

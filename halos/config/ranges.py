@@ -1,0 +1,51 @@
+"""Values against the ranges that the schema gives them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from halos.config.schema import Config
+from halos.config.suggest import nearest
+from halos.config.values import describe, show
+from halos.errors import UserError
+
+
+def check_ranges(node: Any, schema: Any = Config, prefix: str = "", *, spelled: Callable[[str], str] = str) -> None:
+    """Every value against the limits in the schema; what is still an interpolation or missing waits for the second look.
+
+    Raises UserError with the key as it is `spelled` where the values come from.
+    """
+    hints = get_type_hints(schema)
+    for field in fields(schema):
+        key, value = prefix + field.name, node.get(field.name)
+        section = next((part for part in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(part)), None)
+        if section and isinstance(value, Mapping):
+            check_ranges(value, section, f"{key}.", spelled=spelled)
+        elif (limits := field.metadata.get("limits")) and value is not None and not _is_open(value):
+            _check_range(spelled(key), value, limits, describe(hints[field.name]))
+
+
+def _is_open(value: Any) -> bool:
+    """An interpolation, or what is missing."""
+    return isinstance(value, str) and ("${" in value or value == "???")
+
+
+def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> None:
+    if "one_of" in limits:
+        if value not in limits["one_of"]:
+            near = nearest(str(value), limits["one_of"])
+            meant = f" (did you mean {near}?)" if near else ""
+            null = " or null" if kind.endswith("null") else ""
+            raise UserError(f"{key} takes {', '.join(limits['one_of'])}{null}, not {show(value)}{meant}")
+        return
+    words = {"above": "above", "least": "at least", "most": "at most"}
+    bounds = " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
+    good = (
+        value > limits.get("above", float("-inf"))  # written so that not-a-number is never good
+        and limits.get("least", float("-inf")) <= value <= limits.get("most", float("inf"))
+        and abs(value) != float("inf")
+    )
+    if not good:
+        raise UserError(f"{key} takes {kind.replace('number', f'number ({bounds})', 1)}, not {show(value)}")

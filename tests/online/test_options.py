@@ -1,0 +1,56 @@
+"""A key of a sampler, a scorer or feedback stands in the YAML and in the schema; the stage commands' options follow from that."""
+
+import argparse
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from halos.config.defaults import comments, section
+from halos.config.schema import Feedback, Sampler, Scorer
+from halos.errors import UserError
+from halos.online import label, sample
+from halos.online.options import FEEDBACK, SAMPLER, SCORER, Options
+
+COMMANDS: list[Any] = [
+    (SAMPLER, sample.parser(), ["tiny", "--data", "a", "--output", "o.jsonl"], {}),
+    (SCORER, label.parser(), ["s", "f", "--reward", "ends"], {"name": "function", "functions": ["ends"], "model": None}),
+    (FEEDBACK, label.parser(), ["s", "f", "--reward", "ends"], {"kind": "pairwise"}),
+]
+CHANGED: list[Any] = [
+    Sampler("vllm", 0.7, 0.9, 5, 17, 3, 128, "/bin/python", "http://x/v1", "m", 2),
+    Scorer("function", ["ends"], None, 1, 2, 3, 4.5, "http://x", True, "r.txt", 6, 7, 8.5, 0.25, 0.5),
+    Feedback("pairwise", "min", "0.5", True),
+]
+NAMES = ["sampler", "scorer", "feedback"]
+
+
+@pytest.mark.parametrize(("options", "parser", "command", "own"), COMMANDS, ids=NAMES)
+def test_what_is_not_typed_is_the_yamls(
+    options: Options[Any], parser: argparse.ArgumentParser, command: list[str], own: dict[str, Any]
+) -> None:
+    assert options.read(parser.parse_args(command), **own) == replace(section(options.schema), **own)
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)), ids=NAMES)
+def test_what_a_round_types_for_a_stage_is_read_as_the_rounds_own_settings(number: int) -> None:
+    (options, parser, command, own), settings = COMMANDS[number], CHANGED[number]
+    defaults = section(options.schema)
+    same = [each.name for each in fields(settings) if getattr(settings, each.name) == getattr(defaults, each.name)]
+    assert not set(same) - set(own), "each key has another value than by default"
+    assert options.read(parser.parse_args([*command, *options.words(settings)]), **own) == settings
+
+
+def test_a_value_out_of_its_range_is_told_by_the_options_name() -> None:
+    for words, said in (
+        (["--batch-size", "0"], r"--batch-size takes a whole number \(at least 1\), not 0"),
+        (["--sampler", "vlm"], r"--sampler takes hf, vllm, openai, not 'vlm' \(did you mean vllm\?\)"),
+    ):
+        with pytest.raises(UserError, match=said):
+            SAMPLER.read(sample.parser().parse_args([*COMMANDS[0][2], *words]))
+
+
+def test_every_key_has_the_yamls_words_in_the_help() -> None:
+    assert comments(Sampler)["cache_tokens"] == "hf: tokens of the key-value cache"
+    assert "hf: tokens of the key-value cache (default 32768)" in " ".join(sample.parser().format_help().split())
+    assert all(words for schema in (Sampler, Scorer, Feedback) for words in comments(schema).values())

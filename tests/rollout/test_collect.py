@@ -1,0 +1,119 @@
+"""The one step from prompts to rollouts, and its halves with a store that outlives them."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import pytest
+
+from halos.rollout.collect import InMemory, collect, sample, score
+from halos.rollout.ranks import Ranks
+from halos.rollout.types import Origin, Prompt, Request, Rollout, Sample, Score, requests_for
+
+ORIGIN = Origin("policy")
+PROMPTS = [Prompt(f"p{n}", ({"role": "user", "content": str(n)},)) for n in range(3)]
+REQUESTS = requests_for(PROMPTS, samples=2, temperature=1.0, max_new_tokens=4, seed=0)
+
+
+class Echo:
+    """Answers in the reverse order; dies after so many answers."""
+
+    def __init__(self, *, is_paid: bool = False, dies_after: int | None = None) -> None:
+        self.is_paid, self.dies_after, self.asked = is_paid, dies_after, list[list[Any]]()
+
+    def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
+        self.asked.append([request.key for request in requests])
+        for number, request in enumerate(reversed(requests)):
+            if number == self.dies_after:
+                raise RuntimeError
+            yield Sample.of(request, ORIGIN, f"{request.prompt.id} {request.number}", finish="stop", tokens=1)
+
+
+class Last:
+    """The last character as a number."""
+
+    def name(self) -> str:
+        return "last"
+
+    def request(self) -> dict[str, Any]:
+        return {}
+
+    def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
+        for each in reversed(samples):
+            yield each, Score(float(each.text[-1]))
+
+
+class Second(Ranks):
+    """Of two processes, of which the first has sampled and scored its share."""
+
+    first: ClassVar[dict[Any, Rollout]] = {}
+
+    def gather(self, mine: Any) -> list[Any]:
+        return [self.first, mine]
+
+
+def test_every_request_has_its_rollout_in_the_order_of_the_requests() -> None:
+    happened = list[str]()
+
+    @contextmanager
+    def engine() -> Iterator[Echo]:
+        yield Echo()
+        happened.append("closed")
+
+    class Scores(Last):
+        def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
+            assert happened == ["closed"], "weights that were gathered are gone when a reward model loads"
+            return super().score(samples)
+
+    rollouts = collect(REQUESTS, engine, Scores(), Ranks(0, 1))
+    assert [rollout.key for rollout in rollouts] == [request.key for request in REQUESTS]
+    said = [(each.sample.text, each.reward, each.score.scorer) for each in rollouts[:2]]
+    assert said == [("p0 0", 0.0, "last"), ("p0 1", 1.0, "last")]
+
+
+def test_a_process_asks_for_its_share_and_opens_the_engine_though_it_has_none() -> None:
+    engines = list[Echo]()
+
+    @contextmanager
+    def engine() -> Iterator[Echo]:
+        engines.append(Echo())
+        yield engines[-1]
+
+    Second.first.update({each.key: each for each in collect(REQUESTS[::2], engine, Last(), Ranks(0, 1))})
+    rollouts = collect(REQUESTS, engine, Last(), Second(1, 2))
+    assert engines[-1].asked == [[request.key for request in REQUESTS[1::2]]]
+    assert [rollout.key for rollout in rollouts] == [request.key for request in REQUESTS]
+    assert len(collect(REQUESTS[:1], engine, Last(), Second(1, 2))) == 1
+    assert (len(engines), engines[-1].asked) == (3, []), "all processes gather weights together"
+
+
+def test_a_chunk_that_is_not_whole_is_sampled_again_whole_and_none_that_is() -> None:
+    store, chunks = InMemory[Sample](), [REQUESTS[:2], REQUESTS[2:4], REQUESTS[4:]]
+    store.keep(list(Echo().sample(REQUESTS[:2])))
+    before = dict(store.items)
+    with pytest.raises(RuntimeError):
+        list(sample(chunks, Echo(dies_after=1), store))
+    assert store.items == before, "what stood in an unfinished chunk is drawn again, beside the same requests"
+    engine = Echo()
+    list(sample(chunks, engine, store))
+    assert engine.asked == [[request.key for request in chunk] for chunk in chunks[1:]]
+    assert len(store.items) == 6
+
+
+def test_an_answer_that_was_paid_for_is_kept_at_once_and_not_asked_for_again() -> None:
+    store = InMemory[Sample]()
+    with pytest.raises(RuntimeError):
+        list(sample([REQUESTS[:4]], Echo(is_paid=True, dies_after=3), store))
+    assert len(store.items) == 3
+    engine = Echo(is_paid=True)
+    list(sample([REQUESTS[:4]], engine, store))
+    assert engine.asked == [[REQUESTS[0].key]]
+
+
+def test_only_samples_without_a_score_are_scored() -> None:
+    samples = list(Echo().sample(REQUESTS))
+    store = InMemory[Rollout]()
+    store.keep([Rollout(samples[0], Score(9.0))])
+    assert len(list(score(samples, Last(), store))) == 5
+    assert len(store.items) == 6
+    assert store.items[samples[0].key].reward == 9.0
