@@ -69,6 +69,11 @@ def _of_loss(*names: str) -> Callable[[Computed], bool]:
     return lambda now: str(now.config.loss.get("_target_")).rpartition(".")[2] in names
 
 
+def _imitates_live(now: Computed) -> bool:
+    online = now.config.online
+    return _of_loss("sft")(now) and online is not None and online.steps is not None
+
+
 # The oldest first. To change the arithmetic is to add a line here, with a number of its own.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
@@ -81,6 +86,8 @@ HISTORY = (
     Revision(1, "2026-11-26", "adapters are merged in float64 and rounded once", _merges, of="FINAL"),
     Revision(1, "2026-11-26", "of completions that tie, accuracies count half", _of_loss(*PAIRED), of="metrics"),
     Revision(1, "2026-11-26", "kl is as estimated, and may be below 0; z0 is what the loss takes", _of_loss("kto"), of="metrics"),
+    Revision(2, "2026-11-27", "a live loop imitates the samples that are desirable (online.feedback), as rounds do, and not all",
+             _imitates_live),
 )  # fmt: skip
 NUMBER = HISTORY[-1].number
 

@@ -143,11 +143,15 @@ class RolloutSource:
 
     def _fill(self, rollouts: Sequence[Rollout]) -> None:
         made, _ = feedback.make(rollouts, self.online.feedback, kind=self.loss.inputs.feedback, seed=self.config.seed)
-        if self.rows.kind is Demonstration:  # what is not desirable is not imitated
-            made = [each for each in made if not (isinstance(each, feedback.Label) and not each.desirable)]
         numbers = {name: number for number, name in enumerate(dict.fromkeys(rollout.prompt.id for rollout in rollouts))}
-        items = [_item(each, f"{each.prompt_id}#{number}") for number, each in enumerate(made)]
-        self.rows.fill(items, np.array([numbers[each.prompt_id] for each in made], np.int64))
+        learned = learned_from(made, self.rows.kind)
+        items = [_item(each, f"{each.prompt_id}#{number}") for number, each in enumerate(learned)]
+        self.rows.fill(items, np.array([numbers[each.prompt_id] for each in learned], np.int64))
+
+
+def learned_from(made: Sequence[feedback.Feedback], kind: type[Example]) -> list[feedback.Feedback]:
+    """What serves as examples of a kind, as rows of files would: what is undesirable is not imitated."""
+    return [each for each in made if kind is not Demonstration or not isinstance(each, feedback.Label) or each.desirable]
 
 
 def _item(given: feedback.Feedback, name: str) -> Item:

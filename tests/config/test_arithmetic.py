@@ -98,8 +98,15 @@ def test_adapters_and_samples_are_concerned_by_what_they_are_computed_with() -> 
     for path, named in (("rows.jsonl", False), ("data/rows.jsonl", True), ({"path": "org/rows"}, True)):
         rounds = computed(before={"data": {"train": [path], "eval": []}})
         assert why(rounds) == ""
-        rounds.config.online = SimpleNamespace()  # type: ignore[assignment]
+        rounds.config.online = SimpleNamespace(steps=None)  # type: ignore[assignment]
         assert (PROMPTS in why(rounds)) is named
+
+
+def test_a_live_loop_that_imitates_is_concerned_by_which_samples_it_imitates() -> None:
+    now = computed()
+    for steps, target, named in ((4, "sft.sft", True), (4, "dpo.dpo", False), (None, "sft.sft", False)):
+        now.config.online, now.config.loss["_target_"] = SimpleNamespace(steps=steps), f"halos.losses.{target}"  # type: ignore[assignment]
+        assert ("samples that are desirable" in why(now, 1)) is named
 
 
 def test_metrics_that_read_otherwise_are_noted_and_refuse_nothing() -> None:

@@ -14,6 +14,10 @@ from safetensors.torch import load_file
 
 import train
 from halos.errors import UserError
+from halos.online.live import learned_from
+from halos.rollout import feedback
+from halos.rollout.types import Prompt, Rollout, Sample, Score
+from halos.types import Demonstration, Judgement
 from tests.rollout.stub import Stub
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -99,6 +103,13 @@ def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(command: Command,
     assert all(torch.equal(mine[name], final[name]) for name in final), "what was served last is what was saved, merged"
     done = command(f"resume={tmp_path / 'run'}", "train.steps=4", check=False)
     assert (done.returncode, "online.sampler.url" in done.stderr) == (2, True), "where keys are sent is typed again"
+
+
+def test_a_loss_that_imitates_learns_from_what_is_desirable_and_others_from_all() -> None:
+    sample = Sample(Prompt("p", ({"role": "user", "content": "?"},)), 0, "so")
+    labels = [feedback.Label(Rollout(sample, Score(value)), value > 0, 0.5) for value in (0.0, 1.0)]
+    assert learned_from(labels, Demonstration) == labels[1:]
+    assert learned_from(labels, Judgement) == labels
 
 
 def test_what_cannot_be_live_is_told(tmp_path: Path, cache: Path) -> None:
