@@ -88,7 +88,7 @@ def rounds(config: Config, typed: Sequence[str], changed: Sequence[Change], tree
     if config.resume:
         since = [word for word in overrides[1:] if word not in config.online.overrides]
         run_dir = RunDir(config.run_dir)
-        overrides = [*driver.stored_words(run_dir.path), *since]
+        overrides = [*driver.stored_overrides(run_dir.path), *since]
         old = younger_keys(run_dir, last_settings(run_dir), overrides)
         # of their adapter and its reference the rounds say themselves what each trains with
         overrides += [f"{key}={value}" for key, value in old.items() if key.startswith("train.")]

@@ -31,48 +31,48 @@ from halos.rollout.types import Rollout, Row, Sample, numbered
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m halos.online.label", description=__doc__,
+    options = argparse.ArgumentParser(prog="python -m halos.online.label", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    made.add_argument("samples", type=Path, help="what halos.online.sample wrote, or HALOs' own")
-    made.add_argument("feedback", type=Path, help="the file to write, .jsonl or .json")
-    by = made.add_mutually_exclusive_group(required=True)
+    options.add_argument("samples", type=Path, help="what halos.online.sample wrote, or HALOs' own")
+    options.add_argument("feedback", type=Path, help="the file to write, .jsonl or .json")
+    by = options.add_mutually_exclusive_group(required=True)
     by.add_argument("--reward", action="append", metavar="NAME", help="a function of halos.online.rewards, a dotted path, or a"
                     " mapping such as '{function: length, weight: 0.1, target: 50}'; several are added up")  # fmt: skip
     by.add_argument("--reward-model", help="a directory or hub id of a sequence classifier")
     by.add_argument("--judge", metavar="MODEL", help="a model behind an OpenAI-compatible API; its key is OPENAI_API_KEY")
-    made.add_argument(
+    options.add_argument(
         "--feedback", dest="kind", choices=(feedback.PAIRWISE, feedback.BINARY, feedback.SCALAR), default="pairwise"
     )
-    made.add_argument("--seed", type=int, default=0, help="of random pairing and of the order of A and B")
-    made.add_argument("--scores", type=Path, help="where every sample's score goes (default: beside FEEDBACK)")
-    made.add_argument("--against", type=Path, help="other samples of the same prompts: held-out rows are compared with them")
-    made.add_argument("--plugins", nargs="*", default=[], help="packages of yours that --reward may name")
-    made.add_argument("--max-length", type=int, help="of --reward-model: longer ones get no score")
-    made.add_argument("--cache", type=Path, help="where the judge's answers are kept (default: beside FEEDBACK)")
-    made.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
-    FEEDBACK.add(made.add_argument_group("online.feedback", "as a configuration has them"))
-    SCORER.add(made.add_argument_group("online.scorer", "as a configuration has them"))
-    return made
+    options.add_argument("--seed", type=int, default=0, help="of random pairing and of the order of A and B")
+    options.add_argument("--scores", type=Path, help="where every sample's score goes (default: beside FEEDBACK)")
+    options.add_argument("--against", type=Path, help="other samples of the same prompts: held-out rows are compared with them")
+    options.add_argument("--plugins", nargs="*", default=[], help="packages of yours that --reward may name")
+    options.add_argument("--max-length", type=int, help="of --reward-model: longer ones get no score")
+    options.add_argument("--cache", type=Path, help="where the judge's answers are kept (default: beside FEEDBACK)")
+    options.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
+    FEEDBACK.add(options.add_argument_group("online.feedback", "as a configuration has them"))
+    SCORER.add(options.add_argument_group("online.scorer", "as a configuration has them"))
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     return command(lambda: run(parser().parse_args(arguments)), stopped="what was scored is kept, and the same command goes on")
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """feedback.jsonl, and scores.jsonl of every sample. Raises UserError for what is wrong."""
-    settings = _checked(given)
-    threshold = feedback.check_threshold(given.kind, given.threshold)
-    samples = read_samples(given.samples)
+    settings = _checked(args)
+    threshold = feedback.check_threshold(args.kind, args.threshold)
+    samples = read_samples(args.samples)
     if not samples:
-        raise UserError(f"{given.samples} is empty")
+        raise UserError(f"{args.samples} is empty")
     ranks, began = Ranks.of_stage(), time.perf_counter()
-    scorer = open_scorer(settings, plugins=given.plugins, cache_dir=given.cache_dir, answers=_answers(given),
-                         max_length=given.max_length, quiet=not ranks.main)  # fmt: skip
+    scorer = open_scorer(settings, plugins=args.plugins, cache_dir=args.cache_dir, answers=_answers(args),
+                         max_length=args.max_length, quiet=not ranks.main)  # fmt: skip
     if settings.pairwise:
-        return preferences.compare(given, samples, scorer, ranks)
-    scores = given.scores or given.feedback.with_name(f"{given.feedback.stem}.scores.jsonl")
-    ledger = Ledger(scores, {"samples": digest(given.samples), **scorer.request()}, rank=ranks.rank)
+        return preferences.compare(args, samples, scorer, ranks)
+    scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
+    ledger = Ledger(scores, {"samples": digest(args.samples), **scorer.request()}, rank=ranks.rank)
     if not ranks.first(ledger.is_done()):
         open_for_all(ledger, ranks)
         _score(samples, scorer, ledger, ranks)
@@ -82,30 +82,30 @@ def run(given: argparse.Namespace) -> int:
             rows, seconds = [ledger.rows[sample.key] for sample in samples], round(time.perf_counter() - began, 2)
             ledger.finish([sample.key for sample in samples], {**counts(rows), "seconds": seconds})
     if ranks.main:
-        _make_feedback(given, scores, threshold)
+        _make_feedback(args, scores, threshold)
     ranks.wait()
     return 0
 
 
-def _checked(given: argparse.Namespace) -> Settings:
+def _checked(args: argparse.Namespace) -> Settings:
     """The scorer's settings. Raises UserError for words that cannot be followed."""
-    for path in (given.feedback, given.scores):
-        if path is not None and path.resolve() == given.samples.resolve():
+    for path in (args.feedback, args.scores):
+        if path is not None and path.resolve() == args.samples.resolve():
             raise UserError(f"{path} is the samples' own file: name another")
         if path is not None and path.is_dir():
             raise UserError(f"{path} is a directory: name a file in it")
-    if given.pairwise and (not given.judge or given.kind != feedback.PAIRWISE):
+    if args.pairwise and (not args.judge or args.kind != feedback.PAIRWISE):
         raise UserError("--pairwise is of a --judge, and gives --feedback pairwise: it says which of two is better, and no score")
-    name = "function" if given.reward else "judge" if given.judge else "reward_model"
+    name = "function" if args.reward else "judge" if args.judge else "reward_model"
     try:
-        functions = [yaml.safe_load(entry) for entry in given.reward or ()]
+        functions = [yaml.safe_load(entry) for entry in args.reward or ()]
     except yaml.YAMLError as error:
         raise UserError(f"--reward cannot be read: {' '.join(str(error).split())}") from error
-    return SCORER.read(given, name=name, functions=functions, model=given.judge or given.reward_model)
+    return SCORER.read(args, name=name, functions=functions, model=args.judge or args.reward_model)
 
 
-def _answers(given: argparse.Namespace) -> Path:
-    return given.cache or given.feedback.with_name(f"{given.feedback.stem}.judge.jsonl")
+def _answers(args: argparse.Namespace) -> Path:
+    return args.cache or args.feedback.with_name(f"{args.feedback.stem}.judge.jsonl")
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -124,17 +124,17 @@ def _score(samples: Sequence[Sample], scorer: Scorer, ledger: Ledger, ranks: Ran
             bar.update()
 
 
-def _make_feedback(given: argparse.Namespace, scores: Path, threshold: float | str | None) -> None:
-    settings = FEEDBACK.read(given, kind=given.kind)
-    asked = {"scores": digest(scores), "kind": given.kind, "pairing": settings.pairing, "threshold": threshold,
-             "drop_equal": settings.drop_equal, "seed": given.seed}  # fmt: skip
-    if given.feedback.exists() and read_meta(given.feedback).get("request") != asked:
-        raise UserError(f"{given.feedback} is there already, and was not made from these scores in this way: name another")
+def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | str | None) -> None:
+    settings = FEEDBACK.read(args, kind=args.kind)
+    asked = {"scores": digest(scores), "kind": args.kind, "pairing": settings.pairing, "threshold": threshold,
+             "drop_equal": settings.drop_equal, "seed": args.seed}  # fmt: skip
+    if args.feedback.exists() and read_meta(args.feedback).get("request") != asked:
+        raise UserError(f"{args.feedback} is there already, and was not made from these scores in this way: name another")
     rows = read(scores)
     rollouts = [Rollout.from_row(row, f"{scores}:{number}") for number, row in enumerate(rows, 1)]
-    made, left_out = feedback.make(rollouts, settings, kind=given.kind, seed=given.seed)
-    write_sealed(given.feedback, [each.to_row() for each in made], asked, left_out)
-    _tell(given, rows, left_out)
+    made, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed)
+    write_sealed(args.feedback, [each.to_row() for each in made], asked, left_out)
+    _tell(args, rows, left_out)
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -148,13 +148,13 @@ def counts(rows: Sequence[Row]) -> dict[str, Any]:
             "cost": sum(row.get("cost") or 0.0 for row in rows)}  # fmt: skip
 
 
-def _tell(given: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, int]) -> None:
+def _tell(args: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, int]) -> None:
     told = counts(rows)
     for problem, count in list(told["problems"].items())[:3]:
         tqdm.write(f"no score for {count}: {problem}", file=sys.stderr)
     equal = f", {left_out['groups_all_equal']} of {left_out['groups']} prompts with equal scores" if left_out["groups"] else ""
     empty = f", {left_out['empty']} that say nothing left out" if left_out.get("empty") else ""
-    tqdm.write(f"{given.feedback}: {left_out['rows']} rows of {given.kind} feedback from {told['scored']} scores"
+    tqdm.write(f"{args.feedback}: {left_out['rows']} rows of {args.kind} feedback from {told['scored']} scores"
                f" ({told['without_score']} samples without one{equal}{empty})", file=sys.stderr)  # fmt: skip
 
 

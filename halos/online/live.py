@@ -63,9 +63,9 @@ class LivePrompts:
         online = self.online = config.online
         encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), max_length - online.sampler.max_new_tokens
         train = read_prompts(config.data.train, "train")
-        exam = read_prompts(config.data.eval, "eval") if config.data.eval and online.eval_prompts else []
-        exam = held_out(exam, count=online.eval_prompts, seed=config.seed)
-        self.train, self.exam = fitting(train, encoder, room), fitting(exam, encoder, room) if exam else []
+        asked = read_prompts(config.data.eval, "eval") if config.data.eval and online.eval_prompts else []
+        asked = held_out(asked, count=online.eval_prompts, seed=config.seed)
+        self.train, self.held_out = fitting(train, encoder, room), fitting(asked, encoder, room) if asked else []
         if not self.train:
             raise UserError(f"no prompt leaves room for online.sampler.max_new_tokens={online.sampler.max_new_tokens} within"
                             f" {max_length} tokens (train.max_length)")  # fmt: skip
@@ -77,8 +77,8 @@ class LivePrompts:
             )
         if loss.inputs.feedback == feedback.PAIRWISE and samples < 2:
             raise UserError("online.samples_per_prompt: pairs need 2 or more")
-        self.line = f"{len(self.train)} prompts, {self.per_step} a step, {samples} samples of each; {len(self.exam)} held out"
-        if dropped := len(train) + len(exam) - len(self.train) - len(self.exam):
+        self.line = f"{len(self.train)} prompts, {self.per_step} a step, {samples} samples of each; {len(self.held_out)} held out"
+        if dropped := len(train) + len(asked) - len(self.train) - len(self.held_out):
             self.line += f"; {dropped} prompts leave no room for an answer"
 
     def requests(self, prompts: Sequence[Prompt], seed: int) -> list[Request]:
@@ -117,7 +117,7 @@ class RolloutSource:
 
     def exam(self) -> dict[str, float]:
         """Held-out prompts, answered greedily; the same numbers on every process."""
-        rollouts = self._collect(self.prompts.exam, 0)
+        rollouts = self._collect(self.prompts.held_out, 0)
         if self.run.main and self.online.show:
             some = measure.examples(rollouts, self.online.show)
             self._show(some)

@@ -37,9 +37,9 @@ class Options(Generic[T]):
                 shown = "N" if {int, float} & {kind, *get_args(kind)} else dest.upper()
                 parser.add_argument(option, type=_reader(kind), default=default, dest=dest, help=words, metavar=shown)
 
-    def read(self, given: argparse.Namespace, **by_command: Any) -> T:
+    def read(self, args: argparse.Namespace, **by_command: Any) -> T:
         """The settings that were typed. Raises UserError for what is out of its range."""
-        values = {name: getattr(given, self.names.get(name, name)) for name in self._keys()} | by_command
+        values = {name: getattr(args, self.names.get(name, name)) for name in self._keys()} | by_command
         check_ranges(values, self.schema, spelled=self.spelled)
         return defaults.section(self.schema, **values)
 

@@ -27,14 +27,14 @@ from halos.rundir import RunDir
 
 @dataclass
 class Plan:
-    """`inner` is the configuration of a round's training, `words` what is typed for it, and `loss` its loss."""
+    """`inner` is the configuration of a round's training, `overrides` what is typed for it, and `loss` its loss."""
 
     config: Config
     inner: Config
-    words: list[str]
+    overrides: list[str]
     loss: LossSpec
     prompts: list[Prompt] = field(default_factory=list)
-    exam: list[Prompt] = field(default_factory=list)  # held-out ones
+    held_out: list[Prompt] = field(default_factory=list)  # held-out ones
     max_length: int = 0  # tokens of a row: train.max_length, or the model's positions where they are fewer
 
     def __post_init__(self) -> None:
@@ -42,8 +42,8 @@ class Plan:
         self.online: Online = self.config.online
         self.directory, self.stages = RunDir(self.config.run_dir), Stages(self.config)
         # what may be imported is typed on this command, and never read from a saved run
-        self.words = [self._located(word) for word in self.words if not word.lstrip("+").startswith("plugins=")]
-        self.words += [f"plugins=[{','.join(self.config.plugins)}]"] if self.config.plugins else []
+        self.overrides = [self._located(word) for word in self.overrides if not word.lstrip("+").startswith("plugins=")]
+        self.overrides += [f"plugins=[{','.join(self.config.plugins)}]"] if self.config.plugins else []
 
     def _located(self, word: str) -> str:
         """A path as it leads to the same from any directory: the rounds may be gone on with from another."""
@@ -68,9 +68,9 @@ class Plan:
 
     @property
     def _length_is_typed(self) -> bool:
-        return any(word.lstrip("+").startswith(("train.steps=", "train.epochs=")) for word in self.words)
+        return any(word.lstrip("+").startswith(("train.steps=", "train.epochs=")) for word in self.overrides)
 
-    def place(self, number: int) -> Path:
+    def directory_of(self, number: int) -> Path:
         return self.directory.path / "rounds" / f"{number:03d}"
 
     @property
@@ -85,7 +85,7 @@ class Plan:
 
     def policy(self, number: int) -> str:
         """What round `number` samples from, and its training goes on from."""
-        return self.start if number == 0 else str(self.place(number - 1) / "train" / "FINAL")
+        return self.start if number == 0 else str(self.directory_of(number - 1) / "train" / "FINAL")
 
     def revision(self, number: int) -> str | None:
         """Of that policy, where it is a hub's."""
@@ -111,7 +111,7 @@ class Plan:
             )
         feedback.check_threshold(self.kind, online.feedback.threshold)
         self.prompts = read_prompts(self.config.data.train, "train")
-        self.exam = read_prompts(self.config.data.eval, "eval") if self.config.data.eval and online.eval_prompts else []
+        self.held_out = read_prompts(self.config.data.eval, "eval") if self.config.data.eval and online.eval_prompts else []
         if not self.prompts:
             raise UserError("data.train has no prompts")
         refuse_unscorable(self.config, self.prompts)
@@ -130,42 +130,45 @@ class Plan:
 
     # --- what a round's training is given --------------------------------------------------------------------------------
 
-    def words_of(self, number: int) -> list[str]:
+    def overrides_of(self, number: int) -> list[str]:
         """What is typed for the training of a round."""
-        config, inner, online, place = self.config, self.inner, self.online, self.place(number)
-        words = [
-            *self.words, f"data.train=[{quoted(place / 'feedback.jsonl')}]", "data.eval=[]", f"run_dir={quoted(place / 'train')}",
-            f"exp_name={quoted(f'{config.exp_name}-{number:03d}')}", f"seed={config.seed + number}", "resume=auto",
-            f"cache_dir={quoted(config.cache_dir)}",
+        config, inner, online, directory = self.config, self.inner, self.online, self.directory_of(number)
+        overrides = [
+            *self.overrides, f"data.train=[{quoted(directory / 'feedback.jsonl')}]", "data.eval=[]",
+            f"run_dir={quoted(directory / 'train')}", f"exp_name={quoted(f'{config.exp_name}-{number:03d}')}",
+            f"seed={config.seed + number}", "resume=auto", f"cache_dir={quoted(config.cache_dir)}",
         ]  # fmt: skip
         if not self._length_is_typed:
-            words.append("train.steps=null")  # a bundled model's own number is for whole data sets
+            overrides.append("train.steps=null")  # a bundled model's own number is for whole data sets
         if self.loss.on_rollouts:
-            words.append(f"train.temperature={online.sampler.temperature}")
+            overrides.append(f"train.temperature={online.sampler.temperature}")
         if online.carry_optimizer:
-            words.append("checkpoint.at_end=true")
+            overrides.append("checkpoint.at_end=true")
         if number:
-            words += self._going_on(self.place(number - 1) / "train", lora=inner.peft.name == "lora")
-        return words
+            overrides += self._going_on(self.directory_of(number - 1) / "train", lora=inner.peft.name == "lora")
+        return overrides
 
     def _going_on(self, before: Path, *, lora: bool) -> list[str]:
         """From the last round's policy; the reference stays at the start unless told otherwise."""
-        words, last = [], self.online.reference == "last"
+        overrides, last = [], self.online.reference == "last"
         if lora:
-            words += [f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}", f"reference.adapter={'start' if last else 'off'}"]
+            overrides += [
+                f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}",
+                f"reference.adapter={'start' if last else 'off'}",
+            ]
             other = None  # no second copy: the reference is the policy as the round began, or its base, which is the start
         else:
-            words += [f"model.name_or_path={quoted(before / 'FINAL')}"]
+            overrides += [f"model.name_or_path={quoted(before / 'FINAL')}"]
             other = None if last else self.start
         if self.loss.needs_reference and other is not None:
-            words += [f"reference.name_or_path={quoted(other)}"]
+            overrides += [f"reference.name_or_path={quoted(other)}"]
             if str(other) == self.start and self.config.model.revision is not None:
-                words += [f"reference.revision={quoted(self.config.model.revision)}"]
+                overrides += [f"reference.revision={quoted(self.config.model.revision)}"]
         if self.online.carry_optimizer:
-            words += [f"optim.init_from={quoted(_last_checkpoint(before))}"]
+            overrides += [f"optim.init_from={quoted(_last_checkpoint(before))}"]
         if (weight := self._kl_weight(before)) is not None:
-            words += [f"loss.kl_coefficient={weight}"]
-        return words
+            overrides += [f"loss.kl_coefficient={weight}"]
+        return overrides
 
     def _kl_weight(self, before: Path) -> float | None:
         """Of a KL that follows a target: where the last round has left it."""
@@ -179,10 +182,10 @@ class Plan:
 
 def _last_checkpoint(run: Path) -> Path:
     """Of a round's training, whose optimizer the next one goes on with. Raises UserError where there is none."""
-    found = checkpoints(run / "checkpoints")
-    if not found:
+    saves = checkpoints(run / "checkpoints")
+    if not saves:
         raise UserError(
             f"online.carry_optimizer: {run / 'checkpoints'} holds no checkpoint whose optimizer could be handed on. Bring it"
             " back, or go on without: online.carry_optimizer=false resume_changes=allow"
         )
-    return found[-1]
+    return saves[-1]

@@ -44,30 +44,30 @@ class Match:
         return {**pair.to_row(), **held_out, **said}
 
 
-def compare(given: argparse.Namespace, samples: Sequence[Sample], judge: Scorer, ranks: Ranks) -> int:
+def compare(args: argparse.Namespace, samples: Sequence[Sample], judge: Scorer, ranks: Ranks) -> int:
     """Pairs of a prompt's samples, in an order that is drawn; held-out ones with the answer of `--against`."""
     assert isinstance(judge, Judge)
     if ranks.world > 1:
         raise UserError("a judge that compares needs one process: it waits for the server, not for this machine")
-    others = read(given.against) if given.against else []
-    against = [Sample.from_row(row, f"{given.against}:{number}") for number, row in enumerate(others, 1)]
-    rivals = digest(given.against) if given.against else None
-    ledger = Ledger(given.feedback, {"samples": digest(given.samples), "against": rivals, "seed": given.seed, **judge.request()})
+    others = read(args.against) if args.against else []
+    against = [Sample.from_row(row, f"{args.against}:{number}") for number, row in enumerate(others, 1)]
+    rivals = digest(args.against) if args.against else None
+    ledger = Ledger(args.feedback, {"samples": digest(args.samples), "against": rivals, "seed": args.seed, **judge.request()})
     if ledger.is_done():
         return 0
     ledger.open()
-    matches = _drawn(samples, {each.prompt.id: each for each in against if each.prompt.is_held_out}, given.seed)
+    matches = _drawn(samples, {each.prompt.id: each for each in against if each.prompt.is_held_out}, args.seed)
     asked = [number for number in range(len(matches)) if str(number) not in ledger.rows]
     for place, verdict, answer in judge.compare([matches[number].shown for number in asked]):
         number = asked[place]
         ledger.add({str(number): matches[number].to_row(verdict, answer, judge.name())})
     rows = [ledger.rows[str(number)] for number in range(len(matches))]
-    if given.scores:
-        write(given.scores, rows)
+    if args.scores:
+        write(args.scores, rows)
     usable = [str(n) for n, row in enumerate(rows) if row["verdict"] in ("A", "B") and row.get("split") != EVAL]
     told = counts(rows)
     ledger.finish(usable, told)
-    tqdm.write(f"{given.feedback}: {len(usable)} pairs, {told['ties']} ties, {told['unparsable']} answers that say nothing",
+    tqdm.write(f"{args.feedback}: {len(usable)} pairs, {told['ties']} ties, {told['unparsable']} answers that say nothing",
                file=sys.stderr)  # fmt: skip
     return 0
 

@@ -42,11 +42,11 @@ class RoundResult:
 
 
 class Round:
-    """`place` is its directory."""
+    """Its files lie in `directory`."""
 
-    def __init__(self, plan: Plan, number: int, place: Path) -> None:
-        self.plan, self.number, self.place = plan, number, place
-        place.mkdir(parents=True, exist_ok=True)
+    def __init__(self, plan: Plan, number: int, directory: Path) -> None:
+        self.plan, self.number, self.directory = plan, number, directory
+        directory.mkdir(parents=True, exist_ok=True)
         self.facts: dict[str, Any] = self._read()
 
     @property
@@ -55,7 +55,7 @@ class Round:
 
     def go(self) -> RoundResult:
         """Prompts, samples, feedback, training: those that are not there yet."""
-        began, fresh = time.perf_counter(), not (self.place / "prompts.jsonl").is_file()
+        began, fresh = time.perf_counter(), not (self.directory / "prompts.jsonl").is_file()
         plan, online = self.plan, self.plan.online
         self._prompts(for_round(plan.prompts, self.number, count=online.prompts_per_round, samples=online.samples_per_prompt,
                                 seed=plan.config.seed))  # fmt: skip
@@ -63,14 +63,14 @@ class Round:
         self._label()
         self._train()
         self._note(wall=round(time.perf_counter() - began, 2), whole=fresh)
-        return self._told()
+        return self._result()
 
     def examine(self) -> RoundResult:
         """Held-out prompts alone."""
         self._prompts([])
         self._sample()
         self._label()
-        return self._told()
+        return self._result()
 
     def close(self, metrics: Mapping[str, Any], hooks: Mapping[str, Any]) -> None:
         """What it has come to is on record, with what the `hooks` remember of it: it is not looked at again."""
@@ -79,7 +79,7 @@ class Round:
     def _read(self) -> dict[str, Any]:
         start: dict[str, Any] = {"round": self.number, "stages": {}, "whole": False, "wall": 0.0, "metrics": {}}
         try:
-            found = confined.load_object(self.place / NOTE, within=self.plan.directory.path)
+            found = confined.load_object(self.directory / NOTE, within=self.plan.directory.path)
         except UnreadableError:
             found = {}
         kept = {name: value for name, value in found.items() if isinstance(value, type(start.get(name, value)))}
@@ -89,23 +89,23 @@ class Round:
 
     def _note(self, **facts: Any) -> None:
         self.facts |= facts
-        write_whole(self.place / NOTE, json.dumps(self.facts, indent=1) + "\n")
+        write_whole(self.directory / NOTE, json.dumps(self.facts, indent=1) + "\n")
 
     def _stage(self, name: str, command: Sequence[str]) -> None:
         """One command; its time is that of the start that ended it."""
         began = time.perf_counter()
-        self.plan.stages.run(command, self.place / "logs" / f"{name}.log")
+        self.plan.stages.run(command, self.directory / "logs" / f"{name}.log")
         self.facts["stages"][name] = {"wall": round(time.perf_counter() - began, 2)}
         self._note()
 
     def _prompts(self, chosen: Sequence[Prompt]) -> None:
-        path, plan = self.place / "prompts.jsonl", self.plan
+        path, plan = self.directory / "prompts.jsonl", self.plan
         if not path.is_file():
-            held = held_out(plan.exam, count=plan.online.eval_prompts, seed=plan.config.seed)
+            held = held_out(plan.held_out, count=plan.online.eval_prompts, seed=plan.config.seed)
             write(path, [prompt.to_row() for prompt in (*chosen, *held)])
 
     def _sample(self) -> None:
-        path, plan = self.place / "samples.jsonl", self.plan
+        path, plan = self.directory / "samples.jsonl", self.plan
         if path.is_file():
             self._refuse_others(path)
             if not sampled_from(path, plan.policy(self.number), plan.revision(self.number), plan.cache):
@@ -113,28 +113,28 @@ class Round:
             return
         seed = plan.config.seed * 1_000_003 + self.number
         policy = plan.policy(self.number)
-        command = plan.stages.sample(policy, self.place / "prompts.jsonl", path, seed=seed,
+        command = plan.stages.sample(policy, self.directory / "prompts.jsonl", path, seed=seed,
                                      max_length=plan.max_length, reference=plan.start,
                                      revision=plan.revision(self.number))  # fmt: skip
         self._note(policy=policy)
         self._stage("sample", command)
 
     def _label(self) -> None:
-        path, plan = self.place / "feedback.jsonl", self.plan
+        path, plan = self.directory / "feedback.jsonl", self.plan
         if path.is_file():
-            self._refuse_others(self.place / "scores.jsonl")
+            self._refuse_others(self.directory / "scores.jsonl")
             self._refuse_others(path)
             return
-        first = plan.place(0) / "samples.jsonl"
+        first = plan.directory_of(0) / "samples.jsonl"
         command = plan.stages.label(
-            self.place / "samples.jsonl", path, kind=plan.kind, scores=self.place / "scores.jsonl",
+            self.directory / "samples.jsonl", path, kind=plan.kind, scores=self.directory / "scores.jsonl",
             cache=plan.directory.path / "judge.jsonl", against=first if self.number else None,
         )  # fmt: skip
         self._stage("label", command)
 
     @property
     def _again(self) -> str:
-        return f"bring back what it was, or delete {self.place}, and the round is made anew"
+        return f"bring back what it was, or delete {self.directory}, and the round is made anew"
 
     def _refuse_others(self, path: Path) -> None:
         """Raises UserError where what an earlier start has written is not what it wrote, or was made from something else."""
@@ -142,39 +142,39 @@ class Round:
             raise UserError(f"{path}: {seals.CHANGED}: {self._again}")
         request = read_meta(path).get("request")
         for name in ("samples", "scores"):
-            made_from = self.place / f"{name}.jsonl"
+            made_from = self.directory / f"{name}.jsonl"
             known = request.get(name) if isinstance(request, dict) and path.name != "samples.jsonl" else None
             if known is not None and made_from.is_file() and digest(made_from) != known:
                 raise UserError(f"{path} was made from another {made_from.name}: {self._again}")
 
     def _train(self) -> None:
-        run, plan = RunDir(self.place / "train"), self.plan
+        run, plan = RunDir(self.directory / "train"), self.plan
         if is_run(run.path) and run.is_finished() and run.final.is_dir():
             received.check_final(run, plan.cache)
-            rows = self.place / "feedback.jsonl"
+            rows = self.directory / "feedback.jsonl"
             if not _trained_on(run, rows):
                 raise UserError(f"{run.path} was trained on other rows than those of {rows}: {self._again}")
             return
-        rows = read(self.place / "feedback.jsonl")
+        rows = read(self.directory / "feedback.jsonl")
         if not rows:
             raise UserError(
-                f"round {self.number}: there is nothing to learn from: {self._why_nothing()}. Its files are kept in {self.place};"
-                " more samples of each prompt, a higher temperature or other prompts would be another run"
+                f"round {self.number}: there is nothing to learn from: {self._why_nothing()}. Its files are kept in"
+                f" {self.directory}; more samples of each prompt, a higher temperature or other prompts would be another run"
             )
         run.lock().refuse_held(wait=True, patience=ORPHANS)
-        self._stage("train", plan.stages.train(plan.words_of(self.number)))
+        self._stage("train", plan.stages.train(plan.overrides_of(self.number)))
         if not (run.is_finished() and run.final.is_dir()):
             result = run.read_result() or {}
             raise StageError(f"training of round {self.number} did not finish: {result.get('reason') or result.get('status')}")
 
     def _why_nothing(self) -> str:
-        rows = read(self.place / "scores.jsonl") if (self.place / "scores.jsonl").is_file() else []
+        rows = read(self.directory / "scores.jsonl") if (self.directory / "scores.jsonl").is_file() else []
         scores = [row.get("reward") for row in rows if row.get("split") != EVAL]
         if scores and all(score is None for score in scores):
             return f"none of {len(scores)} samples has a score ({rows[0].get('problem')})"
         return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples)"
 
-    def _told(self) -> RoundResult:
+    def _result(self) -> RoundResult:
         """What was sampled to train on, and the held-out answers of the policy that sampled."""
         rollouts = self._rollouts()
         shown = measure.examples(rollouts, self.plan.online.show)
@@ -182,37 +182,37 @@ class Round:
 
     def _held_out(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
         held = measure.of_samples(rollouts, split=EVAL)
-        judged = read_meta(self.place / "feedback.jsonl").get("win_rate")  # by a judge that compares
+        judged = read_meta(self.directory / "feedback.jsonl").get("win_rate")  # by a judge that compares
         rate = judged if judged is not None else measure.win_rate(rollouts, self._first())
         return {**held, "win_rate": rate} if held and rate is not None else held
 
     def _sampled(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        found, sampled = measure.of_samples(rollouts, split=TRAIN), read_meta(self.place / "samples.jsonl")
-        if not found:
+        metrics, sampled = measure.of_samples(rollouts, split=TRAIN), read_meta(self.directory / "samples.jsonl")
+        if not metrics:
             return {}
-        found |= {"kl": sampled["kl"]} if "kl" in sampled else {}
-        labelled = read_meta(self.place / "feedback.jsonl")
+        metrics |= {"kl": sampled["kl"]} if "kl" in sampled else {}
+        labelled = read_meta(self.directory / "feedback.jsonl")
         if "compared" in labelled:  # by a judge that gives no scores
-            found |= {"cost": labelled["cost"], "without_verdict": labelled["unparsable"], "ties": labelled["ties"]}
+            metrics |= {"cost": labelled["cost"], "without_verdict": labelled["unparsable"], "ties": labelled["ties"]}
         else:
-            found |= {"cost": sum(rollout.score.cost for rollout in rollouts)}
-            found |= {"without_score": sum(rollout.score.value is None for rollout in rollouts)}
-        found |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.place / "feedback.jsonl"))}
+            metrics |= {"cost": sum(rollout.score.cost for rollout in rollouts)}
+            metrics |= {"without_score": sum(rollout.score.value is None for rollout in rollouts)}
+        metrics |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.directory / "feedback.jsonl"))}
         stages = {name: stage["wall"] for name, stage in self.facts["stages"].items()}
-        found |= {f"seconds/{name}": spent for name, spent in stages.items()}
+        metrics |= {f"seconds/{name}": spent for name, spent in stages.items()}
         if self.facts["whole"]:  # of a round that was gone on with, what lay between its starts is nobody's
-            found["seconds/other"] = round(self.facts["wall"] - sum(stages.values()), 2)
-        return found | self._of_training()
+            metrics["seconds/other"] = round(self.facts["wall"] - sum(stages.values()), 2)
+        return metrics | self._of_training()
 
     def _of_training(self) -> dict[str, float]:
         """The loss over the round's training, in the mean."""
-        rows = [row for row in RunDir(self.place / "train").read_metrics() if row.get("split") == TRAIN]
+        rows = [row for row in RunDir(self.directory / "train").read_metrics() if row.get("split") == TRAIN]
         losses = [row["loss"] for row in rows if row.get("loss") is not None]
         return {"loss": sum(losses) / len(losses)} if losses else {}
 
     def _rollouts(self) -> list[Rollout]:
         """Every sample, with its score, or with the verdict of a judge that compares."""
-        path, samples = self.place / "scores.jsonl", self.place / "samples.jsonl"
+        path, samples = self.directory / "scores.jsonl", self.directory / "samples.jsonl"
         rows = read(path) if path.is_file() else []
         if rows and "output" in rows[0]:
             return [Rollout.from_row(row, str(path)) for row in rows]
@@ -220,7 +220,7 @@ class Round:
 
     def _first(self) -> list[Rollout]:
         """Those of the first round; a judge that compares has left none."""
-        path = self.plan.place(0) / "scores.jsonl"
+        path = self.plan.directory_of(0) / "scores.jsonl"
         return [Rollout.from_row(row, str(path)) for row in read(path) if "output" in row] if path.is_file() else []
 
 

@@ -44,7 +44,7 @@ from halos.versions import versions
 log = logging.getLogger(__name__)
 
 FINISHED, FAILED = 0, 1
-WORDS = "online.json"  # what each round's training is given
+OVERRIDES = "online.json"  # what each round's training is given
 HOOKS = "hooks.json"  # what they remembered at the last start
 SHOWN = ("reward", "kl", "length", "unique", "cost")
 
@@ -69,12 +69,12 @@ class Outlined(Protocol):
 
 
 def run(
-    config: Config, inner: Config, words: Sequence[str], typed: Sequence[str], changed: Sequence[Change],
+    config: Config, inner: Config, overrides: Sequence[str], typed: Sequence[str], changed: Sequence[Change],
     outline: Callable[..., Outlined],
 ) -> int:  # fmt: skip
     """All rounds, or those that are left; the exit status.
 
-    `inner` is the configuration of a round's training and `words` what is typed for it; `outline` looks at that training
+    `inner` is the configuration of a round's training and `overrides` what is typed for it; `outline` looks at that training
     before anything starts. Raises UserError.
     """
     if world_size() > 1:
@@ -82,10 +82,10 @@ def run(
             f"loss=online starts an accelerate launch of its own for every stage: {COMMAND} loss=online"
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
         )
-    plan = Plan(config, inner, list(words), bind_loss(inner.loss, config.plugins))
+    plan = Plan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins))
     plan.prepare()
-    looked = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
-    prompt = plan.first_that_fits(looked.tokenizer, looked.max_length)
+    outlined = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
+    prompt = plan.first_that_fits(outlined.tokenizer, outlined.max_length)
     directory = plan.directory
     if config.resume and _is_over(plan):
         log.info("%s is finished already; more rounds: online.rounds=%d", directory.path, plan.online.rounds + 1)
@@ -96,11 +96,11 @@ def run(
             directory.open()
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
-        prompts = {"data.train": digest(plan.prompts), "data.eval": digest(plan.exam) if plan.exam else None}
-        content = looked.content(config, prompts)
-        altered = looked.changed(config, directory, content) if config.resume else []
+        prompts = {"data.train": digest(plan.prompts), "data.eval": digest(plan.held_out) if plan.held_out else None}
+        content = outlined.content(config, prompts)
+        altered = outlined.changed(config, directory, content) if config.resume else []
         if config.dry_run:
-            return rehearse(plan, looked, prompt)
+            return rehearse(plan, outlined, prompt)
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
@@ -114,17 +114,17 @@ def trackers_of(config: Config) -> dict[str, Hook[Watched]]:
     return {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
 
-def rehearse(plan: Plan, looked: Outlined, prompt: list[int]) -> int:
+def rehearse(plan: Plan, outlined: Outlined, prompt: list[int]) -> int:
     """Say what would be done."""
-    looked.write(prompt)
+    outlined.write(prompt)
     online = plan.online
     each = min(online.prompts_per_round, len(plan.prompts))
-    held = min(online.eval_prompts, len(plan.exam))
+    held = min(online.eval_prompts, len(plan.held_out))
     samples = online.samples_per_prompt
     log.info("%d rounds of %d prompts (of %d), %d samples of each", online.rounds, each, len(plan.prompts), samples)
     log.info("%d held-out prompts", held)
     log.info("%s feedback by %s for loss=%s", plan.kind, online.scorer.name, online.loss)
-    log.info("training of each round: %s %s", COMMAND, " ".join(plan.words))
+    log.info("training of each round: %s %s", COMMAND, " ".join(plan.overrides))
     log.info("everything fits together, nothing was started")
     return FINISHED
 
@@ -158,7 +158,7 @@ class OnlineRun:
             write_whole(self.directory.path / HOOKS, json.dumps(self._remembered()) + "\n")
             for number in range(self.plan.online.rounds):
                 self.step = number
-                one = Round(self.plan, number, self.plan.place(number))
+                one = Round(self.plan, number, self.plan.directory_of(number))
                 if one.is_done:
                     self.metrics = one.facts.get("metrics", {})
                     continue
@@ -197,7 +197,7 @@ class OnlineRun:
         if not resumed:
             directory.create(overwrite=self.config.overwrite)
             directory.write_config(saved.dump(self.config))
-        write_whole(directory.path / WORDS, json.dumps({"words": self.plan.words}, indent=1) + "\n")
+        write_whole(directory.path / OVERRIDES, json.dumps({"words": self.plan.overrides}, indent=1) + "\n")
         write_to(directory.log_of(0))
         sweep(directory.path)
         directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
@@ -209,7 +209,7 @@ class OnlineRun:
         plan, online = self.plan, self.plan.online
         log.info("online     %s, %s feedback by %s", plan.loss.name, plan.kind, online.scorer.name)
         log.info("prompts    %d, %d a round; %d held out", len(plan.prompts), min(online.prompts_per_round, len(plan.prompts)),
-                 min(online.eval_prompts, len(plan.exam)))  # fmt: skip
+                 min(online.eval_prompts, len(plan.held_out)))  # fmt: skip
         log.info("run        %s", directory.path)
 
     def _remembered(self) -> dict[str, Any]:
@@ -218,7 +218,7 @@ class OnlineRun:
 
     def _remembered_before(self) -> dict[str, Any]:
         """By an earlier start: as of the last round that is done, else as of that start."""
-        rounds = [self.plan.place(number) / NOTE for number in reversed(range(self.plan.online.rounds))]
+        rounds = [self.plan.directory_of(number) / NOTE for number in reversed(range(self.plan.online.rounds))]
         for path in filter(Path.is_file, [*rounds, self.directory.path / HOOKS]):
             found = confined.load_object(path, within=self.directory.path)
             kept = found if path.name == HOOKS else found.get("hooks") if found.get("done") else None
@@ -226,23 +226,23 @@ class OnlineRun:
                 return kept
         return {}
 
-    def _record(self, one: Round, told: RoundResult) -> None:
+    def _record(self, one: Round, result: RoundResult) -> None:
         """A round's rows of metrics.jsonl, in the place of any that an earlier attempt has left, and its examples."""
         self.directory.go_on_from(one.number - 1)
-        for split, row in ((TRAIN, told.train), (EVAL, told.held)):
+        for split, row in ((TRAIN, result.train), (EVAL, result.held)):
             if row:
                 whole = {"step": one.number, "split": split, **row}
                 self.directory.append_metrics(whole)
                 for hook in self.hooks.values():
                     hook.on_eval(self, whole)
-        if told.examples:
-            measure.write_examples(one.place, told.examples, f"{self.config.exp_name}, round {one.number}")
-            rows = [rollout.shown() for rollout in told.examples]
+        if result.examples:
+            measure.write_examples(one.directory, result.examples, f"{self.config.exp_name}, round {one.number}")
+            rows = [rollout.shown() for rollout in result.examples]
             for hook in self.hooks.values():
                 hook.on_examples(self, rows)
-        self.metrics = {name: value for name, value in {**told.train, **told.held}.items() if not name.startswith("seconds")}
-        shown = [f"{name} {value:.4g}" for name, value in told.train.items() if name in SHOWN]
-        shown += [f"held-out {name} {value:.4g}" for name, value in told.held.items() if name in ("reward", "win_rate")]
+        self.metrics = {name: value for name, value in {**result.train, **result.held}.items() if not name.startswith("seconds")}
+        shown = [f"{name} {value:.4g}" for name, value in result.train.items() if name in SHOWN]
+        shown += [f"held-out {name} {value:.4g}" for name, value in result.held.items() if name in ("reward", "win_rate")]
         log.info("round %d of %d: %s", one.number, self.plan.online.rounds, ", ".join(shown))
 
     def _clean(self, number: int) -> None:
@@ -251,13 +251,13 @@ class OnlineRun:
             return
         for old in range(number + 1 - self.plan.online.keep_rounds):
             for name in ("FINAL", "checkpoints", "rollouts"):
-                shutil.rmtree(self.plan.place(old) / "train" / name, ignore_errors=True)
+                shutil.rmtree(self.plan.directory_of(old) / "train" / name, ignore_errors=True)
 
     def _finish(self) -> None:
         """The last policy's exam, and FINAL."""
         plan = self.plan
         last = plan.policy(plan.online.rounds)
-        if plan.exam:
+        if plan.held_out:
             place = self.directory.path / "exam"
             if not sampled_from(place / "samples.jsonl", last, None, plan.cache):
                 shutil.rmtree(place, ignore_errors=True)  # of a walk that was shorter
@@ -277,12 +277,12 @@ def _link(source: str, target: str) -> str:
     return target
 
 
-def stored_words(run: Path) -> list[str]:
+def stored_overrides(run: Path) -> list[str]:
     """What a saved run's training is given. Raises UserError where that cannot be read."""
-    path = run / WORDS
-    words = confined.load_object(path, within=run).get("words")
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise UserError(f"{path} holds no words")
-    words = [word for word in words if not word.startswith(("plugins=", "cache_dir="))]  # they are typed again
-    refuse_saved_words(words, str(path))
-    return words
+    path = run / OVERRIDES
+    overrides = confined.load_object(path, within=run).get("words")
+    if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
+        raise UserError(f"{path} holds no overrides")
+    overrides = [word for word in overrides if not word.startswith(("plugins=", "cache_dir="))]  # they are typed again
+    refuse_saved_words(overrides, str(path))
+    return overrides

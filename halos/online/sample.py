@@ -36,45 +36,47 @@ CHUNK = 4  # batches that are sampled and kept together: what a crash can lose
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m halos.online.sample", description=__doc__,
+    options = argparse.ArgumentParser(prog="python -m halos.online.sample", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    made.add_argument("model", help="a directory, a hub id, a .gguf file, or tiny")
-    made.add_argument("--data", nargs="+", required=True, help="files, directories or names, as data.train takes them")
-    made.add_argument("--split", default="train", choices=("train", "eval"), help="of data that has splits")
-    made.add_argument("--limit", type=int, help="the first so many prompts (default: all)")
-    made.add_argument("--output", type=Path, required=True, help=".jsonl, or .json for a list as HALOs' files hold it")
-    made.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt (default 1)")
-    made.add_argument("--max-length", type=int, help="of prompt and completion, in tokens (default: what the model was made for)")
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--chat-template", help="jinja, or a file of it (default: the model's own)")
-    made.add_argument("--revision")
-    made.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    made.add_argument("--reference", help="a model that --kl-samples compares with")
-    made.add_argument("--reference-revision")
-    made.add_argument("--kl-samples", type=int, default=0, help="estimate the KL to the reference from so many samples")
-    made.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
-    made.add_argument("--overwrite", action="store_true", help="sample anew where the output is there already")
-    SAMPLER.add(made.add_argument_group("online.sampler", "as a configuration has them; --temperature 0 is greedy"))
-    return made
+    options.add_argument("model", help="a directory, a hub id, a .gguf file, or tiny")
+    options.add_argument("--data", nargs="+", required=True, help="files, directories or names, as data.train takes them")
+    options.add_argument("--split", default="train", choices=("train", "eval"), help="of data that has splits")
+    options.add_argument("--limit", type=int, help="the first so many prompts (default: all)")
+    options.add_argument("--output", type=Path, required=True, help=".jsonl, or .json for a list as HALOs' files hold it")
+    options.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt (default 1)")
+    options.add_argument(
+        "--max-length", type=int, help="of prompt and completion, in tokens (default: what the model was trained for)"
+    )
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--chat-template", help="jinja, or a file of it (default: the model's own)")
+    options.add_argument("--revision")
+    options.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    options.add_argument("--reference", help="a model that --kl-samples compares with")
+    options.add_argument("--reference-revision")
+    options.add_argument("--kl-samples", type=int, default=0, help="estimate the KL to the reference from so many samples")
+    options.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
+    options.add_argument("--overwrite", action="store_true", help="sample anew where the output is there already")
+    SAMPLER.add(options.add_argument_group("online.sampler", "as a configuration has them; --temperature 0 is greedy"))
+    return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     return command(lambda: run(parser().parse_args(arguments)), stopped="what was sampled is kept, and the same command goes on")
 
 
-def run(given: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """One output file. Raises UserError for what is wrong, before any model loads where that is possible."""
-    sampler = _checked(given)
-    prompts = read_prompts(given.data, given.split)[: given.limit]
+    sampler = _checked(args)
+    prompts = read_prompts(args.data, args.split)[: args.limit]
     if not prompts:
-        raise UserError(f"--data {' '.join(given.data)} has no prompts")
+        raise UserError(f"--data {' '.join(args.data)} has no prompts")
     ranks, began = Ranks.of_stage(), time.perf_counter()
-    if given.overwrite and ranks.main:
-        given.output.unlink(missing_ok=True)
-    policy = Policy(given, sampler, ranks)
-    ledger = Ledger(given.output, policy.request(prompts), rank=ranks.rank)
+    if args.overwrite and ranks.main:
+        args.output.unlink(missing_ok=True)
+    policy = Policy(args, sampler, ranks)
+    ledger = Ledger(args.output, policy.request(prompts), rank=ranks.rank)
     if ranks.first(ledger.is_done()):
-        say(ranks, f"{given.output} is there already, of this very request")
+        say(ranks, f"{args.output} is there already, of this very request")
         ranks.wait()
         return 0
     open_for_all(ledger, ranks)
@@ -86,7 +88,7 @@ def run(given: argparse.Namespace) -> int:
     ledger.open()  # what the others have kept
     divergence = policy.divergence(ledger, requests)
     if ranks.main:
-        _finish(given, ledger, requests, {"prompts": len(prompts), "prompts_too_long": too_long, **divergence}, began)
+        _finish(args, ledger, requests, {"prompts": len(prompts), "prompts_too_long": too_long, **divergence}, began)
     ranks.wait()
     return 0
 
@@ -96,17 +98,17 @@ def say(ranks: Ranks, text: str) -> None:
         tqdm.write(text, file=sys.stderr)
 
 
-def _checked(given: argparse.Namespace) -> Sampler:
+def _checked(args: argparse.Namespace) -> Sampler:
     """Its settings. Raises UserError for words that cannot be followed."""
     for name, least in (("samples", 1), ("kl_samples", 0)):
-        if getattr(given, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} takes a number from {least} on, not {getattr(given, name)}")
-    sampler = SAMPLER.read(given)
-    if sampler.temperature == 0 and given.samples > 1:
+        if getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} takes a number from {least} on, not {getattr(args, name)}")
+    sampler = SAMPLER.read(args)
+    if sampler.temperature == 0 and args.samples > 1:
         raise UserError("--temperature 0 gives the same text each time: give -n 1, or a temperature")
     if complaint := sampler_complaint(sampler, SAMPLER.spelled):
         raise UserError(complaint)
-    if given.kl_samples and not given.reference:
+    if args.kl_samples and not args.reference:
         raise UserError("--kl-samples needs --reference, the model to compare with")
     return sampler
 
@@ -123,13 +125,13 @@ def _sample(requests: Sequence[Request], policy: Policy, ledger: Ledger, ranks: 
             bar.update()
 
 
-def _finish(given: argparse.Namespace, ledger: Ledger, requests: Sequence[Request], facts: Row, began: float) -> None:
+def _finish(args: argparse.Namespace, ledger: Ledger, requests: Sequence[Request], facts: Row, began: float) -> None:
     """The file itself, what is told beside it, and a line for people."""
     seconds, too_long = time.perf_counter() - began, facts["prompts_too_long"]
     facts = {**counts([ledger.rows[request.key] for request in requests]), **facts}
     ledger.finish([request.key for request in requests], {**facts, "seconds": round(seconds, 2)})
-    long = f", {too_long} prompts too long for {given.max_new_tokens} more tokens" if too_long else ""
-    tqdm.write(f"{given.output}: {facts['samples']} samples of {facts['prompts'] - too_long} prompts{long},"
+    long = f", {too_long} prompts too long for {args.max_new_tokens} more tokens" if too_long else ""
+    tqdm.write(f"{args.output}: {facts['samples']} samples of {facts['prompts'] - too_long} prompts{long},"
                f" {facts['cut']} cut at --max-new-tokens, {facts['empty']} empty; {seconds:.1f} s,"
                f" {facts['tokens'] / seconds:.0f} tokens/s", file=sys.stderr)  # fmt: skip
 
@@ -147,11 +149,11 @@ def counts(rows: Sequence[Row]) -> dict[str, Any]:
 class Policy:
     """The model behind the samples: where it lies, what it is fed, and the engine that continues it."""
 
-    def __init__(self, given: argparse.Namespace, sampler: Sampler, ranks: Ranks) -> None:
-        self.given, self.sampler, self.ranks = given, sampler, ranks
+    def __init__(self, args: argparse.Namespace, sampler: Sampler, ranks: Ranks) -> None:
+        self.args, self.sampler, self.ranks = args, sampler, ranks
         self.tokenizer: Any = None
         self.directory: Path | None = None
-        self.origin = Origin(str(given.model))
+        self.origin = Origin(str(args.model))
         if sampler.name != "openai":
             self._locate()
 
@@ -162,48 +164,48 @@ class Policy:
         from halos.models.load import load_tokenizer
         from halos.models.locate import locate
 
-        given, ranks = self.given, self.ranks
+        args, ranks = self.args, self.ranks
         logging.getLogger("transformers").setLevel(logging.ERROR)
-        cache = expanded(given.cache_dir)
+        cache = expanded(args.cache_dir)
         if ranks.main:
-            locate(given.model, given.revision, cache)
+            locate(args.model, args.revision, cache)
         ranks.wait()
-        self.directory = locate(given.model, given.revision, cache)
+        self.directory = locate(args.model, args.revision, cache)
         if ranks.main:
-            received.check_all([("MODEL", self.directory), ("--reference", given.reference)], cache)
+            received.check_all([("MODEL", self.directory), ("--reference", args.reference)], cache)
         self.tokenizer, _ = load_tokenizer(self.directory, add_tokens=[])
-        self.tokenizer.chat_template = chat_template(self.tokenizer, given.chat_template)
-        self.origin = Origin(str(given.model), vocabulary_of(self.tokenizer))
+        self.tokenizer.chat_template = chat_template(self.tokenizer, args.chat_template)
+        self.origin = Origin(str(args.model), vocabulary_of(self.tokenizer))
 
     def request(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
         """Everything that decides what the samples are."""
         from halos.checkpoint.lineage import identity
 
-        given = self.given
-        weights = self.ranks.first(identity(self.directory, given.cache_dir) if self.directory and self.ranks.main else None)
+        args = self.args
+        weights = self.ranks.first(identity(self.directory, args.cache_dir) if self.directory and self.ranks.main else None)
         asked = [[prompt.id, prompt.turns, prompt.samples, prompt.temperature] for prompt in prompts]
         settings = mathematics(self.sampler)
         return {
-            "sampler": settings.pop("name"), **settings, "model": None if weights else str(given.model), "model_sha256": weights,
-            "prompts": _digest(asked), "samples": given.samples, "max_length": given.max_length, "seed": given.seed,
-            "template": _digest(self.tokenizer.chat_template) if self.tokenizer is not None else None, "dtype": given.dtype,
+            "sampler": settings.pop("name"), **settings, "model": None if weights else str(args.model), "model_sha256": weights,
+            "prompts": _digest(asked), "samples": args.samples, "max_length": args.max_length, "seed": args.seed,
+            "template": _digest(self.tokenizer.chat_template) if self.tokenizer is not None else None, "dtype": args.dtype,
         }  # fmt: skip
 
     def requests(self, prompts: Sequence[Prompt]) -> tuple[list[Request], int]:
         """One for each sample of the prompts that leave room for an answer; how many do not. Raises UserError where none does."""
-        given, sampler, total = self.given, self.sampler, len(prompts)
+        args, sampler, total = self.args, self.sampler, len(prompts)
         if self.directory is not None:
             from halos.data.tokenize import Encoder
             from halos.models.load import read_config
 
             encoder = Encoder(self.tokenizer, max_length=2**31, truncation="drop")
-            limits = [given.max_length, getattr(read_config(self.directory).get_text_config(), "max_position_embeddings", None)]
+            limits = [args.max_length, getattr(read_config(self.directory).get_text_config(), "max_position_embeddings", None)]
             longest = min([limit for limit in limits if limit] or [math.inf])
             prompts = fitting(prompts, encoder, longest - sampler.max_new_tokens)
             if not prompts:
                 raise UserError(f"no prompt leaves room for --max-new-tokens {sampler.max_new_tokens} within {longest} tokens")
-        asked = requests_for(prompts, samples=given.samples, temperature=sampler.temperature,
-                             max_new_tokens=sampler.max_new_tokens, seed=given.seed)  # fmt: skip
+        asked = requests_for(prompts, samples=args.samples, temperature=sampler.temperature,
+                             max_new_tokens=sampler.max_new_tokens, seed=args.seed)  # fmt: skip
         return asked, total - len(prompts)
 
     def engine(self) -> Engine:
@@ -222,7 +224,7 @@ class Policy:
 
         transformers_logging.disable_progress_bar()
         device = device_of_this_process()
-        dtype = weights_dtype(self.given.dtype, trained=False, half=has_bfloat16())
+        dtype = weights_dtype(self.args.dtype, trained=False, half=has_bfloat16())
         model: Any = load_model(
             directory, self.tokenizer, reward=False, dtype=dtype, attention="sdpa", stops=end_of_turn(self.tokenizer)
         )
@@ -230,19 +232,19 @@ class Policy:
 
     def divergence(self, ledger: Ledger, requests: Sequence[Request]) -> dict[str, Any]:
         """log pi / pi_ref of whole completions, in the mean over some samples: an estimate of the KL, nats a completion."""
-        given, temperature = self.given, self.sampler.temperature
-        if not given.kl_samples or not temperature or not self.ranks.main or self.directory is None:
+        args, temperature = self.args, self.sampler.temperature
+        if not args.kl_samples or not temperature or not self.ranks.main or self.directory is None:
             return {}
         from halos.models.locate import locate
         from halos.rollout.kl import mean_log_ratio
 
-        directory = locate(given.reference, given.reference_revision, expanded(given.cache_dir))
+        directory = locate(args.reference, args.reference_revision, expanded(args.cache_dir))
         if directory == self.directory:
             return {"kl": 0.0, "kl_samples": 0}
         kept = [(request, ledger.rows[request.key]) for request in requests]
         some = [(request.ids, row["output_ids"], row["logps"]) for request, row in kept
                 if row.get("logps") and row.get("split", TRAIN) == TRAIN]  # fmt: skip
-        some = some[:: max(1, len(some) // given.kl_samples)][: given.kl_samples]
+        some = some[:: max(1, len(some) // args.kl_samples)][: args.kl_samples]
         if not some:
             return {}
         return {"kl": mean_log_ratio(self.load(directory), some, temperature), "kl_samples": len(some)}

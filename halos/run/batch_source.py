@@ -121,7 +121,7 @@ class FromPolicy:
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)
         refuse_unscorable(config, self.prompts.train)
         self.total = config.train.steps or 0
-        asked = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.exam)]
+        asked = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.held_out)]
         agree(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())
 
     def lines(self) -> list[tuple[str, str]]:
@@ -131,8 +131,11 @@ class FromPolicy:
         return [("prompt", visible(tokenizer, [int(token) for token in self.prompts.train[0].ids]))]
 
     def contents(self) -> dict[str, str | None]:
-        return {"data.train": digest(self.prompts.train), "data.eval": digest(self.prompts.exam) if self.prompts.exam else None}
+        return {
+            "data.train": digest(self.prompts.train),
+            "data.eval": digest(self.prompts.held_out) if self.prompts.held_out else None,
+        }
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
         source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, skeleton)
-        return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.exam else None)
+        return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.held_out else None)

@@ -471,13 +471,13 @@ def test_a_configuration_of_nonsense_is_one_message(
      "run_dir=/tmp", "++plugins=[evil]", "resume=/tmp/x", "x y", "overwrite=true", "optim@hydra.launcher=adamw", "loss"],
 )  # fmt: skip
 def test_words_of_saved_rounds_are_values_of_a_training_and_no_more(tmp_path: Path, word: str) -> None:
-    from halos.online.rounds import stored_words
+    from halos.online.rounds import stored_overrides
 
     (tmp_path / "online.json").write_text(json.dumps({"words": ["loss=dpo", "optim.lr=1e-4", "+loss.x=1", word]}))
     with pytest.raises(UserError, match="never taken from a saved run"):
-        stored_words(tmp_path)
+        stored_overrides(tmp_path)
     (tmp_path / "online.json").write_text(json.dumps({"words": ["loss=dpo", "~loss.beta", "plugins=[mine]", "cache_dir=/c"]}))
-    assert stored_words(tmp_path) == ["loss=dpo", "~loss.beta"]
+    assert stored_overrides(tmp_path) == ["loss=dpo", "~loss.beta"]
 
 
 # --- mutations ---------------------------------------------------------------------------------------------------------------

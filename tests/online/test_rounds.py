@@ -33,7 +33,7 @@ from halos.online import rounds
 from halos.online.plan import _last_checkpoint
 from halos.online.records import read
 from halos.online.round import Round, RoundResult
-from halos.online.rounds import stored_words
+from halos.online.rounds import stored_overrides
 from halos.online.stages import Stages, StoppedError
 from halos.rundir import RunDir
 from tests import processes
@@ -439,7 +439,7 @@ def test_a_relative_path_of_a_walk_leads_to_the_same_from_anywhere(
     monkeypatch.setattr(Stages, "run", lambda self, command, log: (_ for _ in ()).throw(StoppedError("here")))
     words = ["online.loss=dpo", "model.name_or_path=base", f"output_root={tmp_path}", "exp_name=walk", f"cache_dir={cache}"]
     assert train.start([*[word for word in SMALL if word != "model=tiny"], *words]) == 75
-    assert f"model.name_or_path='{tmp_path}/base'" in stored_words(tmp_path / "walk")
+    assert f"model.name_or_path='{tmp_path}/base'" in stored_overrides(tmp_path / "walk")
     monkeypatch.chdir(cache)
     assert train.start([f"resume={tmp_path / 'walk'}"]) == 75
 
@@ -473,9 +473,9 @@ def test_hooks_of_a_walk_remember_the_rounds_that_are_done_and_no_other(tmp_path
     scorer = SimpleNamespace(name="function")
     online = SimpleNamespace(rounds=4, prompts_per_round=1, eval_prompts=0, keep_rounds=None, scorer=scorer)
     plan: Any = SimpleNamespace(
-        config=config, directory=directory, online=online, settings={}, words=[], prompts=[1], exam=[], kind="",
+        config=config, directory=directory, online=online, settings={}, overrides=[], prompts=[1], held_out=[], kind="",
         loss=SimpleNamespace(name="dpo"),
-        place=lambda number: directory.path / "rounds" / f"{number:03d}", stages=SimpleNamespace(listen=lambda: None),
+        directory_of=lambda number: directory.path / "rounds" / f"{number:03d}", stages=SimpleNamespace(listen=lambda: None),
     )  # fmt: skip
     dying, hooks = {1, 3}, list[Counts]()
 
