@@ -21,7 +21,6 @@ from halos.config.schema import Scorer as Settings
 from halos.distributed.children import leave
 from halos.errors import UserError, command
 from halos.hashes import digest
-from halos.online import preferences
 from halos.online.options import FEEDBACK, SCORER
 from halos.online.records import Kept, Ledger, open_for_all, read, read_meta, write_sealed
 from halos.rollout import collect, feedback
@@ -70,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     scorer = open_scorer(settings, plugins=args.plugins, cache_dir=args.cache_dir, answers=_answers(args),
                          max_length=args.max_length, quiet=not ranks.main)  # fmt: skip
     if settings.pairwise:
-        return preferences.compare(args, samples, scorer, ranks)
+        from halos.online.preferences import compare  # here: its imports are those of a judge
+
+        return compare(args, samples, scorer, ranks)
     scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
     ledger = Ledger(scores, {"samples": digest(args.samples), **scorer.request()}, rank=ranks.rank)
     if not ranks.first(ledger.is_done()):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -15,9 +15,8 @@ from halos.data.files import Row as DataRow
 from halos.data.formats import read_prompt
 from halos.data.order import Order
 from halos.data.sources import Source, open_source
-from halos.data.tokenize import Encoder
 from halos.errors import UserError
-from halos.rollout.types import EVAL, TRAIN, Prompt
+from halos.rollout.types import EVAL, TRAIN, Prompt, Turns
 from halos.types import Demonstration
 
 
@@ -44,7 +43,13 @@ def _once(prompts: list[Prompt]) -> list[Prompt]:
     return list(seen.values())
 
 
-def fitting(prompts: Sequence[Prompt], encoder: Encoder, room: float) -> list[Prompt]:
+class Encodes(Protocol):
+    """An Encoder of halos/data/tokenize.py, which imports transformers."""
+
+    def prompts(self, prompts: Sequence[tuple[Turns, str]], /) -> Sequence[np.ndarray]: ...
+
+
+def fitting(prompts: Sequence[Prompt], encoder: Encodes, room: float) -> list[Prompt]:
     """With their tokens, those that have at most `room` of them."""
     ids = encoder.prompts([(prompt.turns, prompt.id) for prompt in prompts])
     return [replace(prompt, ids=own) for prompt, own in zip(prompts, ids, strict=True) if len(own) <= room]

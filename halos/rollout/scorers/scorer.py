@@ -12,7 +12,6 @@ from halos.config.schema import Scorer as Settings
 from halos.confined import expanded
 from halos.errors import UserError
 from halos.rollout.scorers.functions import OWN, Functions, parts_of, try_on
-from halos.rollout.servers import refuse_silent
 from halos.rollout.types import Prompt, Sample, Score
 
 
@@ -60,6 +59,8 @@ def scorer_of(config: Config, answers: Path) -> Scorer:
         check_model(settings.model, "online.scorer.model")
     scorer = open_scorer(settings, plugins=config.plugins, cache_dir=config.cache_dir, answers=answers)
     if settings.name == "judge" and settings.url is not None:
+        from halos.rollout.servers import refuse_silent
+
         refuse_silent(settings.url, "online.scorer.url")
     return scorer
 
