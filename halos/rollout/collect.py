@@ -48,7 +48,7 @@ def collect(
     samples, rollouts = InMemory[Sample](), InMemory[Rollout]()
     mine = requests[ranks.rank :: ranks.world]
     with engine() as opened:
-        for _ in sample([mine] if mine else [], opened, samples):
+        for _ in sample([mine], opened, samples):
             pass
     for _ in score(list(samples.items.values()), scorer, rollouts):
         pass

@@ -35,6 +35,13 @@ def test_halos_own_files_are_read_and_written(place: Path) -> None:
     assert read_meta(place / "f.json")["rows"] == 3
 
 
+def test_scores_and_feedback_name_the_weights_that_the_samples_were_written_of(place: Path) -> None:
+    (place / "s.meta.json").write_text('{"request": {"model_sha256": "abc"}}')
+    assert run(place, "--feedback", "scalar") == 0
+    for name in ("f.jsonl", "f.scores.jsonl"):
+        assert {row["generator_sha256"] for row in read(place / name)} == {"abc"}
+
+
 def test_the_same_command_again_changes_nothing_and_another_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(place) == 0
     before = read(place / "f.jsonl")
