@@ -308,7 +308,7 @@ def test_every_documented_command_on_runs_ends_well(
     monkeypatch.chdir(desk)
     module, *words = shlex.split(line.partition("-m ")[2])
     pushed: dict[str, Any] = {}
-    monkeypatch.setattr("halos.checkpoint.hub._push", lambda api, directory, repo, **given: str(pushed.setdefault(repo, given)))
+    monkeypatch.setattr("halos.export.hub._push", lambda api, directory, repo, **given: str(pushed.setdefault(repo, given)))
     judge = Stub(trouble=False)
     words += ["--max-new-tokens", "4", "--overwrite"] if module == "halos.online.sample" else []
     words += ["--url", judge.url] if "--judge" in words else []

@@ -92,8 +92,8 @@ def export(given: argparse.Namespace) -> int:
     import torch
 
     from halos import logs
-    from halos.checkpoint import export as room
-    from halos.checkpoint import hub
+    from halos.export import export as room
+    from halos.export import hub
     from halos.merge.safetensors_io import SHARD, size_of
 
     if given.push_to_hub is not None:

@@ -15,6 +15,7 @@ from halos.rundir import ASIDE, RunDir
 
 log = logging.getLogger(__name__)
 
+MODELS = ("model", "model-sharded")  # a whole model, as it was trained
 STEP = re.compile(r"step-(\d{1,15})\Z")
 
 
@@ -142,9 +143,10 @@ def _misplaced(path: Path, settings: Mapping[str, Any], seal: str | None) -> str
     if seal is not None:
         return None if listing["seal"] == seal else f"it is sealed {short(listing['seal'])}, and what was saved was {short(seal)}"
     adapter = (settings.get("peft") or {}).get("name") == "lora"
-    mine, other = ("adapter", "model") if adapter else ("model", "adapter")
-    if settings and (path / other).is_dir() and not (path / mine).is_dir():
-        return f"it holds {other}/, and this run trains and saves {mine}/"
+    mine, other = (("adapter",), MODELS) if adapter else (MODELS, ("adapter",))
+    there = [name for name in other if (path / name).is_dir()]
+    if settings and there and not any((path / name).is_dir() for name in mine):
+        return f"it holds {there[0]}/, and this run trains and saves {mine[0]}/"
     try:
         name = confined.load_object(path / "lineage.json", within=path)["runs"][-1]["config"]["exp_name"]
     except (UserError, LookupError, TypeError):

@@ -16,23 +16,21 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint import load as load_sharded
-from torch.distributed.checkpoint import save as save_sharded
 from torch.optim import Optimizer
 
 from halos import confined
+from halos.checkpoint import find, sharded
 from halos.distributed.device import uses_gpu
 from halos.distributed.strategy import Strategy
-from halos.errors import UserError
+from halos.errors import UserError, doing
+from halos.hooks.base import Run
 
 
 def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
     """Every process of `group` writes its shards of a strategy's `optimizer_state`; the settings go to JSON, from the first."""
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
-    writer = HuggingFaceStorageWriter(str(directory / "optimizer"), save_distributed=True)
-    save_sharded(tensors, storage_writer=writer, process_group=group, no_dist=not dist.is_initialized())
+    sharded.write(directory / "optimizer", tensors, group)
     if not dist.is_initialized() or dist.get_rank() == 0:
         (directory / "optimizer.json").write_text(json.dumps(settings, indent=1))
 
@@ -40,29 +38,13 @@ def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGro
 def load_optimizer(directory: Path, strategy: Strategy, module: nn.Module, optimizer: Optimizer) -> None:
     """The tensors that were saved, into an optimizer over the same parameters. Raises UserError where they are others."""
     saved = confined.load_object(directory / "optimizer.json").keys()
-    strategy.load_optimizer(
-        module, optimizer, refuse_others=partial(_refuse_others, directory, saved), read=partial(_read_tensors, directory)
-    )
+    read = partial(sharded.read, directory / "optimizer")
+    strategy.load_optimizer(module, optimizer, refuse_others=partial(_refuse_others, directory, saved), read=read)
 
 
 def _refuse_others(directory: Path, saved: Set[str], mine: Set[str]) -> None:
     if other := sorted(saved ^ mine):
         raise UserError(f"{directory} holds the optimizer of other parameters: {other[0]} is on one side only")
-
-
-def _read_tensors(directory: Path, tensors: dict[str, Any]) -> None:
-    """Into these, which are whole or this process's shards."""
-    reader = _Reader(str(directory / "optimizer"))
-    load_sharded(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-
-
-class _Reader(HuggingFaceStorageReader):
-    """torch's own takes every *.safetensors, and so the ._NAME.safetensors that macOS leaves beside each file it copies."""
-
-    def __init__(self, path: str) -> None:
-        super().__init__(path)
-        every = self.fs.ls
-        self.fs.ls = lambda path: [name for name in every(path) if not Path(name).name.startswith(".")]
 
 
 def random_state() -> dict[str, Tensor]:
@@ -122,6 +104,40 @@ def load_progress(directory: Path, step: int) -> dict[str, Any]:
     if not all(_is_total(total) for total in progress["window"].values()):
         raise UserError(f"{path} is not what a save writes: its window holds no sums and counts")
     return progress
+
+
+def progress_of(run: Run) -> dict[str, Any]:
+    """The part of a run's state that is not tensors."""
+    return {
+        "step": run.step,
+        "examples": run.examples,
+        "tokens": run.tokens,
+        "last_eval": run.last_eval,
+        "last_train": run.last_train,
+        "window": run.window.totals,
+        "bad_steps": run.bad_steps,
+        "skipped_steps": run.skipped_steps,
+        "finite_at": run.finite_at,
+        "world_size": run.accelerator.num_processes,
+        "hooks": {name: hook.state_dict() for name, hook in run.hooks.items()},
+    }
+
+
+def restore(run: Run, checkpoint: Path) -> None:
+    """Optimizer, random numbers, position and hooks as they were saved; weights were loaded with the model."""
+    directory = checkpoint / "state"
+    progress = load_progress(directory, find.step_of(checkpoint))
+    with doing(f"{directory} cannot be put back", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
+        load_optimizer(directory, run.strategy, run.module, run.optimizer)
+        load_random(directory, run.accelerator.process_index)
+        for name, hook in run.hooks.items():
+            if name in progress["hooks"]:  # one that was not there then begins now
+                hook.load_state_dict(progress["hooks"][name])
+    run.step, run.examples, run.tokens = progress["step"], progress["examples"], progress["tokens"]
+    run.last_eval, run.last_train = progress["last_eval"], progress["last_train"]
+    run.window.totals = progress["window"]
+    run.bad_steps, run.skipped_steps = progress.get("bad_steps", 0), progress.get("skipped_steps", 0)
+    run.finite_at = progress.get("finite_at", -1)
 
 
 def _is_total(value: Any) -> bool:

@@ -1,19 +1,65 @@
 """Weights on their way to disk: a model directory for from_pretrained, or PEFT's adapter directory."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+import torch.distributed as dist
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from halos.checkpoint import sharded
+from halos.distributed.parameters import shape_of
 from halos.errors import UserError, doing
+from halos.logps.model import bare
 from halos.logps.vocabulary import Vocabulary
 
+if TYPE_CHECKING:  # it takes accelerate, which a command that exports can do without
+    from halos.distributed.strategy import Strategy
+
+SHARDED = "model-sharded"  # a whole model of which each process wrote its part; `export` makes one directory of it
 VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
 HEAD_FILE = "model.safetensors"  # in it
 HEAD = "value_head."  # how its tensors are called in the module that is trained
+
+
+def save_shards(
+    directory: Path, model: nn.Module, shards: Mapping[str, Tensor], group: dist.ProcessGroup | None, *, main: bool
+) -> None:
+    """`directory`/model-sharded: the strategy's `shards` of a whole model, each process of `group` its own, and the model's
+    settings. A value head is among them."""
+    sharded.write(directory / SHARDED, shards, group)
+    if main:
+        inner = bare(model)
+        inner.config.dtype, inner.config.architectures = str(inner.dtype).removeprefix("torch."), [type(inner).__name__]
+        inner.config.save_pretrained(directory / SHARDED)
+        if inner.can_generate() and inner.generation_config is not None:
+            inner.generation_config.save_pretrained(directory / SHARDED)
+
+
+def saved_model(checkpoint: Path) -> tuple[Path, bool]:
+    """Where a checkpoint's whole model lies, and whether it is sharded."""
+    parts = checkpoint / SHARDED
+    return (parts, True) if parts.is_dir() else (checkpoint / "model", False)
+
+
+def fill(checkpoint: Path, strategy: Strategy, module: nn.Module) -> None:
+    """The weights of a sharded checkpoint, into a module that has none. Raises UserError where they are another model's."""
+    directory = checkpoint / SHARDED
+    known = sharded.shapes(directory)
+
+    def read(tensors: dict[str, Tensor]) -> None:
+        if other := [name for name, value in tensors.items() if name not in known or known[name][0] != shape_of(value)]:
+            raise UserError(f"{directory} is not the model of this run: it holds no {other[0]} of this shape")
+        sharded.read(directory, tensors)
+
+    with doing(f"{directory} cannot be read"):
+        strategy.load_weights(module, read)
 
 
 def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor], vocabulary: Vocabulary) -> None:

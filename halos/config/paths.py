@@ -18,6 +18,7 @@ BUNDLED_DATA = ("arithmetic",)
 BUNDLED_MODELS = ("tiny",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # of a data set also org/name:config
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow", ".gguf", ".bin", ".safetensors", ".pt", ".jinja")
+SHARDED = "model-sharded"  # of a checkpoint
 ROOM = 50 * 2**20  # bytes; less than this holds no run, however small
 
 
@@ -127,6 +128,11 @@ def check_model(path: str, key: str, choices: Sequence[str] = ()) -> None:
         if place.suffix != ".gguf":
             raise UserError(f"{key}: {path} is a file, and of files only .gguf can be a model: give the directory around it")
         return
+    if place.name == SHARDED:
+        raise UserError(
+            f"{key}: {path} is a model of which each process wrote its part: make it whole first, python -m halos.checkpoint"
+            f" export {place.parent} --output DIRECTORY"
+        )
     if not (place / "config.json").is_file():
         raise UserError(f"{key}: {path} has no config.json, so it is no model{_better(place)}")
     _check_weights(place, key)

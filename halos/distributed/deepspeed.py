@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 
 from halos.distributed import deepspeed_config
 from halos.distributed.deepspeed_config import deepspeed_asked, stage_asked
-from halos.distributed.strategy import MakeOptimizer, Strategy, of_model
-from halos.distributed.zero import Zero, cut, engage, engage_frozen
+from halos.distributed.strategy import Fill, MakeOptimizer, Strategy, of_model
+from halos.distributed.zero import Zero, blanks_of, cut, engage, engage_frozen, put_weights
 from halos.logps.hidden import backbone_of
 from halos.logps.model import ActorCritic, LanguageModel, Reader, bare
 
@@ -32,16 +32,20 @@ class DeepSpeed(Strategy):
     def refuse_settings(cls, *, max_grad_norm: float | None, trained: str) -> None:
         deepspeed_config.refuse_settings(max_grad_norm=max_grad_norm, trained=trained)
 
-    def wrap(self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None) -> tuple[nn.Module, Optimizer]:
+    def wrap(
+        self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None, fill: Fill | None = None
+    ) -> tuple[nn.Module, Optimizer]:
         self._share_start(module)
         self._agree_on_tensors(module)
-        module = self._hold(module)
+        module = self._hold(module, fill)
         engaged = engage(
             module.to(self.accelerator.device), optimizer_of(module), max_grad_norm=max_grad_norm, head=_head(module)
         )
         return engaged, engaged.optimizer
 
-    def _hold(self, module: Reader) -> Reader:
+    def _hold(self, module: Reader, fill: Fill | None) -> Reader:
+        if fill is not None:
+            fill(module)
         return module
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
@@ -82,13 +86,16 @@ class DeepSpeed3(DeepSpeed):
     """ZeRO 3."""
 
     is_sharded = True
+    shards_are_copied = True
 
     @classmethod
     def is_asked(cls) -> bool:
         return deepspeed_asked() and stage_asked() == 3
 
-    def _hold(self, module: Reader) -> Reader:
+    def _hold(self, module: Reader, fill: Fill | None) -> Reader:
         cut(module)
+        if fill is not None:
+            fill(module)
         return module
 
     def _hold_frozen(self, module: Reader) -> nn.Module:
@@ -98,6 +105,15 @@ class DeepSpeed3(DeepSpeed):
 
     def gathered(self, module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
         return of_model(_engaged(module).gathered(trained_only=trained_only, offload=offload))
+
+    def shards(self, module: nn.Module) -> dict[str, Any]:
+        """Each tensor whole, on one process."""
+        return of_model(_engaged(module).shares())
+
+    def load_weights(self, module: nn.Module, read: Callable[[dict[str, Any]], None]) -> None:
+        for part in blanks_of(module):
+            read(of_model(part))
+            put_weights(module, part)
 
 
 def _engaged(module: nn.Module) -> Zero:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halos.distributed.launch import asked_to_shard
-from halos.distributed.strategy import Strategy
+from halos.distributed.strategy import Fill, Strategy
 from halos.errors import UserError
 from halos.logps.model import Reader, bare
 
@@ -37,7 +37,7 @@ class FSDP2(Strategy):
         if not _layers(model):
             raise UserError(f"FSDP: {type(bare(model)).__name__} has no layers to shard by; launch it with a DDP config")
 
-    def _hold(self, module: Reader) -> nn.Module:
+    def _hold(self, module: Reader, fill: Fill | None) -> nn.Module:
         layers, accelerator, plugin = _layers(module), self.accelerator, FullyShardedDataParallelPlugin()
         assert layers, "refuse_model came before"
         assert isinstance(plugin.cpu_offload, OffloadPolicy)
@@ -52,12 +52,14 @@ class FSDP2(Strategy):
                 offload_policy=plugin.cpu_offload,
                 mp_policy=self._precision() if part is not module else MixedPrecisionPolicy(),
             )
-        if accelerator.num_processes > 1:
+        if fill is not None:
+            fill(module)
+        elif accelerator.num_processes > 1:
             _deal_out(module, whole if accelerator.is_main_process else {})
         return module
 
     def _hold_frozen(self, module: Reader) -> nn.Module:
-        return self._hold(module)
+        return self._hold(module, None)
 
     def _precision(self) -> MixedPrecisionPolicy:
         """Layers gather their parameters as autocast would use them, in half the bytes; gradients are summed in float32.

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 
 def shape_of(parameter: Tensor) -> torch.Size:
@@ -32,6 +33,14 @@ def own_part(parameter: Any) -> Tensor:
         return parameter
     size = parameter.ds_tensor.numel()  # the last pieces are padded, with anything
     return parameter.ds_tensor[: max(0, min(size, parameter.ds_numel - size * dist.get_rank()))]
+
+
+def offset_of(tensor: Tensor) -> list[int]:
+    """Where in the whole tensor the block begins that this process has of it."""
+    if not isinstance(tensor, DTensor):
+        return [0] * tensor.dim()
+    _, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return list(offset)
 
 
 def piece_of(parameter: Any, whole: Tensor) -> Tensor:

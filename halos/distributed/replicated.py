@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from halos.distributed.strategy import Strategy
+from halos.distributed.strategy import Fill, Strategy
 from halos.errors import UserError
 from halos.logps.model import Reader
 
@@ -22,7 +22,9 @@ class Replicated(Strategy):
     def name(self) -> str:
         return "DDP" if self.accelerator.num_processes > 1 else "alone"
 
-    def _hold(self, module: Reader) -> nn.Module:
+    def _hold(self, module: Reader, fill: Fill | None) -> nn.Module:
+        if fill is not None:
+            fill(module)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated")  # accelerate knows no other name yet
             prepared = self.accelerator.prepare(module)

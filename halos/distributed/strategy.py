@@ -24,6 +24,7 @@ from halos.logps.model import Reader
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 MakeOptimizer = Callable[[nn.Module], Optimizer]
+Fill = Callable[[nn.Module], None]
 
 
 class Strategy(ABC):
@@ -33,6 +34,7 @@ class Strategy(ABC):
     is_sharded: ClassVar[bool] = False  # no process has all parameters: a forward pass, or whole tensors, take every process
     takes_quantised: ClassVar[bool] = True  # a base of 4 or 8 bits
     optimizer_state_is_copied: ClassVar[bool] = False  # `optimizer_state` gives copies, and not the optimizer's own tensors
+    shards_are_copied: ClassVar[bool] = False  # `shards` gives copies, and not the module's own tensors
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
@@ -56,10 +58,15 @@ class Strategy(ABC):
 
     # --- holding a model -------------------------------------------------------------------------------------------------
 
-    def wrap(self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None) -> tuple[nn.Module, Optimizer]:
-        """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over its parameters then."""
+    def wrap(
+        self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None, fill: Fill | None = None
+    ) -> tuple[nn.Module, Optimizer]:
+        """The module as this run's processes hold it, and the optimizer that `optimizer_of` makes over its parameters then.
+
+        Where `fill` is given no process has weights yet: it is called once each has room for its part, to `load_weights`.
+        """
         self._share_start(module)
-        wrapped = self._hold(module)
+        wrapped = self._hold(module, fill)
         return wrapped, optimizer_of(wrapped)
 
     def wrap_frozen(self, module: Reader) -> nn.Module:
@@ -68,7 +75,7 @@ class Strategy(ABC):
         return self._hold_frozen(module)
 
     @abstractmethod
-    def _hold(self, module: Reader) -> nn.Module: ...
+    def _hold(self, module: Reader, fill: Fill | None) -> nn.Module: ...
 
     def _hold_frozen(self, module: Reader) -> nn.Module:
         return module.to(self.accelerator.device)
@@ -131,6 +138,17 @@ class Strategy(ABC):
             if name in state and first.setdefault(id(parameter), name) != name:
                 state[name] = state[first[id(parameter)]]  # tied parameters that were gathered twice are one
         return of_model(state)
+
+    def shards(self, module: nn.Module) -> dict[str, Any]:
+        """By the names of the model inside, tied tensors once: what this process writes of them. DTensors, which stand for its
+        shards, or whole tensors that it writes for all."""
+        once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+        return of_model({name: value for name, value in get_model_state_dict(module).items() if name in once})
+
+    def load_weights(self, module: nn.Module, read: Callable[[dict[str, Any]], None]) -> None:
+        """Tensors that `read` fills in place, under the names that `shards` gave, become the weights of a module that `wrap`
+        is about to hand to its optimizer."""
+        read(self.shards(module))
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """By name: tensors, each process's own shards of them, and a parameter group's settings."""

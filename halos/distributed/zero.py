@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from halos.distributed.deepspeed_config import engine_config, package
-from halos.distributed.parameters import num_elements, piece_of, shape_of
+from halos.distributed.parameters import beside, num_elements, piece_of, shape_of
 
 AT_ONCE = 2**28  # elements of the optimizer's state in the host's memory at once while it is read: 1 GiB
 
@@ -79,22 +79,38 @@ class Zero(nn.Module):
     def gathered(self, *, trained_only: bool, offload: bool) -> dict[str, Tensor]:
         """Stage 3: copies of the whole state dict's tensors. With `offload` they go to the first process's host memory, and the
         others get none; else all have them where the model lies. Every process calls."""
+        wanted, copies, found = dist.get_rank() == 0 or not offload, dict[int, Tensor](), dict[str, Tensor]()
+        for name, value in self._each_whole(trained_only=trained_only):
+            if wanted:
+                if id(value) not in copies:  # tied parameters are one
+                    copies[id(value)] = value.detach().to("cpu" if offload else value.device, copy=True)
+                found[name] = copies[id(value)]
+        return found
+
+    def shares(self) -> dict[str, Tensor]:
+        """Stage 3: copies of the whole state dict's tensors in the host's memory, each on one process. Every process calls."""
+        sizes, seen, found = [0] * dist.get_world_size(), set[int](), dict[str, Tensor]()
+        for name, value in self._each_whole(trained_only=False):
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            holder = min(range(len(sizes)), key=sizes.__getitem__)
+            sizes[holder] += value.numel()
+            if holder == dist.get_rank():
+                found[name] = value.detach().to("cpu", copy=True)
+        return found
+
+    def _each_whole(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """The state dict's tensors, each whole while it is looked at."""
         # an evaluation ends with a forward pass, behind which the next layers are under way already
         self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
         self._gather_persistent()  # let go of in a pass whose order of calls is new to the engine
         gather = package().zero.GatheredParameters
         kept = {id(parameter) for parameter in self.optimizer.persistent_parameters}
-        first, found, copies = dist.get_rank() == 0, dict[str, Tensor](), dict[int, Tensor | None]()
         for name, value in self.module.state_dict(keep_vars=True).items():
-            if trained_only and not value.requires_grad:
-                continue
-            if id(value) not in copies:  # tied parameters are one
+            if not trained_only or value.requires_grad:
                 with gather([value] if hasattr(value, "ds_id") and id(value) not in kept else []):
-                    wanted = first or not offload
-                    copies[id(value)] = value.detach().to("cpu" if offload else value.device, copy=True) if wanted else None
-            if (copy := copies[id(value)]) is not None:
-                found[name] = copy
-        return found
+                    yield name, value
 
     # --- the optimizer's state -------------------------------------------------------------------------------------------
 
@@ -197,6 +213,30 @@ class Zero(nn.Module):
 def cut(module: nn.Module) -> None:
     """Stage 3: deal a module's parameters out from the first process, one after the other; the others' may be hollow."""
     package().zero.Init(module=module, config_dict_or_path=engine_config(None))
+
+
+def blanks_of(module: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Whole tensors of a module that was `cut`, tied ones once, to be read into: a part after the other."""
+    once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
+    part, size = dict[str, Tensor](), 0
+    for name, value in module.state_dict(keep_vars=True).items():
+        if name in once:
+            part[name] = torch.empty(shape_of(value), dtype=value.dtype)
+            size += num_elements(value)
+        if size >= AT_ONCE:
+            yield part
+            part, size = {}, 0
+    if part:
+        yield part
+
+
+@torch.no_grad()
+def put_weights(module: nn.Module, part: dict[str, Tensor]) -> None:
+    """Whole tensors of `blanks_of` become this process's piece of the module."""
+    state = module.state_dict(keep_vars=True)
+    for name, whole in part.items():
+        for mine, value in beside(state[name], whole):
+            mine.copy_(value)
 
 
 def engage(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, head: nn.Module | None) -> Zero:

@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
@@ -91,6 +92,30 @@ class Run:
     @property
     def settings(self) -> Mapping[str, Any]:
         return asdict(self.config)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ends here since its weights, or its data, are broken: it leaves nothing new."""
+        return self.stop is not None and self.stop.failed
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether it ends here and is not finished: it leaves a checkpoint, and no FINAL."""
+        return self.stop is not None and not self.stop.finished
+
+    def sync_stop(self) -> None:
+        """All-reduce the stop request: saving needs every process, so a signal to one stops all. Every process calls."""
+        requested = torch.tensor([float(bool(self.interrupted))], device=self.accelerator.device)
+        self.stop_if(bool(self.accelerator.reduce(requested, reduction="sum").item()))
+
+    def stop_if(self, requested: bool) -> None:
+        """`requested`: of any process, and the same on all."""
+        if requested:
+            self.stop = Stop(self.interrupted or "another process was told to stop", finished=False, signalled=True)
+
+    def call_hooks(self, event: Callable[["Hook"], Any]) -> None:
+        for hook in self.hooks.values():
+            event(hook)
 
 
 class Watched(Protocol):

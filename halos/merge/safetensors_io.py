@@ -116,9 +116,9 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _head(entries: Mapping[str, Entry]) -> tuple[bytes, int]:
+def _head(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, int]:
     """What stands before the tensors, and how many bytes they take."""
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, entry in entries.items():
         header[name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, offset + entry.size]}
@@ -130,15 +130,15 @@ def _head(entries: Mapping[str, Entry]) -> tuple[bytes, int]:
 
 def write_hollow(path: Path, shapes: Mapping[str, list[int]]) -> None:
     """A file of float32 tensors of which only names and shapes count: it takes no room on the disk."""
-    head, size = _head({name: Entry(torch.float32, shape, lambda: iter(())) for name, shape in shapes.items()})
+    head, size = _head({name: Entry(torch.float32, shape, lambda: iter(())) for name, shape in shapes.items()}, {})
     with path.open("wb") as file:
         file.write(head)
         file.truncate(len(head) + size)
 
 
-def write(path: Path, entries: Mapping[str, Entry]) -> None:
+def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, one block in memory at a time."""
-    head, _ = _head(entries)
+    head, _ = _head(entries, metadata or {})
     with path.open("wb") as file:
         file.write(head)
         for name, entry in entries.items():

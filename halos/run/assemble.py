@@ -8,11 +8,12 @@ from pathlib import Path
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
-from halos.checkpoint.state import load_optimizer
+from halos.checkpoint import weights
+from halos.checkpoint.checkpointer import Checkpointer
+from halos.checkpoint.state import load_optimizer, restore
 from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.hooks.base import Run
-from halos.hooks.checkpoint import restore
 from halos.lock import RunLock
 from halos.models.load import refuse_other_model
 from halos.run import header, models, proof, resume
@@ -46,8 +47,8 @@ def assemble(
     skeleton = partial(models.structure, run.structure.shelf, reward=False)
     rows = run.rows.open(current, skeleton)
     trainer = TRAINERS[run.loss.inputs](
-        current, run.loss, run.checkpoint, train=rows.train, held_out=rows.held_out, order=rows.order, reference=against,
-        exam=rows.exam,
+        current, run.loss, Checkpointer(current, run.checkpoint), train=rows.train, held_out=rows.held_out, order=rows.order,
+        reference=against, exam=rows.exam,
     )  # fmt: skip
     trainer.refuse_lost()
     if made.is_main_process:
@@ -59,13 +60,17 @@ def assemble(
 def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
     """Model and optimizer as the strategy wants them; the weights are those of the checkpoint that the run goes on from."""
     config, shelf, blueprint = run.config, run.structure.shelf, run.blueprint
+    fill = None
     if checkpoint is not None and config.peft.name == "none":
-        refuse_other_model(shelf.base, checkpoint / "model")
+        place, sharded = weights.saved_model(checkpoint)
+        refuse_other_model(shelf.base, place)
+        fill = partial(weights.fill, checkpoint, run.strategy) if sharded else None
     inner = models.policy(shelf, reward=blueprint.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
     module, optimizer = run.strategy.wrap(
         models.wrapped(shelf, inner, run.loss.inputs, checkpoint),
         partial(models.optimizer, settings=config.optim),
         max_grad_norm=config.train.max_grad_norm,
+        fill=fill,
     )
     return Run(
         config=config, directory=run.directory, accelerator=made, strategy=run.strategy, module=module, model=inner,

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos.checkpoint import received
+from halos.checkpoint import preflight, received
 from halos.config import saved
 from halos.config.arithmetic import Computed
 from halos.config.bind import LossSpec, bind_hook, bind_loss
@@ -20,8 +20,8 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.template import chat_template
 from halos.data.tokenize import end_of_turn
-from halos.distributed.engines import asked
 from halos.distributed.launch import agree
+from halos.distributed.strategies import asked
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
 from halos.hooks.base import Blueprint, Hook
@@ -114,7 +114,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     strategy.refuse_model(structure.model)
     rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
     blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
-    agree(made, "hooks", ", ".join(hooks), complaint(hooks.values(), blueprint))
+    agree(made, "hooks", ", ".join(hooks), complaint(checkpoint, hooks.values(), blueprint))
     content, changed = stand_on(config, loss, structure, rows, made)
     return Prepared(config, loss, directory, structure, strategy, rows, checkpoint, hooks, blueprint, content, changed)
 
@@ -203,9 +203,10 @@ def draw(config: Config, structure: Structure, loss: LossSpec, *, total: int, ma
     )  # fmt: skip
 
 
-def complaint(hooks: Iterable[Hook], blueprint: Blueprint) -> str | None:
-    """What the first of the hooks has against it."""
+def complaint(checkpoint: CheckpointHook, hooks: Iterable[Hook], blueprint: Blueprint) -> str | None:
+    """What its saves, or the first of the hooks, have against it."""
     try:
+        preflight.check(checkpoint, blueprint)
         for hook in hooks:
             hook.check(blueprint)
     except UserError as error:

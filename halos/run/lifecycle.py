@@ -126,8 +126,8 @@ def _train(trainer: Trainer, told: list[str]) -> int:
         raise
     finally:
         try:
-            for hook in current.hooks.values():
-                hook.on_end(current)
+            trainer.checkpointer.end()
+            current.call_hooks(lambda hook: hook.on_end(current))
         finally:  # whatever a hook makes of the end, the run's last word stands
             if current.main:
                 metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}

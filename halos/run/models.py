@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from halos.checkpoint.weights import load_value_head
+from halos.checkpoint.weights import load_value_head, saved_model
 from halos.config.schema import Config, Optim
 from halos.confined import expanded
 from halos.distributed.parameters import shape_of
@@ -59,10 +59,12 @@ class Shelf:
         """Whether this run computes in bfloat16 on a GPU, so that frozen weights lose nothing by it."""
         return self.made.device.type == "cuda" and self.made.mixed_precision == "bf16"
 
-    def load(self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None) -> PreTrainedModel:
-        return self._load(
-            source, dtype, reward=reward, quantize=quantize, hollow=self.engine.is_sharded and not self.made.is_main_process
-        )
+    def load(
+        self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None, hollow: bool = False
+    ) -> PreTrainedModel:
+        """On the first process, or where each has a model of its own, with its weights; unless it is to be `hollow`."""
+        hollow = hollow or (self.engine.is_sharded and not self.made.is_main_process)
+        return self._load(source, dtype, reward=reward, quantize=quantize, hollow=hollow)
 
     def draw(self, source: Path, dtype: torch.dtype, *, reward: bool) -> PreTrainedModel:
         """The same without a weight, on the meta device."""
@@ -111,8 +113,8 @@ def policy(shelf: Shelf, *, reward: bool, refers: bool, checkpoint: Path | None)
     remembers = refers and refers_to_adapter(config)
     lora = config.peft.name == "lora"
     dtype = shelf.dtype
-    source = checkpoint / "model" if checkpoint and not lora else shelf.base
-    model = shelf.load(source, dtype, reward=reward, quantize=config.model.quantize)
+    source, sharded = saved_model(checkpoint) if checkpoint and not lora else (shelf.base, False)
+    model = shelf.load(source, dtype, reward=reward, quantize=config.model.quantize, hollow=sharded)
     if config.model.quantize:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.train.activation_checkpointing)
     if config.train.activation_checkpointing:

@@ -28,13 +28,13 @@ class Outline:
         self.config, self.loss = config, bind_loss(config.loss, config.plugins)
         if samples_per_prompt == 1 and self.loss.on_rollouts and not learns_from_single(self.loss):
             raise UserError(f"online.samples_per_prompt=1: {self.loss.name} compares samples of one prompt: 2 or more")
-        _, hooks = hooks_of(config, self.loss)
+        checkpoint, hooks = hooks_of(config, self.loss)
         half = config.train.precision == "bfloat16" or config.model.dtype == "bfloat16"
         driver = Driver(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "bf16" if half else "no")
         structure = self.structure = structure_of(config, self.loss, driver, locate_base(config))
         self.tokenizer, self.max_length = structure.tokenizer, structure.max_length
         blueprint = draw(config, structure, self.loss, total=1, main=True)
-        if problem := complaint([*hooks.values(), *trackers.values()], blueprint):
+        if problem := complaint(checkpoint, [*hooks.values(), *trackers.values()], blueprint):
             raise UserError(problem)
 
     def write(self, prompt: list[int]) -> None:

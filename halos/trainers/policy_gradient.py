@@ -53,7 +53,7 @@ class Given:
         return Given(old, rewards, advantages, reference, returns, values, self.metrics if first else {})
 
 
-class ToldError(Exception):
+class StopRequestedError(Exception):
     """A signal came while rows were read, on every process alike: they are read again when the run goes on."""
 
 
@@ -92,11 +92,11 @@ class PolicyGradientTrainer(Trainer):
         for name, split in self._data_sets():
             self._is_there(split, name)
 
-    def begin(self) -> None:
+    def prepare(self) -> None:
         try:
             for _, split in self._data_sets():
                 self._known(split)
-        except ToldError:
+        except StopRequestedError:
             return  # the loop sees it too
         if isinstance(self.train.rows, Dataset):
             self.reference = None  # all that it had to say is known
@@ -187,9 +187,9 @@ class PolicyGradientTrainer(Trainer):
         for start in tqdm(
             starts, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=None if run.main else True
         ):
-            self._heed()
-            if self._cut_short():
-                raise ToldError
+            run.sync_stop()
+            if run.stopped_early:
+                raise StopRequestedError
             some = list(mine[start : start + size])
             items = [rows[row] for row in some or [0]]  # a process without rows joins in all the same
             batch = pack(self.rows(items)).to(run.accelerator.device)

@@ -39,10 +39,11 @@ class Watch:
         self.waits: list[float] = []  # for each save
         self.resident: list[float] = []
         self._trainer, self._waited, self._depth = trainer, 0.0, 0
-        step, save, land, on_save = trainer.step, trainer.save, trainer.land, trainer.checkpoint.on_save
+        checkpointer = trainer.checkpointer
+        step, save, finish, on_save = trainer.step, checkpointer.save, checkpointer.finish_save, checkpointer.policy.on_save
 
         def stepping(indices: Any) -> Any:
-            writing, began, before = trainer._saving is not None, time.perf_counter(), self._waited
+            writing, began, before = checkpointer.written is not None, time.perf_counter(), self._waited
             totals = step(indices)
             self.steps.append(time.perf_counter() - began - (self._waited - before))
             self.beside.append(writing)
@@ -63,7 +64,8 @@ class Watch:
                 self.resident.append(resident())
             return on_save(run, path, final=final)
 
-        trainer.step, trainer.save, trainer.land, trainer.checkpoint.on_save = stepping, waiting(save), waiting(land), keeping
+        trainer.step, checkpointer.save, checkpointer.finish_save = stepping, waiting(save), waiting(finish)
+        checkpointer.policy.on_save = keeping
 
     @property
     def waited(self) -> float:
@@ -87,17 +89,17 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
     trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
     assert trainer is not None
     watch, run, waits = Watch(trainer), trainer.run, []
-    for hook in run.hooks.values():
-        hook.on_start(run)
+    trainer.checkpointer.start()
+    run.call_hooks(lambda hook: hook.on_start(run))
     for number in range(1, every * saves + every + 1):
         before = watch.waited
         trainer.step(trainer.order.batch(run.step))
         if number % every == 0 and number <= every * saves:
-            trainer.save(final=False)
+            trainer.checkpointer.save(final=False)
             waits.append(0.0)
         if waits:
             waits[-1] += watch.waited - before
-    trainer.land()
+    trainer.checkpointer.finish_save()
     peak = resident("VmHWM")
     state = list({value.data_ptr(): value.detach() for value in run.module.state_dict().values()}.values())  # tied: once
     state += [part for moments in run.optimizer.state.values() for part in moments.values() if torch.is_tensor(part)]

@@ -20,7 +20,6 @@ from halos.config import gate
 from halos.config.schema import Config
 from halos.distributed.launch import accelerator
 from halos.hooks.base import Run
-from halos.hooks.checkpoint import progress_of
 from halos.models import tiny
 from halos.run.assemble import assemble
 from halos.rundir import RunDir
@@ -48,7 +47,7 @@ def snapshot(run: Run) -> dict[str, Any]:
         "weights": {name: tensor.clone() for name, tensor in run.module.state_dict().items()},
         "optimizer": run.optimizer.state_dict()["state"],
         "random": state.random_state(),
-        "progress": {name: value for name, value in progress_of(run).items() if name != "hooks"},
+        "progress": {name: value for name, value in state.progress_of(run).items() if name != "hooks"},
     }
 
 
@@ -88,11 +87,11 @@ class Stage:
         for _ in range(LAST):
             self.trainer.step(self.trainer.order.batch(run.step))
             self.known[run.step] = copied(snapshot(run))
-            self.trainer.save(final=False)
+            self.trainer.checkpointer.save(final=False)
             if run.step == LAST - 1:
-                self.trainer.save(final=True)
+                self.trainer.checkpointer.save(final=True)
                 run.directory.final.rename(self.shelf / "older")
-        self.trainer.save(final=True)
+        self.trainer.checkpointer.save(final=True)
 
     def config(self, run_dir: Path, *overrides: str) -> Config:
         words = [*SMALL, *KINDS[self.kind], *SETTINGS, f"model.name_or_path={small_model(self.cache / 'small')}",
@@ -124,9 +123,9 @@ class Stage:
         run = self.trainer.run
         run.directory, run.stop, run.failure = RunDir(run_dir), None, None
         state.restore_random_state(self.known[LAST]["random"])
-        self.trainer.checkpoint._whole = set(scene.before)
+        self.trainer.checkpointer._pruner._whole = set(scene.before)
         for name, value in scene.settings.items():
-            vars(self.trainer.checkpoint)[name] = value
+            vars(self.trainer.checkpointer.policy)[name] = value
         scene.act(self.trainer)
 
     def go_on(self, scene: "Scene", run_dir: Path, whole: Path | None = None) -> None:
@@ -156,20 +155,21 @@ class Stage:
 
 
 def save(trainer: Trainer) -> None:
-    trainer.save(final=False)
+    trainer.checkpointer.save(final=False)
 
 
 def save_apart(trainer: Trainer) -> None:
     """With async_save: copied, and written in a thread."""
-    trainer.checkpoint.async_save, trainer.checkpoint._copier = True, Copier()
-    trainer.save(final=False)
-    trainer.land()
-    trainer.checkpoint.on_end(trainer.run)  # one thread again: the points have an order
-    trainer._heed()  # as after the next step: the processes meet again
+    checkpointer = trainer.checkpointer
+    checkpointer.policy.async_save, checkpointer._copier = True, Copier()
+    trainer.checkpointer.save(final=False)
+    checkpointer.finish_save()
+    checkpointer.end()  # one thread again: the points have an order
+    trainer.run.sync_stop()  # as after the next step: the processes meet again
 
 
 def save_final(trainer: Trainer) -> None:
-    trainer.save(final=True)
+    trainer.checkpointer.save(final=True)
 
 
 def begin_again(trainer: Trainer) -> None:

@@ -17,10 +17,9 @@ from tapped import Change, tapped
 from theatre import Point, Theatre
 
 import train
-from halos.checkpoint import commit, find, manifest
+from halos.checkpoint import commit, find, manifest, preflight
 from halos.config.schema import Config
 from halos.errors import UserError
-from halos.hooks.checkpoint import CheckpointHook
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
@@ -194,7 +193,7 @@ def test_on_a_disk_that_is_really_full(small_disk: Path, configure: Configure, m
     words = [*WORDS, "train.steps=8", f"output_root={small_disk}", "checkpoint.on_full_disk=stop"]
     with pytest.raises(UserError, match="free, and this run needs about"):
         run(configure(*words, "exp_name=refused"), [])
-    monkeypatch.setattr(CheckpointHook, "_too_little_space", lambda *_: None)
+    monkeypatch.setattr(preflight, "too_little_space", lambda *_: None)
     assert run(configure(*words), []) == 1
     assert steps(small_disk / "run") == [2, 4]
     assert list((small_disk / "run").rglob(commit.HIDDEN + "*")) == []

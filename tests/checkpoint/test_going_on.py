@@ -244,7 +244,7 @@ def test_a_checkpoint_that_was_put_or_renamed_here_is_refused(trainer: Callable[
     made = trainer("loss=sft", "train.steps=4", "checkpoint.every=1", "checkpoint.keep_last=9", "train.eval_at_start=false")
     for _ in range(2):
         made.step(made.order.batch(made.run.step))
-        made.save(final=False)
+        made.checkpointer.save(final=False)
     run, saves = RunDir(tmp_path / "run"), made.run.directory.saves()
     config, copy = run.config.read_text(), run.checkpoints / find.name_of(3)
     assert find.go_on(run, None).path == saves[2]

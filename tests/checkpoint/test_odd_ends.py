@@ -118,7 +118,7 @@ def test_a_run_that_began_again_and_died_before_its_first_save_begins_again_once
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_backward_all", die)
+        patched.setattr(Trainer, "_backward", die)
         with pytest.raises(KeyboardInterrupt):
             resume(finished)
     assert not find.checkpoints(finished / "checkpoints")
@@ -154,14 +154,14 @@ def test_weights_of_a_last_step_that_no_attempt_has_looked_at_are_looked_at_befo
 ) -> None:
     words = ["optim.lr=1e18", "train.steps=1", "data.eval=[]", "loss=sft", "train.max_grad_norm=null", "schedule=constant",
              "schedule.warmup=0", "train.prove=off"]  # fmt: skip
-    whole = Trainer._backward_all
+    whole = Trainer._backward
 
     def told(self: Trainer, *given: Any) -> Any:
         self.run.interrupted = "SIGTERM"
         return whole(self, *given)
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_backward_all", told)
+        patched.setattr(Trainer, "_backward", told)
         assert run(compose(world.cache, world.place / "runs", *world.words("told", *words)), []) == 75
     directory = world.place / "runs" / "told"
     assert resume(directory) == 1
@@ -204,7 +204,7 @@ def test_a_base_that_was_changed_while_its_adapter_was_trained_is_not_merged(
     base, table = copied(world.base, tmp_path), "model.embed_tokens.weight"
     config = LlamaConfig.from_pretrained(base, vocab_size=4000, tie_word_embeddings=False)
     LlamaForCausalLM(config).save_pretrained(base)
-    whole = Trainer._backward_all
+    whole = Trainer._backward
 
     def change(self: Trainer, *given: Any) -> Any:
         weights = load_file(base / "model.safetensors")
@@ -212,7 +212,7 @@ def test_a_base_that_was_changed_while_its_adapter_was_trained_is_not_merged(
         save_file(weights, base / "model.safetensors", {"format": "pt"})
         return whole(self, *given)
 
-    monkeypatch.setattr(Trainer, "_backward_all", change)
+    monkeypatch.setattr(Trainer, "_backward", change)
     words = [f"model.name_or_path={base}", "peft=lora", "peft.r=2", "train.steps=1"]
     assert run(compose(world.cache, world.place / "runs", *world.words("moving", *words)), []) == 1
     final = world.place / "runs" / "moving" / "FINAL"

@@ -11,10 +11,11 @@ import pytest
 from world import World, copied, refusal, resume
 
 from halos import hashes
-from halos.checkpoint import export, lineage, manifest, received
+from halos.checkpoint import lineage, manifest, received
 from halos.config.defaults import section
 from halos.config.schema import Scorer
 from halos.errors import UserError
+from halos.export import export
 from halos.online import sample
 from halos.rollout.scorers.reward_model import RewardModel
 from halos.rundir import RunDir

@@ -12,17 +12,17 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from halos.checkpoint import commit, find, good, manifest
-from halos.checkpoint.retention import Policy
+from halos.checkpoint import commit, find, good, manifest, pruner
+from halos.checkpoint.pruner import Pruner
 from halos.errors import UserError
-from halos.hooks import checkpoint as hook_module
 from halos.hooks.checkpoint import CheckpointHook
+from halos.hooks.retention import Retention
 
 
 def policy(
     keep_last: int, keep_best: int, *, largest: bool = True, keep_every: int | None = None, pinned: Sequence[int] = ()
-) -> Policy:
-    return Policy(keep_last, keep_best, keep_every, frozenset(pinned), largest)
+) -> Retention:
+    return Retention(keep_last, keep_best, keep_every, frozenset(pinned), largest)
 
 
 def test_the_newest_and_the_best_are_kept() -> None:
@@ -168,7 +168,8 @@ class World:
         self.hook = CheckpointHook(
             **self.knobs, on_full_disk="warn", async_save=False, merge_lora=True, merge_dtype="auto", at_end=False
         )
-        self.hook.on_start(self.run)
+        self.pruner = Pruner(self.run, self.hook)
+        self.pruner.start()
         self.trusted = self.whole()  # by this attempt
 
     def train(self) -> None:
@@ -176,7 +177,7 @@ class World:
             self.run.finite_at = self.step
             self.broken = self.chance.random() < 0.03
         self.run.step = self.step = self.step + 1
-        self.retain(lambda: self.hook.on_step(self.run, {}))
+        self.retain(self.pruner.note_good)
         if self.hook.due(self.run):
             self.save()
 
@@ -192,7 +193,7 @@ class World:
         self.crash_after = self.chance.randint(0, 2) if crash < 0.2 else None
         saved = self.step
         self.num_retained += 1
-        self.retain(lambda: self.hook.on_saved(self.run, Path("disk") / find.name_of(saved), final=False))
+        self.retain(lambda: self.pruner.saved(saved))
         self.crash_after = None
 
     def retain(self, act: Callable[[], None]) -> None:
@@ -262,10 +263,9 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
         (good, "read"),
         (good, "write"),
     )
-    monkeypatch.setattr(hook_module.origin, "begin", lambda run: {})
     for module, name in replaced:
         monkeypatch.setattr(module, name, lambda *args, name=name, **kw: getattr(here[-1], name)(*args, **kw))
-    monkeypatch.setattr(hook_module.log, "disabled", True)
+    monkeypatch.setattr(pruner.log, "disabled", True)
 
     def make(seed: int) -> World:
         world = object.__new__(World)
@@ -291,7 +291,7 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_knows_of_none_after_it_an
 ) -> None:
     world = worlds(0)
     world.disk, world.run.step, world.record = {2: Saved(None, good=True)}, 2, good.Good(6, doubted_at=9)
-    world.hook.on_start(world.run)
+    world.pruner.start()
     assert world.record == good.Good(2)
 
 

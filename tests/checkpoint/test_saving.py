@@ -40,11 +40,11 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(trainer:
     made = trainer(*APART)
     made.step(made.order.batch(0))
     before = {name: value.clone() for name, value in made.run.module.state_dict().items()}
-    made.save(final=False)
+    made.checkpointer.save(final=False)
     made.step(made.order.batch(1))
     assert (steps(made), made.run.step) == ([], 2)
     gate.set()
-    made.land()
+    made.checkpointer.finish_save()
     path = made.run.directory.checkpoints / find.name_of(1)
     assert manifest.verify(path) == []
     assert find.metrics_of(path)["step"] == 1
@@ -56,12 +56,12 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(trainer:
 def test_a_save_waits_for_the_one_before_it_and_final_for_both(trainer: Make, gate: threading.Event) -> None:
     made = trainer(*APART)
     made.step(made.order.batch(0))
-    made.save(final=False)
+    made.checkpointer.save(final=False)
     threading.Timer(0.5, gate.set).start()
     made.step(made.order.batch(1))
-    made.save(final=False)
+    made.checkpointer.save(final=False)
     assert steps(made) == [1]
-    made.save(final=True)
+    made.checkpointer.save(final=True)
     assert steps(made) == [1, 2]
     assert manifest.verify(made.run.directory.final) == []
 
@@ -73,10 +73,10 @@ def test_what_went_wrong_in_the_background_is_raised_by_the_next_step(trainer: M
     made = trainer(*APART)
     made.step(made.order.batch(0))
     monkeypatch.setattr(weights, "save_weights", fail)
-    made.save(final=False)
-    assert made._saving is not None
-    assert made._saving._thread is not None
-    made._saving._thread.join()
+    made.checkpointer.save(final=False)
+    assert made.checkpointer._saving is not None
+    assert made.checkpointer._saving._thread is not None
+    made.checkpointer._saving._thread.join()
     with pytest.raises(RuntimeError, match="the cable was pulled"):
         made.step(made.order.batch(1))
     assert steps(made) == []

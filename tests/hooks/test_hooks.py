@@ -64,9 +64,9 @@ def test_tensorboard_hides_the_points_of_an_attempt_that_died_before_its_first_c
             raise KeyboardInterrupt
         return whole(trainer, *given)
 
-    whole = Trainer._backward_all
+    whole = Trainer._backward
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_backward_all", die)
+        patched.setattr(Trainer, "_backward", die)
         with pytest.raises(KeyboardInterrupt):
             run(configure(*FEW, "logging=tensorboard", "train.log_every=1", "train.steps=3"), [])
     assert (

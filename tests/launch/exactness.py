@@ -107,7 +107,7 @@ class Witness(Hook):
 
 
 def watch(trainer: Trainer) -> Witness:
-    witness, step, save = Witness(), trainer.step, trainer.save
+    witness, step, save = Witness(), trainer.step, trainer.checkpointer.save
     trainer.run.hooks = {"witness": witness, **trainer.run.hooks}
 
     def noted(indices: np.ndarray) -> Any:
@@ -118,7 +118,7 @@ def watch(trainer: Trainer) -> Witness:
         save(final=final)
         witness.story["saves"]["final" if final else str(trainer.run.step)] = fingerprint(trainer.run)
 
-    trainer.step, trainer.save = noted, saved  # type: ignore[method-assign]
+    trainer.step, trainer.checkpointer.save = noted, saved  # type: ignore[method-assign]
     return witness
 
 

@@ -20,9 +20,9 @@ from halos.checkpoint import find
 from halos.distributed import watchdog
 from halos.distributed.device import is_accelerate
 from halos.distributed.signals import ASKING
+from halos.hooks.base import Run
 from halos.run import header as start_header
 from halos.run import lifecycle
-from halos.trainers.base import Trainer
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,16 +239,16 @@ def test_a_signal_while_rollouts_are_read_is_heeded(
     loss: str, configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [f"loss={loss}", "train.steps=2", "train.batch_size=6", "train.microbatch_size=2"]
-    heed, heeded = Trainer._heed, []
+    heed, heeded = Run.sync_stop, []
 
-    def told(self: Trainer) -> None:
-        heeded.append(self.run.step)
-        self.run.interrupted = "SIGTERM" if len(heeded) == 3 else None
+    def told(self: Run) -> None:
+        heeded.append(self.step)
+        self.interrupted = "SIGTERM" if len(heeded) == 3 else None
         heed(self)
 
-    monkeypatch.setattr(Trainer, "_heed", told)
+    monkeypatch.setattr(Run, "sync_stop", told)
     assert lifecycle.run(configure(*words), []) == 75
     assert heeded == [0, 0, 0]
     assert not list((tmp_path / "run").glob("rollouts/*")), "half of it is nothing"
-    monkeypatch.setattr(Trainer, "_heed", heed)
+    monkeypatch.setattr(Run, "sync_stop", heed)
     assert train.start([f"resume={tmp_path / 'run'}"]) == 0

@@ -1,5 +1,6 @@
 """DDP, real FSDP2 and DeepSpeed on gloo give the step of one process: the same gradients, then the same losses."""
 
+import json
 import os
 import sys
 from dataclasses import asdict
@@ -133,3 +134,25 @@ def test_every_loss_on_every_strategy(
         pytest.skip("one process is what the others are compared with")
     together = train(tmp_path / "many", cache, EVERY, steps=20, world=world, how=how)
     compare([dict(table) for table in alone], together, EVERY)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["fsdp2", "zero3"])
+def test_no_process_holds_more_than_its_part_of_a_sharded_model_while_it_is_saved(how: str, tmp_path: Path) -> None:
+    """Four processes; by the peak of their memory. Gathered, the first holds all of it."""
+    spread.skip_unless_installed(how)
+    output, world = tmp_path / "memory", 4
+    output.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MALLOC_TRIM_THRESHOLD_": "0"}
+    script = str(ROOT / "tests" / "launch" / "shard_memory.py")
+    done = processes.run(
+        [sys.executable, *spread.launcher(how, world), script, str(output)], capture_output=True, text=True, check=False,
+        env=environment | spread.settings(how, output),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-10_000:]
+    facts = [json.loads((output / f"{rank}.json").read_text()) for rank in range(world)]
+    part, largest = facts[0]["whole"] / world, facts[0]["largest"]
+    print(facts)
+    assert facts[0]["gathered"] > 0.9 * facts[0]["whole"]
+    for each in facts:
+        assert each["sharded"] < part + largest + 8 * 2**20, facts

@@ -119,7 +119,7 @@ def main() -> None:
             config = gate.check(hydra.compose("config", words), words)
         trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
-        trainer.begin()  # what sampled is the policy as it was; the one that learns has moved on
+        trainer.prepare()  # what sampled is the policy as it was; the one that learns has moved on
         unsettle(trainer.run.module)
         gradients = first_gradients(trainer)
         losses = [trainer.run.last_train["loss"]]

@@ -176,13 +176,13 @@ def test_what_a_reward_of_nan_or_a_division_by_zero_makes_is_skipped_and_the_kl_
     (tmp_path / "equal.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = [f"data.train=['{tmp_path / 'equal.jsonl'}']", "data.eval=[]", "train.batch_size=4", "train.steps=3"]
     made = trainer("loss=grpo", "loss.epsilon=0", *words, "exp_name=equal")
-    made.begin()
+    made.prepare()
     assert made.step(np.arange(4)) == {}
     assert {row["reward"] for row in recorded(made)[0]["rows"]} == {1.0}
     assert "a larger loss.epsilon (now 0" in made.guard._advice()
 
     made = trainer("loss=ppo", "loss.kl_target=1.0", "loss.kl_horizon=100", *words, "exp_name=nan")
-    made.begin()
+    made.prepare()
     made.train.rows.rewards = np.array([math.nan, 1.0, 0.0, 1.0])
     hook: Any = made.run.hooks["kl_coefficient"]
     before, coefficient = state(made), hook.value

@@ -38,14 +38,14 @@ def scored(tmp_path: Path) -> str:
 @pytest.mark.parametrize("loss", LOSSES)
 def test_microbatches_of_any_size_give_the_same_step(loss: str, scored: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer(f"loss={loss}", scored, "data.eval=[]", "train.max_grad_norm=null", "train.batch_size=11")
-    made.begin()
+    made.prepare()
     _unsettle(made)
     agree([step_in(made, size) for size in (11, 4, 1)])
 
 
 def test_old_log_probs_are_those_of_the_start_where_the_sampler_kept_none(scored: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer("loss=grpo", scored, "data.eval=[]", "train.batch_size=11")
-    made.begin()
+    made.prepare()
     assert made.step(np.arange(11))["approx_kl"][0] == 0.0
     assert made.step(np.arange(11))["approx_kl"][0] > 0.0, "the policy has moved, what it was has not"
 
@@ -66,7 +66,7 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(tmp_path: Path, trainer:
     np.testing.assert_array_equal(items[1].logps, np.array([-0.5, -0.25, -0.125], np.float32))
     assert items[2].logps is None, "ids of another tokenizer mean nothing here"
     assert "1 without token ids of this tokenizer" in made.train.rows.lines()[0]
-    made.begin()
+    made.prepare()
     chunk = made._deal(made.train, np.arange(3))[0]
     np.testing.assert_array_equal(chunk.given.old[0, :3], torch.tensor([-0.5, -0.25, -0.125]))
 
@@ -74,11 +74,11 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(tmp_path: Path, trainer:
 def test_what_was_known_at_the_start_is_kept_for_a_resume(scored: str, trainer: Callable[..., Trainer]) -> None:
     words = ["loss=ppo", scored, "data.eval=[]", "train.batch_size=11"]
     first = trainer(*words)
-    first.begin()
+    first.prepare()
     assert first.reference is None, "all that it had to say is known"
     again = trainer(*words, f"resume={first.run.directory.path}")
     _unsettle(again)
-    again.begin()
+    again.prepare()
     one, other = (made._known(made.train) for made in (first, again))
     for name in ("old", "reference", "values"):
         np.testing.assert_array_equal(getattr(one, name).flat, getattr(other, name).flat)
@@ -87,12 +87,12 @@ def test_what_was_known_at_the_start_is_kept_for_a_resume(scored: str, trainer: 
     late = trainer(*words, f"resume={first.run.directory.path}")
     late.run.step = 3
     with pytest.raises(UserError, match="is damaged or gone, and the policy that it tells of has moved on"):
-        late.begin()
+        late.prepare()
 
 
 def test_the_coefficient_of_an_adaptive_kl_moves_and_is_part_of_the_state(scored: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer("loss=ppo", "loss.kl_target=1.0", "loss.kl_horizon=100", scored, "data.eval=[]", "train.batch_size=11")
-    made.begin()
+    made.prepare()
     hook: Any = made.run.hooks["kl_coefficient"]
     before = hook.value
     totals = made.step(np.arange(11))

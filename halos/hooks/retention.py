@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class Retention:
     """What `checkpoint.{keep_last,keep_best,keep_every,pinned}` and `objective.mode` ask for."""
 
     keep_last: int

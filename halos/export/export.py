@@ -7,7 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,10 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from halos import confined
 from halos.checkpoint import card, find, lineage, manifest, received
 from halos.checkpoint.commit import HIDDEN, staged
-from halos.checkpoint.weights import HEAD_FILE, VALUE_HEAD
+from halos.checkpoint.weights import HEAD_FILE, SHARDED, VALUE_HEAD
 from halos.confined import NO_CODE
 from halos.errors import UserError, doing
+from halos.export.consolidate import consolidated
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import expected
 from halos.merge.base_weights import Names
@@ -42,6 +43,8 @@ class Saved:
     path: Path
     adapter: Path | None
     model: Path | None
+    sharded: Path | None = None  # a model of which each process wrote its part
+    head: Path | None = None  # where a value head lies, if not beside the rest
 
     @classmethod
     def at(cls, path: Path) -> "Saved":
@@ -66,11 +69,12 @@ class Saved:
                 f"{path} holds a whole model and an adapter side by side, and from_pretrained would put one on the other: move"
                 " adapter_config.json and adapter_model.safetensors into a directory of their own, and export what is meant"
             )
-        if adapter is None and model is None:
+        sharded = path / SHARDED if (path / SHARDED).is_dir() else None
+        if adapter is None and model is None and sharded is None:
             raise UserError(
                 f"{path} holds neither an adapter nor a model: give a checkpoint, FINAL, or a directory of one of them"
             )
-        return cls(path, adapter, model)
+        return cls(path, adapter, model, sharded)
 
     def copy(self, file: Path, place: Path) -> None:
         """One of its files, as it is."""
@@ -139,10 +143,23 @@ def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
 def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: int = SHARD) -> str:
     """A model's weights as they are, or rounded once to `dtype`."""
     saved = Saved.at(path)
+    if saved.sharded is None:
+        return _whole(saved, path, output, dtype=dtype, shard=shard)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with consolidated(saved.sharded, output.parent, reward=_is_reward(_config(saved.sharded))) as place:
+        made = replace(saved, model=place / "model", head=place if (place / VALUE_HEAD).is_dir() else None)
+        return _whole(made, path, output, dtype=dtype, shard=shard)
+
+
+def _is_reward(config: PretrainedConfig) -> bool:
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def _whole(saved: Saved, path: Path, output: Path, *, dtype: torch.dtype | None, shard: int) -> str:
     if saved.model is None:
         raise UserError(f"{path} holds an adapter and no whole model: merge it")
     config = _config(saved.model)
-    reward = any("SequenceClassification" in name for name in config.architectures or [])
+    reward = _is_reward(config)
     wide = _wide(saved.model, dtype, reward=reward) if dtype is not None else set()
     with _new(output, path) as place:
         write_sharded(place, _entries(saved.model, dtype, wide), shard)
@@ -233,8 +250,9 @@ def _copy_beside(saved: Saved, place: Path) -> None:
         (place / TEMPLATES).mkdir()
         for file in templates:
             saved.copy(file, place / TEMPLATES)
-    head = next((at for at in (saved.path, saved.path.parent) if (at / VALUE_HEAD / HEAD_FILE).is_file()), None)
-    if head is not None and (head == saved.path or saved.path.name in ("adapter", "model")):
+    beside = (saved.head,) if saved.head is not None else (saved.path, saved.path.parent)
+    head = next((at for at in beside if (at / VALUE_HEAD / HEAD_FILE).is_file()), None)
+    if head is not None and (head in (saved.path, saved.head) or saved.path.name in ("adapter", "model")):
         (place / VALUE_HEAD).mkdir()
         confined.copy(head / VALUE_HEAD / HEAD_FILE, place / VALUE_HEAD / HEAD_FILE, within=head)
 

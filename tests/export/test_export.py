@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 
 import train
 from halos.checkpoint import __main__ as cli
-from halos.checkpoint import hub, lineage, manifest
+from halos.checkpoint import lineage, manifest
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.export import export, hub
 from halos.merge import expected
 from halos.models import tiny
 from halos.models.load import read_config
@@ -422,7 +423,6 @@ def make_untied(place: Path) -> None:
 def test_of_two_exports_into_one_directory_the_second_is_refused_and_the_first_is_whole(
     ends: Callable[..., tuple[int, str]], step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from halos.checkpoint import export
 
     words, seen = ["export", step, "--output", tmp_path / "out"], []
     plain = export._copy_beside

@@ -1,0 +1,68 @@
+"""FINAL: what from_pretrained loads; after LoRA the merged weights, proved against the trained model, and the adapter."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from halos.checkpoint import lineage, state, weights
+from halos.errors import UserError
+from halos.hooks.base import Run
+from halos.hooks.checkpoint import CheckpointHook
+from halos.logps.model import bare
+from halos.merge.merge_and_prove import case_of, combine
+from halos.merge.trained import Trained, ask, probe
+
+log = logging.getLogger(__name__)
+
+
+def write(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any]) -> None:
+    """Into `path`; every process calls. A merge that fails leaves the adapter, and the run's `failure`. `chain`, on the first
+    process: the run's lineage, which names its base by content."""
+    adapted = isinstance(run.model, PeftModel)
+    live = _witness(run) if adapted and policy.merge_lora else None
+    values = run.strategy.gathered(run.module, trained_only=adapted)
+    if not run.main:
+        return
+    if adapted:
+        weights.save_weights(path, run.model, values, run.vocabulary)
+    else:
+        weights.save_model(path, bare(run.model), weights.apart(path, values))
+    run.tokenizer.save_pretrained(path)
+    if live is not None:
+        drawn = state.random_state()  # loading the merged model draws random numbers
+        run.failure = _merge(run, policy, path, chain, live)
+        state.restore_random_state(drawn)
+
+
+def merged_dtype(policy: CheckpointHook, model: PreTrainedModel) -> torch.dtype:
+    return model.dtype if policy.merge_dtype == "auto" else getattr(torch, policy.merge_dtype)
+
+
+def _witness(run: Run) -> Trained:
+    """What the trained model says; a sharded one's forward needs all processes."""
+    text = bare(run.model).config.get_text_config()
+    ids = probe(run.vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=run.reward)
+    half = run.accelerator.mixed_precision in ("bf16", "fp16")
+    assert isinstance(run.model, PeftModel)
+    return ask(run.module, run.model, ids, autocast=run.accelerator.autocast, half=half, temperature=run.config.train.temperature)
+
+
+def _merge(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any], live: Trained) -> str | None:
+    """Merge and prove; why it failed, if it did, in which case the adapter is kept and no merged weights are."""
+    model = bare(run.model)
+    try:
+        # its files are read again: a row that no probe reads would be merged as it is now, by merge and proof alike
+        lineage.refuse_other_base(chain or None, run.base, "this run")
+        case = case_of(run.base, path / "adapter", run.vocabulary, dtype=merged_dtype(policy, model))
+        result = combine(case, path, lineage.hashes, model=model, live=live)
+    except (UserError, OSError, RuntimeError, AssertionError) as error:
+        return f"the adapter could not be merged: {type(error).__name__}: {error}. It is kept in FINAL/adapter"
+    if not result.holds:
+        return f"the merged model is not the one that was trained: {result}. The adapter is kept in FINAL/adapter"
+    log.info("merged; %s", result)
+    return None
