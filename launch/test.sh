@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 slow_group() { # where its tests are
   case "$1" in
     kills) echo tests/checkpoint ;;
-    moves) echo tests/launch/test_exactness.py ;;
+    moves) echo tests/launch/test_exactness.py tests/launch/test_earlier_runs.py ;;
     strategies) echo tests/launch/test_strategies.py tests/launch/test_two_processes.py ;;
     signals) echo tests/launch/test_signals.py tests/launch/test_slurm.py tests/launch/test_hosts.py ;;
     sweeps) echo tests/launch/test_sweeps.py ;;

@@ -58,6 +58,10 @@ class Feed(Protocol):
         """Hashes of what is trained on and evaluated with, by the keys that name it."""
         ...
 
+    def tokens_until(self, step: int) -> int | None:
+        """Of the rows of all steps before it; None where that is not known beforehand."""
+        ...
+
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened: ...
 
 
@@ -91,6 +95,9 @@ class FromFiles:
         rows = (self.train.rows, self.held_out.rows if self.held_out else None)
         return {key: each.content if isinstance(each, Dataset) else None
                 for key, each in zip(("data.train", "data.eval"), rows, strict=True)}  # fmt: skip
+
+    def tokens_until(self, step: int) -> int:
+        return sum(int(self.train.rows.lengths[self.order.batch(number)].sum()) for number in range(step))
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
         return Opened(self.train, self.held_out, self.order)
@@ -135,6 +142,9 @@ class FromPolicy:
             "data.train": digest(self.prompts.train),
             "data.eval": digest(self.prompts.held_out) if self.prompts.held_out else None,
         }
+
+    def tokens_until(self, step: int) -> None:
+        return None
 
     def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
         source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, skeleton)

@@ -129,7 +129,8 @@ def stand_on(
             base, named = structure.shelf.base, structure.named
             refuse_other_start(config, base, structure.tokenizer)
             content = contents.read(config, structure.tokenizer, rows.contents(), base=base, reference=named)
-            changed = contents.changed(config, computed(config, loss, structure), content) if config.resume else []
+            if config.resume:
+                changed = contents.changed(config, computed(config, loss, structure), content, rows.tokens_until)
         except UserError as error:
             problem = str(error)
     agree(made, "content", "", problem)

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from halos import confined
-from halos.checkpoint import find, lineage, manifest
+from halos.checkpoint import find, lineage, manifest, state
 from halos.config import arithmetic, changes, saved
 from halos.config.arithmetic import Computed
 from halos.config.changes import Change
@@ -100,13 +100,17 @@ def _source(entry: Any, purpose: str) -> dict[str, Any]:
     return {**{key: value for key, value in source.items() if value is not None}, "hash": content_hash(entry, purpose)}
 
 
-def changed(config: Config, computed: Computed, now: Content) -> list[Change]:
+def changed(
+    config: Config, computed: Computed, now: Content, tokens_until: Callable[[int], int | None] = lambda step: None
+) -> list[Change]:
     """What has become another thing since the run last started, the arithmetic of its steps included. Raises UserError unless
-    resume_changes=allow."""
+    resume_changes=allow. `tokens_until` a step are those of its rows as they are read now."""
     directory = RunDir(config.run_dir)
     before = recorded(directory)
     since = _computed_with(directory, before)
     found = [*_other_content(config, before, now), *arithmetic.changes(since, computed)]
+    if before is None or "data.train" not in before.hashes:
+        found += _other_rows(directory, tokens_until)
     if config.resume_changes == "refuse":
         changes.refuse(found, directory.path)
     for line in arithmetic.notes(since, computed):
@@ -120,6 +124,17 @@ def _computed_with(directory: RunDir, before: Content | None) -> int:
         return arithmetic.number_in(before.hashes)
     saves = (manifest.read(path) for path in reversed(find.checkpoints(directory.checkpoints)))
     return next((arithmetic.number_in(listing) for listing in saves if isinstance(listing, dict)), 0)
+
+
+def _other_rows(directory: RunDir, tokens_until: Callable[[int], int | None]) -> list[Change]:
+    """Of a run that has no hash of its rows on record: whether as many tokens were read as the same files give now."""
+    every = reversed(find.checkpoints(directory.checkpoints))
+    if not (saves := [path for path in every if not manifest.verify(path, only=("state/progress",))]):
+        return []
+    step = find.step_of(saves[0])
+    known, now = state.load_progress(saves[0] / "state", step)["tokens"], tokens_until(step)
+    why = "the tokenizer, the template, this version or a library makes other rows of its files"
+    return [] if now in (None, known) else [Change(f"data.train (tokens until step {step})", known, now, why)]
 
 
 def _other_content(config: Config, before: Content | None, now: Content) -> list[Change]:

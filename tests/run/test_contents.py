@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
 
 from halos.checkpoint import find, lineage, manifest
+from halos.config.content import Content
 from halos.config.plugins import code_of
 from halos.models.load import load_tokenizer
 from halos.run import contents
@@ -87,6 +88,19 @@ def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_s
     known = contents.recorded(directory)
     assert known is not None
     assert known.hashes == {"model.weights": "last4"}
+
+
+def test_the_arithmetic_of_a_run_is_that_of_its_newest_start_else_of_its_newest_save(tmp_path: Path) -> None:
+    directory = RunDir(tmp_path)
+    assert contents._computed_with(directory, None) == 0
+    for step, number in ((2, 3), (4, 5)):
+        path = directory.checkpoints / find.name_of(step)
+        path.mkdir(parents=True)
+        (path / manifest.NAME).write_text(manifest.describe(path, {"step": step, "arithmetic": number}))
+    assert contents._computed_with(directory, Content({"model.weights": "w"})) == 5
+    assert contents._computed_with(directory, Content({"arithmetic": "4"})) == 4
+    (path / manifest.NAME).write_text("{")
+    assert contents._computed_with(directory, None) == 3
 
 
 HINGE = """

@@ -1,0 +1,136 @@
+"""Runs that earlier commits have left stopped go on here, to what those commits would have come to.
+
+Bit for bit where torch and the kind of processor are those that they were made with; elsewhere, where sums are taken in another
+order, to what float32 leaves of that after their steps.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from halos.config.arithmetic import NUMBER
+from tests import processes
+
+ROOT = Path(__file__).resolve().parents[2]
+FIXTURES = ROOT / "tests" / "fixtures" / "earlier_runs"
+MOVED = ["model.name_or_path=base", "data.train=[rows.jsonl]", "data.eval=[held_out.jsonl]"]
+COMMITS = ("7af21dd", "883a8c3")
+SLOWLY = ("sft-two-processes", "dpo-lora-two-processes", "grpo-rounds")
+NAMES = ["sft", "dpo-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWLY)]
+
+
+@pytest.fixture
+def place(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where base and rows are now, which is not where they were."""
+    shutil.copytree(FIXTURES / "base", tmp_path / "base")
+    for name in ("rows.jsonl", "held_out.jsonl"):
+        shutil.copy(FIXTURES / name, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def unpacked(commit: str, name: str, place: Path) -> Path:
+    """The run as it was left, where it lay from here: 7af21dd knew what a run stands on by names alone."""
+    with tarfile.open(FIXTURES / commit / f"{name}.tar.xz") as tar:
+        tar.extractall(place / "expected", filter="data")
+    (place / "runs").mkdir()
+    return (place / "expected" / "run").rename(place / "runs" / name)
+
+
+def resume(run: Path, *words: str) -> tuple[int, str]:
+    return start(run, f"resume=runs/{run.name}", *MOVED, *words)
+
+
+def start(run: Path, *words: str) -> tuple[int, str]:
+    """On as many processes as the run was begun on: the exit status, and what was said."""
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "launch" / "accelerate" / "cpu2.yaml")]
+    command = [sys.executable, *(launcher if "two" in run.name else []), str(ROOT / "train.py"), *words]
+    done = processes.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def is_made_on(commit: str) -> bool:
+    import torch
+
+    here = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine()}
+    made = json.loads((FIXTURES / commit / "machine.json").read_text())
+    return here == {name: made[name] for name in here}
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("commit", COMMITS)
+def test_a_run_of_an_earlier_commit_goes_on_bit_for_bit_or_to_rounding_on_another_kind_of_processor(
+    commit: str, name: str, place: Path
+) -> None:
+    from safetensors.torch import load_file
+    from torch.testing import assert_close
+
+    run, expected = unpacked(commit, name, place), place / "expected"
+    status, said = resume(run)
+    assert status == 0, said
+    assert "CHANGED" not in said
+    near = {"rel": 0.0, "abs": 0.0} if is_made_on(commit) else {"rel": 1e-6, "abs": 1e-6}
+    for file, outcome in json.loads((expected / "outcome.json").read_text()).items():
+        found = rows(run / file)
+        assert len(found) == len(outcome)
+        for mine, theirs in zip(found, outcome, strict=True):
+            for key, value in theirs.items():
+                assert mine[key] == (pytest.approx(value, **near) if isinstance(value, float) else value), (file, key, theirs)
+    for path in sorted(expected.rglob("*.safetensors")):
+        mine, theirs = load_file(run / path.relative_to(expected)), load_file(path)
+        assert mine.keys() == theirs.keys()
+        merged = commit == "7af21dd" and "lora" in name and path.name == "model.safetensors"  # in float32 then, in float64 now
+        loose = {"rtol": 1e-6, "atol": 1e-7} if merged else {"rtol": near["rel"], "atol": near["abs"]}
+        for key, value in theirs.items():
+            assert_close(mine[key], value, **loose, msg=lambda text, path=path, key=key: f"{path} {key}: {text}")
+
+
+def test_an_earlier_run_that_would_be_computed_otherwise_is_refused_by_name_and_goes_on_if_allowed(
+    place: Path,
+) -> None:
+    run = unpacked("7af21dd", "sft", place)
+    large = "train.microbatch_size=8192"  # rows for which the head's gradient would be summed in several chunks
+    status, said = resume(run, large)
+    assert status == 2
+    assert f"arithmetic 0 -> {NUMBER} (since 2026-11-26 a trained head's gradient is summed in float32 over its chunks)" in said
+    assert not (run / "attempts" / "001.yaml").exists()
+    status, said = resume(run, large, "resume_changes=allow")
+    assert status == 0, said
+    assert f"CHANGED WHAT THE RUN COMPUTES, from step 11 on: arithmetic 0 -> {NUMBER} (since " in said
+    record = yaml.safe_load((run / "attempts" / "001.yaml").read_text())
+    assert (record["content_changed"], record["content"]["arithmetic"]) == ({"arithmetic": [0, NUMBER]}, str(NUMBER))
+    assert json.loads((run / "FINAL" / "manifest.json").read_text())["arithmetic"] == NUMBER
+
+
+def test_the_command_that_began_an_earlier_run_goes_on_with_it_though_keys_are_younger(place: Path) -> None:
+    run = unpacked("7af21dd", "sft", place)
+    words = yaml.safe_load((run / "attempts" / "000.yaml").read_text())["overrides"]
+    settings = (run / "config.yaml").read_text()
+    assert not any(key in settings for key in ("router_aux_loss", "target_parameters", "max_bad_steps"))
+    status, said = start(run, *words, "run_dir=runs/sft", "resume=auto", "dry_run=true")
+    assert (status, "would go on from checkpoints/step-" in said) == (0, True), said
+    status, said = start(run, *words, "run_dir=runs/sft", "resume=auto", "dry_run=true", "train.router_aux_loss=0.1")
+    assert (status, "train.router_aux_loss 0.0 -> 0.1" in said) == (2, True), said
+
+
+def test_an_earlier_run_whose_rows_would_be_made_otherwise_is_refused_though_it_has_no_hash_of_them(place: Path) -> None:
+    run = unpacked("7af21dd", "sft", place)
+    template = place / "base" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|end|>", " <|end|>"))  # a token more in each of a row's two turns
+    last = rows(run / "metrics.jsonl")[-1]
+    status, said = resume(run, "dry_run=true")
+    told = f"data.train (tokens until step {last['step']}) {last['tokens']} -> {last['tokens'] + 2 * last['examples']} ("
+    assert (status, told in said) == (2, True), said
