@@ -26,15 +26,15 @@ def read(path: Path) -> list[Row]:
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path} holds no list of rows")
         return rows
-    found = []
+    rows = []
     for number, text_line in enumerate(text.split("\n"), 1):
         if not text_line.strip():
             continue
         row = confined.parse_json(text_line, f"{path}:{number}")
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: a row is an object with named columns")
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -1,17 +1,21 @@
 """A key of a sampler, a scorer or feedback stands in the YAML and in the schema; the stage commands' options follow from that."""
 
 import argparse
+import re
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import halos
 from halos.config.defaults import comments, section
 from halos.config.schema import Feedback, Sampler, Scorer
 from halos.errors import UserError
 from halos.online import label, sample
 from halos.online.options import FEEDBACK, SAMPLER, SCORER, Options
 
+HALOS = Path(halos.__file__).parent
 COMMANDS: list[Any] = [
     (SAMPLER, sample.parser(), ["tiny", "--data", "a", "--output", "o.jsonl"], {}),
     (SCORER, label.parser(), ["s", "f", "--reward", "ends"], {"name": "function", "functions": ["ends"], "model": None}),
@@ -54,3 +58,12 @@ def test_every_key_has_the_yamls_words_in_the_help() -> None:
     assert comments(Sampler)["cache_tokens"] == "hf: tokens of the key-value cache"
     assert "hf: tokens of the key-value cache (default 32768)" in " ".join(sample.parser().format_help().split())
     assert all(words for schema in (Sampler, Scorer, Feedback) for words in comments(schema).values())
+
+
+@pytest.mark.parametrize(
+    ("key", "reader"), [("cache_tokens", "engines/hf.py"), ("price_in", "scorers/judge.py"), ("max_requests", "scorers/judge.py")]
+)
+def test_a_key_of_an_engine_or_a_scorer_stands_in_the_schema_and_where_it_is_read(key: str, reader: str) -> None:
+    read = re.compile(rf"(?<!online\.sampler\.)\b{key}\b")  # advice in messages is not counted
+    named = {path.relative_to(HALOS).as_posix() for path in HALOS.rglob("*.py") if read.search(path.read_text())}
+    assert named == {"config/schema.py", f"rollout/{reader}"}

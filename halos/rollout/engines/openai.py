@@ -26,11 +26,11 @@ class ChatEngine:
         return answers(requests, self._ask, url=settings.url, concurrency=settings.concurrency, timeout=TIMEOUT)
 
     async def _ask(self, client: Any, request: Request) -> Sample:
-        given = await client.chat.completions.create(
+        response = await client.chat.completions.create(
             model=self.model, messages=[dict(turn) for turn in request.prompt.turns], max_tokens=request.max_new_tokens,
             temperature=request.temperature, top_p=self.settings.top_p, seed=request.seed % 2**31,
         )  # fmt: skip
-        choice = given.choices[0]
-        tokens = given.usage.completion_tokens if given.usage else 0
+        choice = response.choices[0]
+        tokens = response.usage.completion_tokens if response.usage else 0
         finish = "length" if choice.finish_reason == "length" else "stop"
         return Sample.of(request, self.origin, choice.message.content or "", finish=finish, tokens=tokens)

@@ -51,11 +51,11 @@ def parts_of(entries: Sequence[Any], plugins: Sequence[str]) -> list[Part]:
 
 
 def _part(entry: Any, plugins: Sequence[str]) -> Part:
-    given = {"function": entry} if isinstance(entry, str) else entry
-    if not isinstance(given, Mapping) or not isinstance(given.get("function"), str):
+    fields = {"function": entry} if isinstance(entry, str) else entry
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("function"), str):
         raise UserError(f"a reward is a name, or {{function: NAME, weight: 1.0, ...}}, not {entry!r}")
-    settings = {name: value for name, value in given.items() if name not in ("function", "weight")}
-    path, weight = given["function"], given.get("weight", 1.0)
+    settings = {name: value for name, value in fields.items() if name not in ("function", "weight")}
+    path, weight = fields["function"], fields.get("weight", 1.0)
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not math.isfinite(weight):
         raise UserError(f"{path}: weight={weight!r} is no number")
     path = path if "." in path else f"{OWN}.{path}"
@@ -63,17 +63,17 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
         raise UserError(f"the reward {path} is outside halos: if you trust that package, type plugins=[{path.partition('.')[0]}]")
     module, _, name = path.rpartition(".")
     try:
-        found = _module(module)
+        located = _module(module)
     except ImportError as error:
         raise UserError(f"the reward {path} cannot be imported: {error}") from error
-    there = vars(found)
-    if not inspect.isfunction(there.get(name)):
-        known = [word for word, part in there.items() if inspect.isfunction(part) and part.__module__ == found.__name__
+    members = vars(located)
+    if not inspect.isfunction(members.get(name)):
+        known = [word for word, part in members.items() if inspect.isfunction(part) and part.__module__ == located.__name__
                  and list(inspect.signature(part).parameters)[:2] == ["completion", "row"]]  # fmt: skip
         near = nearest(name, known)
         raise UserError(f"there is no reward {path}{f'; did you mean {near}?' if near else ''}; {module} has {', '.join(known)}")
-    _check_keys(path, there[name], settings)
-    needed = next((package for package in PACKAGES if package in inspect.getsource(there[name])), None)
+    _check_keys(path, members[name], settings)
+    needed = next((package for package in PACKAGES if package in inspect.getsource(members[name])), None)
     if needed:
         try:
             import_module(needed)

@@ -145,12 +145,12 @@ class Judge:
         self.asked += 1
         self._note({"key": key})
         try:
-            given = await client.chat.completions.create(
+            response = await client.chat.completions.create(
                 model=self.settings.model, messages=[{"role": "user", "content": text}], temperature=0,
                 response_format={"type": "json_object"}, extra_headers={"Idempotency-Key": key},
             )  # fmt: skip
-            choice = given.choices[0] if given.choices else None
-            answer = Answer((choice.message.content or "") if choice else "", self._cost(given.usage),
+            choice = response.choices[0] if response.choices else None
+            answer = Answer((choice.message.content or "") if choice else "", self._cost(response.usage),
                             str(choice.finish_reason) if choice else "empty")  # fmt: skip
         except (ValueError, AttributeError, TypeError, IndexError) as error:
             # the server said something that is no answer: it may have been paid for, and is not asked again
@@ -168,16 +168,16 @@ class Judge:
 
 def read_score(answer: Answer) -> Score:
     """A number under `score`, or none: nothing is guessed."""
-    found = _read(answer.text)
-    value = found.get("score") if found else None
+    parsed = _read(answer.text)
+    value = parsed.get("score") if parsed else None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 10:
         return Score(None, f"the judge gave no score from 0 to 10 ({_said(answer)})", answer.cost)
     return Score(float(value), cost=answer.cost)
 
 
 def read_preference(answer: Answer) -> str | None:
-    found = _read(answer.text)
-    value = found.get("better") if found else None
+    parsed = _read(answer.text)
+    value = parsed.get("better") if parsed else None
     return value if value in ("A", "B", "tie") else None
 
 
@@ -187,10 +187,10 @@ def _read(text: str) -> dict[str, Any] | None:
     if len(objects) != 1:
         return None
     try:
-        found = json.loads(objects[0])
+        parsed = json.loads(objects[0])
     except ValueError:
         return None
-    return found if isinstance(found, dict) else None
+    return parsed if isinstance(parsed, dict) else None
 
 
 def _said(answer: Answer) -> str:

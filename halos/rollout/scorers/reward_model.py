@@ -38,39 +38,41 @@ class RewardModel:
     HALOs' reward models have two labels and score with the second: label=1.
     """
 
-    def __init__(self, place: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
+    def __init__(self, directory: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
         """Raises UserError for a model that does not score, and for a label that it does not have."""
-        received.check(place, "reward model")
-        config = read_config(place)
+        received.check(directory, "reward model")
+        config = read_config(directory)
         if not any("SequenceClassification" in name for name in config.architectures or []):
-            raise UserError(f"{place} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}")
+            raise UserError(
+                f"{directory} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}"
+            )
         labels, label = int(config.num_labels or 1), settings.label
         if labels > 1 and label is None:
-            raise UserError(f"{place} has {labels} labels: say which one is the reward, online.scorer.label=1 for HALOs'")
+            raise UserError(f"{directory} has {labels} labels: say which one is the reward, online.scorer.label=1 for HALOs'")
         if label is not None and label >= labels:
-            raise UserError(f"online.scorer.label={label}, but {place} has {labels} labels, counted from 0")
-        self.place, self.label, self.batch_size, self.quiet = place, label or 0, settings.batch_size, quiet
+            raise UserError(f"online.scorer.label={label}, but {directory} has {labels} labels, counted from 0")
+        self.directory, self.label, self.batch_size, self.quiet = directory, label or 0, settings.batch_size, quiet
         self._loaded: Any = None
-        self.tokenizer, _ = load_tokenizer(place, add_tokens=[])
+        self.tokenizer, _ = load_tokenizer(directory, add_tokens=[])
         self.tokenizer.chat_template = chat_template(self.tokenizer, None)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(length for length in (max_length, limit, 2**31) if length)
 
     def name(self) -> str:
-        return f"reward model {self.place}"
+        return f"reward model {self.directory}"
 
     def request(self) -> dict[str, Any]:
-        weights = identity(self.place)
+        weights = identity(self.directory)
         template = hashlib.sha256(json.dumps(self.tokenizer.chat_template).encode()).hexdigest()[:16]
         return {"reward_model": weights, "label": self.label, "max_length": self.max_length, "template": template}
 
     @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         encoder = Encoder(self.tokenizer, max_length=self.max_length, truncation="drop")
-        told = [(Demonstration(sample.prompt.turns, ({"role": "assistant", "content": sample.text},)), sample.prompt.id)
+        demonstrations = [(Demonstration(sample.prompt.turns, ({"role": "assistant", "content": sample.text},)), sample.prompt.id)
                 for sample in samples]  # fmt: skip
         fitting = []
-        for sample, encoded in zip(samples, encoder.encode(told), strict=True):
+        for sample, encoded in zip(samples, encoder.encode(demonstrations), strict=True):
             if isinstance(encoded, str):
                 yield sample, Score(None, encoded)
             else:
@@ -90,10 +92,10 @@ class RewardModel:
     def _load(self) -> Any:
         device = device_of_this_process()
         dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
-        plan = plan_for(read_config(self.place), reward=True, attention=SEGMENTS)
+        plan = plan_for(read_config(self.directory), reward=True, attention=SEGMENTS)
         extra = {"dtype": dtype, "attn_implementation": plan.attention, **SAFELY}
-        with doing(f"{self.place} could not be loaded as a reward model"):
-            model = read_whole(AutoModelForSequenceClassification, self.place, extra)
+        with doing(f"{self.directory} could not be loaded as a reward model"):
+            model = read_whole(AutoModelForSequenceClassification, self.directory, extra)
         remember(model, plan)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
