@@ -17,6 +17,7 @@ from halos.config.schema import SAFE, Config
 from halos.config.secrets import refuse_saved_addresses
 from halos.distributed.environment import number_of
 from halos.errors import UserError, printable
+from halos.repository import CONFIG
 from halos.rundir import RunDir, is_run, step_of
 
 AUTO = "auto"  # resume=auto: go on with the run of this name where there is one, else begin it
@@ -139,6 +140,9 @@ def _missing(whole: dict[str, Any]) -> list[str]:
 
 def _add_younger_keys(composed: DictConfig, tree: ConfigTree) -> None:
     """What changes no step is as config/ has it now; of what does, saved.BEFORE says how older runs went without it."""
+    knobs = OmegaConf.load(CONFIG / "checkpoint" / "default.yaml")
+    if OmegaConf.select(composed, "checkpoint._target_") == OmegaConf.select(knobs, "_target_"):
+        composed.checkpoint = OmegaConf.merge(knobs, composed.checkpoint)
     whole = plain(composed)
     safe = [key for key in _missing(whole) if changes.ON_RESUME[key] == SAFE]
     if not safe:

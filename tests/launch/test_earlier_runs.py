@@ -126,6 +126,15 @@ def test_the_command_that_began_an_earlier_run_goes_on_with_it_though_keys_are_y
     assert (status, "train.router_aux_loss 0.0 -> 0.1" in said) == (2, True), said
 
 
+def test_what_of_checkpoints_is_younger_than_a_run_is_as_the_configuration_has_it_now(place: Path) -> None:
+    run = unpacked("7af21dd", "sft", place)
+    text = (run / "config.yaml").read_text()
+    assert text.count("  at_end: false\n") == 1
+    (run / "config.yaml").write_text(text.replace("  at_end: false\n", ""))
+    status, said = resume(run, "dry_run=true")
+    assert status == 0, said
+
+
 def test_an_earlier_run_whose_rows_would_be_made_otherwise_is_refused_though_it_has_no_hash_of_them(place: Path) -> None:
     run = unpacked("7af21dd", "sft", place)
     template = place / "base" / "chat_template.jinja"
