@@ -27,7 +27,8 @@ def inner_overrides(typed: Sequence[str], config: Config) -> list[str]:
     """What is typed for the training within a workflow, of what was typed for the whole."""
     assert config.online is not None
     passed = [word for word in typed if word.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0] not in OWN]
-    return [f"loss={config.online.loss}", *passed, *config.online.overrides]
+    recipe = ["online=null"] if any(word.startswith("experiment=") for word in passed) else []  # its section is the workflow's
+    return [f"loss={config.online.loss}", *passed, *config.online.overrides, *recipe]
 
 
 def inner(config: Config, overrides: Sequence[str], tree: ConfigTree) -> DictConfig:

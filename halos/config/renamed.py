@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+log = logging.getLogger(__name__)
 
 SECTIONS = {"online.labeller": "online.scorer"}  # old -> new
 _WORD = re.compile(r"([+~]*)([^=@]*)(.*)", re.S)  # an override: signs, key, the rest
@@ -49,6 +54,13 @@ def move(composed: DictConfig, typed: Collection[str] = ()) -> None:
                 if (key := f"{new}.{leaf}".rstrip(".")) not in keys:
                     OmegaConf.update(composed, key, value)
             del OmegaConf.select(composed, parent)[name]
+        _tell(old, new)
+
+
+@cache  # a sweep composes the same YAML for each of its jobs
+def _tell(old: str, new: str) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        log.warning("%s, which a YAML of yours has, is now %s; the old name is still taken", old, new)
 
 
 def moved(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -342,6 +342,16 @@ def test_wrong_words_are_told_before_anything_starts(tmp_path: Path, cache: Path
     ):
         assert said in refused(words, tmp_path, cache), words
     assert not (tmp_path / "walk").exists()
+
+
+def test_a_recipe_in_one_file_may_have_the_rounds_in_it_by_the_old_names_too(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "experiment").mkdir()
+    recipe = tmp_path / "experiment" / "mine.yaml"
+    words = ["--config-dir", str(tmp_path), *SMALL, f"output_root={tmp_path}", "exp_name=walk", f"cache_dir={cache}"]
+    for timeout, refused_for in ((7, None), (-7, "online.scorer.timeout takes a number \\(above 0\\), not -7")):
+        recipe.write_text(f"# @package _global_\nonline: {{loss: dpo, labeller: {{timeout: {timeout}}}}}\n")
+        with nullcontext() if refused_for is None else pytest.raises(UserError, match=refused_for):
+            assert train.start([*words, "experiment=mine", "dry_run=true"]) == 0, "and its rounds' training has no rounds"
 
 
 def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Callable[[str], Walk]) -> None:
