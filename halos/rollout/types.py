@@ -71,7 +71,6 @@ class Origin:
 
     generator: str  # the policy's name
     vocabulary: str | None = None  # of the tokenizer that the ids are of
-    weights: str | None = None  # their hash, where it is known
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +92,7 @@ class Sample:
     logps: tuple[float, ...] = ()
     generator: str | None = None
     vocabulary: str | None = None
-    weights: str | None = None
+    weights: str | None = None  # the hash of those that it was sampled from
 
     @classmethod
     def of(
@@ -103,7 +102,7 @@ class Sample:
         """What an engine answers. Log-probs have the seven digits of the files, so that a file read back is what was sampled."""
         return cls(
             request.prompt, request.number, text, finish, tokens, request.seed, request.temperature, tuple(ids),
-            tuple(round(logp, 7) for logp in logps), origin.generator, origin.vocabulary if ids else None, origin.weights,
+            tuple(round(logp, 7) for logp in logps), origin.generator, origin.vocabulary if ids else None,
         )  # fmt: skip
 
     @property
@@ -127,10 +126,9 @@ class Sample:
         return {**about, **self.prompt.columns, **_known(split), "output": output, **_known(said), **self.token_row()}
 
     def token_row(self) -> Row:
-        """What only engines that know tokens say."""
-        if not self.ids:
-            return {}
-        return {"output_ids": list(self.ids), "logps": list(self.logps), **_known({"vocabulary": self.vocabulary})}
+        """What only engines that know tokens say; other tools may know them without their log-probs."""
+        ids, logps = list(self.ids) or None, list(self.logps) or None
+        return _known({"output_ids": ids, "logps": logps, "vocabulary": self.vocabulary})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> Sample:

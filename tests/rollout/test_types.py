@@ -1,6 +1,7 @@
 """Samples, scores and feedback as files have them: to the byte what they were, and read back as what was written."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -18,9 +19,9 @@ SEEDS = (2290199993486840126, 3975144308853378137)  # of seed 0, prompt a, sampl
 
 def samples() -> list[Sample]:
     requests = requests_for([PROMPT], samples=1, temperature=0.5, max_new_tokens=3, seed=0)
-    origin = Origin("tiny", "v", "w")
-    return [Sample.of(request, origin, text, finish="stop", tokens=2, ids=(7, 1), logps=(-0.123456789, -1.0))
+    said = [Sample.of(request, Origin("tiny", "v"), text, finish="stop", tokens=2, ids=(7, 1), logps=(-0.123456789, -1.0))
             for request, text in zip(requests, ("é 2", "3"), strict=True)]  # fmt: skip
+    return [replace(sample, weights="w") for sample in said]
 
 
 def rollouts() -> list[Rollout]:
@@ -76,12 +77,13 @@ def test_lines_of_feedback_are_what_they_were() -> None:
 
 
 def test_what_other_tools_wrote_beside_a_sample_stays_with_it() -> None:
-    row = {"prompt_id": 3, "instruction": "Say!", "output": "so", "dataset": "x", "generator": "theirs"}
+    row = {"prompt_id": 3, "instruction": "Say!", "output": "so", "dataset": "x", "generator": "theirs", "output_ids": [4]}
     (sample,) = numbered([(Sample.from_row(row, "here"), "here")])
     assert (sample.prompt.turns, sample.number, sample.finish) == (({"role": "user", "content": "Say!"},), 0, None)
     assert sample.to_row() == {
         "type": "sample", "prompt_id": "3", "sample_id": 0, "prompt": [{"role": "user", "content": "Say!"}],
         "instruction": "Say!", "dataset": "x", "output": "so", "generator": "theirs",
+        "output_ids": [4],
     }  # fmt: skip
 
 
