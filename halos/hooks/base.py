@@ -2,8 +2,9 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Any, Generic, Protocol
+from typing import Any, ClassVar, Generic, Protocol
 
 import torch
 import torch.distributed as dist
@@ -16,11 +17,13 @@ from typing_extensions import TypeVar  # with a default; torch brings it
 from halos.config.content import Content
 from halos.config.schema import Config
 from halos.distributed.strategy import Strategy
+from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.metrics import Window
 from halos.rundir import RunDir
 
 Metrics = Mapping[str, Any]
+Asked = Sequence[str | Sequence[Mapping[str, str]]]  # what a user says, or turns of a dialogue
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,7 @@ class Run:
     stop: Stop | None = None  # set by a hook on every process alike, or agreed on after a signal
     failure: str | None = None  # why the run ends "failed" although it trained to its end
     hooks: dict[str, "Hook"] = field(default_factory=dict)
+    generator: "Generator | None" = None  # what `generate` calls; None for a reward model
     writers: dist.ProcessGroup | None = None  # the processes' own group for what is written beside the steps; None: the default
 
     @property
@@ -113,9 +117,24 @@ class Run:
         if requested:
             self.stop = Stop(self.interrupted or "another process was told to stop", finished=False, signalled=True)
 
+    def generate(self, prompts: Asked, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """The policy's completion of each prompt (text for its user, or turns), without its end token; 0 takes the likeliest
+        token each time. Under every strategy, between steps: every process calls with the same prompts, samples its share of
+        them, and gets all. Weights, random numbers and modes are afterwards what they were.
+
+        Raises UserError for a reward model, which says nothing, and for a prompt that leaves no room.
+        """
+        if self.generator is None:
+            raise UserError("a reward model does not generate")
+        return self.generator(prompts, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+
     def call_hooks(self, event: Callable[["Hook"], Any]) -> None:
         for hook in self.hooks.values():
             event(hook)
+
+
+class Generator(Protocol):
+    def __call__(self, prompts: Asked, *, max_new_tokens: int, temperature: float, seed: int) -> list[str]: ...
 
 
 class Watched(Protocol):
@@ -150,6 +169,8 @@ class Hook(Generic[Seen]):
     rounds (`hooks` beside loss=online) call `on_start`, `on_eval`, `on_examples` and `on_end`, and keep its state.
     """
 
+    records: ClassVar[bool] = False  # `on_eval` passes metrics on: it is called when all that measure have
+
     def check(self, blueprint: Blueprint) -> None:
         """Before any weights are read, in dry runs too: raise UserError for what could not work in the end."""
 
@@ -159,8 +180,10 @@ class Hook(Generic[Seen]):
     def on_step(self, run: Seen, metrics: Metrics) -> None:
         """After a step; `run.step` counts it. `metrics` is its line of metrics.jsonl, empty between logged steps."""
 
-    def on_eval(self, run: Seen, metrics: Metrics) -> None:
-        """After an evaluation, which belongs to the loop."""
+    def on_eval(self, run: Seen, metrics: Metrics) -> Mapping[str, float] | None:
+        """After an evaluation. What is given back, metrics by name, is part of it from then on: in metrics.jsonl, trackers and
+        reports, and objective.metric may be one. Of several processes the first one's counts, so all may measure, or it alone.
+        """
 
     def on_examples(self, run: Seen, examples: Sequence[Mapping[str, Any]]) -> None:
         """Samples with their scores, of an online round or of a live run's evaluation: `prompt`, `output`, `reward`, `split`."""
@@ -184,3 +207,35 @@ class Hook(Generic[Seen]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take back what `state_dict` gave."""
+
+
+def measures(hook: Hook[Any]) -> bool:
+    """Whether what it gives back from `on_eval` may be metrics."""
+    return not hook.records and type(hook).on_eval is not Hook.on_eval
+
+
+def evaluated(
+    hooks: Mapping[str, Hook[Any]], run: Watched, metrics: Metrics, of_first: Callable[[Any], Any] = lambda mine: mine
+) -> dict[str, Any]:
+    """The metrics of an evaluation with those that hooks measure; all hooks are told, those that record after the others.
+
+    `of_first`: what the first process has, for every process. Raises UserError for what is no metric, or measured already.
+    """
+    whole = dict(metrics)
+    for name, hook in hooks.items():
+        if measures(hook) and (more := of_first(hook.on_eval(run, whole))):
+            whole |= _metrics_of(name, more, whole)
+    for hook in (hook for hook in hooks.values() if hook.records):
+        hook.on_eval(run, whole)
+    return whole
+
+
+def _metrics_of(name: str, measured: Any, known: Metrics) -> dict[str, float]:
+    if not isinstance(measured, Mapping):
+        raise UserError(f"hooks.{name}: on_eval gives back a {type(measured).__name__}: give metrics by name, or None")
+    for metric, value in measured.items():
+        if metric in known:
+            raise UserError(f"hooks.{name} measures {metric}, which is measured already: call it {name}/{metric}")
+        if not isinstance(metric, str) or not isinstance(value, Real):
+            raise UserError(f"hooks.{name} measures {metric} as {value!r}: a metric is a number under a name")
+    return {metric: float(value) for metric, value in measured.items()}

@@ -9,6 +9,8 @@ from halos.hooks.base import Hook, Metrics, Run, Stop
 class EarlyStopping(Hook):
     """Stops after `patience` evaluations in a row without a better objective."""
 
+    records = True
+
     def __init__(self, *, patience: int) -> None:
         self.patience = patience
         self.best: float | None = None

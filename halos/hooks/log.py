@@ -18,6 +18,8 @@ class MetricsLog(Hook):
     """One object a logged step or evaluation, from the first process. On a full disk it is lost, counted and told: whether the
     run goes on is for `checkpoint.on_full_disk` to say."""
 
+    records = True
+
     def __init__(self) -> None:
         self._lost = 0
 

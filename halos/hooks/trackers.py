@@ -41,6 +41,8 @@ def names_of(run: Watched) -> tuple[str, str | None]:
 class TensorBoard(Hook[Watched]):
     """Event files under the run directory's tensorboard/."""
 
+    records = True
+
     def __init__(self) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
@@ -74,6 +76,8 @@ class TensorBoard(Hook[Watched]):
 
 class Wandb(Hook[Watched]):
     """Weights & Biases; offline, with one line that says so, where no key is configured. Never prompts."""
+
+    records = True
 
     def __init__(self, *, project: str, entity: str | None, mode: Literal["auto", "online", "offline"]) -> None:
         self.project, self.entity, self.mode = project, entity, mode

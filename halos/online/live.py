@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
@@ -16,6 +15,7 @@ from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.policy import PolicyEngine
+from halos.online.unsharded import Unsharded
 from halos.rollout import feedback, measure
 from halos.rollout.collect import collect
 from halos.rollout.engines.vllm import ServerEngine
@@ -95,10 +95,10 @@ class RolloutSource:
 
     def __init__(
         self, run: Run, loss: LossSpec, prompts: LivePrompts, scorer: Scorer, server: ServerEngine | None,
-        skeleton: Callable[[], nn.Module],
+        policy: Unsharded,
     ) -> None:  # fmt: skip
         self.run, self.loss, self.prompts, self.online, self.config = run, loss, prompts, prompts.online, run.config
-        self.scorer, self.engine = scorer, PolicyEngine(run, server, skeleton)
+        self.scorer, self.engine = scorer, PolicyEngine(run, server, policy)
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
         self.rows = LiveRows(loss.inputs.example)
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from peft import PeftModel
-from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint import weights
 from halos.checkpoint.commit import staged
@@ -17,23 +16,20 @@ from halos.hooks.base import Run
 from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of
+from halos.online.unsharded import POLICY, Unsharded
 from halos.rollout.engines.engine import Engine
 from halos.rollout.engines.hf import HFEngine
 from halos.rollout.engines.vllm import ServerEngine
 from halos.rollout.servers import refuse_silent
-from halos.rollout.types import Origin
-
-POLICY = Origin("policy")
 
 
 class PolicyEngine:
-    """`skeleton` makes the policy without weights, for those of a sharded one to be gathered in."""
+    """As the config's `online.sampler` wants it."""
 
-    def __init__(self, run: Run, server: ServerEngine | None, skeleton: Callable[[], nn.Module]) -> None:
+    def __init__(self, run: Run, server: ServerEngine | None, policy: Unsharded) -> None:
         assert run.config.online is not None
-        self.run, self.server, self._skeleton = run, server, skeleton
+        self.run, self.server, self.policy = run, server, policy
         self.settings = run.config.online.sampler
-        self._unsharded: nn.Module | None = None
         self._served: int | None = None  # the step whose weights the server has
 
     @contextmanager
@@ -43,30 +39,8 @@ class PolicyEngine:
             self._push(self.server)
             yield self.server
             return
-        with self._unsharded_model() as model:
+        with self.policy.opened() as model:
             yield HFEngine(model, self.run.tokenizer, self.settings, POLICY)
-
-    @contextmanager
-    def _unsharded_model(self) -> Iterator[PreTrainedModel]:
-        """The current policy, unsharded: under FSDP or ZeRO-3 a temporary full copy on every rank, since ranks sample different
-        texts."""
-        strategy, module, model = self.run.strategy, self.run.module, self.run.model
-        if not strategy.is_sharded:
-            yield bare(model)
-            return
-        self._unsharded = self._unsharded if self._unsharded is not None else self._skeleton()
-        state = strategy.gathered(module, trained_only=False, offload=False)
-        own = {name: value for name, value in state.items() if not name.startswith(weights.HEAD)}
-        self._unsharded.load_state_dict(own, strict=False, assign=True)
-        for name, buffer in model.named_buffers():  # rotary tables and the like, which no state dict holds
-            parent, _, last = name.rpartition(".")
-            self._unsharded.get_submodule(parent).register_buffer(last, buffer.detach(), persistent=False)
-        copy = bare(self._unsharded)
-        copy.tie_weights()
-        try:
-            yield copy
-        finally:
-            self._unsharded.to("meta")
 
     def _push(self, server: ServerEngine) -> None:
         """The policy's weights to the server, once a step, by a directory that both see; with LoRA merged into the base."""

@@ -29,7 +29,7 @@ from halos.confined import write_whole
 from halos.distributed.environment import world_size
 from halos.distributed.signals import AGAIN
 from halos.errors import UserError
-from halos.hooks.base import Hook, Watched
+from halos.hooks.base import Hook, Watched, evaluated
 from halos.logs import write_to
 from halos.online.plan import Plan
 from halos.online.round import NOTE, Round, RoundResult, sampled_from
@@ -233,8 +233,7 @@ class OnlineRun:
             if row:
                 whole = {"step": one.number, "split": split, **row}
                 self.directory.append_metrics(whole)
-                for hook in self.hooks.values():
-                    hook.on_eval(self, whole)
+                evaluated(self.hooks, self, whole)
         if result.examples:
             measure.write_examples(one.directory, result.examples, f"{self.config.exp_name}, round {one.number}")
             rows = [rollout.shown() for rollout in result.examples]

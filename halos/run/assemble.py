@@ -16,6 +16,8 @@ from halos.config.schema import Config
 from halos.hooks.base import Run
 from halos.lock import RunLock
 from halos.models.load import refuse_other_model
+from halos.online.generate import PolicyGenerator
+from halos.online.unsharded import Unsharded
 from halos.run import header, models, proof, resume
 from halos.run.blueprint import TRAINERS, Prepared, prepare
 from halos.trainers.base import Trainer
@@ -44,8 +46,9 @@ def assemble(
     elif config.optim.init_from is not None:
         load_optimizer(Path(config.optim.init_from) / "state", current.strategy, current.module, current.optimizer)
     proof.of_start(current, run.structure.verdict)
-    skeleton = partial(models.structure, run.structure.shelf, reward=False)
-    rows = run.rows.open(current, skeleton)
+    policy = Unsharded(current, partial(models.structure, run.structure.shelf, reward=False))
+    current.generator = None if current.reward else PolicyGenerator(current, policy)
+    rows = run.rows.open(current, policy)
     trainer = TRAINERS[run.loss.inputs](
         current, run.loss, Checkpointer(current, run.checkpoint), train=rows.train, held_out=rows.held_out, order=rows.order,
         reference=against, exam=rows.exam,

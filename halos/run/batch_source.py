@@ -3,12 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
@@ -19,6 +17,7 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import LivePrompts, RolloutSource
 from halos.online.policy import server_of
+from halos.online.unsharded import Unsharded
 from halos.rollout.prompts import digest
 from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
 from halos.run import datasets
@@ -62,7 +61,7 @@ class Feed(Protocol):
         """Of the rows of all steps before it; None where that is not known beforehand."""
         ...
 
-    def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened: ...
+    def open(self, run: Run, policy: Unsharded) -> Opened: ...
 
 
 def feed(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int) -> Feed:
@@ -99,7 +98,7 @@ class FromFiles:
     def tokens_until(self, step: int) -> int:
         return sum(int(self.train.rows.lengths[self.order.batch(number)].sum()) for number in range(step))
 
-    def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
+    def open(self, run: Run, policy: Unsharded) -> Opened:
         return Opened(self.train, self.held_out, self.order)
 
 
@@ -146,6 +145,6 @@ class FromPolicy:
     def tokens_until(self, step: int) -> None:
         return None
 
-    def open(self, run: Run, skeleton: Callable[[], nn.Module]) -> Opened:
-        source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, skeleton)
+    def open(self, run: Run, policy: Unsharded) -> Opened:
+        source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, policy)
         return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.held_out else None)

@@ -24,7 +24,7 @@ from halos.distributed.launch import agree
 from halos.distributed.strategies import asked
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-from halos.hooks.base import Blueprint, Hook
+from halos.hooks.base import Blueprint, Hook, measures
 from halos.hooks.checkpoint import CheckpointHook
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.kl import KLCoefficient
@@ -97,10 +97,11 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     """Raises UserError for whatever is known to stand in a run's way before its weights are read; leaves nothing behind but
     what is cached."""
     loss = bind_loss(config.loss, config.plugins)
-    refuse_unmeasured(config, loss, TRAINERS[loss.inputs].derived)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
     asked().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)
+    if not any(measures(hook) for hook in hooks.values()):
+        refuse_unmeasured(config, loss, TRAINERS[loss.inputs].derived)
     directory = RunDir(config.run_dir)
     if made.is_main_process:
         if lock:

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -18,7 +19,7 @@ from halos.config.bind import LossSpec
 from halos.data.dataset import Dataset, Item
 from halos.data.order import eval_batches
 from halos.errors import UserError
-from halos.hooks.base import Run
+from halos.hooks.base import Run, evaluated
 from halos.metrics import Meter, Window
 from halos.trainers.deal import Chunk, Split, deal
 from halos.trainers.guard import Contribution, Guard, spoil
@@ -189,11 +190,11 @@ class Trainer(Objective):
         if run.stopped_early:
             return  # and it is made when the run goes on
         seconds, first = time.perf_counter() - began, not run.last_eval
-        run.last_eval = {"step": run.step, "split": "eval", **means, "seconds": round(seconds, 3)}
+        row = {"step": run.step, "split": "eval", **means, "seconds": round(seconds, 3)}
+        run.last_eval = evaluated(run.hooks, run, row, lambda mine: gather_object([mine])[0])
         if first:
-            self._know_objective(means)
-        run.call_hooks(lambda hook: hook.on_eval(run, run.last_eval))
-        self._logged_at += seconds
+            self._know_objective()
+        self._logged_at += time.perf_counter() - began
 
     def _held_out_means(self) -> dict[str, float]:
         """In global batches of the training size; nothing where a signal came between."""
@@ -228,7 +229,7 @@ class Trainer(Objective):
         due = self.settings.eval_at_start if run.step == 0 else bool(every) and run.step % every == 0
         return due and run.step < run.total_steps and run.last_eval.get("step") != run.step
 
-    def _know_objective(self, means: Mapping[str, float]) -> None:
+    def _know_objective(self) -> None:
         """Raises UserError where the first evaluation does not measure what the run is judged by, as a loss of a user's own may
         not; what was trained until then is saved."""
         metric = self.run.config.objective.metric
@@ -236,7 +237,8 @@ class Trainer(Objective):
             return
         if self.run.step:
             self.checkpointer.save(final=False)
-        raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(sorted(means))}")
+        names = sorted(self.run.last_eval.keys() - {"step", "split", "seconds"})
+        raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(names)}")
 
     def _rows_of(self, step: int) -> Sequence[Item]:
         """This process's first rows of a step that is over; none where they were sampled."""

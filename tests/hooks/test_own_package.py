@@ -35,13 +35,12 @@ def start(place: Path, *words: str, path: Path | None = None) -> subprocess.Comp
 
 @pytest.fixture
 def package(tmp_path: Path) -> Path:
-    """The README's example, in a directory of its own."""
-    [(name, code)] = re.findall(
-        r"```python\n# (myhooks/[\w/]+\.py)\n(.*?)```", (ROOT / "halos" / "hooks" / "README.md").read_text(), re.S
-    )
+    """The README's examples, in a directory of its own."""
     place = tmp_path / "place"
-    (place / name).parent.mkdir(parents=True)
-    (place / name).write_text(code)
+    (place / "myhooks").mkdir(parents=True)
+    text = (ROOT / "halos" / "hooks" / "README.md").read_text()
+    for name, code in re.findall(r"```python\n# (myhooks/[\w/]+\.py)\n(.*?)```", text, re.S):
+        (place / name).write_text(code)
     (place / "myhooks" / "saves.py").write_text(SAVES)
     return place
 
@@ -59,6 +58,23 @@ def test_the_hook_in_the_readme_works_from_the_current_directory_and_through_a_r
     done = start(package, "resume=runs/run", "plugins=[myhooks]", "hooks.spikes.limit=1e9")
     assert done.returncode == 0, done.stderr
     assert "changed: hooks.spikes" in (package / "runs" / "run" / "train.log").read_text()
+
+
+def test_what_the_readme_measures_by_sampling_is_what_the_run_is_judged_by(package: Path, cache: Path) -> None:
+    words = ["+hooks.sums={_target_: myhooks.sums.Sums, up_to: 2, tokens: 4}", "plugins=[myhooks]", "train.eval_every=2",
+             "objective.metric=sums/accuracy", "objective.mode=max", "checkpoint.keep_best=1"]  # fmt: skip
+    done = start(package, *SMALL, *FEW, f"cache_dir={cache}", *words)
+    assert done.returncode == 0, done.stderr
+    directory = package / "runs" / "run"
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    held_out = [row for row in rows if row["split"] == "eval"]
+    assert [row["step"] for row in held_out] == [0, 2, 4]
+    assert all(0 <= row["sums/accuracy"] <= 1 and row["loss"] > 0 for row in held_out)
+    assert json.loads((directory / "result.json").read_text())["metrics"]["sums/accuracy"] == held_out[-1]["sums/accuracy"]
+    plain = start(package, *SMALL, *FEW, f"cache_dir={cache}", "exp_name=plain", "train.eval_every=2")
+    assert plain.returncode == 0
+    others = [json.loads(line) for line in (package / "runs" / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["loss"] for row in others] == [row["loss"] for row in rows], "sampling leaves nothing behind in the run"
 
 
 @pytest.mark.cold

@@ -77,3 +77,19 @@ def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_refused(
     )  # fmt: skip
     assert "accelerate was asked for 2 processes and started one" in done.stderr
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("config", "peft"), [("cpu2", []), ("cpu2_fsdp2", []), ("cpu2_fsdp2", LORA), ("cpu2_zero3", [])])
+def test_what_a_hook_samples_is_the_same_under_every_strategy(
+    config: str, peft: list[str], command: Command, tmp_path: Path
+) -> None:
+    words = ["loss=sft", *peft, *SETTINGS, "train.steps=2", "plugins=[tests.launch.asking]",
+             "+hooks.asking._target_=tests.launch.asking.Asking"]  # fmt: skip
+    command(*words, "exp_name=one")
+    command(*words, "exp_name=two", launch=2, config=config)
+    said = {path.name: json.loads(path.read_text()) for path in tmp_path.glob("two/said-*.json")}
+    assert sorted(said) == ["said-0-0.json", "said-0-1.json", "said-2-0.json", "said-2-1.json"]
+    assert said["said-0-0.json"] == said["said-0-1.json"] == json.loads((tmp_path / "one" / "said-0-0.json").read_text())
+    assert said["said-2-0.json"] == said["said-2-1.json"]
+    compare(tmp_path / "one", tmp_path / "two")

@@ -1,0 +1,48 @@
+"""The policy in training as one whole model, however its processes hold it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from halos.checkpoint import weights
+from halos.hooks.base import Run
+from halos.logps.model import bare
+from halos.rollout.types import Origin
+
+POLICY = Origin("policy")
+
+
+class Unsharded:
+    """The current policy, whole: under FSDP or ZeRO-3 a temporary full copy on every rank, since ranks sample different texts.
+
+    `skeleton` makes the policy without weights, for those of a sharded one to be gathered in.
+    """
+
+    def __init__(self, run: Run, skeleton: Callable[[], nn.Module]) -> None:
+        self.run, self._skeleton = run, skeleton
+        self._copy: nn.Module | None = None
+
+    @contextmanager
+    def opened(self) -> Iterator[PreTrainedModel]:
+        """With the weights of this step; every process opens it."""
+        strategy, module, model = self.run.strategy, self.run.module, self.run.model
+        if not strategy.is_sharded:
+            yield bare(model)
+            return
+        self._copy = self._copy if self._copy is not None else self._skeleton()
+        state = strategy.gathered(module, trained_only=False, offload=False)
+        own = {name: value for name, value in state.items() if not name.startswith(weights.HEAD)}
+        self._copy.load_state_dict(own, strict=False, assign=True)
+        for name, buffer in model.named_buffers():  # rotary tables and the like, which no state dict holds
+            parent, _, last = name.rpartition(".")
+            self._copy.get_submodule(parent).register_buffer(last, buffer.detach(), persistent=False)
+        copy = bare(self._copy)
+        copy.tie_weights()
+        try:
+            yield copy
+        finally:
+            self._copy.to("meta")
