@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "launch"))  # as halos.cli has it: Hydra looks for its plugins once, in whichever test comes first
 for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # before anything reads them
     os.environ[name] = "1"
 
