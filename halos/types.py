@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
+from halos.ranges import Range as Range  # beside the rest of what a loss of one's own is written with
+
 Message = Mapping[str, Any]  # OpenAI-style: role, content, and where they occur tool_calls, name, tool_call_id
 Turns = tuple[Message, ...]
 
@@ -280,26 +282,3 @@ class Loss:
     values: Tensor  # (rows,) or (rows, time)
     metrics: Mapping[str, Mean]
     per: Literal["item", "token"] = "item"
-
-
-# --- what a knob may be ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Range:
-    """Bounds of a loss's or hook's knob, written `Annotated[float, Range(above=0)]`; checked before any model loads."""
-
-    above: float | None = None  # exclusive
-    least: float | None = None
-    below: float | None = None  # exclusive
-    most: float | None = None
-
-    def violated_by(self, value: float) -> str | None:
-        """What the value should have been, or None where it is fine."""
-        bounds = [
-            ("above", self.above, value > (self.above or 0)),
-            ("at least", self.least, value >= (self.least or 0)),
-        ]
-        bounds += [("below", self.below, value < (self.below or 0)), ("at most", self.most, value <= (self.most or 0))]
-        wanted = [f"{word} {bound:g}" for word, bound, _ in bounds if bound is not None]
-        return " and ".join(wanted) if any(bound is not None and not good for _, bound, good in bounds) else None

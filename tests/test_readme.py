@@ -36,6 +36,9 @@ PAIRS = [{"prompt": f"Count {n}", "chosen": f"1 2 {n}\n#### {n}", "rejected": f"
 CHATS = [
     {"messages": [{"role": "user", "content": f"Count {n}"}, {"role": "assistant", "content": f"1 2 {n}"}]} for n in range(8)
 ]
+VOTES = [
+    {"question": f"Count {n}", "answers": [{"text": f"1 2 {n}", "votes": n + 1}, {"text": "no", "votes": 0}]} for n in range(8)
+]
 PROMPTS = [{"prompt": f"Count {n}", "solution": str(n)} for n in range(8)]
 
 
@@ -92,11 +95,14 @@ def save_model(directory: Path, kind: str, head: str) -> None:
     getattr(transformers, head).from_config(config).save_pretrained(directory)
 
 
+OWN = ("myhooks", "mylosses", "myoptim", "myrates", "myrewards", "myrows")  # packages that the documents show
+
+
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory with what the commands name: data, packages, a reward model, and few bundled problems."""
     place = tmp_path_factory.mktemp("desk")
-    rows = {"pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS}
+    rows = {"votes.jsonl": VOTES, "pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS}
     for name in {name for line in ON_TRAIN for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", line)}:
         write_rows(place / name, rows[name])
     for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", TEXT, re.S):
@@ -113,7 +119,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("HALOS_CACHE", str(place / "cache"))
         patch.syspath_prepend(str(place))
         yield place
-    for name in [name for name in sys.modules if name.partition(".")[0] in ("myhooks", "mylosses", "myrewards")]:
+    for name in [name for name in sys.modules if name.partition(".")[0] in OWN]:
         del sys.modules[name]
 
 

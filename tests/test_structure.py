@@ -10,11 +10,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"errors", "repository", "types"},
+    {"errors", "ranges", "repository"},
+    {"types"},
     {"confined"},
     {"hashes"},
     {"seals"},
-    {"config", "logps", "losses", "metrics", "metrics_file", "journal", "lock", "logs", "versions"},
+    {"config", "logps", "losses", "optimizers", "schedules", "metrics", "metrics_file", "journal", "lock", "logs", "versions"},
     {"rundir", "distributed"},
     {"merge", "hooks"},
     {"models", "data"},

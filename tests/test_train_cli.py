@@ -102,7 +102,7 @@ def test_a_whole_command_reaches_the_run(cli, build):
     assert (status, err) == (0, "")
     [(config, typed)] = build.calls
     assert config.loss == {"_target_": "halos.losses.dpo.dpo", "beta": 0.5}
-    assert (config.train.steps, config.optim.lr, config.run_dir) == (3, 5e-7, "runs/demo")
+    assert (config.train.steps, config.optim["lr"], config.run_dir) == (3, 5e-7, "runs/demo")
     assert config.hooks == {"tb": {"_target_": "halos.hooks.trackers.TensorBoard"}}
     assert "loss.beta=0.5" in typed
 
@@ -483,7 +483,7 @@ REFUSED = [
 @pytest.mark.parametrize("word", REFUSED)
 def test_what_would_change_the_mathematics_is_refused_by_name(refused, demo, word):
     err = refused("resume=moved/demo", word, "train.log_every=3")
-    assert word.partition("=")[0] in err
+    assert word.partition("=")[0].removesuffix(".name") in err
     assert "resume_changes=allow" in err
     assert "log_every" not in err
     assert os.listdir("moved/demo/attempts") == []
@@ -493,7 +493,7 @@ def test_all_that_is_refused_is_said_at_once(refused, demo):
     words = [word for word in REFUSED if not word.startswith("schedule.name")]  # under a constant rate steps may be added
     err = refused("resume=moved/demo", *words)
     for word in words:
-        assert word.partition("=")[0] in err
+        assert word.partition("=")[0].removesuffix(".name") in err
 
 
 def test_changes_of_the_mathematics_are_taken_where_they_are_allowed(cli, build, demo, refused):

@@ -12,7 +12,7 @@ from halos.logps.vocabulary import Vocabulary
 NAME = "README.md"
 TRAIN = ("steps", "epochs", "batch_size", "max_length", "precision")
 SHOWN: dict[str, tuple[str, ...] | None] = {
-    "loss": None, "train": TRAIN, "schedule": None, "optim": ("name", "lr", "weight_decay"), "peft": None,
+    "loss": None, "train": TRAIN, "schedule": None, "optim": ("name", "lr", "loraplus_lr_ratio", "weight_decay"), "peft": None,
 }  # fmt: skip
 
 
@@ -70,7 +70,9 @@ def _short(value: Any) -> str:
 def _settings(config: Mapping[str, Any]) -> str:
     rows = []
     for section, names in SHOWN.items():
-        values = config[section]
+        values = dict(config[section])
+        if section in ("schedule", "optim") and isinstance(target := values.get("_target_"), str):
+            values = {"name": target.rpartition(".")[2], **values}
         if section == "peft" and values["name"] == "none":
             names = ("name",)  # the others say nothing of what was done
         if section == "train" and values.get("steps") is not None:

@@ -32,7 +32,7 @@ def too_little_space(policy: CheckpointHook, blueprint: Blueprint) -> str | None
     """What is wrong with the disk for the checkpoints to come and FINAL, if anything is."""
     model, vocabulary, config = blueprint.model, len(blueprint.tokenizer), blueprint.config
     adapter, directory = isinstance(model, PeftModel), blueprint.directory.checkpoints
-    one = space.checkpoint_bytes(model, adapter=adapter, optimizer=config.optim.name, vocabulary=vocabulary)
+    one = space.checkpoint_bytes(model, adapter=adapter, optimizer=blueprint.optimizer_bytes, vocabulary=vocabulary)
     final = space.final_bytes(model, adapter_alone=adapter and not policy.merge_lora, vocabulary=vocabulary)
     steps = [step for step in range(1, blueprint.total_steps + 1) if policy.due_at(step)] or [blueprint.total_steps]
     most = policy.retention(largest=config.objective.mode == "max").most(steps)

@@ -8,7 +8,7 @@ from typing import Any
 
 from halos import confined, seals
 from halos.checkpoint import find, lineage, manifest
-from halos.config import changes, saved
+from halos.config import changes, earlier, saved
 from halos.config.changes import Change
 from halos.config.schema import Scope, keys_of
 from halos.errors import UserError
@@ -70,12 +70,13 @@ def _keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str,
     attempt = _record(last).get("attempt")
     names = list(records)
     until = names if attempt is None else [name for name in names if int(name.removesuffix(".yaml")) <= attempt]
-    settings = saved.load(text, {name: records[name] for name in until}, str(run.path))
+    settings, sealed_settings = saved.load(text, {name: records[name] for name in until}, str(run.path)), dict(last["config"])
+    earlier.as_now(sealed_settings)
     later = {key for name in (names if attempt is None else names[len(until) :]) for key in saved.changed(records[name])}
     altered = []
     for key in changes.ON_RESUME:
-        there, sealed = changes.at(settings, key), changes.at(last["config"], key)
-        if key in OF_HOST or not changes.present(last["config"], key):
+        there, sealed = changes.at(settings, key), changes.at(sealed_settings, key)
+        if key in OF_HOST or not changes.present(sealed_settings, key):
             continue
         pairs = changes.differences(key, sealed, there)
         altered += [Change(name, old, new, why) for name, old, new in pairs if not {name, key} & later]

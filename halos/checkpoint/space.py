@@ -7,14 +7,13 @@ from torch import nn
 from halos.checkpoint.manifest import in_words
 from halos.distributed.parameters import num_elements
 
-MOMENTS = {"adamw": 2, "adam": 2, "rmsprop": 1, "sgd": 0}  # tensors an optimizer keeps beside each trained one, float32
 TOKEN = 150  # bytes of tokenizer.json for each token: 70 for SmolLM2's, 140 for Llama 3's
 PARAMETER = 2048  # bytes of headers and settings for each trained tensor
 REST = 2**18  # random numbers, configurations, metrics, manifest
 
 
-def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: str, vocabulary: int) -> int:
-    """One checkpoint: the weights that are saved, the optimizer's moments of those that are trained, and small files.
+def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: int, vocabulary: int) -> int:
+    """One checkpoint: the weights that are saved, `optimizer` bytes of its state, and small files.
 
     An adapter is saved alone; otherwise all weights are. Full fine-tuning in float32 with AdamW so takes 12 bytes for each
     parameter, LoRA the same for each of its own.
@@ -22,8 +21,7 @@ def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: str, vocabu
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     saved = trained if adapter else list(module.parameters())
     weights = sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
-    moments = sum(map(num_elements, trained)) * 4 * MOMENTS[optimizer]
-    return weights + moments + vocabulary * TOKEN + len(trained) * PARAMETER + REST
+    return weights + optimizer + vocabulary * TOKEN + len(trained) * PARAMETER + REST
 
 
 def final_bytes(module: nn.Module, *, adapter_alone: bool, vocabulary: int) -> int:

@@ -92,7 +92,7 @@ def rounds(config: Config, typed: Sequence[str], changed: Sequence[Change], tree
         overrides = [*driver.stored_overrides(run_dir.path), *since]
         old = younger_keys(run_dir, last_settings(run_dir), overrides)
         # of their adapter and its reference the rounds say themselves what each trains with
-        overrides += [f"{key}={value}" for key, value in old.items() if key.startswith("train.")]
+        overrides += [f"{key}={value}" for key, value in old.items() if key.startswith("train.") or key == "optim.fused"]
     training = of_rounds(config, overrides, tree)
     status = driver.run(config, training, overrides, typed, changed, partial(Outline, training))
     if not config.dry_run and RunDir(config.run_dir).read_metrics():

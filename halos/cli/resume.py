@@ -73,7 +73,10 @@ def take_up(config: Config, typed: Sequence[str]) -> list[Change]:
     settings = last_settings(run_dir)
     for key, value in younger_keys(run_dir, settings, typed).items():
         section, name = key.split(".")
-        setattr(getattr(config, section), name, value)
+        if isinstance(node := getattr(config, section), dict):
+            node[name] = value
+        else:
+            setattr(node, name, value)
     return _changes(config, run_dir, settings, next(iter(run_dir.saves()), None))
 
 

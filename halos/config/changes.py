@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.config import renamed
+from halos.config.bind_optim import ScheduleSpec, bind_schedule
 from halos.config.paths import BUNDLED_MODELS, located
 from halos.config.schema import CONTENT, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Config, Scope, key_facts
 from halos.config.values import show
@@ -46,15 +47,21 @@ class Change:
 
 
 def _length(config: Config, past: Past) -> str | None:
-    """More or fewer steps are free where the rate of every step to come is what it would have been."""
-    schedule, before = config.schedule, past.settings["train"].get("steps")
-    if schedule.name != "constant":
-        return f"the {schedule.name} schedule is spread over all steps"
-    if not 0 < schedule.warmup < 1 or past.oldest is None:
+    """More or fewer steps are free where the rate of every step to come is what it would have been: asked of the schedule."""
+    if past.oldest is None:
+        return None  # no step has been made
+    before, now = past.settings["train"].get("steps"), config.train.steps
+
+    def is_free(schedule: ScheduleSpec) -> bool:
+        start = past.oldest or 0
+        return schedule.agrees(before, now, start=start) if before and now else not schedule.is_spread(start)
+
+    schedule = bind_schedule(config.schedule, config.plugins)
+    if is_free(schedule):
         return None
-    if before and config.train.steps and past.oldest > schedule.warmup * max(before, config.train.steps):
-        return None  # behind the old warm-up and the new one
-    return f"its warm-up is a share of all steps (schedule.warmup={schedule.warmup})"
+    if "warmup" in config.schedule and is_free(bind_schedule({**config.schedule, "warmup": 0}, config.plugins)):
+        return f"its warm-up is a share of all steps (schedule.warmup={config.schedule['warmup']})"
+    return f"the {schedule.name} schedule is spread over all steps"
 
 
 def _microbatch(config: Config, past: Past) -> str | None:
@@ -107,6 +114,7 @@ def _scorer(config: Config, past: Past) -> str | None:
 
 CONDITIONS: dict[str, Condition] = {STEPS: _length, MICROBATCH: _microbatch, OBJECTIVE: _objective, SCORER: _scorer}
 NOT_COMPARED = (Scope.PLACE, Scope.COMMAND, Scope.CODE)
+TARGETED = ("loss", "optim", "schedule", "checkpoint")  # nodes whose keys are those of what their _target_ names
 ON_RESUME: dict[str, str] = {key: facts["on_resume"] for key, facts in key_facts() if facts["scope"] not in NOT_COMPARED}
 
 
@@ -164,15 +172,22 @@ def at(node: Mapping[str, Any], key: str) -> Any:
 
 
 def differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
-    """What changed at a key: of a loss or checkpoint each knob while the knobs are the same, of hooks each hook."""
-    if _same(old, new):
+    """What changed at a key: of a node with a target each of its keys while the keys are the same, of hooks each hook. Keys that
+    have an entry of their own in the schema are compared by themselves."""
+    if key not in TARGETED and key != "hooks":
+        return [] if _same(old, new) else [(key, old, new)]
+
+    def own(node: Any) -> dict[str, Any]:
+        return {name: value for name, value in (node or {}).items() if f"{key}.{name}" not in ON_RESUME}
+
+    one, other = own(old), own(new)
+    if _same(one, other):
         return []
-    each = key == "hooks" or (key in ("loss", "checkpoint") and isinstance(old, Mapping) and old.keys() == new.keys())
-    if not each:
+    if key != "hooks" and one.keys() != other.keys():
         return [(key, old, new)]
-    names = list(dict.fromkeys([*(old or {}), *new]))
-    pairs = [(f"{key}.{name}", (old or {}).get(name), new.get(name)) for name in names]
-    return [(name, one, other) for name, one, other in pairs if not _same(one, other)]
+    names = list(dict.fromkeys([*one, *other]))
+    pairs = [(f"{key}.{name}", one.get(name), other.get(name)) for name in names]
+    return [(name, was, now) for name, was, now in pairs if not _same(was, now)]
 
 
 def _same(one: Any, other: Any) -> bool:

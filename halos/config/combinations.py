@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Protocol
@@ -33,7 +35,8 @@ def refuse_combinations(config: Config, typed: Sequence[str]) -> None:
         _quantize(config),
         _tokens(config),
         _evaluation(config),
-        _betas(config),
+        _loraplus(config),
+        _lr_by_name(config),
         _resume_changes(config),
         _online(config, typed),
     )
@@ -120,11 +123,22 @@ def _evaluation(config: Config) -> str | None:
     return None
 
 
-def _betas(config: Config) -> str | None:
-    betas = config.optim.betas
-    if len(betas) == 2 and all(0 <= beta < 1 for beta in betas):
-        return None
-    return f"optim.betas takes two numbers from 0 to below 1, such as [0.9,0.999], not {betas}"
+def _loraplus(config: Config) -> str | None:
+    ratio = config.optim.get("loraplus_lr_ratio")
+    if ratio is not None and config.peft.name != "lora":
+        return f"optim.loraplus_lr_ratio={ratio:g} is of LoRA's B matrices: add peft=lora, or leave it out"
+    return None
+
+
+def _lr_by_name(config: Config) -> str | None:
+    for pattern, rate in (config.optim.get("lr_by_name") or {}).items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            return f"optim.lr_by_name: {pattern!r} is no regular expression: {error}"
+        if not 0 <= rate < math.inf:
+            return f"optim.lr_by_name: the rate of {pattern!r} is a number from 0 up, not {rate}"
+    return None
 
 
 def _resume_changes(config: Config) -> str | None:

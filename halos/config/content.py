@@ -10,6 +10,7 @@ from halos.config import arithmetic, renamed
 from halos.config.changes import Change
 from halos.hashes import short
 
+ROWS = ("data.train", "data.eval")  # keys whose hash is of rows as they are trained on
 RECORDED = ("content", "sources")  # keys of an attempt's record and of a lineage
 
 
@@ -61,7 +62,7 @@ def compare(before: Content, now: Content, places: Mapping[str, str]) -> list[Ch
         if key == arithmetic.KEY:
             continue  # which runs a change of it concerns is known there
         purpose = key.removeprefix("data.")
-        if key not in before.hashes and key.startswith("data.") and before.sources:
+        if key not in before.hashes and key in ROWS and before.sources:
             found += _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, []))
         elif key in before.hashes and before.hashes[key] != value:
             files = _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, [])) if purpose != key else []
@@ -78,8 +79,8 @@ def compare(before: Content, now: Content, places: Mapping[str, str]) -> list[Ch
 
 
 def _why(key: str) -> str:
-    same = "its files are the same: the tokenizer, the template or a library makes other rows of them"
-    return same if key.startswith("data.") else ""
+    same = "its files are the same: the tokenizer, the template, a format of yours or a library makes other rows of them"
+    return same if key in ROWS else ""
 
 
 def _sources(key: str, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[Change]:

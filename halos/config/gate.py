@@ -16,7 +16,10 @@ from omegaconf.errors import (
 )
 
 from halos.config import renamed
+from halos.config.bind_optim import bind_optimizer, bind_schedule, fit_shared
 from halos.config.combinations import refuse_combinations, refuse_for_loss
+from halos.config.earlier import targeted
+from halos.config.formats import own_format, own_formats
 from halos.config.paths import check_paths
 from halos.config.plugins import admit
 from halos.config.ranges import check_ranges
@@ -46,6 +49,7 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     except OmegaConfBaseException as error:
         raise UserError(explain(error, composed)) from error
     assert isinstance(config, Config)
+    _settle_targets(config, typed)
     if _typed("train.epochs", typed) and not _typed("train.steps", typed):
         config.train.steps = None  # of the two, what was typed counts, not what a model or an experiment came with
     refuse_secrets(resolved)
@@ -60,6 +64,13 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
 def is_walk(config: Config) -> bool:
     """Whether this is a walk of online rounds, which trains nothing itself."""
     return config.online is not None and config.online.steps is None
+
+
+def _settle_targets(config: Config, typed: Sequence[str]) -> None:
+    """Names of earlier versions become targets, and what every optimizer has gets its types."""
+    keys = [text.lstrip("+~").partition("=")[0] for text in typed]
+    config.optim, config.schedule = (targeted(name, getattr(config, name), keys) for name in ("optim", "schedule"))
+    config.optim = fit_shared(config.optim)
 
 
 def _typed(key: str, typed: Sequence[str]) -> bool:
@@ -139,8 +150,12 @@ def _listed(choices: Choices, group: str, besides: str = "") -> str:
 
 def _bind(config: Config) -> None:
     """Everything that has a `_target_`, against its signature. loss=online has none: the loss within it is checked with it."""
+    bind_schedule(config.schedule, config.plugins)
+    for key, target in own_formats(config.data).items():
+        own_format(target, key, config.plugins)
     from halos.config.bind import bind_hook, bind_loss  # here: it imports torch, and all that is above is told without
 
+    bind_optimizer(config.optim, config.plugins)
     if config.online is None or config.loss:
         refuse_for_loss(config, bind_loss(config.loss, config.plugins))
     bind_hook("checkpoint", config.checkpoint, config.plugins)

@@ -62,7 +62,7 @@ def _locate(config: Config) -> None:
         section, name = _section(config, key)
         is_judge = isinstance(section, Scorer) and name == "model" and section.name == "judge"  # which lies behind an API
         if section is not None and not is_judge:
-            setattr(section, name, located(getattr(section, name)))
+            _put(section, name, located(_get(section, name)))
 
 
 def _section(config: Config, key: str) -> tuple[Any, str]:
@@ -70,8 +70,20 @@ def _section(config: Config, key: str) -> tuple[Any, str]:
     *sections, name = key.split(".")
     node: Any = config
     for section in sections:
-        node = None if node is None else getattr(node, section)
+        node = None if node is None else _get(node, section)
     return node, name
+
+
+def _get(node: Any, name: str) -> Any:
+    return node.get(name) if isinstance(node, Mapping) else getattr(node, name)
+
+
+def _put(node: Any, name: str, value: Any) -> None:
+    """In a section, or in the mapping that a node with a target is."""
+    if isinstance(node, dict):
+        node[name] = value
+    else:
+        setattr(node, name, value)
 
 
 def _check_starts(config: Config) -> None:
@@ -84,7 +96,7 @@ def _check_starts(config: Config) -> None:
 
 def refuse_no_optimizer(config: Config) -> None:
     """Raises UserError where a run that begins at step 0 is to begin with the optimizer of no checkpoint."""
-    if (saved := config.optim.init_from) is not None and not (Path(saved) / "state").is_dir():
+    if (saved := config.optim.get("init_from")) is not None and not (Path(saved) / "state").is_dir():
         raise UserError(
             f"optim.init_from: {saved} is no checkpoint (it has no state/), such as runs/demo/checkpoints/step-00000100"
         )

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from halos import seals
-from halos.config import changes, renamed
+from halos.config import changes, earlier, renamed
 from halos.config.content import Content
 from halos.config.schema import Config
 from halos.config.suggest import unknown_key
@@ -27,6 +27,7 @@ from halos.errors import UserError, words_of
 # Keys that are younger than a run and decide what a step computes, as it went without them
 BEFORE: dict[tuple[str, str], Any] = {
     ("reference", "adapter"): "off", ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
+    ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
 }  # fmt: skip
 
 
@@ -47,10 +48,12 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     for (section, name), value in BEFORE.items():
         if isinstance(settings.get(section), dict):
             settings[section].setdefault(name, copy(value))
+    earlier.as_now(settings)
     for name, record in attempts.items():
         changed = _parsed(record, f"{run_dir}/attempts/{name}").get("changed") or {}
         try:
             changes.apply(settings, {renamed.today(key): values for key, values in changed.items()})
+            earlier.as_now(settings)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{run_dir}/attempts/{name} cannot be read: `changed` is no {{key: [old, new]}}") from error
     try:
@@ -61,9 +64,10 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
 
 
 def younger(text: str, run_dir: str) -> list[str]:
-    """Keys of BEFORE that a run's config.yaml is too old to have."""
+    """Keys of BEFORE that a run's config.yaml is too old to have, and the kernel that its optimizer went without."""
     settings = _parsed(text, f"{run_dir}/config.yaml")
-    return [f"{section}.{name}" for section, name in BEFORE if name not in (settings.get(section) or {})]
+    found = [f"{section}.{name}" for section, name in BEFORE if name not in (settings.get(section) or {})]
+    return found + (["optim.fused"] if earlier.is_of_before_kernels(settings.get("optim")) else [])
 
 
 def changed(record: str) -> Mapping[str, Any]:

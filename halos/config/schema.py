@@ -38,13 +38,16 @@ def key(
     on_resume: str = MATHEMATICS,
     scope: Scope = Scope.RUN,
     path: bool = False,
+    shared: type | None = None,
 ) -> Any:
     """A required key: the range of its values, of which `above` is exclusive, `least` and `most` are inclusive; what typing
-    another value at a resume would change (`on_resume`); what the key belongs to (`scope`); and whether it names what lies on
-    this machine, so that it is made a `path` that leads there from any directory."""
+    another value at a resume would change (`on_resume`); what the key belongs to (`scope`); whether it names what lies on this
+    machine, so that it is made a `path` that leads there from any directory; and the schema of the keys that a node with a
+    `_target_` has whatever that names (`shared`)."""
     limits = {"above": above, "least": least, "most": most, "one_of": one_of or None}
     given = {name: limit for name, limit in limits.items() if limit is not None}
-    return field(default=MISSING, metadata={"limits": given, "on_resume": on_resume, "scope": scope, "path": path})
+    facts = {"limits": given, "on_resume": on_resume, "scope": scope, "path": path, "shared": shared}
+    return field(default=MISSING, metadata=facts)
 
 
 @dataclass
@@ -70,6 +73,7 @@ class Data:
     train: list[Any] = key(on_resume=CONTENT, path=True)
     eval: list[Any] = key(on_resume=CONTENT, path=True)  # what keep_best and early stopping compare
     root: str | None = key(on_resume=CONTENT, path=True)
+    format: str | None = key(on_resume=CONTENT)  # of entries that name none: what Source takes, or a function of the user's own
     score: str = key(one_of=("last", "all"))
 
 
@@ -114,21 +118,15 @@ class Train:
 
 @dataclass
 class Optim:
-    name: str = key(one_of=("adamw", "adam", "sgd", "rmsprop"))
+    """What every optimizer has; what else stands in the section are the keys of its `_target_`."""
+
     lr: float = key(above=0, most=1e30)  # beyond, a step is no float32
     lr_by_peft: dict[str, float] = key()
     lr_from_scratch: dict[str, float] = key()
-    betas: list[float] = key()
-    eps: float = key(above=0)
+    lr_by_name: dict[str, float] = key()
+    loraplus_lr_ratio: float | None = key(above=0)
     weight_decay: float = key(least=0)
     init_from: str | None = key(on_resume=CONTENT, path=True)  # a checkpoint whose optimizer state a new run begins with
-
-
-@dataclass
-class Schedule:
-    name: str = key(one_of=("constant", "linear", "cosine"))
-    warmup: float = key(least=0)  # below 1 a share of all steps, from 1 on a number of steps
-    final: float = key(least=0, most=1)  # what is left of the rate at the end, as a share
 
 
 @dataclass
@@ -202,7 +200,8 @@ class Online:
 
 @dataclass
 class Config:
-    """A whole run. `loss`, `checkpoint` and `hooks` name a target and its own keys, which are checked against its signature."""
+    """A whole run. `loss`, `optim`, `schedule`, `checkpoint` and `hooks` name a target and its own keys, which are checked
+    against its signature."""
 
     loss: dict[str, Any] = key()
     model: Model = key()
@@ -210,8 +209,8 @@ class Config:
     data: Data = key()
     peft: Peft = key()
     train: Train = key()
-    optim: Optim = key()
-    schedule: Schedule = key()
+    optim: dict[str, Any] = key(shared=Optim)
+    schedule: dict[str, Any] = key()
     checkpoint: dict[str, Any] = key(on_resume=SAFE)
     hooks: dict[str, Any] = key(on_resume=SAFE)
     objective: Objective = key()
@@ -255,3 +254,5 @@ def _facts_of(schema: Any, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]
             yield from _facts_of(section, f"{prefix}{each.name}.")
         else:
             yield prefix + each.name, each.metadata
+            if shared := each.metadata.get("shared"):
+                yield from _facts_of(shared, f"{prefix}{each.name}.")

@@ -15,7 +15,7 @@ from halos.repository import COMMAND
 # What the key is called elsewhere: in TRL, transformers, PEFT's wrappers and the HALOs repository.
 ELSEWHERE = {
     "learning_rate": "optim.lr",
-    "optimizer": "optim.name",
+    "optimizer": "optim",
     "max_steps": "train.steps",
     "n_epochs": "train.epochs",
     "num_train_epochs": "train.epochs",
@@ -93,8 +93,8 @@ def _keys_of(schema: Any, prefix: str) -> dict[str, Any]:
         kind = hints[field.name]
         kind = next((part for part in get_args(kind) if is_dataclass(part)), kind)  # a section that may be null
         found[prefix + field.name] = kind
-        if is_dataclass(kind):
-            found |= _keys_of(kind, f"{prefix}{field.name}.")
+        if section := kind if is_dataclass(kind) else field.metadata.get("shared"):
+            found |= _keys_of(section, f"{prefix}{field.name}.")
     return found
 
 

@@ -20,13 +20,20 @@ class MisfitError(ValueError):
     """The value is not of the type; whoever catches it knows the key and says so."""
 
 
+def is_fixed(kind: Any) -> bool:
+    """Whether a type is a tuple of so many entries and no more."""
+    return get_origin(kind) is tuple and Ellipsis not in get_args(kind)
+
+
 def describe(kind: Any) -> str:
     """What a type lets one write: `a number or null`."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         return " or ".join(describe(part) for part in get_args(kind))
     if origin is Literal:
-        return " or ".join("null" if part is None else str(part) for part in get_args(kind))
+        return " or ".join(part if isinstance(part, str) else show(part) for part in get_args(kind))
+    if is_fixed(kind):
+        return f"[{', '.join(map(describe, get_args(kind)))}]"
     if (origin or kind) in LISTS:
         return "a list"
     if (origin or kind) in MAPPINGS or is_dataclass(kind):
@@ -70,8 +77,10 @@ def fit(value: Any, kind: Any) -> Any:
             raise MisfitError
         return value
     if (origin or kind) in LISTS:
-        if not isinstance(value, (list, tuple)):
+        if not isinstance(value, (list, tuple)) or (is_fixed(kind) and len(value) != len(parts)):
             raise MisfitError
+        if is_fixed(kind):
+            return tuple(fit(entry, part) for entry, part in zip(value, parts, strict=True))
         return [fit(part, parts[0] if parts else Any) for part in value]
     if (origin or kind) in MAPPINGS:
         if not isinstance(value, Mapping):

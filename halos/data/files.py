@@ -17,6 +17,7 @@ class Row(NamedTuple):
 
     record: dict[str, Any]
     where: str
+    left_out: bool = False  # by a format of the user's own
 
 
 def _record(value: Any, where: str) -> Row:

@@ -35,11 +35,11 @@ def rows(path: Path, kind: type[Example], split: str) -> Iterator[Row]:
     problems = list(read_jsonl(path))
     held_out = round(len(problems) * HELD_OUT)
     first_held = len(problems) - held_out
-    for problem, where in problems[:first_held] if split == "train" else problems[first_held:]:
+    for problem in problems[:first_held] if split == "train" else problems[first_held:]:
         try:
-            yield from (Row(record, where) for record in _records(problem, kind))
+            yield from (Row(record, problem.where) for record in _records(problem.record, kind))
         except KeyError as error:
-            raise UserError(f"{where}: no column {error}, which GSM8K's {path.name} has") from error
+            raise UserError(f"{problem.where}: no column {error}, which GSM8K's {path.name} has") from error
 
 
 def _records(problem: dict[str, Any], kind: type[Example]) -> Iterator[dict[str, Any]]:

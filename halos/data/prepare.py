@@ -30,6 +30,7 @@ from halos.types import Comparison, Example, Judgement, Scored
 log = logging.getLogger(__name__)
 
 BATCH = 1000  # rows tokenised in one call, and written as one arrow batch
+LEFT_OUT = "left out by data.format"
 UNDESIRABLE = "undesirable, not to be imitated"
 
 
@@ -165,6 +166,10 @@ def _examples(
     for row in opened.rows():
         counts.rows += 1
         bar.update()
+        if row.left_out:
+            counts.examples += 1
+            counts.drop(LEFT_OUT)
+            continue
         example = read_example(row, score=score)
         served = as_kind(example, kind, row)
         if not served:

@@ -3,15 +3,17 @@
 import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from halos.config.formats import is_own
 from halos.config.suggest import nearest
 from halos.confined import expanded
 from halos.data import arithmetic, gsm8k
 from halos.data.files import READERS, SPLITS, Row, in_directory, reader
+from halos.data.own_format import hash_of, read_by
 from halos.errors import UserError, doing
 from halos.types import Demonstration, Example
 
@@ -82,8 +84,11 @@ class Source:
             raise UserError(f"data entry: path={self.path!r} names nothing{where}")
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
             raise UserError(f"data entry {self.path}: weight={self.weight!r} must be a number above 0")
-        if self.format not in (None, *FORMATS):
-            raise UserError(f"data entry {self.path}: format={self.format!r} must be one of {', '.join(FORMATS)}")
+        if self.format not in (None, *FORMATS) and not is_own(self.format):
+            raise UserError(
+                f"data entry {self.path}: format={self.format!r} must be one of {', '.join(FORMATS)}; or a function of yours from"
+                " a row to an example, format: mypackage.rows with plugins=[mypackage]"
+            )
         Split.of(self.split)
 
 
@@ -111,19 +116,23 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> Opened:
     else:
         opened = _hub(source, split.name, purpose)
 
+    own = source.format if is_own(source.format) else None
+
     def rows() -> Iterator[Row]:
         wanted = split.cut(opened[1]())
+        wanted = wanted if own is None else read_by(own, wanted)
         first = next(wanted, None)
         if first is None:
             raise UserError(f"{source.path}: no rows{f' in {source.split}' if source.split else ''}")
         return chain([first], wanted)
 
-    return Opened(source, opened[0], rows)
+    return Opened(source, opened[0] if own is None else f"{opened[0]} {hash_of(own)}", rows)
 
 
 def content_hash(entry: str | Mapping[str, Any], purpose: str) -> str:
     """A hash that changes with the rows that an entry of data.train or data.eval names, whatever loss reads them."""
     source = Source.of(entry)
+    source = replace(source, format=None) if is_own(source.format) else source  # whose code is no part of a file
     if source.format == "gsm8k":
         return hash_files(sorted(expanded(source.path).glob("*.jsonl")))
     return open_source(source, Demonstration, purpose).fingerprint
@@ -158,12 +167,13 @@ def _local(path: Path, source: Source, split: str, kind: type[Example], purpose:
     if source.format == "gsm8k":
         file = gsm8k.file_for(path, kind)
         return f"{split or purpose} {hash_files([file])}", lambda: gsm8k.rows(file, kind, split or purpose)
+    named = None if is_own(source.format) else source.format
     if path.is_dir():
         files = _of_split(path, split, purpose)
-        return hash_files(files), lambda: chain.from_iterable(reader(file, source.format)(file) for file in files)
+        return hash_files(files), lambda: chain.from_iterable(reader(file, named)(file) for file in files)
     if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty")
-    read = reader(path, source.format)
+    read = reader(path, named)
     return f"{split} {hash_files([path])}", lambda: _marked(read(path), split, path) if split else read(path)
 
 
@@ -204,7 +214,8 @@ def _meant(purpose: str) -> tuple[str, ...]:
 def _hub(source: Source, split: str, purpose: str) -> Found:
     path, near = source.path, nearest(source.path, [BUILT_IN])
     hint = f"; did you mean '{near}'?" if near else ""
-    if source.format or not _HUB.fullmatch(path) or path.startswith(".") or _looks_local(Path(path)):
+    is_file = (source.format and not is_own(source.format)) or path.startswith(".") or _looks_local(Path(path))
+    if is_file or not _HUB.fullmatch(path):
         raise UserError(f"{path}: no such file or directory{hint}")
     from datasets import Dataset, DatasetDict, load_dataset
 

@@ -18,6 +18,7 @@ class DeepSpeed(Strategy):
     """ZeRO 1 and 2. The engine keeps the optimizer, clips, steps and forgets the gradients, all in `clip`."""
 
     takes_quantised = False
+    optimizer_meets = "flat"
     optimizer_state_is_copied = True
 
     @classmethod

@@ -27,6 +27,7 @@ class FSDP2(Strategy):
 
     is_sharded = True
     takes_quantised = False
+    optimizer_meets = "rows"
     name = "FSDP2"
 
     @classmethod

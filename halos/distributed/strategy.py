@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.distributed as dist
 from accelerate import Accelerator
@@ -33,6 +33,7 @@ class Strategy(ABC):
 
     is_sharded: ClassVar[bool] = False  # no process has all parameters: a forward pass, or whole tensors, take every process
     takes_quantised: ClassVar[bool] = True  # a base of 4 or 8 bits
+    optimizer_meets: ClassVar[Literal["whole", "rows", "flat"]] = "whole"  # parameters, their rows, or elements in a line
     optimizer_state_is_copied: ClassVar[bool] = False  # `optimizer_state` gives copies, and not the optimizer's own tensors
     shards_are_copied: ClassVar[bool] = False  # `shards` gives copies, and not the module's own tensors
 

@@ -21,6 +21,7 @@ from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.metrics import Window
 from halos.rundir import RunDir
+from halos.schedules import Rates
 
 Metrics = Mapping[str, Any]
 Asked = Sequence[str | Sequence[Mapping[str, str]]]  # what a user says, or turns of a dialogue
@@ -51,6 +52,7 @@ class Blueprint:
     total_steps: int
     max_length: int
     main: bool
+    optimizer_bytes: int  # that a checkpoint will hold of the optimizer
     lines: list[tuple[str, str]] = field(default_factory=list)  # that hooks add to the header: a name, and what there is to say
 
 
@@ -69,6 +71,7 @@ class Run:
     optimizer: Optimizer
     tokenizer: PreTrainedTokenizerBase
     reward: bool  # a reward model rather than a language model
+    rates: Rates  # of its parameter groups, by step
     total_steps: int
     max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
     unmeasured: frozenset[str] = frozenset()  # metrics that the held-out rows cannot give, and nobody is to wait for

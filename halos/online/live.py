@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Completion, Item
+from halos.data.own_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks.base import Run
@@ -62,8 +63,8 @@ class LivePrompts:
         assert config.online is not None
         online = self.online = config.online
         encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), max_length - online.sampler.max_new_tokens
-        train = read_prompts(config.data.train, "train")
-        asked = read_prompts(config.data.eval, "eval") if config.data.eval and online.eval_prompts else []
+        train = read_prompts(entries_of(config.data, "train"), "train")
+        asked = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
         asked = held_out(asked, count=online.eval_prompts, seed=config.seed)
         self.train, self.held_out = fitting(train, encoder, room), fitting(asked, encoder, room) if asked else []
         if not self.train:

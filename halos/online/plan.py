@@ -14,6 +14,7 @@ from halos.config.bind import LossSpec
 from halos.config.changes import at
 from halos.config.schema import Config, Online, path_keys
 from halos.config.values import quoted
+from halos.data.own_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks import kl
@@ -110,8 +111,9 @@ class Plan:
                 " (model.name_or_path=RUN/FINAL, or python -m halos.checkpoint merge)"
             )
         feedback.check_threshold(self.kind, online.feedback.threshold)
-        self.prompts = read_prompts(self.config.data.train, "train")
-        self.held_out = read_prompts(self.config.data.eval, "eval") if self.config.data.eval and online.eval_prompts else []
+        self.prompts = read_prompts(entries_of(self.config.data, "train"), "train")
+        held_out = entries_of(self.config.data, "eval") if online.eval_prompts else []
+        self.held_out = read_prompts(held_out, "eval") if held_out else []
         if not self.prompts:
             raise UserError("data.train has no prompts")
         refuse_unscorable(self.config, self.prompts)

@@ -28,6 +28,8 @@ def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str) -> li
     prompts: dict[str, Prompt] = {}
     for entry in entries:
         for record in open_source(Source.of(entry), Demonstration, purpose).rows():
+            if record.left_out:
+                continue
             prompt = _read(record, prompts)
             twin = prompts.setdefault(prompt.id, prompt)
             if twin.turns != prompt.turns:

@@ -20,6 +20,8 @@ from halos.online.generate import PolicyGenerator
 from halos.online.unsharded import Unsharded
 from halos.run import header, models, proof, resume
 from halos.run.blueprint import TRAINERS, Prepared, prepare
+from halos.run.optimizer import make as make_optimizer
+from halos.schedules import Rates
 from halos.trainers.base import Trainer
 
 log = logging.getLogger(__name__)
@@ -43,8 +45,8 @@ def assemble(
     against = run.strategy.wrap_frozen(against) if against else None
     if source.path is not None:
         restore(current, source.path)  # last: loading models draws random numbers
-    elif config.optim.init_from is not None:
-        load_optimizer(Path(config.optim.init_from) / "state", current.strategy, current.module, current.optimizer)
+    elif config.optim["init_from"] is not None:
+        load_optimizer(Path(config.optim["init_from"]) / "state", current.strategy, current.module, current.optimizer)
     proof.of_start(current, run.structure.verdict)
     policy = Unsharded(current, partial(models.structure, run.structure.shelf, reward=False))
     current.generator = None if current.reward else PolicyGenerator(current, policy)
@@ -71,7 +73,7 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
     inner = models.policy(shelf, reward=blueprint.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
     module, optimizer = run.strategy.wrap(
         models.wrapped(shelf, inner, run.loss.inputs, checkpoint),
-        partial(models.optimizer, settings=config.optim),
+        partial(make_optimizer, spec=run.optimizer),
         max_grad_norm=config.train.max_grad_norm,
         fill=fill,
     )
@@ -79,5 +81,5 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
         config=config, directory=run.directory, accelerator=made, strategy=run.strategy, module=module, model=inner,
         base=shelf.base, vocabulary=shelf.vocabulary, optimizer=optimizer, tokenizer=shelf.tokenizer, reward=blueprint.reward,
         total_steps=blueprint.total_steps, max_length=blueprint.max_length, unmeasured=run.rows.unmeasured, hooks=dict(run.hooks),
-        content=run.content,
+        content=run.content, rates=Rates(optimizer, run.schedule.multiplier, blueprint.total_steps),
     )  # fmt: skip

@@ -14,6 +14,7 @@ from halos.checkpoint import preflight, received
 from halos.config import saved
 from halos.config.arithmetic import Computed
 from halos.config.bind import LossSpec, bind_hook, bind_loss
+from halos.config.bind_optim import OptimizerSpec, ScheduleSpec, bind_optimizer, bind_schedule
 from halos.config.changes import Change
 from halos.config.content import Content
 from halos.config.schema import Config
@@ -42,6 +43,8 @@ from halos.run import contents, models, proof
 from halos.run.batch_source import Feed, feed
 from halos.run.beginnings import refuse_other_start
 from halos.run.measured import refuse_unmeasured
+from halos.run.optimizer import refuse_unfit, state_bytes
+from halos.run.optimizer_trial import try_out
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
 from halos.trainers.paired import PairedTrainer
@@ -52,6 +55,8 @@ from halos.trainers.unpaired import UnpairedTrainer
 from halos.types import LossInput
 
 log = logging.getLogger(__name__)
+
+VALUE_HEAD = ("value_head.weight", "value_head.bias")  # of a policy that is read through one
 
 TRAINERS: dict[type[LossInput], type[Trainer]] = {
     taken: trainer
@@ -86,6 +91,8 @@ class Prepared:
     structure: Structure
     strategy: Strategy
     rows: Feed
+    optimizer: OptimizerSpec
+    schedule: ScheduleSpec
     checkpoint: CheckpointHook
     hooks: Mapping[str, Hook]
     blueprint: Blueprint
@@ -114,10 +121,14 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     strategy = structure.shelf.engine(made)
     strategy.refuse_model(structure.model)
     rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
+    optimizer, schedule = bind_optimizer(config.optim, config.plugins), bind_schedule(config.schedule, config.plugins)
+    schedule.refuse_odd(rows.total)
     blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
     agree(made, "hooks", ", ".join(hooks), complaint(checkpoint, hooks.values(), blueprint))
     content, changed = stand_on(config, loss, structure, rows, made)
-    return Prepared(config, loss, directory, structure, strategy, rows, checkpoint, hooks, blueprint, content, changed)
+    return Prepared(
+        config, loss, directory, structure, strategy, rows, optimizer, schedule, checkpoint, hooks, blueprint, content, changed
+    )
 
 
 def stand_on(
@@ -151,7 +162,7 @@ def computed(config: Config, loss: LossSpec, structure: Structure) -> Computed:
 
 def refuse_damaged(config: Config, base: Path, made: Accelerator) -> None:
     """Raises UserError where what an earlier run saved, and this one goes on from, is no longer what was saved."""
-    problem, optimizer = None, config.optim.init_from
+    problem, optimizer = None, config.optim["init_from"]
     given = [("model.name_or_path", base), ("reference.name_or_path", config.reference.name_or_path),
              ("peft.init_from", config.peft.init_from if config.peft.name == "lora" else None),
              ("optim.init_from", Path(optimizer) / "state" if optimizer is not None else None)]  # fmt: skip
@@ -198,10 +209,14 @@ class Driver:
 
 
 def draw(config: Config, structure: Structure, loss: LossSpec, *, total: int, main: bool) -> Blueprint:
+    """Raises UserError for an optimizer that does not go with the model, or with how it will be held."""
+    optimizer, shelf = bind_optimizer(config.optim, config.plugins), structure.shelf
+    refuse_unfit(structure.model, optimizer, more=VALUE_HEAD if loss.inputs.head == "value" else ())
+    sizes = try_out(optimizer, shelf.made.device, shelf.engine.optimizer_meets)
     return Blueprint(
         config=config, directory=RunDir(config.run_dir), base=structure.shelf.base, tokenizer=structure.tokenizer,
         vocabulary=structure.shelf.vocabulary, model=structure.model, reward=loss.inputs.head == "score", total_steps=total,
-        max_length=structure.max_length, main=main,
+        max_length=structure.max_length, main=main, optimizer_bytes=state_bytes(structure.model, optimizer, sizes),
     )  # fmt: skip
 
 

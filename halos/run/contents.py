@@ -15,6 +15,7 @@ from halos.config import arithmetic, changes, saved
 from halos.config.arithmetic import Computed
 from halos.config.changes import Change
 from halos.config.content import Content, compare
+from halos.config.formats import own_formats
 from halos.config.plugins import code_of
 from halos.config.schema import Config
 from halos.data.sources import content_hash
@@ -46,13 +47,14 @@ def read(
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,
-        "loss._target_": code_of(config.loss["_target_"]),
+        **{f"{node}._target_": code_of(getattr(config, node)["_target_"]) for node in ("loss", "optim", "schedule")},
         **_scorer(config, cache),
+        "data.format": _formats(config),
     }
     if config.peft.name == "lora" and config.peft.init_from is not None:
         hashes["peft.init_from"] = lineage.identity(Path(config.peft.init_from), cache)
-    if config.optim.init_from is not None:
-        optimizer = Path(config.optim.init_from) / "state" / "optimizer"
+    if config.optim["init_from"] is not None:
+        optimizer = Path(config.optim["init_from"]) / "state" / "optimizer"
         gone = config.resume and not optimizer.is_dir()  # what has gone on from checkpoints of its own no longer reads it
         hashes |= {} if gone else {"optim.init_from": lineage.identity(optimizer, cache)}
     return Content(hashes, {purpose: [_source(entry, purpose) for entry in entries]
@@ -68,6 +70,12 @@ def _tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> s
     file = base / "tokenizer.json"
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return _of([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
+
+
+def _formats(config: Config) -> str | None:
+    """Of the functions of the user's own that make examples of rows."""
+    codes = {target: code_of(target) for target in own_formats(config.data).values()}
+    return _of(codes) if codes else None
 
 
 def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | None]:
@@ -143,9 +151,9 @@ def _other_content(config: Config, before: Content | None, now: Content) -> list
         return []
     template = config.model.chat_template
     places = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
-              "optim": config.optim.init_from,
+              "optim": config.optim["init_from"], "data.format": ", ".join(own_formats(config.data).values()) or None,
               "model.chat_template": template if template is None or "{" not in template else "as typed",
-              "loss._target_": config.loss["_target_"]}  # fmt: skip
+              **{f"{node}._target_": getattr(config, node)["_target_"] for node in ("loss", "optim", "schedule")}}  # fmt: skip
     return compare(before, now, {key: place for key, place in places.items() if place is not None})
 
 

@@ -11,6 +11,7 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import GroupOrder, Order, partners
+from halos.data.own_format import entries_of
 from halos.data.prepare import prepare
 from halos.distributed.launch import agree
 from halos.errors import UserError
@@ -38,7 +39,7 @@ def _open(
     config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int, purpose: str
 ) -> Dataset:
     path, problem = None, None
-    entries = config.data.train if purpose == "train" else config.data.eval
+    entries = entries_of(config.data, purpose)
     with made.main_process_first():  # the others find what the first one has written
         try:
             path = prepare(

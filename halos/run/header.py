@@ -3,6 +3,7 @@
 import logging
 import os
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from halos.config.bind import LossSpec
+from halos.config.bind_optim import bind_optimizer, bind_schedule
 from halos.config.schema import Config
 from halos.data.collate import num_cut_mismatches
 from halos.data.dataset import Dataset
@@ -21,7 +23,7 @@ from halos.models import targets
 from halos.run.blueprint import Prepared, Structure
 from halos.run.models import refers_to_adapter
 from halos.run.shown import CLOSE, OPEN
-from halos.trainers.schedule import warmup_steps
+from halos.schedules import num_steps
 from halos.types import Judgement
 from halos.versions import versions
 
@@ -68,7 +70,6 @@ def write(run: Prepared, made: Accelerator) -> None:
     _say_positions(run)
     _say_data(run)
     write_rate(config, run.rows.total)
-    warmup = warmup_steps(config.schedule, run.rows.total)
     where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
     how = run.strategy.name
     where += "" if how == "alone" else f", {how}"
@@ -78,11 +79,8 @@ def write(run: Prepared, made: Accelerator) -> None:
         log.warning(
             "this processor has no bfloat16: a step takes many times as long as in float32 (train.precision, model.dtype)"
         )
-    if warmup >= run.rows.total:
-        log.warning(
-            "schedule.warmup=%g is as long as the run: the learning rate falls before it has risen to optim.lr",
-            config.schedule.warmup,
-        )
+    if num_steps(warmup := config.schedule.get("warmup", 0), run.rows.total) >= run.rows.total:
+        log.warning("schedule.warmup=%g is as long as the run: the learning rate falls before it has risen to optim.lr", warmup)
     for name, line in run.blueprint.lines:
         _say(name, line)
     _say("run", str(run.directory.path))
@@ -110,12 +108,24 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
 
 
 def write_rate(config: Config, total: int | None) -> None:
-    """The schedule over `total` steps; None where their number is not known yet."""
-    schedule = config.schedule
-    end = "" if schedule.name == "constant" else f" down to {schedule.final * config.optim.lr:g}"
-    known = total is not None or schedule.warmup >= 1
-    warmup = f"{warmup_steps(schedule, total or 0)} steps" if known else f"{schedule.warmup:.0%} of all steps"
-    _say("rate", f"{config.optim.lr:g}, {schedule.name}{end} after a warm-up of {warmup}, by {config.optim.name}")
+    """The schedule over `total` steps, None where their number is not known yet, and the optimizer."""
+    schedule, optimizer = bind_schedule(config.schedule, config.plugins), bind_optimizer(config.optim, config.plugins)
+    others = dict(schedule.settings)
+    final, warmup = others.pop("final", None), others.pop("warmup", None)
+    line = f"{config.optim['lr']:g}, {schedule.name}{_listed(others)}"
+    line += "" if final is None else f" down to {final * config.optim['lr']:g}"
+    if warmup is not None:
+        is_known = total is not None or warmup >= 1
+        line += f" after a warm-up of {f'{num_steps(warmup, total or 0)} steps' if is_known else f'{warmup:.0%} of all steps'}"
+    _say("rate", f"{line}, by {optimizer.name}")
+    if optimizer.loraplus_lr_ratio:
+        _say("", f"{optimizer.loraplus_lr_ratio:g} times as much for LoRA's B matrices")
+    for pattern, rate in optimizer.lr_by_name.items():
+        _say("", f"{rate:g} for what is called {pattern}")
+
+
+def _listed(settings: Mapping[str, Any]) -> str:
+    return "".join(f" {name}={value}" for name, value in settings.items())
 
 
 def _say_positions(run: Prepared) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from halos.checkpoint import received
 from halos.config import saved
+from halos.config.bind_optim import bind_schedule
 from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.config.values import to_type
@@ -100,11 +101,12 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
         return False
     received.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
-    if config.schedule.name == "constant":
+    schedule = bind_schedule(config.schedule, config.plugins)
+    if not schedule.is_spread(int((directory.read_result() or {}).get("step") or 0)):
         log.info("to train on: %s %s train.steps=MORE", COMMAND, saved.to_resume(config, directory.path))
     else:
         onward = to_type("model.name_or_path", directory.final)
-        log.info("its %s schedule is at its end: a new run goes on with %s", config.schedule.name, onward)
+        log.info("its %s schedule is at its end: a new run goes on with %s", schedule.name, onward)
     return True
 
 

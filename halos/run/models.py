@@ -1,4 +1,4 @@
-"""The models of a run: policy or reward model, adapter, reference, optimizer."""
+"""The models of a run: policy or reward model, adapter, reference."""
 
 import logging
 from collections.abc import Sequence
@@ -9,13 +9,11 @@ from typing import Protocol
 import torch
 from peft import PeftModel, prepare_model_for_kbit_training
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.checkpoint.weights import load_value_head, saved_model
-from halos.config.schema import Config, Optim
+from halos.config.schema import Config
 from halos.confined import expanded
-from halos.distributed.parameters import shape_of
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
 from halos.logps.model import ActorCritic, LanguageModel, Reader, RewardModel
@@ -189,21 +187,3 @@ def wrapped(shelf: Shelf, model: nn.Module, inputs: type[LossInput], checkpoint:
             log.info("%-10s from %s", "value head", place)
             break
     return made
-
-
-def optimizer(module: nn.Module, settings: Optim) -> Optimizer:
-    """Over the parameters that are trained; norms and biases are not decayed."""
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if len(shape_of(p)) >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if len(shape_of(p)) < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    first, second = settings.betas
-    if settings.name == "adamw":
-        return AdamW(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)
-    if settings.name == "adam":
-        return Adam(groups, lr=settings.lr, betas=(first, second), eps=settings.eps)
-    if settings.name == "rmsprop":
-        return RMSprop(groups, lr=settings.lr, eps=settings.eps)
-    return SGD(groups, lr=settings.lr)

@@ -25,7 +25,6 @@ from halos.trainers.deal import Chunk, Split, deal
 from halos.trainers.guard import Contribution, Guard, spoil
 from halos.trainers.memory import peak_mb
 from halos.trainers.objective import Objective
-from halos.trainers.schedule import multiplier
 from halos.types import Mean
 
 log = logging.getLogger(__name__)
@@ -104,8 +103,7 @@ class Trainer(Objective):
         and all that is logged. Of a step that was skipped there are no totals.
         """
         run, strategy = self.run, self.run.strategy
-        for group in run.optimizer.param_groups:
-            group["lr"] = run.config.optim.lr * multiplier(run.config.schedule, run.step, run.total_steps)
+        run.rates.set(run.step)
         run.module.train()
         chunks = self._deal(self.train, indices)
         meter, parts = self._backward(chunks, indices)

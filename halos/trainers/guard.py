@@ -154,7 +154,7 @@ class Guard:
 
     def _advice(self) -> str:
         run, config = self.run, self.run.config
-        keys = [f"a lower optim.lr (now {config.optim.lr:g})"]
+        keys = [f"a lower optim.lr (now {config.optim['lr']:g})"]
         keys += ["train.max_grad_norm=1 (now null)"] if config.train.max_grad_norm is None else []
         keys += ["train.precision=float32"] if run.accelerator.mixed_precision != "no" else []
         keys += [f"a larger loss.epsilon (now {config.loss['epsilon']})"] if "epsilon" in config.loss else []

@@ -17,10 +17,8 @@ from halos.config.schema import (
     Data,
     Model,
     Objective,
-    Optim,
     Peft,
     Reference,
-    Schedule,
     Train,
     key_facts,
     keys_of,
@@ -28,14 +26,19 @@ from halos.config.schema import (
 from halos.config.suggest import schema_keys
 from halos.errors import UserError
 
+ADAMW = {"_target_": "halos.optimizers.standard.adamw", "betas": [0.9, 0.999], "eps": 1e-8, "fused": False, "init_from": None}
+
+
+FALLING = {"_target_": "halos.schedules.cosine", "warmup": 0.0, "final": 0.0}
+
 
 def config(**values: Any) -> Config:
     made = Config(
         loss={"_target_": "halos.losses.dpo.dpo", "beta": 0.1}, model=Model(name_or_path="tiny"), reference=Reference(),
         data=Data(train=["a.jsonl"]), peft=Peft(name="none", lora_dropout=0.0, rank_pattern={}),
-        train=Train(steps=100, epochs=1.0, microbatch_size=4, early_stopping=None), optim=Optim(lr=1e-5),
-        schedule=Schedule(name="constant", warmup=0.0), objective=Objective(metric="loss", mode="min"),
-        checkpoint={"_target_": "halos.hooks.checkpoint.CheckpointHook", "every": 10}, hooks={}, seed=0,
+        train=Train(steps=100, epochs=1.0, microbatch_size=4, early_stopping=None), optim={**ADAMW, "lr": 1e-5},
+        schedule={"_target_": "halos.schedules.constant", "warmup": 0.0}, objective=Objective(metric="loss", mode="min"),
+        plugins=[], checkpoint={"_target_": "halos.hooks.checkpoint.CheckpointHook", "every": 10}, hooks={}, seed=0,
     )  # fmt: skip
     for key, value in values.items():
         *sections, name = key.split("__")
@@ -97,12 +100,15 @@ def test_the_mathematics_is_refused_by_name(change: dict[str, Any]) -> None:
         (("constant", 0.1), 600, 50, "its warm-up is a share of all steps (schedule.warmup=0.1)"),
         (("constant", 0.1), 600, None, None),  # starts over
         (("constant", 0.1), None, 50, "its warm-up is a share of all steps (schedule.warmup=0.1)"),
+        (("inverse_sqrt", 10), 200, 50, None),
+        (("cosine", 0), 200, None, None),  # starts over
     ],
 )
 def test_more_steps_are_free_where_no_rate_depends_on_their_number(
     schedule: tuple[str, float], steps: int | None, oldest: int | None, why: str | None
 ) -> None:
-    settings = {"schedule__name": schedule[0], "schedule__warmup": schedule[1]}
+    shape = {"final": 0.0} if schedule[0] in ("cosine", "linear") else {}
+    settings = {"schedule": {"_target_": f"halos.schedules.{schedule[0]}", "warmup": schedule[1], **shape}}
     [one] = found(config(**settings, train__steps=steps), config(**settings), oldest=oldest)
     assert (one.key, one.why) == ("train.steps", why)
 
@@ -144,9 +150,9 @@ def test_a_key_that_is_younger_than_the_run_is_free() -> None:
 
 
 def test_all_that_is_refused_is_in_one_message() -> None:
-    new = config(loss__beta=0.3, seed=1, train__steps=200, schedule__name="cosine", train__log_every=5)
+    new = config(loss__beta=0.3, seed=1, train__steps=200, schedule=FALLING, train__log_every=5)
     with pytest.raises(UserError) as caught:
-        changes.refuse(found(new, config(schedule__name="cosine")), Path("runs/demo"))
+        changes.refuse(found(new, config(schedule=FALLING)), Path("runs/demo"))
     for part in ("loss.beta 0.1 -> 0.3", "seed 0 -> 1", "train.steps 100 -> 200 (the cosine schedule", "resume_changes=allow"):
         assert part in str(caught.value)
     assert "log_every" not in str(caught.value)

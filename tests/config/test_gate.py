@@ -65,15 +65,21 @@ def test_every_loss_composes_and_passes(name):
     config = gate.check(composed(f"loss={name}", *RUN[1:]))
     assert isinstance(config, Config)
     assert config.objective.mode in ("min", "max")
-    assert config.optim.lr == config.optim.lr_from_scratch["none"]  # model=tiny; else the loss's own
+    assert config.optim["lr"] == config.optim["lr_from_scratch"]["none"]  # model=tiny; else the loss's own
+
+
+OF_ONES_OWN = {"optim": {"optim___target_": "halos.optimizers.standard.sgd"},
+               "schedule": {"schedule": {"_target_": "halos.schedules.constant", "warmup": 0.1}}}  # fmt: skip
 
 
 @pytest.mark.parametrize("group", [g for g in CHOICES if g not in ("loss", "experiment", "hydra")])
-def test_every_choice_of_every_group_composes_and_passes(group, tmp_path):
+def test_every_choice_of_every_group_composes_and_passes(group, tmp_path, monkeypatch):
+    monkeypatch.setattr("halos.optimizers.adamw8bit.find_spec", lambda name: object())  # as if it were installed
     for choice in CHOICES[group]:
         fill = {"data__root": str(tmp_path)} if choice == "gsm8k" else {}
         fill |= {"data__train": ["org/a"], "data__eval": []} if choice == "files" else {}
         fill |= {"model__name_or_path": "org/name"} if choice == "path" else {}
+        fill |= OF_ONES_OWN[group] if choice == "own" else {}
         gate.check(composed(*(one for one in RUN if not one.startswith(f"{group}=")), f"{group}={choice}", **fill))
 
 
@@ -123,14 +129,28 @@ WRONG = [
     ({"train__truncation": "cut"}, ["train.truncation takes drop, truncate, error, not 'cut'"]),
     ({"model__quantize": "3bit"}, ["model.quantize takes 4bit, 8bit or null, not '3bit'"]),
     ({"peft__name": "lora2"}, ["peft.name", "did you mean lora?"]),
-    ({"optim__lr": "fast"}, ["optim.lr takes a number, not 'fast'"]),
+    ({"optim__lr": "fast"}, ["optim.lr takes a number (above 0 and at most 1e+30), not 'fast'"]),
     ({"optim__lr": 0}, ["optim.lr takes a number (above 0 and at most 1e+30), not 0"]),
     ({"optim__lr": float("nan")}, ["optim.lr", "not nan"]),
     ({"optim__lr": float("inf")}, ["optim.lr", "not inf"]),
     ({"train__steps": "${seed}"}, ["train.steps takes a whole number (at least 1) or null, not 0"]),
-    ({"optim__lr": None}, ["optim.lr takes a number, not null"]),
-    ({"optim__betas": [0.9]}, ["optim.betas takes two numbers"]),
-    ({"optim__betas": ["a", "b"]}, ["optim.betas[0] takes a number, not 'a'"]),
+    ({"optim__lr": None}, ["optim.lr takes a number (above 0 and at most 1e+30), not null"]),
+    (
+        {"optim__betas": [0.9]},
+        ["optim.betas takes [a number (at least 0 and below 1), a number (at least 0 and below 1)]", "[0.9]"],
+    ),
+    ({"optim__betas": ["a", "b"]}, ["optim.betas takes [a number", "not ['a', 'b']"]),
+    ({"optim__betas": [0.9, 1.0]}, ["optim.betas takes [a number", "not [0.9, 1.0]"]),
+    ({"optim__beta": 0.9}, ["optim.beta: adamw takes no 'beta'; it takes lr", "did you mean betas?"]),
+    ({"optim__name": "muon"}, ["optim.name takes adamw, adam, sgd, rmsprop, not 'muon'", "optim=muon"]),
+    ({"optim___target_": None}, ["optim._target_ takes a dotted path such as halos.optimizers.standard.adamw, not null"]),
+    ({"optim___target_": "myoptim.lion"}, ["optim._target_ is myoptim.lion, outside halos", "plugins=[myoptim]"]),
+    ({"optim__loraplus_lr_ratio": 16}, ["optim.loraplus_lr_ratio=16 is of LoRA's B matrices", "peft=lora"]),
+    ({"optim__lr_by_name": {"(": 1e-3}}, ["optim.lr_by_name: '(' is no regular expression"]),
+    ({"optim__lr_by_name": {"head": -1}}, ["optim.lr_by_name: the rate of 'head' is a number from 0 up, not -1"]),
+    ({"schedule__warmup": -1}, ["schedule.warmup takes a number (at least 0), not -1"]),
+    ({"schedule__decay": 0.1}, ["schedule.decay: cosine takes no 'decay'; it takes warmup, final"]),
+    ({"schedule__name": "wsd"}, ["schedule.name takes constant, linear, cosine, not 'wsd'", "schedule=wsd"]),
     ({"peft__rank_pattern": {"q": "x"}}, ["peft.rank_pattern.q takes a whole number, not 'x'"]),
     ({"seed": "???"}, ["seed is missing: it takes a whole number"]),
     ({"seed": "${nope}"}, ["seed is ${nope}", "leads nowhere"]),
@@ -323,7 +343,7 @@ def test_the_nearest_key_is_the_one_that_was_meant(typed, meant):
 
 def test_names_from_elsewhere_lead_to_keys_that_exist():
     for meant in ELSEWHERE.values():
-        assert kind_of(meant) in ("value", "free")
+        assert kind_of(meant) in ("value", "free") or meant in CHOICES
 
 
 def _keys(node, prefix=""):
@@ -349,10 +369,15 @@ def _read_in_code():
         nodes = list(ast.walk(ast.parse(path.read_text())))
         pairs = {(node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", ""), node.attr)
                  for node in nodes if isinstance(node, ast.Attribute)}  # fmt: skip
+        pairs |= {(node.value.attr, node.slice.value) for node in nodes if isinstance(node, ast.Subscript)
+                  and isinstance(node.value, ast.Attribute) and isinstance(node.slice, ast.Constant)}  # fmt: skip
         imports = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
         calls = [node for node in nodes if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "asdict"]
         files.append((pairs, imports, {call.args[0].attr for call in calls if isinstance(call.args[0], ast.Attribute)}))
     return files
+
+
+BOUND = {"optim": "OptimizerSpec"}  # what a section with a target becomes where it is read
 
 
 def _is_read(key):
@@ -360,7 +385,8 @@ def _is_read(key):
     section, _, name = key.rpartition(".")
     for pairs, imports, whole in _read_in_code():
         above, _, last = section.rpartition(".")
-        has_section = (above.rpartition(".")[2] or "config", last) in pairs or (last.capitalize() or "Config") in imports
+        has_section = (above.rpartition(".")[2] or "config", last) in pairs
+        has_section |= BOUND.get(section, last.capitalize() or "Config") in imports
         if section in whole or (section or "config", name) in pairs or (has_section and any(attr == name for _, attr in pairs)):
             return True
     return any(re.search(rf"\${{[^}}]*\b{name}\b", path.read_text()) for path in CONFIG.rglob("*.yaml"))

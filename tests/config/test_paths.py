@@ -26,7 +26,7 @@ def test_what_lies_on_this_machine_is_made_a_path_from_anywhere(
     for scorer, there in (("reward_model", str(tmp_path / "here")), ("judge", "here")):  # a judge has but a name
         for key in NAMED:
             section, name = paths._section(config, key)
-            setattr(section, name, ["here", "org/name"] if key in ("data.train", "data.eval") else "here")
+            paths._put(section, name, ["here", "org/name"] if key in ("data.train", "data.eval") else "here")
         config.online.scorer.name = scorer
         paths._locate(config)
         assert (config.online.scorer.model, config.model.chat_template) == (there, str(tmp_path / "here"))

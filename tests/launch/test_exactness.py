@@ -60,17 +60,29 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
     (target / "config.yaml").write_text(config.replace(f"run_dir: {output / name}", f"run_dir: {target}"))
 
 
+def cells_of(losses: list[str], pefts: list[str]) -> dict[str, str]:
+    return {f"{loss}-{number}": f"loss={loss} {peft}" for loss in losses for number, peft in enumerate(pefts)}
+
+
+OPTIMIZERS = {  # and schedules: every shipped one that needs no further package, with the ways that rates are had
+    "muon": "loss=sft peft=none optim=muon schedule=wsd optim.weight_decay=0.1",
+    "adafactor": "loss=dpo peft=none optim=adafactor schedule=inverse_sqrt +optim.lr_by_name.norm=1e-2",
+    "adam": "loss=sft peft=lora optim=adam optim.loraplus_lr_ratio=4 schedule=linear",
+    "rmsprop": "loss=sft peft=lora +optim.name=rmsprop +schedule.name=constant",
+    "sgd": "loss=sft peft=none optim=sgd",
+}
+
+
 @pytest.mark.parametrize(
-    ("strategy", "losses", "pefts", "positions"),
+    ("strategy", "cells", "positions"),
     [
-        (("fsdp2", 2), ["dpo"], [DROPOUT], [3]),
-        (("alone", 1), cases.one_of_each_kind(), ["peft=none"], [3]),
-        pytest.param(("ddp", 2), ["kto"], [f"peft=none {APART}"], [2], marks=pytest.mark.slow),
+        (("fsdp2", 2), cells_of(["dpo"], [DROPOUT]), [3]),
+        (("alone", 1), cells_of(cases.one_of_each_kind(), ["peft=none"]) | OPTIMIZERS, [3]),
+        pytest.param(("ddp", 2), cells_of(["kto"], [f"peft=none {APART}"]) | OPTIMIZERS, [2], marks=pytest.mark.slow),
         *(
             pytest.param(
                 strategy,
-                cases.one_of_each_kind(),
-                ["peft=none", DROPOUT, f"{DROPOUT} {APART}"],
+                cells_of(cases.one_of_each_kind(), ["peft=none", DROPOUT, f"{DROPOUT} {APART}"]),
                 POSITIONS,
                 marks=pytest.mark.slow,
             )
@@ -79,9 +91,8 @@ def copy_until(output: Path, name: str, step: int, copy: str) -> None:
     ],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    strategy: tuple[str, int], losses: list[str], pefts: list[str], positions: list[int], tmp_path: Path, cache: Path
+    strategy: tuple[str, int], cells: dict[str, str], positions: list[int], tmp_path: Path, cache: Path
 ) -> None:
-    cells = {f"{loss}-{number}": f"loss={loss} {peft}" for loss in losses for number, peft in enumerate(pefts)}
     start("train", tmp_path, [f"{name}={words} {RUN} cache_dir={cache}" for name, words in cells.items()], *strategy)
     copies = {f"{name}-from-{step}": (name, step) for name in cells for step in positions}
     for copy, (name, step) in copies.items():

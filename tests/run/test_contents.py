@@ -291,7 +291,7 @@ def test_a_relative_path_leads_to_the_same_files_from_another_directory(
     assert resume(directory) == 0
     settings = yaml.safe_load((directory / "config.yaml").read_text())
     assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.held_out)],
-                                                 "root": None, "score": "last"}  # fmt: skip
+                                                 "root": None, "score": "last", "format": None}  # fmt: skip
     assert settings["model"]["name_or_path"] == str(world.base)
 
 

@@ -1,0 +1,55 @@
+"""Sections as earlier versions wrote them, and as people may still type them: optim.name and schedule.name, and no target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from halos.config.values import show
+from halos.errors import UserError
+
+OURS = "halos."
+# What each name is now, and which keys of its section it takes besides those that all have
+NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
+    "optim": {
+        "adamw": ("halos.optimizers.standard.adamw", ("betas", "eps", "fused")),
+        "adam": ("halos.optimizers.standard.adam", ("betas", "eps")),
+        "sgd": ("halos.optimizers.standard.sgd", ()),
+        "rmsprop": ("halos.optimizers.standard.rmsprop", ("eps",)),
+    },
+    "schedule": {
+        "constant": ("halos.schedules.constant", ("warmup",)),
+        "linear": ("halos.schedules.linear", ("warmup", "final")),
+        "cosine": ("halos.schedules.cosine", ("warmup", "final")),
+    },
+}
+OWN = {"optim": {"betas", "eps", "fused"}, "schedule": {"warmup", "final"}}  # keys that not every name takes
+
+
+def targeted(section: str, node: Mapping[str, Any], typed: Sequence[str] = ()) -> dict[str, Any]:
+    """The node `optim` or `schedule` with a target where it has a name; keys that this one does not take go with the choice that
+    they came with, unless they were `typed`. Raises UserError for a name that there never was."""
+    name, target = node.get("name"), node.get("_target_")
+    if name is None or (isinstance(target, str) and not target.startswith(OURS)):
+        return dict(node)
+    if name not in NAMES[section]:
+        raise UserError(
+            f"{section}.name takes {', '.join(NAMES[section])}, not {show(name)}; others are chosen as {section}={name}"
+        )
+    target, takes = NAMES[section][name]
+    left = OWN[section] - set(takes) - {key.partition(".")[2] for key in typed if key.startswith(f"{section}.")}
+    return {"_target_": target, **{key: value for key, value in node.items() if key not in {"name", "_target_", *left}}}
+
+
+def is_of_before_kernels(node: Any) -> bool:
+    """Whether a saved `optim` is AdamW of before it had the key `fused`."""
+    return isinstance(node, Mapping) and node.get("name") == "adamw" and "_target_" not in node
+
+
+def as_now(settings: dict[str, Any]) -> None:
+    """Bring a saved configuration, in place, to the form of this version."""
+    for section in NAMES:
+        if isinstance(settings.get(section), dict):
+            settings[section] = targeted(section, settings[section])
+            if settings[section].get("_target_") == NAMES["optim"]["adamw"][0]:
+                settings[section].setdefault("fused", False)

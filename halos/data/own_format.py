@@ -1,0 +1,70 @@
+"""Rows by a function of the user's own: from a row as its file has it to an example, or to columns that are known here."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
+
+from halos.config.formats import own_format
+from halos.config.plugins import code_of
+from halos.config.schema import Data
+from halos.data.files import Row
+from halos.errors import UserError
+from halos.types import Comparison, Demonstration, Judgement, Scored
+
+Read = Callable[[dict[str, Any]], Any]
+COLUMNS = {"desirable": "label"}  # fields of examples by the names that columns have
+EXAMPLES = (Demonstration, Comparison, Judgement, Scored)
+
+
+def entries_of(data: Data, purpose: str) -> list[Any]:
+    """Of data.train or data.eval, each with data.format where it has no format of its own."""
+    return [with_format(entry, data.format) for entry in getattr(data, purpose)]
+
+
+def with_format(entry: Any, format: str | None) -> Any:
+    if format is None or (isinstance(entry, Mapping) and entry.get("format") is not None):
+        return entry
+    return {**entry, "format": format} if isinstance(entry, Mapping) else {"path": entry, "format": format}
+
+
+def hash_of(target: str) -> str:
+    """Of the code that makes examples of rows."""
+    own_format(target, "data.format", [target.partition(".")[0]])  # which the gate has admitted: imported, where it was not yet
+    return code_of(target) or ""
+
+
+def read_by(target: str, rows: Iterator[Row]) -> Iterator[Row]:
+    """`rows` as the function makes them: one, several, or one that says that it leaves a row out. Raises UserError, with the
+    row's place, for whatever goes wrong in it."""
+    function = own_format(target, "data.format", [target.partition(".")[0]])
+    for row in rows:
+        found = _call(function, target, row)
+        several = isinstance(found, Sequence) and not isinstance(found, str)
+        for number, one in enumerate(found if several else [found], 1):
+            where = f"{row.where}.{number}" if several else row.where
+            yield Row({}, where, left_out=True) if one is None else Row(_columns(one, target, row), where)
+        if several and not found:
+            yield Row({}, row.where, left_out=True)
+
+
+def _call(function: Read, target: str, row: Row) -> Any:
+    try:
+        return function(dict(row.record))
+    except UserError as error:
+        raise UserError(f"{row.where}: {target}: {error}") from error
+    except Exception as error:  # whatever a function of the user's raises
+        columns = ", ".join(row.record) or "none"
+        raise UserError(f"{row.where}: {target} fails: {type(error).__name__}: {error}; columns found: {columns}") from error
+
+
+def _columns(made: Any, target: str, row: Row) -> dict[str, Any]:
+    if isinstance(made, EXAMPLES):
+        values = {COLUMNS.get(each.name, each.name): getattr(made, each.name) for each in fields(made)}
+        turns = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return {"output_ids": turns.pop("ids", None), **turns}
+    if isinstance(made, Mapping) and all(isinstance(name, str) for name in made):
+        return dict(made)
+    raise UserError(
+        f"{row.where}: {target} gives {type(made).__name__}: it must give a dict of columns such as prompt and completion, an"
+        " example of halos.types, a list of them, or None for a row that is left out"
+    )

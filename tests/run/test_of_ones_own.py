@@ -1,0 +1,131 @@
+"""An optimizer, a schedule and a format of the user's own, as the manual has them: trained, stopped and gone on with."""
+
+import json
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from world import World, refusal, resume, stopped
+
+import train
+
+ROOT = Path(__file__).resolve().parents[2]
+MANUAL = "".join((ROOT / path).read_text() for path in ("config/README.md", "halos/data/README.md"))
+OURS = ("optim", "schedule", "data.format", "plugins")
+PACKAGES = ("myoptim", "myrates", "myrows")
+
+
+def words_of(name: str) -> list[str]:
+    """What the manual's command with this exp_name types of these extensions."""
+    [line] = re.findall(rf"^python train.py (.*exp_name={name})$", MANUAL, re.M)
+    return [word for word in shlex.split(line) if word.startswith(OURS)]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
+    return World(tmp_path_factory.mktemp("own"), cache)
+
+
+@pytest.fixture(autouse=True)
+def packages(world: World, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", MANUAL, re.S):
+        (world.place / name).parent.mkdir(exist_ok=True)
+        (world.place / name).write_text(code)
+    monkeypatch.syspath_prepend(str(world.place))
+    yield world.place
+    forget()
+
+
+def forget() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] in PACKAGES]:
+        del sys.modules[name]
+
+
+def begin(world: World, name: str, *words: str) -> Path:
+    """A run that is finished."""
+    assert train.start([*world.words(name), f"output_root={world.place / 'runs'}", f"cache_dir={world.cache}", *words]) == 0
+    return world.place / "runs" / name
+
+
+def test_an_optimizer_and_a_schedule_of_the_manual_train_and_go_on_to_the_same_bits(world: World, packages: Path) -> None:
+    words = [*words_of("lion"), "checkpoint.keep_last=9"]
+    directory = begin(world, "lion", *words)
+    rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    rates = [row["lr"] / 1e-4 for row in rows if row["split"] == "train"]
+    assert rates == pytest.approx([1.0, 0.1, 1.0, 0.1]), "two periods in four steps"
+    whole = load_file(directory / "FINAL" / "model.safetensors")
+    stopped(directory)
+    code = packages / "myrates.py"
+    code.write_text(code.read_text().replace("return least", "return least * 1.0"))
+    forget()
+    assert "schedule._target_ myrates.waves (content) " in refusal(directory, "plugins=[myoptim,myrates]")
+    assert "plugins=[myoptim]" in refusal(directory, "plugins=[myrates]")
+    code.write_text(code.read_text().replace("return least * 1.0", "return least"))
+    forget()
+    assert resume(directory, "plugins=[myoptim,myrates]") == 0
+    resumed = load_file(directory / "FINAL" / "model.safetensors")
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+def test_the_sign_of_lions_mean_is_what_moves(packages: Path) -> None:
+    import torch
+    from myoptim.lion import Lion  # type: ignore[import-not-found]
+
+    parameter = torch.nn.Parameter(torch.tensor([1.0, 1.0, 1.0]))
+    optimizer = Lion([{"params": [parameter], "weight_decay": 0.5}], lr=0.1)
+    parameter.grad = torch.tensor([3.0, -2.0, 0.0])
+    optimizer.step()
+    assert parameter.tolist() == pytest.approx([0.95 - 0.1, 0.95 + 0.1, 0.95])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["optim.beta3=1"], "optim.beta3: Lion takes no 'beta3'; it takes lr"),
+        (["optim.beta1=much"], "optim.beta1 takes a number, not 'much'"),
+        (["optim._target_=myoptim.lion.lion"], "myoptim.lion has no 'lion'; it has Lion"),
+        (["optim._target_=myrates.waves"], "optim.beta2: waves takes no 'beta2'"),
+        (["schedule._target_=myoptim.lion.Lion"], "schedule.periods: Lion takes no 'periods'"),
+        (["schedule.least=-1"], "schedule waves gives -1.0 at step 1 of 4: it must be a number from 0 up"),
+        (["schedule.periods=none"], "schedule.periods takes a whole number, not 'none'"),
+        (["plugins=[]"], r"type plugins=\[myrates\]"),
+    ],
+)
+def test_what_is_wrong_with_them_is_told_by_key(world: World, change: list[str], words: str) -> None:
+    with pytest.raises(Exception, match=words) as caught:
+        begin(world, "wrong", *words_of("lion"), *change)
+    assert "\n" not in str(caught.value)
+    assert not (world.place / "runs" / "wrong").exists()
+
+
+def votes(place: Path) -> Path:
+    rows = [{"question": f"Count {n}", "answers": [{"text": f"one {n % 7}", "votes": n + 1}, {"text": f"no {n}", "votes": 0}]}
+            for n in range(24)]  # fmt: skip
+    path = place / "votes.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in [*rows, {"question": "Who?", "answers": []}]))
+    return path
+
+
+def test_a_format_of_the_manual_trains_as_its_pairs_would_and_other_code_is_refused(world: World, packages: Path) -> None:
+    plain = load_file(begin(world, "pairs") / "FINAL" / "model.safetensors")
+    given = [f"data.train=[{votes(world.place)}]", "data.eval=[]"]
+    directory = begin(world, "votes", *words_of("votes"), *given)
+    own = load_file(directory / "FINAL" / "model.safetensors")
+    assert all(value.equal(own[name]) for name, value in plain.items()), "the same pairs in the same order"
+    assert "1 left out by data.format" in (directory / "train.log").read_text()
+    stopped(directory)
+    code = packages / "myrows.py"
+    code.write_text(code.read_text() + "\n# no other rows\n")
+    forget()
+    told = refusal(directory, "plugins=[myrows]")
+    assert "data.format myrows.by_votes (content) " in told
+    assert "data.train" not in told, "whose rows are the same"
+    code.write_text(code.read_text().replace("ranked[-1]", "ranked[1]").replace('["question"]', '["question"] + "!"'))
+    forget()
+    told = refusal(directory, "plugins=[myrows]")
+    assert "a format of yours" in told, "which makes other rows of the same files"
+    assert resume(directory, "plugins=[myrows]", "resume_changes=allow") == 0
