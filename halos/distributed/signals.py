@@ -1,11 +1,11 @@
-"""What a signal means before there is anything to save."""
+"""What a signal means: a request to save and leave, whatever it finds this process at."""
 
 import os
 import signal
 import sys
 import threading
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 AGAIN = 75  # the status of a run that a signal stopped: start it again (EX_TEMPFAIL)
@@ -14,6 +14,47 @@ ASKING = (*STOPPING, signal.SIGINT)  # all that ask a run to save and leave
 # What the kernel sends when the launcher dies. A signal of its own, since it comes once for every thread that the launcher had,
 # and of those that people send the second one ends a run at once
 ORPHANED = signal.SIGUSR2
+
+
+class StopRequest:
+    """What signals have asked of this process: to save what it does, and to leave. Of runs, stages and sweeps alike."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None  # the first signal's name, or what it stands for
+        self.count = 0  # signals so far
+        self._hear: Callable[[str], None] | None = None
+
+    def listen(
+        self, hear: Callable[[str], None] | None = None, *, numbers: Sequence[int] = ASKING, second_ends: bool = True
+    ) -> None:
+        """From now on. The first signal calls `hear` with its reason, within whatever it interrupts. A second Ctrl-C ends the
+        process at once, where `second_ends`; of the others more may come, since schedulers and launchers repeat themselves."""
+        self._hear = hear
+
+        def ask(number: int, _: types.FrameType | None) -> None:
+            if self.reason and number == signal.SIGINT and second_ends:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            self._ask(signal.Signals(number).name)
+
+        for number in numbers:
+            signal.signal(number, ask)
+
+    def listen_for_death(self) -> None:
+        """Of the launcher, of which the kernel tells each of its threads' children."""
+
+        def orphaned(number: int, _: types.FrameType | None) -> None:
+            signal.signal(number, signal.SIG_IGN)  # the rest of them
+            self._ask("its launcher has died")
+
+        signal.signal(ORPHANED, orphaned)
+
+    def _ask(self, reason: str) -> None:
+        self.count += 1
+        if self.reason is None:
+            self.reason = reason
+            if self._hear is not None:
+                self._hear(reason)
 
 
 @contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -18,7 +17,7 @@ import yaml
 from halos import confined
 from halos.config.schema import Config, Online
 from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_of_a_start, last_words
-from halos.distributed.signals import ASKING
+from halos.distributed.signals import StopRequest
 from halos.errors import UserError
 from halos.online.options import FEEDBACK, SAMPLER, SCORER
 from halos.repository import PACKAGES, TRAIN
@@ -49,17 +48,10 @@ class Stages:
     def __post_init__(self) -> None:
         assert self.config.online is not None
         self.online = self.config.online
-        self.interrupted: str | None = None
+        self.request = StopRequest()
 
     def listen(self) -> None:
-        def ask(number: int, _: object) -> None:
-            if self.interrupted and number == signal.SIGINT:
-                signal.signal(number, signal.SIG_DFL)
-                signal.raise_signal(number)
-            self.interrupted = self.interrupted or signal.Signals(number).name
-
-        for number in ASKING:
-            signal.signal(number, ask)
+        self.request.listen()
 
     def run(self, command: Sequence[str], log: Path) -> None:
         """Until it is done. Raises StoppedError, UserError with the stage's one message, or StageError with its last words."""
@@ -87,7 +79,7 @@ class Stages:
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
         told = None
         while process.poll() is None:
-            if self.interrupted and told is None:
+            if self.request.reason and told is None:
                 told = time.monotonic()
                 process.terminate()
             if told is not None and time.monotonic() - told > PATIENCE:
@@ -96,8 +88,8 @@ class Stages:
         return process.returncode
 
     def _refuse_interrupted(self) -> None:
-        if self.interrupted:
-            raise StoppedError(self.interrupted)
+        if self.request.reason:
+            raise StoppedError(self.request.reason)
 
     # --- what is started -------------------------------------------------------------------------------------------------
 

@@ -2,10 +2,9 @@
 
 import gc
 import logging
-import signal
-import types
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from halos.checkpoint import received
@@ -15,7 +14,7 @@ from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.config.values import to_type
 from halos.distributed.launch import accelerator, agree, launched
-from halos.distributed.signals import AGAIN, ASKING, ORPHANED
+from halos.distributed.signals import AGAIN, StopRequest
 from halos.distributed.watchdog import outlive_no_launcher, together
 from halos.errors import UserError
 from halos.hooks.base import Run
@@ -36,12 +35,17 @@ class Interrupted(BaseException):
     """A signal came while there was nothing to save yet."""
 
 
+def _interrupt(reason: str) -> None:
+    raise Interrupted(reason)
+
+
 def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int:
     """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
-    directory, told = RunDir(config.run_dir), list[str]()
+    directory, request = RunDir(config.run_dir), StopRequest()
     with directory.lock() as lock:
         try:
-            _listen(None, told)
+            request.listen(_interrupt, second_ends=False)
+            request.listen_for_death()
             _freeze_imports()
             made = accelerator(config.train.precision, config.model.dtype, deterministic=config.train.deterministic)
             outlive_no_launcher(launched())
@@ -51,10 +55,10 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
                 if config.resume and _is_over(config, directory, changed):
                     return FINISHED
                 trainer = assemble(config, typed, made, changed, lock)
-                return _train(trainer, told) if trainer else FINISHED
+                return _train(trainer, request) if trainer else FINISHED
         except BaseException as error:
-            if told:  # whatever became of Interrupted on its way: libraries turn it into errors of their own
-                return _stopped_at_the_start(directory, told[0], held=lock.held)
+            if request.reason is not None:  # whatever became of Interrupted: libraries turn it into errors of their own
+                return _stopped_at_the_start(directory, request.reason, held=lock.held)
             if isinstance(error, UserError) and lock.held and not config.resume:
                 directory.abandon()
             if isinstance(error, OSError) and error.errno in FULL:
@@ -86,11 +90,11 @@ def _freeze_imports() -> None:
         gc.freeze()
 
 
-def _stopped_at_the_start(directory: RunDir, told: str, *, held: bool) -> int:
-    log.warning("stopped: %s, before the first step", told)
+def _stopped_at_the_start(directory: RunDir, reason: str, *, held: bool) -> int:
+    log.warning("stopped: %s, before the first step", reason)
     if held and is_run(directory.path):
         before = directory.read_result() or {"step": 0, "metrics": {}}
-        directory.write_result("stopped", before["step"], before["metrics"], reason=told)
+        directory.write_result("stopped", before["step"], before["metrics"], reason=reason)
     return AGAIN
 
 
@@ -110,12 +114,14 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
     return True
 
 
-def _train(trainer: Trainer, told: list[str]) -> int:
+def _train(trainer: Trainer, request: StopRequest) -> int:
     """The loop, and the word it leaves in result.json however it ends."""
     current = trainer.run
-    _listen(current, told)
-    if told:  # Interrupted got lost: what it was raised in cannot raise
-        current.interrupted = told.pop(0)
+    asked = StopRequest()
+    asked.listen(partial(setattr, current, "interrupted"))
+    asked.listen_for_death()
+    # where Interrupted got lost, since what it was raised in cannot raise; and what goes wrong from here on is no start's
+    current.interrupted, asked.reason, request.reason = request.reason, request.reason, None
     status, note = "failed", None
     try:
         trainer.fit()
@@ -155,33 +161,3 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "stopped" and current.stop is not None and current.stop.signalled:
         return AGAIN
     return FINISHED if status == "finished" else FAILED
-
-
-def _listen(current: Run | None, told: list[str]) -> None:
-    """A first signal asks for a complete save and a clean end; a second Ctrl-C ends the process at once. Of the others more
-    may come, since schedulers and launchers repeat themselves. Without a run there is nothing to save: what came is `told`."""
-
-    def end_the_start(reason: str) -> None:
-        if not told:
-            told.append(reason)
-            raise Interrupted(reason)
-
-    def ask(number: int, _: types.FrameType | None) -> None:
-        if current is None:
-            end_the_start(signal.Signals(number).name)
-            return
-        if current.interrupted and number == signal.SIGINT:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        current.interrupted = current.interrupted or signal.Signals(number).name
-
-    def orphaned(number: int, _: types.FrameType | None) -> None:
-        signal.signal(number, signal.SIG_IGN)  # the rest of them
-        if current is None:
-            end_the_start("its launcher has died")
-            return
-        current.interrupted = current.interrupted or "its launcher has died"
-
-    for number in ASKING:
-        signal.signal(number, ask)
-    signal.signal(ORPHANED, orphaned)

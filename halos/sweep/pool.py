@@ -4,8 +4,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import psutil
 
 from halos import confined
 from halos.distributed.children import die_with_parent, last_words
+from halos.distributed.signals import StopRequest, as_before
 from halos.sweep.job import Job, State
 from halos.sweep.places import Place
 
@@ -62,7 +62,7 @@ class Pool:
         self.outcomes = [Outcome() for _ in jobs]
         self.stopped = False  # by a signal, before all jobs were done
         self._free, self._running = list(places), list[Running]()
-        self._signals = 0
+        self._request = StopRequest()
 
     def run(self) -> list[Outcome]:
         """Until every job has ended, or a signal (SIGINT, SIGTERM) has stopped those that ran."""
@@ -72,12 +72,13 @@ class Pool:
                 self.outcomes[number] = Outcome("finished", earlier=True)
             else:
                 waiting.append(number)
-        with self._listening():
-            while (waiting and not self._signals) or self._running:
-                while waiting and self._free and not self._signals:
+        with as_before():
+            self._request.listen(numbers=(signal.SIGINT, signal.SIGTERM), second_ends=False)
+            while (waiting and not self._request.count) or self._running:
+                while waiting and self._free and not self._request.count:
                     self._start(waiting.pop(0))
                 self._look()
-                if self._signals and not self.stopped:
+                if self._request.count and not self.stopped:
                     self.stopped = True
                     self._stop()
                 self.watch(self.outcomes)
@@ -117,25 +118,13 @@ class Pool:
             one.look()
             one.process.terminate()
         until = time.monotonic() + PATIENCE
-        while self._running and time.monotonic() < until and self._signals == 1:
+        while self._running and time.monotonic() < until and self._request.count == 1:
             self._look()
             self.watch(self.outcomes)
             time.sleep(PERIOD)
         for one in self._running:
             _end(one.living(), signal.SIGKILL)
             one.process.wait()
-
-    @contextmanager
-    def _listening(self) -> Iterator[None]:
-        def told(number: int, _: object) -> None:
-            self._signals += 1
-
-        before = {number: signal.signal(number, told) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def ended(job: Job, status: int, outcome: Outcome) -> Outcome:
