@@ -223,8 +223,8 @@ class Trainer(Objective):
 
     def _evaluation_due(self) -> bool:
         """At the start, at every interval; and where a run goes on that was stopped before or during one."""
-        run, every = self.run, self.settings.eval_every
-        due = self.settings.eval_at_start if run.step == 0 else bool(every) and run.step % every == 0
+        run, settings = self.run, self.run.config.train
+        due = settings.eval_at_start if run.step == 0 else bool(settings.eval_every) and run.step % settings.eval_every == 0
         return due and run.step < run.total_steps and run.last_eval.get("step") != run.step
 
     def _know_objective(self) -> None:
