@@ -8,7 +8,7 @@ from typing import Any
 from peft import PeftModel
 
 from halos import __version__
-from halos.checkpoint import card, lineage, weights
+from halos.checkpoint import card, lineage
 from halos.checkpoint.find import name_of
 from halos.hooks.base import Run
 
@@ -28,7 +28,7 @@ def begin(run: Run) -> dict[str, Any]:
 
 def leave(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> None:
     """lineage.json for the save at `path`, and for FINAL its card."""
-    places = {"adapter": path / "adapter", "model": path if final else path / "model", "model_sharded": path / weights.SHARDED}
+    places = {"adapter": path / "adapter", "model": path if final else path / "model"}
     made = {kind: place for kind, place in places.items() if any(place.glob("*.safetensors"))}
     evaluations = [row for row in run.directory.read_metrics() if row.get("split") == "eval"]
     first = evaluations[0] if evaluations and evaluations[0]["step"] < run.step else None

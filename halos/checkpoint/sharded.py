@@ -12,9 +12,10 @@ from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.checkpoint import load as load_sharded
 from torch.distributed.checkpoint._hf_utils import DCP_SHARDING_INFO_KEY, DCP_VERSION_KEY, HF_DCP_VERSION
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from halos.distributed.parameters import is_shard, offset_of, own_part
+from halos.errors import UserError
 from halos.merge import safetensors_io
 from halos.merge.safetensors_io import Entry
 
@@ -57,7 +58,9 @@ def _rank(group: dist.ProcessGroup | None) -> int:
 
 def read(directory: Path, tensors: Mapping[str, Tensor]) -> None:
     """Into these, which are whole or this process's shards; every process calls."""
-    load_sharded(dict(tensors), storage_reader=_Reader(str(directory)), no_dist=not dist.is_initialized())
+    reader = _Reader(str(directory))
+    reader.read_metadata()  # here, since what torch makes of its errors nobody could catch
+    load_sharded(dict(tensors), storage_reader=reader, no_dist=not dist.is_initialized())
 
 
 def shapes(directory: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -73,3 +76,13 @@ class _Reader(HuggingFaceStorageReader):
         super().__init__(path)
         every: Any = self.fs.ls
         self.fs.ls = lambda path: [name for name in every(path) if not Path(name).name.startswith(".")]
+
+    def read_metadata(self) -> Metadata:
+        """Raises UserError where the files do not hold each number of a tensor once: torch would leave what none has as it finds
+        it, and of what two have take either."""
+        found = super().read_metadata()
+        for name, each in found.state_dict_metadata.items():
+            assert isinstance(each, TensorStorageMetadata)
+            if (there := sum(part.sizes.numel() for part in each.chunks)) != each.size.numel():
+                raise UserError(f"{self.path} is not whole: of {name} its files hold {there} numbers of {each.size.numel()}")
+        return found

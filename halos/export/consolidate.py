@@ -54,6 +54,8 @@ def _save(root: Path, directory: Path, state: dict[str, Tensor], reward: bool) -
     own = model.state_dict()
     if wrong := sorted(name for name in state.keys() | own.keys() if name not in state or name not in own):
         raise UserError(f"{directory} is not whole, or of another architecture than its config.json says: {wrong[0]}")
+    if other := [name for name in own if own[name].shape != state[name].shape]:
+        raise UserError(f"{directory} is not whole, or of another shape than its config.json says: {other[0]}")
     save_model(root / "model", model, state)
 
 

@@ -13,6 +13,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -130,7 +131,7 @@ def load_model(
     torch.manual_seed(seed)  # a fresh score head is drawn here
     with doing(f"{directory} could not be loaded as a {auto.__name__}"):
         fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
-        model = _hollow(auto, config, extra) if hollow else read_whole(auto, directory, extra, fresh_head=fresh)
+        model = _hollow(auto, directory, config, extra) if hollow else read_whole(auto, directory, extra, fresh_head=fresh)
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -158,13 +159,15 @@ def read_whole(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_he
     return model
 
 
-def _hollow(auto: Any, config: PretrainedConfig, extra: dict[str, Any]) -> PreTrainedModel:
+def _hollow(auto: Any, directory: Path, config: PretrainedConfig, extra: dict[str, Any]) -> PreTrainedModel:
     """As from_pretrained makes it, without reading or drawing a weight; buffers are computed as always."""
     if "num_labels" in extra:
         config.num_labels = extra["num_labels"]
     with no_init_weights():
         model = auto.from_config(config, dtype=extra["dtype"], attn_implementation=extra["attn_implementation"], **NO_CODE)
     model.tie_weights()
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     return model
 
 

@@ -232,8 +232,7 @@ class OnlineRun:
         for split, row in ((TRAIN, result.train), (EVAL, result.held)):
             if row:
                 whole = {"step": one.number, "split": split, **row}
-                self.directory.append_metrics(whole)
-                evaluated(self.hooks, self, whole)
+                self.directory.append_metrics(evaluated(self.hooks, self, whole))
         if result.examples:
             measure.write_examples(one.directory, result.examples, f"{self.config.exp_name}, round {one.number}")
             rows = [rollout.shown() for rollout in result.examples]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -18,6 +18,7 @@ from halos.checkpoint import manifest, sharded, weights
 from halos.config.schema import Config
 from halos.distributed.replicated import Replicated
 from halos.errors import UserError
+from halos.export.consolidate import consolidated
 from halos.logps.model import ActorCritic
 from halos.models import tiny
 from halos.run.lifecycle import run
@@ -136,3 +137,40 @@ def test_a_tensor_that_is_not_there_is_not_drawn_at_random(tmp_path: Path) -> No
     assert sharded.shapes(tmp_path / weights.SHARDED)
     with pytest.raises(UserError, match="it holds no model"):
         weights.fill(tmp_path, Replicated(Accelerator(cpu=True)), ActorCritic(model()))
+
+
+def in_rows(directory: Path, *parts: tuple[int, int]) -> None:
+    """Files that hold rows of one table of 8, as a process of FSDP2 writes its own."""
+    table = torch.arange(24.0).reshape(8, 3)
+    directory.mkdir(exist_ok=True)
+    for number, (first, last) in enumerate(parts, 1):
+        rows = table[first:last]
+        facts = {"DCP_SHARDING_INFO": json.dumps({"table": {"saved_offsets": [first, 0]}}), "DCP_VERSION": "1.0"}
+        save_file({"table": rows.clone()}, directory / f"shard-{number:05d}-model-00001-of-00001.safetensors", facts)
+
+
+def test_rows_of_several_files_are_one_table(tmp_path: Path) -> None:
+    in_rows(tmp_path, (0, 3), (3, 8))
+    table = torch.zeros(8, 3)
+    sharded.read(tmp_path, {"table": table})
+    assert torch.equal(table, torch.arange(24.0).reshape(8, 3))
+
+
+@pytest.mark.parametrize("parts", [[(3, 8)], [(0, 3), (5, 8)], [(0, 5), (3, 8)]])
+def test_rows_that_no_file_has_or_two_have_are_refused(parts: list[tuple[int, int]], tmp_path: Path) -> None:
+    in_rows(tmp_path, *parts)
+    for act in (sharded.shapes, lambda place: sharded.read(place, {"table": torch.zeros(8, 3)})):
+        with pytest.raises(UserError, match="is not whole: of table its files hold"):
+            act(tmp_path)
+
+
+def test_an_export_of_fewer_rows_than_the_model_has_is_refused(tmp_path: Path) -> None:
+    """The last of them are gone: what is there looks like a smaller table."""
+    one = ActorCritic(model())
+    write(tmp_path, one, one.model)
+    directory = tmp_path / weights.SHARDED
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**config, "vocab_size": 97}))
+    said = r"is not whole, or of another shape than its config\.json says: (lm_head|model\.embed_tokens)\.weight"
+    with pytest.raises(UserError, match=said), consolidated(directory, tmp_path, reward=False):
+        pass
