@@ -100,7 +100,10 @@ class Whole:
 
 
 class LossInput:
-    """What a loss may take first, and what follows from that: a subclass declares it, and all else reads it here."""
+    """What a loss may take first, and what follows from that for data, proof, model and rollouts, declared by a subclass.
+
+    Besides, a trainer `takes` it (trainers/, listed in run/blueprint.py), and run/measured.py makes one up.
+    """
 
     __slots__ = ()
     example: ClassVar[type]  # what of the data it is computed from

@@ -53,7 +53,7 @@ class DeepSpeed(Strategy):
         _engaged(module).backward(loss, last=last)
 
     def clip(self, module: nn.Module, most: float | None) -> Tensor:
-        """And step, unless the norm is not finite."""
+        """And step, unless the norm is not finite: the engine does all three at once."""
         return _engaged(module).update()
 
     def step(self, optimizer: Optimizer) -> None:

@@ -46,11 +46,6 @@ def stage_asked() -> int:
     return _given()["zero_optimization"]["stage"]
 
 
-def cut_asked() -> bool:
-    """Whether the parameters themselves are shared out."""
-    return deepspeed_asked() and stage_asked() == 3
-
-
 def bfloat16_asked() -> bool:
     return deepspeed_asked() and _on(_given().get("bf16"))
 

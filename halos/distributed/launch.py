@@ -10,7 +10,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, gather_object
 
-from halos.distributed.deepspeed_config import bfloat16_asked, check_config, cut_asked, deepspeed_asked
+from halos.distributed.deepspeed_config import bfloat16_asked, check_config, deepspeed_asked
 from halos.distributed.device import (
     has_bfloat16,
     is_accelerate,
@@ -130,11 +130,6 @@ def _asked(flag: str) -> bool:
 def asked_to_shard() -> bool:
     """Whether the launcher's config says FSDP. accelerate itself forgets it where there is no GPU, and trains DDP."""
     return _asked("ACCELERATE_USE_FSDP")
-
-
-def asked_to_cut() -> bool:
-    """Whether no process is to hold a whole model: its parameters are dealt out from the first one's."""
-    return asked_to_shard() or cut_asked()
 
 
 def _one_process_asked_for_many() -> None:

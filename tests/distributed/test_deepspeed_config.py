@@ -10,6 +10,9 @@ from unittest.mock import MagicMock
 import pytest
 
 from halos.distributed import deepspeed_config as config
+from halos.distributed.deepspeed import DeepSpeed, DeepSpeed3
+from halos.distributed.replicated import Replicated
+from halos.distributed.strategies import asked
 from halos.errors import UserError
 
 
@@ -92,7 +95,7 @@ def test_auto_and_what_agrees_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
           gradient_accumulation_steps=1, communication_data_type="fp32")  # fmt: skip
     config.check_config()
     config.refuse_settings(max_grad_norm=1.0, trained="auto")
-    assert config.cut_asked()
+    assert asked() is DeepSpeed3
     assert config.bfloat16_asked()
     told = config.engine_config(1.0)
     assert told["gradient_clipping"] == 1.0
@@ -107,13 +110,13 @@ def test_auto_and_what_agrees_is_taken(tmp_path: Path, monkeypatch: pytest.Monke
 def test_the_stage_comes_from_accelerates_own_keys_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     config.check_config()
-    assert not config.cut_asked()
+    assert asked() is DeepSpeed
     assert config.engine_config(None)["gradient_clipping"] == 0.0
 
 
 def test_nothing_is_asked_where_the_launcher_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
     assert not config.deepspeed_asked()
-    assert not config.cut_asked()
+    assert asked() is Replicated
     assert not config.bfloat16_asked()
     config.refuse_settings(max_grad_norm=1.0, trained="bfloat16")

@@ -1,5 +1,6 @@
 """The way an architecture's log-probs are computed is found by trying, not by its name or a flag."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from halos.errors import UserError
 from halos.logps import hidden, miniature, plan
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import LanguageModel
+from halos.logps.start import WHOLE
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -99,7 +101,7 @@ def test_ranks_call_their_layers_equally_often_and_no_number_moves(monkeypatch: 
         most.fill_(5)
 
     monkeypatch.setattr(hidden.dist, "all_reduce", all_reduce)
-    for module.everywhere in (False, True):
+    for module.layout in (WHOLE, SimpleNamespace(is_sharded=True)):
         module.zero_grad()
         calls.clear()
         values = module(batch).values
