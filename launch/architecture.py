@@ -12,7 +12,7 @@ HALOS = Path(__file__).resolve().parents[1] / "halos"
 HEAD = """# The rooms
 
 Back to [the front page](../README.md). Written by `python launch/architecture.py`, from the imports and the first line of each
-room. A room imports only rooms of the blocks below it; a + would join rooms that import each other. `train.py` is the entry,
+room (a package or module). A room imports only rooms of the blocks below it. `train.py` is the entry,
 `config/` has every default, `tests/` mirrors what is here.
 """
 
