@@ -15,7 +15,8 @@ from halos.rundir import ASIDE, RunDir
 
 log = logging.getLogger(__name__)
 
-MODELS = ("model", "model-sharded")  # a whole model, as it was trained
+SHARDED = "model-sharded"  # a whole model of which each process wrote its part; `export` makes one directory of it
+MODELS = ("model", SHARDED)  # a whole model, as it was trained
 STEP = re.compile(r"step-(\d{1,15})\Z")
 
 

@@ -75,14 +75,18 @@ class _Reader(HuggingFaceStorageReader):
     def __init__(self, path: str) -> None:
         super().__init__(path)
         every: Any = self.fs.ls
+        self._metadata: Metadata | None = None  # read once: torch asks for it again
         self.fs.ls = lambda path: [name for name in every(path) if not Path(name).name.startswith(".")]
 
     def read_metadata(self) -> Metadata:
         """Raises UserError where the files do not hold each number of a tensor once: torch would leave what none has as it finds
         it, and of what two have take either."""
+        if self._metadata is not None:
+            return self._metadata
         found = super().read_metadata()
         for name, each in found.state_dict_metadata.items():
             assert isinstance(each, TensorStorageMetadata)
             if (there := sum(part.sizes.numel() for part in each.chunks)) != each.size.numel():
                 raise UserError(f"{self.path} is not whole: of {name} its files hold {there} numbers of {each.size.numel()}")
+        self._metadata = found
         return found

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.checkpoint import sharded
+from halos.checkpoint.find import SHARDED
 from halos.distributed.parameters import shape_of
 from halos.errors import UserError, doing
 from halos.logps.model import bare
@@ -22,7 +23,6 @@ from halos.logps.vocabulary import Vocabulary
 if TYPE_CHECKING:  # it takes accelerate, which a command that exports can do without
     from halos.distributed.strategy import Strategy
 
-SHARDED = "model-sharded"  # a whole model of which each process wrote its part; `export` makes one directory of it
 VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
 HEAD_FILE = "model.safetensors"  # in it
 HEAD = "value_head."  # how its tensors are called in the module that is trained

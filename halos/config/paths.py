@@ -18,7 +18,8 @@ BUNDLED_DATA = ("arithmetic",)
 BUNDLED_MODELS = ("tiny",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # of a data set also org/name:config
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow", ".gguf", ".bin", ".safetensors", ".pt", ".jinja")
-SHARDED = "model-sharded"  # of a checkpoint
+PART = b'\\"saved_offsets\\"'  # in a header, torch.distributed.checkpoint's: JSON within JSON
+HEADER = 100_000_000  # bytes, the most that a safetensors header has
 ROOM = 50 * 2**20  # bytes; less than this holds no run, however small
 
 
@@ -140,17 +141,17 @@ def check_model(path: str, key: str, choices: Sequence[str] = ()) -> None:
         if place.suffix != ".gguf":
             raise UserError(f"{key}: {path} is a file, and of files only .gguf can be a model: give the directory around it")
         return
-    if place.name == SHARDED:
-        raise UserError(
-            f"{key}: {path} is a model of which each process wrote its part: make it whole first, python -m halos.checkpoint"
-            f" export {place.parent} --output DIRECTORY"
-        )
     if not (place / "config.json").is_file():
         raise UserError(f"{key}: {path} has no config.json, so it is no model{_better(place)}")
     _check_weights(place, key)
 
 
 def _check_weights(place: Path, key: str) -> None:
+    if any(map(_is_part, place.glob("*.safetensors"))):
+        raise UserError(
+            f"{key}: {place} is a model of which each process wrote its part: make it whole first, python -m halos.checkpoint"
+            f" export {place.parent} --output DIRECTORY"
+        )
     if not any(place.glob("*.safetensors")):
         if any(place.glob("*.bin")) or any(place.glob("*.pt")) or any(place.glob("*.pth")):
             raise UserError(
@@ -165,6 +166,12 @@ def _check_weights(place: Path, key: str) -> None:
         missing = [part for part in parts if not (place / part).is_file()]
         if missing:
             raise UserError(f"{key}: {place} lacks {len(missing)} of {len(parts)} parts of its weights, {missing[0]} for one")
+
+
+def _is_part(file: Path) -> bool:
+    """Whether a safetensors file says of its tensors where in whole ones they begin."""
+    with file.open("rb") as opened:
+        return PART in opened.read(min(int.from_bytes(opened.read(8), "little"), HEADER))
 
 
 def _better(place: Path) -> str:

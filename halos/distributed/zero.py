@@ -106,11 +106,12 @@ class Zero(nn.Module):
         self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
         self._gather_persistent()  # let go of in a pass whose order of calls is new to the engine
         gather = package().zero.GatheredParameters
-        kept = {id(parameter) for parameter in self.optimizer.persistent_parameters}
+        whole = {id(parameter) for parameter in self.optimizer.persistent_parameters}
         for name, value in self.module.state_dict(keep_vars=True).items():
             if not trained_only or value.requires_grad:
-                with gather([value] if hasattr(value, "ds_id") and id(value) not in kept else []):
+                with gather([value] if hasattr(value, "ds_id") and id(value) not in whole else []):
                     yield name, value
+                whole.add(id(value))  # of tied ones nobody looks at the second
 
     # --- the optimizer's state -------------------------------------------------------------------------------------------
 

@@ -127,6 +127,9 @@ def test_parts_cannot_be_a_model_that_a_run_begins_with(configure: Callable[...,
     write(parts.parent, one, one.model)
     with pytest.raises(UserError, match=r"python -m halos\.checkpoint export .*save --output DIRECTORY"):
         configure("loss=sft", f"model.name_or_path={parts}")
+    parts.rename(parts.with_name("model"))
+    with pytest.raises(UserError, match="a model of which each process wrote its part"):
+        configure("loss=sft", f"model.name_or_path={parts.with_name('model')}")
 
 
 def test_a_tensor_that_is_not_there_is_not_drawn_at_random(tmp_path: Path) -> None:
