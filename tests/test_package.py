@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import halos
-from halos.distributed.signals import ASKING
+from halos.distributed.signals import STOP_SIGNALS
 from halos.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,13 +24,13 @@ def words(tmp_path: Path, cache: Path) -> list[str]:
 
 
 def test_a_run_says_what_became_of_it(words: list[str], tmp_path: Path) -> None:
-    argv, handlers = sys.argv, [signal.getsignal(number) for number in ASKING]
+    argv, handlers = sys.argv, [signal.getsignal(number) for number in STOP_SIGNALS]
     result = halos.train(words)
     assert (result.status, result.exit_status, result.step) == ("finished", 0, 2)
     assert (result.run_dir, result.final) == (tmp_path / "demo", tmp_path / "demo" / "FINAL")
     assert result.metrics == {}  # without held-out data there is no evaluation
     assert sys.argv is argv
-    assert [signal.getsignal(number) for number in ASKING] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
     again = halos.train([f"resume={tmp_path / 'demo'}", f"cache_dir={words[-1].partition('=')[2]}"])
     assert (again.status, again.step) == ("finished", 2)
 

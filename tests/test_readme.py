@@ -169,7 +169,7 @@ def begun(desk: Path) -> Iterator[None]:
 
         def cut_short(self: Trainer, indices: Any) -> Any:
             done = step(self, indices)
-            self.run.interrupted = "SIGTERM" if self.run.step == 40 else None
+            self.run.stop_requested = "SIGTERM" if self.run.step == 40 else None
             return done
 
         patch.setattr(Trainer, "step", cut_short)

@@ -18,7 +18,7 @@ from halos.cli import command, overrides, resume
 from halos.config import changes, saved
 from halos.config.schema import Config
 from halos.config.values import to_type
-from halos.distributed.signals import ASKING
+from halos.distributed.signals import STOP_SIGNALS
 from halos.errors import UserError
 from halos.rundir import RunDir
 
@@ -300,19 +300,19 @@ def test_the_command_to_go_on_is_one_that_the_shell_and_our_parser_take(name):
 
 def test_a_start_within_a_process_leaves_signals_and_arguments_as_they_were(build, monkeypatch):
     def run(*_):
-        for number in ASKING:
+        for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
         return 75
 
     monkeypatch.setattr(build, "run", run, raising=False)
-    words, handlers = sys.argv, [signal.getsignal(number) for number in ASKING]
+    words, handlers = sys.argv, [signal.getsignal(number) for number in STOP_SIGNALS]
     assert train.start(RUN) == 75
     with pytest.raises(UserError, match="loss has no choice"):
         train.start(["loss=dpoo"])
     with pytest.raises(UserError, match="exp_name is missing"):
         train.start(RUN[:-1])
     assert sys.argv is words
-    assert [signal.getsignal(number) for number in ASKING] == handlers
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == handlers
 
 
 # --- sweeps

@@ -81,7 +81,7 @@ class Checkpointer:
         if not beside:
             self.finish_save()
         if not final:
-            run.sync_stop()
+            run.sync_stop_request()
 
     def finish_save(self) -> None:
         """Wait for the save that is under way, if one is, and tell the hooks. Raises what went wrong."""

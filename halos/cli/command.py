@@ -18,14 +18,14 @@ from halos.config.overrides import Typed, check_choices, quote_nested, unreadabl
 from halos.config.secrets import refuse_secrets
 from halos.distributed.children import leave
 from halos.distributed.environment import number_of, refuse_half_launched, world_size
-from halos.distributed.signals import as_before, leave_when_told
+from halos.distributed.signals import exit_on_stop_signal, restore_signals_and_argv
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.repository import COMMAND
 
 
 def main() -> None:
     """Ends with the run's exit status."""
-    leave_when_told()
+    exit_on_stop_signal()
     try:
         leave(begin(sys.argv[1:]))
     except UserError as error:
@@ -41,7 +41,7 @@ def main() -> None:
 
 def start(argv: Sequence[str]) -> int:
     """A command within a process of yours: its exit status. Raises UserError; signals and sys.argv are afterwards as before."""
-    with as_before():
+    with restore_signals_and_argv():
         return begin(argv)
 
 
@@ -49,7 +49,7 @@ def one_run(overrides: Sequence[str]) -> Result:
     """The same for one run, and what became of it. Raises UserError for options, too: there is no sweep here, and no help."""
     if options := [word for word in overrides if word.startswith("-")]:
         raise UserError(f"{options[0]} is an option of the command line: train() takes overrides, as in train(['loss=dpo'])")
-    with as_before():
+    with restore_signals_and_argv():
         refuse_half_launched()
         refuse_secrets({}, overrides)
         tree, quoted = ConfigTree(), _by_todays_names(overrides)

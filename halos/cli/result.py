@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from halos.distributed.signals import AGAIN
+from halos.distributed.signals import STOPPED
 from halos.rundir import RunDir
 
 Status = Literal["finished", "stopped", "failed", "checked"]
-NAMES: dict[int, Status] = {0: "finished", AGAIN: "stopped"}
+NAMES: dict[int, Status] = {0: "finished", STOPPED: "stopped"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from halos.cli.status import WRONG_INPUT, refuse
 from halos.config import gate
 from halos.config.overrides import Typed, settle
 from halos.config.schema import Config
-from halos.distributed.signals import AGAIN
+from halos.distributed.signals import STOPPED
 from halos.errors import JobsFailedError, UserError
 from halos.repository import CONFIG
 from halos.rundir import RunDir, is_run, job_name
@@ -96,7 +96,7 @@ def job(composed: DictConfig) -> float | None:
         if not multirun:
             raise SystemExit(error) from error
         refuse(error)
-    if not multirun or status == AGAIN:
+    if not multirun or status == STOPPED:
         raise SystemExit(status)
     if status or config is None:
         raise JobsFailedError(f"a job of this sweep failed: {' '.join(typed)}")

@@ -13,7 +13,7 @@ from typing import NoReturn
 
 from halos.confined import expanded
 from halos.distributed.environment import MINE
-from halos.distributed.signals import STOPPING
+from halos.distributed.signals import SCHEDULER_SIGNALS
 from halos.errors import UserError
 from halos.repository import LAUNCH, ROOT
 
@@ -42,7 +42,7 @@ def leave(status: int) -> NoReturn:
     One of a process group skips the interpreter's own end, and never takes its group down: the threads of a gloo group may
     want the interpreter's lock, which then aborts what was a success, or waits for ever; NCCL's complains of it.
     """
-    for number in STOPPING:
+    for number in SCHEDULER_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if any(os.environ.get(name) for name in MINE):
         atexit._run_exitfuncs()

@@ -1,4 +1,9 @@
-"""What a signal means: a request to save and leave, whatever it finds this process at."""
+"""Stop requests: signals that ask a run, a stage of an online run or a sweep to save and exit.
+
+For a training run: SIGTERM -> the handler of `StopRequest.listen` -> `Run.stop_requested`, on this rank -> at the end of the
+step the ranks all-reduce it (`Run.stop_if_requested`) -> `Run.stop`, on every rank -> the loop ends, `Checkpointer` saves, and
+the process exits with STOPPED.
+"""
 
 import os
 import signal
@@ -8,76 +13,83 @@ import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-AGAIN = 75  # the status of a run that a signal stopped: start it again (EX_TEMPFAIL)
-STOPPING = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send
-ASKING = (*STOPPING, signal.SIGINT)  # all that ask a run to save and leave
-# What the kernel sends when the launcher dies. A signal of its own, since it comes once for every thread that the launcher had,
-# and of those that people send the second one ends a run at once
+STOPPED = 75  # exit status of a run that a signal stopped: start it again (EX_TEMPFAIL)
+SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (*SCHEDULER_SIGNALS, signal.SIGINT)
+# Sent by the kernel when the launcher dies. A signal of its own, since it arrives once per thread of the launcher, and a second
+# stop signal from a user ends a run at once
 ORPHANED = signal.SIGUSR2
 
 
 class StopRequest:
-    """What signals have asked of this process: to save what it does, and to leave. Of runs, stages and sweeps alike."""
+    """Whether a signal has asked this process to save and exit, and which."""
 
     def __init__(self) -> None:
         self.reason: str | None = None  # the first signal's name, or what it stands for
         self.count = 0  # signals so far
-        self._hear: Callable[[str], None] | None = None
+        self._on_request: Callable[[str], None] | None = None
 
     def listen(
-        self, hear: Callable[[str], None] | None = None, *, numbers: Sequence[int] = ASKING, second_ends: bool = True
+        self,
+        on_request: Callable[[str], None] | None = None,
+        *,
+        signals: Sequence[int] = STOP_SIGNALS,
+        second_interrupt_kills: bool = True,
     ) -> None:
-        """From now on. The first signal calls `hear` with its reason, within whatever it interrupts. A second Ctrl-C ends the
-        process at once, where `second_ends`; of the others more may come, since schedulers and launchers repeat themselves."""
-        self._hear = hear
+        """Install the handlers. The first signal calls `on_request` with its reason, inside whatever code it interrupts.
 
-        def ask(number: int, _: types.FrameType | None) -> None:
-            if self.reason and number == signal.SIGINT and second_ends:
+        With `second_interrupt_kills` a second Ctrl-C ends the process at once. Other signals may repeat: schedulers and
+        launchers send them more than once.
+        """
+        self._on_request = on_request
+
+        def handle(number: int, _: types.FrameType | None) -> None:
+            if self.reason and number == signal.SIGINT and second_interrupt_kills:
                 signal.signal(number, signal.SIG_DFL)
                 signal.raise_signal(number)
-            self._ask(signal.Signals(number).name)
+            self._request(signal.Signals(number).name)
 
-        for number in numbers:
-            signal.signal(number, ask)
+        for number in signals:
+            signal.signal(number, handle)
 
-    def listen_for_death(self) -> None:
-        """Of the launcher, of which the kernel tells each of its threads' children."""
+    def listen_for_launcher_death(self) -> None:
+        """Treat ORPHANED as a stop request; the kernel sends it once for each thread of the launcher."""
 
-        def orphaned(number: int, _: types.FrameType | None) -> None:
-            signal.signal(number, signal.SIG_IGN)  # the rest of them
-            self._ask("its launcher has died")
+        def handle(number: int, _: types.FrameType | None) -> None:
+            signal.signal(number, signal.SIG_IGN)  # the other threads' copies
+            self._request("its launcher has died")
 
-        signal.signal(ORPHANED, orphaned)
+        signal.signal(ORPHANED, handle)
 
-    def _ask(self, reason: str) -> None:
+    def _request(self, reason: str) -> None:
         self.count += 1
         if self.reason is None:
             self.reason = reason
-            if self._hear is not None:
-                self._hear(reason)
+            if self._on_request is not None:
+                self._on_request(reason)
 
 
 @contextmanager
-def as_before() -> Iterator[None]:
-    """For a run within somebody's process: what signals do, and how the process was called, is afterwards as it was."""
-    words, main = sys.argv, threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (*ASKING, ORPHANED)} if main else {}
+def restore_signals_and_argv() -> Iterator[None]:
+    """Restore signal handlers and sys.argv afterwards: for a run inside somebody else's process."""
+    argv, main = sys.argv, threading.current_thread() is threading.main_thread()
+    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, ORPHANED)} if main else {}
     try:
         yield
     finally:
-        sys.argv = words
+        sys.argv = argv
         for number, handler in handlers.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def leave_when_told() -> None:
-    """From now until a run listens itself, a signal that asks to stop ends this process with AGAIN. One that came even earlier
-    does so now, if whoever started us held it back (launch/slurm/rank.py)."""
+def exit_on_stop_signal() -> None:
+    """Until a run listens itself, exit with STOPPED on a scheduler's signal. A signal that arrived even earlier is delivered
+    now, if whoever started this process blocked it (launch/slurm/rank.py)."""
 
-    def told(number: int, _: types.FrameType | None) -> None:
+    def handle(number: int, _: types.FrameType | None) -> None:
         os.write(2, f"stopped: {signal.Signals(number).name}, before anything began\n".encode())
-        os._exit(AGAIN)
+        os._exit(STOPPED)
 
-    for number in STOPPING:
-        signal.signal(number, told)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+    for number in SCHEDULER_SIGNALS:
+        signal.signal(number, handle)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SCHEDULER_SIGNALS)

@@ -55,7 +55,7 @@ def together(made: Accelerator) -> Iterator[None]:
     made.wait_for_everyone()
 
 
-def outlive_no_launcher(launched: bool) -> None:
+def request_stop_when_launcher_dies(launched: bool) -> None:
     """Have the kernel send this process ORPHANED when its launcher dies: `accelerate launch` orphans its children.
 
     Where there is no such call, a thread looks for a new parent. Not for a process that nobody launched: under nohup it

@@ -82,11 +82,11 @@ class Run:
     last_eval: dict[str, Any] = field(default_factory=dict)  # the newest evaluation's row, its step included
     last_train: dict[str, Any] = field(default_factory=dict)
     window: Window = field(default_factory=Window)  # metrics since the last logged step
-    interrupted: str | None = None  # a signal that this process has had; processes agree on `stop` at the end of a step
+    stop_requested: str | None = None  # the signal that this rank received; the ranks agree on `stop` at the end of a step
     bad_steps: int = 0  # in a row up to now whose loss or gradient was not finite, and which were skipped
     skipped_steps: int = 0  # so far
     finite_at: int = -1  # the newest step whose weights are known to be good: a loss and its gradient were finite with them
-    stop: Stop | None = None  # set by a hook on every process alike, or agreed on after a signal
+    stop: Stop | None = None  # set by a hook, on every rank alike, or after a stop request
     failure: str | None = None  # why the run ends "failed" although it trained to its end
     hooks: dict[str, "Hook"] = field(default_factory=dict)
     generator: "Generator | None" = None  # what `generate` calls; None for a reward model
@@ -107,18 +107,18 @@ class Run:
 
     @property
     def stopped_early(self) -> bool:
-        """Whether it ends here and is not finished: it leaves a checkpoint, and no FINAL."""
+        """Whether the run ends before it is finished: it leaves a checkpoint, and no FINAL."""
         return self.stop is not None and not self.stop.finished
 
-    def sync_stop(self) -> None:
-        """All-reduce the stop request: saving needs every process, so a signal to one stops all. Every process calls."""
-        requested = torch.tensor([float(bool(self.interrupted))], device=self.accelerator.device)
-        self.stop_if(bool(self.accelerator.reduce(requested, reduction="sum").item()))
+    def sync_stop_request(self) -> None:
+        """All-reduce the stop request: saving needs every rank, so a signal to one stops all. Every rank calls."""
+        requested = torch.tensor([float(bool(self.stop_requested))], device=self.accelerator.device)
+        self.stop_if_requested(bool(self.accelerator.reduce(requested, reduction="sum").item()))
 
-    def stop_if(self, requested: bool) -> None:
-        """`requested`: of any process, and the same on all."""
-        if requested:
-            self.stop = Stop(self.interrupted or "another process was told to stop", finished=False, signalled=True)
+    def stop_if_requested(self, on_any_rank: bool) -> None:
+        """Set `stop`; `on_any_rank` is the all-reduced request, the same on every rank."""
+        if on_any_rank:
+            self.stop = Stop(self.stop_requested or "another process was told to stop", finished=False, signalled=True)
 
     def generate(self, prompts: Asked, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
         """The policy's completion of each prompt (text for its user, or turns), without its end token; 0 takes the likeliest

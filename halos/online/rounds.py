@@ -27,7 +27,7 @@ from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_words
 from halos.confined import write_whole
 from halos.distributed.environment import world_size
-from halos.distributed.signals import AGAIN
+from halos.distributed.signals import STOPPED
 from halos.errors import UserError
 from halos.hooks.base import Hook, Watched, evaluated
 from halos.logs import write_to
@@ -190,7 +190,7 @@ class OnlineRun:
         elif status == "stopped":
             command = saved.to_resume(self.config, self.directory.path)
             log.info("stopped: %s; go on with: %s %s", note, COMMAND, command)
-        return {"finished": FINISHED, "stopped": AGAIN, "refused": WRONG_INPUT}.get(status, FAILED)
+        return {"finished": FINISHED, "stopped": STOPPED, "refused": WRONG_INPUT}.get(status, FAILED)
 
     def _begin(self, attempt: Mapping[str, Any]) -> None:
         directory, resumed = self.directory, bool(self.config.resume)

@@ -14,8 +14,8 @@ from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.config.values import to_type
 from halos.distributed.launch import accelerator, agree, launched
-from halos.distributed.signals import AGAIN, StopRequest
-from halos.distributed.watchdog import outlive_no_launcher, together
+from halos.distributed.signals import STOPPED, StopRequest
+from halos.distributed.watchdog import request_stop_when_launcher_dies, together
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.log import summary
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 FINISHED, FAILED = 0, 1
 
 
-class Interrupted(BaseException):
-    """A signal came while there was nothing to save yet."""
+class StopRequested(BaseException):
+    """A stop request arrived before the first step, when there is nothing to save yet."""
 
 
-def _interrupt(reason: str) -> None:
-    raise Interrupted(reason)
+def _raise_stop_requested(reason: str) -> None:
+    raise StopRequested(reason)
 
 
 def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int:
@@ -44,11 +44,11 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
     directory, request = RunDir(config.run_dir), StopRequest()
     with directory.lock() as lock:
         try:
-            request.listen(_interrupt, second_ends=False)
-            request.listen_for_death()
+            request.listen(_raise_stop_requested, second_interrupt_kills=False)
+            request.listen_for_launcher_death()
             _freeze_imports()
             made = accelerator(config.train.precision, config.model.dtype, deterministic=config.train.deterministic)
-            outlive_no_launcher(launched())
+            request_stop_when_launcher_dies(launched())
             speak(made.is_main_process)
             with together(made):
                 agree(made, "configuration", saved.dump(replace(config, cache_dir="")))
@@ -57,8 +57,8 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
                 trainer = assemble(config, typed, made, changed, lock)
                 return _train(trainer, request) if trainer else FINISHED
         except BaseException as error:
-            if request.reason is not None:  # whatever became of Interrupted: libraries turn it into errors of their own
-                return _stopped_at_the_start(directory, request.reason, held=lock.held)
+            if request.reason is not None:  # not `except StopRequested`: libraries turn it into errors of their own
+                return _stopped_before_training(directory, request.reason, held=lock.held)
             if isinstance(error, UserError) and lock.held and not config.resume:
                 directory.abandon()
             if isinstance(error, OSError) and error.errno in FULL:
@@ -90,12 +90,12 @@ def _freeze_imports() -> None:
         gc.freeze()
 
 
-def _stopped_at_the_start(directory: RunDir, reason: str, *, held: bool) -> int:
+def _stopped_before_training(directory: RunDir, reason: str, *, held: bool) -> int:
     log.warning("stopped: %s, before the first step", reason)
     if held and is_run(directory.path):
         before = directory.read_result() or {"step": 0, "metrics": {}}
         directory.write_result("stopped", before["step"], before["metrics"], reason=reason)
-    return AGAIN
+    return STOPPED
 
 
 def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
@@ -115,13 +115,13 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
 
 
 def _train(trainer: Trainer, request: StopRequest) -> int:
-    """The loop, and the word it leaves in result.json however it ends."""
-    current = trainer.run
-    asked = StopRequest()
-    asked.listen(partial(setattr, current, "interrupted"))
-    asked.listen_for_death()
-    # where Interrupted got lost, since what it was raised in cannot raise; and what goes wrong from here on is no start's
-    current.interrupted, asked.reason, request.reason = request.reason, request.reason, None
+    """Run the loop, and write result.json however it ends."""
+    current, training_request = trainer.run, StopRequest()
+    training_request.listen(partial(setattr, current, "stop_requested"))
+    training_request.listen_for_launcher_death()
+    # StopRequested is lost where the code it interrupts cannot raise. From here on errors are the loop's, so `run` must not
+    # take them for a stop before the first step
+    current.stop_requested, training_request.reason, request.reason = request.reason, request.reason, None
     status, note = "failed", None
     try:
         trainer.fit()
@@ -159,5 +159,5 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "stopped" and current.main:
         log.info("go on with: %s %s", COMMAND, saved.to_resume(current.config, current.directory.path))
     if status == "stopped" and current.stop is not None and current.stop.signalled:
-        return AGAIN
+        return STOPPED
     return FINISHED if status == "finished" else FAILED

@@ -12,7 +12,7 @@ import psutil
 
 from halos import confined
 from halos.distributed.children import die_with_parent, last_words
-from halos.distributed.signals import StopRequest, as_before
+from halos.distributed.signals import StopRequest, restore_signals_and_argv
 from halos.sweep.job import Job, State
 from halos.sweep.places import Place
 
@@ -72,8 +72,8 @@ class Pool:
                 self.outcomes[number] = Outcome("finished", earlier=True)
             else:
                 waiting.append(number)
-        with as_before():
-            self._request.listen(numbers=(signal.SIGINT, signal.SIGTERM), second_ends=False)
+        with restore_signals_and_argv():
+            self._request.listen(signals=(signal.SIGINT, signal.SIGTERM), second_interrupt_kills=False)
             while (waiting and not self._request.count) or self._running:
                 while waiting and self._free and not self._request.count:
                     self._start(waiting.pop(0))

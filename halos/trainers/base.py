@@ -115,7 +115,7 @@ class Trainer(Objective):
         run.step += 1
         run.examples += len(indices)
         run.tokens += int(self.train.rows.lengths[indices].sum())
-        run.stop_if(totals.pop("stop")[0] > 0)
+        run.stop_if_requested(totals.pop("stop")[0] > 0)
         if totals.pop("written", (0.0,))[0] == run.accelerator.num_processes:
             self.checkpointer.finish_save()
         if not moves:
@@ -147,7 +147,7 @@ class Trainer(Objective):
     def _reduce(self, meter: Meter, norm: Tensor) -> dict[str, tuple[float, float]]:
         """A step's totals over all processes, in one collective: with its metrics the norm, and what processes must agree on."""
         run, device, written = self.run, self.run.accelerator.device, self.checkpointer.written
-        flags = {"stop": bool(run.interrupted), **({"written": written} if written is not None else {})}
+        flags = {"stop": bool(run.stop_requested), **({"written": written} if written is not None else {})}
         meter.add({name: Mean.of(torch.tensor(float(flag), device=device)) for name, flag in flags.items()})
         meter.add({"grad_norm": Mean.of(norm.to(device))})
         totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"))
@@ -201,7 +201,7 @@ class Trainer(Objective):
         batches = eval_batches(len(self.held_out.rows), self.settings.batch_size)
         quiet = not run.main or not sys.stderr.isatty()
         for indices in tqdm(batches, desc="held out", unit="batch", leave=False, disable=quiet):
-            run.sync_stop()
+            run.sync_stop_request()
             if run.stopped_early:
                 break
             chunks = self._deal(self.held_out, indices)

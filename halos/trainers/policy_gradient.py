@@ -187,7 +187,7 @@ class PolicyGradientTrainer(Trainer):
         for start in tqdm(
             starts, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=None if run.main else True
         ):
-            run.sync_stop()
+            run.sync_stop_request()
             if run.stopped_early:
                 raise StopRequestedError
             some = list(mine[start : start + size])

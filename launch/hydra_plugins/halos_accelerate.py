@@ -13,7 +13,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
 from halos.distributed.children import CONFIGS, accelerate_config
-from halos.distributed.signals import AGAIN
+from halos.distributed.signals import STOPPED
 from halos.errors import JobsFailedError, UserError
 from halos.repository import TRAIN
 from halos.rundir import job_name
@@ -61,7 +61,7 @@ class AccelerateLauncher(Launcher):
         sys.stderr.write(f"{board.counts(outcomes)}\n")
         if work.stopped:
             sys.stderr.write("stopped: the same command goes on where these jobs are\n")
-            raise SystemExit(AGAIN)
+            raise SystemExit(STOPPED)
         return [self._returned(job, outcome.state) for job, outcome in zip(jobs, outcomes, strict=True)]
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:

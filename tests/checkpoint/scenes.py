@@ -165,7 +165,7 @@ def save_apart(trainer: Trainer) -> None:
     trainer.checkpointer.save(final=False)
     checkpointer.finish_save()
     checkpointer.end()  # one thread again: the points have an order
-    trainer.run.sync_stop()  # as after the next step: the processes meet again
+    trainer.run.sync_stop_request()  # as after the next step: the processes meet again
 
 
 def save_final(trainer: Trainer) -> None:

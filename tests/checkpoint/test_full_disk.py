@@ -160,7 +160,7 @@ def test_a_signal_whose_save_finds_no_room_is_no_clean_stop(
     step = Trainer.step
 
     def interrupted(self: Trainer, indices: Any) -> Any:
-        self.run.interrupted = "SIGTERM" if self.run.step == 2 else None
+        self.run.stop_requested = "SIGTERM" if self.run.step == 2 else None
         return step(self, indices)
 
     monkeypatch.setattr(Trainer, "step", interrupted)

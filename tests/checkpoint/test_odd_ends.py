@@ -157,7 +157,7 @@ def test_weights_of_a_last_step_that_no_attempt_has_looked_at_are_looked_at_befo
     whole = Trainer._backward
 
     def told(self: Trainer, *given: Any) -> Any:
-        self.run.interrupted = "SIGTERM"
+        self.run.stop_requested = "SIGTERM"
         return whole(self, *given)
 
     with monkeypatch.context() as patched:

@@ -19,7 +19,7 @@ import train
 from halos.checkpoint import find
 from halos.distributed import watchdog
 from halos.distributed.device import is_accelerate
-from halos.distributed.signals import ASKING
+from halos.distributed.signals import STOP_SIGNALS
 from halos.hooks.base import Run
 from halos.run import header as start_header
 from halos.run import lifecycle
@@ -220,7 +220,7 @@ def test_a_signal_at_the_start_counts_whatever_a_library_makes_of_it(
     library: Callable[[Callable[[], None]], None], configure: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    before = {number: signal.getsignal(number) for number in (*ASKING, watchdog.ORPHANED)}
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, watchdog.ORPHANED)}
     written = start_header.write
     monkeypatch.setattr(
         start_header, "write", lambda *given: (written(*given), library(lambda: signal.raise_signal(signal.SIGUSR1)))[0]
@@ -235,20 +235,20 @@ def test_a_signal_at_the_start_counts_whatever_a_library_makes_of_it(
 
 
 @pytest.mark.parametrize("loss", ["grpo", "ppo"])
-def test_a_signal_while_rollouts_are_read_is_heeded(
+def test_a_stop_request_while_rollouts_are_read_stops_the_run(
     loss: str, configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = [f"loss={loss}", "train.steps=2", "train.batch_size=6", "train.microbatch_size=2"]
-    heed, heeded = Run.sync_stop, []
+    sync, steps = Run.sync_stop_request, []
 
-    def told(self: Run) -> None:
-        heeded.append(self.step)
-        self.interrupted = "SIGTERM" if len(heeded) == 3 else None
-        heed(self)
+    def request_at_the_third(self: Run) -> None:
+        steps.append(self.step)
+        self.stop_requested = "SIGTERM" if len(steps) == 3 else None
+        sync(self)
 
-    monkeypatch.setattr(Run, "sync_stop", told)
+    monkeypatch.setattr(Run, "sync_stop_request", request_at_the_third)
     assert lifecycle.run(configure(*words), []) == 75
-    assert heeded == [0, 0, 0]
+    assert steps == [0, 0, 0]
     assert not list((tmp_path / "run").glob("rollouts/*")), "half of it is nothing"
-    monkeypatch.setattr(Run, "sync_stop", heed)
+    monkeypatch.setattr(Run, "sync_stop_request", sync)
     assert train.start([f"resume={tmp_path / 'run'}"]) == 0
