@@ -63,16 +63,16 @@ def compose(cache: Path, output_root: Path, *overrides: str) -> Config:
 @pytest.fixture
 def saved_twice(tmp_path: Path) -> RunDir:
     """A run that has committed the checkpoints of steps 2 and 4, in which there is next to nothing."""
-    from halos.checkpoint import find, manifest
+    from halos.checkpoint import manifest, select
     from halos.rundir import RunDir
 
     directory = RunDir(tmp_path / "saved")
     for step in (2, 4):
-        path = directory.checkpoints / find.name_of(step)
+        path = directory.checkpoints / select.name_of(step)
         path.mkdir(parents=True)
         (path / "weights").write_text(str(step))
         (path / manifest.NAME).write_text(manifest.describe(path, {"step": step}))
-        find.record(directory, path)
+        select.record_commit(directory, path)
     return directory
 
 

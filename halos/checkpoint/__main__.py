@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from halos import confined
-from halos.checkpoint import find, manifest
+from halos.checkpoint import manifest, select
 from halos.errors import UserError, command, one_line
 from halos.rundir import ASIDE, RunDir, is_run
 
@@ -14,7 +14,7 @@ KEPT = ("rollouts/*", f"checkpoints/{ASIDE}*/*")
 
 
 def _size(path: Path) -> str:
-    return manifest.in_words(sum(file.stat().st_size for file in manifest.files_of(path)))
+    return manifest.human_size(sum(file.stat().st_size for file in manifest.files_of(path)))
 
 
 def _saved(run: Path) -> list[Path]:
@@ -23,8 +23,8 @@ def _saved(run: Path) -> list[Path]:
         return [run]
     if run.is_dir():
         confined.inspect(run, home=run)
-    found = find.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
-    found = found or find.checkpoints(run)  # RUN/checkpoints itself
+    found = select.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
+    found = found or select.checkpoints(run)  # RUN/checkpoints itself
     if not run.is_dir():
         raise UserError(
             f"{run} is a file: give a run's directory, or a checkpoint's"
@@ -48,7 +48,7 @@ def _condition(path: Path) -> str:
 def ls(run: Path) -> int:
     """Steps, sizes, held-out metrics, and whether each is whole (BAD: damaged; NEWER: saved by a later version)."""
     for path in _saved(run):
-        metrics = find.metrics_of(path).get("eval", {})
+        metrics = select.metrics_of(path).get("eval", {})
         shown = "  ".join(f"{one_line(k)} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
         print(f"{one_line(path.name):14s} {_size(path):>10s}  {_condition(path):5s}  {shown}")
     return 0

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate.utils import gather_object
 from peft import PeftModel
 
-from halos.checkpoint import commit, final, find, origin, state, weights
+from halos.checkpoint import commit, final, provenance, select, state, weights
 from halos.checkpoint.commit import DiskFullError, Gather, staged
 from halos.checkpoint.pruner import Pruner
 from halos.checkpoint.saving import Copier, Saving
@@ -46,7 +46,7 @@ class Checkpointer:
     def start(self) -> None:
         """Before the first step. Raises UserError where an adapter met another base than its own."""
         if self.run.main:
-            self._origin = origin.begin(self.run)
+            self._origin = provenance.begin(self.run)
             self._pruner.start()
 
     def due(self) -> bool:
@@ -70,7 +70,7 @@ class Checkpointer:
         run, began = self.run, time.perf_counter()
         beside = self.policy.async_save and not final
         gather = self._gather(beside=beside)
-        target = run.directory.final if final else run.directory.checkpoints / find.name_of(run.step)
+        target = run.directory.final if final else run.directory.checkpoints / select.name_of(run.step)
         facts = {"step": run.step, "world_size": run.accelerator.num_processes, arithmetic.KEY: arithmetic.NUMBER}
         self._saving = Saving(target, run.step, final=final)
         parts = [self._final if final else self._checkpoint]
@@ -95,7 +95,7 @@ class Checkpointer:
             self._disk_full(error, step=saving.step, final=saving.final)
         else:
             if run.main and not saving.final:
-                find.record(run.directory, saving.target)
+                select.record_commit(run.directory, saving.target)
                 self._pruner.saved(saving.step)
             run.call_hooks(lambda hook: hook.on_saved(run, saving.target, final=saving.final))
             self.saved = self.saved if saving.final else saving.step
@@ -118,14 +118,14 @@ class Checkpointer:
 
     def _checkpoint(self, path: Path) -> Write:
         """What the steps change is gathered, or copied, now; what writes it is given back."""
-        run, held, metrics = self.run, commit.Held(), self._metrics()
+        run, deferred, metrics = self.run, commit.DeferredError(), self._metrics()
         self._pruner.wait()
-        with held:
+        with deferred:
             if run.main:
                 (path / "state").mkdir()
         run.accelerator.wait_for_everyone()
         write, then = self._snapshot(path), copy(run)
-        held.release()
+        deferred.release()
 
         def rest() -> None:
             write()
@@ -151,20 +151,20 @@ class Checkpointer:
         drawn, progress = state.random_state(), json.dumps(state.progress_of(run), indent=1)
 
         def write() -> None:
-            held, directory = commit.Held(), path / "state"
-            with held:
+            deferred, directory = commit.DeferredError(), path / "state"
+            with deferred:
                 state.save_optimizer(directory, moving.get("optimizer", optimizer), run.writers)
-            with held:
+            with deferred:
                 if sharded:
                     weights.save_shards(path, run.model, moving.get("weights", values), run.writers, main=run.main)
-            with held:
+            with deferred:
                 state.save_random(directory, drawn, rank)
                 if run.main and not sharded:
                     weights.save_weights(path, run.model, moving.get("weights", values), run.vocabulary)
                 if run.main:
                     run.tokenizer.save_pretrained(path / "tokenizer")
                     (directory / "progress.json").write_text(progress)
-            held.release()
+            deferred.release()
 
         return write
 
@@ -180,7 +180,7 @@ class Checkpointer:
     def _leave(self, run: Run, path: Path, metrics: dict[str, Any], *, final: bool) -> None:
         if run.main:
             (path / "metrics.json").write_text(json.dumps(finite(metrics), indent=1))
-            origin.leave(self._origin or origin.begin(run), run, path, final=final)
+            provenance.write(self._origin or provenance.begin(run), run, path, final=final)
 
     # --- how it is written -----------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class Checkpointer:
     def _disk_full(self, error: DiskFullError, *, step: int, final: bool) -> None:
         """A save has no room, on every process alike: go on, or stop, as `on_full_disk` says; what comes last must be saved."""
         run = self.run
-        newest = max((find.step_of(path) for path in find.checkpoints(run.directory.checkpoints)), default=None)
+        newest = max((select.step_of(path) for path in select.checkpoints(run.directory.checkpoints)), default=None)
         standing = "there is no earlier checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
         what = "FINAL" if final else f"the checkpoint of step {step}"
         message = f"THE DISK IS FULL: {what} was not saved, and {standing} ({error})"

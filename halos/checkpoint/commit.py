@@ -1,4 +1,4 @@
-"""How a directory comes into being at once and complete: hidden, synced, listed in a manifest, renamed by one process."""
+"""Atomic publication of a directory: written under a hidden name, listed in a manifest, synced, then renamed by one rank."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from halos.checkpoint import manifest
 
 HIDDEN = ".partial-"
 REPLACED = ".replaced-"
-# .NAME.PID: a small file of ours on its way to NAME; whatever else is hidden may be somebody's
+# .NAME.PID: a temporary file of ours that is renamed to NAME; other hidden files may belong to somebody else
 TEMPORARY = re.compile(r"\.[\w.-]+\.(?:json|jsonl|yaml|md|html|reserve)\.\d+")
 # safetensors and torch.distributed.checkpoint wrap the system's error and keep its words
 FULL = re.compile(rf"(?:\[Errno|os error) (?:{errno.ENOSPC}|{errno.EDQUOT})\b")
@@ -25,17 +25,17 @@ Gather = Callable[[list[Any]], list[Any]]
 
 
 class SaveError(Exception):
-    """A save that failed in another process. Nothing of it is visible."""
+    """A save that failed on another rank. Nothing of it is visible."""
 
 
 class DiskFullError(Exception):
-    """A save that found no room, in this process or another. Nothing of it is left."""
+    """A save that found the disk full, on this rank or another. Nothing of it is left."""
 
 
-class Held:
-    """Keeps the first error of its blocks, so that this process still joins the collectives that the others wait in.
+class DeferredError:
+    """Keeps the first error of its `with` blocks, so that this rank still joins the collectives that the others wait in.
 
-    Inside a block collectives come before whatever can fail in one process alone, as writing does.
+    Inside a block, collectives come before whatever can fail on one rank alone, such as writing.
     """
 
     def __init__(self) -> None:
@@ -47,11 +47,11 @@ class Held:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> bool:
         if error is None or isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit)):
             return False
-        self.error = self.error or error  # torch.distributed.checkpoint's own is no Exception
+        self.error = self.error or error  # torch.distributed.checkpoint's own error is no Exception
         return True
 
     def release(self) -> None:
-        """Raise what was kept."""
+        """Raise the error that was kept, if any."""
         if self.error is not None:
             raise self.error
 
@@ -65,61 +65,61 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def alone(own: list[Any]) -> list[Any]:
-    """What `gather` is where there is one process."""
+def gather_alone(own: list[Any]) -> list[Any]:
+    """The `gather` of a single process."""
     return own
 
 
 @contextmanager
-def staged(final: Path, *, main: bool, facts: dict[str, Any], gather: Gather = alone) -> Iterator[Path]:
-    """Give a hidden directory to write into; when every process is done, it becomes `final`, never before.
+def staged(final: Path, *, main: bool, facts: dict[str, Any], gather: Gather = gather_alone) -> Iterator[Path]:
+    """Yield a hidden directory to write into; it becomes `final` once every rank is done, never before.
 
-    Every process enters, and `gather` gives each the lists of all. One of them, `main`, makes, lists, syncs and renames the
-    directory. One that stands at `final` is replaced by the rename, not written into. When a process fails, all learn of it
-    instead of waiting, nothing becomes visible or is left behind, and every process raises: DiskFullError where that is all
-    that was wrong, else its own error, or SaveError for another's.
+    Every rank enters; `gather` gives each rank the lists of all. Rank 0 (`main`) creates the directory, writes its manifest,
+    syncs and renames it. A directory that exists at `final` is replaced by the rename, not written into. When a rank fails, the
+    others learn of it instead of waiting, nothing becomes visible or is left behind, and every rank raises: DiskFullError where
+    a full disk was the only failure, else its own error, or SaveError for another rank's.
     """
-    hidden, held = final.with_name(HIDDEN + final.name), Held()
-    with held:
+    hidden, deferred = final.with_name(HIDDEN + final.name), DeferredError()
+    with deferred:
         if main:
             confined.remove(hidden)
             hidden.mkdir(parents=True)
-    _settle(held, hidden, main, gather)
-    with held:
+    _raise_together(deferred, hidden, main, gather)
+    with deferred:
         yield hidden
-    _settle(held, hidden, main, gather)
-    with held:
+    _raise_together(deferred, hidden, main, gather)
+    with deferred:
         if main:
             _open_to_readers(hidden)
-        for path in manifest.files_of(hidden):  # every process: what it wrote may wait in the memory of its own host
+        for path in manifest.files_of(hidden):  # on every rank: what it wrote may still be in the memory of its own host
             sync(path)
-    _settle(held, hidden, main, gather)
-    with held:
+    _raise_together(deferred, hidden, main, gather)
+    with deferred:
         if main:
             _publish(hidden, final, facts)
-    _settle(held, hidden, main, gather)
+    _raise_together(deferred, hidden, main, gather)
 
 
 def _open_to_readers(hidden: Path) -> None:
-    """Who may read the directory may read its files; safetensors writes them for their owner alone."""
+    """Let whoever may read the directory read its files; safetensors writes them readable by their owner only."""
     mode = hidden.stat().st_mode & 0o666
     for path in manifest.files_of(hidden):
         path.chmod(mode)
 
 
-def _settle(held: Held, hidden: Path, main: bool, gather: Gather) -> None:
-    """A barrier, after which every process goes on or every process raises."""
-    error = held.error
-    words = "".join(traceback.format_exception(error)) if error else ""
-    problems = [problem for problem in gather([(str(error), bool(FULL.search(words))) if error else None]) if problem]
+def _raise_together(deferred: DeferredError, hidden: Path, main: bool, gather: Gather) -> None:
+    """A barrier after which either every rank continues or every rank raises."""
+    error = deferred.error
+    trace = "".join(traceback.format_exception(error)) if error else ""
+    problems = [problem for problem in gather([(str(error), bool(FULL.search(trace))) if error else None]) if problem]
     if not problems:
         return
     if main:
         shutil.rmtree(hidden, ignore_errors=True)
     if all(full for _, full in problems):
         raise DiskFullError(f"no space is left for {hidden}") from error
-    held.release()
-    raise SaveError(f"another process could not save: {next(text for text, full in problems if not full)}")
+    deferred.release()
+    raise SaveError(f"another rank could not save: {next(text for text, full in problems if not full)}")
 
 
 def _publish(hidden: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -140,22 +140,22 @@ def _publish(hidden: Path, final: Path, facts: dict[str, Any]) -> None:
             replaced.rename(final)
         raise
     sync(final.parent)
-    for above in list(final.parents)[1:4]:  # checkpoints/, the run's directory and a sweep's: this save may be their first
+    for above in list(final.parents)[1:4]:  # checkpoints/, the run's directory and a sweep's: this save may have created them
         with suppress(PermissionError):
             sync(above)
     with suppress(OSError):
         confined.remove(replaced)
 
 
-def sweep(directory: Path) -> list[str]:
-    """Remove what saves that died have left in `directory`; a checkpoint that was moved aside for one comes back."""
+def remove_leftovers(directory: Path) -> list[str]:
+    """Remove what interrupted saves left in `directory`, and put back the checkpoints that they moved aside. Return the names."""
     if not directory.is_dir():
         return []
     for path in sorted(directory.glob(REPLACED + "*")):
         final = path.with_name(path.name.removeprefix(REPLACED))
         if not final.exists():
             path.rename(final)
-    sync(directory)  # what took the place of the removed must be there to stay
+    sync(directory)  # replacements must be durable before what they replaced is removed
     removed = []
     for path in sorted([*directory.iterdir(), *directory.glob("attempts/*")]):
         if path.name.startswith((HIDDEN, REPLACED)):
@@ -168,17 +168,17 @@ def sweep(directory: Path) -> list[str]:
 
 
 def discard(directories: Sequence[Path]) -> Callable[[], None]:
-    """Take checkpoints away so that no reader meets half of one, not even after a power cut: hidden now, removed by the call
-    that is given back."""
+    """Hide checkpoints at once, so that no reader meets half of one, not even after a power cut. The function that is returned
+    deletes them."""
     hidden = [path.with_name(HIDDEN + "old-" + path.name) for path in directories]
-    for path, place in zip(directories, hidden, strict=True):
-        confined.remove(place)
-        path.rename(place)
+    for path, new in zip(directories, hidden, strict=True):
+        confined.remove(new)
+        path.rename(new)
     for parent in {path.parent for path in directories}:
         sync(parent)
 
     def remove() -> None:
-        for place in hidden:
-            confined.remove(place)
+        for path in hidden:
+            confined.remove(path)
 
     return remove

@@ -141,7 +141,7 @@ def _is_stray(name: str) -> bool:
     return name.startswith(".") or "/." in name or bool(STRAY.fullmatch(name.rpartition("/")[2]))
 
 
-def in_words(size: float) -> str:
+def human_size(size: float) -> str:
     """A number of bytes, for people."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from halos.checkpoint import find, manifest, space
+from halos.checkpoint import manifest, select, space
 from halos.checkpoint.final import merged_dtype
 from halos.errors import UserError
 from halos.hooks.base import Blueprint
@@ -37,8 +37,8 @@ def too_little_space(policy: CheckpointHook, blueprint: Blueprint) -> str | None
     steps = [step for step in range(1, blueprint.total_steps + 1) if policy.due_at(step)] or [blueprint.total_steps]
     most = policy.retention(largest=config.objective.mode == "max").most(steps)
     free = shutil.disk_usage(existing(directory)).free
-    there = sum(not manifest.verify(path, contents=False) for path in find.checkpoints(directory))
-    sizes = [manifest.in_words(size) for size in (one, final, free)]
+    there = sum(not manifest.verify(path, contents=False) for path in select.checkpoints(directory))
+    sizes = [manifest.human_size(size) for size in (one, final, free)]
     said = f"at most {most} checkpoint{'s' * (most != 1)} of about {sizes[0]}, FINAL of about {sizes[1]}; {sizes[2]} free"
     blueprint.lines.append(("disk", said))
     return space.too_little(directory, free=free, one=one, most=most, there=there, final=final)

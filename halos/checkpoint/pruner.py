@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread
 
-from halos.checkpoint import commit, find, good, manifest
+from halos.checkpoint import commit, known_good, manifest, select
 from halos.hooks.base import Run
 from halos.hooks.checkpoint import CheckpointHook
 from halos.rundir import FULL
@@ -26,8 +26,8 @@ class Pruner:
     def start(self) -> None:
         """On the first process, before the first step."""
         self._whole = set(self._verified())
-        self._good_until = min(good.read(self.run.directory).until, self.run.step)
-        self._note(good.Good(self._good_until))
+        self._good_until = min(known_good.read(self.run.directory).until, self.run.step)
+        self._note(known_good.KnownGood(self._good_until))
 
     def saved(self, step: int) -> None:
         """On the first process: a checkpoint has become durable."""
@@ -41,7 +41,7 @@ class Pruner:
         known = [step for step in self._whole if self._good_until < step <= self.run.finite_at]
         if not self.run.main or not known:
             return False
-        if not self._note(good.Good(max(known))):
+        if not self._note(known_good.KnownGood(max(known))):
             return False  # and what was kept stays
         self._good_until = max(known)
         self._prune()
@@ -57,12 +57,12 @@ class Pruner:
         self.wait()
         run = self.run
         if run.main and run.stop is not None and run.stop.failed:
-            self._note(good.Good(self._good_until, doubted_at=run.step))
+            self._note(known_good.KnownGood(self._good_until, doubted_at=run.step))
 
-    def _note(self, known: good.Good) -> bool:
+    def _note(self, known: known_good.KnownGood) -> bool:
         """Whether it stands on the disk. One that is full costs the note, until a later step finds room."""
         try:
-            good.write(self.run.directory, known)
+            known_good.write(self.run.directory, known)
         except OSError as error:
             if error.errno not in FULL:
                 raise
@@ -76,10 +76,10 @@ class Pruner:
     def _prune(self) -> None:
         self.wait()
         run, objective = self.run, self.run.config.objective
-        paths = {find.step_of(path): path for path in find.checkpoints(run.directory.checkpoints)}
+        paths = {select.step_of(path): path for path in select.checkpoints(run.directory.checkpoints)}
         # one that was damaged or taken away since it was verified must not stand for one that is there
         whole = [step for step in self._whole & paths.keys() if not manifest.verify(paths[step], contents=False)]
-        scores = {step: find.score_of(paths[step], objective.metric) for step in whole}
+        scores = {step: select.score_of(paths[step], objective.metric) for step in whole}
         retention = self.policy.retention(largest=objective.mode == "max")
         with _best_effort():
             remove = commit.discard([paths[step] for step in retention.expendable(scores, self._good_until)])
@@ -91,8 +91,8 @@ class Pruner:
 
     def _verified(self) -> Iterator[int]:
         """Steps of the checkpoints that are whole, each read once; the one that the run goes on from was, just before."""
-        for path in find.checkpoints(self.run.directory.checkpoints):
-            step = find.step_of(path)
+        for path in select.checkpoints(self.run.directory.checkpoints):
+            step = select.step_of(path)
             faults = [] if step == self.run.step else manifest.verify(path)
             if faults:
                 log.warning("%s is not whole (%s): it is left as it is, and counts as none of those kept", path, faults[0])

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined, seals
-from halos.checkpoint import find, lineage, manifest
+from halos.checkpoint import lineage, manifest, select
 from halos.config import changes, earlier, saved
 from halos.config.changes import Change
 from halos.config.schema import Scope, keys_of
@@ -34,7 +34,7 @@ def changed(run: RunDir) -> list[Change]:
 
 def _newest(run: RunDir) -> tuple[Path, Mapping[str, Any]] | None:
     """The newest save whose lineage is under an unbroken seal, and the last run in that."""
-    for path in [*reversed(find.checkpoints(run.checkpoints)), run.final]:
+    for path in [*reversed(select.checkpoints(run.checkpoints)), run.final]:
         is_whole = path.is_dir() and not manifest.verify(path, only=("lineage.json",))
         if is_whole and not _is_handed_on(path) and (chain := _read(path)) is not None:
             return path, chain["runs"][-1]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from halos.checkpoint.commit import Gather, Held
+from halos.checkpoint.commit import DeferredError, Gather
 from halos.distributed.device import uses_gpu
 
 Write = Callable[[], None]
@@ -24,7 +24,7 @@ class Saving:
 
     def __init__(self, target: Path, step: int, *, final: bool) -> None:
         self.target, self.step, self.final = target, step, final
-        self._stack, self._held = ExitStack(), Held()
+        self._stack, self._deferred = ExitStack(), DeferredError()
         self._rest: list[Write] = []
         self._error: BaseException | None = None
         self._thread: Thread | None = None
@@ -39,10 +39,10 @@ class Saving:
             self._error = error
             return
         for part in parts:
-            with self._held:
+            with self._deferred:
                 if rest := part(path):
                     self._rest.append(rest)
-        if any(gather([self._held.error is not None])):
+        if any(gather([self._deferred.error is not None])):
             self._rest.clear()  # what is left joins processes that may not come
 
     def finish(self, *, apart: bool) -> None:
@@ -73,9 +73,9 @@ class Saving:
         try:
             with self._stack:
                 for rest in self._rest:
-                    with self._held:
+                    with self._deferred:
                         rest()
-                self._held.release()
+                self._deferred.release()
         except BaseException as error:
             self._error = error
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
-from halos.checkpoint.manifest import in_words
+from halos.checkpoint.manifest import human_size
 from halos.distributed.parameters import num_elements
 
 TOKEN = 150  # bytes of tokenizer.json for each token: 70 for SmolLM2's, 140 for Llama 3's
@@ -36,7 +36,7 @@ def too_little(directory: Path, *, free: int, one: int, most: int, there: int, f
     if needed <= free:
         return None
     return (
-        f"{directory} has {in_words(free)} free, and this run needs about {in_words(needed)}: {most} checkpoints of"
-        f" {in_words(one)} at once, one of them being written and {there} there already, and {in_words(final)} for FINAL."
+        f"{directory} has {human_size(free)} free, and this run needs about {human_size(needed)}: {most} checkpoints of"
+        f" {human_size(one)} at once, one of them being written and {there} there already, and {human_size(final)} for FINAL."
         " Free some, set a lower checkpoint.keep_last or keep_best, or choose another output_root"
     )

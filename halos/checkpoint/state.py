@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halos import confined
-from halos.checkpoint import find, sharded
+from halos.checkpoint import select, sharded
 from halos.distributed.device import uses_gpu
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError, doing
@@ -126,7 +126,7 @@ def progress_of(run: Run) -> dict[str, Any]:
 def restore(run: Run, checkpoint: Path) -> None:
     """Optimizer, random numbers, position and hooks as they were saved; weights were loaded with the model."""
     directory = checkpoint / "state"
-    progress = load_progress(directory, find.step_of(checkpoint))
+    progress = load_progress(directory, select.step_of(checkpoint))
     with doing(f"{directory} cannot be put back", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
         load_optimizer(directory, run.strategy, run.module, run.optimizer)
         load_random(directory, run.accelerator.process_index)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.checkpoint import sharded
-from halos.checkpoint.find import SHARDED
+from halos.checkpoint.select import SHARDED
 from halos.distributed.parameters import shape_of
 from halos.errors import UserError, doing
 from halos.logps.model import bare

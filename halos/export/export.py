@@ -18,7 +18,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from halos import confined
-from halos.checkpoint import card, find, lineage, manifest, received
+from halos.checkpoint import card, integrity, lineage, manifest, select
 from halos.checkpoint.commit import HIDDEN, staged
 from halos.checkpoint.weights import HEAD_FILE, SHARDED, VALUE_HEAD
 from halos.confined import NO_CODE
@@ -54,14 +54,14 @@ class Saved:
         confined.refuse_links(path / "FINAL", path)
         path = path / "FINAL" if (path / "FINAL").is_dir() else path
         if is_run(path):
-            newest = next(reversed(find.checkpoints(path / "checkpoints")), None)
+            newest = next(reversed(select.checkpoints(path / "checkpoints")), None)
             instead = f"name a checkpoint, such as {newest}" if newest else "and it has saved no checkpoint"
             raise UserError(f"{path} has no FINAL yet: {instead}")
         confined.inspect(path, home=confined.root_of(path))  # what is exported may go to the hub
         faults = manifest.verify(path) if (path / manifest.NAME).exists() else []
         if faults:
             raise UserError(f"{path} is not whole: {'; '.join(str(fault) for fault in faults[:3])}")
-        received.check(path, "export")
+        integrity.check(path, "export")
         adapter = next((place for place in (path / "adapter", path) if (place / "adapter_config.json").is_file()), None)
         model = next((place for place in (path / "model", path) if (place / "config.json").is_file()), None)
         if adapter is not None and adapter == model:
@@ -272,6 +272,6 @@ def _describe(saved: Saved, place: Path, title: str, *, adapter: bool, reward: b
         if chain is not None:
             facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key not in ("model", "record")}
             chain = lineage.write(place, lineage.public(chain), {"adapter" if adapter else "model": place}, **facts)
-        if metrics := find.metrics_of(saved.path):
+        if metrics := select.metrics_of(saved.path):
             (place / "metrics.json").write_text(json.dumps(metrics, indent=1))
         card.write(place, chain, adapter=adapter, reward=reward, title=title)

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos.checkpoint.find import checkpoints
+from halos.checkpoint.select import checkpoints
 from halos.config.bind import LossSpec
 from halos.config.changes import at
 from halos.config.schema import Config, Online, path_keys

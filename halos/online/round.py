@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined, seals
-from halos.checkpoint import lineage, received
+from halos.checkpoint import integrity, lineage
 from halos.config import saved
 from halos.confined import UnreadableError, write_whole
 from halos.data.sources import content_hash
@@ -150,7 +150,7 @@ class Round:
     def _train(self) -> None:
         run, plan = RunDir(self.directory / "train"), self.plan
         if is_run(run.path) and run.is_finished() and run.final.is_dir():
-            received.check_final(run, plan.cache)
+            integrity.check_final(run, plan.cache)
             rows = self.directory / "feedback.jsonl"
             if not _trained_on(run, rows):
                 raise UserError(f"{run.path} was trained on other rows than those of {rows}: {self._again}")

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from halos import confined
-from halos.checkpoint import received
-from halos.checkpoint.commit import staged, sweep
+from halos.checkpoint import integrity
+from halos.checkpoint.commit import remove_leftovers, staged
 from halos.config import saved
 from halos.config.bind import bind_hook, bind_loss
 from halos.config.changes import Change
@@ -134,7 +134,7 @@ def _is_over(plan: Plan) -> bool:
     result = plan.directory.read_result() or {}
     done = plan.directory.is_finished() and plan.directory.final.is_dir() and result.get("step") == plan.online.rounds
     if done:
-        received.check_final(plan.directory, plan.cache)
+        integrity.check_final(plan.directory, plan.cache)
     return done
 
 
@@ -199,7 +199,7 @@ class OnlineRun:
             directory.write_config(saved.dump(self.config))
         write_whole(directory.path / OVERRIDES, json.dumps({"words": self.plan.overrides}, indent=1) + "\n")
         write_to(directory.log_of(0))
-        sweep(directory.path)
+        remove_leftovers(directory.path)
         directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
         self.hooks = trackers_of(self.config)
         for name, kept in self._remembered_before().items():
@@ -261,7 +261,7 @@ class OnlineRun:
                 shutil.rmtree(place, ignore_errors=True)  # of a walk that was shorter
             exam = Round(plan, plan.online.rounds, place)
             self._record(exam, exam.examine())
-        received.check(Path(last), "the last policy", plan.cache)  # what is copied is listed anew
+        integrity.check(Path(last), "the last policy", plan.cache)  # what is copied is listed anew
         with staged(self.directory.final, main=True, facts={"rounds": plan.online.rounds}) as hidden:
             shutil.copytree(last, hidden, dirs_exist_ok=True, copy_function=_link, ignore=shutil.ignore_patterns("manifest.json"))
 

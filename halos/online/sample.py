@@ -158,7 +158,7 @@ class Policy:
             self._locate()
 
     def _locate(self) -> None:
-        from halos.checkpoint import received
+        from halos.checkpoint import integrity
         from halos.data.template import chat_template
         from halos.data.tokenize import vocabulary_of
         from halos.models.load import load_tokenizer
@@ -172,7 +172,7 @@ class Policy:
         ranks.wait()
         self.directory = locate(args.model, args.revision, cache)
         if ranks.main:
-            received.check_all([("MODEL", self.directory), ("--reference", args.reference)], cache)
+            integrity.check_all([("MODEL", self.directory), ("--reference", args.reference)], cache)
         self.tokenizer, _ = load_tokenizer(self.directory, add_tokens=[])
         self.tokenizer.chat_template = chat_template(self.tokenizer, args.chat_template)
         self.origin = Origin(str(args.model), vocabulary_of(self.tokenizer))

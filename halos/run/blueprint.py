@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from halos.checkpoint import preflight, received
+from halos.checkpoint import integrity, preflight
 from halos.config import saved
 from halos.config.arithmetic import Computed
 from halos.config.bind import LossSpec, bind_hook, bind_loss
@@ -168,7 +168,7 @@ def refuse_damaged(config: Config, base: Path, made: Accelerator) -> None:
              ("optim.init_from", Path(optimizer) / "state" if optimizer is not None else None)]  # fmt: skip
     try:
         if made.is_main_process:
-            received.check_all(given, Path(config.cache_dir).expanduser())
+            integrity.check_all(given, Path(config.cache_dir).expanduser())
     except UserError as error:
         problem = str(error)
     agree(made, "start", "", problem)

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from halos import confined
-from halos.checkpoint import find, lineage, manifest, state
+from halos.checkpoint import lineage, manifest, select, state
 from halos.config import arithmetic, changes, saved
 from halos.config.arithmetic import Computed
 from halos.config.changes import Change
@@ -130,16 +130,16 @@ def _computed_with(directory: RunDir, before: Content | None) -> int:
     """The number of the arithmetic of a run, by its newest start, else by its newest save."""
     if before is not None and arithmetic.KEY in before.hashes:
         return arithmetic.number_in(before.hashes)
-    saves = (manifest.read(path) for path in reversed(find.checkpoints(directory.checkpoints)))
+    saves = (manifest.read(path) for path in reversed(select.checkpoints(directory.checkpoints)))
     return next((arithmetic.number_in(listing) for listing in saves if isinstance(listing, dict)), 0)
 
 
 def _other_rows(directory: RunDir, tokens_until: Callable[[int], int | None]) -> list[Change]:
     """Of a run that has no hash of its rows on record: whether as many tokens were read as the same files give now."""
-    every = reversed(find.checkpoints(directory.checkpoints))
+    every = reversed(select.checkpoints(directory.checkpoints))
     if not (saves := [path for path in every if not manifest.verify(path, only=("state/progress",))]):
         return []
-    step = find.step_of(saves[0])
+    step = select.step_of(saves[0])
     known, now = state.load_progress(saves[0] / "state", step)["tokens"], tokens_until(step)
     why = "the tokenizer, the template, this version or a library makes other rows of its files"
     return [] if now in (None, known) else [Change(f"data.train (tokens until step {step})", known, now, why)]
@@ -161,7 +161,7 @@ def recorded(directory: RunDir) -> Content | None:
     """What its newest start recorded; of a run that is older than such records what is sealed in its newest checkpoint."""
     if (known := saved.content(directory.read_attempts(), str(directory.path))) is not None:
         return known
-    for path in reversed(find.checkpoints(directory.checkpoints)):
+    for path in reversed(select.checkpoints(directory.checkpoints)):
         chain = lineage.read(path) if not manifest.verify(path, contents=False) else None
         if chain is not None:
             return Content.of_lineage(chain["runs"][-1])

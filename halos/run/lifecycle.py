@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from halos.checkpoint import received
+from halos.checkpoint import integrity
 from halos.config import saved
 from halos.config.bind_optim import bind_schedule
 from halos.config.changes import Change
@@ -103,7 +103,7 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
     further = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
     if not directory.is_finished() or not directory.final.is_dir() or further or directory.asked_checkpoint(config.resume):
         return False
-    received.check_final(directory, Path(config.cache_dir).expanduser())
+    integrity.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     schedule = bind_schedule(config.schedule, config.plugins)
     if not schedule.is_spread(int((directory.read_result() or {}).get("step") or 0)):

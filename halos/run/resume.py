@@ -9,7 +9,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 
 from halos import confined
-from halos.checkpoint import find, good
+from halos.checkpoint import known_good, select
 from halos.checkpoint.commit import HIDDEN
 from halos.config import paths, saved
 from halos.config.changes import Change
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 SHARED = "all hosts write into it, so output_root (or run_dir) must lie on a file system that they share"
 
 
-def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock: RunLock | None) -> find.Found:
+def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock: RunLock | None) -> select.Selection:
     """Make the run's directory, or find what it goes on from: one process decides, so that all agree."""
-    box: list[Any] = [find.Found(None, [])]
+    box: list[Any] = [select.Selection(None, [])]
     taken_over = None
     if made.is_main_process and lock:
         directory.path.mkdir(parents=True, exist_ok=True)
         taken_over = lock.acquire(directory.next_attempt(), wait=bool(config.resume))
     if made.is_main_process and config.resume:
         _refuse_unwritable(directory)
-        box = [find.go_on(directory, directory.asked_checkpoint(config.resume))]
+        box = [select.select_checkpoint(directory, directory.asked_checkpoint(config.resume))]
         _refuse_behind(config, directory, box[0].path, total)
         _refuse_no_start(config, box[0].path)
     elif made.is_main_process:
@@ -58,7 +58,7 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
 def look(config: Config, directory: RunDir, total: int) -> None:
     """Say what a resumed run would go on from. Raises UserError as `begin` does, and touches nothing."""
     _refuse_unwritable(directory)
-    source = find.look(directory, directory.asked_checkpoint(config.resume))
+    source = select.preview_selection(directory, directory.asked_checkpoint(config.resume))
     _refuse_behind(config, directory, source.path, total)
     _refuse_no_start(config, source.path)
     for line in source.passed_over:
@@ -93,7 +93,7 @@ def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total
             f"{directory.path} is finished and has kept no checkpoint to train on from (checkpoint.every=null?): begin a new run"
             f" with {to_type('model.name_or_path', directory.final)}"
         )
-    step = max(find.step_of(source) if source else 0, int(result.get("step") or 0) if done else 0)
+    step = max(select.step_of(source) if source else 0, int(result.get("step") or 0) if done else 0)
     if step > total:
         raise UserError(
             f"{directory.path} is at step {step}, and is to end at {total}: give more train.steps, or name an earlier checkpoint,"
@@ -102,7 +102,7 @@ def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total
 
 
 def record(
-    current: Run, typed: list[str], source: find.Found, changed: Sequence[Change], content_changed: Sequence[Change]
+    current: Run, typed: list[str], source: select.Selection, changed: Sequence[Change], content_changed: Sequence[Change]
 ) -> None:
     """attempts/NNN.yaml of this start, and what a run that goes on leaves behind. What changed are keys, or what they name."""
     directory, resume = current.directory, current.config.resume
@@ -112,7 +112,7 @@ def record(
     if resume:
         log.info("going on from %s%s", went_on, _not_known_to_be_good(directory, current.step))
         _tell_changes([*changed, *content_changed], current.step)
-        find.record(directory, source.path)  # before what was saved behind it is out of sight
+        select.record_commit(directory, source.path)  # before what was saved behind it is out of sight
         place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
         if moved:
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
@@ -130,7 +130,7 @@ def record(
 
 def _not_known_to_be_good(directory: RunDir, step: int) -> str:
     """The checkpoints up to the one of `step` that no later step has been finite with so far."""
-    names = [find.name_of(number) for number in good.unknown(directory) if number <= step]
+    names = [select.name_of(number) for number in known_good.not_known_good(directory) if number <= step]
     return f" ({', '.join(names)}: not known to be good, as no step has come after it yet)" if names else ""
 
 

@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from halos.checkpoint import good
+from halos.checkpoint import known_good
 from halos.data.dataset import Dataset, Item
 from halos.distributed.parameters import own_part
 from halos.errors import UserError
@@ -159,7 +159,7 @@ class Guard:
         keys += ["train.precision=float32"] if run.accelerator.mixed_precision != "no" else []
         keys += [f"a larger loss.epsilon (now {config.loss['epsilon']})"] if "epsilon" in config.loss else []
         rows = f"Look at the rows in {run.directory.bad_rows}; where they are right, " if run.skipped_steps else "Perhaps "
-        until = good.read(run.directory).until
+        until = known_good.read(run.directory).until
         origin = (
             f"the checkpoint of step {until}, the last good one" if until >= 0 else "step 0: no checkpoint is known to be good"
         )

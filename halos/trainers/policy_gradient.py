@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
-from halos.checkpoint import find, lineage, manifest
+from halos.checkpoint import lineage, manifest, select
 from halos.checkpoint.commit import staged
 from halos.data.collate import PackRow, pack
 from halos.data.dataset import Dataset, Item
@@ -163,7 +163,7 @@ class PolicyGradientTrainer(Trainer):
 
     def _stood_on(self, name: str) -> bool:
         """Whether the run had these rows when the checkpoint was saved that it goes on from."""
-        chain = lineage.read(self.run.directory.checkpoints / find.name_of(self.run.step))
+        chain = lineage.read(self.run.directory.checkpoints / select.name_of(self.run.step))
         return chain is None or (chain["runs"][-1].get("content") or {}).get(f"data.{name}") == self._stands_on(name)["rows"]
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from halos.checkpoint import commit, find, manifest, state
+from halos.checkpoint import commit, manifest, select, state
 from halos.checkpoint.saving import Copier
 from halos.config import gate
 from halos.config.schema import Config
@@ -111,11 +111,11 @@ class Stage:
         for name in ("config.yaml", "metrics.jsonl", "result.json"):
             shutil.copy(self.shelf / name, run_dir / name)
         for step in scene.before:
-            shutil.copytree(self.checkpoint(step), run_dir / "checkpoints" / find.name_of(step))
+            shutil.copytree(self.checkpoint(step), run_dir / "checkpoints" / select.name_of(step))
         scene.prepare(self, run_dir)
 
     def checkpoint(self, step: int) -> Path:
-        return self.shelf / "checkpoints" / find.name_of(step)
+        return self.shelf / "checkpoints" / select.name_of(step)
 
     def act(self, scene: "Scene", run_dir: Path) -> None:
         """The scene itself, by a trainer that has just come to step LAST; `run_dir` is laid out."""
@@ -131,12 +131,12 @@ class Stage:
     def go_on(self, scene: "Scene", run_dir: Path, whole: Path | None = None) -> None:
         """Check that a resume finds what the scene allows and that nothing is left over; `whole` is where it ran undisturbed."""
         shelves = [self.shelf] if whole is None else [self.shelf, whole]
-        found = find.go_on(RunDir(run_dir), None)
-        step = found.path and find.step_of(found.path)
+        found = select.select_checkpoint(RunDir(run_dir), None)
+        step = found.path and select.step_of(found.path)
         assert step in scene.after, f"went on from {step}: {found.passed_over}"
         if found.path:
             assert any(alike(found.path, shelf / "checkpoints" / found.path.name) for shelf in shelves)
-        bad = {find.step_of(path) for path in find.checkpoints(run_dir / "checkpoints") if manifest.verify(path)}
+        bad = {select.step_of(path) for path in select.checkpoints(run_dir / "checkpoints") if manifest.verify(path)}
         assert bad <= scene.damaged, f"{bad} can be seen and are not whole"
         final = RunDir(run_dir).final
         if final.exists():
@@ -175,7 +175,7 @@ def save_final(trainer: Trainer) -> None:
 def begin_again(trainer: Trainer) -> None:
     """What a resume itself changes on the disk before it trains."""
     directory = trainer.run.directory
-    find.go_on(directory, None)
+    select.select_checkpoint(directory, None)
     directory.start_attempt({"resumed_from": "here"})
     directory.go_on_from(trainer.run.step)
     directory.write_result("running", trainer.run.step, {})
@@ -190,17 +190,17 @@ def older_final(stage: Stage, run_dir: Path) -> None:
 
 
 def damaged_last(stage: Stage, run_dir: Path) -> None:
-    (run_dir / "checkpoints" / find.name_of(LAST) / "metrics.json").write_text("damaged")
+    (run_dir / "checkpoints" / select.name_of(LAST) / "metrics.json").write_text("damaged")
 
 
 def leftovers(stage: Stage, run_dir: Path) -> None:
     """Of a save and a retention that died: half a checkpoint, one moved aside, one half deleted."""
     checkpoints = run_dir / "checkpoints"
-    half = checkpoints / (commit.HIDDEN + find.name_of(LAST))
+    half = checkpoints / (commit.HIDDEN + select.name_of(LAST))
     shutil.copytree(stage.checkpoint(LAST), half)
     (half / manifest.NAME).unlink()
-    (checkpoints / find.name_of(3)).rename(checkpoints / (commit.REPLACED + find.name_of(3)))
-    shutil.copytree(stage.checkpoint(1), checkpoints / (commit.HIDDEN + "old-" + find.name_of(1)))
+    (checkpoints / select.name_of(3)).rename(checkpoints / (commit.REPLACED + select.name_of(3)))
+    shutil.copytree(stage.checkpoint(1), checkpoints / (commit.HIDDEN + "old-" + select.name_of(1)))
     (run_dir / ".result.json.12").write_text("{")
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from halos.checkpoint import commit, find, manifest
+from halos.checkpoint import commit, manifest, select
 
 
 def save(final: Path, text: str = "weights") -> None:
@@ -44,8 +44,8 @@ def fail_to_save(final: Path) -> None:
 def test_nothing_becomes_visible_when_a_save_fails(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         fail_to_save(tmp_path / "step-00000001")
-    assert find.checkpoints(tmp_path) == []
-    commit.sweep(tmp_path)
+    assert select.checkpoints(tmp_path) == []
+    commit.remove_leftovers(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -60,8 +60,8 @@ def test_a_second_save_of_a_step_replaces_the_first_and_never_mixes_with_it(tmp_
 def test_a_checkpoint_moved_aside_by_a_save_that_died_comes_back(tmp_path: Path) -> None:
     save(tmp_path / "step-00000001", "old")
     (tmp_path / "step-00000001").rename(tmp_path / (commit.REPLACED + "step-00000001"))
-    commit.sweep(tmp_path)
-    assert find.newest(tmp_path).path == tmp_path / "step-00000001"
+    commit.remove_leftovers(tmp_path)
+    assert select.newest(tmp_path).path == tmp_path / "step-00000001"
 
 
 @pytest.mark.parametrize("fault", ["flip", "truncate", "delete", "add", "manifest"])
@@ -79,7 +79,7 @@ def test_every_kind_of_damage_is_found_and_the_one_before_taken(fault: str, tmp_
         file.with_name("stranger").write_text("")
     else:
         (tmp_path / "step-00000002" / manifest.NAME).write_text("{")
-    found = find.newest(tmp_path)
+    found = select.newest(tmp_path)
     assert found.path == tmp_path / "step-00000001"
     assert len(found.passed_over) == 1
     assert "step-00000002 passed over" in found.passed_over[0]
@@ -96,7 +96,7 @@ def test_a_manifest_of_a_newer_format_is_refused_and_nothing_older_taken(tmp_pat
     save(tmp_path / "step-00000001")
     save(tmp_path / "step-00000002")
     of_newer_format(tmp_path / "step-00000002")
-    for refuses in (find.newest, find.refuse_newer):
+    for refuses in (select.newest, select.refuse_newer):
         with pytest.raises(manifest.NewerFormatError, match=f"newer version.*format {manifest.FORMAT + 1}"):
             refuses(tmp_path)
 
@@ -223,7 +223,7 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:
     for name in (*leftovers, *others):
         (tmp_path / name).write_text("")
     (tmp_path / (commit.HIDDEN + "FINAL")).mkdir()
-    commit.sweep(tmp_path)
+    commit.remove_leftovers(tmp_path)
     left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert left == set(others)
     assert not (tmp_path / (commit.HIDDEN + "FINAL")).exists()

@@ -10,7 +10,7 @@ import pytest
 from scenes import LAST, Stage
 
 import train
-from halos.checkpoint import commit, find, manifest, state
+from halos.checkpoint import commit, manifest, select, state
 from halos.errors import UserError
 from halos.rundir import RunDir
 
@@ -77,7 +77,7 @@ def become_a_directory(directory: Path, chance: random.Random) -> None:
 
 def come_from_the_one_before(directory: Path, chance: random.Random) -> None:
     """Right in itself, and of another step."""
-    before = directory.with_name(find.name_of(LAST - 1))
+    before = directory.with_name(select.name_of(LAST - 1))
     files = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     differing = [
         path for path in files if path.name != manifest.NAME and (directory / path).read_bytes() != (before / path).read_bytes()
@@ -96,13 +96,13 @@ def damage(stage: Stage, seeds: range) -> None:
         chance = random.Random(seed)
         shutil.rmtree(run_dir, ignore_errors=True)
         for step in (LAST - 1, LAST):
-            shutil.copytree(stage.checkpoint(step), run_dir / "checkpoints" / find.name_of(step))
+            shutil.copytree(stage.checkpoint(step), run_dir / "checkpoints" / select.name_of(step))
         fault = chance.choice(FAULTS)
-        fault(run_dir / "checkpoints" / find.name_of(LAST), chance)
-        found = find.go_on(RunDir(run_dir), None)
-        assert found.path == run_dir / "checkpoints" / find.name_of(LAST - 1), f"seed {seed}: {fault.__name__} was not found"
+        fault(run_dir / "checkpoints" / select.name_of(LAST), chance)
+        found = select.select_checkpoint(RunDir(run_dir), None)
+        assert found.path == run_dir / "checkpoints" / select.name_of(LAST - 1), f"seed {seed}: {fault.__name__} was not found"
         assert len(found.passed_over) == 1
-        assert found.passed_over[0].startswith(f"{find.name_of(LAST)} passed over: ")
+        assert found.passed_over[0].startswith(f"{select.name_of(LAST)} passed over: ")
 
 
 def test_a_hundred_kinds_of_damage_are_found_and_the_one_before_is_taken(stage: Stage) -> None:
@@ -117,7 +117,7 @@ def test_a_thousand_kinds_of_damage_are_found_and_the_one_before_is_taken(stage:
 def test_a_checkpoint_of_a_newer_version_stops_a_resume_and_nothing_is_touched(stage: Stage, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(stage.shelf, run_dir)
-    path = run_dir / "checkpoints" / find.name_of(LAST) / manifest.NAME
+    path = run_dir / "checkpoints" / select.name_of(LAST) / manifest.NAME
     text = path.read_text().replace(f'"format": {manifest.FORMAT}', f'"format": {manifest.FORMAT + 1}')
     path.write_text(manifest.seal(text.rpartition(manifest.SEAL)[0] + "\n}"))
     (run_dir / "checkpoints" / (commit.HIDDEN + "step-00000009")).mkdir()
@@ -136,12 +136,12 @@ STRAY = [".DS_Store", "._model.safetensors", ".nfs0000000000b0d9b100000002", "Th
 
 
 def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(stage: Stage, tmp_path: Path) -> None:
-    checkpoint = tmp_path / "run" / "checkpoints" / find.name_of(LAST)
+    checkpoint = tmp_path / "run" / "checkpoints" / select.name_of(LAST)
     shutil.copytree(stage.checkpoint(LAST), checkpoint)
     for place in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
         for name in STRAY:
             (place / name).write_bytes(b"\0\5\26\7")
-    found = find.go_on(RunDir(tmp_path / "run"), None)
+    found = select.select_checkpoint(RunDir(tmp_path / "run"), None)
     assert (found.path, found.passed_over) == (checkpoint, [])
     listed = json.loads(manifest.describe(checkpoint, {}))["files"]
     assert {Path(name).name for name in listed} & set(STRAY) == {".file.swp"}, "and what there is of them is not listed"
@@ -155,17 +155,17 @@ def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(stage: Stage, tmp_p
 def test_a_run_whose_checkpoints_are_all_lost_does_not_begin_again_by_itself(left: str, stage: Stage, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     for step in (LAST - 1, LAST):
-        place = run_dir / "checkpoints" / find.name_of(step)
+        place = run_dir / "checkpoints" / select.name_of(step)
         shutil.copytree(stage.checkpoint(step), place)
-        find.record(RunDir(run_dir), place)
+        select.record_commit(RunDir(run_dir), place)
         flip(place, random.Random(step)) if left == "damaged" else shutil.rmtree(place)
     with pytest.raises(UserError, match=f"up to step {LAST}, and none of them is whole.*delete {run_dir}"):
-        find.go_on(RunDir(run_dir), None)
+        select.select_checkpoint(RunDir(run_dir), None)
 
 
 def test_a_run_that_never_saved_a_checkpoint_begins_at_its_first_step(tmp_path: Path) -> None:
-    (tmp_path / "run" / "checkpoints" / (commit.HIDDEN + find.name_of(2))).mkdir(parents=True)
-    assert find.go_on(RunDir(tmp_path / "run"), None) == find.Found(None, [])
+    (tmp_path / "run" / "checkpoints" / (commit.HIDDEN + select.name_of(2))).mkdir(parents=True)
+    assert select.select_checkpoint(RunDir(tmp_path / "run"), None) == select.Selection(None, [])
 
 
 def test_a_checkpoint_is_on_record_when_it_has_become_durable(stage: Stage) -> None:

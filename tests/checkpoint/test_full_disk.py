@@ -17,7 +17,7 @@ from tapped import Change, tapped
 from theatre import Point, Theatre
 
 import train
-from halos.checkpoint import commit, find, manifest, preflight
+from halos.checkpoint import commit, manifest, preflight, select
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.run.lifecycle import run
@@ -64,7 +64,7 @@ def theatre(stage: Stage, scene: Scene, processes: int) -> Theatre:
         trainer.run.failure = None
         scene.act(trainer)
         assert trainer.run.failure is None
-        last = trainer.run.directory.final if scene.finals else run_dir / "checkpoints" / find.name_of(LAST)
+        last = trainer.run.directory.final if scene.finals else run_dir / "checkpoints" / select.name_of(LAST)
         assert manifest.verify(last) == []
 
     return Theatre(stage, scene, meets=Full, after=after, processes=processes)
@@ -107,11 +107,11 @@ def result(run_dir: Path) -> dict[str, Any]:
 
 
 def steps(run_dir: Path) -> list[int]:
-    return [find.step_of(path) for path in find.checkpoints(run_dir / "checkpoints")]
+    return [select.step_of(path) for path in select.checkpoints(run_dir / "checkpoints")]
 
 
 def test_by_default_a_run_warns_and_goes_on(configure: Configure, tmp_path: Path) -> None:
-    with no_room_for(tmp_path / "run" / "checkpoints" / find.name_of(4)):
+    with no_room_for(tmp_path / "run" / "checkpoints" / select.name_of(4)):
         assert run(configure(*WORDS), []) == 0
     assert (
         "THE DISK IS FULL: the checkpoint of step 4 was not saved, and the newest checkpoint is of step 2"
@@ -123,7 +123,7 @@ def test_by_default_a_run_warns_and_goes_on(configure: Configure, tmp_path: Path
 
 def test_a_run_can_stop_when_the_disk_is_full_and_be_resumed(configure: Configure, tmp_path: Path) -> None:
     assert run(configure(*WORDS, "exp_name=whole"), []) == 0
-    with no_room_for(tmp_path / "run" / "checkpoints" / find.name_of(4)):
+    with no_room_for(tmp_path / "run" / "checkpoints" / select.name_of(4)):
         assert run(configure(*WORDS, "checkpoint.on_full_disk=stop"), []) == 1
     assert result(tmp_path / "run")["status"] == "stopped"
     assert "THE DISK IS FULL" in result(tmp_path / "run")["reason"]
@@ -164,7 +164,7 @@ def test_a_signal_whose_save_finds_no_room_is_no_clean_stop(
         return step(self, indices)
 
     monkeypatch.setattr(Trainer, "step", interrupted)
-    with no_room_for(tmp_path / "run" / "checkpoints" / find.name_of(3)):
+    with no_room_for(tmp_path / "run" / "checkpoints" / select.name_of(3)):
         assert run(configure(*WORDS), []) == 1
     assert result(tmp_path / "run")["status"] == "failed"
     assert steps(tmp_path / "run") == [2]
@@ -202,7 +202,7 @@ def test_on_a_disk_that_is_really_full(small_disk: Path, configure: Configure, m
     assert train.start([f"resume={small_disk / 'run'}"]) == 0
     assert all(
         manifest.verify(path) == []
-        for path in [*find.checkpoints(small_disk / "run" / "checkpoints"), small_disk / "run" / "FINAL"]
+        for path in [*select.checkpoints(small_disk / "run" / "checkpoints"), small_disk / "run" / "FINAL"]
     )
 
 
@@ -228,7 +228,7 @@ def test_the_estimate_of_a_checkpoint_and_of_final_is_what_they_take(
     seen: dict[str, int] = {}
     monkeypatch.setattr("halos.checkpoint.space.too_little", lambda _, **sizes: seen.update(sizes))
     assert run(configure(*WORDS, *peft), []) == 0
-    places = {"one": tmp_path / "run" / "checkpoints" / find.name_of(6), "final": tmp_path / "run" / "FINAL"}
+    places = {"one": tmp_path / "run" / "checkpoints" / select.name_of(6), "final": tmp_path / "run" / "FINAL"}
     for name, path in places.items():
         size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
         assert size <= seen[name] <= 1.2 * size + 2**19

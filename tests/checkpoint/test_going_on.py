@@ -17,7 +17,7 @@ from conftest import SMALL
 from test_resume import killed, rows, same, weights
 
 import train
-from halos.checkpoint import find, manifest, state
+from halos.checkpoint import manifest, select, state
 from halos.config.schema import Config
 from halos.distributed.replicated import Replicated
 from halos.errors import UserError
@@ -246,16 +246,16 @@ def test_a_checkpoint_that_was_put_or_renamed_here_is_refused(trainer: Callable[
         made.step(made.order.batch(made.run.step))
         made.checkpointer.save(final=False)
     run, saves = RunDir(tmp_path / "run"), made.run.directory.saves()
-    config, copy = run.config.read_text(), run.checkpoints / find.name_of(3)
-    assert find.go_on(run, None).path == saves[2]
+    config, copy = run.config.read_text(), run.checkpoints / select.name_of(3)
+    assert select.select_checkpoint(run, None).path == saves[2]
     shutil.copytree(saves[1], copy)
     with pytest.raises(UserError, match=f"{copy} is not what this run saved there: it was saved at step 1"):
-        find.go_on(run, None)
+        select.select_checkpoint(run, None)
     shutil.rmtree(copy)
     run.commits.path.unlink()  # as an older version left it: what was saved is known by less
     run.config.write_text(config.replace("exp_name: run", "exp_name: other"))
     with pytest.raises(UserError, match="it is of another run, run"):
-        find.go_on(run, None)
+        select.select_checkpoint(run, None)
     run.config.write_text(config.replace("  name: none", "  name: lora"))
     with pytest.raises(UserError, match="it holds model/, and this run trains and saves adapter/"):
-        find.go_on(run, None)
+        select.select_checkpoint(run, None)

@@ -18,7 +18,7 @@ from conftest import compose
 
 import train
 from halos.checkpoint import __main__ as cli
-from halos.checkpoint import find, lineage, manifest, state
+from halos.checkpoint import lineage, manifest, select, state
 from halos.cli import resume, single
 from halos.errors import UserError
 from halos.report.read import read_runs
@@ -253,7 +253,7 @@ def with_facts(name: str, **facts: Any) -> Plant:
 
 def sealed(run: Path) -> None:
     (run / STEP / "manifest.json").write_text(manifest.describe(run / STEP, {"step": 2, "world_size": 1}))
-    find.record(RunDir(run), run / STEP)  # as a stranger would, whose list of saves is his own too
+    select.record_commit(RunDir(run), run / STEP)  # as a stranger would, whose list of saves is his own too
 
 
 def pickled(name: str) -> Plant:
@@ -494,7 +494,7 @@ def test_no_mutation_of_a_runs_small_files_is_a_traceback(begun: Path, tmp_path:
     step, refused = run.path / STEP, 0
     asked: tuple[Callable[[], object], ...] = (
         run.open, lambda: resume.last_settings(run), run.read_metrics, run.read_result, run.next_attempt, run.is_finished,
-        lambda: find.newest(run.checkpoints), lambda: find.refuse_misplaced(run), lambda: find.metrics_of(step),
+        lambda: select.newest(run.checkpoints), lambda: select.refuse_misplaced(run), lambda: select.metrics_of(step),
         lambda: lineage.read(step), lambda: state.load_progress(step / "state", 2), lambda: manifest.verify(step, contents=False),
         lambda: read_runs([run.path]),
     )  # fmt: skip

@@ -11,7 +11,7 @@ import pytest
 from scenes import LAST, SCENES, Scene, Stage, same, snapshot
 from theatre import Theatre
 
-from halos.checkpoint import find
+from halos.checkpoint import select
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -68,7 +68,7 @@ def test_what_a_scene_counts_as_whole_is_what_a_resume_needs(stage: Stage) -> No
     for source, step in [(stage.shelf, LAST - 1), (stage.shelf, LAST), (by_two, LAST)]:
         run_dir = stage.place / "resumed"
         shutil.rmtree(run_dir, ignore_errors=True)
-        others = [find.name_of(other) for other in range(LAST + 1) if other != step]
+        others = [select.name_of(other) for other in range(LAST + 1) if other != step]
         shutil.copytree(source, run_dir, ignore=shutil.ignore_patterns("FINAL", "older", *others))
         trainer = stage.resumed(run_dir)
         assert same(snapshot(trainer.run), stage.known[step])

@@ -18,7 +18,7 @@ from world import World, attempts, copied, refusal, resume, stopped
 
 from halos import confined
 from halos.checkpoint import __main__ as cli
-from halos.checkpoint import commit, find, good
+from halos.checkpoint import commit, known_good, select
 from halos.checkpoint.weights import HEAD_FILE, VALUE_HEAD
 from halos.config.schema import Config
 from halos.distributed.replicated import Replicated
@@ -91,12 +91,12 @@ def rows(directory: Path) -> list[dict[str, Any]]:
 def test_where_the_last_good_checkpoint_is_damaged_and_later_ones_are_doubted_a_run_does_not_begin_again(finished: Path) -> None:
     shutil.rmtree(finished / "FINAL")
     (finished / "result.json").unlink()
-    good.write(RunDir(finished), good.Good(2, doubted_at=4))
+    known_good.write(RunDir(finished), known_good.KnownGood(2, doubted_at=4))
     flip(finished / "checkpoints" / "step-00000002" / "model" / "model.safetensors")
     with pytest.raises(UserError, match=r"none of them is whole and known to be good .*step-00000004 passed over: no step after"):
-        find.go_on(RunDir(finished), None)
-    good.write(RunDir(finished), good.Good(-1, doubted_at=4))
-    assert find.go_on(RunDir(finished), None).path is None, "where none was ever good, step 0 was"
+        select.select_checkpoint(RunDir(finished), None)
+    known_good.write(RunDir(finished), known_good.KnownGood(-1, doubted_at=4))
+    assert select.select_checkpoint(RunDir(finished), None).path is None, "where none was ever good, step 0 was"
 
 
 def test_a_record_of_checkpoints_that_is_damaged_says_that_there_were_some(begun: Path) -> None:
@@ -104,7 +104,7 @@ def test_a_record_of_checkpoints_that_is_damaged_says_that_there_were_some(begun
     path = begun / "checkpoints.jsonl"
     path.write_text(path.read_text().replace('"step": 2', '"step": 3'))
     with pytest.raises(UserError, match=r"has saved checkpoints, by .*checkpoints.jsonl \(line 1: contents changed\), and none"):
-        find.go_on(RunDir(begun), None)
+        select.select_checkpoint(RunDir(begun), None)
 
 
 def test_a_run_that_began_again_and_died_before_its_first_save_begins_again_once_more(
@@ -112,7 +112,7 @@ def test_a_run_that_began_again_and_died_before_its_first_save_begins_again_once
 ) -> None:
     shutil.rmtree(finished / "FINAL")
     (finished / "result.json").unlink()
-    good.write(RunDir(finished), good.Good(-1, doubted_at=4))
+    known_good.write(RunDir(finished), known_good.KnownGood(-1, doubted_at=4))
 
     def die(*_: object) -> None:
         raise KeyboardInterrupt
@@ -121,7 +121,7 @@ def test_a_run_that_began_again_and_died_before_its_first_save_begins_again_once
         patched.setattr(Trainer, "_backward", die)
         with pytest.raises(KeyboardInterrupt):
             resume(finished)
-    assert not find.checkpoints(finished / "checkpoints")
+    assert not select.checkpoints(finished / "checkpoints")
     assert resume(finished) == 0
     assert [each["resumed_from"] for each in attempts(finished)[1:]] == ["nothing: step 0"] * 2
 
@@ -141,8 +141,8 @@ def test_hidden_files_of_somebody_else_outlive_a_resume(begun: Path) -> None:
     ours = begun / ".result.json.4711"
     for path in (*mine, ours):
         path.write_text("")
-    commit.sweep(begun)
-    commit.sweep(begun / "checkpoints")
+    commit.remove_leftovers(begun)
+    commit.remove_leftovers(begun / "checkpoints")
     assert [path.exists() for path in (*mine, ours)] == [True, True, False]
 
 
@@ -181,8 +181,11 @@ def test_a_disk_without_room_for_small_files_costs_them_and_not_the_run(world: W
     norms = iter([1.0, float("nan"), 1.0, 1.0])
     monkeypatch.setattr(Replicated, "clip", lambda *given: clip(*given) * next(norms))
     directory = world.train("full", "checkpoint.every=1", "checkpoint.keep_last=1")
-    assert [path.name for path in find.checkpoints(directory / "checkpoints")] == ["step-00000004"], "which room is wanted for"
-    assert (json.loads((directory / "result.json").read_text())["status"], good.read(RunDir(directory)).until) == ("finished", -1)
+    assert [path.name for path in select.checkpoints(directory / "checkpoints")] == ["step-00000004"], "which room is wanted for"
+    assert (json.loads((directory / "result.json").read_text())["status"], known_good.read(RunDir(directory)).until) == (
+        "finished",
+        -1,
+    )
 
 
 def test_a_start_that_was_refused_leaves_a_directory_in_which_another_can_begin(

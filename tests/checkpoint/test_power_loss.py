@@ -12,7 +12,7 @@ from scenes import LAST, SCENES, Scene, Stage, save, save_final
 from tapped import Change, tapped
 from volatile import Volatile
 
-from halos.checkpoint import commit, find
+from halos.checkpoint import commit, select
 
 
 @pytest.fixture(scope="module", params=["full", "lora"])
@@ -54,7 +54,7 @@ def cut_power(stage: Stage, scene: Scene, number: int) -> None:
         disk.cut(chance, place)
         stage.go_on(scene, place)
     if scene.act is save:
-        assert find.newest(place / "checkpoints").path == place / "checkpoints" / find.name_of(LAST)
+        assert select.newest(place / "checkpoints").path == place / "checkpoints" / select.name_of(LAST)
     if scene.act is save_final:
         assert (place / "FINAL").is_dir()
 
@@ -73,17 +73,17 @@ def test_a_power_cut_at_many_moments_of_a_save(stage: Stage, scene: Scene) -> No
 def test_a_power_cut_after_a_restart_that_swept_what_a_killed_save_had_replaced(stage: Stage) -> None:
     """The save was killed between its rename and the sync: nothing may be deleted before the rename is there to stay."""
     run_dir, place = stage.place / "swept", stage.place / "cut"
-    checkpoints, name = run_dir / "checkpoints", find.name_of(LAST)
+    checkpoints, name = run_dir / "checkpoints", select.name_of(LAST)
     hidden = checkpoints / (commit.HIDDEN + name)
     for path in (hidden, checkpoints / (commit.REPLACED + name)):
         shutil.copytree(stage.checkpoint(LAST), path)
     disk, renamed = Volatile(run_dir), Change("rename", hidden.resolve(), hidden.resolve().with_name(name))
     hidden.rename(checkpoints / name)
-    changes = [renamed, *recorded(run_dir, lambda: commit.sweep(checkpoints))]
+    changes = [renamed, *recorded(run_dir, lambda: commit.remove_leftovers(checkpoints))]
     disk.play(changes)
     for seed in range(20):
         shutil.rmtree(place, ignore_errors=True)
         disk.cut(random.Random(seed), place)
-        commit.sweep(place / "checkpoints")
-        assert find.newest(place / "checkpoints").path == place / "checkpoints" / name
+        commit.remove_leftovers(place / "checkpoints")
+        assert select.newest(place / "checkpoints").path == place / "checkpoints" / name
     shutil.rmtree(run_dir)

@@ -12,7 +12,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from halos.checkpoint import commit, find, good, manifest, pruner
+from halos.checkpoint import commit, known_good, manifest, pruner, select
 from halos.checkpoint.pruner import Pruner
 from halos.errors import UserError
 from halos.hooks.checkpoint import CheckpointHook
@@ -123,7 +123,7 @@ class World:
             main=True, step=0, finite_at=-1, config=SimpleNamespace(objective=objective),
             directory=SimpleNamespace(checkpoints=Path("disk")),
         )  # fmt: skip
-        self.record = good.Good()
+        self.record = known_good.KnownGood()
         self.broken = False  # the weights now
         self.crash_after: int | None = None  # deletions
         self.start()
@@ -131,26 +131,26 @@ class World:
     # what the hook sees
 
     def checkpoints(self, _: Path) -> list[Path]:
-        return [Path("disk") / find.name_of(step) for step in sorted(self.disk)]
+        return [Path("disk") / select.name_of(step) for step in sorted(self.disk)]
 
     def verify(self, path: Path, *, contents: bool = True) -> list[manifest.Fault]:
-        saved = self.disk[find.step_of(path)]
+        saved = self.disk[select.step_of(path)]
         return [] if saved.sizes and (saved.contents or not contents) else [manifest.Fault("file", "damaged")]
 
     def score_of(self, path: Path, _: str) -> float | None:
-        return self.disk[find.step_of(path)].score
+        return self.disk[select.step_of(path)].score
 
     def discard(self, paths: Sequence[Path]) -> Callable[[], None]:
         for number, path in enumerate(paths):
             if number == self.crash_after:
                 raise CrashError
-            del self.disk[find.step_of(path)]
+            del self.disk[select.step_of(path)]
         return lambda: None
 
-    def read(self, _: Any) -> good.Good:
+    def read(self, _: Any) -> known_good.KnownGood:
         return self.record
 
-    def write(self, _: Any, record: good.Good) -> None:
+    def write(self, _: Any, record: known_good.KnownGood) -> None:
         self.record = record
 
     # what happens
@@ -256,12 +256,12 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
     """Makes worlds, on whose disk the hook's functions work."""
     here: list[World] = []
     replaced = (
-        (find, "checkpoints"),
+        (select, "checkpoints"),
         (manifest, "verify"),
-        (find, "score_of"),
+        (select, "score_of"),
         (commit, "discard"),
-        (good, "read"),
-        (good, "write"),
+        (known_good, "read"),
+        (known_good, "write"),
     )
     for module, name in replaced:
         monkeypatch.setattr(module, name, lambda *args, name=name, **kw: getattr(here[-1], name)(*args, **kw))
@@ -290,9 +290,9 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_knows_of_none_after_it_an
     worlds: Callable[[int], World],
 ) -> None:
     world = worlds(0)
-    world.disk, world.run.step, world.record = {2: Saved(None, good=True)}, 2, good.Good(6, doubted_at=9)
+    world.disk, world.run.step, world.record = {2: Saved(None, good=True)}, 2, known_good.KnownGood(6, doubted_at=9)
     world.pruner.start()
-    assert world.record == good.Good(2)
+    assert world.record == known_good.KnownGood(2)
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from halos.checkpoint import find, manifest, weights
+from halos.checkpoint import manifest, select, weights
 from halos.checkpoint.saving import Copier
 from halos.config.schema import Config
 from halos.trainers.base import Trainer
@@ -33,7 +33,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 def steps(trainer: Trainer) -> list[int]:
-    return [find.step_of(path) for path in find.checkpoints(trainer.run.directory.checkpoints)]
+    return [select.step_of(path) for path in select.checkpoints(trainer.run.directory.checkpoints)]
 
 
 def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(trainer: Make, gate: threading.Event) -> None:
@@ -45,9 +45,9 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(trainer:
     assert (steps(made), made.run.step) == ([], 2)
     gate.set()
     made.checkpointer.finish_save()
-    path = made.run.directory.checkpoints / find.name_of(1)
+    path = made.run.directory.checkpoints / select.name_of(1)
     assert manifest.verify(path) == []
-    assert find.metrics_of(path)["step"] == 1
+    assert select.metrics_of(path)["step"] == 1
     saved = load_file(path / "model" / "model.safetensors")
     assert saved
     assert all(torch.equal(value, before[f"model.{name}"]) for name, value in saved.items())
@@ -89,7 +89,7 @@ def test_a_run_that_saves_beside_its_steps_is_the_run_that_waits(configure: Call
     for name, apart in (("beside", "true"), ("waiting", "false")):
         assert run(configure(*APART, f"checkpoint.async_save={apart}", "checkpoint.every=1", f"exp_name={name}"), []) == 0
     one, other = (tmp_path / name for name in ("beside", "waiting"))
-    assert len(find.checkpoints(one / "checkpoints")) == 4
+    assert len(select.checkpoints(one / "checkpoints")) == 4
     for file in [*(one / "checkpoints").rglob("model.safetensors"), one / "FINAL" / "model.safetensors"]:
         assert file.read_bytes() == (other / file.relative_to(one)).read_bytes()
 

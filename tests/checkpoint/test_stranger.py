@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import train
-from halos.checkpoint import find, manifest
+from halos.checkpoint import manifest, select
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.run.lifecycle import run
@@ -31,7 +31,7 @@ def sealed(checkpoint: Path) -> None:
     """What was planted is listed, as a stranger would."""
     (checkpoint / "manifest.json").write_text(manifest.describe(checkpoint, {"step": 2, "world_size": 1}))
     assert manifest.verify(checkpoint) == []
-    find.record(RunDir(checkpoint.parents[1]), checkpoint)
+    select.record_commit(RunDir(checkpoint.parents[1]), checkpoint)
 
 
 def edited(path: Path, **facts: Any) -> None:

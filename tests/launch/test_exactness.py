@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from halos.checkpoint.find import checkpoints, step_of
+from halos.checkpoint.select import checkpoints, step_of
 from tests import processes
 from tests.launch import spread
 from tests.losses import cases

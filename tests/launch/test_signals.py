@@ -16,7 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 import train
-from halos.checkpoint import find
+from halos.checkpoint import select
 from halos.distributed import watchdog
 from halos.distributed.device import is_accelerate
 from halos.distributed.signals import STOP_SIGNALS
@@ -129,9 +129,9 @@ def test_a_signal_leaves_a_whole_checkpoint_and_nobody_behind(
     if launcher == "alone":
         assert done.returncode == 75, done.stderr
     assert json.loads((run / "result.json").read_text())["status"] == "stopped", done.stderr
-    newest = find.newest(run / "checkpoints")
+    newest = select.newest(run / "checkpoints")
     assert not newest.passed_over
-    saved = find.step_of(newest.path) if newest.path else 0
+    saved = select.step_of(newest.path) if newest.path else 0
     assert saved in (step, step + 1)  # a signal to the launcher takes its time
     assert not (run / "FINAL").exists()
     gone_on = start(launcher, [f"resume={run}", "plugins=[sabotage]"])
@@ -181,7 +181,7 @@ def test_a_second_ctrl_c_ends_a_run_at_once_and_schedulers_may_repeat_themselves
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
     two = [*sabotage("step", 3, first), sabotage("save", 3, second)[1].replace("hooks.sabotage", "hooks.again")]
     assert start("alone", words + two).returncode == status
-    assert find.newest(tmp_path / "run" / "checkpoints").path == tmp_path / "run" / "checkpoints" / find.name_of(saved)
+    assert select.newest(tmp_path / "run" / "checkpoints").path == tmp_path / "run" / "checkpoints" / select.name_of(saved)
 
 
 LATE = """

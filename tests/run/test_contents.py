@@ -14,7 +14,7 @@ from conftest import compose
 from safetensors.torch import load_file, save_file
 from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
 
-from halos.checkpoint import find, lineage, manifest
+from halos.checkpoint import lineage, manifest, select
 from halos.config.content import Content
 from halos.config.plugins import code_of
 from halos.models.load import load_tokenizer
@@ -81,7 +81,7 @@ def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_s
         sections = {key: {} for key in ("model", "train", "optim", "schedule", "peft", "loss")}
         runs = [{"base": {"name": "b", "sha256": f"{name}{step}"}, "loss": "dpo", "result": {}, "config": sections, "data": {}}
                 for name in ("first", "last")]  # fmt: skip
-        path = directory.checkpoints / find.name_of(step)
+        path = directory.checkpoints / select.name_of(step)
         path.mkdir(parents=True)
         (path / lineage.NAME).write_text(json.dumps({"format": 1, "runs": runs}))
         (path / manifest.NAME).write_text(manifest.describe(path, {"step": step}))
@@ -94,7 +94,7 @@ def test_the_arithmetic_of_a_run_is_that_of_its_newest_start_else_of_its_newest_
     directory = RunDir(tmp_path)
     assert contents._computed_with(directory, None) == 0
     for step, number in ((2, 3), (4, 5)):
-        path = directory.checkpoints / find.name_of(step)
+        path = directory.checkpoints / select.name_of(step)
         path.mkdir(parents=True)
         (path / manifest.NAME).write_text(manifest.describe(path, {"step": step, "arithmetic": number}))
     assert contents._computed_with(directory, Content({"model.weights": "w"})) == 5

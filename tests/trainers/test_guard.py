@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from halos.checkpoint import find, good
+from halos.checkpoint import known_good, select
 from halos.config.changes import Change
 from halos.config.schema import Config
 from halos.errors import UserError
@@ -272,8 +272,8 @@ def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_re
 ) -> None:
     place = tmp_path / "run"
     assert run(configure(*RUN, "train.steps=2"), []) == 0
-    assert [path.name for path in find.checkpoints(place / "checkpoints")] == ["step-00000002"]
-    assert good.read(RunDir(place)) == good.Good(2)
+    assert [path.name for path in select.checkpoints(place / "checkpoints")] == ["step-00000002"]
+    assert known_good.read(RunDir(place)) == known_good.KnownGood(2)
     assert [row["step"] for row in RunDir(place).commits.read().rows] == [1, 2], "the one that is gone has been there"
 
     again = [*RUN, f"resume={place}", "resume_changes=allow", "train.steps=9"]
@@ -284,8 +284,8 @@ def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_re
     assert "steps 4 to 6 were all not finite: gradient norm nan, loss" in result["reason"]
     assert f"{place / 'bad_steps.jsonl'}; where they are right, a lower optim.lr (now 1e+20)" in result["reason"]
     assert f"resume={place} goes on from the checkpoint of step 2, the last good one" in result["reason"]
-    assert [path.name for path in find.checkpoints(place / "checkpoints")] == ["step-00000002", "step-00000005"]
-    assert good.read(RunDir(place)) == good.Good(2, doubted_at=6)
+    assert [path.name for path in select.checkpoints(place / "checkpoints")] == ["step-00000002", "step-00000005"]
+    assert known_good.read(RunDir(place)) == known_good.KnownGood(2, doubted_at=6)
     rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
     assert [row["loss"] is None for row in rows if row["split"] == "train"] == [False] * 3 + [True] * 3
 
@@ -301,5 +301,5 @@ def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_re
     text = (place / "train.log").read_text()
     assert "step-00000005 passed over: no step after it was finite, and so the run failed" in text
     assert "going on from checkpoints/step-00000002\n" in text
-    assert good.read(RunDir(place)) == good.Good(9)
+    assert known_good.read(RunDir(place)) == known_good.KnownGood(9)
     assert json.loads((place / "FINAL" / "metrics.json").read_text())["train"]["skipped_steps"] == 0

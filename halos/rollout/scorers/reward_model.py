@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
-from halos.checkpoint import received
+from halos.checkpoint import integrity
 from halos.checkpoint.lineage import identity
 from halos.config.schema import Scorer as Settings
 from halos.confined import SAFELY
@@ -40,7 +40,7 @@ class RewardModel:
 
     def __init__(self, directory: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
         """Raises UserError for a model that does not score, and for a label that it does not have."""
-        received.check(directory, "reward model")
+        integrity.check(directory, "reward model")
         config = read_config(directory)
         if not any("SequenceClassification" in name for name in config.architectures or []):
             raise UserError(

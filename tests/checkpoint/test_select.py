@@ -5,19 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from halos.checkpoint import find, good, manifest
+from halos.checkpoint import known_good, manifest, select
 from halos.errors import UserError
 from halos.rundir import RunDir
 
 
 def test_where_every_checkpoint_is_doubted_a_run_goes_on_from_its_beginning(saved_twice: RunDir) -> None:
     two, four = saved_twice.saves().values()
-    assert find.look(saved_twice, None) == find.Found(four, [])
-    good.write(saved_twice, good.Good(2, doubted_at=6))
-    assert find.look(saved_twice, None).path == two
-    assert find.look(saved_twice, four).path == four, "which was asked for by name"
-    good.write(saved_twice, good.Good(-1, doubted_at=6))
-    found = find.look(saved_twice, None)
+    assert select.preview_selection(saved_twice, None) == select.Selection(four, [])
+    known_good.write(saved_twice, known_good.KnownGood(2, doubted_at=6))
+    assert select.preview_selection(saved_twice, None).path == two
+    assert select.preview_selection(saved_twice, four).path == four, "which was asked for by name"
+    known_good.write(saved_twice, known_good.KnownGood(-1, doubted_at=6))
+    found = select.preview_selection(saved_twice, None)
     assert (found.path, [line.partition(":")[0] for line in found.passed_over]) == (
         None,
         ["step-00000004 passed over", "step-00000002 passed over"],
@@ -30,15 +30,15 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(saved_twice: RunD
     with pytest.raises(
         UserError, match=r"up to step 4, and none of them is whole \(step-00000004 passed over: weights: contents"
     ):
-        find.look(saved_twice, None)
+        select.preview_selection(saved_twice, None)
     for path in saved_twice.saves().values():
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
     with pytest.raises(UserError, match=r"up to step 4, and none of them is whole: .* holds none"):
-        find.look(saved_twice, None)
+        select.preview_selection(saved_twice, None)
     saved_twice.commits.path.unlink()
-    assert find.look(saved_twice, None) == find.Found(None, []), "a run that never committed one"
+    assert select.preview_selection(saved_twice, None) == select.Selection(None, []), "a run that never committed one"
 
 
 def test_what_is_noted_of_a_save_has_no_key_twice(saved_twice: RunDir) -> None:
@@ -52,7 +52,7 @@ def test_what_is_noted_of_a_save_has_no_key_twice(saved_twice: RunDir) -> None:
 def replaced(path: Path) -> None:
     """By one that is whole, and other."""
     (path / "weights").write_text("of a run of the same name")
-    (path / manifest.NAME).write_text(manifest.describe(path, {"step": find.step_of(path)}))
+    (path / manifest.NAME).write_text(manifest.describe(path, {"step": select.step_of(path)}))
     assert not manifest.verify(path)
 
 
@@ -60,27 +60,27 @@ def test_a_checkpoint_in_the_place_of_the_one_that_was_saved_is_refused_though_i
     for path in saved_twice.saves().values():
         before = {file: file.read_bytes() for file in path.iterdir()}
         replaced(path)
-        for choose in (find.look, find.go_on):
+        for choose in (select.preview_selection, select.select_checkpoint):
             with pytest.raises(UserError, match=f"{path} is not what this run saved there: it is sealed .*, and what was saved"):
                 choose(saved_twice, None)
         for file, content in before.items():
             file.write_bytes(content)
-    assert find.look(saved_twice, None).path == path
+    assert select.preview_selection(saved_twice, None).path == path
 
 
 def test_a_step_that_was_saved_anew_after_going_back_is_taken_though_a_kill_kept_it_from_being_noted(saved_twice: RunDir) -> None:
     two, four = saved_twice.saves().values()
-    find.record(saved_twice, two)  # as a run that goes on from there does first
+    select.record_commit(saved_twice, two)  # as a run that goes on from there does first
     replaced(four)
-    assert find.look(saved_twice, None).path == four
-    find.record(saved_twice, four)
+    assert select.preview_selection(saved_twice, None).path == four
+    select.record_commit(saved_twice, four)
     replaced(two)
     with pytest.raises(UserError, match=f"{two} is not what this run saved there"):
-        find.look(saved_twice, None)
+        select.preview_selection(saved_twice, None)
 
 
 def test_notes_that_no_run_has_written_say_nothing_whoever_sealed_them(saved_twice: RunDir) -> None:
     four = saved_twice.saves()[4]
     for row in ({"step": "4", "checkpoint": four.name, "manifest_seal": "0"}, {"checkpoint": four.name}, {"step": None}):
         saved_twice.commits.add(row)
-    assert find.look(saved_twice, None).path == four
+    assert select.preview_selection(saved_twice, None).path == four

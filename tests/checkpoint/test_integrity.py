@@ -11,7 +11,7 @@ import pytest
 from world import World, copied, refusal, resume
 
 from halos import hashes
-from halos.checkpoint import lineage, manifest, received
+from halos.checkpoint import integrity, lineage, manifest
 from halos.config.defaults import section
 from halos.config.schema import Scorer
 from halos.errors import UserError
@@ -67,7 +67,7 @@ def test_a_flipped_bit_of_a_model_is_refused_by_name(use: Callable[[World, Path]
 
 def test_a_flipped_bit_of_an_adapter_is_refused_and_of_what_lies_beside_it_is_not(world: World, final: Path) -> None:
     flip(final / "model.safetensors")
-    received.check(final / "adapter", "peft.init_from", world.cache)
+    integrity.check(final / "adapter", "peft.init_from", world.cache)
     flip(final / "adapter" / "adapter_model.safetensors")
     said = world.refusal("next", "peft=lora", "peft.r=2", f"peft.init_from={final / 'adapter'}")
     assert f"peft.init_from={final / 'adapter'} is not what was saved there: adapter/adapter_model.safetensors" in said
@@ -78,20 +78,20 @@ def test_what_goes_with_an_adapter_is_checked_with_it(name: str, final: Path) ->
     (final / "value_head").mkdir()
     shutil.copy(final / "adapter" / "adapter_model.safetensors", final / "value_head" / "model.safetensors")
     (final / "manifest.json").write_text(manifest.describe(final, {}))
-    received.check(final / "adapter", "peft.init_from")
+    integrity.check(final / "adapter", "peft.init_from")
     flip(final / name)
     with pytest.raises(UserError, match=re.escape(f"{name}: contents changed")):
-        received.check(final / "adapter", "peft.init_from")
+        integrity.check(final / "adapter", "peft.init_from")
 
 
 def test_a_half_copied_model_is_refused(final: Path) -> None:
     (final / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"tokenizer.json: missing"):
-        received.check(final, "model.name_or_path")
+        integrity.check(final, "model.name_or_path")
     listing = final / "manifest.json"
     listing.write_bytes(listing.read_bytes()[: listing.stat().st_size // 2])
     with pytest.raises(UserError, match=r"manifest.json: unreadable"):
-        received.check(final, "model.name_or_path")
+        integrity.check(final, "model.name_or_path")
 
 
 def test_a_damaged_optimizer_is_not_begun_with(world: World, tmp_path: Path) -> None:
@@ -106,35 +106,35 @@ def test_a_finished_run_whose_model_is_damaged_says_so_and_makes_it_again(world:
     flip(directory / "FINAL" / "model.safetensors")
     said = refusal(directory)
     assert "its FINAL is not what was saved there (model.safetensors: contents changed)" in said
-    assert f"makes it again from {directory / 'checkpoints' / 'step-00000002'}" in said
+    assert f"writes it again from {directory / 'checkpoints' / 'step-00000002'}" in said
     shutil.rmtree(directory / "FINAL")
     assert resume(directory) == 0
-    received.check_final(RunDir(directory))
+    integrity.check_final(RunDir(directory))
 
 
 def test_what_people_write_beside_a_model_is_no_damage(final: Path) -> None:
     (final / "README.md").write_text("My model.")
     (final / "notes.txt").write_text("Good at counting.")
     (final / ".DS_Store").write_bytes(b"\0")
-    received.check(final, "model.name_or_path")
+    integrity.check(final, "model.name_or_path")
     shutil.copy(final / "model.safetensors", final / "model-2.safetensors")
     with pytest.raises(UserError, match=r"model-2.safetensors: not in the manifest"):
-        received.check(final, "model.name_or_path")
+        integrity.check(final, "model.name_or_path")
 
 
 def test_a_manifest_of_somebody_elses_is_none(world: World, tmp_path: Path) -> None:
     base = copied(world.base, tmp_path)
     (base / "manifest.json").write_text(json.dumps({"name": "my app", "files": ["index.html"]}))
-    received.check(base, "model.name_or_path")
+    integrity.check(base, "model.name_or_path")
 
 
 def test_weights_that_are_not_those_of_their_lineage_are_told(final: Path, caplog: pytest.LogCaptureFixture) -> None:
     (final / "manifest.json").unlink()
     with caplog.at_level(logging.WARNING):
-        received.check(final, "model.name_or_path")
+        integrity.check(final, "model.name_or_path")
         assert not caplog.records
         flip(final / "model.safetensors")
-        received.check(final, "model.name_or_path")
+        integrity.check(final, "model.name_or_path")
     assert "not the weights that its lineage.json ends with" in caplog.text
 
 
