@@ -1,14 +1,17 @@
 """A save that is written beside the steps: one at a time, heard of at the next step, waited for at the end."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from halos.checkpoint import manifest, select, weights
 from halos.checkpoint.saving import Copier
@@ -102,6 +105,28 @@ def test_copies_lie_in_the_same_place_every_time() -> None:
     assert first["a"].tolist() == [0, 1, 2, 3]
     second = copier.copy({"part": {"a": tensor, "b": 1}})["part"]
     assert (second["a"].data_ptr(), second["a"].tolist()) == (place, [1, 2, 3, 4])
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield DeviceMesh("cpu", [0])
+    dist.destroy_process_group()
+
+
+def test_copies_of_shards_are_shards_in_the_same_buffers(mesh: DeviceMesh) -> None:
+    copier, copies = Copier(), []
+    shard = nn.Parameter(distribute_tensor(torch.arange(6.0).view(3, 2), mesh, [Shard(0)]))
+    for _ in range(2):
+        copies.append(copier.copy({"weights": {"a": shard, "tied": shard.detach()}})["weights"])
+        with torch.no_grad():
+            shard.to_local().add_(1)
+    (first, tied), (second, _) = (table.values() for table in copies)
+    assert isinstance(second, DTensor)
+    assert (second.placements, second.device_mesh, second.shape) == (shard.placements, mesh, shard.shape)
+    assert second.to_local().flatten().tolist() == [1, 2, 3, 4, 5, 6]
+    assert not second.requires_grad
+    assert first.to_local().data_ptr() == second.to_local().data_ptr() == tied.to_local().data_ptr()
 
 
 def test_copies_of_tied_tensors_are_tied() -> None:
