@@ -113,7 +113,8 @@ class Copier:
                 name: self._copied((*key, name), part, taken) if isinstance(part, Tensor) else part
                 for name, part in parts.items()
             }
-            return type(value).__tensor_unflatten__(inner, context, value.shape, value.stride())
+            wrapper: Any = type(value)
+            return wrapper.__tensor_unflatten__(inner, context, value.shape, value.stride())
         alias = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
         if alias not in taken:
             taken[alias] = self._buffer(key, value).copy_(value, non_blocking=True)
