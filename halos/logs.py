@@ -1,4 +1,4 @@
-"""Who speaks: the first process to the terminal and train.log; each other one to its own file, and aloud when it fails."""
+"""Logging: rank 0 logs to the terminal and train.log; other ranks to a file each, and only warnings to the terminal."""
 
 import logging
 import os
@@ -14,22 +14,22 @@ from halos import confined
 from halos.errors import printable
 
 
-class Printable(logging.Formatter):
-    """What is said may hold names of a stranger's files."""
+class PrintableFormatter(logging.Formatter):
+    """Escapes control characters: messages may contain file names from untrusted data."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
-class AboveTheBar(logging.Handler):
-    """Writes lines without tearing a progress bar."""
+class TqdmHandler(logging.Handler):
+    """Writes lines above a progress bar instead of through it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=None)
 
 
-class Kept(logging.FileHandler):
-    """A log file of the run directory. On a full disk what was to be kept is lost, and that is said once, on the terminal."""
+class RunLogHandler(logging.FileHandler):
+    """A log file in the run directory. When the disk is full its lines are lost, and the terminal says so once."""
 
     _lost = False
 
@@ -41,43 +41,40 @@ class Kept(logging.FileHandler):
             super().handleError(record)
         elif not self._lost:
             self._lost = True
-            tqdm.write(
-                f"{self.baseFilename} cannot be written ({sys.exception()}): what is said is lost from here on", sys.stderr
-            )
+            tqdm.write(f"{self.baseFilename} cannot be written ({sys.exception()}): log lines are lost from here on", sys.stderr)
 
 
-def speak(main: bool) -> None:
-    """Set logging up, in the one place where it is."""
+def configure_logging(main: bool) -> None:
+    """Log to the terminal: from INFO on rank 0 (`main`), from WARNING elsewhere. The only place that sets up logging."""
     logger = logging.getLogger("halos")
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO)
-    console = AboveTheBar(logging.INFO if main else logging.WARNING)
-    console.setFormatter(Printable("%(message)s"))
+    console = TqdmHandler(logging.INFO if main else logging.WARNING)
+    console.setFormatter(PrintableFormatter("%(message)s"))
     logger.addHandler(console)
-    hush_libraries()
+    silence_libraries()
 
 
-def hush_libraries() -> None:
-    """Neither bars nor warnings of what lies below: nobody who runs halos can heed them."""
+def silence_libraries() -> None:
+    """Turn off progress bars and warnings of the libraries below, on which a user of halos cannot act."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", module="torch.distributed.checkpoint")
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
-def write_to(path: Path) -> None:
-    """Keep what is said in a file too, which is made when there is something to say. Raises UserError where what stands there
-    is a link, or no file."""
+def add_log_file(path: Path) -> None:
+    """Log to a file as well, created with its first line. Raises UserError where `path` is a link or not a regular file."""
     if os.path.lexists(path):
         os.close(confined.open_to_append(path))
-    file = Kept(path, delay=True)
-    file.setFormatter(Printable("%(asctime)s %(levelname)s %(message)s"))
+    file = RunLogHandler(path, delay=True)
+    file.setFormatter(PrintableFormatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger("halos").addHandler(file)
 
 
-def trace(message: str, error: BaseException) -> None:
-    """Keep a traceback in the file alone: who reads the terminal is told in a sentence."""
+def log_traceback(message: str, error: BaseException) -> None:
+    """Write a traceback to the log files only: the terminal gets one sentence."""
     logger = logging.getLogger("halos")
     info = (type(error), error, error.__traceback__)
     record = logger.makeRecord(logger.name, logging.ERROR, __file__, 0, message, (), info)

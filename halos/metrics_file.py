@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line for each logged step and evaluation, read so that a damaged line costs no more than itself."""
+"""metrics.jsonl: one line per logged step or evaluation, read so that a damaged line loses only itself."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from typing import Any
 from halos import confined
 from halos.confined import UnreadableError
 
-DAMAGED = "metrics.damaged.jsonl"  # beside it: lines that could not be read, as they were
-LAST = 2**53  # a step beyond which floats could not count
+DAMAGED = "metrics.damaged.jsonl"  # next to metrics.jsonl: lines that could not be read, verbatim
+LAST = 2**53  # the first integer beyond which float64 cannot count in steps of 1
 
 
 class MetricsFile:
-    """One run's. Making the object touches nothing."""
+    """The metrics.jsonl of one run. Creating the object touches no file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """One line, whole or not at all; it has a `step`."""
+        """Append one line: all of it, or nothing where the disk is full. `row` has a `step`."""
         assert "step" in row
         confined.append(self.path, to_json(row) + "\n", within=self.path.parent)
 
     def read(self) -> list[dict[str, Any]]:
-        """All rows that are ones."""
-        return self._sorted()[0]
+        """All rows that can be parsed."""
+        return self._parsed()[0]
 
     def damaged(self) -> list[bytes]:
-        """Lines that are none. A last line without an end is not counted: a crash has cut it off."""
-        return self._sorted()[1]
+        """Lines that cannot be parsed. A last line without a newline is not counted: a crash cut it off."""
+        return self._parsed()[1]
 
     def keep_until(self, step: int) -> int:
-        """Drop what was logged after `step`, so that no step appears twice when a run goes on from there. How many lines were
-        damaged, which are set aside."""
-        rows, damaged = self._sorted()
+        """Drop what was logged after `step`, so that no step appears twice when a run resumes from there. Damaged lines move to
+        `DAMAGED`; returns how many."""
+        rows, damaged = self._parsed()
         if damaged:
             confined.append(
                 self.path.with_name(DAMAGED),
@@ -51,12 +51,12 @@ class MetricsFile:
         return len(damaged)
 
     def digest(self, rows: int) -> tuple[int, str]:
-        """How many of the first `rows` lines there are, and a hash of them."""
+        """The number of lines among the first `rows`, and their hash."""
         lines = self._bytes().split(b"\n")[:-1][:rows]
         return len(lines), hashlib.sha256(b"\n".join(lines)).hexdigest()
 
     def seal(self, step: int) -> dict[str, Any]:
-        """For a save of `step`: how many lines it came after, and their hash. Lines of later steps may stand there already."""
+        """For a checkpoint of `step`: how many lines precede it, and their hash. Lines of later steps may be there already."""
         lines = self._bytes().split(b"\n")[:-1]
         later = (number for number, line in enumerate(lines) if (row := row_of(line)) is not None and row["step"] > step)
         rows, digest = self.digest(next(later, len(lines)))
@@ -67,7 +67,7 @@ class MetricsFile:
             return b""
         return confined.read_bytes(self.path, within=self.path.parent, most=confined.LARGE)
 
-    def _sorted(self) -> tuple[list[dict[str, Any]], list[bytes]]:
+    def _parsed(self) -> tuple[list[dict[str, Any]], list[bytes]]:
         rows, damaged = [], []
         for line in self._bytes().split(b"\n")[:-1]:
             row = row_of(line)
@@ -79,7 +79,7 @@ class MetricsFile:
 
 
 def row_of(line: bytes) -> dict[str, Any] | None:
-    """A line as `append` writes it: a step, text for the split, numbers for the rest."""
+    """Parse a line that `append` wrote: an int `step`, a string `split`, numbers otherwise. None where it is not one."""
     try:
         row = confined.parse_json(line.decode("utf-8"), "a line")
     except (UnreadableError, UnicodeDecodeError):
@@ -90,17 +90,17 @@ def row_of(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Or null, or a list of such."""
+    """A number, null, or a list of these."""
     return all(map(_is_number, value)) if isinstance(value, list) else value is None or isinstance(value, (int, float))
 
 
 def to_json(value: Any) -> str:
-    """JSON has no nan and no infinity: null stands for them."""
+    """As JSON, which has no nan and no infinity: null stands for them."""
     return json.dumps(finite(value), allow_nan=False, ensure_ascii=False)
 
 
 def finite(value: Any) -> Any:
-    """With null where a number is none."""
+    """`value` with None for every nan and infinity in it."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,7 +1,7 @@
-"""Schedules: what the peak rate is multiplied by, as a pure function of the step, so that resuming needs nothing but the step.
+"""Learning rate schedules: a multiplier of the peak learning rate, as a pure function of the step, so that nothing need be saved.
 
-Steps are counted from 0. Warm-up rises on a line and reaches 1 in its last step. Durations below 1 are a share of all steps,
-from 1 on a number of steps. They are functions of the step and of the number of all steps; their other parameters are keys.
+Steps count from 0. Warm-up is linear and reaches 1 in its last step. A duration below 1 is a fraction of all steps; from 1 on it
+is a number of steps. A schedule takes the step and the total number of steps; its keyword-only parameters are its YAML keys.
 """
 
 from __future__ import annotations
@@ -13,30 +13,30 @@ from typing import Annotated, Any, Literal, Protocol
 from halos.ranges import Range
 
 Duration = Annotated[float, Range(least=0)]
-Share = Annotated[float, Range(least=0, most=1)]
+Fraction = Annotated[float, Range(least=0, most=1)]
 
 
 def constant(step: int, total: int, *, warmup: Duration) -> float:
-    """Stays where warm-up has left it."""
+    """Constant after warm-up."""
     return _rise(step, num_steps(warmup, total))
 
 
-def linear(step: int, total: int, *, warmup: Duration, final: Share) -> float:
-    """Falls on a line to `final`."""
+def linear(step: int, total: int, *, warmup: Duration, final: Fraction) -> float:
+    """Linear decay to `final`."""
     first = num_steps(warmup, total)
     return _rise(step, first) if step < first else _fall(1 - _done(step, first, total), final)
 
 
-def cosine(step: int, total: int, *, warmup: Duration, final: Share) -> float:
-    """Falls on half a cosine to `final` (arXiv:1608.03983, without restarts)."""
+def cosine(step: int, total: int, *, warmup: Duration, final: Fraction) -> float:
+    """Cosine decay to `final` (arXiv:1608.03983, without restarts)."""
     first = num_steps(warmup, total)
     return _rise(step, first) if step < first else _fall(0.5 * (1 + math.cos(math.pi * _done(step, first, total))), final)
 
 
 def wsd(
-    step: int, total: int, *, warmup: Duration, decay: Duration, final: Share, shape: Literal["linear", "sqrt"]
+    step: int, total: int, *, warmup: Duration, decay: Duration, final: Fraction, shape: Literal["linear", "sqrt"]
 ) -> float:  # fmt: skip
-    """Warm-up, a stable phase, a decay over the last `decay` (arXiv:2404.06395) on a line or as 1 - sqrt (arXiv:2405.18392)."""
+    """Warm-up, stable phase, decay over the last `decay` steps (arXiv:2404.06395), linear or 1 - sqrt (arXiv:2405.18392)."""
     first = num_steps(warmup, total)
     start = max(first, total - num_steps(decay, total))
     if step < start:
@@ -46,13 +46,13 @@ def wsd(
 
 
 def inverse_sqrt(step: int, total: int, *, warmup: Duration) -> float:
-    """Falls as 1 / sqrt(step) from where warm-up has left it (arXiv:1706.03762), whatever the number of all steps."""
+    """Decay as 1 / sqrt(step) after warm-up (arXiv:1706.03762), whatever the total number of steps."""
     first = num_steps(warmup, total)
     return _rise(step, first) if step < first else math.sqrt(max(1, first) / (step + 1))
 
 
 def num_steps(duration: float, total: int) -> int:
-    """Of a duration that is a share of all steps below 1, and from 1 on a number of them."""
+    """A duration in steps: below 1 it is a fraction of `total`, from 1 on a number of steps."""
     return round(duration * total) if duration < 1 else int(duration)
 
 
@@ -61,11 +61,12 @@ def _rise(step: int, warmup: int) -> float:
 
 
 def _done(step: int, first: int, total: int) -> float:
-    """The share of what comes from the step `first` on."""
+    """The fraction of the steps from `first` on that is done."""
     return (step - first) / max(1, total - first)
 
 
 def _fall(left: float, final: float) -> float:
+    """From 1 down to `final`, where `left` goes from 1 to 0."""
     return final + (1 - final) * left
 
 
@@ -74,15 +75,15 @@ class _Optimizer(Protocol):
     def param_groups(self) -> list[dict[str, Any]]: ...
 
 
-class Rates:
-    """The learning rate of every parameter group: each has the peak that the optimizer was made with."""
+class LearningRates:
+    """Sets the learning rate of every parameter group; the peak of each is the one that the optimizer was made with."""
 
     def __init__(self, optimizer: _Optimizer, multiplier: Callable[[int, int], float], total: int) -> None:
         self._optimizer, self._multiplier, self._total = optimizer, multiplier, total
         self._peaks = [group["lr"] for group in optimizer.param_groups]
 
     def set(self, step: int) -> None:
-        """What the optimizer is to move by in `step`, counted from 0."""
-        share = self._multiplier(step, self._total)
+        """Set the learning rates of `step`, counted from 0."""
+        factor = self._multiplier(step, self._total)
         for group, peak in zip(self._optimizer.param_groups, self._peaks, strict=True):
-            group["lr"] = peak * share
+            group["lr"] = peak * factor

@@ -1,4 +1,4 @@
-"""The shapes that flow: examples -> token ids -> packed sequences -> token log-probs -> a loss's values and metrics."""
+"""The data types of training: examples -> packed sequences of token ids -> token log-probs -> a loss's values and metrics."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from halos.ranges import Range as Range  # beside the rest of what a loss of one's own is written with
+from halos.ranges import Range as Range  # re-exported: a user's own loss imports all it needs from here
 
-Message = Mapping[str, Any]  # OpenAI-style: role, content, and where they occur tool_calls, name, tool_call_id
+Message = Mapping[str, Any]  # OpenAI-style: role, content, and optionally tool_calls, name, tool_call_id
 Turns = tuple[Message, ...]
 
 
-# --- examples: what a row of data says, before any tokenizer -----------------------------------------------------------
+# --- examples: parsed rows of data files, before tokenization ----------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Demonstration:
-    """A completion worth imitating. Only assistant turns of `completion` are scored."""
+    """A completion to imitate. Only the assistant turns of `completion` are trained on."""
 
     prompt: Turns
     completion: Turns
@@ -29,7 +29,7 @@ class Demonstration:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Two completions of one prompt, the first preferred; `margin` says by how much, where it is known."""
+    """Two completions of one prompt, the first preferred; `margin` is by how much, where the data says."""
 
     prompt: Turns
     chosen: Turns
@@ -39,7 +39,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """A completion that was judged on its own: desirable or not."""
+    """A completion with a binary label: desirable or not."""
 
     prompt: Turns
     completion: Turns
@@ -48,10 +48,10 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Scored:
-    """A completion that was sampled, and its reward.
+    """A sampled completion and its reward.
 
-    `ids` and `logps`, where the sampler kept them, are its tokens and their log-probs: text need not tokenise to what was
-    sampled. `vocabulary` names the tokenizer that the ids are of.
+    `ids` and `logps`, where the sampler kept them, are its tokens and their log-probs: tokenising the text again need not give
+    the ids that were sampled. `vocabulary` identifies the tokenizer of the ids.
     """
 
     prompt: Turns
@@ -65,21 +65,21 @@ class Scored:
 Example = Demonstration | Comparison | Judgement | Scored
 
 
-# --- what the model is fed: sequences laid end to end, nothing padded --------------------------------------------------
+# --- model inputs: sequences packed end to end, without padding --------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Sequences packed end to end. Scored tokens are those of completions: prompt tokens never meet the LM head."""
+    """Sequences packed end to end. Scored tokens: those whose log-prob the loss reads. Prompt tokens never reach the LM head."""
 
     ids: Tensor  # (tokens,) int64
     positions: Tensor  # (tokens,) int64, restarting at 0 in each sequence
-    lengths: tuple[int, ...]  # one per row; on the host, so that no kernel waits for it
+    lengths: tuple[int, ...]  # one per sequence; on the host, so that no kernel waits for it
     targets: Tensor  # (scored,) int64: the ids of the scored tokens
-    sources: Tensor  # (scored,) int64: where in `ids` the hidden state stands that predicts each target
+    sources: Tensor  # (scored,) int64: index into `ids` of the hidden state that predicts each target
     rows: Tensor  # (scored,) int64: which sequence each target belongs to
-    columns: Tensor  # (scored,) int64: its place among the scored tokens of that sequence
-    widest: int  # scored tokens of the sequence that has the most
+    columns: Tensor  # (scored,) int64: index of each target among the scored tokens of its sequence
+    widest: int  # largest number of scored tokens of any sequence
 
     def to(self, device: torch.device) -> Sequences:
         ids, positions, targets, sources, rows, columns = (
@@ -91,25 +91,25 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class Whole:
-    """One row for the model as it is by itself: in the place of `Sequences`, it goes the same way through what wraps a model."""
+    """One sequence for the unmodified transformers forward: passed in the place of `Sequences` through DDP, FSDP and the like."""
 
     ids: Tensor  # (tokens,) int64
 
 
-# --- what a loss is given ----------------------------------------------------------------------------------------------
+# --- inputs of a loss --------------------------------------------------------------------------------------------------
 
 
 class LossInput:
-    """What a loss may take first, and what follows from that for data, proof, model and rollouts, declared by a subclass.
+    """Base of the types that a loss may take first. A subclass declares what follows for data, proof, model and rollouts.
 
-    Besides, a trainer `takes` it (trainers/, listed in run/blueprint.py), and run/measured.py makes one up.
+    A trainer lists it in `takes` (trainers/, registered in run/blueprint.py), and run/measured.py makes a small random one.
     """
 
     __slots__ = ()
-    example: ClassVar[type]  # what of the data it is computed from
-    feedback: ClassVar[str] = "scalar"  # what is made of scored samples for it: pairwise, binary, or the scores themselves
-    head: ClassVar[Literal["language", "value", "score"]] = "language"  # what the model is read through
-    sampled: ClassVar[bool] = False  # whether its rows are rollouts, whose advantages the loss says
+    example: ClassVar[type]  # the type of example that it is computed from
+    feedback: ClassVar[str] = "scalar"  # made from scored samples online: pairwise, binary, or the scores themselves
+    head: ClassVar[Literal["language", "value", "score"]] = "language"  # the head on the model's hidden states
+    sampled: ClassVar[bool] = False  # its rows are rollouts, whose advantages the loss's module computes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +144,13 @@ class TokenLogps(LossInput):
         return TokenLogps(self.values.detach(), self.mask)
 
 
-# FSDP finds the tensors of a module's output, whose gradients tell it when to gather parameters again, through pytrees
+# FSDP finds the tensors of a module's output through pytrees; their gradients trigger its all-gather in the backward pass
 register_pytree_node(TokenLogps, lambda logps: ([logps.values, logps.mask], None), lambda parts, _: TokenLogps(*parts))
 
 
 @dataclass(frozen=True, slots=True)
 class Pair(LossInput):
-    """Log-probs of the chosen and the rejected completion of the same prompts, row by row."""
+    """Log-probs of the chosen and the rejected completions; row i of both answers the same prompt."""
 
     example, feedback = Comparison, "pairwise"
 
@@ -163,7 +163,7 @@ class Pair(LossInput):
 
 @dataclass(frozen=True, slots=True)
 class Labelled(LossInput):
-    """Log-probs of completions that were judged one by one."""
+    """Log-probs of completions with binary labels."""
 
     example, feedback = Judgement, "binary"
 
@@ -183,7 +183,7 @@ class Mismatched:
 
 @dataclass(frozen=True, slots=True)
 class PairScores(LossInput):
-    """Scores of a reward model for the chosen and the rejected completion; `margin` is 0 where the data names none."""
+    """A reward model's scores of the chosen and the rejected completion; `margin` is 0 where the data has none."""
 
     example, feedback, head = Comparison, "pairwise", "score"
 
@@ -197,7 +197,7 @@ class PairScores(LossInput):
 
 @dataclass(frozen=True, slots=True)
 class Rollouts(LossInput):
-    """Completions that were sampled, and what is known of each. Tensors over time are 0 where `logps.mask` is False."""
+    """Sampled completions with rewards and advantages. Tensors over time are 0 where `logps.mask` is False."""
 
     example, sampled = Scored, True
 
@@ -209,7 +209,7 @@ class Rollouts(LossInput):
 
 @dataclass(frozen=True, slots=True)
 class ValuedRollouts(LossInput):
-    """Rollouts, and what a value head makes of the state before each token. A loss that takes them is given such a head."""
+    """Rollouts with the value of the state before each token. A loss that takes them gets a value head on its policy."""
 
     example, head, sampled = Scored, "value", True
 
@@ -217,9 +217,9 @@ class ValuedRollouts(LossInput):
     old: Tensor  # (rows, time)
     advantages: Tensor  # (rows, time)
     rewards: Tensor  # (rows,)
-    values: Tensor  # (rows, time) of the head in training
-    old_values: Tensor  # (rows, time) of the head as it was when the rollouts were read
-    returns: Tensor  # (rows, time) what the values should have been
+    values: Tensor  # (rows, time) under the value head in training
+    old_values: Tensor  # (rows, time) under the value head before training on these rollouts
+    returns: Tensor  # (rows, time) regression targets of the values
 
 
 INPUTS = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)
@@ -227,7 +227,7 @@ INPUTS = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)
 
 @dataclass(frozen=True, slots=True)
 class Acted:
-    """What a model with a value head gives: log-probs of the scored tokens, and the value of the state before each."""
+    """Output of a model with a value head: log-probs of the scored tokens, and the value of the state before each."""
 
     logps: TokenLogps
     values: Tensor  # (rows, time) float32; 0 where the mask is False
@@ -238,37 +238,37 @@ register_pytree_node(Acted, lambda acted: ([acted.logps, acted.values], None), l
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A global batch of rollouts as they came: whole groups of one prompt each. What advantages are made of."""
+    """A global batch of rollouts from which advantages are computed: whole groups, each the samples of one prompt."""
 
     rewards: Tensor  # (rows,) float64
     groups: Tensor  # (rows,) int64; samples of one prompt share a number
     old: TokenLogps  # (rows, time)
-    reference: Tensor | None  # (rows, time) log-probs under the reference, where the loss compares with one
+    reference: Tensor | None  # (rows, time) log-probs under the reference, where the loss uses one
     values: Tensor | None  # (rows, time), where there is a value head
 
 
 @dataclass(frozen=True, slots=True)
 class Estimates:
-    """What a loss's function `advantages` makes of a global batch."""
+    """Result of a loss's function `advantages` over a global batch."""
 
     advantages: Tensor  # (rows, time); 0 outside the mask
-    returns: Tensor | None  # (rows, time) for a value head to learn
+    returns: Tensor | None  # (rows, time) regression targets of a value head
     metrics: Mapping[str, Mean]
 
 
-# --- what a loss gives back --------------------------------------------------------------------------------------------
+# --- results of a loss -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Mean:
-    """A total and the count it is over, kept apart so that a mean over micro-batches and ranks is exact."""
+    """A total and its count, kept separate so that a mean over micro-batches and ranks is exact."""
 
     total: Tensor  # ()
     count: Tensor  # ()
 
     @classmethod
     def of(cls, values: Tensor, where: Tensor | None = None) -> Mean:
-        """The mean of `values`, or of those that the boolean `where` selects; both of one shape."""
+        """The mean of `values`, or of those where the boolean `where` is true; both have the same shape."""
         values = values.detach().float()
         if where is None:
             return cls(values.sum(), values.new_full((), values.numel()))
@@ -277,11 +277,11 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Unreduced: the trainer sums `values` and divides by the count of the whole global batch.
+    """Unreduced: the trainer sums `values` and divides by a denominator counted over the whole global batch.
 
-    `per` says what the mean is over: items of the global batch (pairs, examples), or their scored tokens.
+    `per` chooses that denominator: the items of the global batch (pairs, examples), or their scored tokens.
     """
 
     values: Tensor  # (rows,) or (rows, time)
     metrics: Mapping[str, Mean]
-    per: Literal["item", "token"] = "item"
+    per: Literal["item", "token"] = "item"  # the denominator

@@ -1,23 +1,23 @@
-"""Rates by hand, step for step."""
+"""Learning rates computed by hand, step by step."""
 
 import math
 from types import SimpleNamespace
 
 import pytest
 
-from halos.schedules import Rates, constant, cosine, inverse_sqrt, linear, wsd
+from halos.schedules import LearningRates, constant, cosine, inverse_sqrt, linear, wsd
 
 
 def test_warmup_reaches_the_peak_in_its_last_step() -> None:
     assert [constant(step, 100, warmup=4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
-def test_a_share_of_warmup_counts_steps() -> None:
+def test_a_warmup_below_one_is_a_fraction_of_the_steps() -> None:
     assert constant(4, 100, warmup=0.1) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("schedule", [linear, cosine])
-def test_a_decay_passes_its_middle_and_ends_at_final(schedule) -> None:
+def test_a_decay_passes_its_midpoint_and_ends_at_final(schedule) -> None:
     rates = [schedule(step, 10, warmup=0, final=0.1) for step in (0, 5, 10)]
     assert rates == pytest.approx([1.0, 0.55, 0.1])
 
@@ -42,7 +42,7 @@ def test_an_inverse_square_root_halves_when_the_steps_are_four_times_as_many_wha
 
 def test_every_group_has_its_own_peak() -> None:
     groups = [{"lr": 0.4}, {"lr": 2.0}]
-    rates = Rates(SimpleNamespace(param_groups=groups), lambda step, total: (step + 1) / total, 8)
+    rates = LearningRates(SimpleNamespace(param_groups=groups), lambda step, total: (step + 1) / total, 8)
     for step, wanted in ((0, [0.05, 0.25]), (3, [0.2, 1.0]), (7, [0.4, 2.0])):
         rates.set(step)
         assert [group["lr"] for group in groups] == wanted

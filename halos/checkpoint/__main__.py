@@ -100,7 +100,7 @@ def export(given: argparse.Namespace) -> int:
         hub.check_name(given.push_to_hub)
     elif given.private or given.revision:
         raise UserError("--private and --revision are for --push-to-hub ORG/NAME: add it, or leave them out")
-    logs.hush_libraries()
+    logs.silence_libraries()
     shard = size_of(given.max_shard_size) if given.max_shard_size else SHARD
     dtype = getattr(torch, given.dtype) if given.dtype else None
     if given.kind == "adapter":

@@ -79,12 +79,12 @@ def _training(config: Config, overrides: Sequence[str], own: Mapping[str, Any], 
 
 def rounds(config: Config, typed: Sequence[str], changed: Sequence[Change], tree: ConfigTree) -> int:
     """Online rounds: the exit status. What each round's training is given is checked before anything starts."""
-    from halos.logs import speak
+    from halos.logs import configure_logging
     from halos.online import rounds as driver
     from halos.run.outline import Outline
 
     assert config.online is not None
-    speak(main=True)
+    configure_logging(main=True)
     overrides = inner_overrides(typed, config)
     if config.resume:
         since = [word for word in overrides[1:] if word not in config.online.overrides]

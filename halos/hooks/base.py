@@ -21,7 +21,7 @@ from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.metrics import Window
 from halos.rundir import RunDir
-from halos.schedules import Rates
+from halos.schedules import LearningRates
 
 Metrics = Mapping[str, Any]
 Asked = Sequence[str | Sequence[Mapping[str, str]]]  # what a user says, or turns of a dialogue
@@ -71,7 +71,7 @@ class Run:
     optimizer: Optimizer
     tokenizer: PreTrainedTokenizerBase
     reward: bool  # a reward model rather than a language model
-    rates: Rates  # of its parameter groups, by step
+    learning_rates: LearningRates  # of the parameter groups, set before each step
     total_steps: int
     max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
     unmeasured: frozenset[str] = frozenset()  # metrics that the held-out rows cannot give, and nobody is to wait for

@@ -1,4 +1,4 @@
-"""Conservative DPO: preferences that are wrong with a known rate."""
+"""Conservative DPO: preference labels that are flipped with a known probability."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ def cdpo(
     beta: Annotated[float, Range(above=0)],
     label_smoothing: Annotated[float, Range(least=0, most=0.5)],
 ) -> Loss:
-    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), least where sigmoid(beta h) = 1 - e.
+    """-(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), with e = `label_smoothing`; minimal where sigmoid(beta h) = 1 - e.
 
     E. Mitchell, "A note on DPO with noisy preferences and relationship to IPO" (2023), eq. 3.
     """

@@ -1,4 +1,4 @@
-"""What preference losses report, under the field's names."""
+"""Metrics that the preference losses share, under the field's names."""
 
 from torch import Tensor
 
@@ -6,15 +6,15 @@ from halos.types import Mean, Pair
 
 
 def won(better: Tensor, worse: Tensor) -> Tensor:
-    """1 where the first is larger, 0 where it is smaller, and half of one for a tie, which ranks nothing: (rows,)."""
+    """1 where `better` is larger, 0 where it is smaller and 0.5 for a tie: (rows,)."""
     return (better > worse).float() + 0.5 * (better == worse).float()
 
 
 def pair_metrics(policy: Pair, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Mean]:
     """Implicit rewards (rows,), and two accuracies: of the implicit reward, and of the policy's own ranking.
 
-    They differ: where policy == reference every implicit reward is 0, so all are ties and its accuracy is that of a coin, while
-    the ranking accuracy is the reference's own.
+    They differ: where policy == reference every implicit reward is 0, so every pair is a tie and the reward accuracy is 0.5,
+    while the ranking accuracy is the reference's own.
     """
     return {
         "rewards/chosen": Mean.of(chosen_rewards),

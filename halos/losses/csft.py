@@ -1,11 +1,11 @@
-"""Conditional SFT: imitate good and bad completions alike, each behind a control token that names its kind."""
+"""Conditional SFT: train on good and bad completions alike, each prefixed with a control token that says which it is."""
 
 from halos.losses.sft import sft
 from halos.types import Demonstration, Judgement, Loss, TokenLogps
 
 
 def examples(row: Judgement, *, desirable_token: str, undesirable_token: str) -> Demonstration:
-    """The completion behind its control token (arXiv:2302.08582, section 2); a new row, the given one is not touched."""
+    """The completion prefixed with its control token (arXiv:2302.08582, section 2), as a new example; `row` is not modified."""
     token = desirable_token if row.desirable else undesirable_token
     first, *rest = row.completion
     return Demonstration(row.prompt, ({**first, "content": token + str(first.get("content") or "")}, *rest))

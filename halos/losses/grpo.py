@@ -1,4 +1,4 @@
-"""Group Relative Policy Optimization and what came of it: Dr. GRPO, DAPO, GSPO and CISPO are settings of one function."""
+"""Group Relative Policy Optimization. Its variants Dr. GRPO, DAPO, GSPO and CISPO are settings of one function."""
 
 from typing import Annotated, Literal
 
@@ -9,7 +9,7 @@ from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled, TokenLo
 
 
 def needs_reference(*, beta: float) -> bool:
-    """Without a KL term no reference is loaded."""
+    """No reference model is loaded when there is no KL term."""
     return beta > 0
 
 
@@ -30,9 +30,9 @@ def advantages(
     std_ddof: Annotated[int, Range(least=0, most=1)],
     epsilon: Annotated[float, Range(least=0)],
 ) -> Estimates:
-    """A = r - mean(r of the group), divided by (std + epsilon) of the group, of the global batch, or by nothing.
+    """A = r - mean(r of the group), divided by (std + epsilon) of the group, of the global batch, or not divided.
 
-    Eq. 3 of arXiv:2402.03300; without the division it is that of arXiv:2503.20783.
+    Eq. 3 of arXiv:2402.03300; undivided, it is the advantage of Dr. GRPO (arXiv:2503.20783).
     """
     mean, squares, sizes = of_group(sampled.rewards, sampled.groups)
     values = sampled.rewards - mean
@@ -62,9 +62,9 @@ def grpo(
     """Eq. 3 of arXiv:2402.03300, token by token, with `beta` times an estimate of the KL to the reference.
 
     `objective` clip is PPO's; cispo is -sg(min(r, 1 + clip_high)) A log pi (section 3.1 of arXiv:2506.13585). `ratio` sequence is
-    the geometric mean over a completion's tokens (eq. 7 of arXiv:2507.18071). `aggregation` is over a completion's tokens
-    and then completions (sequence), over all tokens of the global batch (token, section 3.3 of arXiv:2503.14476), or a sum
-    over tokens divided by `max_tokens` (constant, arXiv:2503.20783).
+    the geometric mean over a completion's tokens (eq. 7 of arXiv:2507.18071). `aggregation` chooses the denominator: the mean
+    over a completion's tokens and then over completions (sequence), the mean over all tokens of the global batch (token,
+    section 3.3 of arXiv:2503.14476), or the sum over tokens divided by `max_tokens` (constant, arXiv:2503.20783).
     """
     mask, logs = policy.logps.mask, log_ratio(policy)
     if ratio == "sequence":

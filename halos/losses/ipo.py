@@ -13,10 +13,10 @@ def ipo(
     tau: Annotated[float, Range(above=0)],
     average: Literal["mean", "sum"],
 ) -> Loss:
-    """(g - 1/(2 tau))^2, g the difference of log-ratios, per token (`mean`) or whole (`sum`). Eq. 17 of arXiv:2310.12036.
+    """(g - 1/(2 tau))^2, g the difference of log-ratios, averaged over tokens (`mean`) or summed. Eq. 17 of arXiv:2310.12036.
 
-    The length is the number of scored tokens, never the number of tokens whose log-ratio is not zero: where policy ==
-    reference the latter is 0.
+    `mean` divides by the number of scored tokens, never by the number of tokens whose log-ratio is not zero, which is 0 where
+    policy == reference.
     """
     chosen = policy.chosen.sum - reference.chosen.sum
     rejected = policy.rejected.sum - reference.rejected.sum

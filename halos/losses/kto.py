@@ -1,4 +1,4 @@
-"""Kahneman-Tversky Optimization: from labels alone, without pairs."""
+"""Kahneman-Tversky Optimization: learns from binary labels, without pairs."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ from halos.types import Labelled, Loss, Mean, Mismatched, Range
 
 
 def statistics(policy: Mismatched, reference: Mismatched) -> Tensor:
-    """log-ratio of each row's mismatched completion: (rows,). Its mean over the global batch estimates the KL."""
+    """log pi / pi_ref of each row's mismatched completion: (rows,). Its mean over the global batch estimates the KL."""
     return policy.completion.sum - reference.completion.sum
 
 

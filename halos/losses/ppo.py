@@ -21,10 +21,9 @@ def adapt(
     kl_target: Annotated[float | None, Range(above=0)],
     kl_horizon: Annotated[int, Range(least=1)],
 ) -> float:
-    """The KL coefficient for the next global batch, after one of `items` completions with that mean KL (nats a completion).
-
-    beta (1 + clip(KL / target - 1, -0.2, 0.2) items / horizon), section 2.2 of arXiv:1909.08593; fixed where the target is
-    null.
+    """The KL coefficient for the next global batch, after one of `items` completions whose mean KL was `divergence` (nats per
+    completion): beta (1 + clip(KL / target - 1, -0.2, 0.2) items / horizon), section 2.2 of arXiv:1909.08593. Fixed where the
+    target is null.
     """
     if kl_target is None:
         return coefficient
@@ -40,9 +39,9 @@ def advantages(
     gamma: Annotated[float, Range(least=0, most=1)],
     gae_lambda: Annotated[float, Range(least=0, most=1)],
 ) -> Estimates:
-    """Generalized advantage estimation (eq. 16 of arXiv:1506.02438) over rewards with a KL at every token, then whitened.
+    """Generalized advantage estimation (eq. 16 of arXiv:1506.02438) over rewards with a KL penalty at every token, then whitened.
 
-    Returns are the advantages before whitening plus the values. The state after the last token is worth nothing.
+    Returns are the advantages before whitening plus the values. The value of the state after the last token is 0.
     """
     assert sampled.values is not None, "the loss takes ValuedRollouts"
     mask = sampled.old.mask
@@ -62,7 +61,7 @@ def advantages(
 
 
 def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> Mean:
-    """1 - Var(returns - values) / Var(returns) over the tokens: 1 for a perfect critic, 0 for one that knows the mean alone."""
+    """1 - Var(returns - values) / Var(returns) over the tokens: 1 for a perfect critic, 0 for one that predicts only the mean."""
     of_returns = returns[mask].var(correction=0)
     left = (returns - values)[mask].var(correction=0)
     return Mean.of(1 - left / of_returns.clamp(min=1e-8))
@@ -78,8 +77,8 @@ def ppo(
 ) -> Loss:
     """The clipped objective (eq. 7 of arXiv:1707.06347) plus value_coefficient / 2 times the squared error of the value head.
 
-    With `value_clip` the error is the larger of that of the value and of the value clipped to within `value_clip` of what
-    it was. Both are averaged over all tokens of the global batch.
+    With `value_clip` the error is the larger of two: the value's, and that of the value clipped to within `value_clip` of the
+    old value. The denominator of both terms is the number of tokens in the global batch.
     """
     ratio, mask = log_ratio(policy).exp(), policy.logps.mask
     taken_away = is_clipped(ratio, policy.advantages, clip_low, clip_high)

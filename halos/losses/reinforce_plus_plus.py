@@ -1,4 +1,4 @@
-"""REINFORCE++: no critic, a KL in the reward of every token, returns whitened over the global batch."""
+"""REINFORCE++: no critic, a KL penalty in every token's reward, returns whitened over the global batch."""
 
 from typing import Annotated
 
@@ -51,7 +51,7 @@ def reinforce_plus_plus(
     clip_low: Annotated[float, Range(least=0)],
     clip_high: Annotated[float, Range(least=0)],
 ) -> Loss:
-    """PPO's clipped objective, averaged over all tokens of the global batch."""
+    """PPO's clipped objective; its denominator is the number of tokens in the global batch."""
     ratio = log_ratio(policy).exp()
     taken_away = is_clipped(ratio, policy.advantages, clip_low, clip_high)
     values = clipped(ratio, policy.advantages, clip_low, clip_high) * policy.logps.mask

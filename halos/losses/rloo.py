@@ -1,4 +1,4 @@
-"""REINFORCE with a baseline from the other samples of the same prompt: leave one out."""
+"""REINFORCE leave-one-out: the baseline of a sample is the mean reward of the other samples of its prompt."""
 
 from typing import Annotated
 
@@ -15,7 +15,7 @@ def needs_reference(*, beta: float) -> bool:
 def advantages(sampled: Sampled, *, beta: Annotated[float, Range(least=0)]) -> Estimates:
     """A_i = R_i - mean of the group's other R_j, with R = r - beta log pi_old / pi_ref of the whole completion.
 
-    arXiv:2402.14740. A completion alone of its prompt has nothing to be compared with: its advantage is 0.
+    arXiv:2402.14740. The only completion of a prompt has no baseline: its advantage is 0.
     """
     divergence = sequence_kl(sampled)
     returns = sampled.rewards - beta * divergence

@@ -1,4 +1,4 @@
-"""What losses on sampled completions share: ratios, estimates of the KL, advantages, and what they report."""
+"""Shared by the losses on sampled completions: ratios, KL estimators, advantages and metrics."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from halos.types import Mean, Rollouts, Sampled, ValuedRollouts
 
-LARGEST = 20.0  # of a log-ratio that is exponentiated: e^20 is far beyond every clip, and finite
+LARGEST = 20.0  # bound on a log-ratio before exp: e^20 is far beyond every clip, and finite
 
 KL = Literal["k1", "k2", "k3"]
 
@@ -18,12 +18,12 @@ def log_ratio(policy: Rollouts | ValuedRollouts) -> Tensor:
 
 
 def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A). Eq. 7 of arXiv:1707.06347, with bounds of their own as in arXiv:2503.14476."""
+    """-min(r A, clip(r, 1 - low, 1 + high) A). Eq. 7 of arXiv:1707.06347, with separate bounds as in arXiv:2503.14476."""
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
 
 
 def is_clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """Where the clip takes the gradient away."""
+    """Where the clip sets the gradient to zero."""
     return ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
 
 
@@ -39,15 +39,15 @@ def kl(estimator: KL, policy: Tensor, reference: Tensor) -> Tensor:
 
 
 def mean_over_time(values: Tensor, mask: Tensor) -> Tensor:
-    """Of each row over its tokens: (rows,)."""
+    """The mean of each row over its tokens: (rows,)."""
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
 def report(policy: Rollouts | ValuedRollouts, taken_away: Tensor) -> dict[str, Mean]:
-    """Metrics of every loss on rollouts; `taken_away` (rows, time) or (rows, 1) says where the clip leaves no gradient.
+    """Metrics of every loss on rollouts; `taken_away` (rows, time) or (rows, 1) is true where the clip leaves no gradient.
 
-    The entropy is estimated from the sampled tokens alone, without the logits of all others: it is exact in the mean while
-    the policy is still the one that sampled.
+    The entropy is estimated from the sampled tokens alone, without the logits of all others: the estimate is unbiased while the
+    policy is still the one that sampled.
     """
     mask = policy.logps.mask
     return {
@@ -59,7 +59,7 @@ def report(policy: Rollouts | ValuedRollouts, taken_away: Tensor) -> dict[str, M
     }
 
 
-# --- what advantages are made of ---------------------------------------------------------------------------------------
+# --- building blocks of advantages -------------------------------------------------------------------------------------
 
 
 def of_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -73,7 +73,7 @@ def of_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def all_equal(sampled: Sampled) -> Mean:
-    """The share of groups whose rewards are all the same: within them nothing is better than anything else."""
+    """The fraction of groups whose rewards are all equal: they give no learning signal."""
     _, group = sampled.groups.unique(return_inverse=True)
     count = int(group.max()) + 1
     shape = sampled.rewards.new_zeros(count)
@@ -96,7 +96,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def rewards_per_token(sampled: Sampled, rewards: Tensor, kl_coefficient: float, estimator: KL) -> Tensor:
-    """-kl_coefficient KL_t at every token, and the reward (rows,) at the last one: (rows, time)."""
+    """-kl_coefficient KL_t at every token, plus the reward (rows,) at the last one: (rows, time)."""
     mask = sampled.old.mask
     given = torch.zeros(mask.shape, dtype=rewards.dtype, device=rewards.device)
     if sampled.reference is not None:

@@ -1,4 +1,4 @@
-"""SimPO: the average log-probability is the reward."""
+"""SimPO: the implicit reward is the average log-probability, so no reference model is needed."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from halos.types import Loss, Pair, Range
 
 
 def check(*, gamma: float | None, gamma_over_beta: float | None) -> str | None:
-    """Both name the same margin, so one of them must be null."""
+    """Both set the same margin, so exactly one of them must be null."""
     if (gamma is None) == (gamma_over_beta is None):
         return "give one of loss.gamma and loss.gamma_over_beta, and null for the other"
     return None

@@ -17,7 +17,7 @@ def slic(
 ) -> Loss:
     """max(0, delta - log pi(chosen) + log pi(rejected)) - lambda log pi(chosen). Eq. 1 of arXiv:2305.10425.
 
-    The paper regularises towards the SFT target, which here is the chosen completion. Each term is one number per pair.
+    The paper regularises towards the SFT target, which here is the chosen completion. Each term is one number for a pair.
     """
     chosen, rejected = policy.chosen.sum, policy.rejected.sum
     target = policy.chosen.mean if average == "mean" else chosen

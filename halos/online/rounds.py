@@ -30,7 +30,7 @@ from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPED
 from halos.errors import UserError
 from halos.hooks.base import Hook, Watched, evaluated
-from halos.logs import write_to
+from halos.logs import add_log_file
 from halos.online.plan import Plan
 from halos.online.round import NOTE, Round, RoundResult, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
@@ -198,7 +198,7 @@ class OnlineRun:
             directory.create(overwrite=self.config.overwrite)
             directory.write_config(saved.dump(self.config))
         write_whole(directory.path / OVERRIDES, json.dumps({"words": self.plan.overrides}, indent=1) + "\n")
-        write_to(directory.log_of(0))
+        add_log_file(directory.log_of(0))
         remove_leftovers(directory.path)
         directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
         self.hooks = trackers_of(self.config)

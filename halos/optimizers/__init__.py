@@ -1,1 +1,1 @@
-"""Optimizers that optim= chooses: functions of parameter groups, each with rate and decay; their other parameters are keys."""
+"""Optimizers that optim= chooses: functions of parameter groups, each with its lr and decay; keyword-only parameters are keys."""

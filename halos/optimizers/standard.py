@@ -1,4 +1,4 @@
-"""The optimizers that torch has."""
+"""Optimizers from torch.optim."""
 
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -15,11 +15,11 @@ Eps = Annotated[float, Range(above=0)]
 def adamw(params: Sequence[Group], lr: float, *, betas: Betas, eps: Eps, fused: Literal["auto", True, False]) -> AdamW:
     """arXiv:1711.05101."""
     wanted = on_gpu(params) if fused == "auto" else fused
-    return AdamW(params, lr=lr, betas=betas, eps=eps, fused=wanted or None)  # False would be one parameter after the other
+    return AdamW(params, lr=lr, betas=betas, eps=eps, fused=wanted or None)  # False would also turn off foreach
 
 
 def adam(params: Sequence[Group], lr: float, *, betas: Betas, eps: Eps) -> Adam:
-    """arXiv:1412.6980; its weight decay is part of the gradient."""
+    """arXiv:1412.6980; weight decay is L2 regularisation, added to the gradient."""
     return Adam(params, lr=lr, betas=betas, eps=eps)
 
 
@@ -39,7 +39,7 @@ def adafactor(
     eps: tuple[float | None, float],
     d: Annotated[float, Range(above=0)],
 ) -> Adafactor:
-    """arXiv:1804.04235; one parameter after the other, since torch's way for many at once adds in another order."""
+    """arXiv:1804.04235; without foreach, which adds in another order."""
     return Adafactor(params, lr=lr, beta2_decay=beta2_decay, eps=eps, d=d, foreach=False)
 
 

@@ -21,7 +21,7 @@ from halos.online.unsharded import Unsharded
 from halos.run import header, models, proof, resume
 from halos.run.blueprint import TRAINERS, Prepared, prepare
 from halos.run.optimizer import make as make_optimizer
-from halos.schedules import Rates
+from halos.schedules import LearningRates
 from halos.trainers.base import Trainer
 
 log = logging.getLogger(__name__)
@@ -81,5 +81,5 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
         config=config, directory=run.directory, accelerator=made, strategy=run.strategy, module=module, model=inner,
         base=shelf.base, vocabulary=shelf.vocabulary, optimizer=optimizer, tokenizer=shelf.tokenizer, reward=blueprint.reward,
         total_steps=blueprint.total_steps, max_length=blueprint.max_length, unmeasured=run.rows.unmeasured, hooks=dict(run.hooks),
-        content=run.content, rates=Rates(optimizer, run.schedule.multiplier, blueprint.total_steps),
+        content=run.content, learning_rates=LearningRates(optimizer, run.schedule.multiplier, blueprint.total_steps),
     )  # fmt: skip

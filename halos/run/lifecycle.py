@@ -19,7 +19,7 @@ from halos.distributed.watchdog import request_stop_when_launcher_dies, together
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.log import summary
-from halos.logs import speak, trace
+from halos.logs import configure_logging, log_traceback
 from halos.repository import COMMAND
 from halos.run.assemble import assemble
 from halos.rundir import FULL, RunDir, is_run
@@ -49,7 +49,7 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
             _freeze_imports()
             made = accelerator(config.train.precision, config.model.dtype, deterministic=config.train.deterministic)
             request_stop_when_launcher_dies(launched())
-            speak(made.is_main_process)
+            configure_logging(made.is_main_process)
             with together(made):
                 agree(made, "configuration", saved.dump(replace(config, cache_dir="")))
                 if config.resume and _is_over(config, directory, changed):
@@ -71,7 +71,7 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
 def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, held: bool) -> int:
     """In one message, with what would help; the traceback is in the log."""
     said = " ".join(str(error).split()).partition(" If reserved")[0]
-    trace(f"out of memory: {said}", error)
+    log_traceback(f"out of memory: {said}", error)
     if held and is_run(directory.path):
         before = directory.read_result() or {"step": 0, "metrics": {}}
         directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {said}")

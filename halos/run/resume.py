@@ -20,7 +20,7 @@ from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.lock import RunLock
-from halos.logs import write_to
+from halos.logs import add_log_file
 from halos.metrics_file import DAMAGED
 from halos.run import header
 from halos.rundir import RunDir, is_run
@@ -49,7 +49,7 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
         dist.broadcast_object_list(box)
     seen = is_run(directory.path)
     agree(made, "run directory", str(seen), None if seen else f"{directory.path} is not there on this host: {SHARED}")
-    write_to(directory.log_of(made.process_index))
+    add_log_file(directory.log_of(made.process_index))
     if taken_over:
         log.warning(taken_over)
     return box[0]

@@ -103,7 +103,7 @@ class Trainer(Objective):
         and all that is logged. Of a step that was skipped there are no totals.
         """
         run, strategy = self.run, self.run.strategy
-        run.rates.set(run.step)
+        run.learning_rates.set(run.step)
         run.module.train()
         chunks = self._deal(self.train, indices)
         meter, parts = self._backward(chunks, indices)

@@ -36,7 +36,7 @@ class Case:
         return vars(self.module)[self.settings["_target_"].rpartition(".")[2]]
 
     @property
-    def knobs(self) -> dict[str, Any]:
+    def hyperparameters(self) -> dict[str, Any]:
         return {k: v for k, v in self.settings.items() if k in keywords(self.function)}
 
 
@@ -45,7 +45,7 @@ def keywords(function: Callable[..., Any]) -> list[str]:
 
 
 def positional(function: Callable[..., Any]) -> dict[str, type]:
-    """Names and types of the tensors that a loss is given, in order."""
+    """Names and types of a loss's positional parameters, in order."""
     hints = get_type_hints(function)
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return {p.name: hints[p.name] for p in inspect.signature(function).parameters.values() if p.kind in kinds}
@@ -62,7 +62,7 @@ def names(*, on_rollouts: bool) -> list[str]:
 
 
 def one_of_each_kind() -> list[str]:
-    """A loss for each of the types that losses take first."""
+    """One loss for each type of first parameter."""
     return list({kind_of(case): case.name for case in of_this_package()}.values())
 
 
@@ -71,7 +71,7 @@ def kind_of(case: Case) -> type:
 
 
 def whole(path: Path) -> tuple[dict[str, Any], str]:
-    """The knobs of a YAML, on top of those of the one that it is a variant of; and its objective."""
+    """The hyperparameters of a YAML, merged over those of the YAML that it is a variant of; and its objective."""
     node = yaml.safe_load(path.read_text())
     before: tuple[dict[str, Any], str] = ({}, "")
     for name in node.get("defaults", ["_self_"]):
@@ -158,7 +158,7 @@ def with_gradient(value: Any) -> Any:
 
 
 def call(case: Case, given: dict[str, Any]) -> Loss:
-    return case.function(*given.values(), **case.knobs)
+    return case.function(*given.values(), **case.hyperparameters)
 
 
 def count(given: dict[str, Any], loss: Loss) -> int:

@@ -1,4 +1,4 @@
-"""Conservative DPO: cross-entropy against preferences that are flipped with a known rate."""
+"""Conservative DPO: cross-entropy against preferences that are flipped with a known probability."""
 
 from typing import get_type_hints
 
@@ -31,7 +31,7 @@ def test_without_smoothing_it_is_dpo():
 
 
 @pytest.mark.parametrize("rate", [0.1, 0.2, 0.4])
-def test_it_is_least_where_the_model_is_as_sure_as_the_labels_are(rate: float):
+def test_it_is_minimal_where_the_model_is_as_sure_as_the_labels_are(rate: float):
     """sigmoid(beta h) = 1 - e: the gradient is 0 there, the value is the entropy of e, and the sign turns beyond it."""
     best = np.log((1 - rate) / rate) / 0.1
     policy, reference = margins(best - 1, best, best + 1)

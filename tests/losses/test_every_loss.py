@@ -1,4 +1,4 @@
-"""What holds for each loss of config/loss, met by its signature alone: a new loss and its YAML are picked up here."""
+"""Properties of every loss of config/loss, derived from its signature alone: a new loss and its YAML are picked up here."""
 
 from itertools import pairwise
 from typing import get_args, get_type_hints
@@ -38,28 +38,28 @@ def test_inputs_of_its_kind_can_be_made_here(case: Case):
 
 
 @every_loss
-def test_its_yaml_names_each_knob_and_nothing_else(case: Case):
-    """The functions beside it that rewrite rows, make advantages or move the KL's weight may have knobs too."""
-    beside = [vars(case.module).get(name) for name in ("examples", "advantages", "adapt")]
-    legal = {name for part in (case.function, *beside) if part for name in keywords(part)}
+def test_its_yaml_names_each_hyperparameter_and_nothing_else(case: Case):
+    """The functions of its module that rewrite examples, compute advantages or adapt the KL coefficient may have some too."""
+    helpers = [vars(case.module).get(name) for name in ("examples", "advantages", "adapt")]
+    legal = {name for part in (case.function, *helpers) if part for name in keywords(part)}
     assert case.settings.keys() - {"_target_"} == legal
 
 
 @every_loss
 def test_its_defaults_are_within_their_bounds(case: Case):
     hints = get_type_hints(case.function, include_extras=True)
-    for name, value in case.knobs.items():
+    for name, value in case.hyperparameters.items():
         limits = [x for x in getattr(hints[name], "__metadata__", ()) if isinstance(x, Range)]
         assert value is None or [limit.violated_by(value) for limit in limits] == [None] * len(limits)
         assert not isinstance(value, str) or value in get_args(hints[name])
     check = vars(case.module).get("check")
-    assert check is None or check(**{k: v for k, v in case.knobs.items() if k in keywords(check)}) is None
+    assert check is None or check(**{k: v for k, v in case.hyperparameters.items() if k in keywords(check)}) is None
 
 
 @every_loss
-def test_every_numeric_knob_is_bounded(case: Case):
+def test_every_numeric_hyperparameter_is_bounded(case: Case):
     hints = get_type_hints(case.function, include_extras=True)
-    for name in case.knobs:
+    for name in case.hyperparameters:
         numeric = float in (plain := get_type_hints(case.function)[name], *get_args(plain))
         assert not numeric or any(isinstance(x, Range) for x in getattr(hints[name], "__metadata__", ()))
 

@@ -16,7 +16,7 @@ PLAIN = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.
 A = np.array([[1.0], [-0.5]])
 
 
-def test_an_advantage_is_the_reward_beside_its_groups() -> None:
+def test_an_advantage_is_the_reward_relative_to_its_group() -> None:
     given = sampled([1.0, 0.0, 0.0, 3.0, 3.0], [0, 0, 0, 1, 1])
     mean, spread = 1 / 3, np.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)
     found = advantages(given, advantage_scale="group", std_ddof=1, epsilon=1e-4).advantages[:, 0]
@@ -35,7 +35,7 @@ def test_groups_without_a_difference_are_counted() -> None:
     assert number(found.metrics["groups/all_equal"]) == 0.5
 
 
-def test_a_group_in_pieces_through_the_batch_is_one_group() -> None:
+def test_a_group_scattered_over_the_batch_is_one_group() -> None:
     together = advantages(sampled([1.0, 0.0, 2.0, 5.0], [0, 0, 1, 1]), advantage_scale="group", std_ddof=1, epsilon=1e-4)
     apart = advantages(sampled([1.0, 2.0, 0.0, 5.0], [0, 1, 0, 1]), advantage_scale="group", std_ddof=1, epsilon=1e-4)
     np.testing.assert_array_equal(together.advantages[[0, 2, 1, 3]], apart.advantages)
@@ -108,7 +108,7 @@ def test_on_the_policy_that_sampled_the_value_is_minus_the_advantage() -> None:
     assert (number(loss.metrics["reward"]), number(loss.metrics["length"])) == (0.5, 2.5)
 
 
-def test_settings_that_cannot_go_together_are_told() -> None:
+def test_settings_that_cannot_go_together_are_reported() -> None:
     assert check(objective="clip", ratio="token", aggregation="sequence", max_tokens=None) is None
     assert "max_tokens" in str(check(objective="clip", ratio="token", aggregation="constant", max_tokens=None))
     assert "cispo" in str(check(objective="cispo", ratio="sequence", aggregation="token", max_tokens=None))

@@ -14,17 +14,17 @@ POLICY = [[-0.5, -1.0, -0.25], [-2.0, -0.5], [-1.0, -0.75]]
 REFERENCE = [[-1.0, -1.0, -0.5], [-1.5, -0.25], [-0.5, -0.5]]
 RATIO = np.array([0.75, -0.75, -0.75])
 LABELS = [True, True, False]
-KNOBS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
+SETTINGS = {"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 
 
 def sigmoid(x: np.ndarray | float) -> np.ndarray:
     return 1 / (1 + np.exp(-np.asarray(x, dtype=np.float64)))
 
 
-def run(labels: list[bool] = LABELS, mismatched: Tensor | None = None, **knobs: float) -> Loss:
+def run(labels: list[bool] = LABELS, mismatched: Tensor | None = None, **settings: float) -> Loss:
     mismatched = torch.zeros(3) if mismatched is None else mismatched
     desirable = torch.tensor(labels)
-    return kto(Labelled(logps(POLICY), desirable), Labelled(logps(REFERENCE), desirable), mismatched, **{**KNOBS, **knobs})
+    return kto(Labelled(logps(POLICY), desirable), Labelled(logps(REFERENCE), desirable), mismatched, **{**SETTINGS, **settings})
 
 
 def test_the_value_is_the_one_worked_by_hand():
@@ -44,7 +44,7 @@ def test_a_policy_that_equals_its_reference_costs_half_of_the_weights():
 
 def test_desirable_tokens_are_pushed_up_and_undesirable_ones_down():
     labels, policy = torch.tensor(LABELS), logps(POLICY)
-    loss = kto(Labelled(policy, labels), Labelled(logps(REFERENCE), labels), torch.tensor([1.0]), **KNOBS)
+    loss = kto(Labelled(policy, labels), Labelled(logps(REFERENCE), labels), torch.tensor([1.0]), **SETTINGS)
     (gradient,) = gradients(loss, policy.values)
     slope = sigmoid(0.1 * (RATIO - 1))
     slope = 0.1 * slope * (1 - slope) * [-1, -1, 1]
@@ -87,7 +87,7 @@ def test_z0_of_the_global_batch_makes_micro_batches_exact_and_z0_of_each_does_no
                 Labelled(logps(POLICY[i : i + 1]), labels[i : i + 1]),
                 Labelled(logps(REFERENCE[i : i + 1]), labels[i : i + 1]),
                 mismatched[i : i + 1] if own_statistics else mismatched,
-                **KNOBS,
+                **SETTINGS,
             )
             for i in range(3)
         ]
@@ -102,7 +102,7 @@ def test_z0_of_the_global_batch_makes_micro_batches_exact_and_z0_of_each_does_no
 def test_a_micro_batch_of_one_is_not_measured_against_its_own_reward():
     """HALOs pairs the example with itself there: z0 is its own log-ratio, and the value is always one half."""
     desirable = torch.tensor([True])
-    loss = kto(Labelled(whole(-1.0), desirable), Labelled(whole(-3.0), desirable), torch.tensor([0.5, 0.1]), **KNOBS)
+    loss = kto(Labelled(whole(-1.0), desirable), Labelled(whole(-3.0), desirable), torch.tensor([0.5, 0.1]), **SETTINGS)
     assert numbers(loss) == pytest.approx([1 - sigmoid(0.1 * (2.0 - 0.3))], abs=1e-6)
 
 
@@ -121,7 +121,7 @@ def test_a_class_that_is_absent_gives_zero_and_not_nan(desirable: bool):
 @pytest.mark.parametrize("desirable", [True, False])
 def test_a_class_that_is_absent_leaves_the_gradient_finite(desirable: bool):
     policy, labels = whole(-1.0, -5e4), torch.tensor([desirable] * 2)
-    loss = kto(Labelled(policy, labels), Labelled(whole(-5e4, -1.0), labels), torch.zeros(2), **KNOBS)
+    loss = kto(Labelled(policy, labels), Labelled(whole(-5e4, -1.0), labels), torch.zeros(2), **SETTINGS)
     (gradient,) = gradients(loss, policy.values)
     assert np.isfinite(gradient).all()
 

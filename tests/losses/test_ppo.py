@@ -10,7 +10,7 @@ from halos.losses.rollouts import whiten
 from .rollouts import MASK, RATIO, clip_objective, padded, sampled, valued
 from .samples import gradients, number, numbers
 
-KNOBS = {"clip_low": 0.2, "clip_high": 0.2, "value_clip": 0.2, "value_coefficient": 0.1}
+SETTINGS = {"clip_low": 0.2, "clip_high": 0.2, "value_clip": 0.2, "value_coefficient": 0.1}
 OLD = [[-0.7, -0.9, -0.25], [-1.5, -0.8]]
 REFERENCE = [[-0.9, -0.9, -0.5], [-1.0, -1.0]]
 VALUES = [[0.5, 0.2, 0.1], [-0.3, 0.4]]
@@ -53,20 +53,20 @@ def test_a_critic_that_knows_the_returns_explains_them() -> None:
 def test_the_value_is_the_clipped_objective_and_the_larger_of_two_errors() -> None:
     values, old = padded([[0.5, 0.2, 0.1], [-0.3, 0.4]]), padded([[0.0, 0.3, 0.1], [-0.3, 0.9]])
     returns = padded([[1.0, 1.0, 1.0], [-1.0, 0.0]])
-    loss = ppo(valued([1.0, -0.5], values, old, returns), **KNOBS)
+    loss = ppo(valued([1.0, -0.5], values, old, returns), **SETTINGS)
     v, o, r = (part.double().numpy() for part in (values, old, returns))
     error = np.maximum((v - r) ** 2, (o + np.clip(v - o, -0.2, 0.2) - r) ** 2)
     wanted = (clip_objective(RATIO, np.array([[1.0], [-0.5]]), 0.2, 0.2) + 0.1 * error / 2) * MASK
     assert loss.per == "token"
     np.testing.assert_allclose(numbers(loss), wanted, rtol=1e-6)
-    unclipped = ppo(valued([1.0, -0.5], values, old, returns), **{**KNOBS, "value_clip": None})
+    unclipped = ppo(valued([1.0, -0.5], values, old, returns), **{**SETTINGS, "value_clip": None})
     np.testing.assert_allclose(number(unclipped.metrics["value/loss"]), (((v - r) ** 2) / 2)[MASK].mean(), rtol=1e-6)
 
 
 def test_a_value_moves_towards_its_return() -> None:
     values = padded([[0.5, 0.2, 0.1], [-0.3, 0.4]]).requires_grad_()
     old = values.detach().clone()
-    loss = ppo(valued([0.0, 0.0], values, old, padded([[1.0, 1.0, 1.0], [-1.0, 0.0]])), **KNOBS)
+    loss = ppo(valued([0.0, 0.0], values, old, padded([[1.0, 1.0, 1.0], [-1.0, 0.0]])), **SETTINGS)
     (gradient,) = gradients(loss, values)
     assert (gradient[0] < 0).all()
     assert (gradient[1, :2] > 0).all()
@@ -74,10 +74,10 @@ def test_a_value_moves_towards_its_return() -> None:
 
 
 def test_the_coefficient_follows_its_target_within_a_fifth() -> None:
-    knobs = {"kl_target": 6.0, "kl_horizon": 10_000}
-    assert adapt(0.05, 6.6, 64, **knobs) == pytest.approx(0.05 * (1 + 0.1 * 64 / 10_000))
-    assert adapt(0.05, 600.0, 64, **knobs) == pytest.approx(0.05 * (1 + 0.2 * 64 / 10_000))
-    assert adapt(0.05, 0.0, 64, **knobs) == pytest.approx(0.05 * (1 - 0.2 * 64 / 10_000))
+    settings = {"kl_target": 6.0, "kl_horizon": 10_000}
+    assert adapt(0.05, 6.6, 64, **settings) == pytest.approx(0.05 * (1 + 0.1 * 64 / 10_000))
+    assert adapt(0.05, 600.0, 64, **settings) == pytest.approx(0.05 * (1 + 0.2 * 64 / 10_000))
+    assert adapt(0.05, 0.0, 64, **settings) == pytest.approx(0.05 * (1 - 0.2 * 64 / 10_000))
     assert adapt(0.05, 600.0, 64, kl_target=None, kl_horizon=1) == 0.05
     assert (needs_reference(kl_coefficient=0.0), needs_reference(kl_coefficient=0.1)) == (False, True)
 

@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halos.config.bind_optim import OptimizerSpec, bind_optimizer
 from halos.errors import UserError
-from halos.optimizers.muon import Together
+from halos.optimizers.muon import CombinedOptimizer
 from halos.run.optimizer import hidden_matrices, make, parameter_groups, refuse_unfit, state_bytes
 from halos.run.optimizer_trial import try_out
 
@@ -247,7 +247,7 @@ def test_trying_an_optimizer_draws_nothing_of_the_runs() -> None:
 
 def test_one_state_and_one_list_of_groups_serve_several_optimizers() -> None:
     made = make(Block(), spec("muon"))
-    assert isinstance(made, Together)
+    assert isinstance(made, CombinedOptimizer)
     assert [group["momentum"] for group in made.param_groups if "momentum" in group] == [0.95]
     for group in made.param_groups:
         group["lr"] = 0.0
