@@ -14,7 +14,7 @@ from typing import Any, Literal, Self
 
 from halos import confined, seals
 from halos.config.schema import Scope, keys_of
-from halos.config.values import to_type
+from halos.config.values import as_argument
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.journal import Journal
@@ -78,7 +78,7 @@ class RunDir:
             raise UserError(f"{self.path.parent} is a run already, so nothing else can lie in it: {other}")
         if is_run(self.path) and not self.is_finished():
             raise UserError(
-                f"{self.path} holds a run that is not finished: {COMMAND} {to_type('resume', self.path)} goes on with it;"
+                f"{self.path} holds a run that is not finished: {COMMAND} {as_argument('resume', self.path)} goes on with it;"
                 f" to begin anew delete the directory, or {other}"
             )
         if is_run(self.path) and not overwrite:
@@ -318,7 +318,7 @@ def _no_run(place: Path) -> str:
     if inside := _runs(place):
         return f"it is a sweep or a directory of runs: resume one of them, such as {place / inside[0]}"
     if is_run(place.parent):
-        return f"it lies inside a run: {to_type('resume', place.parent)}"
+        return f"it lies inside a run: {as_argument('resume', place.parent)}"
     what = "it is no run (no config.yaml)" if place.exists() else "there is no such directory"
     if (place / "config.yaml").is_file() and any((place / name).exists() for name in ("checkpoints", "FINAL", "metrics.jsonl")):
         return (

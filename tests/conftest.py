@@ -53,11 +53,11 @@ def compose(cache: Path, output_root: Path, *overrides: str) -> Config:
     """A small run's config, checked as train.py checks it."""
     import hydra
 
-    from halos.config import gate
+    from halos.config import validate
 
     words = [*SMALL, f"cache_dir={cache}", f"output_root={output_root}", "exp_name=run", *overrides]
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        return gate.check(hydra.compose("config", words), words)
+        return validate.check(hydra.compose("config", words), words)
 
 
 @pytest.fixture

@@ -15,9 +15,9 @@ import yaml
 
 import train
 from halos.cli import command, overrides, resume
-from halos.config import changes, saved
+from halos.config import resume_policy, run_config
 from halos.config.schema import Config
-from halos.config.values import to_type
+from halos.config.values import as_argument
 from halos.distributed.signals import STOP_SIGNALS
 from halos.errors import UserError
 from halos.rundir import RunDir
@@ -294,7 +294,7 @@ NAMES = ["demo", "x(1),y", "it's", "a b", r"q\"'", r"back\\", "ü", "[a]", "{a: 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_to_go_on_is_one_that_the_shell_and_our_parser_take(name):
-    [word] = shlex.split(to_type("resume", Path("runs") / name))
+    [word] = shlex.split(as_argument("resume", Path("runs") / name))
     assert resume.asked([overrides.parse(word, {})]) == f"runs/{name}"
 
 
@@ -404,7 +404,7 @@ def _begun():
         patch.setattr(sys, "argv", ["train.py", *RUN, "train.steps=10", "plugins=[yaml]"])
         with pytest.raises(SystemExit):
             train.main()
-    return saved.dump(sys.modules["halos.run"].calls.pop()[0])
+    return run_config.dump(sys.modules["halos.run"].calls.pop()[0])
 
 
 @pytest.fixture
@@ -586,7 +586,7 @@ def test_what_a_stranger_planted_in_a_run_runs_nothing(refused, cli, build, demo
         demo.start_attempt({"changed": {key: [None, planted]}})
     else:
         settings = yaml.safe_load(demo.config.read_text())
-        changes.apply(settings, {key: [None, planted]})
+        resume_policy.apply_changes(settings, {key: [None, planted]})
         demo.config.write_text(yaml.safe_dump(settings))
     if part:
         assert part in refused("resume=moved/demo")

@@ -17,7 +17,7 @@ from halos.checkpoint import commit, final, provenance, select, state, weights
 from halos.checkpoint.commit import DiskFullError, Gather, staged
 from halos.checkpoint.pruner import Pruner
 from halos.checkpoint.saving import Copier, Saving
-from halos.config import arithmetic
+from halos.config import arithmetic_version
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
 from halos.metrics_file import finite
@@ -71,7 +71,11 @@ class Checkpointer:
         beside = self.policy.async_save and not final
         gather = self._gather(beside=beside)
         target = run.directory.final if final else run.directory.checkpoints / select.name_of(run.step)
-        facts = {"step": run.step, "world_size": run.accelerator.num_processes, arithmetic.KEY: arithmetic.NUMBER}
+        facts = {
+            "step": run.step,
+            "world_size": run.accelerator.num_processes,
+            arithmetic_version.KEY: arithmetic_version.VERSION,
+        }
         self._saving = Saving(target, run.step, final=final)
         parts = [self._final if final else self._checkpoint]
         parts += [partial(hook.on_save, run, final=final) for hook in run.hooks.values()]

@@ -8,8 +8,8 @@ from typing import Any
 
 from halos import confined, seals
 from halos.checkpoint import lineage, manifest, select
-from halos.config import changes, earlier, saved
-from halos.config.changes import Change
+from halos.config import legacy_sections, resume_policy, run_config
+from halos.config.resume_policy import Change
 from halos.config.schema import Scope, keys_of
 from halos.errors import UserError
 from halos.hashes import short
@@ -70,15 +70,20 @@ def _keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str,
     attempt = _record(last).get("attempt")
     names = list(records)
     until = names if attempt is None else [name for name in names if int(name.removesuffix(".yaml")) <= attempt]
-    settings, sealed_settings = saved.load(text, {name: records[name] for name in until}, str(run.path)), dict(last["config"])
-    earlier.as_now(sealed_settings)
-    later = {key for name in (names if attempt is None else names[len(until) :]) for key in saved.changed(records[name])}
+    settings, sealed_settings = (
+        run_config.load(text, {name: records[name] for name in until}, str(run.path)),
+        dict(last["config"]),
+    )
+    legacy_sections.upgrade(sealed_settings)
+    later = {
+        key for name in (names if attempt is None else names[len(until) :]) for key in run_config.changed_keys(records[name])
+    }
     altered = []
-    for key in changes.ON_RESUME:
-        there, sealed = changes.at(settings, key), changes.at(sealed_settings, key)
-        if key in OF_HOST or not changes.present(sealed_settings, key):
+    for key in resume_policy.ON_RESUME:
+        there, sealed = resume_policy.value_at(settings, key), resume_policy.value_at(sealed_settings, key)
+        if key in OF_HOST or not resume_policy.has_key(sealed_settings, key):
             continue
-        pairs = changes.differences(key, sealed, there)
+        pairs = resume_policy.differences(key, sealed, there)
         altered += [Change(name, old, new, why) for name, old, new in pairs if not {name, key} & later]
     return altered
 

@@ -13,8 +13,8 @@ from halos.cli.overrides import parse
 from halos.cli.result import Result
 from halos.cli.resume import AUTO, asked
 from halos.cli.status import FAILED, refuse
-from halos.config import renamed
-from halos.config.overrides import Typed, check_choices, quote_nested, unreadable
+from halos.config import renamed_keys
+from halos.config.overrides import Override, check_choices, quote_nested, unreadable
 from halos.config.secrets import refuse_secrets
 from halos.distributed.children import leave
 from halos.distributed.environment import number_of, refuse_half_launched, world_size
@@ -92,12 +92,12 @@ def begin(argv: Sequence[str]) -> int:
 
 def _by_todays_names(words: Sequence[str]) -> list[str]:
     """Overrides as Hydra's grammar takes them; who types an old name is told the new one."""
-    if (note := renamed.note(words)) and not number_of("LOCAL_RANK", 0):
+    if (note := renamed_keys.deprecation_note(words)) and not number_of("LOCAL_RANK", 0):
         print(note, file=sys.stderr)
-    return [quote_nested(renamed.word(word)) for word in words]
+    return [quote_nested(renamed_keys.rename_override(word)) for word in words]
 
 
-def _run(typed: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> Result:
+def _run(typed: Sequence[Override], overrides: Sequence[str], tree: ConfigTree) -> Result:
     """A new run, or the one that resume= names."""
     path = asked(typed)
     return single.begin(typed, tree) if path in (None, AUTO) else single.go_on(path, typed, overrides, tree)

@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from halos.config import gate
-from halos.config.overrides import Choices, Typed, settle
+from halos.config import validate
+from halos.config.overrides import Choices, Override, resolve_keys
 from halos.errors import UserError
 from halos.repository import CONFIG, LAUNCH, ROOT
 
@@ -72,19 +72,19 @@ class ConfigTree:
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
                 raise UserError(explain(error)) from error
 
-    def compose_typed(self, typed: Sequence[Typed]) -> tuple[DictConfig, list[Typed]]:
+    def compose_typed(self, typed: Sequence[Override]) -> tuple[DictConfig, list[Override]]:
         """One composition for what was typed, and that as it was settled: Hydra takes the choices, values follow."""
 
-        def is_hydras(one: Typed) -> bool:
+        def is_hydras(one: Override) -> bool:
             return one.is_hydra or one.chooses(self.choices)
 
         composed = self.compose([one.text for one in typed if is_hydras(one)])
-        settled = settle(typed, self.choices, keys(composed))
+        settled = resolve_keys(typed, self.choices, keys(composed))
         set_values(composed, [one for one in settled if not is_hydras(one)])
         return composed, settled
 
 
-def set_values(composed: DictConfig, settled: Sequence[Typed]) -> None:
+def set_values(composed: DictConfig, settled: Sequence[Override]) -> None:
     """Put values that were typed into a composed configuration, as Hydra would. Raises UserError for keys that it has not."""
     try:
         for one in settled:
@@ -118,7 +118,7 @@ def explain(error: Exception, known: Sequence[str] = ()) -> str:
     """Hydra's errors without its search paths, OmegaConf's in our words; `known` are keys that may be meant."""
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
-        return gate.explain(cause, OmegaConf.create(), known)
+        return validate.explain(cause, OmegaConf.create(), known)
     lines = str(error).partition("onfig search path")[0].partition("Search path:")[0].strip().splitlines()
     text = "; ".join(line.strip() for line in lines if line.strip() and line.strip() != "C") or type(cause).__name__
     missing = next((package for name, package in PLUGINS.items() if f"er/{name}" in text), None)

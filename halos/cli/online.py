@@ -12,9 +12,9 @@ from omegaconf import DictConfig, OmegaConf
 from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
 from halos.cli.resume import last_settings, younger_keys
-from halos.config import gate
-from halos.config.changes import Change
-from halos.config.overrides import check_choices, no_inner_loss
+from halos.config import validate
+from halos.config.overrides import check_choices, unknown_inner_loss
+from halos.config.resume_policy import Change
 from halos.config.schema import Config, Scope, keys_of
 from halos.errors import UserError
 from halos.rundir import RunDir
@@ -38,7 +38,7 @@ def inner(config: Config, overrides: Sequence[str], tree: ConfigTree) -> DictCon
     if online.loss is None:
         raise UserError(f"online.loss is missing: what each round trains with, of {', '.join(known)}")
     if online.loss not in known:
-        raise UserError(no_inner_loss(online.loss, known))
+        raise UserError(unknown_inner_loss(online.loss, known))
     typed = [parse(text, tree.choices) for text in overrides]
     check_choices(typed, tree.choices, multirun=False)
     composed, _ = tree.compose_typed(typed)
@@ -69,11 +69,11 @@ def _training(config: Config, overrides: Sequence[str], own: Mapping[str, Any], 
     composed = inner(config, overrides, tree)
     for name, value in own.items():
         OmegaConf.update(composed, name, value, force_add=True)
-    training = gate.check(composed, typed, tree.choices)
-    from halos.config.bind import bind_loss, refuse_no_policy  # here: they import torch, which the gate has by now
+    training = validate.check(composed, typed, tree.choices)
+    from halos.config.bind import bind_loss, refuse_if_not_a_policy_loss  # here: they import torch, which the gate has by now
 
     assert config.online is not None
-    refuse_no_policy(str(config.online.loss), bind_loss(training.loss, training.plugins))
+    refuse_if_not_a_policy_loss(str(config.online.loss), bind_loss(training.loss, training.plugins))
     return training
 
 

@@ -11,12 +11,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 
-from halos.config.overrides import Choices, Typed, unreadable
+from halos.config.overrides import Choices, Override, unreadable
 from halos.config.suggest import kind_of
 from halos.errors import UserError
 
 
-def parse(text: str, choices: Choices) -> Typed:
+def parse(text: str, choices: Choices) -> Override:
     """One override. A sweep's values are as they would be typed; an interval has none. Raises UserError for what is none."""
     try:
         override = OverridesParser.create().parse_override(text)
@@ -31,34 +31,34 @@ def parse(text: str, choices: Choices) -> Typed:
     except HydraException as error:
         raise UserError(unreadable(text, str(error).strip().splitlines()[-1])) from error
     sign = text[: len(text) - len(text.lstrip("+~"))]
-    return Typed(sign, override.key_or_group, override.package, text.partition("=")[2], values, sweep)
+    return Override(sign, override.key_or_group, override.package, text.partition("=")[2], values, sweep)
 
 
-def countable(typed: Sequence[Typed]) -> list[Typed]:
+def countable(typed: Sequence[Override]) -> list[Override]:
     """All but an interval, which has no values that could be tried: its key stays at its default."""
     return [one for one in typed if one.values or not one.is_sweep]
 
 
-def first_values(typed: Sequence[Typed]) -> list[str]:
+def first_values(typed: Sequence[Override]) -> list[str]:
     return [_each_value(one)[0] for one in countable(typed)]
 
 
-def all_combinations(typed: Sequence[Typed]) -> list[list[str]]:
+def all_combinations(typed: Sequence[Override]) -> list[list[str]]:
     return [list(overrides) for overrides in product(*map(_each_value, countable(typed)))]
 
 
-def one_by_one(typed: Sequence[Typed]) -> list[list[str]]:
+def one_by_one(typed: Sequence[Override]) -> list[list[str]]:
     """The first values together, then every other one in the place of its first."""
     first = first_values(typed)
     others = [[*first[:i], way, *first[i + 1 :]] for i, one in enumerate(countable(typed)) for way in _each_value(one)[1:]]
     return [first, *others]
 
 
-def _each_value(one: Typed) -> list[str]:
+def _each_value(one: Override) -> list[str]:
     """What is typed, once for each value of a sweep."""
     return [f"{one.sign}{one.key}={value}" for value in one.values] if one.is_sweep else [one.text]
 
 
-def repeatable(one: Typed) -> Typed:
+def repeatable(one: Override) -> Override:
     """`+hooks.mine=` may be typed again at every resume."""
     return replace(one, sign="++") if one.sign == "+" and kind_of(one.key) == "free" else one

@@ -10,9 +10,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from halos.cli.compose import ConfigTree, keys, plain, set_values
 from halos.cli.overrides import repeatable
-from halos.config import changes, gate, saved
-from halos.config.changes import Change, Past
-from halos.config.overrides import Choices, Typed, settle
+from halos.config import resume_policy, run_config, validate
+from halos.config.overrides import Choices, Override, resolve_keys
+from halos.config.resume_policy import Change, PreviousRun
 from halos.config.schema import SAFE, Config
 from halos.config.secrets import refuse_saved_addresses
 from halos.distributed.environment import number_of
@@ -25,7 +25,7 @@ ONLINE = "online"  # the workflow, whose section of the configuration no other r
 CHOSEN_AGAIN = ("logging", "checkpoint")  # groups that change no step of a run
 
 
-def asked(typed: Sequence[Typed]) -> str | None:
+def asked(typed: Sequence[Override]) -> str | None:
     """The run directory that resume= names, if there is one."""
     named = [one for one in typed if one.key == "resume" and one.values not in ((), (None,))]
     if not named:
@@ -37,7 +37,7 @@ def asked(typed: Sequence[Typed]) -> str | None:
     return str(value)
 
 
-def resumed(path: str, typed: Sequence[Typed], tree: ConfigTree) -> tuple[Config, list[Change]]:
+def resumed(path: str, typed: Sequence[Override], tree: ConfigTree) -> tuple[Config, list[Change]]:
     """A saved run's own configuration with what was typed on top, and what that changes. Its choices are made, but for those
     that only say what is logged and when it is saved."""
     run_dir = RunDir.at(path)
@@ -46,14 +46,14 @@ def resumed(path: str, typed: Sequence[Typed], tree: ConfigTree) -> tuple[Config
     settings = last_settings(run_dir)
     for one in typed:
         _refuse_another_run(one, settings, run_dir, tree.choices)
-    composed = saved.composed(settings, str(run_dir.path), path)
+    composed = run_config.compose_for_resume(settings, str(run_dir.path), path)
     _add_younger_keys(composed, tree)
     _choose_again(composed, [one for one in typed if one.chooses(tree.choices)], tree)
     values = [repeatable(one) for one in typed if not one.chooses(tree.choices)]
-    set_values(composed, settle(values, tree.choices, keys(composed)))
+    set_values(composed, resolve_keys(values, tree.choices, keys(composed)))
     if missing := _missing(plain(composed)):
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: type it, {missing[0]}=VALUE")
-    config = gate.check(composed, [one.text for one in typed], tree.choices)
+    config = validate.check(composed, [one.text for one in typed], tree.choices)
     _note_cache(settings, config)
     refuse_saved_addresses(config, [one.key for one in typed])
     return config, _changes(config, run_dir, settings, step_of(source) if source else None)
@@ -83,8 +83,8 @@ def take_up(config: Config, typed: Sequence[str]) -> list[Change]:
 def younger_keys(run_dir: RunDir, settings: dict[str, Any], typed: Sequence[str]) -> dict[str, Any]:
     """What decides a step and is younger than the run, as that went without it, where nothing else was typed."""
     keys = {word.lstrip("+~").partition("=")[0] for word in typed}
-    found = saved.younger(run_dir.read_config(), str(run_dir.path))
-    return {key: changes.at(settings, key) for key in found if key not in keys}
+    found = run_config.added_keys(run_dir.read_config(), str(run_dir.path))
+    return {key: resume_policy.value_at(settings, key) for key in found if key not in keys}
 
 
 def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> list[Change]:
@@ -92,11 +92,11 @@ def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: 
 
     `oldest`: the step of the checkpoint from which the run goes on.
     """
-    by_content = saved.content(run_dir.read_attempts(), str(run_dir.path)) is not None
-    changed = changes.compare(config, Past(settings, run_dir.path, oldest, by_content))
+    by_content = run_config.recorded_content(run_dir.read_attempts(), str(run_dir.path)) is not None
+    changed = resume_policy.compare(config, PreviousRun(settings, run_dir.path, oldest, by_content))
     changed += altered(run_dir, changed)
     if config.resume_changes == "refuse":
-        changes.refuse(changed, run_dir.path)
+        resume_policy.refuse_unsafe(changed, run_dir.path)
     return changed
 
 
@@ -110,7 +110,7 @@ def altered(run_dir: RunDir, changed: Sequence[Change]) -> list[Change]:
 
 def last_settings(run_dir: RunDir) -> dict[str, Any]:
     """A run's configuration as it was last changed."""
-    return saved.load(run_dir.read_config(), run_dir.read_attempts(), str(run_dir.path))
+    return run_config.load(run_dir.read_config(), run_dir.read_attempts(), str(run_dir.path))
 
 
 def _note_cache(settings: dict[str, Any], config: Config) -> None:
@@ -121,7 +121,7 @@ def _note_cache(settings: dict[str, Any], config: Config) -> None:
         print(printable(f"{note} (cache_dir= names one)"), file=sys.stderr)
 
 
-def _refuse_another_run(one: Typed, settings: dict[str, Any], run_dir: RunDir, choices: Choices) -> None:
+def _refuse_another_run(one: Override, settings: dict[str, Any], run_dir: RunDir, choices: Choices) -> None:
     """Raises UserError for what makes another run of it."""
     if one.is_hydra or (one.chooses(choices) and one.key not in CHOSEN_AGAIN):
         raise UserError(
@@ -137,25 +137,25 @@ def _refuse_another_run(one: Typed, settings: dict[str, Any], run_dir: RunDir, c
 
 def _missing(whole: dict[str, Any]) -> list[str]:
     """Keys that a saved configuration is too old to have."""
-    wanted = [key for key in changes.ON_RESUME if not key.startswith("online.") or whole.get("online") is not None]
-    return [key for key in wanted if not changes.present(whole, key)]
+    wanted = [key for key in resume_policy.ON_RESUME if not key.startswith("online.") or whole.get("online") is not None]
+    return [key for key in wanted if not resume_policy.has_key(whole, key)]
 
 
 def _add_younger_keys(composed: DictConfig, tree: ConfigTree) -> None:
-    """What changes no step is as config/ has it now; of what does, saved.BEFORE says how older runs went without it."""
+    """What changes no step is as config/ has it now; of what does, run_config.ADDED_KEYS says how older runs went without it."""
     knobs = OmegaConf.load(CONFIG / "checkpoint" / "default.yaml")
     if OmegaConf.select(composed, "checkpoint._target_") == OmegaConf.select(knobs, "_target_"):
         composed.checkpoint = OmegaConf.merge(knobs, composed.checkpoint)
     whole = plain(composed)
-    safe = [key for key in _missing(whole) if changes.ON_RESUME[key] == SAFE]
+    safe = [key for key in _missing(whole) if resume_policy.ON_RESUME[key] == SAFE]
     if not safe:
         return
     fresh = plain(tree.compose([f"loss={ONLINE}"] if whole.get(ONLINE) is not None else []))
     for key in safe:
-        OmegaConf.update(composed, key, changes.at(fresh, key), force_add=True)
+        OmegaConf.update(composed, key, resume_policy.value_at(fresh, key), force_add=True)
 
 
-def _choose_again(composed: DictConfig, typed: Sequence[Typed], tree: ConfigTree) -> None:
+def _choose_again(composed: DictConfig, typed: Sequence[Override], tree: ConfigTree) -> None:
     """checkpoint= anew; logging= anew, which leaves the hooks alone that no logging choice has."""
     if not typed:
         return

@@ -8,24 +8,24 @@ from halos.cli import online
 from halos.cli.compose import ConfigTree
 from halos.cli.result import Result
 from halos.cli.resume import AUTO, resumed, take_up
-from halos.config import gate
-from halos.config.changes import Change
-from halos.config.overrides import Typed
+from halos.config import validate
+from halos.config.overrides import Override
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
 
 
-def begin(typed: Sequence[Typed], tree: ConfigTree) -> Result:
+def begin(typed: Sequence[Override], tree: ConfigTree) -> Result:
     """What was typed as a new run, or with resume=auto as the run of its name that is there."""
     composed, settled = tree.compose_typed(typed)
     overrides = [one.text for one in settled]
-    config = gate.check(composed, overrides, tree.choices)
+    config = validate.check(composed, overrides, tree.choices)
     if is_live(config):
         config = online.live(config, overrides, tree)
     changed = take_up(config, overrides) if config.resume == AUTO else []
     return _ended(config, run(config, overrides, changed, tree))
 
 
-def go_on(path: str, typed: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> Result:
+def go_on(path: str, typed: Sequence[Override], overrides: Sequence[str], tree: ConfigTree) -> Result:
     """What resume= names, with what was typed on top."""
     config, changed = resumed(path, typed, tree)
     return _ended(config, run(config, overrides, changed, tree))
@@ -41,7 +41,7 @@ def is_live(config: Config) -> bool:
 
 def run(config: Config, overrides: Sequence[str], changed: Sequence[Change], tree: ConfigTree) -> int:
     """The exit status of the run itself, or of the rounds."""
-    if gate.is_walk(config):
+    if validate.is_online_run(config):
         return online.rounds(config, overrides, changed, tree)
     from halos.run import run as assemble_and_train  # here: it imports torch, which --help and wrong input need not wait for
 

@@ -23,8 +23,8 @@ from halos.cli.compose import VERSION, ConfigTree, explain, keys, plain
 from halos.cli.overrides import all_combinations, countable, first_values, one_by_one
 from halos.cli.resume import AUTO, take_up
 from halos.cli.status import WRONG_INPUT, refuse
-from halos.config import gate
-from halos.config.overrides import Typed, settle
+from halos.config import validate
+from halos.config.overrides import Override, resolve_keys
 from halos.config.schema import Config
 from halos.distributed.signals import STOPPED
 from halos.errors import JobsFailedError, UserError
@@ -34,11 +34,11 @@ from halos.rundir import RunDir, is_run, job_name
 SEEDED = ("tpe", "random", "cmaes", "nsgaii", "motpe")  # Optuna's samplers that draw
 
 
-def sweep(typed: Sequence[Typed], overrides: Sequence[str], flags: Sequence[str], tree: ConfigTree) -> int:
+def sweep(typed: Sequence[Override], overrides: Sequence[str], flags: Sequence[str], tree: ConfigTree) -> int:
     """Every job, and the report on all of them: the exit status."""
     with tree.opened():
         known = keys(tree.compose(first_values([one for one in typed if one.chooses(tree.choices)])))
-        settled = settle(typed, tree.choices, known)
+        settled = resolve_keys(typed, tree.choices, known)
         jobs = _check(settled, overrides, tree)
         if jobs[0][0].dry_run:
             _make_launcher(tree, [one.text for one in settled if one.is_hydra])
@@ -51,7 +51,7 @@ def sweep(typed: Sequence[Typed], overrides: Sequence[str], flags: Sequence[str]
         _report([Path(config.run_dir) for config, _ in jobs])
 
 
-def through_hydra(typed: Sequence[Typed], flags: Sequence[str], tree: ConfigTree) -> int:
+def through_hydra(typed: Sequence[Override], flags: Sequence[str], tree: ConfigTree) -> int:
     """One run, or what --cfg and --info print, where what was typed is for Hydra itself."""
     _, settled = tree.compose_typed(typed)
     return enter_hydra([one.text for one in settled] + list(flags))
@@ -87,7 +87,7 @@ def job(composed: DictConfig) -> float | None:
     directories = tuple(Path(source.path) for source in settings.runtime.config_sources if source.schema == "file")
     tree, config, status = ConfigTree(directories), None, WRONG_INPUT
     try:
-        config = gate.check(composed, typed, tree.choices)
+        config = validate.check(composed, typed, tree.choices)
         if single.is_live(config):
             config = online.live(config, typed, tree)
         changed = take_up(config, typed) if multirun or config.resume == AUTO else []
@@ -103,7 +103,7 @@ def job(composed: DictConfig) -> float | None:
     return RunDir(config.run_dir).final_value(config.objective.metric)
 
 
-def _check(settled: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree) -> list[tuple[Config, list[str]]]:
+def _check(settled: Sequence[Override], overrides: Sequence[str], tree: ConfigTree) -> list[tuple[Config, list[str]]]:
     """Every job and what is typed for it, before the first starts. They lie in runs/<exp_name>/, which no single run may use.
 
     A sweeper that searches tries its values in other combinations than all: of each key every value is checked, by itself.
@@ -112,7 +112,7 @@ def _check(settled: Sequence[Typed], overrides: Sequence[str], tree: ConfigTree)
     jobs, checked = one_by_one(settled) if searches else all_combinations(settled), list[tuple[Config, list[str]]]()
     for number, words in enumerate(jobs):
         try:
-            config = gate.check(tree.compose(words), overrides, tree.choices)
+            config = validate.check(tree.compose(words), overrides, tree.choices)
             if config.online is not None:
                 online.of_rounds(config, online.inner_overrides(words, config), tree)
         except UserError as error:
@@ -135,7 +135,7 @@ def _make_launcher(tree: ConfigTree, overrides: Sequence[str]) -> None:
         raise error.__cause__ if isinstance(error.__cause__, UserError) else UserError(explain(error)) from error
 
 
-def _rehearse(jobs: Sequence[tuple[Config, list[str]]], settled: Sequence[Typed], tree: ConfigTree) -> int:
+def _rehearse(jobs: Sequence[tuple[Config, list[str]]], settled: Sequence[Override], tree: ConfigTree) -> int:
     """A sweep's dry run: that of each job, here, one after the other. Raises UserError for the first that would be refused."""
     shared = [one.key for one in settled if not one.is_sweep]
     for number, (config, words) in enumerate(jobs, 1):
@@ -154,7 +154,7 @@ def _rehearse(jobs: Sequence[tuple[Config, list[str]]], settled: Sequence[Typed]
     return 0
 
 
-def _of_the_search(settled: Sequence[Typed], config: Config) -> list[str]:
+def _of_the_search(settled: Sequence[Override], config: Config) -> list[str]:
     """What Optuna is to be told unless it was typed: a seed, so that the same command asks for the same jobs, and which way
     the objective is better."""
     typed = {one.key: one.values for one in settled}

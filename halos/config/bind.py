@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from halos.config.signature import bound, defaults, first_type, fit_all, legal_keys, locate, positional
+from halos.config.signature import bind, defaults, first_type, fit_all, legal_keys, load_target, positional
 from halos.errors import UserError
 from halos.types import INPUTS, LossInput
 
@@ -37,7 +37,7 @@ class LossSpec:
 
 def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     """The loss that `settings` (the node `loss`) names. Raises UserError for whatever it does not take."""
-    function, module = locate(settings, "loss", plugins, example="halos.losses.dpo.dpo")
+    function, module = load_target(settings, "loss", plugins, example="halos.losses.dpo.dpo")
     name = module.__name__.rpartition(".")[2]
     given = positional(function) if inspect.isfunction(function) else []
     first = first_type(function) if given else None
@@ -57,26 +57,26 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
         raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
     functions = [part for part in (function, statistics, examples, advantages, adapt, check, needs) if part is not None]
     knobs = fit_all(settings, legal_keys(functions), "loss", name)
-    complaint = bound(check, knobs)() if check else None
+    complaint = bind(check, knobs)() if check else None
     if complaint:
         raise UserError(f"loss {name}: {complaint}")
     return LossSpec(
         name=name,
-        function=bound(function, knobs),
+        function=bind(function, knobs),
         inputs=first,
-        needs_reference=bound(needs, knobs)() if needs else "reference" in given,
+        needs_reference=bind(needs, knobs)() if needs else "reference" in given,
         takes_reference="reference" in given,
-        statistics=bound(statistics, knobs) if statistics else None,
+        statistics=bind(statistics, knobs) if statistics else None,
         statistics_inputs=first_type(statistics) if statistics else None,
-        examples=bound(examples, knobs) if examples else None,
+        examples=bind(examples, knobs) if examples else None,
         example_type=first_type(examples) if examples else None,
         settings=knobs,
-        advantages=bound(advantages, knobs) if advantages else None,
-        adapt=bound(adapt, knobs) if adapt else None,
+        advantages=bind(advantages, knobs) if advantages else None,
+        adapt=bind(adapt, knobs) if adapt else None,
     )
 
 
-def refuse_no_policy(name: str, loss: LossSpec) -> None:
+def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
     """Raises UserError where what a loss trains could not be sampled from and trained again: `name` is online.loss."""
     if loss.inputs.head == "score":
         raise UserError(f"online.loss={name}: it trains a reward model, which says nothing; choose a loss that trains a policy")
@@ -88,7 +88,7 @@ def refuse_no_policy(name: str, loss: LossSpec) -> None:
 
 def bind_hook(key: str, settings: Mapping[str, Any], plugins: Sequence[str]) -> Callable[[], Any]:
     """Makes the hook that the node `key` (`checkpoint` or `hooks.<name>`) names. Raises UserError for what it does not take."""
-    hook, _ = locate(settings, key, plugins, example="halos.hooks.trackers.TensorBoard")
+    hook, _ = load_target(settings, key, plugins, example="halos.hooks.trackers.TensorBoard")
     base = "halos.hooks.checkpoint.CheckpointHook" if key == "checkpoint" else "halos.hooks.base.Hook"
     if not inspect.isclass(hook) or base not in [f"{parent.__module__}.{parent.__qualname__}" for parent in hook.__mro__]:
         raise UserError(f"{key}._target_: {settings['_target_']} is no hook: derive a class from {base}")

@@ -13,12 +13,12 @@ from functools import partial
 from typing import Annotated, Any, get_type_hints
 
 from halos.config.schema import Optim
-from halos.config.signature import after, bound, defaults, fit_all, fit_one, hints_of, locate, positional
+from halos.config.signature import bind, defaults, fit_all, fit_one, hints_of, load_target, parameters_after, positional
 from halos.errors import UserError
 from halos.ranges import Range
 
-GIVEN = ("hidden",)  # what an optimizer is given besides its parameter groups, where its signature asks for it by name
-TRIED = 10**5  # steps of a schedule that are looked at before a run begins; of more, as many spread over all
+EXTRA_ARGUMENTS = ("hidden",)  # what an optimizer is given besides its parameter groups, where its signature asks for it by name
+MAX_STEPS_TRIED = 10**5  # steps of a schedule that are looked at before a run begins; of more, as many spread over all
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ScheduleSpec:
 
     def refuse_odd(self, total: int) -> None:
         """Raises UserError where a step of `total` has no rate."""
-        for step in range(0, total, -(-total // TRIED)):
+        for step in range(0, total, -(-total // MAX_STEPS_TRIED)):
             self._at(step, total)
 
     def _at(self, step: int, total: int) -> float:
@@ -63,7 +63,9 @@ class ScheduleSpec:
     def agrees(self, one: int, other: int, *, start: int) -> bool:
         """Whether each step from `start` on has the same rate in runs of `one` and of `other` steps, as far as both go."""
         end = min(one, other)
-        return all(self._at(step, one) == self._at(step, other) for step in range(start, end, max(1, (end - start) // TRIED)))
+        return all(
+            self._at(step, one) == self._at(step, other) for step in range(start, end, max(1, (end - start) // MAX_STEPS_TRIED))
+        )
 
     def is_spread(self, start: int = 0) -> bool:
         """Whether the rate of any step from `start` on depends on how many there are in all: tried on a short and a long run."""
@@ -75,17 +77,17 @@ class ScheduleSpec:
 
 def bind_schedule(settings: Mapping[str, Any], plugins: Sequence[str]) -> ScheduleSpec:
     """The schedule that the node `schedule` names. Raises UserError for whatever it does not take."""
-    function, _ = locate(settings, "schedule", plugins, example="halos.schedules.cosine")
+    function, _ = load_target(settings, "schedule", plugins, example="halos.schedules.cosine")
     given = positional(function)[:2] if callable(function) else []
     if len(given) < 2:
         raise UserError(
             f"schedule._target_: {settings['_target_']} is no schedule: a schedule is a function of the step and the number of"
             " all steps, (step, total), then its keys"
         )
-    names, hints = after(function, given), hints_of(function)
+    names, hints = parameters_after(function, given), hints_of(function)
     legal = {name: hints.get(name, Any) for name in names}
-    values = fit_all({**_of(defaults(function), names), **settings}, legal, "schedule", function.__name__)
-    return ScheduleSpec(function.__name__, bound(function, values, names), values)
+    values = fit_all({**_pick(defaults(function), names), **settings}, legal, "schedule", function.__name__)
+    return ScheduleSpec(function.__name__, bind(function, values, names), values)
 
 
 def shared_keys() -> dict[str, Any]:
@@ -102,7 +104,7 @@ def fit_shared(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def bind_optimizer(settings: Mapping[str, Any], plugins: Sequence[str]) -> OptimizerSpec:
     """The optimizer that the node `optim` names. Raises UserError for whatever it does not take."""
-    target, module = locate(settings, "optim", plugins, example="halos.optimizers.standard.adamw")
+    target, module = load_target(settings, "optim", plugins, example="halos.optimizers.standard.adamw")
     given = positional(target)[:1] if callable(target) else []
     if not given or not (inspect.isclass(target) or inspect.isfunction(target)):
         raise UserError(
@@ -110,19 +112,19 @@ def bind_optimizer(settings: Mapping[str, Any], plugins: Sequence[str]) -> Optim
             " (params, lr, ...), whose other parameters are its keys"
         )
     name, hints = target.__name__, hints_of(target)
-    names = after(target, [*given, *GIVEN])
+    names = parameters_after(target, [*given, *EXTRA_ARGUMENTS])
     shared = shared_keys()
     own = {key: hints.get(key, Any) for key in names if key not in shared}
-    values = fit_all({**_of(defaults(target), own), **settings}, {**shared, **own}, "optim", name)
+    values = fit_all({**_pick(defaults(target), own), **settings}, {**shared, **own}, "optim", name)
     check = vars(module).get("check")
-    if complaint := bound(check, values)() if check else None:
+    if complaint := bind(check, values)() if check else None:
         raise UserError(f"optim {name}: {complaint}")
-    asks = tuple(key for key in GIVEN if key in after(target, given))
+    asks = tuple(key for key in EXTRA_ARGUMENTS if key in parameters_after(target, given))
     return OptimizerSpec(
-        name=name, make=partial(target, **_of(values, names)), asks=asks, lr=values["lr"], weight_decay=values["weight_decay"],
-        loraplus_lr_ratio=values["loraplus_lr_ratio"], lr_by_name=values["lr_by_name"], settings=_of(values, own),
+        name=name, make=partial(target, **_pick(values, names)), asks=asks, lr=values["lr"], weight_decay=values["weight_decay"],
+        loraplus_lr_ratio=values["loraplus_lr_ratio"], lr_by_name=values["lr_by_name"], settings=_pick(values, own),
     )  # fmt: skip
 
 
-def _of(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+def _pick(values: Mapping[str, Any], names: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
     return {name: values[name] for name in names if name in values}

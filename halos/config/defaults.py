@@ -14,7 +14,7 @@ from halos.config.schema import Feedback, Sampler, Scorer
 from halos.repository import CONFIG
 
 Section = TypeVar("Section")
-LIES: dict[type, tuple[str, str]] = {  # the file, and the key in it
+LOCATIONS: dict[type, tuple[str, str]] = {  # the file, and the key in it
     Sampler: ("loss/online.yaml", "online.sampler"), Scorer: ("loss/online.yaml", "online.scorer"),
     Feedback: ("loss/online.yaml", "online.feedback"),
 }  # fmt: skip
@@ -23,16 +23,16 @@ _LINE = re.compile(r"( *)(\w+):[^#]*(?:# (.*))?")
 
 def section(schema: type[Section], **changed: Any) -> Section:
     """A section with the values of its YAML, but for those that are `changed`."""
-    file, name = LIES[schema]
+    file, name = LOCATIONS[schema]
     node = _read(CONFIG / file)
     for part in name.split("."):
         node = node[part]
     return schema(**{**node, **changed})
 
 
-def comments(schema: type) -> dict[str, str]:
+def help_texts(schema: type) -> dict[str, str]:
     """What the YAML says beside each key of a section."""
-    file, name = LIES[schema]
+    file, name = LOCATIONS[schema]
     said: dict[str, str] = {}
     path: list[str] = []
     for line in (CONFIG / file).read_text(encoding="utf-8").splitlines():

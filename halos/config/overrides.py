@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
-from halos.config.suggest import elsewhere, kind_of, nearest, schema_keys, unknown_key
+from halos.config.suggest import about_loss, kind_of, nearest, schema_keys, unknown_key
 from halos.config.values import describe, show
 from halos.errors import UserError
 from halos.repository import COMMAND
@@ -17,7 +17,7 @@ Choices = Mapping[str, Sequence[str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Typed:
+class Override:
     """One override. `values` holds its value, or those that a sweep would try; none where they cannot be counted."""
 
     sign: str  # "", "+", "++" or "~"
@@ -63,7 +63,7 @@ def unreadable(text: str, reason: str) -> str:
 _KEY = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/@:$"
 
 
-def check_choices(typed: Sequence[Typed], choices: Choices, *, multirun: bool) -> None:
+def check_choices(typed: Sequence[Override], choices: Choices, *, multirun: bool) -> None:
     """Raises UserError for a choice that does not exist, and for commas outside a sweep."""
     for one in typed:
         if one.is_sweep and not multirun:
@@ -78,22 +78,22 @@ def check_choices(typed: Sequence[Typed], choices: Choices, *, multirun: bool) -
             raise UserError(f"{one.text}: {one.key} {what}; choices: {options}")
         for value in one.values:
             if not isinstance(value, str) or value not in choices[one.key]:
-                raise UserError(no_choice(one.key, value, choices))
+                raise UserError(unknown_choice(one.key, value, choices))
 
 
-def no_choice(group: str, value: Any, choices: Choices) -> str:
+def unknown_choice(group: str, value: Any, choices: Choices) -> str:
     """The message for a choice that a group does not have: what is meant, as far as it can be told, comes last."""
     options = ", ".join(choices[group]) or f"none yet; put a file into config/{group}"
     if group == "logging" and isinstance(value, list):
         return _both_trackers([str(each) for each in value], choices)
-    if group == "loss" and (told := elsewhere(str(value))):
+    if group == "loss" and (told := about_loss(str(value))):
         return f"loss has no choice {show(value)}: {told}. Choices: {options}"
-    return f"{group} has no choice {show(value)}; choices: {options}{_meant(group, str(value), choices)}"
+    return f"{group} has no choice {show(value)}; choices: {options}{_suggestion(group, str(value), choices)}"
 
 
-def no_inner_loss(value: str, known: Sequence[str]) -> str:
+def unknown_inner_loss(value: str, known: Sequence[str]) -> str:
     """The same for online.loss, which names a loss and chooses none."""
-    near, told = nearest(value, known), elsewhere(value)
+    near, told = nearest(value, known), about_loss(value)
     said = f"{told}." if told else f"did you mean {near}?" if near else "it is no loss of config/loss."
     return f"online.loss={value}: {said} It takes {', '.join(known)}"
 
@@ -110,16 +110,16 @@ def _both_trackers(asked: Sequence[str], choices: Choices) -> str:
 TRACKERS = {"wandb": "halos.hooks.trackers.Wandb", "tensorboard": "halos.hooks.trackers.TensorBoard"}
 
 
-def settle(typed: Sequence[Typed], choices: Choices, known: Sequence[str]) -> list[Typed]:
+def resolve_keys(typed: Sequence[Override], choices: Choices, known: Sequence[str]) -> list[Override]:
     """Key overrides as Hydra shall apply them; raises UserError for keys that do not exist, however they were spelled.
 
     `known` are the keys of the configuration that the choices alone compose to. Children of a free mapping
     (`peft.rank_pattern.q_proj=8`) need no plus sign.
     """
-    return [one if one.is_hydra or one.chooses(choices) else _settle_one(one, choices, known) for one in typed]
+    return [one if one.is_hydra or one.chooses(choices) else _resolve_one(one, choices, known) for one in typed]
 
 
-def _settle_one(one: Typed, choices: Choices, known: Sequence[str]) -> Typed:
+def _resolve_one(one: Override, choices: Choices, known: Sequence[str]) -> Override:
     kind = kind_of(one.key)
     exists = one.key in known
     if kind == "unknown" and not exists:
@@ -138,7 +138,7 @@ def _settle_one(one: Typed, choices: Choices, known: Sequence[str]) -> Typed:
     return replace(one, sign="" if plain else "++")  # of a mapping's own keys none need exist
 
 
-def _comma(one: Typed, choices: Choices) -> str:
+def _comma(one: Override, choices: Choices) -> str:
     several = f"{one.key}={one.value_text}"
     if describe(schema_keys().get(one.key)) == "a list":
         return f"{several}: {one.key} takes a list, in brackets: {one.key}=[{one.value_text}]"
@@ -150,7 +150,7 @@ def _comma(one: Typed, choices: Choices) -> str:
     return f"{several} means one run for each value, which needs -m; for the text itself quote it twice: {quoted}"
 
 
-def _meant(group: str, value: str, choices: Choices) -> str:
+def _suggestion(group: str, value: str, choices: Choices) -> str:
     near = nearest(value, choices[group])
     if near:
         return f" (did you mean {group}={near}?)"

@@ -15,7 +15,7 @@ from halos.errors import UserError
 OWN = "halos"
 
 
-def admit(packages: Sequence[str]) -> None:
+def make_importable(packages: Sequence[str]) -> None:
     """Makes sure that Python finds each package: installed, on PYTHONPATH, or in the current directory.
 
     `python train.py` does not look into the current directory by itself; it is looked into last, and only for what was
@@ -36,17 +36,17 @@ def admit(packages: Sequence[str]) -> None:
         sys.path.append(str(here))
 
 
-def code_of(target: str) -> str | None:
+def code_hash(target: str) -> str | None:
     """A hash of the code that a dotted `target` of the user's own consists of: its module, and those of its package that this one
     imports, wherever they lie. None for ours, whose changes are told otherwise, and for what is not imported."""
     module = sys.modules.get(target.rpartition(".")[0])
     if module is None or module.__name__.partition(".")[0] == OWN:
         return None
-    sources = _with_its_own(module)
+    sources = _sources_of(module)
     return hashlib.sha256(b"".join(name.encode() + b"\n" + sources[name] for name in sorted(sources))).hexdigest()
 
 
-def _with_its_own(module: ModuleType) -> dict[str, bytes]:
+def _sources_of(module: ModuleType) -> dict[str, bytes]:
     """The file of a module, and of what it imports of its own package, directly or not, by their names."""
     package, found, waiting = module.__name__.partition(".")[0], dict[str, bytes](), [module]
     while waiting:

@@ -13,8 +13,8 @@ from halos.errors import UserError, one_line
 KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
 SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
-SHORTEST = 8  # characters; anything shorter is a word that may well occur by chance
-WITHIN = 20  # from so many on a secret is looked for inside longer text too
+MIN_LENGTH = 8  # characters; anything shorter is a word that may well occur by chance
+MIN_LENGTH_INSIDE = 20  # from so many on a secret is looked for inside longer text too
 
 
 def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
@@ -36,7 +36,7 @@ def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
             )
 
 
-def refuse_saved_words(words: Sequence[str], path: str) -> None:
+def refuse_saved_overrides(words: Sequence[str], path: str) -> None:
     """Raises UserError where words that a saved run hands to commands are more than values and choices of a training."""
     for word in words:
         key, equal, _ = word.lstrip("+~").partition("=")
@@ -51,12 +51,12 @@ def refuse_secrets(node: Any, typed: Sequence[str] = ()) -> None:
     for key, value in _leaves(node):
         if key.rpartition(".")[2].lower() in KEYS and value is not None:
             raise UserError(f"{key} would be saved in the run's config.yaml: {_REMEDY}")
-        if name := _held(str(value), known):
+        if name := _secret_in(str(value), known):
             raise UserError(f"{key} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
     for text in typed:
         key, _, value = text.lstrip("+~").partition("=")
         parts = re.split(r"[\s,:'\"()\[\]{}]+", value)  # of a list, a mapping or a sweep
-        if key.rpartition(".")[2].lower() in KEYS or any(_held(part, known) for part in parts):
+        if key.rpartition(".")[2].lower() in KEYS or any(_secret_in(part, known) for part in parts):
             raise UserError(f"{key} holds a secret, and what is typed is saved with the run: {_REMEDY}")
 
 
@@ -71,13 +71,13 @@ def redact(text: str) -> str:
 
 
 def _known() -> dict[str, str]:
-    return {value: name for name, value in os.environ.items() if name.upper().endswith(SUFFIXES) and len(value) >= SHORTEST}
+    return {value: name for name, value in os.environ.items() if name.upper().endswith(SUFFIXES) and len(value) >= MIN_LENGTH}
 
 
-def _held(text: str, known: Mapping[str, str]) -> str | None:
+def _secret_in(text: str, known: Mapping[str, str]) -> str | None:
     if text in known:
         return known[text]
-    return next((name for value, name in known.items() if len(value) >= WITHIN and value in text), None)
+    return next((name for value, name in known.items() if len(value) >= MIN_LENGTH_INSIDE and value in text), None)
 
 
 def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:

@@ -21,14 +21,14 @@ from halos.ranges import Range
 CHOSEN = ("loss", "optim", "schedule")  # nodes whose choices come with keys, which a target of one's own may not have
 
 
-def locate(settings: Mapping[str, Any], key: str, plugins: Sequence[str], *, example: str) -> tuple[Any, ModuleType]:
+def load_target(settings: Mapping[str, Any], key: str, plugins: Sequence[str], *, example: str) -> tuple[Any, ModuleType]:
     """What `_target_` of the node `key` names, and its module. `example` is one that would do."""
     if not isinstance(settings, Mapping):
         raise UserError(f"{key} takes a mapping with a _target_ such as {example}, not {show(settings)}")
-    return resolve(settings.get("_target_"), f"{key}._target_", plugins, example=example)
+    return import_target(settings.get("_target_"), f"{key}._target_", plugins, example=example)
 
 
-def resolve(target: Any, key: str, plugins: Sequence[str], *, example: str) -> tuple[Any, ModuleType]:
+def import_target(target: Any, key: str, plugins: Sequence[str], *, example: str) -> tuple[Any, ModuleType]:
     """What a dotted path names, and its module. Nothing is imported that is neither ours nor a package the user typed."""
     if not isinstance(target, str) or "." not in target or not all(part.isidentifier() for part in target.split(".")):
         raise UserError(f"{key} takes a dotted path such as {example}, not {show(target)}")
@@ -60,7 +60,7 @@ def keywords(function: Callable[..., Any]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
-def after(function: Callable[..., Any], given: Sequence[str]) -> list[str]:
+def parameters_after(function: Callable[..., Any], given: Sequence[str]) -> list[str]:
     """What a function takes by name behind what it is `given`, positional or not."""
     parameters = inspect.signature(function).parameters.values()
     loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -73,7 +73,7 @@ def defaults(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def required(function: Callable[..., Any]) -> list[str]:
-    return [name for name in after(function, ()) if name not in defaults(function)]
+    return [name for name in parameters_after(function, ()) if name not in defaults(function)]
 
 
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def legal_keys(functions: Sequence[Callable[..., Any]]) -> dict[str, Any]:
     return legal
 
 
-def bound(function: Callable[..., Any], values: Mapping[str, Any], names: Sequence[str] | None = None) -> Callable[..., Any]:
+def bind(function: Callable[..., Any], values: Mapping[str, Any], names: Sequence[str] | None = None) -> Callable[..., Any]:
     return partial(function, **{name: values[name] for name in (keywords(function) if names is None else names)})
 
 
@@ -113,7 +113,7 @@ def fit_all(settings: Mapping[str, Any], legal: Mapping[str, Any], key: str, own
             raise UserError(f"{key}.{name}: {owner} takes no {str(name)!r}; it takes {takes}{meant}{left}")
     for name, annotation in legal.items():
         if name not in settings:
-            raise UserError(f"{key}.{name} is missing: {owner} takes {takes}; {name} is {wanted(annotation)}")
+            raise UserError(f"{key}.{name} is missing: {owner} takes {takes}; {name} is {expected(annotation)}")
     return {name: fit_one(settings[name], annotation, f"{key}.{name}") for name, annotation in legal.items()}
 
 
@@ -125,7 +125,7 @@ def _split(annotation: Any) -> tuple[Any, Range]:
     return kind, next((note for note in notes if isinstance(note, Range)), Range())
 
 
-def wanted(annotation: Any) -> str:
+def expected(annotation: Any) -> str:
     kind, limits = _split(annotation)
     bounds = limits.violated_by(math.nan)  # which lies within no bounds, so that it names them all
     return describe(kind).replace("number", f"number ({bounds})") if bounds else describe(kind)
@@ -136,8 +136,8 @@ def fit_one(value: Any, annotation: Any, key: str) -> Any:
     try:
         fitted = fit(value, kind)
     except MisfitError as error:
-        raise UserError(f"{key} takes {wanted(annotation)}, not {show(value)}") from error
+        raise UserError(f"{key} takes {expected(annotation)}, not {show(value)}") from error
     for part in fitted if isinstance(fitted, list | tuple) else [fitted]:
         if isinstance(part, (int, float)) and limits.violated_by(part):
-            raise UserError(f"{key} takes {wanted(annotation)}, not {show(value)}")
+            raise UserError(f"{key} takes {expected(annotation)}, not {show(value)}")
     return fitted

@@ -13,7 +13,7 @@ from halos.config.values import describe
 from halos.repository import COMMAND
 
 # What the key is called elsewhere: in TRL, transformers, PEFT's wrappers and the HALOs repository.
-ELSEWHERE = {
+OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "optimizer": "optim",
     "max_steps": "train.steps",
@@ -34,7 +34,7 @@ ELSEWHERE = {
 
 
 # What a key of another framework does, where its namesake here is not the same thing.
-EXPLAINED = {
+EXPLANATIONS = {
     "gradient_accumulation_steps": "train.batch_size is global, and is cut into micro-batches of train.microbatch_size by itself:"
     " what is accumulated follows from the two and the number of processes",
     "per_device_train_batch_size": "train.batch_size is global, over all processes; train.microbatch_size is what one of them"
@@ -55,7 +55,7 @@ NAMESAKES = {"sigmoid": "dpo", "dpo_pair": "dpo", "rm": "reward", "reward_model"
              "cross_entropy": "sft", "online_dpo": "online"}  # fmt: skip
 
 
-def elsewhere(loss: str) -> str | None:
+def about_loss(loss: str) -> str | None:
     """What there is to say of a loss by a name of the field that is not one of ours."""
     name = loss.lower().replace("-", "_")
     if name in NAMESAKES:
@@ -74,8 +74,8 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
         return 0.75 * last + 0.25 * whole  # the section is what people leave out or get wrong
 
     known = list(known)
-    if ELSEWHERE.get(word.rpartition(".")[2]) in known:
-        return ELSEWHERE[word.rpartition(".")[2]]
+    if OTHER_NAMES.get(word.rpartition(".")[2]) in known:
+        return OTHER_NAMES[word.rpartition(".")[2]]
     best = max(known, key=likeness, default=None)
     return best if best is not None and likeness(best) > 0.6 else None
 
@@ -115,7 +115,7 @@ def kind_of(key: str) -> Literal["section", "value", "free", "unknown"]:
 def unknown_key(key: str, known: Iterable[str]) -> str:
     """The message for a key that does not exist."""
     known = set(known) | set(schema_keys())
-    if told := EXPLAINED.get(key.rpartition(".")[2]):
+    if told := EXPLANATIONS.get(key.rpartition(".")[2]):
         return f"there is no key {key!r}: {told}"
     near = nearest(key, sorted(known - {""}))
     if near:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
-WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
 LISTS = (list, tuple, set, frozenset, Sequence)
 MAPPINGS = (dict, Mapping)
 
@@ -38,7 +38,7 @@ def describe(kind: Any) -> str:
         return "a list"
     if (origin or kind) in MAPPINGS or is_dataclass(kind):
         return "a mapping"
-    return WORDS.get(kind, "a value")
+    return NAMES.get(kind, "a value")
 
 
 def show(value: Any) -> str:
@@ -59,7 +59,7 @@ def quoted(value: Any) -> str:
     return f"'{text}'"
 
 
-def to_type(key: str, value: Any) -> str:
+def as_argument(key: str, value: Any) -> str:
     """`key=value` as it is typed into a shell: quoted for Hydra where it must be, and that for the shell."""
     plain = isinstance(value, str | Path) and re.fullmatch(r"[\w./@:+-]+", str(value), re.ASCII)
     return shlex.quote(f"{key}={value}" if plain else f"{key}={quoted(value)}")

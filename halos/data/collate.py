@@ -40,13 +40,13 @@ def _tensor(values: np.ndarray) -> Tensor:
     return torch.from_numpy(values.astype(np.int64, copy=False))
 
 
-def mismatch(item: Item, partner: Item, max_length: int) -> PackRow:
+def mismatched_row(item: Item, partner: Item, max_length: int) -> PackRow:
     """The prompt of one row before the completion of another, cut at `max_length`."""
     completion, room = partner.completions[0], max_length - len(item.prompt)
     return item.prompt, Completion(completion.ids[:room], completion.scored[:room])
 
 
-def num_cut_mismatches(prompt_lengths: np.ndarray, lengths: np.ndarray, partners: np.ndarray, max_length: int) -> int:
+def num_truncated_mismatches(prompt_lengths: np.ndarray, lengths: np.ndarray, partners: np.ndarray, max_length: int) -> int:
     """How many rows `mismatch` will cut: all three are (N,), `lengths` counts prompt and completion."""
     completions = (lengths - prompt_lengths)[partners]
     return int((prompt_lengths + completions > max_length).sum())

@@ -100,7 +100,7 @@ class Writer:
         """Each item with the index of its source."""
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         for item, source in items:
-            _add(self._content, item, source)
+            _hash_item(self._content, item, source)
             columns["prompt"].append(item.prompt)
             for name, completion in zip(_COMPLETIONS, (*item.completions, None), strict=False):
                 columns[name].append(completion.ids if completion else ())
@@ -125,7 +125,7 @@ class Writer:
         self._content.update(json.dumps([meta["kind"], meta["weights"]]).encode())
         whole = {**meta, "content": self._content.hexdigest(), "rows": digest(self._directory / ROWS)}
         with (self._directory / META).open("w") as notes:
-            json.dump({**whole, SEAL: _sealed(whole)}, notes, indent=1)
+            json.dump({**whole, SEAL: _seal_of(whole)}, notes, indent=1)
             for file in (self._file, notes):
                 file.flush()
                 os.fsync(file.fileno())
@@ -135,7 +135,7 @@ class Writer:
         self._file.close()
 
 
-def _sealed(meta: Mapping[str, Any]) -> str:
+def _seal_of(meta: Mapping[str, Any]) -> str:
     known = {name: value for name, value in meta.items() if name != SEAL}
     return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
@@ -145,12 +145,12 @@ def is_whole(path: Path, cache: Path | None = None) -> bool:
     they stay what they were."""
     try:
         meta = confined.load_object(path / META)
-        return meta.get(SEAL) == _sealed(meta) and meta["rows"] == file_hash(path / ROWS, cache)
+        return meta.get(SEAL) == _seal_of(meta) and meta["rows"] == file_hash(path / ROWS, cache)
     except (UserError, OSError, KeyError):
         return False
 
 
-def _add(content: Any, item: Item, source: int) -> None:
+def _hash_item(content: Any, item: Item, source: int) -> None:
     """All of an item that training sees; not where it came from, so that the same rows out of another file are the same."""
     arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
     arrays += [item.logps] if item.logps is not None else []

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from halos.errors import UserError, doing, words_of
 
-_INK = re.compile(r"[^ \t\r\n]")
+_NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 class Row(NamedTuple):
@@ -22,11 +22,11 @@ class Row(NamedTuple):
 
 def _record(value: Any, where: str) -> Row:
     if not isinstance(value, dict):
-        raise UserError(f"{where}: a row is an object with named columns, this is {_named(value)}")
+        raise UserError(f"{where}: a row is an object with named columns, this is {_type_name(value)}")
     return Row(value, where)
 
 
-def _named(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {"list": "a list", "str": "text", "int": "a number", "float": "a number", "bool": "true or false", "NoneType": "null"}
     return names.get(type(value).__name__, type(value).__name__)
 
@@ -44,7 +44,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
         with _decoding(where):
             value = json.loads(text)
             if "\\ud" in text.lower():
-                _refuse_halves(value)
+                _refuse_lone_surrogates(value)
         yield _record(value, where)
 
 
@@ -71,7 +71,7 @@ def _decoding(where: str) -> Iterator[None]:
         raise UserError(f"{where}: not valid JSON: {words_of(error).partition(';')[0]}") from error
 
 
-def _refuse_halves(value: Any) -> None:
+def _refuse_lone_surrogates(value: Any) -> None:
     json.dumps(value, ensure_ascii=False).encode()  # raises at half of a character, which no tokenizer takes
 
 
@@ -83,9 +83,9 @@ def read_json(path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: not UTF-8 text") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-    start = _skip(text, 0)
+    start = _skip_blanks(text, 0)
     if text.startswith("[", start):
-        yield from _elements(text, start + 1, path)
+        yield from _list_elements(text, start + 1, path)
         return
     try:
         with _decoding(str(path)):
@@ -102,20 +102,20 @@ def read_json(path: Path) -> Iterator[Row]:
         lists = [key for key, held in value.items() if isinstance(held, list) and held and isinstance(held[0], dict)]
         held = f"its key '{lists[0]}' holds one: write that list" if lists else "write a list of such objects"
         raise UserError(f"{path}: holds one object, not a list of rows; {held} to a .json file, or one row a line to a .jsonl")
-    raise UserError(f"{path}: a .json file holds a list of objects, this one {_named(value)}")
+    raise UserError(f"{path}: a .json file holds a list of objects, this one {_type_name(value)}")
 
 
-def _skip(text: str, at: int) -> int:
+def _skip_blanks(text: str, at: int) -> int:
     """The next place from `at` on that is not blank."""
-    found = _INK.search(text, at)
+    found = _NOT_BLANK.search(text, at)
     return found.start() if found else len(text)
 
 
-def _elements(text: str, at: int, path: Path) -> Iterator[Row]:
+def _list_elements(text: str, at: int, path: Path) -> Iterator[Row]:
     """The elements of a JSON list that starts before `at`, each with the line on which it starts."""
     decoder, line, counted, halves = json.JSONDecoder(), 1, 0, "\\ud" in text.lower()
     while True:
-        at = _skip(text, at)
+        at = _skip_blanks(text, at)
         line, counted = line + text.count("\n", counted, at), at
         if text.startswith("]", at):
             break
@@ -123,14 +123,14 @@ def _elements(text: str, at: int, path: Path) -> Iterator[Row]:
             with _decoding(f"{path}:{line}"):
                 value, at = decoder.raw_decode(text, at)
                 if halves:
-                    _refuse_halves(value)
+                    _refuse_lone_surrogates(value)
         except UserError as told:
             error = told.__cause__
             if not isinstance(error, json.JSONDecodeError):
                 raise
             raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
         yield _record(value, f"{path}:{line}")
-        at = _skip(text, at)
+        at = _skip_blanks(text, at)
         if text.startswith(",", at):
             at += 1
         elif not text.startswith("]", at):
@@ -165,14 +165,14 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-TABLES = {"csv": "", "tsv": ", sep='\\t'"}  # read by nobody here: what datasets is told of them
+CSV_OPTIONS = {"csv": "", "tsv": ", sep='\\t'"}  # read by nobody here: what datasets is told of them
 
 
-def reader(path: Path, format: str | None) -> Callable[[Path], Iterator[Row]]:
+def reader_for(path: Path, format: str | None) -> Callable[[Path], Iterator[Row]]:
     """How to read `path`: as `format` says, else by the end of its name."""
     suffix = format or path.suffix.removeprefix(".").lower()
-    if suffix in TABLES:
-        call = f"from datasets import load_dataset as load; load('csv', data_files='{path}'{TABLES[suffix]})['train']"
+    if suffix in CSV_OPTIONS:
+        call = f"from datasets import load_dataset as load; load('csv', data_files='{path}'{CSV_OPTIONS[suffix]})['train']"
         wanted = path.with_suffix(".jsonl")
         raise UserError(
             f"{path}: .json, .jsonl and .parquet files are read, and this is a .{suffix}: write it as one of them, for example"
@@ -183,10 +183,10 @@ def reader(path: Path, format: str | None) -> Callable[[Path], Iterator[Row]]:
     return READERS[suffix]
 
 
-UNREAD = {"gz", "bz2", "xz", "zst", "zip", "lz4", "tar", "tgz", "csv", "tsv", "arrow", "feather", "pickle", "pkl"}  # but data
+NOT_READ = {"gz", "bz2", "xz", "zst", "zip", "lz4", "tar", "tgz", "csv", "tsv", "arrow", "feather", "pickle", "pkl"}  # but data
 
 
-def _below(root: Path) -> list[Path]:
+def _files_below(root: Path) -> list[Path]:
     """The files below a directory, also where it links to, in their order; none of what is hidden by a dot or an underscore."""
     found, open_ = list[Path](), {root.resolve()}
 
@@ -206,15 +206,15 @@ def _below(root: Path) -> list[Path]:
     return sorted(found)
 
 
-def in_directory(root: Path) -> dict[str, list[Path]]:
+def files_by_split(root: Path) -> dict[str, list[Path]]:
     """The data files below `root` by the split that their directory or name announces; '' where neither does."""
-    there = _below(root)
+    there = _files_below(root)
     files = [p for p in there if p.suffix.removeprefix(".").lower() in READERS]
     files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")]
     kinds = sorted({p.suffix for p in files})
     if len(kinds) > 1:
         raise UserError(f"{root}: holds files of several kinds ({', '.join(kinds)}); give the files, or a directory of one kind")
-    if files and (others := [p for p in there if p.suffix.removeprefix(".").lower() in UNREAD]):
+    if files and (others := [p for p in there if p.suffix.removeprefix(".").lower() in NOT_READ]):
         raise UserError(
             f"{root}: holds {others[0].relative_to(root)} beside {files[0].relative_to(root)}, and only {', '.join(kinds)} files"
             " are read: unpack or convert it, move it away, or give the files one by one"

@@ -9,14 +9,14 @@ from halos.data.messages import is_learned, turns_of, with_system
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Example, Judgement, Scored, Turns
 
-_NEEDED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label (or reward)"
+_EXPECTED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label (or reward)"
 _LEARNS: dict[type[Example], str] = {
     Demonstration: "demonstrations: messages, or prompt + completion",
     Comparison: "pairs: prompt + chosen + rejected (or chosen + rejected as messages that share their first turns)",
     Judgement: "labels: prompt + completion + label, or pairs",
     Scored: "completions with rewards: scalar_feedback, or prompt + completion + reward; labels and pairs stand for 1 and -1",
 }
-_SERVES: dict[type[Example], str] = {
+_TRAINS: dict[type[Example], str] = {
     Demonstration: "only losses on demonstrations, such as sft",
     Judgement: "losses on labels, such as kto, on rollouts, such as grpo, and on demonstrations, such as sft",
     Scored: "losses on rollouts, such as grpo and ppo, and sft; python -m halos.online.label makes pairs or labels of samples",
@@ -34,17 +34,17 @@ def read_example(row: Row, *, score: str) -> Example:
     if {"chosen", "rejected"} <= columns.keys():
         return _comparison(columns, row.where)
     if {"prompt", "completion"} <= columns.keys():
-        prompt, completion = _answered(columns, "completion", row.where)
+        prompt, completion = _prompt_and_completion(columns, "completion", row.where)
         if "label" in columns:
             return Judgement(prompt, completion, _label(columns, (0, 1), row.where))
         if "reward" in columns:
-            return _scored_by(columns, prompt, completion, row.where)
+            return _with_reward(columns, prompt, completion, row.where)
         return Demonstration(prompt, completion)
     if "messages" in columns:
         return _conversation(turns_of(columns["messages"], "user", "messages", row.where), row.where, score)
     empty = [name for name in row.record if name not in columns]
     found = (", ".join(columns) or "none") + (f" (and null: {', '.join(empty)})" if empty else "")
-    raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_NEEDED}")
+    raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_EXPECTED}")
 
 
 def read_prompt(row: Row) -> tuple[Turns, str | None]:
@@ -94,14 +94,14 @@ def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
         case Judgement(prompt, completion, desirable), _ if kind is Demonstration:
             return [Demonstration(prompt, completion)] if desirable else []
         case Scored(prompt, completion), _ if kind is Demonstration:
-            return [Demonstration(prompt, completion)] if _says_something(completion) else []
+            return [Demonstration(prompt, completion)] if _is_not_empty(completion) else []
         case Comparison(prompt, chosen, rejected), _ if kind is Scored:
             return [Scored(prompt, chosen, 1.0), Scored(prompt, rejected, -1.0)]
         case Judgement(prompt, completion, desirable), _ if kind is Scored:
             return [Scored(prompt, completion, 1.0 if desirable else -1.0)]  # HALOs' reading of labels for PPO
     found = ", ".join(name for name, value in row.record.items() if value is not None)
     raise UserError(
-        f"{row.where}: columns found: {found}. They can train {_SERVES[type(example)]}; "
+        f"{row.where}: columns found: {found}. They can train {_TRAINS[type(example)]}; "
         f"the loss of this run learns from {_LEARNS[kind]}"
     )
 
@@ -109,7 +109,7 @@ def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
 # --- turns -------------------------------------------------------------------------------------------------------------
 
 
-def _scored(turns: Turns, column: str, where: str) -> Turns:
+def _check_completion(turns: Turns, column: str, where: str) -> Turns:
     """A completion: it starts and ends with the assistant, and no turn of the assistant's is empty."""
     for turn in (turns[0], turns[-1]):
         if turn["role"] != "assistant":
@@ -122,13 +122,13 @@ def _scored(turns: Turns, column: str, where: str) -> Turns:
     return turns
 
 
-def _answered(columns: Mapping[str, Any], column: str, where: str) -> tuple[Turns, Turns]:
+def _prompt_and_completion(columns: Mapping[str, Any], column: str, where: str) -> tuple[Turns, Turns]:
     """`prompt` and one completion, which may repeat the prompt's turns in front."""
     prompt = turns_of(columns.get("prompt", columns.get("instruction")), "user", "prompt", where)
     completion = turns_of(columns[column], "assistant", column, where)
     if completion[: len(prompt)] == prompt:
         completion = completion[len(prompt) :] or completion
-    return prompt, _scored(completion, column, where)
+    return prompt, _check_completion(completion, column, where)
 
 
 def _conversation(turns: Turns, where: str, score: str) -> Demonstration:
@@ -139,7 +139,7 @@ def _conversation(turns: Turns, where: str, score: str) -> Demonstration:
     start, end = spoken[0] if score == "all" else spoken[-1], spoken[-1] + 1  # no later turn can change what is scored
     if start == 0:
         raise UserError(f"{where}: messages starts with the assistant: there is no turn that it answers")
-    return Demonstration(turns[:start], _scored(turns[start:end], "messages", where))
+    return Demonstration(turns[:start], _check_completion(turns[start:end], "messages", where))
 
 
 # --- pairs and labels --------------------------------------------------------------------------------------------------
@@ -150,20 +150,27 @@ def _comparison(columns: Mapping[str, Any], where: str) -> Comparison:
     chosen, rejected = (turns_of(columns[name], "assistant", name, where) for name in ("chosen", "rejected"))
     if "prompt" in columns and chosen[0]["role"] == rejected[0]["role"] == "assistant":
         prompt = turns_of(columns["prompt"], "user", "prompt", where)
-        return Comparison(prompt, _scored(chosen, "chosen", where), _scored(rejected, "rejected", where), margin)
+        return Comparison(
+            prompt, _check_completion(chosen, "chosen", where), _check_completion(rejected, "rejected", where), margin
+        )
     if isinstance(columns["chosen"], str) or isinstance(columns["rejected"], str):
         raise UserError(f"{where}: chosen and rejected are text, so a column 'prompt' is needed too")
-    shared = _shared(chosen, rejected)
+    shared = _num_shared_turns(chosen, rejected)
     for turns in (chosen, rejected):
         if not shared or turns[shared]["role"] != "assistant":
             raise UserError(f"{where}: chosen and rejected must share every turn up to an assistant's, where they part")
     prompt = chosen[:shared]
     if "prompt" in columns and (given := turns_of(columns["prompt"], "user", "prompt", where)) != prompt[-len(given) :]:
         raise UserError(f"{where}: chosen and rejected repeat another prompt than the column 'prompt' gives")
-    return Comparison(prompt, _scored(chosen[shared:], "chosen", where), _scored(rejected[shared:], "rejected", where), margin)
+    return Comparison(
+        prompt,
+        _check_completion(chosen[shared:], "chosen", where),
+        _check_completion(rejected[shared:], "rejected", where),
+        margin,
+    )
 
 
-def _shared(chosen: Turns, rejected: Turns) -> int:
+def _num_shared_turns(chosen: Turns, rejected: Turns) -> int:
     """How many turns two conversations have in common before the last of either."""
     most = min(len(chosen), len(rejected)) - 1
     return next((n for n in range(most) if chosen[n] != rejected[n]), most)
@@ -197,18 +204,18 @@ def _pairwise(columns: Mapping[str, Any], where: str) -> Comparison:
     if rewards[0] is not None and rewards[1] is not None:
         margin = rewards[0] - rewards[1] if first else rewards[1] - rewards[0]
     names = ("output_A", "output_B") if first else ("output_B", "output_A")
-    (prompt, chosen), (_, rejected) = (_answered(columns, name, where) for name in names)
+    (prompt, chosen), (_, rejected) = (_prompt_and_completion(columns, name, where) for name in names)
     return Comparison(prompt, chosen, rejected, margin)
 
 
 def _binary(columns: Mapping[str, Any], where: str) -> Judgement:
     _require(columns, ("prompt", "output", "label"), where)
-    return Judgement(*_answered(columns, "output", where), _label(columns, (0, 1, -1), where))
+    return Judgement(*_prompt_and_completion(columns, "output", where), _label(columns, (0, 1, -1), where))
 
 
 def _scalar(columns: Mapping[str, Any], where: str) -> Scored:
     _require(columns, ("prompt", "output", "reward"), where)
-    return _scored_by(columns, *_sampled(columns, where), where)
+    return _with_reward(columns, *_sampled(columns, where), where)
 
 
 def _sampled(columns: Mapping[str, Any], where: str) -> tuple[Turns, Turns]:
@@ -217,25 +224,25 @@ def _sampled(columns: Mapping[str, Any], where: str) -> tuple[Turns, Turns]:
     return prompt, turns_of(columns["output"], "assistant", "output", where)
 
 
-def _scored_by(columns: Mapping[str, Any], prompt: Turns, completion: Turns, where: str) -> Scored:
+def _with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, where: str) -> Scored:
     """The reward, and the sampler's own tokens where it kept them (`output_ids`, `logps`, `vocabulary`)."""
     reward = _number(columns, "reward", where)
     assert reward is not None, "the column is there"
     ids, logps = (columns.get(name) or () for name in ("output_ids", "logps"))
     if logps and len(logps) != len(ids):
         raise UserError(f"{where}: logps has {len(logps)} numbers for {len(ids)} output_ids")
-    if not ids and not _says_something(completion):
+    if not ids and not _is_not_empty(completion):
         raise UserError(f"{where}: output is empty, and there are no output_ids that say what was sampled")
     return Scored(prompt, completion, reward, tuple(map(int, ids)), tuple(map(float, logps)), columns.get("vocabulary"))
 
 
-def _says_something(completion: Turns) -> bool:
+def _is_not_empty(completion: Turns) -> bool:
     return any(turn.get("tool_calls") or str(turn["content"]).strip() for turn in completion)
 
 
 def _sample(columns: Mapping[str, Any], where: str) -> Demonstration:
     _require(columns, ("output",), where)
-    return Demonstration(*_answered(columns, "output", where))
+    return Demonstration(*_prompt_and_completion(columns, "output", where))
 
 
 def _require(columns: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:

@@ -10,7 +10,7 @@ from halos.data.files import Row, read_jsonl
 from halos.errors import UserError
 from halos.types import Demonstration, Example, Judgement
 
-HELD_OUT = 0.1  # of the problems, the last of the file
+EVAL_FRACTION = 0.1  # of the problems, the last of the file
 _MARKS = re.compile(r"<<[^<>\n]*>>")  # the calculator's: 48/2 = <<48/2=24>>24
 _ANSWER = re.compile(r"\nA: *(?=[^\n]*\s*$)")  # model solutions end `A: 24`, the published ones `#### 24`
 
@@ -23,7 +23,7 @@ def file_for(directory: Path, kind: type[Example]) -> Path:
     return path
 
 
-def tidy(solution: str) -> str:
+def normalise(solution: str) -> str:
     """Without calculator marks, and with the answer on a last line `#### 24`."""
     return _ANSWER.sub("\n#### ", _MARKS.sub("", solution)).rstrip()
 
@@ -33,7 +33,7 @@ def rows(path: Path, kind: type[Example], split: str) -> Iterator[Row]:
     if split not in ("train", "eval"):
         raise UserError(f"{path}: no split '{split}'; gsm8k has train and eval")
     problems = list(read_jsonl(path))
-    held_out = round(len(problems) * HELD_OUT)
+    held_out = round(len(problems) * EVAL_FRACTION)
     first_held = len(problems) - held_out
     for problem in problems[:first_held] if split == "train" else problems[first_held:]:
         try:
@@ -45,10 +45,10 @@ def rows(path: Path, kind: type[Example], split: str) -> Iterator[Row]:
 def _records(problem: dict[str, Any], kind: type[Example]) -> Iterator[dict[str, Any]]:
     prompt = problem["question"]
     if kind is Demonstration:
-        yield {"prompt": prompt, "completion": tidy(problem["answer"])}
+        yield {"prompt": prompt, "completion": normalise(problem["answer"])}
         return
     solutions = [value for value in problem.values() if isinstance(value, dict)]
-    judged = [(tidy(each["solution"]), bool(each["is_correct"])) for each in solutions]
+    judged = [(normalise(each["solution"]), bool(each["is_correct"])) for each in solutions]
     if kind is Judgement:
         yield from ({"prompt": prompt, "completion": text, "label": right} for text, right in judged)
         return

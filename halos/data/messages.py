@@ -9,7 +9,7 @@ from halos.types import Message, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WEIGHT = "weight"  # of an assistant turn: 0 where it is not learned from
-ASKS = ("prompt", "instruction", "messages", "chosen", "rejected", "completion")
+TURN_COLUMNS = ("prompt", "instruction", "messages", "chosen", "rejected", "completion")
 
 
 def turns_of(value: Any, role: str, column: str, where: str) -> Turns:
@@ -34,13 +34,13 @@ def with_system(columns: dict[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(words, str):
         raise UserError(f"{where}: system must be text, and is {type(words).__name__}")
     first = {"role": "system", "content": words}
-    return {**columns, **{name: _behind(first, columns[name], name, where) for name in ASKS if name in columns}}
+    return {**columns, **{name: _after_system(first, columns[name], name, where) for name in TURN_COLUMNS if name in columns}}
 
 
-def _behind(first: Message, value: Any, column: str, where: str) -> Any:
+def _after_system(first: Message, value: Any, column: str, where: str) -> Any:
     """A column's turns behind the system's, where the conversation begins there."""
     if isinstance(value, str):
-        return value if column not in ASKS[:2] else [first, {"role": "user", "content": value}]
+        return value if column not in TURN_COLUMNS[:2] else [first, {"role": "user", "content": value}]
     if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
         return value  # what it is, is told where it is read
     if value[0].get("role") == "assistant" or value[0] == first:
@@ -61,11 +61,11 @@ def _turn(turn: Any, column: str, where: str) -> Message:
     if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
         raise UserError(f"{where}: {column} has a turn of role {role} whose content is {type(content).__name__}, not text")
     if "tool_calls" in turn:
-        turn["tool_calls"] = _calls(turn["tool_calls"], column, where)
-    return _weighed(turn, column, where)
+        turn["tool_calls"] = _tool_calls(turn["tool_calls"], column, where)
+    return _with_weight(turn, column, where)
 
 
-def _weighed(turn: dict[str, Any], column: str, where: str) -> Message:
+def _with_weight(turn: dict[str, Any], column: str, where: str) -> Message:
     """`weight` and `train` say of an assistant turn whether it is learned from; of others they say nothing."""
     for name in (WEIGHT, "train"):
         if turn.get(name, 1) not in (0, 1):
@@ -74,15 +74,15 @@ def _weighed(turn: dict[str, Any], column: str, where: str) -> Message:
     return turn if learned or turn["role"] != "assistant" else {**turn, WEIGHT: 0}
 
 
-def _calls(calls: Any, column: str, where: str) -> list[Any]:
+def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
     """Tool calls, their arguments as the object that templates print, where rows have it as JSON text."""
     if not isinstance(calls, Sequence) or isinstance(calls, str) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{where}: tool_calls of {column} must be a list of objects")
-    return [{**call, "function": _called(call["function"])} if isinstance(call.get("function"), Mapping) else _called(call)
+    return [{**call, "function": _function(call["function"])} if isinstance(call.get("function"), Mapping) else _function(call)
             for call in calls]  # fmt: skip
 
 
-def _called(function: Mapping[str, Any]) -> dict[str, Any]:
+def _function(function: Mapping[str, Any]) -> dict[str, Any]:
     given = function.get("arguments")
     if isinstance(given, str):
         try:
@@ -91,12 +91,12 @@ def _called(function: Mapping[str, Any]) -> dict[str, Any]:
             read = given
         given = read if isinstance(read, dict) else given
     elif isinstance(given, Mapping):
-        given = _present(given)
+        given = _without_nulls(given)
     return {**function, **({"arguments": given} if "arguments" in function else {})}
 
 
-def _present(value: Any) -> Any:
+def _without_nulls(value: Any) -> Any:
     """Without keys that hold nothing: a table's rows all have the columns of any."""
     if isinstance(value, Mapping):
-        return {name: _present(part) for name, part in value.items() if part is not None}
-    return [_present(part) for part in value] if isinstance(value, list) else value
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value

@@ -41,7 +41,7 @@ class Order:
         if self._cached is None or self._cached[0] != number:
             stream = _stream(self._seed, _EPOCH, number)
             mixture = np.concatenate(
-                [_share(rows, wanted, stream) for rows, wanted in zip(self._rows, self._wanted, strict=True)]
+                [_sample(rows, wanted, stream) for rows, wanted in zip(self._rows, self._wanted, strict=True)]
             )
             self._cached = number, mixture[_permutation(stream, len(mixture))]
         return self._cached[1]
@@ -71,7 +71,7 @@ class GroupOrder:
         return np.concatenate([self._members[group] for group in self._groups.batch(number)])
 
 
-def _share(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarray:
+def _sample(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarray:
     """All rows as often as they go into `wanted`, and a random choice for the rest."""
     copies, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)
     some = rows[_permutation(stream, len(rows))[:rest]] if rest else rows[:0]
@@ -83,7 +83,7 @@ def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
     return [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
-def partners(groups: np.ndarray, seed: int, *, what: str) -> np.ndarray:
+def mismatched_partners(groups: np.ndarray, seed: int, *, what: str) -> np.ndarray:
     """For each row another one, uniform among those with a different prompt: (N,). KTO's mismatched completions.
 
     Raises UserError, which names `what` the rows are of and for, where all have one prompt.

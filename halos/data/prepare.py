@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.confined import expanded
 from halos.data.dataset import Counts, Item, Writer, is_whole
 from halos.data.formats import as_kind, read_example
-from halos.data.sources import Opened, Source, hash_files, open_source
+from halos.data.sources import OpenSource, Source, hash_files, open_source
 from halos.data.template import chat_template
 from halos.data.tokenize import EQUAL, Encoded, Encoder
 from halos.errors import UserError
@@ -64,7 +64,7 @@ def prepare(
     hidden = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _one_at_a_time(path):
+        with _lock(path):
             if is_whole(path, expanded(cache_dir)):
                 return path
             if path.exists():
@@ -82,7 +82,7 @@ def prepare(
 
 
 @contextmanager
-def _one_at_a_time(path: Path) -> Iterator[None]:
+def _lock(path: Path) -> Iterator[None]:
     """Of several runs that want the same rows, a sweep's jobs say, one makes them and the others wait for it."""
     locks = path.parent.with_name("locks")  # apart, since they stay
     locks.mkdir(exist_ok=True)
@@ -129,7 +129,7 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def _write(
     directory: Path,
-    opened: Sequence[Opened],
+    opened: Sequence[OpenSource],
     kind: type[Example],
     score: str,
     encoder: Encoder,
@@ -152,17 +152,17 @@ def _write(
         writer.finish({"kind": made.__name__, "weights": weights, "report": [asdict(counts) for counts in report]})
 
 
-Placed = tuple[Example, str, str]  # with the row's place, and the example's own name
+NamedExample = tuple[Example, str, str]  # with the row's place, and the example's own name
 
 
 def _examples(
-    opened: Opened,
+    opened: OpenSource,
     kind: type[Example],
     score: str,
     counts: Counts,
     transform: Callable[[Any], Example] | None,
     bar: tqdm,
-) -> Iterator[Placed]:
+) -> Iterator[NamedExample]:
     for row in opened.rows():
         counts.rows += 1
         bar.update()
@@ -180,7 +180,7 @@ def _examples(
             yield transform(each) if transform else each, row.where, f"{row.where}#{number}"
 
 
-def _items(batch: Sequence[Placed], encoder: Encoder, counts: Counts) -> list[Item]:
+def _items(batch: Sequence[NamedExample], encoder: Encoder, counts: Counts) -> list[Item]:
     items = []
     for encoded, (example, _, name) in zip(encoder.encode([(each, where) for each, where, _ in batch]), batch, strict=True):
         if isinstance(encoded, str):

@@ -8,12 +8,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from halos.config.formats import is_own
+from halos.config.custom_formats import is_custom
 from halos.config.suggest import nearest
 from halos.confined import expanded
 from halos.data import arithmetic, gsm8k
-from halos.data.files import READERS, SPLITS, Row, in_directory, reader
-from halos.data.own_format import hash_of, read_by
+from halos.data.custom_format import code_hash_of, convert_rows
+from halos.data.files import READERS, SPLITS, Row, files_by_split, reader_for
 from halos.errors import UserError, doing
 from halos.types import Demonstration, Example
 
@@ -84,7 +84,7 @@ class Source:
             raise UserError(f"data entry: path={self.path!r} names nothing{where}")
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
             raise UserError(f"data entry {self.path}: weight={self.weight!r} must be a number above 0")
-        if self.format not in (None, *FORMATS) and not is_own(self.format):
+        if self.format not in (None, *FORMATS) and not is_custom(self.format):
             raise UserError(
                 f"data entry {self.path}: format={self.format!r} must be one of {', '.join(FORMATS)}; or a function of yours from"
                 " a row to an example, format: mypackage.rows with plugins=[mypackage]"
@@ -93,7 +93,7 @@ class Source:
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
+class OpenSource:
     """A source that exists: its rows, and a fingerprint that changes when they do."""
 
     source: Source
@@ -101,7 +101,7 @@ class Opened:
     rows: Callable[[], Iterator[Row]]
 
 
-def open_source(source: Source, kind: type[Example], purpose: str) -> Opened:
+def open_source(source: Source, kind: type[Example], purpose: str) -> OpenSource:
     """Find what `source` names. `kind` is what the loss eats; `purpose` (train or eval) is the split where none is named.
 
     Raises UserError where nothing is found; reading the rows raises it where there are none.
@@ -116,29 +116,29 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> Opened:
     else:
         opened = _hub(source, split.name, purpose)
 
-    own = source.format if is_own(source.format) else None
+    own = source.format if is_custom(source.format) else None
 
     def rows() -> Iterator[Row]:
         wanted = split.cut(opened[1]())
-        wanted = wanted if own is None else read_by(own, wanted)
+        wanted = wanted if own is None else convert_rows(own, wanted)
         first = next(wanted, None)
         if first is None:
             raise UserError(f"{source.path}: no rows{f' in {source.split}' if source.split else ''}")
         return chain([first], wanted)
 
-    return Opened(source, opened[0] if own is None else f"{opened[0]} {hash_of(own)}", rows)
+    return OpenSource(source, opened[0] if own is None else f"{opened[0]} {code_hash_of(own)}", rows)
 
 
 def content_hash(entry: str | Mapping[str, Any], purpose: str) -> str:
     """A hash that changes with the rows that an entry of data.train or data.eval names, whatever loss reads them."""
     source = Source.of(entry)
-    source = replace(source, format=None) if is_own(source.format) else source  # whose code is no part of a file
+    source = replace(source, format=None) if is_custom(source.format) else source  # whose code is no part of a file
     if source.format == "gsm8k":
         return hash_files(sorted(expanded(source.path).glob("*.jsonl")))
     return open_source(source, Demonstration, purpose).fingerprint
 
 
-Found = tuple[str, Callable[[], Iterator[Row]]]  # fingerprint, rows
+FingerprintAndRows = tuple[str, Callable[[], Iterator[Row]]]  # fingerprint, rows
 
 
 def hash_files(paths: Sequence[Path]) -> str:
@@ -153,7 +153,7 @@ def hash_files(paths: Sequence[Path]) -> str:
     return total.hexdigest()
 
 
-def _built_in(split: str) -> Found:
+def _built_in(split: str) -> FingerprintAndRows:
     if split not in ("train", "eval"):
         raise UserError(f"arithmetic: no split '{split}'; it has train and eval")
 
@@ -163,21 +163,21 @@ def _built_in(split: str) -> Found:
     return f"{split} {hash_files([Path(arithmetic.__file__)])}", rows
 
 
-def _local(path: Path, source: Source, split: str, kind: type[Example], purpose: str) -> Found:
+def _local(path: Path, source: Source, split: str, kind: type[Example], purpose: str) -> FingerprintAndRows:
     if source.format == "gsm8k":
         file = gsm8k.file_for(path, kind)
         return f"{split or purpose} {hash_files([file])}", lambda: gsm8k.rows(file, kind, split or purpose)
-    named = None if is_own(source.format) else source.format
+    named = None if is_custom(source.format) else source.format
     if path.is_dir():
-        files = _of_split(path, split, purpose)
-        return hash_files(files), lambda: chain.from_iterable(reader(file, named)(file) for file in files)
+        files = _files_of_split(path, split, purpose)
+        return hash_files(files), lambda: chain.from_iterable(reader_for(file, named)(file) for file in files)
     if path.stat().st_size == 0:
         raise UserError(f"{path}: is empty")
-    read = reader(path, named)
-    return f"{split} {hash_files([path])}", lambda: _marked(read(path), split, path) if split else read(path)
+    read = reader_for(path, named)
+    return f"{split} {hash_files([path])}", lambda: _rows_of_split(read(path), split, path) if split else read(path)
 
 
-def _marked(rows: Iterator[Row], split: str, path: Path) -> Iterator[Row]:
+def _rows_of_split(rows: Iterator[Row], split: str, path: Path) -> Iterator[Row]:
     """The rows of one file that its column `split` marks as `split`; a file without the column is all `train`."""
     seen: set[str] = set()
     for row in rows:
@@ -190,11 +190,11 @@ def _marked(rows: Iterator[Row], split: str, path: Path) -> Iterator[Row]:
         raise UserError(f"{path}: no row of split '{split}' (its rows are: {marks}); a slice of a file is written [:200]")
 
 
-def _of_split(root: Path, split: str, purpose: str) -> list[Path]:
-    splits = in_directory(root)
+def _files_of_split(root: Path, split: str, purpose: str) -> list[Path]:
+    splits = files_by_split(root)
     if not split and splits.keys() == {""}:
         return splits[""]
-    wanted = (split.lower(),) if split else _meant(purpose)
+    wanted = (split.lower(),) if split else _default_splits(purpose)
     for name in wanted:
         if name in splits:
             return splits[name]
@@ -206,15 +206,15 @@ def _of_split(root: Path, split: str, purpose: str) -> list[Path]:
     raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); names that are seen: {', '.join(SPLITS)}")
 
 
-def _meant(purpose: str) -> tuple[str, ...]:
+def _default_splits(purpose: str) -> tuple[str, ...]:
     """The splits that may stand for `train` or `eval` where an entry names none, the best first."""
     return ("eval", "validation", "valid", "val", "dev", "test") if purpose == "eval" else ("train",)
 
 
-def _hub(source: Source, split: str, purpose: str) -> Found:
+def _hub(source: Source, split: str, purpose: str) -> FingerprintAndRows:
     path, near = source.path, nearest(source.path, [BUILT_IN])
     hint = f"; did you mean '{near}'?" if near else ""
-    is_file = (source.format and not is_own(source.format)) or path.startswith(".") or _looks_local(Path(path))
+    is_file = (source.format and not is_custom(source.format)) or path.startswith(".") or _looks_local(Path(path))
     if is_file or not _HUB.fullmatch(path):
         raise UserError(f"{path}: no such file or directory{hint}")
     from datasets import Dataset, DatasetDict, load_dataset
@@ -224,7 +224,7 @@ def _hub(source: Source, split: str, purpose: str) -> Found:
         loaded = load_dataset(name, config or None, split=split or None, revision=source.revision)
     if isinstance(loaded, DatasetDict):
         has = [str(name) for name in loaded]
-        split = next((name for name in _meant(purpose) if name in has), "")
+        split = next((name for name in _default_splits(purpose) if name in has), "")
         if not split:
             raise UserError(f"{path}: which split? It has {', '.join(has)}; write {{path: {path}, split: ...}}")
         loaded = loaded[split]

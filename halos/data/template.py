@@ -8,8 +8,8 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
-from halos.data.lost import Lost
 from halos.data.messages import WEIGHT, is_learned
+from halos.data.omissions import OmissionCheck
 from halos.errors import UserError
 from halos.types import Message, Turns
 
@@ -72,8 +72,8 @@ class Template:
         self._special = any_of(special)
         self._added = any_of([*special, *map(str, added)])
         self._suffix: str | None = None
-        self._of_rows = Lost(lambda turns: self._render(turns, "a row", generate=False))
-        self._of_prompts = Lost(lambda turns: self._render(turns, "a prompt", generate=True))
+        self._of_rows = OmissionCheck(lambda turns: self._render(turns, "a row", generate=False))
+        self._of_prompts = OmissionCheck(lambda turns: self._render(turns, "a prompt", generate=True))
 
     def lay_out(self, prompt: Turns, completions: Sequence[Turns], where: str) -> Layout:
         """Raises UserError with the row's place where the template refuses it or hides what is to be scored."""

@@ -68,7 +68,7 @@ class Encoder:
         )
         kept = iter(self._keep([given for given, sampled in zip(examples, whole, strict=True) if sampled]))
         fitted = [self._fit(next(kept if sampled else laid_out), *given) for sampled, given in zip(whole, examples, strict=True)]
-        return [EQUAL if isinstance(each, Encoded) and _equal(each) else each for each in fitted]
+        return [EQUAL if isinstance(each, Encoded) and _has_equal_completions(each) else each for each in fitted]
 
     def prompts(self, prompts: Sequence[tuple[Turns, str]]) -> list[np.ndarray]:
         """The ids that a sampler is fed, the template's generation prompt included: (tokens,) int32 each."""
@@ -146,7 +146,7 @@ class Encoder:
 
     def _cut_turns(self, encoded: Encoded, example: Example, where: str) -> Encoded:
         """Without as many of the oldest turns as it takes; with only the last user turn where that is not enough."""
-        shorter = _without_oldest(example)
+        shorter = _shortened(example)
         tried: dict[int, Encoded] = {}
 
         def fits(n: int) -> bool:
@@ -194,12 +194,12 @@ def _parts(example: Example) -> tuple[Turns, tuple[Turns, ...]]:
     return example.prompt, (example.completion,)
 
 
-def _equal(encoded: Encoded) -> bool:
+def _has_equal_completions(encoded: Encoded) -> bool:
     first, *others = encoded.completions
     return any(np.array_equal(first.ids, other.ids) for other in others)
 
 
-def _without_oldest(example: Example) -> list[Example]:
+def _shortened(example: Example) -> list[Example]:
     """The example without its oldest turns, shorter and shorter: system turns stay, and the first other one is the user's.
 
     The last of them keeps the last user turn and what follows it. In a conversation of which all assistant turns are
@@ -208,18 +208,18 @@ def _without_oldest(example: Example) -> list[Example]:
     prompt, completions = _parts(example)
     turns = prompt if isinstance(example, Comparison) else prompt + completions[0]
     others = [n for n, turn in enumerate(turns) if turn["role"] not in _SYSTEM]
-    return [_from(example, n) for n in others[1:] if turns[n]["role"] == "user"]
+    return [_starting_at(example, n) for n in others[1:] if turns[n]["role"] == "user"]
 
 
-def _from(example: Example, start: int) -> Example:
+def _starting_at(example: Example, start: int) -> Example:
     prompt = example.prompt
     if start < len(prompt):
-        return replace(example, prompt=_system(prompt[:start]) + prompt[start:])
+        return replace(example, prompt=_system_turns(prompt[:start]) + prompt[start:])
     assert not isinstance(example, Comparison)
     turns = prompt + example.completion
     answer = next(n for n in range(start, len(turns)) if is_learned(turns[n]))
-    return replace(example, prompt=_system(turns[:start]) + turns[start:answer], completion=turns[answer:])
+    return replace(example, prompt=_system_turns(turns[:start]) + turns[start:answer], completion=turns[answer:])
 
 
-def _system(turns: Turns) -> Turns:
+def _system_turns(turns: Turns) -> Turns:
     return tuple(turn for turn in turns if turn["role"] in _SYSTEM)

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import TypeVar  # with a default; torch brings it
 
-from halos.config.content import Content
+from halos.config.content_hashes import ContentHashes
 from halos.config.schema import Config
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
@@ -75,7 +75,7 @@ class Run:
     total_steps: int
     max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
     unmeasured: frozenset[str] = frozenset()  # metrics that the held-out rows cannot give, and nobody is to wait for
-    content: Content | None = None  # what it stands on; on the first process
+    content: ContentHashes | None = None  # what it stands on; on the first process
     step: int = 0
     examples: int = 0  # read so far, over all processes, those of skipped steps too
     tokens: int = 0

@@ -29,8 +29,8 @@ LISTS = ("target_modules", "modules_to_save", "target_parameters")  # in which o
 def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, reward: bool, seed: int) -> PeftModel:
     """The model with a fresh adapter (B = 0, so it computes what it did). A reward model's head is trained and saved whole."""
     task = TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM
-    config = LoraConfig(task_type=task, **_named(model, settings))
-    _refuse_idle_modules(model, settings["modules_to_save"])
+    config = LoraConfig(task_type=task, **_peft_settings(model, settings))
+    _refuse_unmatched_modules(model, settings["modules_to_save"])
     model.config._name_or_path = base
     own = {id(parameter) for parameter in model.parameters()}
     torch.manual_seed(seed)
@@ -60,7 +60,7 @@ def _share_configuration(model: PeftModel) -> None:
                     module.config = wrapper.original_module.get_submodule(name).config
 
 
-def _named(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
+def _peft_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings as PEFT is to have them: a key means what it matches. Raises UserError for what PEFT cannot adapt."""
     chosen = targets.resolve(model, settings["target_modules"], settings["target_parameters"])
     named = {name: settings[name] for name in KEYS}
@@ -80,7 +80,7 @@ def _named(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
     return named
 
 
-def _refuse_idle_modules(model: PreTrainedModel, wanted: list[str]) -> None:
+def _refuse_unmatched_modules(model: PreTrainedModel, wanted: list[str]) -> None:
     """Raises UserError for a name of peft.modules_to_save that no module has: PEFT passes over it without a word."""
     names = [name for name, _ in model.named_modules()]
     for end in wanted:
@@ -90,7 +90,7 @@ def _refuse_idle_modules(model: PreTrainedModel, wanted: list[str]) -> None:
             raise UserError(f"peft.modules_to_save: {type(model).__name__} has no module {end!r}{meant}")
 
 
-def refuse_other_settings(model: PeftModel, directory: Path) -> None:
+def refuse_different_settings(model: PeftModel, directory: Path) -> None:
     """Raises UserError where a saved adapter was made with other keys than the model's own: it would mean something else."""
     path = directory / "adapter_config.json"
     if not path.is_file() or not (directory / "adapter_model.safetensors").is_file():
@@ -106,7 +106,7 @@ def refuse_other_settings(model: PeftModel, directory: Path) -> None:
             )
 
 
-def refuse_other_tensors(model: PeftModel, directory: Path) -> None:
+def refuse_different_tensors(model: PeftModel, directory: Path) -> None:
     """Raises UserError where a saved adapter's tensors are not those of the model's own; reads none of them."""
     with safe_open(directory / "adapter_model.safetensors", "pt") as file:
         saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  it is no mapping
@@ -122,13 +122,13 @@ def refuse_other_tensors(model: PeftModel, directory: Path) -> None:
 def load_adapter(model: PeftModel, directory: Path) -> None:
     """Put saved adapter weights into the model's own adapter. Raises UserError where they belong to another model, or were
     trained with other scales."""
-    _refuse_other_scales(model, directory)
+    _refuse_different_scales(model, directory)
     with doing(f"{directory / 'adapter_model.safetensors'} cannot be read"):
         weights = load_file(directory / "adapter_model.safetensors")
     try:
         result = set_peft_model_state_dict(model, weights)
     except (RuntimeError, KeyError, ValueError) as error:
-        raise UserError(f"{directory} is not an adapter of {_base(model)}: {_misfit(model, weights) or error}") from error
+        raise UserError(f"{directory} is not an adapter of {_base(model)}: {_shape_mismatch(model, weights) or error}") from error
     missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or result.unexpected_keys:
         example = (missing + result.unexpected_keys)[0]
@@ -136,7 +136,7 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
         raise UserError(f"{directory} is not an adapter of {_base(model)}: {counts}, such as {example}")
 
 
-def _refuse_other_scales(model: PeftModel, directory: Path) -> None:
+def _refuse_different_scales(model: PeftModel, directory: Path) -> None:
     saved = LoraConfig.from_pretrained(str(directory))
     assert isinstance(saved, LoraConfig)
     for layer, module in lora.layers_of(model).items():
@@ -153,7 +153,7 @@ def _base(model: PeftModel) -> str:
     return f"this run's model, {model.peft_config['default'].base_model_name_or_path}"
 
 
-def _misfit(model: PeftModel, weights: dict[str, Tensor]) -> str | None:
+def _shape_mismatch(model: PeftModel, weights: dict[str, Tensor]) -> str | None:
     """The first tensor whose shape is not the model's, if that is it."""
     mine = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, value in weights.items():

@@ -21,11 +21,11 @@ def settings_for(given: GenerationConfig, tokenizer: PreTrainedTokenizerBase, st
     settings.eos_token_id = list(dict.fromkeys([*([own] if own not in ids else []), *ids, *stops]))
     if settings.pad_token_id is None:
         settings.pad_token_id = tokenizer.pad_token_id
-    _mend(settings)
+    _remove_refused(settings)
     return settings
 
 
-def _mend(settings: GenerationConfig) -> None:
+def _remove_refused(settings: GenerationConfig) -> None:
     """Take out, one after the other, the settings without which transformers' own check has less to say."""
     plain = GenerationConfig()
     complaint, removed = _complaint(settings), []

@@ -53,7 +53,7 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTraine
     return tokenizer, new
 
 
-def refuse_other_words(reference: Path, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]) -> None:
+def refuse_different_tokenizer(reference: Path, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]) -> None:
     """Raises UserError where a reference model spells the policy's tokens otherwise: its log-probs would be of other text."""
     theirs = load_tokenizer(reference, add_tokens=[])[0].get_vocab()
     ours = {token: number for token, number in tokenizer.get_vocab().items() if number not in new}
@@ -120,7 +120,7 @@ def load_model(
     config = read_config(directory)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     if reward:
-        _must_score(directory, config.architectures or [], getattr(config, "num_labels", 1))
+        _check_num_labels(directory, config.architectures or [], getattr(config, "num_labels", 1))
     try:
         plan = plan_for(config, reward=reward, attention=attention, longest=longest)
     except UserError as error:
@@ -131,7 +131,7 @@ def load_model(
     torch.manual_seed(seed)  # a fresh score head is drawn here
     with doing(f"{directory} could not be loaded as a {auto.__name__}"):
         fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
-        model = _hollow(auto, directory, config, extra) if hollow else read_whole(auto, directory, extra, fresh_head=fresh)
+        model = _empty_model(auto, directory, config, extra) if hollow else load_weights(auto, directory, extra, fresh_head=fresh)
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -141,7 +141,7 @@ def load_model(
     return model
 
 
-def read_whole(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_head: bool = False) -> PreTrainedModel:
+def load_weights(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_head: bool = False) -> PreTrainedModel:
     """The model that `auto` makes of the weights in `directory`. Raises UserError where some are not there, which transformers
     would draw at random and go on; with `fresh_head` those of the head may be, where a backbone came without one."""
     model, report = auto.from_pretrained(directory, output_loading_info=True, **extra)
@@ -159,7 +159,7 @@ def read_whole(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_he
     return model
 
 
-def _hollow(auto: Any, directory: Path, config: PretrainedConfig, extra: dict[str, Any]) -> PreTrainedModel:
+def _empty_model(auto: Any, directory: Path, config: PretrainedConfig, extra: dict[str, Any]) -> PreTrainedModel:
     """As from_pretrained makes it, without reading or drawing a weight; buffers are computed as always."""
     if "num_labels" in extra:
         config.num_labels = extra["num_labels"]
@@ -183,22 +183,22 @@ def read_config(directory: Path) -> PretrainedConfig:
         return AutoConfig.from_pretrained(directory, **NO_CODE)
 
 
-def refuse_other_model(base: Path, saved: Path) -> None:
+def refuse_different_architecture(base: Path, saved: Path) -> None:
     """Raises UserError where a checkpoint's whole model is another than the base that the run began with."""
-    one, other = (_shape(read_config(place)) for place in (base, saved))
+    one, other = (_size_facts(read_config(place)) for place in (base, saved))
     if facts := [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]:
         told = ", ".join(f"{name} {other.get(name)} instead of {one.get(name)}" for name in facts[:4])
         raise UserError(f"{saved} is not the model of this run, {base}: {told}")
 
 
-def _shape(config: PretrainedConfig) -> dict[str, Any]:
+def _size_facts(config: PretrainedConfig) -> dict[str, Any]:
     """What gives a model's parameters their names and shapes; the vocabulary may have grown."""
     facts = config.get_text_config().to_dict()
     sizes = {name: value for name, value in facts.items() if type(value) is int and not name.endswith(("_id", "vocab_size"))}
     return {"model_type": config.model_type, **sizes}
 
 
-def _must_score(directory: Path, architectures: list[str], labels: int) -> None:
+def _check_num_labels(directory: Path, architectures: list[str], labels: int) -> None:
     if any("SequenceClassification" in name for name in architectures) and labels != 1:
         raise UserError(f"{directory} is a classifier with {labels} labels; a reward model has 1")
 

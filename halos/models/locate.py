@@ -12,8 +12,8 @@ from halos.errors import UserError, doing
 
 log = logging.getLogger(__name__)
 
-ALONE = "without a network give a local directory or model=tiny"
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # no pickles, no code
+OFFLINE_HINT = "without a network give a local directory or model=tiny"
+FILE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]  # no pickles, no code
 
 
 def locate(name: str, revision: str | None, cache_dir: Path, key: str = "model.name_or_path") -> Path:
@@ -82,8 +82,8 @@ def _downloaded(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
-        with doing(f"{key}={name}: no such directory here, and it could not be had from the hub", ALONE):
-            return Path(snapshot_download(name, revision=revision, allow_patterns=WANTED))
+        with doing(f"{key}={name}: no such directory here, and it could not be had from the hub", OFFLINE_HINT):
+            return Path(snapshot_download(name, revision=revision, allow_patterns=FILE_PATTERNS))
     except UserError as error:
         if isinstance(error.__cause__, GatedRepoError):
             raise UserError(f"{name} is gated: accept its terms on the hub and log in with `hf auth login`") from error.__cause__

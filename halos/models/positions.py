@@ -6,7 +6,7 @@ from torch import nn
 
 from halos.logps.model import bare
 
-OFFSETS = 8  # rows that a table of positions may have beyond them: OPT's has 2
+MAX_EXTRA_ROWS = 8  # rows that a table of positions may have beyond them: OPT's has 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +26,16 @@ def limits(model: nn.Module) -> Limits:
     words = inner.get_input_embeddings()
     tables = [module.num_embeddings for module in inner.modules() if isinstance(module, nn.Embedding) and module is not words]
     sizes = [size for buffer in inner.buffers() if buffer.dim() > 1 for size in buffer.shape]
-    ends = any(made_for <= rows <= made_for + OFFSETS for rows in tables) or made_for in sizes
+    ends = any(made_for <= rows <= made_for + MAX_EXTRA_ROWS for rows in tables) or made_for in sizes
     return Limits(made_for, made_for if ends else None)
 
 
-def fewest(one: Limits, other: Limits) -> Limits:
+def smaller(one: Limits, other: Limits) -> Limits:
     """Of two models that read the same rows."""
     return Limits(_least(one.made_for, other.made_for), _least(one.hard, other.hard))
 
 
-def within(limits: Limits, max_length: int) -> int:
+def longest_allowed(limits: Limits, max_length: int) -> int:
     """`max_length`, or the positions that there are, where these are fewer."""
     return min(max_length, limits.hard or max_length)
 

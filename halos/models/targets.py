@@ -39,15 +39,15 @@ def resolve(model: PreTrainedModel, modules: Wanted, parameters: Sequence[str]) 
     names = {name for name, _ in model.named_parameters()}
     for end in parameters:
         if not any(_ends(name, end) for name in names):
-            raise UserError(f"peft.target_parameters: {end} ends no parameter's name{_there_are(model)}")
-    if not stacks(model) and not parameters and not (modules == ALL_LINEAR and _of_its_own(model)):
+            raise UserError(f"peft.target_parameters: {end} ends no parameter's name{_layers_hint(model)}")
+    if not stacks(model) and not parameters and not (modules == ALL_LINEAR and _not_adaptable(model)):
         return Targets(modules, [], [])
     if modules is None:
         raise UserError(
             "peft.target_modules=null: say which layers, for example all-linear, or [] for peft.target_parameters alone"
         )
     chosen = _linear(model) if modules == ALL_LINEAR else _matched(model, modules)
-    taken = {leaf for leaf in {_leaf(name) for name in chosen} if _taken(model, leaf)}
+    taken = {leaf for leaf in {_leaf(name) for name in chosen} if _peft_would_convert(model, leaf)}
     by_weight = [name for name in chosen if _leaf(name) in taken or _is_a_router(model.get_submodule(name))]
     left = [name for name in chosen if name not in by_weight]
     ends = _shortest([f"{name}.weight" for name in by_weight], names)
@@ -80,7 +80,7 @@ def routers(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _of_its_own(model: nn.Module) -> list[str]:
+def _not_adaptable(model: nn.Module) -> list[str]:
     """Linear layers that PEFT would adapt without a word and wrongly: the step of a Mamba layer, which reads that weight itself
     and calls no layer, and products of groups."""
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -89,7 +89,7 @@ def _of_its_own(model: nn.Module) -> list[str]:
 
 def _linear(model: PreTrainedModel) -> list[str]:
     """Every linear layer but the head, the routers and those that no adapter can change."""
-    left = {*routers(model), *_of_its_own(model)}
+    left = {*routers(model), *_not_adaptable(model)}
     last = [layer for layer in (model.get_output_embeddings(), getattr(model, "score", None)) if layer is not None]
     return [
         name
@@ -104,12 +104,12 @@ def _matched(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
     for one in [wanted] if isinstance(wanted, str) else wanted:
         config = LoraConfig(target_modules=one if isinstance(wanted, str) else [one])
         if not any(check_target_module_exists(config, name) for name in modules):
-            raise UserError(f"peft.target_modules: {one} is no layer of this model{_there_are(model)}")
+            raise UserError(f"peft.target_modules: {one} is no layer of this model{_layers_hint(model)}")
     config = LoraConfig(target_modules=wanted)
     return [name for name in modules if check_target_module_exists(config, name)]
 
 
-def _taken(model: PreTrainedModel, leaf: str) -> bool:
+def _peft_would_convert(model: PreTrainedModel, leaf: str) -> bool:
     """Whether PEFT would adapt something else for this name. It says so by changing what it is given, or by refusing."""
     config = LoraConfig(target_modules=[leaf])
     try:
@@ -147,7 +147,7 @@ def _ends(name: str, end: str) -> bool:
     return name == end or name.endswith(f".{end}")
 
 
-def _there_are(model: nn.Module) -> str:
+def _layers_hint(model: nn.Module) -> str:
     linear = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)})
     hint = f"; its linear layers are {', '.join(linear)}"
     if ends := experts(model):

@@ -28,7 +28,7 @@ How and does has have is many now that
 MARKS = (" + ", " - ", " = ", "\n#### ")
 
 # In this order: what joins numbers, a digit, a word or a sign with the space before it, white space.
-PIECES = r" [-+=] (?=[0-9])|\n#### (?=[0-9])|[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]|\s"
+SPLIT_PATTERN = r" [-+=] (?=[0-9])|\n#### (?=[0-9])|[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]|\s"
 
 TEMPLATE = """\
 {%- for message in messages %}
@@ -121,7 +121,10 @@ def _vocabulary() -> Tokenizer:
     tokens = [*special, *alphabet, *map(_byte_level, known)]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(special)

@@ -10,8 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
+from halos.data.custom_format import entries_of
 from halos.data.dataset import Completion, Item
-from halos.data.own_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks.base import Run

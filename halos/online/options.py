@@ -26,7 +26,7 @@ class Options(Generic[T]):
     by_command: tuple[str, ...] = ()  # keys that the command takes in its own way
 
     def add(self, parser: argparse._ActionsContainer) -> None:
-        said, values = defaults.comments(self.schema), defaults.section(self.schema)
+        said, values = defaults.help_texts(self.schema), defaults.section(self.schema)
         for name, kind in self._keys().items():
             default, option, dest = getattr(values, name), self.spelled(name), self.names.get(name, name)
             words = " ".join(filter(None, [said[name], f"(default {default})" if default is not None else ""])).replace("%", "%%")

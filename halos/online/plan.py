@@ -11,10 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint.select import checkpoints
 from halos.config.bind import LossSpec
-from halos.config.changes import at
+from halos.config.resume_policy import value_at
 from halos.config.schema import Config, Online, path_keys
 from halos.config.values import quoted
-from halos.data.own_format import entries_of
+from halos.data.custom_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks import kl
@@ -49,7 +49,7 @@ class Plan:
     def _located(self, word: str) -> str:
         """A path as it leads to the same from any directory: the rounds may be gone on with from another."""
         key = word.lstrip("+").partition("=")[0]
-        path = at(asdict(self.inner), key) if key in path_keys() else None
+        path = value_at(asdict(self.inner), key) if key in path_keys() else None
         return f"{key}={quoted(path)}" if isinstance(path, str) else word
 
     @property

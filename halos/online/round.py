@@ -12,7 +12,7 @@ from typing import Any
 
 from halos import confined, seals
 from halos.checkpoint import integrity, lineage
-from halos.config import saved
+from halos.config import run_config
 from halos.confined import UnreadableError, write_whole
 from halos.data.sources import content_hash
 from halos.errors import UserError
@@ -237,5 +237,5 @@ def sampled_from(samples: Path, policy: str, revision: str | None, cache: Path) 
 
 def _trained_on(run: RunDir, rows: Path) -> bool:
     """Whether a training's rows are those of a file; True where it is older than such records."""
-    known = saved.content(run.read_attempts(), str(run.path))
+    known = run_config.recorded_content(run.read_attempts(), str(run.path))
     return known is None or [each.get("hash") for each in known.sources["train"]] == [content_hash(str(rows), "train")]

@@ -19,12 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from halos import confined
 from halos.checkpoint import integrity
 from halos.checkpoint.commit import remove_leftovers, staged
-from halos.config import saved
+from halos.config import run_config
 from halos.config.bind import bind_hook, bind_loss
-from halos.config.changes import Change
-from halos.config.content import Content, changes_record
+from halos.config.content_hashes import ContentHashes, changes_record
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
-from halos.config.secrets import refuse_saved_words
+from halos.config.secrets import refuse_saved_overrides
 from halos.confined import write_whole
 from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPED
@@ -59,11 +59,11 @@ class Outlined(Protocol):
         """Say what is trained, and a prompt as a sampler is fed it."""
         ...
 
-    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> Content:
+    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> ContentHashes:
         """What the rounds stand on."""
         ...
 
-    def changed(self, whole: Config, directory: RunDir, now: Content) -> Sequence[Change]:
+    def changed(self, whole: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
         """What of it has changed since they last started. Raises UserError for what was not allowed."""
         ...
 
@@ -188,7 +188,7 @@ class OnlineRun:
         if status == "finished":
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":
-            command = saved.to_resume(self.config, self.directory.path)
+            command = run_config.resume_arguments(self.config, self.directory.path)
             log.info("stopped: %s; go on with: %s %s", note, COMMAND, command)
         return {"finished": FINISHED, "stopped": STOPPED, "refused": WRONG_INPUT}.get(status, FAILED)
 
@@ -196,7 +196,7 @@ class OnlineRun:
         directory, resumed = self.directory, bool(self.config.resume)
         if not resumed:
             directory.create(overwrite=self.config.overwrite)
-            directory.write_config(saved.dump(self.config))
+            directory.write_config(run_config.dump(self.config))
         write_whole(directory.path / OVERRIDES, json.dumps({"words": self.plan.overrides}, indent=1) + "\n")
         add_log_file(directory.log_of(0))
         remove_leftovers(directory.path)
@@ -282,5 +282,5 @@ def stored_overrides(run: Path) -> list[str]:
     if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
         raise UserError(f"{path} holds no overrides")
     overrides = [word for word in overrides if not word.startswith(("plugins=", "cache_dir="))]  # they are typed again
-    refuse_saved_words(overrides, str(path))
+    refuse_saved_overrides(overrides, str(path))
     return overrides

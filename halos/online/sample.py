@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from halos.config.combinations import sampler_complaint
+from halos.config.cross_checks import sampler_complaint
 from halos.config.schema import Sampler, mathematics
 from halos.confined import expanded
 from halos.distributed.children import leave

@@ -17,7 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where pictures go (default: `report` beside the runs)")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="also write the table there")
     chosen = parser.parse_args(arguments)
-    return command(lambda: _report(chosen.runs, chosen.output or _beside(chosen.runs), chosen.markdown))
+    return command(lambda: _report(chosen.runs, chosen.output or _default_output(chosen.runs), chosen.markdown))
 
 
 def _report(places: Sequence[Path], output: Path, markdown: Path | None) -> int:
@@ -48,7 +48,7 @@ def _report(places: Sequence[Path], output: Path, markdown: Path | None) -> int:
     return 0
 
 
-def _beside(places: Sequence[Path]) -> Path:
+def _default_output(places: Sequence[Path]) -> Path:
     """Inside the one directory that was named, or in the one above all of them."""
     if len(places) == 1:
         return places[0] / "report"

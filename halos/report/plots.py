@@ -16,9 +16,9 @@ from matplotlib.ticker import MaxNLocator
 
 from halos.report.read import Record, series
 
-CROWD = 6  # more curves than this in one panel are drawn smoothed alone
-NOISY = 20  # from so many points on, a curve is smoothed
-HELD_OUT: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--", "marker": "o", "markersize": 4.5, "markeredgecolor": "white"}
+MAX_RAW_CURVES = 6  # more curves than this in one panel are drawn smoothed alone
+MIN_POINTS_TO_SMOOTH = 20  # from so many points on, a curve is smoothed
+EVAL_STYLE: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--", "marker": "o", "markersize": 4.5, "markeredgecolor": "white"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,9 @@ def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
     drawn = {record.label for panel in shown for record, _ in panel.of(records)}
-    _legend_of_runs(figure, {label: color for label, color in colors.items() if label in drawn})
+    _runs_legend(figure, {label: color for label, color in colors.items() if label in drawn})
     if any(panel.held_out and len(series(record.held_out, name)[0]) for panel in shown for record, name in panel.of(records)):
-        _legend_of_splits(figure, thin=any(line.get_alpha() for ax in axes for line in ax.get_lines()))
+        _splits_legend(figure, thin=any(line.get_alpha() for ax in axes for line in ax.get_lines()))
     return figure
 
 
@@ -107,8 +107,8 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
     seen = [np.empty(0)]
     for record, name, color in curves:
         steps, values = series(record.train, name)
-        trend = smooth(values) if len(values) >= NOISY and panel.metrics != ("lr",) else values
-        if trend is not values and len(curves) <= CROWD:
+        trend = smooth(values) if len(values) >= MIN_POINTS_TO_SMOOTH and panel.metrics != ("lr",) else values
+        if trend is not values and len(curves) <= MAX_RAW_CURVES:
             ax.plot(steps, values, color=color, linewidth=0.7, alpha=0.28)
             known = values[np.isfinite(values)]
             seen.append(np.percentile(known, [2, 98]) if len(known) else known)
@@ -116,9 +116,9 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
         seen.append(trend)
         if panel.held_out:
             steps, values = series(record.held_out, name)
-            ax.plot(steps, values, color=color, **HELD_OUT)
+            ax.plot(steps, values, color=color, **EVAL_STYLE)
             seen.append(values)
-    _dress(ax, panel, np.concatenate(seen))
+    _style(ax, panel, np.concatenate(seen))
     if all(record.is_walk for record, _, _ in curves):
         ax.set_xlabel("round")
     first, last = ax.get_xlim()
@@ -126,7 +126,7 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
         ax.set_xlim(first - 1, last + 1)
 
 
-def _dress(ax: Axes, panel: Panel, seen: np.ndarray) -> None:
+def _style(ax: Axes, panel: Panel, seen: np.ndarray) -> None:
     ax.set_title(panel.title, fontsize=11, loc="left")
     ax.set_xlabel("optimizer step")
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -149,8 +149,8 @@ def _dress(ax: Axes, panel: Panel, seen: np.ndarray) -> None:
         ax.set_ylim(seen.min() - room, seen.max() + room)
 
 
-def _legend_of_runs(figure: Figure, palette: dict[str, str]) -> None:
-    names = [_plain(label) for label in palette]
+def _runs_legend(figure: Figure, palette: dict[str, str]) -> None:
+    names = [_escaped(label) for label in palette]
     if len(names) == 1:
         figure.suptitle(names[0], x=0.01, ha="left", fontsize=12, fontweight="bold")
         return
@@ -159,13 +159,13 @@ def _legend_of_runs(figure: Figure, palette: dict[str, str]) -> None:
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _legend_of_splits(figure: Figure, *, thin: bool) -> None:
-    handles = [Line2D([], [], color="0.35", linewidth=2), Line2D([], [], color="0.35", **HELD_OUT)]
+def _splits_legend(figure: Figure, *, thin: bool) -> None:
+    handles = [Line2D([], [], color="0.35", linewidth=2), Line2D([], [], color="0.35", **EVAL_STYLE)]
     names = ["train, smoothed (thin: as logged)" if thin else "train", "held out"]
     figure.legend(handles, names, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
 
 
-def _plain(label: str) -> str:
+def _escaped(label: str) -> str:
     """No mathematics between dollar signs, and no leading underscore, which would hide the entry."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 

@@ -21,8 +21,8 @@ from halos.report.table import table
 NOT_SWEPT = keys_of(Scope.PLACE, Scope.HOST, Scope.COMMAND, Scope.CODE)
 # measures on one scale whatever the loss, of which more is better
 COMPARABLE = ("rewards/accuracies", "logps/accuracies", "accuracy", "win_rate", "reward")
-FEW = 7  # values of a key that each get a tick
-MOST = 12  # values of a key that is no number, beyond which it gets no picture
+MAX_TICKS = 7  # values of a key that each get a tick
+MAX_NAMES = 12  # values of a key that is no number, beyond which it gets no picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +45,13 @@ def compare(place: Path, output: Path | None = None) -> tuple[str, list[Path]]:
     Raises UserError where no run of it has logged anything.
     """
     records, _ = read_runs([place])
-    typed = [_typed(record.path) for record in records]
+    typed = [_overrides(record.path) for record in records]
     keys = swept(typed)
     metric, mode, note = _ranking(records, keys)
     trials = [Trial(record, words, _last(record, metric)) for record, words in zip(records, typed, strict=True)]
     if mode is not None:
         trials.sort(key=lambda trial: _rank(trial.objective, mode))
-    trials = _named(trials, keys)
+    trials = _with_labels(trials, keys)
     text = markdown(trials, keys, metric, mode) + (f"\n{note}\n" if note else "")
     written = [place / "sweep.csv", place / "sweep.md"]
     _write_csv(written[0], trials, keys)
@@ -108,7 +108,7 @@ def _fill(ax: Axes, trials: Sequence[Trial], key: str, others: Sequence[str], me
     numbers = np.array(places)
     if names is None and numbers.min() > 0 and numbers.max() >= 10 * numbers.min():
         ax.set_xscale("log")
-    if names is None and len(set(places)) <= FEW:
+    if names is None and len(set(places)) <= MAX_TICKS:
         ax.set_xticks(sorted(set(places)), [f"{place:g}" for place in sorted(set(places))])
         ax.minorticks_off()
     if names is not None:
@@ -132,10 +132,10 @@ def _positions(values: Sequence[str]) -> tuple[list[float], list[str] | None]:
 
 
 def _can_show(values: Sequence[str]) -> bool:
-    return len(set(values)) > 1 and (_positions(values)[1] is None or len(set(values)) <= MOST)
+    return len(set(values)) > 1 and (_positions(values)[1] is None or len(set(values)) <= MAX_NAMES)
 
 
-def _named(trials: Sequence[Trial], keys: Sequence[str]) -> list[Trial]:
+def _with_labels(trials: Sequence[Trial], keys: Sequence[str]) -> list[Trial]:
     """The runs under what was swept, where that tells them apart."""
     names = [", ".join(f"{key}={trial.typed.get(key, '')}" for key in keys) for trial in trials]
     if len(set(names)) < len(names):
@@ -178,7 +178,7 @@ def _rank(value: float, mode: str) -> float:
     return -value if mode == "max" else value
 
 
-def _typed(run: Path) -> dict[str, str]:
+def _overrides(run: Path) -> dict[str, str]:
     """Overrides of a run's first start, key -> value."""
     first = run / "attempts" / "000.yaml"
     try:

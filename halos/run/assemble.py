@@ -11,11 +11,11 @@ from accelerate.utils import set_seed
 from halos.checkpoint import weights
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.checkpoint.state import load_optimizer, restore
-from halos.config.changes import Change
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.hooks.base import Run
 from halos.lock import RunLock
-from halos.models.load import refuse_other_model
+from halos.models.load import refuse_different_architecture
 from halos.online.generate import PolicyGenerator
 from halos.online.unsharded import Unsharded
 from halos.run import header, models, proof, resume
@@ -68,7 +68,7 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
     fill = None
     if checkpoint is not None and config.peft.name == "none":
         place, sharded = weights.saved_model(checkpoint)
-        refuse_other_model(shelf.base, place)
+        refuse_different_architecture(shelf.base, place)
         fill = partial(weights.fill, checkpoint, run.strategy) if sharded else None
     inner = models.policy(shelf, reward=blueprint.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
     module, optimizer = run.strategy.wrap(

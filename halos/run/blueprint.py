@@ -11,12 +11,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint import integrity, preflight
-from halos.config import saved
-from halos.config.arithmetic import Computed
+from halos.config import run_config
+from halos.config.arithmetic_version import RunFacts
 from halos.config.bind import LossSpec, bind_hook, bind_loss
 from halos.config.bind_optim import OptimizerSpec, ScheduleSpec, bind_optimizer, bind_schedule
-from halos.config.changes import Change
-from halos.config.content import Content
+from halos.config.content_hashes import ContentHashes
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.template import chat_template
@@ -96,7 +96,7 @@ class Prepared:
     checkpoint: CheckpointHook
     hooks: Mapping[str, Hook]
     blueprint: Blueprint
-    content: Content | None  # what the run stands on; on the first process
+    content: ContentHashes | None  # what the run stands on; on the first process
     changed: Sequence[Change]  # in it, since it was last started
 
 
@@ -133,7 +133,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
 
 def stand_on(
     config: Config, loss: LossSpec, structure: Structure, rows: Feed, made: Accelerator
-) -> tuple[Content | None, Sequence[Change]]:
+) -> tuple[ContentHashes | None, Sequence[Change]]:
     """What the run stands on, by content, and what of it has changed. Raises UserError for a change that was not allowed."""
     content, changed, problem = None, list[Change](), None
     if made.is_main_process:
@@ -149,12 +149,12 @@ def stand_on(
     return content, changed
 
 
-def computed(config: Config, loss: LossSpec, structure: Structure) -> Computed:
+def computed(config: Config, loss: LossSpec, structure: Structure) -> RunFacts:
     """What decides which changes of the arithmetic concern a run."""
     plan, shelf, directory = structure.verdict.plan, structure.shelf, RunDir(config.run_dir)
-    before = saved.load(directory.read_config(), directory.read_attempts(), str(directory.path)) if config.resume else {}
+    before = run_config.load(directory.read_config(), directory.read_attempts(), str(directory.path)) if config.resume else {}
     half = shelf.made.mixed_precision != "no" or shelf.dtype is not torch.float32
-    return Computed(
+    return RunFacts(
         config, before, bare(structure.model).config.get_text_config().to_dict(), half=half, reads=loss.inputs.head,
         refers=loss.needs_reference, packed=plan.is_packed, head=plan.head,
     )  # fmt: skip
@@ -194,9 +194,9 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     named = models.named_reference(shelf) if loss.needs_reference else None
     limits = positions.limits(model)
     if named is not None:
-        limits = positions.fewest(limits, positions.limits(models.structure_of_reference(shelf, named)))
+        limits = positions.smaller(limits, positions.limits(models.structure_of_reference(shelf, named)))
     verdict = proof.of_copies(loss, shelf, model, named)
-    return Structure(shelf, model, named, limits, positions.within(limits, config.train.max_length), verdict)
+    return Structure(shelf, model, named, limits, positions.longest_allowed(limits, config.train.max_length), verdict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerBase
 
 from halos import confined
 from halos.checkpoint import lineage, manifest, select, state
-from halos.config import arithmetic, changes, saved
-from halos.config.arithmetic import Computed
-from halos.config.changes import Change
-from halos.config.content import Content, compare
-from halos.config.formats import own_formats
-from halos.config.plugins import code_of
+from halos.config import arithmetic_version, resume_policy, run_config
+from halos.config.arithmetic_version import RunFacts
+from halos.config.content_hashes import ContentHashes, compare
+from halos.config.custom_formats import custom_formats
+from halos.config.plugins import code_hash
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.data.sources import content_hash
 from halos.hashes import file_hash
@@ -36,18 +36,18 @@ def read(
     *,
     base: Path,
     reference: Path | None,
-) -> Content:
+) -> ContentHashes:
     """`rows` are the hashes of the data as it is trained on; `base` and `reference` the directories of their weights."""
     cache = Path(config.cache_dir)
     hashes: dict[str, str | None] = {
-        arithmetic.KEY: str(arithmetic.NUMBER),
+        arithmetic_version.KEY: str(arithmetic_version.VERSION),
         **rows,
         "model.chat_template": _of(tokenizer.chat_template),
         "model.tokenizer": _tokenizer(base, tokenizer, cache),
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,
-        **{f"{node}._target_": code_of(getattr(config, node)["_target_"]) for node in ("loss", "optim", "schedule")},
+        **{f"{node}._target_": code_hash(getattr(config, node)["_target_"]) for node in ("loss", "optim", "schedule")},
         **_scorer(config, cache),
         "data.format": _formats(config),
     }
@@ -57,7 +57,7 @@ def read(
         optimizer = Path(config.optim["init_from"]) / "state" / "optimizer"
         gone = config.resume and not optimizer.is_dir()  # what has gone on from checkpoints of its own no longer reads it
         hashes |= {} if gone else {"optim.init_from": lineage.identity(optimizer, cache)}
-    return Content(hashes, {purpose: [_source(entry, purpose) for entry in entries]
+    return ContentHashes(hashes, {purpose: [_source(entry, purpose) for entry in entries]
                             for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
 
 
@@ -74,7 +74,7 @@ def _tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> s
 
 def _formats(config: Config) -> str | None:
     """Of the functions of the user's own that make examples of rows."""
-    codes = {target: code_of(target) for target in own_formats(config.data).values()}
+    codes = {target: code_hash(target) for target in custom_formats(config.data).values()}
     return _of(codes) if codes else None
 
 
@@ -94,7 +94,7 @@ def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
     found: dict[str, str | None] = dict.fromkeys(keys)
     scorer = config.online.scorer if config.online is not None else None
     if scorer is not None and scorer.name == "function":
-        codes = {part.path: code_of(part.path) for part in parts_of(scorer.functions, config.plugins)}
+        codes = {part.path: code_hash(part.path) for part in parts_of(scorer.functions, config.plugins)}
         found["online.scorer.functions"] = _of(codes) if any(codes.values()) else None
     if scorer is not None and scorer.name == "reward_model" and scorer.model is not None:
         found["online.scorer.model"] = lineage.identity(locate(scorer.model, None, cache), cache)
@@ -109,29 +109,29 @@ def _source(entry: Any, purpose: str) -> dict[str, Any]:
 
 
 def changed(
-    config: Config, computed: Computed, now: Content, tokens_until: Callable[[int], int | None] = lambda step: None
+    config: Config, computed: RunFacts, now: ContentHashes, tokens_until: Callable[[int], int | None] = lambda step: None
 ) -> list[Change]:
     """What has become another thing since the run last started, the arithmetic of its steps included. Raises UserError unless
     resume_changes=allow. `tokens_until` a step are those of its rows as they are read now."""
     directory = RunDir(config.run_dir)
     before = recorded(directory)
     since = _computed_with(directory, before)
-    found = [*_other_content(config, before, now), *arithmetic.changes(since, computed)]
+    found = [*_other_content(config, before, now), *arithmetic_version.changes_since(since, computed)]
     if before is None or "data.train" not in before.hashes:
         found += _other_rows(directory, tokens_until)
     if config.resume_changes == "refuse":
-        changes.refuse(found, directory.path)
-    for line in arithmetic.notes(since, computed):
+        resume_policy.refuse_unsafe(found, directory.path)
+    for line in arithmetic_version.notes_since(since, computed):
         log.info("other than where the run began: %s", line)
     return found
 
 
-def _computed_with(directory: RunDir, before: Content | None) -> int:
+def _computed_with(directory: RunDir, before: ContentHashes | None) -> int:
     """The number of the arithmetic of a run, by its newest start, else by its newest save."""
-    if before is not None and arithmetic.KEY in before.hashes:
-        return arithmetic.number_in(before.hashes)
+    if before is not None and arithmetic_version.KEY in before.hashes:
+        return arithmetic_version.recorded_version(before.hashes)
     saves = (manifest.read(path) for path in reversed(select.checkpoints(directory.checkpoints)))
-    return next((arithmetic.number_in(listing) for listing in saves if isinstance(listing, dict)), 0)
+    return next((arithmetic_version.recorded_version(listing) for listing in saves if isinstance(listing, dict)), 0)
 
 
 def _other_rows(directory: RunDir, tokens_until: Callable[[int], int | None]) -> list[Change]:
@@ -145,24 +145,24 @@ def _other_rows(directory: RunDir, tokens_until: Callable[[int], int | None]) ->
     return [] if now in (None, known) else [Change(f"data.train (tokens until step {step})", known, now, why)]
 
 
-def _other_content(config: Config, before: Content | None, now: Content) -> list[Change]:
+def _other_content(config: Config, before: ContentHashes | None, now: ContentHashes) -> list[Change]:
     if before is None:
         log.info("an older version began this run and recorded no contents: only names are compared, from now on contents too")
         return []
     template = config.model.chat_template
     places = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
-              "optim": config.optim["init_from"], "data.format": ", ".join(own_formats(config.data).values()) or None,
+              "optim": config.optim["init_from"], "data.format": ", ".join(custom_formats(config.data).values()) or None,
               "model.chat_template": template if template is None or "{" not in template else "as typed",
               **{f"{node}._target_": getattr(config, node)["_target_"] for node in ("loss", "optim", "schedule")}}  # fmt: skip
     return compare(before, now, {key: place for key, place in places.items() if place is not None})
 
 
-def recorded(directory: RunDir) -> Content | None:
+def recorded(directory: RunDir) -> ContentHashes | None:
     """What its newest start recorded; of a run that is older than such records what is sealed in its newest checkpoint."""
-    if (known := saved.content(directory.read_attempts(), str(directory.path))) is not None:
+    if (known := run_config.recorded_content(directory.read_attempts(), str(directory.path))) is not None:
         return known
     for path in reversed(select.checkpoints(directory.checkpoints)):
         chain = lineage.read(path) if not manifest.verify(path, contents=False) else None
         if chain is not None:
-            return Content.of_lineage(chain["runs"][-1])
+            return ContentHashes.of_lineage(chain["runs"][-1])
     return None

@@ -6,12 +6,12 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
-from halos.config.plugins import code_of
+from halos.config.plugins import code_hash
 from halos.config.schema import Config
 from halos.confined import expanded
+from halos.data.custom_format import entries_of
 from halos.data.dataset import Dataset, open_dataset
-from halos.data.order import GroupOrder, Order, partners
-from halos.data.own_format import entries_of
+from halos.data.order import GroupOrder, Order, mismatched_partners
 from halos.data.prepare import prepare
 from halos.distributed.launch import agree
 from halos.errors import UserError
@@ -51,7 +51,7 @@ def _open(
                 truncation=config.train.truncation,
                 score=config.data.score,
                 transform=loss.examples,
-                transform_key=f"{loss.name} {loss.settings} {code_of(config.loss['_target_'])}" if loss.examples else "",
+                transform_key=f"{loss.name} {loss.settings} {code_hash(config.loss['_target_'])}" if loss.examples else "",
                 cache_dir=expanded(config.cache_dir),
             )
         except UserError as error:
@@ -69,7 +69,7 @@ def _split(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
             " would be learnt. Give several of each, or choose a loss that takes single ones, such as ppo"
         )
     what = f"data.{purpose}: {loss.name}"
-    return Split(rows, partners(rows.groups, seed, what=what) if loss.statistics_inputs is Mismatched else None)
+    return Split(rows, mismatched_partners(rows.groups, seed, what=what) if loss.statistics_inputs is Mismatched else None)
 
 
 def learns_from_single(loss: LossSpec) -> bool:

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 from halos.config.bind import LossSpec
 from halos.config.bind_optim import bind_optimizer, bind_schedule
 from halos.config.schema import Config
-from halos.data.collate import num_cut_mismatches
+from halos.data.collate import num_truncated_mismatches
 from halos.data.dataset import Dataset
 from halos.distributed.parameters import num_elements
 from halos.logps.model import bare
@@ -161,7 +161,7 @@ def _say_data(run: Prepared) -> None:
         if rows.kind is Judgement:
             _say("", f"{100 * rows.desirable.mean():.0f}% of them desirable ({name})")
         if split.partners is not None:
-            cut = num_cut_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, run.structure.max_length)
+            cut = num_truncated_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, run.structure.max_length)
             _say("", f"paired with answers to other prompts for the KL, {cut} of them cut at max_length ({name})")
         if rows.kind is Judgement and name == "train":
             _warn_of_labels(run.loss, rows)

@@ -8,11 +8,11 @@ from functools import partial
 from pathlib import Path
 
 from halos.checkpoint import integrity
-from halos.config import saved
+from halos.config import run_config
 from halos.config.bind_optim import bind_schedule
-from halos.config.changes import Change
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
-from halos.config.values import to_type
+from halos.config.values import as_argument
 from halos.distributed.launch import accelerator, agree, launched
 from halos.distributed.signals import STOPPED, StopRequest
 from halos.distributed.watchdog import request_stop_when_launcher_dies, together
@@ -51,7 +51,7 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
             request_stop_when_launcher_dies(launched())
             configure_logging(made.is_main_process)
             with together(made):
-                agree(made, "configuration", saved.dump(replace(config, cache_dir="")))
+                agree(made, "configuration", run_config.dump(replace(config, cache_dir="")))
                 if config.resume and _is_over(config, directory, changed):
                     return FINISHED
                 trainer = assemble(config, typed, made, changed, lock)
@@ -107,9 +107,9 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     schedule = bind_schedule(config.schedule, config.plugins)
     if not schedule.is_spread(int((directory.read_result() or {}).get("step") or 0)):
-        log.info("to train on: %s %s train.steps=MORE", COMMAND, saved.to_resume(config, directory.path))
+        log.info("to train on: %s %s train.steps=MORE", COMMAND, run_config.resume_arguments(config, directory.path))
     else:
-        onward = to_type("model.name_or_path", directory.final)
+        onward = as_argument("model.name_or_path", directory.final)
         log.info("its %s schedule is at its end: a new run goes on with %s", schedule.name, onward)
     return True
 
@@ -157,7 +157,7 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "finished" and current.main:
         log.info("finished: %s  %s", current.directory.final, summary(current.last_eval or current.last_train))
     if status == "stopped" and current.main:
-        log.info("go on with: %s %s", COMMAND, saved.to_resume(current.config, current.directory.path))
+        log.info("go on with: %s %s", COMMAND, run_config.resume_arguments(current.config, current.directory.path))
     if status == "stopped" and current.stop is not None and current.stop.signalled:
         return STOPPED
     return FINISHED if status == "finished" else FAILED

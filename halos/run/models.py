@@ -20,7 +20,7 @@ from halos.logps.model import ActorCritic, LanguageModel, Reader, RewardModel
 from halos.logps.start import remember_beginning
 from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
-from halos.models.load import attention, freeze, load_model, refuse_other_words, weights_dtype
+from halos.models.load import attention, freeze, load_model, refuse_different_tokenizer, weights_dtype
 from halos.models.locate import locate
 from halos.types import LossInput
 
@@ -140,8 +140,8 @@ def structure(shelf: Shelf, *, reward: bool) -> nn.Module:
         return model.eval()
     adapted = adapter.attach(model, asdict(config.peft), base=str(shelf.base), reward=reward, seed=config.seed)
     if config.peft.init_from is not None and not config.resume:
-        adapter.refuse_other_settings(adapted, Path(config.peft.init_from))
-        adapter.refuse_other_tensors(adapted, Path(config.peft.init_from))
+        adapter.refuse_different_settings(adapted, Path(config.peft.init_from))
+        adapter.refuse_different_tensors(adapted, Path(config.peft.init_from))
     return adapted.eval()
 
 
@@ -157,7 +157,7 @@ def named_reference(shelf: Shelf) -> Path | None:
         return None
     cache = expanded(config.cache_dir)
     place = locate(config.reference.name_or_path, config.reference.revision, cache, key="reference.name_or_path")
-    refuse_other_words(place, shelf.tokenizer, shelf.vocabulary.new)
+    refuse_different_tokenizer(place, shelf.tokenizer, shelf.vocabulary.new)
     return place
 
 

@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from halos.config.bind import bind_loss
-from halos.config.changes import Change
-from halos.config.content import Content
+from halos.config.content_hashes import ContentHashes
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.hooks.base import Hook, Watched
@@ -43,12 +43,12 @@ class Outline:
         header.write_rate(self.config, None)
         log.info("%-10s %s", "prompt", visible(self.tokenizer, prompt))
 
-    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> Content:
+    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> ContentHashes:
         """What the rounds of `whole` stand on, with the hashes of their prompts."""
         base, reference = self.structure.shelf.base, self.structure.named
         return contents.read(self._own(whole), self.tokenizer, prompts, base=base, reference=reference)
 
-    def changed(self, whole: Config, directory: RunDir, now: Content) -> Sequence[Change]:
+    def changed(self, whole: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
         """What of it has changed since they last started. Raises UserError for what was not allowed."""
         own = replace(self._own(whole), run_dir=str(directory.path))
         return contents.changed(own, computed(own, self.loss, self.structure), now)

@@ -11,11 +11,11 @@ from accelerate import Accelerator
 from halos import confined
 from halos.checkpoint import known_good, select
 from halos.checkpoint.commit import HIDDEN
-from halos.config import paths, saved
-from halos.config.changes import Change
-from halos.config.content import changes_record
+from halos.config import paths, run_config
+from halos.config.content_hashes import changes_record
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
-from halos.config.values import to_type
+from halos.config.values import as_argument
 from halos.distributed.launch import agree
 from halos.errors import UserError
 from halos.hooks.base import Run
@@ -44,7 +44,7 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
         _refuse_no_start(config, box[0].path)
     elif made.is_main_process:
         directory.create(overwrite=config.overwrite)
-        directory.write_config(saved.dump(config))
+        directory.write_config(run_config.dump(config))
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     seen = is_run(directory.path)
@@ -81,7 +81,7 @@ def _refuse_unwritable(directory: RunDir) -> None:
 def _refuse_no_start(config: Config, source: Path | None) -> None:
     """A run that has a checkpoint of its own no longer needs the one that it began with."""
     if source is None:
-        paths.refuse_no_optimizer(config)
+        paths.check_optimizer_state(config)
 
 
 def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total: int) -> None:
@@ -91,7 +91,7 @@ def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total
     if done and source is None:
         raise UserError(
             f"{directory.path} is finished and has kept no checkpoint to train on from (checkpoint.every=null?): begin a new run"
-            f" with {to_type('model.name_or_path', directory.final)}"
+            f" with {as_argument('model.name_or_path', directory.final)}"
         )
     step = max(select.step_of(source) if source else 0, int(result.get("step") or 0) if done else 0)
     if step > total:

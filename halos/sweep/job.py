@@ -72,7 +72,7 @@ def _total(attempt: Path) -> int | None:
     return total if type(total) is int else None
 
 
-def own_words(jobs: Sequence[Sequence[str]]) -> list[str]:
+def distinct_overrides(jobs: Sequence[Sequence[str]]) -> list[str]:
     """What tells each job from the others, as it was typed; all of it where there is one job."""
     if len(jobs) == 1:
         return [" ".join(jobs[0])]

@@ -14,10 +14,10 @@ from halos import confined
 from halos.distributed.children import die_with_parent, last_words
 from halos.distributed.signals import StopRequest, restore_signals_and_argv
 from halos.sweep.job import Job, State
-from halos.sweep.places import Place
+from halos.sweep.slots import Slot
 
-PERIOD = 0.2  # seconds between two looks at the jobs
-PATIENCE = 600.0  # seconds in which a job that was told to stop saves what it has
+POLL_INTERVAL = 0.2  # seconds between two looks at the jobs
+STOP_TIMEOUT = 600.0  # seconds in which a job that was told to stop saves what it has
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Outcome:
 @dataclass
 class Running:
     job: Job
-    place: Place
+    place: Slot
     process: subprocess.Popen[bytes]
     family: set[psutil.Process] = field(default_factory=set)  # its launcher and all below it, as far as they were seen
 
@@ -57,7 +57,7 @@ Watch = Callable[[Sequence[Outcome]], None]
 class Pool:
     """`outcomes` has one entry a job, in their order; `watch` is called with them at every look."""
 
-    def __init__(self, jobs: Sequence[Job], places: Sequence[Place], command: Command, watch: Watch) -> None:
+    def __init__(self, jobs: Sequence[Job], places: Sequence[Slot], command: Command, watch: Watch) -> None:
         self.jobs, self.command, self.watch = jobs, command, watch
         self.outcomes = [Outcome() for _ in jobs]
         self.stopped = False  # by a signal, before all jobs were done
@@ -82,7 +82,7 @@ class Pool:
                     self.stopped = True
                     self._stop()
                 self.watch(self.outcomes)
-                time.sleep(PERIOD)
+                time.sleep(POLL_INTERVAL)
         self.watch(self.outcomes)
         return self.outcomes
 
@@ -106,8 +106,8 @@ class Pool:
             self._running.remove(one)
             self._free.append(one.place)
             number = self.jobs.index(one.job)
-            self.outcomes[number] = ended(one.job, one.process.returncode, self.outcomes[number])
-            _end(one.living(), signal.SIGTERM)
+            self.outcomes[number] = outcome_of(one.job, one.process.returncode, self.outcomes[number])
+            _send_signal(one.living(), signal.SIGTERM)
 
     def _stop(self) -> None:
         """Ask every job to save and leave. Told again, or after PATIENCE, those that are still there are killed.
@@ -117,17 +117,17 @@ class Pool:
         for one in self._running:
             one.look()
             one.process.terminate()
-        until = time.monotonic() + PATIENCE
+        until = time.monotonic() + STOP_TIMEOUT
         while self._running and time.monotonic() < until and self._request.count == 1:
             self._look()
             self.watch(self.outcomes)
-            time.sleep(PERIOD)
+            time.sleep(POLL_INTERVAL)
         for one in self._running:
-            _end(one.living(), signal.SIGKILL)
+            _send_signal(one.living(), signal.SIGKILL)
             one.process.wait()
 
 
-def ended(job: Job, status: int, outcome: Outcome) -> Outcome:
+def outcome_of(job: Job, status: int, outcome: Outcome) -> Outcome:
     """What has become of a job whose launcher has left with `status`: its own word, if it left one since it began."""
     seconds = time.time() - outcome.began
     result, path = job.run.read_result(), job.path / "result.json"
@@ -141,7 +141,7 @@ def ended(job: Job, status: int, outcome: Outcome) -> Outcome:
     return Outcome("failed", f"{reason}\n{words}".strip() if reason not in words else words, began=outcome.began, seconds=seconds)
 
 
-def _end(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+def _send_signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
     for process in processes:
         try:
             process.send_signal(number)

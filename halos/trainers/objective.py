@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from halos.config.bind import LossSpec
-from halos.data.collate import PackRow, mismatch, pack
+from halos.data.collate import PackRow, mismatched_row, pack
 from halos.data.dataset import Item
 from halos.hooks.base import Run
 from halos.logps.model import at_beginning
@@ -65,7 +65,7 @@ class Objective(ABC):
             torch.manual_seed(chunk.seed)  # the dropout that the loss will see
             if mismatched:
                 length = self.run.max_length
-                rows = [mismatch(item, partner, length) for item, partner in zip(chunk.items, chunk.partners, strict=True)]
+                rows = [mismatched_row(item, partner, length) for item, partner in zip(chunk.items, chunk.partners, strict=True)]
                 arguments = self._forward(rows, Mismatched)
             else:
                 arguments = self._arguments(chunk)

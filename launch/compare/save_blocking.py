@@ -76,7 +76,7 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
     import hydra
     import torch
 
-    from halos.config import gate
+    from halos.config import validate
     from halos.distributed.launch import accelerator
     from halos.run.assemble import assemble
 
@@ -85,7 +85,7 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
              f"train.steps={every * saves + every}", f"checkpoint.every={every}", f"checkpoint.async_save={apart}",
              "exp_name=run", f"run_dir={place / 'run'}"]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = gate.check(hydra.compose("config", words), words)
+        config = validate.check(hydra.compose("config", words), words)
     trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
     assert trainer is not None
     watch, run, waits = Watch(trainer), trainer.run, []

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.nn.utils import clip_grad_norm_
 
-from halos.config import gate
+from halos.config import validate
 from halos.data.collate import pack
 from halos.distributed.launch import accelerator
 from halos.run.assemble import assemble
@@ -38,7 +38,7 @@ def assembled(given: argparse.Namespace, place: str) -> Trainer:
              f"train.steps={10 * given.steps}", "checkpoint.every=null", "train.precision=float32", "model.dtype=float32",
              ]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        config = gate.check(hydra.compose("config", words), words)
+        config = validate.check(hydra.compose("config", words), words)
     trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
     assert trainer is not None
     for hook in trainer.run.hooks.values():

@@ -44,7 +44,7 @@ class AccelerateLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Run a batch. Raises SystemExit(75) when a signal has stopped it."""
-        from halos.sweep import board, pool  # here: whoever only asks for --help need not wait for them
+        from halos.sweep import pool, status_table  # here: whoever only asks for --help need not wait for them
 
         jobs = self._jobs(job_overrides, initial_job_idx)
         config, processes = self._accelerate_config()
@@ -53,23 +53,23 @@ class AccelerateLauncher(Launcher):
             f"{len(jobs)} jobs, {len(places)} at a time, each by accelerate launch --config_file"
             f" {os.path.relpath(self.config_file or config)} on {processes} process{'es' if processes > 1 else ''}\n"
         )
-        work = pool.Pool(jobs, places, lambda job: self._command(job, config, processes), board.Board(jobs))
+        work = pool.Pool(jobs, places, lambda job: self._command(job, config, processes), status_table.StatusTable(jobs))
         outcomes = work.run()
         for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome.state == "failed":
                 sys.stderr.write(f"\njob {job.number} failed: {job.told}\n{outcome.reason}\nwhole log: {job.log}\n")
-        sys.stderr.write(f"{board.counts(outcomes)}\n")
+        sys.stderr.write(f"{status_table.counts(outcomes)}\n")
         if work.stopped:
             sys.stderr.write("stopped: the same command goes on where these jobs are\n")
             raise SystemExit(STOPPED)
         return [self._returned(job, outcome.state) for job, outcome in zip(jobs, outcomes, strict=True)]
 
     def _jobs(self, job_overrides: Sequence[Sequence[str]], first: int) -> list[Any]:
-        from halos.sweep.job import Job, own_words
+        from halos.sweep.job import Job, distinct_overrides
         from halos.sweep.pool import log_of
 
         jobs, sweep = [], Path(str(self.config.hydra.sweep.dir))
-        for number, (words, told) in enumerate(zip(job_overrides, own_words(job_overrides), strict=True), first):
+        for number, (words, told) in enumerate(zip(job_overrides, distinct_overrides(job_overrides), strict=True), first):
             composed = self.context.config_loader.load_sweep_config(self.config, list(words))
             path = Path(str(OmegaConf.select(composed, "run_dir")))
             if not any(word.lstrip("+").startswith("run_dir=") for word in words):
@@ -121,14 +121,14 @@ class AccelerateLauncher(Launcher):
         return self.config_file, self.num_processes or int(settings.get("num_processes") or 1)
 
     def _places(self, config: Path, processes: int) -> list[Any]:
-        from halos.sweep.places import cores, share_out
+        from halos.sweep.slots import allocate, cores
 
         on_cpu = bool((yaml.safe_load(config.read_text()) or {}).get("use_cpu"))
         devices = [] if on_cpu else self._visible()
         if on_cpu and self.devices:
             raise UserError(f"hydra.launcher.devices={self.devices} names GPUs, and {config} runs on the CPU: leave out one")
         threads = os.environ.get("OMP_NUM_THREADS")
-        return share_out(devices, processes=processes, most=self.max_parallel, cores=cores(), threads=threads)
+        return allocate(devices, processes=processes, most=self.max_parallel, cores=cores(), threads=threads)
 
     def _visible(self) -> list[str]:
         """GPUs that jobs may have, as CUDA_VISIBLE_DEVICES names them."""

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos.checkpoint import commit, manifest, select, state
 from halos.checkpoint.saving import Copier
-from halos.config import gate
+from halos.config import validate
 from halos.config.schema import Config
 from halos.distributed.launch import accelerator
 from halos.hooks.base import Run
@@ -97,7 +97,7 @@ class Stage:
         words = [*SMALL, *KINDS[self.kind], *SETTINGS, f"model.name_or_path={small_model(self.cache / 'small')}",
                  f"cache_dir={self.cache}", "exp_name=run", f"run_dir={run_dir}", *overrides]  # fmt: skip
         with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-            return gate.check(hydra.compose("config", words), words)
+            return validate.check(hydra.compose("config", words), words)
 
     def assembled(self, run_dir: Path, *overrides: str) -> Trainer:
         config = self.config(run_dir, *overrides)

@@ -173,7 +173,7 @@ def test_a_signal_whose_save_finds_no_room_is_no_clean_stop(
 @pytest.fixture
 def no_least_room(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gate's own check of output_root lets anything through."""
-    monkeypatch.setattr("halos.config.paths.ROOM", 0)
+    monkeypatch.setattr("halos.config.paths.MIN_FREE", 0)
 
 
 @pytest.fixture

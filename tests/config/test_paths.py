@@ -28,7 +28,7 @@ def test_what_lies_on_this_machine_is_made_a_path_from_anywhere(
             section, name = paths._section(config, key)
             paths._put(section, name, ["here", "org/name"] if key in ("data.train", "data.eval") else "here")
         config.online.scorer.name = scorer
-        paths._locate(config)
+        paths._make_absolute(config)
         assert (config.online.scorer.model, config.model.chat_template) == (there, str(tmp_path / "here"))
         assert config.data.train == [str(tmp_path / "here"), "org/name"]
 
@@ -36,4 +36,4 @@ def test_what_lies_on_this_machine_is_made_a_path_from_anywhere(
 def test_a_run_without_the_section_of_a_key_has_no_path_there(configure: Callable[..., Config]) -> None:
     config = configure("loss=sft")
     assert paths._section(config, "online.scorer.model") == (None, "model")
-    paths._locate(config)
+    paths._make_absolute(config)

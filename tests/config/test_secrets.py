@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from halos.config import saved
+from halos.config import run_config
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_addresses
 from halos.errors import UserError
@@ -16,7 +16,7 @@ def test_what_is_of_one_command_is_not_taken_from_a_saved_run(monkeypatch: pytes
     monkeypatch.setenv("HALOS_CACHE", "/mine")
     evil = {"plugins": ["evil"], "overwrite": True, "dry_run": True, "resume_changes": "allow", "cache_dir": "/evil",
             "run_dir": "/evil", "resume": "/evil"}  # fmt: skip
-    made = saved.composed({**evil, "seed": 3}, "runs/a", "runs/a/checkpoints/step-2")
+    made = run_config.compose_for_resume({**evil, "seed": 3}, "runs/a", "runs/a/checkpoints/step-2")
     assert OmegaConf.to_container(made) == {
         "plugins": [], "overwrite": False, "dry_run": False, "resume_changes": "refuse", "cache_dir": "/mine",
         "run_dir": "runs/a", "resume": "runs/a/checkpoints/step-2", "seed": 3,

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from halos.data.collate import mismatch, num_cut_mismatches, pack
+from halos.data.collate import mismatched_row, num_truncated_mismatches, pack
 from halos.data.dataset import Completion, Item
 
 ALL = object()
@@ -64,19 +64,19 @@ def item(prompt: int, completion: int) -> Item:
 
 
 def test_a_mismatch_is_one_prompt_before_the_completion_of_another_within_max_length():
-    prompt, completion = mismatch(item(4, 2), item(9, 5), 7)
+    prompt, completion = mismatched_row(item(4, 2), item(9, 5), 7)
     assert prompt.tolist() == [50] * 4
     assert completion.ids.tolist() == [0, 1, 2]
     assert len(completion.scored) == 3
-    assert mismatch(item(4, 2), item(9, 5), 9)[1].ids.tolist() == [0, 1, 2, 3, 4]
+    assert mismatched_row(item(4, 2), item(9, 5), 9)[1].ids.tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("max_length", [4, 7, 9, 11, 30])
 def test_the_count_of_cut_mismatches_is_what_making_them_shows(max_length: int):
     items = [item(p, c) for p, c in ((3, 4), (1, 9), (2, 2), (3, 1))]
     partners = np.array([1, 2, 3, 0])
-    made = [mismatch(items[n], items[m], max_length) for n, m in enumerate(partners)]
+    made = [mismatched_row(items[n], items[m], max_length) for n, m in enumerate(partners)]
     cut = sum(len(completion.ids) < len(items[m].completions[0].ids) for (_, completion), m in zip(made, partners, strict=True))
     prompts = np.array([len(each.prompt) for each in items])
     lengths = prompts + [len(each.completions[0].ids) for each in items]
-    assert num_cut_mismatches(prompts, lengths, partners, max_length) == cut
+    assert num_truncated_mismatches(prompts, lengths, partners, max_length) == cut

@@ -5,7 +5,7 @@ from halos.data.formats import as_kind, read_example, read_prompt
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Judgement, Scored
 
-from .kit import says, turn, user
+from .tokenizers import says, turn, user
 
 WHERE = "a.jsonl:12"
 Q, GOOD, BAD = (user("One?"),), (says("one"),), (says("two"),)

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from halos.data.formats import read_example
-from halos.data.gsm8k import tidy
+from halos.data.gsm8k import normalise
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Example, Judgement
@@ -67,9 +67,9 @@ def test_the_last_tenth_of_the_problems_is_held_out(root: Path, kind):
 
 
 def test_answer_lines_of_both_files_end_up_in_one_style():
-    assert tidy("So 2*2 = <<2*2=4>>4.\nA: 4") == "So 2*2 = 4.\n#### 4"
-    assert tidy("It is 1,080.\nA:  1,080\n") == "It is 1,080.\n#### 1,080"
-    assert tidy("Person\nA: 3 apples.\nSo 3.\n#### 3") == "Person\nA: 3 apples.\nSo 3.\n#### 3", "only the last line"
+    assert normalise("So 2*2 = <<2*2=4>>4.\nA: 4") == "So 2*2 = 4.\n#### 4"
+    assert normalise("It is 1,080.\nA:  1,080\n") == "It is 1,080.\n#### 1,080"
+    assert normalise("Person\nA: 3 apples.\nSo 3.\n#### 3") == "Person\nA: 3 apples.\nSo 3.\n#### 3", "only the last line"
 
 
 def test_what_is_no_gsm8k_is_refused(root: Path):

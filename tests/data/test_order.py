@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from halos.data.order import Order, eval_batches, partners
+from halos.data.order import Order, eval_batches, mismatched_partners
 from halos.errors import UserError
 
 
@@ -78,7 +78,7 @@ def test_evaluation_sees_every_row_once_in_order():
 def test_a_partner_never_has_the_same_prompt():
     for seed in range(20):
         groups = np.random.default_rng(seed).integers(0, 2 + seed, 101)
-        found = partners(groups, seed, what="kto")
+        found = mismatched_partners(groups, seed, what="kto")
         assert found.shape == groups.shape
         assert (groups[found] != groups).all()
 
@@ -87,7 +87,7 @@ def test_every_row_of_another_prompt_is_as_likely():
     groups = np.array([7, 0, 7, 3, 0, 7])
     counts = np.zeros((6, 6), int)
     for seed in range(3000):
-        counts[np.arange(6), partners(groups, seed, what="kto")] += 1
+        counts[np.arange(6), mismatched_partners(groups, seed, what="kto")] += 1
     for row, group in enumerate(groups):
         others = groups != group
         assert counts[row, ~others].sum() == 0
@@ -96,11 +96,11 @@ def test_every_row_of_another_prompt_is_as_likely():
 
 def test_partners_are_fixed_by_the_seed():
     groups = np.arange(50)
-    assert partners(groups, 3, what="kto").tolist() == partners(groups, 3, what="kto").tolist()
-    assert partners(groups, 3, what="kto").tolist() != partners(groups, 4, what="kto").tolist()
+    assert mismatched_partners(groups, 3, what="kto").tolist() == mismatched_partners(groups, 3, what="kto").tolist()
+    assert mismatched_partners(groups, 3, what="kto").tolist() != mismatched_partners(groups, 4, what="kto").tolist()
 
 
 def test_one_prompt_alone_has_no_partner():
     with pytest.raises(UserError, match="mine pairs each prompt with an answer to another, and all 9 rows have the same prompt"):
-        partners(np.zeros(9, int), 0, what="data.eval: mine")
-    assert partners(np.array([0, 1]), 0, what="mine").tolist() == [1, 0]
+        mismatched_partners(np.zeros(9, int), 0, what="data.eval: mine")
+    assert mismatched_partners(np.array([0, 1]), 0, what="mine").tolist() == [1, 0]

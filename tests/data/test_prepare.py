@@ -16,7 +16,7 @@ from halos.errors import UserError
 from halos.losses.csft import examples as csft_examples
 from halos.types import Comparison, Demonstration, Judgement
 
-from .kit import LLAMA3, THINKING, jsonl, prepared, tokenizer, turn
+from .tokenizers import LLAMA3, THINKING, jsonl, prepared, tokenizer, turn
 
 PAIRS = [
     {"prompt": "What is one?", "chosen": "one", "rejected": "two", "margin": 0.5},
@@ -227,7 +227,7 @@ def test_neither_writing_nor_reading_imports_pandas(tmp_path: Path):
 import sys
 from pathlib import Path
 from halos.types import Comparison
-from tests.data.kit import prepared
+from tests.data.tokenizers import prepared
 assert prepared({path!r}, Path({str(tmp_path)!r}), kind=Comparison)[2].id
 sys.exit("pandas" in sys.modules)
 """

@@ -13,7 +13,7 @@ from halos.data.sources import Source, Split, open_source
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration
 
-from .kit import jsonl
+from .tokenizers import jsonl
 
 ROWS = [{"prompt": f"{n}?", "completion": f"{n}."} for n in range(10)]
 

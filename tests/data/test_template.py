@@ -5,7 +5,7 @@ import pytest
 from halos.data.template import PLAIN, Layout, Template, chat_template
 from halos.errors import UserError
 
-from .kit import CHATML, GEMMA, LAST_THOUGHT, LLAMA3, NO_END, THINKING, TOOLS, says, tokenizer, turn, user
+from .tokenizers import CHATML, GEMMA, LAST_THOUGHT, LLAMA3, NO_END, THINKING, TOOLS, says, tokenizer, turn, user
 
 PROMPT, ANSWER = (user("What is 1 + 1?"),), (says("It is 2."),)
 

@@ -6,7 +6,7 @@ from halos.data.tokenize import EQUAL, PROMPT_TOO_LONG, TOO_LONG, Encoded, Encod
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Example, Turns
 
-from .kit import CHATML, GEMMA, LLAMA3, NO_END, THINKING, says, tokenizer, turn, user
+from .tokenizers import CHATML, GEMMA, LLAMA3, NO_END, THINKING, says, tokenizer, turn, user
 
 PROMPT, ANSWER = (user("What is 12 + 30?"),), (says("It is 42, and no more."),)
 

@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from halos.config import gate
-from halos.config.saved import composed, load
+from halos.config import validate
+from halos.config.run_config import compose_for_resume, load
 from halos.distributed.children import leave
 from halos.distributed.launch import accelerator
 from halos.distributed.parameters import num_elements
@@ -130,10 +130,10 @@ def main() -> None:
         if mode == "train":
             words = [*overrides.split(), f"exp_name={name}", f"output_root={output}"]
             with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-                config = gate.check(hydra.compose("config", words), words)
+                config = validate.check(hydra.compose("config", words), words)
         else:
             settings = load(Path(run, "config.yaml").read_text(), {}, run)
-            config = gate.check(composed(settings, run, run), [])
+            config = validate.check(compose_for_resume(settings, run, run), [])
         trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
         witness = watch(trainer)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from halos.config.arithmetic import NUMBER
+from halos.config.arithmetic_version import VERSION
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,14 +105,14 @@ def test_an_earlier_run_that_would_be_computed_otherwise_is_refused_by_name_and_
     large = "train.microbatch_size=8192"  # rows for which the head's gradient would be summed in several chunks
     status, said = resume(run, large)
     assert status == 2
-    assert f"arithmetic 0 -> {NUMBER} (since 2026-11-26 a trained head's gradient is summed in float32 over its chunks)" in said
+    assert f"arithmetic 0 -> {VERSION} (since 2026-11-26 a trained head's gradient is summed in float32 over its chunks)" in said
     assert not (run / "attempts" / "001.yaml").exists()
     status, said = resume(run, large, "resume_changes=allow")
     assert status == 0, said
-    assert f"CHANGED WHAT THE RUN COMPUTES, from step 11 on: arithmetic 0 -> {NUMBER} (since " in said
+    assert f"CHANGED WHAT THE RUN COMPUTES, from step 11 on: arithmetic 0 -> {VERSION} (since " in said
     record = yaml.safe_load((run / "attempts" / "001.yaml").read_text())
-    assert (record["content_changed"], record["content"]["arithmetic"]) == ({"arithmetic": [0, NUMBER]}, str(NUMBER))
-    assert json.loads((run / "FINAL" / "manifest.json").read_text())["arithmetic"] == NUMBER
+    assert (record["content_changed"], record["content"]["arithmetic"]) == ({"arithmetic": [0, VERSION]}, str(VERSION))
+    assert json.loads((run / "FINAL" / "manifest.json").read_text())["arithmetic"] == VERSION
 
 
 def test_the_command_that_began_an_earlier_run_goes_on_with_it_though_keys_are_younger(place: Path) -> None:

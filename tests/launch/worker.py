@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from halos.config import gate
+from halos.config import validate
 from halos.distributed.children import leave
 from halos.distributed.launch import accelerator
 from halos.distributed.parameters import piece_of, shape_of
@@ -116,7 +116,7 @@ def main() -> None:
     for number, cell in enumerate(cells):
         words = [*cell.split(), f"train.steps={steps}", f"exp_name=cell{number}", f"output_root={output}/runs"]
         with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-            config = gate.check(hydra.compose("config", words), words)
+            config = validate.check(hydra.compose("config", words), words)
         trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
         trainer.prepare()  # what sampled is the policy as it was; the one that learns has moved on

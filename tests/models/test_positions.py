@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from halos.models.positions import Limits, fewest, limits, within
+from halos.models.positions import Limits, limits, longest_allowed, smaller
 
 WORDS = {"vocab_size": 50}
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64, **WORDS}
@@ -38,6 +38,6 @@ def test_rotary_positions_end_nowhere(name: str, settings: dict[str, Any]) -> No
 
 
 def test_a_model_of_two_that_read_the_same_rows_decides_by_the_fewer_positions() -> None:
-    both = fewest(Limits(64, None), Limits(32, 32))
+    both = smaller(Limits(64, None), Limits(32, 32))
     assert both == Limits(32, 32)
-    assert (within(both, 100), within(both, 20), within(Limits(64, None), 100)) == (32, 20, 100)
+    assert (longest_allowed(both, 100), longest_allowed(both, 20), longest_allowed(Limits(64, None), 100)) == (32, 20, 100)

@@ -107,7 +107,7 @@ def test_a_saved_adapter_is_loaded_again_by_us_and_by_peft(family: str, tmp_path
             parameter.data += 0.1 * torch.randn(parameter.shape)
     model.save_pretrained(str(tmp_path))
     again = attached(family, **settings)
-    adapter.refuse_other_settings(again, tmp_path)
+    adapter.refuse_different_settings(again, tmp_path)
     adapter.load_adapter(again, tmp_path)
     theirs = peft.PeftModel.from_pretrained(mixture(family), str(tmp_path))
     ids = torch.randint(3, 50, (1, 12))

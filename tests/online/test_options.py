@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import halos
-from halos.config.defaults import comments, section
+from halos.config.defaults import help_texts, section
 from halos.config.schema import Feedback, Sampler, Scorer
 from halos.errors import UserError
 from halos.online import label, sample
@@ -55,9 +55,9 @@ def test_a_value_out_of_its_range_is_told_by_the_options_name() -> None:
 
 
 def test_every_key_has_the_yamls_words_in_the_help() -> None:
-    assert comments(Sampler)["cache_tokens"] == "hf: tokens of the key-value cache"
+    assert help_texts(Sampler)["cache_tokens"] == "hf: tokens of the key-value cache"
     assert "hf: tokens of the key-value cache (default 32768)" in " ".join(sample.parser().format_help().split())
-    assert all(words for schema in (Sampler, Scorer, Feedback) for words in comments(schema).values())
+    assert all(words for schema in (Sampler, Scorer, Feedback) for words in help_texts(schema).values())
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
 
 from halos.checkpoint import lineage, manifest, select
-from halos.config.content import Content
-from halos.config.plugins import code_of
+from halos.config.content_hashes import ContentHashes
+from halos.config.plugins import code_hash
 from halos.models.load import load_tokenizer
 from halos.run import contents
 from halos.run.lifecycle import run
@@ -97,8 +97,8 @@ def test_the_arithmetic_of_a_run_is_that_of_its_newest_start_else_of_its_newest_
         path = directory.checkpoints / select.name_of(step)
         path.mkdir(parents=True)
         (path / manifest.NAME).write_text(manifest.describe(path, {"step": step, "arithmetic": number}))
-    assert contents._computed_with(directory, Content({"model.weights": "w"})) == 5
-    assert contents._computed_with(directory, Content({"arithmetic": "4"})) == 4
+    assert contents._computed_with(directory, ContentHashes({"model.weights": "w"})) == 5
+    assert contents._computed_with(directory, ContentHashes({"arithmetic": "4"})) == 4
     (path / manifest.NAME).write_text("{")
     assert contents._computed_with(directory, None) == 3
 
@@ -151,7 +151,7 @@ def test_code_of_the_users_own_is_what_it_uses_of_its_package(package: Path) -> 
     def read() -> tuple[str | None, str | None]:
         forget()
         reward = contents._scorer(config, package)["online.scorer.functions"]
-        return reward, code_of("ownloss.hinge.hinge")
+        return reward, code_hash("ownloss.hinge.hinge")
 
     before = read()
     assert None not in before
@@ -159,7 +159,7 @@ def test_code_of_the_users_own_is_what_it_uses_of_its_package(package: Path) -> 
     assert read() == before
     (package / "margins.py").write_text("MARGIN = 2.0\n")
     assert all(one != other for one, other in zip(read(), before, strict=True))
-    assert code_of("halos.losses.dpo.dpo") is None, "of ours"
+    assert code_hash("halos.losses.dpo.dpo") is None, "of ours"
 
 
 def test_a_loss_of_the_users_own_that_was_edited_is_refused_by_name(world: World, package: Path) -> None:

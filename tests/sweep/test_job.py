@@ -6,7 +6,7 @@ import pytest
 
 from halos.distributed.children import last_words
 from halos.rundir import RunDir
-from halos.sweep.job import Job, Progress, own_words, progress
+from halos.sweep.job import Job, Progress, distinct_overrides, progress
 
 
 @pytest.fixture
@@ -15,8 +15,8 @@ def job(tmp_path):
 
 
 def test_what_tells_jobs_apart_is_what_not_all_share():
-    assert own_words([["loss=dpo", "++a.b=1", "c=2"], ["loss=dpo", "++a.b=2", "c=2"]]) == ["a.b=1", "a.b=2"]
-    assert own_words([["loss=dpo", "c=2"]]) == ["loss=dpo c=2"]
+    assert distinct_overrides([["loss=dpo", "++a.b=1", "c=2"], ["loss=dpo", "++a.b=2", "c=2"]]) == ["a.b=1", "a.b=2"]
+    assert distinct_overrides([["loss=dpo", "c=2"]]) == ["loss=dpo c=2"]
 
 
 def test_progress_is_the_last_training_row_also_when_the_file_is_being_written(job):

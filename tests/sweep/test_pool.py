@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from halos.rundir import RunDir
-from halos.sweep.board import Board
 from halos.sweep.job import Job
-from halos.sweep.places import Place
 from halos.sweep.pool import Pool
+from halos.sweep.slots import Slot
+from halos.sweep.status_table import StatusTable
 
 ROOT = Path(__file__).resolve().parents[2]
 # A launcher with a rank below it, as `accelerate launch` has: the rank is told by the kernel when its launcher dies
@@ -64,7 +64,7 @@ def pool(tmp_path, kinds, at_once):
     def command(job):
         return [sys.executable, "-c", LAUNCHER, RANK, str(job.path), job.told]
 
-    made = Pool(jobs, [Place({"N": str(n)}) for n in range(at_once)], command, lambda outcomes: seen.append(list(outcomes)))
+    made = Pool(jobs, [Slot({"N": str(n)}) for n in range(at_once)], command, lambda outcomes: seen.append(list(outcomes)))
     return made, seen
 
 
@@ -165,7 +165,7 @@ def test_the_board_says_each_change_once_in_a_log_and_draws_over_itself_on_a_ter
     made, seen = pool(tmp_path, ["quick", "fails"], 2)
     made.run()
     text = io.StringIO()
-    board = Board(made.jobs, text)
+    board = StatusTable(made.jobs, text)
     for outcomes in seen:
         board(outcomes)
     lines = text.getvalue().splitlines()
@@ -181,7 +181,7 @@ def test_the_board_says_each_change_once_in_a_log_and_draws_over_itself_on_a_ter
             return True
 
     screen = Terminal()
-    board = Board(made.jobs, screen)
+    board = StatusTable(made.jobs, screen)
     board(seen[0])
     first = screen.getvalue()
     assert first.splitlines()[0].split() == ["job", "state", "step", "loss", "time", "overrides\x1b[K"]

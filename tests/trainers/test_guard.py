@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from halos.checkpoint import known_good, select
-from halos.config.changes import Change
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.run.lifecycle import run

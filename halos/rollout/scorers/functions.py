@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from types import ModuleType
 from typing import Any
 
-from halos.config.plugins import admit
+from halos.config.plugins import make_importable
 from halos.config.schema import Scorer as Settings
 from halos.config.suggest import nearest
 from halos.errors import UserError
@@ -46,7 +46,7 @@ def parts_of(entries: Sequence[Any], plugins: Sequence[str]) -> list[Part]:
     """
     if not entries:
         raise UserError("online.scorer.functions is []: name one, such as [exact_match]")
-    admit(plugins)
+    make_importable(plugins)
     return [_part(entry, plugins) for entry in entries]
 
 
@@ -231,7 +231,7 @@ class Worker:
 def _work(pipe: Connection, parts: Sequence[Part], plugins: Sequence[str]) -> None:
     """In the worker, until the other end of the pipe is closed."""
     try:
-        admit(plugins)
+        make_importable(plugins)
         functions = [(part, part.load()) for part in parts]
         while True:
             pipe.send(_scored(functions, pipe.recv()))

@@ -26,7 +26,7 @@ from halos.errors import UserError, doing
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import RewardModel as Scorer
 from halos.logps.plan import plan_for, remember
-from halos.models.load import load_tokenizer, read_config, read_whole, weights_dtype
+from halos.models.load import load_tokenizer, load_weights, read_config, weights_dtype
 from halos.rollout.ranks import device_of_this_process
 from halos.rollout.types import Sample, Score
 from halos.types import Demonstration
@@ -95,7 +95,7 @@ class RewardModel:
         plan = plan_for(read_config(self.directory), reward=True, attention=SEGMENTS)
         extra = {"dtype": dtype, "attn_implementation": plan.attention, **SAFELY}
         with doing(f"{self.directory} could not be loaded as a reward model"):
-            model = read_whole(AutoModelForSequenceClassification, self.directory, extra)
+            model = load_weights(AutoModelForSequenceClassification, self.directory, extra)
         remember(model, plan)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id

@@ -16,10 +16,10 @@ import pytest
 from omegaconf import OmegaConf
 from peft import LoraConfig
 
-from halos.config import gate, saved
+from halos.config import run_config, validate
 from halos.config.schema import Config, Peft
 from halos.config.secrets import redact
-from halos.config.suggest import ELSEWHERE, kind_of, nearest, schema_keys
+from halos.config.suggest import OTHER_NAMES, kind_of, nearest, schema_keys
 from halos.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +45,7 @@ def composed(*overrides, **values):
 
 def message(config, typed=()):
     with pytest.raises(UserError) as caught:
-        gate.check(config, typed, CHOICES)
+        validate.check(config, typed, CHOICES)
     assert "\n" not in str(caught.value), "one line"
     return str(caught.value)
 
@@ -62,7 +62,7 @@ def _elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_composes_and_passes(name):
-    config = gate.check(composed(f"loss={name}", *RUN[1:]))
+    config = validate.check(composed(f"loss={name}", *RUN[1:]))
     assert isinstance(config, Config)
     assert config.objective.mode in ("min", "max")
     assert config.optim["lr"] == config.optim["lr_from_scratch"]["none"]  # model=tiny; else the loss's own
@@ -80,15 +80,15 @@ def test_every_choice_of_every_group_composes_and_passes(group, tmp_path, monkey
         fill |= {"data__train": ["org/a"], "data__eval": []} if choice == "files" else {}
         fill |= {"model__name_or_path": "org/name"} if choice == "path" else {}
         fill |= OF_ONES_OWN[group] if choice == "own" else {}
-        gate.check(composed(*(one for one in RUN if not one.startswith(f"{group}=")), f"{group}={choice}", **fill))
+        validate.check(composed(*(one for one in RUN if not one.startswith(f"{group}=")), f"{group}={choice}", **fill))
 
 
 def test_a_loss_may_move_what_the_model_says():
-    assert gate.check(composed("loss=csft", *RUN[1:])).model.add_tokens == ["<|good|>", "<|bad|>"]
+    assert validate.check(composed("loss=csft", *RUN[1:])).model.add_tokens == ["<|good|>", "<|bad|>"]
 
 
 def test_the_checked_config_holds_plain_values():
-    config = gate.check(composed(data__train=["org/a", {"path": "org/b", "weight": 2}], data__eval=[]))
+    config = validate.check(composed(data__train=["org/a", {"path": "org/b", "weight": 2}], data__eval=[]))
     assert type(config.data.train) is list
     assert type(config.data.train[1]) is dict
     assert type(config.loss) is dict
@@ -97,7 +97,7 @@ def test_the_checked_config_holds_plain_values():
 def test_a_home_directory_is_spelled_out(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.jsonl").write_text("{}")
-    config = gate.check(composed(cache_dir="~/c", data__train=["~/a.jsonl"], data__eval=[{"path": "~/a.jsonl"}]))
+    config = validate.check(composed(cache_dir="~/c", data__train=["~/a.jsonl"], data__eval=[{"path": "~/a.jsonl"}]))
     assert config.cache_dir == f"{tmp_path}/c"
     assert config.data.train == [f"{tmp_path}/a.jsonl"]
     assert config.data.eval == [{"path": f"{tmp_path}/a.jsonl"}]
@@ -105,9 +105,13 @@ def test_a_home_directory_is_spelled_out(monkeypatch, tmp_path):
 
 def test_a_saved_config_reads_back_as_it_was_and_interpolates_nothing(monkeypatch):
     monkeypatch.setenv("ELSE", "read from the environment")
-    config = gate.check(composed(model__chat_template="{{ x }} \\${oc.env:ELSE} \\\\\\${y}", plugins=["yaml"], overwrite=True))
+    config = validate.check(
+        composed(model__chat_template="{{ x }} \\${oc.env:ELSE} \\\\\\${y}", plugins=["yaml"], overwrite=True)
+    )
     assert config.model.chat_template == "{{ x }} ${oc.env:ELSE} \\${y}"
-    again = gate.check(saved.composed(saved.load(saved.dump(config), {}, "here/demo"), "here/demo", "here/demo"))
+    again = validate.check(
+        run_config.compose_for_resume(run_config.load(run_config.dump(config), {}, "here/demo"), "here/demo", "here/demo")
+    )
     assert (again.run_dir, again.resume, again.plugins, again.overwrite) == ("here/demo", "here/demo", [], False)
     again.run_dir, again.resume, again.plugins, again.overwrite = config.run_dir, None, config.plugins, True
     assert again == config
@@ -202,23 +206,23 @@ def test_a_typing_mistake_in_a_file_name_meets_the_file_beside_it(tmp_path):
 def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert "train.batch_size=8" in message(composed(train__batch_size=7))
-    gate.check(composed(train__batch_size=8, train__microbatch_size=64))
+    validate.check(composed(train__batch_size=8, train__microbatch_size=64))
 
 
 def test_peft_keys_without_peft_are_refused_only_where_they_were_typed():
     said = message(composed(peft__r=8), ["peft.r=8"])
     assert "peft.r" in said
     assert "peft=lora" in said
-    gate.check(composed(*RUN, "peft=lora", peft__r=8), ["peft=lora", "peft.r=8"])
+    validate.check(composed(*RUN, "peft=lora", peft__r=8), ["peft=lora", "peft.r=8"])
 
 
 def test_quantize_names_the_package_to_install(monkeypatch):
-    monkeypatch.setattr("halos.config.combinations.find_spec", lambda name: None)
+    monkeypatch.setattr("halos.config.cross_checks.find_spec", lambda name: None)
     assert "pip install bitsandbytes" in message(composed(*RUN, "peft=lora", model__quantize="4bit"))
 
 
 def test_added_tokens_pass_with_the_embedding_saved():
-    gate.check(composed(*RUN, "peft=lora", model__add_tokens=["<x>"], peft__modules_to_save=["model.embed_tokens"]))
+    validate.check(composed(*RUN, "peft=lora", model__add_tokens=["<x>"], peft__modules_to_save=["model.embed_tokens"]))
 
 
 # --- models on this disk
@@ -234,13 +238,13 @@ def model(tmp_path):
 
 
 def test_a_model_directory_with_safetensors_passes(model):
-    gate.check(composed(model__name_or_path=str(model)))
+    validate.check(composed(model__name_or_path=str(model)))
 
 
 def test_a_gguf_file_passes_and_any_other_file_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"")
     (tmp_path / "a.pt").write_bytes(b"")
-    gate.check(composed(model__name_or_path="a.gguf"))
+    validate.check(composed(model__name_or_path="a.gguf"))
     assert "of files only .gguf" in message(composed(model__name_or_path="a.pt"))
 
 
@@ -310,9 +314,9 @@ def test_the_value_of_a_secret_variable_is_refused_and_never_shown(monkeypatch):
 def test_short_values_and_other_variables_are_no_secrets(monkeypatch):
     monkeypatch.setenv("SORT_KEY", "demo")
     monkeypatch.setenv("SOME_NAME", "a-long-enough-name")
-    gate.check(composed(exp_name="demo"))
-    gate.check(composed(exp_name="a-long-enough-name"))
-    gate.check(composed(*RUN, "logging=wandb", hooks__wandb__entity=None))
+    validate.check(composed(exp_name="demo"))
+    validate.check(composed(exp_name="a-long-enough-name"))
+    validate.check(composed(*RUN, "logging=wandb", hooks__wandb__entity=None))
 
 
 def test_messages_hide_secrets(monkeypatch):
@@ -342,7 +346,7 @@ def test_the_nearest_key_is_the_one_that_was_meant(typed, meant):
 
 
 def test_names_from_elsewhere_lead_to_keys_that_exist():
-    for meant in ELSEWHERE.values():
+    for meant in OTHER_NAMES.values():
         assert kind_of(meant) in ("value", "free") or meant in CHOICES
 
 
@@ -411,8 +415,8 @@ def test_the_keys_of_peft_are_those_of_its_own_config():
 def test_epochs_that_were_typed_count_against_steps_that_a_model_came_with() -> None:
     words = ["loss=sft", "model=tiny", "data=arithmetic", "exp_name=x"]
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        assert gate.check(hydra.compose("config", words), words).train.steps == 200
+        assert validate.check(hydra.compose("config", words), words).train.steps == 200
         more = [*words, "train.epochs=3"]
-        assert gate.check(hydra.compose("config", more), more).train.steps is None
+        assert validate.check(hydra.compose("config", more), more).train.steps is None
         both = [*more, "train.steps=7"]
-        assert gate.check(hydra.compose("config", both), both).train.steps == 7
+        assert validate.check(hydra.compose("config", both), both).train.steps == 7

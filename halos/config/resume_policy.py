@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from halos.config import renamed
+from halos.config import renamed_keys
 from halos.config.bind_optim import ScheduleSpec, bind_schedule
-from halos.config.paths import BUNDLED_MODELS, located
+from halos.config.paths import BUNDLED_MODELS, absolute
 from halos.config.schema import CONTENT, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Config, Scope, key_facts
 from halos.config.values import show
 from halos.confined import UnreadableError, load_json
@@ -17,7 +17,7 @@ from halos.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class PreviousRun:
     """What a run has behind it, as far as it decides which changes are safe."""
 
     settings: Mapping[str, Any]  # as it was last configured
@@ -26,7 +26,7 @@ class Past:
     by_content: bool = False  # whether it has recorded what it stands on; else all that can be compared are names
 
 
-Condition = Callable[[Config, Past], str | None]  # why the change would alter what is computed; None where it would not
+Condition = Callable[[Config, PreviousRun], str | None]  # why the change would alter what is computed; None where it would not
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Change:
         return f"{self} ({self.why})" if self.why else str(self)
 
 
-def _length(config: Config, past: Past) -> str | None:
+def _num_steps(config: Config, past: PreviousRun) -> str | None:
     """More or fewer steps are free where the rate of every step to come is what it would have been: asked of the schedule."""
     if past.oldest is None:
         return None  # no step has been made
@@ -64,7 +64,7 @@ def _length(config: Config, past: Past) -> str | None:
     return f"the {schedule.name} schedule is spread over all steps"
 
 
-def _microbatch(config: Config, past: Past) -> str | None:
+def _microbatch(config: Config, past: PreviousRun) -> str | None:
     if config.peft.name == "lora" and config.peft.lora_dropout:
         return f"with peft.lora_dropout={config.peft.lora_dropout} it decides what is dropped"
     name = config.model.name_or_path
@@ -103,36 +103,36 @@ def _dropout(node: Any) -> str | None:
     return None
 
 
-def _objective(config: Config, past: Past) -> str | None:
+def _early_stopping(config: Config, past: PreviousRun) -> str | None:
     return "early stopping remembers the best of the other objective" if config.train.early_stopping is not None else None
 
 
-def _scorer(config: Config, past: Past) -> str | None:
+def _scorer(config: Config, past: PreviousRun) -> str | None:
     """A reward model is compared by its content; a judge has but a name."""
     return None if past.by_content and config.online is not None and config.online.scorer.name == "reward_model" else ""
 
 
-CONDITIONS: dict[str, Condition] = {STEPS: _length, MICROBATCH: _microbatch, OBJECTIVE: _objective, SCORER: _scorer}
+CONDITIONS: dict[str, Condition] = {STEPS: _num_steps, MICROBATCH: _microbatch, OBJECTIVE: _early_stopping, SCORER: _scorer}
 NOT_COMPARED = (Scope.PLACE, Scope.COMMAND, Scope.CODE)
 TARGETED = ("loss", "optim", "schedule", "checkpoint")  # nodes whose keys are those of what their _target_ names
 ON_RESUME: dict[str, str] = {key: facts["on_resume"] for key, facts in key_facts() if facts["scope"] not in NOT_COMPARED}
 
 
-def compare(config: Config, past: Past) -> list[Change]:
+def compare(config: Config, past: PreviousRun) -> list[Change]:
     """Every key in which `config` is not what the run was last configured with."""
     changes = []
     for key, verdict in ON_RESUME.items():
-        values = at(past.settings, key), at(asdict(config), key)
-        for name, old, new in differences(key, *(map(located, values) if verdict == CONTENT else values)):
+        values = value_at(past.settings, key), value_at(asdict(config), key)
+        for name, old, new in differences(key, *(map(absolute, values) if verdict == CONTENT else values)):
             by_content = verdict == CONTENT and past.by_content
             # a key that is younger than the run had no value in it
-            safe = verdict == SAFE or by_content or not present(past.settings, key)
+            safe = verdict == SAFE or by_content or not has_key(past.settings, key)
             why = None if safe else CONDITIONS[verdict](config, past) if verdict in CONDITIONS else ""
             changes.append(Change(name, old, new, why))
     return changes
 
 
-def refuse(changes: Sequence[Change], path: Path) -> None:
+def refuse_unsafe(changes: Sequence[Change], path: Path) -> None:
     """Raises UserError, with all of them in one message, where changes would silently alter what a run computes."""
     told = [change.explained for change in changes if change.why is not None]
     if told:
@@ -143,7 +143,7 @@ def refuse(changes: Sequence[Change], path: Path) -> None:
         )
 
 
-def apply(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> None:
+def apply_changes(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> None:
     """Put what an earlier attempt changed, {key: [old, new]}, into a saved configuration."""
     for key, (_, new) in changed.items():
         *parents, name = key.split(".")
@@ -155,20 +155,20 @@ def apply(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> Non
         settings["hooks"] = {name: hook for name, hook in settings["hooks"].items() if hook is not None}
 
 
-def present(settings: Mapping[str, Any], key: str) -> bool:
+def has_key(settings: Mapping[str, Any], key: str) -> bool:
     """Whether a dotted key is there, be it with null, or under an old name."""
     section, _, name = key.rpartition(".")
-    node = at(settings, section) if section else settings
+    node = value_at(settings, section) if section else settings
     return isinstance(node, Mapping) and name in node
 
 
-def at(node: Mapping[str, Any], key: str) -> Any:
+def value_at(node: Mapping[str, Any], key: str) -> Any:
     """The value at a dotted key, which may stand there under an old name; None where there is nothing."""
     found: Any = node
     for part in key.split("."):
         found = found.get(part) if isinstance(found, Mapping) else None
-    old = renamed.before(key)
-    return found if found is not None or old is None else at(node, old)
+    old = renamed_keys.old_name(key)
+    return found if found is not None or old is None else value_at(node, old)
 
 
 def differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from halos.config import arithmetic, renamed
-from halos.config.changes import Change
+from halos.config import arithmetic_version, renamed_keys
+from halos.config.resume_policy import Change
 from halos.hashes import short
 
 ROWS = ("data.train", "data.eval")  # keys whose hash is of rows as they are trained on
@@ -15,7 +15,7 @@ RECORDED = ("content", "sources")  # keys of an attempt's record and of a lineag
 
 
 @dataclass(frozen=True, slots=True)
-class Content:
+class ContentHashes:
     """Hashes under the keys that name what was hashed; None where the run has no such thing.
 
     Of data there is one hash for the rows as they are trained on, and one for each source, which only says where rows that
@@ -26,7 +26,7 @@ class Content:
     sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by purpose: an entry of the config, and its hash
 
     @classmethod
-    def read(cls, record: Mapping[str, Any]) -> Content | None:
+    def read(cls, record: Mapping[str, Any]) -> ContentHashes | None:
         """What a record holds; None of one that is older than such records."""
         hashes, sources = (record.get(name) for name in RECORDED)
         if not isinstance(hashes, Mapping) or not isinstance(sources, Mapping):
@@ -34,7 +34,7 @@ class Content:
         return cls(_by_key(hashes), {name: list(entries) for name, entries in sources.items()})
 
     @classmethod
-    def of_lineage(cls, run: Mapping[str, Any]) -> Content | None:
+    def of_lineage(cls, run: Mapping[str, Any]) -> ContentHashes | None:
         """What the last run of a lineage stood on; of an older one what it has: the base's weights and the data's sources."""
         base, data = run.get("base"), run.get("data")
         if not isinstance(base, Mapping) or not isinstance(data, Mapping):
@@ -47,7 +47,7 @@ class Content:
 
 
 def _by_key(hashes: Mapping[str, str | None]) -> dict[str, str | None]:
-    return {renamed.today(key): value for key, value in hashes.items()}
+    return {renamed_keys.current_name(key): value for key, value in hashes.items()}
 
 
 def changes_record(**changes: Sequence[Change]) -> dict[str, Any]:
@@ -55,11 +55,11 @@ def changes_record(**changes: Sequence[Change]) -> dict[str, Any]:
     return {name: {change.key: [change.old, change.new] for change in some} for name, some in changes.items() if some}
 
 
-def compare(before: Content, now: Content, places: Mapping[str, str]) -> list[Change]:
+def compare(before: ContentHashes, now: ContentHashes, places: Mapping[str, str]) -> list[Change]:
     """What is no longer what it was. What was not recorded is not compared. `places` say where it lies now."""
     found = []
     for key, value in now.hashes.items():
-        if key == arithmetic.KEY:
+        if key == arithmetic_version.KEY:
             continue  # which runs a change of it concerns is known there
         purpose = key.removeprefix("data.")
         if key not in before.hashes and key in ROWS and before.sources:

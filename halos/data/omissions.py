@@ -15,7 +15,7 @@ REMEDY = "give another model.chat_template, or take that out of the data"
 Render = Callable[[Turns], str]
 
 
-class Lost:
+class OmissionCheck:
     """Knows which shapes of conversations a template, `render`, leaves nothing out of."""
 
     def __init__(self, render: Render) -> None:
@@ -62,7 +62,7 @@ def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message]
     for key in REASONS if learned else ():
         if isinstance(turn.get(key), str) and turn[key].strip():
             yield f"a thought that is to be learned, {key}", turn[key].strip(), {**turn, key: SENTINEL}
-    yield from _of_calls(turn)
+    yield from _tool_call_parts(turn)
 
 
 def _split(content: str) -> tuple[str, str]:
@@ -71,7 +71,7 @@ def _split(content: str) -> tuple[str, str]:
     return (before.rpartition(THOUGHT[0])[2], words) if mark else ("", content)
 
 
-def _of_calls(turn: Message) -> Iterator[tuple[str, str, Message]]:
+def _tool_call_parts(turn: Message) -> Iterator[tuple[str, str, Message]]:
     calls: list[Mapping[str, Any]] = list(turn.get("tool_calls") or [])
     for number, call in enumerate(calls):
         function = call.get("function")

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import yaml
 
-from halos.config import changes, saved
-from halos.config.earlier import as_now, targeted
+from halos.config import resume_policy, run_config
+from halos.config.legacy_sections import upgrade, with_target
 from halos.errors import UserError
 
 OPTIM = {"name": "adamw", "lr": 1e-6, "lr_by_peft": {"none": 1e-6}, "lr_from_scratch": {"none": 5e-4}, "betas": [0.9, 0.999],
@@ -19,20 +19,20 @@ def saved_run(**sections: Any) -> str:
 
 
 def test_a_run_of_before_targets_goes_on_with_what_it_had_and_in_the_kernel_that_it_had() -> None:
-    now = saved.load(saved_run(), {}, "runs/demo")
+    now = run_config.load(saved_run(), {}, "runs/demo")
     own = {key: value for key, value in OPTIM.items() if key != "name"}
     assert now["optim"] == {**YOUNGER, **own, "_target_": "halos.optimizers.standard.adamw", "fused": False}
     assert now["schedule"] == {"_target_": "halos.schedules.cosine", "warmup": 0.1, "final": 0.0}
-    as_now(now)
+    upgrade(now)
     assert now["optim"]["fused"] is False, "of what is new already nothing changes"
-    assert {"optim.fused", "optim.lr_by_name"} <= set(saved.younger(saved_run(), "runs/demo"))
-    assert "optim.fused" not in saved.younger(saved_run(optim={**OPTIM, "name": "sgd"}), "runs/demo")
-    assert "optim.fused" not in saved.younger(yaml.safe_dump({"optim": now["optim"]}), "runs/demo")
+    assert {"optim.fused", "optim.lr_by_name"} <= set(run_config.added_keys(saved_run(), "runs/demo"))
+    assert "optim.fused" not in run_config.added_keys(saved_run(optim={**OPTIM, "name": "sgd"}), "runs/demo")
+    assert "optim.fused" not in run_config.added_keys(yaml.safe_dump({"optim": now["optim"]}), "runs/demo")
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("adam", {"betas", "eps"}), ("rmsprop", {"eps"}), ("sgd", set())])
 def test_keys_that_an_optimizer_never_read_are_gone(name: str, keeps: set[str]) -> None:
-    now = saved.load(saved_run(optim={**OPTIM, "name": name}), {}, "runs/demo")["optim"]
+    now = run_config.load(saved_run(optim={**OPTIM, "name": name}), {}, "runs/demo")["optim"]
     assert now["_target_"] == f"halos.optimizers.standard.{name}"
     assert now.keys() & {"betas", "eps", "fused"} == keeps
 
@@ -40,7 +40,7 @@ def test_keys_that_an_optimizer_never_read_are_gone(name: str, keeps: set[str]) 
 def test_what_earlier_attempts_changed_by_name_stays_changed() -> None:
     records = {"001.yaml": "changed: {optim.name: [adamw, sgd], schedule.name: [cosine, constant]}",
                "002.yaml": "changed: {optim.lr: [1.0e-6, 1.0e-5]}"}  # fmt: skip
-    now = saved.load(saved_run(), records, "runs/demo")
+    now = run_config.load(saved_run(), records, "runs/demo")
     assert (now["optim"]["_target_"], now["optim"]["lr"]) == ("halos.optimizers.standard.sgd", 1e-5)
     assert now["schedule"] == {"_target_": "halos.schedules.constant", "warmup": 0.1}
 
@@ -54,17 +54,17 @@ def test_a_typed_name_takes_the_place_of_the_target_and_what_is_typed_beside_it_
         "fused": "auto",
         "lr": 1,
     }
-    assert targeted("optim", node) == {"_target_": "halos.optimizers.standard.sgd", "lr": 1}
-    assert "eps" in targeted("optim", node, ["optim.eps", "schedule.betas"])
+    assert with_target("optim", node) == {"_target_": "halos.optimizers.standard.sgd", "lr": 1}
+    assert "eps" in with_target("optim", node, ["optim.eps", "schedule.betas"])
     own = {"_target_": "mine.lion", "name": "a key of its own"}
-    assert targeted("optim", own) == own
+    assert with_target("optim", own) == own
     with pytest.raises(UserError, match="optim=muon"):
-        targeted("optim", {**node, "name": "muon"})
+        with_target("optim", {**node, "name": "muon"})
 
 
 def test_of_the_keys_that_all_optimizers_have_each_is_compared_by_itself_and_the_rest_together() -> None:
     old = {"_target_": "a.adamw", "lr": 1, "betas": [1]}
-    assert changes.differences("optim", old, {**old, "lr": 2}) == [], "optim.lr has an entry of its own"
-    assert changes.differences("optim", old, {**old, "betas": [2]}) == [("optim.betas", [1], [2])]
+    assert resume_policy.differences("optim", old, {**old, "lr": 2}) == [], "optim.lr has an entry of its own"
+    assert resume_policy.differences("optim", old, {**old, "betas": [2]}) == [("optim.betas", [1], [2])]
     other = {"_target_": "a.sgd", "lr": 2}
-    assert changes.differences("optim", old, other) == [("optim", old, other)]
+    assert resume_policy.differences("optim", old, other) == [("optim", old, other)]

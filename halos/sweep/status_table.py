@@ -9,12 +9,12 @@ from typing import TextIO
 from halos.sweep.job import Job, Progress, progress
 from halos.sweep.pool import Outcome
 
-EVERY = 1.0  # seconds between two looks at the jobs' files
-QUIET = 60.0  # seconds between two summaries in a log
+MIN_INTERVAL = 1.0  # seconds between two looks at the jobs' files
+SUMMARY_INTERVAL = 60.0  # seconds between two summaries in a log
 ORDER = ("running", "failed", "stopped", "finished", "waiting")
 
 
-class Board:
+class StatusTable:
     """Call it with the outcomes as often as you like."""
 
     def __init__(self, jobs: Sequence[Job], stream: TextIO = sys.stderr) -> None:
@@ -25,7 +25,7 @@ class Board:
 
     def __call__(self, outcomes: Sequence[Outcome]) -> None:
         now, changed = time.monotonic(), {n: one.state for n, one in enumerate(outcomes)} != self._known
-        if now - self._looked < EVERY and not changed:
+        if now - self._looked < MIN_INTERVAL and not changed:
             return
         self._looked = now
         if self.stream.isatty():
@@ -42,7 +42,7 @@ class Board:
         seen = progress(job) if outcome.state != "waiting" else Progress(0, None, None)
         step = f"{seen.step}/{seen.total}" if seen.total else ""
         loss = "" if seen.loss is None else f"{seen.loss:.4f}"
-        left = self._left(number, seen) if outcome.state == "running" else in_time(outcome.seconds) if outcome.seconds else ""
+        left = self._left(number, seen) if outcome.state == "running" else duration(outcome.seconds) if outcome.seconds else ""
         return (str(job.number), outcome.state, step, loss, left, job.told)
 
     def _left(self, number: int, seen: Progress) -> str:
@@ -51,7 +51,7 @@ class Board:
         when, first = self._from.setdefault(number, (time.monotonic(), seen.step))
         if seen.step <= first:
             return ""
-        return in_time((seen.total - seen.step) * (time.monotonic() - when) / (seen.step - first)) + " left"
+        return duration((seen.total - seen.step) * (time.monotonic() - when) / (seen.step - first)) + " left"
 
     def _redraw(self, outcomes: Sequence[Outcome]) -> None:
         wide, high = shutil.get_terminal_size()
@@ -66,7 +66,7 @@ class Board:
 
     def _tell(self, outcomes: Sequence[Outcome], now: float) -> None:
         fresh = [n for n, one in enumerate(outcomes) if one.state not in ("waiting", self._known.get(n))]
-        if not fresh and now - self._said > QUIET:
+        if not fresh and now - self._said > SUMMARY_INTERVAL:
             fresh = [n for n, one in enumerate(outcomes) if one.state == "running"]
         for number in fresh:
             job, state, *rest = self.row(number, outcomes[number])
@@ -88,7 +88,7 @@ def table(rows: Sequence[tuple[str, ...]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def in_time(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """`2:05` minutes and seconds, `1:02:05` with hours."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from halos.config import changes
-from halos.config.changes import CONDITIONS, NOT_COMPARED, ON_RESUME, Change, Past
+from halos.config import resume_policy
+from halos.config.resume_policy import CONDITIONS, NOT_COMPARED, ON_RESUME, Change, PreviousRun
 from halos.config.schema import (
     CONTENT,
     MATHEMATICS,
@@ -50,7 +50,7 @@ def config(**values: Any) -> Config:
 
 
 def found(new: Config, old: Config | None = None, path: Path = Path("nowhere"), oldest: int | None = 50) -> list[Change]:
-    return changes.compare(new, Past(asdict(old or config()), path, oldest))
+    return resume_policy.compare(new, PreviousRun(asdict(old or config()), path, oldest))
 
 
 def test_every_key_of_the_schema_is_compared_or_of_the_command() -> None:
@@ -66,8 +66,8 @@ def test_what_was_not_changed_is_no_change_however_it_is_written() -> None:
     assert [c.key for c in found(config(loss__beta="much", hooks={"a": {}}, model__add_tokens=["1"]))] == [
         "loss.beta", "model.add_tokens", "hooks.a",
     ]  # fmt: skip
-    assert not changes._same(True, 1)
-    assert not changes._same("", False)
+    assert not resume_policy._same(True, 1)
+    assert not resume_policy._same("", False)
 
 
 def test_a_change_of_knobs_names_the_knob_and_a_change_of_kind_the_whole() -> None:
@@ -85,7 +85,7 @@ def test_the_mathematics_is_refused_by_name(change: dict[str, Any]) -> None:
     [one] = found(config(**change))
     assert one.why is not None
     with pytest.raises(UserError, match=one.key):
-        changes.refuse([one], Path("runs/demo"))
+        resume_policy.refuse_unsafe([one], Path("runs/demo"))
 
 
 @pytest.mark.parametrize(
@@ -145,24 +145,24 @@ def test_the_objective_is_free_unless_early_stopping_follows_it() -> None:
 def test_a_key_that_is_younger_than_the_run_is_free() -> None:
     old = asdict(config())
     del old["train"]["max_grad_norm"]
-    [one] = changes.compare(config(train__max_grad_norm=1.0), Past(old, Path("nowhere"), None))
+    [one] = resume_policy.compare(config(train__max_grad_norm=1.0), PreviousRun(old, Path("nowhere"), None))
     assert (one.key, one.old, one.new, one.why) == ("train.max_grad_norm", None, 1.0, None)
 
 
 def test_all_that_is_refused_is_in_one_message() -> None:
     new = config(loss__beta=0.3, seed=1, train__steps=200, schedule=FALLING, train__log_every=5)
     with pytest.raises(UserError) as caught:
-        changes.refuse(found(new, config(schedule=FALLING)), Path("runs/demo"))
+        resume_policy.refuse_unsafe(found(new, config(schedule=FALLING)), Path("runs/demo"))
     for part in ("loss.beta 0.1 -> 0.3", "seed 0 -> 1", "train.steps 100 -> 200 (the cosine schedule", "resume_changes=allow"):
         assert part in str(caught.value)
     assert "log_every" not in str(caught.value)
-    changes.refuse(found(config(train__log_every=5)), Path("runs/demo"))
+    resume_policy.refuse_unsafe(found(config(train__log_every=5)), Path("runs/demo"))
 
 
 def test_what_attempts_changed_is_applied_in_order_and_a_null_hook_is_gone() -> None:
     settings = asdict(config(hooks={"a": {}}))
     for changed in ({"train.steps": [100, 200], "hooks.b": [None, {}]}, {"train.steps": [200, 300], "hooks.a": [{}, None]}):
-        changes.apply(settings, changed)
+        resume_policy.apply_changes(settings, changed)
     assert (settings["train"]["steps"], settings["hooks"]) == (300, {"b": {}})
 
 

@@ -7,22 +7,22 @@ from typing import Any
 
 import pytest
 
-from halos.config import arithmetic
-from halos.config.arithmetic import HISTORY, NUMBER, Computed, Revision
+from halos.config import arithmetic_version
+from halos.config.arithmetic_version import HISTORY, VERSION, Revision, RunFacts
 
 
-def computed(**other: Any) -> Computed:
+def computed(**other: Any) -> RunFacts:
     """A small language model that is trained whole in float32."""
     config: Any = SimpleNamespace(
         peft=SimpleNamespace(name="none", bias="none"), train=SimpleNamespace(microbatch_size=4, max_length=512), online=None,
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True},
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
-    return Computed(config, **{**known, "head": "layer", **other})
+    return RunFacts(config, **{**known, "head": "layer", **other})
 
 
-def why(now: Computed, since: int = 0) -> str:
-    return "; ".join(str(change.why) for change in arithmetic.changes(since, now))
+def why(now: RunFacts, since: int = 0) -> str:
+    return "; ".join(str(change.why) for change in arithmetic_version.changes_since(since, now))
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def history(monkeypatch: pytest.MonkeyPatch) -> None:
         Revision(3, "2026-03-03", "three", lambda now: True),
         Revision(3, "2026-03-03", "accuracy", lambda now: True, of="metrics"),
     )
-    monkeypatch.setattr(arithmetic, "HISTORY", lines)
-    monkeypatch.setattr(arithmetic, "NUMBER", 3)
+    monkeypatch.setattr(arithmetic_version, "HISTORY", lines)
+    monkeypatch.setattr(arithmetic_version, "VERSION", 3)
 
 
 @pytest.mark.usefixtures("history")
@@ -43,10 +43,10 @@ def test_every_change_between_that_concerns_a_run_is_named_and_no_other() -> Non
     assert why(computed(half=True), 1) == "since 2026-02-02 two; since 2026-03-03 three"
     assert why(computed(), 2) == "since 2026-03-03 three"
     assert why(computed(), 3) == ""
-    [change] = arithmetic.changes(1, computed())
+    [change] = arithmetic_version.changes_since(1, computed())
     assert str(change) == "arithmetic 1 -> 3"
-    assert arithmetic.notes(2, computed()) == ["metrics: since 2026-03-03 accuracy"]
-    assert arithmetic.notes(3, computed()) == []
+    assert arithmetic_version.notes_since(2, computed()) == ["metrics: since 2026-03-03 accuracy"]
+    assert arithmetic_version.notes_since(3, computed()) == []
 
 
 @pytest.mark.usefixtures("history")
@@ -55,14 +55,19 @@ def test_what_a_newer_version_computed_is_not_gone_on_with() -> None:
 
 
 def test_a_record_without_a_number_is_older_than_all() -> None:
-    assert [arithmetic.number_in(record) for record in (None, {}, {"arithmetic": None}, {"arithmetic": "-1"})] == [0, 0, 0, 0]
-    assert arithmetic.number_in({"arithmetic": "2"}) == arithmetic.number_in({"arithmetic": 2}) == 2
+    assert [arithmetic_version.recorded_version(record) for record in (None, {}, {"arithmetic": None}, {"arithmetic": "-1"})] == [
+        0,
+        0,
+        0,
+        0,
+    ]
+    assert arithmetic_version.recorded_version({"arithmetic": "2"}) == arithmetic_version.recorded_version({"arithmetic": 2}) == 2
 
 
 def test_numbers_rise_and_none_is_left_out() -> None:
     numbers = [revision.number for revision in HISTORY]
     assert numbers == sorted(numbers)
-    assert set(numbers) == set(range(1, NUMBER + 1))
+    assert set(numbers) == set(range(1, VERSION + 1))
 
 
 HEAD, PACKED, OWN, BIASES, PROMPTS = "summed in float32", "not packed", "own head", "trained biases", "name of its file"
@@ -81,9 +86,9 @@ HEAD, PACKED, OWN, BIASES, PROMPTS = "summed in float32", "not packed", "own hea
         (computed(head="whole", reads="score"), None),
     ],
 )
-def test_what_changed_before_the_first_number_concerns_whom_it_changed(now: Computed, named: str | None) -> None:
+def test_what_changed_before_the_first_number_concerns_whom_it_changed(now: RunFacts, named: str | None) -> None:
     if named is None:
-        assert arithmetic.changes(0, now) == []
+        assert arithmetic_version.changes_since(0, now) == []
     else:
         assert named in why(now)
 
@@ -92,7 +97,7 @@ def test_adapters_and_samples_are_concerned_by_what_they_are_computed_with() -> 
     lora = computed(half=True, refers=True)
     lora.config.peft.name = "lora"
     assert why(lora) == ""
-    assert [note.partition(":")[0] for note in arithmetic.notes(0, lora)] == ["FINAL"]
+    assert [note.partition(":")[0] for note in arithmetic_version.notes_since(0, lora)] == ["FINAL"]
     lora.config.peft.bias = "all"
     assert BIASES in why(lora)
     for path, named in (("rows.jsonl", False), ("data/rows.jsonl", True), ({"path": "org/rows"}, True)):
@@ -112,4 +117,4 @@ def test_a_live_loop_that_imitates_is_concerned_by_which_samples_it_imitates() -
 def test_metrics_that_read_otherwise_are_noted_and_refuse_nothing() -> None:
     pairs = computed()
     pairs.config.loss["_target_"] = "halos.losses.dpo.dpo"
-    assert (arithmetic.changes(0, pairs), len(arithmetic.notes(0, pairs))) == ([], 1)
+    assert (arithmetic_version.changes_since(0, pairs), len(arithmetic_version.notes_since(0, pairs))) == ([], 1)

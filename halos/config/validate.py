@@ -15,13 +15,13 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from halos.config import renamed
+from halos.config import renamed_keys
 from halos.config.bind_optim import bind_optimizer, bind_schedule, fit_shared
-from halos.config.combinations import refuse_combinations, refuse_for_loss
-from halos.config.earlier import targeted
-from halos.config.formats import own_format, own_formats
+from halos.config.cross_checks import check_combinations, check_reference
+from halos.config.custom_formats import custom_formats, load_format
+from halos.config.legacy_sections import with_target
 from halos.config.paths import check_paths
-from halos.config.plugins import admit
+from halos.config.plugins import make_importable
 from halos.config.ranges import check_ranges
 from halos.config.schema import Config
 from halos.config.secrets import refuse_secrets
@@ -39,8 +39,8 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     last, by the loss, so that most mistakes are told in well under a second.
     """
     refuse_secrets(OmegaConf.to_container(composed), typed)
-    renamed.move(composed, typed)
-    _refuse_undecided(composed, choices or {})
+    renamed_keys.move_sections(composed, typed)
+    _require_choices(composed, choices or {})
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
         check_ranges(OmegaConf.to_container(merged))
@@ -49,27 +49,27 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     except OmegaConfBaseException as error:
         raise UserError(explain(error, composed)) from error
     assert isinstance(config, Config)
-    _settle_targets(config, typed)
+    _resolve_targets(config, typed)
     if _typed("train.epochs", typed) and not _typed("train.steps", typed):
         config.train.steps = None  # of the two, what was typed counts, not what a model or an experiment came with
     refuse_secrets(resolved)
     check_ranges(resolved)
-    refuse_combinations(config, typed)
-    admit(config.plugins)
+    check_combinations(config, typed)
+    make_importable(config.plugins)
     check_paths(config, choices or {})
     _bind(config)
     return config
 
 
-def is_walk(config: Config) -> bool:
+def is_online_run(config: Config) -> bool:
     """Whether this is a walk of online rounds, which trains nothing itself."""
     return config.online is not None and config.online.steps is None
 
 
-def _settle_targets(config: Config, typed: Sequence[str]) -> None:
+def _resolve_targets(config: Config, typed: Sequence[str]) -> None:
     """Names of earlier versions become targets, and what every optimizer has gets its types."""
     keys = [text.lstrip("+~").partition("=")[0] for text in typed]
-    config.optim, config.schedule = (targeted(name, getattr(config, name), keys) for name in ("optim", "schedule"))
+    config.optim, config.schedule = (with_target(name, getattr(config, name), keys) for name in ("optim", "schedule"))
     config.optim = fit_shared(config.optim)
 
 
@@ -84,13 +84,13 @@ def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         return unknown_key(key, known)
     if isinstance(error, MissingMandatoryValue):
-        return f"{key} is missing: it takes {_wanted(key)}"
+        return f"{key} is missing: it takes {_expected(key)}"
     given = _raw(composed, key)
     if isinstance(error, InterpolationResolutionError):
         return f"{key} is {given}, which leads nowhere: {reason}"
     if isinstance(error, ValidationError):
-        remedy = f": write {key}=[{given}]" if _wanted(key) == "a list" and isinstance(given, str) else ""
-        return f"{key} takes {_wanted(key)}, not {show(given)}{remedy}"
+        remedy = f": write {key}=[{given}]" if _expected(key) == "a list" and isinstance(given, str) else ""
+        return f"{key} takes {_expected(key)}, not {show(given)}{remedy}"
     return f"{key}: {reason}" if key else reason
 
 
@@ -105,7 +105,7 @@ def _raw(composed: DictConfig, key: str) -> Any:
     return node
 
 
-def _wanted(key: str) -> str:
+def _expected(key: str) -> str:
     """What a key takes, as far as the schema says: elements of lists and mappings fall back on their container."""
     keys = schema_keys()
     name = key.partition("[")[0]
@@ -119,7 +119,7 @@ def _wanted(key: str) -> str:
     return describe(element)
 
 
-def _refuse_undecided(composed: DictConfig, choices: Choices) -> None:
+def _require_choices(composed: DictConfig, choices: Choices) -> None:
     """Choices without a sensible default are null in config.yaml: say which there are."""
     plain = OmegaConf.to_container(composed)
     assert isinstance(plain, dict)
@@ -151,13 +151,13 @@ def _listed(choices: Choices, group: str, besides: str = "") -> str:
 def _bind(config: Config) -> None:
     """Everything that has a `_target_`, against its signature. loss=online has none: the loss within it is checked with it."""
     bind_schedule(config.schedule, config.plugins)
-    for key, target in own_formats(config.data).items():
-        own_format(target, key, config.plugins)
+    for key, target in custom_formats(config.data).items():
+        load_format(target, key, config.plugins)
     from halos.config.bind import bind_hook, bind_loss  # here: it imports torch, and all that is above is told without
 
     bind_optimizer(config.optim, config.plugins)
     if config.online is None or config.loss:
-        refuse_for_loss(config, bind_loss(config.loss, config.plugins))
+        check_reference(config, bind_loss(config.loss, config.plugins))
     bind_hook("checkpoint", config.checkpoint, config.plugins)
     for name, settings in config.hooks.items():
         bind_hook(f"hooks.{name}", settings, config.plugins)

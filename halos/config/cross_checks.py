@@ -25,7 +25,7 @@ class NeedsReference(Protocol):
     def needs_reference(self) -> bool: ...
 
 
-def refuse_combinations(config: Config, typed: Sequence[str]) -> None:
+def check_combinations(config: Config, typed: Sequence[str]) -> None:
     """Raises UserError with the first complaint."""
     complaints = (
         _exp_name(config),
@@ -45,7 +45,7 @@ def refuse_combinations(config: Config, typed: Sequence[str]) -> None:
             raise UserError(complaint)
 
 
-def refuse_for_loss(config: Config, loss: NeedsReference) -> None:
+def check_reference(config: Config, loss: NeedsReference) -> None:
     """Raises UserError where the run asks for something that its loss never looks at."""
     if config.reference.name_or_path is not None and not loss.needs_reference:
         raise UserError(

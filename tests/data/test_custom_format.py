@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 
-from halos.config.formats import own_formats
+from halos.config.custom_formats import custom_formats
 from halos.config.schema import Data
+from halos.data.custom_format import convert_rows, entries_of, with_format
 from halos.data.formats import read_example
-from halos.data.own_format import entries_of, read_by, with_format
 from halos.data.prepare import LEFT_OUT
 from halos.data.sources import Source, content_hash, open_source
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Judgement, Scored
 
-from .kit import jsonl, prepared, says, user
+from .tokenizers import jsonl, prepared, says, user
 
 CODE = """
 from halos.errors import UserError
@@ -85,7 +85,7 @@ def test_one_row_may_become_several_and_none(rows: Callable[[str], list[Any]], t
 def test_an_example_stands_for_its_columns(own: Path, kind: str, wanted: Any) -> None:
     from halos.data.files import Row
 
-    [row] = read_by("ownrows.typed", iter([Row({"q": kind}, "x:1")]))
+    [row] = convert_rows("ownrows.typed", iter([Row({"q": kind}, "x:1")]))
     assert read_example(row, score="last") == wanted
 
 
@@ -125,5 +125,5 @@ def test_the_format_of_all_is_that_of_entries_that_have_none() -> None:
     data = Data(train=["a.jsonl", {"path": "b.jsonl", "format": "json"}, {"path": "c", "format": "my.rows"}], eval=[],
                 root=None, format="mine.rows", score="last")  # fmt: skip
     assert [entry["format"] for entry in entries_of(data, "train")] == ["mine.rows", "json", "my.rows"]
-    assert own_formats(data) == {"data.format": "mine.rows", "data.train.2.format": "my.rows"}
+    assert custom_formats(data) == {"data.format": "mine.rows", "data.train.2.format": "my.rows"}
     assert with_format("a.jsonl", None) == "a.jsonl"

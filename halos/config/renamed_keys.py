@@ -17,30 +17,30 @@ SECTIONS = {"online.labeller": "online.scorer"}  # old -> new
 _WORD = re.compile(r"([+~]*)([^=@]*)(.*)", re.S)  # an override: signs, key, the rest
 
 
-def today(key: str) -> str:
+def current_name(key: str) -> str:
     """A dotted key by its name of today."""
     return next((new + key.removeprefix(old) for old, new in SECTIONS.items() if key == old or key.startswith(f"{old}.")), key)
 
 
-def before(key: str) -> str | None:
+def old_name(key: str) -> str | None:
     """A key's old name, where it had one."""
     return next((old + key.removeprefix(new) for old, new in SECTIONS.items() if key == new or key.startswith(f"{new}.")), None)
 
 
-def word(override: str) -> str:
+def rename_override(override: str) -> str:
     """An override with its key by its name of today."""
     signs, key, rest = _WORD.fullmatch(override).groups()  # type: ignore[union-attr]  # it matches everything
-    return f"{signs}{today(key)}{rest}"
+    return f"{signs}{current_name(key)}{rest}"
 
 
-def note(words: Collection[str]) -> str | None:
+def deprecation_note(words: Collection[str]) -> str | None:
     """What there is to tell of overrides that were typed under an old name."""
     keys = [key.group(2) for key in map(_WORD.fullmatch, words) if key]
-    old = next((key for key in keys if today(key) != key), None)
-    return None if old is None else f"{old} is now {today(old)}; the old name is still taken"
+    old = next((key for key in keys if current_name(key) != key), None)
+    return None if old is None else f"{old} is now {current_name(old)}; the old name is still taken"
 
 
-def move(composed: DictConfig, typed: Collection[str] = ()) -> None:
+def move_sections(composed: DictConfig, typed: Collection[str] = ()) -> None:
     """Old sections into new ones, in place. What was `typed` by the new name counts more than what a YAML has under the old."""
     keys = {key.group(2) for key in map(_WORD.fullmatch, typed) if key}
     for old, new in SECTIONS.items():
@@ -54,22 +54,22 @@ def move(composed: DictConfig, typed: Collection[str] = ()) -> None:
                 if (key := f"{new}.{leaf}".rstrip(".")) not in keys:
                     OmegaConf.update(composed, key, value)
             del OmegaConf.select(composed, parent)[name]
-        _tell(old, new)
+        _warn_once(old, new)
 
 
 @cache  # a sweep composes the same YAML for each of its jobs
-def _tell(old: str, new: str) -> None:
+def _warn_once(old: str, new: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         log.warning("%s, which a YAML of yours has, is now %s; the old name is still taken", old, new)
 
 
-def moved(settings: Mapping[str, Any]) -> dict[str, Any]:
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A saved configuration with its sections by their names of today."""
-    return dict(_moved(settings, ""))
+    return dict(_renamed(settings, ""))
 
 
-def _moved(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+def _renamed(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
-        key = today(f"{prefix}{name}")
+        key = current_name(f"{prefix}{name}")
         within = isinstance(value, Mapping) and any(old.startswith(f"{key}.") for old in SECTIONS)
-        yield key.rpartition(".")[2], dict(_moved(value, f"{key}.")) if within else value
+        yield key.rpartition(".")[2], dict(_renamed(value, f"{key}.")) if within else value

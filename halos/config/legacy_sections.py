@@ -26,7 +26,7 @@ NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
 OWN = {"optim": {"betas", "eps", "fused"}, "schedule": {"warmup", "final"}}  # keys that not every name takes
 
 
-def targeted(section: str, node: Mapping[str, Any], typed: Sequence[str] = ()) -> dict[str, Any]:
+def with_target(section: str, node: Mapping[str, Any], typed: Sequence[str] = ()) -> dict[str, Any]:
     """The node `optim` or `schedule` with a target where it has a name; keys that this one does not take go with the choice that
     they came with, unless they were `typed`. Raises UserError for a name that there never was."""
     name, target = node.get("name"), node.get("_target_")
@@ -41,15 +41,15 @@ def targeted(section: str, node: Mapping[str, Any], typed: Sequence[str] = ()) -
     return {"_target_": target, **{key: value for key, value in node.items() if key not in {"name", "_target_", *left}}}
 
 
-def is_of_before_kernels(node: Any) -> bool:
+def predates_fused(node: Any) -> bool:
     """Whether a saved `optim` is AdamW of before it had the key `fused`."""
     return isinstance(node, Mapping) and node.get("name") == "adamw" and "_target_" not in node
 
 
-def as_now(settings: dict[str, Any]) -> None:
+def upgrade(settings: dict[str, Any]) -> None:
     """Bring a saved configuration, in place, to the form of this version."""
     for section in NAMES:
         if isinstance(settings.get(section), dict):
-            settings[section] = targeted(section, settings[section])
+            settings[section] = with_target(section, settings[section])
             if settings[section].get("_target_") == NAMES["optim"]["adamw"][0]:
                 settings[section].setdefault("fused", False)

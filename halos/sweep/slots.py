@@ -8,13 +8,13 @@ from halos.errors import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Slot:
     """Room for one job at a time."""
 
     environment: dict[str, str]
 
 
-def share_out(devices: Sequence[str], *, processes: int, most: int | None, cores: int, threads: str | None) -> list[Place]:
+def allocate(devices: Sequence[str], *, processes: int, most: int | None, cores: int, threads: str | None) -> list[Slot]:
     """Places for as many jobs at once as fit, `most` of them where that is given.
 
     `devices` are GPUs as CUDA_VISIBLE_DEVICES names them, none for jobs on the CPU; `threads` is OMP_NUM_THREADS where the
@@ -32,7 +32,7 @@ def share_out(devices: Sequence[str], *, processes: int, most: int | None, cores
     for number in range(count):
         mine = devices[number * processes : (number + 1) * processes]
         given = {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if devices else {}
-        places.append(Place({**given, "OMP_NUM_THREADS": threads or str(max(1, cores // (count * processes)))}))
+        places.append(Slot({**given, "OMP_NUM_THREADS": threads or str(max(1, cores // (count * processes)))}))
     return places
 
 

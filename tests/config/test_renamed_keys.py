@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from halos.config import changes, renamed, saved
-from halos.config.content import Content
+from halos.config import renamed_keys, resume_policy, run_config
+from halos.config.content_hashes import ContentHashes
 from halos.config.schema import key_facts
 
 OLD = {"online": {"labeller": {"name": "judge", "url": None}, "rounds": 2}, "seed": 1}
@@ -25,25 +25,25 @@ NEW = {"online": {"scorer": {"name": "judge", "url": None}, "rounds": 2}, "seed"
     ],
 )
 def test_a_word_that_was_typed_is_that_of_today(typed: str, taken: str) -> None:
-    assert renamed.word(typed) == taken
-    assert bool(renamed.note([typed])) is (typed != taken)
+    assert renamed_keys.rename_override(typed) == taken
+    assert bool(renamed_keys.deprecation_note([typed])) is (typed != taken)
 
 
 def test_every_new_name_is_a_key_and_no_old_one_is() -> None:
     keys = [key for key, _ in key_facts()]
-    for old, new in renamed.SECTIONS.items():
+    for old, new in renamed_keys.SECTIONS.items():
         assert any(key.startswith(new) for key in keys)
         assert not any(key.startswith(old) for key in keys)
 
 
 def test_what_was_saved_under_an_old_name_is_found_under_the_new_one() -> None:
-    assert renamed.moved(OLD) == NEW
-    assert changes.at(OLD, "online.scorer.name") == changes.at(NEW, "online.scorer.name") == "judge"
-    assert changes.present(OLD, "online.scorer.url")
-    assert not changes.present(OLD, "online.scorer.label")
+    assert renamed_keys.with_current_names(OLD) == NEW
+    assert resume_policy.value_at(OLD, "online.scorer.name") == resume_policy.value_at(NEW, "online.scorer.name") == "judge"
+    assert resume_policy.has_key(OLD, "online.scorer.url")
+    assert not resume_policy.has_key(OLD, "online.scorer.label")
     record = "changed: {online.labeller.url: [null, here]}"
-    assert saved.changed(record).keys() == {"online.scorer.url"}
-    content = Content.read({"content": {"online.labeller.model": "h"}, "sources": {}})
+    assert run_config.changed_keys(record).keys() == {"online.scorer.url"}
+    content = ContentHashes.read({"content": {"online.labeller.model": "h"}, "sources": {}})
     assert content is not None
     assert content.hashes == {"online.scorer.model": "h"}
 
@@ -53,6 +53,6 @@ def test_a_yaml_with_the_old_name_counts_but_for_what_was_typed_under_the_new_on
                  "seed": 3}  # fmt: skip
     composed = OmegaConf.create(tree)
     OmegaConf.set_struct(composed, True)
-    renamed.move(composed, ["online.scorer.model=typed"])
+    renamed_keys.move_sections(composed, ["online.scorer.model=typed"])
     assert OmegaConf.to_container(composed) == {"online": {"scorer": {"name": "judge", "model": "typed"}}, "seed": 3}
     assert OmegaConf.is_struct(composed)

@@ -4,15 +4,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from halos.config.formats import own_format
-from halos.config.plugins import code_of
+from halos.config.custom_formats import load_format
+from halos.config.plugins import code_hash
 from halos.config.schema import Data
 from halos.data.files import Row
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Judgement, Scored
 
-Read = Callable[[dict[str, Any]], Any]
-COLUMNS = {"desirable": "label"}  # fields of examples by the names that columns have
+Converter = Callable[[dict[str, Any]], Any]
+COLUMN_NAMES = {"desirable": "label"}  # fields of examples by the names that columns have
 EXAMPLES = (Demonstration, Comparison, Judgement, Scored)
 
 
@@ -27,16 +27,16 @@ def with_format(entry: Any, format: str | None) -> Any:
     return {**entry, "format": format} if isinstance(entry, Mapping) else {"path": entry, "format": format}
 
 
-def hash_of(target: str) -> str:
+def code_hash_of(target: str) -> str:
     """Of the code that makes examples of rows."""
-    own_format(target, "data.format", [target.partition(".")[0]])  # which the gate has admitted: imported, where it was not yet
-    return code_of(target) or ""
+    load_format(target, "data.format", [target.partition(".")[0]])  # which the gate has admitted: imported, where it was not yet
+    return code_hash(target) or ""
 
 
-def read_by(target: str, rows: Iterator[Row]) -> Iterator[Row]:
+def convert_rows(target: str, rows: Iterator[Row]) -> Iterator[Row]:
     """`rows` as the function makes them: one, several, or one that says that it leaves a row out. Raises UserError, with the
     row's place, for whatever goes wrong in it."""
-    function = own_format(target, "data.format", [target.partition(".")[0]])
+    function = load_format(target, "data.format", [target.partition(".")[0]])
     for row in rows:
         found = _call(function, target, row)
         several = isinstance(found, Sequence) and not isinstance(found, str)
@@ -47,7 +47,7 @@ def read_by(target: str, rows: Iterator[Row]) -> Iterator[Row]:
             yield Row({}, row.where, left_out=True)
 
 
-def _call(function: Read, target: str, row: Row) -> Any:
+def _call(function: Converter, target: str, row: Row) -> Any:
     try:
         return function(dict(row.record))
     except UserError as error:
@@ -59,7 +59,7 @@ def _call(function: Read, target: str, row: Row) -> Any:
 
 def _columns(made: Any, target: str, row: Row) -> dict[str, Any]:
     if isinstance(made, EXAMPLES):
-        values = {COLUMNS.get(each.name, each.name): getattr(made, each.name) for each in fields(made)}
+        values = {COLUMN_NAMES.get(each.name, each.name): getattr(made, each.name) for each in fields(made)}
         turns = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return {"output_ids": turns.pop("ids", None), **turns}
     if isinstance(made, Mapping) and all(isinstance(name, str) for name in made):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from halos.config.changes import Change
+from halos.config.resume_policy import Change
 from halos.config.schema import Config
 
 PAIRED = ("dpo", "cdpo", "ipo", "simpo", "slic", "bradley_terry")
@@ -17,7 +17,7 @@ KEY = "arithmetic"  # of the number, in an attempt's record, in a lineage and in
 
 
 @dataclass(frozen=True, slots=True)
-class Computed:
+class RunFacts:
     """What decides whether a change of the arithmetic concerns a run."""
 
     config: Config
@@ -37,11 +37,11 @@ class Revision:
     number: int
     date: str
     what: str
-    concerns: Callable[[Computed], bool]
+    concerns: Callable[[RunFacts], bool]
     of: Literal["steps", "metrics", "FINAL"] = "steps"
 
 
-def _sums_head_in_parts(now: Computed) -> bool:
+def _sums_head_in_parts(now: RunFacts) -> bool:
     """A head is trained, and not in one product of float32: of a small vocabulary the sum is the same to the bit."""
     if now.config.peft.name != "none" or now.reads == "score":
         return False
@@ -50,26 +50,26 @@ def _sums_head_in_parts(now: Computed) -> bool:
     return now.half or any(bent) or rows * int(now.model["vocab_size"]) > 2**25
 
 
-def _trains_biases(now: Computed) -> bool:
+def _trains_biases(now: RunFacts) -> bool:
     return now.refers and now.config.peft.name == "lora" and now.config.peft.bias != "none"
 
 
-def _samples_by_directory(now: Computed) -> bool:
+def _samples_by_directory(now: RunFacts) -> bool:
     data = now.before.get("data") or {}
     entries = [entry for purpose in ("train", "eval") for entry in data.get(purpose) or []]
     paths = [entry.get("path") if isinstance(entry, Mapping) else entry for entry in entries]
     return now.config.online is not None and any("/" in str(path) for path in paths)
 
 
-def _merges(now: Computed) -> bool:
+def _merges(now: RunFacts) -> bool:
     return now.config.peft.name == "lora" and bool(now.config.checkpoint.get("merge_lora"))
 
 
-def _of_loss(*names: str) -> Callable[[Computed], bool]:
+def _of_loss(*names: str) -> Callable[[RunFacts], bool]:
     return lambda now: str(now.config.loss.get("_target_")).rpartition(".")[2] in names
 
 
-def _imitates_live(now: Computed) -> bool:
+def _imitates_live(now: RunFacts) -> bool:
     online = now.config.online
     return _of_loss("sft")(now) and online is not None and online.steps is not None
 
@@ -89,27 +89,27 @@ HISTORY = (
     Revision(2, "2026-11-27", "a live loop imitates the samples that are desirable (online.feedback), as rounds do, and not all",
              _imitates_live),
 )  # fmt: skip
-NUMBER = HISTORY[-1].number
+VERSION = HISTORY[-1].number
 
 
-def number_in(record: Mapping[str, Any] | None) -> int:
+def recorded_version(record: Mapping[str, Any] | None) -> int:
     """What a record says; 0 for one that is older than such numbers, or is none."""
     found = str((record or {}).get(KEY))
     return int(found) if found.isdecimal() else 0
 
 
-def changes(since: int, now: Computed) -> list[Change]:
+def changes_since(since: int, now: RunFacts) -> list[Change]:
     """What the steps of a run would be changed by that was computed with the arithmetic of number `since`."""
-    if since > NUMBER:
-        return [Change(KEY, since, NUMBER, "a newer version of halos computed it: go on with that one")]
+    if since > VERSION:
+        return [Change(KEY, since, VERSION, "a newer version of halos computed it: go on with that one")]
     steps = [f"since {one.date} {one.what}" for one in _between(since, now) if one.of == "steps"]
-    return [Change(KEY, since, NUMBER, "; ".join(steps))] if steps else []
+    return [Change(KEY, since, VERSION, "; ".join(steps))] if steps else []
 
 
-def notes(since: int, now: Computed) -> list[str]:
+def notes_since(since: int, now: RunFacts) -> list[str]:
     """What changes no step of such a run, and is other than it was."""
     return [f"{one.of}: since {one.date} {one.what}" for one in _between(since, now) if one.of != "steps"]
 
 
-def _between(since: int, now: Computed) -> Iterator[Revision]:
+def _between(since: int, now: RunFacts) -> Iterator[Revision]:
     return (one for one in HISTORY if one.number > since and one.concerns(now))
