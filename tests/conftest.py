@@ -85,12 +85,12 @@ def configure(tmp_path: Path, cache: Path) -> Callable[..., Config]:
 @pytest.fixture
 def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
     """`trainer("loss=dpo", ...)`: everything assembled, nothing trained."""
-    from halos.distributed.launch import accelerator
+    from halos.distributed.launch import make_accelerator
     from halos.run.assemble import assemble
 
     def make(*overrides: str) -> Trainer:
         config = configure(*overrides)
-        made = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+        made = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
         assert made is not None
         return made
 

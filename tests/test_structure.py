@@ -64,7 +64,7 @@ def test_the_drawing_of_the_architecture_is_that_of_the_code() -> None:
 # what tells one engine from another: its modules, its marks on parameters, and the launcher's variables that ask for it
 ENGINE = re.compile(
     r"\b(FSDPModule|fully_shard|DTensor|DistributedDataParallel|Zero|strategies|deepspeed\w*|fsdp2|replicated|zero|ds_\w+)\b|"
-    r"ACCELERATE_USE_|asked_to_"
+    r"ACCELERATE_USE_|fsdp_requested"
 )
 
 
@@ -82,7 +82,7 @@ def names_in(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_nobody_asks_which_engine_runs(path: Path) -> None:
-    """A strategy answers instead; `strategies.asked` is called once, where a run is put together."""
+    """A strategy answers instead; `strategies.requested_strategy` is called once, where a run is put together."""
     room, *rest = path.relative_to(ROOT / "halos").parts
     if room == "distributed":
         return

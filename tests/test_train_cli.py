@@ -64,7 +64,7 @@ def launch(monkeypatch, **told):
 
 @pytest.fixture
 def cli(monkeypatch, capsys):
-    monkeypatch.setattr(command, "leave", sys.exit)  # one of several processes would end these tests' own
+    monkeypatch.setattr(command, "exit_process", sys.exit)  # one of several processes would end these tests' own
 
     def call(*words):
         monkeypatch.setattr(sys, "argv", ["train.py", *words])
@@ -129,10 +129,10 @@ def test_resume_takes_one_directory(refused, words):
 def test_one_of_several_processes_ends_with_the_status_and_without_the_interpreters_own_end():
     said = """if True:
         import atexit, os
-        from halos.distributed.children import leave
+        from halos.distributed.children import exit_process
         os.environ['WORLD_SIZE'] = '2'
         atexit.register(print, 'flushed')
-        leave(75)
+        exit_process(75)
     """
     ended = subprocess.run([sys.executable, "-c", said], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stdout) == (75, "flushed\n")

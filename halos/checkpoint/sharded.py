@@ -14,7 +14,7 @@ from torch.distributed.checkpoint import load as load_sharded
 from torch.distributed.checkpoint._hf_utils import DCP_SHARDING_INFO_KEY, DCP_VERSION_KEY, HF_DCP_VERSION
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from halos.distributed.parameters import is_shard, offset_of, own_part
+from halos.distributed.parameters import is_shard, local_offset, local_part
 from halos.errors import UserError
 from halos.merge import safetensors_io
 from halos.merge.safetensors_io import Entry
@@ -28,7 +28,7 @@ def write(directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGro
     directory.mkdir(parents=True, exist_ok=True)
     entries = {}
     for name in mine:
-        local, offsets[name] = own_part(tensors[name]), offset_of(tensors[name])
+        local, offsets[name] = local_part(tensors[name]), local_offset(tensors[name])
         entries[name] = Entry(local.dtype, list(local.shape), partial(_block, local))
     facts = {name: {"saved_offsets": where} for name, where in offsets.items()}
     if entries:
@@ -42,7 +42,7 @@ def _block(local: Tensor) -> Iterator[Tensor]:
 
 def _own(tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None) -> list[str]:
     """Names of what this process writes: every shard that holds something, and whole tensors that no process before it has."""
-    shards = [name for name, value in tensors.items() if is_shard(value) and own_part(value).numel()]
+    shards = [name for name, value in tensors.items() if is_shard(value) and local_part(value).numel()]
     whole = [name for name, value in tensors.items() if not is_shard(value)]
     if dist.is_initialized():
         everyone: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]

@@ -16,8 +16,8 @@ from halos.cli.status import FAILED, refuse
 from halos.config import renamed_keys
 from halos.config.overrides import Override, check_choices, quote_nested, unreadable
 from halos.config.secrets import refuse_secrets
-from halos.distributed.children import leave
-from halos.distributed.environment import number_of, refuse_half_launched, world_size
+from halos.distributed.children import exit_process
+from halos.distributed.environment import count_from_environment, refuse_partial_launch, world_size
 from halos.distributed.signals import exit_on_stop_signal, restore_signals_and_argv
 from halos.errors import JobsFailedError, UserError, read_enough
 from halos.repository import COMMAND
@@ -27,9 +27,9 @@ def main() -> None:
     """Ends with the run's exit status."""
     exit_on_stop_signal()
     try:
-        leave(begin(sys.argv[1:]))
+        exit_process(begin(sys.argv[1:]))
     except UserError as error:
-        leave(refuse(error))
+        exit_process(refuse(error))
     except JobsFailedError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(FAILED)
@@ -50,7 +50,7 @@ def one_run(overrides: Sequence[str]) -> Result:
     if options := [word for word in overrides if word.startswith("-")]:
         raise UserError(f"{options[0]} is an option of the command line: train() takes overrides, as in train(['loss=dpo'])")
     with restore_signals_and_argv():
-        refuse_half_launched()
+        refuse_partial_launch()
         refuse_secrets({}, overrides)
         tree, quoted = ConfigTree(), _by_todays_names(overrides)
         typed = [parse(text, tree.choices) for text in quoted]
@@ -75,7 +75,7 @@ def begin(argv: Sequence[str]) -> int:
             "a sweep cannot run inside accelerate launch, where the second job would fail:"
             f" {COMMAND} -m ... hydra/launcher=accelerate starts each job with its own accelerate launch"
         )
-    refuse_half_launched()
+    refuse_partial_launch()
     refuse_secrets({}, overrides)
     tree = ConfigTree.of_options(args.config_path, args.config_dir, args.config_name)
     typed = [parse(text, tree.choices) for text in overrides]
@@ -92,7 +92,7 @@ def begin(argv: Sequence[str]) -> int:
 
 def _by_todays_names(words: Sequence[str]) -> list[str]:
     """Overrides as Hydra's grammar takes them; who types an old name is told the new one."""
-    if (note := renamed_keys.deprecation_note(words)) and not number_of("LOCAL_RANK", 0):
+    if (note := renamed_keys.deprecation_note(words)) and not count_from_environment("LOCAL_RANK", 0):
         print(note, file=sys.stderr)
     return [quote_nested(renamed_keys.rename_override(word)) for word in words]
 

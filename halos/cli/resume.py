@@ -15,7 +15,7 @@ from halos.config.overrides import Choices, Override, resolve_keys
 from halos.config.resume_policy import Change, PreviousRun
 from halos.config.schema import SAFE, Config
 from halos.config.secrets import refuse_saved_addresses
-from halos.distributed.environment import number_of
+from halos.distributed.environment import count_from_environment
 from halos.errors import UserError, printable
 from halos.repository import CONFIG
 from halos.rundir import RunDir, is_run, step_of
@@ -116,7 +116,7 @@ def last_settings(run_dir: RunDir) -> dict[str, Any]:
 def _note_cache(settings: dict[str, Any], config: Config) -> None:
     """A cache that is not followed would be made anew, on a disk that may be too small for it."""
     elsewhere = settings.get("cache_dir")
-    if elsewhere != config.cache_dir and not number_of("LOCAL_RANK", 0):
+    if elsewhere != config.cache_dir and not count_from_environment("LOCAL_RANK", 0):
         note = f"the saved run's cache_dir={elsewhere} is not followed; this command's is {config.cache_dir}"
         print(printable(f"{note} (cache_dir= names one)"), file=sys.stderr)
 

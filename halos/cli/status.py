@@ -7,7 +7,7 @@ import sys
 import time
 
 from halos.config.secrets import redact
-from halos.distributed.environment import number_of
+from halos.distributed.environment import count_from_environment
 from halos.distributed.signals import STOP_SIGNALS
 from halos.errors import UserError, printable
 
@@ -16,7 +16,7 @@ FAILED, WRONG_INPUT = 1, 2
 
 def refuse(error: UserError) -> int:
     """One message a host. The other ranks wait, so that the launcher does not end the one that speaks before it has."""
-    if number_of("LOCAL_RANK", 0):
+    if count_from_environment("LOCAL_RANK", 0):
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # from the launcher, once the other has left
         time.sleep(2)

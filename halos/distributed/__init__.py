@@ -1,1 +1,1 @@
-"""The processes of a run: how they start and meet, share a model, watch each other, and end."""
+"""The ranks of a run: launch, rendezvous, strategies (DDP, FSDP2, DeepSpeed), watchdog, signals and exit."""

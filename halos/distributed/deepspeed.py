@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: stages 1 and 2 share out the optimizer's state, stage 3 the parameters too."""
+"""DeepSpeed ZeRO: stages 1 and 2 shard the optimizer state, stage 3 the parameters too."""
 
 from collections.abc import Callable, Set
 from typing import Any
@@ -7,27 +7,27 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from halos.distributed import deepspeed_config
-from halos.distributed.deepspeed_config import deepspeed_asked, stage_asked
+from halos.distributed.deepspeed_config import deepspeed_requested, zero_stage
 from halos.distributed.strategy import Fill, MakeOptimizer, Strategy, of_model
-from halos.distributed.zero import Zero, blanks_of, cut, engage, engage_frozen, put_weights
+from halos.distributed.zero import Zero, empty_weights, initialize, initialize_frozen, load_weights, shard
 from halos.logps.hidden import backbone_of
 from halos.logps.model import ActorCritic, LanguageModel, Reader, bare
 
 
 class DeepSpeed(Strategy):
-    """ZeRO 1 and 2. The engine keeps the optimizer, clips, steps and forgets the gradients, all in `clip`."""
+    """ZeRO 1 and 2. DeepSpeed's engine owns the optimizer, and clips, steps and frees the gradients in one call, in `clip`."""
 
-    takes_quantised = False
-    optimizer_meets = "flat"
+    supports_quantised = False
+    parameter_layout = "flat"
     optimizer_state_is_copied = True
 
     @classmethod
-    def is_asked(cls) -> bool:
-        return deepspeed_asked()
+    def is_requested(cls) -> bool:
+        return deepspeed_requested()
 
     @property
     def name(self) -> str:
-        return f"DeepSpeed ZeRO-{stage_asked()}"
+        return f"DeepSpeed ZeRO-{zero_stage()}"
 
     @classmethod
     def refuse_settings(cls, *, max_grad_norm: float | None, trained: str) -> None:
@@ -36,37 +36,37 @@ class DeepSpeed(Strategy):
     def wrap(
         self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None, fill: Fill | None = None
     ) -> tuple[nn.Module, Optimizer]:
-        self._share_start(module)
-        self._agree_on_tensors(module)
-        module = self._hold(module, fill)
-        engaged = engage(
+        self._broadcast_start(module)
+        self._require_same_tensors(module)
+        module = self._distribute(module, fill)
+        zero = initialize(
             module.to(self.accelerator.device), optimizer_of(module), max_grad_norm=max_grad_norm, head=_head(module)
         )
-        return engaged, engaged.optimizer
+        return zero, zero.optimizer
 
-    def _hold(self, module: Reader, fill: Fill | None) -> Reader:
+    def _distribute(self, module: Reader, fill: Fill | None) -> Reader:
         if fill is not None:
             fill(module)
         return module
 
     def backward(self, module: nn.Module, loss: Tensor, *, last: bool) -> None:
-        _engaged(module).backward(loss, last=last)
+        _zero(module).backward(loss, last=last)
 
-    def clip(self, module: nn.Module, most: float | None) -> Tensor:
-        """And step, unless the norm is not finite: the engine does all three at once."""
-        return _engaged(module).update()
+    def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
+        """Clip, step unless the norm is not finite, and free the gradients: the engine does all three in one call."""
+        return _zero(module).update()
 
     def step(self, optimizer: Optimizer) -> None:
-        """The engine has."""
+        """Do nothing: `clip` has stepped."""
 
-    def forget(self, optimizer: Optimizer) -> None:
-        """The engine has."""
+    def zero_grad(self, optimizer: Optimizer) -> None:
+        """Do nothing: `clip` has freed the gradients."""
 
     def gathered(self, module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
-        return super().gathered(_engaged(module).module, trained_only=trained_only, offload=offload)
+        return super().gathered(_zero(module).module, trained_only=trained_only, offload=offload)
 
     def optimizer_state(self, module: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        return _engaged(module).optimizer_state()
+        return _zero(module).optimizer_state()
 
     def load_optimizer(
         self,
@@ -76,60 +76,61 @@ class DeepSpeed(Strategy):
         refuse_others: Callable[[Set[str]], None],
         read: Callable[[dict[str, Tensor]], None],
     ) -> None:
-        engaged = _engaged(module)
-        refuse_others(engaged.settings().keys())
-        for part in engaged.blanks():
+        zero = _zero(module)
+        refuse_others(zero.settings().keys())
+        for part in zero.empty_optimizer_state():
             read(part)
-            engaged.put(part)
+            zero.load_optimizer_state(part)
 
 
 class DeepSpeed3(DeepSpeed):
-    """ZeRO 3."""
+    """ZeRO 3: parameters are sharded too."""
 
     is_sharded = True
     shards_are_copied = True
 
     @classmethod
-    def is_asked(cls) -> bool:
-        return deepspeed_asked() and stage_asked() == 3
+    def is_requested(cls) -> bool:
+        return deepspeed_requested() and zero_stage() == 3
 
-    def _hold(self, module: Reader, fill: Fill | None) -> Reader:
-        cut(module)
+    def _distribute(self, module: Reader, fill: Fill | None) -> Reader:
+        shard(module)
         if fill is not None:
             fill(module)
         return module
 
-    def _hold_frozen(self, module: Reader) -> nn.Module:
-        self._agree_on_tensors(module)
-        cut(module)
-        return engage_frozen(module, head=_head(module))
+    def _distribute_frozen(self, module: Reader) -> nn.Module:
+        self._require_same_tensors(module)
+        shard(module)
+        return initialize_frozen(module, head=_head(module))
 
     def gathered(self, module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
-        return of_model(_engaged(module).gathered(trained_only=trained_only, offload=offload))
+        return of_model(_zero(module).gathered(trained_only=trained_only, offload=offload))
 
     def shards(self, module: nn.Module) -> dict[str, Any]:
-        """Each tensor whole, on one process."""
-        return of_model(_engaged(module).shares())
+        """Return whole tensors, each on one rank."""
+        return of_model(_zero(module).whole_tensors())
 
     def load_weights(self, module: nn.Module, read: Callable[[dict[str, Any]], None]) -> None:
-        for part in blanks_of(module):
+        for part in empty_weights(module):
             read(of_model(part))
-            put_weights(module, part)
+            load_weights(module, part)
 
 
-def _engaged(module: nn.Module) -> Zero:
-    assert isinstance(module, Zero), "what `wrap` gave"
+def _zero(module: nn.Module) -> Zero:
+    assert isinstance(module, Zero), "`wrap` returned the module"
     return module
 
 
 def _head(module: nn.Module) -> nn.Module | None:
-    """What of a language model is called as often as its scored tokens need: its last layer, or all above its backbone."""
+    """Return the part of a language model that is called once per chunk of scored tokens: its last layer, or all above its
+    backbone."""
     if not isinstance(module, LanguageModel | ActorCritic):
         return None
     inner = bare(module.model)
     if module.plan.head == "layer":
         layer = inner.get_output_embeddings()
-        assert isinstance(layer, nn.Module), "the plan has used it"
+        assert isinstance(layer, nn.Module), "the plan uses it"
         return layer
     backbone = backbone_of(inner) if module.plan.head == "own" else inner
     return nn.ModuleList(part for part in inner.children() if part is not backbone)

@@ -1,4 +1,4 @@
-"""Whether this process uses a GPU, what that GPU can do, and how torch computes on it."""
+"""The device and precision of this process: what the launcher requests, what the GPU supports, how torch is set up."""
 
 import os
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ DETERMINISTIC = {  # read by cuBLAS and by flash-attn, before their first call
 
 @dataclass(frozen=True, slots=True)
 class LauncherSettings:
-    """What accelerate's command line and config file say. Its environment does not tell that from its own defaults."""
+    """Settings from accelerate's command line and config file. Its environment variables mix them with its own defaults."""
 
     num_processes: int | None = None
     mixed_precision: str | None = None
@@ -26,74 +26,74 @@ class LauncherSettings:
 
 @cache
 def launcher_settings() -> LauncherSettings:
-    """Of the `accelerate launch` that started this process; empty where another launcher did, or none."""
-    words = parent_command()
-    if not is_accelerate(words):
+    """Return the settings of the `accelerate launch` that started this process; empty if there was none."""
+    arguments = parent_command()
+    if not is_accelerate_launch(arguments):
         return LauncherSettings()
-    config = _read(_option(words, "config_file"))
-    number, precision = _option(words, "num_processes"), _option(words, "mixed_precision")
+    config = _read_config(_option(arguments, "config_file"))
+    number, precision = _option(arguments, "num_processes"), _option(arguments, "mixed_precision")
     return LauncherSettings(
-        num_processes=int(number) if number and number.isdigit() else _whole(config.get("num_processes")),
-        mixed_precision=precision or _word(config.get("mixed_precision")),
-        use_cpu="--cpu" in words or config.get("use_cpu") is True,
+        num_processes=int(number) if number and number.isdigit() else _int_or_none(config.get("num_processes")),
+        mixed_precision=precision or _precision_or_none(config.get("mixed_precision")),
+        use_cpu="--cpu" in arguments or config.get("use_cpu") is True,
     )
 
 
-def cpu_asked() -> bool:
-    """Whether the launcher was told to stay on the CPU, whatever else this machine has."""
+def cpu_requested() -> bool:
+    """Return whether the launcher requests the CPU, even on a machine with a GPU."""
     return launcher_settings().use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
 
 
 def uses_gpu() -> bool:
-    return not cpu_asked() and torch.cuda.is_available()
+    return not cpu_requested() and torch.cuda.is_available()
 
 
 def has_bfloat16() -> bool:
-    """Whether the GPU of this process computes in bfloat16 itself: torch also counts GPUs that only emulate it."""
+    """Return whether the GPU supports bfloat16 in hardware: torch also counts GPUs that only emulate it."""
     return uses_gpu() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def precision_asked() -> str | None:
-    """The launcher's mixed_precision where somebody wrote it down: accelerate sets its variable to `no` also where nobody did."""
-    if is_accelerate(parent_command()):
+def requested_precision() -> str | None:
+    """Return the launcher's mixed_precision if the user set it: accelerate sets its variable to `no` by default."""
+    if is_accelerate_launch(parent_command()):
         return launcher_settings().mixed_precision
     return os.environ.get("ACCELERATE_MIXED_PRECISION")
 
 
 def prepare_torch(*, deterministic: bool = False) -> None:
-    """How torch is to compute in this process; before its first call to a GPU.
+    """Configure torch in this process, before its first call to a GPU.
 
     cuDNN's attention builds a plan for each new shape and stride, and packed rows have new ones in nearly every call: a plan
     costs a hundred times the attention itself. Flash attention takes over.
     """
     torch.backends.cuda.enable_cudnn_sdp(False)
     if not uses_gpu():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # libraries import DeepSpeed where it is installed, and it wonders aloud
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # libraries import DeepSpeed where it is installed, and it logs a warning
     if deterministic:
         os.environ.update(DETERMINISTIC)
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
 
 
-def is_accelerate(words: list[str]) -> bool:
-    """Whether a command is `accelerate launch`, or its module by -m or by path."""
-    if any("accelerate/commands/launch" in word or "accelerate.commands.launch" in word for word in words):
+def is_accelerate_launch(arguments: list[str]) -> bool:
+    """Return whether a command line is `accelerate launch`, or its module by -m or by path."""
+    if any("accelerate/commands/launch" in each or "accelerate.commands.launch" in each for each in arguments):
         return True
-    return "launch" in words and any("accelerate" in word for word in words[: words.index("launch")])
+    return "launch" in arguments and any("accelerate" in each for each in arguments[: arguments.index("launch")])
 
 
 def parent_command() -> list[str]:
-    """The command line of this process's parent; empty where it cannot be read."""
+    """Return the command line of this process's parent; empty if it cannot be read."""
     try:
         return psutil.Process(os.getppid()).cmdline()
     except psutil.Error:
         return []
 
 
-def _read(name: str | None) -> dict[str, object]:
-    """accelerate's config: the file that was named, else the one that `accelerate config` wrote; empty where there is none."""
+def _read_config(name: str | None) -> dict[str, object]:
+    """Read accelerate's config from the named file, else from the one that `accelerate config` wrote; empty if there is none."""
     if name is None:
-        from accelerate.commands.config.config_args import default_config_file  # here: most starts do without
+        from accelerate.commands.config.config_args import default_config_file  # here: most runs do not need it
 
         name = str(default_config_file)
     path = Path(name)
@@ -101,21 +101,21 @@ def _read(name: str | None) -> dict[str, object]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _option(words: list[str], name: str) -> str | None:
-    """The value of `--name VALUE` or `--name=VALUE`, spelled with _ or -."""
+def _option(arguments: list[str], name: str) -> str | None:
+    """Return the value of `--name VALUE` or `--name=VALUE`, spelled with _ or -."""
     spellings = (f"--{name}", f"--{name.replace('_', '-')}")
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        if word in spellings:
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if argument in spellings:
             return following
-        if word.partition("=")[0] in spellings:
-            return word.partition("=")[2]
+        if argument.partition("=")[0] in spellings:
+            return argument.partition("=")[2]
     return None
 
 
-def _whole(value: object) -> int | None:
+def _int_or_none(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) else None
 
 
-def _word(value: object) -> str | None:
-    """YAML reads an unquoted `no` as False."""
+def _precision_or_none(value: object) -> str | None:
+    """Return a mixed_precision setting as text; YAML reads an unquoted `no` as False."""
     return "no" if value is False else value if isinstance(value, str) else None

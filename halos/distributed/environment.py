@@ -1,35 +1,35 @@
-"""What a launcher told this process of itself, read from the environment. Imports no torch: wrong input is refused before."""
+"""The rank variables that a launcher sets in the environment. Imports no torch, so that wrong input is refused at once."""
 
 import os
 
 from halos.errors import UserError, one_line
 
-MEETING = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # all of them, or nobody launched this process
-MINE = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+RENDEZVOUS_VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
 
 
-def number_of(name: str, default: int) -> int:
-    """A variable that counts processes; the default for an empty one and for what `refuse_half_launched` refuses."""
+def count_from_environment(name: str, default: int) -> int:
+    """The value of a variable that counts ranks; the default if it is empty or `refuse_partial_launch` would refuse it."""
     text = os.environ.get(name, "")
     return int(text) if text.isascii() and text.isdecimal() and len(text) < 10 else default
 
 
 def world_size() -> int:
-    return max(1, number_of("WORLD_SIZE", 1))
+    return max(1, count_from_environment("WORLD_SIZE", 1))
 
 
-def refuse_half_launched() -> None:
-    """Raises UserError for what a scheduler, or an earlier shell, left in the environment: this process would wait for others
-    that nobody starts, or be one of several that never meet."""
-    there = [name for name in MINE if os.environ.get(name)]
-    for name in there:
-        if number_of(name, -1) < 0:
+def refuse_partial_launch() -> None:
+    """Raises UserError for rank variables left behind by a scheduler or an earlier shell: this process would wait for ranks
+    that nobody starts, or be one of several that never form a group."""
+    present = [name for name in RANK_VARIABLES if os.environ.get(name)]
+    for name in present:
+        if count_from_environment(name, -1) < 0:
             raise UserError(f"the environment has {name}={one_line(os.environ[name])}, which is no number: unset it")
-    missing = [name for name in MEETING if not os.environ.get(name)]
-    if not there or not missing or (there == ["WORLD_SIZE"] and world_size() == 1):
+    missing = [name for name in RENDEZVOUS_VARIABLES if not os.environ.get(name)]
+    if not present or not missing or (present == ["WORLD_SIZE"] and world_size() == 1):
         return
-    told = " ".join(f"{name}={os.environ[name]}" for name in there)
+    settings = " ".join(f"{name}={os.environ[name]}" for name in present)
     raise UserError(
-        f"the environment has {told}, as if a launcher had started this process, but not {', '.join(missing)}: start it with"
-        f" accelerate launch or torchrun; or, where a scheduler has left them behind, unset {' '.join(there)}"
+        f"the environment has {settings}, as if a launcher had started this process, but not {', '.join(missing)}: start it with"
+        f" accelerate launch or torchrun; or, where a scheduler has left them behind, unset {' '.join(present)}"
     )

@@ -1,4 +1,4 @@
-"""FSDP2: every process has a shard of each parameter, and a layer is gathered where it is called."""
+"""FSDP2: every rank has a shard of each parameter, and a layer is all-gathered when it is called."""
 
 from typing import Any
 
@@ -11,39 +11,39 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halos.distributed.launch import asked_to_shard
+from halos.distributed.launch import fsdp_requested
 from halos.distributed.strategy import Fill, Strategy
 from halos.errors import UserError
 from halos.logps.model import Reader, bare
 
 
 class FSDP2(Strategy):
-    """A group of parameters for each layer of the model, and one for the rest, the head included.
+    """One parameter group per layer, and one for the rest of the model, the head included.
 
-    torch's own engine rather than accelerate's `prepare`, which shards on GPUs only, wants names of layer classes, and
-    would turn a frozen bfloat16 base into float32. The accelerate config still says how (`fsdp_config`). The first process
-    has the whole model in its host's memory, and deals it out a tensor at a time; the others' are hollow until then.
+    Uses torch's `fully_shard` rather than accelerate's `prepare`, which shards on GPUs only, needs names of layer classes, and
+    would turn a frozen bfloat16 base into float32. Its settings are those of the accelerate config (`fsdp_config`). Rank 0 has
+    the whole model in host memory, and broadcasts it a tensor at a time; the other ranks' models are empty until then.
     """
 
     is_sharded = True
-    takes_quantised = False
-    optimizer_meets = "rows"
+    supports_quantised = False
+    parameter_layout = "rows"
     name = "FSDP2"
 
     @classmethod
-    def is_asked(cls) -> bool:
-        return asked_to_shard()
+    def is_requested(cls) -> bool:
+        return fsdp_requested()
 
     def refuse_model(self, model: nn.Module) -> None:
         if not _layers(model):
             raise UserError(f"FSDP: {type(bare(model)).__name__} has no layers to shard by; launch it with a DDP config")
 
-    def _hold(self, module: Reader, fill: Fill | None) -> nn.Module:
+    def _distribute(self, module: Reader, fill: Fill | None) -> nn.Module:
         layers, accelerator, plugin = _layers(module), self.accelerator, FullyShardedDataParallelPlugin()
-        assert layers, "refuse_model came before"
+        assert layers, "refuse_model is called first"
         assert isinstance(plugin.cpu_offload, OffloadPolicy)
         whole = module.state_dict()
-        self._agree_on_tensors(module)
+        self._require_same_tensors(module)
         mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
         for part in (*layers, module):
             fully_shard(
@@ -56,30 +56,30 @@ class FSDP2(Strategy):
         if fill is not None:
             fill(module)
         elif accelerator.num_processes > 1:
-            _deal_out(module, whole if accelerator.is_main_process else {})
+            _broadcast_weights(module, whole if accelerator.is_main_process else {})
         return module
 
-    def _hold_frozen(self, module: Reader) -> nn.Module:
-        return self._hold(module, None)
+    def _distribute_frozen(self, module: Reader) -> nn.Module:
+        return self._distribute(module, None)
 
     def _precision(self) -> MixedPrecisionPolicy:
-        """Layers gather their parameters as autocast would use them, in half the bytes; gradients are summed in float32.
+        """All-gather layers in bfloat16, which autocast would use, in half the bytes; reduce gradients in float32.
 
-        Activations stay what autocast makes of them, so that a sharded step is a replicated one up to the rounding of norms.
-        The rest of the model, embeddings and head, keeps float32: scores are compared.
+        Activations stay in autocast's dtypes, so that a sharded step equals a replicated one up to the rounding of norms. The
+        rest of the model, embeddings and head, keeps float32: scores are compared.
         """
         if self.accelerator.mixed_precision != "bf16":
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
     def reshard(self, module: nn.Module) -> None:
-        """Without a backward the root's parameters stay whole."""
+        """Without a backward pass FSDP2 would keep the root's parameters gathered."""
         for part in module.modules():
             if isinstance(part, FSDPModule):
                 part.reshard()
 
-    def clip(self, module: nn.Module, most: float | None) -> Tensor:
-        norm = super().clip(module, most)
+    def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
+        norm = super().clip(module, max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -87,6 +87,6 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     return [child for child in module.modules() if isinstance(child, GradientCheckpointingLayer)]
 
 
-def _deal_out(module: nn.Module, whole: dict[str, Any]) -> None:
-    """The first process's `whole` tensors become every process's shards."""
+def _broadcast_weights(module: nn.Module, whole: dict[str, Any]) -> None:
+    """Fill every rank's shards from rank 0's `whole` tensors."""
     set_model_state_dict(module, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))

@@ -1,4 +1,4 @@
-"""Each process has the whole model: one by itself, or several under DDP."""
+"""Every rank has the whole model: a single process, or several under DDP."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext
@@ -13,16 +13,18 @@ from halos.logps.model import Reader
 
 
 class Replicated(Strategy):
+    """A single process, or DDP."""
+
     @classmethod
-    def is_asked(cls) -> bool:
-        """Where nothing else is."""
+    def is_requested(cls) -> bool:
+        """Always: it is the last strategy to be asked."""
         return True
 
     @property
     def name(self) -> str:
         return "DDP" if self.accelerator.num_processes > 1 else "alone"
 
-    def _hold(self, module: Reader, fill: Fill | None) -> nn.Module:
+    def _distribute(self, module: Reader, fill: Fill | None) -> nn.Module:
         if fill is not None:
             fill(module)
         with warnings.catch_warnings():

@@ -1,13 +1,13 @@
-"""Every engine, and which of them the launcher's config asks for."""
+"""All strategies, and which of them the launcher's config requests."""
 
 from halos.distributed.deepspeed import DeepSpeed, DeepSpeed3
 from halos.distributed.fsdp2 import FSDP2
 from halos.distributed.replicated import Replicated
 from halos.distributed.strategy import Strategy
 
-ENGINES: tuple[type[Strategy], ...] = (DeepSpeed3, DeepSpeed, FSDP2, Replicated)  # the first that is asked for
+STRATEGIES: tuple[type[Strategy], ...] = (DeepSpeed3, DeepSpeed, FSDP2, Replicated)  # the first that is requested is used
 
 
-def asked() -> type[Strategy]:
-    """Of this process's environment, which the launcher has set and `launch.accelerator` has checked."""
-    return next(engine for engine in ENGINES if engine.is_asked())
+def requested_strategy() -> type[Strategy]:
+    """Read the environment, which the launcher has set and `launch.make_accelerator` has checked."""
+    return next(strategy for strategy in STRATEGIES if strategy.is_requested())

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from halos.distributed.parameters import is_shard, own_part
+from halos.distributed.parameters import is_shard, local_part
 from halos.logps.hidden import accepted
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
@@ -78,7 +78,7 @@ def content_of(model: nn.Module) -> frozenset[int]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         return frozenset()
-    parts = [own_part(parameter) if is_shard(parameter) else parameter for parameter in trained]
+    parts = [local_part(parameter) if is_shard(parameter) else parameter for parameter in trained]
     sums = torch.tensor([bits(part) for part in parts], dtype=torch.int64, device=parts[0].device)
     shared = torch.tensor([is_shard(parameter) for parameter in trained], device=sums.device)
     if shared.any():

@@ -18,7 +18,7 @@ import yaml
 from tqdm import tqdm
 
 from halos.config.schema import Scorer as Settings
-from halos.distributed.children import leave
+from halos.distributed.children import exit_process
 from halos.errors import UserError, command
 from halos.hashes import digest
 from halos.online.options import FEEDBACK, SCORER
@@ -160,4 +160,4 @@ def _tell(args: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, int
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from halos.config.cross_checks import sampler_complaint
 from halos.config.schema import Sampler, mathematics
 from halos.confined import expanded
-from halos.distributed.children import leave
+from halos.distributed.children import exit_process
 from halos.errors import UserError, command
 from halos.online.options import SAMPLER
 from halos.online.records import Kept, Ledger, open_for_all
@@ -255,4 +255,4 @@ def _digest(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

@@ -16,7 +16,7 @@ import yaml
 
 from halos import confined
 from halos.config.schema import Config, Online
-from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_of_a_start, last_words
+from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_without_launcher, failure_reason
 from halos.distributed.signals import StopRequest
 from halos.errors import UserError
 from halos.online.options import FEEDBACK, SAMPLER, SCORER
@@ -71,7 +71,7 @@ class Stages:
             return
         if aloud and status == WRONG_INPUT:
             raise RefusedError(f"{_name(command)} refused its input; its message was on the terminal")
-        words = "its words stand above" if aloud else last_words(log)
+        words = "its words stand above" if aloud else failure_reason(log)
         if words.startswith("error: "):
             raise UserError(words.removeprefix("error: "))
         raise StageError(f"{_name(command)} ended with status {status}: {words} ({log})")
@@ -175,7 +175,7 @@ def _flow(entry: Any) -> str:
 def _environment() -> dict[str, str]:
     """Ours, with this code where `-m` finds it."""
     paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return environment_of_a_start(PYTHONPATH=os.pathsep.join(paths))
+    return environment_without_launcher(PYTHONPATH=os.pathsep.join(paths))
 
 
 def _name(command: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from halos.distributed.environment import number_of, world_size
+from halos.distributed.environment import count_from_environment, world_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +17,14 @@ class Ranks:
     def of_stage(cls) -> Ranks:
         """Without a launcher nothing of torch's is touched, so that stages which need no model start at once."""
         if world_size() == 1:
-            return cls(number_of("RANK", 0), 1)
+            return cls(count_from_environment("RANK", 0), 1)
         from accelerate import Accelerator
 
         from halos.distributed.device import prepare_torch, uses_gpu
-        from halos.distributed.rendezvous import meet
+        from halos.distributed.rendezvous import form_process_group
 
         prepare_torch()
-        meet()
+        form_process_group()
         accelerator = Accelerator(cpu=not uses_gpu())
         return cls(accelerator.process_index, accelerator.num_processes)
 
@@ -58,4 +58,4 @@ def device_of_this_process() -> Any:
     prepare_torch()
     if not uses_gpu():
         return torch.device("cpu")
-    return torch.device("cuda", number_of("LOCAL_RANK", 0) % torch.cuda.device_count())
+    return torch.device("cuda", count_from_environment("LOCAL_RANK", 0) % torch.cuda.device_count())

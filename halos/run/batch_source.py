@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
-from halos.distributed.launch import agree
+from halos.distributed.launch import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import LivePrompts, RolloutSource
@@ -128,7 +128,7 @@ class FromPolicy:
         refuse_unscorable(config, self.prompts.train)
         self.total = config.train.steps or 0
         asked = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.held_out)]
-        agree(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())
+        require_same_on_all_ranks(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())
 
     def lines(self) -> list[tuple[str, str]]:
         return [("prompts", self.prompts.line)]

@@ -21,8 +21,8 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.template import chat_template
 from halos.data.tokenize import end_of_turn
-from halos.distributed.launch import agree
-from halos.distributed.strategies import asked
+from halos.distributed.launch import require_same_on_all_ranks
+from halos.distributed.strategies import requested_strategy
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
 from halos.hooks.base import Blueprint, Hook, measures
@@ -105,7 +105,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     what is cached."""
     loss = bind_loss(config.loss, config.plugins)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
-    asked().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
+    requested_strategy().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)
     if not any(measures(hook) for hook in hooks.values()):
         refuse_unmeasured(config, loss, TRAINERS[loss.inputs].derived)
@@ -124,7 +124,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     optimizer, schedule = bind_optimizer(config.optim, config.plugins), bind_schedule(config.schedule, config.plugins)
     schedule.refuse_odd(rows.total)
     blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
-    agree(made, "hooks", ", ".join(hooks), complaint(checkpoint, hooks.values(), blueprint))
+    require_same_on_all_ranks(made, "hooks", ", ".join(hooks), complaint(checkpoint, hooks.values(), blueprint))
     content, changed = stand_on(config, loss, structure, rows, made)
     return Prepared(
         config, loss, directory, structure, strategy, rows, optimizer, schedule, checkpoint, hooks, blueprint, content, changed
@@ -145,7 +145,7 @@ def stand_on(
                 changed = contents.changed(config, computed(config, loss, structure), content, rows.tokens_until)
         except UserError as error:
             problem = str(error)
-    agree(made, "content", "", problem)
+    require_same_on_all_ranks(made, "content", "", problem)
     return content, changed
 
 
@@ -171,7 +171,7 @@ def refuse_damaged(config: Config, base: Path, made: Accelerator) -> None:
             integrity.check_all(given, Path(config.cache_dir).expanduser())
     except UserError as error:
         problem = str(error)
-    agree(made, "start", "", problem)
+    require_same_on_all_ranks(made, "start", "", problem)
 
 
 def locate_base(config: Config) -> Path:
@@ -188,7 +188,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
         log.warning("%s has several chat templates (%s): one is trained with, and saved", base, names)
     tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
-    shelf = models.Shelf(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, asked())
+    shelf = models.Shelf(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())
     model = models.structure(shelf, reward=loss.inputs.head == "score")
     refuse_without_router(bare(model).config, config.train.router_aux_loss)
     named = models.named_reference(shelf) if loss.needs_reference else None
@@ -212,7 +212,7 @@ def draw(config: Config, structure: Structure, loss: LossSpec, *, total: int, ma
     """Raises UserError for an optimizer that does not go with the model, or with how it will be held."""
     optimizer, shelf = bind_optimizer(config.optim, config.plugins), structure.shelf
     refuse_unfit(structure.model, optimizer, more=VALUE_HEAD if loss.inputs.head == "value" else ())
-    sizes = try_out(optimizer, shelf.made.device, shelf.engine.optimizer_meets)
+    sizes = try_out(optimizer, shelf.made.device, shelf.engine.parameter_layout)
     return Blueprint(
         config=config, directory=RunDir(config.run_dir), base=structure.shelf.base, tokenizer=structure.tokenizer,
         vocabulary=structure.shelf.vocabulary, model=structure.model, reward=loss.inputs.head == "score", total_steps=total,

@@ -13,7 +13,7 @@ from halos.data.custom_format import entries_of
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import GroupOrder, Order, mismatched_partners
 from halos.data.prepare import prepare
-from halos.distributed.launch import agree
+from halos.distributed.launch import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.trainers.deal import Split
 from halos.types import (
@@ -56,7 +56,7 @@ def _open(
             )
         except UserError as error:
             problem = str(error)
-    agree(made, f"data.{purpose} (by its hash)", path.name if path else None, problem)
+    require_same_on_all_ranks(made, f"data.{purpose} (by its hash)", path.name if path else None, problem)
     assert path is not None
     return open_dataset(path)
 

@@ -13,9 +13,9 @@ from halos.config.bind_optim import bind_schedule
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.values import as_argument
-from halos.distributed.launch import accelerator, agree, launched
+from halos.distributed.launch import launched, make_accelerator, require_same_on_all_ranks
 from halos.distributed.signals import STOPPED, StopRequest
-from halos.distributed.watchdog import request_stop_when_launcher_dies, together
+from halos.distributed.watchdog import request_stop_when_launcher_dies, watch_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.log import summary
@@ -47,11 +47,11 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
             request.listen(_raise_stop_requested, second_interrupt_kills=False)
             request.listen_for_launcher_death()
             _freeze_imports()
-            made = accelerator(config.train.precision, config.model.dtype, deterministic=config.train.deterministic)
+            made = make_accelerator(config.train.precision, config.model.dtype, deterministic=config.train.deterministic)
             request_stop_when_launcher_dies(launched())
             configure_logging(made.is_main_process)
-            with together(made):
-                agree(made, "configuration", run_config.dump(replace(config, cache_dir="")))
+            with watch_ranks(made):
+                require_same_on_all_ranks(made, "configuration", run_config.dump(replace(config, cache_dir="")))
                 if config.resume and _is_over(config, directory, changed):
                     return FINISHED
                 trainer = assemble(config, typed, made, changed, lock)

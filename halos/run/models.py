@@ -133,7 +133,7 @@ def structure(shelf: Shelf, *, reward: bool) -> nn.Module:
     """The policy with its adapter and without its weights, on the meta device. Raises UserError where `policy` would, but for
     what only the weights show."""
     config = shelf.config
-    if config.model.quantize and not shelf.engine.takes_quantised:
+    if config.model.quantize and not shelf.engine.supports_quantised:
         raise UserError(f"model.quantize={config.model.quantize}: a quantised base cannot be sharded; launch with a DDP config")
     model = shelf.draw(shelf.base, shelf.dtype, reward=reward)
     if config.peft.name == "none":

@@ -11,7 +11,7 @@ from torch import nn
 
 from halos import confined
 from halos.config.bind import LossSpec
-from halos.distributed.launch import agree
+from halos.distributed.launch import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.logps.model import bare
@@ -53,7 +53,7 @@ def of_copies(loss: LossSpec, shelf: models.Shelf, model: nn.Module, named: Path
             raise
         problem = str(error)
     if isinstance(machine, Accelerator):
-        agree(machine, "forward", "", problem)
+        require_same_on_all_ranks(machine, "forward", "", problem)
     return (verdicts or [judge(each, cache, again=False) for each in trials])[0]
 
 
@@ -83,7 +83,7 @@ def of_start(run: Run, verdict: Verdict) -> None:
             refuse(found, "the model as it is spread over the processes")
         except UserError as error:
             problem = str(error)
-        agree(run.accelerator, "forward", "", problem)
+        require_same_on_all_ranks(run.accelerator, "forward", "", problem)
     if run.main:
         _write(run.directory, {"prove": config.train.prove, **verdict.report(), "start": [asdict(check) for check in found]})
 

@@ -16,7 +16,7 @@ from halos.config.content_hashes import changes_record
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.values import as_argument
-from halos.distributed.launch import agree
+from halos.distributed.launch import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.lock import RunLock
@@ -48,7 +48,9 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
     if dist.is_initialized():
         dist.broadcast_object_list(box)
     seen = is_run(directory.path)
-    agree(made, "run directory", str(seen), None if seen else f"{directory.path} is not there on this host: {SHARED}")
+    require_same_on_all_ranks(
+        made, "run directory", str(seen), None if seen else f"{directory.path} is not there on this host: {SHARED}"
+    )
     add_log_file(directory.log_of(made.process_index))
     if taken_over:
         log.warning(taken_over)

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 
 from halos import confined
-from halos.distributed.children import die_with_parent, last_words
+from halos.distributed.children import die_with_parent, failure_reason
 from halos.distributed.signals import StopRequest, restore_signals_and_argv
 from halos.sweep.job import Job, State
 from halos.sweep.slots import Slot
@@ -137,7 +137,7 @@ def outcome_of(job: Job, status: int, outcome: Outcome) -> Outcome:
     if said == "stopped":
         return Outcome("stopped", began=outcome.began, seconds=seconds)
     reason = str(result.get("reason") or "") if result and said == "failed" else ""
-    words = last_words(job.log)
+    words = failure_reason(job.log)
     return Outcome("failed", f"{reason}\n{words}".strip() if reason not in words else words, began=outcome.began, seconds=seconds)
 
 

@@ -111,7 +111,7 @@ class Trainer(Objective):
         norm = totals["grad_norm"][0]
         if moves := self.guard.passes(norm, chunks[0].items):
             strategy.step(run.optimizer)
-        strategy.forget(run.optimizer)
+        strategy.zero_grad(run.optimizer)
         run.step += 1
         run.examples += len(indices)
         run.tokens += int(self.train.rows.lengths[indices].sum())

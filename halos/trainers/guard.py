@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from halos.checkpoint import known_good
 from halos.data.dataset import Dataset, Item
-from halos.distributed.parameters import own_part
+from halos.distributed.parameters import local_part
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
 from halos.rundir import FULL
@@ -207,7 +207,7 @@ class Guard:
 
 def not_finite(module: nn.Module) -> list[str]:
     """Names of the trained tensors that hold a value that is not finite, in this process's part of them."""
-    parts = {name: own_part(p) for name, p in module.named_parameters() if p.requires_grad}
+    parts = {name: local_part(p) for name, p in module.named_parameters() if p.requires_grad}
     parts = {name: part.detach() for name, part in parts.items() if part.numel()}
     if not parts:
         return []

@@ -77,7 +77,7 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
     import torch
 
     from halos.config import validate
-    from halos.distributed.launch import accelerator
+    from halos.distributed.launch import make_accelerator
     from halos.run.assemble import assemble
 
     words = ["loss=sft", "data=arithmetic", f"model.name_or_path={model}", "model.dtype=float32", "data.eval=[]",
@@ -86,7 +86,7 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
              "exp_name=run", f"run_dir={place / 'run'}"]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = validate.check(hydra.compose("config", words), words)
-    trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+    trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
     assert trainer is not None
     watch, run, waits = Watch(trainer), trainer.run, []
     trainer.checkpointer.start()

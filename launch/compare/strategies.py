@@ -61,14 +61,14 @@ def act(model: str, output: Path, words: list[str], steps: int) -> None:
     import torch.distributed as dist
 
     from halos.config import validate
-    from halos.distributed.launch import accelerator
+    from halos.distributed.launch import make_accelerator
     from halos.run.assemble import assemble
 
     typed = ["data=arithmetic", f"model.name_or_path={model}", "data.eval=[]", "exp_name=run", "checkpoint.every=null",
              f"run_dir={output}/run", f"train.steps={steps + 1}", "train.eval_at_start=false", *words]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = validate.check(hydra.compose("config", typed), typed)
-    made = accelerator(config.train.precision, config.model.dtype)
+    made = make_accelerator(config.train.precision, config.model.dtype)
     before = resident("VmRSS")
     trainer = assemble(config, [], made)
     assert trainer is not None

@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from halos.config import validate
 from halos.data.collate import pack
-from halos.distributed.launch import accelerator
+from halos.distributed.launch import make_accelerator
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
 
@@ -39,7 +39,7 @@ def assembled(given: argparse.Namespace, place: str) -> Trainer:
              ]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = validate.check(hydra.compose("config", words), words)
-    trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+    trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
     assert trainer is not None
     for hook in trainer.run.hooks.values():
         hook.on_start(trainer.run)

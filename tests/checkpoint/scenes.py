@@ -18,7 +18,7 @@ from halos.checkpoint import commit, manifest, select, state
 from halos.checkpoint.saving import Copier
 from halos.config import validate
 from halos.config.schema import Config
-from halos.distributed.launch import accelerator
+from halos.distributed.launch import make_accelerator
 from halos.hooks.base import Run
 from halos.models import tiny
 from halos.run.assemble import assemble
@@ -101,7 +101,7 @@ class Stage:
 
     def assembled(self, run_dir: Path, *overrides: str) -> Trainer:
         config = self.config(run_dir, *overrides)
-        trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+        trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
         return trainer
 

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from scenes import Scene, Stage
 from tapped import Change, tapped
 
-from halos.distributed.launch import accelerator
+from halos.distributed.launch import make_accelerator
 
 PATIENCE = 60  # seconds after which a process that lost its neighbour counts as hanging
 
@@ -116,7 +116,7 @@ class Theatre:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=self.processes)
         AcceleratorState._reset_state(reset_partial_state=True)
         run = self.stage.trainer.run
-        run.accelerator = accelerator(run.config.train.precision, run.config.model.dtype)
+        run.accelerator = make_accelerator(run.config.train.precision, run.config.model.dtype)
 
     def count(self, rank: int) -> Path:
         return self.stage.place / f"points-{rank}"

@@ -1,4 +1,4 @@
-"""train.py, of which one rank is told, or finds, something else: python differing.py RANK 'WORD=>OTHER' OVERRIDE ...
+"""train.py with another override, or another working directory, on one rank: differing.py RANK 'OVERRIDE=>OTHER' OVERRIDE ...
 
 `cd=>DIRECTORY` starts it there.
 """
@@ -11,10 +11,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 
-rank, change, *words = sys.argv[1:]
+rank, change, *overrides = sys.argv[1:]
 old, _, new = change.rpartition("=>")
 if old == "cd" and os.environ["RANK"] == rank:
     os.chdir(new)
-mine = [new if word == old else word for word in words] if os.environ["RANK"] == rank else words
+mine = [new if each == old else each for each in overrides] if os.environ["RANK"] == rank else overrides
 sys.argv = ["train.py", *mine]
 train.main()

@@ -1,4 +1,4 @@
-"""Wishes for a device and a precision are told from accelerate's defaults, and heeded; torch computes as it was asked to."""
+"""Requests for a device and a precision are distinguished from accelerate's defaults, and followed; torch is set up for them."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -24,11 +24,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """`launched("--config_file", ...)`: this process was started by such an accelerate launch, on a machine with a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate's own word, whether somebody wrote it or not
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # accelerate sets it by default
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
 
-    def command(*words: str) -> None:
-        monkeypatch.setattr(device, "parent_command", lambda: ["python", "/bin/accelerate", "launch", *words, "train.py"])
+    def command(*options: str) -> None:
+        monkeypatch.setattr(device, "parent_command", lambda: ["python", "/bin/accelerate", "launch", *options, "train.py"])
         device.launcher_settings.cache_clear()
 
     yield command
@@ -36,56 +36,56 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.parametrize("name", ["cpu1", "cpu2", "cpu2_fsdp2", "cpu2_zero3"])
-def test_a_config_for_the_cpu_takes_no_gpu(name: str, launched: Callable[..., None]) -> None:
+def test_a_config_for_the_cpu_uses_no_gpu(name: str, launched: Callable[..., None]) -> None:
     launched("--config_file", str(CONFIGS / f"{name}.yaml"))
     assert not device.uses_gpu()
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_a_config_for_gpus_takes_them_and_says_bfloat16(name: str, launched: Callable[..., None]) -> None:
+def test_a_config_for_gpus_uses_them_and_requests_bfloat16(name: str, launched: Callable[..., None]) -> None:
     launched(f"--config-file={CONFIGS / f'{name}.yaml'}")
     assert device.uses_gpu()
-    assert device.precision_asked() == "bf16"
+    assert device.requested_precision() == "bf16"
 
 
 @pytest.mark.parametrize(
-    ("line", "options", "asked"),
+    ("line", "options", "requested"),
     [("mixed_precision: no", [], "no"), ("mixed_precision: 'no'", [], "no"), ("mixed_precision: bf16", [], "bf16"),
      ("", [], None), ("", ["--mixed_precision", "no"], "no"), ("mixed_precision: no", ["--mixed_precision=bf16"], "bf16")],
 )  # fmt: skip
-def test_a_precision_that_was_written_down_is_told_from_the_launchers_default(
-    line: str, options: list[str], asked: str | None, launched: Callable[..., None], tmp_path: Path
+def test_a_precision_that_the_user_set_is_distinguished_from_the_launchers_default(
+    line: str, options: list[str], requested: str | None, launched: Callable[..., None], tmp_path: Path
 ) -> None:
     (tmp_path / "mine.yaml").write_text(f"distributed_type: MULTI_GPU\nnum_processes: 8\n{line}\n")
     launched("--config_file", str(tmp_path / "mine.yaml"), *options)
-    assert device.precision_asked() == asked
+    assert device.requested_precision() == requested
     assert device.launcher_settings().num_processes == 8
 
 
-def test_without_accelerate_its_variable_is_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_accelerate_launch_its_variable_is_a_request(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "parent_command", lambda: ["srun", "python", "rank.py"])
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    assert device.precision_asked() == "no"
+    assert device.requested_precision() == "no"
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
-    assert device.precision_asked() is None
+    assert device.requested_precision() is None
 
 
 @pytest.mark.parametrize(
-    ("precision", "dtype", "asked", "gpu", "mixed"),
+    ("precision", "dtype", "requested", "gpu", "mixed"),
     [("auto", "auto", None, True, "bf16"), ("auto", "auto", None, False, "no"), ("auto", "auto", "no", True, "no"),
      ("auto", "auto", "bf16", False, "bf16"), ("auto", "bfloat16", "no", False, "bf16"),
      ("float32", "bfloat16", "bf16", True, "no"), ("bfloat16", "auto", "no", False, "bf16")],
 )  # fmt: skip
-def test_what_was_typed_outweighs_the_launcher_and_that_the_hardware(
-    precision: str, dtype: str, asked: str | None, gpu: bool, mixed: str, monkeypatch: pytest.MonkeyPatch
+def test_an_override_takes_precedence_over_the_launcher_and_that_over_the_hardware(
+    precision: str, dtype: str, requested: str | None, gpu: bool, mixed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def made(**given: Any) -> Any:
-        return SimpleNamespace(num_processes=1, gradient_accumulation_steps=1, **given)
+    def accelerator(**settings: Any) -> Any:
+        return SimpleNamespace(num_processes=1, gradient_accumulation_steps=1, **settings)
 
-    for name, value in {"precision_asked": asked, "has_bfloat16": gpu, "uses_gpu": gpu}.items():
+    for name, value in {"requested_precision": requested, "has_bfloat16": gpu, "uses_gpu": gpu}.items():
         monkeypatch.setattr(launch, name, lambda value=value: value)
-    monkeypatch.setattr(launch, "Accelerator", made)
-    obtained: Any = launch.accelerator(precision, dtype)
+    monkeypatch.setattr(launch, "Accelerator", accelerator)
+    obtained: Any = launch.make_accelerator(precision, dtype)
     assert (obtained.mixed_precision, obtained.cpu) == (mixed, not gpu)
 
 
@@ -113,8 +113,8 @@ def test_cudnn_attention_is_off_and_deterministic_kernels_train(
         device.prepare_torch(deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
         assert all(os.environ[name] == value for name, value in device.DETERMINISTIC.items())
-        made = trainer("loss=dpo", "peft=lora", "train.batch_size=4", "train.microbatch_size=2", "train.steps=1")
-        totals = made.step(made.order.batch(0))  # an operation without such a kernel raises
+        training = trainer("loss=dpo", "peft=lora", "train.batch_size=4", "train.microbatch_size=2", "train.steps=1")
+        totals = training.step(training.order.batch(0))  # an operation without such a kernel raises
         assert totals["grad_norm"][0] > 0
     finally:
         torch.use_deterministic_algorithms(False)

@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from halos.config import validate
 from halos.config.run_config import compose_for_resume, load
-from halos.distributed.children import leave
-from halos.distributed.launch import accelerator
+from halos.distributed.children import exit_process
+from halos.distributed.launch import make_accelerator
 from halos.distributed.parameters import num_elements
 from halos.distributed.zero import Zero
 from halos.hooks.base import Hook, Run
@@ -45,7 +45,7 @@ def state_of(run: Run, parameter: nn.Parameter) -> Mapping[str, Any]:
         return {}
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    wide, scalar = run.module._kinds()
+    wide, scalar = run.module._state_names()
     once = run.module.optimizer.optimizer.state[run.module._partitions()[0][1]]
     return {key: safe_get_full_optimizer_state(parameter, key) for key in wide} | {key: once[key] for key in scalar}
 
@@ -134,7 +134,7 @@ def main() -> None:
         else:
             settings = load(Path(run, "config.yaml").read_text(), {}, run)
             config = validate.check(compose_for_resume(settings, run, run), [])
-        trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+        trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
         witness = watch(trainer)
         trainer.fit()
@@ -147,4 +147,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -14,9 +14,9 @@ import torch.distributed as dist
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos.checkpoint import weights
-from halos.distributed.children import leave
-from halos.distributed.launch import accelerator
-from halos.distributed.strategies import asked
+from halos.distributed.children import exit_process
+from halos.distributed.launch import make_accelerator
+from halos.distributed.strategies import requested_strategy
 from halos.logps.model import LanguageModel
 
 SIZES = {"vocab_size": 8000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 6, "num_attention_heads": 12}
@@ -38,8 +38,8 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
-    made = accelerator("float32")
-    strategy = asked()(made)
+    made = make_accelerator("float32")
+    strategy = requested_strategy()(made)
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     whole = sum(p.numel() * p.element_size() for p in model.parameters())
@@ -61,7 +61,7 @@ def main() -> None:
     (output / f"{rank}.json").write_text(json.dumps(facts))
     dist.barrier()
     os.sync()
-    leave(0)
+    exit_process(0)
 
 
 main()

@@ -128,9 +128,9 @@ def test_a_host_is_lost_and_the_other_goes_on_alone(loss: str, hosts: Hosts, tmp
     if loss == "killed":
         assert time.monotonic() - began < 15
     else:
-        assert "no sign of life from halos-b" in (tmp_path / "halos-a.log").read_text()
+        assert "no heartbeat from halos-b" in (tmp_path / "halos-a.log").read_text()
         assert processes[1].wait(timeout=60) != 0
-        assert "no sign of life from halos-a" in (tmp_path / "halos-b.log").read_text()
+        assert "no heartbeat from halos-a" in (tmp_path / "halos-b.log").read_text()
     assert steps(run)[-1] < 30
     alone = hosts.start(
         0, [sys.executable, "train.py", f"resume={run}", "plugins=[slow]", "hooks.slow.seconds=0"], tmp_path / "alone.log"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import train
 from halos.checkpoint import select
 from halos.distributed import watchdog
-from halos.distributed.device import is_accelerate
+from halos.distributed.device import is_accelerate_launch
 from halos.distributed.signals import STOP_SIGNALS
 from halos.hooks.base import Run
 from halos.run import header as start_header
@@ -93,7 +93,7 @@ def uninterrupted(whole: dict[str, Path], launcher: str) -> Path:
     ],
 )
 def test_a_launcher_is_known_by_its_command(words: str, launcher: bool) -> None:
-    assert is_accelerate(words.split()) is launcher
+    assert is_accelerate_launch(words.split()) is launcher
 
 
 CASES = [

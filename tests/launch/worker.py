@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from halos.config import validate
-from halos.distributed.children import leave
-from halos.distributed.launch import accelerator
-from halos.distributed.parameters import piece_of, shape_of
+from halos.distributed.children import exit_process
+from halos.distributed.launch import make_accelerator
+from halos.distributed.parameters import shape_of, zero3_shard_of
 from halos.distributed.zero import Zero
 from halos.logps import head
 from halos.run.assemble import assemble
@@ -63,7 +63,7 @@ def add_to(parameter: nn.Parameter, noise: Tensor) -> None:
         safe_set_full_fp32_param(parameter, moved)
         parameter += noise
         return
-    safe_set_local_fp32_param(parameter, piece_of(parameter, moved))
+    safe_set_local_fp32_param(parameter, zero3_shard_of(parameter, moved))
     with GatheredParameters([parameter], modifier_rank=0):
         parameter += noise
 
@@ -74,10 +74,10 @@ def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
     strategy = trainer.run.strategy
     clip = strategy.clip
 
-    def look(module: nn.Module, most: float | None) -> Tensor:
+    def look(module: nn.Module, max_norm: float | None) -> Tensor:
         seen.update({name: value for name, p in trained(module).items() if (value := gradient(p)) is not None})
         strategy.clip = clip  # type: ignore[method-assign]
-        return clip(module, most)
+        return clip(module, max_norm)
 
     strategy.clip = look  # type: ignore[method-assign]
     trainer._log(trainer.step(trainer.order.batch(0)))
@@ -117,7 +117,7 @@ def main() -> None:
         words = [*cell.split(), f"train.steps={steps}", f"exp_name=cell{number}", f"output_root={output}/runs"]
         with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
             config = validate.check(hydra.compose("config", words), words)
-        trainer = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+        trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
         trainer.prepare()  # what sampled is the policy as it was; the one that learns has moved on
         unsettle(trainer.run.module)
@@ -138,4 +138,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    leave(0)
+    exit_process(0)

@@ -15,7 +15,7 @@ from test_merge import VARIANTS, Variant, adapted, combined, make_base, trained
 from torch import nn
 
 from halos.config.schema import Config
-from halos.distributed.parameters import is_shard, own_part
+from halos.distributed.parameters import is_shard, local_part
 from halos.errors import UserError
 from halos.merge import lora, merge, proof, safetensors_io
 from halos.merge import trained as witness
@@ -397,5 +397,5 @@ def test_what_pads_the_last_piece_of_a_parameter_is_none_of_its_bits(monkeypatch
         parameter.ds_tensor, parameter.ds_numel = behind[3 * rank : 3 * rank + 3], 7
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         assert is_shard(parameter)
-        found += witness.bits(own_part(parameter))
+        found += witness.bits(local_part(parameter))
     assert found == witness.bits(values)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from halos.distributed.launch import accelerator
+from halos.distributed.launch import make_accelerator
 from halos.distributed.replicated import Replicated
 from halos.errors import UserError
 from halos.logps import hidden
@@ -74,7 +74,7 @@ def test_a_row_at_the_start_sees_what_becomes_of_the_real_model(tmp_path: Path, 
 
     def proved(**more: Any) -> bool:
         settings = {"temperature": 0.7, "longest": 1024, **more}
-        return all(check.holds for check in start.prove(module, Replicated(accelerator("float32")), tokenizer, **settings))
+        return all(check.holds for check in start.prove(module, Replicated(make_accelerator("float32")), tokenizer, **settings))
 
     assert proved()
     assert proved(longest=8)

@@ -34,14 +34,14 @@ def test_what_is_said_to_be_measured_is_what_an_evaluation_gives(loss: str, trai
 def test_a_mistyped_objective_is_refused_although_nothing_is_evaluated_for_long(
     configure: Callable[..., Config], tmp_path: Path
 ) -> None:
-    from halos.distributed.launch import accelerator
+    from halos.distributed.launch import make_accelerator
 
     config = configure("loss=dpo", "objective.metric=rewards/margin", "train.eval_at_start=false", "checkpoint.keep_best=1")
     config.model.name_or_path = str(tmp_path / "none")  # which it never comes to
     with pytest.raises(
         UserError, match=r"objective.metric=rewards/margin is not measured with loss=dpo: did you mean rewards/margins"
     ):
-        assemble(config, [], accelerator("auto"))
+        assemble(config, [], make_accelerator("auto"))
 
 
 def test_an_objective_that_a_loss_of_ones_own_does_not_measure_costs_nothing_that_was_trained(

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from world import World, resume, stopped
 
 from halos.data.collate import pack
-from halos.distributed.launch import accelerator
+from halos.distributed.launch import make_accelerator
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
 
@@ -29,7 +29,7 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def assembled(world: World, name: str, *words: str) -> Trainer:
     config = compose(world.cache, world.place / "runs", *world.words(name, *words))
-    made = assemble(config, [], accelerator(config.train.precision, config.model.dtype))
+    made = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
     assert made is not None
     return made
 

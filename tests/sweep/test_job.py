@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from halos.distributed.children import last_words
+from halos.distributed.children import failure_reason
 from halos.rundir import RunDir
 from halos.sweep.job import Job, Progress, distinct_overrides, progress
 
@@ -50,14 +50,14 @@ def test_the_objective_is_the_run_s_own_and_none_until_it_is_finished(job):
 def test_the_last_words_of_a_failed_job_are_its_own_message_or_the_end_of_its_log(job):
     job.log.parent.mkdir()
     job.log.write_text("loss dpo\nerror: data.train.0: there is no file\nTraceback (most recent call last):\n  accelerate ...\n")
-    assert last_words(job.log) == "error: data.train.0: there is no file"
+    assert failure_reason(job.log) == "error: data.train.0: there is no file"
     steps = "".join(f"\rtrain: {n}%" for n in range(50))
     job.log.write_text(f"{steps}\nTraceback (most recent call last):\n  File x\nValueError: it broke\n")
-    assert last_words(job.log).splitlines()[-1] == "ValueError: it broke"
+    assert failure_reason(job.log).splitlines()[-1] == "ValueError: it broke"
     report = "Traceback (most recent call last):\n  File accelerate/commands/launch.py\nCalledProcessError: status 1\n"
     job.log.write_text(f"Traceback (most recent call last):\n  File x\nValueError: it broke\n{report}")
-    assert "it broke" in last_words(job.log)
+    assert "it broke" in failure_reason(job.log)
     job.log.write_text(json.dumps({}))
-    assert last_words(job.log) == "{}"
+    assert failure_reason(job.log) == "{}"
     job.log.unlink()
-    assert last_words(job.log) == "it printed nothing"
+    assert failure_reason(job.log) == "it printed nothing"

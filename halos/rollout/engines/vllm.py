@@ -14,7 +14,7 @@ import httpx
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.schema import Sampler
-from halos.distributed.children import die_with_parent, environment_of_a_start
+from halos.distributed.children import die_with_parent, environment_without_launcher
 from halos.errors import UserError
 from halos.rollout.servers import KEY
 from halos.rollout.types import Origin, Request, Sample
@@ -54,7 +54,7 @@ class SubprocessEngine(_Tokens):
         try:
             self._process = subprocess.Popen(
                 [self.python, str(WORKER), model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                env=environment_of_a_start(), preexec_fn=die_with_parent,
+                env=environment_without_launcher(), preexec_fn=die_with_parent,
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"online.sampler.python={self.python} cannot be started: {error}") from error
