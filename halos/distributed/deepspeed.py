@@ -11,7 +11,7 @@ from halos.distributed.deepspeed_config import deepspeed_requested, zero_stage
 from halos.distributed.strategy import Fill, MakeOptimizer, Strategy, of_model
 from halos.distributed.zero import Zero, empty_weights, initialize, initialize_frozen, load_weights, shard
 from halos.logps.hidden import backbone_of
-from halos.logps.model import ActorCritic, LanguageModel, Reader, bare
+from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, bare
 
 
 class DeepSpeed(Strategy):
@@ -34,7 +34,7 @@ class DeepSpeed(Strategy):
         deepspeed_config.refuse_settings(max_grad_norm=max_grad_norm, trained=trained)
 
     def wrap(
-        self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None, fill: Fill | None = None
+        self, module: ModelWithHead, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None, fill: Fill | None = None
     ) -> tuple[nn.Module, Optimizer]:
         self._broadcast_start(module)
         self._require_same_tensors(module)
@@ -44,7 +44,7 @@ class DeepSpeed(Strategy):
         )
         return zero, zero.optimizer
 
-    def _distribute(self, module: Reader, fill: Fill | None) -> Reader:
+    def _distribute(self, module: ModelWithHead, fill: Fill | None) -> ModelWithHead:
         if fill is not None:
             fill(module)
         return module
@@ -93,13 +93,13 @@ class DeepSpeed3(DeepSpeed):
     def is_requested(cls) -> bool:
         return deepspeed_requested() and zero_stage() == 3
 
-    def _distribute(self, module: Reader, fill: Fill | None) -> Reader:
+    def _distribute(self, module: ModelWithHead, fill: Fill | None) -> ModelWithHead:
         shard(module)
         if fill is not None:
             fill(module)
         return module
 
-    def _distribute_frozen(self, module: Reader) -> nn.Module:
+    def _distribute_frozen(self, module: ModelWithHead) -> nn.Module:
         self._require_same_tensors(module)
         shard(module)
         return initialize_frozen(module, head=_head(module))

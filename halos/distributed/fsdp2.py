@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from halos.distributed.launch import fsdp_requested
 from halos.distributed.strategy import Fill, Strategy
 from halos.errors import UserError
-from halos.logps.model import Reader, bare
+from halos.logps.model import ModelWithHead, bare
 
 
 class FSDP2(Strategy):
@@ -38,7 +38,7 @@ class FSDP2(Strategy):
         if not _layers(model):
             raise UserError(f"FSDP: {type(bare(model)).__name__} has no layers to shard by; launch it with a DDP config")
 
-    def _distribute(self, module: Reader, fill: Fill | None) -> nn.Module:
+    def _distribute(self, module: ModelWithHead, fill: Fill | None) -> nn.Module:
         layers, accelerator, plugin = _layers(module), self.accelerator, FullyShardedDataParallelPlugin()
         assert layers, "refuse_model is called first"
         assert isinstance(plugin.cpu_offload, OffloadPolicy)
@@ -59,7 +59,7 @@ class FSDP2(Strategy):
             _broadcast_weights(module, whole if accelerator.is_main_process else {})
         return module
 
-    def _distribute_frozen(self, module: Reader) -> nn.Module:
+    def _distribute_frozen(self, module: ModelWithHead) -> nn.Module:
         return self._distribute(module, None)
 
     def _precision(self) -> MixedPrecisionPolicy:

@@ -9,7 +9,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from halos.distributed.strategy import Fill, Strategy
 from halos.errors import UserError
-from halos.logps.model import Reader
+from halos.logps.model import ModelWithHead
 
 
 class Replicated(Strategy):
@@ -24,7 +24,7 @@ class Replicated(Strategy):
     def name(self) -> str:
         return "DDP" if self.accelerator.num_processes > 1 else "alone"
 
-    def _distribute(self, module: Reader, fill: Fill | None) -> nn.Module:
+    def _distribute(self, module: ModelWithHead, fill: Fill | None) -> nn.Module:
         if fill is not None:
             fill(module)
         with warnings.catch_warnings():

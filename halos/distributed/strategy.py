@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from halos.distributed.launch import require_same_on_all_ranks
 from halos.distributed.parameters import local_pairs
-from halos.logps.model import Reader
+from halos.logps.model import ModelWithHead
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
@@ -63,7 +63,7 @@ class Strategy(ABC):
     # --- holding a model -------------------------------------------------------------------------------------------------
 
     def wrap(
-        self, module: Reader, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None, fill: Fill | None = None
+        self, module: ModelWithHead, optimizer_of: MakeOptimizer, *, max_grad_norm: float | None, fill: Fill | None = None
     ) -> tuple[nn.Module, Optimizer]:
         """Distribute the module over the ranks, and create the optimizer over its parameters with `optimizer_of`.
 
@@ -73,26 +73,26 @@ class Strategy(ABC):
         wrapped = self._distribute(module, fill)
         return wrapped, optimizer_of(wrapped)
 
-    def wrap_frozen(self, module: Reader) -> nn.Module:
+    def wrap_frozen(self, module: ModelWithHead) -> nn.Module:
         """Distribute a model that is not trained."""
         module.layout = self
         return self._distribute_frozen(module)
 
     @abstractmethod
-    def _distribute(self, module: Reader, fill: Fill | None) -> nn.Module: ...
+    def _distribute(self, module: ModelWithHead, fill: Fill | None) -> nn.Module: ...
 
-    def _distribute_frozen(self, module: Reader) -> nn.Module:
+    def _distribute_frozen(self, module: ModelWithHead) -> nn.Module:
         return module.to(self.accelerator.device)
 
-    def _broadcast_start(self, module: Reader) -> None:
+    def _broadcast_start(self, module: ModelWithHead) -> None:
         """Broadcast the trained tensors' start values from rank 0, which alone has weights where models are sharded."""
         module.layout = self
         if self.is_sharded and self.accelerator.num_processes > 1:
-            module.start, module.beginning = (
+            module.base_values, module.initial_values = (
                 {name: value.to(self.accelerator.device) for name, value in values.items()}
-                for values in (module.start, module.beginning)
+                for values in (module.base_values, module.initial_values)
             )
-            for value in (*module.start.values(), *module.beginning.values()):
+            for value in (*module.base_values.values(), *module.initial_values.values()):
                 dist.broadcast(value, 0)
 
     def _require_same_tensors(self, module: nn.Module) -> None:

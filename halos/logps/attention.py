@@ -1,7 +1,7 @@
 """Attention over packed sequences, one segment at a time: nothing attends across sequences and no mask is built.
 
-Registered with transformers under `SEGMENTS`, so no model's code is touched. On a CPU it is several times faster than
-one dense block mask; on a GPU flash_attention_2 takes over where it is installed.
+Registered with transformers under `SEGMENTS`, so no model's code is changed. On a CPU it is several times faster than one
+dense block-diagonal mask; on a GPU flash_attention_2 is used instead where it is installed.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ def _eager(
     sinks: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    """What SDPA does not know: soft-capped logits (Gemma 2), and sinks, a logit (heads,) that takes weight and gives nothing
-    (gpt-oss). Shapes (1, heads, time, head_dim)."""
+    """Attention that SDPA does not support: soft-capped logits (Gemma 2), and sinks, a logit (heads,) that takes part in the
+    softmax but has no value (gpt-oss). Shapes (1, heads, time, head_dim)."""
     logits = query @ key.transpose(-1, -2) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
@@ -40,7 +40,7 @@ def _eager(
 
 
 def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Which keys each query may see: itself and what came before, as far back as `window`. (length, length) bool."""
+    """Causal mask, limited to the last `window` keys where there is a window: (length, length) bool."""
     causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
     return causal if window is None else causal.triu(1 - window)
 
@@ -61,12 +61,12 @@ def attend_by_segment(
 ) -> tuple[Tensor, None]:
     """Causal attention within each of `segments` (lengths that add up to tokens): (1, tokens, heads, head_dim).
 
-    Raises UserError without them: a hook has called the model by itself, or its architecture hides its arguments from here.
+    Raises UserError without them: a hook has called the model directly, or its architecture does not pass the argument on.
     """
     if segments is None:
         raise UserError(
-            f"{type(module).__name__} was not told where rows end: generate and model(...) of a model that is trained go inside"
-            " `with halos.logps.model.plainly(model):`"
+            f"{type(module).__name__} was called without the lengths of packed sequences: call generate and model(...) of a model"
+            " in training inside `with halos.logps.model.plainly(model):`"
         )
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
@@ -83,14 +83,14 @@ def attend_by_segment(
         else:
             output = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
         outputs.append(output)
-    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # some models view it
+    return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # contiguous: some models call view on it
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """Segments need no mask: each is causal on its own."""
+    """No mask: each segment is causal by itself."""
 
 
 def register() -> None:
-    """Make `attn_implementation=SEGMENTS` known to transformers."""
+    """Register `attn_implementation=SEGMENTS` with transformers."""
     AttentionInterface.register(SEGMENTS, attend_by_segment)
     AttentionMaskInterface.register(SEGMENTS, _no_mask)

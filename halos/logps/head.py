@@ -1,4 +1,4 @@
-"""From hidden states to log-probs of given tokens: float32, chunked over rows, never a full logits tensor."""
+"""From hidden states to log-probs of target tokens: float32, chunked over rows, never a full logits tensor."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 from halos.logps import trained_head
 from halos.logps.hidden import accepted, name_of_backbone
 
-LOGITS_AT_ONCE = 2**25  # 128 MiB of float32: large enough for efficient products, small beside the activations
+LOGITS_AT_ONCE = 2**25  # 128 MiB of float32: large enough for efficient matmuls, small next to the activations
 
 
-class _States(tuple[Tensor, ...]):
-    """A backbone's output, however it is read; of what it might hold besides hidden states there is none."""
+class _BackboneOutput(tuple[Tensor, ...]):
+    """A backbone's output with hidden states alone, readable as a tuple or by name; every other attribute is None."""
 
     __slots__ = ()
 
@@ -27,39 +27,37 @@ class _States(tuple[Tensor, ...]):
         return None
 
 
-class _Given(nn.Module):
-    """Stands where a backbone stood, with its hidden states at hand."""
+class _PrecomputedBackbone(nn.Module):
+    """Replaces a backbone and returns hidden states that it has already computed."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
         self.hidden = hidden
 
-    def forward(self, *_: Any, **__: Any) -> _States:
-        return _States((self.hidden,))
+    def forward(self, *_: Any, **__: Any) -> _BackboneOutput:
+        return _BackboneOutput((self.hidden,))
 
 
 def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """(rows, hidden) -> (rows, vocabulary): what the model's own code does with its backbone's hidden states."""
+    """(rows, hidden) -> (rows, vocabulary): the model's own forward, applied to hidden states of its backbone."""
     name = name_of_backbone(model)
     assert name is not None
-    real = model._modules[name]
-    model._modules[name] = _Given(hidden[None])
+    backbone = model._modules[name]
+    model._modules[name] = _PrecomputedBackbone(hidden[None])
     try:
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
         return model.forward(input_ids=ids, **accepted(type(model), use_cache=False)).logits[0]
     finally:
-        model._modules[name] = real
+        model._modules[name] = backbone
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """What a language model does to its last hidden states.
-
-    `layer`, `scale` and `softcap` where it is known to do no more than that; else its own forward.
-    """
+    """Maps a language model's last hidden states to logits: by its output layer, scale and soft cap, or, where the architecture
+    does more than that (`layer` is None), by its own forward."""
 
     model: PreTrainedModel
-    layer: nn.Module | None  # called as a module, so that a bias or an adapter on it counts; None: the model's own forward
+    layer: nn.Module | None  # called as a module, so that its bias or adapter counts; None: the model's own forward
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0  # of the softmax
@@ -75,7 +73,7 @@ class Head:
         return cls(model, layer, scale, getattr(config, "final_logit_softcapping", None), temperature)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(rows, hidden) -> (rows, vocabulary), float32, as the model itself would have them."""
+        """(rows, hidden) -> (rows, vocabulary), float32, equal to the model's own."""
         if self.layer is None:
             return own_logits(self.model, hidden).float()
         logits = self.layer(hidden).float()
@@ -88,7 +86,7 @@ class Head:
     def logps(self, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
         """log softmax(logits / temperature)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
 
-        Logits of a chunk are formed again in the backward pass instead of being kept.
+        A chunk's logits are recomputed in the backward pass instead of being kept.
         """
         rows = max(1, LOGITS_AT_ONCE // vocabulary)
         if torch.is_grad_enabled() and isinstance(self.layer, nn.Linear) and trained_head.is_covered(self.layer, hidden):

@@ -1,4 +1,4 @@
-"""A backbone's hidden states: over rows packed end to end, or over one row after the other."""
+"""A backbone's hidden states: over sequences packed end to end, or over one sequence at a time."""
 
 import inspect
 from collections.abc import Iterator
@@ -15,11 +15,11 @@ from transformers import PreTrainedModel
 from halos.logps.attention import SEGMENTS
 from halos.types import Sequences
 
-PACKS = (SEGMENTS, "flash_attention_2")  # what is told where rows end; every other attention takes one row at a time
+PACKS = (SEGMENTS, "flash_attention_2")  # attention that takes sequence boundaries; with any other, sequences go one at a time
 
 
 def name_of_backbone(model: PreTrainedModel) -> str | None:
-    """The part under the head: its name within the model, where it is one part."""
+    """The name within the model of the submodule under its head; None where that is not one submodule."""
     if isinstance(model._modules.get(model.base_model_prefix), nn.Module):
         return model.base_model_prefix
     inner = [name for name, part in model.named_children() if isinstance(part, PreTrainedModel)]
@@ -35,44 +35,45 @@ def is_packed(model: PreTrainedModel) -> bool:
     return model.config._attn_implementation in PACKS
 
 
-def hidden_states(model: PreTrainedModel, batch: Sequences, *, everywhere: bool = False) -> Tensor:
-    """The last ones of all tokens: (tokens, hidden). Nothing of a row reaches another.
+def hidden_states(model: PreTrainedModel, batch: Sequences, *, equal_calls: bool = False) -> Tensor:
+    """The last hidden states of all tokens: (tokens, hidden). No sequence influences another.
 
-    `everywhere`: every process calls the layers equally often, as sharded ones must.
+    `equal_calls`: every rank calls the layers equally often, as it must where they are sharded.
     """
     backbone = backbone_of(model)
-    assert backbone is not None, f"{type(model).__name__} has no backbone: its plan is to be called as a whole"
+    assert backbone is not None, f"{type(model).__name__} has no backbone: its plan must call it as a whole"
     if is_packed(model):
         return _packed(backbone, str(model.config._attn_implementation), batch)
     rows = batch.ids.split(batch.lengths)
-    more = most_rows(batch) - len(rows) if everywhere else 0  # before the layers, whose own collectives must not cross this one
+    # before the layers, whose own collectives must not interleave with this one
+    padding_calls = max_rows_over_ranks(batch) - len(rows) if equal_calls else 0
     flat = torch.cat([_of_row(backbone, row) for row in rows])
-    with _keeping_step():
-        for _ in range(more):
+    with _padding_calls():
+        for _ in range(padding_calls):
             flat = flat + 0.0 * _of_row(backbone, rows[0]).sum()
     return flat
 
 
-_only_in_step = False
+_is_padding_call = False
 
 
 @contextmanager
-def _keeping_step() -> Iterator[None]:
-    global _only_in_step
-    _only_in_step = True
+def _padding_calls() -> Iterator[None]:
+    global _is_padding_call
+    _is_padding_call = True
     try:
         yield
     finally:
-        _only_in_step = False
+        _is_padding_call = False
 
 
-def counts() -> bool:
-    """Whether the row that goes through the layers is one of the batch; the others keep this process in step with the rest."""
-    return not _only_in_step
+def is_padding_call() -> bool:
+    """Whether the current forward pass only keeps this rank's number of layer calls equal to that of the others."""
+    return _is_padding_call
 
 
-def most_rows(batch: Sequences) -> int:
-    """Of all processes' batches, the rows of the one that has the most. Every process calls."""
+def max_rows_over_ranks(batch: Sequences) -> int:
+    """The largest number of sequences in any rank's batch. Every rank calls."""
     most = torch.tensor(len(batch.lengths), device=batch.ids.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most)
@@ -90,12 +91,12 @@ def _packed(backbone: nn.Module, attention: str, batch: Sequences) -> Tensor:
 
 
 def _of_row(backbone: nn.Module, row: Tensor) -> Tensor:
-    """As anyone would call it: (tokens, hidden)."""
+    """One sequence through the backbone, called without packing arguments: (tokens, hidden)."""
     return backbone(input_ids=row[None], **accepted(type(backbone), use_cache=False)).last_hidden_state[0]
 
 
 def accepted(kind: type[nn.Module], **arguments: Any) -> dict[str, Any]:
-    """Those of the arguments that the forward of such a module takes."""
+    """The subset of the arguments that the forward of this class takes."""
     names = _parameters(kind)
     return arguments if "**" in names else {name: value for name, value in arguments.items() if name in names}
 

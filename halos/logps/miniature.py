@@ -1,7 +1,7 @@
-"""A small random model of a given architecture, for trying how its log-probs can be computed: a fraction of a second.
+"""A small random model of a given architecture, to try in a fraction of a second how its log-probs can be computed.
 
-One layer of each kind stays, and a few hundred words; windows shrink so that short rows reach over them. Nothing is read from
-a disk, so every process builds the same one.
+It has one layer of each kind and a vocabulary of a few hundred tokens; attention windows shrink so that short sequences exceed
+them. Nothing is read from disk, so every rank builds the same model.
 """
 
 import copy
@@ -19,28 +19,28 @@ from halos.logps.vocabulary import table
 
 log = logging.getLogger(__name__)
 
-WORDS = 256
-WINDOW = 8  # tokens: rows of the trial are longer
-KINDS = 8  # layers at most: some architectures give each layer a constant of its own
+VOCABULARY = 256
+WINDOW = 8  # tokens: sequences of the trial are longer
+MAX_LAYERS = 8  # some architectures give each layer a constant of its own, so that every layer is a kind
 LARGE = 2**26  # parameters beyond which experts and feed-forward layers are narrowed
-SPREAD = 8.0  # standard deviation of the logits: a soft cap or a scale shows
-FREE = ("vocab_size", "_name_or_path", "dtype", "transformers_version", "architectures", "quantization_config", "num_labels",
+SPREAD = 8.0  # standard deviation of the logits: large enough that a soft cap or a scale shows
+UNUSED = ("vocab_size", "_name_or_path", "dtype", "transformers_version", "architectures", "quantization_config", "num_labels",
         "id2label", "label2id", "use_cache")  # fmt: skip
 
 
 def small_config(config: PretrainedConfig, *, longest: int | None) -> PretrainedConfig:
-    """What an architecture computes by, without what weights and tokenizers add. `longest`: tokens of the longest row that a
-    run has, where that is known; what begins beyond it is no concern."""
+    """A configuration with the same arithmetic and a small vocabulary, unquantized. `longest`: tokens of the run's longest
+    sequence, where known; whatever takes effect only beyond it is left alone."""
     small = copy.deepcopy(config)
     for part in _parts(small):
         part.__dict__.pop("quantization_config", None)
         part._attn_implementation_internal = None  # transformers' own choice again
-        part.dtype = torch.float32  # tables of positions are computed in it, and would stay as coarse as it is
-        moving = _kinds_of_rope(vars(part)) & {"dynamic", "longrope"}
+        part.dtype = torch.float32  # position tables are computed in it, and would keep its rounding
+        length_dependent = _rope_types(vars(part)) & {"dynamic", "longrope"}
         for name, value in list(vars(part).items()):
-            with suppress(ValueError, TypeError):  # a configuration may refuse another value: that one stays
-                setattr(part, name, _smaller(name, value, longest, moving))
-    small.get_text_config().vocab_size = WORDS
+            with suppress(ValueError, TypeError):  # a configuration may refuse another value, and then keeps its own
+                setattr(part, name, _smaller(name, value, longest, length_dependent))
+    small.get_text_config().vocab_size = VOCABULARY
     return small
 
 
@@ -51,33 +51,33 @@ def _parts(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
             yield from _parts(value)
 
 
-def _kinds_of_rope(settings: Mapping[str, Any]) -> set[str]:
-    """Of rotary embeddings, wherever in the settings they are told."""
-    inner = [_kinds_of_rope(value) for name, value in settings.items() if isinstance(value, dict)]
+def _rope_types(settings: Mapping[str, Any]) -> set[str]:
+    """The types of rotary embeddings anywhere in the settings."""
+    inner = [_rope_types(value) for name, value in settings.items() if isinstance(value, dict)]
     return set().union(*inner, {str(settings.get("rope_type"))})
 
 
-def _smaller(name: str, value: Any, longest: int | None, moving: set[str]) -> Any:
-    """Limits that rows of the run reach are reached by those of the trial: windows, chunks, and where rotary embeddings change
-    with the longest row of a batch (`moving`)."""
+def _smaller(name: str, value: Any, longest: int | None, length_dependent: set[str]) -> Any:
+    """Shrink the limits that the run's sequences exceed, so that the trial's do too: windows, chunks, and the length at which
+    rotary embeddings that depend on the longest sequence of a batch (`length_dependent`) change."""
     if isinstance(value, dict):
-        return {key: _smaller(str(key), part, longest, moving) for key, part in value.items()}
+        return {key: _smaller(str(key), part, longest, length_dependent) for key, part in value.items()}
     if type(value) is not int:
         return value
-    if name == "pad_token_id" and value >= WORDS:
+    if name == "pad_token_id" and value >= VOCABULARY:
         return 0
     reached = longest is None or longest > value
     if reached and value > WINDOW and ("window" in name or "chunk_size" in name):
         return WINDOW
-    changes = name == "original_max_position_embeddings" or (name == "max_position_embeddings" and "dynamic" in moving)
-    return 2 * WINDOW if moving and reached and changes else value
+    changes = name == "original_max_position_embeddings" or (name == "max_position_embeddings" and "dynamic" in length_dependent)
+    return 2 * WINDOW if length_dependent and reached and changes else value
 
 
 def key_of(config: PretrainedConfig) -> str:
-    """The same for configurations that compute in the same way."""
+    """A key that is equal for configurations with the same arithmetic."""
     plain = copy.deepcopy(config)
     for part in _parts(plain):
-        for name in [name for name in vars(part) if name in FREE or name.endswith("token_id")]:
+        for name in [name for name in vars(part) if name in UNUSED or name.endswith("token_id")]:
             part.__dict__.pop(name)
     return f"{type(config).__name__} {plain.to_json_string(use_diff=False)}"
 
@@ -90,10 +90,10 @@ def build(auto: Any, config: PretrainedConfig, *, seed: int = 0) -> PreTrainedMo
     small = copy.deepcopy(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = _cut(auto, small)
+        model = _with_few_layers(auto, small)
         if sum(parameter.numel() for parameter in model.parameters()) > LARGE:
             _narrow(small)
-            model = _cut(auto, small)
+            model = _with_few_layers(auto, small)
         if model.device.type == "meta":
             model = model.to_empty(device="cpu")
             model.initialize_weights()
@@ -103,32 +103,34 @@ def build(auto: Any, config: PretrainedConfig, *, seed: int = 0) -> PreTrainedMo
     return model
 
 
-def _cut(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
-    """The first layers of each kind, still without weights where the configuration alone cannot ask for just these."""
+def _with_few_layers(auto: Any, config: PretrainedConfig) -> PreTrainedModel:
+    """A model with the first layers of each kind; on the meta device where no configuration describes just these layers."""
     with torch.device("meta"):
-        whole = auto.from_config(copy.deepcopy(config), **NO_CODE)
-    stacks = _stacks(whole, config)
+        full = auto.from_config(copy.deepcopy(config), **NO_CODE)
+    stacks = _stacks(full, config)
     kinds = [tuple(_kind(stack[number], number) for stack in stacks) for number in range(len(stacks[0]))] if stacks else []
-    for each in (1, 2):  # some architectures are not themselves without a second layer of a kind: one shares the other's weights
-        kept = [number for number, kind in enumerate(kinds) if kinds[:number].count(kind) < each][: each * KINDS]
+    for each in (1, 2):  # some architectures need a second layer of a kind, which shares the first one's weights
+        kept = [number for number, kind in enumerate(kinds) if kinds[:number].count(kind) < each][: each * MAX_LAYERS]
         if len(kept) == len(kinds):
             break
-        if (model := _asked(auto, config, kept, [kinds[number] for number in kept])) is not None:
+        if (model := _from_fewer_layers(auto, config, kept, [kinds[number] for number in kept])) is not None:
             return model
-    kept = sorted(kinds.index(kind) for kind in set(kinds))[:KINDS]
-    small = sum(parameter.numel() for parameter in whole.parameters()) < LARGE
-    return auto.from_config(config, **NO_CODE) if small or len(kept) == len(kinds) else _without(whole, stacks, kept)
+    kept = sorted(kinds.index(kind) for kind in set(kinds))[:MAX_LAYERS]
+    small = sum(parameter.numel() for parameter in full.parameters()) < LARGE
+    return auto.from_config(config, **NO_CODE) if small or len(kept) == len(kinds) else _drop_layers(full, stacks, kept)
 
 
-def _asked(auto: Any, config: PretrainedConfig, kept: list[int], kinds: list[tuple[str, ...]]) -> PreTrainedModel | None:
-    """The model of a configuration that tells of the kept layers alone, if that has layers of these kinds."""
-    less = copy.deepcopy(config)
-    _keep(less, kept)
+def _from_fewer_layers(
+    auto: Any, config: PretrainedConfig, kept: list[int], kinds: list[tuple[str, ...]]
+) -> PreTrainedModel | None:
+    """The model of a configuration reduced to the kept layers; None where its layers are not of these kinds."""
+    fewer = copy.deepcopy(config)
+    _keep_layers(fewer, kept)
     try:
-        model = auto.from_config(less, **NO_CODE)
+        model = auto.from_config(fewer, **NO_CODE)
     except Exception:  # whatever an architecture checks of its configuration
         return None
-    stacks = _stacks(model, less)
+    stacks = _stacks(model, fewer)
     same = bool(stacks) and [tuple(_kind(stack[n], n) for stack in stacks) for n in range(len(kept))] == kinds
     return model if same else None
 
@@ -138,12 +140,12 @@ def _stacks(model: PreTrainedModel, config: PretrainedConfig) -> list[nn.ModuleL
     return [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth > 0]
 
 
-def _keep(config: PretrainedConfig, kept: list[int]) -> None:
-    """Of everything that a configuration says layer by layer, what it says of the kept ones."""
+def _keep_layers(config: PretrainedConfig, kept: list[int]) -> None:
+    """Reduce every per-layer setting of a configuration to the kept layers."""
     text = config.get_text_config()
     usual = type(text)()
     for name, value in list(vars(text).items()):
-        if _length(value) == text.num_hidden_layers and not _is_of_no_layer(name, value, usual):
+        if _length(value) == text.num_hidden_layers and not _is_as_long_by_chance(name, value, usual):
             setattr(text, name, [value[number] for number in kept])
     text.num_hidden_layers = len(kept)
 
@@ -152,42 +154,42 @@ def _length(value: Any) -> int | None:
     return len(value) if isinstance(value, list | tuple) else None
 
 
-def _is_of_no_layer(name: str, value: Any, usual: PretrainedConfig) -> bool:
-    """Whether a setting is as long as this by chance: it is in a model of the usual depth, which is another."""
+def _is_as_long_by_chance(name: str, value: Any, usual: PretrainedConfig) -> bool:
+    """Whether a list is not per layer: it has the same length in the default configuration, whose depth is another."""
     return _length(getattr(usual, name, None)) == _length(value) != getattr(usual, "num_hidden_layers", None)
 
 
-def _without(model: PreTrainedModel, stacks: list[nn.ModuleList], kept: list[int]) -> PreTrainedModel:
-    """The model without the other layers, which its own configuration no longer tells of."""
+def _drop_layers(model: PreTrainedModel, stacks: list[nn.ModuleList], kept: list[int]) -> PreTrainedModel:
+    """The model, and its configuration, with only the kept layers."""
     for stack in stacks:
         layers = [stack[number] for number in kept]
         for number, layer in enumerate(layers):
             _renumber(layer, kept[number], number)
         stack._modules.clear()
         stack.extend(layers)
-    _keep(model.config, kept)
+    _keep_layers(model.config, kept)
     return model
 
 
 def _kind(layer: nn.Module, number: int) -> str:
-    """What a layer is made of; the number of its place apart."""
+    """A layer's classes, constants and shapes as text, its index apart: equal for layers of one kind."""
     parts = []
     for name, module in layer.named_modules():
-        facts = {key: value for key, value in vars(module).items() if type(value) in (bool, int, float, str)}
-        facts = {key: value for key, value in facts.items() if not (key.startswith("_") or _is_place(key, value, number))}
+        constants = {key: value for key, value in vars(module).items() if type(value) in (bool, int, float, str)}
+        constants = {k: value for k, value in constants.items() if not (k.startswith("_") or _is_layer_index(k, value, number))}
         shapes = [(key, tuple(value.shape)) for key, value in module._parameters.items() if value is not None]
-        parts.append((name, type(module).__qualname__, sorted(facts.items()), shapes))
+        parts.append((name, type(module).__qualname__, sorted(constants.items()), shapes))
     return repr(parts)
 
 
-def _is_place(name: str, value: Any, number: int) -> bool:
+def _is_layer_index(name: str, value: Any, number: int) -> bool:
     return type(value) is int and value == number and any(word in name for word in ("idx", "index", "layer", "block"))
 
 
 def _renumber(layer: nn.Module, before: int, number: int) -> None:
     for module in layer.modules():
         for name, value in list(vars(module).items()):
-            if _is_place(name, value, before):
+            if _is_layer_index(name, value, before):
                 setattr(module, name, number)
 
 
@@ -204,7 +206,7 @@ def _narrow(config: PretrainedConfig) -> None:
 
 @torch.no_grad()
 def _randomise(model: PreTrainedModel) -> None:
-    """Move every parameter away from where it starts: norms at 1 and biases at 0 hide mistakes, and so do small weights."""
+    """Move every parameter away from its initial value: norms at 1, biases at 0 and small weights hide mistakes."""
     for parameter in {id(p): p for p in model.parameters()}.values():
         if parameter.dim() >= 2:
             bound = (3.0 / parameter.shape[-1]) ** 0.5
@@ -226,4 +228,4 @@ def _logits(model: Any) -> Tensor:
 def row(length: int, seed: int = 0) -> Tensor:
     """Token ids that are neither padding nor any other special token in most vocabularies: (length,) int64."""
     generator = torch.Generator().manual_seed(1000 + seed)
-    return torch.randint(WORDS // 4, WORDS, (length,), generator=generator)
+    return torch.randint(VOCABULARY // 4, VOCABULARY, (length,), generator=generator)

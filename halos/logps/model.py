@@ -12,27 +12,27 @@ from transformers import PreTrainedModel
 
 from halos.errors import UserError
 from halos.logps.head import Head, chosen
-from halos.logps.hidden import hidden_states, is_packed, most_rows
+from halos.logps.hidden import hidden_states, is_packed, max_rows_over_ranks
+from halos.logps.initial_values import UNSHARDED, base_values_of, initial_values_of, with_values
 from halos.logps.plan import plan_of, whole
-from halos.logps.start import WHOLE, at_start, beginning_of, start_of
 from halos.types import Acted, Sequences, TokenLogps, Whole
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model as it was before its adapter, its own trained biases included.
+    """The base model without its adapter, the base's own trained parameters (biases) back at the base's values.
 
-    Nothing but a flag of each layer moves, and those biases: no gradient setting, no copy of a model.
+    Only a flag of each layer and those values change: no requires_grad, and no copy of the model.
     """
     layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-    readers = [module for module in model.modules() if isinstance(module, Reader) and module.start]
+    wrappers = [module for module in model.modules() if isinstance(module, ModelWithHead) and module.base_values]
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         with ExitStack() as stack:
-            for reader in readers:
-                _stand_at(stack, model, reader, reader.start)
+            for wrapper in wrappers:
+                _set_values(stack, model, wrapper, wrapper.base_values)
             yield
     finally:
         for layer, was in zip(layers, before, strict=True):
@@ -40,44 +40,45 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def at_beginning(model: nn.Module) -> Iterator[None]:
-    """The policy as its run began: the base, or where the run began with a trained adapter the base under that one."""
-    readers = [module for module in model.modules() if isinstance(module, Reader) and module.beginning]
+def initial_policy(model: nn.Module) -> Iterator[None]:
+    """The policy at the start of its run: the base, or where the run started from a trained adapter the base with that one."""
+    wrappers = [module for module in model.modules() if isinstance(module, ModelWithHead) and module.initial_values]
     with ExitStack() as stack:
-        if not readers:
+        if not wrappers:
             stack.enter_context(adapter_off(model))
-        for reader in readers:
-            _stand_at(stack, model, reader, reader.beginning)
+        for wrapper in wrappers:
+            _set_values(stack, model, wrapper, wrapper.initial_values)
         yield
 
 
-def _stand_at(stack: ExitStack, model: nn.Module, reader: "Reader", values: dict[str, Tensor]) -> None:
-    stack.callback(reader.layout.reshard, model)
-    stack.enter_context(at_start(reader, values, reader.layout))
-    reader.layout.reshard(model)
+def _set_values(stack: ExitStack, model: nn.Module, wrapper: "ModelWithHead", values: dict[str, Tensor]) -> None:
+    """Set parameters until the stack closes; layers that were gathered are gathered again, before and after."""
+    stack.callback(wrapper.layout.reshard, model)
+    stack.enter_context(with_values(wrapper, values, wrapper.layout))
+    wrapper.layout.reshard(model)
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself; its layers carry the adapter where there is one."""
+    """The transformers model inside a PEFT wrapper, or the model itself; its layers include the adapter where there is one."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(inner, PreTrainedModel)
     return inner
 
 
 def in_rows(flat: Tensor, batch: Sequences) -> Tensor:
-    """What was computed for each scored token, as (rows, time); 0 where a row has ended."""
+    """Values of the scored tokens, (scored,), as a padded (rows, time); 0 beyond the end of a row."""
     return flat.new_zeros(len(batch.lengths), batch.widest).index_put((batch.rows, batch.columns), flat)
 
 
 def mask_of(batch: Sequences) -> Tensor:
-    """Which places of (rows, time) are scored tokens: bool."""
+    """True where (rows, time) holds a scored token."""
     mask = torch.zeros(len(batch.lengths), batch.widest, dtype=torch.bool, device=batch.ids.device)
-    true = torch.ones((), dtype=torch.bool, device=mask.device)  # there already: a GPU would wait for one from the host
+    true = torch.ones((), dtype=torch.bool, device=mask.device)  # made on the device: copying one from the host would synchronise
     return mask.index_put_((batch.rows, batch.columns), true)
 
 
 def sources_of_rows(batch: Sequences) -> list[Tensor]:
-    """Where in each sequence the tokens stand that predict its scored ones."""
+    """For each sequence the indices of the tokens that predict its scored tokens."""
     starts = torch.tensor([0, *accumulate(batch.lengths)], device=batch.ids.device)
     within, counts = batch.sources - starts[batch.rows], torch.bincount(batch.rows, minlength=len(batch.lengths))
     return list(within.split(counts.tolist()))
@@ -85,7 +86,7 @@ def sources_of_rows(batch: Sequences) -> list[Tensor]:
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """Inside, transformers' own choice of attention, which whole rows and `generate` go through. For hooks that sample:
+    """Inside, the model uses transformers' default attention, as `generate` and unpacked sequences need. For hooks that sample:
     `with plainly(run.model): run.model.generate(...)`."""
     inner = bare(model)
     before = str(inner.config._attn_implementation)
@@ -96,8 +97,8 @@ def plainly(model: nn.Module) -> Iterator[None]:
         inner.set_attn_implementation(before)
 
 
-class Reader(nn.Module):
-    """A transformers model under what reads it, by the plan that is right for its architecture."""
+class ModelWithHead(nn.Module):
+    """A transformers model with the head that reads it, computed by the plan that is right for its architecture."""
 
     reward = False
 
@@ -107,35 +108,36 @@ class Reader(nn.Module):
         self.plan = plan_of(inner, reward=self.reward)
         if is_packed(inner) and not self.plan.is_packed:
             inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
-        self.start = {f"model.{name}": value for name, value in start_of(model).items()}
-        self.beginning = {f"model.{name}": value for name, value in beginning_of(model).items()}
-        self.layout = WHOLE  # the strategy's, where a run holds the model
+        self.base_values = {f"model.{name}": value for name, value in base_values_of(model).items()}
+        self.initial_values = {f"model.{name}": value for name, value in initial_values_of(model).items()}
+        self.layout = UNSHARDED  # in a run, that of its strategy
 
     def forward(self, batch: Sequences | Whole) -> Any:
-        """What `read` says; of a whole row, what the model itself does."""
+        """`read` of packed sequences; for a `Whole`, the unmodified transformers forward."""
         return whole(bare(self.model), batch.ids) if isinstance(batch, Whole) else self.read(batch)
 
     def read(self, batch: Sequences) -> Any:
+        """The output of model and head over packed sequences."""
         raise NotImplementedError
 
     def plainly(self) -> AbstractContextManager[None]:
         return plainly(self.model)
 
     def hidden(self, batch: Sequences) -> Tensor:
-        return hidden_states(bare(self.model), batch, everywhere=self.layout.is_sharded)
+        return hidden_states(bare(self.model), batch, equal_calls=self.layout.is_sharded)
 
     def whole(self, batch: Sequences, keep: Sequence[Tensor] | None) -> Tensor:
-        """What the model says when it is called as a whole, one row after the other, of the places `keep` in each."""
+        """The model's own output, one sequence at a time, at the token indices `keep` of each."""
         inner, rows = bare(self.model), batch.ids.split(batch.lengths)
-        more = most_rows(batch) - len(rows) if self.layout.is_sharded else 0
-        said = torch.cat([whole(inner, row, None if keep is None else keep[n]).float() for n, row in enumerate(rows)])
-        for _ in range(more):
-            said = said + 0.0 * whole(inner, rows[0]).float().sum()
-        return said
+        padding_calls = max_rows_over_ranks(batch) - len(rows) if self.layout.is_sharded else 0
+        output = torch.cat([whole(inner, row, None if keep is None else keep[n]).float() for n, row in enumerate(rows)])
+        for _ in range(padding_calls):
+            output = output + 0.0 * whole(inner, rows[0]).float().sum()
+        return output
 
 
-class _Policy(Reader):
-    """A language model under what looks at its hidden states."""
+class _Policy(ModelWithHead):
+    """A language model; log-probs are computed from its last hidden states."""
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         super().__init__(model)
@@ -160,13 +162,13 @@ class LanguageModel(_Policy):
 
 
 class ActorCritic(_Policy):
-    """A language model and a linear value head on its last hidden states, which starts at 0: no second model is held."""
+    """A language model with a linear value head on its last hidden states, initialised to 0; no separate critic is held."""
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         super().__init__(model, temperature=temperature)
         if self.plan.head == "whole":
             raise UserError(
-                f"{type(bare(model)).__name__} has no part that gives its last hidden states, which a value head reads"
+                f"{type(bare(model)).__name__} has no submodule that returns its last hidden states, which a value head reads"
             )
         config = bare(model).config.get_text_config()
         self.value_head = nn.Linear(config.hidden_size, 1, dtype=torch.float32)
@@ -177,18 +179,18 @@ class ActorCritic(_Policy):
         hidden = self.hidden(batch)[batch.sources]
         logps = self.logps(hidden, batch)
         with torch.autocast(hidden.device.type, enabled=False):
-            values = self.value_head(hidden.float()).sum(-1)  # of one output: FSDP wants no view
+            values = self.value_head(hidden.float()).sum(-1)  # sum over the one output, since FSDP takes no view
         return Acted(logps, in_rows(values, batch))
 
 
-class RewardModel(Reader):
-    """Sequences -> one score each, read where AutoModelForSequenceClassification will read it."""
+class RewardModel(ModelWithHead):
+    """Sequences -> one score each, at the token where AutoModelForSequenceClassification reads it."""
 
     reward = True
 
     def read(self, batch: Sequences) -> Tensor:
         """(rows,) float32: the score at each sequence's last token that is not padding."""
-        return self.scores(batch).sum(1)  # of one label: FSDP wants no view
+        return self.scores(batch).sum(1)  # sum over the one label, since FSDP takes no view
 
     def scores(self, batch: Sequences) -> Tensor:
         """(rows, labels) float32."""
@@ -200,10 +202,8 @@ class RewardModel(Reader):
 
 
 def scores_of(model: Any, hidden: Tensor) -> Tensor:
-    """A sequence classifier's scores of hidden states (rows, hidden): (rows, labels) float32, whatever the weights are in.
-
-    Scores are compared, and their differences are small.
-    """
+    """A sequence classifier's scores of hidden states (rows, hidden): (rows, labels), computed in float32 whatever the dtype of
+    the weights, since scores are compared and their differences are small."""
     with torch.autocast(hidden.device.type, enabled=False):
         head = model.score
         if head.weight.dtype is torch.float32 or not isinstance(head, nn.Linear):
@@ -212,9 +212,9 @@ def scores_of(model: Any, hidden: Tensor) -> Tensor:
 
 
 def last_tokens(batch: Sequences, padding: int | None) -> Tensor:
-    """Where each sequence's last token stands that is not padding: (rows,) int64.
+    """The index of each sequence's last token that is not padding: (rows,) int64.
 
-    Where pad == eos, transformers takes the end token for padding and reads the token before it; so do we.
+    Where pad == eos, transformers takes the end token for padding and reads the token before it; so does this.
     """
     ends = torch.tensor(list(accumulate(batch.lengths)), device=batch.ids.device)
     index = torch.arange(len(batch.ids), device=batch.ids.device)

@@ -1,7 +1,7 @@
-"""How an architecture's log-probs or scores are computed, decided by trying on a small random model of it.
+"""Decides how an architecture's log-probs or scores are computed, by trying it on a small random model of the architecture.
 
-No flag says whether rows can be packed, and no name what stands between the last hidden states and the logits: whether one
-row moves another does, and whether the numbers are the model's own.
+Neither flags nor names of the architecture decide whether sequences can be packed, or what lies between the last hidden states
+and the logits, but two tests: one sequence must not influence another, and the numbers must equal the model's own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,9 +24,9 @@ from halos.logps.head import Head
 from halos.logps.hidden import PACKS, accepted, hidden_states
 from halos.types import Sequences
 
-LENGTHS = (9, 24, 14)  # of the trial's rows, each of which has a neighbour
-LONG = 1  # the one that reaches over windows, between two others
-MARGIN = 16.0  # times the rounding of the model's own forward: other kernels round otherwise
+LENGTHS = (9, 24, 14)  # of the trial's sequences, each of which has a neighbour
+LONG = 1  # index of the sequence that exceeds the windows, between two others
+MARGIN = 16.0  # times the rounding error of the model's own forward: other kernels round differently
 FLOOR = 1e-5  # of the largest logit: float32
 
 Way = Literal["layer", "own", "whole"]
@@ -36,9 +36,9 @@ Way = Literal["layer", "own", "whole"]
 class Plan:
     """How log-probs or scores are computed."""
 
-    attention: str | None  # what the model is loaded with; None: transformers' own choice, a row at a time
-    head: Way  # the output layer alone; the model's own code above its backbone; the model as a whole
-    why: str | None = None  # rows are not packed
+    attention: str | None  # attn_implementation of the model; None: transformers' default, one sequence at a time
+    head: Way  # layer: the output layer alone; own: the model's own code above its backbone; whole: the model as a whole
+    why: str | None = None  # sequences are not packed
 
     @property
     def is_packed(self) -> bool:
@@ -46,63 +46,63 @@ class Plan:
 
 
 def plan_for(config: PretrainedConfig, *, reward: bool, attention: str | None, longest: int | None = None) -> Plan:
-    """The best way that is right. `attention` is what packed rows would use; with another, rows are taken one at a time.
+    """The fastest correct plan. `attention` is the one for packed sequences; with any other, sequences go one at a time.
 
-    Raises UserError where none is right.
+    Raises UserError where no plan is correct.
     """
     register()
     small = miniature.small_config(config, longest=longest)
-    return _plan(_Asked(miniature.key_of(small), small), reward, attention if attention in PACKS else None)
+    return _plan(_CacheKey(miniature.key_of(small), small), reward, attention if attention in PACKS else None)
 
 
 _LOADED: WeakKeyDictionary[PreTrainedModel, Plan] = WeakKeyDictionary()
 
 
 def remember(model: PreTrainedModel, plan: Plan) -> None:
-    """The plan by which a model was loaded goes with it."""
+    """Record the plan with which a model was loaded."""
     _LOADED[model] = plan
 
 
 def plan_of(model: PreTrainedModel, *, reward: bool) -> Plan:
-    """The plan by which a model was loaded; else one by its architecture, and by the attention that it has now."""
+    """The plan with which a model was loaded; else one for its architecture and its current attention."""
     if model not in _LOADED:
         _LOADED[model] = plan_for(model.config, reward=reward, attention=model.config._attn_implementation)
     return _LOADED[model]
 
 
 @dataclass(frozen=True, slots=True)
-class _Asked:
-    """A configuration, equal to those that compute in the same way."""
+class _CacheKey:
+    """A configuration that compares equal to those with the same arithmetic."""
 
     key: str
     config: PretrainedConfig
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Asked) and other.key == self.key
+        return isinstance(other, _CacheKey) and other.key == self.key
 
     def __hash__(self) -> int:
         return hash(self.key)
 
 
 @cache
-def _plan(asked: _Asked, reward: bool, attention: str | None) -> Plan:
+def _plan(key: _CacheKey, reward: bool, attention: str | None) -> Plan:
     with _quiet():
-        return _try(_Scores if reward else _Logits, asked.config, attention)
+        return _choose(_RewardTrial if reward else _LanguageTrial, key.config, attention)
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What transformers warns of a small random model is not of the run's."""
+    """Silence transformers, whose warnings about a small random model do not concern the run."""
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     try:
-        with torch.device("cpu"):  # whatever the device is on which the model itself is being made
+        with torch.device("cpu"):  # whatever device the run's own model is being built on
             yield
     finally:
         transformers.logging.set_verbosity(before)
 
 
-def _try(kind: type["_Logits"], config: PretrainedConfig, attention: str | None) -> Plan:
+def _choose(kind: type["_LanguageTrial"], config: PretrainedConfig, attention: str | None) -> Plan:
     trial = kind(config, seed=0)
     head = trial.way()
     if attention is None:
@@ -110,13 +110,13 @@ def _try(kind: type["_Logits"], config: PretrainedConfig, attention: str | None)
     if head == "whole":
         return Plan(None, head, "it has no part that gives its last hidden states")
     why = trial.why_not_packed(attention, head)
-    if why == trial.other_numbers:  # once more, before rounding that flipped a choice of experts counts against packing
+    if why == trial.other_numbers:  # once more: rounding may have changed which experts a router chose
         why = kind(config, seed=1).why_not_packed(attention, head)
     return Plan(attention, head) if why is None else Plan(None, head, why)
 
 
 def sequences(rows: Sequence[Tensor]) -> Sequences:
-    """Rows packed end to end; each but the first token of each is scored."""
+    """Sequences packed end to end; every token but the first of each is scored."""
     lengths = tuple(len(row) for row in rows)
     starts = [0, *accumulate(lengths)][:-1]
     positions = torch.cat([torch.arange(length) for length in lengths])
@@ -127,8 +127,8 @@ def sequences(rows: Sequence[Tensor]) -> Sequences:
     return Sequences(ids, positions, lengths, ids[sources + 1], sources, number, columns, max(lengths) - 1)
 
 
-class _Logits:
-    """A language model on trial."""
+class _LanguageTrial:
+    """A small random language model, on which plans are tried."""
 
     auto: Any = AutoModelForCausalLM
     other_numbers = "its logits would not be its own"
@@ -152,14 +152,14 @@ class _Logits:
 
     @torch.no_grad()
     def _own(self, row: Tensor) -> Tensor:
-        """What the model itself says of a row, by transformers' plain path."""
+        """The unmodified transformers forward of one sequence."""
         return whole(self.model, row).float()
 
     def _allowed(self) -> float:
-        """How far right numbers may be from the model's own: by how far its own forward is from itself in float64."""
+        """The tolerance: a multiple of the distance between the model's own forward and itself in float64."""
         try:
             if type(self.model)._can_set_experts_implementation():
-                self.model.set_experts_implementation("eager")  # grouped products know no float64
+                self.model.set_experts_implementation("eager")  # grouped matmuls have no float64 kernels
             self.model.double()
             with torch.no_grad():
                 noise = (whole(self.model, self.rows[LONG]) - self.truth).abs().max().item()
@@ -177,23 +177,25 @@ class _Logits:
         row[half:] = self.rows[LONG].flip(0)[half:]
         if not (self._own(row)[:half] - self.truth[:half]).abs().max().item() <= self.allowed:
             raise UserError(
-                f"{self.name} is not supported: what this model says of a token depends on the tokens after it, so it gives no"
-                " log-prob of a completion (an encoder? is_decoder in its config.json)"
+                f"{self.name} is not supported: what this model predicts for a token depends on the tokens after it, so it has no"
+                " log-prob of a completion (is it an encoder? see is_decoder in its config.json)"
             )
 
     @torch.no_grad()
     def way(self) -> Way:
+        """The cheapest way from hidden states to the model's own numbers."""
         row = self.rows[LONG]
         for head in ("layer", "own"):
             try:
-                found = self._read(hidden_states(self.model, sequences([row])), [row], head)
-            except Exception:  # no way for this one
+                output = self._read(hidden_states(self.model, sequences([row])), [row], head)
+            except Exception:  # this way does not work for this architecture
                 continue
-            if self._is_near(found, self.truth):
+            if self._is_near(output, self.truth):
                 return head
         return "whole"
 
     def why_not_packed(self, attention: str, head: Way) -> str | None:
+        """The reason why sequences of this architecture cannot be packed; None where they can."""
         truth = torch.cat([self._own(row) for row in self.rows])
         try:
             self.model.set_attn_implementation(attention)
@@ -202,16 +204,16 @@ class _Logits:
             if self._leaks():
                 return "one row would read another"
             with torch.no_grad():
-                found = self._read(hidden_states(self.model, sequences(self.rows)), self.rows, head)
-            return None if self._is_near(found, truth) else self.other_numbers
-        except Exception as error:  # what an architecture makes of packed rows
+                output = self._read(hidden_states(self.model, sequences(self.rows)), self.rows, head)
+            return None if self._is_near(output, truth) else self.other_numbers
+        except Exception as error:  # whatever an architecture raises on packed sequences
             return f"its code takes no packed rows ({_line(error)})"
         finally:
             self.model.set_attn_implementation(self.plain)
 
     def _leaks(self) -> bool:
-        """Whether a row's hidden states have any gradient, however small, with respect to another's embeddings; or move beyond
-        rounding where another's tokens change."""
+        """Whether a sequence's hidden states have any gradient, however small, with respect to another's embeddings, or change by
+        more than rounding when another's tokens do."""
         embedded: list[Tensor] = []
         hook = self.model.get_input_embeddings().register_forward_hook(lambda *given: embedded.append(given[2]))
         try:
@@ -219,7 +221,7 @@ class _Logits:
         finally:
             hook.remove()
         parts, weights = hidden.split(LENGTHS), torch.linspace(-1, 1, hidden.shape[-1])
-        for number in reversed(range(len(parts))):  # most of what leaks flows from the rows before
+        for number in reversed(range(len(parts))):  # most leaks come from earlier sequences
             (gradient,) = torch.autograd.grad((parts[number] @ weights).sum(), embedded[0], retain_graph=True)
             own = gradient.reshape(-1, gradient.shape[-1]).split(LENGTHS)
             if any(bool(each.any()) for other, each in enumerate(own) if other != number) or not own[number].any():
@@ -232,22 +234,22 @@ class _Logits:
     def _read(self, hidden: Tensor, rows: Sequence[Tensor], head: Way) -> Tensor:
         return Head.of(self.model, own=head == "own").logits(hidden)
 
-    def _is_near(self, found: Tensor, truth: Tensor) -> bool:
-        return (found - truth).abs().max().item() <= self.allowed
+    def _is_near(self, output: Tensor, truth: Tensor) -> bool:
+        return (output - truth).abs().max().item() <= self.allowed
 
 
 def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class _Scores(_Logits):
-    """A reward model on trial."""
+class _RewardTrial(_LanguageTrial):
+    """A small random reward model, on which plans are tried."""
 
     auto: Any = AutoModelForSequenceClassification
     other_numbers = "its scores would not be its own"
 
     def _refuse_looking_ahead(self) -> None:
-        """A score is of a whole row."""
+        """Nothing to refuse: a score may depend on every token."""
 
     def _read(self, hidden: Tensor, rows: Sequence[Tensor], head: Way) -> Tensor:
         if head == "own":
@@ -257,8 +259,8 @@ class _Scores(_Logits):
 
 
 def whole(model: PreTrainedModel, row: Tensor, keep: Tensor | None = None) -> Tensor:
-    """What the model itself says of one row: (tokens, vocabulary) logits, or (1, labels) scores; of the tokens `keep` alone."""
+    """The model's own output for one sequence: (tokens, vocabulary) logits, only at indices `keep`, or (1, labels) scores."""
     some = {} if keep is None else accepted(type(model), logits_to_keep=keep)
     logits = model(input_ids=row[None], **some, **accepted(type(model), use_cache=False)).logits
     logits = logits if logits.dim() == 2 else logits[0]
-    return logits if keep is None or len(logits) == len(keep) else logits[keep]  # some forwards take the word and do not heed it
+    return logits if keep is None or len(logits) == len(keep) else logits[keep]  # some forwards ignore logits_to_keep

@@ -1,4 +1,4 @@
-"""How a model's tables grow with its vocabulary: new rows, a head's biases included, start at the mean of the old ones."""
+"""Resize embeddings and head with the vocabulary: new rows, a head's biases included, start at the mean of the old ones."""
 
 import json
 from collections.abc import Sequence
@@ -12,15 +12,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from halos.errors import UserError
 
 NAME = "vocabulary.json"
-MOST = 2**24  # ids: a file that speaks of more is not ours
+MAX_SIZE = 2**24  # ids: a file with more was not written by a run
 
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """What a run knows of its ids. Saved beside an adapter: files of tokens do not tell which of them a base had."""
+    """A run's token ids. Saved next to an adapter, since a tokenizer's files do not say which of its tokens the base had."""
 
-    size: int = 0  # how many ids the tokenizer has
-    new: tuple[int, ...] = ()  # those of tokens that the base's tokenizer did not know
+    size: int = 0  # number of ids of the tokenizer
+    new: tuple[int, ...] = ()  # ids of tokens that the base's tokenizer did not have
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, new_tokens: Sequence[str]) -> "Vocabulary":
@@ -32,34 +32,35 @@ class Vocabulary:
 
     @classmethod
     def load(cls, directory: Path) -> "Vocabulary | None":
-        """What was saved in `directory`, or None. Raises UserError for what no run has saved."""
+        """The vocabulary saved in `directory`, or None. Raises UserError for a file that no run wrote."""
         path = directory / NAME
         if not path.is_file():
             return None
         try:
             values = json.loads(path.read_text())
             size, new = values["size"], values["new"]
-            sound = type(size) is int and 0 <= size <= MOST and all(type(each) is int and 0 <= each < size for each in new)
+            sound = type(size) is int and 0 <= size <= MAX_SIZE and all(type(each) is int and 0 <= each < size for each in new)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
         if not sound:
-            raise UserError(f"{path} is no list of new ids below a size")
+            raise UserError(f"{path} does not hold a size and a list of new ids below it")
         return cls(size, tuple(new))
 
 
 def table(layer: nn.Module) -> Tensor:
+    """The weight of an embedding or output layer: (vocabulary, hidden)."""
     weight = layer.weight
     assert isinstance(weight, Tensor)
     return weight
 
 
 def fresh_rows(known: int, size: int, tokens: Sequence[int]) -> list[int]:
-    """Rows that have learnt nothing yet: those of new `tokens`, and all beyond the `known` ones that the base has."""
+    """Untrained rows of the tables: those of the new `tokens`, and all beyond the base's `known` rows."""
     return sorted({*tokens, *range(known, size)})
 
 
-def _untie_what_differs(model: PreTrainedModel) -> None:
-    """Resizing ties what the configuration ties, two tables that were read apart included."""
+def _untie_separate_tables(model: PreTrainedModel) -> None:
+    """Resizing ties embedding and head where the configuration says so, even where they were loaded as two tables: prevent it."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is not None and table(head) is not table(embedding):
         for config in (model.config, model.config.get_text_config()):
@@ -67,10 +68,10 @@ def _untie_what_differs(model: PreTrainedModel) -> None:
 
 
 def grow(model: PreTrainedModel, size: int, tokens: Sequence[int]) -> None:
-    """Make room for `size` ids, and let the rows of `tokens` and all new ones start at the mean of the older ones."""
+    """Resize to at least `size` ids; the rows of `tokens` and all added rows start at the mean of the older ones."""
     known = len(table(model.get_input_embeddings()))
     if size > known:
-        _untie_what_differs(model)
+        _untie_separate_tables(model)
         model.resize_token_embeddings(size, mean_resizing=False)
     if not (rows := fresh_rows(known, size, tokens)):
         return

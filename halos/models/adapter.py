@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from halos import confined
 from halos.config.suggest import nearest
 from halos.errors import UserError, doing
-from halos.logps.start import remember_start
+from halos.logps.initial_values import remember_base_values
 from halos.merge import lora
 from halos.models import targets
 
@@ -46,7 +46,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
             parameter.data = parameter.data.float()
     lora.refuse_idle_patterns(adapted, settings)
     lora.say_exactly(adapted)
-    remember_start(adapted, own)
+    remember_base_values(adapted, own)
     return adapted
 
 

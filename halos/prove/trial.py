@@ -1,6 +1,6 @@
-"""The forward of a run on a small random copy of its model, against what transformers' own forward says of each row.
+"""A small random copy of a run's model, whose forward is compared with transformers' own, one row at a time.
 
-What is expected is worked out here, row by row in float64 from the model's whole logits, by none of the code that is proved.
+The expected values are computed here, row by row in float64 from the model's full logits, by none of the code that is proved.
 """
 
 import copy
@@ -19,27 +19,33 @@ from halos.data.dataset import Completion
 from halos.errors import UserError
 from halos.logps import miniature
 from halos.logps.attention import SEGMENTS
-from halos.logps.model import ActorCritic, LanguageModel, Reader, RewardModel, bare
+from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel, bare
 from halos.logps.plan import plan_for, remember
 from halos.models import adapter
 from halos.types import Sequences
 
-MARGIN, HALF_MARGIN = 16.0, 4.0  # times how far the model's own forward is from itself in float64
-FLOOR = 1e-5  # of the largest number: float32
-MOVED = 0.5  # of a fresh matrix's size: how far all that is trained is from its start
-EMPTY = {"target_modules": "all-linear", "target_parameters": [], "modules_to_save": [], "rank_pattern": {}, "alpha_pattern": {}}
+MARGIN, HALF_MARGIN = 16.0, 4.0  # times the distance of the model's own forward from itself in float64
+FLOOR = 1e-5  # fraction of the largest value: float32
+PERTURBATION = 0.5  # of trained parameters, relative to the scale of a freshly initialised matrix
+ALL_LINEAR = {
+    "target_modules": "all-linear",
+    "target_parameters": [],
+    "modules_to_save": [],
+    "rank_pattern": {},
+    "alpha_pattern": {},
+}
 
-# prompt tokens, and which of the completion's are scored: a plain row, one of several turns, one that only its end is scored of
+# number of prompt tokens, and which tokens of the completion are scored: all, those of two turns, only the last one
 SHAPES = ((4, "111111111"), (9, "1111000011111111"), (6, "00001"))
 
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """What of a run its forward depends on, but for weights and data."""
+    """Everything that a run's forward depends on, except weights and data."""
 
     config: PretrainedConfig
     peft: Mapping[str, Any] | None
-    attention: str  # of packed rows
+    attention: str  # for packed rows
     reward: bool
     valued: bool  # with a value head
     refers: bool  # the reference is the base with the adapter off
@@ -51,7 +57,7 @@ class Trial:
 
     @property
     def half(self) -> bool:
-        """Whether it computes in fewer bits than float32, whose rounding hides what is off by a tenth of a nat."""
+        """Whether it computes in less than float32, whose rounding can hide an error of a tenth of a nat."""
         return self.autocast or self.dtype is not torch.float32
 
     def in_float32(self) -> "Trial":
@@ -61,7 +67,7 @@ class Trial:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One thing that was compared: how far it is from what it should be."""
+    """One comparison: the error of what was compared, and the tolerance."""
 
     what: str
     error: float
@@ -72,11 +78,11 @@ class Check:
         return self.error <= self.allowed
 
 
-class Stage:
-    """The copy with everything trained moved away from its start, under what a run wraps it in; and its base by itself."""
+class SmallCopy:
+    """The copy, its trained parameters perturbed, inside the module that a run trains; and its unperturbed base."""
 
     def __init__(self, trial: Trial) -> None:
-        self.trial, self.adapted = trial, ""  # what its adapter is, where it is not the run's
+        self.trial, self.adapted = trial, ""  # describes its adapter, where it is not the run's
         self.plan = plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest)
         self.base = self._build()
         self.rows = rows(self.base.config.get_text_config().pad_token_id if trial.reward else None)
@@ -85,10 +91,10 @@ class Stage:
             assert isinstance(model, PreTrainedModel)
             model = self._adapted(model, dict(trial.peft))
         if trial.reward:
-            self.module: Reader = RewardModel(model)
+            self.module: ModelWithHead = RewardModel(model)
         else:
             self.module = (ActorCritic if trial.valued else LanguageModel)(model, temperature=trial.temperature)
-        _move(self.module)
+        _perturb(self.module)
         self.module.to(trial.device).eval()
         self.model = bare(model)
 
@@ -105,19 +111,19 @@ class Stage:
         return model
 
     def _adapted(self, model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
-        """With the run's adapter; with one on every layer where the run's names layers that the copy does not have."""
+        """With the run's adapter, or one on every linear layer where the run's names layers that the copy does not have."""
         try:
             return adapter.attach(model, settings, base="", reward=self.trial.reward, seed=0)
         except (UserError, ValueError):
             self.adapted = "an adapter on every linear layer, since the run's names layers that the copy does not have"
-            return adapter.attach(self._build(), {**settings, **EMPTY}, base="", reward=self.trial.reward, seed=0)
+            return adapter.attach(self._build(), {**settings, **ALL_LINEAR}, base="", reward=self.trial.reward, seed=0)
 
     def arithmetic(self) -> AbstractContextManager[Any]:
         return torch.autocast(self.trial.device.type, torch.bfloat16) if self.trial.autocast else nullcontext()
 
     @torch.no_grad()
-    def said(self, which: list[int] | None = None) -> Any:
-        """What the module that is proved says of some rows, packed together where it packs."""
+    def output(self, which: list[int] | None = None) -> Any:
+        """Output of the module that is proved for some rows, in one batch."""
         with self.arithmetic():
             return self.module(self.packed(which))
 
@@ -126,47 +132,47 @@ class Stage:
         return pack(some).to(self.trial.device)
 
     def expected(self, model: PreTrainedModel, of: Callable[[PreTrainedModel, Tensor, int], Tensor], *, exact: bool) -> Tensor:
-        """`of` a model, each row's ids (1, tokens) and its number, by transformers' plain path: in float64 with `exact`, else in
-        the run's arithmetic."""
+        """`of(model, ids (1, tokens), row number)` for every row, concatenated, with transformers' default attention: in float64
+        with `exact`, else in the run's precision."""
         ids = [torch.from_numpy(np.concatenate([prompt, done.ids]).astype(np.int64))[None] for prompt, done in self.rows]
         model.set_attn_implementation(self.plain)
         try:
-            asked = _exact(model) if exact else model
+            used = _in_float64(model) if exact else model
             with torch.no_grad(), nullcontext() if exact else self.arithmetic():
-                return torch.cat([of(asked, row.to(self.trial.device), number).double() for number, row in enumerate(ids)])
+                return torch.cat([of(used, row.to(self.trial.device), number).double() for number, row in enumerate(ids)])
         finally:
             if self.plan.is_packed:
                 model.set_attn_implementation(str(self.plan.attention))
 
 
 def rows(padding: int | None) -> list[PackRow]:
-    """Three, of tokens that mean nothing special; where a score is read, the last one ends in padding."""
-    made = []
+    """Three rows of ordinary tokens; for a reward model the last one ends in padding."""
+    packed_rows = []
     for number, (prompt, scored) in enumerate(SHAPES):
         ids = miniature.row(prompt + len(scored), 50 + number).numpy().astype(np.int32)
-        made.append((ids[:prompt], Completion(ids[prompt:], np.array([mark == "1" for mark in scored]))))
+        packed_rows.append((ids[:prompt], Completion(ids[prompt:], np.array([mark == "1" for mark in scored]))))
     if padding is not None:
-        made[-1][1].ids[-2:] = padding
-    return made
+        packed_rows[-1][1].ids[-2:] = padding
+    return packed_rows
 
 
 @torch.no_grad()
-def _move(module: nn.Module) -> None:
-    """Everything that is trained, away from where it starts: adapters from nothing, biases, a value head, what is saved whole."""
+def _perturb(module: nn.Module) -> None:
+    """Move every trained parameter away from its initial value: adapters, biases, a value head, modules_to_save."""
     generator = torch.Generator().manual_seed(7)
     for parameter in module.parameters():
         if parameter.requires_grad:
-            bound = MOVED * (3.0 / parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 0.3
+            bound = PERTURBATION * (3.0 / parameter.shape[-1]) ** 0.5 if parameter.dim() > 1 else 0.3
             parameter += (torch.rand(parameter.shape, generator=generator).to(parameter) * 2 - 1) * bound
 
 
 @torch.no_grad()
-def _exact(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy that computes in float64, or in float32 where the architecture knows no more."""
+def _in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy that computes in float64, or in float32 where the architecture cannot."""
     twin = copy.deepcopy(model)
     try:
         if type(twin)._can_set_experts_implementation():
-            twin.set_experts_implementation("eager")  # grouped products know no float64
+            twin.set_experts_implementation("eager")  # grouped matmuls have no float64 kernels
         twin.double()(input_ids=miniature.row(5).to(model.device)[None])
     except Exception:  # whatever an architecture raises
         return twin.float()

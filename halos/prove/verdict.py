@@ -1,4 +1,4 @@
-"""The verdict on a run's forward: proved on a small copy, kept by everything that it depends on, and said in a line."""
+"""The verdict on a run's forward: proved on a small copy, cached under everything it depends on, and reported in one line."""
 
 import hashlib
 import json
@@ -17,12 +17,19 @@ from halos.prove import checks
 from halos.prove.trial import Check, Trial
 from halos.versions import versions
 
-CODE = ("logps", "prove", "models/adapter.py", "models/targets.py", "data/collate.py", "types.py")  # what a verdict depends on
+CODE = (
+    "logps",
+    "prove",
+    "models/adapter.py",
+    "models/targets.py",
+    "data/collate.py",
+    "types.py",
+)  # source files a verdict depends on
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """How a run computes its log-probs or scores, and what was proved of it; nothing was where there are no checks."""
+    """How a run computes its log-probs or scores, and the checks that prove it; none where nothing was proved."""
 
     plan: Plan
     checks: Sequence[Check]
@@ -39,14 +46,14 @@ class Verdict:
         return {"plan": asdict(self.plan), "copy": [asdict(check) for check in self.checks]}
 
 
-def judge(trial: Trial, cache_dir: Path, *, again: bool) -> Verdict:
-    """The verdict on the copy: from the cache, unless `again`. Raises UserError where a check does not hold."""
+def verdict_on(trial: Trial, cache_dir: Path, *, again: bool) -> Verdict:
+    """The verdict on the small copy, from the cache unless `again`. Raises UserError where a check does not hold."""
     plan = plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest)
     path = cache_dir / "forward" / f"{key_of(trial)}.json"
-    kept = None if again else _kept(path)
-    if kept is None:
+    results = None if again else _cached(path)
+    if results is None:
         try:
-            _, kept = checks.prove(trial)
+            _, results = checks.prove(trial)
         except UserError:
             raise
         except Exception as error:  # whatever an architecture raises
@@ -54,14 +61,15 @@ def judge(trial: Trial, cache_dir: Path, *, again: bool) -> Verdict:
                 f"the forward of {trial.config.model_type} could not be proved on a small copy of it: {type(error).__name__}:"
                 f" {(str(error).splitlines() or [''])[0]}. train.prove=off trains without a proof"
             ) from error
-        refuse(kept, f"a small random copy of {trial.config.model_type}")
+        refuse_failed(results, f"a small random copy of {trial.config.model_type}")
         path.parent.mkdir(parents=True, exist_ok=True)
-        confined.write_whole(path, json.dumps([asdict(check) for check in kept]))
-    return Verdict(plan, kept)
+        confined.write_whole(path, json.dumps([asdict(check) for check in results]))
+    return Verdict(plan, results)
 
 
-def refuse(found: Sequence[Check], where: str) -> None:
-    if wrong := [check for check in found if not check.holds]:
+def refuse_failed(results: Sequence[Check], where: str) -> None:
+    """Raises UserError for the first check that does not hold."""
+    if wrong := [check for check in results if not check.holds]:
         raise UserError(
             f"this run's numbers are not the model's own: {wrong[0].what} {wrong[0].error:.1e} off on {where}, where"
             f" {wrong[0].allowed:.1e} is rounding. Nothing was trained; another model.attention or transformers may be right, and"
@@ -70,15 +78,16 @@ def refuse(found: Sequence[Check], where: str) -> None:
 
 
 def key_of(trial: Trial) -> str:
-    """Changes with everything that the verdict depends on: settings, device, versions, and the code that is proved."""
+    """A hash of everything that the verdict depends on: settings, device, versions, and the code that is proved."""
     small = miniature.small_config(trial.config, longest=trial.longest)
-    facts = {name: str(value) for name, value in asdict(trial).items() if name != "config"}
+    settings = {name: str(value) for name, value in asdict(trial).items() if name != "config"}
     name = torch.cuda.get_device_name(trial.device) if trial.device.type == "cuda" else ""
-    told = json.dumps([miniature.key_of(small), facts, name, versions()["packages"], _code()], sort_keys=True)
-    return hashlib.sha256(told.encode()).hexdigest()[:24]
+    text = json.dumps([miniature.key_of(small), settings, name, versions()["packages"], _code()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:24]
 
 
 def _code() -> str:
+    """A hash of the source files in CODE."""
     home, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
     for part in CODE:
         for path in sorted((home / part).glob("*.py")) if (home / part).is_dir() else [home / part]:
@@ -86,10 +95,12 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _kept(path: Path) -> list[Check] | None:
-    """None where there is none that could be read: it is proved again."""
+def _cached(path: Path) -> list[Check] | None:
+    """The cached checks; None where they are missing, damaged or failed, and are to be proved again."""
     try:
-        found = [Check(str(each["what"]), float(each["error"]), float(each["allowed"])) for each in json.loads(path.read_text())]
+        results = [
+            Check(str(each["what"]), float(each["error"]), float(each["allowed"])) for each in json.loads(path.read_text())
+        ]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return found if found and all(check.holds for check in found) else None
+    return results if results and all(check.holds for check in results) else None

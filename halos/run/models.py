@@ -16,8 +16,8 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-from halos.logps.model import ActorCritic, LanguageModel, Reader, RewardModel
-from halos.logps.start import remember_beginning
+from halos.logps.initial_values import remember_initial_values
+from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel
 from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_different_tokenizer, weights_dtype
@@ -123,7 +123,7 @@ def policy(shelf: Shelf, *, reward: bool, refers: bool, checkpoint: Path | None)
     if config.peft.init_from is not None and (remembers or not checkpoint):
         adapter.load_adapter(adapted, Path(config.peft.init_from))
     if remembers:
-        remember_beginning(adapted)
+        remember_initial_values(adapted)
     if checkpoint:
         adapter.load_adapter(adapted, checkpoint / "adapter")
     return adapted
@@ -161,7 +161,7 @@ def named_reference(shelf: Shelf) -> Path | None:
     return place
 
 
-def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> Reader | None:
+def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> ModelWithHead | None:
     """A frozen copy of the policy's start, or the model at `named`.
 
     None where the policy itself, with what is trained of it as it was at the start, is the reference: no second copy is loaded.
@@ -172,7 +172,7 @@ def reference(shelf: Shelf, model: nn.Module, named: Path | None) -> Reader | No
     return freeze(LanguageModel(inner, temperature=shelf.config.train.temperature))
 
 
-def wrapped(shelf: Shelf, model: nn.Module, inputs: type[LossInput], checkpoint: Path | None) -> Reader:
+def wrapped(shelf: Shelf, model: nn.Module, inputs: type[LossInput], checkpoint: Path | None) -> ModelWithHead:
     """What is trained: the model under what a loss of these inputs looks at. A value head goes on from one that was saved."""
     if inputs.head == "score":
         return RewardModel(model)

@@ -17,9 +17,9 @@ from halos.hooks.base import Run
 from halos.logps.model import bare
 from halos.logps.plan import plan_for
 from halos.models.load import attention
-from halos.prove import start
+from halos.prove import loaded_model
 from halos.prove.trial import Check, Trial
-from halos.prove.verdict import Verdict, judge, refuse
+from halos.prove.verdict import Verdict, refuse_failed, verdict_on
 from halos.run import models
 from halos.rundir import REPORT, RunDir
 
@@ -47,14 +47,14 @@ def of_copies(loss: LossSpec, shelf: models.Shelf, model: nn.Module, named: Path
     cache, again = Path(config.cache_dir).expanduser(), config.train.prove == "always"
     problem, verdicts = None, list[Verdict]()
     try:
-        verdicts = [judge(each, cache, again=again) for each in trials] if machine.is_main_process else []
+        verdicts = [verdict_on(each, cache, again=again) for each in trials] if machine.is_main_process else []
     except UserError as error:
         if not isinstance(machine, Accelerator):
             raise
         problem = str(error)
     if isinstance(machine, Accelerator):
         require_same_on_all_ranks(machine, "forward", "", problem)
-    return (verdicts or [judge(each, cache, again=False) for each in trials])[0]
+    return (verdicts or [verdict_on(each, cache, again=False) for each in trials])[0]
 
 
 def _attention(shelf: models.Shelf, dtype: torch.dtype) -> str:
@@ -78,9 +78,10 @@ def of_start(run: Run, verdict: Verdict) -> None:
     """
     config, found, problem = run.config, list[Check](), None
     if config.train.prove != "off":
-        found = start.prove(run.module, run.strategy, run.tokenizer, temperature=config.train.temperature, longest=run.max_length)
+        settings = {"temperature": config.train.temperature, "longest": run.max_length}
+        found = loaded_model.prove(run.module, run.strategy, run.tokenizer, **settings)
         try:
-            refuse(found, "the model as it is spread over the processes")
+            refuse_failed(found, "the model as it is spread over the processes")
         except UserError as error:
             problem = str(error)
         require_same_on_all_ranks(run.accelerator, "forward", "", problem)

@@ -14,7 +14,7 @@ from halos.config.bind import LossSpec
 from halos.data.collate import PackRow, mismatched_row, pack
 from halos.data.dataset import Item
 from halos.hooks.base import Run
-from halos.logps.model import at_beginning
+from halos.logps.model import initial_policy
 from halos.logps.router import RouterLoss
 from halos.trainers.deal import Chunk, Split, deal, gather_in_order
 from halos.types import Loss, LossInput, Mean, Mismatched, Sequences
@@ -108,7 +108,7 @@ class Objective(ABC):
         if routing is None:  # this is the one micro-batch that each process has
             with torch.no_grad():
                 routing = self.run.accelerator.reduce(self.router.counts() * chunk.weight, reduction="sum")
-        return self.router.share(routing)
+        return self.router.part(routing)
 
     # --- a forward pass --------------------------------------------------------------------------------------------------
 
@@ -132,7 +132,7 @@ class Objective(ABC):
     def _policy(self, batch: Sequences) -> Any:
         """The policy's output; in a step its routers are watched, where their balance is part of the loss."""
         module = self.run.module
-        with self.router.watching() if self.router is not None and module.training else nullcontext():
+        with self.router.recording() if self.router is not None and module.training else nullcontext():
             output = module(batch)
         self.outputs = tree_leaves(output)
         return output
@@ -145,7 +145,7 @@ class Objective(ABC):
             return self.reference(batch)
         training = model.training
         try:
-            with at_beginning(model):
+            with initial_policy(model):
                 return model.eval()(batch)
         finally:
             model.train(training)

@@ -94,7 +94,7 @@ def test_packed_log_probs_are_the_models_own(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALONE)
-def test_what_cannot_be_packed_goes_through_one_row_at_a_time(name: str) -> None:
+def test_sequences_that_cannot_be_packed_go_one_at_a_time(name: str) -> None:
     model, rows = build(name), sequences()
     wanted = [own(model, ids) for ids in rows]
     module = LanguageModel(model)
@@ -105,7 +105,7 @@ def test_what_cannot_be_packed_goes_through_one_row_at_a_time(name: str) -> None
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT2"])
-def test_a_neighbour_in_the_pack_changes_nothing(name: str) -> None:
+def test_a_neighbouring_sequence_changes_nothing(name: str) -> None:
     model, rows = LanguageModel(build(name)), sequences()
     before = model(packed(rows)).values[1].detach()
     rows[0] = (rows[0] + 7) % VOCABULARY
@@ -197,7 +197,7 @@ def test_scores_are_read_where_transformers_reads_them(name: str, ends_in_paddin
         assert RewardModel(model)(packed(rows)).tolist() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_a_model_that_is_trained_generates_as_it_would_alone_and_says_how() -> None:
+def test_a_model_in_training_generates_as_it_would_alone_and_its_refusal_says_how() -> None:
     model, ids = build("Llama"), torch.tensor([[5, 6, 7, 8]])
     wanted = model.generate(ids, max_new_tokens=6, do_sample=False)
     model.set_attn_implementation(SEGMENTS)

@@ -1,4 +1,4 @@
-"""The way an architecture's log-probs are computed is found by trying, not by its name or a flag."""
+"""How an architecture's log-probs are computed is decided by trying, not by its name or a flag."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +11,8 @@ from torch import Tensor
 from halos.errors import UserError
 from halos.logps import hidden, miniature, plan
 from halos.logps.attention import SEGMENTS
+from halos.logps.initial_values import UNSHARDED
 from halos.logps.model import LanguageModel
-from halos.logps.start import WHOLE
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -70,7 +70,7 @@ def test_a_leak_too_small_for_any_tolerance_is_a_leak(monkeypatch: pytest.Monkey
         plan._plan.cache_clear()
 
 
-def test_a_miniature_has_one_layer_of_each_kind_whatever_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_miniature_has_one_layer_of_each_kind_whatever_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
     kinds = ["full_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
     made = miniature_of("Qwen3", num_hidden_layers=5, layer_types=kinds, sliding_window=64, use_sliding_window=True,
                         num_key_value_heads=2)  # fmt: skip
@@ -101,7 +101,7 @@ def test_ranks_call_their_layers_equally_often_and_no_number_moves(monkeypatch: 
         most.fill_(5)
 
     monkeypatch.setattr(hidden.dist, "all_reduce", all_reduce)
-    for module.layout in (WHOLE, SimpleNamespace(is_sharded=True)):
+    for module.layout in (UNSHARDED, SimpleNamespace(is_sharded=True)):
         module.zero_grad()
         calls.clear()
         values = module(batch).values

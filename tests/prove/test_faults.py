@@ -1,4 +1,4 @@
-"""Faults of a forward pass, written down before the proof was: each is planted, and the proof must see it.
+"""Faults of a forward pass, listed before the proof was written: each is injected, and the proof must detect it.
 
  1 the border between rows one token late            15 its first token left out
  2 no border: one row reads on from the other        16 the head reads the state after the one that predicts
@@ -62,7 +62,7 @@ def of(base: str, **more: Any) -> trial.Trial:
 
 
 def around(patch: Patch, owner: Any, name: str, change: Callable[..., Any]) -> None:
-    """Put `change(real, *arguments)` in the place of a function or method."""
+    """Replace a function or method by `change(real, *arguments)`."""
     real = getattr(owner, name)
     patch.setattr(owner, name, lambda *given, **named: change(real, *given, **named))
 
@@ -80,7 +80,7 @@ def border_late(patch: Patch) -> None:
 
 
 def patched(patch: Patch, attend: Callable[..., Any]) -> None:
-    """Another attention by segments, which is registered again with every plan that is asked for."""
+    """Replace the attention by segments, which every call of plan_for registers again."""
     around(patch, attention, "attend_by_segment", attend)
 
 
@@ -213,7 +213,7 @@ def adapter_left_on(patch: Patch) -> None:
 
 
 def bias_left_in(patch: Patch) -> None:
-    patch.setattr(model, "at_start", lambda *_: nothing(nn.Module()))
+    patch.setattr(model, "with_values", lambda *_: nothing(nn.Module()))
 
 
 def adapter_left_off(patch: Patch) -> None:
@@ -299,7 +299,7 @@ RIGHT: dict[str, bool] = {}
 
 
 def is_right(base: str, more: dict[str, Any]) -> bool:
-    """Whether all holds where nothing is planted; this settles how rows of the architecture are read, too."""
+    """Whether all checks hold without a fault; this also caches the plan of the architecture."""
     key = f"{base} {more}"
     if key not in RIGHT:
         RIGHT[key] = not wrong(of(base, **more))
@@ -308,14 +308,14 @@ def is_right(base: str, more: dict[str, Any]) -> bool:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_planted_fault_is_seen(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    plant, base, more = CASES[name]
+def test_an_injected_fault_is_detected(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inject, base, more = CASES[name]
     more = {**more, "autocast": autocast}
     asked = of(base, **more)
     assert is_right(base, more)
-    plant(monkeypatch)
+    inject(monkeypatch)
     assert wrong(asked)
 
 
-def test_no_fault_stands_in_the_list_twice() -> None:
+def test_no_fault_is_listed_twice() -> None:
     assert len(CASES) == len(FAULTS) >= 30

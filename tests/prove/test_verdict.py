@@ -1,4 +1,4 @@
-"""What is proved at a start is kept, said and written; what does not hold stops the run with one message."""
+"""Proofs of the forward are cached, logged and written to a report; a check that fails stops the run with one message."""
 
 import json
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from halos.logps.attention import SEGMENTS
 from halos.logps.model import LanguageModel
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
-from halos.prove import checks, start, verdict
+from halos.prove import checks, loaded_model, verdict
 from halos.prove.trial import Trial
 
 LLAMA = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
@@ -28,45 +28,45 @@ TRIAL = Trial(config=LLAMA, peft=None, attention=SEGMENTS, reward=False, valued=
 
 @pytest.fixture
 def proofs(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
-    """Trials that were gone through, rather than found in the cache."""
-    gone, real = [], checks.prove
-    monkeypatch.setattr(checks, "prove", lambda trial: (gone.append(trial), real(trial))[1])
-    return gone
+    """Trials that were proved rather than read from the cache."""
+    proved, real = [], checks.prove
+    monkeypatch.setattr(checks, "prove", lambda trial: (proved.append(trial), real(trial))[1])
+    return proved
 
 
-def test_a_verdict_is_kept_by_all_that_it_depends_on(tmp_path: Path, proofs: list[Trial]) -> None:
-    first = verdict.judge(TRIAL, tmp_path, again=False)
-    assert verdict.judge(TRIAL, tmp_path, again=False) == first
+def test_a_verdict_is_cached_under_all_that_it_depends_on(tmp_path: Path, proofs: list[Trial]) -> None:
+    first = verdict.verdict_on(TRIAL, tmp_path, again=False)
+    assert verdict.verdict_on(TRIAL, tmp_path, again=False) == first
     wider = transformers.LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 500, "eos_token_id": 7})  # computes alike
-    verdict.judge(replace(TRIAL, config=wider), tmp_path, again=False)
+    verdict.verdict_on(replace(TRIAL, config=wider), tmp_path, again=False)
     assert len(proofs) == 1
     for other in (replace(TRIAL, temperature=0.5), replace(TRIAL, valued=True), replace(TRIAL, dtype=torch.bfloat16)):
-        verdict.judge(other, tmp_path, again=False)
+        verdict.verdict_on(other, tmp_path, again=False)
     assert len(proofs) == 4
-    verdict.judge(TRIAL, tmp_path, again=True)
+    verdict.verdict_on(TRIAL, tmp_path, again=True)
     assert len(proofs) == 5
 
 
-def test_a_damaged_verdict_is_found_anew(tmp_path: Path, proofs: list[Trial]) -> None:
-    verdict.judge(TRIAL, tmp_path, again=False)
+def test_a_damaged_verdict_is_proved_again(tmp_path: Path, proofs: list[Trial]) -> None:
+    verdict.verdict_on(TRIAL, tmp_path, again=False)
     (path,) = (tmp_path / "forward").iterdir()
     for text in ("[", "[]", '[{"what": "log-probs"}]', '[{"what": "log-probs", "error": 1, "allowed": 0}]'):
         path.write_text(text)
-        assert verdict.judge(TRIAL, tmp_path, again=False).checks
+        assert verdict.verdict_on(TRIAL, tmp_path, again=False).checks
     assert len(proofs) == 5
 
 
-def test_numbers_that_are_not_the_models_own_are_refused_and_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbers_that_are_not_the_models_own_are_refused_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     verdict.plan_for(LLAMA, reward=False, attention=SEGMENTS)
     real = hidden._packed
     monkeypatch.setattr(hidden, "_packed", lambda *given: 1.01 * real(*given))
-    with pytest.raises(UserError, match=r"not the model's own: log-probs .* off on a small random copy of llama") as told:
-        verdict.judge(TRIAL, tmp_path, again=False)
-    assert "train.prove=off" in str(told.value)
+    with pytest.raises(UserError, match=r"not the model's own: log-probs .* off on a small random copy of llama") as refusal:
+        verdict.verdict_on(TRIAL, tmp_path, again=False)
+    assert "train.prove=off" in str(refusal.value)
     assert not (tmp_path / "forward").exists()
 
 
-def test_a_row_at_the_start_sees_what_becomes_of_the_real_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_through_the_loaded_model_sees_what_is_wrong_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.build(tmp_path / "tiny")
     tokenizer, _ = load_tokenizer(tmp_path / "tiny", add_tokens=[])
     loaded = load_model(tmp_path / "tiny", tokenizer, reward=False, dtype=torch.float32, attention=SEGMENTS)
@@ -74,14 +74,16 @@ def test_a_row_at_the_start_sees_what_becomes_of_the_real_model(tmp_path: Path, 
 
     def proved(**more: Any) -> bool:
         settings = {"temperature": 0.7, "longest": 1024, **more}
-        return all(check.holds for check in start.prove(module, Replicated(make_accelerator("float32")), tokenizer, **settings))
+        return all(
+            check.holds for check in loaded_model.prove(module, Replicated(make_accelerator("float32")), tokenizer, **settings)
+        )
 
     assert proved()
     assert proved(longest=8)
     assert module.training
     assert loaded.config._attn_implementation == SEGMENTS
     assert not proved(temperature=1.0)
-    monkeypatch.setattr(start, "_of_the_first", lambda value: 1.01 * value)  # a process that has read other weights
+    monkeypatch.setattr(loaded_model, "_from_rank_0", lambda value: 1.01 * value)  # a rank that has loaded other weights
     assert not proved()
     monkeypatch.undo()
     real = hidden._packed
@@ -95,9 +97,9 @@ def test_a_run_writes_what_was_proved_and_says_where_nothing_was(
     caplog.set_level("INFO")
     assert trainer("loss=dpo", "peft=lora")
     report = json.loads((tmp_path / "run" / "forward_report.json").read_text())
-    told = {check["what"]: check["error"] <= check["allowed"] for check in report["copy"] + report["start"]}
-    assert {"log-probs", "the reference's log-probs", "one row, as it is trained"} <= told.keys()
-    assert all(told.values())
+    holds = {check["what"]: check["error"] <= check["allowed"] for check in report["copy"] + report["start"]}
+    assert {"log-probs", "the reference's log-probs", "one row, as it is trained"} <= holds.keys()
+    assert all(holds.values())
     assert "packed rows; on a small copy log-probs within" in caplog.text
     assert trainer("loss=dpo", "peft=lora", "train.prove=off", "exp_name=off")
     report = json.loads((tmp_path / "off" / "forward_report.json").read_text())
@@ -108,10 +110,10 @@ def test_a_run_writes_what_was_proved_and_says_where_nothing_was(
 def test_a_copy_that_has_not_the_layers_of_the_runs_adapter_says_what_it_has_instead() -> None:
     lora = {**adapter_settings(), "target_modules": ["layers.31.self_attn.q_proj"]}
     deep = transformers.LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 32})
-    told = [check.what for check in checks.prove(replace(TRIAL, config=deep, peft=lora, refers=True))[1]]
-    assert all("an adapter on every linear layer, since the run's names layers" in what for what in told)
-    told = [check.what for check in checks.prove(replace(TRIAL, peft=adapter_settings(), refers=True))[1]]
-    assert not any("every linear layer" in what for what in told)
+    names = [check.what for check in checks.prove(replace(TRIAL, config=deep, peft=lora, refers=True))[1]]
+    assert all("an adapter on every linear layer, since the run's names layers" in what for what in names)
+    names = [check.what for check in checks.prove(replace(TRIAL, peft=adapter_settings(), refers=True))[1]]
+    assert not any("every linear layer" in what for what in names)
 
 
 def adapter_settings() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""One row through the module that will be trained, as it is spread over the processes, against the model's own forward of it."""
+"""Proof of the loaded model: one row through the module to be trained, sharded as it is, against the model's own forward."""
 
 from typing import Any
 
@@ -10,49 +10,49 @@ from transformers import PreTrainedTokenizerBase
 from halos.data.collate import pack
 from halos.data.dataset import Completion
 from halos.distributed.strategy import Strategy
-from halos.logps.model import Reader
+from halos.logps.model import ModelWithHead
 from halos.prove.trial import FLOOR, Check
 from halos.types import Acted, Whole
 
 TOKENS = 64
 TEXT = "Before the first step, one row of text goes through the model as it will be trained, and through the model by itself. "
-HALF = 2.0**-7  # of the largest logit: what bfloat16 rounds to, twice
+HALF = 2.0**-7  # fraction of the largest logit: twice the rounding of bfloat16
 
 
 @torch.no_grad()
 def prove(
     module: nn.Module, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, *, temperature: float, longest: int
 ) -> list[Check]:
-    """Every process calls, and gets its own numbers."""
-    accelerator, reader = strategy.accelerator, next(part for part in module.modules() if isinstance(part, Reader))
+    """Every rank calls, and gets its own checks."""
+    accelerator, wrapper = strategy.accelerator, next(part for part in module.modules() if isinstance(part, ModelWithHead))
     ids = _ids(tokenizer, min(TOKENS, longest))
     training, half = module.training, accelerator.mixed_precision == "bf16"
     module.eval()
     with accelerator.autocast():
         row = (ids[:1].numpy(), Completion(ids[1:].numpy(), ids[1:].numpy() >= 0))
-        found = _numbers(module(pack([row]).to(accelerator.device)))
-        with reader.plainly():
-            said = module(Whole(ids.to(accelerator.device)))
+        output = _values(module(pack([row]).to(accelerator.device)))
+        with wrapper.plainly():
+            own = module(Whole(ids.to(accelerator.device)))
     strategy.reshard(module)
     module.train(training)
-    half = half or next(reader.parameters()).dtype is not torch.float32
-    truth = said.double()[0, :1] if reader.reward else _logps(said, ids, temperature)
-    allowed = (HALF if half else FLOOR) * max(1.0, said.abs().max().item())
-    mine, plain = found.double().cpu(), truth.double().cpu()
-    return [Check("one row, as it is trained", _distance(mine, plain), allowed),
-            Check("the same row, on the first process", _distance(mine, _of_the_first(plain)), allowed)]  # fmt: skip
+    half = half or next(wrapper.parameters()).dtype is not torch.float32
+    expected = own.double()[0, :1] if wrapper.reward else _logps(own, ids, temperature)
+    allowed = (HALF if half else FLOOR) * max(1.0, own.abs().max().item())
+    output, expected = output.double().cpu(), expected.double().cpu()
+    return [Check("one row, as it is trained", _distance(output, expected), allowed),
+            Check("the same row, on the first process", _distance(output, _from_rank_0(expected)), allowed)]  # fmt: skip
 
 
 def _distance(one: Tensor, other: Tensor) -> float:
     return (one - other).abs().max().nan_to_num(float("inf")).item()
 
 
-def _of_the_first(value: Tensor) -> Tensor:
-    """What every process would have if its part of the model were that of the first, which has read the weights."""
-    box = [value]
+def _from_rank_0(value: Tensor) -> Tensor:
+    """Rank 0's value, which every rank must reproduce: only rank 0 is sure to have read the weights from disk."""
+    values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box)
-    return box[0]
+        dist.broadcast_object_list(values)
+    return values[0]
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
@@ -60,7 +60,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, length: int) -> Tensor:
     return torch.tensor((list(ids) * length)[:length], dtype=torch.long)
 
 
-def _numbers(output: Any) -> Tensor:
+def _values(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return (output.logps if isinstance(output, Acted) else output).values[0]
