@@ -1,1 +1,1 @@
-"""Checkpoints: how they are written so that none can be lost, found again, verified, merged and handed over."""
+"""Checkpoints: written so that none can be lost, selected for a resume, verified, pruned and exported."""

@@ -1,4 +1,4 @@
-"""Look at what a run saved, check it, hand it over: python -m halos.checkpoint {ls,verify,export,merge} PATH ..."""
+"""List, verify, export and merge what a run saved: python -m halos.checkpoint {ls,verify,export,merge} PATH ..."""
 
 import argparse
 import sys
@@ -10,7 +10,7 @@ from halos.checkpoint import manifest, select
 from halos.errors import UserError, command, one_line
 from halos.rundir import ASIDE, RunDir, is_run
 
-KEPT = ("rollouts/*", f"checkpoints/{ASIDE}*/*")
+OTHER_MANIFESTS = ("rollouts/*", f"checkpoints/{ASIDE}*/*")  # a cache of rollouts' log-probs, and superseded checkpoints
 
 
 def _size(path: Path) -> str:
@@ -18,24 +18,24 @@ def _size(path: Path) -> str:
 
 
 def _saved(run: Path) -> list[Path]:
-    """A run's checkpoints and its FINAL; or the one directory that was named."""
+    """Return a run's checkpoints and its FINAL; or `run` itself where it is one of them."""
     if (run / manifest.NAME).exists():
         return [run]
     if run.is_dir():
         confined.inspect(run, home=run)
-    found = select.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
-    found = found or select.checkpoints(run)  # RUN/checkpoints itself
+    saved = select.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
+    saved = saved or select.checkpoints(run)  # RUN/checkpoints itself
     if not run.is_dir():
         raise UserError(
             f"{run} is a file: give a run's directory, or a checkpoint's"
             if run.exists()
             else f"{run}: there is no such directory"
         )
-    if not found and is_run(run):
+    if not saved and is_run(run):
         raise UserError(f"{run} has saved nothing yet")
-    if not found:
+    if not saved:
         raise UserError(f"{run} holds no checkpoints: it is neither a run directory nor a checkpoint")
-    return found
+    return saved
 
 
 def _condition(path: Path) -> str:
@@ -46,107 +46,107 @@ def _condition(path: Path) -> str:
 
 
 def ls(run: Path) -> int:
-    """Steps, sizes, held-out metrics, and whether each is whole (BAD: damaged; NEWER: saved by a later version)."""
+    """List checkpoints with size, condition (BAD: damaged; NEWER: saved by a later version) and evaluation metrics."""
     for path in _saved(run):
         metrics = select.metrics_of(path).get("eval", {})
-        shown = "  ".join(f"{one_line(k)} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
-        print(f"{one_line(path.name):14s} {_size(path):>10s}  {_condition(path):5s}  {shown}")
+        values = "  ".join(f"{one_line(k)} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
+        print(f"{one_line(path.name):14s} {_size(path):>10s}  {_condition(path):5s}  {values}")
     return 0
 
 
 def verify(run: Path) -> int:
-    """Every file of a run: checkpoints against their manifests, its own against their seals; 1 where something is wrong."""
+    """Verify every file of a run: checkpoints by their manifests, other files by their seals; status 1 if one has changed."""
     bad = False
     for directory in filter(is_run, [run, *sorted(run.glob("rounds/*/train"))]):
-        from halos.checkpoint import runfiles  # here: it reads lineages, which takes torch
+        from halos.checkpoint import runfiles  # here, because it imports torch
 
         prefix = f"{directory.relative_to(run)}/" if directory != run else ""
-        for name, said in runfiles.report(RunDir(directory)).items():
-            print(f"{one_line(prefix + name)}: {one_line(said)}")
-            bad |= not said.startswith("ok")
-        bad |= bool(prefix) and _verify_saves(directory, prefix)
-    return int(_verify_saves(run, "") or bad)
+        for name, finding in runfiles.report(RunDir(directory)).items():
+            print(f"{one_line(prefix + name)}: {one_line(finding)}")
+            bad |= not finding.startswith("ok")
+        bad |= bool(prefix) and _verify_checkpoints(directory, prefix)
+    return int(_verify_checkpoints(run, "") or bad)
 
 
-def _kept_beside(run: Path) -> list[Path]:
-    """What else of a run is under a manifest: what was known of its rollouts, and what was set aside."""
-    return sorted(path.parent for pattern in KEPT for path in run.glob(f"{pattern}/{manifest.NAME}"))
+def _other_directories(run: Path) -> list[Path]:
+    """Return the other directories of a run that have a manifest."""
+    return sorted(path.parent for pattern in OTHER_MANIFESTS for path in run.glob(f"{pattern}/{manifest.NAME}"))
 
 
-def _verify_saves(run: Path, prefix: str) -> bool:
-    """Whether a file of a checkpoint is not what it was."""
-    bad, beside = False, _kept_beside(run)
-    for path in [*_saved(run), *beside]:
+def _verify_checkpoints(run: Path, prefix: str) -> bool:
+    """Print a line for each file that has a manifest; return whether one of them changed."""
+    bad, others = False, _other_directories(run)
+    for path in [*_saved(run), *others]:
         faults = {fault.file: fault for fault in manifest.verify(path)}
         listing = manifest.read(path)
         listed = {} if isinstance(listing, manifest.Fault) else listing["files"]
         for name in sorted({*listed, *faults}):
-            shown = path.relative_to(run) if path in beside else path.name
-            print(f"{one_line(f'{prefix}{shown}/{name}')}: {faults[name].reason if name in faults else 'ok'}")
+            label = path.relative_to(run) if path in others else path.name
+            print(f"{one_line(f'{prefix}{label}/{name}')}: {faults[name].reason if name in faults else 'ok'}")
         bad |= bool(faults)
     return bad
 
 
-def export(given: argparse.Namespace) -> int:
-    """A checkpoint, FINAL or any adapter as a directory to load or to push: merged where there is an adapter, else whole."""
+def export(arguments: argparse.Namespace) -> int:
+    """Export a checkpoint, FINAL or any adapter to a directory that loads anywhere: an adapter merged, else the whole model."""
     import torch
 
     from halos import logs
-    from halos.export import export as room
+    from halos.export import export as exporter
     from halos.export import hub
     from halos.merge.safetensors_io import SHARD, size_of
 
-    if given.push_to_hub is not None:
-        hub.check_name(given.push_to_hub)
-    elif given.private or given.revision:
+    if arguments.push_to_hub is not None:
+        hub.check_name(arguments.push_to_hub)
+    elif arguments.private or arguments.revision:
         raise UserError("--private and --revision are for --push-to-hub ORG/NAME: add it, or leave them out")
     logs.silence_libraries()
-    shard = size_of(given.max_shard_size) if given.max_shard_size else SHARD
-    dtype = getattr(torch, given.dtype) if given.dtype else None
-    if given.kind == "adapter":
-        if dtype is not None or given.max_shard_size:
+    shard = size_of(arguments.max_shard_size) if arguments.max_shard_size else SHARD
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
+    if arguments.kind == "adapter":
+        if dtype is not None or arguments.max_shard_size:
             raise UserError("--dtype and --max-shard-size are for whole weights: leave them out, or --adapter")
-        said = room.adapter(given.path, given.output, base=given.base)
-    elif given.kind == "merged" or room.Saved.at(given.path).adapter is not None:
-        said = room.merged(given.path, given.output, dtype=dtype, base=given.base, shard=shard)
+        summary = exporter.adapter(arguments.path, arguments.output, base=arguments.base)
+    elif arguments.kind == "merged" or exporter.SavedModel.at(arguments.path).adapter is not None:
+        summary = exporter.merged(arguments.path, arguments.output, dtype=dtype, base=arguments.base, shard=shard)
     else:
-        said = room.whole(given.path, given.output, dtype=dtype, shard=shard)
-    print(f"{given.output}: {said}")
-    if given.push_to_hub is not None:
-        print(hub.push(given.output, given.push_to_hub, private=given.private, revision=given.revision))
+        summary = exporter.whole(arguments.path, arguments.output, dtype=dtype, shard=shard)
+    print(f"{arguments.output}: {summary}")
+    if arguments.push_to_hub is not None:
+        print(hub.push(arguments.output, arguments.push_to_hub, private=arguments.private, revision=arguments.revision))
     return 0
 
 
 def add_export(command: argparse.ArgumentParser) -> None:
     command.add_argument("path", type=Path, help="a checkpoint, FINAL, a run's directory, or an adapter's")
-    command.add_argument("--output", type=Path, required=True, help="the directory to make")
-    command.add_argument("--base", type=Path, help="where the adapter's base lies now")
-    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights; as they are by default")
-    command.add_argument("--max-shard-size", metavar="SIZE", help="of a file of weights: 5GB (the default), 200MB")
+    command.add_argument("--output", type=Path, required=True, help="the directory to write; it must not exist")
+    command.add_argument("--base", type=Path, help="the directory of the adapter's base, if it has moved")
+    command.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="dtype of the weights; unchanged by default")
+    command.add_argument("--max-shard-size", metavar="SIZE", help="largest weight file, for example 5GB (the default) or 200MB")
     command.add_argument(
-        "--push-to-hub", metavar="ORG/NAME", help="upload it too, with the token of the environment or the login"
+        "--push-to-hub", metavar="ORG/NAME", help="also upload it, with the token of the environment or of the login"
     )
-    command.add_argument("--private", action="store_true", help="make the repository private, where it does not exist yet")
+    command.add_argument("--private", action="store_true", help="make the repository private, if it does not exist yet")
     command.add_argument("--revision", help="push to this branch")
 
 
-def main(words: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m halos.checkpoint", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     for name, function in (("ls", ls), ("verify", verify)):
-        asked = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
-        asked.add_argument("path", type=Path, nargs="+", help="a run directory, or one checkpoint in it")
-        asked.set_defaults(function=lambda given, each=function: max(each(path) for path in given.path))
-    asked = commands.add_parser("export", help=export.__doc__, description=export.__doc__)
-    add_export(asked)
-    kind = asked.add_mutually_exclusive_group()
+        subparser = commands.add_parser(name, help=function.__doc__, description=function.__doc__)
+        subparser.add_argument("path", type=Path, nargs="+", help="a run directory, or one checkpoint in it")
+        subparser.set_defaults(function=lambda arguments, each=function: max(each(path) for path in arguments.path))
+    subparser = commands.add_parser("export", help=export.__doc__, description=export.__doc__)
+    add_export(subparser)
+    kind = subparser.add_mutually_exclusive_group()
     kind.add_argument("--merged", dest="kind", action="store_const", const="merged", help="base and adapter in one")
     kind.add_argument("--adapter", dest="kind", action="store_const", const="adapter", help="the adapter alone, for PEFT")
-    asked.set_defaults(function=export)
-    asked = commands.add_parser("merge", help="export --merged", description="The same as export --merged.")
-    add_export(asked)
-    asked.set_defaults(function=export, kind="merged")
-    arguments = parser.parse_args(words)
+    subparser.set_defaults(function=export)
+    subparser = commands.add_parser("merge", help="export --merged", description="The same as export --merged.")
+    add_export(subparser)
+    subparser.set_defaults(function=export, kind="merged")
+    arguments = parser.parse_args(argv)
     return command(lambda: arguments.function(arguments))
 
 

@@ -1,4 +1,4 @@
-"""The model card, README.md: what a model was made from and how, what it scored, and how to load it."""
+"""The model card, README.md: base, data and settings of a model, its evaluation metrics, and how to load it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,38 +11,38 @@ from halos.logps.vocabulary import Vocabulary
 
 NAME = "README.md"
 TRAIN = ("steps", "epochs", "batch_size", "max_length", "precision")
-SHOWN: dict[str, tuple[str, ...] | None] = {
+SETTINGS: dict[str, tuple[str, ...] | None] = {
     "loss": None, "train": TRAIN, "schedule": None, "optim": ("name", "lr", "loraplus_lr_ratio", "weight_decay"), "peft": None,
 }  # fmt: skip
 
 
 def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, reward: bool, title: str) -> None:
-    """README.md beside the weights in `directory`, an `adapter`'s or a whole model's."""
+    """Write README.md next to the weights in `directory`, those of an `adapter` or of a whole model."""
     runs = lineage["runs"] if lineage else []
-    parts = [_front(runs, adapter=adapter, reward=reward), f"# {title}", _made_from(runs, adapter=adapter)]
+    parts = [_front_matter(runs, adapter=adapter, reward=reward), f"# {title}", _summary(runs, adapter=adapter)]
     if runs:
-        parts += [_metrics(runs[-1]), _settings(runs[-1]["config"]), _chain(runs)]
+        parts += [_metrics(runs[-1]), _settings(runs[-1]["config"]), _lineage(runs)]
     vocabulary = Vocabulary.load(directory) or Vocabulary.load(directory / "adapter") if adapter else None
     parts.append(_how_to_load(runs, adapter=adapter, reward=reward, vocabulary=vocabulary))
     (directory / NAME).write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
-def _front(runs: list[Any], *, adapter: bool, reward: bool) -> str:
-    """YAML as the hub reads it, which takes only names of the hub for base and data."""
+def _front_matter(runs: list[Any], *, adapter: bool, reward: bool) -> str:
+    """Return the YAML that the hub reads. Base and datasets are listed only if they are repositories of the hub."""
     names = [run["base"]["name"] for run in runs]
     base = next((name for name in reversed(names) if on_the_hub(name)), None)
     sources = [source["path"] for run in runs for source in run["data"].get("train", [])]
-    facts = ModelCardData(
+    metadata = ModelCardData(
         base_model=base,
         library_name="peft" if adapter else "transformers",
         pipeline_tag="text-classification" if reward else "text-generation",
         tags=["halos", *dict.fromkeys(run["loss"] for run in runs), *(["lora"] if adapter else [])],
         datasets=list(dict.fromkeys(name for name in sources if on_the_hub(name))) or None,
     )
-    return f"---\n{facts.to_yaml()}\n---"
+    return f"---\n{metadata.to_yaml()}\n---"
 
 
-def _made_from(runs: list[Any], *, adapter: bool) -> str:
+def _summary(runs: list[Any], *, adapter: bool) -> str:
     if not runs:
         return "Exported by halos. Nothing was recorded of how it was trained."
     run = runs[-1]
@@ -69,21 +69,21 @@ def _short(value: Any) -> str:
 
 def _settings(config: Mapping[str, Any]) -> str:
     rows = []
-    for section, names in SHOWN.items():
+    for section, names in SETTINGS.items():
         values = dict(config[section])
         if section in ("schedule", "optim") and isinstance(target := values.get("_target_"), str):
             values = {"name": target.rpartition(".")[2], **values}
         if section == "peft" and values["name"] == "none":
-            names = ("name",)  # the others say nothing of what was done
+            names = ("name",)  # the other keys had no effect
         if section == "train" and values.get("steps") is not None:
-            names = tuple(name for name in TRAIN if name != "epochs")  # of the two the number of steps counts
+            names = tuple(name for name in TRAIN if name != "epochs")  # the number of steps overrides it
         for name in names or values:
             if values.get(name) not in (None, [], {}) and not name.startswith("_"):
                 rows.append(f"| {section}.{name} | {values[name]} |")
     return "\n".join(["## Settings", "", "| key | value |", "| --- | --- |", *rows, f"| seed | {config['seed']} |"])
 
 
-def _chain(runs: list[Any]) -> str:
+def _lineage(runs: list[Any]) -> str:
     lines = [
         f"1. `{run['base']['name']}` ({run['base']['sha256'][:12]}) → `{run['loss']}`, {run['result']['step']} steps"
         for run in runs
@@ -95,23 +95,23 @@ def _chain(runs: list[Any]) -> str:
 
 def _how_to_load(runs: list[Any], *, adapter: bool, reward: bool, vocabulary: Vocabulary | None) -> str:
     auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
-    place = ['path = "path/to/this/directory"  # where this file lies, or the repository\'s name on the hub', ""]
+    path_lines = ['path = "path/to/this/directory"  # where this file lies, or the repository\'s name on the hub', ""]
     labels = ", num_labels=1" if reward and adapter else ""
     if adapter:
         base = runs[-1]["base"]["name"] if runs else "BASE"
-        lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", *place]
+        lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", *path_lines]
         lines += [f'base = {auto}.from_pretrained("{base}"{labels})']
         if vocabulary is not None and vocabulary.new:
-            lines = ["import torch", *lines, *_room_for(vocabulary)]
+            lines = ["import torch", *lines, *_resize_code(vocabulary)]
         lines += ["model = PeftModel.from_pretrained(base, path)"]
     else:
-        lines = [f"from transformers import {auto}, AutoTokenizer", "", *place, f"model = {auto}.from_pretrained(path)"]
+        lines = [f"from transformers import {auto}, AutoTokenizer", "", *path_lines, f"model = {auto}.from_pretrained(path)"]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(path)")
     return "\n".join(["## Load", "", "```python", *lines, "```"])
 
 
-def _room_for(vocabulary: Vocabulary) -> list[str]:
-    """Code that gives a base the rows which the adapter was trained over, as `grow` does."""
+def _resize_code(vocabulary: Vocabulary) -> list[str]:
+    """Return code that adds to a base the embedding rows which the adapter was trained with, as `grow` does."""
     return [
         f"known, size = base.get_input_embeddings().num_embeddings, {vocabulary.size}",
         "if size > known:",

@@ -1,4 +1,4 @@
-"""The one owner of a run's saves: a snapshot on the step, written there or beside the next ones, committed whole or not."""
+"""The one owner of a run's checkpoints and FINAL: snapshot, write (at once or in a background thread), commit."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ from peft import PeftModel
 from halos.checkpoint import commit, final, provenance, select, state, weights
 from halos.checkpoint.commit import DiskFullError, Gather, staged
 from halos.checkpoint.pruner import Pruner
-from halos.checkpoint.saving import Copier, Saving
+from halos.checkpoint.saving import Copier, PendingSave
 from halos.config import arithmetic_version
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
@@ -28,25 +28,25 @@ Write = Callable[[], None]
 
 
 class Checkpointer:
-    """Every process calls every method. The loop says when; the policy which stay, and what is added; here is how.
+    """Every rank calls every method. The loop decides when to save; `policy`, what is added and which checkpoints are kept.
 
-    A save is `_snapshot`, on the step, then its writing, here or in a thread, then the commit, after which hooks hear of it.
+    A save takes a `_snapshot` between two steps, writes it here or in a thread, commits it, and then calls the hooks.
     """
 
     def __init__(self, run: Run, policy: CheckpointHook) -> None:
         self.run, self.policy = run, policy
-        self.saved = run.step  # the newest step that a checkpoint holds, or the one that needs none
-        self.seconds = 0.0  # that the loop has waited for saves
-        self._saving: Saving | None = None  # the one save that is under way
+        self.saved = run.step  # the step of the newest checkpoint, or the one that the run started from
+        self.seconds = 0.0  # that the loop has spent on saves
+        self._pending: PendingSave | None = None  # the one save that is in progress
         self._copier = Copier() if policy.async_save else None
         self._pruner = Pruner(run, policy)
-        self._origin: dict[str, Any] = {}
-        self._full: Stop | None = None  # that a full disk has brought about
+        self._lineage: dict[str, Any] = {}
+        self._disk_full_stop: Stop | None = None  # the stop that a full disk caused
 
     def start(self) -> None:
-        """Before the first step. Raises UserError where an adapter met another base than its own."""
+        """Call before the first step. Raises UserError where an adapter was trained on another base."""
         if self.run.main:
-            self._origin = provenance.begin(self.run)
+            self._lineage = provenance.begin(self.run)
             self._pruner.start()
 
     def due(self) -> bool:
@@ -54,59 +54,59 @@ class Checkpointer:
 
     @property
     def written(self) -> bool | None:
-        """Whether this process has written its part of the save that is under way; None where none is."""
-        return self._saving.done if self._saving is not None else None
+        """Whether this rank has written its part of the save that is in progress; None where none is."""
+        return self._pending.done if self._pending is not None else None
 
     def note_good(self) -> None:
-        """After a step: its gradient may have shown that a checkpoint is good, and that older ones may go."""
+        """Call after each step: a finite gradient may prove a checkpoint good, and older ones may then be deleted."""
         self._pruner.note_good()
 
     def save(self, *, final: bool) -> None:
-        """A checkpoint, or with `final` what the user came for. It becomes visible at once, complete, or not at all.
+        """Save a checkpoint, or with `final` the final model. It becomes visible at once and complete, or not at all.
 
-        With checkpoint.async_save a checkpoint is copied here and written beside the next steps, until `finish_save`.
+        With checkpoint.async_save a checkpoint is only copied here; a thread writes it during the next steps (see `finish_save`).
         """
         self.finish_save()
         run, began = self.run, time.perf_counter()
-        beside = self.policy.async_save and not final
-        gather = self._gather(beside=beside)
+        in_background = self.policy.async_save and not final
+        gather = self._gather(in_background=in_background)
         target = run.directory.final if final else run.directory.checkpoints / select.name_of(run.step)
         facts = {
             "step": run.step,
             "world_size": run.accelerator.num_processes,
             arithmetic_version.KEY: arithmetic_version.VERSION,
         }
-        self._saving = Saving(target, run.step, final=final)
+        self._pending = PendingSave(target, run.step, final=final)
         parts = [self._final if final else self._checkpoint]
         parts += [partial(hook.on_save, run, final=final) for hook in run.hooks.values()]
-        self._saving.begin(staged(target, main=run.main, gather=gather, facts=facts), parts, gather)
-        self._saving.finish(apart=beside)
+        self._pending.prepare(staged(target, main=run.main, gather=gather, facts=facts), parts, gather)
+        self._pending.finish(in_background=in_background)
         self.seconds += time.perf_counter() - began
-        if not beside:
+        if not in_background:
             self.finish_save()
         if not final:
             run.sync_stop_request()
 
     def finish_save(self) -> None:
-        """Wait for the save that is under way, if one is, and tell the hooks. Raises what went wrong."""
-        run, saving, began = self.run, self._saving, time.perf_counter()
-        if saving is None:
+        """Wait for the save in progress, if there is one, and call the hooks. Raises its error."""
+        run, pending, began = self.run, self._pending, time.perf_counter()
+        if pending is None:
             return
-        self._saving = None
+        self._pending = None
         try:
-            saving.wait()
+            pending.wait()
         except DiskFullError as error:
-            self._disk_full(error, step=saving.step, final=saving.final)
+            self._disk_full(error, step=pending.step, final=pending.final)
         else:
-            if run.main and not saving.final:
-                select.record_commit(run.directory, saving.target)
-                self._pruner.saved(saving.step)
-            run.call_hooks(lambda hook: hook.on_saved(run, saving.target, final=saving.final))
-            self.saved = self.saved if saving.final else saving.step
+            if run.main and not pending.final:
+                select.record_commit(run.directory, pending.target)
+                self._pruner.saved(pending.step)
+            run.call_hooks(lambda hook: hook.on_saved(run, pending.target, final=pending.final))
+            self.saved = self.saved if pending.final else pending.step
         self.seconds += time.perf_counter() - began
 
     def finish(self) -> None:
-        """The last saves of a loop that has ended: FINAL where it ended in its own time, and a checkpoint where one is wanted."""
+        """Make the last saves after the loop: a checkpoint if one is due or the run stopped early, FINAL if it did not."""
         run = self.run
         if (run.stopped_early or self.due()) and self.saved != run.step:
             self.save(final=False)
@@ -115,56 +115,58 @@ class Checkpointer:
             self.save(final=True)
 
     def end(self) -> None:
-        """However the run ended."""
+        """Call once, however the run ended."""
         self._pruner.end()
 
     # --- what a save holds -----------------------------------------------------------------------------------------------
 
     def _checkpoint(self, path: Path) -> Write:
-        """What the steps change is gathered, or copied, now; what writes it is given back."""
+        """Gather or copy now what later steps change, and return the function that writes it."""
         run, deferred, metrics = self.run, commit.DeferredError(), self._metrics()
         self._pruner.wait()
         with deferred:
             if run.main:
                 (path / "state").mkdir()
         run.accelerator.wait_for_everyone()
-        write, then = self._snapshot(path), copy(run)
+        write, run_then = self._snapshot(path), copy(run)
         deferred.release()
 
         def rest() -> None:
             write()
-            self._leave(then, path, metrics, final=False)
+            self._write_records(run_then, path, metrics, final=False)
 
         return rest
 
     def _snapshot(self, path: Path) -> Write:
-        """Weights and state as they are now; what is given back writes them, whatever the steps do meanwhile."""
+        """Take weights and state as they are now. The function returned writes them, whatever the steps do meanwhile."""
         run, strategy, rank = self.run, self.run.strategy, self.run.accelerator.process_index
         optimizer = strategy.optimizer_state(run.module, run.optimizer)
-        moving = {} if strategy.optimizer_state_is_copied else {"optimizer": optimizer}
+        mutable = {} if strategy.optimizer_state_is_copied else {"optimizer": optimizer}
         adapter = isinstance(run.model, PeftModel)
         sharded = strategy.is_sharded and not adapter
         if sharded:
             values = strategy.shards(run.module)
-            moving |= {} if strategy.shards_are_copied else {"weights": values}
+            mutable |= {} if strategy.shards_are_copied else {"weights": values}
         else:
             values = strategy.gathered(run.module, trained_only=adapter, offload=strategy.is_sharded)
-            moving |= {"weights": values} if run.main and not strategy.is_sharded else {}  # gathered from shards it is a copy
+            mutable |= (
+                {"weights": values} if run.main and not strategy.is_sharded else {}
+            )  # gathered from shards, they are a copy
         if self._copier:
-            moving = self._copier.copy(moving)
-        drawn, progress = state.random_state(), json.dumps(state.progress_of(run), indent=1)
+            mutable = self._copier.copy(mutable)
+        random_state, progress = state.random_state(), json.dumps(state.progress_of(run), indent=1)
 
         def write() -> None:
             deferred, directory = commit.DeferredError(), path / "state"
             with deferred:
-                state.save_optimizer(directory, moving.get("optimizer", optimizer), run.writers)
+                state.save_optimizer(directory, mutable.get("optimizer", optimizer), run.writers)
             with deferred:
                 if sharded:
-                    weights.save_shards(path, run.model, moving.get("weights", values), run.writers, main=run.main)
+                    weights.save_shards(path, run.model, mutable.get("weights", values), run.writers, main=run.main)
             with deferred:
-                state.save_random(directory, drawn, rank)
+                state.save_random(directory, random_state, rank)
                 if run.main and not sharded:
-                    weights.save_weights(path, run.model, moving.get("weights", values), run.vocabulary)
+                    weights.save_weights(path, run.model, mutable.get("weights", values), run.vocabulary)
                 if run.main:
                     run.tokenizer.save_pretrained(path / "tokenizer")
                     (directory / "progress.json").write_text(progress)
@@ -175,22 +177,22 @@ class Checkpointer:
     def _final(self, path: Path) -> None:
         metrics = self._metrics()
         self._pruner.wait()
-        final.write(self.run, self.policy, path, self._origin)
-        self._leave(self.run, path, metrics, final=True)
+        final.write(self.run, self.policy, path, self._lineage)
+        self._write_records(self.run, path, metrics, final=True)
 
     def _metrics(self) -> dict[str, Any]:
         return {"step": self.run.step, "train": self.run.last_train, "eval": self.run.last_eval}
 
-    def _leave(self, run: Run, path: Path, metrics: dict[str, Any], *, final: bool) -> None:
+    def _write_records(self, run: Run, path: Path, metrics: dict[str, Any], *, final: bool) -> None:
         if run.main:
             (path / "metrics.json").write_text(json.dumps(finite(metrics), indent=1))
-            provenance.write(self._origin or provenance.begin(run), run, path, final=final)
+            provenance.write(self._lineage or provenance.begin(run), run, path, final=final)
 
     # --- how it is written -----------------------------------------------------------------------------------------------
 
-    def _gather(self, *, beside: bool) -> Gather:
-        """How the processes of a save speak; `beside` the steps over a group of their own, since those use the default one."""
-        if not beside or not dist.is_initialized():
+    def _gather(self, *, in_background: bool) -> Gather:
+        """Return the collective of a save. In the background it has a process group of its own: the steps use the default one."""
+        if not in_background or not dist.is_initialized():
             return gather_object
         group = self.run.writers = self.run.writers or cast("dist.ProcessGroup", dist.new_group(backend="gloo"))
         everyone: list[Any] = [None] * self.run.accelerator.num_processes
@@ -202,14 +204,14 @@ class Checkpointer:
         return gather
 
     def _disk_full(self, error: DiskFullError, *, step: int, final: bool) -> None:
-        """A save has no room, on every process alike: go on, or stop, as `on_full_disk` says; what comes last must be saved."""
+        """A save found the disk full: every rank goes on or stops, as `on_full_disk` says. The last save must succeed."""
         run = self.run
         newest = max((select.step_of(path) for path in select.checkpoints(run.directory.checkpoints)), default=None)
-        standing = "there is no earlier checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
+        previous = "there is no earlier checkpoint" if newest is None else f"the newest checkpoint is of step {newest}"
         what = "FINAL" if final else f"the checkpoint of step {step}"
-        message = f"THE DISK IS FULL: {what} was not saved, and {standing} ({error})"
+        message = f"THE DISK IS FULL: {what} was not saved, and {previous} ({error})"
         if self.policy.on_full_disk == "stop" and not run.stopped_early and not final and run.step < run.total_steps:
-            self._full = run.stop = Stop(message, finished=False)
-        elif final or (run.stopped_early and run.stop is not self._full):
+            self._disk_full_stop = run.stop = Stop(message, finished=False)
+        elif final or (run.stopped_early and run.stop is not self._disk_full_stop):
             run.failure = message
         log.warning("%s", message)

@@ -1,4 +1,4 @@
-"""FINAL: what from_pretrained loads; after LoRA the merged weights, proved against the trained model, and the adapter."""
+"""FINAL, which from_pretrained loads: after LoRA the merged weights, proved against the trained model, and the adapter."""
 
 import logging
 from collections.abc import Mapping
@@ -21,30 +21,30 @@ log = logging.getLogger(__name__)
 
 
 def write(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any]) -> None:
-    """Into `path`; every process calls. A merge that fails leaves the adapter, and the run's `failure`. `chain`, on the first
-    process: the run's lineage, which names its base by content."""
+    """Write the final model into `path`; every rank calls. A merge that fails keeps the adapter and sets the run's `failure`.
+    `chain`, on rank 0: the run's lineage, which identifies its base by content."""
     adapted = isinstance(run.model, PeftModel)
-    live = _witness(run) if adapted and policy.merge_lora else None
+    live = _probe_outputs(run) if adapted and policy.merge_lora else None
     values = run.strategy.gathered(run.module, trained_only=adapted)
     if not run.main:
         return
     if adapted:
         weights.save_weights(path, run.model, values, run.vocabulary)
     else:
-        weights.save_model(path, bare(run.model), weights.apart(path, values))
+        weights.save_model(path, bare(run.model), weights.split_value_head(path, values))
     run.tokenizer.save_pretrained(path)
     if live is not None:
-        drawn = state.random_state()  # loading the merged model draws random numbers
+        random_state = state.random_state()  # loading the merged model draws random numbers
         run.failure = _merge(run, policy, path, chain, live)
-        state.restore_random_state(drawn)
+        state.restore_random_state(random_state)
 
 
 def merged_dtype(policy: CheckpointHook, model: PreTrainedModel) -> torch.dtype:
     return model.dtype if policy.merge_dtype == "auto" else getattr(torch, policy.merge_dtype)
 
 
-def _witness(run: Run) -> Trained:
-    """What the trained model says; a sharded one's forward needs all processes."""
+def _probe_outputs(run: Run) -> Trained:
+    """Return the trained model's outputs on the probe; every rank calls, since a sharded forward pass needs all."""
     text = bare(run.model).config.get_text_config()
     ids = probe(run.vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=run.reward)
     half = run.accelerator.mixed_precision in ("bf16", "fp16")
@@ -53,10 +53,10 @@ def _witness(run: Run) -> Trained:
 
 
 def _merge(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any], live: Trained) -> str | None:
-    """Merge and prove; why it failed, if it did, in which case the adapter is kept and no merged weights are."""
+    """Merge and prove. Return why that failed, if it did: then the adapter is kept, and no merged weights are."""
     model = bare(run.model)
     try:
-        # its files are read again: a row that no probe reads would be merged as it is now, by merge and proof alike
+        # merge and proof read the base's files again: neither would notice a change in a row that no probe token uses
         lineage.refuse_other_base(chain or None, run.base, "this run")
         case = case_of(run.base, path / "adapter", run.vocabulary, dtype=merged_dtype(policy, model))
         result = combine(case, path, lineage.hashes, model=model, live=live)

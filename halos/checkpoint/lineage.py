@@ -1,7 +1,7 @@
-"""Where a model came from: lineage.json holds the chain of runs that made it, from the first base's weights on.
+"""lineage.json: the chain of runs that trained a model, from the first base's weights on.
 
-A run takes over the chain of the model that it starts from and adds itself: its configuration, the hashes of its base and
-data, and what came out. Each save carries it, so that an adapter knows its base by content and not by path.
+A run copies the chain of the model that it starts from and appends itself: its configuration, the hashes of its base and data,
+and its result. Each checkpoint carries it, so that an adapter identifies its base by content and not by path.
 """
 
 import hashlib
@@ -23,27 +23,27 @@ HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def hashes(directory: Path, cache: Path | None = None) -> dict[str, str]:
-    """SHA-256 of each weight file of a model or an adapter; with a `cache` (a cache_dir) read once, whatever process asks."""
+    """Return the SHA-256 of each weight file of a model or adapter; with a `cache` (a cache_dir) each is read once."""
     return file_hashes(weight_files(directory), cache)
 
 
 def identity(directory: Path, cache: Path | None = None) -> str:
-    """One hash for a model's or an adapter's weights: over the sorted hashes of its files, so that their names do not matter."""
+    """Return one hash of a model's or adapter's weights: over the sorted hashes of its files, whatever their names."""
     return hashlib.sha256("\n".join(sorted(hashes(directory, cache).values())).encode()).hexdigest()
 
 
 def read(directory: Path) -> dict[str, Any] | None:
-    """The lineage that was saved with a model, or None where it has none."""
+    """Return the lineage that was saved with a model, or None where it has none."""
     path = directory / NAME
     if not path.is_file():
         return None
-    found = confined.load_object(path)
-    if found.get("format") != FORMAT or not _fits(found.get("runs"), [RUN]):
+    lineage = confined.load_object(path)
+    if lineage.get("format") != FORMAT or not _fits(lineage.get("runs"), [RUN]):
         raise UserError(f"{path} is no lineage of format {FORMAT}")
-    return found
+    return lineage
 
 
-# what is read of a run: the rest is shown as it is
+# the entries of a run that the code reads; the others are only shown
 RUN: dict[str, Any] = {
     "base": {"name": str, "sha256": str}, "loss": str, "result": {},
     "config": {"model": {}, "train": {}, "optim": {}, "schedule": {}, "peft": {}, "loss": {}}, "data": {},
@@ -51,7 +51,7 @@ RUN: dict[str, Any] = {
 
 
 def _fits(value: Any, shape: Any) -> bool:
-    """Whether a value has the names and kinds of `shape`, in which a list stands for one or more of its kind."""
+    """Whether a value has the keys and types of `shape`, in which a list stands for a non-empty list of its element."""
     if isinstance(shape, list):
         return isinstance(value, list) and bool(value) and all(_fits(each, shape[0]) for each in value)
     if isinstance(shape, dict):
@@ -60,56 +60,56 @@ def _fits(value: Any, shape: Any) -> bool:
 
 
 def of_adapter(directory: Path) -> dict[str, Any] | None:
-    """The lineage of an adapter, which lies beside it or, in a save that holds more, above it."""
+    """Return the lineage of an adapter, from its directory or, in a checkpoint, from the directory above."""
     return read(directory) or read(directory.parent)
 
 
 def begin(base: Path, config: Mapping[str, Any], *, adapter: Path | None = None, **facts: Any) -> dict[str, Any]:
-    """The lineage of a run that starts from `base`, or from an `adapter` on it, with what else there is to know of it."""
+    """Return the lineage of a run that starts from `base`, or from an `adapter` on it; `facts` are added to the run's entry."""
     before, weights, model = of_adapter(adapter) if adapter else read(base), identity(base), config["model"]
     origin: dict[str, Any] = {"name": model["name_or_path"], "revision": model["revision"], "sha256": weights}
     start = {} if adapter is None else {"adapter": {"path": str(adapter), "sha256": identity(adapter)}}
-    kind, came_to = ("model", weights) if adapter is None else ("adapter", start["adapter"]["sha256"])
-    if before is not None and before["runs"][-1]["result"].get(kind) != came_to:
+    kind, identity_now = ("model", weights) if adapter is None else ("adapter", start["adapter"]["sha256"])
+    if before is not None and before["runs"][-1]["result"].get(kind) != identity_now:
         origin["changed"] = "these are not the weights that its lineage ends with"
     run = {"base": origin, **start, **facts, "config": config, "result": {}}
-    whole = {"format": FORMAT, "runs": [*(before["runs"] if before else []), run]}
-    return json.loads(redact(json.dumps(whole, default=str)))
+    lineage = {"format": FORMAT, "runs": [*(before["runs"] if before else []), run]}
+    return json.loads(redact(json.dumps(lineage, default=str)))
 
 
-LOCAL = ("cache_dir", "output_root", "run_dir", "resume")  # keys of a configuration that name places on one machine
+LOCAL = ("cache_dir", "output_root", "run_dir", "resume")  # keys of a configuration that hold paths of one machine
 
 
 def public(lineage: Mapping[str, Any]) -> dict[str, Any]:
-    """A lineage for others: no place of this machine's but what it was trained from, and that without the home directory."""
+    """Return a lineage for others: without paths of this machine but those of base and data, whose home directory becomes ~."""
     runs = [
         {**run, "config": {key: value for key, value in run["config"].items() if key not in LOCAL}} for run in lineage["runs"]
     ]
-    whole = json.dumps({**lineage, "runs": runs})
+    text = json.dumps({**lineage, "runs": runs})
     home = json.dumps(str(Path.home()))[1:-1]
-    return json.loads(whole.replace(f'"{home}/', '"~/') if len(Path.home().parts) > 1 else whole)
+    return json.loads(text.replace(f'"{home}/', '"~/') if len(Path.home().parts) > 1 else text)
 
 
-def write(directory: Path, lineage: Mapping[str, Any], made: Mapping[str, Path], **facts: Any) -> dict[str, Any]:
-    """lineage.json for a save: `made` (model, adapter) is what the last run of the chain has come to, with `facts` about it."""
-    result = {**facts, **{kind: identity(place) for kind, place in made.items()}}
-    whole = {**lineage, "runs": [*lineage["runs"][:-1], {**lineage["runs"][-1], "result": result}]}
-    (directory / NAME).write_text(json.dumps(whole, indent=1))
-    return whole
+def write(directory: Path, lineage: Mapping[str, Any], weights: Mapping[str, Path], **facts: Any) -> dict[str, Any]:
+    """Write lineage.json: the last run's result are `facts` and the hashes of `weights` (model, adapter). Return the lineage."""
+    result = {**facts, **{kind: identity(path) for kind, path in weights.items()}}
+    full = {**lineage, "runs": [*lineage["runs"][:-1], {**lineage["runs"][-1], "result": result}]}
+    (directory / NAME).write_text(json.dumps(full, indent=1))
+    return full
 
 
 def refuse_other_base(lineage: Mapping[str, Any] | None, base: Path, what: str, cache: Path | None = None) -> None:
-    """Raises UserError where `base` is not the one, by content, that `what` was trained on."""
+    """Raises UserError where `base` does not have the weights that `what` was trained on."""
     if lineage is None:
         return
-    wanted = lineage["runs"][-1]["base"]
-    if identity(base, cache) != wanted["sha256"]:
+    own = lineage["runs"][-1]["base"]
+    if identity(base, cache) != own["sha256"]:
         raise UserError(
-            f"{what} was trained on {wanted['name']} with weights {wanted['sha256'][:12]}, and {base} has {identity(base)[:12]}:"
+            f"{what} was trained on {own['name']} with weights {own['sha256'][:12]}, and {base} has {identity(base)[:12]}:"
             " it is another model or was changed since"
         )
 
 
 def on_the_hub(name: str) -> bool:
-    """Whether a name in a configuration can only be a repository's."""
+    """Whether a name in a configuration can only be a repository of the hub."""
     return bool(HUB_ID.fullmatch(name)) and not name.endswith(".gguf") and not Path(name).exists()

@@ -1,4 +1,4 @@
-"""What a checkpoint must contain, byte for byte: size and SHA-256 of every file, and a seal over the list itself."""
+"""The manifest of a checkpoint: size and SHA-256 of every file, and a seal over the list itself."""
 
 import hashlib
 import json
@@ -16,18 +16,18 @@ from halos.hashes import digest
 NAME = "manifest.json"
 FORMAT = 1
 UNLISTED = "not in the manifest"
-# what operating systems and file servers leave beside other files, and nobody reads
+# files that operating systems and file servers leave in directories, and nobody reads
 STRAY = re.compile(r"\._.*|\.DS_Store|\.nfs[0-9a-f]+|\.fuse_hidden.*|\.directory|Thumbs\.db|desktop\.ini")
-SEAL = ',\n "seal": "'  # a promise to every later format: the last entry, over all that stands before it
+SEAL = ',\n "seal": "'  # the last entry, over all that stands before it; every later format keeps this
 
 
 class NewerFormatError(UserError):
-    """A checkpoint of a later version: whole as far as can be told, but not ours to read."""
+    """A checkpoint that a later version of halos saved: its seal is right, but this version cannot read it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One file that is not what the manifest says."""
+    """A file that does not match the manifest."""
 
     file: str
     reason: str
@@ -41,25 +41,25 @@ class Fault:
 
 
 def files_of(directory: Path) -> list[Path]:
-    """What a save consists of: the regular files below a directory, its manifest not among them. No link is followed."""
+    """Return the files of a checkpoint: all regular files below `directory` but the manifest. No link is followed."""
     files = sorted(path for path, regular in _below(directory) if regular and path != directory / NAME)
     return [path for path in files if not STRAY.fullmatch(path.name)]
 
 
 def _below(directory: Path) -> Iterator[tuple[Path, bool]]:
-    """All that is no directory, and whether it is a regular file."""
-    for place, inner, names in os.walk(directory):
-        yield from ((Path(place, name), False) for name in inner if Path(place, name).is_symlink())
-        yield from ((path := Path(place, name), not path.is_symlink() and path.is_file()) for name in names)
+    """Yield everything that is not a directory, and whether it is a regular file."""
+    for parent, directories, names in os.walk(directory):
+        yield from ((Path(parent, name), False) for name in directories if Path(parent, name).is_symlink())
+        yield from ((path := Path(parent, name), not path.is_symlink() and path.is_file()) for name in names)
 
 
 def seal(text: str) -> str:
-    """The manifest's text with its own SHA-256 as last entry, so that a change of any byte of it shows."""
+    """Append the SHA-256 of the manifest's text as its last entry, so that a change of any byte shows."""
     return text.removesuffix("\n}") + SEAL + hashlib.sha256(text.encode()).hexdigest() + '"\n}'
 
 
 def describe(directory: Path, facts: dict[str, Any]) -> str:
-    """The manifest's text for what lies in `directory` now; `facts` (step, world size, versions) go in beside the files."""
+    """Return the text of a manifest for the files now in `directory`, with `facts` (step, world size, versions)."""
     files = {
         path.relative_to(directory).as_posix(): {"bytes": path.stat().st_size, "sha256": digest(path)}
         for path in files_of(directory)
@@ -68,7 +68,7 @@ def describe(directory: Path, facts: dict[str, Any]) -> str:
 
 
 def read(directory: Path) -> dict[str, Any] | Fault:
-    """The manifest, or why it is none. Raises NewerFormatError."""
+    """Return the manifest, or the fault that makes it unusable. Raises NewerFormatError."""
     if not os.path.lexists(directory / NAME):
         return Fault(NAME, "missing")
     try:
@@ -83,13 +83,13 @@ def read(directory: Path) -> dict[str, Any] | Fault:
     if manifest["format"] > FORMAT:
         raise NewerFormatError(
             f"{directory} was saved by a newer version of halos: its manifest has format {manifest['format']},"
-            f" and this version reads {FORMAT}. Go on with that version"
+            f" and this version reads {FORMAT}. Use that version"
         )
     return manifest
 
 
 def _malformed(manifest: Any) -> str | None:
-    """What is wrong with a list that a stranger may have sealed, if anything is. Of a later format only the number is known."""
+    """Return what is wrong with a sealed manifest, if anything. Of a later format only its number is known."""
     if not isinstance(manifest, dict) or type(manifest.get("format")) is not int:
         return "it has no format"
     if manifest["format"] > FORMAT:
@@ -108,19 +108,19 @@ def _malformed(manifest: Any) -> str | None:
 def verify(
     directory: Path, *, contents: bool = True, digest: Callable[[Path], str] = digest, only: Collection[str] = ("",)
 ) -> list[Fault]:
-    """Every file that is missing, altered or not listed; empty where the checkpoint is whole. Raises NewerFormatError.
+    """Return a fault for every file that is missing, altered or not listed. Raises NewerFormatError.
 
     A hidden file that is not listed is no damage: nothing here reads it, and somebody's tools may have left it.
-    Without `contents` nothing is hashed: only that every file is there with its size, which costs no reading. `only` are
-    beginnings of names: of the others nothing is looked at.
+    Without `contents` only the existence and the size of files are checked: nothing is read. `only` holds prefixes of names;
+    other files are not checked.
     """
     manifest = read(directory)
     if isinstance(manifest, Fault):
         return [manifest]
     faults, listed = [], {name: facts for name, facts in manifest["files"].items() if name.startswith(tuple(only))}
-    there = {path.relative_to(directory).as_posix(): (path, regular) for path, regular in _below(directory)}
+    present = {path.relative_to(directory).as_posix(): (path, regular) for path, regular in _below(directory)}
     for name, facts in listed.items():
-        path, regular = there.get(name, (None, False))  # so that a listed name leads nowhere else
+        path, regular = present.get(name, (None, False))  # a listed name such as ../x must not lead out of the directory
         try:
             if path is None:
                 faults.append(Fault(name, "missing"))
@@ -132,17 +132,17 @@ def verify(
                 faults.append(Fault(name, "contents changed"))
         except OSError as error:
             faults.append(Fault(name, f"unreadable ({error.strerror})"))
-    others = (name for name in there.keys() - listed.keys() - {NAME} if not _is_stray(name))
+    others = (name for name in present.keys() - listed.keys() - {NAME} if not _is_stray(name))
     return faults + [Fault(name, UNLISTED) for name in sorted(others) if name.startswith(tuple(only))]
 
 
 def _is_stray(name: str) -> bool:
-    """Hidden, or known to be left by machines: nothing here reads it."""
+    """Whether a file is hidden or left by an operating system: nothing here reads it."""
     return name.startswith(".") or "/." in name or bool(STRAY.fullmatch(name.rpartition("/")[2]))
 
 
 def human_size(size: float) -> str:
-    """A number of bytes, for people."""
+    """Return a number of bytes in a readable unit."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""What would only fail in the end, tried before any weights are read: the merge, and the disk."""
+"""Checks before any weights are read of what would only fail at the end: the merge, and the space on the disk."""
 
 import shutil
 from pathlib import Path
@@ -17,7 +17,7 @@ from halos.rundir import existing
 
 
 def check(policy: CheckpointHook, blueprint: Blueprint) -> None:
-    """Raises UserError for what could not be merged, and for too small a disk; says what the saves will take."""
+    """Raises UserError if the adapter could not be merged or the disk is too small; adds a header line on disk use."""
     if not blueprint.main:
         return
     if isinstance(blueprint.model, PeftModel) and policy.merge_lora:
@@ -29,7 +29,7 @@ def check(policy: CheckpointHook, blueprint: Blueprint) -> None:
 
 
 def too_little_space(policy: CheckpointHook, blueprint: Blueprint) -> str | None:
-    """What is wrong with the disk for the checkpoints to come and FINAL, if anything is."""
+    """Return the complaint if the disk cannot hold the checkpoints to come and FINAL, else None."""
     model, vocabulary, config = blueprint.model, len(blueprint.tokenizer), blueprint.config
     adapter, directory = isinstance(model, PeftModel), blueprint.directory.checkpoints
     one = space.checkpoint_bytes(model, adapter=adapter, optimizer=blueprint.optimizer_bytes, vocabulary=vocabulary)
@@ -37,8 +37,8 @@ def too_little_space(policy: CheckpointHook, blueprint: Blueprint) -> str | None
     steps = [step for step in range(1, blueprint.total_steps + 1) if policy.due_at(step)] or [blueprint.total_steps]
     most = policy.retention(largest=config.objective.mode == "max").most(steps)
     free = shutil.disk_usage(existing(directory)).free
-    there = sum(not manifest.verify(path, contents=False) for path in select.checkpoints(directory))
+    present = sum(not manifest.verify(path, contents=False) for path in select.checkpoints(directory))
     sizes = [manifest.human_size(size) for size in (one, final, free)]
-    said = f"at most {most} checkpoint{'s' * (most != 1)} of about {sizes[0]}, FINAL of about {sizes[1]}; {sizes[2]} free"
-    blueprint.lines.append(("disk", said))
-    return space.too_little(directory, free=free, one=one, most=most, there=there, final=final)
+    text = f"at most {most} checkpoint{'s' * (most != 1)} of about {sizes[0]}, FINAL of about {sizes[1]}; {sizes[2]} free"
+    blueprint.lines.append(("disk", text))
+    return space.too_little(directory, free=free, one=one, most=most, present=present, final=final)

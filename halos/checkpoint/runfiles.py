@@ -1,4 +1,4 @@
-"""A run's own small files, config.yaml and what lies beside it, against what is sealed of them."""
+"""Verify a run's own small files (config.yaml, attempts, metrics, results) against their seals."""
 
 from __future__ import annotations
 
@@ -17,32 +17,32 @@ from halos.rundir import RunDir, sealed_result
 
 NO_SEAL = "ok (an older version wrote it, under no seal)"
 OF_HOST = keys_of(Scope.HOST)
-READ_ONLY = ("good.json", "forward_report.json", "online.json", "hooks.json")  # of these all that is known is whether they read
+UNSEALED = ("good.json", "forward_report.json", "online.json", "hooks.json")  # checked only for being readable JSON
 
 
 def changed(run: RunDir) -> list[Change]:
-    """Keys that are no longer what the run wrote, by the newest checkpoint's seal; or the file, where none says which key."""
+    """Return the keys that were changed by hand since the newest checkpoint sealed them; without one, the changed files."""
     text, records = run.read_config(), run.read_attempts()
     broken, newest = seals.faults(text, records), _newest(run)
     if newest is not None:
         path, last = newest
-        seen = "".join(f"; {name}: {reason}" for name, reason in broken.items())
-        return _keys(run, text, records, last, f"the first is sealed in {path}{seen}")
+        faults = "".join(f"; {name}: {reason}" for name, reason in broken.items())
+        return _changed_keys(run, text, records, last, f"the first is sealed in {path}{faults}")
     why = "changed after it was written, and no checkpoint says what it said"
     return [Change(f"{name} (content)", "as written", short(seals.digest(records.get(name, text))), why) for name in broken]
 
 
 def _newest(run: RunDir) -> tuple[Path, Mapping[str, Any]] | None:
-    """The newest save whose lineage is under an unbroken seal, and the last run in that."""
+    """Return the newest checkpoint or FINAL whose lineage has an unbroken seal, and the last run of that lineage."""
     for path in [*reversed(select.checkpoints(run.checkpoints)), run.final]:
         is_whole = path.is_dir() and not manifest.verify(path, only=("lineage.json",))
-        if is_whole and not _is_handed_on(path) and (chain := _read(path)) is not None:
+        if is_whole and not _is_of_online_round(path) and (chain := _read(path)) is not None:
             return path, chain["runs"][-1]
     return None
 
 
-def _is_handed_on(path: Path) -> bool:
-    """Whether a walk of rounds has this FINAL from its last training: the lineage ends with that run, not with the walk."""
+def _is_of_online_round(path: Path) -> bool:
+    """Whether an online run copied this FINAL from its last round: its lineage ends with that round's training."""
     listing = manifest.read(path)
     return not isinstance(listing, manifest.Fault) and "rounds" in listing
 
@@ -55,18 +55,18 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def _record(last: Mapping[str, Any]) -> dict[str, Any]:
-    """What a save says that it came after; nothing where that is of other kinds, whoever sealed it."""
+    """Return the attempt and the metrics that a checkpoint was saved after; entries of a wrong type are dropped."""
     record = last["result"].get("record")
     record = record if isinstance(record, dict) else {}
     attempt, metrics = record.get("attempt"), record.get("metrics")
-    known: dict[str, Any] = {"attempt": attempt} if type(attempt) is int else {}
+    valid: dict[str, Any] = {"attempt": attempt} if type(attempt) is int else {}
     if isinstance(metrics, dict) and type(metrics.get("rows")) is int and isinstance(metrics.get("sha256"), str):
-        known["metrics"] = metrics
-    return known
+        valid["metrics"] = metrics
+    return valid
 
 
-def _keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str, Any], why: str) -> list[Change]:
-    """What the files say against the sealed configuration, as of the attempt that sealed it."""
+def _changed_keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str, Any], why: str) -> list[Change]:
+    """Compare the configuration on the disk, as of the attempt that sealed it, with the sealed one."""
     attempt = _record(last).get("attempt")
     names = list(records)
     until = names if attempt is None else [name for name in names if int(name.removesuffix(".yaml")) <= attempt]
@@ -80,36 +80,36 @@ def _keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapping[str,
     }
     altered = []
     for key in resume_policy.ON_RESUME:
-        there, sealed = resume_policy.value_at(settings, key), resume_policy.value_at(sealed_settings, key)
+        current, sealed = resume_policy.value_at(settings, key), resume_policy.value_at(sealed_settings, key)
         if key in OF_HOST or not resume_policy.has_key(sealed_settings, key):
             continue
-        pairs = resume_policy.differences(key, sealed, there)
+        pairs = resume_policy.differences(key, sealed, current)
         altered += [Change(name, old, new, why) for name, old, new in pairs if not {name, key} & later]
     return altered
 
 
-# --- all of it, for people ---------------------------------------------------------------------------------------------
+# --- a report on all files --------------------------------------------------------------------------------------------
 
 
 def report(run: RunDir) -> dict[str, str]:
-    """Each file's name, and `ok` or what is wrong with it; every byte that is under a seal is looked at."""
-    said = _of_configuration(run)
+    """Return for each file `ok` or what is wrong with it; every sealed byte is checked."""
+    findings = _configuration(run)
     if (run.path / "metrics.jsonl").is_file():
-        said["metrics.jsonl"] = _metrics(run)
+        findings["metrics.jsonl"] = _metrics(run)
     if (run.path / "result.json").is_file():
-        said["result.json"] = {True: "ok", False: seals.CHANGED, None: NO_SEAL}[sealed_result(run.path / "result.json")]
+        findings["result.json"] = {True: "ok", False: seals.CHANGED, None: NO_SEAL}[sealed_result(run.path / "result.json")]
     if run.commits.path.is_file():
-        said[run.commits.path.name] = run.commits.read().fault or "ok"
-    for name in READ_ONLY:
+        findings[run.commits.path.name] = run.commits.read().fault or "ok"
+    for name in UNSEALED:
         if (run.path / name).is_file():
-            said[name] = _readable(run.path / name)
-    for facts in sorted(run.path.glob("**/*.meta.json")):  # of rounds, and of the exam behind the last
-        said |= _of_rows(facts, run.path)
-    return said
+            findings[name] = _readable(run.path / name)
+    for facts in sorted(run.path.glob("**/*.meta.json")):  # of online rounds, and of the evaluation after the last
+        findings |= _stage_file(facts, run.path)
+    return findings
 
 
-def _of_rows(facts: Path, run: Path) -> dict[str, str]:
-    """Of a stage's file, by the hash beside it."""
+def _stage_file(facts: Path, run: Path) -> dict[str, str]:
+    """Check the rows that a stage wrote against the hash in `facts`."""
     rows = facts.with_name(facts.name.replace(".meta.json", ".jsonl"))
     name = rows.relative_to(run).as_posix()
     if not rows.is_file():
@@ -120,38 +120,38 @@ def _of_rows(facts: Path, run: Path) -> dict[str, str]:
         return {name: str(error)}
 
 
-def _of_configuration(run: RunDir) -> dict[str, str]:
-    """config.yaml and the attempts, as far as they can be read."""
-    texts, said = dict[str, str](), dict[str, str]()
+def _configuration(run: RunDir) -> dict[str, str]:
+    """Check config.yaml and the attempts, as far as they can be read."""
+    texts, findings = dict[str, str](), dict[str, str]()
     for path in (run.config, *run.attempts()):
         name = path.relative_to(run.path).as_posix()
         try:
             texts[name] = confined.read_text(path, within=run.path)
         except UserError as error:
-            said[name] = str(error)
+            findings[name] = str(error)
     records = {name.removeprefix("attempts/"): text for name, text in texts.items() if name != "config.yaml"}
     faults = seals.faults(texts.get("config.yaml", ""), records)
     is_old = all(seals.is_whole(record) is None for record in records.values())
     for name in texts:
-        said[name] = faults.get(name.removeprefix("attempts/"), NO_SEAL if is_old else "ok")
-    if all(each.startswith("ok") for each in said.values()):
+        findings[name] = faults.get(name.removeprefix("attempts/"), NO_SEAL if is_old else "ok")
+    if all(each.startswith("ok") for each in findings.values()):
         for change in changed(run):
-            said["config.yaml"] = f"{change} ({change.why})"
-    return said
+            findings["config.yaml"] = f"{change} ({change.why})"
+    return findings
 
 
 def _metrics(run: RunDir) -> str:
     if damaged := run.metrics.damaged():
         return f"{len(damaged)} of its lines cannot be read"
     newest = _newest(run)
-    known = _record(newest[1]).get("metrics") if newest is not None else None
-    if known is None:
+    sealed = _record(newest[1]).get("metrics") if newest is not None else None
+    if sealed is None:
         return "ok (its lines can be read; none is under a seal)"
-    rows, digest = run.metrics.digest(known["rows"])
-    if rows < known["rows"]:
-        return f"{rows} lines instead of {known['rows']}"
-    if digest != known["sha256"]:
-        return f"{seals.CHANGED} in its first {known['rows']} lines"
+    rows, digest = run.metrics.digest(sealed["rows"])
+    if rows < sealed["rows"]:
+        return f"{rows} lines instead of {sealed['rows']}"
+    if digest != sealed["sha256"]:
+        return f"{seals.CHANGED} in its first {sealed['rows']} lines"
     return f"ok ({rows} lines are sealed)"
 
 

@@ -1,4 +1,4 @@
-"""One save, in two parts: its copy is taken in turn with the steps, its files may be written beside them."""
+"""A save in two phases: tensors are copied between two steps, files may be written in a background thread."""
 
 import os
 import sys
@@ -16,23 +16,23 @@ from halos.checkpoint.commit import DeferredError, Gather
 from halos.distributed.device import uses_gpu
 
 Write = Callable[[], None]
-BREATH = 0.05  # seconds before a thread begins to write: at once it would hold the interpreter while the step wants it
+START_DELAY = 0.05  # seconds until a thread starts to write: at once, it would hold the interpreter while the step needs it
 
 
-class Saving:
-    """What is written at `target` for `step`. `begin`, then `finish` here or in a thread; `wait` raises what went wrong."""
+class PendingSave:
+    """A save of `step` to `target` that is not committed yet: `prepare`, then `finish` here or in a thread, then `wait`."""
 
     def __init__(self, target: Path, step: int, *, final: bool) -> None:
         self.target, self.step, self.final = target, step, final
         self._stack, self._deferred = ExitStack(), DeferredError()
-        self._rest: list[Write] = []
+        self._writes: list[Write] = []
         self._error: BaseException | None = None
         self._thread: Thread | None = None
 
-    def begin(
+    def prepare(
         self, staged: AbstractContextManager[Path], parts: Iterable[Callable[[Path], Write | None]], gather: Gather
     ) -> None:
-        """Enter the protocol and call each part; what a part gives back waits for `finish`, unless another process failed."""
+        """Enter `staged` and call each part. `finish` runs the functions that parts return, unless a rank failed here."""
         try:
             path = self._stack.enter_context(staged)
         except Exception as error:
@@ -40,15 +40,15 @@ class Saving:
             return
         for part in parts:
             with self._deferred:
-                if rest := part(path):
-                    self._rest.append(rest)
+                if write := part(path):
+                    self._writes.append(write)
         if any(gather([self._deferred.error is not None])):
-            self._rest.clear()  # what is left joins processes that may not come
+            self._writes.clear()  # their collectives would wait for ranks that may not come
 
-    def finish(self, *, apart: bool) -> None:
-        """Write what is left and have it appear; `apart`: in a thread, and this returns at once."""
-        if apart and self._error is None:
-            self._thread = Timer(BREATH, self._beside)  # no daemon: a process that ends waits for it
+    def finish(self, *, in_background: bool) -> None:
+        """Write and commit. `in_background`: in a thread, and return at once."""
+        if in_background and self._error is None:
+            self._thread = Timer(START_DELAY, self._run_in_background)  # no daemon: a process that ends waits for it
             self._thread.start()
         elif self._error is None:
             self._finish()
@@ -58,23 +58,23 @@ class Saving:
         return self._thread is None or not self._thread.is_alive()
 
     def wait(self) -> None:
-        """Until it stands on the disk. Raises DiskFullError, SaveError, or its own error."""
+        """Wait until the save is durable. Raises DiskFullError, SaveError, or its own error."""
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:
             raise self._error
 
-    def _beside(self) -> None:
-        if sys.platform == "linux":  # where a thread has a priority of its own: the steps go first
+    def _run_in_background(self) -> None:
+        if sys.platform == "linux":  # where threads have priorities: training steps go first
             os.setpriority(os.PRIO_PROCESS, get_native_id(), 10)
         self._finish()
 
     def _finish(self) -> None:
         try:
             with self._stack:
-                for rest in self._rest:
+                for write in self._writes:
                     with self._deferred:
-                        rest()
+                        write()
                 self._deferred.release()
         except BaseException as error:
             self._error = error

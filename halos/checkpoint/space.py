@@ -1,4 +1,4 @@
-"""How much disk a run takes: estimated before its first step, so that it does not end on a full disk days later."""
+"""Estimate how much disk space a run takes before its first step, so that it does not end on a full disk days later."""
 
 from pathlib import Path
 
@@ -13,10 +13,10 @@ REST = 2**18  # random numbers, configurations, metrics, manifest
 
 
 def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: int, vocabulary: int) -> int:
-    """One checkpoint: the weights that are saved, `optimizer` bytes of its state, and small files.
+    """Estimate the size of a checkpoint: weights, `optimizer` bytes of optimizer state, and small files.
 
-    An adapter is saved alone; otherwise all weights are. Full fine-tuning in float32 with AdamW so takes 12 bytes for each
-    parameter, LoRA the same for each of its own.
+    An adapter is saved alone; otherwise all weights are. So full fine-tuning in float32 with AdamW takes 12 bytes for each
+    parameter, LoRA the same for each trained one.
     """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     saved = trained if adapter else list(module.parameters())
@@ -25,18 +25,18 @@ def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: int, vocabu
 
 
 def final_bytes(module: nn.Module, *, adapter_alone: bool, vocabulary: int) -> int:
-    """FINAL: all weights once, an adapter's merged ones and its own; or the adapter alone."""
+    """Estimate the size of FINAL: all weights once, an adapter merged and by itself; or the adapter alone."""
     saved = [parameter for parameter in module.parameters() if parameter.requires_grad or not adapter_alone]
     return sum(num_elements(parameter) * parameter.element_size() for parameter in saved) + vocabulary * TOKEN + REST
 
 
-def too_little(directory: Path, *, free: int, one: int, most: int, there: int, final: int) -> str | None:
-    """The complaint where `free` bytes do not hold FINAL and `most` checkpoints of `one` each, `there` of them saved already."""
-    needed = max(0, most - there) * one + final
+def too_little(directory: Path, *, free: int, one: int, most: int, present: int, final: int) -> str | None:
+    """Return a complaint if `free` bytes cannot hold FINAL and `most` checkpoints of size `one`, `present` of which exist."""
+    needed = max(0, most - present) * one + final
     if needed <= free:
         return None
     return (
         f"{directory} has {human_size(free)} free, and this run needs about {human_size(needed)}: {most} checkpoints of"
-        f" {human_size(one)} at once, one of them being written and {there} there already, and {human_size(final)} for FINAL."
+        f" {human_size(one)} at once, one of them being written and {present} there already, and {human_size(final)} for FINAL."
         " Free some, set a lower checkpoint.keep_last or keep_best, or choose another output_root"
     )

@@ -1,4 +1,4 @@
-"""Everything besides weights that the next step depends on: optimizer, random numbers, position, hooks.
+"""The training state besides weights: optimizer, random number generators, position in the data, hooks.
 
 Tensors are safetensors, written and read through torch.distributed.checkpoint so that they load across strategies and
 world sizes; the rest is JSON. Nothing is pickled: a checkpoint from a stranger cannot run code.
@@ -27,7 +27,7 @@ from halos.hooks.base import Run
 
 
 def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
-    """Every process of `group` writes its shards of a strategy's `optimizer_state`; the settings go to JSON, from the first."""
+    """Each rank of `group` writes its shards of a strategy's `optimizer_state`; rank 0 writes the settings as JSON."""
     tensors = {name: value for name, value in flat.items() if isinstance(value, Tensor)}
     settings = {name: value for name, value in flat.items() if not isinstance(value, Tensor)}
     sharded.write(directory / "optimizer", tensors, group)
@@ -36,7 +36,7 @@ def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGro
 
 
 def load_optimizer(directory: Path, strategy: Strategy, module: nn.Module, optimizer: Optimizer) -> None:
-    """The tensors that were saved, into an optimizer over the same parameters. Raises UserError where they are others."""
+    """Load a saved state into an optimizer over the same parameters. Raises UserError where its parameters are others."""
     saved = confined.load_object(directory / "optimizer.json").keys()
     read = partial(sharded.read, directory / "optimizer")
     strategy.load_optimizer(module, optimizer, refuse_others=partial(_refuse_others, directory, saved), read=read)
@@ -48,11 +48,11 @@ def _refuse_others(directory: Path, saved: Set[str], mine: Set[str]) -> None:
 
 
 def random_state() -> dict[str, Tensor]:
-    """Python's, numpy's and torch's generators as tensors."""
-    version, words, gauss = random.getstate()
+    """Return the states of Python's, numpy's and torch's generators as tensors."""
+    version, integers, gauss = random.getstate()
     _, keys, position, has_gauss, cached = np.random.get_state(legacy=True)  # type: ignore[misc]
     state = {
-        "python": torch.tensor([version, *words], dtype=torch.int64),
+        "python": torch.tensor([version, *integers], dtype=torch.int64),
         "python_gauss": torch.tensor([float("nan") if gauss is None else gauss], dtype=torch.float64),
         "numpy": torch.from_numpy(np.asarray(keys, dtype=np.int64)),
         "numpy_position": torch.tensor([position, has_gauss], dtype=torch.int64),
@@ -65,9 +65,9 @@ def random_state() -> dict[str, Tensor]:
 
 
 def restore_random_state(state: dict[str, Tensor]) -> None:
-    version, *words = state["python"].tolist()
+    version, *integers = state["python"].tolist()
     gauss = state["python_gauss"].item()
-    random.setstate((version, tuple(words), None if gauss != gauss else gauss))
+    random.setstate((version, tuple(integers), None if gauss != gauss else gauss))
     position, has_gauss = state["numpy_position"].tolist()
     keys = state["numpy"].numpy().astype(np.uint32)
     np.random.set_state(("MT19937", keys, position, has_gauss, state["numpy_gauss"].item()))
@@ -81,7 +81,7 @@ def save_random(directory: Path, state: dict[str, Tensor], rank: int) -> None:
 
 
 def load_random(directory: Path, rank: int) -> None:
-    """This rank's generators; a rank that did not exist when it was saved keeps what its seed gave it."""
+    """Restore this rank's generators; a rank that did not exist at the save keeps those that its seed set."""
     path = directory / f"random-{rank:05d}.safetensors"
     if path.exists():
         restore_random_state(load_file(path))
@@ -93,12 +93,12 @@ PROGRESS: dict[str, type] = {
 
 
 def load_progress(directory: Path, step: int) -> dict[str, Any]:
-    """Where the run was at `step`. Raises UserError for what no save of that step has written."""
+    """Return progress.json of the checkpoint of `step`. Raises UserError where no save at that step could have written it."""
     path = directory / "progress.json"
     progress = confined.load_object(path, within=directory)
     counts = {name: int for name in ("bad_steps", "skipped_steps", "finite_at") if name in progress}
     if wrong := [name for name, kind in {**PROGRESS, **counts}.items() if type(progress.get(name)) is not kind]:
-        raise UserError(f"{path} is not what a save writes: its {wrong[0]} is missing or of another kind")
+        raise UserError(f"{path} is not what a save writes: its {wrong[0]} is missing or of another type")
     if progress["step"] != step:
         raise UserError(f"{path} is of step {progress['step']}, and lies in a checkpoint of step {step}")
     if not all(_is_total(total) for total in progress["window"].values()):
@@ -107,7 +107,7 @@ def load_progress(directory: Path, step: int) -> dict[str, Any]:
 
 
 def progress_of(run: Run) -> dict[str, Any]:
-    """The part of a run's state that is not tensors."""
+    """Return the part of a run's state that is not tensors."""
     return {
         "step": run.step,
         "examples": run.examples,
@@ -124,14 +124,14 @@ def progress_of(run: Run) -> dict[str, Any]:
 
 
 def restore(run: Run, checkpoint: Path) -> None:
-    """Optimizer, random numbers, position and hooks as they were saved; weights were loaded with the model."""
+    """Restore optimizer, random numbers, position and hooks; the weights were loaded with the model."""
     directory = checkpoint / "state"
     progress = load_progress(directory, select.step_of(checkpoint))
-    with doing(f"{directory} cannot be put back", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
+    with doing(f"{directory} cannot be restored", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
         load_optimizer(directory, run.strategy, run.module, run.optimizer)
         load_random(directory, run.accelerator.process_index)
         for name, hook in run.hooks.items():
-            if name in progress["hooks"]:  # one that was not there then begins now
+            if name in progress["hooks"]:  # a hook that the saved run did not have starts anew
                 hook.load_state_dict(progress["hooks"][name])
     run.step, run.examples, run.tokens = progress["step"], progress["examples"], progress["tokens"]
     run.last_eval, run.last_train = progress["last_eval"], progress["last_train"]

@@ -1,4 +1,4 @@
-"""Weights on their way to disk: a model directory for from_pretrained, or PEFT's adapter directory."""
+"""Save weights as a model for from_pretrained, as PEFT's adapter, or as shards; load shards and value heads."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from halos.errors import UserError, doing
 from halos.logps.model import bare
 from halos.logps.vocabulary import Vocabulary
 
-if TYPE_CHECKING:  # it takes accelerate, which a command that exports can do without
+if TYPE_CHECKING:  # it imports accelerate, which the export command can do without
     from halos.distributed.strategy import Strategy
 
-VALUE_HEAD = "value_head"  # beside model/ and adapter/, and in FINAL
-HEAD_FILE = "model.safetensors"  # in it
-HEAD = "value_head."  # how its tensors are called in the module that is trained
+VALUE_HEAD = "value_head"  # a directory next to model/ and adapter/, and in FINAL
+HEAD_FILE = "model.safetensors"  # in that directory
+HEAD = "value_head."  # prefix of its tensors' names in the trained module
 
 
 def save_shards(
     directory: Path, model: nn.Module, shards: Mapping[str, Tensor], group: dist.ProcessGroup | None, *, main: bool
 ) -> None:
-    """`directory`/model-sharded: the strategy's `shards` of a whole model, each process of `group` its own, and the model's
-    settings. A value head is among them."""
+    """Write `directory`/model-sharded: each rank of `group` its `shards` of a model that is trained in full, value head
+    included; rank 0 the model's settings."""
     sharded.write(directory / SHARDED, shards, group)
     if main:
         inner = bare(model)
@@ -43,18 +43,18 @@ def save_shards(
 
 
 def saved_model(checkpoint: Path) -> tuple[Path, bool]:
-    """Where a checkpoint's whole model lies, and whether it is sharded."""
-    parts = checkpoint / SHARDED
-    return (parts, True) if parts.is_dir() else (checkpoint / "model", False)
+    """Return the directory of a checkpoint's full model, and whether it is sharded."""
+    sharded_model = checkpoint / SHARDED
+    return (sharded_model, True) if sharded_model.is_dir() else (checkpoint / "model", False)
 
 
-def fill(checkpoint: Path, strategy: Strategy, module: nn.Module) -> None:
-    """The weights of a sharded checkpoint, into a module that has none. Raises UserError where they are another model's."""
+def load_shards(checkpoint: Path, strategy: Strategy, module: nn.Module) -> None:
+    """Load a sharded checkpoint into a module without weights. Raises UserError where it is another model's."""
     directory = checkpoint / SHARDED
-    known = sharded.shapes(directory)
+    shapes = sharded.shapes(directory)
 
     def read(tensors: dict[str, Tensor]) -> None:
-        if other := [name for name, value in tensors.items() if name not in known or known[name][0] != shape_of(value)]:
+        if other := [name for name, value in tensors.items() if name not in shapes or shapes[name][0] != shape_of(value)]:
             raise UserError(f"{directory} is not the model of this run: it holds no {other[0]} of this shape")
         sharded.read(directory, tensors)
 
@@ -63,13 +63,13 @@ def fill(checkpoint: Path, strategy: Strategy, module: nn.Module) -> None:
 
 
 def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor], vocabulary: Vocabulary) -> None:
-    """`directory`/adapter for a PEFT model, with the `vocabulary` that its base was given, else `directory`/model; `state` as
-    a strategy gathered it."""
-    state = apart(directory, state)
+    """Write `directory`/adapter for a PEFT model, with the `vocabulary` that its base was grown to, else `directory`/model.
+    `state`: as a strategy gathered it."""
+    state = split_value_head(directory, state)
     if isinstance(model, PeftModel):
         path = directory / "adapter"
         model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
-        (path / "README.md").unlink(missing_ok=True)  # PEFT's empty form
+        (path / "README.md").unlink(missing_ok=True)  # PEFT's empty template
         vocabulary.save(path)
         inner = model.get_base_model()
         if isinstance(inner, PreTrainedModel) and inner.can_generate() and inner.generation_config is not None:
@@ -79,8 +79,8 @@ def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor], vo
     save_model(directory / "model", model, state)
 
 
-def apart(directory: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What of `state` is the model's; a value head goes into a directory of its own, where from_pretrained never looks."""
+def split_value_head(directory: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the model's part of `state`. A value head is written to a directory of its own, which from_pretrained ignores."""
     head = {name.removeprefix(HEAD): value for name, value in state.items() if name.startswith(HEAD)}
     if head:
         (directory / VALUE_HEAD).mkdir()
@@ -89,7 +89,8 @@ def apart(directory: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_value_head(directory: Path, head: nn.Module) -> bool:
-    """Whether a value head lies beside the model or checkpoint in `directory`. Raises UserError for one of another model."""
+    """Load the value head of the model or checkpoint in `directory`; return whether there is one. Raises UserError for another
+    model's."""
     path = directory / VALUE_HEAD / HEAD_FILE
     if not path.is_file():
         return False
@@ -103,7 +104,7 @@ def load_value_head(directory: Path, head: nn.Module) -> bool:
 
 
 def save_model(path: Path, model: PreTrainedModel, state: dict[str, Tensor], dtype: torch.dtype | None = None) -> None:
-    """What from_pretrained loads, with the attention that any reader has, not the one training used."""
+    """Write what from_pretrained loads; config.json does not name training's attention implementation."""
     if dtype is not None:
         state = {name: value.to(dtype) if value.is_floating_point() else value for name, value in state.items()}
     model.save_pretrained(str(path), state_dict=state)

@@ -1,4 +1,4 @@
-"""A checkpoint of which each process wrote its own part, as the one model that from_pretrained loads."""
+"""Consolidate a sharded checkpoint into one model that from_pretrained loads."""
 
 import shutil
 import tempfile
@@ -12,34 +12,36 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from halos.checkpoint import sharded
-from halos.checkpoint.weights import apart, save_model
+from halos.checkpoint.weights import save_model, split_value_head
 from halos.errors import UserError, doing
 from halos.logps.vocabulary import Vocabulary
 from halos.merge.merge_and_prove import case_of
 from halos.merge.safetensors_io import SHARD, Entry, weight_files, write_sharded
 
-AT_ONCE = 2**28  # elements in memory, or one tensor
+MAX_ELEMENTS = 2**28  # in memory at once; a larger tensor is read by itself
 
 
 @contextmanager
-def consolidated(directory: Path, beside: Path, *, reward: bool) -> Iterator[Path]:
-    """A directory with model/, and value_head/ where there is one, on the disk of `beside`, for as long as it is wanted.
+def consolidated(directory: Path, parent: Path, *, reward: bool) -> Iterator[Path]:
+    """Yield a temporary directory in `parent` with model/ and, if there is one, value_head/.
 
-    Shards are put together a few tensors at a time; transformers then writes them as its files hold them, from mapped memory.
+    Shards are joined a few tensors at a time; transformers then writes them from mapped memory, under the names of its files.
     Raises UserError where they are not the tensors of the architecture that config.json names.
     """
-    with tempfile.TemporaryDirectory(dir=beside, prefix=".consolidate-") as place, doing(f"{directory} cannot be consolidated"):
-        raw, root = Path(place) / "raw", Path(place)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".consolidate-") as name, doing(f"{directory} cannot be consolidated"):
+        raw, root = Path(name) / "raw", Path(name)
         raw.mkdir()
-        parts = _Parts(directory)
-        entries = {name: Entry(kind, list(shape), partial(parts.blocks, name)) for name, (shape, kind) in parts.facts.items()}
+        reader = _Reader(directory)
+        entries = {
+            name: Entry(dtype, list(shape), partial(reader.blocks, name)) for name, (shape, dtype) in reader.shapes.items()
+        }
         write_sharded(raw, entries, SHARD)
         state = {name: value for file in weight_files(raw) for name, value in load_file(file).items()}
-        _save(root, directory, apart(root, state), reward)
+        _save(root, directory, split_value_head(root, state), reward)
         shutil.rmtree(raw)
-        for name in ("config.json", "generation_config.json"):
-            if (directory / name).is_file():
-                shutil.copy(directory / name, root / "model" / name)
+        for file in ("config.json", "generation_config.json"):
+            if (directory / file).is_file():
+                shutil.copy(directory / file, root / "model" / file)
         yield root
 
 
@@ -59,27 +61,27 @@ def _save(root: Path, directory: Path, state: dict[str, Tensor], reward: bool) -
     save_model(root / "model", model, state)
 
 
-class _Parts:
-    """Whole tensors of a sharded directory in its order, read as many at a time as may be in memory."""
+class _Reader:
+    """Reads the tensors of a sharded checkpoint unsharded, in order of their names, as many at a time as memory may hold."""
 
     def __init__(self, directory: Path) -> None:
-        self.directory, self.facts = directory, dict(sorted(sharded.shapes(directory).items()))
-        self._held: dict[str, Tensor] = {}
+        self.directory, self.shapes = directory, dict(sorted(sharded.shapes(directory).items()))
+        self._read: dict[str, Tensor] = {}
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        if name not in self._held:
-            self._held = {}
-            self._held = self._from(name)
-            sharded.read(self.directory, self._held)
-        yield self._held[name]
+        if name not in self._read:
+            self._read = {}
+            self._read = self._empty_from(name)
+            sharded.read(self.directory, self._read)
+        yield self._read[name]
 
-    def _from(self, name: str) -> dict[str, Tensor]:
-        """Empty tensors, of this one and those behind it."""
-        names, size, found = list(self.facts), 0, dict[str, Tensor]()
+    def _empty_from(self, name: str) -> dict[str, Tensor]:
+        """Return uninitialised tensors for `name` and as many after it as fit."""
+        names, size, tensors = list(self.shapes), 0, dict[str, Tensor]()
         for each in names[names.index(name) :]:
-            shape, dtype = self.facts[each]
+            shape, dtype = self.shapes[each]
             size += shape.numel()
-            if found and size > AT_ONCE:
+            if tensors and size > MAX_ELEMENTS:
                 break
-            found[each] = torch.empty(shape, dtype=dtype)
-        return found
+            tensors[each] = torch.empty(shape, dtype=dtype)
+        return tensors

@@ -1,4 +1,4 @@
-"""Push an exported directory to the hub, through huggingface_hub's own calls; the token is the environment's or the login's."""
+"""Push an exported directory to the hub with huggingface_hub; the token comes from the environment or the login."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from halos.errors import UserError, doing
 
 
 def check_name(repo: str) -> None:
-    """Raises UserError for what is no ORG/NAME, before anything is written."""
+    """Raises UserError if `repo` is not of the form ORG/NAME, before anything is written."""
     with doing(f"--push-to-hub {repo}"):
         validate_repo_id(repo)
     if repo.count("/") != 1:
@@ -18,11 +18,11 @@ def check_name(repo: str) -> None:
 
 
 def push(directory: Path, repo: str, *, private: bool, revision: str | None) -> str:
-    """Make the repository (and its branch `revision`) where there is none, and upload; the commit's address."""
+    """Create the repository (and its branch `revision`) if it does not exist, and upload. Return the URL of the commit."""
     try:
         with doing(f"{directory} is written, but {repo} could not be pushed to", "push it later with `hf upload`"):
             return _push(HfApi(), directory, repo, private=private, revision=revision)
-    except UserError as error:  # a client's words may hold what it sent
+    except UserError as error:  # a client's message may quote the request with its token
         raise UserError(redact(str(error))) from error.__cause__
 
 

@@ -69,7 +69,7 @@ def _load(run: Prepared, made: Accelerator, checkpoint: Path | None) -> Run:
     if checkpoint is not None and config.peft.name == "none":
         place, sharded = weights.saved_model(checkpoint)
         refuse_different_architecture(shelf.base, place)
-        fill = partial(weights.fill, checkpoint, run.strategy) if sharded else None
+        fill = partial(weights.load_shards, checkpoint, run.strategy) if sharded else None
     inner = models.policy(shelf, reward=blueprint.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
     module, optimizer = run.strategy.wrap(
         models.wrapped(shelf, inner, run.loss.inputs, checkpoint),

@@ -50,7 +50,7 @@ USES: list[Callable[[World, Path], object]] = [
     lambda world, final: world.refusal("next", f"reference.name_or_path={final}", "dry_run=true"),
     lambda world, final: sampled(world, final),
     lambda world, final: RewardModel(final, section(Scorer, batch_size=1), max_length=None, quiet=True),
-    lambda world, final: export.Saved.at(final),
+    lambda world, final: export.SavedModel.at(final),
 ]
 
 

@@ -77,9 +77,9 @@ def test_what_went_wrong_in_the_background_is_raised_by_the_next_step(trainer: M
     made.step(made.order.batch(0))
     monkeypatch.setattr(weights, "save_weights", fail)
     made.checkpointer.save(final=False)
-    assert made.checkpointer._saving is not None
-    assert made.checkpointer._saving._thread is not None
-    made.checkpointer._saving._thread.join()
+    assert made.checkpointer._pending is not None
+    assert made.checkpointer._pending._thread is not None
+    made.checkpointer._pending._thread.join()
     with pytest.raises(RuntimeError, match="the cable was pulled"):
         made.step(made.order.batch(1))
     assert steps(made) == []

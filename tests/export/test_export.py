@@ -143,7 +143,7 @@ def test_a_copy_that_is_not_the_original_is_not_left_behind(
     monkeypatch.setattr(expected, "copy_of", lambda *_: {})
     status, said = ends("export", runs / "whole", "--output", tmp_path / "out")
     assert status == 2
-    assert "what was written is not what was saved" in said
+    assert "the exported weights differ from the saved ones" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -425,14 +425,14 @@ def test_of_two_exports_into_one_directory_the_second_is_refused_and_the_first_i
 ) -> None:
 
     words, seen = ["export", step, "--output", tmp_path / "out"], []
-    plain = export._copy_beside
+    plain = export._copy_tokenizer_and_head
 
     def beside(saved: Any, place: Path) -> None:
-        monkeypatch.setattr(export, "_copy_beside", plain)
+        monkeypatch.setattr(export, "_copy_tokenizer_and_head", plain)
         seen.append(ends(*words))  # while the first is at work
         plain(saved, place)
 
-    monkeypatch.setattr(export, "_copy_beside", beside)
+    monkeypatch.setattr(export, "_copy_tokenizer_and_head", beside)
     assert ends(*words)[0] == 0
     [(status, said)] = seen
     assert (status, "is being written by another process" in said, "Traceback" in said) == (2, True, False)
