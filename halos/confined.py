@@ -6,6 +6,7 @@ fills, a list of a gigabyte. The directory itself may be reached through a link,
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from halos.errors import UserError, doing, one_line, words_of
 SMALL = 2**26  # bytes of a JSON file: the tokenizer.json of a large vocabulary has 34 MB
 SETTINGS = 2**20  # bytes of a YAML file, which is read at about 100 kB a second
 LARGE = 2**32  # bytes of a file of rows
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NODES = 100_000  # values in a YAML file, aliases counted as often as they stand for one
 REMEDY = "nothing is read or written through it; put what it points to in its place, or delete it"
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # for every from_pretrained: left out, transformers asks on the terminal
@@ -250,7 +252,7 @@ def write_whole(path: Path, text: str, *, within: Path | None = None) -> None:
         os.close(folder)
 
 
-def fill(path: Path, text: str) -> bool:
+def overwrite_in_place(path: Path, text: str) -> bool:
     """Whether `text` stands in a file that takes up its room already, so that a full disk is no hindrance."""
     data = text.encode("utf-8")
     try:

@@ -152,31 +152,31 @@ def test_a_run_opens_by_its_directory_or_one_of_its_checkpoints(tmp_path):
     save = run.checkpoints / "step-00000010"
     save.mkdir(parents=True)
     for asked, checkpoint in ((str(run.path), None), (f"{run.path}/", None), (str(save), save)):
-        found = RunDir.at(asked)
-        found.open()
+        found = RunDir.of_resume(asked)
+        found.require_run()
         assert found.path == run.path
-        assert found.asked_checkpoint(asked) == checkpoint
-    assert run.asked_checkpoint(None) is None
+        assert found.requested_checkpoint(asked) == checkpoint
+    assert run.requested_checkpoint(None) is None
 
 
 def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path):
     run = begun(tmp_path / "demo")
-    assert "there are none" in said(lambda: run.asked_checkpoint(f"{run.path}/checkpoints/step-7"))
+    assert "there are none" in said(lambda: run.requested_checkpoint(f"{run.path}/checkpoints/step-7"))
     (run.checkpoints / "step-00000010").mkdir(parents=True)
-    assert "step-00000010" in said(lambda: run.asked_checkpoint(f"{run.path}/checkpoints/step-7"))
+    assert "step-00000010" in said(lambda: run.requested_checkpoint(f"{run.path}/checkpoints/step-7"))
 
 
 def test_what_is_no_run_is_refused_with_the_run_that_was_meant(tmp_path):
     begun(tmp_path / "runs" / "demo")
     begun(tmp_path / "runs" / "other")
-    assert f"did you mean {tmp_path}/runs/demo?" in said(RunDir(tmp_path / "runs" / "dmo").open)
-    assert "holds demo, other" in said(RunDir(tmp_path / "runs" / "zzzzzz").open)
-    assert f"such as {tmp_path}/runs/demo" in said(RunDir(tmp_path / "runs").open)
+    assert f"did you mean {tmp_path}/runs/demo?" in said(RunDir(tmp_path / "runs" / "dmo").require_run)
+    assert "holds demo, other" in said(RunDir(tmp_path / "runs" / "zzzzzz").require_run)
+    assert f"such as {tmp_path}/runs/demo" in said(RunDir(tmp_path / "runs").require_run)
     (tmp_path / "runs" / "demo" / "FINAL").mkdir()
-    assert f"resume={tmp_path}/runs/demo" in said(RunDir(tmp_path / "runs" / "demo" / "FINAL").open)
+    assert f"resume={tmp_path}/runs/demo" in said(RunDir(tmp_path / "runs" / "demo" / "FINAL").require_run)
     (tmp_path / "empty" / "sub").mkdir(parents=True)
-    assert "no config.yaml" in said(RunDir(tmp_path / "empty" / "sub").open)
-    assert "holds no runs" in said(RunDir(tmp_path / "nowhere" / "x").open)
+    assert "no config.yaml" in said(RunDir(tmp_path / "empty" / "sub").require_run)
+    assert "holds no runs" in said(RunDir(tmp_path / "nowhere" / "x").require_run)
 
 
 def test_newer_checkpoints_are_set_aside_whole_with_their_metrics(tmp_path):
@@ -192,12 +192,12 @@ def test_newer_checkpoints_are_set_aside_whole_with_their_metrics(tmp_path):
     assert sorted(os.listdir(place)) == ["metrics.jsonl", "step-00000004", "step-00000010"]
     assert (place / "step-00000010" / "state").is_dir()
     assert (place / "metrics.jsonl").read_text() == '{"step": 4}\n{"step": 10}\n'
-    assert list(run.saves()) == [2]
+    assert list(run.checkpoints_by_step()) == [2]
     assert run.final.is_dir()
     assert run.set_aside(2, final=True)[1] == ["FINAL"]
     assert run.set_aside(2, final=True)[1] == []
     with pytest.raises(UserError, match="was set aside"):
-        RunDir.at(str(place / "step-00000010"))
+        RunDir.of_resume(str(place / "step-00000010"))
 
 
 def test_a_crash_while_setting_aside_leaves_no_gap(tmp_path, monkeypatch):
@@ -214,7 +214,7 @@ def test_a_crash_while_setting_aside_leaves_no_gap(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "rename", crash)
     with pytest.raises(OSError, match="power cut"):
         run.set_aside(2, final=False)
-    assert list(run.saves()) == [2, 4]
+    assert list(run.checkpoints_by_step()) == [2, 4]
 
 
 # --- files
@@ -250,7 +250,7 @@ def test_a_torn_last_line_is_passed_over_and_then_gone(tmp_path):
     path = run.path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 2, "lo')
     assert run.read_metrics() == [{"step": 1}]
-    run.go_on_from(5)
+    run.truncate_metrics(5)
     run.append_metrics({"step": 2})
     assert [row["step"] for row in run.read_metrics()] == [1, 2]
 
@@ -259,7 +259,7 @@ def test_after_a_resume_no_step_appears_twice(tmp_path):
     run = begun(tmp_path / "demo")
     for step in range(6):
         run.append_metrics({"step": step})
-    run.go_on_from(3)
+    run.truncate_metrics(3)
     for step in range(4, 8):
         run.append_metrics({"step": step})
     assert [row["step"] for row in run.read_metrics()] == list(range(8))
@@ -276,7 +276,7 @@ def test_a_damaged_line_of_metrics_costs_itself_and_is_set_aside(tmp_path, line)
         file.write(line + b"\n")
     run.append_metrics({"step": 3})
     assert [row["step"] for row in run.read_metrics()] == [1, 3]
-    assert (len(run.metrics.damaged()), run.go_on_from(5)) == (1, 1)
+    assert (len(run.metrics.damaged()), run.truncate_metrics(5)) == (1, 1)
     assert len((run.path / "metrics.damaged.jsonl").read_text().splitlines()) == 1
     assert ([row["step"] for row in run.read_metrics()], run.metrics.damaged()) == ([1, 3], [])
 
@@ -289,7 +289,7 @@ def test_on_a_full_disk_the_last_word_has_its_room(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("halos.rundir.write_whole", full)
+        patch.setattr("halos.confined.write_whole", full)
         run.write_result("failed", 7, {"loss": 1.5}, reason="the disk is full")
     assert run.read_result() == {"status": "failed", "step": 7, "metrics": {"loss": 1.5}, "reason": "the disk is full"}
     run.write_result("running", 7, {})
@@ -302,7 +302,7 @@ def test_records_of_starts_that_are_gone_are_said_to_be(tmp_path):
     run.checkpoints.mkdir()
     shutil.rmtree(run.path / "attempts")
     with pytest.raises(UserError, match=r"attempts/, the record of its starts, is missing"):
-        run.open()
+        run.require_run()
 
 
 def test_a_result_says_how_it_ended(tmp_path):

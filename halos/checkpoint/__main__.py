@@ -8,9 +8,9 @@ from pathlib import Path
 from halos import confined
 from halos.checkpoint import manifest, select
 from halos.errors import UserError, command, one_line
-from halos.rundir import ASIDE, RunDir, is_run
+from halos.rundir import SUPERSEDED, RunDir, is_run
 
-OTHER_MANIFESTS = ("rollouts/*", f"checkpoints/{ASIDE}*/*")  # a cache of rollouts' log-probs, and superseded checkpoints
+OTHER_MANIFESTS = ("rollouts/*", f"checkpoints/{SUPERSEDED}*/*")  # a cache of rollouts' log-probs, and superseded checkpoints
 
 
 def _size(path: Path) -> str:

@@ -40,7 +40,7 @@ def write(run: RunDir, known: KnownGood) -> None:
 def not_known_good(run: RunDir) -> list[int]:
     """Return the steps of the checkpoints that are not known to be good."""
     until = read(run).until
-    return [step for step in run.saves() if step > until]
+    return [step for step in run.checkpoints_by_step() if step > until]
 
 
 def doubted(run: RunDir) -> list[int]:

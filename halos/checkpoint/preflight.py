@@ -13,7 +13,7 @@ from halos.hooks.checkpoint import CheckpointHook
 from halos.logps.model import bare
 from halos.merge.merge_and_prove import case_of
 from halos.merge.rehearsal import rehearse
-from halos.rundir import existing
+from halos.rundir import nearest_existing
 
 
 def check(policy: CheckpointHook, blueprint: Blueprint) -> None:
@@ -36,7 +36,7 @@ def too_little_space(policy: CheckpointHook, blueprint: Blueprint) -> str | None
     final = space.final_bytes(model, adapter_alone=adapter and not policy.merge_lora, vocabulary=vocabulary)
     steps = [step for step in range(1, blueprint.total_steps + 1) if policy.due_at(step)] or [blueprint.total_steps]
     most = policy.retention(largest=config.objective.mode == "max").most(steps)
-    free = shutil.disk_usage(existing(directory)).free
+    free = shutil.disk_usage(nearest_existing(directory)).free
     present = sum(not manifest.verify(path, contents=False) for path in select.checkpoints(directory))
     sizes = [manifest.human_size(size) for size in (one, final, free)]
     text = f"at most {most} checkpoint{'s' * (most != 1)} of about {sizes[0]}, FINAL of about {sizes[1]}; {sizes[2]} free"

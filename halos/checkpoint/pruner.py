@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from threading import Thread
 
 from halos.checkpoint import commit, known_good, manifest, select
+from halos.confined import DISK_FULL
 from halos.hooks.base import Run
 from halos.hooks.checkpoint import CheckpointHook
-from halos.rundir import FULL
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ class Pruner:
         try:
             known_good.write(self.run.directory, known)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL:
                 raise
             if not self._warned:
                 log.warning("good.json cannot be written (%s): the last checkpoint that it names is kept until it can", error)

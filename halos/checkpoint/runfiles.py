@@ -13,7 +13,7 @@ from halos.config.resume_policy import Change
 from halos.config.schema import Scope, keys_of
 from halos.errors import UserError
 from halos.hashes import short
-from halos.rundir import RunDir, sealed_result
+from halos.rundir import RunDir
 
 NO_SEAL = "ok (an older version wrote it, under no seal)"
 OF_HOST = keys_of(Scope.HOST)
@@ -97,7 +97,7 @@ def report(run: RunDir) -> dict[str, str]:
     if (run.path / "metrics.jsonl").is_file():
         findings["metrics.jsonl"] = _metrics(run)
     if (run.path / "result.json").is_file():
-        findings["result.json"] = {True: "ok", False: seals.CHANGED, None: NO_SEAL}[sealed_result(run.path / "result.json")]
+        findings["result.json"] = {True: "ok", False: seals.CHANGED, None: NO_SEAL}[run.result.is_intact()]
     if run.commits.path.is_file():
         findings[run.commits.path.name] = run.commits.read().fault or "ok"
     for name in UNSEALED:

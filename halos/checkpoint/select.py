@@ -11,7 +11,7 @@ from halos import confined
 from halos.checkpoint import commit, known_good, manifest
 from halos.errors import UserError
 from halos.hashes import short
-from halos.rundir import ASIDE, RunDir
+from halos.rundir import SUPERSEDED, RunDir
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def refuse_lost(run: RunDir, selection: Selection) -> None:
     why = f" ({'; '.join(selection.passed_over)})" if selection.passed_over else f": {run.checkpoints} holds none"
     saved = f"checkpoints up to step {max(steps)}" if steps else f"checkpoints, by {run.commits.path} ({committed.fault})"
     sound = "whole" if known.doubted_at is None else "whole and known to be good"
-    aside = sorted(path for path in run.checkpoints.glob(f"{ASIDE}*/step-*") if not manifest.verify(path))
+    aside = sorted(path for path in run.checkpoints.glob(f"{SUPERSEDED}*/step-*") if not manifest.verify(path))
     whole = f" or move {aside[-1]} back into {run.checkpoints}," if aside else ""
     raise UserError(
         f"{run.path} has saved {saved}, and none of them is {sound}{why}. It does not restart at step 0 by itself: restore"

@@ -40,9 +40,9 @@ def asked(typed: Sequence[Override]) -> str | None:
 def resumed(path: str, typed: Sequence[Override], tree: ConfigTree) -> tuple[Config, list[Change]]:
     """A saved run's own configuration with what was typed on top, and what that changes. Its choices are made, but for those
     that only say what is logged and when it is saved."""
-    run_dir = RunDir.at(path)
-    run_dir.open()
-    source = run_dir.asked_checkpoint(path) or next(iter(run_dir.saves().values()), None)
+    run_dir = RunDir.of_resume(path)
+    run_dir.require_run()
+    source = run_dir.requested_checkpoint(path) or next(iter(run_dir.checkpoints_by_step().values()), None)
     settings = last_settings(run_dir)
     for one in typed:
         _refuse_another_run(one, settings, run_dir, tree.choices)
@@ -68,7 +68,7 @@ def take_up(config: Config, typed: Sequence[str]) -> list[Change]:
         return []
     if not is_run(run_dir.path):
         return []
-    run_dir.open()
+    run_dir.require_run()
     config.resume, config.overwrite = str(run_dir.path), False
     settings = last_settings(run_dir)
     for key, value in younger_keys(run_dir, settings, typed).items():
@@ -77,7 +77,7 @@ def take_up(config: Config, typed: Sequence[str]) -> list[Change]:
             node[name] = value
         else:
             setattr(node, name, value)
-    return _changes(config, run_dir, settings, next(iter(run_dir.saves()), None))
+    return _changes(config, run_dir, settings, next(iter(run_dir.checkpoints_by_step()), None))
 
 
 def younger_keys(run_dir: RunDir, settings: dict[str, Any], typed: Sequence[str]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def job(composed: DictConfig) -> float | None:
         raise SystemExit(status)
     if status or config is None:
         raise JobsFailedError(f"a job of this sweep failed: {' '.join(typed)}")
-    return RunDir(config.run_dir).final_value(config.objective.metric)
+    return RunDir(config.run_dir).final_metric(config.objective.metric)
 
 
 def _check(settled: Sequence[Override], overrides: Sequence[str], tree: ConfigTree) -> list[tuple[Config, list[str]]]:

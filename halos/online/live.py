@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
+from halos.confined import DISK_FULL
 from halos.data.custom_format import entries_of
 from halos.data.dataset import Completion, Item
 from halos.data.tokenize import Encoder
@@ -24,7 +25,6 @@ from halos.rollout.prompts import fitting, for_round, held_out, read_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.types import EVAL, Prompt, Request, Rollout, Sample, requests_for
-from halos.rundir import FULL
 from halos.types import Demonstration, Example
 
 log = logging.getLogger(__name__)
@@ -138,7 +138,7 @@ class RolloutSource:
         try:
             measure.write_examples(self.run.directory.path, rollouts, f"{self.config.exp_name}, step {self.run.step}")
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL:
                 raise
             log.warning("samples.md could not be written: %s", error)
 

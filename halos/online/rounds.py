@@ -93,7 +93,7 @@ def run(
     with directory.lock() as lock:
         lock.refuse_held(wait=bool(config.resume))
         if config.resume:
-            directory.open()
+            directory.require_run()
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
         prompts = {"data.train": digest(plan.prompts), "data.eval": digest(plan.held_out) if plan.held_out else None}
@@ -228,7 +228,7 @@ class OnlineRun:
 
     def _record(self, one: Round, result: RoundResult) -> None:
         """A round's rows of metrics.jsonl, in the place of any that an earlier attempt has left, and its examples."""
-        self.directory.go_on_from(one.number - 1)
+        self.directory.truncate_metrics(one.number - 1)
         for split, row in ((TRAIN, result.train), (EVAL, result.held)):
             if row:
                 whole = {"step": one.number, "split": split, **row}

@@ -113,7 +113,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     if made.is_main_process:
         if lock:
             lock.refuse_held(wait=bool(config.resume))
-        directory.open() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
+        directory.require_run() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
     with made.main_process_first():
         base = locate_base(config)
     refuse_damaged(config, base, made)

@@ -13,6 +13,7 @@ from halos.config.bind_optim import bind_schedule
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.values import as_argument
+from halos.confined import DISK_FULL
 from halos.distributed.launch import launched, make_accelerator, require_same_on_all_ranks
 from halos.distributed.signals import STOPPED, StopRequest
 from halos.distributed.watchdog import request_stop_when_launcher_dies, watch_ranks
@@ -22,7 +23,7 @@ from halos.hooks.log import summary
 from halos.logs import configure_logging, log_traceback
 from halos.repository import COMMAND
 from halos.run.assemble import assemble
-from halos.rundir import FULL, RunDir, is_run
+from halos.rundir import RunDir, is_run
 from halos.trainers.base import Trainer
 from halos.trainers.memory import ran_out, remedies
 
@@ -60,8 +61,8 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
             if request.reason is not None:  # not `except StopRequested`: libraries turn it into errors of their own
                 return _stopped_before_training(directory, request.reason, held=lock.held)
             if isinstance(error, UserError) and lock.held and not config.resume:
-                directory.abandon()
-            if isinstance(error, OSError) and error.errno in FULL:
+                directory.remove_refused_start()
+            if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise UserError(f"no space is left for {error.filename or directory.path}: free some, and go on") from error
             if ran_out(error):
                 return _out_of_memory(config, directory, error, held=lock.held)
@@ -75,7 +76,7 @@ def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, h
     if held and is_run(directory.path):
         before = directory.read_result() or {"step": 0, "metrics": {}}
         directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {said}")
-        last = next(reversed(directory.saves().values()), None)
+        last = next(reversed(directory.checkpoints_by_step().values()), None)
         more = f" The run goes on from {last.name}: {COMMAND} resume={directory.path} KEY=VALUE." if last else ""
     else:
         more = ""
@@ -101,7 +102,7 @@ def _stopped_before_training(directory: RunDir, reason: str, *, held: bool) -> i
 def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
     """Whether a finished run is asked for nothing that it has not done yet; says what would be more."""
     further = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
-    if not directory.is_finished() or not directory.final.is_dir() or further or directory.asked_checkpoint(config.resume):
+    if not directory.is_finished() or not directory.final.is_dir() or further or directory.requested_checkpoint(config.resume):
         return False
     integrity.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)

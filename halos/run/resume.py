@@ -39,7 +39,7 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
         taken_over = lock.acquire(directory.next_attempt(), wait=bool(config.resume))
     if made.is_main_process and config.resume:
         _refuse_unwritable(directory)
-        box = [select.select_checkpoint(directory, directory.asked_checkpoint(config.resume))]
+        box = [select.select_checkpoint(directory, directory.requested_checkpoint(config.resume))]
         _refuse_behind(config, directory, box[0].path, total)
         _refuse_no_start(config, box[0].path)
     elif made.is_main_process:
@@ -60,7 +60,7 @@ def begin(config: Config, directory: RunDir, made: Accelerator, total: int, lock
 def look(config: Config, directory: RunDir, total: int) -> None:
     """Say what a resumed run would go on from. Raises UserError as `begin` does, and touches nothing."""
     _refuse_unwritable(directory)
-    source = select.preview_selection(directory, directory.asked_checkpoint(config.resume))
+    source = select.preview_selection(directory, directory.requested_checkpoint(config.resume))
     _refuse_behind(config, directory, source.path, total)
     _refuse_no_start(config, source.path)
     for line in source.passed_over:
@@ -89,7 +89,7 @@ def _refuse_no_start(config: Config, source: Path | None) -> None:
 def _refuse_behind(config: Config, directory: RunDir, source: Path | None, total: int) -> None:
     """Raises UserError where a run is to end before where it is, or where nothing is left to go on from."""
     result = directory.read_result() or {}
-    done = result.get("status") == "finished" and directory.final.is_dir() and not directory.asked_checkpoint(config.resume)
+    done = result.get("status") == "finished" and directory.final.is_dir() and not directory.requested_checkpoint(config.resume)
     if done and source is None:
         raise UserError(
             f"{directory.path} is finished and has kept no checkpoint to train on from (checkpoint.every=null?): begin a new run"
@@ -115,7 +115,7 @@ def record(
         log.info("going on from %s%s", went_on, _not_known_to_be_good(directory, current.step))
         _tell_changes([*changed, *content_changed], current.step)
         select.record_commit(directory, source.path)  # before what was saved behind it is out of sight
-        place, moved = directory.set_aside(current.step, final=directory.asked_checkpoint(resume) is not None)
+        place, moved = directory.set_aside(current.step, final=directory.requested_checkpoint(resume) is not None)
         if moved:
             log.warning("set aside in %s, since the run goes on from before: %s", place, ", ".join(moved))
     how = current.strategy.name
@@ -125,7 +125,7 @@ def record(
     altered = changes_record(changed=of_keys, content_changed=[*of_files, *content_changed])
     stands_on = current.content.record() if current.content is not None else {}
     directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over, **stands_on})
-    if damaged := directory.go_on_from(current.step if source.path else -1):
+    if damaged := directory.truncate_metrics(current.step if source.path else -1):
         log.warning("%d lines of metrics.jsonl were damaged, and stand in %s now", damaged, DAMAGED)
     directory.write_result("running", current.step, {})
 

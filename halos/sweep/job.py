@@ -40,7 +40,7 @@ class Job:
         if not self.run.is_finished():
             return None
         settings = confined.parse_yaml(self.run.read_config(), str(self.run.config))
-        return self.run.final_value(str(settings["objective"]["metric"]))
+        return self.run.final_metric(str(settings["objective"]["metric"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from halos.checkpoint import known_good
+from halos.confined import DISK_FULL
 from halos.data.dataset import Dataset, Item
 from halos.distributed.parameters import local_part
 from halos.errors import UserError
 from halos.hooks.base import Run, Stop
-from halos.rundir import FULL
 from halos.trainers.deal import Split
 from halos.types import Scored
 
@@ -177,7 +177,7 @@ class Guard:
         try:
             run.directory.append_bad_rows({**facts, "rows": rows})
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in DISK_FULL:
                 raise
             log.warning("%s could not be written, and lacks the rows of this step: %s", run.directory.bad_rows, error)
 

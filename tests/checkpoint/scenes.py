@@ -177,7 +177,7 @@ def begin_again(trainer: Trainer) -> None:
     directory = trainer.run.directory
     select.select_checkpoint(directory, None)
     directory.start_attempt({"resumed_from": "here"})
-    directory.go_on_from(trainer.run.step)
+    directory.truncate_metrics(trainer.run.step)
     directory.write_result("running", trainer.run.step, {})
 
 

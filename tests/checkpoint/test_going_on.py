@@ -245,7 +245,7 @@ def test_a_checkpoint_that_was_put_or_renamed_here_is_refused(trainer: Callable[
     for _ in range(2):
         made.step(made.order.batch(made.run.step))
         made.checkpointer.save(final=False)
-    run, saves = RunDir(tmp_path / "run"), made.run.directory.saves()
+    run, saves = RunDir(tmp_path / "run"), made.run.directory.checkpoints_by_step()
     config, copy = run.config.read_text(), run.checkpoints / select.name_of(3)
     assert select.select_checkpoint(run, None).path == saves[2]
     shutil.copytree(saves[1], copy)

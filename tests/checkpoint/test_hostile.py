@@ -493,7 +493,7 @@ def test_no_mutation_of_a_runs_small_files_is_a_traceback(begun: Path, tmp_path:
     draw, run = random.Random(1), RunDir(shutil.copytree(begun, tmp_path / "run"))
     step, refused = run.path / STEP, 0
     asked: tuple[Callable[[], object], ...] = (
-        run.open, lambda: resume.last_settings(run), run.read_metrics, run.read_result, run.next_attempt, run.is_finished,
+        run.require_run, lambda: resume.last_settings(run), run.read_metrics, run.read_result, run.next_attempt, run.is_finished,
         lambda: select.newest(run.checkpoints), lambda: select.refuse_misplaced(run), lambda: select.metrics_of(step),
         lambda: lineage.read(step), lambda: state.load_progress(step / "state", 2), lambda: manifest.verify(step, contents=False),
         lambda: read_runs([run.path]),

@@ -11,7 +11,7 @@ from halos.rundir import RunDir
 
 
 def test_where_every_checkpoint_is_doubted_a_run_goes_on_from_its_beginning(saved_twice: RunDir) -> None:
-    two, four = saved_twice.saves().values()
+    two, four = saved_twice.checkpoints_by_step().values()
     assert select.preview_selection(saved_twice, None) == select.Selection(four, [])
     known_good.write(saved_twice, known_good.KnownGood(2, doubted_at=6))
     assert select.preview_selection(saved_twice, None).path == two
@@ -25,13 +25,13 @@ def test_where_every_checkpoint_is_doubted_a_run_goes_on_from_its_beginning(save
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_begin_again(saved_twice: RunDir) -> None:
-    for path in saved_twice.saves().values():
+    for path in saved_twice.checkpoints_by_step().values():
         (path / "weights").write_text("x")
     with pytest.raises(
         UserError, match=r"up to step 4, and none of them is whole \(step-00000004 passed over: weights: contents"
     ):
         select.preview_selection(saved_twice, None)
-    for path in saved_twice.saves().values():
+    for path in saved_twice.checkpoints_by_step().values():
         for file in path.iterdir():
             file.unlink()
         path.rmdir()
@@ -57,7 +57,7 @@ def replaced(path: Path) -> None:
 
 
 def test_a_checkpoint_in_the_place_of_the_one_that_was_saved_is_refused_though_it_is_whole(saved_twice: RunDir) -> None:
-    for path in saved_twice.saves().values():
+    for path in saved_twice.checkpoints_by_step().values():
         before = {file: file.read_bytes() for file in path.iterdir()}
         replaced(path)
         for choose in (select.preview_selection, select.select_checkpoint):
@@ -69,7 +69,7 @@ def test_a_checkpoint_in_the_place_of_the_one_that_was_saved_is_refused_though_i
 
 
 def test_a_step_that_was_saved_anew_after_going_back_is_taken_though_a_kill_kept_it_from_being_noted(saved_twice: RunDir) -> None:
-    two, four = saved_twice.saves().values()
+    two, four = saved_twice.checkpoints_by_step().values()
     select.record_commit(saved_twice, two)  # as a run that goes on from there does first
     replaced(four)
     assert select.preview_selection(saved_twice, None).path == four
@@ -80,7 +80,7 @@ def test_a_step_that_was_saved_anew_after_going_back_is_taken_though_a_kill_kept
 
 
 def test_notes_that_no_run_has_written_say_nothing_whoever_sealed_them(saved_twice: RunDir) -> None:
-    four = saved_twice.saves()[4]
+    four = saved_twice.checkpoints_by_step()[4]
     for row in ({"step": "4", "checkpoint": four.name, "manifest_seal": "0"}, {"checkpoint": four.name}, {"step": None}):
         saved_twice.commits.add(row)
     assert select.preview_selection(saved_twice, None).path == four
