@@ -35,7 +35,7 @@ def too_little_space(policy: CheckpointHook, blueprint: Blueprint) -> str | None
     one = space.checkpoint_bytes(model, adapter=adapter, optimizer=blueprint.optimizer_bytes, vocabulary=vocabulary)
     final = space.final_bytes(model, adapter_alone=adapter and not policy.merge_lora, vocabulary=vocabulary)
     steps = [step for step in range(1, blueprint.total_steps + 1) if policy.due_at(step)] or [blueprint.total_steps]
-    most = policy.retention(largest=config.objective.mode == "max").most(steps)
+    most = policy.retention(largest=config.objective.mode == "max").max_on_disk(steps)
     free = shutil.disk_usage(nearest_existing(directory)).free
     present = sum(not manifest.verify(path, contents=False) for path in select.checkpoints(directory))
     sizes = [manifest.human_size(size) for size in (one, final, free)]

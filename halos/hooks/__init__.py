@@ -1,1 +1,1 @@
-"""What happens around the loop: saving, logging, progress. One small protocol; users add their own."""
+"""Hooks run around the training loop: checkpoints, logging, progress. One small protocol; users add their own."""

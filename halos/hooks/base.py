@@ -1,4 +1,4 @@
-"""The protocol between the loop and everything that happens around it."""
+"""The protocol between the training loop and its hooks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -24,73 +24,73 @@ from halos.rundir import RunDir
 from halos.schedules import LearningRates
 
 Metrics = Mapping[str, Any]
-Asked = Sequence[str | Sequence[Mapping[str, str]]]  # what a user says, or turns of a dialogue
+Prompts = Sequence[str | Sequence[Mapping[str, str]]]  # each a user's text, or the turns of a dialogue
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """Why the loop ends before its last step, and whether the run counts as finished all the same. A run that was stopped by
-    a signal is to be started again; of one that stops itself somebody must see why."""
+    """Why the loop ends before its last step, and whether the run counts as finished all the same. A run stopped by a signal
+    (`signalled`) is meant to be resumed; one that stopped itself needs somebody to look at the reason."""
 
     reason: str
     finished: bool
     signalled: bool = False
-    failed: bool = False  # its weights or its data are broken: nothing more is saved
+    failed: bool = False  # its weights or data are broken: nothing more is saved
 
 
 @dataclass(frozen=True, slots=True)
 class Blueprint:
-    """A run before its weights are read: what can be told of it, and refused, by then. A dry run ends with it."""
+    """A run before its weights are loaded: all that can be reported and refused by then. A dry run ends with it."""
 
     config: Config
     directory: RunDir
-    base: Path  # the directory that its base weights will be read from
+    base: Path  # directory from which the base weights will be loaded
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
-    model: nn.Module  # with its adapter, on the meta device: names, shapes and dtypes without values
+    model: nn.Module  # with its adapter, on the meta device: names, shapes and dtypes, no values
     reward: bool
     total_steps: int
     max_length: int
     main: bool
-    optimizer_bytes: int  # that a checkpoint will hold of the optimizer
-    lines: list[tuple[str, str]] = field(default_factory=list)  # that hooks add to the header: a name, and what there is to say
+    optimizer_bytes: int  # size of the optimizer's state in a checkpoint
+    lines: list[tuple[str, str]] = field(default_factory=list)  # lines that hooks add to the header: name and text
 
 
 @dataclass
 class Run:
-    """What hooks see of a run."""
+    """The state of a run, as hooks see it."""
 
     config: Config
     directory: RunDir
     accelerator: Accelerator
-    strategy: Strategy  # how the processes hold the model
-    module: nn.Module  # what the loop calls: the log-prob module, as the strategy wrapped it
-    model: nn.Module  # the transformers or PEFT model in it
-    base: Path  # the directory its base weights were read from
-    vocabulary: Vocabulary  # ids that the tokenizer has, and those that were new to the base
+    strategy: Strategy  # how the ranks hold the model: replicated or sharded
+    module: nn.Module  # what the loop calls: a ModelWithHead, wrapped by the strategy
+    model: nn.Module  # the transformers or PEFT model inside it
+    base: Path  # directory from which the base weights were loaded
+    vocabulary: Vocabulary  # the tokenizer's ids, and which of them were new to the base
     optimizer: Optimizer
     tokenizer: PreTrainedTokenizerBase
     reward: bool  # a reward model rather than a language model
     learning_rates: LearningRates  # of the parameter groups, set before each step
     total_steps: int
-    max_length: int  # tokens of a row: train.max_length, or the model's positions where they are fewer
-    unmeasured: frozenset[str] = frozenset()  # metrics that the held-out rows cannot give, and nobody is to wait for
-    content: ContentHashes | None = None  # what it stands on; on the first process
+    max_length: int  # in tokens: train.max_length, or the model's number of positions where that is smaller
+    unmeasured: frozenset[str] = frozenset()  # metrics that the evaluation data cannot give, so none will be expected
+    content: ContentHashes | None = None  # hashes of its data and models; on rank 0
     step: int = 0
-    examples: int = 0  # read so far, over all processes, those of skipped steps too
+    examples: int = 0  # trained on so far, over all ranks, skipped steps included
     tokens: int = 0
-    last_eval: dict[str, Any] = field(default_factory=dict)  # the newest evaluation's row, its step included
+    last_eval: dict[str, Any] = field(default_factory=dict)  # the latest evaluation's line of metrics.jsonl, step included
     last_train: dict[str, Any] = field(default_factory=dict)
     window: Window = field(default_factory=Window)  # metrics since the last logged step
     stop_requested: str | None = None  # the signal that this rank received; the ranks agree on `stop` at the end of a step
-    bad_steps: int = 0  # in a row up to now whose loss or gradient was not finite, and which were skipped
-    skipped_steps: int = 0  # so far
-    finite_at: int = -1  # the newest step whose weights are known to be good: a loss and its gradient were finite with them
+    bad_steps: int = 0  # consecutive steps until now that were skipped, since loss or gradient were not finite
+    skipped_steps: int = 0  # in total
+    finite_at: int = -1  # the latest step whose weights are known to be good: loss and gradient were finite with them
     stop: Stop | None = None  # set by a hook, on every rank alike, or after a stop request
     failure: str | None = None  # why the run ends "failed" although it trained to its end
     hooks: dict[str, "Hook"] = field(default_factory=dict)
     generator: "Generator | None" = None  # what `generate` calls; None for a reward model
-    writers: dist.ProcessGroup | None = None  # the processes' own group for what is written beside the steps; None: the default
+    writers: dist.ProcessGroup | None = None  # process group for collectives of a background save; None: the default group
 
     @property
     def main(self) -> bool:
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def failed(self) -> bool:
-        """Whether it ends here since its weights, or its data, are broken: it leaves nothing new."""
+        """Whether the run ends because its weights or data are broken: nothing more is saved."""
         return self.stop is not None and self.stop.failed
 
     @property
@@ -120,12 +120,12 @@ class Run:
         if on_any_rank:
             self.stop = Stop(self.stop_requested or "another process was told to stop", finished=False, signalled=True)
 
-    def generate(self, prompts: Asked, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """The policy's completion of each prompt (text for its user, or turns), without its end token; 0 takes the likeliest
-        token each time. Under every strategy, between steps: every process calls with the same prompts, samples its share of
-        them, and gets all. Weights, random numbers and modes are afterwards what they were.
+    def generate(self, prompts: Prompts, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """The policy's completion of each prompt (a user's text, or turns), without its end token; temperature 0 is greedy.
 
-        Raises UserError for a reward model, which says nothing, and for a prompt that leaves no room.
+        Works under every strategy, between steps: every rank calls with the same prompts, samples a shard of them, and gets all
+        completions. Weights, random number generators and train/eval modes are left unchanged. Raises UserError for a reward
+        model, and for a prompt that leaves no room for `max_new_tokens`.
         """
         if self.generator is None:
             raise UserError("a reward model does not generate")
@@ -137,19 +137,19 @@ class Run:
 
 
 class Generator(Protocol):
-    def __call__(self, prompts: Asked, *, max_new_tokens: int, temperature: float, seed: int) -> list[str]: ...
+    def __call__(self, prompts: Prompts, *, max_new_tokens: int, temperature: float, seed: int) -> list[str]: ...
 
 
-class Watched(Protocol):
-    """What a training run and online rounds both are to a hook. Rounds have no model of their own: it belongs to each round's
-    training, which is a run by itself."""
+class AnyRun(Protocol):
+    """A training run or an online run of rounds, as hooks see either. Rounds have no model of their own: the training of each
+    round is a run by itself."""
 
     @property
     def config(self) -> Config: ...
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """What is trained, key by key."""
+        """The configuration as a nested mapping."""
         ...
 
     @property
@@ -162,83 +162,82 @@ class Watched(Protocol):
     def step(self) -> int: ...
 
 
-Seen = TypeVar("Seen", bound=Watched, contravariant=True, default=Run)
+RunType = TypeVar("RunType", bound=AnyRun, contravariant=True, default=Run)
 
 
-class Hook(Generic[Seen]):
-    """Each method does nothing by default. Every process runs every hook; guard output with `run.main`, never a collective.
+class Hook(Generic[RunType]):
+    """Each method does nothing by default. Every rank runs every hook; guard output with `run.main`, never a collective.
 
-    A plain `Hook` is of a training run. `Hook[Watched]`, as the trackers are, asks for no more than online rounds have too;
-    rounds (`hooks` beside loss=online) call `on_start`, `on_eval`, `on_examples` and `on_end`, and keep its state.
+    A plain `Hook` is for a training run. A `Hook[AnyRun]`, such as the trackers, uses only what online rounds have too; with
+    loss=online the rounds call `on_start`, `on_eval`, `on_examples` and `on_end`, and keep the hook's state.
     """
 
-    records: ClassVar[bool] = False  # `on_eval` passes metrics on: it is called when all that measure have
+    records: ClassVar[bool] = False  # `on_eval` passes metrics on and is called last, after all hooks that measure
 
     def check(self, blueprint: Blueprint) -> None:
-        """Before any weights are read, in dry runs too: raise UserError for what could not work in the end."""
+        """Before any weights are loaded, in dry runs too: raise UserError for whatever would fail later."""
 
-    def on_start(self, run: Seen) -> None:
+    def on_start(self, run: RunType) -> None:
         """After any resume, before the first step."""
 
-    def on_step(self, run: Seen, metrics: Metrics) -> None:
-        """After a step; `run.step` counts it. `metrics` is its line of metrics.jsonl, empty between logged steps."""
+    def on_step(self, run: RunType, metrics: Metrics) -> None:
+        """After a step, which `run.step` counts already. `metrics` is its line of metrics.jsonl, empty for steps not logged."""
 
-    def on_eval(self, run: Seen, metrics: Metrics) -> Mapping[str, float] | None:
-        """After an evaluation. What is given back, metrics by name, is part of it from then on: in metrics.jsonl, trackers and
-        reports, and objective.metric may be one. Of several processes the first one's counts, so all may measure, or it alone.
+    def on_eval(self, run: RunType, metrics: Metrics) -> Mapping[str, float] | None:
+        """After an evaluation. Metrics that are returned become part of it: they are in metrics.jsonl, trackers and reports,
+        and objective.metric may name one. Rank 0's return value counts, so all ranks may measure, or only rank 0."""
+
+    def on_examples(self, run: RunType, examples: Sequence[Mapping[str, Any]]) -> None:
+        """Scored samples of an online round or of a live run's evaluation: `prompt`, `output`, `reward`, `split`."""
+
+    def on_save(self, run: RunType, path: Path, *, final: bool) -> Callable[[], None] | None:
+        """Write into `path`, which becomes visible once every hook on every rank is done.
+
+        A hook with much to write may copy it and return a function that writes the copy. That is called next; with
+        checkpoint.async_save in a background thread, where `run` has moved on and collectives must use `run.writers`.
         """
 
-    def on_examples(self, run: Seen, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Samples with their scores, of an online round or of a live run's evaluation: `prompt`, `output`, `reward`, `split`."""
-
-    def on_save(self, run: Seen, path: Path, *, final: bool) -> Callable[[], None] | None:
-        """Write into `path`; it becomes visible when every hook and every process is done.
-
-        A hook that has much to write may copy it and give back what writes it: that is called next, with
-        checkpoint.async_save in a thread beside the steps, where `run` has moved on and `run.writers` is the group to use.
-        """
-
-    def on_saved(self, run: Seen, checkpoint: Path, *, final: bool) -> None:
+    def on_saved(self, run: RunType, checkpoint: Path, *, final: bool) -> None:
         """After the checkpoint is durable: retention, upload, pointers."""
 
-    def on_end(self, run: Seen) -> None:
-        """However the loop ended."""
+    def on_end(self, run: RunType) -> None:
+        """After the loop, however it ended."""
 
     def state_dict(self) -> dict[str, Any]:
-        """What the hook must remember across a resume; JSON."""
+        """State to keep across a resume, as JSON."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
+        """Restore what `state_dict` returned."""
 
 
-def measures(hook: Hook[Any]) -> bool:
-    """Whether what it gives back from `on_eval` may be metrics."""
+def can_measure(hook: Hook[Any]) -> bool:
+    """Whether its `on_eval` may return metrics."""
     return not hook.records and type(hook).on_eval is not Hook.on_eval
 
 
-def evaluated(
-    hooks: Mapping[str, Hook[Any]], run: Watched, metrics: Metrics, of_first: Callable[[Any], Any] = lambda mine: mine
+def call_on_eval(
+    hooks: Mapping[str, Hook[Any]], run: AnyRun, metrics: Metrics, from_rank_0: Callable[[Any], Any] = lambda value: value
 ) -> dict[str, Any]:
-    """The metrics of an evaluation with those that hooks measure; all hooks are told, those that record after the others.
+    """Call `on_eval` of all hooks, those that record last. Return the metrics with those that hooks measured.
 
-    `of_first`: what the first process has, for every process. Raises UserError for what is no metric, or measured already.
+    `from_rank_0` broadcasts a value. Raises UserError for a return value that is no metric, or whose name is taken.
     """
-    whole = dict(metrics)
+    merged = dict(metrics)
     for name, hook in hooks.items():
-        if measures(hook) and (more := of_first(hook.on_eval(run, whole))):
-            whole |= _metrics_of(name, more, whole)
+        if can_measure(hook) and (measured := from_rank_0(hook.on_eval(run, merged))):
+            merged |= _metrics_of(name, measured, merged)
     for hook in (hook for hook in hooks.values() if hook.records):
-        hook.on_eval(run, whole)
-    return whole
+        hook.on_eval(run, merged)
+    return merged
 
 
 def _metrics_of(name: str, measured: Any, known: Metrics) -> dict[str, float]:
     if not isinstance(measured, Mapping):
-        raise UserError(f"hooks.{name}: on_eval gives back a {type(measured).__name__}: give metrics by name, or None")
+        raise UserError(f"hooks.{name}: on_eval returned a {type(measured).__name__}: return metrics by name, or None")
     for metric, value in measured.items():
         if metric in known:
-            raise UserError(f"hooks.{name} measures {metric}, which is measured already: call it {name}/{metric}")
+            raise UserError(f"hooks.{name} measures {metric}, which the evaluation has already: name it {name}/{metric}")
         if not isinstance(metric, str) or not isinstance(value, Real):
-            raise UserError(f"hooks.{name} measures {metric} as {value!r}: a metric is a number under a name")
+            raise UserError(f"hooks.{name} measures {metric} as {value!r}: a metric is a number with a name")
     return {metric: float(value) for metric, value in measured.items()}

@@ -1,4 +1,4 @@
-"""When a run is saved, and which of its checkpoints stay: the policy. `halos.checkpoint.checkpointer` carries it out."""
+"""The checkpoint policy: when a run is saved and which checkpoints are kept. `halos.checkpoint.checkpointer` carries it out."""
 
 from typing import Annotated, Literal
 
@@ -9,9 +9,9 @@ from halos.types import Range
 
 
 class CheckpointHook(Hook):
-    """One per run, chosen by `checkpoint=`. The loop asks `due` after every step, and always saves once more at the end.
+    """One per run, chosen by `checkpoint=`. The loop calls `due` after every step, and always saves the final model.
 
-    A class of your own overrides `due`, or what else it wants otherwise; what its `on_save` writes is part of each save.
+    A subclass of your own overrides `due` or any other method; the files that its `on_save` writes are part of each checkpoint.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class CheckpointHook(Hook):
     ) -> None:
         if keep_every is not None and (every is None or keep_every % every):
             raise UserError(
-                f"checkpoint.keep_every={keep_every} is no multiple of checkpoint.every={every}: nothing is saved then"
+                f"checkpoint.keep_every={keep_every} is no multiple of checkpoint.every={every}: nothing is saved at those steps"
             )
         self.every, self.keep_last, self.keep_best = every, keep_last, keep_best
         self.keep_every, self.pinned, self.on_full_disk = keep_every, frozenset(pinned), on_full_disk
@@ -38,13 +38,13 @@ class CheckpointHook(Hook):
         self.at_end = at_end
 
     def due(self, run: Run) -> bool:
-        """Whether a checkpoint of `run.step` is saved; asked after every step."""
+        """Whether to save a checkpoint of `run.step`; called after every step."""
         return self.due_at(run.step) or (self.at_end and run.step == run.total_steps)
 
     def due_at(self, step: int) -> bool:
-        """The same of a step to come, for the estimate of what a run will take on the disk."""
+        """Whether a future step will be saved, for the estimate of the disk space that a run will take."""
         return step in self.pinned or (self.every is not None and step % self.every == 0)
 
     def retention(self, *, largest: bool) -> Retention:
-        """Which checkpoints may go; `largest`: objective.mode is max."""
+        """Which checkpoints may be deleted; `largest`: objective.mode is max."""
         return Retention(self.keep_last, self.keep_best, self.keep_every, self.pinned, largest)

@@ -1,4 +1,4 @@
-"""End a run whose objective no longer improves."""
+"""Ends a run whose objective metric no longer improves."""
 
 import math
 from typing import Any
@@ -7,7 +7,7 @@ from halos.hooks.base import Hook, Metrics, Run, Stop
 
 
 class EarlyStopping(Hook):
-    """Stops after `patience` evaluations in a row without a better objective."""
+    """Stops after `patience` consecutive evaluations without a better objective metric."""
 
     records = True
 
@@ -17,7 +17,7 @@ class EarlyStopping(Hook):
         self.since = 0
 
     def on_start(self, run: Run) -> None:
-        self._stop_if_out_of_patience(run)  # it was before a signal came between
+        self._stop_if_out_of_patience(run)  # it may have been when a signal stopped the run
 
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         objective = run.config.objective

@@ -1,4 +1,4 @@
-"""The weight of the KL to the reference, where it follows a target: part of a run's state, and handed on to a later round."""
+"""The KL coefficient of a loss that adapts it to a target: part of a run's state, and passed on to the next online round."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 from halos import confined
 from halos.hooks.base import Hook, Run
 
-NAME = "kl_coefficient.json"  # beside a save's weights: what the next step would have had
+NAME = "kl_coefficient.json"  # in FINAL, next to the weights: the coefficient that the next step would use
 
 
 class KLCoefficient(Hook):
-    """Holds the coefficient; the trainer moves it after each step."""
+    """Holds the coefficient; the trainer updates it after each step."""
 
     def __init__(self, value: float) -> None:
         self.value = self.start = value
@@ -24,13 +24,13 @@ class KLCoefficient(Hook):
         return {"value": self.value, "start": self.start}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """One that has been typed anew since holds: it was changed on purpose."""
+        """Keeps the saved value, unless loss.kl_coefficient was changed since: then the new start counts."""
         if state.get("start", self.start) == self.start:
             self.value = state.get("value", self.value)
 
 
-def left_in(final: Path) -> float | None:
-    """Where a run has left it, by its FINAL; None where that says nothing."""
+def coefficient_in(final: Path) -> float | None:
+    """The coefficient at the end of a run, from its FINAL; None where none was saved."""
     if not (final / NAME).is_file():
         return None
     value = confined.load_object(final / NAME, within=final).get("value")

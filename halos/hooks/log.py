@@ -1,4 +1,4 @@
-"""The run's own record: metrics.jsonl, always written, whatever trackers do."""
+"""Writes metrics.jsonl, the run's own record, whatever trackers do."""
 
 import logging
 
@@ -10,13 +10,13 @@ SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "logps/a
 
 
 def summary(metrics: Metrics) -> str:
-    """A line for people: the few numbers that say how it goes."""
+    """The most telling metrics in one line of text."""
     return "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None)
 
 
 class MetricsLog(Hook):
-    """One object a logged step or evaluation, from the first process. On a full disk it is lost, counted and told: whether the
-    run goes on is for `checkpoint.on_full_disk` to say."""
+    """Appends one JSON object for each logged step or evaluation, on rank 0. On a full disk lines are lost, counted and reported;
+    whether the run continues is decided by `checkpoint.on_full_disk`."""
 
     records = True
 
@@ -25,18 +25,18 @@ class MetricsLog(Hook):
 
     def on_step(self, run: Run, metrics: Metrics) -> None:
         if run.main and metrics:
-            self._keep(run, metrics)
+            self._append(run, metrics)
 
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         if run.main:
-            self._keep(run, metrics)
+            self._append(run, metrics)
             log.info("step %d of %d, held out: %s", run.step, run.total_steps, summary(metrics))
 
     def on_end(self, run: Run) -> None:
         if self._lost:
             log.warning("%d lines are missing from metrics.jsonl, which could not be written", self._lost)
 
-    def _keep(self, run: Run, metrics: Metrics) -> None:
+    def _append(self, run: Run, metrics: Metrics) -> None:
         try:
             run.directory.append_metrics(dict(metrics))
         except OSError as error:

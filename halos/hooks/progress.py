@@ -1,4 +1,4 @@
-"""A progress bar: step, loss, rate, time left."""
+"""A progress bar: step, loss, speed, time left."""
 
 import sys
 
@@ -8,7 +8,7 @@ from halos.hooks.base import Hook, Metrics, Run
 
 
 class ProgressBar(Hook):
-    """On the first process; in a log file rather than a terminal it speaks every half minute."""
+    """On rank 0; updated every 30 s where the output is a log file rather than a terminal."""
 
     def __init__(self) -> None:
         self._bar: tqdm | None = None

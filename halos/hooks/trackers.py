@@ -1,4 +1,4 @@
-"""Experiment trackers, chosen by `logging=`. They see what metrics.jsonl sees and can never stop a run."""
+"""Experiment trackers, chosen by `logging=`. They get what metrics.jsonl gets and can never stop a run."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halos.errors import UserError
-from halos.hooks.base import Blueprint, Hook, Metrics, Run, Watched
+from halos.hooks.base import AnyRun, Blueprint, Hook, Metrics, Run
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ def _flat(value: Any, name: str = "") -> dict[str, str | int | float | bool]:
 
 
 def _text(turns: Any) -> str:
-    """Turns, or text, as text."""
+    """A dialogue as text; text is returned as it is."""
     return turns if isinstance(turns, str) else "\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
 
 
-def names_of(run: Watched) -> tuple[str, str | None]:
-    """A run's own name, and that of the sweep that it is a job of: exp_name is then the sweep's, which all jobs share."""
-    place, shared = run.directory.path.absolute(), str(run.config.exp_name)
-    return (place.name, shared) if place.parent.name == shared and place.name != shared else (shared, None)
+def names_of(run: AnyRun) -> tuple[str, str | None]:
+    """The name of a run, and the name of its sweep where it is a job of one: exp_name is then the sweep's, shared by all jobs."""
+    path, exp_name = run.directory.path.absolute(), str(run.config.exp_name)
+    return (path.name, exp_name) if path.parent.name == exp_name and path.name != exp_name else (exp_name, None)
 
 
-class TensorBoard(Hook[Watched]):
+class TensorBoard(Hook[AnyRun]):
     """Event files under the run directory's tensorboard/."""
 
     records = True
@@ -51,31 +51,31 @@ class TensorBoard(Hook[Watched]):
         self._open = SummaryWriter
         self._writer: SummaryWriter | None = None
 
-    def on_start(self, run: Watched) -> None:
+    def on_start(self, run: AnyRun) -> None:
         if run.main:
-            # purge_step hides what an attempt that died wrote beyond the checkpoint this one goes on from, or before its first
-            again = 0 if isinstance(run, Run) and run.config.resume else None
-            self._writer = self._open(run.directory.path / "tensorboard", purge_step=run.step + 1 if run.step else again)
+            # purge_step hides what an earlier attempt wrote beyond the checkpoint from which this one resumes (or from the start)
+            from_start = 0 if isinstance(run, Run) and run.config.resume else None
+            self._writer = self._open(run.directory.path / "tensorboard", purge_step=run.step + 1 if run.step else from_start)
             self._writer.add_text("config", "\n".join(f"    {k}: {v}" for k, v in _flat(dict(run.settings)).items()), 0)
 
-    def _write(self, run: Watched, metrics: Metrics) -> None:
+    def _write(self, run: AnyRun, metrics: Metrics) -> None:
         if self._writer is not None and metrics:
             for name, value in _named(metrics).items():
                 self._writer.add_scalar(name, value, run.step)
 
-    def on_step(self, run: Watched, metrics: Metrics) -> None:
+    def on_step(self, run: AnyRun, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_eval(self, run: Watched, metrics: Metrics) -> None:
+    def on_eval(self, run: AnyRun, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_end(self, run: Watched) -> None:
+    def on_end(self, run: AnyRun) -> None:
         if self._writer is not None:
             self._writer.close()
 
 
-class Wandb(Hook[Watched]):
-    """Weights & Biases; offline, with one line that says so, where no key is configured. Never prompts."""
+class Wandb(Hook[AnyRun]):
+    """Weights & Biases; offline, with one log line saying so, where no key is configured. Never prompts."""
 
     records = True
 
@@ -96,7 +96,7 @@ class Wandb(Hook[Watched]):
         if find_spec("wandb") is None:
             raise UserError("logging=wandb needs the package wandb: pip install wandb")
 
-    def on_start(self, run: Watched) -> None:
+    def on_start(self, run: AnyRun) -> None:
         if not run.main:
             return
         mode: Literal["online", "offline"] = "online" if self._has_key() else "offline"
@@ -113,7 +113,7 @@ class Wandb(Hook[Watched]):
             log.warning("wandb could not be reached (%s); logging offline", str(error).splitlines()[0])
             self._run = self._init(run, "offline")
 
-    def _init(self, run: Watched, mode: Literal["online", "offline"]) -> Any:
+    def _init(self, run: AnyRun, mode: Literal["online", "offline"]) -> Any:
         import wandb
 
         name, group = names_of(run)
@@ -126,22 +126,22 @@ class Wandb(Hook[Watched]):
             group=group,
             dir=str(run.directory.path),
             config=dict(run.settings),
-            # with a key and no route to the server wandb would hold every process for a minute and a half
+            # with a key but no route to the server, wandb would block for a minute and a half
             settings=wandb.Settings(init_timeout=15, silent=True),
             mode=mode,
         )
 
-    def _write(self, run: Watched, metrics: Metrics) -> None:
+    def _write(self, run: AnyRun, metrics: Metrics) -> None:
         if self._run is not None and metrics:
             self._run.log(_named(metrics), step=run.step)
 
-    def on_step(self, run: Watched, metrics: Metrics) -> None:
+    def on_step(self, run: AnyRun, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_eval(self, run: Watched, metrics: Metrics) -> None:
+    def on_eval(self, run: AnyRun, metrics: Metrics) -> None:
         self._write(run, metrics)
 
-    def on_examples(self, run: Watched, examples: Sequence[Mapping[str, Any]]) -> None:
+    def on_examples(self, run: AnyRun, examples: Sequence[Mapping[str, Any]]) -> None:
         if self._run is not None:
             import wandb
 
@@ -151,7 +151,7 @@ class Wandb(Hook[Watched]):
             ]
             self._run.log({"samples": wandb.Table(columns=columns, data=rows)}, step=run.step)
 
-    def on_end(self, run: Watched) -> None:
+    def on_end(self, run: AnyRun) -> None:
         if self._run is not None:
             self._run.finish()
 

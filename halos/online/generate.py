@@ -8,7 +8,7 @@ from halos.config.defaults import section
 from halos.config.schema import Sampler
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
-from halos.hooks.base import Asked, Run
+from halos.hooks.base import Prompts, Run
 from halos.online.unsharded import POLICY, Unsharded
 from halos.rollout.prompts import fitting
 from halos.rollout.ranks import Ranks
@@ -24,7 +24,7 @@ class PolicyGenerator:
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
 
     @torch.no_grad()
-    def __call__(self, prompts: Asked, *, max_new_tokens: int, temperature: float, seed: int) -> list[str]:
+    def __call__(self, prompts: Prompts, *, max_new_tokens: int, temperature: float, seed: int) -> list[str]:
         from halos.rollout.engines.hf import HFEngine  # here: it takes what most runs do without
 
         turns = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]

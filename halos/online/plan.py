@@ -176,7 +176,7 @@ class Plan:
         """Of a KL that follows a target: where the last round has left it."""
         if self.loss.adapt is None or self.loss.settings.get("kl_target") is None:
             return None
-        if (left := kl.left_in(before / "FINAL")) is not None:
+        if (left := kl.coefficient_in(before / "FINAL")) is not None:
             return left
         rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]  # of an older version
         return float(rows[-1]["kl_coefficient"]) if rows else None

@@ -29,7 +29,7 @@ from halos.confined import write_whole
 from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPED
 from halos.errors import UserError
-from halos.hooks.base import Hook, Watched, evaluated
+from halos.hooks.base import AnyRun, Hook, call_on_eval
 from halos.logs import add_log_file
 from halos.online.plan import Plan
 from halos.online.round import NOTE, Round, RoundResult, sampled_from
@@ -109,7 +109,7 @@ def run(
         )
 
 
-def trackers_of(config: Config) -> dict[str, Hook[Watched]]:
+def trackers_of(config: Config) -> dict[str, Hook[AnyRun]]:
     """The workflow's own hooks; those of each round's training are its own."""
     return {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
@@ -144,7 +144,7 @@ class OnlineRun:
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, self.directory = plan, plan.config, plan.directory
         self.main, self.step, self.settings = True, 0, plan.settings
-        self.hooks: dict[str, Hook[Watched]] = {}
+        self.hooks: dict[str, Hook[AnyRun]] = {}
         self.metrics: dict[str, Any] = {}
 
     def go(self, attempt: Mapping[str, Any]) -> int:
@@ -232,7 +232,7 @@ class OnlineRun:
         for split, row in ((TRAIN, result.train), (EVAL, result.held)):
             if row:
                 whole = {"step": one.number, "split": split, **row}
-                self.directory.append_metrics(evaluated(self.hooks, self, whole))
+                self.directory.append_metrics(call_on_eval(self.hooks, self, whole))
         if result.examples:
             measure.write_examples(one.directory, result.examples, f"{self.config.exp_name}, round {one.number}")
             rows = [rollout.shown() for rollout in result.examples]

@@ -25,7 +25,7 @@ from halos.distributed.launch import require_same_on_all_ranks
 from halos.distributed.strategies import requested_strategy
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-from halos.hooks.base import Blueprint, Hook, measures
+from halos.hooks.base import Blueprint, Hook, can_measure
 from halos.hooks.checkpoint import CheckpointHook
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.kl import KLCoefficient
@@ -107,7 +107,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
     requested_strategy().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)
-    if not any(measures(hook) for hook in hooks.values()):
+    if not any(can_measure(hook) for hook in hooks.values()):
         refuse_unmeasured(config, loss, TRAINERS[loss.inputs].derived)
     directory = RunDir(config.run_dir)
     if made.is_main_process:

@@ -11,7 +11,7 @@ from halos.config.content_hashes import ContentHashes
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.errors import UserError
-from halos.hooks.base import Hook, Watched
+from halos.hooks.base import AnyRun, Hook
 from halos.run import contents, header
 from halos.run.blueprint import Driver, complaint, computed, draw, hooks_of, locate_base, structure_of
 from halos.run.datasets import learns_from_single
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 class Outline:
     """Raises UserError as the first round's training would; `config` is that training's."""
 
-    def __init__(self, config: Config, *, samples_per_prompt: int, trackers: Mapping[str, Hook[Watched]]) -> None:
+    def __init__(self, config: Config, *, samples_per_prompt: int, trackers: Mapping[str, Hook[AnyRun]]) -> None:
         self.config, self.loss = config, bind_loss(config.loss, config.plugins)
         if samples_per_prompt == 1 and self.loss.on_rollouts and not learns_from_single(self.loss):
             raise UserError(f"online.samples_per_prompt=1: {self.loss.name} compares samples of one prompt: 2 or more")

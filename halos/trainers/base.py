@@ -19,7 +19,7 @@ from halos.config.bind import LossSpec
 from halos.data.dataset import Dataset, Item
 from halos.data.order import eval_batches
 from halos.errors import UserError
-from halos.hooks.base import Run, evaluated
+from halos.hooks.base import Run, call_on_eval
 from halos.metrics import Meter, Window
 from halos.trainers.deal import Chunk, Split, deal
 from halos.trainers.guard import Contribution, Guard, spoil
@@ -189,7 +189,7 @@ class Trainer(Objective):
             return  # and it is made when the run goes on
         seconds, first = time.perf_counter() - began, not run.last_eval
         row = {"step": run.step, "split": "eval", **means, "seconds": round(seconds, 3)}
-        run.last_eval = evaluated(run.hooks, run, row, lambda mine: gather_object([mine])[0])
+        run.last_eval = call_on_eval(run.hooks, run, row, lambda value: gather_object([value])[0])
         if first:
             self._know_objective()
         self._logged_at += time.perf_counter() - began

@@ -55,9 +55,9 @@ def test_multiples_of_keep_every_and_pinned_steps_are_permanent() -> None:
 
 
 def test_the_most_that_lie_there_at_once() -> None:
-    assert policy(2, 1).most(range(100, 1001, 100)) == 4
-    assert policy(2, 1, keep_every=500, pinned=[100]).most(range(100, 1001, 100)) == 7
-    assert policy(2, 1).most([100]) == 1
+    assert policy(2, 1).max_on_disk(range(100, 1001, 100)) == 4
+    assert policy(2, 1, keep_every=500, pinned=[100]).max_on_disk(range(100, 1001, 100)) == 7
+    assert policy(2, 1).max_on_disk([100]) == 1
 
 
 @settings(deadline=None)  # machines may be busy

@@ -121,7 +121,7 @@ class Note(Hook):
 '''
 
 
-def test_a_hook_from_the_users_own_package_joins_and_needs_plugins_typed(
+def test_a_hook_from_the_users_own_package_works_and_needs_plugins(
     command: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "mine").mkdir()
@@ -138,7 +138,7 @@ def test_a_hook_from_the_users_own_package_joins_and_needs_plugins_typed(
     assert "note.txt" in listed
 
 
-def test_jobs_of_a_sweep_bear_their_own_names_in_one_group() -> None:
+def test_jobs_of_a_sweep_have_names_of_their_own_in_one_group() -> None:
     from halos.hooks.trackers import names_of
     from halos.rundir import RunDir
 
@@ -150,7 +150,7 @@ def test_jobs_of_a_sweep_bear_their_own_names_in_one_group() -> None:
     assert named("elsewhere/of/mine") == ("grid", None)
 
 
-def test_metrics_that_a_full_disk_does_not_take_are_counted_and_the_run_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+def test_metrics_lost_to_a_full_disk_are_counted_and_the_run_continues(caplog: pytest.LogCaptureFixture) -> None:
     from halos.hooks.log import MetricsLog
 
     def append(row: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Hooks that measure: what they give back joins an evaluation, hooks that record see all of it, nonsense is refused by name."""
+"""Hooks that measure: their metrics join an evaluation, hooks that record see all metrics, bad return values are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,14 @@ import pytest
 
 from halos.config.schema import Config
 from halos.errors import UserError
-from halos.hooks.base import Hook, evaluated
+from halos.hooks.base import Hook, call_on_eval
 from halos.run.lifecycle import run
 from halos.trainers.base import Trainer
 
 Run: Any = object()
 
 
-class Gives(Hook):
+class Returns(Hook):
     def __init__(self, given: Any) -> None:
         self.given = given
 
@@ -33,32 +33,32 @@ class Records(Hook):
         self.seen.append(dict(metrics))
 
 
-def test_what_records_is_told_last_and_of_everything() -> None:
-    log = Records()
-    whole = evaluated({"log": log, "one": Gives({"a": 1}), "none": Gives(None), "two": Gives({"b": 2.5})}, Run, {"loss": 0.5})
+def test_hooks_that_record_come_last_and_see_every_metric() -> None:
+    log, one, two = Records(), Returns({"a": 1}), Returns({"b": 2.5})
+    whole = call_on_eval({"log": log, "one": one, "none": Returns(None), "two": two}, Run, {"loss": 0.5})
     assert whole == {"loss": 0.5, "a": 1.0, "b": 2.5}
     assert log.seen == [whole]
 
 
-def test_of_several_processes_the_first_ones_numbers_count() -> None:
-    whole = evaluated({"one": Gives({"a": 7})}, Run, {}, lambda mine: {"a": 1})
+def test_the_metrics_of_rank_0_count() -> None:
+    whole = call_on_eval({"one": Returns({"a": 7})}, Run, {}, lambda value: {"a": 1})
     assert whole == {"a": 1.0}
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"loss": 1.0}, "hooks.mine measures loss, which is measured already: call it mine/loss"),
-        ({"a": "much"}, "hooks.mine measures a as 'much': a metric is a number under a name"),
-        ([1.0], "hooks.mine: on_eval gives back a list: give metrics by name, or None"),
+        ({"loss": 1.0}, "hooks.mine measures loss, which the evaluation has already: name it mine/loss"),
+        ({"a": "much"}, "hooks.mine measures a as 'much': a metric is a number with a name"),
+        ([1.0], "hooks.mine: on_eval returned a list: return metrics by name, or None"),
     ],
 )
-def test_what_is_no_metric_is_refused_by_the_hooks_name(given: Any, said: str) -> None:
+def test_a_return_value_that_is_no_metric_is_refused_with_the_hooks_name(given: Any, said: str) -> None:
     with pytest.raises(UserError, match=said):
-        evaluated({"mine": Gives(given)}, Run, {"loss": 0.5})
+        call_on_eval({"mine": Returns(given)}, Run, {"loss": 0.5})
 
 
-def test_what_is_generated_is_a_function_of_prompt_and_seed_and_changes_no_step(trainer: Callable[..., Trainer]) -> None:
+def test_a_completion_is_a_function_of_prompt_and_seed_and_changes_no_step(trainer: Callable[..., Trainer]) -> None:
     words = ["loss=sft", "peft=lora", "train.eval_every=null"]
     one, other = trainer(*words, "exp_name=one"), trainer(*words, "exp_name=other")
     asked = ["What is 1 + 1?", [{"role": "user", "content": "Name a number."}], "What is 1 + 1?"]
@@ -81,7 +81,7 @@ def test_a_reward_model_does_not_generate(trainer: Callable[..., Trainer]) -> No
         trainer("loss=reward").run.generate(["a"], max_new_tokens=1)
 
 
-def test_an_objective_that_no_hook_measures_is_told_at_the_first_evaluation(
+def test_an_objective_that_no_hook_measures_is_refused_at_the_first_evaluation(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = "from halos.hooks.base import Hook\n\nclass Mine(Hook):\n    def on_eval(self, run, metrics): return {'mine': 1}\n"

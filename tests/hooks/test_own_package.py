@@ -1,4 +1,4 @@
-"""Hooks from a package of the user's own, as the README tells people to write them, through train.py."""
+"""Hooks from a package of the user's own, written as the manual shows, through train.py."""
 
 import json
 import os
@@ -24,13 +24,12 @@ class Odd(CheckpointHook):
 """
 
 
-def start(place: Path, *words: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """`python train.py` in the directory `place`."""
+def start(directory: Path, *overrides: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """`python train.py` in `directory`."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **({"PYTHONPATH": str(path)} if path else {})}
-    return processes.run(
-        [sys.executable, str(ROOT / "train.py"), *words], cwd=place, env=environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, str(ROOT / "train.py"), *overrides]
+    return processes.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -60,17 +59,17 @@ def test_the_hook_in_the_readme_works_from_the_current_directory_and_through_a_r
     assert "changed: hooks.spikes" in (package / "runs" / "run" / "train.log").read_text()
 
 
-def test_what_the_readme_measures_by_sampling_is_what_the_run_is_judged_by(package: Path, cache: Path) -> None:
-    words = ["+hooks.sums={_target_: myhooks.sums.Sums, up_to: 2, tokens: 4}", "plugins=[myhooks]", "train.eval_every=2",
+def test_the_manuals_metric_of_sampled_answers_is_the_objective_of_a_run(package: Path, cache: Path) -> None:
+    overrides = ["+hooks.sums={_target_: myhooks.sums.Sums, up_to: 2, tokens: 4}", "plugins=[myhooks]", "train.eval_every=2",
              "objective.metric=sums/accuracy", "objective.mode=max", "checkpoint.keep_best=1"]  # fmt: skip
-    done = start(package, *SMALL, *FEW, f"cache_dir={cache}", *words)
+    done = start(package, *SMALL, *FEW, f"cache_dir={cache}", *overrides)
     assert done.returncode == 0, done.stderr
     directory = package / "runs" / "run"
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    held_out = [row for row in rows if row["split"] == "eval"]
-    assert [row["step"] for row in held_out] == [0, 2, 4]
-    assert all(0 <= row["sums/accuracy"] <= 1 and row["loss"] > 0 for row in held_out)
-    assert json.loads((directory / "result.json").read_text())["metrics"]["sums/accuracy"] == held_out[-1]["sums/accuracy"]
+    evaluations = [row for row in rows if row["split"] == "eval"]
+    assert [row["step"] for row in evaluations] == [0, 2, 4]
+    assert all(0 <= row["sums/accuracy"] <= 1 and row["loss"] > 0 for row in evaluations)
+    assert json.loads((directory / "result.json").read_text())["metrics"]["sums/accuracy"] == evaluations[-1]["sums/accuracy"]
     plain = start(package, *SMALL, *FEW, f"cache_dir={cache}", "exp_name=plain", "train.eval_every=2")
     assert plain.returncode == 0
     others = [json.loads(line) for line in (package / "runs" / "plain" / "metrics.jsonl").read_text().splitlines()]
@@ -78,10 +77,10 @@ def test_what_the_readme_measures_by_sampling_is_what_the_run_is_judged_by(packa
 
 
 @pytest.mark.cold
-def test_a_checkpoint_hook_of_the_users_own_replaces_ours(package: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_users_own_checkpoint_hook_replaces_the_default(package: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
-    words = ["checkpoint._target_=myhooks.saves.Odd", "plugins=[myhooks]"]
-    done = start(tmp_path / "elsewhere", *SMALL, *FEW, f"cache_dir={cache}", *words, path=package)
+    overrides = ["checkpoint._target_=myhooks.saves.Odd", "plugins=[myhooks]"]
+    done = start(tmp_path / "elsewhere", *SMALL, *FEW, f"cache_dir={cache}", *overrides, path=package)
     assert done.returncode == 0, done.stderr
     saves = tmp_path / "elsewhere" / "runs" / "run" / "checkpoints"
     assert sorted(os.listdir(saves)) == ["step-00000001", "step-00000003"]
