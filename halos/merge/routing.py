@@ -14,20 +14,23 @@ from torch import Tensor, nn
 
 from halos.distributed.parameters import shape_of
 
-# by module with experts, in the order in which they are first called, and by forward pass: (tokens, k) experts and weights
-Routes = Sequence[Sequence[tuple[Tensor, Tensor]]]
+# by module with experts, in the order in which they are first called, all forward passes end to end: (tokens, k) experts, weights
+Routes = Sequence[tuple[Tensor, Tensor]]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @contextmanager
 def recorded(model: nn.Module) -> Iterator[Routes]:
     """What the routers of `model` decide in here, before routes that are laid down inside; nothing for a model without any."""
-    own: list[list[tuple[Tensor, Tensor]]] = []
+    own: list[tuple[Tensor, Tensor]] = []
 
     def hook(number: int, index: Tensor, weights: Tensor) -> None:
+        k = index.shape[-1]
+        now = index.detach().reshape(-1, k).cpu(), weights.detach().reshape(-1, k).float().cpu()
         if number == len(own):
-            own.append([])
-        own[number].append((index.detach().cpu(), weights.detach().float().cpu()))
+            own.append(now)
+        else:
+            own[number] = torch.cat([own[number][0], now[0]]), torch.cat([own[number][1], now[1]])
 
     with _before_experts(model, hook):
         yield own
@@ -39,13 +42,16 @@ def replayed(model: nn.Module, routes: Routes) -> Iterator[None]:
 
     The weights are the model's own where it would have chosen the same experts.
     """
-    turns: dict[int, int] = {}
+    read = dict[int, int]()  # tokens so far
 
     def hook(number: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor] | None:
-        turn = turns[number] = turns.get(number, -1) + 1
-        if number >= len(routes) or turn >= len(routes[number]) or routes[number][turn][0].shape != index.shape:
+        k = index.shape[-1]
+        start = read.get(number, 0)
+        end = read[number] = start + index.numel() // k
+        if number >= len(routes) or len(routes[number][0]) < end or routes[number][0].shape[-1] != k:
             return None
-        return _laid_down(index, weights, *(each.to(index.device) for each in routes[number][turn]))
+        wanted, theirs = (each[start:end].reshape(index.shape).to(index.device) for each in routes[number])
+        return _laid_down(index, weights, wanted, theirs)
 
     with _before_experts(model, hook):
         yield
@@ -88,16 +94,15 @@ def _experts(model: nn.Module) -> list[nn.Module]:
 
 def decisions(routes: Routes) -> int:
     """How many there are: one for each token and layer."""
-    return sum(len(index) for passes in routes for index, _ in passes)
+    return sum(len(index) for index, _ in routes)
 
 
 def otherwise(one: Routes, other: Routes) -> float:
     """The share of the decisions that are not the same on both: other experts, or none at all."""
     count, same = max(decisions(one), decisions(other)), 0
-    for mine, theirs in zip(one, other, strict=False):
-        for (index, _), (wanted, _) in zip(mine, theirs, strict=False):
-            if index.shape == wanted.shape:
-                same += int((index.sort(-1).values == wanted.sort(-1).values).all(-1).sum())
+    for (index, _), (wanted, _) in zip(one, other, strict=False):
+        if index.shape == wanted.shape:
+            same += int((index.sort(-1).values == wanted.sort(-1).values).all(-1).sum())
     return 1 - same / count if count else 0.0
 
 

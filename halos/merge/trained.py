@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from halos.distributed.parameters import is_shard, local_part
+from halos.logps.head import LOGITS_AT_ONCE
 from halos.logps.hidden import accepted
 from halos.logps.model import adapter_off, bare
 from halos.logps.vocabulary import Vocabulary
@@ -105,16 +106,15 @@ def unit_of(model: nn.Module, *, half: bool) -> float:
 
 
 def _values(module: nn.Module, ids: Tensor, device: torch.device) -> Tensor:
-    return torch.cat([_flat(module(_sequence(row).to(device))) for row in ids])
+    return _flat(module(_packed(ids).to(device)))
 
 
-def _sequence(ids: Tensor) -> Sequences:
-    """One row, every token of it scored that something stands before."""
-    count = len(ids) - 1
-    places = torch.arange(count)
-    return Sequences(
-        ids, torch.arange(len(ids)), (len(ids),), ids[1:], places, torch.zeros(count, dtype=torch.int64), places, count
-    )
+def _packed(ids: Tensor) -> Sequences:
+    """Rows of one length as sequences packed end to end; every token but a row's first is scored."""
+    rows, length = ids.shape
+    row, column = (each.flatten() for each in torch.meshgrid(torch.arange(rows), torch.arange(length - 1), indexing="ij"))
+    positions, lengths = torch.arange(length).repeat(rows), (length,) * rows
+    return Sequences(ids.flatten(), positions, lengths, ids[:, 1:].flatten(), row * length + column, row, column, length - 1)
 
 
 def _flat(output: Any) -> Tensor:
@@ -128,16 +128,24 @@ def _flat(output: Any) -> Tensor:
 @torch.no_grad()
 def said_by(model: Any, ids: Tensor, *, temperature: float, reward: bool, routes: Routes = ()) -> Tensor:
     """What `Trained.values` holds, by the plain forward pass of a model that from_pretrained gave, along `routes` where there
-    are any; a row at a time, since a reward model without a padding token takes no batch."""
+    are any."""
     parts = []
     plain = accepted(type(bare(model)), use_cache=False)  # some caches know only models of their usual depth
     with replayed(model, routes):
-        for row in ids:
-            logits = model(input_ids=row[None].to(model.device), **plain).logits.float()
+        for rows in ids.split(_rows_at_once(model, ids, reward=reward)):
+            logits = model(input_ids=rows.to(model.device), **plain).logits.float()
             if not reward:
-                logits = (logits[0, :-1] / temperature).log_softmax(-1).gather(-1, row[1:, None].to(logits.device))
+                logits = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, rows[:, 1:, None].to(logits.device))
             parts.append(logits.flatten().cpu())
     return torch.cat(parts)
+
+
+def _rows_at_once(model: Any, ids: Tensor, *, reward: bool) -> int:
+    """Rows of one length need no padding, but a reward model that has no padding token takes no batch at all."""
+    config = bare(model).config.get_text_config()
+    if reward and config.pad_token_id is None:
+        return 1
+    return len(ids) if reward else max(1, LOGITS_AT_ONCE // (ids.shape[1] * config.vocab_size))
 
 
 def chosen_by(model: Any, ids: Tensor, **knobs: Any) -> tuple[Tensor, Routes]:

@@ -4,7 +4,7 @@ import gc
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from halos.checkpoint import integrity
@@ -84,11 +84,11 @@ def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, h
     return FAILED
 
 
+@cache
 def _freeze_imports() -> None:
     """Take what was imported out of the garbage collector's sight: 440,000 objects, which each full collection would walk for
     0.27 s, and transformers' sampling loop asks for two at every call."""
-    if not gc.get_freeze_count():
-        gc.freeze()
+    gc.freeze()
 
 
 def _stopped_before_training(directory: RunDir, reason: str, *, held: bool) -> int:

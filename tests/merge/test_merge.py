@@ -158,7 +158,8 @@ def said(model: Any, case: proof.Case) -> Trained:
 def forward(model: Any) -> Any:
     @torch.no_grad()
     def logits(ids: torch.Tensor) -> torch.Tensor:
-        return torch.cat([model(input_ids=row[None]).logits for row in ids])
+        at_once = len(ids) if model.config.pad_token_id is not None else 1
+        return torch.cat([model(input_ids=rows).logits for rows in ids.split(at_once)])
 
     return logits
 
