@@ -2,68 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
-from halos.ranges import Range as Range  # re-exported: a user's own loss imports all it needs from here
-
-Message = Mapping[str, Any]  # OpenAI-style: role, content, and optionally tool_calls, name, tool_call_id
-Turns = tuple[Message, ...]
-
-
-# --- examples: parsed rows of data files, before tokenization ----------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Demonstration:
-    """A completion to imitate. Only the assistant turns of `completion` are trained on."""
-
-    prompt: Turns
-    completion: Turns
-
-
-@dataclass(frozen=True, slots=True)
-class Comparison:
-    """Two completions of one prompt, the first preferred; `margin` is by how much, where the data says."""
-
-    prompt: Turns
-    chosen: Turns
-    rejected: Turns
-    margin: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """A completion with a binary label: desirable or not."""
-
-    prompt: Turns
-    completion: Turns
-    desirable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A sampled completion and its reward.
-
-    `ids` and `logps`, where the sampler kept them, are its tokens and their log-probs: tokenising the text again need not give
-    the ids that were sampled. `vocabulary` identifies the tokenizer of the ids.
-    """
-
-    prompt: Turns
-    completion: Turns
-    reward: float
-    ids: tuple[int, ...] = ()
-    logps: tuple[float, ...] = ()
-    vocabulary: str | None = None
-
-
-Example = Demonstration | Comparison | Judgement | Scored
-
+from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Turns  # noqa: F401
+from halos.ranges import Range as Range  # re-exported, as examples are: a user's own loss imports all it needs from here
 
 # --- model inputs: sequences packed end to end, without padding --------------------------------------------------------
 
@@ -99,17 +48,35 @@ class Whole:
 # --- inputs of a loss --------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
 class LossInput:
-    """Base of the types that a loss may take first. A subclass declares what follows for data, proof, model and rollouts.
+    """Base of the types that a loss may take first. A subclass declares all that follows for data, model, trainer and rollouts.
 
-    A trainer lists it in `takes` (trainers/, registered in run/blueprint.py), and run/measured.py makes a small random one.
+    A subclass is a frozen dataclass in any module, registered nowhere: a loss names it by the annotation of its first parameter.
     """
 
-    __slots__ = ()
-    example: ClassVar[type]  # the type of example that it is computed from
+    example: ClassVar[type[Example]]  # the type of example that it is computed from
     feedback: ClassVar[str] = "scalar"  # made from scored samples online: pairwise, binary, or the scores themselves
     head: ClassVar[Literal["language", "value", "score"]] = "language"  # the head on the model's hidden states
-    sampled: ClassVar[bool] = False  # its rows are rollouts, whose advantages the loss's module computes
+    trainer: ClassVar[str] = "halos.trainers.base.Trainer"  # the class that trains a loss on it
+
+    @classmethod
+    def rows(cls, items: Sequence[Item]) -> list[PackRow]:
+        """The sequences that the model sees for a micro-batch: every item's first completion, then every item's second."""
+        return [(item.prompt, item.completions[which]) for which in range(len(items[0].completions)) for item in items]
+
+    @classmethod
+    def of(cls, output: Any, items: Sequence[Item]) -> Self:
+        """Build from the model's output over `rows(items)`: TokenLogps; with a value head Acted; with a score head (rows,)."""
+        raise NotImplementedError(f"{cls.__name__} has no `of`")
+
+    @staticmethod
+    def derived(means: Mapping[str, float]) -> dict[str, float]:
+        """Metrics that are functions of other metrics' means."""
+        return {}
+
+    def detach(self) -> Self:
+        return replace(self, **{each.name: getattr(self, each.name).detach() for each in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +107,13 @@ class TokenLogps(LossInput):
         """The first `rows` rows, and the rest."""
         return TokenLogps(self.values[:rows], self.mask[:rows]), TokenLogps(self.values[rows:], self.mask[rows:])
 
-    def detach(self) -> TokenLogps:
-        return TokenLogps(self.values.detach(), self.mask)
+    @classmethod
+    def of(cls, output: TokenLogps, items: Sequence[Item]) -> TokenLogps:
+        return output
+
+    @staticmethod
+    def derived(means: Mapping[str, float]) -> dict[str, float]:
+        return {"perplexity": math.exp(min(means["loss"], 700.0))}
 
 
 # FSDP finds the tensors of a module's output through pytrees; their gradients trigger its all-gather in the backward pass
@@ -157,8 +129,9 @@ class Pair(LossInput):
     chosen: TokenLogps
     rejected: TokenLogps
 
-    def detach(self) -> Pair:
-        return Pair(self.chosen.detach(), self.rejected.detach())
+    @classmethod
+    def of(cls, output: TokenLogps, items: Sequence[Item]) -> Pair:
+        return cls(*output.split(len(items)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,8 +143,14 @@ class Labelled(LossInput):
     completion: TokenLogps
     desirable: Tensor  # (rows,) bool
 
-    def detach(self) -> Labelled:
-        return Labelled(self.completion.detach(), self.desirable)
+    @classmethod
+    def of(cls, output: TokenLogps, items: Sequence[Item]) -> Labelled:
+        return cls(output, torch.tensor([item.labels["desirable"] > 0 for item in items], device=output.values.device))
+
+    @staticmethod
+    def derived(means: Mapping[str, float]) -> dict[str, float]:
+        both = "rewards/chosen" in means and "rewards/rejected" in means
+        return {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]} if both else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,29 +170,59 @@ class PairScores(LossInput):
     rejected: Tensor  # (rows,)
     margin: Tensor  # (rows,)
 
-    def detach(self) -> PairScores:
-        return PairScores(self.chosen.detach(), self.rejected.detach(), self.margin)
+    @classmethod
+    def of(cls, output: Tensor, items: Sequence[Item]) -> PairScores:
+        margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32, device=output.device)
+        return cls(output[: len(items)], output[len(items) :], margin)
 
 
 @dataclass(frozen=True, slots=True)
-class Rollouts(LossInput):
-    """Sampled completions with rewards and advantages. Tensors over time are 0 where `logps.mask` is False."""
+class RolloutBatch:
+    """Rollouts as the trainer knows them before the policy's forward pass."""
 
-    example, sampled = Scored, True
+    old: Tensor  # (rows, time) log-probs under the policy that sampled them
+    rewards: Tensor  # (rows,)
+    advantages: Tensor  # (rows, time)
+    reference: Tensor | None  # (rows, time) log-probs under the reference, where the loss compares with one
+    returns: Tensor | None  # (rows, time), of a loss whose advantages give them
+    values: Tensor | None  # (rows, time) of the value head as it was when the rollouts were read
+    metrics: Mapping[str, Mean]  # of the whole global batch, with its first rows alone
+
+
+@dataclass(frozen=True, slots=True)
+class RolloutInput(LossInput):
+    """Base of the input types of losses on rollouts, whose modules compute the advantages of whole global batches."""
+
+    example = Scored
+    trainer = "halos.trainers.policy_gradient.PolicyGradientTrainer"
 
     logps: TokenLogps  # under the policy in training
+
+    @classmethod
+    def of_rollouts(cls, output: Any, batch: RolloutBatch) -> Self:
+        """Build from the model's output and the same rows of a batch, cut to the output's width."""
+        raise NotImplementedError(f"{cls.__name__} has no `of_rollouts`")
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts(RolloutInput):
+    """Sampled completions with rewards and advantages. Tensors over time are 0 where `logps.mask` is False."""
+
     old: Tensor  # (rows, time) log-probs under the policy that sampled them
     advantages: Tensor  # (rows, time)
     rewards: Tensor  # (rows,)
 
+    @classmethod
+    def of_rollouts(cls, output: TokenLogps, batch: RolloutBatch) -> Rollouts:
+        return cls(output, batch.old, batch.advantages, batch.rewards)
+
 
 @dataclass(frozen=True, slots=True)
-class ValuedRollouts(LossInput):
+class ValuedRollouts(RolloutInput):
     """Rollouts with the value of the state before each token. A loss that takes them gets a value head on its policy."""
 
-    example, head, sampled = Scored, "value", True
+    head = "value"
 
-    logps: TokenLogps
     old: Tensor  # (rows, time)
     advantages: Tensor  # (rows, time)
     rewards: Tensor  # (rows,)
@@ -221,8 +230,12 @@ class ValuedRollouts(LossInput):
     old_values: Tensor  # (rows, time) under the value head before training on these rollouts
     returns: Tensor  # (rows, time) regression targets of the values
 
-
-INPUTS = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)
+    @classmethod
+    def of_rollouts(cls, output: Acted, batch: RolloutBatch) -> ValuedRollouts:
+        assert batch.values is not None, "the model has a value head"
+        assert batch.returns is not None, "the trainer has asked for them"
+        old, known = (batch.old, batch.advantages, batch.rewards), (batch.values, batch.returns)
+        return cls(output.logps, *old, output.values, *known)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,7 @@ CHATS = [
 VOTES = [
     {"question": f"Count {n}", "answers": [{"text": f"1 2 {n}", "votes": n + 1}, {"text": "no", "votes": 0}]} for n in range(8)
 ]
+RANKED = [{"prompt": f"Count {n}", "ranked": [f"1 2 {n}", f"{n}", "no"]} for n in range(8)]
 PROMPTS = [{"prompt": f"Count {n}", "solution": str(n)} for n in range(8)]
 
 
@@ -95,14 +96,15 @@ def save_model(directory: Path, kind: str, head: str) -> None:
     getattr(transformers, head).from_config(config).save_pretrained(directory)
 
 
-OWN = ("myhooks", "mylosses", "myoptim", "myrates", "myrewards", "myrows")  # packages that the documents show
+OWN = ("myhooks", "mylosses", "myoptim", "myranks", "myrates", "myrewards", "myrows")  # packages that the documents show
 
 
 @pytest.fixture(scope="module")
 def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory with what the commands name: data, packages, a reward model, and few bundled problems."""
     place = tmp_path_factory.mktemp("desk")
-    rows = {"votes.jsonl": VOTES, "pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS}
+    rows = {"votes.jsonl": VOTES, "pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS,
+            "ranked.jsonl": RANKED}  # fmt: skip
     for name in {name for line in ON_TRAIN for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", line)}:
         write_rows(place / name, rows[name])
     for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", TEXT, re.S):

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"errors", "ranges", "repository"},
+    {"errors", "examples", "ranges", "repository"},
     {"types"},
     {"confined"},
     {"hashes"},

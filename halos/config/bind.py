@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from halos.config.signature import bind, defaults, first_type, fit_all, legal_keys, load_target, positional
+from halos import types
+from halos.config.signature import bind, defaults, first_type, fit_all, import_target, legal_keys, load_target, positional
 from halos.errors import UserError
-from halos.types import INPUTS, LossInput
+from halos.types import LossInput, RolloutInput
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class LossSpec:
 
     @property
     def on_rollouts(self) -> bool:
-        return self.inputs.sampled
+        return issubclass(self.inputs, RolloutInput)
 
 
 def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
@@ -42,10 +43,10 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     given = positional(function) if inspect.isfunction(function) else []
     first = first_type(function) if given else None
     if not (inspect.isclass(first) and issubclass(first, LossInput)) or not set(given[1:]) <= {"reference", "statistics"}:
-        kinds = ", ".join(kind.__name__ for kind in INPUTS)
+        kinds = ", ".join(kind.__name__ for kind in input_types())
         raise UserError(
-            f"loss._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds}, then optionally"
-            " `reference` and `statistics`, then keyword-only knobs"
+            f"loss._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds} (or a LossInput of yours),"
+            " then optionally `reference` and `statistics`, then keyword-only knobs"
         )
     statistics = vars(module).get("statistics") if "statistics" in given else None
     if "statistics" in given and statistics is None:
@@ -53,7 +54,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     examples, check = vars(module).get("examples"), vars(module).get("check")
     advantages, adapt = vars(module).get("advantages"), vars(module).get("adapt")
     needs = vars(module).get("needs_reference")
-    if first.sampled and advantages is None:
+    if issubclass(first, RolloutInput) and advantages is None:
         raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
     functions = [part for part in (function, statistics, examples, advantages, adapt, check, needs) if part is not None]
     knobs = fit_all(settings, legal_keys(functions), "loss", name)
@@ -76,6 +77,12 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     )
 
 
+def input_types() -> list[type[LossInput]]:
+    """Those of halos.types. A user's own stand where they are."""
+    classes = [each for each in vars(types).values() if inspect.isclass(each) and issubclass(each, LossInput)]
+    return [each for each in classes if each not in (LossInput, RolloutInput)]
+
+
 def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
     """Raises UserError where what a loss trains could not be sampled from and trained again: `name` is online.loss."""
     if loss.inputs.head == "score":
@@ -84,6 +91,12 @@ def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
         raise UserError(
             f"online.loss={name}: it rewrites the rows that it trains on, so it does not learn what is sampled; choose another"
         )
+
+
+def bind_trainer(loss: LossSpec, plugins: Sequence[str]) -> type[Any]:
+    """The class whose loop trains the loss: its input type names it. Raises UserError where there is none."""
+    trainer, _ = import_target(loss.inputs.trainer, f"{loss.inputs.__name__}.trainer", plugins, example=LossInput.trainer)
+    return trainer
 
 
 def bind_hook(key: str, settings: Mapping[str, Any], plugins: Sequence[str]) -> Callable[[], Any]:

@@ -6,10 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halos.data.dataset import Completion, Item
+from halos.examples import Completion, Item, PackRow
 from halos.types import Sequences
-
-PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion
 
 
 def pack(rows: Sequence[PackRow]) -> Sequences:

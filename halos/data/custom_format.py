@@ -1,7 +1,6 @@
 """Rows by a function of the user's own: from a row as its file has it to an example, or to columns that are known here."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from halos.config.custom_formats import load_format
@@ -9,11 +8,9 @@ from halos.config.plugins import code_hash
 from halos.config.schema import Data
 from halos.data.files import Row
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Judgement, Scored
+from halos.examples import Example
 
 Converter = Callable[[dict[str, Any]], Any]
-COLUMN_NAMES = {"desirable": "label"}  # fields of examples by the names that columns have
-EXAMPLES = (Demonstration, Comparison, Judgement, Scored)
 
 
 def entries_of(data: Data, purpose: str) -> list[Any]:
@@ -42,7 +39,7 @@ def convert_rows(target: str, rows: Iterator[Row]) -> Iterator[Row]:
         several = isinstance(found, Sequence) and not isinstance(found, str)
         for number, one in enumerate(found if several else [found], 1):
             where = f"{row.where}.{number}" if several else row.where
-            yield Row({}, where, left_out=True) if one is None else Row(_columns(one, target, row), where)
+            yield Row({}, where, left_out=True) if one is None else _row(one, where, target, row)
         if several and not found:
             yield Row({}, row.where, left_out=True)
 
@@ -57,14 +54,12 @@ def _call(function: Converter, target: str, row: Row) -> Any:
         raise UserError(f"{row.where}: {target} fails: {type(error).__name__}: {error}; columns found: {columns}") from error
 
 
-def _columns(made: Any, target: str, row: Row) -> dict[str, Any]:
-    if isinstance(made, EXAMPLES):
-        values = {COLUMN_NAMES.get(each.name, each.name): getattr(made, each.name) for each in fields(made)}
-        turns = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-        return {"output_ids": turns.pop("ids", None), **turns}
-    if isinstance(made, Mapping) and all(isinstance(name, str) for name in made):
-        return dict(made)
+def _row(given: Any, where: str, target: str, row: Row) -> Row:
+    if isinstance(given, Example):
+        return Row({}, where, example=given)
+    if isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
+        return Row(dict(given), where)
     raise UserError(
-        f"{row.where}: {target} gives {type(made).__name__}: it must give a dict of columns such as prompt and completion, an"
+        f"{row.where}: {target} gives {type(given).__name__}: it must give a dict of columns such as prompt and completion, an"
         " example of halos.types, a list of them, or None for a row that is left out"
     )

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,40 +14,26 @@ import pyarrow as pa
 from halos import confined
 from halos.data.arrow import FLOATS, INTS, Lists, column, numbers
 from halos.errors import UserError
+from halos.examples import Completion, Item
 from halos.hashes import digest, file_hash
-from halos.types import Comparison, Demonstration, Example, Judgement, Scored
 
-KINDS: dict[str, type[Example]] = {kind.__name__: kind for kind in (Demonstration, Comparison, Judgement, Scored)}
 ROWS, META, SEAL = "rows.arrow", "meta.json", "seal"
-_COMPLETIONS = ("first", "second")  # of a pair the first is the chosen one
-_LISTS = ("prompt", *_COMPLETIONS, *(f"{name}_spans" for name in _COMPLETIONS))
-_SCHEMA = pa.schema(
-    [(name, INTS) for name in _LISTS]
-    + [(f"{name}_scored", pa.int32()) for name in _COMPLETIONS]
-    + [("desirable", pa.int8()), ("margin", pa.float64()), ("reward", pa.float64()), ("logps", FLOATS)]
-    + [("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
-)
 
 
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """What follows a prompt, and which of its tokens are scored."""
-
-    ids: np.ndarray  # (tokens,) int32
-    scored: np.ndarray  # (tokens,) bool
+def _names(completions: int) -> list[str]:
+    """Columns of token ids; each has one of its scored spans beside it, and one of how many tokens those are."""
+    return [f"completion_{number}" for number in range(completions)]
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
-    """One row of data as token ids."""
-
-    prompt: np.ndarray  # (tokens,) int32, exactly what a sampler is fed
-    completions: tuple[Completion, ...]  # one, or two of which the first is the chosen one
-    desirable: bool  # of a Judgement; True elsewhere
-    margin: float  # of a Comparison; 0 where the data names none
-    id: str  # where the row came from, and which of the row's examples it is
-    reward: float = 0.0  # of a Scored
-    logps: np.ndarray | None = None  # (scored tokens,) float32, where a Scored came with its sampler's log-probs
+def _schema(item: Item) -> pa.Schema:
+    """For items of the same example type as `item`."""
+    names = _names(len(item.completions))
+    return pa.schema(
+        [(name, INTS) for name in ("prompt", *names, *(f"{name}_spans" for name in names))]
+        + [(f"{name}_scored", pa.int32()) for name in names]
+        + [(f"label_{name}", pa.float64()) for name in item.labels]
+        + [("logps", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
+    )
 
 
 @dataclass(slots=True)
@@ -92,38 +78,46 @@ class Writer:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._file = (directory / ROWS).open("wb")
-        self._arrow = pa.ipc.new_file(self._file, _SCHEMA)
+        self._arrow: pa.RecordBatchFileWriter | None = None  # opened with the first items, which say what the columns are
+        self._schema, self._shape = pa.schema([]), (0, list[str]())
         self._groups: dict[bytes, int] = {}
         self._content = hashlib.sha256()
 
-    def write(self, items: Iterable[tuple[Item, int]]) -> None:
-        """Each item with the index of its source."""
-        columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+    def write(self, items: Sequence[tuple[Item, int]]) -> None:
+        """Each item with the index of its source; all of one example type."""
+        if not items:
+            return
+        if self._arrow is None:
+            first = items[0][0]
+            self._schema, self._shape = _schema(first), (len(first.completions), list(first.labels))
+            self._arrow = pa.ipc.new_file(self._file, self._schema)
+        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
         for item, source in items:
             _hash_item(self._content, item, source)
             columns["prompt"].append(item.prompt)
-            for name, completion in zip(_COMPLETIONS, (*item.completions, None), strict=False):
-                columns[name].append(completion.ids if completion else ())
-                columns[f"{name}_spans"].append(_spans(completion.scored) if completion else ())
-                columns[f"{name}_scored"].append(int(completion.scored.sum()) if completion else 0)
-            columns["desirable"].append(item.desirable)
-            columns["margin"].append(item.margin)
-            columns["reward"].append(item.reward)
+            for name, completion in zip(_names(self._shape[0]), item.completions, strict=True):
+                columns[name].append(completion.ids)
+                columns[f"{name}_spans"].append(_spans(completion.scored))
+                columns[f"{name}_scored"].append(int(completion.scored.sum()))
+            for name, value in item.labels.items():
+                columns[f"label_{name}"].append(value)
             columns["logps"].append(() if item.logps is None else item.logps)
             columns["source"].append(source)
             prompt = hashlib.blake2b(item.prompt.tobytes(), digest_size=16).digest()
             columns["group"].append(self._groups.setdefault(prompt, len(self._groups)))
             columns["id"].append(item.id)
-        if columns["id"]:
-            arrays = [column(columns[each.name], each.type) for each in _SCHEMA]
-            self._arrow.write_table(pa.Table.from_arrays(arrays, schema=_SCHEMA))
+        arrays = [column(columns[each.name], each.type) for each in self._schema]
+        self._arrow.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Everything is on the disk when this returns."""
+        assert self._arrow is not None, "some items were written"
         self._arrow.close()
         self._file.flush()
         self._content.update(json.dumps([meta["kind"], meta["weights"]]).encode())
-        whole = {**meta, "content": self._content.hexdigest(), "rows": digest(self._directory / ROWS)}
+        completions, labels = self._shape
+        whole = {**meta, "completions": completions, "labels": labels, "content": self._content.hexdigest(),
+                 "rows": digest(self._directory / ROWS)}  # fmt: skip
         with (self._directory / META).open("w") as notes:
             json.dump({**whole, SEAL: _seal_of(whole)}, notes, indent=1)
             for file in (self._file, notes):
@@ -154,7 +148,10 @@ def _hash_item(content: Any, item: Item, source: int) -> None:
     """All of an item that training sees; not where it came from, so that the same rows out of another file are the same."""
     arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
     arrays += [item.logps] if item.logps is not None else []
-    content.update(json.dumps([source, item.desirable, item.margin, item.reward, [len(array) for array in arrays]]).encode())
+    labels = dict(item.labels)
+    # three come first, whether an item has them or not: as they stand in the hashes that runs have recorded
+    always = [bool(labels.pop("desirable", 1.0)), labels.pop("margin", 0.0), labels.pop("reward", 0.0)]
+    content.update(json.dumps([source, *always, [len(array) for array in arrays], *([labels] if labels else [])]).encode())
     for array in arrays:
         content.update(np.ascontiguousarray(array).tobytes())
 
@@ -172,19 +169,14 @@ class Dataset:
     def __init__(self, path: Path) -> None:
         meta = json.loads((path / META).read_text())
         table = pa.ipc.open_file(pa.memory_map(str(path / ROWS))).read_all()
-        self.kind = KINDS[meta["kind"]]
         self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources
         self.content: str = meta["content"]  # a hash of all rows in their order, and of what becomes of them
         self.report = tuple(Counts(**counts) for counts in meta["report"])  # one per source
         self.groups = numbers(table["group"])  # (N,) equal prompts share a number
         self.sources = numbers(table["source"])  # (N,) index into weights and report
-        names = _COMPLETIONS if self.kind is Comparison else _COMPLETIONS[:1]
-        self._lists = {name: Lists(table[name]) for name in _LISTS}
-        self._names = [(name, f"{name}_spans") for name in names]
-        self.desirable = numbers(table["desirable"])  # (N,) of a Judgement; True elsewhere
-        self._margin = numbers(table["margin"])
-        self.rewards = numbers(table["reward"])  # (N,) of a Scored; 0 elsewhere
-        self._logps = Lists(table["logps"])
+        self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each
+        self._names = names = _names(meta["completions"])
+        self._lists = {name: Lists(table[name]) for name in ("prompt", *names, *(f"{name}_spans" for name in names), "logps")}
         self._id = table["id"]
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
@@ -197,11 +189,10 @@ class Dataset:
     def __getitem__(self, row: int) -> Item:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        completions = tuple(_completion(self._lists[ids][row], self._lists[spans][row]) for ids, spans in self._names)
-        desirable, margin = bool(self.desirable[row]), float(self._margin[row])
-        reward, logps = float(self.rewards[row]), self._logps[row]
-        name = self._id[row].as_py()
-        return Item(self._lists["prompt"][row], completions, desirable, margin, name, reward, logps if len(logps) else None)
+        lists, logps = self._lists, self._lists["logps"][row]
+        completions = tuple(_completion(lists[name][row], lists[f"{name}_spans"][row]) for name in self._names)
+        labels = {name: float(values[row]) for name, values in self.labels.items()}
+        return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps if len(logps) else None)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from halos.errors import UserError, doing, words_of
+from halos.examples import Example
 
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
@@ -18,6 +19,7 @@ class Row(NamedTuple):
     record: dict[str, Any]
     where: str
     left_out: bool = False  # by a format of the user's own
+    example: Example | None = None  # of such a format, instead of columns
 
 
 def _record(value: Any, where: str) -> Row:

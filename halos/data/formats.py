@@ -1,26 +1,16 @@
 """From a row's columns to an example, and from an example to what a loss can eat."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from halos.data.files import Row
 from halos.data.messages import is_learned, turns_of, with_system
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Example, Judgement, Scored, Turns
+from halos.examples import Comparison, Demonstration, Example, Judgement, Scored, Turns, says_something
 
 _EXPECTED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label (or reward)"
-_LEARNS: dict[type[Example], str] = {
-    Demonstration: "demonstrations: messages, or prompt + completion",
-    Comparison: "pairs: prompt + chosen + rejected (or chosen + rejected as messages that share their first turns)",
-    Judgement: "labels: prompt + completion + label, or pairs",
-    Scored: "completions with rewards: scalar_feedback, or prompt + completion + reward; labels and pairs stand for 1 and -1",
-}
-_TRAINS: dict[type[Example], str] = {
-    Demonstration: "only losses on demonstrations, such as sft",
-    Judgement: "losses on labels, such as kto, on rollouts, such as grpo, and on demonstrations, such as sft",
-    Scored: "losses on rollouts, such as grpo and ppo, and sft; python -m halos.online.label makes pairs or labels of samples",
-}
 
 
 def read_example(row: Row, *, score: str) -> Example:
@@ -28,6 +18,8 @@ def read_example(row: Row, *, score: str) -> Example:
 
     A HALOs record is known by its column `type`. Raises UserError with the row's place for anything that is no example.
     """
+    if row.example is not None:
+        return _validated(row.example, row.where)
     columns = _columns(row)
     if read := _HALOS.get(str(columns.get("type"))):
         return read(columns, row.where)
@@ -49,15 +41,36 @@ def read_example(row: Row, *, score: str) -> Example:
 
 def read_prompt(row: Row) -> tuple[Turns, str | None]:
     """What a row asks, and the answer that it gives, if it gives one: column `solution` or `answer`, else a completion."""
+    if row.example is not None:
+        return row.example.prompt, _known_answer(row.example)
     columns = _columns(row)
     answer = next((str(columns[name]) for name in ("solution", "answer") if name in columns), None)
     asked = columns.get("prompt", columns.get("instruction"))
     if asked is not None and not {"completion", "chosen"} & columns.keys():
         return turns_of(asked, "user", "prompt", row.where), answer
     example = read_example(row, score="last")
-    good = example.chosen if isinstance(example, Comparison) else example.completion
-    judged = isinstance(example, Judgement) and not example.desirable
-    return example.prompt, answer or (None if judged else str(good[-1].get("content") or ""))
+    return example.prompt, answer or _known_answer(example)
+
+
+def _known_answer(example: Example) -> str | None:
+    """The first completion, which is the best of several; None where its label says that it is wrong."""
+    wrong = isinstance(example, Judgement) and not example.desirable
+    return None if wrong else str(example.completions[0][-1].get("content") or "")
+
+
+def _validated(example: Example, where: str) -> Example:
+    """An example that a user's own function has returned. Raises UserError for turns or labels that columns could not have."""
+    turns = {"prompt": turns_of(example.prompt, "user", "prompt", where)}
+    for name, completion in zip(example.completed, example.completions, strict=True):
+        read = turns_of(completion, "assistant", name, where)
+        turns[name] = read if isinstance(example, Scored) and example.ids else _check_completion(read, name, where)
+    for name in example.labels:
+        value = getattr(example, name)
+        if not isinstance(value, bool):
+            _number({name: value}, name, where)
+    if isinstance(example, Scored):
+        _refuse_mismatched_lengths(example.ids, example.logps, where)
+    return replace(example, **turns)
 
 
 def _columns(row: Row) -> dict[str, Any]:
@@ -82,27 +95,14 @@ def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
     Empty where this row has nothing to give: an undesirable or empty completion is not imitated, and a pair of equal
     completions prefers nothing. Raises UserError where rows like this never can.
     """
-    if isinstance(example, Comparison) and kind is not Demonstration and example.chosen == example.rejected:
-        return []
-    match example, kind:
-        case _ if type(example) is kind:
-            return [example]
-        case Comparison(prompt, chosen, rejected), _ if kind is Judgement:
-            return [Judgement(prompt, chosen, True), Judgement(prompt, rejected, False)]
-        case Comparison(prompt, chosen, _), _ if kind is Demonstration:
-            return [Demonstration(prompt, chosen)]
-        case Judgement(prompt, completion, desirable), _ if kind is Demonstration:
-            return [Demonstration(prompt, completion)] if desirable else []
-        case Scored(prompt, completion), _ if kind is Demonstration:
-            return [Demonstration(prompt, completion)] if _is_not_empty(completion) else []
-        case Comparison(prompt, chosen, rejected), _ if kind is Scored:
-            return [Scored(prompt, chosen, 1.0), Scored(prompt, rejected, -1.0)]
-        case Judgement(prompt, completion, desirable), _ if kind is Scored:
-            return [Scored(prompt, completion, 1.0 if desirable else -1.0)]  # HALOs' reading of labels for PPO
+    served = kind.of(example)
+    if served is not None:
+        return list(served)
     found = ", ".join(name for name, value in row.record.items() if value is not None)
+    gives = f"columns found: {found}. They" if found else f"a {type(example).__name__}. Such rows"
     raise UserError(
-        f"{row.where}: columns found: {found}. They can train {_TRAINS[type(example)]}; "
-        f"the loss of this run learns from {_LEARNS[kind]}"
+        f"{row.where}: {gives} can train {example.trains or f'losses on {type(example).__name__}'}; the loss of this run learns"
+        f" from {kind.columns or f'{kind.__name__}, which a function of data.format gives'}"
     )
 
 
@@ -229,15 +229,15 @@ def _with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, w
     reward = _number(columns, "reward", where)
     assert reward is not None, "the column is there"
     ids, logps = (columns.get(name) or () for name in ("output_ids", "logps"))
-    if logps and len(logps) != len(ids):
-        raise UserError(f"{where}: logps has {len(logps)} numbers for {len(ids)} output_ids")
-    if not ids and not _is_not_empty(completion):
+    _refuse_mismatched_lengths(ids, logps, where)
+    if not ids and not says_something(completion):
         raise UserError(f"{where}: output is empty, and there are no output_ids that say what was sampled")
     return Scored(prompt, completion, reward, tuple(map(int, ids)), tuple(map(float, logps)), columns.get("vocabulary"))
 
 
-def _is_not_empty(completion: Turns) -> bool:
-    return any(turn.get("tool_calls") or str(turn["content"]).strip() for turn in completion)
+def _refuse_mismatched_lengths(ids: Sequence[Any], logps: Sequence[Any], where: str) -> None:
+    if logps and len(logps) != len(ids):
+        raise UserError(f"{where}: logps has {len(logps)} numbers for {len(ids)} output_ids")
 
 
 def _sample(columns: Mapping[str, Any], where: str) -> Demonstration:

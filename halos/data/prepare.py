@@ -18,14 +18,16 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from halos import examples
+from halos.config.plugins import code_hash
 from halos.confined import expanded
-from halos.data.dataset import Counts, Item, Writer, is_whole
+from halos.data.dataset import Counts, Writer, is_whole
 from halos.data.formats import as_kind, read_example
 from halos.data.sources import OpenSource, Source, hash_files, open_source
 from halos.data.template import chat_template
 from halos.data.tokenize import EQUAL, Encoded, Encoder
 from halos.errors import UserError
-from halos.types import Comparison, Example, Judgement, Scored
+from halos.examples import Example, Item, Judgement
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ def prepare(
     if not entries:
         raise UserError(f"data.{purpose}: no entry; give files, directories or names")
     opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
-    settings = [kind.__name__, max_length, truncation, score, transform_key, [each.fingerprint for each in opened]]
+    code = code_hash(f"{kind.__module__}.{kind.__name__}")  # of an example type of the user's own
+    settings = [kind.__name__, max_length, truncation, score, transform_key, code, [each.fingerprint for each in opened]]
     key = _key([settings, [asdict(each.source) for each in opened], purpose, _code(), *_tokenizer(tokenizer)])
     path = expanded(cache_dir) / "data" / key
     if is_whole(path, expanded(cache_dir)):
@@ -112,8 +115,8 @@ def _key(parts: Any) -> str:
 
 
 def _code() -> str:
-    """A change to the code of this room makes everything anew."""
-    return hash_files(sorted(Path(__file__).parent.glob("*.py")))
+    """A change to the code of this package, or of examples, makes everything anew."""
+    return hash_files([*sorted(Path(__file__).parent.glob("*.py")), Path(examples.__file__)])
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -145,7 +148,7 @@ def _write(
             while batch := list(islice(examples, BATCH)):
                 made = type(batch[0][0])
                 items = _items(batch, encoder, counts)
-                writer.write((item, number) for item in items)
+                writer.write([(item, number) for item in items])
             if not counts.kept:
                 raise UserError(f"{counts.line()}: none of them can be used")
         weights = [each.source.weight for each in opened]
@@ -187,10 +190,7 @@ def _items(batch: Sequence[NamedExample], encoder: Encoder, counts: Counts) -> l
             counts.drop(encoded)
             continue
         _count(encoded, counts)
-        margin = (example.margin or 0.0) if isinstance(example, Comparison) else 0.0
-        desirable = example.desirable if isinstance(example, Judgement) else True
-        reward = example.reward if isinstance(example, Scored) else 0.0
-        items.append(Item(encoded.prompt, encoded.completions, desirable, margin, name, reward, encoded.logps))
+        items.append(Item(encoded.prompt, encoded.completions, name, example.numbers(), encoded.logps))
     return items
 
 

@@ -9,11 +9,10 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from halos.data.dataset import Completion
 from halos.data.messages import is_learned
 from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Example, Scored, Turns
+from halos.examples import Completion, Demonstration, Example, Scored, Turns
 
 TOO_LONG, PROMPT_TOO_LONG = "longer than max_length", "with a prompt that fills max_length"
 EQUAL = "with equal completions"
@@ -63,11 +62,10 @@ class Encoder:
         """Each example comes with its place in the data; a string in the answer says why one is dropped."""
         whole = [self._is_sampled(example) for example, _ in examples]
         told = [given for given, sampled in zip(examples, whole, strict=True) if not sampled]
-        laid_out = iter(
-            self._encode([self._template.lay_out(*_parts(example), where) for example, where in told]) if told else []
-        )
+        laid_out = [self._template.lay_out(example.prompt, example.completions, where) for example, where in told]
+        encoded = iter(self._encode(laid_out) if laid_out else [])
         kept = iter(self._keep([given for given, sampled in zip(examples, whole, strict=True) if sampled]))
-        fitted = [self._fit(next(kept if sampled else laid_out), *given) for sampled, given in zip(whole, examples, strict=True)]
+        fitted = [self._fit(next(kept if sampled else encoded), *given) for sampled, given in zip(whole, examples, strict=True)]
         return [EQUAL if isinstance(each, Encoded) and _has_equal_completions(each) else each for each in fitted]
 
     def prompts(self, prompts: Sequence[tuple[Turns, str]]) -> list[np.ndarray]:
@@ -150,7 +148,7 @@ class Encoder:
         tried: dict[int, Encoded] = {}
 
         def fits(n: int) -> bool:
-            tried[n] = self._encode([self._template.lay_out(*_parts(shorter[n]), where)])[0]
+            tried[n] = self._encode([self._template.lay_out(shorter[n].prompt, shorter[n].completions, where)])[0]
             return tried[n].length <= self._max_length
 
         if not shorter or self._is_sampled(example):  # what was sampled from a prompt says nothing about another
@@ -188,12 +186,6 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(repr(words).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
-def _parts(example: Example) -> tuple[Turns, tuple[Turns, ...]]:
-    if isinstance(example, Comparison):
-        return example.prompt, (example.chosen, example.rejected)
-    return example.prompt, (example.completion,)
-
-
 def _has_equal_completions(encoded: Encoded) -> bool:
     first, *others = encoded.completions
     return any(np.array_equal(first.ids, other.ids) for other in others)
@@ -205,8 +197,8 @@ def _shortened(example: Example) -> list[Example]:
     The last of them keeps the last user turn and what follows it. In a conversation of which all assistant turns are
     scored, the oldest of those go too.
     """
-    prompt, completions = _parts(example)
-    turns = prompt if isinstance(example, Comparison) else prompt + completions[0]
+    (first, *others), turns = example.completions, example.prompt
+    turns += () if others else first
     others = [n for n, turn in enumerate(turns) if turn["role"] not in _SYSTEM]
     return [_starting_at(example, n) for n in others[1:] if turns[n]["role"] == "user"]
 
@@ -215,10 +207,10 @@ def _starting_at(example: Example, start: int) -> Example:
     prompt = example.prompt
     if start < len(prompt):
         return replace(example, prompt=_system_turns(prompt[:start]) + prompt[start:])
-    assert not isinstance(example, Comparison)
-    turns = prompt + example.completion
+    ((name, completion),) = zip(example.completed, example.completions, strict=True)
+    turns = prompt + completion
     answer = next(n for n in range(start, len(turns)) if is_learned(turns[n]))
-    return replace(example, prompt=_system_turns(turns[:start]) + turns[start:answer], completion=turns[answer:])
+    return replace(example, prompt=_system_turns(turns[:start]) + turns[start:answer], **{name: turns[answer:]})
 
 
 def _system_turns(turns: Turns) -> Turns:

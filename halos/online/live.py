@@ -12,9 +12,9 @@ from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.confined import DISK_FULL
 from halos.data.custom_format import entries_of
-from halos.data.dataset import Completion, Item
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
+from halos.examples import Completion, Demonstration, Example, Item
 from halos.hooks.base import Run
 from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
@@ -25,7 +25,6 @@ from halos.rollout.prompts import fitting, for_round, held_out, read_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.types import EVAL, Prompt, Request, Rollout, Sample, requests_for
-from halos.types import Demonstration, Example
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,8 @@ class LiveRows:
         self.items, self.groups = list(items), groups
         self.scored = np.array([[int(each.scored.sum()) for each in item.completions] for item in self.items])
         self.lengths = np.array([[len(item.prompt) + len(each.ids) for each in item.completions] for item in self.items])
-        self.rewards = np.array([item.reward for item in self.items])
+        names = self.items[0].labels if self.items else ()
+        self.labels: dict[str, np.ndarray] = {name: np.array([item.labels[name] for item in self.items]) for name in names}
 
     def __len__(self) -> int:
         return len(self.items)
@@ -160,12 +160,12 @@ def _item(given: feedback.Feedback, name: str) -> Item:
     match given:
         case feedback.Pair(chosen=chosen, rejected=rejected, margin=margin):
             both = (_completion(chosen.sample), _completion(rejected.sample))
-            return Item(_prompt(chosen), both, True, margin or 0.0, name)
+            return Item(_prompt(chosen), both, name, {"margin": margin or 0.0})
         case feedback.Label(rollout, desirable):
-            return Item(_prompt(rollout), (_completion(rollout.sample),), desirable, 0.0, name)
+            return Item(_prompt(rollout), (_completion(rollout.sample),), name, {"desirable": float(desirable)})
         case feedback.Reward(rollout):
             logps = np.array(rollout.sample.logps, np.float32)
-            return Item(_prompt(rollout), (_completion(rollout.sample),), True, 0.0, name, rollout.reward, logps)
+            return Item(_prompt(rollout), (_completion(rollout.sample),), name, {"reward": rollout.reward}, logps)
 
 
 def _prompt(rollout: Rollout) -> np.ndarray:

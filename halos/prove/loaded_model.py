@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from halos.data.collate import pack
-from halos.data.dataset import Completion
 from halos.distributed.strategy import Strategy
+from halos.examples import Completion
 from halos.logps.model import ModelWithHead
 from halos.prove.trial import FLOOR, Check
 from halos.types import Acted, Whole

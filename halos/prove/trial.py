@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
 
 from halos.data.collate import PackRow, pack
-from halos.data.dataset import Completion
 from halos.errors import UserError
+from halos.examples import Completion
 from halos.logps import miniature
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel, bare

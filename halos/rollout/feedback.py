@@ -11,9 +11,11 @@ from typing import Any
 
 from halos.config.schema import Feedback as Settings
 from halos.errors import UserError
+from halos.examples import Comparison, Example, Judgement, Scored
 from halos.rollout.types import Rollout, Row, by_prompt
 
 PAIRWISE, BINARY, SCALAR = "pairwise", "binary", "scalar"
+EXAMPLES: dict[str, type[Example]] = {PAIRWISE: Comparison, BINARY: Judgement, SCALAR: Scored}  # that each is read as
 CLOSE = 1e-12  # scores that differ by less are equal
 
 

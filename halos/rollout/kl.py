@@ -8,7 +8,7 @@ import torch
 from tqdm import tqdm
 
 from halos.data.collate import pack
-from halos.data.dataset import Completion
+from halos.examples import Completion
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import LanguageModel
 

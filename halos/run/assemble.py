@@ -19,7 +19,7 @@ from halos.models.load import refuse_different_architecture
 from halos.online.generate import PolicyGenerator
 from halos.online.unsharded import Unsharded
 from halos.run import header, models, proof, resume
-from halos.run.blueprint import TRAINERS, Prepared, prepare
+from halos.run.blueprint import Prepared, prepare
 from halos.run.optimizer import make as make_optimizer
 from halos.schedules import LearningRates
 from halos.trainers.base import Trainer
@@ -51,7 +51,7 @@ def assemble(
     policy = Unsharded(current, partial(models.structure, run.structure.shelf, reward=False))
     current.generator = None if current.reward else PolicyGenerator(current, policy)
     rows = run.rows.open(current, policy)
-    trainer = TRAINERS[run.loss.inputs](
+    trainer = run.trainer(
         current, run.loss, Checkpointer(current, run.checkpoint), train=rows.train, held_out=rows.held_out, order=rows.order,
         reference=against, exam=rows.exam,
     )  # fmt: skip

@@ -18,6 +18,7 @@ from halos.hooks.base import Run
 from halos.online.live import LivePrompts, RolloutSource
 from halos.online.policy import server_of
 from halos.online.unsharded import Unsharded
+from halos.rollout import feedback
 from halos.rollout.prompts import digest
 from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
 from halos.run import datasets
@@ -78,6 +79,7 @@ class FromFiles:
     ) -> None:
         self.train, self.held_out = datasets.load(config, loss, tokenizer, made, max_length)
         assert isinstance(self.train.rows, Dataset)
+        self.completed = loss.inputs.example.completed
         self.order = datasets.order(self.train.rows, loss, config)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
@@ -88,7 +90,7 @@ class FromFiles:
         return [(name, line) for name, split in self.splits for line in split.rows.lines()]
 
     def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-        return rendered(self.train.rows[0], tokenizer)
+        return rendered(self.train.rows[0], self.completed, tokenizer)
 
     def contents(self) -> dict[str, str | None]:
         rows = (self.train.rows, self.held_out.rows if self.held_out else None)
@@ -115,6 +117,7 @@ class FromPolicy:
             )
         if loss.example_type is not None:
             raise UserError(f"online.steps: {loss.name} rewrites rows of a data set: it cannot be trained live")
+        refuse_unfit_for_live(loss)
         if config.online.samples_per_prompt == 1 and loss.on_rollouts and not datasets.learns_from_single(loss):
             raise UserError(f"online.samples_per_prompt=1: {loss.name} compares samples of one prompt: 2 or more")
         if config.online.scorer.pairwise:
@@ -148,3 +151,13 @@ class FromPolicy:
     def open(self, run: Run, policy: Unsharded) -> Opened:
         source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, policy)
         return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.held_out else None)
+
+
+def refuse_unfit_for_live(loss: LossSpec) -> None:
+    """Raises UserError where a loss learns from examples that scored samples alone do not make."""
+    example, sampled = loss.inputs.example, feedback.EXAMPLES[loss.inputs.feedback]
+    if len(example.completed) != len(sampled.completed) or not set(example.labels) <= set(sampled.labels):
+        raise UserError(
+            f"online.steps: {loss.name} learns from {example.__name__}, and a live loop makes {sampled.__name__} of its samples:"
+            f" it needs online.rounds, where {example.__name__}.of may convert them"
+        )

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.checkpoint import integrity, preflight
 from halos.config import run_config
 from halos.config.arithmetic_version import RunFacts
-from halos.config.bind import LossSpec, bind_hook, bind_loss
+from halos.config.bind import LossSpec, bind_hook, bind_loss, bind_trainer
 from halos.config.bind_optim import OptimizerSpec, ScheduleSpec, bind_optimizer, bind_schedule
 from halos.config.content_hashes import ContentHashes
 from halos.config.resume_policy import Change
@@ -47,22 +47,10 @@ from halos.run.optimizer import refuse_unfit, state_bytes
 from halos.run.optimizer_trial import try_out
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
-from halos.trainers.paired import PairedTrainer
-from halos.trainers.policy_gradient import PolicyGradientTrainer
-from halos.trainers.reward import RewardTrainer
-from halos.trainers.sft import SFTTrainer
-from halos.trainers.unpaired import UnpairedTrainer
-from halos.types import LossInput
 
 log = logging.getLogger(__name__)
 
 VALUE_HEAD = ("value_head.weight", "value_head.bias")  # of a policy that is read through one
-
-TRAINERS: dict[type[LossInput], type[Trainer]] = {
-    taken: trainer
-    for trainer in (SFTTrainer, PairedTrainer, UnpairedTrainer, RewardTrainer, PolicyGradientTrainer)
-    for taken in trainer.takes
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +75,7 @@ class Prepared:
 
     config: Config
     loss: LossSpec
+    trainer: type[Trainer]
     directory: RunDir
     structure: Structure
     strategy: Strategy
@@ -104,11 +93,12 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     """Raises UserError for whatever is known to stand in a run's way before its weights are read; leaves nothing behind but
     what is cached."""
     loss = bind_loss(config.loss, config.plugins)
+    trainer = bind_trainer(loss, config.plugins)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter always is
     requested_strategy().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)
     if not any(can_measure(hook) for hook in hooks.values()):
-        refuse_unmeasured(config, loss, TRAINERS[loss.inputs].derived)
+        refuse_unmeasured(config, loss)
     directory = RunDir(config.run_dir)
     if made.is_main_process:
         if lock:
@@ -127,8 +117,9 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     require_same_on_all_ranks(made, "hooks", ", ".join(hooks), complaint(checkpoint, hooks.values(), blueprint))
     content, changed = stand_on(config, loss, structure, rows, made)
     return Prepared(
-        config, loss, directory, structure, strategy, rows, optimizer, schedule, checkpoint, hooks, blueprint, content, changed
-    )
+        config, loss, trainer, directory, structure, strategy, rows, optimizer, schedule, checkpoint, hooks, blueprint, content,
+        changed,
+    )  # fmt: skip
 
 
 def stand_on(

@@ -16,12 +16,7 @@ from halos.data.prepare import prepare
 from halos.distributed.launch import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.trainers.deal import Split
-from halos.types import (
-    Labelled,
-    Mismatched,
-    Sampled,
-    TokenLogps,
-)
+from halos.types import Labelled, Mismatched, Sampled, TokenLogps
 
 
 def load(
@@ -88,7 +83,7 @@ def unmeasured(config: Config, loss: LossSpec, held_out: Split | None) -> frozen
     """Metrics that held-out rows of one label cannot give. Raises UserError where the run is to act on one of them."""
     if held_out is None or loss.inputs is not Labelled or not isinstance(held_out.rows, Dataset):
         return frozenset()
-    share = held_out.rows.desirable.mean()
+    share = held_out.rows.labels["desirable"].mean()
     if 0 < share < 1:
         return frozenset()
     other, kind = ("rejected", "desirable") if share else ("chosen", "undesirable")

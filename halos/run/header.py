@@ -24,7 +24,6 @@ from halos.run.blueprint import Prepared, Structure
 from halos.run.models import refers_to_adapter
 from halos.run.shown import CLOSE, OPEN
 from halos.schedules import num_steps
-from halos.types import Judgement
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
@@ -158,12 +157,12 @@ def _say_data(run: Prepared) -> None:
         rows = split.rows
         if not isinstance(rows, Dataset):
             continue
-        if rows.kind is Judgement:
-            _say("", f"{100 * rows.desirable.mean():.0f}% of them desirable ({name})")
+        if "desirable" in rows.labels:
+            _say("", f"{100 * rows.labels['desirable'].mean():.0f}% of them desirable ({name})")
         if split.partners is not None:
             cut = num_truncated_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, run.structure.max_length)
             _say("", f"paired with answers to other prompts for the KL, {cut} of them cut at max_length ({name})")
-        if rows.kind is Judgement and name == "train":
+        if "desirable" in rows.labels and name == "train":
             _warn_of_labels(run.loss, rows)
     scored = "its score is read at the end of each completion" if run.blueprint.reward else f"{OPEN}scored{CLOSE}"
     if config.objective.metric in run.rows.unmeasured:
@@ -178,7 +177,7 @@ def _say_data(run: Prepared) -> None:
 
 def _warn_of_labels(loss: LossSpec, rows: Dataset) -> None:
     """Say where one kind of label outweighs the other: KTO's authors keep the ratio of their weights within 1 to 1.5."""
-    count, desirable = len(rows), int(rows.desirable.sum())
+    count, desirable = len(rows), int(rows.labels["desirable"].sum())
     if desirable in (0, count):
         kind = "desirable" if desirable else "undesirable"
         log.warning("every training example is %s: nothing says what the model should turn away from, or to", kind)

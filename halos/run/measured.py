@@ -1,8 +1,8 @@
 """What an evaluation measures, tried on made-up tokens: an objective that is none of it is refused before a model loads."""
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,17 +10,17 @@ from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.errors import UserError
+from halos.examples import Completion, Item
 from halos.rollout.measure import HELD_OUT
-from halos.types import Labelled, Mismatched, Pair, PairScores, Rollouts, Sampled, TokenLogps, ValuedRollouts
+from halos.types import Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 ALWAYS = ("loss", "examples")
-Derived = Callable[[Mapping[str, float]], dict[str, float]]
 
 
-def refuse_unmeasured(config: Config, loss: LossSpec, derived: Derived) -> None:
+def refuse_unmeasured(config: Config, loss: LossSpec) -> None:
     """Raises UserError where objective.metric is nothing that an evaluation of this loss gives, by whatever data."""
     metric = config.objective.metric
-    names = frozenset(HELD_OUT) if config.online is not None else metrics_of(loss, derived)
+    names = frozenset(HELD_OUT) if config.online is not None else metrics_of(loss)
     if not config.data.eval or names is None or metric in names:
         return
     near = nearest(metric, names)
@@ -30,7 +30,7 @@ def refuse_unmeasured(config: Config, loss: LossSpec, derived: Derived) -> None:
     )
 
 
-def metrics_of(loss: LossSpec, derived: Derived) -> frozenset[str] | None:
+def metrics_of(loss: LossSpec) -> frozenset[str] | None:
     """Names of the held-out metrics of a loss; None where it does not take what is made up, as one of a user's own may not."""
     try:
         names = {*ALWAYS, *loss.function(*_arguments(loss)).metrics}
@@ -39,7 +39,7 @@ def metrics_of(loss: LossSpec, derived: Derived) -> frozenset[str] | None:
             names |= loss.advantages(_sampled(loss), **controlled).metrics.keys()
     except Exception:  # whatever it is, the first evaluation tells of it
         return None
-    return frozenset(names | derived(dict.fromkeys(names, 0.0)).keys())
+    return frozenset(names | loss.inputs.derived(dict.fromkeys(names, 0.0)).keys())
 
 
 def _arguments(loss: LossSpec) -> list[Any]:
@@ -54,22 +54,29 @@ def _arguments(loss: LossSpec) -> list[Any]:
 
 
 def made_up(kind: type) -> Any:
-    tokens, rows = torch.tensor([[-1.0, -2.0], [-0.5, -0.25]]), torch.tensor([1.0, 0.0])
-    logps = TokenLogps(tokens, torch.ones(2, 2, dtype=torch.bool))
-    made: dict[type, Callable[[], Any]] = {
-        TokenLogps: lambda: logps,
-        Mismatched: lambda: Mismatched(logps),
-        Pair: lambda: Pair(logps, logps),
-        Labelled: lambda: Labelled(logps, rows > 0),
-        PairScores: lambda: PairScores(rows, -rows, rows),
-        Rollouts: lambda: Rollouts(logps, tokens, tokens, rows),
-        ValuedRollouts: lambda: ValuedRollouts(logps, tokens, tokens, rows, tokens, tokens, tokens),
-    }
-    return made[kind]()
+    """Two rows, of two scored tokens in each completion, as the type itself has them of a model's output."""
+    if kind is Mismatched:
+        return Mismatched(_logps(2))
+    assert issubclass(kind, LossInput), "what a loss takes"
+    completion, example = Completion(np.zeros(2, np.int32), np.ones(2, bool)), kind.example
+    items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)))
+             for n in (1, 0)]  # fmt: skip
+    logps = _logps(len(kind.rows(items)))
+    outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0]}
+    if issubclass(kind, RolloutInput):
+        over_time = logps.values
+        batch = RolloutBatch(over_time, over_time[:, 0], over_time, over_time, over_time, over_time, {})
+        return kind.of_rollouts(outputs[kind.head], batch)
+    return kind.of(outputs[kind.head], items)
+
+
+def _logps(rows: int) -> TokenLogps:
+    """Different ones in each row."""
+    return TokenLogps(-torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool))
 
 
 def _sampled(loss: LossSpec) -> Sampled:
-    logps = made_up(TokenLogps)
+    logps = _logps(2)
     known: Tensor | None = logps.values if loss.needs_reference else None
     values = logps.values if loss.inputs.head == "value" else None
     return Sampled(torch.tensor([1.0, 0.0]).double(), torch.zeros(2, dtype=torch.int64), logps, known, values)

@@ -6,15 +6,14 @@ from itertools import groupby
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from halos.data.dataset import Completion, Item
+from halos.examples import Completion, Item
 
 LONGEST = 400  # characters of one part that are shown
 OPEN, CLOSE = "⟦", "⟧"  # around what is scored; no text is likely to have them
 
 
-def rendered(item: Item, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    """The prompt, and each completion with what is scored of it in brackets."""
-    names = ("chosen", "rejected") if len(item.completions) == 2 else ("completion",)
+def rendered(item: Item, names: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """The prompt, and each completion under its name, with what is scored of it in brackets."""
     parts = [(name, marked(tokenizer, each)) for name, each in zip(names, item.completions, strict=True)]
     return [("prompt", visible(tokenizer, item.prompt)), *parts]
 

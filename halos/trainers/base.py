@@ -16,9 +16,10 @@ from tqdm import tqdm
 
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.config.bind import LossSpec
-from halos.data.dataset import Dataset, Item
+from halos.data.dataset import Dataset
 from halos.data.order import eval_batches
 from halos.errors import UserError
+from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval
 from halos.metrics import Meter, Window
 from halos.trainers.deal import Chunk, Split, deal

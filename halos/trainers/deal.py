@@ -9,18 +9,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from halos.data.dataset import Item
-from halos.types import Example
+from halos.examples import Item
 
 
 class Rows(Protocol):
     """What a step needs of rows: a Dataset's, or those that a live run has just sampled."""
 
-    kind: type[Example]
     groups: np.ndarray  # (rows,)
     scored: np.ndarray  # (rows, completions)
     lengths: np.ndarray  # (rows, completions)
-    rewards: np.ndarray  # (rows,)
+    labels: dict[str, np.ndarray]  # (rows,) each
 
     def __len__(self) -> int: ...
 

@@ -13,12 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from halos.checkpoint import known_good
 from halos.confined import DISK_FULL
-from halos.data.dataset import Dataset, Item
+from halos.data.dataset import Dataset
 from halos.distributed.parameters import local_part
 from halos.errors import UserError
+from halos.examples import Item
 from halos.hooks.base import Run, Stop
 from halos.trainers.deal import Split
-from halos.types import Scored
 
 log = logging.getLogger(__name__)
 
@@ -197,7 +197,7 @@ class Guard:
 
     def _described(self, split: Split, number: int, loss: float) -> dict[str, Any]:
         item = split.rows[number]
-        reward = {"reward": _shown(item.reward)} if split.rows.kind is Scored else {}
+        reward = {"reward": _shown(item.labels["reward"])} if "reward" in split.rows.labels else {}
         return {"row": number, "id": item.id, "rank": self.run.accelerator.process_index, "loss": _shown(loss), **reward}
 
     def _text(self, item: Item) -> dict[str, Any]:

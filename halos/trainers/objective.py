@@ -1,9 +1,8 @@
 """From a global batch to its loss: forward passes of policy and reference, and what a loss wants to know of the whole batch."""
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,19 +10,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from halos.config.bind import LossSpec
-from halos.data.collate import PackRow, mismatched_row, pack
-from halos.data.dataset import Item
+from halos.data.collate import mismatched_row, pack
+from halos.examples import Item, PackRow
 from halos.hooks.base import Run
 from halos.logps.model import initial_policy
 from halos.logps.router import RouterLoss
 from halos.trainers.deal import Chunk, Split, deal, gather_in_order
-from halos.types import Loss, LossInput, Mean, Mismatched, Sequences
+from halos.types import Loss, Mean, Mismatched, Sequences
 
 
-class Objective(ABC):
-    """A loss over rows. A subclass says how items become rows of tokens, and the model's output what the loss takes."""
-
-    takes: ClassVar[tuple[type[LossInput], ...]]  # first parameters of the losses that it computes
+class Objective:
+    """A loss over items. How they become rows of tokens, and the model's output what the loss takes, is its input type's."""
 
     def __init__(self, run: Run, loss: LossSpec, *, reference: nn.Module | None) -> None:
         self.run, self.loss, self.reference = run, loss, reference
@@ -31,18 +28,17 @@ class Objective(ABC):
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
 
-    @abstractmethod
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         """The sequences that the model sees for these items."""
+        return self.loss.inputs.rows(items)
 
-    @abstractmethod
     def inputs(self, output: Any, chunk: Chunk) -> Any:
         """The loss's first parameter, from the model's output over the `rows` of a chunk's items."""
+        return self.loss.inputs.of(output, chunk.items)
 
-    @staticmethod
-    def derived(means: Mapping[str, float]) -> dict[str, float]:
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """Metrics that are functions of other metrics' means."""
-        return {}
+        return self.loss.inputs.derived(means)
 
     # --- a global batch --------------------------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
 """Rollouts: completions that were sampled and scored, and what their rewards say of each of their tokens."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -14,43 +14,18 @@ from tqdm import tqdm
 
 from halos.checkpoint import lineage, manifest, select
 from halos.checkpoint.commit import staged
-from halos.data.collate import PackRow, pack
-from halos.data.dataset import Dataset, Item
+from halos.data.collate import pack
+from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.hooks.kl import KLCoefficient
 from halos.trainers.base import Totals, Trainer
 from halos.trainers.deal import Chunk, Split
 from halos.trainers.known import Known, Per, load, save
-from halos.types import Acted, Estimates, Loss, Mean, Rollouts, Sampled, TokenLogps, ValuedRollouts
+from halos.types import Acted, Estimates, Loss, Mean, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 log = logging.getLogger(__name__)
 
 NAME = "rollouts"  # the directory of a run that holds what was known of its rollouts before the first step
-
-
-@dataclass(frozen=True, slots=True)
-class Given:
-    """What is known of some rows of a global batch besides their tokens: (rows, time) each, but for the rewards (rows,)."""
-
-    old: Tensor
-    rewards: Tensor
-    advantages: Tensor
-    reference: Tensor | None
-    returns: Tensor | None
-    values: Tensor | None
-    metrics: dict[str, Mean]
-
-    def take(self, places: np.ndarray, device: torch.device, *, first: bool) -> "Given":
-        """Some rows, on `device`; the batch's own metrics go with the first of them."""
-        rows = torch.from_numpy(places)
-        old, rewards, advantages, reference, returns, values = (
-            None if part is None else part[rows].to(device)
-            for part in (self.old, self.rewards, self.advantages, self.reference, self.returns, self.values)
-        )
-        assert old is not None
-        assert rewards is not None
-        assert advantages is not None
-        return Given(old, rewards, advantages, reference, returns, values, self.metrics if first else {})
 
 
 class StopRequestedError(Exception):
@@ -58,35 +33,25 @@ class StopRequestedError(Exception):
 
 
 class PolicyGradientTrainer(Trainer):
-    """For losses whose first parameter is Rollouts or ValuedRollouts.
+    """For losses on rollouts, whose first parameter is a RolloutInput.
 
     Log-probs under the policy that sampled, under the reference, and old values do not change while a data set is trained
     on: they are computed before the first step and kept in the run's directory, and every process holds all of them. So
     advantages are of whole groups and whole global batches, however those are dealt out, without a word between processes.
     """
 
-    takes = (Rollouts, ValuedRollouts)
-
     @cached_property
     def _of_data(self) -> dict[str, Known]:
         """By split, as far as they were asked for."""
         return {}
 
-    def rows(self, items: Sequence[Item]) -> list[PackRow]:
-        return [(item.prompt, item.completions[0]) for item in items]
-
-    def inputs(self, output: TokenLogps | Acted, chunk: Chunk) -> Rollouts | ValuedRollouts:
-        given: Given = chunk.given
+    def inputs(self, output: TokenLogps | Acted, chunk: Chunk) -> RolloutInput:
+        batch: RolloutBatch = chunk.given
         logps = output.logps if isinstance(output, Acted) else output
         width = logps.values.shape[1]
-        old, advantages = given.old[:, :width], given.advantages[:, :width]
-        if not isinstance(output, Acted):
-            return Rollouts(logps, old, advantages, given.rewards)
-        assert given.values is not None
-        if given.returns is None:
-            raise UserError(f"{self.loss.name} takes ValuedRollouts, but its `advantages` gives no returns")
-        values, returns = given.values[:, :width], given.returns[:, :width]
-        return ValuedRollouts(logps, old, advantages, given.rewards, output.values, values, returns)
+        inputs = self.loss.inputs
+        assert issubclass(inputs, RolloutInput), "its input type names this trainer"
+        return inputs.of_rollouts(output, _over_time(batch, lambda part: part[:, :width]))
 
     def refuse_lost(self) -> None:
         for name, split in self._data_sets():
@@ -216,9 +181,9 @@ class PolicyGradientTrainer(Trainer):
     def _deal(self, split: Split, indices: np.ndarray) -> list[Chunk]:
         batch, device = self._estimated(split, indices), self.run.accelerator.device
         chunks = super()._deal(split, indices)
-        return [replace(chunk, given=batch.take(chunk.places, device, first=n == 0)) for n, chunk in enumerate(chunks)]
+        return [replace(chunk, given=_take(batch, chunk.places, device, first=n == 0)) for n, chunk in enumerate(chunks)]
 
-    def _estimated(self, split: Split, indices: np.ndarray) -> Given:
+    def _estimated(self, split: Split, indices: np.ndarray) -> RolloutBatch:
         """The whole global batch with its advantages; the same on every process."""
         assert self.loss.advantages is not None, "bind_loss lets no loss on rollouts through without"
         known = self._known(split)
@@ -228,13 +193,15 @@ class PolicyGradientTrainer(Trainer):
             part.rows(indices, width) if part else None for part in (known.old, known.reference, known.values)
         )
         assert old is not None
-        rewards = torch.from_numpy(split.rows.rewards[indices])
+        rewards = torch.from_numpy(split.rows.labels["reward"][indices])
         groups = torch.from_numpy(split.rows.groups[indices].astype(np.int64))
         sampled = Sampled(rewards, groups, TokenLogps(old, mask), reference, values)
         controlled = {"kl_coefficient": self._controller().value} if self.loss.adapt is not None else {}
         estimates: Estimates = self.loss.advantages(sampled, **controlled)
-        metrics = dict(estimates.metrics)
-        return Given(old, rewards.float(), estimates.advantages.float(), reference, estimates.returns, values, metrics)
+        if values is not None and estimates.returns is None:
+            raise UserError(f"{self.loss.name} has a value head, but its `advantages` gives no returns that it could learn")
+        advantages, returns, metrics = estimates.advantages.float(), estimates.returns, dict(estimates.metrics)
+        return RolloutBatch(old, rewards.float(), advantages, reference, returns, values, metrics)
 
     def _controller(self) -> KLCoefficient:
         controller = self.run.hooks["kl_coefficient"]
@@ -255,6 +222,25 @@ class PolicyGradientTrainer(Trainer):
         given = {name: Mean(mean.total.to(loss.values.device), mean.count.to(loss.values.device))
                  for name, mean in chunk.given.metrics.items()}  # fmt: skip
         return {**given, **super()._means(loss, chunk)}
+
+
+def _take(batch: RolloutBatch, places: np.ndarray, device: torch.device, *, first: bool) -> RolloutBatch:
+    """Some rows, on `device`; the batch's own metrics go with the first of them."""
+    rows = torch.from_numpy(places)
+    some = _over_time(batch, lambda part: part[rows].to(device))
+    return replace(some, rewards=batch.rewards[rows].to(device), metrics=batch.metrics if first else {})
+
+
+def _over_time(batch: RolloutBatch, change: Callable[[Tensor], Tensor]) -> RolloutBatch:
+    """With everything that is (rows, time) as `change` gives it back."""
+
+    def optional(part: Tensor | None) -> Tensor | None:
+        return None if part is None else change(part)
+
+    return replace(
+        batch, old=change(batch.old), advantages=change(batch.advantages), reference=optional(batch.reference),
+        returns=optional(batch.returns), values=optional(batch.values),
+    )  # fmt: skip
 
 
 def _logps(output: Any) -> Tensor | None:

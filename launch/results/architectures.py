@@ -37,8 +37,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from halos.data.collate import pack
-from halos.data.dataset import Completion
 from halos.errors import UserError
+from halos.examples import Completion
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import LanguageModel
 from halos.models.load import load_model

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from halos.config.bind import INPUTS, bind_hook, bind_loss
+from halos.config.bind import bind_hook, bind_loss, input_types
 from halos.errors import UserError
 from halos.types import Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps, ValuedRollouts
 
@@ -72,7 +72,7 @@ def test_every_loss_yaml_binds(name):
     settings, module = settings_of(name)
     spec = bind_loss(settings, [])
     assert spec.name == module, "the YAML and the module have one name, so that messages can say loss=name"
-    assert spec.inputs in INPUTS
+    assert spec.inputs in input_types()
     assert spec.settings.keys() == settings.keys() - {"_target_"}
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from halos.data.collate import mismatched_row, num_truncated_mismatches, pack
-from halos.data.dataset import Completion, Item
+from halos.examples import Completion, Item
 
 ALL = object()
 
@@ -60,7 +60,7 @@ def test_packing_alone_or_together_says_the_same_of_each_sequence():
 
 def item(prompt: int, completion: int) -> Item:
     ids = np.arange(completion, dtype=np.int32)
-    return Item(np.full(prompt, 50, np.int32), (Completion(ids, np.ones(completion, bool)),), True, 0.0, "")
+    return Item(np.full(prompt, 50, np.int32), (Completion(ids, np.ones(completion, bool)),), "")
 
 
 def test_a_mismatch_is_one_prompt_before_the_completion_of_another_within_max_length():

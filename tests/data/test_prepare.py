@@ -31,9 +31,9 @@ def words(data: Dataset, row: int) -> list[str]:
 
 def test_pairs_come_back_as_they_were_written(tmp_path: Path):
     data = prepared(jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path, kind=Comparison)
-    assert data.kind is Comparison
+    assert list(data.labels) == ["margin"]
     assert words(data, 1) == ["two<|im_end|>", "five five five<|im_end|>"]
-    assert [item.margin for item in data] == [0.5, 0.0, 0.0]
+    assert [item.labels["margin"] for item in data] == [0.5, 0.0, 0.0]
     assert data.groups.tolist() == [0, 1, 0]
 
 
@@ -63,7 +63,10 @@ def test_scored_marks_of_several_turns_survive_the_file(tmp_path: Path):
 def test_a_pair_serves_losses_on_labels_and_on_demonstrations(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS[:1])
     labels = prepared(path, tmp_path, kind=Judgement)
-    assert [(words(labels, n), labels[n].desirable) for n in range(2)] == [(["one<|im_end|>"], True), (["two<|im_end|>"], False)]
+    assert [(words(labels, n), labels[n].labels["desirable"]) for n in range(2)] == [
+        (["one<|im_end|>"], 1.0),
+        (["two<|im_end|>"], 0.0),
+    ]
     assert [item.id.rpartition("#")[2] for item in labels] == ["0", "1"]
     assert words(prepared(path, tmp_path, kind=Demonstration), 0) == ["one<|im_end|>"]
 
@@ -72,9 +75,9 @@ def test_a_transform_turns_what_was_read_into_what_is_trained_on(tmp_path: Path)
     signs = partial(csft_examples, desirable_token="<|good|>", undesirable_token="<|bad|>")
     path = jsonl(tmp_path / "a.jsonl", PAIRS[:1])
     data = prepared(path, tmp_path, kind=Judgement, transform=signs, transform_key="csft")
-    assert data.kind is Demonstration
+    assert not data.labels
     assert [words(data, n) for n in range(2)] == [["<|good|>one<|im_end|>"], ["<|bad|>two<|im_end|>"]]
-    assert prepared(path, tmp_path, kind=Judgement).kind is Judgement, "the key tells them apart"
+    assert list(prepared(path, tmp_path, kind=Judgement).labels) == ["desirable"], "the key tells them apart"
 
 
 def test_every_row_that_is_not_kept_as_it_was_is_counted(tmp_path: Path):

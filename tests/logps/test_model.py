@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor
 
 from halos.data.collate import pack
-from halos.data.dataset import Completion
 from halos.errors import UserError
+from halos.examples import Completion
 from halos.logps import head
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import LanguageModel, RewardModel, adapter_off, plainly

@@ -12,8 +12,8 @@ from halos.config.defaults import section
 from halos.config.schema import Sampler
 from halos.data import arithmetic
 from halos.data.collate import pack
-from halos.data.dataset import Completion as Tokens
 from halos.data.tokenize import Encoder
+from halos.examples import Completion as Tokens
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import LanguageModel
 from halos.models.load import load_model, load_tokenizer

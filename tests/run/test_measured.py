@@ -8,17 +8,16 @@ import pytest
 from halos.config.bind import bind_loss
 from halos.config.schema import Config
 from halos.errors import UserError
-from halos.run import blueprint, measured
+from halos.run import measured
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
-from halos.types import INPUTS
 from tests.losses import cases
 
 
 @pytest.mark.parametrize("case", cases.of_this_package(), ids=lambda case: case.name)
 def test_what_each_loss_is_judged_by_is_among_what_it_measures(case: cases.Case) -> None:
     loss = bind_loss(case.settings, [])
-    names = measured.metrics_of(loss, blueprint.TRAINERS[loss.inputs].derived)
+    names = measured.metrics_of(loss)
     assert names is not None
     assert {"loss", "examples", case.objective} <= names
 
@@ -27,7 +26,7 @@ def test_what_each_loss_is_judged_by_is_among_what_it_measures(case: cases.Case)
 def test_what_is_said_to_be_measured_is_what_an_evaluation_gives(loss: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer(f"loss={loss}", "train.batch_size=24")
     made.evaluate()
-    names = measured.metrics_of(made.loss, made.derived)
+    names = measured.metrics_of(made.loss)
     assert names == made.run.last_eval.keys() - {"step", "split", "seconds"}
 
 
@@ -52,7 +51,3 @@ def test_an_objective_that_a_loss_of_ones_own_does_not_measure_costs_nothing_tha
     with pytest.raises(UserError, match=r"objective.metric=none is not measured; there are examples, logps/completion, loss"):
         made.fit()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
-
-
-def test_every_input_of_a_loss_has_one_trainer() -> None:
-    assert sorted(blueprint.TRAINERS, key=str) == sorted(INPUTS, key=str)

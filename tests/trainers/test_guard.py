@@ -55,7 +55,7 @@ class Sampled:
     """Rows that are no data set."""
 
     def __init__(self, rows: Any) -> None:
-        self.rows, self.kind = rows, rows.kind
+        self.rows, self.labels = rows, rows.labels
 
     def __getitem__(self, number: int) -> Any:
         return self.rows[number]
@@ -183,7 +183,7 @@ def test_what_a_reward_of_nan_or_a_division_by_zero_makes_is_skipped_and_the_kl_
 
     made = trainer("loss=ppo", "loss.kl_target=1.0", "loss.kl_horizon=100", *words, "exp_name=nan")
     made.prepare()
-    made.train.rows.rewards = np.array([math.nan, 1.0, 0.0, 1.0])
+    made.train.rows.labels["reward"] = np.array([math.nan, 1.0, 0.0, 1.0])
     hook: Any = made.run.hooks["kl_coefficient"]
     before, coefficient = state(made), hook.value
     assert made.step(np.arange(4)) == {}

@@ -18,11 +18,11 @@ from halos.checkpoint.lineage import identity
 from halos.config.schema import Scorer as Settings
 from halos.confined import SAFELY
 from halos.data.collate import pack
-from halos.data.dataset import Completion
 from halos.data.template import chat_template
 from halos.data.tokenize import Encoder
 from halos.distributed.device import has_bfloat16
 from halos.errors import UserError, doing
+from halos.examples import Completion
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import RewardModel as Scorer
 from halos.logps.plan import plan_for, remember

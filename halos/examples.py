@@ -1,0 +1,161 @@
+"""Examples, which are parsed rows of data files, and items, which are examples as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+
+Message = Mapping[str, Any]  # OpenAI-style: role, content, and optionally tool_calls, name, tool_call_id
+Turns = tuple[Message, ...]
+
+
+# --- examples: parsed rows of data files, before tokenization ----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Base of the example types: a prompt, completions of it, and numbers. A subclass declares which of its fields are which."""
+
+    completed: ClassVar[tuple[str, ...]] = ("completion",)  # the fields that are completions, in the order of Item.completions
+    labels: ClassVar[tuple[str, ...]] = ()  # the fields that are numbers, which become Item.labels; None becomes 0
+    columns: ClassVar[str] = ""  # the data that losses on such examples learn from, for messages
+    trains: ClassVar[str] = ""  # the losses that such examples can train, for messages
+
+    prompt: Turns
+
+    @property
+    def completions(self) -> tuple[Turns, ...]:
+        return tuple(getattr(self, name) for name in self.completed)
+
+    def numbers(self) -> dict[str, float]:
+        """The fields that are labels, as Item.labels."""
+        values = {name: getattr(self, name) for name in self.labels}
+        return {name: 0.0 if value is None else float(value) for name, value in values.items()}
+
+    @classmethod
+    def of(cls, other: Example) -> Sequence[Example] | None:
+        """Convert `other` to examples of this type: none where this one has nothing to give, None where its type never can."""
+        return [other] if type(other) is cls else None
+
+
+@dataclass(frozen=True, slots=True)
+class Demonstration(Example):
+    """A completion to imitate. Only the assistant turns of `completion` are trained on."""
+
+    columns = "demonstrations: messages, or prompt + completion"
+    trains = "only losses on demonstrations, such as sft"
+
+    completion: Turns
+
+    @classmethod
+    def of(cls, other: Example) -> Sequence[Example] | None:
+        match other:
+            case Comparison(prompt, chosen):
+                return [Demonstration(prompt, chosen)]
+            case Judgement(prompt, completion, desirable):
+                return [Demonstration(prompt, completion)] if desirable else []
+            case Scored(prompt, completion):
+                return [Demonstration(prompt, completion)] if says_something(completion) else []
+        return [other] if type(other) is cls else None
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Example):
+    """Two completions of one prompt, the first preferred; `margin` is by how much, where the data says."""
+
+    completed, labels = ("chosen", "rejected"), ("margin",)
+    columns = "pairs: prompt + chosen + rejected (or chosen + rejected as messages that share their first turns)"
+    trains = "losses on pairs, such as dpo, on labels, such as kto, on rollouts, such as grpo, and on demonstrations, such as sft"
+
+    chosen: Turns
+    rejected: Turns
+    margin: float | None = None
+
+    @property
+    def is_tie(self) -> bool:
+        """Equal completions, of which neither is preferred."""
+        return self.chosen == self.rejected
+
+    @classmethod
+    def of(cls, other: Example) -> Sequence[Example] | None:
+        return ([] if other.is_tie else [other]) if isinstance(other, Comparison) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement(Example):
+    """A completion with a binary label: desirable or not."""
+
+    labels = ("desirable",)
+    columns = "labels: prompt + completion + label, or pairs"
+    trains = "losses on labels, such as kto, on rollouts, such as grpo, and on demonstrations, such as sft"
+
+    completion: Turns
+    desirable: bool
+
+    @classmethod
+    def of(cls, other: Example) -> Sequence[Example] | None:
+        if isinstance(other, Comparison):
+            both = Judgement(other.prompt, other.chosen, True), Judgement(other.prompt, other.rejected, False)
+            return [] if other.is_tie else both
+        return [other] if type(other) is cls else None
+
+
+@dataclass(frozen=True, slots=True)
+class Scored(Example):
+    """A sampled completion and its reward.
+
+    `ids` and `logps`, where the sampler kept them, are its tokens and their log-probs: tokenising the text again need not give
+    the ids that were sampled. `vocabulary` identifies the tokenizer of the ids.
+    """
+
+    labels = ("reward",)
+    columns = "completions with rewards: scalar_feedback, or prompt + completion + reward; labels and pairs stand for 1 and -1"
+    trains = "losses on rollouts, such as grpo and ppo, and sft; python -m halos.online.label makes pairs or labels of samples"
+
+    completion: Turns
+    reward: float
+    ids: tuple[int, ...] = ()
+    logps: tuple[float, ...] = ()
+    vocabulary: str | None = None
+
+    @classmethod
+    def of(cls, other: Example) -> Sequence[Example] | None:
+        """HALOs' reading of labels for PPO: 1 and -1."""
+        match other:
+            case Comparison(prompt, chosen, rejected):
+                return [] if other.is_tie else [Scored(prompt, chosen, 1.0), Scored(prompt, rejected, -1.0)]
+            case Judgement(prompt, completion, desirable):
+                return [Scored(prompt, completion, 1.0 if desirable else -1.0)]
+        return [other] if type(other) is cls else None
+
+
+def says_something(completion: Turns) -> bool:
+    return any(turn.get("tool_calls") or str(turn["content"]).strip() for turn in completion)
+
+
+# --- items: an example as token ids ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What follows a prompt, and which of its tokens are scored."""
+
+    ids: np.ndarray  # (tokens,) int32
+    scored: np.ndarray  # (tokens,) bool
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """An example as token ids."""
+
+    prompt: np.ndarray  # (tokens,) int32, exactly what a sampler is fed
+    completions: tuple[Completion, ...]  # as `Example.completed` has them: of a Comparison the first is the chosen one
+    id: str  # where the row came from, and which of the row's examples it is
+    labels: Mapping[str, float] = field(default_factory=dict)  # of the fields in `Example.labels`
+    logps: np.ndarray | None = None  # (scored tokens,) float32, where a Scored came with its sampler's log-probs
+
+
+PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion
