@@ -1,4 +1,4 @@
-"""What a number may be."""
+"""Ranges of numbers, as annotations of keys."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Range:
     most: float | None = None
 
     def violated_by(self, value: float) -> str | None:
-        """What the value should have been, or None where it is fine."""
+        """Return the bounds, as text, that a value violates; None where it is within them."""
         bounds = [
             ("above", self.above, value > (self.above or 0)),
             ("at least", self.least, value >= (self.least or 0)),

@@ -1,1 +1,1 @@
-"""What a run may be told: the schema, the gate that checks it, and losses bound to their keys."""
+"""Configuration of a run: the schema, its validation, and losses, optimizers and hooks bound to their keys."""

@@ -1,6 +1,6 @@
-"""What a step computes, by version: a line for each change after which a run would not go on as it began.
+"""Version of the arithmetic of a step: one entry for each change of it that makes a resumed run differ from an uninterrupted one.
 
-Each start of a run and each of its saves is on record with the number of the arithmetic that it was computed with.
+Every start of a run and every checkpoint record the version that they were computed with.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from halos.config.resume_policy import Change
 from halos.config.schema import Config
 
 PAIRED = ("dpo", "cdpo", "ipo", "simpo", "slic", "bradley_terry")
-KEY = "arithmetic"  # of the number, in an attempt's record, in a lineage and in a manifest
+KEY = "arithmetic"  # under which an attempt's record, a lineage and a manifest hold the version
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What decides whether a change of the arithmetic concerns a run."""
+    """Facts of a run that decide which changes of the arithmetic affect it."""
 
     config: Config
-    before: Mapping[str, Any]  # its configuration as the run has it on record
-    model: Mapping[str, Any]  # its config.json, or the text model's part of it
-    half: bool  # weights, or the products of an autocast, are in half precision
-    reads: str  # what the model is read through: language | value | score (types.py)
-    refers: bool  # the loss compares with a reference
-    packed: bool  # rows are packed (logps/plan.py)
-    head: str  # the way from hidden states to log-probs: layer | own | whole (logps/plan.py)
+    before: Mapping[str, Any]  # its configuration as recorded in the run directory
+    model: Mapping[str, Any]  # the model's config.json, or its text model's part
+    half: bool  # weights or autocast products are in half precision
+    reads: str  # kind of head that the model is read through: language | value | score (types.py)
+    refers: bool  # the loss needs a reference
+    packed: bool  # sequences are packed (logps/plan.py)
+    head: str  # how hidden states become log-probs: layer | own | whole (logps/plan.py)
 
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One change: of the steps of the runs that it concerns, or only of what is measured of them or made of them at the end."""
+    """One change: of the steps of the runs that it affects, or only of their metrics or their final model."""
 
     number: int
     date: str
@@ -42,7 +42,7 @@ class Revision:
 
 
 def _sums_head_in_parts(now: RunFacts) -> bool:
-    """A head is trained, and not in one product of float32: of a small vocabulary the sum is the same to the bit."""
+    """Return whether a trained head's gradient is a sum of chunks, or not in float32; of one chunk it is the same to the bit."""
     if now.config.peft.name != "none" or now.reads == "score":
         return False
     rows = 2 * now.config.train.microbatch_size * now.config.train.max_length  # at most
@@ -74,40 +74,42 @@ def _imitates_live(now: RunFacts) -> bool:
     return _of_loss("sft")(now) and online is not None and online.steps is not None
 
 
-# The oldest first. To change the arithmetic is to add a line here, with a number of its own.
+# Oldest first. Whoever changes the arithmetic adds an entry here, with a new number.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
-    Revision(1, "2026-11-26", "this model's rows are not packed, since they would read each other", lambda now: not now.packed),
-    Revision(1, "2026-11-26", "log-probs are read off this model's own head, which is more than a layer, a scale and a soft cap",
+    Revision(1, "2026-11-26", "this model's sequences are not packed, since they would attend to each other",
+             lambda now: not now.packed),
+    Revision(1, "2026-11-26", "log-probs come from this model's own head, which is more than a layer, a scale and a soft cap",
              lambda now: now.reads != "score" and now.head != "layer"),
-    Revision(1, "2026-11-26", "the reference of a policy with trained biases has the base's", _trains_biases),
-    Revision(1, "2026-11-26", "what is sampled for a prompt depends on the name of its file, and not on the directory",
+    Revision(1, "2026-11-26", "the reference of a policy with trained biases has the biases of the base", _trains_biases),
+    Revision(1, "2026-11-26", "the samples of a prompt depend on the name of its file, and not on its directory",
              _samples_by_directory),
     Revision(1, "2026-11-26", "adapters are merged in float64 and rounded once", _merges, of="FINAL"),
-    Revision(1, "2026-11-26", "of completions that tie, accuracies count half", _of_loss(*PAIRED), of="metrics"),
-    Revision(1, "2026-11-26", "kl is as estimated, and may be below 0; z0 is what the loss takes", _of_loss("kto"), of="metrics"),
-    Revision(2, "2026-11-27", "a live loop imitates the samples that are desirable (online.feedback), as rounds do, and not all",
+    Revision(1, "2026-11-26", "a pair with equal rewards counts half in accuracies", _of_loss(*PAIRED), of="metrics"),
+    Revision(1, "2026-11-26", "kl is the raw estimate, which may be negative; z0 is the clamped one of the loss",
+             _of_loss("kto"), of="metrics"),
+    Revision(2, "2026-11-27", "with the loss sft a live loop learns only from desirable samples (online.feedback), as rounds do",
              _imitates_live),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:
-    """What a record says; 0 for one that is older than such numbers, or is none."""
-    found = str((record or {}).get(KEY))
-    return int(found) if found.isdecimal() else 0
+    """Return the version that a record holds; 0 where there is no record, or it predates versions."""
+    version = str((record or {}).get(KEY))
+    return int(version) if version.isdecimal() else 0
 
 
 def changes_since(since: int, now: RunFacts) -> list[Change]:
-    """What the steps of a run would be changed by that was computed with the arithmetic of number `since`."""
+    """Return what would change the steps of a run that was computed with version `since`."""
     if since > VERSION:
-        return [Change(KEY, since, VERSION, "a newer version of halos computed it: go on with that one")]
+        return [Change(KEY, since, VERSION, "a newer version of halos computed it: resume with that version")]
     steps = [f"since {one.date} {one.what}" for one in _between(since, now) if one.of == "steps"]
     return [Change(KEY, since, VERSION, "; ".join(steps))] if steps else []
 
 
 def notes_since(since: int, now: RunFacts) -> list[str]:
-    """What changes no step of such a run, and is other than it was."""
+    """Return the changes since version `since` that affect metrics or the final model of a run, and none of its steps."""
     return [f"{one.of}: since {one.date} {one.what}" for one in _between(since, now) if one.of != "steps"]
 
 

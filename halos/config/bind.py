@@ -1,4 +1,4 @@
-"""A loss or a hook of the configuration, against the signature of what it names."""
+"""Bind the loss and the hooks of a configuration to the signatures of their `_target_`."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from halos.types import LossInput, RolloutInput
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
-    """A loss with its knobs bound, and what its signature says about the run around it."""
+    """A loss with its hyperparameters bound, and what its signature requires of the run."""
 
     name: str  # last part of its module
-    function: Callable[..., Any]  # takes what `inputs` says[, reference][, statistics]
+    function: Callable[..., Any]  # of an `inputs`[, reference][, statistics]
     inputs: type[LossInput]
     needs_reference: bool
-    statistics: Callable[..., Any] | None  # over the global batch, where the loss has a parameter of that name
+    statistics: Callable[..., Any] | None  # over the global batch, where the loss has a parameter `statistics`
     statistics_inputs: type | None
-    examples: Callable[..., Any] | None  # one example to another, before tokenisation
+    examples: Callable[..., Any] | None  # rewrites an example before tokenisation
     example_type: type | None
     settings: dict[str, Any]
-    takes_reference: bool = False  # has a parameter of that name, which is None where the knobs need no reference
-    advantages: Callable[..., Any] | None = None  # of a loss on rollouts: from a global batch as it was sampled
-    adapt: Callable[..., float] | None = None  # the KL coefficient for the next global batch
+    takes_reference: bool = False  # has a parameter `reference`, which is None where the hyperparameters need no reference
+    advantages: Callable[..., Any] | None = None  # of a loss on rollouts: computed from a sampled global batch
+    adapt: Callable[..., float] | None = None  # returns the KL coefficient for the next global batch
 
     @property
     def on_rollouts(self) -> bool:
@@ -37,19 +37,19 @@ class LossSpec:
 
 
 def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
-    """The loss that `settings` (the node `loss`) names. Raises UserError for whatever it does not take."""
+    """Bind the loss of `settings` (the node `loss`). Raises UserError for keys and values that it does not take."""
     function, module = load_target(settings, "loss", plugins, example="halos.losses.dpo.dpo")
     name = module.__name__.rpartition(".")[2]
-    given = positional(function) if inspect.isfunction(function) else []
-    first = first_type(function) if given else None
-    if not (inspect.isclass(first) and issubclass(first, LossInput)) or not set(given[1:]) <= {"reference", "statistics"}:
+    arguments = positional(function) if inspect.isfunction(function) else []
+    first = first_type(function) if arguments else None
+    if not (inspect.isclass(first) and issubclass(first, LossInput)) or not set(arguments[1:]) <= {"reference", "statistics"}:
         kinds = ", ".join(kind.__name__ for kind in input_types())
         raise UserError(
             f"loss._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds} (or a LossInput of yours),"
-            " then optionally `reference` and `statistics`, then keyword-only knobs"
+            " then optionally `reference` and `statistics`, then keyword-only hyperparameters"
         )
-    statistics = vars(module).get("statistics") if "statistics" in given else None
-    if "statistics" in given and statistics is None:
+    statistics = vars(module).get("statistics") if "statistics" in arguments else None
+    if "statistics" in arguments and statistics is None:
         raise UserError(f"{name} has a parameter `statistics`, but {module.__name__} has no function of that name")
     examples, check = vars(module).get("examples"), vars(module).get("check")
     advantages, adapt = vars(module).get("advantages"), vars(module).get("adapt")
@@ -57,23 +57,23 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     if issubclass(first, RolloutInput) and advantages is None:
         raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
     functions = [part for part in (function, statistics, examples, advantages, adapt, check, needs) if part is not None]
-    knobs = fit_all(settings, legal_keys(functions), "loss", name)
-    complaint = bind(check, knobs)() if check else None
+    hyperparameters = fit_all(settings, legal_keys(functions), "loss", name)
+    complaint = bind(check, hyperparameters)() if check else None
     if complaint:
         raise UserError(f"loss {name}: {complaint}")
     return LossSpec(
         name=name,
-        function=bind(function, knobs),
+        function=bind(function, hyperparameters),
         inputs=first,
-        needs_reference=bind(needs, knobs)() if needs else "reference" in given,
-        takes_reference="reference" in given,
-        statistics=bind(statistics, knobs) if statistics else None,
+        needs_reference=bind(needs, hyperparameters)() if needs else "reference" in arguments,
+        takes_reference="reference" in arguments,
+        statistics=bind(statistics, hyperparameters) if statistics else None,
         statistics_inputs=first_type(statistics) if statistics else None,
-        examples=bind(examples, knobs) if examples else None,
+        examples=bind(examples, hyperparameters) if examples else None,
         example_type=first_type(examples) if examples else None,
-        settings=knobs,
-        advantages=bind(advantages, knobs) if advantages else None,
-        adapt=bind(adapt, knobs) if adapt else None,
+        settings=hyperparameters,
+        advantages=bind(advantages, hyperparameters) if advantages else None,
+        adapt=bind(adapt, hyperparameters) if adapt else None,
     )
 
 
@@ -84,12 +84,14 @@ def input_types() -> list[type[LossInput]]:
 
 
 def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
-    """Raises UserError where what a loss trains could not be sampled from and trained again: `name` is online.loss."""
+    """Raises UserError where a loss (`name` is online.loss) cannot be trained online: what it trains cannot be sampled from."""
     if loss.inputs.head == "score":
-        raise UserError(f"online.loss={name}: it trains a reward model, which says nothing; choose a loss that trains a policy")
+        raise UserError(
+            f"online.loss={name}: it trains a reward model, which cannot be sampled from; choose a loss that trains a policy"
+        )
     if loss.example_type is not None:
         raise UserError(
-            f"online.loss={name}: it rewrites the rows that it trains on, so it does not learn what is sampled; choose another"
+            f"online.loss={name}: it rewrites the rows that it trains on, so it would not learn from samples; choose another"
         )
 
 
@@ -100,11 +102,14 @@ def bind_trainer(loss: LossSpec, plugins: Sequence[str]) -> type[Any]:
 
 
 def bind_hook(key: str, settings: Mapping[str, Any], plugins: Sequence[str]) -> Callable[[], Any]:
-    """Makes the hook that the node `key` (`checkpoint` or `hooks.<name>`) names. Raises UserError for what it does not take."""
+    """Bind the hook of the node `key` (`checkpoint` or `hooks.<name>`), not yet constructed. Raises UserError for keys and values
+    that it does not take."""
     hook, _ = load_target(settings, key, plugins, example="halos.hooks.trackers.TensorBoard")
     base = "halos.hooks.checkpoint.CheckpointHook" if key == "checkpoint" else "halos.hooks.base.Hook"
     if not inspect.isclass(hook) or base not in [f"{parent.__module__}.{parent.__qualname__}" for parent in hook.__mro__]:
         raise UserError(f"{key}._target_: {settings['_target_']} is no hook: derive a class from {base}")
-    if others := positional(hook):
-        raise UserError(f"{key}._target_: {settings['_target_']} takes {others[0]}, but a hook's parameters are keyword-only")
+    if not_keywords := positional(hook):
+        raise UserError(
+            f"{key}._target_: {settings['_target_']} takes {not_keywords[0]}, but a hook's parameters are keyword-only"
+        )
     return partial(hook, **fit_all({**defaults(hook), **settings}, legal_keys([hook]), key, hook.__name__))

@@ -1,4 +1,4 @@
-"""What a run stands on, by content: what an earlier start of it recorded against what lies there now."""
+"""Hashes of a run's inputs (models, data, code): those that an earlier start recorded against those of now."""
 
 from __future__ import annotations
 
@@ -10,32 +10,34 @@ from halos.config import arithmetic_version, renamed_keys
 from halos.config.resume_policy import Change
 from halos.hashes import short
 
-ROWS = ("data.train", "data.eval")  # keys whose hash is of rows as they are trained on
+ROWS = ("data.train", "data.eval")  # keys whose hash is of the tokenised rows
 RECORDED = ("content", "sources")  # keys of an attempt's record and of a lineage
 
 
 @dataclass(frozen=True, slots=True)
 class ContentHashes:
-    """Hashes under the keys that name what was hashed; None where the run has no such thing.
+    """Hashes by the keys that name what was hashed; None where the run has no such input.
 
-    Of data there is one hash for the rows as they are trained on, and one for each source, which only says where rows that
-    are other ones come from: the same rows out of other files are the same.
+    Data have one hash of the tokenised rows, which decides, and one of each source, which only locates a difference: the same
+    rows from other files are the same data.
     """
 
     hashes: dict[str, str | None]
-    sources: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # by purpose: an entry of the config, and its hash
+    sources: dict[str, list[dict[str, Any]]] = field(
+        default_factory=dict
+    )  # by purpose: entries of the config, each with its hash
 
     @classmethod
-    def read(cls, record: Mapping[str, Any]) -> ContentHashes | None:
-        """What a record holds; None of one that is older than such records."""
+    def from_record(cls, record: Mapping[str, Any]) -> ContentHashes | None:
+        """Return the hashes of an attempt's record; None where it predates them."""
         hashes, sources = (record.get(name) for name in RECORDED)
         if not isinstance(hashes, Mapping) or not isinstance(sources, Mapping):
             return None
         return cls(_by_key(hashes), {name: list(entries) for name, entries in sources.items()})
 
     @classmethod
-    def of_lineage(cls, run: Mapping[str, Any]) -> ContentHashes | None:
-        """What the last run of a lineage stood on; of an older one what it has: the base's weights and the data's sources."""
+    def from_lineage(cls, run: Mapping[str, Any]) -> ContentHashes | None:
+        """Return the hashes of the last run of a lineage; an older one has only the base's weights and the data's sources."""
         base, data = run.get("base"), run.get("data")
         if not isinstance(base, Mapping) or not isinstance(data, Mapping):
             return None
@@ -51,23 +53,23 @@ def _by_key(hashes: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def changes_record(**changes: Sequence[Change]) -> dict[str, Any]:
-    """Changes as an attempt's record has them, under the names they are given by; nothing of those that there are none of."""
+    """Return changes as an attempt's record holds them, {name: {key: [old, new]}}; a name without changes is left out."""
     return {name: {change.key: [change.old, change.new] for change in some} for name, some in changes.items() if some}
 
 
-def compare(before: ContentHashes, now: ContentHashes, places: Mapping[str, str]) -> list[Change]:
-    """What is no longer what it was. What was not recorded is not compared. `places` say where it lies now."""
-    found = []
+def compare(before: ContentHashes, now: ContentHashes, paths: Mapping[str, str]) -> list[Change]:
+    """Return the inputs whose content has changed; what was not recorded is not compared. `paths` say where each input is now."""
+    changes = []
     for key, value in now.hashes.items():
         if key == arithmetic_version.KEY:
-            continue  # which runs a change of it concerns is known there
+            continue  # arithmetic_version.py decides which runs a change of it affects
         purpose = key.removeprefix("data.")
         if key not in before.hashes and key in ROWS and before.sources:
-            found += _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, []))
+            changes += _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, []))
         elif key in before.hashes and before.hashes[key] != value:
             files = _sources(key, before.sources.get(purpose, []), now.sources.get(purpose, [])) if purpose != key else []
-            where = places.get(key) or places.get(key.partition(".")[0])
-            found += files or [
+            where = paths.get(key) or paths.get(key.partition(".")[0])
+            changes += files or [
                 Change(
                     f"{key} {where} (content)" if where else f"{key} (content)",
                     short(before.hashes[key]),
@@ -75,19 +77,19 @@ def compare(before: ContentHashes, now: ContentHashes, places: Mapping[str, str]
                     _why(key),
                 )
             ]
-    return found
+    return changes
 
 
 def _why(key: str) -> str:
-    same = "its files are the same: the tokenizer, the template, a format of yours or a library makes other rows of them"
+    same = "its files are the same, and the tokenizer, the template, a format of yours or a library makes different rows of them"
     return same if key in ROWS else ""
 
 
 def _sources(key: str, before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]]) -> list[Change]:
-    """The entries whose content is another one, in the place where they stand."""
+    """Return the entries whose content differs, compared position by position."""
     pairs = zip(before, now, strict=False)
-    found = [Change(f"{key} {new['path']} (content)", short(old["hash"]), short(new["hash"]), "")
+    changes = [Change(f"{key} {new['path']} (content)", short(old["hash"]), short(new["hash"]), "")
              for old, new in pairs if old.get("hash") != new.get("hash")]  # fmt: skip
     if len(before) != len(now):
-        found.append(Change(f"{key} (number of sources)", len(before), len(now), ""))
-    return found
+        changes.append(Change(f"{key} (number of sources)", len(before), len(now), ""))
+    return changes

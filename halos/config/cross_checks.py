@@ -1,4 +1,4 @@
-"""Settings that are fine one by one and impossible together; each check gives back its message, or None."""
+"""Reject settings that are valid one by one and contradict each other; each check returns its message, or None."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddi
 
 
 class NeedsReference(Protocol):
-    """The part of a bound loss that matters here."""
+    """The part of a LossSpec that is needed here; importing it would import torch."""
 
     @property
     def name(self) -> str: ...
@@ -25,20 +25,20 @@ class NeedsReference(Protocol):
     def needs_reference(self) -> bool: ...
 
 
-def check_combinations(config: Config, typed: Sequence[str]) -> None:
-    """Raises UserError with the first complaint."""
+def check_combinations(config: Config, overrides: Sequence[str]) -> None:
+    """Raises UserError with the first message."""
     complaints = (
         _exp_name(config),
         _duration(config),
         _batch(config),
-        _peft(config, typed),
+        _peft(config, overrides),
         _quantize(config),
         _tokens(config),
         _evaluation(config),
         _loraplus(config),
         _lr_by_name(config),
         _resume_changes(config),
-        _online(config, typed),
+        _online(config, overrides),
     )
     for complaint in complaints:
         if complaint:
@@ -46,10 +46,10 @@ def check_combinations(config: Config, typed: Sequence[str]) -> None:
 
 
 def check_reference(config: Config, loss: NeedsReference) -> None:
-    """Raises UserError where the run asks for something that its loss never looks at."""
+    """Raises UserError where a reference model is configured that the loss never reads."""
     if config.reference.name_or_path is not None and not loss.needs_reference:
         raise UserError(
-            f"reference.name_or_path is {config.reference.name_or_path}, but loss={loss.name} compares with no reference model:"
+            f"reference.name_or_path is {config.reference.name_or_path}, but loss={loss.name} uses no reference model:"
             " leave it out, or choose a loss that does"
         )
 
@@ -58,7 +58,7 @@ def _exp_name(config: Config) -> str | None:
     name = config.exp_name or ""
     if name and name == name.strip() and name[0] not in ".-" and not set(name) & set("/\\\n\r\t\0") and len(name) <= 200:
         return None
-    return f"exp_name names a directory, so it cannot be {name!r}: use letters, digits, - and _; output_root= says where it lies"
+    return f"exp_name names a directory, so it cannot be {name!r}: use letters, digits, - and _; output_root= is its parent"
 
 
 def _duration(config: Config) -> str | None:
@@ -68,17 +68,17 @@ def _duration(config: Config) -> str | None:
 
 
 def _batch(config: Config) -> str | None:
-    processes = int(os.environ.get("WORLD_SIZE") or 1)
-    if config.train.batch_size < processes:
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    if config.train.batch_size < world_size:
         return (
-            f"train.batch_size is {config.train.batch_size}, for all {processes} processes together:"
-            f" use train.batch_size={processes} or more, or fewer processes"
+            f"train.batch_size is {config.train.batch_size}, for all {world_size} processes together:"
+            f" use train.batch_size={world_size} or more, or fewer processes"
         )
     return None
 
 
-def _peft(config: Config, typed: Sequence[str]) -> str | None:
-    keys = [text.lstrip("+~").partition("=")[0] for text in typed]
+def _peft(config: Config, overrides: Sequence[str]) -> str | None:
+    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
     idle = [key for key in keys if key.startswith("peft.") and key != "peft.name"]
     if config.peft.name == "none" and idle:
         return f"{idle[0]} has no effect with peft=none: add peft=lora, or leave it out"
@@ -86,8 +86,8 @@ def _peft(config: Config, typed: Sequence[str]) -> str | None:
         value = getattr(config.peft, key)
         if config.peft.name != "none" and config.peft.target_parameters and value:
             return (
-                f"peft.{key}={value} is for layers, and peft.target_parameters names parameters, which have neither dropout nor"
-                f" DoRA: leave one of the two out"
+                f"peft.{key}={value} applies to layers, and peft.target_parameters names parameters, for which PEFT has neither"
+                f" dropout nor DoRA: leave one of the two out"
             )
     return None
 
@@ -126,18 +126,18 @@ def _evaluation(config: Config) -> str | None:
 def _loraplus(config: Config) -> str | None:
     ratio = config.optim.get("loraplus_lr_ratio")
     if ratio is not None and config.peft.name != "lora":
-        return f"optim.loraplus_lr_ratio={ratio:g} is of LoRA's B matrices: add peft=lora, or leave it out"
+        return f"optim.loraplus_lr_ratio={ratio:g} applies to LoRA's B matrices: add peft=lora, or leave it out"
     return None
 
 
 def _lr_by_name(config: Config) -> str | None:
-    for pattern, rate in (config.optim.get("lr_by_name") or {}).items():
+    for pattern, lr in (config.optim.get("lr_by_name") or {}).items():
         try:
             re.compile(pattern)
         except re.error as error:
             return f"optim.lr_by_name: {pattern!r} is no regular expression: {error}"
-        if not 0 <= rate < math.inf:
-            return f"optim.lr_by_name: the rate of {pattern!r} is a number from 0 up, not {rate}"
+        if not 0 <= lr < math.inf:
+            return f"optim.lr_by_name: the learning rate of {pattern!r} must be a number from 0 up, not {lr}"
     return None
 
 
@@ -147,23 +147,23 @@ def _resume_changes(config: Config) -> str | None:
     return None
 
 
-def _online(config: Config, typed: Sequence[str]) -> str | None:
+def _online(config: Config, overrides: Sequence[str]) -> str | None:
     online = config.online
     if online is None:
         return None
     if config.reference.name_or_path is not None:
         return "reference.name_or_path: with loss=online the reference is the first policy, or online.reference=last"
-    if online.steps is not None and [text for text in typed if text.lstrip("+").startswith("online.rounds=")]:
-        return "online.rounds and online.steps are two ways of going on: give rounds, or steps for a live loop"
+    if online.steps is not None and [text for text in overrides if text.lstrip("+").startswith("online.rounds=")]:
+        return "online.rounds and online.steps exclude each other: give rounds, or steps for a live loop"
     if online.steps is not None and online.carry_optimizer:
-        return "online.carry_optimizer is of rounds; a live loop has one optimizer from beginning to end: leave it out"
+        return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
     return sampler_complaint(online.sampler, lambda name: f"online.sampler.{name}")
 
 
 def sampler_complaint(sampler: Sampler, spelled: Callable[[str], str]) -> str | None:
-    """What an engine lacks; a key is named as it is `spelled` where it was typed."""
+    """Return the message for a key that a sampling engine lacks; `spelled` maps a key to its name where the user set it."""
     if sampler.name == "openai" and sampler.url is None:
         return f"{spelled('url')} is missing: the sampler openai needs one, such as http://localhost:8000/v1"
     if sampler.name == "vllm" and sampler.url is None and sampler.python is None:

@@ -1,4 +1,4 @@
-"""Sections of config/*.yaml as dataclasses, with the YAML's words on each key: for commands that Hydra does not compose."""
+"""Sections of config/*.yaml as dataclasses, and the comment of each key as help text, for commands that do not use Hydra."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from halos.config.schema import Feedback, Sampler, Scorer
 from halos.repository import CONFIG
 
 Section = TypeVar("Section")
-LOCATIONS: dict[type, tuple[str, str]] = {  # the file, and the key in it
+LOCATIONS: dict[type, tuple[str, str]] = {  # file, and the section's key in it
     Sampler: ("loss/online.yaml", "online.sampler"), Scorer: ("loss/online.yaml", "online.scorer"),
     Feedback: ("loss/online.yaml", "online.feedback"),
 }  # fmt: skip
@@ -22,7 +22,7 @@ _LINE = re.compile(r"( *)(\w+):[^#]*(?:# (.*))?")
 
 
 def section(schema: type[Section], **changed: Any) -> Section:
-    """A section with the values of its YAML, but for those that are `changed`."""
+    """Return a section with the values of its YAML, overridden by `changed`."""
     file, name = LOCATIONS[schema]
     node = _read(CONFIG / file)
     for part in name.split("."):
@@ -31,16 +31,16 @@ def section(schema: type[Section], **changed: Any) -> Section:
 
 
 def help_texts(schema: type) -> dict[str, str]:
-    """What the YAML says beside each key of a section."""
+    """Return the YAML comment of each key of a section."""
     file, name = LOCATIONS[schema]
-    said: dict[str, str] = {}
+    texts: dict[str, str] = {}
     path: list[str] = []
     for line in (CONFIG / file).read_text(encoding="utf-8").splitlines():
-        if (found := _LINE.fullmatch(line)) is None:
+        if (match := _LINE.fullmatch(line)) is None:
             continue
-        path = [*path[: len(found[1]) // 2], found[2]]
-        said[".".join(path)] = found[3] or ""
-    return {each.name: said[f"{name}.{each.name}"] for each in fields(schema)}  # type: ignore[arg-type]
+        path = [*path[: len(match[1]) // 2], match[2]]
+        texts[".".join(path)] = match[3] or ""
+    return {each.name: texts[f"{name}.{each.name}"] for each in fields(schema)}  # type: ignore[arg-type]
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Sections as earlier versions wrote them, and as people may still type them: optim.name and schedule.name, and no target."""
+"""Sections `optim` and `schedule` of earlier versions, which have a `name` instead of a `_target_`; both are still accepted."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from halos.config.values import show
 from halos.errors import UserError
 
 OURS = "halos."
-# What each name is now, and which keys of its section it takes besides those that all have
+# section -> name -> its target now, and the keys that it takes besides the shared ones
 NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
     "optim": {
         "adamw": ("halos.optimizers.standard.adamw", ("betas", "eps", "fused")),
@@ -26,9 +26,11 @@ NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
 OWN = {"optim": {"betas", "eps", "fused"}, "schedule": {"warmup", "final"}}  # keys that not every name takes
 
 
-def with_target(section: str, node: Mapping[str, Any], typed: Sequence[str] = ()) -> dict[str, Any]:
-    """The node `optim` or `schedule` with a target where it has a name; keys that this one does not take go with the choice that
-    they came with, unless they were `typed`. Raises UserError for a name that there never was."""
+def with_target(section: str, node: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the node `optim` or `schedule` with a `_target_` instead of a `name`. Raises UserError for an unknown name.
+
+    Keys that this target does not take are dropped as defaults of another choice, unless they are among the `overrides`.
+    """
     name, target = node.get("name"), node.get("_target_")
     if name is None or (isinstance(target, str) and not target.startswith(OURS)):
         return dict(node)
@@ -37,17 +39,17 @@ def with_target(section: str, node: Mapping[str, Any], typed: Sequence[str] = ()
             f"{section}.name takes {', '.join(NAMES[section])}, not {show(name)}; others are chosen as {section}={name}"
         )
     target, takes = NAMES[section][name]
-    left = OWN[section] - set(takes) - {key.partition(".")[2] for key in typed if key.startswith(f"{section}.")}
+    left = OWN[section] - set(takes) - {key.partition(".")[2] for key in overrides if key.startswith(f"{section}.")}
     return {"_target_": target, **{key: value for key, value in node.items() if key not in {"name", "_target_", *left}}}
 
 
 def predates_fused(node: Any) -> bool:
-    """Whether a saved `optim` is AdamW of before it had the key `fused`."""
+    """Return whether a saved `optim` is AdamW from before the key `fused` existed."""
     return isinstance(node, Mapping) and node.get("name") == "adamw" and "_target_" not in node
 
 
 def upgrade(settings: dict[str, Any]) -> None:
-    """Bring a saved configuration, in place, to the form of this version."""
+    """Convert a saved configuration to the form of this version, in place."""
     for section in NAMES:
         if isinstance(settings.get(section), dict):
             settings[section] = with_target(section, settings[section])

@@ -1,4 +1,4 @@
-"""What was typed, key by key, against the choices and keys that exist: before Hydra composes, so that we say what is wrong."""
+"""Check overrides against the existing choices and keys before Hydra composes, so that the messages are ours."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Choices = Mapping[str, Sequence[str]]
 
 @dataclass(frozen=True, slots=True)
 class Override:
-    """One override. `values` holds its value, or those that a sweep would try; none where they cannot be counted."""
+    """One override of the command line. `values` holds its value, or those of a sweep; empty where they cannot be enumerated."""
 
     sign: str  # "", "+", "++" or "~"
     key: str
@@ -37,15 +37,15 @@ class Override:
         return self.key.startswith(("hydra.", "hydra/")) or self.package is not None
 
     def chooses(self, choices: Choices) -> bool:
-        """Whether it picks an option of a group, as in loss=dpo, rather than setting a key."""
+        """Return whether it picks an option of a group, as in loss=dpo, rather than setting a key."""
         return self.key in choices and not any(isinstance(value, Mapping) for value in self.values)
 
 
 def unreadable(text: str, reason: str) -> str:
-    """The message for what Hydra's parser cannot read: nearly always a character that needs quotes."""
+    """Return the message for an override that Hydra's parser cannot read: nearly always a character needs quotes."""
     key, equal, value = text.partition("=")
     if key.startswith("-"):
-        return f"there is no option {key}: keys are typed without dashes, {key.lstrip('-')}={value or '...'}; --help lists them"
+        return f"there is no option {key}: keys are written without dashes, {key.lstrip('-')}={value or '...'}; --help lists them"
     if not equal:
         return f"{text!r} is not key=value; a value with spaces needs quotes around the whole, 'key=[a, b]'"
     if not key.lstrip("+~") or not set(key.lstrip("+~")) <= set(_KEY):
@@ -54,7 +54,7 @@ def unreadable(text: str, reason: str) -> str:
     if opened > 0:
         return f"{text!r} ends inside a bracket: leave out the space after it, or put quotes around the whole, '{text} ...'"
     if value.startswith("["):
-        return f"cannot read {text!r} ({reason}); quote the item that it stumbles over, and the whole for the shell"
+        return f"cannot read {text!r} ({reason}); quote the item that cannot be read, and the whole for the shell"
     inner = value.strip("'\"").replace('"', r"\"")
     shown = shlex.quote(f'{key}="{inner}"')
     return f"cannot read {text!r} ({reason}); quote the value, twice because the shell takes one pair: {shown}"
@@ -63,91 +63,98 @@ def unreadable(text: str, reason: str) -> str:
 _KEY = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-/@:$"
 
 
-def check_choices(typed: Sequence[Override], choices: Choices, *, multirun: bool) -> None:
+def check_choices(overrides: Sequence[Override], choices: Choices, *, multirun: bool) -> None:
     """Raises UserError for a choice that does not exist, and for commas outside a sweep."""
-    for one in typed:
-        if one.is_sweep and not multirun:
-            raise UserError(_comma(one, choices))
-        if one.is_hydra or not one.chooses(choices):
+    for override in overrides:
+        if override.is_sweep and not multirun:
+            raise UserError(_comma(override, choices))
+        if override.is_hydra or not override.chooses(choices):
             continue
-        options = ", ".join(choices[one.key]) or f"none yet; put a file into config/{one.key}"
-        if one.sign:
-            what = (
-                "cannot be removed" if one.sign == "~" else f"is a choice that is always made: write {one.key}={one.value_text}"
+        options = ", ".join(choices[override.key]) or f"none yet; put a file into config/{override.key}"
+        if override.sign:
+            problem = (
+                "cannot be removed"
+                if override.sign == "~"
+                else f"is a choice that always exists: write {override.key}={override.value_text}"
             )
-            raise UserError(f"{one.text}: {one.key} {what}; choices: {options}")
-        for value in one.values:
-            if not isinstance(value, str) or value not in choices[one.key]:
-                raise UserError(unknown_choice(one.key, value, choices))
+            raise UserError(f"{override.text}: {override.key} {problem}; choices: {options}")
+        for value in override.values:
+            if not isinstance(value, str) or value not in choices[override.key]:
+                raise UserError(unknown_choice(override.key, value, choices))
 
 
 def unknown_choice(group: str, value: Any, choices: Choices) -> str:
-    """The message for a choice that a group does not have: what is meant, as far as it can be told, comes last."""
+    """Return the message for a choice that a group does not have; it ends with the likely intention where there is one."""
     options = ", ".join(choices[group]) or f"none yet; put a file into config/{group}"
     if group == "logging" and isinstance(value, list):
-        return _both_trackers([str(each) for each in value], choices)
-    if group == "loss" and (told := about_loss(str(value))):
-        return f"loss has no choice {show(value)}: {told}. Choices: {options}"
+        return _several_trackers([str(each) for each in value], choices)
+    if group == "loss" and (explanation := about_loss(str(value))):
+        return f"loss has no choice {show(value)}: {explanation}. Choices: {options}"
     return f"{group} has no choice {show(value)}; choices: {options}{_suggestion(group, str(value), choices)}"
 
 
 def unknown_inner_loss(value: str, known: Sequence[str]) -> str:
-    """The same for online.loss, which names a loss and chooses none."""
-    near, told = nearest(value, known), about_loss(value)
-    said = f"{told}." if told else f"did you mean {near}?" if near else "it is no loss of config/loss."
-    return f"online.loss={value}: {said} It takes {', '.join(known)}"
+    """Return the message for an unknown online.loss, which names a loss and is no choice of a group."""
+    near, explanation = nearest(value, known), about_loss(value)
+    hint = f"{explanation}." if explanation else f"did you mean {near}?" if near else "it is no loss of config/loss."
+    return f"online.loss={value}: {hint} It takes {', '.join(known)}"
 
 
-def _both_trackers(asked: Sequence[str], choices: Choices) -> str:
-    """How several trackers are had: one by its choice, each other one as a hook."""
-    if any(name not in TRACKERS or name not in choices["logging"] for name in asked) or len(asked) < 2:
-        return f"logging takes one choice, of {', '.join(choices['logging'])}, not {show(list(asked))}"
-    first, *others = sorted(asked, key=lambda name: name != "wandb")
+def _several_trackers(names: Sequence[str], choices: Choices) -> str:
+    """Return the message that says how to use several trackers: one by logging=, each other one as a hook."""
+    if any(name not in TRACKERS or name not in choices["logging"] for name in names) or len(names) < 2:
+        return f"logging takes one choice, of {', '.join(choices['logging'])}, not {show(list(names))}"
+    first, *others = sorted(names, key=lambda name: name != "wandb")
     more = " ".join(shlex.quote(f"+hooks.{name}={{_target_: {TRACKERS[name]}}}") for name in others)
-    return f"logging takes one choice; for {' and '.join(asked)} at once type logging={first} {more}"
+    return f"logging takes one choice; for {' and '.join(names)} at once pass logging={first} {more}"
 
 
 TRACKERS = {"wandb": "halos.hooks.trackers.Wandb", "tensorboard": "halos.hooks.trackers.TensorBoard"}
 
 
-def resolve_keys(typed: Sequence[Override], choices: Choices, known: Sequence[str]) -> list[Override]:
-    """Key overrides as Hydra shall apply them; raises UserError for keys that do not exist, however they were spelled.
+def resolve_keys(overrides: Sequence[Override], choices: Choices, known: Sequence[str]) -> list[Override]:
+    """Return the overrides with the sign that Hydra needs for each key. Raises UserError for keys that do not exist.
 
     `known` are the keys of the configuration that the choices alone compose to. Children of a free mapping
     (`peft.rank_pattern.q_proj=8`) need no plus sign.
     """
-    return [one if one.is_hydra or one.chooses(choices) else _resolve_one(one, choices, known) for one in typed]
+    return [
+        override if override.is_hydra or override.chooses(choices) else _resolve_one(override, choices, known)
+        for override in overrides
+    ]
 
 
-def _resolve_one(one: Override, choices: Choices, known: Sequence[str]) -> Override:
-    kind = kind_of(one.key)
-    exists = one.key in known
+def _resolve_one(override: Override, choices: Choices, known: Sequence[str]) -> Override:
+    kind = kind_of(override.key)
+    exists = override.key in known
     if kind == "unknown" and not exists:
-        raise UserError(unknown_key(one.key, [*known, *choices]))
-    if one.sign == "~":
+        raise UserError(unknown_key(override.key, [*known, *choices]))
+    if override.sign == "~":
         if kind == "free" and exists:
-            return one
+            return override
         if kind == "free":
-            raise UserError(f"{one.text}: {unknown_key(one.key, known)}")
-        raise UserError(f"{one.text}: a key cannot be removed; give it a value, or null where it takes null")
-    if one.sign == "+" and (exists or kind == "value"):
-        raise UserError(f"{one.text}: {one.key} exists already: write {one.key}={one.value_text}")
-    if one.key in choices:
-        return replace(one, sign="")  # a mapping for a whole section, which Hydra merges
-    plain = exists and not any(isinstance(value, Mapping) for value in one.values)
-    return replace(one, sign="" if plain else "++")  # of a mapping's own keys none need exist
+            raise UserError(f"{override.text}: {unknown_key(override.key, known)}")
+        raise UserError(f"{override.text}: a key cannot be removed; give it a value, or null where it takes null")
+    if override.sign == "+" and (exists or kind == "value"):
+        raise UserError(f"{override.text}: {override.key} exists already: write {override.key}={override.value_text}")
+    if override.key in choices:
+        return replace(override, sign="")  # a mapping for a whole section, which Hydra merges into it
+    plain = exists and not any(isinstance(value, Mapping) for value in override.values)
+    return replace(override, sign="" if plain else "++")  # the keys of a mapping need not exist
 
 
-def _comma(one: Override, choices: Choices) -> str:
-    several = f"{one.key}={one.value_text}"
-    if describe(schema_keys().get(one.key)) == "a list":
-        return f"{several}: {one.key} takes a list, in brackets: {one.key}=[{one.value_text}]"
-    if one.key == "logging" and all(str(value) in TRACKERS for value in one.values):
-        return f"{_both_trackers([str(value) for value in one.values], choices)}; to try each, sweep with {COMMAND} -m"
-    if one.key in choices:
-        return f"{several}: {one.key} takes one choice; to try each, sweep with {COMMAND} -m"
-    quoted = f"'{one.key}=\"{one.value_text}\"'"
-    return f"{several} means one run for each value, which needs -m; for the text itself quote it twice: {quoted}"
+def _comma(override: Override, choices: Choices) -> str:
+    several = f"{override.key}={override.value_text}"
+    if describe(schema_keys().get(override.key)) == "a list":
+        return f"{several}: {override.key} takes a list, in brackets: {override.key}=[{override.value_text}]"
+    if override.key == "logging" and all(str(value) in TRACKERS for value in override.values):
+        return f"{_several_trackers([str(value) for value in override.values], choices)}; to try each, sweep with {COMMAND} -m"
+    if override.key in choices:
+        return f"{several}: {override.key} takes one choice; to try each, sweep with {COMMAND} -m"
+    quoted = f"'{override.key}=\"{override.value_text}\"'"
+    return (
+        f"{several} means one run for each value, which needs -m; for the text itself, commas included, quote it twice: {quoted}"
+    )
 
 
 def _suggestion(group: str, value: str, choices: Choices) -> str:
@@ -163,12 +170,12 @@ def _suggestion(group: str, value: str, choices: Choices) -> str:
     return f" (did you mean {other}={value}?)" if other else ""
 
 
-def quote_nested(word: str) -> str:
-    """`online.overrides=[loss.beta=0.3]` as Hydra's grammar takes it, each override in quotes; other words as they are."""
-    key, sign, value = word.partition("=")
+def quote_nested(override: str) -> str:
+    """Quote each override within `online.overrides=[loss.beta=0.3]` for Hydra's grammar; return other overrides unchanged."""
+    key, sign, value = override.partition("=")
     value = value.strip()
     if key.lstrip("+") != "online.overrides" or not sign or not (value.startswith("[") and value.endswith("]")):
-        return word
+        return override
     items = [item.strip() for item in _split(value[1:-1])]
     return f"{key}=[{','.join(_in_quotes(item) for item in items if item)}]"
 
@@ -181,16 +188,16 @@ def _in_quotes(item: str) -> str:
 
 
 def _split(text: str) -> list[str]:
-    """At commas that stand in no bracket and no quotes."""
+    """Split at commas outside brackets and quotes."""
     items, depth, quote = [""], 0, ""
-    for letter in text:
+    for char in text:
         if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        depth += (letter in "[{(") - (letter in ")}]") if not quote else 0
-        if letter == "," and not depth and not quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"":
+            quote = char
+        depth += (char in "[{(") - (char in ")}]") if not quote else 0
+        if char == "," and not depth and not quote:
             items.append("")
         else:
-            items[-1] += letter
+            items[-1] += char
     return items

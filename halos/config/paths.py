@@ -1,4 +1,4 @@
-"""What a configuration points at on this machine: models, data and room to write."""
+"""Check the paths of a configuration on this machine: models, data, and directories to write to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BUNDLED_DATA = ("arithmetic",)
 BUNDLED_MODELS = ("tiny",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # of a data set also org/name:config
 FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow", ".gguf", ".bin", ".safetensors", ".pt", ".jinja")
-PART = b'\\"saved_offsets\\"'  # in a header, torch.distributed.checkpoint's: JSON within JSON
-HEADER = 100_000_000  # bytes, the most that a safetensors header has
-MIN_FREE = 50 * 2**20  # bytes; less than this holds no run, however small
+SHARD_MARK = b'\\"saved_offsets\\"'  # in a header, torch.distributed.checkpoint's: JSON within JSON
+MAX_HEADER = 100_000_000  # bytes, the limit of safetensors
+MIN_FREE = 50 * 2**20  # bytes, for even the smallest run
 
 
 def absolute(value: Any) -> Any:
-    """A path that leads somewhere from here as one that leads there from anywhere, in entries of data too; the rest as it is."""
+    """Return an existing path as an absolute one, also within entries of data; any other value unchanged."""
     if isinstance(value, list):
         return [absolute(entry) for entry in value]
     if isinstance(value, Mapping):
@@ -36,7 +36,7 @@ def absolute(value: Any) -> Any:
 
 
 def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
-    """Raises UserError for a path that leads nowhere; makes those that do lead there from anywhere, and expands ~."""
+    """Make existing paths absolute and expand ~, in place. Raises UserError for a path that does not exist."""
     config.output_root, config.run_dir, config.cache_dir = map(_expanded, (config.output_root, config.run_dir, config.cache_dir))
     for model, key in ((config.model, "model.name_or_path"), (config.reference, "reference.name_or_path")):
         if model.name_or_path is not None:
@@ -58,16 +58,18 @@ def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
 
 
 def _make_absolute(config: Config) -> None:
-    """A run may be gone on with from another directory, where a relative path would lead nowhere, or elsewhere."""
+    """Make paths absolute: a run may be resumed from another directory, where a relative one would name something else."""
     for key in path_keys():
         section, name = _section(config, key)
-        is_judge = isinstance(section, Scorer) and name == "model" and section.name == "judge"  # which lies behind an API
+        is_judge = (
+            isinstance(section, Scorer) and name == "model" and section.name == "judge"
+        )  # whose model is a name behind an API
         if section is not None and not is_judge:
             _put(section, name, absolute(_get(section, name)))
 
 
 def _section(config: Config, key: str) -> tuple[Any, str]:
-    """The part of a configuration that has a key, None where it has no such part, and the key's name in it."""
+    """Return the section of a key, None where the configuration has no such section, and the key's name in it."""
     *sections, name = key.split(".")
     node: Any = config
     for section in sections:
@@ -80,7 +82,7 @@ def _get(node: Any, name: str) -> Any:
 
 
 def _put(node: Any, name: str, value: Any) -> None:
-    """In a section, or in the mapping that a node with a target is."""
+    """Set a value of a section, which is a mapping where it has a `_target_`."""
     if isinstance(node, dict):
         node[name] = value
     else:
@@ -88,7 +90,7 @@ def _put(node: Any, name: str, value: Any) -> None:
 
 
 def _check_init_from(config: Config) -> None:
-    """What a run goes on from besides its model."""
+    """Check the adapter and the optimizer state that a new run starts from."""
     if (adapter := config.peft.init_from) is not None and not Path(adapter).is_dir():
         raise UserError(f"peft.init_from: there is no directory {adapter}{_suggestion(adapter)}")
     if not config.resume:
@@ -96,15 +98,15 @@ def _check_init_from(config: Config) -> None:
 
 
 def check_optimizer_state(config: Config) -> None:
-    """Raises UserError where a run that begins at step 0 is to begin with the optimizer of no checkpoint."""
-    if (saved := config.optim.get("init_from")) is not None and not (Path(saved) / "state").is_dir():
+    """Raises UserError where optim.init_from, the optimizer state that a run starts from, is no checkpoint."""
+    if (checkpoint := config.optim.get("init_from")) is not None and not (Path(checkpoint) / "state").is_dir():
         raise UserError(
-            f"optim.init_from: {saved} is no checkpoint (it has no state/), such as runs/demo/checkpoints/step-00000100"
+            f"optim.init_from: {checkpoint} is no checkpoint (it has no state/), such as runs/demo/checkpoints/step-00000100"
         )
 
 
 def _check_source(source: Any, key: str, config: Config) -> Any:
-    """One entry of data.train or data.eval: a path or a name, alone or in a mapping, whose other keys are the data's to check."""
+    """Check the path or name of an entry of data.train or data.eval; other keys of a mapping are checked where data are read."""
     path = source.get("path") if isinstance(source, Mapping) else source
     if path is None and config.data.root is None and isinstance(source, Mapping) and "format" in source:
         raise UserError(f"data.root is missing: data={source['format']} reads its files from there, data.root=DIRECTORY")
@@ -126,59 +128,59 @@ def _check_data(path: str, key: str) -> None:
 
 
 def check_model(path: str, key: str, choices: Sequence[str] = ()) -> None:
-    """A hub id, a directory that plain `from_pretrained` can load without unpickling anything, or a .gguf file."""
-    place = Path(path)
+    """Raises UserError unless `path` is a hub id, a .gguf file, or a directory that from_pretrained loads without unpickling."""
+    directory = Path(path)
     if path in BUNDLED_MODELS:
         return
-    if not place.exists():
+    if not directory.exists():
         if HUB_ID.fullmatch(path) and not _is_path(path):
             return
         choice = nearest(path, choices)
         meant = f"did you mean model={choice}? A" if choice else "a"
         hint = _suggestion(path) or ("" if _is_path(path) else f"; {meant} hub id looks like org/name")
         raise UserError(f"{key}: there is no directory or file {path}{hint}")
-    if place.is_file():
-        if place.suffix != ".gguf":
-            raise UserError(f"{key}: {path} is a file, and of files only .gguf can be a model: give the directory around it")
+    if directory.is_file():
+        if directory.suffix != ".gguf":
+            raise UserError(f"{key}: {path} is a file, and only a .gguf file can be a model: give the directory that it is in")
         return
-    if not (place / "config.json").is_file():
-        raise UserError(f"{key}: {path} has no config.json, so it is no model{_hint(place)}")
-    _check_weights(place, key)
+    if not (directory / "config.json").is_file():
+        raise UserError(f"{key}: {path} has no config.json, so it is no model{_hint(directory)}")
+    _check_weights(directory, key)
 
 
-def _check_weights(place: Path, key: str) -> None:
-    if any(map(_is_sharded, place.glob("*.safetensors"))):
+def _check_weights(directory: Path, key: str) -> None:
+    if any(map(_is_sharded, directory.glob("*.safetensors"))):
         raise UserError(
-            f"{key}: {place} is a model of which each process wrote its part: make it whole first, python -m halos.checkpoint"
-            f" export {place.parent} --output DIRECTORY"
+            f"{key}: {directory} is a sharded model, of which each rank wrote its part: make it whole first,"
+            f" python -m halos.checkpoint export {directory.parent} --output DIRECTORY"
         )
-    if not any(place.glob("*.safetensors")):
-        if any(place.glob("*.bin")) or any(place.glob("*.pt")) or any(place.glob("*.pth")):
+    if not any(directory.glob("*.safetensors")):
+        if any(directory.glob("*.bin")) or any(directory.glob("*.pt")) or any(directory.glob("*.pth")):
             raise UserError(
-                f"{key}: {place} has its weights in pickled files (*.bin, *.pt), and nothing is unpickled here, because a pickle"
-                " can run code: convert them to safetensors, with save_pretrained on a machine that you trust them on"
+                f"{key}: {directory} has its weights in pickled files (*.bin, *.pt), and nothing is unpickled here, because"
+                " a pickle can run code: convert them to safetensors, with save_pretrained on a machine that you trust them on"
             )
-        raise UserError(f"{key}: {place} has a config.json but no weights: *.safetensors is missing{_hint(place)}")
-    index = place / "model.safetensors.index.json"
+        raise UserError(f"{key}: {directory} has a config.json but no weights: *.safetensors is missing{_hint(directory)}")
+    index = directory / "model.safetensors.index.json"
     if index.is_file():
         named = confined.load_object(index).get("weight_map")
         parts = sorted(set(map(str, named.values()))) if isinstance(named, dict) else []
-        missing = [part for part in parts if not (place / part).is_file()]
+        missing = [part for part in parts if not (directory / part).is_file()]
         if missing:
-            raise UserError(f"{key}: {place} lacks {len(missing)} of {len(parts)} parts of its weights, {missing[0]} for one")
+            raise UserError(f"{key}: {directory} lacks {len(missing)} of {len(parts)} parts of its weights, {missing[0]} for one")
 
 
 def _is_sharded(file: Path) -> bool:
-    """Whether a safetensors file says of its tensors where in whole ones they begin."""
+    """Return whether a safetensors file holds shards: its header says where in the whole tensors they begin."""
     with file.open("rb") as opened:
-        return PART in opened.read(min(int.from_bytes(opened.read(8), "little"), HEADER))
+        return SHARD_MARK in opened.read(min(int.from_bytes(opened.read(8), "little"), MAX_HEADER))
 
 
-def _hint(place: Path) -> str:
-    """What was probably meant, where a directory is of ours but no model."""
-    if (place / "FINAL" / "config.json").is_file():
-        return f"; it is a run, whose model is {place / 'FINAL'}"
-    if (place / "adapter_config.json").is_file():
+def _hint(directory: Path) -> str:
+    """Return a hint for a directory that halos wrote and that is no model."""
+    if (directory / "FINAL" / "config.json").is_file():
+        return f"; it is a run, whose model is {directory / 'FINAL'}"
+    if (directory / "adapter_config.json").is_file():
         return "; it is an adapter: merge it first, python -m halos.checkpoint merge"
     return ""
 
@@ -188,7 +190,7 @@ def _is_path(text: str) -> bool:
 
 
 def _suggestion(path: str) -> str:
-    """`; did you mean b.jsonl?` from what lies beside a path that does not exist."""
+    """Return `; did you mean b.jsonl?` from the neighbours of a path that does not exist."""
     parent = Path(path).parent
     if not parent.is_dir():
         return f"; there is no directory {parent}"
@@ -197,17 +199,19 @@ def _suggestion(path: str) -> str:
 
 
 def _check_writable(path: str, key: str) -> None:
-    """Raises UserError where nothing could be written."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    if not place.is_dir():
-        raise UserError(f"{key}: {path} cannot be made, because {place} is a file")
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise UserError(f"{key}: no permission to write in {place}, for {path}; choose another place with {key}=")
-    free = shutil.disk_usage(place).free
+    """Raises UserError where a directory cannot be written to."""
+    parent = Path(path).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise UserError(f"{key}: {path} cannot be created, because {parent} is a file")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: no permission to write in {parent}, for {path}; choose another directory with {key}=")
+    free = shutil.disk_usage(parent).free
     if free < MIN_FREE:
-        raise UserError(f"{key}: only {free / 2**20:.0f} MB are free in {place}: make room, or choose another place with {key}=")
+        raise UserError(
+            f"{key}: only {free / 2**20:.0f} MB are free in {parent}: make room, or choose another directory with {key}="
+        )
 
 
 def _expanded(path: str) -> str:

@@ -1,4 +1,4 @@
-"""Packages of the user's own, whose hooks and losses a `_target_` may name."""
+"""User packages (`plugins`), whose code a `_target_` or a data format may name."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ OWN = "halos"
 
 
 def make_importable(packages: Sequence[str]) -> None:
-    """Makes sure that Python finds each package: installed, on PYTHONPATH, or in the current directory.
+    """Make each package importable: installed, on PYTHONPATH, or in the current directory.
 
-    `python train.py` does not look into the current directory by itself; it is looked into last, and only for what was
-    typed. Raises UserError for a package that is nowhere.
+    `python train.py` does not search the current directory by itself; it is searched last, and only for packages named in
+    `plugins`. Raises UserError for a package that does not exist.
     """
     for package in packages:
         name = package.partition(".")[0]
@@ -30,15 +30,15 @@ def make_importable(packages: Sequence[str]) -> None:
             continue
         if not (here / name).is_dir() and not (here / f"{name}.py").is_file():
             raise UserError(
-                f"plugins names {package!r}, which Python does not find: install it, start where it lies, or put its directory on"
+                f"plugins names {package!r}, which Python does not find: install it, start in its directory, or put that on"
                 " PYTHONPATH"
             )
         sys.path.append(str(here))
 
 
 def code_hash(target: str) -> str | None:
-    """A hash of the code that a dotted `target` of the user's own consists of: its module, and those of its package that this one
-    imports, wherever they lie. None for ours, whose changes are told otherwise, and for what is not imported."""
+    """Hash the code of a user's dotted `target`: its module, and all modules of its package that it imports. None for a target of
+    halos, whose changes arithmetic_version.py records, and for a module that is not imported."""
     module = sys.modules.get(target.rpartition(".")[0])
     if module is None or module.__name__.partition(".")[0] == OWN:
         return None
@@ -47,20 +47,20 @@ def code_hash(target: str) -> str | None:
 
 
 def _sources_of(module: ModuleType) -> dict[str, bytes]:
-    """The file of a module, and of what it imports of its own package, directly or not, by their names."""
-    package, found, waiting = module.__name__.partition(".")[0], dict[str, bytes](), [module]
-    while waiting:
-        here = waiting.pop()
-        file = Path(here.__file__ or "")
-        found[here.__name__] = source = file.read_bytes() if file.is_file() else b""
-        imported = _imported(source, here.__package__ or "") if file.suffix == ".py" else ()
+    """Return the source of a module and of all modules of its package that it imports, also indirectly: name -> bytes."""
+    package, sources, queue = module.__name__.partition(".")[0], dict[str, bytes](), [module]
+    while queue:
+        current = queue.pop()
+        file = Path(current.__file__ or "")
+        sources[current.__name__] = source = file.read_bytes() if file.is_file() else b""
+        imported = _imported(source, current.__package__ or "") if file.suffix == ".py" else ()
         names = {name for name in imported if name.partition(".")[0] == package}
-        waiting += [sys.modules[name] for name in sorted(names - found.keys()) if name in sys.modules]
-    return found
+        queue += [sys.modules[name] for name in sorted(names - sources.keys()) if name in sys.modules]
+    return sources
 
 
 def _imported(source: bytes, package: str) -> Iterator[str]:
-    """Names that may be modules, of those that a source imports."""
+    """Return the imported names of a source that may be modules."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)

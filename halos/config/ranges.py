@@ -1,4 +1,4 @@
-"""Values against the ranges that the schema gives them."""
+"""Check values against the ranges of the schema."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from halos.errors import UserError
 
 
 def check_ranges(node: Any, schema: Any = Config, prefix: str = "", *, spelled: Callable[[str], str] = str) -> None:
-    """Every value against the limits in the schema; what is still an interpolation or missing waits for the second look.
+    """Check every value against its limits; interpolations and missing values are checked by a second call, once resolved.
 
-    Raises UserError with the key as it is `spelled` where the values come from.
+    Raises UserError. `spelled` maps a key to its name where the user set it.
     """
     hints = get_type_hints(schema)
     for field in fields(schema):
@@ -28,7 +28,7 @@ def check_ranges(node: Any, schema: Any = Config, prefix: str = "", *, spelled: 
 
 
 def _is_open(value: Any) -> bool:
-    """An interpolation, or what is missing."""
+    """Return whether a value is an interpolation or missing."""
     return isinstance(value, str) and ("${" in value or value == "???")
 
 
@@ -42,10 +42,10 @@ def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> 
         return
     words = {"above": "above", "least": "at least", "most": "at most"}
     bounds = " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
-    good = (
-        value > limits.get("above", float("-inf"))  # written so that not-a-number is never good
+    in_range = (
+        value > limits.get("above", float("-inf"))  # written so that nan is never in range
         and limits.get("least", float("-inf")) <= value <= limits.get("most", float("inf"))
         and abs(value) != float("inf")
     )
-    if not good:
+    if not in_range:
         raise UserError(f"{key} takes {kind.replace('number', f'number ({bounds})', 1)}, not {show(value)}")

@@ -1,4 +1,4 @@
-"""Keys that were renamed: what is typed, saved or written in a YAML of the user's under an old name is taken for the new one."""
+"""Renamed keys: old names are still accepted in overrides, in saved runs and in a user's YAML files."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ _WORD = re.compile(r"([+~]*)([^=@]*)(.*)", re.S)  # an override: signs, key, the
 
 
 def current_name(key: str) -> str:
-    """A dotted key by its name of today."""
+    """Return the current name of a dotted key."""
     return next((new + key.removeprefix(old) for old, new in SECTIONS.items() if key == old or key.startswith(f"{old}.")), key)
 
 
 def old_name(key: str) -> str | None:
-    """A key's old name, where it had one."""
+    """Return the old name of a key; None where it had none."""
     return next((old + key.removeprefix(new) for old, new in SECTIONS.items() if key == new or key.startswith(f"{new}.")), None)
 
 
 def rename_override(override: str) -> str:
-    """An override with its key by its name of today."""
+    """Return an override with the current name of its key."""
     signs, key, rest = _WORD.fullmatch(override).groups()  # type: ignore[union-attr]  # it matches everything
     return f"{signs}{current_name(key)}{rest}"
 
 
-def deprecation_note(words: Collection[str]) -> str | None:
-    """What there is to tell of overrides that were typed under an old name."""
-    keys = [key.group(2) for key in map(_WORD.fullmatch, words) if key]
+def deprecation_note(overrides: Collection[str]) -> str | None:
+    """Return the message for overrides that use an old name; None where none does."""
+    keys = [key.group(2) for key in map(_WORD.fullmatch, overrides) if key]
     old = next((key for key in keys if current_name(key) != key), None)
-    return None if old is None else f"{old} is now {current_name(old)}; the old name is still taken"
+    return None if old is None else f"{old} is now {current_name(old)}; the old name is still accepted"
 
 
-def move_sections(composed: DictConfig, typed: Collection[str] = ()) -> None:
-    """Old sections into new ones, in place. What was `typed` by the new name counts more than what a YAML has under the old."""
-    keys = {key.group(2) for key in map(_WORD.fullmatch, typed) if key}
+def move_sections(composed: DictConfig, overrides: Collection[str] = ()) -> None:
+    """Move old sections into new ones, in place. `overrides` of the new name win over a YAML's values under the old one."""
+    keys = {key.group(2) for key in map(_WORD.fullmatch, overrides) if key}
     for old, new in SECTIONS.items():
         section = OmegaConf.select(composed, old)
         if section is None:
@@ -60,11 +60,11 @@ def move_sections(composed: DictConfig, typed: Collection[str] = ()) -> None:
 @cache  # a sweep composes the same YAML for each of its jobs
 def _warn_once(old: str, new: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        log.warning("%s, which a YAML of yours has, is now %s; the old name is still taken", old, new)
+        log.warning("%s, which a YAML of yours has, is now %s; the old name is still accepted", old, new)
 
 
 def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved configuration with its sections by their names of today."""
+    """Return a saved configuration with the current names of its sections."""
     return dict(_renamed(settings, ""))
 
 

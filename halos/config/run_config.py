@@ -1,4 +1,4 @@
-"""A run's configuration on disk: resolved when written, plain values when read, so that it runs no code."""
+"""Read and write a run's config.yaml: resolved when written, plain values when read, so that it runs no code."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from halos.config.values import as_argument
 from halos.confined import parse_yaml
 from halos.errors import UserError, words_of
 
-# Keys that are younger than a run and decide what a step computes, as it went without them
+# Keys added later that affect what a step computes, with the value that a run without them had
 ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("reference", "adapter"): "off", ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
@@ -32,14 +32,14 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
 
 
 def dump(config: Config) -> str:
-    """What goes into config.yaml."""
+    """Return the text of config.yaml."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=10_000)
 
 
 def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]:
-    """What the run in `run_dir` was last configured with: config.yaml, and on top what its attempts changed, in their order.
+    """Return the last configuration of the run in `run_dir`: config.yaml with the changes of its attempts applied in order.
 
-    `attempts` are name -> text. Raises UserError where one of the files is none of ours.
+    `text` is config.yaml's; `attempts` are name -> text. Raises UserError where halos has not written one of the files.
     """
     settings = _parsed(text, f"{run_dir}/config.yaml")
     if not settings:
@@ -55,7 +55,7 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
             resume_policy.apply_changes(settings, {renamed_keys.current_name(key): values for key, values in changed.items()})
             legacy_sections.upgrade(settings)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise UserError(f"{run_dir}/attempts/{name} cannot be read: `changed` is no {{key: [old, new]}}") from error
+            raise UserError(f"{run_dir}/attempts/{name} cannot be read: `changed` is not {{key: [old, new]}}") from error
     try:
         OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(_escaped(settings)))
     except OmegaConfBaseException as error:
@@ -64,57 +64,57 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
 
 
 def added_keys(text: str, run_dir: str) -> list[str]:
-    """Keys of BEFORE that a run's config.yaml is too old to have, and the kernel that its optimizer went without."""
+    """Return the keys that a run's config.yaml predates: those of ADDED_KEYS, and optim.fused."""
     settings = _parsed(text, f"{run_dir}/config.yaml")
-    found = [f"{section}.{name}" for section, name in ADDED_KEYS if name not in (settings.get(section) or {})]
-    return found + (["optim.fused"] if legacy_sections.predates_fused(settings.get("optim")) else [])
+    keys = [f"{section}.{name}" for section, name in ADDED_KEYS if name not in (settings.get(section) or {})]
+    return keys + (["optim.fused"] if legacy_sections.predates_fused(settings.get("optim")) else [])
 
 
 def changed_keys(record: str) -> Mapping[str, Any]:
-    """Keys that an attempt has changed, by its record."""
+    """Return the keys that an attempt changed, from its record: key -> [old, new]."""
     node = parse_yaml(record, "an attempt's record")
-    found = node.get("changed") if isinstance(node, dict) else None
-    return {renamed_keys.current_name(str(key)): value for key, value in found.items()} if isinstance(found, dict) else {}
+    changes = node.get("changed") if isinstance(node, dict) else None
+    return {renamed_keys.current_name(str(key)): value for key, value in changes.items()} if isinstance(changes, dict) else {}
 
 
 def recorded_content(attempts: Mapping[str, str], run_dir: str) -> ContentHashes | None:
-    """What the run in `run_dir` stood on when it last started; None where no whole record of a start says so."""
+    """Return the input hashes of the last start of the run in `run_dir`; None where no intact record holds them."""
     for name, record in reversed(list(attempts.items())):
         if (
             seals.is_whole(record) is not False
-            and (known := ContentHashes.read(_parsed(record, f"{run_dir}/attempts/{name}"))) is not None
+            and (content := ContentHashes.from_record(_parsed(record, f"{run_dir}/attempts/{name}"))) is not None
         ):
-            return known
+            return content
     return None
 
 
 def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:
-    """A saved configuration as one to go on with, where it lies now.
+    """Return a saved configuration as the one to resume with, at the run's present path.
 
-    What must be typed on this command is not taken from the files: plugins, overwrite, dry_run, resume_changes, and cache_dir,
-    which is written into.
+    plugins, overwrite, dry_run, resume_changes, and cache_dir, which is written into, are never taken from a saved run: each
+    command passes them again.
     """
-    own = {
+    fixed = {
         "run_dir": run_dir, "resume": resume, "plugins": [], "overwrite": False, "dry_run": False, "resume_changes": "refuse",
         "cache_dir": default_cache(),
     }  # fmt: skip
-    made = OmegaConf.create(_escaped({**settings, **own}))
-    assert isinstance(made, DictConfig)
-    return made
+    composed = OmegaConf.create(_escaped({**settings, **fixed}))
+    assert isinstance(composed, DictConfig)
+    return composed
 
 
 def default_cache() -> str:
-    """cache_dir as config.yaml has it for everybody: a saved run's own names a place on the machine where it was begun."""
+    """Return the default cache_dir of config/config.yaml: a saved run's own may not exist on this machine."""
     node = OmegaConf.load(Path(__file__).resolve().parents[2] / "config" / "config.yaml")
     return os.path.expanduser(str(node.cache_dir))
 
 
 def resume_arguments(config: Config, run_dir: Path) -> str:
-    """What is typed to go on with a run: what is never taken from its files is typed again."""
-    words = [as_argument("resume", run_dir)]
-    words += [shlex.quote(f"plugins=[{','.join(config.plugins)}]")] if config.plugins else []
-    words += [as_argument("cache_dir", config.cache_dir)] if config.cache_dir != default_cache() else []
-    return " ".join(words)
+    """Return the arguments that resume a run, for messages: resume=, and the keys that are never read from a saved run."""
+    arguments = [as_argument("resume", run_dir)]
+    arguments += [shlex.quote(f"plugins=[{','.join(config.plugins)}]")] if config.plugins else []
+    arguments += [as_argument("cache_dir", config.cache_dir)] if config.cache_dir != default_cache() else []
+    return " ".join(arguments)
 
 
 def _parsed(text: str, name: str) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def _describe(error: OmegaConfBaseException) -> str:
 
 
 def _escaped(node: Any) -> Any:
-    """`${` escaped: what was saved is resolved already, and a stranger's file must not interpolate our environment."""
+    """Escape `${`: saved values are resolved already, and a stranger's file must not interpolate our environment."""
     if isinstance(node, dict):
         return {name: _escaped(value) for name, value in node.items()}
     if isinstance(node, list):

@@ -1,6 +1,6 @@
-"""Names and types of every key of a run, and what each may be when the run is resumed.
+"""Schema of a run's configuration: the name, type and range of every key, and whether a resume may change it.
 
-Values live in config/*.yaml, once, each with its reason beside it.
+Default values are in config/*.yaml only, each with its reason next to it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,22 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
-MATHEMATICS = "mathematics"  # what a step computes depends on it
-SAFE = "safe"  # it does not
-CONTENT = "content"  # it does on what the key names, wherever that lies: compared when it has been read, by content.py
-# Where it does under a condition, which changes.py has
+# Values of `on_resume`: does what a step computes depend on the key?
+MATHEMATICS = "mathematics"  # yes
+SAFE = "safe"  # no
+CONTENT = "content"  # on the content that the key names, wherever it is: compared once read, by content_hashes.py
+# under a condition, which is in resume_policy.py
 STEPS, MICROBATCH, OBJECTIVE, SCORER = "steps", "microbatch", "objective", "scorer"
 
 
 class Scope(StrEnum):
-    """What a key belongs to."""
+    """Scope of a key."""
 
     RUN = "run"  # what is computed, saved and logged
-    PLACE = "place"  # where the run lies
-    HOST = "host"  # the machine that it is on
-    COMMAND = "command"  # one command
-    CODE = "code"  # what must be typed, and is never read from a saved run
+    PLACE = "place"  # where the run directory is
+    HOST = "host"  # this machine
+    COMMAND = "command"  # this command alone
+    CODE = "code"  # must be passed on every command, and is never read from a saved run
 
 
 def key(
@@ -40,13 +41,15 @@ def key(
     path: bool = False,
     shared: type | None = None,
 ) -> Any:
-    """A required key: the range of its values, of which `above` is exclusive, `least` and `most` are inclusive; what typing
-    another value at a resume would change (`on_resume`); what the key belongs to (`scope`); whether it names what lies on this
-    machine, so that it is made a `path` that leads there from any directory; and the schema of the keys that a node with a
-    `_target_` has whatever that names (`shared`)."""
+    """Declare a required key.
+
+    `above` (exclusive), `least` and `most` (inclusive) bound its values; `on_resume` is what a resume with another value would
+    change; `path` marks a file or directory of this machine, which is made absolute; `shared` is the schema of the keys that a
+    node with a `_target_` has whatever its target.
+    """
     limits = {"above": above, "least": least, "most": most, "one_of": one_of or None}
-    given = {name: limit for name, limit in limits.items() if limit is not None}
-    facts = {"limits": given, "on_resume": on_resume, "scope": scope, "path": path, "shared": shared}
+    set_limits = {name: limit for name, limit in limits.items() if limit is not None}
+    facts = {"limits": set_limits, "on_resume": on_resume, "scope": scope, "path": path, "shared": shared}
     return field(default=MISSING, metadata=facts)
 
 
@@ -65,15 +68,15 @@ class Model:
 class Reference:
     name_or_path: str | None = key(on_resume=CONTENT, path=True)
     revision: str | None = key(on_resume=CONTENT)
-    adapter: str = key(one_of=("start", "off"))  # what of a LoRA policy is on in its own reference
+    adapter: str = key(one_of=("start", "off"))  # which adapter a LoRA policy's own reference has
 
 
 @dataclass
 class Data:
     train: list[Any] = key(on_resume=CONTENT, path=True)
-    eval: list[Any] = key(on_resume=CONTENT, path=True)  # what keep_best and early stopping compare
+    eval: list[Any] = key(on_resume=CONTENT, path=True)  # keep_best and early stopping are measured on it
     root: str | None = key(on_resume=CONTENT, path=True)
-    format: str | None = key(on_resume=CONTENT)  # of entries that name none: what Source takes, or a function of the user's own
+    format: str | None = key(on_resume=CONTENT)  # of entries without one: a format of Source, or a user function
     score: str = key(one_of=("last", "all"))
 
 
@@ -91,7 +94,7 @@ class Peft:
     rank_pattern: dict[str, int] = key()
     alpha_pattern: dict[str, float] = key()
     modules_to_save: list[str] = key()
-    init_from: str | None = key(on_resume=CONTENT, path=True)  # the directory of an adapter to go on from
+    init_from: str | None = key(on_resume=CONTENT, path=True)  # the directory of an adapter to start from
 
 
 @dataclass
@@ -111,22 +114,22 @@ class Train:
     activation_checkpointing: bool = key(on_resume=SAFE)
     deterministic: bool = key(on_resume=SAFE)
     router_aux_loss: float | None = key(least=0)
-    prove: str = key(one_of=("auto", "always", "off"), on_resume=SAFE)  # it looks, and touches nothing
+    prove: str = key(one_of=("auto", "always", "off"), on_resume=SAFE)  # it checks, and changes nothing
     early_stopping: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step
-    temperature: float = key(above=0)  # of the softmax that log-probs are taken of
+    temperature: float = key(above=0)  # of the softmax that log-probs are computed from
 
 
 @dataclass
 class Optim:
-    """What every optimizer has; what else stands in the section are the keys of its `_target_`."""
+    """Keys that every optimizer has; further keys of the section are parameters of its `_target_`."""
 
-    lr: float = key(above=0, most=1e30)  # beyond, a step is no float32
+    lr: float = key(above=0, most=1e30)  # a larger one overflows float32
     lr_by_peft: dict[str, float] = key()
     lr_from_scratch: dict[str, float] = key()
     lr_by_name: dict[str, float] = key()
     loraplus_lr_ratio: float | None = key(above=0)
     weight_decay: float = key(least=0)
-    init_from: str | None = key(on_resume=CONTENT, path=True)  # a checkpoint whose optimizer state a new run begins with
+    init_from: str | None = key(on_resume=CONTENT, path=True)  # a checkpoint whose optimizer state a new run starts from
 
 
 @dataclass
@@ -138,11 +141,11 @@ class Objective:
 @dataclass
 class Sampler:
     name: str = key(one_of=("hf", "vllm", "openai"))
-    temperature: float = key(least=0)  # 0: the likeliest token each time, which no training samples with
+    temperature: float = key(least=0)  # 0: greedy, which training does not sample with
     top_p: float = key(above=0, most=1)
     top_k: int = key(least=0)
     max_new_tokens: int = key(least=1)
-    batch_size: int = key(least=1, on_resume=SAFE)  # to the rounding of sums in another order
+    batch_size: int = key(least=1, on_resume=SAFE)  # up to the rounding of sums in another order
     cache_tokens: int = key(least=64, on_resume=SAFE)
     python: str | None = key(on_resume=SAFE, path=True)
     url: str | None = key(on_resume=SAFE)
@@ -158,7 +161,7 @@ class Scorer:
     label: int | None = key(least=0)
     batch_size: int = key(least=1, on_resume=SAFE)
     processes: int = key(least=1, on_resume=SAFE)
-    timeout: float = key(above=0)  # what takes longer has no score
+    timeout: float = key(above=0)  # a sample that takes longer has no score
     url: str | None = key(on_resume=SAFE)
     pairwise: bool = key()
     rubric: str | None = key(on_resume=CONTENT, path=True)
@@ -181,11 +184,11 @@ class Feedback:
 class Online:
     loss: str | None = key()
     overrides: list[str] = key()
-    rounds: int = key(least=1, on_resume=SAFE)  # no round depends on how many there will be
+    rounds: int = key(least=1, on_resume=SAFE)  # no round depends on their number
     steps: int | None = key(least=1, on_resume=STEPS)
     prompts_per_round: int = key(least=1)
     samples_per_prompt: int = key(least=1)
-    eval_prompts: int = key(least=0)  # what the objective is measured on
+    eval_prompts: int = key(least=0)  # the objective is measured on them
     sampler: Sampler = key()
     scorer: Scorer = key()
     feedback: Feedback = key()
@@ -200,8 +203,7 @@ class Online:
 
 @dataclass
 class Config:
-    """A whole run. `loss`, `optim`, `schedule`, `checkpoint` and `hooks` name a target and its own keys, which are checked
-    against its signature."""
+    """A whole run. `loss`, `optim`, `schedule`, `checkpoint` and each of `hooks` hold a `_target_` and its parameters."""
 
     loss: dict[str, Any] = key()
     model: Model = key()
@@ -224,16 +226,16 @@ class Config:
     overwrite: bool = key(scope=Scope.COMMAND)
     dry_run: bool = key(scope=Scope.COMMAND)
     plugins: list[str] = key(scope=Scope.CODE)
-    online: Online | None = None  # of loss=online alone, whose YAML has the section
+    online: Online | None = None  # only with loss=online, whose YAML has the section
 
 
 def key_facts() -> list[tuple[str, Mapping[str, Any]]]:
-    """Every key that takes a value, with what the schema's `key` says of it."""
+    """Return every key that takes a value, with the metadata that `key` declared."""
     return list(_facts_of(Config, ""))
 
 
 def mathematics(section: Any) -> dict[str, Any]:
-    """The keys of a section on which what is computed depends, whatever it is resumed from."""
+    """Return the keys of a section that always change what is computed, with their values."""
     return {each.name: getattr(section, each.name) for each in fields(section) if each.metadata["on_resume"] == MATHEMATICS}
 
 

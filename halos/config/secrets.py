@@ -1,4 +1,4 @@
-"""Secrets stay out of a run's configuration, which is saved, and out of messages."""
+"""Keep secrets out of a run's configuration, which is saved, and out of messages."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from halos.errors import UserError, one_line
 KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
 SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
-MIN_LENGTH = 8  # characters; anything shorter is a word that may well occur by chance
-MIN_LENGTH_INSIDE = 20  # from so many on a secret is looked for inside longer text too
+MIN_LENGTH = 8  # characters; anything shorter may well occur by chance
+MIN_LENGTH_INSIDE = 20  # characters; a secret this long is also searched for inside longer text
 
 
-def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
-    """Raises UserError where a saved run, which may be a stranger's, names a program that would be run, an address that the key
-    would be sent to, or how processes are launched; `typed` are the keys of this command."""
+def refuse_saved_addresses(config: Config, overridden: Collection[str]) -> None:
+    """Raises UserError where a saved run, which may be a stranger's, names a program that would be run, an address that an API
+    key would be sent to, or how processes are launched, unless the key is among `overridden`, the keys of this command."""
     if (online := config.online) is None:
         return
     used = {
@@ -29,42 +29,42 @@ def refuse_saved_addresses(config: Config, typed: Collection[str]) -> None:
         "online.scorer.url": online.scorer.url if online.scorer.name == "judge" else None,
     }
     for key, value in used.items():
-        if value is not None and key not in typed:
+        if value is not None and key not in overridden:
             raise UserError(
-                f"{config.run_dir} names {key}={value}, and what is run and where keys are sent is never taken from a saved run:"
-                " type it again"
+                f"{config.run_dir} names {key}={value}, and programs and addresses are never taken from a saved run:"
+                " pass it again"
             )
 
 
-def refuse_saved_overrides(words: Sequence[str], path: str) -> None:
-    """Raises UserError where words that a saved run hands to commands are more than values and choices of a training."""
-    for word in words:
-        key, equal, _ = word.lstrip("+~").partition("=")
-        section, leaves_out = re.split(r"[./@]", key)[0], word.startswith("~")
+def refuse_saved_overrides(overrides: Sequence[str], path: str) -> None:
+    """Raises UserError where overrides that a saved run passes to commands are more than values and choices of a training."""
+    for override in overrides:
+        key, equal, _ = override.lstrip("+~").partition("=")
+        section, leaves_out = re.split(r"[./@]", key)[0], override.startswith("~")
         if not (equal or leaves_out) or not re.fullmatch(r"[A-Za-z_][\w./]*", key) or section in NEVER_SAVED:
-            raise UserError(f"{path} holds {one_line(repr(word))}, which is never taken from a saved run: take it out")
+            raise UserError(f"{path} holds {one_line(repr(override))}, which is never taken from a saved run: remove it")
 
 
-def refuse_secrets(node: Any, typed: Sequence[str] = ()) -> None:
-    """Raises UserError where a configuration (plain lists and mappings) or what was typed holds a secret; never shows it."""
-    known = _known()
+def refuse_secrets(node: Any, overrides: Sequence[str] = ()) -> None:
+    """Raises UserError where a configuration (plain lists and mappings) or an override holds a secret; never shows it."""
+    secrets = _known()
     for key, value in _leaves(node):
         if key.rpartition(".")[2].lower() in KEYS and value is not None:
             raise UserError(f"{key} would be saved in the run's config.yaml: {_REMEDY}")
-        if name := _secret_in(str(value), known):
+        if name := _secret_in(str(value), secrets):
             raise UserError(f"{key} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
-    for text in typed:
-        key, _, value = text.lstrip("+~").partition("=")
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
         parts = re.split(r"[\s,:'\"()\[\]{}]+", value)  # of a list, a mapping or a sweep
-        if key.rpartition(".")[2].lower() in KEYS or any(_secret_in(part, known) for part in parts):
-            raise UserError(f"{key} holds a secret, and what is typed is saved with the run: {_REMEDY}")
+        if key.rpartition(".")[2].lower() in KEYS or any(_secret_in(part, secrets) for part in parts):
+            raise UserError(f"{key} holds a secret, and overrides are saved with the run: {_REMEDY}")
 
 
-_REMEDY = "leave it out and keep the secret in the environment (WANDB_API_KEY, HF_TOKEN), where the libraries look for it"
+_REMEDY = "leave it out and keep the secret in the environment (WANDB_API_KEY, HF_TOKEN), where the libraries read it"
 
 
 def redact(text: str) -> str:
-    """`text` with the value of every secret environment variable replaced by its name."""
+    """Return `text` with the value of every secret environment variable replaced by its name."""
     for value, name in sorted(_known().items(), key=lambda known: -len(known[0])):
         text = text.replace(value, f"<{name}>")
     return text
@@ -85,7 +85,7 @@ def _leaves(node: Any, key: str = "") -> Iterator[tuple[str, Any]]:
         for name, value in node.items():
             yield from _leaves(value, f"{key}.{name}" if key else str(name))
     elif isinstance(node, (list, tuple)):
-        for place, value in enumerate(node):
-            yield from _leaves(value, f"{key}.{place}")
+        for index, value in enumerate(node):
+            yield from _leaves(value, f"{key}.{index}")
     else:
         yield key, node

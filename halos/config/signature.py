@@ -1,6 +1,6 @@
-"""From a node with a `_target_` to what it names: the parameters of the target are its legal keys, their annotations its values.
+"""Import the target of a node, and check the node's keys and values against the target's parameters and annotations.
 
-Whatever a user may replace is had this way: losses, hooks, optimizers, schedules, readers of rows. Nothing here imports torch.
+Everything that a user may replace goes through it: losses, hooks, optimizers, schedules, data formats. It does not import torch.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from halos.config.values import MisfitError, describe, fit, show
 from halos.errors import UserError
 from halos.ranges import Range
 
-CHOSEN = ("loss", "optim", "schedule")  # nodes whose choices come with keys, which a target of one's own may not have
+CHOSEN = ("loss", "optim", "schedule")  # nodes whose choices bring keys, which a custom target may not have
 
 
 def load_target(settings: Mapping[str, Any], key: str, plugins: Sequence[str], *, example: str) -> tuple[Any, ModuleType]:
-    """What `_target_` of the node `key` names, and its module. `example` is one that would do."""
+    """Import the `_target_` of the node `key`; return it and its module. `example` is a valid target, for messages."""
     if not isinstance(settings, Mapping):
         raise UserError(f"{key} takes a mapping with a _target_ such as {example}, not {show(settings)}")
     return import_target(settings.get("_target_"), f"{key}._target_", plugins, example=example)
 
 
 def import_target(target: Any, key: str, plugins: Sequence[str], *, example: str) -> tuple[Any, ModuleType]:
-    """What a dotted path names, and its module. Nothing is imported that is neither ours nor a package the user typed."""
+    """Import the object at a dotted path; return it and its module. Only halos and packages of `plugins` are ever imported."""
     if not isinstance(target, str) or "." not in target or not all(part.isidentifier() for part in target.split(".")):
         raise UserError(f"{key} takes a dotted path such as {example}, not {show(target)}")
     if not any(target.startswith(f"{package}.") for package in ("halos", *plugins)):
         package = target.partition(".")[0]
-        raise UserError(f"{key} is {target}, outside halos: if you trust that package, type plugins=[{package}]")
+        raise UserError(f"{key} is {target}, outside halos: if you trust that package, add plugins=[{package}]")
     module_name, _, name = target.rpartition(".")
     try:
         module = import_module(module_name)
@@ -60,11 +60,11 @@ def keywords(function: Callable[..., Any]) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
-def parameters_after(function: Callable[..., Any], given: Sequence[str]) -> list[str]:
-    """What a function takes by name behind what it is `given`, positional or not."""
+def parameters_after(function: Callable[..., Any], excluded: Sequence[str]) -> list[str]:
+    """Return the names of a function's parameters except `excluded`."""
     parameters = inspect.signature(function).parameters.values()
     loose = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    return [parameter.name for parameter in parameters if parameter.kind not in loose and parameter.name not in given]
+    return [parameter.name for parameter in parameters if parameter.kind not in loose and parameter.name not in excluded]
 
 
 def defaults(function: Callable[..., Any]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ def required(function: Callable[..., Any]) -> list[str]:
 def hints_of(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(function.__init__ if inspect.isclass(function) else function, include_extras=True)
-    except NameError as error:  # of a name that is imported for type checkers alone
+    except NameError as error:  # a name that is imported for type checkers alone
         raise UserError(f"{function.__module__}.{function.__qualname__}: an annotation cannot be read: {error}") from error
 
 
@@ -89,7 +89,7 @@ def first_type(function: Callable[..., Any]) -> Any:
 
 
 def legal_keys(functions: Sequence[Callable[..., Any]]) -> dict[str, Any]:
-    """Key -> annotation, over the keyword-only parameters of all functions; the first that names a key says what it may be."""
+    """Return key -> annotation for the keyword-only parameters of all functions; the first that has a key decides."""
     legal: dict[str, Any] = {}
     for function in functions:
         hints = hints_of(function)
@@ -102,14 +102,14 @@ def bind(function: Callable[..., Any], values: Mapping[str, Any], names: Sequenc
 
 
 def fit_all(settings: Mapping[str, Any], legal: Mapping[str, Any], key: str, owner: str) -> dict[str, Any]:
-    """The values, each of its type and in its range, of exactly the keys that the target of the node `key` names."""
+    """Return the values of exactly the `legal` keys, converted to their types and within their ranges. Raises UserError."""
     takes = ", ".join(legal) or "no keys"
     for name in settings:
         if name not in legal and name != "_target_":
             near = nearest(str(name), legal)
             meant = f" (did you mean {near}?)" if near else ""
-            # a target that was typed meets the keys that the choice before it came with
-            left = f"; where the choice came with it, '~{key}.{name}' leaves it out" if key in CHOSEN else ""
+            # a _target_ override keeps the keys of the choice that it replaces
+            left = f"; where the choice brought it, '~{key}.{name}' removes it" if key in CHOSEN else ""
             raise UserError(f"{key}.{name}: {owner} takes no {str(name)!r}; it takes {takes}{meant}{left}")
     for name, annotation in legal.items():
         if name not in settings:
@@ -118,7 +118,7 @@ def fit_all(settings: Mapping[str, Any], legal: Mapping[str, Any], key: str, own
 
 
 def _split(annotation: Any) -> tuple[Any, Range]:
-    """A key's type, and its range, which is unbounded where none is written."""
+    """Return a key's type and its range, which is unbounded where the annotation has none."""
     if get_origin(annotation) is not Annotated:
         return annotation, Range()
     kind, *notes = get_args(annotation)
@@ -127,7 +127,7 @@ def _split(annotation: Any) -> tuple[Any, Range]:
 
 def expected(annotation: Any) -> str:
     kind, limits = _split(annotation)
-    bounds = limits.violated_by(math.nan)  # which lies within no bounds, so that it names them all
+    bounds = limits.violated_by(math.nan)  # nan violates all bounds, so that all are named
     return describe(kind).replace("number", f"number ({bounds})") if bounds else describe(kind)
 
 

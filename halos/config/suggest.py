@@ -1,4 +1,4 @@
-"""Which key was meant: the names that exist, and the one nearest to what was typed."""
+"""Suggest a key or loss for one that does not exist: the nearest name, or what it is called here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halos.config.schema import Config
 from halos.config.values import describe
 from halos.repository import COMMAND
 
-# What the key is called elsewhere: in TRL, transformers, PEFT's wrappers and the HALOs repository.
+# Names of keys elsewhere (TRL, transformers, PEFT's wrappers, the HALOs repository) -> here
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "optimizer": "optim",
@@ -33,14 +33,14 @@ OTHER_NAMES = {
 }
 
 
-# What a key of another framework does, where its namesake here is not the same thing.
+# Keys of other frameworks that have no counterpart here, and what to use instead.
 EXPLANATIONS = {
-    "gradient_accumulation_steps": "train.batch_size is global, and is cut into micro-batches of train.microbatch_size by itself:"
-    " what is accumulated follows from the two and the number of processes",
+    "gradient_accumulation_steps": "train.batch_size is global, and is split into micro-batches of train.microbatch_size:"
+    " the number of accumulated ones follows from the two and the number of processes",
     "per_device_train_batch_size": "train.batch_size is global, over all processes; train.microbatch_size is what one of them"
-    " computes at a time",
+    " computes at once",
 }
-# Losses of the field that are not built in: what they are, as far as it helps to choose.
+# Known losses that are not built in, with their papers.
 LOSSES = {
     "orpo": "arXiv:2403.07691", "cpo": "arXiv:2401.08417", "rpo": "arXiv:2404.19733", "bco": "arXiv:2404.04656",
     "apo": "arXiv:2408.06266", "apo_zero": "arXiv:2408.06266", "apo_down": "arXiv:2408.06266", "exo": "arXiv:2402.00856",
@@ -56,50 +56,52 @@ NAMESAKES = {"sigmoid": "dpo", "dpo_pair": "dpo", "rm": "reward", "reward_model"
 
 
 def about_loss(loss: str) -> str | None:
-    """What there is to say of a loss by a name of the field that is not one of ours."""
+    """Return a hint for a loss that is known under another name or not built in; None for an unknown one."""
     name = loss.lower().replace("-", "_")
     if name in NAMESAKES:
         return f"here it is loss={NAMESAKES[name]}"
     if name not in LOSSES:
         return None
-    return f"it is known ({LOSSES[name]}) but not built in, and is one function of your own (README, Add a loss)"
+    return (
+        f"it is known ({LOSSES[name]}) but not built in; it takes one function of your own (halos/losses/README.md, Add a loss)"
+    )
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name most like `word`, as a whole or in its last part; None where nothing is alike."""
+    """Return the known name most similar to `word`, with most weight on the last part; None where none is similar."""
 
-    def likeness(name: str) -> float:
+    def similarity(name: str) -> float:
         whole = SequenceMatcher(None, word.lower(), name.lower()).ratio()
         last = SequenceMatcher(None, word.lower().rpartition(".")[2], name.lower().rpartition(".")[2]).ratio()
-        return 0.75 * last + 0.25 * whole  # the section is what people leave out or get wrong
+        return 0.75 * last + 0.25 * whole  # people leave out or mistake the section
 
     known = list(known)
     if OTHER_NAMES.get(word.rpartition(".")[2]) in known:
         return OTHER_NAMES[word.rpartition(".")[2]]
-    best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) > 0.6 else None
+    best = max(known, key=similarity, default=None)
+    return best if best is not None and similarity(best) > 0.6 else None
 
 
 @cache
 def schema_keys() -> dict[str, Any]:
-    """Every key of the schema, `train.steps`, with its type; sections themselves included."""
+    """Return every key of the schema, sections included, with its type: `train.steps` -> int."""
     return _keys_of(Config, "")
 
 
 def _keys_of(schema: Any, prefix: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    keys: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for field in fields(schema):
         kind = hints[field.name]
         kind = next((part for part in get_args(kind) if is_dataclass(part)), kind)  # a section that may be null
-        found[prefix + field.name] = kind
+        keys[prefix + field.name] = kind
         if section := kind if is_dataclass(kind) else field.metadata.get("shared"):
-            found |= _keys_of(section, f"{prefix}{field.name}.")
-    return found
+            keys |= _keys_of(section, f"{prefix}{field.name}.")
+    return keys
 
 
 def kind_of(key: str) -> Literal["section", "value", "free", "unknown"]:
-    """What the schema says about a dotted key; `free` lies below a mapping or list whose own keys the schema does not name."""
+    """Classify a dotted key; `free` is one inside a mapping or list, whose keys the schema does not name."""
     keys = schema_keys()
     if key in keys:
         return "section" if is_dataclass(keys[key]) or get_origin(keys[key]) is dict else "value"
@@ -113,10 +115,10 @@ def kind_of(key: str) -> Literal["section", "value", "free", "unknown"]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The message for a key that does not exist."""
+    """Return the message for a key that does not exist."""
     known = set(known) | set(schema_keys())
-    if told := EXPLANATIONS.get(key.rpartition(".")[2]):
-        return f"there is no key {key!r}: {told}"
+    if explanation := EXPLANATIONS.get(key.rpartition(".")[2]):
+        return f"there is no key {key!r}: {explanation}"
     near = nearest(key, sorted(known - {""}))
     if near:
         return f"there is no key {key!r}; did you mean {near}?"

@@ -1,4 +1,4 @@
-"""The gate: a composed configuration is checked whole before anything loads, and every message names key, value and remedy."""
+"""Validate a composed configuration as a whole before anything loads; every message names the key, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ from halos.errors import UserError
 Choices = Mapping[str, Sequence[str]]
 
 
-def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | None = None) -> Config:
-    """The configuration as plain dataclasses, or UserError.
+def check(composed: DictConfig, overrides: Sequence[str] = (), choices: Choices | None = None) -> Config:
+    """Return the configuration as plain dataclasses. Raises UserError.
 
-    `typed` are the overrides as the user wrote them; `choices` the options of each group, for messages. Torch is imported
-    last, by the loss, so that most mistakes are told in well under a second.
+    `overrides` are those of the command line, unchanged; `choices` the options of each group, for messages. Torch is imported
+    last, by the loss, so that most mistakes are reported in well under a second.
     """
-    refuse_secrets(OmegaConf.to_container(composed), typed)
-    renamed_keys.move_sections(composed, typed)
+    refuse_secrets(OmegaConf.to_container(composed), overrides)
+    renamed_keys.move_sections(composed, overrides)
     _require_choices(composed, choices or {})
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
@@ -49,12 +49,12 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
     except OmegaConfBaseException as error:
         raise UserError(explain(error, composed)) from error
     assert isinstance(config, Config)
-    _resolve_targets(config, typed)
-    if _typed("train.epochs", typed) and not _typed("train.steps", typed):
-        config.train.steps = None  # of the two, what was typed counts, not what a model or an experiment came with
+    _resolve_targets(config, overrides)
+    if _is_overridden("train.epochs", overrides) and not _is_overridden("train.steps", overrides):
+        config.train.steps = None  # an override wins over the steps that a model or an experiment sets
     refuse_secrets(resolved)
     check_ranges(resolved)
-    check_combinations(config, typed)
+    check_combinations(config, overrides)
     make_importable(config.plugins)
     check_paths(config, choices or {})
     _bind(config)
@@ -62,40 +62,40 @@ def check(composed: DictConfig, typed: Sequence[str] = (), choices: Choices | No
 
 
 def is_online_run(config: Config) -> bool:
-    """Whether this is a walk of online rounds, which trains nothing itself."""
+    """Return whether this is an online run in rounds, which trains nothing itself."""
     return config.online is not None and config.online.steps is None
 
 
-def _resolve_targets(config: Config, typed: Sequence[str]) -> None:
-    """Names of earlier versions become targets, and what every optimizer has gets its types."""
-    keys = [text.lstrip("+~").partition("=")[0] for text in typed]
+def _resolve_targets(config: Config, overrides: Sequence[str]) -> None:
+    """Replace names of earlier versions by targets, and convert the shared keys of optimizers to their types."""
+    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
     config.optim, config.schedule = (with_target(name, getattr(config, name), keys) for name in ("optim", "schedule"))
     config.optim = fit_shared(config.optim)
 
 
-def _typed(key: str, typed: Sequence[str]) -> bool:
-    return any(text.lstrip("+").startswith(f"{key}=") for text in typed)
+def _is_overridden(key: str, overrides: Sequence[str]) -> bool:
+    return any(text.lstrip("+").startswith(f"{key}=") for text in overrides)
 
 
 def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence[str] = ()) -> str:
-    """One of OmegaConf's errors in our words: the key, what was given, what would work."""
+    """Rewrite an error of OmegaConf as one message: the key, its value, what would work."""
     key = str(error.full_key or error.key or "")
     reason = str(error).partition("\n")[0]
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         return unknown_key(key, known)
     if isinstance(error, MissingMandatoryValue):
         return f"{key} is missing: it takes {_expected(key)}"
-    given = _raw(composed, key)
+    value = _raw(composed, key)
     if isinstance(error, InterpolationResolutionError):
-        return f"{key} is {given}, which leads nowhere: {reason}"
+        return f"{key} is {value}, which cannot be resolved: {reason}"
     if isinstance(error, ValidationError):
-        remedy = f": write {key}=[{given}]" if _expected(key) == "a list" and isinstance(given, str) else ""
-        return f"{key} takes {_expected(key)}, not {show(given)}{remedy}"
+        remedy = f": write {key}=[{value}]" if _expected(key) == "a list" and isinstance(value, str) else ""
+        return f"{key} takes {_expected(key)}, not {show(value)}{remedy}"
     return f"{key}: {reason}" if key else reason
 
 
 def _raw(composed: DictConfig, key: str) -> Any:
-    """What stands at a key, interpolations as they are written."""
+    """Return the value at a key, with interpolations unresolved."""
     node: Any = OmegaConf.to_container(composed)
     for part in key.replace("[", ".").replace("]", "").split("."):
         if isinstance(node, list):
@@ -106,7 +106,7 @@ def _raw(composed: DictConfig, key: str) -> Any:
 
 
 def _expected(key: str) -> str:
-    """What a key takes, as far as the schema says: elements of lists and mappings fall back on their container."""
+    """Describe the values that a key takes; an element of a list or mapping has the type of its container."""
     keys = schema_keys()
     name = key.partition("[")[0]
     while name not in keys and "." in name:
@@ -120,7 +120,7 @@ def _expected(key: str) -> str:
 
 
 def _require_choices(composed: DictConfig, choices: Choices) -> None:
-    """Choices without a sensible default are null in config.yaml: say which there are."""
+    """Raises UserError for a required choice that is still null, with the options that it has."""
     plain = OmegaConf.to_container(composed)
     assert isinstance(plain, dict)
 
@@ -149,11 +149,11 @@ def _listed(choices: Choices, group: str, besides: str = "") -> str:
 
 
 def _bind(config: Config) -> None:
-    """Everything that has a `_target_`, against its signature. loss=online has none: the loss within it is checked with it."""
+    """Bind everything that has a `_target_` to its signature. loss=online has none: its inner loss is checked with it."""
     bind_schedule(config.schedule, config.plugins)
     for key, target in custom_formats(config.data).items():
         load_format(target, key, config.plugins)
-    from halos.config.bind import bind_hook, bind_loss  # here: it imports torch, and all that is above is told without
+    from halos.config.bind import bind_hook, bind_loss  # here: it imports torch, and nothing above needs it
 
     bind_optimizer(config.optim, config.plugins)
     if config.online is None or config.loss:

@@ -1,4 +1,4 @@
-"""Does a value fit a type? Said in words that a user knows, without torch."""
+"""Convert values to types, and describe types and values in messages; without torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ MAPPINGS = (dict, Mapping)
 
 
 class MisfitError(ValueError):
-    """The value is not of the type; whoever catches it knows the key and says so."""
+    """The value does not fit the type; the caller knows the key and reports it."""
 
 
 def is_fixed(kind: Any) -> bool:
-    """Whether a type is a tuple of so many entries and no more."""
+    """Return whether a type is a tuple of fixed length."""
     return get_origin(kind) is tuple and Ellipsis not in get_args(kind)
 
 
 def describe(kind: Any) -> str:
-    """What a type lets one write: `a number or null`."""
+    """Describe the values of a type: `a number or null`."""
     origin = get_origin(kind)
     if origin in (Union, UnionType):
         return " or ".join(describe(part) for part in get_args(kind))
@@ -42,7 +42,7 @@ def describe(kind: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as one would type it."""
+    """Return a value as it is written on the command line."""
     words = {True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return "null" if value is None else words[value]
@@ -54,19 +54,19 @@ def show(value: Any) -> str:
 
 
 def quoted(value: Any) -> str:
-    """A word as Hydra's grammar takes it, whatever is in it."""
+    """Quote any text for Hydra's grammar."""
     text = re.sub(r"(\\*)(?:\Z|(?='))", r"\1\1", str(value)).replace("'", "\\'")
     return f"'{text}'"
 
 
 def as_argument(key: str, value: Any) -> str:
-    """`key=value` as it is typed into a shell: quoted for Hydra where it must be, and that for the shell."""
+    """Return `key=value` for a shell, quoted for Hydra where necessary, and then for the shell."""
     plain = isinstance(value, str | Path) and re.fullmatch(r"[\w./@:+-]+", str(value), re.ASCII)
     return shlex.quote(f"{key}={value}" if plain else f"{key}={quoted(value)}")
 
 
 def fit(value: Any, kind: Any) -> Any:
-    """`value` as a `kind`: numbers may be written as text, since YAML reads 1e-5 as text. Raises MisfitError."""
+    """Convert `value` to a `kind`; numbers may be text, since YAML reads 1e-5 as text. Raises MisfitError."""
     origin, parts = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -90,7 +90,7 @@ def fit(value: Any, kind: Any) -> Any:
 
 
 def _fit_one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
-    for kind in sorted(kinds, key=lambda kind: kind is str):  # text takes anything, so it is asked last
+    for kind in sorted(kinds, key=lambda kind: kind is str):  # text fits anything, so it is tried last
         try:
             return fit(value, kind)
         except MisfitError:

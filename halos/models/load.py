@@ -107,13 +107,13 @@ def load_model(
     new_tokens: Sequence[int] = (),
     stops: Sequence[int] = (),
     seed: int = 0,
-    hollow: bool = False,
+    on_meta: bool = False,
     longest: int | None = None,
 ) -> PreTrainedModel:
     """A causal language model, or with `reward` the same backbone under one scalar head (random where there is none).
 
     Rows will be packed where `attention` takes packed rows and the architecture can be packed; `longest` is the longest of them,
-    where it is known. Embeddings of `new_tokens` start at the mean of the others; `stops` end what is generated. A `hollow` one
+    where it is known. Embeddings of `new_tokens` start at the mean of the others; `stops` end what is generated. A `on_meta` one
     is the same but for the values of its weights, which nobody has written: it takes no memory, and another process gives it its
     shards.
     """
@@ -131,7 +131,9 @@ def load_model(
     torch.manual_seed(seed)  # a fresh score head is drawn here
     with doing(f"{directory} could not be loaded as a {auto.__name__}"):
         fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
-        model = _empty_model(auto, directory, config, extra) if hollow else load_weights(auto, directory, extra, fresh_head=fresh)
+        model = (
+            _empty_model(auto, directory, config, extra) if on_meta else load_weights(auto, directory, extra, fresh_head=fresh)
+        )
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

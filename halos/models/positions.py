@@ -11,28 +11,28 @@ MAX_EXTRA_ROWS = 8  # rows that a table of positions may have beyond them: OPT's
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`made_for` is what the model's config says, None where it says nothing; `hard` is where its tables end."""
+    """`configured` is what the model's config says, None where it says nothing; `hard` is where its tables end."""
 
-    made_for: int | None
+    configured: int | None
     hard: int | None
 
 
 def limits(model: nn.Module) -> Limits:
     """A table is known by what it is, whatever it is called: of as many rows as the config has positions, and not of tokens."""
     inner = bare(model)
-    made_for = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(made_for, int) or made_for < 1:
+    configured = getattr(inner.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(configured, int) or configured < 1:
         return Limits(None, None)
     words = inner.get_input_embeddings()
     tables = [module.num_embeddings for module in inner.modules() if isinstance(module, nn.Embedding) and module is not words]
     sizes = [size for buffer in inner.buffers() if buffer.dim() > 1 for size in buffer.shape]
-    ends = any(made_for <= rows <= made_for + MAX_EXTRA_ROWS for rows in tables) or made_for in sizes
-    return Limits(made_for, made_for if ends else None)
+    ends = any(configured <= rows <= configured + MAX_EXTRA_ROWS for rows in tables) or configured in sizes
+    return Limits(configured, configured if ends else None)
 
 
 def smaller(one: Limits, other: Limits) -> Limits:
     """Of two models that read the same rows."""
-    return Limits(_least(one.made_for, other.made_for), _least(one.hard, other.hard))
+    return Limits(_least(one.configured, other.configured), _least(one.hard, other.hard))
 
 
 def longest_allowed(limits: Limits, max_length: int) -> int:

@@ -112,7 +112,7 @@ def prepare(config: Config, made: Accelerator, lock: RunLock | None) -> Prepared
     strategy.refuse_model(structure.model)
     rows = feed(config, loss, structure.tokenizer, made, structure.max_length)
     optimizer, schedule = bind_optimizer(config.optim, config.plugins), bind_schedule(config.schedule, config.plugins)
-    schedule.refuse_odd(rows.total)
+    schedule.check_range(rows.total)
     blueprint = draw(config, structure, loss, total=rows.total, main=made.is_main_process)
     require_same_on_all_ranks(made, "hooks", ", ".join(hooks), complaint(checkpoint, hooks.values(), blueprint))
     content, changed = stand_on(config, loss, structure, rows, made)

@@ -164,5 +164,5 @@ def recorded(directory: RunDir) -> ContentHashes | None:
     for path in reversed(select.checkpoints(directory.checkpoints)):
         chain = lineage.read(path) if not manifest.verify(path, contents=False) else None
         if chain is not None:
-            return ContentHashes.of_lineage(chain["runs"][-1])
+            return ContentHashes.from_lineage(chain["runs"][-1])
     return None

@@ -131,12 +131,12 @@ def _say_positions(run: Prepared) -> None:
     config, limits = run.config, run.structure.limits
     if run.structure.max_length < config.train.max_length:
         _say("positions", f"{limits.hard}, and a row cannot have more: train.max_length={config.train.max_length} counts as that")
-    elif limits.made_for is not None and limits.made_for < config.train.max_length:
+    elif limits.configured is not None and limits.configured < config.train.max_length:
         for name, split in run.rows.splits:
-            if isinstance(split.rows, Dataset) and (longer := int((split.rows.lengths.max(1) > limits.made_for).sum())):
+            if isinstance(split.rows, Dataset) and (longer := int((split.rows.lengths.max(1) > limits.configured).sum())):
                 log.warning(
                     "%d rows (%s) are longer than the %d positions that the model was made for: it may know nothing of what comes"
-                    " after (train.max_length)", longer, name, limits.made_for,
+                    " after (train.max_length)", longer, name, limits.configured,
                 )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bo
     integrity.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     schedule = bind_schedule(config.schedule, config.plugins)
-    if not schedule.is_spread(int((directory.read_result() or {}).get("step") or 0)):
+    if not schedule.depends_on_total(int((directory.read_result() or {}).get("step") or 0)):
         log.info("to train on: %s %s train.steps=MORE", COMMAND, run_config.resume_arguments(config, directory.path))
     else:
         onward = as_argument("model.name_or_path", directory.final)

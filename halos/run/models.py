@@ -84,7 +84,7 @@ class Shelf:
             new_tokens=self.vocabulary.new if source == self.base else (),
             stops=self.stops,
             seed=self.config.seed,
-            hollow=hollow,
+            on_meta=hollow,
             longest=self.config.train.max_length,
         )
 

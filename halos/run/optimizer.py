@@ -23,7 +23,7 @@ def make(module: nn.Module, spec: OptimizerSpec) -> Optimizer:
 
 def over(named: Named, spec: OptimizerSpec, hidden: frozenset[nn.Parameter]) -> Optimizer:
     """Over these; `hidden` are the matrices of hidden layers among them."""
-    given: dict[str, Any] = {"hidden": hidden} if "hidden" in spec.asks else {}
+    given: dict[str, Any] = {"hidden": hidden} if "hidden" in spec.extra_arguments else {}
     optimizer = spec.make(parameter_groups(named, spec), **given)
     if not isinstance(optimizer, Optimizer):
         raise UserError(f"optim {spec.name} gives a {type(optimizer).__name__}, and no torch.optim.Optimizer")
@@ -72,7 +72,7 @@ def refuse_unfit(module: nn.Module, spec: OptimizerSpec, *, more: Iterable[str] 
     for pattern in spec.lr_by_name:
         if not any(re.search(pattern, name) for name in names):
             raise UserError(f"optim.lr_by_name: no name of what is trained holds {pattern!r}; there is {names[0]}, for one")
-    if "hidden" in spec.asks and not any(p.requires_grad for p in hidden_matrices(module)):
+    if "hidden" in spec.extra_arguments and not any(p.requires_grad for p in hidden_matrices(module)):
         raise UserError(
             f"optim {spec.name} is for matrices of hidden layers, and none of what is trained is one: choose another optimizer"
         )
@@ -80,7 +80,7 @@ def refuse_unfit(module: nn.Module, spec: OptimizerSpec, *, more: Iterable[str] 
 
 def state_bytes(module: nn.Module, spec: OptimizerSpec, sizes: Mapping[str, float]) -> int:
     """What the optimizer keeps for the trained parameters of `module`, of which `sizes` has the bytes for an element by kind."""
-    hidden = hidden_matrices(module) if "hidden" in spec.asks else frozenset()
+    hidden = hidden_matrices(module) if "hidden" in spec.extra_arguments else frozenset()
     total = 0.0
     for _, parameter in trained_of(module):
         kind = "hidden" if parameter in hidden else "matrix" if len(shape_of(parameter)) >= 2 else "vector"

@@ -43,7 +43,7 @@ def test_what_was_saved_under_an_old_name_is_found_under_the_new_one() -> None:
     assert not resume_policy.has_key(OLD, "online.scorer.label")
     record = "changed: {online.labeller.url: [null, here]}"
     assert run_config.changed_keys(record).keys() == {"online.scorer.url"}
-    content = ContentHashes.read({"content": {"online.labeller.model": "h"}, "sources": {}})
+    content = ContentHashes.from_record({"content": {"online.labeller.model": "h"}, "sources": {}})
     assert content is not None
     assert content.hashes == {"online.scorer.model": "h"}
 

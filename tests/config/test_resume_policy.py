@@ -97,9 +97,9 @@ def test_the_mathematics_is_refused_by_name(change: dict[str, Any]) -> None:
         (("cosine", 0), 200, 50, "the cosine schedule is spread over all steps"),
         (("linear", 20), 99, 50, "the linear schedule is spread over all steps"),
         (("constant", 0.1), 200, 50, None),  # behind both warm-ups, 10 steps and 20
-        (("constant", 0.1), 600, 50, "its warm-up is a share of all steps (schedule.warmup=0.1)"),
+        (("constant", 0.1), 600, 50, "its warm-up is a fraction of all steps (schedule.warmup=0.1)"),
         (("constant", 0.1), 600, None, None),  # starts over
-        (("constant", 0.1), None, 50, "its warm-up is a share of all steps (schedule.warmup=0.1)"),
+        (("constant", 0.1), None, 50, "its warm-up is a fraction of all steps (schedule.warmup=0.1)"),
         (("inverse_sqrt", 10), 200, 50, None),
         (("cosine", 0), 200, None, None),  # starts over
     ],
@@ -120,16 +120,16 @@ def test_a_microbatch_is_free_where_nothing_is_dropped(tmp_path: Path) -> None:
 
     assert why() is None
     assert why(peft__lora_dropout=0.1) is None, "there is no LoRA"
-    assert why(peft__name="lora", peft__lora_dropout=0.1) == "with peft.lora_dropout=0.1 it decides what is dropped"
+    assert why(peft__name="lora", peft__lora_dropout=0.1) == "with peft.lora_dropout=0.1 it decides which elements are dropped"
     base = tmp_path / "base"
     base.mkdir()
     facts: dict[str, Any] = {"attention_dropout": 0.0, "classifier_dropout": None, "use_dropout": True}
     (base / "config.json").write_text(json.dumps(facts))
     assert why(model__name_or_path=str(base)) is None
     (base / "config.json").write_text(json.dumps({**facts, "text_config": {"resid_pdrop": 0.1}}))
-    assert why(model__name_or_path=str(base)) == "with the model's resid_pdrop=0.1 it decides what is dropped"
-    assert "cannot be told" in str(why(model__name_or_path="org/never-downloaded"))
-    assert "cannot be told" in str(why(model__name_or_path="some/model.gguf"))
+    assert why(model__name_or_path=str(base)) == "with the model's resid_pdrop=0.1 it decides which elements are dropped"
+    assert "is unknown" in str(why(model__name_or_path="org/never-downloaded"))
+    assert "is unknown" in str(why(model__name_or_path="some/model.gguf"))
     saved = tmp_path / "run" / "checkpoints" / "step-00000002" / "model"
     saved.mkdir(parents=True)
     (saved / "config.json").write_text(json.dumps(facts))

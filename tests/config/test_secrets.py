@@ -51,6 +51,6 @@ def online(configure: Callable[..., Config]) -> Callable[[str], Config]:
 def test_what_is_run_and_where_keys_are_sent_is_typed_again(words: str, key: str | None, online: Callable[[str], Config]) -> None:
     config = online(words)
     if key is not None:
-        with pytest.raises(UserError, match=f"names {key}=.*evil.* type it again"):
+        with pytest.raises(UserError, match=f"names {key}=.*evil.* pass it again"):
             refuse_saved_addresses(config, ["train.steps"])
     refuse_saved_addresses(config, [str(key)])

@@ -149,16 +149,16 @@ WRONG = [
     ({"optim__name": "muon"}, ["optim.name takes adamw, adam, sgd, rmsprop, not 'muon'", "optim=muon"]),
     ({"optim___target_": None}, ["optim._target_ takes a dotted path such as halos.optimizers.standard.adamw, not null"]),
     ({"optim___target_": "myoptim.lion"}, ["optim._target_ is myoptim.lion, outside halos", "plugins=[myoptim]"]),
-    ({"optim__loraplus_lr_ratio": 16}, ["optim.loraplus_lr_ratio=16 is of LoRA's B matrices", "peft=lora"]),
+    ({"optim__loraplus_lr_ratio": 16}, ["optim.loraplus_lr_ratio=16 applies to LoRA's B matrices", "peft=lora"]),
     ({"optim__lr_by_name": {"(": 1e-3}}, ["optim.lr_by_name: '(' is no regular expression"]),
-    ({"optim__lr_by_name": {"head": -1}}, ["optim.lr_by_name: the rate of 'head' is a number from 0 up, not -1"]),
+    ({"optim__lr_by_name": {"head": -1}}, ["optim.lr_by_name: the learning rate of 'head' must be a number from 0 up, not -1"]),
     ({"schedule__warmup": -1}, ["schedule.warmup takes a number (at least 0), not -1"]),
     ({"schedule__decay": 0.1}, ["schedule.decay: cosine takes no 'decay'; it takes warmup, final"]),
     ({"schedule__name": "wsd"}, ["schedule.name takes constant, linear, cosine, not 'wsd'", "schedule=wsd"]),
     ({"peft__rank_pattern": {"q": "x"}}, ["peft.rank_pattern.q takes a whole number, not 'x'"]),
     ({"seed": "???"}, ["seed is missing: it takes a whole number"]),
-    ({"seed": "${nope}"}, ["seed is ${nope}", "leads nowhere"]),
-    ({"optim__lr": "${oc.env:NOT_THERE}"}, ["optim.lr is ${oc.env:NOT_THERE}", "leads nowhere"]),
+    ({"seed": "${nope}"}, ["seed is ${nope}", "cannot be resolved"]),
+    ({"optim__lr": "${oc.env:NOT_THERE}"}, ["optim.lr is ${oc.env:NOT_THERE}", "cannot be resolved"]),
     ({"reference": "x"}, ["reference takes a mapping, not 'x'"]),
     ({"loss": None}, ["loss is missing", "dpo", "kto"]),
     ({"model__name_or_path": None}, ["model.name_or_path is missing", "tiny", "model.name_or_path="]),
@@ -245,7 +245,7 @@ def test_a_gguf_file_passes_and_any_other_file_is_refused(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"")
     (tmp_path / "a.pt").write_bytes(b"")
     validate.check(composed(model__name_or_path="a.gguf"))
-    assert "of files only .gguf" in message(composed(model__name_or_path="a.pt"))
+    assert "only a .gguf file can be a model" in message(composed(model__name_or_path="a.pt"))
 
 
 def test_a_directory_without_a_config_is_no_model(model):

@@ -119,8 +119,8 @@ def test_a_model_without_its_weights_ends_what_it_generates_as_the_whole_one_doe
     (base / "generation_config.json").write_text(json.dumps(own))
     tokenizer, _ = load_tokenizer(base, add_tokens=[])
     made = [
-        load_model(base, tokenizer, reward=False, dtype=torch.float32, attention="sdpa", hollow=hollow).generation_config
-        for hollow in (False, True)
+        load_model(base, tokenizer, reward=False, dtype=torch.float32, attention="sdpa", on_meta=on_meta).generation_config
+        for on_meta in (False, True)
     ]
     assert made[0].to_diff_dict() == made[1].to_diff_dict()
     assert (made[1].temperature, made[1].eos_token_id) == (0.6, [1, 200])

@@ -366,7 +366,7 @@ def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Cal
             evil = text.replace(*change).replace("url: null", "url: http://evil/v1").replace("python: null", "python: /tmp/evil")
             evil = evil if "judge" in change[1] else evil.replace("url: http://evil/v1", "url: null")
             config.write_text(evil.replace("model: null", "model: m"))
-            with pytest.raises(UserError, match=rf"names {said}.*type it again"):
+            with pytest.raises(UserError, match=rf"names {said}.*pass it again"):
                 train.start([f"resume={whole('dpo').run}", "resume_changes=allow"])
     finally:
         config.write_text(text)
