@@ -1,1 +1,1 @@
-"""Rows of files to token ids: sources -> examples -> tokenised once, cached by content -> batches in a fixed order."""
+"""Data: rows of files -> examples -> token ids, tokenised once and cached by content -> batches in a fixed order."""

@@ -23,7 +23,7 @@ _ANSWER = re.compile(r"#### (-?[0-9]{1,9})\s*\Z")
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """A question, its right solution, a wrong one, and which of MISTAKES that makes; `answer` is the right number."""
+    """A question, its right solution, a wrong one with the MISTAKE that it makes, and the right answer."""
 
     question: str
     solution: str
@@ -33,9 +33,9 @@ class Problem:
 
 
 def problems(split: str) -> list[Problem]:
-    """The same problems for ever: `train` or `eval`, without a question in common. As many of each mistake, plus and minus.
+    """Return the problems of a split, `train` or `eval`: always the same, balanced over mistakes and operators.
 
-    Raises ValueError for another split. Numbers recur in both splits; what is held out is the problem as a whole.
+    No question is in both splits, though numbers recur in both. Raises ValueError for another split.
     """
     if split not in NUM_PROBLEMS:
         raise ValueError(f"no split '{split}'; arithmetic has {' and '.join(NUM_PROBLEMS)}")
@@ -50,13 +50,13 @@ def problems(split: str) -> list[Problem]:
 
 
 def answer(text: str) -> int | None:
-    """The number in the `#### 12` that ends a solution, GSM8K's convention; None where it does not end so."""
-    found = _ANSWER.search(text)
-    return int(found[1]) if found else None
+    """Return the number in the final `#### 12` of a solution (GSM8K's convention); None where there is none."""
+    match = _ANSWER.search(text)
+    return int(match[1]) if match else None
 
 
 def rows(split: str) -> Iterator[dict[str, Any]]:
-    """Preference pairs, prompt + chosen + rejected; they serve demonstrations and labels too."""
+    """Yield preference pairs, prompt + chosen + rejected, which also serve as demonstrations and as labels."""
     for problem in problems(split):
         yield {
             "prompt": [{"role": "user", "content": problem.question}],
@@ -69,26 +69,26 @@ def _problem(rng: random.Random, mistake: str, sign: str) -> Problem:
     while True:
         left, right = _operands(rng, sign)
         result = _APPLY[sign](left, right)
-        wrong = _spoiled(rng, mistake, left, sign, right)
+        wrong = _wrong_solution(rng, mistake, left, sign, right)
         if wrong is not None and answer(wrong) != result:
             break
     name, things = _pick(rng, NAMES), _pick(rng, THINGS)
-    asked = _pick(rng, ASKS).format(name=name, things=things)
-    question = f"{name} has {left} {things} and {_pick(rng, VERBS[sign])} {right}. {asked}"
-    return Problem(question, _worked(left, sign, right, result, result), wrong, mistake, result)
+    ask = _pick(rng, ASKS).format(name=name, things=things)
+    question = f"{name} has {left} {things} and {_pick(rng, VERBS[sign])} {right}. {ask}"
+    return Problem(question, _solution(left, sign, right, result, result), wrong, mistake, result)
 
 
-def _spoiled(rng: random.Random, mistake: str, left: int, sign: str, right: int) -> str | None:
-    """A wrong solution, None where these numbers allow none.
+def _wrong_solution(rng: random.Random, mistake: str, left: int, sign: str, right: int) -> str | None:
+    """Return a wrong solution; None where these numbers allow none.
 
-    Whatever is wrong is drawn as the right one is, so the two cannot be told apart without reading the question.
+    The wrong part has the distribution of the right one, so that a solution cannot be recognised without its question.
     """
     result = _APPLY[sign](left, right)
     if mistake == "answer":  # contradicts the working
-        return _worked(left, sign, right, result, _APPLY[sign](*_operands(rng, sign)))
+        return _solution(left, sign, right, result, _APPLY[sign](*_operands(rng, sign)))
     if mistake == "sum":
         result = _APPLY[sign](*_operands(rng, sign))
-        return _worked(left, sign, right, result, result)
+        return _solution(left, sign, right, result, result)
     if mistake == "operator":
         sign = _OTHER[sign]
     elif rng.random() < 0.5:
@@ -96,18 +96,18 @@ def _spoiled(rng: random.Random, mistake: str, left: int, sign: str, right: int)
     else:
         right = _digit(rng)
     result = _APPLY[sign](left, right)
-    return _worked(left, sign, right, result, result) if result >= 0 else None
+    return _solution(left, sign, right, result, result) if result >= 0 else None
 
 
 def _operands(rng: random.Random, sign: str) -> tuple[int, int]:
-    """Two digits from 2 (`1 apples` is no English) whose result is not negative."""
+    """Draw two digits from 2 on (`1 apples` is not English) whose result is not negative."""
     while True:
         left, right = _digit(rng), _digit(rng)
         if _APPLY[sign](left, right) >= 0:
             return left, right
 
 
-def _worked(left: int, sign: str, right: int, result: int, final: int) -> str:
+def _solution(left: int, sign: str, right: int, result: int, final: int) -> str:
     return f"{left} {sign} {right} = {result}\n#### {final}"
 
 
@@ -116,5 +116,5 @@ def _digit(rng: random.Random) -> int:
 
 
 def _pick(rng: random.Random, choices: Sequence[T]) -> T:
-    # random() alone is promised to give the same numbers in every Python version; choice and shuffle are not.
+    # Only random() is guaranteed to give the same numbers in every Python version; choice and shuffle are not.
     return choices[int(rng.random() * len(choices))]

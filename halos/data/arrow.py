@@ -1,4 +1,4 @@
-"""Arrow columns to and from numpy by their buffers alone: pyarrow's own conversions import pandas, which takes up to a second."""
+"""Convert Arrow columns to and from numpy by their buffers: pyarrow's conversions import pandas, which takes up to a second."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ INTS, FLOATS = pa.list_(pa.int32()), pa.list_(pa.float32())
 
 
 def column(values: list[Any], kind: pa.DataType) -> pa.Array:
-    """Numbers, strings or (as INTS or FLOATS) arrays of numbers, none of them null."""
+    """Return an Arrow array of numbers, strings or (INTS, FLOATS) arrays of numbers, none of them null."""
     if kind in (INTS, FLOATS):
         return pa.ListArray.from_arrays(_flat(_offsets(values), pa.int32()), _flat(np.concatenate(values), kind.value_type))
     if kind == pa.string():
@@ -31,13 +31,13 @@ def _flat(values: Any, kind: pa.DataType) -> pa.Array:
 
 
 def _view(array: pa.Array) -> np.ndarray:
-    """The numbers of one array, where they lie."""
+    """View the numbers of one array without copying."""
     dtype = np.dtype(_DTYPES[array.type])
     return np.frombuffer(array.buffers()[1], dtype, len(array), array.offset * dtype.itemsize)
 
 
 def numbers(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of numbers: (N,)."""
+    """Return a column of numbers: (N,)."""
     return np.concatenate([_view(chunk) for chunk in column.chunks])
 
 
@@ -51,9 +51,9 @@ class Lists:
     def __getitem__(self, row: int) -> np.ndarray:
         chunk = int(self._starts.searchsorted(row, "right")) - 1
         offsets, values = self._chunks[chunk]
-        at = row - int(self._starts[chunk])
-        return values[offsets[at] : offsets[at + 1]]
+        index = row - int(self._starts[chunk])
+        return values[offsets[index] : offsets[index + 1]]
 
     def lengths(self) -> np.ndarray:
-        """Of each list: (N,)."""
+        """Return the length of each list: (N,)."""
         return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks])

@@ -1,4 +1,4 @@
-"""Rows of token ids laid end to end: what the model is fed."""
+"""Pack sequences of token ids end to end into a model input."""
 
 from collections.abc import Sequence
 
@@ -11,23 +11,23 @@ from halos.types import Sequences
 
 
 def pack(rows: Sequence[PackRow]) -> Sequences:
-    """One sequence a row, in order. A scored first token of a sequence has nothing to be predicted from, and is left out."""
+    """Pack one sequence per row, in order. A scored first token has no context to be predicted from, and is left out."""
     assert rows
     lengths = np.array([len(prompt) + len(completion.ids) for prompt, completion in rows], np.int64)
     starts = np.cumsum(lengths) - lengths
     ids = np.concatenate([part for prompt, completion in rows for part in (prompt, completion.ids)]).astype(np.int64)
     masks = [part for prompt, completion in rows for part in (np.zeros(len(prompt), bool), completion.scored)]
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
-    at = np.flatnonzero(np.concatenate(masks) & (positions > 0))
-    row_of = np.repeat(np.arange(len(rows)), lengths)[at]
+    targets = np.flatnonzero(np.concatenate(masks) & (positions > 0))
+    row_of = np.repeat(np.arange(len(rows)), lengths)[targets]
     counts = np.bincount(row_of, minlength=len(rows))
-    columns = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+    columns = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
     return Sequences(
         ids=_tensor(ids),
         positions=_tensor(positions),
         lengths=tuple(lengths.tolist()),
-        targets=_tensor(ids[at]),
-        sources=_tensor(at - 1),
+        targets=_tensor(ids[targets]),
+        sources=_tensor(targets - 1),
         rows=_tensor(row_of),
         columns=_tensor(columns),
         widest=int(counts.max()),
@@ -39,12 +39,12 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 
 def mismatched_row(item: Item, partner: Item, max_length: int) -> PackRow:
-    """The prompt of one row before the completion of another, cut at `max_length`."""
+    """Join the prompt of one row and the completion of another, truncated to `max_length`."""
     completion, room = partner.completions[0], max_length - len(item.prompt)
     return item.prompt, Completion(completion.ids[:room], completion.scored[:room])
 
 
 def num_truncated_mismatches(prompt_lengths: np.ndarray, lengths: np.ndarray, partners: np.ndarray, max_length: int) -> int:
-    """How many rows `mismatch` will cut: all three are (N,), `lengths` counts prompt and completion."""
+    """Count the rows that `mismatched_row` truncates. All three are (N,); `lengths` counts prompt and completion."""
     completions = (lengths - prompt_lengths)[partners]
     return int((prompt_lengths + completions > max_length).sum())

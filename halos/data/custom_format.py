@@ -1,4 +1,4 @@
-"""Rows by a function of the user's own: from a row as its file has it to an example, or to columns that are known here."""
+"""Custom formats: a user function turns a row of a file into an example, or into columns of a built-in format."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -14,7 +14,7 @@ Converter = Callable[[dict[str, Any]], Any]
 
 
 def entries_of(data: Data, purpose: str) -> list[Any]:
-    """Of data.train or data.eval, each with data.format where it has no format of its own."""
+    """Return the entries of data.train or data.eval, with data.format where an entry has no format."""
     return [with_format(entry, data.format) for entry in getattr(data, purpose)]
 
 
@@ -25,22 +25,22 @@ def with_format(entry: Any, format: str | None) -> Any:
 
 
 def code_hash_of(target: str) -> str:
-    """Of the code that makes examples of rows."""
-    load_format(target, "data.format", [target.partition(".")[0]])  # which the gate has admitted: imported, where it was not yet
+    """Return the hash of a custom format's code."""
+    load_format(target, "data.format", [target.partition(".")[0]])  # imports it; its package was validated with the config
     return code_hash(target) or ""
 
 
 def convert_rows(target: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """`rows` as the function makes them: one, several, or one that says that it leaves a row out. Raises UserError, with the
-    row's place, for whatever goes wrong in it."""
+    """Convert `rows` by the function: each to one row, to several, or to one marked `left_out`. Raises UserError, naming the row,
+    for any error of the function."""
     function = load_format(target, "data.format", [target.partition(".")[0]])
     for row in rows:
-        found = _call(function, target, row)
-        several = isinstance(found, Sequence) and not isinstance(found, str)
-        for number, one in enumerate(found if several else [found], 1):
+        result = _call(function, target, row)
+        several = isinstance(result, Sequence) and not isinstance(result, str)
+        for number, example in enumerate(result if several else [result], 1):
             where = f"{row.where}.{number}" if several else row.where
-            yield Row({}, where, left_out=True) if one is None else _row(one, where, target, row)
-        if several and not found:
+            yield Row({}, where, left_out=True) if example is None else _row(example, where, target, row)
+        if several and not result:
             yield Row({}, row.where, left_out=True)
 
 
@@ -49,17 +49,17 @@ def _call(function: Converter, target: str, row: Row) -> Any:
         return function(dict(row.record))
     except UserError as error:
         raise UserError(f"{row.where}: {target}: {error}") from error
-    except Exception as error:  # whatever a function of the user's raises
+    except Exception as error:  # user code may raise anything
         columns = ", ".join(row.record) or "none"
         raise UserError(f"{row.where}: {target} fails: {type(error).__name__}: {error}; columns found: {columns}") from error
 
 
-def _row(given: Any, where: str, target: str, row: Row) -> Row:
-    if isinstance(given, Example):
-        return Row({}, where, example=given)
-    if isinstance(given, Mapping) and all(isinstance(name, str) for name in given):
-        return Row(dict(given), where)
+def _row(result: Any, where: str, target: str, row: Row) -> Row:
+    if isinstance(result, Example):
+        return Row({}, where, example=result)
+    if isinstance(result, Mapping) and all(isinstance(name, str) for name in result):
+        return Row(dict(result), where)
     raise UserError(
-        f"{row.where}: {target} gives {type(given).__name__}: it must give a dict of columns such as prompt and completion, an"
-        " example of halos.types, a list of them, or None for a row that is left out"
+        f"{row.where}: {target} returns {type(result).__name__}: it must return a dict of columns such as prompt and completion,"
+        " an example of halos.types, a list of them, or None for a row that is left out"
     )

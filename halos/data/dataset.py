@@ -1,4 +1,4 @@
-"""Tokenised rows on disk: written once as arrow, memory-mapped by every process, read row by row as numpy slices."""
+"""Tokenised data set on disk: written once as Arrow, memory-mapped by every process, read item by item as numpy slices."""
 
 import hashlib
 import json
@@ -20,13 +20,13 @@ from halos.hashes import digest, file_hash
 ROWS, META, SEAL = "rows.arrow", "meta.json", "seal"
 
 
-def _names(completions: int) -> list[str]:
-    """Columns of token ids; each has one of its scored spans beside it, and one of how many tokens those are."""
-    return [f"completion_{number}" for number in range(completions)]
+def _names(num_completions: int) -> list[str]:
+    """Return the columns of token ids; each also has a column of its scored spans, and one with the number of scored tokens."""
+    return [f"completion_{number}" for number in range(num_completions)]
 
 
 def _schema(item: Item) -> pa.Schema:
-    """For items of the same example type as `item`."""
+    """Return the schema for items of the same example type as `item`."""
     names = _names(len(item.completions))
     return pa.schema(
         [(name, INTS) for name in ("prompt", *names, *(f"{name}_spans" for name in names))]
@@ -38,29 +38,29 @@ def _schema(item: Item) -> pa.Schema:
 
 @dataclass(slots=True)
 class Counts:
-    """What became of one source's rows."""
+    """Counts of one source: rows read, examples kept, truncated and dropped."""
 
     name: str
     rows: int = 0  # read
-    examples: int = 0  # a pair is two where labels are wanted
+    examples: int = 0  # a pair is two where the loss takes labels
     kept: int = 0
     cut_turns: int = 0  # examples that lost their oldest turns
     cut_completions: int = 0  # completions that lost their end
-    inexact: int = 0  # examples whose text does not continue the template's own generation prompt
-    merged: int = 0  # examples whose last prompt characters and first words would have shared a token
-    tokenised_anew: int = 0  # sampled completions whose own token ids were missing, or another tokenizer's
+    inexact: int = 0  # examples whose text does not continue the template's generation prompt
+    merged: int = 0  # examples where a token would span the end of the prompt and the start of the completion
+    tokenised_anew: int = 0  # sampled completions without token ids, or with another tokenizer's
     dropped: dict[str, int] = field(default_factory=dict)  # examples by reason
 
     def drop(self, reason: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
 
     def line(self) -> str:
-        """`a.jsonl: 120 rows, 118 examples kept; dropped 2 (2 longer than max_length)`."""
+        """Format as `a.jsonl: 120 rows, 118 examples kept; dropped 2 (2 longer than max_length)`."""
         parts = [f"{self.name}: {self.rows} rows, {self.kept} examples kept"]
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"dropped {sum(self.dropped.values())} ({reasons})")
-        said = {
+        notes = {
             "lost their oldest turns": self.cut_turns,
             "completions cut at max_length": self.cut_completions,
             "do not continue the template's generation prompt (it opens a thought that they lack)": self.inexact,
@@ -69,22 +69,22 @@ class Counts:
                 self.tokenised_anew
             ),
         }
-        return "; ".join(parts + [f"{count} {what}" for what, count in said.items() if count])
+        return "; ".join(parts + [f"{count} {what}" for what, count in notes.items() if count])
 
 
 class Writer:
-    """Appends items to an arrow file, a batch at a time; equal prompts get one group number."""
+    """Appends items to an Arrow file, a batch at a time; equal prompts get the same group number."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._file = (directory / ROWS).open("wb")
-        self._arrow: pa.RecordBatchFileWriter | None = None  # opened with the first items, which say what the columns are
+        self._arrow: pa.RecordBatchFileWriter | None = None  # opened with the first items, which decide the columns
         self._schema, self._shape = pa.schema([]), (0, list[str]())
         self._groups: dict[bytes, int] = {}
         self._content = hashlib.sha256()
 
     def write(self, items: Sequence[tuple[Item, int]]) -> None:
-        """Each item with the index of its source; all of one example type."""
+        """Write a batch of items, all of one example type, each with the index of its source."""
         if not items:
             return
         if self._arrow is None:
@@ -110,7 +110,7 @@ class Writer:
         self._arrow.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
 
     def finish(self, meta: dict[str, Any]) -> None:
-        """Everything is on the disk when this returns."""
+        """Write the metadata and sync both files to disk."""
         assert self._arrow is not None, "some items were written"
         self._arrow.close()
         self._file.flush()
@@ -118,25 +118,25 @@ class Writer:
         completions, labels = self._shape
         whole = {**meta, "completions": completions, "labels": labels, "content": self._content.hexdigest(),
                  "rows": digest(self._directory / ROWS)}  # fmt: skip
-        with (self._directory / META).open("w") as notes:
-            json.dump({**whole, SEAL: _seal_of(whole)}, notes, indent=1)
-            for file in (self._file, notes):
+        with (self._directory / META).open("w") as meta_file:
+            json.dump({**whole, SEAL: _seal_of(whole)}, meta_file, indent=1)
+            for file in (self._file, meta_file):
                 file.flush()
                 os.fsync(file.fileno())
 
     def close(self) -> None:
-        """Let go of the file, finished or not."""
+        """Close the file, finished or not."""
         self._file.close()
 
 
 def _seal_of(meta: Mapping[str, Any]) -> str:
-    known = {name: value for name, value in meta.items() if name != SEAL}
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    unsealed = {name: value for name, value in meta.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
 
 def is_whole(path: Path, cache: Path | None = None) -> bool:
-    """Whether a tokenised data set is, byte for byte, what was written; with a `cache` its rows are read once for as long as
-    they stay what they were."""
+    """Return whether a tokenised data set is byte for byte as written. With a `cache` of file hashes its rows are read again only
+    when the file has changed."""
     try:
         meta = confined.load_object(path / META)
         return meta.get(SEAL) == _seal_of(meta) and meta["rows"] == file_hash(path / ROWS, cache)
@@ -145,7 +145,7 @@ def is_whole(path: Path, cache: Path | None = None) -> bool:
 
 
 def _hash_item(content: Any, item: Item, source: int) -> None:
-    """All of an item that training sees; not where it came from, so that the same rows out of another file are the same."""
+    """Add all that training reads of an item to a hash; not its origin, so that the same rows from another file hash equally."""
     arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
     arrays += [item.logps] if item.logps is not None else []
     labels = dict(item.labels)
@@ -157,20 +157,20 @@ def _hash_item(content: Any, item: Item, source: int) -> None:
 
 
 def _spans(scored: np.ndarray) -> np.ndarray:
-    """Runs of True as [start, end, start, end, ...]."""
+    """Return the runs of True as [start, end, start, end, ...]."""
     if scored.all():
         return np.array([0, len(scored)], np.int32)
     return np.flatnonzero(np.diff(scored, prepend=False, append=False)).astype(np.int32)
 
 
 class Dataset:
-    """Items in the order in which they were read; whole columns where no row needs to be touched."""
+    """A tokenised data set: items in the order in which they were read, and whole columns without reading items."""
 
     def __init__(self, path: Path) -> None:
         meta = json.loads((path / META).read_text())
         table = pa.ipc.open_file(pa.memory_map(str(path / ROWS))).read_all()
         self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources
-        self.content: str = meta["content"]  # a hash of all rows in their order, and of what becomes of them
+        self.content: str = meta["content"]  # a hash of all items in their order, their kind and the sources' weights
         self.report = tuple(Counts(**counts) for counts in meta["report"])  # one per source
         self.groups = numbers(table["group"])  # (N,) equal prompts share a number
         self.sources = numbers(table["source"])  # (N,) index into weights and report
@@ -198,7 +198,7 @@ class Dataset:
         return (self[row] for row in range(len(self)))
 
     def lines(self) -> list[str]:
-        """What became of the rows, one line a source."""
+        """Return what became of the rows, one line per source."""
         return [counts.line() for counts in self.report]
 
 
@@ -210,5 +210,5 @@ def _completion(ids: np.ndarray, spans: np.ndarray) -> Completion:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """What `prepare` wrote."""
+    """Open the directory that `prepare` returned."""
     return Dataset(path)

@@ -1,4 +1,4 @@
-"""Rows of json, jsonl and parquet files, each with the line it came from, so that a bad one can be named."""
+"""Read rows of json, jsonl and parquet files, each with its line, so that messages can name it."""
 
 import json
 import re
@@ -14,12 +14,12 @@ _NOT_BLANK = re.compile(r"[^ \t\r\n]")
 
 
 class Row(NamedTuple):
-    """One row of data and where it stands: `train.jsonl:12`."""
+    """One row of data and its position, `train.jsonl:12`."""
 
     record: dict[str, Any]
     where: str
-    left_out: bool = False  # by a format of the user's own
-    example: Example | None = None  # of such a format, instead of columns
+    left_out: bool = False  # a custom format returned None for it
+    example: Example | None = None  # of a custom format, instead of columns
 
 
 def _record(value: Any, where: str) -> Row:
@@ -34,7 +34,7 @@ def _type_name(value: Any) -> str:
 
 
 def read_jsonl(path: Path) -> Iterator[Row]:
-    """One object a line; blank lines are passed over."""
+    """Read one object per line, skipping blank lines."""
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
@@ -60,25 +60,25 @@ def _lines(path: Path) -> Iterator[bytes]:
 
 @contextmanager
 def _decoding(where: str) -> Iterator[None]:
-    """Whatever Python's decoder raises, with the row's place."""
+    """Raise whatever Python's decoder raises as a UserError that names the row."""
     try:
         yield
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not valid JSON: {error.msg} at column {error.colno}") from error
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: holds half of a character, a lone surrogate such as \\ud800") from error
+        raise UserError(f"{where}: holds a lone surrogate, half of a character, such as \\ud800") from error
     except RecursionError as error:
-        raise UserError(f"{where}: not valid JSON: lists or objects within each other without end") from error
-    except ValueError as error:  # a number of more digits than Python reads
+        raise UserError(f"{where}: not valid JSON: lists or objects are nested too deeply") from error
+    except ValueError as error:  # a number with more digits than Python reads
         raise UserError(f"{where}: not valid JSON: {words_of(error).partition(';')[0]}") from error
 
 
 def _refuse_lone_surrogates(value: Any) -> None:
-    json.dumps(value, ensure_ascii=False).encode()  # raises at half of a character, which no tokenizer takes
+    json.dumps(value, ensure_ascii=False).encode()  # raises at a lone surrogate, which no tokenizer takes
 
 
 def read_json(path: Path) -> Iterator[Row]:
-    """A list of objects, or objects line by line, as many a .json file really is."""
+    """Read a list of objects, or one object per line, which many a .json file really holds."""
     try:
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -92,8 +92,8 @@ def read_json(path: Path) -> Iterator[Row]:
     try:
         with _decoding(str(path)):
             value = json.loads(text)
-    except UserError as told:
-        error = told.__cause__
+    except UserError as wrapped:
+        error = wrapped.__cause__
         if not isinstance(error, json.JSONDecodeError):
             raise
         if error.msg == "Extra data":
@@ -108,13 +108,13 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def _skip_blanks(text: str, at: int) -> int:
-    """The next place from `at` on that is not blank."""
-    found = _NOT_BLANK.search(text, at)
-    return found.start() if found else len(text)
+    """Return the next index from `at` on that is not blank."""
+    match = _NOT_BLANK.search(text, at)
+    return match.start() if match else len(text)
 
 
 def _list_elements(text: str, at: int, path: Path) -> Iterator[Row]:
-    """The elements of a JSON list that starts before `at`, each with the line on which it starts."""
+    """Read the elements of a JSON list that starts before `at`, each with the line on which it starts."""
     decoder, line, counted, halves = json.JSONDecoder(), 1, 0, "\\ud" in text.lower()
     while True:
         at = _skip_blanks(text, at)
@@ -126,8 +126,8 @@ def _list_elements(text: str, at: int, path: Path) -> Iterator[Row]:
                 value, at = decoder.raw_decode(text, at)
                 if halves:
                     _refuse_lone_surrogates(value)
-        except UserError as told:
-            error = told.__cause__
+        except UserError as wrapped:
+            error = wrapped.__cause__
             if not isinstance(error, json.JSONDecodeError):
                 raise
             raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg} at column {error.colno}") from error
@@ -138,11 +138,11 @@ def _list_elements(text: str, at: int, path: Path) -> Iterator[Row]:
         elif not text.startswith("]", at):
             raise UserError(f"{path}:{line + text.count(chr(10), counted, at)}: not valid JSON: expected ',' or ']'")
     if text[at + 1 :].strip():
-        raise UserError(f"{path}:{line}: not valid JSON: something follows the list")
+        raise UserError(f"{path}:{line}: not valid JSON: there is text after the list")
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
-    """Rows of a parquet file, counted from 1."""
+    """Read the rows of a parquet file, counted from 1."""
     import pyarrow.parquet as pq
 
     with doing(f"{path}: not a readable parquet file"):
@@ -167,17 +167,17 @@ READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
 }
 
 
-CSV_OPTIONS = {"csv": "", "tsv": ", sep='\\t'"}  # read by nobody here: what datasets is told of them
+CSV_OPTIONS = {"csv": "", "tsv": ", sep='\\t'"}  # not read here; the arguments that `datasets` needs to convert them
 
 
 def reader_for(path: Path, format: str | None) -> Callable[[Path], Iterator[Row]]:
-    """How to read `path`: as `format` says, else by the end of its name."""
+    """Return the reader of `path`: that of `format`, else that of its suffix."""
     suffix = format or path.suffix.removeprefix(".").lower()
     if suffix in CSV_OPTIONS:
         call = f"from datasets import load_dataset as load; load('csv', data_files='{path}'{CSV_OPTIONS[suffix]})['train']"
         wanted = path.with_suffix(".jsonl")
         raise UserError(
-            f"{path}: .json, .jsonl and .parquet files are read, and this is a .{suffix}: write it as one of them, for example"
+            f"{path}: .json, .jsonl and .parquet files are read, and this is a .{suffix}: convert it to one of them, for example"
             f" python -c \"{call}.to_json('{wanted}')\""
         )
     if suffix not in READERS:
@@ -185,44 +185,44 @@ def reader_for(path: Path, format: str | None) -> Callable[[Path], Iterator[Row]
     return READERS[suffix]
 
 
-NOT_READ = {"gz", "bz2", "xz", "zst", "zip", "lz4", "tar", "tgz", "csv", "tsv", "arrow", "feather", "pickle", "pkl"}  # but data
+NOT_READ = {"gz", "bz2", "xz", "zst", "zip", "lz4", "tar", "tgz", "csv", "tsv", "arrow", "feather", "pickle", "pkl"}  # data
 
 
 def _files_below(root: Path) -> list[Path]:
-    """The files below a directory, also where it links to, in their order; none of what is hidden by a dot or an underscore."""
-    found, open_ = list[Path](), {root.resolve()}
+    """Return the files below a directory, sorted, following links; names that start with a dot or an underscore are skipped."""
+    files, ancestors = list[Path](), {root.resolve()}
 
-    def look(place: Path) -> None:
-        for entry in sorted(place.iterdir()):
+    def walk(directory: Path) -> None:
+        for entry in sorted(directory.iterdir()):
             if entry.name.startswith((".", "_")):
                 continue
             if entry.is_file():
-                found.append(entry)
-            elif entry.is_dir() and (target := entry.resolve()) not in open_:
-                open_.add(target)
-                look(entry)
-                open_.discard(target)
+                files.append(entry)
+            elif entry.is_dir() and (target := entry.resolve()) not in ancestors:
+                ancestors.add(target)
+                walk(entry)
+                ancestors.discard(target)
 
-    with doing(f"{root} cannot be looked through"):
-        look(root)
-    return sorted(found)
+    with doing(f"{root} cannot be searched"):
+        walk(root)
+    return sorted(files)
 
 
 def files_by_split(root: Path) -> dict[str, list[Path]]:
-    """The data files below `root` by the split that their directory or name announces; '' where neither does."""
-    there = _files_below(root)
-    files = [p for p in there if p.suffix.removeprefix(".").lower() in READERS]
+    """Return the data files below `root` by the split in the name of their directory or file; '' where neither names one."""
+    everything = _files_below(root)
+    files = [p for p in everything if p.suffix.removeprefix(".").lower() in READERS]
     files = [p for p in files if p.name not in ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")]
     kinds = sorted({p.suffix for p in files})
     if len(kinds) > 1:
         raise UserError(f"{root}: holds files of several kinds ({', '.join(kinds)}); give the files, or a directory of one kind")
-    if files and (others := [p for p in there if p.suffix.removeprefix(".").lower() in NOT_READ]):
+    if files and (others := [p for p in everything if p.suffix.removeprefix(".").lower() in NOT_READ]):
         raise UserError(
-            f"{root}: holds {others[0].relative_to(root)} beside {files[0].relative_to(root)}, and only {', '.join(kinds)} files"
+            f"{root}: holds {others[0].relative_to(root)} next to {files[0].relative_to(root)}, and only {', '.join(kinds)} files"
             " are read: unpack or convert it, move it away, or give the files one by one"
         )
     if not files:
-        saved = " (what save_to_disk wrote must be written again with to_parquet)" if any(root.rglob("*.arrow")) else ""
+        saved = " (data written by save_to_disk must be written again with to_parquet)" if any(root.rglob("*.arrow")) else ""
         raise UserError(f"{root}: no .json, .jsonl or .parquet file in this directory{saved}")
     splits: dict[str, list[Path]] = {}
     for path in files:
@@ -238,6 +238,6 @@ _SHARD = re.compile(r"(?:[-_.](?:part|shard)?[-_.]?\d+)+(?:[-_.]of[-_.]\d+)?$", 
 
 
 def _split_of(path: Path) -> str:
-    """`test` for test/a.jsonl, test.jsonl and test-00000-of-00002.parquet, `test_prefs` for test_prefs-00000-of-00001.parquet."""
+    """Return `test` for test/a.jsonl, test.jsonl and test-00000-of-00002.parquet, `test_prefs` for test_prefs-00000-of-00001."""
     parts = [_SHARD.sub("", part) for part in (*path.parts[:-1], path.stem)]
     return next((part.lower() for part in parts if _NAMED.match(part)), "")

@@ -1,4 +1,4 @@
-"""From a row's columns to an example, and from an example to what a loss can eat."""
+"""Parse a row's columns into an example, and convert an example to the type that a loss takes."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -14,9 +14,9 @@ _EXPECTED = "messages; prompt + completion; prompt + chosen + rejected; or promp
 
 
 def read_example(row: Row, *, score: str) -> Example:
-    """What the columns say. `score` (last or all) chooses which assistant turns of `messages` count.
+    """Parse a row by its columns. `score` (last or all) selects the assistant turns of `messages` that are scored.
 
-    A HALOs record is known by its column `type`. Raises UserError with the row's place for anything that is no example.
+    A HALOs record is recognised by its column `type`. Raises UserError, naming the row, where it is no example.
     """
     if row.example is not None:
         return _validated(row.example, row.where)
@@ -35,12 +35,12 @@ def read_example(row: Row, *, score: str) -> Example:
     if "messages" in columns:
         return _conversation(turns_of(columns["messages"], "user", "messages", row.where), row.where, score)
     empty = [name for name in row.record if name not in columns]
-    found = (", ".join(columns) or "none") + (f" (and null: {', '.join(empty)})" if empty else "")
-    raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_EXPECTED}")
+    named = (", ".join(columns) or "none") + (f" (and null: {', '.join(empty)})" if empty else "")
+    raise UserError(f"{row.where}: columns found: {named}; a row that can be trained on has {_EXPECTED}")
 
 
 def read_prompt(row: Row) -> tuple[Turns, str | None]:
-    """What a row asks, and the answer that it gives, if it gives one: column `solution` or `answer`, else a completion."""
+    """Return a row's prompt, and its answer if it has one: column `solution` or `answer`, else the completion."""
     if row.example is not None:
         return row.example.prompt, _known_answer(row.example)
     columns = _columns(row)
@@ -53,17 +53,17 @@ def read_prompt(row: Row) -> tuple[Turns, str | None]:
 
 
 def _known_answer(example: Example) -> str | None:
-    """The first completion, which is the best of several; None where its label says that it is wrong."""
+    """Return the first completion, which is the best of several; None where its label is undesirable."""
     wrong = isinstance(example, Judgement) and not example.desirable
     return None if wrong else str(example.completions[0][-1].get("content") or "")
 
 
 def _validated(example: Example, where: str) -> Example:
-    """An example that a user's own function has returned. Raises UserError for turns or labels that columns could not have."""
+    """Check an example of a custom format. Raises UserError for turns or labels that would be refused in columns."""
     turns = {"prompt": turns_of(example.prompt, "user", "prompt", where)}
     for name, completion in zip(example.completed, example.completions, strict=True):
-        read = turns_of(completion, "assistant", name, where)
-        turns[name] = read if isinstance(example, Scored) and example.ids else _check_completion(read, name, where)
+        parsed = turns_of(completion, "assistant", name, where)
+        turns[name] = parsed if isinstance(example, Scored) and example.ids else _check_completion(parsed, name, where)
     for name in example.labels:
         value = getattr(example, name)
         if not isinstance(value, bool):
@@ -74,7 +74,7 @@ def _validated(example: Example, where: str) -> Example:
 
 
 def _columns(row: Row) -> dict[str, Any]:
-    """Those that hold something. Raises UserError for one that says something which would be lost."""
+    """Return the columns that are not null. Raises UserError for one whose content would be lost."""
     columns = {name: value for name, value in row.record.items() if value is not None}
     empty = (None, "", "[]", [], {})
     if columns.get("tools") not in empty:
@@ -83,26 +83,26 @@ def _columns(row: Row) -> dict[str, Any]:
     for name in ("input", "history") if asked == "instruction" and asked in columns else ("history",):
         if columns.get(name) not in empty and "type" not in columns:
             raise UserError(
-                f"{row.where}: a column '{name}' is not read, and would be lost: put what it says into {asked}, as text or turns"
+                f"{row.where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns"
             )
     return with_system(columns, row.where)
 
 
 def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
-    """`example` as the loss needs it: a pair is also two labels or one demonstration, a desirable label a demonstration, a
-    label a reward of 1 or -1.
+    """Convert `example` to what the loss takes: a pair to two labels or one demonstration, a desirable label to a demonstration,
+    a label to a reward of 1 or -1.
 
-    Empty where this row has nothing to give: an undesirable or empty completion is not imitated, and a pair of equal
-    completions prefers nothing. Raises UserError where rows like this never can.
+    Empty where there is nothing to learn: an undesirable or empty completion makes no demonstration, and a pair of equal
+    completions no preference. Raises UserError where rows of this form can never serve the loss.
     """
-    served = kind.of(example)
-    if served is not None:
-        return list(served)
-    found = ", ".join(name for name, value in row.record.items() if value is not None)
-    gives = f"columns found: {found}. They" if found else f"a {type(example).__name__}. Such rows"
+    converted = kind.of(example)
+    if converted is not None:
+        return list(converted)
+    columns = ", ".join(name for name, value in row.record.items() if value is not None)
+    subject = f"columns found: {columns}. They" if columns else f"a {type(example).__name__}. Such rows"
     raise UserError(
-        f"{row.where}: {gives} can train {example.trains or f'losses on {type(example).__name__}'}; the loss of this run learns"
-        f" from {kind.columns or f'{kind.__name__}, which a function of data.format gives'}"
+        f"{row.where}: {subject} can train {example.trains or f'losses on {type(example).__name__}'}; the loss of this run learns"
+        f" from {kind.columns or f'{kind.__name__}, which a function of data.format returns'}"
     )
 
 
@@ -110,7 +110,7 @@ def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
 
 
 def _check_completion(turns: Turns, column: str, where: str) -> Turns:
-    """A completion: it starts and ends with the assistant, and no turn of the assistant's is empty."""
+    """Check that a completion starts and ends with the assistant, and that no assistant turn is empty."""
     for turn in (turns[0], turns[-1]):
         if turn["role"] != "assistant":
             raise UserError(f"{where}: {column} must start and end with an assistant turn, not with one of role {turn['role']}")
@@ -123,7 +123,7 @@ def _check_completion(turns: Turns, column: str, where: str) -> Turns:
 
 
 def _prompt_and_completion(columns: Mapping[str, Any], column: str, where: str) -> tuple[Turns, Turns]:
-    """`prompt` and one completion, which may repeat the prompt's turns in front."""
+    """Return `prompt` and one completion, whose column may repeat the turns of the prompt first."""
     prompt = turns_of(columns.get("prompt", columns.get("instruction")), "user", "prompt", where)
     completion = turns_of(columns[column], "assistant", column, where)
     if completion[: len(prompt)] == prompt:
@@ -132,13 +132,13 @@ def _prompt_and_completion(columns: Mapping[str, Any], column: str, where: str) 
 
 
 def _conversation(turns: Turns, where: str, score: str) -> Demonstration:
-    spoken = [n for n, turn in enumerate(turns) if is_learned(turn)]
-    if not spoken:
+    learned = [n for n, turn in enumerate(turns) if is_learned(turn)]
+    if not learned:
         weight = " of a weight other than 0" if any(turn["role"] == "assistant" for turn in turns) else ""
         raise UserError(f"{where}: messages has no assistant turn{weight}, so there is nothing to learn from")
-    start, end = spoken[0] if score == "all" else spoken[-1], spoken[-1] + 1  # no later turn can change what is scored
+    start, end = learned[0] if score == "all" else learned[-1], learned[-1] + 1  # later turns cannot change what is scored
     if start == 0:
-        raise UserError(f"{where}: messages starts with the assistant: there is no turn that it answers")
+        raise UserError(f"{where}: messages starts with the assistant: there is no turn to answer")
     return Demonstration(turns[:start], _check_completion(turns[start:end], "messages", where))
 
 
@@ -158,10 +158,10 @@ def _comparison(columns: Mapping[str, Any], where: str) -> Comparison:
     shared = _num_shared_turns(chosen, rejected)
     for turns in (chosen, rejected):
         if not shared or turns[shared]["role"] != "assistant":
-            raise UserError(f"{where}: chosen and rejected must share every turn up to an assistant's, where they part")
+            raise UserError(f"{where}: chosen and rejected must share all turns up to the assistant turn where they differ")
     prompt = chosen[:shared]
-    if "prompt" in columns and (given := turns_of(columns["prompt"], "user", "prompt", where)) != prompt[-len(given) :]:
-        raise UserError(f"{where}: chosen and rejected repeat another prompt than the column 'prompt' gives")
+    if "prompt" in columns and (own_prompt := turns_of(columns["prompt"], "user", "prompt", where)) != prompt[-len(own_prompt) :]:
+        raise UserError(f"{where}: chosen and rejected repeat another prompt than that of the column 'prompt'")
     return Comparison(
         prompt,
         _check_completion(chosen[shared:], "chosen", where),
@@ -171,7 +171,7 @@ def _comparison(columns: Mapping[str, Any], where: str) -> Comparison:
 
 
 def _num_shared_turns(chosen: Turns, rejected: Turns) -> int:
-    """How many turns two conversations have in common before the last of either."""
+    """Count the first turns that two conversations share, at most all but the last of the shorter one."""
     most = min(len(chosen), len(rejected)) - 1
     return next((n for n in range(most) if chosen[n] != rejected[n]), most)
 
@@ -192,11 +192,11 @@ def _label(columns: Mapping[str, Any], allowed: tuple[int, ...], where: str) -> 
     return value > 0
 
 
-# --- HALOs' records (its label.py and sample.py write them) ------------------------------------------------------------
+# --- records of HALOs (its label.py and sample.py write them) ------------------------------------------------------------
 
 
 def _pairwise(columns: Mapping[str, Any], where: str) -> Comparison:
-    """Label 1 prefers output_A, as HALOs' own reader has it; the difference of the rewards is the margin."""
+    """Parse a pair: label 1 prefers output_A, as HALOs itself reads it; the difference of the rewards is the margin."""
     _require(columns, ("prompt", "output_A", "output_B", "label"), where)
     first = _label(columns, (0, 1), where)
     rewards = _number(columns, "reward_A", where), _number(columns, "reward_B", where)
@@ -219,19 +219,19 @@ def _scalar(columns: Mapping[str, Any], where: str) -> Scored:
 
 
 def _sampled(columns: Mapping[str, Any], where: str) -> tuple[Turns, Turns]:
-    """A prompt and what was sampled for it, which may be empty: a model may end at once."""
+    """Return a prompt and the completion sampled for it, which may be empty: a model may end at once."""
     prompt = turns_of(columns["prompt"], "user", "prompt", where)
     return prompt, turns_of(columns["output"], "assistant", "output", where)
 
 
 def _with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, where: str) -> Scored:
-    """The reward, and the sampler's own tokens where it kept them (`output_ids`, `logps`, `vocabulary`)."""
+    """Return a completion with its reward, and its sampled tokens where the row has them (output_ids, logps, vocabulary)."""
     reward = _number(columns, "reward", where)
     assert reward is not None, "the column is there"
     ids, logps = (columns.get(name) or () for name in ("output_ids", "logps"))
     _refuse_mismatched_lengths(ids, logps, where)
     if not ids and not says_something(completion):
-        raise UserError(f"{where}: output is empty, and there are no output_ids that say what was sampled")
+        raise UserError(f"{where}: output is empty, and there are no output_ids to tell what was sampled")
     return Scored(prompt, completion, reward, tuple(map(int, ids)), tuple(map(float, logps)), columns.get("vocabulary"))
 
 

@@ -10,13 +10,13 @@ from halos.data.files import Row, read_jsonl
 from halos.errors import UserError
 from halos.types import Demonstration, Example, Judgement
 
-EVAL_FRACTION = 0.1  # of the problems, the last of the file
+EVAL_FRACTION = 0.1  # of the problems, at the end of the file
 _MARKS = re.compile(r"<<[^<>\n]*>>")  # the calculator's: 48/2 = <<48/2=24>>24
 _ANSWER = re.compile(r"\nA: *(?=[^\n]*\s*$)")  # model solutions end `A: 24`, the published ones `#### 24`
 
 
 def file_for(directory: Path, kind: type[Example]) -> Path:
-    """Demonstrations come from train.jsonl, pairs and labels from model_solutions.jsonl."""
+    """Return the file of a kind: demonstrations are in train.jsonl, pairs and labels in model_solutions.jsonl."""
     path = directory / ("train.jsonl" if kind is Demonstration else "model_solutions.jsonl")
     if not path.is_file():
         raise UserError(f"{path}: not found; data.root must be the directory with GSM8K's train.jsonl and model_solutions.jsonl")
@@ -24,18 +24,17 @@ def file_for(directory: Path, kind: type[Example]) -> Path:
 
 
 def normalise(solution: str) -> str:
-    """Without calculator marks, and with the answer on a last line `#### 24`."""
+    """Remove calculator marks, and put the answer on a last line `#### 24`."""
     return _ANSWER.sub("\n#### ", _MARKS.sub("", solution)).rstrip()
 
 
 def rows(path: Path, kind: type[Example], split: str) -> Iterator[Row]:
-    """Rows of the kind that the loss eats; the last tenth of the problems is `eval`, so no problem is in both splits."""
+    """Yield rows of the kind that the loss takes; the last tenth of the problems is `eval`, so no problem is in both splits."""
     if split not in ("train", "eval"):
         raise UserError(f"{path}: no split '{split}'; gsm8k has train and eval")
     problems = list(read_jsonl(path))
-    held_out = round(len(problems) * EVAL_FRACTION)
-    first_held = len(problems) - held_out
-    for problem in problems[:first_held] if split == "train" else problems[first_held:]:
+    num_train = len(problems) - round(len(problems) * EVAL_FRACTION)
+    for problem in problems[:num_train] if split == "train" else problems[num_train:]:
         try:
             yield from (Row(record, problem.where) for record in _records(problem.record, kind))
         except KeyError as error:
@@ -48,9 +47,9 @@ def _records(problem: dict[str, Any], kind: type[Example]) -> Iterator[dict[str,
         yield {"prompt": prompt, "completion": normalise(problem["answer"])}
         return
     solutions = [value for value in problem.values() if isinstance(value, dict)]
-    judged = [(normalise(each["solution"]), bool(each["is_correct"])) for each in solutions]
+    labelled = [(normalise(each["solution"]), bool(each["is_correct"])) for each in solutions]
     if kind is Judgement:
-        yield from ({"prompt": prompt, "completion": text, "label": right} for text, right in judged)
+        yield from ({"prompt": prompt, "completion": text, "label": right} for text, right in labelled)
         return
-    right, wrong = ([text for text, good in judged if good is wanted] for wanted in (True, False))
+    right, wrong = ([text for text, correct in labelled if correct is wanted] for wanted in (True, False))
     yield from ({"prompt": prompt, "chosen": good, "rejected": bad} for good, bad in product(right, wrong))

@@ -1,4 +1,4 @@
-"""Turns of a conversation as rows have them: text, or OpenAI-style messages, each brought to one form."""
+"""Normalise the turns of a conversation: rows hold text or OpenAI-style messages."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,12 +8,12 @@ from halos.errors import UserError
 from halos.types import Message, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-WEIGHT = "weight"  # of an assistant turn: 0 where it is not learned from
+WEIGHT = "weight"  # of an assistant turn: 0 where it is not trained on
 TURN_COLUMNS = ("prompt", "instruction", "messages", "chosen", "rejected", "completion")
 
 
 def turns_of(value: Any, role: str, column: str, where: str) -> Turns:
-    """Text is one turn of `role`; a list is one of messages. Raises UserError with the row's place for anything else."""
+    """Return text as one turn of `role`, and a list as its messages. Raises UserError, naming the row, for anything else."""
     if isinstance(value, str):
         return ({"role": role, "content": value},)
     if not isinstance(value, Sequence) or not value:
@@ -22,12 +22,12 @@ def turns_of(value: Any, role: str, column: str, where: str) -> Turns:
 
 
 def is_learned(turn: Message) -> bool:
-    """Whether an assistant said this, and it may be learned from."""
+    """Return whether a turn is the assistant's and trained on."""
     return turn["role"] == "assistant" and turn.get(WEIGHT) != 0
 
 
 def with_system(columns: dict[str, Any], where: str) -> dict[str, Any]:
-    """A column `system` is the first turn of what is asked. Raises UserError where there is another one already."""
+    """Insert a column `system` as the first turn of the other columns. Raises UserError where they have another system turn."""
     words = columns.get("system")
     if words in (None, "", []) or "type" in columns:
         return columns
@@ -38,11 +38,11 @@ def with_system(columns: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _after_system(first: Message, value: Any, column: str, where: str) -> Any:
-    """A column's turns behind the system's, where the conversation begins there."""
+    """Return a column's turns after the system turn `first`, where the conversation begins in this column."""
     if isinstance(value, str):
         return value if column not in TURN_COLUMNS[:2] else [first, {"role": "user", "content": value}]
     if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
-        return value  # what it is, is told where it is read
+        return value  # invalid, which is reported where it is parsed
     if value[0].get("role") == "assistant" or value[0] == first:
         return value
     if value[0].get("role") == "system":
@@ -52,8 +52,8 @@ def _after_system(first: Message, value: Any, column: str, where: str) -> Any:
 
 def _turn(turn: Any, column: str, where: str) -> Message:
     if not isinstance(turn, Mapping) or "role" not in turn:
-        given = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
-        raise UserError(f"{where}: each turn of {column} needs role and content, one {given}")
+        actual = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
+        raise UserError(f"{where}: each turn of {column} needs role and content, one {actual}")
     turn = {name: value for name, value in turn.items() if value is not None}
     role, content = turn.get("role"), turn.get("content")
     if role not in ROLES:
@@ -66,16 +66,16 @@ def _turn(turn: Any, column: str, where: str) -> Message:
 
 
 def _with_weight(turn: dict[str, Any], column: str, where: str) -> Message:
-    """`weight` and `train` say of an assistant turn whether it is learned from; of others they say nothing."""
+    """Reduce `weight` and `train` to a weight of 0 on assistant turns that are not trained on; other turns have neither."""
     for name in (WEIGHT, "train"):
         if turn.get(name, 1) not in (0, 1):
-            raise UserError(f"{where}: {column} has a turn whose {name} is {turn[name]!r}: 1 is learned from, and 0 is not")
+            raise UserError(f"{where}: {column} has a turn whose {name} is {turn[name]!r}: 1 is trained on, and 0 is not")
     learned = turn.pop(WEIGHT, 1) and turn.pop("train", 1)
     return turn if learned or turn["role"] != "assistant" else {**turn, WEIGHT: 0}
 
 
 def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
-    """Tool calls, their arguments as the object that templates print, where rows have it as JSON text."""
+    """Return tool calls with their arguments parsed, where rows hold JSON text: templates print the object."""
     if not isinstance(calls, Sequence) or isinstance(calls, str) or not all(isinstance(call, Mapping) for call in calls):
         raise UserError(f"{where}: tool_calls of {column} must be a list of objects")
     return [{**call, "function": _function(call["function"])} if isinstance(call.get("function"), Mapping) else _function(call)
@@ -83,20 +83,20 @@ def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:
 
 
 def _function(function: Mapping[str, Any]) -> dict[str, Any]:
-    given = function.get("arguments")
-    if isinstance(given, str):
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
         try:
-            read = json.loads(given)
+            parsed = json.loads(arguments)
         except ValueError:
-            read = given
-        given = read if isinstance(read, dict) else given
-    elif isinstance(given, Mapping):
-        given = _without_nulls(given)
-    return {**function, **({"arguments": given} if "arguments" in function else {})}
+            parsed = arguments
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    elif isinstance(arguments, Mapping):
+        arguments = _without_nulls(arguments)
+    return {**function, **({"arguments": arguments} if "arguments" in function else {})}
 
 
 def _without_nulls(value: Any) -> Any:
-    """Without keys that hold nothing: a table's rows all have the columns of any."""
+    """Remove null keys: in a table every row has the columns of all others."""
     if isinstance(value, Mapping):
         return {name: _without_nulls(part) for name, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value

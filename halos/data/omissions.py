@@ -1,4 +1,4 @@
-"""What a row says and its rendering does not: a template that leaves out a turn is silent about it."""
+"""Detect content of a row that a chat template silently leaves out of its rendering."""
 
 import json
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
@@ -8,26 +8,26 @@ from halos.errors import UserError
 from halos.types import Message, Turns
 
 SENTINEL = "halos0sentinel"
-THOUGHT = ("<think>", "</think>")
-REASONS = ("reasoning_content", "reasoning", "thinking")  # keys that hold a turn's thought
-REMEDY = "give another model.chat_template, or take that out of the data"
+THINK_TAGS = ("<think>", "</think>")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # keys of a turn's reasoning
+REMEDY = "give another model.chat_template, or remove it from the data"
 
 Render = Callable[[Turns], str]
 
 
 class OmissionCheck:
-    """Knows which shapes of conversations a template, `render`, leaves nothing out of."""
+    """Checks that `render` leaves nothing out, and remembers the shapes of conversations for which it does not."""
 
     def __init__(self, render: Render) -> None:
         self._render, self._shapes = render, set[Hashable]()
 
     def refuse(self, turns: Turns, text: str, where: str, *, learned: Collection[int] = ()) -> None:
-        """Raises UserError where something of `turns` left no trace in `text`, their rendering: words of any turn, tool calls
-        and results, and the thoughts of turns that are `learned` from (by their numbers). Thoughts of earlier turns are what
-        templates of reasoning models leave out on purpose.
+        """Raises UserError where a part of `turns` is missing from `text`, their rendering: the words of any turn, tool calls and
+        results, and the reasoning of the turns (by index) that are `learned` from. Templates of reasoning models leave out
+        the reasoning of earlier turns on purpose.
 
-        Another word in its place must change the rendering: templates trim, escape and reformat. That is tried once for each
-        shape of conversation, and wherever the words themselves do not stand in the text.
+        A part is present if replacing it changes the rendering, since templates trim, escape and reformat. That is tried once
+        per shape of conversation, and whenever the words do not occur literally in the text.
         """
         parts = [(number, *part) for number, turn in enumerate(turns) for part in _parts(turn, learned=number in learned)]
         shape = (*map(_shape, turns), *((number, what) for number, what, _, _ in parts))
@@ -41,34 +41,34 @@ class OmissionCheck:
     def _changes(self, text: str, others: Turns) -> bool:
         try:
             return self._render(others) != text
-        except UserError:  # it reads what it refuses
+        except UserError:  # it refuses the replacement, so it reads that part
             return True
 
 
 def _shape(turn: Message) -> Hashable:
-    """What a template may ask of a turn besides its words."""
+    """Return what a template may test of a turn besides its words."""
     return turn["role"], *sorted(turn), len(turn.get("tool_calls") or ())
 
 
 def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message]]:
-    """Each part of a turn: what it is, its words, and the turn with another word in their place."""
+    """Yield each part of a turn: a description, its words, and the turn with them replaced."""
     role, content = turn["role"], str(turn.get("content") or "")
-    thought, words = _split(content) if role == "assistant" else ("", content)
-    of = "a tool's result" if role == "tool" else f"words of the {role}"
+    reasoning, words = _split(content) if role == "assistant" else ("", content)
+    what = "a tool's result" if role == "tool" else f"words of the {role}"
     if words.strip():
-        yield of, words.strip(), {**turn, "content": content.replace(words, SENTINEL)}
-    if learned and thought.strip():
-        yield "a thought that is to be learned", thought.strip(), {**turn, "content": content.replace(thought, SENTINEL, 1)}
-    for key in REASONS if learned else ():
+        yield what, words.strip(), {**turn, "content": content.replace(words, SENTINEL)}
+    if learned and reasoning.strip():
+        yield "a thought that is to be learned", reasoning.strip(), {**turn, "content": content.replace(reasoning, SENTINEL, 1)}
+    for key in REASONING_KEYS if learned else ():
         if isinstance(turn.get(key), str) and turn[key].strip():
             yield f"a thought that is to be learned, {key}", turn[key].strip(), {**turn, key: SENTINEL}
     yield from _tool_call_parts(turn)
 
 
 def _split(content: str) -> tuple[str, str]:
-    """Thought and words of an assistant turn."""
-    before, mark, words = content.rpartition(THOUGHT[1])
-    return (before.rpartition(THOUGHT[0])[2], words) if mark else ("", content)
+    """Split the content of an assistant turn into reasoning and words."""
+    before, mark, words = content.rpartition(THINK_TAGS[1])
+    return (before.rpartition(THINK_TAGS[0])[2], words) if mark else ("", content)
 
 
 def _tool_call_parts(turn: Message) -> Iterator[tuple[str, str, Message]]:

@@ -1,4 +1,4 @@
-"""Which rows each global batch holds: a pure function of (seed, epoch, batch), whoever asks and whatever was asked before."""
+"""Rows of each global batch: a pure function of (seed, epoch, batch), independent of earlier calls."""
 
 from collections.abc import Sequence
 
@@ -14,30 +14,30 @@ def _stream(seed: int, *key: int) -> np.random.Philox:
 
 
 def _permutation(stream: np.random.Philox, count: int) -> np.ndarray:
-    # Raw bits are the same in every numpy; what Generator.permutation makes of them may change between releases.
+    # Raw bits are the same in every numpy; the result of Generator.permutation may change between releases.
     return np.argsort(stream.random_raw(count), kind="stable")
 
 
 class Order:
-    """An endless sequence of global batches. A source of weight w gives round(w n) of its n rows to every epoch."""
+    """An endless sequence of global batches. A source of weight w contributes round(w n) of its n rows to every epoch."""
 
     def __init__(self, sources: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._rows = [np.flatnonzero(sources == number) for number in range(len(weights))]
         self._wanted = [round(weight * len(rows)) for weight, rows in zip(weights, self._rows, strict=True)]
         self.rows_per_epoch = sum(self._wanted)
         if not self.rows_per_epoch:
-            raise UserError("the weights of data.train leave no row in an epoch; raise them")
+            raise UserError("the weights of data.train leave no row in an epoch; increase them")
         self.batches_per_epoch = -(-self.rows_per_epoch // batch_size)
         self._batch_size, self._seed = batch_size, seed
         self._cached: tuple[int, np.ndarray] | None = None
 
     def batch(self, number: int) -> np.ndarray:
-        """Rows of global batch `number`, counted from 0 through all epochs; the last one of an epoch may be smaller."""
+        """Return the rows of global batch `number`, counted from 0 over all epochs; the last one of an epoch may be smaller."""
         epoch, within = divmod(number, self.batches_per_epoch)
         return self.epoch(epoch)[within * self._batch_size : (within + 1) * self._batch_size]
 
     def epoch(self, number: int) -> np.ndarray:
-        """All rows of an epoch, in order: (rows_per_epoch,)."""
+        """Return all rows of an epoch, in order: (rows_per_epoch,)."""
         if self._cached is None or self._cached[0] != number:
             stream = _stream(self._seed, _EPOCH, number)
             mixture = np.concatenate(
@@ -48,12 +48,12 @@ class Order:
 
 
 class GroupOrder:
-    """Global batches of whole groups, as many in each as would fit if all were as large as the largest."""
+    """Global batches of whole groups, as many in each as fit if all are as large as the largest."""
 
     def __init__(self, groups: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:
         """`groups` (rows,) numbers each row's group. Raises UserError where one is larger than a batch."""
         if any(weight != 1 for weight in weights):
-            raise UserError("data.train: weights other than 1 would tear groups of samples apart; leave them out")
+            raise UserError("data.train: weights other than 1 would split groups of samples; leave them out")
         order = np.argsort(groups, kind="stable")
         _, starts = np.unique(groups[order], return_index=True)
         self._members = np.split(order, starts[1:])  # rows of each group
@@ -72,30 +72,30 @@ class GroupOrder:
 
 
 def _sample(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarray:
-    """All rows as often as they go into `wanted`, and a random choice for the rest."""
-    copies, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)
-    some = rows[_permutation(stream, len(rows))[:rest]] if rest else rows[:0]
-    return np.concatenate([np.tile(rows, copies), some])
+    """Return `wanted` rows: all of them as often as they fit, and a random choice for the remainder."""
+    repeats, rest = divmod(wanted, len(rows)) if len(rows) else (0, 0)
+    remainder = rows[_permutation(stream, len(rows))[:rest]] if rest else rows[:0]
+    return np.concatenate([np.tile(rows, repeats), remainder])
 
 
 def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
-    """Every row once, in the order of the data."""
+    """Return batches with every row once, in the order of the data."""
     return [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
 
 
 def mismatched_partners(groups: np.ndarray, seed: int, *, what: str) -> np.ndarray:
-    """For each row another one, uniform among those with a different prompt: (N,). KTO's mismatched completions.
+    """Return for each row another one, uniform among those with a different prompt: (N,). KTO's mismatched completions.
 
-    Raises UserError, which names `what` the rows are of and for, where all have one prompt.
+    Raises UserError where all rows have the same prompt; `what` names the loss and the data in its message.
     """
     count = len(groups)
     order = np.argsort(groups, kind="stable")
     _, starts, sizes = np.unique(groups[order], return_index=True, return_counts=True)
     if len(starts) < 2:
-        raise UserError(f"{what} pairs each prompt with an answer to another, and all {count} rows have the same prompt")
+        raise UserError(f"{what} pairs each prompt with a completion of another, and all {count} rows have the same prompt")
     others = np.repeat(count - sizes, sizes).astype(np.uint64)
     steps = (_stream(seed, _PARTNER).random_raw(count) % others).astype(np.int64)
-    after = np.repeat(starts + sizes, sizes)  # sorted by prompt, the rows of other prompts follow a row's own, cyclically
-    found = np.empty(count, np.int64)
-    found[order] = order[(after + steps) % count]
-    return found
+    after = np.repeat(starts + sizes, sizes)  # sorted by prompt, the rows of other prompts follow a group, cyclically
+    partners = np.empty(count, np.int64)
+    partners[order] = order[(after + steps) % count]
+    return partners

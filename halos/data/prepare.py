@@ -1,4 +1,4 @@
-"""Entries of data.train or data.eval to a tokenised data set: read, converted and tokenised once, then found by its content."""
+"""Tokenise the entries of data.train or data.eval once, and cache the data set under a hash of its content."""
 
 import hashlib
 import json
@@ -49,11 +49,11 @@ def prepare(
     transform: Callable[[Any], Example] | None = None,
     transform_key: str = "",
 ) -> Path:
-    """The directory below `cache_dir` that holds the tokenised rows; made on the first call, found by the next ones.
+    """Return the directory below `cache_dir` with the tokenised rows, which the first call writes.
 
-    `kind` is what the loss eats, or what `transform` eats where the loss has one (conditional SFT); `transform_key` names
-    it and its settings. `purpose` (train or eval) is the split of sources whose entry names none. Call it in one process;
-    the others open what it returns.
+    `kind` is the example type that the loss takes, or that `transform` takes where the loss has one (conditional SFT);
+    `transform_key` names it and its settings. `purpose` (train or eval) is the split of entries that name none. Call it on one
+    rank; the others open the directory that it returns.
     """
     if not entries:
         raise UserError(f"data.{purpose}: no entry; give files, directories or names")
@@ -71,14 +71,14 @@ def prepare(
             if is_whole(path, expanded(cache_dir)):
                 return path
             if path.exists():
-                log.warning("%s is not what was written there: it is made anew", path)
+                log.warning("%s is damaged: it is written again", path)
                 shutil.rmtree(path)
             hidden.mkdir()
             encoder = Encoder(tokenizer, max_length=max_length, truncation=truncation)
             _write(hidden, opened, kind, score, encoder, transform)
             _publish(hidden, path)
     except OSError as error:
-        raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be kept there: {error}") from error
+        raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
     return path
@@ -86,8 +86,8 @@ def prepare(
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Of several runs that want the same rows, a sweep's jobs say, one makes them and the others wait for it."""
-    locks = path.parent.with_name("locks")  # apart, since they stay
+    """Let one of several runs that need the same rows (such as jobs of a sweep) tokenise them while the others wait."""
+    locks = path.parent.with_name("locks")  # a directory of their own, since they are never deleted
     locks.mkdir(exist_ok=True)
     lock = FileLock(locks / f"{path.name}.lock")
     try:
@@ -102,7 +102,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 
 def _publish(hidden: Path, path: Path) -> None:
-    """It appears at once and complete; where another process was first, its work is as good."""
+    """Rename the complete directory into place; if another process was first, its result is as good."""
     try:
         hidden.rename(path)
     except OSError:
@@ -115,12 +115,12 @@ def _key(parts: Any) -> str:
 
 
 def _code() -> str:
-    """A change to the code of this package, or of examples, makes everything anew."""
+    """Hash the code of this package and of examples.py: any change of it invalidates the cache."""
     return hash_files([*sorted(Path(__file__).parent.glob("*.py")), Path(examples.__file__)])
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Everything that decides which ids a row becomes."""
+    """Return everything about the tokenizer that decides the ids of a row."""
     tokenizer("", padding=False, truncation=False)  # the state of earlier calls would be part of the backend's description
     backend = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
@@ -138,7 +138,7 @@ def _write(
     encoder: Encoder,
     transform: Callable[[Any], Example] | None,
 ) -> None:
-    report, made = [], kind
+    report, written_kind = [], kind
     bar = tqdm(desc="tokenising", unit=" rows", delay=2, disable=None, leave=False)
     with bar, closing(Writer(directory)) as writer:
         for number, source in enumerate(opened):
@@ -146,16 +146,16 @@ def _write(
             report.append(counts)
             examples = _examples(source, kind, score, counts, transform, bar)
             while batch := list(islice(examples, BATCH)):
-                made = type(batch[0][0])
+                written_kind = type(batch[0][0])
                 items = _items(batch, encoder, counts)
                 writer.write([(item, number) for item in items])
             if not counts.kept:
                 raise UserError(f"{counts.line()}: none of them can be used")
         weights = [each.source.weight for each in opened]
-        writer.finish({"kind": made.__name__, "weights": weights, "report": [asdict(counts) for counts in report]})
+        writer.finish({"kind": written_kind.__name__, "weights": weights, "report": [asdict(counts) for counts in report]})
 
 
-NamedExample = tuple[Example, str, str]  # with the row's place, and the example's own name
+NamedExample = tuple[Example, str, str]  # the example, the position of its row, and its id
 
 
 def _examples(
@@ -174,11 +174,11 @@ def _examples(
             counts.drop(LEFT_OUT)
             continue
         example = read_example(row, score=score)
-        served = as_kind(example, kind, row)
-        if not served:
+        converted = as_kind(example, kind, row)
+        if not converted:
             counts.examples += 1
             counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL)
-        for number, each in enumerate(served):
+        for number, each in enumerate(converted):
             counts.examples += 1
             yield transform(each) if transform else each, row.where, f"{row.where}#{number}"
 

@@ -1,4 +1,4 @@
-"""Where rows come from: files, directories, hub data sets and what is built in, each with a fingerprint of its content."""
+"""Data sources: files, directories, hub data sets and bundled data, each with a fingerprint of its content."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ _HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`train`, `train[:200]`, `[:10%]`: which rows of a source are meant."""
+    """A selection of rows of a source: `train`, `train[:200]`, `[:10%]`."""
 
     name: str
     start: str | None = None
@@ -33,16 +33,16 @@ class Split:
 
     @classmethod
     def of(cls, text: Any) -> "Split":
-        found = _SPLIT.fullmatch(text) if isinstance(text, str) else None
-        if not found:
+        match = _SPLIT.fullmatch(text) if isinstance(text, str) else None
+        if not match:
             raise UserError(f"data entry: split={text!r} is not understood; write a name, a slice or both: train[:200], [:10%]")
-        return cls(found["name"], found["start"], found["stop"])
+        return cls(match["name"], match["start"], match["stop"])
 
-    def cut(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def select(self, rows: Iterator[Row]) -> Iterator[Row]:
         if self.start is None and self.stop is None:
             return rows
-        everything = list(rows)
-        return iter(everything[self._bound(self.start, len(everything)) : self._bound(self.stop, len(everything))])
+        all_rows = list(rows)
+        return iter(all_rows[self._bound(self.start, len(all_rows)) : self._bound(self.stop, len(all_rows))])
 
     @staticmethod
     def _bound(text: str | None, count: int) -> int | None:
@@ -57,23 +57,23 @@ class Source:
 
     path: str
     split: str = ""
-    weight: float = 1.0  # how often its rows come in an epoch: 0.5 half of them, 2 each twice
+    weight: float = 1.0  # of its rows per epoch: 0.5 is half of them, 2 is each twice
     revision: str | None = None
     format: str | None = None
 
     @classmethod
     def of(cls, entry: str | Mapping[str, Any]) -> "Source":
         """Raises UserError for keys and values that no source has."""
-        given = {"path": entry} if isinstance(entry, str) else entry
-        if not isinstance(given, Mapping):
+        settings = {"path": entry} if isinstance(entry, str) else entry
+        if not isinstance(settings, Mapping):
             raise UserError(f"data entry {entry!r}: give a path, a name, or {{path, split, weight, revision, format}}")
         names = [f.name for f in fields(cls)]
-        for key in given:
+        for key in settings:
             if key not in names:
                 near = nearest(str(key), names)
                 hint = f"did you mean '{near}'?" if near else f"it takes {', '.join(names)}"
-                raise UserError(f"data entry {dict(given)!r}: no key '{key}'; {hint}")
-        values: dict[str, Any] = {"path": "", **{key: value for key, value in given.items() if value is not None}}
+                raise UserError(f"data entry {dict(settings)!r}: no key '{key}'; {hint}")
+        values: dict[str, Any] = {"path": "", **{key: value for key, value in settings.items() if value is not None}}
         source = cls(**values)
         source._check()
         return source
@@ -81,7 +81,7 @@ class Source:
     def _check(self) -> None:
         if not isinstance(self.path, str) or not self.path:
             where = f" (for format {self.format}, set data.root to the directory that holds its files)" if self.format else ""
-            raise UserError(f"data entry: path={self.path!r} names nothing{where}")
+            raise UserError(f"data entry: path={self.path!r} is empty{where}")
         if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
             raise UserError(f"data entry {self.path}: weight={self.weight!r} must be a number above 0")
         if self.format not in (None, *FORMATS) and not is_custom(self.format):
@@ -94,7 +94,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class OpenSource:
-    """A source that exists: its rows, and a fingerprint that changes when they do."""
+    """An existing source: its rows, and a fingerprint that changes when they do."""
 
     source: Source
     fingerprint: str
@@ -102,47 +102,47 @@ class OpenSource:
 
 
 def open_source(source: Source, kind: type[Example], purpose: str) -> OpenSource:
-    """Find what `source` names. `kind` is what the loss eats; `purpose` (train or eval) is the split where none is named.
+    """Open `source`. `kind` is the example type that the loss takes; `purpose` (train or eval) is the split where it names none.
 
-    Raises UserError where nothing is found; reading the rows raises it where there are none.
+    Raises UserError where it does not exist; reading the rows raises it where there are none.
     """
     split, path = Split.of(source.split), expanded(source.path)
     if source.revision and (source.path == BUILT_IN or path.exists()):
-        raise UserError(f"data entry {source.path}: revision={source.revision!r} is for data sets of the hub")
+        raise UserError(f"data entry {source.path}: revision={source.revision!r} applies to data sets of the hub only")
     if source.path == BUILT_IN:
-        opened = _built_in(split.name or purpose)
+        fingerprint, read = _built_in(split.name or purpose)
     elif path.exists():
-        opened = _local(path, source, split.name, kind, purpose)
+        fingerprint, read = _local(path, source, split.name, kind, purpose)
     else:
-        opened = _hub(source, split.name, purpose)
+        fingerprint, read = _hub(source, split.name, purpose)
 
-    own = source.format if is_custom(source.format) else None
+    custom = source.format if is_custom(source.format) else None
 
     def rows() -> Iterator[Row]:
-        wanted = split.cut(opened[1]())
-        wanted = wanted if own is None else convert_rows(own, wanted)
-        first = next(wanted, None)
+        selected = split.select(read())
+        selected = selected if custom is None else convert_rows(custom, selected)
+        first = next(selected, None)
         if first is None:
             raise UserError(f"{source.path}: no rows{f' in {source.split}' if source.split else ''}")
-        return chain([first], wanted)
+        return chain([first], selected)
 
-    return OpenSource(source, opened[0] if own is None else f"{opened[0]} {code_hash_of(own)}", rows)
+    return OpenSource(source, fingerprint if custom is None else f"{fingerprint} {code_hash_of(custom)}", rows)
 
 
 def content_hash(entry: str | Mapping[str, Any], purpose: str) -> str:
-    """A hash that changes with the rows that an entry of data.train or data.eval names, whatever loss reads them."""
+    """Hash the rows of an entry of data.train or data.eval, independent of the loss that reads them."""
     source = Source.of(entry)
-    source = replace(source, format=None) if is_custom(source.format) else source  # whose code is no part of a file
+    source = replace(source, format=None) if is_custom(source.format) else source  # the hash is of files, not of code
     if source.format == "gsm8k":
         return hash_files(sorted(expanded(source.path).glob("*.jsonl")))
     return open_source(source, Demonstration, purpose).fingerprint
 
 
-FingerprintAndRows = tuple[str, Callable[[], Iterator[Row]]]  # fingerprint, rows
+FingerprintAndRows = tuple[str, Callable[[], Iterator[Row]]]
 
 
 def hash_files(paths: Sequence[Path]) -> str:
-    """One hash over names and bytes."""
+    """Return one hash over the names and bytes of files."""
     total = hashlib.blake2b(digest_size=16)
     for path in paths:
         try:
@@ -178,7 +178,7 @@ def _local(path: Path, source: Source, split: str, kind: type[Example], purpose:
 
 
 def _rows_of_split(rows: Iterator[Row], split: str, path: Path) -> Iterator[Row]:
-    """The rows of one file that its column `split` marks as `split`; a file without the column is all `train`."""
+    """Yield the rows of a file whose column `split` is `split`; rows without it are `train`."""
     seen: set[str] = set()
     for row in rows:
         mark = str(row.record.get("split") or "train")
@@ -203,11 +203,11 @@ def _files_of_split(root: Path, split: str, purpose: str) -> list[Path]:
         if longer:
             return splits[longer[0]]
     has = ", ".join(name or "files of no split" for name in splits)
-    raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); names that are seen: {', '.join(SPLITS)}")
+    raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); known names are: {', '.join(SPLITS)}")
 
 
 def _default_splits(purpose: str) -> tuple[str, ...]:
-    """The splits that may stand for `train` or `eval` where an entry names none, the best first."""
+    """Return the split names that serve as `train` or `eval` where an entry names none, the best first."""
     return ("eval", "validation", "valid", "val", "dev", "test") if purpose == "eval" else ("train",)
 
 
@@ -220,7 +220,7 @@ def _hub(source: Source, split: str, purpose: str) -> FingerprintAndRows:
     from datasets import Dataset, DatasetDict, load_dataset
 
     name, _, config = path.partition(":")
-    with doing(f"{path}: neither a file or directory here nor a data set that the hub gives", hint.removeprefix("; ")):
+    with doing(f"{path}: neither a file or directory here nor an available data set of the hub", hint.removeprefix("; ")):
         loaded = load_dataset(name, config or None, split=split or None, revision=source.revision)
     if isinstance(loaded, DatasetDict):
         has = [str(name) for name in loaded]
@@ -238,6 +238,6 @@ def _hub(source: Source, split: str, purpose: str) -> FingerprintAndRows:
 
 
 def _looks_local(path: Path) -> bool:
-    """A name that is no data set's: the hub would be asked for it in vain, half a minute long where it cannot be reached."""
+    """Return whether a name can only be a file's: asking the hub would fail, after half a minute where it is unreachable."""
     files = {*READERS, "csv", "tsv", "txt", "gz", "zip", "zst", "arrow"}
     return path.suffix.removeprefix(".").lower() in files or (len(path.parts) > 1 and path.parent.is_dir())

@@ -1,4 +1,4 @@
-"""From examples to token ids, in batches, within max_length."""
+"""Tokenise examples in batches, within max_length."""
 
 import hashlib
 from bisect import bisect_left
@@ -21,7 +21,7 @@ _SYSTEM = ("system", "developer")
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of one example, and what was done to make them fit."""
+    """Token ids of one example, and how they were shortened."""
 
     prompt: np.ndarray  # (tokens,) int32
     completions: tuple[Completion, ...]
@@ -29,8 +29,8 @@ class Encoded:
     merged: bool
     cut_turns: bool = False
     cut_completions: int = 0
-    logps: np.ndarray | None = None  # (scored tokens,) of a Scored whose sampler kept them
-    tokenised_anew: bool = False  # a Scored of which only the text could be used
+    logps: np.ndarray | None = None  # (scored tokens,) of a Scored that has its sampler's
+    tokenised_anew: bool = False  # a Scored whose token ids were missing or another tokenizer's
 
     @property
     def length(self) -> int:
@@ -39,10 +39,11 @@ class Encoded:
 
 class _Tokens(NamedTuple):
     ids: list[int]
-    starts: list[int]  # the character at which each begins; empty where nobody asked
+    starts: list[int]  # character at which each begins; empty where not requested
 
     def scored(self, spans: Sequence[Span], shift: int) -> np.ndarray:
-        """Which tokens begin inside a span, counted from the character `shift`; the only span of a completion is all of it."""
+        """Return a mask of the tokens that begin inside a span. `shift` is the character from which spans count; a single span is
+        the whole completion."""
         if len(spans) == 1:
             return np.ones(len(self.ids), bool)
         starts = np.array(self.starts) - shift
@@ -50,7 +51,7 @@ class _Tokens(NamedTuple):
 
 
 class Encoder:
-    """Tokenises examples. The prompt's ids are those of the prompt alone, as a sampler would feed it."""
+    """Tokenises examples. A prompt has the ids of the prompt alone, as a sampler gets it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str) -> None:
         self._tokenizer, self._template = tokenizer, Template(tokenizer)
@@ -59,59 +60,60 @@ class Encoder:
         self._seams = any_of(str(t) for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
     def encode(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded | str]:
-        """Each example comes with its place in the data; a string in the answer says why one is dropped."""
-        whole = [self._is_sampled(example) for example, _ in examples]
-        told = [given for given, sampled in zip(examples, whole, strict=True) if not sampled]
-        laid_out = [self._template.lay_out(example.prompt, example.completions, where) for example, where in told]
-        encoded = iter(self._encode(laid_out) if laid_out else [])
-        kept = iter(self._keep([given for given, sampled in zip(examples, whole, strict=True) if sampled]))
-        fitted = [self._fit(next(kept if sampled else encoded), *given) for sampled, given in zip(whole, examples, strict=True)]
+        """Tokenise examples, each with the position of its row; a string in the result is the reason why one is dropped."""
+        sampled = [self._is_sampled(example) for example, _ in examples]
+        texts = [each for each, has_ids in zip(examples, sampled, strict=True) if not has_ids]
+        layouts = [self._template.lay_out(example.prompt, example.completions, where) for example, where in texts]
+        encoded = iter(self._encode(layouts) if layouts else [])
+        kept = iter(self._keep([each for each, has_ids in zip(examples, sampled, strict=True) if has_ids]))
+        fitted = [self._fit(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
         return [EQUAL if isinstance(each, Encoded) and _has_equal_completions(each) else each for each in fitted]
 
     def prompts(self, prompts: Sequence[tuple[Turns, str]]) -> list[np.ndarray]:
-        """The ids that a sampler is fed, the template's generation prompt included: (tokens,) int32 each."""
+        """Return the ids that a sampler gets, the template's generation prompt included: (tokens,) int32 each."""
         texts = [self._template.generation_prompt(turns, where) for turns, where in prompts]
-        return [np.array(found.ids, np.int32) for found in self._tokenise(texts)] if texts else []
+        return [np.array(tokens.ids, np.int32) for tokens in self._tokenise(texts)] if texts else []
 
     def _is_sampled(self, example: Example) -> bool:
-        """Whether an example brings its own tokens, and they are this tokenizer's."""
+        """Return whether an example has token ids, and they are this tokenizer's."""
         return isinstance(example, Scored) and bool(example.ids) and example.vocabulary == self._vocabulary
 
     def _keep(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded]:
-        """What was sampled, token by token as it was sampled: all of it is scored, an end token where there is one."""
-        found = []
+        """Keep sampled completions token by token; all their tokens are scored, an end token included."""
+        encoded = []
         prompts = self.prompts([(example.prompt, where) for example, where in examples])
         for prompt, (example, _) in zip(prompts, examples, strict=True):
             assert isinstance(example, Scored)
             ids = np.array(example.ids, np.int32)
             logps = np.array(example.logps, np.float32) if example.logps else None
-            found.append(Encoded(prompt, (Completion(ids, np.ones(len(ids), bool)),), exact=True, merged=False, logps=logps))
-        return found
+            encoded.append(Encoded(prompt, (Completion(ids, np.ones(len(ids), bool)),), exact=True, merged=False, logps=logps))
+        return encoded
 
     def _encode(self, layouts: Sequence[Layout]) -> list[Encoded]:
         prompts = list(dict.fromkeys(layout.prompt for layout in layouts))
-        prompt_ids = {prompt: found.ids for prompt, found in zip(prompts, self._tokenise(prompts), strict=True)}
+        prompt_ids = {prompt: tokens.ids for prompt, tokens in zip(prompts, self._tokenise(prompts), strict=True)}
         seams = {prompt: self._seam(prompt) for prompt in prompts}
         tails = [layout.prompt[seams[layout.prompt] :] + text for layout in layouts for text in layout.completions]
-        starts = any(len(spans) > 1 for layout in layouts for spans in layout.spans)
-        found = iter(self._tokenise(tails, starts=starts))
+        needs_starts = any(len(spans) > 1 for layout in layouts for spans in layout.spans)
+        tokens = iter(self._tokenise(tails, starts=needs_starts))
         return [
-            self._join(layout, prompt_ids[layout.prompt], seams[layout.prompt], [next(found) for _ in layout.completions])
+            self._join(layout, prompt_ids[layout.prompt], seams[layout.prompt], [next(tokens) for _ in layout.completions])
             for layout in layouts
         ]
 
     def _seam(self, prompt: str) -> int:
-        """Where the prompt's last added token starts. Nothing merges across one, so what stands before is tokenised once."""
+        """Return where the last added token of the prompt starts: no merge crosses it, so the text before is tokenised once."""
         return max((match.start() for match in self._seams.finditer(prompt)), default=0)
 
     def _tokenise(self, texts: list[str], *, starts: bool = False) -> list[_Tokens]:
-        # Rendered text has its special tokens already, BOS included.
-        found = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=starts)
-        places = found["offset_mapping"] if starts else [()] * len(texts)
-        return [_Tokens(ids, [start for start, _ in place]) for ids, place in zip(found["input_ids"], places, strict=True)]
+        # Rendered text contains its special tokens, BOS included.
+        encoding = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=starts)
+        offsets = encoding["offset_mapping"] if starts else [()] * len(texts)
+        return [_Tokens(ids, [start for start, _ in spans]) for ids, spans in zip(encoding["input_ids"], offsets, strict=True)]
 
     def _join(self, layout: Layout, prompt: list[int], seam: int, tails: list[_Tokens]) -> Encoded:
-        """Each completion's ids: what follows the prompt's in the whole, or its own where the two share a token."""
+        """Split off each completion's ids: the suffix of the joint tokenisation, or the completion tokenised alone where a merge
+        crosses the prompt's end."""
         repeated = prompt[len(prompt) - 1 - prompt[::-1].index(tails[0].ids[0]) :] if seam else prompt
         completions, merged = [], False
         for text, spans, tail in zip(layout.completions, layout.spans, tails, strict=True):
@@ -122,7 +124,7 @@ class Encoder:
                 (tail,), shift, merged = self._tokenise([text], starts=True), 0, True
             scored = tail.scored(spans, shift)
             if not prompt:
-                scored[0] = False  # there is nothing to predict it from
+                scored[0] = False  # it has no context to be predicted from
             completions.append(Completion(np.array(tail.ids, np.int32), scored))
         return Encoded(np.array(prompt, np.int32), tuple(completions), layout.exact, merged)
 
@@ -143,7 +145,7 @@ class Encoder:
         return self._cut_completions(self._cut_turns(encoded, example, where))
 
     def _cut_turns(self, encoded: Encoded, example: Example, where: str) -> Encoded:
-        """Without as many of the oldest turns as it takes; with only the last user turn where that is not enough."""
+        """Remove as many of the oldest turns as necessary; where that is not enough, all but the last user turn."""
         shorter = _shortened(example)
         tried: dict[int, Encoded] = {}
 
@@ -151,13 +153,13 @@ class Encoder:
             tried[n] = self._encode([self._template.lay_out(shorter[n].prompt, shorter[n].completions, where)])[0]
             return tried[n].length <= self._max_length
 
-        if not shorter or self._is_sampled(example):  # what was sampled from a prompt says nothing about another
+        if not shorter or self._is_sampled(example):  # a sample belongs to its whole prompt
             return encoded
-        first = bisect_left(range(len(shorter)), True, key=fits)  # lengths fall, so the search has tried where it ends
+        first = bisect_left(range(len(shorter)), True, key=fits)  # lengths decrease, and the search has tried its result
         return replace(tried[min(first, len(shorter) - 1)], cut_turns=True)
 
     def _cut_completions(self, encoded: Encoded) -> Encoded | str:
-        """Completions cut at the end, which leaves no end token: the model is not taught to stop in mid-sentence."""
+        """Truncate completions, without an end token: the model is not taught to stop in mid-sentence."""
         room = self._max_length - len(encoded.prompt)
         if room <= 0:
             return PROMPT_TOO_LONG
@@ -170,7 +172,7 @@ class Encoder:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """The special token that ends an assistant's turn as training scores it; none where the template takes no plain turn."""
+    """Return the special token that ends an assistant turn in training; empty where the template refuses a plain turn."""
     turns = Demonstration(({"role": "user", "content": "x"},), ({"role": "assistant", "content": "y"},))
     try:
         (encoded,) = Encoder(tokenizer, max_length=2**31, truncation="drop").encode([(turns, "a plain turn")])
@@ -181,9 +183,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A name for what its token ids mean."""
-    words = sorted((number, token) for token, number in tokenizer.get_vocab().items())
-    return hashlib.blake2b(repr(words).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    """Return a hash of a tokenizer's vocabulary."""
+    vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
+    return hashlib.blake2b(repr(vocabulary).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
 def _has_equal_completions(encoded: Encoded) -> bool:
@@ -192,10 +194,10 @@ def _has_equal_completions(encoded: Encoded) -> bool:
 
 
 def _shortened(example: Example) -> list[Example]:
-    """The example without its oldest turns, shorter and shorter: system turns stay, and the first other one is the user's.
+    """Return the example without its oldest turns, ever shorter: system turns stay, and the first other turn is the user's.
 
-    The last of them keeps the last user turn and what follows it. In a conversation of which all assistant turns are
-    scored, the oldest of those go too.
+    The shortest keeps the last user turn and what follows it. Where all assistant turns of a conversation are scored, the
+    oldest of those are removed too.
     """
     (first, *others), turns = example.completions, example.prompt
     turns += () if others else first

@@ -92,11 +92,11 @@ def test_an_example_stands_for_its_columns(own: Path, kind: str, wanted: Any) ->
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("number", "a.jsonl:1: ownrows.number gives int: it must give a dict"),
+        ("number", "a.jsonl:1: ownrows.number returns int: it must return a dict"),
         ("told", "a.jsonl:1: ownrows.told: no answer"),
         ("typed", "a.jsonl:1: ownrows.typed fails: KeyError: 'one\\?'; columns found: q, a"),
-        ("two", "ownrows.two is no reader of rows: it must be a function of one row"),
-        ("ASKED", "ownrows.ASKED is no reader of rows"),
+        ("two", "ownrows.two is no format: it must be a function of one row"),
+        ("ASKED", "ownrows.ASKED is no format"),
         ("ask", "ownrows has no 'ask'; it has asks, each"),
     ],
 )

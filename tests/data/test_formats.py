@@ -54,8 +54,8 @@ def test_a_prompt_may_be_what_both_conversations_share():
     both = read(prompt="One?", chosen=[*Q, *GOOD], rejected=[*Q, *BAD], messages=[*Q, *GOOD])
     assert both == Comparison(Q, GOOD, BAD)
     refuses("repeat another prompt", prompt="Two?", chosen=[*Q, *GOOD], rejected=[*Q, *BAD])
-    refuses("share every turn", chosen=[*Q, *GOOD], rejected=[user("Two?"), *BAD])
-    refuses("share every turn", chosen=[*Q, *GOOD, *Q, *GOOD], rejected=[*Q, *GOOD, user("Two?"), *BAD])
+    refuses("share all turns", chosen=[*Q, *GOOD], rejected=[user("Two?"), *BAD])
+    refuses("share all turns", chosen=[*Q, *GOOD, *Q, *GOOD], rejected=[*Q, *GOOD, user("Two?"), *BAD])
     refuses("a column 'prompt' is needed", chosen="one", rejected="two")
 
 
@@ -77,7 +77,7 @@ def test_tool_calls_are_carried_and_keys_without_value_are_not():
     ("columns", "message"),
     [
         ({"messages": [user("One?")]}, "no assistant turn"),
-        ({"messages": [says("one")]}, "no turn that it answers"),
+        ({"messages": [says("one")]}, "there is no turn to answer"),
         ({"messages": []}, "messages must be text or a list"),
         ({"messages": [user("One?"), says(" ")]}, "the assistant says nothing"),
         ({"messages": [{"from": "human", "value": "One?"}]}, "needs role and content, one has from, value"),
@@ -206,7 +206,7 @@ def test_a_system_column_is_the_first_turn():
 
 def test_a_column_that_would_be_lost_is_refused_unless_it_is_empty():
     refuses("'history' is not read", prompt="One?", history=[["a", "b"]], completion="one")
-    with pytest.raises(UserError, match="'input' is not read, and would be lost: put what it says into instruction"):
+    with pytest.raises(UserError, match="'input' is not read, and would be lost: put its content into instruction"):
         read_prompt(Row({"instruction": "Add.", "input": "1, 1"}, "a.jsonl:12"))
     assert read_prompt(Row({"instruction": "One?", "input": "", "history": []}, "a.jsonl:12")) == (Q, None)
     assert read(prompt="One?", input="anything", completion="one") == Demonstration(Q, GOOD), "it is no part of the prompt"

@@ -101,6 +101,8 @@ def test_partners_are_fixed_by_the_seed():
 
 
 def test_one_prompt_alone_has_no_partner():
-    with pytest.raises(UserError, match="mine pairs each prompt with an answer to another, and all 9 rows have the same prompt"):
+    with pytest.raises(
+        UserError, match="mine pairs each prompt with a completion of another, and all 9 rows have the same prompt"
+    ):
         mismatched_partners(np.zeros(9, int), 0, what="data.eval: mine")
     assert mismatched_partners(np.array([0, 1]), 0, what="mine").tolist() == [1, 0]

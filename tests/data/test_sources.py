@@ -64,7 +64,7 @@ def test_json_rows_know_the_line_on_which_they_start(tmp_path: Path):
         ('[{"prompt": "a"}\n {"prompt": "b"}]', r"a\.json:2: not valid JSON: expected ','"),
         ('[{"prompt": "a"},\n "b"]', r"a\.json:2: a row is an object.*text"),
         ('[{"prompt": "a"}', r"a\.json:1: not valid JSON"),
-        ("[] x", "something follows"),
+        ("[] x", "there is text after the list"),
         ('{"version": 1, "data": [{"prompt": "a"}]}', r"holds one object.*its key 'data' holds one"),
         ('{"version": 1}', "holds one object, not a list of rows"),
         ("17", "holds a list of objects, this one a number"),
@@ -166,12 +166,12 @@ def test_rows_of_one_file_that_carry_a_split_are_told_apart(tmp_path: Path):
     [
         ({"path": "a.jsonl", "wieght": 2}, "no key 'wieght'; did you mean 'weight'"),
         ({"path": "a.jsonl", "zzz": 2}, "it takes path, split, weight, revision, format"),
-        ({"split": "train"}, "names nothing"),
+        ({"split": "train"}, "is empty"),
         ({"path": None, "format": "gsm8k"}, r"set data\.root"),
         ({"path": "a.jsonl", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "a.jsonl", "weight": "2"}, "must be a number"),
         ({"path": "a.jsonl", "format": "csv"}, "format='csv' must be one of gsm8k, jsonl"),
-        ({"path": "arithmetic", "revision": "main"}, "is for data sets of the hub"),
+        ({"path": "arithmetic", "revision": "main"}, "applies to data sets of the hub only"),
         (17, "give a path, a name, or"),
         ("no/such/file.jsonl", r"no/such/file\.jsonl: no such file"),
         ("missing.jsonl", "no such file"),
@@ -261,14 +261,14 @@ def damaged(path: Path) -> None:
 
 
 BAD = {
-    "half of a character in a list": ("a.json", rb'[{"a": "\ud83d b"}]', r"a\.json:1: holds half of a character"),
-    "half of a character in a line": ("a.jsonl", rb'{"a": "\ud83d b"}', r"a\.jsonl:1: holds half of a character"),
-    "half of a character in a name": ("a.jsonl", rb'{"\udc00": 1}', r"a\.jsonl:1: holds half of a character"),
+    "half of a character in a list": ("a.json", rb'[{"a": "\ud83d b"}]', r"a\.json:1: holds a lone surrogate"),
+    "half of a character in a line": ("a.jsonl", rb'{"a": "\ud83d b"}', r"a\.jsonl:1: holds a lone surrogate"),
+    "half of a character in a name": ("a.jsonl", rb'{"\udc00": 1}', r"a\.jsonl:1: holds a lone surrogate"),
     "a long number in a line": ("a.jsonl", b'{"a": ' + b"1" * 5000 + b"}", r"a\.jsonl:1: not valid JSON: Exceeds the limit"),
     "a long number in a list": ("a.json", b'[{"a": ' + b"1" * 5000 + b"}]", r"a\.json:1: not valid JSON: Exceeds the limit"),
-    "lists without end in a line": ("a.jsonl", b'{"a": ' + b"[" * 10**5, r"a\.jsonl:1: .* without end"),
-    "lists without end in a list": ("a.json", b'[{"a": ' + b"[" * 10**5, r"a\.json:1: .* without end"),
-    "objects without end": ("a.json", b'{"a":' * 10**5, r"a\.json: .* without end"),
+    "lists without end in a line": ("a.jsonl", b'{"a": ' + b"[" * 10**5, r"a\.jsonl:1: .* nested too deeply"),
+    "lists without end in a list": ("a.json", b'[{"a": ' + b"[" * 10**5, r"a\.json:1: .* nested too deeply"),
+    "objects without end": ("a.json", b'{"a":' * 10**5, r"a\.json: .* nested too deeply"),
     "a parquet file of nothing": ("a.parquet", b"PAR1PAR1", r"a\.parquet: not a readable parquet file"),
     "bytes that are no text": ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl:1: not UTF-8 text"),
 }
@@ -307,7 +307,7 @@ def test_data_that_would_be_passed_over_is_named(tmp_path: Path, name: str) -> N
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"x")
     (tmp_path / "README.md").write_text("of no matter")
-    refuses(str(tmp_path), f"holds {name} beside train-00000.jsonl")
+    refuses(str(tmp_path), f"holds {name} next to train-00000.jsonl")
 
 
 def test_splits_of_longer_names_are_taken_by_name_and_never_mixed(tmp_path: Path) -> None:
