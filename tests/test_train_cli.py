@@ -364,7 +364,7 @@ def test_a_sweep_is_checked_before_it_begins(refused, words, part):
         (["loss.beta=0.1,0.2,-1"], ["loss.beta takes a number", "in the job loss.beta=-1"]),
         (["peft=lora,none", "peft.r=4,8"], ["peft.r has no effect with peft=none", "in the job peft=none peft.r=4"]),
         (["loss=dpo,sft", "loss.beta=0.1"], ["no key 'loss.beta'", "in the job loss=sft"]),
-        (["loss=glob(*)", "reference.name_or_path=org/x"], ["compares with no reference model"]),
+        (["loss=glob(*)", "reference.name_or_path=org/x"], ["uses no reference model"]),
     ],
 )
 def test_every_job_of_a_sweep_is_checked_before_the_first_one_starts(refused, words, parts):
@@ -670,7 +670,7 @@ def test_a_hook_of_the_users_own_joins_at_the_start_and_at_a_resume(cli, build, 
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["hooks.mine._target_=myown.hooks.Quiet"], "if you trust that package, type plugins=[myown]"),
+        (["hooks.mine._target_=myown.hooks.Quiet"], "if you trust that package, add plugins=[myown]"),
         (["hooks.mine._target_=myown.hooks.Quiet", "plugins=[yourown]"], "plugins names 'yourown', which Python does not find"),
         (["plugins=['../x']"], "which is no package"),
         (["hooks.mine._target_=myown.hoks.Quiet", "plugins=[myown]"], "there is no module myown.hoks"),

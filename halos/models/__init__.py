@@ -1,1 +1,1 @@
-"""Models as this framework loads them: the policy, its reference, reward models, adapters."""
+"""Loading of models: policies, references, reward models, adapters and tokenizers."""

@@ -1,4 +1,4 @@
-"""LoRA adapters: PEFT's, with PEFT's own keys."""
+"""Attach, check and load LoRA adapters (PEFT's, with PEFT's keys)."""
 
 import math
 from pathlib import Path
@@ -23,11 +23,11 @@ KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
     "modules_to_save", "target_parameters",
 )  # fmt: skip
-LISTS = ("target_modules", "modules_to_save", "target_parameters")  # in which order does not matter
+LISTS = ("target_modules", "modules_to_save", "target_parameters")  # compared without regard to order
 
 
 def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, reward: bool, seed: int) -> PeftModel:
-    """The model with a fresh adapter (B = 0, so it computes what it did). A reward model's head is trained and saved whole."""
+    """Add a fresh adapter to the model (B = 0: its outputs are unchanged). A reward model's head is trained and saved whole."""
     task = TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM
     config = LoraConfig(task_type=task, **_peft_settings(model, settings))
     _refuse_unmatched_modules(model, settings["modules_to_save"])
@@ -35,14 +35,14 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     own = {id(parameter) for parameter in model.parameters()}
     torch.manual_seed(seed)
     try:
-        # on the meta device there is nothing to draw
+        # there is nothing to initialise on the meta device
         adapted = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")
     except ValueError as error:
         linear = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)})
         raise UserError(f"peft: {error} The linear layers of this model are: {', '.join(linear)}") from error
     _share_configuration(adapted)
     for parameter in adapted.parameters():
-        if parameter.requires_grad:  # a head that is saved whole has the base's dtype; steps would vanish in bfloat16
+        if parameter.requires_grad:  # a head that is trained whole has the base's dtype; its updates would vanish in bfloat16
             parameter.data = parameter.data.float()
     lora.refuse_idle_patterns(adapted, settings)
     lora.say_exactly(adapted)
@@ -51,8 +51,8 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
 
 
 def _share_configuration(model: PeftModel) -> None:
-    """Whole layers that are trained in copies read the model's own configuration, as the originals do: what is said of its
-    attention later must reach them too."""
+    """Give the copies of fully trained layers the model's own config object, as the originals have: a later change of its
+    attention must reach them too."""
     for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
         for copied in wrapper.modules_to_save.values():
             for name, module in copied.named_modules():
@@ -61,7 +61,7 @@ def _share_configuration(model: PeftModel) -> None:
 
 
 def _peft_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings as PEFT is to have them: a key means what it matches. Raises UserError for what PEFT cannot adapt."""
+    """Return the settings for PEFT, target names resolved to what they match. Raises UserError for what PEFT cannot adapt."""
     chosen = targets.resolve(model, settings["target_modules"], settings["target_parameters"])
     named = {name: settings[name] for name in KEYS}
     named |= {"target_modules": chosen.modules, "target_parameters": chosen.parameters or None}
@@ -76,12 +76,12 @@ def _peft_settings(model: PreTrainedModel, settings: dict[str, Any]) -> dict[str
             )
     for name, parameter in model.named_parameters():
         if not parameter.is_floating_point() and any(name == end or name.endswith(f".{end}") for end in chosen.parameters):
-            raise UserError(f"peft.target_parameters: {name} is quantised, and PEFT adapts no quantised parameter")
+            raise UserError(f"peft.target_parameters: {name} is quantised, and PEFT cannot adapt a quantised parameter")
     return named
 
 
 def _refuse_unmatched_modules(model: PreTrainedModel, wanted: list[str]) -> None:
-    """Raises UserError for a name of peft.modules_to_save that no module has: PEFT passes over it without a word."""
+    """Raises UserError for a name in peft.modules_to_save that no module has: PEFT ignores it silently."""
     names = [name for name, _ in model.named_modules()]
     for end in wanted:
         if not any(name == end or name.endswith(f".{end}") for name in names):
@@ -91,25 +91,25 @@ def _refuse_unmatched_modules(model: PreTrainedModel, wanted: list[str]) -> None
 
 
 def refuse_different_settings(model: PeftModel, directory: Path) -> None:
-    """Raises UserError where a saved adapter was made with other keys than the model's own: it would mean something else."""
+    """Raises UserError where a saved adapter has other settings than the model's own: its weights would mean other things."""
     path = directory / "adapter_config.json"
     if not path.is_file() or not (directory / "adapter_model.safetensors").is_file():
         raise UserError(f"peft.init_from={directory} is no adapter: it lacks {path.name} or adapter_model.safetensors")
     saved, own = confined.load_object(path), model.peft_config["default"].to_dict()
     for name in KEYS:
         if name.endswith("_pattern"):
-            continue  # compared as what they say of each layer, with the weights
+            continue  # compared per layer, when the weights are loaded
         one, other = saved.get(name), own.get(name)
         if sorted(one or []) != sorted(other or []) if name in LISTS else one != other:
             raise UserError(
-                f"peft.init_from={directory} was made with peft.{name}={one}, and this run has {other}: type the same"
+                f"peft.init_from={directory} was trained with peft.{name}={one}, and this run has {other}: set the same"
             )
 
 
 def refuse_different_tensors(model: PeftModel, directory: Path) -> None:
-    """Raises UserError where a saved adapter's tensors are not those of the model's own; reads none of them."""
+    """Raises UserError where a saved adapter's tensors differ from the model's own in name or shape; reads only the header."""
     with safe_open(directory / "adapter_model.safetensors", "pt") as file:
-        saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        saved = {name: list(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  it is not a mapping
     own = {name: list(value.shape) for name, value in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
     if other := sorted(name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)):
         shapes = [str(each.get(other[0], "absent")) for each in (saved, own)]
@@ -120,8 +120,7 @@ def refuse_different_tensors(model: PeftModel, directory: Path) -> None:
 
 
 def load_adapter(model: PeftModel, directory: Path) -> None:
-    """Put saved adapter weights into the model's own adapter. Raises UserError where they belong to another model, or were
-    trained with other scales."""
+    """Load saved weights into the model's adapter. Raises UserError where they belong to another model or another scaling."""
     _refuse_different_scales(model, directory)
     with doing(f"{directory / 'adapter_model.safetensors'} cannot be read"):
         weights = load_file(directory / "adapter_model.safetensors")
@@ -132,7 +131,7 @@ def load_adapter(model: PeftModel, directory: Path) -> None:
     missing = [name for name in result.missing_keys if "lora_" in name or "modules_to_save" in name]
     if missing or result.unexpected_keys:
         example = (missing + result.unexpected_keys)[0]
-        counts = f"{len(missing)} tensors are missing from it and {len(result.unexpected_keys)} belong nowhere"
+        counts = f"{len(missing)} tensors are missing from it and {len(result.unexpected_keys)} are unexpected"
         raise UserError(f"{directory} is not an adapter of {_base(model)}: {counts}, such as {example}")
 
 
@@ -144,7 +143,7 @@ def _refuse_different_scales(model: PeftModel, directory: Path) -> None:
         theirs = lora.scaling(saved, layer, module.r["default"])
         if not math.isclose(mine, theirs, rel_tol=1e-9):
             raise UserError(
-                f"{directory} multiplies what it adds to {layer} by {theirs:g}, and this run by {mine:g}: type the"
+                f"{directory} scales its update of {layer} by {theirs:g}, and this run by {mine:g}: set the"
                 " peft.lora_alpha, alpha_pattern and use_rslora that it was trained with"
             )
 
@@ -154,7 +153,7 @@ def _base(model: PeftModel) -> str:
 
 
 def _shape_mismatch(model: PeftModel, weights: dict[str, Tensor]) -> str | None:
-    """The first tensor whose shape is not the model's, if that is it."""
+    """Describe the first tensor whose shape is not the model's; None where all shapes match."""
     mine = get_peft_model_state_dict(model, save_embedding_layers=False)
     for name, value in weights.items():
         if name in mine and mine[name].shape != value.shape:

@@ -1,4 +1,4 @@
-"""Generation settings to be saved with a model: such as transformers saves, and ending where training ends."""
+"""Generation settings to save with a model: accepted by transformers, and with the end tokens of training."""
 
 import logging
 from collections.abc import Sequence
@@ -11,10 +11,12 @@ from halos.errors import UserError
 log = logging.getLogger(__name__)
 
 
-def settings_for(given: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> GenerationConfig:
-    """A copy of a model's settings whose end tokens include the tokenizer's and `stops`: training scores them, so serving must
-    stop there. What transformers would refuse to save is taken out, and told. Raises UserError for what cannot be mended."""
-    settings = deepcopy(given)
+def settings_for(original: GenerationConfig, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> GenerationConfig:
+    """Return a copy of a model's settings whose end tokens include the tokenizer's and `stops`, which it is trained to emit.
+
+    Settings that transformers refuses to save are removed with a warning. Raises UserError where that does not help.
+    """
+    settings = deepcopy(original)
     ids = settings.eos_token_id if settings.eos_token_id is not None else []
     ids = list(ids) if isinstance(ids, list) else [ids]
     own = tokenizer.eos_token_id
@@ -26,24 +28,24 @@ def settings_for(given: GenerationConfig, tokenizer: PreTrainedTokenizerBase, st
 
 
 def _remove_refused(settings: GenerationConfig) -> None:
-    """Take out, one after the other, the settings without which transformers' own check has less to say."""
-    plain = GenerationConfig()
+    """Remove, one after the other, settings whose removal shortens the complaint of transformers' own check."""
+    defaults = GenerationConfig()
     complaint, removed = _complaint(settings), []
     while complaint:
         for name, value in sorted(settings.to_diff_dict().items()):
-            if name.endswith("_token_id") or not hasattr(plain, name):
+            if name.endswith("_token_id") or not hasattr(defaults, name):
                 continue
-            setattr(settings, name, getattr(plain, name))
-            rest = _complaint(settings)
-            if len(rest) < len(complaint):
+            setattr(settings, name, getattr(defaults, name))
+            remaining = _complaint(settings)
+            if len(remaining) < len(complaint):
                 removed.append(f"{name}={value}")
-                complaint = rest
+                complaint = remaining
                 break
             setattr(settings, name, value)
         else:
-            raise UserError(f"the model's generation_config.json could not be saved again: {complaint.splitlines()[-1]}")
+            raise UserError(f"the model's generation_config.json cannot be saved again: {complaint.splitlines()[-1]}")
     if removed:
-        log.warning("generation settings that transformers refuses to save are left out: %s", ", ".join(removed))
+        log.warning("generation settings that transformers refuses to save are removed: %s", ", ".join(removed))
 
 
 def _complaint(settings: GenerationConfig) -> str:

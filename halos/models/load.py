@@ -35,7 +35,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTrainedTokenizerBase, list[str]]:
-    """The directory's tokenizer with `add_tokens` in its vocabulary, and those of them that it did not know.
+    """Return the directory's tokenizer with `add_tokens` in its vocabulary, and those of them that it lacked.
 
     Padding is never trained on, so it may be eos.
     """
@@ -53,19 +53,19 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTraine
     return tokenizer, new
 
 
-def refuse_different_tokenizer(reference: Path, tokenizer: PreTrainedTokenizerBase, new: Sequence[int]) -> None:
-    """Raises UserError where a reference model spells the policy's tokens otherwise: its log-probs would be of other text."""
+def refuse_different_tokenizer(reference: Path, tokenizer: PreTrainedTokenizerBase, new_ids: Sequence[int]) -> None:
+    """Raises UserError where a reference has other ids for the policy's tokens: its log-probs would be of other text."""
     theirs = load_tokenizer(reference, add_tokens=[])[0].get_vocab()
-    ours = {token: number for token, number in tokenizer.get_vocab().items() if number not in new}
-    if other := [token for token, number in ours.items() if theirs.get(token) != number]:
+    ours = {token: number for token, number in tokenizer.get_vocab().items() if number not in new_ids}
+    if different := [token for token, number in ours.items() if theirs.get(token) != number]:
         raise UserError(
-            f"reference.name_or_path={reference} has another tokenizer: {len(other)} of the policy's {len(ours)} tokens are not"
-            f" the same in it, such as {other[0]!r}; a reference must share the policy's"
+            f"reference.name_or_path={reference} has another tokenizer: {len(different)} of the policy's {len(ours)} tokens are"
+            f" not the same in it, such as {different[0]!r}; a reference must share the policy's"
         )
 
 
 def weights_dtype(name: str, *, trained: bool, half: bool) -> torch.dtype:
-    """`auto`: float32 for what the optimizer touches; bfloat16 for a frozen base where the arithmetic is `half` anyway."""
+    """Resolve model.dtype. `auto`: float32 for trained weights, bfloat16 for a frozen base that computes in `half` precision."""
     if name != "auto":
         dtype = getattr(torch, name)
         assert isinstance(dtype, torch.dtype)
@@ -74,7 +74,7 @@ def weights_dtype(name: str, *, trained: bool, half: bool) -> torch.dtype:
 
 
 def attention(name: str, *, half: bool, device: torch.device) -> str:
-    """`auto`: flash-attention where it is installed and can run (half precision on a GPU), else SDPA per segment."""
+    """Resolve model.attention. `auto`: flash-attention where it is installed and runs (half precision, GPU), else segments."""
     installed = importlib.util.find_spec("flash_attn") is not None
     if name == "flash_attention_2" and not (installed and half and device.type == "cuda"):
         missing = "the package flash-attn: pip install flash-attn" if not installed else "a GPU and bfloat16 (train.precision)"
@@ -110,12 +110,11 @@ def load_model(
     on_meta: bool = False,
     longest: int | None = None,
 ) -> PreTrainedModel:
-    """A causal language model, or with `reward` the same backbone under one scalar head (random where there is none).
+    """Load a causal language model, or with `reward` the same backbone with a scalar head (random where there is none).
 
-    Rows will be packed where `attention` takes packed rows and the architecture can be packed; `longest` is the longest of them,
-    where it is known. Embeddings of `new_tokens` start at the mean of the others; `stops` end what is generated. A `on_meta` one
-    is the same but for the values of its weights, which nobody has written: it takes no memory, and another process gives it its
-    shards.
+    Sequences will be packed where `attention` and the architecture allow it; `longest` is the longest of them, where known.
+    Embeddings of `new_tokens` start at the mean of the others; `stops` are end tokens of generation. With `on_meta` its weights
+    are neither read nor initialised, and take no memory: another rank sends the shards.
     """
     config = read_config(directory)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
@@ -128,7 +127,7 @@ def load_model(
     chosen = plan.attention or (attention if attention not in PACKS else None)
     extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen, **SAFELY, **_quantization(quantize)}
     extra |= {"num_labels": 1} if reward else {}
-    torch.manual_seed(seed)  # a fresh score head is drawn here
+    torch.manual_seed(seed)  # a fresh score head is initialised here
     with doing(f"{directory} could not be loaded as a {auto.__name__}"):
         fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
         model = (
@@ -144,25 +143,27 @@ def load_model(
 
 
 def load_weights(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_head: bool = False) -> PreTrainedModel:
-    """The model that `auto` makes of the weights in `directory`. Raises UserError where some are not there, which transformers
-    would draw at random and go on; with `fresh_head` those of the head may be, where a backbone came without one."""
+    """Load the model of class `auto` from `directory`. Raises UserError for missing weights, which transformers would initialise
+    at random; with `fresh_head` those of the head may be missing."""
     model, report = auto.from_pretrained(directory, output_loading_info=True, **extra)
-    known, foreign = {name for name, _ in model.named_parameters()}, sorted(map(str, report["unexpected_keys"]))
-    lost = sorted(name for name in map(str, report["missing_keys"]) if name in known)  # buffers are computed
+    known, unexpected = {name for name, _ in model.named_parameters()}, sorted(map(str, report["unexpected_keys"]))
+    missing = sorted(name for name in map(str, report["missing_keys"]) if name in known)  # buffers are computed
     if fresh_head:
-        lost = [name for name in lost if name.startswith(f"{model.base_model_prefix}.")]
-    if lost and "quantization_config" not in extra:
+        missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
+    if missing and "quantization_config" not in extra:
         raise UserError(
-            f"{directory} lacks {len(lost)} tensors of a {type(model).__name__}, {lost[0]} for one, which would be drawn at"
-            " random. Its files are not whole, or of another architecture or version than its config.json says"
+            f"{directory} lacks {len(missing)} tensors of a {type(model).__name__}, such as {missing[0]}, which would be"
+            " initialised at random. Its files are incomplete, or of another architecture or version than its config.json"
         )
-    if foreign and not fresh_head:  # a language model's own head is nothing to a reward model
-        log.warning("%s holds %d tensors that its model does not have, such as %s: left out", directory, len(foreign), foreign[0])
+    if unexpected and not fresh_head:  # a reward model does not use the language model's head
+        log.warning(
+            "%s holds %d tensors that its model does not have, such as %s: ignored", directory, len(unexpected), unexpected[0]
+        )
     return model
 
 
 def _empty_model(auto: Any, directory: Path, config: PretrainedConfig, extra: dict[str, Any]) -> PreTrainedModel:
-    """As from_pretrained makes it, without reading or drawing a weight; buffers are computed as always."""
+    """Construct the model as from_pretrained does, without reading or initialising weights; buffers are computed."""
     if "num_labels" in extra:
         config.num_labels = extra["num_labels"]
     with no_init_weights():
@@ -174,11 +175,11 @@ def _empty_model(auto: Any, directory: Path, config: PretrainedConfig, extra: di
 
 
 def read_config(directory: Path) -> PretrainedConfig:
-    """Its config.json. Raises UserError for what transformers itself does not know, and where an adapter lies beside the model,
-    which from_pretrained would put on it; no code beside the model is run."""
+    """Read a model's config.json, never running code of its directory. Raises UserError for a type that transformers does not
+    know, and for an adapter in the same directory, which from_pretrained would attach."""
     if (directory / "adapter_config.json").is_file():
         raise UserError(
-            f"{directory} holds a whole model and an adapter side by side, and transformers would put one on the other: move"
+            f"{directory} holds a whole model and an adapter side by side, and transformers would attach the adapter: move"
             " adapter_config.json and adapter_model.safetensors into a directory of their own"
         )
     with doing(f"{directory}: its config.json could not be loaded"):
@@ -186,15 +187,15 @@ def read_config(directory: Path) -> PretrainedConfig:
 
 
 def refuse_different_architecture(base: Path, saved: Path) -> None:
-    """Raises UserError where a checkpoint's whole model is another than the base that the run began with."""
-    one, other = (_size_facts(read_config(place)) for place in (base, saved))
-    if facts := [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]:
-        told = ", ".join(f"{name} {other.get(name)} instead of {one.get(name)}" for name in facts[:4])
-        raise UserError(f"{saved} is not the model of this run, {base}: {told}")
+    """Raises UserError where a checkpoint's whole model has another architecture than the run's base."""
+    one, other = (_size_facts(read_config(directory)) for directory in (base, saved))
+    if names := [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]:
+        differences = ", ".join(f"{name} {other.get(name)} instead of {one.get(name)}" for name in names[:4])
+        raise UserError(f"{saved} is not the model of this run, {base}: {differences}")
 
 
 def _size_facts(config: PretrainedConfig) -> dict[str, Any]:
-    """What gives a model's parameters their names and shapes; the vocabulary may have grown."""
+    """Return the config values that decide names and shapes of parameters, but for the vocabulary, which may have grown."""
     facts = config.get_text_config().to_dict()
     sizes = {name: value for name, value in facts.items() if type(value) is int and not name.endswith(("_id", "vocab_size"))}
     return {"model_type": config.model_type, **sizes}
@@ -206,5 +207,5 @@ def _check_num_labels(directory: Path, architectures: list[str], labels: int) ->
 
 
 def freeze(model: Model) -> Model:
-    """For references: no gradients, no dropout."""
+    """Turn off gradients and dropout, for references."""
     return model.requires_grad_(False).eval()

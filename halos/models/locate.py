@@ -1,4 +1,4 @@
-"""From what `model.name_or_path` says to a local directory of safetensors, which everything else reads."""
+"""Resolve model.name_or_path to a local directory of safetensors, which everything else reads."""
 
 import hashlib
 import logging
@@ -17,10 +17,9 @@ FILE_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.ti
 
 
 def locate(name: str, revision: str | None, cache_dir: Path, key: str = "model.name_or_path") -> Path:
-    """A directory with config.json, safetensors and tokenizer; built, converted or downloaded where there is none yet.
+    """Return a directory with config.json, safetensors and tokenizer; built, converted or downloaded where there is none yet.
 
-    That a directory holds a model was checked with the config. Raises UserError, which names the `key`, for a hub id that
-    cannot be had.
+    That a directory holds a model was checked with the config. Raises UserError, naming `key`, for an unavailable hub id.
     """
     path = expanded(name)
     if name == "tiny":
@@ -42,14 +41,14 @@ def _tiny(cache_dir: Path) -> Path:
 
 
 def _converted(path: Path, cache_dir: Path, key: str) -> Path:
-    """A .gguf file dequantised once into float32 safetensors, keyed by its bytes."""
+    """Convert a .gguf file to float32 safetensors, once, cached by a hash of its bytes."""
     if not path.is_file():
         raise UserError(f"{key}={path}: no such file")
     with path.open("rb") as file:
         content = hashlib.file_digest(file, "sha256").hexdigest()[:16]
     directory = cache_dir / "models" / f"{path.stem}-{content}"
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(directory.with_name(f".{directory.name}.lock")):  # of several runs one converts, and the others wait
+    with FileLock(directory.with_name(f".{directory.name}.lock")):  # one run converts, and others wait
         if not directory.exists():
             _convert(path, directory)
     return directory
@@ -82,7 +81,7 @@ def _downloaded(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
-        with doing(f"{key}={name}: no such directory here, and it could not be had from the hub", OFFLINE_HINT):
+        with doing(f"{key}={name}: no such directory here, and it could not be downloaded from the hub", OFFLINE_HINT):
             return Path(snapshot_download(name, revision=revision, allow_patterns=FILE_PATTERNS))
     except UserError as error:
         if isinstance(error.__cause__, GatedRepoError):

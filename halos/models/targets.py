@@ -1,9 +1,9 @@
-"""What an adapter changes: layers by name, parameters by name, and no router that nobody named.
+"""Resolve LoRA targets: layers and parameters by name, and routers only where they are named.
 
-The experts of a mixture are one parameter of three dimensions (experts, out, in), and no layers, once they are loaded. PEFT
-turns names of layers that such experts had in other versions (gate_proj, w1, gate ...) into those parameters, the router and
-twice the rank included, and so takes layers that bear the same names (shared experts, dense layers) for experts. Here a name
-means what it matches; a layer whose name PEFT would turn into something else is adapted by its weight.
+The experts of a mixture are, once loaded, no layers but one parameter of three dimensions (experts, out, in). PEFT converts the
+names of layers that such experts had in other versions (gate_proj, w1, gate ...) into those parameters, router and doubled rank
+included, and so mistakes other layers of the same names (shared experts, dense layers) for experts. Here a name means what it
+matches; a layer whose name PEFT would convert is adapted by its weight.
 """
 
 import re
@@ -27,19 +27,19 @@ Wanted = str | list[str] | None
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """In PEFT's words."""
+    """Arguments of PEFT's LoraConfig, but for `by_weight`."""
 
     modules: Wanted
-    parameters: list[str]  # the ends of their names
-    by_weight: list[str]  # modules that are adapted by their weight, since PEFT takes their names for something else
+    parameters: list[str]  # suffixes of their names
+    by_weight: list[str]  # modules adapted by their weight, since PEFT would convert their names
 
 
 def resolve(model: PreTrainedModel, modules: Wanted, parameters: Sequence[str]) -> Targets:
-    """What PEFT is to be given for peft.target_modules and peft.target_parameters. Raises UserError for what matches nothing."""
+    """Resolve peft.target_modules and peft.target_parameters for PEFT. Raises UserError for a name that matches nothing."""
     names = {name for name, _ in model.named_parameters()}
     for end in parameters:
         if not any(_ends(name, end) for name in names):
-            raise UserError(f"peft.target_parameters: {end} ends no parameter's name{_layers_hint(model)}")
+            raise UserError(f"peft.target_parameters: no parameter's name ends in {end}{_layers_hint(model)}")
     if not stacks(model) and not parameters and not (modules == ALL_LINEAR and _not_adaptable(model)):
         return Targets(modules, [], [])
     if modules is None:
@@ -47,59 +47,59 @@ def resolve(model: PreTrainedModel, modules: Wanted, parameters: Sequence[str]) 
             "peft.target_modules=null: say which layers, for example all-linear, or [] for peft.target_parameters alone"
         )
     chosen = _linear(model) if modules == ALL_LINEAR else _matched(model, modules)
-    taken = {leaf for leaf in {_leaf(name) for name in chosen} if _peft_would_convert(model, leaf)}
-    by_weight = [name for name in chosen if _leaf(name) in taken or _is_a_router(model.get_submodule(name))]
-    left = [name for name in chosen if name not in by_weight]
+    converted = {leaf for leaf in {_leaf(name) for name in chosen} if _peft_would_convert(model, leaf)}
+    by_weight = [name for name in chosen if _leaf(name) in converted or _is_a_router(model.get_submodule(name))]
+    by_name = [name for name in chosen if name not in by_weight]
     ends = _shortest([f"{name}.weight" for name in by_weight], names)
-    return Targets(left, [*dict.fromkeys([*parameters, *ends])], by_weight)
+    return Targets(by_name, [*dict.fromkeys([*parameters, *ends])], by_weight)
 
 
 def stacks(model: nn.Module) -> dict[str, int]:
-    """Modules that hold their experts in parameters of three dimensions, by name; and how many experts."""
-    found = {}
+    """Return the modules that hold experts in parameters of three dimensions: name -> number of experts."""
+    counts = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv1d):  # whose kernels have three dimensions too
+        if isinstance(module, nn.Conv1d):  # its kernel has three dimensions too
             continue
         shapes = [parameter.shape for parameter in module.parameters(recurse=False) if parameter.dim() == 3]
         if shapes and len({shape[0] for shape in shapes}) == 1:
-            found[name] = int(shapes[0][0])
-    return found
+            counts[name] = int(shapes[0][0])
+    return counts
 
 
 def routers(model: nn.Module) -> list[str]:
-    """Modules that weigh experts, by name: those beside the experts with one output for each of them, or one for all."""
-    found = []
+    """Return the names of routers: modules next to the experts with one output per expert, or a single one."""
+    names = []
     for stack, count in stacks(model).items():
         owner = _unwrapped(stack)
-        block = owner.rpartition(".")[0]  # what holds the experts and their router
+        block = owner.rpartition(".")[0]  # the parent of the experts and their router
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             weight = getattr(module, "weight", None)
             beside = not name.startswith(f"{owner}.") and ".lora_" not in name
             if beside and isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) in (1, count) and count > 1:
-                found.append(_unwrapped(name))
-    return list(dict.fromkeys(found))
+                names.append(_unwrapped(name))
+    return list(dict.fromkeys(names))
 
 
 def _not_adaptable(model: nn.Module) -> list[str]:
-    """Linear layers that PEFT would adapt without a word and wrongly: the step of a Mamba layer, which reads that weight itself
-    and calls no layer, and products of groups."""
+    """Return linear layers that PEFT would silently adapt wrongly: Mamba's dt_proj, whose weight is used without calling the
+    layer, and grouped linear layers."""
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     return [name for name, module in linear if _leaf(name) == "dt_proj" or type(module).__name__.endswith("GroupedLinear")]
 
 
 def _linear(model: PreTrainedModel) -> list[str]:
-    """Every linear layer but the head, the routers and those that no adapter can change."""
-    left = {*routers(model), *_not_adaptable(model)}
-    last = [layer for layer in (model.get_output_embeddings(), getattr(model, "score", None)) if layer is not None]
+    """Return every linear layer except the head, the routers and those that cannot be adapted."""
+    excluded = {*routers(model), *_not_adaptable(model)}
+    heads = [layer for layer in (model.get_output_embeddings(), getattr(model, "score", None)) if layer is not None]
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D) and name not in left and not any(module is layer for layer in last)
+        if isinstance(module, nn.Linear | Conv1D) and name not in excluded and not any(module is layer for layer in heads)
     ]
 
 
 def _matched(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
-    """The modules that names or a pattern choose, each by its own name."""
+    """Return the full names of the modules that match a list of names or a pattern."""
     modules = [name for name, _ in model.named_modules() if name]
     for one in [wanted] if isinstance(wanted, str) else wanted:
         config = LoraConfig(target_modules=one if isinstance(wanted, str) else [one])
@@ -110,7 +110,7 @@ def _matched(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
 
 
 def _peft_would_convert(model: PreTrainedModel, leaf: str) -> bool:
-    """Whether PEFT would adapt something else for this name. It says so by changing what it is given, or by refusing."""
+    """Return whether PEFT would convert this name: it then changes target_modules, or raises ValueError."""
     config = LoraConfig(target_modules=[leaf])
     try:
         convert_peft_config_for_transformers(config, model, None)
@@ -120,7 +120,7 @@ def _peft_would_convert(model: PreTrainedModel, leaf: str) -> bool:
 
 
 def _is_a_router(module: nn.Module) -> bool:
-    """A table that is no layer of torch's own."""
+    """Return whether a module is a router: a matrix that is no layer of torch's own."""
     weight = getattr(module, "weight", None)
     return not isinstance(module, nn.Linear | Conv1D | nn.Embedding) and isinstance(weight, nn.Parameter) and weight.dim() == 2
 
@@ -134,7 +134,7 @@ def _leaf(name: str) -> str:
 
 
 def _shortest(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
-    """Ends of names, as short as may be, that match those wanted and nothing else."""
+    """Return the shortest suffixes of names that match the wanted ones and nothing else."""
     names, ends = set(names), []
     for name in wanted:
         parts = name.split(".")
@@ -156,7 +156,7 @@ def _layers_hint(model: nn.Module) -> str:
 
 
 def experts(model: nn.Module) -> list[str]:
-    """How the experts' parameters are named, as target_parameters takes them."""
+    """Return the suffixes of the experts' parameters, as peft.target_parameters takes them."""
     ends = []
     for stack in stacks(model):
         module = model.get_submodule(stack)
@@ -167,7 +167,7 @@ def experts(model: nn.Module) -> list[str]:
 
 
 def lines(model: nn.Module) -> list[str]:
-    """For a mixture of experts: what its adapter changes and what it leaves alone; nothing for other models."""
+    """Describe, for a mixture of experts, what its adapter changes and what it does not; empty for other models."""
     if not isinstance(model, PeftModel) or not stacks(model):
         return []
     layers, weights = set(), set()
@@ -181,7 +181,7 @@ def lines(model: nn.Module) -> list[str]:
         if isinstance(module, LoraLayer):
             spared.discard(path[-1])
     changed = sorted({*layers, *(name.removesuffix(".weight") for name in weights)})
-    said = [f"on {', '.join(changed)}" + (f"; the router ({', '.join(sorted(spared))}) stays as it is" if spared else "")]
+    text = [f"on {', '.join(changed)}" + (f"; the router ({', '.join(sorted(spared))}) is not adapted" if spared else "")]
     if alone := [end for end in experts(model) if end not in weights]:
-        said.append(f"the experts stay as they are: peft.target_parameters=[{','.join(alone)}] adapts them too")
-    return said
+        text.append(f"the experts are not adapted: peft.target_parameters=[{','.join(alone)}] adapts them too")
+    return text

@@ -1,4 +1,4 @@
-"""The model behind `model=tiny`: a Llama and a tokenizer made in code, so that everything runs with no network."""
+"""The model of `model=tiny`: a Llama and a tokenizer built in code, so that everything runs without a network."""
 
 import hashlib
 import os
@@ -17,8 +17,8 @@ ROLES = ("system", "user", "assistant", "tool")
 MAX_LENGTH = 2048
 SEED = 0
 
-# Words of halos.data.arithmetic, one token each, so that its rows are short. A test compares the two: data and models
-# stand on one floor and do not import each other. All else is spelled in bytes.
+# Words of halos.data.arithmetic, one token each, so that its sequences are short. A test compares the two: data and models
+# are on one level and do not import each other. Everything else is tokenised as bytes.
 WORDS = """
 Ada Ben Cleo Dan Eva Finn Gia Hugo Ivy Jon Kim Leo
 apples books cards coins cups eggs keys maps pens shells stamps toys
@@ -27,7 +27,7 @@ How and does has have is many now that
 """.split()  # noqa: SIM905  lines of words read better
 MARKS = (" + ", " - ", " = ", "\n#### ")
 
-# In this order: what joins numbers, a digit, a word or a sign with the space before it, white space.
+# In this order: an operator between numbers, a digit, a word or a sign with the space before it, white space.
 SPLIT_PATTERN = r" [-+=] (?=[0-9])|\n#### (?=[0-9])|[0-9]| ?\p{L}+| ?[^\s\p{L}0-9]|\s"
 
 TEMPLATE = """\
@@ -48,13 +48,13 @@ TEMPLATE = """\
 
 
 def build(directory: Path) -> None:
-    """Write the model to `directory`, complete or not at all; one that exists is left alone."""
+    """Write the model to `directory`, completely or not at all; an existing one is left unchanged."""
     if directory.exists():
         return
     directory.parent.mkdir(parents=True, exist_ok=True)
     hidden = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        hidden.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp's own keeps everyone else out
+        hidden.chmod(directory.parent.stat().st_mode & 0o777)  # mkdtemp denies access to other users
         _config().save_pretrained(hidden)
         _generation().save_pretrained(hidden)
         _tokenizer().save_pretrained(hidden)
@@ -68,7 +68,7 @@ def build(directory: Path) -> None:
 
 
 def fingerprint() -> str:
-    """Changes with everything that the files depend on, transformers' version included: the key under which to cache them."""
+    """Hash everything that the files depend on, transformers' version included: their cache key."""
     parts = (_config().to_json_string(use_diff=False), _vocabulary().to_str(), TEMPLATE, str(SEED), str(MAX_LENGTH))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
 
@@ -97,28 +97,28 @@ def _generation() -> GenerationConfig:
 
 
 def _weights() -> dict[str, Tensor]:
-    """Drawn in the order of their names, so that how the library orders or initialises them does not matter."""
+    """Draw the weights in the order of their names, independent of the library's order and initialisation."""
     config = _config()
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    generator = torch.Generator().manual_seed(SEED)  # the caller's random numbers are left alone
+    generator = torch.Generator().manual_seed(SEED)  # the global generator is left unchanged
     shapes = sorted((name, parameter.shape) for name, parameter in model.named_parameters())
     return {name: _drawn(shape, generator, config.initializer_range) for name, shape in shapes}
 
 
 def _drawn(shape: torch.Size, generator: torch.Generator, deviation: float) -> Tensor:
-    """Ones for a norm, else uniform: unlike normal numbers, those are the same to the bit on every processor."""
+    """Return ones for a norm, else uniform numbers, which unlike normal ones are the same to the bit on every processor."""
     if len(shape) == 1:
         return torch.ones(shape)
     return (torch.rand(shape, generator=generator) * 2 - 1) * (3**0.5 * deviation)
 
 
 def _vocabulary() -> Tokenizer:
-    """Whole words where they are known and bytes for everything else, by byte-level BPE without a merge."""
+    """Return a byte-level BPE tokenizer without merges: known words are one token, everything else is bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    known = [form for word in WORDS for form in (word, " " + word)] + list(MARKS)
+    words_and_marks = [form for word in WORDS for form in (word, " " + word)] + list(MARKS)
     special = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
-    tokens = [*special, *alphabet, *map(_byte_level, known)]
+    tokens = [*special, *alphabet, *map(_byte_level, words_and_marks)]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[], ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -132,7 +132,7 @@ def _vocabulary() -> Tokenizer:
 
 
 def _byte_level(text: str) -> str:
-    """`text` in the alphabet of byte-level BPE: 'Ġapples'."""
+    """Return `text` in the alphabet of byte-level BPE: 'Ġapples'."""
     ((piece, _),) = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str(text)
     return piece
 

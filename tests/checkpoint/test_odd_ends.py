@@ -133,7 +133,7 @@ def test_a_hook_that_was_not_there_at_the_save_begins_at_the_resume(begun: Path,
 
 def test_a_configuration_that_cannot_be_read_is_no_traceback(begun: Path) -> None:
     (begun / "checkpoints" / "step-00000002" / "model" / "config.json").write_text("")
-    assert "whether its model has dropout cannot be told" in refusal(begun, "train.microbatch_size=2")
+    assert "whether its model has dropout is unknown" in refusal(begun, "train.microbatch_size=2")
 
 
 def test_hidden_files_of_somebody_else_outlive_a_resume(begun: Path) -> None:

@@ -85,5 +85,5 @@ def test_an_adapter_goes_on_only_with_the_scales_it_was_trained_with(tmp_path: P
     same = attached(tmp_path / "base", alpha_pattern={r"layers\..*\.up_proj": 8})
     adapters.refuse_different_settings(same, tmp_path / "adapter")
     adapters.load_adapter(same, tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"multiplies what it adds to model.layers.0.mlp.up_proj by 2, and this run by 1.5"):
+    with pytest.raises(UserError, match=r"scales its update of model.layers.0.mlp.up_proj by 2, and this run by 1.5"):
         adapters.load_adapter(attached(tmp_path / "base"), tmp_path / "adapter")

@@ -92,7 +92,7 @@ def test_the_sign_of_lions_mean_is_what_moves(packages: Path) -> None:
         (["schedule._target_=myoptim.lion.Lion"], "schedule.periods: Lion takes no 'periods'"),
         (["schedule.least=-1"], "schedule waves gives -1.0 at step 1 of 4: it must be a number from 0 up"),
         (["schedule.periods=none"], "schedule.periods takes a whole number, not 'none'"),
-        (["plugins=[]"], r"type plugins=\[myrates\]"),
+        (["plugins=[]"], r"add plugins=\[myrates\]"),
     ],
 )
 def test_what_is_wrong_with_them_is_told_by_key(world: World, change: list[str], words: str) -> None:
