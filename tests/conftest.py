@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests import processes
+from tests import composed, processes
 
 if TYPE_CHECKING:
     from halos.config.schema import Config
@@ -32,6 +32,10 @@ SMALL = ["model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split:
          "data.eval=[{path: arithmetic, split: 'eval[:12]'}]"]  # fmt: skip
 
 
+composed.share()
+COMPOSED = os.environ[composed.VARIABLE]
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # what was imported: every full collection would walk it
@@ -39,6 +43,12 @@ def pytest_collection_finish() -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     processes.cold = processes.ALWAYS_COLD or any(map(item.get_closest_marker, ("slow", "cold")))
+    if processes.cold:
+        os.environ.pop(composed.VARIABLE, None)
+    else:
+        os.environ[composed.VARIABLE] = COMPOSED
+    if "hydra" in sys.modules:  # a test of a pure function needs none
+        composed.remember()
 
 
 @pytest.fixture(scope="session")
@@ -51,13 +61,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def compose(cache: Path, output_root: Path, *overrides: str) -> Config:
     """A small run's config, checked as train.py checks it."""
-    import hydra
-
-    from halos.config import validate
-
-    words = [*SMALL, f"cache_dir={cache}", f"output_root={output_root}", "exp_name=run", *overrides]
-    with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-        return validate.check(hydra.compose("config", words), words)
+    return composed.config_of(*SMALL, f"cache_dir={cache}", f"output_root={output_root}", "exp_name=run", *overrides)
 
 
 @pytest.fixture

@@ -27,10 +27,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from tests import composed
+
 FROM_THE_START = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "PYTHONHASHSEED")
 IMPORTED = (  # by train.py, by the commands that it starts, and by a run of a small model
-    "accelerate.commands.launch", "datasets", "deepspeed", "halos.online.label", "halos.online.rounds",
-    "halos.online.sample", "halos.run", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "peft",
+    "accelerate.commands.launch", "antlr4.LL1Analyzer", "datasets", "deepspeed", "halos.cli.command", "halos.models.tiny",
+    "halos.online.label", "halos.online.rounds", "halos.online.sample", "halos.optimizers.standard", "halos.run",
+    "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper",
+    "hydra_plugins.hydra_submitit_launcher.submitit_launcher", "peft",
     "torch.distributed.run", "transformers.models.llama.configuration_llama", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 Program = tuple[str, str, list[str]]  # c, m or a script's path; the code or the module; sys.argv
@@ -186,6 +190,11 @@ def main() -> None:
     for name in IMPORTED:
         if find_spec(name.partition(".")[0]):
             importlib.import_module(name)
+    composed.remember()
+    conversion_mapping = importlib.import_module("transformers.conversion_mapping")
+    conversion_mapping.get_checkpoint_conversion_mapping(
+        "llama"
+    )  # transformers compiles some hundred patterns at the first model
     for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]:
         if isinstance(logger, logging.Logger):
             LOGGERS[name] = logger.level, list(logger.handlers)

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
-from conftest import ROOT, SMALL
+from conftest import SMALL
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from halos.checkpoint import commit, manifest, select, state
 from halos.checkpoint.saving import Copier
-from halos.config import validate
 from halos.config.schema import Config
 from halos.distributed.launch import make_accelerator
 from halos.hooks.base import Run
@@ -24,6 +22,7 @@ from halos.models import tiny
 from halos.run.assemble import assemble
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
+from tests.composed import config_of
 
 LAST = 4  # where the trainer stands; complete checkpoints of this step and those before are on the shelf
 KINDS = {"full": ["loss=sft"], "lora": ["loss=dpo", "peft=lora", "peft.r=2"]}
@@ -96,8 +95,7 @@ class Stage:
     def config(self, run_dir: Path, *overrides: str) -> Config:
         words = [*SMALL, *KINDS[self.kind], *SETTINGS, f"model.name_or_path={small_model(self.cache / 'small')}",
                  f"cache_dir={self.cache}", "exp_name=run", f"run_dir={run_dir}", *overrides]  # fmt: skip
-        with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-            return validate.check(hydra.compose("config", words), words)
+        return config_of(*words)
 
     def assembled(self, run_dir: Path, *overrides: str) -> Trainer:
         config = self.config(run_dir, *overrides)

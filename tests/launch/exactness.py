@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import hydra
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from halos.distributed.zero import Zero
 from halos.hooks.base import Hook, Run
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
+from tests.composed import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
@@ -129,8 +129,7 @@ def main() -> None:
         run = f"{output}/{name}"
         if mode == "train":
             words = [*overrides.split(), f"exp_name={name}", f"output_root={output}"]
-            with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-                config = validate.check(hydra.compose("config", words), words)
+            config = config_of(*words)
         else:
             settings = load(Path(run, "config.yaml").read_text(), {}, run)
             config = validate.check(compose_for_resume(settings, run, run), [])

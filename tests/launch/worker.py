@@ -9,14 +9,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import hydra
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from halos.config import validate
 from halos.distributed.children import exit_process
 from halos.distributed.launch import make_accelerator
 from halos.distributed.parameters import shape_of, zero3_shard_of
@@ -24,6 +22,7 @@ from halos.distributed.zero import Zero
 from halos.logps import head
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
+from tests.composed import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
 torch.set_num_threads(1)
@@ -115,8 +114,7 @@ def main() -> None:
     output, steps, *cells = sys.argv[1:]
     for number, cell in enumerate(cells):
         words = [*cell.split(), f"train.steps={steps}", f"exp_name=cell{number}", f"output_root={output}/runs"]
-        with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
-            config = validate.check(hydra.compose("config", words), words)
+        config = config_of(*words)
         trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
         trainer.prepare()  # what sampled is the policy as it was; the one that learns has moved on

@@ -13,6 +13,7 @@ from halos.config.schema import Scorer
 from halos.errors import UserError
 from halos.online.label import main as label
 from halos.online.records import read, read_meta, write
+from halos.rollout import servers
 from halos.rollout.scorers.judge import Answer, Judge, read_preference, read_score
 from halos.rollout.types import Prompt, Sample
 
@@ -101,7 +102,10 @@ def test_a_cap_ends_it_and_nothing_paid_is_lost(
     assert sum(server.paid.values()) == 40
 
 
-def test_a_server_that_is_down_or_refuses_is_told(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_a_server_that_is_down_or_refuses_is_told(
+    stub: Callable[..., Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(servers, "RETRIES", 1)  # each waits longer than the one before
     server = stub(fail=401)
     with pytest.raises(UserError, match=r"does not answer: AuthenticationError: .*What was answered is kept"):
         list(judge(server, tmp_path).score(samples(2)))

@@ -1,0 +1,79 @@
+"""Configurations as train.py makes them of overrides, with Hydra's compositions remembered for the session.
+
+Hydra takes an eighth of a second to compose, and tests ask for the same choices a thousand times. Every process of a session
+finds what was composed in one directory, whose path is in the environment. Only of this repository's config/, under the hash
+of all its files: what else is composed, or in tests marked cold and slow, is composed anew.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import pickle
+from collections.abc import Sequence
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from halos.cli.compose import ConfigTree
+    from halos.config.schema import Config
+
+VARIABLE = "HALOS_TESTS_COMPOSED"
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+
+
+def config_of(*overrides: str) -> Config:
+    """Composed and validated; raises UserError as a run would."""
+    from halos.cli.overrides import parse
+    from halos.config import validate
+
+    tree = _tree()
+    composed, settled = tree.compose_typed([parse(text, tree.choices) for text in overrides])
+    return validate.check(composed, [one.text for one in settled], tree.choices)
+
+
+@cache
+def _tree() -> ConfigTree:
+    from halos.cli.compose import ConfigTree
+
+    return ConfigTree()
+
+
+def share() -> None:
+    """A directory for this session, if it has none yet: pytest's workers and the processes of tests inherit the variable."""
+    if VARIABLE not in os.environ:
+        os.environ[VARIABLE] = mkdtemp(prefix="halos-composed-")
+        atexit.register(rmtree, os.environ[VARIABLE], ignore_errors=True)
+
+
+@cache
+def remember() -> None:
+    """From here on `hydra.compose` looks first whether that has been composed."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    compose, files = hydra.compose, b"".join(sha256(path.read_bytes()).digest() for path in sorted(CONFIG.rglob("*.yaml")))
+
+    def is_ours(overrides: Sequence[str]) -> bool:
+        searched = GlobalHydra.instance().config_loader().get_search_path().get_path()
+        places = {place.path for place in searched if not place.path.startswith(("pkg://", "structured://"))}
+        return places == {f"file://{CONFIG}"} and not any(word.startswith("hydra.searchpath") for word in overrides)
+
+    def remembered(config_name: str, overrides: Sequence[str] = (), **settings: Any) -> DictConfig:
+        if VARIABLE not in os.environ or not is_ours(overrides):
+            return compose(config_name, list(overrides), **settings)
+        asked = repr((config_name, list(overrides), sorted(settings.items()))).encode()
+        path = Path(os.environ[VARIABLE], sha256(files + asked).hexdigest())
+        if not path.exists():
+            whole = path.with_name(f"{path.name}.{os.getpid()}")
+            whole.write_bytes(pickle.dumps(compose(config_name, list(overrides), **settings)))
+            whole.rename(path)
+        return pickle.loads(path.read_bytes())
+
+    hydra.compose = remembered
