@@ -249,7 +249,7 @@ def test_a_dry_resume_says_where_it_would_go_on_and_refuses_what_is_lost(
     begun: None, dry: Callable[..., int], desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dry("train.py resume=runs/long") == 0
-    assert "would go on from checkpoints/step-00000040" in "".join(capsys.readouterr())
+    assert "would resume from checkpoints/step-00000040" in "".join(capsys.readouterr())
     newest = desk / "runs" / "long" / "checkpoints" / "step-00000040" / "metrics.json"
     text = newest.read_text()
     try:

@@ -88,7 +88,7 @@ def test_nobody_asks_which_engine_runs(path: Path) -> None:
     if room == "distributed":
         return
     asking = {name for name in names_in(path) if ENGINE.search(name)}
-    assert asking <= ({"strategies"} if (room, rest) == ("run", ["blueprint.py"]) else set())
+    assert asking <= ({"strategies"} if (room, rest) == ("run", ["prepare.py"]) else set())
 
 
 def test_the_entry_is_a_page() -> None:

@@ -81,7 +81,7 @@ def rounds(config: Config, typed: Sequence[str], changed: Sequence[Change], tree
     """Online rounds: the exit status. What each round's training is given is checked before anything starts."""
     from halos.logs import configure_logging
     from halos.online import rounds as driver
-    from halos.run.outline import Outline
+    from halos.run.round_preview import RoundPreview
 
     assert config.online is not None
     configure_logging(main=True)
@@ -94,7 +94,7 @@ def rounds(config: Config, typed: Sequence[str], changed: Sequence[Change], tree
         # of their adapter and its reference the rounds say themselves what each trains with
         overrides += [f"{key}={value}" for key, value in old.items() if key.startswith("train.") or key == "optim.fused"]
     training = of_rounds(config, overrides, tree)
-    status = driver.run(config, training, overrides, typed, changed, partial(Outline, training))
+    status = driver.run(config, training, overrides, typed, changed, partial(RoundPreview, training))
     if not config.dry_run and RunDir(config.run_dir).read_metrics():
         _report(config)
     return status

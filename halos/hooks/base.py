@@ -39,7 +39,7 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
-class Blueprint:
+class PlannedRun:
     """A run before its weights are loaded: all that can be reported and refused by then. A dry run ends with it."""
 
     config: Config
@@ -174,7 +174,7 @@ class Hook(Generic[RunType]):
 
     records: ClassVar[bool] = False  # `on_eval` passes metrics on and is called last, after all hooks that measure
 
-    def check(self, blueprint: Blueprint) -> None:
+    def check(self, planned: PlannedRun) -> None:
         """Before any weights are loaded, in dry runs too: raise UserError for whatever would fail later."""
 
     def on_start(self, run: RunType) -> None:

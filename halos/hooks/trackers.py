@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halos.errors import UserError
-from halos.hooks.base import AnyRun, Blueprint, Hook, Metrics, Run
+from halos.hooks.base import AnyRun, Hook, Metrics, PlannedRun, Run
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class Wandb(Hook[AnyRun]):
         netrc = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
         return netrc.is_file() and "api.wandb.ai" in netrc.read_text()
 
-    def check(self, blueprint: Blueprint) -> None:
+    def check(self, planned: PlannedRun) -> None:
         if self.mode == "online" and not self._has_key():
             raise UserError("hooks.wandb.mode=online needs a key: run `wandb login` or set WANDB_API_KEY; or use mode=auto")
         if find_spec("wandb") is None:

@@ -189,7 +189,7 @@ class OnlineRun:
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":
             command = run_config.resume_arguments(self.config, self.directory.path)
-            log.info("stopped: %s; go on with: %s %s", note, COMMAND, command)
+            log.info("stopped: %s; resume with: %s %s", note, COMMAND, command)
         return {"finished": FINISHED, "stopped": STOPPED, "refused": WRONG_INPUT}.get(status, FAILED)
 
     def _begin(self, attempt: Mapping[str, Any]) -> None:

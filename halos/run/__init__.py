@@ -1,4 +1,4 @@
-"""From a checked config to a run: what it is made of, and what it does from its start to its exit status."""
+"""From a checked config to a run: its models, data and optimizer, and its life from start to exit status."""
 
 from halos.run.lifecycle import run
 

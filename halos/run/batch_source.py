@@ -1,4 +1,4 @@
-"""What a run trains on: rows of a data set, or what its own policy says at every step."""
+"""The training batches of a run: from a dataset, or sampled from its own policy at every step."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ from halos.rollout import feedback
 from halos.rollout.prompts import digest
 from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
 from halos.run import datasets
-from halos.run.shown import rendered, visible
+from halos.run.render import decode_visibly, render_example
 from halos.rundir import RunDir
 from halos.trainers.base import Batches, Exam
 from halos.trainers.deal import Split
@@ -30,8 +30,8 @@ from halos.types import Mismatched
 
 
 @dataclass(frozen=True, slots=True)
-class Opened:
-    """What a trainer is given."""
+class TrainerData:
+    """A trainer's data."""
 
     train: Split
     held_out: Split | None
@@ -39,60 +39,64 @@ class Opened:
     exam: Exam | None = None
 
 
-class Feed(Protocol):
-    """Read and checked before any model loads, and opened when the run stands."""
+class BatchSource(Protocol):
+    """Read and checked before any model loads, and opened once the model is loaded."""
 
     total: int  # steps
-    splits: list[tuple[str, Split]]  # what is on disk, by its name in the header
-    unmeasured: frozenset[str]  # metrics that the held-out rows cannot give
+    splits: list[tuple[str, Split]]  # of the datasets on disk, by their names in the header
+    unmeasured: frozenset[str]  # metrics that the evaluation data cannot yield
 
     def lines(self) -> list[tuple[str, str]]:
-        """What became of the data, for people: which split, and a line."""
+        """Return the header's lines on the data: the name of the split, and a text."""
         ...
 
-    def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-        """The first one as the model is to see it: what each part is, and its text."""
+    def first_example(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        """Return the first example as the model gets it: the name of each part, and its text."""
         ...
 
-    def contents(self) -> dict[str, str | None]:
-        """Hashes of what is trained on and evaluated with, by the keys that name it."""
+    def content_hashes(self) -> dict[str, str | None]:
+        """Return hashes of the training and evaluation data, by config key."""
         ...
 
     def tokens_until(self, step: int) -> int | None:
-        """Of the rows of all steps before it; None where that is not known beforehand."""
+        """Return the number of tokens in all steps before `step`; None if it is not known beforehand."""
         ...
 
-    def open(self, run: Run, policy: Unsharded) -> Opened: ...
+    def open(self, run: Run, policy: Unsharded) -> TrainerData:
+        """Return the trainer's data, now that the model is loaded."""
+        ...
 
 
-def feed(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int) -> Feed:
-    """Raises UserError for every mistake in the data."""
-    kind = FromFiles if config.online is None else FromPolicy
-    return kind(config, loss, tokenizer, made, max_length)
+def open_batch_source(
+    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
+) -> BatchSource:
+    """Read and check the data. Raises UserError for every mistake in them."""
+    source = DatasetSource if config.online is None else PolicySource
+    return source(config, loss, tokenizer, accelerator, max_length)
 
 
-class FromFiles:
-    """Rows of files."""
+class DatasetSource:
+    """Batches of a dataset."""
 
     def __init__(
-        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int
+        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
     ) -> None:
-        self.train, self.held_out = datasets.load(config, loss, tokenizer, made, max_length)
+        self.train, self.held_out = datasets.load(config, loss, tokenizer, accelerator, max_length)
         assert isinstance(self.train.rows, Dataset)
         self.completed = loss.inputs.example.completed
         self.order = datasets.order(self.train.rows, loss, config)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
-        self.unmeasured = datasets.unmeasured(config, loss, self.held_out)
+        self.unmeasured = datasets.unavailable_metrics(config, loss, self.held_out)
         self.splits = [("train", self.train)] + ([("held out", self.held_out)] if self.held_out else [])
 
     def lines(self) -> list[tuple[str, str]]:
         return [(name, line) for name, split in self.splits for line in split.rows.lines()]
 
-    def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-        return rendered(self.train.rows[0], self.completed, tokenizer)
+    def first_example(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        return render_example(self.train.rows[0], self.completed, tokenizer)
 
-    def contents(self) -> dict[str, str | None]:
+    def content_hashes(self) -> dict[str, str | None]:
         rows = (self.train.rows, self.held_out.rows if self.held_out else None)
         return {key: each.content if isinstance(each, Dataset) else None
                 for key, each in zip(("data.train", "data.eval"), rows, strict=True)}  # fmt: skip
@@ -100,15 +104,15 @@ class FromFiles:
     def tokens_until(self, step: int) -> int:
         return sum(int(self.train.rows.lengths[self.order.batch(number)].sum()) for number in range(step))
 
-    def open(self, run: Run, policy: Unsharded) -> Opened:
-        return Opened(self.train, self.held_out, self.order)
+    def open(self, run: Run, policy: Unsharded) -> TrainerData:
+        return TrainerData(self.train, self.held_out, self.order)
 
 
-class FromPolicy:
-    """Completions of the policy in training."""
+class PolicySource:
+    """Completions sampled from the policy in training."""
 
     def __init__(
-        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int
+        self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
     ) -> None:
         assert config.online is not None
         if loss.statistics_inputs is Mismatched:
@@ -116,7 +120,7 @@ class FromPolicy:
                 f"online.steps: {loss.name} pairs each prompt with another's answer, for which it needs online.rounds"
             )
         if loss.example_type is not None:
-            raise UserError(f"online.steps: {loss.name} rewrites rows of a data set: it cannot be trained live")
+            raise UserError(f"online.steps: {loss.name} rewrites examples of a dataset: it cannot be trained live")
         refuse_unfit_for_live(loss)
         if config.online.samples_per_prompt == 1 and loss.on_rollouts and not datasets.learns_from_single(loss):
             raise UserError(f"online.samples_per_prompt=1: {loss.name} compares samples of one prompt: 2 or more")
@@ -125,21 +129,22 @@ class FromPolicy:
         self.splits: list[tuple[str, Split]] = []
         self.unmeasured: frozenset[str] = frozenset()
         self.loss = loss
-        self.scorer = scorer_of(config, RunDir(config.run_dir).path / f"judge.{made.process_index}.jsonl")
+        self.scorer = scorer_of(config, RunDir(config.run_dir).path / f"judge.{accelerator.process_index}.jsonl")
         self.server = server_of(config, tokenizer)
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)
         refuse_unscorable(config, self.prompts.train)
         self.total = config.train.steps or 0
-        asked = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.held_out)]
-        require_same_on_all_ranks(made, "prompts (by their hash)", hashlib.sha256(json.dumps(asked).encode()).hexdigest())
+        prompts = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.held_out)]
+        prompts_hash = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
+        require_same_on_all_ranks(accelerator, "prompts (by their hash)", prompts_hash)
 
     def lines(self) -> list[tuple[str, str]]:
         return [("prompts", self.prompts.line)]
 
-    def first_row(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-        return [("prompt", visible(tokenizer, [int(token) for token in self.prompts.train[0].ids]))]
+    def first_example(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+        return [("prompt", decode_visibly(tokenizer, [int(token) for token in self.prompts.train[0].ids]))]
 
-    def contents(self) -> dict[str, str | None]:
+    def content_hashes(self) -> dict[str, str | None]:
         return {
             "data.train": digest(self.prompts.train),
             "data.eval": digest(self.prompts.held_out) if self.prompts.held_out else None,
@@ -148,9 +153,9 @@ class FromPolicy:
     def tokens_until(self, step: int) -> None:
         return None
 
-    def open(self, run: Run, policy: Unsharded) -> Opened:
+    def open(self, run: Run, policy: Unsharded) -> TrainerData:
         source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, policy)
-        return Opened(Split(source.rows, None), None, source, source.exam if self.prompts.held_out else None)
+        return TrainerData(Split(source.rows, None), None, source, source.exam if self.prompts.held_out else None)
 
 
 def refuse_unfit_for_live(loss: LossSpec) -> None:

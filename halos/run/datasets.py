@@ -1,4 +1,4 @@
-"""The data of a run: tokenised once, by one process, and opened by all."""
+"""The datasets of a run: tokenised once, by rank 0, and opened by all ranks."""
 
 import numpy as np
 import torch
@@ -20,22 +20,22 @@ from halos.types import Labelled, Mismatched, Sampled, TokenLogps
 
 
 def load(
-    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int
+    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
 ) -> tuple[Split, Split | None]:
-    """Training and held-out rows. Raises UserError for every mistake in them, before any model loads."""
-    train = _open(config, loss, tokenizer, made, max_length, "train")
-    held_out = _open(config, loss, tokenizer, made, max_length, "eval") if config.data.eval else None
+    """Return training and evaluation data. Raises UserError for every mistake in them, before any model loads."""
+    train = _open(config, loss, tokenizer, accelerator, max_length, "train")
+    held_out = _open(config, loss, tokenizer, accelerator, max_length, "eval") if config.data.eval else None
     return _split(train, loss, config.seed, "train"), _split(
         held_out, loss, config.seed, "eval"
     ) if held_out is not None else None
 
 
 def _open(
-    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, made: Accelerator, max_length: int, purpose: str
+    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int, purpose: str
 ) -> Dataset:
     path, problem = None, None
     entries = entries_of(config.data, purpose)
-    with made.main_process_first():  # the others find what the first one has written
+    with accelerator.main_process_first():  # the other ranks read what rank 0 has written
         try:
             path = prepare(
                 entries,
@@ -51,25 +51,25 @@ def _open(
             )
         except UserError as error:
             problem = str(error)
-    require_same_on_all_ranks(made, f"data.{purpose} (by its hash)", path.name if path else None, problem)
+    require_same_on_all_ranks(accelerator, f"data.{purpose} (by its hash)", path.name if path else None, problem)
     assert path is not None
     return open_dataset(path)
 
 
 def _split(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
-    """Raises UserError where a loss that compares completions of one prompt finds none to compare."""
+    """Raises UserError if a loss compares completions of one prompt, and every prompt has only one."""
     if purpose == "train" and loss.on_rollouts and len(np.unique(rows.groups)) == len(rows) and not learns_from_single(loss):
         raise UserError(
             f"{loss.name} compares completions of one prompt, and each of the {len(rows)} prompts of data.train has one: nothing"
-            " would be learnt. Give several of each, or choose a loss that takes single ones, such as ppo"
+            " would be learnt. Provide several for each prompt, or use a loss for single ones, such as ppo"
         )
-    what = f"data.{purpose}: {loss.name}"
-    return Split(rows, mismatched_partners(rows.groups, seed, what=what) if loss.statistics_inputs is Mismatched else None)
+    context = f"data.{purpose}: {loss.name}"
+    return Split(rows, mismatched_partners(rows.groups, seed, what=context) if loss.statistics_inputs is Mismatched else None)
 
 
 def learns_from_single(loss: LossSpec) -> bool:
-    """Whether a loss on rollouts makes anything of completions whose prompts have no other: tried on a better and a worse one."""
-    assert loss.advantages is not None, "bind_loss lets no loss on rollouts through without"
+    """Return whether a loss on rollouts learns from prompts with a single completion, by trying a better and a worse one."""
+    assert loss.advantages is not None, "bind_loss requires it of losses on rollouts"
     old = TokenLogps(torch.full((2, 2), -1.0), torch.ones(2, 2, dtype=torch.bool))
     values = torch.zeros(2, 2) if loss.inputs.head == "value" else None
     reference = old.values if loss.needs_reference else None
@@ -79,24 +79,24 @@ def learns_from_single(loss: LossSpec) -> bool:
     return not bool(torch.isclose(advantages[0], advantages[1], atol=1e-9).all())
 
 
-def unmeasured(config: Config, loss: LossSpec, held_out: Split | None) -> frozenset[str]:
-    """Metrics that held-out rows of one label cannot give. Raises UserError where the run is to act on one of them."""
+def unavailable_metrics(config: Config, loss: LossSpec, held_out: Split | None) -> frozenset[str]:
+    """Return metrics that evaluation data with a single label cannot yield. Raises UserError if the run depends on one."""
     if held_out is None or loss.inputs is not Labelled or not isinstance(held_out.rows, Dataset):
         return frozenset()
-    share = held_out.rows.labels["desirable"].mean()
-    if 0 < share < 1:
+    fraction = held_out.rows.labels["desirable"].mean()
+    if 0 < fraction < 1:
         return frozenset()
-    other, kind = ("rejected", "desirable") if share else ("chosen", "undesirable")
-    lacking = frozenset({"rewards/margins", f"rewards/{other}", f"logps/{other}"})
+    absent, kind = ("rejected", "desirable") if fraction else ("chosen", "undesirable")
+    unavailable = frozenset({"rewards/margins", f"rewards/{absent}", f"logps/{absent}"})
     metric = config.objective.metric
     watchers = {"train.early_stopping": config.train.early_stopping, "checkpoint.keep_best": config.checkpoint.get("keep_best")}
     watching = [f"{key}={value}" for key, value in watchers.items() if value]
-    if metric in lacking and watching:
+    if metric in unavailable and watching:
         raise UserError(
-            f"{watching[0]} watches {metric}, which needs both labels, and all rows of data.eval are {kind}: hold out both, or"
-            " watch another, objective.metric=loss objective.mode=min"
+            f"{watching[0]} watches {metric}, which needs both labels, and all rows of data.eval are {kind}: evaluate on both, or"
+            " watch another metric, objective.metric=loss objective.mode=min"
         )
-    return lacking
+    return unavailable
 
 
 def order(rows: Dataset, loss: LossSpec, config: Config) -> Order | GroupOrder:

@@ -1,4 +1,4 @@
-"""What is said and recorded at the start of a run: the header people read, the attempt's record."""
+"""The header of a run in the log, and the record of an attempt."""
 
 import logging
 import os
@@ -20,25 +20,27 @@ from halos.distributed.parameters import num_elements
 from halos.logps.model import bare
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
-from halos.run.blueprint import Prepared, Structure
-from halos.run.models import refers_to_adapter
-from halos.run.shown import CLOSE, OPEN
+from halos.run.models import reference_is_adapter
+from halos.run.prepare import PreparedRun, Structure
+from halos.run.render import CLOSE, OPEN
 from halos.schedules import num_steps
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
 
 
-def attempt(typed: list[str], made: Accelerator, *, how: str, source: str, total_steps: int) -> dict[str, Any]:
-    """The record of one start: what was typed, with which versions, on how many processes, and where it went on from."""
+def attempt_record(
+    overrides: list[str], accelerator: Accelerator, *, strategy: str, source: str, total_steps: int
+) -> dict[str, Any]:
+    """Return the record of one start: overrides, versions, world size, and the checkpoint that it resumed from."""
     return {
-        "overrides": typed,
+        "overrides": overrides,
         "resumed_from": source,
         "total_steps": total_steps,
-        "world_size": made.num_processes,
-        "strategy": how,
-        "device": str(made.device),
-        "mixed_precision": made.mixed_precision,
+        "world_size": accelerator.num_processes,
+        "strategy": strategy,
+        "device": str(accelerator.device),
+        "mixed_precision": accelerator.mixed_precision,
         "threads": torch.get_num_threads(),
         "launched_by": os.environ.get("TORCHELASTIC_RUN_ID") and "accelerate or torchrun",
         **versions(),
@@ -62,52 +64,52 @@ def _short(number: int) -> str:
     return str(number)
 
 
-def write(run: Prepared, made: Accelerator) -> None:
-    """A few lines: loss, model, parameters, data after filtering, its first row, rate, steps, disk, run directory."""
+def write(run: PreparedRun, accelerator: Accelerator) -> None:
+    """Log a few lines: loss, model, parameters, data after filtering, first example, learning rate, steps, disk, directory."""
     config = run.config
     write_model(config, run.loss, run.structure)
-    _say_positions(run)
-    _say_data(run)
-    write_rate(config, run.rows.total)
-    where = f"{made.num_processes} process{'es' if made.num_processes > 1 else ''} on {made.device.type}"
+    _log_positions(run)
+    _log_data(run)
+    write_learning_rate(config, run.batches.total)
+    where = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}"
     how = run.strategy.name
     where += "" if how == "alone" else f", {how}"
-    micro = min(config.train.microbatch_size, -(-config.train.batch_size // made.num_processes))
-    _say("steps", f"{run.rows.total}, each of {config.train.batch_size} items, {micro} at a time, {where}")
-    if made.mixed_precision == "bf16" and made.device.type == "cpu" and _bfloat16_is_emulated():
+    micro = min(config.train.microbatch_size, -(-config.train.batch_size // accelerator.num_processes))
+    _log("steps", f"{run.batches.total}, each of {config.train.batch_size} items, {micro} at a time, {where}")
+    if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and _bfloat16_is_emulated():
         log.warning(
             "this processor has no bfloat16: a step takes many times as long as in float32 (train.precision, model.dtype)"
         )
-    if num_steps(warmup := config.schedule.get("warmup", 0), run.rows.total) >= run.rows.total:
+    if num_steps(warmup := config.schedule.get("warmup", 0), run.batches.total) >= run.batches.total:
         log.warning("schedule.warmup=%g is as long as the run: the learning rate falls before it has risen to optim.lr", warmup)
-    for name, line in run.blueprint.lines:
-        _say(name, line)
-    _say("run", str(run.directory.path))
+    for name, line in run.planned.lines:
+        _log(name, line)
+    _log("run", str(run.directory.path))
 
 
-def _say(name: str, line: str) -> None:
+def _log(name: str, line: str) -> None:
     log.info("%-10s %s", name, line)
 
 
 def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
-    """What is trained, and with what."""
-    _say("loss", f"{loss.name} {'  '.join(f'{name}={value}' for name, value in loss.settings.items())}".rstrip())
-    own = "its own base" if config.peft.name == "lora" else "a frozen copy"
-    own = "the adapter it begins with" if refers_to_adapter(config) else own
-    against = f", reference: {config.reference.name_or_path or own}" if loss.needs_reference else ""
+    """Log the loss, the model and the reference, the plan of the forward pass, and the trained parameters."""
+    _log("loss", f"{loss.name} {'  '.join(f'{name}={value}' for name, value in loss.settings.items())}".rstrip())
+    reference = "its own base" if config.peft.name == "lora" else "a frozen copy"
+    reference = "the adapter it starts with" if reference_is_adapter(config) else reference
+    suffix = f", reference: {config.reference.name_or_path or reference}" if loss.needs_reference else ""
     trained, total = (_count(structure.model, trained=only) for only in (True, False))
     dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")
-    _say("model", f"{config.model.name_or_path} ({dtype}){against}")
-    _say("forward", structure.verdict.line)
-    _say("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
+    _log("model", f"{config.model.name_or_path} ({dtype}){suffix}")
+    _log("forward", structure.verdict.line)
+    _log("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
     for number, line in enumerate(targets.lines(structure.model)):
-        _say("" if number else "adapter", line)
+        _log("" if number else "adapter", line)
     if has_balancing_loss(settings := bare(structure.model).config):
-        _say("router", _balance(settings, config.train.router_aux_loss))
+        _log("router", _balancing(settings, config.train.router_aux_loss))
 
 
-def write_rate(config: Config, total: int | None) -> None:
-    """The schedule over `total` steps, None where their number is not known yet, and the optimizer."""
+def write_learning_rate(config: Config, total: int | None) -> None:
+    """Log the schedule over `total` steps (None if not known yet) and the optimizer."""
     schedule, optimizer = bind_schedule(config.schedule, config.plugins), bind_optimizer(config.optim, config.plugins)
     others = dict(schedule.settings)
     final, warmup = others.pop("final", None), others.pop("warmup", None)
@@ -116,71 +118,72 @@ def write_rate(config: Config, total: int | None) -> None:
     if warmup is not None:
         is_known = total is not None or warmup >= 1
         line += f" after a warm-up of {f'{num_steps(warmup, total or 0)} steps' if is_known else f'{warmup:.0%} of all steps'}"
-    _say("rate", f"{line}, by {optimizer.name}")
+    _log("rate", f"{line}, by {optimizer.name}")
     if optimizer.loraplus_lr_ratio:
-        _say("", f"{optimizer.loraplus_lr_ratio:g} times as much for LoRA's B matrices")
+        _log("", f"{optimizer.loraplus_lr_ratio:g} times as much for LoRA's B matrices")
     for pattern, rate in optimizer.lr_by_name.items():
-        _say("", f"{rate:g} for what is called {pattern}")
+        _log("", f"{rate:g} for parameters named {pattern}")
 
 
 def _listed(settings: Mapping[str, Any]) -> str:
     return "".join(f" {name}={value}" for name, value in settings.items())
 
 
-def _say_positions(run: Prepared) -> None:
+def _log_positions(run: PreparedRun) -> None:
     config, limits = run.config, run.structure.limits
     if run.structure.max_length < config.train.max_length:
-        _say("positions", f"{limits.hard}, and a row cannot have more: train.max_length={config.train.max_length} counts as that")
+        _log("positions", f"{limits.hard}, the longest sequence: train.max_length={config.train.max_length} counts as that")
     elif limits.configured is not None and limits.configured < config.train.max_length:
-        for name, split in run.rows.splits:
+        for name, split in run.batches.splits:
             if isinstance(split.rows, Dataset) and (longer := int((split.rows.lengths.max(1) > limits.configured).sum())):
                 log.warning(
-                    "%d rows (%s) are longer than the %d positions that the model was made for: it may know nothing of what comes"
-                    " after (train.max_length)", longer, name, limits.configured,
+                    "%d examples (%s) are longer than the %d positions that the model was trained with: it may fail beyond them"
+                    " (train.max_length)", longer, name, limits.configured,
                 )  # fmt: skip
 
 
-def _balance(config: PretrainedConfig, asked: float | None) -> str:
-    """What becomes of a mixture's balancing loss."""
-    if asked is not None:
-        return f"its balancing loss weighs {asked:g} (train.router_aux_loss)" if asked else "no balancing loss"
+def _balancing(config: PretrainedConfig, weight: float | None) -> str:
+    """Describe the weight of a mixture-of-experts' balancing loss."""
+    if weight is not None:
+        return f"its balancing loss weighs {weight:g} (train.router_aux_loss)" if weight else "no balancing loss"
     if weight := weight_in(config):
         return f"its balancing loss weighs {weight:g}, as the model's config says"
     return "no balancing loss, as the model's config says; train.router_aux_loss=0.001 would add it"
 
 
-def _say_data(run: Prepared) -> None:
+def _log_data(run: PreparedRun) -> None:
     config = run.config
-    for name, line in run.rows.lines():
-        _say(name, line)
-    for name, split in run.rows.splits:
+    for name, line in run.batches.lines():
+        _log(name, line)
+    for name, split in run.batches.splits:
         rows = split.rows
         if not isinstance(rows, Dataset):
             continue
         if "desirable" in rows.labels:
-            _say("", f"{100 * rows.labels['desirable'].mean():.0f}% of them desirable ({name})")
+            _log("", f"{100 * rows.labels['desirable'].mean():.0f}% of them desirable ({name})")
         if split.partners is not None:
-            cut = num_truncated_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, run.structure.max_length)
-            _say("", f"paired with answers to other prompts for the KL, {cut} of them cut at max_length ({name})")
+            longest = run.structure.max_length
+            truncated = num_truncated_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, longest)
+            _log("", f"paired with answers to other prompts for the KL, {truncated} of them truncated at max_length ({name})")
         if "desirable" in rows.labels and name == "train":
             _warn_of_labels(run.loss, rows)
-    scored = "its score is read at the end of each completion" if run.blueprint.reward else f"{OPEN}scored{CLOSE}"
-    if config.objective.metric in run.rows.unmeasured:
+    scored = "its score is read at the end of each completion" if run.planned.reward else f"{OPEN}scored{CLOSE}"
+    if config.objective.metric in run.batches.unmeasured:
         log.warning(
-            "%s needs both labels, and all rows of data.eval have one: it is left out, and nothing is judged by it",
+            "%s needs both labels, and all rows of data.eval have one: it is left out, and no checkpoint is compared by it",
             config.objective.metric,
         )
-    _say("first row", f"as the model sees it; {scored}" if run.rows.splits else "as a sampler is fed it")
-    for name, text in run.rows.first_row(run.structure.tokenizer):
-        _say(f"  {name}", text)
+    _log("first row", f"as the model sees it; {scored}" if run.batches.splits else "as the sampler gets it")
+    for name, text in run.batches.first_example(run.structure.tokenizer):
+        _log(f"  {name}", text)
 
 
 def _warn_of_labels(loss: LossSpec, rows: Dataset) -> None:
-    """Say where one kind of label outweighs the other: KTO's authors keep the ratio of their weights within 1 to 1.5."""
+    """Warn if one label outweighs the other: KTO's authors keep the ratio of their total weights within 1 to 1.5."""
     count, desirable = len(rows), int(rows.labels["desirable"].sum())
     if desirable in (0, count):
         kind = "desirable" if desirable else "undesirable"
-        log.warning("every training example is %s: nothing says what the model should turn away from, or to", kind)
+        log.warning("every training example is %s: the loss has nothing to contrast them with", kind)
         return
     good, bad = (loss.settings.get(key) for key in ("desirable_weight", "undesirable_weight"))
     if not good or not bad:

@@ -1,4 +1,4 @@
-"""One attempt at a run, from its start to its exit status: the lock, signals, the loop, the word it leaves behind."""
+"""One attempt at a run, from its start to its exit status: lock, stop requests, training loop, result.json."""
 
 import gc
 import logging
@@ -40,22 +40,23 @@ def _raise_stop_requested(reason: str) -> None:
     raise StopRequested(reason)
 
 
-def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int:
-    """Train, or go on with a run; the exit status. Raises UserError for whatever is the user's to mend."""
+def run(config: Config, overrides: list[str], changed: Sequence[Change] = ()) -> int:
+    """Start or resume a run, and return its exit status. Raises UserError for what the user can correct."""
     directory, request = RunDir(config.run_dir), StopRequest()
     with directory.lock() as lock:
         try:
             request.listen(_raise_stop_requested, second_interrupt_kills=False)
             request.listen_for_launcher_death()
             _freeze_imports()
-            made = make_accelerator(config.train.precision, config.model.dtype, deterministic=config.train.deterministic)
+            train, dtype = config.train, config.model.dtype
+            accelerator = make_accelerator(train.precision, dtype, deterministic=train.deterministic)
             request_stop_when_launcher_dies(launched())
-            configure_logging(made.is_main_process)
-            with watch_ranks(made):
-                require_same_on_all_ranks(made, "configuration", run_config.dump(replace(config, cache_dir="")))
-                if config.resume and _is_over(config, directory, changed):
+            configure_logging(accelerator.is_main_process)
+            with watch_ranks(accelerator):
+                require_same_on_all_ranks(accelerator, "configuration", run_config.dump(replace(config, cache_dir="")))
+                if config.resume and _nothing_to_do(config, directory, changed):
                     return FINISHED
-                trainer = assemble(config, typed, made, changed, lock)
+                trainer = assemble(config, overrides, accelerator, changed, lock)
                 return _train(trainer, request) if trainer else FINISHED
         except BaseException as error:
             if request.reason is not None:  # not `except StopRequested`: libraries turn it into errors of their own
@@ -63,31 +64,31 @@ def run(config: Config, typed: list[str], changed: Sequence[Change] = ()) -> int
             if isinstance(error, UserError) and lock.held and not config.resume:
                 directory.remove_refused_start()
             if isinstance(error, OSError) and error.errno in DISK_FULL:
-                raise UserError(f"no space is left for {error.filename or directory.path}: free some, and go on") from error
+                raise UserError(f"no space is left for {error.filename or directory.path}: free some, and resume") from error
             if ran_out(error):
                 return _out_of_memory(config, directory, error, held=lock.held)
             raise
 
 
 def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, held: bool) -> int:
-    """In one message, with what would help; the traceback is in the log."""
-    said = " ".join(str(error).split()).partition(" If reserved")[0]
-    log_traceback(f"out of memory: {said}", error)
+    """Report it in one message, with what would help; the traceback is in the log."""
+    message = " ".join(str(error).split()).partition(" If reserved")[0]
+    log_traceback(f"out of memory: {message}", error)
     if held and is_run(directory.path):
         before = directory.read_result() or {"step": 0, "metrics": {}}
-        directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {said}")
+        directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {message}")
         last = next(reversed(directory.checkpoints_by_step().values()), None)
-        more = f" The run goes on from {last.name}: {COMMAND} resume={directory.path} KEY=VALUE." if last else ""
+        hint = f" Resume from {last.name}: {COMMAND} resume={directory.path} KEY=VALUE." if last else ""
     else:
-        more = ""
-    log.error("out of memory (%s). What helps: %s.%s", said[:300], remedies(config), more)
+        hint = ""
+    log.error("out of memory (%s). What helps: %s.%s", message[:300], remedies(config), hint)
     return FAILED
 
 
 @cache
 def _freeze_imports() -> None:
-    """Take what was imported out of the garbage collector's sight: 440,000 objects, which each full collection would walk for
-    0.27 s, and transformers' sampling loop asks for two at every call."""
+    """Exclude what was imported from garbage collection: 440,000 objects, which each full collection would walk for 0.27 s, and
+    transformers' sampling loop triggers two at every call."""
     gc.freeze()
 
 
@@ -99,19 +100,19 @@ def _stopped_before_training(directory: RunDir, reason: str, *, held: bool) -> i
     return STOPPED
 
 
-def _is_over(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
-    """Whether a finished run is asked for nothing that it has not done yet; says what would be more."""
-    further = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
-    if not directory.is_finished() or not directory.final.is_dir() or further or directory.requested_checkpoint(config.resume):
+def _nothing_to_do(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
+    """Return whether a resumed run is finished and nothing asks for more; log how to continue it."""
+    more = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
+    if not directory.is_finished() or not directory.final.is_dir() or more or directory.requested_checkpoint(config.resume):
         return False
     integrity.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     schedule = bind_schedule(config.schedule, config.plugins)
     if not schedule.depends_on_total(int((directory.read_result() or {}).get("step") or 0)):
-        log.info("to train on: %s %s train.steps=MORE", COMMAND, run_config.resume_arguments(config, directory.path))
+        log.info("to continue: %s %s train.steps=MORE", COMMAND, run_config.resume_arguments(config, directory.path))
     else:
-        onward = as_argument("model.name_or_path", directory.final)
-        log.info("its %s schedule is at its end: a new run goes on with %s", schedule.name, onward)
+        start = as_argument("model.name_or_path", directory.final)
+        log.info("its %s schedule has ended: continue in a new run with %s", schedule.name, start)
     return True
 
 
@@ -137,7 +138,7 @@ def _train(trainer: Trainer, request: StopRequest) -> int:
         try:
             trainer.checkpointer.end()
             current.call_hooks(lambda hook: hook.on_end(current))
-        finally:  # whatever a hook makes of the end, the run's last word stands
+        finally:  # even if a hook raises
             if current.main:
                 metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
                 current.directory.write_result(status, current.step, metrics, reason=note)
@@ -145,11 +146,11 @@ def _train(trainer: Trainer, request: StopRequest) -> int:
 
 
 def _name_log(current: Run, error: BaseException) -> None:
-    """Of several processes each has a file of its own, which has the traceback."""
+    """Log the traceback, and name this rank's log: of several ranks each has one of its own."""
     rank = current.accelerator.process_index
     if current.accelerator.num_processes > 1:
         log.info("%s", error, exc_info=error)
-        log.error("process %d failed; its log is %s", rank, current.directory.log_of(rank))
+        log.error("rank %d failed; its log is %s", rank, current.directory.log_of(rank))
 
 
 def _close(current: Run, status: str, note: str | None) -> int:
@@ -158,7 +159,7 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if status == "finished" and current.main:
         log.info("finished: %s  %s", current.directory.final, summary(current.last_eval or current.last_train))
     if status == "stopped" and current.main:
-        log.info("go on with: %s %s", COMMAND, run_config.resume_arguments(current.config, current.directory.path))
+        log.info("resume with: %s %s", COMMAND, run_config.resume_arguments(current.config, current.directory.path))
     if status == "stopped" and current.stop is not None and current.stop.signalled:
         return STOPPED
     return FINISHED if status == "finished" else FAILED

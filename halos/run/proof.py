@@ -1,4 +1,4 @@
-"""What a run proves of its forward, and where it says so: its header, forward_report.json."""
+"""Prove a run's forward pass, on small copies and on the loaded model, and write forward_report.json."""
 
 import json
 from dataclasses import asdict
@@ -24,26 +24,26 @@ from halos.run import models
 from halos.rundir import REPORT, RunDir
 
 
-def of_copies(loss: LossSpec, shelf: models.Shelf, model: nn.Module, named: Path | None) -> Verdict:
-    """The verdict on small copies of the policy, and of the reference that the config names: one process proves, and the others
-    on its host find it in the cache. Raises UserError on every process where a check does not hold."""
-    config, machine = shelf.config, shelf.made
+def prove_copies(loss: LossSpec, loader: models.ModelLoader, model: nn.Module, reference: Path | None) -> Verdict:
+    """Prove the forward pass on small copies of the policy and of the configured reference. Rank 0 proves, the other ranks read
+    the verdict from the cache, or prove it on a host without it. Raises UserError on every rank if a check fails."""
+    config, machine = loader.config, loader.machine
     trial = Trial(
         config=bare(model).config,
         peft=asdict(config.peft) if isinstance(model, PeftModel) else None,
-        attention=_attention(shelf, shelf.dtype),
+        attention=_attention(loader, loader.dtype),
         reward=loss.inputs.head == "score",
         valued=loss.inputs.head == "value",
-        refers=loss.needs_reference and named is None and isinstance(model, PeftModel),
+        refers=loss.needs_reference and reference is None and isinstance(model, PeftModel),
         longest=config.train.max_length,
-        dtype=shelf.dtype,
+        dtype=loader.dtype,
         autocast=machine.mixed_precision == "bf16",
         device=machine.device,
         temperature=config.train.temperature,
     )
     if config.train.prove == "off":
         return Verdict(plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest), [])
-    trials = [trial, *([_of_reference(shelf, trial, named)] if named is not None else [])]
+    trials = [trial, *([_reference_trial(loader, trial, reference)] if reference is not None else [])]
     cache, again = Path(config.cache_dir).expanduser(), config.train.prove == "always"
     problem, verdicts = None, list[Verdict]()
     try:
@@ -57,36 +57,36 @@ def of_copies(loss: LossSpec, shelf: models.Shelf, model: nn.Module, named: Path
     return (verdicts or [verdict_on(each, cache, again=False) for each in trials])[0]
 
 
-def _attention(shelf: models.Shelf, dtype: torch.dtype) -> str:
-    half = dtype is torch.bfloat16 or shelf.made.mixed_precision == "bf16"
-    return attention(shelf.config.model.attention, half=half, device=shelf.made.device)
+def _attention(loader: models.ModelLoader, dtype: torch.dtype) -> str:
+    half = dtype is torch.bfloat16 or loader.machine.mixed_precision == "bf16"
+    return attention(loader.config.model.attention, half=half, device=loader.machine.device)
 
 
-def _of_reference(shelf: models.Shelf, trial: Trial, named: Path) -> Trial:
-    dtype = shelf.reference_dtype
+def _reference_trial(loader: models.ModelLoader, trial: Trial, reference: Path) -> Trial:
+    dtype = loader.reference_dtype
     return Trial(
-        config=bare(models.structure_of_reference(shelf, named)).config, peft=None, attention=_attention(shelf, dtype),
+        config=bare(models.reference_structure(loader, reference)).config, peft=None, attention=_attention(loader, dtype),
         reward=False, valued=False, refers=False, longest=trial.longest, dtype=dtype, autocast=trial.autocast,
         device=trial.device, temperature=trial.temperature,
     )  # fmt: skip
 
 
-def of_start(run: Run, verdict: Verdict) -> None:
-    """One row through the module as it is spread over the processes, at every start; and the report of all that was proved.
+def prove_loaded(run: Run, verdict: Verdict) -> None:
+    """Run one example through the loaded, distributed module at every start, and write the report of all checks.
 
-    Raises UserError on every process where one's numbers are not the model's own.
+    Raises UserError on every rank if one rank's numbers are not the model's own.
     """
-    config, found, problem = run.config, list[Check](), None
+    config, checks, problem = run.config, list[Check](), None
     if config.train.prove != "off":
         settings = {"temperature": config.train.temperature, "longest": run.max_length}
-        found = loaded_model.prove(run.module, run.strategy, run.tokenizer, **settings)
+        checks = loaded_model.prove(run.module, run.strategy, run.tokenizer, **settings)
         try:
-            refuse_failed(found, "the model as it is spread over the processes")
+            refuse_failed(checks, "the model as it is distributed over the ranks")
         except UserError as error:
             problem = str(error)
         require_same_on_all_ranks(run.accelerator, "forward", "", problem)
     if run.main:
-        _write(run.directory, {"prove": config.train.prove, **verdict.report(), "start": [asdict(check) for check in found]})
+        _write(run.directory, {"prove": config.train.prove, **verdict.report(), "start": [asdict(check) for check in checks]})
 
 
 def _write(directory: RunDir, report: dict[str, object]) -> None:

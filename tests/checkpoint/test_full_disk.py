@@ -138,7 +138,7 @@ def test_a_start_that_finds_no_room_says_where(configure: Configure, tmp_path: P
         raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "run" / "config.yaml"))
 
     monkeypatch.setattr(RunDir, "write_config", full)
-    with pytest.raises(UserError, match=r"no space is left for .*run/config.yaml: free some, and go on"):
+    with pytest.raises(UserError, match=r"no space is left for .*run/config.yaml: free some, and resume"):
         run(configure(*WORDS), [])
     monkeypatch.undo()
     assert run(configure(*WORDS), []) == 0, "nothing stands in the way of the next start"

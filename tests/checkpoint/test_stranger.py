@@ -84,7 +84,7 @@ def test_planted_pickles_and_code_are_not_run(
         edited(checkpoint / "model" / "config.json", auto_map=AUTO, trust_remote_code=True)
     sealed(checkpoint)
     assert train.start([f"resume={directory}"]) == 0
-    assert "going on from checkpoints/step-00000002" in (directory / "train.log").read_text()
+    assert "resuming from checkpoints/step-00000002" in (directory / "train.log").read_text()
     assert not mark.exists()
 
 

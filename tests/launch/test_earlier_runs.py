@@ -121,7 +121,7 @@ def test_the_command_that_began_an_earlier_run_goes_on_with_it_though_keys_are_y
     settings = (run / "config.yaml").read_text()
     assert not any(key in settings for key in ("router_aux_loss", "target_parameters", "max_bad_steps"))
     status, said = start(run, *words, "run_dir=runs/sft", "resume=auto", "dry_run=true")
-    assert (status, "would go on from checkpoints/step-" in said) == (0, True), said
+    assert (status, "would resume from checkpoints/step-" in said) == (0, True), said
     status, said = start(run, *words, "run_dir=runs/sft", "resume=auto", "dry_run=true", "train.router_aux_loss=0.1")
     assert (status, "train.router_aux_loss 0.0 -> 0.1" in said) == (2, True), said
 

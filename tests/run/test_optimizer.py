@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from halos.config.bind_optim import OptimizerSpec, bind_optimizer
 from halos.errors import UserError
 from halos.optimizers.muon import CombinedOptimizer
-from halos.run.optimizer import hidden_matrices, make, parameter_groups, refuse_unfit, state_bytes
+from halos.run.optimizer import hidden_matrices, make_optimizer, parameter_groups, refuse_unfit, state_bytes
 from halos.run.optimizer_trial import try_out
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -55,7 +55,7 @@ def spec(choice: str = "adamw", **values: Any) -> OptimizerSpec:
 
 def by_name(module: nn.Module, spec: OptimizerSpec, key: str) -> dict[str, float]:
     names = {id(parameter): name for name, parameter in module.named_parameters()}
-    found = [(names[id(p)], group[key]) for group in make(module, spec).param_groups for p in group["params"]]
+    found = [(names[id(p)], group[key]) for group in make_optimizer(module, spec).param_groups for p in group["params"]]
     assert len(dict(found)) == len(found), "each once"
     return dict(found)
 
@@ -81,7 +81,7 @@ def test_rates_go_by_name_then_by_lora_plus_then_by_the_optimizers_own() -> None
     ("values", "words"),
     [
         ({"lr_by_name": {"value_hed": 1.0}}, ["optim.lr_by_name", "'value_hed'; there is scale"]),
-        ({"lr_by_name": {"embed": 1.0, "weight": 2.0}}, ["optim.lr_by_name gives embed.weight several rates: 1, 2"]),
+        ({"lr_by_name": {"embed": 1.0, "weight": 2.0}}, ["optim.lr_by_name gives embed.weight several learning rates: 1, 2"]),
     ],
 )
 def test_a_name_that_is_nowhere_and_two_that_differ_are_refused(values: dict[str, Any], words: list[str]) -> None:
@@ -100,10 +100,10 @@ def test_a_name_that_is_nowhere_and_two_that_differ_are_refused(values: dict[str
     ],
 )  # fmt: skip
 def test_an_optimizer_is_the_one_that_was_asked_for_with_its_settings(choice: str, kind: type, wanted: dict[str, Any]) -> None:
-    made = make(Block(), spec(choice, **{key: value for key, value in {"betas": [0.8, 0.95], "eps": 1e-7}.items()
+    optimizer = make_optimizer(Block(), spec(choice, **{key: value for key, value in {"betas": [0.8, 0.95], "eps": 1e-7}.items()
                                          if key in wanted and choice != "adafactor"}))  # fmt: skip
-    assert type(made) is kind
-    for group in made.param_groups:
+    assert type(optimizer) is kind
+    for group in optimizer.param_groups:
         assert {key: group[key] for key in wanted} == wanted
         assert group["lr"] == 0.25
 
@@ -116,19 +116,19 @@ def test_one_kernel_is_asked_for_where_all_parameters_lie_on_a_gpu() -> None:
 
     assert standard.on_gpu([group("cuda", "cuda:1"), group("cuda")])
     assert not standard.on_gpu([group("cuda"), group("cuda", "cpu")])
-    assert make(Block(), spec(fused=True)).param_groups[0]["fused"] is True
-    assert make(Block(), spec(fused=False)).param_groups[0]["fused"] is None, "as torch chooses, and as it was before"
+    assert make_optimizer(Block(), spec(fused=True)).param_groups[0]["fused"] is True
+    assert make_optimizer(Block(), spec(fused=False)).param_groups[0]["fused"] is None, "as torch chooses, and as it was before"
 
 
 def test_muon_moves_the_matrices_of_hidden_layers_and_adamw_all_else() -> None:
     block = Block()
     names = {parameter: name for name, parameter in block.named_parameters()}
     assert {names[p] for p in hidden_matrices(block)} == {"layer.linear.weight", "layer.lora_A.weight", "layer.lora_B.weight"}
-    made = make(block, spec("muon", weight_decay=0.0, adjust_lr="original", lr=0.1))
+    optimizer = make_optimizer(block, spec("muon", weight_decay=0.0, adjust_lr="original", lr=0.1))
     for parameter in names:
         parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
     before = {name: parameter.detach().clone() for parameter, name in names.items()}
-    made.step()
+    optimizer.step()
     moved = {name: before[name] - parameter.detach() for parameter, name in names.items()}
     # of a gradient of rank one all singular values but one are 0: what is left of it is that one, brought to between 0.7 and 1.2
     norm = torch.linalg.matrix_norm(moved["layer.linear.weight"], 2) / (0.1 * (5 / 4) ** 0.5)
@@ -159,7 +159,7 @@ def test_what_works_on_whole_matrices_is_refused_where_they_are_shared_out(layou
         if choice not in ("muon", "adafactor"):
             try_out(spec(choice), CPU, layout)
             continue
-        with pytest.raises(UserError, match=f"optim {choice} needs each parameter as a whole.*cpu2.yaml"):
+        with pytest.raises(UserError, match=f"optim {choice} needs whole parameters.*cpu2.yaml"):
             try_out(spec(choice), CPU, layout)
 
 
@@ -189,7 +189,7 @@ def counts_in_a_number(self: Step, grad: torch.Tensor, state: Any, group: Any) -
     return grad / state["step"]
 
 
-def counts_beside_its_state(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+def counts_outside_its_state(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
     return grad / self.count
 
 
@@ -216,29 +216,29 @@ def fails(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("move", "words"),
+    ("move", "message"),
     [
-        (counts_in_a_number, "keeps 'step' of its state as int.*torch.tensor"),
-        (counts_beside_its_state, "does not go on from its saved state to the bit"),
-        (counts_in_its_group, "does not go on from its saved state to the bit|fails on small"),
+        (counts_in_a_number, "keeps 'step' in its state as int.*torch.tensor"),
+        (counts_outside_its_state, "does not resume from its saved state bit for bit"),
+        (counts_in_its_group, "does not resume from its saved state bit for bit|fails on small"),
         (shares_a_tensor, "fails on small parameters: RuntimeError.*share memory"),
         (fails, "fails on small parameters: ZeroDivisionError: of mine"),
-        (lambda self, grad, state, group: grad, "optim.weight_decay=0.3: Step decays nothing"),
+        (lambda self, grad, state, group: grad, "optim.weight_decay=0.3: Step has no weight decay"),
     ],
 )
-def test_what_would_not_go_on_exactly_is_refused_before_anything_is_trained(move: Any, words: str) -> None:
+def test_an_optimizer_that_would_not_resume_exactly_is_refused_before_training(move: Any, message: str) -> None:
     tried = replace(spec(), name="Step", make=partial(Step, move=move))
-    with pytest.raises(UserError, match=words):
+    with pytest.raises(UserError, match=message):
         try_out(tried, CPU, "whole")
     try_out(replace(tried, make=partial(Step, move=counts_in_a_tensor)), CPU, "whole")
 
 
-def test_what_is_no_optimizer_is_told() -> None:
+def test_a_function_that_returns_no_optimizer_is_refused() -> None:
     with pytest.raises(UserError, match="optim adamw gives a list"):
         try_out(replace(spec(), make=lambda params: params), CPU, "whole")
 
 
-def test_trying_an_optimizer_draws_nothing_of_the_runs() -> None:
+def test_trying_an_optimizer_leaves_the_runs_random_state_alone() -> None:
     torch.manual_seed(5)
     before = torch.get_rng_state()
     try_out(spec("muon"), CPU, "whole")
@@ -246,22 +246,22 @@ def test_trying_an_optimizer_draws_nothing_of_the_runs() -> None:
 
 
 def test_one_state_and_one_list_of_groups_serve_several_optimizers() -> None:
-    made = make(Block(), spec("muon"))
-    assert isinstance(made, CombinedOptimizer)
-    assert [group["momentum"] for group in made.param_groups if "momentum" in group] == [0.95]
-    for group in made.param_groups:
+    optimizer = make_optimizer(Block(), spec("muon"))
+    assert isinstance(optimizer, CombinedOptimizer)
+    assert [group["momentum"] for group in optimizer.param_groups if "momentum" in group] == [0.95]
+    for group in optimizer.param_groups:
         group["lr"] = 0.0
-    before = [p.detach().clone() for group in made.param_groups for p in group["params"]]
-    for group in made.param_groups:
+    before = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.ones_like(parameter)
-    made.load_state_dict(made.state_dict())
-    for group in made.param_groups:
+    optimizer.load_state_dict(optimizer.state_dict())
+    for group in optimizer.param_groups:
         group["lr"] = 0.0
-    made.step()
-    after = [p.detach() for group in made.param_groups for p in group["params"]]
+    optimizer.step()
+    after = [p.detach() for group in optimizer.param_groups for p in group["params"]]
     assert all(map(torch.equal, before, after)), "the groups that a load has put there are those that a step reads"
-    assert len(made.state) == len(after)
+    assert len(optimizer.state) == len(after)
 
 
 def test_eight_bits_need_their_package(monkeypatch: pytest.MonkeyPatch) -> None:

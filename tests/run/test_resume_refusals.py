@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 
 def begin(config: Any, directory: RunDir, total: int) -> object:
-    made: Any = SimpleNamespace(is_main_process=True, process_index=0)
-    return resume.begin(config, directory, made, total, None)
+    accelerator: Any = SimpleNamespace(is_main_process=True, process_index=0)
+    return resume.prepare_directory(config, directory, accelerator, total, None)
 
 
 def touched(directory: RunDir) -> list[tuple[Path, int]]:
     return [(path, path.stat().st_mtime_ns) for path in sorted(directory.path.rglob("*"))]
 
 
-@pytest.mark.parametrize("go_on", [begin, resume.look])
+@pytest.mark.parametrize("go_on", [begin, resume.report_checkpoint])
 def test_a_run_is_not_gone_on_with_where_it_could_not_be_saved_or_is_further_already(
     go_on: Callable[..., object], saved_twice: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SimpleNamespace(resume=str(saved_twice.path))
-    with pytest.raises(UserError, match="is at step 4, and is to end at 3: give more"):
+    with pytest.raises(UserError, match="is at step 4, and would end at 3: set more"):
         go_on(config, saved_twice, 3)
     before = touched(saved_twice)
 
@@ -39,6 +39,6 @@ def test_a_run_is_not_gone_on_with_where_it_could_not_be_saved_or_is_further_alr
         raise OSError(errno.EROFS, "Read-only file system")
 
     monkeypatch.setattr(Path, "mkdir", read_only)
-    with pytest.raises(UserError, match="cannot be written into, and a run that goes on saves there: Read-only"):
+    with pytest.raises(UserError, match="is not writable, and a resumed run saves there: Read-only"):
         go_on(config, saved_twice, 9)
     assert touched(saved_twice) == before

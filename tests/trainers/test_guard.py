@@ -300,6 +300,6 @@ def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_re
     assert run(configure(*again, "optim.lr=1e-5"), [], changed) == 0
     text = (place / "train.log").read_text()
     assert "step-00000005 passed over: no step after it was finite, and so the run failed" in text
-    assert "going on from checkpoints/step-00000002\n" in text
+    assert "resuming from checkpoints/step-00000002\n" in text
     assert known_good.read(RunDir(place)) == known_good.KnownGood(9)
     assert json.loads((place / "FINAL" / "metrics.json").read_text())["train"]["skipped_steps"] == 0

@@ -1,4 +1,4 @@
-"""What a run stands on, hashed at its start, and compared with what it stood on before."""
+"""Hash the inputs of a run (data, models, code) at its start, and compare them with those of its last start."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
-UNREAD = ("transformers_version", "_name_or_path")  # of a config.json: nothing is computed from them
+UNREAD = ("transformers_version", "_name_or_path")  # keys of a config.json that affect no computation
 
 
 def read(
@@ -37,12 +37,12 @@ def read(
     base: Path,
     reference: Path | None,
 ) -> ContentHashes:
-    """`rows` are the hashes of the data as it is trained on; `base` and `reference` the directories of their weights."""
+    """Hash all inputs. `rows` has the hashes of the tokenised data; `base` and `reference` are directories of weights."""
     cache = Path(config.cache_dir)
     hashes: dict[str, str | None] = {
         arithmetic_version.KEY: str(arithmetic_version.VERSION),
         **rows,
-        "model.chat_template": _of(tokenizer.chat_template),
+        "model.chat_template": _hash_of(tokenizer.chat_template),
         "model.tokenizer": _tokenizer(base, tokenizer, cache),
         **_model("model", base, cache),
         **_model("reference", reference, cache),
@@ -55,52 +55,52 @@ def read(
         hashes["peft.init_from"] = lineage.identity(Path(config.peft.init_from), cache)
     if config.optim["init_from"] is not None:
         optimizer = Path(config.optim["init_from"]) / "state" / "optimizer"
-        gone = config.resume and not optimizer.is_dir()  # what has gone on from checkpoints of its own no longer reads it
+        gone = config.resume and not optimizer.is_dir()  # a run with checkpoints of its own no longer reads it
         hashes |= {} if gone else {"optim.init_from": lineage.identity(optimizer, cache)}
     return ContentHashes(hashes, {purpose: [_source(entry, purpose) for entry in entries]
                             for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
 
 
-def _of(value: Any) -> str:
+def _hash_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> str:
-    """By its files and what became of them, not by what a library's version writes of it."""
+    """Hash the tokenizer's file and the loaded vocabulary, not what a version of the library would write."""
     file = base / "tokenizer.json"
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _of([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
+    return _hash_of([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
 
 
 def _formats(config: Config) -> str | None:
-    """Of the functions of the user's own that make examples of rows."""
+    """Hash the code of the user's own data formats."""
     codes = {target: code_hash(target) for target in custom_formats(config.data).values()}
-    return _of(codes) if codes else None
+    return _hash_of(codes) if codes else None
 
 
 def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | None]:
-    found: dict[str, str | None] = {f"{name}.weights": None if directory is None else lineage.identity(directory, cache)}
+    hashes: dict[str, str | None] = {f"{name}.weights": None if directory is None else lineage.identity(directory, cache)}
     for file in ("config.json", "generation_config.json"):
         path = directory / file if directory is not None else None
-        facts = confined.load_object(path) if path is not None and path.is_file() else None
-        known = None if facts is None else {key: value for key, value in facts.items() if key not in UNREAD}
-        found[f"{name}.{file}"] = None if known is None else _of(known)
-    return found
+        settings = confined.load_object(path) if path is not None and path.is_file() else None
+        used = None if settings is None else {key: value for key, value in settings.items() if key not in UNREAD}
+        hashes[f"{name}.{file}"] = None if used is None else _hash_of(used)
+    return hashes
 
 
 def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
-    """What scores a live loop's samples."""
+    """Hash the scorer of a live loop's samples."""
     keys = ("online.scorer.model", "online.scorer.rubric", "online.scorer.functions")
-    found: dict[str, str | None] = dict.fromkeys(keys)
+    hashes: dict[str, str | None] = dict.fromkeys(keys)
     scorer = config.online.scorer if config.online is not None else None
     if scorer is not None and scorer.name == "function":
         codes = {part.path: code_hash(part.path) for part in parts_of(scorer.functions, config.plugins)}
-        found["online.scorer.functions"] = _of(codes) if any(codes.values()) else None
+        hashes["online.scorer.functions"] = _hash_of(codes) if any(codes.values()) else None
     if scorer is not None and scorer.name == "reward_model" and scorer.model is not None:
-        found["online.scorer.model"] = lineage.identity(locate(scorer.model, None, cache), cache)
+        hashes["online.scorer.model"] = lineage.identity(locate(scorer.model, None, cache), cache)
     if scorer is not None and scorer.rubric is not None:
-        found["online.scorer.rubric"] = file_hash(Path(scorer.rubric))
-    return found
+        hashes["online.scorer.rubric"] = file_hash(Path(scorer.rubric))
+    return hashes
 
 
 def _source(entry: Any, purpose: str) -> dict[str, Any]:
@@ -111,56 +111,58 @@ def _source(entry: Any, purpose: str) -> dict[str, Any]:
 def changed(
     config: Config, computed: RunFacts, now: ContentHashes, tokens_until: Callable[[int], int | None] = lambda step: None
 ) -> list[Change]:
-    """What has become another thing since the run last started, the arithmetic of its steps included. Raises UserError unless
-    resume_changes=allow. `tokens_until` a step are those of its rows as they are read now."""
+    """Return the inputs that differ from the last start's, and changes of the arithmetic. Raises UserError unless
+    resume_changes=allow. `tokens_until(step)` counts the tokens before a step in the data as they are read now."""
     directory = RunDir(config.run_dir)
     before = recorded(directory)
     since = _computed_with(directory, before)
-    found = [*_other_content(config, before, now), *arithmetic_version.changes_since(since, computed)]
+    changes = [*_changed_content(config, before, now), *arithmetic_version.changes_since(since, computed)]
     if before is None or "data.train" not in before.hashes:
-        found += _other_rows(directory, tokens_until)
+        changes += _changed_token_count(directory, tokens_until)
     if config.resume_changes == "refuse":
-        resume_policy.refuse_unsafe(found, directory.path)
+        resume_policy.refuse_unsafe(changes, directory.path)
     for line in arithmetic_version.notes_since(since, computed):
         log.info("other than where the run began: %s", line)
-    return found
+    return changes
 
 
 def _computed_with(directory: RunDir, before: ContentHashes | None) -> int:
-    """The number of the arithmetic of a run, by its newest start, else by its newest save."""
+    """Return the arithmetic version of a run, of its newest start, else of its newest checkpoint."""
     if before is not None and arithmetic_version.KEY in before.hashes:
         return arithmetic_version.recorded_version(before.hashes)
     saves = (manifest.read(path) for path in reversed(select.checkpoints(directory.checkpoints)))
     return next((arithmetic_version.recorded_version(listing) for listing in saves if isinstance(listing, dict)), 0)
 
 
-def _other_rows(directory: RunDir, tokens_until: Callable[[int], int | None]) -> list[Change]:
-    """Of a run that has no hash of its rows on record: whether as many tokens were read as the same files give now."""
+def _changed_token_count(directory: RunDir, tokens_until: Callable[[int], int | None]) -> list[Change]:
+    """For a run that has recorded no hash of its data: compare how many tokens it has read with how many the files give now."""
     every = reversed(select.checkpoints(directory.checkpoints))
     if not (saves := [path for path in every if not manifest.verify(path, only=("state/progress",))]):
         return []
     step = select.step_of(saves[0])
-    known, now = state.load_progress(saves[0] / "state", step)["tokens"], tokens_until(step)
-    why = "the tokenizer, the template, this version or a library makes other rows of its files"
-    return [] if now in (None, known) else [Change(f"data.train (tokens until step {step})", known, now, why)]
+    recorded_count, now = state.load_progress(saves[0] / "state", step)["tokens"], tokens_until(step)
+    why = "the tokenizer, the template, this version or a library turns the same files into other sequences"
+    return [] if now in (None, recorded_count) else [Change(f"data.train (tokens until step {step})", recorded_count, now, why)]
 
 
-def _other_content(config: Config, before: ContentHashes | None, now: ContentHashes) -> list[Change]:
+def _changed_content(config: Config, before: ContentHashes | None, now: ContentHashes) -> list[Change]:
     if before is None:
-        log.info("an older version began this run and recorded no contents: only names are compared, from now on contents too")
+        log.info(
+            "an older version started this run and recorded no content hashes: only names are compared, from now on contents too"
+        )
         return []
     template = config.model.chat_template
-    places = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
+    names = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
               "optim": config.optim["init_from"], "data.format": ", ".join(custom_formats(config.data).values()) or None,
-              "model.chat_template": template if template is None or "{" not in template else "as typed",
+              "model.chat_template": template if template is None or "{" not in template else "as given",
               **{f"{node}._target_": getattr(config, node)["_target_"] for node in ("loss", "optim", "schedule")}}  # fmt: skip
-    return compare(before, now, {key: place for key, place in places.items() if place is not None})
+    return compare(before, now, {key: name for key, name in names.items() if name is not None})
 
 
 def recorded(directory: RunDir) -> ContentHashes | None:
-    """What its newest start recorded; of a run that is older than such records what is sealed in its newest checkpoint."""
-    if (known := run_config.recorded_content(directory.read_attempts(), str(directory.path))) is not None:
-        return known
+    """Return the hashes that the newest start recorded; for a run older than such records those in its newest checkpoint."""
+    if (recorded_hashes := run_config.recorded_content(directory.read_attempts(), str(directory.path))) is not None:
+        return recorded_hashes
     for path in reversed(select.checkpoints(directory.checkpoints)):
         chain = lineage.read(path) if not manifest.verify(path, contents=False) else None
         if chain is not None:

@@ -18,7 +18,7 @@ from halos.checkpoint import lineage, manifest, select
 from halos.config.content_hashes import ContentHashes
 from halos.config.plugins import code_hash
 from halos.models.load import load_tokenizer
-from halos.run import contents
+from halos.run import input_hashes
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
 
@@ -45,7 +45,7 @@ def test_each_hash_is_of_what_its_key_names_and_of_nothing_else(world: World, tm
 
     def read(*added: str) -> Mapping[str, str | None]:
         tokenizer, _ = load_tokenizer(base, add_tokens=[*added])
-        return contents.read(config, tokenizer, {}, base=base, reference=reference).hashes
+        return input_hashes.read(config, tokenizer, {}, base=base, reference=reference).hashes
 
     def differing(*added: str) -> set[str]:
         now = read(*added)
@@ -76,7 +76,7 @@ def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_s
     directory = RunDir(tmp_path)
     (tmp_path / "attempts").mkdir()
     (tmp_path / "attempts" / "000.yaml").write_text("overrides: []\n")
-    assert contents.recorded(directory) is None
+    assert input_hashes.recorded(directory) is None
     for step in (2, 4):
         sections = {key: {} for key in ("model", "train", "optim", "schedule", "peft", "loss")}
         runs = [{"base": {"name": "b", "sha256": f"{name}{step}"}, "loss": "dpo", "result": {}, "config": sections, "data": {}}
@@ -85,22 +85,22 @@ def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_s
         path.mkdir(parents=True)
         (path / lineage.NAME).write_text(json.dumps({"format": 1, "runs": runs}))
         (path / manifest.NAME).write_text(manifest.describe(path, {"step": step}))
-    known = contents.recorded(directory)
+    known = input_hashes.recorded(directory)
     assert known is not None
     assert known.hashes == {"model.weights": "last4"}
 
 
 def test_the_arithmetic_of_a_run_is_that_of_its_newest_start_else_of_its_newest_save(tmp_path: Path) -> None:
     directory = RunDir(tmp_path)
-    assert contents._computed_with(directory, None) == 0
+    assert input_hashes._computed_with(directory, None) == 0
     for step, number in ((2, 3), (4, 5)):
         path = directory.checkpoints / select.name_of(step)
         path.mkdir(parents=True)
         (path / manifest.NAME).write_text(manifest.describe(path, {"step": step, "arithmetic": number}))
-    assert contents._computed_with(directory, ContentHashes({"model.weights": "w"})) == 5
-    assert contents._computed_with(directory, ContentHashes({"arithmetic": "4"})) == 4
+    assert input_hashes._computed_with(directory, ContentHashes({"model.weights": "w"})) == 5
+    assert input_hashes._computed_with(directory, ContentHashes({"arithmetic": "4"})) == 4
     (path / manifest.NAME).write_text("{")
-    assert contents._computed_with(directory, None) == 3
+    assert input_hashes._computed_with(directory, None) == 3
 
 
 HINGE = """
@@ -150,7 +150,7 @@ def test_code_of_the_users_own_is_what_it_uses_of_its_package(package: Path) -> 
 
     def read() -> tuple[str | None, str | None]:
         forget()
-        reward = contents._scorer(config, package)["online.scorer.functions"]
+        reward = input_hashes._scorer(config, package)["online.scorer.functions"]
         return reward, code_hash("ownloss.hinge.hinge")
 
     before = read()

@@ -1,4 +1,4 @@
-"""What an evaluation measures, tried on made-up tokens: an objective that is none of it is refused before a model loads."""
+"""Which metrics an evaluation yields, found by calling the loss on dummy inputs: other objectives are refused before loading."""
 
 from typing import Any
 
@@ -17,47 +17,47 @@ from halos.types import Acted, LossInput, Mismatched, RolloutBatch, RolloutInput
 ALWAYS = ("loss", "examples")
 
 
-def refuse_unmeasured(config: Config, loss: LossSpec) -> None:
-    """Raises UserError where objective.metric is nothing that an evaluation of this loss gives, by whatever data."""
+def refuse_unavailable_objective(config: Config, loss: LossSpec) -> None:
+    """Raises UserError if no evaluation of this loss yields objective.metric, whatever the data."""
     metric = config.objective.metric
     names = frozenset(HELD_OUT) if config.online is not None else metrics_of(loss)
     if not config.data.eval or names is None or metric in names:
         return
     near = nearest(metric, names)
-    meant = f"did you mean {near}? " if near else ""
+    suggestion = f"did you mean {near}? " if near else ""
     raise UserError(
-        f"objective.metric={metric} is not measured with loss={loss.name}: {meant}There are {', '.join(sorted(names))}"
+        f"objective.metric={metric} is not measured with loss={loss.name}: {suggestion}There are {', '.join(sorted(names))}"
     )
 
 
 def metrics_of(loss: LossSpec) -> frozenset[str] | None:
-    """Names of the held-out metrics of a loss; None where it does not take what is made up, as one of a user's own may not."""
+    """Return the names of a loss's evaluation metrics; None if it fails on dummy inputs, as a user's own loss may."""
     try:
         names = {*ALWAYS, *loss.function(*_arguments(loss)).metrics}
         if loss.advantages is not None:
             controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}
             names |= loss.advantages(_sampled(loss), **controlled).metrics.keys()
-    except Exception:  # whatever it is, the first evaluation tells of it
+    except Exception:  # the first evaluation reports it, whatever it is
         return None
     return frozenset(names | loss.inputs.derived(dict.fromkeys(names, 0.0)).keys())
 
 
 def _arguments(loss: LossSpec) -> list[Any]:
-    """Two rows of two tokens, of each type that the loss takes."""
-    against = TokenLogps if loss.on_rollouts else loss.inputs
-    more = [made_up(against) if loss.needs_reference else None] if loss.takes_reference else []
+    """Return dummy arguments for the loss: two sequences of two tokens of each type that it takes."""
+    reference_type = TokenLogps if loss.on_rollouts else loss.inputs
+    more = [dummy(reference_type) if loss.needs_reference else None] if loss.takes_reference else []
     if loss.statistics is not None:
-        given = loss.statistics_inputs or loss.inputs
-        references = [made_up(given)] if loss.needs_reference else []
-        more.append(loss.statistics(made_up(given), *references))
-    return [made_up(loss.inputs), *more]
+        statistics_type = loss.statistics_inputs or loss.inputs
+        references = [dummy(statistics_type)] if loss.needs_reference else []
+        more.append(loss.statistics(dummy(statistics_type), *references))
+    return [dummy(loss.inputs), *more]
 
 
-def made_up(kind: type) -> Any:
-    """Two rows, of two scored tokens in each completion, as the type itself has them of a model's output."""
+def dummy(kind: type) -> Any:
+    """Return an instance of an input type: two examples with two scored tokens per completion, built by the type itself."""
     if kind is Mismatched:
         return Mismatched(_logps(2))
-    assert issubclass(kind, LossInput), "what a loss takes"
+    assert issubclass(kind, LossInput), "a loss takes no other type"
     completion, example = Completion(np.zeros(2, np.int32), np.ones(2, bool)), kind.example
     items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)))
              for n in (1, 0)]  # fmt: skip
@@ -71,12 +71,12 @@ def made_up(kind: type) -> Any:
 
 
 def _logps(rows: int) -> TokenLogps:
-    """Different ones in each row."""
+    """Return dummy log-probs that differ between sequences."""
     return TokenLogps(-torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool))
 
 
 def _sampled(loss: LossSpec) -> Sampled:
     logps = _logps(2)
-    known: Tensor | None = logps.values if loss.needs_reference else None
+    reference: Tensor | None = logps.values if loss.needs_reference else None
     values = logps.values if loss.inputs.head == "value" else None
-    return Sampled(torch.tensor([1.0, 0.0]).double(), torch.zeros(2, dtype=torch.int64), logps, known, values)
+    return Sampled(torch.tensor([1.0, 0.0]).double(), torch.zeros(2, dtype=torch.int64), logps, reference, values)
