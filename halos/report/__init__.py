@@ -1,1 +1,1 @@
-"""What saved runs say: a table and pictures, from their small files alone."""
+"""Reports on saved runs: a table and figures, from their small files alone."""

@@ -1,4 +1,4 @@
-"""Pictures of runs: learning curves, rewards, and what the optimizer did."""
+"""Figures of runs: learning curves, rewards, learning rate and gradient norm."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -16,26 +16,26 @@ from matplotlib.ticker import MaxNLocator
 
 from halos.report.read import Record, series
 
-MAX_RAW_CURVES = 6  # more curves than this in one panel are drawn smoothed alone
-MIN_POINTS_TO_SMOOTH = 20  # from so many points on, a curve is smoothed
+MAX_RAW_CURVES = 6  # with more curves in a panel, only the smoothed ones are drawn
+MIN_POINTS_TO_SMOOTH = 20  # fewer points are drawn as they are
 EVAL_STYLE: dict[str, Any] = {"linewidth": 1.3, "linestyle": "--", "marker": "o", "markersize": 4.5, "markeredgecolor": "white"}
 
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One metric over the steps, of every run that has it."""
+    """One metric over the steps, for every run that has it."""
 
-    metrics: tuple[str, ...]  # the first that a run reports
+    metrics: tuple[str, ...]  # the first one that a run has
     title: str
-    level: float | None = None  # a dotted line to compare with
+    level: float | None = None  # of a dotted line for comparison
     bounds: tuple[float, float] | None = None
-    held_out: bool = True
+    has_evals: bool = True
     runs: Callable[[Record], bool] = lambda record: True
 
     def of(self, records: Sequence[Record]) -> list[tuple[Record, str]]:
-        """The runs it shows, each with its metric."""
-        found = [(record, name) for record in records if self.runs(record) for name in self.metrics if _has(record, name)]
-        return [pair for i, pair in enumerate(found) if pair[0] not in [other for other, _ in found[:i]]]
+        """Return the runs that the panel shows, each with its metric."""
+        pairs = [(record, name) for record in records if self.runs(record) for name in self.metrics if _has(record, name)]
+        return [pair for i, pair in enumerate(pairs) if pair[0] not in [other for other, _ in pairs[:i]]]
 
 
 REWARDS = (
@@ -45,18 +45,18 @@ REWARDS = (
     Panel(("win_rate",), "Win rate against the first policy", level=0.5),
     Panel(("kl",), "KL to the reference, estimated, nats", level=0.0),
     Panel(("entropy",), "Entropy, nats"),
-    Panel(("clip_fraction",), "Share of clipped tokens"),
+    Panel(("clip_fraction",), "Fraction of clipped tokens"),
     Panel(("length",), "Length of completions, tokens"),
-    Panel(("unique",), "Share of a prompt's samples that differ"),
+    Panel(("unique",), "Fraction of a prompt's samples that differ"),
 )
 OPTIMIZER = (
-    Panel(("lr",), "Learning rate", held_out=False),
-    Panel(("grad_norm",), "Gradient norm, before clipping", held_out=False),
+    Panel(("lr",), "Learning rate", has_evals=False),
+    Panel(("grad_norm",), "Gradient norm, before clipping", has_evals=False),
 )
 
 
 def plot(records: Sequence[Record], output: Path) -> list[Path]:
-    """Writes the pictures that the runs have numbers for; gives back their paths."""
+    """Write the figures for which the runs have numbers, and return their paths."""
     output.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, panels in (("learning_curves", learning_curves(records)), ("rewards", REWARDS), ("optimizer", OPTIMIZER)):
@@ -66,17 +66,17 @@ def plot(records: Sequence[Record], output: Path) -> list[Path]:
 
 
 def learning_curves(records: Sequence[Record]) -> list[Panel]:
-    """Losses of different kinds share no scale, so each kind has a panel of its own."""
+    """Return a panel per loss, since different losses share no scale."""
     losses = dict.fromkeys(record.loss for record in records)
     return [Panel(("loss",), f"{name} loss", runs=lambda record, name=name: record.loss == name) for name in losses]
 
 
 def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
-    """The panels that any run has numbers for, side by side over one legend; None where there are none."""
+    """Draw the panels for which any run has numbers, with one legend; None where there are none."""
     shown = [panel for panel in panels if panel.of(records)]
     if not shown:
         return None
-    colors = dict(zip([record.label for record in records], palette(len(records)), strict=True))  # the same in each picture
+    colors = dict(zip([record.label for record in records], palette(len(records)), strict=True))  # the same in each figure
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(max(6.8, 5.2 * columns), 3.9 * lines + 0.8), dpi=150, layout="constrained")
@@ -87,13 +87,13 @@ def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
         ax.set_axis_off()
     drawn = {record.label for panel in shown for record, _ in panel.of(records)}
     _runs_legend(figure, {label: color for label, color in colors.items() if label in drawn})
-    if any(panel.held_out and len(series(record.held_out, name)[0]) for panel in shown for record, name in panel.of(records)):
+    if any(panel.has_evals and len(series(record.evals, name)[0]) for panel in shown for record, name in panel.of(records)):
         _splits_legend(figure, thin=any(line.get_alpha() for ax in axes for line in ax.get_lines()))
     return figure
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """A Gaussian mean whose width is a share of the curve's; centred, so that it lags behind nothing. nan is left out."""
+    """Smooth a curve by a Gaussian whose width is a fraction of its length; centred, so that it does not lag. nan is ignored."""
     width = max(1.5, len(values) / 40)
     reach = np.arange(-int(4 * width), int(4 * width) + 1)
     kernel = np.exp(-0.5 * (reach / width) ** 2)
@@ -114,15 +114,15 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
             seen.append(np.percentile(known, [2, 98]) if len(known) else known)
         ax.plot(steps, trend, color=color, linewidth=2, marker="o" if len(steps) == 1 else "", solid_capstyle="round")
         seen.append(trend)
-        if panel.held_out:
-            steps, values = series(record.held_out, name)
+        if panel.has_evals:
+            steps, values = series(record.evals, name)
             ax.plot(steps, values, color=color, **EVAL_STYLE)
             seen.append(values)
     _style(ax, panel, np.concatenate(seen))
-    if all(record.is_walk for record, _, _ in curves):
+    if all(record.is_online_run for record, _, _ in curves):
         ax.set_xlabel("round")
     first, last = ax.get_xlim()
-    if last - first < 1:  # one step: no fractions of it at the ticks
+    if last - first < 1:  # a single step: no fractions at the ticks
         ax.set_xlim(first - 1, last + 1)
 
 
@@ -144,7 +144,7 @@ def _style(ax: Axes, panel: Panel, seen: np.ndarray) -> None:
         ax.set_ylim(bottom=0)
         ax.yaxis.set_major_formatter("{x:.2g}")
     elif len(seen) and seen.max() > seen.min():
-        # a few spikes of the raw curve may leave the picture, the trend and the evaluations never
+        # a few spikes of the raw curve may be cut off; the trend and the evaluations never are
         room = 0.07 * (seen.max() - seen.min())
         ax.set_ylim(seen.min() - room, seen.max() + room)
 
@@ -166,23 +166,23 @@ def _splits_legend(figure: Figure, *, thin: bool) -> None:
 
 
 def _escaped(label: str) -> str:
-    """No mathematics between dollar signs, and no leading underscore, which would hide the entry."""
+    """Escape dollar signs, which start mathematics, and a leading underscore, which would hide the legend entry."""
     return (" " if label.startswith("_") else "") + label.replace("$", r"\$")
 
 
 def palette(count: int) -> list[str]:
-    """So many colors that can be told apart."""
+    """Return so many distinguishable colors."""
     if count <= 10:
         return [to_hex(colormaps["tab10"](i)) for i in range(count)]
-    return [to_hex(colormaps["turbo"](place)) for place in np.linspace(0.05, 0.95, count)]
+    return [to_hex(colormaps["turbo"](position)) for position in np.linspace(0.05, 0.95, count)]
 
 
 def _has(record: Record, name: str) -> bool:
-    return any(name in row for row in (*record.train, *record.held_out))
+    return any(name in row for row in (*record.train, *record.evals))
 
 
 def save(figure: Figure, path: Path) -> Path:
-    """The whole picture or nothing."""
+    """Save a figure, completely or not at all."""
     hidden = path.with_name(f".{path.name}")
     figure.savefig(hidden, format="png")
     os.replace(hidden, path)

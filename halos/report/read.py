@@ -1,4 +1,4 @@
-"""Saved runs, read back from config.yaml, metrics.jsonl and result.json."""
+"""Read saved runs from their config.yaml, metrics.jsonl and result.json."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rows = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One run as its files tell it. `label` is short, and no other run of the same report has it."""
+    """One run as recorded in its files. `label` is a short name, unique within a report."""
 
     path: Path
     label: str
@@ -28,28 +28,28 @@ class Record:
     status: str
     step: int
     train: Rows
-    held_out: Rows
+    evals: Rows
 
     @property
     def loss(self) -> str:
-        """halos.losses.dpo.dpo -> dpo; of online rounds what each trains with."""
-        if self.is_walk:
+        """The name of the loss, halos.losses.dpo.dpo -> dpo; for online rounds that of each round's training."""
+        if self.is_online_run:
             return f"online {self.node('online').get('loss')}"
         return str(self.node("loss").get("_target_", "?")).rpartition(".")[0].rpartition(".")[2] or "?"
 
     @property
-    def is_walk(self) -> bool:
+    def is_online_run(self) -> bool:
         """Whether its steps are online rounds."""
         online = self.node("online")
         return bool(online) and online.get("steps") is None
 
     @property
     def seconds(self) -> float:
-        """Spent in steps and evaluations, or in the stages of rounds; every row has the time since the one before it."""
+        """Seconds spent in steps and evaluations, or in the stages of rounds; each row holds the time since the previous one."""
         stages = [value for row in self.train for name, value in row.items() if name.startswith("seconds/")]
         if stages:
             return float(sum(stages))
-        return sum(row.get("seconds") or 0.0 for row in (*self.train, *self.held_out))
+        return sum(row.get("seconds") or 0.0 for row in (*self.train, *self.evals))
 
     def node(self, name: str) -> Mapping[str, Any]:
         part = self.config.get(name)
@@ -57,60 +57,60 @@ class Record:
 
 
 def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of one metric, from the rows that have it; null (which stood for no finite number) is nan."""
-    found = [(row["step"], row[name]) for row in rows if name in row]
-    values = [value if isinstance(value, (int, float)) else float("nan") for _, value in found]
-    return np.array([step for step, _ in found], dtype=float), np.array(values, dtype=float)
+    """Return steps and values of one metric, from the rows that have it; null, written where it is not finite, is nan."""
+    pairs = [(row["step"], row[name]) for row in rows if name in row]
+    values = [value if isinstance(value, (int, float)) else float("nan") for _, value in pairs]
+    return np.array([step for step, _ in pairs], dtype=float), np.array(values, dtype=float)
 
 
-def read_runs(places: Sequence[Path]) -> tuple[list[Record], list[str]]:
-    """The runs at and below `places`, and what was passed over below them. Raises UserError where there is nothing to report."""
-    found, passed = [], []
-    for place in dict.fromkeys(places):
-        inside = runs_below(place)
-        for path in inside:
+def read_runs(paths: Sequence[Path]) -> tuple[list[Record], list[str]]:
+    """Return the runs at and below `paths`, and messages on those skipped. Raises UserError where there is nothing to report."""
+    runs, skipped = [], []
+    for root in dict.fromkeys(paths):
+        below = runs_below(root)
+        for path in below:
             if problem := _nothing_logged(path):
-                if inside == [place]:
+                if below == [root]:
                     raise UserError(problem)
-                passed.append(problem)
-            elif path.resolve() not in [other.resolve() for other in found]:
-                found.append(path)
-    if not found:
-        raise UserError("nothing to report:\n" + "\n".join(f"  {problem}" for problem in passed))
-    passed += [f"{count} damaged lines of {path / 'metrics.jsonl'}" for path in found if (count := _damaged(path))]
-    return [_read(path, label) for path, label in zip(found, _labels(found), strict=True)], passed
+                skipped.append(problem)
+            elif path.resolve() not in [other.resolve() for other in runs]:
+                runs.append(path)
+    if not runs:
+        raise UserError("nothing to report:\n" + "\n".join(f"  {problem}" for problem in skipped))
+    skipped += [f"{count} damaged lines of {path / 'metrics.jsonl'}" for path in runs if (count := _damaged(path))]
+    return [_read(path, label) for path, label in zip(runs, _labels(runs), strict=True)], skipped
 
 
 def _damaged(path: Path) -> int:
     return len(RunDir(path).metrics.damaged())
 
 
-def runs_below(place: Path) -> list[Path]:
-    """`place` itself where it is a run, else every run below it. Raises UserError where there is none."""
-    if _looks_like_run(place):
-        return [place]
-    found = []
-    for folder, names, _ in os.walk(place):
+def runs_below(path: Path) -> list[Path]:
+    """Return `path` itself where it is a run, else every run below it. Raises UserError where there is none."""
+    if _looks_like_run(path):
+        return [path]
+    below = []
+    for folder, names, _ in os.walk(path):
         names[:] = sorted(name for name in names if not name.startswith("."))
         runs = [name for name in names if _looks_like_run(Path(folder, name))]
-        found += [Path(folder, name) for name in runs]
+        below += [Path(folder, name) for name in runs]
         names[:] = [name for name in names if name not in runs]
-    if not found and not place.exists():
-        raise UserError(f"{place}: there is no such directory")
-    if not found:
-        raise UserError(f"{place} is neither a run nor a directory of runs: no config.yaml with a metrics.jsonl beside it")
-    return sorted(found, key=_natural)
+    if not below and not path.exists():
+        raise UserError(f"{path}: there is no such directory")
+    if not below:
+        raise UserError(f"{path} is neither a run nor a directory of runs: it has no config.yaml with a metrics.jsonl next to it")
+    return sorted(below, key=_natural)
 
 
 def _natural(path: Path) -> list[tuple[float, str]]:
-    """Numbers in names by their size: optim.lr=1e-5 before optim.lr=1e-4."""
+    """Return a sort key that orders numbers in names by value: optim.lr=1e-5 before optim.lr=1e-4."""
     parts = re.split(r"(\d+(?:\.\d+)?(?:e-?\d+)?)", str(path))
     return [(float(part), "") if i % 2 else (-1.0, part) for i, part in enumerate(parts)]
 
 
-def _looks_like_run(place: Path) -> bool:
-    """Also where only the small files were copied here."""
-    return is_run(place) or ((place / "config.yaml").is_file() and (place / "metrics.jsonl").is_file())
+def _looks_like_run(path: Path) -> bool:
+    """Return whether a directory is a run, also where only its small files were copied here."""
+    return is_run(path) or ((path / "config.yaml").is_file() and (path / "metrics.jsonl").is_file())
 
 
 def _nothing_logged(path: Path) -> str | None:
@@ -131,17 +131,17 @@ def _read(path: Path, label: str) -> Record:
     if result is None and (path / "result.json").exists():
         raise UserError(f"{path / 'result.json'} cannot be read")
     train = tuple(row for row in rows if row.get("split") == "train")
-    held_out = tuple(row for row in rows if row.get("split") == "eval")
-    if not train and not held_out:
+    evals = tuple(row for row in rows if row.get("split") == "eval")
+    if not train and not evals:
         more = f": it cannot be read, {count} lines are damaged" if (count := _damaged(path)) else ""
         raise UserError(f"{path / 'metrics.jsonl'} has no row with split train or eval{more}")
-    last = max(row["step"] for row in (*train, *held_out))
+    last = max(row["step"] for row in (*train, *evals))
     status = result["status"] if result else "unknown (no result.json)"
-    return Record(path, label, config, status, result["step"] if result else last, train, held_out)
+    return Record(path, label, config, status, result["step"] if result else last, train, evals)
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """The shortest names that tell the runs apart; a sweep's jobs lose the hash behind what was typed for them."""
+    """Return the shortest unique names of the runs; jobs of a sweep lose the hash after their overrides."""
 
     def tail(parts: int) -> Callable[[Path], str]:
         return lambda path: "/".join(path.resolve().parts[-parts:])

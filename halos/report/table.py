@@ -1,10 +1,10 @@
-"""Runs side by side, in Markdown."""
+"""A table of runs in Markdown."""
 
 from collections.abc import Sequence
 
 from halos.report.read import Record, series
 
-# In this order, where a run has them; each run's own objective comes on top.
+# In this order, where a run has them; each run's objective is added.
 METRICS = (
     "loss",
     "perplexity",
@@ -20,7 +20,7 @@ METRICS = (
 
 
 def table(records: Sequence[Record]) -> str:
-    """One row a run. Held-out metrics: the first evaluation -> the last."""
+    """Format one row per run. Metrics on the evaluation data: the first evaluation -> the last."""
     metrics = _shown(records)
     header = ["run", "loss", "model", "peft", "steps", "status", *[f"held-out {name}" for name in metrics], "time"]
     lines = [header, ["---"] * len(header)]
@@ -31,13 +31,13 @@ def table(records: Sequence[Record]) -> str:
 
 
 def _shown(records: Sequence[Record]) -> list[str]:
-    reported = {name for record in records for row in record.held_out for name in row}
+    reported = {name for record in records for row in record.evals for name in row}
     wanted = [*METRICS, *[str(record.node("objective").get("metric")) for record in records]]
     return [name for name in dict.fromkeys(wanted) if name in reported]
 
 
 def _model(record: Record) -> str:
-    """A hub id whole, a local path by its last part, of what another run left by that run's name."""
+    """Return a hub id as it is, a local path's last part, and for the final model of another run `run/FINAL`."""
     name = str(record.node("model").get("name_or_path") or "?").rstrip("/")
     local = name.startswith(("/", ".", "~")) or name.count("/") > 1
     return "/".join(name.split("/")[-2 if name.endswith("/FINAL") else -1 :]) if local else name
@@ -49,15 +49,15 @@ def _peft(record: Record) -> str:
 
 
 def _steps(record: Record) -> str:
-    if record.is_walk:
+    if record.is_online_run:
         return "1 round" if record.step == 1 else f"{record.step} rounds"
     planned = record.node("train").get("steps")
     return f"{record.step} of {planned}" if planned and planned != record.step else str(record.step)
 
 
 def _change(record: Record, name: str) -> str:
-    """`0.6931 -> 0.412`; a first evaluation that was not made at the start says its step."""
-    steps, values = series(record.held_out, name)
+    """Format as `0.6931 → 0.412`, with the step of the first evaluation where that is not 0."""
+    steps, values = series(record.evals, name)
     if not len(values):
         return ""
     first = _number(values[0]) + (f" (step {steps[0]:.0f})" if steps[0] else "")

@@ -1,1 +1,1 @@
-"""Many runs from one command: jobs side by side, each with devices of its own, watched, stopped and taken up again."""
+"""Sweeps: jobs of one command run in parallel, each on its own devices; they are monitored, stopped and resumed together."""

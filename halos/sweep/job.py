@@ -1,4 +1,4 @@
-"""One job of a sweep: what was typed for it, where it lies, and how far it is by the files it writes."""
+"""One job of a sweep: its overrides, its directory, and its progress according to the files that it writes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ State = Literal["waiting", "running", "finished", "stopped", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """`words` are all its overrides, `told` those that only it has."""
+    """`label` holds the overrides that not all jobs have."""
 
     number: int
-    words: tuple[str, ...]
-    told: str
+    overrides: tuple[str, ...]
+    label: str
     path: Path  # its run directory
-    log: Path  # what its processes print
+    log: Path  # output of its processes
 
     @property
     def run(self) -> RunDir:
         return RunDir(self.path)
 
     def is_done(self) -> bool:
-        """Whether an earlier start has finished it, and nobody asks for it anew."""
-        if "overwrite=true" in [word.lstrip("+").lower() for word in self.words]:
+        """Return whether an earlier start has finished it, and `overwrite=true` does not ask for it again."""
+        if "overwrite=true" in [override.lstrip("+").lower() for override in self.overrides]:
             return False
         return is_run(self.path) and self.run.is_finished() and self.run.final.is_dir()
 
     def objective(self) -> float | None:
-        """Its objective's last held-out value, for the sweeper; None where it has none."""
+        """Return the last value of its objective on the evaluation data, for the sweeper; None where it has none."""
         if not self.run.is_finished():
             return None
         settings = confined.parse_yaml(self.run.read_config(), str(self.run.config))
@@ -46,17 +46,17 @@ class Job:
 @dataclass(frozen=True, slots=True)
 class Progress:
     step: int
-    total: int | None  # unknown until it has begun
+    total: int | None  # unknown until it has started
     loss: float | None
 
 
 def progress(job: Job) -> Progress:
-    """How far a job is. Reads ends of files only, since it is asked for every second."""
+    """Return the progress of a job. It reads only the ends of files, since it is called every second."""
     row: dict[str, Any] = {}
     for line in reversed(tail(job.path / "metrics.jsonl").splitlines()):
-        found = row_of(line.encode("utf-8", errors="replace"))
-        if found is not None and found.get("split") == "train":
-            row = found
+        parsed = row_of(line.encode("utf-8", errors="replace"))
+        if parsed is not None and parsed.get("split") == "train":
+            row = parsed
             break
     attempts = job.run.attempts()
     return Progress(int(row.get("step") or 0), _total(attempts[-1]) if attempts else None, row.get("loss"))
@@ -73,8 +73,11 @@ def _total(attempt: Path) -> int | None:
 
 
 def distinct_overrides(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """What tells each job from the others, as it was typed; all of it where there is one job."""
+    """Return for each job the overrides that not all jobs share; all of them where there is one job."""
     if len(jobs) == 1:
         return [" ".join(jobs[0])]
     shared = set(jobs[0]).intersection(*jobs[1:])
-    return [" ".join(word.lstrip("+") for word in words if word not in shared) or f"job {n}" for n, words in enumerate(jobs)]
+    return [
+        " ".join(override.lstrip("+") for override in overrides if override not in shared) or f"job {n}"
+        for n, overrides in enumerate(jobs)
+    ]

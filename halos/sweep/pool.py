@@ -1,4 +1,4 @@
-"""Runs jobs, so many at a time, and leaves no process behind, however the sweep ends."""
+"""Run jobs in parallel, one per slot, and leave no process behind, however the sweep ends."""
 
 import os
 import signal
@@ -16,17 +16,17 @@ from halos.distributed.signals import StopRequest, restore_signals_and_argv
 from halos.sweep.job import Job, State
 from halos.sweep.slots import Slot
 
-POLL_INTERVAL = 0.2  # seconds between two looks at the jobs
-STOP_TIMEOUT = 600.0  # seconds in which a job that was told to stop saves what it has
+POLL_INTERVAL = 0.2  # seconds between two checks of the jobs
+STOP_TIMEOUT = 600.0  # seconds that a job has to save after a stop request
 
 
 @dataclass
 class Outcome:
-    """What has become of a job so far."""
+    """State of a job, and how it ended."""
 
     state: State = "waiting"
     reason: str = ""  # why it failed
-    earlier: bool = False  # finished by an earlier start of the same sweep
+    earlier: bool = False  # finished in an earlier start of the same sweep
     began: float = 0.0  # time.time()
     seconds: float = 0.0
 
@@ -34,12 +34,12 @@ class Outcome:
 @dataclass
 class Running:
     job: Job
-    place: Slot
+    slot: Slot
     process: subprocess.Popen[bytes]
-    family: set[psutil.Process] = field(default_factory=set)  # its launcher and all below it, as far as they were seen
+    family: set[psutil.Process] = field(default_factory=set)  # its launcher and all descendants seen so far
 
-    def look(self) -> None:
-        """Remember who is there: after the launcher is gone nobody says whose children they were."""
+    def update_family(self) -> None:
+        """Record the descendants: once the launcher is gone, their parent is unknown."""
         try:
             launcher = psutil.Process(self.process.pid)
             self.family |= {launcher, *launcher.children(recursive=True)}
@@ -55,17 +55,17 @@ Watch = Callable[[Sequence[Outcome]], None]
 
 
 class Pool:
-    """`outcomes` has one entry a job, in their order; `watch` is called with them at every look."""
+    """`outcomes` has one entry per job, in their order; `watch` is called with them at every check."""
 
-    def __init__(self, jobs: Sequence[Job], places: Sequence[Slot], command: Command, watch: Watch) -> None:
+    def __init__(self, jobs: Sequence[Job], slots: Sequence[Slot], command: Command, watch: Watch) -> None:
         self.jobs, self.command, self.watch = jobs, command, watch
         self.outcomes = [Outcome() for _ in jobs]
-        self.stopped = False  # by a signal, before all jobs were done
-        self._free, self._running = list(places), list[Running]()
+        self.stopped = False  # by a signal, before all jobs had ended
+        self._free, self._running = list(slots), list[Running]()
         self._request = StopRequest()
 
     def run(self) -> list[Outcome]:
-        """Until every job has ended, or a signal (SIGINT, SIGTERM) has stopped those that ran."""
+        """Run until every job has ended, or a signal (SIGINT, SIGTERM) has stopped the running ones."""
         waiting = []
         for number, job in enumerate(self.jobs):
             if job.is_done():
@@ -77,7 +77,7 @@ class Pool:
             while (waiting and not self._request.count) or self._running:
                 while waiting and self._free and not self._request.count:
                     self._start(waiting.pop(0))
-                self._look()
+                self._check()
                 if self._request.count and not self.stopped:
                     self.stopped = True
                     self._stop()
@@ -87,39 +87,40 @@ class Pool:
         return self.outcomes
 
     def _start(self, number: int) -> None:
-        job, place = self.jobs[number], self._free.pop(0)
+        job, slot = self.jobs[number], self._free.pop(0)
         job.log.parent.mkdir(parents=True, exist_ok=True)
         self.outcomes[number] = Outcome("running", began=time.time())
-        confined.remove(job.log)  # not written into: a link that stood there would be followed
+        confined.remove(job.log)  # a link there would be followed
         with job.log.open("xb") as log:
             process = subprocess.Popen(
                 self.command(job), stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                env={**os.environ, **place.environment}, start_new_session=True, preexec_fn=die_with_parent,
+                env={**os.environ, **slot.environment}, start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
-        self._running.append(Running(job, place, process))
+        self._running.append(Running(job, slot, process))
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         for one in list(self._running):
-            one.look()
+            one.update_family()
             if one.process.poll() is None or (self.stopped and one.living()):
                 continue
             self._running.remove(one)
-            self._free.append(one.place)
+            self._free.append(one.slot)
             number = self.jobs.index(one.job)
             self.outcomes[number] = outcome_of(one.job, one.process.returncode, self.outcomes[number])
             _send_signal(one.living(), signal.SIGTERM)
 
     def _stop(self) -> None:
-        """Ask every job to save and leave. Told again, or after PATIENCE, those that are still there are killed.
+        """Request every job to save and exit; at a second signal, or after STOP_TIMEOUT, kill those that remain.
 
-        Its launcher is told and nobody else: it, or the kernel when it dies, tells the ranks, which a second signal would end.
+        Only the launcher gets the signal: it, or the kernel when it dies, forwards it to the ranks, which a second signal would
+        end.
         """
         for one in self._running:
-            one.look()
+            one.update_family()
             one.process.terminate()
-        until = time.monotonic() + STOP_TIMEOUT
-        while self._running and time.monotonic() < until and self._request.count == 1:
-            self._look()
+        deadline = time.monotonic() + STOP_TIMEOUT
+        while self._running and time.monotonic() < deadline and self._request.count == 1:
+            self._check()
             self.watch(self.outcomes)
             time.sleep(POLL_INTERVAL)
         for one in self._running:
@@ -128,27 +129,29 @@ class Pool:
 
 
 def outcome_of(job: Job, status: int, outcome: Outcome) -> Outcome:
-    """What has become of a job whose launcher has left with `status`: its own word, if it left one since it began."""
+    """Return the outcome of a job whose launcher exited with `status`: that of its result.json, if written since it began."""
     seconds = time.time() - outcome.began
     result, path = job.run.read_result(), job.path / "result.json"
-    said = result["status"] if result and path.stat().st_mtime >= outcome.began - 1 else None
-    if said == "finished" or (status == 0 and (result is None or result["status"] == "finished")):  # no result: a dry run
+    status_in_result = result["status"] if result and path.stat().st_mtime >= outcome.began - 1 else None
+    if status_in_result == "finished" or (
+        status == 0 and (result is None or result["status"] == "finished")
+    ):  # no result: a dry run
         return Outcome("finished", began=outcome.began, seconds=seconds)
-    if said == "stopped":
+    if status_in_result == "stopped":
         return Outcome("stopped", began=outcome.began, seconds=seconds)
-    reason = str(result.get("reason") or "") if result and said == "failed" else ""
+    reason = str(result.get("reason") or "") if result and status_in_result == "failed" else ""
     words = failure_reason(job.log)
     return Outcome("failed", f"{reason}\n{words}".strip() if reason not in words else words, began=outcome.began, seconds=seconds)
 
 
-def _send_signal(processes: Sequence[psutil.Process], number: signal.Signals) -> None:
+def _send_signal(processes: Sequence[psutil.Process], signum: signal.Signals) -> None:
     for process in processes:
         try:
-            process.send_signal(number)
+            process.send_signal(signum)
         except psutil.NoSuchProcess:
             continue
 
 
 def log_of(sweep: Path, run: Path) -> Path:
-    """Beside the runs, since a run's directory is empty until it begins."""
+    """Return the path of a job's log: next to the runs, since a run directory is empty until the run starts."""
     return sweep / "logs" / f"{run.name}.log"

@@ -1,4 +1,4 @@
-"""hydra/launcher=accelerate: every job of a sweep is an `accelerate launch` of its own, so many at a time."""
+"""hydra/launcher=accelerate: runs every job of a sweep as an `accelerate launch` of its own, several in parallel."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from halos.rundir import job_name
 
 
 class AccelerateLauncher(Launcher):
-    """The keys are config/hydra/launcher/accelerate.yaml's, where they are explained."""
+    """Its keys are explained in config/hydra/launcher/accelerate.yaml."""
 
     def __init__(
         self,
@@ -43,24 +43,24 @@ class AccelerateLauncher(Launcher):
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        """Run a batch. Raises SystemExit(75) when a signal has stopped it."""
-        from halos.sweep import pool, status_table  # here: whoever only asks for --help need not wait for them
+        """Run a batch of jobs. Raises SystemExit(75) when a signal has stopped it."""
+        from halos.sweep import pool, status_table  # here: --help need not wait for them
 
         jobs = self._jobs(job_overrides, initial_job_idx)
         config, processes = self._accelerate_config()
-        places = self._places(config, processes)
+        slots = self._slots(config, processes)
         sys.stderr.write(
-            f"{len(jobs)} jobs, {len(places)} at a time, each by accelerate launch --config_file"
+            f"{len(jobs)} jobs, {len(slots)} at a time, each by accelerate launch --config_file"
             f" {os.path.relpath(self.config_file or config)} on {processes} process{'es' if processes > 1 else ''}\n"
         )
-        work = pool.Pool(jobs, places, lambda job: self._command(job, config, processes), status_table.StatusTable(jobs))
+        work = pool.Pool(jobs, slots, lambda job: self._command(job, config, processes), status_table.StatusTable(jobs))
         outcomes = work.run()
         for job, outcome in zip(jobs, outcomes, strict=True):
             if outcome.state == "failed":
-                sys.stderr.write(f"\njob {job.number} failed: {job.told}\n{outcome.reason}\nwhole log: {job.log}\n")
+                sys.stderr.write(f"\njob {job.number} failed: {job.label}\n{outcome.reason}\nwhole log: {job.log}\n")
         sys.stderr.write(f"{status_table.counts(outcomes)}\n")
         if work.stopped:
-            sys.stderr.write("stopped: the same command goes on where these jobs are\n")
+            sys.stderr.write("stopped: the same command resumes these jobs\n")
             raise SystemExit(STOPPED)
         return [self._returned(job, outcome.state) for job, outcome in zip(jobs, outcomes, strict=True)]
 
@@ -69,15 +69,17 @@ class AccelerateLauncher(Launcher):
         from halos.sweep.pool import log_of
 
         jobs, sweep = [], Path(str(self.config.hydra.sweep.dir))
-        for number, (words, told) in enumerate(zip(job_overrides, distinct_overrides(job_overrides), strict=True), first):
-            composed = self.context.config_loader.load_sweep_config(self.config, list(words))
+        for number, (overrides, label) in enumerate(zip(job_overrides, distinct_overrides(job_overrides), strict=True), first):
+            composed = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             path = Path(str(OmegaConf.select(composed, "run_dir")))
-            if not any(word.lstrip("+").startswith("run_dir=") for word in words):
-                path = path / job_name(words, OmegaConf.select(composed, "hydra.job.config.override_dirname.exclude_keys"))
-            jobs.append(Job(number, tuple(words), told, path, log_of(sweep, path)))
+            if not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
+                path = path / job_name(overrides, OmegaConf.select(composed, "hydra.job.config.override_dirname.exclude_keys"))
+            jobs.append(Job(number, tuple(overrides), label, path, log_of(sweep, path)))
         paths = [job.path for job in jobs]
         if twice := next((path for path in paths if paths.count(path) > 1), None):
-            raise UserError(f"two jobs of this sweep would run in {twice}: leave out run_dir=, and each gets its own")
+            raise UserError(
+                f"two jobs of this sweep would run in {twice}: leave out run_dir=, and each gets a directory of its own"
+            )
         return jobs
 
     def _command(self, job: Any, config: Path, processes: int) -> list[str]:
@@ -87,22 +89,22 @@ class AccelerateLauncher(Launcher):
         own = [word for each in sources if each.provider == "command-line" for word in ("--config-dir", str(each.path))]
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *many, *port, *self.args,
-            str(TRAIN), *own, *(word for word in job.words if not word.startswith("resume=")), f"run_dir={job.path}",
+            str(TRAIN), *own, *(word for word in job.overrides if not word.startswith("resume=")), f"run_dir={job.path}",
             "resume=auto",
         ]  # fmt: skip
 
     def _returned(self, job: Any, state: str) -> JobReturn:
         done = state == "finished"
         return JobReturn(
-            overrides=list(job.words), cfg=None, hydra_cfg=None, working_dir=str(job.path), task_name="train",
+            overrides=list(job.overrides), cfg=None, hydra_cfg=None, working_dir=str(job.path), task_name="train",
             status=JobStatus.COMPLETED if done else JobStatus.FAILED,
-            _return_value=job.objective() if done else JobsFailedError(f"a job of this sweep failed: {job.told}; see {job.log}"),
+            _return_value=job.objective() if done else JobsFailedError(f"a job of this sweep failed: {job.label}; see {job.log}"),
         )  # fmt: skip
 
-    # --- where they run ------------------------------------------------------------------------------------------------
+    # --- devices ------------------------------------------------------------------------------------------------------
 
     def _accelerate_config(self) -> tuple[Path, int]:
-        """The config file of every job, and its number of processes."""
+        """Return the accelerate config of every job, and its number of processes."""
         if self.config_file is None:
             many, gpus = (self.num_processes or 1) > 1, bool(self._visible())
             name = ("ddp" if gpus else "cpu2") if many else ("gpu1" if gpus else "cpu1")
@@ -112,7 +114,7 @@ class AccelerateLauncher(Launcher):
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise UserError(f"{self.config_file} cannot be read: {' '.join(str(error).split())}") from error
         if not isinstance(settings, dict) or "distributed_type" not in settings:
-            raise UserError(f"{self.config_file} is no config of accelerate: it has no distributed_type")
+            raise UserError(f"{self.config_file} is no accelerate config: it has no distributed_type")
         if int(settings.get("num_machines") or 1) > 1:
             raise UserError(
                 f"{self.config_file} is for {settings['num_machines']} machines, and this launcher starts jobs on its own: for a"
@@ -120,7 +122,7 @@ class AccelerateLauncher(Launcher):
             )
         return self.config_file, self.num_processes or int(settings.get("num_processes") or 1)
 
-    def _places(self, config: Path, processes: int) -> list[Any]:
+    def _slots(self, config: Path, processes: int) -> list[Any]:
         from halos.sweep.slots import allocate, cores
 
         on_cpu = bool((yaml.safe_load(config.read_text()) or {}).get("use_cpu"))
@@ -128,10 +130,10 @@ class AccelerateLauncher(Launcher):
         if on_cpu and self.devices:
             raise UserError(f"hydra.launcher.devices={self.devices} names GPUs, and {config} runs on the CPU: leave out one")
         threads = os.environ.get("OMP_NUM_THREADS")
-        return allocate(devices, processes=processes, most=self.max_parallel, cores=cores(), threads=threads)
+        return allocate(devices, processes=processes, max_parallel=self.max_parallel, cores=cores(), threads=threads)
 
     def _visible(self) -> list[str]:
-        """GPUs that jobs may have, as CUDA_VISIBLE_DEVICES names them."""
+        """Return the GPUs that jobs may use, as CUDA_VISIBLE_DEVICES names them."""
         if self.devices is not None:
             return self.devices
         named = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -168,7 +168,7 @@ def test_a_sweeps_job_without_numbers_is_passed_over_and_named(tmp_path: Path, c
     save(tmp_path / "sweep" / "b", [], status="running")
     assert report(tmp_path / "sweep", "--output", tmp_path / "out") == 0
     said = capsys.readouterr()
-    assert f"passed over: {tmp_path / 'sweep' / 'b'} has logged nothing yet" in said.err
+    assert f"skipped: {tmp_path / 'sweep' / 'b'} has logged nothing yet" in said.err
     assert len(cells(said.out.split("\n\n")[0])) == 1
 
 

@@ -77,7 +77,7 @@ def test_of_several_objectives_the_one_that_most_runs_measure_is_shown_and_unlik
         file.write(json.dumps(row) + "\n")
     text = compare(tmp_path)[0]
     assert "rewards/margins (not ranked)" in text
-    assert "Not ranked: rewards/margins is on a scale of each loss's own" in text
+    assert "Not ranked: the scale of rewards/margins differs between losses" in text
 
 
 def test_margins_that_a_knob_of_the_loss_stretches_give_way_to_a_measure_that_all_runs_share(tmp_path):
@@ -89,7 +89,7 @@ def test_margins_that_a_knob_of_the_loss_stretches_give_way_to_a_measure_that_al
     text = compare(tmp_path)[0]
     assert "rewards/accuracies (max)" in text
     assert text.index("0.9") < text.index("0.6")
-    assert "a scale that loss.beta moves" in text
+    assert "scale of rewards/margins depends on loss.beta" in text
 
 
 def test_a_place_without_runs_is_told(tmp_path):

@@ -62,7 +62,7 @@ def pool(tmp_path, kinds, at_once):
     seen = []
 
     def command(job):
-        return [sys.executable, "-c", LAUNCHER, RANK, str(job.path), job.told]
+        return [sys.executable, "-c", LAUNCHER, RANK, str(job.path), job.label]
 
     made = Pool(jobs, [Slot({"N": str(n)}) for n in range(at_once)], command, lambda outcomes: seen.append(list(outcomes)))
     return made, seen
