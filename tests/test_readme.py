@@ -96,7 +96,7 @@ def save_model(directory: Path, kind: str, head: str) -> None:
     getattr(transformers, head).from_config(config).save_pretrained(directory)
 
 
-OWN = ("myhooks", "mylosses", "myoptim", "myranks", "myrates", "myrewards", "myrows")  # packages that the documents show
+OWN = ("myhooks", "mylosses", "myoptim", "myranks", "myrates", "myrewards", "myrows", "mytrainers")  # in the documents
 
 
 @pytest.fixture(scope="module")

@@ -95,10 +95,22 @@ def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
         )
 
 
-def bind_trainer(loss: LossSpec, plugins: Sequence[str]) -> type[Any]:
-    """The class whose loop trains the loss: its input type names it. Raises UserError where there is none."""
-    trainer, _ = import_target(loss.inputs.trainer, f"{loss.inputs.__name__}.trainer", plugins, example=LossInput.trainer)
-    return trainer
+def bind_trainer(settings: Mapping[str, Any], loss: LossSpec, plugins: Sequence[str]) -> Callable[..., Any]:
+    """Makes the trainer of a loss from its `Parts`: the one that the loss's input type names, or the subclass of it that the node
+    `trainer` names. Raises UserError for what is none, and for what it does not take."""
+    inputs, target = loss.inputs, settings.get("_target_")
+    base, _ = import_target(inputs.trainer, f"{inputs.__name__}.trainer", plugins, example=LossInput.trainer)
+    trainer = base if target is None else load_target(settings, "trainer", plugins, example="mypackage.MyTrainer")[0]
+    if not inspect.isclass(trainer) or not issubclass(trainer, base):
+        raise UserError(
+            f"trainer._target_: {target} is no trainer for loss={loss.name}, which takes {inputs.__name__}: derive a class from"
+            f" {inputs.trainer}"
+        )
+    if others := positional(trainer)[1:]:
+        raise UserError(
+            f"trainer._target_: {target} takes {others[0]}, but the parameters of a trainer are `parts`, and keyword-only ones"
+        )
+    return partial(trainer, **fit_all({**defaults(trainer), **settings}, legal_keys([trainer]), "trainer", trainer.__name__))
 
 
 def bind_hook(key: str, settings: Mapping[str, Any], plugins: Sequence[str]) -> Callable[[], Any]:

@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,9 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
 }  # fmt: skip
 
 
+ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}}
+
+
 def dump(config: Config) -> str:
     """Return the text of config.yaml."""
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=10_000)
@@ -48,6 +51,7 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     for (section, name), value in ADDED_KEYS.items():
         if isinstance(settings.get(section), dict):
             settings[section].setdefault(name, copy(value))
+    settings = {**deepcopy(ADDED_SECTIONS), **settings}
     legacy_sections.upgrade(settings)
     for name, record in attempts.items():
         changed = _parsed(record, f"{run_dir}/attempts/{name}").get("changed") or {}

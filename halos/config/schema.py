@@ -203,7 +203,7 @@ class Online:
 
 @dataclass
 class Config:
-    """A whole run. `loss`, `optim`, `schedule`, `checkpoint` and each of `hooks` hold a `_target_` and its parameters."""
+    """A whole run. `loss`, `optim`, `schedule`, `trainer`, `checkpoint` and each of `hooks` hold a `_target_` and its keys."""
 
     loss: dict[str, Any] = key()
     model: Model = key()
@@ -213,6 +213,7 @@ class Config:
     train: Train = key()
     optim: dict[str, Any] = key(shared=Optim)
     schedule: dict[str, Any] = key()
+    trainer: dict[str, Any] = key()
     checkpoint: dict[str, Any] = key(on_resume=SAFE)
     hooks: dict[str, Any] = key(on_resume=SAFE)
     objective: Objective = key()

@@ -153,11 +153,14 @@ def _bind(config: Config) -> None:
     bind_schedule(config.schedule, config.plugins)
     for key, target in custom_formats(config.data).items():
         load_format(target, key, config.plugins)
-    from halos.config.bind import bind_hook, bind_loss  # here: it imports torch, and nothing above needs it
+    from halos.config.bind import bind_hook, bind_loss, bind_trainer  # here: it imports torch, and nothing above needs it
 
     bind_optimizer(config.optim, config.plugins)
     if config.online is None or config.loss:
-        check_reference(config, bind_loss(config.loss, config.plugins))
+        loss = bind_loss(config.loss, config.plugins)
+        check_reference(config, loss)
+        if config.trainer != {"_target_": None}:
+            bind_trainer(config.trainer, loss, config.plugins)
     bind_hook("checkpoint", config.checkpoint, config.plugins)
     for name, settings in config.hooks.items():
         bind_hook(f"hooks.{name}", settings, config.plugins)

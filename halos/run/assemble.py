@@ -22,7 +22,7 @@ from halos.run import header, models, proof, resume
 from halos.run.optimizer import make_optimizer
 from halos.run.prepare import PreparedRun, prepare
 from halos.schedules import LearningRates
-from halos.trainers.base import Trainer
+from halos.trainers.base import Parts, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,10 @@ def assemble(
     policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=False))
     current.generator = None if current.reward else PolicyGenerator(current, policy)
     data = run.batches.open(current, policy)
+    checkpointer = Checkpointer(current, run.checkpoint)
     trainer = run.trainer(
-        current, run.loss, Checkpointer(current, run.checkpoint), train=data.train, held_out=data.held_out, order=data.order,
-        reference=reference, exam=data.exam,
-    )  # fmt: skip
+        Parts(current, run.loss, checkpointer, data.train, data.held_out, data.order, reference=reference, exam=data.exam)
+    )
     trainer.refuse_lost()
     if accelerator.is_main_process:
         # last: a refused resume leaves the run as it was

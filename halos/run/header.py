@@ -69,6 +69,9 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
     config = run.config
     write_model(config, run.loss, run.structure)
     _log_positions(run)
+    if (target := config.trainer["_target_"]) is not None:
+        settings = {name: value for name, value in config.trainer.items() if name != "_target_"}
+        _log("trainer", f"{target} {'  '.join(f'{name}={value}' for name, value in settings.items())}".rstrip())
     _log_data(run)
     write_learning_rate(config, run.batches.total)
     where = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}"

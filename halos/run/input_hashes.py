@@ -47,7 +47,7 @@ def read(
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,
-        **{f"{node}._target_": code_hash(getattr(config, node)["_target_"]) for node in ("loss", "optim", "schedule")},
+        **{f"{node}._target_": code_hash(target) if target else None for node, target in _targets(config).items()},
         **_scorer(config, cache),
         "data.format": _formats(config),
     }
@@ -76,6 +76,12 @@ def _formats(config: Config) -> str | None:
     """Hash the code of the user's own data formats."""
     codes = {target: code_hash(target) for target in custom_formats(config.data).values()}
     return _hash_of(codes) if codes else None
+
+
+def _targets(config: Config) -> dict[str, str | None]:
+    """Return the targets that decide what a step computes, any of which may be the user's own code."""
+    nodes = {"loss": config.loss, "optim": config.optim, "schedule": config.schedule, "trainer": config.trainer}
+    return {name: node["_target_"] for name, node in nodes.items()}
 
 
 def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | None]:
@@ -155,7 +161,7 @@ def _changed_content(config: Config, before: ContentHashes | None, now: ContentH
     names = {"model": config.model.name_or_path, "reference": config.reference.name_or_path, "peft": config.peft.init_from,
               "optim": config.optim["init_from"], "data.format": ", ".join(custom_formats(config.data).values()) or None,
               "model.chat_template": template if template is None or "{" not in template else "as given",
-              **{f"{node}._target_": getattr(config, node)["_target_"] for node in ("loss", "optim", "schedule")}}  # fmt: skip
+              **{f"{node}._target_": target for node, target in _targets(config).items()}}  # fmt: skip
     return compare(before, now, {key: name for key, name in names.items() if name is not None})
 
 

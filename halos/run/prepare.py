@@ -1,7 +1,7 @@
 """Prepare a run up to loading its weights: every check that needs no weights, in one order, for runs and dry runs alike."""
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,7 @@ from halos.run.initial_adapter import refuse_mismatched_adapter
 from halos.run.optimizer import refuse_unfit, state_bytes
 from halos.run.optimizer_trial import try_out
 from halos.rundir import RunDir
-from halos.trainers.base import Trainer
+from halos.trainers.base import Parts, Trainer
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class PreparedRun:
 
     config: Config
     loss: LossSpec
-    trainer: type[Trainer]
+    trainer: Callable[[Parts], Trainer]
     directory: RunDir
     structure: Structure
     strategy: Strategy
@@ -92,11 +92,11 @@ class PreparedRun:
 def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> PreparedRun:
     """Check everything that needs no weights. Raises UserError; writes nothing but caches."""
     loss = bind_loss(config.loss, config.plugins)
-    trainer = bind_trainer(loss, config.plugins)
+    trainer = bind_trainer(config.trainer, loss, config.plugins)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter is float32
     requested_strategy().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)
-    if not any(can_measure(hook) for hook in hooks.values()):
+    if config.trainer["_target_"] is None and not any(can_measure(hook) for hook in hooks.values()):
         refuse_unavailable_objective(config, loss)
     directory = RunDir(config.run_dir)
     if accelerator.is_main_process:

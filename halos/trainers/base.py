@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -42,26 +43,28 @@ class Batches(Protocol):
 Exam = Callable[[], Mapping[str, float]]  # metrics; every process calls it, and gets the same
 
 
-class Trainer(Objective):
-    """Owns the loop."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """Everything that a trainer is assembled from."""
 
-    def __init__(
-        self,
-        run: Run,
-        loss: LossSpec,
-        checkpointer: Checkpointer,
-        *,
-        train: Split,
-        held_out: Split | None,
-        order: Batches,
-        reference: nn.Module | None,
-        exam: Exam | None = None,
-    ) -> None:
-        super().__init__(run, loss, reference=reference)
-        self.checkpointer = checkpointer
-        self.train, self.held_out, self.order = train, held_out, order
-        self.exam = exam  # what an evaluation measures, where it is not the loss over held-out items
-        self.guard = Guard(run, self._output, self._rows_of)
+    run: Run
+    loss: LossSpec
+    checkpointer: Checkpointer
+    train: Split
+    held_out: Split | None
+    order: Batches
+    reference: nn.Module | None
+    exam: Exam | None  # what an evaluation measures, where it is not the loss over held-out items
+
+
+class Trainer(Objective):
+    """Owns the loop. A subclass may be chosen by `trainer._target_`; its keyword-only parameters are its keys."""
+
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts.run, parts.loss, reference=parts.reference)
+        self.checkpointer = parts.checkpointer
+        self.train, self.held_out, self.order, self.exam = parts.train, parts.held_out, parts.order, parts.exam
+        self.guard = Guard(self.run, self._output, self._rows_of)
         self._logged_at, self._logged_tokens, self._idle = 0.0, 0, 0.0  # as of the last logged step
 
     def refuse_lost(self) -> None:

@@ -37,7 +37,8 @@ def config(**values: Any) -> Config:
         loss={"_target_": "halos.losses.dpo.dpo", "beta": 0.1}, model=Model(name_or_path="tiny"), reference=Reference(),
         data=Data(train=["a.jsonl"]), peft=Peft(name="none", lora_dropout=0.0, rank_pattern={}),
         train=Train(steps=100, epochs=1.0, microbatch_size=4, early_stopping=None), optim={**ADAMW, "lr": 1e-5},
-        schedule={"_target_": "halos.schedules.constant", "warmup": 0.0}, objective=Objective(metric="loss", mode="min"),
+        schedule={"_target_": "halos.schedules.constant", "warmup": 0.0}, trainer={"_target_": None},
+        objective=Objective(metric="loss", mode="min"),
         plugins=[], checkpoint={"_target_": "halos.hooks.checkpoint.CheckpointHook", "every": 10}, hooks={}, seed=0,
     )  # fmt: skip
     for key, value in values.items():

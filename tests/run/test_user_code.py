@@ -1,4 +1,4 @@
-"""An optimizer, a schedule and a format of the user's own, as the manual has them: trained, stopped and gone on with."""
+"""An optimizer, a schedule, a trainer and a format of the user's own, as the manual has them: trained, stopped and resumed."""
 
 import json
 import re
@@ -14,9 +14,9 @@ from world import World, refusal, resume, stopped
 import train
 
 ROOT = Path(__file__).resolve().parents[2]
-MANUAL = "".join((ROOT / path).read_text() for path in ("config/README.md", "halos/data/README.md"))
-OURS = ("optim", "schedule", "data.format", "plugins")
-PACKAGES = ("myoptim", "myrates", "myrows")
+MANUAL = "".join((ROOT / path).read_text() for path in ("config/README.md", "halos/data/README.md", "halos/losses/README.md"))
+OURS = ("optim", "schedule", "data.format", "trainer", "plugins")
+PACKAGES = ("myoptim", "myrates", "myrows", "mytrainers")
 
 
 def words_of(name: str) -> list[str]:
@@ -98,6 +98,58 @@ def test_the_sign_of_lions_mean_is_what_moves(packages: Path) -> None:
 def test_what_is_wrong_with_them_is_told_by_key(world: World, change: list[str], words: str) -> None:
     with pytest.raises(Exception, match=words) as caught:
         begin(world, "wrong", *words_of("lion"), *change)
+    assert "\n" not in str(caught.value)
+    assert not (world.place / "runs" / "wrong").exists()
+
+
+def test_a_trainer_of_the_manual_trains_and_goes_on_to_the_same_bits(world: World, packages: Path) -> None:
+    directory = begin(world, "clipped", *words_of("clipped"), "checkpoint.keep_last=9")
+    whole = load_file(directory / "FINAL" / "model.safetensors")
+    assert max(value.abs().max().item() for value in whole.values()) == pytest.approx(0.05), "its step is the one that was made"
+    assert "trainer    mytrainers.Clipped limit=0.05" in (directory / "train.log").read_text()
+    stopped(directory)
+    assert "plugins=[mytrainers]" in refusal(directory)
+    assert "trainer.limit 0.05 -> 0.1" in refusal(directory, "plugins=[mytrainers]", "trainer.limit=0.1")
+    assert "trainer.limit: Trainer takes no 'limit'" in refusal(directory, "trainer._target_=null")
+    code = packages / "mytrainers.py"
+    code.write_text(code.read_text().replace("-self.limit, self.limit", "-self.limit, 2 * self.limit"))
+    forget()
+    assert "trainer._target_ mytrainers.Clipped (content) " in refusal(directory, "plugins=[mytrainers]")
+    code.write_text(code.read_text().replace("2 * self.limit", "self.limit"))
+    forget()
+    assert resume(directory, "plugins=[mytrainers]") == 0
+    resumed = load_file(directory / "FINAL" / "model.safetensors")
+    assert all(value.equal(resumed[name]) for name, value in whole.items())
+
+
+def test_a_run_of_before_trainers_could_be_chosen_has_the_one_of_its_loss(world: World, packages: Path) -> None:
+    directory = begin(world, "older")
+    config = directory / "config.yaml"
+    assert "trainer:\n  _target_: null\n" in config.read_text()
+    config.write_text(config.read_text().replace("trainer:\n  _target_: null\n", ""))
+    stopped(directory)
+    told = refusal(directory, "plugins=[mytrainers]", *words_of("clipped")[:2])
+    assert "would no longer compute what it began: trainer {_target_: null} -> " in told
+    assert resume(directory) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["trainer.limit=0"], r"trainer.limit takes a number \(above 0\), not 0"),
+        (["trainer.limits=1"], "trainer.limits: Clipped takes no 'limits'; it takes limit"),
+        (["trainer._target_=null"], "trainer.limit: Trainer takes no 'limit'; it takes no keys"),
+        (["trainer._target_=mytrainers.np"], "mytrainers.np is no trainer for loss=dpo, which takes Pair: derive a class from"),
+        (["loss=grpo"], "no trainer for loss=grpo, which takes Rollouts: derive a class from halos.trainers.policy_gradient.Pol"),
+        (["plugins=[]"], r"plugins=\[mytrainers\]"),
+    ],
+)
+def test_what_is_wrong_with_a_trainer_is_told_before_a_model_loads(
+    world: World, change: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("halos.run.prepare.structure_of", lambda *_: pytest.fail("a model is read"))
+    with pytest.raises(Exception, match=words) as caught:
+        begin(world, "wrong", *words_of("clipped"), *change)
     assert "\n" not in str(caught.value)
     assert not (world.place / "runs" / "wrong").exists()
 
