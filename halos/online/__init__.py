@@ -1,1 +1,1 @@
-"""Sample from a policy, label what it says, and walk in rounds: each stage is a command of its own that writes one file."""
+"""Online training: rounds of sampling, labelling and training, each stage a command that writes one file; and live loops."""

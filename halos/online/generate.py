@@ -1,4 +1,4 @@
-"""`run.generate`, for hooks: completions of the policy in training, under every strategy."""
+"""`run.generate`, for hooks: completions by the policy in training, under every strategy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from halos.rollout.types import Prompt, Sample, requests_for
 
 
 class PolicyGenerator:
-    """What `Run.generate` calls. A text is a function of weights, prompt and seed, on one kind of hardware."""
+    """Implements `Run.generate`. A completion is a function of weights, prompt and seed, on one kind of hardware."""
 
     def __init__(self, run: Run, policy: Unsharded) -> None:
         self.run, self.policy = run, policy
@@ -25,16 +25,16 @@ class PolicyGenerator:
 
     @torch.no_grad()
     def __call__(self, prompts: Prompts, *, max_new_tokens: int, temperature: float, seed: int) -> list[str]:
-        from halos.rollout.engines.hf import HFEngine  # here: it takes what most runs do without
+        from halos.rollout.engines.hf import HFEngine  # here: most runs do not need its imports
 
         turns = [[{"role": "user", "content": each}] if isinstance(each, str) else each for each in prompts]
-        asked = [Prompt(str(number), tuple(map(dict, each))) for number, each in enumerate(turns)]
+        numbered = [Prompt(str(number), tuple(map(dict, each))) for number, each in enumerate(turns)]
         room = self.run.max_length - max_new_tokens
-        fitted = fitting(asked, self.encoder, room)
-        if len(fitted) < len(asked):
-            lost = next(int(each.id) for each in asked if each.id not in {one.id for one in fitted})
+        fitted = fitting(numbered, self.encoder, room)
+        if len(fitted) < len(numbered):
+            too_long = next(int(each.id) for each in numbered if each.id not in {one.id for one in fitted})
             raise UserError(
-                f"run.generate: prompt {lost} leaves no room for max_new_tokens={max_new_tokens} within"
+                f"run.generate: prompt {too_long} leaves no room for max_new_tokens={max_new_tokens} within"
                 f" {self.run.max_length} tokens"
             )
         requests = requests_for(fitted, samples=1, temperature=temperature, max_new_tokens=max_new_tokens, seed=seed)

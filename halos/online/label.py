@@ -1,7 +1,7 @@
 """Label samples: python -m halos.online.label samples.jsonl feedback.jsonl --reward exact_match --feedback pairwise
 
-A reward model or a judge in the place of --reward: --reward-model DIR, --judge MODEL. Killed and given again, the same command
-goes on: a score that was computed or paid for is kept. Under accelerate launch every process scores its share.
+Instead of --reward, --reward-model DIR or --judge MODEL gives the scores. If it is killed, the same command resumes: a score that
+was computed or paid for is kept. Under accelerate launch every rank scores a shard of the samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from halos.distributed.children import exit_process
 from halos.errors import UserError, command
 from halos.hashes import digest
 from halos.online.options import FEEDBACK, SCORER
-from halos.online.records import Kept, Ledger, open_for_all, read, read_meta, write_sealed
+from halos.online.records import FileStore, ResumableFile, open_on_all_ranks, read, read_meta, write_sealed
 from halos.rollout import collect, feedback
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer, open_scorer
@@ -32,7 +32,7 @@ from halos.rollout.types import Rollout, Row, Sample, numbered
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m halos.online.label", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    options.add_argument("samples", type=Path, help="what halos.online.sample wrote, or HALOs' own")
+    options.add_argument("samples", type=Path, help="a file of halos.online.sample, or of HALOs")
     options.add_argument("feedback", type=Path, help="the file to write, .jsonl or .json")
     by = options.add_mutually_exclusive_group(required=True)
     by.add_argument("--reward", action="append", metavar="NAME", help="a function of halos.online.rewards, a dotted path, or a"
@@ -42,24 +42,24 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--feedback", dest="kind", choices=(feedback.PAIRWISE, feedback.BINARY, feedback.SCALAR), default="pairwise"
     )
-    options.add_argument("--seed", type=int, default=0, help="of random pairing and of the order of A and B")
-    options.add_argument("--scores", type=Path, help="where every sample's score goes (default: beside FEEDBACK)")
-    options.add_argument("--against", type=Path, help="other samples of the same prompts: held-out rows are compared with them")
-    options.add_argument("--plugins", nargs="*", default=[], help="packages of yours that --reward may name")
-    options.add_argument("--max-length", type=int, help="of --reward-model: longer ones get no score")
-    options.add_argument("--cache", type=Path, help="where the judge's answers are kept (default: beside FEEDBACK)")
+    options.add_argument("--seed", type=int, default=0, help="for random pairing and the order of A and B")
+    options.add_argument("--scores", type=Path, help="file for every sample's score (default: next to FEEDBACK)")
+    options.add_argument("--against", type=Path, help="another policy's samples, compared with those of evaluation prompts")
+    options.add_argument("--plugins", nargs="*", default=[], help="your packages that --reward may name")
+    options.add_argument("--max-length", type=int, help="in tokens, for --reward-model: longer samples get no score")
+    options.add_argument("--cache", type=Path, help="file that caches the judge's answers (default: next to FEEDBACK)")
     options.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
-    FEEDBACK.add(options.add_argument_group("online.feedback", "as a configuration has them"))
-    SCORER.add(options.add_argument_group("online.scorer", "as a configuration has them"))
+    FEEDBACK.add(options.add_argument_group("online.feedback", "the keys of a configuration"))
+    SCORER.add(options.add_argument_group("online.scorer", "the keys of a configuration"))
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return command(lambda: run(parser().parse_args(arguments)), stopped="what was scored is kept, and the same command goes on")
+    return command(lambda: run(parser().parse_args(arguments)), stopped="scores so far are kept, and the same command resumes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """feedback.jsonl, and scores.jsonl of every sample. Raises UserError for what is wrong."""
+    """Write the feedback file, and a file with the score of every sample. Raises UserError for wrong input."""
     settings = _checked(args)
     threshold = feedback.check_threshold(args.kind, args.threshold)
     samples = read_samples(args.samples)
@@ -69,34 +69,34 @@ def run(args: argparse.Namespace) -> int:
     scorer = open_scorer(settings, plugins=args.plugins, cache_dir=args.cache_dir, answers=_answers(args),
                          max_length=args.max_length, quiet=not ranks.main)  # fmt: skip
     if settings.pairwise:
-        from halos.online.preferences import compare  # here: its imports are those of a judge
+        from halos.online.preferences import compare  # here: only a judge needs its imports
 
         return compare(args, samples, scorer, ranks)
     scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
-    ledger = Ledger(scores, {"samples": digest(args.samples), **scorer.request()}, rank=ranks.rank)
-    if not ranks.first(ledger.is_done()):
-        open_for_all(ledger, ranks)
-        _score(samples, scorer, ledger, ranks)
-        ranks.wait()
-        ledger.open()
+    file = ResumableFile(scores, {"samples": digest(args.samples), **scorer.request()}, rank=ranks.rank)
+    if not ranks.from_rank_0(file.is_done()):
+        open_on_all_ranks(file, ranks)
+        _score(samples, scorer, file, ranks)
+        ranks.barrier()
+        file.open()
         if ranks.main:
-            rows, seconds = [ledger.rows[sample.key] for sample in samples], round(time.perf_counter() - began, 2)
-            ledger.finish([sample.key for sample in samples], {**counts(rows), "seconds": seconds})
+            rows, seconds = [file.rows[sample.key] for sample in samples], round(time.perf_counter() - began, 2)
+            file.finish([sample.key for sample in samples], {**counts(rows), "seconds": seconds})
     if ranks.main:
         _make_feedback(args, scores, threshold)
-    ranks.wait()
+    ranks.barrier()
     return 0
 
 
 def _checked(args: argparse.Namespace) -> Settings:
-    """The scorer's settings. Raises UserError for words that cannot be followed."""
+    """The scorer's settings. Raises UserError for arguments that contradict each other."""
     for path in (args.feedback, args.scores):
         if path is not None and path.resolve() == args.samples.resolve():
             raise UserError(f"{path} is the samples' own file: name another")
         if path is not None and path.is_dir():
             raise UserError(f"{path} is a directory: name a file in it")
     if args.pairwise and (not args.judge or args.kind != feedback.PAIRWISE):
-        raise UserError("--pairwise is of a --judge, and gives --feedback pairwise: it says which of two is better, and no score")
+        raise UserError("--pairwise needs --judge and --feedback pairwise: it says which answer is better, and gives no score")
     name = "function" if args.reward else "judge" if args.judge else "reward_model"
     try:
         functions = [yaml.safe_load(entry) for entry in args.reward or ()]
@@ -110,15 +110,15 @@ def _answers(args: argparse.Namespace) -> Path:
 
 
 def read_samples(path: Path) -> list[Sample]:
-    """With the hash of the weights that they are of, where the file was written with it. Raises UserError for what is none."""
+    """The samples of a file, with the hash of the weights that they come from where the file records it. Raises UserError."""
     weights = read_meta(path).get("request", {}).get("model_sha256")
     lines = [(row, f"{path}:{number}") for number, row in enumerate(read(path), 1)]
     samples = numbered((Sample.from_row(row, where), where) for row, where in lines)
     return [replace(sample, weights=weights) if weights else sample for sample in samples]
 
 
-def _score(samples: Sequence[Sample], scorer: Scorer, ledger: Ledger, ranks: Ranks) -> None:
-    store = Kept[Rollout](ledger)
+def _score(samples: Sequence[Sample], scorer: Scorer, file: ResumableFile, ranks: Ranks) -> None:
+    store = FileStore[Rollout](file)
     mine = [sample for sample in samples if not store.has(sample.key)][ranks.rank :: ranks.world]
     with tqdm(total=len(mine), desc="labelling", unit="sample", delay=1, disable=None if ranks.main else True) as bar:
         for _ in collect.score(mine, scorer, store):
@@ -127,19 +127,19 @@ def _score(samples: Sequence[Sample], scorer: Scorer, ledger: Ledger, ranks: Ran
 
 def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | str | None) -> None:
     settings = FEEDBACK.read(args, kind=args.kind)
-    asked = {"scores": digest(scores), "kind": args.kind, "pairing": settings.pairing, "threshold": threshold,
-             "drop_equal": settings.drop_equal, "seed": args.seed}  # fmt: skip
-    if args.feedback.exists() and read_meta(args.feedback).get("request") != asked:
-        raise UserError(f"{args.feedback} is there already, and was not made from these scores in this way: name another")
+    request = {"scores": digest(scores), "kind": args.kind, "pairing": settings.pairing, "threshold": threshold,
+               "drop_equal": settings.drop_equal, "seed": args.seed}  # fmt: skip
+    if args.feedback.exists() and read_meta(args.feedback).get("request") != request:
+        raise UserError(f"{args.feedback} exists already, made from other scores or with other settings: name another file")
     rows = read(scores)
     rollouts = [Rollout.from_row(row, f"{scores}:{number}") for number, row in enumerate(rows, 1)]
-    made, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed)
-    write_sealed(args.feedback, [each.to_row() for each in made], asked, left_out)
-    _tell(args, rows, left_out)
+    result, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed)
+    write_sealed(args.feedback, [each.to_row() for each in result], request, left_out)
+    _report(args, rows, left_out)
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
-    """How many have a score, and why the others have none."""
+    """Counts of samples with and without a score, the problems, and the cost."""
     problems: dict[str, int] = {}
     for row in rows:
         if row["reward"] is None:
@@ -149,14 +149,14 @@ def counts(rows: Sequence[Row]) -> dict[str, Any]:
             "cost": sum(row.get("cost") or 0.0 for row in rows)}  # fmt: skip
 
 
-def _tell(args: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, int]) -> None:
-    told = counts(rows)
-    for problem, count in list(told["problems"].items())[:3]:
+def _report(args: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, int]) -> None:
+    totals = counts(rows)
+    for problem, count in list(totals["problems"].items())[:3]:
         tqdm.write(f"no score for {count}: {problem}", file=sys.stderr)
     equal = f", {left_out['groups_all_equal']} of {left_out['groups']} prompts with equal scores" if left_out["groups"] else ""
-    empty = f", {left_out['empty']} that say nothing left out" if left_out.get("empty") else ""
-    tqdm.write(f"{args.feedback}: {left_out['rows']} rows of {args.kind} feedback from {told['scored']} scores"
-               f" ({told['without_score']} samples without one{equal}{empty})", file=sys.stderr)  # fmt: skip
+    empty = f", {left_out['empty']} empty ones left out" if left_out.get("empty") else ""
+    tqdm.write(f"{args.feedback}: {left_out['rows']} rows of {args.kind} feedback from {totals['scored']} scores"
+               f" ({totals['without_score']} samples without one{equal}{empty})", file=sys.stderr)  # fmt: skip
 
 
 if __name__ == "__main__":

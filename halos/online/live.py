@@ -1,4 +1,4 @@
-"""A live loop: every step samples from the policy in training, and trains on what it said."""
+"""A live loop: every step samples from the policy in training, and trains on those samples."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ from halos.online.unsharded import Unsharded
 from halos.rollout import feedback, measure
 from halos.rollout.collect import collect
 from halos.rollout.engines.vllm import ServerEngine
-from halos.rollout.prompts import fitting, for_round, held_out, read_prompts
+from halos.rollout.prompts import eval_prompts, fitting, for_round, read_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.types import EVAL, Prompt, Request, Rollout, Sample, requests_for
 
 log = logging.getLogger(__name__)
 
-FAR = 100_003  # batches of prompts between those of a step and those that are tried in their place
-ATTEMPTS = 10  # times that other prompts are tried where no sample is better than another
+RETRY_OFFSET = 100_003  # in batches of prompts: where the prompts of a further attempt at a step are taken from
+ATTEMPTS = 10  # at other prompts, while no sample is better than another
 
 
 class LiveRows:
-    """A step's rows, with what a step asks of a Dataset; other ones at every step."""
+    """The rows of the current step, with the interface of a Dataset; replaced at every step."""
 
     def __init__(self, kind: type[Example]) -> None:
         self.kind = kind
@@ -53,20 +53,21 @@ class LiveRows:
         return self.items[row]
 
     def lines(self) -> list[str]:
-        return ["what the policy says at every step"]
+        return ["sampled from the policy at every step"]
 
 
 class LivePrompts:
-    """What a live loop asks, read and tokenised before any model loads. Raises UserError for what is wrong with it."""
+    """The prompts of a live loop, read and tokenised before any model loads. Raises UserError for wrong input."""
 
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, loss: LossSpec, max_length: int) -> None:
         assert config.online is not None
         online = self.online = config.online
         encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), max_length - online.sampler.max_new_tokens
         train = read_prompts(entries_of(config.data, "train"), "train")
-        asked = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
-        asked = held_out(asked, count=online.eval_prompts, seed=config.seed)
-        self.train, self.held_out = fitting(train, encoder, room), fitting(asked, encoder, room) if asked else []
+        evaluation = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
+        evaluation = eval_prompts(evaluation, count=online.eval_prompts, seed=config.seed)
+        self.train = fitting(train, encoder, room)
+        self.evaluation = fitting(evaluation, encoder, room) if evaluation else []
         if not self.train:
             raise UserError(f"no prompt leaves room for online.sampler.max_new_tokens={online.sampler.max_new_tokens} within"
                             f" {max_length} tokens (train.max_length)")  # fmt: skip
@@ -78,8 +79,9 @@ class LivePrompts:
             )
         if loss.inputs.feedback == feedback.PAIRWISE and samples < 2:
             raise UserError("online.samples_per_prompt: pairs need 2 or more")
-        self.line = f"{len(self.train)} prompts, {self.per_step} a step, {samples} samples of each; {len(self.held_out)} held out"
-        if dropped := len(train) + len(asked) - len(self.train) - len(self.held_out):
+        self.line = f"{len(self.train)} prompts, {self.per_step} a step, {samples} samples of each"
+        self.line += f"; {len(self.evaluation)} held out"
+        if dropped := len(train) + len(evaluation) - len(self.train) - len(self.evaluation):
             self.line += f"; {dropped} prompts leave no room for an answer"
 
     def requests(self, prompts: Sequence[Prompt], seed: int) -> list[Request]:
@@ -89,9 +91,9 @@ class LivePrompts:
 
 
 class RolloutSource:
-    """A source of global batches: `batch(step)` samples and scores them, on every process its share, and all get the same.
+    """The source of global batches: `batch(step)` samples and scores one, a shard on every rank, and every rank gets all of it.
 
-    What is sampled is a function of the weights, the seed and the step, so a resumed run goes on as it would have.
+    The samples are a function of weights, seed and step, so a resumed run continues exactly.
     """
 
     def __init__(
@@ -104,9 +106,9 @@ class RolloutSource:
         self.rows = LiveRows(loss.inputs.example)
 
     def batch(self, number: int) -> np.ndarray:
-        """Samples for step `number` (counted from 0); all of its rows."""
+        """Sample the rows of step `number`, counted from 0; return their indices, which are all of `rows`."""
         for attempt in range(ATTEMPTS):
-            chosen = for_round(self.prompts.train, number + attempt * FAR, count=self.prompts.per_step,
+            chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=self.prompts.per_step,
                                samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
             self._fill(self._collect(chosen, (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt))
             if len(self.rows):
@@ -116,13 +118,13 @@ class RolloutSource:
             " a higher temperature, or other prompts"
         )
 
-    def exam(self) -> dict[str, float]:
-        """Held-out prompts, answered greedily; the same numbers on every process."""
-        rollouts = self._collect(self.prompts.held_out, 0)
+    def evaluate(self) -> dict[str, float]:
+        """Generation evaluation: answer the evaluation prompts greedily. The same metrics on every rank."""
+        rollouts = self._collect(self.prompts.evaluation, 0)
         if self.run.main and self.online.show:
-            some = measure.examples(rollouts, self.online.show)
-            self._show(some)
-            rows = [rollout.shown() for rollout in some]
+            examples = measure.examples(rollouts, self.online.show)
+            self._write_examples(examples)
+            rows = [rollout.shown() for rollout in examples]
             for hook in self.run.hooks.values():
                 hook.on_examples(self.run, rows)
         metrics = measure.of_samples(rollouts, split=EVAL)
@@ -133,8 +135,8 @@ class RolloutSource:
     def _collect(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
         return collect(self.prompts.requests(prompts, seed), self.engine.opened, self.scorer, self.ranks)
 
-    def _show(self, rollouts: Sequence[Rollout]) -> None:
-        """samples.md, for people: a disk that is full costs it, and not the run."""
+    def _write_examples(self, rollouts: Sequence[Rollout]) -> None:
+        """Write samples.md; on a full disk warn, and let the run continue."""
         try:
             measure.write_examples(self.run.directory.path, rollouts, f"{self.config.exp_name}, step {self.run.step}")
         except OSError as error:
@@ -143,16 +145,16 @@ class RolloutSource:
             log.warning("samples.md could not be written: %s", error)
 
     def _fill(self, rollouts: Sequence[Rollout]) -> None:
-        made, _ = feedback.make(rollouts, self.online.feedback, kind=self.loss.inputs.feedback, seed=self.config.seed)
+        result, _ = feedback.make(rollouts, self.online.feedback, kind=self.loss.inputs.feedback, seed=self.config.seed)
         numbers = {name: number for number, name in enumerate(dict.fromkeys(rollout.prompt.id for rollout in rollouts))}
-        learned = learned_from(made, self.rows.kind)
-        items = [_item(each, f"{each.prompt_id}#{number}") for number, each in enumerate(learned)]
-        self.rows.fill(items, np.array([numbers[each.prompt_id] for each in learned], np.int64))
+        usable = usable_feedback(result, self.rows.kind)
+        items = [_item(each, f"{each.prompt_id}#{number}") for number, each in enumerate(usable)]
+        self.rows.fill(items, np.array([numbers[each.prompt_id] for each in usable], np.int64))
 
 
-def learned_from(made: Sequence[feedback.Feedback], kind: type[Example]) -> list[feedback.Feedback]:
-    """What serves as examples of a kind, as rows of files would: what is undesirable is not imitated."""
-    return [each for each in made if kind is not Demonstration or not isinstance(each, feedback.Label) or each.desirable]
+def usable_feedback(given: Sequence[feedback.Feedback], kind: type[Example]) -> list[feedback.Feedback]:
+    """The feedback from which examples of a kind can be made: undesirable completions are no demonstrations."""
+    return [each for each in given if kind is not Demonstration or not isinstance(each, feedback.Label) or each.desirable]
 
 
 def _item(given: feedback.Feedback, name: str) -> Item:

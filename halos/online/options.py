@@ -1,5 +1,5 @@
-"""Options of the stage commands, read off the dataclasses of their settings: an option for each key, with the YAML's default and
-its words; and back, from settings to what is typed."""
+"""Command-line options of the stage commands, derived from the schema: one option per key, with the YAML's default and comment as
+its help; and back, from settings to arguments."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ T = TypeVar("T", Sampler, Scorer, Feedback)
 
 @dataclass(frozen=True)
 class Options(Generic[T]):
-    """Of one section of the configuration. A new key of it is an option by itself."""
+    """The options of one section of the configuration. A new key there becomes an option by itself."""
 
     schema: type[T]
-    names: Mapping[str, str] = field(default_factory=dict)  # of options that are not called as their key is
-    by_command: tuple[str, ...] = ()  # keys that the command takes in its own way
+    names: Mapping[str, str] = field(default_factory=dict)  # of options whose name differs from their key
+    by_command: tuple[str, ...] = ()  # keys that the command parses itself
 
     def add(self, parser: argparse._ActionsContainer) -> None:
-        said, values = defaults.help_texts(self.schema), defaults.section(self.schema)
+        texts, values = defaults.help_texts(self.schema), defaults.section(self.schema)
         for name, kind in self._keys().items():
-            default, option, dest = getattr(values, name), self.spelled(name), self.names.get(name, name)
-            words = " ".join(filter(None, [said[name], f"(default {default})" if default is not None else ""])).replace("%", "%%")
+            default, option, dest = getattr(values, name), self.flag(name), self.names.get(name, name)
+            text = " ".join(filter(None, [texts[name], f"(default {default})" if default is not None else ""])).replace("%", "%%")
             if kind is bool:
-                assert default is False, f"{name}: an option that is there cannot say false"
-                parser.add_argument(option, action="store_true", dest=dest, help=words)
+                assert default is False, f"{name}: a flag cannot be turned off"
+                parser.add_argument(option, action="store_true", dest=dest, help=text)
             else:
-                shown = "N" if {int, float} & {kind, *get_args(kind)} else dest.upper()
-                parser.add_argument(option, type=_reader(kind), default=default, dest=dest, help=words, metavar=shown)
+                metavar = "N" if {int, float} & {kind, *get_args(kind)} else dest.upper()
+                parser.add_argument(option, type=_parser_of(kind), default=default, dest=dest, help=text, metavar=metavar)
 
     def read(self, args: argparse.Namespace, **by_command: Any) -> T:
-        """The settings that were typed. Raises UserError for what is out of its range."""
+        """The settings from parsed arguments. Raises UserError for a value out of its range."""
         values = {name: getattr(args, self.names.get(name, name)) for name in self._keys()} | by_command
-        check_ranges(values, self.schema, spelled=self.spelled)
+        check_ranges(values, self.schema, spelled=self.flag)
         return defaults.section(self.schema, **values)
 
-    def words(self, settings: T) -> list[str]:
-        """What is typed for these settings, but for what the command takes in its own way."""
-        typed = []
+    def arguments(self, settings: T) -> list[str]:
+        """The command-line arguments for these settings, without the keys that the command parses itself."""
+        arguments = []
         for name, kind in self._keys().items():
             value = getattr(settings, name)
             if kind is bool:
-                typed += [self.spelled(name)] if value else []
+                arguments += [self.flag(name)] if value else []
             elif value is not None or getattr(defaults.section(self.schema), name) is not None:
-                typed += [self.spelled(name), "null" if value is None else str(value)]
-        return typed
+                arguments += [self.flag(name), "null" if value is None else str(value)]
+        return arguments
 
-    def spelled(self, name: str) -> str:
+    def flag(self, name: str) -> str:
         return f"--{self.names.get(name, name).replace('_', '-')}"
 
     def _keys(self) -> dict[str, Any]:
@@ -67,10 +67,10 @@ SCORER = Options(Scorer, by_command=("name", "functions", "model"))
 FEEDBACK = Options(Feedback, by_command=("kind",))
 
 
-def _reader(kind: Any) -> Callable[[str], Any]:
+def _parser_of(kind: Any) -> Callable[[str], Any]:
     nullable = NoneType in get_args(kind)
 
-    def read(text: str) -> Any:
+    def parse(text: str) -> Any:
         if text == "null" and nullable:
             return None
         try:
@@ -78,4 +78,4 @@ def _reader(kind: Any) -> Callable[[str], Any]:
         except MisfitError as error:
             raise argparse.ArgumentTypeError(f"takes {describe(kind)}, not {text!r}") from error
 
-    return read
+    return parse

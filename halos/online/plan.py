@@ -1,4 +1,4 @@
-"""What a walk of online rounds is made of: its configuration and that of each round's training, the prompts, and who is where."""
+"""The plan of an online run: its configuration and that of each round's training, the prompts, and the paths."""
 
 from __future__ import annotations
 
@@ -28,47 +28,48 @@ from halos.rundir import RunDir
 
 @dataclass
 class Plan:
-    """`inner` is the configuration of a round's training, `overrides` what is typed for it, and `loss` its loss."""
+    """`inner` is the configuration of a round's training, `overrides` its command-line overrides, and `loss` its loss."""
 
     config: Config
     inner: Config
     overrides: list[str]
     loss: LossSpec
     prompts: list[Prompt] = field(default_factory=list)
-    held_out: list[Prompt] = field(default_factory=list)  # held-out ones
-    max_length: int = 0  # tokens of a row: train.max_length, or the model's positions where they are fewer
+    eval_prompts: list[Prompt] = field(default_factory=list)
+    max_length: int = 0  # in tokens: train.max_length, or the model's number of positions where that is smaller
 
     def __post_init__(self) -> None:
         assert self.config.online is not None
         self.online: Online = self.config.online
         self.directory, self.stages = RunDir(self.config.run_dir), Stages(self.config)
-        # what may be imported is typed on this command, and never read from a saved run
-        self.overrides = [self._located(word) for word in self.overrides if not word.lstrip("+").startswith("plugins=")]
+        # plugins come from this command line, and never from a saved run, which must not decide what is imported
+        own = [override for override in self.overrides if not override.lstrip("+").startswith("plugins=")]
+        self.overrides = [self._from_any_directory(override) for override in own]
         self.overrides += [f"plugins=[{','.join(self.config.plugins)}]"] if self.config.plugins else []
 
-    def _located(self, word: str) -> str:
-        """A path as it leads to the same from any directory: the rounds may be gone on with from another."""
+    def _from_any_directory(self, word: str) -> str:
+        """An override with its path as the configuration resolved it: the rounds may be resumed from another directory."""
         key = word.lstrip("+").partition("=")[0]
         path = value_at(asdict(self.inner), key) if key in path_keys() else None
         return f"{key}={quoted(path)}" if isinstance(path, str) else word
 
     @property
     def kind(self) -> str:
-        """Of feedback, which the loss learns from."""
+        """The kind of feedback that the loss learns from."""
         kind = self.online.feedback.kind
         return kind if kind != "auto" else self.loss.inputs.feedback
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The whole as one configuration: what each round trains, under the workflow's own name and data."""
+        """One configuration for the whole: that of each round's training, with the name and data of the online run."""
         whole = asdict(self.config)
         own = {name: whole[name] for name in ("online", "data", "objective", "hooks", "exp_name", "output_root", "run_dir")}
         settings = {**asdict(self.inner), **own}
-        settings["train"]["steps"] = settings["train"]["steps"] if self._length_is_typed else None
+        settings["train"]["steps"] = settings["train"]["steps"] if self._length_is_set else None
         return settings
 
     @property
-    def _length_is_typed(self) -> bool:
+    def _length_is_set(self) -> bool:
         return any(word.lstrip("+").startswith(("train.steps=", "train.epochs=")) for word in self.overrides)
 
     def directory_of(self, number: int) -> Path:
@@ -85,21 +86,21 @@ class Plan:
         return self.config.model.name_or_path
 
     def policy(self, number: int) -> str:
-        """What round `number` samples from, and its training goes on from."""
+        """The policy that round `number` samples from and continues to train."""
         return self.start if number == 0 else str(self.directory_of(number - 1) / "train" / "FINAL")
 
     def revision(self, number: int) -> str | None:
-        """Of that policy, where it is a hub's."""
+        """The hub revision of that policy; None for a local one."""
         return self.config.model.revision if number == 0 else None
 
     # --- before anything starts ------------------------------------------------------------------------------------------
 
     def prepare(self) -> None:
-        """Read the prompts. Raises UserError for what could not work, before a stage finds it out."""
+        """Read the prompts. Raises UserError for whatever would make a stage fail later."""
         online = self.online
         scorer_of(self.config, Path(os.devnull))
         if online.scorer.pairwise and (online.scorer.name != "judge" or self.kind != feedback.PAIRWISE):
-            raise UserError("online.scorer.pairwise=true is of a judge, and of losses that learn from pairs, such as dpo")
+            raise UserError("online.scorer.pairwise=true needs a judge, and a loss that learns from pairs, such as dpo")
         config_file(online) if online.config_file or self.stages.processes > 1 else None
         if online.samples_per_prompt < 2 and self.kind == feedback.PAIRWISE:
             raise UserError(
@@ -107,58 +108,58 @@ class Plan:
             )
         if self.inner.peft.name == "lora" and self.inner.peft.init_from is not None:
             raise UserError(
-                "peft.init_from: rounds sample from a whole model before they train, so give the merged one"
+                "peft.init_from: rounds sample from a full model before they train, so give the merged one"
                 " (model.name_or_path=RUN/FINAL, or python -m halos.checkpoint merge)"
             )
         feedback.check_threshold(self.kind, online.feedback.threshold)
         self.prompts = read_prompts(entries_of(self.config.data, "train"), "train")
-        held_out = entries_of(self.config.data, "eval") if online.eval_prompts else []
-        self.held_out = read_prompts(held_out, "eval") if held_out else []
+        entries = entries_of(self.config.data, "eval") if online.eval_prompts else []
+        self.eval_prompts = read_prompts(entries, "eval") if entries else []
         if not self.prompts:
             raise UserError("data.train has no prompts")
         refuse_unscorable(self.config, self.prompts)
 
-    def first_that_fits(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
-        """A prompt's tokens, which leave room for an answer. Raises UserError where none does."""
+    def first_fitting_prompt(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
+        """The tokens of the first prompt that leaves room for an answer. Raises UserError where none does."""
         new, encoder = self.online.sampler.max_new_tokens, Encoder(tokenizer, max_length=2**31, truncation="drop")
         self.max_length = max_length
         for start in range(0, len(self.prompts), 256):
             if fit := fitting(self.prompts[start : start + 256], encoder, max_length - new):
                 return [int(token) for token in fit[0].ids]
         raise UserError(
-            f"no prompt of data.train leaves room for online.sampler.max_new_tokens={new} within the {max_length} tokens of a row"
+            f"no prompt of data.train leaves room for online.sampler.max_new_tokens={new} within {max_length} tokens"
             " (train.max_length): lower the one or raise the other"
         )
 
-    # --- what a round's training is given --------------------------------------------------------------------------------
+    # --- the training of a round -----------------------------------------------------------------------------------------
 
     def overrides_of(self, number: int) -> list[str]:
-        """What is typed for the training of a round."""
+        """The command-line overrides for the training of round `number`."""
         config, inner, online, directory = self.config, self.inner, self.online, self.directory_of(number)
         overrides = [
             *self.overrides, f"data.train=[{quoted(directory / 'feedback.jsonl')}]", "data.eval=[]",
             f"run_dir={quoted(directory / 'train')}", f"exp_name={quoted(f'{config.exp_name}-{number:03d}')}",
             f"seed={config.seed + number}", "resume=auto", f"cache_dir={quoted(config.cache_dir)}",
         ]  # fmt: skip
-        if not self._length_is_typed:
-            overrides.append("train.steps=null")  # a bundled model's own number is for whole data sets
+        if not self._length_is_set:
+            overrides.append("train.steps=null")  # the number in a bundled model's YAML is for full data sets
         if self.loss.on_rollouts:
             overrides.append(f"train.temperature={online.sampler.temperature}")
         if online.carry_optimizer:
             overrides.append("checkpoint.at_end=true")
         if number:
-            overrides += self._going_on(self.directory_of(number - 1) / "train", lora=inner.peft.name == "lora")
+            overrides += self._continue_from(self.directory_of(number - 1) / "train", lora=inner.peft.name == "lora")
         return overrides
 
-    def _going_on(self, before: Path, *, lora: bool) -> list[str]:
-        """From the last round's policy; the reference stays at the start unless told otherwise."""
+    def _continue_from(self, before: Path, *, lora: bool) -> list[str]:
+        """Overrides that continue from the last round's policy; the reference stays the first policy by default."""
         overrides, last = [], self.online.reference == "last"
         if lora:
             overrides += [
                 f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}",
                 f"reference.adapter={'start' if last else 'off'}",
             ]
-            other = None  # no second copy: the reference is the policy as the round began, or its base, which is the start
+            other = None  # no second copy: the reference is the policy at the start of the round, or its base, the first policy
         else:
             overrides += [f"model.name_or_path={quoted(before / 'FINAL')}"]
             other = None if last else self.start
@@ -168,26 +169,26 @@ class Plan:
                 overrides += [f"reference.revision={quoted(self.config.model.revision)}"]
         if self.online.carry_optimizer:
             overrides += [f"optim.init_from={quoted(_last_checkpoint(before))}"]
-        if (weight := self._kl_weight(before)) is not None:
-            overrides += [f"loss.kl_coefficient={weight}"]
+        if (coefficient := self._kl_coefficient(before)) is not None:
+            overrides += [f"loss.kl_coefficient={coefficient}"]
         return overrides
 
-    def _kl_weight(self, before: Path) -> float | None:
-        """Of a KL that follows a target: where the last round has left it."""
+    def _kl_coefficient(self, before: Path) -> float | None:
+        """The KL coefficient at the end of the last round, where the loss adapts it to a target."""
         if self.loss.adapt is None or self.loss.settings.get("kl_target") is None:
             return None
-        if (left := kl.coefficient_in(before / "FINAL")) is not None:
-            return left
-        rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]  # of an older version
+        if (saved := kl.coefficient_in(before / "FINAL")) is not None:
+            return saved
+        rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]  # runs of an older version
         return float(rows[-1]["kl_coefficient"]) if rows else None
 
 
 def _last_checkpoint(run: Path) -> Path:
-    """Of a round's training, whose optimizer the next one goes on with. Raises UserError where there is none."""
-    saves = checkpoints(run / "checkpoints")
-    if not saves:
+    """The last checkpoint of a round's training, from which the next one takes the optimizer state. Raises UserError."""
+    saved = checkpoints(run / "checkpoints")
+    if not saved:
         raise UserError(
-            f"online.carry_optimizer: {run / 'checkpoints'} holds no checkpoint whose optimizer could be handed on. Bring it"
-            " back, or go on without: online.carry_optimizer=false resume_changes=allow"
+            f"online.carry_optimizer: {run / 'checkpoints'} holds no checkpoint with an optimizer state to carry over. Bring"
+            " it back, or continue without: online.carry_optimizer=false resume_changes=allow"
         )
-    return saves[-1]
+    return saved[-1]

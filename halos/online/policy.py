@@ -20,7 +20,7 @@ from halos.online.unsharded import POLICY, Unsharded
 from halos.rollout.engines.engine import Engine
 from halos.rollout.engines.hf import HFEngine
 from halos.rollout.engines.vllm import ServerEngine
-from halos.rollout.servers import refuse_silent
+from halos.rollout.servers import refuse_unreachable
 
 
 class PolicyEngine:
@@ -71,5 +71,5 @@ def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> ServerEngin
         return None
     if sampler.name != "vllm" or sampler.url is None:
         raise UserError("a live loop samples with online.sampler.name=hf, or vllm with online.sampler.url of a running server")
-    refuse_silent(sampler.url, "online.sampler.url")
+    refuse_unreachable(sampler.url, "online.sampler.url")
     return ServerEngine(tokenizer, sampler, POLICY, model=str(config.model.name_or_path))

@@ -1,4 +1,4 @@
-"""The files between stages: prompts, samples and feedback as JSON lines, written whole or not at all, and gone on with."""
+"""The files between stages: prompts, samples and feedback as JSON lines, written completely or not at all, and resumable."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 from halos import confined, seals
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
-from halos.rollout.lines import line, whole_lines
+from halos.rollout.jsonl import complete_lines, to_line
 from halos.rollout.ranks import Ranks
 from halos.rollout.types import Key, Rollout, Row, Sample
 
@@ -19,12 +19,12 @@ Item = TypeVar("Item", Sample, Rollout)
 
 
 def read(path: Path) -> list[Row]:
-    """Rows of a .jsonl file, or of a .json file that holds a list. Raises UserError with file and line for what is neither."""
+    """Rows of a .jsonl file, or of a .json file that holds a list. Raises UserError, with file and line, for anything else."""
     text = confined.read_text(path, most=confined.LARGE)
     if path.suffix == ".json":
         rows = confined.parse_json(text, str(path))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"{path} holds no list of rows")
+            raise UserError(f"{path} is not a list of objects")
         return rows
     rows = []
     for number, text_line in enumerate(text.split("\n"), 1):
@@ -38,7 +38,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """All rows, or no file; a .json file holds them as a list, as HALOs' do."""
+    """Write all rows, or no file; a .json file holds them as a list, as HALOs' files do."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, _text(path, rows))
 
@@ -46,11 +46,11 @@ def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 def _text(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
     if path.suffix == ".json":
         return json.dumps(list(rows), ensure_ascii=False, indent=1) + "\n"
-    return "".join(line(row) for row in rows)
+    return "".join(to_line(row) for row in rows)
 
 
 def write_sealed(path: Path, rows: Sequence[Mapping[str, Any]], request: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
-    """All rows, or no file; beside it what was asked for, the file's hash, and what was counted."""
+    """Write all rows, or no file; and next to it `<name>.meta.json` with the request, the file's hash, and `facts`."""
     text = _text(path, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(meta_path(path), json.dumps({"request": request, seals.OF_ROWS: seals.digest(text), **facts}, indent=1) + "\n")
@@ -58,24 +58,24 @@ def write_sealed(path: Path, rows: Sequence[Mapping[str, Any]], request: Mapping
 
 
 def meta_path(path: Path) -> Path:
-    """What a stage was asked for, and what it counted."""
+    """The file next to a stage's output with its request, a hash, and counts."""
     return path.with_name(f"{path.stem}.meta.json")
 
 
 def read_meta(path: Path) -> Row:
-    """Nothing where there is none, or none that can be read."""
+    """The content of `<name>.meta.json`; empty where it is missing or unreadable."""
     try:
         return confined.load_object(meta_path(path))
     except UnreadableError:
         return {}
 
 
-class Ledger:
-    """A file of rows that is being made, by one process or several, and gone on with after any death.
+class ResumableFile:
+    """A file of rows written by one rank or several, which can be resumed after a crash.
 
-    Rows are appended to files of `<name>.partial/`, one for each process; lines that a crash has cut are forgotten. When all
-    are there, `finish` writes the file itself, in the order that was asked for, and beside it `<name>.meta.json`. What was
-    asked for is written first: rows of another request are never taken for these.
+    Rows are appended to files in `<name>.partial/`, one per rank; lines that a crash cut off are dropped. With all rows there,
+    `finish` writes the file itself, in the requested order, and next to it `<name>.meta.json`. The request is written first, so
+    that rows of another request are never mixed in.
     """
 
     def __init__(self, path: Path, request: Mapping[str, Any], *, rank: int = 0) -> None:
@@ -84,43 +84,45 @@ class Ledger:
         self.rows: dict[Hashable, Row] = {}
 
     def is_done(self) -> bool:
-        """Whether the file is there, of this very request. Raises UserError where it is another's."""
+        """Whether the file exists for this request. Raises UserError where it is of another request."""
         if not self.path.is_file():
             return False
-        if (asked := read_meta(self.path).get("request")) != self.request:
-            raise UserError(f"{self.path} is there already, and {_difference(asked, self.request)}: delete it, or name another")
+        if (recorded := read_meta(self.path).get("request")) != self.request:
+            raise UserError(
+                f"{self.path} exists already, and {_difference(recorded, self.request)}: delete it, or name another file"
+            )
         return True
 
     def open(self) -> None:
-        """Take up what earlier processes have left. Raises UserError where that was of another request."""
-        asked = self.partial / "request.json"
-        if self.partial.is_dir() and asked.is_file():
+        """Read the rows that earlier attempts left. Raises UserError where they are of another request."""
+        request = self.partial / "request.json"
+        if self.partial.is_dir() and request.is_file():
             try:
-                there = confined.load_json(asked, within=self.partial.parent)
+                recorded = confined.load_json(request, within=self.partial.parent)
             except UnreadableError as error:
-                raise UserError(f"{asked} cannot be read: delete {self.partial}, and its rows are made anew") from error
-            if there != self.request:
-                raise UserError(f"{self.partial} was begun already, and {_difference(there, self.request)}: delete it")
+                raise UserError(f"{request} cannot be read: delete {self.partial}, and its rows are made again") from error
+            if recorded != self.request:
+                raise UserError(f"{self.partial} was begun already, and {_difference(recorded, self.request)}: delete it")
         elif self.rank == 0:
             self.partial.mkdir(parents=True, exist_ok=True)
-            write_whole(asked, json.dumps(self.request, indent=1))
+            write_whole(request, json.dumps(self.request, indent=1))
         for file in sorted(self.partial.glob("rows.*.jsonl")) if self.partial.is_dir() else ():
-            for row in whole_lines(file):
+            for row in complete_lines(file):
                 key = row.get("key")
                 parts = key if isinstance(key, list) else [key]
                 if not isinstance(row.get("row"), dict) or not all(isinstance(part, (str, int)) for part in parts):
-                    raise UserError(f"{file} holds a line that is no row: delete {self.partial}, and its rows are made anew")
+                    raise UserError(f"{file} holds a line that is no row: delete {self.partial}, and its rows are made again")
                 self.rows.setdefault(tuple(key) if isinstance(key, list) else key, row["row"])
 
     def add(self, rows: Mapping[Any, Row]) -> None:
-        """Keep some rows; they are on the disk when this returns."""
+        """Append rows; they are on disk when this returns."""
         self.partial.mkdir(parents=True, exist_ok=True)
-        text = "".join(line({"key": key, "row": row}) for key, row in rows.items())
+        text = "".join(to_line({"key": key, "row": row}) for key, row in rows.items())
         confined.append(self.partial / f"rows.{self.rank}.jsonl", text, within=self.partial.parent, sync=True)
         self.rows.update(rows)
 
     def finish(self, keys: Sequence[Hashable], facts: Mapping[str, Any]) -> None:
-        """The file, of the rows of `keys` in their order; then what it was made from goes."""
+        """Write the file from the rows of `keys`, in their order; then delete the partial files."""
         write_sealed(self.path, [self.rows[key] for key in keys], self.request, facts)
         self.discard()
 
@@ -128,32 +130,32 @@ class Ledger:
         shutil.rmtree(self.partial, ignore_errors=True)
 
 
-def open_for_all(ledger: Ledger, ranks: Ranks) -> None:
-    """The first process begins a ledger, or takes one up, before the others look at it."""
+def open_on_all_ranks(file: ResumableFile, ranks: Ranks) -> None:
+    """Open on rank 0, which may create the partial files, before the others."""
     if ranks.main:
-        ledger.open()
-    ranks.wait()
+        file.open()
+    ranks.barrier()
     if not ranks.main:
-        ledger.open()
+        file.open()
 
 
-class Kept(Generic[Item]):
-    """A ledger of samples or rollouts, as the step that collects them keeps what it has."""
+class FileStore(Generic[Item]):
+    """A resumable file as the store of samples or rollouts while they are collected."""
 
-    def __init__(self, ledger: Ledger) -> None:
-        self.ledger = ledger
+    def __init__(self, file: ResumableFile) -> None:
+        self.file = file
 
     def has(self, key: Key) -> bool:
-        return key in self.ledger.rows
+        return key in self.file.rows
 
     def keep(self, items: Sequence[Item]) -> None:
         if items:
-            self.ledger.add({item.key: item.to_row() for item in items})
+            self.file.add({item.key: item.to_row() for item in items})
 
 
-def _difference(there: Any, asked: Mapping[str, Any]) -> str:
-    """The first thing in which two requests differ."""
-    if not isinstance(there, Mapping):
+def _difference(recorded: Any, request: Mapping[str, Any]) -> str:
+    """The first entry in which two requests differ, in words."""
+    if not isinstance(recorded, Mapping):
         return "it does not say what it was made from"
-    name = next(name for name in [*asked, *there] if there.get(name) != asked.get(name))
-    return f"its {name} was {str(there.get(name))[:200]}, not {str(asked.get(name))[:200]}"
+    name = next(name for name in [*request, *recorded] if recorded.get(name) != request.get(name))
+    return f"its {name} was {str(recorded.get(name))[:200]}, not {str(request.get(name))[:200]}"

@@ -1,4 +1,4 @@
-"""Rewards by the dotted path that users type, halos.online.rewards.length; the functions stand in halos/rollout/rewards.py."""
+"""Rewards under the dotted path that users write, halos.online.rewards.length; the functions are in halos/rollout/rewards.py."""
 
 from halos.rollout.rewards import ends, exact_match, final_answer, last_number, length, maths, overlong, solution_of
 

@@ -1,7 +1,7 @@
-"""Rounds: sample from the policy, label, train, and the next round samples from what was saved.
+"""Online rounds: sample from the policy, label, train; the next round samples from the model that was saved.
 
-The driver trains nothing itself. Each stage is a command that writes one file or directory, whole; a run that was killed goes
-on at the first that is not there.
+The driver trains nothing itself. Each stage is a command that writes one file or directory completely; a killed run resumes at
+the first one that is missing.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook, call_on_eval
 from halos.logs import add_log_file
 from halos.online.plan import Plan
-from halos.online.round import NOTE, Round, RoundResult, sampled_from
+from halos.online.round import STATE, Round, RoundResult, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
 from halos.rollout import measure
@@ -44,38 +44,38 @@ from halos.versions import versions
 log = logging.getLogger(__name__)
 
 FINISHED, FAILED = 0, 1
-OVERRIDES = "online.json"  # what each round's training is given
-HOOKS = "hooks.json"  # what they remembered at the last start
+OVERRIDES = "online.json"  # the overrides of each round's training
+HOOKS = "hooks.json"  # the hooks' state at the last start
 SHOWN = ("reward", "kl", "length", "unique", "cost")
 
 
-class Outlined(Protocol):
-    """What the rounds need to know of what they train, before the first of them."""
+class TrainingOutline(Protocol):
+    """The training of the rounds, as far as it is known before the first round."""
 
     tokenizer: PreTrainedTokenizerBase
     max_length: int
 
     def write(self, prompt: list[int]) -> None:
-        """Say what is trained, and a prompt as a sampler is fed it."""
+        """Log what is trained, and a prompt as the sampler gets it."""
         ...
 
     def content(self, whole: Config, prompts: Mapping[str, str | None]) -> ContentHashes:
-        """What the rounds stand on."""
+        """Hashes of the data and models that the rounds use."""
         ...
 
     def changed(self, whole: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
-        """What of it has changed since they last started. Raises UserError for what was not allowed."""
+        """Changes of these since the last start. Raises UserError for a change that was not allowed."""
         ...
 
 
 def run(
     config: Config, inner: Config, overrides: Sequence[str], typed: Sequence[str], changed: Sequence[Change],
-    outline: Callable[..., Outlined],
+    outline: Callable[..., TrainingOutline],
 ) -> int:  # fmt: skip
-    """All rounds, or those that are left; the exit status.
+    """Run all rounds, or those that are left; return the exit status.
 
-    `inner` is the configuration of a round's training and `overrides` what is typed for it; `outline` looks at that training
-    before anything starts. Raises UserError.
+    `inner` is the configuration of a round's training, `overrides` its command-line overrides, and `typed` those of this command;
+    `outline` checks that training before anything starts. Raises UserError.
     """
     if world_size() > 1:
         raise UserError(
@@ -85,7 +85,7 @@ def run(
     plan = Plan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins))
     plan.prepare()
     outlined = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
-    prompt = plan.first_that_fits(outlined.tokenizer, outlined.max_length)
+    prompt = plan.first_fitting_prompt(outlined.tokenizer, outlined.max_length)
     directory = plan.directory
     if config.resume and _is_over(plan):
         log.info("%s is finished already; more rounds: online.rounds=%d", directory.path, plan.online.rounds + 1)
@@ -96,33 +96,33 @@ def run(
             directory.require_run()
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
-        prompts = {"data.train": digest(plan.prompts), "data.eval": digest(plan.held_out) if plan.held_out else None}
+        prompts = {"data.train": digest(plan.prompts), "data.eval": digest(plan.eval_prompts) if plan.eval_prompts else None}
         content = outlined.content(config, prompts)
         altered = outlined.changed(config, directory, content) if config.resume else []
         if config.dry_run:
-            return rehearse(plan, outlined, prompt)
+            return dry_run(plan, outlined, prompt)
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
-        return OnlineRun(plan).go(
+        return OnlineRun(plan).run(
             {"overrides": list(typed), **changes_record(changed=changed, content_changed=altered), **content.record()}
         )
 
 
 def trackers_of(config: Config) -> dict[str, Hook[AnyRun]]:
-    """The workflow's own hooks; those of each round's training are its own."""
+    """The hooks of the online run; the training of each round has hooks of its own."""
     return {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
 
-def rehearse(plan: Plan, outlined: Outlined, prompt: list[int]) -> int:
-    """Say what would be done."""
+def dry_run(plan: Plan, outlined: TrainingOutline, prompt: list[int]) -> int:
+    """Log what a run would do."""
     outlined.write(prompt)
     online = plan.online
     each = min(online.prompts_per_round, len(plan.prompts))
-    held = min(online.eval_prompts, len(plan.held_out))
+    evaluation = min(online.eval_prompts, len(plan.eval_prompts))
     samples = online.samples_per_prompt
     log.info("%d rounds of %d prompts (of %d), %d samples of each", online.rounds, each, len(plan.prompts), samples)
-    log.info("%d held-out prompts", held)
+    log.info("%d held-out prompts", evaluation)
     log.info("%s feedback by %s for loss=%s", plan.kind, online.scorer.name, online.loss)
     log.info("training of each round: %s %s", COMMAND, " ".join(plan.overrides))
     log.info("everything fits together, nothing was started")
@@ -130,7 +130,7 @@ def rehearse(plan: Plan, outlined: Outlined, prompt: list[int]) -> int:
 
 
 def _is_over(plan: Plan) -> bool:
-    """Whether every round that is asked for has been walked."""
+    """Whether all requested rounds are done."""
     result = plan.directory.read_result() or {}
     done = plan.directory.is_finished() and plan.directory.final.is_dir() and result.get("step") == plan.online.rounds
     if done:
@@ -139,7 +139,7 @@ def _is_over(plan: Plan) -> bool:
 
 
 class OnlineRun:
-    """What hooks see of it: `config`, `directory`, `main`, and `step`, the number of the round."""
+    """Runs the rounds. To hooks it is an AnyRun, whose `step` is the number of the round."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.config, self.directory = plan, plan.config, plan.directory
@@ -147,24 +147,24 @@ class OnlineRun:
         self.hooks: dict[str, Hook[AnyRun]] = {}
         self.metrics: dict[str, Any] = {}
 
-    def go(self, attempt: Mapping[str, Any]) -> int:
-        """The exit status. `attempt` is what the record of this start says of how it was asked for."""
+    def run(self, attempt: Mapping[str, Any]) -> int:
+        """Run the rounds; return the exit status. `attempt` goes into the record of this attempt."""
         self._begin(attempt)
         self.plan.stages.listen()
         status, note = "failed", None
         try:
             for hook in self.hooks.values():
                 hook.on_start(self)
-            write_whole(self.directory.path / HOOKS, json.dumps(self._remembered()) + "\n")
+            write_whole(self.directory.path / HOOKS, json.dumps(self._hook_states()) + "\n")
             for number in range(self.plan.online.rounds):
                 self.step = number
-                one = Round(self.plan, number, self.plan.directory_of(number))
-                if one.is_done:
-                    self.metrics = one.facts.get("metrics", {})
+                current = Round(self.plan, number, self.plan.directory_of(number))
+                if current.is_done:
+                    self.metrics = current.state.get("metrics", {})
                     continue
-                self._record(one, one.go())
-                one.close(self.metrics, self._remembered())
-                self._clean(number)
+                self._record(current, current.run())
+                current.close(self.metrics, self._hook_states())
+                self._delete_old_weights(number)
             self.step = self.plan.online.rounds
             self._finish()
             status = "finished"
@@ -202,49 +202,50 @@ class OnlineRun:
         remove_leftovers(directory.path)
         directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
         self.hooks = trackers_of(self.config)
-        for name, kept in self._remembered_before().items():
-            if name in self.hooks and isinstance(kept, dict):
-                self.hooks[name].load_state_dict(kept)
+        for name, state in self._saved_hook_states().items():
+            if name in self.hooks and isinstance(state, dict):
+                self.hooks[name].load_state_dict(state)
         directory.write_result("running", 0, {})
         plan, online = self.plan, self.plan.online
         log.info("online     %s, %s feedback by %s", plan.loss.name, plan.kind, online.scorer.name)
         log.info("prompts    %d, %d a round; %d held out", len(plan.prompts), min(online.prompts_per_round, len(plan.prompts)),
-                 min(online.eval_prompts, len(plan.held_out)))  # fmt: skip
+                 min(online.eval_prompts, len(plan.eval_prompts)))  # fmt: skip
         log.info("run        %s", directory.path)
 
-    def _remembered(self) -> dict[str, Any]:
-        """By the hooks, for a walk that goes on."""
+    def _hook_states(self) -> dict[str, Any]:
+        """The state of every hook, for a resume."""
         return {name: hook.state_dict() for name, hook in self.hooks.items()}
 
-    def _remembered_before(self) -> dict[str, Any]:
-        """By an earlier start: as of the last round that is done, else as of that start."""
-        rounds = [self.plan.directory_of(number) / NOTE for number in reversed(range(self.plan.online.rounds))]
+    def _saved_hook_states(self) -> dict[str, Any]:
+        """The hooks' state after the last completed round, else that of the last start."""
+        rounds = [self.plan.directory_of(number) / STATE for number in reversed(range(self.plan.online.rounds))]
         for path in filter(Path.is_file, [*rounds, self.directory.path / HOOKS]):
-            found = confined.load_object(path, within=self.directory.path)
-            kept = found if path.name == HOOKS else found.get("hooks") if found.get("done") else None
-            if isinstance(kept, dict):
-                return kept
+            saved = confined.load_object(path, within=self.directory.path)
+            states = saved if path.name == HOOKS else saved.get("hooks") if saved.get("done") else None
+            if isinstance(states, dict):
+                return states
         return {}
 
-    def _record(self, one: Round, result: RoundResult) -> None:
-        """A round's rows of metrics.jsonl, in the place of any that an earlier attempt has left, and its examples."""
-        self.directory.truncate_metrics(one.number - 1)
-        for split, row in ((TRAIN, result.train), (EVAL, result.held)):
-            if row:
-                whole = {"step": one.number, "split": split, **row}
-                self.directory.append_metrics(call_on_eval(self.hooks, self, whole))
+    def _record(self, current: Round, result: RoundResult) -> None:
+        """Log a round's metrics and examples, replacing any metrics that an earlier attempt left."""
+        self.directory.truncate_metrics(current.number - 1)
+        for split, metrics in ((TRAIN, result.train), (EVAL, result.evaluation)):
+            if metrics:
+                row = {"step": current.number, "split": split, **metrics}
+                self.directory.append_metrics(call_on_eval(self.hooks, self, row))
         if result.examples:
-            measure.write_examples(one.directory, result.examples, f"{self.config.exp_name}, round {one.number}")
+            measure.write_examples(current.directory, result.examples, f"{self.config.exp_name}, round {current.number}")
             rows = [rollout.shown() for rollout in result.examples]
             for hook in self.hooks.values():
                 hook.on_examples(self, rows)
-        self.metrics = {name: value for name, value in {**result.train, **result.held}.items() if not name.startswith("seconds")}
+        merged = {**result.train, **result.evaluation}
+        self.metrics = {name: value for name, value in merged.items() if not name.startswith("seconds")}
         shown = [f"{name} {value:.4g}" for name, value in result.train.items() if name in SHOWN]
-        shown += [f"held-out {name} {value:.4g}" for name, value in result.held.items() if name in ("reward", "win_rate")]
-        log.info("round %d of %d: %s", one.number, self.plan.online.rounds, ", ".join(shown))
+        shown += [f"held-out {name} {value:.4g}" for name, value in result.evaluation.items() if name in ("reward", "win_rate")]
+        log.info("round %d of %d: %s", current.number, self.plan.online.rounds, ", ".join(shown))
 
-    def _clean(self, number: int) -> None:
-        """The weights of rounds that nobody needs any more; what was sampled and measured stays."""
+    def _delete_old_weights(self, number: int) -> None:
+        """Delete the weights of rounds before the last `online.keep_rounds`; their samples and metrics stay."""
         if self.plan.online.keep_rounds is None:
             return
         for old in range(number + 1 - self.plan.online.keep_rounds):
@@ -252,22 +253,22 @@ class OnlineRun:
                 shutil.rmtree(self.plan.directory_of(old) / "train" / name, ignore_errors=True)
 
     def _finish(self) -> None:
-        """The last policy's exam, and FINAL."""
+        """Evaluate the last policy, and write FINAL."""
         plan = self.plan
         last = plan.policy(plan.online.rounds)
-        if plan.held_out:
-            place = self.directory.path / "exam"
-            if not sampled_from(place / "samples.jsonl", last, None, plan.cache):
-                shutil.rmtree(place, ignore_errors=True)  # of a walk that was shorter
-            exam = Round(plan, plan.online.rounds, place)
-            self._record(exam, exam.examine())
-        integrity.check(Path(last), "the last policy", plan.cache)  # what is copied is listed anew
+        if plan.eval_prompts:
+            directory = self.directory.path / "exam"
+            if not sampled_from(directory / "samples.jsonl", last, None, plan.cache):
+                shutil.rmtree(directory, ignore_errors=True)  # of an earlier attempt with fewer rounds
+            evaluation = Round(plan, plan.online.rounds, directory)
+            self._record(evaluation, evaluation.evaluate())
+        integrity.check(Path(last), "the last policy", plan.cache)  # before copying, since the copy gets a manifest of its own
         with staged(self.directory.final, main=True, facts={"rounds": plan.online.rounds}) as hidden:
             shutil.copytree(last, hidden, dirs_exist_ok=True, copy_function=_link, ignore=shutil.ignore_patterns("manifest.json"))
 
 
 def _link(source: str, target: str) -> str:
-    """The same bytes in both places, where the file system can; nothing of a FINAL is ever written into."""
+    """Hard-link a file, or copy it where the file system cannot; the files of a FINAL are never modified."""
     try:
         os.link(source, target)
     except OSError:
@@ -276,11 +277,12 @@ def _link(source: str, target: str) -> str:
 
 
 def stored_overrides(run: Path) -> list[str]:
-    """What a saved run's training is given. Raises UserError where that cannot be read."""
+    """The overrides of a saved run's training. Raises UserError where they cannot be read."""
     path = run / OVERRIDES
     overrides = confined.load_object(path, within=run).get("words")
     if not isinstance(overrides, list) or not all(isinstance(word, str) for word in overrides):
-        raise UserError(f"{path} holds no overrides")
-    overrides = [word for word in overrides if not word.startswith(("plugins=", "cache_dir="))]  # they are typed again
+        raise UserError(f"{path} does not hold a list of overrides")
+    # these two must be passed again on the command line
+    overrides = [word for word in overrides if not word.startswith(("plugins=", "cache_dir="))]
     refuse_saved_overrides(overrides, str(path))
     return overrides

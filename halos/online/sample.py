@@ -25,11 +25,11 @@ from halos.confined import expanded
 from halos.distributed.children import exit_process
 from halos.errors import UserError, command
 from halos.online.options import SAMPLER
-from halos.online.records import Kept, Ledger, open_for_all
+from halos.online.records import FileStore, ResumableFile, open_on_all_ranks
 from halos.rollout import collect
 from halos.rollout.engines.engine import Engine, open_engine
 from halos.rollout.prompts import fitting, read_prompts
-from halos.rollout.ranks import Ranks, device_of_this_process
+from halos.rollout.ranks import Ranks, local_device
 from halos.rollout.types import TRAIN, Origin, Prompt, Request, Row, Sample, requests_for
 
 CHUNK = 4  # batches that are sampled and kept together: what a crash can lose
@@ -74,22 +74,22 @@ def run(args: argparse.Namespace) -> int:
     if args.overwrite and ranks.main:
         args.output.unlink(missing_ok=True)
     policy = Policy(args, sampler, ranks)
-    ledger = Ledger(args.output, policy.request(prompts), rank=ranks.rank)
-    if ranks.first(ledger.is_done()):
+    ledger = ResumableFile(args.output, policy.request(prompts), rank=ranks.rank)
+    if ranks.from_rank_0(ledger.is_done()):
         say(ranks, f"{args.output} is there already, of this very request")
-        ranks.wait()
+        ranks.barrier()
         return 0
-    open_for_all(ledger, ranks)
+    open_on_all_ranks(ledger, ranks)
     if own := sum(prompt.samples is not None or prompt.temperature is not None for prompt in prompts):
         say(ranks, f"{own} of {len(prompts)} prompts say themselves how many samples they want, or at what temperature")
     requests, too_long = policy.requests(prompts)
     _sample(requests, policy, ledger, ranks)
-    ranks.wait()
+    ranks.barrier()
     ledger.open()  # what the others have kept
     divergence = policy.divergence(ledger, requests)
     if ranks.main:
         _finish(args, ledger, requests, {"prompts": len(prompts), "prompts_too_long": too_long, **divergence}, began)
-    ranks.wait()
+    ranks.barrier()
     return 0
 
 
@@ -106,16 +106,16 @@ def _checked(args: argparse.Namespace) -> Sampler:
     sampler = SAMPLER.read(args)
     if sampler.temperature == 0 and args.samples > 1:
         raise UserError("--temperature 0 gives the same text each time: give -n 1, or a temperature")
-    if complaint := sampler_complaint(sampler, SAMPLER.spelled):
+    if complaint := sampler_complaint(sampler, SAMPLER.flag):
         raise UserError(complaint)
     if args.kl_samples and not args.reference:
         raise UserError("--kl-samples needs --reference, the model to compare with")
     return sampler
 
 
-def _sample(requests: Sequence[Request], policy: Policy, ledger: Ledger, ranks: Ranks) -> None:
+def _sample(requests: Sequence[Request], policy: Policy, ledger: ResumableFile, ranks: Ranks) -> None:
     """Every request that is not answered yet, some batches at a time: a chunk holds the same requests after any crash."""
-    size, store = CHUNK * policy.sampler.batch_size, Kept[Sample](ledger)
+    size, store = CHUNK * policy.sampler.batch_size, FileStore[Sample](ledger)
     chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
     mine = [chunk for chunk in chunks[ranks.rank :: ranks.world] if not all(store.has(each.key) for each in chunk)]
     if not mine:
@@ -125,7 +125,7 @@ def _sample(requests: Sequence[Request], policy: Policy, ledger: Ledger, ranks: 
             bar.update()
 
 
-def _finish(args: argparse.Namespace, ledger: Ledger, requests: Sequence[Request], facts: Row, began: float) -> None:
+def _finish(args: argparse.Namespace, ledger: ResumableFile, requests: Sequence[Request], facts: Row, began: float) -> None:
     """The file itself, what is told beside it, and a line for people."""
     seconds, too_long = time.perf_counter() - began, facts["prompts_too_long"]
     facts = {**counts([ledger.rows[request.key] for request in requests]), **facts}
@@ -169,7 +169,7 @@ class Policy:
         cache = expanded(args.cache_dir)
         if ranks.main:
             locate(args.model, args.revision, cache)
-        ranks.wait()
+        ranks.barrier()
         self.directory = locate(args.model, args.revision, cache)
         if ranks.main:
             integrity.check_all([("MODEL", self.directory), ("--reference", args.reference)], cache)
@@ -182,7 +182,7 @@ class Policy:
         from halos.checkpoint.lineage import identity
 
         args = self.args
-        weights = self.ranks.first(identity(self.directory, args.cache_dir) if self.directory and self.ranks.main else None)
+        weights = self.ranks.from_rank_0(identity(self.directory, args.cache_dir) if self.directory and self.ranks.main else None)
         asked = [[prompt.id, prompt.turns, prompt.samples, prompt.temperature] for prompt in prompts]
         settings = mathematics(self.sampler)
         return {
@@ -223,14 +223,14 @@ class Policy:
         from halos.models.load import load_model, weights_dtype
 
         transformers_logging.disable_progress_bar()
-        device = device_of_this_process()
+        device = local_device()
         dtype = weights_dtype(self.args.dtype, trained=False, half=has_bfloat16())
         model: Any = load_model(
             directory, self.tokenizer, reward=False, dtype=dtype, attention="sdpa", stops=end_of_turn(self.tokenizer)
         )
         return model.to(device).eval()
 
-    def divergence(self, ledger: Ledger, requests: Sequence[Request]) -> dict[str, Any]:
+    def divergence(self, ledger: ResumableFile, requests: Sequence[Request]) -> dict[str, Any]:
         """log pi / pi_ref of whole completions, in the mean over some samples: an estimate of the KL, nats a completion."""
         args, temperature = self.args, self.sampler.temperature
         if not args.kl_samples or not temperature or not self.ranks.main or self.directory is None:

@@ -101,7 +101,7 @@ class Stages:
         online, sampler = self.online, self.online.sampler
         words = [
             policy, "--data", str(prompts), "--output", str(output), "--max-length", str(max_length), "--seed", str(seed),
-            "--cache-dir", self.config.cache_dir, *SAMPLER.words(sampler),
+            "--cache-dir", self.config.cache_dir, *SAMPLER.arguments(sampler),
         ]  # fmt: skip
         model = self.config.model
         words += _given(chat_template=model.chat_template, revision=revision)
@@ -117,8 +117,8 @@ class Stages:
               "reward_model": ["--reward-model", str(scorer.model)], "judge": ["--judge", str(scorer.model)]}  # fmt: skip
         words = [
             str(samples), str(output), "--feedback", kind, "--scores", str(scores), "--seed", str(self.config.seed),
-            "--cache", str(cache), "--cache-dir", self.config.cache_dir, *by[scorer.name], *SCORER.words(scorer),
-            *FEEDBACK.words(self.online.feedback),
+            "--cache", str(cache), "--cache-dir", self.config.cache_dir, *by[scorer.name], *SCORER.arguments(scorer),
+            *FEEDBACK.arguments(self.online.feedback),
         ]  # fmt: skip
         words += ["--against", str(against)] if scorer.pairwise and against is not None else []
         words += ["--plugins", *self.config.plugins] if self.config.plugins else []

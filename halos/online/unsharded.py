@@ -1,4 +1,4 @@
-"""The policy in training as one whole model, however its processes hold it."""
+"""The policy in training as one whole model, whatever the strategy that holds it."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ POLICY = Origin("policy")
 
 
 class Unsharded:
-    """The current policy, whole: under FSDP or ZeRO-3 a temporary full copy on every rank, since ranks sample different texts.
+    """The current policy, unsharded: under FSDP or ZeRO-3 a temporary full copy on every rank, since each samples other texts.
 
-    `skeleton` makes the policy without weights, for those of a sharded one to be gathered in.
+    `skeleton` builds the policy without weights, into which those of a sharded one are gathered.
     """
 
     def __init__(self, run: Run, skeleton: Callable[[], nn.Module]) -> None:
@@ -28,15 +28,15 @@ class Unsharded:
 
     @contextmanager
     def opened(self) -> Iterator[PreTrainedModel]:
-        """With the weights of this step; every process opens it."""
+        """The model with the weights of this step. Every rank enters."""
         strategy, module, model = self.run.strategy, self.run.module, self.run.model
         if not strategy.is_sharded:
             yield bare(model)
             return
         self._copy = self._copy if self._copy is not None else self._skeleton()
         state = strategy.gathered(module, trained_only=False, offload=False)
-        own = {name: value for name, value in state.items() if not name.startswith(weights.HEAD)}
-        self._copy.load_state_dict(own, strict=False, assign=True)
+        without_head = {name: value for name, value in state.items() if not name.startswith(weights.HEAD)}
+        self._copy.load_state_dict(without_head, strict=False, assign=True)
         for name, buffer in model.named_buffers():  # rotary tables and the like, which no state dict holds
             parent, _, last = name.rpartition(".")
             self._copy.get_submodule(parent).register_buffer(last, buffer.detach(), persistent=False)

@@ -1,1 +1,1 @@
-"""Completions sampled from a policy, scored, and made into what a loss learns from: engines, scorers, rewards, feedback."""
+"""Completions sampled from a policy, scored, and turned into training data: sampling engines, scorers, rewards, feedback."""

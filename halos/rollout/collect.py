@@ -1,4 +1,4 @@
-"""Sample, then score: the step that a live loop takes at once, and rounds by halves, each a stage that can be gone on with."""
+"""Sample, then score. A live loop does both in one call; rounds do each in a stage of its own, which can be resumed."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.types import Key, Request, Rollout, Sample
 
-TOGETHER = 64  # scores that are kept together, where they cost only time
+STORED_AT_ONCE = 64  # scores: what a crash can lose
 
 Item = TypeVar("Item", Sample, Rollout)
 
 
 class Store(Protocol[Item]):
-    """Where samples or scores are kept as they come, by key."""
+    """Storage for samples or rollouts by key, written as they come."""
 
     def has(self, key: Key) -> bool: ...
 
@@ -26,7 +26,7 @@ class Store(Protocol[Item]):
 
 
 class InMemory(Generic[Item]):
-    """For as long as a step takes."""
+    """A store that lives as long as one step."""
 
     def __init__(self) -> None:
         self.items: dict[Key, Item] = {}
@@ -41,9 +41,10 @@ class InMemory(Generic[Item]):
 def collect(
     requests: Sequence[Request], engine: Callable[[], AbstractContextManager[Engine]], scorer: Scorer, ranks: Ranks
 ) -> list[Rollout]:
-    """Every process samples and scores its share; all get the whole, in the order of the requests.
+    """Every rank samples and scores its shard of the requests; all get all rollouts, in the order of the requests.
 
-    The engine is opened on every process, whatever its share, since opening may gather weights; it is closed before scoring.
+    The engine is opened on every rank, even one with an empty shard, since opening may all-gather weights; it is closed before
+    scoring.
     """
     samples, rollouts = InMemory[Sample](), InMemory[Rollout]()
     mine = requests[ranks.rank :: ranks.world]
@@ -52,15 +53,15 @@ def collect(
             pass
     for _ in score(list(samples.items.values()), scorer, rollouts):
         pass
-    everyone = {key: rollout for part in ranks.gather(rollouts.items) for key, rollout in part.items()}
-    return [everyone[request.key] for request in requests]
+    all_rollouts = {key: rollout for part in ranks.gather(rollouts.items) for key, rollout in part.items()}
+    return [all_rollouts[request.key] for request in requests]
 
 
 def sample(chunks: Iterable[Sequence[Request]], engine: Engine, store: Store[Sample]) -> Iterator[Sample]:
-    """Samples of the chunks in which something is missing, as they come.
+    """Yield samples of every chunk that is incomplete in the store.
 
-    A chunk is sampled whole and kept when it is whole, so that after any crash the same requests stand beside each other, and
-    give the same texts; answers that are paid for are kept one by one, and none is asked for twice.
+    A chunk is sampled as a whole and stored when it is complete, so that after a crash the same requests share a batch and give
+    the same texts. Answers of a paid engine are stored one by one, and none is requested twice.
     """
     for chunk in chunks:
         missing = [request for request in chunk if not store.has(request.key)]
@@ -78,13 +79,13 @@ def sample(chunks: Iterable[Sequence[Request]], engine: Engine, store: Store[Sam
 
 
 def score(samples: Sequence[Sample], scorer: Scorer, store: Store[Rollout]) -> Iterator[Rollout]:
-    """Rollouts of the samples that have no score in the store, as they come."""
+    """Yield rollouts of the samples that have no score in the store."""
     fresh = []
     for each, scored in scorer.score([each for each in samples if not store.has(each.key)]):
         rollout = Rollout(each, replace(scored, scorer=scorer.name()))
         yield rollout
         fresh.append(rollout)
-        if len(fresh) >= TOGETHER:
+        if len(fresh) >= STORED_AT_ONCE:
             store.keep(fresh)
             fresh = []
     store.keep(fresh)

@@ -1,4 +1,4 @@
-"""From rollouts to what a loss learns from: pairs, labels or the scores themselves, in HALOs' own records."""
+"""Turns rollouts into training data: pairs, labels or the scores themselves, in the format of HALOs' files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CLOSE = 1e-12  # scores that differ by less are equal
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two samples of one prompt, of which one is better. They are shown as A and B in their order, or `swapped`."""
+    """Two samples of one prompt, one of them better. In files `one` is A and `other` is B, or the reverse where `swapped`."""
 
     one: Rollout
     other: Rollout
@@ -42,7 +42,7 @@ class Pair:
 
     @property
     def margin(self) -> float | None:
-        """By how much, where both have scores."""
+        """The difference of the scores; None unless both have one."""
         scores = self.one.score.value, self.other.score.value
         return None if None in scores else abs(self.one.reward - self.other.reward)
 
@@ -63,7 +63,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Label:
-    """A sample that is desirable, or not: its score is at the threshold at the least."""
+    """A sample that is desirable, its score being at least the threshold, or not."""
 
     rollout: Rollout
     desirable: bool
@@ -79,7 +79,7 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A sample, and its score as it is."""
+    """A sample with its score as the reward."""
 
     rollout: Rollout
 
@@ -95,35 +95,35 @@ Feedback = Pair | Label | Reward
 
 
 def make(rollouts: Sequence[Rollout], settings: Settings, *, kind: str, seed: int) -> tuple[Sequence[Feedback], dict[str, int]]:
-    """Feedback of rollouts, held-out ones apart, and what was left out and why.
+    """Feedback from the training rollouts, evaluation ones left out; and counts of what was left out, by reason.
 
-    `settings.threshold`: of pairs the difference that must be exceeded (null: 0); of labels the score from which on a
-    completion is desirable, a number, or the mean (null) or median of all scores.
+    `settings.threshold`: for pairs the difference that scores must exceed (null: 0); for labels the lowest desirable score, a
+    number, or the mean (null) or median of all scores.
     """
     threshold = check_threshold(kind, settings.threshold)
-    rows = [rollout for rollout in rollouts if not rollout.prompt.is_held_out]
-    known = [rollout for rollout in rows if rollout.score.value is not None]
-    counts = {"without_score": len(rows) - len(known)}
-    groups = by_prompt(known)
+    rows = [rollout for rollout in rollouts if not rollout.prompt.is_eval]
+    scored = [rollout for rollout in rows if rollout.score.value is not None]
+    counts = {"without_score": len(rows) - len(scored)}
+    groups = by_prompt(scored)
     counts |= {"groups": len(groups), "groups_all_equal": sum(map(_all_equal, groups))}
-    said = [rollout for rollout in known if rollout.sample.text.strip()]
-    if kind != SCALAR:  # text that is empty cannot be told from the prompt; scores come with tokens, an end token at the least
-        counts["empty"] = len(known) - len(said)
-    made: Sequence[Feedback]
+    non_empty = [rollout for rollout in scored if rollout.sample.text.strip()]
+    if kind != SCALAR:  # empty text has no tokens to train on; rewards go with the sampled tokens, at least an end token
+        counts["empty"] = len(scored) - len(non_empty)
+    result: Sequence[Feedback]
     if kind == PAIRWISE:
-        made = _pairs(by_prompt(said), settings.pairing, float(threshold or 0), seed)
+        result = _pairs(by_prompt(non_empty), settings.pairing, float(threshold or 0), seed)
     elif kind == BINARY:
-        made = _labels(known, said, threshold)
+        result = _labels(scored, non_empty, threshold)
     else:
         kept = [group for group in groups if not (settings.drop_equal and _all_equal(group))]
-        made = [Reward(rollout) for group in kept for rollout in group]
-    return made, counts | {"rows": len(made)}
+        result = [Reward(rollout) for group in kept for rollout in group]
+    return result, counts | {"rows": len(result)}
 
 
 def check_threshold(kind: str, threshold: Any) -> float | str | None:
-    """The threshold as a number or a word. Raises UserError for what it cannot be."""
-    words = ("mean", "median") if kind == BINARY else ()
-    if threshold is None or threshold in words:
+    """The threshold as a number, or the name of a statistic. Raises UserError for anything else."""
+    names = ("mean", "median") if kind == BINARY else ()
+    if threshold is None or threshold in names:
         return threshold
     takes = "mean, median or a number" if kind == BINARY else "a number"
     try:
@@ -135,15 +135,15 @@ def check_threshold(kind: str, threshold: Any) -> float | str | None:
 
 
 def _pairs(groups: Sequence[list[Rollout]], pairing: str, least: float, seed: int) -> list[Pair]:
-    """random: the group shuffled, neighbours are paired. max: the best with the worst. min: the two that are closest."""
+    """random: shuffle the group, pair neighbours. max: the best with the worst. min: the two whose scores are closest."""
     pairs = []
     for group in groups:
-        dice = random.Random(f"{seed}/{group[0].prompt.id}")
+        generator = random.Random(f"{seed}/{group[0].prompt.id}")
         some = sorted(group, key=lambda rollout: rollout.sample.number)
-        dice.shuffle(some)  # among equals too none comes first for its place
+        generator.shuffle(some)  # so that ties are not broken by sample number
         for one, other in _chosen(some, pairing, least):
             if one.sample.text != other.sample.text:
-                swapped = dice.random() < 0.5
+                swapped = generator.random() < 0.5
                 pairs.append(Pair(one, other, swapped, one_is_better=one.reward > other.reward))
     return pairs
 
@@ -161,13 +161,13 @@ def _chosen(some: list[Rollout], pairing: str, least: float) -> list[tuple[Rollo
     return [min(pairs, key=lambda two: two[0].reward - two[1].reward)] if pairs else []
 
 
-def _labels(known: Sequence[Rollout], said: Sequence[Rollout], threshold: float | str | None) -> list[Label]:
-    if not said:
+def _labels(scored: Sequence[Rollout], non_empty: Sequence[Rollout], threshold: float | str | None) -> list[Label]:
+    if not non_empty:
         return []
-    rewards = [rollout.reward for rollout in known]
-    at = statistics.median(rewards) if threshold == "median" else threshold
-    at = statistics.fmean(rewards) if at is None or at == "mean" else float(at)
-    return [Label(rollout, rollout.reward >= at, at) for rollout in said]
+    rewards = [rollout.reward for rollout in scored]
+    lowest = statistics.median(rewards) if threshold == "median" else threshold
+    lowest = statistics.fmean(rewards) if lowest is None or lowest == "mean" else float(lowest)
+    return [Label(rollout, rollout.reward >= lowest, lowest) for rollout in non_empty]
 
 
 def _row(rollout: Rollout) -> Row:
@@ -185,6 +185,6 @@ def _origin(rollout: Rollout) -> Row:
 
 
 def _all_equal(group: Sequence[Rollout]) -> bool:
-    """Of several samples, so that they teach nothing about each other."""
+    """Whether several samples have equal rewards, and so give no learning signal."""
     rewards = [rollout.reward for rollout in group]
     return len(group) > 1 and max(rewards) - min(rewards) < CLOSE

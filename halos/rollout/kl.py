@@ -1,4 +1,4 @@
-"""How far a policy has moved: log-ratios of what it sampled."""
+"""KL divergence of a policy from its reference, estimated from the policy's samples."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +19,9 @@ AT_ONCE = 8  # sequences of one forward pass
 def mean_log_ratio(
     reference: Any, samples: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]], temperature: float
 ) -> float:
-    """The mean of log pi(y|x) - log pi_ref(y|x) over samples (prompt ids, sampled ids, their log-probs): nats a completion.
+    """The mean of log pi(y|x) - log pi_ref(y|x) over samples (prompt ids, sampled ids, their log-probs), in nats per completion.
 
-    Both are of the softmax at the temperature that was sampled at.
+    Both log-probs are of the softmax at the sampling temperature.
     """
     register()
     reference.set_attn_implementation(SEGMENTS)

@@ -1,4 +1,4 @@
-"""What a round has come to, in numbers and in examples for people."""
+"""Metrics of sampled completions, and examples of them for people to read."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 from halos.confined import write_whole
 from halos.rollout.types import EVAL, TRAIN, Rollout, Row, Sample, Score, by_prompt, question
 
-PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # of two answers that a judge has compared
-HELD_OUT = ("reward", "reward/std", "length", "cut", "samples", "examples")  # what is measured of held-out answers, score or none
-LONGEST = 600  # characters of a prompt or completion that are shown
+PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # verdicts of a judge that compares two answers
+EVAL_METRICS = ("reward", "reward/std", "length", "cut", "samples", "examples")  # of an evaluation by generated answers
+MAX_SHOWN = 600  # characters of a prompt or completion in the examples
 
 
 def of_split(rollouts: Iterable[Rollout], split: str) -> list[Rollout]:
@@ -21,9 +21,9 @@ def of_split(rollouts: Iterable[Rollout], split: str) -> list[Rollout]:
 
 
 def of_samples(rollouts: Sequence[Rollout], *, split: str) -> dict[str, float]:
-    """Rewards and what the samples are like, of the rollouts of one split; nothing where it has none."""
+    """Metrics of the samples of one split, and of their rewards where they have any; empty where the split is."""
     some = of_split(rollouts, split)
-    known = [rollout.reward for rollout in some if rollout.score.value is not None]
+    rewards = [rollout.reward for rollout in some if rollout.score.value is not None]
     if not some:
         return {}
     metrics = {
@@ -31,8 +31,8 @@ def of_samples(rollouts: Sequence[Rollout], *, split: str) -> dict[str, float]:
         "cut": statistics.fmean(rollout.sample.finish == "length" for rollout in some),
         "samples": len(some),
     }
-    if known:
-        metrics |= {"reward": statistics.fmean(known), "reward/std": statistics.pstdev(known)}
+    if rewards:
+        metrics |= {"reward": statistics.fmean(rewards), "reward/std": statistics.pstdev(rewards)}
     if split == TRAIN:
         groups = by_prompt(some)
         metrics["unique"] = statistics.fmean(len({rollout.sample.text for rollout in group}) / len(group) for group in groups)
@@ -45,36 +45,36 @@ def of_samples(rollouts: Sequence[Rollout], *, split: str) -> dict[str, float]:
 
 
 def win_rate(rollouts: Sequence[Rollout], first: Sequence[Rollout]) -> float | None:
-    """The share of held-out prompts that are answered better than by the first policy; where both are as good, half of one."""
+    """The fraction of evaluation prompts that are answered better than by the first policy; a tie counts as 0.5."""
 
-    def held(some: Sequence[Rollout]) -> list[Rollout]:
+    def scored(some: Sequence[Rollout]) -> list[Rollout]:
         return [rollout for rollout in of_split(some, EVAL) if rollout.score.value is not None]
 
-    before = {rollout.prompt.id: rollout.reward for rollout in held(first)}
-    pairs = [(each.reward, before[each.prompt.id]) for each in held(rollouts) if each.prompt.id in before]
+    before = {rollout.prompt.id: rollout.reward for rollout in scored(first)}
+    pairs = [(each.reward, before[each.prompt.id]) for each in scored(rollouts) if each.prompt.id in before]
     if not pairs:
         return None
     return statistics.fmean(1.0 if now > then else 0.5 if math.isclose(now, then) else 0.0 for now, then in pairs)
 
 
-def judged(samples: Sequence[Sample], pairs: Sequence[Row]) -> list[Rollout]:
-    """Samples with what a judge that compares has made of each; nothing of those that it was not asked about, or gave no answer
-    about that could be read."""
+def with_verdicts(samples: Sequence[Sample], pairs: Sequence[Row]) -> list[Rollout]:
+    """Samples with the verdicts of a judge that compares; None for those it did not compare, or whose answer was unreadable."""
     verdicts: dict[tuple[str, int], str] = {}
-    held: dict[str, str] = {}
+    eval_verdicts: dict[str, str] = {}
     for pair in pairs:
         if pair.get("split") == EVAL and pair.get("won") is not None:
-            held[pair["prompt_id"]] = {1.0: PREFERRED, 0.5: TIE, 0.0: OTHER}[pair["won"]]
+            eval_verdicts[pair["prompt_id"]] = {1.0: PREFERRED, 0.5: TIE, 0.0: OTHER}[pair["won"]]
         elif pair.get("split") != EVAL and pair.get("verdict") is not None:
             for letter in ("A", "B"):
-                said = TIE if pair["verdict"] == "tie" else PREFERRED if pair["verdict"] == letter else OTHER
-                verdicts[(pair["prompt_id"], pair[f"sample_id_{letter}"])] = said
-    said = [held.get(each.prompt.id) if each.prompt.is_held_out else verdicts.get(each.key) for each in samples]
-    return [Rollout(each, Score(None, verdict=verdict)) for each, verdict in zip(samples, said, strict=True)]
+                verdict = TIE if pair["verdict"] == "tie" else PREFERRED if pair["verdict"] == letter else OTHER
+                verdicts[(pair["prompt_id"], pair[f"sample_id_{letter}"])] = verdict
+    found = [eval_verdicts.get(each.prompt.id) if each.prompt.is_eval else verdicts.get(each.key) for each in samples]
+    return [Rollout(each, Score(None, verdict=verdict)) for each, verdict in zip(samples, found, strict=True)]
 
 
 def examples(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
-    """Held-out answers first, then of as many prompts the best and the worst, or two that a judge has compared."""
+    """`count` answers to evaluation prompts, then for `count` training prompts the best and the worst sample, or two that a judge
+    compared."""
     shown = of_split(rollouts, EVAL)[:count]
     for group in by_prompt(of_split(rollouts, TRAIN))[:count]:
         scored = sorted((each for each in group if each.score.value is not None), key=lambda each: each.reward)
@@ -85,7 +85,7 @@ def examples(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
 
 
 def write_examples(directory: Path, rollouts: Sequence[Rollout], title: str) -> None:
-    """samples.md, and samples.html, which needs nothing but a browser."""
+    """Write samples.md and a self-contained samples.html."""
     lines = [f"# {title}", "", "| split | score | prompt | completion |", "| --- | --- | --- | --- |"]
     cells = [(each.prompt.split or TRAIN, _score(each.score), _short(question(each.prompt.turns)), _short(each.sample.text))
              for each in rollouts]  # fmt: skip
@@ -100,7 +100,7 @@ def _score(score: Score) -> str:
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= LONGEST else text[:LONGEST] + " ..."
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + " ..."
 
 
 STYLE = (

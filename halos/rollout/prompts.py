@@ -1,4 +1,4 @@
-"""Which prompts a round samples for: each once before any comes again, and the held-out ones that every round is judged on."""
+"""The prompts of a round: training prompts, none twice before all were used once, and the same evaluation prompts every round."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from halos.types import Demonstration
 
 
 def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str) -> list[Prompt]:
-    """The prompts of data entries, with what the data says of their answers. Rows of one prompt are one prompt.
+    """The prompts of data entries, with their solutions where the data has them. Rows with the same prompt give one prompt.
 
-    Raises UserError for rows without a prompt, and where two prompts share an id.
+    Raises UserError for rows without a prompt, and for two prompts with one id.
     """
     prompts: dict[str, Prompt] = {}
     for entry in entries:
@@ -31,67 +31,67 @@ def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str) -> li
             if record.left_out:
                 continue
             prompt = _read(record, prompts)
-            twin = prompts.setdefault(prompt.id, prompt)
-            if twin.turns != prompt.turns:
+            first = prompts.setdefault(prompt.id, prompt)
+            if first.turns != prompt.turns:
                 raise UserError(f"{record.where}: two prompts have the prompt_id {prompt.id!r}")
-    return _once(list(prompts.values()))
+    return _deduplicated(list(prompts.values()))
 
 
-def _once(prompts: list[Prompt]) -> list[Prompt]:
-    """Without the later ones of those that ask the same: samples of one prompt are one group."""
-    seen: dict[str, Prompt] = {}
+def _deduplicated(prompts: list[Prompt]) -> list[Prompt]:
+    """The first of the prompts with equal turns: samples of one prompt are one group."""
+    unique: dict[str, Prompt] = {}
     for prompt in prompts:
-        seen.setdefault(repr(prompt.turns), prompt)
-    return list(seen.values())
+        unique.setdefault(repr(prompt.turns), prompt)
+    return list(unique.values())
 
 
-class Encodes(Protocol):
+class PromptEncoder(Protocol):
     """An Encoder of halos/data/tokenize.py, which imports transformers."""
 
     def prompts(self, prompts: Sequence[tuple[Turns, str]], /) -> Sequence[np.ndarray]: ...
 
 
-def fitting(prompts: Sequence[Prompt], encoder: Encodes, room: float) -> list[Prompt]:
-    """With their tokens, those that have at most `room` of them."""
+def fitting(prompts: Sequence[Prompt], encoder: PromptEncoder, room: float) -> list[Prompt]:
+    """Tokenize the prompts; return those with at most `room` tokens."""
     ids = encoder.prompts([(prompt.turns, prompt.id) for prompt in prompts])
     return [replace(prompt, ids=own) for prompt, own in zip(prompts, ids, strict=True) if len(own) <= room]
 
 
 def digest(prompts: Sequence[Prompt]) -> str:
-    """A hash of prompts in their order, with all that decides what is sampled of them and how that is scored."""
-    kept = [prompt.to_row() for prompt in prompts]
-    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+    """A hash of prompts in their order, with everything that influences their samples and the scores of these."""
+    rows = [prompt.to_row() for prompt in prompts]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read(record: DataRow, taken: Collection[str]) -> Prompt:
     turns, solution = read_prompt(record)
-    row, of_a_round = record.record, record.record.get("type") == "prompt"
-    own: Mapping[str, Any] = row if of_a_round else {}  # only a prompts.jsonl says how many samples are wanted of each
-    name = str(row["prompt_id"]) if row.get("prompt_id") is not None else _own_name(record.where, taken)
+    row, is_prompt_row = record.record, record.record.get("type") == "prompt"
+    own: Mapping[str, Any] = row if is_prompt_row else {}  # only rows of a prompts.jsonl may set samples and temperature
+    name = str(row["prompt_id"]) if row.get("prompt_id") is not None else _name_from_file(record.where, taken)
     samples = int(own["samples"]) if own.get("samples") is not None else None
     return Prompt(name, tuple(map(dict, turns)), own.get("split"), samples, own.get("temperature"),
                   {} if solution is None else {"solution": solution})  # fmt: skip
 
 
-def _own_name(where: str, taken: Collection[str]) -> str:
-    """`a.jsonl:3` without its directory, since what is drawn for a prompt depends on its name: a moved file gives the same."""
+def _name_from_file(where: str, taken: Collection[str]) -> str:
+    """`a.jsonl:3` without the directory: a prompt's random numbers depend on its name, and must not change when a file moves."""
     name = where.rpartition("/")[2]
     return name if name not in taken else next(each for n in count(2) if (each := f"{name}~{n}") not in taken)
 
 
 def for_round(prompts: Sequence[Prompt], number: int, *, count: int, samples: int, seed: int) -> list[Prompt]:
-    """`count` prompts for round `number`: a pure function of the seed. None is used again before all others were."""
+    """`count` prompts for round `number`, a pure function of the seed. No prompt is used twice before all were used once."""
     rows = min(count, len(prompts))
     order, start = Order(np.zeros(len(prompts), np.int32), [1.0], 1, seed), number * rows
-    chosen = [int(order.batch(place)[0]) for place in range(start, start + rows)]
-    # where one pass ends and the next begins within a round, a prompt may come twice: it is one prompt
-    return [replace(prompts[place], samples=samples, split=TRAIN) for place in dict.fromkeys(chosen)]
+    chosen = [int(order.batch(position)[0]) for position in range(start, start + rows)]
+    # where an epoch ends within the round, a prompt may be drawn twice: it is used once
+    return [replace(prompts[index], samples=samples, split=TRAIN) for index in dict.fromkeys(chosen)]
 
 
-def held_out(prompts: Sequence[Prompt], *, count: int, seed: int) -> list[Prompt]:
-    """The prompts that every round's policy answers, once each and greedily."""
+def eval_prompts(prompts: Sequence[Prompt], *, count: int, seed: int) -> list[Prompt]:
+    """The evaluation prompts, which every round's policy answers once each, greedily."""
     if not prompts or not count:
         return []
     order = Order(np.zeros(len(prompts), np.int32), [1.0], 1, seed)
-    chosen = sorted(int(order.batch(place)[0]) for place in range(min(count, len(prompts))))
-    return [replace(prompts[place], samples=1, temperature=0.0, split=EVAL) for place in chosen]
+    chosen = sorted(int(order.batch(position)[0]) for position in range(min(count, len(prompts))))
+    return [replace(prompts[index], samples=1, temperature=0.0, split=EVAL) for index in chosen]

@@ -1,4 +1,4 @@
-"""The processes of a stage: one, or as many as a launcher has started, each with its share of the work."""
+"""The ranks of a sampling or labelling stage: one process, or as many as a launcher started, each with a shard of the work."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Ranks:
 
     @classmethod
     def of_stage(cls) -> Ranks:
-        """Without a launcher nothing of torch's is touched, so that stages which need no model start at once."""
+        """The ranks of this process. Without a launcher torch is not imported, so that stages without a model start at once."""
         if world_size() == 1:
             return cls(count_from_environment("RANK", 0), 1)
         from accelerate import Accelerator
@@ -32,25 +32,24 @@ class Ranks:
     def main(self) -> bool:
         return self.rank == 0
 
-    def gather(self, mine: Any) -> list[Any]:
-        """Every process's, in their order; a barrier too."""
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all ranks, in rank order; also a barrier."""
         if self.world == 1:
-            return [mine]
+            return [value]
         from accelerate.utils import gather_object
 
-        return gather_object([mine])
+        return gather_object([value])
 
-    def first(self, mine: Any) -> Any:
-        """What the first process has."""
-        return self.gather(mine)[0]
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        return self.gather(value)[0]
 
-    def wait(self) -> None:
-        """Until every process is here."""
+    def barrier(self) -> None:
         self.gather(None)
 
 
-def device_of_this_process() -> Any:
-    """A GPU of its own where there is one, else the CPU."""
+def local_device() -> Any:
+    """This rank's GPU, or the CPU where there is none."""
     import torch
 
     from halos.distributed.device import prepare_torch, uses_gpu

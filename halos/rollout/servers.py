@@ -1,4 +1,4 @@
-"""What servers behind an OpenAI-compatible URL are asked: with a key from the environment, many at a time, and paid for once."""
+"""Requests to OpenAI-compatible servers: the key comes from the environment, many run concurrently, each is paid for once."""
 
 from __future__ import annotations
 
@@ -11,101 +11,101 @@ import httpx
 
 from halos.errors import UserError
 
-Asked = TypeVar("Asked")
-Given = TypeVar("Given")
+Question = TypeVar("Question")
+Answer = TypeVar("Answer")
 
 KEY = "OPENAI_API_KEY"
-LISTENS = 10.0  # seconds in which a server that is up says something
-RETRIES = 6  # by the client, with its own growing pauses: 429, 5xx, lost connections
+CONNECT_TIMEOUT = 10.0  # seconds in which a running server responds
+RETRIES = 6  # by the client, with exponential backoff: 429, 5xx, lost connections
 
 
 class OverBudgetError(Exception):
-    """A cap is reached; nothing more is asked."""
+    """A cap is reached; no more requests are sent."""
 
 
-class _EndingError(Exception):
-    """Of what was not asked any more, because something before it went wrong."""
+class _ClosingError(Exception):
+    """A request was not sent, because an earlier one failed."""
 
 
-def refuse_without(what: str) -> None:
-    """Raises UserError where the package or the key is missing that `what` needs."""
+def require_client(what: str) -> None:
+    """Raises UserError where the package or the API key that `what` needs is missing."""
     try:
         import openai  # noqa: F401
     except ImportError as error:
         raise UserError(f"{what} needs the package openai: pip install openai") from error
-    refuse_keyless(what)
+    require_key(what)
 
 
-def refuse_keyless(what: str) -> None:
+def require_key(what: str) -> None:
     if not os.environ.get(KEY):
         raise UserError(
-            f"{what} reads its key from the environment, and {KEY} is not set: export {KEY}=... (any word for a server that"
-            " wants none)"
+            f"{what} reads its key from the environment, and {KEY} is not set: export {KEY}=... (any value for a server that"
+            " needs none)"
         )
 
 
-def refuse_silent(url: str, key: str) -> None:
-    """Raises UserError where nothing listens at an address; whatever it answers, be it an error, will do."""
+def refuse_unreachable(url: str, key: str) -> None:
+    """Raises UserError where nothing listens at a URL; any response will do, even an error."""
     try:
-        httpx.get(f"{url.rstrip('/')}/models", timeout=LISTENS)
+        httpx.get(f"{url.rstrip('/')}/models", timeout=CONNECT_TIMEOUT)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        said = str(error) or type(error).__name__
-        raise UserError(f"{key}={url} does not answer ({said}): start the server first, or give its address") from error
+        reason = str(error) or type(error).__name__
+        raise UserError(f"{key}={url} does not answer ({reason}): start the server first, or give its address") from error
 
 
 def answers(
-    asked: Sequence[Asked],
-    ask: Callable[[Any, Asked], Coroutine[Any, Any, Given]],
+    questions: Sequence[Question],
+    ask: Callable[[Any, Question], Coroutine[Any, Any, Answer]],
     *,
     url: str | None,
     concurrency: int,
     timeout: float,
-) -> Generator[Given, None, None]:
-    """What `ask(client, each)` gives, as it comes, so many at a time.
+) -> Generator[Answer, None, None]:
+    """Yield results of `ask(client, question)` as they complete, `concurrency` at a time.
 
-    Raises UserError for a server that does not answer, and OverBudgetError as `ask` does. What is under way then, or when
-    nobody takes the answers any more, may be paid for already: it is awaited, and `ask` keeps it.
+    Raises UserError for a server that does not answer, and OverBudgetError when `ask` does. Requests in flight at that moment,
+    or when the generator is closed, may be paid for already: they are awaited, and `ask` stores their answers.
     """
-    loop, coming = asyncio.new_event_loop(), _coming(asked, ask, url, concurrency, timeout)
+    loop, results = asyncio.new_event_loop(), _results(questions, ask, url, concurrency, timeout)
     try:
         while True:
             try:
-                yield loop.run_until_complete(anext(coming))
+                yield loop.run_until_complete(anext(results))
             except StopAsyncIteration:
                 return
     finally:
-        loop.run_until_complete(coming.aclose())
+        loop.run_until_complete(results.aclose())
         loop.close()
 
 
-async def _coming(
-    asked: Sequence[Asked],
-    ask: Callable[[Any, Asked], Coroutine[Any, Any, Given]],
+async def _results(
+    questions: Sequence[Question],
+    ask: Callable[[Any, Question], Coroutine[Any, Any, Answer]],
     url: str | None,
     concurrency: int,
     timeout: float,
-) -> AsyncGenerator[Given, None]:
+) -> AsyncGenerator[Answer, None]:
     import openai
 
-    # the key goes from the environment into the client, and nowhere else
+    # the client reads the key from the environment; it is stored nowhere else
     async with openai.AsyncOpenAI(base_url=url, max_retries=RETRIES, timeout=timeout) as client:
-        gate, ending = asyncio.Semaphore(concurrency), asyncio.Event()
+        slots, closing = asyncio.Semaphore(concurrency), asyncio.Event()
 
-        async def one(each: Asked) -> Given:
-            async with gate:
-                if ending.is_set():
-                    raise _EndingError
-                return await ask(client, each)
+        async def ask_one(question: Question) -> Answer:
+            async with slots:
+                if closing.is_set():
+                    raise _ClosingError
+                return await ask(client, question)
 
-        tasks = [asyncio.ensure_future(one(each)) for each in asked]
+        tasks = [asyncio.ensure_future(ask_one(question)) for question in questions]
         try:
             for done in asyncio.as_completed(tasks):
                 yield await done
         except openai.APIError as error:
-            said = f"{type(error).__name__}: {str(error).rstrip('.')}"
+            reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
             raise UserError(
-                f"{url or 'the API'} does not answer: {said}. What was answered is kept: the same command asks for the rest"
+                f"{url or 'the API'} does not answer: {reason}. Answers so far are kept: the same command asks for the rest"
             ) from error
         finally:
-            ending.set()
+            closing.set()
             await asyncio.gather(*tasks, return_exceptions=True)

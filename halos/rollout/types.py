@@ -1,4 +1,4 @@
-"""What flows from a prompt to a reward: Prompt -> Request -> Sample -> Score; each as a file has it, and as code sees it."""
+"""The data types of sampling, Prompt -> Request -> Sample -> Score, and their rows in files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import numpy as np
 from halos.errors import UserError
 
 Row = dict[str, Any]  # a line of a file
-Key = tuple[str, int]  # of a sample: its prompt's id, and its number among that prompt's samples
-Turns = tuple[Mapping[str, Any], ...]  # as halos.types has them, without what that imports
-TRAIN, EVAL = "train", "eval"  # what a prompt is for
+Key = tuple[str, int]  # identifies a sample: its prompt's id, and its number among the samples of that prompt
+Turns = tuple[Mapping[str, Any], ...]  # as in halos.types, which imports torch
+TRAIN, EVAL = "train", "eval"  # splits of prompts
 
-# Of a sample's line, and of its score; all else in a line are columns of the data
+# keys of a sample and of its score in a row; every other key is a column of the data
 _OF_SAMPLE = ("type", "prompt_id", "sample_id", "prompt", "split", "output", "finish", "tokens", "seed", "temperature",
               "generator", "output_ids", "logps", "vocabulary", "generator_sha256")  # fmt: skip
 _OF_SCORE = ("reward", "labeller", "cost", "problem", "parts", "verdict")
@@ -24,35 +24,35 @@ _OF_SCORE = ("reward", "labeller", "cost", "problem", "parts", "verdict")
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked, and what the data says of it."""
+    """A prompt with the columns of its row in the data."""
 
     id: str
     turns: Turns
-    split: str | None = None  # train | eval; None before that is decided
-    samples: int | None = None  # its own number, in the place of everybody's
-    temperature: float | None = None  # its own; 0: the likeliest token each time
-    columns: Mapping[str, Any] = field(default_factory=dict)  # of its row in the data, as reward functions see them: `solution`
+    split: str | None = None  # train | eval; None until that is decided
+    samples: int | None = None  # overrides the common number of samples
+    temperature: float | None = None  # overrides the common temperature; 0: greedy
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of the data, as reward functions see them, such as `solution`
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), compare=False, repr=False)
-    """Its tokens as an engine is fed them, the template's generation prompt included; in no file."""
+    """Token ids for the engine, the template's generation prompt included; not written to files."""
 
     @property
-    def is_held_out(self) -> bool:
+    def is_eval(self) -> bool:
         return self.split == EVAL
 
     def to_row(self) -> Row:
         own = {"samples": self.samples, "temperature": self.temperature, "split": self.split}
-        return {"type": "prompt", "prompt_id": self.id, "prompt": list(self.turns), **self.columns, **_known(own)}
+        return {"type": "prompt", "prompt_id": self.id, "prompt": list(self.turns), **self.columns, **_without_none(own)}
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One completion of one prompt. The same request gives the same text (of one engine, on one kind of hardware)."""
+    """A request for one completion of one prompt. The same request gives the same text (on one engine and kind of hardware)."""
 
     prompt: Prompt
     number: int
     ids: tuple[int, ...]  # the prompt's tokens
     seed: int
-    temperature: float  # 0: the likeliest token each time
+    temperature: float  # 0: greedy
     max_new_tokens: int
 
     @property
@@ -60,46 +60,46 @@ class Request:
         return self.prompt.id, self.number
 
     def uniforms(self) -> np.ndarray:
-        """One number in (0, 1) for each token that may come: (max_new_tokens,) float64, the same in every numpy."""
+        """A random number in (0, 1) for each possible token: (max_new_tokens,) float64, the same in every version of numpy."""
         bits = np.random.Philox(np.random.SeedSequence(self.seed)).random_raw(self.max_new_tokens)
         return ((bits >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Whose samples they are."""
+    """The policy that samples come from."""
 
-    generator: str  # the policy's name
-    vocabulary: str | None = None  # of the tokenizer that the ids are of
+    generator: str  # its name
+    vocabulary: str | None = None  # identifies the tokenizer of the sampled ids
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """A completion, as an engine gave it or a file has it; None is what files of other tools do not say.
+    """A completion from an engine or a file; None stands for what files of other tools do not have.
 
-    `ids` and `logps` (of the softmax at the request's temperature, before top_p and top_k) are empty for engines that speak
-    text; the end token is among them where it was sampled.
+    `ids` and `logps` (of the softmax at the request's temperature, before top_p and top_k) are empty for engines that return
+    text alone; they include the end token where it was sampled.
     """
 
     prompt: Prompt
     number: int
     output: str | Turns  # text, or messages
     finish: str | None = None  # stop | length
-    tokens: int | None = None  # sampled, as the engine counts them
+    tokens: int | None = None  # number of sampled tokens, as counted by the engine
     seed: int | None = None
     temperature: float | None = None
     ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
     generator: str | None = None
     vocabulary: str | None = None
-    weights: str | None = None  # the hash of those that it was sampled from
+    weights: str | None = None  # hash of the weights that it was sampled from
 
     @classmethod
     def of(
         cls, request: Request, origin: Origin, text: str, *, finish: str, tokens: int, ids: Sequence[int] = (),
         logps: Iterable[float] = (),
     ) -> Sample:  # fmt: skip
-        """What an engine answers. Log-probs have the seven digits of the files, so that a file read back is what was sampled."""
+        """An engine's answer to a request. Log-probs are rounded to the 7 digits of the files, so that files read back equal."""
         return cls(
             request.prompt, request.number, text, finish, tokens, request.seed, request.temperature, tuple(ids),
             tuple(round(logp, 7) for logp in logps), origin.generator, origin.vocabulary if ids else None,
@@ -121,32 +121,33 @@ class Sample:
         about = {"type": "sample", "prompt_id": self.prompt.id, "sample_id": self.number, "prompt": list(self.prompt.turns)}
         split = {"split": self.prompt.split}
         output = self.output if isinstance(self.output, str) else list(self.output)
-        said = {"finish": self.finish, "tokens": self.tokens, "seed": self.seed, "temperature": self.temperature,
+        facts = {"finish": self.finish, "tokens": self.tokens, "seed": self.seed, "temperature": self.temperature,
                 "generator": self.generator}  # fmt: skip
-        return {**about, **self.prompt.columns, **_known(split), "output": output, **_known(said), **self.token_row()}
+        split, facts = _without_none(split), _without_none(facts)
+        return {**about, **self.prompt.columns, **split, "output": output, **facts, **self.token_row()}
 
     def token_row(self) -> Row:
-        """What only engines that know tokens say; other tools may know them without their log-probs."""
+        """Token ids and log-probs, where known; other tools may have ids without log-probs."""
         ids, logps = list(self.ids) or None, list(self.logps) or None
-        return _known({"output_ids": ids, "logps": logps, "vocabulary": self.vocabulary})
+        return _without_none({"output_ids": ids, "logps": logps, "vocabulary": self.vocabulary})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> Sample:
-        """A line of ours or of HALOs, whose AlpacaEval mode has an `instruction` for a `prompt`. One without a sample_id is
-        number -1. Raises UserError, with `where` the line stands, for what is no sample."""
+        """A row of our files or of HALOs', whose AlpacaEval mode has an `instruction` for a `prompt`. Without a sample_id the
+        number is -1. Raises UserError, naming `where` the row is, for a row that is no sample."""
         if "output" not in row or ("prompt" not in row and "instruction" not in row) or "prompt_id" not in row:
             has = ", ".join(row) or "none"
             raise UserError(f"{where}: a sample has prompt_id, prompt (or instruction) and output; this row has {has}")
-        asked, output = row["prompt"] if "prompt" in row else row["instruction"], row["output"]
-        asked = [{"role": "user", "content": asked}] if isinstance(asked, str) else asked
-        for name, value in (("prompt", asked), ("output", [] if isinstance(output, str) else output)):
+        turns, output = row["prompt"] if "prompt" in row else row["instruction"], row["output"]
+        turns = [{"role": "user", "content": turns}] if isinstance(turns, str) else turns
+        for name, value in (("prompt", turns), ("output", [] if isinstance(output, str) else output)):
             if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
                 raise UserError(f"{where}: {name} is {str(row.get(name))[:60]!r}; it takes text or a list of messages")
         number = row.get("sample_id")
         if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
             raise UserError(f"{where}: sample_id is {number!r}, not a whole number")
         columns = {name: value for name, value in row.items() if name not in _OF_SAMPLE}
-        prompt = Prompt(str(row["prompt_id"]), tuple(asked), row.get("split"), columns=columns)
+        prompt = Prompt(str(row["prompt_id"]), tuple(turns), row.get("split"), columns=columns)
         return cls(
             prompt, -1 if number is None else number, output if isinstance(output, str) else tuple(output), row.get("finish"),
             row.get("tokens"), row.get("seed"), row.get("temperature"), tuple(row.get("output_ids") or ()),
@@ -156,20 +157,20 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What a scorer makes of a sample; `value` is None where there is no score, and `problem` says why."""
+    """A scorer's score of a sample. Where there is none, `value` is None and `problem` says why."""
 
     value: float | None
     problem: str = ""
     cost: float = 0.0
-    parts: Mapping[str, float] = field(default_factory=dict)  # of a composition, by function
+    parts: Mapping[str, float] = field(default_factory=dict)  # by function, where several are added up
     scorer: str | None = None  # its name
     verdict: str | None = None  # of a judge that compares: preferred | not preferred | tie
-    lacking: tuple[str, ...] = ()  # columns that a function asked for and the sample does not have, where it raised
+    lacking: tuple[str, ...] = ()  # columns that a function read but the sample does not have, where it raised
 
     def to_row(self) -> Row:
         own = {"labeller": self.scorer, "cost": self.cost} if self.scorer is not None else {}
         more = {"problem": self.problem or None, "parts": dict(self.parts) or None, "verdict": self.verdict}
-        return {"reward": self.value, **own, **_known(more)}
+        return {"reward": self.value, **own, **_without_none(more)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Score:
@@ -194,17 +195,17 @@ class Rollout:
 
     @property
     def reward(self) -> float:
-        """Of one that has a score."""
+        """The score, which must not be None."""
         assert self.score.value is not None
         return self.score.value
 
     def shown(self) -> Row:
-        """For people and hooks: `prompt`, `output`, `reward`, `split` and all else that is known."""
+        """A row for people and hooks: `prompt`, `output`, `reward`, `split` and everything else that is known."""
         return {**self.sample.to_row(), **self.score.to_row()}
 
     def to_row(self) -> Row:
         score = self.score.to_row()
-        weights = _known({"generator_sha256": self.sample.weights})
+        weights = _without_none({"generator_sha256": self.sample.weights})
         first = {name: score.pop(name) for name in ("reward", "labeller", "cost") if name in score}
         return {**self.sample.to_row(), "type": "scalar_feedback", "output": self.sample.messages, **first, **weights, **score}
 
@@ -215,13 +216,13 @@ class Rollout:
 
 
 def seed_of(seed: int, prompt_id: str, sample_id: int) -> int:
-    """A request's own: 63 bits."""
+    """The seed of one request: 63 bits."""
     text = f"{seed}/{prompt_id}/{sample_id}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def requests_for(prompts: Iterable[Prompt], *, samples: int, temperature: float, max_new_tokens: int, seed: int) -> list[Request]:
-    """Every sample of every prompt, in order. A prompt's own `samples` and `temperature` come first."""
+    """Requests for every sample of every prompt, in order. A prompt's own `samples` and `temperature` take precedence."""
     return [
         Request(
             prompt, number, ids, seed_of(seed, prompt.id, number),
@@ -234,7 +235,7 @@ def requests_for(prompts: Iterable[Prompt], *, samples: int, temperature: float,
 
 
 def by_prompt(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:
-    """Samples of one prompt together, in the order of the prompts."""
+    """Rollouts grouped by prompt, in the order of the prompts."""
     groups: dict[str, list[Rollout]] = {}
     for rollout in rollouts:
         groups.setdefault(rollout.prompt.id, []).append(rollout)
@@ -242,8 +243,8 @@ def by_prompt(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:
 
 
 def numbered(samples: Iterable[tuple[Sample, str]]) -> Iterator[Sample]:
-    """Samples with a number each, those that have none in their order; raises UserError, with where it stands, for a second
-    sample of one number."""
+    """Number the samples that have no number, in their order. Raises UserError, naming where it is, for a second sample with
+    one number."""
     taken: dict[str, set[int]] = {}
     for sample, where in samples:
         others = taken.setdefault(sample.prompt.id, set())
@@ -255,18 +256,18 @@ def numbered(samples: Iterable[tuple[Sample, str]]) -> Iterator[Sample]:
 
 
 def text_of(output: Any) -> str:
-    """A completion as text, whether a record has it as text or as messages."""
+    """A completion as text, given as text or as messages."""
     if isinstance(output, str):
         return output
     return "\n".join(str(turn.get("content") or "") for turn in output or ())
 
 
 def question(turns: Sequence[Mapping[str, Any]]) -> str:
-    """A prompt as text, for people and rubrics: one turn as it is, several with their roles."""
+    """A prompt as text, for people and rubrics: a single turn's content, or several turns with their roles."""
     if len(turns) == 1:
         return str(turns[0].get("content") or "")
     return "\n\n".join(f"{turn['role']}: {turn.get('content') or ''}" for turn in turns)
 
 
-def _known(row: Row) -> Row:
+def _without_none(row: Row) -> Row:
     return {name: value for name, value in row.items() if value is not None}

@@ -11,7 +11,7 @@ from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.errors import UserError
 from halos.examples import Completion, Item
-from halos.rollout.measure import HELD_OUT
+from halos.rollout.measure import EVAL_METRICS
 from halos.types import Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 ALWAYS = ("loss", "examples")
@@ -20,7 +20,7 @@ ALWAYS = ("loss", "examples")
 def refuse_unavailable_objective(config: Config, loss: LossSpec) -> None:
     """Raises UserError if no evaluation of this loss yields objective.metric, whatever the data."""
     metric = config.objective.metric
-    names = frozenset(HELD_OUT) if config.online is not None else metrics_of(loss)
+    names = frozenset(EVAL_METRICS) if config.online is not None else metrics_of(loss)
     if not config.data.eval or names is None or metric in names:
         return
     near = nearest(metric, names)

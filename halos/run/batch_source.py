@@ -134,7 +134,7 @@ class PolicySource:
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)
         refuse_unscorable(config, self.prompts.train)
         self.total = config.train.steps or 0
-        prompts = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.held_out)]
+        prompts = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.evaluation)]
         prompts_hash = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         require_same_on_all_ranks(accelerator, "prompts (by their hash)", prompts_hash)
 
@@ -147,7 +147,7 @@ class PolicySource:
     def content_hashes(self) -> dict[str, str | None]:
         return {
             "data.train": digest(self.prompts.train),
-            "data.eval": digest(self.prompts.held_out) if self.prompts.held_out else None,
+            "data.eval": digest(self.prompts.evaluation) if self.prompts.evaluation else None,
         }
 
     def tokens_until(self, step: int) -> None:
@@ -155,7 +155,7 @@ class PolicySource:
 
     def open(self, run: Run, policy: Unsharded) -> TrainerData:
         source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, policy)
-        return TrainerData(Split(source.rows, None), None, source, source.exam if self.prompts.held_out else None)
+        return TrainerData(Split(source.rows, None), None, source, source.evaluate if self.prompts.evaluation else None)
 
 
 def refuse_unfit_for_live(loss: LossSpec) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from halos.online.label import main as label
 from halos.online.records import read, read_meta, write
-from halos.rollout.prompts import held_out
+from halos.rollout.prompts import eval_prompts
 
 
 def samples() -> list[dict[str, Any]]:
@@ -48,11 +48,11 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(place: Pa
     assert run(place) == 0
     assert read(place / "f.jsonl") == before
     assert run(place, "--feedback", "binary") == 2
-    assert "is there already" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     assert read(place / "f.jsonl") == before
 
 
-def test_the_samples_own_file_is_not_written_over(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_file_of_samples_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(place, output="s.jsonl") == 2
     assert "is the samples' own file" in capsys.readouterr().err
     assert read(place / "s.jsonl") == samples()
@@ -60,7 +60,7 @@ def test_the_samples_own_file_is_not_written_over(place: Path, capsys: pytest.Ca
     assert run(place, output="d") == 2
 
 
-def test_samples_without_numbers_are_numbered_and_twins_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_without_numbers_are_numbered_and_duplicates_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{**row, "sample_id": None} for row in samples()]
     write(place / "s.jsonl", rows)
     assert run(place, "--feedback", "scalar") == 0
@@ -79,7 +79,7 @@ def test_samples_without_numbers_are_numbered_and_twins_refused(place: Path, cap
         ({"output": [{"text": "x"}]}, "it takes text or a list of messages"),
     ],
 )
-def test_what_is_no_sample_is_told_by_its_line(
+def test_a_row_that_is_no_sample_is_refused_with_its_line(
     row: dict[str, Any], said: str, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write(place / "s.jsonl", [samples()[0], {**samples()[1], **row}])
@@ -90,11 +90,11 @@ def test_what_is_no_sample_is_told_by_its_line(
     assert not (place / "f.scores.jsonl.partial").exists()
 
 
-def test_words_that_are_wrong_are_told(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["--reward", "{function: length"], "--reward cannot be read"),
         (["--threshold", "nan"], "takes a number, not 'nan'"),
-        (["--pairwise"], "--pairwise is of a --judge"),
+        (["--pairwise"], "--pairwise needs --judge"),
         (["--processes", "0"], "--processes takes a whole number (at least 1), not 0"),
     ):
         assert run(place, *words) == 2
@@ -102,4 +102,4 @@ def test_words_that_are_wrong_are_told(place: Path, capsys: pytest.CaptureFixtur
 
 
 def test_no_held_out_prompts_are_none() -> None:
-    assert held_out([], count=5, seed=0) == []
+    assert eval_prompts([], count=5, seed=0) == []

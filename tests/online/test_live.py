@@ -1,4 +1,4 @@
-"""The live loop: what a step trains on was said by the policy as it is in that step, on every strategy."""
+"""The live loop: a step trains on samples of the policy in that step, under every strategy."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import train
 from halos.errors import UserError
-from halos.online.live import learned_from
+from halos.online.live import usable_feedback
 from halos.rollout import feedback
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.types import Demonstration, Judgement
@@ -64,7 +64,7 @@ def test_sampled_log_probs_are_the_recomputed_ones_on_every_strategy(
     assert alone[-1]["reward"] != alone[0]["reward"]
 
 
-def test_the_policy_moves_between_samples_and_a_killed_run_goes_on_exactly(command: Command, tmp_path: Path) -> None:
+def test_the_policy_moves_between_samples_and_a_killed_run_resumes_exactly(command: Command, tmp_path: Path) -> None:
     command(*LIVE, "exp_name=whole")
     command(*LIVE, "exp_name=cut")
     # back to the checkpoint of step 2, as a run that died after it would go on
@@ -105,14 +105,14 @@ def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(command: Command,
     assert (done.returncode, "online.sampler.url" in done.stderr) == (2, True), "where keys are sent is typed again"
 
 
-def test_a_loss_that_imitates_learns_from_what_is_desirable_and_others_from_all() -> None:
+def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:
     sample = Sample(Prompt("p", ({"role": "user", "content": "?"},)), 0, "so")
     labels = [feedback.Label(Rollout(sample, Score(value)), value > 0, 0.5) for value in (0.0, 1.0)]
-    assert learned_from(labels, Demonstration) == labels[1:]
-    assert learned_from(labels, Judgement) == labels
+    assert usable_feedback(labels, Demonstration) == labels[1:]
+    assert usable_feedback(labels, Judgement) == labels
 
 
-def test_what_cannot_be_live_is_told(tmp_path: Path, cache: Path) -> None:
+def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
     for words, said in (
         (["online.loss=kto"], "for which it needs online.rounds"),
         (["train.batch_size=2"], "cannot hold the 3 samples"),

@@ -1,4 +1,4 @@
-"""A key of a sampler, a scorer or feedback stands in the YAML and in the schema; the stage commands' options follow from that."""
+"""A key of a sampler, a scorer or feedback is in the YAML and the schema; the options of stage commands are derived from it."""
 
 import argparse
 import re
@@ -30,22 +30,22 @@ NAMES = ["sampler", "scorer", "feedback"]
 
 
 @pytest.mark.parametrize(("options", "parser", "command", "own"), COMMANDS, ids=NAMES)
-def test_what_is_not_typed_is_the_yamls(
+def test_an_option_that_is_not_passed_has_the_yamls_default(
     options: Options[Any], parser: argparse.ArgumentParser, command: list[str], own: dict[str, Any]
 ) -> None:
     assert options.read(parser.parse_args(command), **own) == replace(section(options.schema), **own)
 
 
 @pytest.mark.parametrize("number", range(len(COMMANDS)), ids=NAMES)
-def test_what_a_round_types_for_a_stage_is_read_as_the_rounds_own_settings(number: int) -> None:
+def test_the_arguments_of_a_stage_are_parsed_as_the_rounds_own_settings(number: int) -> None:
     (options, parser, command, own), settings = COMMANDS[number], CHANGED[number]
     defaults = section(options.schema)
     same = [each.name for each in fields(settings) if getattr(settings, each.name) == getattr(defaults, each.name)]
     assert not set(same) - set(own), "each key has another value than by default"
-    assert options.read(parser.parse_args([*command, *options.words(settings)]), **own) == settings
+    assert options.read(parser.parse_args([*command, *options.arguments(settings)]), **own) == settings
 
 
-def test_a_value_out_of_its_range_is_told_by_the_options_name() -> None:
+def test_a_value_out_of_its_range_is_refused_with_the_options_name() -> None:
     for words, said in (
         (["--batch-size", "0"], r"--batch-size takes a whole number \(at least 1\), not 0"),
         (["--sampler", "vlm"], r"--sampler takes hf, vllm, openai, not 'vlm' \(did you mean vllm\?\)"),
@@ -54,7 +54,7 @@ def test_a_value_out_of_its_range_is_told_by_the_options_name() -> None:
             SAMPLER.read(sample.parser().parse_args([*COMMANDS[0][2], *words]))
 
 
-def test_every_key_has_the_yamls_words_in_the_help() -> None:
+def test_every_key_has_the_yamls_comment_as_its_help() -> None:
     assert help_texts(Sampler)["cache_tokens"] == "hf: tokens of the key-value cache"
     assert "hf: tokens of the key-value cache (default 32768)" in " ".join(sample.parser().format_help().split())
     assert all(words for schema in (Sampler, Scorer, Feedback) for words in help_texts(schema).values())
@@ -63,7 +63,7 @@ def test_every_key_has_the_yamls_words_in_the_help() -> None:
 @pytest.mark.parametrize(
     ("key", "reader"), [("cache_tokens", "engines/hf.py"), ("price_in", "scorers/judge.py"), ("max_requests", "scorers/judge.py")]
 )
-def test_a_key_of_an_engine_or_a_scorer_stands_in_the_schema_and_where_it_is_read(key: str, reader: str) -> None:
+def test_a_key_of_an_engine_or_a_scorer_is_in_the_schema_and_where_it_is_read(key: str, reader: str) -> None:
     read = re.compile(rf"(?<!online\.sampler\.)\b{key}\b")  # advice in messages is not counted
     named = {path.relative_to(HALOS).as_posix() for path in HALOS.rglob("*.py") if read.search(path.read_text())}
     assert named == {"config/schema.py", f"rollout/{reader}"}

@@ -1,4 +1,4 @@
-"""Files between stages: whole or not there, and gone on with."""
+"""Files between stages: complete or absent, and resumable."""
 
 import hashlib
 import json
@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 from halos.errors import UserError
-from halos.online.records import Ledger, meta_path, read, read_meta, write
+from halos.online.records import ResumableFile, meta_path, read, read_meta, write
 
 REQUEST = {"model": "a", "seed": 0}
 
 
-def test_rows_survive_and_the_file_has_them_in_the_order_that_was_asked_for(tmp_path: Path) -> None:
+def test_rows_survive_and_the_file_has_them_in_the_requested_order(tmp_path: Path) -> None:
     path = tmp_path / "samples.jsonl"
-    first = Ledger(path, REQUEST)
+    first = ResumableFile(path, REQUEST)
     first.open()
     first.add({("p", 1): {"n": 1}})
-    again = Ledger(path, REQUEST)
+    again = ResumableFile(path, REQUEST)
     again.open()
     assert again.rows == {("p", 1): {"n": 1}}
     again.add({("p", 0): {"n": 0}})
@@ -25,52 +25,52 @@ def test_rows_survive_and_the_file_has_them_in_the_order_that_was_asked_for(tmp_
     again.finish([("p", 0), ("p", 1)], {"samples": 2})
     assert read(path) == [{"n": 0}, {"n": 1}]
     assert read_meta(path) == {"request": REQUEST, "sha256": hashlib.sha256(path.read_bytes()).hexdigest(), "samples": 2}
-    assert Ledger(path, REQUEST).is_done()
+    assert ResumableFile(path, REQUEST).is_done()
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["samples.jsonl", "samples.meta.json"]
 
 
-def test_a_line_that_a_crash_has_cut_is_forgotten_and_the_next_one_is_whole(tmp_path: Path) -> None:
+def test_a_line_that_a_crash_cut_off_is_dropped_and_the_next_one_is_complete(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    ledger = Ledger(path, REQUEST)
+    ledger = ResumableFile(path, REQUEST)
     ledger.open()
     ledger.add({"a": {"n": 1}})
     with (ledger.partial / "rows.0.jsonl").open("a") as file:
         file.write('{"key": "b", "row": {"n"')
-    again = Ledger(path, REQUEST)
+    again = ResumableFile(path, REQUEST)
     again.open()
     again.add({"c": {"n": 3}})
-    last = Ledger(path, REQUEST)
+    last = ResumableFile(path, REQUEST)
     last.open()
     assert last.rows == {"a": {"n": 1}, "c": {"n": 3}}
 
 
-def test_rows_of_other_processes_are_taken_up(tmp_path: Path) -> None:
+def test_rows_of_other_ranks_are_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     for rank in (0, 1, 2):
-        ledger = Ledger(path, REQUEST, rank=rank)
+        ledger = ResumableFile(path, REQUEST, rank=rank)
         ledger.open()
         ledger.add({f"{rank}": {"rank": rank}})
-    alone = Ledger(path, REQUEST)
+    alone = ResumableFile(path, REQUEST)
     alone.open()
     assert alone.rows.keys() == {"0", "1", "2"}
 
 
 def test_another_request_is_refused_by_what_differs(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
-    ledger = Ledger(path, REQUEST)
+    ledger = ResumableFile(path, REQUEST)
     ledger.open()
     ledger.add({"a": {"n": 1}})
     with pytest.raises(UserError, match="its seed was 0, not 1: delete it"):
-        Ledger(path, {**REQUEST, "seed": 1}).open()
+        ResumableFile(path, {**REQUEST, "seed": 1}).open()
     ledger.finish(["a"], {})
     with pytest.raises(UserError, match="its model was a, not b"):
-        Ledger(path, {**REQUEST, "model": "b"}).is_done()
+        ResumableFile(path, {**REQUEST, "model": "b"}).is_done()
     meta_path(path).unlink()
     with pytest.raises(UserError, match="does not say what it was made from"):
-        Ledger(path, REQUEST).is_done()
+        ResumableFile(path, REQUEST).is_done()
 
 
-def test_both_kinds_of_file_are_read_and_what_is_none_is_named(tmp_path: Path) -> None:
+def test_both_kinds_of_file_are_read_and_anything_else_is_refused_by_name(tmp_path: Path) -> None:
     rows = [{"a": "ä"}, {"a": 2}]
     for name in ("x.json", "x.jsonl"):
         write(tmp_path / name, rows)

@@ -1,4 +1,4 @@
-"""Rounds from beginning to end, killed wherever it hurts: the same samples, the same feedback, the same weights."""
+"""Online runs from start to end, killed in every stage: the same samples, the same feedback, the same weights."""
 
 import hashlib
 import json
@@ -46,12 +46,12 @@ SMALL = [
 ]  # fmt: skip
 
 
-class Walk:
-    """train.py with a walk's words, as a user starts it; every start goes on with what is there."""
+class StartedRun:
+    """train.py with the overrides of an online run, as a user starts it; every further start resumes."""
 
     def __init__(self, place: Path, cache: Path, words: list[str], environment: dict[str, str] | None = None) -> None:
-        self.run = place / "walk"
-        common = [f"output_root={place}", "exp_name=walk", f"cache_dir={cache}"]
+        self.run = place / "online"
+        common = [f"output_root={place}", "exp_name=online", f"cache_dir={cache}"]
         self.words = [*SMALL, *common, *words]
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **(environment or {})}
 
@@ -85,98 +85,98 @@ class Walk:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], Walk]:
-    """A finished walk of a loss, run once."""
-    made: dict[str, Walk] = {}
+def whole(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Callable[[str], StartedRun]:
+    """A finished online run of a loss, run once."""
+    made: dict[str, StartedRun] = {}
 
-    def of(loss: str) -> Walk:
+    def of(loss: str) -> StartedRun:
         if loss not in made:
-            made[loss] = Walk(tmp_path_factory.mktemp(loss), cache, [f"online.loss={loss}"])
+            made[loss] = StartedRun(tmp_path_factory.mktemp(loss), cache, [f"online.loss={loss}"])
             made[loss].finish()
         return made[loss]
 
     return of
 
 
-def test_a_walk_leaves_what_people_came_for(whole: Callable[[str], Walk]) -> None:
-    walk = whole("dpo")
-    assert walk.result()["status"] == "finished"
-    names = {path.name for path in (walk.run / "rounds" / "000").iterdir()}
+def test_an_online_run_leaves_metrics_samples_feedback_and_a_final_model(whole: Callable[[str], StartedRun]) -> None:
+    started = whole("dpo")
+    assert started.result()["status"] == "finished"
+    names = {path.name for path in (started.run / "rounds" / "000").iterdir()}
     assert names >= {"prompts.jsonl", "samples.jsonl", "feedback.jsonl", "train", "round.json", "samples.md", "samples.html"}
-    assert [row["step"] for row in walk.rows("train")] == [0, 1]
-    assert [row["step"] for row in walk.rows("eval")] == [0, 1, 2]
-    assert {"reward", "reward/std", "length", "kl", "unique", "cost", "seconds/sample", "seconds/train"} <= walk.rows("train")[
+    assert [row["step"] for row in started.rows("train")] == [0, 1]
+    assert [row["step"] for row in started.rows("eval")] == [0, 1, 2]
+    assert {"reward", "reward/std", "length", "kl", "unique", "cost", "seconds/sample", "seconds/train"} <= started.rows("train")[
         1
     ].keys()
-    assert walk.rows("eval")[0]["win_rate"] == 0.5
-    feedback = read(walk.run / "rounds" / "000" / "feedback.jsonl")
+    assert started.rows("eval")[0]["win_rate"] == 0.5
+    feedback = read(started.run / "rounds" / "000" / "feedback.jsonl")
     for name in ("generator_sha256", "labeller", "prompt_id", "seed_A", "seed_B", "reward_A", "cost"):
         assert feedback[0][name] is not None
-    model = AutoModelForCausalLM.from_pretrained(walk.run / "FINAL")
-    last = AutoModelForCausalLM.from_pretrained(walk.run / "rounds" / "001" / "train" / "FINAL")
-    first = AutoModelForCausalLM.from_pretrained(walk.run / "rounds" / "000" / "train" / "FINAL")
+    model = AutoModelForCausalLM.from_pretrained(started.run / "FINAL")
+    last = AutoModelForCausalLM.from_pretrained(started.run / "rounds" / "001" / "train" / "FINAL")
+    first = AutoModelForCausalLM.from_pretrained(started.run / "rounds" / "000" / "train" / "FINAL")
     weights = [torch.cat([p.flatten() for p in each.parameters()]) for each in (model, last, first)]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2]), "the second round went on from the first"
 
 
-def test_each_round_samples_from_the_policy_that_the_last_one_saved(whole: Callable[[str], Walk]) -> None:
-    walk = whole("dpo")
-    asked = json.loads((walk.run / "rounds" / "001" / "samples.meta.json").read_text())["request"]
-    assert asked["model_sha256"] == identity(walk.run / "rounds" / "000" / "train" / "FINAL")
-    lineage = json.loads((walk.run / "FINAL" / "lineage.json").read_text())
+def test_each_round_samples_from_the_policy_that_the_last_one_saved(whole: Callable[[str], StartedRun]) -> None:
+    started = whole("dpo")
+    asked = json.loads((started.run / "rounds" / "001" / "samples.meta.json").read_text())["request"]
+    assert asked["model_sha256"] == identity(started.run / "rounds" / "000" / "train" / "FINAL")
+    lineage = json.loads((started.run / "FINAL" / "lineage.json").read_text())
     assert len(lineage["runs"]) == 2
-    config = (walk.run / "rounds" / "001" / "train" / "config.yaml").read_text()
+    config = (started.run / "rounds" / "001" / "train" / "config.yaml").read_text()
     assert "name_or_path: tiny" in config.partition("reference:")[2], "the reference stays at the start"
-    prompts = [{row["prompt_id"] for row in read(walk.run / "rounds" / f"{k:03d}" / "prompts.jsonl") if row["split"] == "train"}
-               for k in (0, 1)]  # fmt: skip
+    rows = [read(started.run / "rounds" / f"{number:03d}" / "prompts.jsonl") for number in (0, 1)]
+    prompts = [{row["prompt_id"] for row in some if row["split"] == "train"} for some in rows]
     assert not prompts[0] & prompts[1]
 
 
-def test_a_round_that_is_done_is_not_walked_again_though_its_weights_are_deleted(
-    whole: Callable[[str], Walk], tmp_path: Path
+def test_a_round_that_is_done_is_not_repeated_though_its_weights_are_deleted(
+    whole: Callable[[str], StartedRun], tmp_path: Path
 ) -> None:
-    walk = whole("dpo")
-    before, rows = walk.story(), walk.rows("train")
-    trained = walk.run / "rounds" / "000" / "train" / "FINAL"
+    started = whole("dpo")
+    before, rows = started.story(), started.rows("train")
+    trained = started.run / "rounds" / "000" / "train" / "FINAL"
     aside = trained.rename(tmp_path / "FINAL")  # online.keep_rounds deletes them
-    shutil.rmtree(walk.run / "FINAL")
-    RunDir(walk.run).write_result("stopped", 1, {})
-    assert train.start([f"resume={walk.run}"]) == 0
+    shutil.rmtree(started.run / "FINAL")
+    RunDir(started.run).write_result("stopped", 1, {})
+    assert train.start([f"resume={started.run}"]) == 0
     assert not trained.exists()
     aside.rename(trained)
-    assert (walk.story(), walk.rows("train")) == (before, rows)
+    assert (started.story(), started.rows("train")) == (before, rows)
 
 
 @pytest.mark.slow
-def test_a_finished_walk_goes_on_when_there_are_to_be_more_rounds(tmp_path: Path, cache: Path) -> None:
-    walk = Walk(tmp_path, cache, ["online.loss=sft"])
-    walk.finish()
-    before = walk.story()
-    walk.finish("online.rounds=3")
-    after = walk.story()
+def test_a_finished_run_continues_when_more_rounds_are_requested(tmp_path: Path, cache: Path) -> None:
+    started = StartedRun(tmp_path, cache, ["online.loss=sft"])
+    started.finish()
+    before = started.story()
+    started.finish("online.rounds=3")
+    after = started.story()
     assert {name: value for name, value in after.items() if name in before and name.startswith("rounds/00")} == {
         name: value for name, value in before.items() if name.startswith("rounds/00")
     }
-    assert after["FINAL"] == identity(walk.run / "rounds" / "002" / "train" / "FINAL") != before["FINAL"]
-    assert [row["step"] for row in walk.rows("eval")] == [0, 1, 2, 3]
+    assert after["FINAL"] == identity(started.run / "rounds" / "002" / "train" / "FINAL") != before["FINAL"]
+    assert [row["step"] for row in started.rows("eval")] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize("words", [["online.loss=grpo", "peft=lora", "online.carry_optimizer=true", "schedule=constant"],
                                    ["online.loss=ppo", "train.epochs=1"], ["online.loss=kto"]],
                          ids=["grpo, LoRA, optimizer carried", "ppo", "kto"])  # fmt: skip
 @pytest.mark.slow
-def test_other_losses_walk_too(words: list[str], tmp_path: Path, cache: Path) -> None:
-    walk = Walk(tmp_path, cache, words)
-    walk.finish()
-    assert walk.result()["status"] == "finished"
-    second = (walk.run / "rounds" / "001" / "train" / "config.yaml").read_text()
+def test_other_losses_train_in_rounds_too(words: list[str], tmp_path: Path, cache: Path) -> None:
+    started = StartedRun(tmp_path, cache, words)
+    started.finish()
+    assert started.result()["status"] == "finished"
+    second = (started.run / "rounds" / "001" / "train" / "config.yaml").read_text()
     if "peft=lora" in words:
         assert "rounds/000/train/FINAL/adapter" in second
         assert "rounds/000/train/checkpoints/step-" in second
     if "ppo" in words[0]:
-        assert (walk.run / "FINAL" / "value_head" / "model.safetensors").is_file()
-        log = (walk.run / "rounds" / "001" / "train" / "train.log").read_text()
+        assert (started.run / "FINAL" / "value_head" / "model.safetensors").is_file()
+        log = (started.run / "rounds" / "001" / "train" / "train.log").read_text()
         assert "value head from" in log
 
 
@@ -184,14 +184,14 @@ STAGES = ("online.sample", "online.label", "train.py")  # of a round; the last e
 DRIVER = "driver"
 
 
-def killed(walk: Walk, dice: random.Random, stages: Sequence[str], like: Walk) -> Counter[str]:
-    """Start it again and again, and kill it in these stages, one after the other, at any moment of each, which last as long as
-    those of a walk `like` it; then let it end. How often which was hit: one may be over before it is."""
+def killed(started: StartedRun, generator: random.Random, stages: Sequence[str], like: StartedRun) -> Counter[str]:
+    """Start it again and again, and kill it once in each of these stages at a random moment, given how long the stages of the
+    run `like` took; then let it finish. Return how often each stage was hit, since one may be over before the kill."""
     last = like.rows("train")[-1]
     lasts = {name: last[f"seconds/{key}"] for name, key in zip(STAGES, ("sample", "label", "train"), strict=True)}
     hit: Counter[str] = Counter()
     for stage in stages:
-        process = walk.start()
+        process = started.start()
         below = descendants(process)
         until = time.monotonic() + 300
         while process.poll() is None and stage != DRIVER and not any(stage in command(child) for child in below):
@@ -199,11 +199,11 @@ def killed(walk: Walk, dice: random.Random, stages: Sequence[str], like: Walk) -
             time.sleep(0.02)
             below = descendants(process)
         try:
-            process.wait(dice.uniform(0.0, lasts.get(stage, 4.0)))
+            process.wait(generator.uniform(0.0, lasts.get(stage, 4.0)))
         except subprocess.TimeoutExpired:
             below = descendants(process)
             stages_below = [child for child in below if any(name in command(child) for name in STAGES)]  # not their workers
-            victim = process.pid if dice.random() < 0.5 or not stages_below else dice.choice(stages_below).pid
+            victim = process.pid if generator.random() < 0.5 or not stages_below else generator.choice(stages_below).pid
             hit[next((name for name in STAGES if any(name in command(child) for child in below)), DRIVER)] += 1
             with suppress(ProcessLookupError):
                 os.kill(victim, signal.SIGKILL)
@@ -215,7 +215,7 @@ def killed(walk: Walk, dice: random.Random, stages: Sequence[str], like: Walk) -
         while any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in below):
             assert time.monotonic() < until, "a process was left behind"
             time.sleep(0.05)
-    walk.finish()
+    started.finish()
     return hit
 
 
@@ -234,24 +234,24 @@ def command(process: psutil.Process) -> str:
 
 
 @pytest.mark.slow
-def test_a_walk_that_is_killed_ends_as_if_nothing_had_been(tmp_path: Path, cache: Path, whole: Callable[[str], Walk]) -> None:
-    walk = Walk(tmp_path, cache, ["online.loss=kto"])
-    assert killed(walk, random.Random(1), STAGES, whole("kto")).total() > 0
-    assert walk.story() == whole("kto").story()
+def test_a_killed_run_ends_as_an_uninterrupted_one(tmp_path: Path, cache: Path, whole: Callable[[str], StartedRun]) -> None:
+    started = StartedRun(tmp_path, cache, ["online.loss=kto"])
+    assert killed(started, random.Random(1), STAGES, whole("kto")).total() > 0
+    assert started.story() == whole("kto").story()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(12))
-def test_a_walk_that_is_killed_in_every_stage_ends_as_if_nothing_had_been(
-    seed: int, tmp_path: Path, cache: Path, whole: Callable[[str], Walk]
+def test_a_run_killed_in_every_stage_ends_as_an_uninterrupted_one(
+    seed: int, tmp_path: Path, cache: Path, whole: Callable[[str], StartedRun]
 ) -> None:
-    """Twelve walks, nine deaths each."""
+    """Twelve runs, killed nine times each."""
     loss = ("dpo", "grpo", "kto")[seed % 3]
-    walk = Walk(tmp_path, cache, [f"online.loss={loss}"])
-    hit = killed(walk, random.Random(seed), [DRIVER, *STAGES, *STAGES, "online.sample", DRIVER], whole(loss))
+    started = StartedRun(tmp_path, cache, [f"online.loss={loss}"])
+    hit = killed(started, random.Random(seed), [DRIVER, *STAGES, *STAGES, "online.sample", DRIVER], whole(loss))
     print(f"{loss}: {hit.total()} deaths: {dict(hit)}")
     assert hit.total() >= 5
-    assert walk.story() == whole(loss).story()
+    assert started.story() == whole(loss).story()
 
 
 @pytest.fixture
@@ -273,61 +273,61 @@ def server(tmp_path: Path) -> Iterator[Callable[[], dict[str, Any]]]:
 
 @pytest.mark.slow
 def test_no_answer_of_a_judge_is_paid_for_twice(
-    tmp_path: Path, cache: Path, whole: Callable[[str], Walk], server: Callable[[], dict[str, Any]]
+    tmp_path: Path, cache: Path, whole: Callable[[str], StartedRun], server: Callable[[], dict[str, Any]]
 ) -> None:
-    """A walk judged by a server that is busy, broken and talks nonsense, killed some times on its way."""
+    """A run whose judge is a server that is busy, broken and answers nonsense; it is killed several times."""
     judge = ["online.loss=dpo", "online.scorer.name=judge", "online.scorer.model=stub", "online.scorer.functions=[]",
              f"online.scorer.url={server()['url']}", "online.scorer.concurrency=2"]  # fmt: skip
-    walk = Walk(tmp_path, cache, judge, {"OPENAI_API_KEY": "sk-not-a-key"})
-    killed(walk, random.Random(0), [STAGES[0], STAGES[1], STAGES[1], STAGES[2], STAGES[1]], whole("dpo"))
+    started = StartedRun(tmp_path, cache, judge, {"OPENAI_API_KEY": "sk-not-a-key"})
+    killed(started, random.Random(0), [STAGES[0], STAGES[1], STAGES[1], STAGES[2], STAGES[1]], whole("dpo"))
     told = server()
-    kept = [json.loads(line) for line in (walk.run / "judge.jsonl").read_text().splitlines()]
+    kept = [json.loads(line) for line in (started.run / "judge.jsonl").read_text().splitlines()]
     answers = [row for row in kept if "text" in row]
     assert len({row["key"] for row in answers}) == len(answers)
     again = {key: count for key, count in told["paid"].items() if count > 1}
     sent = [row["key"] for row in kept if "text" not in row]
     assert all(sent.count(key) > 1 for key in again), "only what was under way when it died came again, with its own key"
     assert told["paid"].keys() == {row["key"] for row in answers}
-    metas = [json.loads(path.read_text()) for path in walk.run.glob("rounds/*/scores.meta.json")]
+    metas = [json.loads(path.read_text()) for path in started.run.glob("rounds/*/scores.meta.json")]
     assert sum(meta["without_score"] for meta in metas) > 0
-    assert not any("sk-not-a-key" in path.read_text(errors="ignore") for path in walk.run.rglob("*") if path.suffix in
+    assert not any("sk-not-a-key" in path.read_text(errors="ignore") for path in started.run.rglob("*") if path.suffix in
                    (".yaml", ".json", ".jsonl", ".log", ".md"))  # fmt: skip
 
 
-def test_stopped_by_a_signal_and_then_killed_it_ends_as_if_nothing_had_been(
-    tmp_path: Path, cache: Path, whole: Callable[[str], Walk]
+def test_a_run_stopped_by_a_signal_and_then_killed_ends_as_an_uninterrupted_one(
+    tmp_path: Path, cache: Path, whole: Callable[[str], StartedRun]
 ) -> None:
-    walk = Walk(tmp_path, cache, ["online.loss=dpo"])
-    process = walk.start()
+    started = StartedRun(tmp_path, cache, ["online.loss=dpo"])
+    process = started.start()
     until = time.monotonic() + 300
-    while not (walk.run / "rounds" / "000" / "samples.jsonl").exists():
+    while not (started.run / "rounds" / "000" / "samples.jsonl").exists():
         assert time.monotonic() < until
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     said, _ = process.communicate(timeout=120)
     assert process.returncode == 75, said
-    assert walk.result()["status"] == "stopped"
-    assert f"resume={walk.run}" in said
-    again = walk.start()
-    while not (walk.run / "rounds" / "001" / "samples.jsonl.partial").exists():
+    assert started.result()["status"] == "stopped"
+    assert f"resume={started.run}" in said
+    again = started.start()
+    while not (started.run / "rounds" / "001" / "samples.jsonl.partial").exists():
         assert time.monotonic() < until
         assert again.poll() is None, again.communicate()[0]
         time.sleep(0.02)
     again.kill()  # in the middle of the second round's sampling, and of everything else that it was at
     again.communicate()
-    walk.finish()
-    assert walk.story() == whole("dpo").story()
+    started.finish()
+    assert started.story() == whole("dpo").story()
 
 
 def refused(words: list[str], place: Path, cache: Path) -> str:
     """The one message of a start that is refused."""
-    common = [f"output_root={place}", "exp_name=walk", f"cache_dir={cache}"]
+    common = [f"output_root={place}", "exp_name=online", f"cache_dir={cache}"]
     with pytest.raises(UserError) as end:
         train.start([*SMALL, *common, *words])
     return str(end.value)
 
 
-def test_wrong_words_are_told_before_anything_starts(tmp_path: Path, cache: Path) -> None:
+def test_wrong_overrides_are_refused_before_anything_starts(tmp_path: Path, cache: Path) -> None:
     for words, said in (
         ([], "online.loss is missing"),
         (["online.loss=dop"], "did you mean dpo?"),
@@ -341,20 +341,20 @@ def test_wrong_words_are_told_before_anything_starts(tmp_path: Path, cache: Path
         (["online.loss=dpo", "online.rouns=3"], "online.rounds"),
     ):
         assert said in refused(words, tmp_path, cache), words
-    assert not (tmp_path / "walk").exists()
+    assert not (tmp_path / "online").exists()
 
 
 def test_a_recipe_in_one_file_may_have_the_rounds_in_it_by_the_old_names_too(tmp_path: Path, cache: Path) -> None:
     (tmp_path / "experiment").mkdir()
     recipe = tmp_path / "experiment" / "mine.yaml"
-    words = ["--config-dir", str(tmp_path), *SMALL, f"output_root={tmp_path}", "exp_name=walk", f"cache_dir={cache}"]
+    words = ["--config-dir", str(tmp_path), *SMALL, f"output_root={tmp_path}", "exp_name=online", f"cache_dir={cache}"]
     for timeout, refused_for in ((7, None), (-7, "online.scorer.timeout takes a number \\(above 0\\), not -7")):
         recipe.write_text(f"# @package _global_\nonline: {{loss: dpo, labeller: {{timeout: {timeout}}}}}\n")
         with nullcontext() if refused_for is None else pytest.raises(UserError, match=refused_for):
             assert train.start([*words, "experiment=mine", "dry_run=true"]) == 0, "and its rounds' training has no rounds"
 
 
-def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Callable[[str], Walk]) -> None:
+def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Callable[[str], StartedRun]) -> None:
     """A run directory may be a stranger's."""
     config = Path(whole("dpo").run / "config.yaml")
     text = config.read_text()
@@ -372,21 +372,21 @@ def test_a_saved_run_says_neither_what_is_run_nor_where_keys_are_sent(whole: Cal
         config.write_text(text)
 
 
-def test_scores_that_are_all_equal_leave_nothing_to_learn_and_nothing_is_lost(tmp_path: Path, cache: Path) -> None:
-    process = Walk(tmp_path, cache, ["online.loss=dpo", "online.scorer.functions=[exact_match]"]).start()
+def test_scores_that_are_all_equal_end_the_run_and_keep_its_files(tmp_path: Path, cache: Path) -> None:
+    process = StartedRun(tmp_path, cache, ["online.loss=dpo", "online.scorer.functions=[exact_match]"]).start()
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 2, said
     assert "Traceback" not in said
     assert "there is nothing to learn from: the scores of all samples of a prompt are equal" in said
-    assert (tmp_path / "walk" / "rounds" / "000" / "samples.jsonl").is_file()
+    assert (tmp_path / "online" / "rounds" / "000" / "samples.jsonl").is_file()
 
 
-# --- what a walk goes on from
+# --- what an online run resumes from
 
 
 @pytest.fixture
-def begun(whole: Callable[[str], Walk], tmp_path: Path) -> Path:
-    """A walk elsewhere whose last round is trained, and not on record."""
+def begun(whole: Callable[[str], StartedRun], tmp_path: Path) -> Path:
+    """A copy of a run, in another directory, whose last round is trained but not recorded as done."""
     run = Path(shutil.copytree(whole("dpo").run, tmp_path / "elsewhere"))
     note = run / "rounds" / "001" / "round.json"
     note.write_text(json.dumps({**json.loads(note.read_text()), "done": False}))
@@ -400,7 +400,7 @@ def resealed(rows: Path) -> None:
     facts.write_text(json.dumps({**json.loads(facts.read_text()), "sha256": hashlib.sha256(rows.read_bytes()).hexdigest()}))
 
 
-def test_a_walk_that_was_moved_goes_on_with_what_it_has(begun: Path, whole: Callable[[str], Walk]) -> None:
+def test_a_moved_run_resumes_with_the_files_it_has(begun: Path, whole: Callable[[str], StartedRun]) -> None:
     shutil.rmtree(begun / "rounds" / "001" / "logs")
     assert train.start([f"resume={begun}"]) == 0
     assert not (begun / "rounds" / "001" / "logs").exists(), "no stage was started"
@@ -409,10 +409,11 @@ def test_a_walk_that_was_moved_goes_on_with_what_it_has(begun: Path, whole: Call
 
 
 @pytest.mark.parametrize("name", ["samples", "scores", "feedback"])
-def test_what_a_round_has_written_is_refused_by_name_once_it_is_not_what_was_written(name: str, begun: Path) -> None:
+def test_a_file_of_a_round_that_was_changed_is_refused_by_name(name: str, begun: Path) -> None:
     rows = begun / "rounds" / "001" / f"{name}.jsonl"
     rows.write_text(rows.read_text().replace("1", "2", 1))
-    with pytest.raises(UserError, match=rf"{name}.jsonl: contents changed: bring back what it was, or delete \S*rounds/001,"):
+    changed = rf"{name}.jsonl: contents changed: restore the original, or delete \S*rounds/001 to repeat"
+    with pytest.raises(UserError, match=changed):
         train.start([f"resume={begun}"])
     resealed(rows)  # a file that is whole, and not the one that the next was made from
     following = {"samples": "scores.jsonl was made from another samples", "scores": "feedback.jsonl was made from another scores",
@@ -428,7 +429,7 @@ def test_samples_of_other_weights_than_the_last_round_left_are_refused(begun: Pa
         train.start([f"resume={begun}"])
 
 
-def test_what_the_rounds_stand_on_is_compared_by_content(begun: Path) -> None:
+def test_data_and_models_of_the_rounds_are_compared_by_content(begun: Path) -> None:
     records = RunDir(begun).read_attempts()
     before = yaml.safe_load([*records.values()][-1])
     assert before["content"].keys() >= {"data.train", "data.eval", "model.weights", "model.tokenizer"}
@@ -441,17 +442,17 @@ def test_what_the_rounds_stand_on_is_compared_by_content(begun: Path) -> None:
     assert attempts(begun)[-1]["content_changed"].keys() == {"model.weights tiny (content)"}
 
 
-def test_a_relative_path_of_a_walk_leads_to_the_same_from_anywhere(
+def test_a_relative_path_is_resolved_and_valid_from_any_directory(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny.build(tmp_path / "base")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Stages, "run", lambda self, command, log: (_ for _ in ()).throw(StoppedError("here")))
-    words = ["online.loss=dpo", "model.name_or_path=base", f"output_root={tmp_path}", "exp_name=walk", f"cache_dir={cache}"]
+    words = ["online.loss=dpo", "model.name_or_path=base", f"output_root={tmp_path}", "exp_name=online", f"cache_dir={cache}"]
     assert train.start([*[word for word in SMALL if word != "model=tiny"], *words]) == 75
-    assert f"model.name_or_path='{tmp_path}/base'" in stored_overrides(tmp_path / "walk")
+    assert f"model.name_or_path='{tmp_path}/base'" in stored_overrides(tmp_path / "online")
     monkeypatch.chdir(cache)
-    assert train.start([f"resume={tmp_path / 'walk'}"]) == 75
+    assert train.start([f"resume={tmp_path / 'online'}"]) == 75
 
 
 # --- in one process
@@ -473,23 +474,23 @@ class Counts(Hook):
         self.seen = state["seen"]
 
 
-def test_hooks_of_a_walk_remember_the_rounds_that_are_done_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    directory = RunDir(tmp_path / "walk")
+def test_hooks_resume_with_the_state_after_the_last_completed_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDir(tmp_path / "online")
     (directory.path / "attempts").mkdir(parents=True)
     directory.write_config("a: 1\n")
     config = SimpleNamespace(
-        resume=str(directory.path), exp_name="walk", hooks={}, plugins=[], cache_dir="", run_dir=str(tmp_path)
+        resume=str(directory.path), exp_name="online", hooks={}, plugins=[], cache_dir="", run_dir=str(tmp_path)
     )
     scorer = SimpleNamespace(name="function")
     online = SimpleNamespace(rounds=4, prompts_per_round=1, eval_prompts=0, keep_rounds=None, scorer=scorer)
     plan: Any = SimpleNamespace(
-        config=config, directory=directory, online=online, settings={}, overrides=[], prompts=[1], held_out=[], kind="",
+        config=config, directory=directory, online=online, settings={}, overrides=[], prompts=[1], eval_prompts=[], kind="",
         loss=SimpleNamespace(name="dpo"),
         directory_of=lambda number: directory.path / "rounds" / f"{number:03d}", stages=SimpleNamespace(listen=lambda: None),
     )  # fmt: skip
     dying, hooks = {1, 3}, list[Counts]()
 
-    def go(self: Round) -> RoundResult:
+    def run(self: Round) -> RoundResult:
         return RoundResult({"reward": 1.0}, {}, ())
 
     def close(self: Round, *given: Any) -> None:
@@ -503,17 +504,17 @@ def test_hooks_of_a_walk_remember_the_rounds_that_are_done_and_no_other(tmp_path
         return {"counts": hooks[-1]}
 
     whole = Round.close
-    monkeypatch.setattr(Round, "go", go)
+    monkeypatch.setattr(Round, "run", run)
     monkeypatch.setattr(Round, "close", close)
     monkeypatch.setattr(rounds, "trackers_of", trackers)
     monkeypatch.setattr(rounds.OnlineRun, "_finish", lambda self: None)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            rounds.OnlineRun(plan).go({"overrides": []})
-    assert rounds.OnlineRun(plan).go({"overrides": []}) == 0
+            rounds.OnlineRun(plan).run({"overrides": []})
+    assert rounds.OnlineRun(plan).run({"overrides": []}) == 0
     assert [each.seen for each in hooks] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
-def test_an_optimizer_that_is_not_there_any_more_is_one_message(tmp_path: Path) -> None:
+def test_a_missing_optimizer_state_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"online.carry_optimizer: .*checkpoints holds no checkpoint"):
         _last_checkpoint(tmp_path)

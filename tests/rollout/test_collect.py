@@ -1,4 +1,4 @@
-"""The one step from prompts to rollouts, and its halves with a store that outlives them."""
+"""From prompts to rollouts: sampling and scoring together, and each alone with a store that outlives it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -71,7 +71,7 @@ def test_every_request_has_its_rollout_in_the_order_of_the_requests() -> None:
     assert said == [("p0 0", 0.0, "last"), ("p0 1", 1.0, "last")]
 
 
-def test_a_process_asks_for_its_share_and_opens_the_engine_though_it_has_none() -> None:
+def test_a_rank_samples_its_shard_and_opens_the_engine_even_for_an_empty_one() -> None:
     engines = list[Echo]()
 
     @contextmanager
@@ -87,7 +87,7 @@ def test_a_process_asks_for_its_share_and_opens_the_engine_though_it_has_none() 
     assert (len(engines), engines[-1].asked) == (3, []), "all processes gather weights together"
 
 
-def test_a_chunk_that_is_not_whole_is_sampled_again_whole_and_none_that_is() -> None:
+def test_an_incomplete_chunk_is_sampled_again_as_a_whole_and_no_complete_one() -> None:
     store, chunks = InMemory[Sample](), [REQUESTS[:2], REQUESTS[2:4], REQUESTS[4:]]
     store.keep(list(Echo().sample(REQUESTS[:2])))
     before = dict(store.items)
@@ -101,7 +101,7 @@ def test_a_chunk_that_is_not_whole_is_sampled_again_whole_and_none_that_is() -> 
     assert len(store.items) == 6
 
 
-def test_an_answer_that_was_paid_for_is_kept_at_once_and_not_asked_for_again() -> None:
+def test_a_paid_answer_is_stored_at_once_and_not_requested_again() -> None:
     store = InMemory[Sample]()
     with pytest.raises(RuntimeError):
         list(sample([REQUESTS[:4]], Echo(is_paid=True, dies_after=3), store))

@@ -70,7 +70,7 @@ def test_the_order_of_a_and_b_is_drawn() -> None:
     assert {rewards(row) for row in rows} == {(1.0, 0.0)}
 
 
-def test_what_says_nothing_is_counted_and_left_out_where_text_is_trained_on() -> None:
+def test_empty_samples_are_counted_and_left_out_where_text_is_trained_on() -> None:
     given = samples([0.0, 1.0, 0.5])
     given[0]["output"] = " "
     for kind, rows in (("pairwise", 1), ("binary", 2), ("scalar", 3)):
@@ -102,12 +102,12 @@ def test_scores_keep_tokens_and_where_they_come_from() -> None:
     assert [rows[0][name] for name in ("labeller", "generator", "seed", "prompt_id", "cost")] == ["me", "model", 7, "p0", 0.0]
 
 
-def test_groups_without_a_difference_stay_unless_they_are_to_go() -> None:
+def test_groups_of_equal_scores_stay_unless_drop_equal() -> None:
     given = samples([1.0, 1.0], [0.0, 1.0])
     assert [len(make(given, **{**DEFAULTS, "kind": "scalar", "drop_equal": drop})[0]) for drop in (False, True)] == [4, 2]
 
 
-def test_held_out_samples_are_not_trained_on() -> None:
+def test_samples_of_evaluation_prompts_are_not_trained_on() -> None:
     given = samples([0.0, 1.0])
     assert make([{**row, "split": "eval"} for row in given], **DEFAULTS)[0] == []
 
@@ -122,7 +122,7 @@ def test_a_preference_without_scores_keeps_its_winner_in_either_order() -> None:
             assert winner[0]["content"] == ("answer 0 0" if better else "answer 0 1")
 
 
-def test_a_threshold_that_is_none_is_told() -> None:
+def test_a_wrong_threshold_is_refused() -> None:
     assert check_threshold("binary", "0.5") == 0.5
     with pytest.raises(UserError, match="takes a number, not 'mean'"):
         check_threshold("pairwise", "mean")

@@ -1,4 +1,4 @@
-"""Verifiable rewards: right, and safe from what they may do."""
+"""Verifiable rewards: correct, and isolated from the run."""
 
 from inspect import isfunction
 from pathlib import Path
@@ -93,12 +93,12 @@ def test_our_rewards_keep_the_name_by_which_users_and_files_know_them() -> None:
     assert scores(functions, "so")["so"].value == 0.5
 
 
-def test_what_a_function_does_wrong_costs_its_own_sample_alone(mine: str) -> None:
+def test_an_error_in_a_function_costs_only_its_own_sample_the_score(mine: str) -> None:
     found = scores(of(f"{mine}.odd", plugins=(mine,), timeout=1.0), "fine", "raise", "hang", "die", "nan", "none", "too")
     assert (found["fine"].value, found["too"].value) == (1.0, 1.0)
     for text, words in {
         "raise": "raised ValueError: no such thing", "hang": "took longer than 1 s", "die": "its process died (exit",
-        "nan": "which is no number", "none": "gave None",
+        "nan": "which is no finite number", "none": "returned None",
     }.items():  # fmt: skip
         assert found[text].value is None
         assert words in found[text].problem
@@ -136,13 +136,13 @@ def test_workers_stay_for_the_next_call(mine: str) -> None:
     functions.close()
 
 
-def test_wrong_entries_are_told(mine: str) -> None:
+def test_wrong_entries_are_refused(mine: str) -> None:
     for entry, words in (
         ("exact_macth", "did you mean exact_match"),
         ({"function": "length"}, "lacks target"),
         ({"function": "length", "target": 3, "tagret": 4}, "takes no 'tagret'; it takes target"),
         ({"function": "exact_match", "weight": "much"}, "weight='much' is no number"),
-        (f"{mine}.good", r"outside halos: if you trust that package, type plugins=\[ownrewards\]"),
+        (f"{mine}.good", r"outside halos: if you trust that package, add plugins=\[ownrewards\]"),
         (7, "a reward is a name"),
     ):
         with pytest.raises(UserError, match=words):

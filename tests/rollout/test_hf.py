@@ -51,7 +51,7 @@ def texts(found: dict[Any, Sample]) -> dict[Any, tuple[int, ...]]:
     return {key: sample.ids for key, sample in found.items()}
 
 
-def test_the_same_request_gives_the_same_text_whoever_stands_beside_it(policy: tuple[PreTrainedModel, Any]) -> None:
+def test_the_same_request_gives_the_same_text_in_any_batch(policy: tuple[PreTrainedModel, Any]) -> None:
     requests = asked(policy[1])
     whole = sampled(policy, requests)
     assert sampled(policy, requests) == whole, "to the bit, where the list is the same"

@@ -1,4 +1,4 @@
-"""A judge that is slow, busy, broken and talks nonsense: every answer is paid for once, and none is guessed."""
+"""A judge that is slow, busy, broken and answers nonsense: every answer is paid for once, and none is guessed."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -71,7 +71,7 @@ def _kind(text: str) -> str:
     return {2: "cut off", 3: "nonsense"}.get(int(hashlib.sha256(text.encode()).hexdigest(), 16) % 10, "score")
 
 
-def test_what_was_answered_is_never_asked_again(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_an_answered_question_is_never_asked_again(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub()
     first = {each.text: score for each, score in judge(server, tmp_path).score(samples(20))}
     again = judge(server, tmp_path)
@@ -102,37 +102,37 @@ def test_a_cap_ends_it_and_nothing_paid_is_lost(
     assert sum(server.paid.values()) == 40
 
 
-def test_a_server_that_is_down_or_refuses_is_told(
+def test_a_server_that_is_down_or_refuses_is_reported(
     stub: Callable[..., Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "RETRIES", 1)  # each waits longer than the one before
     server = stub(fail=401)
-    with pytest.raises(UserError, match=r"does not answer: AuthenticationError: .*What was answered is kept"):
+    with pytest.raises(UserError, match=r"does not answer: AuthenticationError: .*Answers so far are kept"):
         list(judge(server, tmp_path).score(samples(2)))
     with pytest.raises(UserError, match="does not answer: APIConnectionError"):
         list(judge(server, tmp_path, url="http://127.0.0.1:9/v1").score(samples(2)))
 
 
-def test_a_missing_key_and_a_rubric_without_a_place_are_told(
+def test_a_missing_key_and_a_rubric_without_a_placeholder_are_refused(
     stub: Callable[..., Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = stub()
     (tmp_path / "r.txt").write_text("Grade {prompt}!")
-    with pytest.raises(UserError, match=r"has no \{completion\}"):
+    with pytest.raises(UserError, match=r"has no placeholder \{completion\}"):
         judge(server, tmp_path, rubric=str(tmp_path / "r.txt"))
     monkeypatch.delenv("OPENAI_API_KEY")
     with pytest.raises(UserError, match="OPENAI_API_KEY is not set"):
         judge(server, tmp_path)
 
 
-def test_the_key_stands_in_no_file(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_the_key_is_written_to_no_file(stub: Callable[..., Stub], tmp_path: Path) -> None:
     write_samples(tmp_path / "samples.jsonl", 6)
     command = [str(tmp_path / "samples.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", stub().url]
     assert label(command) == 0
     assert all("sk-not-a-key" not in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_places_inside_an_answer_are_not_filled(stub: Callable[..., Stub], tmp_path: Path) -> None:
+def test_placeholders_inside_an_answer_are_not_filled(stub: Callable[..., Stub], tmp_path: Path) -> None:
     server = stub(trouble=False)
     list(judge(server, tmp_path).score([replace(samples(1)[0], output="{prompt} {completion}")]))
     (text,) = server.seen
@@ -147,7 +147,7 @@ def test_a_score_is_read(text: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "7", '{"score": ', '{"score": "7"}', '{"score": 11}', '{"score": true}', '{"score": 7} or {"score": 8}', "[7]"]
 )
-def test_what_is_no_score_is_none(text: str) -> None:
+def test_an_answer_without_a_valid_score_gives_none(text: str) -> None:
     assert read_score(Answer(text, 0.0, "stop")).value is None
 
 

@@ -1,4 +1,4 @@
-"""What a judge that compares has made of samples: numbers and words for people."""
+"""Verdicts of a judge that compares, as metrics and as examples for people."""
 
 import json
 from pathlib import Path
@@ -18,16 +18,16 @@ def pair(first: int, second: int, verdict: str | None) -> dict[str, Any]:
 
 def test_each_sample_has_the_judges_verdict() -> None:
     pairs = [pair(2, 0, "B"), pair(1, 3, "tie"), {**pair(0, 0, "A"), "prompt_id": "h", "split": "eval", "won": 1.0}]
-    said = [rollout.score.verdict for rollout in measure.judged([*SAMPLES, HELD], pairs)]
+    said = [rollout.score.verdict for rollout in measure.with_verdicts([*SAMPLES, HELD], pairs)]
     assert said == ["preferred", "tie", "not preferred", "tie", "preferred"]
 
 
-def test_what_could_not_be_read_is_no_verdict() -> None:
-    assert [rollout.score.verdict for rollout in measure.judged(SAMPLES, [pair(0, 1, None)])] == [None] * 4
+def test_an_unparsable_answer_is_no_verdict() -> None:
+    assert [rollout.score.verdict for rollout in measure.with_verdicts(SAMPLES, [pair(0, 1, None)])] == [None] * 4
 
 
-def test_people_are_shown_the_answer_that_won_before_the_one_that_lost(tmp_path: Path) -> None:
-    shown = measure.examples(measure.judged(SAMPLES, [pair(2, 0, "B")]), 3)
+def test_examples_show_the_preferred_answer_first(tmp_path: Path) -> None:
+    shown = measure.examples(measure.with_verdicts(SAMPLES, [pair(2, 0, "B")]), 3)
     assert [rollout.sample.number for rollout in shown] == [0, 2]
     measure.write_examples(tmp_path, shown, "round 0")
     lines = (tmp_path / "samples.md").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Each prompt once before any comes again, whatever the rounds are cut into."""
+"""No prompt is used twice before all were used once, whatever the size of a round."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halos.errors import UserError
-from halos.rollout.prompts import digest, for_round, held_out, read_prompts
+from halos.rollout.prompts import digest, eval_prompts, for_round, read_prompts
 from halos.rollout.types import Prompt
 
 ROWS = [Prompt(str(n), ({"role": "user", "content": str(n)},)) for n in range(10)]
@@ -28,8 +28,8 @@ def test_a_round_larger_than_the_data_has_each_prompt_once() -> None:
     assert sorted(ids(for_round(ROWS, 1, count=99, samples=2, seed=0))) == sorted(ids(ROWS))
 
 
-def test_held_out_prompts_are_answered_once_and_greedily() -> None:
-    rows = held_out(ROWS, count=3, seed=0)
+def test_evaluation_prompts_are_answered_once_and_greedily() -> None:
+    rows = eval_prompts(ROWS, count=3, seed=0)
     assert [(row.samples, row.temperature, row.split) for row in rows] == [(1, 0.0, "eval")] * 3
 
 
@@ -42,7 +42,7 @@ def test_rows_of_one_prompt_are_one_and_answers_come_along(tmp_path: Path) -> No
     assert found[0].id.endswith("a.jsonl:1")
 
 
-def test_what_has_no_prompt_and_what_shares_an_id_is_named(tmp_path: Path) -> None:
+def test_rows_without_a_prompt_and_shared_ids_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "One?"}\n')
     with pytest.raises(UserError, match=r"a.jsonl:1: columns found: text"):
@@ -55,7 +55,7 @@ def test_what_has_no_prompt_and_what_shares_an_id_is_named(tmp_path: Path) -> No
 def test_a_file_of_prompts_is_what_it_was_and_read_again_gives_the_same(tmp_path: Path) -> None:
     """To the byte, and with its hash, which runs that were begun before compare."""
     asked = Prompt("a", ({"role": "user", "content": "1 + 1?"},), columns={"solution": "2"})
-    written = [*for_round([asked], 0, count=1, samples=4, seed=0), *held_out([asked], count=1, seed=0)]
+    written = [*for_round([asked], 0, count=1, samples=4, seed=0), *eval_prompts([asked], count=1, seed=0)]
     assert [json.dumps(prompt.to_row()) for prompt in written] == [
         '{"type": "prompt", "prompt_id": "a", "prompt": [{"role": "user", "content": "1 + 1?"}], "solution": "2",'
         ' "samples": 4, "split": "train"}',

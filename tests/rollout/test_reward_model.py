@@ -67,7 +67,7 @@ def test_which_of_several_labels_counts_must_be_said(place: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [1], indirect=True)
-def test_what_is_too_long_has_no_score(place: Path) -> None:
+def test_a_sample_that_is_too_long_has_no_score(place: Path) -> None:
     rows = samples()
     scorer = model_of(place, label=None, max_length=40)
     found = {each.prompt.id: score for each, score in scorer.score(rows)}

@@ -76,7 +76,7 @@ def test_lines_of_feedback_are_what_they_were() -> None:
     )
 
 
-def test_what_other_tools_wrote_beside_a_sample_stays_with_it() -> None:
+def test_columns_of_other_tools_stay_with_a_sample() -> None:
     row = {"prompt_id": 3, "instruction": "Say!", "output": "so", "dataset": "x", "generator": "theirs", "output_ids": [4]}
     (sample,) = numbered([(Sample.from_row(row, "here"), "here")])
     assert (sample.prompt.turns, sample.number, sample.finish) == (({"role": "user", "content": "Say!"},), 0, None)
@@ -87,7 +87,7 @@ def test_what_other_tools_wrote_beside_a_sample_stays_with_it() -> None:
     }  # fmt: skip
 
 
-def test_two_samples_of_one_number_are_told_by_the_line_of_the_second() -> None:
+def test_two_samples_with_one_number_are_refused_with_the_line_of_the_second() -> None:
     twins = [(each, f"s.jsonl:{number}") for number, each in enumerate([*samples(), samples()[0]], 1)]
     with pytest.raises(UserError, match=r"s.jsonl:3: there is a sample 0 of prompt 'a' already"):
         list(numbered(twins))

@@ -70,7 +70,7 @@ def test_a_process_answers_every_request(interpreter: str, cache: Path) -> None:
         assert tokenizer.eos_token not in found[0].text
 
 
-def test_a_process_that_dies_is_told(interpreter: str, cache: Path) -> None:
+def test_a_process_that_dies_is_reported(interpreter: str, cache: Path) -> None:
     tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
     with pytest.raises(UserError, match=r"ended before it had answered"):
         list(SubprocessEngine("broken", tokenizer, settings(python=interpreter), ORIGIN).sample(requests(1)))

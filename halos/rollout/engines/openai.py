@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from halos.config.schema import Sampler
-from halos.rollout.servers import answers, refuse_without
+from halos.rollout.servers import answers, require_client
 from halos.rollout.types import Origin, Request, Sample
 
 TIMEOUT = 600.0  # seconds for one completion
@@ -18,7 +18,7 @@ class ChatEngine:
     is_paid = True
 
     def __init__(self, settings: Sampler, origin: Origin) -> None:
-        refuse_without("the sampler openai")
+        require_client("the sampler openai")
         self.settings, self.origin, self.model = settings, origin, settings.model or origin.generator
 
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:

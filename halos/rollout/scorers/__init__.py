@@ -1,1 +1,1 @@
-"""What gives a sample its score: a function, a reward model, or a judge behind an API."""
+"""Scorers of samples: reward functions, a reward model, or a judge behind an API."""

@@ -1,4 +1,4 @@
-"""Verifiable rewards: functions of the text, each run in a process of its own so that none can hold up or take down the rest."""
+"""Verifiable rewards: functions of the text, run in worker processes so that none can block or crash the run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from halos.config.suggest import nearest
 from halos.errors import UserError
 from halos.rollout.types import Row, Sample, Score, text_of
 
-OWN = "halos.online.rewards"  # as users type them and files name them
-LIES = {OWN: "halos.rollout.rewards"}
-PACKAGES = {"math_verify": "math-verify"}  # what pip calls them
+OWN = "halos.online.rewards"  # the dotted path that users write and files record
+MODULES = {OWN: "halos.rollout.rewards"}  # where the code is
+PACKAGES = {"math_verify": "math-verify"}  # import name to pip's name
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One function of a composition, its keys bound."""
+    """One reward function of a weighted sum, with its keys."""
 
     path: str
     weight: float
@@ -40,9 +40,9 @@ class Part:
 
 
 def parts_of(entries: Sequence[Any], plugins: Sequence[str]) -> list[Part]:
-    """From `functions`: names of halos.online.rewards, dotted paths, or {function, weight, ...keys}.
+    """Parse `functions`: names in halos.online.rewards, dotted paths, or {function, weight, ...keys}.
 
-    Raises UserError for what is no such function, or lies in a package that was not typed as a plugin.
+    Raises UserError for anything that is no reward function, or is in a package not listed in plugins.
     """
     if not entries:
         raise UserError("online.scorer.functions is []: name one, such as [exact_match]")
@@ -60,15 +60,15 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
         raise UserError(f"{path}: weight={weight!r} is no number")
     path = path if "." in path else f"{OWN}.{path}"
     if not any(path.startswith(f"{package}.") for package in ("halos", *plugins)):
-        raise UserError(f"the reward {path} is outside halos: if you trust that package, type plugins=[{path.partition('.')[0]}]")
+        raise UserError(f"the reward {path} is outside halos: if you trust that package, add plugins=[{path.partition('.')[0]}]")
     module, _, name = path.rpartition(".")
     try:
-        located = _module(module)
+        imported = _module(module)
     except ImportError as error:
         raise UserError(f"the reward {path} cannot be imported: {error}") from error
-    members = vars(located)
+    members = vars(imported)
     if not inspect.isfunction(members.get(name)):
-        known = [word for word, part in members.items() if inspect.isfunction(part) and part.__module__ == located.__name__
+        known = [word for word, part in members.items() if inspect.isfunction(part) and part.__module__ == imported.__name__
                  and list(inspect.signature(part).parameters)[:2] == ["completion", "row"]]  # fmt: skip
         near = nearest(name, known)
         raise UserError(f"there is no reward {path}{f'; did you mean {near}?' if near else ''}; {module} has {', '.join(known)}")
@@ -94,8 +94,8 @@ def _check_keys(path: str, function: Callable[..., Any], settings: Mapping[str, 
         raise UserError(f"{path} lacks {missing[0]}; it takes {takes}: {{function: {path}, {missing[0]}: ...}}")
 
 
-class Asked(dict[str, Any]):
-    """A sample's record that remembers what it was asked for and does not have."""
+class TrackedRow(dict[str, Any]):
+    """A sample's row that records which missing columns were read."""
 
     def __init__(self, row: Mapping[str, Any]) -> None:
         super().__init__(row)
@@ -112,7 +112,7 @@ class Asked(dict[str, Any]):
 
 
 def try_on(part: Part, sample: Sample, settings: Settings, plugins: Sequence[str]) -> Score:
-    """One function on one sample: ours here, a user's where it can hold up nothing."""
+    """Try one function on one sample: a bundled one in this process, a user's in a worker, where it cannot block the run."""
     if part.path.startswith(f"{OWN}."):
         return _scored([(part, part.load())], _row(sample))
     functions = Functions([part], replace(settings, processes=1), plugins)
@@ -123,26 +123,26 @@ def try_on(part: Part, sample: Sample, settings: Settings, plugins: Sequence[str
 
 
 class Functions:
-    """A weighted sum of functions. One that raises, hangs or crashes twice costs the sample its score, and is counted."""
+    """A weighted sum of functions. A sample for which one raises, hangs or crashes twice gets no score, and is counted."""
 
     def __init__(self, parts: Sequence[Part], settings: Settings, plugins: Sequence[str]) -> None:
         self.parts, self.settings, self.plugins = list(parts), settings, list(plugins)
-        self._workers: list[Worker] = []  # they stay for the next call
-        self._died: set[int] = set()  # samples, by id(), at which a process has died once
+        self._workers: list[Worker] = []  # reused by the next call
+        self._crashed: set[int] = set()  # id() of samples on which a worker has died once
 
     def name(self) -> str:
         return " + ".join(part.path.removeprefix(f"{OWN}.") if part.weight == 1 else f"{part.weight:g} {part.path}"
                           for part in self.parts)  # fmt: skip
 
     def request(self) -> dict[str, Any]:
-        """The functions' own source counts: another rule gives other scores."""
+        """Everything that decides the scores, the functions' source code included."""
         return {"functions": [[part.path, part.weight, dict(part.settings), _source(part.path)] for part in self.parts],
                 "timeout": self.settings.timeout}  # fmt: skip
 
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
-        """As many at a time as there are processes."""
+        """Yield scores as they come; each worker scores one sample at a time."""
         waiting, workers = list(reversed(samples)), self._workers
-        self._died.clear()
+        self._crashed.clear()
         while len(workers) < min(self.settings.processes, len(waiting)):
             workers.append(Worker(self.parts, self.plugins))
         try:
@@ -150,17 +150,17 @@ class Functions:
                 yield from self._round(waiting)
         finally:
             if any(worker.sample for worker in workers):
-                self.close()  # nobody is left to take what they are at
+                self.close()  # the caller has stopped: nobody will receive what they are computing
 
     def _round(self, waiting: list[Sample]) -> Iterator[tuple[Sample, Score]]:
-        """Feed idle workers; collect finished and timed-out ones. A sample whose worker died, of a lack of memory for one, is
-        retried once."""
+        """Feed idle workers; collect finished and timed-out ones. A sample whose worker died (out of memory, say) is retried
+        once."""
         for number, worker in enumerate(self._workers):
             if worker.sample is None and waiting:
                 try:
-                    worker.give(waiting[-1])
+                    worker.send(waiting[-1])
                     waiting.pop()
-                except ConnectionError:  # it died while it was idle
+                except ConnectionError:  # it died while idle
                     self._replace(number)
             elif worker.sample is not None and worker.is_late(self.settings.timeout):
                 late = worker.sample
@@ -172,12 +172,12 @@ class Functions:
                 continue
             sample = worker.sample
             try:
-                score = worker.take()
+                score = worker.receive()
             except (EOFError, ConnectionError):
                 score = Score(None, f"its process died (exit status {worker.status()})")
                 self._replace(number)
-                if id(sample) not in self._died:
-                    self._died.add(id(sample))
+                if id(sample) not in self._crashed:
+                    self._crashed.add(id(sample))
                     waiting.append(sample)
                     continue
             yield sample, score
@@ -187,7 +187,7 @@ class Functions:
         self._workers[number] = Worker(self.parts, self.plugins)
 
     def close(self) -> None:
-        """End the workers."""
+        """Kill the workers."""
         for worker in self._workers:
             worker.kill()
         self._workers = []
@@ -198,24 +198,24 @@ class Worker:
 
     def __init__(self, parts: Sequence[Part], plugins: Sequence[str]) -> None:
         context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process: BaseProcess = context.Process(target=_work, args=(theirs, list(parts), list(plugins)), daemon=True)
+        self.pipe, worker_end = context.Pipe()
+        self.process: BaseProcess = context.Process(target=_work, args=(worker_end, list(parts), list(plugins)), daemon=True)
         self.process.start()
-        theirs.close()
+        worker_end.close()
         self.sample: Sample | None = None
         self._since, self._ready = 0.0, False
 
-    def give(self, sample: Sample) -> None:
+    def send(self, sample: Sample) -> None:
         self.sample, self._since = sample, time.monotonic()
         self.pipe.send(_row(sample))
 
-    def take(self) -> Score:
+    def receive(self) -> Score:
         score = self.pipe.recv()
         self.sample, self._ready = None, True
         return score
 
     def is_late(self, timeout: float) -> bool:
-        # the first one waits for Python to start and for what the functions import
+        # the first sample also waits for Python to start and for the functions' imports
         return time.monotonic() - self._since > (timeout if self._ready else timeout + 60)
 
     def status(self) -> int | None:
@@ -229,7 +229,7 @@ class Worker:
 
 
 def _work(pipe: Connection, parts: Sequence[Part], plugins: Sequence[str]) -> None:
-    """In the worker, until the other end of the pipe is closed."""
+    """Main function of a worker, until the other end of the pipe is closed."""
     try:
         make_importable(plugins)
         functions = [(part, part.load()) for part in parts]
@@ -240,20 +240,20 @@ def _work(pipe: Connection, parts: Sequence[Part], plugins: Sequence[str]) -> No
 
 
 def _row(sample: Sample) -> Row:
-    """As functions see it: without its tokens."""
+    """A sample's row as functions see it: without its tokens."""
     return {name: value for name, value in sample.to_row().items() if name not in ("output_ids", "logps")}
 
 
 def _scored(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]], float]]], row: Row) -> Score:
     parts, total = {}, 0.0
     for part, function in functions:
-        asked = Asked(row)
+        tracked = TrackedRow(row)
         try:
-            value = function(text_of(row["output"]), asked)
-        except Exception as error:  # whatever a user's function does wrong is this sample's problem alone
-            return Score(None, f"{part.path} raised {type(error).__name__}: {error}", lacking=tuple(asked.lacking))
+            value = function(text_of(row["output"]), tracked)
+        except Exception as error:  # an error in a user's function costs only this sample its score
+            return Score(None, f"{part.path} raised {type(error).__name__}: {error}", lacking=tuple(tracked.lacking))
         if not isinstance(value, int | float) or not math.isfinite(value):
-            return Score(None, f"{part.path} gave {value!r}, which is no number")
+            return Score(None, f"{part.path} returned {value!r}, which is no finite number")
         parts[part.path.rpartition(".")[2]] = float(value)
         total += part.weight * float(value)
     return Score(total, parts=parts if len(functions) > 1 else {})
@@ -269,4 +269,4 @@ def _function(path: str) -> Callable[..., Any]:
 
 
 def _module(name: str) -> ModuleType:
-    return import_module(LIES.get(name, name))
+    return import_module(MODULES.get(name, name))

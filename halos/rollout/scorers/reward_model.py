@@ -1,4 +1,4 @@
-"""A reward model's scores: batched, shortest first, by every process its share."""
+"""Scores of a reward model: batched, shortest samples first."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from halos.logps.attention import SEGMENTS
 from halos.logps.model import RewardModel as Scorer
 from halos.logps.plan import plan_for, remember
 from halos.models.load import load_tokenizer, load_weights, read_config, weights_dtype
-from halos.rollout.ranks import device_of_this_process
+from halos.rollout.ranks import local_device
 from halos.rollout.types import Sample, Score
 from halos.types import Demonstration
 
 
 class RewardModel:
-    """A sequence classifier of one label (ours, TRL's), or of several of which `label` says which is the reward.
+    """A sequence classifier with one label (ours, TRL's), or with several, of which `label` is the reward.
 
     HALOs' reward models have two labels and score with the second: label=1.
     """
 
     def __init__(self, directory: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
-        """Raises UserError for a model that does not score, and for a label that it does not have."""
+        """Raises UserError for a model that is no classifier, and for a label that it does not have."""
         integrity.check(directory, "reward model")
         config = read_config(directory)
         if not any("SequenceClassification" in name for name in config.architectures or []):
@@ -78,7 +78,7 @@ class RewardModel:
             else:
                 whole = Completion(encoded.completions[0].ids, np.ones(len(encoded.completions[0].ids), bool))
                 fitting.append((len(encoded.prompt) + len(whole.ids), (encoded.prompt, whole), sample))
-        fitting.sort(key=lambda each: each[0])  # rows of one batch are of one length, nearly
+        fitting.sort(key=lambda each: each[0])  # so that rows of one batch have similar lengths
         if not fitting:
             return
         model = self._loaded = self._loaded or self._load()
@@ -90,7 +90,7 @@ class RewardModel:
                 yield sample, Score(value)
 
     def _load(self) -> Any:
-        device = device_of_this_process()
+        device = local_device()
         dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
         plan = plan_for(read_config(self.directory), reward=True, attention=SEGMENTS)
         extra = {"dtype": dtype, "attn_implementation": plan.attention, **SAFELY}

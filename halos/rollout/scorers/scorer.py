@@ -1,4 +1,4 @@
-"""The contract of a scorer, and the one that a configuration names: a new scorer is a file here, a name in the schema, a case."""
+"""The protocol of scorers, and how a configuration opens one. A new scorer: a file here, a name in the schema, a case below."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from halos.rollout.types import Prompt, Sample, Score
 
 
 class Scorer(Protocol):
-    """Scores samples one by one, in whatever order."""
+    """Scores samples, each by itself, in any order."""
 
     def name(self) -> str:
-        """What files say of where their scores come from."""
+        """The name of the scorer, as recorded in files with its scores."""
         ...
 
     def request(self) -> dict[str, Any]:
-        """Everything that decides the scores."""
+        """Everything that the scores depend on, as JSON."""
         ...
 
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]: ...
@@ -33,8 +33,8 @@ def open_scorer(
     settings: Settings, *, plugins: Sequence[str], cache_dir: str | Path, answers: Path, max_length: int | None = None,
     quiet: bool = True,
 ) -> Scorer:  # fmt: skip
-    """A judge's answers are kept in the file `answers`; `max_length` is that of a reward model, whose weights are read with the
-    first sample. Raises UserError for what cannot score."""
+    """The scorer that the settings name. A judge caches its answers in the file `answers`; `max_length` is for a reward model,
+    whose weights are loaded with the first sample. Raises UserError for settings that cannot score."""
     if settings.name == "function":
         return Functions(parts_of(settings.functions, plugins), settings, plugins)
     if settings.model is None:
@@ -52,21 +52,21 @@ def open_scorer(
 
 
 def scorer_of(config: Config, answers: Path) -> Scorer:
-    """Of a run that has not begun. Raises UserError for what could not score its samples."""
+    """The scorer of a run, checked before the run begins. Raises UserError where it could not score."""
     assert config.online is not None
     settings = config.online.scorer
     if settings.name == "reward_model" and settings.model is not None:
         check_model(settings.model, "online.scorer.model")
     scorer = open_scorer(settings, plugins=config.plugins, cache_dir=config.cache_dir, answers=answers)
     if settings.name == "judge" and settings.url is not None:
-        from halos.rollout.servers import refuse_silent
+        from halos.rollout.servers import refuse_unreachable
 
-        refuse_silent(settings.url, "online.scorer.url")
+        refuse_unreachable(settings.url, "online.scorer.url")
     return scorer
 
 
 def refuse_unscorable(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError where a function asks for a column that no prompt has: tried on a made-up answer to the first one."""
+    """Raises UserError where a function reads a column that no prompt has, tried on a made-up answer to the first prompt."""
     assert config.online is not None
     settings = config.online.scorer
     if settings.name != "function":
@@ -78,11 +78,11 @@ def refuse_unscorable(config: Config, prompts: Sequence[Prompt]) -> None:
             if any(prompt.columns.get(column) is not None for prompt in prompts):
                 continue
             raise UserError(
-                f"online.scorer.functions: {part.path.removeprefix(f'{OWN}.')} needs {_named(column)}, and none of the"
+                f"online.scorer.functions: {part.path.removeprefix(f'{OWN}.')} needs {_describe(column)}, and none of the"
                 f" {len(prompts)} prompts of data.train has one"
             )
 
 
-def _named(column: str) -> str:
-    """A column as people would write it in their data."""
+def _describe(column: str) -> str:
+    """A column as users write it in their data."""
     return "a column `solution` or `answer` (or a right completion)" if column == "solution" else f"a column `{column}`"

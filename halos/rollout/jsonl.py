@@ -1,4 +1,4 @@
-"""JSON lines that are appended to: what a crash has cut off is taken away, and the rest is read."""
+"""JSON lines files that are appended to: a last line that a crash cut off is removed, and the rest is read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from halos.errors import UserError
 from halos.rollout.types import Row
 
 
-def line(row: Mapping[str, Any]) -> str:
+def to_line(row: Mapping[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def whole_lines(path: Path) -> Iterator[Row]:
-    """The rows of a file that is being appended to; a last line that was cut off is none, and is taken away."""
+def complete_lines(path: Path) -> Iterator[Row]:
+    """The rows of a file that is being appended to. A last line without a newline was cut off by a crash: it is removed."""
     data = confined.read_bytes(path, within=path.parent, most=confined.LARGE)
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
@@ -30,7 +30,7 @@ def whole_lines(path: Path) -> Iterator[Row]:
         try:
             row = confined.parse_json(text.decode("utf-8"), "it")
         except (UnreadableError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}:{number}: no JSON; take that line out, and what it held is made anew") from error
+            raise UserError(f"{path}:{number}: this line is not JSON; delete it, and its content is made again") from error
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: no row; take that line out, and what it held is made anew")
+            raise UserError(f"{path}:{number}: this line is not a JSON object; delete it, and its content is made again")
         yield row
