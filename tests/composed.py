@@ -68,7 +68,9 @@ def remember() -> None:
     def remembered(config_name: str, overrides: Sequence[str] = (), **settings: Any) -> DictConfig:
         if VARIABLE not in os.environ or not is_ours(overrides):
             return compose(config_name, list(overrides), **settings)
-        asked = repr((config_name, list(overrides), sorted(settings.items()))).encode()
+        keys = {word.partition("=")[0] for word in overrides}
+        commute = len(keys) == len(overrides) and all(key.isidentifier() for key in keys)  # each chooses in a group of its own
+        asked = repr((config_name, sorted(overrides) if commute else list(overrides), sorted(settings.items()))).encode()
         path = Path(os.environ[VARIABLE], sha256(files + asked).hexdigest())
         if not path.exists():
             whole = path.with_name(f"{path.name}.{os.getpid()}")

@@ -31,7 +31,8 @@ from tests import composed
 
 FROM_THE_START = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "PYTHONHASHSEED")
 IMPORTED = (  # by train.py, by the commands that it starts, and by a run of a small model
-    "accelerate.commands.launch", "antlr4.LL1Analyzer", "datasets", "deepspeed", "halos.cli.command", "halos.models.tiny",
+    "accelerate.commands.launch", "antlr4.LL1Analyzer", "datasets", "deepspeed",
+    "deepspeed.runtime.zero.muon.muon_optimizer", "halos.cli.command", "halos.models.tiny",
     "halos.online.label", "halos.online.rounds", "halos.online.sample", "halos.optimizers.standard", "halos.run",
     "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper",
     "hydra_plugins.hydra_submitit_launcher.submitit_launcher", "peft",
@@ -187,14 +188,7 @@ LOGGERS: dict[str, tuple[int, list[logging.Handler]]] = {}
 def main() -> None:
     """Fork at every request, say the pid, and later the wait status; end when nobody can ask any more."""
     base = sys.path[1:]
-    for name in IMPORTED:
-        if find_spec(name.partition(".")[0]):
-            importlib.import_module(name)
-    composed.remember()
-    conversion_mapping = importlib.import_module("transformers.conversion_mapping")
-    conversion_mapping.get_checkpoint_conversion_mapping(
-        "llama"
-    )  # transformers compiles some hundred patterns at the first model
+    _warm_up()
     for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]:
         if isinstance(logger, logging.Logger):
             LOGGERS[name] = logger.level, list(logger.handlers)
@@ -226,6 +220,17 @@ def main() -> None:
             children[pid].send(str(pid).encode())
             for descriptor in descriptors[:3]:
                 os.close(descriptor)
+
+
+def _warm_up() -> None:
+    for name in IMPORTED:
+        if find_spec(name.partition(".")[0]):
+            importlib.import_module(name)
+    composed.remember()
+    mapping = importlib.import_module("transformers.conversion_mapping")
+    mapping.get_checkpoint_conversion_mapping("llama")  # some hundred patterns, compiled at the first model
+    rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
+    rendezvous.get_method_name = lambda depth=2: "not named"  # of an event that nobody reads: it walks all modules, for a second
 
 
 def _reap(children: dict[int, socket.socket]) -> None:
