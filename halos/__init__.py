@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 
 
 def train(overrides: Sequence[str]) -> Result:
-    """A run in this process, as `python train.py` with the same words makes it: `train(["loss=dpo", "model=tiny", ...])`.
+    """Train in this process, as `python train.py` does with the same overrides: `train(["loss=dpo", "model=tiny", ...])`.
 
-    What a signal does, and sys.argv, are afterwards what they were. Raises UserError for wrong input; a signal that stops the
-    run ends it with a complete save, and `status` says so.
+    Restores signal handlers and sys.argv afterwards. Raises UserError for wrong input; a stop signal ends the run with a
+    complete checkpoint, and `status` is "stopped".
     """
-    from halos.cli.command import one_run  # here: `import halos` is to cost nothing
+    from halos.cli.command import train as train_here  # here, so that `import halos` costs nothing
 
-    return one_run(overrides)
+    return train_here(overrides)

@@ -34,8 +34,8 @@ def config_of(*overrides: str) -> Config:
     from halos.config import validate
 
     tree = _tree()
-    composed, settled = tree.compose_typed([parse(text, tree.choices) for text in overrides])
-    return validate.check(composed, [one.text for one in settled], tree.choices)
+    composed, resolved = tree.compose_parsed([parse(text, tree.choices) for text in overrides])
+    return validate.check(composed, [one.text for one in resolved], tree.choices)
 
 
 @cache

@@ -295,7 +295,7 @@ NAMES = ["demo", "x(1),y", "it's", "a b", r"q\"'", r"back\\", "ü", "[a]", "{a: 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_to_go_on_is_one_that_the_shell_and_our_parser_take(name):
     [word] = shlex.split(as_argument("resume", Path("runs") / name))
-    assert resume.asked([overrides.parse(word, {})]) == f"runs/{name}"
+    assert resume.requested_run([overrides.parse(word, {})]) == f"runs/{name}"
 
 
 def test_a_start_within_a_process_leaves_signals_and_arguments_as_they_were(build, monkeypatch):
@@ -457,7 +457,7 @@ TB = {"_target_": "halos.hooks.trackers.TensorBoard"}
 def test_what_changes_no_step_may_be_typed_on_top(cli, build, demo, words, changed):
     status, _, err = cli("resume=moved/demo", *words)
     assert status == 0
-    assert ("cache_dir=" in err and "is not followed" in err) if words == ["cache_dir=elsewhere"] else err == ""
+    assert ("cache_dir=" in err and "is not used" in err) if words == ["cache_dir=elsewhere"] else err == ""
     given = {
         key: ["CACHE" if "cache" in str(old) and key == "cache_dir" else old, new] for key, (old, new) in build.changed.items()
     }
@@ -529,7 +529,7 @@ def test_a_tracker_may_be_chosen_again_and_other_hooks_stay(cli, build, demo):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["loss=kto"], "loss=kto: resume= goes on with the choices of moved/demo"),
+        (["loss=kto"], "loss=kto: resume= keeps the choices of moved/demo"),
         (["peft=lora"], "peft=lora: resume="),
         (["exp_name=other"], "model.name_or_path=moved/demo/FINAL"),
         (["run_dir=other"], "run_dir=other: resume="),
@@ -605,7 +605,7 @@ def test_what_a_stranger_planted_in_a_run_runs_nothing(refused, cli, build, demo
         ("[1, 2]", "config.yaml holds no configuration"),
         ("a: [", "config.yaml cannot be read"),
         (b"\xff\xfe", "config.yaml cannot be read"),
-        ("seed: 0", "config.yaml has no loss, which this version needs: type it, loss=VALUE"),
+        ("seed: 0", "config.yaml has no loss, which this version needs: pass loss=VALUE"),
         ("train: {stepz: 3}", "config.yaml does not fit this version: there is no key 'train.stepz'; did you mean train.steps?"),
         ("train: {steps: many}", "config.yaml does not fit this version: train.steps"),
         ("train: 3", "config.yaml does not fit this version: train"),

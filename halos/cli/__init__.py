@@ -1,1 +1,1 @@
-"""What is typed becomes a run, a sweep, a workflow, or one message. The only room that imports hydra."""
+"""The command line: from overrides to a run, an online run or a sweep. The only package that imports hydra."""

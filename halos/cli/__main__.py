@@ -1,4 +1,4 @@
-"""python -m halos.cli: what `halos` and `python train.py` are."""
+"""python -m halos.cli: the same command as `halos` and `python train.py`."""
 
 from halos.cli.command import main
 

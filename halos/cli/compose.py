@@ -1,4 +1,4 @@
-"""Where configurations are read from, and Hydra's composition of them."""
+"""Compose configurations with Hydra: the directories, the choices in them, and errors as one message."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from halos.repository import CONFIG, LAUNCH, ROOT
 
 sys.path.append(str(LAUNCH))  # hydra_plugins/ in it is where Hydra looks for launchers
 VERSION = "1.3"  # of Hydra's behaviour
-PLUGINS = {"optuna": "hydra-optuna-sweeper", "submitit": "hydra-submitit-launcher"}  # what pip calls them
+PLUGINS = {"optuna": "hydra-optuna-sweeper", "submitit": "hydra-submitit-launcher"}  # names on PyPI
 
 
 @dataclass(frozen=True)
 class ConfigTree:
-    """The directories that hold configurations, ours first, and the one that is composed."""
+    """The directories with configuration files, ours first, and the name of the primary one."""
 
     directories: tuple[Path, ...] = (CONFIG,)
     name: str = "config"
 
     @classmethod
     def of_options(cls, config_path: str | None, config_dir: str | None, name: str | None) -> ConfigTree:
-        """As Hydra's options of the same names say. Raises UserError for a directory that is not there."""
+        """Apply Hydra's options of the same names. Raises UserError for a directory that does not exist."""
         if config_dir is not None and not Path(config_dir).is_dir():
             raise UserError(f"--config-dir: there is no directory {config_dir}")
         own = (ROOT / (config_path or "config")).resolve()
@@ -44,7 +44,7 @@ class ConfigTree:
 
     @cached_property
     def choices(self) -> Choices:
-        """The options of every group of ours."""
+        """The options of every config group but Hydra's own."""
         options: dict[str, list[str]] = {"experiment": []}
         for directory in self.directories:
             for file in sorted(directory.glob("*/**/*.yaml")):
@@ -55,39 +55,39 @@ class ConfigTree:
 
     @property
     def searchpath(self) -> list[str]:
-        """What has Hydra look into the directories that are not ours."""
+        """The override that makes Hydra search the other directories."""
         return [f"hydra.searchpath=['file://{directory}']" for directory in self.directories[1:]]
 
-    def opened(self) -> AbstractContextManager[Any]:
-        """Inside, Hydra composes from here; a sweep's jobs are inside already."""
+    def initialized(self) -> AbstractContextManager[Any]:
+        """Initialize Hydra for these directories, unless it is already, as in a sweep's jobs."""
         if GlobalHydra.instance().is_initialized():
             return nullcontext()
         return hydra.initialize_config_dir(str(self.directories[0]), version_base=VERSION)
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Raises UserError for what Hydra does not compose."""
-        with self.opened():
+        """Compose a configuration. Raises UserError if Hydra cannot."""
+        with self.initialized():
             try:
                 return hydra.compose(self.name, [*self.searchpath, *overrides])
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
                 raise UserError(explain(error)) from error
 
-    def compose_typed(self, typed: Sequence[Override]) -> tuple[DictConfig, list[Override]]:
-        """One composition for what was typed, and that as it was settled: Hydra takes the choices, values follow."""
+    def compose_parsed(self, parsed: Sequence[Override]) -> tuple[DictConfig, list[Override]]:
+        """Compose once with the choices, then set the values. Also returns the overrides with resolved keys."""
 
-        def is_hydras(one: Override) -> bool:
+        def is_for_hydra(one: Override) -> bool:
             return one.is_hydra or one.chooses(self.choices)
 
-        composed = self.compose([one.text for one in typed if is_hydras(one)])
-        settled = resolve_keys(typed, self.choices, keys(composed))
-        set_values(composed, [one for one in settled if not is_hydras(one)])
-        return composed, settled
+        composed = self.compose([one.text for one in parsed if is_for_hydra(one)])
+        resolved = resolve_keys(parsed, self.choices, keys(composed))
+        set_values(composed, [one for one in resolved if not is_for_hydra(one)])
+        return composed, resolved
 
 
-def set_values(composed: DictConfig, settled: Sequence[Override]) -> None:
-    """Put values that were typed into a composed configuration, as Hydra would. Raises UserError for keys that it has not."""
+def set_values(composed: DictConfig, resolved: Sequence[Override]) -> None:
+    """Apply value overrides to a composed configuration, as Hydra would. Raises UserError for unknown keys."""
     try:
-        for one in settled:
+        for one in resolved:
             parent, _, name = one.key.rpartition(".")
             with open_dict(composed) if one.sign else nullcontext():
                 if one.sign == "~":
@@ -99,7 +99,7 @@ def set_values(composed: DictConfig, settled: Sequence[Override]) -> None:
 
 
 def keys(composed: DictConfig) -> list[str]:
-    """Every key that is there, dotted, sections included."""
+    """Return every key of a configuration, dotted, sections included."""
 
     def within(node: Any, prefix: str) -> Iterator[str]:
         for name, value in node.items() if isinstance(node, dict) else ():
@@ -110,12 +110,12 @@ def keys(composed: DictConfig) -> list[str]:
 
 
 def plain(node: Any) -> Any:
-    """Lists and mappings of Python, interpolations as they are written."""
+    """Convert to plain lists and dicts, interpolations unresolved."""
     return OmegaConf.to_container(node)
 
 
 def explain(error: Exception, known: Sequence[str] = ()) -> str:
-    """Hydra's errors without its search paths, OmegaConf's in our words; `known` are keys that may be meant."""
+    """Turn an error of Hydra (without its search paths) or OmegaConf into one message; `known` are keys to suggest."""
     cause = error.__cause__ or error
     if isinstance(cause, OmegaConfBaseException) and cause.full_key:
         return validate.explain(cause, OmegaConf.create(), known)

@@ -1,4 +1,4 @@
-"""Overrides as Hydra's parser reads them, and the combinations of a sweep's values."""
+"""Parse overrides with Hydra's parser, and combine a sweep's values."""
 
 from __future__ import annotations
 
@@ -17,48 +17,50 @@ from halos.errors import UserError
 
 
 def parse(text: str, choices: Choices) -> Override:
-    """One override. A sweep's values are as they would be typed; an interval has none. Raises UserError for what is none."""
+    """Parse one override. A sweep's values are kept as text; an interval has none. Raises UserError if it is not an override."""
     try:
         override = OverridesParser.create().parse_override(text)
-        sweep, given = override.is_sweep_override(), override.value()
+        sweep, value = override.is_sweep_override(), override.value()
         values: tuple[Any, ...] = ()
-        if isinstance(given, Glob):
-            values = tuple(given.filter(list(choices.get(override.key_or_group, ()))))
+        if isinstance(value, Glob):
+            values = tuple(value.filter(list(choices.get(override.key_or_group, ()))))
         elif sweep and not override.is_interval_sweep():
             values = tuple(override.sweep_string_iterator())
         elif not sweep and override.value_type is not None:
-            values = (given,)
+            values = (value,)
     except HydraException as error:
         raise UserError(unreadable(text, str(error).strip().splitlines()[-1])) from error
     sign = text[: len(text) - len(text.lstrip("+~"))]
     return Override(sign, override.key_or_group, override.package, text.partition("=")[2], values, sweep)
 
 
-def countable(typed: Sequence[Override]) -> list[Override]:
-    """All but an interval, which has no values that could be tried: its key stays at its default."""
-    return [one for one in typed if one.values or not one.is_sweep]
+def enumerable(parsed: Sequence[Override]) -> list[Override]:
+    """Return all overrides but intervals, whose values cannot be enumerated: their keys stay at the defaults."""
+    return [one for one in parsed if one.values or not one.is_sweep]
 
 
-def first_values(typed: Sequence[Override]) -> list[str]:
-    return [_each_value(one)[0] for one in countable(typed)]
+def first_values(parsed: Sequence[Override]) -> list[str]:
+    """Return each override as text, with the first of its values."""
+    return [_each_value(one)[0] for one in enumerable(parsed)]
 
 
-def all_combinations(typed: Sequence[Override]) -> list[list[str]]:
-    return [list(overrides) for overrides in product(*map(_each_value, countable(typed)))]
+def all_combinations(parsed: Sequence[Override]) -> list[list[str]]:
+    """Return the overrides of each job of a grid."""
+    return [list(overrides) for overrides in product(*map(_each_value, enumerable(parsed)))]
 
 
-def one_by_one(typed: Sequence[Override]) -> list[list[str]]:
-    """The first values together, then every other one in the place of its first."""
-    first = first_values(typed)
-    others = [[*first[:i], way, *first[i + 1 :]] for i, one in enumerate(countable(typed)) for way in _each_value(one)[1:]]
+def one_by_one(parsed: Sequence[Override]) -> list[list[str]]:
+    """Return a job with all first values, and for every other value a job in which it replaces the first."""
+    first = first_values(parsed)
+    others = [[*first[:i], text, *first[i + 1 :]] for i, one in enumerate(enumerable(parsed)) for text in _each_value(one)[1:]]
     return [first, *others]
 
 
 def _each_value(one: Override) -> list[str]:
-    """What is typed, once for each value of a sweep."""
+    """Return the override as text, once for each value of a sweep."""
     return [f"{one.sign}{one.key}={value}" for value in one.values] if one.is_sweep else [one.text]
 
 
 def repeatable(one: Override) -> Override:
-    """`+hooks.mine=` may be typed again at every resume."""
+    """Turn `+hooks.mine=` into `++hooks.mine=`, so that every resume may add it again."""
     return replace(one, sign="++") if one.sign == "+" and kind_of(one.key) == "free" else one

@@ -1,4 +1,4 @@
-"""What became of a run."""
+"""The outcome of a run, as `halos.train` returns it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from halos.distributed.signals import STOPPED
 from halos.rundir import RunDir
 
 Status = Literal["finished", "stopped", "failed", "checked"]
-NAMES: dict[int, Status] = {0: "finished", STOPPED: "stopped"}
+STATUS_OF: dict[int, Status] = {0: "finished", STOPPED: "stopped"}
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """`status` is `checked` of a dry run, which trains nothing."""
+    """The outcome of a run; `status` is `checked` for a dry run."""
 
     status: Status
-    exit_status: int  # what the command would have ended with
+    exit_status: int  # of the command
     run_dir: Path
     step: int
     metrics: Mapping[str, float]  # of the last evaluation
-    reason: str | None  # why it was stopped, or failed
+    reason: str | None  # why it stopped or failed
 
     @property
     def final(self) -> Path | None:
-        """The directory that from_pretrained loads; None where there is none yet."""
+        """The directory of the final model, for from_pretrained; None if it does not exist."""
         directory = RunDir(self.run_dir).final
         return directory if directory.is_dir() else None
 
     @classmethod
     def of(cls, run_dir: str, exit_status: int, *, dry: bool) -> Result:
-        left = (None if dry else RunDir(run_dir).read_result()) or {}
-        status: Status = "checked" if dry and not exit_status else NAMES.get(exit_status, "failed")
-        return cls(status, exit_status, Path(run_dir), left.get("step", 0), left.get("metrics", {}), left.get("reason"))
+        result = (None if dry else RunDir(run_dir).read_result()) or {}
+        status: Status = "checked" if dry and not exit_status else STATUS_OF.get(exit_status, "failed")
+        return cls(status, exit_status, Path(run_dir), result.get("step", 0), result.get("metrics", {}), result.get("reason"))

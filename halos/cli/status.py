@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and the one message that wrong input gets."""
+"""Exit statuses, and the one message for wrong input."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ FAILED, WRONG_INPUT = 1, 2
 
 
 def refuse(error: UserError) -> int:
-    """One message a host. The other ranks wait, so that the launcher does not end the one that speaks before it has."""
+    """Print the message on one rank per host. The others wait, so that the launcher does not kill that rank first."""
     if count_from_environment("LOCAL_RANK", 0):
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)  # from the launcher, once the other has left
+            signal.signal(number, signal.SIG_IGN)  # which the launcher sends once the other rank has exited
         time.sleep(2)
     else:
         print(f"error: {printable(redact(str(error)))}", file=sys.stderr, flush=True)

@@ -102,8 +102,8 @@ def test_a_checkpoint_whose_own_seal_is_broken_says_nothing_of_the_configuration
     [change] = runfiles.changed(run)
     assert (change.key, change.old, change.new) == ("train.batch_size", 8, 6)
     assert "step-00000002" in (change.why or "")
-    assert resuming.altered(run, []) == [change]
-    assert resuming.altered(run, [replace(change, old=6, new=5)]) == [], "what is typed anew is on record as it was typed"
+    assert resuming.edited_files(run, []) == [change]
+    assert resuming.edited_files(run, [replace(change, old=6, new=5)]) == [], "overridden keys are recorded already"
 
 
 def test_a_change_that_a_start_recorded_is_sealed_with_it(directory: Path) -> None:
