@@ -6,8 +6,10 @@ import hashlib
 import inspect
 import math
 import multiprocessing
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from multiprocessing.connection import Connection, wait
@@ -193,6 +195,17 @@ class Functions:
         self._workers = []
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """Processes spawned in here do not import the program that was started: train.py would import Hydra in each."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
 class Worker:
     """A process that scores one sample at a time."""
 
@@ -200,7 +213,8 @@ class Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, worker_end = context.Pipe()
         self.process: BaseProcess = context.Process(target=_work, args=(worker_end, list(parts), list(plugins)), daemon=True)
-        self.process.start()
+        with _without_main():
+            self.process.start()
         worker_end.close()
         self.sample: Sample | None = None
         self._since, self._ready = 0.0, False
