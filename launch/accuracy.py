@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exact match of a model's greedy answers on held-out arithmetic problems, and some of the answers.
+"""Exact match of a model's greedy answers on the evaluation problems of arithmetic, and some of the answers.
 
     python launch/accuracy.py runs/demo/FINAL --problems 200 --show 3
 
@@ -22,18 +22,18 @@ from halos.data import arithmetic
 
 @torch.no_grad()
 def answers(directory: str, questions: list[list[dict[str, str]]], batch_size: int, new_tokens: int) -> list[str]:
-    """The model's greedy completion of each question."""
+    """Return the model's greedy completion of each question."""
     tokenizer = AutoTokenizer.from_pretrained(directory, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto").eval()
-    found = []
+    completions = []
     for start in range(0, len(questions), batch_size):
         some = questions[start : start + batch_size]
         inputs = tokenizer.apply_chat_template(
             some, add_generation_prompt=True, padding=True, return_tensors="pt", return_dict=True
         )
         tokens = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)
-        found += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return found
+        completions += tokenizer.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return completions
 
 
 def main() -> None:
@@ -46,17 +46,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON line instead")
     arguments = parser.parse_args()
     rows = list(itertools.islice(arithmetic.rows("eval"), arguments.problems))
-    said = answers(arguments.model, [row["prompt"] for row in rows], arguments.batch_size, arguments.new_tokens)
+    completions = answers(arguments.model, [row["prompt"] for row in rows], arguments.batch_size, arguments.new_tokens)
     right = [
-        arithmetic.answer(text) == arithmetic.answer(row["chosen"][0]["content"]) for text, row in zip(said, rows, strict=True)
+        arithmetic.answer(text) == arithmetic.answer(row["chosen"][0]["content"])
+        for text, row in zip(completions, rows, strict=True)
     ]
-    share = sum(right) / len(right)
+    accuracy = sum(right) / len(right)
     if arguments.json:
-        print(json.dumps({"model": arguments.model, "problems": len(right), "exact_match": share}))
+        print(json.dumps({"model": arguments.model, "problems": len(right), "exact_match": accuracy}))
         return
-    print(f"{arguments.model}: {sum(right)} of {len(right)} held-out problems right ({share:.1%})")
-    for text, row, good in itertools.islice(zip(said, rows, right, strict=True), arguments.show):
-        print(f"  {row['prompt'][0]['content']}\n    {'right' if good else 'wrong'}: {' / '.join(text.strip().splitlines())}")
+    print(f"{arguments.model}: {sum(right)} of {len(right)} evaluation problems right ({accuracy:.1%})")
+    for text, row, is_right in itertools.islice(zip(completions, rows, right, strict=True), arguments.show):
+        print(f"  {row['prompt'][0]['content']}\n    {'right' if is_right else 'wrong'}: {' / '.join(text.strip().splitlines())}")
 
 
 if __name__ == "__main__":

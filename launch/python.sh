@@ -1,9 +1,9 @@
-# Sourced by the other scripts: makes .venv with the newest Python from 3.11 to 3.13 and installs what requirements.txt
-# pins. Works with macOS's bash 3.2. HALOS_PYTHON names another interpreter.
+# Sourced by the other scripts: creates .venv with the newest Python from 3.11 to 3.13 and installs requirements.txt. Works with
+# bash 3.2 of macOS. HALOS_PYTHON selects another interpreter.
 
 find_python() {
   for candidate in ${HALOS_PYTHON:-} python3.13 python3.12 python3.11 python3 python; do
-    # a version manager's stub exists and still fails: ask the interpreter itself
+    # a version manager's stub may exist and fail: run the interpreter
     if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' >/dev/null 2>&1; then
       echo "$candidate"
       return 0
@@ -17,7 +17,7 @@ use_venv() { # $1: further packages
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   if [ ! -x "$root/.venv/bin/python" ]; then
     python="$(find_python)" || exit 2
-    echo "making .venv with $("$python" --version)"
+    echo "creating .venv with $("$python" --version)"
     "$python" -m venv "$root/.venv" || exit 1
   fi
   wanted="$(cat "$root/requirements.txt"; echo "$1")"
@@ -31,7 +31,7 @@ use_venv() { # $1: further packages
   export PATH
 }
 
-# A frozen base in bfloat16 is two to three times as fast where the processor has it, and many times slower where it has not.
+# A frozen base in bfloat16 is two to three times as fast on a processor that supports it, and many times slower on others.
 fast_dtype() {
   if command -v nvidia-smi >/dev/null 2>&1 || grep -qE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null; then
     echo bfloat16

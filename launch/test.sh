@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Lint, types and tests, from a fresh machine: makes .venv if needed, installs, runs. Arguments go to pytest.
+# Lint, types and tests on a fresh machine: creates .venv if needed, installs, runs. Arguments go to pytest.
 #   bash launch/test.sh               what CI runs
 #   bash launch/test.sh slow          the long matrices
 #   bash launch/test.sh slow GROUP    one group of them: the names below
 set -eu
 cd "$(dirname "$0")/.."
 
-slow_group() { # where its tests are
+slow_group() { # prints the paths of its tests
   case "$1" in
     kills) echo tests/checkpoint ;;
     moves) echo tests/launch/test_exactness.py tests/launch/test_earlier_runs.py ;;
@@ -27,7 +27,7 @@ fi
 . launch/python.sh
 use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 hatchling==1.33.0 hatch-requirements-txt==0.4.1 openai==3.57.0 math-verify==0.9.0 deepspeed==0.19.8"
 
-# the oldest transformers that requirements.txt names, with the hub client that it takes; tests/test_oldest_versions.py runs it
+# the oldest transformers that requirements.txt allows, with its hub client; tests/test_oldest_versions.py uses it
 oldest="transformers==5.17.0 huggingface-hub==1.33.0"
 if [ "$(cat .venv/oldest/installed 2>/dev/null)" != "$oldest" ]; then
   rm -rf .venv/oldest
@@ -36,7 +36,7 @@ if [ "$(cat .venv/oldest/installed 2>/dev/null)" != "$oldest" ]; then
   echo "$oldest" > .venv/oldest/installed
 fi
 
-export CUDA_VISIBLE_DEVICES=""  # the tests are for the CPU
+export CUDA_VISIBLE_DEVICES=""  # the tests run on the CPU
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""One Slurm task as one process of a run: srun python launch/slurm/rank.py ACCELERATE_CONFIG train.py loss=dpo ...
+"""Run one Slurm task as one rank: srun python launch/slurm/rank.py ACCELERATE_CONFIG train.py loss=dpo ...
 
-What the accelerate config asks for is put into the environment by accelerate's own code, Slurm says which rank this is, and
-train.py takes this process's place: signals that Slurm sends to the task are its own.
+accelerate's own code translates its config into environment variables, Slurm provides the rank, and train.py replaces this
+process by execve, so that it receives the signals that Slurm sends to the task.
 """
 
 import os
@@ -15,8 +15,7 @@ RANKS = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "S
 
 
 def main() -> None:
-    # A signal that comes while we or train.py still start is held back until train.py can answer it: execve changes neither
-    # what is held back nor what has come
+    # Signals are blocked until train.py can handle them; execve keeps both the signal mask and pending signals
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1))
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
@@ -27,23 +26,23 @@ def main() -> None:
     if not os.path.isfile(config):
         sys.exit(f"error: there is no accelerate config {config}")
     ranks = {name: os.environ[source] for name, source in RANKS.items()}
-    words = ["--config_file", config, "--num_machines", "1", "--num_processes", ranks["WORLD_SIZE"], "--main_process_port", "0"]
-    arguments, defaults, says_precision = _validate_launch_command(launch_command_parser().parse_args([*words, *command]))
-    # accelerate's own command sets this apart from the rest: what stands beside a DeepSpeed file and contradicts it
+    options = ["--config_file", config, "--num_machines", "1", "--num_processes", ranks["WORLD_SIZE"], "--main_process_port", "0"]
+    arguments, defaults, says_precision = _validate_launch_command(launch_command_parser().parse_args([*options, *command]))
+    # set as accelerate's own command does: fields that contradict a DeepSpeed file
     fields = [*(defaults.deepspeed_config if defaults else ()), *(["mixed_precision"] if says_precision else [])]
     arguments.deepspeed_fields_from_accelerate_config = ",".join(fields)
     environment = prepare_deepspeed_cmd_env(arguments)[1] if arguments.use_deepspeed else prepare_multi_gpu_env(arguments)
-    environment["ACCELERATE_USE_CPU"] = str(bool(arguments.use_cpu))  # which accelerate hands to a single process only
-    if not says_precision:  # else its own default would pass for a wish
+    environment["ACCELERATE_USE_CPU"] = str(bool(arguments.use_cpu))  # which accelerate sets for a single process only
+    if not says_precision:  # else its default would look like a request
         environment.pop("ACCELERATE_MIXED_PRECISION", None)
-    # accelerate has just chosen a port of its own, which the other ranks do not know
-    meeting = {"MASTER_PORT": os.environ["MASTER_PORT"], **gloo_interface(os.environ)}
-    os.execve(sys.executable, [sys.executable, *command], {**environment, **ranks, **meeting})
+    # accelerate has chosen a port of its own, which the other ranks do not know
+    rendezvous = {"MASTER_PORT": os.environ["MASTER_PORT"], **gloo_interface(os.environ)}
+    os.execve(sys.executable, [sys.executable, *command], {**environment, **ranks, **rendezvous})
 
 
 def gloo_interface(environment: Mapping[str, str]) -> dict[str, str]:
-    """The network interface that leads to the other hosts. gloo takes the one that the host's own name means, which is the
-    loopback on many systems, and then offers an address at which nobody can reach it."""
+    """Return GLOO_SOCKET_IFNAME for the interface that leads to the other hosts. gloo uses the one to which the host's own name
+    resolves, which on many systems is the loopback, where no other host can reach it."""
     hosts = environment.get("HALOS_HOSTS", "").split()
     if len(hosts) < 2 or "GLOO_SOCKET_IFNAME" in environment:
         return {}
@@ -53,7 +52,7 @@ def gloo_interface(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def interface_to(host: str) -> str | None:
-    """By which network interface `host` is reached; None where that cannot be told. Nothing is sent."""
+    """Return the network interface by which `host` is reached, without sending anything; None where it is unknown."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, socket.SOCK_DGRAM) as probe:
@@ -63,7 +62,9 @@ def interface_to(host: str) -> str | None:
         return None
     import psutil
 
-    return next((name for name, given in psutil.net_if_addrs().items() if any(one.address == mine for one in given)), None)
+    return next(
+        (name for name, addresses in psutil.net_if_addrs().items() if any(one.address == mine for one in addresses)), None
+    )
 
 
 if __name__ == "__main__":
