@@ -11,9 +11,9 @@ from pathlib import Path
 HALOS = Path(__file__).resolve().parents[1] / "halos"
 HEAD = """# The packages
 
-Back to [the front page](../README.md). Written by `python launch/architecture.py` from the imports and the first docstring line of each
-package or module. Each imports only from the blocks below its own. `train.py` is the entry point, `config/` holds every default,
-and `tests/` mirrors this directory.
+Back to [the front page](../README.md). Written by `python launch/architecture.py` from the imports and the first docstring
+line of each package or module. Each imports only from the blocks below its own. `train.py` is the entry point, `config/` holds
+every default, and `tests/` mirrors this directory.
 """
 
 

@@ -1,9 +1,9 @@
-"""Our losses against the code of TRL's own trainers, on the same log-probs: values, gradients and metrics as a Markdown table.
+"""Compare our losses with TRL's trainers on the same log-probs: values, gradients and metrics as a Markdown table.
 
     pip install torch==2.13.0 trl==1.16.0 && PYTHONPATH=. python launch/compare/losses_vs_trl.py
 
-No formula of TRL's is copied here: its trainers' loss methods run (trl_replay.py), with a stand-in for the model. Exit status 1
-when two that should be equal are not.
+No formula of TRL is copied here: the loss methods of its trainers run (trl_replay.py), with a stub for the model. Exit status 1
+if two values that should be equal are not.
 """
 
 import logging
@@ -45,7 +45,7 @@ class Row:
     theirs: str
     run_ours: Callable[[], Outcome]
     run_theirs: Callable[[], Outcome]
-    why_not: str = ""  # where the conventions differ, and how; empty where the two must be equal
+    why_not: str = ""  # how the conventions differ; empty where the two must be equal
     note: str = ""
 
 
@@ -56,19 +56,19 @@ def means(loss: Loss) -> dict[str, float]:
 def paired_rows(batch: Batch) -> list[Row]:
     policy, reference = batch.pairs()
 
-    def ours(function: Callable[..., Loss], *given: Pair, **knobs: Any) -> Callable[[], Outcome]:
+    def ours(function: Callable[..., Loss], *pairs: Pair, **hyperparameters: Any) -> Callable[[], Outcome]:
         def run() -> Outcome:
-            loss = function(*given, **knobs)
+            loss = function(*pairs, **hyperparameters)
             return batch.outcome(loss.values.mean(), means(loss))
 
         return run
 
-    def one_by_one(loss_type: str, **knobs: float) -> Callable[[], Outcome]:
-        """TRL's loss of each pair alone."""
+    def one_by_one(loss_type: str, **hyperparameters: float) -> Callable[[], Outcome]:
+        """Return TRL's loss of each pair alone, averaged."""
 
         def run() -> Outcome:
             alone = [batch.rows(slice(i, None, PAIRS)) for i in range(PAIRS)]
-            parts = [(trl_cpo if loss_type == "hinge" else trl_dpo)(part, loss_type, **knobs) for part in alone]
+            parts = [(trl_cpo if loss_type == "hinge" else trl_dpo)(part, loss_type, **hyperparameters) for part in alone]
             gradient = torch.stack([x.gradient for x in parts], 1).flatten(0, 1) / PAIRS
             return Outcome(torch.stack([x.loss for x in parts]).mean(), gradient, {})
 
@@ -155,7 +155,7 @@ def paired_rows(batch: Batch) -> list[Row]:
 
 
 def rollout_rows() -> list[Row]:
-    """With the same advantages; how those come from rewards is in TRL's sampling code, which is no loss."""
+    """Losses on rollouts with the same advantages; TRL computes those in its sampling code, outside the loss."""
     batch = Batch.random(6)
     batch = Batch((batch.reference * 0.98).requires_grad_(), batch.reference, batch.mask)  # near the policy that sampled
     advantages = torch.randn(2 * PAIRS, generator=torch.Generator().manual_seed(7))
@@ -163,10 +163,10 @@ def rollout_rows() -> list[Row]:
              "max_tokens": None, "beta": 0.0, "kl_estimator": "k3"}  # fmt: skip
     policy = Rollouts(batch.policy_logps, batch.reference, advantages[:, None] * batch.mask, torch.zeros(2 * PAIRS))
 
-    def ours(**knobs: Any) -> Callable[[], Outcome]:
+    def ours(**hyperparameters: Any) -> Callable[[], Outcome]:
         def run() -> Outcome:
-            reference = batch.reference_logps if knobs.get("beta") else None
-            loss = grpo.grpo(policy, reference, **{**plain, **knobs})
+            reference = batch.reference_logps if hyperparameters.get("beta") else None
+            loss = grpo.grpo(policy, reference, **{**plain, **hyperparameters})
             count = batch.mask.sum() if loss.per == "token" else len(loss.values)
             return batch.outcome(loss.values.sum() / count, {})
 
@@ -281,7 +281,7 @@ def far(ours: float, theirs: float) -> bool:
 
 
 def compared(row: Row) -> tuple[str, bool]:
-    """The row in Markdown, and whether it came out as it should."""
+    """Return the row in Markdown, and whether its result is the expected one."""
     ours, theirs = row.run_ours(), row.run_theirs()
     off = abs(ours.loss - theirs.loss).item()
     gap = (ours.gradient - theirs.gradient).abs().max().item()
@@ -306,8 +306,10 @@ def main() -> int:
         line, as_expected = compared(row)
         print(line, flush=True)
         right &= as_expected
-    print("\nMetrics are compared where both log one of that name. IPO summed stands in TRL's online DPO only, inside its step.")
-    print("TRL's PPO and REINFORCE++ have no loss that can be called apart from their training loop (or are not there).")
+    print(
+        "\nMetrics are compared where both log one of that name. IPO with sums exists only in TRL's online DPO, inside its step."
+    )
+    print("TRL's PPO and REINFORCE++ have no loss that can be called outside their training loop (or do not exist).")
     return 0 if right else 1
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Peak memory of merging a LoRA adapter: streamed here, and by PEFT's merge_and_unload + save_pretrained.
+"""Measure the peak memory of merging a LoRA adapter: streamed by halos, and by PEFT's merge_and_unload + save_pretrained.
 
     python launch/compare/memory_of_merge.py [--sizes 150 600]
 
-Llamas of random weights, about so many MB on disk in bfloat16, each merged in a process of its own. What counts is the
-peak resident memory above what it was when all imports were done. The bound is 2 x the largest tensor + 64 MB. Merging and
-proving are told apart: to prove a merge is to load the models, one after the other, as its user will.
+The bases are Llamas with random weights, of about the given MB on disk in bfloat16, each merged in a process of its own. Memory
+is the peak resident memory beyond that after all imports; the bound is 2 x the largest tensor + 64 MB. Merging and proving are
+measured separately: a proof loads the models, one after the other, as users will.
 """
 
 import argparse
@@ -23,13 +23,13 @@ SHAPES = {150: (512, 1376, 8, 64000), 600: (1024, 2752, 12, 64000)}  # hidden, i
 
 
 def resident(field: str) -> int:
-    """VmRSS or VmHWM of this process, in bytes."""
+    """Return VmRSS or VmHWM of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
 
 
-def build(place: Path, size: int) -> None:
-    """A base of about `size` MB and an adapter that does something."""
+def build(directory: Path, size: int) -> None:
+    """Build a base of about `size` MB and a non-zero adapter."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -41,30 +41,30 @@ def build(place: Path, size: int) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(torch.bfloat16)
-    model.save_pretrained(place / "base")
+    model.save_pretrained(directory / "base")
     adapted = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             parameter.data = 0.01 * torch.randn(parameter.shape)
-    adapted.peft_config["default"].base_model_name_or_path = str(place / "base")
-    adapted.save_pretrained(str(place / "adapter"))
+    adapted.peft_config["default"].base_model_name_or_path = str(directory / "base")
+    adapted.save_pretrained(str(directory / "adapter"))
 
 
-def ours(place: Path, output: Path, case: Any) -> None:
+def ours(directory: Path, output: Path, case: Any) -> None:
     from halos.merge.merge import merge
 
     output.mkdir()
     merge(case.base, case.adapter, output, model=case.bare(), dtype=case.dtype)
 
 
-def proving(place: Path, output: Path, case: Any) -> None:
+def proving(directory: Path, output: Path, case: Any) -> None:
     from halos.merge.proof import prove
 
-    result = prove(case, place / "ours")
+    result = prove(case, directory / "ours")
     assert result.holds, result.faults
 
 
-def theirs(place: Path, output: Path, case: Any) -> None:
+def theirs(directory: Path, output: Path, case: Any) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -75,27 +75,27 @@ def theirs(place: Path, output: Path, case: Any) -> None:
 ROLES = {"ours": ours, "peft": theirs, "proof": proving}
 
 
-def act(role: str, place: Path) -> None:
-    """One role alone; prints its peak above imports, in bytes."""
+def act(role: str, directory: Path) -> None:
+    """Run one role and print its peak memory beyond the imports, in bytes."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  imports are not what is measured
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM  # noqa: F401  imports are not measured
 
     from halos.merge import merge, proof  # noqa: F401
 
-    case = proof.Case(place / "base", place / "adapter", False, torch.bfloat16)
+    case = proof.Case(directory / "base", directory / "adapter", False, torch.bfloat16)
     case.bare()
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was the imports'
-    ROLES[role](place, place / role, case)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which so far is that of the imports
+    ROLES[role](directory, directory / role, case)
     print(json.dumps(resident("VmHWM") - before))
 
 
-def alone(role: str, place: Path) -> int:
-    command = [sys.executable, __file__, "--role", role, "--place", str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{role} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def alone(role: str, directory: Path) -> int:
+    command = [sys.executable, __file__, "--role", role, "--place", str(directory)]
+    process = subprocess.run(command, capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(f"{role} failed:\n{process.stderr[-3000:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -103,22 +103,22 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[150, 600], help="MB on disk")
     parser.add_argument("--role", choices=[*ROLES, "build"], help=argparse.SUPPRESS)
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.role:
-        act(given.role, given.place) if given.role != "build" else build(given.place, given.sizes[0])
+    args = parser.parse_args()
+    if args.role:
+        act(args.role, args.place) if args.role != "build" else build(args.place, args.sizes[0])
         return
     print("| base | largest tensor | bound | halos merges | PEFT merges | halos proves |\n| --- | --- | --- | --- | --- | --- |")
-    for size in given.sizes:
+    for size in args.sizes:
         with tempfile.TemporaryDirectory() as text:
-            place = Path(text)
+            directory = Path(text)
             subprocess.run([sys.executable, __file__, "--role", "build", "--place", text, "--sizes", str(size)], check=True,
                            capture_output=True)  # fmt: skip
             from halos.merge.safetensors_io import SafeFile
 
-            file = SafeFile(place / "base" / "model.safetensors")
+            file = SafeFile(directory / "base" / "model.safetensors")
             largest = max(file.dtype(name).itemsize * _numel(file.shape(name)) for name in file.names)
             whole = file.path.stat().st_size
-            numbers = [whole, largest, 2 * largest + 64 * MB, *(alone(role, place) for role in ("ours", "peft", "proof"))]
+            numbers = [whole, largest, 2 * largest + 64 * MB, *(alone(role, directory) for role in ("ours", "peft", "proof"))]
         print("| " + " | ".join(f"{number / MB:.0f} MB" for number in numbers) + " |", flush=True)
 
 

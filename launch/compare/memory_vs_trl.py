@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Peak memory and CPU time of DPO with LoRA beside TRL's, on the same model, rows, batch and length, one after the other.
+"""Compare peak memory and CPU time of DPO with LoRA with TRL's, on the same model, data, batch size and length.
 
     python launch/compare/memory_vs_trl.py MODEL_DIR PAIRS.jsonl --trl-python .venv-trl/bin/python
 
-TRL lives in an environment of its own (pip install trl==1.16.0 peft). PAIRS.jsonl has prompt, chosen and rejected as
+TRL needs an environment of its own (pip install trl==1.16.0 peft). PAIRS.jsonl has prompt, chosen and rejected as
 message lists; without it, the bundled arithmetic is used. Both run in float32 for the same number of steps; the peak is
-the whole process's, as the operating system counts it, and the ratio is what to quote.
+that of the whole process, as the operating system reports it; quote the ratio.
 """
 
 import argparse
@@ -31,7 +31,7 @@ def ours(python: str, model: str, pairs: Path, settings: argparse.Namespace, wor
 
 
 def trl(model: str, pairs: str, settings: argparse.Namespace) -> None:
-    """TRL's DPOTrainer with the same adapter, run in its own interpreter."""
+    """Run TRL's DPOTrainer with the same adapter, in its own interpreter."""
     import torch
     from datasets import load_dataset
     from peft import LoraConfig
@@ -55,7 +55,7 @@ def trl(model: str, pairs: str, settings: argparse.Namespace) -> None:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Peak resident MiB and CPU seconds of a command and what it waits for."""
+    """Return peak resident MiB and CPU seconds of a command and the children that it waits for."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)

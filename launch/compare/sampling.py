@@ -1,8 +1,8 @@
-"""Tokens a second of the default sampler beside plain batched `generate`, and a reward model's scores beside one at a time.
+"""Compare tokens per second of the default sampler with batched `generate`, and a reward model's batches with single samples.
 
     python launch/compare/sampling.py MODEL [--prompts 32 --samples 4 --new-tokens 48]
 
-Both sides take turns on the same prompts of the bundled arithmetic, with the same number of new tokens for each completion.
+Both sides alternate on the same prompts of the bundled arithmetic, with the same number of new tokens per completion.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def scoring(place: Path, arguments: argparse.Namespace) -> None:
         rates = {}
         for size in (16, 1):
             scorer = RewardModel(Path(directory), section(Scorer, batch_size=size), max_length=None, quiet=True)
-            list(scorer.score(rows[:4]))  # loads it
+            list(scorer.score(rows[:4]))  # loads the model
             spent, _ = seconds(lambda scorer=scorer: len(list(scorer.score(rows))))
             rates[size] = len(rows) / spent
         print(f"scoring    {rates[16]:.1f} samples/s, one at a time {rates[1]:.1f}; ratio {rates[16] / rates[1]:.2f}")

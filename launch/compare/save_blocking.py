@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""How long a checkpoint keeps the steps waiting, in turn with them and beside them, and what it costs in memory.
+"""Measure how long a checkpoint blocks training, synchronous and asynchronous, and how much memory it costs.
 
     python launch/compare/save_blocking.py MODEL [--every 10] [--saves 5] [--batch-size 4] [--growth 50]
 
 Full fine-tuning of MODEL in float32 on the bundled data, one run with checkpoint.async_save=false and one with true, each in
-a process of its own. What keeps a step waiting is compared with one copy of the same state (weights and Adam's moments) into
-memory that is there already, in the same process, and with the median step. Then so many saves in a row, one after each
-step, while the resident memory is watched.
+a process of its own. The blocked time is compared with one copy of the same state (weights and Adam's moments) into allocated
+memory, in the same process, and with the median step. Then --growth saves follow in a row, one after each step, while resident
+memory is recorded.
 """
 
 import argparse
@@ -25,17 +25,17 @@ MIB = 2**20
 
 
 def resident(field: str = "VmRSS") -> float:
-    """VmRSS or VmHWM of this process, in MiB."""
+    """Return VmRSS or VmHWM of this process, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / MIB
 
 
 class Watch:
-    """Times the trainer's steps, and what they wait for a save, apart."""
+    """Times the trainer's steps and, separately, how long saves block them."""
 
     def __init__(self, trainer: Any) -> None:
         self.steps: list[float] = []
-        self.beside: list[bool] = []  # whether a save was being written while the step was made
+        self.beside: list[bool] = []  # whether a save was being written during the step
         self.waits: list[float] = []  # for each save
         self.resident: list[float] = []
         self._trainer, self._waited, self._depth = trainer, 0.0, 0
@@ -132,9 +132,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory or a hub id")
     parser.add_argument("--every", type=int, default=10, help="steps from one save to the next (default: 10)")
-    parser.add_argument("--saves", type=int, default=5, help="how many are timed; the first is told apart (default: 5)")
+    parser.add_argument("--saves", type=int, default=5, help="how many are timed; the first is reported separately (default: 5)")
     parser.add_argument("--batch-size", type=int, default=4, help="rows of a step (default: 4)")
-    parser.add_argument("--growth", type=int, default=50, help="saves in a row while memory is watched; 0: none (default: 50)")
+    parser.add_argument("--growth", type=int, default=50, help="saves in a row while memory is recorded; 0: none (default: 50)")
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--act", type=json.loads, help=argparse.SUPPRESS)
     given = parser.parse_args()
@@ -142,10 +142,12 @@ def main() -> None:
         print(json.dumps(act(given.model, given.place, **given.act)))
         return
     if given.saves < 2:
-        parser.error("--saves: at least 2, since the first is told apart")
+        parser.error("--saves: at least 2, since the first is reported separately")
     knobs = {"every": given.every, "saves": given.saves, "batch_size": given.batch_size}
     told = {name: alone(given, apart=name == "async", **knobs) for name in ("sync", "async")}
-    print(f"state {told['sync']['state']:.0f} MiB; checkpoint.every={given.every}; {given.saves} saves, the first apart\n")
+    print(
+        f"state {told['sync']['state']:.0f} MiB; checkpoint.every={given.every}; {given.saves} saves, the first one separately\n"
+    )
     print(
         "| checkpoint.async_save | a save waits | the first | / memcpy | / step, over every | step | beside a write | peak MiB |"
     )

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""From the command to the first step, and what a job of a sweep costs beyond the run itself.
+"""Measure the time from the command to the first step, and the overhead of a sweep per job.
 
     python launch/compare/start_up.py [--repeat 3] [--jobs 4]
 
-model=tiny and the bundled data, whose tokenised rows are there already. The first step counts when its line stands in
-metrics.jsonl. A sweep's overhead is its wall time for one job at a time, less as many single `accelerate launch` runs.
+model=tiny and the bundled data, tokenised beforehand. The first step ends when its line is in metrics.jsonl. A sweep's overhead
+is its wall time for one job at a time, minus that of as many single `accelerate launch` runs.
 """
 
 import argparse
@@ -26,7 +26,7 @@ def launcher(config: str) -> list[str]:
 
 
 def timed(start: list[str], words: list[str], run: Path) -> tuple[float, float]:
-    """Seconds to the first step, and to the end."""
+    """Return the seconds to the first step, and to the end."""
     began, first = time.perf_counter(), 0.0
     process = subprocess.Popen([*start, str(ROOT / "train.py"), *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     metrics = run / "metrics.jsonl"

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""DDP, FSDP2 and DeepSpeed beside one process: tokens a second, and the memory of each rank over the size of the model.
+"""Compare DDP, FSDP2 and DeepSpeed with one process: tokens per second, and memory of each rank by model size.
 
     python launch/compare/strategies.py memory [--sizes 25 100 200] [--world 2]
     python launch/compare/strategies.py speed MODEL [--steps 8]
 
-Everything runs on this machine's CPU over gloo. Memory is each rank's peak resident memory during steps, beyond what it had
-after its imports, and apart from that the peak while it started; models are Llamas with random weights. Speed is one process
-on one thread, one on all cores, and as many processes as cores on one thread each.
+Everything runs on this machine's CPU over gloo. Memory is each rank's peak resident memory beyond that after its imports, during
+steps and, separately, during the start; models are Llamas with random weights. Speed is measured for one process on one thread,
+one on all cores, and one process of one thread per core.
 """
 
 import argparse
@@ -30,17 +30,17 @@ MIB = 2**20
 
 
 def resident(field: str) -> float:
-    """VmRSS or VmHWM of this process, in MiB."""
+    """Return VmRSS or VmHWM of this process, in MiB."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024 / MIB
 
 
-def forget_the_peak() -> None:
+def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def build(place: Path, millions: int) -> Path:
-    """A Llama of about so many parameters, under model=tiny's tokenizer."""
+    """Build a Llama of about the given number of parameters, with the tokenizer of model=tiny."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -56,7 +56,7 @@ def build(place: Path, millions: int) -> Path:
 
 
 def act(model: str, output: Path, words: list[str], steps: int) -> None:
-    """One rank: train a few steps, and write down what they took."""
+    """Run one rank: train a few steps, and record time and memory."""
     import hydra
     import torch.distributed as dist
 
@@ -68,13 +68,13 @@ def act(model: str, output: Path, words: list[str], steps: int) -> None:
              f"run_dir={output}/run", f"train.steps={steps + 1}", "train.eval_at_start=false", *words]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = validate.check(hydra.compose("config", typed), typed)
-    made = make_accelerator(config.train.precision, config.model.dtype)
+    accelerator = make_accelerator(config.train.precision, config.model.dtype)
     before = resident("VmRSS")
-    trainer = assemble(config, [], made)
+    trainer = assemble(config, [], accelerator)
     assert trainer is not None
     started = resident("VmHWM") - before
     trainer.step(trainer.order.batch(0))
-    forget_the_peak()
+    reset_peak()
     tokens, began = trainer.run.tokens, time.perf_counter()
     for number in range(1, steps + 1):
         trainer.step(trainer.order.batch(number))
@@ -83,14 +83,14 @@ def act(model: str, output: Path, words: list[str], steps: int) -> None:
         "start": started, "steps": resident("VmHWM") - before, "tokens_per_second": (trainer.run.tokens - tokens) / seconds,
         "parameters": sum(p.numel() for p in trainer.run.module.parameters()),
     }  # fmt: skip
-    (output / f"rank{made.process_index}.json").write_text(json.dumps(numbers))
+    (output / f"rank{accelerator.process_index}.json").write_text(json.dumps(numbers))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def measured(model: str, words: list[str], *, world: int, how: dict[str, str], threads: int, steps: int) -> list[dict[str, Any]]:
-    """What each rank wrote down."""
+    """Return the records of all ranks."""
     with tempfile.TemporaryDirectory() as output:
         many = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}"] if world > 1 else []
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), **how}
@@ -102,9 +102,9 @@ def measured(model: str, words: list[str], *, world: int, how: dict[str, str], t
 
 
 def memory(sizes: list[int], world: int) -> None:
-    print(f"peak MiB of each of {world} ranks beyond its imports; full fine-tuning in float32 with AdamW, one row a rank\n")
+    print(f"peak MiB of each of {world} ranks beyond its imports; full fine-tuning in float32 with AdamW, one row per rank\n")
     ways = {"FSDP2": FSDP2, **({"ZeRO-3": ZERO3} if find_spec("deepspeed") else {})}
-    heads = [f"{name}, in steps | over DDP | {name} at the start: first rank, others" for name in ways]
+    heads = [f"{name}, in steps | over DDP | {name} at the start: rank 0, others" for name in ways]
     print(f"| parameters | weights, MiB | DDP, in steps | {' | '.join(heads)} |")
     print("| --- | --- | --- |" + " --- | --- | --- |" * len(ways))
     words = ["loss=sft", f"train.batch_size={world}", "train.microbatch_size=1", "model.dtype=float32", "train.precision=float32"]
@@ -123,7 +123,7 @@ def memory(sizes: list[int], world: int) -> None:
 
 def speed(model: str, steps: int) -> None:
     cores = len(os.sched_getaffinity(0))
-    print(f"tokens a second on {cores} cores, batches of 8 rows, 4 at a time\n")
+    print(f"tokens per second on {cores} cores, batches of 8 rows, 4 at a time\n")
     print("| run | one process, 1 thread | one process, all cores | DDP | FSDP2 | DDP / one on all cores |")
     print("| --- | --- | --- | --- | --- | --- |")
     for name, own in (("sft, full", ["loss=sft"]), ("dpo, LoRA", ["loss=dpo", "peft=lora"])):

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""What the trainer costs beside a bare PyTorch loop that does the same mathematics.
+"""Measure the overhead of the trainer over a bare PyTorch loop of the same mathematics.
 
     python launch/compare/trainer_overhead.py MODEL [--loss sft] [--steps 12] [--batch-size 8] [--microbatch-size 4]
 
-One process, one model, one optimizer: steps of the two are made in turn, over the same batches, so that whatever slows the
-machine slows both. The bare loop is given rows that are packed already; it runs the model, sums the loss over the global
-batch, clips and steps, and looks at the loss. The trainer deals, packs, keeps metrics, writes metrics.jsonl and tells its hooks.
+One process, one model, one optimizer: the two alternate over the same batches, so that both suffer equally from other load. The
+bare loop gets packed sequences; it runs the model, sums the loss over the global batch, clips, steps, and reads the loss. The
+trainer also splits batches, packs, keeps metrics, writes metrics.jsonl and calls hooks.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def assembled(given: argparse.Namespace, place: str) -> Trainer:
 
 
 def packed(trainer: Trainer, indices: np.ndarray) -> tuple[list[Any], int]:
-    """Micro-batches, and the count that the loss is divided by."""
+    """Return micro-batches, and the denominator of the loss."""
     size = trainer.settings.microbatch_size
     groups = [[trainer.train.rows[int(i)] for i in indices[start : start + size]] for start in range(0, len(indices), size)]
     counts = trainer._counts(trainer.train, indices)
@@ -55,7 +55,7 @@ def packed(trainer: Trainer, indices: np.ndarray) -> tuple[list[Any], int]:
 
 
 def bare_step(trainer: Trainer, batches: list[Any], count: int) -> float:
-    """The same step, by hand."""
+    """Make the same step by hand."""
     module, optimizer, total = trainer.run.module, trainer.run.optimizer, 0.0
     module.train()
     for batch, items in batches:
@@ -94,7 +94,7 @@ def main() -> None:
             ours.append(time.perf_counter() - began)
     pairs = [mine / theirs for mine, theirs in zip(ours[1:], bare[1:], strict=True)]
     print(
-        f"\n{given.loss} on {given.model}, {given.batch_size} rows a step, {given.microbatch_size} at a time, {given.steps} pairs"
+        f"\n{given.loss} on {given.model}, {given.batch_size} rows per step, {given.microbatch_size} at once, {given.steps} pairs"
     )
     print("| | median step | ratio of medians | median of the pairs' ratios |")
     print("| --- | --- | --- | --- |")

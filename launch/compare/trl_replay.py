@@ -1,4 +1,4 @@
-"""The loss methods of TRL's trainers, run on log-probs made beforehand: no model, no data, no copy of a formula."""
+"""Run the loss methods of TRL's trainers on given log-probs: no model, no data, no copy of a formula."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -48,7 +48,7 @@ class Batch:
         return Batch(self.policy.detach()[where].clone().requires_grad_(), self.reference[where], self.mask[where])
 
     def turned(self) -> "Batch":
-        """Policy and reference exchanged, so that every log-ratio has the other sign."""
+        """Exchange policy and reference, so that every log-ratio changes its sign."""
         return Batch(self.reference.clone().requires_grad_(), self.policy.detach(), self.mask)
 
     @property
@@ -60,7 +60,7 @@ class Batch:
         return TokenLogps(self.reference, self.mask)
 
     def outcome(self, loss: Tensor, metrics: Mapping[str, float]) -> Outcome:
-        """With the gradient of scored tokens alone: what stands in the padding is nobody's log-prob."""
+        """Return an Outcome with the gradient of scored tokens only; padding holds no log-probs."""
         return Outcome(loss.detach(), torch.autograd.grad(loss, self.policy)[0] * self.mask, metrics)
 
     def pairs(self) -> tuple[Pair, Pair]:
@@ -69,7 +69,7 @@ class Batch:
 
 
 class Replay(torch.nn.Module):
-    """Stands in for a model: answers each call with the next of the outputs made beforehand."""
+    """A stub of a model: each call returns the next of the given outputs."""
 
     is_gradient_checkpointing = False
 
@@ -82,16 +82,16 @@ class Replay(torch.nn.Module):
 
 
 def bare(trainer: type, **settings: Any) -> Any:
-    """A trainer of TRL's with the attributes that its loss method reads, and nothing else."""
-    made = object.__new__(trainer)
-    made.accelerator = Accelerator(cpu=True)
-    made.aux_loss_enabled = False
-    made._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
-    made._total_train_tokens, made._tp_size = 0, 1
-    made.args = SimpleNamespace(gradient_checkpointing_kwargs=None)
+    """Create a trainer of TRL with only the attributes that its loss method reads."""
+    instance = object.__new__(trainer)
+    instance.accelerator = Accelerator(cpu=True)
+    instance.aux_loss_enabled = False
+    instance._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    instance._total_train_tokens, instance._tp_size = 0, 1
+    instance.args = SimpleNamespace(gradient_checkpointing_kwargs=None)
     for name, value in settings.items():
-        setattr(made, name, value)
-    return made
+        setattr(instance, name, value)
+    return instance
 
 
 def logged(trainer: Any) -> dict[str, float]:
@@ -99,7 +99,7 @@ def logged(trainer: Any) -> dict[str, float]:
 
 
 def fused(values: Tensor, mask: Tensor) -> FusedCausalLMOutput:
-    """What a model with TRL's fused head returns; the fields that only metrics read are 0."""
+    """Return the output of a model with TRL's fused head; fields that only metrics read are 0."""
     nothing = torch.zeros_like(values)
     return FusedCausalLMOutput(
         log_probs=values, entropy=nothing, mean_logits=nothing, is_top1=torch.zeros_like(mask), label_mask=mask
@@ -107,7 +107,7 @@ def fused(values: Tensor, mask: Tensor) -> FusedCausalLMOutput:
 
 
 def behind_a_prompt(mask: Tensor) -> Tensor:
-    """One prompt token in front, as TRL's masks have it: (rows, 1 + time)."""
+    """Prepend one prompt token, as TRL's masks have it: (rows, 1 + time)."""
     return torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask.long()], 1)
 
 
@@ -126,13 +126,13 @@ def trl_dpo(batch: Batch, loss_type: str, *, beta: float, label_smoothing: float
         use_weighting=False,
     )
     mask = behind_a_prompt(batch.mask)
-    given = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
-    loss = trainer.compute_loss(trainer.model, given)
+    inputs = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
+    loss = trainer.compute_loss(trainer.model, inputs)
     return batch.outcome(loss, logged(trainer))
 
 
 def trl_cpo(batch: Batch, loss_type: str, *, beta: float, gamma: float = 0.0, alpha: float = 0.0) -> Outcome:
-    """CPO's trainer starts from logits, so two of them say each log-prob p: log(1 - e^p) and p, whose softmax is itself."""
+    """CPO's trainer starts from logits: each log-prob p becomes two, log(1 - e^p) and p, whose log-softmax is themselves."""
     first = torch.zeros(len(batch.policy), 1)
     values = torch.cat([batch.policy, first], 1)
     wrong = torch.log(-torch.expm1(values.clamp(max=-1e-6)))
@@ -141,11 +141,11 @@ def trl_cpo(batch: Batch, loss_type: str, *, beta: float, gamma: float = 0.0, al
     trainer.is_encoder_decoder, trainer.pad_token_id = False, 0
     mask = behind_a_prompt(batch.mask)
     labels = torch.where(mask.bool(), 1, -100)
-    given = {}
+    inputs = {}
     for name, rows in zip(("chosen", "rejected"), labels.chunk(2), strict=True):
-        given |= {f"{name}_input_ids": torch.ones_like(rows), f"{name}_attention_mask": torch.ones_like(rows)}
-        given[f"{name}_labels"] = rows
-    loss, metrics = trainer.get_batch_loss_metrics(Replay(ModelOutput(logits=logits)), given)
+        inputs |= {f"{name}_input_ids": torch.ones_like(rows), f"{name}_attention_mask": torch.ones_like(rows)}
+        inputs[f"{name}_labels"] = rows
+    loss, metrics = trainer.get_batch_loss_metrics(Replay(ModelOutput(logits=logits)), inputs)
     return batch.outcome(loss, metrics)
 
 
@@ -163,22 +163,22 @@ def trl_kto(batch: Batch, mismatched: Batch, labels: Sequence[bool], *, beta: fl
         undesirable_weight=weights[1],
     )
     mask, other = behind_a_prompt(batch.mask), behind_a_prompt(mismatched.mask)
-    given = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask, "label": torch.tensor(labels)}
-    given |= {"KL_input_ids": other, "KL_attention_mask": torch.ones_like(other), "KL_completion_mask": other}
-    loss = trainer.compute_loss(trainer.model, given)
+    inputs = {"input_ids": mask, "attention_mask": torch.ones_like(mask), "completion_mask": mask, "label": torch.tensor(labels)}
+    inputs |= {"KL_input_ids": other, "KL_attention_mask": torch.ones_like(other), "KL_completion_mask": other}
+    loss = trainer.compute_loss(trainer.model, inputs)
     return batch.outcome(loss, logged(trainer))
 
 
 def trl_reward(scores: Tensor, margin: Tensor | None, centering: float | None) -> Outcome:
     trainer = bare(RewardTrainer, args=SimpleNamespace(center_rewards_coefficient=centering))
     trainer.model = Replay(ModelOutput(logits=scores[:, None]))
-    given = {"attention_mask": torch.ones(len(scores), 1, dtype=torch.long)} | ({} if margin is None else {"margin": margin})
-    loss = trainer.compute_loss(trainer.model, given)
+    inputs = {"attention_mask": torch.ones(len(scores), 1, dtype=torch.long)} | ({} if margin is None else {"margin": margin})
+    loss = trainer.compute_loss(trainer.model, inputs)
     return Outcome(loss.detach(), torch.autograd.grad(loss, scores)[0], logged(trainer))
 
 
 def trl_sft(batches: Sequence[Batch]) -> Outcome:
-    """The micro-batches of one step, with the token count of the whole step, as transformers' Trainer passes it."""
+    """Run the micro-batches of one step with the token count of the whole step, as transformers' Trainer passes it."""
     tokens = sum(batch.mask.sum() for batch in batches)
     losses, gradients = [], []
     for batch in batches:
@@ -186,22 +186,22 @@ def trl_sft(batches: Sequence[Batch]) -> Outcome:
         trainer.args = SimpleNamespace(loss_type="nll", average_tokens_across_devices=False)
         trainer.model = Replay(fused(batch.policy, batch.mask))
         mask = behind_a_prompt(batch.mask)
-        given = {"input_ids": mask, "attention_mask": mask, "labels": mask}
-        part = batch.outcome(trainer.compute_loss(trainer.model, given, num_items_in_batch=tokens), {})
+        inputs = {"input_ids": mask, "attention_mask": mask, "labels": mask}
+        part = batch.outcome(trainer.compute_loss(trainer.model, inputs, num_items_in_batch=tokens), {})
         losses.append(part.loss)
         gradients.append(part.gradient)
     return Outcome(torch.stack(losses).sum(), torch.cat(gradients), {})
 
 
 def trl_grpo(batch: Batch, advantages: Tensor, **settings: Any) -> Outcome:
-    """GRPO's trainer on log-probs whose old ones are `batch.reference`, and so is the reference model where beta asks for one."""
-    given: dict[str, Any] = {
+    """Run GRPO's trainer; `batch.reference` are the old log-probs, and those of the reference model where beta is not 0."""
+    merged: dict[str, Any] = {
         "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0,
         "max_completion_length": WIDTH, **settings,
     }  # fmt: skip
     trainer = bare(
         GRPOTrainer, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
-        vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, **given,
+        vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, **merged,
     )  # fmt: skip
     trainer.args = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
     return _sampled(trainer, batch, advantages)
@@ -215,16 +215,16 @@ def _sampled(trainer: Any, batch: Batch, advantages: Tensor) -> Outcome:
     trainer.model = Replay().train()
     trainer._get_per_token_logps_and_entropies = lambda *_, **__: (batch.policy, torch.zeros_like(batch.reference), None)
     mask = batch.mask.long()
-    given = {
+    inputs = {
         "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,
         "advantages": advantages, "old_per_token_logps": batch.reference, "ref_per_token_logps": batch.reference,
         "old_logps": batch.reference.sum(1), "num_items_in_batch": mask.sum(),
     }  # fmt: skip
-    return batch.outcome(trainer._compute_loss(trainer.model, given), logged(trainer))
+    return batch.outcome(trainer._compute_loss(trainer.model, inputs), logged(trainer))
 
 
 def averaged(outcomes: Sequence[Outcome]) -> Outcome:
-    """The mean of micro-batches' means, as accumulation takes it where a trainer passes no global count."""
+    """Return the mean of micro-batches' means, as gradient accumulation computes it where a trainer passes no global count."""
     count = len(outcomes)
     return Outcome(
         torch.stack([x.loss for x in outcomes]).mean(), torch.cat([x.gradient for x in outcomes]) / count, outcomes[0].metrics

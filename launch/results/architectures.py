@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 # ruff: noqa: E402
-"""Every causal architecture of the installed transformers, as far as it can be built small: how halos reads it, and whether
-its log-probs are the model's own.
+"""Test every causal architecture of the installed transformers that can be built small: how halos reads it, and whether its
+log-probs equal the model's own.
 
     python launch/results/architectures.py [--output launch/results/architectures.md] [MODEL_TYPE ...]
 
-Each is built with random weights, saved, loaded as a run loads it, and read three rows at once. The truth is transformers'
-own: the logits of each row alone by AutoModelForCausalLM with the attention that it chooses itself, in float32, and once more in
-float64 to know how far rounding goes. A row's log-probs, and the gradient of their sum in all trained tensors, must be that truth
-(packed, or a row at a time); or the model is refused in one message. Each architecture has a process of its own.
+Each is built with random weights, saved, loaded as in a run, and given three sequences at once. The ground truth is transformers'
+own: the logits of each sequence alone by AutoModelForCausalLM with its default attention, in float32, and in float64 to bound
+rounding errors. Log-probs, and the gradient of their sum in all trained tensors, must equal it (packed, or one at a time), or the
+model is refused in one message. Each architecture has a process of its own.
 """
 
 import argparse
@@ -45,7 +45,7 @@ from halos.models.load import load_model
 
 SECONDS, MEMORY, LARGEST = 120, 9 * 2**30, 16_000_000  # of CPU time for one architecture; bytes; parameters
 VOCABULARY, LENGTHS, PROMPT = 268, (9, 30, 17), 4
-KINDS = 4  # of layers, in a list that names one for each
+KINDS = 4  # of layers, in a list with one per layer
 SPREAD = 0.05  # added to every parameter: norms of 1 and biases of 0 hide mistakes
 ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 SIZES = {
@@ -70,7 +70,7 @@ SIZES = {
     for name in names.split()
 }
 NARROW_HEADS = ("axk1", "deepseek_v3", "glm4_moe_lite", "longcat_flash", "youtu")
-OWN: dict[str, dict[str, Any]] = {  # what some need besides
+OWN: dict[str, dict[str, Any]] = {  # further sizes that some need
     **{name: {"head_dim": 8} for name in NARROW_HEADS},
     **{name: {"head_dim": 8, "num_key_value_heads": 4} for name in ("axk2", "deepseek_v32", "glm_moe_dsa")},
     **{name: {"head_dim": 16} for name in ("ministral", "hunyuan_v1_dense", "hunyuan_v1_moe")},
@@ -123,12 +123,12 @@ OWN: dict[str, dict[str, Any]] = {  # what some need besides
 
 
 class NotBuilt(Exception):
-    """No way of making this architecture small gives a model that runs."""
+    """No way of shrinking this architecture gives a model that runs."""
 
 
 @dataclass
 class Row:
-    """What became of one architecture."""
+    """The result of one architecture."""
 
     model_type: str
     name: str = ""
@@ -153,7 +153,7 @@ def sized(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def layered(config: PretrainedConfig) -> dict[str, Any]:
-    """One layer of each kind that the usual configuration has; two where it has but one."""
+    """Return overrides that keep one layer of each kind of the default configuration; none where it has one kind."""
     depth = getattr(config, "num_hidden_layers", None)
     lists = {name: list(value) for name, value in vars(config).items() if isinstance(value, list | tuple) and len(value) == depth}
     lists = {name: value for name, value in lists.items() if len(set(map(str, value))) <= KINDS}  # no lists of numbers
@@ -176,7 +176,7 @@ def shrunk(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def build(model_type: str) -> Any:
-    """A small random model. Raises NotBuilt where none of the ways gives one that runs."""
+    """Build a small random model. Raises NotBuilt where none of the ways gives one that runs."""
     kind = CONFIG_MAPPING[model_type]
     special = {"pad_token_id": 257, "bos_token_id": 256, "eos_token_id": 257}
     base = kind()
@@ -224,7 +224,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def truth_of(model: Any, rows: list[Tensor]) -> Tensor:
-    """log pi of every token behind the prompts, by the model's own logits, a row at a time."""
+    """Return the log-prob of every token after the prompts from the model's own logits, one sequence at a time."""
     parts = []
     for row in rows:
         logits = model(input_ids=row[None], use_cache=False).logits[0]
@@ -239,7 +239,7 @@ def gradients(model: Any, logps: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.detach().clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def judge(model_type: str, path: Path) -> Row:
+def evaluate(model_type: str, path: Path) -> Row:
     """Build, save, load as a run does, and compare."""
     row = Row(model_type)
     try:
@@ -274,7 +274,7 @@ def one_line(error: Exception) -> str:
 
 
 def compare(row: Row, path: Path, rows: list[Tensor], truth: Tensor, wanted: dict[str, Tensor]) -> None:
-    """Fills `row` with what halos reads of the model at `path`, against `truth` (nats) and its gradients `wanted`."""
+    """Fill `row` with the errors of halos' log-probs for the model at `path`, given `truth` (nats) and its gradients `wanted`."""
     words = tokenizer()
     words.save_pretrained(path)
     batch = pack([(ids[:PROMPT].numpy().astype(np.int32), completion(ids[PROMPT:])) for ids in rows])
@@ -299,17 +299,17 @@ def completion(ids: Tensor) -> Completion:
 
 
 def apart(model_type: str) -> Row:
-    """In a process of its own, which may hang, or want all memory."""
+    """Evaluate in a process of its own, which may hang or exhaust memory."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "row.json"
         child = os.fork()
         if child == 0:
-            signal.alarm(10 * SECONDS)  # what waits for ever takes no CPU
+            signal.alarm(10 * SECONDS)  # a process that hangs uses no CPU time
             resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what libraries warn of
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # warnings of libraries
             try:
-                out.write_text(json.dumps(asdict(judge(model_type, Path(scratch) / "model"))))
+                out.write_text(json.dumps(asdict(evaluate(model_type, Path(scratch) / "model"))))
             finally:
                 os._exit(0)
         os.waitpid(child, 0)
@@ -340,7 +340,7 @@ def main() -> int:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        judge("llama", Path(scratch))  # imports what each child would import for itself
+        evaluate("llama", Path(scratch))  # imports what each child would import for itself
     rows = []
     for model_type in given.model_types or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         row = apart(model_type)

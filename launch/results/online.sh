@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Four online rounds of DPO and of GRPO, three seeds each, on the bundled arithmetic with a reward that is computed from the
-# answer: does the share of held-out problems that are answered right rise? From a policy that SFT has left half-taught.
+# Four online rounds of DPO and of GRPO, three seeds each, on the bundled arithmetic with a reward computed from the
+# answer: does the accuracy on evaluation problems rise? It starts from a policy that SFT has trained partially.
 #   bash launch/results/online.sh
-# About four minutes a run on one core; leaves runs/results/online and prints one table a loss.
+# About four minutes per run on one core; writes runs/results/online and prints one table per loss.
 set -eu
 cd "$(dirname "$0")/../.."
 . launch/python.sh

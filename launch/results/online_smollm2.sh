@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Online rounds with a real model: does the reward rise?
 #   bash launch/results/online_smollm2.sh MODEL arithmetic          GRPO on the bundled arithmetic; the reward is computed
-#   bash launch/results/online_smollm2.sh MODEL gsm8k GSM8K_DIR     DPO on GSM8K's prompts; the reward is that of a model which
-#                                                                   is trained here on right and wrong solutions
-# MODEL: a directory, a .gguf or a hub id of SmolLM2-135M-Instruct; GSM8K_DIR as for gsm8k.sh. What is finished is kept, what
-# is not goes on. About an hour on one core each, which is enough to see arithmetic improve, and too short for a reward model
-# that has learnt anything: give it more steps where there is a GPU.
+#   bash launch/results/online_smollm2.sh MODEL gsm8k GSM8K_DIR     DPO on GSM8K's prompts; the reward is that of a model
+#                                                                   trained first on right and wrong solutions
+# MODEL: a directory, a .gguf or a hub id of SmolLM2-135M-Instruct; GSM8K_DIR as for gsm8k.sh. Finished runs are kept,
+# others resume. About an hour each on one core, which is enough to see arithmetic improve, and too short to train a useful reward
+# model: give it more steps on a GPU.
 set -eu
 cd "$(dirname "$0")/../.."
 [ "$#" -ge 2 ] && { [ "$2" != gsm8k ] || [ "$#" -eq 3 ]; } || { sed -n '3,5s/^# \{0,1\}//p' launch/results/online_smollm2.sh >&2; exit 2; }
