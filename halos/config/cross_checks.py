@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
-from halos.config.schema import Config, Sampler
+from halos.config.engines import engine_class
+from halos.config.schema import Config
 from halos.errors import UserError
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
@@ -159,16 +160,4 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
-    return sampler_complaint(online.sampler, lambda name: f"online.sampler.{name}")
-
-
-def sampler_complaint(sampler: Sampler, spelled: Callable[[str], str]) -> str | None:
-    """Return the message for a key that a sampling engine lacks; `spelled` maps a key to its name where the user set it."""
-    if sampler.name == "openai" and sampler.url is None:
-        return f"{spelled('url')} is missing: the sampler openai needs one, such as http://localhost:8000/v1"
-    if sampler.name == "vllm" and sampler.url is None and sampler.python is None:
-        return (
-            f"{spelled('python')} is missing: an interpreter that has vllm (python -m venv .vllm && .vllm/bin/pip install -r"
-            f" launch/requirements-vllm.txt gives .vllm/bin/python); or give {spelled('url')} of a running server"
-        )
-    return None
+    return engine_class(online.sampler.name).problem(online.sampler, lambda name: f"online.sampler.{name}")

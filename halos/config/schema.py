@@ -12,6 +12,8 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
+from halos.config.engines import engine_names
+
 # Values of `on_resume`: does what a step computes depend on the key?
 MATHEMATICS = "mathematics"  # yes
 SAFE = "safe"  # no
@@ -140,7 +142,7 @@ class Objective:
 
 @dataclass
 class Sampler:
-    name: str = key(one_of=("hf", "vllm", "openai"))
+    name: str = key(one_of=engine_names())
     temperature: float = key(least=0)  # 0: greedy, which training does not sample with
     top_p: float = key(above=0, most=1)
     top_k: int = key(least=0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+from halos.config.engines import engine_class
 from halos.config.schema import Config
 from halos.errors import UserError, one_line
 
@@ -22,9 +24,9 @@ def refuse_saved_addresses(config: Config, overridden: Collection[str]) -> None:
     key would be sent to, or how processes are launched, unless the key is among `overridden`, the keys of this command."""
     if (online := config.online) is None:
         return
+    sampler = asdict(online.sampler)
     used = {
-        "online.sampler.python": online.sampler.python if online.sampler.name == "vllm" else None,
-        "online.sampler.url": online.sampler.url if online.sampler.name != "hf" else None,
+        **{f"online.sampler.{name}": sampler[name] for name in engine_class(online.sampler.name).addresses},
         "online.config_file": online.config_file,
         "online.scorer.url": online.scorer.url if online.scorer.name == "judge" else None,
     }

@@ -20,7 +20,7 @@ from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
 from halos.rollout import feedback, measure
 from halos.rollout.collect import collect
-from halos.rollout.engines.vllm import ServerEngine
+from halos.rollout.engines.engine import PolicyServer
 from halos.rollout.prompts import eval_prompts, fitting, for_round, read_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
@@ -97,7 +97,7 @@ class RolloutSource:
     """
 
     def __init__(
-        self, run: Run, loss: LossSpec, prompts: LivePrompts, scorer: Scorer, server: ServerEngine | None,
+        self, run: Run, loss: LossSpec, prompts: LivePrompts, scorer: Scorer, server: PolicyServer | None,
         policy: Unsharded,
     ) -> None:  # fmt: skip
         self.run, self.loss, self.prompts, self.online, self.config = run, loss, prompts, prompts.online, run.config

@@ -10,23 +10,20 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint import weights
 from halos.checkpoint.commit import staged
+from halos.config.engines import engine_class
 from halos.config.schema import Config
-from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of
 from halos.online.unsharded import POLICY, Unsharded
-from halos.rollout.engines.engine import Engine
-from halos.rollout.engines.hf import HFEngine
-from halos.rollout.engines.vllm import ServerEngine
-from halos.rollout.servers import refuse_unreachable
+from halos.rollout.engines.engine import Engine, PolicyServer, open_engine
 
 
 class PolicyEngine:
     """As the config's `online.sampler` wants it."""
 
-    def __init__(self, run: Run, server: ServerEngine | None, policy: Unsharded) -> None:
+    def __init__(self, run: Run, server: PolicyServer | None, policy: Unsharded) -> None:
         assert run.config.online is not None
         self.run, self.server, self.policy = run, server, policy
         self.settings = run.config.online.sampler
@@ -40,9 +37,9 @@ class PolicyEngine:
             yield self.server
             return
         with self.policy.opened() as model:
-            yield HFEngine(model, self.run.tokenizer, self.settings, POLICY)
+            yield open_engine(self.settings, POLICY, directory=None, tokenizer=self.run.tokenizer, model=lambda: model)
 
-    def _push(self, server: ServerEngine) -> None:
+    def _push(self, server: PolicyServer) -> None:
         """The policy's weights to the server, once a step, by a directory that both see; with LoRA merged into the base."""
         run, place = self.run, self.run.directory.path / "served"
         if self._served == run.step:
@@ -63,13 +60,8 @@ class PolicyEngine:
         run.accelerator.wait_for_everyone()
 
 
-def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> ServerEngine | None:
+def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyServer | None:
     """The server that samples, None where this process does. Raises UserError for a sampler that cannot follow a policy."""
     assert config.online is not None
-    sampler = config.online.sampler
-    if sampler.name == "hf":
-        return None
-    if sampler.name != "vllm" or sampler.url is None:
-        raise UserError("a live loop samples with online.sampler.name=hf, or vllm with online.sampler.url of a running server")
-    refuse_unreachable(sampler.url, "online.sampler.url")
-    return ServerEngine(tokenizer, sampler, POLICY, model=str(config.model.name_or_path))
+    sampler, model = config.online.sampler, str(config.model.name_or_path)
+    return engine_class(sampler.name).open_server(sampler, POLICY, tokenizer=tokenizer, model=model)

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from halos.config.cross_checks import sampler_complaint
+from halos.config.engines import engine_class
 from halos.config.schema import Sampler, mathematics
 from halos.confined import expanded
 from halos.distributed.children import exit_process
@@ -106,7 +106,7 @@ def _checked(args: argparse.Namespace) -> Sampler:
     sampler = SAMPLER.read(args)
     if sampler.temperature == 0 and args.samples > 1:
         raise UserError("--temperature 0 gives the same text each time: give -n 1, or a temperature")
-    if complaint := sampler_complaint(sampler, SAMPLER.flag):
+    if complaint := engine_class(sampler.name).problem(sampler, SAMPLER.flag):
         raise UserError(complaint)
     if args.kl_samples and not args.reference:
         raise UserError("--kl-samples needs --reference, the model to compare with")
@@ -154,7 +154,7 @@ class Policy:
         self.tokenizer: Any = None
         self.directory: Path | None = None
         self.origin = Origin(str(args.model))
-        if sampler.name != "openai":
+        if engine_class(sampler.name).reads_tokens:
             self._locate()
 
     def _locate(self) -> None:

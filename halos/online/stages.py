@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from halos import confined
+from halos.config.engines import engine_class
 from halos.config.schema import Config, Online
 from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_without_launcher, failure_reason
 from halos.distributed.signals import StopRequest
@@ -108,7 +109,7 @@ class Stages:
         if reference is not None and online.kl_samples:
             words += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
             words += _given(reference_revision=model.revision)
-        return self._module("halos.online.sample", words, spread=sampler.name == "hf")
+        return self._module("halos.online.sample", words, spread=engine_class(sampler.name).loads_model)
 
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
         """The command that labels them."""

@@ -116,7 +116,7 @@ def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
     for words, said in (
         (["online.loss=kto"], "for which it needs online.rounds"),
         (["train.batch_size=2"], "cannot hold the 3 samples"),
-        (["online.rounds=2"], "two ways of going on"),
+        (["online.rounds=2"], "exclude each other"),
         (["online.sampler.name=openai", "online.sampler.url=http://x/v1"], "a live loop samples with"),
         (["online.sampler.max_new_tokens=512"], "no prompt leaves room"),
     ):

@@ -48,7 +48,7 @@ def test_the_arguments_of_a_stage_are_parsed_as_the_rounds_own_settings(number: 
 def test_a_value_out_of_its_range_is_refused_with_the_options_name() -> None:
     for words, said in (
         (["--batch-size", "0"], r"--batch-size takes a whole number \(at least 1\), not 0"),
-        (["--sampler", "vlm"], r"--sampler takes hf, vllm, openai, not 'vlm' \(did you mean vllm\?\)"),
+        (["--sampler", "vlm"], r"--sampler takes hf, openai, vllm, not 'vlm' \(did you mean vllm\?\)"),
     ):
         with pytest.raises(UserError, match=said):
             SAMPLER.read(sample.parser().parse_args([*COMMANDS[0][2], *words]))

@@ -114,7 +114,7 @@ def test_a_batch_holds_whole_groups() -> None:
                 assert (groups[batch] == group).sum() == (groups == group).sum()
     with pytest.raises(UserError, match="cannot hold a whole group: one prompt has 3"):
         GroupOrder(groups, [1.0], 2, 0)
-    with pytest.raises(UserError, match="tear groups of samples apart"):
+    with pytest.raises(UserError, match="would split groups of samples"):
         GroupOrder(groups, [0.5], 6, 0)
 
 

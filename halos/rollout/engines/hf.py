@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.generation.continuous_batching.cb_logits_processors import (
-    ContinuousBatchingLogitsProcessor,
-    ContinuousBatchingLogitsProcessorList,
-)
-from transformers.generation.continuous_batching.requests import FutureRequestState
-from transformers.generation.logits_process import LogitsProcessorList, TopKLogitsWarper, TopPLogitsWarper
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from halos.config.schema import Sampler
+from halos.rollout.engines.engine import Engine
 from halos.rollout.types import Origin, Request, Sample
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -26,67 +21,11 @@ PAGE = 32  # tokens of one sequence that the cache holds together
 MOST_AT_ONCE = 4096  # tokens of one forward pass, prompts included
 
 
-class SeededSampling(ContinuousBatchingLogitsProcessor):
-    """Chooses each token by the request's own random number, so that neighbours in a batch and their order do not matter.
-
-    Continuous batching draws for a whole batch from one generator. Here the cumulative distribution is inverted at the number
-    that belongs to (request, position), all other tokens are made impossible, and the engine takes the likeliest.
-    """
-
-    supported_kwargs: dict[str, type] = {}  # noqa: RUF012  transformers' own interface
-    ignored_kwargs: tuple[str, ...] = ()
-
-    def __init__(self, requests: dict[str, Request], *, top_p: float, top_k: int) -> None:
-        self.requests = requests
-        self.uniforms = {name: request.uniforms() for name, request in requests.items()}
-        self.logps: dict[str, list[float]] = {name: [] for name in requests}
-        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else None
-        self.top_k = TopKLogitsWarper(top_k) if top_k else None
-        self._rows: list[str] = []
-
-    def fill_defaults(self, int32_tensor: Tensor) -> None:
-        int32_tensor.zero_()
-
-    def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
-        """The random number of each row of the coming step, as float32 in int32's clothes."""
-        states = [each.state for each in requests_with_new_token]
-        self._rows = [state.request_id for state in states]
-        numbers = []
-        for state in states:
-            done = len(state.initial_tokens) + len(state.generated_tokens) - len(self.requests[state.request_id].ids)
-            numbers.append(float(self.uniforms[state.request_id][done]))
-        return torch.tensor(numbers, dtype=torch.float32).view(torch.int32)
-
-    def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
-        """(rows, vocabulary) logits -> 0 for the token that is sampled, -inf for all others."""
-        rows = [self.requests[name] for name in self._rows]
-        whole = scores  # the rows of prompts that are not read to their end come last, and nobody looks at theirs
-        scores = scores[: len(rows)]
-        if not rows:
-            return whole
-        temperatures = torch.tensor([request.temperature or 1.0 for request in rows], device=scores.device)
-        greedy = torch.tensor([request.temperature == 0 for request in rows], device=scores.device)
-        scores = scores.float() / temperatures[:, None]
-        allowed = scores
-        if self.top_k is not None:
-            allowed = self.top_k(None, allowed)  # type: ignore[arg-type]
-        if self.top_p is not None:
-            allowed = self.top_p(None, allowed)  # type: ignore[arg-type]
-        rising = allowed.double().softmax(-1).cumsum(-1)
-        at = tensor_arg[: len(rows)].view(torch.float32).double()[:, None] * rising[:, -1:]
-        drawn = (rising < at).sum(-1).clamp(max=scores.shape[-1] - 1)
-        chosen = torch.where(greedy, scores.argmax(-1), drawn)[:, None]
-        logps = (scores.gather(1, chosen)[:, 0] - scores.logsumexp(-1)).tolist()
-        for name, logp in zip(self._rows, logps, strict=True):
-            self.logps[name].append(logp)
-        return torch.full_like(whole, float("-inf")).index_put_((torch.arange(len(rows), device=whole.device), chosen[:, 0]),
-                                                                scores.new_zeros(()))  # fmt: skip
-
-
-class HFEngine:
+class HFEngine(Engine):
     """A model in this process. It must be whole: what FSDP has cut is gathered first."""
 
-    is_paid = False
+    loads_model = True
+    addresses = ()
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
         self.model, self.tokenizer, self.settings, self.origin = model, tokenizer, settings, origin
@@ -94,8 +33,19 @@ class HFEngine:
         stops = [stops] if isinstance(stops, int) else list(stops or [])
         self.stops = sorted({*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
 
+    @classmethod
+    def open(
+        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]
+    ) -> HFEngine:
+        return cls(model(), tokenizer, settings, origin)
+
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """All requests are queued before the first step, so that the same list makes the same batches, to the bit."""
+        from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
+        from transformers.generation.logits_process import LogitsProcessorList
+
+        from halos.rollout.engines._seeded_sampling import SeededSampling
+
         by_name = {str(number): request for number, request in enumerate(requests)}
         processor = SeededSampling(by_name, top_p=self.settings.top_p, top_k=self.settings.top_k)
         training, used = self.model.training, str(self.model.config._attn_implementation)
@@ -133,9 +83,13 @@ class HFEngine:
         return Sample.of(request, self.origin, text, finish=finish, tokens=len(ids), ids=ids, logps=logps)
 
     def _generation(self) -> GenerationConfig:
+        from transformers import GenerationConfig
+
         return GenerationConfig(do_sample=False, eos_token_id=self.stops, pad_token_id=self.tokenizer.pad_token_id)
 
     def _batching(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
+        from transformers import ContinuousBatchingConfig
+
         longest = max(len(request.ids) + request.max_new_tokens for request in requests)
         # room for one sequence at the least, else nothing could ever be scheduled
         pages = max(self.settings.cache_tokens // PAGE, -(-longest // PAGE) + 2)
@@ -148,3 +102,6 @@ class HFEngine:
             num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.settings.batch_size, use_async_batching=False,
             use_cuda_graph=False, **more,
         )  # fmt: skip
+
+
+ENGINE = HFEngine

@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from halos.config.schema import Sampler
+from halos.rollout.engines.engine import Engine
 from halos.rollout.servers import answers, require_client
 from halos.rollout.types import Origin, Request, Sample
 
 TIMEOUT = 600.0  # seconds for one completion
 
 
-class ChatEngine:
+class ChatEngine(Engine):
     """Knows no token ids: what is trained on is the text, tokenised anew."""
 
     is_paid = True
+    reads_tokens = False
+    addresses = ("url",)
+
+    @classmethod
+    def problem(cls, settings: Sampler, spelled: Callable[[str], str]) -> str | None:
+        if settings.url is None:
+            return f"{spelled('url')} is missing: the sampler openai needs one, such as http://localhost:8000/v1"
+        return None
+
+    @classmethod
+    def open(
+        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]
+    ) -> ChatEngine:
+        return cls(settings, origin)
 
     def __init__(self, settings: Sampler, origin: Origin) -> None:
         require_client("the sampler openai")
@@ -34,3 +50,6 @@ class ChatEngine:
         tokens = response.usage.completion_tokens if response.usage else 0
         finish = "length" if choice.finish_reason == "length" else "stop"
         return Sample.of(request, self.origin, choice.message.content or "", finish=finish, tokens=tokens)
+
+
+ENGINE = ChatEngine

@@ -5,28 +5,55 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
-from transformers import PreTrainedTokenizerBase
 
 from halos.config.schema import Sampler
 from halos.distributed.children import die_with_parent, environment_without_launcher
 from halos.errors import UserError
-from halos.rollout.servers import KEY
+from halos.rollout.engines.engine import Engine, PolicyServer
+from halos.rollout.servers import KEY, refuse_unreachable
 from halos.rollout.types import Origin, Request, Sample
 
-WORKER = Path(__file__).with_name("vllm_worker.py")
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+WORKER = Path(__file__).with_name("_vllm_worker.py")
 TIMEOUT = 600.0  # seconds for one completion
 
 
-class _Tokens:
+class VLLM(Engine):
     """Token ids in, token ids and their log-probs out: what both ways of running vLLM share."""
 
-    is_paid = False
+    addresses = ("python", "url")
+
+    @classmethod
+    def problem(cls, settings: Sampler, spelled: Callable[[str], str]) -> str | None:
+        if settings.url is not None or settings.python is not None:
+            return None
+        return (
+            f"{spelled('python')} is missing: an interpreter that has vllm (python -m venv .vllm && .vllm/bin/pip install -r"
+            f" launch/requirements-vllm.txt gives .vllm/bin/python); or give {spelled('url')} of a running server"
+        )
+
+    @classmethod
+    def open(
+        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]
+    ) -> Engine:
+        if settings.url:
+            return ServerEngine(tokenizer, settings, origin)
+        return SubprocessEngine(str(directory), tokenizer, settings, origin)
+
+    @classmethod
+    def open_server(cls, settings: Sampler, origin: Origin, *, tokenizer: Any, model: str) -> PolicyServer | None:
+        if settings.url is None:
+            return super().open_server(settings, origin, tokenizer=tokenizer, model=model)
+        refuse_unreachable(settings.url, "online.sampler.url")
+        return ServerEngine(tokenizer, settings, origin, model=model)
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
         self.tokenizer, self.settings, self.origin = tokenizer, settings, origin
@@ -44,7 +71,7 @@ class _Tokens:
         return Sample.of(request, self.origin, text, finish=finish, tokens=len(ids), ids=ids, logps=logps)
 
 
-class SubprocessEngine(_Tokens):
+class SubprocessEngine(VLLM):
     """One vLLM process for all requests: lines of JSON in, lines of JSON out."""
 
     def __init__(self, model: str, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
@@ -85,7 +112,7 @@ def _answer(pipe: Any) -> str:
     raise OSError("the pipe is closed")
 
 
-class ServerEngine(_Tokens):
+class ServerEngine(VLLM, PolicyServer):
     """A running `vllm serve`: its completions API takes token ids and gives them back with their log-probs."""
 
     def __init__(
@@ -131,3 +158,6 @@ class ServerEngine(_Tokens):
             raise UserError(f"{url} answers {error.response.status_code}: {error.response.text[:300]}{hint}") from error
         except (httpx.HTTPError, ValueError) as error:
             raise UserError(f"{url} does not answer: {type(error).__name__}: {error}") from error
+
+
+ENGINE = VLLM
