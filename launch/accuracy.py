@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Exact match of a model's greedy answers on the evaluation problems of arithmetic, and some of the answers.
+"""The accuracy (exact match) of a model's greedy answers on the evaluation problems of arithmetic, and some of the answers.
 
     python launch/accuracy.py runs/demo/FINAL --problems 200 --show 3
 
@@ -18,6 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos.data import arithmetic
+from halos.rollout.rewards import exact_match
 
 
 @torch.no_grad()
@@ -47,10 +48,8 @@ def main() -> None:
     arguments = parser.parse_args()
     rows = list(itertools.islice(arithmetic.rows("eval"), arguments.problems))
     completions = answers(arguments.model, [row["prompt"] for row in rows], arguments.batch_size, arguments.new_tokens)
-    right = [
-        arithmetic.answer(text) == arithmetic.answer(row["chosen"][0]["content"])
-        for text, row in zip(completions, rows, strict=True)
-    ]
+    solutions = [{"solution": row["chosen"][0]["content"]} for row in rows]
+    right = [exact_match(text, solution) == 1 for text, solution in zip(completions, solutions, strict=True)]
     accuracy = sum(right) / len(right)
     if arguments.json:
         print(json.dumps({"model": arguments.model, "problems": len(right), "exact_match": accuracy}))

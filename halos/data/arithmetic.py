@@ -2,7 +2,6 @@
 
 import operator
 import random
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -18,7 +17,6 @@ ASKS = ("How many {things} does {name} have now?", "How many {things} is that?")
 
 _APPLY = {"+": operator.add, "-": operator.sub}
 _OTHER = {"+": "-", "-": "+"}
-_ANSWER = re.compile(r"#### (-?[0-9]{1,9})\s*\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +47,6 @@ def problems(split: str) -> list[Problem]:
     return list(drawn.values())[:num_eval] if split == "eval" else list(drawn.values())[num_eval:]
 
 
-def answer(text: str) -> int | None:
-    """Return the number in the final `#### 12` of a solution (GSM8K's convention); None where there is none."""
-    match = _ANSWER.search(text)
-    return int(match[1]) if match else None
-
-
 def rows(split: str) -> Iterator[dict[str, Any]]:
     """Yield preference pairs, prompt + chosen + rejected, which also serve as demonstrations and as labels."""
     for problem in problems(split):
@@ -70,25 +62,26 @@ def _problem(rng: random.Random, mistake: str, sign: str) -> Problem:
         left, right = _operands(rng, sign)
         result = _APPLY[sign](left, right)
         wrong = _wrong_solution(rng, mistake, left, sign, right)
-        if wrong is not None and answer(wrong) != result:
+        if wrong is not None and wrong[1] != result:
             break
     name, things = _pick(rng, NAMES), _pick(rng, THINGS)
     ask = _pick(rng, ASKS).format(name=name, things=things)
     question = f"{name} has {left} {things} and {_pick(rng, VERBS[sign])} {right}. {ask}"
-    return Problem(question, _solution(left, sign, right, result, result), wrong, mistake, result)
+    return Problem(question, _solution(left, sign, right, result, result), wrong[0], mistake, result)
 
 
-def _wrong_solution(rng: random.Random, mistake: str, left: int, sign: str, right: int) -> str | None:
-    """Return a wrong solution; None where these numbers allow none.
+def _wrong_solution(rng: random.Random, mistake: str, left: int, sign: str, right: int) -> tuple[str, int] | None:
+    """Return a wrong solution and its answer, which may be right by chance; None where these numbers allow none.
 
     The wrong part has the distribution of the right one, so that a solution cannot be recognised without its question.
     """
     result = _APPLY[sign](left, right)
     if mistake == "answer":  # contradicts the working
-        return _solution(left, sign, right, result, _APPLY[sign](*_operands(rng, sign)))
+        final = _APPLY[sign](*_operands(rng, sign))
+        return _solution(left, sign, right, result, final), final
     if mistake == "sum":
         result = _APPLY[sign](*_operands(rng, sign))
-        return _solution(left, sign, right, result, result)
+        return _solution(left, sign, right, result, result), result
     if mistake == "operator":
         sign = _OTHER[sign]
     elif rng.random() < 0.5:
@@ -96,7 +89,7 @@ def _wrong_solution(rng: random.Random, mistake: str, left: int, sign: str, righ
     else:
         right = _digit(rng)
     result = _APPLY[sign](left, right)
-    return _solution(left, sign, right, result, result) if result >= 0 else None
+    return (_solution(left, sign, right, result, result), result) if result >= 0 else None
 
 
 def _operands(rng: random.Random, sign: str) -> tuple[int, int]:

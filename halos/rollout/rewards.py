@@ -16,7 +16,10 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def exact_match(completion: str, row: Mapping[str, Any]) -> float:
-    """1 where the final answer of the completion (`#### 12`, GSM8K's convention) equals the solution's, else 0."""
+    """1 where the final answer of the completion (`#### 12`, GSM8K's convention) equals the solution's, else 0.
+
+    The accuracy of generated answers is its mean: `reward` of an online evaluation, and what launch/accuracy.py reports.
+    """
     wanted = final_answer(solution_of(row)) or solution_of(row).strip()
     return float(final_answer(completion) == wanted)
 

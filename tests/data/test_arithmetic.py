@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from halos.data import arithmetic
+from halos.rollout.rewards import exact_match, final_answer
 
 
 def test_no_question_is_in_both_splits() -> None:
@@ -23,8 +24,9 @@ def test_the_problems_are_the_same_for_ever() -> None:
 
 def test_right_is_right_and_wrong_is_wrong() -> None:
     for problem in arithmetic.problems("train"):
-        assert arithmetic.answer(problem.solution) == problem.answer
-        assert arithmetic.answer(problem.wrong) not in (problem.answer, None)
+        assert exact_match(problem.solution, {"solution": str(problem.answer)}) == 1
+        assert exact_match(problem.wrong, {"solution": str(problem.answer)}) == 0
+        assert final_answer(problem.wrong) is not None
 
 
 def test_every_mistake_is_as_likely() -> None:
@@ -38,11 +40,6 @@ def test_length_does_not_give_the_wrong_one_away() -> None:
     longer = sum(len(p.wrong) > len(p.solution) for p in problems) / len(problems)
     shorter = sum(len(p.wrong) < len(p.solution) for p in problems) / len(problems)
     assert abs(longer - shorter) < 0.1
-
-
-@pytest.mark.parametrize(("text", "number"), [("3 + 4 = 7\n#### 7", 7), ("#### -2 ", -2), ("so 7", None), ("#### 7\nmore", None)])
-def test_an_answer_is_what_a_text_ends_with(text: str, number: int | None) -> None:
-    assert arithmetic.answer(text) == number
 
 
 def test_another_split_is_refused() -> None:

@@ -82,6 +82,13 @@ def test_the_bundled_rewards() -> None:
         rewards.exact_match("4", {})
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"), [("3 + 4 = 7\n#### 7", "7"), ("#### -2 ", "-2"), ("so 7", None), ("#### 7\nmore", None), ("#### 7.", "7")]
+)
+def test_an_answer_is_what_a_text_ends_with(text: str, answer: str | None) -> None:
+    assert rewards.final_answer(text) == answer
+
+
 def test_our_rewards_keep_the_name_by_which_users_and_files_know_them() -> None:
     assert online.exact_match is rewards.exact_match
     public = {name for name, part in vars(rewards).items() if isfunction(part) and not name.startswith("_")}
