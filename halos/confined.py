@@ -1,7 +1,7 @@
-"""Small files, read in bounds and written whole; and those of a run directory never through a link that leaves it.
+"""Read small files with size limits and write them atomically, never through a link that leaves the run directory.
 
-A run directory may be a stranger's, and so may be everything that it names: a link to a shell's start file, a pipe that nobody
-fills, a list of a gigabyte. The directory itself may be reached through a link, as a scratch disk is.
+A run directory may be untrusted, and so may everything in it: a link to ~/.bashrc, a pipe without a writer, a list of a gigabyte.
+The directory itself may be reached through a link, such as one to a scratch disk.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from halos.errors import UserError, doing, one_line, words_of
+from halos.errors import UserError, first_line_of, one_line, user_errors
 
 try:
     from yaml import CSafeLoader as SafeLoader  # six times as fast; bounds how deep lists may lie in lists
@@ -26,25 +26,25 @@ except ImportError:
 
 SMALL = 2**26  # bytes of a JSON file: the tokenizer.json of a large vocabulary has 34 MB
 SETTINGS = 2**20  # bytes of a YAML file, which is read at about 100 kB a second
-LARGE = 2**32  # bytes of a file of rows
+LARGE = 2**32  # bytes of a data file
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-NODES = 100_000  # values in a YAML file, aliases counted as often as they stand for one
+NODES = 100_000  # values in a YAML file, with aliases expanded
 REMEDY = "nothing is read or written through it; put what it points to in its place, or delete it"
-NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # for every from_pretrained: left out, transformers asks on the terminal
+NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # for every from_pretrained; without it transformers asks on the terminal
 SAFELY: dict[str, Any] = {**NO_CODE, "use_safetensors": True}  # for weights: nothing is unpickled
-APPENDED = (".log", ".jsonl")  # files that are added to, so that a second name of one would change with it
+APPENDED = (".log", ".jsonl")  # files that are appended to, so that a hard link to one would change too
 
 
 class UnreadableError(UserError):
-    """A file that is not there, or holds nothing that could be used. Whoever can do without it catches this."""
+    """A file that is missing or unusable. Callers that can do without it catch this."""
 
 
 # --- what a directory may hold -------------------------------------------------------------------------------------------
 
 
 def inspect(root: Path, *, home: Path | None = None) -> None:
-    """Raises UserError where anything below `root` leads out of it (or out of `home`, which holds it and is only read), or is
-    neither a file nor a directory. Opens nothing."""
+    """Raises UserError if anything below `root` leads out of it (or out of `home`, a directory around it that is only read), or
+    is neither a file nor a directory. Opens no file."""
     is_read, home = home is not None, Path(os.path.realpath(home or root))
     for entry in _below(str(root)):
         path = Path(entry.path)
@@ -54,20 +54,20 @@ def inspect(root: Path, *, home: Path | None = None) -> None:
         facts = entry.stat(follow_symlinks=False)
         if not stat.S_ISREG(facts.st_mode) and not stat.S_ISDIR(facts.st_mode):
             raise UserError(f"{one_line(path)} is {_kind(facts.st_mode)} where a file belongs: delete it")
-        added_to = not is_read and stat.S_ISREG(facts.st_mode) and entry.name.endswith(APPENDED)
-        if facts.st_nlink > 1 and added_to:
+        is_appended = not is_read and stat.S_ISREG(facts.st_mode) and entry.name.endswith(APPENDED)
+        if facts.st_nlink > 1 and is_appended:
             raise UserError(_second_name(path))
 
 
 def _below(root: str) -> Iterator[os.DirEntry[str]]:
-    """Everything below a directory, without following a link."""
-    waiting = [root]  # and no call within a call: directories may be deeper than Python's stack
-    while waiting:
-        place = waiting.pop()
-        with doing(f"{one_line(place)} cannot be looked through"), os.scandir(place) as entries:
-            there = sorted(entries, key=lambda entry: entry.name)
-        yield from there
-        waiting += [entry.path for entry in reversed(there) if entry.is_dir(follow_symlinks=False)]
+    """Iterate over everything below a directory, without following links."""
+    pending = [root]  # not recursive: directories may be deeper than Python's stack
+    while pending:
+        directory = pending.pop()
+        with user_errors(f"{one_line(directory)} cannot be listed"), os.scandir(directory) as entries:
+            ordered = sorted(entries, key=lambda entry: entry.name)
+        yield from ordered
+        pending += [entry.path for entry in reversed(ordered) if entry.is_dir(follow_symlinks=False)]
 
 
 def _refuse_leaving(path: Path, home: Path, root: Path) -> None:
@@ -85,26 +85,26 @@ def _kind(mode: int) -> str:
     kinds: tuple[tuple[Callable[[int], bool], str], ...] = (
         (stat.S_ISLNK, "a link"), (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a pipe"), (stat.S_ISSOCK, "a socket"),
     )  # fmt: skip
-    return next((words for asks, words in kinds if asks(mode)), "a device")
+    return next((name for is_kind, name in kinds if is_kind(mode)), "a device")
 
 
 def refuse_links(path: Path, within: Path) -> None:
-    """Raises UserError where `path`, or a directory on the way to it from `within`, is a link that leaves `within`."""
+    """Raises UserError if `path`, or a directory between it and `within`, is a link that leaves `within`."""
     home = Path(os.path.realpath(within))
-    for place in [path, *path.parents]:
-        if place == within:
+    for each in [path, *path.parents]:
+        if each == within:
             return
-        if place.is_symlink():
-            _refuse_leaving(place, home, within)
+        if each.is_symlink():
+            _refuse_leaving(each, home, within)
 
 
 def expanded(text: str | Path) -> Path:
-    """A path with ~ for the home directory; one of which the text only begins so after ./ is a file's own name."""
+    """Expand ~ to the home directory; ./~ is a file of that name."""
     return Path(os.path.expanduser(text))
 
 
 def root_of(directory: Path) -> Path:
-    """What the files of a directory of weights may point into: itself, or the hub's cache whose snapshot it is."""
+    """Return the directory into which links in a model's directory may lead: itself, or the hub cache of a snapshot."""
     snapshots = directory.absolute().parent
     is_snapshot = snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--")
     return snapshots.parent if is_snapshot else directory
@@ -114,19 +114,19 @@ def root_of(directory: Path) -> Path:
 
 
 def read_bytes(path: Path, *, within: Path | None = None, most: int = SMALL) -> bytes:
-    """A file's bytes. Raises UnreadableError for a missing one, for one that is no file or holds more than `most` bytes, and
-    for a link that leaves `within`; without `within`, where the user named the file, links are followed."""
+    """Read a file. Raises UnreadableError if it is missing, not a regular file or larger than `most` bytes, and UserError for a
+    link that leaves `within`; without `within`, for files that the user named, links are followed."""
     if within is not None:
         refuse_links(path, within)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe that nobody fills would hang
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe without a writer would block
         with os.fdopen(descriptor, "rb") as file:
             facts = os.fstat(file.fileno())
             if not stat.S_ISREG(facts.st_mode):
                 raise UnreadableError(f"{one_line(path)} is {_kind(facts.st_mode)} where a file belongs")
             data = file.read(most + 1)
     except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else words_of(error)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line_of(error)
         raise UnreadableError(f"{one_line(path)} cannot be read: {reason}") from error
     if len(data) > most:
         raise UnreadableError(f"{one_line(path)} is larger than {most} bytes, which no such file is")
@@ -134,7 +134,7 @@ def read_bytes(path: Path, *, within: Path | None = None, most: int = SMALL) -> 
 
 
 def read_text(path: Path, *, within: Path | None = None, most: int = SMALL) -> str:
-    """The same as text. Raises UnreadableError for what is not UTF-8."""
+    """Read a text file. Raises UnreadableError if it is not UTF-8."""
     try:
         return read_bytes(path, within=within, most=most).decode("utf-8")
     except UnicodeDecodeError as error:
@@ -142,12 +142,12 @@ def read_text(path: Path, *, within: Path | None = None, most: int = SMALL) -> s
 
 
 def load_json(path: Path, *, within: Path | None = None, most: int = SMALL) -> Any:
-    """What a JSON file holds. Raises UnreadableError for a file that is none."""
+    """Read a JSON file. Raises UnreadableError for invalid JSON."""
     return parse_json(read_text(path, within=within, most=most), one_line(path))
 
 
 def load_object(path: Path, *, within: Path | None = None, most: int = SMALL) -> dict[str, Any]:
-    """The object that a JSON file holds. Raises UnreadableError for anything else."""
+    """Read a JSON file that holds an object. Raises UnreadableError for anything else."""
     value = load_json(path, within=within, most=most)
     if not isinstance(value, dict):
         raise UnreadableError(f"{one_line(path)} holds no object with named values")
@@ -155,22 +155,22 @@ def load_object(path: Path, *, within: Path | None = None, most: int = SMALL) ->
 
 
 def parse_json(text: str, name: str) -> Any:
-    """Raises UnreadableError for what is no JSON, or nothing that any text or number of ours could be."""
+    """Parse JSON. Raises UnreadableError if it is invalid, or has lone surrogates, huge numbers or endless nesting."""
     try:
         value = json.loads(text)
         if "\\ud" in text.lower():
-            json.dumps(value, ensure_ascii=False).encode()  # half of a character
-    except (ValueError, RecursionError) as error:  # of a number of 5,000 digits too, and of lists in lists without end
-        raise UnreadableError(f"{name} cannot be read as JSON: {words_of(error)}") from error
+            json.dumps(value, ensure_ascii=False).encode()  # raises for lone surrogates
+    except (ValueError, RecursionError) as error:  # also for a number of 5,000 digits, and for endless nesting
+        raise UnreadableError(f"{name} cannot be read as JSON: {first_line_of(error)}") from error
     return value
 
 
 def parse_yaml(text: str, name: str) -> Any:
-    """Plain values: no tag makes an object of ours. Raises UnreadableError for what is no YAML."""
+    """Parse YAML into plain values, without tags. Raises UnreadableError if it is invalid."""
     if len(text) > SETTINGS:
         raise UnreadableError(f"{name} is larger than {SETTINGS} characters, which no configuration is")
     try:
-        with doing(f"{name} cannot be read"):
+        with user_errors(f"{name} cannot be read"):
             value = yaml.load(text, Loader=SafeLoader)
             _count(value)
     except UserError as error:
@@ -179,25 +179,25 @@ def parse_yaml(text: str, name: str) -> Any:
 
 
 def _count(value: Any) -> None:
-    """Raises ValueError for a few lines whose aliases stand for more values than a computer holds."""
-    waiting, seen = [value], 0
-    while waiting:
-        node = waiting.pop()
+    """Raises ValueError if aliases expand to more than NODES values."""
+    pending, seen = [value], 0
+    while pending:
+        node = pending.pop()
         seen += 1
-        if seen + len(waiting) > NODES:
+        if seen + len(pending) > NODES:
             raise ValueError(f"it holds more than {NODES} values")
         if isinstance(node, dict):
-            waiting += [*node.keys(), *node.values()]
+            pending += [*node.keys(), *node.values()]
         elif isinstance(node, (list, tuple, set)):
-            waiting += node
+            pending += node
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------------
 
 
 def open_to_append(path: Path, *, within: Path | None = None) -> int:
-    """A descriptor of a file that is added to, made where there is none. Raises UserError for a link, for what is no file and
-    for a file with a second name, which lies somewhere else."""
+    """Open a file for appending, created if missing, and return the descriptor. Raises UserError for a symbolic or hard link, and
+    for what is not a regular file."""
     if within is not None:
         refuse_links(path.parent, within)
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -219,7 +219,7 @@ def open_to_append(path: Path, *, within: Path | None = None) -> int:
 
 
 def append(path: Path, text: str, *, within: Path | None = None, sync: bool = False) -> None:
-    """Add to the end of a file: all of `text`, or on a full disk nothing."""
+    """Append all of `text`; on a full disk nothing."""
     with os.fdopen(open_to_append(path, within=within), "ab", buffering=0) as file:
         before, data = os.fstat(file.fileno()).st_size, memoryview(text.encode("utf-8"))
         try:
@@ -233,11 +233,11 @@ def append(path: Path, text: str, *, within: Path | None = None, sync: bool = Fa
 
 
 def write_whole(path: Path, text: str, *, within: Path | None = None) -> None:
-    """The whole file or nothing, also after a power cut. A link that stands at `path` is replaced, not followed."""
+    """Write a file atomically, power cuts included. A link at `path` is replaced, not followed."""
     if within is not None:
         refuse_links(path.parent, within)
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    remove(hidden)  # of a process that had our number
+    remove(hidden)  # left by a process that had our pid
     try:
         with os.fdopen(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
             file.write(text.encode("utf-8"))
@@ -248,7 +248,7 @@ def write_whole(path: Path, text: str, *, within: Path | None = None) -> None:
         hidden.unlink()
         raise UserError(f"{one_line(path)} is a directory where a file belongs: move it away") from error
     except OSError:
-        hidden.unlink(missing_ok=True)  # of a full disk
+        hidden.unlink(missing_ok=True)  # such as on a full disk
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -258,7 +258,7 @@ def write_whole(path: Path, text: str, *, within: Path | None = None) -> None:
 
 
 def overwrite_in_place(path: Path, text: str) -> bool:
-    """Whether `text` stands in a file that takes up its room already, so that a full disk is no hindrance."""
+    """Overwrite a file that is at least as large, which works on a full disk; pads with spaces. Return whether it worked."""
     data = text.encode("utf-8")
     try:
         with os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "r+b", buffering=0) as file:
@@ -273,7 +273,7 @@ def overwrite_in_place(path: Path, text: str) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Take away whatever stands at `path`: a link and not what it points to. Nothing where nothing is there."""
+    """Remove whatever is at `path`, if anything: a link itself, not its target."""
     if path.is_symlink() or not path.is_dir():
         path.unlink(missing_ok=True)
     else:
@@ -281,7 +281,7 @@ def remove(path: Path) -> None:
 
 
 def copy(source: Path, target: Path, *, within: Path) -> None:
-    """A file with its times. Raises UserError for what is none, or lies outside `within`."""
+    """Copy a file with its times. Raises UserError if it is not a regular file, or lies outside `within`."""
     refuse_links(source, within)
     if not source.is_file():
         raise UserError(f"{one_line(source)} is {_kind(source.stat().st_mode)} where a file belongs: delete it")

@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend, as opposed to a defect of ours; and how a command ends."""
+"""The one error type for wrong input, as opposed to bugs; messages from libraries' errors; exit statuses of commands."""
 
 import os
 import re
@@ -6,40 +6,40 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# what libraries raise past Exception: pyo3's panics, under which tokenizers and safetensors lie, and torch's sharded loader
-PAST_EXCEPTION = ("PanicException", "CheckpointException")
-LONGEST = 400  # characters of a library's own words that a message repeats
-# what a terminal obeys or cannot show: control characters but for ends of lines and tabs, halves of characters, reversed text
-UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+# raised by libraries without being an Exception: panics of pyo3 (tokenizers, safetensors), and torch's sharded loader
+BASE_EXCEPTIONS = ("PanicException", "CheckpointException")
+LONGEST = 400  # characters of a library's message that ours repeats
+# control characters except line ends and tabs, lone surrogates, and bidirectional overrides: a terminal obeys or garbles them
+UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UserError(Exception):
-    """Wrong input: the message says what was wrong, where, what was given and what would work. Ends in exit status 2."""
+    """Wrong input: the message says what was wrong, where, what was given and what would work. Exit status 2."""
 
 
 class JobsFailedError(Exception):
-    """A job of a sweep has failed, and said why; the others went on. Ends in exit status 1."""
+    """A job of a sweep has failed and reported why; the others ran on. Exit status 1."""
 
 
 @contextmanager
-def doing(what: str, remedy: str = "") -> Iterator[None]:
-    """Whatever a library raises inside becomes one UserError that says what was being done.
+def user_errors(action: str, remedy: str = "") -> Iterator[None]:
+    """Turn whatever a library raises inside into one UserError that starts with `action`.
 
-    By the deed and not by classes: a parser, a file format or a network client raises whatever its own parts raise. Put only
-    calls into it that hand a stranger's bytes, or a distant server, to a library.
+    Not by exception classes: a parser, a file format or a network client raises whatever its own parts raise. Wrap only calls
+    that hand untrusted bytes, or a remote server, to a library.
     """
     try:
         yield
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ not in PAST_EXCEPTION:
+        if not isinstance(error, Exception) and type(error).__name__ not in BASE_EXCEPTIONS:
             raise
         if type(error).__module__.split(".")[0] in ("halos", "__main__"):
             raise
-        raise UserError(f"{what}: {words_of(error)}{f'; {remedy}' if remedy else ''}") from error
+        raise UserError(f"{action}: {first_line_of(error)}{f'; {remedy}' if remedy else ''}") from error
 
 
-def words_of(error: BaseException) -> str:
-    """The first line of what a library says, short enough to stand in a message; its class where it says nothing."""
+def first_line_of(error: BaseException) -> str:
+    """Return the first line of an error's message, shortened; its class if there is no message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     bare = isinstance(error, (KeyError, IndexError, TypeError, AttributeError)) and lines
     text = f"{type(error).__name__}: {lines[0]}" if bare else next(iter(lines), type(error).__name__)
@@ -47,17 +47,17 @@ def words_of(error: BaseException) -> str:
 
 
 def printable(text: str) -> str:
-    """Text that may hold a stranger's words, for a terminal or a log: what could hide, forge or recolour lines is spelled out."""
-    return UNSHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Escape characters with which untrusted text could hide, forge or recolour lines of a terminal or a log."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def one_line(text: object) -> str:
-    """The same for a name, which has no ends of lines of its own."""
+    """Do the same for a name, and escape its line ends too."""
     return printable(str(text)).replace("\n", "\\n").replace("\t", "\\t")
 
 
 def command(main: Callable[[], int], *, stopped: str = "") -> int:
-    """The exit status of a command: what `main` gives, 2 after the one message of a UserError, 130 after Ctrl-C and `stopped`."""
+    """Run `main` and return the exit status: its own, 2 after a UserError, 130 after Ctrl-C, which prints `stopped`."""
     try:
         status = main()
         sys.stdout.flush()
@@ -65,14 +65,14 @@ def command(main: Callable[[], int], *, stopped: str = "") -> int:
         sys.stderr.write(f"error: {printable(str(error))}\n")
         return 2
     except BrokenPipeError:
-        return read_enough()
+        return closed_pipe_status()
     except KeyboardInterrupt:
         sys.stderr.write(f"stopped{': ' if stopped else ''}{stopped}\n")
         return 130
     return status
 
 
-def read_enough() -> int:
-    """Exit status 0 for `command | head`: whoever reads our output has closed it, and what is still buffered goes nowhere."""
+def closed_pipe_status() -> int:
+    """Return 0 for `command | head`, where the reader has closed the pipe, and discard what is still buffered."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

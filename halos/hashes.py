@@ -1,4 +1,4 @@
-"""SHA-256 of files, each read once for as long as it stays what it was, over all starts that share a cache_dir."""
+"""SHA-256 of files, cached in cache_dir until the file changes."""
 
 from __future__ import annotations
 
@@ -13,67 +13,67 @@ from pathlib import Path
 from halos import confined
 from halos.errors import UserError
 
-SETTLED = 2.0  # seconds after its last change from which on another change would show in a file's times
+SETTLED = 2.0  # seconds since a file's last change after which another change would show in its times
 READERS = 4  # files hashed at once, as the shards of one model are
 
-Facts = tuple[str, int, int, int, int]
-_known: dict[Facts, str] = {}
+FileStat = tuple[str, int, int, int, int]  # path, inode, size, mtime, ctime
+_cache: dict[FileStat, str] = {}
 
 
 def digest(path: Path) -> str:
-    """Of what stands in the file now."""
+    """Hash the file's current content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_hash(path: Path, cache: Path | None = None) -> str:
-    """`digest`, kept by path, inode, size and times in this process and, where one is given, below `cache` (a cache_dir)."""
-    facts = _facts(path)
-    if facts in _known:
-        return _known[facts]
-    place = cache.expanduser() / "hashes" / hashlib.sha256(facts[0].encode()).hexdigest()[:32] if cache is not None else None
-    found = _kept(place, facts) if place is not None else None
-    if found is None:
-        found = digest(path)
-        if _facts(path) != facts or time.time_ns() - max(facts[3:]) < SETTLED * 1e9:
-            return found  # it may change once more within what its file system tells apart
-        if place is not None:
-            _keep(place, facts, found)
-    _known[facts] = found
-    return found
+    """Hash a file, or return the hash cached for its path, inode, size and times in this process or in `cache` (a cache_dir)."""
+    stat = _stat(path)
+    if stat in _cache:
+        return _cache[stat]
+    entry = cache.expanduser() / "hashes" / hashlib.sha256(stat[0].encode()).hexdigest()[:32] if cache is not None else None
+    value = _read_entry(entry, stat) if entry is not None else None
+    if value is None:
+        value = digest(path)
+        if _stat(path) != stat or time.time_ns() - max(stat[3:]) < SETTLED * 1e9:
+            return value  # it may change again within the resolution of its file system's times
+        if entry is not None:
+            _write_entry(entry, stat, value)
+    _cache[stat] = value
+    return value
 
 
 def file_hashes(paths: Iterable[Path], cache: Path | None = None) -> dict[str, str]:
-    """By name, several at a time."""
+    """Hash files in parallel; return the hashes by file name."""
     paths = list(paths)
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip((path.name for path in paths), pool.map(lambda path: file_hash(path, cache), paths), strict=True))
 
 
 def short(value: str | None) -> str:
-    """As people compare them. The hash of a source may name its split first."""
+    """Shorten a hash for display. The hash of a data source may start with its split."""
     return value.split()[-1][:12] if value else "none"
 
 
-def _facts(path: Path) -> Facts:
-    whole = os.path.realpath(path)
-    facts = os.stat(whole)
-    return whole, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns  # a file set back in time shows in the last
+def _stat(path: Path) -> FileStat:
+    real = os.path.realpath(path)
+    stat = os.stat(real)
+    return real, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns  # ctime shows a file whose mtime was set back
 
 
-def _kept(place: Path, facts: Facts) -> str | None:
+def _read_entry(path: Path, stat: FileStat) -> str | None:
     try:
-        kept = confined.load_object(place)
+        entry = confined.load_object(path)
     except UserError:
         return None
-    value = kept.get("sha256")
-    return value if kept.get("facts") == list(facts) and isinstance(value, str) and len(value) == 64 else None
+    value = entry.get("sha256")
+    return value if entry.get("facts") == list(stat) and isinstance(value, str) and len(value) == 64 else None
 
 
-def _keep(place: Path, facts: Facts, value: str) -> None:
-    """As good as it goes: what cannot be kept is read again."""
+def _write_entry(path: Path, stat: FileStat, value: str) -> None:
+    """Best effort: a hash that cannot be cached is computed again."""
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        confined.write_whole(place, json.dumps({"facts": facts, "sha256": value}) + "\n")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        confined.write_whole(path, json.dumps({"facts": stat, "sha256": value}) + "\n")
     except OSError:
         return

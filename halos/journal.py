@@ -1,4 +1,4 @@
-"""A small file of one JSON object a line that is only ever added to, each line under a seal over itself and all before it."""
+"""An append-only file of JSON lines, each with a seal: a hash over itself and all lines before it."""
 
 import hashlib
 import json
@@ -15,20 +15,20 @@ SEAL = b', "seal": "'  # the last entry of a line
 
 @dataclass(frozen=True, slots=True)
 class Entries:
-    """The rows that can be trusted, and what is wrong with the first line that cannot."""
+    """The rows before the first broken line, and what is wrong with that line."""
 
     rows: list[dict[str, Any]]
     fault: str | None
 
 
 class Journal:
-    """Making the object touches nothing. One process writes."""
+    """Creating the object touches nothing on disk. Only one process may write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """One line, on the disk when this returns. What a crash left of a line is cut off first."""
+        """Append a line and sync it to disk. An incomplete line left by a crash is removed first."""
         data = self._bytes()
         lines = data.split(b"\n")
         if lines[-1]:
@@ -37,7 +37,7 @@ class Journal:
         confined.append(self.path, line.decode() + "\n", within=self.path.parent, sync=True)
 
     def read(self) -> Entries:
-        """Rows up to the first whose seal is broken; nothing where there is no file."""
+        """Read the rows before the first broken seal; none if there is no file."""
         rows, before = list[dict[str, Any]](), b""
         for number, line in enumerate(self._bytes().split(b"\n")[:-1], 1):
             text = line.rpartition(SEAL)[0] + b"}"

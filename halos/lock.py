@@ -1,4 +1,4 @@
-"""One process at a time trains in a run directory: run.lock, taken atomically and released at the end."""
+"""run.lock: one process at a time trains in a run directory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ log = logging.getLogger(__name__)
 
 NAME = "run.lock"
 HEARTBEAT = 30.0  # seconds
-SILENCE = 600.0  # seconds without a heartbeat after which a process that cannot be looked at counts as gone
-EARLIER = 90.0  # the same for one of this very batch job, which its scheduler has ended before it started us
-PERIOD = 0.5  # seconds between two looks at a lock that is waited for
-LARGEST = 2**16  # bytes of a lock
+SILENCE = 600.0  # seconds without a heartbeat after which an uninspectable holder counts as dead
+EARLIER_SILENCE = 90.0  # for an earlier start of our batch job, which the scheduler has killed before it started us
+PERIOD = 0.5  # seconds between two checks while waiting
+LARGEST = 2**16  # bytes of a lock file
 
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a lock. A pid means something only on its host and in its pid namespace, and only with its start time."""
+    """The process that holds a lock. A pid identifies it only with host, pid namespace and start time."""
 
     host: str
     pid: int
@@ -39,8 +39,8 @@ class Holder:
     pid_namespace: str
     since: str
     attempt: int
-    token: str  # of this one taking
-    job: str = ""  # of a batch scheduler
+    token: str  # unique to this acquisition
+    job: str = ""  # id of the Slurm job
     restart: int = 0  # how often the scheduler has started that job again
 
     @classmethod
@@ -58,7 +58,7 @@ class Holder:
         )
 
     def precedes(self, other: Holder) -> bool:
-        """Whether this one ran in an earlier start of the other's batch job."""
+        """Return whether this process ran in an earlier start of the other's batch job."""
         return bool(self.job) and self.job == other.job and self.restart < other.restart
 
     def __str__(self) -> str:
@@ -66,43 +66,42 @@ class Holder:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
-    """What a lock that stands in the way is worth."""
+class LockState:
+    """A lock that somebody holds, and whether that process counts as alive."""
 
     content: bytes
     alive: bool
     why: str
-    touched: float | None = None  # the last heartbeat of a holder that cannot be looked at, which may be gone
-    earlier: bool = False  # it ran in an earlier start of our batch job, which is always waited for
+    touched: float | None = None  # the last heartbeat of an uninspectable holder
+    earlier: bool = False  # the holder ran in an earlier start of our batch job, so we always wait
 
 
 class Patience:
-    """For whose lock may be waited: one of which it cannot be told whether he lives, and a living one for some seconds."""
+    """How long to wait for a held lock: until an uninspectable holder proves alive, and `seconds` for one that is alive."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._until = time.monotonic() + seconds
-        self._first: Verdict | None = None
+        self._first: LockState | None = None
 
-    def is_over(self, verdict: Verdict) -> bool:
-        """Waits for a moment, unless it is."""
+    def is_over(self, state: LockState) -> bool:
+        """Return whether to give up; otherwise sleep for PERIOD first."""
         if self._first is None:
-            self._first = verdict
-            log.warning("waiting: %s", verdict.why)
-        beats = verdict.touched is None or verdict.touched != self._first.touched
-        if beats and time.monotonic() >= self._until:
+            self._first = state
+            log.warning("waiting: %s", state.why)
+        is_alive = state.touched is None or state.touched != self._first.touched
+        if is_alive and time.monotonic() >= self._until:
             return True
         time.sleep(PERIOD)
         return False
 
 
 class RunLock:
-    """Held from a run's start or resume to its end, by its first process.
+    """Held by rank 0 from a run's start or resume to its end.
 
-    A lock whose holder ran on this host (and in this pid namespace) counts as long as that very process lives: a pid that
-    is gone, or that another process has been given since, leaves a stale lock. A holder that cannot be looked at, on another
-    host or in another container, counts until its heartbeat has been silent for ten minutes, or for a minute and a half
-    where it ran in an earlier start of the same batch job: the holder touches the file every half minute. A stale lock is
-    taken over.
+    A lock whose holder ran on this host (and in this pid namespace) is valid as long as that process lives; if its pid is gone
+    or belongs to another process, the lock is stale. A holder on another host or in another container cannot be inspected: it
+    touches the file every half minute, and its lock is stale after ten minutes without a heartbeat, or after a minute and a half
+    if it ran in an earlier start of the same batch job. A stale lock is taken over.
     """
 
     def __init__(self, path: Path) -> None:
@@ -121,20 +120,19 @@ class RunLock:
         return self._mine is not None
 
     def refuse_held(self, *, wait: bool = False, patience: float = 0.0) -> None:
-        """Raises UserError where another process trains here now; changes nothing.
+        """Raises UserError if another process trains here now; changes nothing.
 
-        `wait`: until it can be told of every holder whether he lives, and `patience` seconds for one that does.
+        With `wait`, wait until it is known whether the holder is alive, and `patience` seconds for one that is.
         """
         waited = Patience(patience)
-        while (verdict := self._judge(time.time())) is not None and verdict.alive:
-            if not (wait or verdict.earlier) or waited.is_over(verdict):
-                raise UserError(verdict.why)
+        while (state := self._inspect(time.time())) is not None and state.alive:
+            if not (wait or state.earlier) or waited.is_over(state):
+                raise UserError(state.why)
 
     def acquire(self, attempt: int, *, heartbeat: bool = True, wait: bool = False) -> str | None:
-        """Take the lock; of several processes that try at once one does. Raises UserError where it is held, if `wait` is
-        set only when its holder has shown that he lives.
+        """Take the lock atomically. Raises UserError if it is held; with `wait` only once its holder has proved alive.
 
-        Gives back a line about the stale lock that was taken over, if one was.
+        Returns a message about the stale lock that was taken over, if one was.
         """
         mine = Holder.myself(attempt)
         own = self.path.with_name(f".{self.path.name.lstrip('.')}.{mine.pid}-{mine.token}")
@@ -143,13 +141,13 @@ class RunLock:
         try:
             while not _link(own, self.path):
                 os.utime(own)
-                verdict = self._judge(own.stat().st_mtime)  # the file system's clock, which all hosts share
-                if verdict is not None and verdict.alive:
-                    if not (wait or verdict.earlier) or waited.is_over(verdict):
-                        raise UserError(verdict.why)
+                state = self._inspect(own.stat().st_mtime)  # the file system's clock, which all hosts share
+                if state is not None and state.alive:
+                    if not (wait or state.earlier) or waited.is_over(state):
+                        raise UserError(state.why)
                     continue
-                if verdict is not None and self._take_over(own, verdict):
-                    line = f"{self.path} was left behind ({verdict.why}): taken over"
+                if state is not None and self._take_over(own, state):
+                    line = f"{self.path} was left behind ({state.why}): taken over"
                     break
         finally:
             own.unlink(missing_ok=True)
@@ -159,16 +157,16 @@ class RunLock:
         return line
 
     def release(self) -> None:
-        """Give the lock back, if it is ours."""
+        """Release the lock, if it is ours."""
         self._ended.set()
         if self._mine is not None and _read(self.path) == self._mine:
             self.path.unlink(missing_ok=True)
         self._mine = None
 
-    def _take_over(self, own: Path, stale: Verdict) -> bool:
-        """Replace a stale lock by ours; False where it is no longer the one that was judged.
+    def _take_over(self, own: Path, stale: LockState) -> bool:
+        """Replace a stale lock by ours; return False if it has changed since it was inspected.
 
-        Whoever replaces holds a claim, itself a lock, so that nobody can replace what another has just put there.
+        The replacing process holds a second lock, the claim, so that nobody can replace a lock that was just put there.
         """
         claim = RunLock(self.path.with_name(f".{self.path.name.lstrip('.')}.claim"))
         try:
@@ -184,33 +182,33 @@ class RunLock:
             os.replace(own, self.path)
             return True
 
-    def _judge(self, now: float) -> Verdict | None:
-        """None where there is no lock."""
+    def _inspect(self, now: float) -> LockState | None:
+        """Return the state of the lock; None if there is none."""
         try:
             content, touched = confined.read_bytes(self.path, within=self.path.parent, most=LARGEST), self.path.stat().st_mtime
         except (UnreadableError, FileNotFoundError):
             if self.path.exists():
                 raise
             return None
-        holder, place = _parse(content), self.path.parent
+        holder, directory = _parse(content), self.path.parent
         if holder is not None and (holder.host, holder.pid_namespace) == (socket.gethostname(), _namespace()):
             started = _started(holder.pid)
             if started is None:
-                return Verdict(content, alive=False, why=f"{holder}: that process is gone")
+                return LockState(content, alive=False, why=f"{holder}: that process is gone")
             if started and holder.process_start and started != holder.process_start:
-                return Verdict(content, alive=False, why=f"{holder}: that process is gone, its pid is another's now")
-            alive = holder.pid != os.getpid()  # this very process may begin again
-            copied = f"if {place} is a copy of the directory in which it does, delete {self.path}"
-            return Verdict(content, alive=alive, why=f"another process is training in {place}: {holder}; {copied}")
+                return LockState(content, alive=False, why=f"{holder}: that process is gone, and its pid belongs to another")
+            alive = holder.pid != os.getpid()  # our own lock does not stop us
+            copied = f"if {directory} is a copy of the directory in which it trains, delete {self.path}"
+            return LockState(content, alive=alive, why=f"another process is training in {directory}: {holder}; {copied}")
         who = str(holder) if holder else "its lock cannot be read"
         silent = f"silent for {max(0, now - touched):.0f} s"
         earlier = holder is not None and holder.precedes(Holder.myself(0))
-        patience = EARLIER if earlier else SILENCE
+        patience = EARLIER_SILENCE if earlier else SILENCE
         if now - touched > patience:
-            return Verdict(content, alive=False, why=f"{who}; {silent}")
+            return LockState(content, alive=False, why=f"{who}; {silent}")
         rule = f"it counts as gone after {patience:.0f} s without a heartbeat; if it surely is, delete {self.path}"
-        why = f"another process is training in {place}: {who}; {silent}, and {rule}"
-        return Verdict(content, alive=True, why=why, touched=touched, earlier=earlier)
+        why = f"another process is training in {directory}: {who}; {silent}, and {rule}"
+        return LockState(content, alive=True, why=why, touched=touched, earlier=earlier)
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT):
@@ -225,7 +223,7 @@ class RunLock:
 
 
 def _link(own: Path, path: Path) -> bool:
-    """Put `own` at `path`, with its content, unless something is there."""
+    """Create `path` atomically with the content of `own`; return False if it exists."""
     try:
         os.link(own, path)
     except FileExistsError:
@@ -254,7 +252,7 @@ def _read(path: Path) -> Holder | None:
 
 
 def _parse(content: bytes) -> Holder | None:
-    """None where a lock was not written by us, or only in part."""
+    """Return the holder; None if the file is not a complete lock of ours."""
     try:
         holder = Holder(**confined.parse_json(content.decode("utf-8"), NAME))
     except (ValueError, TypeError, UnreadableError):
@@ -265,7 +263,7 @@ def _parse(content: bytes) -> Holder | None:
 
 
 def _namespace() -> str:
-    """In which pids are counted: containers may share a host's name and not its processes."""
+    """Return our pid namespace: containers may share a host name but not its processes."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:
@@ -273,19 +271,19 @@ def _namespace() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process started, in the kernel's own words; empty where that cannot be told, None where there is no such process."""
+    """Return when a process started, as the kernel reports it; empty if unknown, None if there is no such process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # someone else's, but there
+        pass  # another user's process
     if Path("/proc/self/stat").exists():
         try:
-            words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+            fields_of_stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         except OSError:
             return ""
-        return None if words[0] in "ZX" else words[19]
-    shown = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
-    state, _, started = shown.stdout.strip().partition(" ")
+        return None if fields_of_stat[0] in "ZX" else fields_of_stat[19]
+    listing = subprocess.run(["ps", "-o", "stat=,lstart=", "-p", str(pid)], capture_output=True, text=True, check=False)
+    state, _, started = listing.stdout.strip().partition(" ")
     return None if state.startswith("Z") else " ".join(started.split())

@@ -1,4 +1,4 @@
-"""A seal on a small text: a hash of all that stands before it as its last line, so that a changed byte shows."""
+"""Seals of small text files: the last line is a hash of everything before it, so that any edit is detected."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from halos import confined, hashes
 
 SEAL = "seal: "
 WHOLE = re.compile(r"(?P<text>.*\n)seal: (?P<seal>[0-9a-f]{64})\n", re.DOTALL)
-BY_NAME = "sealed"  # in an attempt's record: hashes of what the start stood on, config.yaml and the record before
+SEALED = "sealed"  # key of an attempt's record: hashes of config.yaml and of the record before
 CHANGED = "contents changed"
-OF_ROWS = "sha256"  # in the facts beside a file of rows: the hash of that file
+ROWS_HASH = "sha256"  # key of the .meta.json next to a file of rows: the hash of that file
 
 
 def digest(text: str) -> str:
@@ -24,31 +24,31 @@ def digest(text: str) -> str:
 
 
 def seal(text: str) -> str:
-    """`text` is YAML, and so is the result."""
+    """Append the seal. `text` is YAML, and so is the result."""
     return f"{text}{SEAL}{digest(text)}\n"
 
 
 def attempt(record: Mapping[str, Any], *, config: str, before: str | None) -> str:
-    """The text of an attempt's record, which seals itself, the configuration and the record `before` it."""
-    known = {"config": digest(config), "before": digest(before) if before is not None else None}
-    return seal(yaml.safe_dump({**record, BY_NAME: known}, sort_keys=False, allow_unicode=True))
+    """Return the text of an attempt's record, which seals itself, the configuration and the record `before` it."""
+    hashes_of = {"config": digest(config), "before": digest(before) if before is not None else None}
+    return seal(yaml.safe_dump({**record, SEALED: hashes_of}, sort_keys=False, allow_unicode=True))
 
 
 def is_whole(text: str) -> bool | None:
-    """Whether a text is what was sealed; None for one that is older than seals."""
-    parts = WHOLE.fullmatch(text)
-    if parts:
-        return digest(parts["text"]) == parts["seal"]
-    return False if f"\n{BY_NAME}:" in text or f"\n{SEAL}" in text else None
+    """Return whether a text matches its seal; None for one that was written before there were seals."""
+    match = WHOLE.fullmatch(text)
+    if match:
+        return digest(match["text"]) == match["seal"]
+    return False if f"\n{SEALED}:" in text or f"\n{SEAL}" in text else None
 
 
 def faults(config: str, records: Mapping[str, str]) -> dict[str, str]:
-    """What is not as it was when it was written: `config.yaml`, or the names of attempts' `records`, which come in order."""
+    """Return what was changed since it was written, by name: `config.yaml`, or an attempt's record; `records` are in order."""
     broken, whole = dict[str, str](), dict[str, Mapping[str, Any]]()
     for name, text in records.items():
-        if is_whole(text) and (known := _known(text)) is not None:
-            whole[name] = known
-        elif is_whole(text) is not None or whole:  # after one with a seal every other has one
+        if is_whole(text) and (sealed := _sealed_hashes(text)) is not None:
+            whole[name] = sealed
+        elif is_whole(text) is not None or whole:  # all records after a sealed one have seals
             broken[name] = CHANGED
     names = list(records)
     for name, sealed in whole.items():
@@ -61,17 +61,17 @@ def faults(config: str, records: Mapping[str, str]) -> dict[str, str]:
     return broken
 
 
-def _known(record: str) -> Mapping[str, Any] | None:
-    """What a record seals besides itself; None of what is no record, whoever put a seal under it."""
+def _sealed_hashes(record: str) -> Mapping[str, Any] | None:
+    """Return the hashes in a record; None if the text is no record, though it has a seal."""
     try:
         node = yaml.load(record, Loader=confined.SafeLoader)
     except yaml.YAMLError:
         return None
-    sealed = node.get(BY_NAME) if isinstance(node, dict) else None
+    sealed = node.get(SEALED) if isinstance(node, dict) else None
     return sealed if isinstance(sealed, dict) else None
 
 
-def are_written(rows: Path, facts: Path) -> bool | None:
-    """Whether a file of rows is what was written, by the facts beside it; None where those are older than its seal."""
-    known = confined.load_object(facts).get(OF_ROWS)
-    return None if known is None else hashes.digest(rows) == known
+def rows_are_intact(rows: Path, facts: Path) -> bool | None:
+    """Return whether a file of rows matches the hash in its .meta.json (`facts`); None if that has no hash."""
+    recorded = confined.load_object(facts).get(ROWS_HASH)
+    return None if recorded is None else hashes.digest(rows) == recorded

@@ -1,4 +1,4 @@
-"""By what a run was made: this code's version and commit, and those of what it stands on."""
+"""Versions for the record of an attempt: this code's, its commit, and those of its dependencies."""
 
 import platform
 import subprocess
@@ -13,7 +13,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "hydra-core", "omegac
 
 
 def versions() -> dict[str, Any]:
-    """For the record of an attempt; null where a package, or a repository, is not there."""
+    """Return all versions; None for a package that is not installed, and for the commit outside a repository."""
     return {
         "halos": __version__,
         "git_commit": _git_commit(),
@@ -32,7 +32,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of this code, with a mark where it was edited since."""
+    """Return the commit of this code, marked -dirty if it was edited since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         described = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import pytest
 
 from halos import confined
 from halos.confined import UnreadableError
-from halos.errors import LONGEST, UserError, doing, one_line, printable
+from halos.errors import LONGEST, UserError, one_line, printable, user_errors
 
 OUTSIDE = "as it was\n"
 
@@ -199,38 +199,38 @@ def test_what_is_added_on_a_full_disk_leaves_no_half_line(tmp_path: Path, monkey
     assert path.read_text() == "whole\n"
 
 
-def test_room_that_is_kept_for_a_last_word_is_filled_only_where_it_is_our_own(tmp_path: Path, outside: Path) -> None:
+def test_only_a_regular_file_with_enough_room_is_overwritten_in_place(tmp_path: Path, outside: Path) -> None:
     reserve = tmp_path / "reserve"
     reserve.write_text(" " * 64)
     before = reserve.stat()
-    assert confined.fill(reserve, '{"status": "failed"}\n')
+    assert confined.overwrite_in_place(reserve, '{"status": "failed"}\n')
     assert (reserve.stat().st_ino, reserve.stat().st_size) == (before.st_ino, 64), "no new room is asked for"
     assert json.loads(reserve.read_text()) == {"status": "failed"}
-    assert not confined.fill(reserve, "x" * 65)
-    assert not confined.fill(tmp_path / "none", "x")
+    assert not confined.overwrite_in_place(reserve, "x" * 65)
+    assert not confined.overwrite_in_place(tmp_path / "none", "x")
     for plant in (Path.hardlink_to, Path.symlink_to):
         reserve.unlink()
         plant(reserve, outside)
-        assert not confined.fill(reserve, "mine\n")
+        assert not confined.overwrite_in_place(reserve, "mine\n")
     assert outside.read_text() == OUTSIDE
 
 
 def test_what_libraries_raise_becomes_one_line_that_names_the_deed() -> None:
     for error in (ValueError("first\nsecond"), RecursionError(), KeyError("a"), MemoryError(), OSError(5, "I/O"), EOFError()):
-        with pytest.raises(UserError, match=r"^reading x: .+; mend it$") as told, doing("reading x", "mend it"):
+        with pytest.raises(UserError, match=r"^reading x: .+; mend it$") as told, user_errors("reading x", "mend it"):
             raise error
         assert "second" not in str(told.value)
         assert "\n" not in str(told.value)
     for error, words in ((KeyError("a"), "KeyError: 'a'"), (ValueError("x" * 9999), "x" * LONGEST + " ...")):
-        with pytest.raises(UserError) as told, doing("reading x"):
+        with pytest.raises(UserError) as told, user_errors("reading x"):
             raise error
         assert str(told.value) == f"reading x: {words}"
-    with pytest.raises(UserError, match=r"^mine$"), doing("reading x"):
+    with pytest.raises(UserError, match=r"^mine$"), user_errors("reading x"):
         raise UserError("mine")
-    with pytest.raises(KeyboardInterrupt), doing("reading x"):
+    with pytest.raises(KeyboardInterrupt), user_errors("reading x"):
         raise KeyboardInterrupt
     panic = type("PanicException", (BaseException,), {})  # what Rust's panics arrive as
-    with pytest.raises(UserError, match="reading x: it broke"), doing("reading x"):
+    with pytest.raises(UserError, match="reading x: it broke"), user_errors("reading x"):
         raise panic("it broke")
 
 

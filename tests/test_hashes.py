@@ -1,4 +1,4 @@
-"""A hash that is kept is that of the file as it stands, or it is not kept."""
+"""A cached hash is that of the current file, or it is not cached."""
 
 import os
 from pathlib import Path
@@ -10,7 +10,7 @@ from halos import hashes
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hashes, "_known", {})
+    monkeypatch.setattr(hashes, "_cache", {})
     monkeypatch.setattr(hashes, "SETTLED", 0.0)
 
 
@@ -22,10 +22,10 @@ def file(tmp_path: Path) -> Path:
 
 
 def kept(cache: Path) -> bool:
-    return bool(hashes._known) or (cache / "hashes").exists()
+    return bool(hashes._cache) or (cache / "hashes").exists()
 
 
-def test_a_file_that_may_still_change_within_its_times_is_not_remembered(
+def test_a_file_that_may_still_change_within_its_times_is_not_cached(
     file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hashes, "SETTLED", 3600.0)
@@ -44,9 +44,7 @@ def test_a_file_whose_time_was_set_back_is_read_again(file: Path, tmp_path: Path
     assert hashes.file_hash(file, tmp_path) == hashes.digest(file) != before
 
 
-def test_a_file_that_changes_while_it_is_read_is_not_remembered(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_changes_while_it_is_read_is_not_cached(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     digest = hashes.digest
 
     def changing(path: Path) -> str:

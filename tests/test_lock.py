@@ -1,4 +1,4 @@
-"""One process holds a run directory, whatever becomes of it."""
+"""One process holds a run directory, even if processes crash or race for it."""
 
 import json
 import os
@@ -112,7 +112,7 @@ def test_a_pid_that_another_process_has_now_holds_nothing(tmp_path: Path) -> Non
     with pytest.raises(UserError):
         RunLock(path).acquire(0)
     write(path, pid=child.pid, process_start="1")
-    assert "its pid is another's now" in str(RunLock(path).acquire(0))
+    assert "its pid belongs to another" in str(RunLock(path).acquire(0))
     child.communicate("")
 
 
@@ -137,18 +137,18 @@ def test_what_an_earlier_start_of_the_same_batch_job_left_counts_for_a_minute_an
         monkeypatch.setenv(name, value)
     for job, restart, gone in (("17", 1, True), ("17", 2, False), ("17", 3, False), ("18", 1, False), ("", 1, False)):
         write(path, host="elsewhere", job=job, restart=restart)
-        assert RunLock(path)._judge(time.time()).alive, "its heart may just have beaten"
+        assert RunLock(path)._inspect(time.time()).alive, "its heart may just have beaten"
         os.utime(path, (old, old))
-        verdict = RunLock(path)._judge(time.time())
-        assert verdict is not None
-        assert verdict.alive is not gone, (job, restart)
+        state = RunLock(path)._inspect(time.time())
+        assert state is not None
+        assert state.alive is not gone, (job, restart)
     write(path, host="elsewhere", job="17", restart=1)
-    monkeypatch.setattr(module, "EARLIER", 0.2)
+    monkeypatch.setattr(module, "EARLIER_SILENCE", 0.2)
     assert "left behind" in str(RunLock(path).acquire(4)), "waited for, though nobody asked to"
     monkeypatch.delenv("SLURM_JOB_ID")
     write(path, host="elsewhere", job="", restart=0)
     os.utime(path, (old, old))
-    assert RunLock(path)._judge(time.time()).alive, "no scheduler is no job in common"
+    assert RunLock(path)._inspect(time.time()).alive, "no scheduler is no job in common"
 
 
 def test_a_lock_of_which_it_cannot_be_told_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,19 +215,19 @@ def test_of_many_that_start_at_once_one_wins(tmp_path: Path, stale: bool) -> Non
         child.communicate("")
 
 
-def test_a_taker_that_judged_an_older_lock_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_taker_that_inspected_an_older_lock_looks_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "run.lock"
     write(path, pid=dead_pid())
     taken = RunLock(path)
-    judge = RunLock._judge
+    inspect = RunLock._inspect
 
-    def overtaken(self: RunLock, now: float) -> module.Verdict | None:
-        verdict = judge(self, now)
-        monkeypatch.setattr(RunLock, "_judge", judge)
+    def overtaken(self: RunLock, now: float) -> module.LockState | None:
+        state = inspect(self, now)
+        monkeypatch.setattr(RunLock, "_inspect", inspect)
         write(path, host="elsewhere")  # another one was faster
-        return verdict
+        return state
 
-    monkeypatch.setattr(RunLock, "_judge", overtaken)
+    monkeypatch.setattr(RunLock, "_inspect", overtaken)
     with pytest.raises(UserError, match="elsewhere"):
         taken.acquire(0)
     assert json.loads(path.read_text())["host"] == "elsewhere"

@@ -25,15 +25,15 @@ FLOORS = [
     {"trainers"},
     {"online"},
     {"run"},
-    {"report", "sweep"},  # they read what runs left; no run imports them
+    {"report", "sweep"},  # they read finished runs; no run imports them
     {"cli"},
 ]
-SIDE_BY_SIDE = {"config", "losses"}  # the gate binds losses by name
-LEVEL = {room: level for level, rooms in enumerate(FLOORS) for room in rooms}
+SAME_FLOOR = {"config", "losses"}  # validation binds losses by name
+LEVEL = {package: level for level, floor in enumerate(FLOORS) for package in floor}
 
 
 def imports(path: Path) -> set[str]:
-    """Rooms of halos that a file imports, wherever the import stands."""
+    """Packages of halos that a file imports, anywhere in it."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "halos":
@@ -46,31 +46,31 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_down_a_floor(path: Path) -> None:
-    room = path.relative_to(ROOT / "halos").parts[0].removesuffix(".py")
-    if room == "__init__" or path.name == "__main__.py":  # a command stands above all rooms
+    package = path.relative_to(ROOT / "halos").parts[0].removesuffix(".py")
+    if package == "__init__" or path.name == "__main__.py":  # a command may import from everywhere
         return
-    for other in imports(path) - {room}:
-        beside = {room, other} <= SIDE_BY_SIDE
-        assert LEVEL[other] < LEVEL[room] or beside, f"{room} imports {other}, which is not below it"
-    if room != "cli":
+    for other in imports(path) - {package}:
+        same_floor = {package, other} <= SAME_FLOOR
+        assert LEVEL[other] < LEVEL[package] or same_floor, f"{package} imports {other}, which is not on a lower floor"
+    if package != "cli":
         assert "hydra" not in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M), "only halos/cli imports hydra"
 
 
-def test_the_drawing_of_the_architecture_is_that_of_the_code() -> None:
+def test_the_generated_architecture_is_up_to_date() -> None:
     script = [sys.executable, str(ROOT / "launch" / "architecture.py")]
-    drawing = subprocess.run(script, capture_output=True, text=True, check=True).stdout
-    assert (ROOT / "halos" / "README.md").read_text() == drawing, "python launch/architecture.py > halos/README.md"
+    generated = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert (ROOT / "halos" / "README.md").read_text() == generated, "python launch/architecture.py > halos/README.md"
 
 
-# what tells one engine from another: its modules, its marks on parameters, and the launcher's variables that ask for it
-ENGINE = re.compile(
+# what distinguishes strategies: their modules, their attributes of parameters, and the launcher's variables that request them
+STRATEGY = re.compile(
     r"\b(FSDPModule|fully_shard|DTensor|DistributedDataParallel|Zero|strategies|deepspeed\w*|fsdp2|replicated|zero|ds_\w+)\b|"
     r"ACCELERATE_USE_|fsdp_requested"
 )
 
 
 def names_in(path: Path) -> set[str]:
-    """Identifiers of a file, and texts that could be a mark or a variable of an engine."""
+    """Identifiers of a file, and strings that could be an attribute or a variable of a strategy."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         found |= {node.id} if isinstance(node, ast.Name) else {node.attr} if isinstance(node, ast.Attribute) else set()
@@ -82,20 +82,20 @@ def names_in(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_nobody_asks_which_engine_runs(path: Path) -> None:
-    """A strategy answers instead; `strategies.requested_strategy` is called once, where a run is put together."""
-    room, *rest = path.relative_to(ROOT / "halos").parts
-    if room == "distributed":
+def test_only_the_strategies_know_which_strategy_runs(path: Path) -> None:
+    """Other code asks the Strategy; `strategies.requested_strategy` is called only in run/prepare.py."""
+    package, *rest = path.relative_to(ROOT / "halos").parts
+    if package == "distributed":
         return
-    asking = {name for name in names_in(path) if ENGINE.search(name)}
-    assert asking <= ({"strategies"} if (room, rest) == ("run", ["prepare.py"]) else set())
+    asking = {name for name in names_in(path) if STRATEGY.search(name)}
+    assert asking <= ({"strategies"} if (package, rest) == ("run", ["prepare.py"]) else set())
 
 
 def test_the_entry_is_a_page() -> None:
     assert len((ROOT / "train.py").read_text().splitlines()) <= 60
 
 
-# What loads a model, a tokenizer or a configuration, and would run code beside it; PEFT's and the generation settings run none
+# Loaders of models, tokenizers and configurations, which may run code; those of PEFT and of generation settings run none
 LOADERS = re.compile(r"(?:Auto\w+|auto)$")
 
 

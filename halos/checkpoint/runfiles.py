@@ -115,7 +115,7 @@ def _stage_file(facts: Path, run: Path) -> dict[str, str]:
     if not rows.is_file():
         return {}
     try:
-        return {name: {True: "ok", False: seals.CHANGED, None: NO_SEAL}[seals.are_written(rows, facts)]}
+        return {name: {True: "ok", False: seals.CHANGED, None: NO_SEAL}[seals.rows_are_intact(rows, facts)]}
     except UserError as error:
         return {name: str(error)}
 

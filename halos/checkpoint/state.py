@@ -22,7 +22,7 @@ from halos import confined
 from halos.checkpoint import select, sharded
 from halos.distributed.device import uses_gpu
 from halos.distributed.strategy import Strategy
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.hooks.base import Run
 
 
@@ -127,7 +127,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     """Restore optimizer, random numbers, position and hooks; the weights were loaded with the model."""
     directory = checkpoint / "state"
     progress = load_progress(directory, select.step_of(checkpoint))
-    with doing(f"{directory} cannot be restored", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
+    with user_errors(f"{directory} cannot be restored", f"resume from another checkpoint, resume={checkpoint.parent}/step-N"):
         load_optimizer(directory, run.strategy, run.module, run.optimizer)
         load_random(directory, run.accelerator.process_index)
         for name, hook in run.hooks.items():

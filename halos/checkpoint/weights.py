@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from halos.checkpoint import sharded
 from halos.checkpoint.select import SHARDED
 from halos.distributed.parameters import shape_of
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.logps.model import bare
 from halos.logps.vocabulary import Vocabulary
 
@@ -58,7 +58,7 @@ def load_shards(checkpoint: Path, strategy: Strategy, module: nn.Module) -> None
             raise UserError(f"{directory} is not the model of this run: it holds no {other[0]} of this shape")
         sharded.read(directory, tensors)
 
-    with doing(f"{directory} cannot be read"):
+    with user_errors(f"{directory} cannot be read"):
         strategy.load_weights(module, read)
 
 
@@ -94,7 +94,7 @@ def load_value_head(directory: Path, head: nn.Module) -> bool:
     path = directory / VALUE_HEAD / HEAD_FILE
     if not path.is_file():
         return False
-    with doing(f"{path} cannot be read"):
+    with user_errors(f"{path} cannot be read"):
         weights = load_file(path)
     try:
         head.load_state_dict(weights)

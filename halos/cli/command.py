@@ -19,7 +19,7 @@ from halos.config.secrets import refuse_secrets
 from halos.distributed.children import exit_process
 from halos.distributed.environment import count_from_environment, refuse_partial_launch, world_size
 from halos.distributed.signals import exit_on_stop_signal, restore_signals_and_argv
-from halos.errors import JobsFailedError, UserError, read_enough
+from halos.errors import JobsFailedError, UserError, closed_pipe_status
 from halos.repository import COMMAND
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        sys.exit(read_enough())
+        sys.exit(closed_pipe_status())
 
 
 def start(argv: Sequence[str]) -> int:

@@ -22,7 +22,7 @@ from halos.config.schema import Config
 from halos.config.suggest import unknown_key
 from halos.config.values import as_argument
 from halos.confined import parse_yaml
-from halos.errors import UserError, words_of
+from halos.errors import UserError, first_line_of
 
 # Keys added later that affect what a step computes, with the value that a run without them had
 ADDED_KEYS: dict[tuple[str, str], Any] = {
@@ -130,7 +130,7 @@ def _describe(error: OmegaConfBaseException) -> str:
     key = str(error.full_key or error.key or "")
     if isinstance(error, (ConfigKeyError, ConfigAttributeError)):
         return unknown_key(key, [])
-    return f"{key}: {words_of(error)}"
+    return f"{key}: {first_line_of(error)}"
 
 
 def _escaped(node: Any) -> Any:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from halos.errors import UserError, doing, words_of
+from halos.errors import UserError, first_line_of, user_errors
 from halos.examples import Example
 
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
@@ -70,7 +70,7 @@ def _decoding(where: str) -> Iterator[None]:
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON: lists or objects are nested too deeply") from error
     except ValueError as error:  # a number with more digits than Python reads
-        raise UserError(f"{where}: not valid JSON: {words_of(error).partition(';')[0]}") from error
+        raise UserError(f"{where}: not valid JSON: {first_line_of(error).partition(';')[0]}") from error
 
 
 def _refuse_lone_surrogates(value: Any) -> None:
@@ -145,11 +145,11 @@ def read_parquet(path: Path) -> Iterator[Row]:
     """Read the rows of a parquet file, counted from 1."""
     import pyarrow.parquet as pq
 
-    with doing(f"{path}: not a readable parquet file"):
+    with user_errors(f"{path}: not a readable parquet file"):
         batches = pq.ParquetFile(path).iter_batches(batch_size=1000)
     number = 0
     while True:
-        with doing(f"{path}: not a readable parquet file, from row {number + 1} on"):
+        with user_errors(f"{path}: not a readable parquet file, from row {number + 1} on"):
             batch = next(batches, None)
             records = [] if batch is None else batch.to_pylist()
         if batch is None:
@@ -203,7 +203,7 @@ def _files_below(root: Path) -> list[Path]:
                 walk(entry)
                 ancestors.discard(target)
 
-    with doing(f"{root} cannot be searched"):
+    with user_errors(f"{root} cannot be searched"):
         walk(root)
     return sorted(files)
 

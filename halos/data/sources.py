@@ -14,7 +14,7 @@ from halos.confined import expanded
 from halos.data import arithmetic, gsm8k
 from halos.data.custom_format import code_hash_of, convert_rows
 from halos.data.files import READERS, SPLITS, Row, files_by_split, reader_for
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.types import Demonstration, Example
 
 BUILT_IN = "arithmetic"
@@ -220,7 +220,7 @@ def _hub(source: Source, split: str, purpose: str) -> FingerprintAndRows:
     from datasets import Dataset, DatasetDict, load_dataset
 
     name, _, config = path.partition(":")
-    with doing(f"{path}: neither a file or directory here nor an available data set of the hub", hint.removeprefix("; ")):
+    with user_errors(f"{path}: neither a file or directory here nor an available data set of the hub", hint.removeprefix("; ")):
         loaded = load_dataset(name, config or None, split=split or None, revision=source.revision)
     if isinstance(loaded, DatasetDict):
         has = [str(name) for name in loaded]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from halos.checkpoint import sharded
 from halos.checkpoint.weights import save_model, split_value_head
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.logps.vocabulary import Vocabulary
 from halos.merge.merge_and_prove import case_of
 from halos.merge.safetensors_io import SHARD, Entry, weight_files, write_sharded
@@ -28,7 +28,10 @@ def consolidated(directory: Path, parent: Path, *, reward: bool) -> Iterator[Pat
     Shards are joined a few tensors at a time; transformers then writes them from mapped memory, under the names of its files.
     Raises UserError where they are not the tensors of the architecture that config.json names.
     """
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".consolidate-") as name, doing(f"{directory} cannot be consolidated"):
+    with (
+        tempfile.TemporaryDirectory(dir=parent, prefix=".consolidate-") as name,
+        user_errors(f"{directory} cannot be consolidated"),
+    ):
         raw, root = Path(name) / "raw", Path(name)
         raw.mkdir()
         reader = _Reader(directory)

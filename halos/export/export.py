@@ -22,7 +22,7 @@ from halos.checkpoint import card, integrity, lineage, manifest, select
 from halos.checkpoint.commit import HIDDEN, staged
 from halos.checkpoint.weights import HEAD_FILE, SHARDED, VALUE_HEAD
 from halos.confined import NO_CODE
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.export.consolidate import consolidated
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import expected
@@ -177,13 +177,13 @@ def _whole(saved: SavedModel, path: Path, output: Path, *, dtype: torch.dtype | 
 
 
 def _config(model: Path) -> PretrainedConfig:
-    with doing(f"{model}/config.json cannot be read"):
+    with user_errors(f"{model}/config.json cannot be read"):
         return AutoConfig.from_pretrained(model, **NO_CODE)
 
 
 def _peft_config(adapter: Path) -> PeftConfig:
     confined.load_object(adapter / "adapter_config.json")  # so that an error names the file; PEFT's would not
-    with doing(f"{adapter}/adapter_config.json is not a PEFT configuration"):
+    with user_errors(f"{adapter}/adapter_config.json is not a PEFT configuration"):
         return PeftConfig.from_pretrained(str(adapter))
 
 
@@ -261,14 +261,14 @@ def _copy_generation(model: Path, saved: SavedModel, output: Path) -> None:
     """Copy the generation settings of `saved`, else those of `model`."""
     source = next((at for at in (saved.path, model) if (at / "generation_config.json").is_file()), None)
     if source is not None:
-        with doing(f"{source}/generation_config.json cannot be used"):
+        with user_errors(f"{source}/generation_config.json cannot be used"):
             GenerationConfig.from_pretrained(source).save_pretrained(output)
 
 
 def _write_description(saved: SavedModel, output: Path, title: str, *, adapter: bool, reward: bool) -> None:
     """Write card, lineage and metrics, without paths that mean something on this machine only."""
     chain = saved.lineage
-    with doing(f"{saved.path}/{lineage.NAME} is not what a run writes"):
+    with user_errors(f"{saved.path}/{lineage.NAME} is not what a run writes"):
         if chain is not None:
             facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key not in ("model", "record")}
             chain = lineage.write(output, lineage.public(chain), {"adapter" if adapter else "model": output}, **facts)

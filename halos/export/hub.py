@@ -6,12 +6,12 @@ from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
 from halos.config.secrets import redact
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 
 
 def check_name(repo: str) -> None:
     """Raises UserError if `repo` is not of the form ORG/NAME, before anything is written."""
-    with doing(f"--push-to-hub {repo}"):
+    with user_errors(f"--push-to-hub {repo}"):
         validate_repo_id(repo)
     if repo.count("/") != 1:
         raise UserError(f"--push-to-hub {repo}: write ORG/NAME")
@@ -20,7 +20,7 @@ def check_name(repo: str) -> None:
 def push(directory: Path, repo: str, *, private: bool, revision: str | None) -> str:
     """Create the repository (and its branch `revision`) if it does not exist, and upload. Return the URL of the commit."""
     try:
-        with doing(f"{directory} is written, but {repo} could not be pushed to", "push it later with `hf upload`"):
+        with user_errors(f"{directory} is written, but {repo} could not be pushed to", "push it later with `hf upload`"):
             return _push(HfApi(), directory, repo, private=private, revision=revision)
     except UserError as error:  # a client's message may quote the request with its token
         raise UserError(redact(str(error))) from error.__cause__

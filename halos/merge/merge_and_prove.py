@@ -8,7 +8,7 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.confined import NO_CODE
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import merge, proof
 from halos.merge.safetensors_io import SHARD, SafeFile
@@ -21,11 +21,11 @@ def case_of(
     """What there is to merge. `dtype` None keeps the base's; `reward` None leaves it to the adapter, which else need not be there
     yet."""
     if reward is None:
-        with doing(f"{adapter}/adapter_config.json is none of PEFT's"):
+        with user_errors(f"{adapter}/adapter_config.json is none of PEFT's"):
             settings = PeftConfig.from_pretrained(str(adapter))
             _check_kinds(settings)
         reward = settings.task_type == "SEQ_CLS"
-    with doing(f"{base}/config.json is none that transformers knows"):
+    with user_errors(f"{base}/config.json is none that transformers knows"):
         config = AutoConfig.from_pretrained(base, **NO_CODE)
     kind = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)
     size = max(vocabulary.size, config.get_text_config().vocab_size)
@@ -56,7 +56,7 @@ def vocabulary_of(base: Path, adapter: Path, words: Path, added: Sequence[str] |
     if added is not None:
         known = _tokenizer(base).get_vocab()
         return Vocabulary.of(now, [token for token in added if token not in known])
-    with doing(f"{base}/config.json is none that transformers knows"):
+    with user_errors(f"{base}/config.json is none that transformers knows"):
         rows = AutoConfig.from_pretrained(base, **NO_CODE).get_text_config().vocab_size
     file = SafeFile(adapter / "adapter_model.safetensors")
     tables = [name for name in file.names if ".lora_" not in name and file.shape(name)[0] >= len(now)]
@@ -69,7 +69,7 @@ def vocabulary_of(base: Path, adapter: Path, words: Path, added: Sequence[str] |
 
 
 def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    with doing(f"{directory}: its tokenizer cannot be read"):
+    with user_errors(f"{directory}: its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     assert tokenizer is not None
     return tokenizer

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from halos.confined import NO_CODE, SAFELY
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.logps.model import adapter_off
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import expected, trained
@@ -50,7 +50,7 @@ class Case:
 
     def bare(self) -> PreTrainedModel:
         """The base's structure, without weights."""
-        with doing(f"{self.base}/config.json makes no model"), torch.device("meta"):
+        with user_errors(f"{self.base}/config.json makes no model"), torch.device("meta"):
             config = AutoConfig.from_pretrained(self.base, **NO_CODE, **self.labels)
             return self.auto.from_config(config, **NO_CODE)
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from halos.confined import NO_CODE
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.logps import miniature
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import expected, lora, merge, proof
@@ -134,7 +134,9 @@ def _whole(case: proof.Case, model: PeftModel, place: Path) -> None:
             log.warning("the merge is not tried on a small model before the first step: %s", error)
             return
     ids = probe(vocabulary, known, reward=case.reward)
-    with doing(f"{type(small).__name__} does not run under this adapter", "name other layers with peft.target_modules=[...]"):
+    with user_errors(
+        f"{type(small).__name__} does not run under this adapter", "name other layers with peft.target_modules=[...]"
+    ):
         values, routes = _moved(adapted, ids, reward=case.reward)
     adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
     merged.mkdir()

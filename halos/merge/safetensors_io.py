@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halos import confined
-from halos.errors import UserError, doing, one_line
+from halos.errors import UserError, one_line, user_errors
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -32,7 +32,7 @@ class SafeFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with doing(f"{path} cannot be read as safetensors"), path.open("rb") as file:
+        with user_errors(f"{path} cannot be read as safetensors"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > HEADER:
                 raise ValueError(f"its header has {length} bytes, and {HEADER} is the most that safetensors knows")

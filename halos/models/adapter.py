@@ -14,7 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from halos import confined
 from halos.config.suggest import nearest
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.logps.initial_values import remember_base_values
 from halos.merge import lora
 from halos.models import targets
@@ -122,7 +122,7 @@ def refuse_different_tensors(model: PeftModel, directory: Path) -> None:
 def load_adapter(model: PeftModel, directory: Path) -> None:
     """Load saved weights into the model's adapter. Raises UserError where they belong to another model or another scaling."""
     _refuse_different_scales(model, directory)
-    with doing(f"{directory / 'adapter_model.safetensors'} cannot be read"):
+    with user_errors(f"{directory / 'adapter_model.safetensors'} cannot be read"):
         weights = load_file(directory / "adapter_model.safetensors")
     try:
         result = set_peft_model_state_dict(model, weights)

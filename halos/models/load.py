@@ -22,7 +22,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from halos.confined import NO_CODE, SAFELY
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.hidden import PACKS
 from halos.logps.plan import plan_for, remember
@@ -39,7 +39,7 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTraine
 
     Padding is never trained on, so it may be eos.
     """
-    with doing(f"{directory}: its tokenizer could not be loaded"):
+    with user_errors(f"{directory}: its tokenizer could not be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise UserError(f"{directory}: only fast tokenizers (tokenizer.json) are supported")
@@ -128,7 +128,7 @@ def load_model(
     extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen, **SAFELY, **_quantization(quantize)}
     extra |= {"num_labels": 1} if reward else {}
     torch.manual_seed(seed)  # a fresh score head is initialised here
-    with doing(f"{directory} could not be loaded as a {auto.__name__}"):
+    with user_errors(f"{directory} could not be loaded as a {auto.__name__}"):
         fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
         model = (
             _empty_model(auto, directory, config, extra) if on_meta else load_weights(auto, directory, extra, fresh_head=fresh)
@@ -182,7 +182,7 @@ def read_config(directory: Path) -> PretrainedConfig:
             f"{directory} holds a whole model and an adapter side by side, and transformers would attach the adapter: move"
             " adapter_config.json and adapter_model.safetensors into a directory of their own"
         )
-    with doing(f"{directory}: its config.json could not be loaded"):
+    with user_errors(f"{directory}: its config.json could not be loaded"):
         return AutoConfig.from_pretrained(directory, **NO_CODE)
 
 

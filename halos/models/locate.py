@@ -8,7 +8,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from halos.confined import NO_CODE, SAFELY, expanded
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def _downloaded(name: str, revision: str | None, key: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HFValidationError
 
     try:
-        with doing(f"{key}={name}: no such directory here, and it could not be downloaded from the hub", OFFLINE_HINT):
+        with user_errors(f"{key}={name}: no such directory here, and it could not be downloaded from the hub", OFFLINE_HINT):
             return Path(snapshot_download(name, revision=revision, allow_patterns=FILE_PATTERNS))
     except UserError as error:
         if isinstance(error.__cause__, GatedRepoError):

@@ -53,7 +53,7 @@ def write_sealed(path: Path, rows: Sequence[Mapping[str, Any]], request: Mapping
     """Write all rows, or no file; and next to it `<name>.meta.json` with the request, the file's hash, and `facts`."""
     text = _text(path, rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(meta_path(path), json.dumps({"request": request, seals.OF_ROWS: seals.digest(text), **facts}, indent=1) + "\n")
+    write_whole(meta_path(path), json.dumps({"request": request, seals.ROWS_HASH: seals.digest(text), **facts}, indent=1) + "\n")
     write_whole(path, text)
 
 

@@ -138,7 +138,7 @@ class Round:
 
     def _refuse_changed(self, path: Path) -> None:
         """Raises UserError where a file was changed after an earlier attempt wrote it, or was made from other input files."""
-        if path.is_file() and meta_path(path).is_file() and seals.are_written(path, meta_path(path)) is False:
+        if path.is_file() and meta_path(path).is_file() and seals.rows_are_intact(path, meta_path(path)) is False:
             raise UserError(f"{path}: {seals.CHANGED}: {self._remedy}")
         request = read_meta(path).get("request")
         for name in ("samples", "scores"):

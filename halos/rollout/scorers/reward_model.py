@@ -21,7 +21,7 @@ from halos.data.collate import pack
 from halos.data.template import chat_template
 from halos.data.tokenize import Encoder
 from halos.distributed.device import has_bfloat16
-from halos.errors import UserError, doing
+from halos.errors import UserError, user_errors
 from halos.examples import Completion
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import RewardModel as Scorer
@@ -94,7 +94,7 @@ class RewardModel:
         dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
         plan = plan_for(read_config(self.directory), reward=True, attention=SEGMENTS)
         extra = {"dtype": dtype, "attn_implementation": plan.attention, **SAFELY}
-        with doing(f"{self.directory} could not be loaded as a reward model"):
+        with user_errors(f"{self.directory} could not be loaded as a reward model"):
             model = load_weights(AutoModelForSequenceClassification, self.directory, extra)
         remember(model, plan)
         if model.config.get_text_config().pad_token_id is None:
