@@ -55,9 +55,9 @@ def assemble(
     data = run.batches.open(current, policy)
     checkpointer = Checkpointer(current, run.checkpoint)
     trainer = run.trainer(
-        Parts(current, run.loss, checkpointer, data.train, data.held_out, data.order, reference=reference, exam=data.exam)
+        Parts(current, run.loss, checkpointer, data.train, data.eval_data, data.order, reference, data.generation_evaluation)
     )
-    trainer.refuse_lost()
+    trainer.refuse_lost_cache()
     if accelerator.is_main_process:
         # last: a refused resume leaves the run as it was
         resume.record_attempt(current, overrides, resumed_from, changed, run.changed)

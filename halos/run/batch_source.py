@@ -24,8 +24,8 @@ from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
 from halos.run import datasets
 from halos.run.render import decode_visibly, render_example
 from halos.rundir import RunDir
-from halos.trainers.base import Batches, Exam
-from halos.trainers.deal import Split
+from halos.trainers.base import Batches, GenerationEvaluation
+from halos.trainers.microbatches import Split
 from halos.types import Mismatched
 
 
@@ -34,9 +34,9 @@ class TrainerData:
     """A trainer's data."""
 
     train: Split
-    held_out: Split | None
+    eval_data: Split | None
     order: Batches
-    exam: Exam | None = None
+    generation_evaluation: GenerationEvaluation | None = None
 
 
 class BatchSource(Protocol):
@@ -81,14 +81,14 @@ class DatasetSource:
     def __init__(
         self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
     ) -> None:
-        self.train, self.held_out = datasets.load(config, loss, tokenizer, accelerator, max_length)
+        self.train, self.eval_data = datasets.load(config, loss, tokenizer, accelerator, max_length)
         assert isinstance(self.train.rows, Dataset)
         self.completed = loss.inputs.example.completed
         self.order = datasets.order(self.train.rows, loss, config)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
-        self.unmeasured = datasets.unavailable_metrics(config, loss, self.held_out)
-        self.splits = [("train", self.train)] + ([("held out", self.held_out)] if self.held_out else [])
+        self.unmeasured = datasets.unavailable_metrics(config, loss, self.eval_data)
+        self.splits = [("train", self.train)] + ([("held out", self.eval_data)] if self.eval_data else [])
 
     def lines(self) -> list[tuple[str, str]]:
         return [(name, line) for name, split in self.splits for line in split.rows.lines()]
@@ -97,7 +97,7 @@ class DatasetSource:
         return render_example(self.train.rows[0], self.completed, tokenizer)
 
     def content_hashes(self) -> dict[str, str | None]:
-        rows = (self.train.rows, self.held_out.rows if self.held_out else None)
+        rows = (self.train.rows, self.eval_data.rows if self.eval_data else None)
         return {key: each.content if isinstance(each, Dataset) else None
                 for key, each in zip(("data.train", "data.eval"), rows, strict=True)}  # fmt: skip
 
@@ -105,7 +105,7 @@ class DatasetSource:
         return sum(int(self.train.rows.lengths[self.order.batch(number)].sum()) for number in range(step))
 
     def open(self, run: Run, policy: Unsharded) -> TrainerData:
-        return TrainerData(self.train, self.held_out, self.order)
+        return TrainerData(self.train, self.eval_data, self.order)
 
 
 class PolicySource:

@@ -15,7 +15,7 @@ from halos.data.order import GroupOrder, Order, mismatched_partners
 from halos.data.prepare import prepare
 from halos.distributed.launch import require_same_on_all_ranks
 from halos.errors import UserError
-from halos.trainers.deal import Split
+from halos.trainers.microbatches import Split
 from halos.types import Labelled, Mismatched, Sampled, TokenLogps
 
 
@@ -24,10 +24,10 @@ def load(
 ) -> tuple[Split, Split | None]:
     """Return training and evaluation data. Raises UserError for every mistake in them, before any model loads."""
     train = _open(config, loss, tokenizer, accelerator, max_length, "train")
-    held_out = _open(config, loss, tokenizer, accelerator, max_length, "eval") if config.data.eval else None
+    eval_data = _open(config, loss, tokenizer, accelerator, max_length, "eval") if config.data.eval else None
     return _split(train, loss, config.seed, "train"), _split(
-        held_out, loss, config.seed, "eval"
-    ) if held_out is not None else None
+        eval_data, loss, config.seed, "eval"
+    ) if eval_data is not None else None
 
 
 def _open(
@@ -79,11 +79,11 @@ def learns_from_single(loss: LossSpec) -> bool:
     return not bool(torch.isclose(advantages[0], advantages[1], atol=1e-9).all())
 
 
-def unavailable_metrics(config: Config, loss: LossSpec, held_out: Split | None) -> frozenset[str]:
+def unavailable_metrics(config: Config, loss: LossSpec, eval_data: Split | None) -> frozenset[str]:
     """Return metrics that evaluation data with a single label cannot yield. Raises UserError if the run depends on one."""
-    if held_out is None or loss.inputs is not Labelled or not isinstance(held_out.rows, Dataset):
+    if eval_data is None or loss.inputs is not Labelled or not isinstance(eval_data.rows, Dataset):
         return frozenset()
-    fraction = held_out.rows.labels["desirable"].mean()
+    fraction = eval_data.rows.labels["desirable"].mean()
     if 0 < fraction < 1:
         return frozenset()
     absent, kind = ("rejected", "desirable") if fraction else ("chosen", "undesirable")

@@ -164,9 +164,9 @@ def _log_data(run: PreparedRun) -> None:
             continue
         if "desirable" in rows.labels:
             _log("", f"{100 * rows.labels['desirable'].mean():.0f}% of them desirable ({name})")
-        if split.partners is not None:
+        if split.mismatched_partners is not None:
             longest = run.structure.max_length
-            truncated = num_truncated_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.partners, longest)
+            truncated = num_truncated_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.mismatched_partners, longest)
             _log("", f"paired with answers to other prompts for the KL, {truncated} of them truncated at max_length ({name})")
         if "desirable" in rows.labels and name == "train":
             _warn_of_labels(run.loss, rows)

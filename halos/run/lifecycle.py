@@ -25,7 +25,7 @@ from halos.repository import COMMAND
 from halos.run.assemble import assemble
 from halos.rundir import RunDir, is_run
 from halos.trainers.base import Trainer
-from halos.trainers.memory import ran_out, remedies
+from halos.trainers.memory import is_out_of_memory, remedies
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def run(config: Config, overrides: list[str], changed: Sequence[Change] = ()) ->
                 directory.remove_refused_start()
             if isinstance(error, OSError) and error.errno in DISK_FULL:
                 raise UserError(f"no space is left for {error.filename or directory.path}: free some, and resume") from error
-            if ran_out(error):
+            if is_out_of_memory(error):
                 return _out_of_memory(config, directory, error, held=lock.held)
             raise
 

@@ -1,4 +1,4 @@
-"""The loop. A step is the exact mean over every item of the global batch, however that was cut up."""
+"""The training loop. A step is the exact mean over every item of the global batch, however that was sharded."""
 
 import logging
 import math
@@ -23,9 +23,9 @@ from halos.errors import UserError
 from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval
 from halos.metrics import Meter, Window
-from halos.trainers.deal import Chunk, Split, deal
-from halos.trainers.guard import Contribution, Guard, spoil
+from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
 from halos.trainers.memory import peak_mb
+from halos.trainers.microbatches import MicroBatch, Split, split_into_microbatches
 from halos.trainers.objective import Objective
 from halos.types import Mean
 
@@ -35,12 +35,12 @@ Totals = Mapping[str, tuple[float, float]]
 
 
 class Batches(Protocol):
-    """Which rows each global batch holds."""
+    """The order of the data: row indices of each global batch."""
 
     def batch(self, number: int) -> np.ndarray: ...
 
 
-Exam = Callable[[], Mapping[str, float]]  # metrics; every process calls it, and gets the same
+GenerationEvaluation = Callable[[], Mapping[str, float]]  # returns metrics; every rank calls it, and gets the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +51,10 @@ class Parts:
     loss: LossSpec
     checkpointer: Checkpointer
     train: Split
-    held_out: Split | None
+    eval_data: Split | None
     order: Batches
     reference: nn.Module | None
-    exam: Exam | None  # what an evaluation measures, where it is not the loss over held-out items
+    generation_evaluation: GenerationEvaluation | None  # of a live loop, instead of the loss over evaluation data
 
 
 class Trainer(Objective):
@@ -63,22 +63,23 @@ class Trainer(Objective):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts.run, parts.loss, reference=parts.reference)
         self.checkpointer = parts.checkpointer
-        self.train, self.held_out, self.order, self.exam = parts.train, parts.held_out, parts.order, parts.exam
+        self.train, self.eval_data, self.order = parts.train, parts.eval_data, parts.order
+        self.generation_evaluation = parts.generation_evaluation
         self.guard = Guard(self.run, self._output, self._rows_of)
         self._logged_at, self._logged_tokens, self._idle = 0.0, 0, 0.0  # as of the last logged step
 
-    def refuse_lost(self) -> None:
-        """Raises UserError where what a run goes on with besides a checkpoint is damaged or gone; changes nothing."""
+    def refuse_lost_cache(self) -> None:
+        """Raises UserError where files that a resume needs besides the checkpoint are damaged or missing; changes nothing."""
 
     def prepare(self) -> None:
-        """What is to be known of the data before the first step."""
+        """Compute what must be known about the data before the first step."""
 
     # --- the loop --------------------------------------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train to the last step, or until a hook or a signal says stop. `FINAL` is written only by a run that finished."""
+        """Train to the last step, or until a hook or a signal stops the run. Only a run that finished writes `FINAL`."""
         run, checkpointer = self.run, self.checkpointer
-        self.guard.refuse_start()
+        self.guard.refuse_initial_weights()
         checkpointer.start()
         run.call_hooks(lambda hook: hook.on_start(run))
         self.prepare()
@@ -97,23 +98,23 @@ class Trainer(Objective):
             self.evaluate()
         checkpointer.finish_save()
         if run.failed or (not run.stopped_early and self.guard.refuse_final()):
-            return  # what was saved before stays as it is
+            return  # earlier checkpoints stay
         checkpointer.finish()
 
     def step(self, indices: np.ndarray) -> Totals:
-        """One optimizer step over a global batch: the sum of its items' losses over the count of the whole batch.
+        """One optimizer step over a global batch: the sum of its losses over the loss's denominator in the whole batch.
 
-        The host waits for the device once, before the optimizer moves: for the gradient's norm, which decides whether it does,
-        and all that is logged. Of a step that was skipped there are no totals.
+        The host waits for the device once, before the optimizer steps: for the gradient norm, which decides whether it does, and
+        all metrics. A skipped step returns no totals.
         """
         run, strategy = self.run, self.run.strategy
         run.learning_rates.set(run.step)
         run.module.train()
-        chunks = self._deal(self.train, indices)
-        meter, parts = self._backward(chunks, indices)
+        microbatches = self._microbatches(self.train, indices)
+        meter, parts = self._backward(microbatches, indices)
         totals = self._reduce(meter, strategy.clip(run.module, self.settings.max_grad_norm))
         norm = totals["grad_norm"][0]
-        if moves := self.guard.passes(norm, chunks[0].items):
+        if is_finite := self.guard.passes(norm, microbatches[0].items):
             strategy.step(run.optimizer)
         strategy.zero_grad(run.optimizer)
         run.step += 1
@@ -122,44 +123,44 @@ class Trainer(Objective):
         run.stop_if_requested(totals.pop("stop")[0] > 0)
         if totals.pop("written", (0.0,))[0] == run.accelerator.num_processes:
             self.checkpointer.finish_save()
-        if not moves:
+        if not is_finite:
             total, count = totals["loss"]
             self.guard.skip(self.train, parts, loss=total / count, norm=norm)
-        return totals if moves else {}
+        return totals if is_finite else {}
 
-    def _backward(self, chunks: list[Chunk], indices: np.ndarray) -> tuple[Meter, list[Contribution]]:
-        """Gradients of a global batch, and what its loss and metrics are made of."""
+    def _backward(self, microbatches: list[MicroBatch], indices: np.ndarray) -> tuple[Meter, list[Contribution]]:
+        """Accumulate the gradients of a global batch; return its metrics and the losses of its rows."""
         run, meter, parts = self.run, Meter(), list[Contribution]()
-        world, counts = run.accelerator.num_processes, self._counts(self.train, indices)
-        statistics, routing = self._statistics(chunks, len(indices)), self._routing(chunks)
-        for number, chunk in enumerate(chunks, 1):
-            last = number == len(chunks)
+        world, denominators = run.accelerator.num_processes, self._denominators(self.train, indices)
+        statistics, routing = self._statistics(microbatches, len(indices)), self._routing(microbatches)
+        for number, microbatch in enumerate(microbatches, 1):
+            last = number == len(microbatches)
             with nullcontext() if last else run.strategy.accumulate(run.module):
-                loss = self._loss(chunk, statistics, len(indices))
-                total, means = loss.values.sum() * chunk.weight, self._means(loss, chunk)
-                # gradients are averaged over processes: scale the sum back up before dividing by the global count
-                total = total * world / counts[loss.per]
-                if (balance := self._balance(chunk, routing)) is not None and self.router is not None:
-                    total = total + self.router.weight * balance.total * chunk.weight * world
+                loss = self._loss(microbatch, statistics, len(indices))
+                total, means = loss.values.sum() * microbatch.weight, self._means(loss, microbatch)
+                # gradients are averaged over ranks: scale the sum back up before dividing by the global denominator
+                total = total * world / denominators[loss.per]
+                if (balance := self._balance(microbatch, routing)) is not None and self.router is not None:
+                    total = total + self.router.weight * balance.total * microbatch.weight * world
                     means["router_aux_loss"] = balance
-                run.strategy.backward(run.module, spoil(total, self.outputs), last=last)
-            meter.add(means, chunk.weight)
-            if chunk.weight:
-                parts.append(Contribution(indices[chunk.places], chunk.places, loss.values.detach()))
+                run.strategy.backward(run.module, propagate_nonfinite(total, self.outputs), last=last)
+            meter.add(means, microbatch.weight)
+            if microbatch.weight:
+                parts.append(Contribution(indices[microbatch.positions], microbatch.positions, loss.values.detach()))
         return meter, parts
 
     def _reduce(self, meter: Meter, norm: Tensor) -> dict[str, tuple[float, float]]:
-        """A step's totals over all processes, in one collective: with its metrics the norm, and what processes must agree on."""
+        """A step's totals over all ranks, in one collective: metrics, gradient norm, and flags on which ranks must agree."""
         run, device, written = self.run, self.run.accelerator.device, self.checkpointer.written
         flags = {"stop": bool(run.stop_requested), **({"written": written} if written is not None else {})}
         meter.add({name: Mean.of(torch.tensor(float(flag), device=device)) for name, flag in flags.items()})
         meter.add({"grad_norm": Mean.of(norm.to(device))})
         totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"))
-        total, count = totals["grad_norm"]  # every process has added the same
+        total, count = totals["grad_norm"]  # every rank added the same norm
         return {**totals, "grad_norm": (total / count, 1.0)}
 
     def _log(self, totals: Totals) -> None:
-        """Count a step's totals; every `log_every` steps their means become a line."""
+        """Add a step's totals to the window; every `log_every` steps log its means."""
         run, row = self.run, {}
         run.window.add(totals)
         if run.step % self.settings.log_every == 0 or run.step == run.total_steps:
@@ -176,64 +177,64 @@ class Trainer(Objective):
         run.call_hooks(lambda hook: hook.on_step(run, row))
 
     def _start_window(self) -> None:
-        """From here on seconds and tokens count for the next line; those of saves and evaluations do not."""
+        """Start counting time and tokens for the next logged line; time in saves and evaluations is not counted."""
         self._logged_at, self._logged_tokens, self._idle = time.perf_counter(), self.run.tokens, self.checkpointer.seconds
 
     # --- evaluation ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Held-out metrics: the same loss over all held-out items, or what the exam finds."""
+        """Evaluate: the same loss over all evaluation data, or in a live loop the generation evaluation."""
         run, began = self.run, time.perf_counter()
-        if self.held_out is None and self.exam is None:
+        if self.eval_data is None and self.generation_evaluation is None:
             return
         run.module.eval()
-        means = self.exam() if self.exam else self._held_out_means()
+        means = self.generation_evaluation() if self.generation_evaluation else self._eval_means()
         if run.stopped_early:
-            return  # and it is made when the run goes on
+            return  # the evaluation is repeated on resume
         seconds, first = time.perf_counter() - began, not run.last_eval
         row = {"step": run.step, "split": "eval", **means, "seconds": round(seconds, 3)}
         run.last_eval = call_on_eval(run.hooks, run, row, lambda value: gather_object([value])[0])
         if first:
-            self._know_objective()
+            self._require_objective()
         self._logged_at += time.perf_counter() - began
 
-    def _held_out_means(self) -> dict[str, float]:
-        """In global batches of the training size; nothing where a signal came between."""
+    def _eval_means(self) -> dict[str, float]:
+        """Mean metrics over the evaluation data, in global batches of the training size; empty after a stop request."""
         run, meter, parts = self.run, Meter(), list[Contribution]()
-        assert self.held_out is not None
-        batches = eval_batches(len(self.held_out.rows), self.settings.batch_size)
+        assert self.eval_data is not None
+        batches = eval_batches(len(self.eval_data.rows), self.settings.batch_size)
         quiet = not run.main or not sys.stderr.isatty()
         for indices in tqdm(batches, desc="held out", unit="batch", leave=False, disable=quiet):
             run.sync_stop_request()
             if run.stopped_early:
                 break
-            chunks = self._deal(self.held_out, indices)
-            statistics = self._statistics(chunks, len(indices))
-            for chunk in chunks:
-                loss = self._loss(chunk, statistics, len(indices))
-                meter.add(self._means(loss, chunk), chunk.weight)
-                if chunk.weight:
-                    values = loss.values.reshape(len(chunk.places), -1).sum(-1)
-                    parts.append(Contribution(indices[chunk.places], chunk.places, values))
+            microbatches = self._microbatches(self.eval_data, indices)
+            statistics = self._statistics(microbatches, len(indices))
+            for microbatch in microbatches:
+                loss = self._loss(microbatch, statistics, len(indices))
+                meter.add(self._means(loss, microbatch), microbatch.weight)
+                if microbatch.weight:
+                    values = loss.values.reshape(len(microbatch.positions), -1).sum(-1)
+                    parts.append(Contribution(indices[microbatch.positions], microbatch.positions, values))
         run.strategy.reshard(run.module)
         if run.stopped_early:
             return {}
         window = Window()
         window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum")))
         means = window.means()
-        self.guard.evaluated(self.held_out, parts, means["loss"])
-        return {**means, **self.derived(means), "examples": len(self.held_out.rows)}
+        self.guard.check_evaluation(self.eval_data, parts, means["loss"])
+        return {**means, **self.derived(means), "examples": len(self.eval_data.rows)}
 
     def _evaluation_due(self) -> bool:
-        """At the start, at every interval; and where a run goes on that was stopped before or during one."""
+        """Whether to evaluate: at the start, at every interval, and on resume where the run stopped before or during one."""
         run, settings = self.run, self.run.config.train
         due = settings.eval_at_start if run.step == 0 else bool(settings.eval_every) and run.step % settings.eval_every == 0
         return due and run.step < run.total_steps and run.last_eval.get("step") != run.step
 
-    def _know_objective(self) -> None:
-        """Raises UserError where the first evaluation does not measure what the run is judged by, as a loss of a user's own may
-        not; what was trained until then is saved."""
+    def _require_objective(self) -> None:
+        """Raises UserError where the first evaluation lacks objective.metric, as may happen with a user's own loss; saves a
+        checkpoint first."""
         metric = self.run.config.objective.metric
         if metric in self.run.last_eval or metric in self.run.unmeasured:
             return
@@ -243,8 +244,9 @@ class Trainer(Objective):
         raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(names)}")
 
     def _rows_of(self, step: int) -> Sequence[Item]:
-        """This process's first rows of a step that is over; none where they were sampled."""
+        """This rank's first items of an earlier step; none in a live loop, whose rows are gone."""
         if not isinstance(self.train.rows, Dataset):
             return ()
         size, seeds = self.settings.microbatch_size, (self.run.config.seed, step)
-        return deal(self.train, self.order.batch(step), self.run.accelerator, size=size, seeds=seeds)[0].items
+        indices, accelerator = self.order.batch(step), self.run.accelerator
+        return split_into_microbatches(self.train, indices, accelerator, size=size, seeds=seeds)[0].items

@@ -1,4 +1,4 @@
-"""How much memory a process has needed, and what to do where there was too little."""
+"""Peak memory of a process, and remedies when memory runs out."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ import torch
 
 from halos.config.schema import Config
 
-REFUSALS = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")  # of allocators, on CPUs too
+MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")  # of allocators, on CPUs too
 
 
 def peak_mb(device: torch.device) -> float:
@@ -18,25 +18,25 @@ def peak_mb(device: torch.device) -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)  # bytes on macOS, KiB elsewhere
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether this is an allocator that had no memory left."""
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that an allocator had no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(said in str(error).lower() for said in REFUSALS)
+    return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
 
 
 def remedies(config: Config) -> str:
-    """The keys that would have this run take less memory, those first that change no result."""
-    found, train = [], config.train
+    """The keys with which this run would take less memory; first those that do not change results."""
+    keys, train = [], config.train
     if train.microbatch_size > 1:
-        found.append(f"train.microbatch_size={max(1, train.microbatch_size // 2)} (it changes no result)")
+        keys.append(f"train.microbatch_size={max(1, train.microbatch_size // 2)} (does not change results)")
     if not train.activation_checkpointing:
-        found.append("train.activation_checkpointing=true (nor does this, for more time)")
+        keys.append("train.activation_checkpointing=true (does not change results, costs time)")
     if config.peft.name == "none":
-        found.append("peft=lora")
+        keys.append("peft=lora")
     elif config.model.dtype in ("auto", "float32"):
-        found.append("model.dtype=bfloat16, of the frozen base")
-    found.append(f"train.max_length below {train.max_length}")
+        keys.append("model.dtype=bfloat16, of the frozen base")
+    keys.append(f"train.max_length below {train.max_length}")
     if config.online is not None:
-        found.append("online.sampler.batch_size and online.sampler.cache_tokens")
-    return "; ".join([*found, "or more processes that share the model, launch/accelerate/fsdp2.yaml"])
+        keys.append("online.sampler.batch_size and online.sampler.cache_tokens")
+    return "; ".join([*keys, "or more processes that shard the model, launch/accelerate/fsdp2.yaml"])

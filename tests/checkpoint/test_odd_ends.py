@@ -235,7 +235,7 @@ def test_what_was_known_of_other_rows_or_settings_is_not_taken_for_these(of_roll
     assert resume(of_rollouts, *words, "resume_changes=allow") == 0
     after = load_file(known / "rollouts.safetensors")
     assert all(after[name].shape != before[name].shape for name in before)
-    assert "rows or settings are others now: read anew, with the policy of step 2" in (of_rollouts / "train.log").read_text()
+    assert "data or settings have changed: computed again, with the policy of step 2" in (of_rollouts / "train.log").read_text()
 
 
 @pytest.mark.parametrize("words", [["train.temperature=0.5"], ["loss.kl_coefficient=0"]])
@@ -247,7 +247,7 @@ def test_what_was_known_under_other_settings_is_read_anew(words: list[str], of_r
 
 def test_where_what_was_known_is_gone_a_run_is_left_as_it_was(of_rollouts: Path) -> None:
     shutil.rmtree(of_rollouts / "rollouts" / "train")
-    assert "is damaged or gone, and the policy" in refusal(of_rollouts)
+    assert "is damaged or missing, and cannot be computed again" in refusal(of_rollouts)
     assert len(attempts(of_rollouts)) == 1
 
 

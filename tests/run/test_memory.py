@@ -36,7 +36,7 @@ def test_out_of_memory_is_one_message_with_the_keys_that_help_and_the_traceback_
     words = ["loss=sft", "train.steps=2", "train.batch_size=8", "train.microbatch_size=8", "train.eval_at_start=false"]
     assert run(configure(*words), []) == 1
     said = "".join(capsys.readouterr())
-    assert "train.microbatch_size=4 (it changes no result)" in said
+    assert "train.microbatch_size=4 (does not change results)" in said
     assert all(key in said for key in ("train.activation_checkpointing=true", "peft=lora", "train.max_length below"))
     assert "Traceback" not in said
     assert "If reserved" not in said

@@ -16,7 +16,7 @@ from halos.data.custom_format import convert_rows
 from halos.data.files import Row
 from halos.data.formats import as_kind, read_example
 from halos.errors import UserError
-from halos.run import measured
+from halos.run import available_metrics
 from halos.run.batch_source import refuse_unfit_for_live
 from halos.trainers.base import Trainer
 from halos.types import Comparison, Judgement
@@ -85,7 +85,7 @@ def test_an_input_type_of_the_users_own_is_one_class_and_trains(
 
 def test_what_a_loss_on_it_measures_is_known_before_a_run(module: None, configure: Callable[..., Config], tmp_path: Path) -> None:
     config = configure(*overrides(tmp_path))
-    assert measured.metrics_of(bind_loss(config.loss, config.plugins)) == {"loss", "examples", "rewards/best"}
+    assert available_metrics.metrics_of(bind_loss(config.loss, config.plugins)) == {"loss", "examples", "rewards/best"}
 
 
 def test_labels_of_an_example_reach_its_items_and_are_part_of_what_data_is_known_by(module: None, tmp_path: Path) -> None:

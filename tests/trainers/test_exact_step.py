@@ -1,4 +1,4 @@
-"""One step is the exact mean over the global batch: how it is cut into micro-batches changes nothing."""
+"""One step is the exact mean over the global batch, however it is split into micro-batches."""
 
 from collections.abc import Callable
 
@@ -114,7 +114,7 @@ def test_lora_loads_no_second_model_as_its_reference(trainer: Callable[..., Trai
     assert trainer("loss=dpo", "peft=lora").reference is None
 
 
-def test_dropout_is_a_function_of_seed_step_and_place(trainer: Callable[..., Trainer]) -> None:
+def test_dropout_is_a_function_of_seed_step_and_position(trainer: Callable[..., Trainer]) -> None:
     made = [trainer("loss=sft", "peft=lora", "peft.lora_dropout=0.5", f"seed={seed}", f"exp_name=d{n}") for n, seed in
             enumerate((0, 0, 1))]  # fmt: skip
     for one in made:

@@ -1,4 +1,4 @@
-"""A step that is not finite moves nothing but the clock, its rows are named, and too many in a row end the run."""
+"""A step that is not finite changes only the step counter, its rows are recorded, and too many in a row end the run."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.trainers import guard
 from halos.trainers.base import Trainer
-from halos.trainers.guard import Contribution, Guard, not_finite, spoil
+from halos.trainers.guard import Contribution, Guard, not_finite, propagate_nonfinite
 from halos.types import Loss
 
 BATCHES = [np.arange(start, start + 4) for start in (0, 4, 8, 12)]
@@ -69,7 +69,7 @@ def of_first(values: Tensor, number: float) -> Tensor:
     return torch.cat([values[:1] * number, values[1:]])
 
 
-def test_a_skipped_step_moves_the_clock_and_nothing_else(
+def test_a_skipped_step_advances_the_step_counter_and_nothing_else(
     trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     made, other = (trainer("loss=dpo", *WORDS, f"exp_name=g{number}") for number in range(2))
@@ -111,13 +111,13 @@ def test_a_skipped_step_moves_the_clock_and_nothing_else(
     assert broken[0]["prompt"] == made.run.tokenizer.decode(items[0].prompt)
     assert f"step 2 was skipped: gradient norm nan, loss nan ({items[0].id}, {items[2].id})" in caplog.text
 
-    sampled: Any = SimpleNamespace(rows=Sampled(made.train.rows), partners=None)
+    sampled: Any = SimpleNamespace(rows=Sampled(made.train.rows), mismatched_partners=None)
     made.guard.skip(sampled, [Contribution(BATCHES[1], np.arange(4), torch.ones(4))], loss=1.0, norm=math.inf)
     texts = [row["prompt"] for row in recorded(made)[1]["rows"]]
     assert texts == [made.run.tokenizer.decode(item.prompt) for item in items], "of rows that stand in no file"
 
 
-def test_a_gradient_of_zero_says_nothing_of_the_weights() -> None:
+def test_a_gradient_of_zero_proves_nothing_about_the_weights() -> None:
     current: Any = SimpleNamespace(step=7, bad_steps=2, finite_at=3)
     made = Guard(current, lambda items: None)
     assert made.passes(0.0, [])
@@ -134,10 +134,10 @@ def test_a_loss_that_is_not_finite_takes_its_gradient_with_it(number: float) -> 
     (output.sum() + number).backward()  # type: ignore[no-untyped-call]
     assert torch.isfinite(weight.grad).all(), "which does not show in the gradient by itself"
     output, weight.grad = weight * 5, None
-    spoil(output.detach().sum() + number, [output, torch.ones(1)]).backward()
+    propagate_nonfinite(output.detach().sum() + number, [output, torch.ones(1)]).backward()
     assert not torch.isfinite(weight.grad).any()
     output, weight.grad = weight * 5, None
-    spoil(3 * output.sum(), [output]).backward()
+    propagate_nonfinite(3 * output.sum(), [output]).backward()
     assert weight.grad.tolist() == [15.0, 15.0]
 
 
@@ -162,7 +162,7 @@ def test_a_loss_that_is_not_finite_is_skipped_whatever_its_gradient_is(trainer: 
     assert [row["loss"] for row in recorded(made)[0]["rows"]].count("inf") == 2
 
 
-def test_what_a_reward_of_nan_or_a_division_by_zero_makes_is_skipped_and_the_kl_coefficient_stays(
+def test_a_step_with_a_reward_of_nan_or_a_division_by_zero_is_skipped_and_the_kl_coefficient_stays(
     trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     from halos.data import arithmetic
@@ -191,7 +191,7 @@ def test_what_a_reward_of_nan_or_a_division_by_zero_makes_is_skipped_and_the_kl_
     assert hook.value == coefficient
 
 
-def test_a_held_out_loss_that_is_not_finite_is_told_with_its_rows(
+def test_an_evaluation_loss_that_is_not_finite_is_reported_with_its_rows(
     trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     made = trainer("loss=dpo", *WORDS, "objective.metric=loss", "objective.mode=min", "train.early_stopping=2")
@@ -218,7 +218,7 @@ def beside(names: list[str], fine: bool) -> Callable[[list[Any]], list[Any]]:
 # --- the weights -------------------------------------------------------------------------------------------------------
 
 
-def test_no_run_begins_with_weights_that_are_not_finite_and_none_is_handed_over(
+def test_weights_that_are_not_finite_are_refused_at_the_start_and_as_final_model(
     trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = trainer("loss=sft", *WORDS, "data.eval=[]")
@@ -243,16 +243,16 @@ def test_no_run_begins_with_weights_that_are_not_finite_and_none_is_handed_over(
     with torch.no_grad():
         parameter.copy_(kept * 1e25)  # finite, as is the other, and no log-prob behind their product
         dict(made.run.module.named_parameters())["model.model.layers.1.mlp.gate_proj.weight"].mul_(1e25)
-    made.guard.evaluated(made.train, [], 0.5)  # of the weights before the next step
+    made.guard.check_evaluation(made.train, [], 0.5)  # of the weights before the next step
     made.run.step = 2
     assert not_finite(made.run.module) == []
     for _ in range(2):
         assert made.guard.refuse_final()
-        made.guard.evaluated(made.train, [], math.nan)  # of these
-    assert "with the last weights the log-probs or scores of rows that were fine are not finite" in (made.run.failure or "")
+        made.guard.check_evaluation(made.train, [], math.nan)  # of these
+    assert "with the last weights the log-probs or scores of rows that had been finite are not finite" in (made.run.failure or "")
 
 
-def test_a_run_whose_every_step_was_skipped_hands_nothing_over(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_a_run_whose_every_step_was_skipped_has_no_final_model(trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     made = trainer("loss=sft", *WORDS, "train.max_bad_steps=null", "checkpoint.every=null", "train.eval_at_start=false")
     break_loss(made, lambda values: values * math.nan)
     made.fit()
@@ -267,7 +267,7 @@ RUN = ["loss=sft", "train.batch_size=8", "schedule=constant", "schedule.warmup=0
        "checkpoint.keep_last=1"]  # fmt: skip
 
 
-def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_resume_goes_on_from_it(
+def test_a_learning_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_to_resume_from(
     configure: Callable[..., Config], tmp_path: Path
 ) -> None:
     place = tmp_path / "run"
@@ -283,7 +283,7 @@ def test_a_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_and_a_re
     assert (result["status"], result["step"]) == ("failed", 6)
     assert "steps 4 to 6 were all not finite: gradient norm nan, loss" in result["reason"]
     assert f"{place / 'bad_steps.jsonl'}; where they are right, a lower optim.lr (now 1e+20)" in result["reason"]
-    assert f"resume={place} goes on from the checkpoint of step 2, the last good one" in result["reason"]
+    assert f"resume={place} resumes from the checkpoint of step 2, the last good one" in result["reason"]
     assert [path.name for path in select.checkpoints(place / "checkpoints")] == ["step-00000002", "step-00000005"]
     assert known_good.read(RunDir(place)) == known_good.KnownGood(2, doubted_at=6)
     rows = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]

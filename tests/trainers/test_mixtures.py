@@ -32,7 +32,7 @@ def loaded(path: Path) -> Any:
     return model.eval()
 
 
-def test_a_packed_row_is_the_row_alone(mixture: Path, trainer: Callable[..., Trainer]) -> None:
+def test_a_packed_sequence_gives_the_log_probs_of_the_sequence_alone(mixture: Path, trainer: Callable[..., Trainer]) -> None:
     made = trainer("loss=sft", f"model.name_or_path={mixture}", "peft=lora", EXPERTS)
     for parameter in made.run.module.parameters():
         parameter.data += 0.02 * torch.randn(parameter.shape) if parameter.requires_grad else 0.0
@@ -86,7 +86,7 @@ def test_a_mixture_that_is_trained_whole_is_saved_as_the_hub_has_it(mixture: Pat
     assert all(torch.equal(files[name], base[name]) for name in biases)
 
 
-def test_a_run_goes_on_with_its_experts_exactly(mixture: Path, trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_a_run_resumes_with_its_experts_exactly(mixture: Path, trainer: Callable[..., Trainer], tmp_path: Path) -> None:
     words = ["loss=sft", f"model.name_or_path={mixture}", "peft=lora", EXPERTS, *SHORT, "checkpoint.merge_lora=false"]
     whole = trainer(*words, "exp_name=whole")
     whole.fit()

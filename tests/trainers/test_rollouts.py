@@ -1,4 +1,4 @@
-"""A step on rollouts: advantages of whole groups, whatever the batch is cut into, and old log-probs of who sampled."""
+"""A step on rollouts: advantages of whole groups, however the batch is split, and old log-probs of the policy that sampled."""
 
 import json
 from collections.abc import Callable
@@ -67,11 +67,11 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(tmp_path: Path, trainer:
     assert items[2].logps is None, "ids of another tokenizer mean nothing here"
     assert "1 without token ids of this tokenizer" in made.train.rows.lines()[0]
     made.prepare()
-    chunk = made._deal(made.train, np.arange(3))[0]
-    np.testing.assert_array_equal(chunk.given.old[0, :3], torch.tensor([-0.5, -0.25, -0.125]))
+    microbatch = made._microbatches(made.train, np.arange(3))[0]
+    np.testing.assert_array_equal(microbatch.rollouts.old[0, :3], torch.tensor([-0.5, -0.25, -0.125]))
 
 
-def test_what_was_known_at_the_start_is_kept_for_a_resume(scored: str, trainer: Callable[..., Trainer]) -> None:
+def test_the_rollout_cache_of_the_start_is_kept_for_a_resume(scored: str, trainer: Callable[..., Trainer]) -> None:
     words = ["loss=ppo", scored, "data.eval=[]", "train.batch_size=11"]
     first = trainer(*words)
     first.prepare()
@@ -79,14 +79,14 @@ def test_what_was_known_at_the_start_is_kept_for_a_resume(scored: str, trainer: 
     again = trainer(*words, f"resume={first.run.directory.path}")
     _unsettle(again)
     again.prepare()
-    one, other = (made._known(made.train) for made in (first, again))
+    one, other = (made._cache_of(made.train) for made in (first, again))
     for name in ("old", "reference", "values"):
         np.testing.assert_array_equal(getattr(one, name).flat, getattr(other, name).flat)
     damaged = first.run.directory.path / "rollouts" / "train" / "rollouts.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
     late = trainer(*words, f"resume={first.run.directory.path}")
     late.run.step = 3
-    with pytest.raises(UserError, match="is damaged or gone, and the policy that it tells of has moved on"):
+    with pytest.raises(UserError, match="is damaged or missing, and cannot be computed again"):
         late.prepare()
 
 
@@ -118,7 +118,7 @@ def test_a_batch_holds_whole_groups() -> None:
         GroupOrder(groups, [0.5], 6, 0)
 
 
-def test_a_value_head_is_saved_beside_the_policy_and_taken_up(
+def test_a_value_head_is_saved_next_to_the_policy_and_loaded_again(
     scored: str, trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     for peft in ("none", "lora"):
@@ -134,5 +134,5 @@ def test_a_value_head_is_saved_beside_the_policy_and_taken_up(
         if peft == "lora":
             taken = {name: p for name, p in second.run.model.named_parameters() if "lora_B" in name}
             assert all(torch.equal(p, made.run.model.get_parameter(name)) for name, p in taken.items())
-            with pytest.raises(UserError, match=r"was made with peft.r=16, and this run has 8"):
+            with pytest.raises(UserError, match=r"was trained with peft.r=16, and this run has 8"):
                 trainer("loss=ppo", "peft=lora", "peft.r=8", scored, "data.eval=[]", "train.batch_size=11", *more, "exp_name=x")

@@ -1,4 +1,4 @@
-"""A mixture's balancing loss: transformers' own, and the same however a global batch is cut."""
+"""A mixture's balancing loss: transformers' own, and the same however a global batch is split."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +87,7 @@ def test_a_model_without_such_a_loss_is_refused_before_it_loads(trainer: Callabl
         trainer("loss=sft", "train.router_aux_loss=0.01")
 
 
-def test_evaluation_and_the_reference_are_not_watched(trainer: Callable[..., Trainer], mixtral: Path) -> None:
+def test_router_logits_of_evaluation_and_reference_are_not_recorded(trainer: Callable[..., Trainer], mixtral: Path) -> None:
     made = trainer("loss=dpo", "peft=lora", f"model.name_or_path={mixtral}", "train.batch_size=11", "train.microbatch_size=11")
     made.step(BATCH)
     assert made.router
