@@ -1,4 +1,4 @@
-"""Which changes of the arithmetic stand between a run and this version, and which of them concern it."""
+"""The changes of the arithmetic between a run's version and this one, and which of them affect the run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from halos.config.arithmetic_version import HISTORY, VERSION, Revision, RunFacts
 
 
 def computed(**other: Any) -> RunFacts:
-    """A small language model that is trained whole in float32."""
+    """Full fine-tuning of a small language model in float32."""
     config: Any = SimpleNamespace(
         peft=SimpleNamespace(name="none", bias="none"), train=SimpleNamespace(microbatch_size=4, max_length=512), online=None,
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True},
@@ -38,7 +38,7 @@ def history(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("history")
-def test_every_change_between_that_concerns_a_run_is_named_and_no_other() -> None:
+def test_exactly_the_changes_that_affect_a_run_are_named() -> None:
     assert why(computed()) == "since 2026-01-01 one; since 2026-03-03 three"
     assert why(computed(half=True), 1) == "since 2026-02-02 two; since 2026-03-03 three"
     assert why(computed(), 2) == "since 2026-03-03 three"
@@ -50,17 +50,17 @@ def test_every_change_between_that_concerns_a_run_is_named_and_no_other() -> Non
 
 
 @pytest.mark.usefixtures("history")
-def test_what_a_newer_version_computed_is_not_gone_on_with() -> None:
+def test_a_run_of_a_newer_version_is_not_resumed() -> None:
     assert "a newer version" in why(computed(), 4)
 
 
-def test_a_record_without_a_number_is_older_than_all() -> None:
+def test_a_record_without_a_version_is_older_than_all() -> None:
     for record in (None, {}, {"arithmetic": None}, {"arithmetic": "-1"}):
         assert arithmetic_version.recorded_version(record) == 0
     assert arithmetic_version.recorded_version({"arithmetic": "2"}) == arithmetic_version.recorded_version({"arithmetic": 2}) == 2
 
 
-def test_numbers_rise_and_none_is_left_out() -> None:
+def test_version_numbers_increase_without_gaps() -> None:
     numbers = [revision.number for revision in HISTORY]
     assert numbers == sorted(numbers)
     assert set(numbers) == set(range(1, VERSION + 1))
@@ -82,14 +82,14 @@ HEAD, PACKED, OWN, BIASES, PROMPTS = "summed in float32", "not packed", "own hea
         (computed(head="whole", reads="score"), None),
     ],
 )
-def test_what_changed_before_the_first_number_concerns_whom_it_changed(now: RunFacts, named: str | None) -> None:
+def test_changes_of_version_1_affect_only_the_runs_that_they_change(now: RunFacts, named: str | None) -> None:
     if named is None:
         assert arithmetic_version.changes_since(0, now) == []
     else:
         assert named in why(now)
 
 
-def test_adapters_and_samples_are_concerned_by_what_they_are_computed_with() -> None:
+def test_changes_of_merging_and_sampling_affect_the_runs_that_use_them() -> None:
     lora = computed(half=True, refers=True)
     lora.config.peft.name = "lora"
     assert why(lora) == ""
@@ -103,14 +103,14 @@ def test_adapters_and_samples_are_concerned_by_what_they_are_computed_with() -> 
         assert (PROMPTS in why(rounds)) is named
 
 
-def test_a_live_loop_that_imitates_is_concerned_by_which_samples_it_imitates() -> None:
+def test_a_live_loop_with_sft_is_affected_by_the_choice_of_its_samples() -> None:
     now = computed()
     for steps, target, named in ((4, "sft.sft", True), (4, "dpo.dpo", False), (None, "sft.sft", False)):
         now.config.online, now.config.loss["_target_"] = SimpleNamespace(steps=steps), f"halos.losses.{target}"  # type: ignore[assignment]
         assert ("desirable samples" in why(now, 1)) is named
 
 
-def test_metrics_that_read_otherwise_are_noted_and_refuse_nothing() -> None:
+def test_changes_of_metrics_are_noted_and_refuse_nothing() -> None:
     pairs = computed()
     pairs.config.loss["_target_"] = "halos.losses.dpo.dpo"
     assert (arithmetic_version.changes_since(0, pairs), len(arithmetic_version.notes_since(0, pairs))) == ([], 1)

@@ -60,7 +60,7 @@ def plugin(tmp_path, monkeypatch):
 
 
 def settings_of(name):
-    """The knobs of a loss's YAML, on top of those of the one that it is a variant of; and which that is."""
+    """Return the hyperparameters of a loss's YAML, merged over those of the loss that it is a variant of, and that loss."""
     node = yaml.safe_load((CONFIG / "loss" / f"{name}.yaml").read_text())
     bases = [base for base in node.get("defaults", []) if base != "_self_"]
     before, module = settings_of(bases[0]) if bases else ({}, name)
@@ -76,7 +76,7 @@ def test_every_loss_yaml_binds(name):
     assert spec.settings.keys() == settings.keys() - {"_target_"}
 
 
-def test_knobs_may_say_that_no_reference_is_needed():
+def test_hyperparameters_may_make_a_reference_unnecessary():
     grpo, _ = settings_of("grpo")
     assert not bind_loss(grpo, []).needs_reference
     with_kl = bind_loss({**grpo, "beta": 0.04}, [])
@@ -86,13 +86,13 @@ def test_knobs_may_say_that_no_reference_is_needed():
     assert not bind_loss({**ppo, "kl_coefficient": 0}, []).needs_reference
 
 
-def test_a_loss_on_rollouts_says_how_its_advantages_come(plugin):
+def test_a_loss_on_rollouts_needs_a_function_of_advantages(plugin):
     plugin.write_text("from halos.types import Loss, Rollouts\ndef mine(policy: Rollouts) -> Loss: ...\n")
     with pytest.raises(UserError, match="takes Rollouts, but toyplugin has no function `advantages`"):
         bind_loss({"_target_": "toyplugin.mine"}, ["toyplugin"])
 
 
-def test_a_signature_says_what_the_run_needs():
+def test_a_signature_decides_what_the_run_needs():
     dpo, kto, csft = bind_loss(DPO, []), bind_loss(KTO, []), bind_loss(CSFT, [])
     assert (dpo.inputs, dpo.needs_reference, dpo.statistics, dpo.examples) == (Pair, True, None, None)
     assert (kto.inputs, kto.needs_reference, kto.statistics_inputs) == (Labelled, True, Mismatched)
@@ -101,7 +101,7 @@ def test_a_signature_says_what_the_run_needs():
     assert bind_loss({**REWARD, "centering": 0}, []).inputs is PairScores
 
 
-def test_knobs_reach_the_functions_that_name_them_and_no_other():
+def test_hyperparameters_reach_exactly_the_functions_that_name_them():
     csft = bind_loss(CSFT, [])
     assert csft.function.keywords == {}
     assert csft.examples.keywords == {"desirable_token": "<|good|>", "undesirable_token": "<|bad|>"}
@@ -110,7 +110,7 @@ def test_knobs_reach_the_functions_that_name_them_and_no_other():
     assert bind_loss(KTO, []).statistics.keywords == {}
 
 
-def test_a_bound_loss_computes_with_its_knobs():
+def test_a_bound_loss_computes_with_its_hyperparameters():
     def logps(value):
         return TokenLogps(torch.tensor([[value]]), torch.ones(1, 1, dtype=torch.bool))
 
@@ -152,14 +152,14 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("settings", "words"), REFUSED)
-def test_what_a_loss_does_not_take_is_refused_with_the_key_and_the_remedy(settings, words):
+def test_keys_that_a_loss_does_not_take_are_refused_with_a_remedy(settings, words):
     with pytest.raises(UserError) as caught:
         bind_loss(settings, [])
     for word in words:
         assert word in str(caught.value)
 
 
-def test_a_plugin_is_imported_only_when_it_was_typed(plugin):
+def test_a_plugin_is_imported_only_when_it_is_passed(plugin):
     with pytest.raises(UserError, match=r"plugins=\[toyplugin\]"):
         bind_loss(MINE, [])
     assert not plugin.with_name("toyplugin.py.imported").exists()
@@ -190,17 +190,17 @@ def test_null_and_whole_numbers_fit_where_the_annotation_says_so(plugin):
     assert settings == {"share": 0.25, "steps": None, "kind": "a", "flags": [True], "on": True, "weights": {"x": 1.0}}
 
 
-def test_a_loss_that_wants_statistics_needs_the_function(plugin):
+def test_a_loss_with_statistics_needs_the_function(plugin):
     with pytest.raises(UserError, match="no function of that name"):
         bind_loss({"_target_": "toyplugin.forgetful", "beta": 1.0}, ["toyplugin"])
 
 
-def test_a_function_of_something_else_is_no_loss(plugin):
+def test_a_function_of_another_type_is_no_loss(plugin):
     with pytest.raises(UserError, match="is no loss"):
         bind_loss({"_target_": "toyplugin.odd", "beta": 1.0}, ["toyplugin"])
 
 
-def test_a_hook_is_made_from_its_knobs(plugin):
+def test_a_hook_is_constructed_from_its_keys(plugin):
     for name in ("Hook", "Child"):
         hook = bind_hook("hooks.mine", {"_target_": f"toyplugin.{name}", "every": "3", "name": "n"}, ["toyplugin"])()
         assert (hook.every, hook.name, hook.loud) == (3, "n", False)
@@ -226,13 +226,13 @@ def test_a_hook_is_made_from_its_knobs(plugin):
         (3, "hooks.mine takes a mapping with a _target_"),
     ],
 )
-def test_what_a_hook_does_not_take_is_refused(plugin, settings, words):
+def test_keys_that_a_hook_does_not_take_are_refused(plugin, settings, words):
     with pytest.raises(UserError) as caught:
         bind_hook("hooks.mine", settings, ["toyplugin"])
     assert words in str(caught.value)
 
 
-def test_what_saves_a_run_is_a_checkpoint_hook(plugin):
+def test_the_checkpoint_node_takes_only_checkpoint_hooks(plugin):
     settings = yaml.safe_load((CONFIG / "checkpoint" / "default.yaml").read_text())
     bind_hook("checkpoint", settings, [])
     for target in ("toyplugin.Hook", "halos.hooks.base.Hook"):
@@ -247,7 +247,7 @@ def test_a_plugin_that_cannot_be_imported_says_why(plugin, text):
         bind_hook("hooks.mine", {"_target_": "toyplugin.Hook"}, ["toyplugin"])
 
 
-def test_what_is_no_function_is_no_loss(plugin):
+def test_an_object_that_is_no_function_is_no_loss(plugin):
     for target in ("toyplugin.base", "toyplugin.Hook", "halos.losses.dpo.Loss"):
         with pytest.raises(UserError, match="is no loss"):
             bind_loss({"_target_": target}, ["toyplugin"])

@@ -1,4 +1,4 @@
-"""Two records of what a run stands on: what is no longer the same is named, and what one of them lacks is not compared."""
+"""Comparison of two records of a run's inputs: differences are named, and what one of them lacks is not compared."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ def told(before: ContentHashes, now: ContentHashes, **places: str) -> list[tuple
     return [(change.key, change.old, change.new) for change in compare(before, now, places)]
 
 
-def test_what_appears_or_goes_is_a_change_and_what_was_not_recorded_is_none() -> None:
+def test_an_added_or_removed_input_is_a_change_and_an_unrecorded_one_is_none() -> None:
     one, other = ContentHashes({"peft.init_from": None}), ContentHashes({"peft.init_from": "abc", "model.tokenizer": "new"})
     assert told(one, other, peft="adapter") == [("peft.init_from adapter (content)", "none", "abc")]
     assert told(other, ContentHashes({"peft.init_from": None, "model.tokenizer": "new"})) == [
@@ -19,7 +19,7 @@ def test_what_appears_or_goes_is_a_change_and_what_was_not_recorded_is_none() ->
     ]
 
 
-def test_rows_that_changed_are_blamed_on_the_file_that_did() -> None:
+def test_changed_rows_are_attributed_to_the_file_that_changed() -> None:
     rows, second = {"data.train": "rows"}, {"path": "b.jsonl", "hash": "2222"}
     before = ContentHashes(rows, {"train": [SOURCE, second]})
     now = ContentHashes({"data.train": "others"}, {"train": [SOURCE, {**second, "hash": "3333"}]})

@@ -1,4 +1,4 @@
-"""What earlier versions wrote, and people still type, in the form of this one."""
+"""Sections of earlier versions, saved or passed as overrides, are converted to the present form."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ def saved_run(**sections: Any) -> str:
     return yaml.safe_dump({"optim": OPTIM, "schedule": {"name": "cosine", "warmup": 0.1, "final": 0.0}, "seed": 0, **sections})
 
 
-def test_a_run_of_before_targets_goes_on_with_what_it_had_and_in_the_kernel_that_it_had() -> None:
+def test_a_run_from_before_targets_resumes_with_its_settings_and_its_kernel() -> None:
     now = run_config.load(saved_run(), {}, "runs/demo")
     own = {key: value for key, value in OPTIM.items() if key != "name"}
     assert now["optim"] == {**YOUNGER, **own, "_target_": "halos.optimizers.standard.adamw", "fused": False}
@@ -31,13 +31,13 @@ def test_a_run_of_before_targets_goes_on_with_what_it_had_and_in_the_kernel_that
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("adam", {"betas", "eps"}), ("rmsprop", {"eps"}), ("sgd", set())])
-def test_keys_that_an_optimizer_never_read_are_gone(name: str, keeps: set[str]) -> None:
+def test_keys_that_an_optimizer_never_read_are_dropped(name: str, keeps: set[str]) -> None:
     now = run_config.load(saved_run(optim={**OPTIM, "name": name}), {}, "runs/demo")["optim"]
     assert now["_target_"] == f"halos.optimizers.standard.{name}"
     assert now.keys() & {"betas", "eps", "fused"} == keeps
 
 
-def test_what_earlier_attempts_changed_by_name_stays_changed() -> None:
+def test_changes_by_name_in_earlier_attempts_persist() -> None:
     records = {"001.yaml": "changed: {optim.name: [adamw, sgd], schedule.name: [cosine, constant]}",
                "002.yaml": "changed: {optim.lr: [1.0e-6, 1.0e-5]}"}  # fmt: skip
     now = run_config.load(saved_run(), records, "runs/demo")
@@ -45,7 +45,7 @@ def test_what_earlier_attempts_changed_by_name_stays_changed() -> None:
     assert now["schedule"] == {"_target_": "halos.schedules.constant", "warmup": 0.1}
 
 
-def test_a_typed_name_takes_the_place_of_the_target_and_what_is_typed_beside_it_stays_to_be_told() -> None:
+def test_a_name_override_replaces_the_target_and_other_overrides_are_kept_for_validation() -> None:
     node = {
         "_target_": "halos.optimizers.standard.adamw",
         "name": "sgd",
@@ -62,7 +62,7 @@ def test_a_typed_name_takes_the_place_of_the_target_and_what_is_typed_beside_it_
         with_target("optim", {**node, "name": "muon"})
 
 
-def test_of_the_keys_that_all_optimizers_have_each_is_compared_by_itself_and_the_rest_together() -> None:
+def test_shared_optimizer_keys_are_compared_one_by_one_and_the_rest_together() -> None:
     old = {"_target_": "a.adamw", "lr": 1, "betas": [1]}
     assert resume_policy.differences("optim", old, {**old, "lr": 2}) == [], "optim.lr has an entry of its own"
     assert resume_policy.differences("optim", old, {**old, "betas": [2]}) == [("optim.betas", [1], [2])]

@@ -1,4 +1,4 @@
-"""Paths that lead to the same from any directory: of the keys that the schema marks, and of no other."""
+"""Paths are made absolute for exactly the keys that the schema marks."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,7 @@ NAMED = {
 }  # fmt: skip
 
 
-def test_what_lies_on_this_machine_is_made_a_path_from_anywhere(
+def test_existing_paths_are_made_absolute(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config: Any = configure(*ONLINE)
@@ -33,7 +33,7 @@ def test_what_lies_on_this_machine_is_made_a_path_from_anywhere(
         assert config.data.train == [str(tmp_path / "here"), "org/name"]
 
 
-def test_a_run_without_the_section_of_a_key_has_no_path_there(configure: Callable[..., Config]) -> None:
+def test_a_run_without_the_section_of_a_key_is_left_unchanged(configure: Callable[..., Config]) -> None:
     config = configure("loss=sft")
     assert paths._section(config, "online.scorer.model") == (None, "model")
     paths._make_absolute(config)

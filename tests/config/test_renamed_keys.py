@@ -1,4 +1,4 @@
-"""Keys under an old name: typed, saved, recorded and written in a YAML, each is the key of today."""
+"""Old names of keys are accepted in overrides, saved runs, records and YAML files."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ NEW = {"online": {"scorer": {"name": "judge", "url": None}, "rounds": 2}, "seed"
         ("exp_name=online.labeller.name", "exp_name=online.labeller.name"),
     ],
 )
-def test_a_word_that_was_typed_is_that_of_today(typed: str, taken: str) -> None:
+def test_an_override_gets_the_current_name(typed: str, taken: str) -> None:
     assert renamed_keys.rename_override(typed) == taken
     assert bool(renamed_keys.deprecation_note([typed])) is (typed != taken)
 
@@ -36,7 +36,7 @@ def test_every_new_name_is_a_key_and_no_old_one_is() -> None:
         assert not any(key.startswith(old) for key in keys)
 
 
-def test_what_was_saved_under_an_old_name_is_found_under_the_new_one() -> None:
+def test_values_saved_under_an_old_name_are_read_under_the_new_one() -> None:
     assert renamed_keys.with_current_names(OLD) == NEW
     assert resume_policy.value_at(OLD, "online.scorer.name") == resume_policy.value_at(NEW, "online.scorer.name") == "judge"
     assert resume_policy.has_key(OLD, "online.scorer.url")
@@ -48,7 +48,7 @@ def test_what_was_saved_under_an_old_name_is_found_under_the_new_one() -> None:
     assert content.hashes == {"online.scorer.model": "h"}
 
 
-def test_a_yaml_with_the_old_name_counts_but_for_what_was_typed_under_the_new_one() -> None:
+def test_a_yaml_with_the_old_name_counts_except_for_overrides_of_the_new_one() -> None:
     tree: Any = {"online": {"scorer": {"name": "function", "model": "typed"}, "labeller": {"name": "judge", "model": "${seed}"}},
                  "seed": 3}  # fmt: skip
     composed = OmegaConf.create(tree)

@@ -1,4 +1,4 @@
-"""Which keys a resume takes, which it refuses, and on what conditions."""
+"""Keys that a resume may change, refuses, or takes under a condition."""
 
 import json
 from dataclasses import asdict, is_dataclass
@@ -54,14 +54,14 @@ def found(new: Config, old: Config | None = None, path: Path = Path("nowhere"), 
     return resume_policy.compare(new, PreviousRun(asdict(old or config()), path, oldest))
 
 
-def test_every_key_of_the_schema_is_compared_or_of_the_command() -> None:
+def test_every_key_of_the_schema_is_compared_or_belongs_to_the_command() -> None:
     every = {key for key, kind in schema_keys().items() if not is_dataclass(kind)}
     assert {key for key, _ in key_facts()} == every
     assert set(ON_RESUME) == every - set(keys_of(*NOT_COMPARED))
     assert set(ON_RESUME.values()) == {MATHEMATICS, SAFE, CONTENT, *CONDITIONS}
 
 
-def test_what_was_not_changed_is_no_change_however_it_is_written() -> None:
+def test_the_same_value_in_another_notation_is_no_change() -> None:
     assert found(config()) == []
     assert found(config(loss__beta="1e-1", optim__lr="1e-5", train__steps=100.0)) == []
     assert [c.key for c in found(config(loss__beta="much", hooks={"a": {}}, model__add_tokens=["1"]))] == [
@@ -71,7 +71,7 @@ def test_what_was_not_changed_is_no_change_however_it_is_written() -> None:
     assert not resume_policy._same("", False)
 
 
-def test_a_change_of_knobs_names_the_knob_and_a_change_of_kind_the_whole() -> None:
+def test_a_changed_key_is_named_and_a_changed_target_is_named_whole() -> None:
     assert [str(c) for c in found(config(checkpoint__every=None))] == ["checkpoint.every 10 -> null"]
     other = {"_target_": "my.Own", "when": 3}
     assert [(c.key, c.new) for c in found(config(checkpoint=other))] == [("checkpoint", other)]
@@ -82,7 +82,7 @@ def test_a_change_of_knobs_names_the_knob_and_a_change_of_kind_the_whole() -> No
 @pytest.mark.parametrize(
     "change", [{"loss__beta": 0.3}, {"seed": 1}, {"peft__rank_pattern": {"q.proj": 4}}, {"data__eval": ["b"]}]
 )
-def test_the_mathematics_is_refused_by_name(change: dict[str, Any]) -> None:
+def test_changes_of_the_mathematics_are_refused_by_name(change: dict[str, Any]) -> None:
     [one] = found(config(**change))
     assert one.why is not None
     with pytest.raises(UserError, match=one.key):
@@ -105,7 +105,7 @@ def test_the_mathematics_is_refused_by_name(change: dict[str, Any]) -> None:
         (("cosine", 0), 200, None, None),  # starts over
     ],
 )
-def test_more_steps_are_free_where_no_rate_depends_on_their_number(
+def test_more_steps_are_safe_where_no_learning_rate_depends_on_their_number(
     schedule: tuple[str, float], steps: int | None, oldest: int | None, why: str | None
 ) -> None:
     shape = {"final": 0.0} if schedule[0] in ("cosine", "linear") else {}
@@ -114,7 +114,7 @@ def test_more_steps_are_free_where_no_rate_depends_on_their_number(
     assert (one.key, one.why) == ("train.steps", why)
 
 
-def test_a_microbatch_is_free_where_nothing_is_dropped(tmp_path: Path) -> None:
+def test_the_microbatch_size_is_safe_without_dropout(tmp_path: Path) -> None:
     def why(path: Path = tmp_path / "run", **settings: Any) -> str | None:
         [one] = found(config(train__microbatch_size=2, **settings), config(**settings), path)
         return one.why
@@ -137,20 +137,20 @@ def test_a_microbatch_is_free_where_nothing_is_dropped(tmp_path: Path) -> None:
     assert why(model__name_or_path="org/never-downloaded") is None
 
 
-def test_the_objective_is_free_unless_early_stopping_follows_it() -> None:
+def test_the_objective_is_safe_without_early_stopping() -> None:
     assert [c.why for c in found(config(objective__metric="kl"))] == [None]
     watched = config(train__early_stopping=2)
     assert "early stopping" in str(found(config(train__early_stopping=2, objective__mode="max"), watched)[0].why)
 
 
-def test_a_key_that_is_younger_than_the_run_is_free() -> None:
+def test_a_key_added_after_the_run_began_is_safe() -> None:
     old = asdict(config())
     del old["train"]["max_grad_norm"]
     [one] = resume_policy.compare(config(train__max_grad_norm=1.0), PreviousRun(old, Path("nowhere"), None))
     assert (one.key, one.old, one.new, one.why) == ("train.max_grad_norm", None, 1.0, None)
 
 
-def test_all_that_is_refused_is_in_one_message() -> None:
+def test_one_message_names_all_refused_changes() -> None:
     new = config(loss__beta=0.3, seed=1, train__steps=200, schedule=FALLING, train__log_every=5)
     with pytest.raises(UserError) as caught:
         resume_policy.refuse_unsafe(found(new, config(schedule=FALLING)), Path("runs/demo"))
@@ -160,13 +160,13 @@ def test_all_that_is_refused_is_in_one_message() -> None:
     resume_policy.refuse_unsafe(found(config(train__log_every=5)), Path("runs/demo"))
 
 
-def test_what_attempts_changed_is_applied_in_order_and_a_null_hook_is_gone() -> None:
+def test_changes_of_attempts_are_applied_in_order_and_a_null_hook_is_removed() -> None:
     settings = asdict(config(hooks={"a": {}}))
     for changed in ({"train.steps": [100, 200], "hooks.b": [None, {}]}, {"train.steps": [200, 300], "hooks.a": [{}, None]}):
         resume_policy.apply_changes(settings, changed)
     assert (settings["train"]["steps"], settings["hooks"]) == (300, {"b": {}})
 
 
-def test_of_the_command_are_the_keys_that_are_never_taken_from_a_saved_run() -> None:
+def test_keys_that_are_never_taken_from_a_saved_run_belong_to_the_command() -> None:
     own = {"resume", "resume_changes", "overwrite", "dry_run", "plugins", "exp_name", "output_root", "run_dir"}
     assert set(keys_of(*NOT_COMPARED)) == own

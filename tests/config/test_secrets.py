@@ -1,4 +1,4 @@
-"""What is never taken from a saved run, which may be a stranger's: programs, addresses that a key is sent to, launchers."""
+"""Programs, addresses that an API key is sent to, and launchers are never taken from a saved run, which may be a stranger's."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +12,7 @@ from halos.config.secrets import refuse_saved_addresses
 from halos.errors import UserError
 
 
-def test_what_is_of_one_command_is_not_taken_from_a_saved_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_keys_of_one_command_are_not_taken_from_a_saved_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALOS_CACHE", "/mine")
     evil = {"plugins": ["evil"], "overwrite": True, "dry_run": True, "resume_changes": "allow", "cache_dir": "/evil",
             "run_dir": "/evil", "resume": "/evil"}  # fmt: skip
@@ -48,7 +48,7 @@ def online(configure: Callable[..., Config]) -> Callable[[str], Config]:
 
 
 @pytest.mark.parametrize(("words", "key"), NAMED.items())
-def test_what_is_run_and_where_keys_are_sent_is_typed_again(words: str, key: str | None, online: Callable[[str], Config]) -> None:
+def test_programs_and_addresses_must_be_passed_again(words: str, key: str | None, online: Callable[[str], Config]) -> None:
     config = online(words)
     if key is not None:
         with pytest.raises(UserError, match=f"names {key}=.*evil.* pass it again"):

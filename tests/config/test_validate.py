@@ -1,4 +1,4 @@
-"""The gate lets whole configurations through, and names key, value and remedy of everything else."""
+"""Valid configurations pass; for all others a message names the key, the value and the remedy."""
 
 import ast
 import json
@@ -57,7 +57,7 @@ def _elsewhere(tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
 
-# --- what passes
+# --- valid configurations
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -83,7 +83,7 @@ def test_every_choice_of_every_group_composes_and_passes(group, tmp_path, monkey
         validate.check(composed(*(one for one in RUN if not one.startswith(f"{group}=")), f"{group}={choice}", **fill))
 
 
-def test_a_loss_may_move_what_the_model_says():
+def test_a_loss_may_override_values_of_the_model():
     assert validate.check(composed("loss=csft", *RUN[1:])).model.add_tokens == ["<|good|>", "<|bad|>"]
 
 
@@ -94,7 +94,7 @@ def test_the_checked_config_holds_plain_values():
     assert type(config.loss) is dict
 
 
-def test_a_home_directory_is_spelled_out(monkeypatch, tmp_path):
+def test_a_tilde_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "a.jsonl").write_text("{}")
     config = validate.check(composed(cache_dir="~/c", data__train=["~/a.jsonl"], data__eval=[{"path": "~/a.jsonl"}]))
@@ -103,7 +103,7 @@ def test_a_home_directory_is_spelled_out(monkeypatch, tmp_path):
     assert config.data.eval == [{"path": f"{tmp_path}/a.jsonl"}]
 
 
-def test_a_saved_config_reads_back_as_it_was_and_interpolates_nothing(monkeypatch):
+def test_a_saved_config_is_read_back_unchanged_without_interpolation(monkeypatch):
     monkeypatch.setenv("ELSE", "read from the environment")
     config = validate.check(
         composed(model__chat_template="{{ x }} \\${oc.env:ELSE} \\\\\\${y}", plugins=["yaml"], overwrite=True)
@@ -117,7 +117,7 @@ def test_a_saved_config_reads_back_as_it_was_and_interpolates_nothing(monkeypatc
     assert again == config
 
 
-# --- what does not: (changes to a run that passes, words of the message)
+# --- invalid ones: (changes to a valid run, parts of the message)
 
 WRONG = [
     ({"train__stepz": 3}, ["train.stepz", "did you mean train.steps?"]),
@@ -198,7 +198,7 @@ def test_wrong_input_is_refused_with_the_key_and_the_remedy(changes, words):
         assert word in said
 
 
-def test_a_typing_mistake_in_a_file_name_meets_the_file_beside_it(tmp_path):
+def test_a_misspelt_file_name_is_corrected_from_its_neighbours(tmp_path):
     (tmp_path / "train.jsonl").write_text("{}")
     assert "did you mean train.jsonl?" in message(composed(data__train=["trian.jsonl"]))
 
@@ -209,7 +209,7 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(monkeypatch):
     validate.check(composed(train__batch_size=8, train__microbatch_size=64))
 
 
-def test_peft_keys_without_peft_are_refused_only_where_they_were_typed():
+def test_peft_keys_without_peft_are_refused_only_as_overrides():
     said = message(composed(peft__r=8), ["peft.r=8"])
     assert "peft.r" in said
     assert "peft=lora" in said
@@ -273,7 +273,7 @@ def test_a_missing_shard_is_named(model):
     assert "model-00002-of-00002.safetensors" in message(composed(model__name_or_path=str(model)))
 
 
-# --- room
+# --- writable directories
 
 
 def test_a_run_directory_below_a_file_is_refused(tmp_path):
@@ -324,7 +324,7 @@ def test_messages_hide_secrets(monkeypatch):
     assert redact("cannot read 'x=correct horse'") == "cannot read 'x=<MY_PASSWORD>'"
 
 
-# --- suggestions, and keys that are dead
+# --- suggestions, and unused keys
 
 
 @pytest.mark.parametrize(
@@ -341,11 +341,11 @@ def test_messages_hide_secrets(monkeypatch):
         ("qqq", None),
     ],
 )
-def test_the_nearest_key_is_the_one_that_was_meant(typed, meant):
+def test_the_nearest_key_is_suggested(typed, meant):
     assert nearest(typed, schema_keys()) == meant
 
 
-def test_names_from_elsewhere_lead_to_keys_that_exist():
+def test_names_of_other_frameworks_map_to_existing_keys():
     for meant in OTHER_NAMES.values():
         assert kind_of(meant) in ("value", "free") or meant in CHOICES
 
@@ -365,7 +365,7 @@ def test_yaml_and_schema_name_the_same_keys():
 
 @cache
 def _read_in_code():
-    """Per file: the pairs (owner, name) of `owner.name`, the classes it imports, and the sections it takes whole."""
+    """Return per file the pairs (owner, name) of `owner.name`, the imported classes, and the sections used as a whole."""
     files = []
     for path in [*(ROOT / "halos").rglob("*.py"), ROOT / "train.py"]:
         if path.parent.name == "config":
@@ -385,7 +385,7 @@ BOUND = {"optim": "OptimizerSpec"}  # what a section with a target becomes where
 
 
 def _is_read(key):
-    """`train.steps`; `.steps` in a file that has the section or its class; the section taken whole; or by a YAML."""
+    """Return whether a key is read: as `train.steps`, as `.steps` where the section or its class is used, or by a YAML."""
     section, _, name = key.rpartition(".")
     for pairs, imports, whole in _read_in_code():
         above, _, last = section.rpartition(".")
@@ -399,11 +399,11 @@ def _is_read(key):
 @pytest.mark.parametrize(
     "key", [key for key in schema_keys() if kind_of(key) == "value" or key in ("loss", "checkpoint", "hooks")]
 )
-def test_no_key_is_dead(key):
+def test_no_key_is_unused(key):
     assert _is_read(key), f"nothing reads {key}"
 
 
-def test_a_key_that_nobody_reads_would_be_found():
+def test_an_unused_key_would_be_detected():
     assert not _is_read("train.nobody_reads_this")
     assert not _is_read("online.sampler.nobody_reads_this")
 
@@ -412,7 +412,7 @@ def test_the_keys_of_peft_are_those_of_its_own_config():
     assert {field.name for field in fields(Peft)} - {"name", "init_from"} <= {field.name for field in fields(LoraConfig)}
 
 
-def test_epochs_that_were_typed_count_against_steps_that_a_model_came_with() -> None:
+def test_an_override_of_epochs_wins_over_the_steps_of_a_model() -> None:
     words = ["loss=sft", "model=tiny", "data=arithmetic", "exp_name=x"]
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         assert validate.check(hydra.compose("config", words), words).train.steps == 200

@@ -1,4 +1,4 @@
-"""The bundled word problems: the same for ever, split cleanly, and wrong where they say so."""
+"""The bundled word problems are fixed, split without overlap, and labelled correctly."""
 
 import hashlib
 import json
@@ -16,13 +16,13 @@ def test_no_question_is_in_both_splits() -> None:
     assert not train & held_out
 
 
-def test_the_problems_are_the_same_for_ever() -> None:
+def test_the_problems_never_change() -> None:
     rows = [row for split in ("train", "eval") for row in arithmetic.rows(split)]
     found = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     assert found == "57a726edd5306bc1c26519f57aeecf4cfb93c1b60a757df06c9f4f8a2be745ee"
 
 
-def test_right_is_right_and_wrong_is_wrong() -> None:
+def test_solutions_are_right_and_wrong_as_labelled() -> None:
     for problem in arithmetic.problems("train"):
         assert exact_match(problem.solution, {"solution": str(problem.answer)}) == 1
         assert exact_match(problem.wrong, {"solution": str(problem.answer)}) == 0
@@ -35,7 +35,7 @@ def test_every_mistake_is_as_likely() -> None:
     assert max(counts.values()) - min(counts.values()) <= 2
 
 
-def test_length_does_not_give_the_wrong_one_away() -> None:
+def test_length_does_not_reveal_the_wrong_solution() -> None:
     problems = arithmetic.problems("train")
     longer = sum(len(p.wrong) > len(p.solution) for p in problems) / len(problems)
     shorter = sum(len(p.wrong) < len(p.solution) for p in problems) / len(problems)

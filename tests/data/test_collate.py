@@ -13,7 +13,7 @@ def row(prompt: list[int], ids: list[int], scored=ALL):
     return np.array(prompt, np.int32), Completion(np.array(ids, np.int32), marks)
 
 
-def test_sequences_lie_end_to_end_and_each_scored_token_is_predicted_from_the_one_before():
+def test_sequences_are_packed_end_to_end_and_each_scored_token_is_predicted_from_the_one_before():
     packed = pack([row([1, 2], [3, 4, 5]), row([6], [7, 8, 9], [True, False, True])])
     assert packed.ids.tolist() == [1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert packed.positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 2, 3]
@@ -36,13 +36,13 @@ def test_the_first_token_of_a_sequence_without_a_prompt_is_not_scored():
     assert packed.columns.tolist() == [0, 0, 0, 1]
 
 
-def test_a_row_keeps_its_number_where_nothing_of_one_before_is_scored():
+def test_a_row_keeps_its_index_after_rows_without_scored_tokens():
     packed = pack([row([1], [2, 3], [False, False]), row([4], [5])])
     assert packed.rows.tolist() == [1]
     assert packed.widest == 1
 
 
-def test_packing_alone_or_together_says_the_same_of_each_sequence():
+def test_packing_does_not_change_a_sequence():
     rng = np.random.default_rng(0)
     rows = [
         row([*rng.integers(0, 99, p)], [*rng.integers(0, 99, c)], rng.random(c) < 0.7) for p, c in rng.integers(1, 9, (20, 2))
@@ -63,7 +63,7 @@ def item(prompt: int, completion: int) -> Item:
     return Item(np.full(prompt, 50, np.int32), (Completion(ids, np.ones(completion, bool)),), "")
 
 
-def test_a_mismatch_is_one_prompt_before_the_completion_of_another_within_max_length():
+def test_a_mismatched_row_joins_a_prompt_and_the_completion_of_another_within_max_length():
     prompt, completion = mismatched_row(item(4, 2), item(9, 5), 7)
     assert prompt.tolist() == [50] * 4
     assert completion.ids.tolist() == [0, 1, 2]
@@ -72,7 +72,7 @@ def test_a_mismatch_is_one_prompt_before_the_completion_of_another_within_max_le
 
 
 @pytest.mark.parametrize("max_length", [4, 7, 9, 11, 30])
-def test_the_count_of_cut_mismatches_is_what_making_them_shows(max_length: int):
+def test_the_number_of_truncated_mismatches_agrees_with_building_them(max_length: int):
     items = [item(p, c) for p, c in ((3, 4), (1, 9), (2, 2), (3, 1))]
     partners = np.array([1, 2, 3, 0])
     made = [mismatched_row(items[n], items[m], max_length) for n, m in enumerate(partners)]

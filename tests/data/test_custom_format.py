@@ -1,4 +1,4 @@
-"""What a function of the user's own makes of rows, and what is told of one that cannot."""
+"""Custom formats: a user function converts rows, and its errors name the row."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -63,13 +63,13 @@ def rows(own: Path, tmp_path: Path) -> Callable[[str], list[Any]]:
     return read
 
 
-def test_a_row_becomes_the_columns_that_are_known_and_keeps_its_place(rows: Callable[[str], list[Any]], tmp_path: Path) -> None:
+def test_a_row_becomes_built_in_columns_and_keeps_its_position(rows: Callable[[str], list[Any]], tmp_path: Path) -> None:
     first, second = rows("asks")
     assert (first.record, second.where) == ({"prompt": "one?", "completion": "one"}, f"{tmp_path}/a.jsonl:2")
     assert read_example(first, score="last") == Demonstration((user("one?"),), (says("one"),))
 
 
-def test_one_row_may_become_several_and_none(rows: Callable[[str], list[Any]], tmp_path: Path) -> None:
+def test_one_row_may_become_several_or_none(rows: Callable[[str], list[Any]], tmp_path: Path) -> None:
     found = rows("each")
     assert [(row.where.rpartition("/")[2], row.left_out) for row in found] == [
         ("a.jsonl:1.1", False), ("a.jsonl:1.2", True), ("a.jsonl:2.1", False), ("a.jsonl:2.2", True),
@@ -100,12 +100,12 @@ def test_an_example_stands_for_its_columns(own: Path, kind: str, wanted: Any) ->
         ("ask", "ownrows has no 'ask'; it has asks, each"),
     ],
 )
-def test_what_goes_wrong_in_it_is_told_with_the_rows_place(rows: Callable[[str], list[Any]], name: str, words: str) -> None:
+def test_its_errors_name_the_row(rows: Callable[[str], list[Any]], name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         rows(name)
 
 
-def test_rows_that_are_left_out_are_counted_and_rows_are_made_anew_by_other_code(own: Path, tmp_path: Path) -> None:
+def test_rows_left_out_are_counted_and_changed_code_converts_again(own: Path, tmp_path: Path) -> None:
     entry = {"path": jsonl(tmp_path / "a.jsonl", [*ROWS, {"q": "three?", "a": "three"}]), "format": "ownrows.each"}
     before = prepared(entry, tmp_path)
     assert len(before) == 3
@@ -121,7 +121,7 @@ def test_rows_that_are_left_out_are_counted_and_rows_are_made_anew_by_other_code
     assert content_hash(entry, "train") == files, "which are the same"
 
 
-def test_the_format_of_all_is_that_of_entries_that_have_none() -> None:
+def test_data_format_applies_to_entries_without_a_format() -> None:
     data = Data(train=["a.jsonl", {"path": "b.jsonl", "format": "json"}, {"path": "c", "format": "my.rows"}], eval=[],
                 root=None, format="mine.rows", score="last")  # fmt: skip
     assert [entry["format"] for entry in entries_of(data, "train")] == ["mine.rows", "json", "my.rows"]

@@ -20,7 +20,7 @@ def refuses(message: str, **columns) -> None:
         read(**columns)
 
 
-# --- what columns say --------------------------------------------------------------------------------------------------
+# --- columns ----------------------------------------------------------------------------------------------------------
 
 
 def test_prompt_and_completion_are_a_demonstration_as_text_or_as_messages():
@@ -38,7 +38,7 @@ def test_a_label_makes_it_a_judgement():
     refuses("label is 0.5", prompt="One?", completion="one", label=0.5)
 
 
-def test_chosen_and_rejected_are_a_comparison_with_the_margin_that_is_known():
+def test_chosen_and_rejected_are_a_comparison_with_its_margin():
     assert read(prompt="One?", chosen="one", rejected="two") == Comparison(Q, GOOD, BAD)
     assert read(prompt="One?", chosen="one", rejected="two", margin=2) == Comparison(Q, GOOD, BAD, 2.0)
     assert read(prompt="One?", chosen=list(GOOD), rejected="two") == Comparison(Q, GOOD, BAD)
@@ -46,7 +46,7 @@ def test_chosen_and_rejected_are_a_comparison_with_the_margin_that_is_known():
     refuses("margin is nan", prompt="One?", chosen="one", rejected="two", margin=float("nan"))
 
 
-def test_a_prompt_may_be_what_both_conversations_share():
+def test_the_prompt_may_be_the_shared_turns_of_both_conversations():
     system = turn("system", "Be brief.")
     assert read(chosen=[*Q, *GOOD], rejected=[*Q, *BAD]) == Comparison(Q, GOOD, BAD)
     assert read(chosen=[system, *Q, *GOOD], rejected=[system, *Q, *BAD]) == Comparison((system, *Q), GOOD, BAD)
@@ -65,7 +65,7 @@ def test_the_last_assistant_turn_of_messages_is_scored_or_all_of_them():
     assert read("all", messages=talk) == Demonstration(Q, (*GOOD, user("Two?"), *BAD))
 
 
-def test_tool_calls_are_carried_and_keys_without_value_are_not():
+def test_tool_calls_are_kept_and_null_keys_are_not():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}], "name": None}
     read_call = read(messages=[*Q, call]).completion[0]
     assert read_call == {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
@@ -137,7 +137,7 @@ def test_labels_and_pairs_stand_for_rewards_of_one_and_minus_one():
         serves(Scored(Q, GOOD, 0.5), Comparison, reward=0.5)
 
 
-def test_a_prompt_is_read_from_any_row_with_the_answer_that_it_names():
+def test_a_prompt_is_read_from_any_row_with_its_answer():
     assert read_prompt(Row({"prompt": "One?", "answer": "1"}, WHERE)) == (Q, "1")
     assert read_prompt(Row({"prompt": "One?"}, WHERE)) == (Q, None)
     assert read_prompt(Row({"prompt": "One?", "chosen": "one", "rejected": "two"}, WHERE)) == (Q, "one")
@@ -151,7 +151,7 @@ def test_a_sample_is_a_demonstration():
     assert read(type="maths", prompt="One?", completion="one") == Demonstration(Q, GOOD), "other data have a type too"
 
 
-# --- what an example serves --------------------------------------------------------------------------------------------
+# --- conversion of examples --------------------------------------------------------------------------------------------
 
 
 def serves(example, kind, **columns):
@@ -189,7 +189,7 @@ def test_columns_that_cannot_serve_the_loss_say_which_they_can(example, kind, me
         serves(example, kind, prompt="One?", completion="one", label=None)
 
 
-# --- columns and keys that say more than words
+# --- columns and keys besides text
 
 
 def test_a_system_column_is_the_first_turn():
@@ -212,7 +212,7 @@ def test_a_column_that_would_be_lost_is_refused_unless_it_is_empty():
     assert read(prompt="One?", input="anything", completion="one") == Demonstration(Q, GOOD), "it is no part of the prompt"
 
 
-def test_arguments_of_a_tool_call_are_an_object_however_the_row_has_them():
+def test_arguments_of_a_tool_call_become_an_object():
     def arguments(given: object) -> object:
         call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": given}}]}
         return read(messages=[*Q, call]).completion[0]["tool_calls"][0]["function"]["arguments"]
@@ -224,7 +224,7 @@ def test_arguments_of_a_tool_call_are_an_object_however_the_row_has_them():
 
 
 @pytest.mark.parametrize("key", ["weight", "train"])
-def test_a_turn_of_weight_0_is_not_learned_from(key: str):
+def test_a_turn_of_weight_0_is_not_trained_on(key: str):
     talk = [*Q, {**GOOD[0], key: 0}, user("Two?"), {**BAD[0], key: 1}, user("So?"), {**says("no"), key: False}]
     unlearned = {**GOOD[0], "weight": 0}
     for score in ("last", "all"):

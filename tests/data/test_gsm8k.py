@@ -12,7 +12,7 @@ from halos.types import Comparison, Demonstration, Example, Judgement
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Twenty problems in each file; of each the solutions are right, wrong, right, wrong."""
+    """Twenty problems in each file, each with right, wrong, right and wrong solutions."""
 
     def solved(n: int, right: bool, by: str) -> dict:
         return {"is_correct": right, "solution": f"{by}: 1+{n} = <<1+{n}={n + 1}>>{n + 1}\nA: {n + 1 if right else n}"}
@@ -60,19 +60,19 @@ def test_labels_are_each_solution_once(root: Path):
 
 
 @pytest.mark.parametrize("kind", [Demonstration, Comparison, Judgement])
-def test_the_last_tenth_of_the_problems_is_held_out(root: Path, kind):
+def test_the_last_tenth_of_the_problems_is_the_eval_split(root: Path, kind):
     train, held_out = ({each.prompt[0]["content"] for each in examples(root, kind, purpose)} for purpose in ("train", "eval"))
     assert len(train) == 18
     assert {int(name.split()[1][:-1]) for name in held_out} == {18, 19}
 
 
-def test_answer_lines_of_both_files_end_up_in_one_style():
+def test_answer_lines_of_both_files_get_the_same_form():
     assert normalise("So 2*2 = <<2*2=4>>4.\nA: 4") == "So 2*2 = 4.\n#### 4"
     assert normalise("It is 1,080.\nA:  1,080\n") == "It is 1,080.\n#### 1,080"
     assert normalise("Person\nA: 3 apples.\nSo 3.\n#### 3") == "Person\nA: 3 apples.\nSo 3.\n#### 3", "only the last line"
 
 
-def test_what_is_no_gsm8k_is_refused(root: Path):
+def test_other_files_are_refused(root: Path):
     def refuses(message: str, **entry) -> None:
         with pytest.raises(UserError, match=message):
             list(open_source(Source.of({"path": str(root), "format": "gsm8k", **entry}), Comparison, "train").rows())

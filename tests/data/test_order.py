@@ -24,7 +24,7 @@ def test_epochs_and_seeds_differ_and_the_same_seed_gives_the_same_rows():
     assert order().epoch(0).tolist() != order(seed=1).epoch(0).tolist()
 
 
-def test_a_batch_does_not_depend_on_what_was_asked_before():
+def test_a_batch_does_not_depend_on_earlier_calls():
     walked = order()
     straight = [walked.batch(k).tolist() for k in range(9)]
     for k in (8, 0, 5, 3, 5):
@@ -40,7 +40,7 @@ def test_the_rows_of_all_ranks_together_are_the_global_batch_however_many_there_
             assert sorted(np.concatenate(held)) == sorted(made.batch(k))
 
 
-def test_the_order_is_the_one_that_saved_runs_were_trained_in():
+def test_the_order_is_that_of_saved_runs():
     # Worked once and kept: a change here would silently move every run that is resumed.
     assert order().epoch(0).tolist() == [7, 6, 8, 3, 2, 4, 1, 5, 0, 9]
 
@@ -58,7 +58,7 @@ def test_a_weight_decides_how_often_the_rows_of_a_source_come():
     assert abs(total[20:] - 92).max() < 15
 
 
-def test_sources_are_mixed_and_not_laid_end_to_end():
+def test_sources_are_mixed_and_not_concatenated():
     places = np.flatnonzero(order(sizes=(500, 500), batch_size=10).epoch(0) < 500)
     assert 450 < places.mean() < 550
 
@@ -72,7 +72,7 @@ def test_evaluation_sees_every_row_once_in_order():
     assert [batch.tolist() for batch in eval_batches(5, 2)] == [[0, 1], [2, 3], [4]]
 
 
-# --- partners ----------------------------------------------------------------------------------------------------------
+# --- mismatched partners -----------------------------------------------------------------------------------------------
 
 
 def test_a_partner_never_has_the_same_prompt():
@@ -83,7 +83,7 @@ def test_a_partner_never_has_the_same_prompt():
         assert (groups[found] != groups).all()
 
 
-def test_every_row_of_another_prompt_is_as_likely():
+def test_all_rows_of_other_prompts_are_equally_likely():
     groups = np.array([7, 0, 7, 3, 0, 7])
     counts = np.zeros((6, 6), int)
     for seed in range(3000):

@@ -52,7 +52,7 @@ def test_whole_columns_agree_with_the_items(tmp_path: Path, monkeypatch: pytest.
         data[6]
 
 
-def test_scored_marks_of_several_turns_survive_the_file(tmp_path: Path):
+def test_scored_masks_of_several_turns_are_stored(tmp_path: Path):
     talk = [turn("user", "a"), turn("assistant", "one"), turn("user", "b"), turn("assistant", "two")]
     data = prepared(jsonl(tmp_path / "a.jsonl", [{"messages": talk}]), tmp_path, score="all")
     completion = data[0].completions[0]
@@ -71,7 +71,7 @@ def test_a_pair_serves_losses_on_labels_and_on_demonstrations(tmp_path: Path):
     assert words(prepared(path, tmp_path, kind=Demonstration), 0) == ["one<|im_end|>"]
 
 
-def test_a_transform_turns_what_was_read_into_what_is_trained_on(tmp_path: Path):
+def test_a_transform_rewrites_examples_before_tokenisation(tmp_path: Path):
     signs = partial(csft_examples, desirable_token="<|good|>", undesirable_token="<|bad|>")
     path = jsonl(tmp_path / "a.jsonl", PAIRS[:1])
     data = prepared(path, tmp_path, kind=Judgement, transform=signs, transform_key="csft")
@@ -80,7 +80,7 @@ def test_a_transform_turns_what_was_read_into_what_is_trained_on(tmp_path: Path)
     assert list(prepared(path, tmp_path, kind=Judgement).labels) == ["desirable"], "the key tells them apart"
 
 
-def test_every_row_that_is_not_kept_as_it_was_is_counted(tmp_path: Path):
+def test_every_dropped_or_shortened_row_is_counted(tmp_path: Path):
     rows = [
         {"prompt": "What is one?", "completion": "one", "label": True},
         {"prompt": "What is one?", "completion": "two", "label": False},
@@ -101,13 +101,13 @@ def test_every_row_that_is_not_kept_as_it_was_is_counted(tmp_path: Path):
     assert "1 completions cut" in data.lines()[0]
 
 
-def test_rows_that_leave_the_generation_prompt_are_counted(tmp_path: Path):
+def test_rows_that_do_not_continue_the_generation_prompt_are_counted(tmp_path: Path):
     data = prepared(jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path, kind=Comparison, tokenizer=tokenizer(THINKING))
     assert data.report[0].inexact == 3
     assert "3 do not continue the template's generation prompt" in data.lines()[0]
 
 
-def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path: Path):
+def test_a_source_without_any_kept_row_is_an_error(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
     with pytest.raises(UserError, match=r"a\.jsonl: 3 rows, 0 examples kept; dropped 3.*none of them can be used"):
         prepared(path, tmp_path, max_length=4)
@@ -118,7 +118,7 @@ def test_a_source_of_which_nothing_is_left_is_an_error(tmp_path: Path):
 # --- the cache ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_was_tokenised_once_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_rows_are_tokenised_only_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
     first = prepared(path, tmp_path, kind=Comparison)
 
@@ -134,7 +134,7 @@ def test_what_was_tokenised_once_is_found_again(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("name", ["rows.arrow", "meta.json"])
-def test_tokenised_rows_that_are_not_what_was_written_are_made_anew(name: str, tmp_path: Path):
+def test_damaged_tokenised_rows_are_written_again(name: str, tmp_path: Path):
     source = jsonl(tmp_path / "a.jsonl", PAIRS)
     before = [item.prompt.tolist() for item in prepared(source, tmp_path, kind=Comparison)]
     (path,) = (tmp_path / "data").glob(f"*/{name}")
@@ -182,7 +182,7 @@ def test_a_run_that_fails_leaves_nothing_behind(tmp_path: Path):
     assert list((tmp_path / "cache" / "data").iterdir()) == []
 
 
-def test_the_one_who_comes_second_uses_what_the_first_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_second_process_uses_the_result_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
     write, other = room._write, tmp_path / "other"
 
@@ -199,7 +199,7 @@ def test_the_one_who_comes_second_uses_what_the_first_finished(tmp_path: Path, m
     assert len(list((tmp_path / "data").iterdir())) == 1, "the loser's copy is gone"
 
 
-def test_two_at_once_both_get_the_rows(tmp_path: Path):
+def test_two_concurrent_processes_both_get_the_rows(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS * 50)
     with ThreadPoolExecutor(2) as pool:
         found = [pool.submit(prepared, path, tmp_path, kind=Comparison) for _ in range(2)]
@@ -237,7 +237,7 @@ sys.exit("pandas" in sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_a_cache_that_cannot_be_written_is_the_users_to_mend(tmp_path: Path):
+def test_an_unwritable_cache_is_a_user_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cache_dir="):
         prepared(jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path / "file")

@@ -34,7 +34,7 @@ def refuses(entry, message: str, purpose: str = "train") -> None:
 # --- files -------------------------------------------------------------------------------------------------------------
 
 
-def test_jsonl_rows_know_their_line_and_blank_lines_count(tmp_path: Path):
+def test_jsonl_rows_have_their_line_number_and_blank_lines_count(tmp_path: Path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "\xc3\xa9\xe2\x80\xa8"}\r\n\n{"prompt": "b"}')
     assert read(str(path)) == [Row({"prompt": "é\u2028"}, f"{path}:1"), Row({"prompt": "b"}, f"{path}:3")]
@@ -50,7 +50,7 @@ def test_a_bad_line_is_named(tmp_path: Path):
     refuses(str(path), r"a\.jsonl:2: not UTF-8")
 
 
-def test_json_rows_know_the_line_on_which_they_start(tmp_path: Path):
+def test_json_rows_have_the_line_number_of_their_start(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text('[\n {"prompt":\n  "a]"},\n\n {"prompt": "b"}, {"prompt": "c"}\n]\n')
     assert [row.where.rpartition(":")[2] for row in read(str(path))] == ["2", "5", "5"]
@@ -103,7 +103,7 @@ def test_a_file_of_another_name_needs_its_format(tmp_path: Path):
 # --- directories and splits --------------------------------------------------------------------------------------------
 
 
-def test_a_directory_gives_the_files_of_the_split_that_is_meant(tmp_path: Path):
+def test_a_directory_gives_the_files_of_the_requested_split(tmp_path: Path):
     (tmp_path / "data").mkdir()
     jsonl(tmp_path / "data" / "train-00001-of-00002.jsonl", ROWS[2:4])
     jsonl(tmp_path / "data" / "train-00000-of-00002.jsonl", ROWS[:2])
@@ -144,14 +144,14 @@ def test_a_slice_takes_a_part_of_the_rows(tmp_path: Path, split: str, wanted: st
     assert "".join(prompts({"path": path, "split": split})) == "".join(f"{n}?" for n in wanted)
 
 
-def test_slices_that_say_nothing_are_refused(tmp_path: Path):
+def test_malformed_slices_are_refused(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     refuses({"path": path, "split": "[100:]"}, r"no rows in \[100:\]")
     refuses({"path": path, "split": "train[1]"}, "is not understood")
     assert Split.of("a-b[1:2]") == Split("a-b", "1", "2")
 
 
-def test_rows_of_one_file_that_carry_a_split_are_told_apart(tmp_path: Path):
+def test_rows_of_one_file_are_selected_by_their_column_split(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", [{**row, "split": "train" if n < 8 else "test"} for n, row in enumerate(ROWS)])
     assert prompts({"path": path, "split": "test"}) == ["8?", "9?"]
     assert len(prompts(path)) == 10
@@ -180,7 +180,7 @@ def test_rows_of_one_file_that_carry_a_split_are_told_apart(tmp_path: Path):
         ({"path": "arithmetic", "split": "test"}, "it has train and eval"),
     ],
 )
-def test_a_wrong_entry_says_what_would_be_right(entry, message: str):
+def test_a_wrong_entry_gets_a_remedy(entry, message: str):
     refuses(entry, message)
 
 
@@ -230,25 +230,25 @@ def test_a_hub_that_cannot_be_reached_is_one_message(monkeypatch: pytest.MonkeyP
     refuses("arithmetik", "neither a file or directory here.*Couldn't reach.*did you mean 'arithmetic'")
 
 
-def test_a_hub_set_without_the_split_that_is_meant_lists_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_a_hub_data_set_without_the_requested_split_lists_its_splits(monkeypatch: pytest.MonkeyPatch):
     parts = datasets.DatasetDict({"train_prefs": datasets.Dataset.from_list(ROWS)})
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: parts)
     refuses("org/name", "which split.*train_prefs")
 
 
-def test_objects_nested_in_rows_arrive_as_they_were(tmp_path: Path):
+def test_nested_objects_are_unchanged(tmp_path: Path):
     row = {"messages": [{"role": "user", "content": "a", "tool_calls": [{"function": {"arguments": {"x": 1}}}]}]}
     (tmp_path / "a.json").write_text(json.dumps([row]))
     assert read(str(tmp_path / "a.json"))[0].record == row
 
 
-def test_a_name_below_a_directory_that_exists_is_not_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_the_hub_is_not_asked_for_a_path_below_an_existing_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "org").mkdir()
     monkeypatch.chdir(tmp_path)
     refuses("org/missing", "org/missing: no such file or directory")
 
 
-# --- what is damaged, hostile or passed over ------------------------------------------------------------------------------
+# --- damaged, hostile and skipped files -----------------------------------------------------------------------------------
 
 
 def damaged(path: Path) -> None:
@@ -280,18 +280,18 @@ def test_damaged_rows_are_one_message_that_names_the_file(tmp_path: Path, name: 
     refuses(str(tmp_path / name), said)
 
 
-def test_a_damaged_page_is_blamed_on_its_file(tmp_path: Path) -> None:
+def test_a_damaged_page_names_its_file(tmp_path: Path) -> None:
     damaged(tmp_path / "a.parquet")
     refuses(str(tmp_path / "a.parquet"), r"a\.parquet: not a readable parquet file, from row \d+ on")
 
 
-def test_a_name_that_begins_with_a_tilde_is_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_name_may_begin_with_a_tilde(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(Path("~draft.jsonl"), ROWS)
     assert len(read("./~draft.jsonl")) == len(ROWS)
 
 
-def test_a_split_that_lies_behind_a_link_is_read_and_links_in_a_circle_end(tmp_path: Path) -> None:
+def test_linked_directories_are_read_and_circular_links_end(tmp_path: Path) -> None:
     for place in ("real", "d"):
         (tmp_path / place).mkdir()
     jsonl(tmp_path / "real" / "part.jsonl", ROWS[:3])
@@ -302,7 +302,7 @@ def test_a_split_that_lies_behind_a_link_is_read_and_links_in_a_circle_end(tmp_p
 
 
 @pytest.mark.parametrize("name", ["train-00001.jsonl.gz", "train.csv", "train/data.arrow"])
-def test_data_that_would_be_passed_over_is_named(tmp_path: Path, name: str) -> None:
+def test_data_that_would_be_skipped_is_named(tmp_path: Path, name: str) -> None:
     jsonl(tmp_path / "train-00000.jsonl", ROWS)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"x")
@@ -310,7 +310,7 @@ def test_data_that_would_be_passed_over_is_named(tmp_path: Path, name: str) -> N
     refuses(str(tmp_path), f"holds {name} next to train-00000.jsonl")
 
 
-def test_splits_of_longer_names_are_taken_by_name_and_never_mixed(tmp_path: Path) -> None:
+def test_splits_with_longer_names_are_selected_by_name_and_never_mixed(tmp_path: Path) -> None:
     for number, name in enumerate(("train_prefs", "train_sft", "test_prefs")):
         for part in range(2):
             jsonl(tmp_path / f"{name}-0000{part}-of-00002.jsonl", ROWS[number : number + 1])
@@ -321,7 +321,7 @@ def test_splits_of_longer_names_are_taken_by_name_and_never_mixed(tmp_path: Path
 
 
 def test_no_mutation_of_a_file_of_rows_is_a_traceback(tmp_path: Path) -> None:
-    """Seeded: bytes flipped, cut out, doubled and replaced in files of each kind."""
+    """Bytes of files of each kind are flipped, removed, doubled and replaced, with a fixed seed."""
     draw, rows = random.Random(0), [{"prompt": f"é{n}", "completion": [n, None, 1.5, {"a": "\U0001f600"}]} for n in range(6)]
     table = pa.Table.from_pylist([{"prompt": f"{n}", "completion": ["a", "b"]} for n in range(200)])
     pq.write_table(table, tmp_path / "whole.parquet")
@@ -344,7 +344,7 @@ def test_no_mutation_of_a_file_of_rows_is_a_traceback(tmp_path: Path) -> None:
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """Some bytes of it are others."""
+    """Return data with some bytes changed."""
     for _ in range(draw.randint(1, 4)):
         at, more = draw.randrange(len(data)), draw.randint(1, 12)
         middle = draw.choice((b"", draw.randbytes(more), data[at : at + more] * 2, b"[" * 2000, b"9" * 5000, b"\\ud800", b"\x00"))

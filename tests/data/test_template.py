@@ -32,7 +32,7 @@ def test_a_template_without_an_end_token_gets_the_eos_of_the_tokenizer_in_place_
     assert lay_out(NO_END).completions == ("It is 2.</s>",)
 
 
-def test_an_end_token_that_the_assistant_writes_itself_is_not_taken_for_the_end():
+def test_an_end_token_within_the_content_does_not_end_the_completion():
     layout = lay_out(CHATML, PROMPT, (says("Write <|im_end|> to stop."),))
     assert layout.completions == ("Write <|im_end|> to stop.<|im_end|>",)
 
@@ -43,11 +43,11 @@ def test_of_two_end_tokens_the_first_ends_the_completion():
     assert lay_out(twice).completions == ("It is 2.<|im_end|>",)
 
 
-def test_content_that_a_template_trims_is_still_ended_right():
+def test_trimmed_content_still_ends_at_its_end_token():
     assert lay_out(LLAMA3, PROMPT, (says("  It is 2. \n"),)).completions == ("It is 2.<|eot|>",)
 
 
-def test_where_the_template_opens_a_thought_the_prompt_ends_before_it_and_the_row_is_marked():
+def test_where_the_template_opens_a_thought_the_prompt_ends_before_it_and_the_row_is_not_exact():
     layout = lay_out(THINKING)
     assert layout.prompt == "<s><|user|>What is 1 + 1?<|assistant|>"
     assert layout.completions == ("It is 2.</s>",)
@@ -62,7 +62,7 @@ def test_a_completion_that_shares_characters_with_the_opened_thought_keeps_them(
     assert lay_out(tagged).completions == ("<thought>It is 2.</s>",)  # <th is common to <think> and <thought>
 
 
-def test_both_completions_follow_the_same_prompt_even_where_one_leaves_the_template_earlier():
+def test_both_completions_share_the_prompt_even_where_one_deviates_from_the_template_earlier():
     keeps = THINKING.replace(".split('</think>')[-1]", "")
     layout = lay_out(keeps, PROMPT, (says("<think>\nOne and one.</think>2"),), (says("2"),))
     assert layout.prompt.endswith("<|assistant|>")
@@ -129,7 +129,7 @@ def test_the_plain_default_starts_with_bos_only_where_the_tokenizer_adds_one():
     assert lay_out(None, bos=False).prompt.startswith("User")
 
 
-def test_a_chat_template_can_be_given_as_jinja_or_as_a_file(tmp_path: Path):
+def test_a_chat_template_may_be_jinja_or_a_file(tmp_path: Path):
     made = tokenizer(CHATML)
     assert chat_template(made, None) == CHATML
     assert chat_template(made, GEMMA) == GEMMA
@@ -140,10 +140,10 @@ def test_a_chat_template_can_be_given_as_jinja_or_as_a_file(tmp_path: Path):
         chat_template(made, str(tmp_path / "other.jinja"))
 
 
-# --- what a template leaves out
+# --- omissions of a template
 
 
-def test_a_part_of_a_row_that_leaves_no_trace_is_refused_by_name():
+def test_an_omitted_part_of_a_row_is_refused_by_name():
     tells_of_no_tool = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'tool'")
     talk = (*PROMPT, says("One moment."), turn("tool", "2"))
     for result in ("21 degrees", "2"):  # which stands in the answer too
@@ -160,7 +160,7 @@ def test_a_part_of_a_row_that_leaves_no_trace_is_refused_by_name():
     assert '"a": 1' in lay_out(TOOLS, PROMPT, (asked,)).completions[0]
 
 
-def test_a_thought_that_is_learned_must_be_kept_and_one_of_an_earlier_turn_need_not():
+def test_a_thought_that_is_trained_on_must_be_rendered_and_one_of_an_earlier_turn_need_not():
     thought = says("<think>\ncarry the one\n</think>\n\n32")
     for one in (thought, {**says("32"), "reasoning_content": "carry the one"}):
         with pytest.raises(UserError, match=r"leaves out a thought that is to be learned.*'carry the one'"):
@@ -169,7 +169,7 @@ def test_a_thought_that_is_learned_must_be_kept_and_one_of_an_earlier_turn_need_
     assert "carry the one" in lay_out(LAST_THOUGHT, PROMPT, (thought,)).completions[0]
 
 
-def test_words_that_a_template_trims_escapes_or_repeats_are_there():
+def test_trimmed_escaped_and_repeated_words_are_not_omitted():
     quoting = CHATML.replace("m['content']", "m['content'] | tojson")
     assert lay_out(quoting, (user('Say "one"\n'),), (says("one"),)).prompt.count('Say \\"one\\"') == 1
     assert lay_out(LLAMA3, (user("  x \n"), says(" x "), user("x")), (says(" x"),)).completions == ("x<|eot|>",)
@@ -182,7 +182,7 @@ def test_a_turn_of_weight_0_is_in_the_row_and_is_not_scored():
     assert "No.<|im_end|>" in layout.completions[0]
 
 
-def test_of_several_templates_one_must_be_the_default():
+def test_one_of_several_templates_must_be_the_default():
     several = tokenizer(CHATML)
     several.chat_template = {"tool_use": CHATML, "rag": CHATML}
     with pytest.raises(UserError, match=r"several chat templates \(tool_use, rag\) and no default: model.chat_template=FILE"):

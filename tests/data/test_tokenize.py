@@ -22,13 +22,13 @@ def encoded(example: Example, made=None, **how) -> Encoded:
 
 
 def fed(made, turns: Turns) -> list[int]:
-    """What a sampler feeds the model."""
+    """Return the ids that a sampler feeds the model."""
     text = made.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=True)
     return made(text, add_special_tokens=False)["input_ids"]
 
 
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, NO_END])
-def test_the_prompt_is_what_a_sampler_feeds_and_the_whole_is_the_text_tokenised_at_once(template):
+def test_the_prompt_equals_a_samplers_and_the_whole_is_the_text_tokenised_at_once(template):
     made = tokenizer(template, bos=True)
     done = encoded(Demonstration(PROMPT, ANSWER), made)
     assert done.prompt.tolist() == fed(made, PROMPT)
@@ -56,7 +56,7 @@ def test_bos_comes_once_where_both_template_and_tokenizer_would_add_it(template)
 
 @pytest.mark.parametrize("style", ["bytes", "prefix", "spm", "unigram"])
 @pytest.mark.parametrize("template", [CHATML, LLAMA3, THINKING, NO_END])
-def test_tokenising_from_the_last_special_token_on_gives_the_ids_of_the_whole_text(style, template):
+def test_tokenising_from_the_last_special_token_gives_the_ids_of_the_whole_text(style, template):
     made = tokenizer(template, style=style)
     turns = (turn("system", " Be brief. "), user("one  two"), says("three "), user("  What is 12 + 30?\n"))
     examples = [(Comparison(turns, (says("\n\n It is 42"),), (says(word),)), "") for word in ("no more", " no more", "a", "<b>")]
@@ -138,7 +138,7 @@ HISTORY = (
 )
 
 
-def test_truncation_takes_the_oldest_turns_and_keeps_the_system_turn_and_the_last_question():
+def test_truncation_removes_the_oldest_turns_and_keeps_the_system_turn_and_the_last_question():
     made, row = tokenizer(), Demonstration(HISTORY, ANSWER)
     full = encoded(row, made).length
     once = encoded(row, made, max_length=full - 1, truncation="truncate")
@@ -151,7 +151,7 @@ def test_truncation_takes_the_oldest_turns_and_keeps_the_system_turn_and_the_las
         assert made.decode(done.completions[0].ids) == "It is 42, and no more.<|im_end|>"
 
 
-def test_a_completion_that_still_does_not_fit_loses_its_end_and_gets_no_end_token():
+def test_a_completion_that_still_does_not_fit_is_truncated_without_an_end_token():
     made, row = tokenizer(), Comparison(HISTORY, (says("It is " * 30),), ANSWER)
     shortest = fed(made, (HISTORY[0], HISTORY[5]))
     done = encoded(row, made, max_length=len(shortest) + 20, truncation="truncate")
@@ -178,7 +178,7 @@ def test_truncation_without_an_older_turn_only_cuts_the_completion():
     assert done.cut_completions == 1
 
 
-def test_where_all_turns_are_scored_the_oldest_of_them_go_too():
+def test_where_all_turns_are_scored_the_oldest_of_them_are_removed_too():
     made = tokenizer()
     row = Demonstration(HISTORY[:2], (*HISTORY[2:], *ANSWER))
     full = encoded(row, made).length

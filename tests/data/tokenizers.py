@@ -104,7 +104,7 @@ def says(content: str) -> Message:
 
 
 def jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> str:
-    """Write rows, one a line; the path as an entry of data.train."""
+    """Write rows, one per line, and return the path as an entry of data.train."""
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 

@@ -1,4 +1,4 @@
-"""Generation settings that are saved with a model: such as transformers saves, ending at the tokens that training ends at."""
+"""Generation settings saved with a model are accepted by transformers and have the end tokens of training."""
 
 import logging
 from pathlib import Path
@@ -31,7 +31,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize(("settings", "removed"), SETTINGS, ids=lambda part: str(part)[:40])
-def test_what_transformers_would_refuse_to_save_is_taken_out_and_told(
+def test_settings_that_transformers_refuses_to_save_are_removed_with_a_warning(
     settings: dict[str, object], removed: list[str], tokenizer, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     given = GenerationConfig(**settings)
@@ -47,14 +47,14 @@ def test_what_transformers_would_refuse_to_save_is_taken_out_and_told(
     assert all(getattr(given, name) == value for name, value in settings.items()), "the model's own settings were changed"
 
 
-def test_settings_that_cannot_be_mended_are_refused(tokenizer) -> None:
+def test_settings_that_cannot_be_corrected_are_refused(tokenizer) -> None:
     broken = GenerationConfig()
     broken.logits_processor = [1]
     with pytest.raises(UserError, match="logits_processor"):
         settings_for(broken, tokenizer, [])
 
 
-def test_the_token_that_ends_a_turn_in_training_ends_what_is_generated(tokenizer) -> None:
+def test_the_token_that_ends_a_turn_in_training_ends_generation(tokenizer) -> None:
     assert end_of_turn(tokenizer) == (tokenizer.convert_tokens_to_ids("<|end|>"),)
     tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
     before, tokenizer.chat_template = tokenizer.chat_template, CHATML

@@ -1,4 +1,4 @@
-"""Tokens that are new start at the mean; tokens that were trained stay as they are; what cannot be loaded is one message."""
+"""New tokens start at the mean, trained tokens keep their embeddings, and a model that cannot be loaded is one message."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def test_new_tokens_start_at_the_mean_of_the_others(tmp_path: Path) -> None:
 
 
 def without(directory: Path, name: str, settings: dict[str, Any]) -> None:
-    """A small base in `directory` that lacks a tensor."""
+    """Write a small base without one tensor to `directory`."""
     tiny.build(directory)
     path = directory / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
@@ -61,7 +61,7 @@ UP = "model.layers.0.mlp.up_proj.weight"
         ("", {}, False, None),
     ],
 )
-def test_what_the_files_lack_is_not_drawn_at_random(
+def test_missing_weights_are_not_initialised_at_random(
     name: str, settings: dict[str, Any], reward: bool, lost: str | None, tmp_path: Path
 ) -> None:
     without(tmp_path / "base", name, settings)
@@ -80,7 +80,7 @@ SPOILT = {
 }
 
 
-def test_whatever_a_library_makes_of_a_broken_file_is_one_message(tmp_path: Path) -> None:
+def test_every_error_of_a_library_on_a_broken_file_is_one_message(tmp_path: Path) -> None:
     base = tmp_path / "base"
     tiny.build(base)
     tokenizer, _ = load_tokenizer(base, add_tokens=[])
@@ -112,7 +112,7 @@ def test_trained_control_tokens_survive_a_resume_and_a_second_stage(configure: C
     assert new == []
 
 
-def test_a_model_without_its_weights_ends_what_it_generates_as_the_whole_one_does(tmp_path: Path) -> None:
+def test_a_model_on_meta_has_the_generation_settings_of_a_loaded_one(tmp_path: Path) -> None:
     base = tmp_path / "tiny"
     tiny.build(base)
     own = {"eos_token_id": [1, 200], "temperature": 0.6, "do_sample": True}

@@ -1,4 +1,4 @@
-"""Where rows must end: a table of positions is known by what it is, whatever an architecture calls it."""
+"""Limits of sequence length: a table of positions is recognised whatever an architecture calls it."""
 
 from typing import Any
 
@@ -28,16 +28,16 @@ def made(name: str, settings: dict[str, Any]) -> Any:
 
 
 @pytest.mark.parametrize(("name", "settings"), LEARNED)
-def test_a_table_of_positions_is_where_rows_end(name: str, settings: dict[str, Any]) -> None:
+def test_a_table_of_positions_is_a_hard_limit(name: str, settings: dict[str, Any]) -> None:
     assert limits(made(name, settings)) == Limits(64, 64)
 
 
 @pytest.mark.parametrize(("name", "settings"), ROTARY)
-def test_rotary_positions_end_nowhere(name: str, settings: dict[str, Any]) -> None:
+def test_rotary_positions_have_no_hard_limit(name: str, settings: dict[str, Any]) -> None:
     assert limits(made(name, settings)) == Limits(64, None)
 
 
-def test_a_model_of_two_that_read_the_same_rows_decides_by_the_fewer_positions() -> None:
+def test_the_tighter_limits_of_two_models_apply() -> None:
     both = smaller(Limits(64, None), Limits(32, 32))
     assert both == Limits(32, 32)
     assert (longest_allowed(both, 100), longest_allowed(both, 20), longest_allowed(Limits(64, None), 100)) == (32, 20, 100)

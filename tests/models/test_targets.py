@@ -1,4 +1,4 @@
-"""What an adapter changes in a mixture of experts, whatever PEFT would make of the names."""
+"""LoRA targets in mixtures of experts, where PEFT would convert the names."""
 
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ def attached(family: str, **settings: Any) -> Any:
 
 
 def changed(model: Any) -> set[str]:
-    """What is trained: layers by their last name, parameters by their owner's too."""
+    """Return what is trained: layers by their last name, parameters with their module's."""
     found = set()
     for name, module in model.named_modules():
         if hasattr(module, "parameter_name"):
@@ -46,7 +46,7 @@ def changed(model: Any) -> set[str]:
     ("Mixtral", ATTENTION), ("Qwen3Moe", ATTENTION), ("Olmoe", ATTENTION), ("DeepseekV3", LATENT | MLP),
     ("Qwen2Moe", ATTENTION | MLP),
 ])  # fmt: skip
-def test_all_linear_reaches_shared_experts_and_neither_experts_nor_routers(family: str, wanted: set[str]) -> None:
+def test_all_linear_adapts_shared_experts_and_neither_experts_nor_routers(family: str, wanted: set[str]) -> None:
     """PEFT's own all-linear trains the router and the experts, these with twice the rank, and no shared expert."""
     model = attached(family)
     assert changed(model) == wanted
@@ -72,7 +72,7 @@ def test_a_router_is_adapted_where_it_is_named() -> None:
         assert targets.lines(model)[0] == "on mlp.gate"
 
 
-def test_a_layer_adapted_by_its_weight_has_the_rank_that_its_name_was_given() -> None:
+def test_a_layer_adapted_by_its_weight_has_the_rank_of_its_pattern() -> None:
     model = attached("DeepseekV3", rank_pattern={"shared_experts.down_proj": 5}, alpha_pattern={"shared_experts.down_proj": 10})
     shared = model.get_base_model().model.layers[1].mlp.shared_experts
     assert (shared.down_proj.r["default"], shared.down_proj.scaling["default"]) == (5, 2.0)
@@ -84,12 +84,12 @@ def test_a_layer_adapted_by_its_weight_has_the_rank_that_its_name_was_given() ->
     ({"target_parameters": ["experts.up_proj"]}, r"no parameter's name ends in experts.up_proj.*experts.gate_up_proj"),
     ({"target_modules": None}, "say which layers"),
 ])  # fmt: skip
-def test_what_matches_nothing_is_refused_with_what_there_is(settings: dict[str, Any], message: str) -> None:
+def test_names_that_match_nothing_are_refused_with_the_existing_ones(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         attached("Mixtral", **settings)
 
 
-def test_what_peft_cannot_do_by_weights_is_refused() -> None:
+def test_dropout_and_dora_are_refused_for_layers_adapted_by_weight() -> None:
     for key, value in (("lora_dropout", 0.1), ("use_dora", True)):
         with pytest.raises(UserError, match=rf"peft.{key}={value}: PEFT adapts down_proj, gate_proj, up_proj of Deepseek"):
             attached("DeepseekV3", **{key: value})
@@ -97,7 +97,7 @@ def test_what_peft_cannot_do_by_weights_is_refused() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_saved_adapter_is_loaded_again_by_us_and_by_peft(family: str, tmp_path: Path) -> None:
+def test_a_saved_adapter_is_loaded_by_halos_and_by_peft(family: str, tmp_path: Path) -> None:
     settings = {"target_parameters": ["experts.gate_up_proj", "experts.down_proj"]}
     model = attached(family, **settings)
     for parameter in model.parameters():
@@ -116,7 +116,7 @@ def test_a_saved_adapter_is_loaded_again_by_us_and_by_peft(family: str, tmp_path
         assert not torch.equal(mixture(family)(input_ids=ids).logits, wanted)
 
 
-def test_convolutions_are_no_experts_and_what_stands_beside_them_is_no_router() -> None:
+def test_convolutions_are_no_experts_and_their_neighbours_no_routers() -> None:
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 50}
     lfm = transformers.Lfm2Config(**sizes, num_key_value_heads=2, layer_types=["conv", "full_attention"])
     jamba = transformers.JambaConfig(**sizes, num_key_value_heads=2, num_experts=4, use_mamba_kernels=False, mamba_d_state=8)

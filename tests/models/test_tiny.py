@@ -1,4 +1,4 @@
-"""model=tiny: made in code, the same every time, with a tokenizer that loses nothing."""
+"""model=tiny is built in code, always the same, with a lossless tokenizer."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def test_two_builds_are_equal_byte_for_byte(built: Path, tmp_path: Path) -> None
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes(), path.name
 
 
-def test_a_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_directory_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "tiny").mkdir()
     tiny.build(tmp_path / "tiny")
     assert list((tmp_path / "tiny").iterdir()) == []
@@ -32,7 +32,7 @@ def test_a_directory_that_exists_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["How many apples?", "Grüße, 世界 🙂\n\ttabs  and  spaces", "12 + 345 = 357\n#### 357", "<|x|>", ""]
 )
-def test_the_tokenizer_loses_nothing(built: Path, text: str) -> None:
+def test_the_tokenizer_is_lossless(built: Path, text: str) -> None:
     tokenizer = AutoTokenizer.from_pretrained(built)
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 

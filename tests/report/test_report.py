@@ -1,4 +1,4 @@
-"""Reports from saved runs: what the table says, what the pictures hold, and what is refused."""
+"""Reports on saved runs: tables, figures, and messages."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def dpo_rows(steps: int = 40) -> list[Row]:
 def save(
     path: Path, rows: Sequence[Row] | str, *, loss: str = "dpo", status: str | None = "finished", config: Row | None = None
 ) -> Path:
-    """A run's small files."""
+    """Write the small files of a run."""
     (path / "attempts").mkdir(parents=True)
     settings = {
         "loss": {"_target_": f"halos.losses.{loss}.{loss}"},
@@ -73,12 +73,12 @@ def drawn(records: Sequence[Record], panels: Sequence[Panel]) -> Figure:
 
 
 def cells(text: str) -> list[dict[str, str]]:
-    """A Markdown table as one dict a row."""
+    """Parse a Markdown table into one dict per row."""
     header, _, *rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if "|" in line]
     return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def test_the_table_says_what_ran_and_how_it_changed(tmp_path: Path):
+def test_the_table_has_the_settings_and_the_change_of_each_metric(tmp_path: Path):
     records, _ = read_runs([save(tmp_path / "a", dpo_rows())])
     assert cells(table(records)) == [
         {
@@ -111,7 +111,7 @@ def test_an_unusual_objective_gets_a_column(tmp_path: Path):
     assert row["held-out logps/chosen"] == "-9 → -4"
 
 
-def test_a_first_evaluation_after_the_start_says_its_step(tmp_path: Path):
+def test_a_first_evaluation_after_the_start_has_its_step(tmp_path: Path):
     rows = [train_row(5, loss=0.6), eval_row(5, loss=0.6), eval_row(10, loss=0.5)]
     (row,) = cells(table(read_runs([save(tmp_path / "a", rows)])[0]))
     assert row["held-out loss"] == "0.6 (step 5) → 0.5"
@@ -120,25 +120,25 @@ def test_a_first_evaluation_after_the_start_says_its_step(tmp_path: Path):
 @pytest.mark.parametrize(
     ("status", "said"), [("running", "running"), ("stopped", "stopped"), ("failed", "failed"), (None, "unknown (no result.json)")]
 )
-def test_an_unfinished_run_is_reported_as_far_as_it_came(tmp_path: Path, status: str | None, said: str):
+def test_an_unfinished_run_is_reported_so_far(tmp_path: Path, status: str | None, said: str):
     place = save(tmp_path / "a", dpo_rows(20), status=status, config={"train": {"steps": 50}})
     (row,) = cells(table(read_runs([place])[0]))
     assert (row["status"], row["steps"]) == (said, "20 of 50")
 
 
-def test_a_last_line_that_is_being_written_is_passed_over(tmp_path: Path):
+def test_an_incomplete_last_line_is_skipped(tmp_path: Path):
     text = "".join(json.dumps(row) + "\n" for row in dpo_rows()) + '{"step": 41, "spl'
     (record,), _ = read_runs([save(tmp_path / "a", text)])
     assert len(record.train) == 40
 
 
-def test_a_local_model_goes_by_its_last_name_and_a_hub_model_by_both(tmp_path: Path):
+def test_a_local_model_is_named_by_its_last_part_and_a_hub_model_by_both(tmp_path: Path):
     names = {"/data/models/mine/": "mine", "./mine": "mine", "runs/a/FINAL": "a/FINAL", "org/name": "org/name", "tiny": "tiny"}
     places = [save(tmp_path / str(i), dpo_rows(), config={"model": {"name_or_path": name}}) for i, name in enumerate(names)]
     assert [row["model"] for row in cells(table(read_runs(places)[0]))] == list(names.values())
 
 
-def test_a_sweep_is_its_jobs_by_what_was_typed_in_order_of_size(tmp_path: Path):
+def test_a_sweep_lists_its_jobs_by_overrides_in_numeric_order(tmp_path: Path):
     for lr in ("1e-4", "1e-5", "3e-5"):
         save(tmp_path / "sweep" / f"optim.lr={lr}-0a1b2c3d", dpo_rows())
     save(tmp_path / "sweep" / ".optim.lr=1e-3-0a1b2c3d.deleted-7", dpo_rows())
@@ -147,7 +147,7 @@ def test_a_sweep_is_its_jobs_by_what_was_typed_in_order_of_size(tmp_path: Path):
     assert passed == []
 
 
-def test_runs_of_one_name_are_told_apart_by_their_directories(tmp_path: Path):
+def test_runs_of_one_name_are_distinguished_by_their_directories(tmp_path: Path):
     places = [save(tmp_path / day / "demo", dpo_rows()) for day in ("monday", "tuesday")]
     assert [record.label for record in read_runs(places)[0]] == ["monday/demo", "tuesday/demo"]
 
@@ -163,7 +163,7 @@ def test_the_small_files_alone_are_enough(tmp_path: Path):
     assert len(read_runs([place])[0]) == 1
 
 
-def test_a_sweeps_job_without_numbers_is_passed_over_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_job_without_metrics_is_skipped_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     save(tmp_path / "sweep" / "a", dpo_rows())
     save(tmp_path / "sweep" / "b", [], status="running")
     assert report(tmp_path / "sweep", "--output", tmp_path / "out") == 0
@@ -172,7 +172,7 @@ def test_a_sweeps_job_without_numbers_is_passed_over_and_named(tmp_path: Path, c
     assert len(cells(said.out.split("\n\n")[0])) == 1
 
 
-def test_a_run_without_numbers_that_was_named_is_not_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_requested_run_without_metrics_is_not_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     places = [save(tmp_path / "a", dpo_rows()), save(tmp_path / "b", [])]
     assert report(*places, "--output", tmp_path / "out") == 2
     assert f"{tmp_path / 'b'} has logged nothing yet" in capsys.readouterr().err
@@ -234,7 +234,7 @@ def broken_result(place: Path) -> Path:
         (broken_result, "result.json cannot be read"),
     ],
 )
-def test_what_cannot_be_reported_is_one_message_and_status_2(
+def test_a_run_that_cannot_be_reported_is_one_message_and_status_2(
     make: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     assert report(make(tmp_path), "--output", tmp_path / "out") == 2
@@ -251,7 +251,7 @@ def test_a_directory_that_cannot_be_written_is_one_message(tmp_path: Path, capsy
     assert "--output" in capsys.readouterr().err
 
 
-def test_pictures_are_written_and_their_paths_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_figures_are_written_and_their_paths_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     places = [save(tmp_path / name, dpo_rows()) for name in ("a", "b")]
     assert report(*places, "--output", tmp_path / "out", "--markdown", tmp_path / "new" / "table.md") == 0
     printed = capsys.readouterr().out
@@ -267,20 +267,20 @@ def test_pictures_are_written_and_their_paths_printed(tmp_path: Path, capsys: py
     assert markdown in printed
 
 
-def test_pictures_lie_beside_the_runs_unless_told_otherwise(tmp_path: Path):
+def test_figures_are_written_next_to_the_runs_by_default(tmp_path: Path):
     one, other = (save(tmp_path / "runs" / name, dpo_rows()) for name in ("a", "b"))
     assert [report(one), report(one, other)] == [0, 0]
     assert (one / "report" / "rewards.png").exists()
     assert (tmp_path / "runs" / "report" / "rewards.png").exists()
 
 
-def test_a_run_without_rewards_has_no_picture_of_them(tmp_path: Path):
+def test_a_run_without_rewards_has_no_figure_of_them(tmp_path: Path):
     rows = [eval_row(0, loss=2.0), train_row(1, loss=1.9), eval_row(1, loss=1.5)]
     assert report(save(tmp_path / "a", rows, loss="sft"), "--output", tmp_path / "out") == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["learning_curves.png", "optimizer.png"]
 
 
-def test_the_pictures_hold_the_logged_numbers_and_each_run_keeps_its_colour(tmp_path: Path):
+def test_the_figures_show_the_logged_numbers_and_each_run_keeps_its_colour(tmp_path: Path):
     sft = [eval_row(0, loss=2.0), train_row(1, loss=1.9), eval_row(1, loss=1.5)]
     places = [save(tmp_path / "a", dpo_rows()), save(tmp_path / "b", sft, loss="sft"), save(tmp_path / "c", dpo_rows(30))]
     records, _ = read_runs(places)
@@ -322,7 +322,7 @@ def test_numbers_that_are_not_finite_leave_a_gap_and_no_failure(tmp_path: Path):
 
 
 def test_a_metric_that_some_rows_lack_is_drawn_where_it_is(tmp_path: Path):
-    """KTO leaves a class out of a row where the batch had none of it."""
+    """KTO omits the metrics of a class that a batch does not have."""
     rows = [train_row(step, loss=0.5, **({"rewards/margins": 0.1} if step % 2 else {})) for step in range(1, 10)]
     place = save(tmp_path / "a", rows, loss="kto")
     (record,), _ = read_runs([place])
@@ -330,7 +330,7 @@ def test_a_metric_that_some_rows_lack_is_drawn_where_it_is(tmp_path: Path):
     assert report(place, "--output", tmp_path / "out") == 0
 
 
-def test_odd_names_survive(tmp_path: Path):
+def test_unusual_names_are_escaped(tmp_path: Path):
     labels = ["_hidden", "cost$1$", "a|b", "naïve-ε"]
     places = [save(tmp_path / label, dpo_rows()) for label in labels]
     assert report(*places, "--output", tmp_path, "--markdown", tmp_path / "table.md") == 0
@@ -340,7 +340,7 @@ def test_odd_names_survive(tmp_path: Path):
     assert names == ["_hidden", r"cost\$1\$", "a|b", "naïve-ε"]
 
 
-def test_smoothing_keeps_a_constant_and_lags_behind_nothing():
+def test_smoothing_keeps_a_constant_and_does_not_lag():
     line = np.linspace(3.0, 1.0, 200)
     assert smooth(np.full(50, 2.5)) == pytest.approx(2.5)
     assert smooth(line)[30:-30] == pytest.approx(line[30:-30])
@@ -381,12 +381,12 @@ def test_the_command_imports_no_torch(tmp_path: Path):
     assert "learning_curves.png" in done.stdout
 
 
-def test_errors_are_the_users_kind(tmp_path: Path):
+def test_errors_are_user_errors(tmp_path: Path):
     with pytest.raises(UserError, match="no such directory"):
         read_runs([tmp_path / "nowhere"])
 
 
-def test_one_step_has_whole_numbers_at_its_ticks_and_no_legend_of_what_was_not_held_out(tmp_path: Path):
+def test_one_step_has_integer_ticks_and_no_legend_of_evaluations_without_any(tmp_path: Path):
     save(tmp_path / "one", [train_row(3, **{"rewards/accuracies": 0.5, "loss": 0.7})])
     figure = drawn(read_runs([tmp_path / "one"])[0], REWARDS)
     [low, high] = figure.axes[0].get_xlim()

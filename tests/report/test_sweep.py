@@ -1,4 +1,4 @@
-"""A sweep's table and pictures, from the files of its runs."""
+"""A sweep's table and figures, from the files of its runs."""
 
 import csv
 import json
@@ -33,13 +33,13 @@ def sweep(tmp_path):
     return tmp_path
 
 
-def test_what_was_swept_is_what_differs_between_runs_and_says_what_is_run():
+def test_swept_keys_are_the_overrides_that_differ_between_runs():
     assert swept([{"a": "1", "b": "2", "run_dir": "x"}, {"a": "1", "b": "3", "run_dir": "y"}]) == ["b"]
     assert swept([{"a": "1"}, {}]) == ["a"]
     assert swept([{"a": "1"}]) == []
 
 
-def test_the_table_has_the_best_first_and_what_measured_nothing_last(sweep):
+def test_the_table_has_the_best_run_first_and_runs_without_a_value_last(sweep):
     text, written = compare(sweep)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.strip().splitlines()]
     assert rows[0] == ["loss", "optim.lr", "rewards/accuracies (max)", "status", "step"]
@@ -62,14 +62,14 @@ def test_the_table_has_the_best_first_and_what_measured_nothing_last(sweep):
     assert all(path.stat().st_size > 0 for path in written)
 
 
-def test_where_less_is_better_the_least_is_first(tmp_path):
+def test_a_minimised_objective_has_the_smallest_first(tmp_path):
     for name, value in (("a-1", 3.0), ("b-2", 1.0), ("c-3", 2.0)):
         run(tmp_path, name, [f"seed={name}"], [value], metric="loss", mode="min")
     values = [line.split("|")[2].strip() for line in compare(tmp_path)[0].strip().splitlines()[2:]]
     assert values == ["1", "2", "3"]
 
 
-def test_of_several_objectives_the_one_that_most_runs_measure_is_shown_and_unlike_scales_are_not_ranked(tmp_path):
+def test_of_several_objectives_the_one_that_most_runs_measure_is_shown_and_different_scales_are_not_ranked(tmp_path):
     run(tmp_path, "a-1", ["loss=dpo"], [0.5], metric="rewards/accuracies")
     run(tmp_path, "b-2", ["loss=kto"], [0.1], metric="rewards/margins")
     row = {"step": 9, "split": "eval", "rewards/margins": 0.3, "rewards/accuracies": 0.5}
@@ -80,7 +80,7 @@ def test_of_several_objectives_the_one_that_most_runs_measure_is_shown_and_unlik
     assert "Not ranked: the scale of rewards/margins differs between losses" in text
 
 
-def test_margins_that_a_knob_of_the_loss_stretches_give_way_to_a_measure_that_all_runs_share(tmp_path):
+def test_margins_whose_scale_depends_on_a_hyperparameter_are_replaced_by_a_metric_of_all_runs(tmp_path):
     for name, beta, margin, accuracy in (("a-1", "0.1", 0.2, 0.9), ("b-2", "1.0", 1.5, 0.6)):
         run(tmp_path, name, ["loss=dpo", f"loss.beta={beta}"], [margin], metric="rewards/margins")
         with (tmp_path / name / "metrics.jsonl").open("a") as file:
@@ -92,7 +92,7 @@ def test_margins_that_a_knob_of_the_loss_stretches_give_way_to_a_measure_that_al
     assert "scale of rewards/margins depends on loss.beta" in text
 
 
-def test_a_place_without_runs_is_told(tmp_path):
+def test_a_directory_without_runs_is_one_message(tmp_path):
     assert not is_sweep(tmp_path)
     with pytest.raises(UserError, match="neither a run nor a directory of runs"):
         compare(tmp_path)

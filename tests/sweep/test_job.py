@@ -1,4 +1,4 @@
-"""What a job's files say of it."""
+"""The state of a job, read from its files."""
 
 import json
 
@@ -14,7 +14,7 @@ def job(tmp_path):
     return Job(0, ("loss=dpo", "seed=1"), "seed=1", tmp_path / "run", tmp_path / "logs" / "run.log")
 
 
-def test_what_tells_jobs_apart_is_what_not_all_share():
+def test_jobs_are_labelled_by_the_overrides_that_not_all_share():
     assert distinct_overrides([["loss=dpo", "++a.b=1", "c=2"], ["loss=dpo", "++a.b=2", "c=2"]]) == ["a.b=1", "a.b=2"]
     assert distinct_overrides([["loss=dpo", "c=2"]]) == ["loss=dpo c=2"]
 

@@ -1,4 +1,4 @@
-"""Jobs run so many at a time; a sweep that is stopped leaves nobody behind, and the next start goes on."""
+"""Jobs run in parallel up to a limit; a stopped sweep leaves no process behind, and the next start resumes it."""
 
 import io
 import os
@@ -20,7 +20,7 @@ from halos.sweep.slots import Slot
 from halos.sweep.status_table import StatusTable
 
 ROOT = Path(__file__).resolve().parents[2]
-# A launcher with a rank below it, as `accelerate launch` has: the rank is told by the kernel when its launcher dies
+# A launcher with a child rank, as of `accelerate launch`: the kernel signals the rank when its launcher dies
 RANK = textwrap.dedent("""
     import ctypes, os, signal, sys, time
     from pathlib import Path
@@ -78,11 +78,11 @@ def children():
 
 @pytest.fixture
 def before():
-    """Children that other tests have left to this process, such as multiprocessing's tracker of resources."""
+    """Return children of this process that other tests started, such as multiprocessing's resource tracker."""
     return children()
 
 
-def test_so_many_jobs_run_at_a_time_and_no_more(tmp_path):
+def test_at_most_as_many_jobs_as_slots_run_at_once(tmp_path):
     made, seen = pool(tmp_path, ["quick"] * 5, 2)
     assert states(made.run()) == ["finished"] * 5
     assert max(states(outcomes).count("running") for outcomes in seen) == 2
@@ -91,14 +91,14 @@ def test_so_many_jobs_run_at_a_time_and_no_more(tmp_path):
     assert max(at_once) == 2
 
 
-def test_a_job_that_fails_says_why_and_the_others_go_on(tmp_path):
+def test_a_failed_job_has_a_reason_and_the_others_continue(tmp_path):
     made, _ = pool(tmp_path, ["fails", "quick"], 1)
     outcomes = made.run()
     assert states(outcomes) == ["failed", "finished"]
     assert outcomes[0].reason == "error: there is no such thing"
 
 
-def test_what_is_finished_is_not_started_again(tmp_path):
+def test_finished_jobs_are_not_started_again(tmp_path):
     pool(tmp_path, ["quick", "fails"], 2)[0].run()
     before = (tmp_path / "times").read_text()
     made, _ = pool(tmp_path, ["quick", "quick"], 2)
@@ -109,7 +109,7 @@ def test_what_is_finished_is_not_started_again(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_every_job_and_leaves_nobody_behind(tmp_path, before, number):
+def test_a_signal_stops_every_job_and_leaves_no_process_behind(tmp_path, before, number):
     made, _ = pool(tmp_path, ["long", "long", "quick"], 2)
 
     def tell():
@@ -125,7 +125,7 @@ def test_a_signal_stops_every_job_and_leaves_nobody_behind(tmp_path, before, num
     assert children() <= before
 
 
-def test_a_second_signal_kills_a_job_that_does_not_listen(tmp_path, before):
+def test_a_second_signal_kills_a_job_that_ignores_the_first(tmp_path, before):
     made, _ = pool(tmp_path, ["deaf"], 1)
 
     def tell():
@@ -142,7 +142,7 @@ def test_a_second_signal_kills_a_job_that_does_not_listen(tmp_path, before):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells children when their parent dies")
-def test_a_sweep_that_is_killed_takes_its_jobs_along(tmp_path):
+def test_a_killed_sweep_kills_its_jobs(tmp_path):
     code = textwrap.dedent(f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -161,7 +161,7 @@ def test_a_sweep_that_is_killed_takes_its_jobs_along(tmp_path):
     assert RunDir(tmp_path / "run0").read_result()["status"] == "stopped"
 
 
-def test_the_board_says_each_change_once_in_a_log_and_draws_over_itself_on_a_terminal(tmp_path):
+def test_the_status_table_logs_each_change_once_and_redraws_itself_on_a_terminal(tmp_path):
     made, seen = pool(tmp_path, ["quick", "fails"], 2)
     made.run()
     text = io.StringIO()

@@ -1,4 +1,4 @@
-"""Jobs side by side get GPUs that no other has, or a share of the cores."""
+"""Parallel jobs get GPUs of their own, or a fraction of the cores."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from halos.errors import UserError
 from halos.sweep.slots import allocate
 
 
-def test_gpus_are_shared_out_without_overlap():
+def test_gpus_are_allocated_without_overlap():
     places = allocate(["0", "1", "2", "3", "4"], processes=2, max_parallel=None, cores=16, threads=None)
     assert [place.environment["CUDA_VISIBLE_DEVICES"] for place in places] == ["0,1", "2,3"]
     assert {place.environment["OMP_NUM_THREADS"] for place in places} == {"4"}
@@ -28,6 +28,6 @@ def test_threads_that_the_user_set_are_kept():
     ("processes", "most", "told"),
     [(3, None, "takes 3 GPUs, and there are 2: 0, 1"), (1, 3, "max_parallel=3: 2 GPUs fit 2 jobs of 1 processes")],
 )
-def test_what_does_not_fit_is_refused(processes, most, told):
+def test_too_few_gpus_are_refused(processes, most, told):
     with pytest.raises(UserError, match=told):
         allocate(["0", "1"], processes=processes, max_parallel=most, cores=4, threads=None)
