@@ -175,7 +175,7 @@ def begun(desk: Path) -> Iterator[None]:
             return done
 
         patch.setattr(Trainer, "step", cut_short)
-        patch.setattr(OnlineRun, "go", lambda self, attempt: self._begin(attempt) or 0)
+        patch.setattr(OnlineRun, "run", lambda self, attempt: self._begin(attempt) or 0)
         for name in {name for line in GOING_ON for name in re.findall(r"resume=runs/(\w+)", line)}:
             line = next(line for line in ON_TRAIN if f"exp_name={name}" in line and line not in GOING_ON)
             few = ["train.batch_size=4", "train.eval_at_start=false"] if "loss=online" not in line else []
