@@ -1,4 +1,4 @@
-"""A model of which each process wrote its part: read whole or into shards, exported as any other, refused where it is another."""
+"""A model of which each rank wrote its shards: read whole or into shards, exported as any other, refused where it is another."""
 
 import json
 import shutil
@@ -128,7 +128,7 @@ def test_parts_cannot_be_a_model_that_a_run_begins_with(configure: Callable[...,
     with pytest.raises(UserError, match=r"python -m halos\.checkpoint export .*save --output DIRECTORY"):
         configure("loss=sft", f"model.name_or_path={parts}")
     parts.rename(parts.with_name("model"))
-    with pytest.raises(UserError, match="a model of which each process wrote its part"):
+    with pytest.raises(UserError, match="a sharded model, of which each rank wrote its part"):
         configure("loss=sft", f"model.name_or_path={parts.with_name('model')}")
 
 
