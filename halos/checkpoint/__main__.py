@@ -94,14 +94,14 @@ def export(arguments: argparse.Namespace) -> int:
     from halos import logs
     from halos.export import export as exporter
     from halos.export import hub
-    from halos.merge.safetensors_io import SHARD, size_of
+    from halos.merge.safetensors_io import SHARD, parse_size
 
     if arguments.push_to_hub is not None:
         hub.check_name(arguments.push_to_hub)
     elif arguments.private or arguments.revision:
         raise UserError("--private and --revision are for --push-to-hub ORG/NAME: add it, or leave them out")
     logs.silence_libraries()
-    shard = size_of(arguments.max_shard_size) if arguments.max_shard_size else SHARD
+    shard = parse_size(arguments.max_shard_size) if arguments.max_shard_size else SHARD
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     if arguments.kind == "adapter":
         if dtype is not None or arguments.max_shard_size:

@@ -14,8 +14,8 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.checkpoint import CheckpointHook
 from halos.logps.model import bare
-from halos.merge.merge_and_prove import case_of, combine
-from halos.merge.trained import Trained, ask, probe
+from halos.merge.merge_and_prove import case_of, merge_and_prove
+from halos.merge.probe import ProbeOutputs, probe_ids, probe_trained
 
 log = logging.getLogger(__name__)
 
@@ -43,23 +43,25 @@ def merged_dtype(policy: CheckpointHook, model: PreTrainedModel) -> torch.dtype:
     return model.dtype if policy.merge_dtype == "auto" else getattr(torch, policy.merge_dtype)
 
 
-def _probe_outputs(run: Run) -> Trained:
+def _probe_outputs(run: Run) -> ProbeOutputs:
     """Return the trained model's outputs on the probe; every rank calls, since a sharded forward pass needs all."""
     text = bare(run.model).config.get_text_config()
-    ids = probe(run.vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=run.reward)
+    ids = probe_ids(run.vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=run.reward)
     half = run.accelerator.mixed_precision in ("bf16", "fp16")
     assert isinstance(run.model, PeftModel)
-    return ask(run.module, run.model, ids, autocast=run.accelerator.autocast, half=half, temperature=run.config.train.temperature)
+    return probe_trained(
+        run.module, run.model, ids, autocast=run.accelerator.autocast, half=half, temperature=run.config.train.temperature
+    )
 
 
-def _merge(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any], live: Trained) -> str | None:
+def _merge(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any], live: ProbeOutputs) -> str | None:
     """Merge and prove. Return why that failed, if it did: then the adapter is kept, and no merged weights are."""
     model = bare(run.model)
     try:
         # merge and proof read the base's files again: neither would notice a change in a row that no probe token uses
         lineage.refuse_other_base(chain or None, run.base, "this run")
         case = case_of(run.base, path / "adapter", run.vocabulary, dtype=merged_dtype(policy, model))
-        result = combine(case, path, lineage.hashes, model=model, live=live)
+        result = merge_and_prove(case, path, lineage.hashes, model=model, live=live)
     except (UserError, OSError, RuntimeError, AssertionError) as error:
         return f"the adapter could not be merged: {type(error).__name__}: {error}. It is kept in FINAL/adapter"
     if not result.holds:

@@ -50,7 +50,7 @@ def consolidated(directory: Path, parent: Path, *, reward: bool) -> Iterator[Pat
 
 def _save(root: Path, directory: Path, state: dict[str, Tensor], reward: bool) -> None:
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
-    model = case_of(directory, directory, Vocabulary(), dtype=dtype, reward=reward).bare()
+    model = case_of(directory, directory, Vocabulary(), dtype=dtype, reward=reward).empty_model()
     names: dict[int, str] = {}
     for name, value in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()):
         first = names.setdefault(id(value), name)

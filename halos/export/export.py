@@ -25,9 +25,9 @@ from halos.confined import NO_CODE
 from halos.errors import UserError, user_errors
 from halos.export.consolidate import consolidated
 from halos.logps.vocabulary import Vocabulary
-from halos.merge import expected
-from halos.merge.base_weights import Names
-from halos.merge.merge_and_prove import case_of, combine, vocabulary_of
+from halos.merge import deviation, expected
+from halos.merge.base_weights import TensorNames
+from halos.merge.merge_and_prove import case_of, merge_and_prove, vocabulary_of
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
 from halos.rundir import is_run
 
@@ -104,7 +104,7 @@ def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: 
     base = _base(saved, base)
     with _new_directory(output, path) as hidden:
         case = case_of(base, saved.adapter, _vocabulary(saved, base), dtype=dtype)
-        result = combine(case, hidden, lineage.hashes, shard=shard)
+        result = merge_and_prove(case, hidden, lineage.hashes, shard=shard)
         if not result.holds:
             raise UserError(f"the merged model differs from base and adapter: {result}. Nothing was exported")
         _copy_tokenizer_and_head(saved, hidden)
@@ -163,7 +163,7 @@ def _whole(saved: SavedModel, path: Path, output: Path, *, dtype: torch.dtype | 
     float32 = _kept_float32(saved.model, dtype, reward=reward) if dtype is not None else set()
     with _new_directory(output, path) as hidden:
         write_sharded(hidden, _entries(saved.model, dtype, float32), shard)
-        _, faults = expected.compare(hidden, expected.copy_of(saved.model, float32), dtype)
+        _, faults = deviation.compare(hidden, expected.expected_copy(saved.model, float32), dtype)
         if faults:
             raise UserError(f"the exported weights differ from the saved ones: {faults[0]}. Nothing was exported")
         config.dtype = dtype or config.dtype
@@ -189,7 +189,7 @@ def _peft_config(adapter: Path) -> PeftConfig:
 
 def _kept_float32(model: Path, dtype: torch.dtype, *, reward: bool) -> set[str]:
     """Return the tensors that from_pretrained keeps in float32 in a model of `dtype`, such as a router's correction bias."""
-    names = Names(case_of(model, model, Vocabulary(), dtype=dtype, reward=reward).bare())
+    names = TensorNames(case_of(model, model, Vocabulary(), dtype=dtype, reward=reward).empty_model())
     in_model = {name: names(name)[0] or name for file in map(SafeFile, weight_files(model)) for name in file.names}
     return {name for name in in_model if names.dtype_of(in_model[name], dtype) is not dtype}
 

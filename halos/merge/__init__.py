@@ -1,1 +1,1 @@
-"""LoRA adapters merged into their bases on the disk, and the proof that what was written is what was trained."""
+"""Merge a LoRA adapter into its base on the disk, and prove that the merged model is the trained one."""

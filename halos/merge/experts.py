@@ -1,8 +1,8 @@
-"""LoRA on the experts of a mixture: one pair of factors for a parameter of three dimensions, and for each of its matrices.
+"""LoRA on a mixture's experts: the update of a stacked parameter, and of the matrix of each expert.
 
-PEFT's factors of a parameter (experts, out, in) are A (experts * r, in), an expert's rows together, and B (out, r * experts),
-an expert's columns apart: number k of expert e is column k * experts + e. Where a module has several parameters that are
-adapted, PEFT wraps one around the other in the order of the parameters, and names them by how deep they lie.
+PEFT's factors of a parameter (experts, out, in) are A (experts * r, in), whose rows for an expert are contiguous, and B
+(out, r * experts), whose columns for an expert are strided: number k of expert e is column k * experts + e. Where several
+parameters of a module are adapted, PEFT nests their wrappers in the order of the parameters, and names them by their depth.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,34 +10,34 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from halos.merge.expert_layout import ExpertSlice
 from halos.merge.lora import Update
-from halos.merge.pieces import Piece
 from halos.merge.safetensors_io import SafeFile, spans
 
-DEEPER = ".base_layer"
+NESTED = ".base_layer"
 
 
 def parameters_of(model: nn.Module, targets: Sequence[str]) -> dict[str, str]:
-    """How an adapter's file names the parameters that it changes: the path of each of their factors -> the parameter.
+    """Map the path of LoRA factors in an adapter's file to the parameter that they change.
 
-    `model` may carry the adapter; `targets` is its configuration's target_parameters.
+    `model` may carry the adapter; `targets` are the target_parameters of its configuration.
     """
     owners: dict[str, list[str]] = {}
     for path, module in model.named_modules():
-        owner = path.replace(DEEPER, "")
+        owner = path.replace(NESTED, "")
         if ".lora_" in path or ".parametrizations" in path:
             continue
         for name, _ in module.named_parameters(recurse=False):
-            whole = f"{owner}.{name}"
-            if any(whole == target or whole.endswith(f".{target}") for target in targets):
+            parameter = f"{owner}.{name}"
+            if any(parameter == target or parameter.endswith(f".{target}") for target in targets):
                 owners.setdefault(owner, []).append(name)
-    return {owner + DEEPER * (len(names) - 1 - place): f"{owner}.{name}"
-            for owner, names in owners.items() for place, name in enumerate(names)}  # fmt: skip
+    return {owner + NESTED * (len(names) - 1 - index): f"{owner}.{name}"
+            for owner, names in owners.items() for index, name in enumerate(names)}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """The update of a parameter of three dimensions."""
+class ExpertUpdates:
+    """The update of a stacked parameter, one expert at a time."""
 
     file: SafeFile
     a: str
@@ -51,15 +51,15 @@ class Stack:
         a = self.file.rows(self.a, expert * rank, (expert + 1) * rank).double()
         return Update(a, self.b[:, expert :: self.experts].double(), None, self.scaling, self.transposed)
 
-    def merged(self, file: SafeFile, name: str, piece: Piece | None) -> Iterator[Tensor]:
-        """Blocks of one tensor of the files: a `piece`, or the parameter as it is in memory, an expert at a time."""
-        if piece is None:
+    def merged(self, file: SafeFile, name: str, part: ExpertSlice | None) -> Iterator[Tensor]:
+        """Yield blocks of a merged tensor of the files: an expert's slice (`part`), or a stacked tensor, an expert at a time."""
+        if part is None:
             for expert in range(self.experts):
                 yield self.of(expert).added(file.rows(name, expert, expert + 1)[0], 0)[None]
             return
-        update = self.of(piece.expert)
+        update = self.of(part.expert)
         for first, last in spans(file.shape(name)):
-            yield update.added(file.rows(name, first, last), piece.first + first)
+            yield update.added(file.rows(name, first, last), part.first + first)
 
 
 def is_transposed(module: nn.Module | None) -> bool:

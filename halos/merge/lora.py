@@ -1,4 +1,4 @@
-"""What a LoRA adapter does to its base, and which kinds of LoRA this code knows how to merge."""
+"""LoRA adapters: which kinds can be merged, their patterns and scaling, and the update of a layer."""
 
 import math
 import re
@@ -17,55 +17,55 @@ from halos.merge.base_weights import unwrapped
 
 PREFIX = "base_model.model."
 KEEP = "keep the adapter as it is with checkpoint.merge_lora=false"
-COVERED = {  # what a LoraConfig may say; anything else must be as PEFT's default has it
+COVERED = {  # fields of a LoraConfig that may have any value; the others must have PEFT's default
     "task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode", "r",
     "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora",
     "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "use_dora", "runtime_config",
     "eva_config", "qalora_group_size", "megatron_core", "target_parameters",
 }  # fmt: skip
-STARTS = (True, False, "gaussian", "orthogonal", "eva")  # of init_lora_weights: the others change the base's own weights
+STARTS = (True, False, "gaussian", "orthogonal", "eva")  # values of init_lora_weights; the others change the base's own weights
 
 
-def refuse(config: PeftConfig) -> None:
-    """Raises UserError for an adapter that is no LoRA, or a kind of LoRA that is not covered."""
-    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:  # AdaLoRA's is a LoraConfig
+def refuse_uncovered(config: PeftConfig) -> None:
+    """Raises UserError for an adapter that is not LoRA, or a kind of LoRA that cannot be merged."""
+    if not isinstance(config, LoraConfig) or config.peft_type != PeftType.LORA:  # AdaLoRA's config is a LoraConfig
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise UserError(f"cannot merge: this is a {kind} adapter, and only LoRA is covered; {KEEP}")
     default = LoraConfig()
     for name in (each.name for each in fields(config)):
         value = getattr(config, name)
         if name == "init_lora_weights":
-            known = value in STARTS
+            covered = value in STARTS
         else:
-            known = name in COVERED or not value or value == getattr(default, name, None)
-        if not known:
+            covered = name in COVERED or not value or value == getattr(default, name, None)
+        if not covered:
             raise UserError(f"cannot merge: {name}={value!r} is not covered; {KEEP}")
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter's tensors by what they do: names in its file, under the names of the layers and tensors of the model."""
+class AdapterTensors:
+    """The names of an adapter's tensors in its file, by the layer or tensor of the model that they change."""
 
-    updates: dict[str, dict[str, str]] = field(default_factory=dict)  # layer, or parameter -> {A, B, magnitude}
-    replaced: dict[str, str] = field(default_factory=dict)  # tensor -> what stands in its place
+    updates: dict[str, dict[str, str]] = field(default_factory=dict)  # layer or parameter -> {A, B, magnitude}
+    replaced: dict[str, str] = field(default_factory=dict)  # tensor -> the one that replaces it
 
 
-def sort(names: Iterable[str], parameters: Mapping[str, str]) -> Adapter:
-    """What the tensors do, those at the paths of `parameters` to them instead of to a layer. Raises UserError for tensors that
-    this module does not know how to merge."""
-    found, unknown = Adapter(), []
+def classify(names: Iterable[str], parameters: Mapping[str, str]) -> AdapterTensors:
+    """Sort an adapter's tensors by what they change; `parameters` maps paths of factors to target parameters. Raises UserError
+    for tensors that cannot be merged."""
+    tensors, unknown = AdapterTensors(), []
     for name in names:
         bare = name.removeprefix(PREFIX)
         if match := re.fullmatch(r"(.+)\.lora_(?:embedding_)?(A|B|magnitude)(?:_vector)?(\.weight)?", bare):
-            found.updates.setdefault(parameters.get(match[1], match[1]), {})[match[2]] = name
+            tensors.updates.setdefault(parameters.get(match[1], match[1]), {})[match[2]] = name
         elif "lora_" in bare or "trainable_tokens" in bare:
             unknown.append(bare)
-        elif ".original_module." not in bare:  # with every bias PEFT saves that of a layer's untrained twin too
-            found.replaced[unwrapped(bare)] = name
-    unknown += [f"{layer} (incomplete)" for layer, parts in found.updates.items() if not {"A", "B"} <= parts.keys()]
+        elif ".original_module." not in bare:  # with biases, PEFT also saves that of a layer's untrained copy
+            tensors.replaced[unwrapped(bare)] = name
+    unknown += [f"{layer} (incomplete)" for layer, parts in tensors.updates.items() if not {"A", "B"} <= parts.keys()]
     if unknown:
         raise UserError(f"cannot merge this adapter: {unknown[0]} is not covered; {KEEP}")
-    return found
+    return tensors
 
 
 # --- patterns
@@ -74,20 +74,20 @@ def sort(names: Iterable[str], parameters: Mapping[str, str]) -> Adapter:
 PATTERNS = ("rank_pattern", "alpha_pattern")
 
 
-def refuse_idle_patterns(model: PeftModel, settings: Mapping[str, Any]) -> None:
-    """Raises UserError for a pattern that fits no layer."""
+def refuse_unmatched_patterns(model: PeftModel, settings: Mapping[str, Any]) -> None:
+    """Raises UserError for a pattern that matches no layer."""
     layers = layers_of(model)
     for key in PATTERNS:
-        for pattern in settings[key] or {}:  # a layer that PEFT adapts by its weight bears that one's name
-            if not any(_fits(pattern, layer) or _fits(rf"({pattern})\.weight", layer) for layer in layers):
-                raise UserError(f"peft.{key}: '{pattern}' fits none of the {len(layers)} layers that have an adapter")
+        for pattern in settings[key] or {}:  # PEFT names a layer that it adapts by its weight after the weight
+            if not any(_matches(pattern, layer) or _matches(rf"({pattern})\.weight", layer) for layer in layers):
+                raise UserError(f"peft.{key}: '{pattern}' matches none of the {len(layers)} layers that have an adapter")
 
 
-def say_exactly(model: PeftModel) -> None:
-    """Write each layer's own rank and alpha into the configuration, under its whole name.
+def pin_patterns(model: PeftModel) -> None:
+    """Write each layer's rank and alpha into the configuration, under the layer's full name.
 
-    PEFT takes the first pattern that ends a layer's name, and saves patterns in another order than it was given them: what
-    trained with one scale would be read with another.
+    PEFT takes the first pattern that matches the end of a layer's name, and saves patterns in another order than it was given:
+    a layer that trained with one scale would be loaded with another.
     """
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
@@ -101,36 +101,36 @@ def say_exactly(model: PeftModel) -> None:
 
 
 def layers_of(model: PeftModel) -> dict[str, LoraLayer]:
-    """The layers that carry an adapter, by the names that patterns are matched with: of one by its weight, the weight's."""
-    found: dict[str, LoraLayer] = {}
+    """Return the layers with an adapter by the names that patterns match: the weight's, if PEFT adapts a layer by its weight."""
+    layers: dict[str, LoraLayer] = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, ParamWrapper):
-            found[unwrapped(f"{name}.{module.parameter_name}")] = module
+            layers[unwrapped(f"{name}.{module.parameter_name}")] = module
         elif isinstance(module, LoraLayer):
-            found[name] = module
-    return found
+            layers[name] = module
+    return layers
 
 
 def exact(layer: str) -> str:
-    """A pattern that fits this layer and no other, for whoever reads patterns as PEFT does."""
+    """Return a pattern that matches this layer and no other, as PEFT matches patterns."""
     return "^" + re.escape(layer)
 
 
-def _fits(pattern: str, layer: str) -> bool:
+def _matches(pattern: str, layer: str) -> bool:
     try:
         return re.match(rf"(.*\.)?({pattern})$", layer) is not None
     except re.error as error:
         raise UserError(f"'{pattern}' is no pattern for the names of layers: {error}") from error
 
 
-def value_of(patterns: Mapping[str, float] | None, layer: str, default: float, what: str) -> float:
-    """What `patterns` say of a layer. Raises UserError where it depends on their order: the file's need not be the one that
-    was trained with."""
-    values = {float(value) for pattern, value in (patterns or {}).items() if _fits(pattern, layer)}
+def value_of(patterns: Mapping[str, float] | None, layer: str, default: float, key: str) -> float:
+    """Return the value that `patterns` set for a layer. Raises UserError where that depends on their order, which may differ
+    between training and the file."""
+    values = {float(value) for pattern, value in (patterns or {}).items() if _matches(pattern, layer)}
     if len(values) > 1:
         raise UserError(
-            f"several patterns of {what} fit {layer} and say {', '.join(f'{value:g}' for value in sorted(values))}: which of them"
-            " training took cannot be told from the file. Give each layer one pattern"
+            f"several patterns of {key} match {layer}, with values {', '.join(f'{value:g}' for value in sorted(values))}: the"
+            " file does not say which of them training used. Give each layer one pattern"
         )
     return values.pop() if values else default
 
@@ -142,7 +142,7 @@ def scaling(config: LoraConfig, layer: str, rank: int) -> float:
 
 
 def scales_of(model: PeftModel) -> dict[str, float]:
-    """What the layers themselves multiply their updates by."""
+    """Return the factor by which each layer of the model multiplies its update."""
     return {name: float(module.scaling["default"]) for name, module in layers_of(model).items()}
 
 
@@ -151,26 +151,26 @@ def scales_of(model: PeftModel) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """What an adapter adds to one layer's weight, in float64: what is written is then rounded once."""
+    """What an adapter adds to a layer's weight, in float64: the merged weight is rounded once, when it is written."""
 
     a: Tensor  # (r, in)
     b: Tensor  # (out, r)
     magnitude: Tensor | None  # (out,), DoRA's
     scaling: float
-    by_input: bool  # Conv1D and embeddings store (in, out)
+    transposed: bool  # Conv1D and embeddings store (in, out)
 
     def added(self, block: Tensor, first: int) -> Tensor:
         last = first + len(block)
-        left, right = (self.a[:, first:last].T, self.b.T) if self.by_input else (self.b[first:last], self.a)
+        left, right = (self.a[:, first:last].T, self.b.T) if self.transposed else (self.b[first:last], self.a)
         return torch.addmm(block.double(), left, right, alpha=self.scaling)
 
-    def merged(self, weight: Sequence[tuple[int, int]], rows: Any) -> Iterator[Tensor]:
-        """Blocks of the merged weight in float64, from `rows(first, last)` of the base's. DoRA: eq. 5 of arXiv:2402.09353."""
+    def merged(self, spans: Sequence[tuple[int, int]], rows: Any) -> Iterator[Tensor]:
+        """Yield blocks of the merged weight in float64. `rows(first, last)` are the base's. DoRA: eq. 5 of arXiv:2402.09353."""
         norms: Tensor | None = None
-        if self.magnitude is not None and self.by_input:  # a norm runs over all inputs, and those are the rows
-            squares = (self.added(rows(*span), span[0]).square().sum(0) for span in weight)
+        if self.magnitude is not None and self.transposed:  # the norm of an output runs over all inputs, which here are the rows
+            squares = (self.added(rows(*span), span[0]).square().sum(0) for span in spans)
             norms = sum(squares, torch.zeros(())).sqrt()
-        for span in weight:
+        for span in spans:
             block = self.added(rows(*span), span[0])
             if self.magnitude is not None and norms is not None:
                 block *= self.magnitude / norms

@@ -1,4 +1,4 @@
-"""A merge proves itself: every tensor on the disk, and the merged model, loaded as any user would, against what was trained."""
+"""Prove a merge: compare every tensor on the disk, and the outputs of the model as a user loads it, with the trained model."""
 
 import json
 import math
@@ -16,29 +16,31 @@ from halos.confined import NO_CODE, SAFELY
 from halos.errors import UserError, user_errors
 from halos.logps.model import adapter_off
 from halos.logps.vocabulary import Vocabulary, grow
-from halos.merge import expected, trained
-from halos.merge.routing import decisions, otherwise
+from halos.merge import deviation, expected, probe
+from halos.merge.probe import ProbeOutputs, bit_sum, outputs_and_routes, outputs_of, rms
+from halos.merge.routing import decisions, rerouted_fraction
 from halos.merge.safetensors_io import SafeFile, blocks
-from halos.merge.trained import Trained, bits, chosen_by, said_by, typical
 
-FACTOR = 3.0  # times the model's own rounding noise; of the right merges that are drawn in the tests none is off by 1.7 of it
+FACTOR = 3.0  # times the model's own rounding noise; no correct merge of the tests is off by more than 1.7 times it
 SINGLE = torch.finfo(torch.float32).eps
-FEW = 6  # decisions of routers that may be others where noise changes none: of those merges none has more than 5 unaccounted
+FEW = 6  # routing decisions that may differ beyond those that noise explains: no correct merge of the tests has more than 5
 WORST = 5  # tensors named in the report
-FREE = {"architectures", "dtype", "transformers_version", "num_labels", "id2label", "label2id", "problem_type", "pad_token_id",
-        "use_cache", "vocab_size", "tie_word_embeddings", "quantization_config", "_name_or_path"}  # fmt: skip
+MAY_CHANGE = {
+    "architectures", "dtype", "transformers_version", "num_labels", "id2label", "label2id", "problem_type", "pad_token_id",
+    "use_cache", "vocab_size", "tie_word_embeddings", "quantization_config", "_name_or_path",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """What was merged from what, and how the trained model was built."""
+    """The inputs of a merge, and how the trained model was built."""
 
     base: Path
     adapter: Path
     reward: bool
     dtype: torch.dtype
-    vocabulary: int = 0  # ids that the trained model had, where they are more than the base's
-    tokens: Sequence[int] = ()  # those of them that were new
+    vocabulary: int = 0  # number of ids of the trained model, where they are more than the base's
+    tokens: Sequence[int] = ()  # ids that were new to the base
 
     @property
     def auto(self) -> Any:
@@ -48,20 +50,20 @@ class Case:
     def labels(self) -> dict[str, int]:
         return {"num_labels": 1} if self.reward else {}
 
-    def bare(self) -> PreTrainedModel:
-        """The base's structure, without weights."""
-        with user_errors(f"{self.base}/config.json makes no model"), torch.device("meta"):
+    def empty_model(self) -> PreTrainedModel:
+        """Build the base on the meta device, without weights."""
+        with user_errors(f"no model can be built from {self.base}/config.json"), torch.device("meta"):
             config = AutoConfig.from_pretrained(self.base, **NO_CODE, **self.labels)
             return self.auto.from_config(config, **NO_CODE)
 
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """All that is wrong, and how far tensors and values are from the truth."""
+    """All faults, and how far tensors and outputs deviate."""
 
     faults: list[str]
-    tensors: list[expected.Found]  # the worst first
-    error: float  # by `measure`
+    tensors: list[deviation.Deviation]  # the worst first
+    error: float  # of the outputs, by `measure`
     tolerance: float
     measure: str
 
@@ -87,84 +89,84 @@ class Proof:
 
 
 def _finite(value: float) -> float | None:
-    """JSON has no nan and no infinity."""
+    """Replace nan and infinity, which JSON does not have."""
     return value if math.isfinite(value) else None
 
 
 # --- the three parts -------------------------------------------------------------------------------------------------
 
 
-def prove(case: Case, merged: Path, live: Trained | None = None) -> Proof:
-    """Whether `merged` is the trained model: files and tensors, then configuration and keys, then log-probs or scores.
+def prove(case: Case, merged: Path, live: ProbeOutputs | None = None) -> Proof:
+    """Compare `merged` with the trained model: files and tensors, then configuration and keys, then log-probs or scores.
 
-    `live` is what the trained model itself said. Where it is not at hand, or computed in half precision, base and adapter are
-    loaded as PEFT does it too, one model after the other, never two at once.
+    `live` are the outputs of the trained model itself. Where there are none, or they were computed in half precision, base and
+    adapter are also loaded by PEFT; one model after the other, never two at once.
     """
     try:
-        wanted = expected.truths(case.base, case.adapter, case.bare(), case.vocabulary, case.tokens)
-        tensors, faults = expected.compare(merged, wanted.tensors, case.dtype)
-        faults += _of_config(case, merged, tied=wanted.tied)
-        faults += _of_scales(wanted.scales, live.scales) if live else []
-        faults += _of_content(case.adapter, live.content) if live and live.content is not None else []
+        model = expected.expected_model(case.base, case.adapter, case.empty_model(), case.vocabulary, case.tokens)
+        tensors, faults = deviation.compare(merged, model.tensors, case.dtype)
+        faults += _config_faults(case, merged, tied=model.tied)
+        faults += _scale_faults(model.scales, live.scales) if live else []
+        faults += _adapter_faults(case.adapter, live.bit_sums) if live and live.bit_sums is not None else []
     except UserError as error:
         tensors, faults = [], [str(error)]
     if faults:
         return Proof(faults, tensors, math.nan, math.nan, "log-probs not compared")
     ids = live.ids if live else _probe(case, merged)
-    plain = live is not None and live.unit <= SINGLE and live.without is None and case.dtype is torch.float32
-    stored = None if plain else _stored(case, ids, live)
-    comparisons, faults = _compared(case, merged, live, stored)
-    worst = max(comparisons, key=lambda each: each.share)
+    exact = live is not None and live.unit <= SINGLE and live.without_adapter is None and case.dtype is torch.float32
+    stored = None if exact else _probe_stored(case, ids, live)
+    comparisons, faults = _compare_outputs(case, merged, live, stored)
+    worst = max(comparisons, key=lambda each: each.fraction)
     faults += [str(each) for each in comparisons if not each.holds]
     return Proof(faults, tensors, worst.error, worst.tolerance, worst.measure)
 
 
-def _of_config(case: Case, merged: Path, *, tied: bool) -> list[str]:
-    """Settings of the merged model that are not the base's, other than those that a merge may move."""
-    base, made = (AutoConfig.from_pretrained(path, **NO_CODE, **case.labels) for path in (case.base, merged))
-    was, now = _settled(base.to_dict()), _settled(made.to_dict())
-    names = sorted(name for name in was.keys() | now.keys() if was.get(name) != now.get(name))
-    faults = [f"config.json: {name} is {now.get(name)!r} and the base's is {was.get(name)!r}" for name in names]
-    size, have = max(base.get_text_config().vocab_size, case.vocabulary), made.get_text_config().vocab_size
-    if have != size:
-        faults.append(f"config.json: vocab_size is {have} instead of {size}")
-    if (ties := bool(getattr(made, "tie_word_embeddings", False))) != tied and not case.reward:
+def _config_faults(case: Case, merged: Path, *, tied: bool) -> list[str]:
+    """Return the settings of the merged model that differ from the base's, other than those that a merge may change."""
+    base, config = (AutoConfig.from_pretrained(path, **NO_CODE, **case.labels) for path in (case.base, merged))
+    before, after = _fixed(base.to_dict()), _fixed(config.to_dict())
+    names = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    faults = [f"config.json: {name} is {after.get(name)!r} and the base's is {before.get(name)!r}" for name in names]
+    expected_size, size = max(base.get_text_config().vocab_size, case.vocabulary), config.get_text_config().vocab_size
+    if size != expected_size:
+        faults.append(f"config.json: vocab_size is {size} instead of {expected_size}")
+    if (ties := bool(getattr(config, "tie_word_embeddings", False))) != tied and not case.reward:
         faults.append(f"config.json: tie_word_embeddings is {ties} instead of {tied}")
     return faults
 
 
-def _settled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a merge leaves alone, in nested configurations too."""
+def _fixed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that a merge must not change, of nested configurations too."""
     return {
-        name: _settled(value) if isinstance(value, Mapping) else value for name, value in settings.items() if name not in FREE
+        name: _fixed(value) if isinstance(value, Mapping) else value for name, value in settings.items() if name not in MAY_CHANGE
     }
 
 
-def _of_scales(saved: Mapping[str, float], used: Mapping[str, float]) -> list[str]:
-    """Layers whose saved adapter says another scale than the one that they were trained with."""
+def _scale_faults(saved: Mapping[str, float], used: Mapping[str, float]) -> list[str]:
+    """Return the layers whose scale in the saved adapter differs from the one they were trained with."""
     return [f"{layer} was trained with a scale of {used.get(layer)} and is saved with {saved.get(layer)}"
             for layer in sorted(saved.keys() | used.keys())
             if not math.isclose(saved.get(layer, math.nan), used.get(layer, math.nan), rel_tol=1e-9)]  # fmt: skip
 
 
-def _of_content(adapter: Path, content: Collection[int]) -> list[str]:
-    """Tensors that were saved otherwise than the model has them."""
+def _adapter_faults(adapter: Path, trained: Collection[int]) -> list[str]:
+    """Return the tensors of the saved adapter that differ from the model's, by the bit sums of the `trained` ones."""
     file, wrap = SafeFile(adapter / "adapter_model.safetensors"), 2**64
-    sums = {name: sum(map(bits, blocks(file, name))) % wrap for name in file.names if ".original_module." not in name}
-    trained_with = {number % wrap for number in content}
+    sums = {name: sum(map(bit_sum, blocks(file, name))) % wrap for name in file.names if ".original_module." not in name}
+    expected_sums = {number % wrap for number in trained}
     faults = [
-        f"{name} of the adapter is not as the trained model has it" for name, each in sums.items() if each not in trained_with
+        f"{name} of the adapter differs from the trained model's" for name, each in sums.items() if each not in expected_sums
     ]
-    lost = len(trained_with - set(sums.values()))
-    return faults or ([f"{lost} tensors that were trained are not in the adapter"] if lost else [])
+    missing = len(expected_sums - set(sums.values()))
+    return faults or ([f"{missing} tensors that were trained are not in the adapter"] if missing else [])
 
 
-# --- what it computes ------------------------------------------------------------------------------------------------
+# --- outputs ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The merged model's values against those of one witness."""
+    """The merged model's values against those of one probe."""
 
     measure: str
     error: float
@@ -175,10 +177,10 @@ class Comparison:
         return self.error <= self.tolerance
 
     @property
-    def share(self) -> float:
-        """Of what is allowed; nan, which is wrong, counts as the most."""
-        share = self.error / (self.tolerance or math.ulp(0.0))
-        return share if share == share else math.inf
+    def fraction(self) -> float:
+        """The error as a fraction of the tolerance; nan, which is wrong, counts as infinite."""
+        fraction = self.error / (self.tolerance or math.ulp(0.0))
+        return fraction if fraction == fraction else math.inf
 
     def __str__(self) -> str:
         return f"{self.measure} {self.error:.1e}, allowed {self.tolerance:.1e}"
@@ -187,66 +189,71 @@ class Comparison:
 def _probe(case: Case, merged: Path) -> Tensor:
     text = AutoConfig.from_pretrained(merged, **NO_CODE).get_text_config()
     vocabulary = Vocabulary(case.vocabulary, tuple(case.tokens))
-    return trained.probe(vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=case.reward)
+    return probe.probe_ids(
+        vocabulary, text.vocab_size, longest=getattr(text, "max_position_embeddings", None), reward=case.reward
+    )
 
 
-def _stored(case: Case, ids: Tensor, live: Trained | None) -> Trained:
-    """What base and adapter compute together in float32, both read from the disk by PEFT; along the routes of the trained
-    model, where that is at hand."""
+def _probe_stored(case: Case, ids: Tensor, live: ProbeOutputs | None) -> ProbeOutputs:
+    """Return the outputs of base and adapter in float32, both loaded by PEFT, along the routes of `live` if given."""
     model = case.auto.from_pretrained(case.base, dtype=torch.float32, **SAFELY, **case.labels)
     grow(model, case.vocabulary, case.tokens)
     adapted = PeftModel.from_pretrained(model, str(case.adapter)).eval()
     temperature = live.temperature if live else 1.0
-    knobs: dict[str, Any] = {"temperature": temperature, "reward": case.reward, "routes": live.routes if live else ()}
-    values, routes = chosen_by(adapted, ids, **knobs)
+    settings: dict[str, Any] = {"temperature": temperature, "reward": case.reward, "routes": live.routes if live else ()}
+    values, routes = outputs_and_routes(adapted, ids, **settings)
     with adapter_off(adapted):
-        without = said_by(adapted, ids, **knobs)
-    return Trained(ids, values, {}, SINGLE, temperature=temperature, without=without, routes=routes)
+        without_adapter = outputs_of(adapted, ids, **settings)
+    return ProbeOutputs(ids, values, {}, SINGLE, temperature=temperature, without_adapter=without_adapter, routes=routes)
 
 
-def _compared(case: Case, merged: Path, live: Trained | None, stored: Trained | None) -> tuple[list[Comparison], list[str]]:
-    """The merged model, loaded by plain from_pretrained into float32, beside its witnesses; and wrong keys."""
+def _compare_outputs(
+    case: Case, merged: Path, live: ProbeOutputs | None, stored: ProbeOutputs | None
+) -> tuple[list[Comparison], list[str]]:
+    """Compare the merged model, loaded by from_pretrained in float32, with the trained model and with base and adapter. Also
+    return the keys that loading finds missing or unexpected."""
     model, report = case.auto.from_pretrained(merged, dtype=torch.float32, output_loading_info=True, **SAFELY)
     faults = [f"from_pretrained finds {kind.replace('_', ' ')}: {', '.join(sorted(map(str, report[kind]))[:3])}"
               for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") if report[kind]]  # fmt: skip
     first = live or stored
     assert first is not None
-    knobs: dict[str, Any] = {"temperature": first.temperature, "reward": case.reward, "routes": first.routes}
-    values, routes = chosen_by(model.eval(), first.ids, **knobs)
-    here = Trained(first.ids, values, {}, SINGLE, routes=routes)
+    settings: dict[str, Any] = {"temperature": first.temperature, "reward": case.reward, "routes": first.routes}
+    values, routes = outputs_and_routes(model.eval(), first.ids, **settings)
+    loaded = ProbeOutputs(first.ids, values, {}, SINGLE, routes=routes)
     kind, rounded = "scores" if case.reward else "log-probs", torch.finfo(case.dtype).eps
     count = decisions(first.routes)
-    in_half = trained.detours_in_half(model, first.ids, **knobs) if count and live is not None and live.unit > SINGLE else 0.0
+    in_half = probe.rerouted_in_half(model, first.ids, **settings) if count and live is not None and live.unit > SINGLE else 0.0
 
-    def beside(what: str, one: Trained, other: Trained, *units: float) -> list[Comparison]:
-        """Two right computations, of which each may be off by its roundings: what they say, and where they would go."""
-        noise = trained.noise(model, first.ids, math.hypot(*units), **knobs)
-        said = f"typical difference of {kind} {what}"
-        found = [Comparison(said, typical(one.values - other.values), FACTOR * typical(noise.moved))]
+    def compared(what: str, one: ProbeOutputs, other: ProbeOutputs, *units: float) -> list[Comparison]:
+        """Compare outputs and routes of two computations, each of which may be off by its own rounding `units`."""
+        noise = probe.noise(model, first.ids, math.hypot(*units), **settings)
+        measure = f"typical difference of {kind} {what}"
+        results = [Comparison(measure, rms(one.values - other.values), FACTOR * rms(noise.moved))]
         if count:
-            usual = max(noise.detours, in_half if one is live or other is live else 0.0)
+            usual = max(noise.rerouted, in_half if one is live or other is live else 0.0)
             allowed = FACTOR * usual + FEW / count
-            found.append(Comparison(f"difference of routes {what}", otherwise(one.routes, other.routes), allowed))
-        return found
+            results.append(Comparison(f"difference of routes {what}", rerouted_fraction(one.routes, other.routes), allowed))
+        return results
 
-    found = []
-    if live is not None and live.without is None:
-        found += beside("from the trained model", here, live, rounded, live.unit, SINGLE)
+    comparisons = []
+    if live is not None and live.without_adapter is None:
+        comparisons += compared("from the trained model", loaded, live, rounded, live.unit, SINGLE)
     if stored is not None:
-        found += beside("from base and adapter as PEFT loads them", here, stored, rounded, SINGLE, SINGLE)
-    if live is not None and stored is not None and live.without is None:
-        found += beside("of the trained model from what was saved of it", live, stored, live.unit, SINGLE, SINGLE)
+        comparisons += compared("from base and adapter as PEFT loads them", loaded, stored, rounded, SINGLE, SINGLE)
+    if live is not None and stored is not None and live.without_adapter is None:
+        comparisons += compared("of the trained model from what was saved of it", live, stored, live.unit, SINGLE, SINGLE)
     elif live is not None and stored is not None:
-        found.append(_quantised(live, stored))
-    return found, faults
+        comparisons.append(_quantised(live, stored))
+    return comparisons, faults
 
 
-def _quantised(live: Trained, stored: Trained) -> Comparison:
-    """A model on a quantised base is not the one on the disk: what its adapter adds is compared, within what quantising moves."""
-    assert live.without is not None
-    assert stored.without is not None
-    error = typical((live.values - live.without) - (stored.values - stored.without))
-    return Comparison("typical difference of what the adapter adds", error, FACTOR * typical(live.without - stored.without))
+def _quantised(live: ProbeOutputs, stored: ProbeOutputs) -> Comparison:
+    """Compare only what the adapter adds, since a quantised base differs from the disk's, within what quantising changes."""
+    assert live.without_adapter is not None
+    assert stored.without_adapter is not None
+    moved = live.without_adapter - stored.without_adapter  # what quantising changes
+    error = rms((live.values - live.without_adapter) - (stored.values - stored.without_adapter))
+    return Comparison("typical difference of what the adapter adds", error, FACTOR * rms(moved))
 
 
 def write_report(path: Path, proof: Proof, facts: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Safetensors a block of rows at a time: read by name without mapping the file, written in shards as the blocks arrive."""
+"""Read and write safetensors a block of rows at a time: no file is mapped, and shards are written as blocks arrive."""
 
 import json
 import math
@@ -18,24 +18,24 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-BLOCK = 2**20  # elements worked on at once: 8 MiB of float64
-HEADER = 100_000_000  # bytes, the library's own limit
-SHARD = 5 * 10**9  # bytes, the hub's own default
+BLOCK = 2**20  # elements in a block: 8 MiB of float64
+MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
+SHARD = 5 * 10**9  # bytes, the default of the hub
 INDEX = "model.safetensors.index.json"
 
 
 class SafeFile:
-    """A safetensors file opened by name. What is read is copied, so that memory holds no page of the file.
+    """A safetensors file. What is read is copied, so that no page of the file stays in memory.
 
-    Raises UserError where the file is not whole.
+    Raises UserError if the file is not whole.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with user_errors(f"{path} cannot be read as safetensors"), path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            if length > HEADER:
-                raise ValueError(f"its header has {length} bytes, and {HEADER} is the most that safetensors knows")
+            if length > MAX_HEADER:
+                raise ValueError(f"its header has {length} bytes, and safetensors allows at most {MAX_HEADER}")
             header = json.loads(file.read(length)) if length < path.stat().st_size else {}
             header.pop("__metadata__", None)
             self._facts = {name: _facts(name, facts) for name, facts in header.items()}
@@ -43,7 +43,7 @@ class SafeFile:
         end = max((offsets[1] for _, _, offsets in self._facts.values()), default=0)
         if path.stat().st_size != self._data + end:
             raise UserError(
-                f"{path} has {path.stat().st_size} bytes and its header speaks of {self._data + end}: it is not whole"
+                f"{path} has {path.stat().st_size} bytes, and its header describes {self._data + end}: it is not whole"
             )
 
     @property
@@ -61,7 +61,7 @@ class SafeFile:
         return self._bytes(start, end).view(dtype).reshape(shape)
 
     def rows(self, name: str, first: int, last: int) -> Tensor:
-        """Rows `first` to `last` of a tensor of one dimension or more."""
+        """Return rows `first` to `last` of a tensor of one dimension or more."""
         dtype, shape, (start, _) = self._facts[name]
         width = math.prod(shape[1:]) * dtype.itemsize
         return self._bytes(start + first * width, start + last * width).view(dtype).reshape(last - first, *shape[1:])
@@ -78,16 +78,16 @@ class SafeFile:
 
 
 def _facts(name: str, facts: Any) -> tuple[torch.dtype, list[int], list[int]]:
-    """What the header says of a tensor. Raises ValueError where that is no tensor."""
+    """Return dtype, shape and offsets of a tensor from the header. Raises ValueError if they are invalid."""
     dtype, shape, offsets = DTYPES[facts["dtype"]], facts["shape"], facts["data_offsets"]
-    whole = all(type(number) is int and 0 <= number < 2**48 for number in [*shape, *offsets]) and len(offsets) == 2
-    if not whole or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
-        raise ValueError(f"{one_line(name)} does not lie where its header says")
+    valid = all(type(number) is int and 0 <= number < 2**48 for number in [*shape, *offsets]) and len(offsets) == 2
+    if not valid or offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"the header has a wrong shape or wrong offsets for {one_line(name)}")
     return dtype, shape, offsets
 
 
 def spans(shape: list[int]) -> list[tuple[int, int]]:
-    """Runs of rows that make a block each; a tensor of no or small rows is one."""
+    """Split the rows of a tensor into blocks of at most about BLOCK elements: (first, last) of each."""
     if not shape:
         return [(0, 0)]
     step = max(1, BLOCK // max(1, math.prod(shape[1:])))
@@ -95,7 +95,7 @@ def spans(shape: list[int]) -> list[tuple[int, int]]:
 
 
 def blocks(file: SafeFile, name: str) -> Iterator[Tensor]:
-    """A tensor's rows in order."""
+    """Yield a tensor's rows in order, block by block."""
     if not file.shape(name):
         yield file.read(name)
         return
@@ -105,7 +105,7 @@ def blocks(file: SafeFile, name: str) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor to be written: what it is, and its rows, block by block, when its turn comes."""
+    """A tensor to be written, whose blocks are computed when its turn comes."""
 
     dtype: torch.dtype
     shape: list[int]
@@ -116,31 +116,31 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def _head(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, int]:
-    """What stands before the tensors, and how many bytes they take."""
+def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> tuple[bytes, int]:
+    """Return the bytes that precede the tensors, and the number of bytes of the tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, entry in entries.items():
         header[name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, offset + entry.size]}
         offset += entry.size
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # tensors start aligned
+    text += b" " * (-len(text) % 8)  # so that the tensors are aligned
     return len(text).to_bytes(8, "little") + text, offset
 
 
-def write_hollow(path: Path, shapes: Mapping[str, list[int]]) -> None:
-    """A file of float32 tensors of which only names and shapes count: it takes no room on the disk."""
-    head, size = _head({name: Entry(torch.float32, shape, lambda: iter(())) for name, shape in shapes.items()}, {})
+def write_empty(path: Path, shapes: Mapping[str, list[int]]) -> None:
+    """Write a sparse file of float32 tensors that has names and shapes but takes no space for their values."""
+    header, size = _header({name: Entry(torch.float32, shape, lambda: iter(())) for name, shape in shapes.items()}, {})
     with path.open("wb") as file:
-        file.write(head)
-        file.truncate(len(head) + size)
+        file.write(header)
+        file.truncate(len(header) + size)
 
 
 def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, one block in memory at a time."""
-    head, _ = _head(entries, metadata or {})
+    """Write a safetensors file with one block in memory at a time."""
+    header, _ = _header(entries, metadata or {})
     with path.open("wb") as file:
-        file.write(head)
+        file.write(header)
         for name, entry in entries.items():
             size = 0
             for block in entry.blocks():
@@ -151,7 +151,7 @@ def write(path: Path, entries: Mapping[str, Entry], metadata: Mapping[str, str] 
 
 
 def write_sharded(directory: Path, entries: Mapping[str, Entry], limit: int = SHARD) -> None:
-    """model.safetensors, or shards of at most `limit` bytes (or one tensor) with their index, as from_pretrained reads them."""
+    """Write model.safetensors, or shards of at most `limit` bytes (or one tensor) with the index that from_pretrained reads."""
     shards: list[dict[str, Entry]] = [{}]
     for name, entry in entries.items():
         if shards[-1] and sum(each.size for each in shards[-1].values()) + entry.size > limit:
@@ -169,24 +169,24 @@ def write_sharded(directory: Path, entries: Mapping[str, Entry], limit: int = SH
     (directory / INDEX).write_text(json.dumps(index, indent=1))
 
 
-def parts_of(index: Path) -> dict[str, str]:
-    """In which file beside its index each tensor lies. Raises UserError where the index names none, or a place elsewhere."""
-    found = confined.load_object(index).get("weight_map")
-    if not isinstance(found, dict) or not found:
+def read_weight_map(index: Path) -> dict[str, str]:
+    """Return the file name of each tensor from an index. Raises UserError if there are none, or one is in another directory."""
+    weight_map = confined.load_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map")
-    for part in found.values():
+    for part in weight_map.values():
         if not isinstance(part, str) or part in ("", ".", "..") or "/" in part or "\\" in part or "\0" in part:
-            raise UserError(f"{index} names {one_line(part)} as a part of its weights, which is no file beside it")
-    return found
+            raise UserError(f"{index} names {one_line(part)} as a part of its weights, which is no file next to it")
+    return weight_map
 
 
 def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files that make up the model in `directory`. Raises UserError where there are none, or one is missing."""
+    """Return the safetensors files of the model in `directory`. Raises UserError if there are none, or one is missing."""
     index = directory / INDEX
-    if (directory / "model.safetensors").is_file():  # from_pretrained takes it first, whatever an index says
+    if (directory / "model.safetensors").is_file():  # from_pretrained prefers it to an index
         names = ["model.safetensors"]
     elif index.is_file():
-        names = sorted(set(parts_of(index).values()))
+        names = sorted(set(read_weight_map(index).values()))
     else:
         names = sorted(path.name for path in directory.glob("*.safetensors") if not path.name.startswith("."))
     missing = [name for name in names if not (directory / name).is_file()]
@@ -201,8 +201,8 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def size_of(text: str) -> int:
-    """`5GB`, `200MB`: decimal units as the hub counts them. Raises UserError."""
+def parse_size(text: str) -> int:
+    """Parse `5GB` or `200MB` in decimal units, as the hub counts them. Raises UserError."""
     for unit, scale in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         number = text.upper().removesuffix(unit)
         if number != text.upper() and number.replace(".", "", 1).isdecimal() and float(number) > 0:

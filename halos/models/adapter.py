@@ -44,8 +44,8 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # a head that is trained whole has the base's dtype; its updates would vanish in bfloat16
             parameter.data = parameter.data.float()
-    lora.refuse_idle_patterns(adapted, settings)
-    lora.say_exactly(adapted)
+    lora.refuse_unmatched_patterns(adapted, settings)
+    lora.pin_patterns(adapted)
     remember_base_values(adapted, own)
     return adapted
 

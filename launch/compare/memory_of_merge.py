@@ -54,7 +54,7 @@ def ours(directory: Path, output: Path, case: Any) -> None:
     from halos.merge.merge import merge
 
     output.mkdir()
-    merge(case.base, case.adapter, output, model=case.bare(), dtype=case.dtype)
+    merge(case.base, case.adapter, output, model=case.empty_model(), dtype=case.dtype)
 
 
 def proving(directory: Path, output: Path, case: Any) -> None:
@@ -83,7 +83,7 @@ def act(role: str, directory: Path) -> None:
     from halos.merge import merge, proof  # noqa: F401
 
     case = proof.Case(directory / "base", directory / "adapter", False, torch.bfloat16)
-    case.bare()
+    case.empty_model()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which so far is that of the imports
     ROLES[role](directory, directory / role, case)

@@ -140,7 +140,7 @@ def test_a_reward_model_keeps_its_score(runs: Path, tmp_path: Path, ends: Any) -
 def test_a_copy_that_is_not_the_original_is_not_left_behind(
     runs: Path, tmp_path: Path, ends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(expected, "copy_of", lambda *_: {})
+    monkeypatch.setattr(expected, "expected_copy", lambda *_: {})
     status, said = ends("export", runs / "whole", "--output", tmp_path / "out")
     assert status == 2
     assert "the exported weights differ from the saved ones" in said

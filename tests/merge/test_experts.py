@@ -6,19 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import expert_merge_faults
 import pytest
-import statement_experts
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
 from halos.checkpoint import lineage
 from halos.errors import UserError
-from halos.merge import expected, proof
+from halos.merge import deviation, proof
+from halos.merge.dry_run import dry_run
 from halos.merge.expected_experts import Factors
-from halos.merge.experts import Stack
-from halos.merge.merge_and_prove import combine
-from halos.merge.rehearsal import rehearse
+from halos.merge.experts import ExpertUpdates
+from halos.merge.merge_and_prove import merge_and_prove
 from halos.models import adapter
 from tests.mixtures import FAMILIES, build
 
@@ -61,8 +61,8 @@ TABLE += [(family, cell, torch.float32) for family in ("Mixtral", "DeepseekV3") 
 @pytest.mark.parametrize(("family", "cell", "dtype"), TABLE, ids=str)
 def test_a_merged_mixture_is_what_peft_would_merge(family: str, cell: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, case = trained(tmp_path, family, dtype=dtype, **CELLS[cell])
-    rehearse(case, model)
-    result = combine(case, tmp_path / "merged", lineage.hashes)
+    dry_run(case, model)
+    result = merge_and_prove(case, tmp_path / "merged", lineage.hashes)
     assert result.holds, result.faults
     base, merged = (load_file(place / "model.safetensors") for place in (case.base, tmp_path / "merged"))
     assert base.keys() == merged.keys()  # an expert a tensor, as the files had it
@@ -82,8 +82,8 @@ def test_a_merged_mixture_is_what_peft_would_merge(family: str, cell: str, dtype
 @pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3"])
 def test_files_that_hold_experts_as_memory_does_are_written_so(family: str, tmp_path: Path) -> None:
     model, case = trained(tmp_path, family, fused=True)
-    rehearse(case, model)
-    result = combine(case, tmp_path / "merged", lineage.hashes)
+    dry_run(case, model)
+    result = merge_and_prove(case, tmp_path / "merged", lineage.hashes)
     assert result.holds, result.faults
     assert any(name.endswith("experts.gate_up_proj") for name in load_file(tmp_path / "merged" / "model.safetensors"))
 
@@ -142,7 +142,7 @@ def right(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     """A right merge, and the model that it is of."""
     place = tmp_path_factory.mktemp("right")
     model, case = trained(place, "Qwen3Moe", dtype=request.param)
-    assert combine(case, place / "merged", lineage.hashes).holds
+    assert merge_and_prove(case, place / "merged", lineage.hashes).holds
     return model, case, place / "merged"
 
 
@@ -157,7 +157,7 @@ def test_a_wrong_expert_is_seen_in_its_tensors_and_in_what_the_model_says(
     seen = proof.prove(case, tmp_path / "wrong")
     assert not seen.holds
     assert ".experts." in seen.faults[0]
-    monkeypatch.setattr(expected, "compare", lambda *_: ([], []))
+    monkeypatch.setattr(deviation, "compare", lambda *_: ([], []))
     seen = proof.prove(case, tmp_path / "wrong")
     assert not seen.holds
     assert "difference of log-probs" in seen.faults[0]
@@ -172,7 +172,7 @@ def test_a_router_that_decides_otherwise_is_no_rounding(
     name = "model.layers.1.mlp.gate.weight"
     tensors[name] = tensors[name].roll(1, 0)
     save_file(tensors, tmp_path / "wrong" / "model.safetensors", {"format": "pt"})
-    monkeypatch.setattr(expected, "compare", lambda *_: ([], []))
+    monkeypatch.setattr(deviation, "compare", lambda *_: ([], []))
     faults = proof.prove(case, tmp_path / "wrong").faults
     assert any("difference of routes" in fault for fault in faults), faults
 
@@ -181,7 +181,7 @@ def test_an_adapter_of_other_experts_is_refused_before_a_byte_is_written(tmp_pat
     _, case = trained(tmp_path, "Mixtral")
     other = build("Mixtral", tmp_path / "other", num_local_experts=8)
     with pytest.raises(UserError, match=r"has 8 experts of \[\d+, \d+\], and its adapter of rank 2 is"):
-        combine(replace(case, base=other), tmp_path / "merged", lineage.hashes)
+        merge_and_prove(replace(case, base=other), tmp_path / "merged", lineage.hashes)
     assert not list((tmp_path / "merged").iterdir())
 
 
@@ -190,20 +190,20 @@ def test_an_adapter_of_other_experts_is_refused_before_a_byte_is_written(tmp_pat
 
 def both_give_updates_to_other_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     delta = Factors._of
-    monkeypatch.setattr(Stack, "of", statement_experts.of_the_next(Stack.of))
+    monkeypatch.setattr(ExpertUpdates, "of", expert_merge_faults.of_the_next(ExpertUpdates.of))
     monkeypatch.setattr(Factors, "_of", lambda self, expert, *rows: delta(self, (expert + 1) % self.experts, *rows))
 
 
 def alone(broken: Callable[..., Any]) -> Callable[[pytest.MonkeyPatch], None]:
-    return lambda monkeypatch: monkeypatch.setattr(Stack, "of", broken(Stack.of))
+    return lambda monkeypatch: monkeypatch.setattr(ExpertUpdates, "of", broken(ExpertUpdates.of))
 
 
-FORMULA, SMALL = "is not what its formula says", "tried on a small model of the same architecture"
+FORMULA, SMALL = "differs from its formula", "tried on a small model of the same architecture"
 EARLY = {
-    "its halves swapped": (alone(statement_experts.with_its_halves_swapped), FORMULA),
-    "other experts": (alone(statement_experts.of_the_next), FORMULA),
-    "columns together": (alone(statement_experts.with_columns_together), FORMULA),
-    "an expert in the middle": (alone(statement_experts.without_the_second), SMALL),
+    "its halves swapped": (alone(expert_merge_faults.with_its_halves_swapped), FORMULA),
+    "other experts": (alone(expert_merge_faults.of_the_next), FORMULA),
+    "columns together": (alone(expert_merge_faults.with_columns_together), FORMULA),
+    "an expert in the middle": (alone(expert_merge_faults.without_the_second), SMALL),
     "both wrong": (both_give_updates_to_other_experts, SMALL),
 }  # fmt: skip
 
@@ -219,4 +219,4 @@ def test_experts_that_would_be_merged_wrong_are_refused_on_a_fresh_adapter(
     spoilt, said = EARLY[fault]
     spoilt(monkeypatch)
     with pytest.raises(UserError, match=f"cannot merge: .*{said}"):
-        rehearse(case, model.to("meta"))
+        dry_run(case, model.to("meta"))

@@ -16,9 +16,9 @@ from halos.checkpoint import lineage
 from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import lora, merge, proof
-from halos.merge.merge_and_prove import combine
-from halos.merge.rehearsal import rehearse
-from halos.merge.trained import Trained, content_of, probe, said_by, unit_of
+from halos.merge.dry_run import dry_run
+from halos.merge.merge_and_prove import merge_and_prove
+from halos.merge.probe import ProbeOutputs, bit_sums_of, outputs_of, probe_ids, rounding_unit
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -144,15 +144,15 @@ def adapted(model: Any, name: str, *, seed: int = 2, **settings: Any) -> Any:
 
 
 def combined(case: proof.Case, output: Path, **settings: Any) -> proof.Proof:
-    return combine(case, output, lineage.hashes, **settings)
+    return merge_and_prove(case, output, lineage.hashes, **settings)
 
 
-def said(model: Any, case: proof.Case) -> Trained:
+def said(model: Any, case: proof.Case) -> ProbeOutputs:
     """What a model that was trained outside of a run says, as a run would ask it."""
     size = max(case.vocabulary, SIZES["vocab_size"])
-    ids = probe(Vocabulary(size, case.tokens), size, reward=case.reward)
-    values = said_by(model, ids, temperature=1.0, reward=case.reward)
-    return Trained(ids, values, lora.scales_of(model), unit_of(model, half=False), content_of(model))
+    ids = probe_ids(Vocabulary(size, case.tokens), size, reward=case.reward)
+    values = outputs_of(model, ids, temperature=1.0, reward=case.reward)
+    return ProbeOutputs(ids, values, lora.scales_of(model), rounding_unit(model, half=False), bit_sums_of(model))
 
 
 def forward(model: Any) -> Any:
@@ -179,7 +179,7 @@ def test_a_merged_model_is_the_adapter_model(name: str, variant: str, tied: bool
     model, case = trained(tmp_path, name, VARIANTS[variant], tied=tied, dtype=dtype)
     result = combined(case, tmp_path / "merged", model=model.get_base_model(), live=said(model, case))
     assert result.holds, result.faults
-    ids = probe(Vocabulary(), SIZES["vocab_size"])
+    ids = probe_ids(Vocabulary(), SIZES["vocab_size"])
     merged, report = case.auto.from_pretrained(tmp_path / "merged", dtype=torch.float32, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     found, truth = forward(merged.eval())(ids), forward(model)(ids)
@@ -218,8 +218,8 @@ def test_blocks_of_a_few_rows_give_what_whole_tensors_give(tmp_path: Path, monke
     for name, variant in (("Llama", "dora"), ("GPT2", "dora"), ("Qwen2", "grown, embedding lora"), ("GPT2", "embedding dora")):
         place = tmp_path / f"{name}-{variant}"
         _, case = trained(place, name, VARIANTS[variant], tied=ARCHITECTURES[name].tied)
-        merge.merge(case.base, case.adapter, place / "merged", model=case.bare(), dtype=case.dtype, vocabulary=case.vocabulary,
-                    tokens=case.tokens)  # fmt: skip
+        merge.merge(case.base, case.adapter, place / "merged", model=case.empty_model(), dtype=case.dtype,
+                    vocabulary=case.vocabulary, tokens=case.tokens)  # fmt: skip
         monkeypatch.setattr("halos.merge.safetensors_io.BLOCK", 1000)
         (place / "blocks").mkdir()
         assert combined(case, place / "blocks").holds
@@ -248,7 +248,7 @@ REFUSED = [
 @pytest.mark.parametrize(("settings", "named"), REFUSED, ids=lambda part: part if isinstance(part, str) else None)
 def test_a_kind_of_lora_that_is_not_covered_is_refused_by_name(settings: dict[str, Any], named: str) -> None:
     with pytest.raises(UserError, match=rf"cannot merge: {named}.* is not covered; keep the adapter"):
-        merge.refuse(peft.LoraConfig(target_modules=["q_proj"], **settings))
+        lora.refuse_uncovered(peft.LoraConfig(target_modules=["q_proj"], **settings))
 
 
 @pytest.mark.parametrize("kind", ["VeraConfig", "IA3Config", "LoHaConfig", "AdaLoraConfig"])
@@ -256,7 +256,7 @@ def test_an_adapter_of_another_kind_is_refused_by_name(kind: str) -> None:
     settings = {"total_step": 10} if kind == "AdaLoraConfig" else {}
     config = getattr(peft, kind)(target_modules=["q_proj"], **settings)
     with pytest.raises(UserError, match=config.peft_type.value):
-        merge.refuse(config)
+        lora.refuse_uncovered(config)
 
 
 def mixture(directory: Path) -> Any:
@@ -269,7 +269,7 @@ def mixture(directory: Path) -> Any:
 def test_experts_that_no_adapter_changes_pass_through(tmp_path: Path) -> None:
     model = adapted(mixture(tmp_path / "base"), "Llama", target_modules=["q_proj", "v_proj"])
     case = proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32)
-    rehearse(case, model)
+    dry_run(case, model)
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     (tmp_path / "merged").mkdir()
     assert combined(case, tmp_path / "merged").holds
@@ -278,7 +278,7 @@ def test_experts_that_no_adapter_changes_pass_through(tmp_path: Path) -> None:
 def test_experts_that_loading_fuses_are_refused_before_training(tmp_path: Path) -> None:
     model = adapted(mixture(tmp_path / "base"), "Llama", target_modules=["q_proj"], modules_to_save=["experts"])
     with pytest.raises(UserError, match=r"experts.* is fused with others when it is loaded"):
-        rehearse(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
+        dry_run(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
 
 
 def test_what_the_base_does_not_have_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_a_base_of_pickles_or_of_quantised_weights_is_refused(tmp_path: Path) ->
     config = json.loads((case.base / "config.json").read_text())
     (case.base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(UserError, match="are quantised on disk"):
-        rehearse(case, model)
+        dry_run(case, model)
     (case.base / "config.json").write_text(json.dumps(config))
     (case.base / "model.safetensors").rename(case.base / "pytorch_model.bin")
     with pytest.raises(UserError, match="nothing is unpickled"):
-        rehearse(case, model)
+        dry_run(case, model)

@@ -17,8 +17,7 @@ from torch import nn
 from halos.config.schema import Config
 from halos.distributed.parameters import is_shard, local_part
 from halos.errors import UserError
-from halos.merge import lora, merge, proof, safetensors_io
-from halos.merge import trained as witness
+from halos.merge import lora, merge, probe, proof, safetensors_io
 from halos.merge.lora import Update
 from halos.run.lifecycle import run
 
@@ -210,7 +209,7 @@ def test_a_wrong_norm_of_dora_fails_its_proof(fault: Any, tmp_path: Path, monkey
 
 def test_a_square_conv1d_taken_for_a_linear_layer_fails_its_proof(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, case = trained(tmp_path, "GPT2", Variant({"target_modules": ["attn.c_proj"]}), tied=True)
-    monkeypatch.setattr(merge.Merge, "_by_input", lambda *_: False)
+    monkeypatch.setattr(merge.Merge, "_is_transposed", lambda *_: False)
     assert_leaves_nothing(case, tmp_path / "merged")
 
 
@@ -354,7 +353,7 @@ LORA = ["loss=sft", "peft=lora", "train.steps=2", "train.batch_size=8", "checkpo
 def test_a_run_whose_merge_is_wrong_fails_and_keeps_the_adapter(
     fault: str, configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halos.checkpoint.preflight.rehearse", lambda *_: None)  # it would be refused before the first step
+    monkeypatch.setattr("halos.checkpoint.preflight.dry_run", lambda *_: None)  # it would be refused before the first step
     if fault == "wrong":
         subtracted(monkeypatch)
     else:
@@ -397,5 +396,5 @@ def test_what_pads_the_last_piece_of_a_parameter_is_none_of_its_bits(monkeypatch
         parameter.ds_tensor, parameter.ds_numel = behind[3 * rank : 3 * rank + 3], 7
         monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
         assert is_shard(parameter)
-        found += witness.bits(local_part(parameter))
-    assert found == witness.bits(values)
+        found += probe.bit_sum(local_part(parameter))
+    assert found == probe.bit_sum(values)

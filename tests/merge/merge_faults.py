@@ -23,8 +23,8 @@ from halos.checkpoint import lineage
 from halos.logps.model import LanguageModel
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import lora, merge, proof
-from halos.merge.merge_and_prove import combine
-from halos.merge.trained import Trained, ask, probe
+from halos.merge.merge_and_prove import merge_and_prove
+from halos.merge.probe import ProbeOutputs, probe_ids, probe_trained
 
 WORDS = 300
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "vocab_size": WORDS, "max_position_embeddings": 64,
@@ -50,7 +50,7 @@ class Trial:
     seed: int
     case: proof.Case
     model: Any
-    live: Trained | None
+    live: ProbeOutputs | None
     words: str  # what was drawn
     moved: float  # by the adapter, in the mean over log-probs
 
@@ -87,11 +87,11 @@ def draw(seed: int, place: Path, *, alone: bool = True) -> Trial:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **chosen))
-    lora.say_exactly(adapted)
+    lora.pin_patterns(adapted)
     size = train(dice, adapted, seed)
     adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
     (place / "merged").mkdir()
-    ids = probe(vocabulary, config.vocab_size, longest=SIZES["max_position_embeddings"])
+    ids = probe_ids(vocabulary, config.vocab_size, longest=SIZES["max_position_embeddings"])
     live, moved = said(adapted, ids, half=half)
     case = proof.Case(base, place / "adapter", False, getattr(torch, dtype), max(vocabulary.size, WORDS), vocabulary.new)
     words = f"{name} {layers} layers {'tied ' if tied else ''}{base_dtype}->{dtype} live {'bf16' if half else 'f32'} "
@@ -144,19 +144,19 @@ def train(dice: random.Random, model: Any, seed: int) -> float:
     return size
 
 
-def said(model: Any, ids: torch.Tensor, *, half: bool) -> tuple[Trained, float]:
+def said(model: Any, ids: torch.Tensor, *, half: bool) -> tuple[ProbeOutputs, float]:
     def autocast() -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
 
     module = LanguageModel(model)
-    live = ask(module, model, ids, autocast=autocast, half=half, temperature=1.0)
+    live = probe_trained(module, model, ids, autocast=autocast, half=half, temperature=1.0)
     with model.disable_adapter():
-        before = ask(module, model, ids, autocast=autocast, half=half, temperature=1.0)
+        before = probe_trained(module, model, ids, autocast=autocast, half=half, temperature=1.0)
     return live, (live.values - before.values).abs().mean().item()
 
 
 def right(trial: Trial) -> proof.Proof:
-    return combine(trial.case, trial.merged, lineage.hashes, model=trial.model.get_base_model(), live=trial.live)
+    return merge_and_prove(trial.case, trial.merged, lineage.hashes, model=trial.model.get_base_model(), live=trial.live)
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

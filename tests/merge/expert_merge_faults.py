@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 import transformers
-from statement import DTYPES, SIZES, WORDS, Fault, Tensors, Trial, in_the_files, new_tokens, patched, said, train
-from statement import FAULTS as OF_ANY
+from merge_faults import DTYPES, SIZES, WORDS, Fault, Tensors, Trial, in_the_files, new_tokens, patched, said, train
+from merge_faults import FAULTS as OF_ANY
 
 from halos.logps.vocabulary import grow
 from halos.merge import proof
-from halos.merge.experts import Stack
+from halos.merge.experts import ExpertUpdates
 from halos.merge.lora import Update
-from halos.merge.trained import probe
+from halos.merge.probe import probe_ids
 from halos.models import adapter
 
 SMALL = SIZES | {"hidden_size": 32, "intermediate_size": 40}
@@ -56,7 +56,7 @@ def draw(seed: int, place: Path, *, alone: bool = True) -> Trial:
     size = train(dice, adapted, seed)
     adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
     (place / "merged").mkdir()
-    live, moved = said(adapted, probe(vocabulary, WORDS, longest=SIZES["max_position_embeddings"]), half=half)
+    live, moved = said(adapted, probe_ids(vocabulary, WORDS, longest=SIZES["max_position_embeddings"]), half=half)
     case = proof.Case(base, place / "adapter", False, getattr(torch, dtype), max(vocabulary.size, WORDS), vocabulary.new)
     words = f"{name} {layers} layers {base_dtype}->{dtype} live {'bf16' if half else 'f32'} {'fused ' if fused else ''}"
     words += f"{chosen} new {vocabulary.new} moved by {size:.0e}"
@@ -124,7 +124,7 @@ def with_another_scale_for_one(of: Any) -> Any:
 def with_columns_together(of: Any) -> Any:
     """B read as A is: an expert's part in one run."""
 
-    def broken(self: Stack, expert: int) -> Update:
+    def broken(self: ExpertUpdates, expert: int) -> Update:
         update = of(self, expert)
         rank = update.b.shape[1]
         return replace(update, b=self.b[:, expert * rank : (expert + 1) * rank].double() if rank > 1 else -update.b)
@@ -135,7 +135,7 @@ def with_columns_together(of: Any) -> Any:
 def with_rows_apart(of: Any) -> Any:
     """A read as B is."""
 
-    def broken(self: Stack, expert: int) -> Update:
+    def broken(self: ExpertUpdates, expert: int) -> Update:
         update = of(self, expert)
         return replace(update, a=self.file.read(self.a)[expert :: self.experts].double() if len(update.a) > 1 else -update.a)
 
@@ -144,7 +144,7 @@ def with_rows_apart(of: Any) -> Any:
 
 FAULTS: list[Fault] = [
     *map(in_the_files, [two_experts_swapped, the_router_is_another, the_router_is_rounded_to_less]),
-    *(patched(Stack, "of", broken) for broken in (
+    *(patched(ExpertUpdates, "of", broken) for broken in (
         without_the_second, of_the_next, with_its_halves_swapped, with_another_scale_for_one, with_columns_together,
         with_rows_apart)),
 ]  # fmt: skip

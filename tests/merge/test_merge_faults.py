@@ -4,10 +4,10 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+import expert_merge_faults
+import merge_faults
 import pytest
-import statement
-import statement_experts
-from statement import Fault, Trial
+from merge_faults import Fault, Trial
 
 from halos.errors import UserError
 
@@ -20,7 +20,7 @@ def _right(draw: Draw, seeds: Iterable[int], place: Path) -> list[str]:
     failed = []
     for seed in seeds:
         trial = draw(seed, place / f"right-{seed}")
-        if (result := statement.right(trial)).faults:
+        if (result := merge_faults.right(trial)).faults:
             failed.append(f"{seed}: {trial.words}: {result}")
     return failed
 
@@ -29,7 +29,7 @@ def _wrong(draw: Draw, faults: Sequence[Fault], seeds: range, place: Path) -> li
     passed = []
     for seed in seeds:
         fault = faults[seed % len(faults)]
-        trial = draw(10_000 + seed, place / f"wrong-{seed}", alone=fault.__name__ not in statement.BESIDE)
+        trial = draw(10_000 + seed, place / f"wrong-{seed}", alone=fault.__name__ not in merge_faults.BESIDE)
         try:
             result = fault(trial, random.Random(seed)).prove()
         except UserError:
@@ -40,20 +40,20 @@ def _wrong(draw: Draw, faults: Sequence[Fault], seeds: range, place: Path) -> li
 
 
 def test_a_sample_of_right_merges_holds_and_of_wrong_ones_fails(tmp_path: Path) -> None:
-    assert _right(statement.draw, range(20), tmp_path) == []
-    assert _wrong(statement.draw, statement.FAULTS, range(len(statement.FAULTS)), tmp_path) == []
+    assert _right(merge_faults.draw, range(20), tmp_path) == []
+    assert _wrong(merge_faults.draw, merge_faults.FAULTS, range(len(merge_faults.FAULTS)), tmp_path) == []
 
 
 def test_a_sample_of_right_mixtures_holds_and_of_wrong_ones_fails(tmp_path: Path) -> None:
-    faults = statement_experts.FAULTS
-    assert _right(statement_experts.draw, [*range(8), FLIPPED], tmp_path) == []
-    assert _wrong(statement_experts.draw, faults, range(len(faults)), tmp_path) == []
+    faults = expert_merge_faults.FAULTS
+    assert _right(expert_merge_faults.draw, [*range(8), FLIPPED], tmp_path) == []
+    assert _wrong(expert_merge_faults.draw, faults, range(len(faults)), tmp_path) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("draw", "faults"),
-    [(statement.draw, statement.FAULTS), (statement_experts.draw, statement_experts.EVERY)],
+    [(merge_faults.draw, merge_faults.FAULTS), (expert_merge_faults.draw, expert_merge_faults.EVERY)],
     ids=["any", "mixtures"],
 )
 def test_every_right_merge_holds_and_every_wrong_one_fails(draw: Draw, faults: Sequence[Fault], tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from halos.errors import UserError
 from halos.logps.model import LanguageModel
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import expected, merge, proof
-from halos.merge.rehearsal import rehearse
-from halos.merge.trained import ask, content_of, probe
+from halos.merge.dry_run import dry_run
+from halos.merge.probe import bit_sums_of, probe_ids, probe_trained
 from halos.run.lifecycle import run
 
 GOES = {
@@ -39,13 +39,13 @@ GOES = {
 def test_what_merges_in_the_end_passes_before_the_start(what: str, dtype: str, tmp_path: Path) -> None:
     name, variant = GOES[what]
     model, case = trained(tmp_path, name, variant, tied=name == "Qwen2", dtype=dtype)
-    rehearse(case, model.to("meta"))
+    dry_run(case, model.to("meta"))
 
 
 def merge_and_recomputation_share_a_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
-    scaling, scale = merge.scaling, expected._Changes._scale
+    scaling, scale = merge.scaling, expected._AdapterChanges._scale
     monkeypatch.setattr(merge, "scaling", lambda *given: 2 * scaling(*given))
-    monkeypatch.setattr(expected._Changes, "_scale", lambda *given: 2 * scale(*given))
+    monkeypatch.setattr(expected._AdapterChanges, "_scale", lambda *given: 2 * scale(*given))
 
 
 def a_formula_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,13 +60,13 @@ def a_tensor_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def both_forget_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     a_tensor_is_forgotten(monkeypatch)
-    truths = expected.truths
-    monkeypatch.setattr(expected, "truths", lambda *given: replace(
-        whole := truths(*given), tensors=dict(list(whole.tensors.items())[1:])))  # fmt: skip
+    expected_model = expected.expected_model
+    monkeypatch.setattr(expected, "expected_model", lambda *given: replace(
+        whole := expected_model(*given), tensors=dict(list(whole.tensors.items())[1:])))  # fmt: skip
 
 
 FAULTS = [
-    (a_formula_is_wrong, "is not what its formula says"),
+    (a_formula_is_wrong, "differs from its formula"),
     (merge_and_recomputation_share_a_wrong_scale, "tried on a small model of the same architecture"),
     (a_tensor_is_forgotten, r"would be absent and ought to be \["),
     (both_forget_a_tensor, "would find missing keys"),
@@ -83,7 +83,7 @@ def test_a_merge_that_would_go_wrong_is_found_on_a_fresh_adapter(
             parameter.data.zero_()  # as every adapter starts
     fault(monkeypatch)
     with pytest.raises(UserError, match=f"cannot merge: .*{said}"):
-        rehearse(case, model)
+        dry_run(case, model)
 
 
 def test_an_adapter_of_layers_that_the_small_model_lacks_is_tried_on_all_that_it_has(
@@ -91,10 +91,10 @@ def test_an_adapter_of_layers_that_the_small_model_lacks_is_tried_on_all_that_it
 ) -> None:
     last = Variant({"target_modules": ["model.layers.1.mlp.up_proj"]})
     model, case = trained(tmp_path, "Llama", last, tied=False)
-    rehearse(case, model)
+    dry_run(case, model)
     merge_and_recomputation_share_a_wrong_scale(monkeypatch)
     with pytest.raises(UserError, match="tried on a small model of the same architecture"):
-        rehearse(case, model)
+        dry_run(case, model)
 
 
 def test_whole_layers_beside_an_adapter_train_and_end_merged(configure: Callable[..., Config], tmp_path: Path) -> None:
@@ -110,8 +110,8 @@ def as_trained(model: Any, case: proof.Case, *, half: bool = False) -> Any:
     def autocast() -> Any:
         return torch.autocast("cpu", dtype=torch.bfloat16) if half else nullcontext()
 
-    ids = probe(Vocabulary(case.vocabulary, case.tokens), 300)
-    return ask(LanguageModel(model), model, ids, autocast=autocast, half=half, temperature=1.0)
+    ids = probe_ids(Vocabulary(case.vocabulary, case.tokens), 300)
+    return probe_trained(LanguageModel(model), model, ids, autocast=autocast, half=half, temperature=1.0)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -135,23 +135,23 @@ def test_a_model_on_a_quantised_base_says_what_its_adapter_adds(tmp_path: Path) 
             step = parameter.abs().amax(1, keepdim=True) / 7
             parameter.data = (parameter / step).round() * step
     live = as_trained(model, case)
-    assert live.without is not None
+    assert live.without_adapter is not None
     result = combined(case, tmp_path / "merged", live=live)
     assert result.holds, result.faults
     assert result.measure == "typical difference of what the adapter adds"
-    wrong = replace(live, values=live.without - (live.values - live.without))
+    wrong = replace(live, values=live.without_adapter - (live.values - live.without_adapter))
     assert not combined(case, tmp_path / "merged", live=wrong).holds
 
 
 def test_an_adapter_that_is_not_saved_as_it_was_trained_is_told_by_its_bits(tmp_path: Path) -> None:
     model, case = trained(tmp_path, "Llama", VARIANTS["head whole"], tied=False)
     live = said(model, case)
-    assert len(live.content) == len(load_file(case.adapter / "adapter_model.safetensors"))
+    assert len(live.bit_sums) == len(load_file(case.adapter / "adapter_model.safetensors"))
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_B" in n).view(-1)[3] *= 1 + 2**-20
-    changed = replace(live, content=content_of(model))
+    changed = replace(live, bit_sums=bit_sums_of(model))
     result = combined(case, tmp_path / "merged", live=changed)
-    assert any("of the adapter is not as the trained model has it" in fault for fault in result.faults)
+    assert any("of the adapter differs from the trained model's" in fault for fault in result.faults)
 
 
 def test_a_hybrid_without_attention_in_its_small_model_is_rehearsed(tmp_path: Path) -> None:
@@ -161,4 +161,4 @@ def test_a_hybrid_without_attention_in_its_small_model_is_rehearsed(tmp_path: Pa
     transformers.JambaForCausalLM(config).save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj", "down_proj"]))
-    rehearse(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
+    dry_run(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
