@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from scenes import LAST, Stage
+from save_scenarios import LAST, TrainedRun
 
 import train
 from halos.checkpoint import commit, manifest, select, state
@@ -18,8 +18,8 @@ Fault = Callable[[Path, random.Random], None]
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Stage:
-    return Stage("lora", tmp_path_factory.mktemp("damage"), cache)
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> TrainedRun:
+    return TrainedRun("lora", tmp_path_factory.mktemp("damage"), cache)
 
 
 def a_file(directory: Path, chance: random.Random, least: int = 1) -> Path:
@@ -90,13 +90,13 @@ FAULTS: list[Fault] = [flip, flip, zero_a_block, truncate, extend, delete, delet
                        come_from_the_one_before]  # fmt: skip
 
 
-def damage(stage: Stage, seeds: range) -> None:
-    run_dir = stage.place / "damaged"
+def damage(trained: TrainedRun, seeds: range) -> None:
+    run_dir = trained.directory / "damaged"
     for seed in seeds:
         chance = random.Random(seed)
         shutil.rmtree(run_dir, ignore_errors=True)
         for step in (LAST - 1, LAST):
-            shutil.copytree(stage.checkpoint(step), run_dir / "checkpoints" / select.name_of(step))
+            shutil.copytree(trained.checkpoint(step), run_dir / "checkpoints" / select.name_of(step))
         fault = chance.choice(FAULTS)
         fault(run_dir / "checkpoints" / select.name_of(LAST), chance)
         found = select.select_checkpoint(RunDir(run_dir), None)
@@ -105,18 +105,18 @@ def damage(stage: Stage, seeds: range) -> None:
         assert found.passed_over[0].startswith(f"{select.name_of(LAST)} passed over: ")
 
 
-def test_a_hundred_kinds_of_damage_are_found_and_the_one_before_is_taken(stage: Stage) -> None:
-    damage(stage, range(100))
+def test_a_hundred_kinds_of_damage_are_found_and_the_one_before_is_taken(trained: TrainedRun) -> None:
+    damage(trained, range(100))
 
 
 @pytest.mark.slow
-def test_a_thousand_kinds_of_damage_are_found_and_the_one_before_is_taken(stage: Stage) -> None:
-    damage(stage, range(100, 1100))
+def test_a_thousand_kinds_of_damage_are_found_and_the_one_before_is_taken(trained: TrainedRun) -> None:
+    damage(trained, range(100, 1100))
 
 
-def test_a_checkpoint_of_a_newer_version_stops_a_resume_and_nothing_is_touched(stage: Stage, tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_newer_version_stops_a_resume_and_nothing_is_touched(trained: TrainedRun, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    shutil.copytree(stage.shelf, run_dir)
+    shutil.copytree(trained.templates, run_dir)
     path = run_dir / "checkpoints" / select.name_of(LAST) / manifest.NAME
     text = path.read_text().replace(f'"format": {manifest.FORMAT}', f'"format": {manifest.FORMAT + 1}')
     path.write_text(manifest.seal(text.rpartition(manifest.SEAL)[0] + "\n}"))
@@ -135,9 +135,9 @@ def test_a_checkpoint_of_a_newer_version_stops_a_resume_and_nothing_is_touched(s
 STRAY = [".DS_Store", "._model.safetensors", ".nfs0000000000b0d9b100000002", "Thumbs.db", ".file.swp"]
 
 
-def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(stage: Stage, tmp_path: Path) -> None:
+def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(trained: TrainedRun, tmp_path: Path) -> None:
     checkpoint = tmp_path / "run" / "checkpoints" / select.name_of(LAST)
-    shutil.copytree(stage.checkpoint(LAST), checkpoint)
+    shutil.copytree(trained.checkpoint(LAST), checkpoint)
     for place in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
         for name in STRAY:
             (place / name).write_bytes(b"\0\5\26\7")
@@ -145,18 +145,20 @@ def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(stage: Stage, tmp_p
     assert (found.path, found.passed_over) == (checkpoint, [])
     listed = json.loads(manifest.describe(checkpoint, {}))["files"]
     assert {Path(name).name for name in listed} & set(STRAY) == {".file.swp"}, "and what there is of them is not listed"
-    run = stage.trainer.run
+    run = trained.trainer.run
     state.load_optimizer(
         checkpoint / "state", run.strategy, run.module, run.optimizer
     )  # torch would read ._model.safetensors too
 
 
 @pytest.mark.parametrize("left", ["damaged", "deleted"])
-def test_a_run_whose_checkpoints_are_all_lost_does_not_begin_again_by_itself(left: str, stage: Stage, tmp_path: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_lost_does_not_begin_again_by_itself(
+    left: str, trained: TrainedRun, tmp_path: Path
+) -> None:
     run_dir = tmp_path / "run"
     for step in (LAST - 1, LAST):
         place = run_dir / "checkpoints" / select.name_of(step)
-        shutil.copytree(stage.checkpoint(step), place)
+        shutil.copytree(trained.checkpoint(step), place)
         select.record_commit(RunDir(run_dir), place)
         flip(place, random.Random(step)) if left == "damaged" else shutil.rmtree(place)
     with pytest.raises(UserError, match=f"up to step {LAST}, and none of them is whole.*delete {run_dir}"):
@@ -168,6 +170,6 @@ def test_a_run_that_never_saved_a_checkpoint_begins_at_its_first_step(tmp_path: 
     assert select.select_checkpoint(RunDir(tmp_path / "run"), None) == select.Selection(None, [])
 
 
-def test_a_checkpoint_is_on_record_when_it_has_become_durable(stage: Stage) -> None:
-    entries = RunDir(stage.shelf).commits.read()
+def test_a_checkpoint_is_on_record_when_it_has_become_durable(trained: TrainedRun) -> None:
+    entries = RunDir(trained.templates).commits.read()
     assert ([row["step"] for row in entries.rows], entries.fault) == ([*range(1, LAST + 1)], None)

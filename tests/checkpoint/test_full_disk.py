@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scenes import LAST, SCENES, Scene, Stage
-from tapped import Change, tapped
-from theatre import Point, Theatre
+from crash_harness import CrashHarness, FaultPoint
+from fs_recorder import Change, recording
+from save_scenarios import LAST, SCENARIOS, Scenario, TrainedRun
 
 import train
 from halos.checkpoint import commit, manifest, preflight, select
@@ -29,11 +29,11 @@ WORDS = ["loss=sft", "train.steps=6", "train.batch_size=8", "checkpoint.every=2"
 
 
 @pytest.fixture(scope="module")
-def stage(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Stage:
-    return Stage("lora", tmp_path_factory.mktemp("full"), cache)
+def trained(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> TrainedRun:
+    return TrainedRun("lora", tmp_path_factory.mktemp("full"), cache)
 
 
-class Full(Point):
+class Full(FaultPoint):
     """From the n-th change that needs room on there is none, until something is deleted."""
 
     full = False
@@ -51,40 +51,42 @@ class Full(Point):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def theatre(stage: Stage, scene: Scene, processes: int) -> Theatre:
-    """After the scene, in each process: nothing half-written is left, and with room again the save succeeds."""
+def harness(trained: TrainedRun, scenario: Scenario, processes: int) -> CrashHarness:
+    """After the scenario, in each process: nothing half-written is left, and with room again the save succeeds."""
 
-    def after(run_dir: Path, met: Point) -> None:
-        trainer = stage.trainer
+    def after(run_dir: Path, point: FaultPoint) -> None:
+        trainer = trained.trainer
         trainer.run.accelerator.wait_for_everyone()
         names = [path.name for path in run_dir.rglob(commit.HIDDEN + "*")]
         assert [name for name in names if not name.startswith(commit.HIDDEN + "old-")] == []
         trainer.run.accelerator.wait_for_everyone()
         assert trainer.run.stop is None
         trainer.run.failure = None
-        scene.act(trainer)
+        scenario.action(trainer)
         assert trainer.run.failure is None
-        last = trainer.run.directory.final if scene.finals else run_dir / "checkpoints" / select.name_of(LAST)
+        last = trainer.run.directory.final if scenario.finals else run_dir / "checkpoints" / select.name_of(LAST)
         assert manifest.verify(last) == []
 
-    return Theatre(stage, scene, meets=Full, after=after, processes=processes)
+    return CrashHarness(trained, scenario, fault=Full, after=after, processes=processes)
 
 
-def fill(theatre: Theatre, number: int | None) -> None:
-    points = theatre.points if number is None else random.Random(0).sample(theatre.points, number)
+def fill(harness: CrashHarness, number: int | None) -> None:
+    points = harness.points if number is None else random.Random(0).sample(harness.points, number)
     for victim, point in points:
-        assert theatre.play(victim, point) == [0] * theatre.processes, theatre.words.read_text()
+        assert harness.run(victim, point) == [0] * harness.processes, harness.output.read_text()
 
 
-@pytest.mark.parametrize(("scene", "processes"), [(SCENES[2], 1), (SCENES[5], 1), (SCENES[2], 2)])
-def test_a_disk_that_fills_anywhere_in_a_save_costs_only_that_save(stage: Stage, scene: Scene, processes: int) -> None:
-    fill(theatre(stage, scene, processes), 5)
+@pytest.mark.parametrize(("scenario", "processes"), [(SCENARIOS[2], 1), (SCENARIOS[5], 1), (SCENARIOS[2], 2)])
+def test_a_disk_that_fills_anywhere_in_a_save_costs_only_that_save(
+    trained: TrainedRun, scenario: Scenario, processes: int
+) -> None:
+    fill(harness(trained, scenario, processes), 5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("scene", "processes"), [(SCENES[2], 1), (SCENES[5], 1), (SCENES[2], 2), (SCENES[5], 2)])
-def test_a_disk_that_fills_at_any_point_of_a_save(stage: Stage, scene: Scene, processes: int) -> None:
-    fill(theatre(stage, scene, processes), None)
+@pytest.mark.parametrize(("scenario", "processes"), [(SCENARIOS[2], 1), (SCENARIOS[5], 1), (SCENARIOS[2], 2), (SCENARIOS[5], 2)])
+def test_a_disk_that_fills_at_any_point_of_a_save(trained: TrainedRun, scenario: Scenario, processes: int) -> None:
+    fill(harness(trained, scenario, processes), None)
 
 
 # --- what becomes of the run -------------------------------------------------------------------------------------------
@@ -98,7 +100,7 @@ def no_room_for(directory: Path) -> Iterator[None]:
         if change.kind == "write" and commit.HIDDEN + directory.name in change.path.parts:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with tapped(directory.parents[1], refuse):
+    with recording(directory.parents[1], refuse):
         yield
 
 

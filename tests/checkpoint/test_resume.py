@@ -31,7 +31,7 @@ REST = [("sft", LORA), ("dpo", []), ("kto", LORA), ("reward", [])]
 
 
 def killed(step: int, words: list[str]) -> None:
-    script = Path(__file__).with_name("killed.py")
+    script = Path(__file__).with_name("kill_after_step.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = processes.run([sys.executable, str(script), str(step), *words], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()

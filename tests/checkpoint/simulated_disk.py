@@ -1,4 +1,4 @@
-"""A file system that forgets at a power cut what was not synced, and keeps the rest of it in no order.
+"""A simulated disk that loses unsynced changes at a power cut, and keeps any selection of them in any order.
 
 A file's bytes are safe after its fsync, a directory's entries after the directory's. Of what came later a power cut keeps
 any part: of bytes none, all, a beginning, or a beginning and then zeros; of entries any selection, a rename as a whole.
@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tapped import Change
+from fs_recorder import Change
 
 
 @dataclass(eq=False)
@@ -22,14 +22,14 @@ class File:
     def survives(self, chance: random.Random) -> bytes:
         if self.current == self.synced:
             return self.synced
-        cut = chance.randrange(len(self.current) + 1)
-        zeros = bytes(len(self.current) - cut)
-        return chance.choice([self.synced, self.current, self.current[:cut], self.current[:cut] + zeros])
+        length = chance.randrange(len(self.current) + 1)
+        zeros = bytes(len(self.current) - length)
+        return chance.choice([self.synced, self.current, self.current[:length], self.current[:length] + zeros])
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One pending change of a directory: `gone` leaves it, `name` becomes `node`."""
+    """A pending change of a directory: `gone` is removed, `name` becomes `node`."""
 
     gone: str | None = None
     name: str | None = None
@@ -50,9 +50,9 @@ class Directory:
         self.synced, self.pending = dict(self.current), []
 
     def survives(self, chance: random.Random) -> dict[str, File | Directory]:
-        kept, share = dict(self.synced), chance.choice([0.0, 0.2, 0.5, 0.8, 1.0])
+        kept, fraction = dict(self.synced), chance.choice([0.0, 0.2, 0.5, 0.8, 1.0])
         for entry in self.pending:
-            if chance.random() < share:
+            if chance.random() < fraction:
                 _apply(entry, kept)
         return kept
 
@@ -64,14 +64,14 @@ def _apply(entry: Entry, entries: dict[str, File | Directory]) -> None:
         entries[entry.name] = entry.node
 
 
-class Volatile:
-    """Starts as what lies in `root`, all of it safe; then changes are played to it."""
+class SimulatedDisk:
+    """Starts with the files of `root`, all synced; then changes are applied."""
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
         self.top = _read(self.root)
 
-    def play(self, changes: Iterable[Change]) -> None:
+    def apply(self, changes: Iterable[Change]) -> None:
         for change in changes:
             if change.kind == "fsync":
                 node = self._at(change.path)
@@ -100,9 +100,9 @@ class Volatile:
             assert change.other.parent == change.path.parent, "only within a directory is a rename one change"
             parent.change(Entry(gone=name, name=change.other.name, node=parent.current[name]))
 
-    def cut(self, chance: random.Random, place: Path) -> None:
-        """What a power cut now may leave, at `place`."""
-        _write(self.top, place, chance)
+    def cut_power(self, chance: random.Random, output: Path) -> None:
+        """Write to `output` what a power cut now might leave."""
+        _write(self.top, output, chance)
 
     def _at(self, path: Path) -> File | Directory:
         node: File | Directory = self.top
@@ -123,17 +123,17 @@ class Volatile:
 
 
 def _read(path: Path) -> Directory:
-    found: dict[str, File | Directory] = {}
+    entries: dict[str, File | Directory] = {}
     for entry in path.iterdir():
         content = _read(entry) if entry.is_dir() else entry.read_bytes()
-        found[entry.name] = content if isinstance(content, Directory) else File(content, content)
-    return Directory(dict(found), dict(found))
+        entries[entry.name] = content if isinstance(content, Directory) else File(content, content)
+    return Directory(dict(entries), dict(entries))
 
 
-def _write(directory: Directory, place: Path, chance: random.Random) -> None:
-    place.mkdir()
+def _write(directory: Directory, output: Path, chance: random.Random) -> None:
+    output.mkdir()
     for name, node in directory.survives(chance).items():
         if isinstance(node, Directory):
-            _write(node, place / name, chance)
+            _write(node, output / name, chance)
         else:
-            (place / name).write_bytes(node.survives(chance))
+            (output / name).write_bytes(node.survives(chance))

@@ -1,4 +1,4 @@
-"""train.py, standing still after a given optimizer step until its input ends: python waiting.py STEP OVERRIDE ..."""
+"""train.py, pausing after a given optimizer step until its input ends: python wait_after_step.py STEP OVERRIDE ..."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""train.py, killed with SIGKILL right after a given optimizer step: python killed.py STEP OVERRIDE ..."""
+"""train.py, killed by SIGKILL right after a given optimizer step: python kill_after_step.py STEP OVERRIDE ..."""
 
 import os
 import signal

@@ -1,7 +1,7 @@
-"""Every change that a save makes to the file system, seen before it happens: to die there, to refuse it, or to write it down.
+"""Calls a listener before each change that a save makes to the file system, to die there, refuse it or record it.
 
-What native code writes (safetensors' save_file, the tokenizer's) is written again by Python, byte for byte, and so is seen;
-what it writes into a file that Python opened is seen no later than the file's fsync.
+Files that native code writes (safetensors' save_file, the tokenizer's) are written by Python instead, byte for byte; what it
+writes into a file that Python opened is reported no later than the file's fsync.
 """
 
 import builtins
@@ -33,19 +33,21 @@ class Change:
         return f"{self.kind} {self.path.name}"
 
 
-Listener = Callable[[Change, Callable[[], Any] | None], None]  # the change to come, and for a write how to do half of it
+Listener = Callable[
+    [Change, Callable[[], Any] | None], None
+]  # the coming change, and for a write a function that does half of it
 
 
 @contextmanager
-def tapped(root: Path, listener: Listener) -> Iterator[None]:
-    """`listener` hears of each change under `root` just before it is made."""
+def recording(root: Path, listener: Listener) -> Iterator[None]:
+    """Call `listener` with each change under `root` just before it is made."""
     root = Path(os.path.realpath(root))
     real = {name: vars(os)[name] for name in ("open", "fsync", "rename", "replace", "unlink", "remove", "mkdir", "rmdir")}
     real_open = io.open
-    sizes: dict[Path, int] = {}  # of files as far as their writes were heard
+    sizes: dict[Path, int] = {}  # of each file, as far as its writes were reported
 
-    def place(path: Any, dir_fd: int | None = None) -> Path | None:
-        """Where it is, if that is under `root`."""
+    def under_root(path: Any, dir_fd: int | None = None) -> Path | None:
+        """Return the absolute path if it is under `root`."""
         if isinstance(path, int):
             path = os.readlink(f"/proc/self/fd/{path}")
         elif dir_fd is not None:
@@ -53,24 +55,24 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
         path = Path(os.path.abspath(os.fspath(path)))
         return path if path.is_relative_to(root) else None
 
-    def hear(kind: Kind, path: Path | None, other: Path | None = None) -> None:
+    def report(kind: Kind, path: Path | None, other: Path | None = None) -> None:
         if path is not None:
             listener(Change(kind, path, other), None)
 
     class Raw(io.FileIO):
         def write(self, data: Any) -> int:
-            path, data = place(self.name), bytes(data)
+            path, data = under_root(self.name), bytes(data)
             assert path is not None
             listener(Change("write", path, data=data), lambda: io.FileIO.write(self, data[: len(data) // 2]))
             sizes[path] += len(data)
             return super().write(data)
 
     def open_file(file: Any, mode: str = "r", buffering: int = -1, *args: Any, **kwargs: Any) -> Any:
-        path = place(file) if set(mode) & set("wax+") else None
+        path = under_root(file) if set(mode) & set("wax+") else None
         if path is None:
             return real_open(file, mode, buffering, *args, **kwargs)
-        if not isinstance(file, int):  # else its descriptor was listened to
-            hear("open", path)
+        if not isinstance(file, int):  # else its descriptor was reported
+            report("open", path)
             sizes[path] = path.stat().st_size if "a" in mode and path.exists() else 0
         raw = Raw(file if isinstance(file, int) else path, mode.replace("b", "").replace("t", ""))
         if buffering == 0:
@@ -79,36 +81,36 @@ def tapped(root: Path, listener: Listener) -> Iterator[None]:
         return stream if "b" in mode else io.TextIOWrapper(stream, *args, **kwargs)
 
     def open_descriptor(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        where = place(path, kwargs.get("dir_fd")) if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else None
-        if where is not None:
-            adds = bool(flags & os.O_APPEND) and where.exists()
-            assert adds or not where.exists(), f"{path} is opened in a way that is not listened to"
+        target = under_root(path, kwargs.get("dir_fd")) if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT) else None
+        if target is not None:
+            adds = bool(flags & os.O_APPEND) and target.exists()
+            assert adds or not target.exists(), f"{path} is opened in a way that is not recorded"
             if not adds:
-                hear("open", where)
-            sizes[where] = where.stat().st_size if adds else 0
+                report("open", target)
+            sizes[target] = target.stat().st_size if adds else 0
         return real["open"](path, flags, *args, **kwargs)
 
     def fsync(descriptor: int) -> None:
-        path = place(descriptor)
+        path = under_root(descriptor)
         if path in sizes and path.stat().st_size > sizes[path]:  # by native code, into a file that Python opened
             listener(Change("write", path, data=path.read_bytes()[sizes[path] :]), None)
             sizes[path] = path.stat().st_size
-        hear("fsync", path)
-        if path is None:  # under `root` nobody pulls the plug: it would only cost time
+        report("fsync", path)
+        if path is None:  # under `root` the disk is simulated: a real fsync would only cost time
             real["fsync"](descriptor)
 
     def two(name: str) -> Callable[..., None]:
         def call(source: Any, target: Any, **kwargs: Any) -> None:
-            hear("rename", place(source, kwargs.get("src_dir_fd")), place(target, kwargs.get("dst_dir_fd")))
+            report("rename", under_root(source, kwargs.get("src_dir_fd")), under_root(target, kwargs.get("dst_dir_fd")))
             real[name](source, target, **kwargs)
 
         return call
 
     def one(name: str, kind: Kind) -> Callable[..., None]:
         def call(path: Any, *args: Any, **kwargs: Any) -> None:
-            where = place(path, kwargs.get("dir_fd"))
-            if where is not None and where.parent.is_dir():  # else it fails and changes nothing: mkdir(parents=True) tries
-                hear(kind, where)
+            target = under_root(path, kwargs.get("dir_fd"))
+            if target is not None and target.parent.is_dir():  # else it fails and changes nothing: mkdir(parents=True) tries
+                report(kind, target)
             real[name](path, *args, **kwargs)
 
         return call
