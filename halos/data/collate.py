@@ -40,8 +40,8 @@ def _tensor(values: np.ndarray) -> Tensor:
 
 def mismatched_row(item: Item, partner: Item, max_length: int) -> PackRow:
     """Join the prompt of one row and the completion of another, truncated to `max_length`."""
-    completion, room = partner.completions[0], max_length - len(item.prompt)
-    return item.prompt, Completion(completion.ids[:room], completion.scored[:room])
+    completion, max_tokens = partner.completions[0], max_length - len(item.prompt)
+    return item.prompt, Completion(completion.ids[:max_tokens], completion.scored[:max_tokens])
 
 
 def num_truncated_mismatches(prompt_lengths: np.ndarray, lengths: np.ndarray, partners: np.ndarray, max_length: int) -> int:

@@ -160,14 +160,14 @@ class Encoder:
 
     def _cut_completions(self, encoded: Encoded) -> Encoded | str:
         """Truncate completions, without an end token: the model is not taught to stop in mid-sentence."""
-        room = self._max_length - len(encoded.prompt)
-        if room <= 0:
+        max_tokens = self._max_length - len(encoded.prompt)
+        if max_tokens <= 0:
             return PROMPT_TOO_LONG
-        cut = sum(len(each.ids) > room for each in encoded.completions)
-        completions = tuple(Completion(each.ids[:room], each.scored[:room]) for each in encoded.completions)
+        cut = sum(len(each.ids) > max_tokens for each in encoded.completions)
+        completions = tuple(Completion(each.ids[:max_tokens], each.scored[:max_tokens]) for each in encoded.completions)
         if not all(each.scored.any() for each in completions):
             return TOO_LONG
-        logps = None if encoded.logps is None else encoded.logps[:room]
+        logps = None if encoded.logps is None else encoded.logps[:max_tokens]
         return replace(encoded, completions=completions, cut_completions=cut, logps=logps)
 
 

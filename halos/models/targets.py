@@ -74,8 +74,14 @@ def routers(model: nn.Module) -> list[str]:
         block = owner.rpartition(".")[0]  # the parent of the experts and their router
         for name, module in model.get_submodule(block).named_modules(prefix=block):
             weight = getattr(module, "weight", None)
-            beside = not name.startswith(f"{owner}.") and ".lora_" not in name
-            if beside and isinstance(weight, nn.Parameter) and weight.dim() == 2 and len(weight) in (1, count) and count > 1:
+            is_neighbour = not name.startswith(f"{owner}.") and ".lora_" not in name
+            if (
+                is_neighbour
+                and isinstance(weight, nn.Parameter)
+                and weight.dim() == 2
+                and len(weight) in (1, count)
+                and count > 1
+            ):
                 names.append(_unwrapped(name))
     return list(dict.fromkeys(names))
 

@@ -145,8 +145,8 @@ def _style(ax: Axes, panel: Panel, seen: np.ndarray) -> None:
         ax.yaxis.set_major_formatter("{x:.2g}")
     elif len(seen) and seen.max() > seen.min():
         # a few spikes of the raw curve may be cut off; the trend and the evaluations never are
-        room = 0.07 * (seen.max() - seen.min())
-        ax.set_ylim(seen.min() - room, seen.max() + room)
+        padding = 0.07 * (seen.max() - seen.min())
+        ax.set_ylim(seen.min() - padding, seen.max() + padding)
 
 
 def _runs_legend(figure: Figure, palette: dict[str, str]) -> None:

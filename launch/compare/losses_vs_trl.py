@@ -199,8 +199,8 @@ def kto_rows() -> list[Row]:
     below, above = sorted(either, key=lambda other: (other.policy - other.reference).sum().item())  # z0 below 0, and above
     weights = (1.3, 0.8)
 
-    def ours(said: list[bool], other: Batch) -> Callable[[], Outcome]:
-        desirable = torch.tensor(said)
+    def ours(is_desirable: list[bool], other: Batch) -> Callable[[], Outcome]:
+        desirable = torch.tensor(is_desirable)
         given = (Labelled(batch.policy_logps, desirable), Labelled(batch.reference_logps, desirable))
         statistics = kto.statistics(Mismatched(other.policy_logps.detach()), Mismatched(other.reference_logps))
 
@@ -213,8 +213,8 @@ def kto_rows() -> list[Row]:
 
         return run
 
-    def theirs(said: list[bool], other: Batch) -> Callable[[], Outcome]:
-        return lambda: trl_kto(batch, other, said, beta=0.5, weights=weights)
+    def theirs(is_desirable: list[bool], other: Batch) -> Callable[[], Outcome]:
+        return lambda: trl_kto(batch, other, is_desirable, beta=0.5, weights=weights)
 
     def in_two() -> Outcome:
         cuts = slice(0, PAIRS), slice(PAIRS, 2 * PAIRS)
@@ -245,9 +245,9 @@ def reward_rows() -> list[Row]:
     scores = (2 * torch.randn(2 * PAIRS, generator=generator)).requires_grad_()
     margin = torch.rand(PAIRS, generator=generator)
 
-    def ours(said: Tensor, centering: float) -> Callable[[], Outcome]:
+    def ours(margins: Tensor, centering: float) -> Callable[[], Outcome]:
         def run() -> Outcome:
-            loss = reward.bradley_terry(PairScores(*scores.chunk(2), said), centering=centering)
+            loss = reward.bradley_terry(PairScores(*scores.chunk(2), margins), centering=centering)
             mean, found = loss.values.mean(), means(loss)
             found["margin"] = found["rewards/margins"]  # TRL's name for it
             return Outcome(mean.detach(), torch.autograd.grad(mean, scores)[0], found)
@@ -289,9 +289,9 @@ def compared(row: Row) -> tuple[str, bool]:
     shared = sorted(ours.metrics.keys() & theirs.metrics.keys())
     differing = [name for name in shared if far(ours.metrics[name], theirs.metrics[name])]
     metrics = "-" if not shared or not equal else f"{len(shared) - len(differing)} of {len(shared)}"
-    said = "**equal**" if equal else f"differs: {row.why_not}" if row.why_not else "**DIFFERS, and should not**"
+    verdict = "**equal**" if equal else f"differs: {row.why_not}" if row.why_not else "**DIFFERS, and should not**"
     numbers = f"{ours.loss.item():.7f} | {theirs.loss.item():.7f} | {gap:.0e}"
-    return f"| {row.ours} | {row.theirs} | {numbers} | {metrics} | {said} | {row.note} |", equal == (not row.why_not)
+    return f"| {row.ours} | {row.theirs} | {numbers} | {metrics} | {verdict} | {row.note} |", equal == (not row.why_not)
 
 
 def main() -> int:

@@ -35,7 +35,7 @@ class Watch:
 
     def __init__(self, trainer: Any) -> None:
         self.steps: list[float] = []
-        self.beside: list[bool] = []  # whether a save was being written during the step
+        self.during_write: list[bool] = []  # whether a save was being written during the step
         self.waits: list[float] = []  # for each save
         self.resident: list[float] = []
         self._trainer, self._waited, self._depth = trainer, 0.0, 0
@@ -46,7 +46,7 @@ class Watch:
             writing, began, before = checkpointer.written is not None, time.perf_counter(), self._waited
             totals = step(indices)
             self.steps.append(time.perf_counter() - began - (self._waited - before))
-            self.beside.append(writing)
+            self.during_write.append(writing)
             return totals
 
         def waiting(call: Any) -> Any:
@@ -110,22 +110,23 @@ def act(model: str, place: Path, *, apart: bool, every: int, saves: int, batch_s
         for copy, value in zip(copies, state, strict=True):
             copy.copy_(value)
         memcpy.append(time.perf_counter() - began)
-    alone = [seconds for seconds, beside in zip(watch.steps, watch.beside, strict=True) if not beside]
-    beside = [seconds for seconds, beside in zip(watch.steps, watch.beside, strict=True) if beside]
+    alone = [seconds for seconds, writing in zip(watch.steps, watch.during_write, strict=True) if not writing]
+    overlapped = [seconds for seconds, writing in zip(watch.steps, watch.during_write, strict=True) if writing]
     return {
         "state": sum(value.nbytes for value in state) / MIB, "memcpy": statistics.median(memcpy), "waits": waits,
-        "step": statistics.median(alone or beside), "beside": statistics.median(beside) if beside else None, "peak": peak,
+        "step": statistics.median(alone or overlapped), "overlapped": statistics.median(overlapped) if overlapped else None,
+        "peak": peak,
         "resident": watch.resident,
     }  # fmt: skip
 
 
-def alone(given: argparse.Namespace, **knobs: Any) -> dict[str, Any]:
+def alone(args: argparse.Namespace, **settings: Any) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, __file__, given.model, "--place", place, "--act", json.dumps(knobs)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(f"{knobs} failed:\n{done.stderr[-3000:]}")
-        return json.loads(done.stdout.strip().splitlines()[-1])
+        command = [sys.executable, __file__, args.model, "--place", place, "--act", json.dumps(settings)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode:
+            sys.exit(f"{settings} failed:\n{process.stderr[-3000:]}")
+        return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 def main() -> None:
@@ -137,35 +138,35 @@ def main() -> None:
     parser.add_argument("--growth", type=int, default=50, help="saves in a row while memory is recorded; 0: none (default: 50)")
     parser.add_argument("--place", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--act", type=json.loads, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.act is not None:
-        print(json.dumps(act(given.model, given.place, **given.act)))
+    args = parser.parse_args()
+    if args.act is not None:
+        print(json.dumps(act(args.model, args.place, **args.act)))
         return
-    if given.saves < 2:
+    if args.saves < 2:
         parser.error("--saves: at least 2, since the first is reported separately")
-    knobs = {"every": given.every, "saves": given.saves, "batch_size": given.batch_size}
-    told = {name: alone(given, apart=name == "async", **knobs) for name in ("sync", "async")}
+    settings = {"every": args.every, "saves": args.saves, "batch_size": args.batch_size}
+    results = {name: alone(args, apart=name == "async", **settings) for name in ("sync", "async")}
     print(
-        f"state {told['sync']['state']:.0f} MiB; checkpoint.every={given.every}; {given.saves} saves, the first one separately\n"
+        f"state {results['sync']['state']:.0f} MiB; checkpoint.every={args.every}; {args.saves} saves, the first one separately\n"
     )
     print(
-        "| checkpoint.async_save | a save waits | the first | / memcpy | / step, over every | step | beside a write | peak MiB |"
+        "| checkpoint.async_save | blocked | first | / memcpy | / steps of an interval | step | step during a write | peak MiB |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-    for name, numbers in told.items():
+    for name, numbers in results.items():
         wait = statistics.median(numbers["waits"][1:])
-        share = wait / given.every / numbers["step"]
-        beside = f"{numbers['beside']:.2f} s" if numbers["beside"] else ""
+        fraction = wait / args.every / numbers["step"]
+        overlapped = f"{numbers['overlapped']:.2f} s" if numbers["overlapped"] else ""
         print(
             f"| {str(name == 'async').lower()} | {wait:.2f} s | {numbers['waits'][0]:.2f} s | {wait / numbers['memcpy']:.2f} "
-            f"| {share:.1%} | {numbers['step']:.2f} s | {beside} | {numbers['peak']:.0f} |", flush=True,
+            f"| {fraction:.1%} | {numbers['step']:.2f} s | {overlapped} | {numbers['peak']:.0f} |", flush=True,
         )  # fmt: skip
-    if given.growth:
-        grown = alone(given, apart=True, every=1, saves=given.growth, batch_size=1)["resident"]
-        tenth = max(1, given.growth // 10)
+    if args.growth:
+        grown = alone(args, apart=True, every=1, saves=args.growth, batch_size=1)["resident"]
+        tenth = max(1, args.growth // 10)
         first, last = statistics.median(grown[tenth : 2 * tenth]), statistics.median(grown[-tenth:])
         print(
-            f"\nresident memory over {given.growth} asynchronous saves in a row: {first:.0f} MiB early, {last:.0f} MiB at the end"
+            f"\nresident memory over {args.growth} asynchronous saves in a row: {first:.0f} MiB early, {last:.0f} MiB at the end"
         )
 
 

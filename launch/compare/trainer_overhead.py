@@ -50,8 +50,10 @@ def packed(trainer: Trainer, indices: np.ndarray) -> tuple[list[Any], int]:
     """Return micro-batches, and the denominator of the loss."""
     size = trainer.settings.microbatch_size
     groups = [[trainer.train.rows[int(i)] for i in indices[start : start + size]] for start in range(0, len(indices), size)]
-    counts = trainer._counts(trainer.train, indices)
-    return [(pack(trainer.rows(items)), items) for items in groups], counts["token" if trainer.loss.name == "sft" else "item"]
+    denominators = trainer._denominators(trainer.train, indices)
+    return [(pack(trainer.rows(items)), items) for items in groups], denominators[
+        "token" if trainer.loss.name == "sft" else "item"
+    ]
 
 
 def bare_step(trainer: Trainer, batches: list[Any], count: int) -> float:
@@ -59,10 +61,10 @@ def bare_step(trainer: Trainer, batches: list[Any], count: int) -> float:
     module, optimizer, total = trainer.run.module, trainer.run.optimizer, 0.0
     module.train()
     for batch, items in batches:
-        arguments = [trainer.inputs(module(batch), items)]
+        arguments = [trainer.loss.inputs.of(module(batch), items)]
         if trainer.loss.needs_reference:
             with torch.no_grad():
-                arguments.append(trainer.inputs(trainer._refer(batch), items))
+                arguments.append(trainer.loss.inputs.of(trainer._refer(batch), items))
         loss = trainer.loss.function(*arguments).values.sum() / count
         loss.backward()
         total += loss.item()
