@@ -1,6 +1,6 @@
-"""What tests share: a config as the command line would make it, and runs of a small model on the bundled data.
+"""Shared fixtures: configs as the command line makes them, and runs of a small model on the bundled data.
 
-What is heavy is imported by the fixture that needs it, so that a test of a pure function starts at once.
+Heavy imports are inside the fixtures that need them, so that a test of a pure function starts at once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from halos.trainers.base import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "launch"))  # as halos.cli has it: Hydra looks for its plugins once, in whichever test comes first
+sys.path.append(str(ROOT / "launch"))  # as halos.cli does: Hydra searches for plugins once, in whichever test comes first
 for name in ("HF_HUB_OFFLINE", "OMP_NUM_THREADS"):  # before anything reads them
     os.environ[name] = "1"
 
@@ -38,7 +38,7 @@ COMPOSED = os.environ[composed.VARIABLE]
 
 def pytest_collection_finish() -> None:
     gc.collect()
-    gc.freeze()  # what was imported: every full collection would walk it
+    gc.freeze()  # every full collection would walk what was imported
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -53,20 +53,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Also that of runs that are resumed, which take the default and not what a saved run names."""
+    """The cache_dir of all tests, also of resumed runs, which use the default and not the saved run's."""
     path = tmp_path_factory.mktemp("cache")
     os.environ["HALOS_CACHE"] = str(path)
     return path
 
 
 def compose(cache: Path, output_root: Path, *overrides: str) -> Config:
-    """A small run's config, checked as train.py checks it."""
+    """Return a small run's config, validated as train.py does."""
     return composed.config_of(*SMALL, f"cache_dir={cache}", f"output_root={output_root}", "exp_name=run", *overrides)
 
 
 @pytest.fixture
 def saved_twice(tmp_path: Path) -> RunDir:
-    """A run that has committed the checkpoints of steps 2 and 4, in which there is next to nothing."""
+    """A run that has committed checkpoints of steps 2 and 4, which are almost empty."""
     from halos.checkpoint import manifest, select
     from halos.rundir import RunDir
 
@@ -88,15 +88,15 @@ def configure(tmp_path: Path, cache: Path) -> Callable[..., Config]:
 
 @pytest.fixture
 def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
-    """`trainer("loss=dpo", ...)`: everything assembled, nothing trained."""
+    """`trainer("loss=dpo", ...)`: an assembled trainer, before its first step."""
     from halos.distributed.launch import make_accelerator
     from halos.run.assemble import assemble
 
     def make(*overrides: str) -> Trainer:
         config = configure(*overrides)
-        made = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
-        assert made is not None
-        return made
+        trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
+        assert trainer is not None
+        return trainer
 
     return make
 

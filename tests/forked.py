@@ -1,4 +1,4 @@
-"""The process that tests/processes.py forks others from, and what one that was forked does to be as one that was started."""
+"""The zygote from which tests/processes.py forks python processes, and the code that makes a fork equivalent to a new process."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from typing import Any, NoReturn
 
 from tests import composed
 
-FROM_THE_START = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "PYTHONHASHSEED")
-IMPORTED = (  # by train.py, by the commands that it starts, and by a run of a small model
+READ_AT_START = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "PYTHONHASHSEED")
+PRELOADED = (  # imported by train.py, by the commands that it starts, and by a run of a small model
     "accelerate.commands.launch", "antlr4.LL1Analyzer", "datasets", "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer", "halos.cli.command", "halos.models.tiny",
     "halos.online.label", "halos.online.rounds", "halos.online.sample", "halos.optimizers.standard", "halos.run",
@@ -42,7 +42,7 @@ Program = tuple[str, str, list[str]]  # c, m or a script's path; the code or the
 
 
 def program_of(command: Sequence[Any]) -> Program | None:
-    """What an interpreter would run for this command, if it is one of this interpreter without unusual options."""
+    """Return what this interpreter would run for a command; None for another interpreter or unusual options."""
     interpreter, *words = [os.fsdecode(word) for word in command]
     if interpreter != sys.executable:
         return None
@@ -53,11 +53,11 @@ def program_of(command: Sequence[Any]) -> Program | None:
     return ("script", words[0], words) if words and not words[0].startswith("-") else None
 
 
-# --- what was forked becomes what was asked for --------------------------------------------------------------------------
+# --- a fork becomes the requested command --------------------------------------------------------------------------------
 
 
 def become(command: Sequence[str], environment: Mapping[str, str], base: Sequence[str]) -> NoReturn:
-    """Run the command and end this process. `base` is sys.path without what a start puts before it."""
+    """Run the command and exit. `base` is sys.path without the entries that an interpreter prepends."""
     program = program_of(command)
     assert program is not None
     kind, what, argv = program
@@ -97,7 +97,7 @@ def _status(code: Any) -> int:
 
 
 def _end(status: int) -> NoReturn:
-    """As an interpreter ends, up to taking itself apart."""
+    """Exit as an interpreter does, without finalising it."""
     threading._shutdown()
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -109,7 +109,7 @@ def _end(status: int) -> NoReturn:
 
 
 def _show(command: Sequence[str]) -> None:
-    """In /proc, and so to whoever looks for processes by their commands."""
+    """Write the command into /proc/self/cmdline, where tests look for processes."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     start, room = int(fields[45]), int(fields[46]) - int(fields[45])
     text = b"".join(os.fsencode(word) + b"\0" for word in command)
@@ -117,7 +117,7 @@ def _show(command: Sequence[str]) -> None:
 
 
 def _settle(descriptors: Sequence[int], directory: str | None, *, session: bool) -> None:
-    """What happens between fork and exec: descriptors, directory, session, and no handler of the parent's."""
+    """Do what happens between fork and exec: descriptors, directory, session, default signal handlers."""
     kept = [os.dup(descriptor) for descriptor in descriptors]  # above 2, wherever they were
     for number, descriptor in enumerate(kept):
         os.dup2(descriptor, number)
@@ -141,7 +141,7 @@ _start = subprocess.Popen._execute_child
 
 
 def _fork(process: subprocess.Popen[Any], *args: Any, base: Sequence[str]) -> None:
-    """In the place of fork and exec, for a command of this interpreter."""
+    """Replace fork and exec for commands of this interpreter."""
     given = inspect.signature(_start).bind(process, *args).arguments
     environment = dict(os.environ if given["env"] is None else given["env"])
     if given["shell"] or given["pass_fds"] or program_of(given["args"]) is None:
@@ -162,7 +162,7 @@ def _fork(process: subprocess.Popen[Any], *args: Any, base: Sequence[str]) -> No
 
 
 def _forget() -> None:
-    """What the parent has set up for itself since it was forked."""
+    """Undo what the parent has set up since it was forked."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
     from hydra.core.global_hydra import GlobalHydra
     from hydra.core.hydra_config import HydraConfig
@@ -186,19 +186,19 @@ LOGGERS: dict[str, tuple[int, list[logging.Handler]]] = {}
 
 
 def main() -> None:
-    """Fork at every request, say the pid, and later the wait status; end when nobody can ask any more."""
+    """Fork at every request, and send the pid and later the wait status; exit when the request socket is closed."""
     base = sys.path[1:]
     _warm_up()
     for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]:
         if isinstance(logger, logging.Logger):
             LOGGERS[name] = logger.level, list(logger.handlers)
     gc.collect()
-    gc.freeze()  # what was imported is walked by no collection of a child's, and its memory stays shared
+    gc.freeze()  # children's collections skip what was imported, so its memory stays shared
     requests = socket.socket(fileno=int(sys.argv[1]))
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests; they end us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the tests, which close our socket
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     children: dict[int, socket.socket] = {}
     while True:
@@ -223,14 +223,14 @@ def main() -> None:
 
 
 def _warm_up() -> None:
-    for name in IMPORTED:
+    for name in PRELOADED:
         if find_spec(name.partition(".")[0]):
             importlib.import_module(name)
     composed.remember()
     mapping = importlib.import_module("transformers.conversion_mapping")
     mapping.get_checkpoint_conversion_mapping("llama")  # some hundred patterns, compiled at the first model
     rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
-    rendezvous.get_method_name = lambda depth=2: "not named"  # of an event that nobody reads: it walks all modules, for a second
+    rendezvous.get_method_name = lambda depth=2: "not named"  # for an event that nobody reads: it walks all modules
 
 
 def _reap(children: dict[int, socket.socket]) -> None:
@@ -238,7 +238,7 @@ def _reap(children: dict[int, socket.socket]) -> None:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if not pid:
             return
-        with children.pop(pid) as said, suppress(OSError):  # nobody waits for it
+        with children.pop(pid) as said, suppress(OSError):  # its parent may have stopped waiting
             said.send(str(status).encode())
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts of two layers with random weights, in the shapes of four families; and the bundled tokenizer."""
+"""Mixture-of-experts models of four families, two layers with random weights, with the bundled tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,10 @@ EXPERTS = "peft.target_parameters=[experts.gate_up_proj,experts.down_proj]"
 
 
 def build(family: str, directory: Path, *, fused: bool = False, dtype: torch.dtype = torch.float32, **settings: Any) -> Path:
-    """On the disk as the hub has it, an expert a tensor; or as it is in memory where `fused`."""
-    words = directory.parent / "words"
-    tiny.build(words)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(words)
+    """Save a model as on the hub, one tensor per expert; with `fused` as in memory, all experts in one tensor."""
+    source = directory.parent / "words"
+    tiny.build(source)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     kind = getattr(transformers, f"{family}Config")
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
     config = kind(**{**SIZES, **FAMILIES[family], **ends, "vocab_size": len(tokenizer), **settings})
@@ -33,7 +33,7 @@ def build(family: str, directory: Path, *, fused: bool = False, dtype: torch.dty
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     for name, buffer in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            buffer.data = buffer.float() + 0.05 * torch.randn(buffer.shape)  # in float32 whatever the rest is
+            buffer.data = buffer.float() + 0.05 * torch.randn(buffer.shape)  # in float32 whatever the dtype of the rest
     model.save_pretrained(directory, save_original_format=not fused)
     tokenizer.save_pretrained(directory)
     return directory

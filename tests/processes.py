@@ -1,9 +1,9 @@
-"""Python processes that start in a moment: `Popen` and `run` as subprocess has them, forked where that can be.
+"""Fast python processes: `Popen` and `run` of subprocess, forked from a preloaded process where possible.
 
-Of a start of train.py nine tenths are imports. A forked process is a real one: pid, session, signals, descriptors, environment,
-command line and exit status are its own, and the python processes that it starts are forked from it in turn. What a fork
-cannot show is a start itself: the order of its imports, another hash seed in each process. So tests marked cold and slow start
-theirs anew (conftest.py), as all do where HALOS_TESTS_COLD is set, and on other systems than Linux.
+Nine tenths of a start of train.py are imports. A forked process has its own pid, session, signals, descriptors, environment,
+command line and exit status, and the python processes that it starts are forked from it in turn. It cannot test the start
+itself: the order of imports, or another hash seed in each process. So tests marked cold or slow start new processes
+(conftest.py), as do all tests if HALOS_TESTS_COLD is set, and on other systems than Linux.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.forked import FROM_THE_START, program_of
+from tests.forked import READ_AT_START, program_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS_COLD = sys.platform != "linux" or "HALOS_TESTS_COLD" in os.environ
-cold = ALWAYS_COLD  # whether what the present test starts is not forked
+cold = ALWAYS_COLD  # whether the current test starts new processes instead of forks
 
 
-class Nursery:
-    """A process that has imported what runs need, and done nothing else. It forks at request."""
+class Zygote:
+    """A process that has imported what runs need, and forks on request."""
 
     def __init__(self) -> None:
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._owner = os.getpid()
         environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        room = " " * 2**15  # for the command lines of those that are forked
+        room = " " * 2**15  # for the command lines of the forks
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.forked", str(theirs.fileno()), room], cwd=ROOT, env=environment,
             stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
@@ -53,18 +53,18 @@ class Nursery:
             self._process.wait()
 
     def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> tuple[int, socket.socket]:
-        """The pid, and the socket that its wait status will come from."""
+        """Return the pid, and the socket on which its wait status will arrive."""
         mine, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             socket.send_fds(self._requests, [json.dumps(request).encode()], [*descriptors, theirs.fileno()])
         return int(mine.recv(32)), mine
 
 
-nursery = cache(Nursery)
+zygote = cache(Zygote)
 
 
 class Popen(subprocess.Popen[Any]):
-    _status: socket.socket | None = None  # of one that was forked
+    _status: socket.socket | None = None  # of a fork
 
     def _execute_child(self, *args: Any) -> None:
         given = inspect.signature(subprocess.Popen._execute_child).bind(self, *args).arguments
@@ -78,7 +78,7 @@ class Popen(subprocess.Popen[Any]):
             "directory": os.fsdecode(given["cwd"] or os.getcwd()),
             "session": bool(given["start_new_session"]),
         }
-        self.pid, self._status = nursery().fork(request, [n if pipe == -1 else pipe for n, pipe in enumerate(pipes)])
+        self.pid, self._status = zygote().fork(request, [n if pipe == -1 else pipe for n, pipe in enumerate(pipes)])
         self._child_created = True
         ends = ("p2cread", "p2cwrite", "c2pread", "c2pwrite", "errread", "errwrite")
         self._close_pipe_fds(*(given[name] for name in ends))
@@ -105,14 +105,14 @@ def _can_be_forked(given: Mapping[str, Any], environment: Mapping[str, str]) -> 
     if cold:
         return False
     unusual = given["preexec_fn"] or given["pass_fds"] or given["executable"] not in (None, given["args"][0]) or given["shell"]
-    same = all(environment.get(name) == os.environ.get(name) for name in FROM_THE_START)
+    same = all(environment.get(name) == os.environ.get(name) for name in READ_AT_START)
     return not unusual and same and program_of(given["args"]) is not None
 
 
 def run(
     command: Sequence[str], *, check: bool, capture_output: bool = False, input: str | None = None, **settings: Any
 ) -> subprocess.CompletedProcess[Any]:
-    """A process, to its end."""
+    """Run a process to completion, as subprocess.run does."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if capture_output else {}
     pipes |= {"stdin": subprocess.PIPE} if input is not None else {}
     with Popen(command, **pipes, **settings) as process:

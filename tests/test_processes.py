@@ -92,7 +92,7 @@ def test_what_it_starts_dies_with_it_where_that_was_asked_for() -> None:
     child = psutil.Process(int(next(iter(said - {"here"}))))
     assert child.ppid() == parent.pid
     assert "time.sleep(60)" in child.cmdline()[2]
-    assert processes.nursery().pid in [each.pid for each in child.parents()], "it was forked"
+    assert processes.zygote().pid in [each.pid for each in child.parents()], "it was forked"
     parent.kill()
     assert parent.wait() == -signal.SIGKILL
     until = time.monotonic() + 30

@@ -1,4 +1,4 @@
-"""A small base, pairs and a template in a directory, and runs on them: for tests of what a run goes on from."""
+"""A small base model, preference pairs and a chat template in a directory, and runs on them: for tests of resuming."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from halos.errors import UserError
 from halos.models import tiny
 from halos.run.lifecycle import run
 
-WORDS = ["loss=dpo", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=9", "optim.lr=1e-3",
+SETTINGS = ["loss=dpo", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=9", "optim.lr=1e-3",
          "train.eval_every=null", "train.eval_at_start=false", "train.max_length=128"]  # fmt: skip
 TEMPLATE = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + ('<|end|>' if m['role'] == 'assistant' else '\n') }}{% endfor %}"
@@ -31,36 +31,36 @@ def pairs(count: int, word: str = "no") -> list[str]:
 
 
 class World:
-    """A base, data and a template in `place`, and in runs/ a run of two steps of four for each way of training."""
+    """A base model, data and a template in `place`, and its runs in runs/."""
 
     def __init__(self, place: Path, cache: Path) -> None:
         self.place, self.cache = place, cache
-        self.base, self.data, self.held_out, self.template = (place / name for name in ("base", "s.jsonl", "e.jsonl", "t.jinja"))
+        self.base, self.data, self.eval_data, self.template = (place / name for name in ("base", "s.jsonl", "e.jsonl", "t.jinja"))
         place.mkdir(exist_ok=True)
         tiny.build(self.base)
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 8}
         LlamaForCausalLM(LlamaConfig.from_pretrained(self.base, num_key_value_heads=2, **sizes)).save_pretrained(self.base)
         self.data.write_text("\n".join(pairs(24)))
-        self.held_out.write_text("\n".join(pairs(8)))
+        self.eval_data.write_text("\n".join(pairs(8)))
         self.template.write_text(TEMPLATE)
 
     def words(self, name: str, *more: str) -> list[str]:
-        return [*WORDS, f"model.name_or_path={self.base}", f"model.chat_template={self.template}", f"data.train=[{self.data}]",
-                f"data.eval=[{self.held_out}]", f"exp_name={name}", *more]  # fmt: skip
+        return [*SETTINGS, f"model.name_or_path={self.base}", f"model.chat_template={self.template}", f"data.train=[{self.data}]",
+                f"data.eval=[{self.eval_data}]", f"exp_name={name}", *more]  # fmt: skip
 
     def train(self, name: str, *more: str) -> Path:
-        """A run that is finished."""
+        """Run to the end, and return the directory."""
         config = compose(self.cache, self.place / "runs", *self.words(name, *more))
         assert run(config, []) == 0
         return Path(config.run_dir)
 
     def begin(self, name: str, *more: str) -> Path:
-        """A run that was stopped at step 2."""
+        """Return the directory of a run that was stopped at step 2."""
         return stopped(self.train(name, *more))
 
     def refusal(self, name: str, *more: str) -> str:
-        """Of a run that would begin."""
+        """Return the message with which a new run is refused."""
         with pytest.raises(UserError) as caught:
             run(compose(self.cache, self.place / "runs", *self.words(name, *more)), [])
         return str(caught.value)

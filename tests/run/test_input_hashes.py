@@ -1,4 +1,4 @@
-"""A run that is gone on with stands on what it stood on, by content: what changed is named, and what only moved is welcome."""
+"""A resumed run has the same inputs by content: changes are refused by name, files that only moved are accepted."""
 
 import json
 import shutil
@@ -25,16 +25,16 @@ from halos.rundir import RunDir
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
-    made = World(tmp_path_factory.mktemp("world"), cache)
-    made.begin("lora", "peft=lora", "peft.r=2")
-    made.begin("full")
-    return made
+    world = World(tmp_path_factory.mktemp("world"), cache)
+    world.begin("lora", "peft=lora", "peft.r=2")
+    world.begin("full")
+    return world
 
 
 # --- what is hashed
 
 
-def test_each_hash_is_of_what_its_key_names_and_of_nothing_else(world: World, tmp_path: Path) -> None:
+def test_each_hash_changes_with_the_file_that_its_key_names_and_with_no_other(world: World, tmp_path: Path) -> None:
     base, reference, scorer = (copied(world.base, tmp_path / name) for name in ("policy", "reference", "scorer"))
     adapter = copied(world.place / "runs" / "lora" / "checkpoints" / "step-00000002" / "adapter", tmp_path)
     (tmp_path / "rubric.md").write_text("Prefer the shorter.")
@@ -72,7 +72,7 @@ def test_each_hash_is_of_what_its_key_names_and_of_nothing_else(world: World, tm
     assert differing() == set()
 
 
-def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_stood_on(tmp_path: Path) -> None:
+def test_a_run_without_recorded_hashes_has_those_of_its_newest_checkpoint(tmp_path: Path) -> None:
     directory = RunDir(tmp_path)
     (tmp_path / "attempts").mkdir()
     (tmp_path / "attempts" / "000.yaml").write_text("overrides: []\n")
@@ -90,7 +90,7 @@ def test_of_a_run_that_recorded_no_contents_its_newest_checkpoint_says_what_it_s
     assert known.hashes == {"model.weights": "last4"}
 
 
-def test_the_arithmetic_of_a_run_is_that_of_its_newest_start_else_of_its_newest_save(tmp_path: Path) -> None:
+def test_the_arithmetic_version_of_a_run_is_that_of_its_newest_start_else_of_its_newest_checkpoint(tmp_path: Path) -> None:
     directory = RunDir(tmp_path)
     assert input_hashes._computed_with(directory, None) == 0
     for step, number in ((2, 3), (4, 5)):
@@ -122,7 +122,7 @@ def brief(completion, row):
 
 @pytest.fixture
 def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package of the user's own, with a loss, a reward, and what both use."""
+    """A user's package with a loss, a reward function, and a module that both import."""
     place = tmp_path / "ownloss"
     place.mkdir()
     for name, text in {
@@ -139,12 +139,12 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget() -> None:
-    """As a process that begins has it."""
+    """Unload the package, as in a new process."""
     for name in [name for name in sys.modules if name.partition(".")[0] == "ownloss"]:
         del sys.modules[name]
 
 
-def test_code_of_the_users_own_is_what_it_uses_of_its_package(package: Path) -> None:
+def test_the_hash_of_user_code_covers_what_it_imports_of_its_package(package: Path) -> None:
     scorer = SimpleNamespace(name="function", functions=["ownloss.hinge.brief"], model=None, rubric=None)
     config: Any = SimpleNamespace(online=SimpleNamespace(scorer=scorer), plugins=["ownloss"])
 
@@ -162,7 +162,7 @@ def test_code_of_the_users_own_is_what_it_uses_of_its_package(package: Path) -> 
     assert code_hash("halos.losses.dpo.dpo") is None, "of ours"
 
 
-def test_a_loss_of_the_users_own_that_was_edited_is_refused_by_name(world: World, package: Path) -> None:
+def test_an_edited_loss_of_the_users_is_refused_by_name(world: World, package: Path) -> None:
     directory = world.begin("own", "loss._target_=ownloss.hinge.hinge", "plugins=[ownloss]")
     (package / "margins.py").write_text("MARGIN = 2.0\n")
     forget()
@@ -185,8 +185,8 @@ def other_rows(world: World) -> None:
     world.data.write_text("\n".join(pairs(24, "never")))
 
 
-def other_held_out(world: World) -> None:
-    world.held_out.write_text("\n".join(pairs(8, "never")))
+def other_eval_data(world: World) -> None:
+    world.eval_data.write_text("\n".join(pairs(8, "never")))
 
 
 def scaled_weights(world: World) -> None:
@@ -212,7 +212,7 @@ CHANGED = [
     (reversed_rows, "data.train {}/s.jsonl (content)"),
     (cut_rows, "data.train {}/s.jsonl (content)"),
     (other_rows, "data.train {}/s.jsonl (content)"),
-    (other_held_out, "data.eval {}/e.jsonl (content)"),
+    (other_eval_data, "data.eval {}/e.jsonl (content)"),
     (scaled_weights, "model.weights {}/base (content)"),
     (other_settings, "model.config.json {}/base (content)"),
     (other_template, "model.chat_template {}/t.jinja (content)"),
@@ -221,9 +221,9 @@ CHANGED = [
 
 
 @pytest.fixture
-def mended(world: World) -> object:
-    """What a test changes in the world is put back."""
-    files = [world.data, world.held_out, world.template, *(path for path in world.base.iterdir() if path.is_file())]
+def restored(world: World) -> object:
+    """Restore the files that a test changes."""
+    files = [world.data, world.eval_data, world.template, *(path for path in world.base.iterdir() if path.is_file())]
     before = {path: path.read_bytes() for path in files}
     yield
     for path, content in before.items():
@@ -232,8 +232,8 @@ def mended(world: World) -> object:
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
 @pytest.mark.parametrize(("change", "named"), CHANGED, ids=lambda part: part.__name__ if callable(part) else "")
-def test_what_a_run_stands_on_is_refused_by_name_when_it_has_changed(
-    change: Callable[[World], None], named: str, kind: str, world: World, mended: object
+def test_a_changed_input_is_refused_by_name(
+    change: Callable[[World], None], named: str, kind: str, world: World, restored: object
 ) -> None:
     directory = world.place / "runs" / kind
     change(world)
@@ -243,7 +243,7 @@ def test_what_a_run_stands_on_is_refused_by_name_when_it_has_changed(
     assert {path: path.read_bytes() for path in before} == before
 
 
-def test_an_allowed_change_is_on_record_and_is_no_change_from_then_on(world: World, mended: object, tmp_path: Path) -> None:
+def test_an_allowed_change_is_recorded_and_accepted_from_then_on(world: World, restored: object, tmp_path: Path) -> None:
     directory = copied(world.place / "runs" / "full", tmp_path)
     other_rows(world)
     assert resume(directory, "resume_changes=allow") == 0
@@ -255,13 +255,13 @@ def test_an_allowed_change_is_on_record_and_is_no_change_from_then_on(world: Wor
     assert "content_changed" not in attempts(directory)[2]
 
 
-def test_the_same_rows_out_of_another_file_are_the_same(world: World, mended: object, tmp_path: Path) -> None:
+def test_the_same_rows_in_another_formatting_are_accepted(world: World, restored: object, tmp_path: Path) -> None:
     directory = copied(world.place / "runs" / "full", tmp_path)
     world.data.write_text("\n".join(line.replace('": "', '" :  "') for line in pairs(24)) + "\n\n")
     assert resume(directory) == 0
 
 
-def test_what_has_only_moved_is_welcome(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inputs_that_only_moved_are_accepted(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     moved = World.__new__(World)
     moved.place = tmp_path / "elsewhere"
     shutil.copytree(world.place, moved.place)
@@ -286,16 +286,16 @@ def test_a_relative_path_leads_to_the_same_files_from_another_directory(
     assert run(config, []) == 0
     directory = stopped(tmp_path / "run")
     for name in ("s.jsonl", "e.jsonl", "t.jinja"):
-        (tmp_path / name).write_text("other")  # what the words would lead to from here
+        (tmp_path / name).write_text("other")  # where the relative paths lead from here
     monkeypatch.chdir(tmp_path)
     assert resume(directory) == 0
     settings = yaml.safe_load((directory / "config.yaml").read_text())
-    assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.held_out)],
+    assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.eval_data)],
                                                  "root": None, "score": "last", "format": None}  # fmt: skip
     assert settings["model"]["name_or_path"] == str(world.base)
 
 
-def test_an_optimizer_to_begin_with_is_known_by_its_content(world: World, tmp_path: Path) -> None:
+def test_optim_init_from_is_compared_by_content(world: World, tmp_path: Path) -> None:
     first, other = (copied(world.begin(name, f"seed={seed}"), tmp_path) for seed, name in enumerate(("first", "other")))
     directory = world.begin("warm", f"optim.init_from={first}/checkpoints/step-00000002")
     first.rename(tmp_path / "moved")

@@ -1,4 +1,4 @@
-"""A run that finds no memory left says which keys help, and nothing else."""
+"""A run that is out of memory reports which keys help, and nothing else."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CPU = RuntimeError(
 
 
 @pytest.mark.parametrize("error", [GPU, CPU], ids=["gpu", "cpu"])
-def test_out_of_memory_is_one_message_with_the_keys_that_help_and_the_traceback_lies_in_the_log(
+def test_out_of_memory_is_one_message_with_the_keys_that_help_and_the_traceback_is_in_the_log(
     error: Exception, configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
@@ -46,7 +46,7 @@ def test_out_of_memory_is_one_message_with_the_keys_that_help_and_the_traceback_
     assert result["status"] == "failed"
 
 
-def test_other_errors_are_not_taken_for_it(configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_errors_are_not_taken_for_out_of_memory(configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
     from halos.run.lifecycle import run
     from halos.trainers.base import Trainer
 

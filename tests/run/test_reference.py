@@ -1,4 +1,4 @@
-"""A run that begins with an adapter is compared with what it began as, and not with the bare base."""
+"""The reference of a run that starts from an adapter is its initial policy, not the bare base."""
 
 import json
 import math
@@ -20,7 +20,7 @@ KINDS = {"lora": [], "dora": ["peft.use_dora=true"], "head": ["peft.modules_to_s
 
 @pytest.fixture(scope="module", params=KINDS)
 def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[World, list[str]]:
-    """A world, and what is typed for DPO from an adapter that SFT has trained in it."""
+    """A world, and the overrides for DPO from an adapter that SFT has trained in it."""
     world = World(tmp_path_factory.mktemp("world"), cache)
     words = ["peft=lora", "peft.r=2", *KINDS[request.param]]
     adapter = world.train("sft", "loss=sft", "optim.lr=3e-2", *words) / "FINAL" / "adapter"
@@ -29,9 +29,9 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def assembled(world: World, name: str, *words: str) -> Trainer:
     config = compose(world.cache, world.place / "runs", *world.words(name, *words))
-    made = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
-    assert made is not None
-    return made
+    trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
+    assert trainer is not None
+    return trainer
 
 
 def refer(trainer: Trainer) -> torch.Tensor:
@@ -39,7 +39,7 @@ def refer(trainer: Trainer) -> torch.Tensor:
     return trainer._refer(batch).values.clone()
 
 
-def test_the_first_loss_is_that_of_a_coin_and_the_reference_never_moves(begun: tuple[World, list[str]]) -> None:
+def test_the_first_loss_is_log_2_and_the_reference_never_changes(begun: tuple[World, list[str]]) -> None:
     world, words = begun
     trainer = assembled(world, "dpo", *words)
     trainer.evaluate()

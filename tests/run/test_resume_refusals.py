@@ -1,4 +1,4 @@
-"""Where a run would go on: what it refuses it refuses before it touches anything, and a dry resume refuses it too."""
+"""A resume that cannot work is refused before anything is changed, by a dry run too."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def touched(directory: RunDir) -> list[tuple[Path, int]]:
     return [(path, path.stat().st_mtime_ns) for path in sorted(directory.path.rglob("*"))]
 
 
-@pytest.mark.parametrize("go_on", [begin, resume.report_checkpoint])
-def test_a_run_is_not_gone_on_with_where_it_could_not_be_saved_or_is_further_already(
-    go_on: Callable[..., object], saved_twice: RunDir, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("resume_with", [begin, resume.report_checkpoint])
+def test_a_run_that_cannot_be_written_or_is_past_its_last_step_is_not_resumed(
+    resume_with: Callable[..., object], saved_twice: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = SimpleNamespace(resume=str(saved_twice.path))
     with pytest.raises(UserError, match="is at step 4, and would end at 3: set more"):
-        go_on(config, saved_twice, 3)
+        resume_with(config, saved_twice, 3)
     before = touched(saved_twice)
 
     def read_only(path: Path, *_: Any, **__: Any) -> None:
@@ -40,5 +40,5 @@ def test_a_run_is_not_gone_on_with_where_it_could_not_be_saved_or_is_further_alr
 
     monkeypatch.setattr(Path, "mkdir", read_only)
     with pytest.raises(UserError, match="is not writable, and a resumed run saves there: Read-only"):
-        go_on(config, saved_twice, 9)
+        resume_with(config, saved_twice, 9)
     assert touched(saved_twice) == before

@@ -19,7 +19,7 @@ OURS = ("optim", "schedule", "data.format", "trainer", "plugins")
 PACKAGES = ("myoptim", "myrates", "myrows", "mytrainers")
 
 
-def words_of(name: str) -> list[str]:
+def overrides_of(name: str) -> list[str]:
     """What the manual's command with this exp_name types of these extensions."""
     [line] = re.findall(rf"^python train.py (.*exp_name={name})$", MANUAL, re.M)
     return [word for word in shlex.split(line) if word.startswith(OURS)]
@@ -51,8 +51,8 @@ def begin(world: World, name: str, *words: str) -> Path:
     return world.place / "runs" / name
 
 
-def test_an_optimizer_and_a_schedule_of_the_manual_train_and_go_on_to_the_same_bits(world: World, packages: Path) -> None:
-    words = [*words_of("lion"), "checkpoint.keep_last=9"]
+def test_an_optimizer_and_a_schedule_of_the_manual_train_and_resume_bit_for_bit(world: World, packages: Path) -> None:
+    words = [*overrides_of("lion"), "checkpoint.keep_last=9"]
     directory = begin(world, "lion", *words)
     rows = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     rates = [row["lr"] / 1e-4 for row in rows if row["split"] == "train"]
@@ -71,7 +71,7 @@ def test_an_optimizer_and_a_schedule_of_the_manual_train_and_go_on_to_the_same_b
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
 
-def test_the_sign_of_lions_mean_is_what_moves(packages: Path) -> None:
+def test_lion_moves_by_the_sign_of_its_mean(packages: Path) -> None:
     import torch
     from myoptim.lion import Lion  # type: ignore[import-not-found]
 
@@ -95,15 +95,15 @@ def test_the_sign_of_lions_mean_is_what_moves(packages: Path) -> None:
         (["plugins=[]"], r"add plugins=\[myrates\]"),
     ],
 )
-def test_what_is_wrong_with_them_is_told_by_key(world: World, change: list[str], words: str) -> None:
+def test_mistakes_in_them_are_reported_by_key(world: World, change: list[str], words: str) -> None:
     with pytest.raises(Exception, match=words) as caught:
-        begin(world, "wrong", *words_of("lion"), *change)
+        begin(world, "wrong", *overrides_of("lion"), *change)
     assert "\n" not in str(caught.value)
     assert not (world.place / "runs" / "wrong").exists()
 
 
-def test_a_trainer_of_the_manual_trains_and_goes_on_to_the_same_bits(world: World, packages: Path) -> None:
-    directory = begin(world, "clipped", *words_of("clipped"), "checkpoint.keep_last=9")
+def test_a_trainer_of_the_manual_trains_and_resumes_bit_for_bit(world: World, packages: Path) -> None:
+    directory = begin(world, "clipped", *overrides_of("clipped"), "checkpoint.keep_last=9")
     whole = load_file(directory / "FINAL" / "model.safetensors")
     assert max(value.abs().max().item() for value in whole.values()) == pytest.approx(0.05), "its step is the one that was made"
     assert "trainer    mytrainers.Clipped limit=0.05" in (directory / "train.log").read_text()
@@ -122,14 +122,14 @@ def test_a_trainer_of_the_manual_trains_and_goes_on_to_the_same_bits(world: Worl
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
 
-def test_a_run_of_before_trainers_could_be_chosen_has_the_one_of_its_loss(world: World, packages: Path) -> None:
+def test_a_run_older_than_the_key_has_the_trainer_of_its_loss(world: World, packages: Path) -> None:
     directory = begin(world, "older")
     config = directory / "config.yaml"
     assert "trainer:\n  _target_: null\n" in config.read_text()
     config.write_text(config.read_text().replace("trainer:\n  _target_: null\n", ""))
     stopped(directory)
-    told = refusal(directory, "plugins=[mytrainers]", *words_of("clipped")[:2])
-    assert "would no longer compute what it began: trainer {_target_: null} -> " in told
+    message = refusal(directory, "plugins=[mytrainers]", *overrides_of("clipped")[:2])
+    assert "would no longer compute what it began: trainer {_target_: null} -> " in message
     assert resume(directory) == 0
 
 
@@ -144,12 +144,12 @@ def test_a_run_of_before_trainers_could_be_chosen_has_the_one_of_its_loss(world:
         (["plugins=[]"], r"plugins=\[mytrainers\]"),
     ],
 )
-def test_what_is_wrong_with_a_trainer_is_told_before_a_model_loads(
+def test_mistakes_in_a_trainer_are_reported_before_a_model_loads(
     world: World, change: list[str], words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("halos.run.prepare.structure_of", lambda *_: pytest.fail("a model is read"))
     with pytest.raises(Exception, match=words) as caught:
-        begin(world, "wrong", *words_of("clipped"), *change)
+        begin(world, "wrong", *overrides_of("clipped"), *change)
     assert "\n" not in str(caught.value)
     assert not (world.place / "runs" / "wrong").exists()
 
@@ -162,10 +162,10 @@ def votes(place: Path) -> Path:
     return path
 
 
-def test_a_format_of_the_manual_trains_as_its_pairs_would_and_other_code_is_refused(world: World, packages: Path) -> None:
+def test_a_format_of_the_manual_trains_as_equal_pairs_do_and_changed_code_is_refused(world: World, packages: Path) -> None:
     plain = load_file(begin(world, "pairs") / "FINAL" / "model.safetensors")
     given = [f"data.train=[{votes(world.place)}]", "data.eval=[]"]
-    directory = begin(world, "votes", *words_of("votes"), *given)
+    directory = begin(world, "votes", *overrides_of("votes"), *given)
     own = load_file(directory / "FINAL" / "model.safetensors")
     assert all(value.equal(own[name]) for name, value in plain.items()), "the same pairs in the same order"
     assert "1 left out by data.format" in (directory / "train.log").read_text()
@@ -173,11 +173,11 @@ def test_a_format_of_the_manual_trains_as_its_pairs_would_and_other_code_is_refu
     code = packages / "myrows.py"
     code.write_text(code.read_text() + "\n# no other rows\n")
     forget()
-    told = refusal(directory, "plugins=[myrows]")
-    assert "data.format myrows.by_votes (content) " in told
-    assert "data.train" not in told, "whose rows are the same"
+    message = refusal(directory, "plugins=[myrows]")
+    assert "data.format myrows.by_votes (content) " in message
+    assert "data.train" not in message, "whose rows are the same"
     code.write_text(code.read_text().replace("ranked[-1]", "ranked[1]").replace('["question"]', '["question"] + "!"'))
     forget()
-    told = refusal(directory, "plugins=[myrows]")
-    assert "a format of yours" in told, "which makes other rows of the same files"
+    message = refusal(directory, "plugins=[myrows]")
+    assert "a format of yours" in message, "which makes other rows of the same files"
     assert resume(directory, "plugins=[myrows]", "resume_changes=allow") == 0
