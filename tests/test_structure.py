@@ -65,7 +65,7 @@ def test_the_generated_architecture_is_up_to_date() -> None:
 # what distinguishes strategies: their modules, their attributes of parameters, and the launcher's variables that request them
 STRATEGY = re.compile(
     r"\b(FSDPModule|fully_shard|DTensor|DistributedDataParallel|Zero|strategies|deepspeed\w*|fsdp2|replicated|zero|ds_\w+)\b|"
-    r"ACCELERATE_USE_|fsdp_requested"
+    r"ACCELERATE_USE_"
 )
 
 

@@ -20,10 +20,21 @@ class DeepSpeed(Strategy):
     supports_quantised = False
     parameter_layout = "flat"
     optimizer_state_is_copied = True
+    launched_as = "DeepSpeed"
+    needs_process_group = True
+    hidden_from_accelerate = ("ACCELERATE_USE_DEEPSPEED",)  # its engine has bfloat16 weights and pickled checkpoints
 
     @classmethod
     def is_requested(cls) -> bool:
         return deepspeed_requested()
+
+    @classmethod
+    def check_launch(cls) -> None:
+        deepspeed_config.check_config()
+
+    @classmethod
+    def requests_bfloat16(cls) -> bool:
+        return deepspeed_config.bfloat16_requested()
 
     @property
     def name(self) -> str:

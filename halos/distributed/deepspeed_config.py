@@ -41,9 +41,12 @@ def deepspeed_requested() -> bool:
     return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
-def zero_stage() -> int:
-    """Return the ZeRO stage of the launcher's config, which `check_config` has accepted."""
-    return _launcher_config()["zero_optimization"]["stage"]
+def zero_stage() -> int | None:
+    """Return the ZeRO stage of the launcher's config; None of one that `check_config` refuses."""
+    try:
+        return _launcher_config()["zero_optimization"]["stage"]
+    except (ValueError, OSError, AttributeError, TypeError, KeyError):
+        return None
 
 
 def bfloat16_requested() -> bool:

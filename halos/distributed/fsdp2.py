@@ -1,5 +1,6 @@
 """FSDP2: every rank has a shard of each parameter, and a layer is all-gathered when it is called."""
 
+import os
 from typing import Any
 
 import torch
@@ -11,7 +12,6 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from halos.distributed.launch import fsdp_requested
 from halos.distributed.strategy import Fill, Strategy
 from halos.errors import UserError
 from halos.logps.model import ModelWithHead, bare
@@ -28,11 +28,19 @@ class FSDP2(Strategy):
     is_sharded = True
     supports_quantised = False
     parameter_layout = "rows"
+    launched_as = "FSDP"
+    needs_process_group = True
     name = "FSDP2"
 
     @classmethod
     def is_requested(cls) -> bool:
-        return fsdp_requested()
+        """Without a GPU accelerate itself ignores this, and trains with DDP."""
+        return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+    @classmethod
+    def check_launch(cls) -> None:
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise UserError("the accelerate config asks for FSDP 1: set fsdp_version: 2 in its fsdp_config")
 
     def refuse_model(self, model: nn.Module) -> None:
         if not _layers(model):

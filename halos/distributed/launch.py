@@ -1,16 +1,13 @@
-"""The Accelerator of a rank, checked against what the launcher was asked for; and checks that all ranks agree."""
+"""The Accelerator of a rank, checked against what the launcher was asked for."""
 
 import os
-import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import zip_longest
 
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs
 
-from halos.distributed.deepspeed_config import bfloat16_requested, check_config, deepspeed_requested
 from halos.distributed.device import (
     has_bfloat16,
     is_accelerate_launch,
@@ -22,8 +19,11 @@ from halos.distributed.device import (
 )
 from halos.distributed.environment import refuse_partial_launch, world_size
 from halos.distributed.rendezvous import form_process_group
+from halos.distributed.strategies import requested_strategy
+from halos.distributed.strategy import Strategy
 from halos.errors import UserError
 
+OFF = ("no", "false", "", "0")
 UNSUPPORTED = {  # the variable that accelerate's launcher sets: the setting's name, the remedy
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use launch/accelerate/fsdp2.yaml"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism_config", "use launch/accelerate/fsdp2.yaml"),
@@ -45,14 +45,15 @@ def make_accelerator(precision: str, dtype: str = "auto", *, deterministic: bool
     prepare_torch(deterministic=deterministic)
     # transformers would leave a new reward head on the meta device of every rank but 0
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
-    if deepspeed_requested():
-        check_config()
+    strategy = requested_strategy()
+    strategy.check_launch()
     names = {"float32": "no", "bfloat16": "bf16"}
-    mixed = names.get(precision) or ("bf16" if dtype == "bfloat16" or bfloat16_requested() else None) or requested_precision()
+    half = dtype == "bfloat16" or strategy.requests_bfloat16()
+    mixed = names.get(precision) or ("bf16" if half else None) or requested_precision()
     if mixed is None:
         mixed = "bf16" if has_bfloat16() else "no"
     form_process_group()
-    with _without_accelerates_deepspeed():
+    with _hidden(strategy.hidden_from_accelerate):
         accelerator = Accelerator(
             cpu=not uses_gpu(),
             mixed_precision=mixed,
@@ -61,22 +62,21 @@ def make_accelerator(precision: str, dtype: str = "auto", *, deterministic: bool
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
             ],
         )
-    _refuse_unsupported(accelerator)
+    _refuse_unsupported(accelerator, strategy)
     return accelerator
 
 
 @contextmanager
-def _without_accelerates_deepspeed() -> Iterator[None]:
-    """Hide DeepSpeed from accelerate, whose engine has bfloat16 weights and pickled checkpoints; `deepspeed.py` has ours."""
-    requested = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+def _hidden(variables: Sequence[str]) -> Iterator[None]:
+    """Without these variables of the launcher, which accelerate would act on."""
+    values = {name: os.environ.pop(name) for name in variables if name in os.environ}
     try:
         yield
     finally:
-        if requested is not None:
-            os.environ["ACCELERATE_USE_DEEPSPEED"] = requested
+        os.environ.update(values)
 
 
-def _refuse_unsupported(accelerator: Accelerator) -> None:
+def _refuse_unsupported(accelerator: Accelerator, strategy: type[Strategy]) -> None:
     launched = world_size()
     if launched != accelerator.num_processes:
         raise UserError(
@@ -88,44 +88,18 @@ def _refuse_unsupported(accelerator: Accelerator) -> None:
             " write bf16 or no"
         )
     for variable, (setting, remedy) in UNSUPPORTED.items():
-        if os.environ.get(variable, "no").lower() not in ("no", "false", "", "0"):
+        if variable not in strategy.hidden_from_accelerate and os.environ.get(variable, "no").lower() not in OFF:
             raise UserError(f"the accelerate config asks for {setting}, which is not supported: {remedy}")
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise UserError(
             f"the accelerate config asks for gradient_accumulation_steps: {steps}: leave it out;"
             " train.batch_size is the size of a whole step, and train.microbatch_size that of its micro-batches"
         )
-    if fsdp_requested() and os.environ.get("FSDP_VERSION", "1") != "2":
-        raise UserError("the accelerate config asks for FSDP 1: set fsdp_version: 2 in its fsdp_config")
-    if (fsdp_requested() or deepspeed_requested()) and not dist.is_initialized():
-        strategy = "DeepSpeed" if deepspeed_requested() else "FSDP"
+    if strategy.needs_process_group and not dist.is_initialized():
         raise UserError(
-            f"the accelerate config asks for {strategy}, but there is no process group: launch with accelerate or torchrun"
+            f"the accelerate config asks for {strategy.launched_as}, but there is no process group: launch with accelerate or"
+            " torchrun"
         )
-
-
-def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | None, problem: str | None = None) -> None:
-    """Compare `text` over all ranks. Raises UserError on every rank if one has another text, or a `problem`. Every rank calls.
-
-    Ranks on other hosts read other files, and would silently train on them.
-    """
-    everyone = gather_object([(socket.gethostname(), text, problem)])
-    first_host, first_text, first_problem = everyone[0]
-    for rank, (host, theirs, problem_there) in enumerate(everyone):
-        if problem_there is not None:
-            raise UserError(problem_there if problem_there == first_problem else f"rank {rank} on {host}: {problem_there}")
-        if theirs != first_text:
-            lines = zip_longest((first_text or "").splitlines(), (theirs or "").splitlines(), fillvalue="nothing")
-            expected, actual = next(pair for pair in lines if pair[0] != pair[1])
-            raise UserError(
-                f"the {name} of rank {rank} on {host} is not that of rank 0 on {first_host}: {actual.strip()} instead of"
-                f" {expected.strip()}. Every rank needs the same command, and every host the same files"
-            )
-
-
-def fsdp_requested() -> bool:
-    """Return whether the launcher's config requests FSDP. Without a GPU accelerate itself ignores this, and trains with DDP."""
-    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def _refuse_missing_ranks() -> None:

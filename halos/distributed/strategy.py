@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
-from halos.distributed.launch import require_same_on_all_ranks
+from halos.distributed.agreement import require_same_on_all_ranks
 from halos.distributed.parameters import local_pairs
 from halos.logps.model import ModelWithHead
 
@@ -40,6 +40,10 @@ class Strategy(ABC):
     optimizer_state_is_copied: ClassVar[bool] = False  # `optimizer_state` returns copies, not the optimizer's own tensors
     shards_are_copied: ClassVar[bool] = False  # `shards` returns copies, not the module's own tensors
 
+    launched_as: ClassVar[str] = "DDP"  # the name in accelerate's config
+    needs_process_group: ClassVar[bool] = False  # even for one rank
+    hidden_from_accelerate: ClassVar[tuple[str, ...]] = ()  # launcher variables that this strategy acts on in accelerate's place
+
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator
 
@@ -47,6 +51,15 @@ class Strategy(ABC):
     @abstractmethod
     def is_requested(cls) -> bool:
         """Return whether the launcher's config requests this strategy."""
+
+    @classmethod  # noqa: B027  most need nothing
+    def check_launch(cls) -> None:
+        """Raises UserError for a launcher config that this strategy cannot follow. Called before the ranks meet."""
+
+    @classmethod
+    def requests_bfloat16(cls) -> bool:
+        """Return whether the strategy's own part of the launcher's config asks for bfloat16 compute."""
+        return False
 
     @property
     @abstractmethod

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
-from halos.distributed.launch import require_same_on_all_ranks
+from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import LivePrompts, RolloutSource

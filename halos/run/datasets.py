@@ -13,7 +13,7 @@ from halos.data.custom_format import entries_of
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.order import GroupOrder, Order, mismatched_partners
 from halos.data.prepare import prepare
-from halos.distributed.launch import require_same_on_all_ranks
+from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.trainers.microbatches import Split
 from halos.types import Labelled, Mismatched, Sampled, TokenLogps

@@ -75,8 +75,7 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
     _log_data(run)
     write_learning_rate(config, run.batches.total)
     where = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}"
-    how = run.strategy.name
-    where += "" if how == "alone" else f", {how}"
+    where += f", {run.strategy.name}" if accelerator.num_processes > 1 or run.strategy.needs_process_group else ""
     micro = min(config.train.microbatch_size, -(-config.train.batch_size // accelerator.num_processes))
     _log("steps", f"{run.batches.total}, each of {config.train.batch_size} items, {micro} at a time, {where}")
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and _bfloat16_is_emulated():

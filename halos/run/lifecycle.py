@@ -14,7 +14,8 @@ from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.values import as_argument
 from halos.confined import DISK_FULL
-from halos.distributed.launch import launched, make_accelerator, require_same_on_all_ranks
+from halos.distributed.agreement import require_same_on_all_ranks
+from halos.distributed.launch import launched, make_accelerator
 from halos.distributed.signals import STOPPED, StopRequest
 from halos.distributed.watchdog import request_stop_when_launcher_dies, watch_ranks
 from halos.errors import UserError

@@ -21,7 +21,7 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.template import chat_template
 from halos.data.tokenize import end_of_turn
-from halos.distributed.launch import require_same_on_all_ranks
+from halos.distributed.agreement import require_same_on_all_ranks
 from halos.distributed.strategies import requested_strategy
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError

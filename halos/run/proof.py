@@ -11,7 +11,7 @@ from torch import nn
 
 from halos import confined
 from halos.config.bind import LossSpec
-from halos.distributed.launch import require_same_on_all_ranks
+from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.logps.model import bare

@@ -16,7 +16,7 @@ from halos.config.content_hashes import changes_record
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.values import as_argument
-from halos.distributed.launch import require_same_on_all_ranks
+from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.lock import RunLock

@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from halos.distributed import launch
+from halos.distributed import agreement, launch, strategies
+from halos.distributed.replicated import Replicated
 from halos.errors import UserError
 from tests import processes
 
@@ -47,7 +50,6 @@ def test_ranks_with_other_settings_or_data_are_refused_before_a_run_begins(tmp_p
         ({"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR"}, r"torch.compile \(dynamo_config\)"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "Megatron-LM"),
         ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "pass train.activation_checkpointing=true"),
-        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "fsdp_version: 2"),
         ({"WORLD_SIZE": "2"}, "2 processes were launched, but each sees 1"),
     ],
 )
@@ -63,7 +65,61 @@ def test_an_unsupported_setting_of_an_accelerate_config_is_refused(
         num_processes = 1
 
     with pytest.raises(UserError, match=message):
-        launch._refuse_unsupported(Obtained())  # type: ignore[arg-type]
+        launch._refuse_unsupported(Obtained(), Replicated)  # type: ignore[arg-type]
+
+
+def test_fsdp_1_is_refused_before_the_ranks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "1")
+    monkeypatch.setattr(launch, "form_process_group", lambda: pytest.fail("they meet"))
+    with pytest.raises(UserError, match="fsdp_version: 2"):
+        launch.make_accelerator("auto")
+
+
+class Sliced(Replicated):
+    """A strategy of its own, which launch.py has never heard of."""
+
+    launched_as, needs_process_group = "Megatron-LM", True
+    hidden_from_accelerate = ("ACCELERATE_USE_MEGATRON_LM",)
+
+    @classmethod
+    def is_requested(cls) -> bool:
+        return "ACCELERATE_USE_MEGATRON_LM" in os.environ
+
+    @classmethod
+    def check_launch(cls) -> None:
+        if "MEGATRON_LM_TP_DEGREE" not in os.environ:
+            raise UserError("how many slices?")
+
+    @classmethod
+    def requests_bfloat16(cls) -> bool:
+        return True
+
+
+def test_what_a_new_strategy_needs_of_the_launch_is_declared_by_its_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
+    monkeypatch.setattr(launch, "requested_precision", lambda: None)
+
+    seen: list[str | None] = []
+
+    def accelerator(**settings: Any) -> Any:
+        seen.append(os.environ.get("ACCELERATE_USE_MEGATRON_LM"))
+        return SimpleNamespace(num_processes=1, gradient_accumulation_steps=1, **settings)
+
+    monkeypatch.setattr(launch, "Accelerator", accelerator)
+    with pytest.raises(UserError, match="asks for Megatron-LM, which is not supported"):
+        launch.make_accelerator("bfloat16")
+    monkeypatch.setattr(strategies, "STRATEGIES", (Sliced, *strategies.STRATEGIES))
+    assert strategies.requested_strategy() is Sliced
+    with pytest.raises(UserError, match="how many slices"):
+        launch.make_accelerator("auto")
+    monkeypatch.setenv("MEGATRON_LM_TP_DEGREE", "2")
+    with pytest.raises(UserError, match="asks for Megatron-LM, but there is no process group"):
+        launch.make_accelerator("auto")
+    monkeypatch.setattr(launch.dist, "is_initialized", lambda: True)
+    assert launch.make_accelerator("auto").mixed_precision == "bf16"
+    assert seen[-1] is None, "accelerate would act on it"
+    assert os.environ["ACCELERATE_USE_MEGATRON_LM"] == "true", "and children of this process see it"
 
 
 def test_accumulation_that_accelerate_would_divide_by_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +127,7 @@ def test_accumulation_that_accelerate_would_divide_by_is_refused(monkeypatch: py
         mixed_precision, gradient_accumulation_steps, num_processes = "no", 4, 1
 
     with pytest.raises(UserError, match="gradient_accumulation_steps: 4"):
-        launch._refuse_unsupported(Obtained())  # type: ignore[arg-type]
+        launch._refuse_unsupported(Obtained(), Replicated)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -84,6 +140,6 @@ def test_accumulation_that_accelerate_would_divide_by_is_refused(monkeypatch: py
     ],
 )
 def test_every_rank_raises_the_problem_of_one(everyone, message, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "gather_object", lambda mine: everyone)
+    monkeypatch.setattr(agreement, "gather_object", lambda mine: everyone)
     with pytest.raises(UserError, match=message):
-        launch.require_same_on_all_ranks(None, "data", "x")  # type: ignore[arg-type]
+        agreement.require_same_on_all_ranks(None, "data", "x")  # type: ignore[arg-type]

@@ -1,0 +1,28 @@
+"""A check that all ranks agree: on data, hooks, tensors, and whether something is wrong."""
+
+import socket
+from itertools import zip_longest
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+
+from halos.errors import UserError
+
+
+def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | None, problem: str | None = None) -> None:
+    """Compare `text` over all ranks. Raises UserError on every rank if one has another text, or a `problem`. Every rank calls.
+
+    Ranks on other hosts read other files, and would silently train on them.
+    """
+    everyone = gather_object([(socket.gethostname(), text, problem)])
+    first_host, first_text, first_problem = everyone[0]
+    for rank, (host, theirs, problem_there) in enumerate(everyone):
+        if problem_there is not None:
+            raise UserError(problem_there if problem_there == first_problem else f"rank {rank} on {host}: {problem_there}")
+        if theirs != first_text:
+            lines = zip_longest((first_text or "").splitlines(), (theirs or "").splitlines(), fillvalue="nothing")
+            expected, actual = next(pair for pair in lines if pair[0] != pair[1])
+            raise UserError(
+                f"the {name} of rank {rank} on {host} is not that of rank 0 on {first_host}: {actual.strip()} instead of"
+                f" {expected.strip()}. Every rank needs the same command, and every host the same files"
+            )
