@@ -157,9 +157,9 @@ def usable_feedback(given: Sequence[feedback.Feedback], kind: type[Example]) -> 
     return [each for each in given if kind is not Demonstration or not isinstance(each, feedback.Label) or each.desirable]
 
 
-def _item(given: feedback.Feedback, name: str) -> Item:
-    """A row of the kind that a trainer takes."""
-    match given:
+def _item(each: feedback.Feedback, name: str) -> Item:
+    """An item of the trainer's data."""
+    match each:
         case feedback.Pair(chosen=chosen, rejected=rejected, margin=margin):
             both = (_completion(chosen.sample), _completion(rejected.sample))
             return Item(_prompt(chosen), both, name, {"margin": margin or 0.0})

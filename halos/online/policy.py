@@ -1,4 +1,4 @@
-"""The policy in training as an engine: gathered into this process, or handed to a server that samples in its place."""
+"""The policy in training as a sampling engine: gathered into this process, or loaded into a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from halos.rollout.engines.engine import Engine, PolicyServer, open_engine
 
 
 class PolicyEngine:
-    """As the config's `online.sampler` wants it."""
+    """Opens the engine of `online.sampler` with the current weights."""
 
     def __init__(self, run: Run, server: PolicyServer | None, policy: Unsharded) -> None:
         assert run.config.online is not None
@@ -31,7 +31,7 @@ class PolicyEngine:
 
     @contextmanager
     def opened(self) -> Iterator[Engine]:
-        """With the weights of this step; every process opens it."""
+        """The engine with the weights of this step. Every rank enters."""
         if self.server is not None:
             self._push(self.server)
             yield self.server
@@ -40,28 +40,28 @@ class PolicyEngine:
             yield open_engine(self.settings, POLICY, directory=None, tokenizer=self.run.tokenizer, model=lambda: model)
 
     def _push(self, server: PolicyServer) -> None:
-        """The policy's weights to the server, once a step, by a directory that both see; with LoRA merged into the base."""
-        run, place = self.run, self.run.directory.path / "served"
+        """Load the policy into the server, once a step, through a directory that both can read; LoRA is merged into the base."""
+        run, directory = self.run, self.run.directory.path / "served"
         if self._served == run.step:
             return
         adapter = isinstance(run.model, PeftModel)
         state = run.strategy.gathered(run.module, trained_only=adapter)
         if run.main:
-            with staged(place, main=True, facts={"step": run.step}) as hidden:
+            with staged(directory, main=True, facts={"step": run.step}) as hidden:
                 weights.save_weights(hidden, run.model, state, run.vocabulary)
-                if adapter:  # unproved: the final save's merge, which is proved, is this one
+                if adapter:  # not proved here: the final model's merge, by the same function, is
                     run.tokenizer.save_pretrained(hidden)
                     case = case_of(run.base, hidden / "adapter", run.vocabulary, dtype=bare(run.model).dtype)
                     (hidden / "model").mkdir()
                     merge.merge(case.base, case.adapter, hidden / "model", model=bare(run.model), dtype=case.dtype,
                                 vocabulary=case.vocabulary, tokens=case.tokens)  # fmt: skip
-            server.load(place / "model")
+            server.load(directory / "model")
         self._served = run.step
         run.accelerator.wait_for_everyone()
 
 
 def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyServer | None:
-    """The server that samples, None where this process does. Raises UserError for a sampler that cannot follow a policy."""
+    """The server that samples; None where this process does. Raises UserError for a sampler whose weights cannot be replaced."""
     assert config.online is not None
     sampler, model = config.online.sampler, str(config.model.name_or_path)
     return engine_class(sampler.name).open_server(sampler, POLICY, tokenizer=tokenizer, model=model)

@@ -1,7 +1,7 @@
 """Sample completions of prompts: python -m halos.online.sample MODEL --data prompts.jsonl --output samples.jsonl -n 8
 
-Killed and given again, the same command goes on: what was sampled is kept. Under accelerate launch every process samples its
-share with a whole model of its own.
+If it is killed, the same command resumes: samples so far are kept. Under accelerate launch every rank samples a shard of the
+prompts, with a full model of its own.
 """
 
 from __future__ import annotations
@@ -32,40 +32,38 @@ from halos.rollout.prompts import fitting, read_prompts
 from halos.rollout.ranks import Ranks, local_device
 from halos.rollout.types import TRAIN, Origin, Prompt, Request, Row, Sample, requests_for
 
-CHUNK = 4  # batches that are sampled and kept together: what a crash can lose
+CHUNK = 4  # batches that are sampled and stored together: what a crash can lose
 
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(prog="python -m halos.online.sample", description=__doc__,
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     options.add_argument("model", help="a directory, a hub id, a .gguf file, or tiny")
-    options.add_argument("--data", nargs="+", required=True, help="files, directories or names, as data.train takes them")
+    options.add_argument("--data", nargs="+", required=True, help="files, directories or names, as in data.train")
     options.add_argument("--split", default="train", choices=("train", "eval"), help="of data that has splits")
-    options.add_argument("--limit", type=int, help="the first so many prompts (default: all)")
-    options.add_argument("--output", type=Path, required=True, help=".jsonl, or .json for a list as HALOs' files hold it")
+    options.add_argument("--limit", type=int, help="use only the first N prompts (default: all)")
+    options.add_argument("--output", type=Path, required=True, help=".jsonl, or .json for a list as in HALOs' files")
     options.add_argument("-n", "--samples", type=int, default=1, help="completions of each prompt (default 1)")
-    options.add_argument(
-        "--max-length", type=int, help="of prompt and completion, in tokens (default: what the model was trained for)"
-    )
+    options.add_argument("--max-length", type=int, help="of prompt and completion, in tokens (default: the model's positions)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--chat-template", help="jinja, or a file of it (default: the model's own)")
     options.add_argument("--revision")
     options.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
-    options.add_argument("--reference", help="a model that --kl-samples compares with")
+    options.add_argument("--reference", help="the model to which --kl-samples estimates the KL")
     options.add_argument("--reference-revision")
-    options.add_argument("--kl-samples", type=int, default=0, help="estimate the KL to the reference from so many samples")
+    options.add_argument("--kl-samples", type=int, default=0, help="samples from which to estimate the KL to the reference")
     options.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
-    options.add_argument("--overwrite", action="store_true", help="sample anew where the output is there already")
-    SAMPLER.add(options.add_argument_group("online.sampler", "as a configuration has them; --temperature 0 is greedy"))
+    options.add_argument("--overwrite", action="store_true", help="replace an existing output")
+    SAMPLER.add(options.add_argument_group("online.sampler", "the keys of a configuration; --temperature 0 is greedy"))
     return options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return command(lambda: run(parser().parse_args(arguments)), stopped="what was sampled is kept, and the same command goes on")
+    return command(lambda: run(parser().parse_args(arguments)), stopped="samples so far are kept, and the same command resumes")
 
 
 def run(args: argparse.Namespace) -> int:
-    """One output file. Raises UserError for what is wrong, before any model loads where that is possible."""
+    """Write one file of samples. Raises UserError for wrong input, before any model loads where that is possible."""
     sampler = _checked(args)
     prompts = read_prompts(args.data, args.split)[: args.limit]
     if not prompts:
@@ -74,21 +72,21 @@ def run(args: argparse.Namespace) -> int:
     if args.overwrite and ranks.main:
         args.output.unlink(missing_ok=True)
     policy = Policy(args, sampler, ranks)
-    ledger = ResumableFile(args.output, policy.request(prompts), rank=ranks.rank)
-    if ranks.from_rank_0(ledger.is_done()):
-        say(ranks, f"{args.output} is there already, of this very request")
+    file = ResumableFile(args.output, policy.request(prompts), rank=ranks.rank)
+    if ranks.from_rank_0(file.is_done()):
+        say(ranks, f"{args.output} exists already, with the samples of this request")
         ranks.barrier()
         return 0
-    open_on_all_ranks(ledger, ranks)
+    open_on_all_ranks(file, ranks)
     if own := sum(prompt.samples is not None or prompt.temperature is not None for prompt in prompts):
-        say(ranks, f"{own} of {len(prompts)} prompts say themselves how many samples they want, or at what temperature")
+        say(ranks, f"{own} of {len(prompts)} prompts set their own number of samples or temperature")
     requests, too_long = policy.requests(prompts)
-    _sample(requests, policy, ledger, ranks)
+    _sample(requests, policy, file, ranks)
     ranks.barrier()
-    ledger.open()  # what the others have kept
-    divergence = policy.divergence(ledger, requests)
+    file.open()  # read the samples of the other ranks
+    divergence = policy.divergence(file, requests)
     if ranks.main:
-        _finish(args, ledger, requests, {"prompts": len(prompts), "prompts_too_long": too_long, **divergence}, began)
+        _finish(args, file, requests, {"prompts": len(prompts), "prompts_too_long": too_long, **divergence}, began)
     ranks.barrier()
     return 0
 
@@ -99,7 +97,7 @@ def say(ranks: Ranks, text: str) -> None:
 
 
 def _checked(args: argparse.Namespace) -> Sampler:
-    """Its settings. Raises UserError for words that cannot be followed."""
+    """The sampler's settings. Raises UserError for arguments that contradict each other."""
     for name, least in (("samples", 1), ("kl_samples", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} takes a number from {least} on, not {getattr(args, name)}")
@@ -113,9 +111,9 @@ def _checked(args: argparse.Namespace) -> Sampler:
     return sampler
 
 
-def _sample(requests: Sequence[Request], policy: Policy, ledger: ResumableFile, ranks: Ranks) -> None:
-    """Every request that is not answered yet, some batches at a time: a chunk holds the same requests after any crash."""
-    size, store = CHUNK * policy.sampler.batch_size, FileStore[Sample](ledger)
+def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ranks: Ranks) -> None:
+    """Sample the requests that have no sample yet, in chunks of batches that hold the same requests after a crash."""
+    size, store = CHUNK * policy.sampler.batch_size, FileStore[Sample](file)
     chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
     mine = [chunk for chunk in chunks[ranks.rank :: ranks.world] if not all(store.has(each.key) for each in chunk)]
     if not mine:
@@ -125,11 +123,11 @@ def _sample(requests: Sequence[Request], policy: Policy, ledger: ResumableFile, 
             bar.update()
 
 
-def _finish(args: argparse.Namespace, ledger: ResumableFile, requests: Sequence[Request], facts: Row, began: float) -> None:
-    """The file itself, what is told beside it, and a line for people."""
+def _finish(args: argparse.Namespace, file: ResumableFile, requests: Sequence[Request], facts: Row, began: float) -> None:
+    """Write the file and its meta.json, and print a summary."""
     seconds, too_long = time.perf_counter() - began, facts["prompts_too_long"]
-    facts = {**counts([ledger.rows[request.key] for request in requests]), **facts}
-    ledger.finish([request.key for request in requests], {**facts, "seconds": round(seconds, 2)})
+    facts = {**counts([file.rows[request.key] for request in requests]), **facts}
+    file.finish([request.key for request in requests], {**facts, "seconds": round(seconds, 2)})
     long = f", {too_long} prompts too long for {args.max_new_tokens} more tokens" if too_long else ""
     tqdm.write(f"{args.output}: {facts['samples']} samples of {facts['prompts'] - too_long} prompts{long},"
                f" {facts['cut']} cut at --max-new-tokens, {facts['empty']} empty; {seconds:.1f} s,"
@@ -137,7 +135,7 @@ def _finish(args: argparse.Namespace, ledger: ResumableFile, requests: Sequence[
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
-    """Of samples, what they are like."""
+    """Counts over samples: tokens, cut off and empty ones."""
     return {
         "samples": len(rows),
         "tokens": sum(row["tokens"] for row in rows),
@@ -147,7 +145,7 @@ def counts(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 class Policy:
-    """The model behind the samples: where it lies, what it is fed, and the engine that continues it."""
+    """The policy to sample from: its files and tokenizer, its requests, and its engine."""
 
     def __init__(self, args: argparse.Namespace, sampler: Sampler, ranks: Ranks) -> None:
         self.args, self.sampler, self.ranks = args, sampler, ranks
@@ -178,21 +176,21 @@ class Policy:
         self.origin = Origin(str(args.model), vocabulary_of(self.tokenizer))
 
     def request(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        """Everything that decides what the samples are."""
+        """Everything that the samples depend on, as JSON."""
         from halos.checkpoint.lineage import identity
 
         args = self.args
         weights = self.ranks.from_rank_0(identity(self.directory, args.cache_dir) if self.directory and self.ranks.main else None)
-        asked = [[prompt.id, prompt.turns, prompt.samples, prompt.temperature] for prompt in prompts]
+        rows = [[prompt.id, prompt.turns, prompt.samples, prompt.temperature] for prompt in prompts]
         settings = mathematics(self.sampler)
         return {
             "sampler": settings.pop("name"), **settings, "model": None if weights else str(args.model), "model_sha256": weights,
-            "prompts": _digest(asked), "samples": args.samples, "max_length": args.max_length, "seed": args.seed,
+            "prompts": _digest(rows), "samples": args.samples, "max_length": args.max_length, "seed": args.seed,
             "template": _digest(self.tokenizer.chat_template) if self.tokenizer is not None else None, "dtype": args.dtype,
         }  # fmt: skip
 
     def requests(self, prompts: Sequence[Prompt]) -> tuple[list[Request], int]:
-        """One for each sample of the prompts that leave room for an answer; how many do not. Raises UserError where none does."""
+        """Requests for the prompts that leave room for an answer, and how many do not. Raises UserError where none does."""
         args, sampler, total = self.args, self.sampler, len(prompts)
         if self.directory is not None:
             from halos.data.tokenize import Encoder
@@ -204,9 +202,9 @@ class Policy:
             prompts = fitting(prompts, encoder, longest - sampler.max_new_tokens)
             if not prompts:
                 raise UserError(f"no prompt leaves room for --max-new-tokens {sampler.max_new_tokens} within {longest} tokens")
-        asked = requests_for(prompts, samples=args.samples, temperature=sampler.temperature,
-                             max_new_tokens=sampler.max_new_tokens, seed=args.seed)  # fmt: skip
-        return asked, total - len(prompts)
+        requests = requests_for(prompts, samples=args.samples, temperature=sampler.temperature,
+                                max_new_tokens=sampler.max_new_tokens, seed=args.seed)  # fmt: skip
+        return requests, total - len(prompts)
 
     def engine(self) -> Engine:
         return open_engine(self.sampler, self.origin, directory=self.directory, tokenizer=self.tokenizer, model=self._model)
@@ -230,8 +228,8 @@ class Policy:
         )
         return model.to(device).eval()
 
-    def divergence(self, ledger: ResumableFile, requests: Sequence[Request]) -> dict[str, Any]:
-        """log pi / pi_ref of whole completions, in the mean over some samples: an estimate of the KL, nats a completion."""
+    def divergence(self, file: ResumableFile, requests: Sequence[Request]) -> dict[str, Any]:
+        """The mean log pi / pi_ref of completions over some samples: an estimate of the KL, in nats per completion."""
         args, temperature = self.args, self.sampler.temperature
         if not args.kl_samples or not temperature or not self.ranks.main or self.directory is None:
             return {}
@@ -241,7 +239,7 @@ class Policy:
         directory = locate(args.reference, args.reference_revision, expanded(args.cache_dir))
         if directory == self.directory:
             return {"kl": 0.0, "kl_samples": 0}
-        kept = [(request, ledger.rows[request.key]) for request in requests]
+        kept = [(request, file.rows[request.key]) for request in requests]
         some = [(request.ids, row["output_ids"], row["logps"]) for request, row in kept
                 if row.get("logps") and row.get("split", TRAIN) == TRAIN]  # fmt: skip
         some = some[:: max(1, len(some) // args.kl_samples)][: args.kl_samples]

@@ -1,4 +1,4 @@
-"""The commands behind a round's stages: each a process of its own, which ends with us and is told when we are to stop."""
+"""Runs the stages of a round as subprocesses, which die with this process and get its stop requests."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from halos.online.options import FEEDBACK, SAMPLER, SCORER
 from halos.repository import PACKAGES, TRAIN
 
 WRONG_INPUT = 2
-PERIOD = 0.05  # seconds between two looks at a stage
-PATIENCE = 600.0  # seconds in which a stage that was told to stop saves what it has
+PERIOD = 0.05  # seconds between polls of a stage
+PATIENCE = 600.0  # seconds in which a stage may save after a stop request
 
 
 class StoppedError(Exception):
-    """A signal ended a stage, which goes on when the run does."""
+    """A stop request ended a stage, which resumes with the run."""
 
 
 class RefusedError(Exception):
-    """A stage refused what the user wrote, and has said so on the terminal."""
+    """A stage refused its input, and has printed the message on the terminal."""
 
 
 class StageError(Exception):
-    """A stage failed, and not because of what the user wrote."""
+    """A stage failed for a reason other than wrong input."""
 
 
 @dataclass
 class Stages:
-    """Starts stages one after the other; a first signal is handed on to the one that runs, a second Ctrl-C ends us at once."""
+    """Runs stages one after the other. A first signal is passed on to the running stage; a second Ctrl-C ends this process."""
 
     config: Config
 
@@ -55,44 +55,44 @@ class Stages:
         self.request.listen()
 
     def run(self, command: Sequence[str], log: Path) -> None:
-        """Until it is done. Raises StoppedError, UserError with the stage's one message, or StageError with its last words."""
-        self._refuse_interrupted()
+        """Run a command to its end. Raises StoppedError, UserError (the stage's message) or StageError (its last output)."""
+        self._raise_if_stopped()
         log.parent.mkdir(parents=True, exist_ok=True)
-        aloud = sys.stderr.isatty()  # progress bars for people; in a log they would only be lines
+        on_terminal = sys.stderr.isatty()  # show progress bars; in a log file they would only be clutter
         with os.fdopen(confined.open_to_append(log, within=Path(self.config.run_dir)), "ab") as file:
             file.write(f"$ {shlex.join(command)}\n".encode())
             file.flush()
             process = subprocess.Popen(
-                list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=None if aloud else file, env=_environment(),
+                list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=None if on_terminal else file, env=_environment(),
                 start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
             status = self._wait(process)
-        self._refuse_interrupted()
+        self._raise_if_stopped()
         if status == 0:
             return
-        if aloud and status == WRONG_INPUT:
-            raise RefusedError(f"{_name(command)} refused its input; its message was on the terminal")
-        words = "its words stand above" if aloud else failure_reason(log)
-        if words.startswith("error: "):
-            raise UserError(words.removeprefix("error: "))
-        raise StageError(f"{_name(command)} ended with status {status}: {words} ({log})")
+        if on_terminal and status == WRONG_INPUT:
+            raise RefusedError(f"{_name_of(command)} refused its input; its message was on the terminal")
+        reason = "its output is above" if on_terminal else failure_reason(log)
+        if reason.startswith("error: "):
+            raise UserError(reason.removeprefix("error: "))
+        raise StageError(f"{_name_of(command)} ended with status {status}: {reason} ({log})")
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int:
-        told = None
+        stopping_since = None
         while process.poll() is None:
-            if self.request.reason and told is None:
-                told = time.monotonic()
+            if self.request.reason and stopping_since is None:
+                stopping_since = time.monotonic()
                 process.terminate()
-            if told is not None and time.monotonic() - told > PATIENCE:
+            if stopping_since is not None and time.monotonic() - stopping_since > PATIENCE:
                 process.kill()
             time.sleep(PERIOD)
         return process.returncode
 
-    def _refuse_interrupted(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self.request.reason:
             raise StoppedError(self.request.reason)
 
-    # --- what is started -------------------------------------------------------------------------------------------------
+    # --- the commands of the stages --------------------------------------------------------------------------------------
 
     def sample(
         self, policy: str, prompts: Path, output: Path, *, seed: int, max_length: int, reference: str | None,
@@ -100,38 +100,39 @@ class Stages:
     ) -> list[str]:  # fmt: skip
         """The command that samples from `policy`."""
         online, sampler = self.online, self.online.sampler
-        words = [
+        arguments = [
             policy, "--data", str(prompts), "--output", str(output), "--max-length", str(max_length), "--seed", str(seed),
             "--cache-dir", self.config.cache_dir, *SAMPLER.arguments(sampler),
         ]  # fmt: skip
         model = self.config.model
-        words += _given(chat_template=model.chat_template, revision=revision)
+        arguments += _options(chat_template=model.chat_template, revision=revision)
         if reference is not None and online.kl_samples:
-            words += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
-            words += _given(reference_revision=model.revision)
-        return self._module("halos.online.sample", words, spread=engine_class(sampler.name).loads_model)
+            arguments += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
+            arguments += _options(reference_revision=model.revision)
+        return self._module("halos.online.sample", arguments, on_every_rank=engine_class(sampler.name).loads_model)
 
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
-        """The command that labels them."""
+        """The command that scores samples and writes feedback."""
         scorer = self.online.scorer
         by = {"function": [word for entry in scorer.functions for word in ("--reward", _flow(entry))],
               "reward_model": ["--reward-model", str(scorer.model)], "judge": ["--judge", str(scorer.model)]}  # fmt: skip
-        words = [
+        arguments = [
             str(samples), str(output), "--feedback", kind, "--scores", str(scores), "--seed", str(self.config.seed),
             "--cache", str(cache), "--cache-dir", self.config.cache_dir, *by[scorer.name], *SCORER.arguments(scorer),
             *FEEDBACK.arguments(self.online.feedback),
         ]  # fmt: skip
-        words += ["--against", str(against)] if scorer.pairwise and against is not None else []
-        words += ["--plugins", *self.config.plugins] if self.config.plugins else []
-        return self._module("halos.online.label", words, spread=scorer.name == "reward_model")
+        arguments += ["--against", str(against)] if scorer.pairwise and against is not None else []
+        arguments += ["--plugins", *self.config.plugins] if self.config.plugins else []
+        return self._module("halos.online.label", arguments, on_every_rank=scorer.name == "reward_model")
 
-    def train(self, words: Sequence[str]) -> list[str]:
-        return [*self._launcher(), str(TRAIN), *words]
+    def train(self, overrides: Sequence[str]) -> list[str]:
+        """The command that trains with the overrides of a round."""
+        return [*self._launcher(), str(TRAIN), *overrides]
 
-    def _module(self, name: str, words: Sequence[str], *, spread: bool) -> list[str]:
-        if spread and self.processes > 1:
-            return [*self._launcher(), "-m", name, *words]
-        return [sys.executable, "-m", name, *words]
+    def _module(self, name: str, arguments: Sequence[str], *, on_every_rank: bool) -> list[str]:
+        if on_every_rank and self.processes > 1:
+            return [*self._launcher(), "-m", name, *arguments]
+        return [sys.executable, "-m", name, *arguments]
 
     def _launcher(self) -> list[str]:
         """`accelerate launch` where there is a config for it or several processes, else this interpreter alone."""
@@ -153,7 +154,7 @@ class Stages:
 
 
 def config_file(online: Online) -> Path:
-    """Of accelerate. Raises UserError where it is not there."""
+    """The config file of accelerate. Raises UserError where it does not exist."""
     if online.config_file is None:
         from halos.distributed.device import uses_gpu
 
@@ -162,22 +163,23 @@ def config_file(online: Online) -> Path:
     return accelerate_config(online.config_file, "online.config_file")
 
 
-def _given(**options: Any) -> list[str]:
-    """`--name value` for each that has one."""
+def _options(**options: Any) -> list[str]:
+    """`--name value` for each option that is not None."""
     return [word for name, value in options.items() if value is not None
             for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
 
 
 def _flow(entry: Any) -> str:
-    """A reward's entry as one line of YAML."""
+    """An entry of `functions` as one line of YAML."""
     return entry if isinstance(entry, str) else yaml.safe_dump(entry, default_flow_style=True, width=10_000).strip()
 
 
 def _environment() -> dict[str, str]:
-    """Ours, with this code where `-m` finds it."""
+    """This process's environment, with halos on PYTHONPATH so that `-m` finds it."""
     paths = [str(PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])]
     return environment_without_launcher(PYTHONPATH=os.pathsep.join(paths))
 
 
-def _name(command: Sequence[str]) -> str:
+def _name_of(command: Sequence[str]) -> str:
+    """The module or script that a command runs."""
     return next((word for word in command if word.startswith("halos.online.") or word.endswith("train.py")), command[0])

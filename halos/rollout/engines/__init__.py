@@ -1,1 +1,1 @@
-"""Engines that continue prompts, behind one contract: a list of requests in, a completion for each out."""
+"""Sampling engines behind one interface: a list of requests in, one sample for each out."""

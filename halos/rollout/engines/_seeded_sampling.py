@@ -1,4 +1,4 @@
-"""Sampling by a random number of each request's own, inside transformers' continuous batching."""
+"""Sampling with a separate random stream for each request, inside transformers' continuous batching."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from halos.rollout.types import Request
 
 
 class SeededSampling(ContinuousBatchingLogitsProcessor):
-    """Chooses each token by the request's own random number, so that neighbours in a batch and their order do not matter.
+    """Samples each token with the request's own random number, so that the rest of the batch and its order do not matter.
 
-    Continuous batching draws for a whole batch from one generator. Here the cumulative distribution is inverted at the number
-    that belongs to (request, position), all other tokens are made impossible, and the engine takes the likeliest.
+    Continuous batching draws for a whole batch from one generator. Here the inverse of the cumulative distribution is taken at
+    the number of (request, position), all other tokens are set to -inf, and the engine decodes greedily.
     """
 
     supported_kwargs: dict[str, type] = {}  # noqa: RUF012  transformers' own interface
@@ -33,7 +33,7 @@ class SeededSampling(ContinuousBatchingLogitsProcessor):
         int32_tensor.zero_()
 
     def prepare_tensor_args(self, requests_with_new_token: list[FutureRequestState]) -> Tensor:
-        """The random number of each row of the coming step, as float32 in int32's clothes."""
+        """The random numbers of the next step's rows, as float32 bits in the int32 tensor that transformers passes on."""
         states = [each.state for each in requests_with_new_token]
         self._rows = [state.request_id for state in states]
         numbers = []
@@ -45,7 +45,7 @@ class SeededSampling(ContinuousBatchingLogitsProcessor):
     def __call__(self, scores: Tensor, tensor_arg: Tensor) -> Tensor:
         """(rows, vocabulary) logits -> 0 for the token that is sampled, -inf for all others."""
         rows = [self.requests[name] for name in self._rows]
-        whole = scores  # the rows of prompts that are not read to their end come last, and nobody looks at theirs
+        whole = scores  # rows of partially prefilled prompts come last; their logits are not used
         scores = scores[: len(rows)]
         if not rows:
             return whole
@@ -57,9 +57,9 @@ class SeededSampling(ContinuousBatchingLogitsProcessor):
             allowed = self.top_k(None, allowed)  # type: ignore[arg-type]
         if self.top_p is not None:
             allowed = self.top_p(None, allowed)  # type: ignore[arg-type]
-        rising = allowed.double().softmax(-1).cumsum(-1)
-        at = tensor_arg[: len(rows)].view(torch.float32).double()[:, None] * rising[:, -1:]
-        drawn = (rising < at).sum(-1).clamp(max=scores.shape[-1] - 1)
+        cumulative = allowed.double().softmax(-1).cumsum(-1)
+        threshold = tensor_arg[: len(rows)].view(torch.float32).double()[:, None] * cumulative[:, -1:]
+        drawn = (cumulative < threshold).sum(-1).clamp(max=scores.shape[-1] - 1)
         chosen = torch.where(greedy, scores.argmax(-1), drawn)[:, None]
         logps = (scores.gather(1, chosen)[:, 0] - scores.logsumexp(-1)).tolist()
         for name, logp in zip(self._rows, logps, strict=True):

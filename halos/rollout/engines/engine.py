@@ -1,4 +1,4 @@
-"""The base class of sampling engines. An engine is a module beside this one, whose subclass of Engine is named ENGINE."""
+"""The base class of sampling engines. An engine is a module in this package, whose subclass of Engine is named ENGINE."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from halos.rollout.types import Origin, Request, Sample
 
 
 class Engine(ABC):
-    """Samples completions. What other code asks of an engine is declared here, and nobody asks for its name.
+    """Samples completions. Its class declares everything that other code must know about it; no code asks for its name.
 
-    The module is imported to read these declarations: import what is heavy in `open`, or later.
+    Modules are imported to read these declarations: import heavy packages in `open`, or later.
     """
 
-    is_paid: bool = False  # each answer costs money: it is kept as it comes, and a prompt is never sent again after a crash
-    reads_tokens: ClassVar[bool] = True  # it continues token ids, and needs the policy's files; else it takes text
-    loads_model: ClassVar[bool] = False  # it samples from a model in this process: stages run on every rank, each with its own
-    addresses: ClassVar[tuple[str, ...]] = ("python", "url")  # keys of programs and servers: never taken from a saved run
+    is_paid: bool = False  # answers cost money: each is stored as it comes, and none is requested again after a crash
+    reads_tokens: ClassVar[bool] = True  # it takes token ids, and needs the policy's tokenizer; else it takes text
+    loads_model: ClassVar[bool] = False  # it samples from a model in this process; a stage then runs on every rank
+    addresses: ClassVar[tuple[str, ...]] = ("python", "url")  # keys that name programs and servers: never taken from a saved run
 
     @classmethod
     def problem(cls, settings: Sampler, spelled: Callable[[str], str]) -> str | None:
@@ -34,12 +34,12 @@ class Engine(ABC):
     def open(
         cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]
     ) -> Engine:
-        """Make one. `directory` holds the policy's weights, and `model` loads them; None and unused where it has text alone."""
+        """Open the engine. `directory` holds the policy's weights and `model` loads them; unused by an engine that takes text."""
 
     @classmethod
     def open_server(cls, settings: Sampler, origin: Origin, *, tokenizer: Any, model: str) -> PolicyServer | None:
-        """Make the server that samples for a live loop; None where a model in this process does, for which `open` is called at
-        every step. Raises UserError for an engine that cannot follow a policy. `model` is the name of the first policy."""
+        """Open the server that samples for a live loop; None where a model in this process samples, for which `open` is called at
+        every step. Raises UserError for an engine whose weights cannot be replaced. `model` is the name of the first policy."""
         if cls.loads_model:
             return None
         raise UserError(
@@ -49,15 +49,15 @@ class Engine(ABC):
 
     @abstractmethod
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """Yield a sample for each request as they come, in whatever order."""
+        """Yield a sample for each request, in any order."""
 
 
 class PolicyServer(Engine):
-    """An engine outside this process that can be given new weights."""
+    """An engine outside this process whose weights can be replaced."""
 
     @abstractmethod
     def load(self, weights: Path) -> None:
-        """Sample from the weights in a directory that the server can reach from now on."""
+        """Load the weights from a directory that the server can reach; later samples come from them."""
 
 
 def open_engine(settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]) -> Engine:

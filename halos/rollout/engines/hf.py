@@ -1,4 +1,4 @@
-"""The default engine: transformers' continuous batching, with a cache of a given size and a seed for each request."""
+"""The default engine: transformers' continuous batching, with a fixed cache size and a seed for each request."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAGE = 32  # tokens of one sequence that the cache holds together
-MOST_AT_ONCE = 4096  # tokens of one forward pass, prompts included
+PAGE = 32  # tokens of one page of the key-value cache
+MAX_BATCH_TOKENS = 4096  # of one forward pass, prompts included
 
 
 class HFEngine(Engine):
-    """A model in this process. It must be whole: what FSDP has cut is gathered first."""
+    """A model in this process. It must be unsharded: FSDP's shards are gathered first."""
 
     loads_model = True
     addresses = ()
@@ -40,7 +40,7 @@ class HFEngine(Engine):
         return cls(model(), tokenizer, settings, origin)
 
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        """All requests are queued before the first step, so that the same list makes the same batches, to the bit."""
+        """Queue all requests before the first step, so that the same list gives the same batches, bit for bit."""
         from transformers.generation.continuous_batching.cb_logits_processors import ContinuousBatchingLogitsProcessorList
         from transformers.generation.logits_process import LogitsProcessorList
 
@@ -91,13 +91,13 @@ class HFEngine(Engine):
         from transformers import ContinuousBatchingConfig
 
         longest = max(len(request.ids) + request.max_new_tokens for request in requests)
-        # room for one sequence at the least, else nothing could ever be scheduled
+        # at least enough for the longest sequence, else it could never be scheduled
         pages = max(self.settings.cache_tokens // PAGE, -(-longest // PAGE) + 2)
-        tokens = min(MOST_AT_ONCE, max(self.settings.batch_size, max(len(request.ids) for request in requests)) * 2)
+        tokens = min(MAX_BATCH_TOKENS, max(self.settings.batch_size, max(len(request.ids) for request in requests)) * 2)
         known = inspect.signature(ContinuousBatchingConfig).parameters  # transformers 5.17 calls a page a block
         more: dict[str, Any] = {"page_size" if "page_size" in known else "block_size": PAGE}
         if "auto_switch_to_flash" in known:
-            more["auto_switch_to_flash"] = False  # it would fetch a kernel from the hub, and sample by another attention
+            more["auto_switch_to_flash"] = False  # it would download a kernel from the hub, and use another attention
         return ContinuousBatchingConfig(
             num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.settings.batch_size, use_async_batching=False,
             use_cuda_graph=False, **more,

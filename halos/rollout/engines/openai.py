@@ -15,7 +15,7 @@ TIMEOUT = 600.0  # seconds for one completion
 
 
 class ChatEngine(Engine):
-    """Knows no token ids: what is trained on is the text, tokenised anew."""
+    """Returns text without token ids, so the text is tokenised again for training."""
 
     is_paid = True
     reads_tokens = False

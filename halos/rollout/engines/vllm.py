@@ -1,4 +1,4 @@
-"""vLLM: in a process of its own with its own interpreter, because its pins never match ours, or as a server."""
+"""vLLM: as a subprocess with its own interpreter, since its pinned versions conflict with ours, or as a server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TIMEOUT = 600.0  # seconds for one completion
 
 
 class VLLM(Engine):
-    """Token ids in, token ids and their log-probs out: what both ways of running vLLM share."""
+    """Base of both ways to run vLLM: token ids in, token ids and their log-probs out."""
 
     addresses = ("python", "url")
 
@@ -58,7 +58,7 @@ class VLLM(Engine):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
         self.tokenizer, self.settings, self.origin = tokenizer, settings, origin
 
-    def _asked(self, request: Request) -> dict[str, Any]:
+    def _parameters(self, request: Request) -> dict[str, Any]:
         top_p, top_k = self.settings.top_p, self.settings.top_k or -1
         return {"prompt_token_ids": list(request.ids), "seed": request.seed % 2**31, "temperature": request.temperature,
                 "max_tokens": request.max_new_tokens, "top_p": top_p, "top_k": top_k}  # fmt: skip
@@ -91,7 +91,7 @@ class SubprocessEngine(VLLM):
         assert pipe_in is not None
         assert pipe_out is not None
         try:
-            pipe_in.write(json.dumps([self._asked(each) for each in requests]) + "\n")
+            pipe_in.write(json.dumps([self._parameters(each) for each in requests]) + "\n")
             pipe_in.flush()
             for _ in requests:
                 answer = json.loads(_answer(pipe_out))
@@ -99,13 +99,13 @@ class SubprocessEngine(VLLM):
         except (OSError, ValueError, KeyError) as error:
             status = self._process.wait(10) if self._process.poll() is not None else "still running"
             raise UserError(
-                f"vLLM (in {self.python}) ended before it had answered: exit status {status}; what it said stands above. What it"
-                " has answered is kept: the same command goes on"
+                f"vLLM (in {self.python}) ended before it had answered: exit status {status}; its output is above. Answers so far"
+                " are kept: the same command resumes"
             ) from error
 
 
 def _answer(pipe: Any) -> str:
-    """The next line that is an answer; vLLM prints others."""
+    """The next line that is an answer; vLLM also prints other lines."""
     for text in pipe:
         if text.startswith('{"number"'):
             return text
@@ -113,12 +113,12 @@ def _answer(pipe: Any) -> str:
 
 
 class ServerEngine(VLLM, PolicyServer):
-    """A running `vllm serve`: its completions API takes token ids and gives them back with their log-probs."""
+    """A running `vllm serve`, whose completions API takes token ids and returns token ids with log-probs."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin, *, model: str | None = None
     ) -> None:
-        """`model` is its name there, where that is neither `settings.model` nor the generator's."""
+        """`model` is the model's name on the server, unless `settings.model` gives it; by default the generator's name."""
         super().__init__(tokenizer, settings, origin)
         assert settings.url is not None
         self.url, self.model = settings.url.rstrip("/"), settings.model or model or origin.generator
@@ -131,18 +131,18 @@ class ServerEngine(VLLM, PolicyServer):
             yield from threads.map(self._ask, requests)
 
     def _ask(self, request: Request) -> Sample:
-        asked = self._asked(request)
-        body = {"model": self.model, "prompt": asked.pop("prompt_token_ids"), "logprobs": 0, "return_token_ids": True, **asked}
-        choice = self._post(f"{self.url}/completions", body)["choices"][0]
+        parameters = self._parameters(request)
+        body = {"model": self.model, "prompt": parameters.pop("prompt_token_ids"), "logprobs": 0, "return_token_ids": True}
+        choice = self._post(f"{self.url}/completions", {**body, **parameters})["choices"][0]
         if not choice.get("token_ids"):
-            raise UserError(f"{self.url} gives no token_ids: --sampler vllm needs a vLLM server from 0.10.2 on")
+            raise UserError(f"{self.url} returns no token_ids: --sampler vllm needs a vLLM server from 0.10.2 on")
         logps = choice["logprobs"]["token_logprobs"]
         return self._sample(request, choice["token_ids"], logps, choice["finish_reason"])
 
     def load(self, weights: Path) -> None:
-        """Have the server read its weights anew from a directory that it can reach, and forget what it has cached.
+        """Make the server reload its weights from a directory that it can reach, and drop its prefix cache.
 
-        Its own interface for that is open with VLLM_SERVER_DEV_MODE=1. Raises UserError where it is not.
+        The server offers this only with VLLM_SERVER_DEV_MODE=1. Raises UserError otherwise.
         """
         root = self.url.removesuffix("/v1")
         self._post(f"{root}/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}})
