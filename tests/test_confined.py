@@ -1,4 +1,4 @@
-"""A stranger's directory at the level of files: what is refused, what is read in bounds, what is never followed."""
+"""Files of an untrusted directory: links that lead out are refused, and sizes are limited."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_what_leads_out_of_a_directory_is_refused_by_name(
     assert os.listdir(outside.parent) == ["canary"]
 
 
-def test_a_second_name_of_a_file_that_is_added_to_is_refused_and_of_others_allowed(root: Path, outside: Path) -> None:
+def test_hard_links_to_append_only_files_are_refused_and_to_others_allowed(root: Path, outside: Path) -> None:
     weights = outside.with_name("weights.safetensors")
     weights.touch()
     (root / "checkpoints" / weights.name).hardlink_to(weights)  # rounds share weights so
@@ -107,7 +107,7 @@ def test_a_directory_may_be_reached_through_a_link_and_have_links_within(root: P
 
 
 @pytest.mark.parametrize("plant", LEAVING.values(), ids=LEAVING)
-def test_nothing_is_added_to_read_or_copied_through_what_leads_out(
+def test_nothing_is_appended_read_or_copied_through_a_link_that_leads_out(
     root: Path, outside: Path, plant: Callable[[Path, Path], object]
 ) -> None:
     path = root / "evil.log"
@@ -190,7 +190,7 @@ def test_a_file_that_is_larger_than_any_of_its_kind_is_not_read(tmp_path: Path) 
         confined.read_bytes(Path("/dev/zero"))
 
 
-def test_what_is_added_on_a_full_disk_leaves_no_half_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_append_on_a_full_disk_leaves_no_partial_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "metrics.jsonl"
     confined.append(path, "whole\n")
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
@@ -215,7 +215,7 @@ def test_only_a_regular_file_with_enough_room_is_overwritten_in_place(tmp_path: 
     assert outside.read_text() == OUTSIDE
 
 
-def test_what_libraries_raise_becomes_one_line_that_names_the_deed() -> None:
+def test_errors_of_libraries_become_one_line_that_names_the_action() -> None:
     for error in (ValueError("first\nsecond"), RecursionError(), KeyError("a"), MemoryError(), OSError(5, "I/O"), EOFError()):
         with pytest.raises(UserError, match=r"^reading x: .+; mend it$") as told, user_errors("reading x", "mend it"):
             raise error
@@ -234,7 +234,7 @@ def test_what_libraries_raise_becomes_one_line_that_names_the_deed() -> None:
         raise panic("it broke")
 
 
-def test_a_strangers_words_cannot_forge_a_line_or_speak_to_the_terminal() -> None:
+def test_untrusted_text_cannot_forge_a_line_or_control_the_terminal() -> None:
     name = "a\x1b]0;title\x07\rb\ud800\u202ec\u2028d"
     assert printable(name) == r"a\x1b]0;title\x07\rb\ud800\u202ec\u2028d"
     assert one_line("a\nb") == r"a\nb"

@@ -1,4 +1,4 @@
-"""A journal's lines are whole or absent, and a changed byte of one shows."""
+"""A journal's lines are complete or absent, and a changed byte is detected."""
 
 from pathlib import Path
 

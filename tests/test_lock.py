@@ -105,7 +105,7 @@ def test_what_a_killed_process_left_is_taken_over_with_a_line(tmp_path: Path) ->
     child.communicate()
 
 
-def test_a_pid_that_another_process_has_now_holds_nothing(tmp_path: Path) -> None:
+def test_a_pid_that_was_reused_holds_no_lock(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     child = holding(tmp_path / "other.lock")
     write(path, pid=child.pid, process_start=json.loads((tmp_path / "other.lock").read_text())["process_start"])
@@ -117,7 +117,7 @@ def test_a_pid_that_another_process_has_now_holds_nothing(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("facts", [{"host": "elsewhere"}, {"pid_namespace": "pid:[1]"}, None])
-def test_a_process_that_cannot_be_looked_at_counts_by_its_heartbeat(tmp_path: Path, facts: dict[str, str] | None) -> None:
+def test_an_uninspectable_holder_counts_by_its_heartbeat(tmp_path: Path, facts: dict[str, str] | None) -> None:
     path = tmp_path / "run.lock"
     write(path, pid=dead_pid(), **facts) if facts else path.write_text('{"host": "els')
     for ask in (lambda: RunLock(path).acquire(1), RunLock(path).refuse_held):
@@ -129,7 +129,7 @@ def test_a_process_that_cannot_be_looked_at_counts_by_its_heartbeat(tmp_path: Pa
     assert "silent for 60" in str(RunLock(path).acquire(1))
 
 
-def test_what_an_earlier_start_of_the_same_batch_job_left_counts_for_a_minute_and_a_half(
+def test_a_lock_of_an_earlier_start_of_the_batch_job_counts_for_a_minute_and_a_half(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, old = tmp_path / "run.lock", time.time() - 91
@@ -151,7 +151,7 @@ def test_what_an_earlier_start_of_the_same_batch_job_left_counts_for_a_minute_an
     assert RunLock(path)._inspect(time.time()).alive, "no scheduler is no job in common"
 
 
-def test_a_lock_of_which_it_cannot_be_told_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_of_an_uninspectable_holder_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, looks = tmp_path / "run.lock", []
     write(path, host="elsewhere")
 
@@ -183,7 +183,7 @@ def test_a_lock_of_which_it_cannot_be_told_is_waited_for(tmp_path: Path, monkeyp
     assert json.loads(path.read_text())["attempt"] == 1
 
 
-def test_a_living_holder_is_given_the_time_it_is_said_to_need(tmp_path: Path) -> None:
+def test_patience_waits_for_a_live_holder(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     child = holding(path)
     with pytest.raises(UserError):

@@ -23,7 +23,7 @@ def words(tmp_path: Path, cache: Path) -> list[str]:
     return [*WORDS, f"output_root={tmp_path}", f"cache_dir={cache}"]
 
 
-def test_a_run_says_what_became_of_it(words: list[str], tmp_path: Path) -> None:
+def test_train_returns_the_result_of_the_run(words: list[str], tmp_path: Path) -> None:
     argv, handlers = sys.argv, [signal.getsignal(number) for number in STOP_SIGNALS]
     result = halos.train(words)
     assert (result.status, result.exit_status, result.step) == ("finished", 0, 2)

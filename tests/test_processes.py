@@ -1,4 +1,4 @@
-"""A forked process is, to whoever looks, the one that a start would have made."""
+"""A forked process is equivalent to one that was started."""
 
 import os
 import signal

@@ -245,7 +245,7 @@ def test_a_dry_run_refuses_what_the_run_would(
     assert part in said
 
 
-def test_a_dry_resume_says_where_it_would_go_on_and_refuses_what_is_lost(
+def test_a_dry_resume_names_the_checkpoint_and_refuses_damage(
     begun: None, dry: Callable[..., int], desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert dry("train.py resume=runs/long") == 0

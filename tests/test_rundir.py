@@ -1,4 +1,4 @@
-"""A run's directory: who may begin or go on in it, and files that are whole or absent."""
+"""A run's directory: which runs may start or resume in it, and files that are complete or absent."""
 
 import errno
 import json
@@ -43,7 +43,7 @@ def test_a_new_run_makes_its_directory_and_nothing_before(tmp_path):
 
 @pytest.mark.parametrize("status", ["running", "stopped", "failed"])
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_an_unfinished_run_is_never_replaced_and_the_message_says_how_to_go_on(tmp_path, status, overwrite):
+def test_an_unfinished_run_is_never_replaced_and_the_message_says_how_to_resume(tmp_path, status, overwrite):
     run = begun(tmp_path / "demo", status)
     message = said(lambda: RunDir(run.path).create(overwrite=overwrite))
     assert f"python train.py resume={run.path}" in message
@@ -82,7 +82,7 @@ def test_a_directory_that_is_no_run_is_left_alone(tmp_path, name):
     assert (tmp_path / name).read_text() == "mine"
 
 
-def test_what_a_start_left_that_died_at_once_is_no_obstacle(tmp_path):
+def test_leftovers_of_a_start_that_died_are_replaced(tmp_path):
     run = RunDir(tmp_path / "demo")
     run.create(overwrite=False)
     (run.path / ".config.yaml.123").write_text("half")
@@ -159,14 +159,14 @@ def test_a_run_opens_by_its_directory_or_one_of_its_checkpoints(tmp_path):
     assert run.requested_checkpoint(None) is None
 
 
-def test_a_checkpoint_that_is_not_there_is_refused_with_those_that_are(tmp_path):
+def test_a_missing_checkpoint_is_refused_with_a_list_of_existing_ones(tmp_path):
     run = begun(tmp_path / "demo")
     assert "there are none" in said(lambda: run.requested_checkpoint(f"{run.path}/checkpoints/step-7"))
     (run.checkpoints / "step-00000010").mkdir(parents=True)
     assert "step-00000010" in said(lambda: run.requested_checkpoint(f"{run.path}/checkpoints/step-7"))
 
 
-def test_what_is_no_run_is_refused_with_the_run_that_was_meant(tmp_path):
+def test_a_path_that_is_no_run_is_refused_with_a_suggestion(tmp_path):
     begun(tmp_path / "runs" / "demo")
     begun(tmp_path / "runs" / "other")
     assert f"did you mean {tmp_path}/runs/demo?" in said(RunDir(tmp_path / "runs" / "dmo").require_run)
@@ -269,7 +269,7 @@ def test_after_a_resume_no_step_appears_twice(tmp_path):
     "line", [b"{", b"\xff\xfe", b'{"step": "2"}', b'{"step": 2, "loss": {}}', b"[]", b'{"step": 2, "x": ' + b"1" * 5000 + b"}",
              b"[" * 10**5, b'{"step": 2, "split": 5}', b'{"step": 2, "\\ud800": 1}', b'{"loss": 1}'],
 )  # fmt: skip
-def test_a_damaged_line_of_metrics_costs_itself_and_is_set_aside(tmp_path, line):
+def test_a_damaged_line_of_metrics_loses_only_itself_and_is_set_aside(tmp_path, line):
     run = begun(tmp_path / "demo")
     run.append_metrics({"step": 1})
     with (run.path / "metrics.jsonl").open("ab") as file:
@@ -281,7 +281,7 @@ def test_a_damaged_line_of_metrics_costs_itself_and_is_set_aside(tmp_path, line)
     assert ([row["step"] for row in run.read_metrics()], run.metrics.damaged()) == ([1, 3], [])
 
 
-def test_on_a_full_disk_the_last_word_has_its_room(tmp_path, monkeypatch):
+def test_the_result_is_written_on_a_full_disk(tmp_path, monkeypatch):
     run = begun(tmp_path / "demo")
     run.write_result("running", 0, {})
 
@@ -297,7 +297,7 @@ def test_on_a_full_disk_the_last_word_has_its_room(tmp_path, monkeypatch):
     assert sorted(path.name for path in run.path.iterdir() if path.name.startswith(".")) == []
 
 
-def test_records_of_starts_that_are_gone_are_said_to_be(tmp_path):
+def test_missing_attempt_records_are_reported(tmp_path):
     run = begun(tmp_path / "demo")
     run.checkpoints.mkdir()
     shutil.rmtree(run.path / "attempts")
@@ -305,7 +305,7 @@ def test_records_of_starts_that_are_gone_are_said_to_be(tmp_path):
         run.require_run()
 
 
-def test_a_result_says_how_it_ended(tmp_path):
+def test_the_result_has_status_step_and_reason(tmp_path):
     run = RunDir(tmp_path / "demo")
     assert run.read_result() is None
     run = begun(tmp_path / "demo")
@@ -334,7 +334,7 @@ def test_a_write_that_fails_leaves_the_old_file_whole(tmp_path, monkeypatch):
     assert json.loads((run.path / "result.json").read_text())["step"] == 7
 
 
-def test_a_job_is_named_by_what_was_typed_in_any_order():
+def test_a_job_is_named_by_its_overrides_in_any_order():
     name = job_name(["loss=dpo", "++optim.lr=1e-05", "exp_name=sweep"])
     assert name == job_name(["optim.lr=1e-05", "exp_name=other", "loss=dpo"])
     assert name.startswith("loss-dpo__optim.lr-1e-05-")

@@ -1,4 +1,4 @@
-"""Records that seal each other and the configuration: whichever is changed, taken out or put in its place is named."""
+"""Records that seal each other and the configuration: one that was changed, removed or replaced is named."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def records() -> dict[str, str]:
     return made
 
 
-def test_what_was_written_is_whole_and_what_is_older_than_seals_is_not_judged(records: dict[str, str]) -> None:
+def test_unchanged_records_pass_and_records_older_than_seals_are_not_checked(records: dict[str, str]) -> None:
     assert seals.faults(CONFIG, records) == {}
     old = {"000.yaml": "overrides: []\n", "001.yaml": "overrides: []\n"}
     assert seals.faults(CONFIG, old) == {}
@@ -25,7 +25,7 @@ def test_what_was_written_is_whole_and_what_is_older_than_seals_is_not_judged(re
     assert list(seals.faults(CONFIG, {"001.yaml": old["001.yaml"] + "x: 1\n", "002.yaml": later})) == ["001.yaml"]
 
 
-def test_each_record_is_held_against_the_one_before_and_the_configuration_against_the_newest(records: dict[str, str]) -> None:
+def test_each_record_is_checked_against_the_next_and_the_configuration_against_the_newest(records: dict[str, str]) -> None:
     assert list(seals.faults("seed: 1\n", records)) == ["config.yaml"]
     for name, text in records.items():
         assert list(seals.faults(CONFIG, {**records, name: text.replace("train.steps", "train.stepz")})) == [name]

@@ -1,4 +1,4 @@
-"""The command line: what is typed becomes a run, or one message and exit status 2."""
+"""The command line: arguments become a run, or one message and exit status 2."""
 
 import os
 import re
@@ -126,7 +126,7 @@ def test_resume_takes_one_directory(refused, words):
     assert f"{' '.join(words)}: resume= takes one run directory" in refused(*words)
 
 
-def test_one_of_several_processes_ends_with_the_status_and_without_the_interpreters_own_end():
+def test_a_rank_exits_with_the_status_without_interpreter_shutdown():
     said = """if True:
         import atexit, os
         from halos.distributed.children import exit_process
@@ -281,7 +281,7 @@ def test_a_batch_smaller_than_the_number_of_processes_is_refused(refused, monkey
         ({"WORLD_SIZE": "-1", "RANK": "\x1b[31m0"}, "which is no number"),
     ],
 )
-def test_what_a_scheduler_left_behind_is_told_before_anything_waits_for_it(refused, monkeypatch, left, said):
+def test_leftover_rank_variables_are_refused_before_anything_waits_for_them(refused, monkeypatch, left, said):
     for name, value in left.items():
         monkeypatch.setenv(name, value)
     told = refused(*RUN)
@@ -293,7 +293,7 @@ NAMES = ["demo", "x(1),y", "it's", "a b", r"q\"'", r"back\\", "ü", "[a]", "{a: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_command_to_go_on_is_one_that_the_shell_and_our_parser_take(name):
+def test_the_printed_resume_command_works_in_the_shell_and_our_parser(name):
     [word] = shlex.split(as_argument("resume", Path("runs") / name))
     assert resume.requested_run([overrides.parse(word, {})]) == f"runs/{name}"
 
@@ -318,7 +318,7 @@ def test_a_start_within_a_process_leaves_signals_and_arguments_as_they_were(buil
 # --- sweeps
 
 
-def test_a_sweep_runs_each_job_in_a_directory_named_by_what_was_typed(cli, build):
+def test_a_sweep_runs_each_job_in_a_directory_named_by_its_overrides(cli, build):
     status, _, err = cli("-m", *RUN, "loss.beta=0.1,0.2", "peft=lora", "peft.rank_pattern.q=1")
     assert (status, err) == (0, "")
     places = [Path(config.run_dir) for config, _ in build.calls]
@@ -374,7 +374,7 @@ def test_every_job_of_a_sweep_is_checked_before_the_first_one_starts(refused, wo
     assert not Path("runs").exists()
 
 
-def test_of_a_sweeper_that_searches_every_value_is_checked_once():
+def test_for_a_searching_sweeper_every_value_is_checked_once():
     typed = [overrides.parse(text, {}) for text in ("loss=dpo,kto", "seed=3", "a=1,2,3", "b=interval(0,1)", "c=x,y")]
     jobs = overrides.one_by_one(typed)
     assert jobs[0] == ["loss=dpo", "seed=3", "a=1", "c=x"]
@@ -418,7 +418,7 @@ def demo(build):
     return run
 
 
-def test_a_run_goes_on_with_its_own_config_where_it_lies_now(cli, build, demo):
+def test_a_moved_run_resumes_with_its_own_config(cli, build, demo):
     status, _, err = cli("resume=moved/demo")
     assert (status, err) == (0, "")
     config, typed = build.calls[0]
@@ -454,7 +454,7 @@ TB = {"_target_": "halos.hooks.trackers.TensorBoard"}
     ],
     ids=lambda part: str(part)[:50],
 )
-def test_what_changes_no_step_may_be_typed_on_top(cli, build, demo, words, changed):
+def test_keys_that_affect_no_step_may_be_overridden_on_resume(cli, build, demo, words, changed):
     status, _, err = cli("resume=moved/demo", *words)
     assert status == 0
     assert ("cache_dir=" in err and "is not used" in err) if words == ["cache_dir=elsewhere"] else err == ""
@@ -481,7 +481,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("word", REFUSED)
-def test_what_would_change_the_mathematics_is_refused_by_name(refused, demo, word):
+def test_changes_of_the_mathematics_are_refused_by_name(refused, demo, word):
     err = refused("resume=moved/demo", word, "train.log_every=3")
     assert word.partition("=")[0].removesuffix(".name") in err
     assert "resume_changes=allow" in err
@@ -489,14 +489,14 @@ def test_what_would_change_the_mathematics_is_refused_by_name(refused, demo, wor
     assert os.listdir("moved/demo/attempts") == []
 
 
-def test_all_that_is_refused_is_said_at_once(refused, demo):
+def test_all_refused_changes_are_in_one_message(refused, demo):
     words = [word for word in REFUSED if not word.startswith("schedule.name")]  # under a constant rate steps may be added
     err = refused("resume=moved/demo", *words)
     for word in words:
         assert word.partition("=")[0].removesuffix(".name") in err
 
 
-def test_changes_of_the_mathematics_are_taken_where_they_are_allowed(cli, build, demo, refused):
+def test_changes_of_the_mathematics_are_made_if_allowed(cli, build, demo, refused):
     assert cli("resume=moved/demo", "loss.beta=0.3", "train.steps=20", "resume_changes=allow")[0] == 0
     assert build.changed == {"loss.beta": [0.1, 0.3], "train.steps": [10, 20]}
     assert build.calls.pop()[0].loss["beta"] == 0.3
@@ -543,7 +543,7 @@ def test_a_tracker_may_be_chosen_again_and_other_hooks_stay(cli, build, demo):
         (["hydra.verbose=true"], "hydra.verbose=true: resume="),
     ],
 )
-def test_what_a_resume_does_not_take_is_refused(refused, demo, words, part):
+def test_overrides_that_a_resume_cannot_apply_are_refused(refused, demo, words, part):
     assert part in refused("resume=moved/demo", *words)
 
 
@@ -581,7 +581,7 @@ HOSTILE = [
 
 @pytest.mark.parametrize("where", ["config.yaml", "attempts"])
 @pytest.mark.parametrize(("key", "planted", "part"), HOSTILE, ids=lambda part: str(part)[:40])
-def test_what_a_stranger_planted_in_a_run_runs_nothing(refused, cli, build, demo, where, key, planted, part):
+def test_code_planted_in_a_run_is_not_run(refused, cli, build, demo, where, key, planted, part):
     if where == "attempts":
         demo.start_attempt({"changed": {key: [None, planted]}})
     else:
@@ -623,7 +623,7 @@ def test_a_broken_attempt_is_one_message_that_names_the_file(refused, demo, text
     assert "moved/demo/attempts/000.yaml cannot be read" in refused("resume=moved/demo")
 
 
-def test_a_key_that_is_younger_than_the_run_can_be_typed(refused, cli, build, demo):
+def test_a_key_added_since_the_run_can_be_overridden(refused, cli, build, demo):
     settings = yaml.safe_load(demo.config.read_text())
     del settings["train"]["max_grad_norm"]
     demo.config.write_text(yaml.safe_dump(settings))
@@ -683,7 +683,7 @@ def test_a_hook_of_the_users_own_joins_at_the_start_and_at_a_resume(cli, build, 
         ),
     ],
 )
-def test_what_is_wrong_with_a_hook_is_one_message(refused, own, demo, start, words, part):
+def test_mistakes_in_a_hook_are_one_message(refused, own, demo, start, words, part):
     assert part in refused(*start, *words)
 
 
@@ -708,7 +708,7 @@ def test_help_needs_nothing_large_and_shows_commands_choices_and_keys():
         assert part in done.stdout
 
 
-def test_most_mistakes_are_told_without_torch():
+def test_most_mistakes_are_reported_without_torch():
     done = _alone("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=x", "train.batch_size=0")
     assert done.returncode == 2
     assert done.stderr == "error: train.batch_size takes a whole number (at least 1), not 0\n"

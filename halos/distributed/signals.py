@@ -22,7 +22,7 @@ ORPHANED = signal.SIGUSR2
 
 
 class StopRequest:
-    """Whether a signal has asked this process to save and exit, and which."""
+    """Records whether a signal has asked this process to save and exit, and which."""
 
     def __init__(self) -> None:
         self.reason: str | None = None  # the first signal's name, or what it stands for

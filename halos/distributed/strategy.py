@@ -28,7 +28,7 @@ Fill = Callable[[nn.Module], None]
 
 
 class Strategy(ABC):
-    """What training, checkpoints and evaluations need from a way to distribute the model; each subclass has a file of its own.
+    """The operations on a distributed model for training, checkpoints and evaluations; each subclass has a file of its own.
 
     Methods with a `module` take the one that `wrap` returned, and are collective: every rank calls them. The defaults here are
     right for a module whose parameters are torch's own, plain tensors or DTensors.

@@ -1,4 +1,4 @@
-"""A hook that asks the policy at each evaluation, and keeps what each process got."""
+"""A hook that samples from the policy at each evaluation, and saves what each rank got."""
 
 import json
 from typing import Any

@@ -1,4 +1,4 @@
-"""One process of several, for tests of resuming: train runs to their end, resume copies of them, write down what was seen.
+"""A rank, for tests of resuming: train runs to the end, or resume copies of them, and record hashes of their state.
 
 torchrun tests/launch/exactness.py train OUTPUT NAME=OVERRIDES ...     OUTPUT/NAME becomes a run, OUTPUT/NAME.json its story
 torchrun tests/launch/exactness.py resume OUTPUT NAME ...              goes on with OUTPUT/NAME

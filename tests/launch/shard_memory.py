@@ -1,4 +1,4 @@
-"""How far each process's memory rises while a sharded model is saved: shard_memory.py OUTPUT, in each process of a launch."""
+"""Measure how far each rank's memory rises while a sharded model is saved: shard_memory.py OUTPUT, on every rank."""
 
 import gc
 import json

@@ -1,4 +1,4 @@
-"""A hook that takes its time after each step, so that something can happen meanwhile; loaded with plugins=[slow]."""
+"""A hook that sleeps after each step, so that something can happen meanwhile; loaded with plugins=[slow]."""
 
 import time
 from typing import Annotated

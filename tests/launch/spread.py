@@ -1,4 +1,4 @@
-"""Ways to spread a run over processes, as an accelerate config of each puts them into the environment."""
+"""Strategies to test, as the environment variables that an accelerate config of each sets."""
 
 import json
 from importlib.util import find_spec

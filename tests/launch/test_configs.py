@@ -13,7 +13,7 @@ CONFIGS = sorted((LAUNCH / "accelerate").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_accelerate_takes_every_config_and_asks_for_what_its_name_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_reads_every_config_and_requests_what_its_name_says(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = ["--config_file", str(path), "train.py", "loss=sft"]
     arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     arguments.deepspeed_fields_from_accelerate_config = ""
@@ -33,7 +33,7 @@ def test_accelerate_takes_every_config_and_asks_for_what_its_name_says(path: Pat
 
 
 @pytest.mark.parametrize("path", sorted((LAUNCH / "slurm").glob("*.sbatch")), ids=lambda path: path.stem)
-def test_a_batch_script_is_shell_and_asks_slurm_to_signal_the_ranks_and_to_queue_it_again(path: Path) -> None:
+def test_a_batch_script_is_valid_shell_and_makes_slurm_signal_the_ranks_and_requeue_it(path: Path) -> None:
     assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
     asked = dict(re.findall(r"^#SBATCH --([\w-]+)=?(.*)$", path.read_text(), re.M))
     assert {"nodes", "ntasks-per-node", "gpus-per-node", "requeue", "signal", "open-mode"} <= asked.keys()

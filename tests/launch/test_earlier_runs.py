@@ -72,7 +72,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("commit", COMMITS)
-def test_a_run_of_an_earlier_commit_goes_on_bit_for_bit_or_to_rounding_on_another_kind_of_processor(
+def test_a_run_of_an_earlier_commit_resumes_bit_for_bit_or_within_rounding_on_another_processor(
     commit: str, name: str, place: Path
 ) -> None:
     from safetensors.torch import load_file
@@ -98,7 +98,7 @@ def test_a_run_of_an_earlier_commit_goes_on_bit_for_bit_or_to_rounding_on_anothe
             assert_close(mine[key], value, **loose, msg=lambda text, path=path, key=key: f"{path} {key}: {text}")
 
 
-def test_an_earlier_run_that_would_be_computed_otherwise_is_refused_by_name_and_goes_on_if_allowed(
+def test_an_earlier_run_with_other_arithmetic_is_refused_by_name_and_resumes_if_allowed(
     place: Path,
 ) -> None:
     run = unpacked("7af21dd", "sft", place)
@@ -115,7 +115,7 @@ def test_an_earlier_run_that_would_be_computed_otherwise_is_refused_by_name_and_
     assert json.loads((run / "FINAL" / "manifest.json").read_text())["arithmetic"] == VERSION
 
 
-def test_the_command_that_began_an_earlier_run_goes_on_with_it_though_keys_are_younger(place: Path) -> None:
+def test_the_command_that_started_an_earlier_run_resumes_it_though_keys_were_added_since(place: Path) -> None:
     run = unpacked("7af21dd", "sft", place)
     words = yaml.safe_load((run / "attempts" / "000.yaml").read_text())["overrides"]
     settings = (run / "config.yaml").read_text()
@@ -126,7 +126,7 @@ def test_the_command_that_began_an_earlier_run_goes_on_with_it_though_keys_are_y
     assert (status, "train.router_aux_loss 0.0 -> 0.1" in said) == (2, True), said
 
 
-def test_what_of_checkpoints_is_younger_than_a_run_is_as_the_configuration_has_it_now(place: Path) -> None:
+def test_checkpoint_keys_newer_than_a_run_have_the_values_of_the_current_configuration(place: Path) -> None:
     run = unpacked("7af21dd", "sft", place)
     text = (run / "config.yaml").read_text()
     assert text.count("  at_end: false\n") == 1
@@ -135,7 +135,7 @@ def test_what_of_checkpoints_is_younger_than_a_run_is_as_the_configuration_has_i
     assert status == 0, said
 
 
-def test_an_earlier_run_whose_rows_would_be_made_otherwise_is_refused_though_it_has_no_hash_of_them(place: Path) -> None:
+def test_an_earlier_run_whose_data_would_be_tokenised_differently_is_refused_without_a_recorded_hash(place: Path) -> None:
     run = unpacked("7af21dd", "sft", place)
     template = place / "base" / "chat_template.jinja"
     template.write_text(template.read_text().replace("<|end|>", " <|end|>"))  # a token more in each of a row's two turns

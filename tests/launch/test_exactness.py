@@ -133,7 +133,7 @@ ELASTIC = {
     ],
     ids=["two", "torch's own", "with DeepSpeed"],
 )
-def test_a_run_goes_on_on_any_number_of_processes(
+def test_a_run_resumes_on_any_number_of_ranks(
     places: list[tuple[str, int]], names: list[str], tmp_path: Path, cache: Path
 ) -> None:
     tag = {place: f"{place[0]}{place[1]}" for place in places}

@@ -1,4 +1,4 @@
-"""Two hosts, made of network namespaces on this machine: they train together, one is lost, the other goes on alone."""
+"""Two hosts, as network namespaces on this machine: they train together, one is lost, and the run resumes on the other."""
 
 import json
 import os
@@ -106,7 +106,7 @@ def steps(run: Path) -> list[int]:
 
 
 @pytest.mark.parametrize("loss", ["killed", pytest.param("cut", marks=pytest.mark.slow)])
-def test_a_host_is_lost_and_the_other_goes_on_alone(loss: str, hosts: Hosts, tmp_path: Path, cache: Path) -> None:
+def test_a_host_is_lost_and_the_run_resumes_on_the_other(loss: str, hosts: Hosts, tmp_path: Path, cache: Path) -> None:
     run = tmp_path / "run"
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
     processes = together(hosts, words, tmp_path)

@@ -1,4 +1,4 @@
-"""Signals and failures, of one process or of the launcher: a whole save, nobody left behind, an exact resume."""
+"""Signals and failures of a rank or of the launcher: a complete checkpoint, no process left behind, an exact resume."""
 
 import contextlib
 import json
@@ -119,7 +119,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("launcher", "moment", "step", "deed", "whom", "rank"), CASES)
-def test_a_signal_leaves_a_whole_checkpoint_and_nobody_behind(
+def test_a_signal_leaves_a_complete_checkpoint_and_no_process(
     launcher: str, moment: str, step: int, deed: str, whom: str, rank: int, whole: dict[str, Path], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
@@ -145,9 +145,7 @@ def test_a_signal_leaves_a_whole_checkpoint_and_nobody_behind(
 @pytest.mark.parametrize(
     ("launcher", "rank"), [("ddp", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("ddp", 0), ("fsdp2", 1)))]
 )
-def test_a_rank_that_fails_takes_the_job_down_with_its_own_error_last(
-    launcher: str, rank: int, cache: Path, tmp_path: Path
-) -> None:
+def test_a_failing_rank_ends_the_job_and_its_error_is_printed_last(launcher: str, rank: int, cache: Path, tmp_path: Path) -> None:
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
     done = start(launcher, words + sabotage("step", 3, "raise", rank=rank))
     assert done.returncode == 1
@@ -159,7 +157,7 @@ def test_a_rank_that_fails_takes_the_job_down_with_its_own_error_last(
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_takes_the_job_down(cache: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_job(cache: Path, tmp_path: Path) -> None:
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
     done = start("ddp", words + sabotage("step", 3, "SIGKILL", rank=1))
     assert done.returncode == 1
@@ -175,7 +173,7 @@ def test_a_rank_that_is_killed_takes_the_job_down(cache: Path, tmp_path: Path) -
         pytest.param("SIGTERM", "SIGTERM", 75, 3, marks=pytest.mark.slow),
     ],
 )
-def test_a_second_ctrl_c_ends_a_run_at_once_and_schedulers_may_repeat_themselves(
+def test_a_second_ctrl_c_ends_a_run_at_once_and_schedulers_may_repeat_signals(
     first: str, second: str, status: int, saved: int, cache: Path, tmp_path: Path
 ) -> None:
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
@@ -216,7 +214,7 @@ def disguise(told: Callable[[], None]) -> None:
 
 
 @pytest.mark.parametrize("library", [swallow, disguise])
-def test_a_signal_at_the_start_counts_whatever_a_library_makes_of_it(
+def test_a_signal_at_the_start_stops_the_run_even_if_a_library_swallows_it(
     library: Callable[[Callable[[], None]], None], configure: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

@@ -1,4 +1,4 @@
-"""A batch job that is preempted saves, asks to be queued again, and goes on where it was."""
+"""A batch job that is preempted saves, requeues itself, and resumes."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def tell(slurm: dict[str, str]) -> None:
         os.kill(int(pid), signal.SIGUSR1)
 
 
-def test_a_preempted_job_is_queued_again_and_goes_on(slurm: dict[str, str], tmp_path: Path, cache: Path) -> None:
+def test_a_preempted_job_is_requeued_and_resumes(slurm: dict[str, str], tmp_path: Path, cache: Path) -> None:
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
     batch = [*BATCH, *words]
     job = subprocess.Popen(batch, env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -95,7 +95,7 @@ def holds_back(pid: str) -> bool:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("seconds", [0.0, 2.0, *(pytest.param(at, marks=pytest.mark.slow) for at in (0.5, 4.0))])
-def test_a_job_that_is_told_while_it_starts_is_queued_again(seconds: float, slurm: dict[str, str], tmp_path: Path) -> None:
+def test_a_job_that_is_signalled_while_it_starts_is_requeued(seconds: float, slurm: dict[str, str], tmp_path: Path) -> None:
     """Whatever it is doing then: its interpreter, its imports, the meeting of its ranks."""
     words = [*RUN, f"output_root={tmp_path}", "exp_name=run"]
     job = subprocess.Popen([*BATCH, *words], env=slurm, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -122,7 +122,7 @@ def test_a_job_that_is_told_while_it_starts_is_queued_again(seconds: float, slur
         ({"STUB_STATUS": "0"}, False),
     ],
 )
-def test_only_what_a_signal_stopped_is_queued_again(changed: dict[str, str], queued: bool, slurm: dict[str, str]) -> None:
+def test_only_a_job_stopped_by_a_signal_is_requeued(changed: dict[str, str], queued: bool, slurm: dict[str, str]) -> None:
     done = subprocess.run([*BATCH, *RUN], env=slurm | changed, capture_output=True, text=True, check=False)
     assert done.returncode == {138: 75}.get(status := int(changed["STUB_STATUS"]), status), done.stderr
     assert Path(slurm["STUB_REQUEUED"]).exists() is queued, done.stdout
@@ -136,7 +136,7 @@ def test_a_job_that_was_submitted_from_elsewhere_says_from_where_to_submit(slurm
     assert subprocess.run(BATCH, env=slurm | root, check=False).returncode == 0
 
 
-def test_gloo_is_told_which_interface_leads_to_the_other_hosts() -> None:
+def test_gloo_uses_the_interface_that_leads_to_the_other_hosts() -> None:
     rank = runpy.run_path(str(ROOT / "launch" / "slurm" / "rank.py"))
     loopback = next(name for name, given in psutil.net_if_addrs().items() if any(one.address == "127.0.0.1" for one in given))
     assert rank["interface_to"]("127.0.0.1") == loopback

@@ -80,7 +80,7 @@ def trained_adapter(place: Path, cache: Path) -> Path:
 
 
 @pytest.mark.parametrize("how", [*FAST, pytest.param("zero2", marks=pytest.mark.slow)])
-def test_two_processes_make_the_step_of_one(how: str, tmp_path: Path, cache: Path) -> None:
+def test_a_step_of_two_ranks_equals_that_of_one(how: str, tmp_path: Path, cache: Path) -> None:
     spread.skip_unless_installed(how)
     cells = turn(how)
     cells.append(f"loss=dpo peft=lora peft.init_from={trained_adapter(tmp_path / 'adapter', cache)}")
@@ -112,7 +112,7 @@ def test_the_rest_of_the_family_on_two_processes(how: str, tmp_path: Path, cache
 @pytest.mark.parametrize(
     "precision", ["model.dtype=bfloat16 peft=lora", "train.precision=bfloat16 train.activation_checkpointing=true"]
 )
-def test_a_sharded_step_in_bfloat16_is_the_replicated_one_within_its_rounding(
+def test_a_sharded_step_in_bfloat16_equals_the_replicated_one_within_rounding(
     precision: str, how: str, tmp_path: Path, cache: Path
 ) -> None:
     spread.skip_unless_installed(how)
@@ -138,7 +138,7 @@ def test_every_loss_on_every_strategy(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["fsdp2", "zero3"])
-def test_no_process_holds_more_than_its_part_of_a_sharded_model_while_it_is_saved(how: str, tmp_path: Path) -> None:
+def test_no_rank_holds_more_than_its_shard_of_a_model_while_it_is_saved(how: str, tmp_path: Path) -> None:
     """Four processes; by the peak of their memory. Gathered, the first holds all of it."""
     spread.skip_unless_installed(how)
     output, world = tmp_path / "memory", 4

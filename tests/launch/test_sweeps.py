@@ -75,7 +75,7 @@ def test_a_job_fails_the_other_is_reported_and_the_same_command_again_starts_onl
     assert sweep.attempts() == {name: 1}
 
 
-def test_jobs_in_this_process_go_on_after_one_that_failed_and_are_not_trained_twice(sweep: Sweep) -> None:
+def test_jobs_in_this_process_run_on_after_one_failed_and_are_not_trained_twice(sweep: Sweep) -> None:
     grid = ["train.steps=2", "train.max_length=4,200"]
     status, told = sweep.run(*grid)
     assert status == 1, told
@@ -89,7 +89,7 @@ def test_jobs_in_this_process_go_on_after_one_that_failed_and_are_not_trained_tw
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_sweep_leaves_nobody_behind_and_the_same_command_ends_as_if_nothing_had_been(
+def test_an_interrupted_sweep_leaves_no_process_and_the_same_command_completes_it(
     sweep: Sweep, tmp_path: Path, cache: Path, number: signal.Signals
 ) -> None:
     grid = [*LAUNCHER, "train.steps=12", "train.eval_every=null", "checkpoint.every=4", "optim.lr=1e-3,2e-3", "loss.beta=0.1,0.5"]
@@ -118,7 +118,7 @@ def test_an_interrupted_sweep_leaves_nobody_behind_and_the_same_command_ends_as_
 
 @pytest.mark.slow
 @pytest.mark.skipif(find_spec("optuna") is None, reason="needs hydra-optuna-sweeper")
-def test_optuna_is_seeded_gets_the_objective_and_knows_which_way_is_better(sweep: Sweep) -> None:
+def test_optuna_gets_the_seed_the_objective_and_its_direction(sweep: Sweep) -> None:
     grid = [*LAUNCHER, "train.steps=2", "hydra/sweeper=optuna", "hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2",
             "optim.lr=tag(log,interval(1e-4,1e-2))"]  # fmt: skip
     status, told = sweep.run(*grid)
@@ -153,7 +153,7 @@ def test_submitit_runs_the_jobs(sweep: Sweep) -> None:
         (["train.steps=4,x"], "train.steps takes a whole number or null, not 'x'"),
     ],
 )
-def test_what_a_sweep_cannot_do_is_told_before_any_job_starts(words: list[str], told: str, sweep: Sweep) -> None:
+def test_an_impossible_sweep_is_refused_before_any_job_starts(words: list[str], told: str, sweep: Sweep) -> None:
     status, said = sweep.run("hydra/launcher=accelerate", "seed=1,2", *words)
     assert status == 2, said
     assert told in said

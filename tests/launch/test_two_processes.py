@@ -1,4 +1,4 @@
-"""Two real processes under accelerate: the losses of one, one writer, checkpoints that either can go on from."""
+"""Two real ranks under accelerate: the losses of one process, one writer, checkpoints that either can resume."""
 
 import json
 import subprocess
@@ -51,7 +51,7 @@ def test_two_processes_train_with_the_losses_of_one(loss: str, peft: list[str], 
 
 
 @pytest.mark.cold
-def test_what_two_processes_saved_one_goes_on_from(command: Command, tmp_path: Path) -> None:
+def test_one_process_resumes_a_checkpoint_of_two(command: Command, tmp_path: Path) -> None:
     words = ["loss=dpo", "peft=lora", *SETTINGS]
     command(*words, "exp_name=one")
     command(*words, "exp_name=two", launch=2)
@@ -81,7 +81,7 @@ def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_refused(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("config", "peft"), [("cpu2", []), ("cpu2_fsdp2", []), ("cpu2_fsdp2", LORA), ("cpu2_zero3", [])])
-def test_what_a_hook_samples_is_the_same_under_every_strategy(
+def test_a_hook_samples_the_same_text_under_every_strategy(
     config: str, peft: list[str], command: Command, tmp_path: Path
 ) -> None:
     words = ["loss=sft", *peft, *SETTINGS, "train.steps=2", "plugins=[tests.launch.asking]",

@@ -1,4 +1,4 @@
-"""One process of several: trains cells one after the other and writes down gradients, losses and the order of the data.
+"""A rank that trains cells one after the other and saves gradients, losses and the order of the data.
 
 torchrun tests/launch/worker.py OUTPUT STEPS CELL [CELL ...], a cell being overrides joined with blanks.
 """
