@@ -304,7 +304,7 @@ def test_what_a_hook_cannot_take_back_is_one_message(
     with_facts(PROGRESS, hooks={"early_stopping": [1]})(run, outside)
     status, words = told([f"resume={run}", "train.early_stopping=3", "train.eval_every=2"], capsys, monkeypatch)
     assert status == 2, words
-    assert "cannot be put back" in words
+    assert "cannot be restored" in words
     assert "resume from another checkpoint" in words
 
 
