@@ -118,7 +118,7 @@ class Run:
     def stop_if_requested(self, on_any_rank: bool) -> None:
         """Set `stop`; `on_any_rank` is the all-reduced request, the same on every rank."""
         if on_any_rank:
-            self.stop = Stop(self.stop_requested or "another process was told to stop", finished=False, signalled=True)
+            self.stop = Stop(self.stop_requested or "another rank received a stop request", finished=False, signalled=True)
 
     def generate(self, prompts: Prompts, *, max_new_tokens: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
         """The policy's completion of each prompt (a user's text, or turns), without its end token; temperature 0 is greedy.
