@@ -1,1 +1,1 @@
-"""The loop, and how each kind of data becomes a loss: sft, paired, unpaired, reward."""
+"""The training loop: micro-batches, the loss over a global batch, evaluation, skipped steps; policy gradients on rollouts."""
