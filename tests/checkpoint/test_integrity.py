@@ -148,7 +148,7 @@ def test_weights_are_read_once_for_all_starts_and_again_when_anything_of_the_fil
 
     def start() -> str:
         read.clear()
-        monkeypatch.setattr(hashes, "_known", {})  # of another process
+        monkeypatch.setattr(hashes, "_cache", {})  # as in another process
         return lineage.identity(final, tmp_path / "cache")
 
     first = start()
