@@ -1,4 +1,4 @@
-"""python -m halos.checkpoint, as a user types it."""
+"""python -m halos.checkpoint, as a user runs it."""
 
 import subprocess
 import sys
@@ -13,16 +13,16 @@ from halos.config.schema import Config
 from halos.run.lifecycle import run
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["halos.checkpoint", *words])
+def typed(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["halos.checkpoint", *overrides])
     return cli.main()
 
 
 def test_a_run_is_listed_verified_and_merged_at_any_step(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["loss=dpo", "peft=lora", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-3"]
-    assert run(configure(*words), []) == 0
+    overrides = ["loss=dpo", "peft=lora", "train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-3"]
+    assert run(configure(*overrides), []) == 0
     place = str(tmp_path / "run")
     assert typed(monkeypatch, "ls", place) == 0
     listed = capsys.readouterr().out
@@ -52,11 +52,11 @@ def test_a_checkpoint_of_a_newer_version_is_named_as_such(
     assert "format 99" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [["ls", "{}"], ["merge", "{}", "--output", "{}/out"]])
+@pytest.mark.parametrize("overrides", [["ls", "{}"], ["merge", "{}", "--output", "{}/out"]])
 def test_what_is_no_checkpoint_is_one_message(
-    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    overrides: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert typed(monkeypatch, *(word.format(tmp_path) for word in words)) == 2
+    assert typed(monkeypatch, *(word.format(tmp_path) for word in overrides)) == 2
     assert capsys.readouterr().err.startswith("error: ")
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint appears at once and whole, or not at all."""
+"""A checkpoint appears at once and complete, or not at all."""
 
 import errno
 import json
@@ -79,14 +79,14 @@ def test_every_kind_of_damage_is_found_and_the_one_before_taken(fault: str, tmp_
         file.with_name("stranger").write_text("")
     else:
         (tmp_path / "step-00000002" / manifest.NAME).write_text("{")
-    found = select.newest(tmp_path)
-    assert found.path == tmp_path / "step-00000001"
-    assert len(found.passed_over) == 1
-    assert "step-00000002 passed over" in found.passed_over[0]
+    selection = select.newest(tmp_path)
+    assert selection.path == tmp_path / "step-00000001"
+    assert len(selection.passed_over) == 1
+    assert "step-00000002 passed over" in selection.passed_over[0]
 
 
 def of_newer_format(checkpoint: Path) -> None:
-    """The manifest that a later version would have written."""
+    """Write the manifest of a later version."""
     path = checkpoint / manifest.NAME
     listed = {name: value for name, value in json.loads(path.read_text()).items() if name != "seal"}
     path.write_text(manifest.seal(json.dumps({**listed, "format": manifest.FORMAT + 1}, indent=1)))
@@ -120,11 +120,11 @@ def test_every_flipped_byte_of_a_manifest_is_found(tmp_path: Path) -> None:
     assert manifest.verify(path.parent) == []
 
 
-# --- several processes -------------------------------------------------------------------------------------------------
+# --- several ranks -------------------------------------------------------------------------------------------------
 
 
 def two(final: Path, *bodies: Callable[[Path], None]) -> list[BaseException | None]:
-    """Processes, here threads, that save together; what each of them raised."""
+    """Save together as several ranks would, here threads; return what each of them raised."""
     turn, boxes = threading.Barrier(len(bodies)), [None] * len(bodies)
     raised: list[BaseException | None] = [None] * len(bodies)
 
@@ -196,7 +196,7 @@ def test_another_error_is_raised_as_itself_and_told_to_the_others(tmp_path: Path
 def test_a_disk_that_fills_at_the_commit_itself_leaves_the_older_one(
     call: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At its first call, or its second: the rename that follows the older one's moving aside."""
+    """Fail at the first call, or at the second: the rename after the older checkpoint is moved aside."""
     real, calls = vars(os)[call], iter(range(1, 100))
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
@@ -213,7 +213,7 @@ def test_a_disk_that_fills_at_the_commit_itself_leaves_the_older_one(
     assert (tmp_path / "step-00000001" / "state" / "file").read_text() == "old"
 
 
-# --- what dead saves leave ---------------------------------------------------------------------------------------------
+# --- leftovers of interrupted saves ---------------------------------------------------------------------------------------------
 
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Saves and resumes where something else went wrong too: nothing is taken for what it is not, dropped, or thrown away."""
+"""Saves and resumes where a second thing went wrong too: nothing is mistaken for something else, dropped or discarded."""
 
 import errno
 import json
@@ -152,7 +152,7 @@ def test_hidden_files_of_somebody_else_outlive_a_resume(begun: Path) -> None:
 def test_weights_of_a_last_step_that_no_attempt_has_looked_at_are_looked_at_before_final(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["optim.lr=1e18", "train.steps=1", "data.eval=[]", "loss=sft", "train.max_grad_norm=null", "schedule=constant",
+    overrides = ["optim.lr=1e18", "train.steps=1", "data.eval=[]", "loss=sft", "train.max_grad_norm=null", "schedule=constant",
              "schedule.warmup=0", "train.prove=off"]  # fmt: skip
     whole = Trainer._backward
 
@@ -162,7 +162,7 @@ def test_weights_of_a_last_step_that_no_attempt_has_looked_at_are_looked_at_befo
 
     with monkeypatch.context() as patched:
         patched.setattr(Trainer, "_backward", told)
-        assert run(compose(world.cache, world.place / "runs", *world.words("told", *words)), []) == 75
+        assert run(compose(world.cache, world.place / "runs", *world.words("told", *overrides)), []) == 75
     directory = world.place / "runs" / "told"
     assert resume(directory) == 1
     assert "no FINAL was saved: with the last weights" in json.loads((directory / "result.json").read_text())["reason"]
@@ -195,7 +195,7 @@ def test_a_start_that_was_refused_leaves_a_directory_in_which_another_can_begin(
         raise UserError("not like this")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "_know_objective", refuse)
+        patched.setattr(Trainer, "_require_objective", refuse)
         with pytest.raises(UserError, match="not like this"):
             run(configure("loss=ppo", *ROLLOUTS[:-1], "train.eval_at_start=true"), [])
     assert run(configure("loss=ppo", *ROLLOUTS[:-1]), []) == 0
@@ -216,8 +216,8 @@ def test_a_base_that_was_changed_while_its_adapter_was_trained_is_not_merged(
         return whole(self, *given)
 
     monkeypatch.setattr(Trainer, "_backward", change)
-    words = [f"model.name_or_path={base}", "peft=lora", "peft.r=2", "train.steps=1"]
-    assert run(compose(world.cache, world.place / "runs", *world.words("moving", *words)), []) == 1
+    overrides = [f"model.name_or_path={base}", "peft=lora", "peft.r=2", "train.steps=1"]
+    assert run(compose(world.cache, world.place / "runs", *world.words("moving", *overrides)), []) == 1
     final = world.place / "runs" / "moving" / "FINAL"
     said = json.loads((final.parent / "result.json").read_text())["reason"]
     assert "the adapter could not be merged: UserError: this run was trained on " in said
@@ -231,17 +231,17 @@ def test_a_base_that_was_changed_while_its_adapter_was_trained_is_not_merged(
 def test_what_was_known_of_other_rows_or_settings_is_not_taken_for_these(of_rollouts: Path) -> None:
     known = of_rollouts / "rollouts" / "train"
     before = {name: load_file(known / "rollouts.safetensors")[name] for name in ("old", "reference", "values")}
-    words = ["data.train=[{path: arithmetic, split: 'train[48:84]'}]", "data.eval=[{path: arithmetic, split: 'eval[:6]'}]"]
-    assert resume(of_rollouts, *words, "resume_changes=allow") == 0
+    overrides = ["data.train=[{path: arithmetic, split: 'train[48:84]'}]", "data.eval=[{path: arithmetic, split: 'eval[:6]'}]"]
+    assert resume(of_rollouts, *overrides, "resume_changes=allow") == 0
     after = load_file(known / "rollouts.safetensors")
     assert all(after[name].shape != before[name].shape for name in before)
     assert "data or settings have changed: computed again, with the policy of step 2" in (of_rollouts / "train.log").read_text()
 
 
-@pytest.mark.parametrize("words", [["train.temperature=0.5"], ["loss.kl_coefficient=0"]])
-def test_what_was_known_under_other_settings_is_read_anew(words: list[str], of_rollouts: Path) -> None:
+@pytest.mark.parametrize("overrides", [["train.temperature=0.5"], ["loss.kl_coefficient=0"]])
+def test_what_was_known_under_other_settings_is_read_anew(overrides: list[str], of_rollouts: Path) -> None:
     before = (of_rollouts / "rollouts" / "train" / "rollouts.safetensors").read_bytes()
-    assert resume(of_rollouts, *words, "resume_changes=allow") == 0
+    assert resume(of_rollouts, *overrides, "resume_changes=allow") == 0
     assert (of_rollouts / "rollouts" / "train" / "rollouts.safetensors").read_bytes() != before
 
 
@@ -303,7 +303,7 @@ def test_a_manifest_that_was_emptied_or_cut_off_is_damage(left: str, world: Worl
 def test_a_size_in_digits_that_are_no_number_is_one_message(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["export", str(finished / "FINAL"), "--output", str(tmp_path / "out"), "--max-shard-size", "²MB"]
-    monkeypatch.setattr(sys, "argv", ["halos.checkpoint", *words])
+    overrides = ["export", str(finished / "FINAL"), "--output", str(tmp_path / "out"), "--max-shard-size", "²MB"]
+    monkeypatch.setattr(sys, "argv", ["halos.checkpoint", *overrides])
     assert cli.main() == 2
     assert "'²MB' is no size" in capsys.readouterr().err

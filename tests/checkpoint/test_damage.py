@@ -1,4 +1,4 @@
-"""Whatever happens to a byte or a file of a checkpoint is found before training goes on, and the one before is taken."""
+"""Any damage to a checkpoint is detected before a resume, which then uses the checkpoint before it."""
 
 import json
 import random
@@ -76,7 +76,7 @@ def become_a_directory(directory: Path, chance: random.Random) -> None:
 
 
 def come_from_the_one_before(directory: Path, chance: random.Random) -> None:
-    """Right in itself, and of another step."""
+    """A valid checkpoint of another step."""
     before = directory.with_name(select.name_of(LAST - 1))
     files = sorted(path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
     differing = [
@@ -99,10 +99,12 @@ def damage(trained: TrainedRun, seeds: range) -> None:
             shutil.copytree(trained.checkpoint(step), run_dir / "checkpoints" / select.name_of(step))
         fault = chance.choice(FAULTS)
         fault(run_dir / "checkpoints" / select.name_of(LAST), chance)
-        found = select.select_checkpoint(RunDir(run_dir), None)
-        assert found.path == run_dir / "checkpoints" / select.name_of(LAST - 1), f"seed {seed}: {fault.__name__} was not found"
-        assert len(found.passed_over) == 1
-        assert found.passed_over[0].startswith(f"{select.name_of(LAST)} passed over: ")
+        selection = select.select_checkpoint(RunDir(run_dir), None)
+        assert selection.path == run_dir / "checkpoints" / select.name_of(LAST - 1), (
+            f"seed {seed}: {fault.__name__} was not detected"
+        )
+        assert len(selection.passed_over) == 1
+        assert selection.passed_over[0].startswith(f"{select.name_of(LAST)} passed over: ")
 
 
 def test_a_hundred_kinds_of_damage_are_found_and_the_one_before_is_taken(trained: TrainedRun) -> None:
@@ -141,8 +143,8 @@ def test_what_a_desktop_or_a_file_server_leaves_is_no_damage(trained: TrainedRun
     for place in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
         for name in STRAY:
             (place / name).write_bytes(b"\0\5\26\7")
-    found = select.select_checkpoint(RunDir(tmp_path / "run"), None)
-    assert (found.path, found.passed_over) == (checkpoint, [])
+    selection = select.select_checkpoint(RunDir(tmp_path / "run"), None)
+    assert (selection.path, selection.passed_over) == (checkpoint, [])
     listed = json.loads(manifest.describe(checkpoint, {}))["files"]
     assert {Path(name).name for name in listed} & set(STRAY) == {".file.swp"}, "and what there is of them is not listed"
     run = trained.trainer.run

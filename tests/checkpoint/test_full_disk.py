@@ -192,11 +192,11 @@ def small_disk(tmp_path: Path, no_least_room: None) -> Iterator[Path]:
 
 
 def test_on_a_disk_that_is_really_full(small_disk: Path, configure: Configure, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [*WORDS, "train.steps=8", f"output_root={small_disk}", "checkpoint.on_full_disk=stop"]
+    overrides = [*WORDS, "train.steps=8", f"output_root={small_disk}", "checkpoint.on_full_disk=stop"]
     with pytest.raises(UserError, match="free, and this run needs about"):
-        run(configure(*words, "exp_name=refused"), [])
+        run(configure(*overrides, "exp_name=refused"), [])
     monkeypatch.setattr(preflight, "too_little_space", lambda *_: None)
-    assert run(configure(*words), []) == 1
+    assert run(configure(*overrides), []) == 1
     assert steps(small_disk / "run") == [2, 4]
     assert list((small_disk / "run").rglob(commit.HIDDEN + "*")) == []
     assert result(small_disk / "run")["status"] == "stopped"

@@ -1,4 +1,4 @@
-"""Run directories from a stranger, each with something planted: one message, nothing outside touched, no code run, no hang."""
+"""Run directories from an attacker: one message each, nothing outside is touched, no code runs, nothing hangs."""
 
 import json
 import os

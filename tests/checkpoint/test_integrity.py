@@ -1,4 +1,4 @@
-"""What a run saved is checked wherever something goes on from it; what nobody sealed is taken as it is."""
+"""What a run saved is checked wherever it is used; files without a manifest are used unchecked."""
 
 import json
 import logging
@@ -41,8 +41,8 @@ def flip(path: Path) -> None:
 
 def sampled(world: World, model: Path) -> None:
     (world.place / "p.jsonl").write_text(json.dumps({"prompt": "Count"}))
-    words = [str(model), "--data", str(world.place / "p.jsonl"), "--output", str(world.place / "out.jsonl")]
-    sample.run(sample.parser().parse_args([*words, "--cache-dir", str(world.cache)]))
+    overrides = [str(model), "--data", str(world.place / "p.jsonl"), "--output", str(world.place / "out.jsonl")]
+    sample.run(sample.parser().parse_args([*overrides, "--cache-dir", str(world.cache)]))
 
 
 USES: list[Callable[[World, Path], object]] = [

@@ -1,4 +1,4 @@
-"""A save that is killed anywhere, also half-way through a write, loses at most itself."""
+"""A save that is killed at any point, even in the middle of a write, loses at most itself."""
 
 import random
 import shutil

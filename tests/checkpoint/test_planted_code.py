@@ -1,4 +1,4 @@
-"""A run directory from a stranger: whatever was planted in it, going on with it runs no code."""
+"""A run directory from somebody else: resuming it runs no code that was planted in it."""
 
 import json
 import pickle
@@ -48,9 +48,9 @@ def mark(tmp_path: Path) -> Path:
     return place
 
 
-def begun(configure: Callable[..., Config], *words: str) -> tuple[Path, Path]:
+def begun(configure: Callable[..., Config], *overrides: str) -> tuple[Path, Path]:
     """A run with one checkpoint at step 2, and that checkpoint."""
-    config = configure(*FEW, *words)
+    config = configure(*FEW, *overrides)
     assert run(config, []) == 0
     directory = Path(config.run_dir)
     shutil.rmtree(directory / "FINAL")

@@ -1,4 +1,4 @@
-"""A power cut at any moment of a save: nothing half-written is ever taken for a checkpoint, and the one before is found."""
+"""After a power cut at any moment of a save, nothing half-written counts as a checkpoint, and the one before it is selected."""
 
 import os
 import pickle
@@ -21,7 +21,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 
 def recorded(run_dir: Path, act: Callable[[], object]) -> list[Change]:
-    """Every change that it makes to the run's directory, in order; made by a child, which the trainer here does not notice."""
+    """Return every change that `act` makes to the run's directory, in order. A forked child makes them, not the trainer here."""
     log = run_dir.with_suffix(".changes")
     pid = os.fork()
     if not pid:

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends bit for bit where one that was not ends."""
+"""A run that was killed and resumed ends bit for bit like an uninterrupted one."""
 
 import json
 import os
@@ -30,10 +30,10 @@ FAST = [("sft", []), ("dpo", LORA), ("kto", []), ("reward", LORA)]
 REST = [("sft", LORA), ("dpo", []), ("kto", LORA), ("reward", [])]
 
 
-def killed(step: int, words: list[str]) -> None:
+def killed(step: int, overrides: list[str]) -> None:
     script = Path(__file__).with_name("kill_after_step.py")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = processes.run([sys.executable, str(script), str(step), *words], env=environment, capture_output=True, check=False)
+    done = processes.run([sys.executable, str(script), str(step), *overrides], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 
@@ -62,9 +62,9 @@ def same(one: Path, other: Path) -> None:
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(
     loss: str, peft: list[str], configure: Callable[..., Config], tmp_path: Path, cache: Path
 ) -> None:
-    words = [f"loss={loss}", *peft, *SETTINGS]
-    assert run(configure(*words, "exp_name=whole"), []) == 0
-    killed(13, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *words, "exp_name=killed"])
+    overrides = [f"loss={loss}", *peft, *SETTINGS]
+    assert run(configure(*overrides, "exp_name=whole"), []) == 0
+    killed(13, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *overrides, "exp_name=killed"])
     assert rows(tmp_path / "killed")[-1]["step"] == 12
     assert not (tmp_path / "killed" / "FINAL").exists()
     assert train.start([f"resume={tmp_path / 'killed'}"]) == 0
@@ -74,9 +74,9 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(
 def test_a_run_killed_before_its_first_checkpoint_starts_over(
     configure: Callable[..., Config], tmp_path: Path, cache: Path
 ) -> None:
-    words = ["loss=sft", "train.steps=4", "train.batch_size=8", "checkpoint.every=null", "optim.lr=1e-3"]
-    assert run(configure(*words, "exp_name=whole"), []) == 0
-    killed(2, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *words, "exp_name=killed"])
+    overrides = ["loss=sft", "train.steps=4", "train.batch_size=8", "checkpoint.every=null", "optim.lr=1e-3"]
+    assert run(configure(*overrides, "exp_name=whole"), []) == 0
+    killed(2, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *overrides, "exp_name=killed"])
     assert train.start([f"resume={tmp_path / 'killed'}"]) == 0
     same(tmp_path / "whole", tmp_path / "killed")
 
@@ -84,9 +84,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
 def test_a_damaged_checkpoint_is_passed_over_and_the_reason_recorded(
     configure: Callable[..., Config], tmp_path: Path, cache: Path
 ) -> None:
-    words = ["loss=sft", "train.steps=8", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-3"]
-    assert run(configure(*words, "exp_name=whole"), []) == 0
-    killed(7, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *words, "exp_name=killed"])
+    overrides = ["loss=sft", "train.steps=8", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-3"]
+    assert run(configure(*overrides, "exp_name=whole"), []) == 0
+    killed(7, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *overrides, "exp_name=killed"])
     damaged = tmp_path / "killed" / "checkpoints" / "step-00000006" / "model" / "model.safetensors"
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 1
@@ -99,8 +99,15 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_reason_recorded(
 
 
 def test_a_checkpoint_asked_for_by_name_is_the_one_taken(configure: Callable[..., Config], tmp_path: Path) -> None:
-    words = ["loss=sft", "train.steps=6", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=3", "optim.lr=1e-3"]
-    assert run(configure(*words, "exp_name=run"), []) == 0
+    overrides = [
+        "loss=sft",
+        "train.steps=6",
+        "train.batch_size=8",
+        "checkpoint.every=2",
+        "checkpoint.keep_last=3",
+        "optim.lr=1e-3",
+    ]
+    assert run(configure(*overrides, "exp_name=run"), []) == 0
     shutil.copytree(tmp_path / "run", tmp_path / "copy")
     shutil.rmtree(tmp_path / "run" / "FINAL")
     (tmp_path / "run" / "result.json").unlink()
@@ -112,7 +119,7 @@ def test_a_checkpoint_asked_for_by_name_is_the_one_taken(configure: Callable[...
 def test_a_signal_saves_stops_and_the_run_goes_on_from_there_with_its_generators_too(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = ["loss=sft", "train.steps=6", "train.batch_size=8", "checkpoint.every=null", "optim.lr=1e-3"]
+    overrides = ["loss=sft", "train.steps=6", "train.batch_size=8", "checkpoint.every=null", "optim.lr=1e-3"]
     from halos.trainers.base import Trainer
 
     step, drawn, told = Trainer.step, list[tuple[float, ...]](), []
@@ -125,10 +132,10 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there_with_its_generators
         return step(self, indices)
 
     monkeypatch.setattr(Trainer, "step", drawing)
-    assert run(configure(*words, "exp_name=whole"), []) == 0
+    assert run(configure(*overrides, "exp_name=whole"), []) == 0
     whole, told = [*drawn], [2]
     drawn.clear()
-    assert run(configure(*words, "exp_name=stopped"), []) == 75
+    assert run(configure(*overrides, "exp_name=stopped"), []) == 75
     assert json.loads((tmp_path / "stopped" / "result.json").read_text())["status"] == "stopped"
     assert not (tmp_path / "stopped" / "FINAL").exists()
     told.clear()

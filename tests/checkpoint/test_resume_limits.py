@@ -1,4 +1,4 @@
-"""What a resume may change, where it may begin, and who may do it."""
+"""What a resume may change, where it may start, and which process may do it."""
 
 import json
 import os
@@ -42,9 +42,9 @@ def steps(directory: Path) -> list[int]:
     return [row["step"] for row in rows(directory) if row["split"] == "train"]
 
 
-def refused(*words: str) -> str:
+def refused(*overrides: str) -> str:
     with pytest.raises(UserError) as caught:
-        train.start(list(words))
+        train.start(list(overrides))
     return str(caught.value)
 
 
@@ -87,8 +87,8 @@ def test_a_change_outlives_the_attempt_that_made_it(configure: Callable[..., Con
 
 def test_an_allowed_change_of_the_mathematics_is_loud_and_on_record(tmp_path: Path, cache: Path) -> None:
     directory = tmp_path / "run"
-    words = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=6", "exp_name=run"]
-    killed(3, words)
+    overrides = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=6", "exp_name=run"]
+    killed(3, overrides)
     before = everything(directory)
     told = refused(f"resume={directory}", "seed=3", "optim.lr=1e-2", "train.steps=8", "train.log_every=1")
     assert all(part in told for part in ("seed 0 -> 3", "optim.lr 0.001 -> 0.01", "train.steps 6 -> 8", "cosine"))
@@ -179,8 +179,8 @@ def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path: Path, ca
 
 def test_a_directory_in_which_a_process_trains_is_refused_and_after_its_death_is_not(tmp_path: Path, cache: Path) -> None:
     directory = tmp_path / "run"
-    words = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=4", "exp_name=run"]
-    script = [sys.executable, str(Path(__file__).with_name("wait_after_step.py")), "3", *words]
+    overrides = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=4", "exp_name=run"]
+    script = [sys.executable, str(Path(__file__).with_name("wait_after_step.py")), "3", *overrides]
     child = processes.Popen(
         script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
@@ -189,7 +189,7 @@ def test_a_directory_in_which_a_process_trains_is_refused_and_after_its_death_is
         assert child.poll() is None
     (directory / "checkpoints" / ".partial-step-00000004").mkdir()
     before = everything(directory)
-    for again in ([f"resume={directory}"], words, [*words, "overwrite=true"]):
+    for again in ([f"resume={directory}"], overrides, [*overrides, "overwrite=true"]):
         done = processes.run([sys.executable, "train.py", *again], capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert f"another process is training in {directory}: pid {child.pid} on" in done.stderr
@@ -218,10 +218,10 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(
 
     other = LlamaConfig(**{**shape, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1})
     AutoModelForCausalLM.from_config(other).save_pretrained(small)
-    words = [*FEW, *peft, "train.steps=4"]
-    assert run(configure(*words, "exp_name=mine"), []) == 0
+    overrides = [*FEW, *peft, "train.steps=4"]
+    assert run(configure(*overrides, "exp_name=mine"), []) == 0
     elsewhere = [f"model.name_or_path={small}", f"run_dir={tmp_path / 'other'}"]
-    assert run(configure(*words, "exp_name=mine", *elsewhere), []) == 0
+    assert run(configure(*overrides, "exp_name=mine", *elsewhere), []) == 0
     mine = tmp_path / "mine"
     shutil.rmtree(mine / "FINAL")
     shutil.rmtree(mine / "checkpoints" / "step-00000004")

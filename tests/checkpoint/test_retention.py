@@ -1,4 +1,4 @@
-"""Which checkpoints may go."""
+"""Retention: which checkpoints may be deleted."""
 
 import math
 import random
@@ -85,22 +85,22 @@ def test_never_fewer_than_one_and_the_bound_holds(
 
 
 class CrashError(Exception):
-    """Stands for SIGKILL."""
+    """Simulates SIGKILL."""
 
 
 @dataclass
 class Saved:
-    """A checkpoint on the model's disk."""
+    """A checkpoint on the disk of the model-based test."""
 
     score: float | None
-    good: bool  # its weights are
-    contents: bool = True  # as they were written
+    good: bool  # its weights are finite
+    contents: bool = True  # its contents are unchanged
     sizes: bool = True
 
 
 @dataclass
 class World:
-    """A disk in memory, and a run on it that saves, evaluates, crashes, goes on, and whose disk rots."""
+    """A disk in memory with a run that saves, evaluates, crashes and resumes, while files get damaged."""
 
     seed: int
     disk: dict[int, Saved] = field(default_factory=dict)
@@ -124,11 +124,11 @@ class World:
             directory=SimpleNamespace(checkpoints=Path("disk")),
         )  # fmt: skip
         self.record = known_good.KnownGood()
-        self.broken = False  # the weights now
+        self.broken = False  # the current weights are
         self.crash_after: int | None = None  # deletions
         self.start()
 
-    # what the hook sees
+    # what the pruner sees
 
     def checkpoints(self, _: Path) -> list[Path]:
         return [Path("disk") / select.name_of(step) for step in sorted(self.disk)]
@@ -153,7 +153,7 @@ class World:
     def write(self, _: Any, record: known_good.KnownGood) -> None:
         self.record = record
 
-    # what happens
+    # events
 
     def whole(self) -> set[int]:
         return {step for step, saved in self.disk.items() if saved.contents and saved.sizes}
@@ -202,7 +202,7 @@ class World:
             act()
         except CrashError:
             self.check(before, finished=False)
-            assert max(self.disk) == max(before)  # nothing of the work is lost
+            assert max(self.disk) == max(before)  # no work is lost
             self.start()
         else:
             if before.keys() != self.disk.keys():
@@ -222,7 +222,7 @@ class World:
         return step in self.knobs["pinned"] or (every is not None and step % every == 0)
 
     def check(self, before: dict[int, Saved], *, finished: bool) -> None:
-        """What retention may have done to `before`, said without the function that decides it."""
+        """Check what retention did to `before`, independently of the function that decides it."""
         counted = {step for step in self.trusted & before.keys() if before[step].sizes}
         kept, gone = counted & self.disk.keys(), before.keys() - self.disk.keys()
         assert kept, "there was one, and now there is none"  # whose bytes may have changed unseen since it was written
@@ -253,7 +253,7 @@ class World:
 
 @pytest.fixture
 def worlds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
-    """Makes worlds, on whose disk the hook's functions work."""
+    """Make worlds, and let the pruner work on their disks."""
     here: list[World] = []
     replaced = (
         (select, "checkpoints"),

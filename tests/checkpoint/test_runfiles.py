@@ -1,4 +1,4 @@
-"""config.yaml and what lies beside it are under seals too: a changed byte is found, and a changed value is refused by name."""
+"""config.yaml and the other small files are sealed too: a changed byte is detected, and a changed value refused by name."""
 
 import json
 import re
@@ -152,7 +152,7 @@ def test_a_seal_under_what_is_no_record_makes_it_none(text: str, directory: Path
 
 
 def unsealed(directory: Path) -> None:
-    """As an older version left it: no seals, and no contents."""
+    """Make the run one of an older version: without seals and hashes."""
     for path in (directory / "attempts").glob("*.yaml"):
         record = yaml.safe_load(path.read_text())
         path.write_text(yaml.safe_dump({key: value for key, value in record.items()

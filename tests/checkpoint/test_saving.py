@@ -1,4 +1,4 @@
-"""A save that is written beside the steps: one at a time, heard of at the next step, waited for at the end."""
+"""Saves in the background: one at a time, their errors raised at the next step, and waited for at the end."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from halos.config.schema import Config
 from halos.trainers.base import Trainer
 
 Make = Callable[..., Trainer]
-APART = ["loss=sft", "train.steps=4", "checkpoint.async_save=true", "checkpoint.keep_last=9", "train.eval_every=null"]
+IN_BACKGROUND = ["loss=sft", "train.steps=4", "checkpoint.async_save=true", "checkpoint.keep_last=9", "train.eval_every=null"]
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def steps(trainer: Trainer) -> list[int]:
 
 
 def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(trainer: Make, gate: threading.Event) -> None:
-    made = trainer(*APART)
+    made = trainer(*IN_BACKGROUND)
     made.step(made.order.batch(0))
     before = {name: value.clone() for name, value in made.run.module.state_dict().items()}
     made.checkpointer.save(final=False)
@@ -57,7 +57,7 @@ def test_steps_go_on_while_a_checkpoint_is_written_and_do_not_change_it(trainer:
 
 
 def test_a_save_waits_for_the_one_before_it_and_final_for_both(trainer: Make, gate: threading.Event) -> None:
-    made = trainer(*APART)
+    made = trainer(*IN_BACKGROUND)
     made.step(made.order.batch(0))
     made.checkpointer.save(final=False)
     threading.Timer(0.5, gate.set).start()
@@ -73,7 +73,7 @@ def test_what_went_wrong_in_the_background_is_raised_by_the_next_step(trainer: M
     def fail(*_: Any) -> None:
         raise RuntimeError("the cable was pulled")
 
-    made = trainer(*APART)
+    made = trainer(*IN_BACKGROUND)
     made.step(made.order.batch(0))
     monkeypatch.setattr(weights, "save_weights", fail)
     made.checkpointer.save(final=False)
@@ -89,9 +89,12 @@ def test_what_went_wrong_in_the_background_is_raised_by_the_next_step(trainer: M
 def test_a_run_that_saves_beside_its_steps_is_the_run_that_waits(configure: Callable[..., Config], tmp_path: Path) -> None:
     from halos.run.lifecycle import run
 
-    for name, apart in (("beside", "true"), ("waiting", "false")):
-        assert run(configure(*APART, f"checkpoint.async_save={apart}", "checkpoint.every=1", f"exp_name={name}"), []) == 0
-    one, other = (tmp_path / name for name in ("beside", "waiting"))
+    for name, background in (("background", "true"), ("foreground", "false")):
+        assert (
+            run(configure(*IN_BACKGROUND, f"checkpoint.async_save={background}", "checkpoint.every=1", f"exp_name={name}"), [])
+            == 0
+        )
+    one, other = (tmp_path / name for name in ("background", "foreground"))
     assert len(select.checkpoints(one / "checkpoints")) == 4
     for file in [*(one / "checkpoints").rglob("model.safetensors"), one / "FINAL" / "model.safetensors"]:
         assert file.read_bytes() == (other / file.relative_to(one)).read_bytes()

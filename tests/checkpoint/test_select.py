@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, by what is there and what is on record of it."""
+"""Selection of the checkpoint to resume from, by the files and the record of commits."""
 
 import json
 from pathlib import Path
@@ -17,8 +17,8 @@ def test_where_every_checkpoint_is_doubted_a_run_goes_on_from_its_beginning(save
     assert select.preview_selection(saved_twice, None).path == two
     assert select.preview_selection(saved_twice, four).path == four, "which was asked for by name"
     known_good.write(saved_twice, known_good.KnownGood(-1, doubted_at=6))
-    found = select.preview_selection(saved_twice, None)
-    assert (found.path, [line.partition(":")[0] for line in found.passed_over]) == (
+    selection = select.preview_selection(saved_twice, None)
+    assert (selection.path, [line.partition(":")[0] for line in selection.passed_over]) == (
         None,
         ["step-00000004 passed over", "step-00000002 passed over"],
     )

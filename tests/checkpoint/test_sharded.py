@@ -1,4 +1,4 @@
-"""A model of which each rank wrote its shards: read whole or into shards, exported as any other, refused where it is another."""
+"""A sharded checkpoint: loaded unsharded or sharded, exported, and refused if it is another model's."""
 
 import json
 import shutil
@@ -33,12 +33,12 @@ def model(*, tied: bool = True, seed: int = 0) -> LlamaForCausalLM:
 
 
 def parts_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """What two processes of ZeRO-3 would write: every other tensor each."""
+    """Return what each of two ranks of ZeRO-3 would write: every other tensor."""
     return [{name: value for n, (name, value) in enumerate(tensors.items()) if n % 2 == rank} for rank in (0, 1)]
 
 
 def write(directory: Path, module: nn.Module, inner: nn.Module) -> None:
-    """By two processes, one after the other; torch names a process's files by its number, which both take for 0."""
+    """Write as two ranks would, one after the other, both as rank 0: torch names the files of a rank by its number."""
     whole = Replicated(Accelerator(cpu=True)).shards(module)
     for rank, part in enumerate(parts_of(whole)):
         weights.save_shards(directory / str(rank), inner, part, None, main=rank == 0)
@@ -67,9 +67,9 @@ def test_parts_of_another_model_are_refused(tmp_path: Path) -> None:
         weights.load_shards(tmp_path, Replicated(Accelerator(cpu=True)), wider)
 
 
-def run_with_parts(configure: Callable[..., Config], tmp_path: Path, base: Path, *words: str) -> tuple[Path, Path]:
-    """A checkpoint, and a copy of it in which the model lies in parts."""
-    assert run(configure(*words, f"model.name_or_path={base}", "train.steps=2", "checkpoint.every=1"), []) == 0
+def run_with_parts(configure: Callable[..., Config], tmp_path: Path, base: Path, *overrides: str) -> tuple[Path, Path]:
+    """Return a checkpoint, and a copy of it with a sharded model."""
+    assert run(configure(*overrides, f"model.name_or_path={base}", "train.steps=2", "checkpoint.every=1"), []) == 0
     saved = tmp_path / "run" / "checkpoints" / "step-00000001"
     copy = tmp_path / "copy"
     shutil.copytree(saved, copy)
@@ -92,7 +92,7 @@ def run_with_parts(configure: Callable[..., Config], tmp_path: Path, base: Path,
 def test_an_export_of_parts_is_the_export_of_the_whole(
     family: str, configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Mixtral's experts are one tensor in memory, and one each in its files; PPO's value head lies beside."""
+    """Mixtral's experts are one tensor in memory, and one each in its files; PPO has a value head."""
     base = tmp_path / "base"
     if family == "Llama":
         tiny.build(base)
@@ -143,7 +143,7 @@ def test_a_tensor_that_is_not_there_is_not_drawn_at_random(tmp_path: Path) -> No
 
 
 def in_rows(directory: Path, *parts: tuple[int, int]) -> None:
-    """Files that hold rows of one table of 8, as a process of FSDP2 writes its own."""
+    """Write files with rows of a table of 8, as a rank of FSDP2 writes its own."""
     table = torch.arange(24.0).reshape(8, 3)
     directory.mkdir(exist_ok=True)
     for number, (first, last) in enumerate(parts, 1):
@@ -168,7 +168,7 @@ def test_rows_that_no_file_has_or_two_have_are_refused(parts: list[tuple[int, in
 
 
 def test_an_export_of_fewer_rows_than_the_model_has_is_refused(tmp_path: Path) -> None:
-    """The last of them are gone: what is there looks like a smaller table."""
+    """The last file is missing: the others look like a smaller table."""
     one = ActorCritic(model())
     write(tmp_path, one, one.model)
     directory = tmp_path / weights.SHARDED

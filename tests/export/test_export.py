@@ -37,9 +37,9 @@ SHORT = ["train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=
 def ends(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
     """`ends("export", ...)`: the exit status of a command and what it said."""
 
-    def typed(*words: Any) -> tuple[int, str]:
+    def typed(*overrides: Any) -> tuple[int, str]:
         capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["halos.checkpoint", *map(str, words)])
+        monkeypatch.setattr(sys, "argv", ["halos.checkpoint", *map(str, overrides)])
         status = cli.main()
         said = capsys.readouterr()
         return status, said.out + said.err
@@ -52,8 +52,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run with LoRA, a whole one that goes on from its FINAL, and a reward model."""
     place = tmp_path_factory.mktemp("runs")
 
-    def make(name: str, *words: str) -> None:
-        assert run(compose(cache, place, f"exp_name={name}", *SHORT, *words), []) == 0
+    def make(name: str, *overrides: str) -> None:
+        assert run(compose(cache, place, f"exp_name={name}", *SHORT, *overrides), []) == 0
 
     make("lora", "loss=sft", "peft=lora")
     make("whole", "loss=dpo", "model=path", f"model.name_or_path={place / 'lora' / 'FINAL'}", "train.max_length=256")
@@ -74,13 +74,13 @@ def logits(model: Any) -> torch.Tensor:
 # --- what it becomes
 
 
-@pytest.mark.parametrize("words", [[], ["--merged"]])
-def test_a_step_of_a_lora_run_becomes_a_merged_model(words: list[str], step: Path, tmp_path: Path, ends: Any) -> None:
+@pytest.mark.parametrize("overrides", [[], ["--merged"]])
+def test_a_step_of_a_lora_run_becomes_a_merged_model(overrides: list[str], step: Path, tmp_path: Path, ends: Any) -> None:
     out = tmp_path / "out"
     transformers.utils.logging.enable_progress_bar()  # as in a process of its own, before any run has hushed it
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("default")
-        status, said = ends("export", step, "--output", out, *words)
+        status, said = ends("export", step, "--output", out, *overrides)
     assert (status, [str(each.message) for each in heard if each.category is FutureWarning]) == (0, [])
     assert said.startswith(f"{out}: ")
     assert said.count("\n") == 1, "no bars of what is loaded"
@@ -265,11 +265,11 @@ def alter(base: Path) -> None:
     path.write_bytes(path.read_bytes()[:-4] + b"\1\2\3\4")
 
 
-@pytest.mark.parametrize("words", [[], ["--adapter"]])
-def test_a_base_of_other_weights_is_refused(words: list[str], moved: tuple[Path, Path], tmp_path: Path, ends: Any) -> None:
+@pytest.mark.parametrize("overrides", [[], ["--adapter"]])
+def test_a_base_of_other_weights_is_refused(overrides: list[str], moved: tuple[Path, Path], tmp_path: Path, ends: Any) -> None:
     saved, base = moved
     alter(base)
-    status, said = ends("export", saved, "--output", tmp_path / "out", "--base", base, *words)
+    status, said = ends("export", saved, "--output", tmp_path / "out", "--base", base, *overrides)
     assert (status, said.count("\n")) == (2, 1)
     assert "it is another model or was changed since" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "step"]
@@ -277,8 +277,8 @@ def test_a_base_of_other_weights_is_refused(words: list[str], moved: tuple[Path,
 
 def test_an_adapter_does_not_go_on_from_another_base(configure: Callable[..., Config], tmp_path: Path, runs: Path) -> None:
     shutil.copytree(runs / "lora" / "FINAL", tmp_path / "base", ignore=shutil.ignore_patterns("manifest.json"))
-    words = ["loss=sft", "peft=lora", "model=path", f"model.name_or_path={tmp_path / 'base'}", *SHORT]
-    assert run(configure(*words), []) == 0
+    overrides = ["loss=sft", "peft=lora", "model=path", f"model.name_or_path={tmp_path / 'base'}", *SHORT]
+    assert run(configure(*overrides), []) == 0
     shutil.rmtree(tmp_path / "run" / "FINAL")
     (tmp_path / "run" / "result.json").unlink()
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000004")
@@ -303,10 +303,10 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("words", "part"), WRONG, ids=lambda part: " ".join(part) if isinstance(part, list) else None)
-def test_a_wrong_export_is_one_message(words: list[str], part: str, runs: Path, tmp_path: Path, ends: Any) -> None:
+@pytest.mark.parametrize(("overrides", "part"), WRONG, ids=lambda part: " ".join(part) if isinstance(part, list) else None)
+def test_a_wrong_export_is_one_message(overrides: list[str], part: str, runs: Path, tmp_path: Path, ends: Any) -> None:
     places = {"whole": runs / "whole", "lora": runs / "lora", "nowhere": tmp_path / "no", "data": runs / "lora" / "attempts"}
-    first, *rest = words
+    first, *rest = overrides
     status, said = ends("export", first.format(**places), "--output", tmp_path / "out", *[word for word in rest if word])
     assert (status, said.count("\n")) == (2, 1)
     assert said.startswith("error: ")
@@ -358,8 +358,8 @@ def test_an_export_is_pushed_whole(
     runs: Path, tmp_path: Path, ends: Any, stub: type[Stub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdefghij")
-    words = ["--push-to-hub", "org/name", "--private", "--revision", "step-4"]
-    status, said = ends("export", runs / "lora", "--output", tmp_path / "out", *words)
+    overrides = ["--push-to-hub", "org/name", "--private", "--revision", "step-4"]
+    status, said = ends("export", runs / "lora", "--output", tmp_path / "out", *overrides)
     assert status == 0
     assert "https://huggingface.co/org/name/commit/1" in said
     assert [name for name, _ in stub.calls] == ["create_repo", "create_branch", "upload_folder"]
@@ -424,16 +424,16 @@ def test_of_two_exports_into_one_directory_the_second_is_refused_and_the_first_i
     ends: Callable[..., tuple[int, str]], step: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
 
-    words, seen = ["export", step, "--output", tmp_path / "out"], []
+    overrides, seen = ["export", step, "--output", tmp_path / "out"], []
     plain = export._copy_tokenizer_and_head
 
     def beside(saved: Any, place: Path) -> None:
         monkeypatch.setattr(export, "_copy_tokenizer_and_head", plain)
-        seen.append(ends(*words))  # while the first is at work
+        seen.append(ends(*overrides))  # while the first is at work
         plain(saved, place)
 
     monkeypatch.setattr(export, "_copy_tokenizer_and_head", beside)
-    assert ends(*words)[0] == 0
+    assert ends(*overrides)[0] == 0
     [(status, said)] = seen
     assert (status, "is being written by another process" in said, "Traceback" in said) == (2, True, False)
     assert not manifest.verify(tmp_path / "out")
