@@ -175,7 +175,7 @@ def test_an_adapter_of_another_base_is_refused_by_content(world: World, final: P
     for name in ("lineage.json", "manifest.json"):  # as an adapter from elsewhere comes
         (final / name).unlink()
     said = begins(world, final, f"model.name_or_path={other.base}")
-    assert f"was trained on {world.base}, whose weights are others than those of {other.base}" in said
+    assert f"was trained on {world.base}, whose weights are not those of {other.base}" in said
 
 
 def swapped(token: re.Match[str]) -> str:
