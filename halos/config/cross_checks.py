@@ -110,7 +110,7 @@ def _tokens(config: Config) -> str | None:
         return None
     return (
         f"model.add_tokens adds {', '.join(config.model.add_tokens)} to an embedding that LoRA leaves frozen:"
-        " add peft.modules_to_save=[embed_tokens] (embed_in for pythia), or train with peft=none"
+        " add 'peft.modules_to_save=[embed_tokens]' (embed_in for pythia), or train with peft=none"
     )
 
 

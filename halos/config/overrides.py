@@ -146,7 +146,7 @@ def _resolve_one(override: Override, choices: Choices, known: Sequence[str]) -> 
 def _comma(override: Override, choices: Choices) -> str:
     several = f"{override.key}={override.value_text}"
     if describe(schema_keys().get(override.key)) == "a list":
-        return f"{several}: {override.key} takes a list, in brackets: {override.key}=[{override.value_text}]"
+        return f"{several}: {override.key} takes a list, in brackets: '{override.key}=[{override.value_text}]'"
     if override.key == "logging" and all(str(value) in TRACKERS for value in override.values):
         return f"{_several_trackers([str(value) for value in override.values], choices)}; to try each, sweep with {COMMAND} -m"
     if override.key in choices:
@@ -165,7 +165,7 @@ def _suggestion(group: str, value: str, choices: Choices) -> str:
     if group == "model" and is_path:
         return f"; a directory, hub id or file goes into model.name_or_path={value}"
     if group == "data" and is_path:
-        return f"; files go into data.train=[{value}] data.eval=[...]"
+        return f"; files go into 'data.train=[{value}]' 'data.eval=[...]'"
     other = next((name for name, options in choices.items() if get_close_matches(value, options, 1, 0.8)), None)
     return f" (did you mean {other}={value}?)" if other else ""
 

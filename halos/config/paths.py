@@ -52,7 +52,7 @@ def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
     _check_init_from(config)
     _make_absolute(config)
     if not config.data.train:
-        raise UserError("data.train is []: give at least one file or name, data.train=[a.jsonl]")
+        raise UserError("data.train is []: give at least one file or name, 'data.train=[a.jsonl]'")
     _check_writable(config.run_dir, "run_dir")
     _check_writable(config.cache_dir, "cache_dir")
 

@@ -89,7 +89,7 @@ def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence
     if isinstance(error, InterpolationResolutionError):
         return f"{key} is {value}, which cannot be resolved: {reason}"
     if isinstance(error, ValidationError):
-        remedy = f": write {key}=[{value}]" if _expected(key) == "a list" and isinstance(value, str) else ""
+        remedy = f": write '{key}=[{value}]'" if _expected(key) == "a list" and isinstance(value, str) else ""
         return f"{key} takes {_expected(key)}, not {show(value)}{remedy}"
     return f"{key}: {reason}" if key else reason
 
@@ -137,9 +137,9 @@ def _require_choices(composed: DictConfig, choices: Choices) -> None:
         )
     names = f"choose data= of {_listed(choices, 'data', besides='files')}"
     if absent("data", "train"):
-        raise UserError(f"data.train is missing: {names}; or data.train=[a.jsonl,org/name,dir/] data.eval=[b.jsonl]")
+        raise UserError(f"data.train is missing: {names}; or 'data.train=[a.jsonl,org/name,dir/]' 'data.eval=[b.jsonl]'")
     if absent("data", "eval"):
-        raise UserError(f"data.eval is missing: {names}; or data.eval=[b.jsonl], or data.eval=[] for no evaluation")
+        raise UserError(f"data.eval is missing: {names}; or 'data.eval=[b.jsonl]', or 'data.eval=[]' for no evaluation")
     if plain.get("exp_name") is None:
         raise UserError("exp_name is missing: it names the run directory, for example exp_name=demo")
 
