@@ -31,11 +31,9 @@ from tests import composed
 
 READ_AT_START = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "PYTHONHASHSEED")
 PRELOADED = (  # imported by train.py, by the commands that it starts, and by a run of a small model
-    "accelerate.commands.launch", "antlr4.LL1Analyzer", "datasets", "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer", "halos.cli.command", "halos.models.tiny",
-    "halos.online.label", "halos.online.rounds", "halos.online.sample", "halos.optimizers.standard", "halos.run",
-    "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "hydra_plugins.hydra_optuna_sweeper.optuna_sweeper",
-    "hydra_plugins.hydra_submitit_launcher.submitit_launcher", "peft",
+    "accelerate.commands.launch", "antlr4.LL1Analyzer", "datasets", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",
+    "halos.models.tiny", "halos.online.label", "halos.online.rounds", "halos.online.sample",
+    "halos.optimizers.standard", "halos.run", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "peft",
     "torch.distributed.run", "transformers.models.llama.configuration_llama", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 Program = tuple[str, str, list[str]]  # c, m or a script's path; the code or the module; sys.argv

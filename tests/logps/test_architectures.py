@@ -50,7 +50,7 @@ def test_a_forward_that_is_not_the_models_own_is_wrong_in_the_table(tmp_path: Pa
     script: Any = importlib.util.module_from_spec(found)
     monkeypatch.setitem(sys.modules, "architectures", script)  # its dataclass asks for it
     found.loader.exec_module(script)
-    assert script.judge("llama", tmp_path / "right").verdict == "packed"
+    assert script.evaluate("llama", tmp_path / "right").verdict == "packed"
     plain = script.LanguageModel.forward
 
     def scaled(self: Any, batch: Any) -> Any:
@@ -58,4 +58,4 @@ def test_a_forward_that_is_not_the_models_own_is_wrong_in_the_table(tmp_path: Pa
         return dataclasses.replace(logps, values=logps.values * 1.001)
 
     monkeypatch.setattr(script.LanguageModel, "forward", scaled)
-    assert script.judge("llama", tmp_path / "wrong").verdict == "WRONG"
+    assert script.evaluate("llama", tmp_path / "wrong").verdict == "WRONG"
