@@ -44,4 +44,4 @@ pyrefly check
 if [ "$#" -gt 0 ]; then
   exec python -m pytest "$@"
 fi
-exec python -m pytest -n 2 --dist worksteal -m "not slow"
+exec python -m pytest -n 3 --dist worksteal -m "not slow"  # some tests wait more than they compute
