@@ -136,7 +136,8 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there_with_its_generators
     whole, told = [*drawn], [2]
     drawn.clear()
     assert run(configure(*overrides, "exp_name=stopped"), []) == 75
-    assert json.loads((tmp_path / "stopped" / "result.json").read_text())["status"] == "stopped"
+    result = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    assert (result["status"], result["step"]) == ("stopped", 3), "at the end of the step that the signal came in"
     assert not (tmp_path / "stopped" / "FINAL").exists()
     told.clear()
     assert train.start([f"resume={tmp_path / 'stopped'}"]) == 0
