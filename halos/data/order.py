@@ -1,4 +1,4 @@
-"""Rows of each global batch: a pure function of (seed, epoch, batch), independent of earlier calls."""
+"""Shuffled rows of each global batch: a pure function of (seed, epoch, batch), independent of earlier calls."""
 
 from collections.abc import Sequence
 

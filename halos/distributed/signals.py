@@ -17,7 +17,7 @@ STOPPED = 75  # exit status of a run that a signal stopped: start it again (EX_T
 SCHEDULER_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 STOP_SIGNALS = (*SCHEDULER_SIGNALS, signal.SIGINT)
 # Sent by the kernel when the launcher dies. A signal of its own, since it arrives once per thread of the launcher, and a second
-# stop signal from a user ends a run at once
+# Ctrl-C ends a run at once
 ORPHANED = signal.SIGUSR2
 
 

@@ -44,7 +44,7 @@ def mean_over_time(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def report(policy: Rollouts | ValuedRollouts, taken_away: Tensor) -> dict[str, Mean]:
-    """Metrics of every loss on rollouts; `taken_away` (rows, time) or (rows, 1) is true where the clip leaves no gradient.
+    """Metrics of every loss on rollouts; `taken_away` (rows, time) or (rows, 1) is true where the ratio is clipped.
 
     The entropy is estimated from the sampled tokens alone, without the logits of all others: the estimate is unbiased while the
     policy is still the one that sampled.

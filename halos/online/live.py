@@ -29,7 +29,7 @@ from halos.rollout.types import EVAL, Prompt, Request, Rollout, Sample, requests
 log = logging.getLogger(__name__)
 
 RETRY_OFFSET = 100_003  # in batches of prompts: where the prompts of a further attempt at a step are taken from
-ATTEMPTS = 10  # at other prompts, while no sample is better than another
+ATTEMPTS = 10  # the first at the step's own prompts, the others at further ones, while no sample is better than another
 
 
 class LiveRows:

@@ -55,7 +55,8 @@ class Stages:
         self.request.listen()
 
     def run(self, command: Sequence[str], log: Path) -> None:
-        """Run a command to its end. Raises StoppedError, UserError (the stage's message) or StageError (its last output)."""
+        """Run a command to its end. Raises StoppedError; UserError with the stage's message, or RefusedError where that was on
+        the terminal; StageError with its last output."""
         self._raise_if_stopped()
         log.parent.mkdir(parents=True, exist_ok=True)
         on_terminal = sys.stderr.isatty()  # show progress bars; in a log file they would only be clutter

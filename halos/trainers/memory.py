@@ -26,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def remedies(config: Config) -> str:
-    """The keys with which this run would take less memory; first those that do not change results."""
+    """The keys with which this run would take less memory."""
     keys, train = [], config.train
     if train.microbatch_size > 1:
         keys.append(f"train.microbatch_size={max(1, train.microbatch_size // 2)} (does not change results)")
