@@ -1,6 +1,7 @@
 """The package: `halos.train` in a process of yours, and a wheel that trains where the repository is not."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,12 @@ def test_a_wheel_trains_where_there_is_no_repository(tmp_path: Path, words: list
     command = [sys.executable, "-m", "halos.cli", *words]
     started = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False)
     assert started.returncode == 0, started.stderr
+    assert (tmp_path / "demo" / "FINAL" / "model.safetensors").is_file()
+    (tmp_path / "demo" / "result.json").unlink()
+    shutil.rmtree(tmp_path / "demo" / "FINAL")
+    command = [sys.executable, "-m", "halos.cli", "resume=demo"]
+    resumed = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False)
+    assert resumed.returncode == 0, resumed.stderr
     assert (tmp_path / "demo" / "FINAL" / "model.safetensors").is_file()
     asked = "import halos; from halos.repository import COMMAND; print(halos.__file__, COMMAND)"
     command = [sys.executable, "-c", asked]

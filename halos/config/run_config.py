@@ -23,6 +23,7 @@ from halos.config.suggest import unknown_key
 from halos.config.values import as_argument
 from halos.confined import parse_yaml
 from halos.errors import UserError, first_line_of
+from halos.repository import CONFIG
 
 # Keys added later that affect what a step computes, with the value that a run without them had
 ADDED_KEYS: dict[tuple[str, str], Any] = {
@@ -109,7 +110,7 @@ def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> D
 
 def default_cache() -> str:
     """Return the default cache_dir of config/config.yaml: a saved run's own may not exist on this machine."""
-    node = OmegaConf.load(Path(__file__).resolve().parents[2] / "config" / "config.yaml")
+    node = OmegaConf.load(CONFIG / "config.yaml")
     return os.path.expanduser(str(node.cache_dir))
 
 
