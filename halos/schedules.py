@@ -1,7 +1,8 @@
 """Learning rate schedules: a multiplier of the peak learning rate, as a pure function of the step, so that nothing need be saved.
 
-Steps count from 0. Warm-up is linear and reaches 1 in its last step. A duration below 1 is a fraction of all steps; from 1 on it
-is a number of steps. A schedule takes the step and the total number of steps; its keyword-only parameters are its YAML keys.
+Steps count from 0. Warm-up is linear and reaches 1 in its last step; a decay would reach `final` in step `total`, one after the
+last. A duration below 1 is a fraction of all steps; from 1 on it is a number of steps. A schedule takes the step and the total
+number of steps; its keyword-only parameters are its YAML keys.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def wsd(
 
 
 def inverse_sqrt(step: int, total: int, *, warmup: Duration) -> float:
-    """Decay as 1 / sqrt(step) after warm-up (arXiv:1706.03762), whatever the total number of steps."""
+    """Decay as 1 / sqrt(step) after warm-up (arXiv:1706.03762). With `warmup` in steps it does not depend on `total`."""
     first = num_steps(warmup, total)
     return _rise(step, first) if step < first else math.sqrt(max(1, first) / (step + 1))
 

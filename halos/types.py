@@ -19,7 +19,8 @@ from halos.ranges import Range as Range  # re-exported, as examples are: a user'
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Sequences packed end to end. Scored tokens: those whose log-prob the loss reads. Prompt tokens never reach the LM head."""
+    """Sequences packed end to end. Scored tokens: those whose log-prob the loss reads. Of all hidden states the LM head gets only
+    those that predict them (`sources`)."""
 
     ids: Tensor  # (tokens,) int64
     positions: Tensor  # (tokens,) int64, restarting at 0 in each sequence
@@ -186,7 +187,7 @@ class RolloutBatch:
     reference: Tensor | None  # (rows, time) log-probs under the reference, where the loss compares with one
     returns: Tensor | None  # (rows, time), of a loss whose advantages give them
     values: Tensor | None  # (rows, time) of the value head as it was when the rollouts were read
-    metrics: Mapping[str, Mean]  # of the whole global batch, with its first rows alone
+    metrics: Mapping[str, Mean]  # of the whole global batch, in each rank's first micro-batch alone: counted once
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
-"""Configurations as train.py makes them of overrides, with Hydra's compositions remembered for the session.
+"""Configurations as train.py makes them of overrides, with Hydra's compositions remembered for this test run.
 
-Hydra takes an eighth of a second to compose, and tests ask for the same choices a thousand times. Every process of a session
-finds what was composed in one directory, whose path is in the environment. Only of this repository's config/, under the hash
+Hydra takes an eighth of a second to compose, and tests ask for the same choices a thousand times. Every process of a test
+run finds what was composed in one directory, whose path is in the environment. Only of this repository's config/, under the hash
 of all its files: what else is composed, or in tests marked cold and slow, is composed anew.
 """
 
@@ -46,7 +46,7 @@ def _tree() -> ConfigTree:
 
 
 def share() -> None:
-    """A directory for this session, if it has none yet: pytest's workers and the processes of tests inherit the variable."""
+    """A directory for this test run, if it has none yet: pytest's workers and the processes of tests inherit the variable."""
     if VARIABLE not in os.environ:
         os.environ[VARIABLE] = mkdtemp(prefix="halos-composed-")
         atexit.register(rmtree, os.environ[VARIABLE], ignore_errors=True)

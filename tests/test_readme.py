@@ -294,9 +294,9 @@ def left(desk: Path) -> Iterator[None]:
         patch.setattr(sys, "argv", ["train.py"])
         patch.chdir(desk)
         shutil.rmtree("runs", ignore_errors=True)
-        words = ["loss=dpo", "model=tiny", "data.train=[pairs.jsonl]", "data.eval=[pairs.jsonl]", "peft=lora", "train.steps=50",
-                 "train.batch_size=1", "exp_name=demo", "train.eval_every=50", "train.prove=off"]  # fmt: skip
-        assert start([*words, "checkpoint.every=50"]) == 0
+        words = ["loss=dpo", "model=tiny", "data.train=[pairs.jsonl]", "data.eval=[pairs.jsonl]", "peft=lora", "train.steps=100",
+                 "train.batch_size=1", "exp_name=demo", "train.eval_every=100", "train.prove=off"]  # fmt: skip
+        assert start([*words, "checkpoint.every=100"]) == 0
         demo = Path("runs/demo")
         for name in ("dpo", "kto", "sft", "sweep/a", "sweep/b"):
             shutil.copytree(demo, demo.parent / name)

@@ -28,9 +28,10 @@ Write = Callable[[], None]
 
 
 class Checkpointer:
-    """Every rank calls every method. The loop decides when to save; `policy`, what is added and which checkpoints are kept.
+    """Every rank calls every method. `policy` decides when a checkpoint is due and which ones are kept.
 
-    A save takes a `_snapshot` between two steps, writes it here or in a thread, commits it, and then calls the hooks.
+    A save takes a `_snapshot` between two steps, writes it here or in a thread with the files that hooks add, commits it, and
+    calls the hooks again.
     """
 
     def __init__(self, run: Run, policy: CheckpointHook) -> None:

@@ -74,10 +74,10 @@ def gather_alone(own: list[Any]) -> list[Any]:
 def staged(final: Path, *, main: bool, facts: dict[str, Any], gather: Gather = gather_alone) -> Iterator[Path]:
     """Yield a hidden directory to write into; it becomes `final` once every rank is done, never before.
 
-    Every rank enters; `gather` gives each rank the lists of all. Rank 0 (`main`) creates the directory, writes its manifest,
-    syncs and renames it. A directory that exists at `final` is replaced by the rename, not written into. When a rank fails, the
-    others learn of it instead of waiting, nothing becomes visible or is left behind, and every rank raises: DiskFullError where
-    a full disk was the only failure, else its own error, or SaveError for another rank's.
+    Every rank enters, and syncs the files that it sees; `gather` gives each rank the lists of all. Rank 0 (`main`) creates the
+    directory, writes its manifest and renames it. A directory that exists at `final` is moved aside before, and removed
+    afterwards. When a rank fails, the others learn of it instead of waiting, the hidden directory is removed, and every rank
+    raises: DiskFullError where a full disk was the only failure, else its own error, or SaveError for another rank's.
     """
     hidden, deferred = final.with_name(HIDDEN + final.name), DeferredError()
     with deferred:
@@ -140,7 +140,7 @@ def _publish(hidden: Path, final: Path, facts: dict[str, Any]) -> None:
             replaced.rename(final)
         raise
     sync(final.parent)
-    for above in list(final.parents)[1:4]:  # checkpoints/, the run's directory and a sweep's: this save may have created them
+    for above in list(final.parents)[1:4]:  # the entries of checkpoints/, the run and its sweep, which this save may have created
         with suppress(PermissionError):
             sync(above)
     with suppress(OSError):

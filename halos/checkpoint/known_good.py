@@ -1,4 +1,4 @@
-"""good.json: the checkpoints known to be good, since a step with their weights was finite. Their manifests do not seal it."""
+"""good.json: the checkpoints known to be good, since a later step was finite. Their manifests do not seal it."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -14,8 +14,8 @@ NAME = "good.json"
 class KnownGood:
     """`until`: the step of the newest checkpoint known to be good; so are all before it. -1: none is.
 
-    `doubted_at`: the step at which the run failed because losses or gradients stayed non-finite. Later checkpoints than `until`
-    are then doubted.
+    `doubted_at`: the step at which the run failed because its gradients, its last weights or their outputs were not finite, or
+    it skipped every step. Later checkpoints than `until` are then doubted.
     """
 
     until: int = -1

@@ -60,8 +60,8 @@ def record_commit(run: RunDir, checkpoint: Path | None) -> None:
 
 def select_checkpoint(run: RunDir, requested: Path | None) -> Selection:
     """Remove the leftovers of interrupted saves, put back what they moved aside, then return the checkpoint to resume from,
-    or none where the run never committed a good one. Raises UserError where all that it committed are lost or damaged;
-    nothing but those leftovers is touched then."""
+    or none where the run committed none, or failed before one was known to be good. Raises UserError where all that it committed
+    are lost or damaged; nothing but those leftovers is touched then."""
     refuse_newer(run.checkpoints)
     refuse_misplaced(run)
     commit.remove_leftovers(run.checkpoints)

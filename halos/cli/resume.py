@@ -90,7 +90,7 @@ def added_keys(run_dir: RunDir, settings: dict[str, Any], overrides: Sequence[st
 def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> list[Change]:
     """Return what `config` changes in a run, and which of its files were edited. Raises UserError unless config allows changes.
 
-    `oldest`: the step of the checkpoint from which the run resumes.
+    `oldest`: the step of the requested checkpoint, else of the oldest: the run resumes from no earlier one.
     """
     by_content = run_config.recorded_content(run_dir.read_attempts(), str(run_dir.path)) is not None
     changed = resume_policy.compare(config, PreviousRun(settings, run_dir.path, oldest, by_content))

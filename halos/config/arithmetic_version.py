@@ -1,4 +1,4 @@
-"""Version of the arithmetic of a step: one entry for each change of it that makes a resumed run differ from an uninterrupted one.
+"""Version of the arithmetic: the changes that make a resumed run differ from an uninterrupted one in steps, metrics or FINAL.
 
 Every start of a run and every checkpoint record the version that they were computed with.
 """
@@ -74,7 +74,7 @@ def _imitates_live(now: RunFacts) -> bool:
     return _of_loss("sft")(now) and online is not None and online.steps is not None
 
 
-# Oldest first. Whoever changes the arithmetic adds an entry here, with a new number.
+# Oldest first. Whoever changes the arithmetic adds an entry here, with a higher number; changes of one release share it.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
     Revision(1, "2026-11-26", "this model's sequences are not packed, since they would attend to each other",

@@ -96,8 +96,8 @@ def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
 
 
 def bind_trainer(settings: Mapping[str, Any], loss: LossSpec, plugins: Sequence[str]) -> Callable[..., Any]:
-    """Makes the trainer of a loss from its `Parts`: the one that the loss's input type names, or the subclass of it that the node
-    `trainer` names. Raises UserError for what is none, and for what it does not take."""
+    """Return a function from `Parts` to the trainer: of the class that the loss's input type names, or of the subclass of it that
+    `trainer._target_` names. Raises UserError for another class, and for keys and values that it does not take."""
     inputs, target = loss.inputs, settings.get("_target_")
     base, _ = import_target(inputs.trainer, f"{inputs.__name__}.trainer", plugins, example=LossInput.trainer)
     trainer = base if target is None else load_target(settings, "trainer", plugins, example="mypackage.MyTrainer")[0]

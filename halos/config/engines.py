@@ -16,5 +16,5 @@ def engine_names() -> tuple[str, ...]:
 
 
 def engine_class(name: str) -> Any:
-    """Return the subclass of `Engine` that a module names ENGINE. Nothing here imports what engines stand on."""
+    """Import an engine's module and return its class, ENGINE. This does not import the packages that the engine samples with."""
     return import_module(f"halos.rollout.engines.{name}").ENGINE

@@ -22,7 +22,7 @@ class PreviousRun:
 
     settings: Mapping[str, Any]  # its last configuration
     path: Path
-    oldest: int | None  # step of its oldest checkpoint; None where it has none
+    oldest: int | None  # step of the requested checkpoint, else of its oldest; None where it has none
     by_content: bool = False  # it recorded hashes of its inputs; else only their names can be compared
 
 

@@ -19,7 +19,8 @@ def _permutation(stream: np.random.Philox, count: int) -> np.ndarray:
 
 
 class Order:
-    """An endless sequence of global batches. A source of weight w contributes round(w n) of its n rows to every epoch."""
+    """An endless sequence of global batches, shuffled anew in every epoch. A source of n rows and weight w
+    contributes round(w n) rows to an epoch, some of them repeatedly where w > 1."""
 
     def __init__(self, sources: np.ndarray, weights: Sequence[float], batch_size: int, seed: int) -> None:
         self._rows = [np.flatnonzero(sources == number) for number in range(len(weights))]

@@ -21,8 +21,9 @@ class FSDP2(Strategy):
     """One parameter group per layer, and one for the rest of the model, the head included.
 
     Uses torch's `fully_shard` rather than accelerate's `prepare`, which shards on GPUs only, needs names of layer classes, and
-    would turn a frozen bfloat16 base into float32. Its settings are those of the accelerate config (`fsdp_config`). Rank 0 has
-    the whole model in host memory, and broadcasts it a tensor at a time; the other ranks' models are empty until then.
+    would turn a frozen bfloat16 base into float32. Its settings are those of the accelerate config (`fsdp_config`). Unless
+    `fill` loads every rank's shards from a checkpoint, rank 0 has the whole model in host memory, and broadcasts it a tensor at
+    a time; the other ranks' models are empty until then.
     """
 
     is_sharded = True

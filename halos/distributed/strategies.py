@@ -9,5 +9,5 @@ STRATEGIES: tuple[type[Strategy], ...] = (DeepSpeed3, DeepSpeed, FSDP2, Replicat
 
 
 def requested_strategy() -> type[Strategy]:
-    """Read the environment, which the launcher has set and `launch.make_accelerator` has checked."""
+    """Return the strategy that the launcher's environment variables ask for. Its `check_launch` refuses what it cannot follow."""
     return next(strategy for strategy in STRATEGIES if strategy.is_requested())

@@ -135,7 +135,7 @@ class Strategy(ABC):
         return clip_grad_norm_(module.parameters(), max_norm or float("inf"))
 
     def step(self, optimizer: Optimizer) -> None:
-        """Update the parameters. Called between `clip` and `zero_grad`, only if the norm is finite."""
+        """Update the parameters. Called between `clip` and `zero_grad`, only if the norm is finite; DeepSpeed steps in `clip`."""
         optimizer.step()
 
     def zero_grad(self, optimizer: Optimizer) -> None:

@@ -59,7 +59,8 @@ class Zero(nn.Module):
         self._engines[0].backward(loss)
 
     def update(self) -> Tensor:
-        """Clip, step and free the gradients; return their norm before. If it is not finite the engine does not step."""
+        """Clip the gradients, step and free them; return their norm before clipping. Where that is not finite the engine does not
+        step, and NaN is returned."""
         engine = self._engines[0]
         engine.step()
         norm = torch.as_tensor(engine.get_global_grad_norm()).detach()

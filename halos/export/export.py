@@ -92,9 +92,10 @@ class SavedModel:
 
 
 def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: Path | None = None, shard: int = SHARD) -> str:
-    """Merge an adapter into `output`; return a summary of the proof. `dtype` None keeps the base's; `base`: its directory now.
+    """Merge an adapter into `output`, or copy the weights of a FINAL, which its run merged; return a summary in words.
 
-    Raises UserError where there is no adapter, its base is missing or another one, the proof fails, or `output` exists.
+    `dtype` None keeps that of the base, or of FINAL's weights; `base` is the base's directory now. Raises UserError where there
+    is no adapter, its base is missing or another one, the proof fails, or `output` exists.
     """
     saved = SavedModel.at(path)
     if saved.adapter is None:

@@ -87,7 +87,7 @@ class Run:
     skipped_steps: int = 0  # in total
     finite_at: int = -1  # the latest step whose weights are known to be good: loss and gradient were finite with them
     stop: Stop | None = None  # set by a hook, on every rank alike, or after a stop request
-    failure: str | None = None  # why the run ends "failed" although it trained to its end
+    failure: str | None = None  # why the run ends as "failed", where no exception says it
     hooks: dict[str, "Hook"] = field(default_factory=dict)
     generator: "Generator | None" = None  # what `generate` calls; None for a reward model
     writers: dist.ProcessGroup | None = None  # process group for collectives of a background save; None: the default group

@@ -9,7 +9,8 @@ from halos.types import Range
 
 
 class CheckpointHook(Hook):
-    """One per run, chosen by `checkpoint=`. The loop calls `due` after every step, and always saves the final model.
+    """One per run: the class that `checkpoint._target_` names. After a step the loop asks `due` whether to save. A run that stops
+    early is saved in any case, unless its weights are broken; one that finishes leaves FINAL.
 
     A subclass of your own overrides `due` or any other method; the files that its `on_save` writes are part of each checkpoint.
     """
@@ -38,7 +39,7 @@ class CheckpointHook(Hook):
         self.at_end = at_end
 
     def due(self, run: Run) -> bool:
-        """Whether to save a checkpoint of `run.step`; called after every step."""
+        """Whether to save a checkpoint of `run.step`."""
         return self.due_at(run.step) or (self.at_end and run.step == run.total_steps)
 
     def due_at(self, step: int) -> bool:

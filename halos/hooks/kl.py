@@ -11,7 +11,7 @@ NAME = "kl_coefficient.json"  # in FINAL, next to the weights: the coefficient t
 
 
 class KLCoefficient(Hook):
-    """Holds the coefficient; the trainer updates it after each step."""
+    """Holds the coefficient; the trainer updates it after each step that is not skipped."""
 
     def __init__(self, value: float) -> None:
         self.value = self.start = value

@@ -15,8 +15,8 @@ def summary(metrics: Metrics) -> str:
 
 
 class MetricsLog(Hook):
-    """Appends one JSON object for each logged step or evaluation, on rank 0. On a full disk lines are lost, counted and reported;
-    whether the run continues is decided by `checkpoint.on_full_disk`."""
+    """Appends one JSON object for each logged step or evaluation, on rank 0. Lines that cannot be written are lost, counted and
+    reported; the run continues."""
 
     records = True
 

@@ -137,7 +137,7 @@ class ModelWithHead(nn.Module):
 
 
 class _Policy(ModelWithHead):
-    """A language model; log-probs are computed from its last hidden states."""
+    """A language model, and the temperature of its log-probs."""
 
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         super().__init__(model)
@@ -152,7 +152,7 @@ class _Policy(ModelWithHead):
 
 
 class LanguageModel(_Policy):
-    """Sequences -> log-probs of their scored tokens. Prompt tokens never reach the head."""
+    """Sequences -> log-probs of their scored tokens: by the head, or where the plan says so from the whole model's logits."""
 
     def read(self, batch: Sequences) -> TokenLogps:
         if self.plan.head != "whole":

@@ -72,11 +72,11 @@ def grpo(
     r = logs.exp()
     if objective == "cispo":
         values = -r.clamp(max=1 + clip_high).detach() * policy.advantages * policy.logps.values
-        taken_away = r > 1 + clip_high
+        clip_acts = r > 1 + clip_high
     else:
         values = clipped(r, policy.advantages, clip_low, clip_high)
-        taken_away = is_clipped(r, policy.advantages, clip_low, clip_high)
-    metrics = report(policy, taken_away)
+        clip_acts = is_clipped(r, policy.advantages, clip_low, clip_high)
+    metrics = report(policy, clip_acts)
     if reference is not None:
         divergence = kl(kl_estimator, policy.logps.values, reference.values)
         values = values + beta * divergence

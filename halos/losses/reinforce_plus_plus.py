@@ -53,6 +53,6 @@ def reinforce_plus_plus(
 ) -> Loss:
     """PPO's clipped objective; its denominator is the number of tokens in the global batch."""
     ratio = log_ratio(policy).exp()
-    taken_away = is_clipped(ratio, policy.advantages, clip_low, clip_high)
+    clip_acts = is_clipped(ratio, policy.advantages, clip_low, clip_high)
     values = clipped(ratio, policy.advantages, clip_low, clip_high) * policy.logps.mask
-    return Loss(values, report(policy, taken_away), per="token")
+    return Loss(values, report(policy, clip_acts), per="token")

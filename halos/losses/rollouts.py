@@ -43,8 +43,9 @@ def mean_over_time(values: Tensor, mask: Tensor) -> Tensor:
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)
 
 
-def report(policy: Rollouts | ValuedRollouts, taken_away: Tensor) -> dict[str, Mean]:
-    """Metrics of every loss on rollouts; `taken_away` (rows, time) or (rows, 1) is true where the ratio is clipped.
+def report(policy: Rollouts | ValuedRollouts, clip_acts: Tensor) -> dict[str, Mean]:
+    """Metrics of every loss on rollouts. `clip_acts` (rows, time) or (rows, 1) is true where the clip changes the gradient: PPO's
+    sets it to zero (`is_clipped`), CISPO's bounds its factor.
 
     The entropy is estimated from the sampled tokens alone, without the logits of all others: the estimate is unbiased while the
     policy is still the one that sampled.
@@ -52,7 +53,7 @@ def report(policy: Rollouts | ValuedRollouts, taken_away: Tensor) -> dict[str, M
     mask = policy.logps.mask
     return {
         "reward": Mean.of(policy.rewards),
-        "clip_fraction": Mean.of(taken_away.expand(mask.shape), mask),
+        "clip_fraction": Mean.of(clip_acts.expand(mask.shape), mask),
         "approx_kl": Mean.of(log_ratio(policy) ** 2 / 2, mask),  # from the policy that sampled, not from the reference
         "entropy": Mean.of(-policy.logps.values, mask),
         "length": Mean.of(policy.logps.length),

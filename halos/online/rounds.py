@@ -79,7 +79,7 @@ def run(
     """
     if world_size() > 1:
         raise UserError(
-            f"loss=online starts an accelerate launch of its own for every stage: {COMMAND} loss=online"
+            f"loss=online starts accelerate launch itself, for each stage that needs several processes: {COMMAND} loss=online"
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
         )
     plan = Plan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins))

@@ -1,1 +1,1 @@
-"""Optimizers that optim= chooses: functions of parameter groups, each with its lr and decay; keyword-only parameters are keys."""
+"""The built-in optimizers of optim=: functions of parameter groups (each with lr and weight_decay); other parameters are keys."""

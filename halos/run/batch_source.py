@@ -70,7 +70,7 @@ class BatchSource(Protocol):
 def open_batch_source(
     config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
 ) -> BatchSource:
-    """Read and check the data. Raises UserError for every mistake in them."""
+    """Read and check the training and evaluation data. Raises UserError for data that cannot be used."""
     source = DatasetSource if config.online is None else PolicySource
     return source(config, loss, tokenizer, accelerator, max_length)
 

@@ -59,7 +59,8 @@ def prepare_directory(
 
 
 def report_checkpoint(config: Config, directory: RunDir, total: int) -> None:
-    """Log which checkpoint a resumed run would resume from. Raises UserError as `prepare_directory` does, and changes nothing."""
+    """Log which checkpoint a resume would continue from, and leave the run as it is. Raises UserError where `prepare_directory`
+    would, except that a checkpoint which an interrupted save moved aside is not checked."""
     _refuse_unwritable(directory)
     source = select.preview_selection(directory, directory.requested_checkpoint(config.resume))
     _refuse_too_few_steps(config, directory, source.path, total)
@@ -133,9 +134,9 @@ def record_attempt(
 
 
 def _not_known_to_be_good(directory: RunDir, step: int) -> str:
-    """List the checkpoints up to `step` after which no step has been finite yet."""
+    """List the checkpoints up to `step` that no finite step is known to have followed."""
     names = [select.name_of(number) for number in known_good.not_known_good(directory) if number <= step]
-    return f" ({', '.join(names)}: not known to be good, as no step has come after it yet)" if names else ""
+    return f" ({', '.join(names)}: not known to be good, as no finite step has come after yet)" if names else ""
 
 
 def _log_changes(changed: Sequence[Change], step: int) -> None:

@@ -112,8 +112,7 @@ class Pool:
     def _stop(self) -> None:
         """Request every job to save and exit; at a second signal, or after STOP_TIMEOUT, kill those that remain.
 
-        Only the launcher gets the signal: it, or the kernel when it dies, forwards it to the ranks, which a second signal would
-        end.
+        Only the launcher gets the signal, and forwards it to its ranks; if it dies first, the kernel sends them a stop request.
         """
         for one in self._running:
             one.update_family()

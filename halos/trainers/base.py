@@ -104,8 +104,8 @@ class Trainer(Objective):
     def step(self, indices: np.ndarray) -> Totals:
         """One optimizer step over a global batch: the sum of its losses over the loss's denominator in the whole batch.
 
-        The host waits for the device once, before the optimizer steps: for the gradient norm, which decides whether it does, and
-        all metrics. A skipped step returns no totals.
+        The host waits for the device once, for the gradient norm and all metrics. The norm decides whether the optimizer steps;
+        under DeepSpeed `clip` has decided by the same norm, and stepped. A skipped step returns no totals.
         """
         run, strategy = self.run, self.run.strategy
         run.learning_rates.set(run.step)

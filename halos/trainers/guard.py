@@ -46,10 +46,10 @@ def propagate_nonfinite(loss: Tensor, outputs: Iterable[Tensor]) -> Tensor:
 
 
 class Guard:
-    """Decides by the gradient norm, before the optimizer step, whether a step counts; the same on every rank.
+    """Decides by the gradient norm whether a step counts; the same on every rank. DeepSpeed's engine steps by the same rule.
 
-    Finite: the weights before the step are good, and so is a checkpoint of them. Not finite: the step is skipped. Data, schedule
-    and random numbers advance; the optimizer, and everything else that a step updates, does not.
+    Finite and not zero: the weights before the step are good, and so is a checkpoint of them. Not finite: the step is skipped.
+    The data, the schedule, random numbers and counts advance; weights, optimizer state and an adaptive KL coefficient do not.
     """
 
     def __init__(
@@ -115,7 +115,8 @@ class Guard:
             raise UserError(f"{source} cannot be trained: {problem}. Choose another {'checkpoint' if run.step else 'model'}")
 
     def refuse_final(self) -> bool:
-        """Whether to write no FINAL, because the last weights or their outputs are not finite. The run then ends as failed."""
+        """Whether to write no FINAL, because the last weights or their outputs are not finite, or all steps were skipped. The run
+        then ends as failed."""
         run, problem = self.run, self._broken_tensors()
         if problem is None and run.skipped_steps >= run.step > 0:
             problem = f"all {run.step} steps were skipped, so nothing was trained"

@@ -13,7 +13,7 @@ from halos.examples import Item
 
 
 class Rows(Protocol):
-    """The interface of the rows of a step: those of a Dataset, or those that a live run has just sampled."""
+    """The rows that batches are taken from: a whole Dataset, or in a live loop what the current step has sampled."""
 
     groups: np.ndarray  # (rows,)
     scored: np.ndarray  # (rows, completions)
