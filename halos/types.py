@@ -40,7 +40,7 @@ class Sequences:
 
 
 @dataclass(frozen=True, slots=True)
-class Whole:
+class WholeModelInput:
     """One sequence for the unmodified transformers forward: passed in the place of `Sequences` through DDP, FSDP and the like."""
 
     ids: Tensor  # (tokens,) int64
@@ -57,7 +57,7 @@ class LossInput:
     """
 
     example: ClassVar[type[Example]]  # the type of example that it is computed from
-    feedback: ClassVar[str] = "scalar"  # made from scored samples online: pairwise, binary, or the scores themselves
+    feedback: ClassVar[str] = "scalar"  # made online from samples with scores: pairwise, binary, or the scores themselves
     head: ClassVar[Literal["language", "value", "score"]] = "language"  # the head on the model's hidden states
     trainer: ClassVar[str] = "halos.trainers.base.Trainer"  # the class that trains a loss on it
 

@@ -11,8 +11,8 @@ from halos.errors import UserError
 from halos.hooks.base import PlannedRun
 from halos.hooks.checkpoint import CheckpointHook
 from halos.logps.model import bare
-from halos.merge.dry_run import dry_run
 from halos.merge.merge_and_prove import case_of
+from halos.merge.preflight import check_merge
 from halos.rundir import nearest_existing
 
 
@@ -23,7 +23,7 @@ def check(policy: CheckpointHook, planned: PlannedRun) -> None:
     if isinstance(planned.model, PeftModel) and policy.merge_lora:
         dtype = merged_dtype(policy, bare(planned.model))
         case = case_of(planned.base, Path("adapter"), planned.vocabulary, dtype=dtype, reward=planned.reward)
-        dry_run(case, planned.model)
+        check_merge(case, planned.model)
     if problem := too_little_space(policy, planned):
         raise UserError(problem)
 

@@ -95,10 +95,10 @@ def refuse_lost(run: RunDir, selection: Selection) -> None:
     saved = f"checkpoints up to step {max(steps)}" if steps else f"checkpoints, by {run.commits.path} ({committed.fault})"
     sound = "whole" if known.doubted_at is None else "whole and known to be good"
     aside = sorted(path for path in run.checkpoints.glob(f"{SUPERSEDED}*/step-*") if not manifest.verify(path))
-    whole = f" or move {aside[-1]} back into {run.checkpoints}," if aside else ""
+    or_move = f" or move {aside[-1]} back into {run.checkpoints}," if aside else ""
     raise UserError(
         f"{run.path} has saved {saved}, and none of them is {sound}{why}. It does not restart at step 0 by itself: restore"
-        f" one from a copy,{whole} or start a new run (delete {run.path}, or choose another exp_name)"
+        f" one from a copy,{or_move} or start a new run (delete {run.path}, or choose another exp_name)"
     )
 
 

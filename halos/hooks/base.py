@@ -188,7 +188,7 @@ class Hook(Generic[RunType]):
         and objective.metric may name one. Rank 0's return value counts, so all ranks may measure, or only rank 0."""
 
     def on_examples(self, run: RunType, examples: Sequence[Mapping[str, Any]]) -> None:
-        """Scored samples of an online round or of a live run's evaluation: `prompt`, `output`, `reward`, `split`."""
+        """Samples of an online round or of a live run's evaluation, with their scores: `prompt`, `output`, `reward`, `split`."""
 
     def on_save(self, run: RunType, path: Path, *, final: bool) -> Callable[[], None] | None:
         """Write into `path`, which becomes visible once every hook on every rank is done.

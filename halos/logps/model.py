@@ -14,8 +14,8 @@ from halos.errors import UserError
 from halos.logps.head import Head, chosen
 from halos.logps.hidden import hidden_states, is_packed, max_rows_over_ranks
 from halos.logps.initial_values import UNSHARDED, base_values_of, initial_values_of, with_values
-from halos.logps.plan import plan_of, whole
-from halos.types import Acted, Sequences, TokenLogps, Whole
+from halos.logps.plan import plan_of, whole_model
+from halos.types import Acted, Sequences, TokenLogps, WholeModelInput
 
 
 @contextmanager
@@ -112,9 +112,9 @@ class ModelWithHead(nn.Module):
         self.initial_values = {f"model.{name}": value for name, value in initial_values_of(model).items()}
         self.layout = UNSHARDED  # in a run, that of its strategy
 
-    def forward(self, batch: Sequences | Whole) -> Any:
-        """`read` of packed sequences; for a `Whole`, the unmodified transformers forward."""
-        return whole(bare(self.model), batch.ids) if isinstance(batch, Whole) else self.read(batch)
+    def forward(self, batch: Sequences | WholeModelInput) -> Any:
+        """`read` of packed sequences; for a `WholeModelInput`, the unmodified transformers forward."""
+        return whole_model(bare(self.model), batch.ids) if isinstance(batch, WholeModelInput) else self.read(batch)
 
     def read(self, batch: Sequences) -> Any:
         """The output of model and head over packed sequences."""
@@ -126,13 +126,13 @@ class ModelWithHead(nn.Module):
     def hidden(self, batch: Sequences) -> Tensor:
         return hidden_states(bare(self.model), batch, equal_calls=self.layout.is_sharded)
 
-    def whole(self, batch: Sequences, keep: Sequence[Tensor] | None) -> Tensor:
+    def whole_model(self, batch: Sequences, keep: Sequence[Tensor] | None) -> Tensor:
         """The model's own output, one sequence at a time, at the token indices `keep` of each."""
         inner, rows = bare(self.model), batch.ids.split(batch.lengths)
         padding_calls = max_rows_over_ranks(batch) - len(rows) if self.layout.is_sharded else 0
-        output = torch.cat([whole(inner, row, None if keep is None else keep[n]).float() for n, row in enumerate(rows)])
+        output = torch.cat([whole_model(inner, row, None if keep is None else keep[n]).float() for n, row in enumerate(rows)])
         for _ in range(padding_calls):
-            output = output + 0.0 * whole(inner, rows[0]).float().sum()
+            output = output + 0.0 * whole_model(inner, rows[0]).float().sum()
         return output
 
 
@@ -157,7 +157,7 @@ class LanguageModel(_Policy):
     def read(self, batch: Sequences) -> TokenLogps:
         if self.plan.head != "whole":
             return self.logps(self.hidden(batch)[batch.sources], batch)
-        logits = self.whole(batch, sources_of_rows(batch))
+        logits = self.whole_model(batch, sources_of_rows(batch))
         return TokenLogps(in_rows(chosen(logits, batch.targets, self.temperature), batch), mask_of(batch))
 
 
@@ -195,7 +195,7 @@ class RewardModel(ModelWithHead):
     def scores(self, batch: Sequences) -> Tensor:
         """(rows, labels) float32."""
         if self.plan.head == "whole":
-            return self.whole(batch, None)
+            return self.whole_model(batch, None)
         model: Any = bare(self.model)
         hidden = self.hidden(batch)[last_tokens(batch, model.config.get_text_config().pad_token_id)]
         return scores_of(model, hidden)

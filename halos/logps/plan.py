@@ -33,7 +33,7 @@ Way = Literal["layer", "own", "whole"]
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class ForwardPlan:
     """How log-probs or scores are computed."""
 
     attention: str | None  # attn_implementation of the model; None: transformers' default, one sequence at a time
@@ -45,7 +45,7 @@ class Plan:
         return self.attention in PACKS
 
 
-def plan_for(config: PretrainedConfig, *, reward: bool, attention: str | None, longest: int | None = None) -> Plan:
+def plan_for(config: PretrainedConfig, *, reward: bool, attention: str | None, longest: int | None = None) -> ForwardPlan:
     """The fastest correct plan. `attention` is the one for packed sequences; with any other, sequences go one at a time.
 
     Raises UserError where no plan is correct.
@@ -55,15 +55,15 @@ def plan_for(config: PretrainedConfig, *, reward: bool, attention: str | None, l
     return _plan(_CacheKey(miniature.key_of(small), small), reward, attention if attention in PACKS else None)
 
 
-_LOADED: WeakKeyDictionary[PreTrainedModel, Plan] = WeakKeyDictionary()
+_LOADED: WeakKeyDictionary[PreTrainedModel, ForwardPlan] = WeakKeyDictionary()
 
 
-def remember(model: PreTrainedModel, plan: Plan) -> None:
+def remember(model: PreTrainedModel, plan: ForwardPlan) -> None:
     """Record the plan with which a model was loaded."""
     _LOADED[model] = plan
 
 
-def plan_of(model: PreTrainedModel, *, reward: bool) -> Plan:
+def plan_of(model: PreTrainedModel, *, reward: bool) -> ForwardPlan:
     """The plan with which a model was loaded; else one for its architecture and its current attention."""
     if model not in _LOADED:
         _LOADED[model] = plan_for(model.config, reward=reward, attention=model.config._attn_implementation)
@@ -85,7 +85,7 @@ class _CacheKey:
 
 
 @cache
-def _plan(key: _CacheKey, reward: bool, attention: str | None) -> Plan:
+def _plan(key: _CacheKey, reward: bool, attention: str | None) -> ForwardPlan:
     with _quiet():
         return _choose(_RewardTrial if reward else _LanguageTrial, key.config, attention)
 
@@ -102,17 +102,17 @@ def _quiet() -> Iterator[None]:
         transformers.logging.set_verbosity(before)
 
 
-def _choose(kind: type["_LanguageTrial"], config: PretrainedConfig, attention: str | None) -> Plan:
+def _choose(kind: type["_LanguageTrial"], config: PretrainedConfig, attention: str | None) -> ForwardPlan:
     trial = kind(config, seed=0)
     head = trial.way()
     if attention is None:
-        return Plan(None, head)
+        return ForwardPlan(None, head)
     if head == "whole":
-        return Plan(None, head, "it has no part that gives its last hidden states")
+        return ForwardPlan(None, head, "it has no part that gives its last hidden states")
     why = trial.why_not_packed(attention, head)
     if why == trial.other_numbers:  # once more: rounding may have changed which experts a router chose
         why = kind(config, seed=1).why_not_packed(attention, head)
-    return Plan(attention, head) if why is None else Plan(None, head, why)
+    return ForwardPlan(attention, head) if why is None else ForwardPlan(None, head, why)
 
 
 def sequences(rows: Sequence[Tensor]) -> Sequences:
@@ -153,7 +153,7 @@ class _LanguageTrial:
     @torch.no_grad()
     def _own(self, row: Tensor) -> Tensor:
         """The unmodified transformers forward of one sequence."""
-        return whole(self.model, row).float()
+        return whole_model(self.model, row).float()
 
     def _allowed(self) -> float:
         """The tolerance: a multiple of the distance between the model's own forward and itself in float64."""
@@ -162,7 +162,7 @@ class _LanguageTrial:
                 self.model.set_experts_implementation("eager")  # grouped matmuls have no float64 kernels
             self.model.double()
             with torch.no_grad():
-                noise = (whole(self.model, self.rows[LONG]) - self.truth).abs().max().item()
+                noise = (whole_model(self.model, self.rows[LONG]) - self.truth).abs().max().item()
         except Exception:  # some architectures cannot compute in float64
             noise = 0.0
         finally:
@@ -258,7 +258,7 @@ class _RewardTrial(_LanguageTrial):
         return score(hidden[torch.tensor(list(accumulate(len(row) for row in rows))) - 1]).float()
 
 
-def whole(model: PreTrainedModel, row: Tensor, keep: Tensor | None = None) -> Tensor:
+def whole_model(model: PreTrainedModel, row: Tensor, keep: Tensor | None = None) -> Tensor:
     """The model's own output for one sequence: (tokens, vocabulary) logits, only at indices `keep`, or (1, labels) scores."""
     some = {} if keep is None else accepted(type(model), logits_to_keep=keep)
     logits = model(input_ids=row[None], **some, **accepted(type(model), use_cache=False)).logits

@@ -80,7 +80,7 @@ def grpo(
     if reference is not None:
         divergence = kl(kl_estimator, policy.logps.values, reference.values)
         values = values + beta * divergence
-        metrics["kl"] = Mean.of(divergence, mask)
+        metrics["kl"] = Mean.of(divergence, mask)  # per token; other losses on rollouts report it per completion
     values = values * mask
     if aggregation == "token":
         return Loss(values, metrics, per="token")

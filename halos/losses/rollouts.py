@@ -84,7 +84,7 @@ def all_equal(sampled: Sampled) -> Mean:
 
 
 def sequence_kl(sampled: Sampled) -> Tensor:
-    """log pi_old / pi_ref of each whole completion, 0 where there is no reference: (rows,)."""
+    """log pi_old / pi_ref of each completion, in nats, 0 where there is no reference: (rows,)."""
     if sampled.reference is None:
         return torch.zeros_like(sampled.rewards)
     return (sampled.old.values - sampled.reference).sum(-1).to(sampled.rewards.dtype)

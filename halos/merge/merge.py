@@ -3,7 +3,7 @@
 Read from the base's safetensors, computed in float64, rounded once to the output dtype. Scaling comes from the adapter
 itself. Covered: LoRA, rsLoRA, DoRA, rank and alpha patterns, biases, modules_to_save, Linear, Conv1D and embedding layers,
 the experts of mixtures and other parameters, tied heads, grown vocabularies. Anything else is refused by name, before a run's
-first step (`halos/merge/dry_run.py`).
+first step (`halos/merge/preflight.py`).
 """
 
 from collections.abc import Sequence

@@ -27,7 +27,7 @@ from halos.rundir import RunDir
 
 
 @dataclass
-class Plan:
+class OnlinePlan:
     """`inner` is the configuration of a round's training, `overrides` its command-line overrides, and `loss` its loss."""
 
     config: Config

@@ -61,7 +61,7 @@ class PolicyEngine:
 
 
 def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyServer | None:
-    """The server that samples; None where this process does. Raises UserError for a sampler whose weights cannot be replaced."""
+    """The server that samples; None where this process does. Raises UserError for an engine whose weights cannot be replaced."""
     assert config.online is not None
     sampler, model = config.online.sampler, str(config.model.name_or_path)
     return engine_class(sampler.name).open_server(sampler, POLICY, tokenizer=tokenizer, model=model)

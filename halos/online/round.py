@@ -18,7 +18,7 @@ from halos.data.sources import content_hash
 from halos.errors import UserError
 from halos.hashes import digest
 from halos.models.locate import locate
-from halos.online.plan import Plan
+from halos.online.plan import OnlinePlan
 from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
 from halos.rollout import measure
@@ -44,7 +44,7 @@ class RoundResult:
 class Round:
     """Runs the stages of a round, whose files are in `directory`."""
 
-    def __init__(self, plan: Plan, number: int, directory: Path) -> None:
+    def __init__(self, plan: OnlinePlan, number: int, directory: Path) -> None:
         self.plan, self.number, self.directory = plan, number, directory
         directory.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = self._read()

@@ -31,7 +31,7 @@ from halos.distributed.signals import STOPPED
 from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook, call_on_eval
 from halos.logs import add_log_file
-from halos.online.plan import Plan
+from halos.online.plan import OnlinePlan
 from halos.online.round import STATE, Round, RoundResult, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
@@ -59,11 +59,11 @@ class TrainingOutline(Protocol):
         """Log what is trained, and a prompt as the sampler gets it."""
         ...
 
-    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> ContentHashes:
-        """Hashes of the data and models that the rounds use."""
+    def content(self, outer: Config, prompts: Mapping[str, str | None]) -> ContentHashes:
+        """Hashes of the data and models that the rounds use; `outer` is the configuration of the online run."""
         ...
 
-    def changed(self, whole: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
+    def changed(self, outer: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
         """Changes of these since the last start. Raises UserError for a change that was not allowed."""
         ...
 
@@ -82,7 +82,7 @@ def run(
             f"loss=online starts accelerate launch itself, for each stage that needs several processes: {COMMAND} loss=online"
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
         )
-    plan = Plan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins))
+    plan = OnlinePlan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins))
     plan.prepare()
     outlined = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
     prompt = plan.first_fitting_prompt(outlined.tokenizer, outlined.max_length)
@@ -114,7 +114,7 @@ def trackers_of(config: Config) -> dict[str, Hook[AnyRun]]:
     return {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
 
 
-def dry_run(plan: Plan, outlined: TrainingOutline, prompt: list[int]) -> int:
+def dry_run(plan: OnlinePlan, outlined: TrainingOutline, prompt: list[int]) -> int:
     """Log what a run would do."""
     outlined.write(prompt)
     online = plan.online
@@ -129,7 +129,7 @@ def dry_run(plan: Plan, outlined: TrainingOutline, prompt: list[int]) -> int:
     return FINISHED
 
 
-def _is_over(plan: Plan) -> bool:
+def _is_over(plan: OnlinePlan) -> bool:
     """Whether all requested rounds are done."""
     result = plan.directory.read_result() or {}
     done = plan.directory.is_finished() and plan.directory.final.is_dir() and result.get("step") == plan.online.rounds
@@ -141,7 +141,7 @@ def _is_over(plan: Plan) -> bool:
 class OnlineRun:
     """Runs the rounds. To hooks it is an AnyRun, whose `step` is the number of the round."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: OnlinePlan) -> None:
         self.plan, self.config, self.directory = plan, plan.config, plan.directory
         self.main, self.step, self.settings = True, 0, plan.settings
         self.hooks: dict[str, Hook[AnyRun]] = {}

@@ -13,21 +13,21 @@ from transformers import PreTrainedModel
 
 from halos.logps.hidden import accepted, backbone_of
 from halos.logps.model import ActorCritic, adapter_off
-from halos.prove.trial import FLOOR, HALF_MARGIN, MARGIN, Check, SmallCopy, Trial
+from halos.prove.small_copy import FLOOR, HALF_MARGIN, MARGIN, Check, ForwardSpec, SmallCopy
 from halos.types import Acted
 
 MIDDLE = 1  # the row with a neighbour on either side
 
 
-def prove(trial: Trial) -> tuple[SmallCopy, list[Check]]:
+def prove(spec: ForwardSpec) -> tuple[SmallCopy, list[Check]]:
     """All checks that apply to this run, failed ones included: first in float32, then in the run's own precision."""
-    copy = SmallCopy(trial)
-    exact = _all(SmallCopy(trial.in_float32())) if trial.half else ()
+    copy = SmallCopy(spec)
+    exact = _all(SmallCopy(spec.in_float32())) if spec.half else ()
     return copy, [*(replace(check, what=f"{check.what} in float32") for check in exact), *_all(copy)]
 
 
 def _all(copy: SmallCopy) -> Iterator[Check]:
-    for check in (*(_of_scores(copy) if copy.trial.reward else _of_policy(copy)), *_of_leaks(copy)):
+    for check in (*(_of_scores(copy) if copy.spec.reward else _of_policy(copy)), *_of_leaks(copy)):
         yield replace(check, what=f"{check.what}, with {copy.adapted}") if copy.adapted else check
 
 
@@ -43,7 +43,7 @@ def _of_policy(copy: SmallCopy) -> Iterator[Check]:
     if isinstance(copy.module, ActorCritic):
         values = _expected(copy, copy.model, partial(_plain_values, copy))
         yield values.check("values", _logps(copy, copy.output(), of_head=True))
-    if copy.trial.refers:
+    if copy.spec.refers:
         with adapter_off(copy.module):
             reference = _logps(copy, copy.output())
         yield _expected(copy, copy.base, own).check("the reference's log-probs", reference)
@@ -75,7 +75,7 @@ class _Expected:
 def _expected(copy: SmallCopy, model: PreTrainedModel, own: Callable[[PreTrainedModel, Tensor, int], Tensor]) -> _Expected:
     """The tolerance is a multiple of the distance between the model's own forward in the run's precision and in float64."""
     exact, plain = (copy.expected(model, own, exact=exact) for exact in (True, False))
-    half = copy.trial.half
+    half = copy.spec.half
     distance = _rms if half else _max
     allowed = max((HALF_MARGIN if half else MARGIN) * distance(plain, exact), FLOOR * exact.abs().max().item())
     return _Expected(exact, allowed, distance)
@@ -91,7 +91,7 @@ def _rms(one: Tensor, other: Tensor) -> float:
 
 def _plain_logps(copy: SmallCopy, model: Any, ids: Tensor, number: int) -> Tensor:
     """log softmax(logits / temperature) at the scored tokens of row `number`, from the model's full logits."""
-    logits = model(input_ids=ids, **accepted(type(model), use_cache=False)).logits[0].double() / copy.trial.temperature
+    logits = model(input_ids=ids, **accepted(type(model), use_cache=False)).logits[0].double() / copy.spec.temperature
     at = _scored(copy, number)
     return torch.stack([logits[index - 1].log_softmax(-1)[ids[0, index]] for index in at])
 
@@ -166,7 +166,7 @@ def _of_leaks(copy: SmallCopy) -> Iterator[Check]:
     changed.ids[neighbours] = changed.ids[neighbours].flip(0)
     with torch.no_grad(), copy.arithmetic():
         change = (_row(copy.module(changed), MIDDLE) - values).abs().max().item()
-    allowed = (1e-2 if copy.trial.half else FLOOR) * values.abs().max().item()
+    allowed = (1e-2 if copy.spec.half else FLOOR) * values.abs().max().item()
     yield Check("change of a row with its neighbours' tokens", change, allowed)
 
 

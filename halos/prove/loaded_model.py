@@ -11,8 +11,8 @@ from halos.data.collate import pack
 from halos.distributed.strategy import Strategy
 from halos.examples import Completion
 from halos.logps.model import ModelWithHead
-from halos.prove.trial import FLOOR, Check
-from halos.types import Acted, Whole
+from halos.prove.small_copy import FLOOR, Check
+from halos.types import Acted, WholeModelInput
 
 TOKENS = 64
 TEXT = "Before the first step, one row of text goes through the model as it will be trained, and through the model by itself. "
@@ -32,7 +32,7 @@ def prove(
         row = (ids[:1].numpy(), Completion(ids[1:].numpy(), ids[1:].numpy() >= 0))
         output = _values(module(pack([row]).to(accelerator.device)))
         with wrapper.plainly():
-            own = module(Whole(ids.to(accelerator.device)))
+            own = module(WholeModelInput(ids.to(accelerator.device)))
     strategy.reshard(module)
     module.train(training)
     half = half or next(wrapper.parameters()).dtype is not torch.float32

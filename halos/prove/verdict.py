@@ -12,9 +12,9 @@ import torch
 from halos import confined
 from halos.errors import UserError
 from halos.logps import miniature
-from halos.logps.plan import Plan, plan_for
+from halos.logps.plan import ForwardPlan, plan_for
 from halos.prove import checks
-from halos.prove.trial import Check, Trial
+from halos.prove.small_copy import Check, ForwardSpec
 from halos.versions import versions
 
 CODE = (
@@ -31,7 +31,7 @@ CODE = (
 class Verdict:
     """How a run computes its log-probs or scores, and the checks that prove it; none where nothing was proved."""
 
-    plan: Plan
+    plan: ForwardPlan
     checks: Sequence[Check]
 
     @property
@@ -46,22 +46,22 @@ class Verdict:
         return {"plan": asdict(self.plan), "copy": [asdict(check) for check in self.checks]}
 
 
-def verdict_on(trial: Trial, cache_dir: Path, *, again: bool) -> Verdict:
+def verdict_on(spec: ForwardSpec, cache_dir: Path, *, again: bool) -> Verdict:
     """The verdict on the small copy, from the cache unless `again`. Raises UserError where a check does not hold."""
-    plan = plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest)
-    path = cache_dir / "forward" / f"{key_of(trial)}.json"
+    plan = plan_for(spec.config, reward=spec.reward, attention=spec.attention, longest=spec.longest)
+    path = cache_dir / "forward" / f"{key_of(spec)}.json"
     results = None if again else _cached(path)
     if results is None:
         try:
-            _, results = checks.prove(trial)
+            _, results = checks.prove(spec)
         except UserError:
             raise
         except Exception as error:  # whatever an architecture raises
             raise UserError(
-                f"the forward of {trial.config.model_type} could not be proved on a small copy of it: {type(error).__name__}:"
+                f"the forward of {spec.config.model_type} could not be proved on a small copy of it: {type(error).__name__}:"
                 f" {(str(error).splitlines() or [''])[0]}. train.prove=off trains without a proof"
             ) from error
-        refuse_failed(results, f"a small random copy of {trial.config.model_type}")
+        refuse_failed(results, f"a small random copy of {spec.config.model_type}")
         path.parent.mkdir(parents=True, exist_ok=True)
         confined.write_whole(path, json.dumps([asdict(check) for check in results]))
     return Verdict(plan, results)
@@ -77,11 +77,11 @@ def refuse_failed(results: Sequence[Check], where: str) -> None:
         )
 
 
-def key_of(trial: Trial) -> str:
+def key_of(spec: ForwardSpec) -> str:
     """A hash of everything that the verdict depends on: settings, device, versions, and the code that is proved."""
-    small = miniature.small_config(trial.config, longest=trial.longest)
-    settings = {name: str(value) for name, value in asdict(trial).items() if name != "config"}
-    name = torch.cuda.get_device_name(trial.device) if trial.device.type == "cuda" else ""
+    small = miniature.small_config(spec.config, longest=spec.longest)
+    settings = {name: str(value) for name, value in asdict(spec).items() if name != "config"}
+    name = torch.cuda.get_device_name(spec.device) if spec.device.type == "cuda" else ""
     text = json.dumps([miniature.key_of(small), settings, name, versions()["packages"], _code()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
 

@@ -26,7 +26,7 @@ MAX_NAMES = 12  # non-numeric values of a key; a key with more has no figure
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class SweptRun:
     """One run of a sweep: its overrides, and the value of its objective."""
 
     record: Record
@@ -48,17 +48,17 @@ def compare(path: Path, output: Path | None = None) -> tuple[str, list[Path]]:
     overrides = [_overrides(record.path) for record in records]
     keys = swept(overrides)
     metric, mode, note = _ranking(records, keys)
-    trials = [Trial(record, own, _last(record, metric)) for record, own in zip(records, overrides, strict=True)]
+    runs = [SweptRun(record, own, _last(record, metric)) for record, own in zip(records, overrides, strict=True)]
     if mode is not None:
-        trials.sort(key=lambda trial: _rank(trial.objective, mode))
-    trials = _with_labels(trials, keys)
-    text = markdown(trials, keys, metric, mode) + (f"\n{note}\n" if note else "")
+        runs.sort(key=lambda run: _rank(run.objective, mode))
+    runs = _with_labels(runs, keys)
+    text = markdown(runs, keys, metric, mode) + (f"\n{note}\n" if note else "")
     written = [path / "sweep.csv", path / "sweep.md"]
-    _write_csv(written[0], trials, keys)
-    _write(written[1], f"# {path.name}\n\n{text}\n{table([trial.record for trial in trials])}")
+    _write_csv(written[0], runs, keys)
+    _write(written[1], f"# {path.name}\n\n{text}\n{table([run.record for run in runs])}")
     output = output or path / "report"
-    written += plot([trial.record for trial in trials], output)
-    if figure := draw(trials, keys, metric):
+    written += plot([run.record for run in runs], output)
+    if figure := draw(runs, keys, metric):
         written.append(save(figure, output / "objective.png"))
     return text, written
 
@@ -69,20 +69,20 @@ def swept(overrides: Sequence[Mapping[str, str]]) -> list[str]:
     return [key for key in keys if len({each.get(key) for each in overrides}) > 1]
 
 
-def markdown(trials: Sequence[Trial], keys: Sequence[str], metric: str, mode: str | None) -> str:
-    """Format the trials as a Markdown table, in their order."""
+def markdown(runs: Sequence[SweptRun], keys: Sequence[str], metric: str, mode: str | None) -> str:
+    """Format the runs as a Markdown table, in their order."""
     header = [*keys, f"{metric} ({mode or 'not ranked'})", "status", "step"]
     lines = [header, ["---"] * len(header)]
-    for trial in trials:
-        value = f"{trial.objective:.4g}" if math.isfinite(trial.objective) else ""
-        lines.append([*(trial.overrides.get(key, "") for key in keys), value, trial.record.status, str(trial.record.step)])
+    for run in runs:
+        value = f"{run.objective:.4g}" if math.isfinite(run.objective) else ""
+        lines.append([*(run.overrides.get(key, "") for key in keys), value, run.record.status, str(run.record.step)])
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
-def draw(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> Figure | None:
+def draw(runs: Sequence[SweptRun], keys: Sequence[str], metric: str) -> Figure | None:
     """Draw the objective over each swept key; a line joins the runs that share all other values."""
-    measured = [trial for trial in trials if math.isfinite(trial.objective)]
-    shown = [key for key in keys if _can_show([trial.overrides.get(key, "") for trial in measured])]
+    measured = [run for run in runs if math.isfinite(run.objective)]
+    shown = [key for key in keys if _can_show([run.overrides.get(key, "") for run in measured])]
     if not shown or len(measured) < 2:
         return None
     columns = min(len(shown), 3)
@@ -96,12 +96,12 @@ def draw(trials: Sequence[Trial], keys: Sequence[str], metric: str) -> Figure | 
     return figure
 
 
-def _fill(ax: Axes, trials: Sequence[Trial], key: str, others: Sequence[str], metric: str) -> None:
-    positions, names = _positions([trial.overrides.get(key, "") for trial in trials])
-    groups = [", ".join(f"{other}={trial.overrides.get(other, '')}" for other in others) for trial in trials]
+def _fill(ax: Axes, runs: Sequence[SweptRun], key: str, others: Sequence[str], metric: str) -> None:
+    positions, names = _positions([run.overrides.get(key, "") for run in runs])
+    groups = [", ".join(f"{other}={run.overrides.get(other, '')}" for other in others) for run in runs]
     colors = dict(zip(dict.fromkeys(groups), palette(len(set(groups))), strict=True))
     for group, color in colors.items():
-        mine = sorted((positions[n], trials[n].objective) for n, name in enumerate(groups) if name == group)
+        mine = sorted((positions[n], runs[n].objective) for n, name in enumerate(groups) if name == group)
         x, y = zip(*mine, strict=True)
         joined = len(set(x)) == len(x) > 1
         ax.plot(x, y, color=color, linewidth=1.4 if joined else 0, marker="o", markersize=6, label=group or None)
@@ -135,12 +135,12 @@ def _can_show(values: Sequence[str]) -> bool:
     return len(set(values)) > 1 and (_positions(values)[1] is None or len(set(values)) <= MAX_NAMES)
 
 
-def _with_labels(trials: Sequence[Trial], keys: Sequence[str]) -> list[Trial]:
+def _with_labels(runs: Sequence[SweptRun], keys: Sequence[str]) -> list[SweptRun]:
     """Label the runs by the swept keys where those are unique."""
-    names = [", ".join(f"{key}={trial.overrides.get(key, '')}" for key in keys) for trial in trials]
+    names = [", ".join(f"{key}={run.overrides.get(key, '')}" for key in keys) for run in runs]
     if len(set(names)) < len(names):
-        return list(trials)
-    return [replace(trial, record=replace(trial.record, label=name)) for trial, name in zip(trials, names, strict=True)]
+        return list(runs)
+    return [replace(run, record=replace(run.record, label=name)) for run, name in zip(runs, names, strict=True)]
 
 
 def _ranking(records: Sequence[Record], keys: Sequence[str]) -> tuple[str, str | None, str]:
@@ -193,18 +193,18 @@ def _overrides(run: Path) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _write_csv(path: Path, trials: Sequence[Trial], keys: Sequence[str]) -> None:
-    metrics = list(dict.fromkeys(name for trial in trials for row in trial.record.evals[-1:] for name in row))
+def _write_csv(path: Path, runs: Sequence[SweptRun], keys: Sequence[str]) -> None:
+    metrics = list(dict.fromkeys(name for run in runs for row in run.record.evals[-1:] for name in row))
     metrics = [name for name in metrics if name not in ("step", "split", "seconds", "examples")]
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     with hidden.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "status", "step", *keys, *(f"eval/{name}" for name in metrics), "seconds"])
-        for trial in trials:
-            record = trial.record
+        for run in runs:
+            record = run.record
             last = record.evals[-1] if record.evals else {}
             values = [last.get(name, "") for name in metrics]
-            own = [trial.overrides.get(key, "") for key in keys]
+            own = [run.overrides.get(key, "") for key in keys]
             writer.writerow([record.path.name, record.status, record.step, *own, *values, round(record.seconds, 1)])
     os.replace(hidden, path)
 

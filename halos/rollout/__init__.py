@@ -1,1 +1,1 @@
-"""Completions sampled from a policy, scored, and turned into training data: sampling engines, scorers, rewards, feedback."""
+"""Sampling from a policy, scoring the samples, and making training data of them: sampling engines, scorers, rewards, feedback."""

@@ -81,8 +81,8 @@ def sample(chunks: Iterable[Sequence[Request]], engine: Engine, store: Store[Sam
 def score(samples: Sequence[Sample], scorer: Scorer, store: Store[Rollout]) -> Iterator[Rollout]:
     """Yield rollouts of the samples that have no score in the store."""
     fresh = []
-    for each, scored in scorer.score([each for each in samples if not store.has(each.key)]):
-        rollout = Rollout(each, replace(scored, scorer=scorer.name()))
+    for each, given in scorer.score([each for each in samples if not store.has(each.key)]):
+        rollout = Rollout(each, replace(given, scorer=scorer.name()))
         yield rollout
         fresh.append(rollout)
         if len(fresh) >= STORED_AT_ONCE:

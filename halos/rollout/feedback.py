@@ -102,18 +102,18 @@ def make(rollouts: Sequence[Rollout], settings: Settings, *, kind: str, seed: in
     """
     threshold = check_threshold(kind, settings.threshold)
     rows = [rollout for rollout in rollouts if not rollout.prompt.is_eval]
-    scored = [rollout for rollout in rows if rollout.score.value is not None]
-    counts = {"without_score": len(rows) - len(scored)}
-    groups = by_prompt(scored)
+    with_score = [rollout for rollout in rows if rollout.score.value is not None]
+    counts = {"without_score": len(rows) - len(with_score)}
+    groups = by_prompt(with_score)
     counts |= {"groups": len(groups), "groups_all_equal": sum(map(_all_equal, groups))}
-    non_empty = [rollout for rollout in scored if rollout.sample.text.strip()]
+    non_empty = [rollout for rollout in with_score if rollout.sample.text.strip()]
     if kind != SCALAR:  # empty text has no tokens to train on; rewards go with the sampled tokens, at least an end token
-        counts["empty"] = len(scored) - len(non_empty)
+        counts["empty"] = len(with_score) - len(non_empty)
     result: Sequence[Feedback]
     if kind == PAIRWISE:
         result = _pairs(by_prompt(non_empty), settings.pairing, float(threshold or 0), seed)
     elif kind == BINARY:
-        result = _labels(scored, non_empty, threshold)
+        result = _labels(with_score, non_empty, threshold)
     else:
         kept = [group for group in groups if not (settings.drop_equal and _all_equal(group))]
         result = [Reward(rollout) for group in kept for rollout in group]
@@ -161,10 +161,10 @@ def _chosen(some: list[Rollout], pairing: str, least: float) -> list[tuple[Rollo
     return [min(pairs, key=lambda two: two[0].reward - two[1].reward)] if pairs else []
 
 
-def _labels(scored: Sequence[Rollout], non_empty: Sequence[Rollout], threshold: float | str | None) -> list[Label]:
+def _labels(with_score: Sequence[Rollout], non_empty: Sequence[Rollout], threshold: float | str | None) -> list[Label]:
     if not non_empty:
         return []
-    rewards = [rollout.reward for rollout in scored]
+    rewards = [rollout.reward for rollout in with_score]
     lowest = statistics.median(rewards) if threshold == "median" else threshold
     lowest = statistics.fmean(rewards) if lowest is None or lowest == "mean" else float(lowest)
     return [Label(rollout, rollout.reward >= lowest, lowest) for rollout in non_empty]

@@ -159,7 +159,7 @@ class PolicySource:
 
 
 def refuse_unfit_for_live(loss: LossSpec) -> None:
-    """Raises UserError where a loss learns from examples that scored samples alone do not make."""
+    """Raises UserError where a loss learns from examples that cannot be made of samples and their scores alone."""
     example, sampled = loss.inputs.example, feedback.EXAMPLES[loss.inputs.feedback]
     if len(example.completed) != len(sampled.completed) or not set(example.labels) <= set(sampled.labels):
         raise UserError(

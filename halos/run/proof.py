@@ -18,7 +18,7 @@ from halos.logps.model import bare
 from halos.logps.plan import plan_for
 from halos.models.load import attention
 from halos.prove import loaded_model
-from halos.prove.trial import Check, Trial
+from halos.prove.small_copy import Check, ForwardSpec
 from halos.prove.verdict import Verdict, refuse_failed, verdict_on
 from halos.run import models
 from halos.rundir import REPORT, RunDir
@@ -28,7 +28,7 @@ def prove_copies(loss: LossSpec, loader: models.ModelLoader, model: nn.Module, r
     """Prove the forward pass on small copies of the policy and of the configured reference. Rank 0 proves, the other ranks read
     the verdict from the cache, or prove it on a host without it. Raises UserError on every rank if a check fails."""
     config, machine = loader.config, loader.machine
-    trial = Trial(
+    spec = ForwardSpec(
         config=bare(model).config,
         peft=asdict(config.peft) if isinstance(model, PeftModel) else None,
         attention=_attention(loader, loader.dtype),
@@ -42,19 +42,19 @@ def prove_copies(loss: LossSpec, loader: models.ModelLoader, model: nn.Module, r
         temperature=config.train.temperature,
     )
     if config.train.prove == "off":
-        return Verdict(plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest), [])
-    trials = [trial, *([_reference_trial(loader, trial, reference)] if reference is not None else [])]
+        return Verdict(plan_for(spec.config, reward=spec.reward, attention=spec.attention, longest=spec.longest), [])
+    specs = [spec, *([_reference_spec(loader, spec, reference)] if reference is not None else [])]
     cache, again = Path(config.cache_dir).expanduser(), config.train.prove == "always"
     problem, verdicts = None, list[Verdict]()
     try:
-        verdicts = [verdict_on(each, cache, again=again) for each in trials] if machine.is_main_process else []
+        verdicts = [verdict_on(each, cache, again=again) for each in specs] if machine.is_main_process else []
     except UserError as error:
         if not isinstance(machine, Accelerator):
             raise
         problem = str(error)
     if isinstance(machine, Accelerator):
         require_same_on_all_ranks(machine, "forward", "", problem)
-    return (verdicts or [verdict_on(each, cache, again=False) for each in trials])[0]
+    return (verdicts or [verdict_on(each, cache, again=False) for each in specs])[0]
 
 
 def _attention(loader: models.ModelLoader, dtype: torch.dtype) -> str:
@@ -62,12 +62,12 @@ def _attention(loader: models.ModelLoader, dtype: torch.dtype) -> str:
     return attention(loader.config.model.attention, half=half, device=loader.machine.device)
 
 
-def _reference_trial(loader: models.ModelLoader, trial: Trial, reference: Path) -> Trial:
+def _reference_spec(loader: models.ModelLoader, spec: ForwardSpec, reference: Path) -> ForwardSpec:
     dtype = loader.reference_dtype
-    return Trial(
+    return ForwardSpec(
         config=bare(models.reference_structure(loader, reference)).config, peft=None, attention=_attention(loader, dtype),
-        reward=False, valued=False, refers=False, longest=trial.longest, dtype=dtype, autocast=trial.autocast,
-        device=trial.device, temperature=trial.temperature,
+        reward=False, valued=False, refers=False, longest=spec.longest, dtype=dtype, autocast=spec.autocast,
+        device=spec.device, temperature=spec.temperature,
     )  # fmt: skip
 
 

@@ -43,17 +43,17 @@ class RoundPreview:
         header.write_learning_rate(self.config, None)
         log.info("%-10s %s", "prompt", decode_visibly(self.tokenizer, prompt))
 
-    def content(self, whole: Config, prompts: Mapping[str, str | None]) -> ContentHashes:
-        """Return the content hashes of the online run `whole`, with those of its prompts."""
+    def content(self, outer: Config, prompts: Mapping[str, str | None]) -> ContentHashes:
+        """Return the content hashes of the online run, whose configuration is `outer`, with those of its prompts."""
         base, reference = self.structure.loader.base, self.structure.reference
-        return input_hashes.read(self._own(whole), self.tokenizer, prompts, base=base, reference=reference)
+        return input_hashes.read(self._own(outer), self.tokenizer, prompts, base=base, reference=reference)
 
-    def changed(self, whole: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
+    def changed(self, outer: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
         """Compare with the last start of the online run. Raises UserError for changes that are not allowed."""
-        own = replace(self._own(whole), run_dir=str(directory.path))
+        own = replace(self._own(outer), run_dir=str(directory.path))
         return input_hashes.changed(own, run_facts(own, self.loss, self.structure), now)
 
-    def _own(self, whole: Config) -> Config:
+    def _own(self, outer: Config) -> Config:
         """Return the training's configuration with the prompts and the scorer of the online run."""
-        own = {name: getattr(whole, name) for name in ("data", "online", "resume", "resume_changes")}
+        own = {name: getattr(outer, name) for name in ("data", "online", "resume", "resume_changes")}
         return replace(self.config, **own)

@@ -16,8 +16,8 @@ class Rows(Protocol):
     """The rows that batches are taken from: a whole Dataset, or in a live loop what the current step has sampled."""
 
     groups: np.ndarray  # (rows,)
-    scored: np.ndarray  # (rows, completions)
-    lengths: np.ndarray  # (rows, completions)
+    scored: np.ndarray  # (rows, completions) numbers of scored tokens
+    lengths: np.ndarray  # (rows, completions) tokens, the prompt's included
     labels: dict[str, np.ndarray]  # (rows,) each
 
     def __len__(self) -> int: ...

@@ -1,4 +1,4 @@
-"""Compare tokens per second of the default sampler with batched `generate`, and a reward model's batches with single samples.
+"""Compare tokens per second of the default sampling engine and batched `generate`, and of a reward model in batches and singly.
 
     python launch/compare/sampling.py MODEL [--prompts 32 --samples 4 --new-tokens 48]
 

@@ -22,7 +22,7 @@ def config(name: str, **settings: Any) -> transformers.PretrainedConfig:
     return getattr(transformers, f"{name}Config")(**{**SIZES, **settings})
 
 
-def planned(name: str, *, reward: bool = False, longest: int | None = None, **settings: Any) -> plan.Plan:
+def planned(name: str, *, reward: bool = False, longest: int | None = None, **settings: Any) -> plan.ForwardPlan:
     return plan.plan_for(config(name, **settings), reward=reward, attention=SEGMENTS, longest=longest)
 
 
@@ -50,7 +50,7 @@ def test_rotary_embeddings_that_change_with_the_longest_row_pack_only_where_no_r
 
 
 def test_scores_are_packed_or_the_models_own_one_row_at_a_time() -> None:
-    assert planned("Llama", reward=True) == plan.Plan(SEGMENTS, "layer")
+    assert planned("Llama", reward=True) == plan.ForwardPlan(SEGMENTS, "layer")
     assert planned("Falcon", reward=True, num_kv_heads=4).attention is None
     assert planned("OPT", reward=True, ffn_dim=96, word_embed_proj_dim=64).head in ("layer", "whole")
 

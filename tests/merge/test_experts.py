@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from halos.checkpoint import lineage
 from halos.errors import UserError
 from halos.merge import deviation, proof
-from halos.merge.dry_run import dry_run
 from halos.merge.expected_experts import Factors
 from halos.merge.experts import ExpertUpdates
 from halos.merge.merge_and_prove import merge_and_prove
+from halos.merge.preflight import check_merge
 from halos.models import adapter
 from tests.mixtures import FAMILIES, build
 
@@ -61,7 +61,7 @@ TABLE += [(family, cell, torch.float32) for family in ("Mixtral", "DeepseekV3") 
 @pytest.mark.parametrize(("family", "cell", "dtype"), TABLE, ids=str)
 def test_a_merged_mixture_is_what_peft_would_merge(family: str, cell: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, case = trained(tmp_path, family, dtype=dtype, **CELLS[cell])
-    dry_run(case, model)
+    check_merge(case, model)
     result = merge_and_prove(case, tmp_path / "merged", lineage.hashes)
     assert result.holds, result.faults
     base, merged = (load_file(place / "model.safetensors") for place in (case.base, tmp_path / "merged"))
@@ -82,7 +82,7 @@ def test_a_merged_mixture_is_what_peft_would_merge(family: str, cell: str, dtype
 @pytest.mark.parametrize("family", ["Mixtral", "DeepseekV3"])
 def test_files_that_hold_experts_as_memory_does_are_written_so(family: str, tmp_path: Path) -> None:
     model, case = trained(tmp_path, family, fused=True)
-    dry_run(case, model)
+    check_merge(case, model)
     result = merge_and_prove(case, tmp_path / "merged", lineage.hashes)
     assert result.holds, result.faults
     assert any(name.endswith("experts.gate_up_proj") for name in load_file(tmp_path / "merged" / "model.safetensors"))
@@ -219,4 +219,4 @@ def test_experts_that_would_be_merged_wrong_are_refused_on_a_fresh_adapter(
     spoilt, said = EARLY[fault]
     spoilt(monkeypatch)
     with pytest.raises(UserError, match=f"cannot merge: .*{said}"):
-        dry_run(case, model.to("meta"))
+        check_merge(case, model.to("meta"))

@@ -16,8 +16,8 @@ from halos.checkpoint import lineage
 from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import lora, merge, proof
-from halos.merge.dry_run import dry_run
 from halos.merge.merge_and_prove import merge_and_prove
+from halos.merge.preflight import check_merge
 from halos.merge.probe import ProbeOutputs, bit_sums_of, outputs_of, probe_ids, rounding_unit
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
@@ -269,7 +269,7 @@ def mixture(directory: Path) -> Any:
 def test_experts_that_no_adapter_changes_pass_through(tmp_path: Path) -> None:
     model = adapted(mixture(tmp_path / "base"), "Llama", target_modules=["q_proj", "v_proj"])
     case = proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32)
-    dry_run(case, model)
+    check_merge(case, model)
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     (tmp_path / "merged").mkdir()
     assert combined(case, tmp_path / "merged").holds
@@ -278,7 +278,7 @@ def test_experts_that_no_adapter_changes_pass_through(tmp_path: Path) -> None:
 def test_experts_that_loading_fuses_are_refused_before_training(tmp_path: Path) -> None:
     model = adapted(mixture(tmp_path / "base"), "Llama", target_modules=["q_proj"], modules_to_save=["experts"])
     with pytest.raises(UserError, match=r"experts.* is fused with others when it is loaded"):
-        dry_run(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
+        check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
 
 
 def test_what_the_base_does_not_have_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:
@@ -295,8 +295,8 @@ def test_a_base_of_pickles_or_of_quantised_weights_is_refused(tmp_path: Path) ->
     config = json.loads((case.base / "config.json").read_text())
     (case.base / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
     with pytest.raises(UserError, match="are quantised on disk"):
-        dry_run(case, model)
+        check_merge(case, model)
     (case.base / "config.json").write_text(json.dumps(config))
     (case.base / "model.safetensors").rename(case.base / "pytorch_model.bin")
     with pytest.raises(UserError, match="nothing is unpickled"):
-        dry_run(case, model)
+        check_merge(case, model)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from halos.logps import attention, head, hidden, model
 from halos.logps.attention import SEGMENTS
-from halos.prove import checks, trial
+from halos.prove import checks, small_copy
 from halos.types import Sequences
 
 Patch = pytest.MonkeyPatch
@@ -52,9 +52,9 @@ LORA = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_mo
         "target_parameters": []}  # fmt: skip
 
 
-def of(base: str, **more: Any) -> trial.Trial:
+def of(base: str, **more: Any) -> small_copy.ForwardSpec:
     config = getattr(transformers, f"{base}Config")(**SIZES, **BASES[base], num_labels=1)
-    plain = trial.Trial(
+    plain = small_copy.ForwardSpec(
         config=config, peft=None, attention=SEGMENTS, reward=False, valued=False, refers=False, longest=None,
         dtype=torch.float32, autocast=False, device=torch.device("cpu"), temperature=0.7,
     )  # fmt: skip
@@ -68,7 +68,7 @@ def around(patch: Patch, owner: Any, name: str, change: Callable[..., Any]) -> N
 
 
 def batches(patch: Patch, change: Callable[[Sequences], Sequences]) -> None:
-    around(patch, trial, "pack", lambda real, rows: change(real(rows)))
+    around(patch, small_copy, "pack", lambda real, rows: change(real(rows)))
 
 
 def border_late(patch: Patch) -> None:
@@ -155,7 +155,7 @@ def prompt_scored(patch: Patch) -> None:
         return real([(prompt[:-1], replace(done, ids=_before(prompt, done.ids), scored=_before([True], done.scored)))
                      for prompt, done in rows])  # fmt: skip
 
-    around(patch, trial, "pack", earlier)
+    around(patch, small_copy, "pack", earlier)
 
 
 def _before(one: Any, rest: Any) -> Any:
@@ -166,7 +166,7 @@ def first_left_out(patch: Patch) -> None:
     def later(real: Any, rows: Any) -> Any:
         return real([(prompt, replace(done, scored=_before([False], done.scored[1:]))) for prompt, done in rows])
 
-    around(patch, trial, "pack", later)
+    around(patch, small_copy, "pack", later)
 
 
 def state_after(patch: Patch) -> None:
@@ -291,7 +291,7 @@ FAULTS: list[tuple[Callable[[Patch], None], str, dict[str, Any]]] = [
 CASES = {fault.__name__: (fault, base, more) for fault, base, more in FAULTS}
 
 
-def wrong(asked: trial.Trial) -> list[checks.Check]:
+def wrong(asked: small_copy.ForwardSpec) -> list[checks.Check]:
     return [check for check in checks.prove(asked)[1] if not check.holds]
 
 

@@ -19,40 +19,40 @@ from halos.logps.model import LanguageModel
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
 from halos.prove import checks, loaded_model, verdict
-from halos.prove.trial import Trial
+from halos.prove.small_copy import ForwardSpec
 
 LLAMA = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
-TRIAL = Trial(config=LLAMA, peft=None, attention=SEGMENTS, reward=False, valued=False, refers=False, longest=None,
+SPEC = ForwardSpec(config=LLAMA, peft=None, attention=SEGMENTS, reward=False, valued=False, refers=False, longest=None,
               dtype=torch.float32, autocast=False, device=torch.device("cpu"), temperature=1.0)  # fmt: skip
 
 
 @pytest.fixture
-def proofs(monkeypatch: pytest.MonkeyPatch) -> list[Trial]:
-    """Trials that were proved rather than read from the cache."""
+def proofs(monkeypatch: pytest.MonkeyPatch) -> list[ForwardSpec]:
+    """Forwards that were proved rather than read from the cache."""
     proved, real = [], checks.prove
-    monkeypatch.setattr(checks, "prove", lambda trial: (proved.append(trial), real(trial))[1])
+    monkeypatch.setattr(checks, "prove", lambda spec: (proved.append(spec), real(spec))[1])
     return proved
 
 
-def test_a_verdict_is_cached_under_all_that_it_depends_on(tmp_path: Path, proofs: list[Trial]) -> None:
-    first = verdict.verdict_on(TRIAL, tmp_path, again=False)
-    assert verdict.verdict_on(TRIAL, tmp_path, again=False) == first
+def test_a_verdict_is_cached_under_all_that_it_depends_on(tmp_path: Path, proofs: list[ForwardSpec]) -> None:
+    first = verdict.verdict_on(SPEC, tmp_path, again=False)
+    assert verdict.verdict_on(SPEC, tmp_path, again=False) == first
     wider = transformers.LlamaConfig(**{**LLAMA.to_dict(), "vocab_size": 500, "eos_token_id": 7})  # computes alike
-    verdict.verdict_on(replace(TRIAL, config=wider), tmp_path, again=False)
+    verdict.verdict_on(replace(SPEC, config=wider), tmp_path, again=False)
     assert len(proofs) == 1
-    for other in (replace(TRIAL, temperature=0.5), replace(TRIAL, valued=True), replace(TRIAL, dtype=torch.bfloat16)):
+    for other in (replace(SPEC, temperature=0.5), replace(SPEC, valued=True), replace(SPEC, dtype=torch.bfloat16)):
         verdict.verdict_on(other, tmp_path, again=False)
     assert len(proofs) == 4
-    verdict.verdict_on(TRIAL, tmp_path, again=True)
+    verdict.verdict_on(SPEC, tmp_path, again=True)
     assert len(proofs) == 5
 
 
-def test_a_damaged_verdict_is_proved_again(tmp_path: Path, proofs: list[Trial]) -> None:
-    verdict.verdict_on(TRIAL, tmp_path, again=False)
+def test_a_damaged_verdict_is_proved_again(tmp_path: Path, proofs: list[ForwardSpec]) -> None:
+    verdict.verdict_on(SPEC, tmp_path, again=False)
     (path,) = (tmp_path / "forward").iterdir()
     for text in ("[", "[]", '[{"what": "log-probs"}]', '[{"what": "log-probs", "error": 1, "allowed": 0}]'):
         path.write_text(text)
-        assert verdict.verdict_on(TRIAL, tmp_path, again=False).checks
+        assert verdict.verdict_on(SPEC, tmp_path, again=False).checks
     assert len(proofs) == 5
 
 
@@ -61,7 +61,7 @@ def test_numbers_that_are_not_the_models_own_are_refused_and_not_cached(tmp_path
     real = hidden._packed
     monkeypatch.setattr(hidden, "_packed", lambda *given: 1.01 * real(*given))
     with pytest.raises(UserError, match=r"not the model's own: log-probs .* off on a small random copy of llama") as refusal:
-        verdict.verdict_on(TRIAL, tmp_path, again=False)
+        verdict.verdict_on(SPEC, tmp_path, again=False)
     assert "train.prove=off" in str(refusal.value)
     assert not (tmp_path / "forward").exists()
 
@@ -110,9 +110,9 @@ def test_a_run_writes_what_was_proved_and_says_where_nothing_was(
 def test_a_copy_that_has_not_the_layers_of_the_runs_adapter_says_what_it_has_instead() -> None:
     lora = {**adapter_settings(), "target_modules": ["layers.31.self_attn.q_proj"]}
     deep = transformers.LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": 32})
-    names = [check.what for check in checks.prove(replace(TRIAL, config=deep, peft=lora, refers=True))[1]]
+    names = [check.what for check in checks.prove(replace(SPEC, config=deep, peft=lora, refers=True))[1]]
     assert all("an adapter on every linear layer, since the run's names layers" in what for what in names)
-    names = [check.what for check in checks.prove(replace(TRIAL, peft=adapter_settings(), refers=True))[1]]
+    names = [check.what for check in checks.prove(replace(SPEC, peft=adapter_settings(), refers=True))[1]]
     assert not any("every linear layer" in what for what in names)
 
 

@@ -40,7 +40,7 @@ SHAPES = ((4, "111111111"), (9, "1111000011111111"), (6, "00001"))
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class ForwardSpec:
     """Everything that a run's forward depends on, except weights and data."""
 
     config: PretrainedConfig
@@ -60,7 +60,7 @@ class Trial:
         """Whether it computes in less than float32, whose rounding can hide an error of a tenth of a nat."""
         return self.autocast or self.dtype is not torch.float32
 
-    def in_float32(self) -> "Trial":
+    def in_float32(self) -> "ForwardSpec":
         """The same forward in float32, for which flash-attn has no kernels."""
         return replace(self, dtype=torch.float32, autocast=False, attention=SEGMENTS)
 
@@ -81,45 +81,45 @@ class Check:
 class SmallCopy:
     """The copy, its trained parameters perturbed, inside the module that a run trains; and its unperturbed base."""
 
-    def __init__(self, trial: Trial) -> None:
-        self.trial, self.adapted = trial, ""  # describes its adapter, where it is not the run's
-        self.plan = plan_for(trial.config, reward=trial.reward, attention=trial.attention, longest=trial.longest)
+    def __init__(self, spec: ForwardSpec) -> None:
+        self.spec, self.adapted = spec, ""  # describes its adapter, where it is not the run's
+        self.plan = plan_for(spec.config, reward=spec.reward, attention=spec.attention, longest=spec.longest)
         self.base = self._build()
-        self.rows = rows(self.base.config.get_text_config().pad_token_id if trial.reward else None)
+        self.rows = rows(self.base.config.get_text_config().pad_token_id if spec.reward else None)
         model: nn.Module = self._build()
-        if trial.peft is not None:
+        if spec.peft is not None:
             assert isinstance(model, PreTrainedModel)
-            model = self._adapted(model, dict(trial.peft))
-        if trial.reward:
+            model = self._adapted(model, dict(spec.peft))
+        if spec.reward:
             self.module: ModelWithHead = RewardModel(model)
         else:
-            self.module = (ActorCritic if trial.valued else LanguageModel)(model, temperature=trial.temperature)
+            self.module = (ActorCritic if spec.valued else LanguageModel)(model, temperature=spec.temperature)
         _perturb(self.module)
-        self.module.to(trial.device).eval()
+        self.module.to(spec.device).eval()
         self.model = bare(model)
 
     def _build(self) -> PreTrainedModel:
-        auto = AutoModelForSequenceClassification if self.trial.reward else AutoModelForCausalLM
-        model = miniature.build(auto, miniature.small_config(self.trial.config, longest=self.trial.longest))
-        if self.trial.reward and model.config.get_text_config().pad_token_id is None:
+        auto = AutoModelForSequenceClassification if self.spec.reward else AutoModelForCausalLM
+        model = miniature.build(auto, miniature.small_config(self.spec.config, longest=self.spec.longest))
+        if self.spec.reward and model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = 0
         self.plain = str(model.config._attn_implementation)
         if self.plan.is_packed:
             model.set_attn_implementation(str(self.plan.attention))
         remember(model, self.plan)
-        nn.Module.to(model, device=self.trial.device, dtype=self.trial.dtype)
+        nn.Module.to(model, device=self.spec.device, dtype=self.spec.dtype)
         return model
 
     def _adapted(self, model: PreTrainedModel, settings: dict[str, Any]) -> nn.Module:
         """With the run's adapter, or one on every linear layer where the run's names layers that the copy does not have."""
         try:
-            return adapter.attach(model, settings, base="", reward=self.trial.reward, seed=0)
+            return adapter.attach(model, settings, base="", reward=self.spec.reward, seed=0)
         except (UserError, ValueError):
             self.adapted = "an adapter on every linear layer, since the run's names layers that the copy does not have"
-            return adapter.attach(self._build(), {**settings, **ALL_LINEAR}, base="", reward=self.trial.reward, seed=0)
+            return adapter.attach(self._build(), {**settings, **ALL_LINEAR}, base="", reward=self.spec.reward, seed=0)
 
     def arithmetic(self) -> AbstractContextManager[Any]:
-        return torch.autocast(self.trial.device.type, torch.bfloat16) if self.trial.autocast else nullcontext()
+        return torch.autocast(self.spec.device.type, torch.bfloat16) if self.spec.autocast else nullcontext()
 
     @torch.no_grad()
     def output(self, which: list[int] | None = None) -> Any:
@@ -129,7 +129,7 @@ class SmallCopy:
 
     def packed(self, which: list[int] | None = None) -> Sequences:
         some = self.rows if which is None else [self.rows[number] for number in which]
-        return pack(some).to(self.trial.device)
+        return pack(some).to(self.spec.device)
 
     def expected(self, model: PreTrainedModel, of: Callable[[PreTrainedModel, Tensor, int], Tensor], *, exact: bool) -> Tensor:
         """`of(model, ids (1, tokens), row number)` for every row, concatenated, with transformers' default attention: in float64
@@ -139,7 +139,7 @@ class SmallCopy:
         try:
             used = _in_float64(model) if exact else model
             with torch.no_grad(), nullcontext() if exact else self.arithmetic():
-                return torch.cat([of(used, row.to(self.trial.device), number).double() for number, row in enumerate(ids)])
+                return torch.cat([of(used, row.to(self.spec.device), number).double() for number, row in enumerate(ids)])
         finally:
             if self.plan.is_packed:
                 model.set_attn_implementation(str(self.plan.attention))

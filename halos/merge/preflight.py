@@ -1,4 +1,4 @@
-"""Dry run of a run's final merge and its proof before the first step, without loading the base's weights.
+"""Try a run's final merge and its proof before the first step, without loading the base's weights.
 
 A merge fails on names, shapes or formulas. Names and shapes are those of the base's files and of the adapter on the meta device.
 Formulas are tried on a block of each kind of layer; and the whole merge, proof included, on a small model of the architecture
@@ -40,7 +40,7 @@ ALL_LINEAR: dict[str, Any] = {
 ROWS = 64  # merged of each kind of layer
 
 
-def dry_run(case: proof.Case, model: PeftModel) -> None:
+def check_merge(case: proof.Case, model: PeftModel) -> None:
     """Raises UserError if `model`, which may be on the meta device, could not be merged, or its merge not be proved, at the end
     of the run. The adapter of `case` need not exist yet."""
     lora.refuse_uncovered(model.peft_config["default"])

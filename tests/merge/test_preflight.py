@@ -19,7 +19,7 @@ from halos.errors import UserError
 from halos.logps.model import LanguageModel
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import expected, merge, proof
-from halos.merge.dry_run import dry_run
+from halos.merge.preflight import check_merge
 from halos.merge.probe import bit_sums_of, probe_ids, probe_trained
 from halos.run.lifecycle import run
 
@@ -39,7 +39,7 @@ GOES = {
 def test_what_merges_in_the_end_passes_before_the_start(what: str, dtype: str, tmp_path: Path) -> None:
     name, variant = GOES[what]
     model, case = trained(tmp_path, name, variant, tied=name == "Qwen2", dtype=dtype)
-    dry_run(case, model.to("meta"))
+    check_merge(case, model.to("meta"))
 
 
 def merge_and_recomputation_share_a_wrong_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -83,7 +83,7 @@ def test_a_merge_that_would_go_wrong_is_found_on_a_fresh_adapter(
             parameter.data.zero_()  # as every adapter starts
     fault(monkeypatch)
     with pytest.raises(UserError, match=f"cannot merge: .*{said}"):
-        dry_run(case, model)
+        check_merge(case, model)
 
 
 def test_an_adapter_of_layers_that_the_small_model_lacks_is_tried_on_all_that_it_has(
@@ -91,10 +91,10 @@ def test_an_adapter_of_layers_that_the_small_model_lacks_is_tried_on_all_that_it
 ) -> None:
     last = Variant({"target_modules": ["model.layers.1.mlp.up_proj"]})
     model, case = trained(tmp_path, "Llama", last, tied=False)
-    dry_run(case, model)
+    check_merge(case, model)
     merge_and_recomputation_share_a_wrong_scale(monkeypatch)
     with pytest.raises(UserError, match="tried on a small model of the same architecture"):
-        dry_run(case, model)
+        check_merge(case, model)
 
 
 def test_whole_layers_beside_an_adapter_train_and_end_merged(configure: Callable[..., Config], tmp_path: Path) -> None:
@@ -161,4 +161,4 @@ def test_a_hybrid_without_attention_in_its_small_model_is_rehearsed(tmp_path: Pa
     transformers.JambaForCausalLM(config).save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj", "down_proj"]))
-    dry_run(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
+    check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
