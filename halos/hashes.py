@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from halos import confined
 from halos.errors import UserError
@@ -48,6 +49,11 @@ def file_hashes(paths: Iterable[Path], cache: Path | None = None) -> dict[str, s
     paths = list(paths)
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip((path.name for path in paths), pool.map(lambda path: file_hash(path, cache), paths), strict=True))
+
+
+def json_hash(value: Any) -> str:
+    """Hash a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def short(value: str | None) -> str:

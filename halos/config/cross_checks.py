@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Protocol
 
-from halos.config.engines import engine_class
+from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config
 from halos.errors import UserError
 
@@ -160,4 +160,6 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
-    return engine_class(online.sampler.name).problem(online.sampler, lambda name: f"online.sampler.{name}")
+    sampler, scorer = online.sampler, online.scorer
+    complaint = engine_class(sampler.name).problem(sampler, lambda name: f"online.sampler.{name}")
+    return complaint or scorer_class(scorer.name).problem(scorer, lambda name: f"online.scorer.{name}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined
+from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config, Scorer, path_keys
 from halos.config.suggest import nearest
 from halos.errors import UserError
@@ -61,10 +62,8 @@ def _make_absolute(config: Config) -> None:
     """Make paths absolute: a run may be resumed from another directory, where a relative one would name something else."""
     for key in path_keys():
         section, name = _section(config, key)
-        is_judge = (
-            isinstance(section, Scorer) and name == "model" and section.name == "judge"
-        )  # whose model is a name behind an API
-        if section is not None and not is_judge:
+        is_no_path = isinstance(section, Scorer) and name not in scorer_class(section.name).paths  # a model's name at an API, say
+        if section is not None and not is_no_path:
             _put(section, name, absolute(_get(section, name)))
 
 

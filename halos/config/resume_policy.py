@@ -10,6 +10,7 @@ from typing import Any
 from halos.config import renamed_keys
 from halos.config.bind_optim import ScheduleSpec, bind_schedule
 from halos.config.paths import BUNDLED_MODELS, absolute
+from halos.config.rollout_modules import scorer_class
 from halos.config.schema import CONTENT, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Config, Scope, key_facts
 from halos.config.values import show
 from halos.confined import UnreadableError, load_json
@@ -108,8 +109,9 @@ def _early_stopping(config: Config, past: PreviousRun) -> str | None:
 
 
 def _scorer(config: Config, past: PreviousRun) -> str | None:
-    """A reward model is compared by its content; of a judge only the name is known."""
-    return None if past.by_content and config.online is not None and config.online.scorer.name == "reward_model" else ""
+    """A model that this machine reads is compared by its content; of one behind an API only the name is known."""
+    by_content = past.by_content and config.online is not None and "model" in scorer_class(config.online.scorer.name).paths
+    return None if by_content else ""
 
 
 CONDITIONS: dict[str, Condition] = {STEPS: _num_steps, MICROBATCH: _microbatch, OBJECTIVE: _early_stopping, SCORER: _scorer}

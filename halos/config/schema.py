@@ -12,7 +12,7 @@ from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
 
-from halos.config.engines import engine_names
+from halos.config.rollout_modules import engine_names, scorer_names
 
 # Values of `on_resume`: does what a step computes depend on the key?
 MATHEMATICS = "mathematics"  # yes
@@ -157,7 +157,7 @@ class Sampler:
 
 @dataclass
 class Scorer:
-    name: str = key(one_of=("function", "reward_model", "judge"))
+    name: str = key(one_of=scorer_names())
     functions: list[Any] = key()
     model: str | None = key(on_resume=SCORER, path=True)  # of a judge, its name
     label: int | None = key(least=0)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from halos.config.engines import engine_class
+from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config
 from halos.errors import UserError, one_line
 
@@ -24,11 +23,11 @@ def refuse_saved_addresses(config: Config, overridden: Collection[str]) -> None:
     key would be sent to, or how processes are launched, unless the key is among `overridden`, the keys of this command."""
     if (online := config.online) is None:
         return
-    sampler = asdict(online.sampler)
+    sampler, scorer = online.sampler, online.scorer
     used = {
-        **{f"online.sampler.{name}": sampler[name] for name in engine_class(online.sampler.name).addresses},
+        **{f"online.sampler.{name}": getattr(sampler, name) for name in engine_class(sampler.name).addresses},
         "online.config_file": online.config_file,
-        "online.scorer.url": online.scorer.url if online.scorer.name == "judge" else None,
+        **{f"online.scorer.{name}": getattr(scorer, name) for name in scorer_class(scorer.name).addresses},
     }
     for key, value in used.items():
         if value is not None and key not in overridden:

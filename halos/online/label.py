@@ -14,18 +14,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tqdm import tqdm
 
+from halos.config.rollout_modules import scorer_class, scorer_names
 from halos.config.schema import Scorer as Settings
 from halos.distributed.children import exit_process
 from halos.errors import UserError, command
 from halos.hashes import digest
 from halos.online.options import FEEDBACK, SCORER
+from halos.online.preferences import compare
 from halos.online.records import FileStore, ResumableFile, open_on_all_ranks, read, read_meta, write_sealed
 from halos.rollout import collect, feedback
 from halos.rollout.ranks import Ranks
-from halos.rollout.scorers.scorer import Scorer, open_scorer
+from halos.rollout.scorers.scorer import Context, PairwiseScorer, Scorer, open_scorer
 from halos.rollout.types import Rollout, Row, Sample, numbered
 
 
@@ -34,11 +35,7 @@ def parser() -> argparse.ArgumentParser:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     options.add_argument("samples", type=Path, help="a file of halos.online.sample, or of HALOs")
     options.add_argument("feedback", type=Path, help="the file to write, .jsonl or .json")
-    by = options.add_mutually_exclusive_group(required=True)
-    by.add_argument("--reward", action="append", metavar="NAME", help="a function of halos.online.rewards, a dotted path, or a"
-                    " mapping such as '{function: length, weight: 0.1, target: 50}'; several are added up")  # fmt: skip
-    by.add_argument("--reward-model", help="a directory or hub id of a sequence classifier")
-    by.add_argument("--judge", metavar="MODEL", help="a model behind an OpenAI-compatible API; its key is OPENAI_API_KEY")
+    SCORER.add_choice(options)
     options.add_argument(
         "--feedback", dest="kind", choices=(feedback.PAIRWISE, feedback.BINARY, feedback.SCALAR), default="pairwise"
     )
@@ -66,11 +63,10 @@ def run(args: argparse.Namespace) -> int:
     if not samples:
         raise UserError(f"{args.samples} is empty")
     ranks, began = Ranks.of_stage(), time.perf_counter()
-    scorer = open_scorer(settings, plugins=args.plugins, cache_dir=args.cache_dir, answers=_answers(args),
-                         max_length=args.max_length, quiet=not ranks.main)  # fmt: skip
+    answers = args.cache or args.feedback.with_name(f"{args.feedback.stem}.{settings.name}.jsonl")
+    scorer = open_scorer(settings, Context(answers, args.plugins, args.cache_dir, args.max_length, quiet=not ranks.main))
     if settings.pairwise:
-        from halos.online.preferences import compare  # here: only a judge needs its imports
-
+        assert isinstance(scorer, PairwiseScorer)
         return compare(args, samples, scorer, ranks)
     scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
     file = ResumableFile(scores, {"samples": digest(args.samples), **scorer.request()}, rank=ranks.rank)
@@ -95,18 +91,14 @@ def _checked(args: argparse.Namespace) -> Settings:
             raise UserError(f"{path} is the samples' own file: name another")
         if path is not None and path.is_dir():
             raise UserError(f"{path} is a directory: name a file in it")
-    if args.pairwise and (not args.judge or args.kind != feedback.PAIRWISE):
-        raise UserError("--pairwise needs --judge and --feedback pairwise: it says which answer is better, and gives no score")
-    name = "function" if args.reward else "judge" if args.judge else "reward_model"
-    try:
-        functions = [yaml.safe_load(entry) for entry in args.reward or ()]
-    except yaml.YAMLError as error:
-        raise UserError(f"--reward cannot be read: {' '.join(str(error).split())}") from error
-    return SCORER.read(args, name=name, functions=functions, model=args.judge or args.reward_model)
-
-
-def _answers(args: argparse.Namespace) -> Path:
-    return args.cache or args.feedback.with_name(f"{args.feedback.stem}.judge.jsonl")
+    settings = SCORER.read_choice(args)
+    scorer = scorer_class(settings.name)
+    if settings.pairwise and not (scorer.compares and args.kind == feedback.PAIRWISE):
+        needed = " or ".join(each.option.flag for each in map(scorer_class, scorer_names()) if each.compares)
+        raise UserError(f"--pairwise needs {needed} and --feedback pairwise: it says which answer is better, and gives no score")
+    if complaint := scorer.problem(settings, SCORER.flag):
+        raise UserError(complaint)
+    return settings
 
 
 def read_samples(path: Path) -> list[Sample]:

@@ -7,12 +7,16 @@ import argparse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
-from typing import Any, Generic, TypeVar, get_args, get_type_hints
+from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
 
 from halos.config import defaults
 from halos.config.ranges import check_ranges
+from halos.config.rollout_modules import scorer_class, scorer_names
 from halos.config.schema import Feedback, Sampler, Scorer
 from halos.config.values import MisfitError, describe, fit
+from halos.errors import UserError
 
 T = TypeVar("T", Sampler, Scorer, Feedback)
 
@@ -62,9 +66,68 @@ class Options(Generic[T]):
         return {each.name: kinds[each.name] for each in fields(self.schema) if each.name not in self.by_command}
 
 
+@dataclass(frozen=True)
+class ScorerOptions(Options[Scorer]):
+    """The options of online.scorer. A scorer is chosen by the option that its class declares, which gives one of its keys."""
+
+    def add_choice(self, parser: argparse._ActionsContainer) -> None:
+        """Add the option of every scorer, one of which is required."""
+        group = parser.add_mutually_exclusive_group(required=True)
+        for name in scorer_names():
+            option = scorer_class(name).option
+            text = option.help.replace("%", "%%")
+            if option.key is None:
+                group.add_argument(option.flag, dest=_dest(name), action="store_true", help=text)
+            else:
+                action = "append" if self._is_list(option.key) else "store"
+                group.add_argument(option.flag, dest=_dest(name), action=action, metavar=option.metavar, help=text)
+
+    def read_choice(self, args: argparse.Namespace) -> Scorer:
+        """The settings of the scorer that was chosen. Raises UserError for a value that cannot be read or is out of its range."""
+        name = next(name for name in scorer_names() if getattr(args, _dest(name)) not in (None, False))
+        option, given = scorer_class(name).option, getattr(args, _dest(name))
+        values: dict[str, Any] = {key: [] if self._is_list(key) else None for key in self.by_command if key != "name"}
+        if option.key is not None:
+            values[option.key] = [_parsed(entry, option.flag) for entry in given] if self._is_list(option.key) else given
+        return self.read(args, name=name, **values)
+
+    def choice(self, settings: Scorer) -> list[str]:
+        """The command-line arguments that choose the scorer of these settings."""
+        option = scorer_class(settings.name).option
+        if option.key is None:
+            return [option.flag]
+        value = getattr(settings, option.key)
+        entries = value if isinstance(value, list) else [value]
+        return [word for entry in entries for word in (option.flag, _flow(entry))]
+
+    def _is_list(self, key: str) -> bool:
+        return get_origin(get_type_hints(self.schema)[key]) is list
+
+
+def _keys_of_choices() -> tuple[str, ...]:
+    """The keys that the options of the scorers give."""
+    return tuple(dict.fromkeys(key for name in scorer_names() if (key := scorer_class(name).option.key) is not None))
+
+
 SAMPLER = Options(Sampler, {"name": "sampler", "model": "served_model"})
-SCORER = Options(Scorer, by_command=("name", "functions", "model"))
+SCORER = ScorerOptions(Scorer, by_command=("name", *_keys_of_choices()))
 FEEDBACK = Options(Feedback, by_command=("kind",))
+
+
+def _dest(scorer: str) -> str:
+    return f"scorer {scorer}"  # which no other option has
+
+
+def _flow(entry: Any) -> str:
+    """An entry of a list as one line of YAML."""
+    return entry if isinstance(entry, str) else yaml.safe_dump(entry, default_flow_style=True, width=10_000).strip()
+
+
+def _parsed(entry: str, flag: str) -> Any:
+    try:
+        return yaml.safe_load(entry)
+    except yaml.YAMLError as error:
+        raise UserError(f"{flag} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _parser_of(kind: Any) -> Callable[[str], Any]:

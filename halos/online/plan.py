@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.checkpoint.select import checkpoints
 from halos.config.bind import LossSpec
 from halos.config.resume_policy import value_at
+from halos.config.rollout_modules import scorer_class, scorer_names
 from halos.config.schema import Config, Online, path_keys
 from halos.config.values import quoted
 from halos.data.custom_format import entries_of
@@ -21,7 +22,7 @@ from halos.hooks import kl
 from halos.online.stages import Stages, config_file
 from halos.rollout import feedback
 from halos.rollout.prompts import fitting, read_prompts
-from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
+from halos.rollout.scorers.scorer import scorer_of
 from halos.rollout.types import Prompt
 from halos.rundir import RunDir
 
@@ -98,9 +99,10 @@ class OnlinePlan:
     def prepare(self) -> None:
         """Read the prompts. Raises UserError for whatever would make a stage fail later."""
         online = self.online
-        scorer_of(self.config, Path(os.devnull))
-        if online.scorer.pairwise and (online.scorer.name != "judge" or self.kind != feedback.PAIRWISE):
-            raise UserError("online.scorer.pairwise=true needs a judge, and a loss that learns from pairs, such as dpo")
+        scorer = scorer_of(self.config, Path(os.devnull))
+        if online.scorer.pairwise and not (scorer.compares and self.kind == feedback.PAIRWISE):
+            needed = " or a ".join(name for name in scorer_names() if scorer_class(name).compares)
+            raise UserError(f"online.scorer.pairwise=true needs a {needed}, and a loss that learns from pairs, such as dpo")
         config_file(online) if online.config_file or self.stages.processes > 1 else None
         if online.samples_per_prompt < 2 and self.kind == feedback.PAIRWISE:
             raise UserError(
@@ -117,7 +119,7 @@ class OnlinePlan:
         self.eval_prompts = read_prompts(entries, "eval") if entries else []
         if not self.prompts:
             raise UserError("data.train has no prompts")
-        refuse_unscorable(self.config, self.prompts)
+        scorer.check_prompts(self.prompts)
 
     def first_fitting_prompt(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
         """The tokens of the first prompt that leaves room for an answer. Raises UserError where none does."""

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint import weights
 from halos.checkpoint.commit import staged
-from halos.config.engines import engine_class
+from halos.config.rollout_modules import engine_class
 from halos.config.schema import Config
 from halos.hooks.base import Run
 from halos.logps.model import bare

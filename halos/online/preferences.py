@@ -1,4 +1,4 @@
-"""A judge that compares two answers: two samples of a training prompt, or on evaluation prompts two policies' answers."""
+"""A scorer that compares two answers: two samples of a training prompt, or on evaluation prompts two policies' answers."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from halos.hashes import digest
 from halos.online.records import ResumableFile, read, write
 from halos.rollout.feedback import Pair
 from halos.rollout.ranks import Ranks
-from halos.rollout.scorers.judge import Answer, Judge
-from halos.rollout.scorers.scorer import Scorer
+from halos.rollout.scorers.scorer import PairwiseScorer, Verdict
 from halos.rollout.types import EVAL, Rollout, Row, Sample, Score
 
 
@@ -33,35 +32,35 @@ class Match:
     def shown(self) -> tuple[Sample, Sample]:
         return (self.other, self.one) if self.swapped else (self.one, self.other)
 
-    def to_row(self, verdict: str | None, answer: Answer, scorer: str) -> Row:
+    def to_row(self, verdict: Verdict, scorer: str) -> Row:
         """A row with the verdict: A or B, as the two were shown, tie, or None."""
-        one_is_better = verdict in ("A", "B") and (verdict == "A") is not self.swapped
-        first = Rollout(self.one, Score(None, cost=answer.cost, scorer=scorer))
+        better = verdict.better
+        one_is_better = better in ("A", "B") and (better == "A") is not self.swapped
+        first = Rollout(self.one, Score(None, cost=verdict.cost, scorer=scorer))
         pair = Pair(first, Rollout(self.other, Score(None)), self.swapped, one_is_better)
-        won = {None: None, "tie": 0.5}.get(verdict, float(one_is_better))
+        won = {None: None, "tie": 0.5}.get(better, float(one_is_better))
         evaluation = {"split": EVAL, "won": won} if self.one.prompt.is_eval else {}
-        answered = {"verdict": verdict, "said": answer.text[:400], "finish": answer.finish}
+        answered = {"verdict": better, "said": verdict.answer[:400], "finish": verdict.finish}
         return {**pair.to_row(), **evaluation, **answered}
 
 
-def compare(args: argparse.Namespace, samples: Sequence[Sample], judge: Scorer, ranks: Ranks) -> int:
+def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: PairwiseScorer, ranks: Ranks) -> int:
     """Compare random pairs of each training prompt's samples, and answers to evaluation prompts with those of `--against`."""
-    assert isinstance(judge, Judge)
     if ranks.world > 1:
         raise UserError("a judge that compares runs in one process: it waits for the server, not for this machine")
     others = read(args.against) if args.against else []
     against = [Sample.from_row(row, f"{args.against}:{number}") for number, row in enumerate(others, 1)]
     opponents = digest(args.against) if args.against else None
-    request = {"samples": digest(args.samples), "against": opponents, "seed": args.seed, **judge.request()}
+    request = {"samples": digest(args.samples), "against": opponents, "seed": args.seed, **scorer.request()}
     file = ResumableFile(args.feedback, request)
     if file.is_done():
         return 0
     file.open()
     matches = _matches(samples, {each.prompt.id: each for each in against if each.prompt.is_eval}, args.seed)
     missing = [number for number in range(len(matches)) if str(number) not in file.rows]
-    for index, verdict, answer in judge.compare([matches[number].shown for number in missing]):
+    for index, verdict in scorer.compare([matches[number].shown for number in missing]):
         number = missing[index]
-        file.add({str(number): matches[number].to_row(verdict, answer, judge.name())})
+        file.add({str(number): matches[number].to_row(verdict, scorer.name())})
     rows = [file.rows[str(number)] for number in range(len(matches))]
     if args.scores:
         write(args.scores, rows)

@@ -128,7 +128,7 @@ class Round:
         first = plan.directory_of(0) / "samples.jsonl"
         command = plan.stages.label(
             self.directory / "samples.jsonl", path, kind=plan.kind, scores=self.directory / "scores.jsonl",
-            cache=plan.directory.path / "judge.jsonl", against=first if self.number else None,
+            cache=plan.directory.path / f"{plan.online.scorer.name}.jsonl", against=first if self.number else None,
         )  # fmt: skip
         self._stage("label", command)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from halos.config.engines import engine_class
+from halos.config.rollout_modules import engine_class
 from halos.config.schema import Sampler, mathematics
 from halos.confined import expanded
 from halos.distributed.children import exit_process

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from halos import confined
-from halos.config.engines import engine_class
+from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Online
 from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_without_launcher, failure_reason
 from halos.distributed.signals import StopRequest
@@ -115,16 +115,14 @@ class Stages:
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
         """The command that scores samples and writes feedback."""
         scorer = self.online.scorer
-        by = {"function": [word for entry in scorer.functions for word in ("--reward", _flow(entry))],
-              "reward_model": ["--reward-model", str(scorer.model)], "judge": ["--judge", str(scorer.model)]}  # fmt: skip
         arguments = [
             str(samples), str(output), "--feedback", kind, "--scores", str(scores), "--seed", str(self.config.seed),
-            "--cache", str(cache), "--cache-dir", self.config.cache_dir, *by[scorer.name], *SCORER.arguments(scorer),
+            "--cache", str(cache), "--cache-dir", self.config.cache_dir, *SCORER.choice(scorer), *SCORER.arguments(scorer),
             *FEEDBACK.arguments(self.online.feedback),
         ]  # fmt: skip
         arguments += ["--against", str(against)] if scorer.pairwise and against is not None else []
         arguments += ["--plugins", *self.config.plugins] if self.config.plugins else []
-        return self._module("halos.online.label", arguments, on_every_rank=scorer.name == "reward_model")
+        return self._module("halos.online.label", arguments, on_every_rank=scorer_class(scorer.name).loads_model)
 
     def train(self, overrides: Sequence[str]) -> list[str]:
         """The command that trains with the overrides of a round."""
@@ -168,11 +166,6 @@ def _options(**options: Any) -> list[str]:
     """`--name value` for each option that is not None."""
     return [word for name, value in options.items() if value is not None
             for word in (f"--{name.replace('_', '-')}", str(value))]  # fmt: skip
-
-
-def _flow(entry: Any) -> str:
-    """An entry of `functions` as one line of YAML."""
-    return entry if isinstance(entry, str) else yaml.safe_dump(entry, default_flow_style=True, width=10_000).strip()
 
 
 def _environment() -> dict[str, str]:

@@ -20,7 +20,7 @@ from halos.online.policy import server_of
 from halos.online.unsharded import Unsharded
 from halos.rollout import feedback
 from halos.rollout.prompts import digest
-from halos.rollout.scorers.scorer import refuse_unscorable, scorer_of
+from halos.rollout.scorers.scorer import scorer_of
 from halos.run import datasets
 from halos.run.render import decode_visibly, render_example
 from halos.rundir import RunDir
@@ -129,10 +129,11 @@ class PolicySource:
         self.splits: list[tuple[str, Split]] = []
         self.unmeasured: frozenset[str] = frozenset()
         self.loss = loss
-        self.scorer = scorer_of(config, RunDir(config.run_dir).path / f"judge.{accelerator.process_index}.jsonl")
+        answers = f"{config.online.scorer.name}.{accelerator.process_index}.jsonl"
+        self.scorer = scorer_of(config, RunDir(config.run_dir).path / answers)
         self.server = server_of(config, tokenizer)
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)
-        refuse_unscorable(config, self.prompts.train)
+        self.scorer.check_prompts(self.prompts.train)
         self.total = config.train.steps or 0
         prompts = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.evaluation)]
         prompts_hash = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()

@@ -1,7 +1,5 @@
 """Hash the inputs of a run (data, models, code) at its start, and compare them with those of its last start."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,11 +15,10 @@ from halos.config.content_hashes import ContentHashes, compare
 from halos.config.custom_formats import custom_formats
 from halos.config.plugins import code_hash
 from halos.config.resume_policy import Change
+from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.sources import content_hash
-from halos.hashes import file_hash
-from halos.models.locate import locate
-from halos.rollout.scorers.functions import parts_of
+from halos.hashes import file_hash, json_hash
 from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
@@ -42,7 +39,7 @@ def read(
     hashes: dict[str, str | None] = {
         arithmetic_version.KEY: str(arithmetic_version.VERSION),
         **rows,
-        "model.chat_template": _hash_of(tokenizer.chat_template),
+        "model.chat_template": json_hash(tokenizer.chat_template),
         "model.tokenizer": _tokenizer(base, tokenizer, cache),
         **_model("model", base, cache),
         **_model("reference", reference, cache),
@@ -61,21 +58,17 @@ def read(
                             for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
 
 
-def _hash_of(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> str:
     """Hash the tokenizer's file and the loaded vocabulary, not what a version of the library would write."""
     file = base / "tokenizer.json"
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return _hash_of([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
+    return json_hash([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
 
 
 def _formats(config: Config) -> str | None:
     """Hash the code of the user's own data formats."""
     codes = {target: code_hash(target) for target in custom_formats(config.data).values()}
-    return _hash_of(codes) if codes else None
+    return json_hash(codes) if codes else None
 
 
 def _targets(config: Config) -> dict[str, str | None]:
@@ -90,23 +83,17 @@ def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | No
         path = directory / file if directory is not None else None
         settings = confined.load_object(path) if path is not None and path.is_file() else None
         used = None if settings is None else {key: value for key, value in settings.items() if key not in UNREAD}
-        hashes[f"{name}.{file}"] = None if used is None else _hash_of(used)
+        hashes[f"{name}.{file}"] = None if used is None else json_hash(used)
     return hashes
 
 
 def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
-    """Hash the scorer of a live loop's samples."""
-    keys = ("online.scorer.model", "online.scorer.rubric", "online.scorer.functions")
-    hashes: dict[str, str | None] = dict.fromkeys(keys)
-    scorer = config.online.scorer if config.online is not None else None
-    if scorer is not None and scorer.name == "function":
-        codes = {part.path: code_hash(part.path) for part in parts_of(scorer.functions, config.plugins)}
-        hashes["online.scorer.functions"] = _hash_of(codes) if any(codes.values()) else None
-    if scorer is not None and scorer.name == "reward_model" and scorer.model is not None:
-        hashes["online.scorer.model"] = lineage.identity(locate(scorer.model, None, cache), cache)
-    if scorer is not None and scorer.rubric is not None:
-        hashes["online.scorer.rubric"] = file_hash(Path(scorer.rubric))
-    return hashes
+    """Hash what the scorer of an online run's samples reads."""
+    if config.online is None:
+        return {}
+    scorer = config.online.scorer
+    hashes = scorer_class(scorer.name).content(scorer, plugins=config.plugins, cache=cache)
+    return {f"online.scorer.{key}": value for key, value in hashes.items()}
 
 
 def _source(entry: Any, purpose: str) -> dict[str, Any]:

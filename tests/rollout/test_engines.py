@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import halos.rollout.engines
-from halos.config.engines import engine_class, engine_names
+from halos.config.rollout_modules import engine_class, engine_names
 from halos.config.schema import Config, Sampler
 from halos.config.secrets import refuse_saved_addresses
 from halos.errors import UserError
@@ -53,7 +53,6 @@ def echo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     (tmp_path / "engines").mkdir()
     (tmp_path / "engines" / "echo.py").write_text(ECHO)
     monkeypatch.setattr(halos.rollout.engines, "__path__", [*halos.rollout.engines.__path__, str(tmp_path / "engines")])
-    monkeypatch.setattr("halos.config.engines.DIRECTORY", tmp_path / "engines")
     (name,) = (each for each in fields(Sampler) if each.name == "name")
     monkeypatch.setitem(name.metadata["limits"], "one_of", engine_names())
     yield
@@ -98,6 +97,6 @@ def test_nobody_asks_an_engine_for_its_name() -> None:
 
 
 def test_what_an_engine_declares_is_read_without_what_it_stands_on() -> None:
-    code = "from halos.config.engines import *; [engine_class(n) for n in engine_names()]; import sys; print({*sys.modules})"
+    code = "from halos.config.rollout_modules import *; [*map(engine_class, engine_names())]; import sys; print({*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "openai", "vllm"} & eval(done.stdout)

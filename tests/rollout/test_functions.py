@@ -11,7 +11,8 @@ from halos.config.schema import Scorer
 from halos.errors import UserError
 from halos.online import rewards as online
 from halos.rollout import rewards
-from halos.rollout.scorers.functions import Functions, parts_of
+from halos.rollout.scorers._reward_functions import parts_of
+from halos.rollout.scorers.function import Functions
 from halos.rollout.types import Prompt, Sample
 
 ROW = {"solution": "2 + 2 = 4\n#### 4", "finish": "stop", "tokens": 90}

@@ -40,8 +40,7 @@ def test_each_hash_changes_with_the_file_that_its_key_names_and_with_no_other(wo
     (tmp_path / "rubric.md").write_text("Prefer the shorter.")
     config: Any = compose(world.cache, tmp_path, *world.words("x"))
     config.peft.name, config.peft.init_from = "lora", str(adapter)
-    model = SimpleNamespace(name="reward_model", model=str(scorer), rubric=str(tmp_path / "rubric.md"))
-    config.online = SimpleNamespace(scorer=model)
+    config.online = SimpleNamespace(scorer=SimpleNamespace(name="reward_model", model=str(scorer)))
 
     def read(*added: str) -> Mapping[str, str | None]:
         tokenizer, _ = load_tokenizer(base, add_tokens=[*added])
@@ -57,7 +56,7 @@ def test_each_hash_changes_with_the_file_that_its_key_names_and_with_no_other(wo
         base / "model.safetensors": "model.weights", reference / "model.safetensors": "reference.weights",
         base / "generation_config.json": "model.generation_config.json", base / "tokenizer_config.json": "model.tokenizer",
         reference / "config.json": "reference.config.json", scorer / "model.safetensors": "online.scorer.model",
-        adapter / "adapter_model.safetensors": "peft.init_from", tmp_path / "rubric.md": "online.scorer.rubric",
+        adapter / "adapter_model.safetensors": "peft.init_from",
     }  # fmt: skip
     assert differing() == set()
     assert differing("<|new|>") == {"model.tokenizer"}
@@ -70,6 +69,10 @@ def test_each_hash_changes_with_the_file_that_its_key_names_and_with_no_other(wo
     path = base / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "transformers_version": "4", "_name_or_path": "elsewhere"}))
     assert differing() == set()
+    config.online.scorer = SimpleNamespace(name="judge", model="a name", rubric=str(tmp_path / "rubric.md"))
+    before = read()
+    (tmp_path / "rubric.md").write_text("Prefer the longer.")
+    assert differing() == {"online.scorer.rubric"}
 
 
 def test_a_run_without_recorded_hashes_has_those_of_its_newest_checkpoint(tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def forget() -> None:
 
 
 def test_the_hash_of_user_code_covers_what_it_imports_of_its_package(package: Path) -> None:
-    scorer = SimpleNamespace(name="function", functions=["ownloss.hinge.brief"], model=None, rubric=None)
+    scorer = SimpleNamespace(name="function", functions=["ownloss.hinge.brief"])
     config: Any = SimpleNamespace(online=SimpleNamespace(scorer=scorer), plugins=["ownloss"])
 
     def read() -> tuple[str | None, str | None]:

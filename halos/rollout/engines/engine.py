@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from halos.config.engines import engine_class
+from halos.config.rollout_modules import engine_class
 from halos.config.schema import Sampler
 from halos.errors import UserError
 from halos.rollout.types import Origin, Request, Sample

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,8 @@ from halos import confined
 from halos.config.schema import Scorer as Settings
 from halos.errors import UserError
 from halos.rollout.jsonl import complete_lines, to_line
-from halos.rollout.servers import OverBudgetError, answers, require_client
+from halos.rollout.scorers.scorer import Context, Option, PairwiseScorer, Verdict
+from halos.rollout.servers import OverBudgetError, answers, refuse_unreachable, require_client
 from halos.rollout.types import Sample, Score, question
 
 RUBRICS = Path(__file__).with_name("rubrics")
@@ -34,8 +35,20 @@ class Answer:
     finish: str
 
 
-class Judge:
+class Judge(PairwiseScorer):
     """Asks each question only once, across runs: answers are cached in a JSON lines file under a hash of model and question."""
+
+    option = Option("--judge", "a model behind an OpenAI-compatible API; its key is OPENAI_API_KEY", key="model", metavar="MODEL")
+    paths = ("rubric",)
+    addresses = ("url",)
+
+    @classmethod
+    def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
+        return None if settings.model is not None else f"{spelled('model')} is missing: the judge's name at its API"
+
+    @classmethod
+    def open(cls, settings: Settings, context: Context) -> Judge:
+        return cls(settings, context.answers)
 
     def __init__(self, settings: Settings, cache: Path) -> None:
         """`cache` is the file of answers. Raises UserError for a rubric that lacks a placeholder, or a missing key or package."""
@@ -54,6 +67,10 @@ class Judge:
         self.spent = 0.0  # dollars
         self._sent: set[str] = set()
         self._load_cache()
+
+    def check_ready(self) -> None:
+        if self.settings.url is not None:
+            refuse_unreachable(self.settings.url, "online.scorer.url")
 
     def name(self) -> str:
         return f"judge {self.settings.model}"
@@ -93,11 +110,11 @@ class Judge:
         for number, answer in self._answers(texts):
             yield samples[number], read_score(answer)
 
-    def compare(self, pairs: Sequence[tuple[Sample, Sample]]) -> Iterator[tuple[int, str | None, Answer]]:
-        """Verdicts from a pairwise rubric: the pair's number, and `A`, `B`, `tie`, or None where the answer is none of these."""
+    def compare(self, pairs: Sequence[tuple[Sample, Sample]]) -> Iterator[tuple[int, Verdict]]:
+        """Verdicts from a pairwise rubric."""
         texts = [self._fill(prompt=question(a.prompt.turns), first=a.text, second=b.text) for a, b in pairs]
         for number, answer in self._answers(texts):
-            yield number, read_preference(answer), answer
+            yield number, Verdict(read_preference(answer), answer.text, answer.finish, answer.cost)
 
     def _fill(self, **parts: str) -> str:
         """The rubric with its placeholders filled in one pass: placeholders inside the inserted texts stay."""
@@ -196,3 +213,6 @@ def _parse(text: str) -> dict[str, Any] | None:
 
 def _excerpt(answer: Answer) -> str:
     return f"{answer.finish}: {answer.text[:80]!r}"
+
+
+SCORER = Judge

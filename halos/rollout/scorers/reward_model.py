@@ -4,42 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from tqdm import tqdm
-from transformers import AutoModelForSequenceClassification
 
-from halos.checkpoint import integrity
-from halos.checkpoint.lineage import identity
+from halos.config.paths import check_model
 from halos.config.schema import Scorer as Settings
-from halos.confined import SAFELY
-from halos.data.collate import pack
-from halos.data.template import chat_template
-from halos.data.tokenize import Encoder
-from halos.distributed.device import has_bfloat16
+from halos.confined import SAFELY, expanded
 from halos.errors import UserError, user_errors
-from halos.examples import Completion
-from halos.logps.attention import SEGMENTS
-from halos.logps.model import RewardModel as Scorer
-from halos.logps.plan import plan_for, remember
-from halos.models.load import load_tokenizer, load_weights, read_config, weights_dtype
+from halos.examples import Completion, Demonstration
 from halos.rollout.ranks import local_device
+from halos.rollout.scorers.scorer import Context, Option, Scorer
 from halos.rollout.types import Sample, Score
-from halos.types import Demonstration
 
 
-class RewardModel:
+class RewardModel(Scorer):
     """A sequence classifier with one label (ours, TRL's), or with several, of which `label` is the reward.
 
     HALOs' reward models have two labels and score with the second: label=1.
     """
 
+    option = Option("--reward-model", "a directory or hub id of a sequence classifier", key="model", metavar="DIR")
+    loads_model = True
+    paths = ("model",)
+    addresses = ()
+
+    @classmethod
+    def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
+        return None if settings.model is not None else f"{spelled('model')} is missing: its directory or hub id"
+
+    @classmethod
+    def open(cls, settings: Settings, context: Context) -> RewardModel:
+        from halos.models.locate import locate
+
+        assert settings.model is not None
+        check_model(settings.model, "online.scorer.model")
+        directory = locate(settings.model, None, expanded(context.cache_dir), key="online.scorer.model")
+        return cls(directory, settings, max_length=context.max_length, quiet=context.quiet)
+
     def __init__(self, directory: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
         """Raises UserError for a model that is no classifier, and for a label that it does not have."""
+        from halos.checkpoint import integrity
+        from halos.data.template import chat_template
+        from halos.models.load import load_tokenizer, read_config
+
         integrity.check(directory, "reward model")
         config = read_config(directory)
         if not any("SequenceClassification" in name for name in config.architectures or []):
@@ -62,34 +73,54 @@ class RewardModel:
         return f"reward model {self.directory}"
 
     def request(self) -> dict[str, Any]:
+        from halos.checkpoint.lineage import identity
+
         weights = identity(self.directory)
         template = hashlib.sha256(json.dumps(self.tokenizer.chat_template).encode()).hexdigest()[:16]
         return {"reward_model": weights, "label": self.label, "max_length": self.max_length, "template": template}
 
-    @torch.no_grad()
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
-        encoder = Encoder(self.tokenizer, max_length=self.max_length, truncation="drop")
-        demonstrations = [(Demonstration(sample.prompt.turns, ({"role": "assistant", "content": sample.text},)), sample.prompt.id)
-                for sample in samples]  # fmt: skip
         fitting = []
-        for sample, encoded in zip(samples, encoder.encode(demonstrations), strict=True):
+        for sample, encoded in zip(samples, self._encoded(samples), strict=True):
             if isinstance(encoded, str):
                 yield sample, Score(None, encoded)
             else:
-                whole = Completion(encoded.completions[0].ids, np.ones(len(encoded.completions[0].ids), bool))
-                fitting.append((len(encoded.prompt) + len(whole.ids), (encoded.prompt, whole), sample))
-        fitting.sort(key=lambda each: each[0])  # so that rows of one batch have similar lengths
-        if not fitting:
-            return
-        model = self._loaded = self._loaded or self._load()
+                fitting.append((encoded, sample))
+        fitting.sort(key=lambda each: len(each[0][0]) + len(each[0][1].ids))  # so that rows of one batch have similar lengths
         for start in tqdm(range(0, len(fitting), self.batch_size), desc="scoring", unit="batch", delay=2,
                           disable=True if self.quiet else None):  # fmt: skip
             some = fitting[start : start + self.batch_size]
-            scores = model.scores(pack([pair for _, pair, _ in some]).to(model.model.device))[:, self.label].tolist()
-            for (_, _, sample), value in zip(some, scores, strict=True):
-                yield sample, Score(value)
+            values = self._scores([encoded for encoded, _ in some])
+            yield from ((sample, Score(value)) for (_, sample), value in zip(some, values, strict=True))
+
+    def _encoded(self, samples: Sequence[Sample]) -> list[tuple[np.ndarray, Completion] | str]:
+        """The token ids of each prompt and of all of its answer, or the reason why a sample has no score."""
+        from halos.data.tokenize import Encoder
+
+        encoder = Encoder(self.tokenizer, max_length=self.max_length, truncation="drop")
+        demonstrations = [(Demonstration(sample.prompt.turns, ({"role": "assistant", "content": sample.text},)), sample.prompt.id)
+                for sample in samples]  # fmt: skip
+        return [each if isinstance(each, str) else (each.prompt, _whole(each.completions[0].ids))
+                for each in encoder.encode(demonstrations)]  # fmt: skip
+
+    def _scores(self, rows: Sequence[tuple[np.ndarray, Completion]]) -> list[float]:
+        import torch
+
+        from halos.data.collate import pack
+
+        model = self._loaded = self._loaded or self._load()
+        with torch.no_grad():
+            return model.scores(pack(list(rows)).to(model.model.device))[:, self.label].tolist()
 
     def _load(self) -> Any:
+        from transformers import AutoModelForSequenceClassification
+
+        from halos.distributed.device import has_bfloat16
+        from halos.logps import model as logps
+        from halos.logps.attention import SEGMENTS
+        from halos.logps.plan import plan_for, remember
+        from halos.models.load import load_weights, read_config, weights_dtype
+
         device = local_device()
         dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
         plan = plan_for(read_config(self.directory), reward=True, attention=SEGMENTS)
@@ -99,4 +130,12 @@ class RewardModel:
         remember(model, plan)
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
-        return Scorer(model.to(device).eval())
+        return logps.RewardModel(model.to(device).eval())
+
+
+def _whole(ids: np.ndarray) -> Completion:
+    """A completion all of whose tokens are read, its end of turn included."""
+    return Completion(ids, np.ones(len(ids), bool))
+
+
+SCORER = RewardModel

@@ -1,88 +1,128 @@
-"""The protocol of scorers, and how a configuration opens one. A new scorer: a file here, a name in the schema, a case below."""
+"""The base class of scorers. A scorer is a module in this package, whose subclass of Scorer is named SCORER."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
-from halos.config.paths import check_model
+from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.config.schema import Scorer as Settings
-from halos.confined import expanded
-from halos.errors import UserError
-from halos.rollout.scorers.functions import OWN, Functions, parts_of, try_on
+from halos.hashes import file_hash
 from halos.rollout.types import Prompt, Sample, Score
 
 
-class Scorer(Protocol):
-    """Scores samples, each by itself, in any order."""
+@dataclass(frozen=True, slots=True)
+class Option:
+    """The option of halos.online.label that chooses a scorer. Its value becomes that of `key`, one of online.scorer's that takes
+    text or a list; for a list the option may be repeated. Without a key it is a flag."""
 
+    flag: str
+    help: str
+    key: str | None = None
+    metavar: str = "VALUE"
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a scorer may use besides its settings."""
+
+    answers: Path  # a file of its own, for what a further attempt need not pay for or compute again
+    plugins: Sequence[str] = ()  # the user's packages that its settings may name
+    cache_dir: str | Path = "~/.cache/halos"
+    max_length: int | None = None  # in tokens: a longer sample gets no score from a scorer that reads tokens
+    quiet: bool = True  # no progress bar
+
+
+class Scorer(ABC):
+    """Scores samples, each by itself, in any order. Its class declares everything that other code must know about it; no code
+    asks for its name.
+
+    Modules are imported to read these declarations: import heavy packages in `open`, or later.
+    """
+
+    option: ClassVar[Option]
+    loads_model: ClassVar[bool] = False  # it scores with a model in this process; a stage then runs on every rank
+    compares: ClassVar[bool] = False  # it can compare two samples (online.scorer.pairwise): a subclass of PairwiseScorer
+    paths: ClassVar[tuple[str, ...]] = ()  # keys that name a file or a model: a resume compares what these hold, not the names
+    addresses: ClassVar[tuple[str, ...]] = ("url",)  # keys that name servers: never taken from a saved run
+
+    @classmethod
+    def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
+        """Return what is wrong with `settings`, checked before anything loads; `spelled` gives a key as the user writes it."""
+        return None
+
+    @classmethod
+    def content(cls, settings: Settings, *, plugins: Sequence[str], cache: Path) -> dict[str, str | None]:
+        """Return hashes of what the settings name, by key, which a resume compares; None for a key that names nothing."""
+        return {key: _hash_of(getattr(settings, key), cache) for key in cls.paths}
+
+    @classmethod
+    @abstractmethod
+    def open(cls, settings: Settings, context: Context) -> Scorer:
+        """Open the scorer; load weights with the first sample. Raises UserError for settings that cannot score."""
+
+    def check_ready(self) -> None:
+        """Raises UserError where it could not score now, because a server does not answer, say. Asked before a run begins."""
+        return
+
+    def check_prompts(self, prompts: Sequence[Prompt]) -> None:
+        """Raises UserError where it reads something that none of a run's prompts has. Asked before the first is sampled."""
+        return
+
+    @abstractmethod
     def name(self) -> str:
         """The name of the scorer, as recorded in files with its scores."""
-        ...
 
+    @abstractmethod
     def request(self) -> dict[str, Any]:
         """Everything that the scores depend on, as JSON."""
-        ...
 
-    def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]: ...
+    @abstractmethod
+    def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
+        """Yield every sample with its score, in any order."""
 
 
-def open_scorer(
-    settings: Settings, *, plugins: Sequence[str], cache_dir: str | Path, answers: Path, max_length: int | None = None,
-    quiet: bool = True,
-) -> Scorer:  # fmt: skip
-    """The scorer that the settings name. A judge caches its answers in the file `answers`; `max_length` is for a reward model,
-    whose weights are loaded with the first sample. Raises UserError for settings that cannot score."""
-    if settings.name == "function":
-        return Functions(parts_of(settings.functions, plugins), settings, plugins)
-    if settings.model is None:
-        what = "its directory or hub id" if settings.name == "reward_model" else "the judge's name at its API"
-        raise UserError(f"online.scorer.model is missing: {what}")
-    if settings.name == "judge":
-        from halos.rollout.scorers.judge import Judge  # each scorer's imports are its own
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Which of two samples is better: `A`, the first, `B`, `tie`, or None where the answer was none of these."""
 
-        return Judge(settings, answers)
-    from halos.models.locate import locate
-    from halos.rollout.scorers.reward_model import RewardModel
+    better: str | None
+    answer: str  # in full
+    finish: str
+    cost: float
 
-    directory = locate(settings.model, None, expanded(cache_dir), key="online.scorer.model")
-    return RewardModel(directory, settings, max_length=max_length, quiet=quiet)
+
+class PairwiseScorer(Scorer):
+    """A scorer that compares two samples where online.scorer.pairwise is true."""
+
+    compares = True
+
+    @abstractmethod
+    def compare(self, pairs: Sequence[tuple[Sample, Sample]]) -> Iterator[tuple[int, Verdict]]:
+        """Yield every pair's number with its verdict, in any order."""
+
+
+def open_scorer(settings: Settings, context: Context) -> Scorer:
+    """Open the scorer that the settings name. Raises UserError for settings that cannot score."""
+    return scorer_class(settings.name).open(settings, context)
 
 
 def scorer_of(config: Config, answers: Path) -> Scorer:
-    """The scorer of a run, checked before the run begins. Raises UserError where it could not score."""
+    """Open the scorer of a run, checked before the run begins. Raises UserError where it could not score."""
     assert config.online is not None
-    settings = config.online.scorer
-    if settings.name == "reward_model" and settings.model is not None:
-        check_model(settings.model, "online.scorer.model")
-    scorer = open_scorer(settings, plugins=config.plugins, cache_dir=config.cache_dir, answers=answers)
-    if settings.name == "judge" and settings.url is not None:
-        from halos.rollout.servers import refuse_unreachable
-
-        refuse_unreachable(settings.url, "online.scorer.url")
+    scorer = open_scorer(config.online.scorer, Context(answers, config.plugins, config.cache_dir))
+    scorer.check_ready()
     return scorer
 
 
-def refuse_unscorable(config: Config, prompts: Sequence[Prompt]) -> None:
-    """Raises UserError where a function reads a column that no prompt has, tried on a made-up answer to the first prompt."""
-    assert config.online is not None
-    settings = config.online.scorer
-    if settings.name != "function":
-        return
-    first = prompts[0]
-    sample = Sample(first, 0, "1", finish="stop", tokens=1, seed=0, temperature=1.0, generator="policy")
-    for part in parts_of(settings.functions, config.plugins):
-        for column in try_on(part, sample, settings, config.plugins).lacking:
-            if any(prompt.columns.get(column) is not None for prompt in prompts):
-                continue
-            raise UserError(
-                f"online.scorer.functions: {part.path.removeprefix(f'{OWN}.')} needs {_describe(column)}, and none of the"
-                f" {len(prompts)} prompts of data.train has one"
-            )
+def _hash_of(path: str | None, cache: Path) -> str | None:
+    if path is None or Path(path).is_file():
+        return None if path is None else file_hash(Path(path))
+    from halos.checkpoint.lineage import identity  # here: it imports torch
+    from halos.models.locate import locate
 
-
-def _describe(column: str) -> str:
-    """A column as users write it in their data."""
-    return "a column `solution` or `answer` (or a right completion)" if column == "solution" else f"a column `{column}`"
+    return identity(locate(path, None, cache), cache)
