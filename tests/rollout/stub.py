@@ -19,8 +19,8 @@ from typing import Any
 class Stub:
     """Counts what it was asked. `paid` has an entry for each answer that was given, by idempotency key."""
 
-    def __init__(self, *, trouble: bool = True, slow: float = 0.0, fail: int = 0) -> None:
-        self.trouble, self.slow, self.fail = trouble, slow, fail
+    def __init__(self, *, trouble: bool = True, slow: float = 0.0, fail: int = 0, usage: bool = True) -> None:
+        self.trouble, self.slow, self.fail, self.usage = trouble, slow, fail, usage
         self.seen: Counter[str] = Counter()  # requests by what they ask
         self.paid: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
@@ -83,7 +83,7 @@ class Stub:
         time.sleep(self.slow * (1 + dice % 3))
         with self._lock:
             self.paid[key or text] += 1
-        return 200, json.dumps(_chat(_said(dice, "[ANSWER B]" in text, self.trouble)))
+        return 200, json.dumps(_chat(_said(dice, "[ANSWER B]" in text, self.trouble), usage=self.usage))
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """vLLM's own: token ids in, token ids and log-probs out."""
@@ -105,10 +105,10 @@ def _said(dice: int, compare: bool, trouble: bool) -> str:
     return "```json\n" + json.dumps({"score": dice // 10 % 11}) + "\n```"
 
 
-def _chat(text: str) -> dict[str, Any]:
+def _chat(text: str, *, usage: bool) -> dict[str, Any]:
     choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-    usage = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110}
-    return {"id": "x", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice], "usage": usage}
+    tokens = {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110} if usage else None
+    return {"id": "x", "object": "chat.completion", "created": 0, "model": "stub", "choices": [choice], "usage": tokens}
 
 
 def main() -> None:

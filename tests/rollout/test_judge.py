@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from halos.config.defaults import section
-from halos.config.schema import Scorer
+from halos.config.schema import Config, Scorer
 from halos.errors import UserError
 from halos.online.label import main as label
 from halos.online.records import read, read_meta, write
@@ -100,6 +100,24 @@ def test_a_cap_ends_it_and_nothing_paid_is_lost(
     assert 5 <= sum(server.paid.values()) <= most
     assert len(list(judge(server, tmp_path).score(samples(40)))) == 40
     assert sum(server.paid.values()) == 40
+
+
+def test_a_cap_of_the_cost_is_refused_where_it_could_never_act(
+    stub: Callable[..., Stub], tmp_path: Path, configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    server, capped = stub(trouble=False, usage=False), ["online.scorer.max_cost=5", "online.scorer.price_out=0"]
+    words = ["loss=online", "online.loss=dpo", "online.scorer.name=judge", "online.scorer.model=j"]
+    with pytest.raises(UserError, match=r"^online\.scorer\.max_cost=5 would never act, because both prices are 0: give online\."):
+        configure(*words, *capped)
+    assert configure(*words, *capped, "online.scorer.price_in=0.4").online is not None
+    write_samples(tmp_path / "s.jsonl", 40)
+    command = [str(tmp_path / "s.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", server.url, "--max-cost", "5"]
+    assert label(command) == 2
+    assert "--max-cost=5 would never act, because both prices are 0: give --price-in and --price-out" in capsys.readouterr().err
+    assert not server.seen
+    assert label([*command, "--price-in", "0.4"]) == 2
+    assert "max_cost=5 cannot act, because the server does not say how many tokens" in capsys.readouterr().err
+    assert 0 < sum(server.paid.values()) <= 17, "those in flight are kept, and no more are sent"
 
 
 def test_a_server_that_is_down_or_refuses_is_reported(

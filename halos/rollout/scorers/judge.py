@@ -44,7 +44,15 @@ class Judge(PairwiseScorer):
 
     @classmethod
     def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
-        return None if settings.model is not None else f"{spelled('model')} is missing: the judge's name at its API"
+        if settings.model is None:
+            return f"{spelled('model')} is missing: the judge's name at its API"
+        if settings.max_cost is not None and not settings.price_in and not settings.price_out:
+            return (
+                f"{spelled('max_cost')}={settings.max_cost:g} would never act, because both prices are 0: give"
+                f" {spelled('price_in')} and {spelled('price_out')}, in dollars per million tokens, or cap the number of requests"
+                f" with {spelled('max_requests')}"
+            )
+        return None
 
     @classmethod
     def open(cls, settings: Settings, context: Context) -> Judge:
@@ -65,6 +73,7 @@ class Judge(PairwiseScorer):
         self.cached: dict[str, Answer] = {}
         self.num_requests = 0  # sent by this and earlier attempts
         self.spent = 0.0  # dollars
+        self._is_priced = True  # until an answer comes without its number of tokens
         self._sent: set[str] = set()
         self._load_cache()
 
@@ -145,8 +154,8 @@ class Judge(PairwiseScorer):
                         yield number, self.cached[key]
         except OverBudgetError as error:
             raise UserError(
-                f"judge: {error}; {left} of {len(questions)} answers are still missing. What was paid for is kept: raise the cap,"
-                " and run the same command again"
+                f"judge: {error}; {left} of {len(questions)} answers are still missing. What was paid for is kept: change the"
+                " cap, and run the same command again"
             ) from error
 
     def _refuse_over_budget(self) -> None:
@@ -155,6 +164,11 @@ class Judge(PairwiseScorer):
             raise OverBudgetError(f"the cap online.scorer.max_requests={max_requests} is reached")
         if max_cost is not None and self.spent >= max_cost:
             raise OverBudgetError(f"the cap online.scorer.max_cost={max_cost:g} is reached, {self.spent:.4f} dollars")
+        if max_cost is not None and not self._is_priced:
+            raise OverBudgetError(
+                f"the cap online.scorer.max_cost={max_cost:g} cannot act, because the server does not say how many tokens an"
+                " answer took: use online.scorer.max_requests instead"
+            )
 
     async def _ask(self, client: Any, question: tuple[str, str]) -> str:
         """Ask a question (key, text), cache the answer and return the key."""
@@ -180,6 +194,7 @@ class Judge(PairwiseScorer):
 
     def _cost(self, usage: Any) -> float:
         if usage is None:
+            self._is_priced = False
             return 0.0
         return (usage.prompt_tokens * self.settings.price_in + usage.completion_tokens * self.settings.price_out) / 1e6
 
