@@ -17,7 +17,7 @@ def engine_names() -> tuple[str, ...]:
 
 
 def engine_class(name: str) -> Any:
-    """Return the subclass of `Engine` that a module names ENGINE. Nothing here imports what engines stand on."""
+    """Import an engine's module and return its class, ENGINE. This does not import the packages that the engine samples with."""
     return import_module(f"{ENGINES}.{name}").ENGINE
 
 
@@ -27,7 +27,7 @@ def scorer_names() -> tuple[str, ...]:
 
 
 def scorer_class(name: str) -> Any:
-    """Return the subclass of `Scorer` that a module names SCORER. Nothing here imports what scorers stand on."""
+    """Import a scorer's module and return its class, SCORER. This does not import the packages that the scorer needs."""
     return import_module(f"{SCORERS}.{name}").SCORER
 
 
