@@ -3,6 +3,7 @@
 import platform
 import subprocess
 import sys
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,14 @@ def versions() -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": dict(_packages()),
         "argv0": Path(sys.argv[0]).name,
     }
+
+
+@cache  # what this process has imported, which an installation meanwhile does not change
+def _packages() -> dict[str, str | None]:
+    return {package: _version(package) for package in PACKAGES}
 
 
 def _version(package: str) -> str | None:
@@ -31,6 +37,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _git_commit() -> str | None:
     """Return the commit of this code, marked -dirty if it was edited since."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]

@@ -62,8 +62,10 @@ def remember() -> None:
 
     def is_ours(overrides: Sequence[str]) -> bool:
         searched = GlobalHydra.instance().config_loader().get_search_path().get_path()
-        places = {place.path for place in searched if not place.path.startswith(("pkg://", "structured://"))}
-        return places == {f"file://{CONFIG}"} and not any(word.startswith("hydra.searchpath") for word in overrides)
+        paths = {
+            entry.path.removeprefix("file://") for entry in searched if not entry.path.startswith(("pkg://", "structured://"))
+        }
+        return paths == {str(CONFIG)} and not any(word.startswith("hydra.searchpath") for word in overrides)
 
     def remembered(config_name: str, overrides: Sequence[str] = (), **settings: Any) -> DictConfig:
         if VARIABLE not in os.environ or not is_ours(overrides):

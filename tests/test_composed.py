@@ -1,0 +1,32 @@
+"""Compositions are remembered within a test run, and only those of this repository's config/."""
+
+import pickle
+from pathlib import Path
+
+import pytest
+
+from halos.cli.compose import CONFIG, ConfigTree
+from tests import composed
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(composed.VARIABLE, str(tmp_path))
+    composed.remember()
+    return tmp_path
+
+
+def test_what_has_been_composed_is_read_and_not_composed_again(memory: Path) -> None:
+    composed.config_of("loss=dpo", "model=tiny", "data=arithmetic")
+    (file,) = memory.iterdir()
+    remembered = pickle.loads(file.read_bytes())
+    remembered.seed = 12345
+    file.write_bytes(pickle.dumps(remembered))
+    assert composed.config_of("model=tiny", "data=arithmetic", "loss=dpo").seed == 12345
+    assert composed.config_of("model=tiny", "data=arithmetic", "loss=kto").seed != 12345
+
+
+def test_another_directory_is_always_composed_anew(memory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    own = tmp_path_factory.mktemp("config")
+    ConfigTree((CONFIG, own)).compose(["loss=dpo"])
+    assert list(memory.iterdir()) == []
