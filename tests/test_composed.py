@@ -8,6 +8,8 @@ import pytest
 from halos.cli.compose import CONFIG, ConfigTree
 from tests import composed
 
+SMALL = ("model=tiny", "data=arithmetic", "exp_name=x")
+
 
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -17,13 +19,13 @@ def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_has_been_composed_is_read_and_not_composed_again(memory: Path) -> None:
-    composed.config_of("loss=dpo", "model=tiny", "data=arithmetic")
+    composed.config_of("loss=dpo", *SMALL)
     (file,) = memory.iterdir()
     remembered = pickle.loads(file.read_bytes())
     remembered.seed = 12345
     file.write_bytes(pickle.dumps(remembered))
-    assert composed.config_of("model=tiny", "data=arithmetic", "loss=dpo").seed == 12345
-    assert composed.config_of("model=tiny", "data=arithmetic", "loss=kto").seed != 12345
+    assert composed.config_of(*SMALL, "loss=dpo").seed == 12345
+    assert composed.config_of(*SMALL, "loss=kto").seed != 12345
 
 
 def test_another_directory_is_always_composed_anew(memory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
