@@ -1,4 +1,4 @@
-"""Ranges of numbers, as annotations of keys."""
+"""Range: the bounds of a key whose value is a number, as an annotation of its type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every rank has the whole model: a single process, or several under DDP."""
+"""The strategy without sharding: every rank has the whole model, one process alone or several under DDP."""
 
 import warnings
 from contextlib import AbstractContextManager, nullcontext

@@ -1,1 +1,1 @@
-"""A save as a directory for others: merged, adapter or whole model, on this disk or on the hub."""
+"""Export of a checkpoint or FINAL for others: merged, adapter or full model, as a directory on this disk or on the hub."""

@@ -1,4 +1,4 @@
-"""Reward models."""
+"""The loss of reward models: the chosen completion of a pair should score higher (Bradley-Terry)."""
 
 from typing import Annotated
 

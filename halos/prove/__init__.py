@@ -1,1 +1,1 @@
-"""Before the first step a run shows that its log-probs and scores are the model's own."""
+"""The proof of a run's forward: before the first step its log-probs and scores are compared with those of transformers' own."""

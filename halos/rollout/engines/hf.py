@@ -1,4 +1,4 @@
-"""The default engine: transformers' continuous batching, with a fixed cache size and a seed for each request."""
+"""The engine hf, the default: transformers' continuous batching, with a fixed cache size and a seed for each request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model behind an OpenAI-compatible URL: text in, text out, its own chat template."""
+"""The engine openai: a model behind an OpenAI-compatible URL, which takes and returns text and has its own chat template."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""vLLM: as a subprocess with its own interpreter, since its pinned versions conflict with ours, or as a server."""
+"""The engine vllm: a subprocess with its own interpreter, since its pinned versions conflict with ours, or a server."""
 
 from __future__ import annotations
 
