@@ -51,7 +51,7 @@ class MetricsFile:
         return len(damaged)
 
     def digest(self, rows: int) -> tuple[int, str]:
-        """The number of lines among the first `rows`, and their hash."""
+        """The hash of the first `rows` lines, and how many of them there are."""
         lines = self._bytes().split(b"\n")[:-1][:rows]
         return len(lines), hashlib.sha256(b"\n".join(lines)).hexdigest()
 

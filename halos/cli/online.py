@@ -64,7 +64,7 @@ def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> C
 def _training(
     config: Config, overrides: Sequence[str], outer: Mapping[str, Any], command: Sequence[str], tree: ConfigTree
 ) -> Config:
-    """Compose `overrides`, set the `outer` values of the online run, and validate the result; `command` are its own overrides.
+    """Compose `overrides`, set the `outer` values of the online run, and validate the result. `command`: those of the online run.
 
     Raises UserError, for a loss that trains no policy too.
     """

@@ -16,7 +16,8 @@ STATUS_OF: dict[int, Status] = {0: "finished", STOPPED: "stopped"}
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The outcome of a run; `status` is `checked` for a dry run."""
+    """The outcome of a run. `status` is `checked` for a dry run, and `failed` for every exit status but those of STATUS_OF: also
+    where a hook or a full disk stopped the run, which result.json calls `stopped`."""
 
     status: Status
     exit_status: int  # of the command

@@ -165,7 +165,7 @@ def _stacked(case: proof.Case) -> bool:
 
 
 def _randomised(model: PeftModel, ids: Tensor, *, reward: bool) -> tuple[Tensor, Routes]:
-    """Move all trained parameters at random, as far as changes the outputs by about a tenth. Return outputs and routes."""
+    """Move the trained parameters but lora_A at random, until the outputs change by about a tenth. Return outputs and routes."""
     settings: dict[str, Any] = {"temperature": 1.0, "reward": reward}
     generator = torch.Generator().manual_seed(0)
     start = {p: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad and ".lora_A." not in name}

@@ -152,7 +152,7 @@ def _rows_at_once(model: Any, ids: Tensor, *, reward: bool) -> int:
 
 
 def outputs_and_routes(model: Any, ids: Tensor, **settings: Any) -> tuple[Tensor, Routes]:
-    """Return the same, and what a mixture's routers chose, whichever routes its tokens were made to take."""
+    """Return `outputs_of`, and what a mixture's routers chose, whichever routes its tokens were made to take."""
     with recorded(model) as chosen:
         values = outputs_of(model, ids, **settings)
     return values, chosen

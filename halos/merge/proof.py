@@ -99,8 +99,8 @@ def _finite(value: float) -> float | None:
 def prove(case: Case, merged: Path, live: ProbeOutputs | None = None) -> Proof:
     """Compare `merged` with the trained model: files and tensors, then configuration and keys, then log-probs or scores.
 
-    `live` are the outputs of the trained model itself. Where there are none, or they were computed in half precision, base and
-    adapter are also loaded by PEFT; one model after the other, never two at once.
+    `live` are the outputs of the trained model itself. Unless they were computed in float32 from a base that is not quantised,
+    and the merged weights are float32 too, base and adapter are also loaded by PEFT: one model after the other, not two at once.
     """
     try:
         model = expected.expected_model(case.base, case.adapter, case.empty_model(), case.vocabulary, case.tokens)

@@ -107,14 +107,14 @@ def load_model(
     new_tokens: Sequence[int] = (),
     stops: Sequence[int] = (),
     seed: int = 0,
-    on_meta: bool = False,
+    empty: bool = False,
     longest: int | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model, or with `reward` the same backbone with a scalar head (random where there is none).
 
     Sequences will be packed where `attention` and the architecture allow it; `longest` is the longest of them, where known.
-    Embeddings of `new_tokens` start at the mean of the others; `stops` are end tokens of generation. With `on_meta` its weights
-    are neither read nor initialised, and take no memory: another rank sends the shards.
+    Embeddings of `new_tokens` start at the mean of the others; `stops` are end tokens of generation. With `empty` its weights
+    are neither read nor initialised, and take no memory: this rank gets its shards later, or needs only names and shapes.
     """
     config = read_config(directory)
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
@@ -130,9 +130,7 @@ def load_model(
     torch.manual_seed(seed)  # a fresh score head is initialised here
     with user_errors(f"{directory} could not be loaded as a {auto.__name__}"):
         fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
-        model = (
-            _empty_model(auto, directory, config, extra) if on_meta else load_weights(auto, directory, extra, fresh_head=fresh)
-        )
+        model = _empty_model(auto, directory, config, extra) if empty else load_weights(auto, directory, extra, fresh_head=fresh)
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id

@@ -11,7 +11,8 @@ MAX_EXTRA_ROWS = 8  # rows of a table of positions beyond the configured number:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """`configured` is the config's max_position_embeddings, None where it has none; `hard` is the length of the tables."""
+    """`configured` is the config's max_position_embeddings, None where it has none; `hard` is the same number where the model has
+    a table with a row for each position, else None."""
 
     configured: int | None
     hard: int | None

@@ -171,7 +171,7 @@ def _escaped(label: str) -> str:
 
 
 def palette(count: int) -> list[str]:
-    """Return so many distinguishable colors."""
+    """Return `count` distinguishable colors."""
     if count <= 10:
         return [to_hex(colormaps["tab10"](i)) for i in range(count)]
     return [to_hex(colormaps["turbo"](position)) for position in np.linspace(0.05, 0.95, count)]

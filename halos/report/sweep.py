@@ -40,7 +40,7 @@ def is_sweep(path: Path) -> bool:
 
 
 def compare(path: Path, output: Path | None = None) -> tuple[str, list[Path]]:
-    """Write sweep.csv, sweep.md and figures in report/ for the sweep at `path`; return the table and the files.
+    """Write sweep.csv and sweep.md for the sweep at `path`, and figures in `output` (default: report/). Return table and files.
 
     Raises UserError where none of its runs has logged anything.
     """

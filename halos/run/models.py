@@ -60,7 +60,7 @@ class ModelLoader:
     def load(
         self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None, empty: bool = False
     ) -> PreTrainedModel:
-        """Load a model with its weights; without them if it is to be `empty`, and on ranks that get their shards from rank 0."""
+        """Load a model with its weights; without them if it is to be `empty`, and on ranks but 0 if the strategy shards."""
         empty = empty or (self.strategy.is_sharded and not self.machine.is_main_process)
         return self._load(source, dtype, reward=reward, quantize=quantize, empty=empty)
 
@@ -84,7 +84,7 @@ class ModelLoader:
             new_tokens=self.vocabulary.new if source == self.base else (),
             stops=self.stops,
             seed=self.config.seed,
-            on_meta=empty,
+            empty=empty,
             longest=self.config.train.max_length,
         )
 

@@ -112,15 +112,15 @@ def test_trained_control_tokens_survive_a_resume_and_a_second_stage(configure: C
     assert new == []
 
 
-def test_a_model_on_meta_has_the_generation_settings_of_a_loaded_one(tmp_path: Path) -> None:
+def test_a_model_empty_has_the_generation_settings_of_a_loaded_one(tmp_path: Path) -> None:
     base = tmp_path / "tiny"
     tiny.build(base)
     own = {"eos_token_id": [1, 200], "temperature": 0.6, "do_sample": True}
     (base / "generation_config.json").write_text(json.dumps(own))
     tokenizer, _ = load_tokenizer(base, add_tokens=[])
     made = [
-        load_model(base, tokenizer, reward=False, dtype=torch.float32, attention="sdpa", on_meta=on_meta).generation_config
-        for on_meta in (False, True)
+        load_model(base, tokenizer, reward=False, dtype=torch.float32, attention="sdpa", empty=empty).generation_config
+        for empty in (False, True)
     ]
     assert made[0].to_diff_dict() == made[1].to_diff_dict()
     assert (made[1].temperature, made[1].eos_token_id) == (0.6, [1, 200])
