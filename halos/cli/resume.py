@@ -42,7 +42,7 @@ def load_run(path: str, parsed: Sequence[Override], tree: ConfigTree) -> tuple[C
     except those for logging and checkpoints."""
     run_dir = RunDir.of_resume(path)
     run_dir.require_run()
-    source = run_dir.requested_checkpoint(path) or next(iter(run_dir.checkpoints_by_step().values()), None)
+    source = run_dir.requested_checkpoint(path) or next(reversed(run_dir.checkpoints_by_step().values()), None)
     settings = last_settings(run_dir)
     for one in parsed:
         _refuse_another_run(one, settings, run_dir, tree.choices)
@@ -77,7 +77,7 @@ def continue_if_started(config: Config, overrides: Sequence[str]) -> list[Change
             node[name] = value
         else:
             setattr(node, name, value)
-    return _changes(config, run_dir, settings, next(iter(run_dir.checkpoints_by_step()), None))
+    return _changes(config, run_dir, settings, next(reversed(run_dir.checkpoints_by_step()), None))
 
 
 def added_keys(run_dir: RunDir, settings: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -87,13 +87,13 @@ def added_keys(run_dir: RunDir, settings: dict[str, Any], overrides: Sequence[st
     return {key: resume_policy.value_at(settings, key) for key in added if key not in overridden}
 
 
-def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], oldest: int | None) -> list[Change]:
+def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], newest: int | None) -> list[Change]:
     """Return what `config` changes in a run, and which of its files were edited. Raises UserError unless config allows changes.
 
-    `oldest`: the step of the requested checkpoint, else of the oldest: the run resumes from no earlier one.
+    `newest`: the step of the requested checkpoint, else of the newest: the run resumes from no later one.
     """
     by_content = run_config.recorded_content(run_dir.read_attempts(), str(run_dir.path)) is not None
-    changed = resume_policy.compare(config, PreviousRun(settings, run_dir.path, oldest, by_content))
+    changed = resume_policy.compare(config, PreviousRun(settings, run_dir.path, newest, by_content))
     changed += edited_files(run_dir, changed)
     if config.resume_changes == "refuse":
         resume_policy.refuse_unsafe(changed, run_dir.path)

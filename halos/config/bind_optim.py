@@ -62,19 +62,14 @@ class ScheduleSpec:
             )
         return value
 
-    def agrees(self, one: int, other: int, *, start: int) -> bool:
-        """Return whether runs of `one` and of `other` steps share their learning rates from step `start` on, while both last."""
-        end = min(one, other)
-        return all(
-            self._at(step, one) == self._at(step, other) for step in range(start, end, max(1, (end - start) // MAX_STEPS_TRIED))
-        )
-
-    def depends_on_total(self, start: int = 0) -> bool:
-        """Return whether the learning rate of any step from `start` on depends on the total; tried on a short and a long run."""
+    def same_before(self, step: int, totals: Sequence[int]) -> bool:
+        """Return whether runs of these total numbers of steps share the learning rates of all steps before `step`."""
+        end = min(step, *totals)
+        stride = max(1, end // MAX_STEPS_TRIED)
         try:
-            return not self.agrees(2 * (start + 1000), 20 * (start + 1000), start=start)
-        except UserError:  # it takes no runs of these lengths
-            return True
+            return all(len({self._at(each, total) for total in totals}) == 1 for each in range(end - 1, -1, -stride))
+        except UserError:  # it takes no run of one of these lengths
+            return False
 
 
 def bind_schedule(settings: Mapping[str, Any], plugins: Sequence[str]) -> ScheduleSpec:

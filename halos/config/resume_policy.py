@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.config import renamed_keys
-from halos.config.bind_optim import ScheduleSpec, bind_schedule
+from halos.config.bind_optim import bind_schedule
 from halos.config.paths import BUNDLED_MODELS, absolute
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import CONTENT, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Config, Scope, key_facts
@@ -23,7 +23,7 @@ class PreviousRun:
 
     settings: Mapping[str, Any]  # its last configuration
     path: Path
-    oldest: int | None  # step of the requested checkpoint, else of its oldest; None where it has none
+    newest: int | None  # step of the requested checkpoint, else of its newest; None where it has none
     by_content: bool = False  # it recorded hashes of its inputs; else only their names can be compared
 
 
@@ -48,20 +48,23 @@ class Change:
 
 
 def _num_steps(config: Config, past: PreviousRun) -> str | None:
-    """Changing the number of steps is safe where the schedule gives every remaining step the same learning rate."""
-    if past.oldest is None:
+    if past.newest is None:
         return None  # no step to keep
-    before, now = past.settings["train"].get("steps"), config.train.steps
+    return why_not_longer(config, past.newest, past.settings["train"].get("steps"), config.train.steps)
 
-    def is_free(schedule: ScheduleSpec) -> bool:
-        start = past.oldest or 0
-        return schedule.agrees(before, now, start=start) if before and now else not schedule.depends_on_total(start)
 
+def why_not_longer(config: Config, taken: int, before: int | None, now: int | None = None) -> str | None:
+    """Return why a run that has taken so many steps would not end as one of another total number of steps does: the learning
+    rates of the steps taken depend on it. None: they do not. For an unknown number some are tried: `taken`, and two longer ones.
+    """
+    totals = [before or taken, *([now] if now else [2 * (taken + 1000), 20 * (taken + 1000)])]
     schedule = bind_schedule(config.schedule, config.plugins)
-    if is_free(schedule):
+    if schedule.same_before(taken, totals):
         return None
-    if "warmup" in config.schedule and is_free(bind_schedule({**config.schedule, "warmup": 0}, config.plugins)):
-        return f"its warm-up is a fraction of all steps (schedule.warmup={config.schedule['warmup']})"
+    if "warmup" in config.schedule:
+        without = bind_schedule({**config.schedule, "warmup": 0}, config.plugins)
+        if without.same_before(taken, totals):
+            return f"its warm-up is a fraction of all steps (schedule.warmup={config.schedule['warmup']})"
     return f"the {schedule.name} schedule is spread over all steps"
 
 

@@ -8,8 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from halos.checkpoint import integrity
-from halos.config import run_config
-from halos.config.bind_optim import bind_schedule
+from halos.config import resume_policy, run_config
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.values import as_argument
@@ -108,12 +107,16 @@ def _nothing_to_do(config: Config, directory: RunDir, changed: Sequence[Change])
         return False
     integrity.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
-    schedule = bind_schedule(config.schedule, config.plugins)
-    if not schedule.depends_on_total(int((directory.read_result() or {}).get("step") or 0)):
-        log.info("to continue: %s %s train.steps=MORE", COMMAND, run_config.resume_arguments(config, directory.path))
+    longer = f"{COMMAND} {run_config.resume_arguments(config, directory.path)} train.steps=MORE"
+    start = as_argument("model.name_or_path", directory.final)
+    newest = next(reversed(directory.checkpoints_by_step()), None)
+    if newest is None:
+        log.info("no checkpoint of it is left: continue in a new run with %s", start)
+    elif (why := resume_policy.why_not_longer(config, newest, config.train.steps)) is None:
+        log.info("to continue: %s", longer)
     else:
-        start = as_argument("model.name_or_path", directory.final)
-        log.info("its %s schedule has ended: continue in a new run with %s", schedule.name, start)
+        log.info("a longer run would have had other learning rates from its start, since %s: continue in a new run with %s, or"
+                 " continue this one all the same: %s resume_changes=allow", why, start, longer)  # fmt: skip
     return True
 
 

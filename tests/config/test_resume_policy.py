@@ -50,8 +50,8 @@ def config(**values: Any) -> Config:
     return made
 
 
-def found(new: Config, old: Config | None = None, path: Path = Path("nowhere"), oldest: int | None = 50) -> list[Change]:
-    return resume_policy.compare(new, PreviousRun(asdict(old or config()), path, oldest))
+def found(new: Config, old: Config | None = None, path: Path = Path("nowhere"), newest: int | None = 50) -> list[Change]:
+    return resume_policy.compare(new, PreviousRun(asdict(old or config()), path, newest))
 
 
 def test_every_key_of_the_schema_is_compared_or_belongs_to_the_command() -> None:
@@ -90,27 +90,32 @@ def test_changes_of_the_mathematics_are_refused_by_name(change: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("schedule", "steps", "oldest", "why"),
+    ("schedule", "steps", "newest", "why"),
     [
         (("constant", 0), 200, 50, None),
         (("constant", 20), 200, 10, None),
         (("constant", 0), 60, 50, None),
         (("cosine", 0), 200, 50, "the cosine schedule is spread over all steps"),
+        (("cosine", 0), 200, 100, "the cosine schedule is spread over all steps"),  # it has finished
         (("linear", 20), 99, 50, "the linear schedule is spread over all steps"),
-        (("constant", 0.1), 200, 50, None),  # behind both warm-ups, 10 steps and 20
-        (("constant", 0.1), 600, 50, "its warm-up is a fraction of all steps (schedule.warmup=0.1)"),
+        (("constant", 0.1), 200, 50, "its warm-up is a fraction of all steps (schedule.warmup=0.1)"),  # 10 steps, not 20
+        (("constant", 0.1), 101, 50, None),  # 10 steps of either
         (("constant", 0.1), 600, None, None),  # starts over
         (("constant", 0.1), None, 50, "its warm-up is a fraction of all steps (schedule.warmup=0.1)"),
         (("inverse_sqrt", 10), 200, 50, None),
+        (("wsd", 10), 200, 90, None),  # before the decay
+        (("wsd", 10), 200, 92, "the wsd schedule is spread over all steps"),
+        (("wsd", 0.1), 200, 90, "its warm-up is a fraction of all steps (schedule.warmup=0.1)"),
         (("cosine", 0), 200, None, None),  # starts over
     ],
 )
-def test_more_steps_are_safe_where_no_learning_rate_depends_on_their_number(
-    schedule: tuple[str, float], steps: int | None, oldest: int | None, why: str | None
+def test_more_steps_are_safe_where_those_taken_had_the_learning_rates_of_a_longer_run(
+    schedule: tuple[str, float], steps: int | None, newest: int | None, why: str | None
 ) -> None:
-    shape = {"final": 0.0} if schedule[0] in ("cosine", "linear") else {}
+    shapes = {"wsd": {"decay": 10, "final": 0.0, "shape": "linear"}, "cosine": {"final": 0.0}, "linear": {"final": 0.0}}
+    shape = shapes.get(schedule[0], {})
     settings = {"schedule": {"_target_": f"halos.schedules.{schedule[0]}", "warmup": schedule[1], **shape}}
-    [one] = found(config(**settings, train__steps=steps), config(**settings), oldest=oldest)
+    [one] = found(config(**settings, train__steps=steps), config(**settings), newest=newest)
     assert (one.key, one.why) == ("train.steps", why)
 
 
