@@ -1,4 +1,4 @@
-"""The directory of one run: the paths in it, and the small files that record its progress. Only rank 0 writes."""
+"""The directory of one run: the paths in it, and the small files that record its progress, which only rank 0 writes."""
 
 from __future__ import annotations
 
