@@ -90,6 +90,8 @@ HISTORY = (
              _of_loss("kto"), of="metrics"),
     Revision(2, "2026-11-27", "with the loss sft a live loop learns only from desirable samples (online.feedback), as rounds do",
              _imitates_live),
+    Revision(3, "2026-11-27", "advantages/std is a standard deviation, and not the mean of absolute values",
+             _of_loss("grpo", "rloo"), of="metrics"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 import torch
 
-from halos.losses.rollouts import KL, all_equal, clipped, is_clipped, kl, log_ratio, mean_over_time, of_group, report
+from halos.losses.rollouts import KL, all_equal, clipped, deviation, is_clipped, kl, log_ratio, mean_over_time, of_group, report
 from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled, TokenLogps
 
 
@@ -43,7 +43,7 @@ def advantages(
         spread = (sampled.rewards - sampled.rewards.mean()).square().sum() / max(1, count - std_ddof)
         values = values / (spread.sqrt() + epsilon)
     whole = torch.where(sampled.old.mask, values.float()[:, None], 0.0)
-    return Estimates(whole, None, {"groups/all_equal": all_equal(sampled), "advantages/std": Mean.of(values.abs())})
+    return Estimates(whole, None, {"groups/all_equal": all_equal(sampled), "advantages/std": deviation(values)})
 
 
 def grpo(

@@ -83,6 +83,11 @@ def all_equal(sampled: Sampled) -> Mean:
     return Mean.of(least == most)
 
 
+def deviation(values: Tensor) -> Mean:
+    """The standard deviation of values of a whole global batch; over several steps, the mean of the steps' deviations."""
+    return Mean.of(values.std(correction=0))
+
+
 def sequence_kl(sampled: Sampled) -> Tensor:
     """log pi_old / pi_ref of each completion, in nats, 0 where there is no reference: (rows,)."""
     if sampled.reference is None:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from halos.losses import rloo
 from halos.losses.grpo import advantages, check, grpo, needs_reference
 from halos.losses.rollouts import kl
 from halos.types import TokenLogps
@@ -33,6 +34,13 @@ def test_an_advantage_is_the_reward_relative_to_its_group() -> None:
 def test_groups_without_a_difference_are_counted() -> None:
     found = advantages(sampled([1.0, 0.0, 3.0, 3.0], [7, 7, 2, 2]), advantage_scale="group", std_ddof=1, epsilon=1e-4)
     assert number(found.metrics["groups/all_equal"]) == 0.5
+
+
+def test_the_deviation_of_the_advantages_is_that_of_the_batch() -> None:
+    given = sampled([1.0, 0.0, 0.0, 3.0], [0, 0, 0, 1])
+    of_grpo = advantages(given, advantage_scale="none", std_ddof=1, epsilon=1e-4)
+    assert number(of_grpo.metrics["advantages/std"]) == pytest.approx(np.sqrt(1 / 6), rel=1e-6)  # of 2/3, -1/3, -1/3 and 0
+    assert number(rloo.advantages(given, beta=0.0).metrics["advantages/std"]) == pytest.approx(np.sqrt(3 / 8), rel=1e-6)
 
 
 def test_a_group_scattered_over_the_batch_is_one_group() -> None:
