@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from halos.confined import write_whole
+from halos.rollout.feedback import CLOSE
 from halos.rollout.types import EVAL, TRAIN, Rollout, Row, Sample, Score, by_prompt, question
 
 PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # verdicts of a judge that compares two answers
@@ -54,7 +55,7 @@ def win_rate(rollouts: Sequence[Rollout], first: Sequence[Rollout]) -> float | N
     pairs = [(each.reward, before[each.prompt.id]) for each in scored(rollouts) if each.prompt.id in before]
     if not pairs:
         return None
-    return statistics.fmean(1.0 if now > then else 0.5 if math.isclose(now, then) else 0.0 for now, then in pairs)
+    return statistics.fmean(0.5 if math.isclose(now, then, abs_tol=CLOSE) else float(now > then) for now, then in pairs)
 
 
 def with_verdicts(samples: Sequence[Sample], pairs: Sequence[Row]) -> list[Rollout]:
