@@ -1,8 +1,8 @@
 """Stop requests: signals that ask a run, a stage of an online run or a sweep to save and exit.
 
-For a training run: SIGTERM -> the handler of `StopRequest.listen` -> `Run.stop_requested`, on this rank -> at the end of the
-step the ranks all-reduce it (`Run.stop_if_requested`) -> `Run.stop`, on every rank -> the loop ends, `Checkpointer` saves, and
-the process exits with STOPPED.
+For a training run: SIGTERM -> the handler of `StopRequest.listen` -> `Run.stop_requested`, on this rank -> the ranks all-reduce
+it with the metrics of the step -> `Run.stop`, on every rank, at the end of this step, or of the next for a signal that arrives
+after its all-reduce -> the loop ends, `Checkpointer` saves, and the process exits with STOPPED.
 """
 
 import os

@@ -29,7 +29,11 @@ def remedies(config: Config) -> str:
     """The keys with which this run would take less memory."""
     keys, train = [], config.train
     if train.microbatch_size > 1:
-        keys.append(f"train.microbatch_size={max(1, train.microbatch_size // 2)} (does not change results)")
+        drops = config.peft.name == "lora" and config.peft.lora_dropout > 0
+        effect = "dropout then drops other elements: a resume needs resume_changes=allow" if drops else (
+            "the same results up to rounding, unless the model has dropout"
+        )  # fmt: skip
+        keys.append(f"train.microbatch_size={max(1, train.microbatch_size // 2)} ({effect})")
     if not train.activation_checkpointing:
         keys.append("train.activation_checkpointing=true (does not change results, costs time)")
     if config.peft.name == "none":
