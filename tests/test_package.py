@@ -36,6 +36,19 @@ def test_train_returns_the_result_of_the_run(words: list[str], tmp_path: Path) -
     assert (again.status, again.step) == ("finished", 2)
 
 
+def test_a_run_that_a_hook_stops_is_stopped_for_the_reason_that_it_gave(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "at_once.py").write_text(
+        "from halos.hooks.base import Hook, Stop\n\n"
+        "class AtOnce(Hook):\n    def on_step(self, run, metrics):\n        run.stop = Stop('seen enough', finished=False)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    result = halos.train([*words, "plugins=[at_once]", "+hooks.own._target_=at_once.AtOnce"])
+    assert (result.status, result.exit_status, result.step, result.reason) == ("stopped", 1, 1, "seen enough")
+    assert result.final is None
+
+
 def test_a_dry_run_is_checked_and_leaves_nothing(words: list[str], tmp_path: Path) -> None:
     result = halos.train([*words, "dry_run=true"])
     assert (result.status, result.final, list(tmp_path.iterdir())) == ("checked", None, [])

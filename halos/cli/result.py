@@ -5,21 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from halos.distributed.signals import STOPPED
 from halos.rundir import RunDir
 
-Status = Literal["finished", "stopped", "failed", "checked"]
-STATUS_OF: dict[int, Status] = {0: "finished", STOPPED: "stopped"}
+Ended = Literal["finished", "stopped", "failed"]
+STATUS_OF: dict[int, Ended] = {0: "finished", STOPPED: "stopped"}  # of a run that left no result.json
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The outcome of a run. `status` is `checked` for a dry run, and `failed` for every exit status but those of STATUS_OF: also
-    where a hook or a full disk stopped the run, which result.json calls `stopped`."""
+    """The outcome of a run. `status` is that of result.json, or `checked` for a dry run that succeeded."""
 
-    status: Status
+    status: Ended | Literal["checked"]
     exit_status: int  # of the command
     run_dir: Path
     step: int
@@ -35,5 +34,6 @@ class Result:
     @classmethod
     def of(cls, run_dir: str, exit_status: int, *, dry: bool) -> Result:
         result = (None if dry else RunDir(run_dir).read_result()) or {}
-        status: Status = "checked" if dry and not exit_status else STATUS_OF.get(exit_status, "failed")
+        ended = result.get("status") if result.get("status") in get_args(Ended) else STATUS_OF.get(exit_status, "failed")
+        status = "checked" if dry and not exit_status else ended
         return cls(status, exit_status, Path(run_dir), result.get("step", 0), result.get("metrics", {}), result.get("reason"))
