@@ -31,9 +31,9 @@ REST = [("sft", LORA), ("dpo", []), ("kto", LORA), ("reward", [])]
 
 
 def killed(step: int, overrides: list[str]) -> None:
-    script = Path(__file__).with_name("kill_after_step.py")
+    script = [str(Path(__file__).with_name("after_step.py")), "kill", str(step)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = processes.run([sys.executable, str(script), str(step), *overrides], env=environment, capture_output=True, check=False)
+    done = processes.run([sys.executable, *script, *overrides], env=environment, capture_output=True, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr.decode()
 
 

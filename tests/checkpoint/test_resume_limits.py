@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path: Path, ca
 def test_a_directory_in_which_a_process_trains_is_refused_and_after_its_death_is_not(tmp_path: Path, cache: Path) -> None:
     directory = tmp_path / "run"
     overrides = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=4", "exp_name=run"]
-    script = [sys.executable, str(Path(__file__).with_name("wait_after_step.py")), "3", *overrides]
+    script = [sys.executable, str(Path(__file__).with_name("after_step.py")), "wait", "3", *overrides]
     child = processes.Popen(
         script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     )
