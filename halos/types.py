@@ -19,8 +19,7 @@ from halos.ranges import Range as Range  # re-exported, as examples are: a user'
 
 @dataclass(frozen=True, slots=True)
 class Sequences:
-    """Sequences packed end to end. Scored tokens: those whose log-prob the loss reads. Of all hidden states the LM head gets only
-    those that predict them (`sources`)."""
+    """Sequences packed end to end. Scored tokens: those whose log-prob the loss reads. The LM head gets their `sources` alone."""
 
     ids: Tensor  # (tokens,) int64
     positions: Tensor  # (tokens,) int64, restarting at 0 in each sequence

@@ -91,6 +91,15 @@ def test_only_the_strategies_know_which_strategy_runs(path: Path) -> None:
     assert asking <= ({"strategies"} if (package, rest) == ("run", ["prepare.py"]) else set())
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_functions_are_short(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= 300
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    long = [node.name for node in functions if (node.end_lineno or node.lineno) - node.lineno >= 45]
+    assert not long
+
+
 def test_the_entry_is_a_page() -> None:
     assert len((ROOT / "train.py").read_text().splitlines()) <= 60
 

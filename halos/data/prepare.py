@@ -51,9 +51,8 @@ def prepare(
 ) -> Path:
     """Return the directory below `cache_dir` with the tokenised rows, which the first call writes.
 
-    `kind` is the example type that the loss takes, or that `transform` takes where the loss has one (conditional SFT);
-    `transform_key` names it and its settings. `purpose` (train or eval) is the split of entries that name none. Call it on one
-    rank; the others open the directory that it returns.
+    `kind` is the example type that the loss takes, or its `transform` (of conditional SFT; `transform_key` names it).
+    `purpose` (train or eval) is the split of entries that name none. Call it on one rank; the others open what it returns.
     """
     if not entries:
         raise UserError(f"data.{purpose}: no entry; give files, directories or names")

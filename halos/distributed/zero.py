@@ -59,8 +59,7 @@ class Zero(nn.Module):
         self._engines[0].backward(loss)
 
     def update(self) -> Tensor:
-        """Clip the gradients, step and free them; return their norm before clipping. Where that is not finite the engine does not
-        step, and NaN is returned."""
+        """Clip the gradients, step and free them; return their norm before clipping: NaN where the engine did not step."""
         engine = self._engines[0]
         engine.step()
         norm = torch.as_tensor(engine.get_global_grad_norm()).detach()
