@@ -122,7 +122,7 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there_with_its_generators
     overrides = ["loss=sft", "train.steps=6", "train.batch_size=8", "checkpoint.every=null", "optim.lr=1e-3"]
     from halos.trainers.base import Trainer
 
-    step, drawn, told = Trainer.step, list[tuple[float, ...]](), []
+    step, reduce, drawn, told, late = Trainer.step, Trainer._reduce, list[tuple[float, ...]](), [], list[int]()
 
     def drawing(self: Trainer, indices: Any) -> Any:
         """As hooks and plugins may."""
@@ -131,7 +131,14 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there_with_its_generators
             signal.raise_signal(signal.SIGTERM)
         return step(self, indices)
 
+    def reducing(self: Trainer, *given: Any) -> Any:
+        totals = reduce(self, *given)
+        if late and self.run.step == late[0]:
+            signal.raise_signal(signal.SIGTERM)
+        return totals
+
     monkeypatch.setattr(Trainer, "step", drawing)
+    monkeypatch.setattr(Trainer, "_reduce", reducing)
     assert run(configure(*overrides, "exp_name=whole"), []) == 0
     whole, told = [*drawn], [2]
     drawn.clear()
@@ -140,6 +147,11 @@ def test_a_signal_saves_stops_and_the_run_goes_on_from_there_with_its_generators
     assert (result["status"], result["step"]) == ("stopped", 3), "at the end of the step that the signal came in"
     assert not (tmp_path / "stopped" / "FINAL").exists()
     told.clear()
+    late.append(3)
+    assert train.start([f"resume={tmp_path / 'stopped'}"]) == 75
+    result = json.loads((tmp_path / "stopped" / "result.json").read_text())
+    assert result["step"] == 5, "after the all-reduce of step 4 it is heard of in the next"
+    late.clear()
     assert train.start([f"resume={tmp_path / 'stopped'}"]) == 0
     assert len(set(whole)) == 6
     assert drawn == whole
