@@ -125,9 +125,9 @@ ON_RESUME: dict[str, str] = {key: facts["on_resume"] for key, facts in key_facts
 
 def compare(config: Config, past: PreviousRun) -> list[Change]:
     """Return every key in which `config` differs from the run's last configuration."""
-    changes = []
+    changes, settings = [], asdict(config)
     for key, verdict in ON_RESUME.items():
-        values = value_at(past.settings, key), value_at(asdict(config), key)
+        values = value_at(past.settings, key), value_at(settings, key)
         for name, old, new in differences(key, *(map(absolute, values) if verdict == CONTENT else values)):
             by_content = verdict == CONTENT and past.by_content
             # a key that was added after the run began had no value in it

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import StrEnum
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import MISSING
@@ -232,9 +233,10 @@ class Config:
     online: Online | None = None  # only with loss=online, whose YAML has the section
 
 
-def key_facts() -> list[tuple[str, Mapping[str, Any]]]:
+@cache
+def key_facts() -> tuple[tuple[str, Mapping[str, Any]], ...]:
     """Return every key that takes a value, with the metadata that `key` declared."""
-    return list(_facts_of(Config, ""))
+    return tuple(_facts_of(Config, ""))
 
 
 def mathematics(section: Any) -> dict[str, Any]:
