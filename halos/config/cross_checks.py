@@ -6,11 +6,13 @@ import math
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import fields
 from importlib.util import find_spec
 from typing import Protocol
 
+from halos.config import defaults, renamed_keys
 from halos.config.rollout_modules import engine_class, scorer_class
-from halos.config.schema import Config
+from halos.config.schema import Config, Scorer
 from halos.errors import UserError
 
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
@@ -160,6 +162,24 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
-    sampler, scorer = online.sampler, online.scorer
+    sampler = online.sampler
     complaint = engine_class(sampler.name).problem(sampler, lambda name: f"online.sampler.{name}")
-    return complaint or scorer_class(scorer.name).problem(scorer, lambda name: f"online.scorer.{name}")
+    return complaint or _scorer(online.scorer, overrides)
+
+
+def _scorer(scorer: Scorer, overrides: Sequence[str]) -> str | None:
+    kind, typed = scorer_class(scorer.name), {text.lstrip("+~").partition("=")[0] for text in overrides}
+    for name in idle_scorer_keys(scorer):
+        key = f"online.scorer.{name}"
+        if key in map(renamed_keys.current_name, typed):
+            takes = ", ".join(kind.takes) or "no keys"
+            return f"{key} has no effect with online.scorer.name={scorer.name}, which takes {takes}: leave it out"
+    return kind.problem(scorer, lambda name: f"online.scorer.{name}")
+
+
+def idle_scorer_keys(scorer: Scorer) -> list[str]:
+    """Return the keys that a scorer does not read and whose value is neither the default nor empty. Whether it can compare is
+    asked where the loss is known too."""
+    unread = [each.name for each in fields(scorer) if each.name not in ("name", "pairwise", *scorer_class(scorer.name).takes)]
+    default = defaults.section(Scorer)
+    return [name for name in unread if getattr(scorer, name) not in (None, [], getattr(default, name))]

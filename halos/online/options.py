@@ -4,7 +4,7 @@ its help; and back, from settings to arguments."""
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from halos.config import defaults
+from halos.config.cross_checks import idle_scorer_keys
 from halos.config.ranges import check_ranges
 from halos.config.rollout_modules import scorer_class, scorer_names
 from halos.config.schema import Feedback, Sampler, Scorer
@@ -47,10 +48,12 @@ class Options(Generic[T]):
         check_ranges(values, self.schema, spelled=self.flag)
         return defaults.section(self.schema, **values)
 
-    def arguments(self, settings: T) -> list[str]:
-        """The command-line arguments for these settings, without the keys that the command parses itself."""
+    def arguments(self, settings: T, only: Collection[str] | None = None) -> list[str]:
+        """The command-line arguments for these settings, or for `only` these keys of them, without what the command parses."""
         arguments = []
         for name, kind in self._keys().items():
+            if only is not None and name not in only:
+                continue
             value = getattr(settings, name)
             if kind is bool:
                 arguments += [self.flag(name)] if value else []
@@ -74,7 +77,8 @@ class ScorerOptions(Options[Scorer]):
         """Add the option of every scorer, one of which is required."""
         group = parser.add_mutually_exclusive_group(required=True)
         for name in scorer_names():
-            option = scorer_class(name).option
+            option, takes = scorer_class(name).option, scorer_class(name).takes
+            assert not {*takes} & ({*self.by_command} - {option.key}), f"{name}: no option gives one of its keys"
             text = option.help.replace("%", "%%")
             if option.key is None:
                 group.add_argument(option.flag, dest=_dest(name), action="store_true", help=text)
@@ -89,7 +93,11 @@ class ScorerOptions(Options[Scorer]):
         values: dict[str, Any] = {key: [] if self._is_list(key) else None for key in self.by_command if key != "name"}
         if option.key is not None:
             values[option.key] = [_parsed(entry, option.flag) for entry in given] if self._is_list(option.key) else given
-        return self.read(args, name=name, **values)
+        settings = self.read(args, name=name, **values)
+        if idle := idle_scorer_keys(settings):
+            takes = ", ".join(self.flag(key) for key in scorer_class(name).takes if key in self._keys()) or "no other option"
+            raise UserError(f"{self.flag(idle[0])} has no effect with {option.flag}, which takes {takes}: leave it out")
+        return settings
 
     def choice(self, settings: Scorer) -> list[str]:
         """The command-line arguments that choose the scorer of these settings."""

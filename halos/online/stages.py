@@ -115,9 +115,10 @@ class Stages:
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
         """The command that scores samples and writes feedback."""
         scorer = self.online.scorer
+        of_scorer = [*SCORER.choice(scorer), *SCORER.arguments(scorer, only=scorer_class(scorer.name).takes)]
         arguments = [
             str(samples), str(output), "--feedback", kind, "--scores", str(scores), "--seed", str(self.config.seed),
-            "--cache", str(cache), "--cache-dir", self.config.cache_dir, *SCORER.choice(scorer), *SCORER.arguments(scorer),
+            "--cache", str(cache), "--cache-dir", self.config.cache_dir, *of_scorer,
             *FEEDBACK.arguments(self.online.feedback),
         ]  # fmt: skip
         arguments += ["--against", str(against)] if scorer.pairwise and against is not None else []

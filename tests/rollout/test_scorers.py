@@ -1,6 +1,7 @@
 """A scorer is one file: what the rest of the code asks of it is what its class declares."""
 
 import ast
+import inspect
 import json
 import os
 import re
@@ -36,7 +37,8 @@ from halos.rollout.scorers.scorer import Option, Scorer
 from halos.rollout.types import Score
 
 class Shout(Scorer):
-    option = Option("--shout", "the number of exclamation marks")
+    option = Option("--shout", "the number of exclamation marks", key="model")
+    takes = ("label", "model", "url")
     loads_model, paths = True, ("model",)
 
     @classmethod
@@ -64,6 +66,7 @@ class Shout(Scorer):
 
 SCORER = Shout
 """
+OWN_KEY = SHOUT.replace("MOST", "settings.loudest").replace('"label"', '"loudest"')
 
 
 def write_samples(path: Path) -> None:
@@ -94,13 +97,18 @@ def test_every_module_is_a_scorer_and_a_name_of_the_schema() -> None:
     for each in map(scorer_class, scorer_names()):
         assert issubclass(each, scorer.Scorer)
         assert each.compares == issubclass(each, scorer.PairwiseScorer)
-        assert {*each.paths, *each.addresses, *filter(None, [each.option.key])} <= keys
+        read = set(re.findall(r"\bsettings\.(\w+)", Path(inspect.getfile(each)).read_text())) - {"name"}
+        assert {*each.paths, *each.addresses, *filter(None, [each.option.key])} <= set(each.takes) == read <= keys
 
 
 def test_a_new_file_is_a_scorer_everywhere(shout: None, configure: Callable[..., Config], tmp_path: Path) -> None:
     words = ["loss=online", "online.loss=grpo", "online.num_processes=2", "online.scorer.name=shout"]
     with pytest.raises(UserError, match=r"^online\.scorer\.label=13: nobody shouts 13 times$"):
         configure(*words, "online.scorer.label=13")
+    idle = "online.scorer.rubric has no effect with online.scorer.name=shout, which takes label, model, url: leave it out"
+    with pytest.raises(UserError, match=f"^{re.escape(idle)}$"):
+        configure(*words, "online.scorer.rubric=r.txt")
+    configure(*words, "online.scorer.rubric=null", "online.scorer.functions=[]", "online.scorer.timeout=30")
     model = tmp_path / "model"
     model.write_text("loud")
     config: Any = configure(*words, "online.scorer.url=http://loud", f"online.scorer.model={model}")
@@ -110,7 +118,8 @@ def test_a_new_file_is_a_scorer_everywhere(shout: None, configure: Callable[...,
     command = Stages(config).label(tmp_path / "s", tmp_path / "f", kind="scalar", scores=tmp_path / "c", cache=tmp_path / "a",
                                    against=None)  # fmt: skip
     assert command[1:3] == ["-m", "accelerate.commands.launch"], "it loads a model on each of two ranks"
-    assert "--shout" in command
+    assert command[command.index("--shout") + 1] == str(model)
+    assert not {"--batch-size", "--processes"} & {*command}, "which it does not take"
     with pytest.raises(UserError, match="nobody asks for shouting"):
         scorer.scorer_of(config, tmp_path / "a").check_prompts([])
 
@@ -139,10 +148,11 @@ def test_what_its_keys_name_is_compared_at_a_resume(
 
 def test_the_stage_labels_with_it(shout: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_samples(tmp_path / "s.jsonl")
-    words = [str(tmp_path / "s.jsonl"), str(tmp_path / "f.jsonl"), "--shout", "--feedback", "scalar"]
+    words = [str(tmp_path / "s.jsonl"), str(tmp_path / "f.jsonl"), "--shout", "loud", "--feedback", "scalar"]
     for more, said in (
         (["--label", "13"], "--label=13: nobody shouts 13 times"),
         (["--feedback", "pairwise", "--pairwise"], "--pairwise needs --judge and --feedback pairwise"),
+        (["--rubric", "r.txt"], "--rubric has no effect with --shout, which takes --label, --url: leave it out"),
     ):
         assert label([*words, *more]) == 2
         assert said in capsys.readouterr().err
@@ -160,7 +170,7 @@ def test_the_manuals_recipe_makes_a_scorer_and_a_key_of_its_own(tmp_path: Path) 
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
     ((file, text),) = re.findall(r"```python\n# in (halos/\S+)\n(.*?)```", (HALOS / "online" / "README.md").read_text(), re.S)
     (tmp_path / file).write_text(text)
-    (tmp_path / "halos" / "rollout" / "scorers" / "shout.py").write_text(SHOUT.replace("MOST", "settings.loudest"))
+    (tmp_path / "halos" / "rollout" / "scorers" / "shout.py").write_text(OWN_KEY)
     for file, before, line in (
         ("config/loss/online.yaml", "  feedback:\n", "    loudest: 2  # exclamation marks that count\n"),
         ("halos/config/schema.py", "\n\n@dataclass\nclass Feedback", "    loudest: int = key(least=1)\n"),
@@ -172,8 +182,8 @@ def test_the_manuals_recipe_makes_a_scorer_and_a_key_of_its_own(tmp_path: Path) 
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     for name, words, scores in (
         ("words", ["--words"], [-1.0, -1.0, -1.0, -1.0]),
-        ("default", ["--shout"], [0.0, 1.0, 2.0, 2.0]),
-        ("loud", ["--shout", "--loudest", "3"], [0.0, 1.0, 2.0, 3.0]),
+        ("default", ["--shout", "loud"], [0.0, 1.0, 2.0, 2.0]),
+        ("loud", ["--shout", "loud", "--loudest", "3"], [0.0, 1.0, 2.0, 3.0]),
     ):
         command = [sys.executable, "-m", "halos.online.label", "s.jsonl", f"{name}.jsonl", *words, "--feedback", "scalar"]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

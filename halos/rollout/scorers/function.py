@@ -30,6 +30,7 @@ class Functions(Scorer):
         "--reward", "a function of halos.online.rewards, a dotted path, or a mapping such as '{function: length, weight: 0.1,"
         " target: 50}'; several are added up", key="functions", metavar="NAME",
     )  # fmt: skip
+    takes = ("functions", "processes", "timeout")
     addresses = ()
 
     @classmethod

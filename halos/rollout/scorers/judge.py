@@ -39,6 +39,9 @@ class Judge(PairwiseScorer):
     """Asks each question only once, across runs: answers are cached in a JSON lines file under a hash of model and question."""
 
     option = Option("--judge", "a model behind an OpenAI-compatible API; its key is OPENAI_API_KEY", key="model", metavar="MODEL")
+    takes = (
+        "model", "url", "pairwise", "rubric", "concurrency", "max_requests", "max_cost", "price_in", "price_out"
+    )  # fmt: skip
     paths = ("rubric",)
     addresses = ("url",)
 

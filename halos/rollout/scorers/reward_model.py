@@ -28,6 +28,7 @@ class RewardModel(Scorer):
     """
 
     option = Option("--reward-model", "a directory or hub id of a sequence classifier", key="model", metavar="DIR")
+    takes = ("model", "label", "batch_size")
     loads_model = True
     paths = ("model",)
     addresses = ()

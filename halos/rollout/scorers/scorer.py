@@ -18,7 +18,8 @@ from halos.rollout.types import Prompt, Sample, Score
 @dataclass(frozen=True, slots=True)
 class Option:
     """The option of halos.online.label that chooses a scorer. Its value becomes that of `key`, one of online.scorer's that takes
-    text or a list; for a list the option may be repeated. Without a key it is a flag."""
+    text or a list; for a list the option may be repeated. Without a key it is a flag. No key that is given so has another option.
+    """
 
     flag: str
     help: str
@@ -45,6 +46,7 @@ class Scorer(ABC):
     """
 
     option: ClassVar[Option]
+    takes: ClassVar[tuple[str, ...]] = ()  # the keys of online.scorer that it reads; others are refused where a user gives them
     loads_model: ClassVar[bool] = False  # it scores with a model in this process; a stage then runs on every rank
     compares: ClassVar[bool] = False  # it can compare two samples (online.scorer.pairwise): a subclass of PairwiseScorer
     paths: ClassVar[tuple[str, ...]] = ()  # keys that name a file or a model: a resume compares what these hold, not the names
