@@ -36,6 +36,12 @@ composed.share()
 COMPOSED = os.environ[composed.VARIABLE]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(
+        key=lambda item: not item.path.is_relative_to(ROOT / "tests" / "launch")
+    )  # the longest first: workers end together
+
+
 def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()  # every full collection would walk what was imported
