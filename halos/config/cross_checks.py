@@ -169,12 +169,14 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
 
 def _scorer(scorer: Scorer, overrides: Sequence[str]) -> str | None:
     kind, typed = scorer_class(scorer.name), {text.lstrip("+~").partition("=")[0] for text in overrides}
+    if complaint := kind.problem(scorer, lambda name: f"online.scorer.{name}"):
+        return complaint
     for name in idle_scorer_keys(scorer):
         key = f"online.scorer.{name}"
         if key in map(renamed_keys.current_name, typed):
             takes = ", ".join(kind.takes) or "no keys"
             return f"{key} has no effect with online.scorer.name={scorer.name}, which takes {takes}: leave it out"
-    return kind.problem(scorer, lambda name: f"online.scorer.{name}")
+    return None
 
 
 def idle_scorer_keys(scorer: Scorer) -> list[str]:
