@@ -14,8 +14,8 @@ __version__ = "0.1.0"
 def train(overrides: Sequence[str]) -> Result:
     """Train in this process, as `python train.py` does with the same overrides: `train(["loss=dpo", "model=tiny", ...])`.
 
-    Restores signal handlers and sys.argv afterwards. Raises UserError for wrong input; a stop signal ends the run
-    with a checkpoint, unless it arrives before the first step, and `status` is "stopped".
+    Restores signal handlers, sys.argv and random number generators afterwards. Raises UserError for wrong input; a stop signal
+    ends the run with a checkpoint, unless it arrives before the first step, and `status` is "stopped".
     """
     from halos.cli.command import train as train_here  # here, so that `import halos` costs nothing
 

@@ -1,6 +1,7 @@
 """The package: `halos.train` in a process of yours, and a wheel that trains where the repository is not."""
 
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -8,7 +9,9 @@ import sys
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 import halos
 from halos.distributed.signals import STOP_SIGNALS
@@ -49,9 +52,16 @@ def test_a_run_that_a_hook_stops_is_stopped_for_the_reason_that_it_gave(
     assert result.final is None
 
 
-def test_a_dry_run_is_checked_and_leaves_nothing(words: list[str], tmp_path: Path) -> None:
-    result = halos.train([*words, "dry_run=true"])
+def test_a_dry_run_is_checked_and_leaves_nothing_on_disk_or_in_the_process(words: list[str], tmp_path: Path) -> None:
+    def generators() -> tuple[object, ...]:
+        return random.getstate(), np.random.get_state()[1].tobytes(), torch.get_rng_state().tolist()
+
+    before = generators()
+    result = halos.train([*words, "dry_run=true", "train.deterministic=true"])
     assert (result.status, result.final, list(tmp_path.iterdir())) == ("checked", None, [])
+    assert generators() == before, "a caller's random search would repeat itself"
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
 
 
 @pytest.mark.parametrize(

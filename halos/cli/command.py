@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from hydra._internal.utils import get_args_parser
 
 from halos.cli import single, sweep
+from halos.cli.caller import restore_determinism, restore_generators
 from halos.cli.compose import ConfigTree
 from halos.cli.overrides import parse
 from halos.cli.result import Result
@@ -49,7 +50,7 @@ def train(overrides: Sequence[str]) -> Result:
     """Start or resume one run inside the caller's process. Raises UserError, for command-line options such as -m too."""
     if options := [each for each in overrides if each.startswith("-")]:
         raise UserError(f"{options[0]} is an option of the command line: train() takes overrides, as in train(['loss=dpo'])")
-    with restore_signals_and_argv():
+    with restore_signals_and_argv(), restore_generators(), restore_determinism():
         refuse_partial_launch()
         refuse_secrets({}, overrides)
         tree, quoted = ConfigTree(), _normalized(overrides)

@@ -9,10 +9,7 @@ import psutil
 import torch
 import yaml
 
-DETERMINISTIC = {  # read by cuBLAS and by flash-attn, before their first call
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "FLASH_ATTENTION_DETERMINISTIC": "1",
-}
+from halos.distributed.environment import DETERMINISTIC
 
 
 @dataclass(frozen=True, slots=True)

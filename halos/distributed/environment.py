@@ -1,4 +1,5 @@
-"""The rank variables that a launcher sets in the environment. Imports no torch, so that wrong input is refused at once."""
+"""The environment: the rank variables that a launcher sets, and those of deterministic kernels. Imports no torch, so that wrong
+input is refused at once."""
 
 import os
 
@@ -6,6 +7,10 @@ from halos.errors import UserError, one_line
 
 RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
 RENDEZVOUS_VARIABLES = (*RANK_VARIABLES, "MASTER_ADDR", "MASTER_PORT")  # a launcher sets all of them
+DETERMINISTIC = {  # read by cuBLAS and by flash-attn, before their first call
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+    "FLASH_ATTENTION_DETERMINISTIC": "1",
+}
 
 
 def count_from_environment(name: str, default: int) -> int:

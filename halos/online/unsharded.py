@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -28,7 +29,13 @@ class Unsharded:
 
     @contextmanager
     def opened(self) -> Iterator[PreTrainedModel]:
-        """The model with the weights of this step. Every rank enters."""
+        """The model with the weights of this step. Every rank enters. torch's generators are left as they were: the skeleton and
+        transformers' continuous batching seed them anew."""
+        device = self.run.accelerator.device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield from self._whole()
+
+    def _whole(self) -> Iterator[PreTrainedModel]:
         strategy, module, model = self.run.strategy, self.run.module, self.run.model
         if not strategy.is_sharded:
             yield bare(model)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from halos.config.schema import Config
 from halos.errors import UserError
@@ -62,7 +63,9 @@ def test_a_completion_is_a_function_of_prompt_and_seed_and_changes_no_step(train
     words = ["loss=sft", "peft=lora", "train.eval_every=null"]
     one, other = trainer(*words, "exp_name=one"), trainer(*words, "exp_name=other")
     asked = ["What is 1 + 1?", [{"role": "user", "content": "Name a number."}], "What is 1 + 1?"]
+    before = torch.get_rng_state()
     greedy = one.run.generate(asked, max_new_tokens=5)
+    assert torch.equal(torch.get_rng_state(), before)
     assert len(greedy) == 3
     assert greedy[0] == greedy[2]
     drawn = one.run.generate(asked, max_new_tokens=5, temperature=1.0, seed=1)
