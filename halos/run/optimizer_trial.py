@@ -1,8 +1,9 @@
 """Try an optimizer on a few small parameters before any weights are read: whether it resumes from its saved state bit for bit,
 whether parameters may be sharded, and how much state it keeps."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
+from numbers import Number
 from typing import Any, Literal
 
 import torch
@@ -52,8 +53,9 @@ def try_out(spec: OptimizerSpec, device: torch.device, layout: Layout) -> dict[s
             module = _Parameters({name: [value] for name, value in start.items()})
             optimizer = _make(module, spec)
             _steps(module, optimizer, gradients, 0, 1)
-            values, state = module.whole(), _saved(module, optimizer)
+            values, state, unsaved = module.whole(), _saved(module, optimizer), _unsaved(optimizer)
             _steps(module, optimizer, gradients, 2)
+            _refuse_lost(unsaved, _unsaved(optimizer), spec)
             resumed = _resumed(values, state, spec, gradients)
             undecayed = _after_all_steps(start, without := replace(spec, weight_decay=0.0), gradients)
         except UserError:
@@ -119,6 +121,37 @@ def _saved(module: _Parameters, optimizer: Optimizer) -> bytes:
                 " use a plain tensor, for a number torch.tensor(0.0)"
             )
     return save({name: value.detach().contiguous() for name, value in state.items() if isinstance(value, Tensor)})
+
+
+def _unsaved(optimizer: Optimizer) -> dict[str, Any]:
+    """Return what the optimizer keeps outside its state, by name: the plain values of its attributes and its groups' settings."""
+    kept = {f"self.{name}": value for name, value in vars(optimizer).items() if name not in ("state", "param_groups", "defaults")}
+    for number, group in enumerate(optimizer.param_groups):
+        settings = {key: value for key, value in group.items() if key not in ("params", "lr") and not isinstance(value, Tensor)}
+        kept |= {f"param_groups[{number}][{key!r}]": value for key, value in settings.items()}
+    return {name: _plain(value) for name, value in kept.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Return a copy to compare of numbers, text and collections of them; None for all else, such as buffers, which every step
+    overwrites."""
+    if isinstance(value, Tensor):
+        return repr(value.item()) if value.numel() == 1 else None
+    if isinstance(value, Mapping):
+        return [(_plain(key), _plain(each)) for key, each in value.items()]
+    if isinstance(value, Sequence | Set) and not isinstance(value, str):
+        return [_plain(each) for each in value]
+    return repr(value) if isinstance(value, Number | str) else None  # text, since nan differs from itself
+
+
+def _refuse_lost(before: Mapping[str, Any], after: Mapping[str, Any], spec: OptimizerSpec) -> None:
+    """Raises UserError for values that steps change and no checkpoint holds: a trial's steps may be too few to show what they are
+    for. What only the first step sets is a cache."""
+    if changed := [name for name, value in after.items() if before.get(name) != value]:
+        raise UserError(
+            f"optim {spec.name}: steps change {', '.join(changed)}, which a checkpoint does not hold: keep everything that a step"
+            " changes in self.state[parameter], a number as torch.tensor(0.0)"
+        )
 
 
 def _resumed(

@@ -178,7 +178,6 @@ class Step(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        self.count += 1
         for group in self.param_groups:
             for parameter in group["params"]:
                 parameter -= group["lr"] * self.move(self, parameter.grad, self.state[parameter], group)
@@ -190,7 +189,31 @@ def counts_in_a_number(self: Step, grad: torch.Tensor, state: Any, group: Any) -
 
 
 def counts_outside_its_state(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.count += 1
     return grad / self.count
+
+
+def acts_after_the_trial(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.count += 1
+    return grad if self.count % 15 else 0.5 * grad  # at the fifth step of three parameters
+
+
+def acts_by_its_group_after_the_trial(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    group["seen"] = [*group.get("seen", ()), 1]
+    return grad if len(group["seen"]) % 10 else 0.5 * grad
+
+
+SEEN: list[int] = []
+
+
+def counts_outside_itself(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    SEEN.append(1)
+    return grad / len(SEEN)
+
+
+def sets_a_cache_once(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.scale = 1.0  # type: ignore[attr-defined]
+    return counts_in_a_tensor(self, grad, state, group)
 
 
 def counts_in_its_group(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
@@ -219,8 +242,11 @@ def fails(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
     ("move", "message"),
     [
         (counts_in_a_number, "keeps 'step' in its state as int.*torch.tensor"),
-        (counts_outside_its_state, "does not resume from its saved state bit for bit"),
-        (counts_in_its_group, "does not resume from its saved state bit for bit|fails on small"),
+        (counts_outside_its_state, r"optim Step: steps change self\.count, which a checkpoint does not hold"),
+        (counts_in_its_group, r"steps change param_groups\[0\]\['k'\]"),
+        (acts_after_the_trial, r"steps change self\.count, which"),
+        (acts_by_its_group_after_the_trial, r"steps change param_groups\[0\]\['seen'\]"),
+        (counts_outside_itself, "does not resume from its saved state bit for bit"),
         (shares_a_tensor, "fails on small parameters: RuntimeError.*share memory"),
         (fails, "fails on small parameters: ZeroDivisionError: of mine"),
         (lambda self, grad, state, group: grad, "optim.weight_decay=0.3: Step has no weight decay"),
@@ -230,7 +256,8 @@ def test_an_optimizer_that_would_not_resume_exactly_is_refused_before_training(m
     tried = replace(spec(), name="Step", make=partial(Step, move=move))
     with pytest.raises(UserError, match=message):
         try_out(tried, CPU, "whole")
-    try_out(replace(tried, make=partial(Step, move=counts_in_a_tensor)), CPU, "whole")
+    for accepted in (counts_in_a_tensor, sets_a_cache_once):
+        try_out(replace(tried, make=partial(Step, move=accepted)), CPU, "whole")
 
 
 def test_a_function_that_returns_no_optimizer_is_refused() -> None:
