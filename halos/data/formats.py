@@ -5,35 +5,49 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from halos.data.contradictions import refuse_contradictions, refuse_weights
 from halos.data.files import Row
 from halos.data.messages import is_learned, turns_of, with_system
 from halos.errors import UserError
 from halos.examples import Comparison, Demonstration, Example, Judgement, Scored, Turns, says_something
 
+# the columns of each form of a row; those with a label or a reward add it
+PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
 _EXPECTED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label (or reward)"
 
 
 def read_example(row: Row, *, score: str) -> Example:
     """Parse a row by its columns. `score` (last or all) selects the assistant turns of `messages` that are scored.
 
-    A HALOs record is recognised by its column `type`. Raises UserError, naming the row, where it is no example.
+    A HALOs record is recognised by its column `type`. Raises UserError, naming the row, where it is no example, or where a column
+    that would be learned from is lost.
     """
     if row.example is not None:
         return _validated(row.example, row.where)
     columns = _columns(row)
+    example, form = _read(columns, row, score)
+    refuse_weights(columns, row.where)
+    if form:
+        refuse_contradictions(columns, form, example, row.where)
+    return example
+
+
+def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tuple[str, ...]]:
+    """Return the example, and the columns of the form that it has; none for HALOs' records, whose `type` names the form."""
     if read := _HALOS.get(str(columns.get("type"))):
-        return read(columns, row.where)
+        return read(columns, row.where), ()
     if {"chosen", "rejected"} <= columns.keys():
-        return _comparison(columns, row.where)
+        return _comparison(columns, row.where), PAIR
     if {"prompt", "completion"} <= columns.keys():
         prompt, completion = _prompt_and_completion(columns, "completion", row.where)
         if "label" in columns:
-            return Judgement(prompt, completion, _label(columns, (0, 1), row.where))
+            return Judgement(prompt, completion, _label(columns, (0, 1), row.where)), (*ANSWERED, "label")
         if "reward" in columns:
-            return _with_reward(columns, prompt, completion, row.where)
-        return Demonstration(prompt, completion)
+            return _with_reward(columns, prompt, completion, row.where), (*ANSWERED, "reward")
+        return Demonstration(prompt, completion), ANSWERED
     if "messages" in columns:
-        return _conversation(turns_of(columns["messages"], "user", "messages", row.where), row.where, score)
+        turns = turns_of(columns["messages"], "user", "messages", row.where)
+        return _conversation(turns, row.where, score), TALK
     empty = [name for name in row.record if name not in columns]
     named = (", ".join(columns) or "none") + (f" (and null: {', '.join(empty)})" if empty else "")
     raise UserError(f"{row.where}: columns found: {named}; a row that can be trained on has {_EXPECTED}")
@@ -48,8 +62,8 @@ def read_prompt(row: Row) -> tuple[Turns, str | None]:
     asked = columns.get("prompt", columns.get("instruction"))
     if asked is not None and not {"completion", "chosen"} & columns.keys():
         return turns_of(asked, "user", "prompt", row.where), answer
-    example = read_example(row, score="last")
-    return example.prompt, answer or _known_answer(example)
+    example, form = _read(columns, row, "last")  # no contradictions are refused: nothing is learned from the row
+    return example.prompt, answer or (None if form and columns.get("label") == 0 else _known_answer(example))
 
 
 def _known_answer(example: Example) -> str | None:
