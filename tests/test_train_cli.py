@@ -138,10 +138,6 @@ def test_a_rank_exits_with_the_status_without_interpreter_shutdown():
     assert (ended.returncode, ended.stdout) == (75, "flushed\n")
 
 
-def test_steps_may_be_given_beside_epochs(cli, build):
-    assert cli(*RUN, "train.steps=3", "train.epochs=2")[0] == 0
-
-
 @pytest.mark.parametrize("status", [0, 1, 75])
 def test_the_exit_status_is_that_of_the_run(cli, build, status):
     build.status = status
@@ -443,8 +439,8 @@ TB = {"_target_": "halos.hooks.trackers.TensorBoard"}
         (["checkpoint.every=7", "checkpoint.keep_last=5"], {"checkpoint.every": [100, 7], "checkpoint.keep_last": [2, 5]}),
         (["checkpoint=default"], {}),
         (["cache_dir=elsewhere"], {"cache_dir": ["CACHE", "elsewhere"]}),
-        (["objective.metric=loss"], {"objective.metric": ["rewards/accuracies", "loss"]}),
-        (["train.early_stopping=3"], {"train.early_stopping": [None, 3]}),
+        (["objective.metric=rewards/margins"], {"objective.metric": ["rewards/accuracies", "rewards/margins"]}),
+        (["train.early_stopping=3", "train.eval_every=3"], {"train.early_stopping": [None, 3], "train.eval_every": [100, 3]}),
         (["+hooks.tb._target_=halos.hooks.trackers.TensorBoard"], {"hooks.tb": [None, TB]}),
         (["hooks.tb._target_=halos.hooks.trackers.TensorBoard"], {"hooks.tb": [None, TB]}),
         (["logging=tensorboard"], {"hooks.tensorboard": [None, TB]}),

@@ -15,6 +15,7 @@ from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Scorer
 from halos.errors import UserError
 
+BETTER_LOW = ("loss", "perplexity", "kl", "router_aux_loss", "value/loss")  # metrics
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
 
 
@@ -32,12 +33,14 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
     """Raises UserError with the first message."""
     complaints = (
         _exp_name(config),
-        _duration(config),
+        _duration(config, overrides),
         _batch(config),
         _peft(config, overrides),
         _quantize(config),
         _tokens(config),
         _evaluation(config),
+        _objective(config, overrides),
+        _idle_evaluation(config, overrides),
         _loraplus(config),
         _lr_by_name(config),
         _resume_changes(config),
@@ -64,9 +67,18 @@ def _exp_name(config: Config) -> str | None:
     return f"exp_name names a directory, so it cannot be {name!r}: use letters, digits, - and _; output_root= is its parent"
 
 
-def _duration(config: Config) -> str | None:
-    if config.train.steps is None and config.train.epochs is None:
+def _typed(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of the command line."""
+    return [text.lstrip("+~").partition("=")[0] for text in overrides]
+
+
+def _duration(config: Config, overrides: Sequence[str]) -> str | None:
+    steps, epochs = config.train.steps, config.train.epochs
+    if steps is None and epochs is None:
         return "train.steps and train.epochs are both null: give one, for example train.steps=100"
+    both = steps is not None and epochs is not None and {"train.steps", "train.epochs"} <= {*_typed(overrides)}
+    if both and config.resume is None:
+        return f"train.steps={steps} and train.epochs={epochs:g} are two lengths of one run: give one of them"
     return None
 
 
@@ -81,8 +93,7 @@ def _batch(config: Config) -> str | None:
 
 
 def _peft(config: Config, overrides: Sequence[str]) -> str | None:
-    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
-    idle = [key for key in keys if key.startswith("peft.") and key != "peft.name"]
+    idle = [key for key in _typed(overrides) if key.startswith("peft.") and key != "peft.name"]
     if config.peft.name == "none" and idle:
         return f"{idle[0]} has no effect with peft=none: add peft=lora, or leave it out"
     for key in ("lora_dropout", "use_dora"):
@@ -123,6 +134,39 @@ def _evaluation(config: Config) -> str | None:
         return f"{key} watches {config.objective.metric} of the evaluation, but data.eval is []: give data.eval, or leave it out"
     if patience and config.train.eval_every is None:
         return f"train.early_stopping={patience} counts evaluations, but train.eval_every is null: give it a number of steps"
+    return None
+
+
+def _objective(config: Config, overrides: Sequence[str]) -> str | None:
+    """A metric chosen by name alone would keep the direction of the loss's own."""
+    metric, typed = config.objective.metric, _typed(overrides)
+    chosen = "objective.metric" in typed and "objective.mode" not in typed
+    if config.objective.mode == "max" and metric in BETTER_LOW and (chosen or metric == "loss"):
+        return f"objective.metric={metric} is better low, and objective.mode is max: add objective.mode=min"
+    return None
+
+
+def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
+    """Settings of the evaluation that would never act in this run."""
+    typed, train, checkpoint = _typed(overrides), config.train, config.checkpoint
+    for entry in config.data.eval if config.resume is None else ():
+        if isinstance(entry, dict) and entry.get("weight", 1) != 1:
+            return f"data.eval: weight={entry['weight']} has no effect, since an evaluation takes every row once: leave it out"
+    saves = checkpoint.get("every") is not None or checkpoint.get("pinned") or "every" not in checkpoint
+    if checkpoint.get("keep_best") and "checkpoint.keep_best" in typed and not saves:
+        return (
+            f"checkpoint.keep_best={checkpoint['keep_best']} chooses among checkpoints, and checkpoint.every is null:"
+            " give it a number of steps, or leave keep_best out"
+        )
+    patience = train.early_stopping
+    if patience is not None and "train.early_stopping" in typed and train.eval_every and train.steps:
+        before_end = train.eval_at_start + (train.steps - 1) // train.eval_every
+        if before_end <= patience:
+            return (
+                f"train.early_stopping={patience} acts at evaluation {patience + 1} or later, and train.eval_every="
+                f"{train.eval_every} gives {before_end} before the end of train.steps={train.steps}: lower train.eval_every,"
+                " or leave it out"
+            )
     return None
 
 
@@ -168,7 +212,7 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
 
 
 def _scorer(scorer: Scorer, overrides: Sequence[str]) -> str | None:
-    kind, typed = scorer_class(scorer.name), {text.lstrip("+~").partition("=")[0] for text in overrides}
+    kind, typed = scorer_class(scorer.name), _typed(overrides)
     if complaint := kind.problem(scorer, lambda name: f"online.scorer.{name}"):
         return complaint
     for name in idle_scorer_keys(scorer):

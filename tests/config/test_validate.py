@@ -175,6 +175,8 @@ WRONG = [
     ({"train__early_stopping": 2, "data__eval": []}, ["train.early_stopping=2", "data.eval"]),
     ({"checkpoint__keep_best": 2, "data__eval": []}, ["checkpoint.keep_best=2", "data.eval"]),
     ({"train__early_stopping": 2, "train__eval_every": None}, ["train.early_stopping=2", "train.eval_every"]),
+    ({"objective__metric": "loss"}, ["objective.metric=loss is better low, and objective.mode is max: add objective.mode=min"]),
+    ({"data__eval": [{"path": "arithmetic", "weight": 2}]}, ["data.eval: weight=2 has no effect", "leave it out"]),
     ({"plugins": ["no_such_package"]}, ["no_such_package", "PYTHONPATH"]),
     ({"hooks__x": {"_target_": "os.system"}}, ["hooks.x._target_", "plugins=[os]"]),
     ({"data__train": ["no.jsonl"]}, ["data.train.0", "no.jsonl"]),
@@ -189,6 +191,33 @@ WRONG = [
     ({"hooks__x": {"_target_": "a.b", "api_key": "x"}}, ["hooks.x.api_key", "WANDB_API_KEY"]),
     ({"data__train": [{"path": "a/b", "hf_token": "x"}]}, ["data.train.0.hf_token", "HF_TOKEN"]),
 ]
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["objective.metric=kl"], ["objective.metric=kl is better low", "objective.mode=min"]),
+        (["train.steps=3", "train.epochs=2"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
+        (["checkpoint.keep_best=3", "checkpoint.every=null"], ["checkpoint.keep_best=3", "checkpoint.every is null"]),
+        (["train.early_stopping=2", "train.steps=200"], ["train.early_stopping=2 acts at evaluation 3", "gives 2 before"]),
+    ],
+)
+def test_what_is_typed_and_would_never_act_is_refused(typed, words):
+    said = message(composed(*RUN, *typed), typed)
+    for word in words:
+        assert word in said
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        ["objective.metric=kl", "objective.mode=max"], ["objective.metric=loss", "objective.mode=min"],
+        ["train.steps=null", "train.epochs=2"], ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
+        ["train.early_stopping=2", "train.steps=201"],
+    ],
+)  # fmt: skip
+def test_what_is_typed_and_acts_is_accepted(typed):
+    validate.check(composed(*RUN, *typed), typed, CHOICES)
 
 
 @pytest.mark.parametrize(("changes", "words"), WRONG, ids=lambda part: str(part)[:60] if isinstance(part, dict) else "")

@@ -194,7 +194,8 @@ def test_a_step_with_a_reward_of_nan_or_a_division_by_zero_is_skipped_and_the_kl
 def test_an_evaluation_loss_that_is_not_finite_is_reported_with_its_rows(
     trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
-    made = trainer("loss=dpo", *WORDS, "objective.metric=loss", "objective.mode=min", "train.early_stopping=2")
+    words = ["objective.metric=loss", "objective.mode=min", "train.early_stopping=2", "train.eval_every=1"]
+    made = trainer("loss=dpo", *WORDS, *words)
     early: Any = made.run.hooks["early_stopping"]
     mend = break_loss(made, lambda values: of_first(values, math.nan) if len(values) == 2 else values)
     made.run.step = 1
