@@ -13,6 +13,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
+from halos.config.plugins import code_hash
 from halos.config.suggest import nearest
 from halos.config.values import MisfitError, describe, fit, show
 from halos.errors import UserError
@@ -47,6 +48,7 @@ def import_target(target: Any, key: str, plugins: Sequence[str], *, example: str
     if name not in vars(module):
         public = [word for word, part in vars(module).items() if getattr(part, "__module__", None) == module_name]
         raise UserError(f"{key}: {module_name} has no {name!r}; it has {', '.join(sorted(public)) or 'nothing to call'}")
+    code_hash(target)  # now that it is imported: an edit from here on is noticed
     return vars(module)[name], module
 
 
