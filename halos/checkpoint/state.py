@@ -23,7 +23,7 @@ from halos.checkpoint import select, sharded
 from halos.distributed.device import uses_gpu
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError, user_errors
-from halos.hooks.base import Run
+from halos.hooks.base import Run, states_of
 
 
 def save_optimizer(directory: Path, flat: dict[str, Any], group: dist.ProcessGroup | None = None) -> None:
@@ -107,7 +107,7 @@ def load_progress(directory: Path, step: int) -> dict[str, Any]:
 
 
 def progress_of(run: Run) -> dict[str, Any]:
-    """Return the part of a run's state that is not tensors."""
+    """Return the part of a run's state that is not tensors. Raises UserError for a hook's state that JSON does not keep."""
     return {
         "step": run.step,
         "examples": run.examples,
@@ -119,7 +119,7 @@ def progress_of(run: Run) -> dict[str, Any]:
         "skipped_steps": run.skipped_steps,
         "finite_at": run.finite_at,
         "world_size": run.accelerator.num_processes,
-        "hooks": {name: hook.state_dict() for name, hook in run.hooks.items()},
+        "hooks": states_of(run.hooks),
     }
 
 

@@ -204,7 +204,7 @@ class Hook(Generic[RunType]):
         """After the loop, however it ended."""
 
     def state_dict(self) -> dict[str, Any]:
-        """State to keep across a resume, as JSON."""
+        """State to keep across a resume: values by name that JSON returns as they are, else the run is refused."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -230,6 +230,29 @@ def call_on_eval(
     for hook in (hook for hook in hooks.values() if hook.records):
         hook.on_eval(run, merged)
     return merged
+
+
+def states_of(hooks: Mapping[str, Hook[Any]]) -> dict[str, dict[str, Any]]:
+    """Return the state of every hook. Raises UserError for one that JSON would change: a resumed run would get another."""
+    states = {name: hook.state_dict() for name, hook in hooks.items()}
+    for name, state in states.items():
+        if not isinstance(state, dict):
+            raise UserError(f"hooks.{name}: state_dict() is of type {type(state).__name__}: return a dict")
+        if changed := _changed_by_json(state, "state_dict()"):
+            raise UserError(f"hooks.{name}: {changed}: it is kept as JSON: numbers, text, lists, and dicts with text keys")
+    return states
+
+
+def _changed_by_json(value: Any, where: str) -> str | None:
+    """Return which key or value inside `value` JSON would change, if any."""
+    if isinstance(value, list | dict):
+        for key, each in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(value, dict) and not isinstance(key, str):
+                return f"{where} has the key {key!r} of type {type(key).__name__}"
+            if changed := _changed_by_json(each, f"{where}[{key!r}]"):
+                return changed
+        return None
+    return None if value is None or isinstance(value, str | int | float) else f"{where} is of type {type(value).__name__}"
 
 
 def _metrics_of(name: str, measured: Any, known: Metrics) -> dict[str, float]:

@@ -29,7 +29,7 @@ from halos.confined import write_whole
 from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPED
 from halos.errors import UserError
-from halos.hooks.base import AnyRun, Hook, call_on_eval
+from halos.hooks.base import AnyRun, Hook, call_on_eval, states_of
 from halos.logs import add_log_file
 from halos.online.plan import OnlinePlan
 from halos.online.round import STATE, Round, RoundResult, sampled_from
@@ -214,7 +214,7 @@ class OnlineRun:
 
     def _hook_states(self) -> dict[str, Any]:
         """The state of every hook, for a resume."""
-        return {name: hook.state_dict() for name, hook in self.hooks.items()}
+        return states_of(self.hooks)
 
     def _saved_hook_states(self) -> dict[str, Any]:
         """The hooks' state after the last completed round, else that of the last start."""

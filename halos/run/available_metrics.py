@@ -1,5 +1,6 @@
 """Which metrics an evaluation yields, found by calling the loss on dummy inputs: other objectives are refused before loading."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,18 @@ from halos.types import Acted, LossInput, Mismatched, RolloutBatch, RolloutInput
 ALWAYS = ("loss", "examples")
 
 
-def refuse_unavailable_objective(config: Config, loss: LossSpec) -> None:
-    """Raises UserError if no evaluation of this loss yields objective.metric, whatever the data."""
+def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequence[str]) -> None:
+    """Raises UserError if no evaluation yields objective.metric, whatever the data: neither by the loss, nor by the hooks named
+    `measuring`, which are not called where there is no evaluation."""
     metric = config.objective.metric
     names = frozenset(EVAL_METRICS) if config.online is not None else metrics_of(loss)
-    if not config.data.eval or names is None or metric in names:
+    if names is None or metric in names or bool(config.data.eval) == bool(measuring):
         return
+    if measuring:
+        raise UserError(
+            f"objective.metric={metric} is not measured with loss={loss.name}, and without evaluation data no hook measures:"
+            f" give data.eval for hooks.{measuring[0]}"
+        )
     near = nearest(metric, names)
     suggestion = f"did you mean {near}? " if near else ""
     raise UserError(

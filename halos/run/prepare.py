@@ -96,8 +96,11 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter is float32
     requested_strategy().refuse_settings(max_grad_norm=config.train.max_grad_norm, trained=trained)
     checkpoint, hooks = hooks_of(config, loss)
-    if config.trainer["_target_"] is None and not any(can_measure(hook) for hook in hooks.values()):
-        refuse_unavailable_objective(config, loss)
+    if config.trainer["_target_"] is None:
+        measuring = [name for name, hook in hooks.items() if can_measure(hook)]
+        refuse_unavailable_objective(config, loss, measuring)
+        if measuring and not config.data.eval and accelerator.is_main_process:
+            log.warning("without data.eval there is no evaluation: on_eval of hooks.%s is not called", ", hooks.".join(measuring))
     directory = RunDir(config.run_dir)
     if accelerator.is_main_process:
         if lock:

@@ -21,7 +21,7 @@ from halos.data.dataset import Dataset
 from halos.data.order import eval_batches
 from halos.errors import UserError
 from halos.examples import Item
-from halos.hooks.base import Run, call_on_eval
+from halos.hooks.base import Run, call_on_eval, states_of
 from halos.metrics import Meter, Window
 from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
 from halos.trainers.memory import peak_mb
@@ -85,6 +85,7 @@ class Trainer(Objective):
         self.prepare()
         if not run.stop and self._evaluation_due():
             self.evaluate()
+        states_of(run.hooks)  # refused before the first step where no checkpoint could keep it
         self._start_window()
         while run.step < run.total_steps and not run.stop:
             self._log(self.step(self.order.batch(run.step)))

@@ -2,16 +2,19 @@
 
 import json
 import logging
+import math
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from halos.config.schema import Config, Objective
 from halos.errors import UserError
+from halos.hooks.base import Hook, states_of
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.trackers import Wandb
 from halos.run.lifecycle import run
@@ -172,3 +175,49 @@ def test_metrics_lost_to_a_full_disk_are_counted_and_the_run_continues(caplog: p
         "metrics.jsonl cannot be writte",
         "2 lines are missing from metri",
     ]
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        ({"seen": {3: 1}}, r"hooks.mine: state_dict\(\)\['seen'\] has the key 3 of type int: it is kept as JSON"),
+        ({"seen": [1, (2, 3)]}, r"state_dict\(\)\['seen'\]\[1\] is of type tuple"),
+        ({"count": np.int64(3)}, r"state_dict\(\)\['count'\] is of type int64"),
+        (None, r"hooks.mine: state_dict\(\) is of type NoneType: return a dict"),
+    ],
+)
+def test_a_state_that_json_would_change_is_refused_by_hook_and_key(state: Any, said: str) -> None:
+    fine = {"best": math.nan, "seen": {"3": [1, 2.5, None, True]}, "name": "x", "mean": np.float64(0.1)}
+    assert states_of({"mine": Stateful(fine)}) == {"mine": fine}
+    with pytest.raises(UserError, match=said):
+        states_of({"mine": Stateful(state)})
+
+
+def test_a_state_that_no_checkpoint_can_keep_stops_the_run_before_the_first_step_or_before_the_checkpoint(
+    trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    words = ["loss=sft", "data.eval=[]", "train.steps=3", "train.batch_size=4", "checkpoint.every=1"]
+    made = trainer(*words)
+    mine = made.run.hooks["mine"] = Stateful({"seen": {1: 1}})
+    with pytest.raises(UserError, match=r"hooks\.mine: .* has the key 1 of type int"):
+        made.fit()
+    assert made.run.step == 0
+    mine.state, mine.bad_after = {}, 2
+    with pytest.raises(UserError, match=r"hooks.mine: state_dict\(\)\['steps'\] is of type set"):
+        made.fit()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+    made.run.call_hooks(lambda hook: hook.on_end(made.run))
+
+
+class Stateful(Hook):
+    """Has the given state; after `bad_after` steps one that JSON cannot hold."""
+
+    def __init__(self, state: Any) -> None:
+        self.state, self.bad_after = state, 99
+
+    def on_step(self, run: Any, metrics: Any) -> None:
+        if run.step == self.bad_after:
+            self.state = {"steps": {run.step}}
+
+    def state_dict(self) -> Any:
+        return self.state

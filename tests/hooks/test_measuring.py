@@ -84,13 +84,29 @@ def test_a_reward_model_does_not_generate(trainer: Callable[..., Trainer]) -> No
         trainer("loss=reward").run.generate(["a"], max_new_tokens=1)
 
 
-def test_an_objective_that_no_hook_measures_is_refused_at_the_first_evaluation(
-    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run with a hook that measures."""
     code = "from halos.hooks.base import Hook\n\nclass Mine(Hook):\n    def on_eval(self, run, metrics): return {'mine': 1}\n"
     (tmp_path / "measuring.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    words = ["loss=sft", "+hooks.mine._target_=measuring.Mine", "plugins=[measuring]", "train.steps=1"]
+    return ["loss=sft", "+hooks.mine._target_=measuring.Mine", "plugins=[measuring]", "train.steps=1"]
+
+
+def test_without_evaluation_data_a_hook_that_measures_is_announced_as_idle_and_is_no_objective(
+    configure: Callable[..., Config], words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*words, "data.eval=[]", "dry_run=true"]
+    assert run(configure(*words), []) == 0
+    said = "".join(capsys.readouterr())
+    assert said.count("without data.eval there is no evaluation: on_eval of hooks.mine is not called\n") == 1
+    with pytest.raises(UserError, match=r"objective\.metric=mine is not measured.*give data\.eval for hooks\.mine"):
+        run(configure(*words, "objective.metric=mine"), [])
+
+
+def test_an_objective_that_no_hook_measures_is_refused_at_the_first_evaluation(
+    configure: Callable[..., Config], words: list[str]
+) -> None:
     assert run(configure(*words, "objective.metric=mine", "exp_name=right"), []) == 0
     with pytest.raises(UserError, match="metric=min is not measured; there are examples, logps/completion, loss, mine, "):
         run(configure(*words, "objective.metric=min", "exp_name=wrong"), [])
