@@ -720,9 +720,10 @@ def test_help_and_config_can_be_shown_for_a_choice(cli):
 def test_a_users_own_directory_adds_choices(cli, build, refused):
     Path("mine/loss").mkdir(parents=True)
     Path("mine/loss/soft.yaml").write_text(
-        "# @package _global_\ndefaults:\n  - dpo\n  - _self_\nloss:\n  beta: 0.01\n", encoding="utf-8"
+        "# @package _global_\ndefaults:\n  - dpo\n  - _self_\nseed: 7\nloss:\n  beta: 0.01\n", encoding="utf-8"
     )
     assert cli("--config-dir", "mine", "loss=soft", *RUN[1:])[0] == 0
-    assert build.calls.pop()[0].loss["beta"] == 0.01
+    config = build.calls.pop()[0]
+    assert (config.loss["beta"], config.seed) == (0.01, 7), "a choice overrides the values of config.yaml"
     Path("mine/loss/bad.yaml").write_text("# @package _global_\nloss: [", encoding="utf-8")
     assert "bad" in refused("--config-dir", "mine", "loss=bad", *RUN[1:])
