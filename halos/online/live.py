@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 RETRY_OFFSET = 100_003  # in batches of prompts: where the prompts of a further attempt at a step are taken from
 ATTEMPTS = 10  # the first at the step's own prompts, the others at further ones, while no sample is better than another
+WITHOUT_SCORE = "samples/without_score"  # the fraction of a step's samples
 
 
 class LiveRows:
@@ -104,18 +105,26 @@ class RolloutSource:
         self.scorer, self.engine = scorer, PolicyEngine(run, server, policy)
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
         self.rows = LiveRows(loss.inputs.example)
+        self._warned = False  # of samples without a score
 
     def batch(self, number: int) -> np.ndarray:
         """Sample the rows of step `number`, counted from 0; return their indices, which are all of `rows`."""
+        sampled, without = 0, list[Rollout]()
         for attempt in range(ATTEMPTS):
             chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=self.prompts.per_step,
                                samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
-            self._fill(self._collect(chosen, (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt))
+            rollouts = self._collect(chosen, (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt)
+            sampled, without = sampled + len(rollouts), [*without, *_without_score(rollouts)]
+            self._fill(rollouts)
             if len(self.rows):
+                self.run.window.add({WITHOUT_SCORE: (len(without), sampled)})
                 return np.arange(len(self.rows))
+        if len(without) == sampled:
+            raise UserError(f"step {number}: none of {sampled} samples has a score: {without[0].score.problem}")
+        lack = f"; {len(without)} of {sampled} had no score: {without[0].score.problem}" if without else ""
         raise UserError(
             f"step {number}: in {ATTEMPTS} batches of prompts no sample was better than another: more online.samples_per_prompt,"
-            " a higher temperature, or other prompts"
+            f" a higher temperature, or other prompts{lack}"
         )
 
     def evaluate(self) -> dict[str, float]:
@@ -133,7 +142,12 @@ class RolloutSource:
         return {**metrics, "examples": len(rollouts)}
 
     def _collect(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        return collect(self.prompts.requests(prompts, seed), self.engine.opened, self.scorer, self.ranks)
+        rollouts = collect(self.prompts.requests(prompts, seed), self.engine.opened, self.scorer, self.ranks)
+        if (without := _without_score(rollouts)) and not self._warned:
+            self._warned = True
+            log.warning("step %d: %d of %d samples have no score, and are left out: %s. The metric %s counts them",
+                        self.run.step, len(without), len(rollouts), without[0].score.problem, WITHOUT_SCORE)  # fmt: skip
+        return rollouts
 
     def _write_examples(self, rollouts: Sequence[Rollout]) -> None:
         """Write samples.md; on a full disk warn, and let the run continue."""
@@ -150,6 +164,10 @@ class RolloutSource:
         usable = usable_feedback(result, self.rows.kind)
         items = [_item(each, f"{each.prompt_id}#{number}") for number, each in enumerate(usable)]
         self.rows.fill(items, np.array([numbers[each.prompt_id] for each in usable], np.int64))
+
+
+def _without_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    return [rollout for rollout in rollouts if rollout.score.value is None]
 
 
 def usable_feedback(given: Sequence[feedback.Feedback], kind: type[Example]) -> list[feedback.Feedback]:

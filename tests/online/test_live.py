@@ -112,6 +112,30 @@ def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:
     assert usable_feedback(labels, Judgement) == labels
 
 
+def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_ends_the_run(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ownrewards.py").write_text(
+        "def odd(completion, row):\n    if len(completion) % 2: raise ValueError('odd')\n    return float(len(completion))\n"
+        "def none(completion, row): return float('nan')\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def start(name: str, *words: str) -> int:
+        own = [f"online.scorer.functions=[ownrewards.{name}]", "plugins=[ownrewards]", f"exp_name={name}"]
+        shared = [*SMALL, "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}"]
+        return train.start([*shared, *LIVE, "online.steps=2", "online.scorer.processes=1", *own, *words])
+
+    assert start("odd") == 0
+    lacking = [row["samples/without_score"] for row in rows(tmp_path / "odd", "train")]
+    assert all(0 < part < 1 and (part * 12).is_integer() for part in lacking), "of 12 samples a step"
+    text = (tmp_path / "odd" / "train.log").read_text()
+    [line] = [line for line in text.splitlines() if "have no score" in line]
+    assert f"step 0: {round(lacking[0] * 12)} of 12 samples have no score, and are left out: ownrewards.odd raised" in line
+    with pytest.raises(UserError, match=r"step 0: none of 120 samples has a score: ownrewards.none returned nan, which"):
+        start("none", "online.feedback.drop_equal=true")
+
+
 def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
     for words, said in (
         (["online.loss=kto"], "for which it needs online.rounds"),
