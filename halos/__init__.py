@@ -15,7 +15,8 @@ def train(overrides: Sequence[str]) -> Result:
     """Train in this process, as `python train.py` does with the same overrides: `train(["loss=dpo", "model=tiny", ...])`.
 
     Restores signal handlers, sys.argv and random number generators afterwards. Raises UserError for wrong input; a stop signal
-    ends the run with a checkpoint, unless it arrives before the first step, and `status` is "stopped".
+    ends the run with a checkpoint, unless it arrives before the first step, and `status` is "stopped". In another thread than
+    the main one no signal reaches it.
     """
     from halos.cli.command import train as train_here  # here, so that `import halos` costs nothing
 

@@ -1,11 +1,13 @@
 """The package: `halos.train` in a process of yours, and a wheel that trains where the repository is not."""
 
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import zipfile
 from pathlib import Path
 
@@ -50,6 +52,18 @@ def test_a_run_that_a_hook_stops_is_stopped_for_the_reason_that_it_gave(
     result = halos.train([*words, "plugins=[at_once]", "+hooks.own._target_=at_once.AtOnce"])
     assert (result.status, result.exit_status, result.step, result.reason) == ("stopped", 1, 1, "seen enough")
     assert result.final is None
+
+
+def test_runs_of_one_process_may_differ_in_precision_and_be_in_another_thread(words: list[str]) -> None:
+    results = []
+    for number, precision in enumerate(("float32", "bfloat16", "float32")):
+        again = [*words, f"exp_name=run{number}", f"train.precision={precision}", "checkpoint.every=null"]
+        thread = threading.Thread(target=lambda again=again: results.append(halos.train(again)))
+        thread.start()
+        thread.join()
+    assert [result.status for result in results] == ["finished"] * 3
+    losses = [json.loads((result.run_dir / "metrics.jsonl").read_text().splitlines()[-1])["loss"] for result in results]
+    assert losses[0] == losses[2] != losses[1]
 
 
 def test_a_dry_run_is_checked_and_leaves_nothing_on_disk_or_in_the_process(words: list[str], tmp_path: Path) -> None:

@@ -301,7 +301,9 @@ def left(desk: Path) -> Iterator[None]:
         for name in ("dpo", "kto", "sft", "sweep/a", "sweep/b"):
             shutil.copytree(demo, demo.parent / name)
         save_model(Path("runs/reward/FINAL"), "Llama", "AutoModelForSequenceClassification")
-        shutil.copytree(next((desk / "cache" / "models").glob("tiny-*")), "where/the/base/is/now")
+        from halos.models.locate import locate
+
+        shutil.copytree(locate("tiny", None, desk / "cache"), "where/the/base/is/now")
     yield
     shutil.rmtree(desk / "runs", ignore_errors=True)
 

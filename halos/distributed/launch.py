@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from halos.distributed.device import (
@@ -53,6 +54,8 @@ def make_accelerator(precision: str, dtype: str = "auto", *, deterministic: bool
     if mixed is None:
         mixed = "bf16" if has_bfloat16() else "no"
     form_process_group()
+    if AcceleratorState._shared_state.get("_mixed_precision") not in (None, mixed):
+        AcceleratorState._reset_state()  # of an earlier run in this process
     with _hidden(strategy.hidden_from_accelerate):
         accelerator = Accelerator(
             cpu=not uses_gpu(),

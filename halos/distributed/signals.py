@@ -49,8 +49,9 @@ class StopRequest:
                 signal.raise_signal(number)
             self._request(signal.Signals(number).name)
 
-        for number in signals:
-            signal.signal(number, handle)
+        if _in_main_thread():
+            for number in signals:
+                signal.signal(number, handle)
 
     def listen_for_launcher_death(self) -> None:
         """Treat ORPHANED as a stop request; the kernel sends it once for each thread of the launcher."""
@@ -59,7 +60,8 @@ class StopRequest:
             signal.signal(number, signal.SIG_IGN)  # the other threads' copies
             self._request("its launcher has died")
 
-        signal.signal(ORPHANED, handle)
+        if _in_main_thread():
+            signal.signal(ORPHANED, handle)
 
     def _request(self, reason: str) -> None:
         self.count += 1
@@ -69,11 +71,17 @@ class StopRequest:
                 self._on_request(reason)
 
 
+def _in_main_thread() -> bool:
+    """Only there may Python set signal handlers: in another thread of a user's program, no signal stops a run."""
+    return threading.current_thread() is threading.main_thread()
+
+
 @contextmanager
 def restore_signals_and_argv() -> Iterator[None]:
     """Restore signal handlers and sys.argv afterwards: for a run inside somebody else's process."""
-    argv, main = sys.argv, threading.current_thread() is threading.main_thread()
-    handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, ORPHANED)} if main else {}
+    argv, handlers = sys.argv, {}
+    if _in_main_thread():
+        handlers = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, ORPHANED)}
     try:
         yield
     finally:

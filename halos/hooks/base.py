@@ -103,12 +103,18 @@ class Run:
     @property
     def failed(self) -> bool:
         """Whether the run ends because its weights or data are broken: nothing more is saved."""
-        return self.stop is not None and self.stop.failed
+        return self._stop is not None and self._stop.failed
 
     @property
     def stopped_early(self) -> bool:
         """Whether the run ends before it is finished: it leaves a checkpoint, and no FINAL."""
-        return self.stop is not None and not self.stop.finished
+        return self._stop is not None and not self._stop.finished
+
+    @property
+    def _stop(self) -> Stop | None:
+        if not isinstance(self.stop, Stop | None):
+            raise UserError(f"a hook has set run.stop to {self.stop!r}: set it to halos.hooks.base.Stop(reason, finished=...)")
+        return self.stop
 
     def sync_stop_request(self) -> None:
         """All-reduce the stop request: saving needs every rank, so a signal to one stops all. Every rank calls."""

@@ -88,7 +88,7 @@ class Trainer(Objective):
         states_of(run.hooks)  # refused before the first step where no checkpoint could keep it
         self._start_window()
         while run.step < run.total_steps and not run.stop:
-            self._log(self.step(self.order.batch(run.step)))
+            self._log(self._one_step())
             if run.step == run.total_steps or run.stop:
                 break
             if self._evaluation_due():
@@ -101,6 +101,15 @@ class Trainer(Objective):
         if run.failed or (not run.stopped_early and self.guard.refuse_final()):
             return  # earlier checkpoints stay
         checkpointer.finish()
+
+    def _one_step(self) -> Totals:
+        """Raises UserError where a subclass's `step` does not do what the loop relies on."""
+        run, before = self.run, self.run.step
+        totals = self.step(self.order.batch(before))
+        if not isinstance(totals, Mapping) or run.step != before + 1:
+            got = f"{type(totals).__name__}" if not isinstance(totals, Mapping) else f"with run.step={run.step}, from {before}"
+            raise UserError(f"{type(self).__name__}.step returned {got}: return what super().step(indices) returns, called once")
+        return totals
 
     def step(self, indices: np.ndarray) -> Totals:
         """One optimizer step over a global batch: the sum of its losses over the loss's denominator in the whole batch.

@@ -15,6 +15,7 @@ from halos.examples import Item, PackRow
 from halos.hooks.base import Run
 from halos.logps.model import initial_policy
 from halos.logps.router import RouterLoss
+from halos.trainers.loss_checks import checked_loss, checked_statistics
 from halos.trainers.microbatches import MicroBatch, Split, gather_in_order, split_into_microbatches
 from halos.types import Loss, Mean, Mismatched, Sequences
 
@@ -68,7 +69,7 @@ class Objective:
                 arguments = self._forward(rows, Mismatched)
             else:
                 arguments = self._arguments(microbatch)
-            values = self.loss.statistics(*arguments)
+            values = checked_statistics(self.loss.statistics(*arguments), self.loss.name, len(microbatch.items))
             parts.append(values[: len(values) if microbatch.weight else 0])
         return gather_in_order(torch.cat(parts), total, self.run.accelerator)
 
@@ -93,8 +94,10 @@ class Objective:
             # a single micro-batch: the loss's own forward pass gives its statistics too
             with torch.no_grad():
                 values = self.loss.statistics(*(argument.detach() for argument in arguments))
+            values = checked_statistics(values, self.loss.name, len(microbatch.items))
             statistics = gather_in_order(values[: len(values) if microbatch.weight else 0], total, self.run.accelerator)
-        return self.loss.function(*arguments, *([statistics] if statistics is not None else []))
+        loss = self.loss.function(*arguments, *([statistics] if statistics is not None else []))
+        return checked_loss(loss, self.loss.name, arguments[0], len(microbatch.items))
 
     def _means(self, loss: Loss, microbatch: MicroBatch) -> dict[str, Mean]:
         denominator = len(microbatch.items) if loss.per == "item" else microbatch.num_scored

@@ -19,6 +19,7 @@ from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.hooks.kl import KLCoefficient
 from halos.trainers.base import Totals, Trainer
+from halos.trainers.loss_checks import refuse_metrics
 from halos.trainers.microbatches import MicroBatch, Split
 from halos.trainers.rollout_cache import Ragged, RolloutCache, load, save
 from halos.types import Acted, Estimates, Loss, Mean, RolloutBatch, RolloutInput, Sampled, TokenLogps
@@ -206,6 +207,7 @@ class PolicyGradientTrainer(Trainer):
         estimates: Estimates = self.loss.advantages(sampled, **adapted)
         if values is not None and estimates.returns is None:
             raise UserError(f"{self.loss.name} has a value head, but its `advantages` returns no returns for it to learn")
+        refuse_metrics(estimates.metrics, self.loss.name)
         advantages, returns, metrics = estimates.advantages.float(), estimates.returns, dict(estimates.metrics)
         return RolloutBatch(old, rewards.float(), advantages, reference, returns, values, metrics)
 

@@ -21,6 +21,7 @@ from halos.checkpoint import __main__ as cli
 from halos.checkpoint import lineage, manifest, select, state
 from halos.cli import resume, single
 from halos.errors import UserError
+from halos.models.locate import locate
 from halos.report.read import read_runs
 from halos.run.lifecycle import run as begin
 from halos.rundir import RunDir
@@ -408,7 +409,7 @@ def test_a_strangers_base_or_adapter_is_not_merged_and_runs_no_code(
     run: Path, outside: Path, tmp_path: Path, cache: Path, plant: Any, words: list[str],
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    [built] = (cache / "models").glob("tiny-*")
+    built = locate("tiny", None, cache)
     base, adapter = shutil.copytree(built, tmp_path / "base"), shutil.copytree(run / STEP / "adapter", tmp_path / "adapter")
     plant(adapter, base, outside)
     given = [*words, str(base)] if words else []

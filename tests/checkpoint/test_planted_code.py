@@ -13,6 +13,7 @@ import train
 from halos.checkpoint import manifest, select
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.models.locate import locate
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
 
@@ -106,9 +107,8 @@ def test_a_base_model_that_lies_in_the_run_runs_none_of_its_code(
 ) -> None:
     directory, _ = begun(configure)
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # a user who answers yes to whatever is asked
-    [built] = (cache / "models").glob("tiny-*")
     planted = directory / "base"
-    shutil.copytree(built, planted)
+    shutil.copytree(locate("tiny", None, cache), planted)
     for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
         (planted / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass {name}: ...")
     edited(planted / "tokenizer_config.json", **({"auto_map": AUTO, "tokenizer_class": "Evil"} if what == "tokenizer" else {}))

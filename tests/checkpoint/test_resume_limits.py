@@ -88,13 +88,13 @@ def test_a_change_outlives_the_attempt_that_made_it(configure: Callable[..., Con
 def test_an_allowed_change_of_the_mathematics_is_loud_and_on_record(tmp_path: Path, cache: Path) -> None:
     directory = tmp_path / "run"
     overrides = [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=6", "exp_name=run"]
-    killed(3, overrides)
+    killed(5, overrides)
     before = everything(directory)
     told = refused(f"resume={directory}", "seed=3", "optim.lr=1e-2", "train.steps=8", "train.log_every=1")
     assert all(part in told for part in ("seed 0 -> 3", "optim.lr 0.001 -> 0.01", "train.steps 6 -> 8", "cosine"))
     assert everything(directory) == before
     assert train.start([f"resume={directory}", "optim.lr=1e-2", "resume_changes=allow"]) == 0
-    assert "CHANGED WHAT THE RUN COMPUTES, from step 2 on: optim.lr 0.001 -> 0.01" in (directory / "train.log").read_text()
+    assert "CHANGED WHAT THE RUN COMPUTES, from step 4 on: optim.lr 0.001 -> 0.01" in (directory / "train.log").read_text()
     assert attempt(directory, 1)["changed"] == {"optim.lr": [0.001, 0.01]}
     assert max(row.get("lr", 0) for row in rows(directory)) > 0.001
 

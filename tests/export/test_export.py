@@ -27,6 +27,7 @@ from halos.export import export, hub
 from halos.merge import expected
 from halos.models import tiny
 from halos.models.load import read_config
+from halos.models.locate import locate
 from halos.run.lifecycle import run
 from tests import mixtures
 
@@ -193,7 +194,7 @@ def test_the_lineage_goes_on_through_a_second_stage(runs: Path, cache: Path) -> 
     assert chain is not None
     first, second = chain["runs"]
     assert (first["loss"], second["loss"]) == ("sft", "dpo")
-    base = next((cache / "models").glob("tiny-*"))
+    base = locate("tiny", None, cache)
     assert first["base"]["sha256"] == lineage.identity(base)
     assert second["base"]["sha256"] == lineage.identity(runs / "lora" / "FINAL") == first["result"]["model"]
     assert "changed" not in second["base"]
