@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
         assert isinstance(scorer, PairwiseScorer)
         return compare(args, samples, scorer, ranks)
     scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
-    file = ResumableFile(scores, {"samples": digest(args.samples), **scorer.request()}, rank=ranks.rank)
+    request = {"samples": digest(args.samples), **scorer.request()}
+    file = ResumableFile(scores, request, rank=ranks.rank, recorded_since=scorer.recorded_since)
     if not ranks.from_rank_0(file.is_done()):
         open_on_all_ranks(file, ranks)
         _score(samples, scorer, file, ranks)

@@ -52,7 +52,7 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
     against = [Sample.from_row(row, f"{args.against}:{number}") for number, row in enumerate(others, 1)]
     opponents = digest(args.against) if args.against else None
     request = {"samples": digest(args.samples), "against": opponents, "seed": args.seed, **scorer.request()}
-    file = ResumableFile(args.feedback, request)
+    file = ResumableFile(args.feedback, request, recorded_since=scorer.recorded_since)
     if file.is_done():
         return 0
     file.open()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -75,11 +75,15 @@ class ResumableFile:
 
     Rows are appended to files in `<name>.partial/`, one per rank; lines that a crash cut off are dropped. With all rows there,
     `finish` writes the file itself, in the requested order, and next to it `<name>.meta.json`. The request is written first, so
-    that rows of another request are never mixed in.
+    that rows of another request are never mixed in. What older versions did not record, `recorded_since` of its entries, is not
+    compared with a file that lacks it.
     """
 
-    def __init__(self, path: Path, request: Mapping[str, Any], *, rank: int = 0) -> None:
+    def __init__(
+        self, path: Path, request: Mapping[str, Any], *, rank: int = 0, recorded_since: Collection[str] = ()
+    ) -> None:  # fmt: skip
         self.path, self.request, self.rank = path, json.loads(json.dumps(request)), rank
+        self.recorded_since = recorded_since
         self.partial = path.with_name(f"{path.name}.partial")
         self.rows: dict[Hashable, Row] = {}
 
@@ -87,11 +91,17 @@ class ResumableFile:
         """Whether the file exists for this request. Raises UserError where it is of another request."""
         if not self.path.is_file():
             return False
-        if (recorded := read_meta(self.path).get("request")) != self.request:
+        if (recorded := self._comparable(read_meta(self.path).get("request"))) != self.request:
             raise UserError(
                 f"{self.path} exists already, and {_difference(recorded, self.request)}: delete it, or name another file"
             )
         return True
+
+    def _comparable(self, recorded: Any) -> Any:
+        """Return a recorded request with this one's values for what its version did not record."""
+        if not isinstance(recorded, Mapping):
+            return recorded
+        return {**{name: self.request[name] for name in self.recorded_since if name in self.request}, **recorded}
 
     def open(self) -> None:
         """Read the rows that earlier attempts left. Raises UserError where they are of another request."""
@@ -101,7 +111,7 @@ class ResumableFile:
                 recorded = confined.load_json(request, within=self.partial.parent)
             except UnreadableError as error:
                 raise UserError(f"{request} cannot be read: delete {self.partial}, and its rows are made again") from error
-            if recorded != self.request:
+            if (recorded := self._comparable(recorded)) != self.request:
                 raise UserError(f"{self.partial} was begun already, and {_difference(recorded, self.request)}: delete it")
         elif self.rank == 0:
             self.partial.mkdir(parents=True, exist_ok=True)

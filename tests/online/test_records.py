@@ -70,6 +70,19 @@ def test_another_request_is_refused_by_what_differs(tmp_path: Path) -> None:
         ResumableFile(path, REQUEST).is_done()
 
 
+def test_what_an_older_version_did_not_record_is_not_compared(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    ResumableFile(path, REQUEST).open()
+    again = ResumableFile(path, {**REQUEST, "code": "c"}, recorded_since=("code",))
+    again.open()
+    again.add({"a": {"n": 1}})
+    with pytest.raises(UserError, match="its seed was 0, not 1"):
+        ResumableFile(path, {"code": "c", **REQUEST, "seed": 1}, recorded_since=("code",)).open()
+    again.finish(["a"], {})
+    with pytest.raises(UserError, match="its code was c, not d"):
+        ResumableFile(path, {**REQUEST, "code": "d"}, recorded_since=("code",)).is_done()
+
+
 def test_both_kinds_of_file_are_read_and_anything_else_is_refused_by_name(tmp_path: Path) -> None:
     rows = [{"a": "ä"}, {"a": 2}]
     for name in ("x.json", "x.jsonl"):

@@ -1,5 +1,6 @@
 """Verifiable rewards: correct, and isolated from the run."""
 
+import sys
 from inspect import isfunction
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,23 @@ def test_several_are_added_up_with_their_weights(mine: str) -> None:
     found = scores(of(*parts, plugins=(mine,)), "abc")["abc"]
     assert found.value == 0.5 * 6 + 1
     assert found.parts == {"good": 6.0, "ends": 1.0}
+
+
+def test_scores_are_of_the_code_that_a_users_function_imports_too(mine: str, tmp_path: Path) -> None:
+    (tmp_path / "ownhelper.py").write_text("TIMES = 1\n")
+    with (tmp_path / "ownrewards.py").open("a") as file:
+        file.write("from ownhelper import TIMES\n")
+
+    def request() -> dict[str, Any]:
+        for name in ("ownrewards", "ownhelper"):
+            sys.modules.pop(name, None)  # as in a new process
+        return of(f"{mine}.good", "ends", plugins=(mine,)).request()
+
+    before = request()
+    assert request() == before
+    (tmp_path / "ownhelper.py").write_text("TIMES = 20\n")
+    assert request() != before
+    assert of("ends").request().keys() == {"functions", "timeout"}
 
 
 def test_workers_stay_for_the_next_call(mine: str) -> None:

@@ -32,6 +32,7 @@ class Functions(Scorer):
     )  # fmt: skip
     takes = ("functions", "processes", "timeout")
     addresses = ()
+    recorded_since = ("code",)
 
     @classmethod
     def content(cls, settings: Settings, *, plugins: Sequence[str], cache: Path) -> dict[str, str | None]:
@@ -75,9 +76,10 @@ class Functions(Scorer):
                           for part in self.parts)  # fmt: skip
 
     def request(self) -> dict[str, Any]:
-        """Everything that decides the scores, the functions' source code included."""
+        """Everything that decides the scores, the functions' source code and all that a user's own import included."""
+        codes = {part.path: code for part in self.parts if (code := code_hash(part.path)) is not None}
         return {"functions": [[part.path, part.weight, dict(part.settings), source_hash(part.path)] for part in self.parts],
-                "timeout": self.settings.timeout}  # fmt: skip
+                **({"code": json_hash(codes)} if codes else {}), "timeout": self.settings.timeout}  # fmt: skip
 
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         """Yield scores as they come; each worker scores one sample at a time."""

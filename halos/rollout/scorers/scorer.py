@@ -51,6 +51,7 @@ class Scorer(ABC):
     compares: ClassVar[bool] = False  # it can compare two samples (online.scorer.pairwise): a subclass of PairwiseScorer
     paths: ClassVar[tuple[str, ...]] = ()  # keys that name a file or a model: a resume compares what these hold, not the names
     addresses: ClassVar[tuple[str, ...]] = ("url",)  # keys that name servers: never taken from a saved run
+    recorded_since: ClassVar[tuple[str, ...]] = ()  # entries of its request that older versions did not record
 
     @classmethod
     def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
