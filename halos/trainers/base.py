@@ -85,10 +85,13 @@ class Trainer(Objective):
         self.prepare()
         if not run.stop and self._evaluation_due():
             self.evaluate()
-        states_of(run.hooks)  # refused before the first step where no checkpoint could keep it
+        states_of(run.hooks)  # refuses one that no checkpoint could keep
         self._start_window()
+        first = run.step + 1
         while run.step < run.total_steps and not run.stop:
             self._log(self._one_step())
+            if run.step == first:
+                states_of(run.hooks)  # again, since the first save may be hours away
             if run.step == run.total_steps or run.stop:
                 break
             if self._evaluation_due():

@@ -193,7 +193,7 @@ def test_a_state_that_json_would_change_is_refused_by_hook_and_key(state: Any, s
         states_of({"mine": Stateful(state)})
 
 
-def test_a_state_that_no_checkpoint_can_keep_stops_the_run_before_the_first_step_or_before_the_checkpoint(
+def test_a_state_that_no_checkpoint_can_keep_stops_the_run_around_the_first_step_or_before_the_checkpoint(
     trainer: Callable[..., Trainer], tmp_path: Path
 ) -> None:
     words = ["loss=sft", "data.eval=[]", "train.steps=3", "train.batch_size=4", "checkpoint.every=1"]
@@ -202,7 +202,11 @@ def test_a_state_that_no_checkpoint_can_keep_stops_the_run_before_the_first_step
     with pytest.raises(UserError, match=r"hooks\.mine: .* has the key 1 of type int"):
         made.fit()
     assert made.run.step == 0
-    mine.state, mine.bad_after = {}, 2
+    mine.state, mine.bad_after = {}, 1
+    with pytest.raises(UserError, match=r"is of type set"):
+        made.fit()
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    made.run.step, mine.state, mine.bad_after = 0, {}, 2
     with pytest.raises(UserError, match=r"hooks.mine: state_dict\(\)\['steps'\] is of type set"):
         made.fit()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
