@@ -11,6 +11,7 @@ from halos.config.resume_policy import Change
 from halos.hashes import short
 
 ROWS = ("data.train", "data.eval")  # keys whose hash is of the tokenised rows
+CODE = ("loss._target_", "optim._target_", "schedule._target_", "trainer._target_", "data.format", "online.scorer.functions")
 RECORDED = ("content", "sources")  # keys of an attempt's record and of a lineage
 
 
@@ -43,6 +44,10 @@ class ContentHashes:
             return None
         hashes = run.get("content")
         return cls(_by_key(hashes) if isinstance(hashes, Mapping) else {"model.weights": base.get("sha256")}, dict(data))
+
+    def has_own_code(self) -> bool:
+        """Return whether the run computes with code of the user's."""
+        return any(self.hashes.get(key) is not None for key in CODE)
 
     def record(self) -> dict[str, Any]:
         return {"content": self.hashes, "sources": self.sources}

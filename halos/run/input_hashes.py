@@ -18,6 +18,7 @@ from halos.config.resume_policy import Change
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.sources import content_hash
+from halos.errors import UserError
 from halos.hashes import file_hash, json_hash
 from halos.rundir import RunDir
 
@@ -44,9 +45,8 @@ def read(
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,
-        **{f"{node}._target_": code_hash(target) if target else None for node, target in _targets(config).items()},
         **_scorer(config, cache),
-        "data.format": _formats(config),
+        **_code(config),
     }
     if config.peft.name == "lora" and config.peft.init_from is not None:
         hashes["peft.init_from"] = lineage.identity(Path(config.peft.init_from), cache)
@@ -63,6 +63,13 @@ def _tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> s
     file = base / "tokenizer.json"
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     return json_hash([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
+
+
+def _code(config: Config) -> dict[str, str | None]:
+    """Hash the user's own code that a run computes with."""
+    hashes = {f"{node}._target_": code_hash(target) if target else None for node, target in _targets(config).items()}
+    functions = config.online is not None and config.online.scorer.name == "function"
+    return {**hashes, **(_scorer(config, Path(config.cache_dir)) if functions else {}), "data.format": _formats(config)}
 
 
 def _formats(config: Config) -> str | None:
@@ -117,6 +124,20 @@ def changed(
     for line in arithmetic_version.notes_since(since, computed):
         log.info("other than where the run began: %s", line)
     return changes
+
+
+def refuse_other_code(config: Config, directory: RunDir) -> None:
+    """Raises UserError where a finished run was trained with other code of the user's than that of now, unless
+    resume_changes=allow. Its data and models are not read for it."""
+    before = recorded(directory)
+    if before is None or config.resume_changes == "allow":
+        return
+    if changes := _changed_content(config, before, ContentHashes(_code(config))):
+        raise UserError(
+            f"{directory.path} is finished, and was trained with other code: {'; '.join(map(str, changes))}. To train with that"
+            " of now, give a new exp_name, or overwrite=true; to keep the run as it is, restore the code, or add"
+            " resume_changes=allow"
+        )
 
 
 def _computed_with(directory: RunDir, before: ContentHashes | None) -> int:

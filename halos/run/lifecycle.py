@@ -22,6 +22,7 @@ from halos.hooks.base import Run
 from halos.hooks.log import summary
 from halos.logs import configure_logging, log_traceback
 from halos.repository import COMMAND
+from halos.run import input_hashes
 from halos.run.assemble import assemble
 from halos.rundir import RunDir, is_run
 from halos.trainers.base import Trainer
@@ -105,6 +106,7 @@ def _nothing_to_do(config: Config, directory: RunDir, changed: Sequence[Change])
     more = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
     if not directory.is_finished() or not directory.final.is_dir() or more or directory.requested_checkpoint(config.resume):
         return False
+    input_hashes.refuse_other_code(config, directory)
     integrity.check_final(directory, Path(config.cache_dir).expanduser())
     log.info("%s is finished already; its model is %s", directory.path, directory.final)
     longer = f"{COMMAND} {run_config.resume_arguments(config, directory.path)} train.steps=MORE"

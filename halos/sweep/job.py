@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from halos import confined
+from halos.config.run_config import recorded_content
 from halos.distributed.children import tail
 from halos.errors import UserError
 from halos.metrics_file import row_of
@@ -30,10 +31,17 @@ class Job:
         return RunDir(self.path)
 
     def is_done(self) -> bool:
-        """Return whether an earlier start has finished it, and `overwrite=true` does not ask for it again."""
+        """Return whether an earlier start has finished it, and `overwrite=true` does not ask for it again. A job with code of the
+        user's is never done by its files alone: its process compares the code."""
         if "overwrite=true" in [override.lstrip("+").lower() for override in self.overrides]:
             return False
-        return is_run(self.path) and self.run.is_finished() and self.run.final.is_dir()
+        if not is_run(self.path) or not self.run.is_finished() or not self.run.final.is_dir():
+            return False
+        try:
+            content = recorded_content(self.run.read_attempts(), str(self.path))
+        except UserError:
+            return False  # a record is damaged, which its process reports
+        return content is None or not content.has_own_code()
 
     def objective(self) -> float | None:
         """Return the last value of its objective on the evaluation data, for the sweeper; None where it has none."""

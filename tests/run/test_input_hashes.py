@@ -1,5 +1,6 @@
 """A resumed run has the same inputs by content: changes are refused by name, files that only moved are accepted."""
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -21,6 +22,7 @@ from halos.models.load import load_tokenizer
 from halos.run import input_hashes
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
+from halos.sweep.job import Job
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +173,23 @@ def test_an_edited_loss_of_the_users_is_refused_by_name(world: World, package: P
     forget()
     assert "loss._target_ ownloss.hinge.hinge (content) " in refusal(directory, "plugins=[ownloss]")
     assert resume(directory, "plugins=[ownloss]", "resume_changes=allow") == 0
+
+
+def test_a_finished_run_of_other_code_is_not_taken_for_the_one_that_is_asked_for(world: World, package: Path) -> None:
+    directory = world.train("own_finished", "loss._target_=ownloss.hinge.hinge", "plugins=[ownloss]")
+    job = Job(0, ("loss._target_=ownloss.hinge.hinge",), "", directory, directory.with_suffix(".log"))
+    assert resume(directory, "plugins=[ownloss]") == 0
+    assert not job.is_done(), "its process is asked"
+    assert dataclasses.replace(job, path=world.train("built_in_finished")).is_done()
+    (package / "margins.py").write_text("MARGIN = 2.0\n")
+    forget()
+    message = refusal(directory, "plugins=[ownloss]")
+    assert message.startswith(
+        f"{directory} is finished, and was trained with other code: loss._target_ ownloss.hinge.hinge (content)"
+    )
+    assert "give a new exp_name, or overwrite=true" in message
+    assert resume(directory, "plugins=[ownloss]", "resume_changes=allow") == 0
+    assert len(attempts(directory)) == 1, "it was not trained again"
 
 
 # --- what has changed
