@@ -15,6 +15,8 @@ from halos.merge.merge_and_prove import case_of
 from halos.merge.preflight import check_merge
 from halos.rundir import nearest_existing
 
+MOST_STEPS = 10**6  # whose checkpoints are counted: of a longer run, what it keeps for ever is underestimated
+
 
 def check(policy: CheckpointHook, planned: PlannedRun) -> None:
     """Raises UserError if the adapter could not be merged or the disk is too small; adds a header line on disk use."""
@@ -34,7 +36,8 @@ def too_little_space(policy: CheckpointHook, planned: PlannedRun) -> str | None:
     adapter, directory = isinstance(model, PeftModel), planned.directory.checkpoints
     one = space.checkpoint_bytes(model, adapter=adapter, optimizer=planned.optimizer_bytes, vocabulary=vocabulary)
     final = space.final_bytes(model, adapter_alone=adapter and not policy.merge_lora, vocabulary=vocabulary)
-    steps = [step for step in range(1, planned.total_steps + 1) if policy.due_at(step)] or [planned.total_steps]
+    ahead = range(1, min(planned.total_steps, MOST_STEPS) + 1)
+    steps = [step for step in ahead if policy.due_at(step)] or [planned.total_steps]
     most = policy.retention(largest=config.objective.mode == "max").max_on_disk(steps)
     free = shutil.disk_usage(nearest_existing(directory)).free
     present = sum(not manifest.verify(path, contents=False) for path in select.checkpoints(directory))

@@ -11,10 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
-from halos.cli.resume import added_keys, last_settings
+from halos.cli.resume import IN_LIVE_LOOPS, added_keys, last_settings
 from halos.config import validate
 from halos.config.overrides import check_choices, unknown_inner_loss
-from halos.config.resume_policy import Change
+from halos.config.resume_policy import Change, value_at
 from halos.config.schema import Config, Scope, keys_of
 from halos.errors import UserError
 from halos.rundir import RunDir
@@ -57,8 +57,8 @@ def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> C
     """Return the configuration of a live loop: an ordinary run of online.loss on samples of its own policy."""
     assert config.online is not None
     outer = {name: asdict(config)[name] for name in OUTER - {"loss", "logging"}}
-    length = {"train.steps": config.online.steps, "train.temperature": config.online.sampler.temperature}
-    return _training(config, inner_overrides(overrides, config), {**outer, **length}, overrides, tree)
+    follows = {follows: value_at(asdict(config), key) for key, follows in IN_LIVE_LOOPS.items()}
+    return _training(config, inner_overrides(overrides, config), {**outer, **follows}, overrides, tree)
 
 
 def _training(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -22,6 +22,8 @@ from halos.rundir import RunDir, is_run, step_of
 
 AUTO = "auto"  # resume=auto: resume the run of this name if it exists, else start it
 ONLINE = "online"  # the section of the configuration that only online runs have
+# keys of the training that follow from online's in a live loop
+IN_LIVE_LOOPS = {"online.steps": "train.steps", "online.sampler.temperature": "train.temperature"}
 REPLACEABLE_GROUPS = ("logging", "checkpoint")  # they affect no training step
 
 
@@ -50,13 +52,28 @@ def load_run(path: str, parsed: Sequence[Override], tree: ConfigTree) -> tuple[C
     _add_missing_keys(composed, tree)
     _replace_groups(composed, [one for one in parsed if one.chooses(tree.choices)], tree)
     values = [repeatable(one) for one in parsed if not one.chooses(tree.choices)]
-    set_values(composed, resolve_keys(values, tree.choices, keys(composed)))
+    set_values(composed, resolved := resolve_keys(values, tree.choices, keys(composed)))
+    _set_what_follows(composed, {one.key for one in resolved})
     if missing := _missing_keys(plain(composed)):
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: pass {missing[0]}=VALUE")
     config = validate.check(composed, [one.text for one in parsed], tree.choices)
     _note_other_cache(settings, config)
     refuse_saved_addresses(config, [one.key for one in parsed])
     return config, _changes(config, run_dir, settings, step_of(source) if source else None)
+
+
+def _set_what_follows(composed: DictConfig, overridden: Collection[str]) -> None:
+    """In a live loop set the keys of the training that follow from the overridden ones of `online`."""
+    if OmegaConf.select(composed, "online.steps") is None:
+        return
+    for key, follows in IN_LIVE_LOOPS.items():
+        value, other = OmegaConf.select(composed, key), OmegaConf.select(composed, follows)
+        if key in overridden and follows in overridden and value != other:
+            raise UserError(f"{key}={value} and {follows}={other} are one number in a live loop: leave out {follows}")
+        if key in overridden:
+            OmegaConf.update(composed, follows, value)
+        elif follows in overridden:
+            OmegaConf.update(composed, key, other)
 
 
 def continue_if_started(config: Config, overrides: Sequence[str]) -> list[Change]:
@@ -92,8 +109,10 @@ def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], newest: 
 
     `newest`: the step of the requested checkpoint, else of the newest: the run resumes from no later one.
     """
-    by_content = run_config.recorded_content(run_dir.read_attempts(), str(run_dir.path)) is not None
-    changed = resume_policy.compare(config, PreviousRun(settings, run_dir.path, newest, by_content))
+    attempts = run_dir.read_attempts()
+    by_content = run_config.recorded_content(attempts, str(run_dir.path)) is not None
+    total = run_config.recorded_total(attempts)
+    changed = resume_policy.compare(config, PreviousRun(settings, run_dir.path, newest, by_content, total))
     changed += edited_files(run_dir, changed)
     if config.resume_changes == "refuse":
         resume_policy.refuse_unsafe(changed, run_dir.path)

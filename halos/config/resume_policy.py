@@ -25,6 +25,7 @@ class PreviousRun:
     path: Path
     newest: int | None  # step of the requested checkpoint, else of its newest; None where it has none
     by_content: bool = False  # it recorded hashes of its inputs; else only their names can be compared
+    total: int | None = None  # its number of steps, as its last attempt recorded it; None in runs of older versions
 
 
 Condition = Callable[[Config, PreviousRun], str | None]  # why the change would alter what is computed; None: it would not
@@ -50,14 +51,24 @@ class Change:
 def _num_steps(config: Config, past: PreviousRun) -> str | None:
     if past.newest is None:
         return None  # no step to keep
-    return why_not_longer(config, past.newest, past.settings["train"].get("steps"), config.train.steps)
+    train, now = past.settings["train"], config.train.steps
+    before, epochs, old = train.get("steps") or past.total, config.train.epochs, train.get("epochs")
+    if now is None and past.total and not train.get("steps") and epochs and old:
+        likely = int(past.total * epochs / old)  # the data, which tell exactly, have not been read yet
+        return why_not(config, past.newest, before, [max(1, likely + near) for near in (-1, 0, 1, 2)])
+    return why_not(config, past.newest, before, [now] if now else None)
 
 
-def why_not_longer(config: Config, taken: int, before: int | None, now: int | None = None) -> str | None:
-    """Return why a run that has taken so many steps would not end as one of another total number of steps does: the learning
-    rates of the steps taken depend on it. None: they do not. For an unknown number some are tried: `taken`, and two longer ones.
-    """
-    totals = [before or taken, *([now] if now else [2 * (taken + 1000), 20 * (taken + 1000)])]
+def longer_than(steps: int) -> list[int]:
+    """Two totals of longer runs, to try what holds for all."""
+    return [2 * (steps + 1000), 20 * (steps + 1000)]
+
+
+def why_not(config: Config, taken: int, before: int | None, after: Sequence[int] | None = None) -> str | None:
+    """Return why a run that has taken so many steps, of `before` in total, would not end as a run of each of the totals `after`
+    does: the learning rates of the steps taken depend on the total. None: they do not. For unknown totals some are tried."""
+    unknown = [taken, *longer_than(taken)]
+    totals = [*([before] if before else unknown), *(after or unknown)]
     schedule = bind_schedule(config.schedule, config.plugins)
     if schedule.same_before(taken, totals):
         return None

@@ -93,6 +93,13 @@ def recorded_content(attempts: Mapping[str, str], run_dir: str) -> ContentHashes
     return None
 
 
+def recorded_total(attempts: Mapping[str, str]) -> int | None:
+    """Return the total number of steps of a run's last start, from its records (name -> text); None where it has none."""
+    record = _parsed(next(reversed(list(attempts.values())), ""), "an attempt's record")
+    total = record.get("total_steps")
+    return total if type(total) is int else None
+
+
 def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:
     """Return a saved configuration as the one to resume with, at the run's present path.
 

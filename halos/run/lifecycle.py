@@ -114,7 +114,9 @@ def _nothing_to_do(config: Config, directory: RunDir, changed: Sequence[Change])
     newest = next(reversed(directory.checkpoints_by_step()), None)
     if newest is None:
         log.info("no checkpoint of it is left: continue in a new run with %s", start)
-    elif (why := resume_policy.why_not_longer(config, newest, config.train.steps)) is None:
+        return True
+    total = run_config.recorded_total(directory.read_attempts())
+    if (why := resume_policy.why_not(config, newest, total, resume_policy.longer_than(newest))) is None:
         log.info("to continue: %s", longer)
     else:
         log.info("a longer run would have had other learning rates from its start, since %s: continue in a new run with %s, or"

@@ -119,6 +119,27 @@ def test_more_steps_are_safe_where_those_taken_had_the_learning_rates_of_a_longe
     assert (one.key, one.why) == ("train.steps", why)
 
 
+@pytest.mark.parametrize(
+    ("shape", "new", "why"),
+    [
+        ("cosine", {"steps": 8, "epochs": 0.2}, "the cosine schedule is spread over all steps"),
+        ("wsd", {"steps": 23, "epochs": 0.2}, None),
+        ("wsd", {"steps": None, "epochs": 0.3}, None),  # 22 steps or so
+        ("wsd", {"steps": None, "epochs": 0.12}, "the wsd schedule is spread over all steps"),  # 9 or so, from 5 on falling
+        ("constant", {"steps": None, "epochs": 0.12}, None),
+    ],
+)
+def test_a_run_given_in_epochs_had_the_number_of_steps_that_it_recorded(
+    shape: str, new: dict[str, float | None], why: str | None
+) -> None:
+    shapes = {"wsd": {"decay": 4, "final": 0.0, "shape": "linear"}, "cosine": {"final": 0.0}, "constant": {}}
+    settings = {"schedule": {"_target_": f"halos.schedules.{shape}", "warmup": 0, **shapes[shape]}}
+    old = asdict(config(**settings, train__steps=None, train__epochs=0.2))
+    past = PreviousRun(old, Path("nowhere"), newest=8, total=15)
+    (change,) = resume_policy.compare(config(**settings, train__steps=new["steps"], train__epochs=new["epochs"]), past)
+    assert change.why == why
+
+
 def test_the_microbatch_size_is_safe_without_dropout(tmp_path: Path) -> None:
     def why(path: Path = tmp_path / "run", **settings: Any) -> str | None:
         [one] = found(config(train__microbatch_size=2, **settings), config(**settings), path)

@@ -448,4 +448,5 @@ def test_an_override_of_epochs_wins_over_the_steps_of_a_model() -> None:
         more = [*words, "train.epochs=3"]
         assert validate.check(hydra.compose("config", more), more).train.steps is None
         both = [*more, "train.steps=7"]
-        assert validate.check(hydra.compose("config", both), both).train.steps == 7
+        with pytest.raises(UserError, match="two lengths of one run"):
+            validate.check(hydra.compose("config", both), both)

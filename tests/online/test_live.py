@@ -136,6 +136,19 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
         start("none", "online.feedback.drop_equal=true")
 
 
+def test_a_resumed_live_loop_is_as_long_and_as_hot_as_its_own_keys_say(tmp_path: Path, cache: Path) -> None:
+    words = [*SMALL, *LIVE, "online.steps=2", "schedule.warmup=0", "train.eval_at_start=false", "train.prove=off"]
+    run = tmp_path / "run"
+    assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]) == 0
+    assert train.start([f"resume={run}", "online.steps=3"]) == 0
+    assert [row["step"] for row in rows(run, "train")][-1] == 3
+    hotter = [f"resume={run}", "online.steps=4", "online.sampler.temperature=0.5", "resume_changes=allow"]
+    assert train.start(hotter) == 0
+    assert rows(run, "train")[-1]["approx_kl"] < 5e-9, "the samples are recomputed at the temperature that sampled them"
+    with pytest.raises(UserError, match=r"online.steps=6 and train.steps=5 are one number in a live loop"):
+        train.start([f"resume={run}", "online.steps=6", "train.steps=5"])
+
+
 def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
     for words, said in (
         (["online.loss=kto"], "for which it needs online.rounds"),
