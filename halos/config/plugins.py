@@ -5,7 +5,8 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,7 +63,7 @@ def _sources_of(module: str) -> dict[str, bytes]:
         file = _file_of(name)
         sources[name] = source = _source(name, file) if file is not None and file.is_file() else b""
         inside = name if file is not None and file.stem == "__init__" else name.rpartition(".")[0]
-        imported = set(_imported(source, inside)) - sources.keys() if file is not None and file.suffix == ".py" else set()
+        imported = _imported(source, inside) - sources.keys() if file is not None and file.suffix == ".py" else ()
         queue += [each for each in sorted(imported) if _is_followed(each, package)]
     return sources
 
@@ -113,16 +114,19 @@ def _spec_of(name: str) -> ModuleSpec | None:
     return None if below is None else PathFinder.find_spec(name, list(below))
 
 
-def _imported(source: bytes, package: str) -> Iterator[str]:
+@cache  # every target of a package asks for the same modules
+def _imported(source: bytes, package: str) -> frozenset[str]:
     """Return the imported names of a source that may be modules."""
+    names = set[str]()
     try:
         nodes = ast.walk(ast.parse(source))
     except SyntaxError:  # of a module that is not imported, or not yet
-        return
+        return frozenset()
     for node in nodes:
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and (package or not node.level):
             above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
             base = f"{above}.{node.module or ''}".strip(".") if node.level else node.module or ""
-            yield from (base, *(f"{base}.{alias.name}" for alias in node.names))
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return frozenset(names)
