@@ -50,6 +50,7 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
         raise UserError("a judge that compares runs in one process: it waits for the server, not for this machine")
     others = read(args.against) if args.against else []
     against = [Sample.from_row(row, f"{args.against}:{number}") for number, row in enumerate(others, 1)]
+    _check_prompts(samples, against, args)
     opponents = digest(args.against) if args.against else None
     request = {"samples": digest(args.samples), "against": opponents, "seed": args.seed, **scorer.request()}
     file = ResumableFile(args.feedback, request, recorded_since=scorer.recorded_since)
@@ -70,6 +71,16 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
     tqdm.write(f"{args.feedback}: {len(usable)} pairs, {totals['ties']} ties, {totals['unparsable']} unparsable answers",
                file=sys.stderr)  # fmt: skip
     return 0
+
+
+def _check_prompts(samples: Sequence[Sample], against: Sequence[Sample], args: argparse.Namespace) -> None:
+    """Raises UserError where the two files have different prompts with one id: the judge would compare answers to both."""
+    turns = {each.prompt.id: each.prompt.turns for each in samples}
+    for number, each in enumerate(against, 1):
+        if turns.get(each.prompt.id, each.prompt.turns) != each.prompt.turns:
+            raise UserError(
+                f"{args.against}:{number}: its prompt_id {each.prompt.id!r} is that of another prompt in {args.samples}"
+            )
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:

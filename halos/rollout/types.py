@@ -20,6 +20,14 @@ TRAIN, EVAL = "train", "eval"  # splits of prompts
 _OF_SAMPLE = ("type", "prompt_id", "sample_id", "prompt", "split", "output", "finish", "tokens", "seed", "temperature",
               "generator", "output_ids", "logps", "vocabulary", "generator_sha256")  # fmt: skip
 _OF_SCORE = ("reward", "labeller", "cost", "problem", "parts", "verdict")
+# the types that keys of a sample may have in files of other tools, where they are not null, and how messages call them
+_Types = Mapping[str, tuple[tuple[type, ...], str]]
+_TYPES: _Types = {
+    **dict.fromkeys(("split", "finish", "generator", "vocabulary", "generator_sha256"), ((str,), "text")),
+    **dict.fromkeys(("sample_id", "tokens", "seed"), ((int,), "a whole number")),
+    "temperature": ((int, float), "a number"),
+}
+_LISTS: _Types = {"output_ids": ((int,), "a list of whole numbers"), "logps": ((int, float), "a list of numbers")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +151,8 @@ class Sample:
         for name, value in (("prompt", turns), ("output", [] if isinstance(output, str) else output)):
             if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
                 raise UserError(f"{where}: {name} is {str(row.get(name))[:60]!r}; it takes text or a list of messages")
+        _check_types(row, where)
         number = row.get("sample_id")
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool)):
-            raise UserError(f"{where}: sample_id is {number!r}, not a whole number")
         columns = {name: value for name, value in row.items() if name not in _OF_SAMPLE}
         prompt = Prompt(str(row["prompt_id"]), tuple(turns), row.get("split"), columns=columns)
         return cls(
@@ -243,16 +250,35 @@ def by_prompt(rollouts: Iterable[Rollout]) -> list[list[Rollout]]:
 
 
 def numbered(samples: Iterable[tuple[Sample, str]]) -> Iterator[Sample]:
-    """Number the samples that have no number, in their order. Raises UserError, naming where it is, for a second sample with
-    one number."""
-    taken: dict[str, set[int]] = {}
+    """Number the samples that have no number, in their order. Raises UserError, naming where it is, for a second prompt with
+    one id, and for a second sample with one number."""
+    taken: dict[str, tuple[Turns, str, set[int]]] = {}
     for sample, where in samples:
-        others = taken.setdefault(sample.prompt.id, set())
+        turns, first, others = taken.setdefault(sample.prompt.id, (sample.prompt.turns, where, set()))
+        if sample.prompt.turns != turns:
+            raise UserError(f"{where}: another prompt, at {first}, has the prompt_id {sample.prompt.id!r} too: give each its own")
         own = len(others) if sample.number < 0 else sample.number
         if own in others:
             raise UserError(f"{where}: there is a sample {own} of prompt {sample.prompt.id!r} already")
         others.add(own)
         yield replace(sample, number=own)
+
+
+def _check_types(row: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a value of another type than its key takes. A sample without an id would join another's group."""
+    if type(row["prompt_id"]) not in (str, int, float):
+        raise UserError(f"{where}: prompt_id is {_shown(row['prompt_id'])}, not text or a number, by which samples are grouped")
+    for name, (types, words) in _TYPES.items():
+        if row.get(name) is not None and type(row[name]) not in types:
+            raise UserError(f"{where}: {name} is {_shown(row[name])}, not {words}")
+    for name, (types, words) in _LISTS.items():
+        values = row.get(name)
+        if values is not None and not (isinstance(values, list) and all(type(value) in types for value in values)):
+            raise UserError(f"{where}: {name} is {_shown(values)}, not {words}")
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)[:60]
 
 
 def text_of(output: Any) -> str:

@@ -77,6 +77,16 @@ def test_samples_without_numbers_are_numbered_and_duplicates_refused(place: Path
         ({"sample_id": "abc"}, "sample_id is 'abc', not a whole number"),
         ({"prompt": 3}, "prompt is '3'"),
         ({"output": [{"text": "x"}]}, "it takes text or a list of messages"),
+        ({"prompt": "Say something else!"}, "another prompt, at {}:1, has the prompt_id 'p0' too: give each its own"),
+        ({"prompt_id": None}, "prompt_id is null, not text or a number"),
+        ({"prompt_id": ["p0"]}, "prompt_id is ['p0'], not text or a number"),
+        ({"output_ids": 5}, "output_ids is 5, not a list of whole numbers"),
+        ({"output_ids": [1, "2"]}, "output_ids is [1, '2'], not a list of whole numbers"),
+        ({"logps": "low"}, "logps is 'low', not a list of numbers"),
+        ({"tokens": "many"}, "tokens is 'many', not a whole number"),
+        ({"seed": True}, "seed is True, not a whole number"),
+        ({"temperature": "hot"}, "temperature is 'hot', not a number"),
+        ({"split": 1}, "split is 1, not text"),
     ],
 )
 def test_a_row_that_is_no_sample_is_refused_with_its_line(
@@ -86,8 +96,19 @@ def test_a_row_that_is_no_sample_is_refused_with_its_line(
     assert run(place) == 2
     error = capsys.readouterr().err
     assert "s.jsonl:2: " in error
-    assert said in error
+    assert said.format(place / "s.jsonl") in error
     assert not (place / "f.scores.jsonl.partial").exists()
+
+
+def test_answers_to_other_questions_are_not_compared(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "k")
+    for name, prompt in (("s", "Say something!"), ("other", "Say something else!")):
+        write(place / f"{name}.jsonl", [{"prompt_id": 7, "prompt": prompt, "output": name, "split": "eval"}])
+    words = [str(place / "s.jsonl"), str(place / "f.jsonl"), "--judge", "j", "--url", "http://127.0.0.1:9/v1", "--pairwise"]
+    assert label([*words, "--against", str(place / "other.jsonl")]) == 2
+    assert "other.jsonl:1: its prompt_id '7' is that of another prompt in" in capsys.readouterr().err
 
 
 def test_wrong_arguments_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
