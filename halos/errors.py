@@ -6,6 +6,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from halos.redaction import redact, write_redacted_tracebacks
+
 # raised by libraries without being an Exception: panics of pyo3 (tokenizers, safetensors), and torch's sharded loader
 BASE_EXCEPTIONS = ("PanicException", "CheckpointException")
 LONGEST = 400  # characters of a library's message that ours repeats
@@ -40,7 +42,7 @@ def user_errors(action: str, remedy: str = "") -> Iterator[None]:
 
 def first_line_of(error: BaseException) -> str:
     """Return the first line of an error's message, shortened; its class if there is no message."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    lines = [line.strip() for line in redact(str(error)).splitlines() if line.strip()]  # before a secret is cut in two
     bare = isinstance(error, (KeyError, IndexError, TypeError, AttributeError)) and lines
     text = f"{type(error).__name__}: {lines[0]}" if bare else next(iter(lines), type(error).__name__)
     return one_line(text if len(text) <= LONGEST else f"{text[:LONGEST]} ...")
@@ -58,11 +60,12 @@ def one_line(text: object) -> str:
 
 def command(main: Callable[[], int], *, stopped: str = "") -> int:
     """Run `main` and return the exit status: its own, 2 after a UserError, 130 after Ctrl-C, which prints `stopped`."""
+    write_redacted_tracebacks()
     try:
         status = main()
         sys.stdout.flush()
     except UserError as error:
-        sys.stderr.write(f"error: {printable(str(error))}\n")
+        write_message(error)
         return 2
     except BrokenPipeError:
         return closed_pipe_status()
@@ -70,6 +73,12 @@ def command(main: Callable[[], int], *, stopped: str = "") -> int:
         sys.stderr.write(f"stopped{': ' if stopped else ''}{stopped}\n")
         return 130
     return status
+
+
+def write_message(error: Exception) -> None:
+    """Write the one message of a command that ends: on the terminal, or in the log of a stage or of a sweep's job."""
+    sys.stderr.write(f"error: {printable(redact(str(error)))}\n")
+    sys.stderr.flush()
 
 
 def closed_pipe_status() -> int:

@@ -12,13 +12,15 @@ from tqdm import tqdm
 
 from halos import confined
 from halos.errors import printable
+from halos.redaction import redact
 
 
 class PrintableFormatter(logging.Formatter):
-    """Escapes control characters: messages may contain file names from untrusted data."""
+    """Escapes control characters, since messages may contain file names from untrusted data, and hides secrets, which libraries'
+    errors may quote, in tracebacks too."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(redact(super().format(record)))
 
 
 class TqdmHandler(logging.Handler):

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from halos import confined, seals
 from halos.confined import DISK_FULL, UnreadableError
 from halos.metrics_file import to_json
+from halos.redaction import redact
 
 Status = Literal["finished", "stopped", "failed", "running"]
 NAME = "result.json"
@@ -26,7 +27,7 @@ class ResultFile:
 
     def write(self, status: Status, step: int, metrics: Mapping[str, Any], *, reason: str | None = None) -> None:
         """Replace the file. "running" reserves room on the disk, which every other status frees."""
-        fields = {"status": status, "step": step, "metrics": metrics, **({"reason": reason} if reason else {})}
+        fields = {"status": status, "step": step, "metrics": metrics, **({"reason": redact(reason)} if reason else {})}
         unsealed = to_json(fields)
         text = f'{unsealed[:-1]}, "seal": "{seals.digest(unsealed)}"}}\n'
         reserve = self.directory / RESERVE

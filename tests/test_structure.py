@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
+    {"redaction"},
     {"errors", "examples", "ranges", "repository"},
     {"types"},
     {"confined"},

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined
-from halos.config.secrets import redact
 from halos.errors import UserError
 from halos.hashes import file_hashes
 from halos.merge.safetensors_io import weight_files
+from halos.redaction import redact
 
 NAME = "lineage.json"
 FORMAT = 1
@@ -85,7 +85,7 @@ def public(lineage: Mapping[str, Any]) -> dict[str, Any]:
     runs = [
         {**run, "config": {key: value for key, value in run["config"].items() if key not in LOCAL}} for run in lineage["runs"]
     ]
-    text = json.dumps({**lineage, "runs": runs})
+    text = redact(json.dumps({**lineage, "runs": runs}))  # a run of an earlier version may have recorded a password
     home = json.dumps(str(Path.home()))[1:-1]
     return json.loads(text.replace(f'"{home}/', '"~/') if len(Path.home().parts) > 1 else text)
 

@@ -20,19 +20,21 @@ from halos.config.secrets import refuse_secrets
 from halos.distributed.children import exit_process
 from halos.distributed.environment import count_from_environment, refuse_partial_launch, world_size
 from halos.distributed.signals import exit_on_stop_signal, restore_signals_and_argv
-from halos.errors import JobsFailedError, UserError, closed_pipe_status
+from halos.errors import JobsFailedError, UserError, closed_pipe_status, write_message
+from halos.redaction import write_redacted_tracebacks
 from halos.repository import COMMAND
 
 
 def main() -> None:
     """Run the command line and exit with its status."""
     exit_on_stop_signal()
+    write_redacted_tracebacks()
     try:
         exit_process(dispatch(sys.argv[1:]))
     except UserError as error:
         exit_process(refuse(error))
     except JobsFailedError as error:
-        print(f"error: {error}", file=sys.stderr)
+        write_message(error)
         sys.exit(FAILED)
     except KeyboardInterrupt:
         sys.exit(130)

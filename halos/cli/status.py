@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import signal
-import sys
 import time
 
-from halos.config.secrets import redact
 from halos.distributed.environment import count_from_environment
 from halos.distributed.signals import STOP_SIGNALS
-from halos.errors import UserError, printable
+from halos.errors import UserError, write_message
 
 FAILED, WRONG_INPUT = 1, 2
 
@@ -21,5 +19,5 @@ def refuse(error: UserError) -> int:
             signal.signal(number, signal.SIG_IGN)  # which the launcher sends once the other rank has exited
         time.sleep(2)
     else:
-        print(f"error: {printable(redact(str(error)))}", file=sys.stderr, flush=True)
+        write_message(error)
     return WRONG_INPUT

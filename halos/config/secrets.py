@@ -1,8 +1,7 @@
-"""Keep secrets out of a run's configuration, which is saved, and out of messages."""
+"""Keep secrets out of a run's configuration, which is saved."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -10,12 +9,10 @@ from typing import Any
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config
 from halos.errors import UserError, one_line
+from halos.redaction import MIN_LENGTH_INSIDE, environment_secrets
 
 KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
-SUFFIXES = ("KEY", "TOKEN", "SECRET", "PASSWORD")
 NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
-MIN_LENGTH = 8  # characters; anything shorter may well occur by chance
-MIN_LENGTH_INSIDE = 20  # characters; a secret this long is also searched for inside longer text
 
 
 def refuse_saved_addresses(config: Config, overridden: Collection[str]) -> None:
@@ -48,7 +45,7 @@ def refuse_saved_overrides(overrides: Sequence[str], path: str) -> None:
 
 def refuse_secrets(node: Any, overrides: Sequence[str] = ()) -> None:
     """Raises UserError where a configuration (plain lists and mappings) or an override holds a secret; never shows it."""
-    secrets = _known()
+    secrets = environment_secrets()
     for key, value in _leaves(node):
         if key.rpartition(".")[2].lower() in KEYS and value is not None:
             raise UserError(f"{key} would be saved in the run's config.yaml: {_REMEDY}")
@@ -62,17 +59,6 @@ def refuse_secrets(node: Any, overrides: Sequence[str] = ()) -> None:
 
 
 _REMEDY = "leave it out and keep the secret in the environment (WANDB_API_KEY, HF_TOKEN), where the libraries read it"
-
-
-def redact(text: str) -> str:
-    """Return `text` with the value of every secret environment variable replaced by its name."""
-    for value, name in sorted(_known().items(), key=lambda known: -len(known[0])):
-        text = text.replace(value, f"<{name}>")
-    return text
-
-
-def _known() -> dict[str, str]:
-    return {value: name for name, value in os.environ.items() if name.upper().endswith(SUFFIXES) and len(value) >= MIN_LENGTH}
 
 
 def _secret_in(text: str, known: Mapping[str, str]) -> str | None:

@@ -5,8 +5,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
 
-from halos.config.secrets import redact
 from halos.errors import UserError, user_errors
+from halos.redaction import redact
 
 
 def check_name(repo: str) -> None:

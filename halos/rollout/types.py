@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from halos.errors import UserError
+from halos.redaction import redact
 
 Row = dict[str, Any]  # a line of a file
 Key = tuple[str, int]  # identifies a sample: its prompt's id, and its number among the samples of that prompt
@@ -176,7 +177,7 @@ class Score:
 
     def to_row(self) -> Row:
         own = {"labeller": self.scorer, "cost": self.cost} if self.scorer is not None else {}
-        more = {"problem": self.problem or None, "parts": dict(self.parts) or None, "verdict": self.verdict}
+        more = {"problem": redact(self.problem) or None, "parts": dict(self.parts) or None, "verdict": self.verdict}
         return {"reward": self.value, **own, **_without_none(more)}
 
     @classmethod

@@ -18,9 +18,9 @@ from peft import LoraConfig
 
 from halos.config import run_config, validate
 from halos.config.schema import Config, Peft
-from halos.config.secrets import redact
 from halos.config.suggest import OTHER_NAMES, kind_of, nearest, schema_keys
 from halos.errors import UserError
+from halos.redaction import redact
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"

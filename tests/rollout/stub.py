@@ -19,8 +19,9 @@ from typing import Any
 class Stub:
     """Counts what it was asked. `paid` has an entry for each answer that was given, by idempotency key."""
 
-    def __init__(self, *, trouble: bool = True, slow: float = 0.0, fail: int = 0, usage: bool = True) -> None:
+    def __init__(self, *, trouble: bool = True, slow: float = 0.0, fail: int = 0, usage: bool = True, quote: str = "no") -> None:
         self.trouble, self.slow, self.fail, self.usage = trouble, slow, fail, usage
+        self.quote = quote  # what it says of a request that it refuses, and of one whose answer is nonsense
         self.seen: Counter[str] = Counter()  # requests by what they ask
         self.paid: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
@@ -75,7 +76,7 @@ class Stub:
             self.seen[text] += 1
             tries = self.seen[text]
         if self.fail:
-            return self.fail, json.dumps({"error": {"message": "no"}})
+            return self.fail, json.dumps({"error": {"message": self.quote}})
         if self.trouble and dice % 10 == 0 and tries == 1:
             return 429, json.dumps({"error": {"message": "slow down"}})
         if self.trouble and dice % 10 == 1 and tries == 1:
@@ -83,7 +84,7 @@ class Stub:
         time.sleep(self.slow * (1 + dice % 3))
         with self._lock:
             self.paid[key or text] += 1
-        return 200, json.dumps(_chat(_said(dice, "[ANSWER B]" in text, self.trouble), usage=self.usage))
+        return 200, json.dumps(_chat(_said(dice, "[ANSWER B]" in text, self.trouble, self.quote), usage=self.usage))
 
     def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
         """vLLM's own: token ids in, token ids and log-probs out."""
@@ -95,11 +96,11 @@ class Stub:
         return {"choices": [choice]}
 
 
-def _said(dice: int, compare: bool, trouble: bool) -> str:
+def _said(dice: int, compare: bool, trouble: bool, quote: str) -> str:
     if trouble and dice % 10 == 2:
         return '{"score": '  # cut off
     if trouble and dice % 10 == 3:
-        return "What a lovely answer, ten out of ten!"
+        return f"What a lovely answer, ten out of ten! ({quote})"
     if compare:
         return json.dumps({"better": ("A", "B", "tie")[dice // 10 % 3]})
     return "```json\n" + json.dumps({"score": dice // 10 % 11}) + "\n```"

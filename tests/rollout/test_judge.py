@@ -143,11 +143,21 @@ def test_a_missing_key_and_a_rubric_without_a_placeholder_are_refused(
         judge(server, tmp_path)
 
 
-def test_the_key_is_written_to_no_file(stub: Callable[..., Stub], tmp_path: Path) -> None:
-    write_samples(tmp_path / "samples.jsonl", 6)
-    command = [str(tmp_path / "samples.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", stub().url]
-    assert label(command) == 0
-    assert all("sk-not-a-key" not in path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+KEY = "sk-not-a-key-0123456789abcdef"
+
+
+@pytest.mark.parametrize("fail", [0, 401])
+def test_a_key_that_the_server_quotes_is_written_to_no_file_and_not_shown(
+    fail: int, stub: Callable[..., Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = stub(fail=fail, quote=f"Incorrect API key provided: {KEY}")
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    write_samples(tmp_path / "samples.jsonl", 40)
+    command = [str(tmp_path / "samples.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", server.url]
+    assert label(command) == (2 if fail else 0)
+    texts = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] + [capsys.readouterr().err]
+    assert "<OPENAI_API_KEY>" in "".join(texts)
+    assert not any(KEY[:12] in text for text in texts)
 
 
 def test_placeholders_inside_an_answer_are_not_filled(stub: Callable[..., Stub], tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.config.schema import Sampler
+from halos.redaction import without_values
 from halos.rollout.engines.engine import Engine
 from halos.rollout.servers import answers, require_client
 from halos.rollout.types import Origin, Request, Sample
@@ -49,7 +50,7 @@ class ChatEngine(Engine):
         choice = response.choices[0]
         tokens = response.usage.completion_tokens if response.usage else 0
         finish = "length" if choice.finish_reason == "length" else "stop"
-        return Sample.of(request, self.origin, choice.message.content or "", finish=finish, tokens=tokens)
+        return Sample.of(request, self.origin, without_values(choice.message.content or ""), finish=finish, tokens=tokens)
 
 
 ENGINE = ChatEngine
