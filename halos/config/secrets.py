@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config
 from halos.errors import UserError, one_line
-from halos.redaction import MIN_LENGTH_INSIDE, environment_secrets
+from halos.redaction import MIN_LENGTH_INSIDE, environment_secrets, secret_in_url
 
 KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
 NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
@@ -43,22 +43,35 @@ def refuse_saved_overrides(overrides: Sequence[str], path: str) -> None:
             raise UserError(f"{path} holds {one_line(repr(override))}, which is never taken from a saved run: remove it")
 
 
-def refuse_secrets(node: Any, overrides: Sequence[str] = ()) -> None:
-    """Raises UserError where a configuration (plain lists and mappings) or an override holds a secret; never shows it."""
+def refuse_secrets(node: Any, overrides: Sequence[str] = (), *, spelled: Callable[[str], str] = str) -> None:
+    """Raises UserError where a configuration (plain lists and mappings) or an override holds a secret; never shows it. `spelled`
+    is how the user writes a key."""
     secrets = environment_secrets()
     for key, value in _leaves(node):
         if key.rpartition(".")[2].lower() in KEYS and value is not None:
-            raise UserError(f"{key} would be saved in the run's config.yaml: {_REMEDY}")
+            raise UserError(f"{spelled(key)} would be saved in the run's config.yaml: {_REMEDY}")
         if name := _secret_in(str(value), secrets):
-            raise UserError(f"{key} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
+            raise UserError(f"{spelled(key)} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
+        _refuse_url(spelled(key), str(value))
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         parts = re.split(r"[\s,:'\"()\[\]{}]+", value)  # of a list, a mapping or a sweep
         if key.rpartition(".")[2].lower() in KEYS or any(_secret_in(part, secrets) for part in parts):
             raise UserError(f"{key} holds a secret, and overrides are saved with the run: {_REMEDY}")
+        _refuse_url(key, value)
 
 
-_REMEDY = "leave it out and keep the secret in the environment (WANDB_API_KEY, HF_TOKEN), where the libraries read it"
+def _refuse_url(key: str, value: str) -> None:
+    if what := secret_in_url(value):
+        raise UserError(
+            f"{key} holds {what} in a URL, and would be saved: leave it out of the URL. The key of an API is read from"
+            " OPENAI_API_KEY; for a server that wants anything else, give the URL of a proxy that adds it"
+        )
+
+
+_REMEDY = (
+    "leave it out and keep the secret in the environment (OPENAI_API_KEY, WANDB_API_KEY, HF_TOKEN), where the libraries read it"
+)
 
 
 def _secret_in(text: str, known: Mapping[str, str]) -> str | None:

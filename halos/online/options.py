@@ -16,6 +16,7 @@ from halos.config.cross_checks import idle_scorer_keys
 from halos.config.ranges import check_ranges
 from halos.config.rollout_modules import scorer_class, scorer_names
 from halos.config.schema import Feedback, Sampler, Scorer
+from halos.config.secrets import refuse_secrets
 from halos.config.values import MisfitError, describe, fit
 from halos.errors import UserError
 
@@ -43,8 +44,9 @@ class Options(Generic[T]):
                 parser.add_argument(option, type=_parser_of(kind), default=default, dest=dest, help=text, metavar=metavar)
 
     def read(self, args: argparse.Namespace, **by_command: Any) -> T:
-        """The settings from parsed arguments. Raises UserError for a value out of its range."""
+        """The settings from parsed arguments. Raises UserError for a secret, and for a value out of its range."""
         values = {name: getattr(args, self.names.get(name, name)) for name in self._keys()} | by_command
+        refuse_secrets(values, spelled=lambda key: self._spelled(key.partition(".")[0], values))
         check_ranges(values, self.schema, spelled=self.flag)
         return defaults.section(self.schema, **values)
 
@@ -63,6 +65,9 @@ class Options(Generic[T]):
 
     def flag(self, name: str) -> str:
         return f"--{self.names.get(name, name).replace('_', '-')}"
+
+    def _spelled(self, name: str, values: Mapping[str, Any]) -> str:
+        return self.flag(name)
 
     def _keys(self) -> dict[str, Any]:
         kinds = get_type_hints(self.schema)
@@ -107,6 +112,9 @@ class ScorerOptions(Options[Scorer]):
         value = getattr(settings, option.key)
         entries = value if isinstance(value, list) else [value]
         return [word for entry in entries for word in (option.flag, _flow(entry))]
+
+    def _spelled(self, name: str, values: Mapping[str, Any]) -> str:
+        return scorer_class(values["name"]).option.flag if name in self.by_command else self.flag(name)
 
     def _is_list(self, key: str) -> bool:
         return get_origin(get_type_hints(self.schema)[key]) is list

@@ -20,3 +20,9 @@ def test_every_file_of_the_weights_counts_and_their_names_do_not(tmp_path: Path)
         path.write_bytes(content)
         path.rename(path.with_name(f"other-{path.name}"))
     assert lineage.identity(tmp_path) == whole
+
+
+def test_a_password_that_an_earlier_version_recorded_is_not_in_the_public_lineage() -> None:
+    recorded = {"format": lineage.FORMAT, "runs": [{"config": {"online": {"scorer": {"url": "http://alice:hunter2pass@host"}}}}]}
+    (run,) = lineage.public(recorded)["runs"]
+    assert run["config"]["online"]["scorer"]["url"] == "http://<password>@host"

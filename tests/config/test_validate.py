@@ -348,6 +348,19 @@ def test_short_values_and_other_variables_are_no_secrets(monkeypatch):
     validate.check(composed(*RUN, "logging=wandb", hooks__wandb__entity=None))
 
 
+@pytest.mark.parametrize("secret", ["http://alice:hunter2pass@host/v1", "https://host/v1?api_key=hunter2pass"])
+def test_a_url_with_a_password_or_a_token_is_refused_and_never_shown(secret):
+    for said in (
+        message(composed(online__scorer__url=secret)),
+        message(composed(hooks__mine={"urls": [secret]})),
+        message(composed(), [f"+hooks.mine.url={secret}"]),
+        message(composed(), [f"online.scorer.url=http://host,{secret}"]),
+    ):
+        assert re.match(r"(online\.scorer\.url|hooks\.mine\.urls?(\.0)?) holds a .* in a URL, and would be saved", said)
+        assert "OPENAI_API_KEY" in said
+        assert "hunter2" not in said
+
+
 def test_messages_hide_secrets(monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "correct horse")
     assert redact("cannot read 'x=correct horse'") == "cannot read 'x=<MY_PASSWORD>'"

@@ -54,6 +54,18 @@ def test_a_value_out_of_its_range_is_refused_with_the_options_name() -> None:
             SAMPLER.read(sample.parser().parse_args([*COMMANDS[0][2], *words]))
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [(["--judge", "j", "--url", "http://alice:hunter2pass@host"], "--url"),
+     (["--judge", "http://host?key=hunter2pass"], "--judge"),
+     (["--reward", "{function: ends, at: 'http://host?key=hunter2pass'}"], "--reward")],
+)  # fmt: skip
+def test_a_secret_in_a_url_is_refused_with_the_options_name(words: list[str], option: str) -> None:
+    with pytest.raises(UserError, match=f"^{option} holds a .* in a URL") as refused:
+        SCORER.read_choice(label.parser().parse_args(["s", "f", *words]))
+    assert "hunter2" not in str(refused.value)
+
+
 def test_every_key_has_the_yamls_comment_as_its_help() -> None:
     assert help_texts(Sampler)["cache_tokens"] == "hf: tokens of the key-value cache"
     assert "hf: tokens of the key-value cache (default 32768)" in " ".join(sample.parser().format_help().split())
