@@ -7,7 +7,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos import confined
 from halos.checkpoint import lineage, manifest, select, state
 from halos.config import arithmetic_version, resume_policy, run_config
 from halos.config.arithmetic_version import RunFacts
@@ -19,12 +18,11 @@ from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.sources import content_hash
 from halos.errors import UserError
-from halos.hashes import file_hash, json_hash
+from halos.hashes import json_hash
+from halos.models.content_hashes import config_hashes, tokenizer_hashes
 from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
-
-UNREAD = ("transformers_version", "_name_or_path")  # keys of a config.json that affect no computation
 
 
 def read(
@@ -40,8 +38,7 @@ def read(
     hashes: dict[str, str | None] = {
         arithmetic_version.KEY: str(arithmetic_version.VERSION),
         **rows,
-        "model.chat_template": json_hash(tokenizer.chat_template),
-        "model.tokenizer": _tokenizer(base, tokenizer, cache),
+        **tokenizer_hashes("model", base, tokenizer, cache),
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,
@@ -56,13 +53,6 @@ def read(
         hashes |= {} if gone else {"optim.init_from": lineage.identity(optimizer, cache)}
     return ContentHashes(hashes, {purpose: [_source(entry, purpose) for entry in entries]
                             for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
-
-
-def _tokenizer(base: Path, tokenizer: PreTrainedTokenizerBase, cache: Path) -> str:
-    """Hash the tokenizer's file and the loaded vocabulary, not what a version of the library would write."""
-    file = base / "tokenizer.json"
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    return json_hash([file_hash(file, cache) if file.is_file() else None, sorted(tokenizer.get_vocab().items()), special])
 
 
 def _code(config: Config) -> dict[str, str | None]:
@@ -85,13 +75,8 @@ def _targets(config: Config) -> dict[str, str | None]:
 
 
 def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | None]:
-    hashes: dict[str, str | None] = {f"{name}.weights": None if directory is None else lineage.identity(directory, cache)}
-    for file in ("config.json", "generation_config.json"):
-        path = directory / file if directory is not None else None
-        settings = confined.load_object(path) if path is not None and path.is_file() else None
-        used = None if settings is None else {key: value for key, value in settings.items() if key not in UNREAD}
-        hashes[f"{name}.{file}"] = None if used is None else json_hash(used)
-    return hashes
+    weights = None if directory is None else lineage.identity(directory, cache)
+    return {f"{name}.weights": weights, **config_hashes(name, directory)}
 
 
 def _scorer(config: Config, cache: Path) -> dict[str, str | None]:

@@ -1,5 +1,6 @@
 """Scores of a reward model: those that plain transformers gives, one at a time."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,18 @@ def test_a_sample_that_is_too_long_has_no_score(place: Path) -> None:
     long = [score for score in found.values() if score.value is None]
     assert 0 < len(long) < len(rows)
     assert {score.problem for score in long} == {"longer than max_length"}
+
+
+@pytest.mark.parametrize("place", [1], indirect=True)
+def test_scores_are_of_the_tokenizer_and_the_config_too(place: Path) -> None:
+    before = model_of(place, label=None).request()
+    for name, change in {"tokenizer_config.json": {"eos_token": "<|user|>"}, "config.json": {"rms_norm_eps": 1e-2}}.items():
+        text = (place / name).read_text()
+        (place / name).write_text(json.dumps({**json.loads(text), **change}))
+        now = model_of(place, label=None).request()
+        assert {key for key in before if now[key] != before[key]} == {name.replace("_config.json", "")}
+        (place / name).write_text(text)
+    assert model_of(place, label=None).request() == before
 
 
 def test_a_language_model_is_no_reward_model(cache: Path) -> None:

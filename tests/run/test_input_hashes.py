@@ -58,6 +58,9 @@ def test_each_hash_changes_with_the_file_that_its_key_names_and_with_no_other(wo
         base / "model.safetensors": "model.weights", reference / "model.safetensors": "reference.weights",
         base / "generation_config.json": "model.generation_config.json", base / "tokenizer_config.json": "model.tokenizer",
         reference / "config.json": "reference.config.json", scorer / "model.safetensors": "online.scorer.model",
+        scorer / "tokenizer_config.json": "online.scorer.model.tokenizer",
+        scorer / "config.json": "online.scorer.model.config.json",
+        scorer / "chat_template.jinja": "online.scorer.model.chat_template",
         adapter / "adapter_model.safetensors": "peft.init_from",
     }  # fmt: skip
     assert differing() == set()

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +20,9 @@ from halos.rollout.ranks import local_device
 from halos.rollout.scorers.scorer import Context, Option, Scorer
 from halos.rollout.types import Sample, Score
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class RewardModel(Scorer):
     """A sequence classifier with one label (ours, TRL's), or with several, of which `label` is the reward.
@@ -32,10 +35,22 @@ class RewardModel(Scorer):
     loads_model = True
     paths = ("model",)
     addresses = ()
+    recorded_since = ("tokenizer", "config.json")
 
     @classmethod
     def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
         return None if settings.model is not None else f"{spelled('model')} is missing: its directory or hub id"
+
+    @classmethod
+    def content(cls, settings: Settings, *, plugins: Sequence[str], cache: Path) -> dict[str, str | None]:
+        """Hash the weights, and the tokenizer, the chat template and the config, which decide the scores of the same weights."""
+        from halos.models.content_hashes import CONFIG, config_hashes, tokenizer_hashes
+        from halos.models.locate import locate
+
+        assert settings.model is not None
+        directory = locate(settings.model, None, cache, key="online.scorer.model")
+        beside = tokenizer_hashes("model", directory, _tokenizer(directory), cache) | config_hashes("model", directory, [CONFIG])
+        return super().content(settings, plugins=plugins, cache=cache) | beside
 
     @classmethod
     def open(cls, settings: Settings, context: Context) -> RewardModel:
@@ -49,8 +64,7 @@ class RewardModel(Scorer):
     def __init__(self, directory: Path, settings: Settings, *, max_length: int | None, quiet: bool) -> None:
         """Raises UserError for a model that is no classifier, and for a label that it does not have."""
         from halos.checkpoint import integrity
-        from halos.data.template import chat_template
-        from halos.models.load import load_tokenizer, read_config
+        from halos.models.load import read_config
 
         integrity.check(directory, "reward model")
         config = read_config(directory)
@@ -65,8 +79,7 @@ class RewardModel(Scorer):
             raise UserError(f"online.scorer.label={label}, but {directory} has {labels} labels, counted from 0")
         self.directory, self.label, self.batch_size, self.quiet = directory, label or 0, settings.batch_size, quiet
         self._loaded: Any = None
-        self.tokenizer, _ = load_tokenizer(directory, add_tokens=[])
-        self.tokenizer.chat_template = chat_template(self.tokenizer, None)
+        self.tokenizer = _tokenizer(directory)
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.max_length = min(length for length in (max_length, limit, 2**31) if length)
 
@@ -75,10 +88,13 @@ class RewardModel(Scorer):
 
     def request(self) -> dict[str, Any]:
         from halos.checkpoint.lineage import identity
+        from halos.models.content_hashes import CONFIG, config_hashes, tokenizer_hashes
 
-        weights = identity(self.directory)
         template = hashlib.sha256(json.dumps(self.tokenizer.chat_template).encode()).hexdigest()[:16]
-        return {"reward_model": weights, "label": self.label, "max_length": self.max_length, "template": template}
+        tokenizer = tokenizer_hashes("model", self.directory, self.tokenizer)["model.tokenizer"]
+        config = config_hashes("model", self.directory, [CONFIG])[f"model.{CONFIG}"]
+        return {"reward_model": identity(self.directory), "label": self.label, "max_length": self.max_length,
+                "template": template, "tokenizer": tokenizer, CONFIG: config}  # fmt: skip
 
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         fitting = []
@@ -132,6 +148,16 @@ class RewardModel(Scorer):
         if model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         return logps.RewardModel(model.to(device).eval())
+
+
+def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a reward model, with the chat template that its samples are written with."""
+    from halos.data.template import chat_template
+    from halos.models.load import load_tokenizer
+
+    tokenizer, _ = load_tokenizer(directory, add_tokens=[])
+    tokenizer.chat_template = chat_template(tokenizer, None)
+    return tokenizer
 
 
 def _whole(ids: np.ndarray) -> Completion:
