@@ -9,6 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
+from halos.config.schema import Config
+from halos.run.lifecycle import run
+
 Command = Callable[..., subprocess.CompletedProcess[str]]
 # 13 rows in batches of 5, three at a time: ranks of unequal size, a last batch of 3, a rank with fewer micro-batches
 SETTINGS = ["train.batch_size=5", "train.microbatch_size=2", "train.steps=6", "train.eval_every=3", "checkpoint.every=2",
@@ -51,9 +54,9 @@ def test_two_processes_train_with_the_losses_of_one(loss: str, peft: list[str], 
 
 
 @pytest.mark.cold
-def test_one_process_resumes_a_checkpoint_of_two(command: Command, tmp_path: Path) -> None:
+def test_one_process_resumes_a_checkpoint_of_two(command: Command, configure: Callable[..., Config], tmp_path: Path) -> None:
     words = ["loss=dpo", "peft=lora", *SETTINGS]
-    command(*words, "exp_name=one")
+    assert run(configure(*words, "exp_name=one"), []) == 0
     command(*words, "exp_name=two", launch=2)
     for path in ("FINAL", "checkpoints/step-00000006"):
         subprocess.run(["rm", "-r", str(tmp_path / "two" / path)], check=True)
