@@ -23,11 +23,11 @@ from halos.errors import UserError, command
 from halos.hashes import digest
 from halos.online.options import FEEDBACK, SCORER
 from halos.online.preferences import compare
-from halos.online.records import FileStore, ResumableFile, open_on_all_ranks, read, read_meta, write_sealed
+from halos.online.records import FileStore, ResumableFile, make_directory, open_on_all_ranks, read, read_meta, write_sealed
 from halos.rollout import collect, feedback
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Context, PairwiseScorer, Scorer, open_scorer
-from halos.rollout.types import Rollout, Row, Sample, numbered
+from halos.rollout.types import EVAL, Rollout, Row, Sample, numbered
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,19 +56,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the feedback file, and a file with the score of every sample. Raises UserError for wrong input."""
+    """Write the feedback file, and a file with the score of every sample. Raises UserError for wrong input, and where no sample
+    to learn from has a score."""
     settings = _checked(args)
     threshold = feedback.check_threshold(args.kind, args.threshold)
     samples = read_samples(args.samples)
     if not samples:
         raise UserError(f"{args.samples} is empty")
+    scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
     ranks, began = Ranks.of_stage(), time.perf_counter()
     answers = args.cache or args.feedback.with_name(f"{args.feedback.stem}.{settings.name}.jsonl")
     scorer = open_scorer(settings, Context(answers, args.plugins, args.cache_dir, args.max_length, quiet=not ranks.main))
+    for path in (args.feedback, scores, answers):
+        make_directory(path.parent)  # before a score is paid for
     if settings.pairwise:
         assert isinstance(scorer, PairwiseScorer)
         return compare(args, samples, scorer, ranks)
-    scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
     request = {"samples": digest(args.samples), **scorer.request()}
     file = ResumableFile(scores, request, rank=ranks.rank, recorded_since=scorer.recorded_since)
     if not ranks.from_rank_0(file.is_done()):
@@ -125,6 +128,10 @@ def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | st
     if args.feedback.exists() and read_meta(args.feedback).get("request") != request:
         raise UserError(f"{args.feedback} exists already, made from other scores or with other settings: name another file")
     rows = read(scores)
+    training = [row for row in rows if row.get("split") != EVAL]
+    if training and all(row["reward"] is None for row in training):
+        raise UserError(f"none of {len(training)} samples has a score: {training[0]['problem']}; no feedback is written, and"
+                        f" {scores} has the reason for each")  # fmt: skip
     rollouts = [Rollout.from_row(row, f"{scores}:{number}") for number, row in enumerate(rows, 1)]
     result, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed)
     write_sealed(args.feedback, [each.to_row() for each in result], request, left_out)

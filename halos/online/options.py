@@ -95,6 +95,8 @@ class ScorerOptions(Options[Scorer]):
         """The settings of the scorer that was chosen. Raises UserError for a value that cannot be read or is out of its range."""
         name = next(name for name in scorer_names() if getattr(args, _dest(name)) not in (None, False))
         option, given = scorer_class(name).option, getattr(args, _dest(name))
+        if given == "" or (isinstance(given, list) and "" in given):
+            raise UserError(f"{option.flag} '' names nothing: it takes {option.help}")
         values: dict[str, Any] = {key: [] if self._is_list(key) else None for key in self.by_command if key != "name"}
         if option.key is not None:
             values[option.key] = [_parsed(entry, option.flag) for entry in given] if self._is_list(option.key) else given

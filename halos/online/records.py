@@ -39,7 +39,7 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write all rows, or no file; a .json file holds them as a list, as HALOs' files do."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_whole(path, _text(path, rows))
 
 
@@ -52,9 +52,17 @@ def _text(path: Path, rows: Iterable[Mapping[str, Any]]) -> str:
 def write_sealed(path: Path, rows: Sequence[Mapping[str, Any]], request: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Write all rows, or no file; and next to it `<name>.meta.json` with the request, the file's hash, and `facts`."""
     text = _text(path, rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     write_whole(meta_path(path), json.dumps({"request": request, seals.ROWS_HASH: seals.digest(text), **facts}, indent=1) + "\n")
     write_whole(path, text)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory for output, with those above it. Raises UserError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path} cannot be created ({error.strerror}): name a file in a directory that can be") from error
 
 
 def meta_path(path: Path) -> Path:
@@ -114,7 +122,7 @@ class ResumableFile:
             if (recorded := self._comparable(recorded)) != self.request:
                 raise UserError(f"{self.partial} was begun already, and {_difference(recorded, self.request)}: delete it")
         elif self.rank == 0:
-            self.partial.mkdir(parents=True, exist_ok=True)
+            make_directory(self.partial)
             write_whole(request, json.dumps(self.request, indent=1))
         for file in sorted(self.partial.glob("rows.*.jsonl")) if self.partial.is_dir() else ():
             for row in complete_lines(file):
@@ -126,7 +134,7 @@ class ResumableFile:
 
     def add(self, rows: Mapping[Any, Row]) -> None:
         """Append rows; they are on disk when this returns."""
-        self.partial.mkdir(parents=True, exist_ok=True)
+        make_directory(self.partial)
         text = "".join(to_line({"key": key, "row": row}) for key, row in rows.items())
         confined.append(self.partial / f"rows.{self.rank}.jsonl", text, within=self.partial.parent, sync=True)
         self.rows.update(rows)

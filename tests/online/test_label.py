@@ -111,9 +111,30 @@ def test_answers_to_other_questions_are_not_compared(
     assert "other.jsonl:1: its prompt_id '7' is that of another prompt in" in capsys.readouterr().err
 
 
+def test_where_no_sample_has_a_score_the_reason_is_the_error_and_no_feedback_is_written(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(place / "s.jsonl"), str(place / "f.jsonl"), "--reward", "{function: length, target: abc}"]
+    for _ in range(2):
+        assert label(words) == 2
+        error = capsys.readouterr().err
+        assert "none of 6 samples has a score: halos.online.rewards.length raised" in error
+        assert not (place / "f.jsonl").exists()
+        assert len(read(place / "f.scores.jsonl")) == 6
+
+
+def test_a_directory_that_cannot_be_created_is_refused_before_a_sample_is_scored(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(place, "--scores", str(place / "scores.jsonl"), output="s.jsonl/below/f.jsonl") == 2
+    assert "s.jsonl/below cannot be created (Not a directory): name a file in" in capsys.readouterr().err
+    assert not list(place.glob("scores*"))
+
+
 def test_wrong_arguments_are_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, said in (
         (["--reward", "{function: length"], "--reward cannot be read"),
+        (["--reward", ""], "--reward '' names nothing: it takes a function of halos.online.rewards"),
         (["--threshold", "nan"], "takes a number, not 'nan'"),
         (["--pairwise"], "--pairwise needs --judge"),
         (["--processes", "0"], "--processes takes a whole number (at least 1), not 0"),

@@ -48,7 +48,7 @@ class Judge(PairwiseScorer):
 
     @classmethod
     def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
-        if settings.model is None:
+        if not settings.model:
             return f"{spelled('model')} is missing: the judge's name at its API"
         if settings.max_cost is not None and not settings.price_in and not settings.price_out:
             return (

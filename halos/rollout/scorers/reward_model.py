@@ -39,7 +39,7 @@ class RewardModel(Scorer):
 
     @classmethod
     def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
-        return None if settings.model is not None else f"{spelled('model')} is missing: its directory or hub id"
+        return None if settings.model else f"{spelled('model')} is missing: its directory or hub id"
 
     @classmethod
     def content(cls, settings: Settings, *, plugins: Sequence[str], cache: Path) -> dict[str, str | None]:
