@@ -12,15 +12,14 @@ from tqdm import tqdm
 
 from halos import confined
 from halos.errors import printable
-from halos.redaction import redact
+from halos.redaction import RedactingFormatter
 
 
-class PrintableFormatter(logging.Formatter):
-    """Escapes control characters, since messages may contain file names from untrusted data, and hides secrets, which libraries'
-    errors may quote, in tracebacks too."""
+class PrintableFormatter(RedactingFormatter):
+    """Escapes control characters too: messages may contain file names from untrusted data."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(redact(super().format(record)))
+        return printable(super().format(record))
 
 
 class TqdmHandler(logging.Handler):

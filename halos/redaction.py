@@ -1,6 +1,7 @@
 """Secrets of the environment and in URLs: recognised, and replaced by names in whatever is printed, logged or saved."""
 
 import json
+import logging
 import os
 import re
 import sys
@@ -59,20 +60,30 @@ def secret_in_url(text: str) -> str | None:
     return f"a secret ({found['name']}=)" if found else None
 
 
+class RedactingFormatter(logging.Formatter):
+    """Hides secrets, which libraries' errors may quote, in messages and in tracebacks."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def write_redacted_tracebacks() -> None:
-    """Have errors that nothing catches written without secrets: this process's stderr may go to a file."""
-    sys.excepthook = _write_traceback
+    """Have errors that nothing catches, and warnings that libraries log, written without secrets: this process's stderr may go to
+    a file."""
+    sys.excepthook = write_traceback
     threading.excepthook = _write_traceback_of_thread
+    if logging.lastResort is not None:  # of loggers that have no handler
+        logging.lastResort.setFormatter(RedactingFormatter())
 
 
-def _write_traceback(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+def write_traceback(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
     sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
 
 
 def _write_traceback_of_thread(each: threading.ExceptHookArgs) -> None:
     if each.exc_type is not SystemExit:
         sys.stderr.write(f"Exception in thread {each.thread.name if each.thread else '?'}:\n")
-        _write_traceback(each.exc_type, each.exc_value, each.exc_traceback)
+        write_traceback(each.exc_type, each.exc_value, each.exc_traceback)
 
 
 def _is_secret(userinfo: re.Match[str]) -> bool:

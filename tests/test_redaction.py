@@ -32,11 +32,28 @@ def test_a_command_and_its_log_have_the_name_of_a_variable_instead_of_its_value(
     assert capsys.readouterr().err == "error: 401: <MY_API_KEY> is no key\n"
 
 
-def test_an_error_that_nothing_catches_is_written_without_secrets() -> None:
-    program = "import os, threading\nfrom halos.errors import command\ndef fails(): raise ValueError(os.environ['MY_API_KEY'])\n"
-    both = "thread = threading.Thread(target=fails)\ndef main(): thread.start(); thread.join(); fails()\ncommand(main)"
-    done = subprocess.run([sys.executable, "-c", program + both], capture_output=True, text=True, check=False)
+PROGRAM = """
+import logging, os, threading
+from halos.errors import command
+
+def fails():
+    raise ValueError(os.environ["MY_API_KEY"])
+
+def main():
+    logging.getLogger("library").warning(os.environ["MY_API_KEY"])
+    thread = threading.Thread(target=fails)
+    thread.start()
+    thread.join()
+    fails()
+
+command(main)
+"""
+
+
+def test_an_error_that_nothing_catches_and_a_librarys_warning_are_written_without_secrets() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 1
+    assert done.stderr.startswith("<MY_API_KEY>\n")
     assert done.stderr.count("ValueError: <MY_API_KEY>") == 2
     assert SECRET not in done.stderr
 

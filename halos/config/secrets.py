@@ -9,9 +9,10 @@ from typing import Any
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config
 from halos.errors import UserError, one_line
-from halos.redaction import MIN_LENGTH_INSIDE, environment_secrets, secret_in_url
+from halos.redaction import MIN_LENGTH_INSIDE, SUFFIXES, environment_secrets, secret_in_url
 
-KEYS = ("api_key", "access_token", "auth_token", "hf_token", "secret", "password")
+KEYS = re.compile(r"(.*_)?(api_key|access_key|access_token|auth_token|hf_token|secret|password)")
+VARIABLES = re.compile(rf"[A-Z]\w*_({'|'.join(SUFFIXES)})")
 NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
 
 
@@ -48,7 +49,7 @@ def refuse_secrets(node: Any, overrides: Sequence[str] = (), *, spelled: Callabl
     is how the user writes a key."""
     secrets = environment_secrets()
     for key, value in _leaves(node):
-        if key.rpartition(".")[2].lower() in KEYS and value is not None:
+        if _names_a_secret(key) and value is not None:
             raise UserError(f"{spelled(key)} would be saved in the run's config.yaml: {_REMEDY}")
         if name := _secret_in(str(value), secrets):
             raise UserError(f"{spelled(key)} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
@@ -56,7 +57,7 @@ def refuse_secrets(node: Any, overrides: Sequence[str] = (), *, spelled: Callabl
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         parts = re.split(r"[\s,:'\"()\[\]{}]+", value)  # of a list, a mapping or a sweep
-        if key.rpartition(".")[2].lower() in KEYS or any(_secret_in(part, secrets) for part in parts):
+        if _names_a_secret(key) or any(_secret_in(part, secrets) for part in parts):
             raise UserError(f"{key} holds a secret, and overrides are saved with the run: {_REMEDY}")
         _refuse_url(key, value)
 
@@ -72,6 +73,12 @@ def _refuse_url(key: str, value: str) -> None:
 _REMEDY = (
     "leave it out and keep the secret in the environment (OPENAI_API_KEY, WANDB_API_KEY, HF_TOKEN), where the libraries read it"
 )
+
+
+def _names_a_secret(key: str) -> bool:
+    """By the name of a key, or of an environment variable in it (hydra.job.env_set.HF_TOKEN)."""
+    name = key.rpartition(".")[2]
+    return bool(KEYS.fullmatch(name.lower()) or VARIABLES.fullmatch(name))
 
 
 def _secret_in(text: str, known: Mapping[str, str]) -> str | None:

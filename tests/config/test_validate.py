@@ -361,6 +361,13 @@ def test_a_url_with_a_password_or_a_token_is_refused_and_never_shown(secret):
         assert "hunter2" not in said
 
 
+@pytest.mark.parametrize("name", ["wandb_api_key", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "client_secret"])
+def test_a_key_that_is_named_as_a_secret_is_refused_whatever_the_environment_has(name):
+    for said in (message(composed(hooks__mine={name: "abc"})), message(composed(), [f"hydra.job.env_set.{name}=abc"])):
+        assert name in said
+        assert "abc" not in said
+
+
 def test_messages_hide_secrets(monkeypatch):
     monkeypatch.setenv("MY_PASSWORD", "correct horse")
     assert redact("cannot read 'x=correct horse'") == "cannot read 'x=<MY_PASSWORD>'"

@@ -63,6 +63,8 @@ class Stub:
         self._server.server_close()
 
     def answer(self, path: str, body: dict[str, Any], key: str | None) -> tuple[int, str]:
+        if self.fail:
+            return self.fail, json.dumps({"error": {"message": self.quote}})
         if path.endswith("/collective_rpc"):
             self.loaded.append(body["kwargs"]["weights_path"])
             return 200, "{}"
@@ -75,8 +77,6 @@ class Stub:
         with self._lock:
             self.seen[text] += 1
             tries = self.seen[text]
-        if self.fail:
-            return self.fail, json.dumps({"error": {"message": self.quote}})
         if self.trouble and dice % 10 == 0 and tries == 1:
             return 429, json.dumps({"error": {"message": "slow down"}})
         if self.trouble and dice % 10 == 1 and tries == 1:

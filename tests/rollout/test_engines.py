@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import halos.rollout.engines
+from halos.config.defaults import section
 from halos.config.rollout_modules import engine_class, engine_names
 from halos.config.schema import Config, Sampler
 from halos.config.secrets import refuse_saved_addresses
@@ -19,6 +20,10 @@ from halos.errors import UserError
 from halos.online import policy, sample
 from halos.online.stages import Stages
 from halos.rollout.engines.engine import Engine
+from halos.rollout.engines.openai import ChatEngine
+from halos.rollout.types import Origin, Prompt, Request
+
+from .stub import Stub
 
 ROOT = Path(__file__).resolve().parents[2]
 ECHO = """
@@ -100,3 +105,16 @@ def test_what_an_engine_declares_is_read_without_what_it_stands_on() -> None:
     code = "from halos.config.rollout_modules import *; [*map(engine_class, engine_names())]; import sys; print({*sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"torch", "transformers", "openai", "vllm"} & eval(done.stdout)
+
+
+def test_a_key_that_a_server_quotes_is_in_no_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = "sk-not-a-key-0123456789abcdef"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    server = Stub(quote=key)
+    engine = ChatEngine(section(Sampler, name="openai", url=server.url), Origin("m"))
+    prompts = [Prompt(f"p{n}", ({"role": "user", "content": f"question {n}"},)) for n in range(40)]
+    texts = [each.text for each in engine.sample([Request(prompt, 0, (), 0, 0.0, 8) for prompt in prompts])]
+    server.close()
+    assert len(texts) == 40
+    assert "(<OPENAI_API_KEY>)" in "".join(texts)
+    assert key not in "".join(texts)

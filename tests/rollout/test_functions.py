@@ -1,5 +1,6 @@
 """Verifiable rewards: correct, and isolated from the run."""
 
+import multiprocessing
 import sys
 from inspect import isfunction
 from pathlib import Path
@@ -12,8 +13,8 @@ from halos.config.schema import Scorer
 from halos.errors import UserError
 from halos.online import rewards as online
 from halos.rollout import rewards
-from halos.rollout.scorers._reward_functions import parts_of
-from halos.rollout.scorers.function import Functions
+from halos.rollout.scorers._reward_functions import Part, parts_of
+from halos.rollout.scorers.function import Functions, _work
 from halos.rollout.types import Prompt, Sample
 
 ROW = {"solution": "2 + 2 = 4\n#### 4", "finish": "stop", "tokens": 90}
@@ -179,3 +180,15 @@ def test_wrong_entries_are_refused(mine: str) -> None:
         parts_of(["halos.nowhere.good"], [])
     with pytest.raises(UserError, match="name one"):
         parts_of([], [])
+
+
+def test_a_worker_that_cannot_import_a_function_says_so_without_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_API_KEY", "sk-not-a-key")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "brokenrewards.py").write_text("import os\nraise RuntimeError(os.environ['MY_API_KEY'])\n")
+    _, worker_end = multiprocessing.Pipe()
+    with pytest.raises(SystemExit):
+        _work(worker_end, [Part("brokenrewards.one", 1.0, {})], [])
+    assert "RuntimeError: <MY_API_KEY>" in capsys.readouterr().err

@@ -91,3 +91,15 @@ def test_a_server_gives_tokens_and_takes_weights(cache: Path, tmp_path: Path) ->
     server.close()
     with pytest.raises(UserError, match="does not answer"):
         ServerEngine(tokenizer, settings(url="http://127.0.0.1:9/v1"), ORIGIN).load(tmp_path)
+
+
+def test_a_key_that_a_server_quotes_is_hidden_before_its_answer_is_cut(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-not-a-key-0123456789abcdef")
+    tokenizer, _ = load_tokenizer(locate("tiny", None, cache), add_tokens=[])
+    server = Stub(fail=401, quote="x" * 265 + "sk-not-a-key-0123456789abcdef")
+    with pytest.raises(UserError, match="answers 401") as refused:
+        ServerEngine(tokenizer, settings(url=server.url), ORIGIN).load(tmp_path)
+    server.close()
+    assert "sk-not" not in str(refused.value)

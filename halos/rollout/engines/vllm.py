@@ -15,6 +15,7 @@ import httpx
 from halos.config.schema import Sampler
 from halos.distributed.children import die_with_parent, environment_without_launcher
 from halos.errors import UserError
+from halos.redaction import redact
 from halos.rollout.engines.engine import Engine, PolicyServer
 from halos.rollout.servers import KEY, refuse_unreachable
 from halos.rollout.types import Origin, Request, Sample
@@ -155,7 +156,7 @@ class ServerEngine(VLLM, PolicyServer):
             return answer.json() if answer.content else {}
         except httpx.HTTPStatusError as error:
             hint = "; start it with VLLM_SERVER_DEV_MODE=1" if error.response.status_code == 404 else ""
-            raise UserError(f"{url} answers {error.response.status_code}: {error.response.text[:300]}{hint}") from error
+            raise UserError(f"{url} answers {error.response.status_code}: {redact(error.response.text)[:300]}{hint}") from error
         except (httpx.HTTPError, ValueError) as error:
             raise UserError(f"{url} does not answer: {type(error).__name__}: {error}") from error
 

@@ -18,6 +18,7 @@ from halos.config.plugins import code_hash, make_importable
 from halos.config.schema import Scorer as Settings
 from halos.errors import UserError
 from halos.hashes import json_hash
+from halos.redaction import write_traceback
 from halos.rollout.scorers._reward_functions import OWN, Part, parts_of, row_of, scored_by, source_hash
 from halos.rollout.scorers.scorer import Context, Option, Scorer
 from halos.rollout.types import Prompt, Sample, Score
@@ -191,6 +192,9 @@ def _work(pipe: Connection, parts: Sequence[Part], plugins: Sequence[str]) -> No
             pipe.send(scored_by(functions, pipe.recv()))
     except (EOFError, ConnectionError, KeyboardInterrupt):
         return
+    except Exception as error:  # such as that of a user's import
+        write_traceback(type(error), error, error.__traceback__)
+        sys.exit(1)
 
 
 def _describe(column: str) -> str:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from halos import confined
 from halos.config.schema import Scorer as Settings
 from halos.errors import UserError
-from halos.redaction import without_values
+from halos.redaction import redact
 from halos.rollout.jsonl import complete_lines, to_line
 from halos.rollout.scorers.scorer import Context, Option, PairwiseScorer, Verdict
 from halos.rollout.servers import OverBudgetError, answers, refuse_unreachable, require_client
@@ -186,9 +186,9 @@ class Judge(PairwiseScorer):
                 response_format={"type": "json_object"}, extra_headers={"Idempotency-Key": key},
             )  # fmt: skip
             choice = response.choices[0] if response.choices else None
-            text = without_values((choice.message.content or "") if choice else "")  # a server may quote the key
-            answer = Answer(text, self._cost(response.usage),
-                            without_values(str(choice.finish_reason)) if choice else "empty")  # fmt: skip
+            text = (choice.message.content or "") if choice else ""
+            answer = Answer(redact(text), self._cost(response.usage),  # a server may quote the key
+                            redact(str(choice.finish_reason)) if choice else "empty")  # fmt: skip
         except (ValueError, AttributeError, TypeError, IndexError) as error:
             # the response is malformed: it may have been paid for, so it is not requested again
             answer = Answer("", 0.0, f"broken: {type(error).__name__}")
