@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from typing import Protocol
 
 from halos.config import defaults, renamed_keys
+from halos.config.overrides import typed_keys
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Scorer
 from halos.errors import UserError
@@ -67,16 +68,11 @@ def _exp_name(config: Config) -> str | None:
     return f"exp_name names a directory, so it cannot be {name!r}: use letters, digits, - and _; output_root= is its parent"
 
 
-def _typed(overrides: Sequence[str]) -> list[str]:
-    """Return the keys of the command line."""
-    return [text.lstrip("+~").partition("=")[0] for text in overrides]
-
-
 def _duration(config: Config, overrides: Sequence[str]) -> str | None:
     steps, epochs = config.train.steps, config.train.epochs
     if steps is None and epochs is None:
         return "train.steps and train.epochs are both null: give one, for example train.steps=100"
-    both = steps is not None and epochs is not None and {"train.steps", "train.epochs"} <= {*_typed(overrides)}
+    both = steps is not None and epochs is not None and {"train.steps", "train.epochs"} <= {*typed_keys(overrides)}
     if both and config.resume is None:
         return f"train.steps={steps} and train.epochs={epochs:g} are two lengths of one run: give one of them"
     return None
@@ -93,7 +89,7 @@ def _batch(config: Config) -> str | None:
 
 
 def _peft(config: Config, overrides: Sequence[str]) -> str | None:
-    idle = [key for key in _typed(overrides) if key.startswith("peft.") and key != "peft.name"]
+    idle = [key for key in typed_keys(overrides) if key.startswith("peft.") and key != "peft.name"]
     if config.peft.name == "none" and idle:
         return f"{idle[0]} has no effect with peft=none: add peft=lora, or leave it out"
     for key in ("lora_dropout", "use_dora"):
@@ -139,7 +135,7 @@ def _evaluation(config: Config) -> str | None:
 
 def _objective(config: Config, overrides: Sequence[str]) -> str | None:
     """A metric chosen by name alone would keep the direction of the loss's own."""
-    metric, typed = config.objective.metric, _typed(overrides)
+    metric, typed = config.objective.metric, typed_keys(overrides)
     chosen = "objective.metric" in typed and "objective.mode" not in typed
     if config.objective.mode == "max" and metric in BETTER_LOW and (chosen or metric == "loss"):
         return f"objective.metric={metric} is better low, and objective.mode is max: add objective.mode=min"
@@ -148,7 +144,7 @@ def _objective(config: Config, overrides: Sequence[str]) -> str | None:
 
 def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
     """Settings of the evaluation that would never act in this run."""
-    typed, train, checkpoint = _typed(overrides), config.train, config.checkpoint
+    typed, train, checkpoint = typed_keys(overrides), config.train, config.checkpoint
     for entry in config.data.eval if config.resume is None else ():
         if isinstance(entry, dict) and entry.get("weight", 1) != 1:
             return f"data.eval: weight={entry['weight']} has no effect, since an evaluation takes every row once: leave it out"
@@ -200,7 +196,7 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return None
     if config.reference.name_or_path is not None:
         return "reference.name_or_path: with loss=online the reference is the first policy, or online.reference=last"
-    if online.steps is not None and [text for text in overrides if text.lstrip("+").startswith("online.rounds=")]:
+    if online.steps is not None and "online.rounds" in typed_keys(overrides):
         return "online.rounds and online.steps exclude each other: give rounds, or steps for a live loop"
     if online.steps is not None and online.carry_optimizer:
         return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
@@ -212,7 +208,7 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
 
 
 def _scorer(scorer: Scorer, overrides: Sequence[str]) -> str | None:
-    kind, typed = scorer_class(scorer.name), _typed(overrides)
+    kind, typed = scorer_class(scorer.name), typed_keys(overrides)
     if complaint := kind.problem(scorer, lambda name: f"online.scorer.{name}"):
         return complaint
     for name in idle_scorer_keys(scorer):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
@@ -185,6 +185,20 @@ def _in_quotes(item: str) -> str:
         return item
     escaped = item.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"
+
+
+def typed_keys(overrides: Sequence[str]) -> list[str]:
+    """Return the keys of a command line, those inside a mapping that is given for a section included."""
+    return [key for text in overrides for key in _keys_of(*text.lstrip("+~").partition("=")[::2])]
+
+
+def _keys_of(key: str, value: str) -> Iterator[str]:
+    yield key
+    if value.strip().startswith("{") and value.strip().endswith("}"):
+        for item in _split(value.strip()[1:-1]):
+            name, colon, inner = item.partition(":")
+            if colon:
+                yield from _keys_of(f"{key}.{name.strip()}", inner)
 
 
 def _split(text: str) -> list[str]:

@@ -20,6 +20,7 @@ from halos.config.bind_optim import bind_optimizer, bind_schedule, fit_shared
 from halos.config.cross_checks import check_combinations, check_reference
 from halos.config.custom_formats import custom_formats, load_format
 from halos.config.legacy_sections import with_target
+from halos.config.overrides import typed_keys
 from halos.config.paths import check_paths
 from halos.config.plugins import make_importable
 from halos.config.ranges import check_ranges
@@ -50,7 +51,8 @@ def check(composed: DictConfig, overrides: Sequence[str] = (), choices: Choices 
         raise UserError(explain(error, composed)) from error
     assert isinstance(config, Config)
     _resolve_targets(config, overrides)
-    if _is_overridden("train.epochs", overrides) and not _is_overridden("train.steps", overrides):
+    typed = typed_keys(overrides)
+    if "train.epochs" in typed and "train.steps" not in typed:
         config.train.steps = None  # an override wins over the steps that a model or an experiment sets
     refuse_secrets(resolved)
     check_ranges(resolved)
@@ -68,13 +70,9 @@ def is_online_run(config: Config) -> bool:
 
 def _resolve_targets(config: Config, overrides: Sequence[str]) -> None:
     """Replace names of earlier versions by targets, and convert the shared keys of optimizers to their types."""
-    keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
+    keys = typed_keys(overrides)
     config.optim, config.schedule = (with_target(name, getattr(config, name), keys) for name in ("optim", "schedule"))
     config.optim = fit_shared(config.optim)
-
-
-def _is_overridden(key: str, overrides: Sequence[str]) -> bool:
-    return any(text.lstrip("+").startswith(f"{key}=") for text in overrides)
 
 
 def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence[str] = ()) -> str:

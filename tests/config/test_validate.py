@@ -198,6 +198,8 @@ WRONG = [
     [
         (["objective.metric=kl"], ["objective.metric=kl is better low", "objective.mode=min"]),
         (["train.steps=3", "train.epochs=2"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
+        (["train={steps: 3, epochs: 2}"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
+        (["peft={lora_alpha: 8,r:8}"], ["peft.lora_alpha has no effect with peft=none"]),
         (["checkpoint.keep_best=3", "checkpoint.every=null"], ["checkpoint.keep_best=3", "checkpoint.every is null"]),
         (["train.early_stopping=2", "train.steps=200"], ["train.early_stopping=2 acts at evaluation 3", "gives 2 before"]),
     ],

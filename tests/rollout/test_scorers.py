@@ -106,8 +106,9 @@ def test_a_new_file_is_a_scorer_everywhere(shout: None, configure: Callable[...,
     with pytest.raises(UserError, match=r"^online\.scorer\.label=13: nobody shouts 13 times$"):
         configure(*words, "online.scorer.label=13")
     idle = "online.scorer.rubric has no effect with online.scorer.name=shout, which takes label, model, url: leave it out"
-    with pytest.raises(UserError, match=f"^{re.escape(idle)}$"):
-        configure(*words, "online.scorer.rubric=r.txt")
+    for typed in ("online.scorer.rubric=r.txt", "online.scorer={url: 'a,b', functions: [],rubric: r.txt}"):
+        with pytest.raises(UserError, match=f"^{re.escape(idle)}$"):
+            configure(*words[:3], typed, words[3])
     configure(*words, "online.scorer.rubric=null", "online.scorer.functions=[]", "online.scorer.timeout=30")
     model = tmp_path / "model"
     model.write_text("loud")
