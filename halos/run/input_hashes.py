@@ -58,8 +58,8 @@ def read(
 def _code(config: Config) -> dict[str, str | None]:
     """Hash the user's own code that a run computes with."""
     hashes = {f"{node}._target_": code_hash(target) if target else None for node, target in _targets(config).items()}
-    functions = config.online is not None and config.online.scorer.name == "function"
-    return {**hashes, **(_scorer(config, Path(config.cache_dir)) if functions else {}), "data.format": _formats(config)}
+    names_no_files = config.online is not None and not scorer_class(config.online.scorer.name).paths
+    return {**hashes, **(_scorer(config, Path(config.cache_dir)) if names_no_files else {}), "data.format": _formats(config)}
 
 
 def _formats(config: Config) -> str | None:
