@@ -3,6 +3,7 @@
 import logging
 import os
 import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -117,19 +118,23 @@ class Wandb(Hook[AnyRun]):
         import wandb
 
         name, group = names_of(run)
-        return wandb.init(
-            project=self.project,
-            entity=self.entity,
-            id=self._id,
-            resume="allow",
-            name=name,
-            group=group,
-            dir=str(run.directory.path),
-            config=dict(run.settings),
-            # with a key but no route to the server, wandb would block for a minute and a half
-            settings=wandb.Settings(init_timeout=15, silent=True),
-            mode=mode,
-        )
+        excepthook = sys.excepthook
+        try:
+            return wandb.init(
+                project=self.project,
+                entity=self.entity,
+                id=self._id,
+                resume="allow",
+                name=name,
+                group=group,
+                dir=str(run.directory.path),
+                config=dict(run.settings),
+                # with a key but no route to the server, wandb would block for a minute and a half
+                settings=wandb.Settings(init_timeout=15, silent=True),
+                mode=mode,
+            )
+        finally:
+            sys.excepthook = excepthook  # wandb's writes the traceback once more, and does not hide secrets
 
     def _write(self, run: AnyRun, metrics: Metrics) -> None:
         if self._run is not None and metrics:

@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,9 @@ def test_wandb_goes_offline_where_there_is_no_key_and_says_so(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    excepthook = sys.excepthook
     assert run(configure(*FEW, "logging=wandb"), []) == 0
+    assert sys.excepthook is excepthook, "wandb's would write tracebacks without hiding secrets"
     assert "wandb: no key found" in (tmp_path / "run" / "train.log").read_text()
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"split": "train"') == 3
