@@ -23,7 +23,16 @@ from halos.errors import UserError, command
 from halos.hashes import digest
 from halos.online.options import FEEDBACK, SCORER
 from halos.online.preferences import compare
-from halos.online.records import FileStore, ResumableFile, make_directory, open_on_all_ranks, read, read_meta, write_sealed
+from halos.online.records import (
+    FileStore,
+    ResumableFile,
+    make_directory,
+    open_on_all_ranks,
+    read,
+    read_located,
+    read_meta,
+    write_sealed,
+)
 from halos.rollout import collect, feedback
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Context, PairwiseScorer, Scorer, open_scorer
@@ -108,8 +117,7 @@ def _checked(args: argparse.Namespace) -> Settings:
 def read_samples(path: Path) -> list[Sample]:
     """The samples of a file, with the hash of the weights that they come from where the file records it. Raises UserError."""
     weights = read_meta(path).get("request", {}).get("model_sha256")
-    lines = [(row, f"{path}:{number}") for number, row in enumerate(read(path), 1)]
-    samples = numbered((Sample.from_row(row, where), where) for row, where in lines)
+    samples = numbered((Sample.from_row(row, where), where) for row, where in read_located(path))
     return [replace(sample, weights=weights) if weights else sample for sample in samples]
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from halos.errors import UserError
 from halos.hashes import digest
-from halos.online.records import ResumableFile, read, write
+from halos.online.records import ResumableFile, read_located, write
 from halos.rollout.feedback import Pair
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import PairwiseScorer, Verdict
@@ -48,9 +49,9 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
     """Compare random pairs of each training prompt's samples, and answers to evaluation prompts with those of `--against`."""
     if ranks.world > 1:
         raise UserError("a judge that compares runs in one process: it waits for the server, not for this machine")
-    others = read(args.against) if args.against else []
-    against = [Sample.from_row(row, f"{args.against}:{number}") for number, row in enumerate(others, 1)]
-    _check_prompts(samples, against, args)
+    others = read_located(args.against) if args.against else []
+    against = [Sample.from_row(row, where) for row, where in others]
+    _check_prompts(samples, zip(against, (where for _, where in others), strict=True), args.samples)
     opponents = digest(args.against) if args.against else None
     request = {"samples": digest(args.samples), "against": opponents, "seed": args.seed, **scorer.request()}
     file = ResumableFile(args.feedback, request, recorded_since=scorer.recorded_since)
@@ -73,14 +74,12 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
     return 0
 
 
-def _check_prompts(samples: Sequence[Sample], against: Sequence[Sample], args: argparse.Namespace) -> None:
+def _check_prompts(samples: Sequence[Sample], against: Iterable[tuple[Sample, str]], path: Path) -> None:
     """Raises UserError where the two files have different prompts with one id: the judge would compare answers to both."""
     turns = {each.prompt.id: each.prompt.turns for each in samples}
-    for number, each in enumerate(against, 1):
+    for each, where in against:
         if turns.get(each.prompt.id, each.prompt.turns) != each.prompt.turns:
-            raise UserError(
-                f"{args.against}:{number}: its prompt_id {each.prompt.id!r} is that of another prompt in {args.samples}"
-            )
+            raise UserError(f"{where}: its prompt_id {each.prompt.id!r} is that of another prompt in {path}")
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:

@@ -20,21 +20,27 @@ Item = TypeVar("Item", Sample, Rollout)
 
 def read(path: Path) -> list[Row]:
     """Rows of a .jsonl file, or of a .json file that holds a list. Raises UserError, with file and line, for anything else."""
+    return [row for row, _ in read_located(path)]
+
+
+def read_located(path: Path) -> list[tuple[Row, str]]:
+    """The same rows, each with its place for messages: file and line, or the number in the list."""
     text = confined.read_text(path, most=confined.LARGE)
     if path.suffix == ".json":
         rows = confined.parse_json(text, str(path))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
             raise UserError(f"{path} is not a list of objects")
-        return rows
-    rows = []
+        return [(row, f"{path}:{number}") for number, row in enumerate(rows, 1)]
+    located = []
     for number, text_line in enumerate(text.split("\n"), 1):
         if not text_line.strip():
             continue
-        row = confined.parse_json(text_line, f"{path}:{number}")
+        where = f"{path}:{number}"
+        row = confined.parse_json(text_line, where)
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: a row is an object with named columns")
-        rows.append(row)
-    return rows
+            raise UserError(f"{where}: a row is an object with named columns")
+        located.append((row, where))
+    return located
 
 
 def write(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -66,8 +66,9 @@ def test_samples_without_numbers_are_numbered_and_duplicates_refused(place: Path
     assert run(place, "--feedback", "scalar") == 0
     assert [row["sample_id"] for row in read(place / "f.jsonl")] == [0, 1, 2, 0, 1, 2]
     write(place / "s.jsonl", [samples()[0], samples()[0]])
+    (place / "s.jsonl").write_text("\n\n".join((place / "s.jsonl").read_text().splitlines()))
     assert run(place, output="g.jsonl") == 2
-    assert "s.jsonl:2: there is a sample 0 of prompt 'p0' already" in capsys.readouterr().err
+    assert "s.jsonl:3: there is a sample 0 of prompt 'p0' already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
