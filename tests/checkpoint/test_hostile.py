@@ -303,7 +303,7 @@ def test_what_a_hook_cannot_take_back_is_one_message(
     run: Path, outside: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_facts(PROGRESS, hooks={"early_stopping": [1]})(run, outside)
-    status, words = told([f"resume={run}", "train.early_stopping=3", "train.eval_every=2"], capsys, monkeypatch)
+    status, words = told([f"resume={run}", "train.early_stopping=1", "train.eval_every=1"], capsys, monkeypatch)
     assert status == 2, words
     assert "cannot be restored" in words
     assert "resume from another checkpoint" in words

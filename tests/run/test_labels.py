@@ -40,4 +40,4 @@ def test_a_run_that_depends_on_the_margins_is_refused(configure: Callable[..., C
     from halos.run.lifecycle import run
 
     with pytest.raises(UserError, match=r"checkpoint\.keep_best=1 watches rewards/margins.*all rows of data\.eval are desirable"):
-        run(configure(*WORDS, eval_data, "checkpoint.keep_best=1"), [])
+        run(configure(*WORDS, eval_data, "checkpoint.keep_best=1", "checkpoint.every=1"), [])
