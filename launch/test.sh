@@ -37,7 +37,7 @@ if [ "$(cat .venv/oldest/installed 2>/dev/null)" != "$oldest" ]; then
 fi
 
 export CUDA_VISIBLE_DEVICES=""  # the tests run on the CPU
-export PYTHONDONTWRITEBYTECODE=1  # tests edit modules within a second, which leaves what was compiled of them looking current
+export PYTHONDONTWRITEBYTECODE=""  # until tests run: tests/conftest.py
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false WANDB_MODE=offline OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 ruff check .
 ruff format --check .

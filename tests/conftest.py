@@ -43,6 +43,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
+    # what is compiled by now serves later processes; tests edit modules within a second, which a compiled one does not notice
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
     gc.collect()
     gc.freeze()  # every full collection would walk what was imported
 

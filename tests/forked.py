@@ -184,7 +184,7 @@ LOGGERS: dict[str, tuple[int, list[logging.Handler]]] = {}
 
 
 def main() -> None:
-    """Fork at every request, and send the pid and later the wait status; exit when the request socket is closed."""
+    """Fork at every request, and send the pid and later the wait status; exit when the last connection is closed."""
     base = sys.path[1:]
     _warm_up()
     for name, logger in [("", logging.root), *logging.root.manager.loggerDict.items()]:
@@ -192,7 +192,8 @@ def main() -> None:
             LOGGERS[name] = logger.level, list(logger.handlers)
     gc.collect()
     gc.freeze()  # children's collections skip what was imported, so its memory stays shared
-    requests = socket.socket(fileno=int(sys.argv[1]))
+    listener, path = socket.socket(fileno=int(sys.argv[1])), sys.argv[2]
+    connections: list[socket.socket] = []
     woken, wake = socket.socketpair()
     wake.setblocking(False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -200,24 +201,38 @@ def main() -> None:
     signal.set_wakeup_fd(wake.fileno(), warn_on_full_buffer=False)
     children: dict[int, socket.socket] = {}
     while True:
-        ready = select.select([requests, woken], [], [])[0]
+        ready = select.select([listener, woken, *connections], [], [])[0]
         if woken in ready:
             woken.recv(4096)
             _reap(children)
-        if requests in ready:
+        if listener in ready:
+            connections.append(listener.accept()[0])
+            connections[-1].send(str(os.getpid()).encode())
+        for requests in [each for each in connections if each in ready]:
             message, descriptors, _, _ = socket.recv_fds(requests, 2**20, 8)
-            if not message:
+            if message:
+                _start_child(json.loads(message), descriptors, children, base)
+                continue
+            connections.remove(requests)
+            requests.close()
+            if not connections:
+                os.unlink(path)
+                os.unlink(f"{path}.lock")
                 return
-            request = json.loads(message)
-            pid = os.fork()
-            if not pid:
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                _settle(descriptors[:3], request["directory"], session=request["session"])
-                become(request["command"], request["environment"], base)
-            children[pid] = socket.socket(fileno=descriptors[3])
-            children[pid].send(str(pid).encode())
-            for descriptor in descriptors[:3]:
-                os.close(descriptor)
+
+
+def _start_child(
+    request: dict[str, Any], descriptors: Sequence[int], children: dict[int, socket.socket], base: Sequence[str]
+) -> None:
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _settle(descriptors[:3], request["directory"], session=request["session"])
+        become(request["command"], request["environment"], base)
+    children[pid] = socket.socket(fileno=descriptors[3])
+    children[pid].send(str(pid).encode())
+    for descriptor in descriptors[:3]:
+        os.close(descriptor)
 
 
 def _warm_up() -> None:

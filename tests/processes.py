@@ -16,41 +16,67 @@ import select
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from shutil import rmtree
+from tempfile import mkdtemp
 from typing import Any
 
 from tests.forked import READ_AT_START, program_of
 
 ROOT = Path(__file__).resolve().parents[1]
 ALWAYS_COLD = sys.platform != "linux" or "HALOS_TESTS_COLD" in os.environ
+VARIABLE = "HALOS_TESTS_ZYGOTE"  # pytest's workers inherit it
+SOCKET = os.environ.get(VARIABLE) or f"{mkdtemp(prefix='halos-zygote-')}/socket"
+if VARIABLE not in os.environ:
+    os.environ[VARIABLE] = SOCKET
+    atexit.register(rmtree, Path(SOCKET).parent, ignore_errors=True)
 cold = ALWAYS_COLD  # whether the current test starts new processes instead of forks
 
 
 class Zygote:
-    """A process that has imported what runs need, and forks on request."""
+    """A process that has imported what runs need, and forks on request: one for all of pytest's workers, started by the first
+    that needs it, which ends with the last of them."""
 
     def __init__(self) -> None:
-        self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._owner = os.getpid()
-        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-        room = " " * 2**15  # for the command lines of the forks
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.forked", str(theirs.fileno()), room], cwd=ROOT, env=environment,
-            stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()],
-        )  # fmt: skip
-        theirs.close()
+        self._requests = self._connect()
+        self.pid = int(self._requests.recv(32))
         atexit.register(self.close)
 
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+    def _connect(self) -> socket.socket:
+        while True:
+            mine = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                mine.connect(SOCKET)
+            except (FileNotFoundError, ConnectionRefusedError):
+                mine.close()
+                self._start()
+            else:
+                return mine
+
+    def _start(self) -> None:
+        """Start the process unless another worker does."""
+        try:
+            os.close(os.open(f"{SOCKET}.lock", os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            time.sleep(0.05)
+            return
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(SOCKET)
+            listener.listen()
+            environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+            room = " " * 2**15  # for the command lines of the forks
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.forked", str(listener.fileno()), SOCKET, room], cwd=ROOT, env=environment,
+                stdin=subprocess.DEVNULL, pass_fds=[listener.fileno()],
+            )  # fmt: skip
 
     def close(self) -> None:
         if os.getpid() == self._owner:
             self._requests.close()
-            self._process.wait()
 
     def fork(self, request: Mapping[str, Any], descriptors: Sequence[int]) -> tuple[int, socket.socket]:
         """Return the pid, and the socket on which its wait status will arrive."""

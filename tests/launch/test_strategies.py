@@ -79,16 +79,26 @@ def trained_adapter(place: Path, cache: Path) -> Path:
     return place
 
 
+@pytest.fixture(scope="module")
+def cells_of_all(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """Cells that every strategy trains, with what one process computes of them."""
+    place = tmp_path_factory.mktemp("models")
+    mixture = build("Mixtral", place / "mixtral")  # of which a rank's rows do not reach every expert
+    biased = build("DeepseekV3", place / "deepseek")  # whose routers have a buffer that training left in the files
+    cells = [f"loss=dpo peft=lora peft.init_from={trained_adapter(place / 'adapter', cache)}",
+             f"loss=dpo peft=lora {EXPERTS} model.name_or_path={mixture} train.router_aux_loss=0.5",
+             f"loss=sft peft=none model.name_or_path={biased}"]  # fmt: skip
+    return dict(zip(cells, train(place / "one", cache, cells, steps=3, world=1, how="alone"), strict=True))
+
+
 @pytest.mark.parametrize("how", [*FAST, pytest.param("zero2", marks=pytest.mark.slow)])
-def test_a_step_of_two_ranks_equals_that_of_one(how: str, tmp_path: Path, cache: Path) -> None:
+def test_a_step_of_two_ranks_equals_that_of_one(
+    how: str, cells_of_all: dict[str, dict[str, torch.Tensor]], tmp_path: Path, cache: Path
+) -> None:
     spread.skip_unless_installed(how)
-    cells = turn(how)
-    cells.append(f"loss=dpo peft=lora peft.init_from={trained_adapter(tmp_path / 'adapter', cache)}")
-    mixture = build("Mixtral", tmp_path / "mixtral")  # of which a rank's rows do not reach every expert
-    cells.append(f"loss=dpo peft=lora {EXPERTS} model.name_or_path={mixture} train.router_aux_loss=0.5")
-    biased = build("DeepseekV3", tmp_path / "deepseek")  # whose routers have a buffer that training left in the files
-    cells.append(f"loss=sft peft=none model.name_or_path={biased}")
-    alone = train(tmp_path / "one", cache, cells, steps=3, world=1, how="alone")
+    own = turn(how)
+    alone = [*train(tmp_path / "one", cache, own, steps=3, world=1, how="alone"), *map(dict, cells_of_all.values())]
+    cells = [*own, *cells_of_all]
     compare(alone, train(tmp_path / "two", cache, cells, steps=3, world=2, how=how), cells)
 
 
