@@ -58,8 +58,11 @@ def read(
 def _code(config: Config) -> dict[str, str | None]:
     """Hash the user's own code that a run computes with."""
     hashes = {f"{node}._target_": code_hash(target) if target else None for node, target in _targets(config).items()}
-    names_no_files = config.online is not None and not scorer_class(config.online.scorer.name).paths
-    return {**hashes, **(_scorer(config, Path(config.cache_dir)) if names_no_files else {}), "data.format": _formats(config)}
+    if config.online is not None:
+        scorer = config.online.scorer
+        codes = scorer_class(scorer.name).code(scorer, plugins=config.plugins)
+        hashes |= {f"online.scorer.{key}": value for key, value in codes.items()}
+    return {**hashes, "data.format": _formats(config)}
 
 
 def _formats(config: Config) -> str | None:
@@ -80,11 +83,11 @@ def _model(name: str, directory: Path | None, cache: Path) -> dict[str, str | No
 
 
 def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
-    """Hash what the scorer of an online run's samples reads."""
+    """Hash the files and models that the scorer of an online run's samples reads."""
     if config.online is None:
         return {}
     scorer = config.online.scorer
-    hashes = scorer_class(scorer.name).content(scorer, plugins=config.plugins, cache=cache)
+    hashes = scorer_class(scorer.name).content(scorer, cache=cache)
     return {f"online.scorer.{key}": value for key, value in hashes.items()}
 
 

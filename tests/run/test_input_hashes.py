@@ -19,6 +19,7 @@ from halos.checkpoint import lineage, manifest, select
 from halos.config.content_hashes import ContentHashes
 from halos.config.plugins import code_hash
 from halos.models.load import load_tokenizer
+from halos.rollout.scorers.function import Functions
 from halos.run import input_hashes
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
@@ -153,12 +154,11 @@ def forget() -> None:
 
 
 def test_the_hash_of_user_code_covers_what_it_imports_of_its_package(package: Path) -> None:
-    scorer = SimpleNamespace(name="function", functions=["ownloss.hinge.brief"])
-    config: Any = SimpleNamespace(online=SimpleNamespace(scorer=scorer), plugins=["ownloss"])
+    scorer: Any = SimpleNamespace(functions=["ownloss.hinge.brief"])
 
     def read() -> tuple[str | None, str | None]:
         forget()
-        reward = input_hashes._scorer(config, package)["online.scorer.functions"]
+        reward = Functions.code(scorer, plugins=["ownloss"])["functions"]
         return reward, code_hash("ownloss.hinge.hinge")
 
     before = read()

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -36,8 +35,7 @@ class Functions(Scorer):
     recorded_since = ("code",)
 
     @classmethod
-    def content(cls, settings: Settings, *, plugins: Sequence[str], cache: Path) -> dict[str, str | None]:
-        """Hash the code of the user's own functions."""
+    def code(cls, settings: Settings, *, plugins: Sequence[str]) -> dict[str, str | None]:
         codes = {part.path: code_hash(part.path) for part in parts_of(settings.functions, plugins)}
         return {"functions": json_hash(codes) if any(codes.values()) else None}
 

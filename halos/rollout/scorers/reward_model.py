@@ -42,7 +42,7 @@ class RewardModel(Scorer):
         return None if settings.model else f"{spelled('model')} is missing: its directory or hub id"
 
     @classmethod
-    def content(cls, settings: Settings, *, plugins: Sequence[str], cache: Path) -> dict[str, str | None]:
+    def content(cls, settings: Settings, *, cache: Path) -> dict[str, str | None]:
         """Hash the weights, and the tokenizer, the chat template and the config, which decide the scores of the same weights."""
         from halos.models.content_hashes import CONFIG, config_hashes, tokenizer_hashes
         from halos.models.locate import locate
@@ -50,7 +50,7 @@ class RewardModel(Scorer):
         assert settings.model is not None
         directory = locate(settings.model, None, cache, key="online.scorer.model")
         beside = tokenizer_hashes("model", directory, _tokenizer(directory), cache) | config_hashes("model", directory, [CONFIG])
-        return super().content(settings, plugins=plugins, cache=cache) | beside
+        return super().content(settings, cache=cache) | beside
 
     @classmethod
     def open(cls, settings: Settings, context: Context) -> RewardModel:

@@ -59,9 +59,15 @@ class Scorer(ABC):
         return None
 
     @classmethod
-    def content(cls, settings: Settings, *, plugins: Sequence[str], cache: Path) -> dict[str, str | None]:
-        """Return hashes of what the settings name, by key, which a resume compares; None for a key that names nothing."""
+    def content(cls, settings: Settings, *, cache: Path) -> dict[str, str | None]:
+        """Return hashes of the files and models that the settings name, by key, which a resume compares; None for a key that
+        names nothing."""
         return {key: _hash_of(getattr(settings, key), cache) for key in cls.paths}
+
+    @classmethod
+    def code(cls, settings: Settings, *, plugins: Sequence[str]) -> dict[str, str | None]:
+        """Return hashes of the user's code that the settings name, by key, which a resume and a finished run compare."""
+        return {}
 
     @classmethod
     @abstractmethod
