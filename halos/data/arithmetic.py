@@ -4,6 +4,7 @@ import operator
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -37,14 +38,20 @@ def problems(split: str) -> list[Problem]:
     """
     if split not in NUM_PROBLEMS:
         raise ValueError(f"no split '{split}'; arithmetic has {' and '.join(NUM_PROBLEMS)}")
+    num_eval = NUM_PROBLEMS["eval"]
+    return list(_drawn()[:num_eval] if split == "eval" else _drawn()[num_eval:])
+
+
+@cache
+def _drawn() -> tuple[Problem, ...]:
+    """Those of both splits, in the order drawn."""
     rng = random.Random(20240229)
     drawn: dict[str, Problem] = {}
     while len(drawn) < sum(NUM_PROBLEMS.values()):
         number = len(drawn)
         problem = _problem(rng, MISTAKES[number % 4], "+-"[number // 4 % 2])
         drawn.setdefault(problem.question, problem)
-    num_eval = NUM_PROBLEMS["eval"]
-    return list(drawn.values())[:num_eval] if split == "eval" else list(drawn.values())[num_eval:]
+    return tuple(drawn.values())
 
 
 def rows(split: str) -> Iterator[dict[str, Any]]:

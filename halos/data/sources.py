@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,9 @@ class Split:
         return cls(match["name"], match["start"], match["stop"])
 
     def select(self, rows: Iterator[Row]) -> Iterator[Row]:
-        if self.start is None and self.stop is None:
-            return rows
+        bounds = [bound for bound in (self.start, self.stop) if bound is not None]
+        if all(bound.isdecimal() for bound in bounds):  # else how many there are must be known
+            return islice(rows, *(int(bound) if bound else None for bound in (self.start, self.stop)))
         all_rows = list(rows)
         return iter(all_rows[self._bound(self.start, len(all_rows)) : self._bound(self.stop, len(all_rows))])
 

@@ -144,6 +144,12 @@ def test_a_slice_takes_a_part_of_the_rows(tmp_path: Path, split: str, wanted: st
     assert "".join(prompts({"path": path, "split": split})) == "".join(f"{n}?" for n in wanted)
 
 
+def test_rows_after_a_slice_are_not_read():
+    rows = iter(ROWS)
+    assert list(Split.of("train[1:3]").select(rows)) == ROWS[1:3]
+    assert next(rows) == ROWS[3]
+
+
 def test_malformed_slices_are_refused(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", ROWS)
     refuses({"path": path, "split": "[100:]"}, r"no rows in \[100:\]")
