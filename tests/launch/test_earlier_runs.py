@@ -25,6 +25,7 @@ FIXTURES = ROOT / "tests" / "fixtures" / "earlier_runs"
 MOVED = ["model.name_or_path=base", "data.train=[rows.jsonl]", "data.eval=[held_out.jsonl]"]
 COMMITS = ("7af21dd", "883a8c3")
 SLOWLY = ("sft-two-processes", "dpo-lora-two-processes", "grpo-rounds")
+REVISED = ("advantages/std",)  # metrics of another meaning now: what a resume says of them is in test_arithmetic_version.py
 NAMES = ["sft", "dpo-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWLY)]
 
 
@@ -87,7 +88,8 @@ def test_a_run_of_an_earlier_commit_resumes_bit_for_bit_or_within_rounding_on_an
         found = rows(run / file)
         assert len(found) == len(outcome)
         for mine, theirs in zip(found, outcome, strict=True):
-            for key, value in theirs.items():
+            for key in theirs.keys() - set(REVISED):
+                value = theirs[key]
                 assert mine[key] == (pytest.approx(value, **near) if isinstance(value, float) else value), (file, key, theirs)
     for path in sorted(expected.rglob("*.safetensors")):
         mine, theirs = load_file(run / path.relative_to(expected)), load_file(path)
