@@ -90,16 +90,17 @@ def _validated(example: Example, where: str) -> Example:
 def _columns(row: Row) -> dict[str, Any]:
     """Return the columns that are not null. Raises UserError for one whose content would be lost."""
     columns = {name: value for name, value in row.record.items() if value is not None}
+    is_record = str(columns.get("type")) in _HALOS
     empty = (None, "", "[]", [], {})
     if columns.get("tools") not in empty:
         raise UserError(f"{row.where}: a column 'tools' is not supported: describe the tools in the system turn")
     asked = "instruction" if "prompt" not in columns else "prompt"
     for name in ("input", "history") if asked == "instruction" and asked in columns else ("history",):
-        if columns.get(name) not in empty and "type" not in columns:
+        if columns.get(name) not in empty and not is_record:
             raise UserError(
                 f"{row.where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns"
             )
-    return with_system(columns, row.where)
+    return columns if is_record else with_system(columns, row.where)
 
 
 def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:

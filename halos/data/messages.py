@@ -29,21 +29,25 @@ def is_learned(turn: Message) -> bool:
 def with_system(columns: dict[str, Any], where: str) -> dict[str, Any]:
     """Insert a column `system` as the first turn of the other columns. Raises UserError where they have another system turn."""
     words = columns.get("system")
-    if words in (None, "", []) or "type" in columns:
+    if words in (None, "", []):
         return columns
     if not isinstance(words, str):
         raise UserError(f"{where}: system must be text, and is {type(words).__name__}")
     first = {"role": "system", "content": words}
-    return {**columns, **{name: _after_system(first, columns[name], name, where) for name in TURN_COLUMNS if name in columns}}
+    begin = TURN_COLUMNS[:3] if {"prompt", "instruction"} & columns.keys() else TURN_COLUMNS  # others may answer the prompt
+    turns = {name: _after_system(first, columns[name], name, where, begins=name in begin)
+             for name in TURN_COLUMNS if name in columns}  # fmt: skip
+    return {**columns, **turns}
 
 
-def _after_system(first: Message, value: Any, column: str, where: str) -> Any:
-    """Return a column's turns after the system turn `first`, where the conversation begins in this column."""
+def _after_system(first: Message, value: Any, column: str, where: str, *, begins: bool) -> Any:
+    """Return a column's turns after the system turn `first`, where the conversation begins in this column. A first turn of the
+    assistant is an answer to another column's prompt, or where every conversation `begins` here a greeting."""
     if isinstance(value, str):
         return value if column not in TURN_COLUMNS[:2] else [first, {"role": "user", "content": value}]
     if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
         return value  # invalid, which is reported where it is parsed
-    if value[0].get("role") == "assistant" or value[0] == first:
+    if (value[0].get("role") == "assistant" and not begins) or value[0] == first:
         return value
     if value[0].get("role") == "system":
         raise UserError(f"{where}: a column 'system' and the system turn of {column} differ: leave one of them out")

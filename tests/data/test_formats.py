@@ -200,12 +200,24 @@ def test_a_system_column_is_the_first_turn():
     assert read(system="In French.", messages=[*Q, *GOOD]) == Demonstration((system, *Q), GOOD)
     assert read(system="In French.", messages=[system, *Q, *GOOD]) == Demonstration((system, *Q), GOOD)
     assert read(system="", messages=[*Q, *GOOD]) == Demonstration(Q, GOOD)
+    assert read(type="qa", system="In French.", prompt="One?", completion="one") == Demonstration((system, *Q), GOOD), (
+        "a type that is none of HALOs' names no form"
+    )
     refuses("'system' and the system turn of messages differ", system="In German.", messages=[system, *Q, *GOOD])
     refuses("system must be text", system=7, messages=[*Q, *GOOD])
 
 
+def test_a_system_column_precedes_a_greeting_by_the_assistant():
+    begun = (turn("system", "In French."), says("Hello."), *Q)
+    assert read(system="In French.", messages=[*begun[1:], *GOOD]) == Demonstration(begun, GOOD)
+    assert read(system="In French.", prompt=[*begun[1:]], completion="one") == Demonstration(begun, GOOD)
+    assert read(system="In French.", prompt=[*begun[1:]], chosen=[*GOOD], rejected=[*BAD]) == Comparison(begun, GOOD, BAD)
+    assert read(system="In French.", chosen=[*begun[1:], *GOOD], rejected=[*begun[1:], *BAD]) == Comparison(begun, GOOD, BAD)
+
+
 def test_a_column_that_would_be_lost_is_refused_unless_it_is_empty():
-    refuses("'history' is not read", prompt="One?", history=[["a", "b"]], completion="one")
+    for named in ({}, {"type": "chat"}):
+        refuses("'history' is not read", prompt="One?", history=[["a", "b"]], completion="one", **named)
     with pytest.raises(UserError, match="'input' is not read, and would be lost: put its content into instruction"):
         read_prompt(Row({"instruction": "Add.", "input": "1, 1"}, "a.jsonl:12"))
     assert read_prompt(Row({"instruction": "One?", "input": "", "history": []}, "a.jsonl:12")) == (Q, None)
