@@ -4,6 +4,7 @@ whether parameters may be sharded, and how much state it keeps."""
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import replace
 from numbers import Number
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -43,7 +44,8 @@ class _Parameters(nn.Module):
 
 def try_out(spec: OptimizerSpec, device: torch.device, layout: Layout) -> dict[str, float]:
     """Return the bytes of optimizer state per element of a hidden layer's matrix, of another matrix, and of a vector. Raises
-    UserError for an optimizer that cannot resume exactly, ignores weight decay, or cannot work with `layout`."""
+    UserError for an optimizer that cannot resume exactly, ignores parameters, the learning rate of its groups or weight decay, or
+    cannot work with `layout`."""
     spec = replace(spec, lr=LR, lr_by_name={}, loraplus_lr_ratio=None)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
         torch.manual_seed(0)
@@ -58,6 +60,7 @@ def try_out(spec: OptimizerSpec, device: torch.device, layout: Layout) -> dict[s
             _refuse_lost(unsaved, _unsaved(optimizer), spec)
             resumed = _resumed(values, state, spec, gradients)
             undecayed = _after_all_steps(start, without := replace(spec, weight_decay=0.0), gradients)
+            at_one_rate = _after_all_steps(start, spec, gradients, rates=(1.0,) * len(SCHEDULE))
         except UserError:
             raise
         except Exception as error:  # a user's own may raise anything
@@ -68,6 +71,7 @@ def try_out(spec: OptimizerSpec, device: torch.device, layout: Layout) -> dict[s
                 f"optim {spec.name} does not resume from its saved state bit for bit: everything that a step changes must be"
                 " tensors in self.state[parameter]"
             )
+        _refuse_idle(module.whole(), start, at_one_rate, spec)
         if spec.weight_decay and _equal(module.whole(), undecayed):
             raise UserError(f"optim.weight_decay={spec.weight_decay:g}: {spec.name} has no weight decay; leave it out")
         if layout != "whole":
@@ -81,7 +85,13 @@ def _make(module: _Parameters, spec: OptimizerSpec) -> Optimizer:
     return make_optimizer_over(list(module.named_parameters()), spec, frozenset(module.shards("hidden")))
 
 
-def _steps(module: _Parameters, optimizer: Optimizer, gradients: Sequence[Mapping[str, Tensor]], *numbers: int) -> None:
+def _steps(
+    module: _Parameters,
+    optimizer: Optimizer,
+    gradients: Sequence[Mapping[str, Tensor]],
+    *numbers: int,
+    rates: Sequence[float] = SCHEDULE,
+) -> None:
     for number in numbers:
         for name in SHAPES:
             shards = module.shards(name)
@@ -89,18 +99,22 @@ def _steps(module: _Parameters, optimizer: Optimizer, gradients: Sequence[Mappin
             for shard, part in zip(shards, parts, strict=True):
                 shard.grad = part.reshape(shard.shape).clone()
         for group in optimizer.param_groups:
-            group["lr"] = LR * SCHEDULE[number]
+            group["lr"] = LR * rates[number]
         torch.manual_seed(number)  # for optimizers that draw random numbers: a run saves its generators
         optimizer.step()
         optimizer.zero_grad()
 
 
 def _after_all_steps(
-    start: Mapping[str, Tensor], spec: OptimizerSpec, gradients: Sequence[Mapping[str, Tensor]], shard: Shard | None = None
+    start: Mapping[str, Tensor],
+    spec: OptimizerSpec,
+    gradients: Sequence[Mapping[str, Tensor]],
+    shard: Shard | None = None,
+    rates: Sequence[float] = SCHEDULE,
 ) -> dict[str, Tensor]:
     """Return the parameters after all steps, whole or sharded by `shard`."""
     module = _Parameters({name: [value] if shard is None else shard(value) for name, value in start.items()})
-    _steps(module, _make(module, spec), gradients, *range(len(SCHEDULE)))
+    _steps(module, _make(module, spec), gradients, *range(len(SCHEDULE)), rates=rates)
     return module.whole()
 
 
@@ -132,15 +146,17 @@ def _unsaved(optimizer: Optimizer) -> dict[str, Any]:
     return {name: _plain(value) for name, value in kept.items()}
 
 
-def _plain(value: Any) -> Any:
-    """Return a copy to compare of numbers, text and collections of them; None for all else, such as buffers, which every step
-    overwrites."""
+def _plain(value: Any, depth: int = 4) -> Any:
+    """Return a copy to compare of numbers, text, collections of them, and objects that hold them up to some `depth`; None for all
+    else, such as buffers, which every step overwrites, and other optimizers."""
     if isinstance(value, Tensor):
         return repr(value.item()) if value.numel() == 1 else None
     if isinstance(value, Mapping):
-        return [(_plain(key), _plain(each)) for key, each in value.items()]
+        return [(_plain(key), _plain(each, depth)) for key, each in value.items()]
     if isinstance(value, Sequence | Set) and not isinstance(value, str):
-        return [_plain(each) for each in value]
+        return [_plain(each, depth) for each in value]
+    if depth and hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | nn.Module | Optimizer):
+        return _plain(vars(value), depth - 1)
     return repr(value) if isinstance(value, Number | str) else None  # text, since nan differs from itself
 
 
@@ -167,6 +183,23 @@ def _resumed(
     set_optimizer_state_dict(module, optimizer, flat, options=FLAT)
     _steps(module, optimizer, gradients, len(SCHEDULE) - 1)
     return module.whole()
+
+
+def _refuse_idle(
+    moved: Mapping[str, Tensor], start: Mapping[str, Tensor], at_one_rate: Mapping[str, Tensor], spec: OptimizerSpec
+) -> None:
+    """Raises UserError if steps leave a parameter as it was, or do not depend on the learning rates of the parameter groups."""
+    for name, value in start.items():
+        if torch.equal(moved[name], value.flatten()):
+            raise UserError(
+                f"optim {spec.name}: steps leave a parameter of shape {SHAPES[name]} as it was, though it has a gradient: step"
+                " over all parameters of all groups"
+            )
+    if _equal(moved, at_one_rate):
+        raise UserError(
+            f"optim {spec.name}: the learning rate of its groups, which the schedule sets, changes nothing: read group['lr'] in"
+            " each step"
+        )
 
 
 def _refuse_sharding(

@@ -183,6 +183,24 @@ class Step(torch.optim.Optimizer):
                 parameter -= group["lr"] * self.move(self, parameter.grad, self.state[parameter], group)
 
 
+class OneRate(torch.optim.SGD):
+    """Moves by the rate that it was made with."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params)
+        self.rate = self.param_groups[0]["lr"]
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["lr"] = self.rate
+        super().step()
+
+
+class FirstGroup(torch.optim.AdamW):
+    def __init__(self, params: Any) -> None:
+        super().__init__(params[:1])
+
+
 def counts_in_a_number(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
     state["step"] = state.get("step", 0) + 1
     return grad / state["step"]
@@ -201,6 +219,12 @@ def acts_after_the_trial(self: Step, grad: torch.Tensor, state: Any, group: Any)
 def acts_by_its_group_after_the_trial(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
     group["seen"] = [*group.get("seen", ()), 1]
     return grad if len(group["seen"]) % 10 else 0.5 * grad
+
+
+def acts_by_another_object_after_the_trial(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.helper = helper = getattr(self, "helper", SimpleNamespace(inner=SimpleNamespace(count=0)))
+    helper.inner.count += 1
+    return grad if helper.inner.count % 15 else 0.5 * grad
 
 
 SEEN: list[int] = []
@@ -246,6 +270,7 @@ def fails(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
         (counts_in_its_group, r"steps change param_groups\[0\]\['k'\]"),
         (acts_after_the_trial, r"steps change self\.count, which"),
         (acts_by_its_group_after_the_trial, r"steps change param_groups\[0\]\['seen'\]"),
+        (acts_by_another_object_after_the_trial, r"steps change self\.helper, which"),
         (counts_outside_itself, "does not resume from its saved state bit for bit"),
         (shares_a_tensor, "fails on small parameters: RuntimeError.*share memory"),
         (fails, "fails on small parameters: ZeroDivisionError: of mine"),
@@ -258,6 +283,18 @@ def test_an_optimizer_that_would_not_resume_exactly_is_refused_before_training(m
         try_out(tried, CPU, "whole")
     for accepted in (counts_in_a_tensor, sets_a_cache_once):
         try_out(replace(tried, make=partial(Step, move=accepted)), CPU, "whole")
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (OneRate, "optim OneRate: the learning rate of its groups, which the schedule sets, changes nothing"),
+        (FirstGroup, r"optim FirstGroup: steps leave a parameter of shape \(130,\) as it was"),
+    ],
+)
+def test_an_optimizer_that_ignores_a_group_or_its_learning_rate_is_refused(make: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        try_out(replace(spec(weight_decay=0.0 if make is OneRate else 0.3), name=make.__name__, make=make), CPU, "whole")
 
 
 def test_a_function_that_returns_no_optimizer_is_refused() -> None:
