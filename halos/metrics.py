@@ -1,6 +1,6 @@
 """Means that are exact over micro-batches, ranks and steps: totals and counts are summed, and divided once."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ class Meter:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
+        self._names: list[str] = []  # known to every rank
 
     def add(self, means: Mapping[str, Mean], weight: float = 1.0) -> None:
         """Weight 0 adds only the names: a rank without rows then reports the same names as the others."""
@@ -21,12 +22,27 @@ class Meter:
             pair = pair if weight else torch.zeros_like(pair)
             self._sums[name] = self._sums[name] + pair if name in self._sums else pair
 
-    def reduce(self, over_ranks: Callable[[Tensor], Tensor]) -> dict[str, tuple[float, float]]:
-        """name -> (total, count); resets the meter."""
-        names = sorted(self._sums)
-        table = over_ranks(torch.stack([self._sums[name] for name in names])).tolist()
-        self._sums = {}
-        return {name: (total, count) for name, (total, count) in zip(names, table, strict=True)}
+    def reduce(
+        self, over_ranks: Callable[[Tensor], Tensor], gather: Callable[[list[str]], list[str]]
+    ) -> dict[str, tuple[float, float]]:
+        """Return name -> (total, count) over all ranks, where it counts anything, and reset the sums. `over_ranks` sums a table,
+        `gather` joins lists.
+
+        A loss may return a metric on some ranks alone. So the table has a row for every name that any rank has ever had, and a
+        last one that says whether a rank has a name that the others do not know yet: that costs two more collectives, once.
+        """
+        sums, self._sums = self._sums, {}
+        *rows, (unknown, _) = over_ranks(_table(self._names, sums)).tolist()
+        if unknown:
+            self._names = sorted({*self._names, *gather(list(sums))})
+            *rows, _ = over_ranks(_table(self._names, sums)).tolist()
+        return {name: (total, count) for name, (total, count) in zip(self._names, rows, strict=True) if count}
+
+
+def _table(names: Sequence[str], sums: Mapping[str, Tensor]) -> Tensor:
+    """Stack the sums of `names`, 0 where there is none, and a row that is not 0 where there are sums of other names."""
+    zero = torch.zeros_like(next(iter(sums.values())))
+    return torch.stack([*(sums.get(name, zero) for name in names), zero + len(sums.keys() - {*names})])
 
 
 class Window:

@@ -66,6 +66,7 @@ class Trainer(Objective):
         self.train, self.eval_data, self.order = parts.train, parts.eval_data, parts.order
         self.generation_evaluation = parts.generation_evaluation
         self.guard = Guard(self.run, self._output, self._rows_of)
+        self._meter = Meter()  # of a step; it knows the metrics of earlier ones
         self._logged_at, self._logged_tokens, self._idle = 0.0, 0, 0.0  # as of the last logged step
 
     def refuse_lost_cache(self) -> None:
@@ -143,7 +144,7 @@ class Trainer(Objective):
 
     def _backward(self, microbatches: list[MicroBatch], indices: np.ndarray) -> tuple[Meter, list[Contribution]]:
         """Accumulate the gradients of a global batch; return its metrics and the losses of its rows."""
-        run, meter, parts = self.run, Meter(), list[Contribution]()
+        run, meter, parts = self.run, self._meter, list[Contribution]()
         world, denominators = run.accelerator.num_processes, self._denominators(self.train, indices)
         statistics, routing = self._statistics(microbatches, len(indices)), self._routing(microbatches)
         for number, microbatch in enumerate(microbatches, 1):
@@ -168,7 +169,7 @@ class Trainer(Objective):
         flags = {"stop": bool(run.stop_requested), **({"written": written} if written is not None else {})}
         meter.add({name: Mean.of(torch.tensor(float(flag), device=device)) for name, flag in flags.items()})
         meter.add({"grad_norm": Mean.of(norm.to(device))})
-        totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"))
+        totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"), gather_object)
         total, count = totals["grad_norm"]  # every rank added the same norm
         return {**totals, "grad_norm": (total / count, 1.0)}
 
@@ -234,7 +235,7 @@ class Trainer(Objective):
         if run.stopped_early:
             return {}
         window = Window()
-        window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum")))
+        window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"), gather_object))
         means = window.means()
         self.guard.check_evaluation(self.eval_data, parts, means["loss"])
         return {**means, **self.derived(means), "examples": len(self.eval_data.rows)}

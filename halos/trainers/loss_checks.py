@@ -1,9 +1,10 @@
 """Checks of what a loss returns, which may be a user's own: the wrong shape or name would be a wrong number without a word."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from halos.errors import UserError
@@ -30,17 +31,37 @@ def checked_loss(loss: Any, name: str, policy: Any, items: int) -> Loss:
             f"the loss {name} returns values of shape {shape} for {items} items: the loss of each item"
             f"{' or token' if widths else ''}, not reduced, has the shape {' or '.join(map(str, allowed))}"
         )
+    if torch.is_grad_enabled() and not loss.values.requires_grad and any(part.requires_grad for part in _tensors(policy)):
+        _refuse_constant(loss.values, name)
     refuse_metrics(loss.metrics, name)
-    return loss
+    is_exact = loss.values.dtype in (torch.float32, torch.float64)
+    return loss if is_exact else replace(loss, values=loss.values.float())  # half precision would lose digits of the sum
+
+
+def _refuse_constant(values: Tensor, name: str) -> None:
+    """Raises UserError for losses that no weight would learn from. Zeros are what a batch may give that has nothing to learn."""
+    if values.any():
+        raise UserError(
+            f"the loss {name} returns values without a gradient: compute them from its first argument, neither detached nor as"
+            " numbers of Python"
+        )
 
 
 def refuse_metrics(metrics: Mapping[str, Any], loss: str) -> None:
     """Raises UserError for metrics of a loss that are no means, or have the name of one that the trainer logs."""
+    if not isinstance(metrics, Mapping):
+        raise UserError(f"the loss {loss} returns a {type(metrics).__name__} as its metrics: return a dict of halos.types.Mean")
     for name, mean in metrics.items():
+        if not isinstance(name, str):
+            raise UserError(f"the loss {loss} returns a metric {name}, whose name is a {type(name).__name__}: names are text")
         if name in RESERVED:
             raise UserError(f"the loss {loss} returns a metric {name}, which is the trainer's: give it another name")
         if not isinstance(mean, Mean):
             raise UserError(f"the loss {loss} returns a {type(mean).__name__} as metric {name}: return halos.types.Mean.of(...)")
+        if not all(isinstance(part, Tensor) and part.shape == () for part in (mean.total, mean.count)):
+            raise UserError(
+                f"the loss {loss}: total and count of its metric {name} are no tensors of shape (): use halos.types.Mean.of"
+            )
 
 
 def checked_statistics(values: Any, name: str, items: int) -> Tensor:

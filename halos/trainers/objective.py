@@ -38,8 +38,8 @@ class Objective:
         return self.loss.inputs.of(output, microbatch.items)
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
-        """Metrics that are functions of other metrics' means."""
-        return self.loss.inputs.derived(means)
+        """Metrics that are functions of other metrics' means, but for those that the loss returns itself."""
+        return {name: value for name, value in self.loss.inputs.derived(means).items() if name not in means}
 
     # --- a global batch --------------------------------------------------------------------------------------------------
 

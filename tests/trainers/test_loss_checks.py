@@ -14,6 +14,7 @@ from halos.trainers.loss_checks import RESERVED, checked_loss, checked_statistic
 from halos.types import Loss, Mean, PairScores, TokenLogps
 
 TOKENS = TokenLogps(torch.zeros(3, 5), torch.ones(3, 5, dtype=torch.bool))
+LEARNED = TokenLogps(torch.zeros(3, 5, requires_grad=True), TOKENS.mask)
 COUNT = Mean.of(torch.ones(3))
 
 
@@ -38,12 +39,35 @@ def test_losses_of_items_or_tokens_pass(shape: tuple[int, ...]) -> None:
         (Loss(torch.zeros(3), {}, per="items"), TOKENS, "per='items': it is item or token"),  # type: ignore[arg-type]
         (Loss(torch.zeros(3), {"stop": COUNT}), TOKENS, "a metric stop, which is the trainer's"),
         (Loss(torch.zeros(3), {"step": COUNT}), TOKENS, "a metric step, which is the trainer's"),
+        (Loss(torch.zeros(3), [("mine", COUNT)]), TOKENS, "a list as its metrics: return a dict of halos.types.Mean"),  # type: ignore[arg-type]
+        (Loss(torch.zeros(3), {7: COUNT}), TOKENS, "a metric 7, whose name is a int: names are text"),  # type: ignore[dict-item]
+        (Loss(torch.zeros(3), {"mine": Mean(torch.zeros(3), torch.ones(3))}), TOKENS, r"metric mine .*: use halos.types.Mean.of"),
+        (Loss(torch.zeros(3), {"mine": Mean(1.0, 2.0)}), TOKENS, r"metric mine .*: use halos.types.Mean.of"),  # type: ignore[arg-type]
+        (Loss(torch.ones(3), {}), LEARNED, "values without a gradient: compute them from its first argument"),
         (Loss(torch.zeros(3), {"mine": 0.5}), TOKENS, "a float as metric mine: return halos.types.Mean.of"),  # type: ignore[dict-item]
     ],
 )
 def test_what_a_loss_may_return_by_mistake_is_named(loss: Any, policy: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         checked_loss(loss, "mine", policy, 3)
+
+
+def test_a_loss_of_zeros_needs_no_gradient_and_neither_does_an_evaluation() -> None:
+    checked_loss(Loss(torch.zeros(3), {}), "mine", LEARNED, 3)
+    with torch.no_grad():
+        checked_loss(Loss(torch.ones(3), {}), "mine", LEARNED, 3)
+
+
+def test_losses_in_half_precision_are_summed_in_float32() -> None:
+    values = checked_loss(Loss(torch.full((3,), 30000.0, dtype=torch.float16), {}), "mine", TOKENS, 3).values
+    assert values.sum() == 90000.0
+    assert checked_loss(Loss(torch.zeros(3, dtype=torch.float64), {}), "mine", TOKENS, 3).values.dtype == torch.float64
+
+
+def test_a_metric_of_the_losss_own_is_not_overwritten_by_a_derived_one(trainer: Callable[..., Trainer]) -> None:
+    built = trainer("loss=sft")
+    assert built.derived({"loss": 0.0}) == {"perplexity": 1.0}
+    assert built.derived({"loss": 0.0, "perplexity": 7.0}) == {}
 
 
 @pytest.mark.parametrize(("values", "message"), [(torch.zeros(1), r"shape \(1,\) for 3 items"), (0.5, "a float for 3 items")])
