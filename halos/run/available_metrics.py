@@ -1,10 +1,13 @@
-"""Which metrics an evaluation yields, found by calling the loss on dummy inputs: other objectives are refused before loading."""
+"""Which metrics an evaluation yields, found by calling the loss on dummy inputs: other objectives are refused before loading, and
+so is a loss that depends on padding."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from halos.config.bind import LossSpec
@@ -49,26 +52,41 @@ def metrics_of(loss: LossSpec) -> frozenset[str] | None:
     return frozenset(names | loss.inputs.derived(dict.fromkeys(names, 0.0)).keys())
 
 
-def _arguments(loss: LossSpec) -> list[Any]:
-    """Return dummy arguments for the loss: two sequences of two tokens of each type that it takes."""
+def refuse_padded_loss(loss: LossSpec) -> None:
+    """Raises UserError where a loss of the same rows changes with the width that they are padded to, and so with the rows beside
+    them. One that fails on dummy inputs or draws random numbers is not judged."""
+    try:
+        with torch.no_grad():
+            sums = [float(loss.function(*_arguments(loss, padding)).values.sum()) for padding in (0, 0, 1)]
+    except Exception:  # as in `metrics_of`
+        return
+    if sums[0] == sums[1] and not math.isclose(sums[0], sums[2], rel_tol=1e-5, abs_tol=1e-6):
+        raise UserError(
+            f"the loss {loss.name} depends on padding: with one more masked position in each row its sum is {sums[2]:g}, not"
+            f" {sums[0]:g}. Use `sum`, `mean` and `length` of TokenLogps, or multiply values of tokens by its `mask`"
+        )
+
+
+def _arguments(loss: LossSpec, padding: int = 0) -> list[Any]:
+    """Return dummy arguments for the loss: two sequences of two tokens of each type that it takes, and `padding`."""
     reference_type = TokenLogps if loss.on_rollouts else loss.inputs
-    more = [dummy(reference_type) if loss.needs_reference else None] if loss.takes_reference else []
+    more = [dummy(reference_type, padding) if loss.needs_reference else None] if loss.takes_reference else []
     if loss.statistics is not None:
         statistics_type = loss.statistics_inputs or loss.inputs
-        references = [dummy(statistics_type)] if loss.needs_reference else []
-        more.append(loss.statistics(dummy(statistics_type), *references))
-    return [dummy(loss.inputs), *more]
+        references = [dummy(statistics_type, padding)] if loss.needs_reference else []
+        more.append(loss.statistics(dummy(statistics_type, padding), *references))
+    return [dummy(loss.inputs, padding), *more]
 
 
-def dummy(kind: type) -> Any:
+def dummy(kind: type, padding: int = 0) -> Any:
     """Return an instance of an input type: two examples with two scored tokens per completion, built by the type itself."""
     if kind is Mismatched:
-        return Mismatched(_logps(2))
+        return Mismatched(_logps(2, padding))
     assert issubclass(kind, LossInput), "a loss takes no other type"
     completion, example = Completion(np.zeros(2, np.int32), np.ones(2, bool)), kind.example
     items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)))
              for n in (1, 0)]  # fmt: skip
-    logps = _logps(len(kind.rows(items)))
+    logps = _logps(len(kind.rows(items)), padding)
     outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0]}
     if issubclass(kind, RolloutInput):
         over_time = logps.values
@@ -77,9 +95,10 @@ def dummy(kind: type) -> Any:
     return kind.of(outputs[kind.head], items)
 
 
-def _logps(rows: int) -> TokenLogps:
-    """Return dummy log-probs that differ between sequences."""
-    return TokenLogps(-torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool))
+def _logps(rows: int, padding: int = 0) -> TokenLogps:
+    """Return dummy log-probs that differ between sequences, with so many positions of padding."""
+    values, mask = -torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool)
+    return TokenLogps(F.pad(values, (0, padding)), F.pad(mask, (0, padding)))
 
 
 def _sampled(loss: LossSpec) -> Sampled:

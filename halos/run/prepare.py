@@ -40,7 +40,7 @@ from halos.models.load import load_tokenizer
 from halos.models.locate import locate
 from halos.prove.verdict import Verdict
 from halos.run import input_hashes, models, proof
-from halos.run.available_metrics import refuse_unavailable_objective
+from halos.run.available_metrics import refuse_padded_loss, refuse_unavailable_objective
 from halos.run.batch_source import BatchSource, open_batch_source
 from halos.run.initial_adapter import refuse_mismatched_adapter
 from halos.run.optimizer import refuse_unfit, state_bytes
@@ -99,6 +99,7 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     if config.trainer["_target_"] is None:
         measuring = [name for name, hook in hooks.items() if can_measure(hook)]
         refuse_unavailable_objective(config, loss, measuring)
+        refuse_padded_loss(loss)
         if measuring and not config.data.eval and accelerator.is_main_process:
             log.warning("without data.eval there is no evaluation: on_eval of hooks.%s is not called", ", hooks.".join(measuring))
     directory = RunDir(config.run_dir)

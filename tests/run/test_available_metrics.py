@@ -1,9 +1,13 @@
 """An objective that no evaluation yields is refused before a model loads, for every loss."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from halos.config.bind import bind_loss
 from halos.config.schema import Config
@@ -11,6 +15,7 @@ from halos.errors import UserError
 from halos.run import available_metrics
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
+from halos.types import Loss, TokenLogps
 from tests.losses import cases
 
 
@@ -30,6 +35,22 @@ def test_the_available_metrics_are_those_of_an_evaluation(loss: str, trainer: Ca
     assert names == training.run.last_eval.keys() - {"step", "split", "seconds"}
 
 
+def test_a_loss_that_depends_on_padding_is_refused() -> None:
+    for case in cases.of_this_package():
+        available_metrics.refuse_padded_loss(bind_loss(case.settings, []))
+    sft = bind_loss(next(case.settings for case in cases.of_this_package() if case.name == "sft"), [])
+
+    def judge(values: Callable[[TokenLogps], Tensor]) -> None:
+        available_metrics.refuse_padded_loss(replace(sft, function=lambda policy: Loss(values(policy), {})))
+
+    with pytest.raises(UserError, match=r"the loss sft depends on padding: .* its sum is -1.66667, not -2.5. Use `sum`, `mean`"):
+        judge(lambda policy: policy.values.mean(-1))
+    with pytest.raises(UserError, match="depends on padding"):
+        judge(lambda policy: F.softplus(-policy.values))
+    judge(lambda policy: F.softplus(-policy.values) * policy.mask)
+    judge(lambda policy: policy.values * torch.rand_like(policy.values))  # random
+
+
 def test_a_mistyped_objective_is_refused_even_if_the_first_evaluation_is_far_off(
     configure: Callable[..., Config], tmp_path: Path
 ) -> None:
@@ -46,7 +67,7 @@ def test_a_mistyped_objective_is_refused_even_if_the_first_evaluation_is_far_off
 def test_an_objective_that_a_users_loss_does_not_measure_costs_no_training(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(available_metrics, "dummy", lambda kind: None)  # as for a loss that fails on dummy inputs
+    monkeypatch.setattr(available_metrics, "dummy", lambda *_: None)  # as for a loss that fails on dummy inputs
     training = trainer("loss=sft", "objective.metric=none", "train.batch_size=24", "train.steps=2", "train.eval_at_start=false")
     with pytest.raises(UserError, match=r"objective.metric=none is not measured; there are examples, logps/completion, loss"):
         training.fit()
