@@ -116,7 +116,8 @@ class OnlinePlan:
         feedback.check_threshold(self.kind, online.feedback.threshold)
         self.prompts = read_prompts(entries_of(self.config.data, "train"), "train")
         entries = entries_of(self.config.data, "eval") if online.eval_prompts else []
-        self.eval_prompts = read_prompts(entries, "eval") if entries else []
+        names = {prompt.id for prompt in self.prompts}
+        self.eval_prompts = read_prompts(entries, "eval", others=names) if entries else []
         if not self.prompts:
             raise UserError("data.train has no prompts")
         scorer.check_prompts(self.prompts)

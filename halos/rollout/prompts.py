@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from itertools import count
+from itertools import chain, count
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,8 +20,9 @@ from halos.rollout.types import EVAL, TRAIN, Prompt, Turns
 from halos.types import Demonstration
 
 
-def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str) -> list[Prompt]:
+def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str, *, others: Collection[str] = ()) -> list[Prompt]:
     """The prompts of data entries, with their solutions where the data has them. Rows with the same prompt give one prompt.
+    `others`: ids that none may have, such as those of training prompts, whose samples are in one file with evaluation's.
 
     Raises UserError for rows without a prompt, and for two prompts with one id.
     """
@@ -30,7 +31,7 @@ def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str) -> li
         for record in open_source(Source.of(entry), Demonstration, purpose).rows():
             if record.left_out:
                 continue
-            prompt = _read(record, prompts)
+            prompt = _read(record, prompts, others)
             first = prompts.setdefault(prompt.id, prompt)
             if first.turns != prompt.turns:
                 raise UserError(f"{record.where}: two prompts have the prompt_id {prompt.id!r}")
@@ -38,10 +39,10 @@ def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str) -> li
 
 
 def _deduplicated(prompts: list[Prompt]) -> list[Prompt]:
-    """The first of the prompts with equal turns: samples of one prompt are one group."""
-    unique: dict[str, Prompt] = {}
+    """The first of the prompts of a split with equal turns: samples of one prompt are one group."""
+    unique: dict[tuple[str, str | None], Prompt] = {}
     for prompt in prompts:
-        unique.setdefault(repr(prompt.turns), prompt)
+        unique.setdefault((repr(prompt.turns), prompt.split), prompt)
     return list(unique.values())
 
 
@@ -63,20 +64,22 @@ def digest(prompts: Sequence[Prompt]) -> str:
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _read(record: DataRow, taken: Collection[str]) -> Prompt:
+def _read(record: DataRow, taken: Collection[str], others: Collection[str]) -> Prompt:
     turns, solution = read_prompt(record)
     row, is_prompt_row = record.record, record.record.get("type") == "prompt"
     own: Mapping[str, Any] = row if is_prompt_row else {}  # only rows of a prompts.jsonl may set samples and temperature
-    name = str(row["prompt_id"]) if row.get("prompt_id") is not None else _name_from_file(record.where, taken)
+    if row.get("prompt_id") is not None:
+        name = _unused(str(row["prompt_id"]), others)
+    else:  # `a.jsonl:3` without the directory: random numbers depend on the name, and must not change when a file moves
+        name = _unused(record.where.rpartition("/")[2], taken, others)
     samples = int(own["samples"]) if own.get("samples") is not None else None
     return Prompt(name, tuple(map(dict, turns)), own.get("split"), samples, own.get("temperature"),
                   {} if solution is None else {"solution": solution})  # fmt: skip
 
 
-def _name_from_file(where: str, taken: Collection[str]) -> str:
-    """`a.jsonl:3` without the directory: a prompt's random numbers depend on its name, and must not change when a file moves."""
-    name = where.rpartition("/")[2]
-    return name if name not in taken else next(each for n in count(2) if (each := f"{name}~{n}") not in taken)
+def _unused(name: str, *taken: Collection[str]) -> str:
+    names = chain([name], (f"{name}~{number}" for number in count(2)))
+    return next(each for each in names if not any(each in some for some in taken))
 
 
 def for_round(prompts: Sequence[Prompt], number: int, *, count: int, samples: int, seed: int) -> list[Prompt]:

@@ -65,3 +65,16 @@ def test_a_file_of_prompts_is_what_it_was_and_read_again_gives_the_same(tmp_path
     assert digest([asked]) == "0e442f60a4442da614985c76ba0e07ba482c0ba6ef1c7073be818ec5730369ea"
     (tmp_path / "prompts.jsonl").write_text(json.dumps(written[1].to_row()) + "\n")
     assert read_prompts([str(tmp_path / "prompts.jsonl")], "train") == [written[1]]
+
+
+@pytest.mark.parametrize("named", [{}, {"prompt_id": "p"}], ids=["by file and line", "by the data"])
+def test_a_prompt_of_both_training_and_evaluation_is_in_a_round_twice(named: dict[str, str], tmp_path: Path) -> None:
+    path, round_file = tmp_path / "a.jsonl", tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps({"prompt": "One?", **named}) + "\n")
+    train = read_prompts([str(path)], "train")
+    held_out = read_prompts([str(path)], "eval", others=ids(train))
+    both = [*for_round(train, 0, count=1, samples=2, seed=0), *eval_prompts(held_out, count=1, seed=0)]
+    round_file.write_text("".join(json.dumps(prompt.to_row()) + "\n" for prompt in both))
+    name = named.get("prompt_id", "a.jsonl:1")
+    again = read_prompts([str(round_file)], "train")
+    assert [(prompt.id, prompt.split) for prompt in again] == [(name, "train"), (f"{name}~2", "eval")]
