@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,19 @@ class OnlinePlan:
             f"no prompt of data.train leaves room for online.sampler.max_new_tokens={new} within {max_length} tokens"
             " (train.max_length): lower the one or raise the other"
         )
+
+    def keep_code(self, code: Callable[[], Mapping[str, str | None]]) -> None:
+        """Have stages refused from now on if the user's own code, hashed by `code`, is not that of now."""
+        self._code_now, self._code = code, code()
+
+    def refuse_edited_code(self) -> None:
+        """Raises UserError where the user's own code was edited after the run began: a stage, a new process, would import it."""
+        now = self._code_now()
+        if edited := [key for key, value in self._code.items() if now.get(key) != value]:
+            raise UserError(
+                f"the code of {', '.join(edited)} was edited after this run began: restore it and resume the run, or resume it"
+                " with resume_changes=allow"
+            )
 
     # --- the training of a round -----------------------------------------------------------------------------------------
 

@@ -93,6 +93,7 @@ class Round:
 
     def _stage(self, name: str, command: Sequence[str]) -> None:
         """Run one command; the time recorded is that of the attempt that completed it."""
+        self.plan.refuse_edited_code()
         began = time.perf_counter()
         self.plan.stages.run(command, self.directory / "logs" / f"{name}.log")
         self.state["stages"][name] = {"wall": round(time.perf_counter() - began, 2)}

@@ -11,6 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -63,6 +64,10 @@ class TrainingOutline(Protocol):
         """Hashes of the data and models that the rounds use; `outer` is the configuration of the online run."""
         ...
 
+    def code(self, outer: Config) -> Mapping[str, str | None]:
+        """Hashes of the user's own code that the rounds compute with."""
+        ...
+
     def changed(self, outer: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
         """Changes of these since the last start. Raises UserError for a change that was not allowed."""
         ...
@@ -101,6 +106,7 @@ def run(
         altered = outlined.changed(config, directory, content) if config.resume else []
         if config.dry_run:
             return dry_run(plan, outlined, prompt)
+        plan.keep_code(partial(outlined.code, config))
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)

@@ -43,7 +43,7 @@ def read(
         **_model("reference", reference, cache),
         "peft.init_from": None,
         **_scorer(config, cache),
-        **_code(config),
+        **code(config),
     }
     if config.peft.name == "lora" and config.peft.init_from is not None:
         hashes["peft.init_from"] = lineage.identity(Path(config.peft.init_from), cache)
@@ -55,7 +55,7 @@ def read(
                             for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
 
 
-def _code(config: Config) -> dict[str, str | None]:
+def code(config: Config) -> dict[str, str | None]:
     """Hash the user's own code that a run computes with."""
     hashes = {f"{node}._target_": code_hash(target) if target else None for node, target in _targets(config).items()}
     if config.online is not None:
@@ -120,7 +120,7 @@ def refuse_other_code(config: Config, directory: RunDir) -> None:
     before = recorded(directory)
     if before is None or config.resume_changes == "allow":
         return
-    if changes := _changed_content(config, before, ContentHashes(_code(config))):
+    if changes := _changed_content(config, before, ContentHashes(code(config))):
         raise UserError(
             f"{directory.path} is finished, and was trained with other code: {'; '.join(map(str, changes))}. To train with that"
             " of now, give a new exp_name, or overwrite=true; to keep the run as it is, restore the code, or add"

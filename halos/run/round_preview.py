@@ -48,6 +48,10 @@ class RoundPreview:
         base, reference = self.structure.loader.base, self.structure.reference
         return input_hashes.read(self._own(outer), self.tokenizer, prompts, base=base, reference=reference)
 
+    def code(self, outer: Config) -> Mapping[str, str | None]:
+        """Hash the user's own code that the rounds compute with."""
+        return input_hashes.code(self._own(outer))
+
     def changed(self, outer: Config, directory: RunDir, now: ContentHashes) -> Sequence[Change]:
         """Compare with the last start of the online run. Raises UserError for changes that are not allowed."""
         own = replace(self._own(outer), run_dir=str(directory.path))

@@ -30,7 +30,7 @@ from halos.errors import UserError
 from halos.hooks.base import Hook
 from halos.models import tiny
 from halos.online import rounds
-from halos.online.plan import _last_checkpoint
+from halos.online.plan import OnlinePlan, _last_checkpoint
 from halos.online.records import read
 from halos.online.round import Round, RoundResult
 from halos.online.rounds import stored_overrides
@@ -513,6 +513,19 @@ def test_hooks_resume_with_the_state_after_the_last_completed_round(tmp_path: Pa
             rounds.OnlineRun(plan).run({"overrides": []})
     assert rounds.OnlineRun(plan).run({"overrides": []}) == 0
     assert [each.seen for each in hooks] == [[0, 1], [0, 1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_a_stage_of_code_that_was_edited_since_the_run_began_is_not_started(tmp_path: Path) -> None:
+    plan, hashes, ran = object.__new__(OnlinePlan), {"loss._target_": "a", "online.scorer.functions": "b"}, list[Any]()
+    plan.directory = RunDir(tmp_path)
+    plan.stages = SimpleNamespace(run=lambda command, log: ran.append(command))  # type: ignore[assignment]
+    plan.keep_code(lambda: dict(hashes))
+    current = Round(plan, 0, tmp_path / "rounds" / "000")
+    current._stage("label", ["first"])
+    hashes["online.scorer.functions"] = "edited"
+    with pytest.raises(UserError, match=r"code of online.scorer.functions was edited after this run began: restore it"):
+        current._stage("label", ["second"])
+    assert ran == [["first"]]
 
 
 def test_a_missing_optimizer_state_is_one_message(tmp_path: Path) -> None:

@@ -154,6 +154,19 @@ def test_scores_are_of_the_code_that_a_users_function_imports_too(mine: str, tmp
     assert of("ends").request().keys() == {"functions", "timeout"}
 
 
+def test_a_worker_that_would_import_edited_code_is_not_started(mine: str, tmp_path: Path) -> None:
+    (tmp_path / "ownlater.py").write_text("TIMES = 1\n")
+    with (tmp_path / "ownrewards.py").open("a") as file:
+        file.write("\ndef helped(completion, row):\n    from ownlater import TIMES\n    return TIMES\n")
+    functions = of(f"{mine}.helped", plugins=(mine,))
+    assert [score.value for _, score in functions.score([said("a")])] == [1.0]
+    (tmp_path / "ownlater.py").write_text("TIMES = 20\n")
+    assert [score.value for _, score in functions.score([said("b")])] == [1.0], "by the worker that is there"
+    functions.close()
+    with pytest.raises(UserError, match=r"code of the reward ownrewards.helped has been edited since .*: start a new process"):
+        list(functions.score([said("c")]))
+
+
 def test_workers_stay_for_the_next_call(mine: str) -> None:
     functions = of(f"{mine}.good", plugins=(mine,))
     for _ in range(2):

@@ -45,6 +45,7 @@ class Functions(Scorer):
 
     def __init__(self, parts: Sequence[Part], settings: Settings, plugins: Sequence[str]) -> None:
         self.parts, self.settings, self.plugins = list(parts), settings, list(plugins)
+        self._codes = self._code_hashes()
         self._workers: list[Worker] = []  # reused by the next call
         self._crashed: set[int] = set()  # id() of samples on which a worker has died once
 
@@ -76,16 +77,20 @@ class Functions(Scorer):
 
     def request(self) -> dict[str, Any]:
         """Everything that decides the scores, the functions' source code and all that a user's own import included."""
-        codes = {part.path: code for part in self.parts if (code := code_hash(part.path)) is not None}
+        codes = self._code_hashes()
         return {"functions": [[part.path, part.weight, dict(part.settings), source_hash(part.path)] for part in self.parts],
                 **({"code": json_hash(codes)} if codes else {}), "timeout": self.settings.timeout}  # fmt: skip
+
+    def _code_hashes(self) -> dict[str, str]:
+        """Hash the user's own functions, by path."""
+        return {part.path: code for part in self.parts if (code := code_hash(part.path)) is not None}
 
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         """Yield scores as they come; each worker scores one sample at a time."""
         waiting, workers = list(reversed(samples)), self._workers
         self._crashed.clear()
         while len(workers) < min(self.settings.processes, len(waiting)):
-            workers.append(Worker(self.parts, self.plugins))
+            workers.append(self._start_worker())
         try:
             while waiting or any(worker.sample for worker in workers):
                 yield from self._round(waiting)
@@ -125,7 +130,14 @@ class Functions(Scorer):
 
     def _replace(self, number: int) -> None:
         self._workers[number].kill()
-        self._workers[number] = Worker(self.parts, self.plugins)
+        self._workers[number] = self._start_worker()
+
+    def _start_worker(self) -> Worker:
+        """Raises UserError for code that was edited: a new process would import another version than those before it."""
+        now = self._code_hashes()
+        if edited := [path for path, code in self._codes.items() if now.get(path) != code]:
+            raise UserError(f"the code of the reward {edited[0]} has been edited since this process read it: start a new process")
+        return Worker(self.parts, self.plugins)
 
     def close(self) -> None:
         """Kill the workers."""
