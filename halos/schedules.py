@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Protocol
 
 from halos.ranges import Range
 
-Duration = Annotated[float, Range(least=0)]
+Duration = Annotated[float, Range(least=0, whole_from=1)]
 Fraction = Annotated[float, Range(least=0, most=1)]
 
 

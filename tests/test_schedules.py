@@ -5,11 +5,21 @@ from types import SimpleNamespace
 
 import pytest
 
+from halos.config.bind_optim import bind_schedule
+from halos.errors import UserError
 from halos.schedules import LearningRates, constant, cosine, inverse_sqrt, linear, wsd
 
 
 def test_warmup_reaches_the_peak_in_its_last_step() -> None:
     assert [constant(step, 100, warmup=4) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+def test_a_warmup_is_a_fraction_or_a_whole_number_of_steps() -> None:
+    for warmup in (0, 0.5, 1, 7.0):
+        bind_schedule({"_target_": "halos.schedules.constant", "warmup": warmup}, [])
+    for warmup in (1.5, math.inf):
+        with pytest.raises(UserError, match=r"schedule.warmup takes a number \(at least 0 and whole from 1\), not"):
+            bind_schedule({"_target_": "halos.schedules.constant", "warmup": warmup}, [])
 
 
 def test_a_warmup_below_one_is_a_fraction_of_the_steps() -> None:

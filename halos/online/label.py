@@ -109,7 +109,13 @@ def _checked(args: argparse.Namespace) -> Settings:
     if settings.pairwise and not (scorer.compares and args.kind == feedback.PAIRWISE):
         needed = " or ".join(each.option.flag for each in map(scorer_class, scorer_names()) if each.compares)
         raise UserError(f"--pairwise needs {needed} and --feedback pairwise: it says which answer is better, and gives no score")
-    if complaint := scorer.problem(settings, SCORER.flag):
+    made = FEEDBACK.read(args, kind=args.kind)
+    idle = feedback.idle_key(made, args.kind, by_verdict=settings.pairwise, spelled=FEEDBACK.flag)
+    if args.against is not None and not settings.pairwise:
+        idle = "--against has no effect without --pairwise, by which a judge compares answers: leave it out"
+    if args.max_length is not None and not scorer.loads_model:
+        idle = f"--max-length has no effect with {scorer.option.flag}, which reads no tokens: leave it out"
+    if complaint := scorer.problem(settings, SCORER.flag) or idle:
         raise UserError(complaint)
     return settings
 

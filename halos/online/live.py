@@ -63,6 +63,7 @@ class LivePrompts:
     def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, loss: LossSpec, max_length: int) -> None:
         assert config.online is not None
         online = self.online = config.online
+        _check_feedback(config, loss)
         encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), max_length - online.sampler.max_new_tokens
         train = read_prompts(entries_of(config.data, "train"), "train")
         evaluation = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
@@ -89,6 +90,21 @@ class LivePrompts:
         sampler = self.online.sampler
         return requests_for(prompts, samples=self.online.samples_per_prompt, temperature=sampler.temperature,
                             max_new_tokens=sampler.max_new_tokens, seed=seed)  # fmt: skip
+
+
+def _check_feedback(config: Config, loss: LossSpec) -> None:
+    """Raises UserError in a new run for keys of online.feedback that do not act in this loop."""
+    assert config.online is not None
+    settings, kind = config.online.feedback, loss.inputs.feedback
+    feedback.check_threshold(kind, settings.threshold)
+    if config.resume is not None:
+        return
+    if settings.kind not in ("auto", kind):
+        raise UserError(
+            f"online.feedback.kind={settings.kind}: a live loop of {loss.name} learns from {kind} feedback: leave it out"
+        )
+    if idle := feedback.idle_key(settings, kind, by_verdict=False, spelled=lambda name: f"online.feedback.{name}"):
+        raise UserError(idle)
 
 
 class RolloutSource:

@@ -114,7 +114,7 @@ class OnlinePlan:
                 "peft.init_from: rounds sample from a full model before they train, so give the merged one"
                 " (model.name_or_path=RUN/FINAL, or python -m halos.checkpoint merge)"
             )
-        feedback.check_threshold(self.kind, online.feedback.threshold)
+        self._check_feedback()
         self.prompts = read_prompts(entries_of(self.config.data, "train"), "train")
         entries = entries_of(self.config.data, "eval") if online.eval_prompts else []
         names = {prompt.id for prompt in self.prompts}
@@ -122,6 +122,19 @@ class OnlinePlan:
         if not self.prompts:
             raise UserError("data.train has no prompts")
         scorer.check_prompts(self.prompts)
+
+    def _check_feedback(self) -> None:
+        """Raises UserError for feedback that the loss does not learn from, and in a new run for keys that do not act on it."""
+        kind, settings, example = self.kind, self.online.feedback, self.loss.inputs.example
+        feedback.check_threshold(kind, settings.threshold)
+        if settings.kind != "auto" and example.of(feedback.made_up(kind)) is None:
+            raise UserError(
+                f"online.feedback.kind={kind}: {self.online.loss} learns from {example.columns or example.__name__}: leave it out"
+            )
+        by_verdict = self.online.scorer.pairwise
+        idle = feedback.idle_key(settings, kind, by_verdict=by_verdict, spelled=lambda name: f"online.feedback.{name}")
+        if idle and self.config.resume is None:
+            raise UserError(idle)
 
     def first_fitting_prompt(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[int]:
         """The tokens of the first prompt that leaves room for an answer. Raises UserError where none does."""

@@ -22,6 +22,7 @@ from halos.distributed.signals import StopRequest
 from halos.errors import UserError
 from halos.online.options import FEEDBACK, SAMPLER, SCORER
 from halos.repository import PACKAGES, TRAIN
+from halos.rollout import feedback
 
 WRONG_INPUT = 2
 PERIOD = 0.05  # seconds between polls of a stage
@@ -115,11 +116,12 @@ class Stages:
     def label(self, samples: Path, output: Path, *, kind: str, scores: Path, cache: Path, against: Path | None) -> list[str]:
         """The command that scores samples and writes feedback."""
         scorer = self.online.scorer
+        acting = feedback.keys_of(kind, by_verdict=scorer.pairwise)
         of_scorer = [*SCORER.choice(scorer), *SCORER.arguments(scorer, only=scorer_class(scorer.name).takes)]
         arguments = [
             str(samples), str(output), "--feedback", kind, "--scores", str(scores), "--seed", str(self.config.seed),
             "--cache", str(cache), "--cache-dir", self.config.cache_dir, *of_scorer,
-            *FEEDBACK.arguments(self.online.feedback),
+            *FEEDBACK.arguments(self.online.feedback, only=acting),
         ]  # fmt: skip
         arguments += ["--against", str(against)] if scorer.pairwise and against is not None else []
         arguments += ["--plugins", *self.config.plugins] if self.config.plugins else []

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from halos.config import defaults
 from halos.config.schema import Feedback as Settings
 from halos.errors import UserError
-from halos.examples import Comparison, Example, Judgement, Scored
+from halos.examples import Comparison, Example, Judgement, Scored, Turns
 from halos.rollout.types import Rollout, Row, by_prompt
 
 PAIRWISE, BINARY, SCALAR = "pairwise", "binary", "scalar"
 EXAMPLES: dict[str, type[Example]] = {PAIRWISE: Comparison, BINARY: Judgement, SCALAR: Scored}  # that each is read as
+TAKES = {PAIRWISE: ("pairing", "threshold"), BINARY: ("threshold",), SCALAR: ("drop_equal",)}  # keys that act on each
 CLOSE = 1e-12  # scores that differ by less are equal
 
 
@@ -92,6 +94,31 @@ class Reward:
 
 
 Feedback = Pair | Label | Reward
+
+
+def made_up(kind: str) -> Example:
+    """An example of a kind, to try which losses learn from it."""
+    asked: Turns = ({"role": "user", "content": "1?"},)
+    one, other = (({"role": "assistant", "content": text},) for text in ("1", "2"))
+    if kind == PAIRWISE:
+        return Comparison(asked, one, other)
+    return Judgement(asked, one, True) if kind == BINARY else Scored(asked, one, 1.0)
+
+
+def keys_of(kind: str, *, by_verdict: bool) -> tuple[str, ...]:
+    """The keys of online.feedback that act on a kind; none on a judge's verdicts (`by_verdict`), which are no scores."""
+    return () if by_verdict else TAKES[kind]
+
+
+def idle_key(settings: Settings, kind: str, *, by_verdict: bool, spelled: Callable[[str], str]) -> str | None:
+    """A message about the first key that is not the default and does not act; `spelled` gives a key as the user writes it."""
+    default, takes = defaults.section(Settings), keys_of(kind, by_verdict=by_verdict)
+    idle = [name for name in ("pairing", "threshold", "drop_equal") if name not in takes]
+    changed = [name for name in idle if getattr(settings, name) != getattr(default, name)]
+    if not changed:
+        return None
+    of = f"{kind} feedback, which takes {', '.join(map(spelled, takes))}" if takes else "the verdicts of a judge that compares"
+    return f"{spelled(changed[0])} has no effect on {of}: leave it out"
 
 
 def make(rollouts: Sequence[Rollout], settings: Settings, *, kind: str, seed: int) -> tuple[Sequence[Feedback], dict[str, int]]:

@@ -110,6 +110,8 @@ def test_answers_to_other_questions_are_not_compared(
     words = [str(place / "s.jsonl"), str(place / "f.jsonl"), "--judge", "j", "--url", "http://127.0.0.1:9/v1", "--pairwise"]
     assert label([*words, "--against", str(place / "other.jsonl")]) == 2
     assert "other.jsonl:1: its prompt_id '7' is that of another prompt in" in capsys.readouterr().err
+    assert label([*words, "--threshold", "2"]) == 2
+    assert "--threshold has no effect on the verdicts of a judge that compares: leave it out" in capsys.readouterr().err
 
 
 def test_where_no_sample_has_a_score_the_reason_is_the_error_and_no_feedback_is_written(
@@ -138,6 +140,14 @@ def test_wrong_arguments_are_refused(place: Path, capsys: pytest.CaptureFixture[
         (["--reward", ""], "--reward '' names nothing: it takes a function of halos.online.rewards"),
         (["--threshold", "nan"], "takes a number, not 'nan'"),
         (["--pairwise"], "--pairwise needs --judge"),
+        (["--against", "other.jsonl"], "--against has no effect without --pairwise"),
+        (["--max-length", "9"], "--max-length has no effect with --reward"),
+        (["--drop-equal"], "--drop-equal has no effect on pairwise feedback, which takes --pairing, --threshold: leave it out"),
+        (
+            ["--feedback", "scalar", "--threshold", "0.5"],
+            "--threshold has no effect on scalar feedback, which takes --drop-equal",
+        ),
+        (["--feedback", "binary", "--pairing", "random"], "--pairing has no effect on binary feedback, which takes --threshold"),
         (["--processes", "0"], "--processes takes a whole number (at least 1), not 0"),
     ):
         assert run(place, *words) == 2

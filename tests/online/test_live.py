@@ -154,6 +154,8 @@ def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
         (["online.loss=kto"], "for which it needs online.rounds"),
         (["train.batch_size=2"], "cannot hold the 3 samples"),
         (["online.rounds=2"], "exclude each other"),
+        (["online.feedback.threshold=1"], "online.feedback.threshold has no effect on scalar feedback, which takes online"),
+        (["online.feedback.kind=pairwise"], "online.feedback.kind=pairwise: a live loop of grpo learns from scalar feedback"),
         (["online.sampler.name=openai", "online.sampler.url=http://x/v1"], "a live loop samples with"),
         (["online.sampler.max_new_tokens=512"], "no prompt leaves room"),
     ):
