@@ -111,7 +111,17 @@ def _spec_of(name: str) -> ModuleSpec | None:
     module = sys.modules.get(parent)
     spec = _spec_of(parent) if module is None else module.__spec__
     below = None if spec is None else spec.submodule_search_locations
-    return None if below is None else PathFinder.find_spec(name, list(below))
+    return None if below is None else _spec_in(name, list(below))
+
+
+def _spec_in(name: str, directories: Sequence[str]) -> ModuleSpec | None:
+    try:
+        return PathFinder.find_spec(name, directories)
+    except KeyError:  # a namespace package, of which Python's own spec needs the parent imported
+        spec = ModuleSpec(name, None, is_package=True)
+        below = (Path(each) / name.rpartition(".")[2] for each in directories)
+        spec.submodule_search_locations = [str(each) for each in below if each.is_dir()]
+        return spec
 
 
 @cache  # every target of a package asks for the same modules
@@ -124,7 +134,9 @@ def _imported(source: bytes, package: str) -> frozenset[str]:
         return frozenset()
     for node in nodes:
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            for alias in node.names:  # `import a.b` binds a, with what that has itself
+                parts = alias.name.split(".")
+                names |= {".".join(parts[:end]) for end in range(len(parts) if alias.asname else 1, len(parts) + 1)}
         elif isinstance(node, ast.ImportFrom) and (package or not node.level):
             above = package.rsplit(".", node.level - 1)[0] if node.level > 1 else package
             base = f"{above}.{node.module or ''}".strip(".") if node.level else node.module or ""

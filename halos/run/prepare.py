@@ -129,17 +129,18 @@ def hash_inputs(
     config: Config, loss: LossSpec, structure: Structure, batches: BatchSource, accelerator: Accelerator
 ) -> tuple[ContentHashes | None, Sequence[Change]]:
     """Hash the run's inputs, and compare them with the last start's. Raises UserError for changes that are not allowed."""
-    content, changed, problem = None, list[Change](), None
-    if accelerator.is_main_process:
-        try:
+    content, changed, code, problem = None, list[Change](), "", None
+    try:
+        code = "\n".join(f"{key} {value}" for key, value in input_hashes.code(config).items())
+        if accelerator.is_main_process:
             base, reference = structure.loader.base, structure.reference
             refuse_mismatched_adapter(config, base, structure.tokenizer)
             content = input_hashes.read(config, structure.tokenizer, batches.content_hashes(), base=base, reference=reference)
             if config.resume:
                 changed = input_hashes.changed(config, run_facts(config, loss, structure), content, batches.tokens_until)
-        except UserError as error:
-            problem = str(error)
-    require_same_on_all_ranks(accelerator, "content", "", problem)
+    except UserError as error:
+        problem = str(error)
+    require_same_on_all_ranks(accelerator, "code of yours (by its hash)", code, problem)
     return content, changed
 
 

@@ -14,13 +14,18 @@ from halos.errors import UserError
 
 FILES = {
     "ownloss/__init__.py": "",
-    "ownloss/hinge.py": "import ownhelper\nfrom . import margins\nimport numpy\n\n\ndef hinge(): from ownlazy.inner import scale",
+    "ownloss/hinge.py": "import ownhelper, owndeep.below.inner\nfrom . import margins\nimport numpy\n\n\n"
+    "def hinge(): from ownlazy.inner import scale; from ownspace.inner.most import a",
     "ownloss/margins.py": "MARGIN = 1.0\n",
     "ownloss/unused.py": "MARGIN = 1.0\n",
     "ownhelper.py": "import ownbelow\n",
     "ownbelow.py": "import ownloss\n",
     "ownlazy/__init__.py": "raise RuntimeError('imported')\n",
     "ownlazy/inner.py": "scale = 1\n",
+    "owndeep/__init__.py": "SCALE = 1\n",
+    "owndeep/below/__init__.py": "",
+    "owndeep/below/inner.py": "",
+    "ownspace/inner/most.py": "a = 1\n",  # of namespace packages
     "ownother.py": "",
 }
 
@@ -28,7 +33,7 @@ FILES = {
 @pytest.fixture
 def code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -61,7 +66,7 @@ def test_the_hash_covers_other_plugins_and_what_is_imported_later(name: str, cod
         file.write("\n# edited\n")
     forget()
     assert load() != before
-    assert not [name for name in sys.modules if name.startswith("ownlazy")], "it is not imported to be hashed"
+    assert not [name for name in sys.modules if name.startswith(("ownlazy", "ownspace"))], "it is not imported to be hashed"
 
 
 def test_installed_packages_are_not_read_but_for_that_of_the_target(code: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +74,9 @@ def test_installed_packages_are_not_read_but_for_that_of_the_target(code: Path, 
     original: Callable[..., bytes] = plugins._source
     monkeypatch.setattr(plugins, "_source", lambda name, file: read.append(name) or original(name, file))
     load()
-    assert set(read) == {"ownloss", "ownloss.hinge", "ownloss.margins", "ownhelper", "ownbelow", "ownlazy.inner"}
+    deep = {"owndeep", "owndeep.below", "owndeep.below.inner"}  # `import owndeep.below.inner` binds the first
+    imported = {"ownloss", "ownloss.hinge", "ownloss.margins", "ownhelper", "ownbelow", "ownlazy.inner", "ownspace.inner.most"}
+    assert set(read) == imported | deep
     read.clear()
     assert code_hash("torch.optim.RAdam") is None, "a run records its version"
     assert code_hash("halos.losses.dpo.dpo") is None

@@ -40,6 +40,12 @@ def test_ranks_with_other_settings_or_data_are_refused_before_a_run_begins(tmp_p
     done = start(f"cd=>{tmp_path / 'other'}", words, tmp_path / "one")
     assert done.returncode == 1
     assert "error: the data.train (by its hash) of rank 1 on" in done.stderr, done.stderr
+    for name in ("one", "other"):
+        (tmp_path / name / "ownloss.py").write_text(f"# {name}\nfrom halos.losses.sft import sft as loss\n")
+    own = ["loss._target_=ownloss.loss", "plugins=[ownloss]", f"data.train=[{tmp_path}/one/train.jsonl]"]
+    done = start(f"cd=>{tmp_path / 'other'}", [*words, *own], tmp_path / "one")
+    assert done.returncode == 1
+    assert "error: the code of yours (by its hash) of rank 1 on" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 
