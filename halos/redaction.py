@@ -17,8 +17,12 @@ MIN_LENGTH_INSIDE = 20  # characters; a secret this long is also searched for in
 # a quote or a backslash ends a URL, since it may be inside JSON
 _URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://[^\s'\"\\<>]+")
 _USERINFO = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*://)(?P<userinfo>[^\s/?#'\"\\<>]+)@")
-_WORDS = r"(?:(?:x|api|access|auth|client|secret|security|amz|goog|subscription|private)[_-]?)*"
-_LAST = r"(?:key|token|secret|password|passwd|sig|signature)"
+# before the last word of a parameter's name; others, as of page_token or sort_key, name no secret
+_WORDS = (
+    r"(?:(?:x|api|access|auth|client|secret|security|amz|goog|subscription|private|hf|session|refresh|id|bearer|user|account|app"
+    r"|bot|sas|github|gitlab|slack|aws|service)[_-]?)*"
+)
+_LAST = r"(?:key|token|secret|password|passwd|passphrase|pwd|jwt|bearer|sig|signature)"
 _PARAMETER = re.compile(rf"(?P<before>[?&;#](?P<name>{_WORDS}{_LAST})=)[^&;#]+", re.IGNORECASE)
 
 

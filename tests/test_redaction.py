@@ -100,12 +100,14 @@ SECRET_URLS = [
     "http://alice:hunter2pass@host/v1", "https://ghp_abc@github.com/a/b", "http://alice:p@ss@host", "s3://id:hunter2pass@bucket/a",
     "git+https://abc@host/a", "https://host/a?x=1&api_key=abc", "https://host/a?key=abc", "https://host/a?token=abc#x",
     "https://host/a#access_token=abc", "https://host/a?X-Amz-Date=1&X-Amz-Signature=abc&X-Amz-Security-Token=abc",
-    "https://blob/a?sv=1&sig=abc", "https://host?password=abc", "https://host?apiKey=abc", "[http://a,http://b:abc@c]",
+    "https://blob/a?sv=1&sig=abc", "https://host?password=abc", "https://host?apiKey=abc",
+    "https://host/a?hf_token=abc", "https://host/a?x=1&sessionToken=abc", "https://host/a?account_key=abc", "https://host?pwd=abc",
+    "[http://a,http://b:abc@c]",
 ]  # fmt: skip
 OTHER_URLS = [
     "http://localhost:8000/v1", "https://host/v1?version=2&max_tokens=5", "hf://datasets/org/name@main/a.jsonl", "hf://name@main",
     "s3://bucket/a.jsonl", "ssh://git@host/a", "git@github.com:a/b", "org/name", "https://host/v1/@alice", "https://host?key=",
-    "https://host/a?monkey=1", "a?key=b",
+    "https://host/a?monkey=1", "a?key=b", "https://host/a?page_token=2&sort_key=name",
 ]  # fmt: skip
 
 

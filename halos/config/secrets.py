@@ -11,7 +11,12 @@ from halos.config.schema import Config
 from halos.errors import UserError, one_line
 from halos.redaction import MIN_LENGTH_INSIDE, SUFFIXES, environment_secrets, secret_in_url
 
-KEYS = re.compile(r"(.*_)?(api_key|access_key|access_token|auth_token|hf_token|secret|password)")
+KEYS = re.compile(
+    r"(.*_)?((api|access|secret|private)_?key|(api|access|auth|bearer|refresh|session|hf|github|gitlab|slack)_?token"
+    r"|secret|password|passwd|passphrase|pwd)"
+)
+TOKEN = re.compile(r".*token")  # may also be a word of a vocabulary, which its value tells
+TOKEN_VALUE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w.:+/=-]{16,}")
 VARIABLES = re.compile(rf"[A-Z]\w*_({'|'.join(SUFFIXES)})")
 NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
 
@@ -49,7 +54,7 @@ def refuse_secrets(node: Any, overrides: Sequence[str] = (), *, spelled: Callabl
     is how the user writes a key."""
     secrets = environment_secrets()
     for key, value in _leaves(node):
-        if _names_a_secret(key) and value is not None:
+        if value is not None and (_names_a_secret(key) or _is_token(key, value)):
             raise UserError(f"{spelled(key)} would be saved in the run's config.yaml: {_REMEDY}")
         if name := _secret_in(str(value), secrets):
             raise UserError(f"{spelled(key)} holds the value of the environment variable {name}, and would be saved: {_REMEDY}")
@@ -57,7 +62,7 @@ def refuse_secrets(node: Any, overrides: Sequence[str] = (), *, spelled: Callabl
     for override in overrides:
         key, _, value = override.lstrip("+~").partition("=")
         parts = re.split(r"[\s,:'\"()\[\]{}]+", value)  # of a list, a mapping or a sweep
-        if _names_a_secret(key) or any(_secret_in(part, secrets) for part in parts):
+        if _names_a_secret(key) or _is_token(key, value) or any(_secret_in(part, secrets) for part in parts):
             raise UserError(f"{key} holds a secret, and overrides are saved with the run: {_REMEDY}")
         _refuse_url(key, value)
 
@@ -78,7 +83,11 @@ _REMEDY = (
 def _names_a_secret(key: str) -> bool:
     """By the name of a key, or of an environment variable in it (hydra.job.env_set.HF_TOKEN)."""
     name = key.rpartition(".")[2]
-    return bool(KEYS.fullmatch(name.lower()) or VARIABLES.fullmatch(name))
+    return bool(KEYS.fullmatch(name.lower().replace("-", "_")) or VARIABLES.fullmatch(name))
+
+
+def _is_token(key: str, value: Any) -> bool:
+    return bool(TOKEN.fullmatch(key.rpartition(".")[2].lower()) and isinstance(value, str) and TOKEN_VALUE.fullmatch(value))
 
 
 def _secret_in(text: str, known: Mapping[str, str]) -> str | None:

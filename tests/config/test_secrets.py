@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from halos.config import run_config
 from halos.config.schema import Config
-from halos.config.secrets import refuse_saved_addresses
+from halos.config.secrets import refuse_saved_addresses, refuse_secrets
 from halos.errors import UserError
 
 
@@ -54,3 +54,19 @@ def test_programs_and_addresses_must_be_passed_again(words: str, key: str | None
         with pytest.raises(UserError, match=f"names {key}=.*evil.* pass it again"):
             refuse_saved_addresses(config, ["train.steps"])
     refuse_saved_addresses(config, [str(key)])
+
+
+@pytest.mark.parametrize(
+    "name", ["secret_key", "private-key", "apiKey", "passwd", "passphrase", "bearer_token", "githubToken", "pwd"]
+)
+def test_a_key_that_names_a_secret_is_refused_however_it_is_written(name: str) -> None:
+    with pytest.raises(UserError, match=rf"hooks.mine.{name} would be saved in the run's config.yaml"):
+        refuse_secrets({"hooks": {"mine": {name: "hunter2"}}})
+
+
+def test_a_token_is_a_secret_by_its_value_and_a_word_of_a_vocabulary_is_none() -> None:
+    for value in ("####", "<|reserved_special_token_12|>", "end-of-the-whole-answer", 7, None):
+        refuse_secrets({"hooks": {"mine": {"token": value, "stop_token": value}}})
+    for name in ("token", "botToken", "my_token"):
+        with pytest.raises(UserError, match=f"hooks.mine.{name} would be saved"):
+            refuse_secrets({"hooks": {"mine": {name: "110201543:AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw"}}})
