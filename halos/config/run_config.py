@@ -30,8 +30,8 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("reference", "adapter"): "off", ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
 }  # fmt: skip
-
-
+# the same for keys of one `_target_`
+ADDED_KEYS_OF: dict[str, dict[tuple[str, str], Any]] = {"halos.losses.grpo.grpo": {("loss", "kl_ratio"): False}}
 ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}}
 
 
@@ -49,7 +49,7 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
     if not settings:
         raise UserError(f"{run_dir}/config.yaml holds no configuration")
     settings = renamed_keys.with_current_names(settings)
-    for (section, name), value in ADDED_KEYS.items():
+    for (section, name), value in _added_to(settings).items():
         if isinstance(settings.get(section), dict):
             settings[section].setdefault(name, copy(value))
     settings = {**deepcopy(ADDED_SECTIONS), **settings}
@@ -69,10 +69,16 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
 
 
 def added_keys(text: str, run_dir: str) -> list[str]:
-    """Return the keys that a run's config.yaml predates: those of ADDED_KEYS, and optim.fused."""
+    """Return the keys that a run's config.yaml predates: those of ADDED_KEYS and ADDED_KEYS_OF, and optim.fused."""
     settings = _parsed(text, f"{run_dir}/config.yaml")
-    keys = [f"{section}.{name}" for section, name in ADDED_KEYS if name not in (settings.get(section) or {})]
+    keys = [f"{section}.{name}" for section, name in _added_to(settings) if name not in (settings.get(section) or {})]
     return keys + (["optim.fused"] if legacy_sections.predates_fused(settings.get("optim")) else [])
+
+
+def _added_to(settings: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
+    """Return the keys of ADDED_KEYS and ADDED_KEYS_OF that this configuration has."""
+    loss = settings.get("loss")
+    return ADDED_KEYS | ADDED_KEYS_OF.get(str(loss.get("_target_")) if isinstance(loss, dict) else "", {})
 
 
 def changed_keys(record: str) -> Mapping[str, Any]:

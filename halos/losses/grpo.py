@@ -4,7 +4,19 @@ from typing import Annotated, Literal
 
 import torch
 
-from halos.losses.rollouts import KL, all_equal, clipped, deviation, is_clipped, kl, log_ratio, mean_over_time, of_group, report
+from halos.losses.rollouts import (
+    KL,
+    all_equal,
+    clipped,
+    deviation,
+    is_clipped,
+    kl,
+    log_ratio,
+    mean_over_time,
+    of_group,
+    report,
+    with_ratio,
+)
 from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled, TokenLogps
 
 
@@ -13,13 +25,20 @@ def needs_reference(*, beta: float) -> bool:
     return beta > 0
 
 
-def check(*, objective: str, ratio: str, aggregation: str, max_tokens: int | None) -> str | None:
+def check(
+    *, objective: str, ratio: str, aggregation: str, max_tokens: int | None, beta: float, kl_estimator: str, kl_ratio: bool
+) -> str | None:
     if (aggregation == "constant") != (max_tokens is not None):
         return (
             "loss.max_tokens goes with loss.aggregation=constant, which divides by it: give both, or null and another aggregation"
         )
     if objective == "cispo" and ratio == "sequence":
         return "loss.objective=cispo weights tokens, so it takes loss.ratio=token"
+    if beta > 0 and kl_estimator == "k1" and not kl_ratio:
+        return (
+            "loss.kl_ratio=false leaves loss.kl_estimator=k1 without a gradient in expectation, so that loss.beta would do"
+            " nothing: use loss.kl_ratio=true, or k2 or k3"
+        )
     return None
 
 
@@ -58,18 +77,18 @@ def grpo(
     max_tokens: Annotated[int | None, Range(least=1)],
     beta: Annotated[float, Range(least=0)],
     kl_estimator: KL,
+    kl_ratio: bool,
 ) -> Loss:
     """Eq. 3 of arXiv:2402.03300, token by token, with `beta` times an estimate of the KL to the reference.
 
-    `objective` clip is PPO's; cispo is -sg(min(r, 1 + clip_high)) A log pi (section 3.1 of arXiv:2506.13585). `ratio` sequence is
-    the geometric mean over a completion's tokens (eq. 7 of arXiv:2507.18071). `aggregation` chooses the denominator: the mean
-    over a completion's tokens and then over completions (sequence), the mean over all tokens of the global batch (token,
-    section 3.3 of arXiv:2503.14476), or the sum over tokens divided by `max_tokens` (constant, arXiv:2503.20783).
+    With `kl_ratio` the gradient of that estimate is exact (`with_ratio`); without it the estimate is that equation's. `objective`
+    clip is PPO's; cispo is -sg(min(r, 1 + clip_high)) A log pi (section 3.1 of arXiv:2506.13585). `ratio` sequence is the
+    geometric mean over a completion's tokens (eq. 7 of arXiv:2507.18071). `aggregation` chooses the denominator: the mean over a
+    completion's tokens and then over completions (sequence), the mean over all tokens of the global batch (token, section 3.3 of
+    arXiv:2503.14476), or the sum over tokens divided by `max_tokens` (constant, arXiv:2503.20783).
     """
     mask, logs = policy.logps.mask, log_ratio(policy)
-    if ratio == "sequence":
-        logs = mean_over_time(logs, mask)[:, None]
-    r = logs.exp()
+    r = (mean_over_time(logs, mask)[:, None] if ratio == "sequence" else logs).exp()
     if objective == "cispo":
         values = -r.clamp(max=1 + clip_high).detach() * policy.advantages * policy.logps.values
         clip_acts = r > 1 + clip_high
@@ -79,7 +98,7 @@ def grpo(
     metrics = report(policy, clip_acts)
     if reference is not None:
         divergence = kl(kl_estimator, policy.logps.values, reference.values)
-        values = values + beta * divergence
+        values = values + beta * (with_ratio(kl_estimator, divergence, logs.exp()) if kl_ratio else divergence)
         metrics["kl"] = Mean.of(divergence, mask)  # per token; other losses on rollouts report it per completion
     values = values * mask
     if aggregation == "token":

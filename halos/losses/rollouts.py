@@ -38,6 +38,16 @@ def kl(estimator: KL, policy: Tensor, reference: Tensor) -> Tensor:
     return difference**2 / 2 if estimator == "k2" else torch.expm1(-difference) + difference
 
 
+def with_ratio(estimator: KL, divergence: Tensor, ratio: Tensor) -> Tensor:
+    """An estimate of `kl` over samples of another policy, times pi / pi_old of each token (1 on the first pass).
+
+    Its expectation over pi_old has the exact gradient of KL(policy || reference), which that of the bare estimate has not: k1's
+    is 0, and k3's is that of the KL in the other direction. Section 3.1 of arXiv:2512.02556. The gradient of k2 is exact with the
+    ratio as a constant.
+    """
+    return (ratio.detach() if estimator == "k2" else ratio) * divergence
+
+
 def mean_over_time(values: Tensor, mask: Tensor) -> Tensor:
     """The mean of each row over its tokens: (rows,)."""
     return (values * mask).sum(-1) / mask.sum(-1).clamp(min=1)

@@ -160,7 +160,7 @@ def rollout_rows() -> list[Row]:
     batch = Batch((batch.reference * 0.98).requires_grad_(), batch.reference, batch.mask)  # near the policy that sampled
     advantages = torch.randn(2 * PAIRS, generator=torch.Generator().manual_seed(7))
     plain = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence",
-             "max_tokens": None, "beta": 0.0, "kl_estimator": "k3"}  # fmt: skip
+             "max_tokens": None, "beta": 0.0, "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
     policy = Rollouts(batch.policy_logps, batch.reference, advantages[:, None] * batch.mask, torch.zeros(2 * PAIRS))
 
     def ours(**hyperparameters: Any) -> Callable[[], Outcome]:
@@ -182,6 +182,8 @@ def rollout_rows() -> list[Row]:
     return [
         Row("grpo", "GRPO `grpo`", ours(), theirs()),
         Row("grpo, beta .04", "GRPO `grpo`, beta .04", ours(beta=0.04), theirs(beta=0.04)),
+        Row("grpo, beta .04, kl_ratio false", "GRPO `grpo`, beta .04, use_bias_correction_kl false",
+            ours(beta=0.04, kl_ratio=False), theirs(beta=0.04, use_bias_correction_kl=False)),
         Row("dr_grpo", "GRPO `dr_grpo`", ours(aggregation="constant", max_tokens=WIDTH), theirs(loss_type="dr_grpo")),
         Row("dapo", "GRPO `dapo`, epsilon_high .28", ours(aggregation="token", clip_high=0.28),
             theirs(loss_type="dapo", epsilon_high=0.28)),

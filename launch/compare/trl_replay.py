@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import ModelOutput
-from trl import DPOTrainer, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
+from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -195,6 +195,8 @@ def trl_sft(batches: Sequence[Batch]) -> Outcome:
 
 def trl_grpo(batch: Batch, advantages: Tensor, **settings: Any) -> Outcome:
     """Run GRPO's trainer; `batch.reference` are the old log-probs, and those of the reference model where beta is not 0."""
+    default = GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default
+    corrects = settings.pop("use_bias_correction_kl", default)
     merged: dict[str, Any] = {
         "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0,
         "max_completion_length": WIDTH, **settings,
@@ -203,7 +205,7 @@ def trl_grpo(batch: Batch, advantages: Tensor, **settings: Any) -> Outcome:
         GRPOTrainer, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
         vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, **merged,
     )  # fmt: skip
-    trainer.args = SimpleNamespace(use_bias_correction_kl=False, delta=None, steps_per_generation=1)
+    trainer.args = SimpleNamespace(use_bias_correction_kl=corrects, delta=None, steps_per_generation=1)
     return _sampled(trainer, batch, advantages)
 
 

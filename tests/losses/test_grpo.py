@@ -13,7 +13,7 @@ from .rollouts import MASK, NEW, RATIO, clip_objective, padded, rollouts, sample
 from .samples import gradients, logps, number, numbers
 
 PLAIN = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence", "max_tokens": None,
-         "beta": 0.0, "kl_estimator": "k3"}  # fmt: skip
+         "beta": 0.0, "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
 A = np.array([[1.0], [-0.5]])
 
 
@@ -84,9 +84,12 @@ def test_cispo_caps_the_weight_and_keeps_every_gradient() -> None:
 def test_the_kl_to_the_reference_is_added_token_by_token() -> None:
     reference = TokenLogps(padded([[-0.4, -1.1, -0.5], [-1.0, -0.5]]), torch.from_numpy(MASK))
     d = padded(NEW).double().numpy() - reference.values.double().numpy()
-    without, added = (grpo(rollouts([1.0, -0.5]), reference, **{**PLAIN, "beta": beta}) for beta in (0.0, 0.04))
+    bare = {**PLAIN, "kl_ratio": False}
+    without, added = (grpo(rollouts([1.0, -0.5]), reference, **{**bare, "beta": beta}) for beta in (0.0, 0.04))
     k3 = (np.exp(-d) - 1 + d) * MASK
     np.testing.assert_allclose(numbers(added) - numbers(without), 0.04 * k3.sum(1) / [3, 2], atol=1e-7)
+    weighted = grpo(rollouts([1.0, -0.5]), reference, **{**PLAIN, "beta": 0.04})
+    np.testing.assert_allclose(numbers(weighted) - numbers(without), 0.04 * (RATIO * k3).sum(1) / [3, 2], atol=1e-7)
     assert number(added.metrics["kl"]) == pytest.approx(k3.sum() / 5, rel=1e-5)
 
 
@@ -117,9 +120,13 @@ def test_on_the_policy_that_sampled_the_value_is_minus_the_advantage() -> None:
 
 
 def test_settings_that_cannot_go_together_are_reported() -> None:
-    assert check(objective="clip", ratio="token", aggregation="sequence", max_tokens=None) is None
-    assert "max_tokens" in str(check(objective="clip", ratio="token", aggregation="constant", max_tokens=None))
-    assert "cispo" in str(check(objective="cispo", ratio="sequence", aggregation="token", max_tokens=None))
+    fit = {"objective": "clip", "ratio": "token", "aggregation": "sequence", "max_tokens": None, "beta": 0.1,
+           "kl_estimator": "k1", "kl_ratio": True}  # fmt: skip
+    assert check(**fit) is None
+    assert "max_tokens" in str(check(**{**fit, "aggregation": "constant"}))
+    assert "cispo" in str(check(**{**fit, "objective": "cispo", "ratio": "sequence"}))
+    assert "without a gradient" in str(check(**{**fit, "kl_ratio": False}))
+    assert check(**{**fit, "kl_ratio": False, "beta": 0.0}) is None
     assert (needs_reference(beta=0.0), needs_reference(beta=0.1)) == (False, True)
 
 
