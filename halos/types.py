@@ -31,11 +31,8 @@ class Sequences:
     widest: int  # largest number of scored tokens of any sequence
 
     def to(self, device: torch.device) -> Sequences:
-        ids, positions, targets, sources, rows, columns = (
-            tensor.to(device, non_blocking=True)
-            for tensor in (self.ids, self.positions, self.targets, self.sources, self.rows, self.columns)
-        )
-        return Sequences(ids, positions, self.lengths, targets, sources, rows, columns, self.widest)
+        names = ("ids", "positions", "targets", "sources", "rows", "columns")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +177,16 @@ class PairScores(LossInput):
 class RolloutBatch:
     """Rollouts as the trainer knows them before the policy's forward pass."""
 
-    old: Tensor  # (rows, time) log-probs under the policy that sampled them
+    old: Tensor  # (rows, time) log-probs under the policy that sampled; the trainer's own if `old_is_own`, else the sampler's
+    sampled: Tensor | None  # (rows, time) the sampler's log-probs, NaN where unknown
     rewards: Tensor  # (rows,)
     advantages: Tensor  # (rows, time)
     reference: Tensor | None  # (rows, time) log-probs under the reference, where the loss compares with one
     returns: Tensor | None  # (rows, time), of a loss whose advantages give them
     values: Tensor | None  # (rows, time) of the value head as it was when the rollouts were read
     metrics: Mapping[str, Mean]  # of the whole global batch, in each rank's first micro-batch alone: counted once
+    first_pass: bool = False  # the policy in training is still the one that sampled
+    old_is_own: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +208,7 @@ class RolloutInput(LossInput):
 class Rollouts(RolloutInput):
     """Sampled completions with rewards and advantages. Tensors over time are 0 where `logps.mask` is False."""
 
-    old: Tensor  # (rows, time) log-probs under the policy that sampled them
+    old: Tensor  # (rows, time) log-probs under the policy that sampled them; on the first pass `logps` itself, without gradient
     advantages: Tensor  # (rows, time)
     rewards: Tensor  # (rows,)
 
@@ -255,7 +255,7 @@ class Sampled:
 
     rewards: Tensor  # (rows,) float64
     groups: Tensor  # (rows,) int64; samples of one prompt share a number
-    old: TokenLogps  # (rows, time)
+    old: TokenLogps  # (rows, time) the trainer's own where it computes them beforehand, else the sampler's
     reference: Tensor | None  # (rows, time) log-probs under the reference, where the loss uses one
     values: Tensor | None  # (rows, time), where there is a value head
 
@@ -290,11 +290,8 @@ class Mean:
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Unreduced: the trainer sums `values` and divides by a denominator counted over the whole global batch.
-
-    `per` chooses that denominator: the items of the global batch (pairs, examples), or their scored tokens.
-    """
+    """Unreduced: the trainer sums `values` and divides by a denominator counted over the whole global batch."""
 
     values: Tensor  # (rows,) or (rows, time)
     metrics: Mapping[str, Mean]
-    per: Literal["item", "token"] = "item"  # the denominator
+    per: Literal["item", "token"] = "item"  # the denominator: items (pairs, examples) of the global batch, or their scored tokens

@@ -94,7 +94,8 @@ def run_rounds(config: Config, command: Sequence[str], changed: Sequence[Change]
         overrides = [*driver.stored_overrides(run_dir.path), *since]
         added = added_keys(run_dir, last_settings(run_dir), overrides)
         # the rounds themselves set the adapter and its reference for each training
-        overrides += [f"{key}={value}" for key, value in added.items() if key.startswith("train.") or key == "optim.fused"]
+        theirs = {key: value for key, value in added.items() if key.startswith("train.") or key == "optim.fused"}
+        overrides += [f"{key}={'null' if value is None else value}" for key, value in theirs.items()]
     training = round_config(config, overrides, tree)
     status = driver.run(config, training, overrides, command, changed, partial(RoundPreview, training))
     if not config.dry_run and RunDir(config.run_dir).read_metrics():

@@ -23,7 +23,11 @@ from halos.rundir import RunDir, is_run, step_of
 AUTO = "auto"  # resume=auto: resume the run of this name if it exists, else start it
 ONLINE = "online"  # the section of the configuration that only online runs have
 # keys of the training that follow from online's in a live loop
-IN_LIVE_LOOPS = {"online.steps": "train.steps", "online.sampler.temperature": "train.temperature"}
+IN_LIVE_LOOPS = {
+    "online.steps": "train.steps",
+    "online.sampler.temperature": "train.temperature",
+    **{f"online.{name}": f"train.{name}" for name in ("correction", "correction_level", "correction_cap")},
+}
 REPLACEABLE_GROUPS = ("logging", "checkpoint")  # they affect no training step
 
 

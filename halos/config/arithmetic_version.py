@@ -74,6 +74,12 @@ def _imitates_live(now: RunFacts) -> bool:
     return _of_loss("sft")(now) and online is not None and online.steps is not None
 
 
+def _learns_from_rollouts(now: RunFacts) -> bool:
+    """Return whether an online run's loss is a policy gradient, of whose later batches or rounds nothing is computed yet."""
+    online = now.config.online
+    return online is not None and online.loss not in (*PAIRED, "reward", "sft", "csft", "kto")
+
+
 # Oldest first. Whoever changes the arithmetic adds an entry here, with a higher number; changes of one release share it.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
@@ -92,6 +98,7 @@ HISTORY = (
              _imitates_live),
     Revision(3, "2026-11-27", "advantages/std is a standard deviation, and not the mean of absolute values",
              _of_loss("grpo", "rloo"), of="metrics"),
+    Revision(4, "2026-11-27", "old log-probs are the trainer's own, and not the sampler's", _learns_from_rollouts),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 

@@ -30,6 +30,7 @@ class LossSpec:
     takes_reference: bool = False  # has a parameter `reference`, which is None where the hyperparameters need no reference
     advantages: Callable[..., Any] | None = None  # of a loss on rollouts: computed from a sampled global batch
     adapt: Callable[..., float] | None = None  # returns the KL coefficient for the next global batch
+    ratio_level: str = "token"  # of a loss on rollouts: its ratio pi / pi_old is of a token, or of a whole completion (sequence)
 
     @property
     def on_rollouts(self) -> bool:
@@ -53,10 +54,10 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
         raise UserError(f"{name} has a parameter `statistics`, but {module.__name__} has no function of that name")
     examples, check = vars(module).get("examples"), vars(module).get("check")
     advantages, adapt = vars(module).get("advantages"), vars(module).get("adapt")
-    needs = vars(module).get("needs_reference")
+    needs, level = vars(module).get("needs_reference"), vars(module).get("ratio_level")
     if issubclass(first, RolloutInput) and advantages is None:
         raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
-    functions = [part for part in (function, statistics, examples, advantages, adapt, check, needs) if part is not None]
+    functions = [each for each in (function, statistics, examples, advantages, adapt, check, needs, level) if each is not None]
     hyperparameters = fit_all(settings, legal_keys(functions), "loss", name)
     complaint = bind(check, hyperparameters)() if check else None
     if complaint:
@@ -74,6 +75,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
         settings=hyperparameters,
         advantages=bind(advantages, hyperparameters) if advantages else None,
         adapt=bind(adapt, hyperparameters) if adapt else None,
+        ratio_level=bind(level, hyperparameters)() if level else "token",
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ from typing import Any
 from halos.config import arithmetic_version, renamed_keys
 from halos.config.resume_policy import Change
 from halos.hashes import short
+
+log = logging.getLogger(__name__)
 
 ROWS = ("data.train", "data.eval")  # keys whose hash is of the tokenised rows
 CODE = ("loss._target_", "optim._target_", "schedule._target_", "trainer._target_", "data.format", "online.scorer.functions")
@@ -60,6 +63,14 @@ def _by_key(hashes: Mapping[str, str | None]) -> dict[str, str | None]:
 def changes_record(**changes: Sequence[Change]) -> dict[str, Any]:
     """Return changes as an attempt's record holds them, {name: {key: [old, new]}}; a name without changes is left out."""
     return {name: {change.key: [change.old, change.new] for change in some} for name, some in changes.items() if some}
+
+
+def log_changes(changed: Sequence[Change], since: str) -> None:
+    """Log what a resume changes, and aloud what changes the run's results `since` a step or a round."""
+    if safe := [str(change) for change in changed if change.why is None]:
+        log.info("changed: %s", ", ".join(safe))
+    if others := [change.explained for change in changed if change.why is not None]:
+        log.warning("CHANGED WHAT THE RUN COMPUTES, from %s on: %s", since, ", ".join(others))
 
 
 def compare(before: ContentHashes, now: ContentHashes, paths: Mapping[str, str]) -> list[Change]:

@@ -20,7 +20,7 @@ BETTER_LOW = ("loss", "perplexity", "kl", "router_aux_loss", "value/loss")  # me
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
 
 
-class NeedsReference(Protocol):
+class LossTraits(Protocol):
     """The part of a LossSpec that is needed here; importing it would import torch."""
 
     @property
@@ -28,6 +28,12 @@ class NeedsReference(Protocol):
 
     @property
     def needs_reference(self) -> bool: ...
+
+    @property
+    def on_rollouts(self) -> bool: ...
+
+    @property
+    def ratio_level(self) -> str: ...
 
 
 def check_combinations(config: Config, overrides: Sequence[str]) -> None:
@@ -52,7 +58,21 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
             raise UserError(complaint)
 
 
-def check_reference(config: Config, loss: NeedsReference) -> None:
+def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]) -> None:
+    """Raises UserError for settings that this loss does not read, or that do not fit it."""
+    _check_reference(config, loss)
+    typed = [key for key in typed_keys(overrides) if key.partition(".")[2].startswith("correction")]
+    if typed and not loss.on_rollouts:
+        raise UserError(f"{typed[0]} weighs the advantages of a policy gradient, and loss={loss.name} has none: leave it out")
+    level = (config.online or config.train).correction_level
+    if loss.ratio_level == "sequence" and level == "token":
+        raise UserError(
+            f"correction_level=token: loss={loss.name} has one ratio for a whole completion, and so has its correction:"
+            " leave it out, or choose sequence"
+        )
+
+
+def _check_reference(config: Config, loss: LossTraits) -> None:
     """Raises UserError where a reference model is configured that the loss never reads."""
     if config.reference.name_or_path is not None and not loss.needs_reference:
         raise UserError(
@@ -202,6 +222,9 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
+    for key in typed_keys(overrides):
+        if key.startswith("train.correction") and config.resume is None:
+            return f"{key} has no effect with loss=online, where online.{key.partition('.')[2]} sets it: give that"
     sampler = online.sampler
     complaint = engine_class(sampler.name).problem(sampler, lambda name: f"online.sampler.{name}")
     return complaint or _scorer(online.scorer, overrides)

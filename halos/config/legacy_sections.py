@@ -1,4 +1,4 @@
-"""Sections `optim` and `schedule` of earlier versions, which have a `name` instead of a `_target_`; both are still accepted."""
+"""Sections with a `_target_` in earlier versions: `optim` and `schedule` had a `name`, still accepted, and keys were added."""
 
 from __future__ import annotations
 
@@ -23,6 +23,10 @@ NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "cosine": ("halos.schedules.cosine", ("warmup", "final")),
     },
 }
+# keys that a target took later, with the value that a run without them had
+ADDED: dict[tuple[str, str], dict[str, Any]] = {
+    ("optim", NAMES["optim"]["adamw"][0]): {"fused": False}, ("loss", "halos.losses.grpo.grpo"): {"kl_ratio": False},
+}  # fmt: skip
 OWN = {"optim": {"betas", "eps", "fused"}, "schedule": {"warmup", "final"}}  # keys that not every name takes
 
 
@@ -43,15 +47,21 @@ def with_target(section: str, node: Mapping[str, Any], overrides: Sequence[str] 
     return {"_target_": target, **{key: value for key, value in node.items() if key not in {"name", "_target_", *left}}}
 
 
-def predates_fused(node: Any) -> bool:
-    """Return whether a saved `optim` is AdamW from before the key `fused` existed."""
-    return isinstance(node, Mapping) and node.get("name") == "adamw" and "_target_" not in node
-
-
 def upgrade(settings: dict[str, Any]) -> None:
     """Convert a saved configuration to the form of this version, in place."""
     for section in NAMES:
         if isinstance(settings.get(section), dict):
             settings[section] = with_target(section, settings[section])
-            if settings[section].get("_target_") == NAMES["optim"]["adamw"][0]:
-                settings[section].setdefault("fused", False)
+    for key, value in added_keys(settings).items():
+        section, name = key.split(".")
+        settings[section][name] = value
+
+
+def added_keys(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys in ADDED that a saved configuration predates, with their values."""
+    missing = {}
+    for (section, target), added in ADDED.items():
+        node = settings.get(section)
+        if isinstance(node, Mapping) and (with_target(section, node) if section in NAMES else node).get("_target_") == target:
+            missing |= {f"{section}.{name}": value for name, value in added.items() if name not in node}
+    return missing

@@ -29,9 +29,9 @@ from halos.repository import CONFIG
 ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("reference", "adapter"): "off", ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
+    ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,
+    ("online", "correction"): "none", ("online", "correction_level"): None, ("online", "correction_cap"): 2.0,
 }  # fmt: skip
-# the same for keys of one `_target_`
-ADDED_KEYS_OF: dict[str, dict[tuple[str, str], Any]] = {"halos.losses.grpo.grpo": {("loss", "kl_ratio"): False}}
 ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}}
 
 
@@ -69,16 +69,15 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
 
 
 def added_keys(text: str, run_dir: str) -> list[str]:
-    """Return the keys that a run's config.yaml predates: those of ADDED_KEYS and ADDED_KEYS_OF, and optim.fused."""
+    """Return the keys that a run's config.yaml predates: those of ADDED_KEYS, and of its targets."""
     settings = _parsed(text, f"{run_dir}/config.yaml")
     keys = [f"{section}.{name}" for section, name in _added_to(settings) if name not in (settings.get(section) or {})]
-    return keys + (["optim.fused"] if legacy_sections.predates_fused(settings.get("optim")) else [])
+    return [*keys, *legacy_sections.added_keys(settings)]
 
 
 def _added_to(settings: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
-    """Return the keys of ADDED_KEYS and ADDED_KEYS_OF that this configuration has."""
-    loss = settings.get("loss")
-    return ADDED_KEYS | ADDED_KEYS_OF.get(str(loss.get("_target_")) if isinstance(loss, dict) else "", {})
+    """Return the keys of ADDED_KEYS that concern this configuration."""
+    return {key: value for key, value in ADDED_KEYS.items() if key[0] != "online" or settings.get("online")}
 
 
 def changed_keys(record: str) -> Mapping[str, Any]:

@@ -120,6 +120,9 @@ class Train:
     prove: str = key(one_of=("auto", "always", "off"), on_resume=SAFE)  # it checks, and changes nothing
     early_stopping: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step
     temperature: float = key(above=0)  # of the softmax that log-probs are computed from
+    correction: str = key(one_of=("auto", "none", "truncate", "mask"))  # of rollouts whose sampler computes otherwise
+    correction_level: str | None = key(one_of=("token", "sequence"))
+    correction_cap: float = key(least=1)
 
 
 @dataclass
@@ -195,6 +198,9 @@ class Online:
     sampler: Sampler = key()
     scorer: Scorer = key()
     feedback: Feedback = key()
+    correction: str = key(one_of=("auto", "none", "truncate", "mask"))
+    correction_level: str | None = key(one_of=("token", "sequence"))
+    correction_cap: float = key(least=1)
     reference: str = key(one_of=("start", "last"))
     carry_optimizer: bool = key()
     keep_rounds: int | None = key(least=1, on_resume=SAFE)

@@ -17,7 +17,7 @@ from omegaconf.errors import (
 
 from halos.config import renamed_keys
 from halos.config.bind_optim import bind_optimizer, bind_schedule, fit_shared
-from halos.config.cross_checks import check_combinations, check_reference
+from halos.config.cross_checks import check_combinations, check_loss_traits
 from halos.config.custom_formats import custom_formats, load_format
 from halos.config.legacy_sections import with_target
 from halos.config.overrides import typed_keys
@@ -59,7 +59,7 @@ def check(composed: DictConfig, overrides: Sequence[str] = (), choices: Choices 
     check_combinations(config, overrides)
     make_importable(config.plugins)
     check_paths(config, choices or {})
-    _bind(config)
+    _bind(config, overrides)
     return config
 
 
@@ -146,7 +146,7 @@ def _listed(choices: Choices, group: str, besides: str = "") -> str:
     return ", ".join(choice for choice in choices.get(group, ()) if choice != besides) or f"the files in config/{group}"
 
 
-def _bind(config: Config) -> None:
+def _bind(config: Config, overrides: Sequence[str]) -> None:
     """Bind everything that has a `_target_` to its signature. loss=online has none: its inner loss is checked with it."""
     bind_schedule(config.schedule, config.plugins)
     for key, target in custom_formats(config.data).items():
@@ -156,7 +156,7 @@ def _bind(config: Config) -> None:
     bind_optimizer(config.optim, config.plugins)
     if config.online is None or config.loss:
         loss = bind_loss(config.loss, config.plugins)
-        check_reference(config, loss)
+        check_loss_traits(config, loss, overrides)
         if config.trainer != {"_target_": None}:
             bind_trainer(config.trainer, loss, config.plugins)
     bind_hook("checkpoint", config.checkpoint, config.plugins)

@@ -39,15 +39,16 @@ def problems(split: str) -> list[Problem]:
     if split not in NUM_PROBLEMS:
         raise ValueError(f"no split '{split}'; arithmetic has {' and '.join(NUM_PROBLEMS)}")
     num_eval = NUM_PROBLEMS["eval"]
-    return list(_drawn()[:num_eval] if split == "eval" else _drawn()[num_eval:])
+    drawn = _drawn(sum(NUM_PROBLEMS.values()))
+    return list(drawn[:num_eval] if split == "eval" else drawn[num_eval:])
 
 
 @cache
-def _drawn() -> tuple[Problem, ...]:
-    """Those of both splits, in the order drawn."""
+def _drawn(count: int) -> tuple[Problem, ...]:
+    """The first `count` problems, those of both splits, in the order drawn."""
     rng = random.Random(20240229)
     drawn: dict[str, Problem] = {}
-    while len(drawn) < sum(NUM_PROBLEMS.values()):
+    while len(drawn) < count:
         number = len(drawn)
         problem = _problem(rng, MISTAKES[number % 4], "+-"[number // 4 % 2])
         drawn.setdefault(problem.question, problem)

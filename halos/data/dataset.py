@@ -166,6 +166,8 @@ def _spans(scored: np.ndarray) -> np.ndarray:
 class Dataset:
     """A tokenised data set: items in the order in which they were read, and whole columns without reading items."""
 
+    sampled_here = False
+
     def __init__(self, path: Path) -> None:
         meta = json.loads((path / META).read_text())
         table = pa.ipc.open_file(pa.memory_map(str(path / ROWS))).read_all()

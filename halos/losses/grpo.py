@@ -25,6 +25,10 @@ def needs_reference(*, beta: float) -> bool:
     return beta > 0
 
 
+def ratio_level(*, ratio: str) -> str:
+    return ratio
+
+
 def check(
     *, objective: str, ratio: str, aggregation: str, max_tokens: int | None, beta: float, kl_estimator: str, kl_ratio: bool
 ) -> str | None:

@@ -12,6 +12,10 @@ def needs_reference(*, beta: float) -> bool:
     return beta > 0
 
 
+def ratio_level() -> str:
+    return "sequence"
+
+
 def advantages(sampled: Sampled, *, beta: Annotated[float, Range(least=0)]) -> Estimates:
     """A_i = R_i - mean of the group's other R_j, with R = r - beta log pi_old / pi_ref of the whole completion.
 

@@ -36,8 +36,8 @@ WITHOUT_SCORE = "samples/without_score"  # the fraction of a step's samples
 class LiveRows:
     """The rows of the current step, with the interface of a Dataset; replaced at every step."""
 
-    def __init__(self, kind: type[Example]) -> None:
-        self.kind = kind
+    def __init__(self, kind: type[Example], *, sampled_here: bool) -> None:
+        self.kind, self.sampled_here = kind, sampled_here  # by the model in training, in this process
         self.fill([], np.zeros(0, np.int64))
 
     def fill(self, items: Sequence[Item], groups: np.ndarray) -> None:
@@ -120,7 +120,7 @@ class RolloutSource:
         self.run, self.loss, self.prompts, self.online, self.config = run, loss, prompts, prompts.online, run.config
         self.scorer, self.engine = scorer, PolicyEngine(run, server, policy)
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
-        self.rows = LiveRows(loss.inputs.example)
+        self.rows = LiveRows(loss.inputs.example, sampled_here=server is None)
         self._warned = False  # of samples without a score
 
     def batch(self, number: int) -> np.ndarray:

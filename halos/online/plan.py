@@ -174,7 +174,9 @@ class OnlinePlan:
         if not self._length_is_set:
             overrides.append("train.steps=null")  # the number in a bundled model's YAML is for full data sets
         if self.loss.on_rollouts:
-            overrides.append(f"train.temperature={online.sampler.temperature}")
+            level = online.correction_level or "null"
+            overrides += [f"train.temperature={online.sampler.temperature}", f"train.correction={online.correction}",
+                          f"train.correction_level={level}", f"train.correction_cap={online.correction_cap}"]  # fmt: skip
         if online.carry_optimizer:
             overrides.append("checkpoint.at_end=true")
         if number:

@@ -22,7 +22,7 @@ from halos.checkpoint import integrity
 from halos.checkpoint.commit import remove_leftovers, staged
 from halos.config import run_config
 from halos.config.bind import bind_hook, bind_loss
-from halos.config.content_hashes import ContentHashes, changes_record
+from halos.config.content_hashes import ContentHashes, changes_record, log_changes
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_overrides
@@ -110,6 +110,7 @@ def run(
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
             log.warning(line)
+        log_changes([*changed, *altered], "the next stage")
         return OnlineRun(plan).run(
             {"overrides": list(typed), **changes_record(changed=changed, content_changed=altered), **content.record()}
         )

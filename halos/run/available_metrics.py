@@ -90,7 +90,7 @@ def dummy(kind: type, padding: int = 0) -> Any:
     outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0]}
     if issubclass(kind, RolloutInput):
         over_time = logps.values
-        batch = RolloutBatch(over_time, over_time[:, 0], over_time, over_time, over_time, over_time, {})
+        batch = RolloutBatch(over_time, over_time, over_time[:, 0], over_time, over_time, over_time, over_time, {})
         return kind.of_rollouts(outputs[kind.head], batch)
     return kind.of(outputs[kind.head], items)
 

@@ -12,7 +12,7 @@ from halos import confined
 from halos.checkpoint import known_good, select
 from halos.checkpoint.commit import HIDDEN
 from halos.config import paths, run_config
-from halos.config.content_hashes import changes_record
+from halos.config.content_hashes import changes_record, log_changes
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.values import as_argument
@@ -115,7 +115,7 @@ def record_attempt(
     resumed_from = f"checkpoints/{source.path.name}" if source.path else "nothing: step 0"
     if resume:
         log.info("resuming from %s%s", resumed_from, _not_known_to_be_good(directory, current.step))
-        _log_changes([*changed, *content_changed], current.step)
+        log_changes([*changed, *content_changed], f"step {current.step}")
         select.record_commit(directory, source.path)  # before later checkpoints are set aside
         aside, moved = directory.set_aside(current.step, final=directory.requested_checkpoint(resume) is not None)
         if moved:
@@ -137,10 +137,3 @@ def _not_known_to_be_good(directory: RunDir, step: int) -> str:
     """List the checkpoints up to `step` that no finite step is known to have followed."""
     names = [select.name_of(number) for number in known_good.not_known_good(directory) if number <= step]
     return f" ({', '.join(names)}: not known to be good, as no finite step has come after yet)" if names else ""
-
-
-def _log_changes(changed: Sequence[Change], step: int) -> None:
-    if safe := [str(change) for change in changed if change.why is None]:
-        log.info("changed: %s", ", ".join(safe))
-    if others := [change.explained for change in changed if change.why is not None]:
-        log.warning("CHANGED WHAT THE RUN COMPUTES, from step %d on: %s", step, ", ".join(others))

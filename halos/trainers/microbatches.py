@@ -19,6 +19,7 @@ class Rows(Protocol):
     scored: np.ndarray  # (rows, completions) numbers of scored tokens
     lengths: np.ndarray  # (rows, completions) tokens, the prompt's included
     labels: dict[str, np.ndarray]  # (rows,) each
+    sampled_here: bool  # by the model in training, in this process
 
     def __len__(self) -> int: ...
 

@@ -1,74 +1,74 @@
 """Policy gradient losses on rollouts: caches old and reference log-probs, and computes advantages of global batches."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 from torch import Tensor
-from tqdm import tqdm
 
-from halos.checkpoint import lineage, manifest, select
-from halos.checkpoint.commit import staged
 from halos.data.collate import pack
 from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.hooks.kl import KLCoefficient
-from halos.trainers.base import Totals, Trainer
+from halos.trainers import mismatch
+from halos.trainers.base import Parts, Totals, Trainer
 from halos.trainers.loss_checks import refuse_metrics
 from halos.trainers.microbatches import MicroBatch, Split
-from halos.trainers.rollout_cache import Ragged, RolloutCache, load, save
+from halos.trainers.mismatch import Correction
+from halos.trainers.rollout_pass import RolloutPass, StopRequestedError
 from halos.types import Acted, Estimates, Loss, Mean, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 log = logging.getLogger(__name__)
 
-NAME = "rollouts"  # directory in the run directory for the cache of what is computed before the first step
-
-
-class StopRequestedError(Exception):
-    """Stopped, on every rank, while log-probs were being computed; they are computed again on resume."""
+CLIPS_ROUNDING = "old/clip_fraction"  # metric
+LARGEST_SHARE = 0.01  # of tokens that the clip may act on by rounding alone, without a warning
 
 
 class PolicyGradientTrainer(Trainer):
     """For losses on rollouts, whose first parameter is a RolloutInput.
 
-    Log-probs under the policy that sampled and under the reference, and old values, do not change during training on a data set:
-    they are computed before the first step and cached in the run directory, and every rank holds all of them. So advantages are
-    computed over whole groups and whole global batches, however these are sharded, without communication.
+    Old log-probs are this trainer's own. On the first pass over a batch, while the policy is still the one that sampled, they are
+    those of the forward pass that learns, so that every ratio is exactly 1. Those for later passes, the reference's log-probs and
+    old values do not change meanwhile: they are computed beforehand, of a data set once in a run (`RolloutPass`), and every rank
+    holds all of them. So advantages are computed over whole groups and whole global batches, however these are sharded, without
+    communication. The sampler's log-probs serve only to weigh the advantages (`Correction`) and to measure the mismatch.
     """
 
-    @cached_property
-    def _caches(self) -> dict[str, RolloutCache]:
-        """Caches by split, filled on first use."""
-        return {}
+    def __init__(self, parts: Parts) -> None:
+        super().__init__(parts)
+        self._measured: dict[str, Mean] = {}  # of the last micro-batch
+        self._largest, self._warned = torch.zeros(()), False
 
-    def inputs(self, output: TokenLogps | Acted, microbatch: MicroBatch) -> RolloutInput:
-        batch: RolloutBatch = microbatch.rollouts
-        logps = output.logps if isinstance(output, Acted) else output
-        width = logps.values.shape[1]
-        inputs = self.loss.inputs
-        assert issubclass(inputs, RolloutInput), "its input type names this trainer"
-        return inputs.of_rollouts(output, _over_time(batch, lambda part: part[:, :width]))
+    @cached_property
+    def rollouts(self) -> RolloutPass:
+        return RolloutPass(self, {name: split for name, split in (("train", self.train), ("eval", self.eval_data)) if split})
+
+    @cached_property
+    def correction(self) -> Correction:
+        return Correction.of(self.settings, self.loss, same_arithmetic=self.train.rows.sampled_here)
 
     def refuse_lost_cache(self) -> None:
-        for name, split in self._data_sets():
-            self._is_cached(split, name)
+        self.rollouts.refuse_lost()
 
     def prepare(self) -> None:
-        try:
-            for _, split in self._data_sets():
-                self._cache_of(split)
-        except StopRequestedError:
-            return  # the loop stops for the same request
-        if isinstance(self.train.rows, Dataset):
-            self.reference = None  # its log-probs are all cached: free its memory
+        with suppress(StopRequestedError):  # the loop stops for the same request
+            for split in self.rollouts.splits.values():
+                self.rollouts.of(split)
+            if isinstance(self.train.rows, Dataset):
+                self.reference = None  # its log-probs are all cached: free its memory
 
     def step(self, indices: np.ndarray) -> Totals:
+        self._largest = torch.zeros(())
         totals = super().step(indices)
+        if "mismatch/mean" in totals:
+            largest = self.run.accelerator.gather(self._largest.to(self.run.accelerator.device)[None]).max().item()
+            totals = {**totals, mismatch.LARGEST_DIFFERENCE: (largest, 1.0)}
+        self._warn_of_rounding(totals)
         if self.loss.adapt is not None and "kl" in totals:
             kl, count = totals["kl"]
             controller = self._controller()
@@ -76,110 +76,8 @@ class PolicyGradientTrainer(Trainer):
             controller.value = self.loss.adapt(controller.value, kl / count, len(indices))
         return totals
 
-    # --- the cache of what does not change during training ---------------------------------------------------------------
-
-    def _data_sets(self) -> list[tuple[str, Split]]:
-        named = (("train", self.train), ("eval", self.eval_data))
-        return [(name, split) for name, split in named if split is not None and isinstance(split.rows, Dataset)]
-
-    def _cache_of(self, split: Split) -> RolloutCache:
-        """The cache of a split: of a data set computed once or loaded from the run directory; of a live step computed anew."""
-        if not isinstance(split.rows, Dataset):
-            return self._compute(split, None)
-        name = "train" if split is self.train else "eval"
-        if name not in self._caches:
-            self._caches[name] = self._load_or_compute(split, name)
-        return self._caches[name]
-
-    def _load_or_compute(self, split: Split, name: str) -> RolloutCache:
-        directory = self.run.directory.path / NAME / name
-        if not self._is_cached(split, name):
-            if self.run.main and self.run.step:
-                message = "%s: data or settings have changed: computed again, with the policy of step %d"
-                log.warning(message, directory, self.run.step)
-            cache = self._compute(split, name)
-            facts = {"rows": len(split.rows), "stands_on": self._dependencies(name)}
-            with staged(directory, main=self.run.main, gather=gather_object, facts=facts) as hidden:
-                if self.run.main:
-                    save(hidden, cache)
-        return load(directory)
-
-    def _is_cached(self, split: Split, name: str) -> bool:
-        """Whether the run directory has a valid cache of these rows. Raises UserError where that is lost, since the policy that
-        computed it has been trained further."""
-        directory, is_cached, problem = self.run.directory.path / NAME / name, False, None
-        if self.run.main:
-            listing = manifest.read(directory) if directory.is_dir() and not manifest.verify(directory) else None
-            if isinstance(listing, dict):
-                current = self._dependencies(name)  # which an older version did not record
-                is_cached = listing.get("rows") == len(split.rows) and listing.get("stands_on", current) == current
-            elif self.run.step and self._had_cache(name):
-                problem = (
-                    f"{directory} is damaged or missing, and cannot be computed again, since the policy has been trained further:"
-                    " start a new run"
-                )
-        is_cached, problem = gather_object([(is_cached, problem)])[0]
-        if problem is not None:
-            raise UserError(problem)
-        return is_cached
-
-    def _dependencies(self, name: str) -> dict[str, Any]:
-        """Everything that the cache depends on besides the policy's training; on rank 0."""
-        config, hashes = self.run.config, self.run.content.hashes if self.run.content is not None else {}
-        models = ("model.weights", "reference.weights", "peft.init_from", "model.chat_template")
-        settings = {"temperature": config.train.temperature, "adapter": config.reference.adapter}
-        cached = {"reference": self.loss.needs_reference, "values": self.loss.inputs.head == "value"}
-        return {"rows": hashes.get(f"data.{name}"), **{key: hashes.get(key) for key in models}, **settings, **cached}
-
-    def _had_cache(self, name: str) -> bool:
-        """Whether the run had the same data when it saved the checkpoint that it resumes from."""
-        chain = lineage.read(self.run.directory.checkpoints / select.name_of(self.run.step))
-        return chain is None or (chain["runs"][-1].get("content") or {}).get(f"data.{name}") == self._dependencies(name)["rows"]
-
-    @torch.no_grad()
-    def _compute(self, split: Split, name: str | None) -> RolloutCache:
-        """Compute for every row the current policy's log-probs (where the sampler kept none), the reference's, and values."""
-        rows, run, module = split.rows, self.run, self.run.module
-        valued = self.loss.inputs.head == "value"
-        sampled = [rows[row].logps for row in range(len(rows))]
-        missing = sum(part is None for part in sampled)
-        if not (missing or valued or self.loss.needs_reference):
-            return RolloutCache(Ragged.of([part for part in sampled if part is not None]), None, None)
-        if missing and name is not None:
-            message = "%-10s %d of %d completions have no log-probs: those of the policy at the start are used"
-            log.info(message, name, missing, len(rows))
-        was_training = module.training
-        module.eval()
-        rank, world, size = run.accelerator.process_index, run.accelerator.num_processes, self.settings.microbatch_size
-        own, most = range(rank, len(rows), world), -(-len(rows) // world)
-        computed: list[tuple[int, list[np.ndarray | None]]] = []
-        starts = range(0, most, size)
-        for start in tqdm(
-            starts, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=None if run.main else True
-        ):
-            run.sync_stop_request()
-            if run.stopped_early:
-                raise StopRequestedError
-            some = list(own[start : start + size])
-            items = [rows[row] for row in some or [0]]  # a rank without rows left still takes part in collectives
-            batch = pack(self.rows(items)).to(run.accelerator.device)
-            with run.accelerator.autocast():
-                reference = self._refer(batch) if self.loss.needs_reference else None
-                output = module(batch) if missing or valued else None
-            parts = [_logps(output), _logps(reference), output.values if isinstance(output, Acted) else None]
-            lengths = [int(items[n].completions[0].scored.sum()) for n in range(len(items))]
-            for n, row in enumerate(some):
-                computed.append((row, [None if part is None else part[n, : lengths[n]].float().cpu().numpy() for part in parts]))
-        run.strategy.reshard(module)
-        module.train(was_training)
-        by_row = dict(gather_object(computed))
-        current, reference, values = zip(*(by_row[row] for row in range(len(rows))), strict=True)
-        old = [first if first is not None else second for first, second in zip(sampled, current, strict=True)]
-        return RolloutCache(
-            Ragged.of([part for part in old if part is not None]),
-            Ragged.of(reference) if self.loss.needs_reference else None,
-            Ragged.of(values) if valued else None,
-        )
+    def derived(self, means: Mapping[str, float]) -> dict[str, float]:
+        return {**super().derived(means), **mismatch.derived(means)}
 
     # --- a global batch --------------------------------------------------------------------------------------------------
 
@@ -193,13 +91,14 @@ class PolicyGradientTrainer(Trainer):
     def _rollout_batch(self, split: Split, indices: np.ndarray) -> RolloutBatch:
         """The whole global batch with its advantages; the same on every rank."""
         assert self.loss.advantages is not None, "bind_loss refuses a loss on rollouts without"
-        cache = self._cache_of(split)
+        cache = self.rollouts.of(split)
         width = int(split.rows.scored[indices, 0].max())
         mask = torch.arange(width) < torch.from_numpy(split.rows.scored[indices, 0].astype(np.int64))[:, None]
-        old, reference, values = (
-            part.rows(indices, width) if part else None for part in (cache.old, cache.reference, cache.values)
+        own, given, reference, values = (
+            part.rows(indices, width) if part else None for part in (cache.old, cache.sampled, cache.reference, cache.values)
         )
-        assert old is not None
+        old = own if own is not None else given
+        assert old is not None, "where the sampler kept no log-probs, the trainer computes them"
         rewards = torch.from_numpy(split.rows.labels["reward"][indices])
         groups = torch.from_numpy(split.rows.groups[indices].astype(np.int64))
         sampled = Sampled(rewards, groups, TokenLogps(old, mask), reference, values)
@@ -209,7 +108,8 @@ class PolicyGradientTrainer(Trainer):
             raise UserError(f"{self.loss.name} has a value head, but its `advantages` returns no returns for it to learn")
         refuse_metrics(estimates.metrics, self.loss.name)
         advantages, returns, metrics = estimates.advantages.float(), estimates.returns, dict(estimates.metrics)
-        return RolloutBatch(old, rewards.float(), advantages, reference, returns, values, metrics)
+        first = split is self.train and cache.step == self.run.step
+        return RolloutBatch(old, given, rewards.float(), advantages, reference, returns, values, metrics, first, own is not None)
 
     def _controller(self) -> KLCoefficient:
         controller = self.run.hooks["kl_coefficient"]
@@ -219,17 +119,64 @@ class PolicyGradientTrainer(Trainer):
     def _arguments(self, microbatch: MicroBatch) -> list[Any]:
         batch = pack(self.rows(microbatch.items)).to(self.run.accelerator.device)
         with self.run.accelerator.autocast():
-            policy = self.inputs(self._policy(batch), microbatch)
-        if not self.loss.takes_reference:
-            return [policy]
-        reference = microbatch.rollouts.reference
-        mask = policy.logps.mask
-        return [policy, None if reference is None else TokenLogps(reference[:, : mask.shape[1]], mask)]
+            output = self._policy(batch)
+        policy, reference = self.inputs(output, microbatch), microbatch.rollouts.reference
+        mask, more = policy.logps.mask, list[TokenLogps | None]()
+        if self.loss.takes_reference:
+            more = [None if reference is None else TokenLogps(reference[:, : mask.shape[1]], mask)]
+        if (clipped := self._clipped_by_rounding(output, microbatch.rollouts, more)) is not None:
+            self._measured[CLIPS_ROUNDING] = clipped
+        return [policy, *more]
+
+    def inputs(self, output: TokenLogps | Acted, microbatch: MicroBatch) -> RolloutInput:
+        logps = output.logps if isinstance(output, Acted) else output
+        width, kind = logps.values.shape[1], self.loss.inputs
+        assert issubclass(kind, RolloutInput), "its input type names this trainer"
+        batch = _over_time(microbatch.rollouts, lambda part: part[:, :width])
+        batch, self._measured = self._with_old(batch, logps)
+        if batch.sampled is not None:
+            advantages, of_sampler = self.correction.weigh(batch.advantages, batch.old, batch.sampled, logps.mask)
+            if microbatch.weight:
+                most = mismatch.largest(batch.old, batch.sampled, logps.mask)
+                self._largest = torch.maximum(self._largest.to(most.device), most)
+            batch, self._measured = replace(batch, advantages=advantages), self._measured | of_sampler
+        return kind.of_rollouts(output, batch)
+
+    def _with_old(self, batch: RolloutBatch, logps: TokenLogps) -> tuple[RolloutBatch, dict[str, Mean]]:
+        """The batch with its old log-probs; on the first pass also how far those computed beforehand are from them."""
+        if not batch.first_pass:
+            return batch, {}
+        own = logps.values.detach()
+        drift = {} if not batch.old_is_own else {"old/drift": Mean.of((own - batch.old).abs(), logps.mask)}
+        return replace(batch, old=own), drift
+
+    @torch.no_grad()
+    def _clipped_by_rounding(self, output: Any, batch: RolloutBatch, more: list[TokenLogps | None]) -> Mean | None:
+        """The fraction of tokens that the clip would act on if this pass took the old log-probs that were computed beforehand,
+        though the policy has not moved: what later passes will mistake for a movement. None where there are no later passes."""
+        if not (batch.first_pass and batch.old_is_own) or self.loss.statistics is not None:
+            return None
+        width = (output.logps if isinstance(output, Acted) else output).mask.shape[1]
+        given = self.loss.inputs.of_rollouts(output, _over_time(batch, lambda part: part[:, :width]))  # type: ignore[attr-defined]
+        return self.loss.function(given, *more).metrics.get("clip_fraction")
+
+    def _warn_of_rounding(self, totals: Totals) -> None:
+        clipped, count = totals.get(CLIPS_ROUNDING, (0.0, 1.0))
+        if self._warned or clipped <= LARGEST_SHARE * count:
+            return
+        self._warned = True
+        drift, tokens = totals["old/drift"]
+        if self.run.main:
+            log.warning(
+                "two passes over the same weights give log-probs that differ by %.1g nats, and loss.clip_low and clip_high take"
+                " that for a movement of the policy at %.0f%% of the tokens: a wider clip, or train.precision=float32",
+                drift / tokens, 100 * clipped / count,
+            )  # fmt: skip
 
     def _means(self, loss: Loss, microbatch: MicroBatch) -> dict[str, Mean]:
         of_batch = {name: Mean(mean.total.to(loss.values.device), mean.count.to(loss.values.device))
                     for name, mean in microbatch.rollouts.metrics.items()}  # fmt: skip
-        return {**of_batch, **super()._means(loss, microbatch)}
+        return {**of_batch, **self._measured, **super()._means(loss, microbatch)}
 
 
 def _take(batch: RolloutBatch, positions: np.ndarray, device: torch.device, *, first: bool) -> RolloutBatch:
@@ -246,11 +193,6 @@ def _over_time(batch: RolloutBatch, change: Callable[[Tensor], Tensor]) -> Rollo
         return None if part is None else change(part)
 
     return replace(
-        batch, old=change(batch.old), advantages=change(batch.advantages), reference=optional(batch.reference),
-        returns=optional(batch.returns), values=optional(batch.values),
+        batch, old=change(batch.old), sampled=optional(batch.sampled), advantages=change(batch.advantages),
+        reference=optional(batch.reference), returns=optional(batch.returns), values=optional(batch.values),
     )  # fmt: skip
-
-
-def _logps(output: Any) -> Tensor | None:
-    output = output.logps if isinstance(output, Acted) else output
-    return output.values if isinstance(output, TokenLogps) else None

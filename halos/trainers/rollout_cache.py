@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 from torch import Tensor
 
 FILE = "rollouts.safetensors"
+NAMES = ("old", "sampled", "reference", "values")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,22 +35,22 @@ class Ragged:
 
 @dataclass(frozen=True, slots=True)
 class RolloutCache:
-    """Log-probs under the policy that sampled and under the reference, and values; None where the loss needs none."""
+    """Numbers of rollouts that do not change while the policy learns from them; None where they are not needed or not known."""
 
-    old: Ragged
-    reference: Ragged | None
-    values: Ragged | None
+    old: Ragged | None  # the trainer's own log-probs under the policy that sampled; in caches of older versions the sampler's
+    sampled: Ragged | None  # the sampler's, NaN in rows without
+    reference: Ragged | None  # log-probs under the reference
+    values: Ragged | None  # of the value head
+    step: int = -1  # of the policy that `old` and `values` come from; -1: an older version did not record it
 
 
 def save(directory: Path, cache: RolloutCache) -> None:
-    parts = {"old": cache.old, "reference": cache.reference, "values": cache.values}
-    flat = {name: part.flat for name, part in parts.items() if part is not None}
-    save_file({**flat, "starts": cache.old.starts}, directory / FILE)
+    assert cache.old is not None, "of a data set it is always computed"
+    parts = {name: part.flat for name in NAMES if (part := getattr(cache, name)) is not None}
+    save_file({**parts, "starts": cache.old.starts, "step": np.array(cache.step)}, directory / FILE)
 
 
 def load(directory: Path) -> RolloutCache:
     arrays = load_file(directory / FILE)
-    starts = arrays["starts"]
-    old, reference, values = (Ragged(arrays[name], starts) if name in arrays else None for name in ("old", "reference", "values"))
-    assert old is not None, "save() writes it"
-    return RolloutCache(old, reference, values)
+    parts = {name: Ragged(arrays[name], arrays["starts"]) if name in arrays else None for name in NAMES}
+    return RolloutCache(**parts, step=int(arrays.get("step", -1)))

@@ -99,15 +99,23 @@ def test_changes_of_merging_and_sampling_affect_the_runs_that_use_them() -> None
     for path, named in (("rows.jsonl", False), ("data/rows.jsonl", True), ({"path": "org/rows"}, True)):
         rounds = computed(before={"data": {"train": [path], "eval": []}})
         assert why(rounds) == ""
-        rounds.config.online = SimpleNamespace(steps=None)  # type: ignore[assignment]
+        rounds.config.online = SimpleNamespace(steps=None, loss="dpo")  # type: ignore[assignment]
         assert (PROMPTS in why(rounds)) is named
 
 
 def test_a_live_loop_with_sft_is_affected_by_the_choice_of_its_samples() -> None:
     now = computed()
     for steps, target, named in ((4, "sft.sft", True), (4, "dpo.dpo", False), (None, "sft.sft", False)):
-        now.config.online, now.config.loss["_target_"] = SimpleNamespace(steps=steps), f"halos.losses.{target}"  # type: ignore[assignment]
+        now.config.online, now.config.loss["_target_"] = SimpleNamespace(steps=steps, loss="sft"), f"halos.losses.{target}"  # type: ignore[assignment]
         assert ("desirable samples" in why(now, 1)) is named
+
+
+def test_online_runs_with_a_policy_gradient_are_affected_by_where_old_log_probs_come_from() -> None:
+    now = computed()
+    assert "the trainer's own" not in why(now, 3)
+    for loss, named in (("grpo", True), ("a_loss_of_mine", True), ("dpo", False), ("kto", False)):
+        now.config.online = SimpleNamespace(steps=None, loss=loss)  # type: ignore[assignment]
+        assert ("the trainer's own" in why(now, 3)) is named
 
 
 def test_changes_of_metrics_are_noted_and_refuse_nothing() -> None:

@@ -30,6 +30,16 @@ def test_a_run_from_before_targets_resumes_with_its_settings_and_its_kernel() ->
     assert "optim.fused" not in run_config.added_keys(yaml.safe_dump({"optim": now["optim"]}), "runs/demo")
 
 
+def test_keys_of_a_target_or_of_online_runs_are_added_to_the_runs_that_have_them() -> None:
+    grpo, rloo = ({"_target_": f"halos.losses.{name}.{name}", "beta": 0.1} for name in ("grpo", "rloo"))
+    assert run_config.load(saved_run(loss=grpo), {}, "runs/demo")["loss"]["kl_ratio"] is False
+    assert "kl_ratio" not in run_config.load(saved_run(loss=rloo), {}, "runs/demo")["loss"]
+    added = {name: set(run_config.added_keys(saved_run(loss=loss, online=online), "runs/demo"))
+             for name, loss, online in (("grpo", grpo, None), ("live", rloo, {"steps": 3}))}  # fmt: skip
+    assert {"loss.kl_ratio", "online.correction"} & added["grpo"] == {"loss.kl_ratio"}
+    assert {"loss.kl_ratio", "online.correction"} & added["live"] == {"online.correction"}
+
+
 @pytest.mark.parametrize(("name", "keeps"), [("adam", {"betas", "eps"}), ("rmsprop", {"eps"}), ("sgd", set())])
 def test_keys_that_an_optimizer_never_read_are_dropped(name: str, keeps: set[str]) -> None:
     now = run_config.load(saved_run(optim={**OPTIM, "name": name}), {}, "runs/demo")["optim"]

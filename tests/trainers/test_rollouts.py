@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from halos.data import arithmetic
 from halos.data.order import GroupOrder
+from halos.data.tokenize import vocabulary_of
 from halos.errors import UserError
+from halos.models.locate import locate
 from halos.trainers.base import Trainer
 from tests.losses import cases
 
@@ -50,11 +54,32 @@ def test_old_log_probs_are_those_of_the_start_where_the_sampler_kept_none(scored
     assert made.step(np.arange(11))["approx_kl"][0] > 0.0, "the policy has moved, what it was has not"
 
 
-def test_the_samplers_own_tokens_and_log_probs_are_used(tmp_path: Path, trainer: Callable[..., Trainer]) -> None:
-    from halos.data.tokenize import vocabulary_of
+@pytest.fixture(scope="module")
+def vocabulary(cache: Path) -> str:
+    return vocabulary_of(AutoTokenizer.from_pretrained(locate("tiny", None, cache)))
 
-    probe = trainer("loss=sft", "exp_name=probe")
-    vocabulary = vocabulary_of(probe.run.tokenizer)
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_on_the_first_step_no_ratio_differs_from_1_whatever_the_sampler_says(
+    loss: str, precision: str, vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    prompts = [row["prompt"] for row in islice(arithmetic.rows("train"), 2)]
+    rows = [{"type": "scalar_feedback", "prompt": prompt, "output": "", "reward": float(sample), "output_ids": [30 + sample, 31],
+             "logps": [-0.1, -9.0], "vocabulary": vocabulary} for prompt in prompts for sample in range(2)]  # fmt: skip
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = trainer(f"loss={loss}", f"data.train=['{tmp_path / 's.jsonl'}']", "data.eval=[]", "train.batch_size=4",
+                   f"train.precision={precision}", "train.microbatch_size=2", "peft=lora", "peft.lora_dropout=0.1")  # fmt: skip
+    made.prepare()
+    first, second = (made.step(np.arange(4)) for _ in range(2))
+    assert first["clip_fraction"][0] == first["approx_kl"][0] == 0.0
+    assert second["approx_kl"][0] > 0.0
+    total, count = first["mismatch/mean"]
+    assert total / count > 1.0, "it is measured, and weighs the advantages"
+    assert first["mismatch/max"][0] > total / count
+
+
+def test_the_samplers_own_tokens_and_log_probs_are_used(vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]) -> None:
     prompt = next(arithmetic.rows("train"))["prompt"]
     rows = [{"type": "scalar_feedback", "prompt": prompt, "output": "text that says something else", "reward": reward,
              "output_ids": [30 + reward, 31, 1], "logps": [-0.5, -0.25, -0.125], "vocabulary": name}
@@ -68,7 +93,10 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(tmp_path: Path, trainer:
     assert "1 without token ids of this tokenizer" in made.train.rows.lines()[0]
     made.prepare()
     microbatch = made._microbatches(made.train, np.arange(3))[0]
-    np.testing.assert_array_equal(microbatch.rollouts.old[0, :3], torch.tensor([-0.5, -0.25, -0.125]))
+    batch = microbatch.rollouts
+    np.testing.assert_array_equal(batch.sampled[0, :3], torch.tensor([-0.5, -0.25, -0.125]))
+    assert batch.sampled[2, :3].isnan().all(), "what is not known is not made up"
+    assert (batch.old[:2, :3] - batch.sampled[:2, :3]).abs().min() > 0.1, "old log-probs are the trainer's own"
 
 
 def test_the_rollout_cache_of_the_start_is_kept_for_a_resume(scored: str, trainer: Callable[..., Trainer]) -> None:
@@ -79,7 +107,7 @@ def test_the_rollout_cache_of_the_start_is_kept_for_a_resume(scored: str, traine
     again = trainer(*words, f"resume={first.run.directory.path}")
     _unsettle(again)
     again.prepare()
-    one, other = (made._cache_of(made.train) for made in (first, again))
+    one, other = (made.rollouts.of(made.train) for made in (first, again))
     for name in ("old", "reference", "values"):
         np.testing.assert_array_equal(getattr(one, name).flat, getattr(other, name).flat)
     damaged = first.run.directory.path / "rollouts" / "train" / "rollouts.safetensors"

@@ -1,0 +1,69 @@
+"""How far the sampler's log-probs are from the trainer's own, and a bounded importance weight that corrects for it.
+
+Both are of one policy. They differ where sampler and trainer compute in different arithmetic, or where the weights that sampled
+were not these: then samples come from a distribution that the loss does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from halos.config.bind import LossSpec
+from halos.config.schema import Train
+from halos.losses.rollouts import LARGEST
+from halos.types import Mean
+
+LARGEST_DIFFERENCE = "mismatch/max"  # metric; the others are means
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """A weight w = pi_trainer / pi_sampler for every advantage, of each token or of whole completions, bounded by `cap`.
+
+    `truncate` is min(w, cap) (truncated importance sampling, arXiv:2511.14617 calls it TIS); `mask` is w between 1 / cap and cap,
+    and 0 outside.
+    """
+
+    kind: str  # none | truncate | mask
+    level: str  # token | sequence
+    cap: float
+
+    @classmethod
+    def of(cls, train: Train, loss: LossSpec, *, same_arithmetic: bool) -> Correction:
+        """`same_arithmetic`: the model in training sampled, in this process; then `auto` corrects nothing."""
+        kind = train.correction
+        if kind == "auto":
+            kind = "none" if same_arithmetic else "truncate"
+        return cls(kind, train.correction_level or loss.ratio_level, train.correction_cap)
+
+    def weigh(self, advantages: Tensor, old: Tensor, sampled: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Mean]]:
+        """Weigh advantages, and measure the mismatch. All tensors are (rows, time); `sampled`, the sampler's log-probs, is NaN
+        where they are not known: there the weight is 1."""
+        known = mask & ~sampled.isnan()
+        difference = torch.where(known, old - sampled, 0.0)
+        logs = difference.sum(-1, keepdim=True) if self.level == "sequence" else difference
+        counted = known.any(-1, keepdim=True) if self.level == "sequence" else known
+        ratio = logs.clamp(-LARGEST, LARGEST).exp()
+        within = ratio <= self.cap if self.kind != "mask" else (ratio <= self.cap) & (ratio >= 1 / self.cap)
+        metrics = {"mismatch/mean": Mean.of(difference.abs(), known), "mismatch/weight": Mean.of(ratio, counted),
+                   "mismatch/weight_square": Mean.of(ratio**2, counted)}  # fmt: skip
+        if self.kind == "none":
+            return advantages, metrics
+        metrics["mismatch/bounded"] = Mean.of(~within, counted)
+        return advantages * (torch.where(within, ratio, 0.0) if self.kind == "mask" else ratio.clamp(max=self.cap)), metrics
+
+
+def largest(old: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
+    """The largest difference of a token's log-probs: ()."""
+    return torch.where(mask & ~sampled.isnan(), (old - sampled).abs(), 0.0).max()
+
+
+def derived(means: Mapping[str, float]) -> dict[str, float]:
+    """The effective sample size as a fraction of the samples: (mean w)^2 / mean w^2, 1 where all weights are equal."""
+    if not means.get("mismatch/weight_square"):
+        return {}
+    return {"mismatch/ess": means["mismatch/weight"] ** 2 / means["mismatch/weight_square"]}

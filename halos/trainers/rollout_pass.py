@@ -1,0 +1,166 @@
+"""The pass over rollouts before the policy learns from them: log-probs and values, cached for a resume."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from tqdm import tqdm
+
+from halos.checkpoint import lineage, manifest, select
+from halos.checkpoint.commit import staged
+from halos.data.collate import pack
+from halos.data.dataset import Dataset
+from halos.errors import UserError
+from halos.trainers.rollout_cache import Ragged, RolloutCache, load, save
+from halos.types import Acted, TokenLogps
+
+if TYPE_CHECKING:
+    from halos.trainers.microbatches import Rows, Split
+    from halos.trainers.objective import Objective
+
+log = logging.getLogger(__name__)
+
+NAME = "rollouts"  # directory in the run directory for the caches of data sets
+
+
+class StopRequestedError(Exception):
+    """Stopped, on every rank, while log-probs were being computed; they are computed again on resume."""
+
+
+class RolloutPass:
+    """Caches of the rollouts in `splits`: those of a data set are computed once in a run, those of a live loop at every batch."""
+
+    def __init__(self, trainer: Objective, splits: dict[str, Split]) -> None:
+        self.trainer, self.run, self.loss = trainer, trainer.run, trainer.loss
+        self.splits = {name: split for name, split in splits.items() if isinstance(split.rows, Dataset)}
+        self._loaded: dict[str, RolloutCache] = {}
+
+    def of(self, split: Split) -> RolloutCache:
+        name = next((name for name, each in self.splits.items() if each is split), None)
+        if name is None:
+            in_advantages = self.loss.needs_reference and not self.loss.takes_reference
+            return self._compute(split.rows, reads_policy=in_advantages or self._valued)
+        if name not in self._loaded:
+            self._loaded[name] = self._load_or_compute(split, name)
+        return self._loaded[name]
+
+    def refuse_lost(self) -> None:
+        """Raises UserError where a cache that a resume needs is damaged or missing; changes nothing."""
+        for name, split in self.splits.items():
+            self._is_cached(split, name)
+
+    @property
+    def _valued(self) -> bool:
+        return self.loss.inputs.head == "value"
+
+    # --- on the disk ---------------------------------------------------------------------------------------------------------
+
+    def _load_or_compute(self, split: Split, name: str) -> RolloutCache:
+        directory = self.run.directory.path / NAME / name
+        if not self._is_cached(split, name):
+            if self.run.main and self.run.step:
+                message = "%s: data or settings have changed: computed again, with the policy of step %d"
+                log.warning(message, directory, self.run.step)
+            cache = self._compute(split.rows, reads_policy=True)
+            facts = {"rows": len(split.rows), "stands_on": self._dependencies(name)}
+            with staged(directory, main=self.run.main, gather=gather_object, facts=facts) as hidden:
+                if self.run.main:
+                    save(hidden, cache)
+        return load(directory)
+
+    def _is_cached(self, split: Split, name: str) -> bool:
+        """Whether the run directory has a valid cache of these rows. Raises UserError where that is lost, since the policy that
+        computed it has been trained further."""
+        directory, is_cached, problem = self.run.directory.path / NAME / name, False, None
+        if self.run.main:
+            listing = manifest.read(directory) if directory.is_dir() and not manifest.verify(directory) else None
+            if isinstance(listing, dict):
+                current = self._dependencies(name)  # which an older version did not record
+                is_cached = listing.get("rows") == len(split.rows) and listing.get("stands_on", current) == current
+            elif self.run.step and self._had_cache(name):
+                problem = (
+                    f"{directory} is damaged or missing, and cannot be computed again, since the policy has been trained further:"
+                    " start a new run"
+                )
+        is_cached, problem = gather_object([(is_cached, problem)])[0]
+        if problem is not None:
+            raise UserError(problem)
+        return is_cached
+
+    def _dependencies(self, name: str) -> dict[str, Any]:
+        """Everything that the cache depends on besides the policy's training; on rank 0."""
+        config, hashes = self.run.config, self.run.content.hashes if self.run.content is not None else {}
+        models = ("model.weights", "reference.weights", "peft.init_from", "model.chat_template")
+        settings = {"temperature": config.train.temperature, "adapter": config.reference.adapter}
+        cached = {"reference": self.loss.needs_reference, "values": self._valued}
+        return {"rows": hashes.get(f"data.{name}"), **{key: hashes.get(key) for key in models}, **settings, **cached}
+
+    def _had_cache(self, name: str) -> bool:
+        """Whether the run had the same data when it saved the checkpoint that it resumes from."""
+        chain = lineage.read(self.run.directory.checkpoints / select.name_of(self.run.step))
+        return chain is None or (chain["runs"][-1].get("content") or {}).get(f"data.{name}") == self._dependencies(name)["rows"]
+
+    # --- the pass ------------------------------------------------------------------------------------------------------------
+
+    def _compute(self, rows: Rows, *, reads_policy: bool) -> RolloutCache:
+        """Compute what the loss needs of the current policy's log-probs and values, and of the reference's log-probs.
+
+        Without `reads_policy` the policy is read only if the sampler kept no log-probs: a batch from which the policy learns in
+        one step is read in that step anyway.
+        """
+        sampled = _of_sampler(rows)
+        reads_policy |= sampled is None or bool(np.isnan(sampled.flat).any())
+        if not reads_policy and not self.loss.needs_reference:
+            return RolloutCache(None, sampled, None, None, self.run.step)
+        by_row = self._forward(rows, reads_policy=reads_policy)
+        columns = zip(*(by_row[row] for row in range(len(rows))), strict=True)
+        old, reference, values = (None if column[0] is None else Ragged.of(column) for column in columns)
+        return RolloutCache(old, sampled, reference, values, self.run.step)
+
+    @torch.no_grad()
+    def _forward(self, rows: Rows, *, reads_policy: bool) -> dict[int, list[np.ndarray | None]]:
+        """Read all rows, a shard on each rank: row -> its log-probs, the reference's, its values, on every rank."""
+        run, module, size = self.run, self.run.module, self.trainer.settings.microbatch_size
+        was_training = module.training
+        module.eval()
+        rank, world = run.accelerator.process_index, run.accelerator.num_processes
+        own, most = range(rank, len(rows), world), -(-len(rows) // world)
+        computed: list[tuple[int, list[np.ndarray | None]]] = []
+        starts, quiet = range(0, most, size), None if run.main else True
+        for start in tqdm(starts, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=quiet):
+            if isinstance(rows, Dataset):  # the loop itself stops after a live batch, which is small
+                run.sync_stop_request()
+                if run.stopped_early:
+                    raise StopRequestedError
+            some = list(own[start : start + size])
+            items = [rows[row] for row in some or [0]]  # a rank without rows left still takes part in collectives
+            batch = pack(self.trainer.rows(items)).to(run.accelerator.device)
+            with run.accelerator.autocast():
+                reference = self.trainer._refer(batch) if self.loss.needs_reference else None
+                output = module(batch) if reads_policy else None
+            parts = [_logps(output), _logps(reference), output.values if isinstance(output, Acted) else None]
+            lengths = [int(item.completions[0].scored.sum()) for item in items]
+            for n, row in enumerate(some):
+                computed.append((row, [None if part is None else part[n, : lengths[n]].float().cpu().numpy() for part in parts]))
+        run.strategy.reshard(module)
+        module.train(was_training)
+        return dict(gather_object(computed))
+
+
+def _of_sampler(rows: Rows) -> Ragged | None:
+    """The sampler's log-probs, NaN in rows without; None where no row has any."""
+    known = [logps if (logps := rows[row].logps) is not None and len(logps) else None for row in range(len(rows))]
+    if all(logps is None for logps in known):
+        return None
+    lengths = rows.scored[:, 0]
+    return Ragged.of([np.full(lengths[row], np.nan) if logps is None else logps for row, logps in enumerate(known)])
+
+
+def _logps(output: Any) -> Tensor | None:
+    output = output.logps if isinstance(output, Acted) else output
+    return output.values if isinstance(output, TokenLogps) else None
