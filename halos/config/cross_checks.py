@@ -159,6 +159,8 @@ def _objective(config: Config, overrides: Sequence[str]) -> str | None:
     chosen = "objective.metric" in typed and "objective.mode" not in typed
     if config.objective.mode == "max" and metric in BETTER_LOW and (chosen or metric == "loss"):
         return f"objective.metric={metric} is better low, and objective.mode is max: add objective.mode=min"
+    if config.objective.mode == "min" and chosen and metric not in BETTER_LOW:
+        return f"objective.metric={metric} would be minimised, as this loss's own: add objective.mode=max, or min to say so"
     return None
 
 

@@ -197,6 +197,7 @@ WRONG = [
     ("typed", "words"),
     [
         (["objective.metric=kl"], ["objective.metric=kl is better low", "objective.mode=min"]),
+        (["loss=sft", "objective.metric=logps/completion"], ["objective.metric=logps/completion would be minimised", "mode=max"]),
         (["train.steps=3", "train.epochs=2"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
         (["train={steps: 3, epochs: 2}"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
         (["peft={lora_alpha: 8,r:8}"], ["peft.lora_alpha has no effect with peft=none"]),
@@ -214,6 +215,7 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
     "typed",
     [
         ["objective.metric=kl", "objective.mode=max"], ["objective.metric=loss", "objective.mode=min"],
+        ["loss=sft", "objective.metric=perplexity"], ["loss=sft", "objective.metric=kl", "objective.mode=min"],
         ["train.steps=null", "train.epochs=2"], ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
         ["train.early_stopping=2", "train.steps=201"],
     ],

@@ -101,12 +101,12 @@ def test_without_evaluation_data_a_hook_that_measures_is_announced_as_idle_and_i
     said = "".join(capsys.readouterr())
     assert said.count("without data.eval there is no evaluation: on_eval of hooks.mine is not called\n") == 1
     with pytest.raises(UserError, match=r"objective\.metric=mine is not measured.*give data\.eval for hooks\.mine"):
-        run(configure(*words, "objective.metric=mine"), [])
+        run(configure(*words, "objective.metric=mine", "objective.mode=max"), [])
 
 
 def test_an_objective_that_no_hook_measures_is_refused_at_the_first_evaluation(
     configure: Callable[..., Config], words: list[str]
 ) -> None:
-    assert run(configure(*words, "objective.metric=mine", "exp_name=right"), []) == 0
+    assert run(configure(*words, "objective.metric=mine", "objective.mode=max", "exp_name=right"), []) == 0
     with pytest.raises(UserError, match="metric=min is not measured; there are examples, logps/completion, loss, mine, "):
-        run(configure(*words, "objective.metric=min", "exp_name=wrong"), [])
+        run(configure(*words, "objective.metric=min", "objective.mode=max", "exp_name=wrong"), [])

@@ -68,7 +68,14 @@ def test_an_objective_that_a_users_loss_does_not_measure_costs_no_training(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(available_metrics, "dummy", lambda *_: None)  # as for a loss that fails on dummy inputs
-    training = trainer("loss=sft", "objective.metric=none", "train.batch_size=24", "train.steps=2", "train.eval_at_start=false")
+    training = trainer(
+        "loss=sft",
+        "objective.metric=none",
+        "objective.mode=max",
+        "train.batch_size=24",
+        "train.steps=2",
+        "train.eval_at_start=false",
+    )
     with pytest.raises(UserError, match=r"objective.metric=none is not measured; there are examples, logps/completion, loss"):
         training.fit()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
