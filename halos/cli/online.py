@@ -13,7 +13,7 @@ from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
 from halos.cli.resume import IN_LIVE_LOOPS, added_keys, last_settings
 from halos.config import validate
-from halos.config.overrides import check_choices, unknown_inner_loss
+from halos.config.overrides import check_choices, typed_keys, unknown_inner_loss
 from halos.config.resume_policy import Change, value_at
 from halos.config.schema import Config, Scope, keys_of
 from halos.errors import UserError
@@ -57,7 +57,12 @@ def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> C
     """Return the configuration of a live loop: an ordinary run of online.loss on samples of its own policy."""
     assert config.online is not None
     outer = {name: asdict(config)[name] for name in OUTER - {"loss", "logging"}}
-    follows = {follows: value_at(asdict(config), key) for key, follows in IN_LIVE_LOOPS.items()}
+    settings, typed = asdict(config), typed_keys(overrides)
+    for key, follows in IN_LIVE_LOOPS.items():
+        value, own = value_at(settings, key), value_at(settings, follows)
+        if follows in typed and own != value:
+            raise UserError(f"{key}={value} and {follows}={own} are one number in a live loop: leave out {follows}")
+    follows = {follows: value_at(settings, key) for key, follows in IN_LIVE_LOOPS.items()}
     return _training(config, inner_overrides(overrides, config), {**outer, **follows}, overrides, tree)
 
 

@@ -8,9 +8,9 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Any, Protocol
 
-from halos.config import defaults, renamed_keys
+from halos.config import defaults, idle_online, renamed_keys
 from halos.config.overrides import typed_keys
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Scorer
@@ -28,6 +28,9 @@ class LossTraits(Protocol):
 
     @property
     def needs_reference(self) -> bool: ...
+
+    @property
+    def inputs(self) -> Any: ...
 
     @property
     def on_rollouts(self) -> bool: ...
@@ -50,6 +53,7 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
         _idle_evaluation(config, overrides),
         _loraplus(config),
         _lr_by_name(config),
+        _reference_revision(config),
         _resume_changes(config),
         _online(config, overrides),
     )
@@ -64,6 +68,10 @@ def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]
     typed = [key for key in typed_keys(overrides) if key.partition(".")[2].startswith("correction")]
     if typed and not loss.on_rollouts:
         raise UserError(f"{typed[0]} weighs the advantages of a policy gradient, and loss={loss.name} has none: leave it out")
+    if loss.inputs.head == "score" and config.train.temperature != 1 and config.resume is None:
+        raise UserError(
+            f"train.temperature has no effect with loss={loss.name}, which gives scores and no log-probs: leave it out"
+        )
     level = (config.online or config.train).correction_level
     if loss.ratio_level == "sequence" and level == "token":
         raise UserError(
@@ -206,6 +214,13 @@ def _lr_by_name(config: Config) -> str | None:
     return None
 
 
+def _reference_revision(config: Config) -> str | None:
+    reference = config.reference
+    if reference.revision is not None and reference.name_or_path is None and config.resume is None:
+        return f"reference.revision={reference.revision} has no effect without reference.name_or_path: give both, or neither"
+    return None
+
+
 def _resume_changes(config: Config) -> str | None:
     if config.resume is None and config.resume_changes != "refuse":
         return f"resume_changes={config.resume_changes} has no effect without resume=: leave it out"
@@ -229,7 +244,7 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
             return f"{key} has no effect with loss=online, where online.{key.partition('.')[2]} sets it: give that"
     sampler = online.sampler
     complaint = engine_class(sampler.name).problem(sampler, lambda name: f"online.sampler.{name}")
-    return complaint or _scorer(online.scorer, overrides)
+    return complaint or idle_online.complaint(online, overrides) or _scorer(online.scorer, overrides)
 
 
 def _scorer(scorer: Scorer, overrides: Sequence[str]) -> str | None:

@@ -115,6 +115,7 @@ class OnlinePlan:
                 " (model.name_or_path=RUN/FINAL, or python -m halos.checkpoint merge)"
             )
         self._check_feedback()
+        self._check_temperature()
         self.prompts = read_prompts(entries_of(self.config.data, "train"), "train")
         entries = entries_of(self.config.data, "eval") if online.eval_prompts else []
         names = {prompt.id for prompt in self.prompts}
@@ -122,6 +123,16 @@ class OnlinePlan:
         if not self.prompts:
             raise UserError("data.train has no prompts")
         scorer.check_prompts(self.prompts)
+
+    def _check_temperature(self) -> None:
+        """Raises UserError for another temperature than the sampler's, which a policy gradient is trained with."""
+        own, sampled = self.inner.train.temperature, self.online.sampler.temperature
+        given = any(word.lstrip("+").startswith("train.temperature=") for word in self.overrides)
+        if given and self.loss.on_rollouts and own != sampled and self.config.resume is None:
+            raise UserError(
+                f"train.temperature={own:g} and online.sampler.temperature={sampled:g} are one number with online.loss="
+                f"{self.online.loss}: leave out train.temperature"
+            )
 
     def _check_feedback(self) -> None:
         """Raises UserError for feedback that the loss does not learn from, and in a new run for keys that do not act on it."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from halos.config.idle_online import idle_sampler_keys
 from halos.config.rollout_modules import engine_class
 from halos.config.schema import Sampler, mathematics
 from halos.confined import expanded
@@ -106,6 +107,8 @@ def _checked(args: argparse.Namespace) -> Sampler:
         raise UserError("--temperature 0 gives the same text each time: give -n 1, or a temperature")
     if complaint := engine_class(sampler.name).problem(sampler, SAMPLER.flag):
         raise UserError(complaint)
+    if idle := idle_sampler_keys(sampler):
+        raise UserError(f"{SAMPLER.flag(idle[0])} has no effect with --sampler {sampler.name}: leave it out")
     if args.kl_samples and not args.reference:
         raise UserError("--kl-samples needs --reference, the model to compare with")
     return sampler

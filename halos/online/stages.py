@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from halos import confined
+from halos.config.idle_online import sampler_keys
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Online
 from halos.distributed.children import CONFIGS, accelerate_config, die_with_parent, environment_without_launcher, failure_reason
@@ -104,7 +105,7 @@ class Stages:
         online, sampler = self.online, self.online.sampler
         arguments = [
             policy, "--data", str(prompts), "--output", str(output), "--max-length", str(max_length), "--seed", str(seed),
-            "--cache-dir", self.config.cache_dir, *SAMPLER.arguments(sampler),
+            "--cache-dir", self.config.cache_dir, *SAMPLER.arguments(sampler, only=sampler_keys(sampler)),
         ]  # fmt: skip
         model = self.config.model
         arguments += _options(chat_template=model.chat_template, revision=revision)

@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
 LOSSES = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
 RUN = ("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo")
+LIVE = ("loss=online", "online.loss=grpo", "online.steps=5", "model=tiny", "data=arithmetic", "exp_name=demo")
 CHOICES = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in CONFIG.iterdir() if group.is_dir()}
 
 
@@ -197,6 +198,12 @@ WRONG = [
     ("typed", "words"),
     [
         (["objective.metric=kl"], ["objective.metric=kl is better low", "objective.mode=min"]),
+        (["loss=reward", "train.temperature=0.5"], ["train.temperature has no effect with loss=reward"]),
+        (["loss=dpo", "reference.revision=main"], ["reference.revision=main has no effect without reference.name_or_path"]),
+        ([*LIVE, "online.sampler.url=http://x/v1"], ["online.sampler.url has no effect with online.sampler.name=hf"]),
+        ([*LIVE, "online.sampler.name=openai", "online.sampler.url=http://x", "online.sampler.top_k=5"], ["top_k has no effect"]),
+        ([*LIVE, "online.reference=last"], ["online.reference=last is of rounds, and has no effect in a live loop"]),
+        ([*LIVE, "online.num_processes=2"], ["online.num_processes=2 is of rounds"]),
         (["loss=sft", "objective.metric=logps/completion"], ["objective.metric=logps/completion would be minimised", "mode=max"]),
         (["train.steps=3", "train.epochs=2"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
         (["train={steps: 3, epochs: 2}"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
@@ -215,6 +222,7 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
     "typed",
     [
         ["objective.metric=kl", "objective.mode=max"], ["objective.metric=loss", "objective.mode=min"],
+        [*LIVE, "online.sampler.cache_tokens=999", "online.reference=start", "online.config_file=null"],
         ["loss=sft", "objective.metric=perplexity"], ["loss=sft", "objective.metric=kl", "objective.mode=min"],
         ["train.steps=null", "train.epochs=2"], ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
         ["train.early_stopping=2", "train.steps=201"],

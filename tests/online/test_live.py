@@ -154,6 +154,7 @@ def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
         (["online.loss=kto"], "for which it needs online.rounds"),
         (["train.batch_size=2"], "cannot hold the 3 samples"),
         (["online.rounds=2"], "exclude each other"),
+        (["train.steps=9"], "online.steps=4 and train.steps=9 are one number in a live loop: leave out train.steps"),
         (["online.feedback.threshold=1"], "online.feedback.threshold has no effect on scalar feedback, which takes online"),
         (["online.feedback.kind=pairwise"], "online.feedback.kind=pairwise: a live loop of grpo learns from scalar feedback"),
         (["online.sampler.name=openai", "online.sampler.url=http://x/v1"], "a live loop samples with"),

@@ -19,6 +19,7 @@ class Engine(ABC):
     Modules are imported to read these declarations: import heavy packages in `open`, or later.
     """
 
+    takes: ClassVar[tuple[str, ...]] = ()  # the keys of online.sampler that it reads besides those that all do
     is_paid: bool = False  # answers cost money: each is stored as it comes, and none is requested again after a crash
     reads_tokens: ClassVar[bool] = True  # it takes token ids, and needs the policy's tokenizer; else it takes text
     loads_model: ClassVar[bool] = False  # it samples from a model in this process; a stage then runs on every rank

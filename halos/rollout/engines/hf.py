@@ -24,6 +24,7 @@ MAX_BATCH_TOKENS = 4096  # of one forward pass, prompts included
 class HFEngine(Engine):
     """A model in this process. It must be unsharded: FSDP's shards are gathered first."""
 
+    takes = ("top_k", "cache_tokens")
     loads_model = True
     addresses = ()
 

@@ -18,6 +18,7 @@ TIMEOUT = 600.0  # seconds for one completion
 class ChatEngine(Engine):
     """Returns text without token ids, so the text is tokenised again for training."""
 
+    takes = ("url", "model", "concurrency")
     is_paid = True
     reads_tokens = False
     addresses = ("url",)

@@ -30,6 +30,7 @@ TIMEOUT = 600.0  # seconds for one completion
 class VLLM(Engine):
     """Base of both ways to run vLLM: token ids in, token ids and their log-probs out."""
 
+    takes = ("top_k", "python", "url", "model", "concurrency")
     addresses = ("python", "url")
 
     @classmethod

@@ -1,0 +1,43 @@
+"""Keys of online runs that would not act: those of other engines, and in a live loop those of rounds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from halos.config import defaults
+from halos.config.overrides import typed_keys
+from halos.config.renamed_keys import current_name
+from halos.config.rollout_modules import engine_class
+from halos.config.schema import Online, Sampler
+
+READ_BY_ALL = ("name", "temperature", "top_p", "max_new_tokens", "batch_size")  # keys of online.sampler
+OF_ROUNDS = ("prompts_per_round", "reference", "keep_rounds", "kl_samples", "config_file", "num_processes")  # keys of online
+
+
+def complaint(online: Online, overrides: Sequence[str]) -> str | None:
+    """Return a message about the first key that was typed and does not act; None where all do."""
+    typed, sampler = {current_name(key) for key in typed_keys(overrides)}, online.sampler
+    for name in OF_ROUNDS if online.steps is not None else ():
+        value = getattr(online, name)
+        if f"online.{name}" in typed and value not in (None, "start"):
+            return f"online.{name}={value} is of rounds, and has no effect in a live loop (online.steps): leave it out"
+    for name in idle_sampler_keys(sampler):
+        if f"online.sampler.{name}" in typed:
+            takes = ", ".join(engine_class(sampler.name).takes)
+            return (
+                f"online.sampler.{name} has no effect with online.sampler.name={sampler.name}, which takes {takes}: leave it out"
+            )
+    return None
+
+
+def sampler_keys(sampler: Sampler) -> list[str]:
+    """Return the keys that the sampler's engine reads."""
+    return [*READ_BY_ALL, *engine_class(sampler.name).takes]
+
+
+def idle_sampler_keys(sampler: Sampler) -> list[str]:
+    """Return the keys that the sampler's engine does not read and whose value is neither the default nor empty."""
+    default, read = defaults.section(Sampler), sampler_keys(sampler)
+    unread = [each.name for each in fields(sampler) if each.name not in read]
+    return [name for name in unread if getattr(sampler, name) not in (None, getattr(default, name))]
