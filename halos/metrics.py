@@ -41,8 +41,8 @@ class Meter:
 
 def _table(names: Sequence[str], sums: Mapping[str, Tensor]) -> Tensor:
     """Stack the sums of `names`, 0 where there is none, and a row that is not 0 where there are sums of other names."""
-    zero = torch.zeros_like(next(iter(sums.values())))
-    return torch.stack([*(sums.get(name, zero) for name in names), zero + len(sums.keys() - {*names})])
+    nothing = torch.zeros_like(next(iter(sums.values())))
+    return torch.stack([*(sums.get(name, nothing) for name in names), nothing + len(sums.keys() - {*names})])
 
 
 class Window:

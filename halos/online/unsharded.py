@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -19,6 +23,7 @@ POLICY = Origin("policy")
 
 class Unsharded:
     """The current policy, unsharded: under FSDP or ZeRO-3 a temporary full copy on every rank, since each samples other texts.
+    It computes in the precision of training.
 
     `skeleton` builds the policy without weights, into which those of a sharded one are gathered.
     """
@@ -33,7 +38,9 @@ class Unsharded:
         transformers' continuous batching seed them anew."""
         device = self.run.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            yield from self._whole()
+            for model in self._whole():
+                with computing_as_trained(model, self.run.accelerator):
+                    yield model
 
     def _whole(self) -> Iterator[PreTrainedModel]:
         strategy, module, model = self.run.strategy, self.run.module, self.run.model
@@ -53,3 +60,39 @@ class Unsharded:
             yield copy
         finally:
             self._copy.to("meta")
+
+
+@contextmanager
+def computing_as_trained(model: nn.Module, accelerator: Accelerator) -> Iterator[None]:
+    """Within, the model's forward runs under the autocast of training, in whatever thread calls it, and `dtype`, from which
+    sampling takes that of its key-value cache, is autocast's.
+
+    A thread enters autocast once, so that its casts of float32 weights are made once and not for every token; all are dropped at
+    the end, before the weights change.
+    """
+    if accelerator.mixed_precision == "no":
+        yield
+        return
+    forward, own, kind, thread = model.forward, vars(model).get("forward"), type(model), threading.local()
+
+    @wraps(forward)
+    def cast(*args: Any, **kwargs: Any) -> Any:
+        if not hasattr(thread, "entered"):
+            thread.entered = accelerator.autocast()
+            thread.entered.__enter__()
+        return forward(*args, **kwargs)
+
+    dtype = torch.get_autocast_dtype(accelerator.device.type)
+    model.forward = cast
+    model.__class__ = type(kind.__name__, (kind,), {"dtype": property(lambda self: dtype)})
+    try:
+        yield
+    finally:
+        if hasattr(thread, "entered"):  # it was called in this thread, which goes on
+            thread.entered.__exit__(None, None, None)
+        torch.clear_autocast_cache()
+        model.__class__ = kind
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,8 @@ from halos.rollout.types import Origin, Request, Sample
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+    from halos.rollout.engines._seeded_sampling import SeededSampling
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +61,18 @@ class HFEngine(Engine):
         manager.logit_processor.tensors_required = 1
         for name, request in by_name.items():
             manager.add_request(list(request.ids), request_id=name, max_new_tokens=request.max_new_tokens)
-        manager.start()
         try:
-            left = set(by_name)
+            with _keys_in_dtype_of_cache():
+                manager.start()
+                yield from self._answers(manager, by_name, processor)
+        finally:
+            manager.destroy()
+            self.model.set_attn_implementation(used)
+            self.model.train(training)
+
+    def _answers(self, manager: Any, by_name: dict[str, Request], processor: SeededSampling) -> Iterator[Sample]:
+        left = set(by_name)
+        try:
             while left:
                 result = manager.get_result(timeout=1)
                 if result is not None and result.is_finished():
@@ -72,9 +85,6 @@ class HFEngine(Engine):
                     raise RuntimeError("sampling ended before all requests were answered")
         finally:
             manager.stop(block=True, hard_stop=bool(left))
-            manager.destroy()
-            self.model.set_attn_implementation(used)
-            self.model.train(training)
 
     def _sample(self, request: Request, ids: Sequence[int], logps: Sequence[float]) -> Sample:
         stopped = bool(ids) and ids[-1] in self.stops
@@ -103,6 +113,24 @@ class HFEngine(Engine):
             num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.settings.batch_size, use_async_batching=False,
             use_cuda_graph=False, **more,
         )  # fmt: skip
+
+
+@contextmanager
+def _keys_in_dtype_of_cache() -> Iterator[None]:
+    """Within, keys and values are cast to the dtype of the cache: under autocast a rotary embedding leaves keys in float32."""
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    update = PagedAttentionCache.update
+
+    @wraps(update)
+    def cast(self: Any, key_states: Any, value_states: Any, *args: Any, **kwargs: Any) -> Any:
+        return update(self, key_states.to(self.dtype), value_states.to(self.dtype), *args, **kwargs)
+
+    PagedAttentionCache.update = cast
+    try:
+        yield
+    finally:
+        PagedAttentionCache.update = update
 
 
 ENGINE = HFEngine
