@@ -153,7 +153,7 @@ WRONG = [
     ({"optim__loraplus_lr_ratio": 16}, ["optim.loraplus_lr_ratio=16 applies to LoRA's B matrices", "peft=lora"]),
     ({"optim__lr_by_name": {"(": 1e-3}}, ["optim.lr_by_name: '(' is no regular expression"]),
     ({"optim__lr_by_name": {"head": -1}}, ["optim.lr_by_name: the learning rate of 'head' must be a number from 0 up, not -1"]),
-    ({"schedule__warmup": -1}, ["schedule.warmup takes a number (at least 0), not -1"]),
+    ({"schedule__warmup": -1}, ["schedule.warmup takes a number (at least 0 and whole from 1), not -1"]),
     ({"schedule__decay": 0.1}, ["schedule.decay: cosine takes no 'decay'; it takes warmup, final"]),
     ({"schedule__name": "wsd"}, ["schedule.name takes constant, linear, cosine, not 'wsd'", "schedule=wsd"]),
     ({"peft__rank_pattern": {"q": "x"}}, ["peft.rank_pattern.q takes a whole number, not 'x'"]),

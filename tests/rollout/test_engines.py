@@ -31,7 +31,7 @@ from halos.rollout.engines.engine import Engine
 from halos.rollout.types import Sample
 
 class Echo(Engine):
-    is_paid, reads_tokens, addresses = True, False, ("url",)
+    is_paid, reads_tokens, addresses, takes = True, False, ("url",), ("url",)
 
     @classmethod
     def problem(cls, settings, spelled):
@@ -69,14 +69,17 @@ def test_every_module_is_an_engine_and_a_name_of_the_schema() -> None:
     assert name.metadata["limits"]["one_of"] == engine_names() == ("hf", "openai", "vllm")
     for each in engine_names():
         assert issubclass(engine_class(each), Engine)
-        assert set(engine_class(each).addresses) <= {each.name for each in fields(Sampler)}
+        assert {*engine_class(each).addresses} <= {*engine_class(each).takes} <= {each.name for each in fields(Sampler)}
 
 
 def test_a_new_file_is_an_engine_everywhere(echo: None, configure: Callable[..., Config], tmp_path: Path) -> None:
     words = ["loss=online", "online.loss=grpo", "online.num_processes=2", "online.sampler.name=echo"]
     with pytest.raises(UserError, match=r"online\.sampler\.url is missing: echoes come from somewhere"):
         configure(*words)
-    config: Any = configure(*words, "online.sampler.url=http://echo", "online.sampler.python=/bin/idle")
+    with pytest.raises(UserError, match=r"online\.sampler\.python has no effect with .*=echo, which takes url: leave it out"):
+        configure(*words, "online.sampler.url=http://echo", "online.sampler.python=/bin/idle")
+    config: Any = configure(*words, "online.sampler.url=http://echo")
+    config.online.sampler.python = "/bin/idle"
     with pytest.raises(UserError, match=r"names online\.sampler\.url=http://echo"):
         refuse_saved_addresses(config, [])
     refuse_saved_addresses(config, ["online.sampler.url"])  # the other key is none of its own
@@ -92,6 +95,8 @@ def test_the_stage_samples_with_it_and_reads_no_model(echo: None, tmp_path: Path
     words = ["no/such/model", "--data", str(prompts), "--output", str(output), "-n", "2", "--sampler", "echo"]
     assert sample.main(words) == 2
     assert "--url is missing: echoes come from somewhere" in capsys.readouterr().err
+    assert sample.main([*words, "--url", "http://echo", "--cache-tokens", "99"]) == 2
+    assert "--cache-tokens has no effect with --sampler echo: leave it out" in capsys.readouterr().err
     assert sample.main([*words, "--url", "http://echo"]) == 0
     assert [json.loads(line)["output"] for line in output.read_text().splitlines()] == ["ONE", "ONE", "TWO", "TWO"]
 
