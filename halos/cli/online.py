@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -18,6 +18,9 @@ from halos.config.resume_policy import Change, value_at
 from halos.config.schema import Config, Scope, keys_of
 from halos.errors import UserError
 from halos.rundir import RunDir
+
+if TYPE_CHECKING:
+    from halos.config.bind import LossSpec
 
 # Keys of the online run, not of the training inside it
 OUTER = {"loss", "online", "data", "objective", "hooks", "logging", *keys_of(Scope.PLACE, Scope.COMMAND)}
@@ -50,25 +53,29 @@ def compose_inner(config: Config, overrides: Sequence[str], tree: ConfigTree) ->
 def round_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> Config:
     """Return the configuration of a round's training; only its feedback data do not exist yet."""
     outer = {name: asdict(config)[name] for name in ("exp_name", "run_dir", "data")}
-    return _training(config, overrides, {**outer, "online": None}, overrides, tree)
+    return _training(config, overrides, {**outer, "online": None}, overrides, tree)[0]
 
 
 def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> Config:
     """Return the configuration of a live loop: an ordinary run of online.loss on samples of its own policy."""
     assert config.online is not None
     outer = {name: asdict(config)[name] for name in OUTER - {"loss", "logging"}}
-    settings, typed = asdict(config), typed_keys(overrides)
+    settings, typed, steps = asdict(config), typed_keys(overrides), "online.steps"
+    outer |= {IN_LIVE_LOOPS[steps]: value_at(settings, steps)}
+    training, loss = _training(config, inner_overrides(overrides, config), outer, overrides, tree)
     for key, follows in IN_LIVE_LOOPS.items():
+        if key != steps and not loss.on_rollouts:
+            continue  # the log-probs of other losses are not the sampler's
         value, own = value_at(settings, key), value_at(settings, follows)
         if follows in typed and own != value:
             raise UserError(f"{key}={value} and {follows}={own} are one number in a live loop: leave out {follows}")
-    follows = {follows: value_at(settings, key) for key, follows in IN_LIVE_LOOPS.items()}
-    return _training(config, inner_overrides(overrides, config), {**outer, **follows}, overrides, tree)
+        setattr(training.train, follows.partition(".")[2], value)
+    return training
 
 
 def _training(
     config: Config, overrides: Sequence[str], outer: Mapping[str, Any], command: Sequence[str], tree: ConfigTree
-) -> Config:
+) -> tuple[Config, LossSpec]:
     """Compose `overrides`, set the `outer` values of the online run, and validate the result. `command`: those of the online run.
 
     Raises UserError, for a loss that trains no policy too.
@@ -80,8 +87,9 @@ def _training(
     from halos.config.bind import bind_loss, refuse_if_not_a_policy_loss  # here: they import torch, which validation has by now
 
     assert config.online is not None
-    refuse_if_not_a_policy_loss(str(config.online.loss), bind_loss(training.loss, training.plugins))
-    return training
+    loss = bind_loss(training.loss, training.plugins)
+    refuse_if_not_a_policy_loss(str(config.online.loss), loss)
+    return training, loss
 
 
 def run_rounds(config: Config, command: Sequence[str], changed: Sequence[Change], tree: ConfigTree) -> int:

@@ -26,6 +26,7 @@ from halos.types import Acted, Estimates, Loss, Mean, RolloutBatch, RolloutInput
 log = logging.getLogger(__name__)
 
 CLIPS_ROUNDING = "old/clip_fraction"  # metric
+IDLE_STEPS = 3  # without any advantage, after which a warning says so
 LARGEST_SHARE = 0.01  # of tokens that the clip may act on by rounding alone, without a warning
 
 
@@ -43,6 +44,7 @@ class PolicyGradientTrainer(Trainer):
         super().__init__(parts)
         self._measured: dict[str, Mean] = {}  # of the last micro-batch
         self._largest, self._warned = torch.zeros(()), False
+        self._idle_steps = 0  # in a row
 
     @cached_property
     def rollouts(self) -> RolloutPass:
@@ -69,6 +71,12 @@ class PolicyGradientTrainer(Trainer):
             largest = self.run.accelerator.gather(self._largest.to(self.run.accelerator.device)[None]).max().item()
             totals = {**totals, mismatch.LARGEST_DIFFERENCE: (largest, 1.0)}
         self._warn_of_rounding(totals)
+        if self._idle_steps == IDLE_STEPS and self.run.main:
+            log.warning(
+                "for %d steps no sample was better than the others of its prompt, so that nothing was learned: more samples of"
+                " each prompt, a higher temperature, prompts of another difficulty, or rewards with more than two values",
+                IDLE_STEPS,
+            )  # fmt: skip
         if self.loss.adapt is not None and "kl" in totals:
             kl, count = totals["kl"]
             controller = self._controller()
@@ -109,6 +117,8 @@ class PolicyGradientTrainer(Trainer):
         refuse_metrics(estimates.metrics, self.loss.name)
         advantages, returns, metrics = estimates.advantages.float(), estimates.returns, dict(estimates.metrics)
         first = split is self.train and cache.step == self.run.step
+        if split is self.train:
+            self._idle_steps = 0 if advantages.any() else self._idle_steps + 1
         return RolloutBatch(old, given, rewards.float(), advantages, reference, returns, values, metrics, first, own is not None)
 
     def _controller(self) -> KLCoefficient:

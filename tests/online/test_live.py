@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import SMALL
 from safetensors.torch import load_file
 
@@ -71,6 +72,16 @@ def test_the_sampler_computes_in_the_precision_of_training(cache: Path, tmp_path
     for row in rows(tmp_path / "run", "train"):
         assert 0 < row["mismatch/mean"] < 3e-3
         assert row["mismatch/ess"] > 0.999
+
+
+@pytest.mark.parametrize(("loss", "of_training"), [("grpo", 0.7), ("dpo", 1.0)])
+def test_the_samplers_temperature_is_that_of_a_policy_gradients_log_probs_alone(
+    loss: str, of_training: float, cache: Path, tmp_path: Path
+) -> None:
+    words = [*SMALL, *LIVE, f"online.loss={loss}", "online.steps=1", "online.sampler.temperature=0.7", "data.eval=[]"]
+    assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]) == 0
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (settings["train"]["temperature"], settings["train"]["steps"]) == (of_training, 1)
 
 
 def test_the_policy_moves_between_samples_and_a_killed_run_resumes_exactly(command: Command, tmp_path: Path) -> None:

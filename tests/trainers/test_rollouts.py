@@ -99,6 +99,20 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(vocabulary: str, tmp_pat
     assert (batch.old[:2, :3] - batch.sampled[:2, :3]).abs().min() > 0.1, "old log-probs are the trainer's own"
 
 
+def test_steps_without_an_advantage_are_warned_of_once(
+    tmp_path: Path, trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"type": "scalar_feedback", "prompt": row["prompt"], "output": f"so {sample}", "reward": 1.0}
+            for row in islice(arithmetic.rows("train"), 2) for sample in range(2)]  # fmt: skip
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = trainer("loss=grpo", f"data.train=['{tmp_path / 's.jsonl'}']", "data.eval=[]", "train.batch_size=4")
+    made.prepare()
+    for steps in (2, 1, 5):
+        for _ in range(steps):
+            assert made.step(np.arange(4))["grad_norm"][0] == 0.0
+        assert caplog.text.count("no sample was better") == (steps != 2)
+
+
 def test_the_rollout_cache_of_the_start_is_kept_for_a_resume(scored: str, trainer: Callable[..., Trainer]) -> None:
     words = ["loss=ppo", scored, "data.eval=[]", "train.batch_size=11"]
     first = trainer(*words)
