@@ -39,8 +39,9 @@ def checked_loss(loss: Any, name: str, policy: Any, items: int) -> Loss:
 
 
 def _refuse_constant(values: Tensor, name: str) -> None:
-    """Raises UserError for losses that no weight would learn from. Zeros are what a batch may give that has nothing to learn."""
-    if values.any():
+    """Raises UserError for losses that no weight would learn from. Zeros are what a batch may give that has nothing to learn, and
+    what is not finite has its step skipped."""
+    if (values.isfinite() & (values != 0)).any():
         raise UserError(
             f"the loss {name} returns values without a gradient: compute them from its first argument, neither detached nor as"
             " numbers of Python"

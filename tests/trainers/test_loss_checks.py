@@ -52,8 +52,9 @@ def test_what_a_loss_may_return_by_mistake_is_named(loss: Any, policy: Any, mess
         checked_loss(loss, "mine", policy, 3)
 
 
-def test_a_loss_of_zeros_needs_no_gradient_and_neither_does_an_evaluation() -> None:
-    checked_loss(Loss(torch.zeros(3), {}), "mine", LEARNED, 3)
+def test_a_loss_of_zeros_or_nan_needs_no_gradient_and_neither_does_an_evaluation() -> None:
+    for number in (0.0, torch.nan):
+        checked_loss(Loss(torch.full((3,), number), {}), "mine", LEARNED, 3)
     with torch.no_grad():
         checked_loss(Loss(torch.ones(3), {}), "mine", LEARNED, 3)
 
