@@ -135,6 +135,8 @@ def test_several_are_added_up_with_their_weights(mine: str) -> None:
     found = scores(of(*parts, plugins=(mine,)), "abc")["abc"]
     assert found.value == 0.5 * 6 + 1
     assert found.parts == {"good": 6.0, "ends": 1.0}
+    twice = scores(of({"function": "length", "target": 1}, {"function": "length", "target": 2}), "one")["one"]
+    assert twice.parts == {"length": 1.0, "length~2": 0.5}
 
 
 def test_scores_are_of_the_code_that_a_users_function_imports_too(mine: str, tmp_path: Path) -> None:

@@ -121,7 +121,9 @@ def scored_by(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]],
             return Score(None, f"{part.path} raised {type(error).__name__}: {error}", lacking=tuple(tracked.lacking))
         if not isinstance(value, int | float) or not math.isfinite(value):
             return Score(None, f"{part.path} returned {value!r}, which is no finite number")
-        parts[part.path.rpartition(".")[2]] = float(value)
+        name = part.path.rpartition(".")[2]
+        same = sum(each.partition("~")[0] == name for each in parts)  # a function may be given twice, with other keys
+        parts[f"{name}~{same + 1}" if same else name] = float(value)
         total += part.weight * float(value)
     return Score(total, parts=parts if len(functions) > 1 else {})
 
