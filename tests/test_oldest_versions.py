@@ -13,7 +13,7 @@ OLDEST = Path(sys.prefix) / "oldest"  # launch/test.sh puts it there
 RUNS = [
     "loss=dpo peft=lora exp_name=adapter checkpoint.every=1",
     "loss=reward exp_name=scores",
-    "loss=online online.loss=grpo online.steps=2 online.prompts_per_round=4 online.samples_per_prompt=4 online.eval_prompts=4 "
+    "loss=online online.loss=grpo online.steps=2 online.samples_per_prompt=4 online.eval_prompts=4 "
     "online.sampler.max_new_tokens=8 exp_name=live",
 ]
 SHARED = "model=tiny data=arithmetic train.steps=2 train.batch_size=8"

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
-from halos.cli.resume import IN_LIVE_LOOPS, added_keys, last_settings
+from halos.cli.resume import IN_LIVE_LOOPS, LIVE_STEPS, added_keys, last_settings
 from halos.config import validate
 from halos.config.overrides import check_choices, typed_keys, unknown_inner_loss
 from halos.config.resume_policy import Change, value_at
@@ -60,13 +61,13 @@ def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> C
     """Return the configuration of a live loop: an ordinary run of online.loss on samples of its own policy."""
     assert config.online is not None
     outer = {name: asdict(config)[name] for name in OUTER - {"loss", "logging"}}
-    settings, typed, steps = asdict(config), typed_keys(overrides), "online.steps"
-    outer |= {IN_LIVE_LOOPS[steps]: value_at(settings, steps)}
-    training, loss = _training(config, inner_overrides(overrides, config), outer, overrides, tree)
-    for key, follows in IN_LIVE_LOOPS.items():
-        if key != steps and not loss.on_rollouts:
-            continue  # the log-probs of other losses are not the sampler's
-        value, own = value_at(settings, key), value_at(settings, follows)
+    settings, typed = asdict(config), typed_keys(overrides)
+    steps = prod(value_at(settings, key) for key in LIVE_STEPS)
+    training, loss = _training(config, inner_overrides(overrides, config), {**outer, "train.steps": steps}, overrides, tree)
+    follow = {**IN_LIVE_LOOPS} if loss.on_rollouts else {}  # the log-probs of other losses are not the sampler's
+    values = {"train.steps": ("online.steps", steps), **{to: (key, value_at(settings, key)) for key, to in follow.items()}}
+    for follows, (key, value) in values.items():
+        own = value_at(settings, follows)
         if follows in typed and own != value:
             raise UserError(f"{key}={value} and {follows}={own} are one number in a live loop: leave out {follows}")
         setattr(training.train, follows.partition(".")[2], value)

@@ -22,12 +22,12 @@ from halos.rundir import RunDir, is_run, step_of
 
 AUTO = "auto"  # resume=auto: resume the run of this name if it exists, else start it
 ONLINE = "online"  # the section of the configuration that only online runs have
-# keys of the training that follow from online's in a live loop
+# keys of the training that follow from online's in a live loop; of a policy gradient alone
 IN_LIVE_LOOPS = {
-    "online.steps": "train.steps",
     "online.sampler.temperature": "train.temperature",
     **{f"online.{name}": f"train.{name}" for name in ("correction", "correction_level", "correction_cap")},
 }
+LIVE_STEPS = ("online.steps", "online.minibatches", "online.epochs")  # whose product train.steps is
 REPLACEABLE_GROUPS = ("logging", "checkpoint")  # they affect no training step
 
 
@@ -67,9 +67,10 @@ def load_run(path: str, parsed: Sequence[Override], tree: ConfigTree) -> tuple[C
 
 
 def _set_what_follows(composed: DictConfig, overridden: Collection[str]) -> None:
-    """In a live loop set the keys of the training that follow from the overridden ones of `online`."""
+    """In a live loop set the keys of the training that follow from the overridden ones of `online`, and the other way round."""
     if OmegaConf.select(composed, "online.steps") is None:
         return
+    _set_steps(composed, overridden)
     for key, follows in IN_LIVE_LOOPS.items():
         value, other = OmegaConf.select(composed, key), OmegaConf.select(composed, follows)
         if key in overridden and follows in overridden and value != other:
@@ -78,6 +79,22 @@ def _set_what_follows(composed: DictConfig, overridden: Collection[str]) -> None
             OmegaConf.update(composed, follows, value)
         elif follows in overridden:
             OmegaConf.update(composed, key, other)
+
+
+def _set_steps(composed: DictConfig, overridden: Collection[str]) -> None:
+    batches, minibatches, epochs = (OmegaConf.select(composed, key) for key in LIVE_STEPS)
+    steps, each = OmegaConf.select(composed, "train.steps"), minibatches * epochs
+    if "train.steps" not in overridden:
+        OmegaConf.update(composed, "train.steps", batches * each)
+    elif "online.steps" in overridden and steps != batches * each:
+        raise UserError(
+            f"online.steps={batches} gives {batches * each} steps (times online.minibatches and online.epochs), and not"
+            f" train.steps={steps}: leave out train.steps"
+        )
+    elif steps % each:
+        raise UserError(f"train.steps={steps} ends within a batch, from which {each} steps learn: give online.steps instead")
+    else:
+        OmegaConf.update(composed, "online.steps", steps // each)
 
 
 def continue_if_started(config: Config, overrides: Sequence[str]) -> list[Change]:

@@ -99,6 +99,8 @@ HISTORY = (
     Revision(3, "2026-11-27", "advantages/std is a standard deviation, and not the mean of absolute values",
              _of_loss("grpo", "rloo"), of="metrics"),
     Revision(4, "2026-11-27", "old log-probs are the trainer's own, and not the sampler's", _learns_from_rollouts),
+    Revision(4, "2026-11-27", "a live batch is refilled until it is full, and train.batch_size counts pairs for a loss on pairs",
+             lambda now: now.config.online is not None and now.config.online.steps is not None),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 

@@ -235,6 +235,8 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return "reference.name_or_path: with loss=online the reference is the first policy, or online.reference=last"
     if online.steps is not None and "online.rounds" in typed_keys(overrides):
         return "online.rounds and online.steps exclude each other: give rounds, or steps for a live loop"
+    if online.steps is None and (idle := next((name for name in ("minibatches", "epochs") if getattr(online, name) > 1), None)):
+        return f"online.{idle}={getattr(online, idle)} is of live loops, and a round trains for train.epochs: leave it out"
     if online.steps is not None and online.carry_optimizer:
         return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
     if online.sampler.temperature == 0:

@@ -1,13 +1,15 @@
-"""A live loop: every step samples from the policy in training, and trains on those samples."""
+"""A live loop: batches are sampled from the policy in training, which learns from each before the next is sampled."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from halos.checkpoint import select
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.confined import DISK_FULL
@@ -16,6 +18,7 @@ from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Item
 from halos.hooks.base import Run
+from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows
 from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
 from halos.rollout import feedback, measure
@@ -28,33 +31,9 @@ from halos.rollout.types import EVAL, Prompt, Request, Rollout, Sample, requests
 
 log = logging.getLogger(__name__)
 
-RETRY_OFFSET = 100_003  # in batches of prompts: where the prompts of a further attempt at a step are taken from
-ATTEMPTS = 10  # the first at the step's own prompts, the others at further ones, while no sample is better than another
-WITHOUT_SCORE = "samples/without_score"  # the fraction of a step's samples
-
-
-class LiveRows:
-    """The rows of the current step, with the interface of a Dataset; replaced at every step."""
-
-    def __init__(self, kind: type[Example], *, sampled_here: bool) -> None:
-        self.kind, self.sampled_here = kind, sampled_here  # by the model in training, in this process
-        self.fill([], np.zeros(0, np.int64))
-
-    def fill(self, items: Sequence[Item], groups: np.ndarray) -> None:
-        self.items, self.groups = list(items), groups
-        self.scored = np.array([[int(each.scored.sum()) for each in item.completions] for item in self.items])
-        self.lengths = np.array([[len(item.prompt) + len(each.ids) for each in item.completions] for item in self.items])
-        names = self.items[0].labels if self.items else ()
-        self.labels: dict[str, np.ndarray] = {name: np.array([item.labels[name] for item in self.items]) for name in names}
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, row: int) -> Item:
-        return self.items[row]
-
-    def lines(self) -> list[str]:
-        return ["sampled from the policy at every step"]
+RETRY_OFFSET = 100_003  # in batches of prompts: where the prompts of a further attempt at a batch are taken from
+ATTEMPTS = 10  # the first at the batch's own prompts, the others at further ones, while it is not full
+WITHOUT_SCORE = "samples/without_score"  # the fraction of a batch's samples
 
 
 class LivePrompts:
@@ -74,14 +53,19 @@ class LivePrompts:
             raise UserError(f"no prompt leaves room for online.sampler.max_new_tokens={online.sampler.max_new_tokens} within"
                             f" {max_length} tokens (train.max_length)")  # fmt: skip
         samples = online.samples_per_prompt
-        self.per_step = config.train.batch_size // samples
-        if not self.per_step:
-            raise UserError(
-                f"train.batch_size={config.train.batch_size} completions cannot hold the {samples} samples of one prompt"
-            )
-        if loss.inputs.feedback == feedback.PAIRWISE and samples < 2:
+        pairwise = loss.inputs.feedback == feedback.PAIRWISE
+        if pairwise and samples < 2:
             raise UserError("online.samples_per_prompt: pairs need 2 or more")
-        self.line = f"{len(self.train)} prompts, {self.per_step} a step, {samples} samples of each"
+        self.per_prompt = samples if not pairwise else samples // 2 if online.feedback.pairing == "random" else 1  # rows
+        rows, what = config.train.batch_size * online.minibatches, "pairs" if pairwise else "completions"
+        if rows < self.per_prompt:
+            raise UserError(
+                f"train.batch_size={config.train.batch_size} {what} cannot hold the {self.per_prompt} samples of one prompt"
+            )
+        self.per_batch = min(rows // self.per_prompt, len(self.train))  # prompts
+        steps = online.minibatches * online.epochs
+        self.line = f"{len(self.train)} prompts, {self.per_batch} a batch, {samples} samples of each"
+        self.line += f"; {steps} optimizer step{'s' if steps > 1 else ''} on each batch"
         self.line += f"; {len(self.evaluation)} held out"
         if dropped := len(train) + len(evaluation) - len(self.train) - len(self.evaluation):
             self.line += f"; {dropped} prompts leave no room for an answer"
@@ -108,9 +92,10 @@ def _check_feedback(config: Config, loss: LossSpec) -> None:
 
 
 class RolloutSource:
-    """The source of global batches: `batch(step)` samples and scores one, a shard on every rank, and every rank gets all of it.
+    """The source of global batches: every batch is sampled and scored, a shard on every rank, and every rank gets all of it; then
+    `online.epochs` times its `online.minibatches` learn from it.
 
-    The samples are a function of weights, seed and step, so a resumed run continues exactly.
+    Samples are a function of weights, seed and number of the batch, so a resumed run continues exactly.
     """
 
     def __init__(
@@ -120,28 +105,52 @@ class RolloutSource:
         self.run, self.loss, self.prompts, self.online, self.config = run, loss, prompts, prompts.online, run.config
         self.scorer, self.engine = scorer, PolicyEngine(run, server, policy)
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
-        self.rows = LiveRows(loss.inputs.example, sampled_here=server is None)
+        self.rows = LiveRows(loss.inputs.example, sampled_here=server is None, minibatches=self.online.minibatches,
+                             epochs=self.online.epochs)  # fmt: skip
+        run.hooks["live_batch"] = LiveBatch(self.rows)
         self._warned = False  # of samples without a score
 
     def batch(self, number: int) -> np.ndarray:
-        """Sample the rows of step `number`, counted from 0; return their indices, which are all of `rows`."""
-        sampled, without = 0, list[Rollout]()
+        """The rows of step `number`, counted from 0: sampled at the first step that learns from them; between that and the last
+        loaded from the checkpoint that the run resumes from."""
+        batch, turn = divmod(number, self.rows.passes)
+        if self.rows.number != batch and turn:
+            self.rows.load(self.run.directory.checkpoints / select.name_of(number) / DIRECTORY)
+        elif self.rows.number != batch:
+            self._sample(batch)
+        return self.rows.minibatch(turn, self.config.seed)
+
+    def _sample(self, number: int) -> None:
+        """Sample batch `number`, from further prompts until it is full: of some nothing can be learned."""
+        rollouts, full = list[Rollout](), self.prompts.per_batch
         for attempt in range(ATTEMPTS):
-            chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=self.prompts.per_step,
+            chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=full - self._fill(number, rollouts),
                                samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
-            rollouts = self._collect(chosen, (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt)
-            sampled, without = sampled + len(rollouts), [*without, *_without_score(rollouts)]
-            self._fill(rollouts)
-            if len(self.rows):
-                self.run.window.add({WITHOUT_SCORE: (len(without), sampled)})
-                return np.arange(len(self.rows))
-        if len(without) == sampled:
-            raise UserError(f"step {number}: none of {sampled} samples has a score: {without[0].score.problem}")
-        lack = f"; {len(without)} of {sampled} had no score: {without[0].score.problem}" if without else ""
-        raise UserError(
-            f"step {number}: in {ATTEMPTS} batches of prompts no sample was better than another: more online.samples_per_prompt,"
-            f" a higher temperature, or other prompts{lack}"
-        )
+            rollouts += self._collect(chosen, (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt)
+            if self._fill(number, rollouts) >= full:
+                break
+        without = _without_score(rollouts)
+        if len(without) == len(rollouts):
+            raise UserError(f"step {self.run.step}: none of {len(rollouts)} samples has a score: {without[0].score.problem}")
+        if not len(self.rows):
+            self._fill(
+                number, rollouts, drop_equal=False
+            )  # nothing to learn, which the trainer warns of, and nothing that ends a run
+        if not len(self.rows):
+            raise UserError(
+                f"step {self.run.step}: in {len(rollouts)} samples none was better than another of its prompt: more"
+                " online.samples_per_prompt, a higher temperature, or other prompts"
+            )
+        self._count(rollouts)
+
+    def _count(self, rollouts: Sequence[Rollout]) -> None:
+        """Metrics of what was sampled, whatever of it is learned from."""
+        scores = [rollout.reward for rollout in rollouts if rollout.score.value is not None]
+        kept = sum(len(item.completions) for item in self.rows.items)
+        self.run.window.add({
+            WITHOUT_SCORE: (len(rollouts) - len(scores), len(rollouts)), "samples/reward": (sum(scores), len(scores)),
+            "samples/kept": (kept, len(rollouts)),
+        })  # fmt: skip
 
     def evaluate(self) -> dict[str, float]:
         """Generation evaluation: answer the evaluation prompts greedily. The same metrics on every rank."""
@@ -174,12 +183,15 @@ class RolloutSource:
                 raise
             log.warning("samples.md could not be written: %s", error)
 
-    def _fill(self, rollouts: Sequence[Rollout]) -> None:
-        result, _ = feedback.make(rollouts, self.online.feedback, kind=self.loss.inputs.feedback, seed=self.config.seed)
+    def _fill(self, number: int, rollouts: Sequence[Rollout], *, drop_equal: bool | None = None) -> int:
+        """Make rows of the rollouts; return how many prompts' worth there are."""
+        settings = self.online.feedback if drop_equal is None else replace(self.online.feedback, drop_equal=drop_equal)
+        result, _ = feedback.make(rollouts, settings, kind=self.loss.inputs.feedback, seed=self.config.seed)
         numbers = {name: number for number, name in enumerate(dict.fromkeys(rollout.prompt.id for rollout in rollouts))}
         usable = usable_feedback(result, self.rows.kind)
-        items = [_item(each, f"{each.prompt_id}#{number}") for number, each in enumerate(usable)]
-        self.rows.fill(items, np.array([numbers[each.prompt_id] for each in usable], np.int64))
+        items = [_item(each, f"{each.prompt_id}#{row}") for row, each in enumerate(usable)]
+        self.rows.fill(number, items, np.array([numbers[each.prompt_id] for each in usable], np.int64))
+        return -(-len(items) // self.prompts.per_prompt)
 
 
 def _without_score(rollouts: Sequence[Rollout]) -> list[Rollout]:

@@ -20,13 +20,14 @@ from halos.trainers.base import Parts, Totals, Trainer
 from halos.trainers.loss_checks import refuse_metrics
 from halos.trainers.microbatches import MicroBatch, Split
 from halos.trainers.mismatch import Correction
+from halos.trainers.rollout_cache import RolloutCache
 from halos.trainers.rollout_pass import RolloutPass, StopRequestedError
 from halos.types import Acted, Estimates, Loss, Mean, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 log = logging.getLogger(__name__)
 
 CLIPS_ROUNDING = "old/clip_fraction"  # metric
-IDLE_STEPS = 3  # without any advantage, after which a warning says so
+IDLE_BATCHES = 3  # in a row without any advantage, after which a warning says so
 LARGEST_SHARE = 0.01  # of tokens that the clip may act on by rounding alone, without a warning
 
 
@@ -44,7 +45,8 @@ class PolicyGradientTrainer(Trainer):
         super().__init__(parts)
         self._measured: dict[str, Mean] = {}  # of the last micro-batch
         self._largest, self._warned = torch.zeros(()), False
-        self._idle_steps = 0  # in a row
+        self._idle = 0  # batches in a row without any advantage
+        self._live: tuple[RolloutCache, RolloutBatch] | None = None  # the batch of a live loop with its advantages
 
     @cached_property
     def rollouts(self) -> RolloutPass:
@@ -71,17 +73,12 @@ class PolicyGradientTrainer(Trainer):
             largest = self.run.accelerator.gather(self._largest.to(self.run.accelerator.device)[None]).max().item()
             totals = {**totals, mismatch.LARGEST_DIFFERENCE: (largest, 1.0)}
         self._warn_of_rounding(totals)
-        if self._idle_steps == IDLE_STEPS and self.run.main:
-            log.warning(
-                "for %d steps no sample was better than the others of its prompt, so that nothing was learned: more samples of"
-                " each prompt, a higher temperature, prompts of another difficulty, or rewards with more than two values",
-                IDLE_STEPS,
-            )  # fmt: skip
         if self.loss.adapt is not None and "kl" in totals:
             kl, count = totals["kl"]
             controller = self._controller()
             totals = {**totals, "kl_coefficient": (controller.value, 1.0)}
-            controller.value = self.loss.adapt(controller.value, kl / count, len(indices))
+            items = len(indices) if isinstance(self.train.rows, Dataset) else len(self.train.rows)
+            controller.value = self.loss.adapt(controller.value, kl / count, items)
         return totals
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -97,9 +94,32 @@ class PolicyGradientTrainer(Trainer):
         ]
 
     def _rollout_batch(self, split: Split, indices: np.ndarray) -> RolloutBatch:
-        """The whole global batch with its advantages; the same on every rank."""
+        """A global batch with its advantages; the same on every rank. Those of a live batch are of all its minibatches."""
+        cache, rows = self.rollouts.of(split), split.rows
+        first = split is self.train and cache.step == self.run.step
+        if isinstance(rows, Dataset):
+            adapted = {"kl_coefficient": self._controller().value} if self.loss.adapt is not None else {}
+            return replace(self._estimated(split, cache, indices, adapted), first_pass=first)
+        whole = self._live_batch(split, rows)
+        return replace(_take(whole, indices, torch.device("cpu"), first=first), first_pass=first)
+
+    def _live_batch(self, split: Split, rows: Any) -> RolloutBatch:
+        """All of a live batch, computed once."""
+        adapted = self._coefficient_of(rows)
+        if self._live is None or self._live[0] is not rows.cache:
+            self._live = rows.cache, self._estimated(split, rows.cache, np.arange(len(rows)), adapted)
+        return self._live[1]
+
+    def _coefficient_of(self, rows: Any) -> dict[str, float]:
+        """The adaptive KL coefficient for a live batch: that of its first step, whenever this run resumes."""
+        if self.loss.adapt is None:
+            return {}
+        if rows.cache.kl_coefficient is None:
+            rows.cache = replace(rows.cache, kl_coefficient=self._controller().value)
+        return {"kl_coefficient": rows.cache.kl_coefficient}
+
+    def _estimated(self, split: Split, cache: RolloutCache, indices: np.ndarray, adapted: Mapping[str, float]) -> RolloutBatch:
         assert self.loss.advantages is not None, "bind_loss refuses a loss on rollouts without"
-        cache = self.rollouts.of(split)
         width = int(split.rows.scored[indices, 0].max())
         mask = torch.arange(width) < torch.from_numpy(split.rows.scored[indices, 0].astype(np.int64))[:, None]
         own, given, reference, values = (
@@ -110,16 +130,24 @@ class PolicyGradientTrainer(Trainer):
         rewards = torch.from_numpy(split.rows.labels["reward"][indices])
         groups = torch.from_numpy(split.rows.groups[indices].astype(np.int64))
         sampled = Sampled(rewards, groups, TokenLogps(old, mask), reference, values)
-        adapted = {"kl_coefficient": self._controller().value} if self.loss.adapt is not None else {}
         estimates: Estimates = self.loss.advantages(sampled, **adapted)
         if values is not None and estimates.returns is None:
             raise UserError(f"{self.loss.name} has a value head, but its `advantages` returns no returns for it to learn")
         refuse_metrics(estimates.metrics, self.loss.name)
         advantages, returns, metrics = estimates.advantages.float(), estimates.returns, dict(estimates.metrics)
-        first = split is self.train and cache.step == self.run.step
         if split is self.train:
-            self._idle_steps = 0 if advantages.any() else self._idle_steps + 1
-        return RolloutBatch(old, given, rewards.float(), advantages, reference, returns, values, metrics, first, own is not None)
+            self._warn_of_idle_batches(advantages)
+        known = (old, given, rewards.float(), advantages, reference, returns, values, metrics)
+        return RolloutBatch(*known, old_is_own=own is not None)
+
+    def _warn_of_idle_batches(self, advantages: Tensor) -> None:
+        self._idle = 0 if advantages.any() else self._idle + 1
+        if self._idle == IDLE_BATCHES and self.run.main:
+            log.warning(
+                "in %d batches no sample was better than the others of its prompt, so that nothing was learned: more samples of"
+                " each prompt, a higher temperature, prompts of another difficulty, or rewards with more than two values",
+                IDLE_BATCHES,
+            )
 
     def _controller(self) -> KLCoefficient:
         controller = self.run.hooks["kl_coefficient"]

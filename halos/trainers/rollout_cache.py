@@ -41,16 +41,20 @@ class RolloutCache:
     sampled: Ragged | None  # the sampler's, NaN in rows without
     reference: Ragged | None  # log-probs under the reference
     values: Ragged | None  # of the value head
+    kl_coefficient: float | None = None  # of a live batch whose loss adapts it: that of its first step
     step: int = -1  # of the policy that `old` and `values` come from; -1: an older version did not record it
 
 
 def save(directory: Path, cache: RolloutCache) -> None:
     assert cache.old is not None, "of a data set it is always computed"
     parts = {name: part.flat for name in NAMES if (part := getattr(cache, name)) is not None}
-    save_file({**parts, "starts": cache.old.starts, "step": np.array(cache.step)}, directory / FILE)
+    numbers = {"step": np.array(cache.step)}
+    numbers |= {} if cache.kl_coefficient is None else {"kl_coefficient": np.array(cache.kl_coefficient)}
+    save_file({**parts, "starts": cache.old.starts, **numbers}, directory / FILE)
 
 
 def load(directory: Path) -> RolloutCache:
     arrays = load_file(directory / FILE)
     parts = {name: Ragged(arrays[name], arrays["starts"]) if name in arrays else None for name in NAMES}
-    return RolloutCache(**parts, step=int(arrays.get("step", -1)))
+    coefficient = float(arrays["kl_coefficient"]) if "kl_coefficient" in arrays else None
+    return RolloutCache(**parts, kl_coefficient=coefficient, step=int(arrays.get("step", -1)))

@@ -33,7 +33,7 @@ class StopRequestedError(Exception):
 
 
 class RolloutPass:
-    """Caches of the rollouts in `splits`: those of a data set are computed once in a run, those of a live loop at every batch."""
+    """Caches of the rollouts in `splits`: of a data set computed once in a run, of a live loop once for a batch."""
 
     def __init__(self, trainer: Objective, splits: dict[str, Split]) -> None:
         self.trainer, self.run, self.loss = trainer, trainer.run, trainer.loss
@@ -43,11 +43,17 @@ class RolloutPass:
     def of(self, split: Split) -> RolloutCache:
         name = next((name for name, each in self.splits.items() if each is split), None)
         if name is None:
-            in_advantages = self.loss.needs_reference and not self.loss.takes_reference
-            return self._compute(split.rows, reads_policy=in_advantages or self._valued)
+            return self._of_live(split.rows)
         if name not in self._loaded:
             self._loaded[name] = self._load_or_compute(split, name)
         return self._loaded[name]
+
+    def _of_live(self, rows: Any) -> RolloutCache:
+        """The cache of a live batch: what advantages are computed from, and for several passes the old log-probs."""
+        if rows.cache is None:
+            in_advantages = self.loss.needs_reference and not self.loss.takes_reference
+            rows.cache = self._compute(rows, reads_policy=in_advantages or self._valued or rows.passes > 1)
+        return rows.cache
 
     def refuse_lost(self) -> None:
         """Raises UserError where a cache that a resume needs is damaged or missing; changes nothing."""
@@ -116,11 +122,11 @@ class RolloutPass:
         sampled = _of_sampler(rows)
         reads_policy |= sampled is None or bool(np.isnan(sampled.flat).any())
         if not reads_policy and not self.loss.needs_reference:
-            return RolloutCache(None, sampled, None, None, self.run.step)
+            return RolloutCache(None, sampled, None, None, step=self.run.step)
         by_row = self._forward(rows, reads_policy=reads_policy)
         columns = zip(*(by_row[row] for row in range(len(rows))), strict=True)
         old, reference, values = (None if column[0] is None else Ragged.of(column) for column in columns)
-        return RolloutCache(old, sampled, reference, values, self.run.step)
+        return RolloutCache(old, sampled, reference, values, step=self.run.step)
 
     @torch.no_grad()
     def _forward(self, rows: Rows, *, reads_policy: bool) -> dict[int, list[np.ndarray | None]]:

@@ -59,8 +59,9 @@ def vocabulary(cache: Path) -> str:
     return vocabulary_of(AutoTokenizer.from_pretrained(locate("tiny", None, cache)))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("loss", "precision"), [*((loss, "float32") for loss in LOSSES), ("gspo", "bfloat16"), ("ppo", "bfloat16")]
+)
 def test_on_the_first_step_no_ratio_differs_from_1_whatever_the_sampler_says(
     loss: str, precision: str, vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
 ) -> None:
