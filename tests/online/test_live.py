@@ -142,8 +142,9 @@ def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache:
     "words",
     [
         pytest.param(["online.loss=ppo", "peft=lora"], id="ppo"),
+        pytest.param(["online.loss=dpo", "train.batch_size=4"], id="dpo", marks=pytest.mark.slow),
         *(pytest.param([f"online.loss={name}"], id=name, marks=pytest.mark.slow)
-          for name in ("dpo", "rloo", "reinforce_plus_plus", "simpo", "cispo")),
+          for name in ("rloo", "reinforce_plus_plus", "simpo", "cispo")),
     ],
 )  # fmt: skip
 def test_other_losses_learn_from_the_same_source(words: list[str], command: Command, tmp_path: Path) -> None:
