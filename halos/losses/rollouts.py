@@ -42,7 +42,7 @@ def with_ratio(estimator: KL, divergence: Tensor, ratio: Tensor) -> Tensor:
     """An estimate of `kl` over samples of another policy, times pi / pi_old of each token (1 on the first pass).
 
     Its expectation over pi_old has the exact gradient of KL(policy || reference), which that of the bare estimate has not: k1's
-    is 0, and k3's is that of the KL in the other direction. Section 3.1 of arXiv:2512.02556. The gradient of k2 is exact with the
+    is 0, and k3's is that of the KL in the other direction (arXiv:2512.02556). The gradient of k2 is exact with the
     ratio as a constant.
     """
     return (ratio.detach() if estimator == "k2" else ratio) * divergence

@@ -122,24 +122,24 @@ class RolloutSource:
 
     def _sample(self, number: int) -> None:
         """Sample batch `number`, from further prompts until it is full: of some nothing can be learned."""
-        rollouts, full = list[Rollout](), self.prompts.per_batch
+        rollouts, full, have = list[Rollout](), self.prompts.per_batch, 0
         for attempt in range(ATTEMPTS):
-            chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=full - self._fill(number, rollouts),
+            chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=full - have,
                                samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
             rollouts += self._collect(chosen, (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt)
-            if self._fill(number, rollouts) >= full:
+            have = self._fill(number, rollouts)
+            if have >= full:
                 break
         without = _without_score(rollouts)
         if len(without) == len(rollouts):
             raise UserError(f"step {self.run.step}: none of {len(rollouts)} samples has a score: {without[0].score.problem}")
-        if not len(self.rows):
-            self._fill(
-                number, rollouts, drop_equal=False
-            )  # nothing to learn, which the trainer warns of, and nothing that ends a run
-        if not len(self.rows):
+        if not have:  # with nothing to learn, which the trainer warns of, and which ends no run
+            have = self._fill(number, rollouts, drop_equal=False)
+        if not have:
+            lack = f"; {len(without)} had no score: {without[0].score.problem}" if without else ""
             raise UserError(
                 f"step {self.run.step}: in {len(rollouts)} samples none was better than another of its prompt: more"
-                " online.samples_per_prompt, a higher temperature, or other prompts"
+                f" online.samples_per_prompt, a higher temperature, or other prompts{lack}"
             )
         self._count(rollouts)
 

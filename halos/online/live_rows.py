@@ -55,7 +55,7 @@ class LiveRows:
         return self.items[row]
 
     def lines(self) -> list[str]:
-        return ["sampled from the policy at every step"]
+        return ["sampled from the policy in training"]
 
     def minibatch(self, turn: int, seed: int) -> np.ndarray:
         """The rows of step `turn` of those that learn from this batch: every epoch cuts them into minibatches anew."""

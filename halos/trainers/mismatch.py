@@ -24,8 +24,8 @@ LARGEST_DIFFERENCE = "mismatch/max"  # metric; the others are means
 class Correction:
     """A weight w = pi_trainer / pi_sampler for every advantage, of each token or of whole completions, bounded by `cap`.
 
-    `truncate` is min(w, cap) (truncated importance sampling, arXiv:2511.14617 calls it TIS); `mask` is w between 1 / cap and cap,
-    and 0 outside.
+    `truncate` is min(w, cap), truncated importance sampling (E. Ionides, 2008); `mask` is w between 1 / cap and cap, and 0
+    outside.
     """
 
     kind: str  # none | truncate | mask

@@ -192,7 +192,9 @@ class PolicyGradientTrainer(Trainer):
     def _clipped_by_rounding(self, output: Any, batch: RolloutBatch, more: list[TokenLogps | None]) -> Mean | None:
         """The fraction of tokens that the clip would act on if this pass took the old log-probs that were computed beforehand,
         though the policy has not moved: what later passes will mistake for a movement. None where there are no later passes."""
-        if not (batch.first_pass and batch.old_is_own) or self.loss.statistics is not None:
+        rows: Any = self.train.rows
+        is_last = not isinstance(rows, Dataset) and rows.passes == 1
+        if not (batch.first_pass and batch.old_is_own) or is_last or self.loss.statistics is not None:
             return None
         width = (output.logps if isinstance(output, Acted) else output).mask.shape[1]
         given = self.loss.inputs.of_rollouts(output, _over_time(batch, lambda part: part[:, :width]))  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(vocabulary: str, tmp_pat
     np.testing.assert_array_equal(batch.sampled[0, :3], torch.tensor([-0.5, -0.25, -0.125]))
     assert batch.sampled[2, :3].isnan().all(), "what is not known is not made up"
     assert (batch.old[:2, :3] - batch.sampled[:2, :3]).abs().min() > 0.1, "old log-probs are the trainer's own"
+
+
+def test_old_log_probs_that_rounding_moves_beyond_the_clip_are_warned_of(
+    scored: str, trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    for off, warned in ((1e-5, False), (2e-3, True)):  # GSPO's clip is 3e-4 below 1
+        made = trainer("loss=gspo", scored, "data.eval=[]", "train.batch_size=11", f"exp_name=off{off}")
+        made.prepare()
+        cache = made.rollouts._loaded["train"]
+        made.rollouts._loaded["train"] = replace(cache, old=replace(cache.old, flat=cache.old.flat + np.float32(off)))
+        totals = made.step(np.arange(11))
+        assert totals["old/drift"][0] / totals["old/drift"][1] == pytest.approx(off, rel=0.1)
+        assert (totals["old/clip_fraction"][0] > 0, "a wider clip" in caplog.text) == (warned, warned)
+        assert totals["clip_fraction"][0] == 0.0
 
 
 def test_steps_without_an_advantage_are_warned_of_once(
