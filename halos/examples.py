@@ -16,6 +16,15 @@ Turns = tuple[Message, ...]
 
 
 @dataclass(frozen=True, slots=True)
+class SampledTokens:
+    """A completion as its sampler knew it: tokenising the text again need not give the ids that were sampled."""
+
+    ids: tuple[int, ...] = ()  # the end token included where it was sampled; empty where the sampler returned text alone
+    vocabulary: str | None = None  # identifies the tokenizer of the ids
+    cut: bool = False  # at the sampler's max_new_tokens: it has no end token, and none is added to its text
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
     """Base of the example types: a prompt, completions of it, and numbers. A subclass declares which of its fields are which."""
 
@@ -29,6 +38,11 @@ class Example:
     @property
     def completions(self) -> tuple[Turns, ...]:
         return tuple(getattr(self, name) for name in self.completed)
+
+    @property
+    def sampled(self) -> tuple[SampledTokens, ...]:
+        """The tokens of each completion as they were sampled; empty where these are not known."""
+        return ()
 
     def numbers(self) -> dict[str, float]:
         """The fields that are labels, as Item.labels."""
@@ -49,16 +63,17 @@ class Demonstration(Example):
     trains = "only losses on demonstrations, such as sft"
 
     completion: Turns
+    sampled: tuple[SampledTokens, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of(cls, other: Example) -> Sequence[Example] | None:
         match other:
             case Comparison(prompt, chosen):
-                return [Demonstration(prompt, chosen)]
+                return [Demonstration(prompt, chosen, sampled=other.sampled[:1])]
             case Judgement(prompt, completion, desirable):
-                return [Demonstration(prompt, completion)] if desirable else []
+                return [Demonstration(prompt, completion, sampled=other.sampled)] if desirable else []
             case Scored(prompt, completion):
-                return [Demonstration(prompt, completion)] if says_something(completion) else []
+                return [Demonstration(prompt, completion, sampled=other.sampled)] if says_something(completion) else []
         return [other] if type(other) is cls else None
 
 
@@ -73,6 +88,7 @@ class Comparison(Example):
     chosen: Turns
     rejected: Turns
     margin: float | None = None
+    sampled: tuple[SampledTokens, ...] = field(default=(), kw_only=True)
 
     @property
     def is_tie(self) -> bool:
@@ -94,11 +110,13 @@ class Judgement(Example):
 
     completion: Turns
     desirable: bool
+    sampled: tuple[SampledTokens, ...] = field(default=(), kw_only=True)
 
     @classmethod
     def of(cls, other: Example) -> Sequence[Example] | None:
         if isinstance(other, Comparison):
-            both = Judgement(other.prompt, other.chosen, True), Judgement(other.prompt, other.rejected, False)
+            both = (Judgement(other.prompt, other.chosen, True, sampled=other.sampled[:1]),
+                    Judgement(other.prompt, other.rejected, False, sampled=other.sampled[1:]))  # fmt: skip
             return [] if other.is_tie else both
         return [other] if type(other) is cls else None
 
@@ -120,15 +138,23 @@ class Scored(Example):
     ids: tuple[int, ...] = ()
     logps: tuple[float, ...] = ()
     vocabulary: str | None = None
+    cut: bool = field(default=False, kw_only=True)  # as that of SampledTokens
+
+    @property
+    def sampled(self) -> tuple[SampledTokens, ...]:
+        tokens = SampledTokens(self.ids, self.vocabulary, self.cut)
+        return () if tokens == SampledTokens() else (tokens,)
 
     @classmethod
     def of(cls, other: Example) -> Sequence[Example] | None:
         """HALOs' reading of labels for PPO: 1 and -1."""
         match other:
-            case Comparison(prompt, chosen, rejected):
-                return [] if other.is_tie else [Scored(prompt, chosen, 1.0), Scored(prompt, rejected, -1.0)]
+            case Comparison():
+                return [] if other.is_tie else [each for part in Judgement.of(other) or () for each in cls.of(part) or ()]
             case Judgement(prompt, completion, desirable):
-                return [Scored(prompt, completion, 1.0 if desirable else -1.0)]
+                (tokens,) = other.sampled or (SampledTokens(),)
+                reward = 1.0 if desirable else -1.0
+                return [Scored(prompt, completion, reward, tokens.ids, (), tokens.vocabulary, cut=tokens.cut)]
         return [other] if type(other) is cls else None
 
 

@@ -74,6 +74,12 @@ def _imitates_live(now: RunFacts) -> bool:
     return _of_loss("sft")(now) and online is not None and online.steps is not None
 
 
+def _learns_from_labelled_rounds(now: RunFacts) -> bool:
+    """Return whether online rounds learn from pairs or labels, which lacked the tokens of their samples."""
+    online = now.config.online
+    return online is not None and online.steps is None and not _learns_from_rollouts(now)
+
+
 def _learns_from_rollouts(now: RunFacts) -> bool:
     """Return whether an online run's loss is a policy gradient, of whose later batches or rounds nothing is computed yet."""
     online = now.config.online
@@ -101,6 +107,8 @@ HISTORY = (
     Revision(4, "2026-11-27", "old log-probs are the trainer's own, and not the sampler's", _learns_from_rollouts),
     Revision(4, "2026-11-27", "a live batch is refilled until it is full, and train.batch_size counts pairs for a loss on pairs",
              lambda now: now.config.online is not None and now.config.online.steps is not None),
+    Revision(5, "2026-11-27", "rounds learn pairs and labels from the tokens that were sampled, without an end token where a"
+             " sample was cut", _learns_from_labelled_rounds),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 

@@ -65,9 +65,7 @@ class Counts:
             "completions cut at max_length": self.cut_completions,
             "do not continue the template's generation prompt (it opens a thought that they lack)": self.inexact,
             "tokenised apart from their prompt, which shares a token with them": self.merged,
-            "without token ids of this tokenizer: their text is tokenised, their log-probs are the starting policy's": (
-                self.tokenised_anew
-            ),
+            "without token ids of this tokenizer: their text is tokenised": (self.tokenised_anew),
         }
         return "; ".join(parts + [f"{count} {what}" for what, count in notes.items() if count])
 

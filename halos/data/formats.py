@@ -9,10 +9,11 @@ from halos.data.contradictions import refuse_contradictions, refuse_weights
 from halos.data.files import Row
 from halos.data.messages import is_learned, turns_of, with_system
 from halos.errors import UserError
-from halos.examples import Comparison, Demonstration, Example, Judgement, Scored, Turns, says_something
+from halos.examples import Comparison, Demonstration, Example, Judgement, SampledTokens, Scored, Turns, says_something
 
 # the columns of each form of a row; those with a label or a reward add it
 PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
+CUT = "length"  # `finish` of a sample that was cut at max_new_tokens
 _EXPECTED = "messages; prompt + completion; prompt + chosen + rejected; or prompt + completion + label (or reward)"
 
 
@@ -84,6 +85,8 @@ def _validated(example: Example, where: str) -> Example:
             _number({name: value}, name, where)
     if isinstance(example, Scored):
         _refuse_mismatched_lengths(example.ids, example.logps, where)
+    if example.sampled and len(example.sampled) != len(example.completed):
+        raise UserError(f"{where}: sampled has the tokens of {len(example.sampled)} of {len(example.completed)} completions")
     return replace(example, **turns)
 
 
@@ -220,12 +223,14 @@ def _pairwise(columns: Mapping[str, Any], where: str) -> Comparison:
         margin = rewards[0] - rewards[1] if first else rewards[1] - rewards[0]
     names = ("output_A", "output_B") if first else ("output_B", "output_A")
     (prompt, chosen), (_, rejected) = (_prompt_and_completion(columns, name, where) for name in names)
-    return Comparison(prompt, chosen, rejected, margin)
+    return Comparison(prompt, chosen, rejected, margin, sampled=_sampled_tokens(columns, names, where))
 
 
 def _binary(columns: Mapping[str, Any], where: str) -> Judgement:
     _require(columns, ("prompt", "output", "label"), where)
-    return Judgement(*_prompt_and_completion(columns, "output", where), _label(columns, (0, 1, -1), where))
+    prompt, completion = _prompt_and_completion(columns, "output", where)
+    return Judgement(prompt, completion, _label(columns, (0, 1, -1), where),
+                     sampled=_sampled_tokens(columns, ("output",), where))  # fmt: skip
 
 
 def _scalar(columns: Mapping[str, Any], where: str) -> Scored:
@@ -243,11 +248,25 @@ def _with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, w
     """Return a completion with its reward, and its sampled tokens where the row has them (output_ids, logps, vocabulary)."""
     reward = _number(columns, "reward", where)
     assert reward is not None, "the column is there"
-    ids, logps = (columns.get(name) or () for name in ("output_ids", "logps"))
-    _refuse_mismatched_lengths(ids, logps, where)
-    if not ids and not says_something(completion):
+    tokens, logps = _tokens(columns, where), columns.get("logps") or ()
+    _refuse_mismatched_lengths(tokens.ids, logps, where)
+    if not tokens.ids and not says_something(completion):
         raise UserError(f"{where}: output is empty, and there are no output_ids to tell what was sampled")
-    return Scored(prompt, completion, reward, tuple(map(int, ids)), tuple(map(float, logps)), columns.get("vocabulary"))
+    return Scored(prompt, completion, reward, tokens.ids, tuple(map(float, logps)), tokens.vocabulary, cut=tokens.cut)
+
+
+def _sampled_tokens(columns: Mapping[str, Any], outputs: Sequence[str], where: str) -> tuple[SampledTokens, ...]:
+    """Return the tokens of completions in the columns `outputs`; empty where the row says nothing of any."""
+    tokens = tuple(_tokens(columns, where, of=name.removeprefix("output")) for name in outputs)
+    return tokens if any(each != SampledTokens() for each in tokens) else ()
+
+
+def _tokens(columns: Mapping[str, Any], where: str, *, of: str = "") -> SampledTokens:
+    """Parse a completion's tokens, from columns whose names end in `of`. Raises UserError where they are no token ids."""
+    ids = columns.get(f"output_ids{of}")
+    if ids is not None and not (isinstance(ids, Sequence) and all(type(each) is int and each >= 0 for each in ids)):
+        raise UserError(f"{where}: output_ids{of} is {str(ids)[:60]}, not a list of token ids")
+    return SampledTokens(tuple(ids or ()), columns.get(f"vocabulary{of}"), columns.get(f"finish{of}") == CUT)
 
 
 def _refuse_mismatched_lengths(ids: Sequence[Any], logps: Sequence[Any], where: str) -> None:
@@ -257,7 +276,8 @@ def _refuse_mismatched_lengths(ids: Sequence[Any], logps: Sequence[Any], where: 
 
 def _sample(columns: Mapping[str, Any], where: str) -> Demonstration:
     _require(columns, ("output",), where)
-    return Demonstration(*_prompt_and_completion(columns, "output", where))
+    sampled = _sampled_tokens(columns, ("output",), where)
+    return Demonstration(*_prompt_and_completion(columns, "output", where), sampled=sampled)
 
 
 def _require(columns: Mapping[str, Any], names: tuple[str, ...], where: str) -> None:

@@ -75,10 +75,12 @@ class Template:
         self._row_check = OmissionCheck(lambda turns: self._render(turns, "a row", generate=False))
         self._prompt_check = OmissionCheck(lambda turns: self._render(turns, "a prompt", generate=True))
 
-    def lay_out(self, prompt: Turns, completions: Sequence[Turns], where: str) -> Layout:
-        """Render a prompt and its completions. Raises UserError, naming the row, where the template refuses or omits a part."""
+    def lay_out(self, prompt: Turns, completions: Sequence[Turns], where: str, *, cut: Sequence[bool] = ()) -> Layout:
+        """Render a prompt and its completions, without an end token where they are `cut`. Raises UserError, naming the row, where
+        the template refuses or omits a part."""
         start = self._render(prompt, where, generate=True)
-        rendered = [self._render_completion(prompt, turns, start, where) for turns in completions]
+        rendered = [self._render_completion(prompt, turns, start, where, cut=bool(cut) and cut[n])
+                    for n, turns in enumerate(completions)]  # fmt: skip
         # Completions of one prompt share its tokens, so the prompt ends where the first of them deviates from `start`.
         end = min(spans[0][0] for _, spans, _ in rendered)
         assert all(text.startswith(start[:end]) for text, _, _ in rendered)
@@ -104,8 +106,11 @@ class Template:
         assert isinstance(text, str)
         return text
 
-    def _render_completion(self, prompt: Turns, completion: Turns, start: str, where: str) -> tuple[str, list[Span], bool]:
-        """Return the text of prompt and completion up to its end token, its assistant turns' spans, and whether all are exact."""
+    def _render_completion(
+        self, prompt: Turns, completion: Turns, start: str, where: str, *, cut: bool
+    ) -> tuple[str, list[Span], bool]:
+        """Return the text of prompt and completion up to its end token, or to its last word where it is `cut`; its assistant
+        turns' spans; and whether all are exact."""
         learned = [n for n, turn in enumerate(completion) if is_learned(turn)]
         turns = (*prompt, *completion[: learned[-1] + 1])
         full = self._render(turns, where, generate=False)
@@ -114,7 +119,10 @@ class Template:
             before, turn = (*prompt, *completion[:n]), completion[n]
             upto = full if n == learned[-1] else self._render((*before, turn), where, generate=False)
             opening = start if n == 0 else self._render(before, where, generate=True)
-            text, end = self._end(before, turn, upto, where, last=n == learned[-1])
+            if cut and n == learned[-1]:
+                text = upto[: (end := self._end_of_words(before, turn, upto, where))]
+            else:
+                text, end = self._end(before, turn, upto, where, last=n == learned[-1])
             if n != learned[-1] and full[:end] != text[:end]:
                 raise UserError(
                     f"{where}: the chat template changes an assistant turn once others follow it, so not all of them can be "
@@ -147,13 +155,7 @@ class Template:
 
         Where the template writes none, the last turn gets the tokenizer's end token, and an earlier one gets none.
         """
-        suffix = self._after_content(before, where)
-        if full.endswith(suffix):
-            at = len(full) - len(suffix)
-        else:
-            content = str(turn.get("content") or "").strip()
-            content_start = full.rfind(content) if content and not turn.get("tool_calls") else -1
-            at = content_start + len(content) if content_start >= 0 else self._last_token(full)
+        at = self._end_of_words(before, turn, full, where)
         if end := self._special.search(full, at) or self._added.search(full, at):
             return full[: end.end()] if last else full, end.end()
         if not last:
@@ -162,6 +164,14 @@ class Template:
             raise UserError("neither the chat template nor the tokenizer has an end token, so no completion could end")
         full = full[:at] + full[at:].rstrip() + self._tokenizer.eos_token
         return full, len(full)
+
+    def _end_of_words(self, before: Turns, turn: Message, full: str, where: str) -> int:
+        suffix = self._after_content(before, where)
+        if full.endswith(suffix):
+            return len(full) - len(suffix)
+        content = str(turn.get("content") or "").strip()
+        content_start = full.rfind(content) if content and not turn.get("tool_calls") else -1
+        return content_start + len(content) if content_start >= 0 else self._last_token(full)
 
     def _after_content(self, before: Turns, where: str) -> str:
         """Return what the template writes after the words of a conversation's last assistant turn."""

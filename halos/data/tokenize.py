@@ -30,7 +30,7 @@ class Encoded:
     cut_turns: bool = False
     cut_completions: int = 0
     logps: np.ndarray | None = None  # (scored tokens,) of a Scored that has its sampler's
-    tokenised_anew: bool = False  # a Scored whose token ids were missing or another tokenizer's
+    tokenised_anew: bool = False  # sampled completions whose token ids were missing or another tokenizer's
 
     @property
     def length(self) -> int:
@@ -63,7 +63,7 @@ class Encoder:
         """Tokenise examples, each with the position of its row; a string in the result is the reason why one is dropped."""
         sampled = [self._is_sampled(example) for example, _ in examples]
         texts = [each for each, has_ids in zip(examples, sampled, strict=True) if not has_ids]
-        layouts = [self._template.lay_out(example.prompt, example.completions, where) for example, where in texts]
+        layouts = [self._lay_out(example, where) for example, where in texts]
         encoded = iter(self._encode(layouts) if layouts else [])
         kept = iter(self._keep([each for each, has_ids in zip(examples, sampled, strict=True) if has_ids]))
         fitted = [self._fit(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
@@ -75,19 +75,23 @@ class Encoder:
         return [np.array(tokens.ids, np.int32) for tokens in self._tokenise(texts)] if texts else []
 
     def _is_sampled(self, example: Example) -> bool:
-        """Return whether an example has token ids, and they are this tokenizer's."""
-        return isinstance(example, Scored) and bool(example.ids) and example.vocabulary == self._vocabulary
+        """Return whether all completions of an example have token ids, and they are this tokenizer's."""
+        return bool(example.sampled) and all(each.ids and each.vocabulary == self._vocabulary for each in example.sampled)
 
     def _keep(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded]:
-        """Keep sampled completions token by token; all their tokens are scored, an end token included."""
+        """Keep sampled completions token by token; all their tokens are scored, an end token where there is one."""
         encoded = []
         prompts = self.prompts([(example.prompt, where) for example, where in examples])
         for prompt, (example, _) in zip(prompts, examples, strict=True):
-            assert isinstance(example, Scored)
-            ids = np.array(example.ids, np.int32)
-            logps = np.array(example.logps, np.float32) if example.logps else None
-            encoded.append(Encoded(prompt, (Completion(ids, np.ones(len(ids), bool)),), exact=True, merged=False, logps=logps))
+            ids = [np.array(each.ids, np.int32) for each in example.sampled]
+            completions = tuple(Completion(each, np.ones(len(each), bool)) for each in ids)
+            logps = np.array(example.logps, np.float32) if isinstance(example, Scored) and example.logps else None
+            encoded.append(Encoded(prompt, completions, exact=True, merged=False, logps=logps))
         return encoded
+
+    def _lay_out(self, example: Example, where: str) -> Layout:
+        cut = [each.cut for each in example.sampled]
+        return self._template.lay_out(example.prompt, example.completions, where, cut=cut)
 
     def _encode(self, layouts: Sequence[Layout]) -> list[Encoded]:
         prompts = list(dict.fromkeys(layout.prompt for layout in layouts))
@@ -131,7 +135,8 @@ class Encoder:
     # --- max_length ----------------------------------------------------------------------------------------------------
 
     def _fit(self, encoded: Encoded, example: Example, where: str) -> Encoded | str:
-        if isinstance(example, Scored) and not self._is_sampled(example):
+        had_ids = isinstance(example, Scored) or any(each.ids for each in example.sampled)
+        if had_ids and not self._is_sampled(example):
             encoded = replace(encoded, tokenised_anew=True)
         if encoded.length <= self._max_length:
             return encoded
@@ -150,7 +155,7 @@ class Encoder:
         tried: dict[int, Encoded] = {}
 
         def fits(n: int) -> bool:
-            tried[n] = self._encode([self._template.lay_out(shorter[n].prompt, shorter[n].completions, where)])[0]
+            tried[n] = self._encode([self._lay_out(shorter[n], where)])[0]
             return tried[n].length <= self._max_length
 
         if not shorter or self._is_sampled(example):  # a sample belongs to its whole prompt

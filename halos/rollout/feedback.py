@@ -13,7 +13,7 @@ from halos.config import defaults
 from halos.config.schema import Feedback as Settings
 from halos.errors import UserError
 from halos.examples import Comparison, Example, Judgement, Scored, Turns
-from halos.rollout.types import Rollout, Row, by_prompt
+from halos.rollout.types import Rollout, Row, Sample, by_prompt
 
 PAIRWISE, BINARY, SCALAR = "pairwise", "binary", "scalar"
 EXAMPLES: dict[str, type[Example]] = {PAIRWISE: Comparison, BINARY: Judgement, SCALAR: Scored}  # that each is read as
@@ -58,7 +58,8 @@ class Pair:
             "output_A": first.sample.messages, "output_B": second.sample.messages,
             "label": int(self.one_is_better is not self.swapped), **rewards,
             "sample_id_A": first.sample.number, "sample_id_B": second.sample.number,
-            "seed_A": first.sample.seed, "seed_B": second.sample.seed, **_origin(self.one),
+            "seed_A": first.sample.seed, "seed_B": second.sample.seed,
+            **_tokens(first.sample, "A"), **_tokens(second.sample, "B"), **_origin(self.one),
             "cost": self.one.score.cost + self.other.score.cost,
         }  # fmt: skip
 
@@ -202,7 +203,13 @@ def _row(rollout: Rollout) -> Row:
     about = {"prompt_id": rollout.prompt.id, "sample_id": sample.number, "prompt": list(rollout.prompt.turns),
              "reward": rollout.reward}  # fmt: skip
     return {**about, "output": sample.messages, "seed": sample.seed, **_origin(rollout), "cost": rollout.score.cost,
-            **sample.token_row()}  # fmt: skip
+            **({} if sample.finish is None else {"finish": sample.finish}), **sample.token_row()}  # fmt: skip
+
+
+def _tokens(sample: Sample, side: str) -> Row:
+    """The tokens that were sampled, which the text need not give again, and why they end there."""
+    tokens = {"finish": sample.finish, "output_ids": list(sample.ids) or None, "vocabulary": sample.vocabulary}
+    return {f"{name}_{side}": value for name, value in tokens.items() if value is not None}
 
 
 def _origin(rollout: Rollout) -> Row:

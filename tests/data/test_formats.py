@@ -3,6 +3,7 @@ import pytest
 from halos.data.files import Row
 from halos.data.formats import as_kind, read_example, read_prompt
 from halos.errors import UserError
+from halos.examples import SampledTokens
 from halos.types import Comparison, Demonstration, Judgement, Scored
 
 from .tokenizers import says, turn, user
@@ -126,6 +127,27 @@ def test_scalar_feedback_has_a_reward_and_the_samplers_own_tokens():
     refuses("reward is 'much', not a number", **{**row, "reward": "much"})
     refuses("output is empty", **{**row, "output": ""})
     assert read(**{**row, "output": ""}, output_ids=[1]).ids == (1,), "a model may end at once"
+
+
+def test_feedback_on_samples_keeps_their_tokens_whatever_the_loss_learns_from():
+    tokens = (SampledTokens((5, 6), "v"), SampledTokens((7,), "v", cut=True))
+    record = {"type": "pairwise_feedback", "prompt": list(Q), "output_A": list(BAD), "output_B": list(GOOD), "label": 0,
+              "output_ids_A": [7], "vocabulary_A": "v", "finish_A": "length", "output_ids_B": [5, 6], "vocabulary_B": "v",
+              "finish_B": "stop"}  # fmt: skip
+    pair = read(**record)
+    assert pair == Comparison(Q, GOOD, BAD, sampled=tokens)
+    assert [each.sampled for each in serves(pair, Judgement)] == [tokens[:1], tokens[1:]]
+    assert [each.sampled for each in serves(pair, Scored)] == [tokens[:1], tokens[1:]]
+    assert [each.sampled for each in serves(pair, Demonstration)] == [tokens[:1]]
+    label = {"type": "binary_feedback", "prompt": list(Q), "output": list(GOOD), "label": 1, "output_ids": [7],
+             "vocabulary": "v", "finish": "length"}  # fmt: skip
+    assert read(**label) == Judgement(Q, GOOD, True, sampled=tokens[1:])
+    for kind in (Demonstration, Scored):
+        assert [each.sampled for each in serves(read(**label), kind)] == [tokens[1:]]
+    assert read(**{**label, "type": "scalar_feedback", "reward": 1}).sampled == tokens[1:]
+    assert read(**{**label, "type": "sample"}).sampled == tokens[1:]
+    refuses("output_ids_A is 5 6, not a list of token ids", **{**record, "output_ids_A": "5 6"})
+    refuses(r"output_ids is \[-1\], not a list of token ids", **{**label, "output_ids": [-1]})
 
 
 def test_labels_and_pairs_stand_for_rewards_of_one_and_minus_one():

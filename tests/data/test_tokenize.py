@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 
 from halos.data.collate import pack
-from halos.data.tokenize import EQUAL, PROMPT_TOO_LONG, TOO_LONG, Encoded, Encoder, any_of
+from halos.data.tokenize import EQUAL, PROMPT_TOO_LONG, TOO_LONG, Encoded, Encoder, any_of, vocabulary_of
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Example, Turns
+from halos.examples import SampledTokens
+from halos.types import Comparison, Demonstration, Example, Judgement, Scored, Turns
 
 from .tokenizers import CHATML, GEMMA, LLAMA3, NO_END, THINKING, says, tokenizer, turn, user
 
@@ -44,6 +45,38 @@ def test_the_last_scored_token_is_the_end_token():
         completion = encoded(Demonstration(PROMPT, ANSWER), made).completions[0]
         assert made.convert_ids_to_tokens(int(completion.ids[-1])) == end
         assert completion.scored[-1]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, NO_END, None])
+def test_a_sample_that_was_cut_gets_no_end_token_where_only_its_text_is_known(template):
+    made, cut = tokenizer(template), SampledTokens(cut=True)
+    for example in (
+        Comparison(PROMPT, ANSWER, (says("It is 42, and"),), sampled=(SampledTokens(), cut)),
+        Judgement(PROMPT, (says("It is 42, and"),), True, sampled=(cut,)),
+        Scored(PROMPT, (says("It is 42, and"),), 1.0, cut=True),
+    ):
+        *ended, last = encoded(example, made).completions
+        assert made.decode(last.ids).strip() == "It is 42, and"
+        assert last.scored.all()
+        assert all(made.decode(each.ids).strip() != "It is 42, and no more." for each in ended), "it has its end token"
+
+
+def test_sampled_ids_are_kept_as_they_are_and_those_of_another_tokenizer_are_not():
+    made = tokenizer()
+    odd = made("It", add_special_tokens=False)["input_ids"] + made(" is 42", add_special_tokens=False)["input_ids"]
+    odd[:1] = [token for letter in "It" for token in made(letter, add_special_tokens=False)["input_ids"]]
+    own = SampledTokens(tuple(odd), vocabulary_of(made), cut=True)
+    other = SampledTokens((*odd, made.convert_tokens_to_ids("<|im_end|>")), own.vocabulary)
+    pair = Comparison(PROMPT, (says("It is 42"),), (says("It is 43"),), sampled=(other, own))
+    done = encoded(pair, made)
+    assert [each.ids.tolist() for each in done.completions] == [list(other.ids), list(own.ids)]
+    assert all(each.scored.all() for each in done.completions)
+    assert done.prompt.tolist() == fed(made, PROMPT)
+    assert not done.tokenised_anew
+    foreign = SampledTokens(own.ids, "another", cut=True)
+    anew = encoded(Comparison(*(pair.prompt, pair.chosen, pair.rejected), sampled=(other, foreign)), made)
+    assert anew.tokenised_anew
+    assert [made.decode(each.ids) for each in anew.completions] == ["It is 42<|im_end|>", "It is 43"]
 
 
 @pytest.mark.parametrize("template", [LLAMA3, GEMMA, None])

@@ -65,14 +65,16 @@ def test_lines_of_feedback_are_what_they_were() -> None:
         return line(made[0].to_row())
 
     said = '"output": [{"role": "assistant", "content": "é 2"}], "seed": ' + str(SEEDS[0])
-    common = f'{ABOUT.format(n=0)}, "reward": 1.0, {said}, {MADE_BY}, {TOKENS}'
+    common = f'{ABOUT.format(n=0)}, "reward": 1.0, {said}, {MADE_BY}, "finish": "stop", {TOKENS}'
     assert first("scalar") == f'{{{common}, "type": "scalar_feedback"}}'
     assert first("binary") == f'{{{common}, "type": "binary_feedback", "label": 1, "threshold": 0.5}}'
+    tokens = '"finish_{0}": "stop", "output_ids_{0}": [7, 1], "vocabulary_{0}": "v"'
+    sides = f"{tokens.format('A')}, {tokens.format('B')}"
     assert first("pairwise") == (
         '{"type": "pairwise_feedback", "prompt_id": "a", "prompt": [{"role": "user", "content": "1 + 1?"}],'
         ' "output_A": [{"role": "assistant", "content": "3"}], "output_B": [{"role": "assistant", "content": "é 2"}],'
         ' "label": 0, "reward_A": 0.0, "reward_B": 1.0, "reward_difference": 1.0, "sample_id_A": 1, "sample_id_B": 0,'
-        f' "seed_A": {SEEDS[1]}, "seed_B": {SEEDS[0]}, {MADE_BY}}}'
+        f' "seed_A": {SEEDS[1]}, "seed_B": {SEEDS[0]}, {sides}, {MADE_BY}}}'
     )
 
 
