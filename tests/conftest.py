@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests import composed, processes
+from tests.forked import COLLECT_AFTER
 
 if TYPE_CHECKING:
     from halos.config.schema import Config
@@ -32,6 +33,7 @@ SMALL = ["model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split:
          "data.eval=[{path: arithmetic, split: 'eval[:12]'}]"]  # fmt: skip
 
 
+gc.set_threshold(*COLLECT_AFTER)
 composed.share()
 COMPOSED = os.environ[composed.VARIABLE]
 
