@@ -72,6 +72,17 @@ def prepare_torch(*, deterministic: bool = False) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyrefly: ignore
 
 
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed torch's generators of the CPU and of a device as `torch.manual_seed` does, which also queues the seed for each kind
+    of device that is not in use, with a formatted call stack: milliseconds a call."""
+    if device.type in ("cpu", "cuda"):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def is_accelerate_launch(arguments: list[str]) -> bool:
     """Return whether a command line is `accelerate launch`, or its module by -m or by path."""
     if any("accelerate/commands/launch" in each or "accelerate.commands.launch" in each for each in arguments):

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from halos.config.bind import LossSpec
 from halos.data.collate import mismatched_row, pack
+from halos.distributed.device import seed_generators
 from halos.examples import Item, PackRow
 from halos.hooks.base import Run
 from halos.logps.model import initial_policy
@@ -61,7 +62,7 @@ class Objective:
             return None
         parts = []
         for microbatch in microbatches:
-            torch.manual_seed(microbatch.seed)  # the dropout that the loss will see
+            self._seed(microbatch)  # the dropout that the loss will see
             if mismatched:
                 length = self.run.max_length
                 pairs = zip(microbatch.items, microbatch.mismatched_partners, strict=True)
@@ -80,15 +81,18 @@ class Objective:
             return None
         counts = []
         for microbatch in microbatches:
-            torch.manual_seed(microbatch.seed)  # the dropout that the loss will see
+            self._seed(microbatch)  # the dropout that the loss will see
             self._output(microbatch.items)
             counts.append(self.router.counts() * microbatch.weight)
         return self.run.accelerator.reduce(torch.stack(counts).sum(0), reduction="sum")
 
     # --- a micro-batch ---------------------------------------------------------------------------------------------------
 
+    def _seed(self, microbatch: MicroBatch) -> None:
+        seed_generators(self.run.accelerator.device, microbatch.seed)
+
     def _loss(self, microbatch: MicroBatch, statistics: Tensor | None, total: int) -> Loss:
-        torch.manual_seed(microbatch.seed)
+        self._seed(microbatch)
         arguments = self._arguments(microbatch)
         if self.loss.statistics is not None and statistics is None:
             # a single micro-batch: the loss's own forward pass gives its statistics too

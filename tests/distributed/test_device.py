@@ -132,3 +132,13 @@ class Scorer(nn.Module):
 def test_scores_are_computed_in_float32_whatever_the_weights_are_in() -> None:
     hidden = torch.tensor([[256.0, 1.0], [256.0, 2.0]], dtype=torch.bfloat16)  # as bfloat16 all scores would be 256
     assert scores_of(Scorer(), hidden)[:, 0].tolist() == [256.0078125, 256.015625]
+
+
+def test_generators_are_seeded_as_torch_does_and_no_call_stack_is_formatted(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(2**62 + 5)
+    expected = torch.rand(3)
+    formatted: list[int] = []
+    monkeypatch.setattr("traceback.format_stack", lambda *_: formatted.append(1) or [])
+    device.seed_generators(torch.device("cpu"), 2**62 + 5)
+    assert torch.equal(torch.rand(3), expected)
+    assert not formatted
