@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"redaction"},
-    {"errors", "examples", "ranges", "repository"},
+    {"errors", "examples", "intervals", "ranges", "repository"},
     {"types"},
     {"confined"},
     {"hashes"},

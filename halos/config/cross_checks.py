@@ -246,7 +246,7 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
             return f"{key} has no effect with loss=online, where online.{key.partition('.')[2]} sets it: give that"
     sampler = online.sampler
     complaint = engine_class(sampler.name).problem(sampler, lambda name: f"online.sampler.{name}")
-    return complaint or idle_online.complaint(online, overrides) or _scorer(online.scorer, overrides)
+    return complaint or idle_online.complaint(config, overrides) or _scorer(online.scorer, overrides)
 
 
 def _scorer(scorer: Scorer, overrides: Sequence[str]) -> str | None:

@@ -1,23 +1,30 @@
-"""Keys of online runs that would not act: those of other engines, and in a live loop those of rounds."""
+"""Keys of online runs that would not act: those of other engines, of an evaluation that is none, and in a live loop of rounds."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 
 from halos.config import defaults
 from halos.config.overrides import typed_keys
 from halos.config.renamed_keys import current_name
 from halos.config.rollout_modules import engine_class
-from halos.config.schema import Online, Sampler
+from halos.config.schema import Config, Online, Sampler
 
 READ_BY_ALL = ("name", "temperature", "top_p", "max_new_tokens", "batch_size")  # keys of online.sampler
 OF_ROUNDS = ("prompts_per_round", "reference", "keep_rounds", "kl_samples", "config_file", "num_processes")  # keys of online
 
 
-def complaint(online: Online, overrides: Sequence[str]) -> str | None:
+OF_ANSWERS = ("eval_samples", "eval_temperature", "pass_reward")  # keys of online about answers to evaluation prompts
+
+
+def complaint(config: Config, overrides: Sequence[str]) -> str | None:
     """Return a message about the first key that was typed and does not act; None where all do."""
+    online = config.online
+    assert online is not None
     typed, sampler = {current_name(key) for key in typed_keys(overrides)}, online.sampler
+    if problem := _of_evaluation(config, online, typed):
+        return problem
     for name in OF_ROUNDS if online.steps is not None else ():
         value = getattr(online, name)
         if f"online.{name}" in typed and value not in (None, "start"):
@@ -28,6 +35,24 @@ def complaint(online: Online, overrides: Sequence[str]) -> str | None:
             return (
                 f"online.sampler.{name} has no effect with online.sampler.name={sampler.name}, which takes {takes}: leave it out"
             )
+    return None
+
+
+def _of_evaluation(config: Config, online: Online, typed: Collection[str]) -> str | None:
+    if online.eval_samples > 1 and online.eval_temperature == 0:
+        return (
+            f"online.eval_samples={online.eval_samples} with online.eval_temperature=0 is the same answer {online.eval_samples}"
+            " times: give a temperature, such as 0.7"
+        )
+    for name in OF_ANSWERS if config.resume is None else ():
+        if f"online.{name}" in typed and not (config.data.eval and online.eval_prompts):
+            without = "online.eval_prompts=0" if config.data.eval else "data.eval=[]"
+            return f"online.{name} is of answers to evaluation prompts, and there are none ({without}): leave it out"
+    if "online.pass_reward" in typed and online.pass_reward is not None and config.resume is None:
+        if online.scorer.pairwise:
+            return "online.pass_reward is a reward, and a judge that compares (online.scorer.pairwise) gives none: leave it out"
+        if online.eval_samples == 1:
+            return "online.pass_reward is of pass@k, which takes several answers: give online.eval_samples too, or leave it out"
     return None
 
 

@@ -197,6 +197,9 @@ class Online:
     prompts_per_round: int = key(least=1)
     samples_per_prompt: int = key(least=1)
     eval_prompts: int = key(least=0)  # the objective is measured on them
+    eval_samples: int = key(least=1)
+    eval_temperature: float = key(least=0)
+    pass_reward: float | None = key()
     sampler: Sampler = key()
     scorer: Scorer = key()
     feedback: Feedback = key()

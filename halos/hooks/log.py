@@ -2,6 +2,7 @@
 
 import logging
 
+from halos import intervals
 from halos.hooks.base import Hook, Metrics, Run
 
 log = logging.getLogger(__name__)
@@ -11,7 +12,8 @@ SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "logps/a
 
 def summary(metrics: Metrics) -> str:
     """The most telling metrics in one line of text."""
-    return "  ".join(f"{name} {metrics[name]:.4g}" for name in SHOWN if metrics.get(name) is not None)
+    names = [*SHOWN, *(name for name in metrics if name.startswith("pass@") and "/" not in name)]
+    return "  ".join(intervals.shown(name, metrics) for name in names if metrics.get(name) is not None)
 
 
 class MetricsLog(Hook):

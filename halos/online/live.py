@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,13 +21,13 @@ from halos.hooks.base import Run
 from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows
 from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
-from halos.rollout import feedback, measure
+from halos.rollout import evaluation, feedback, measure
 from halos.rollout.collect import collect
 from halos.rollout.engines.engine import PolicyServer
 from halos.rollout.prompts import eval_prompts, fitting, for_round, read_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
-from halos.rollout.types import EVAL, Prompt, Request, Rollout, Sample, requests_for
+from halos.rollout.types import Prompt, Request, Rollout, Sample, requests_for
 
 log = logging.getLogger(__name__)
 
@@ -45,10 +45,11 @@ class LivePrompts:
         _check_feedback(config, loss)
         encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), max_length - online.sampler.max_new_tokens
         train = read_prompts(entries_of(config.data, "train"), "train")
-        evaluation = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
-        evaluation = eval_prompts(evaluation, count=online.eval_prompts, seed=config.seed)
+        held_out = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
+        held_out = eval_prompts(held_out, count=online.eval_prompts, seed=config.seed, samples=online.eval_samples,
+                                temperature=online.eval_temperature)  # fmt: skip
         self.train = fitting(train, encoder, room)
-        self.evaluation = fitting(evaluation, encoder, room) if evaluation else []
+        self.evaluation = fitting(held_out, encoder, room) if held_out else []
         if not self.train:
             raise UserError(f"no prompt leaves room for online.sampler.max_new_tokens={online.sampler.max_new_tokens} within"
                             f" {max_length} tokens (train.max_length)")  # fmt: skip
@@ -66,8 +67,8 @@ class LivePrompts:
         steps = online.minibatches * online.epochs
         self.line = f"{len(self.train)} prompts, {self.per_batch} a batch, {samples} samples of each"
         self.line += f"; {steps} optimizer step{'s' if steps > 1 else ''} on each batch"
-        self.line += f"; {len(self.evaluation)} held out"
-        if dropped := len(train) + len(evaluation) - len(self.train) - len(self.evaluation):
+        self.line += f"; {len(self.evaluation)} held out{evaluation.plan_of(online)}"
+        if dropped := len(train) + len(held_out) - len(self.train) - len(self.evaluation):
             self.line += f"; {dropped} prompts leave no room for an answer"
 
     def requests(self, prompts: Sequence[Prompt], seed: int) -> list[Request]:
@@ -153,15 +154,15 @@ class RolloutSource:
         })  # fmt: skip
 
     def evaluate(self) -> dict[str, float]:
-        """Generation evaluation: answer the evaluation prompts greedily. The same metrics on every rank."""
+        """Generation evaluation: answer the evaluation prompts. The same metrics on every rank."""
         rollouts = self._collect(self.prompts.evaluation, 0)
+        metrics = evaluation.metrics_of(rollouts, self.online)
         if self.run.main and self.online.show:
             examples = measure.examples(rollouts, self.online.show)
-            self._write_examples(examples)
+            self._write_examples(examples, metrics)
             rows = [rollout.shown() for rollout in examples]
             for hook in self.run.hooks.values():
                 hook.on_examples(self.run, rows)
-        metrics = measure.of_samples(rollouts, split=EVAL)
         if "reward" not in metrics:
             raise UserError(f"none of the {len(rollouts)} held-out answers has a score: {rollouts[0].score.problem}")
         return {**metrics, "examples": len(rollouts)}
@@ -174,10 +175,11 @@ class RolloutSource:
                         self.run.step, len(without), len(rollouts), without[0].score.problem, WITHOUT_SCORE)  # fmt: skip
         return rollouts
 
-    def _write_examples(self, rollouts: Sequence[Rollout]) -> None:
+    def _write_examples(self, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> None:
         """Write samples.md; on a full disk warn, and let the run continue."""
         try:
-            measure.write_examples(self.run.directory.path, rollouts, f"{self.config.exp_name}, step {self.run.step}")
+            title = f"{self.config.exp_name}, step {self.run.step}"
+            measure.write_examples(self.run.directory.path, rollouts, title, evaluation.summary(metrics))
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,11 @@ from tqdm import tqdm
 from halos.errors import UserError
 from halos.hashes import digest
 from halos.online.records import ResumableFile, read_located, write
+from halos.rollout import evaluation
 from halos.rollout.feedback import Pair
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import PairwiseScorer, Verdict
-from halos.rollout.types import EVAL, Rollout, Row, Sample, Score
+from halos.rollout.types import EVAL, Key, Rollout, Row, Sample, Score
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,7 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
     if file.is_done():
         return 0
     file.open()
-    matches = _matches(samples, {each.prompt.id: each for each in against if each.prompt.is_eval}, args.seed)
+    matches = _matches(samples, {each.key: each for each in against if each.prompt.is_eval}, args.seed)
     missing = [number for number in range(len(matches)) if str(number) not in file.rows]
     for index, verdict in scorer.compare([matches[number].shown for number in missing]):
         number = missing[index]
@@ -85,11 +86,15 @@ def _check_prompts(samples: Sequence[Sample], against: Iterable[tuple[Sample, st
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
     totals = {"unparsable": sum(row["verdict"] is None for row in rows), "ties": sum(row["verdict"] == "tie" for row in rows),
               "cost": sum(row["cost"] for row in rows), "compared": len(rows)}  # fmt: skip
-    won = [row["won"] for row in rows if row.get("split") == EVAL and row["won"] is not None]
-    return totals | ({"win_rate": sum(won) / len(won)} if won else {})
+    won: dict[str, list[float]] = {}
+    for row in rows:
+        if row.get("split") == EVAL and row["won"] is not None:
+            won.setdefault(row["prompt_id"], []).append(row["won"])
+    return totals | evaluation.of_wins(won.values())
 
 
-def _matches(samples: Sequence[Sample], opponents: dict[str, Sample], seed: int) -> list[Match]:
+def _matches(samples: Sequence[Sample], opponents: Mapping[Key, Sample], seed: int) -> list[Match]:
+    """A sample of an evaluation prompt meets the opponent's of the same number."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.prompt.id, []).append(sample)
@@ -97,7 +102,7 @@ def _matches(samples: Sequence[Sample], opponents: dict[str, Sample], seed: int)
     for name, group in groups.items():
         generator = random.Random(f"{seed}/{name}")
         if group[0].prompt.is_eval:
-            matches += [Match(group[0], opponents[name], generator.random() < 0.5)] if name in opponents else []
+            matches += [Match(each, opponents[each.key], generator.random() < 0.5) for each in group if each.key in opponents]
             continue
         generator.shuffle(group)
         matches += [Match(a, b, generator.random() < 0.5) for a, b in zip(group[::2], group[1::2], strict=False)]

@@ -21,7 +21,7 @@ from halos.models.locate import locate
 from halos.online.plan import OnlinePlan
 from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
-from halos.rollout import measure
+from halos.rollout import evaluation, measure
 from halos.rollout.prompts import eval_prompts, for_round
 from halos.rollout.types import EVAL, TRAIN, Prompt, Rollout, Sample
 from halos.rundir import RunDir, is_run
@@ -102,8 +102,10 @@ class Round:
     def _prompts(self, chosen: Sequence[Prompt]) -> None:
         path, plan = self.directory / "prompts.jsonl", self.plan
         if not path.is_file():
-            evaluation = eval_prompts(plan.eval_prompts, count=plan.online.eval_prompts, seed=plan.config.seed)
-            write(path, [prompt.to_row() for prompt in (*chosen, *evaluation)])
+            online, seed = plan.online, plan.config.seed
+            held_out = eval_prompts(plan.eval_prompts, count=online.eval_prompts, seed=seed, samples=online.eval_samples,
+                                    temperature=online.eval_temperature)  # fmt: skip
+            write(path, [prompt.to_row() for prompt in (*chosen, *held_out)])
 
     def _sample(self) -> None:
         path, plan = self.directory / "samples.jsonl", self.plan
@@ -182,10 +184,10 @@ class Round:
         return RoundResult(self._train_metrics(rollouts), self._eval_metrics(rollouts), shown)
 
     def _eval_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
-        metrics = measure.of_samples(rollouts, split=EVAL)
-        judged = read_meta(self.directory / "feedback.jsonl").get("win_rate")  # by a judge that compares
-        win_rate = judged if judged is not None else measure.win_rate(rollouts, self._first_rollouts())
-        return {**metrics, "win_rate": win_rate} if metrics and win_rate is not None else metrics
+        metrics = evaluation.metrics_of(rollouts, self.plan.online)
+        meta = read_meta(self.directory / "feedback.jsonl")
+        judged = {name: value for name, value in meta.items() if name.startswith(evaluation.WIN_RATE)}  # by a judge that compares
+        return {**metrics, **(judged or evaluation.win_rate(rollouts, self._first_rollouts()))} if metrics else {}
 
     def _train_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
         metrics, sampled = measure.of_samples(rollouts, split=TRAIN), read_meta(self.directory / "samples.jsonl")

@@ -36,7 +36,7 @@ from halos.online.plan import OnlinePlan
 from halos.online.round import STATE, Round, RoundResult, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
-from halos.rollout import measure
+from halos.rollout import evaluation, measure
 from halos.rollout.prompts import digest
 from halos.rollout.types import EVAL, TRAIN
 from halos.rundir import RunDir
@@ -126,10 +126,9 @@ def dry_run(plan: OnlinePlan, outlined: TrainingOutline, prompt: list[int]) -> i
     outlined.write(prompt)
     online = plan.online
     each = min(online.prompts_per_round, len(plan.prompts))
-    evaluation = min(online.eval_prompts, len(plan.eval_prompts))
     samples = online.samples_per_prompt
     log.info("%d rounds of %d prompts (of %d), %d samples of each", online.rounds, each, len(plan.prompts), samples)
-    log.info("%d held-out prompts", evaluation)
+    log.info("%d held-out prompts%s", min(online.eval_prompts, len(plan.eval_prompts)), evaluation.plan_of(online))
     log.info("%s feedback by %s for loss=%s", plan.kind, online.scorer.name, online.loss)
     log.info("training of each round: %s %s", COMMAND, " ".join(plan.overrides))
     log.info("everything fits together, nothing was started")
@@ -241,14 +240,15 @@ class OnlineRun:
                 row = {"step": current.number, "split": split, **metrics}
                 self.directory.append_metrics(call_on_eval(self.hooks, self, row))
         if result.examples:
-            measure.write_examples(current.directory, result.examples, f"{self.config.exp_name}, round {current.number}")
+            title, held_out = f"{self.config.exp_name}, round {current.number}", evaluation.summary(result.evaluation)
+            measure.write_examples(current.directory, result.examples, title, held_out)
             rows = [rollout.shown() for rollout in result.examples]
             for hook in self.hooks.values():
                 hook.on_examples(self, rows)
         merged = {**result.train, **result.evaluation}
         self.metrics = {name: value for name, value in merged.items() if not name.startswith("seconds")}
         shown = [f"{name} {value:.4g}" for name, value in result.train.items() if name in SHOWN]
-        shown += [f"held-out {name} {value:.4g}" for name, value in result.evaluation.items() if name in ("reward", "win_rate")]
+        shown += [f"held-out {text}" for text in evaluation.summary(result.evaluation)]
         log.info("round %d of %d: %s", current.number, self.plan.online.rounds, ", ".join(shown))
 
     def _delete_old_weights(self, number: int) -> None:
@@ -267,8 +267,8 @@ class OnlineRun:
             directory = self.directory.path / "exam"
             if not sampled_from(directory / "samples.jsonl", last, None, plan.cache):
                 shutil.rmtree(directory, ignore_errors=True)  # of an earlier attempt with fewer rounds
-            evaluation = Round(plan, plan.online.rounds, directory)
-            self._record(evaluation, evaluation.evaluate())
+            last_round = Round(plan, plan.online.rounds, directory)
+            self._record(last_round, last_round.evaluate())
         integrity.check(Path(last), "the last policy", plan.cache)  # before copying, since the copy gets a manifest of its own
         with staged(self.directory.final, main=True, facts={"rounds": plan.online.rounds}) as hidden:
             shutil.copytree(last, hidden, dirs_exist_ok=True, copy_function=_link, ignore=shutil.ignore_patterns("manifest.json"))

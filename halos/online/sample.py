@@ -184,7 +184,8 @@ class Policy:
 
         args = self.args
         weights = self.ranks.from_rank_0(identity(self.directory, args.cache_dir) if self.directory and self.ranks.main else None)
-        rows = [[prompt.id, prompt.turns, prompt.samples, prompt.temperature] for prompt in prompts]
+        rows = [[prompt.id, prompt.turns, prompt.samples, prompt.temperature, *([] if prompt.seed is None else [prompt.seed])]
+                for prompt in prompts]  # fmt: skip
         settings = mathematics(self.sampler)
         return {
             "sampler": settings.pop("name"), **settings, "model": None if weights else str(args.model), "model_sha256": weights,

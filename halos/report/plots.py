@@ -1,6 +1,7 @@
 """Figures of runs: learning curves, rewards, learning rate and gradient norm."""
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from halos import intervals
 from halos.report.read import Record, series
 
 MAX_RAW_CURVES = 6  # with more curves in a panel, only the smoothed ones are drawn
@@ -59,7 +61,8 @@ def plot(records: Sequence[Record], output: Path) -> list[Path]:
     """Write the figures for which the runs have numbers, and return their paths."""
     output.mkdir(parents=True, exist_ok=True)
     drawn = []
-    for name, panels in (("learning_curves", learning_curves(records)), ("rewards", REWARDS), ("optimizer", OPTIMIZER)):
+    figures = {"learning_curves": learning_curves(records), "rewards": [*REWARDS, *passes(records)], "optimizer": OPTIMIZER}
+    for name, panels in figures.items():
         if figure := draw(records, panels):
             drawn.append(save(figure, output / f"{name}.png"))
     return drawn
@@ -69,6 +72,12 @@ def learning_curves(records: Sequence[Record]) -> list[Panel]:
     """Return a panel per loss, since different losses share no scale."""
     losses = dict.fromkeys(record.loss for record in records)
     return [Panel(("loss",), f"{name} loss", runs=lambda record, name=name: record.loss == name) for name in losses]
+
+
+def passes(records: Sequence[Record]) -> list[Panel]:
+    """Return a panel per pass@k."""
+    names = dict.fromkeys(name for record in records for row in record.evals for name in row if re.fullmatch(r"pass@\d+", name))
+    return [Panel((name,), f"{name}, held out", bounds=(-0.02, 1.02)) for name in names]
 
 
 def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
@@ -117,13 +126,23 @@ def _fill(ax: Axes, panel: Panel, curves: Sequence[tuple[Record, str, str]]) -> 
         if panel.has_evals:
             steps, values = series(record.evals, name)
             ax.plot(steps, values, color=color, **EVAL_STYLE)
-            seen.append(values)
+            seen += [values, *_interval(ax, record, name, color)]
     _style(ax, panel, np.concatenate(seen))
     if all(record.is_online_run for record, _, _ in curves):
         ax.set_xlabel("round")
     first, last = ax.get_xlim()
     if last - first < 1:  # a single step: no fractions at the ticks
         ax.set_xlim(first - 1, last + 1)
+
+
+def _interval(ax: Axes, record: Record, name: str, color: str) -> list[np.ndarray]:
+    """Draw the confidence interval of each evaluation: a band, and a line at each point, which a single one has too."""
+    steps, low = series(record.evals, name + intervals.LOW)
+    _, high = series(record.evals, name + intervals.HIGH)
+    if len(low) == len(high) > 0:
+        ax.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+        ax.vlines(steps, low, high, color=color, linewidth=0.8, alpha=0.5)
+    return [low, high]
 
 
 def _style(ax: Axes, panel: Panel, seen: np.ndarray) -> None:

@@ -1,7 +1,9 @@
 """A table of runs in Markdown."""
 
+import re
 from collections.abc import Sequence
 
+from halos import intervals
 from halos.report.read import Record, series
 
 # In this order, where a run has them; each run's objective is added.
@@ -32,7 +34,8 @@ def table(records: Sequence[Record]) -> str:
 
 def _shown(records: Sequence[Record]) -> list[str]:
     reported = {name for record in records for row in record.evals for name in row}
-    wanted = [*METRICS, *[str(record.node("objective").get("metric")) for record in records]]
+    passes = sorted(name for name in reported if re.fullmatch(r"pass@\d+", name))
+    wanted = [*METRICS, *passes, *[str(record.node("objective").get("metric")) for record in records]]
     return [name for name in dict.fromkeys(wanted) if name in reported]
 
 
@@ -56,12 +59,15 @@ def _steps(record: Record) -> str:
 
 
 def _change(record: Record, name: str) -> str:
-    """Format as `0.6931 → 0.412`, with the step of the first evaluation where that is not 0."""
+    """Format as `0.6931 → 0.412`, with the step of the first evaluation where that is not 0 and the interval of the last."""
     steps, values = series(record.evals, name)
     if not len(values):
         return ""
-    first = _number(values[0]) + (f" (step {steps[0]:.0f})" if steps[0] else "")
-    return first if len(values) == 1 else f"{first} → {_number(values[-1])}"
+    first, last = _number(values[0]) + (f" (step {steps[0]:.0f})" if steps[0] else ""), _number(values[-1])
+    row = next(row for row in reversed(record.evals) if name in row)
+    bounds = [_number(row[name + end]) for end in (intervals.LOW, intervals.HIGH) if isinstance(row.get(name + end), float)]
+    interval = f" ({' to '.join(bounds)})" if len(bounds) == 2 else ""
+    return f"{first if len(values) == 1 else f'{first} → {last}'}{interval}"
 
 
 def _number(value: float) -> str:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import html
-import math
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from halos.confined import write_whole
-from halos.rollout.feedback import CLOSE
 from halos.rollout.types import EVAL, TRAIN, Rollout, Row, Sample, Score, by_prompt, question
 
 PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # verdicts of a judge that compares two answers
-EVAL_METRICS = ("reward", "reward/std", "length", "cut", "samples", "examples")  # of an evaluation by generated answers
 MAX_SHOWN = 600  # characters of a prompt or completion in the examples
 
 
@@ -45,39 +42,26 @@ def of_samples(rollouts: Sequence[Rollout], *, split: str) -> dict[str, float]:
     return metrics
 
 
-def win_rate(rollouts: Sequence[Rollout], first: Sequence[Rollout]) -> float | None:
-    """The fraction of evaluation prompts that are answered better than by the first policy; a tie counts as 0.5."""
-
-    def scored(some: Sequence[Rollout]) -> list[Rollout]:
-        return [rollout for rollout in of_split(some, EVAL) if rollout.score.value is not None]
-
-    before = {rollout.prompt.id: rollout.reward for rollout in scored(first)}
-    pairs = [(each.reward, before[each.prompt.id]) for each in scored(rollouts) if each.prompt.id in before]
-    if not pairs:
-        return None
-    return statistics.fmean(0.5 if math.isclose(now, then, abs_tol=CLOSE) else float(now > then) for now, then in pairs)
-
-
 def with_verdicts(samples: Sequence[Sample], pairs: Sequence[Row]) -> list[Rollout]:
     """Samples with the verdicts of a judge that compares; None for those it did not compare, or whose answer was unreadable."""
     verdicts: dict[tuple[str, int], str] = {}
-    eval_verdicts: dict[str, str] = {}
+    eval_verdicts: dict[tuple[str, int], str] = {}
     for pair in pairs:
         if pair.get("split") == EVAL and pair.get("won") is not None:
-            eval_verdicts[pair["prompt_id"]] = {1.0: PREFERRED, 0.5: TIE, 0.0: OTHER}[pair["won"]]
+            eval_verdicts[(pair["prompt_id"], pair["sample_id_A"])] = {1.0: PREFERRED, 0.5: TIE, 0.0: OTHER}[pair["won"]]
         elif pair.get("split") != EVAL and pair.get("verdict") is not None:
             for letter in ("A", "B"):
                 verdict = TIE if pair["verdict"] == "tie" else PREFERRED if pair["verdict"] == letter else OTHER
                 verdicts[(pair["prompt_id"], pair[f"sample_id_{letter}"])] = verdict
-    found = [eval_verdicts.get(each.prompt.id) if each.prompt.is_eval else verdicts.get(each.key) for each in samples]
+    found = [(eval_verdicts if each.prompt.is_eval else verdicts).get(each.key) for each in samples]
     return [Rollout(each, Score(None, verdict=verdict)) for each, verdict in zip(samples, found, strict=True)]
 
 
 def examples(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
-    """`count` answers to evaluation prompts, then for `count` training prompts the best and the worst sample, or two that a judge
+    """For `count` evaluation prompts, then for `count` training prompts, the best and the worst sample, or two that a judge
     compared."""
-    shown = of_split(rollouts, EVAL)[:count]
-    for group in by_prompt(of_split(rollouts, TRAIN))[:count]:
+    shown = list[Rollout]()
+    for group in (group for split in (EVAL, TRAIN) for group in by_prompt(of_split(rollouts, split))[:count]):
         scored = sorted((each for each in group if each.score.value is not None), key=lambda each: each.reward)
         compared = [each for verdict in (PREFERRED, OTHER) for each in group if each.score.verdict == verdict]
         pair = [compared[0], compared[-1]] if len(compared) > 1 else []
@@ -85,15 +69,18 @@ def examples(rollouts: Sequence[Rollout], count: int) -> list[Rollout]:
     return shown
 
 
-def write_examples(directory: Path, rollouts: Sequence[Rollout], title: str) -> None:
-    """Write samples.md and a self-contained samples.html."""
-    lines = [f"# {title}", "", "| split | score | prompt | completion |", "| --- | --- | --- | --- |"]
+def write_examples(directory: Path, rollouts: Sequence[Rollout], title: str, held_out: Sequence[str] = ()) -> None:
+    """Write samples.md and a self-contained samples.html. `held_out`: what the evaluation measured, as text."""
+    summary = f"held out: {', '.join(held_out)}" if held_out else ""
+    lines = [f"# {title}", "", *([summary, ""] if summary else [])]
+    lines += ["| split | score | prompt | completion |", "| --- | --- | --- | --- |"]
     cells = [(each.prompt.split or TRAIN, _score(each.score), _short(question(each.prompt.turns)), _short(each.sample.text))
              for each in rollouts]  # fmt: skip
     lines += ["| " + " | ".join(part.replace("|", "\\|").replace("\n", "<br>") for part in cell) + " |" for cell in cells]
     write_whole(directory / "samples.md", "\n".join(lines) + "\n")
     body = "".join("<tr>" + "".join(f"<td>{html.escape(part)}</td>" for part in cell) + "</tr>" for cell in cells)
-    write_whole(directory / "samples.html", PAGE.format(title=html.escape(title), style=STYLE, rows=body))
+    page = PAGE.format(title=html.escape(title), style=STYLE, summary=html.escape(summary), rows=body)
+    write_whole(directory / "samples.html", page)
 
 
 def _score(score: Score) -> str:
@@ -109,5 +96,5 @@ STYLE = (
     "td,th{vertical-align:top;padding:.4em .8em;border-bottom:1px solid #ddd;white-space:pre-wrap;text-align:left}"
 )
 PAGE = """<!doctype html><meta charset="utf-8"><title>{title}</title><style>{style}</style>
-<h1>{title}</h1><table><tr><th>split</th><th>score</th><th>prompt</th><th>completion</th></tr>{rows}</table>
+<h1>{title}</h1><p>{summary}</p><table><tr><th>split</th><th>score</th><th>prompt</th><th>completion</th></tr>{rows}</table>
 """

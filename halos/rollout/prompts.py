@@ -16,7 +16,7 @@ from halos.data.formats import read_prompt
 from halos.data.order import Order
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
-from halos.rollout.types import EVAL, TRAIN, Prompt, Turns
+from halos.rollout.types import EVAL, TRAIN, Prompt, Turns, seed_of
 from halos.types import Demonstration
 
 
@@ -67,13 +67,13 @@ def digest(prompts: Sequence[Prompt]) -> str:
 def _read(record: DataRow, taken: Collection[str], others: Collection[str]) -> Prompt:
     turns, solution = read_prompt(record)
     row, is_prompt_row = record.record, record.record.get("type") == "prompt"
-    own: Mapping[str, Any] = row if is_prompt_row else {}  # only rows of a prompts.jsonl may set samples and temperature
+    own: Mapping[str, Any] = row if is_prompt_row else {}  # only rows of a prompts.jsonl may set how they are sampled
     if row.get("prompt_id") is not None:
         name = _unused(str(row["prompt_id"]), others)
     else:  # `a.jsonl:3` without the directory: random numbers depend on the name, and must not change when a file moves
         name = _unused(record.where.rpartition("/")[2], taken, others)
     samples = int(own["samples"]) if own.get("samples") is not None else None
-    return Prompt(name, tuple(map(dict, turns)), own.get("split"), samples, own.get("temperature"),
+    return Prompt(name, tuple(map(dict, turns)), own.get("split"), samples, own.get("temperature"), own.get("seed"),
                   {} if solution is None else {"solution": solution})  # fmt: skip
 
 
@@ -91,10 +91,14 @@ def for_round(prompts: Sequence[Prompt], number: int, *, count: int, samples: in
     return [replace(prompts[index], samples=samples, split=TRAIN) for index in dict.fromkeys(chosen)]
 
 
-def eval_prompts(prompts: Sequence[Prompt], *, count: int, seed: int) -> list[Prompt]:
-    """The evaluation prompts, which every round's policy answers once each, greedily."""
+def eval_prompts(
+    prompts: Sequence[Prompt], *, count: int, seed: int, samples: int = 1, temperature: float = 0.0
+) -> list[Prompt]:  # fmt: skip
+    """The evaluation prompts, which every round's policy answers: greedily, or several times at a temperature with seeds of their
+    own, the same in every round, so that two policies are compared on the same random numbers."""
     if not prompts or not count:
         return []
     order = Order(np.zeros(len(prompts), np.int32), [1.0], 1, seed)
     chosen = sorted(int(order.batch(position)[0]) for position in range(min(count, len(prompts))))
-    return [replace(prompts[index], samples=1, temperature=0.0, split=EVAL) for index in chosen]
+    own = seed_of(seed, EVAL, 0) if temperature else None  # no seed of training's: those are numbers, and this is a hash
+    return [replace(prompts[index], samples=samples, temperature=temperature, seed=own, split=EVAL) for index in chosen]

@@ -40,6 +40,7 @@ class Prompt:
     split: str | None = None  # train | eval; None until that is decided
     samples: int | None = None  # overrides the common number of samples
     temperature: float | None = None  # overrides the common temperature; 0: greedy
+    seed: int | None = None  # overrides the common seed
     columns: Mapping[str, Any] = field(default_factory=dict)  # of the data, as reward functions see them, such as `solution`
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), compare=False, repr=False)
     """Token ids for the engine, the template's generation prompt included; not written to files."""
@@ -49,7 +50,7 @@ class Prompt:
         return self.split == EVAL
 
     def to_row(self) -> Row:
-        own = {"samples": self.samples, "temperature": self.temperature, "split": self.split}
+        own = {"samples": self.samples, "temperature": self.temperature, "seed": self.seed, "split": self.split}
         return {"type": "prompt", "prompt_id": self.id, "prompt": list(self.turns), **self.columns, **_without_none(own)}
 
 
@@ -137,8 +138,7 @@ class Sample:
 
     def token_row(self) -> Row:
         """Token ids and log-probs, where known; other tools may have ids without log-probs."""
-        ids, logps = list(self.ids) or None, list(self.logps) or None
-        return _without_none({"output_ids": ids, "logps": logps, "vocabulary": self.vocabulary})
+        return _without_none({"output_ids": [*self.ids] or None, "logps": [*self.logps] or None, "vocabulary": self.vocabulary})
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> Sample:
@@ -230,10 +230,10 @@ def seed_of(seed: int, prompt_id: str, sample_id: int) -> int:
 
 
 def requests_for(prompts: Iterable[Prompt], *, samples: int, temperature: float, max_new_tokens: int, seed: int) -> list[Request]:
-    """Requests for every sample of every prompt, in order. A prompt's own `samples` and `temperature` take precedence."""
+    """Requests for every sample of every prompt, in order. A prompt's own settings take precedence."""
     return [
         Request(
-            prompt, number, ids, seed_of(seed, prompt.id, number),
+            prompt, number, ids, seed_of(seed if prompt.seed is None else prompt.seed, prompt.id, number),
             float(temperature if prompt.temperature is None else prompt.temperature), max_new_tokens,
         )
         for prompt in prompts

@@ -15,7 +15,7 @@ from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.errors import UserError
 from halos.examples import Completion, Item
-from halos.rollout.measure import EVAL_METRICS
+from halos.rollout import evaluation
 from halos.types import Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 ALWAYS = ("loss", "examples")
@@ -25,7 +25,7 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
     """Raises UserError if no evaluation yields objective.metric, whatever the data: neither by the loss, nor by the hooks named
     `measuring`, which are not called where there is no evaluation."""
     metric = config.objective.metric
-    names = frozenset(EVAL_METRICS) if config.online is not None else metrics_of(loss)
+    names = frozenset(evaluation.metric_names(config.online)) if config.online is not None else metrics_of(loss)
     if names is None or metric in names or bool(config.data.eval) == bool(measuring):
         return
     if measuring:

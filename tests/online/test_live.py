@@ -214,6 +214,24 @@ def test_a_resumed_live_loop_is_as_long_and_as_hot_as_its_own_keys_say(tmp_path:
         train.start([f"resume={run}", "online.steps=6", "train.steps=5"])
 
 
+def test_several_answers_are_sampled_with_the_same_random_numbers_at_every_evaluation(tmp_path: Path, cache: Path) -> None:
+    words = [*SMALL, *LIVE, "online.eval_samples=3", "online.eval_temperature=0.7", "online.steps=2", "train.eval_every=1",
+             "train.eval_at_start=true", "optim.lr=1e-12", "online.pass_reward=-1.5", "objective.metric=pass@3",
+             f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]  # fmt: skip
+    assert train.start(words) == 0
+    first, *others = [{key: value for key, value in row.items() if key not in ("step", "seconds")}
+                      for row in rows(tmp_path / "run", "eval")]  # fmt: skip
+    assert others == [first, first], "the policy has not moved, and the random numbers are the same"
+    assert (first["samples"], first["avg@3"]) == (12, first["reward"])
+    assert 0 <= first["pass@1"] <= first["pass@3"] <= first["pass@3/ci_high"] <= 1
+    assert first["reward/ci_low"] < first["reward"] < first["reward/ci_high"]
+    assert first["reward/std"] > 0, "the answers differ"
+    text = (tmp_path / "run" / "train.log").read_text()
+    assert "4 held out, 3 answers of each at temperature 0.7; from the reward -1.5 on an answer passes" in text
+    assert f"pass@3 {first['pass@3']:.4g} ({first['pass@3/ci_low']:.3g} to" in text
+    assert f"held out: reward {first['reward']:.4g} (" in (tmp_path / "run" / "samples.md").read_text()
+
+
 def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
     for words, said in (
         (["online.loss=kto"], "for which it needs online.rounds"),
@@ -224,6 +242,10 @@ def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
         (["online.feedback.kind=pairwise"], "online.feedback.kind=pairwise: a live loop of grpo learns from scalar feedback"),
         (["online.sampler.name=openai", "online.sampler.url=http://x/v1"], "a live loop samples with"),
         (["online.sampler.max_new_tokens=512"], "no prompt leaves room"),
+        (["online.eval_samples=4"], "online.eval_samples=4 with online.eval_temperature=0 is the same answer 4 times"),
+        (["online.pass_reward=1"], "online.pass_reward is of pass@k, which takes several answers"),
+        (["online.eval_temperature=0.7", "data.eval=[]"], "and there are none (data.eval=[]): leave it out"),
+        (["online.eval_samples=4", "online.eval_temperature=1", "objective.metric=pass@8"], "did you mean pass@"),
     ):
         with pytest.raises(UserError, match=re.escape(said)):
             train.start([*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *LIVE, *words, "exp_name=no"])

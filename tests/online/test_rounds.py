@@ -108,7 +108,10 @@ def test_an_online_run_leaves_metrics_samples_feedback_and_a_final_model(whole: 
     assert {"reward", "reward/std", "length", "kl", "unique", "cost", "seconds/sample", "seconds/train"} <= started.rows("train")[
         1
     ].keys()
-    assert started.rows("eval")[0]["win_rate"] == 0.5
+    first, *_ = started.rows("eval")
+    assert first["win_rate"] == 0.5
+    assert first["reward/ci_low"] < first["reward"] < first["reward/ci_high"]
+    assert f"held-out reward {first['reward']:.4g} ({first['reward/ci_low']:.3g} to" in (started.run / "train.log").read_text()
     feedback = read(started.run / "rounds" / "000" / "feedback.jsonl")
     for name in ("generator_sha256", "labeller", "prompt_id", "seed_A", "seed_B", "reward_A", "cost"):
         assert feedback[0][name] is not None

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
 from halos.errors import UserError
 from halos.report.__main__ import main
-from halos.report.plots import OPTIMIZER, REWARDS, Panel, draw, learning_curves, smooth
+from halos.report.plots import OPTIMIZER, REWARDS, Panel, draw, learning_curves, passes, smooth
 from halos.report.read import Record, read_runs, series
 from halos.report.table import table
 
@@ -109,6 +110,26 @@ def test_an_unusual_objective_gets_a_column(tmp_path: Path):
     config = {"objective": {"metric": "logps/chosen", "mode": "max"}}
     (row,) = cells(table(read_runs([save(tmp_path / "a", rows, config=config)])[0]))
     assert row["held-out logps/chosen"] == "-9 → -4"
+
+
+def test_intervals_are_in_the_table_and_drawn(tmp_path: Path):
+    def held_out(step: int, reward: float) -> Row:
+        more = {"reward/ci_low": reward - 0.125, "reward/ci_high": reward + 0.125, "pass@4": 0.5, "pass@4/ci_low": 0.25,
+                "pass@4/ci_high": 0.75}  # fmt: skip
+        return eval_row(step, reward=reward, **more)
+
+    records, _ = read_runs([save(tmp_path / "a", [held_out(0, 0.25), held_out(5, 0.5)]), save(tmp_path / "b", dpo_rows())])
+    row, other = cells(table(records))
+    assert row["held-out reward"] == "0.25 → 0.5 (0.375 to 0.625)"
+    assert (row["held-out pass@4"], other["held-out pass@4"]) == ("0.5 → 0.5 (0.25 to 0.75)", "")
+    figure = drawn(records, [*REWARDS, *passes(records)])
+    axes = {axis.get_title(loc="left"): axis for axis in figure.axes}
+    (band,) = [each for each in axes["Reward"].collections if isinstance(each, PolyCollection)]
+    corners = {(float(x), float(y)) for x, y in band.get_paths()[0].vertices}
+    assert corners == {(0, 0.125), (0, 0.375), (5, 0.375), (5, 0.625)}
+    assert axes["Reward"].get_ylim()[0] < 0.125
+    assert axes["Reward"].get_ylim()[1] > 0.625, "within the panel"
+    assert len(axes["pass@4, held out"].get_lines()) > 0
 
 
 def test_a_first_evaluation_after_the_start_has_its_step(tmp_path: Path):

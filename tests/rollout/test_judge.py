@@ -201,3 +201,24 @@ def test_a_judge_compares_in_an_order_that_is_drawn_and_recorded(stub: Callable[
     (tmp_path / "f.jsonl").unlink()
     assert label(command) == 0
     assert (read(tmp_path / "f.jsonl"), sum(server.paid.values())) == (rows, paid)
+
+
+def test_each_answer_to_an_evaluation_prompt_is_compared_with_the_first_policys_of_its_number(
+    stub: Callable[..., Stub], tmp_path: Path
+) -> None:
+    server = stub()
+    prompts = [Prompt(f"p{n}", ({"role": "user", "content": f"question {n}"},), "eval") for n in range(6)]
+    for name, count in (("samples", 3), ("first", 2)):
+        write(tmp_path / f"{name}.jsonl", [Sample(each, n, f"{name} {n}").to_row() for each in prompts for n in range(count)])
+    files = [str(tmp_path / name) for name in ("samples.jsonl", "f.jsonl")]
+    words = ["--judge", "j", "--url", server.url, "--pairwise", "--against", str(tmp_path / "first.jsonl")]
+    assert label([*files, *words, "--scores", str(tmp_path / "scores.jsonl")]) == 0
+    rows, told = read(tmp_path / "scores.jsonl"), read_meta(tmp_path / "f.jsonl")
+    assert len(rows) == told["compared"] == 12, "the third answers have no opponent"
+    assert all(row["sample_id_A"] == row["sample_id_B"] for row in rows)
+    won: dict[str, list[float]] = {}
+    for row in rows:
+        won.setdefault(row["prompt_id"], []).extend([] if row["won"] is None else [row["won"]])
+    means = [sum(group) / len(group) for group in won.values() if group]
+    assert told["win_rate"] == pytest.approx(sum(means) / len(means))
+    assert told["win_rate/ci_low"] < told["win_rate"] < told["win_rate/ci_high"]

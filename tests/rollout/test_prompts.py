@@ -1,13 +1,14 @@
 """No prompt is used twice before all were used once, whatever the size of a round."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from halos.errors import UserError
 from halos.rollout.prompts import digest, eval_prompts, for_round, read_prompts
-from halos.rollout.types import Prompt
+from halos.rollout.types import Prompt, requests_for
 
 ROWS = [Prompt(str(n), ({"role": "user", "content": str(n)},)) for n in range(10)]
 
@@ -31,6 +32,22 @@ def test_a_round_larger_than_the_data_has_each_prompt_once() -> None:
 def test_evaluation_prompts_are_answered_once_and_greedily() -> None:
     rows = eval_prompts(ROWS, count=3, seed=0)
     assert [(row.samples, row.temperature, row.split) for row in rows] == [(1, 0.0, "eval")] * 3
+
+
+def test_several_answers_have_seeds_of_their_own_the_same_in_every_round(tmp_path: Path) -> None:
+    held_out = eval_prompts(ROWS, count=3, seed=0, samples=2, temperature=0.7)
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(prompt.to_row()) + "\n" for prompt in held_out))
+    again = read_prompts([str(tmp_path / "prompts.jsonl")], "train")
+    assert again == held_out, "as a stage of a round reads them"
+
+    def seeds(prompts: list[Prompt], seed: int) -> set[int]:
+        return {each.seed for each in requests_for(prompts, samples=9, temperature=1.0, max_new_tokens=4, seed=seed)}
+
+    assert len(seeds(held_out, 0)) == 6
+    assert seeds(held_out, 0) == seeds(again, 1_000_003), "whatever the round's seed"
+    same_ids = [replace(prompt, samples=2, temperature=None, seed=None, split="train") for prompt in held_out]
+    assert not seeds(held_out, 0) & {seed for number in range(500) for seed in seeds(same_ids, number)}
+    assert seeds(held_out, 0) != seeds(eval_prompts(ROWS, count=3, seed=1, samples=2, temperature=0.7), 0)
 
 
 def test_rows_of_one_prompt_are_one_and_answers_come_along(tmp_path: Path) -> None:

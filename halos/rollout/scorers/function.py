@@ -33,6 +33,7 @@ class Functions(Scorer):
     takes = ("functions", "processes", "timeout")
     addresses = ()
     recorded_since = ("code",)
+    full_marks = 1.0  # of exact_match, maths and most of a user's own
 
     @classmethod
     def code(cls, settings: Settings, *, plugins: Sequence[str]) -> dict[str, str | None]:

@@ -52,6 +52,7 @@ class Scorer(ABC):
     paths: ClassVar[tuple[str, ...]] = ()  # keys that name a file or a model: a resume compares what these hold, not the names
     addresses: ClassVar[tuple[str, ...]] = ("url",)  # keys that name servers: never taken from a saved run
     recorded_since: ClassVar[tuple[str, ...]] = ()  # entries of its request that older versions did not record
+    full_marks: ClassVar[float | None] = None  # the reward of a right answer, unless online.pass_reward says; None: any scale
 
     @classmethod
     def problem(cls, settings: Settings, spelled: Callable[[str], str]) -> str | None:
