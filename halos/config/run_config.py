@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
 
     `text` is config.yaml's; `attempts` are name -> text. Raises UserError where halos has not written one of the files.
     """
+    return deepcopy(_load(text, tuple(attempts.items()), run_dir))
+
+
+@lru_cache(8)  # a resume reads its configuration several times, and OmegaConf takes a tenth of a second to check it
+def _load(text: str, attempts: tuple[tuple[str, str], ...], run_dir: str) -> dict[str, Any]:
     settings = _parsed(text, f"{run_dir}/config.yaml")
     if not settings:
         raise UserError(f"{run_dir}/config.yaml holds no configuration")
@@ -56,7 +62,7 @@ def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]
             settings[section].setdefault(name, copy(value))
     settings = {**deepcopy(ADDED_SECTIONS), **settings}
     legacy_sections.upgrade(settings)
-    for name, record in attempts.items():
+    for name, record in attempts:
         changed = _parsed(record, f"{run_dir}/attempts/{name}").get("changed") or {}
         try:
             resume_policy.apply_changes(settings, {renamed_keys.current_name(key): values for key, values in changed.items()})
