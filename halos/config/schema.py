@@ -156,7 +156,9 @@ class Sampler:
     python: str | None = key(on_resume=SAFE, path=True)
     url: str | None = key(on_resume=SAFE)
     model: str | None = key()
-    concurrency: int = key(least=1, on_resume=SAFE)
+    concurrency: int | None = key(least=1, on_resume=SAFE)
+    tensor_parallel: int = key(least=1, on_resume=SAFE)  # up to the rounding of sums in another order
+    replicas: int = key(least=1, on_resume=SAFE)
 
 
 @dataclass

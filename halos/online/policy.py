@@ -17,7 +17,7 @@ from halos.logps.model import bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of
 from halos.online.unsharded import POLICY, Unsharded
-from halos.rollout.engines.engine import Engine, PolicyServer, open_engine
+from halos.rollout.engines.engine import Engine, PolicyServer, open_engine, stop_ids
 
 
 class PolicyEngine:
@@ -28,6 +28,8 @@ class PolicyEngine:
         self.run, self.server, self.policy = run, server, policy
         self.settings = run.config.online.sampler
         self._served: int | None = None  # the step whose weights the server has
+        if server is not None:
+            server.stops = tuple(stop_ids(bare(run.model).generation_config, run.tokenizer))
 
     @contextmanager
     def opened(self) -> Iterator[Engine]:
@@ -37,7 +39,9 @@ class PolicyEngine:
             yield self.server
             return
         with self.policy.opened() as model:
-            yield open_engine(self.settings, POLICY, directory=None, tokenizer=self.run.tokenizer, model=lambda: model)
+            dtype = str(model.dtype).removeprefix("torch.")
+            yield open_engine(self.settings, POLICY, directory=None, tokenizer=self.run.tokenizer, model=lambda: model,
+                              dtype=dtype)  # fmt: skip
 
     def _push(self, server: PolicyServer) -> None:
         """Load the policy into the server, once a step, through a directory that both can read; LoRA is merged into the base."""
@@ -56,7 +60,7 @@ class PolicyEngine:
                     merge.merge(case.base, case.adapter, hidden / "model", model=bare(run.model), dtype=case.dtype,
                                 vocabulary=case.vocabulary, tokens=case.tokens)  # fmt: skip
             server.load(directory / "model")
-        self._served = run.step
+        server.weights, self._served = directory / "model", run.step
         run.accelerator.wait_for_everyone()
 
 

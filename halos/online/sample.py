@@ -14,6 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from halos.rollout.prompts import fitting, read_prompts
 from halos.rollout.ranks import Ranks, local_device
 from halos.rollout.types import TRAIN, Origin, Prompt, Request, Row, Sample, requests_for
 
-CHUNK = 4  # batches that are sampled and stored together: what a crash can lose
+CHUNK = 4  # batches that are sampled and stored together by an engine that shares batches: what a crash can lose
 
 
 def parser() -> argparse.ArgumentParser:
@@ -115,14 +116,19 @@ def _checked(args: argparse.Namespace) -> Sampler:
 
 
 def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ranks: Ranks) -> None:
-    """Sample the requests that have no sample yet, in chunks of batches that hold the same requests after a crash."""
+    """Sample this rank's share of the requests that have no sample yet."""
     size, store = CHUNK * policy.sampler.batch_size, FileStore[Sample](file)
+    if not engine_class(policy.sampler.name).shares_batches:
+        size = 1
     chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
     mine = [chunk for chunk in chunks[ranks.rank :: ranks.world] if not all(store.has(each.key) for each in chunk)]
     if not mine:
         return
-    with tqdm(total=sum(map(len, mine)), desc="sampling", unit="sample", delay=1, disable=None if ranks.main else True) as bar:
-        for _ in collect.sample(mine, policy.engine(), store):
+    with (
+        closing(policy.engine()) as engine,
+        tqdm(total=sum(map(len, mine)), desc="sampling", unit="sample", delay=1, disable=None if ranks.main else True) as bar,
+    ):
+        for _ in collect.sample(mine, engine, store):
             bar.update()
 
 
@@ -211,26 +217,32 @@ class Policy:
         return requests, total - len(prompts)
 
     def engine(self) -> Engine:
-        return open_engine(self.sampler, self.origin, directory=self.directory, tokenizer=self.tokenizer, model=self._model)
+        return open_engine(self.sampler, self.origin, directory=self.directory, tokenizer=self.tokenizer, model=self._model,
+                           dtype=self._dtype() if self.directory is not None else "auto")  # fmt: skip
+
+    def _dtype(self) -> str:
+        from halos.distributed.device import has_bfloat16
+        from halos.models.load import weights_dtype
+
+        return str(weights_dtype(self.args.dtype, trained=False, half=has_bfloat16())).removeprefix("torch.")
 
     def _model(self) -> Any:
         assert self.directory is not None
         return self.load(self.directory)
 
     def load(self, directory: Path) -> Any:
+        import torch
         from transformers.utils import logging as transformers_logging
 
         from halos.data.tokenize import end_of_turn
-        from halos.distributed.device import has_bfloat16
-        from halos.models.load import load_model, weights_dtype
+        from halos.models.load import load_model
 
         transformers_logging.disable_progress_bar()
-        device = local_device()
-        dtype = weights_dtype(self.args.dtype, trained=False, half=has_bfloat16())
+        dtype: torch.dtype = getattr(torch, self._dtype())
         model: Any = load_model(
             directory, self.tokenizer, reward=False, dtype=dtype, attention="sdpa", stops=end_of_turn(self.tokenizer)
         )
-        return model.to(device).eval()
+        return model.to(local_device()).eval()
 
     def divergence(self, file: ResumableFile, requests: Sequence[Request]) -> dict[str, Any]:
         """The mean log pi / pi_ref of completions over some samples: an estimate of the KL, in nats per completion."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -12,7 +13,8 @@ from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.types import Key, Request, Rollout, Sample
 
-STORED_AT_ONCE = 64  # scores: what a crash can lose
+STORED_AT_ONCE = 64  # answers or scores: what a crash can lose
+STORED_EVERY = 5.0  # seconds, of answers that come one by one
 
 Item = TypeVar("Item", Sample, Rollout)
 
@@ -60,21 +62,35 @@ def collect(
 def sample(chunks: Iterable[Sequence[Request]], engine: Engine, store: Store[Sample]) -> Iterator[Sample]:
     """Yield samples of every chunk that is incomplete in the store.
 
-    A chunk is sampled as a whole and stored when it is complete, so that after a crash the same requests share a batch and give
-    the same texts. Answers of a paid engine are stored one by one, and none is requested twice.
+    Where the engine's answers depend on the other requests of a call, a chunk is sampled as a whole and stored when it is
+    complete, so that after a crash the same requests share a batch and give the same texts. Any other engine gets all requests
+    at once, so that a slow one holds no other back, and its answers are stored as they come.
     """
+    if not engine.shares_batches:
+        yield from _as_they_come([request for chunk in chunks for request in chunk if not store.has(request.key)], engine, store)
+        return
     for chunk in chunks:
-        missing = [request for request in chunk if not store.has(request.key)]
-        if not missing:
+        if all(store.has(request.key) for request in chunk):
             continue
         fresh = []
-        for each in engine.sample(missing if engine.is_paid else chunk):
+        for each in engine.sample(chunk):
             yield each
             if not store.has(each.key):
                 fresh.append(each)
-            if engine.is_paid:
+        store.keep(fresh)
+
+
+def _as_they_come(missing: Sequence[Request], engine: Engine, store: Store[Sample]) -> Iterator[Sample]:
+    """Store answers that are paid for one by one, so that none is requested twice, and others a few at a time."""
+    fresh, stored = list[Sample](), time.monotonic()
+    try:
+        for each in engine.sample(missing) if missing else ():
+            fresh.append(each)
+            if engine.is_paid or len(fresh) >= STORED_AT_ONCE or time.monotonic() - stored > STORED_EVERY:
                 store.keep(fresh)
-                fresh = []
+                fresh, stored = [], time.monotonic()
+            yield each
+    finally:
         store.keep(fresh)
 
 

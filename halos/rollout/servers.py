@@ -1,22 +1,30 @@
-"""Requests to OpenAI-compatible servers: the key comes from the environment, many run concurrently, each is paid for once."""
+"""Requests to OpenAI-compatible servers: the key comes from the environment, many are in flight, each is paid for once."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
 import httpx
 
 from halos.errors import UserError
+from halos.redaction import redact
+
+log = logging.getLogger(__name__)
 
 Question = TypeVar("Question")
 Answer = TypeVar("Answer")
 
 KEY = "OPENAI_API_KEY"
 CONNECT_TIMEOUT = 10.0  # seconds in which a running server responds
-RETRIES = 6  # by the client, with exponential backoff: 429, 5xx, lost connections
+RETRIES = 6  # by OpenAI's client, with exponential backoff: 429, 5xx, lost connections
+DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # seconds, before each further request to a server of the user's own
+BUSY = (408, 425, 429)  # statuses after which the same request may succeed, besides 5xx
+NOT_FOUND = 404
 
 
 class OverBudgetError(Exception):
@@ -61,12 +69,42 @@ def answers(
     concurrency: int,
     timeout: float,
 ) -> Generator[Answer, None, None]:
-    """Yield results of `ask(client, question)` as they complete, `concurrency` at a time.
+    """Yield results of `ask(client, question)` of OpenAI's client as they complete, `concurrency` at a time.
 
     Raises UserError for a server that does not answer, and OverBudgetError when `ask` does. Requests in flight at that moment,
     or when the generator is closed, may be paid for already: they are awaited, and `ask` stores their answers.
     """
-    loop, results = asyncio.new_event_loop(), _results(questions, ask, url, concurrency, timeout)
+    import openai
+
+    # the client reads the key from the environment; it is stored nowhere else
+    pool: Any = openai.DefaultAsyncHttpxClient(limits=connections(concurrency))
+    client = openai.AsyncOpenAI(base_url=url, max_retries=RETRIES, timeout=timeout, http_client=pool)
+    try:
+        yield from concurrently(questions, ask, client=client, limit=concurrency, paid=True)
+    except openai.APIError as error:
+        reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
+        raise UserError(
+            f"{url or 'the API'} does not answer: {reason}. Answers so far are kept: the same command asks for the rest"
+        ) from error
+
+
+def connections(limit: int) -> Any:
+    """As many connections as requests in flight, so that none waits for another's."""
+    return httpx.Limits(max_connections=limit, max_keepalive_connections=limit)
+
+
+def concurrently(
+    questions: Sequence[Question],
+    ask: Callable[[Any, Question], Coroutine[Any, Any, Answer]],
+    *,
+    client: AbstractAsyncContextManager[Any],
+    limit: int,
+    paid: bool,
+) -> Generator[Answer, None, None]:
+    """Yield results of `ask(client, question)` as they complete, `limit` at a time. After the first exception of `ask` no more
+    are asked; the results of those in flight are yielded, then it is raised. Where the generator is closed, those in flight are
+    awaited if they are `paid`, so that `ask` can store them, else cancelled."""
+    loop, results = asyncio.new_event_loop(), _results(questions, ask, client, limit, paid)
     try:
         while True:
             try:
@@ -81,31 +119,66 @@ def answers(
 async def _results(
     questions: Sequence[Question],
     ask: Callable[[Any, Question], Coroutine[Any, Any, Answer]],
-    url: str | None,
-    concurrency: int,
-    timeout: float,
+    client: AbstractAsyncContextManager[Any],
+    limit: int,
+    paid: bool,
 ) -> AsyncGenerator[Answer, None]:
-    import openai
-
-    # the client reads the key from the environment; it is stored nowhere else
-    async with openai.AsyncOpenAI(base_url=url, max_retries=RETRIES, timeout=timeout) as client:
-        slots, closing = asyncio.Semaphore(concurrency), asyncio.Event()
+    async with client as opened:
+        slots, closing = asyncio.Semaphore(limit), asyncio.Event()
 
         async def ask_one(question: Question) -> Answer:
             async with slots:
                 if closing.is_set():
                     raise _ClosingError
-                return await ask(client, question)
+                return await ask(opened, question)
 
         tasks = [asyncio.ensure_future(ask_one(question)) for question in questions]
+        failure: Exception | None = None
         try:
             for done in asyncio.as_completed(tasks):
-                yield await done
-        except openai.APIError as error:
-            reason = f"{type(error).__name__}: {str(error).rstrip('.')}"
-            raise UserError(
-                f"{url or 'the API'} does not answer: {reason}. Answers so far are kept: the same command asks for the rest"
-            ) from error
+                try:
+                    result = await done
+                except Exception as error:
+                    failure = failure or error
+                    closing.set()
+                else:
+                    yield result
+            if failure is not None:
+                raise failure
         finally:
             closing.set()
+            for task in tasks if not paid else ():
+                task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def post(
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], *, not_found: str, lost: Callable[[], None],
+    ready: Callable[[], Awaitable[None]] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The JSON that a server of the user's own answers. Asks again where it does not answer or is overloaded, for about two
+    minutes, in which a server that is restarted loads its model. `lost` is called where the connection breaks, and `ready` is
+    awaited before it is asked. Raises UserError, with the remedy `not_found` where the server has no such URL."""
+    for delay in (*DELAYS, None):
+        if ready is not None:
+            await ready()
+        try:
+            response = await client.post(url, json=body)
+            response.raise_for_status()
+            return response.json() if response.content else {}
+        except httpx.HTTPStatusError as error:
+            status = error.response.status_code
+            problem = f"answers {status}: {redact(error.response.text)[:300]}"
+            if delay is None or (status < 500 and status not in BUSY):
+                raise UserError(f"{url} {problem}{f'; {not_found}' if status == NOT_FOUND else ''}") from error
+        except httpx.TransportError as error:
+            lost()
+            problem = f"does not answer: {type(error).__name__}: {error}"
+            if delay is None or isinstance(error, httpx.ReadTimeout | httpx.UnsupportedProtocol):
+                raise UserError(f"{url} {problem}") from error
+        except (httpx.InvalidURL, ValueError) as error:
+            raise UserError(f"{url} does not answer: {type(error).__name__}: {error}") from error
+        if delay == DELAYS[0]:
+            log.warning("%s %s; asking again for up to %d seconds", url, problem, sum(DELAYS))
+        await asyncio.sleep(delay)
+    raise AssertionError("the last delay is None")

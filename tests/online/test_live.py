@@ -4,7 +4,7 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from safetensors.torch import load_file
 import train
 from halos.checkpoint.select import step_of
 from halos.errors import UserError
+from halos.models.load import load_model, load_tokenizer
+from halos.models.locate import locate
 from halos.online.live import usable_feedback
 from halos.rollout import feedback
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.types import Demonstration, Judgement
-from tests.rollout.stub import Stub
+from tests.rollout.vllm_server import Behaviour, VLLMServer
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LIVE = [
@@ -153,18 +155,38 @@ def test_other_losses_learn_from_the_same_source(words: list[str], command: Comm
     assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["reward"] > 0
 
 
-def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(command: Command, tmp_path: Path) -> None:
-    server = Stub()
+@pytest.fixture
+def serve(cache: Path) -> Iterator[Callable[..., VLLMServer]]:
+    """`serve(processed=False, ...)`: a server of that behaviour over the tiny model, which runs until the test ends."""
+    place = locate("tiny", None, cache)
+    tokenizer, _ = load_tokenizer(place, add_tokens=[])
+    model = load_model(place, tokenizer, reward=False, dtype=torch.float32, attention="eager")
+    running: list[VLLMServer] = []
+
+    def start(**behaviour: Any) -> VLLMServer:
+        running.append(VLLMServer(model, Behaviour(**behaviour)))
+        return running[-1]
+
+    yield start
+    for each in running:
+        each.close()
+
+
+def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(
+    serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path
+) -> None:
+    server = serve()
     words = ["peft=lora", "online.steps=2", "online.sampler.name=vllm", f"online.sampler.url={server.url}", "exp_name=run"]
-    command(*LIVE, *words)
-    server.close()
+    assert train.start([*SMALL, *LIVE, *words, f"cache_dir={cache}", f"output_root={tmp_path}"]) == 0
+    for row in rows(tmp_path / "run", "train"):
+        assert 0 < row["mismatch/max"] < 1e-4, "the server samples from the weights that it was given"
     served = tmp_path / "run" / "served" / "model"
     assert server.loaded == [str(served)] * 3, "for the steps 0 and 1, and for the last evaluation"
     mine, final = load_file(served / "model.safetensors"), weights(tmp_path / "run")
     assert mine.keys() == final.keys()
     assert all(torch.equal(mine[name], final[name]) for name in final), "what was served last is what was saved, merged"
-    done = command(f"resume={tmp_path / 'run'}", "train.steps=4", check=False)
-    assert (done.returncode, "online.sampler.url" in done.stderr) == (2, True), "where keys are sent is typed again"
+    with pytest.raises(UserError, match=r"online\.sampler\.url"):  # where keys are sent is typed again
+        train.start([f"resume={tmp_path / 'run'}", "train.steps=4"])
 
 
 def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:

@@ -25,7 +25,6 @@ class Stub:
         self.seen: Counter[str] = Counter()  # requests by what they ask
         self.paid: Counter[str] = Counter()
         self.statuses: Counter[int] = Counter()
-        self.loaded: list[str] = []  # weights that a vLLM server was told to read
         self._lock = threading.Lock()
         stub = self
 
@@ -65,13 +64,6 @@ class Stub:
     def answer(self, path: str, body: dict[str, Any], key: str | None) -> tuple[int, str]:
         if self.fail:
             return self.fail, json.dumps({"error": {"message": self.quote}})
-        if path.endswith("/collective_rpc"):
-            self.loaded.append(body["kwargs"]["weights_path"])
-            return 200, "{}"
-        if path.endswith("/reset_prefix_cache"):
-            return 200, ""
-        if path.endswith("/v1/completions"):
-            return 200, json.dumps(self._complete(body))
         text = body["messages"][-1]["content"]
         dice = int(hashlib.sha256(text.encode()).hexdigest(), 16)
         with self._lock:
@@ -85,15 +77,6 @@ class Stub:
         with self._lock:
             self.paid[key or text] += 1
         return 200, json.dumps(_chat(_said(dice, "[ANSWER B]" in text, self.trouble, self.quote), usage=self.usage))
-
-    def _complete(self, body: dict[str, Any]) -> dict[str, Any]:
-        """vLLM's own: token ids in, token ids and log-probs out."""
-        dice = (body["seed"] + sum(body["prompt"])) % 97
-        ids = [10 + (dice + n) % 40 for n in range(body["max_tokens"] - dice % 3)]
-        logps = [-0.25 - 0.125 * (n % 4) for n in range(len(ids))]
-        choice = {"token_ids": ids, "text": "", "finish_reason": "stop" if dice % 3 else "length",
-                  "logprobs": {"token_logprobs": logps}}  # fmt: skip
-        return {"choices": [choice]}
 
 
 def _said(dice: int, compare: bool, trouble: bool, quote: str) -> str:

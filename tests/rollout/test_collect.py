@@ -18,8 +18,9 @@ REQUESTS = requests_for(PROMPTS, samples=2, temperature=1.0, max_new_tokens=4, s
 class Echo:
     """Answers in the reverse order; dies after so many answers."""
 
-    def __init__(self, *, is_paid: bool = False, dies_after: int | None = None) -> None:
-        self.is_paid, self.dies_after, self.asked = is_paid, dies_after, list[list[Any]]()
+    def __init__(self, *, is_paid: bool = False, shares_batches: bool = False, dies_after: int | None = None) -> None:
+        self.is_paid, self.shares_batches, self.dies_after = is_paid, shares_batches, dies_after
+        self.asked = list[list[Any]]()
 
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
         self.asked.append([request.key for request in requests])
@@ -87,15 +88,26 @@ def test_a_rank_samples_its_shard_and_opens_the_engine_even_for_an_empty_one() -
     assert (len(engines), engines[-1].asked) == (3, []), "all processes gather weights together"
 
 
+def test_an_engine_whose_answers_depend_on_nothing_else_gets_all_requests_at_once_and_what_came_is_kept() -> None:
+    store, chunks = InMemory[Sample](), [[request] for request in REQUESTS]
+    store.keep(list(Echo().sample(REQUESTS[:1])))
+    with pytest.raises(RuntimeError):
+        list(sample(chunks, Echo(dies_after=3), store))
+    assert store.items.keys() == {request.key for request in (REQUESTS[0], *REQUESTS[3:])}
+    engine = Echo()
+    list(sample(chunks, engine, store))
+    assert engine.asked == [[request.key for request in REQUESTS[1:3]]]
+
+
 def test_an_incomplete_chunk_is_sampled_again_as_a_whole_and_no_complete_one() -> None:
     store, chunks = InMemory[Sample](), [REQUESTS[:2], REQUESTS[2:4], REQUESTS[4:]]
     store.keep(list(Echo().sample(REQUESTS[:2])))
     before = dict(store.items)
     with pytest.raises(RuntimeError):
-        list(sample(chunks, Echo(dies_after=1), store))
+        list(sample(chunks, Echo(shares_batches=True, dies_after=1), store))
     assert store.items == before, "what stood in an unfinished chunk is drawn again, beside the same requests"
     store.keep(list(Echo().sample(REQUESTS[2:3])))  # of a start whose chunks were other ones
-    engine = Echo()
+    engine = Echo(shares_batches=True)
     list(sample(chunks, engine, store))
     assert engine.asked == [[request.key for request in chunk] for chunk in chunks[1:]]
     assert len(store.items) == 6

@@ -38,7 +38,7 @@ class Echo(Engine):
         return None if settings.url else f"{spelled('url')} is missing: echoes come from somewhere"
 
     @classmethod
-    def open(cls, settings, origin, *, directory, tokenizer, model):
+    def open(cls, settings, origin, *, directory, tokenizer, model, dtype):
         assert directory is None and tokenizer is None
         echo = cls()
         echo.origin = origin

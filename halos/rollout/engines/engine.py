@@ -22,6 +22,7 @@ class Engine(ABC):
     takes: ClassVar[tuple[str, ...]] = ()  # the keys of online.sampler that it reads besides those that all do
     is_paid: bool = False  # answers cost money: each is stored as it comes, and none is requested again after a crash
     reads_tokens: ClassVar[bool] = True  # it takes token ids, and needs the policy's tokenizer; else it takes text
+    shares_batches: ClassVar[bool] = False  # answers depend, by rounding, on the other requests of a call: these stay together
     loads_model: ClassVar[bool] = False  # it samples from a model in this process; a stage then runs on every rank
     addresses: ClassVar[tuple[str, ...]] = ("python", "url")  # keys that name programs and servers: never taken from a saved run
 
@@ -33,9 +34,10 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def open(
-        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]
+        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any], dtype: str
     ) -> Engine:
-        """Open the engine. `directory` holds the policy's weights and `model` loads them; unused by an engine that takes text."""
+        """Open the engine. `directory` holds the policy's weights, and `model` loads them in `dtype`; unused by an engine that
+        takes text."""
 
     @classmethod
     def open_server(cls, settings: Sampler, origin: Origin, *, tokenizer: Any, model: str) -> PolicyServer | None:
@@ -52,15 +54,33 @@ class Engine(ABC):
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Yield a sample for each request, in any order."""
 
+    def close(self) -> None:
+        """Give back what it holds, such as the memory of a GPU. It samples no more."""
+        return
+
 
 class PolicyServer(Engine):
-    """An engine outside this process whose weights can be replaced."""
+    """An engine outside this process whose weights can be replaced. `stops` are the ids that end a completion of the policy, and
+    `weights` those that it must sample from, also after a restart; a live loop sets both on every rank."""
+
+    stops: tuple[int, ...] = ()
+    weights: Path | None = None
 
     @abstractmethod
     def load(self, weights: Path) -> None:
         """Load the weights from a directory that the server can reach; later samples come from them."""
 
 
-def open_engine(settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]) -> Engine:
+def open_engine(
+    settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any], dtype: str
+) -> Engine:
     """Open the engine that the settings name."""
-    return engine_class(settings.name).open(settings, origin, directory=directory, tokenizer=tokenizer, model=model)
+    engine = engine_class(settings.name)
+    return engine.open(settings, origin, directory=directory, tokenizer=tokenizer, model=model, dtype=dtype)
+
+
+def stop_ids(generation_config: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a completion: those of a model's generation config, and the tokenizer's."""
+    own = generation_config.eos_token_id if generation_config is not None else None
+    stops = [own] if isinstance(own, int) else list(own or [])
+    return sorted({*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})

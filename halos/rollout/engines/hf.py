@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from halos.config.schema import Sampler
-from halos.rollout.engines.engine import Engine
+from halos.rollout.engines.engine import Engine, stop_ids
 from halos.rollout.types import Origin, Request, Sample
 
 if TYPE_CHECKING:
@@ -29,18 +29,17 @@ class HFEngine(Engine):
     """A model in this process. It must be unsharded: FSDP's shards are gathered first."""
 
     takes = ("top_k", "cache_tokens")
+    shares_batches = True
     loads_model = True
     addresses = ()
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: Sampler, origin: Origin) -> None:
         self.model, self.tokenizer, self.settings, self.origin = model, tokenizer, settings, origin
-        stops = model.generation_config.eos_token_id if model.generation_config else None
-        stops = [stops] if isinstance(stops, int) else list(stops or [])
-        self.stops = sorted({*stops, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
+        self.stops = stop_ids(model.generation_config, tokenizer)
 
     @classmethod
     def open(
-        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]
+        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any], dtype: str
     ) -> HFEngine:
         return cls(model(), tokenizer, settings, origin)
 

@@ -13,6 +13,7 @@ from halos.rollout.servers import answers, require_client
 from halos.rollout.types import Origin, Request, Sample
 
 TIMEOUT = 600.0  # seconds for one completion
+IN_FLIGHT = 16  # requests by default: answers are paid for, and providers limit their rate
 
 
 class ChatEngine(Engine):
@@ -31,7 +32,7 @@ class ChatEngine(Engine):
 
     @classmethod
     def open(
-        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any]
+        cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any], dtype: str
     ) -> ChatEngine:
         return cls(settings, origin)
 
@@ -40,8 +41,8 @@ class ChatEngine(Engine):
         self.settings, self.origin, self.model = settings, origin, settings.model or origin.generator
 
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        settings = self.settings
-        return answers(requests, self._ask, url=settings.url, concurrency=settings.concurrency, timeout=TIMEOUT)
+        concurrency = self.settings.concurrency or IN_FLIGHT
+        return answers(requests, self._ask, url=self.settings.url, concurrency=concurrency, timeout=TIMEOUT)
 
     async def _ask(self, client: Any, request: Request) -> Sample:
         response = await client.chat.completions.create(
