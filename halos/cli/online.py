@@ -35,6 +35,24 @@ def inner_overrides(overrides: Sequence[str], config: Config) -> list[str]:
     return [f"loss={config.online.loss}", *passed, *config.online.overrides, *recipe]
 
 
+def overrides_of_rounds(overrides: Sequence[str], config: Config, tree: ConfigTree) -> tuple[list[str], bool]:
+    """Return the overrides of the rounds' training, and whether it warms up in the first round alone: with an optimizer that is
+    carried over the learning rate is constant, unless a schedule was chosen, which then acts in every round."""
+    assert config.online is not None
+    loss, *inner = inner_overrides(overrides, config)
+    if not config.online.carry_optimizer or _chooses_schedule([loss, *inner], config, tree):
+        return [loss, *inner], False
+    return [loss, "schedule=constant", *inner], True
+
+
+def _chooses_schedule(overrides: Sequence[str], config: Config, tree: ConfigTree) -> bool:
+    typed = {key.partition("@")[0] for key in typed_keys(overrides)} - {"schedule.warmup"}  # which a constant rate has too
+    if any(key.partition(".")[0] == "schedule" for key in typed):
+        return True
+    chosen, default = compose_inner(config, overrides, tree), tree.compose([])
+    return chosen.schedule.get("_target_") != default.schedule.get("_target_")  # by a recipe, or a loss of the user's
+
+
 def compose_inner(config: Config, overrides: Sequence[str], tree: ConfigTree) -> DictConfig:
     """Compose the configuration of the training inside an online run. Raises UserError for an unusable online.loss."""
     online, known = config.online, tree.choices["loss"]
@@ -101,8 +119,8 @@ def run_rounds(config: Config, command: Sequence[str], changed: Sequence[Change]
 
     assert config.online is not None
     configure_logging(main=True)
-    overrides = inner_overrides(command, config)
     if config.resume:
+        overrides = inner_overrides(command, config)
         since = [text for text in overrides[1:] if text not in config.online.overrides]
         run_dir = RunDir(config.run_dir)
         overrides = [*driver.stored_overrides(run_dir.path), *since]
@@ -110,8 +128,12 @@ def run_rounds(config: Config, command: Sequence[str], changed: Sequence[Change]
         # the rounds themselves set the adapter and its reference for each training
         theirs = {key: value for key, value in added.items() if key.startswith("train.") or key == "optim.fused"}
         overrides += [f"{key}={'null' if value is None else value}" for key, value in theirs.items()]
+        one_warmup = driver.warms_up_once(run_dir.path)
+    else:
+        overrides, one_warmup = overrides_of_rounds(command, config, tree)
     training = round_config(config, overrides, tree)
-    status = driver.run(config, training, overrides, command, changed, partial(RoundPreview, training))
+    preview = partial(RoundPreview, training)
+    status = driver.run(config, training, overrides, command, changed, preview, one_warmup=one_warmup)
     if not config.dry_run and RunDir(config.run_dir).read_metrics():
         _report(config)
     return status

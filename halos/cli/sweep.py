@@ -113,7 +113,7 @@ def _check_jobs(resolved: Sequence[Override], overrides: Sequence[str], tree: Co
         try:
             config = validate.check(tree.compose(job_overrides), overrides, tree.choices)
             if config.online is not None:
-                online.round_config(config, online.inner_overrides(job_overrides, config), tree)
+                online.round_config(config, online.overrides_of_rounds(job_overrides, config, tree)[0], tree)
         except UserError as error:
             swept = [text for text, one in zip(job_overrides, enumerable(resolved), strict=True) if one.is_sweep]
             raise UserError(f"{error} (in the job {' '.join(swept)})" if swept else str(error)) from error

@@ -237,8 +237,6 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return "online.rounds and online.steps exclude each other: give rounds, or steps for a live loop"
     if online.steps is None and (idle := next((name for name in ("minibatches", "epochs") if getattr(online, name) > 1), None)):
         return f"online.{idle}={getattr(online, idle)} is of live loops, and a round trains for train.epochs: leave it out"
-    if online.steps is not None and online.carry_optimizer:
-        return "online.carry_optimizer applies to rounds; a live loop keeps one optimizer throughout: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
     for key in typed_keys(overrides):

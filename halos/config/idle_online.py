@@ -12,9 +12,9 @@ from halos.config.rollout_modules import engine_class
 from halos.config.schema import Config, Online, Sampler
 
 READ_BY_ALL = ("name", "temperature", "top_p", "max_new_tokens", "batch_size")  # keys of online.sampler
-OF_ROUNDS = ("prompts_per_round", "reference", "keep_rounds", "kl_samples", "config_file", "num_processes")  # keys of online
-
-
+# keys of online
+OF_ROUNDS = ("prompts_per_round", "steps_per_round", "carry_optimizer", "reference", "keep_rounds", "kl_samples", "config_file",
+             "num_processes")  # fmt: skip
 OF_ANSWERS = ("eval_samples", "eval_temperature", "pass_reward")  # keys of online about answers to evaluation prompts
 
 
@@ -29,6 +29,8 @@ def complaint(config: Config, overrides: Sequence[str]) -> str | None:
         value = getattr(online, name)
         if f"online.{name}" in typed and value not in (None, "start"):
             return f"online.{name}={value} is of rounds, and has no effect in a live loop (online.steps): leave it out"
+    if "online.steps_per_round" in typed and (sets := _sets_size(online, typed)):
+        return f"online.steps_per_round has no effect with {sets}, which sets the size of a round: give one of them"
     for name in idle_sampler_keys(sampler):
         if f"online.sampler.{name}" in typed:
             takes = ", ".join(engine_class(sampler.name).takes)
@@ -54,6 +56,12 @@ def _of_evaluation(config: Config, online: Online, typed: Collection[str]) -> st
         if online.eval_samples == 1:
             return "online.pass_reward is of pass@k, which takes several answers: give online.eval_samples too, or leave it out"
     return None
+
+
+def _sets_size(online: Online, typed: set[str]) -> str | None:
+    if online.prompts_per_round is not None:
+        return f"online.prompts_per_round={online.prompts_per_round}"
+    return "train.steps" if "train.steps" in typed else None
 
 
 def sampler_keys(sampler: Sampler) -> list[str]:

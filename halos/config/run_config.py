@@ -31,7 +31,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("reference", "adapter"): "off", ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,
-    ("online", "minibatches"): 1, ("online", "epochs"): 1,
+    ("online", "minibatches"): 1, ("online", "epochs"): 1, ("online", "steps_per_round"): 8,
     ("online", "eval_samples"): 1, ("online", "eval_temperature"): 0.0, ("online", "pass_reward"): None,
     ("online", "correction"): "none", ("online", "correction_level"): None, ("online", "correction_cap"): 2.0,
 }  # fmt: skip

@@ -196,7 +196,8 @@ class Online:
     steps: int | None = key(least=1, on_resume=STEPS)
     minibatches: int = key(least=1)
     epochs: int = key(least=1)
-    prompts_per_round: int = key(least=1)
+    prompts_per_round: int | None = key(least=1)
+    steps_per_round: int = key(least=1)
     samples_per_prompt: int = key(least=1)
     eval_prompts: int = key(least=0)  # the objective is measured on them
     eval_samples: int = key(least=1)

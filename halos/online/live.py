@@ -57,7 +57,7 @@ class LivePrompts:
         pairwise = loss.inputs.feedback == feedback.PAIRWISE
         if pairwise and samples < 2:
             raise UserError("online.samples_per_prompt: pairs need 2 or more")
-        self.per_prompt = samples if not pairwise else samples // 2 if online.feedback.pairing == "random" else 1  # rows
+        self.per_prompt = feedback.rows_per_prompt(loss.inputs.feedback, samples, online.feedback.pairing)
         rows, what = config.train.batch_size * online.minibatches, "pairs" if pairwise else "completions"
         if rows < self.per_prompt:
             raise UserError(

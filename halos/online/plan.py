@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint.select import checkpoints
+from halos.config import run_config
 from halos.config.bind import LossSpec
 from halos.config.resume_policy import value_at
 from halos.config.rollout_modules import scorer_class, scorer_names
@@ -20,12 +22,13 @@ from halos.data.custom_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks import kl
+from halos.online.round_size import RoundSize
 from halos.online.stages import Stages, config_file
 from halos.rollout import feedback
 from halos.rollout.prompts import fitting, read_prompts
 from halos.rollout.scorers.scorer import scorer_of
 from halos.rollout.types import Prompt
-from halos.rundir import RunDir
+from halos.rundir import RunDir, is_run
 
 
 @dataclass
@@ -36,6 +39,7 @@ class OnlinePlan:
     inner: Config
     overrides: list[str]
     loss: LossSpec
+    one_warmup: bool = False  # the rate is constant over all rounds, and warms up in the first alone
     prompts: list[Prompt] = field(default_factory=list)
     eval_prompts: list[Prompt] = field(default_factory=list)
     max_length: int = 0  # in tokens: train.max_length, or the model's number of positions where that is smaller
@@ -72,7 +76,21 @@ class OnlinePlan:
 
     @property
     def _length_is_set(self) -> bool:
-        return any(word.lstrip("+").startswith(("train.steps=", "train.epochs=")) for word in self.overrides)
+        return self._has("train.steps") or self._has("train.epochs")
+
+    @property
+    def steps_are_set_by(self) -> str | None:
+        """The key that sets the length of a round's training, where one was given."""
+        return next(filter(self._has, ("train.steps", "train.epochs")), None)
+
+    def _has(self, key: str) -> bool:
+        return any(word.lstrip("+").startswith(f"{key}=") for word in self.overrides)
+
+    @cached_property
+    def size(self) -> RoundSize:
+        """The size of a round. Raises UserError where train.batch_size cannot hold the samples of a prompt."""
+        return RoundSize.of(self.online, self.inner, self.loss, self.kind, available=len(self.prompts),
+                            length_is_set=self._length_is_set)  # fmt: skip
 
     def directory_of(self, number: int) -> Path:
         return self.directory.path / "rounds" / f"{number:03d}"
@@ -123,12 +141,27 @@ class OnlinePlan:
         if not self.prompts:
             raise UserError("data.train has no prompts")
         scorer.check_prompts(self.prompts)
+        assert self.size.prompts  # computed here, before anything starts
+        if self.config.resume is not None and online.carry_optimizer:
+            self._refuse_other_optimizer()
+
+    def _refuse_other_optimizer(self) -> None:
+        """Raises UserError where the last round was trained with another optimizer, whose state this one could not take."""
+        trained = [run for number in range(self.online.rounds) if is_run(run := self.directory_of(number) / "train")]
+        if not trained:
+            return
+        run = RunDir(trained[-1])
+        before = run_config.load(run.read_config(), run.read_attempts(), str(run.path))["optim"]["_target_"]
+        if before != (now := self.inner.optim["_target_"]):
+            raise UserError(
+                f"online.carry_optimizer: the last round was trained with optim._target_={before}, and {now} cannot go on from"
+                " its state: restore it, or add online.carry_optimizer=false resume_changes=allow"
+            )
 
     def _check_temperature(self) -> None:
         """Raises UserError for another temperature than the sampler's, which a policy gradient is trained with."""
         own, sampled = self.inner.train.temperature, self.online.sampler.temperature
-        given = any(word.lstrip("+").startswith("train.temperature=") for word in self.overrides)
-        if given and self.loss.on_rollouts and own != sampled and self.config.resume is None:
+        if self._has("train.temperature") and self.loss.on_rollouts and own != sampled and self.config.resume is None:
             raise UserError(
                 f"train.temperature={own:g} and online.sampler.temperature={sampled:g} are one number with online.loss="
                 f"{self.online.loss}: leave out train.temperature"
@@ -190,6 +223,8 @@ class OnlinePlan:
                           f"train.correction_level={level}", f"train.correction_cap={online.correction_cap}"]  # fmt: skip
         if online.carry_optimizer:
             overrides.append("checkpoint.at_end=true")
+        if number and self.one_warmup:
+            overrides.append("schedule.warmup=0")
         if number:
             overrides += self._continue_from(self.directory_of(number - 1) / "train", lora=inner.peft.name == "lora")
         return overrides

@@ -57,7 +57,7 @@ class Round:
         """Run the stages that are not done: prompts, samples, feedback, training."""
         began, fresh = time.perf_counter(), not (self.directory / "prompts.jsonl").is_file()
         plan, online = self.plan, self.plan.online
-        self._prompts(for_round(plan.prompts, self.number, count=online.prompts_per_round, samples=online.samples_per_prompt,
+        self._prompts(for_round(plan.prompts, self.number, count=plan.size.prompts, samples=online.samples_per_prompt,
                                 seed=plan.config.seed))  # fmt: skip
         self._sample()
         self._label()

@@ -32,6 +32,7 @@ from halos.distributed.signals import STOPPED
 from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook, call_on_eval, states_of
 from halos.logs import add_log_file
+from halos.online import overview
 from halos.online.plan import OnlinePlan
 from halos.online.round import STATE, Round, RoundResult, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 FINISHED, FAILED = 0, 1
 OVERRIDES = "online.json"  # the overrides of each round's training
+ONE_WARMUP = "one_warmup"  # in that file
 HOOKS = "hooks.json"  # the hooks' state at the last start
 SHOWN = ("reward", "kl", "length", "unique", "cost")
 
@@ -75,19 +77,20 @@ class TrainingOutline(Protocol):
 
 def run(
     config: Config, inner: Config, overrides: Sequence[str], typed: Sequence[str], changed: Sequence[Change],
-    outline: Callable[..., TrainingOutline],
+    outline: Callable[..., TrainingOutline], *, one_warmup: bool,
 ) -> int:  # fmt: skip
     """Run all rounds, or those that are left; return the exit status.
 
     `inner` is the configuration of a round's training, `overrides` its command-line overrides, and `typed` those of this command;
-    `outline` checks that training before anything starts. Raises UserError.
+    `outline` checks that training before anything starts; `one_warmup` has the learning rate warm up in the first round alone.
+    Raises UserError.
     """
     if world_size() > 1:
         raise UserError(
             f"loss=online starts accelerate launch itself, for each stage that needs several processes: {COMMAND} loss=online"
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
         )
-    plan = OnlinePlan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins))
+    plan = OnlinePlan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins), one_warmup)
     plan.prepare()
     outlined = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
     prompt = plan.first_fitting_prompt(outlined.tokenizer, outlined.max_length)
@@ -124,12 +127,7 @@ def trackers_of(config: Config) -> dict[str, Hook[AnyRun]]:
 def dry_run(plan: OnlinePlan, outlined: TrainingOutline, prompt: list[int]) -> int:
     """Log what a run would do."""
     outlined.write(prompt)
-    online = plan.online
-    each = min(online.prompts_per_round, len(plan.prompts))
-    samples = online.samples_per_prompt
-    log.info("%d rounds of %d prompts (of %d), %d samples of each", online.rounds, each, len(plan.prompts), samples)
-    log.info("%d held-out prompts%s", min(online.eval_prompts, len(plan.eval_prompts)), evaluation.plan_of(online))
-    log.info("%s feedback by %s for loss=%s", plan.kind, online.scorer.name, online.loss)
+    overview.write(plan)
     log.info("training of each round: %s %s", COMMAND, " ".join(plan.overrides))
     log.info("everything fits together, nothing was started")
     return FINISHED
@@ -203,7 +201,8 @@ class OnlineRun:
         if not resumed:
             directory.create(overwrite=self.config.overwrite)
             directory.write_config(run_config.dump(self.config))
-        write_whole(directory.path / OVERRIDES, json.dumps({"words": self.plan.overrides}, indent=1) + "\n")
+        stored = {"words": self.plan.overrides, ONE_WARMUP: self.plan.one_warmup}
+        write_whole(directory.path / OVERRIDES, json.dumps(stored, indent=1) + "\n")
         add_log_file(directory.log_of(0))
         remove_leftovers(directory.path)
         directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
@@ -212,10 +211,7 @@ class OnlineRun:
             if name in self.hooks and isinstance(state, dict):
                 self.hooks[name].load_state_dict(state)
         directory.write_result("running", 0, {})
-        plan, online = self.plan, self.plan.online
-        log.info("online     %s, %s feedback by %s", plan.loss.name, plan.kind, online.scorer.name)
-        log.info("prompts    %d, %d a round; %d held out", len(plan.prompts), min(online.prompts_per_round, len(plan.prompts)),
-                 min(online.eval_prompts, len(plan.eval_prompts)))  # fmt: skip
+        overview.write(self.plan)
         log.info("run        %s", directory.path)
 
     def _hook_states(self) -> dict[str, Any]:
@@ -252,11 +248,14 @@ class OnlineRun:
         log.info("round %d of %d: %s", current.number, self.plan.online.rounds, ", ".join(shown))
 
     def _delete_old_weights(self, number: int) -> None:
-        """Delete the weights of rounds before the last `online.keep_rounds`; their samples and metrics stay."""
-        if self.plan.online.keep_rounds is None:
+        """Delete the weights of rounds before the last `online.keep_rounds`, and a carried optimizer state of all but the last,
+        from which none starts; their samples and metrics stay."""
+        online = self.plan.online
+        if online.keep_rounds is None:
             return
-        for old in range(number + 1 - self.plan.online.keep_rounds):
-            for name in ("FINAL", "checkpoints", "rollouts"):
+        for old in range(number):
+            weights = ("FINAL", "checkpoints", "rollouts") if old <= number - online.keep_rounds else ()
+            for name in weights or (("checkpoints",) if online.carry_optimizer else ()):
                 shutil.rmtree(self.plan.directory_of(old) / "train" / name, ignore_errors=True)
 
     def _finish(self) -> None:
@@ -281,6 +280,11 @@ def _link(source: str, target: str) -> str:
     except OSError:
         shutil.copy2(source, target)
     return target
+
+
+def warms_up_once(run: Path) -> bool:
+    """Whether the learning rate of a saved run warms up in its first round alone. Raises UserError where that cannot be read."""
+    return confined.load_object(run / OVERRIDES, within=run).get(ONE_WARMUP) is True
 
 
 def stored_overrides(run: Path) -> list[str]:

@@ -106,6 +106,13 @@ def made_up(kind: str) -> Example:
     return Judgement(asked, one, True) if kind == BINARY else Scored(asked, one, 1.0)
 
 
+def rows_per_prompt(kind: str, samples: int, pairing: str, *, by_verdict: bool = False) -> int:
+    """How many rows the samples of one prompt give at most. A judge that compares (`by_verdict`) pairs them at random."""
+    if kind != PAIRWISE:
+        return samples
+    return samples // 2 if by_verdict or pairing == "random" else min(1, samples // 2)
+
+
 def keys_of(kind: str, *, by_verdict: bool) -> tuple[str, ...]:
     """The keys of online.feedback that act on a kind; none on a judge's verdicts (`by_verdict`), which are no scores."""
     return () if by_verdict else TAKES[kind]

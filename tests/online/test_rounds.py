@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from world import attempts
 
@@ -134,6 +135,22 @@ def test_each_round_samples_from_the_policy_that_the_last_one_saved(whole: Calla
     rows = [read(started.run / "rounds" / f"{number:03d}" / "prompts.jsonl") for number in (0, 1)]
     prompts = [{row["prompt_id"] for row in some if row["split"] == "train"} for some in rows]
     assert not prompts[0] & prompts[1]
+
+
+def test_the_optimizers_state_and_one_constant_rate_are_carried_over_rounds(whole: Callable[[str], StartedRun]) -> None:
+    trained = [whole("dpo").run / "rounds" / number / "train" for number in ("000", "001")]
+    first, second = (yaml.safe_load((run / "config.yaml").read_text()) for run in trained)
+    assert [each["schedule"]["_target_"] for each in (first, second)] == 2 * ["halos.schedules.constant"]
+    assert (first["schedule"]["warmup"], second["schedule"]["warmup"]) == (0.1, 0)
+    rows = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in trained]
+    assert {row["lr"] for some in rows for row in some if row["split"] == "train"} == {1e-3}
+    assert second["optim"]["init_from"] == f"{trained[0]}/checkpoints/step-00000001"
+    assert not (trained[0] / "checkpoints").exists(), "no round will start from it"
+    assert (trained[0] / "FINAL").is_dir()
+    (saved,) = (trained[1] / "checkpoints").iterdir()
+    state = [load_file(path) for path in (saved / "state" / "optimizer").glob("*.safetensors")]
+    steps = {float(value) for part in state for name, value in part.items() if name.endswith("step")}
+    assert steps == {2.0}, "one of each round"
 
 
 def test_a_round_that_is_done_is_not_repeated_though_its_weights_are_deleted(
@@ -490,7 +507,10 @@ def test_hooks_resume_with_the_state_after_the_last_completed_round(tmp_path: Pa
     )
     scorer = SimpleNamespace(name="function")
     online = SimpleNamespace(rounds=4, prompts_per_round=1, eval_prompts=0, keep_rounds=None, scorer=scorer)
+    size = SimpleNamespace(prompts=1, steps=1)
+    monkeypatch.setattr(rounds.overview, "write", lambda plan: None)
     plan: Any = SimpleNamespace(
+        size=size, one_warmup=False,
         config=config, directory=directory, online=online, settings={}, overrides=[], prompts=[1], eval_prompts=[], kind="",
         loss=SimpleNamespace(name="dpo"),
         directory_of=lambda number: directory.path / "rounds" / f"{number:03d}", stages=SimpleNamespace(listen=lambda: None),
@@ -533,6 +553,16 @@ def test_a_stage_of_code_that_was_edited_since_the_run_began_is_not_started(tmp_
     with pytest.raises(UserError, match=r"code of online.scorer.functions was edited after this run began: restore it"):
         current._stage("label", ["second"])
     assert ran == [["first"]]
+
+
+def test_the_state_of_another_optimizer_is_not_carried_on(begun: Path) -> None:
+    plan: Any = object.__new__(OnlinePlan)
+    plan.directory, plan.online = RunDir(begun), SimpleNamespace(rounds=2)
+    plan.inner = SimpleNamespace(optim={"_target_": "halos.optimizers.standard.adamw"})
+    plan._refuse_other_optimizer()
+    plan.inner = SimpleNamespace(optim={"_target_": "halos.optimizers.standard.sgd"})
+    with pytest.raises(UserError, match=r"the last round was trained with optim._target_=\S*adamw, and \S*sgd cannot"):
+        plan._refuse_other_optimizer()
 
 
 def test_a_missing_optimizer_state_is_one_message(tmp_path: Path) -> None:
