@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from halos.logps import trained_head
+from halos.logps import linear_head
 from halos.logps.hidden import accepted, name_of_backbone
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB of float32: large enough for efficient matmuls, small next to the activations
@@ -89,9 +89,9 @@ class Head:
         A chunk's logits are recomputed in the backward pass instead of being kept.
         """
         rows = max(1, LOGITS_AT_ONCE // vocabulary)
-        if torch.is_grad_enabled() and isinstance(self.layer, nn.Linear) and trained_head.is_covered(self.layer, hidden):
-            softmax = trained_head.Softmax(self.scale, self.softcap, self.temperature, rows)
-            return trained_head.logps(self.layer, hidden, targets, softmax)
+        if linear_head.is_plain(self.layer) and linear_head.is_covered(self.layer, hidden):
+            softmax = linear_head.Softmax(self.scale, self.softcap, self.temperature, rows)
+            return linear_head.logps(self.layer, hidden, targets, softmax)
         parts = []
         for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
             if torch.is_grad_enabled():

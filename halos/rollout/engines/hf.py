@@ -15,6 +15,8 @@ from halos.rollout.engines.engine import Engine, stop_ids
 from halos.rollout.types import Origin, Request, Sample
 
 if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
     from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from halos.rollout.engines._seeded_sampling import SeededSampling
@@ -61,7 +63,7 @@ class HFEngine(Engine):
         for name, request in by_name.items():
             manager.add_request(list(request.ids), request_id=name, max_new_tokens=request.max_new_tokens)
         try:
-            with _keys_in_dtype_of_cache():
+            with _keys_in_dtype_of_cache(), _logits_in_float32(self.model):
                 manager.start()
                 yield from self._answers(manager, by_name, processor)
         finally:
@@ -130,6 +132,32 @@ def _keys_in_dtype_of_cache() -> Iterator[None]:
         yield
     finally:
         PagedAttentionCache.update = update
+
+
+@contextmanager
+def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a plain head computes logits as it does in training: products in half precision have float32 sums. Under autocast a
+    float32 weight is cast once, and not for every token."""
+    from halos.logps import linear_head
+
+    layer = model.get_output_embeddings()
+    if not linear_head.is_plain(layer):
+        yield
+        return
+    casts: dict[torch.dtype, tuple[Tensor, Tensor | None]] = {}
+
+    def forward(input: Tensor) -> Tensor:
+        dtype = linear_head.compute_dtype(layer.weight)
+        if dtype not in casts:
+            casts[dtype] = layer.weight.detach().to(dtype), None if layer.bias is None else layer.bias.detach().to(dtype)
+        flat = linear_head.products(input.reshape(-1, input.shape[-1]).to(dtype), *casts[dtype])
+        return flat.view(*input.shape[:-1], -1)
+
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        del layer.forward
 
 
 ENGINE = HFEngine

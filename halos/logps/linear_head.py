@@ -1,12 +1,16 @@
-"""Log-probs through a trained head: computed in chunks of rows, with one float32 weight gradient accumulated over all chunks."""
+"""Log-probs through a plain linear head, in chunks of rows: products in the working dtype with a float32 result, and one float32
+weight gradient accumulated over all chunks."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+HALVES = (torch.bfloat16, torch.float16)
+CAST_AT_ONCE = 2**24  # elements of a half-precision weight that a CPU, which has no mixed product, casts to float32: 64 MiB
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,26 +32,50 @@ class Softmax:
         return (logits if self.temperature == 1.0 else logits / self.temperature), slope
 
 
-def is_covered(layer: nn.Module, hidden: Tensor) -> bool:
-    """Whether a layer is a plain trained nn.Linear: no adapter, no hook, and a weight that is its own parameter."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
+    """Whether a layer is nothing but its weight and bias: an nn.Linear with no adapter, no hook, and parameters of its own."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
         return False
-    weight = layer.weight
-    return weight.requires_grad and type(weight) is nn.Parameter and hidden.dtype in (weight.dtype, _compute_dtype(weight))
+    return type(layer.weight) is nn.Parameter and layer.weight.dtype.is_floating_point
+
+
+def is_covered(layer: nn.Linear, hidden: Tensor) -> bool:
+    """Whether log-probs through a plain layer are computed here: where it is trained, or the products are in half precision."""
+    weight, dtype = layer.weight, compute_dtype(layer.weight)
+    if hidden.dtype not in (weight.dtype, dtype):
+        return False
+    return dtype in HALVES or (weight.requires_grad and torch.is_grad_enabled())
 
 
 def logps(layer: nn.Linear, hidden: Tensor, targets: Tensor, softmax: Softmax) -> Tensor:
     """log softmax(logits)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
 
-    The matmul runs in autocast's dtype. The weight gradient is accumulated in float32, since in half precision its error would
+    The products run in autocast's dtype. The weight gradient is accumulated in float32, since in half precision its error would
     grow with the number of chunks.
     """
-    return _LogProbs.apply(hidden.to(_compute_dtype(layer.weight)), layer.weight, layer.bias, targets, softmax)
+    return _LogProbs.apply(hidden.to(compute_dtype(layer.weight)), layer.weight, layer.bias, targets, softmax)
 
 
-def _compute_dtype(weight: Tensor) -> torch.dtype:
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of products with a weight: autocast's, where it is on."""
     device = weight.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+
+
+def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden (rows, hidden) times the transposed weight (vocabulary, hidden), plus bias: (rows, vocabulary), float32 for halves.
+
+    Both have one dtype. A half's product is exact in float32; sums rounded to a half would move log-probs by hundredths.
+    """
+    if hidden.dtype not in HALVES:
+        return linear(hidden, weight, bias)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if hidden.is_cuda:
+            result = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        else:
+            wide, rows = hidden.float(), max(1, CAST_AT_ONCE // weight.shape[1])
+            result = torch.cat([wide @ part.float().T for part in weight.split(rows)], -1)
+        return result if bias is None else result.add_(bias)
 
 
 class _LogProbs(torch.autograd.Function):
@@ -59,7 +87,7 @@ class _LogProbs(torch.autograd.Function):
             half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
             parts, norms = [], []
             for chunk, chunk_targets in zip(hidden.split(softmax.rows), targets.split(softmax.rows), strict=True):
-                logits, _ = softmax.logits(linear(chunk, half_weight, half_bias))
+                logits, _ = softmax.logits(products(chunk, half_weight, half_bias))
                 norms.append(logits.logsumexp(-1))
                 parts.append(logits.gather(-1, chunk_targets[:, None])[:, 0] - norms[-1])
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(norms))
@@ -72,22 +100,24 @@ class _LogProbs(torch.autograd.Function):
         hidden, weight, bias, targets, norms = ctx.saved_tensors
         softmax: Softmax = ctx.softmax
         half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
-        grad_bias = None if bias is None else torch.zeros(bias.shape, dtype=torch.float32, device=bias.device)
+        grad_hidden, (_, trains_weight, trains_bias, *_) = torch.empty_like(hidden), ctx.needs_input_grad
+        grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trains_weight else None
+        grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if trains_bias else None
         for first in range(0, len(hidden), softmax.rows):
             rows = slice(first, first + softmax.rows)
             chunk, grad_logps = hidden[rows], grad_outputs[0][rows, None].float()
-            logits, slope = softmax.logits(linear(chunk, half_weight, half_bias))
+            logits, slope = softmax.logits(products(chunk, half_weight, half_bias))
             grad_logits = (logits - norms[rows, None]).exp_().mul_(-grad_logps)
             grad_logits.scatter_add_(-1, targets[rows, None], grad_logps)
             grad_logits = grad_logits if slope is None else grad_logits.mul_(slope)
             grad_logits = grad_logits.mul_(softmax.scale / softmax.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ half_weight
-            _add_product(grad_weight, grad_logits, chunk)
+            if grad_weight is not None:
+                _add_product(grad_weight, grad_logits, chunk)
             if grad_bias is not None:
                 grad_bias += grad_logits.sum(0, dtype=torch.float32)
-        return grad_hidden, grad_weight.to(weight.dtype), None if grad_bias is None else grad_bias.to(bias.dtype), None, None
+        grads = [None if grad is None else grad.to(each.dtype) for grad, each in ((grad_weight, weight), (grad_bias, bias))]
+        return grad_hidden, *grads, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

@@ -1,11 +1,12 @@
-"""A trained head's log-probs and gradients are those of the formula in float64, whatever is done to the logits and however
+"""A linear head's log-probs and gradients are those of the formula in float64, whatever is done to the logits and however
 many chunks there are; in bfloat16 its weight's gradient is not the worse for their number."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from halos.logps.trained_head import Softmax, is_covered, logps
+from halos.logps import linear_head
+from halos.logps.linear_head import Softmax, is_covered, is_plain, logps, products
 
 ROWS, HIDDEN, VOCABULARY = 96, 16, 50
 
@@ -66,6 +67,39 @@ def test_in_bfloat16_the_weights_gradient_is_no_worse_for_more_chunks() -> None:
     assert errors[1] < 1.1 * errors[ROWS] < 0.01
 
 
+def test_in_half_precision_logits_are_rounded_once_to_float32_and_the_weight_is_never_cast_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(linear_head, "CAST_AT_ONCE", 7 * HIDDEN)
+    casts, cast = list[int](), Tensor.float
+    monkeypatch.setattr(Tensor, "float", lambda self: casts.append(len(self)) or cast(self))
+    shapes = (ROWS, HIDDEN), (VOCABULARY, HIDDEN), (VOCABULARY,)
+    hidden, weight, bias = (10 * drawn(*shape, seed=seed) for seed, shape in enumerate(shapes))
+    for dtype in (torch.bfloat16, torch.float16):
+        halves = [each.to(dtype) for each in (hidden, weight, bias)]
+        truth = halves[0].double() @ halves[1].double().T + halves[2].double()
+        with torch.autocast("cpu", torch.bfloat16):
+            result = products(*halves)
+        assert result.dtype is torch.float32
+        assert off(result, truth) < 1e-6
+    assert max(casts[1:8]) == 7
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_log_probs_of_half_precision_are_those_of_its_hidden_states_and_weight(trained: bool) -> None:
+    layer = nn.Linear(HIDDEN, VOCABULARY, bias=False, dtype=torch.bfloat16).requires_grad_(trained)
+    layer.weight.data.copy_(drawn(VOCABULARY, HIDDEN, seed=2))
+    hidden, targets = (8 * drawn(ROWS, HIDDEN, seed=1)).bfloat16(), torch.arange(ROWS) % VOCABULARY
+    settings = Softmax(1.0, None, 1.0, 16)
+    wanted, found = expected(hidden, layer, targets, settings), obtained(hidden, layer, targets, settings)
+    assert is_covered(layer, hidden)
+    assert off(found[0], wanted[0]) < 1e-6, "rounding logits of this size to bfloat16 would give 1e-3"
+    assert len(found) == 2 + trained
+    assert max(off(*pair) for pair in zip(found[1:], wanted[1:], strict=False)) < 0.01
+    with torch.no_grad():
+        assert torch.equal(logps(layer, hidden, targets, settings), found[0]), "the reference's path"
+
+
 def test_a_layer_that_is_more_than_its_table_is_left_to_its_own_forward() -> None:
     class Other(nn.Linear):
         pass
@@ -75,12 +109,13 @@ def test_a_layer_that_is_more_than_its_table_is_left_to_its_own_forward() -> Non
 
     hidden = torch.zeros(2, HIDDEN)
     assert is_covered(nn.Linear(HIDDEN, VOCABULARY), hidden)
-    assert not is_covered(Other(HIDDEN, VOCABULARY), hidden)
     assert not is_covered(nn.Linear(HIDDEN, VOCABULARY).requires_grad_(False), hidden)
     assert not is_covered(nn.Linear(HIDDEN, VOCABULARY), hidden.bfloat16())
+    assert is_plain(nn.Linear(HIDDEN, VOCABULARY))
+    assert not is_plain(Other(HIDDEN, VOCABULARY))
     sharded = nn.Linear(HIDDEN, VOCABULARY)
     sharded.weight = nn.Parameter(sharded.weight.detach().as_subclass(Shard))
-    assert not is_covered(sharded, hidden), "of which this process has a part"
+    assert not is_plain(sharded), "of which this process has a part"
     hooked = nn.Linear(HIDDEN, VOCABULARY)
     hooked.register_forward_hook(lambda *_: None)
-    assert not is_covered(hooked, hidden)
+    assert not is_plain(hooked)
