@@ -25,9 +25,13 @@ class ResultFile:
         self.directory = directory
         self.path = directory / NAME
 
-    def write(self, status: Status, step: int, metrics: Mapping[str, Any], *, reason: str | None = None) -> None:
-        """Replace the file. "running" reserves room on the disk, which every other status frees."""
+    def write(
+        self, status: Status, step: int, metrics: Mapping[str, Any], *, reason: str | None = None, seconds: float | None = None
+    ) -> None:  # fmt: skip
+        """Replace the file. "running" reserves room on the disk, which every other status frees. `seconds`: of the loop of this
+        attempt, once all was loaded."""
         fields = {"status": status, "step": step, "metrics": metrics, **({"reason": redact(reason)} if reason else {})}
+        fields |= {} if seconds is None else {"seconds": round(seconds, 2)}
         unsealed = to_json(fields)
         text = f'{unsealed[:-1]}, "seal": "{seals.digest(unsealed)}"}}\n'
         reserve = self.directory / RESERVE

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     if not samples:
         raise UserError(f"{args.samples} is empty")
     scores = args.scores or args.feedback.with_name(f"{args.feedback.stem}.scores.jsonl")
-    ranks, began = Ranks.of_stage(), time.perf_counter()
+    ranks = Ranks.of_stage()
     answers = args.cache or args.feedback.with_name(f"{args.feedback.stem}.{settings.name}.jsonl")
     scorer = open_scorer(settings, Context(answers, args.plugins, args.cache_dir, args.max_length, quiet=not ranks.main))
     for path in (args.feedback, scores, answers):
@@ -85,11 +85,10 @@ def run(args: argparse.Namespace) -> int:
     file = ResumableFile(scores, request, rank=ranks.rank, recorded_since=scorer.recorded_since)
     if not ranks.from_rank_0(file.is_done()):
         open_on_all_ranks(file, ranks)
-        _score(samples, scorer, file, ranks)
-        ranks.barrier()
+        seconds = _score(samples, scorer, file, ranks)
         file.open()
         if ranks.main:
-            rows, seconds = [file.rows[sample.key] for sample in samples], round(time.perf_counter() - began, 2)
+            rows = [file.rows[sample.key] for sample in samples]
             file.finish([sample.key for sample in samples], {**counts(rows), "seconds": seconds})
     if ranks.main:
         _make_feedback(args, scores, threshold)
@@ -127,12 +126,18 @@ def read_samples(path: Path) -> list[Sample]:
     return [replace(sample, weights=weights) if weights else sample for sample in samples]
 
 
-def _score(samples: Sequence[Sample], scorer: Scorer, file: ResumableFile, ranks: Ranks) -> None:
+def _score(samples: Sequence[Sample], scorer: Scorer, file: ResumableFile, ranks: Ranks) -> float:
+    """Score the samples that have no score yet; return the seconds until the last rank was done, without loading a model."""
     store = FileStore[Rollout](file)
     mine = [sample for sample in samples if not store.has(sample.key)][ranks.rank :: ranks.world]
+    if mine:
+        scorer.load()
+    began = time.perf_counter()
     with tqdm(total=len(mine), desc="labelling", unit="sample", delay=1, disable=None if ranks.main else True) as bar:
         for _ in collect.score(mine, scorer, store):
             bar.update()
+    ranks.barrier()
+    return round(time.perf_counter() - began, 2)
 
 
 def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | str | None) -> None:

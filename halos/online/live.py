@@ -27,6 +27,7 @@ from halos.rollout.engines.engine import PolicyServer
 from halos.rollout.prompts import eval_prompts, fitting, for_round, read_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
+from halos.rollout.spent import SECONDS
 from halos.rollout.types import Prompt, Request, Rollout, Sample, requests_for
 
 log = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class RolloutSource:
         self.rows = LiveRows(loss.inputs.example, sampled_here=server is None, minibatches=self.online.minibatches,
                              epochs=self.online.epochs)  # fmt: skip
         run.hooks["live_batch"] = LiveBatch(self.rows)
+        run.elsewhere = {"sample": 0.0, "score": 0.0}
         self._warned = False  # of samples without a score
 
     def batch(self, number: int) -> np.ndarray:
@@ -127,7 +129,8 @@ class RolloutSource:
         for attempt in range(ATTEMPTS):
             chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=full - have,
                                samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
-            rollouts += self._collect(chosen, (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt)
+            seed = (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt
+            rollouts += self._collect(chosen, seed, self.run.elsewhere)
             have = self._fill(number, rollouts)
             if have >= full:
                 break
@@ -155,7 +158,8 @@ class RolloutSource:
 
     def evaluate(self) -> dict[str, float]:
         """Generation evaluation: answer the evaluation prompts. The same metrics on every rank."""
-        rollouts = self._collect(self.prompts.evaluation, 0)
+        seconds = dict[str, float]()
+        rollouts = self._collect(self.prompts.evaluation, 0, seconds)
         metrics = evaluation.metrics_of(rollouts, self.online)
         if self.run.main and self.online.show:
             examples = measure.examples(rollouts, self.online.show)
@@ -165,10 +169,11 @@ class RolloutSource:
                 hook.on_examples(self.run, rows)
         if "reward" not in metrics:
             raise UserError(f"none of the {len(rollouts)} held-out answers has a score: {rollouts[0].score.problem}")
-        return {**metrics, "examples": len(rollouts)}
+        spent = {f"{SECONDS}{name}": round(value, 3) for name, value in seconds.items()}
+        return {**metrics, "examples": len(rollouts), **spent}
 
-    def _collect(self, prompts: Sequence[Prompt], seed: int) -> list[Rollout]:
-        rollouts = collect(self.prompts.requests(prompts, seed), self.engine.opened, self.scorer, self.ranks)
+    def _collect(self, prompts: Sequence[Prompt], seed: int, seconds: dict[str, float]) -> list[Rollout]:
+        rollouts = collect(self.prompts.requests(prompts, seed), self.engine.opened, self.scorer, self.ranks, seconds)
         if (without := _without_score(rollouts)) and not self._warned:
             self._warned = True
             log.warning("step %d: %d of %d samples have no score, and are left out: %s. The metric %s counts them",

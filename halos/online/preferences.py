@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import random
 import sys
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,7 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
     file.open()
     matches = _matches(samples, {each.key: each for each in against if each.prompt.is_eval}, args.seed)
     missing = [number for number in range(len(matches)) if str(number) not in file.rows]
+    began = time.perf_counter()
     for index, verdict in scorer.compare([matches[number].shown for number in missing]):
         number = missing[index]
         file.add({str(number): matches[number].to_row(verdict, scorer.name())})
@@ -69,7 +71,7 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
         write(args.scores, rows)
     usable = [str(n) for n, row in enumerate(rows) if row["verdict"] in ("A", "B") and row.get("split") != EVAL]
     totals = counts(rows)
-    file.finish(usable, totals)
+    file.finish(usable, {**totals, "seconds": round(time.perf_counter() - began, 2)})
     tqdm.write(f"{args.feedback}: {len(usable)} pairs, {totals['ties']} ties, {totals['unparsable']} unparsable answers",
                file=sys.stderr)  # fmt: skip
     return 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,12 +22,14 @@ from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
 from halos.rollout import evaluation, measure
 from halos.rollout.prompts import eval_prompts, for_round
+from halos.rollout.spent import START, Spent
 from halos.rollout.types import EVAL, TRAIN, Prompt, Rollout, Sample
 from halos.rundir import RunDir, is_run
 
 log = logging.getLogger(__name__)
 
 STATE = "round.json"  # in the round's directory: its progress and results
+SPENT_ON = {"sample": "sample", "label": "score", "train": "train"}  # stage -> the name that its seconds have in metrics
 ORPHANS = 120.0  # seconds in which ranks whose launcher was killed may still be saving
 
 
@@ -48,6 +49,8 @@ class Round:
         self.plan, self.number, self.directory = plan, number, directory
         directory.mkdir(parents=True, exist_ok=True)
         self.state: dict[str, Any] = self._read()
+        self.spent = Spent(self.state["seconds"])
+        self.is_resumed = (directory / "prompts.jsonl").is_file()
 
     @property
     def is_done(self) -> bool:
@@ -55,14 +58,12 @@ class Round:
 
     def run(self) -> RoundResult:
         """Run the stages that are not done: prompts, samples, feedback, training."""
-        began, fresh = time.perf_counter(), not (self.directory / "prompts.jsonl").is_file()
         plan, online = self.plan, self.plan.online
         self._prompts(for_round(plan.prompts, self.number, count=plan.size.prompts, samples=online.samples_per_prompt,
                                 seed=plan.config.seed))  # fmt: skip
         self._sample()
         self._label()
         self._train()
-        self._write_state(wall=round(time.perf_counter() - began, 2), whole=fresh)
         return self._result()
 
     def evaluate(self) -> RoundResult:
@@ -77,27 +78,35 @@ class Round:
         self._write_state(done=True, metrics=metrics, hooks=hooks)
 
     def _read(self) -> dict[str, Any]:
-        start: dict[str, Any] = {"round": self.number, "stages": {}, "whole": False, "wall": 0.0, "metrics": {}}
+        start: dict[str, Any] = {"round": self.number, "seconds": {}, "metrics": {}}
         try:
             saved = confined.load_object(self.directory / STATE, within=self.plan.directory.path)
         except UnreadableError:
             saved = {}
         kept = {name: value for name, value in saved.items() if isinstance(value, type(start.get(name, value)))}
-        stages = kept.get("stages", {})
-        fits = all(isinstance(each, dict) and isinstance(each.get("wall"), (int, float)) for each in stages.values())
-        return {**start, **kept, "stages": stages if fits else {}}
+        seconds = {name: value for name, value in kept.get("seconds", {}).items() if isinstance(value, (int, float))}
+        return {**start, **kept, "seconds": seconds}
 
     def _write_state(self, **changes: Any) -> None:
         self.state |= changes
         write_whole(self.directory / STATE, json.dumps(self.state, indent=1) + "\n")
 
     def _stage(self, name: str, command: Sequence[str]) -> None:
-        """Run one command; the time recorded is that of the attempt that completed it."""
+        """Run one command. The time recorded is that of the attempt that completed it: its own work, and what its start took."""
         self.plan.refuse_edited_code()
-        began = time.perf_counter()
         self.plan.stages.run(command, self.directory / "logs" / f"{name}.log")
-        self.state["stages"][name] = {"wall": round(time.perf_counter() - began, 2)}
-        self._write_state()
+        self.spent.charge(SPENT_ON[name], self._seconds_of(name))
+        self._write_state(seconds=self.spent.seconds)
+
+    def _seconds_of(self, name: str) -> float | None:
+        """The seconds that a stage worked, once what it needs was loaded, as it recorded them itself."""
+        if name == "train":
+            record: Mapping[str, Any] = RunDir(self.directory / "train").read_result() or {}
+        else:
+            files = ("samples",) if name == "sample" else ("scores", "feedback")  # a judge that compares writes feedback alone
+            record = next((meta for file in files if "seconds" in (meta := read_meta(self.directory / f"{file}.jsonl"))), {})
+        seconds = record.get("seconds")
+        return float(seconds) if isinstance(seconds, (int, float)) else None
 
     def _prompts(self, chosen: Sequence[Prompt]) -> None:
         path, plan = self.directory / "prompts.jsonl", self.plan
@@ -178,10 +187,14 @@ class Round:
         return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples)"
 
     def _result(self) -> RoundResult:
-        """Metrics of the training samples, and of the answers to evaluation prompts by the policy that sampled them."""
+        """Metrics of the training samples, and of the answers to evaluation prompts by the policy that sampled them; the seconds
+        are with the training's, or where there is none with the evaluation's."""
         rollouts = self._rollouts()
         shown = measure.examples(rollouts, self.plan.online.show)
-        return RoundResult(self._train_metrics(rollouts), self._eval_metrics(rollouts), shown)
+        train, held_out = self._train_metrics(rollouts), self._eval_metrics(rollouts)
+        self.spent.charge(START, None)
+        seconds = self.spent.metrics()
+        return RoundResult({**train, **seconds} if train else {}, held_out if train else {**held_out, **seconds}, shown)
 
     def _eval_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
         metrics = evaluation.metrics_of(rollouts, self.plan.online)
@@ -201,10 +214,6 @@ class Round:
             metrics |= {"cost": sum(rollout.score.cost for rollout in rollouts)}
             metrics |= {"without_score": sum(rollout.score.value is None for rollout in rollouts)}
         metrics |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.directory / "feedback.jsonl"))}
-        stages = {name: stage["wall"] for name, stage in self.state["stages"].items()}
-        metrics |= {f"seconds/{name}": spent for name, spent in stages.items()}
-        if self.state["whole"]:  # in a resumed round the time between attempts is unknown
-            metrics["seconds/other"] = round(self.state["wall"] - sum(stages.values()), 2)
         return metrics | self._of_training()
 
     def _of_training(self) -> dict[str, float]:

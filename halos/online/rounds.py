@@ -245,6 +245,7 @@ class OnlineRun:
         self.metrics = {name: value for name, value in merged.items() if not name.startswith("seconds")}
         shown = [f"{name} {value:.4g}" for name, value in result.train.items() if name in SHOWN]
         shown += [f"held-out {text}" for text in evaluation.summary(result.evaluation)]
+        shown.append(f"seconds {current.spent}{' without stages that were cut off' if current.is_resumed else ''}")
         log.info("round %d of %d: %s", current.number, self.plan.online.rounds, ", ".join(shown))
 
     def _delete_old_weights(self, number: int) -> None:

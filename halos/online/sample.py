@@ -14,7 +14,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.data, args.split)[: args.limit]
     if not prompts:
         raise UserError(f"--data {' '.join(args.data)} has no prompts")
-    ranks, began = Ranks.of_stage(), time.perf_counter()
+    ranks = Ranks.of_stage()
     if args.overwrite and ranks.main:
         args.output.unlink(missing_ok=True)
     policy = Policy(args, sampler, ranks)
@@ -83,12 +83,14 @@ def run(args: argparse.Namespace) -> int:
     if own := sum(prompt.samples is not None or prompt.temperature is not None for prompt in prompts):
         say(ranks, f"{own} of {len(prompts)} prompts set their own number of samples or temperature")
     requests, too_long = policy.requests(prompts)
-    _sample(requests, policy, file, ranks)
-    ranks.barrier()
+    earlier = {*file.rows}
+    seconds = _sample(requests, policy, file, ranks)
     file.open()  # read the samples of the other ranks
-    divergence = policy.divergence(file, requests)
+    divergence, more = policy.divergence(file, requests)
+    facts = {"prompts": len(prompts), "prompts_too_long": too_long, "sampled_earlier": len(earlier), **divergence}
     if ranks.main:
-        _finish(args, file, requests, {"prompts": len(prompts), "prompts_too_long": too_long, **divergence}, began)
+        now = sum(row["tokens"] for key, row in file.rows.items() if key not in earlier)
+        _finish(args, file, requests, {**facts, "seconds": round(seconds + more, 2)}, tokens_per_second=now / max(seconds, 1e-3))
     ranks.barrier()
     return 0
 
@@ -115,32 +117,37 @@ def _checked(args: argparse.Namespace) -> Sampler:
     return sampler
 
 
-def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ranks: Ranks) -> None:
-    """Sample this rank's share of the requests that have no sample yet."""
+def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ranks: Ranks) -> float:
+    """Sample this rank's share of the requests that have no sample yet. Return the seconds until the last rank was done, without
+    the start of the engine."""
     size, store = CHUNK * policy.sampler.batch_size, FileStore[Sample](file)
     if not engine_class(policy.sampler.name).shares_batches:
         size = 1
     chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
     mine = [chunk for chunk in chunks[ranks.rank :: ranks.world] if not all(store.has(each.key) for each in chunk)]
-    if not mine:
-        return
     with (
-        closing(policy.engine()) as engine,
+        closing(policy.engine()) if mine else nullcontext() as engine,
         tqdm(total=sum(map(len, mine)), desc="sampling", unit="sample", delay=1, disable=None if ranks.main else True) as bar,
     ):
-        for _ in collect.sample(mine, engine, store):
+        began = time.perf_counter()
+        for _ in collect.sample(mine, engine, store) if engine is not None else ():
             bar.update()
+        ranks.barrier()
+        return time.perf_counter() - began
 
 
-def _finish(args: argparse.Namespace, file: ResumableFile, requests: Sequence[Request], facts: Row, began: float) -> None:
+def _finish(
+    args: argparse.Namespace, file: ResumableFile, requests: Sequence[Request], facts: Row, *, tokens_per_second: float
+) -> None:  # fmt: skip
     """Write the file and its meta.json, and print a summary."""
-    seconds, too_long = time.perf_counter() - began, facts["prompts_too_long"]
+    too_long, earlier = facts["prompts_too_long"], facts["sampled_earlier"]
     facts = {**counts([file.rows[request.key] for request in requests]), **facts}
-    file.finish([request.key for request in requests], {**facts, "seconds": round(seconds, 2)})
+    file.finish([request.key for request in requests], facts)
+    resumed = f" for all but {earlier} that were sampled before" if earlier else ""
     long = f", {too_long} prompts too long for {args.max_new_tokens} more tokens" if too_long else ""
     tqdm.write(f"{args.output}: {facts['samples']} samples of {facts['prompts'] - too_long} prompts{long},"
-               f" {facts['cut']} cut at --max-new-tokens, {facts['empty']} empty; {seconds:.1f} s,"
-               f" {facts['tokens'] / seconds:.0f} tokens/s", file=sys.stderr)  # fmt: skip
+               f" {facts['cut']} cut at --max-new-tokens, {facts['empty']} empty; {facts['seconds']:.1f} s{resumed},"
+               f" {tokens_per_second:.0f} tokens/s", file=sys.stderr)  # fmt: skip
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
@@ -244,24 +251,27 @@ class Policy:
         )
         return model.to(local_device()).eval()
 
-    def divergence(self, file: ResumableFile, requests: Sequence[Request]) -> dict[str, Any]:
-        """The mean log pi / pi_ref of completions over some samples: an estimate of the KL, in nats per completion."""
+    def divergence(self, file: ResumableFile, requests: Sequence[Request]) -> tuple[dict[str, Any], float]:
+        """The mean log pi / pi_ref of completions over some samples: an estimate of the KL, in nats per completion. And the
+        seconds that it took, once the reference was loaded."""
         args, temperature = self.args, self.sampler.temperature
         if not args.kl_samples or not temperature or not self.ranks.main or self.directory is None:
-            return {}
+            return {}, 0.0
         from halos.models.locate import locate
         from halos.rollout.kl import mean_log_ratio
 
         directory = locate(args.reference, args.reference_revision, expanded(args.cache_dir))
         if directory == self.directory:
-            return {"kl": 0.0, "kl_samples": 0}
+            return {"kl": 0.0, "kl_samples": 0}, 0.0
         kept = [(request, file.rows[request.key]) for request in requests]
         some = [(request.ids, row["output_ids"], row["logps"]) for request, row in kept
                 if row.get("logps") and row.get("split", TRAIN) == TRAIN]  # fmt: skip
         some = some[:: max(1, len(some) // args.kl_samples)][: args.kl_samples]
         if not some:
-            return {}
-        return {"kl": mean_log_ratio(self.load(directory), some, temperature), "kl_samples": len(some)}
+            return {}, 0.0
+        reference, began = self.load(directory), time.perf_counter()
+        measured = {"kl": mean_log_ratio(reference, some, temperature), "kl_samples": len(some)}
+        return measured, time.perf_counter() - began
 
 
 def _digest(value: Any) -> str:

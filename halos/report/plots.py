@@ -55,13 +55,20 @@ OPTIMIZER = (
     Panel(("lr",), "Learning rate", has_evals=False),
     Panel(("grad_norm",), "Gradient norm, before clipping", has_evals=False),
 )
+SECONDS = tuple(
+    Panel((f"seconds/{name}",), f"Seconds of {what}", has_evals=False)
+    for name, what in (("sample", "sampling"), ("score", "scoring"), ("train", "training"), ("start", "starting processes"))
+)
 
 
 def plot(records: Sequence[Record], output: Path) -> list[Path]:
     """Write the figures for which the runs have numbers, and return their paths."""
     output.mkdir(parents=True, exist_ok=True)
     drawn = []
-    figures = {"learning_curves": learning_curves(records), "rewards": [*REWARDS, *passes(records)], "optimizer": OPTIMIZER}
+    figures: dict[str, Sequence[Panel]] = {
+        "learning_curves": learning_curves(records), "rewards": [*REWARDS, *passes(records)], "optimizer": OPTIMIZER,
+        "seconds": SECONDS,
+    }  # fmt: skip
     for name, panels in figures.items():
         if figure := draw(records, panels):
             drawn.append(save(figure, output / f"{name}.png"))

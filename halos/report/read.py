@@ -45,11 +45,11 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Seconds spent in steps and evaluations, or in the stages of rounds; each row holds the time since the previous one."""
-        stages = [value for row in self.train for name, value in row.items() if name.startswith("seconds/")]
-        if stages:
-            return float(sum(stages))
-        return sum(row.get("seconds") or 0.0 for row in (*self.train, *self.evals))
+        """Seconds spent in steps and evaluations, or in rounds; each row holds the time since the previous one."""
+        rows = (*self.train, *self.evals)
+        if self.is_online_run:
+            return float(sum(value for row in rows for name, value in row.items() if name.startswith("seconds/")))
+        return sum(row.get("seconds") or 0.0 for row in rows)
 
     def node(self, name: str) -> Mapping[str, Any]:
         part = self.config.get(name)

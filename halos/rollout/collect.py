@@ -41,21 +41,32 @@ class InMemory(Generic[Item]):
 
 
 def collect(
-    requests: Sequence[Request], engine: Callable[[], AbstractContextManager[Engine]], scorer: Scorer, ranks: Ranks
+    requests: Sequence[Request],
+    engine: Callable[[], AbstractContextManager[Engine]],
+    scorer: Scorer,
+    ranks: Ranks,
+    seconds: dict[str, float],
 ) -> list[Rollout]:
     """Every rank samples and scores its shard of the requests; all get all rollouts, in the order of the requests.
+
+    `seconds` grows by what was spent on `sample`, until the last rank had its samples, and on `score`, until all had scores.
 
     The engine is opened on every rank, even one with an empty shard, since opening may all-gather weights; it is closed before
     scoring.
     """
-    samples, rollouts = InMemory[Sample](), InMemory[Rollout]()
+    samples, rollouts, began = InMemory[Sample](), InMemory[Rollout](), time.perf_counter()
     mine = requests[ranks.rank :: ranks.world]
     with engine() as opened:
         for _ in sample([mine], opened, samples):
             pass
+    sampling = time.perf_counter() - began
     for _ in score(list(samples.items.values()), scorer, rollouts):
         pass
-    all_rollouts = {key: rollout for part in ranks.gather(rollouts.items) for key, rollout in part.items()}
+    parts = ranks.gather((rollouts.items, sampling))
+    slowest, passed = max(sampling for _, sampling in parts), time.perf_counter() - began
+    for name, spent in (("sample", min(slowest, passed)), ("score", max(0.0, passed - slowest))):
+        seconds[name] = seconds.get(name, 0.0) + spent
+    all_rollouts = {key: rollout for items, _ in parts for key, rollout in items.items()}
     return [all_rollouts[request.key] for request in requests]
 
 

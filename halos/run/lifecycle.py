@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -132,7 +133,7 @@ def _train(trainer: Trainer, request: StopRequest) -> int:
     # StopRequested is lost where the code it interrupts cannot raise. From here on errors are the loop's, so `run` must not
     # take them for a stop before the first step
     current.stop_requested, training_request.reason, request.reason = request.reason, request.reason, None
-    status, note = "failed", None
+    status, note, began = "failed", None, time.perf_counter()
     try:
         trainer.fit()
         stopped = current.stop is not None and not current.stop.finished
@@ -148,8 +149,10 @@ def _train(trainer: Trainer, request: StopRequest) -> int:
             current.call_hooks(lambda hook: hook.on_end(current))
         finally:  # even if a hook raises
             if current.main:
-                metrics = {name: value for name, value in current.last_eval.items() if name not in ("split", "seconds")}
-                current.directory.write_result(status, current.step, metrics, reason=note)
+                measured = current.last_eval.items()
+                metrics = {name: value for name, value in measured if name != "split" and not name.startswith("seconds")}
+                seconds = time.perf_counter() - began
+                current.directory.result.write(status, current.step, metrics, reason=note, seconds=seconds)
     return _close(current, status, note)
 
 

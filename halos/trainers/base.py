@@ -184,7 +184,7 @@ class Trainer(Objective):
             row |= {"lr": run.optimizer.param_groups[0]["lr"], "examples": run.examples, "tokens": run.tokens}
             row |= {"skipped_steps": run.skipped_steps}
             row |= {"seconds": round(seconds, 4), "tokens_per_second": round((run.tokens - self._logged_tokens) / seconds, 1)}
-            row |= {"peak_memory_mb": peak_mb(run.accelerator.device)}
+            row |= {"peak_memory_mb": peak_mb(run.accelerator.device), **self._seconds_by_name(seconds)}
             run.last_train, run.window = row, Window()
             self._start_window()
         self.checkpointer.note_good()
@@ -193,6 +193,13 @@ class Trainer(Objective):
     def _start_window(self) -> None:
         """Start counting time and tokens for the next logged line; time in saves and evaluations is not counted."""
         self._logged_at, self._logged_tokens, self._idle = time.perf_counter(), self.run.tokens, self.checkpointer.seconds
+        self.run.elsewhere = dict.fromkeys(self.run.elsewhere, 0.0)
+
+    def _seconds_by_name(self, seconds: float) -> dict[str, float]:
+        """The seconds of a logged line by what they were spent on, which `train` completes; empty where that is all."""
+        spent = self.run.elsewhere
+        parts = {**spent, "train": seconds - sum(spent.values())} if spent else {}
+        return {f"seconds/{name}": round(part, 4) for name, part in parts.items()}
 
     # --- evaluation ------------------------------------------------------------------------------------------------------
 
@@ -254,7 +261,7 @@ class Trainer(Objective):
             return
         if self.run.step:
             self.checkpointer.save(final=False)
-        names = sorted(self.run.last_eval.keys() - {"step", "split", "seconds"})
+        names = sorted(name for name in self.run.last_eval if name not in ("step", "split") and not name.startswith("seconds"))
         raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(names)}")
 
     def _rows_of(self, step: int) -> Sequence[Item]:

@@ -14,7 +14,7 @@ PER = ("item", "token")  # what `Loss.per` may be
 # names of a line of metrics.jsonl that the trainer fills, and of what the ranks sum with the metrics
 RESERVED = frozenset((
     "loss", "router_aux_loss", "kl_coefficient", "grad_norm", "stop", "written", "step", "split", "lr", "examples", "tokens",
-    "skipped_steps", "seconds", "tokens_per_second", "peak_memory_mb",
+    "skipped_steps", "seconds", "seconds/sample", "seconds/score", "seconds/train", "tokens_per_second", "peak_memory_mb",
 ))  # fmt: skip
 
 

@@ -137,6 +137,11 @@ def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache:
     assert [("samples/reward" in row, "groups/all_equal" in row) for row in steps] == 2 * [(True, True), *3 * [(False, False)]]
     assert [row["approx_kl"] == 0 for row in steps] == 2 * [True, False, False, False], "the first pass alone is on the policy"
     assert all(row["old/drift"] < 1e-5 for row in steps if "old/drift" in row)
+    for row in steps:
+        parts = {key: value for key, value in row.items() if key.startswith("seconds/")}
+        assert parts.keys() == {"seconds/sample", "seconds/score", "seconds/train"}
+        assert sum(parts.values()) == pytest.approx(row["seconds"], abs=2e-4)
+    assert [row["seconds/sample"] > 0 for row in steps] == 2 * [True, False, False, False], "what the step itself has sampled"
     assert (tmp_path / "run" / "train.log").read_text().count("4 optimizer steps on each batch") == 1
 
 
@@ -241,7 +246,7 @@ def test_several_answers_are_sampled_with_the_same_random_numbers_at_every_evalu
              "train.eval_at_start=true", "optim.lr=1e-12", "online.pass_reward=-1.5", "objective.metric=pass@3",
              f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]  # fmt: skip
     assert train.start(words) == 0
-    first, *others = [{key: value for key, value in row.items() if key not in ("step", "seconds")}
+    first, *others = [{key: value for key, value in row.items() if key != "step" and "seconds" not in key}
                       for row in rows(tmp_path / "run", "eval")]  # fmt: skip
     assert others == [first, first], "the policy has not moved, and the random numbers are the same"
     assert (first["samples"], first["avg@3"]) == (12, first["reward"])

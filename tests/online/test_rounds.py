@@ -36,6 +36,7 @@ from halos.online.records import read
 from halos.online.round import Round, RoundResult
 from halos.online.rounds import stored_overrides
 from halos.online.stages import Stages, StoppedError
+from halos.rollout import spent
 from halos.rundir import RunDir
 from tests import processes
 
@@ -106,12 +107,17 @@ def test_an_online_run_leaves_metrics_samples_feedback_and_a_final_model(whole: 
     assert names >= {"prompts.jsonl", "samples.jsonl", "feedback.jsonl", "train", "round.json", "samples.md", "samples.html"}
     assert [row["step"] for row in started.rows("train")] == [0, 1]
     assert [row["step"] for row in started.rows("eval")] == [0, 1, 2]
-    assert {"reward", "reward/std", "length", "kl", "unique", "cost", "seconds/sample", "seconds/train"} <= started.rows("train")[
-        1
-    ].keys()
+    second = started.rows("train")[1]
+    assert {"reward", "reward/std", "length", "kl", "unique", "cost"} <= second.keys()
+    parts = {name.removeprefix("seconds/") for name in second if name.startswith("seconds/")}
+    assert parts == {"sample", "score", "train", "start"}
     first, *_ = started.rows("eval")
     assert first["win_rate"] == 0.5
     assert first["reward/ci_low"] < first["reward"] < first["reward/ci_high"]
+    assert " train, " in (said := (started.run / "train.log").read_text().split("round 0 of 2")[1].splitlines()[0])
+    assert said.endswith(" start")
+    last = started.rows("eval")[-1]
+    assert last["seconds/sample"] > 0, "the last policy's evaluation is no part of a round"
     assert f"held-out reward {first['reward']:.4g} ({first['reward/ci_low']:.3g} to" in (started.run / "train.log").read_text()
     feedback = read(started.run / "rounds" / "000" / "feedback.jsonl")
     for name in ("generator_sha256", "labeller", "prompt_id", "seed_A", "seed_B", "reward_A", "cost"):
@@ -208,7 +214,7 @@ def killed(started: StartedRun, generator: random.Random, stages: Sequence[str],
     """Start it again and again, and kill it once in each of these stages at a random moment, given how long the stages of the
     run `like` took; then let it finish. Return how often each stage was hit, since one may be over before the kill."""
     last = like.rows("train")[-1]
-    lasts = {name: last[f"seconds/{key}"] for name, key in zip(STAGES, ("sample", "label", "train"), strict=True)}
+    lasts = {name: last[f"seconds/{key}"] for name, key in zip(STAGES, ("sample", "score", "train"), strict=True)}
     hit: Counter[str] = Counter()
     for stage in stages:
         process = started.start()
@@ -563,6 +569,70 @@ def test_the_state_of_another_optimizer_is_not_carried_on(begun: Path) -> None:
     plan.inner = SimpleNamespace(optim={"_target_": "halos.optimizers.standard.sgd"})
     with pytest.raises(UserError, match=r"the last round was trained with optim._target_=\S*adamw, and \S*sgd cannot"):
         plan._refuse_other_optimizer()
+
+
+class Clock:
+    """time.perf_counter, as far as a test has moved it."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_every_second_of_a_round_is_of_sampling_scoring_training_or_of_starting_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage takes 3 s to start, in which it imports and loads, and 2 s lie before it; a start of the run is cut off in the
+    second stage."""
+    clock, place = Clock(), tmp_path / "rounds" / "000"
+    monkeypatch.setattr(spent, "time", SimpleNamespace(perf_counter=clock))
+    works, files = {"sample": 40.0, "label": 5.0, "train": 100.5}, {"sample": "samples.meta", "label": "scores.meta"}
+    killed = ["label"]
+
+    def run(command: list[str], log: Path) -> None:
+        [stage] = command
+        clock.now += 3.0
+        if stage in killed:
+            killed.remove(stage)
+            clock.now += 9.0
+            raise StoppedError("a signal")
+        clock.now += works[stage]
+        if stage == "train":
+            RunDir(place / "train").path.mkdir()
+            RunDir(place / "train").result.write("finished", 4, {}, seconds=works[stage])
+        else:
+            (place / f"{files[stage]}.json").write_text(json.dumps({"seconds": works[stage]}))
+
+    plan: Any = SimpleNamespace(
+        directory=RunDir(tmp_path), refuse_edited_code=lambda: None, stages=SimpleNamespace(run=run),
+        online=SimpleNamespace(show=0),
+    )  # fmt: skip
+
+    def start() -> tuple[dict[str, float], float]:
+        current, began = Round(plan, 0, place), clock.now
+        for stage in works:
+            if stage not in current.state["seconds"]:
+                clock.now += 2.0
+                current._stage(stage, [stage])
+        clock.now += 1.5  # its results are read
+        monkeypatch.setattr(current, "_rollouts", list)
+        monkeypatch.setattr(current, "_train_metrics", lambda rollouts: {"reward": 1.0})
+        monkeypatch.setattr(current, "_eval_metrics", lambda rollouts: {})
+        seconds = {name: value for name, value in current._result().train.items() if name != "reward"}
+        return seconds, clock.now - began
+
+    with pytest.raises(StoppedError):
+        start()
+    assert Round(plan, 0, place).state["seconds"] == {"start": 5.0, "sample": 40.0}, "what is complete is kept"
+    seconds, passed = start()
+    whole = {"seconds/sample": 40.0, "seconds/score": 5.0, "seconds/train": 100.5, "seconds/start": 5 + 2 * 5 + 1.5}
+    assert seconds == whole
+    assert sum(seconds.values()) == 45 + passed, "the completed stage of the first start, and all of the second"
+    shutil.rmtree(place)
+    seconds, passed = start()
+    assert (sum(seconds.values()), seconds["seconds/start"]) == (passed, 3 * 5 + 1.5)
 
 
 def test_a_missing_optimizer_state_is_one_message(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 
 from halos.errors import UserError
 from halos.report.__main__ import main
-from halos.report.plots import OPTIMIZER, REWARDS, Panel, draw, learning_curves, passes, smooth
+from halos.report.plots import OPTIMIZER, REWARDS, SECONDS, Panel, draw, learning_curves, passes, smooth
 from halos.report.read import Record, read_runs, series
 from halos.report.table import table
 
@@ -110,6 +110,19 @@ def test_an_unusual_objective_gets_a_column(tmp_path: Path):
     config = {"objective": {"metric": "logps/chosen", "mode": "max"}}
     (row,) = cells(table(read_runs([save(tmp_path / "a", rows, config=config)])[0]))
     assert row["held-out logps/chosen"] == "-9 → -4"
+
+
+def test_the_time_of_rounds_is_that_of_all_they_did_and_each_part_is_drawn(tmp_path: Path):
+    parts = {"seconds/sample": 40.0, "seconds/score": 5.0, "seconds/train": 100.0, "seconds/start": 15.0}
+    rows = [{"step": 0, "split": "train", "reward": 1.0, **parts}, eval_row(1, reward=1.0, **{"seconds/sample": 20.0})]
+    records, _ = read_runs([save(tmp_path / "a", rows, config={"online": {"loss": "dpo", "steps": None}})])
+    (row,) = cells(table(records))
+    assert row["time"] == "3 min 00 s"
+    titles = [axis.get_title(loc="left") for axis in drawn(records, SECONDS).axes]
+    assert titles[:4] == [f"Seconds of {what}" for what in ("sampling", "scoring", "training", "starting processes")]
+    rows = [{**train_row(1, loss=1.0), "seconds/sample": 1.5, "seconds/score": 0.1, "seconds/train": 0.4}]
+    records, _ = read_runs([save(tmp_path / "live", rows, config={"online": {"loss": "dpo", "steps": 1}})])
+    assert cells(table(records))[0]["time"] == "2.0 s", "the parts are of the whole"
 
 
 def test_intervals_are_in_the_table_and_drawn(tmp_path: Path):

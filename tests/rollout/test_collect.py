@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -50,7 +51,7 @@ class Second(Ranks):
     first: ClassVar[dict[Any, Rollout]] = {}
 
     def gather(self, mine: Any) -> list[Any]:
-        return [self.first, mine]
+        return [(self.first, 7.0), mine]
 
 
 def test_every_request_has_its_rollout_in_the_order_of_the_requests() -> None:
@@ -66,7 +67,7 @@ def test_every_request_has_its_rollout_in_the_order_of_the_requests() -> None:
             assert happened == ["closed"], "weights that were gathered are gone when a reward model loads"
             return super().score(samples)
 
-    rollouts = collect(REQUESTS, engine, Scores(), Ranks(0, 1))
+    rollouts = collect(REQUESTS, engine, Scores(), Ranks(0, 1), {})
     assert [rollout.key for rollout in rollouts] == [request.key for request in REQUESTS]
     said = [(each.sample.text, each.reward, each.score.scorer) for each in rollouts[:2]]
     assert said == [("p0 0", 0.0, "last"), ("p0 1", 1.0, "last")]
@@ -80,11 +81,11 @@ def test_a_rank_samples_its_shard_and_opens_the_engine_even_for_an_empty_one() -
         engines.append(Echo())
         yield engines[-1]
 
-    Second.first.update({each.key: each for each in collect(REQUESTS[::2], engine, Last(), Ranks(0, 1))})
-    rollouts = collect(REQUESTS, engine, Last(), Second(1, 2))
+    Second.first.update({each.key: each for each in collect(REQUESTS[::2], engine, Last(), Ranks(0, 1), {})})
+    rollouts = collect(REQUESTS, engine, Last(), Second(1, 2), {})
     assert engines[-1].asked == [[request.key for request in REQUESTS[1::2]]]
     assert [rollout.key for rollout in rollouts] == [request.key for request in REQUESTS]
-    assert len(collect(REQUESTS[:1], engine, Last(), Second(1, 2))) == 1
+    assert len(collect(REQUESTS[:1], engine, Last(), Second(1, 2), {})) == 1
     assert (len(engines), engines[-1].asked) == (3, []), "all processes gather weights together"
 
 
@@ -130,3 +131,27 @@ def test_only_samples_without_a_score_are_scored() -> None:
     assert len(list(score(samples, Last(), store))) == 5
     assert len(store.items) == 6
     assert store.items[samples[0].key].reward == 9.0
+
+
+def test_seconds_are_of_sampling_until_the_last_rank_is_done_and_then_of_scoring(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("halos.rollout.collect.time", SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: 0.0))
+
+    class Slow(Last):
+        def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
+            now[0] += 2.0
+            yield from super().score(samples)
+
+    @contextmanager
+    def engine() -> Iterator[Echo]:
+        now[0] += 4.0
+        yield Echo()
+
+    class Waited(Ranks):
+        def gather(self, mine: Any) -> list[Any]:
+            now[0] += 5.0  # for the other, which samples for 7 s and scores for 4
+            return [mine, ({}, 7.0)]
+
+    spent = {"score": 1.0}
+    collect(REQUESTS, engine, Slow(), Waited(0, 1), spent)
+    assert spent == {"sample": 7.0, "score": 1.0 + 4.0}, "11 seconds of two ranks, beside what was spent before"

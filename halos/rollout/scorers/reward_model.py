@@ -96,6 +96,9 @@ class RewardModel(Scorer):
         return {"reward_model": identity(self.directory), "label": self.label, "max_length": self.max_length,
                 "template": template, "tokenizer": tokenizer, CONFIG: config}  # fmt: skip
 
+    def load(self) -> None:
+        self._loaded = self._loaded or self._load()
+
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         fitting = []
         for sample, encoded in zip(samples, self._encoded(samples), strict=True):
@@ -125,7 +128,8 @@ class RewardModel(Scorer):
 
         from halos.data.collate import pack
 
-        model = self._loaded = self._loaded or self._load()
+        self.load()
+        model = self._loaded
         with torch.no_grad():
             return model.scores(pack(list(rows)).to(model.model.device))[:, self.label].tolist()
 

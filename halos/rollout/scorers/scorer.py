@@ -75,6 +75,10 @@ class Scorer(ABC):
     def open(cls, settings: Settings, context: Context) -> Scorer:
         """Open the scorer; load weights with the first sample. Raises UserError for settings that cannot score."""
 
+    def load(self) -> None:
+        """Load what it scores with, such as a model's weights, before the first sample and in time that is not scoring's."""
+        return
+
     def check_ready(self) -> None:
         """Raises UserError where it could not score now, because a server does not answer, say. Asked before a run begins."""
         return
