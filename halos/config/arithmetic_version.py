@@ -109,6 +109,8 @@ HISTORY = (
              lambda now: now.config.online is not None and now.config.online.steps is not None),
     Revision(5, "2026-11-27", "rounds learn pairs and labels from the tokens that were sampled, without an end token where a"
              " sample was cut", _learns_from_labelled_rounds),
+    Revision(6, "2026-11-27", "logits of half-precision products are float32 sums, not rounded to a half",
+             lambda now: now.half and now.reads != "score" and now.head == "layer"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 

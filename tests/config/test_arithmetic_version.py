@@ -90,7 +90,7 @@ def test_changes_of_version_1_affect_only_the_runs_that_they_change(now: RunFact
 
 
 def test_changes_of_merging_and_sampling_affect_the_runs_that_use_them() -> None:
-    lora = computed(half=True, refers=True)
+    lora = computed(refers=True)
     lora.config.peft.name = "lora"
     assert why(lora) == ""
     assert [note.partition(":")[0] for note in arithmetic_version.notes_since(0, lora)] == ["FINAL"]
@@ -122,3 +122,15 @@ def test_changes_of_metrics_are_noted_and_refuse_nothing() -> None:
     pairs = computed()
     pairs.config.loss["_target_"] = "halos.losses.dpo.dpo"
     assert (arithmetic_version.changes_since(0, pairs), len(arithmetic_version.notes_since(0, pairs))) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("now", "named"),
+    [
+        (computed(half=True), True), (computed(half=True, reads="value"), True), (computed(), False),
+        (computed(half=True, reads="score"), False), (computed(half=True, head="own"), False),
+    ],
+)  # fmt: skip
+def test_float32_sums_of_logits_affect_runs_in_half_precision_alone(now: RunFacts, named: bool) -> None:
+    now.config.peft.name = "lora"  # a frozen head too
+    assert ("float32 sums" in why(now, 5)) is named
