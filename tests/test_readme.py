@@ -40,6 +40,7 @@ VOTES = [
     {"question": f"Count {n}", "answers": [{"text": f"1 2 {n}", "votes": n + 1}, {"text": "no", "votes": 0}]} for n in range(8)
 ]
 RANKED = [{"prompt": f"Count {n}", "ranked": [f"1 2 {n}", f"{n}", "no"]} for n in range(8)]
+MIXED = [{"prompt": "Write f!", "task": "code", "tests": ["f(1) == 1", "f(2) == 3"]}, {"prompt": "Hello!", "task": "chat"}]
 PROMPTS = [{"prompt": f"Count {n}", "solution": str(n)} for n in range(8)]
 
 
@@ -104,7 +105,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A directory with what the commands name: data, packages, a reward model, and few bundled problems."""
     place = tmp_path_factory.mktemp("desk")
     rows = {"votes.jsonl": VOTES, "pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS,
-            "rankings.jsonl": RANKED}  # fmt: skip
+            "rankings.jsonl": RANKED, "mixed.jsonl": MIXED}  # fmt: skip
     for name in {name for line in ON_TRAIN for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", line)}:
         write_rows(place / name, rows[name])
     for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", TEXT, re.S):
@@ -155,6 +156,15 @@ def test_every_documented_command_ends_dry(command: str, dry: Callable[..., int]
     before = sorted(desk.rglob("runs/**"))
     assert dry(command) == 0
     assert sorted(desk.rglob("runs/**")) == before
+
+
+def test_the_documented_rewards_of_code_and_of_groups_score_as_they_say(desk: Path) -> None:
+    from myrewards import code  # type: ignore[import-not-found]
+
+    row, answer = {"data": MIXED[0]}, f"So:\n{code.FENCE}python\ndef f(x): return x\n{code.FENCE}"
+    assert [code.passes(text, row) for text in (answer, answer.replace("return x", "return 2 * x - 1"), "no")] == [0.5, 1.0, 0.0]
+    assert code.passes(answer, {"data": MIXED[1]}) is None
+    assert code.longest(["a", "bb", "bb"], [row] * 3) == [0.0, 1.0, 1.0]
 
 
 @pytest.fixture(scope="module")

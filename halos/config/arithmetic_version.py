@@ -86,6 +86,13 @@ def _learns_from_rollouts(now: RunFacts) -> bool:
     return online is not None and online.loss not in (*PAIRED, "reward", "sft", "csft", "kto")
 
 
+def _sums_own_rewards(now: RunFacts) -> bool:
+    """Return whether the score is a sum of several reward functions, one of which is the user's and may return None."""
+    scorer = (now.before.get("online") or {}).get("scorer") or {}
+    paths = [str(each.get("function") if isinstance(each, Mapping) else each) for each in scorer.get("functions") or []]
+    return len(paths) > 1 and any("." in path and not path.startswith("halos.") for path in paths)
+
+
 # Oldest first. Whoever changes the arithmetic adds an entry here, with a higher number; changes of one release share it.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
@@ -111,6 +118,8 @@ HISTORY = (
              " sample was cut", _learns_from_labelled_rounds),
     Revision(6, "2026-11-27", "logits of half-precision products are float32 sums, not rounded to a half",
              lambda now: now.half and now.reads != "score" and now.head == "layer"),
+    Revision(6, "2026-11-27", "a reward function that returns None does not apply, and no longer costs the sample its score",
+             _sums_own_rewards),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 

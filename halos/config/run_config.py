@@ -34,6 +34,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("online", "minibatches"): 1, ("online", "epochs"): 1, ("online", "steps_per_round"): 8,
     ("online", "eval_samples"): 1, ("online", "eval_temperature"): 0.0, ("online", "pass_reward"): None,
     ("online", "correction"): "none", ("online", "correction_level"): None, ("online", "correction_cap"): 2.0,
+    ("online.scorer", "aggregation"): "sum",
 }  # fmt: skip
 ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}}
 
@@ -58,8 +59,8 @@ def _load(text: str, attempts: tuple[tuple[str, str], ...], run_dir: str) -> dic
         raise UserError(f"{run_dir}/config.yaml holds no configuration")
     settings = renamed_keys.with_current_names(settings)
     for (section, name), value in _added_to(settings).items():
-        if isinstance(settings.get(section), dict):
-            settings[section].setdefault(name, copy(value))
+        if isinstance(node := _node(settings, section), dict):
+            node.setdefault(name, copy(value))
     settings = {**deepcopy(ADDED_SECTIONS), **settings}
     legacy_sections.upgrade(settings)
     for name, record in attempts:
@@ -79,13 +80,21 @@ def _load(text: str, attempts: tuple[tuple[str, str], ...], run_dir: str) -> dic
 def added_keys(text: str, run_dir: str) -> list[str]:
     """Return the keys that a run's config.yaml predates: those of ADDED_KEYS, and of its targets."""
     settings = _parsed(text, f"{run_dir}/config.yaml")
-    keys = [f"{section}.{name}" for section, name in _added_to(settings) if name not in (settings.get(section) or {})]
+    keys = [f"{section}.{name}" for section, name in _added_to(settings) if name not in (_node(settings, section) or {})]
     return [*keys, *legacy_sections.added_keys(settings)]
 
 
 def _added_to(settings: Mapping[str, Any]) -> dict[tuple[str, str], Any]:
     """Return the keys of ADDED_KEYS that concern this configuration."""
-    return {key: value for key, value in ADDED_KEYS.items() if key[0] != "online" or settings.get("online")}
+    return {key: value for key, value in ADDED_KEYS.items() if key[0].partition(".")[0] != "online" or settings.get("online")}
+
+
+def _node(settings: Mapping[str, Any], section: str) -> Any:
+    """Return a section of a saved configuration, or of a section of it; None where it has none."""
+    node: Any = settings
+    for name in section.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
 
 
 def changed_keys(record: str) -> Mapping[str, Any]:

@@ -165,11 +165,12 @@ class Sampler:
 class Scorer:
     name: str = key(one_of=scorer_names())
     functions: list[Any] = key()
+    aggregation: str = key(one_of=("sum", "normalised"))
     model: str | None = key(on_resume=SCORER, path=True)  # of a judge, its name
     label: int | None = key(least=0)
     batch_size: int = key(least=1, on_resume=SAFE)
     processes: int = key(least=1, on_resume=SAFE)
-    timeout: float = key(above=0)  # a sample that takes longer has no score
+    timeout: float = key(above=0)  # samples of a call that takes longer have no score
     url: str | None = key(on_resume=SAFE)
     pairwise: bool = key()
     rubric: str | None = key(on_resume=CONTENT, path=True)

@@ -56,9 +56,9 @@ def _call(function: Converter, target: str, row: Row) -> Any:
 
 def _row(result: Any, where: str, target: str, row: Row) -> Row:
     if isinstance(result, Example):
-        return Row({}, where, example=result)
+        return Row({}, where, example=result, original=row.record)
     if isinstance(result, Mapping) and all(isinstance(name, str) for name in result):
-        return Row(dict(result), where)
+        return Row(dict(result), where, original=row.record)
     raise UserError(
         f"{row.where}: {target} returns {type(result).__name__}: it must return a dict of columns such as prompt and completion,"
         " an example of halos.types, a list of them, or None for a row that is left out"

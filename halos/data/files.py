@@ -20,6 +20,7 @@ class Row(NamedTuple):
     where: str
     left_out: bool = False  # a custom format returned None for it
     example: Example | None = None  # of a custom format, instead of columns
+    original: dict[str, Any] | None = None  # the row that a custom format converted
 
 
 def _record(value: Any, where: str) -> Row:

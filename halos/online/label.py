@@ -36,7 +36,8 @@ from halos.online.records import (
 from halos.rollout import collect, feedback
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Context, PairwiseScorer, Scorer, open_scorer
-from halos.rollout.types import EVAL, Rollout, Row, Sample, numbered
+from halos.rollout.scores import lack, reasons
+from halos.rollout.types import Rollout, Row, Sample, Score, numbered
 
 
 def parser() -> argparse.ArgumentParser:
@@ -129,7 +130,7 @@ def read_samples(path: Path) -> list[Sample]:
 def _score(samples: Sequence[Sample], scorer: Scorer, file: ResumableFile, ranks: Ranks) -> float:
     """Score the samples that have no score yet; return the seconds until the last rank was done, without loading a model."""
     store = FileStore[Rollout](file)
-    mine = [sample for sample in samples if not store.has(sample.key)][ranks.rank :: ranks.world]
+    mine = collect.shard(collect.to_score(samples, scorer, store), ranks, whole_groups=scorer.needs_groups())
     if mine:
         scorer.load()
     began = time.perf_counter()
@@ -147,31 +148,27 @@ def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | st
     if args.feedback.exists() and read_meta(args.feedback).get("request") != request:
         raise UserError(f"{args.feedback} exists already, made from other scores or with other settings: name another file")
     rows = read(scores)
-    training = [row for row in rows if row.get("split") != EVAL]
-    if training and all(row["reward"] is None for row in training):
-        raise UserError(f"none of {len(training)} samples has a score: {training[0]['problem']}; no feedback is written, and"
-                        f" {scores} has the reason for each")  # fmt: skip
     rollouts = [Rollout.from_row(row, f"{scores}:{number}") for number, row in enumerate(rows, 1)]
+    training = [rollout.score for rollout in rollouts if not rollout.prompt.is_eval]
+    relevant = training or [rollout.score for rollout in rollouts]
+    if all(score.value is None for score in relevant):
+        raise UserError(f"{lack(relevant)}; no feedback is written, and {scores} has the reason for each")
     result, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed)
     write_sealed(args.feedback, [each.to_row() for each in result], request, left_out)
     _report(args, rows, left_out)
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts of samples with and without a score, the problems, and the cost."""
-    problems: dict[str, int] = {}
-    for row in rows:
-        if row["reward"] is None:
-            problems[row["problem"]] = problems.get(row["problem"], 0) + 1
-    return {"scored": sum(row["reward"] is not None for row in rows), "without_score": sum(problems.values()),
-            "problems": dict(sorted(problems.items(), key=lambda each: -each[1])[:10]),
+    """Counts of samples with and without a score, these by reason, and the cost."""
+    problems = reasons(map(Score.from_row, rows))
+    return {"scored": len(rows) - sum(problems.values()), "without_score": sum(problems.values()), "problems": problems,
             "cost": sum(row.get("cost") or 0.0 for row in rows)}  # fmt: skip
 
 
 def _report(args: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, int]) -> None:
     totals = counts(rows)
-    for problem, count in list(totals["problems"].items())[:3]:
-        tqdm.write(f"no score for {count}: {problem}", file=sys.stderr)
+    if line := lack([Score.from_row(row) for row in rows]):
+        tqdm.write(line, file=sys.stderr)
     equal = f", {left_out['groups_all_equal']} of {left_out['groups']} prompts with equal scores" if left_out["groups"] else ""
     empty = f", {left_out['empty']} empty ones left out" if left_out.get("empty") else ""
     tqdm.write(f"{args.feedback}: {left_out['rows']} rows of {args.kind} feedback from {totals['scored']} scores"

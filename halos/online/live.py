@@ -27,6 +27,7 @@ from halos.rollout.engines.engine import PolicyServer
 from halos.rollout.prompts import eval_prompts, fitting, for_round, read_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
+from halos.rollout.scores import by_function, function_metrics, lack
 from halos.rollout.spent import SECONDS
 from halos.rollout.types import Prompt, Request, Rollout, Sample, requests_for
 
@@ -134,26 +135,27 @@ class RolloutSource:
             have = self._fill(number, rollouts)
             if have >= full:
                 break
-        without = _without_score(rollouts)
-        if len(without) == len(rollouts):
-            raise UserError(f"step {self.run.step}: none of {len(rollouts)} samples has a score: {without[0].score.problem}")
+        line = lack([rollout.score for rollout in rollouts])
+        if all(rollout.score.value is None for rollout in rollouts):
+            raise UserError(f"step {self.run.step}: {line}")
         if not have:  # with nothing to learn, which the trainer warns of, and which ends no run
             have = self._fill(number, rollouts, drop_equal=False)
         if not have:
-            lack = f"; {len(without)} had no score: {without[0].score.problem}" if without else ""
             raise UserError(
                 f"step {self.run.step}: in {len(rollouts)} samples none was better than another of its prompt: more"
-                f" online.samples_per_prompt, a higher temperature, or other prompts{lack}"
+                f" online.samples_per_prompt, a higher temperature, or other prompts{f'; {line}' if line else ''}"
             )
         self._count(rollouts)
 
     def _count(self, rollouts: Sequence[Rollout]) -> None:
         """Metrics of what was sampled, whatever of it is learned from."""
         scores = [rollout.reward for rollout in rollouts if rollout.score.value is not None]
-        kept = sum(len(item.completions) for item in self.rows.items)
+        kept, functions = sum(len(item.completions) for item in self.rows.items), by_function(rollouts)
         self.run.window.add({
             WITHOUT_SCORE: (len(rollouts) - len(scores), len(rollouts)), "samples/reward": (sum(scores), len(scores)),
             "samples/kept": (kept, len(rollouts)),
+            **{f"samples/function/{name}": total for name, total in functions.items()},
+            **{f"samples/function/{name}/applies": (count, len(scores)) for name, (_, count) in functions.items()},
         })  # fmt: skip
 
     def evaluate(self) -> dict[str, float]:
@@ -168,16 +170,15 @@ class RolloutSource:
             for hook in self.run.hooks.values():
                 hook.on_examples(self.run, rows)
         if "reward" not in metrics:
-            raise UserError(f"none of the {len(rollouts)} held-out answers has a score: {rollouts[0].score.problem}")
+            raise UserError(f"evaluation: {lack([rollout.score for rollout in rollouts])}")
         spent = {f"{SECONDS}{name}": round(value, 3) for name, value in seconds.items()}
-        return {**metrics, "examples": len(rollouts), **spent}
+        return {**metrics, **function_metrics(rollouts), "examples": len(rollouts), **spent}
 
     def _collect(self, prompts: Sequence[Prompt], seed: int, seconds: dict[str, float]) -> list[Rollout]:
         rollouts = collect(self.prompts.requests(prompts, seed), self.engine.opened, self.scorer, self.ranks, seconds)
-        if (without := _without_score(rollouts)) and not self._warned:
+        if (line := lack([rollout.score for rollout in rollouts])) and not self._warned:
             self._warned = True
-            log.warning("step %d: %d of %d samples have no score, and are left out: %s. The metric %s counts them",
-                        self.run.step, len(without), len(rollouts), without[0].score.problem, WITHOUT_SCORE)  # fmt: skip
+            log.warning("step %d: %s. They are left out, and the metric %s counts them", self.run.step, line, WITHOUT_SCORE)
         return rollouts
 
     def _write_examples(self, rollouts: Sequence[Rollout], metrics: Mapping[str, float]) -> None:
@@ -199,10 +200,6 @@ class RolloutSource:
         items = [_item(each, f"{each.prompt_id}#{row}") for row, each in enumerate(usable)]
         self.rows.fill(number, items, np.array([numbers[each.prompt_id] for each in usable], np.int64))
         return -(-len(items) // self.prompts.per_prompt)
-
-
-def _without_score(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    return [rollout for rollout in rollouts if rollout.score.value is None]
 
 
 def usable_feedback(given: Sequence[feedback.Feedback], kind: type[Example]) -> list[feedback.Feedback]:

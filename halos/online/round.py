@@ -22,8 +22,9 @@ from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
 from halos.rollout import evaluation, measure
 from halos.rollout.prompts import eval_prompts, for_round
+from halos.rollout.scores import function_metrics, lack
 from halos.rollout.spent import START, Spent
-from halos.rollout.types import EVAL, TRAIN, Prompt, Rollout, Sample
+from halos.rollout.types import EVAL, TRAIN, Prompt, Rollout, Sample, Score
 from halos.rundir import RunDir, is_run
 
 log = logging.getLogger(__name__)
@@ -181,9 +182,9 @@ class Round:
 
     def _why_no_feedback(self) -> str:
         rows = read(self.directory / "scores.jsonl") if (self.directory / "scores.jsonl").is_file() else []
-        scores = [row.get("reward") for row in rows if row.get("split") != EVAL]
-        if scores and all(score is None for score in scores):
-            return f"none of {len(scores)} samples has a score ({rows[0].get('problem')})"
+        scores = [Score.from_row(row) for row in rows if row.get("split") != EVAL]
+        if scores and all(score.value is None for score in scores):
+            return str(lack(scores))
         return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples)"
 
     def _result(self) -> RoundResult:
@@ -198,6 +199,7 @@ class Round:
 
     def _eval_metrics(self, rollouts: Sequence[Rollout]) -> dict[str, Any]:
         metrics = evaluation.metrics_of(rollouts, self.plan.online)
+        metrics |= function_metrics(measure.of_split(rollouts, EVAL))
         meta = read_meta(self.directory / "feedback.jsonl")
         judged = {name: value for name, value in meta.items() if name.startswith(evaluation.WIN_RATE)}  # by a judge that compares
         return {**metrics, **(judged or evaluation.win_rate(rollouts, self._first_rollouts()))} if metrics else {}
@@ -213,6 +215,9 @@ class Round:
         else:
             metrics |= {"cost": sum(rollout.score.cost for rollout in rollouts)}
             metrics |= {"without_score": sum(rollout.score.value is None for rollout in rollouts)}
+            metrics |= function_metrics(measure.of_split(rollouts, TRAIN))
+            if line := lack([rollout.score for rollout in rollouts]):
+                log.warning("round %d: %s", self.number, line)
         metrics |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.directory / "feedback.jsonl"))}
         return metrics | self._of_training()
 

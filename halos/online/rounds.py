@@ -38,7 +38,7 @@ from halos.online.round import STATE, Round, RoundResult, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
 from halos.rollout import evaluation, measure
-from halos.rollout.prompts import digest
+from halos.rollout.prompts import content_hashes
 from halos.rollout.types import EVAL, TRAIN
 from halos.rundir import RunDir
 from halos.versions import versions
@@ -104,8 +104,7 @@ def run(
             directory.require_run()
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
-        prompts = {"data.train": digest(plan.prompts), "data.eval": digest(plan.eval_prompts) if plan.eval_prompts else None}
-        content = outlined.content(config, prompts)
+        content = outlined.content(config, content_hashes(plan.prompts, plan.eval_prompts, plan.online.scorer.name))
         altered = outlined.changed(config, directory, content) if config.resume else []
         if config.dry_run:
             return dry_run(plan, outlined, prompt)

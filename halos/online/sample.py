@@ -30,7 +30,7 @@ from halos.online.options import SAMPLER
 from halos.online.records import FileStore, ResumableFile, open_on_all_ranks
 from halos.rollout import collect
 from halos.rollout.engines.engine import Engine, open_engine
-from halos.rollout.prompts import fitting, read_prompts
+from halos.rollout.prompts import columns_digest, fitting, read_prompts
 from halos.rollout.ranks import Ranks, local_device
 from halos.rollout.types import TRAIN, Origin, Prompt, Request, Row, Sample, requests_for
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.overwrite and ranks.main:
         args.output.unlink(missing_ok=True)
     policy = Policy(args, sampler, ranks)
-    file = ResumableFile(args.output, policy.request(prompts), rank=ranks.rank)
+    file = ResumableFile(args.output, policy.request(prompts), rank=ranks.rank, recorded_since=("columns",))
     if ranks.from_rank_0(file.is_done()):
         say(ranks, f"{args.output} exists already, with the samples of this request")
         ranks.barrier()
@@ -202,7 +202,8 @@ class Policy:
         settings = mathematics(self.sampler)
         return {
             "sampler": settings.pop("name"), **settings, "model": None if weights else str(args.model), "model_sha256": weights,
-            "prompts": _digest(rows), "samples": args.samples, "max_length": args.max_length, "seed": args.seed,
+            "prompts": _digest(rows), "columns": columns_digest(prompts)[:16], "samples": args.samples,
+            "max_length": args.max_length, "seed": args.seed,
             "template": _digest(self.tokenizer.chat_template) if self.tokenizer is not None else None, "dtype": args.dtype,
         }  # fmt: skip
 

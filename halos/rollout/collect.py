@@ -11,12 +11,13 @@ from typing import Generic, Protocol, TypeVar
 from halos.rollout.engines.engine import Engine
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
-from halos.rollout.types import Key, Request, Rollout, Sample
+from halos.rollout.types import Key, Prompt, Request, Rollout, Sample
 
 STORED_AT_ONCE = 64  # answers or scores: what a crash can lose
 STORED_EVERY = 5.0  # seconds, of answers that come one by one
 
 Item = TypeVar("Item", Sample, Rollout)
+Keyed = TypeVar("Keyed", Request, Sample)
 
 
 class Store(Protocol[Item]):
@@ -55,19 +56,35 @@ def collect(
     scoring.
     """
     samples, rollouts, began = InMemory[Sample](), InMemory[Rollout](), time.perf_counter()
-    mine = requests[ranks.rank :: ranks.world]
+    mine = shard(requests, ranks, whole_groups=scorer.needs_groups())
     with engine() as opened:
         for _ in sample([mine], opened, samples):
             pass
     sampling = time.perf_counter() - began
     for _ in score(list(samples.items.values()), scorer, rollouts):
         pass
-    parts = ranks.gather((rollouts.items, sampling))
+    # prompts are on every rank already, and their data may be large
+    bare = {key: _of_prompt(rollout, Prompt(rollout.prompt.id, ())) for key, rollout in rollouts.items.items()}
+    parts = ranks.gather((bare, sampling))
     slowest, passed = max(sampling for _, sampling in parts), time.perf_counter() - began
     for name, spent in (("sample", min(slowest, passed)), ("score", max(0.0, passed - slowest))):
         seconds[name] = seconds.get(name, 0.0) + spent
-    all_rollouts = {key: rollout for items, _ in parts for key, rollout in items.items()}
-    return [all_rollouts[request.key] for request in requests]
+    every = {key: rollout for items, _ in parts for key, rollout in items.items()}
+    return [_of_prompt(every[request.key], request.prompt) for request in requests]
+
+
+def _of_prompt(rollout: Rollout, prompt: Prompt) -> Rollout:
+    return replace(rollout, sample=replace(rollout.sample, prompt=prompt))
+
+
+def shard(items: Sequence[Keyed], ranks: Ranks, *, whole_groups: bool) -> list[Keyed]:
+    """A rank's share of requests or samples; with `whole_groups` all of a prompt are in one share."""
+    if not whole_groups:
+        return list(items[ranks.rank :: ranks.world])
+    groups: dict[str, list[Keyed]] = {}
+    for item in items:
+        groups.setdefault(item.prompt.id, []).append(item)
+    return [item for group in list(groups.values())[ranks.rank :: ranks.world] for item in group]
 
 
 def sample(chunks: Iterable[Sequence[Request]], engine: Engine, store: Store[Sample]) -> Iterator[Sample]:
@@ -107,12 +124,23 @@ def _as_they_come(missing: Sequence[Request], engine: Engine, store: Store[Sampl
 
 def score(samples: Sequence[Sample], scorer: Scorer, store: Store[Rollout]) -> Iterator[Rollout]:
     """Yield rollouts of the samples that have no score in the store."""
-    fresh = []
-    for each, given in scorer.score([each for each in samples if not store.has(each.key)]):
+    fresh = list[Rollout]()
+    for each, given in scorer.score(to_score(samples, scorer, store)):
         rollout = Rollout(each, replace(given, scorer=scorer.name()))
-        yield rollout
-        fresh.append(rollout)
-        if len(fresh) >= STORED_AT_ONCE:
+        if len(fresh) >= STORED_AT_ONCE and not (scorer.needs_groups() and fresh[-1].prompt.id == rollout.prompt.id):
             store.keep(fresh)
             fresh = []
+        if store.has(rollout.key):
+            continue
+        yield rollout
+        fresh.append(rollout)
     store.keep(fresh)
+
+
+def to_score(samples: Sequence[Sample], scorer: Scorer, store: Store[Rollout]) -> list[Sample]:
+    """The samples that have no score in the store; where the scorer needs groups, with the others of their prompts."""
+    without = [each for each in samples if not store.has(each.key)]
+    if not scorer.needs_groups():
+        return without
+    prompts = {each.prompt.id for each in without}
+    return [each for each in samples if each.prompt.id in prompts]

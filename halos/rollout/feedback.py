@@ -136,7 +136,7 @@ def make(rollouts: Sequence[Rollout], settings: Settings, *, kind: str, seed: in
     number, or the mean (null) or median of all scores.
     """
     threshold = check_threshold(kind, settings.threshold)
-    rows = [rollout for rollout in rollouts if not rollout.prompt.is_eval]
+    rows = [rollout.learned for rollout in rollouts if not rollout.prompt.is_eval]
     with_score = [rollout for rollout in rows if rollout.score.value is not None]
     counts = {"without_score": len(rows) - len(with_score)}
     groups = by_prompt(with_score)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
@@ -11,39 +12,59 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from halos.config.rollout_modules import scorer_class
 from halos.data.files import Row as DataRow
 from halos.data.formats import read_prompt
 from halos.data.order import Order
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
+from halos.rollout.rows import DATA, Row, as_json
 from halos.rollout.types import EVAL, TRAIN, Prompt, Turns, seed_of
 from halos.types import Demonstration
 
+log = logging.getLogger(__name__)
+
+_OF_PROMPT = ("type", "prompt_id", "prompt", "samples", "temperature", "seed", "split")  # keys of a prompt in a row
+
 
 def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str, *, others: Collection[str] = ()) -> list[Prompt]:
-    """The prompts of data entries, with their solutions where the data has them. Rows with the same prompt give one prompt.
+    """The prompts of data entries, each with its row of the data. Rows with the same prompt give one prompt, that of the first,
+    since samples of one prompt are one group; those whose other columns differ are counted in a warning.
     `others`: ids that none may have, such as those of training prompts, whose samples are in one file with evaluation's.
 
     Raises UserError for rows without a prompt, and for two prompts with one id.
     """
-    prompts: dict[str, Prompt] = {}
+    by_id: dict[str, tuple[Prompt, str]] = {}
+    unique: dict[tuple[str, str | None], tuple[Prompt, str]] = {}
+    repeats = list[tuple[str, str, list[str]]]()
     for entry in entries:
         for record in open_source(Source.of(entry), Demonstration, purpose).rows():
             if record.left_out:
                 continue
-            prompt = _read(record, prompts, others)
-            first = prompts.setdefault(prompt.id, prompt)
-            if first.turns != prompt.turns:
+            prompt = _read(record, by_id, others)
+            first = by_id.setdefault(prompt.id, (prompt, record.where))
+            if first[0].turns != prompt.turns:
                 raise UserError(f"{record.where}: two prompts have the prompt_id {prompt.id!r}")
-    return _deduplicated(list(prompts.values()))
+            if first[0] is prompt:
+                first = unique.setdefault((repr(prompt.turns), prompt.split), first)
+            if first[0] is not prompt and (differing := _differing(first[0], prompt)):
+                repeats.append((record.where, first[1], differing))
+    if repeats:
+        where, first_where, _ = repeats[0]
+        columns = dict.fromkeys(name for _, _, names in repeats for name in names)
+        log.warning(
+            "data.%s: %d of its rows have the prompt of an earlier row and another %s (%s after %s): the first row of each prompt"
+            " is used, and reward functions get its columns", purpose, len(repeats), ", ".join(columns), where, first_where,
+        )  # fmt: skip
+    return [prompt for prompt, _ in unique.values()]
 
 
-def _deduplicated(prompts: list[Prompt]) -> list[Prompt]:
-    """The first of the prompts of a split with equal turns: samples of one prompt are one group."""
-    unique: dict[tuple[str, str | None], Prompt] = {}
-    for prompt in prompts:
-        unique.setdefault((repr(prompt.turns), prompt.split), prompt)
-    return list(unique.values())
+def _differing(one: Prompt, other: Prompt) -> list[str]:
+    """The columns in which two rows of one prompt differ."""
+    names = dict.fromkeys([*one.data, *other.data, *one.columns])
+    same = {"prompt_id"}
+    return [name for name in names if name not in same and (one.data.get(name), one.columns.get(name))
+            != (other.data.get(name), other.columns.get(name))]  # fmt: skip
 
 
 class PromptEncoder(Protocol):
@@ -58,10 +79,28 @@ def fitting(prompts: Sequence[Prompt], encoder: PromptEncoder, room: float) -> l
     return [replace(prompt, ids=own) for prompt, own in zip(prompts, ids, strict=True) if len(own) <= room]
 
 
+def content_hashes(train: Sequence[Prompt], evaluation: Sequence[Prompt], scorer: str) -> dict[str, str | None]:
+    """Hashes of prompts, by the keys under which a resume compares them; those of columns only where the scorer reads any."""
+    hashes: dict[str, str | None] = {}
+    for key, prompts in (("data.train", train), ("data.eval", evaluation)):
+        hashes[key] = digest(prompts) if prompts else None
+        hashes[f"{key}.columns"] = columns_digest(prompts) if prompts and scorer_class(scorer).reads_columns else None
+    return hashes
+
+
 def digest(prompts: Sequence[Prompt]) -> str:
-    """A hash of prompts in their order, with everything that influences their samples and the scores of these."""
-    rows = [prompt.to_row() for prompt in prompts]
+    """A hash of prompts in their order, with everything that influences their samples, and with their solutions: as versions
+    recorded it that knew no other columns of the data, which have a hash of their own."""
+    rows = [replace(prompt, data={}).to_row() for prompt in prompts]
     return hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def columns_digest(prompts: Sequence[Prompt]) -> str:
+    """A hash of the data of prompts in their order."""
+    total = hashlib.sha256()
+    for prompt in prompts:
+        total.update(json.dumps(dict(prompt.data), sort_keys=True).encode() + b"\n")
+    return total.hexdigest()
 
 
 def _read(record: DataRow, taken: Collection[str], others: Collection[str]) -> Prompt:
@@ -74,7 +113,17 @@ def _read(record: DataRow, taken: Collection[str], others: Collection[str]) -> P
         name = _unused(record.where.rpartition("/")[2], taken, others)
     samples = int(own["samples"]) if own.get("samples") is not None else None
     return Prompt(name, tuple(map(dict, turns)), own.get("split"), samples, own.get("temperature"), own.get("seed"),
-                  {} if solution is None else {"solution": solution})  # fmt: skip
+                  {} if solution is None else {"solution": solution}, _data_of(record))  # fmt: skip
+
+
+def _data_of(record: DataRow) -> Row:
+    """A row's columns. In our own files they stand under one key; where a person wrote a prompts.jsonl, beside the prompt's."""
+    row, kind = record.record, record.record.get("type")
+    if kind in ("prompt", "sample") and isinstance(whole := row.get(DATA), Mapping):
+        return as_json(whole)
+    if kind == "prompt":  # whose `solution` is the text that we wrote, unless it is none
+        row = {name: row[name] for name in row if name not in _OF_PROMPT and not (name == "solution" and type(row[name]) is str)}
+    return as_json({**(record.original or {}), **row})
 
 
 def _unused(name: str, *taken: Collection[str]) -> str:

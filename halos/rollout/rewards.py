@@ -1,8 +1,9 @@
 """Rewards computed from a completion's text. A user's own reward is a function like these, in a package of theirs.
 
-`def reward(completion: str, row: Mapping[str, Any], *, ...) -> float`: `row` is the sample's record with its prompt and, where
-the data has one, its `solution`; keyword-only parameters are keys next to `function`. A sample for which it raises has no score,
-and is counted.
+`def reward(completion: str, row: Mapping[str, Any], *, ...) -> float | None`: `row` is the sample's record with its prompt, its
+tokens and the row of the data; keyword-only parameters are keys next to `function`. None says that the function does not apply. A
+sample for which it raises has no score, and is counted. halos/online/README.md has the other kinds, of all samples of a prompt
+and async.
 """
 
 from __future__ import annotations

@@ -11,29 +11,21 @@ import numpy as np
 
 from halos.errors import UserError
 from halos.redaction import redact
+from halos.rollout.rows import DATA, OF_SAMPLE, OF_SCORE, Row, check_types
 
-Row = dict[str, Any]  # a line of a file
 Key = tuple[str, int]  # identifies a sample: its prompt's id, and its number among the samples of that prompt
 Turns = tuple[Mapping[str, Any], ...]  # as in halos.types, which imports torch
 TRAIN, EVAL = "train", "eval"  # splits of prompts
 
-# keys of a sample and of its score in a row; every other key is a column of the data
-_OF_SAMPLE = ("type", "prompt_id", "sample_id", "prompt", "split", "output", "finish", "tokens", "seed", "temperature",
-              "generator", "output_ids", "logps", "vocabulary", "generator_sha256")  # fmt: skip
-_OF_SCORE = ("reward", "labeller", "cost", "problem", "parts", "verdict")
-# the types that keys of a sample may have in files of other tools, where they are not null, and how messages call them
-_Types = Mapping[str, tuple[tuple[type, ...], str]]
-_TYPES: _Types = {
-    **dict.fromkeys(("split", "finish", "generator", "vocabulary", "generator_sha256"), ((str,), "text")),
-    **dict.fromkeys(("sample_id", "tokens", "seed"), ((int,), "a whole number")),
-    "temperature": ((int, float), "a number"),
-}
-_LISTS: _Types = {"output_ids": ((int,), "a list of whole numbers"), "logps": ((int, float), "a list of numbers")}
-
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt with the columns of its row in the data."""
+    """A prompt with its row in the data.
+
+    `columns` stand in files beside the keys of a sample: `solution`, the answer as text, and what samples of other tools have.
+    `data` is the row of the data, whole, with the types that JSON has; in files it is one key, so that no column of the data can
+    be taken for a key of a sample.
+    """
 
     id: str
     turns: Turns
@@ -41,7 +33,8 @@ class Prompt:
     samples: int | None = None  # overrides the common number of samples
     temperature: float | None = None  # overrides the common temperature; 0: greedy
     seed: int | None = None  # overrides the common seed
-    columns: Mapping[str, Any] = field(default_factory=dict)  # of the data, as reward functions see them, such as `solution`
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     ids: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32), compare=False, repr=False)
     """Token ids for the engine, the template's generation prompt included; not written to files."""
 
@@ -49,9 +42,15 @@ class Prompt:
     def is_eval(self) -> bool:
         return self.split == EVAL
 
+    @property
+    def data_row(self) -> Row:
+        """The data as a key of a row; nothing where there are none, as in files of older versions and of other tools."""
+        return {DATA: dict(self.data)} if self.data else {}
+
     def to_row(self) -> Row:
         own = {"samples": self.samples, "temperature": self.temperature, "seed": self.seed, "split": self.split}
-        return {"type": "prompt", "prompt_id": self.id, "prompt": list(self.turns), **self.columns, **_without_none(own)}
+        about = {"type": "prompt", "prompt_id": self.id, "prompt": list(self.turns)}
+        return {**about, **self.columns, **self.data_row, **_without_none(own)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +133,7 @@ class Sample:
         facts = {"finish": self.finish, "tokens": self.tokens, "seed": self.seed, "temperature": self.temperature,
                 "generator": self.generator}  # fmt: skip
         split, facts = _without_none(split), _without_none(facts)
-        return {**about, **self.prompt.columns, **split, "output": output, **facts, **self.token_row()}
+        return {**about, **self.prompt.columns, **self.prompt.data_row, **split, "output": output, **facts, **self.token_row()}
 
     def token_row(self) -> Row:
         """Token ids and log-probs, where known; other tools may have ids without log-probs."""
@@ -152,10 +151,11 @@ class Sample:
         for name, value in (("prompt", turns), ("output", [] if isinstance(output, str) else output)):
             if not isinstance(value, list) or not all(isinstance(turn, dict) and "role" in turn for turn in value):
                 raise UserError(f"{where}: {name} is {str(row.get(name))[:60]!r}; it takes text or a list of messages")
-        _check_types(row, where)
-        number = row.get("sample_id")
-        columns = {name: value for name, value in row.items() if name not in _OF_SAMPLE}
-        prompt = Prompt(str(row["prompt_id"]), tuple(turns), row.get("split"), columns=columns)
+        check_types(row, where)
+        number, whole = row.get("sample_id"), isinstance(row.get(DATA), dict)
+        data = {**{name: row[name] for name in OF_SCORE if name in row}, **(row[DATA] if whole else {})}
+        columns = {name: row[name] for name in row if name not in (*OF_SAMPLE, *OF_SCORE) and not (whole and name == DATA)}
+        prompt = Prompt(str(row["prompt_id"]), tuple(turns), row.get("split"), columns=columns, data=data)
         return cls(
             prompt, -1 if number is None else number, output if isinstance(output, str) else tuple(output), row.get("finish"),
             row.get("tokens"), row.get("seed"), row.get("temperature"), tuple(row.get("output_ids") or ()),
@@ -170,20 +170,22 @@ class Score:
     value: float | None
     problem: str = ""
     cost: float = 0.0
-    parts: Mapping[str, float] = field(default_factory=dict)  # by function, where several are added up
+    parts: Mapping[str, float] = field(default_factory=dict)  # by function that applies, where several are added up
     scorer: str | None = None  # its name
     verdict: str | None = None  # of a judge that compares: preferred | not preferred | tie
     lacking: tuple[str, ...] = ()  # columns that a function read but the sample does not have, where it raised
+    normalised: float | None = None  # learned from instead of `value`, with online.scorer.aggregation=normalised
 
     def to_row(self) -> Row:
         own = {"labeller": self.scorer, "cost": self.cost} if self.scorer is not None else {}
-        more = {"problem": redact(self.problem) or None, "parts": dict(self.parts) or None, "verdict": self.verdict}
+        more = {"problem": redact(self.problem) or None, "parts": dict(self.parts) or None, "normalised": self.normalised,
+                "verdict": self.verdict}  # fmt: skip
         return {"reward": self.value, **own, **_without_none(more)}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Score:
         return cls(row.get("reward"), row.get("problem") or "", row.get("cost") or 0.0, row.get("parts") or {},
-                   row.get("labeller"), row.get("verdict"))  # fmt: skip
+                   row.get("labeller"), row.get("verdict"), normalised=row.get("normalised"))  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,19 +209,26 @@ class Rollout:
         assert self.score.value is not None
         return self.score.value
 
+    @property
+    def learned(self) -> Rollout:
+        """The rollout as losses learn from it: with the normalised reward where there is one."""
+        normalised = self.score.normalised
+        return self if normalised is None else replace(self, score=replace(self.score, value=normalised))
+
     def shown(self) -> Row:
         """A row for people and hooks: `prompt`, `output`, `reward`, `split` and everything else that is known."""
         return {**self.sample.to_row(), **self.score.to_row()}
 
     def to_row(self) -> Row:
-        score = self.score.to_row()
+        """A row of scores: without the data, which can be large and stand with the samples."""
+        score, sample = self.score.to_row(), replace(self.sample, prompt=replace(self.prompt, data={}))
         weights = _without_none({"generator_sha256": self.sample.weights})
         first = {name: score.pop(name) for name in ("reward", "labeller", "cost") if name in score}
-        return {**self.sample.to_row(), "type": "scalar_feedback", "output": self.sample.messages, **first, **weights, **score}
+        return {**sample.to_row(), "type": "scalar_feedback", "output": self.sample.messages, **first, **weights, **score}
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], where: str) -> Rollout:
-        sample = {name: value for name, value in row.items() if name not in _OF_SCORE}
+        sample = {name: value for name, value in row.items() if name not in OF_SCORE}
         return cls(Sample.from_row(sample, where), Score.from_row(row))
 
 
@@ -263,23 +272,6 @@ def numbered(samples: Iterable[tuple[Sample, str]]) -> Iterator[Sample]:
             raise UserError(f"{where}: there is a sample {own} of prompt {sample.prompt.id!r} already")
         others.add(own)
         yield replace(sample, number=own)
-
-
-def _check_types(row: Mapping[str, Any], where: str) -> None:
-    """Raises UserError for a value of another type than its key takes. A sample without an id would join another's group."""
-    if type(row["prompt_id"]) not in (str, int, float):
-        raise UserError(f"{where}: prompt_id is {_shown(row['prompt_id'])}, not text or a number, by which samples are grouped")
-    for name, (types, words) in _TYPES.items():
-        if row.get(name) is not None and type(row[name]) not in types:
-            raise UserError(f"{where}: {name} is {_shown(row[name])}, not {words}")
-    for name, (types, words) in _LISTS.items():
-        values = row.get(name)
-        if values is not None and not (isinstance(values, list) and all(type(value) in types for value in values)):
-            raise UserError(f"{where}: {name} is {_shown(values)}, not {words}")
-
-
-def _shown(value: Any) -> str:
-    return "null" if value is None else repr(value)[:60]
 
 
 def text_of(output: Any) -> str:

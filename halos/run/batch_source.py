@@ -19,7 +19,7 @@ from halos.online.live import LivePrompts, RolloutSource
 from halos.online.policy import server_of
 from halos.online.unsharded import Unsharded
 from halos.rollout import feedback
-from halos.rollout.prompts import digest
+from halos.rollout.prompts import columns_digest, content_hashes
 from halos.rollout.scorers.scorer import scorer_of
 from halos.run import datasets
 from halos.run.render import decode_visibly, render_example
@@ -135,7 +135,8 @@ class PolicySource:
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)
         self.scorer.check_prompts(self.prompts.train)
         self.total = config.train.steps or 0
-        prompts = [[prompt.id, prompt.turns] for prompt in (*self.prompts.train, *self.prompts.evaluation)]
+        both = (*self.prompts.train, *self.prompts.evaluation)
+        prompts = [*([prompt.id, prompt.turns] for prompt in both), columns_digest(both)]
         prompts_hash = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         require_same_on_all_ranks(accelerator, "prompts (by their hash)", prompts_hash)
 
@@ -146,10 +147,7 @@ class PolicySource:
         return [("prompt", decode_visibly(tokenizer, [int(token) for token in self.prompts.train[0].ids]))]
 
     def content_hashes(self) -> dict[str, str | None]:
-        return {
-            "data.train": digest(self.prompts.train),
-            "data.eval": digest(self.prompts.evaluation) if self.prompts.evaluation else None,
-        }
+        return content_hashes(self.prompts.train, self.prompts.evaluation, self.prompts.online.scorer.name)
 
     def tokens_until(self, step: int) -> None:
         return None

@@ -134,3 +134,10 @@ def test_changes_of_metrics_are_noted_and_refuse_nothing() -> None:
 def test_float32_sums_of_logits_affect_runs_in_half_precision_alone(now: RunFacts, named: bool) -> None:
     now.config.peft.name = "lora"  # a frozen head too
     assert ("float32 sums" in why(now, 5)) is named
+
+
+def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:
+    own, weighted = "mine.reward", {"function": "mine.reward", "weight": 2.0}
+    for functions, named in ((["ends", own], True), ([weighted, "ends"], True), ([own], False), (["ends", "maths"], False)):
+        before = {"online": {"scorer": {"functions": functions}}}
+        assert ("does not apply" in why(computed(before=before), 5)) is named

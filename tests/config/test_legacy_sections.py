@@ -38,6 +38,9 @@ def test_keys_of_a_target_or_of_online_runs_are_added_to_the_runs_that_have_them
              for name, loss, online in (("grpo", grpo, None), ("live", rloo, {"steps": 3}))}  # fmt: skip
     assert {"loss.kl_ratio", "online.correction"} & added["grpo"] == {"loss.kl_ratio"}
     assert {"loss.kl_ratio", "online.correction"} & added["live"] == {"online.correction"}
+    scored = saved_run(loss=rloo, online={"steps": 3, "scorer": {"name": "function", "functions": ["ends"]}})
+    assert run_config.load(scored, {}, "runs/demo")["online"]["scorer"]["aggregation"] == "sum"
+    assert "online.scorer.aggregation" in run_config.added_keys(scored, "runs/demo")
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("adam", {"betas", "eps"}), ("rmsprop", {"eps"}), ("sgd", set())])

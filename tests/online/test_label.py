@@ -121,7 +121,7 @@ def test_where_no_sample_has_a_score_the_reason_is_the_error_and_no_feedback_is_
     for _ in range(2):
         assert label(words) == 2
         error = capsys.readouterr().err
-        assert "none of 6 samples has a score: halos.online.rewards.length raised" in error
+        assert "none of 6 samples has a score: 6 x halos.online.rewards.length raised TypeError (the first: " in error
         assert not (place / "f.jsonl").exists()
         assert len(read(place / "f.scores.jsonl")) == 6
 

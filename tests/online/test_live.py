@@ -223,8 +223,8 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
         assert 10 <= row["examples"] / row["step"] <= 14, "4 prompts' worth, of 3 samples each, though half have no score"
     text = (tmp_path / "odd" / "train.log").read_text()
     [line] = [line for line in text.splitlines() if "have no score" in line]
-    assert re.search(r"step 0: \d+ of 12 samples have no score, and are left out: ownrewards.odd raised", line)
-    with pytest.raises(UserError, match=r"step 0: none of 120 samples has a score: ownrewards.none returned nan, which"):
+    assert re.search(r"step 0: (\d+) of 12 samples have no score: \1 x ownrewards.odd raised ValueError \(the first", line)
+    with pytest.raises(UserError, match=r"step 0: none of 120 samples has a score: 120 x ownrewards.none returned no finite"):
         start("none", "online.feedback.drop_equal=true")
 
 

@@ -23,7 +23,7 @@ COMMANDS: list[Any] = [
 ]
 CHANGED: list[Any] = [
     Sampler("vllm", 0.7, 0.9, 5, 17, 3, 128, "/bin/python", "http://x/v1", "m", 2, 3, 4),
-    Scorer("function", ["ends"], None, 1, 2, 3, 4.5, "http://x", True, "r.txt", 6, 7, 8.5, 0.25, 0.5),
+    Scorer("function", ["ends"], "normalised", None, 1, 2, 3, 4.5, "http://x", True, "r.txt", 6, 7, 8.5, 0.25, 0.5),
     Feedback("pairwise", "min", "0.5", True),
 ]
 NAMES = ["sampler", "scorer", "feedback"]

@@ -40,6 +40,9 @@ class Last:
     def request(self) -> dict[str, Any]:
         return {}
 
+    def needs_groups(self) -> bool:
+        return False
+
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         for each in reversed(samples):
             yield each, Score(float(each.text[-1]))

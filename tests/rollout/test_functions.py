@@ -14,7 +14,8 @@ from halos.errors import UserError
 from halos.online import rewards as online
 from halos.rollout import rewards
 from halos.rollout.scorers._reward_functions import Part, parts_of
-from halos.rollout.scorers.function import Functions, _work
+from halos.rollout.scorers._workers import work
+from halos.rollout.scorers.function import Functions
 from halos.rollout.types import Prompt, Sample
 
 ROW = {"solution": "2 + 2 = 4\n#### 4", "finish": "stop", "tokens": 90}
@@ -108,7 +109,7 @@ def test_an_error_in_a_function_costs_only_its_own_sample_the_score(mine: str) -
     assert (found["fine"].value, found["too"].value) == (1.0, 1.0)
     for text, words in {
         "raise": "raised ValueError: no such thing", "hang": "took longer than 1 s", "die": "its process died (exit",
-        "nan": "which is no finite number", "none": "returned None",
+        "nan": "odd returned no finite number: nan", "none": "no reward function applies",
     }.items():  # fmt: skip
         assert found[text].value is None
         assert words in found[text].problem
@@ -123,7 +124,7 @@ def test_a_process_that_dies_for_reasons_of_its_own_costs_nobody_a_score(mine: s
 def test_a_process_that_died_while_it_was_idle_is_replaced(mine: str) -> None:
     functions = of(f"{mine}.good", plugins=(mine,))
     assert [score.value for _, score in functions.score([said("ab")])] == [2.0]
-    for worker in functions._workers:
+    for worker in functions._pools[False].workers:
         worker.process.kill()
         worker.process.join()
     assert [score.value for _, score in functions.score([said("abc")])] == [3.0]
@@ -153,7 +154,7 @@ def test_scores_are_of_the_code_that_a_users_function_imports_too(mine: str, tmp
     assert request() == before
     (tmp_path / "ownhelper.py").write_text("TIMES = 20\n")
     assert request() != before
-    assert of("ends").request().keys() == {"functions", "timeout"}
+    assert of("ends").request().keys() == {"functions", "timeout", "aggregation"}
 
 
 def test_a_worker_that_would_import_edited_code_is_not_started(mine: str, tmp_path: Path) -> None:
@@ -173,8 +174,8 @@ def test_workers_stay_for_the_next_call(mine: str) -> None:
     functions = of(f"{mine}.good", plugins=(mine,))
     for _ in range(2):
         assert [score.value for _, score in functions.score([said("ab")])] == [2.0]
-        workers = list(functions._workers)
-    assert functions._workers == workers
+        workers = list(functions._pools[False].workers)
+    assert functions._pools[False].workers == workers
     functions.close()
 
 
@@ -189,7 +190,7 @@ def test_wrong_entries_are_refused(mine: str) -> None:
     ):
         with pytest.raises(UserError, match=words):
             parts_of([entry], [])
-    with pytest.raises(UserError, match=r"is no reward: it takes \(completion, row, \*, ...\)"):
+    with pytest.raises(UserError, match=r"is no reward: its parameters are \(completion, row, extra\), and those of"):
         parts_of([f"{mine}.positional"], [mine])
     with pytest.raises(UserError, match="cannot be imported"):
         parts_of(["halos.nowhere.good"], [])
@@ -205,5 +206,5 @@ def test_a_worker_that_cannot_import_a_function_says_so_without_secrets(
     (tmp_path / "brokenrewards.py").write_text("import os\nraise RuntimeError(os.environ['MY_API_KEY'])\n")
     _, worker_end = multiprocessing.Pipe()
     with pytest.raises(SystemExit):
-        _work(worker_end, [Part("brokenrewards.one", 1.0, {})], [])
+        work(worker_end, {0: Part("brokenrewards.one", 1.0, {})}, [], None)
     assert "RuntimeError: <MY_API_KEY>" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Reward functions: parsed from their configuration, loaded, and called on one sample."""
+"""Reward functions: parsed from their configuration, their kind told by their signature, and loaded."""
 
 from __future__ import annotations
 
@@ -14,24 +14,39 @@ from typing import Any
 from halos.config.plugins import make_importable
 from halos.config.suggest import nearest
 from halos.errors import UserError
-from halos.rollout.types import Row, Sample, Score, text_of
 
 OWN = "halos.online.rewards"  # the dotted path that users write and files record
 MODULES = {OWN: "halos.rollout.rewards"}  # where the code is
 PACKAGES = {"math_verify": "math-verify"}  # import name to pip's name
 
 
+ONE, GROUP = ("completion", "row"), ("completions", "rows")  # the first parameters of the two kinds
+KINDS = "(completion, row, *, ...) for one sample, or (completions, rows, *, ...) for all samples of a prompt, def or async def"
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One reward function of a weighted sum, with its keys."""
+    """One reward function of a sum, with its weight and its keys."""
 
     path: str
     weight: float
     settings: Mapping[str, Any]
+    is_grouped: bool = False  # it gets all samples of a prompt, and returns a list
+    is_async: bool = False
 
-    def load(self) -> Callable[[str, Mapping[str, Any]], float]:
+    def load(self) -> Callable[[Any, Any], Any]:
         function = _function(self.path)
         return lambda completion, row: function(completion, row, **self.settings)
+
+
+def names_of(parts: Sequence[Part]) -> list[str]:
+    """The functions' names in scores and metrics; a function may be given twice, with other keys."""
+    names = list[str]()
+    for part in parts:
+        name = part.path.rpartition(".")[2]
+        same = sum(each.partition("~")[0] == name for each in names)
+        names.append(f"{name}~{same + 1}" if same else name)
+    return names
 
 
 def parts_of(entries: Sequence[Any], plugins: Sequence[str]) -> list[Part]:
@@ -64,9 +79,10 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
     members = vars(imported)
     if not inspect.isfunction(members.get(name)):
         known = [word for word, part in members.items() if inspect.isfunction(part) and part.__module__ == imported.__name__
-                 and list(inspect.signature(part).parameters)[:2] == ["completion", "row"]]  # fmt: skip
+                 and _first_names(part) in (ONE, GROUP)]  # fmt: skip
         near = nearest(name, known)
         raise UserError(f"there is no reward {path}{f'; did you mean {near}?' if near else ''}; {module} has {', '.join(known)}")
+    is_grouped, is_async = _kind(path, members[name])
     _check_keys(path, members[name], settings)
     needed = next((package for package in PACKAGES if package in inspect.getsource(members[name])), None)
     if needed:
@@ -74,58 +90,38 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
             import_module(needed)
         except ImportError as error:
             raise UserError(f"the reward {path} needs the package {PACKAGES[needed]}: pip install {PACKAGES[needed]}") from error
-    return Part(path, float(weight), settings)
+    return Part(path, float(weight), settings, is_grouped, is_async)
+
+
+def _kind(path: str, function: Callable[..., Any]) -> tuple[bool, bool]:
+    """Whether a function gets all samples of a prompt, and whether it is async. Raises UserError for any other signature."""
+    bare = inspect.unwrap(function)
+    if inspect.isgeneratorfunction(bare) or inspect.isasyncgenfunction(bare):
+        raise UserError(f"{path} is no reward: it yields, and a reward returns its result")
+    parameters = list(inspect.signature(function).parameters.values())
+    positional = all(each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD) for each in parameters[:2])
+    first = _first_names(function)
+    if first not in (ONE, GROUP) or not positional or any(each.kind is not each.KEYWORD_ONLY for each in parameters[2:]):
+        raise UserError(f"{path} is no reward: its parameters are {inspect.signature(function)}, and those of a reward {KINDS}")
+    return first == GROUP, inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(bare)
+
+
+def _first_names(function: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of the first two parameters; an underscore, as of what is not used, does not count."""
+    names = [name.strip("_") for name in list(inspect.signature(function).parameters)[:2]]
+    if len(names) == 2 and names[1] == "":
+        names[1] = {ONE[0]: ONE[1], GROUP[0]: GROUP[1]}.get(names[0], "")
+    return tuple(names)
 
 
 def _check_keys(path: str, function: Callable[..., Any], settings: Mapping[str, Any]) -> None:
     parameters = list(inspect.signature(function).parameters.values())
-    if len(parameters) < 2 or any(each.kind is not each.KEYWORD_ONLY for each in parameters[2:]):
-        raise UserError(f"{path} is no reward: it takes (completion, row, *, ...)")
     keys = {each.name: each for each in parameters[2:]}
     takes = ", ".join(keys) or "no keys"
     if wrong := [name for name in settings if name not in keys]:
         raise UserError(f"{path} takes no {wrong[0]!r}; it takes {takes}")
     if missing := [name for name, each in keys.items() if each.default is each.empty and name not in settings]:
         raise UserError(f"{path} lacks {missing[0]}; it takes {takes}: {{function: {path}, {missing[0]}: ...}}")
-
-
-class TrackedRow(dict[str, Any]):
-    """A sample's row that records which missing columns were read."""
-
-    def __init__(self, row: Mapping[str, Any]) -> None:
-        super().__init__(row)
-        self.lacking: dict[str, None] = {}
-
-    def __missing__(self, name: str) -> Any:
-        self.lacking[name] = None
-        raise KeyError(name)
-
-    def get(self, name: str, default: Any = None) -> Any:
-        if super().get(name) is None:
-            self.lacking[name] = None
-        return super().get(name, default)
-
-
-def row_of(sample: Sample) -> Row:
-    """A sample's row as functions see it: without its tokens."""
-    return {name: value for name, value in sample.to_row().items() if name not in ("output_ids", "logps")}
-
-
-def scored_by(functions: Sequence[tuple[Part, Callable[[str, Mapping[str, Any]], float]]], row: Row) -> Score:
-    parts, total = {}, 0.0
-    for part, function in functions:
-        tracked = TrackedRow(row)
-        try:
-            value = function(text_of(row["output"]), tracked)
-        except Exception as error:  # an error in a user's function costs only this sample its score
-            return Score(None, f"{part.path} raised {type(error).__name__}: {error}", lacking=tuple(tracked.lacking))
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            return Score(None, f"{part.path} returned {value!r}, which is no finite number")
-        name = part.path.rpartition(".")[2]
-        same = sum(each.partition("~")[0] == name for each in parts)  # a function may be given twice, with other keys
-        parts[f"{name}~{same + 1}" if same else name] = float(value)
-        total += part.weight * float(value)
-    return Score(total, parts=parts if len(functions) > 1 else {})
 
 
 def source_hash(path: str) -> str:

@@ -51,6 +51,7 @@ class Scorer(ABC):
     compares: ClassVar[bool] = False  # it can compare two samples (online.scorer.pairwise): a subclass of PairwiseScorer
     paths: ClassVar[tuple[str, ...]] = ()  # keys that name a file or a model: a resume compares what these hold, not the names
     addresses: ClassVar[tuple[str, ...]] = ("url",)  # keys that name servers: never taken from a saved run
+    reads_columns: ClassVar[bool] = False  # its scores depend on columns of the data, which a resume then compares
     recorded_since: ClassVar[tuple[str, ...]] = ()  # entries of its request that older versions did not record
     full_marks: ClassVar[float | None] = None  # the reward of a right answer, unless online.pass_reward says; None: any scale
 
@@ -87,6 +88,10 @@ class Scorer(ABC):
         """Raises UserError where it reads something that none of a run's prompts has. Asked before the first is sampled."""
         return
 
+    def needs_groups(self) -> bool:
+        """Whether a score depends on the other samples of its prompt: these are then scored together, by one process."""
+        return False
+
     @abstractmethod
     def name(self) -> str:
         """The name of the scorer, as recorded in files with its scores."""
@@ -97,7 +102,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
-        """Yield every sample with its score, in any order."""
+        """Yield every sample with its score, in any order; where it needs groups, the samples of a prompt one after the other."""
 
 
 @dataclass(frozen=True, slots=True)
