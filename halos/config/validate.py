@@ -154,6 +154,9 @@ def _bind(config: Config, overrides: Sequence[str]) -> None:
     from halos.config.bind import bind_hook, bind_loss, bind_trainer  # here: it imports torch, and nothing above needs it
 
     bind_optimizer(config.optim, config.plugins)
+    if config.online is not None and config.loss and "_target_" not in config.loss:
+        name, value = next(iter(config.loss.items()))
+        raise UserError(f"loss.{name} is a key of the loss inside the online run: online.overrides=[loss.{name}={show(value)}]")
     if config.online is None or config.loss:
         loss = bind_loss(config.loss, config.plugins)
         check_loss_traits(config, loss, overrides)
