@@ -30,6 +30,7 @@ from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.scores import by_function, function_metrics, lack
 from halos.rollout.spent import SECONDS
 from halos.rollout.types import Prompt, Request, Rollout, Sample, requests_for
+from halos.types import Mismatched
 
 log = logging.getLogger(__name__)
 
@@ -66,10 +67,15 @@ class LivePrompts:
                 f"train.batch_size={config.train.batch_size} {what} cannot hold the {self.per_prompt} samples of one prompt"
             )
         self.per_batch = min(rows // self.per_prompt, len(self.train))  # prompts
+        if loss.statistics_inputs is Mismatched and self.per_batch < 2:
+            raise UserError(
+                f"online.loss={loss.name} pairs each prompt of a batch with an answer to another, and a batch has one prompt:"
+                f" train.batch_size={-(-2 * self.per_prompt // online.minibatches)} or more, and as many prompts"
+            )
         steps = online.minibatches * online.epochs
         self.line = f"{len(self.train)} prompts, {self.per_batch} a batch, {samples} samples of each"
         self.line += f"; {steps} optimizer step{'s' if steps > 1 else ''} on each batch"
-        self.line += f"; {len(self.evaluation)} held out{evaluation.plan_of(online)}"
+        self.line += f"; {len(self.evaluation)} held out{evaluation.plan_of(online) if self.evaluation else ''}"
         if dropped := len(train) + len(held_out) - len(self.train) - len(self.evaluation):
             self.line += f"; {dropped} prompts leave no room for an answer"
 
@@ -109,7 +115,7 @@ class RolloutSource:
         self.scorer, self.engine = scorer, PolicyEngine(run, server, policy)
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
         self.rows = LiveRows(loss.inputs.example, sampled_here=server is None, minibatches=self.online.minibatches,
-                             epochs=self.online.epochs)  # fmt: skip
+                             epochs=self.online.epochs, seed=run.config.seed)  # fmt: skip
         run.hooks["live_batch"] = LiveBatch(self.rows)
         run.elsewhere = {"sample": 0.0, "score": 0.0}
         self._warned = False  # of samples without a score
@@ -122,7 +128,7 @@ class RolloutSource:
             self.rows.load(self.run.directory.checkpoints / select.name_of(number) / DIRECTORY)
         elif self.rows.number != batch:
             self._sample(batch)
-        return self.rows.minibatch(turn, self.config.seed)
+        return self.rows.minibatch(turn)
 
     def _sample(self, number: int) -> None:
         """Sample batch `number`, from further prompts until it is full: of some nothing can be learned."""
@@ -144,6 +150,11 @@ class RolloutSource:
             raise UserError(
                 f"step {self.run.step}: in {len(rollouts)} samples none was better than another of its prompt: more"
                 f" online.samples_per_prompt, a higher temperature, or other prompts{f'; {line}' if line else ''}"
+            )
+        if self.loss.statistics_inputs is Mismatched and len(np.unique(self.rows.groups)) < 2:
+            raise UserError(
+                f"step {self.run.step}: of {len(rollouts)} samples only those of one prompt have a score and words, and"
+                f" {self.loss.name} pairs each prompt with an answer to another"
             )
         self._count(rollouts)
 

@@ -11,8 +11,10 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from halos import confined
+from halos.data.order import mismatched_partners
 from halos.examples import Completion, Example, Item
 from halos.hooks.base import Hook, Run
+from halos.rollout.types import seed_of
 from halos.trainers import rollout_cache
 from halos.trainers.rollout_cache import RolloutCache
 
@@ -26,11 +28,12 @@ class LiveRows:
     `passes` optimizer steps learn from a batch: `epochs` times each of its `minibatches`.
     """
 
-    def __init__(self, kind: type[Example], *, sampled_here: bool, minibatches: int, epochs: int) -> None:
-        self.kind, self.sampled_here = kind, sampled_here  # by the model in training, in this process
+    def __init__(self, kind: type[Example], *, sampled_here: bool, minibatches: int, epochs: int, seed: int) -> None:
+        self.kind, self.seed, self.sampled_here = kind, seed, sampled_here  # by the model in training, in this process
         self.minibatches, self.epochs = minibatches, epochs
         self.number = -1  # of the batch
         self.cache: RolloutCache | None = None  # of a policy gradient, computed from the policy that sampled
+        self._partners: np.ndarray | None = None
         self._set([], np.zeros(0, np.int64))
 
     @property
@@ -42,7 +45,7 @@ class LiveRows:
         self._set(items, groups)
 
     def _set(self, items: Sequence[Item], groups: np.ndarray) -> None:
-        self.items, self.groups = list(items), groups
+        self.items, self.groups, self._partners = list(items), groups, None
         self.scored = np.array([[int(each.scored.sum()) for each in item.completions] for item in self.items])
         self.lengths = np.array([[len(item.prompt) + len(each.ids) for each in item.completions] for item in self.items])
         names = self.items[0].labels if self.items else ()
@@ -57,14 +60,22 @@ class LiveRows:
     def lines(self) -> list[str]:
         return ["sampled from the policy in training"]
 
-    def minibatch(self, turn: int, seed: int) -> np.ndarray:
+    def minibatch(self, turn: int) -> np.ndarray:
         """The rows of step `turn` of those that learn from this batch: every epoch cuts them into minibatches anew."""
         if self.passes == 1:
             return np.arange(len(self))
         epoch, number = divmod(turn, self.minibatches)
-        order = np.random.default_rng([seed, self.number, epoch]).permutation(len(self))
+        order = np.random.default_rng([self.seed, self.number, epoch]).permutation(len(self))
         parts = np.array_split(order, min(self.minibatches, len(self)))
         return parts[number % len(parts)]
+
+    @property
+    def partners(self) -> np.ndarray:
+        """For each row one of another prompt of the batch, a function of seed and number of the batch: (rows,)."""
+        if self._partners is None:
+            seed = seed_of(self.seed, "mismatched completions", self.number)
+            self._partners = mismatched_partners(self.groups, seed, what=f"batch {self.number}")
+        return self._partners
 
     # --- in a checkpoint -----------------------------------------------------------------------------------------------------
 
@@ -102,6 +113,16 @@ class LiveRows:
         self.fill(int(names["number"]), items, arrays["groups"])
         if (directory / rollout_cache.FILE).is_file():
             self.cache = rollout_cache.load(directory)
+
+
+class LivePartners:
+    """The partners in whatever batch is the current one."""
+
+    def __init__(self, rows: LiveRows) -> None:
+        self._rows = rows
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray:
+        return self._rows.partners[rows]
 
 
 class LiveBatch(Hook):

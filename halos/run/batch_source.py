@@ -16,6 +16,7 @@ from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.online.live import LivePrompts, RolloutSource
+from halos.online.live_rows import LivePartners
 from halos.online.policy import server_of
 from halos.online.unsharded import Unsharded
 from halos.rollout import feedback
@@ -115,10 +116,6 @@ class PolicySource:
         self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
     ) -> None:
         assert config.online is not None
-        if loss.statistics_inputs is Mismatched:
-            raise UserError(
-                f"online.steps: {loss.name} pairs each prompt with another's answer, for which it needs online.rounds"
-            )
         if loss.example_type is not None:
             raise UserError(f"online.steps: {loss.name} rewrites examples of a dataset: it cannot be trained live")
         refuse_unfit_for_live(loss)
@@ -154,7 +151,9 @@ class PolicySource:
 
     def open(self, run: Run, policy: Unsharded) -> TrainerData:
         source = RolloutSource(run, self.loss, self.prompts, self.scorer, self.server, policy)
-        return TrainerData(Split(source.rows, None), None, source, source.evaluate if self.prompts.evaluation else None)
+        partners = LivePartners(source.rows) if self.loss.statistics_inputs is Mismatched else None
+        evaluate = source.evaluate if self.prompts.evaluation else None
+        return TrainerData(Split(source.rows, partners), None, source, evaluate)
 
 
 def refuse_unfit_for_live(loss: LossSpec) -> None:

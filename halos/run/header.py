@@ -6,6 +6,7 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -163,7 +164,7 @@ def _log_data(run: PreparedRun) -> None:
             continue
         if "desirable" in rows.labels:
             _log("", f"{100 * rows.labels['desirable'].mean():.0f}% of them desirable ({name})")
-        if split.mismatched_partners is not None:
+        if isinstance(split.mismatched_partners, np.ndarray):  # a live batch has others
             longest = run.structure.max_length
             truncated = num_truncated_mismatches(rows.prompt_lengths, rows.lengths[:, 0], split.mismatched_partners, longest)
             _log("", f"paired with answers to other prompts for the KL, {truncated} of them truncated at max_length ({name})")

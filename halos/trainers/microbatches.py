@@ -28,12 +28,18 @@ class Rows(Protocol):
     def lines(self) -> list[str]: ...
 
 
+class Partners(Protocol):
+    """For each row another, of another prompt: an array (rows,), or in a live loop that of the current batch."""
+
+    def __getitem__(self, rows: np.ndarray, /) -> np.ndarray: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Split:
     """Tokenised rows, and for a loss on mismatched completions the row that each takes its completion from."""
 
     rows: Rows
-    mismatched_partners: np.ndarray | None  # (rows,)
+    mismatched_partners: Partners | None
 
 
 @dataclass(frozen=True, slots=True)

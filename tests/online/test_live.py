@@ -1,6 +1,7 @@
 """The live loop: a step trains on samples of the policy in that step, under every strategy."""
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -8,18 +9,23 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import SMALL
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import train
 from halos.checkpoint.select import step_of
 from halos.errors import UserError
+from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
 from halos.online.live import usable_feedback
+from halos.online.live_rows import LiveRows
+from halos.repository import CONFIG
 from halos.rollout import feedback
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.types import Demonstration, Judgement
@@ -107,10 +113,11 @@ OF_PASSES = {  # a loss whose values, advantages and adaptive coefficient are of
     "ppo": ["online.loss=ppo", "peft=lora", "online.overrides=[loss.kl_target=0.1,loss.kl_horizon=10]"],
     "grpo": ["online.loss=grpo", "online.feedback.drop_equal=true"],
     "dpo": ["online.loss=dpo", "train.batch_size=2"],
+    "kto": ["online.loss=kto"],
 }
 
 
-@pytest.mark.parametrize(("name", "killed"), [("ppo", (5, 8)), ("grpo", (6,)), ("dpo", (7,))])
+@pytest.mark.parametrize(("name", "killed"), [("ppo", (5, 8)), ("grpo", (6,)), ("dpo", (7,)), ("kto", (6,))])
 def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_one(
     name: str, killed: tuple[int, ...], cache: Path, tmp_path: Path
 ) -> None:
@@ -145,19 +152,67 @@ def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache:
     assert (tmp_path / "run" / "train.log").read_text().count("4 optimizer steps on each batch") == 1
 
 
+OF_PAIRS = ("dpo", "cdpo", "ipo", "simpo", "slic")
+NOT_LIVE = {"csft": "it rewrites the rows that it trains on", "reward": "it trains a reward model", "online": "is an online run"}
+
+
 @pytest.mark.parametrize(
-    "words",
+    "loss",
     [
-        pytest.param(["online.loss=ppo", "peft=lora"], id="ppo"),
-        pytest.param(["online.loss=dpo", "train.batch_size=4"], id="dpo", marks=pytest.mark.slow),
-        *(pytest.param([f"online.loss={name}"], id=name, marks=pytest.mark.slow)
-          for name in ("rloo", "reinforce_plus_plus", "simpo", "cispo")),
+        pytest.param(name, marks=pytest.mark.slow if name in OF_PASSES else ())  # those are killed and resumed above
+        for name in sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
     ],
-)  # fmt: skip
-def test_other_losses_learn_from_the_same_source(words: list[str], command: Command, tmp_path: Path) -> None:
-    command(*LIVE, *words, "online.steps=2", "exp_name=run")
-    assert len(rows(tmp_path / "run", "train")) == 2
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["metrics"]["reward"] > 0
+)
+def test_every_loss_learns_live_or_is_refused_with_the_reason(loss: str, cache: Path, tmp_path: Path) -> None:
+    words = [*SMALL, *LIVE, f"online.loss={loss}", "online.steps=2", "data.eval=[]", "checkpoint.every=null", "train.prove=off"]
+    words += ["train.batch_size=4"] if loss in OF_PAIRS else []
+    command = [*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
+    if loss in NOT_LIVE:
+        with pytest.raises(UserError, match=NOT_LIVE[loss]):
+            train.start(command)
+        return
+    assert train.start(command) == 0
+    steps = rows(tmp_path / "run", "train")
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 1e-4 and row["skipped_steps"] == 0 for row in steps)
+    assert steps[0]["samples/reward"] != steps[1]["samples/reward"], "of other prompts, and of another policy"
+
+
+def test_kto_live_estimates_the_kl_on_answers_to_other_prompts_of_the_batch(cache: Path, tmp_path: Path) -> None:
+    words = [*SMALL, *LIVE, "online.loss=kto", "online.minibatches=2", "online.steps=1", "train.batch_size=6", "data.eval=[]",
+             "checkpoint.every=1", "online.overrides=[loss.beta=0.5,loss.desirable_weight=1.5]"]  # fmt: skip
+    assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]) == 0
+    first, second = rows(tmp_path / "run", "train")
+    saved = tmp_path / "run" / "checkpoints" / "step-00000001"
+    live = LiveRows(Judgement, sampled_here=True, minibatches=2, epochs=1, seed=0)
+    live.load(saved / "batch")
+    assert len(live) == 12
+    desirable = live.labels["desirable"] > 0
+    assert all(live.groups[live.partners] != live.groups), "the answers are to other prompts"
+    assert len(set(live.partners)) > 4, "not one answer for all"
+    some = live.minibatch(0)
+    weights = np.where(desirable[some], 1.5, 1.0)
+    assert first["loss"] == pytest.approx(weights.mean() / 2, rel=1e-6), "the policy is the reference: every value is 1 / 2"
+    assert (first["kl"], first["z0"]) == (0, 0)
+
+    tiny.build(tmp_path / "base")
+    policy, reference = (AutoModelForCausalLM.from_pretrained(path) for path in (saved / "model", tmp_path / "base"))
+
+    def log_ratio(row: int, answer: int) -> float:
+        prompt, ids = live[row].prompt, live[answer].completions[0].ids
+        whole = torch.tensor(np.concatenate([prompt, ids]), dtype=torch.long)[None]
+        with torch.no_grad():
+            one, other = (model(whole).logits[0, len(prompt) - 1 : -1].double().log_softmax(-1) for model in (policy, reference))
+        return float((one - other).gather(-1, whole[0, len(prompt) :, None]).sum())
+
+    some = live.minibatch(1)
+    divergence = np.mean([log_ratio(row, live.partners[row]) for row in some])
+    assert second["kl"] == pytest.approx(divergence, abs=1e-4)
+    assert abs(divergence) > 0.01
+    z0, ratios = max(0.0, divergence), np.array([log_ratio(row, row) for row in some])
+    sign = np.where(desirable[some], 1, -1)
+    values = np.where(desirable[some], 1.5, 1.0) * (1 - 1 / (1 + np.exp(-0.5 * sign * (ratios - z0))))
+    assert second["loss"] == pytest.approx(values.mean(), abs=1e-4)
 
 
 @pytest.fixture
@@ -192,6 +247,18 @@ def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(
     assert all(torch.equal(mine[name], final[name]) for name in final), "what was served last is what was saved, merged"
     with pytest.raises(UserError, match=r"online\.sampler\.url"):  # where keys are sent is typed again
         train.start([f"resume={tmp_path / 'run'}", "train.steps=4"])
+
+
+@pytest.mark.slow
+def test_kto_live_is_the_same_on_two_processes(command: Command, tmp_path: Path) -> None:
+    words = [*LIVE, "online.loss=kto", "online.minibatches=2", "online.steps=2", "train.batch_size=6", "data.eval=[]"]
+    command(*words, "exp_name=alone")
+    command(*words, "exp_name=two", launch=2, config="cpu2")
+    alone, two = rows(tmp_path / "alone", "train"), rows(tmp_path / "two", "train")
+    assert len(alone) == len(two) == 4
+    for one, other in zip(alone, two, strict=True):
+        assert (other["loss"], other["kl"]) == pytest.approx((one["loss"], one["kl"]), abs=1e-4)
+    assert abs(alone[-1]["kl"]) > 0.01
 
 
 def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:
@@ -261,7 +328,7 @@ def test_several_answers_are_sampled_with_the_same_random_numbers_at_every_evalu
 
 def test_what_cannot_run_live_is_refused(tmp_path: Path, cache: Path) -> None:
     for words, said in (
-        (["online.loss=kto"], "for which it needs online.rounds"),
+        (["online.loss=kto", "train.batch_size=4"], "a batch has one prompt: train.batch_size=6 or more"),
         (["train.batch_size=2"], "cannot hold the 3 samples"),
         (["online.rounds=2"], "exclude each other"),
         (["train.steps=9"], "online.steps=4 and train.steps=9 are one number in a live loop: leave out train.steps"),
