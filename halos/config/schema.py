@@ -214,6 +214,7 @@ class Online:
     carry_optimizer: bool = key()
     keep_rounds: int | None = key(least=1, on_resume=SAFE)
     kl_samples: int = key(least=0, on_resume=SAFE)
+    rescore: int = key(least=0, on_resume=SAFE)
     show: int = key(least=0, on_resume=SAFE)
     config_file: str | None = key(on_resume=SAFE)
     num_processes: int | None = key(least=1, on_resume=SAFE)

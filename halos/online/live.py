@@ -21,7 +21,7 @@ from halos.hooks.base import Run
 from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows
 from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
-from halos.rollout import evaluation, feedback, measure
+from halos.rollout import evaluation, feedback, measure, rescore
 from halos.rollout.collect import collect
 from halos.rollout.engines.engine import PolicyServer
 from halos.rollout.prompts import eval_prompts, fitting, for_round, read_prompts
@@ -112,13 +112,15 @@ class RolloutSource:
         policy: Unsharded,
     ) -> None:  # fmt: skip
         self.run, self.loss, self.prompts, self.online, self.config = run, loss, prompts, prompts.online, run.config
-        self.scorer, self.engine = scorer, PolicyEngine(run, server, policy)
+        self.scorer = scorer
+        self.engine = PolicyEngine(run, server, policy, prompts.requests(prompts.train[: rescore.PROBES], 0))
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
         self.rows = LiveRows(loss.inputs.example, sampled_here=server is None, minibatches=self.online.minibatches,
                              epochs=self.online.epochs, seed=run.config.seed)  # fmt: skip
         run.hooks["live_batch"] = LiveBatch(self.rows)
         run.elsewhere = {"sample": 0.0, "score": 0.0}
         self._warned = False  # of samples without a score
+        self._mismatched = False  # a warning said so
 
     def batch(self, number: int) -> np.ndarray:
         """The rows of step `number`, counted from 0: sampled at the first step that learns from them; between that and the last
@@ -157,6 +159,8 @@ class RolloutSource:
                 f" {self.loss.name} pairs each prompt with an answer to another"
             )
         self._count(rollouts)
+        if not self.loss.on_rollouts:  # else the trainer compares all of them
+            self._rescore(rollouts)
 
     def _count(self, rollouts: Sequence[Rollout]) -> None:
         """Metrics of what was sampled, whatever of it is learned from."""
@@ -168,6 +172,19 @@ class RolloutSource:
             **{f"samples/function/{name}": total for name, total in functions.items()},
             **{f"samples/function/{name}/applies": (count, len(scores)) for name, (_, count) in functions.items()},
         })  # fmt: skip
+
+    def _rescore(self, rollouts: Sequence[Rollout]) -> None:
+        """Metrics of a few samples: how far the sampler's log-probs are from the policy's own."""
+        some = rescore.evenly([rollout.sample for rollout in rollouts], self.online.rescore)
+        if not some:
+            return
+        prompts = [tuple(map(int, sample.prompt.ids)) for sample in some]
+        differences = rescore.differences(some, prompts, self.engine.own_logps)
+        mean, largest = float(differences.mean()), float(differences.max())
+        self.run.window.add({"mismatch/mean": (mean, 1.0), "mismatch/max": (largest, 1.0)})
+        if mean > (bound := rescore.warned_above(self.online.sampler)) and not self._mismatched:
+            self._mismatched = True
+            log.warning("step %d: %s", self.run.step, rescore.warning(mean, largest, len(some), bound))
 
     def evaluate(self) -> dict[str, float]:
         """Generation evaluation: answer the evaluation prompts. The same metrics on every rank."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -13,19 +14,25 @@ from halos.checkpoint.commit import staged
 from halos.config.rollout_modules import engine_class
 from halos.config.schema import Config
 from halos.hooks.base import Run
-from halos.logps.model import bare
+from halos.logps.model import ActorCritic, LanguageModel, bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of
 from halos.online.unsharded import POLICY, Unsharded
+from halos.rollout import rescore
 from halos.rollout.engines.engine import Engine, PolicyServer, open_engine, stop_ids
+from halos.rollout.kl import token_logps
+from halos.rollout.ranks import Ranks
+from halos.rollout.types import Request
 
 
 class PolicyEngine:
     """Opens the engine of `online.sampler` with the current weights."""
 
-    def __init__(self, run: Run, server: PolicyServer | None, policy: Unsharded) -> None:
+    def __init__(self, run: Run, server: PolicyServer | None, policy: Unsharded, probed: Sequence[Request]) -> None:
+        """`probed` are requests of the run, from whose prompts a server is asked what it samples from."""
         assert run.config.online is not None
         self.run, self.server, self.policy = run, server, policy
+        self.probed, self._reloads = rescore.probe_requests(probed), rescore.ReloadProof()
         self.settings = run.config.online.sampler
         self._served: int | None = None  # the step whose weights the server has
         if server is not None:
@@ -62,6 +69,32 @@ class PolicyEngine:
             server.load(directory / "model")
         server.weights, self._served = directory / "model", run.step
         run.accelerator.wait_for_everyone()
+        if not self._reloads.is_complete:
+            self._prove(server)
+
+    def _prove(self, server: PolicyServer) -> None:
+        """Raises UserError, on every rank, where the server does not sample from the weights that it was given."""
+        samples = server.probe(self.probed) if self.run.main else []
+        samples = Ranks(self.run.accelerator.process_index, self.run.accelerator.num_processes).from_rank_0(samples)
+        if samples:
+            probe = rescore.compared(samples, self.probed, self.own_logps)
+            self._reloads.add(probe, self.own_logps, where=server.where)
+            rescore.refuse_other_policy(probe, self.own_logps, where=server.where)
+
+    def own_logps(self, pairs: Sequence[rescore.Pair], temperature: float) -> list[np.ndarray]:
+        """The policy's own log-probs of sampled tokens, as it is trained. Every rank calls, with the same."""
+        run, module = self.run, self.run.module
+        head = next(part for part in module.modules() if isinstance(part, LanguageModel | ActorCritic))
+        of_training, training = head.temperature, module.training
+        module.eval()
+        head.temperature = temperature or 1.0
+        try:
+            with run.accelerator.autocast():
+                return token_logps(module, pairs, device=run.accelerator.device, what="rescoring")
+        finally:
+            head.temperature = of_training
+            run.strategy.reshard(module)
+            module.train(training)
 
 
 def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyServer | None:

@@ -20,7 +20,7 @@ from halos.models.locate import locate
 from halos.online.plan import OnlinePlan
 from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
-from halos.rollout import evaluation, measure
+from halos.rollout import evaluation, measure, rescore
 from halos.rollout.prompts import eval_prompts, for_round
 from halos.rollout.scores import function_metrics, lack
 from halos.rollout.spent import START, Spent
@@ -131,6 +131,12 @@ class Round:
                                      revision=plan.revision(self.number))  # fmt: skip
         self._write_state(policy=policy)
         self._stage("sample", command)
+        self._warn_of_mismatch(read_meta(path))
+
+    def _warn_of_mismatch(self, sampled: Mapping[str, Any]) -> None:
+        bound = rescore.warned_above(self.plan.online.sampler)
+        if (mean := sampled.get("mismatch/mean", 0.0)) > bound:
+            log.warning("round %d: %s", self.number, rescore.warning(mean, sampled["mismatch/max"], sampled["rescored"], bound))
 
     def _label(self) -> None:
         path, plan = self.directory / "feedback.jsonl", self.plan
@@ -208,7 +214,7 @@ class Round:
         metrics, sampled = measure.of_samples(rollouts, split=TRAIN), read_meta(self.directory / "samples.jsonl")
         if not metrics:
             return {}
-        metrics |= {"kl": sampled["kl"]} if "kl" in sampled else {}
+        metrics |= {name: sampled[name] for name in ("kl", "mismatch/mean", "mismatch/max") if name in sampled}
         labelled = read_meta(self.directory / "feedback.jsonl")
         if "compared" in labelled:  # by a judge that compares and gives no scores
             metrics |= {"cost": labelled["cost"], "without_verdict": labelled["unparsable"], "ties": labelled["ties"]}

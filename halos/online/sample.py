@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import closing, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,12 @@ from halos.distributed.children import exit_process
 from halos.errors import UserError, command
 from halos.online.options import SAMPLER
 from halos.online.records import FileStore, ResumableFile, open_on_all_ranks
+from halos.online.rescored import RescoringPolicy, device_beside, divergence
 from halos.rollout import collect
 from halos.rollout.engines.engine import Engine, open_engine
 from halos.rollout.prompts import columns_digest, fitting, read_prompts
 from halos.rollout.ranks import Ranks, local_device
-from halos.rollout.types import TRAIN, Origin, Prompt, Request, Row, Sample, requests_for
+from halos.rollout.types import Origin, Prompt, Request, Row, Sample, requests_for
 
 CHUNK = 4  # batches that are sampled and stored together by an engine that shares batches: what a crash can lose
 
@@ -54,6 +56,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--reference", help="the model to which --kl-samples estimates the KL")
     options.add_argument("--reference-revision")
     options.add_argument("--kl-samples", type=int, default=0, help="samples from which to estimate the KL to the reference")
+    options.add_argument(
+        "--rescore", type=int, default=8, help="samples whose log-probs are compared with the policy's own; 0: none (default 8)"
+    )
     options.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
     options.add_argument("--overwrite", action="store_true", help="replace an existing output")
     SAMPLER.add(options.add_argument_group("online.sampler", "the keys of a configuration; --temperature 0 is greedy"))
@@ -86,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     earlier = {*file.rows}
     seconds = _sample(requests, policy, file, ranks)
     file.open()  # read the samples of the other ranks
-    divergence, more = policy.divergence(file, requests)
-    facts = {"prompts": len(prompts), "prompts_too_long": too_long, "sampled_earlier": len(earlier), **divergence}
+    compared, more = policy.compared(file, requests) if ranks.main else ({}, 0.0)
+    facts = {"prompts": len(prompts), "prompts_too_long": too_long, "sampled_earlier": len(earlier), **compared}
     if ranks.main:
         now = sum(row["tokens"] for key, row in file.rows.items() if key not in earlier)
         _finish(args, file, requests, {**facts, "seconds": round(seconds + more, 2)}, tokens_per_second=now / max(seconds, 1e-3))
@@ -102,7 +107,7 @@ def say(ranks: Ranks, text: str) -> None:
 
 def _checked(args: argparse.Namespace) -> Sampler:
     """The sampler's settings. Raises UserError for arguments that contradict each other."""
-    for name, least in (("samples", 1), ("kl_samples", 0)):
+    for name, least in (("samples", 1), ("kl_samples", 0), ("rescore", 0)):
         if getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} takes a number from {least} on, not {getattr(args, name)}")
     sampler = SAMPLER.read(args)
@@ -129,6 +134,8 @@ def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ra
         closing(policy.engine()) if mine else nullcontext() as engine,
         tqdm(total=sum(map(len, mine)), desc="sampling", unit="sample", delay=1, disable=None if ranks.main else True) as bar,
     ):
+        if engine is not None and policy.args.rescore and ranks.main:
+            policy.rescoring.refuse_other(engine, requests)
         began = time.perf_counter()
         for _ in collect.sample(mine, engine, store) if engine is not None else ():
             bar.update()
@@ -168,6 +175,7 @@ class Policy:
         self.tokenizer: Any = None
         self.directory: Path | None = None
         self.origin = Origin(str(args.model))
+        self.rescoring = RescoringPolicy(partial(self._model, beside=True))
         if engine_class(sampler.name).reads_tokens:
             self._locate()
 
@@ -234,11 +242,14 @@ class Policy:
 
         return str(weights_dtype(self.args.dtype, trained=False, half=has_bfloat16())).removeprefix("torch.")
 
-    def _model(self) -> Any:
+    def _model(self, *, beside: bool = False) -> Any:
+        """The policy; `beside` another engine, whose memory it leaves alone."""
         assert self.directory is not None
-        return self.load(self.directory)
+        if self.rescoring.model is None:
+            self.rescoring.model = self.load(self.directory, device_beside(self.directory) if beside else None)
+        return self.rescoring.model
 
-    def load(self, directory: Path) -> Any:
+    def load(self, directory: Path, device: Any = None) -> Any:
         import torch
         from transformers.utils import logging as transformers_logging
 
@@ -250,29 +261,29 @@ class Policy:
         model: Any = load_model(
             directory, self.tokenizer, reward=False, dtype=dtype, attention="sdpa", stops=end_of_turn(self.tokenizer)
         )
-        return model.to(local_device()).eval()
+        return model.to(device if device is not None else local_device()).eval()
+
+    def compared(self, file: ResumableFile, requests: Sequence[Request]) -> tuple[dict[str, Any], float]:
+        """What the samples are beside the policy's own log-probs, and beside the reference's. And the seconds that it took, once
+        these were loaded."""
+        rows = [file.rows[request.key] for request in requests]
+        count = self.args.rescore if self.directory is not None else 0
+        facts = self.rescoring.mismatch(rows, requests, self.sampler, count)
+        self.rescoring.model = None  # the reference takes its room
+        divergence, more = self.divergence(file, requests)
+        return facts | divergence, self.rescoring.seconds + more
 
     def divergence(self, file: ResumableFile, requests: Sequence[Request]) -> tuple[dict[str, Any], float]:
-        """The mean log pi / pi_ref of completions over some samples: an estimate of the KL, in nats per completion. And the
-        seconds that it took, once the reference was loaded."""
         args, temperature = self.args, self.sampler.temperature
-        if not args.kl_samples or not temperature or not self.ranks.main or self.directory is None:
+        if not args.kl_samples or not temperature or self.directory is None:
             return {}, 0.0
         from halos.models.locate import locate
-        from halos.rollout.kl import mean_log_ratio
 
         directory = locate(args.reference, args.reference_revision, expanded(args.cache_dir))
         if directory == self.directory:
             return {"kl": 0.0, "kl_samples": 0}, 0.0
         kept = [(request, file.rows[request.key]) for request in requests]
-        some = [(request.ids, row["output_ids"], row["logps"]) for request, row in kept
-                if row.get("logps") and row.get("split", TRAIN) == TRAIN]  # fmt: skip
-        some = some[:: max(1, len(some) // args.kl_samples)][: args.kl_samples]
-        if not some:
-            return {}, 0.0
-        reference, began = self.load(directory), time.perf_counter()
-        measured = {"kl": mean_log_ratio(reference, some, temperature), "kl_samples": len(some)}
-        return measured, time.perf_counter() - began
+        return divergence(kept, partial(self.load, directory), temperature, args.kl_samples)
 
 
 def _digest(value: Any) -> str:

@@ -109,6 +109,7 @@ class Stages:
         ]  # fmt: skip
         model = self.config.model
         arguments += _options(chat_template=model.chat_template, revision=revision)
+        arguments += ["--rescore", str(online.rescore)]
         if reference is not None and online.kl_samples:
             arguments += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
             arguments += _options(reference_revision=model.revision)

@@ -1,4 +1,4 @@
-"""KL divergence of a policy from its reference, estimated from the policy's samples."""
+"""A policy's own log-probs of sampled tokens, and the KL divergence that is estimated from them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,11 +11,32 @@ from halos.data.collate import pack
 from halos.examples import Completion
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import LanguageModel
+from halos.rollout.rescore import Pair
+from halos.types import Acted
 
 AT_ONCE = 8  # sequences of one forward pass
 
 
 @torch.no_grad()
+def token_logps(module: Any, pairs: Sequence[Pair], *, device: Any, what: str) -> list[np.ndarray]:
+    """The log-probs of the sampled ids by a module of halos.logps.model: a (tokens,) float64 for each pair."""
+    logps = []
+    for start in tqdm(range(0, len(pairs), AT_ONCE), desc=what, unit="batch", delay=2, leave=False, disable=None):
+        some = pairs[start : start + AT_ONCE]
+        rows = [(np.array(prompt), Completion(np.array(ids), np.ones(len(ids), bool))) for prompt, ids in some]
+        output = module(pack(rows).to(device))
+        values = (output.logps if isinstance(output, Acted) else output).values.double().cpu().numpy()
+        logps += [values[row, : len(ids)] for row, (_, ids) in enumerate(some)]
+    return logps
+
+
+def rescore_with(model: Any, pairs: Sequence[Pair], temperature: float, *, what: str = "rescoring") -> list[np.ndarray]:
+    """The same by a model of transformers that was loaded for it; 0, greedy, is scored at 1."""
+    register()
+    model.set_attn_implementation(SEGMENTS)
+    return token_logps(LanguageModel(model, temperature=temperature or 1.0), pairs, device=model.device, what=what)
+
+
 def mean_log_ratio(
     reference: Any, samples: Sequence[tuple[Sequence[int], Sequence[int], Sequence[float]]], temperature: float
 ) -> float:
@@ -23,12 +44,5 @@ def mean_log_ratio(
 
     Both log-probs are of the softmax at the sampling temperature.
     """
-    register()
-    reference.set_attn_implementation(SEGMENTS)
-    module, total = LanguageModel(reference, temperature=temperature), 0.0
-    for start in tqdm(range(0, len(samples), AT_ONCE), desc="KL", unit="batch", delay=2, leave=False, disable=None):
-        some = samples[start : start + AT_ONCE]
-        rows = [(np.array(prompt), Completion(np.array(ids), np.ones(len(ids), bool))) for prompt, ids, _ in some]
-        logps = module(pack(rows).to(reference.device)).sum.double().cpu()
-        total += sum(sum(own) for _, _, own in some) - float(logps.sum())
-    return total / len(samples)
+    logps = rescore_with(reference, [(tuple(prompt), tuple(ids)) for prompt, ids, _ in samples], temperature, what="KL")
+    return sum(sum(own) - float(ours.sum()) for (_, _, own), ours in zip(samples, logps, strict=True)) / len(samples)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Generator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, TypeVar
 
@@ -24,7 +24,6 @@ CONNECT_TIMEOUT = 10.0  # seconds in which a running server responds
 RETRIES = 6  # by OpenAI's client, with exponential backoff: 429, 5xx, lost connections
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # seconds, before each further request to a server of the user's own
 BUSY = (408, 425, 429)  # statuses after which the same request may succeed, besides 5xx
-NOT_FOUND = 404
 
 
 class OverBudgetError(Exception):
@@ -153,12 +152,12 @@ async def _results(
 
 
 async def post(
-    client: httpx.AsyncClient, url: str, body: dict[str, Any], *, not_found: str, lost: Callable[[], None],
+    client: httpx.AsyncClient, url: str, body: dict[str, Any], *, remedies: Mapping[int, str], lost: Callable[[], None],
     ready: Callable[[], Awaitable[None]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The JSON that a server of the user's own answers. Asks again where it does not answer or is overloaded, for about two
     minutes, in which a server that is restarted loads its model. `lost` is called where the connection breaks, and `ready` is
-    awaited before it is asked. Raises UserError, with the remedy `not_found` where the server has no such URL."""
+    awaited before it is asked. Raises UserError, at once for a status in `remedies`, which then says what to do."""
     for delay in (*DELAYS, None):
         if ready is not None:
             await ready()
@@ -169,8 +168,8 @@ async def post(
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             problem = f"answers {status}: {redact(error.response.text)[:300]}"
-            if delay is None or (status < 500 and status not in BUSY):
-                raise UserError(f"{url} {problem}{f'; {not_found}' if status == NOT_FOUND else ''}") from error
+            if delay is None or status in remedies or (status < 500 and status not in BUSY):
+                raise UserError("; ".join([f"{url} {problem}", *filter(None, [remedies.get(status)])])) from error
         except httpx.TransportError as error:
             lost()
             problem = f"does not answer: {type(error).__name__}: {error}"

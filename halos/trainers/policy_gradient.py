@@ -15,6 +15,7 @@ from halos.data.collate import pack
 from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.hooks.kl import KLCoefficient
+from halos.rollout.rescore import WARNED
 from halos.trainers import mismatch
 from halos.trainers.base import Parts, Totals, Trainer
 from halos.trainers.loss_checks import refuse_metrics
@@ -45,6 +46,7 @@ class PolicyGradientTrainer(Trainer):
         super().__init__(parts)
         self._measured: dict[str, Mean] = {}  # of the last micro-batch
         self._largest, self._warned = torch.zeros(()), False
+        self._mismatched = False  # a warning said so
         self._idle = 0  # batches in a row without any advantage
         self._live: tuple[RolloutCache, RolloutBatch] | None = None  # the batch of a live loop with its advantages
 
@@ -72,6 +74,7 @@ class PolicyGradientTrainer(Trainer):
         if "mismatch/mean" in totals:
             largest = self.run.accelerator.gather(self._largest.to(self.run.accelerator.device)[None]).max().item()
             totals = {**totals, mismatch.LARGEST_DIFFERENCE: (largest, 1.0)}
+            self._warn_of_mismatch(*totals["mismatch/mean"])
         self._warn_of_rounding(totals)
         if self.loss.adapt is not None and "kl" in totals:
             kl, count = totals["kl"]
@@ -83,6 +86,15 @@ class PolicyGradientTrainer(Trainer):
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         return {**super().derived(means), **mismatch.derived(means)}
+
+    def _warn_of_mismatch(self, total: float, count: float) -> None:
+        if not self._mismatched and self.run.main and total > WARNED * count:
+            self._mismatched = True
+            log.warning(
+                "the sampler's log-probs are %.2g nats a token from this trainer's own on average (mismatch/mean), which is more"
+                " than rounding (up to %g): it sampled from another model or other weights, in a coarser dtype, or it returns"
+                " log-probs before temperature or after top_p or top_k", total / count, WARNED,
+            )  # fmt: skip
 
     # --- a global batch --------------------------------------------------------------------------------------------------
 

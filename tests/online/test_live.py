@@ -261,6 +261,39 @@ def test_kto_live_is_the_same_on_two_processes(command: Command, tmp_path: Path)
     assert abs(alone[-1]["kl"]) > 0.01
 
 
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [
+        ({"processed": False}, "returns log-probs before temperature"),
+        ({"reloads": False}, "takes new weights without an error and goes on to sample from earlier ones"),
+    ],
+    ids=["raw", "stale"],
+)
+def test_a_server_that_does_not_sample_from_the_policy_ends_a_live_loop(
+    behaviour: dict[str, Any], said: str, serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path
+) -> None:
+    server = serve(**behaviour)
+    words = ["online.steps=3", "online.sampler.name=vllm", f"online.sampler.url={server.url}", "data.eval=[]", "exp_name=run"]
+    with pytest.raises(UserError, match=said):
+        train.start([*SMALL, *LIVE, *words, f"cache_dir={cache}", f"output_root={tmp_path}"])
+
+
+def test_samples_of_losses_on_pairs_are_rescored_too(serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path) -> None:
+    """At the sampler's temperature, which is not the loss's."""
+    server = serve()
+    engines: dict[str, list[str]] = {
+        "hf": ["peft=lora"],
+        "vllm": ["online.sampler.name=vllm", f"online.sampler.url={server.url}"],
+    }
+    for name, engine in engines.items():
+        words = ["online.loss=dpo", "online.steps=2", "train.batch_size=4", "online.sampler.temperature=0.5", "data.eval=[]"]
+        shared = [f"cache_dir={cache}", f"output_root={tmp_path}", f"exp_name={name}"]
+        assert train.start([*SMALL, *LIVE, *words, *engine, *shared]) == 0
+        for row in rows(tmp_path / name, "train"):
+            assert 0 < row["mismatch/mean"] <= row["mismatch/max"] < 1e-4
+        assert "more than rounding" not in (tmp_path / name / "train.log").read_text()
+
+
 def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:
     sample = Sample(Prompt("p", ({"role": "user", "content": "?"},)), 0, "so")
     labels = [feedback.Label(Rollout(sample, Score(value)), value > 0, 0.5) for value in (0.0, 1.0)]

@@ -112,6 +112,7 @@ def test_an_online_run_leaves_metrics_samples_feedback_and_a_final_model(whole: 
     parts = {name.removeprefix("seconds/") for name in second if name.startswith("seconds/")}
     assert parts == {"sample", "score", "train", "start"}
     first, *_ = started.rows("eval")
+    assert all(0 < row["mismatch/mean"] <= row["mismatch/max"] < 1e-4 for row in started.rows("train"))
     assert first["win_rate"] == 0.5
     assert first["reward/ci_low"] < first["reward"] < first["reward/ci_high"]
     assert " train, " in (said := (started.run / "train.log").read_text().split("round 0 of 2")[1].splitlines()[0])

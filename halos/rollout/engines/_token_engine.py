@@ -59,7 +59,6 @@ class TokenEngine(Engine):
 
     @property
     def where(self) -> str:
-        """The engine, for messages."""
         return "vLLM"
 
 

@@ -6,6 +6,8 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import closing
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TIMEOUT = 3600.0  # seconds for one completion, of which the server sends nothing before its end
-DEV_MODE = "start it with VLLM_SERVER_DEV_MODE=1, without which it takes no weights"
+REMEDIES = {
+    404: "start it with VLLM_SERVER_DEV_MODE=1, without which it takes no weights",
+    500: "a live loop needs a vLLM whose reload_weights takes a directory (weights_path), which both can read",
+}
 NAME = "online.sampler.model is the model's name there, which GET /v1/models lists (--served-model-name)"
 
 
@@ -67,6 +72,11 @@ class ServerEngine(TokenEngine, PolicyServer):
         with closing(concurrently(requests, ask, client=self._client(limit), limit=limit, paid=False)) as samples:
             yield from samples
 
+    def probe(self, requests: Sequence[Request]) -> list[Sample]:
+        whole = copy(self)
+        whole.settings = replace(self.settings, top_p=1.0, top_k=0)
+        return list(whole.sample(requests))
+
     def _client(self, limit: int) -> httpx.AsyncClient:
         key = os.environ.get(KEY)
         return httpx.AsyncClient(timeout=httpx.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT), limits=connections(limit),
@@ -74,7 +84,7 @@ class ServerEngine(TokenEngine, PolicyServer):
 
     async def _ask(self, client: httpx.AsyncClient, request: Request, ready: Callable[[], Awaitable[None]]) -> Sample:
         body = {"model": self.model, "prompt": list(request.ids), "n": 1, "return_token_ids": True, **self._parameters(request)}
-        answer = await post(client, f"{self.url}/completions", body, not_found=NAME, lost=self._lose, ready=ready)
+        answer = await post(client, f"{self.url}/completions", body, remedies={404: NAME}, lost=self._lose, ready=ready)
         choice = answer["choices"][0]
         if not choice.get("token_ids") or not (choice.get("logprobs") or {}).get("token_logprobs"):
             missing = "log-probs" if choice.get("token_ids") else "token_ids"
@@ -101,4 +111,4 @@ class ServerEngine(TokenEngine, PolicyServer):
     async def _load(self, client: httpx.AsyncClient, weights: Path) -> None:
         root, reload = self.url.removesuffix("/v1"), {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
         for path, body in (("collective_rpc", reload), ("reset_prefix_cache", dict[str, Any]())):
-            await post(client, f"{root}/{path}", body, not_found=DEV_MODE, lost=self._lose)
+            await post(client, f"{root}/{path}", body, remedies=REMEDIES, lost=self._lose)

@@ -54,6 +54,16 @@ class Engine(ABC):
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
         """Yield a sample for each request, in any order."""
 
+    def probe(self, requests: Sequence[Request]) -> list[Sample]:
+        """Answer these few from the whole distribution, without top_p and top_k, so that they can be compared with the policy
+        before many are asked for; empty for an engine that was started with the policy's own weights and settings."""
+        return []
+
+    @property
+    def where(self) -> str:
+        """The engine, for messages."""
+        return type(self).__name__
+
     def close(self) -> None:
         """Give back what it holds, such as the memory of a GPU. It samples no more."""
         return
