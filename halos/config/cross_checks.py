@@ -120,6 +120,15 @@ def _peft(config: Config, overrides: Sequence[str]) -> str | None:
     idle = [key for key in typed_keys(overrides) if key.startswith("peft.") and key != "peft.name"]
     if config.peft.name == "none" and idle:
         return f"{idle[0]} has no effect with peft=none: add peft=lora, or leave it out"
+    typed, dtype = typed_keys(overrides), config.checkpoint.get("merge_dtype")
+    if config.peft.name == "none" and config.resume is None:
+        if "reference.adapter" in typed:
+            return "reference.adapter has no effect with peft=none, which has no adapter: add peft=lora, or leave it out"
+        if "checkpoint.merge_dtype" in typed and dtype != "auto":
+            return (
+                f"checkpoint.merge_dtype={dtype} is of merged weights, and with peft=none nothing is merged: leave it out;"
+                f" afterwards, python -m halos.checkpoint export RUN --output DIR --dtype {dtype} converts"
+            )
     for key in ("lora_dropout", "use_dora"):
         value = getattr(config.peft, key)
         if config.peft.name != "none" and config.peft.target_parameters and value:

@@ -208,6 +208,8 @@ WRONG = [
         (["loss=sft", "objective.metric=logps/completion"], ["objective.metric=logps/completion would be minimised", "mode=max"]),
         (["train.steps=3", "train.epochs=2"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
         (["train={steps: 3, epochs: 2}"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
+        (["reference.adapter=start"], ["reference.adapter has no effect with peft=none"]),
+        (["checkpoint.merge_dtype=bfloat16"], ["checkpoint.merge_dtype=bfloat16 is of merged weights", "--dtype bfloat16"]),
         (["peft={lora_alpha: 8,r:8}"], ["peft.lora_alpha has no effect with peft=none"]),
         (["checkpoint.keep_best=3", "checkpoint.every=null"], ["checkpoint.keep_best=3", "checkpoint.every is null"]),
         (["train.early_stopping=2", "train.steps=200"], ["train.early_stopping=2 acts at evaluation 3", "gives 2 before"]),
