@@ -130,7 +130,11 @@ def read_samples(path: Path) -> list[Sample]:
 def _score(samples: Sequence[Sample], scorer: Scorer, file: ResumableFile, ranks: Ranks) -> float:
     """Score the samples that have no score yet; return the seconds until the last rank was done, without loading a model."""
     store = FileStore[Rollout](file)
-    mine = collect.shard(collect.to_score(samples, scorer, store), ranks, whole_groups=scorer.needs_groups())
+    missing = collect.to_score(samples, scorer, store)
+    if scorer.is_paid:
+        mine = missing if ranks.main else []
+    else:
+        mine = collect.shard(missing, ranks, whole_groups=scorer.needs_groups())
     if mine:
         scorer.load()
     began = time.perf_counter()

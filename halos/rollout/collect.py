@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Generic, Protocol, TypeVar
 
+from halos.errors import UserError
 from halos.rollout.engines.engine import Engine
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
@@ -48,7 +49,8 @@ def collect(
     ranks: Ranks,
     seconds: dict[str, float],
 ) -> list[Rollout]:
-    """Every rank samples and scores its shard of the requests; all get all rollouts, in the order of the requests.
+    """Every rank samples and scores its shard of the requests; all get all rollouts, in the order of the requests. A scorer that
+    is paid scores all on rank 0.
 
     `seconds` grows by what was spent on `sample`, until the last rank had its samples, and on `score`, until all had scores.
 
@@ -61,16 +63,31 @@ def collect(
         for _ in sample([mine], opened, samples):
             pass
     sampling = time.perf_counter() - began
-    for _ in score(list(samples.items.values()), scorer, rollouts):
-        pass
+    own = list(samples.items.values()) if not scorer.is_paid else _on_rank_0(samples.items, requests, ranks)
+    problem = None
+    try:
+        for _ in score(own, scorer, rollouts):
+            pass
+    except UserError as error:
+        problem = str(error)
     # prompts are on every rank already, and their data may be large
     bare = {key: _of_prompt(rollout, Prompt(rollout.prompt.id, ())) for key, rollout in rollouts.items.items()}
-    parts = ranks.gather((bare, sampling))
-    slowest, passed = max(sampling for _, sampling in parts), time.perf_counter() - began
+    parts = ranks.gather((bare, sampling, problem))
+    for _, _, problem in parts:
+        if problem is not None:  # on every rank, so that none waits for another
+            raise UserError(problem)
+    slowest, passed = max(sampling for _, sampling, _ in parts), time.perf_counter() - began
     for name, spent in (("sample", min(slowest, passed)), ("score", max(0.0, passed - slowest))):
         seconds[name] = seconds.get(name, 0.0) + spent
-    every = {key: rollout for items, _ in parts for key, rollout in items.items()}
+    every = {key: rollout for items, _, _ in parts for key, rollout in items.items()}
     return [_of_prompt(every[request.key], request.prompt) for request in requests]
+
+
+def _on_rank_0(own: Mapping[Key, Sample], requests: Sequence[Request], ranks: Ranks) -> list[Sample]:
+    """The samples of all ranks, on rank 0; none on the others."""
+    bare = {key: replace(sample, prompt=Prompt(sample.prompt.id, ())) for key, sample in own.items()}
+    every = {key: sample for part in ranks.gather(bare) for key, sample in part.items()}
+    return [replace(every[request.key], prompt=request.prompt) for request in requests] if ranks.main else []
 
 
 def _of_prompt(rollout: Rollout, prompt: Prompt) -> Rollout:

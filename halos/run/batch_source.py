@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec
+from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
 from halos.distributed.agreement import require_same_on_all_ranks
@@ -126,7 +127,8 @@ class PolicySource:
         self.splits: list[tuple[str, Split]] = []
         self.unmeasured: frozenset[str] = frozenset()
         self.loss = loss
-        answers = f"{config.online.scorer.name}.{accelerator.process_index}.jsonl"
+        name = config.online.scorer.name
+        answers = f"{name}.jsonl" if scorer_class(name).is_paid else f"{name}.{accelerator.process_index}.jsonl"
         self.scorer = scorer_of(config, RunDir(config.run_dir).path / answers)
         self.server = server_of(config, tokenizer)
         self.prompts = LivePrompts(config, tokenizer, loss, max_length)

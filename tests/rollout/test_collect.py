@@ -1,12 +1,15 @@
 """From prompts to rollouts: sampling and scoring together, and each alone with a store that outlives it."""
 
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 
+from halos.errors import UserError
 from halos.rollout.collect import InMemory, collect, sample, score
 from halos.rollout.ranks import Ranks
 from halos.rollout.types import Origin, Prompt, Request, Rollout, Sample, Score, requests_for
@@ -34,6 +37,8 @@ class Echo:
 class Last:
     """The last character as a number."""
 
+    is_paid = False
+
     def name(self) -> str:
         return "last"
 
@@ -54,7 +59,21 @@ class Second(Ranks):
     first: ClassVar[dict[Any, Rollout]] = {}
 
     def gather(self, mine: Any) -> list[Any]:
-        return [(self.first, 7.0), mine]
+        return [(self.first, 7.0, None), mine]
+
+
+class Threads(Ranks):
+    """Ranks that are threads of this process."""
+
+    values: ClassVar[dict[int, Any]] = {}
+    barrier_of_both: ClassVar[threading.Barrier] = threading.Barrier(2, timeout=20)
+
+    def gather(self, value: Any) -> list[Any]:
+        self.values[self.rank] = value
+        self.barrier_of_both.wait()
+        every = [self.values[rank] for rank in range(self.world)]
+        self.barrier_of_both.wait()
+        return every
 
 
 def test_every_request_has_its_rollout_in_the_order_of_the_requests() -> None:
@@ -101,6 +120,40 @@ def test_an_engine_whose_answers_depend_on_nothing_else_gets_all_requests_at_onc
     engine = Echo()
     list(sample(chunks, engine, store))
     assert engine.asked == [[request.key for request in REQUESTS[1:3]]]
+
+
+def test_a_paid_scorer_scores_the_samples_of_all_ranks_on_rank_0_and_its_refusal_ends_every_rank() -> None:
+    scored = list[tuple[int, int]]()
+
+    class Paid(Last):
+        is_paid = True
+
+        def __init__(self, rank: int, cap: int | None = None) -> None:
+            self.rank, self.cap = rank, cap
+
+        def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
+            scored.append((self.rank, len(samples)))
+            assert all(each.prompt.turns for each in samples), "which it asks about"
+            if self.cap is not None and samples:
+                raise UserError("the cap is reached")
+            return super().score(samples)
+
+    @contextmanager
+    def engine() -> Iterator[Echo]:
+        yield Echo()
+
+    def both(cap: int | None) -> list[Any]:
+        def run(rank: int) -> Any:
+            return collect(REQUESTS, engine, Paid(rank, cap), Threads(rank, 2), {})
+
+        with ThreadPoolExecutor(2) as threads:
+            return [each.exception() or each.result() for each in [threads.submit(run, rank) for rank in (0, 1)]]
+
+    one, other = both(None)
+    assert one == other
+    assert [rollout.key for rollout in one] == [request.key for request in REQUESTS]
+    assert sorted(scored) == [(0, 6), (1, 0)]
+    assert [str(each) for each in both(0)] == ["the cap is reached"] * 2
 
 
 def test_an_incomplete_chunk_is_sampled_again_as_a_whole_and_no_complete_one() -> None:
@@ -153,7 +206,7 @@ def test_seconds_are_of_sampling_until_the_last_rank_is_done_and_then_of_scoring
     class Waited(Ranks):
         def gather(self, mine: Any) -> list[Any]:
             now[0] += 5.0  # for the other, which samples for 7 s and scores for 4
-            return [mine, ({}, 7.0)]
+            return [mine, ({}, 7.0, None)]
 
     spent = {"score": 1.0}
     collect(REQUESTS, engine, Slow(), Waited(0, 1), spent)

@@ -89,7 +89,7 @@ def test_equal_questions_are_one(stub: Callable[..., Stub], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("cap", "words", "most"), [({"max_requests": 10}, "max_requests=10", 10), ({"max_cost": 1.0}, "max_cost=1", 13)]
+    ("cap", "words", "most"), [({"max_requests": 10}, "max_requests=10", 10), ({"max_cost": 1.0}, "max_cost=1", 5)]
 )
 def test_a_cap_ends_it_and_nothing_paid_is_lost(
     cap: dict[str, Any], words: str, most: int, stub: Callable[..., Stub], tmp_path: Path
@@ -97,9 +97,26 @@ def test_a_cap_ends_it_and_nothing_paid_is_lost(
     server = stub(trouble=False, slow=0.01)
     with pytest.raises(UserError, match=f"the cap online.scorer.{words} is reached"):
         list(judge(server, tmp_path, **cap).score(samples(40)))
-    assert 5 <= sum(server.paid.values()) <= most
+    assert 5 <= sum(server.paid.values()) <= most, "those in flight are counted before their price is known"
     assert len(list(judge(server, tmp_path).score(samples(40)))) == 40
     assert sum(server.paid.values()) == 40
+
+
+def test_a_cap_is_of_the_whole_run_whatever_attempts_and_processes_it_had(stub: Callable[..., Stub], tmp_path: Path) -> None:
+    """An older version had a file for every process of a live loop."""
+    server = stub(trouble=False)
+    for rank, share in enumerate((samples(4), samples(10)[4:])):
+        (tmp_path / "earlier").mkdir(exist_ok=True)
+        list(judge(server, tmp_path / "earlier").score(share))
+        (tmp_path / "earlier" / "judge.jsonl").rename(tmp_path / f"judge.{rank}.jsonl")
+    assert sum(server.paid.values()) == 10
+    again = judge(server, tmp_path, max_cost=2.3)
+    assert (again.spent, again.num_requests) == (pytest.approx(10 * 0.2), 10)
+    with pytest.raises(UserError, match=r"max_cost=2\.3 is reached, 2\.2000 dollars, and another answer may cost 0\.2000"):
+        list(again.score(samples(20)))
+    assert sum(server.paid.values()) == 11
+    assert len(list(judge(server, tmp_path).score(samples(20)))) == 20
+    assert sum(server.paid.values()) == 20
 
 
 def test_a_cap_of_the_cost_is_refused_where_it_could_never_act(
@@ -117,7 +134,7 @@ def test_a_cap_of_the_cost_is_refused_where_it_could_never_act(
     assert not server.seen
     assert label([*command, "--price-in", "0.4"]) == 2
     assert "max_cost=5 cannot act, because the server does not say how many tokens" in capsys.readouterr().err
-    assert 0 < sum(server.paid.values()) <= 17, "those in flight are kept, and no more are sent"
+    assert sum(server.paid.values()) == 1, "until a first answer has a price, one is in flight"
 
 
 def test_a_server_that_is_down_or_refuses_is_reported(

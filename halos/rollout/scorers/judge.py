@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -40,6 +41,7 @@ class Judge(PairwiseScorer):
     """Asks each question only once, across runs: answers are cached in a JSON lines file under a hash of model and question."""
 
     option = Option("--judge", "a model behind an OpenAI-compatible API; its key is OPENAI_API_KEY", key="model", metavar="MODEL")
+    is_paid = True
     takes = (
         "model", "url", "pairwise", "rubric", "concurrency", "max_requests", "max_cost", "price_in", "price_out"
     )  # fmt: skip
@@ -77,9 +79,15 @@ class Judge(PairwiseScorer):
         self.cached: dict[str, Answer] = {}
         self.num_requests = 0  # sent by this and earlier attempts
         self.spent = 0.0  # dollars
+        self._largest: float | None = None  # cost of an answer so far; None: no answer has one
+        self._in_flight, self._reserved = 0, 0.0
         self._is_priced = True  # until an answer comes without its number of tokens
         self._sent: set[str] = set()
-        self._load_cache()
+        for path in (self.cache, *sorted(self.cache.parent.glob(f"{self.cache.stem}.[0-9]*.jsonl"))):
+            self._load_cache(path)  # the others are of an older version, in which every process had a file
+        if lost := self._sent - self.cached.keys():
+            tqdm.write(f"judge: {len(lost)} requests were in flight when it was stopped; they are sent again with the same"
+                       " idempotency key", file=sys.stderr)  # fmt: skip
 
     def check_ready(self) -> None:
         if self.settings.url is not None:
@@ -94,22 +102,24 @@ class Judge(PairwiseScorer):
 
     # --- the cache of answers -------------------------------------------------------------------------------------------
 
-    def _load_cache(self) -> None:
-        if not self.cache.is_file():
+    def _load_cache(self, path: Path) -> None:
+        if not path.is_file():
             return
-        for row in complete_lines(self.cache):
+        for row in complete_lines(path):
             cost = row.get("cost", 0.0)
             if not isinstance(row.get("key"), str) or not isinstance(cost, (int, float)):
-                raise UserError(f"{self.cache} holds a line that is no answer: take it out, or move the file away")
+                raise UserError(f"{path} holds a line that is no answer: take it out, or move the file away")
             if "text" in row:
                 self.cached[row["key"]] = Answer(str(row["text"]), cost, str(row.get("finish")))
-                self.spent += cost
+                self._pay(cost)
             else:
                 self.num_requests += 1
                 self._sent.add(row["key"])
-        if lost := self._sent - self.cached.keys():
-            tqdm.write(f"judge: {len(lost)} requests were in flight when it was stopped; they are sent again with the same"
-                       " idempotency key", file=sys.stderr)  # fmt: skip
+
+    def _pay(self, cost: float) -> None:
+        self.spent += cost
+        if cost > 0:
+            self._largest = max(self._largest or 0.0, cost)
 
     def _append(self, row: Mapping[str, Any]) -> None:
         self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -146,7 +156,7 @@ class Judge(PairwiseScorer):
         if not fresh:
             return
         questions = [(key, texts[numbers[0]]) for key, numbers in fresh.items()]
-        left = len(questions)
+        left, self._settled = len(questions), asyncio.Condition()
         try:
             url, concurrency = self.settings.url, self.settings.concurrency
             answered = answers(questions, self._ask, url=url, concurrency=concurrency, timeout=TIMEOUT)
@@ -166,19 +176,46 @@ class Judge(PairwiseScorer):
         max_requests, max_cost = self.settings.max_requests, self.settings.max_cost
         if max_requests is not None and self.num_requests >= max_requests:
             raise OverBudgetError(f"the cap online.scorer.max_requests={max_requests} is reached")
-        if max_cost is not None and self.spent >= max_cost:
-            raise OverBudgetError(f"the cap online.scorer.max_cost={max_cost:g} is reached, {self.spent:.4f} dollars")
+        if max_cost is not None and (self.spent >= max_cost or not self._has_room(max_cost)):
+            another = f", and another answer may cost {self._largest:.4f}" if self._largest and self.spent < max_cost else ""
+            raise OverBudgetError(f"the cap online.scorer.max_cost={max_cost:g} is reached, {self.spent:.4f} dollars{another}")
         if max_cost is not None and not self._is_priced:
             raise OverBudgetError(
                 f"the cap online.scorer.max_cost={max_cost:g} cannot act, because the server does not say how many tokens an"
                 " answer took: use online.scorer.max_requests instead"
             )
 
+    def _has_room(self, max_cost: float) -> bool:
+        """Whether the cap holds another answer as dear as the dearest so far, besides those in flight."""
+        return self.spent + self._reserved + (self._largest or 0.0) <= max_cost * (1 + 1e-9)
+
+    async def _reserve(self) -> float:
+        """Reserve for a request what an answer has cost at most so far, once answers to those in flight leave room for it; until
+        a first answer has a price, one is in flight. Raises OverBudgetError where a cap leaves no room."""
+        max_cost = self.settings.max_cost
+        async with self._settled:
+            while max_cost is not None and self._in_flight and (self._largest is None or not self._has_room(max_cost)):
+                await self._settled.wait()
+            self._refuse_over_budget()
+            reserved = self._largest or 0.0
+            self.num_requests, self._in_flight, self._reserved = (
+                self.num_requests + 1,
+                self._in_flight + 1,
+                self._reserved + reserved,
+            )
+        return reserved
+
     async def _ask(self, client: Any, question: tuple[str, str]) -> str:
         """Ask a question (key, text), cache the answer and return the key."""
-        self._refuse_over_budget()
-        key, text = question
-        self.num_requests += 1
+        reserved = await self._reserve()
+        try:
+            return await self._ask_reserved(client, *question)
+        finally:
+            async with self._settled:
+                self._in_flight, self._reserved = self._in_flight - 1, self._reserved - reserved
+                self._settled.notify_all()
+
+    async def _ask_reserved(self, client: Any, key: str, text: str) -> str:
         self._append({"key": key})
         try:
             response = await client.chat.completions.create(
@@ -193,7 +230,7 @@ class Judge(PairwiseScorer):
             # the response is malformed: it may have been paid for, so it is not requested again
             answer = Answer("", 0.0, f"broken: {type(error).__name__}")
         self.cached[key] = answer
-        self.spent += answer.cost
+        self._pay(answer.cost)
         self._append({"key": key, "text": answer.text, "cost": answer.cost, "finish": answer.finish})
         return key
 

@@ -48,6 +48,7 @@ class Scorer(ABC):
     option: ClassVar[Option]
     takes: ClassVar[tuple[str, ...]] = ()  # the keys of online.scorer that it reads; others are refused where a user gives them
     loads_model: ClassVar[bool] = False  # it scores with a model in this process; a stage then runs on every rank
+    is_paid: ClassVar[bool] = False  # its answers cost money: one process asks for all, so that one budget counts them
     compares: ClassVar[bool] = False  # it can compare two samples (online.scorer.pairwise): a subclass of PairwiseScorer
     paths: ClassVar[tuple[str, ...]] = ()  # keys that name a file or a model: a resume compares what these hold, not the names
     addresses: ClassVar[tuple[str, ...]] = ("url",)  # keys that name servers: never taken from a saved run
