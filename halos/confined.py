@@ -232,7 +232,7 @@ def append(path: Path, text: str, *, within: Path | None = None, sync: bool = Fa
             raise
 
 
-def write_whole(path: Path, text: str, *, within: Path | None = None) -> None:
+def write_whole(path: Path, content: str | bytes, *, within: Path | None = None) -> None:
     """Write a file atomically, power cuts included. A link at `path` is replaced, not followed."""
     if within is not None:
         refuse_links(path.parent, within)
@@ -240,7 +240,7 @@ def write_whole(path: Path, text: str, *, within: Path | None = None) -> None:
     remove(hidden)  # left by a process that had our pid
     try:
         with os.fdopen(os.open(hidden, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666), "wb") as file:
-            file.write(text.encode("utf-8"))
+            file.write(content.encode("utf-8") if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(hidden, path)

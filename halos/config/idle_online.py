@@ -29,6 +29,8 @@ def complaint(config: Config, overrides: Sequence[str]) -> str | None:
         value = getattr(online, name)
         if f"online.{name}" in typed and value not in (None, "start"):
             return f"online.{name}={value} is of rounds, and has no effect in a live loop (online.steps): leave it out"
+    if online.steps is None and "online.keep_rollouts" in typed and config.resume is None:
+        return "online.keep_rollouts is of live loops (online.steps), and rounds keep all their samples: leave it out"
     if "online.steps_per_round" in typed and (sets := _sets_size(online, typed)):
         return f"online.steps_per_round has no effect with {sets}, which sets the size of a round: give one of them"
     for name in idle_sampler_keys(sampler):

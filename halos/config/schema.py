@@ -213,6 +213,7 @@ class Online:
     reference: str = key(one_of=("start", "last"))
     carry_optimizer: bool = key()
     keep_rounds: int | None = key(least=1, on_resume=SAFE)
+    keep_rollouts: int | None = key(least=0, on_resume=SAFE)
     kl_samples: int = key(least=0, on_resume=SAFE)
     rescore: int = key(least=0, on_resume=SAFE)
     show: int = key(least=0, on_resume=SAFE)

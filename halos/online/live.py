@@ -18,6 +18,7 @@ from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Item
 from halos.hooks.base import Run
+from halos.online.live_rollouts import LiveRollouts
 from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows
 from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
@@ -117,7 +118,8 @@ class RolloutSource:
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
         self.rows = LiveRows(loss.inputs.example, sampled_here=server is None, minibatches=self.online.minibatches,
                              epochs=self.online.epochs, seed=run.config.seed)  # fmt: skip
-        run.hooks["live_batch"] = LiveBatch(self.rows)
+        self.files = LiveRollouts(keep=self.online.keep_rollouts, passes=self.rows.passes, scorer=scorer)
+        run.hooks |= {"live_batch": LiveBatch(self.rows), "live_rollouts": self.files}
         run.elsewhere = {"sample": 0.0, "score": 0.0}
         self._warned = False  # of samples without a score
         self._mismatched = False  # a warning said so
@@ -159,6 +161,7 @@ class RolloutSource:
                 f" {self.loss.name} pairs each prompt with an answer to another"
             )
         self._count(rollouts)
+        self.files.write(self.run, number, rollouts)
         if not self.loss.on_rollouts:  # else the trainer compares all of them
             self._rescore(rollouts)
 

@@ -1,4 +1,5 @@
-"""python -m halos.report RUN [RUN ...]: a table and figures of saved runs, finished or not; for a sweep also sweep.csv."""
+"""python -m halos.report RUN [RUN ...]: a table and figures of saved runs, finished or not; for a sweep also sweep.csv,
+for online runs prompts.csv."""
 
 import argparse
 import os
@@ -28,6 +29,7 @@ def _report(paths: Sequence[Path], output: Path, markdown: Path | None) -> int:
     print(text)
     try:
         from halos.report.plots import plot  # only here: the table needs no matplotlib
+        from halos.report.prompts import write_prompts
         from halos.report.sweep import compare, is_sweep
     except ModuleNotFoundError as error:
         raise UserError(f"figures need {error.name}: pip install {error.name}") from error
@@ -41,6 +43,10 @@ def _report(paths: Sequence[Path], output: Path, markdown: Path | None) -> int:
             print(text)
         else:
             written = plot(records, output)
+        prompts, problems = write_prompts(records, output)
+        for problem in problems:
+            print(f"skipped: {problem}", file=sys.stderr)
+        written = [*written, *([prompts] if prompts else [])]
         for path in written:
             print(path)
     except OSError as error:

@@ -125,12 +125,17 @@ def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_o
     assert train.start([*words, "exp_name=whole"]) == 0
     saves = sorted((tmp_path / "whole" / "checkpoints").iterdir())
     assert {step_of(path): (path / "batch").is_dir() for path in saves} == {step: step % 4 != 0 for step in range(1, 13)}
+    rollouts = sorted((tmp_path / "whole" / "rollouts").iterdir())
+    assert [path.name for path in rollouts] == ["000000.jsonl.gz", "000001.jsonl.gz", "000002.jsonl.gz"]
     for step in killed:
         shutil.copytree(tmp_path / "whole", tmp_path / f"cut{step}")
+        shutil.copy(rollouts[-1], tmp_path / f"cut{step}" / "rollouts" / "000009.jsonl.gz")  # of an attempt that came further
         # as the run was when it died after that step
         assert train.start([f"resume={tmp_path / f'cut{step}' / 'checkpoints' / f'step-{step:08d}'}"]) == 0
         one, other = (load_file(tmp_path / run / "FINAL" / "model.safetensors") for run in ("whole", f"cut{step}"))
         assert all(torch.equal(one[key], other[key]) for key in one), step
+        again = {path.name: path.read_bytes() for path in (tmp_path / f"cut{step}" / "rollouts").iterdir()}
+        assert again == {path.name: path.read_bytes() for path in rollouts}, "the same bytes, and nothing of what came later"
         same = [[{key: value for key, value in row.items() if "second" not in key and "memory" not in key}
                  for row in rows(tmp_path / run, "train")] for run in ("whole", f"cut{step}")]  # fmt: skip
         assert same[0] == same[1]
@@ -304,14 +309,14 @@ def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:
 def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_ends_the_run(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ownrewards.py").write_text(
+    (tmp_path / "oddrewards.py").write_text(
         "def odd(completion, row):\n    if len(completion) % 2: raise ValueError('odd')\n    return float(len(completion))\n"
         "def none(completion, row): return float('nan')\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
 
     def start(name: str, *words: str) -> int:
-        own = [f"online.scorer.functions=[ownrewards.{name}]", "plugins=[ownrewards]", f"exp_name={name}"]
+        own = [f"online.scorer.functions=[oddrewards.{name}]", "plugins=[oddrewards]", f"exp_name={name}"]
         shared = [*SMALL, "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}"]
         return train.start([*shared, *LIVE, "online.steps=2", "online.scorer.processes=1", *own, *words])
 
@@ -323,8 +328,8 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
         assert 10 <= row["examples"] / row["step"] <= 14, "4 prompts' worth, of 3 samples each, though half have no score"
     text = (tmp_path / "odd" / "train.log").read_text()
     [line] = [line for line in text.splitlines() if "have no score" in line]
-    assert re.search(r"step 0: (\d+) of 12 samples have no score: \1 x ownrewards.odd raised ValueError \(the first", line)
-    with pytest.raises(UserError, match=r"step 0: none of 120 samples has a score: 120 x ownrewards.none returned no finite"):
+    assert re.search(r"step 0: (\d+) of 12 samples have no score: \1 x oddrewards.odd raised ValueError \(the first", line)
+    with pytest.raises(UserError, match=r"step 0: none of 120 samples has a score: 120 x oddrewards.none returned no finite"):
         start("none", "online.feedback.drop_equal=true")
 
 

@@ -17,7 +17,7 @@ from halos.rollout.scorers._evaluate import RESERVED, SOLUTION, Outcome, evaluat
 from halos.rollout.scorers._reward_functions import OWN, Part, parts_of, source_hash
 from halos.rollout.scorers._workers import Pool, Task
 from halos.rollout.scorers.scorer import Context, Option, Scorer
-from halos.rollout.types import Prompt, Sample, Score
+from halos.rollout.types import TRAIN, Prompt, Sample, Score
 
 WAIT = 0.2  # seconds between looks at time-outs
 
@@ -63,7 +63,9 @@ class Functions(Scorer):
 
     def check_prompts(self, prompts: Sequence[Prompt]) -> None:
         """Raises UserError where a function reads a column that no prompt has, tried on a made-up answer to the first prompt."""
-        sample = Sample(prompts[0], 0, "1", finish="stop", tokens=1, seed=0, temperature=1.0, ids=(1,), generator="policy")
+        prompt = replace(prompts[0], split=TRAIN)
+        sample = Sample(prompt, 0, "1", finish="stop", tokens=1, seed=0, temperature=1.0, ids=(1,), generator="policy",
+                        vocabulary="its tokenizer")  # fmt: skip
         for part in self.parts:
             for column in self._try(part, sample).lacking:
                 if not any(_has(prompt, column) for prompt in prompts):
