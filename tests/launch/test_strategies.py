@@ -29,7 +29,10 @@ LOSSES = ["sft", "dpo", "kto", "reward"]
 EVERY = [f"loss={loss} peft={peft}" for loss in LOSSES for peft in ("none", "lora")]
 ON_ROLLOUTS = cases.names(on_rollouts=True)
 ALL = sorted([*cases.names(on_rollouts=False), *ON_ROLLOUTS])
-FAST = ("ddp", "fsdp2", "zero3")  # which take turns, so that each loss is in one of them
+FAST = ("ddp", "fsdp2", "zero3")  # which take turns, so that each of PATHS is in one of them
+# each of which the trainer computes in its own way: means over items and over tokens, statistics of other rows, groups, values,
+# and advantages over the global batch; the other losses are other functions of the same numbers
+PATHS = ["dpo", "sft", "kto", "reward", "grpo", "dapo", "ppo", "reinforce_plus_plus"]
 
 
 def train(output: Path, cache: Path, cells: list[str], *, steps: int, world: int, how: str) -> list[dict[str, torch.Tensor]]:
@@ -61,10 +64,10 @@ def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch
 
 
 def turn(how: str) -> list[str]:
-    """A third of all losses, with an adapter and without in turn; and under ZeRO-3 KTO's pass over other rows, and a reference
-    that is the base itself."""
+    """A third of PATHS, with an adapter and without in turn; and under ZeRO-3 KTO's pass over other rows, and a reference that is
+    the base itself."""
     number = FAST.index(how) if how in FAST else 0
-    cells = [f"loss={name} peft={'lora' if k % 2 else 'none'}" for k, name in enumerate(ALL) if k % len(FAST) == number]
+    cells = [f"loss={name} peft={'lora' if k % 2 else 'none'}" for k, name in enumerate(PATHS) if k % len(FAST) == number]
     return list(dict.fromkeys([*cells, *(["loss=kto peft=none", "loss=dpo peft=lora"] if how == "zero3" else [])]))
 
 
