@@ -15,7 +15,7 @@ from halos.checkpoint.select import checkpoints
 from halos.config import run_config
 from halos.config.bind import LossSpec
 from halos.config.resume_policy import value_at
-from halos.config.rollout_modules import scorer_class, scorer_names
+from halos.config.rollout_modules import engine_class, scorer_class, scorer_names
 from halos.config.schema import Config, Online, path_keys
 from halos.config.values import quoted
 from halos.data.custom_format import entries_of
@@ -119,6 +119,7 @@ class OnlinePlan:
         """Read the prompts. Raises UserError for whatever would make a stage fail later."""
         online = self.online
         scorer = scorer_of(self.config, Path(os.devnull))
+        engine_class(online.sampler.name).check_ready(online.sampler)
         if online.scorer.pairwise and not (scorer.compares and self.kind == feedback.PAIRWISE):
             needed = " or a ".join(name for name in scorer_names() if scorer_class(name).compares)
             raise UserError(f"online.scorer.pairwise=true needs a {needed}, and a loss that learns from pairs, such as dpo")

@@ -79,7 +79,8 @@ class PolicyEngine:
         if samples:
             probe = rescore.compared(samples, self.probed, self.own_logps)
             self._reloads.add(probe, self.own_logps, where=server.where)
-            rescore.refuse_other_policy(probe, self.own_logps, where=server.where)
+            policy = f"the model of this run, which is in {server.weights}"
+            rescore.refuse_other_policy(probe, self.own_logps, where=server.where, policy=policy)
 
     def own_logps(self, pairs: Sequence[rescore.Pair], temperature: float) -> list[np.ndarray]:
         """The policy's own log-probs of sampled tokens, as it is trained. Every rank calls, with the same."""

@@ -36,11 +36,11 @@ class RescoringPolicy:
         self.seconds += time.perf_counter() - began
         return logps
 
-    def refuse_other(self, engine: Engine, requests: Sequence[Request]) -> None:
+    def refuse_other(self, engine: Engine, requests: Sequence[Request], policy: str) -> None:
         """Raises UserError, with the remedy, where the engine does not sample from the policy."""
         probed = rescore.probe_requests(requests)
         if samples := engine.probe(probed):
-            rescore.refuse_other_policy(rescore.compared(samples, probed, self), self, where=engine.where)
+            rescore.refuse_other_policy(rescore.compared(samples, probed, self), self, where=engine.where, policy=policy)
 
     def mismatch(self, rows: Sequence[Row], requests: Sequence[Request], sampler: Sampler, count: int) -> dict[str, Any]:
         """Metrics of `count` samples: how far the engine's log-probs of a token are from the policy's own."""

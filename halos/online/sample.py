@@ -135,7 +135,7 @@ def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ra
         tqdm(total=sum(map(len, mine)), desc="sampling", unit="sample", delay=1, disable=None if ranks.main else True) as bar,
     ):
         if engine is not None and policy.args.rescore and ranks.main:
-            policy.rescoring.refuse_other(engine, requests)
+            policy.rescoring.refuse_other(engine, requests, str(policy.args.model))
         began = time.perf_counter()
         for _ in collect.sample(mine, engine, store) if engine is not None else ():
             bar.update()

@@ -62,8 +62,9 @@ def compared(samples: Sequence[Sample], requests: Sequence[Request], rescore: Re
     return Probe(pairs, temperatures, given, np.concatenate(at_temperatures(pairs, temperatures, rescore)))
 
 
-def refuse_other_policy(probe: Probe, rescore: Rescore, *, where: str) -> None:
-    """Raises UserError, with the remedy, where an engine's log-probs differ from the policy's by more than rounding."""
+def refuse_other_policy(probe: Probe, rescore: Rescore, *, where: str, policy: str) -> None:
+    """Raises UserError, with the remedy, where an engine's log-probs differ from the policy's by more than rounding; `policy` is
+    what it should serve."""
     if probe.difference <= REFUSED:
         return
     raw = mean_difference(probe.given, np.concatenate(rescore(probe.pairs, 1.0)))
@@ -74,8 +75,8 @@ def refuse_other_policy(probe: Probe, rescore: Rescore, *, where: str) -> None:
         )
     raise UserError(
         f"{where} does not sample from the policy: its log-probs of {len(probe.given)} tokens are {probe.difference:.2g} nats"
-        f" from the policy's own on average (rounding: at most {REFUSED:g}); {_cause(probe)}. Serve the policy itself, in the"
-        f" dtype of training, with {REMEDY}"
+        f" from the policy's own on average (rounding: at most {REFUSED:g}); {_cause(probe)}. Serve {policy}, in the dtype of"
+        f" training, with {REMEDY}"
     )
 
 

@@ -129,7 +129,11 @@ async def _results(
             async with slots:
                 if closing.is_set():
                     raise _ClosingError
-                return await ask(opened, question)
+                try:
+                    return await ask(opened, question)
+                except Exception:
+                    closing.set()  # before the slot is free
+                    raise
 
         tasks = [asyncio.ensure_future(ask_one(question)) for question in questions]
         failure: Exception | None = None
@@ -139,7 +143,6 @@ async def _results(
                     result = await done
                 except Exception as error:
                     failure = failure or error
-                    closing.set()
                 else:
                     yield result
             if failure is not None:

@@ -54,7 +54,7 @@ def engine(policy: tuple[PreTrainedModel, Any], server: VLLMServer, **changed: A
 def probed(policy: tuple[PreTrainedModel, Any], engine: ServerEngine) -> rescore.Probe:
     asked = rescore.probe_requests(REQUESTS)
     probe = rescore.compared(engine.probe(asked), asked, own(policy))
-    rescore.refuse_other_policy(probe, own(policy), where="the server")
+    rescore.refuse_other_policy(probe, own(policy), where="the server", policy="runs/sft/FINAL")
     return probe
 
 
@@ -82,7 +82,10 @@ def test_the_policy_itself_is_accepted(
     ("behaviour", "said"),
     [
         ({"processed": False}, "returns log-probs before temperature, .*--logprobs-mode processed_logprobs"),
-        ({"step": 0.1}, r"does not sample from the policy: .* are [\d.]+ nats .*; it has another model or other weights, quan"),
+        (
+            {"step": 0.1},
+            r"sample from the policy: .* are [\d.]+ nats .*; it has another model or other weights, .* Serve runs/sft/FINAL, in",
+        ),
         ({"forced": {"repetition_penalty": 2.0}}, "tokens that occurred before are less likely, as with a repetition penalty"),
         ({"forced": {"top_k": 5}}, "does not sample from the policy"),
     ],

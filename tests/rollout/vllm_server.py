@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections import Counter
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -43,7 +42,7 @@ class Behaviour:
     drops: int = 0  # of the first completions the connection breaks
     forgets: bool = False  # with the first that breaks, its weights are those that it was started with
     busy: int = 0  # of the first completions are turned away
-    slow: float = 0.0  # seconds that the first completion takes
+    first_waits_for: int = 0  # completions after which the first is answered
     held_until: int = 0  # no completion is answered before so many were in flight
     name: str | None = None  # of its model; None: any
     max_model_len: int = 2048
@@ -59,7 +58,7 @@ class VLLMServer:
         self.loaded: list[str] = []
         self.asked: Counter[int] = Counter()
         self.bodies: list[dict[str, Any]] = []
-        self.most = self._now = 0
+        self.most = self._now = self._answered = 0
         self._enough, self._lock = threading.Condition(), threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -118,7 +117,8 @@ class VLLMServer:
                 return None
             if number < how.busy:
                 return BROKEN, {"error": {"message": "the engine is busy"}}
-            time.sleep(how.slow if number == 0 else 0.0)
+            with self._enough:
+                self._enough.wait_for(lambda: number > 0 or self._answered >= how.first_waits_for, timeout=20)
             if how.name is not None and body["model"] != how.name:
                 return MISSING, {"error": {"message": f"The model `{body['model']}` does not exist."}}
             if len(body["prompt"]) + body["max_tokens"] > how.max_model_len:
@@ -127,7 +127,8 @@ class VLLMServer:
                 return 200, {"choices": [self._choice(body)]}
         finally:
             with self._enough:
-                self._now -= 1
+                self._now, self._answered = self._now - 1, self._answered + 1
+                self._enough.notify_all()
 
     @torch.no_grad()
     def _choice(self, body: dict[str, Any]) -> dict[str, Any]:

@@ -101,7 +101,7 @@ class SubprocessEngine(TokenEngine):
         return cls(str(directory), tokenizer, settings, origin, stops=stops, dtype=dtype)
 
     def sample(self, requests: Sequence[Request]) -> Iterator[Sample]:
-        asked, left = dict[int, Request](), deque(requests)
+        asked, left, worker = dict[int, Request](), deque(requests), self._workers[0]
         try:
             for _ in range(self.in_flight):  # in turn, so that each has its share of a short list
                 for worker in self._workers:
@@ -117,7 +117,7 @@ class SubprocessEngine(TokenEngine):
                     yield self._sample(request, answer["ids"], answer["logps"], answer["finish"])
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
-                f"vLLM (in {self.python}) ended before it had answered: {self._states()}; its output is above. Answers so far"
+                f"vLLM (in {self.python}) ended before it had answered: {_state(worker)}; its output is above. Answers so far"
                 " are kept: the same command resumes"
             ) from error
 
@@ -127,14 +127,16 @@ class SubprocessEngine(TokenEngine):
             asked[number] = request
             worker.send(number, {"prompt_token_ids": list(request.ids), "parameters": self._parameters(request)})
 
-    def _states(self) -> str:
-        """How the processes have ended."""
-        states = [worker.process.wait(10) if worker.process.poll() is not None else "still running" for worker in self._workers]
-        return "exit status " + ", ".join(map(str, states))
-
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
+
+
+def _state(worker: Worker) -> str:
+    try:
+        return f"exit status {worker.process.wait(10)}"
+    except subprocess.TimeoutExpired:
+        return "it is still running"
 
 
 def devices_of(replicas: int, each: int) -> list[str | None]:

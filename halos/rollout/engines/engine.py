@@ -32,6 +32,11 @@ class Engine(ABC):
         return None
 
     @classmethod
+    def check_ready(cls, settings: Sampler) -> None:
+        """Raises UserError where it could not sample now, because a server does not answer, say. Asked before a run begins."""
+        return
+
+    @classmethod
     @abstractmethod
     def open(
         cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any], dtype: str

@@ -9,7 +9,7 @@ from typing import Any
 from halos.config.schema import Sampler
 from halos.redaction import without_values
 from halos.rollout.engines.engine import Engine
-from halos.rollout.servers import answers, require_client
+from halos.rollout.servers import answers, refuse_unreachable, require_client
 from halos.rollout.types import Origin, Request, Sample
 
 TIMEOUT = 600.0  # seconds for one completion
@@ -29,6 +29,12 @@ class ChatEngine(Engine):
         if settings.url is None:
             return f"{spelled('url')} is missing: the sampler openai needs one, such as http://localhost:8000/v1"
         return None
+
+    @classmethod
+    def check_ready(cls, settings: Sampler) -> None:
+        require_client("the sampler openai")
+        assert settings.url is not None
+        refuse_unreachable(settings.url, "online.sampler.url")
 
     @classmethod
     def open(

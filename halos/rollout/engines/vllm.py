@@ -35,6 +35,11 @@ class VLLM(TokenEngine):
         )
 
     @classmethod
+    def check_ready(cls, settings: Sampler) -> None:
+        if settings.url is not None:
+            refuse_unreachable(settings.url, "online.sampler.url")
+
+    @classmethod
     def open(
         cls, settings: Sampler, origin: Origin, *, directory: Path | None, tokenizer: Any, model: Callable[[], Any], dtype: str
     ) -> Engine:
@@ -45,7 +50,7 @@ class VLLM(TokenEngine):
     def open_server(cls, settings: Sampler, origin: Origin, *, tokenizer: Any, model: str) -> PolicyServer | None:
         if settings.url is None:
             return super().open_server(settings, origin, tokenizer=tokenizer, model=model)
-        refuse_unreachable(settings.url, "online.sampler.url")
+        cls.check_ready(settings)
         return ServerEngine(tokenizer, settings, origin, stops=(), model=model)
 
 
