@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
 from halos.cli.resume import IN_LIVE_LOOPS, LIVE_STEPS, added_keys, last_settings
-from halos.config import validate
+from halos.config import idle_online, validate
 from halos.config.overrides import check_choices, typed_keys, unknown_inner_loss
 from halos.config.resume_policy import Change, value_at
 from halos.config.schema import Config, Scope, keys_of
@@ -82,6 +82,7 @@ def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> C
     settings, typed = asdict(config), typed_keys(overrides)
     steps = prod(value_at(settings, key) for key in LIVE_STEPS)
     training, loss = _training(config, inner_overrides(overrides, config), {**outer, "train.steps": steps}, overrides, tree)
+    idle_online.refuse_idle_reference(config, overrides, is_read=loss.needs_reference)
     follow = {**IN_LIVE_LOOPS} if loss.on_rollouts else {}  # the log-probs of other losses are not the sampler's
     values = {"train.steps": ("online.steps", steps), **{to: (key, value_at(settings, key)) for key, to in follow.items()}}
     for follows, (key, value) in values.items():

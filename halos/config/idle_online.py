@@ -10,10 +10,11 @@ from halos.config.overrides import typed_keys
 from halos.config.renamed_keys import current_name
 from halos.config.rollout_modules import engine_class
 from halos.config.schema import Config, Online, Sampler
+from halos.errors import UserError
 
 READ_BY_ALL = ("name", "temperature", "top_p", "max_new_tokens", "batch_size")  # keys of online.sampler
 # keys of online
-OF_ROUNDS = ("prompts_per_round", "steps_per_round", "carry_optimizer", "reference", "keep_rounds", "kl_samples", "config_file",
+OF_ROUNDS = ("prompts_per_round", "steps_per_round", "carry_optimizer", "keep_rounds", "kl_samples", "config_file",
              "num_processes")  # fmt: skip
 OF_ANSWERS = ("eval_samples", "eval_temperature", "pass_reward")  # keys of online about answers to evaluation prompts
 
@@ -25,9 +26,14 @@ def complaint(config: Config, overrides: Sequence[str]) -> str | None:
     typed, sampler = {current_name(key) for key in typed_keys(overrides)}, online.sampler
     if problem := _of_evaluation(config, online, typed):
         return problem
+    if online.steps is not None and online.reference == "last" and config.resume is None:
+        return (
+            "online.reference=last: in a live loop (online.steps) that would be the policy that has sampled the batch, from which"
+            " it has not moved when it begins to learn, so that the KL is 0: leave it out, for the first policy"
+        )
     for name in OF_ROUNDS if online.steps is not None else ():
         value = getattr(online, name)
-        if f"online.{name}" in typed and value not in (None, "start"):
+        if f"online.{name}" in typed and value is not None:
             return f"online.{name}={value} is of rounds, and has no effect in a live loop (online.steps): leave it out"
     if online.steps is None and "online.keep_rollouts" in typed and config.resume is None:
         return "online.keep_rollouts is of live loops (online.steps), and rounds keep all their samples: leave it out"
@@ -40,6 +46,17 @@ def complaint(config: Config, overrides: Sequence[str]) -> str | None:
                 f"online.sampler.{name} has no effect with online.sampler.name={sampler.name}, which takes {takes}: leave it out"
             )
     return None
+
+
+def refuse_idle_reference(config: Config, overrides: Sequence[str], *, is_read: bool) -> None:
+    """Raises UserError where online.reference was typed for a loss that, with its hyperparameters, reads no reference."""
+    online = config.online
+    assert online is not None
+    if "online.reference" in typed_keys(overrides) and not is_read and config.resume is None:
+        raise UserError(
+            f"online.reference={online.reference} has no effect: online.loss={online.loss} with these keys reads no reference:"
+            " leave it out"
+        )
 
 
 def _of_evaluation(config: Config, online: Online, typed: Collection[str]) -> str | None:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from halos import confined
 from halos.checkpoint import integrity
 from halos.checkpoint.commit import remove_leftovers, staged
-from halos.config import run_config
+from halos.config import idle_online, run_config
 from halos.config.bind import bind_hook, bind_loss
 from halos.config.content_hashes import ContentHashes, changes_record, log_changes
 from halos.config.resume_policy import Change
@@ -91,6 +91,7 @@ def run(
             " online.config_file=launch/accelerate/ddp.yaml (or cpu2, ...)"
         )
     plan = OnlinePlan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins), one_warmup)
+    idle_online.refuse_idle_reference(config, typed, is_read=plan.loss.needs_reference)
     plan.prepare()
     outlined = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
     prompt = plan.first_fitting_prompt(outlined.tokenizer, outlined.max_length)

@@ -202,7 +202,7 @@ WRONG = [
         (["loss=dpo", "reference.revision=main"], ["reference.revision=main has no effect without reference.name_or_path"]),
         ([*LIVE, "online.sampler.url=http://x/v1"], ["online.sampler.url has no effect with online.sampler.name=hf"]),
         ([*LIVE, "online.sampler.name=openai", "online.sampler.url=http://x", "online.sampler.top_k=5"], ["top_k has no effect"]),
-        ([*LIVE, "online.reference=last"], ["online.reference=last is of rounds, and has no effect in a live loop"]),
+        ([*LIVE, "online.reference=last"], ["online.reference=last: in a live loop"]),
         ([*LIVE, "+loss.beta=0.1"], ["online.overrides=[loss.beta=0.1]"]),
         ([*LIVE, "online.num_processes=2"], ["online.num_processes=2 is of rounds"]),
         (["loss=sft", "objective.metric=logps/completion"], ["objective.metric=logps/completion would be minimised", "mode=max"]),
