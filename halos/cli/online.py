@@ -23,6 +23,7 @@ from halos.rundir import RunDir
 if TYPE_CHECKING:
     from halos.config.bind import LossSpec
 
+GRPO = "halos.losses.grpo.grpo"
 # Keys of the online run, not of the training inside it
 OUTER = {"loss", "online", "data", "objective", "hooks", "logging", *keys_of(Scope.PLACE, Scope.COMMAND)}
 
@@ -40,17 +41,34 @@ def overrides_of_rounds(overrides: Sequence[str], config: Config, tree: ConfigTr
     carried over the learning rate is constant, unless a schedule was chosen, which then acts in every round."""
     assert config.online is not None
     loss, *inner = inner_overrides(overrides, config)
-    if not config.online.carry_optimizer or _chooses_schedule([loss, *inner], config, tree):
+    composed, typed = compose_inner(config, [loss, *inner], tree), typed_keys(inner)
+    if (tokens := _divisor(config, composed.loss, composed.train.max_length, typed, tree)) is not None:
+        inner.append(f"loss.max_tokens={tokens}")
+    if not config.online.carry_optimizer or _chooses_schedule(composed, typed, tree):
         return [loss, *inner], False
     return [loss, "schedule=constant", *inner], True
 
 
-def _chooses_schedule(overrides: Sequence[str], config: Config, tree: ConfigTree) -> bool:
-    typed = {key.partition("@")[0] for key in typed_keys(overrides)} - {"schedule.warmup"}  # which a constant rate has too
-    if any(key.partition(".")[0] == "schedule" for key in typed):
+def _chooses_schedule(composed: DictConfig, typed: Sequence[str], tree: ConfigTree) -> bool:
+    keys = {key.partition("@")[0] for key in typed} - {"schedule.warmup"}  # which a constant rate has too
+    if any(key.partition(".")[0] == "schedule" for key in keys):
         return True
-    chosen, default = compose_inner(config, overrides, tree), tree.compose([])
-    return chosen.schedule.get("_target_") != default.schedule.get("_target_")  # by a recipe, or a loss of the user's
+    default = tree.compose([]).schedule.get("_target_")
+    return composed.schedule.get("_target_") != default  # by a recipe, or a loss of the user's
+
+
+def _divisor(
+    config: Config, loss: Mapping[str, Any] | DictConfig, max_length: int, typed: Sequence[str], tree: ConfigTree
+) -> int | None:
+    """Return the tokens that Dr. GRPO's sum over a completion is divided by, as many as sampling may give one; None for other
+    losses, and where the divisor was given."""
+    online = config.online
+    assert online is not None
+    if loss.get("_target_") != GRPO or loss.get("max_tokens") is None or "loss.max_tokens" in typed:
+        return None
+    if loss["max_tokens"] != tree.compose([f"loss={online.loss}"]).loss.max_tokens:
+        return None  # by a recipe
+    return online.sampler.max_new_tokens or max_length
 
 
 def compose_inner(config: Config, overrides: Sequence[str], tree: ConfigTree) -> DictConfig:
@@ -81,8 +99,11 @@ def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> C
     outer = {name: asdict(config)[name] for name in OUTER - {"loss", "logging"}}
     settings, typed = asdict(config), typed_keys(overrides)
     steps = prod(value_at(settings, key) for key in LIVE_STEPS)
-    training, loss = _training(config, inner_overrides(overrides, config), {**outer, "train.steps": steps}, overrides, tree)
+    inner = inner_overrides(overrides, config)
+    training, loss = _training(config, inner, {**outer, "train.steps": steps}, overrides, tree)
     idle_online.refuse_idle_reference(config, overrides, is_read=loss.needs_reference)
+    if (tokens := _divisor(config, training.loss, training.train.max_length, typed_keys(inner), tree)) is not None:
+        training.loss["max_tokens"] = tokens
     follow = {**IN_LIVE_LOOPS} if loss.on_rollouts else {}  # the log-probs of other losses are not the sampler's
     values = {"train.steps": ("online.steps", steps), **{to: (key, value_at(settings, key)) for key, to in follow.items()}}
     for follows, (key, value) in values.items():

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
+
 from halos import types
 from halos.config.signature import bind, defaults, first_type, fit_all, import_target, legal_keys, load_target, positional
 from halos.errors import UserError
-from halos.types import LossInput, RolloutInput
+from halos.types import LossInput, RolloutInput, Sampled, TokenLogps
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +96,27 @@ def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
     if loss.example_type is not None:
         raise UserError(
             f"online.loss={name}: it rewrites the rows that it trains on, so it would not learn from samples; choose another"
+        )
+
+
+def learns_from_single(loss: LossSpec) -> bool:
+    """Return whether a loss on rollouts learns from prompts with a single completion, by trying a better and a worse one."""
+    assert loss.advantages is not None, "bind_loss requires it of losses on rollouts"
+    old = TokenLogps(torch.full((2, 2), -1.0), torch.ones(2, 2, dtype=torch.bool))
+    values = torch.zeros(2, 2) if loss.inputs.head == "value" else None
+    reference = old.values if loss.needs_reference else None
+    sampled = Sampled(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([0, 1]), old, reference, values)
+    controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}
+    advantages = loss.advantages(sampled, **controlled).advantages
+    return not bool(torch.isclose(advantages[0], advantages[1], atol=1e-9).all())
+
+
+def refuse_single_samples(loss: LossSpec, samples: int) -> None:
+    """Raises UserError where a loss would compare the only sample of a prompt with others."""
+    if samples == 1 and loss.on_rollouts and not learns_from_single(loss):
+        raise UserError(
+            f"online.samples_per_prompt=1: {loss.name} compares the samples of a prompt, and learns nothing from a single one:"
+            " give 2 or more, or a loss for single ones, such as ppo"
         )
 
 

@@ -252,7 +252,11 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         if key.startswith("train.correction") and config.resume is None:
             return f"{key} has no effect with loss=online, where online.{key.partition('.')[2]} sets it: give that"
     sampler = online.sampler
-    complaint = engine_class(sampler.name).problem(sampler, lambda name: f"online.sampler.{name}")
+
+    def spelled(name: str) -> str:
+        return f"online.sampler.{name}"
+
+    complaint = engine_class(sampler.name).problem(sampler, spelled) or idle_online.without_length(sampler, spelled)
     return complaint or idle_online.complaint(config, overrides) or _scorer(online.scorer, overrides)
 
 

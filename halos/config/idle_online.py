@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import fields
 
 from halos.config import defaults
@@ -81,6 +81,15 @@ def _sets_size(online: Online, typed: set[str]) -> str | None:
     if online.prompts_per_round is not None:
         return f"online.prompts_per_round={online.prompts_per_round}"
     return "train.steps" if "train.steps" in typed else None
+
+
+def without_length(sampler: Sampler, spelled: Callable[[str], str]) -> str | None:
+    """Return a message where no number of tokens is given and the engine counts none; `spelled` gives a key as the user writes
+    it."""
+    if sampler.max_new_tokens is not None or engine_class(sampler.name).reads_tokens:
+        return None
+    key, name = spelled("max_new_tokens"), sampler.name
+    return f"{key} null is as many tokens as a prompt leaves, and {name} reads no tokens: give a number"
 
 
 def sampler_keys(sampler: Sampler) -> list[str]:

@@ -150,7 +150,7 @@ class Sampler:
     temperature: float = key(least=0)  # 0: greedy, which training does not sample with
     top_p: float = key(above=0, most=1)
     top_k: int = key(least=0)
-    max_new_tokens: int = key(least=1)
+    max_new_tokens: int | None = key(least=1)
     batch_size: int = key(least=1, on_resume=SAFE)  # up to the rounding of sums in another order
     cache_tokens: int = key(least=64, on_resume=SAFE)
     python: str | None = key(on_resume=SAFE, path=True)

@@ -25,7 +25,7 @@ from halos.online.unsharded import Unsharded
 from halos.rollout import evaluation, feedback, measure, rescore
 from halos.rollout.collect import collect
 from halos.rollout.engines.engine import PolicyServer
-from halos.rollout.prompts import eval_prompts, fitting, for_round, read_prompts
+from halos.rollout.prompts import answer, eval_prompts, fitting, for_round, read_prompts, room_for_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.scores import by_function, function_metrics, lack
@@ -47,7 +47,8 @@ class LivePrompts:
         assert config.online is not None
         online = self.online = config.online
         _check_feedback(config, loss)
-        encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), max_length - online.sampler.max_new_tokens
+        self.max_length, new = max_length, online.sampler.max_new_tokens
+        encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), room_for_prompts(new, max_length)
         train = read_prompts(entries_of(config.data, "train"), "train")
         held_out = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
         held_out = eval_prompts(held_out, count=online.eval_prompts, seed=config.seed, samples=online.eval_samples,
@@ -55,8 +56,7 @@ class LivePrompts:
         self.train = fitting(train, encoder, room)
         self.evaluation = fitting(held_out, encoder, room) if held_out else []
         if not self.train:
-            raise UserError(f"no prompt leaves room for online.sampler.max_new_tokens={online.sampler.max_new_tokens} within"
-                            f" {max_length} tokens (train.max_length)")  # fmt: skip
+            raise UserError(f"no prompt leaves room for {answer(new)} within {max_length} tokens (train.max_length)")
         samples = online.samples_per_prompt
         pairwise = loss.inputs.feedback == feedback.PAIRWISE
         if pairwise and samples < 2:
@@ -83,7 +83,7 @@ class LivePrompts:
     def requests(self, prompts: Sequence[Prompt], seed: int) -> list[Request]:
         sampler = self.online.sampler
         return requests_for(prompts, samples=self.online.samples_per_prompt, temperature=sampler.temperature,
-                            max_new_tokens=sampler.max_new_tokens, seed=seed)  # fmt: skip
+                            max_new_tokens=sampler.max_new_tokens, max_length=self.max_length, seed=seed)  # fmt: skip
 
 
 def _check_feedback(config: Config, loss: LossSpec) -> None:

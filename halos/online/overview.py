@@ -20,6 +20,8 @@ def write(plan: OnlinePlan) -> None:
              online.samples_per_prompt, held_out, evaluation.plan_of(online) if held_out else "")  # fmt: skip
     log.info("steps      up to %d a round on one set of samples (by %s)", size.steps, plan.steps_are_set_by or given)
     log.info("optimizer  %s", _optimizer(plan))
+    if (tokens := plan.inner.loss.get("max_tokens")) is not None:
+        log.info("divisor    %d tokens, by which the sum over a completion is divided (loss.max_tokens)", tokens)
     if size.steps > MANY_STEPS:
         log.warning(
             "%d optimizer steps on one set of samples: after the first few these are no longer the policy's own. A lower"

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint.select import checkpoints
 from halos.config import run_config
-from halos.config.bind import LossSpec
+from halos.config.bind import LossSpec, refuse_single_samples
 from halos.config.resume_policy import value_at
 from halos.config.rollout_modules import engine_class, scorer_class, scorer_names
 from halos.config.schema import Config, Online, path_keys
@@ -25,7 +25,7 @@ from halos.hooks import kl
 from halos.online.round_size import RoundSize
 from halos.online.stages import Stages, config_file
 from halos.rollout import feedback
-from halos.rollout.prompts import fitting, read_prompts
+from halos.rollout.prompts import answer, fitting, read_prompts, room_for_prompts
 from halos.rollout.scorers.scorer import scorer_of
 from halos.rollout.types import Prompt
 from halos.rundir import RunDir, is_run
@@ -128,6 +128,7 @@ class OnlinePlan:
             raise UserError(
                 f"online.samples_per_prompt={online.samples_per_prompt}: online.loss={online.loss} learns from pairs: 2 or more"
             )
+        refuse_single_samples(self.loss, online.samples_per_prompt)
         if self.inner.peft.name == "lora" and self.inner.peft.init_from is not None:
             raise UserError(
                 "peft.init_from: rounds sample from a full model before they train, so give the merged one"
@@ -186,11 +187,11 @@ class OnlinePlan:
         new, encoder = self.online.sampler.max_new_tokens, Encoder(tokenizer, max_length=2**31, truncation="drop")
         self.max_length = max_length
         for start in range(0, len(self.prompts), 256):
-            if fit := fitting(self.prompts[start : start + 256], encoder, max_length - new):
+            if fit := fitting(self.prompts[start : start + 256], encoder, room_for_prompts(new, max_length)):
                 return [int(token) for token in fit[0].ids]
         raise UserError(
-            f"no prompt of data.train leaves room for online.sampler.max_new_tokens={new} within {max_length} tokens"
-            " (train.max_length): lower the one or raise the other"
+            f"no prompt of data.train leaves room for {answer(new)} within {max_length} tokens (train.max_length):"
+            " lower the one or raise the other"
         )
 
     def keep_code(self, code: Callable[[], Mapping[str, str | None]]) -> None:

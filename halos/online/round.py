@@ -12,6 +12,7 @@ from typing import Any
 from halos import confined, seals
 from halos.checkpoint import integrity, lineage
 from halos.config import run_config
+from halos.config.bind import learns_from_single
 from halos.confined import UnreadableError, write_whole
 from halos.data.sources import content_hash
 from halos.errors import UserError
@@ -180,11 +181,22 @@ class Round:
                 f"round {self.number}: there is nothing to learn from: {self._why_no_feedback()}. Its files are kept in"
                 f" {self.directory}; start another run with more samples of each prompt, a higher temperature or other prompts"
             )
+        self._warn_of_equal_groups()
         run.lock().refuse_held(wait=True, patience=ORPHANS)
         self._stage("train", plan.stages.train(plan.overrides_of(self.number)))
         if not (run.is_finished() and run.final.is_dir()):
             result = run.read_result() or {}
             raise StageError(f"training of round {self.number} did not finish: {result.get('reason') or result.get('status')}")
+
+    def _warn_of_equal_groups(self) -> None:
+        counts = read_meta(self.directory / "feedback.jsonl")
+        equal, loss = counts.get("groups_all_equal"), self.plan.loss
+        if equal and equal == counts["groups"] and loss.on_rollouts and not learns_from_single(loss):
+            log.warning(
+                "round %d: at all %d prompts the samples have equal scores, so that nothing will be learned: more samples of each"
+                " prompt, a higher temperature, prompts of another difficulty, or rewards with more than two values",
+                self.number, equal,
+            )  # fmt: skip
 
     def _why_no_feedback(self) -> str:
         rows = read(self.directory / "scores.jsonl") if (self.directory / "scores.jsonl").is_file() else []

@@ -93,7 +93,7 @@ def run(
     plan = OnlinePlan(config, inner, list(overrides), bind_loss(inner.loss, config.plugins), one_warmup)
     idle_online.refuse_idle_reference(config, typed, is_read=plan.loss.needs_reference)
     plan.prepare()
-    outlined = outline(samples_per_prompt=plan.online.samples_per_prompt, trackers=trackers_of(config))
+    outlined = outline(trackers=trackers_of(config))
     prompt = plan.first_fitting_prompt(outlined.tokenizer, outlined.max_length)
     directory = plan.directory
     if config.resume and _is_over(plan):

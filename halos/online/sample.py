@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from halos.config.idle_online import idle_sampler_keys
+from halos.config.idle_online import idle_sampler_keys, without_length
 from halos.config.rollout_modules import engine_class
 from halos.config.schema import Sampler, mathematics
 from halos.confined import expanded
@@ -32,7 +32,7 @@ from halos.online.records import FileStore, ResumableFile, open_on_all_ranks
 from halos.online.rescored import RescoringPolicy, device_beside, divergence
 from halos.rollout import collect
 from halos.rollout.engines.engine import Engine, open_engine
-from halos.rollout.prompts import columns_digest, fitting, read_prompts
+from halos.rollout.prompts import answer, columns_digest, fitting, read_prompts, room_for_prompts
 from halos.rollout.ranks import Ranks, local_device
 from halos.rollout.types import Origin, Prompt, Request, Row, Sample, requests_for
 
@@ -113,7 +113,7 @@ def _checked(args: argparse.Namespace) -> Sampler:
     sampler = SAMPLER.read(args)
     if sampler.temperature == 0 and args.samples > 1:
         raise UserError("--temperature 0 gives the same text each time: give -n 1, or a temperature")
-    if complaint := engine_class(sampler.name).problem(sampler, SAMPLER.flag):
+    if complaint := engine_class(sampler.name).problem(sampler, SAMPLER.flag) or without_length(sampler, SAMPLER.flag):
         raise UserError(complaint)
     if idle := idle_sampler_keys(sampler):
         raise UserError(f"{SAMPLER.flag(idle[0])} has no effect with --sampler {sampler.name}: leave it out")
@@ -151,7 +151,7 @@ def _finish(
     facts = {**counts([file.rows[request.key] for request in requests]), **facts}
     file.finish([request.key for request in requests], facts)
     resumed = f" for all but {earlier} that were sampled before" if earlier else ""
-    long = f", {too_long} prompts too long for {args.max_new_tokens} more tokens" if too_long else ""
+    long = f", {too_long} prompts leave no room for {answer(args.max_new_tokens, '--max-new-tokens ')}" if too_long else ""
     tqdm.write(f"{args.output}: {facts['samples']} samples of {facts['prompts'] - too_long} prompts{long},"
                f" {facts['cut']} cut at --max-new-tokens, {facts['empty']} empty; {facts['seconds']:.1f} s{resumed},"
                f" {tokens_per_second:.0f} tokens/s", file=sys.stderr)  # fmt: skip
@@ -217,7 +217,7 @@ class Policy:
 
     def requests(self, prompts: Sequence[Prompt]) -> tuple[list[Request], int]:
         """Requests for the prompts that leave room for an answer, and how many do not. Raises UserError where none does."""
-        args, sampler, total = self.args, self.sampler, len(prompts)
+        args, sampler, total, longest = self.args, self.sampler, len(prompts), math.inf
         if self.directory is not None:
             from halos.data.tokenize import Encoder
             from halos.models.load import read_config
@@ -225,11 +225,15 @@ class Policy:
             encoder = Encoder(self.tokenizer, max_length=2**31, truncation="drop")
             limits = [args.max_length, getattr(read_config(self.directory).get_text_config(), "max_position_embeddings", None)]
             longest = min([limit for limit in limits if limit] or [math.inf])
-            prompts = fitting(prompts, encoder, longest - sampler.max_new_tokens)
+            if sampler.max_new_tokens is None and longest == math.inf:
+                raise UserError("--max-new-tokens null is what the length of the model leaves, and its config names none: give"
+                                " --max-length")  # fmt: skip
+            prompts = fitting(prompts, encoder, room_for_prompts(sampler.max_new_tokens, longest))
             if not prompts:
-                raise UserError(f"no prompt leaves room for --max-new-tokens {sampler.max_new_tokens} within {longest} tokens")
+                wanted = answer(sampler.max_new_tokens, "--max-new-tokens ")
+                raise UserError(f"no prompt leaves room for {wanted} within {longest} tokens")
         requests = requests_for(prompts, samples=args.samples, temperature=sampler.temperature,
-                                max_new_tokens=sampler.max_new_tokens, seed=args.seed)  # fmt: skip
+                                max_new_tokens=sampler.max_new_tokens, max_length=longest, seed=args.seed)  # fmt: skip
         return requests, total - len(prompts)
 
     def engine(self) -> Engine:

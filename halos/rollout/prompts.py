@@ -73,6 +73,16 @@ class PromptEncoder(Protocol):
     def prompts(self, prompts: Sequence[tuple[Turns, str]], /) -> Sequence[np.ndarray]: ...
 
 
+def room_for_prompts(max_new_tokens: int | None, max_length: float) -> float:
+    """How many tokens a prompt may have: the answer takes `max_new_tokens` of all, or, where that is None, at least one."""
+    return max_length - (1 if max_new_tokens is None else max_new_tokens)
+
+
+def answer(max_new_tokens: int | None, key: str = "online.sampler.max_new_tokens=") -> str:
+    """What a prompt leaves room for, in messages; `key` is written before the number."""
+    return "an answer" if max_new_tokens is None else f"{key}{max_new_tokens}"
+
+
 def fitting(prompts: Sequence[Prompt], encoder: PromptEncoder, room: float) -> list[Prompt]:
     """Tokenize the prompts; return those with at most `room` tokens."""
     ids = encoder.prompts([(prompt.turns, prompt.id) for prompt in prompts])

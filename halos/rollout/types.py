@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -238,12 +239,18 @@ def seed_of(seed: int, prompt_id: str, sample_id: int) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def requests_for(prompts: Iterable[Prompt], *, samples: int, temperature: float, max_new_tokens: int, seed: int) -> list[Request]:
-    """Requests for every sample of every prompt, in order. A prompt's own settings take precedence."""
+def requests_for(
+    prompts: Iterable[Prompt], *, samples: int, temperature: float, max_new_tokens: int | None, seed: int,
+    max_length: float = math.inf,
+) -> list[Request]:  # fmt: skip
+    """Requests for every sample of every prompt, in order. A prompt's own settings take precedence. Without `max_new_tokens` a
+    completion may have as many tokens as its prompt leaves of `max_length`."""
+    assert max_new_tokens is not None or max_length < math.inf
     return [
         Request(
             prompt, number, ids, seed_of(seed if prompt.seed is None else prompt.seed, prompt.id, number),
-            float(temperature if prompt.temperature is None else prompt.temperature), max_new_tokens,
+            float(temperature if prompt.temperature is None else prompt.temperature),
+            int(max_length) - len(ids) if max_new_tokens is None else max_new_tokens,
         )
         for prompt in prompts
         for ids in [tuple(map(int, prompt.ids))]

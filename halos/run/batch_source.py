@@ -9,7 +9,7 @@ from typing import Protocol
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from halos.config.bind import LossSpec
+from halos.config.bind import LossSpec, refuse_single_samples
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
@@ -87,13 +87,15 @@ class DatasetSource:
         assert isinstance(self.train.rows, Dataset)
         self.completed = loss.inputs.example.completed
         self.order = datasets.order(self.train.rows, loss, config)
+        self.single = datasets.single_completions(self.train.rows, loss)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
         self.unmeasured = datasets.unavailable_metrics(config, loss, self.eval_data)
         self.splits = [("train", self.train)] + ([("held out", self.eval_data)] if self.eval_data else [])
 
     def lines(self) -> list[tuple[str, str]]:
-        return [(name, line) for name, split in self.splits for line in split.rows.lines()]
+        lines = [(name, line) for name, split in self.splits for line in split.rows.lines()]
+        return [*lines, ("train", self.single)] if self.single else lines
 
     def first_example(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
         return render_example(self.train.rows[0], self.completed, tokenizer)
@@ -120,8 +122,7 @@ class PolicySource:
         if loss.example_type is not None:
             raise UserError(f"online.steps: {loss.name} rewrites examples of a dataset: it cannot be trained live")
         refuse_unfit_for_live(loss)
-        if config.online.samples_per_prompt == 1 and loss.on_rollouts and not datasets.learns_from_single(loss):
-            raise UserError(f"online.samples_per_prompt=1: {loss.name} compares samples of one prompt: 2 or more")
+        refuse_single_samples(loss, config.online.samples_per_prompt)
         if config.online.scorer.pairwise:
             raise UserError("online.scorer.pairwise is of rounds: a live loop needs scores")
         self.splits: list[tuple[str, Split]] = []

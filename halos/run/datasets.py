@@ -1,11 +1,10 @@
 """The datasets of a run: tokenised once, by rank 0, and opened by all ranks."""
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
-from halos.config.bind import LossSpec
+from halos.config.bind import LossSpec, learns_from_single
 from halos.config.plugins import code_hash
 from halos.config.schema import Config
 from halos.confined import expanded
@@ -16,7 +15,7 @@ from halos.data.prepare import prepare
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.trainers.microbatches import Split
-from halos.types import Labelled, Mismatched, Sampled, TokenLogps
+from halos.types import Labelled, Mismatched
 
 
 def load(
@@ -67,16 +66,13 @@ def _split(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
     return Split(rows, mismatched_partners(rows.groups, seed, what=context) if loss.statistics_inputs is Mismatched else None)
 
 
-def learns_from_single(loss: LossSpec) -> bool:
-    """Return whether a loss on rollouts learns from prompts with a single completion, by trying a better and a worse one."""
-    assert loss.advantages is not None, "bind_loss requires it of losses on rollouts"
-    old = TokenLogps(torch.full((2, 2), -1.0), torch.ones(2, 2, dtype=torch.bool))
-    values = torch.zeros(2, 2) if loss.inputs.head == "value" else None
-    reference = old.values if loss.needs_reference else None
-    sampled = Sampled(torch.tensor([0.0, 1.0], dtype=torch.float64), torch.tensor([0, 1]), old, reference, values)
-    controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}
-    advantages = loss.advantages(sampled, **controlled).advantages
-    return not bool(torch.isclose(advantages[0], advantages[1], atol=1e-9).all())
+def single_completions(rows: Dataset, loss: LossSpec) -> str | None:
+    """Return a line about prompts with one completion, from which a loss that compares several learns nothing; None without."""
+    if not loss.on_rollouts or learns_from_single(loss):
+        return None
+    _, sizes = np.unique(rows.groups, return_counts=True)
+    count = int((sizes == 1).sum())
+    return f"{count} of {len(sizes)} prompts have one completion: {loss.name} learns nothing from it" if count else None
 
 
 def unavailable_metrics(config: Config, loss: LossSpec, eval_data: Split | None) -> frozenset[str]:

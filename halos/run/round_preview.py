@@ -13,7 +13,6 @@ from halos.config.schema import Config
 from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook
 from halos.run import header, input_hashes
-from halos.run.datasets import learns_from_single
 from halos.run.prepare import DriverMachine, hooks_of, locate_base, plan_run, problem_with_hooks, run_facts, structure_of
 from halos.run.render import decode_visibly
 from halos.rundir import RunDir
@@ -24,10 +23,8 @@ log = logging.getLogger(__name__)
 class RoundPreview:
     """Raises UserError as the first round's training would; `config` is that training's."""
 
-    def __init__(self, config: Config, *, samples_per_prompt: int, trackers: Mapping[str, Hook[AnyRun]]) -> None:
+    def __init__(self, config: Config, *, trackers: Mapping[str, Hook[AnyRun]]) -> None:
         self.config, self.loss = config, bind_loss(config.loss, config.plugins)
-        if samples_per_prompt == 1 and self.loss.on_rollouts and not learns_from_single(self.loss):
-            raise UserError(f"online.samples_per_prompt=1: {self.loss.name} compares samples of one prompt: 2 or more")
         checkpoint, hooks = hooks_of(config, self.loss)
         half = config.train.precision == "bfloat16" or config.model.dtype == "bfloat16"
         driver = DriverMachine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "bf16" if half else "no")

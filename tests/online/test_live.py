@@ -28,7 +28,7 @@ from halos.online.live_rows import LiveRows
 from halos.repository import CONFIG
 from halos.rollout import feedback
 from halos.rollout.types import Prompt, Rollout, Sample, Score
-from halos.types import Demonstration, Judgement
+from halos.types import Demonstration, Judgement, Scored
 from tests.rollout.vllm_server import Behaviour, VLLMServer
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -92,6 +92,20 @@ def test_the_samplers_temperature_is_that_of_a_policy_gradients_log_probs_alone(
     assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]) == 0
     settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert (settings["train"]["temperature"], settings["train"]["steps"]) == (of_training, 1)
+
+
+def test_without_a_number_of_new_tokens_samples_go_on_to_the_end_of_max_length(cache: Path, tmp_path: Path) -> None:
+    words = [*SMALL, *LIVE, "online.steps=1", "online.sampler.max_new_tokens=null", "data.eval=[]", "train.max_length=40"]
+    shared = [f"cache_dir={cache}", f"output_root={tmp_path}"]
+    assert train.start([*words, *shared, "exp_name=run", "online.loss=dr_grpo", "checkpoint.every=1", "online.epochs=2"]) == 0
+    batch = LiveRows(Scored, sampled_here=True, minibatches=1, epochs=2)
+    batch.load(tmp_path / "run" / "checkpoints" / "step-00000001" / "batch")
+    lengths = batch.lengths[:, 0]
+    assert lengths.max() == 40, "an untrained model seldom ends its answer"
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert settings["loss"]["max_tokens"] == 40
+    with pytest.raises(UserError, match=r"no prompt leaves room for an answer within 8 tokens \(train.max_length\)"):
+        train.start([*words, *shared, "exp_name=no", "train.max_length=8"])
 
 
 def test_the_policy_moves_between_samples_and_a_killed_run_resumes_exactly(command: Command, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 import train
 from halos.cli.compose import ConfigTree
-from halos.cli.online import overrides_of_rounds, round_config
+from halos.cli.online import live_config, overrides_of_rounds, round_config
 from halos.config import validate
 from halos.config.bind import bind_loss
 from halos.errors import UserError
@@ -57,6 +57,27 @@ def test_a_batch_that_cannot_hold_a_group_is_refused_before_anything_is_sampled(
         size("online.loss=grpo", "train.batch_size=6")
 
 
+@pytest.mark.parametrize(
+    ("words", "tokens"),
+    [
+        (["online.loss=dr_grpo"], 256),
+        (["online.loss=dr_grpo", "online.sampler.max_new_tokens=40"], 40),
+        (["online.loss=dr_grpo", "online.sampler.max_new_tokens=null", "train.max_length=96"], 96),
+        (["online.loss=dr_grpo", "online.overrides=['loss.max_tokens=7']"], 7),
+        (["online.loss=grpo"], None),
+    ],
+)
+def test_dr_grpo_divides_by_the_tokens_that_sampling_may_give(words: list[str], tokens: int | None) -> None:
+    tree = ConfigTree()
+    config = validate.check(tree.compose([*BASE, *words]), [*BASE, *words], tree.choices)
+    rounds = round_config(config, overrides_of_rounds([*BASE, *words], config, tree)[0], tree)
+    assert rounds.loss["max_tokens"] == tokens
+    live = [*BASE, *words, "online.steps=3"]
+    assert live_config(validate.check(tree.compose(live), live, tree.choices), live, tree).loss["max_tokens"] == tokens
+    (given,) = [validate.check(tree.compose(words), words, tree.choices) for words in [["loss=dr_grpo", *BASE[1:]]]]
+    assert given.loss["max_tokens"] == 1024, "of a data set nothing tells how long its samples could be"
+
+
 def test_a_carried_optimizer_has_a_constant_rate_with_one_warmup_unless_a_schedule_is_chosen(tmp_path: Path) -> None:
     def chosen(*words: str, tree: ConfigTree | None = None) -> tuple[str, bool]:
         tree, words = tree or ConfigTree(), ("online.loss=grpo", *words)
@@ -97,6 +118,15 @@ def test_the_header_says_how_many_steps_are_on_one_set_of_samples_and_warns_of_m
         (["online.steps_per_round=4", "online.prompts_per_round=9"], r"online.steps_per_round has no effect with online.prompts"),
         (["online.steps_per_round=4", "train.steps=9"], r"online.steps_per_round has no effect with train.steps"),
         (["online.steps_per_round=4", "online.steps=9"], r"online.steps_per_round=4 is of rounds"),
+        (
+            [
+                "online.sampler.max_new_tokens=null",
+                "online.sampler.name=openai",
+                "online.sampler.url=http://x/v1",
+                "online.sampler.model=m",
+            ],
+            r"online.sampler.max_new_tokens null is as many tokens as a prompt leaves, and openai reads no",
+        ),
         (["online.carry_optimizer=true", "online.steps=9"], r"online.carry_optimizer=True is of rounds"),
     ],
 )

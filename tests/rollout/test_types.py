@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from halos.config.defaults import section
@@ -93,3 +94,12 @@ def test_two_samples_with_one_number_are_refused_with_the_line_of_the_second() -
     twins = [(each, f"s.jsonl:{number}") for number, each in enumerate([*samples(), samples()[0]], 1)]
     with pytest.raises(UserError, match=r"s.jsonl:3: there is a sample 0 of prompt 'a' already"):
         list(numbered(twins))
+
+
+def test_without_a_number_of_new_tokens_a_completion_has_what_its_prompt_leaves() -> None:
+    prompts = [replace(PROMPT, id=str(length), samples=1, ids=np.zeros(length, np.int32)) for length in (3, 9)]
+    asked = requests_for(prompts, samples=1, temperature=1.0, max_new_tokens=None, max_length=10, seed=0)
+    assert [each.max_new_tokens for each in asked] == [7, 1]
+    few = requests_for(prompts, samples=1, temperature=1.0, max_new_tokens=5, max_length=10, seed=0)
+    assert [each.max_new_tokens for each in few] == [5, 5]
+    assert (asked[0].uniforms()[:5] == few[0].uniforms()).all(), "of one seed, whatever their number"
