@@ -73,7 +73,8 @@ class Demonstration(Example):
             case Judgement(prompt, completion, desirable):
                 return [Demonstration(prompt, completion, sampled=other.sampled)] if desirable else []
             case Scored(prompt, completion):
-                return [Demonstration(prompt, completion, sampled=other.sampled)] if says_something(completion) else []
+                learned = says_something(completion) and not other.masked
+                return [Demonstration(prompt, completion, sampled=other.sampled)] if learned else []
         return [other] if type(other) is cls else None
 
 
@@ -139,6 +140,7 @@ class Scored(Example):
     logps: tuple[float, ...] = ()
     vocabulary: str | None = None
     cut: bool = field(default=False, kw_only=True)  # as that of SampledTokens
+    masked: bool = field(default=False, kw_only=True)  # its reward counts in its group, and its tokens are not learned from
 
     @property
     def sampled(self) -> tuple[SampledTokens, ...]:

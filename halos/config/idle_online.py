@@ -37,6 +37,10 @@ def complaint(config: Config, overrides: Sequence[str]) -> str | None:
             return f"online.{name}={value} is of rounds, and has no effect in a live loop (online.steps): leave it out"
     if online.steps is None and "online.keep_rollouts" in typed and config.resume is None:
         return "online.keep_rollouts is of live loops (online.steps), and rounds keep all their samples: leave it out"
+    if online.steps is not None and "train.epochs" in typed and config.resume is None:
+        return (
+            "train.epochs has no effect in a live loop (online.steps), where online.epochs are the passes over a batch: give that"
+        )
     if "online.steps_per_round" in typed and (sets := _sets_size(online, typed)):
         return f"online.steps_per_round has no effect with {sets}, which sets the size of a round: give one of them"
     for name in idle_sampler_keys(sampler):

@@ -32,6 +32,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,
     ("online", "minibatches"): 1, ("online", "epochs"): 1, ("online", "steps_per_round"): 8,
+    ("online", "truncated"): "keep",
     ("online", "eval_samples"): 1, ("online", "eval_temperature"): 0.0, ("online", "pass_reward"): None,
     ("online", "correction"): "none", ("online", "correction_level"): None, ("online", "correction_cap"): 2.0,
     ("online.scorer", "aggregation"): "sum",

@@ -200,6 +200,7 @@ class Online:
     prompts_per_round: int | None = key(least=1)
     steps_per_round: int = key(least=1)
     samples_per_prompt: int = key(least=1)
+    truncated: str = key(one_of=("keep", "mask", "drop"))
     eval_prompts: int = key(least=0)  # the objective is measured on them
     eval_samples: int = key(least=1)
     eval_temperature: float = key(least=0)

@@ -30,7 +30,7 @@ def pack(rows: Sequence[PackRow]) -> Sequences:
         sources=_tensor(targets - 1),
         rows=_tensor(row_of),
         columns=_tensor(columns),
-        widest=int(counts.max()),
+        widest=max(1, int(counts.max())),  # rows of which nothing is learned may be alone
     )
 
 

@@ -252,7 +252,8 @@ def _with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, w
     _refuse_mismatched_lengths(tokens.ids, logps, where)
     if not tokens.ids and not says_something(completion):
         raise UserError(f"{where}: output is empty, and there are no output_ids to tell what was sampled")
-    return Scored(prompt, completion, reward, tokens.ids, tuple(map(float, logps)), tokens.vocabulary, cut=tokens.cut)
+    return Scored(prompt, completion, reward, tokens.ids, tuple(map(float, logps)), tokens.vocabulary, cut=tokens.cut,
+                  masked=columns.get("masked") is True)  # fmt: skip
 
 
 def _sampled_tokens(columns: Mapping[str, Any], outputs: Sequence[str], where: str) -> tuple[SampledTokens, ...]:

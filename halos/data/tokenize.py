@@ -67,7 +67,9 @@ class Encoder:
         encoded = iter(self._encode(layouts) if layouts else [])
         kept = iter(self._keep([each for each, has_ids in zip(examples, sampled, strict=True) if has_ids]))
         fitted = [self._fit(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
-        return [EQUAL if isinstance(each, Encoded) and _has_equal_completions(each) else each for each in fitted]
+        learned = [_unscored(each) if isinstance(example, Scored) and example.masked and isinstance(each, Encoded) else each
+                   for each, (example, _) in zip(fitted, examples, strict=True)]  # fmt: skip
+        return [EQUAL if isinstance(each, Encoded) and _has_equal_completions(each) else each for each in learned]
 
     def prompts(self, prompts: Sequence[tuple[Turns, str]]) -> list[np.ndarray]:
         """Return the ids that a sampler gets, the template's generation prompt included: (tokens,) int32 each."""
@@ -191,6 +193,11 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer's vocabulary."""
     vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.blake2b(repr(vocabulary).encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def _unscored(encoded: Encoded) -> Encoded:
+    completions = tuple(Completion(each.ids, np.zeros_like(each.scored)) for each in encoded.completions)
+    return replace(encoded, completions=completions, logps=None)
 
 
 def _has_equal_completions(encoded: Encoded) -> bool:

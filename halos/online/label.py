@@ -49,6 +49,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--feedback", dest="kind", choices=(feedback.PAIRWISE, feedback.BINARY, feedback.SCALAR), default="pairwise"
     )
+    options.add_argument("--truncated", choices=(feedback.KEEP, feedback.MASK, feedback.DROP), default=feedback.KEEP,
+                         help="samples that were cut, as online.truncated; keep is the default")  # fmt: skip
     options.add_argument("--seed", type=int, default=0, help="for random pairing and the order of A and B")
     options.add_argument("--scores", type=Path, help="file for every sample's score (default: next to FEEDBACK)")
     options.add_argument("--against", type=Path, help="another policy's samples, compared with those of evaluation prompts")
@@ -148,7 +150,7 @@ def _score(samples: Sequence[Sample], scorer: Scorer, file: ResumableFile, ranks
 def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | str | None) -> None:
     settings = FEEDBACK.read(args, kind=args.kind)
     request = {"scores": digest(scores), "kind": args.kind, "pairing": settings.pairing, "threshold": threshold,
-               "drop_equal": settings.drop_equal, "seed": args.seed}  # fmt: skip
+               "drop_equal": settings.drop_equal, "seed": args.seed, **feedback.truncation(args.truncated)}  # fmt: skip
     if args.feedback.exists() and read_meta(args.feedback).get("request") != request:
         raise UserError(f"{args.feedback} exists already, made from other scores or with other settings: name another file")
     rows = read(scores)
@@ -157,7 +159,7 @@ def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | st
     relevant = training or [rollout.score for rollout in rollouts]
     if all(score.value is None for score in relevant):
         raise UserError(f"{lack(relevant)}; no feedback is written, and {scores} has the reason for each")
-    result, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed)
+    result, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed, truncated=args.truncated)
     write_sealed(args.feedback, [each.to_row() for each in result], request, left_out)
     _report(args, rows, left_out)
 
@@ -175,8 +177,10 @@ def _report(args: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, i
         tqdm.write(line, file=sys.stderr)
     equal = f", {left_out['groups_all_equal']} of {left_out['groups']} prompts with equal scores" if left_out["groups"] else ""
     empty = f", {left_out['empty']} empty ones left out" if left_out.get("empty") else ""
+    became = "dropped" if args.truncated == feedback.DROP else "masked"
+    cut = f", {left_out['cut']} cut ones {became}" if left_out.get("cut") else ""
     tqdm.write(f"{args.feedback}: {left_out['rows']} rows of {args.kind} feedback from {totals['scored']} scores"
-               f" ({totals['without_score']} samples without one{equal}{empty})", file=sys.stderr)  # fmt: skip
+               f" ({totals['without_score']} samples without one{equal}{empty}{cut})", file=sys.stderr)  # fmt: skip
 
 
 if __name__ == "__main__":

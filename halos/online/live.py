@@ -151,9 +151,10 @@ class RolloutSource:
         if not have:  # with nothing to learn, which the trainer warns of, and which ends no run
             have = self._fill(number, rollouts, drop_equal=False)
         if not have:
+            cut = feedback.nothing_of_cut(_num_cut(rollouts), self.online.truncated)
             raise UserError(
                 f"step {self.run.step}: in {len(rollouts)} samples none was better than another of its prompt: more"
-                f" online.samples_per_prompt, a higher temperature, or other prompts{f'; {line}' if line else ''}"
+                f" online.samples_per_prompt, a higher temperature, or other prompts{f'; {line}' if line else ''}{cut}"
             )
         if self.loss.statistics_inputs is Mismatched and len(np.unique(self.rows.groups)) < 2:
             raise UserError(
@@ -168,10 +169,10 @@ class RolloutSource:
     def _count(self, rollouts: Sequence[Rollout]) -> None:
         """Metrics of what was sampled, whatever of it is learned from."""
         scores = [rollout.reward for rollout in rollouts if rollout.score.value is not None]
-        kept, functions = sum(len(item.completions) for item in self.rows.items), by_function(rollouts)
+        kept, functions = sum(len(item.completions) for item in self.rows.items if _is_learned(item)), by_function(rollouts)
         self.run.window.add({
             WITHOUT_SCORE: (len(rollouts) - len(scores), len(rollouts)), "samples/reward": (sum(scores), len(scores)),
-            "samples/kept": (kept, len(rollouts)),
+            "samples/kept": (kept, len(rollouts)), "samples/cut": (_num_cut(rollouts), len(rollouts)),
             **{f"samples/function/{name}": total for name, total in functions.items()},
             **{f"samples/function/{name}/applies": (count, len(scores)) for name, (_, count) in functions.items()},
         })  # fmt: skip
@@ -225,12 +226,13 @@ class RolloutSource:
     def _fill(self, number: int, rollouts: Sequence[Rollout], *, drop_equal: bool | None = None) -> int:
         """Make rows of the rollouts; return how many prompts' worth there are."""
         settings = self.online.feedback if drop_equal is None else replace(self.online.feedback, drop_equal=drop_equal)
-        result, _ = feedback.make(rollouts, settings, kind=self.loss.inputs.feedback, seed=self.config.seed)
+        result, _ = feedback.make(rollouts, settings, kind=self.loss.inputs.feedback, seed=self.config.seed,
+                                  truncated=self.online.truncated)  # fmt: skip
         numbers = {name: number for number, name in enumerate(dict.fromkeys(rollout.prompt.id for rollout in rollouts))}
         usable = usable_feedback(result, self.rows.kind)
         items = [_item(each, f"{each.prompt_id}#{row}") for row, each in enumerate(usable)]
         self.rows.fill(number, items, np.array([numbers[each.prompt_id] for each in usable], np.int64))
-        return -(-len(items) // self.prompts.per_prompt)
+        return -(-len(items) // self.prompts.per_prompt) if any(map(_is_learned, items)) else 0
 
 
 def usable_feedback(given: Sequence[feedback.Feedback], kind: type[Example]) -> list[feedback.Feedback]:
@@ -246,15 +248,24 @@ def _item(each: feedback.Feedback, name: str) -> Item:
             return Item(_prompt(chosen), both, name, {"margin": margin or 0.0})
         case feedback.Label(rollout, desirable):
             return Item(_prompt(rollout), (_completion(rollout.sample),), name, {"desirable": float(desirable)})
-        case feedback.Reward(rollout):
-            logps = np.array(rollout.sample.logps, np.float32)
-            return Item(_prompt(rollout), (_completion(rollout.sample),), name, {"reward": rollout.reward}, logps)
+        case feedback.Reward(rollout, masked):
+            logps = None if masked else np.array(rollout.sample.logps, np.float32)
+            completion = _completion(rollout.sample, scored=not masked)
+            return Item(_prompt(rollout), (completion,), name, {"reward": rollout.reward}, logps)
 
 
 def _prompt(rollout: Rollout) -> np.ndarray:
     return np.array(rollout.prompt.ids, np.int32)
 
 
-def _completion(sample: Sample) -> Completion:
+def _completion(sample: Sample, *, scored: bool = True) -> Completion:
     ids = np.array(sample.ids, np.int32)
-    return Completion(ids, np.ones(len(ids), bool))
+    return Completion(ids, np.full(len(ids), scored))
+
+
+def _num_cut(rollouts: Sequence[Rollout]) -> int:
+    return sum(feedback.is_cut(rollout.sample) for rollout in rollouts)
+
+
+def _is_learned(item: Item) -> bool:
+    return any(each.scored.any() for each in item.completions)

@@ -17,7 +17,7 @@ from halos.errors import UserError
 from halos.hashes import digest
 from halos.online.records import ResumableFile, read_located, write
 from halos.rollout import evaluation
-from halos.rollout.feedback import Pair
+from halos.rollout.feedback import DROP, KEEP, Pair, is_cut, truncation
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import PairwiseScorer, Verdict
 from halos.rollout.types import EVAL, Key, Rollout, Row, Sample, Score
@@ -55,12 +55,13 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
     against = [Sample.from_row(row, where) for row, where in others]
     _check_prompts(samples, zip(against, (where for _, where in others), strict=True), args.samples)
     opponents = digest(args.against) if args.against else None
-    request = {"samples": digest(args.samples), "against": opponents, "seed": args.seed, **scorer.request()}
+    request = {"samples": digest(args.samples), "against": opponents, "seed": args.seed, **scorer.request(),
+               **truncation(args.truncated)}  # fmt: skip
     file = ResumableFile(args.feedback, request, recorded_since=scorer.recorded_since)
     if file.is_done():
         return 0
     file.open()
-    matches = _matches(samples, {each.key: each for each in against if each.prompt.is_eval}, args.seed)
+    matches = _matches(samples, {each.key: each for each in against if each.prompt.is_eval}, args.seed, args.truncated)
     missing = [number for number in range(len(matches)) if str(number) not in file.rows]
     began = time.perf_counter()
     for index, verdict in scorer.compare([matches[number].shown for number in missing]):
@@ -95,8 +96,9 @@ def counts(rows: Sequence[Row]) -> dict[str, Any]:
     return totals | evaluation.of_wins(won.values())
 
 
-def _matches(samples: Sequence[Sample], opponents: Mapping[Key, Sample], seed: int) -> list[Match]:
-    """A sample of an evaluation prompt meets the opponent's of the same number."""
+def _matches(samples: Sequence[Sample], opponents: Mapping[Key, Sample], seed: int, truncated: str = KEEP) -> list[Match]:
+    """A sample of an evaluation prompt meets the opponent's of the same number. Of samples that were cut, unless they are kept,
+    none is compared for training: dropped ones are not paired, and a pair with a masked one would be left out."""
     groups: dict[str, list[Sample]] = {}
     for sample in samples:
         groups.setdefault(sample.prompt.id, []).append(sample)
@@ -106,6 +108,8 @@ def _matches(samples: Sequence[Sample], opponents: Mapping[Key, Sample], seed: i
         if group[0].prompt.is_eval:
             matches += [Match(each, opponents[each.key], generator.random() < 0.5) for each in group if each.key in opponents]
             continue
+        group = [sample for sample in group if truncated != DROP or not is_cut(sample)]
         generator.shuffle(group)
-        matches += [Match(a, b, generator.random() < 0.5) for a, b in zip(group[::2], group[1::2], strict=False)]
+        drawn = [Match(a, b, generator.random() < 0.5) for a, b in zip(group[::2], group[1::2], strict=False)]
+        matches += [each for each in drawn if truncated == KEEP or not (is_cut(each.one) or is_cut(each.other))]
     return matches

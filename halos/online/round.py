@@ -21,7 +21,7 @@ from halos.models.locate import locate
 from halos.online.plan import OnlinePlan
 from halos.online.records import meta_path, read, read_meta, write
 from halos.online.stages import StageError
-from halos.rollout import evaluation, measure, rescore
+from halos.rollout import evaluation, feedback, measure, rescore
 from halos.rollout.prompts import eval_prompts, for_round
 from halos.rollout.scores import function_metrics, lack
 from halos.rollout.spent import START, Spent
@@ -203,7 +203,9 @@ class Round:
         scores = [Score.from_row(row) for row in rows if row.get("split") != EVAL]
         if scores and all(score.value is None for score in scores):
             return str(lack(scores))
-        return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples)"
+        cut = read_meta(self.directory / "feedback.jsonl").get("cut", 0)
+        more = feedback.nothing_of_cut(cut, self.plan.online.truncated)
+        return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples{more})"
 
     def _result(self) -> RoundResult:
         """Metrics of the training samples, and of the answers to evaluation prompts by the policy that sampled them; the seconds

@@ -125,6 +125,7 @@ class Stages:
             "--cache", str(cache), "--cache-dir", self.config.cache_dir, *of_scorer,
             *FEEDBACK.arguments(self.online.feedback, only=acting),
         ]  # fmt: skip
+        arguments += ["--truncated", self.online.truncated] if self.online.truncated != feedback.KEEP else []
         arguments += ["--against", str(against)] if scorer.pairwise and against is not None else []
         arguments += ["--plugins", *self.config.plugins] if self.config.plugins else []
         return self._module("halos.online.label", arguments, on_every_rank=scorer_class(scorer.name).loads_model)

@@ -18,6 +18,7 @@ from halos.rollout.types import Rollout, Row, Sample, by_prompt
 PAIRWISE, BINARY, SCALAR = "pairwise", "binary", "scalar"
 EXAMPLES: dict[str, type[Example]] = {PAIRWISE: Comparison, BINARY: Judgement, SCALAR: Scored}  # that each is read as
 TAKES = {PAIRWISE: ("pairing", "threshold"), BINARY: ("threshold",), SCALAR: ("drop_equal",)}  # keys that act on each
+KEEP, MASK, DROP = "keep", "mask", "drop"  # samples that were cut: online.truncated
 CLOSE = 1e-12  # scores that differ by less are equal
 
 
@@ -82,16 +83,17 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """A sample with its score as the reward."""
+    """A sample with its score as the reward. Of a `masked` one nothing is learned, but it counts in its group."""
 
     rollout: Rollout
+    masked: bool = False
 
     @property
     def prompt_id(self) -> str:
         return self.rollout.prompt.id
 
     def to_row(self) -> Row:
-        return {**_row(self.rollout), "type": "scalar_feedback"}
+        return {**_row(self.rollout), "type": "scalar_feedback", **({"masked": True} if self.masked else {})}
 
 
 Feedback = Pair | Label | Reward
@@ -129,16 +131,26 @@ def idle_key(settings: Settings, kind: str, *, by_verdict: bool, spelled: Callab
     return f"{spelled(changed[0])} has no effect on {of}: leave it out"
 
 
-def make(rollouts: Sequence[Rollout], settings: Settings, *, kind: str, seed: int) -> tuple[Sequence[Feedback], dict[str, int]]:
+def make(
+    rollouts: Sequence[Rollout], settings: Settings, *, kind: str, seed: int, truncated: str = KEEP
+) -> tuple[Sequence[Feedback], dict[str, int]]:
     """Feedback from the training rollouts, evaluation ones left out; and counts of what was left out, by reason.
+
+    `truncated`: of samples that were cut. MASK has them in statistics and groups alone: a masked Reward, no pair and no label.
 
     `settings.threshold`: for pairs the difference that scores must exceed (null: 0); for labels the lowest desirable score, a
     number, or the mean (null) or median of all scores.
     """
+
+    def is_masked(rollout: Rollout) -> bool:
+        return truncated == MASK and is_cut(rollout.sample)
+
     threshold = check_threshold(kind, settings.threshold)
     rows = [rollout.learned for rollout in rollouts if not rollout.prompt.is_eval]
+    counts = {} if truncated == KEEP else {"cut": sum(is_cut(rollout.sample) for rollout in rows)}
+    rows = [rollout for rollout in rows if truncated != DROP or not is_cut(rollout.sample)]
     with_score = [rollout for rollout in rows if rollout.score.value is not None]
-    counts = {"without_score": len(rows) - len(with_score)}
+    counts |= {"without_score": len(rows) - len(with_score)}
     groups = by_prompt(with_score)
     counts |= {"groups": len(groups), "groups_all_equal": sum(map(_all_equal, groups))}
     non_empty = [rollout for rollout in with_score if rollout.sample.text.strip()]
@@ -146,13 +158,33 @@ def make(rollouts: Sequence[Rollout], settings: Settings, *, kind: str, seed: in
         counts["empty"] = len(with_score) - len(non_empty)
     result: Sequence[Feedback]
     if kind == PAIRWISE:
-        result = _pairs(by_prompt(non_empty), settings.pairing, float(threshold or 0), seed)
+        pairs = _pairs(by_prompt(non_empty), settings.pairing, float(threshold or 0), seed)
+        result = [pair for pair in pairs if not any(map(is_masked, (pair.one, pair.other)))]
     elif kind == BINARY:
-        result = _labels(with_score, non_empty, threshold)
+        result = [each for each in _labels(with_score, non_empty, threshold) if not is_masked(each.rollout)]
     else:
         kept = [group for group in groups if not (settings.drop_equal and _all_equal(group))]
-        result = [Reward(rollout) for group in kept for rollout in group]
+        result = [Reward(rollout, is_masked(rollout)) for group in kept for rollout in group]
     return result, counts | {"rows": len(result)}
+
+
+def is_cut(sample: Sample) -> bool:
+    """Whether a sample ended at max_new_tokens."""
+    return sample.finish == "length"
+
+
+def nothing_of_cut(count: int, truncated: str) -> str:
+    """The end of a message that nothing can be learned from samples, of which `count` were cut."""
+    return (
+        f"; {count} were cut, of which online.truncated={truncated} lets nothing be learned"
+        if count and truncated != KEEP
+        else ""
+    )
+
+
+def truncation(truncated: str) -> dict[str, str]:
+    """The part of a request that says what becomes of samples that were cut; requests of older versions have none."""
+    return {} if truncated == KEEP else {"truncated": truncated}
 
 
 def check_threshold(kind: str, threshold: Any) -> float | str | None:

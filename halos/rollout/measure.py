@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from halos.confined import write_whole
+from halos.rollout.feedback import is_cut
 from halos.rollout.types import EVAL, TRAIN, Rollout, Row, Sample, Score, by_prompt, question
 
 PREFERRED, OTHER, TIE = "preferred", "not preferred", "tie"  # verdicts of a judge that compares two answers
@@ -26,7 +27,7 @@ def of_samples(rollouts: Sequence[Rollout], *, split: str) -> dict[str, float]:
         return {}
     metrics = {
         "length": statistics.fmean(rollout.sample.tokens or 0 for rollout in some),
-        "cut": statistics.fmean(rollout.sample.finish == "length" for rollout in some),
+        "cut": statistics.fmean(is_cut(rollout.sample) for rollout in some),
         "samples": len(some),
     }
     if rewards:

@@ -132,7 +132,7 @@ class PolicyGradientTrainer(Trainer):
 
     def _estimated(self, split: Split, cache: RolloutCache, indices: np.ndarray, adapted: Mapping[str, float]) -> RolloutBatch:
         assert self.loss.advantages is not None, "bind_loss refuses a loss on rollouts without"
-        width = int(split.rows.scored[indices, 0].max())
+        width = max(1, int(split.rows.scored[indices, 0].max()))  # of samples that were cut nothing may be learned
         mask = torch.arange(width) < torch.from_numpy(split.rows.scored[indices, 0].astype(np.int64))[:, None]
         own, given, reference, values = (
             part.rows(indices, width) if part else None for part in (cache.old, cache.sampled, cache.reference, cache.values)

@@ -6,8 +6,10 @@ from typing import Any
 import pytest
 
 from halos.online.label import main as label
+from halos.online.preferences import _matches
 from halos.online.records import read, read_meta, write
 from halos.rollout.prompts import eval_prompts
+from halos.rollout.types import Prompt, Sample
 
 
 def samples() -> list[dict[str, Any]]:
@@ -50,6 +52,25 @@ def test_the_same_command_again_changes_nothing_and_another_is_refused(place: Pa
     assert run(place, "--feedback", "binary") == 2
     assert "exists already" in capsys.readouterr().err
     assert read(place / "f.jsonl") == before
+
+
+def test_samples_that_were_cut_are_left_out_as_the_command_says(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(place / "s.jsonl", [{**row, "finish": "length" if row["sample_id"] == 2 else "stop"} for row in samples()])
+    assert run(place, "--feedback", "scalar", "--truncated", "mask") == 0
+    assert [row.get("masked") for row in read(place / "f.jsonl")] == 2 * [None, None, True]
+    assert "2 cut ones masked" in capsys.readouterr().err
+    assert run(place, "--feedback", "scalar", "--truncated", "drop", output="g.jsonl") == 0
+    assert len(read(place / "g.jsonl")) == 4
+    assert run(place, "--feedback", "scalar") == 2, "of another request"
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("truncated", "pairs"), [("keep", 2), ("mask", 1), ("drop", 2)])
+def test_a_judge_compares_no_cut_samples_for_training_unless_they_are_kept(truncated: str, pairs: int) -> None:
+    rows = [Sample(Prompt("p", ({"role": "user", "content": "?"},)), n, str(n), "length" if n == 1 else "stop") for n in range(5)]
+    matches = _matches(rows, {}, 0, truncated)
+    assert len(matches) == pairs
+    assert any(1 in (each.one.number, each.other.number) for each in matches) == (truncated == "keep")
 
 
 def test_the_file_of_samples_is_not_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_without_a_number_of_new_tokens_samples_go_on_to_the_end_of_max_length(c
     words = [*SMALL, *LIVE, "online.steps=1", "online.sampler.max_new_tokens=null", "data.eval=[]", "train.max_length=40"]
     shared = [f"cache_dir={cache}", f"output_root={tmp_path}"]
     assert train.start([*words, *shared, "exp_name=run", "online.loss=dr_grpo", "checkpoint.every=1", "online.epochs=2"]) == 0
-    batch = LiveRows(Scored, sampled_here=True, minibatches=1, epochs=2)
+    batch = LiveRows(Scored, sampled_here=True, minibatches=1, epochs=2, seed=0)
     batch.load(tmp_path / "run" / "checkpoints" / "step-00000001" / "batch")
     lengths = batch.lengths[:, 0]
     assert lengths.max() == 40, "an untrained model seldom ends its answer"
@@ -106,6 +106,28 @@ def test_without_a_number_of_new_tokens_samples_go_on_to_the_end_of_max_length(c
     assert settings["loss"]["max_tokens"] == 40
     with pytest.raises(UserError, match=r"no prompt leaves room for an answer within 8 tokens \(train.max_length\)"):
         train.start([*words, *shared, "exp_name=no", "train.max_length=8"])
+
+
+def test_samples_that_were_cut_are_masked_or_dropped_and_counted(cache: Path, tmp_path: Path) -> None:
+    words = [*SMALL, *LIVE, "online.steps=1", "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}"]
+    longer = [
+        *words,
+        "online.sampler.max_new_tokens=150",
+        "online.epochs=2",
+        "checkpoint.every=1",
+    ]  # an untrained model ends about half of its answers by then
+    for name in ("mask", "drop"):
+        assert train.start([*longer, f"online.truncated={name}", f"exp_name={name}"]) == 0
+        row = rows(tmp_path / name, "train")[0]
+        assert 0.1 < row["samples/cut"] < 0.9
+        batch = LiveRows(Scored, sampled_here=True, minibatches=1, epochs=2, seed=0)
+        batch.load(tmp_path / name / "checkpoints" / "step-00000001" / "batch")
+        lengths = batch.lengths[:, 0] - [len(item.prompt) for item in batch.items]
+        scored = batch.scored[:, 0]
+        assert (scored == (lengths * (lengths < 150) if name == "mask" else lengths)).all()
+        assert (lengths.max() == 150) == (name == "mask"), "dropped ones are not there"
+    with pytest.raises(UserError, match=r"120 samples none was better .*; 120 were cut, of which online.truncated=mask lets"):
+        train.start([*words, "online.truncated=mask", "exp_name=no", "online.sampler.max_new_tokens=2"])
 
 
 def test_the_policy_moves_between_samples_and_a_killed_run_resumes_exactly(command: Command, tmp_path: Path) -> None:

@@ -21,12 +21,13 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from world import attempts
 
 import train
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint.lineage import identity
+from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks.base import Hook
 from halos.models import tiny
@@ -142,6 +143,23 @@ def test_each_round_samples_from_the_policy_that_the_last_one_saved(whole: Calla
     rows = [read(started.run / "rounds" / f"{number:03d}" / "prompts.jsonl") for number in (0, 1)]
     prompts = [{row["prompt_id"] for row in some if row["split"] == "train"} for some in rows]
     assert not prompts[0] & prompts[1]
+
+
+def test_a_round_trains_on_the_tokens_that_were_sampled_and_adds_none(whole: Callable[[str], StartedRun]) -> None:
+    place = whole("dpo").run / "rounds" / "000"
+    sampled = {(row["prompt_id"], row["sample_id"]): row for row in read(place / "samples.jsonl")}
+    pairs = read(place / "feedback.jsonl")
+    tokenizer = AutoTokenizer.from_pretrained(place / "train" / "FINAL")
+    prompts = Encoder(tokenizer, max_length=1000, truncation="drop").prompts([(row["prompt"], "here") for row in pairs])
+    total = 0
+    for pair, prompt in zip(pairs, prompts, strict=True):
+        for side in ("A", "B"):
+            row = sampled[pair["prompt_id"], pair[f"sample_id_{side}"]]
+            assert (pair[f"output_ids_{side}"], pair[f"finish_{side}"]) == (row["output_ids"], row["finish"])
+            total += len(prompt) + len(row["output_ids"])
+    steps = [json.loads(line) for line in (place / "train" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["tokens"] for row in steps if row["split"] == "train"] == [total]
+    assert any(row["finish"] == "length" for row in sampled.values())
 
 
 def test_the_optimizers_state_and_one_constant_rate_are_carried_over_rounds(whole: Callable[[str], StartedRun]) -> None:

@@ -12,7 +12,7 @@ from halos.errors import UserError
 from halos.rollout import feedback
 from halos.rollout.feedback import Pair, check_threshold
 from halos.rollout.types import Rollout
-from halos.types import Comparison, Judgement, Scored
+from halos.types import Comparison, Demonstration, Judgement, Scored
 
 DEFAULTS: dict[str, Any] = {"kind": "pairwise", "seed": 0}
 
@@ -105,6 +105,34 @@ def test_scores_keep_tokens_and_where_they_come_from() -> None:
 def test_groups_of_equal_scores_stay_unless_drop_equal() -> None:
     given = samples([1.0, 1.0], [0.0, 1.0])
     assert [len(make(given, **{**DEFAULTS, "kind": "scalar", "drop_equal": drop})[0]) for drop in (False, True)] == [4, 2]
+
+
+def test_samples_that_were_cut_are_kept_masked_or_dropped() -> None:
+    """The best and the worst of a group of four were cut."""
+    given = samples([0.0, 0.2, 0.6, 1.0])
+    for row, finish in zip(given, ("length", "stop", "stop", "length"), strict=True):
+        row["finish"] = finish
+
+    def made(kind: str, truncated: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+        rows = [Rollout.from_row(row, "here") for row in given]
+        result, counts = feedback.make(rows, section(Feedback), kind=kind, seed=0, truncated=truncated)
+        return [each.to_row() for each in result], counts
+
+    assert [rewards(row) for row in made("pairwise", "keep")[0]] == [(1.0, 0.0)]
+    assert made("pairwise", "mask")[0] == [], "the best of all is paired with the worst of all, and both were cut"
+    assert [rewards(row) for row in made("pairwise", "drop")[0]] == [(0.6, 0.2)]
+    labels = {
+        each: [(row["sample_id"], row["label"], row["threshold"]) for row in made("binary", each)[0]] for each in ("keep", "mask")
+    }
+    assert labels == {"keep": [(0, 0, 0.45), (1, 0, 0.45), (2, 1, 0.45), (3, 1, 0.45)], "mask": [(1, 0, 0.45), (2, 1, 0.45)]}
+    assert [(row["label"], row["threshold"]) for row in made("binary", "drop")[0]] == [(0, 0.4), (1, 0.4)]
+    scores = {each: [row.get("masked") for row in made("scalar", each)[0]] for each in ("keep", "mask", "drop")}
+    assert scores == {"keep": 4 * [None], "mask": [True, None, None, True], "drop": 2 * [None]}
+    assert [made("scalar", each)[1].get("cut") for each in ("keep", "mask", "drop")] == [None, 2, 2]
+    masked = read_example(DataRow(made("scalar", "mask")[0][0], "x"), score="last")
+    assert isinstance(masked, Scored)
+    assert (masked.masked, masked.reward, masked.cut) == (True, 0.0, True)
+    assert Demonstration.of(masked) == [], "nothing of it is learned, by imitation neither"
 
 
 def test_samples_of_evaluation_prompts_are_not_trained_on() -> None:

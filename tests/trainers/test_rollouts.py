@@ -101,6 +101,31 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(vocabulary: str, tmp_pat
     assert (batch.old[:2, :3] - batch.sampled[:2, :3]).abs().min() > 0.1, "old log-probs are the trainer's own"
 
 
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "rloo", "reinforce_plus_plus", "ppo"])
+def test_a_masked_sample_counts_in_its_group_and_nothing_of_it_is_learned(
+    loss: str, vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    """Its tokens may be any: the step is the same. Its reward may not."""
+    prompt, moved = next(arithmetic.rows("train"))["prompt"], list[torch.Tensor]()
+    for number, (reward, ids) in enumerate((((5.0), [30, 31]), (5.0, [40, 41, 42]), (0.5, [30, 31]))):
+        rows = [{"type": "scalar_feedback", "prompt": prompt, "output": "x", "reward": own, "output_ids": tokens,
+                 "vocabulary": vocabulary, "masked": masked, "finish": "length" if masked else "stop"}
+                for own, tokens, masked in ((0.0, [50, 51, 1], False), (1.0, [52, 1], False), (reward, ids, True))]  # fmt: skip
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        made = trainer(f"loss={loss}", f"data.train=['{path}']", "data.eval=[]", "train.batch_size=3", "train.microbatch_size=1",
+                       "train.max_grad_norm=null", "optim=sgd", "optim.lr=1", "schedule=constant", "schedule.warmup=0",
+                       f"exp_name={loss}{number}")  # fmt: skip
+        assert made.train.rows.scored[:, 0].tolist() == [3, 2, 0]
+        made.prepare()
+        totals = made.step(np.arange(3))
+        assert totals["reward"][0] / totals["reward"][1] == pytest.approx((1 + reward) / 3), "it is measured with the others"
+        moved.append(torch.cat([each.detach().flatten() for each in made.run.module.parameters()]))
+    torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-7)
+    differs = (moved[0] - moved[2]).abs().max() > 1e-5
+    assert differs == (loss not in ("ppo", "reinforce_plus_plus")), "where there is a baseline of the group, it is another"
+
+
 def test_old_log_probs_that_rounding_moves_beyond_the_clip_are_warned_of(
     scored: str, trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
