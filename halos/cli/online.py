@@ -102,6 +102,7 @@ def live_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> C
     inner = inner_overrides(overrides, config)
     training, loss = _training(config, inner, {**outer, "train.steps": steps}, overrides, tree)
     idle_online.refuse_idle_reference(config, overrides, is_read=loss.needs_reference)
+    idle_online.refuse_idle_rescoring(config, overrides, compares_all=loss.on_rollouts)
     if (tokens := _divisor(config, training.loss, training.train.max_length, typed_keys(inner), tree)) is not None:
         training.loss["max_tokens"] = tokens
     follow = {**IN_LIVE_LOOPS} if loss.on_rollouts else {}  # the log-probs of other losses are not the sampler's

@@ -63,6 +63,17 @@ def refuse_idle_reference(config: Config, overrides: Sequence[str], *, is_read: 
         )
 
 
+def refuse_idle_rescoring(config: Config, overrides: Sequence[str], *, compares_all: bool) -> None:
+    """Raises UserError where online.rescore was typed for a live loop whose trainer compares the log-probs of all samples."""
+    online = config.online
+    assert online is not None
+    if "online.rescore" in typed_keys(overrides) and compares_all and online.rescore and config.resume is None:
+        raise UserError(
+            f"online.rescore={online.rescore} has no effect in a live loop of {online.loss}, which compares the log-probs of all"
+            " samples: leave it out"
+        )
+
+
 def _of_evaluation(config: Config, online: Online, typed: Collection[str]) -> str | None:
     if online.eval_samples > 1 and online.eval_temperature == 0:
         return (

@@ -16,7 +16,7 @@ LIVE = ["online.loss=grpo", "online.steps=3"]
 TRIED = {  # values that are not the default
     "train.steps": "7", "train.epochs": "2", "online.rounds": "2", "online.minibatches": "2", "online.epochs": "2",
     "online.prompts_per_round": "9", "online.steps_per_round": "9", "online.reference": "last", "online.carry_optimizer": "false",
-    "online.keep_rollouts": "3",
+    "online.keep_rollouts": "3", "online.rescore": "3",
     "online.keep_rounds": "3", "online.kl_samples": "9", "online.config_file": "cpu2", "online.num_processes": "2",
 }  # fmt: skip
 WITHIN = [("online.scorer.pairwise=true", "online.scorer.pairwise is of rounds"),
