@@ -35,6 +35,11 @@ def complaint(config: Config, overrides: Sequence[str]) -> str | None:
         value = getattr(online, name)
         if f"online.{name}" in typed and value is not None:
             return f"online.{name}={value} is of rounds, and has no effect in a live loop (online.steps): leave it out"
+    if online.scorer.aggregation == "normalised" and online.samples_per_prompt == 1 and config.resume is None:
+        return (
+            "online.scorer.aggregation=normalised compares the samples of a prompt, and online.samples_per_prompt=1 gives one: 2"
+            " or more, or aggregation=sum"
+        )
     if online.steps is None and "online.keep_rollouts" in typed and config.resume is None:
         return "online.keep_rollouts is of live loops (online.steps), and rounds keep all their samples: leave it out"
     if online.steps is not None and "train.epochs" in typed and config.resume is None:

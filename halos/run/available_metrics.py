@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halos.config.bind import LossSpec
+from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.errors import UserError
@@ -25,7 +26,10 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
     """Raises UserError if no evaluation yields objective.metric, whatever the data: neither by the loss, nor by the hooks named
     `measuring`, which are not called where there is no evaluation."""
     metric = config.objective.metric
-    names = frozenset(evaluation.metric_names(config.online)) if config.online is not None else metrics_of(loss)
+    if (online := config.online) is not None:
+        names = frozenset([*evaluation.metric_names(online), *scorer_class(online.scorer.name).metrics(online.scorer)])
+    else:
+        names = metrics_of(loss)
     if names is None or metric in names or bool(config.data.eval) == bool(measuring):
         return
     if measuring:

@@ -135,6 +135,37 @@ def test_answers_to_other_questions_are_not_compared(
     assert "--threshold has no effect on the verdicts of a judge that compares: leave it out" in capsys.readouterr().err
 
 
+def test_a_reward_runs_the_rows_own_tests_and_samples_without_a_score_are_counted_by_reason(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "owntests.py").write_text(
+        "def passes(completion, row):\n"
+        "    data = row['data']\n"
+        "    if data['task'] == 'chat': return None\n"
+        "    return sum(bool(eval(test, {'text': completion})) for test in data['tests']) / len(data['tests'])\n"
+        "def shares(completions, rows): return [len(completions)] * len(rows)\n"
+    )
+    monkeypatch.syspath_prepend(str(place))
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    data = [{"task": "code", "tests": ["'so' in text", "len(text) > 5"]}] * 3 + [
+        {"task": "chat"},
+        {"task": "code"},
+        {"task": "code"},
+    ]
+    write(place / "s.jsonl", [{**row, "data": each} for row, each in zip(samples(), data, strict=True)])
+    own = ["--reward", "owntests.passes", "--plugins", "owntests", "--feedback", "scalar", "--processes", "1"]
+    assert label([str(place / "s.jsonl"), str(place / "f.jsonl"), *own]) == 0
+    assert [row["reward"] for row in read(place / "f.scores.jsonl")] == [0.0, 0.5, 1.0, None, None, None]
+    said = "3 of 6 samples have no score: 2 x owntests.passes raised KeyError, 1 x no reward function applies"
+    assert said in capsys.readouterr().err
+    meta = read_meta(place / "f.scores.jsonl")
+    assert meta["problems"] == {"owntests.passes raised KeyError": 2, "no reward function applies": 1}
+    assert (meta["scored"], meta["without_score"]) == (3, 3)
+    grouped = ["--reward", "owntests.shares", *own[2:], "--aggregation", "sum"]
+    assert label([str(place / "s.jsonl"), str(place / "g.jsonl"), *grouped]) == 0
+    assert {row["reward"] for row in read(place / "g.jsonl")} == {3.0}
+
+
 def test_where_no_sample_has_a_score_the_reason_is_the_error_and_no_feedback_is_written(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

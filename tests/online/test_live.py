@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from halos.checkpoint.select import step_of
+from halos.config import run_config
 from halos.errors import UserError
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
@@ -27,7 +29,9 @@ from halos.online.live import usable_feedback
 from halos.online.live_rows import LiveRows
 from halos.repository import CONFIG
 from halos.rollout import feedback
+from halos.rollout.prompts import digest
 from halos.rollout.types import Prompt, Rollout, Sample, Score
+from halos.run import batch_source
 from halos.types import Demonstration, Judgement, Scored
 from tests.rollout.vllm_server import Behaviour, VLLMServer
 
@@ -369,11 +373,26 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
         start("none", "online.feedback.drop_equal=true")
 
 
-def test_a_resumed_live_loop_is_as_long_and_as_hot_as_its_own_keys_say(tmp_path: Path, cache: Path) -> None:
+def without_later_keys(config: Any) -> dict[str, Any]:
+    settings = asdict(config)
+    del settings["online"]["keep_rollouts"], settings["online"]["scorer"]["aggregation"]
+    return settings
+
+
+def test_a_live_loop_that_an_earlier_version_began_is_as_long_and_as_hot_as_its_own_keys_say(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     words = [*SMALL, *LIVE, "online.steps=2", "schedule.warmup=0", "train.eval_at_start=false", "train.prove=off"]
     run = tmp_path / "run"
-    assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]) == 0
+    with monkeypatch.context() as earlier:  # which knew neither columns of the data nor these keys
+        earlier.setattr(batch_source, "content_hashes", lambda train, evaluation, scorer: {
+            "data.train": digest(train), "data.eval": digest(evaluation)})  # fmt: skip
+        earlier.setattr(run_config, "asdict", without_later_keys)
+        assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]) == 0
     assert train.start([f"resume={run}", "online.steps=3"]) == 0
+    record = yaml.safe_load((run / "attempts" / "001.yaml").read_text())
+    assert "content_changed" not in record
+    assert record["content"]["data.train.columns"] is not None
     assert [row["step"] for row in rows(run, "train")][-1] == 3
     hotter = [f"resume={run}", "online.steps=4", "online.sampler.temperature=0.5", "resume_changes=allow"]
     assert train.start(hotter) == 0

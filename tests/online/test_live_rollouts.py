@@ -52,6 +52,7 @@ def test_a_row_has_tokens_scores_by_function_and_the_versions_that_gave_them(tmp
     assert {name: rows[0].get(name) for name in wanted} == wanted
     assert (rows[1]["reward"], rows[1]["problem"], "data" in rows[0]) == (None, "took longer", False)
     before = path.read_bytes()
+    assert before[4:8] == bytes(4), "no time stands in it"
     files(passes=4).write(run, 3, [rollout(), rollout(None)])
     assert path.read_bytes() == before
 

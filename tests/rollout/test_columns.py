@@ -54,6 +54,8 @@ def test_every_column_arrives_with_its_type_in_both_loops_and_none_is_taken_for_
     assert {name: live[name] for name in own} == own
     assert live["seed"] not in (3, None)
     assert "logps" not in live
+    bare = row_of(Sample(prompt, 0, "3"))  # of a tool that counts no tokens and draws with no seed
+    assert not {"tokens", "seed", "finish", "temperature"} & bare.keys(), "the data's are under `data` alone"
     assert (live["tests"], live["extra_info"], live["problem"]) == (WHOLE["tests"], WHOLE["extra_info"], "an easy one")
 
 

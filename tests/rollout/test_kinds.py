@@ -8,8 +8,9 @@ import psutil
 import pytest
 
 from halos.config.defaults import section
-from halos.config.schema import Scorer
+from halos.config.schema import Feedback, Scorer
 from halos.errors import UserError
+from halos.rollout import feedback
 from halos.rollout.collect import InMemory, score, shard
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers import _workers
@@ -167,15 +168,22 @@ def test_of_several_tasks_a_function_that_returns_none_takes_no_part() -> None:
     }  # fmt: skip
 
 
+def test_metrics_of_several_functions_may_be_objectives() -> None:
+    several = section(Scorer, functions=["ends", {"function": "length", "target": 1}, {"function": "length", "target": 2}])
+    assert Functions.metrics(several) == ("function/ends", "function/length", "function/length~2")
+    assert Functions.metrics(section(Scorer, functions=["ends"])) == ()
+
+
 def test_a_function_sees_nothing_that_another_did_to_the_row() -> None:
     given = scores(of("ownkinds.spoils", "ownkinds.reads", processes=1), said("as it was", tests=[[1]]))
     assert given["as it was"].parts == {"spoils": 0.0, "reads": 1.0}
 
 
-def test_a_row_larger_than_a_pipes_buffer_arrives_and_stops_nobody_who_hangs() -> None:
-    large = "x" * 300_000
-    given = scores(of("ownkinds.reads", processes=1), said("as it was", tests=[[1]], large=large))
-    assert given["as it was"].value == 1.0
+def test_rows_larger_than_a_pipes_buffer_arrive_and_wait_for_nobody_who_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_workers, "GRACE", 0.5)
+    samples = said("block", "a", "bb", "ccc", large="x" * 300_000)
+    given = scores(of("ownkinds.odd", concurrency=4, timeout=1.0), samples)
+    assert [given[each.text].value for each in samples] == [None, 1.0, 2.0, 3.0]
 
 
 def test_what_a_function_started_ends_with_it(tmp_path: Path) -> None:
@@ -200,6 +208,9 @@ def test_normalised_rewards_are_standardised_in_the_group_and_metrics_stay_raw()
     assert [each.value for each in given.values()] == [3.0, 2.0, 1.5]
     rollout = Rollout(samples[0], next(iter(given.values())))
     assert (rollout.reward, rollout.learned.reward) == (3.0, pytest.approx(wanted[0]))
+    rollouts = [Rollout(sample, score) for sample, score in zip(samples, given.values(), strict=True)]
+    made, _ = feedback.make(rollouts, section(Feedback), kind="scalar", seed=0)
+    assert [each.to_row()["reward"] for each in made] == pytest.approx(wanted), "what losses learn from"
     assert Rollout.from_row(rollout.to_row(), "here").learned == Rollout.from_row(rollout.learned.to_row(), "here").learned
 
 

@@ -19,8 +19,8 @@ def weighted_sum(parts: Sequence[Part], outcome: Outcome) -> Score:
     """The sum over the functions that apply, with their raw values where there are several functions."""
     if outcome.problem:
         return Score(None, outcome.problem, lacking=outcome.lacking)
-    applying = [(name, part, value) for name, part, value in zip(names_of(parts), parts, outcome.values, strict=True)
-                if value is not None]  # fmt: skip
+    names = names_of(part.path for part in parts)
+    applying = [(name, part, value) for name, part, value in zip(names, parts, outcome.values, strict=True) if value is not None]
     if not applying:
         return Score(None, NOT_APPLICABLE)
     total = 0.0

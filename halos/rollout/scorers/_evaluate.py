@@ -62,16 +62,22 @@ class TrackedRow(dict[str, Any]):
         return super().get(name, default)
 
 
-def packed(samples: Sequence[Sample]) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Rows:
     """The rows of samples for a worker, which unpacks them for every function: none sees what another did to them."""
-    return pickle.dumps([row_of(sample) for sample in samples])
+
+    count: int
+    packed: bytes
+
+    @classmethod
+    def of(cls, samples: Sequence[Sample]) -> Rows:
+        return cls(len(samples), pickle.dumps([row_of(sample) for sample in samples]))
+
+    def unpacked(self) -> list[TrackedRow]:
+        return [TrackedRow(row) for row in pickle.loads(self.packed)]
 
 
-def count_of(rows: bytes) -> int:
-    return len(pickle.loads(rows))
-
-
-def evaluate(functions: Sequence[Function], rows: bytes) -> list[Outcome]:
+def evaluate(functions: Sequence[Function], rows: Rows) -> list[Outcome]:
     """Call functions one after the other on one sample, or on all of a prompt. An exception costs the samples their score."""
     outcomes = _Outcomes(rows)
     for part, function in functions:
@@ -83,7 +89,7 @@ def evaluate(functions: Sequence[Function], rows: bytes) -> list[Outcome]:
     return outcomes.result()
 
 
-async def evaluate_async(functions: Sequence[Function], rows: bytes) -> list[Outcome]:
+async def evaluate_async(functions: Sequence[Function], rows: Rows) -> list[Outcome]:
     """The same with functions that are async, so that other samples go on where one waits."""
     outcomes = _Outcomes(rows)
     for part, function in functions:
@@ -99,15 +105,14 @@ async def evaluate_async(functions: Sequence[Function], rows: bytes) -> list[Out
 class _Outcomes:
     """Collects what the functions return for each sample."""
 
-    def __init__(self, rows: bytes) -> None:
-        self._rows = rows
-        self._count = count_of(rows)
+    def __init__(self, rows: Rows) -> None:
+        self._rows, self._count = rows, rows.count
         self._values: list[list[float | None]] = [[] for _ in range(self._count)]
         self._problems = [""] * self._count
         self._lacking: tuple[str, ...] = ()
 
     def arguments(self, part: Part) -> tuple[Any, Any]:
-        rows = [TrackedRow(row) for row in pickle.loads(self._rows)]
+        rows = self._rows.unpacked()
         texts = [text_of(row["output"]) for row in rows]
         return (texts, rows) if part.is_grouped else (texts[0], rows[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from types import ModuleType
@@ -39,11 +39,11 @@ class Part:
         return lambda completion, row: function(completion, row, **self.settings)
 
 
-def names_of(parts: Sequence[Part]) -> list[str]:
+def names_of(paths: Iterable[str]) -> list[str]:
     """The functions' names in scores and metrics; a function may be given twice, with other keys."""
     names = list[str]()
-    for part in parts:
-        name = part.path.rpartition(".")[2]
+    for path in paths:
+        name = path.rpartition(".")[2]
         same = sum(each.partition("~")[0] == name for each in names)
         names.append(f"{name}~{same + 1}" if same else name)
     return names

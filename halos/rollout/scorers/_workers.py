@@ -22,7 +22,7 @@ from typing import Any
 
 from halos.config.plugins import make_importable
 from halos.redaction import write_traceback
-from halos.rollout.scorers._evaluate import Function, Outcome, count_of, evaluate, evaluate_async, packed
+from halos.rollout.scorers._evaluate import Function, Outcome, Rows, evaluate, evaluate_async
 from halos.rollout.scorers._reward_functions import Part
 from halos.rollout.types import Sample
 
@@ -159,7 +159,7 @@ class Worker:
     def send(self, task: Task) -> None:
         ticket = next(self._tickets)
         self.tasks[ticket], self._since[ticket] = task, time.monotonic()
-        self._outbox.put((ticket, task.parts, packed(task.samples)))
+        self._outbox.put((ticket, task.parts, Rows.of(task.samples)))
 
     def receive(self) -> Iterator[tuple[Task, list[Outcome]]]:
         """Yield what has come. Raises EOFError or OSError where the process is dead."""
@@ -229,14 +229,14 @@ async def _answer_all(pipe: Connection, functions: Mapping[int, Function], timeo
     """Raises EOFError when the other end of the pipe is closed."""
     loop, running, closed = asyncio.get_running_loop(), set[asyncio.Task[None]](), asyncio.Event()
 
-    async def answer(ticket: int, numbers: Sequence[int], rows: bytes) -> None:
+    async def answer(ticket: int, numbers: Sequence[int], rows: Rows) -> None:
         problem = late(timeout)
         try:
             async with asyncio.timeout(timeout):
                 outcomes = await evaluate_async([functions[number] for number in numbers], rows)
         except (TimeoutError, asyncio.CancelledError) as error:
             problem = problem if isinstance(error, TimeoutError) else "its function cancelled itself"
-            outcomes = [Outcome(problem=problem)] * count_of(rows)
+            outcomes = [Outcome(problem=problem)] * rows.count
         pipe.send((ticket, outcomes))
 
     def read() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import wait
 from typing import Any
@@ -13,8 +13,8 @@ from halos.errors import UserError
 from halos.hashes import json_hash
 from halos.rollout.rows import DATA
 from halos.rollout.scorers._aggregate import NORMALISED, normalised, weighted_sum
-from halos.rollout.scorers._evaluate import RESERVED, SOLUTION, Outcome, evaluate, packed
-from halos.rollout.scorers._reward_functions import OWN, Part, parts_of, source_hash
+from halos.rollout.scorers._evaluate import RESERVED, SOLUTION, Outcome, Rows, evaluate
+from halos.rollout.scorers._reward_functions import OWN, Part, names_of, parts_of, source_hash
 from halos.rollout.scorers._workers import Pool, Task
 from halos.rollout.scorers.scorer import Context, Option, Scorer
 from halos.rollout.types import TRAIN, Prompt, Sample, Score
@@ -39,6 +39,11 @@ class Functions(Scorer):
     def code(cls, settings: Settings, *, plugins: Sequence[str]) -> dict[str, str | None]:
         codes = {part.path: code_hash(part.path) for part in parts_of(settings.functions, plugins)}
         return {"functions": json_hash(codes) if any(codes.values()) else None}
+
+    @classmethod
+    def metrics(cls, settings: Settings) -> tuple[str, ...]:
+        paths = [str(each.get("function") if isinstance(each, Mapping) else each) for each in settings.functions]
+        return tuple(f"function/{name}" for name in names_of(paths)) if len(paths) > 1 else ()
 
     @classmethod
     def open(cls, settings: Settings, context: Context) -> Functions:
@@ -77,7 +82,7 @@ class Functions(Scorer):
     def _try(self, part: Part, sample: Sample) -> Score:
         """Try one function on one sample: a bundled one in this process, a user's in a worker, where it cannot block the run."""
         if part.path.startswith(f"{OWN}."):
-            return weighted_sum([part], evaluate([(part, part.load())], packed([sample]))[0])
+            return weighted_sum([part], evaluate([(part, part.load())], Rows.of([sample]))[0])
         alone = Functions([part], replace(self.settings, processes=1), self.plugins)
         try:
             return next(score for _, score in alone.score([sample]))

@@ -73,6 +73,11 @@ class Scorer(ABC):
         return {}
 
     @classmethod
+    def metrics(cls, settings: Settings) -> tuple[str, ...]:
+        """Return the names of metrics of an evaluation that only this scorer gives; objective.metric may name one."""
+        return ()
+
+    @classmethod
     @abstractmethod
     def open(cls, settings: Settings, context: Context) -> Scorer:
         """Open the scorer; load weights with the first sample. Raises UserError for settings that cannot score."""
