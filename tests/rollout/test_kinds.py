@@ -1,5 +1,7 @@
 """Reward functions of every kind: one sample or all of a prompt, sync or async, several tasks; and one score of several."""
 
+import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,9 @@ from halos.rollout.scorers._reward_functions import parts_of
 from halos.rollout.scorers.function import Functions
 from halos.rollout.scores import function_metrics, lack
 from halos.rollout.types import Prompt, Rollout, Sample, Score
+from tests import processes
 
+ROOT = Path(__file__).resolve().parents[2]
 OWN = """
 import asyncio, functools, os, subprocess, sys, time
 
@@ -186,14 +190,34 @@ def test_rows_larger_than_a_pipes_buffer_arrive_and_wait_for_nobody_who_hangs(mo
     assert [given[each.text].value for each in samples] == [None, 1.0, 2.0, 3.0]
 
 
+def ended(child: int) -> None:
+    until = time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until, "the process that the function had started goes on"
+        time.sleep(0.05)
+
+
 def test_what_a_function_started_ends_with_it(tmp_path: Path) -> None:
     mark = tmp_path / "pid"
     given = scores(of({"function": "ownkinds.starts", "mark": str(mark)}, timeout=1.0, processes=1), said("a"))
     assert given["a"].value is None
-    until = time.monotonic() + 10
-    while psutil.pid_exists(child := int(mark.read_text())) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < until, "the process that the function had started goes on"
+    ended(int(mark.read_text()))
+
+
+def test_what_a_function_started_ends_with_a_process_that_is_killed(place: Path, tmp_path: Path) -> None:
+    mark = tmp_path / "pid"
+    code = (
+        "from pathlib import Path; from tests.rollout.test_kinds import of, said\n"
+        f"list(of({{'function': 'ownkinds.starts', 'mark': {str(mark)!r}}}, processes=1).score(said('a')))"
+    )
+    process = processes.Popen([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONPATH": f"{place}:{ROOT}"})
+    until = time.monotonic() + 60
+    while not mark.is_file() or not mark.read_text():
+        assert time.monotonic() < until
         time.sleep(0.05)
+    process.kill()
+    process.wait()
+    ended(int(mark.read_text()))
 
 
 def test_normalised_rewards_are_standardised_in_the_group_and_metrics_stay_raw() -> None:

@@ -203,7 +203,15 @@ def _send_all(pipe: Connection, outbox: SimpleQueue[Any]) -> None:
 
 def _main(pipe: Connection, parts: Mapping[int, Part], plugins: Sequence[str], timeout: float | None) -> None:
     os.setpgid(0, 0)  # so that what the functions start can be killed with it
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     work(pipe, parts, plugins, timeout)
+
+
+def _end_with_parent() -> None:
+    """End at the death of the process that started this one, with what the functions have started, even if one hangs."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
 def work(pipe: Connection, parts: Mapping[int, Part], plugins: Sequence[str], timeout: float | None) -> None:
