@@ -44,8 +44,9 @@ from tests import processes
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "loss=online", "model=tiny", "data=arithmetic", "online.rounds=2", "online.prompts_per_round=6",
-    "online.samples_per_prompt=3", "online.eval_prompts=4", "online.sampler.max_new_tokens=8", "online.sampler.batch_size=4",
-    "online.kl_samples=4", "online.scorer.functions=[{function: length, target: 3}]", "train.batch_size=6", "optim.lr=1e-3",
+    "online.samples_per_prompt=3", "online.eval_prompts=4", "online.eval_samples=2",
+    "online.eval_temperature=0.7", "online.sampler.max_new_tokens=8", "online.sampler.batch_size=4", "online.kl_samples=4",
+    "online.scorer.functions=[{function: length, target: 3}]", "train.batch_size=6", "optim.lr=1e-3",
 ]  # fmt: skip
 
 
@@ -115,6 +116,16 @@ def test_an_online_run_leaves_metrics_samples_feedback_and_a_final_model(whole: 
     first, *_ = started.rows("eval")
     assert all(0 < row["mismatch/mean"] <= row["mismatch/max"] < 1e-4 for row in started.rows("train"))
     assert first["win_rate"] == 0.5
+    assert (first["samples"], first["avg@2"]) == (8, first["reward"])
+    assert {"pass@1", "pass@2", "pass@2/ci_low", "win_rate/ci_high", "without_score"} <= first.keys()
+    answers = [
+        [(row["prompt_id"], row["sample_id"], row["seed"], row["temperature"]) for row in read(directory / "samples.jsonl")
+         if row["split"] == "eval"]
+        for directory in (*sorted((started.run / "rounds").iterdir()), started.run / "exam")
+    ]  # fmt: skip
+    assert answers[0] == answers[1] == answers[2], "the same random numbers at every evaluation"
+    assert len({seed for _, _, seed, _ in answers[0]}) == 8
+    assert {temperature for *_, temperature in answers[0]} == {0.7}
     assert first["reward/ci_low"] < first["reward"] < first["reward/ci_high"]
     assert " train, " in (said := (started.run / "train.log").read_text().split("round 0 of 2")[1].splitlines()[0])
     assert said.endswith(" start")
