@@ -218,6 +218,15 @@ def test_as_many_requests_are_in_flight_as_the_server_runs(
     assert few.most <= 3
 
 
+def test_ranks_share_the_requests_in_flight(
+    policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    server = serve(held_until=16)
+    assert len(sampled(engine(policy, server), requests(40, tokens=1))) == 40
+    assert server.most == 16
+
+
 def test_a_slow_completion_holds_no_other_back(policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer]) -> None:
     server = serve(first_waits_for=19)
     found = [sample.key for sample in engine(policy, server, concurrency=2).sample(requests(20, tokens=1))]
