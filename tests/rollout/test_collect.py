@@ -156,6 +156,31 @@ def test_a_paid_scorer_scores_the_samples_of_all_ranks_on_rank_0_and_its_refusal
     assert [str(each) for each in both(0)] == ["the cap is reached"] * 2
 
 
+def test_a_rank_samples_all_of_a_prompt_where_a_score_depends_on_its_other_samples() -> None:
+    asked, seen = Echo(), list[list[Any]]()
+
+    @contextmanager
+    def engine() -> Iterator[Echo]:
+        yield asked
+
+    class OfGroups(Last):
+        def needs_groups(self) -> bool:
+            return True
+
+        def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
+            seen.append(sorted(each.key for each in samples))
+            return super().score(samples)
+
+    others = [request for request in REQUESTS if request.prompt.id != "p1"]
+    Second.first.update({each.key: each for each in collect(others, engine, OfGroups(), Ranks(0, 1), {})})
+    asked.asked.clear()
+    seen.clear()
+    rollouts = collect(REQUESTS, engine, OfGroups(), Second(1, 2), {})
+    assert [rollout.key for rollout in rollouts] == [request.key for request in REQUESTS]
+    assert asked.asked == [[("p1", 0), ("p1", 1)]]
+    assert seen == [[("p1", 0), ("p1", 1)]]
+
+
 def test_an_incomplete_chunk_is_sampled_again_as_a_whole_and_no_complete_one() -> None:
     store, chunks = InMemory[Sample](), [REQUESTS[:2], REQUESTS[2:4], REQUESTS[4:]]
     store.keep(list(Echo().sample(REQUESTS[:2])))
