@@ -100,6 +100,25 @@ def staged(final: Path, *, main: bool, facts: dict[str, Any], gather: Gather = g
     _raise_together(deferred, hidden, main, gather)
 
 
+@contextmanager
+def exchanged(final: Path) -> Iterator[Path]:
+    """Yield a hidden directory that takes the place of `final` for another process to read now. It is neither synced nor hashed,
+    which takes longer than the writing: no later start reads it."""
+    hidden, replaced = final.with_name(HIDDEN + final.name), final.with_name(REPLACED + final.name)
+    confined.remove(hidden)
+    hidden.mkdir(parents=True)
+    try:
+        yield hidden
+        _open_to_readers(hidden)
+        if os.path.lexists(final):
+            confined.remove(replaced)
+            final.rename(replaced)
+        hidden.rename(final)
+    finally:
+        for each in (hidden, replaced):
+            confined.remove(each)
+
+
 def _open_to_readers(hidden: Path) -> None:
     """Let whoever may read the directory read its files; safetensors writes them readable by their owner only."""
     mode = hidden.stat().st_mode & 0o666

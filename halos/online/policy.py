@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from halos.checkpoint import weights
-from halos.checkpoint.commit import staged
+from halos.checkpoint.commit import exchanged
 from halos.config.rollout_modules import engine_class
 from halos.config.schema import Config
 from halos.hooks.base import Run
@@ -58,7 +58,7 @@ class PolicyEngine:
         adapter = isinstance(run.model, PeftModel)
         state = run.strategy.gathered(run.module, trained_only=adapter)
         if run.main:
-            with staged(directory, main=True, facts={"step": run.step}) as hidden:
+            with exchanged(directory) as hidden:
                 weights.save_weights(hidden, run.model, state, run.vocabulary)
                 if adapter:  # not proved here: the final model's merge, by the same function, is
                     run.tokenizer.save_pretrained(hidden)

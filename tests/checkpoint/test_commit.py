@@ -57,6 +57,20 @@ def test_a_second_save_of_a_step_replaces_the_first_and_never_mixes_with_it(tmp_
     assert manifest.verify(tmp_path / "step-00000001") == []
 
 
+def test_what_is_exchanged_is_whole_readable_and_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: pytest.fail("nobody reads it after a power cut"))
+    for text in ("first", "second"):
+        with commit.exchanged(tmp_path / "served") as hidden:
+            (hidden / "weights").write_text(text)
+            (hidden / "weights").chmod(0o600)
+        assert [(path.name, path.read_text()) for path in (tmp_path / "served").iterdir()] == [("weights", text)]
+        assert (tmp_path / "served" / "weights").stat().st_mode & 0o777 == (tmp_path / "served").stat().st_mode & 0o666
+    with pytest.raises(OSError, match="full"), commit.exchanged(tmp_path / "served") as hidden:
+        raise OSError("full")
+    assert (tmp_path / "served" / "weights").read_text() == "second"
+    assert [path.name for path in tmp_path.iterdir()] == ["served"]
+
+
 def test_a_checkpoint_moved_aside_by_a_save_that_died_comes_back(tmp_path: Path) -> None:
     save(tmp_path / "step-00000001", "old")
     (tmp_path / "step-00000001").rename(tmp_path / (commit.REPLACED + "step-00000001"))
