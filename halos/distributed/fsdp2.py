@@ -87,6 +87,11 @@ class FSDP2(Strategy):
             if isinstance(part, FSDPModule):
                 part.reshard()
 
+    def forward_dtypes(self, module: nn.Module) -> dict[str, torch.dtype]:
+        dtype, layers = self._precision().param_dtype, _layers(module)
+        rounded = {id(parameter) for layer in layers for parameter in layer.parameters()} if dtype is not None else set()
+        return {name.removeprefix("model."): dtype for name, each in module.named_parameters() if dtype and id(each) in rounded}
+
     def clip(self, module: nn.Module, max_norm: float | None) -> Tensor:
         norm = super().clip(module, max_norm)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm

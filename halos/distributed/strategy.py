@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar, Literal
 
+import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -119,6 +120,11 @@ class Strategy(ABC):
 
     def reshard(self, module: nn.Module) -> None:  # noqa: B027  most gather nothing
         """Free the parameters that were all-gathered for forward passes without a backward pass."""
+
+    def forward_dtypes(self, module: nn.Module) -> dict[str, torch.dtype]:
+        """Return the dtypes in which forward passes get the parameters that they do not get as these are kept, by their names in
+        the inner model."""
+        return {}
 
     # --- a step ----------------------------------------------------------------------------------------------------------
 

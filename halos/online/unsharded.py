@@ -49,7 +49,9 @@ class Unsharded:
             return
         self._copy = self._copy if self._copy is not None else self._skeleton()
         state = strategy.gathered(module, trained_only=False, offload=False)
-        without_head = {name: value for name, value in state.items() if not name.startswith(weights.HEAD)}
+        dtypes = strategy.forward_dtypes(module)  # layer norms round too, which autocast leaves in float32
+        without_head = {name: value.to(dtypes.get(name, value.dtype)) for name, value in state.items()
+                        if not name.startswith(weights.HEAD)}  # fmt: skip
         self._copy.load_state_dict(without_head, strict=False, assign=True)
         for name, buffer in model.named_buffers():  # rotary tables and the like, which no state dict holds
             parent, _, last = name.rpartition(".")

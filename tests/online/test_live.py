@@ -79,6 +79,15 @@ def test_sampled_log_probs_are_the_recomputed_ones_on_every_strategy(
     assert alone[-1]["reward"] != alone[0]["reward"]
 
 
+@pytest.mark.slow
+def test_the_sampler_of_a_sharded_policy_rounds_the_layers_as_training_does(command: Command, tmp_path: Path) -> None:
+    """FSDP2 all-gathers layers in bfloat16, weights of norms included, which autocast leaves in float32: 1e-2 apart."""
+    words = [*LIVE, "data.eval=[]", "online.steps=2", "online.sampler.max_new_tokens=16", "train.precision=bfloat16"]
+    command(*words, "online.scorer.functions=[{function: length, target: 12}]", "exp_name=two", launch=2, config="cpu2_fsdp2")
+    for row in rows(tmp_path / "two", "train"):
+        assert 0 < row["mismatch/mean"] < 3e-3
+
+
 def test_the_sampler_computes_in_the_precision_of_training(cache: Path, tmp_path: Path) -> None:
     """In float32 the sampler's log-probs would be 1e-2 from bfloat16's."""
     words = [*SMALL, *LIVE, "online.steps=2", "online.sampler.max_new_tokens=16", "data.eval=[]", "train.precision=bfloat16"]
