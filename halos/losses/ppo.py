@@ -5,7 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from halos.losses.rollouts import KL, all_equal, clipped, is_clipped, log_ratio, report, rewards_per_token, sequence_kl, whiten
+from halos.losses.rollouts import KL, all_equal, clipped, is_clipped, log_ratio, mean_kl, report, rewards_per_token, whiten
 from halos.types import Estimates, Loss, Mean, Range, Sampled, ValuedRollouts
 
 
@@ -56,12 +56,14 @@ def advantages(
     returns = torch.where(mask, estimates + values, 0.0)
     metrics = {"groups/all_equal": all_equal(sampled), "value/explained_variance": _explained(values, returns, mask)}
     if sampled.reference is not None:
-        metrics["kl"] = Mean.of(sequence_kl(sampled))
+        metrics["kl"] = mean_kl(sampled)
     return Estimates(whiten(estimates, mask).float(), returns.float(), metrics)
 
 
 def _explained(values: Tensor, returns: Tensor, mask: Tensor) -> Mean:
     """1 - Var(returns - values) / Var(returns) over the tokens: 1 for a perfect critic, 0 for one that predicts only the mean."""
+    if not mask.any():  # all are masked
+        return Mean.of(returns[mask])
     of_returns = returns[mask].var(correction=0)
     left = (returns - values)[mask].var(correction=0)
     return Mean.of(1 - left / of_returns.clamp(min=1e-8))

@@ -10,10 +10,10 @@ from halos.losses.rollouts import (
     clipped,
     is_clipped,
     log_ratio,
+    mean_kl,
     of_group,
     report,
     rewards_per_token,
-    sequence_kl,
     whiten,
 )
 from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled
@@ -41,7 +41,7 @@ def advantages(
     returns = torch.where(mask, given.flip(-1).cumsum(-1).flip(-1), 0.0)
     metrics = {"groups/all_equal": all_equal(sampled)}
     if sampled.reference is not None:
-        metrics["kl"] = Mean.of(sequence_kl(sampled))
+        metrics["kl"] = mean_kl(sampled)
     return Estimates(whiten(returns, mask).float(), None, metrics)
 
 

@@ -4,7 +4,18 @@ from typing import Annotated
 
 import torch
 
-from halos.losses.rollouts import LARGEST, all_equal, clipped, deviation, is_clipped, log_ratio, of_group, report, sequence_kl
+from halos.losses.rollouts import (
+    LARGEST,
+    all_equal,
+    clipped,
+    deviation,
+    is_clipped,
+    log_ratio,
+    mean_kl,
+    of_group,
+    report,
+    sequence_kl,
+)
 from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled
 
 
@@ -28,7 +39,7 @@ def advantages(sampled: Sampled, *, beta: Annotated[float, Range(least=0)]) -> E
     values = torch.where(sizes > 1, (returns - mean) * sizes / (sizes - 1).clamp(min=1), 0.0)
     metrics = {"groups/all_equal": all_equal(sampled), "advantages/std": deviation(values)}
     if sampled.reference is not None:
-        metrics["kl"] = Mean.of(divergence)
+        metrics["kl"] = mean_kl(sampled)
     return Estimates(torch.where(sampled.old.mask, values.float()[:, None], 0.0), None, metrics)
 
 

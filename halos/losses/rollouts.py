@@ -66,7 +66,7 @@ def report(policy: Rollouts | ValuedRollouts, clip_acts: Tensor) -> dict[str, Me
         "clip_fraction": Mean.of(clip_acts.expand(mask.shape), mask),
         "approx_kl": Mean.of(log_ratio(policy) ** 2 / 2, mask),  # from the policy that sampled, not from the reference
         "entropy": Mean.of(-policy.logps.values, mask),
-        "length": Mean.of(policy.logps.length),
+        "length": Mean.of(policy.logps.length, mask.any(-1)),  # of those that are learned from
     }
 
 
@@ -105,8 +105,15 @@ def sequence_kl(sampled: Sampled) -> Tensor:
     return (sampled.old.values - sampled.reference).sum(-1).to(sampled.rewards.dtype)
 
 
+def mean_kl(sampled: Sampled) -> Mean:
+    """The mean of `sequence_kl` over the completions of which tokens are learned from: of a masked one it is not known."""
+    return Mean.of(sequence_kl(sampled), sampled.old.mask.any(-1))
+
+
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
     """(values - mean) / std over all tokens of the global batch; 0 outside the mask."""
+    if not mask.any():  # all are masked
+        return torch.zeros_like(values)
     inside = values[mask]
     return torch.where(mask, (values - inside.mean()) / (inside.std(correction=0) + 1e-8), 0.0)
 

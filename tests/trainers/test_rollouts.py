@@ -120,10 +120,26 @@ def test_a_masked_sample_counts_in_its_group_and_nothing_of_it_is_learned(
         made.prepare()
         totals = made.step(np.arange(3))
         assert totals["reward"][0] / totals["reward"][1] == pytest.approx((1 + reward) / 3), "it is measured with the others"
+        assert totals["length"] == (5.0, 2.0), "of those that are learned from"
         moved.append(torch.cat([each.detach().flatten() for each in made.run.module.parameters()]))
     torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-7)
     differs = (moved[0] - moved[2]).abs().max() > 1e-5
     assert differs == (loss not in ("ppo", "reinforce_plus_plus")), "where there is a baseline of the group, it is another"
+
+
+def test_a_batch_of_masked_samples_alone_leaves_the_kl_coefficient_and_gives_no_metrics_of_tokens(
+    vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    prompt = next(arithmetic.rows("train"))["prompt"]
+    rows = [{"type": "scalar_feedback", "prompt": prompt, "output": "x", "reward": float(n), "output_ids": [30 + n, 31],
+             "vocabulary": vocabulary, "masked": True, "finish": "length"} for n in range(2)]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = trainer("loss=ppo", "loss.kl_coefficient=0.1", "loss.kl_target=6", f"data.train=['{tmp_path / 'm.jsonl'}']",
+                   "data.eval=[]", "train.batch_size=2")  # fmt: skip
+    made.prepare()
+    totals = made.step(np.arange(2))
+    assert not {"kl", "length", "value/explained_variance"} & totals.keys()
+    assert made._controller().value == 0.1
 
 
 def test_old_log_probs_that_rounding_moves_beyond_the_clip_are_warned_of(
