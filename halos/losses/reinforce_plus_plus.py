@@ -16,7 +16,7 @@ from halos.losses.rollouts import (
     rewards_per_token,
     whiten,
 )
-from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled
+from halos.types import Estimates, Loss, Range, Rollouts, Sampled
 
 
 def needs_reference(*, kl_coefficient: float) -> bool:

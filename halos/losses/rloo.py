@@ -16,7 +16,7 @@ from halos.losses.rollouts import (
     report,
     sequence_kl,
 )
-from halos.types import Estimates, Loss, Mean, Range, Rollouts, Sampled
+from halos.types import Estimates, Loss, Range, Rollouts, Sampled
 
 
 def needs_reference(*, beta: float) -> bool:

@@ -35,6 +35,12 @@ class Match:
     def shown(self) -> tuple[Sample, Sample]:
         return (self.other, self.one) if self.swapped else (self.one, self.other)
 
+    @property
+    def is_worth_asking(self) -> bool:
+        """Whether a verdict says anything: for training not of an empty answer, without words to learn, nor of equal ones."""
+        texts = self.one.text, self.other.text
+        return self.one.prompt.is_eval or (all(text.strip() for text in texts) and texts[0] != texts[1])
+
     def to_row(self, verdict: Verdict, scorer: str) -> Row:
         """A row with the verdict: A or B, as the two were shown, tie, or None."""
         better = verdict.better
@@ -62,18 +68,21 @@ def compare(args: argparse.Namespace, samples: Sequence[Sample], scorer: Pairwis
         return 0
     file.open()
     matches = _matches(samples, {each.key: each for each in against if each.prompt.is_eval}, args.seed, args.truncated)
-    missing = [number for number in range(len(matches)) if str(number) not in file.rows]
+    asked = [number for number, match in enumerate(matches) if match.is_worth_asking]
+    missing = [number for number in asked if str(number) not in file.rows]
     began = time.perf_counter()
     for index, verdict in scorer.compare([matches[number].shown for number in missing]):
         number = missing[index]
         file.add({str(number): matches[number].to_row(verdict, scorer.name())})
-    rows = [file.rows[str(number)] for number in range(len(matches))]
+    rows = [file.rows[str(number)] for number in asked]
     if args.scores:
         write(args.scores, rows)
-    usable = [str(n) for n, row in enumerate(rows) if row["verdict"] in ("A", "B") and row.get("split") != EVAL]
-    totals = counts(rows)
-    file.finish(usable, {**totals, "seconds": round(time.perf_counter() - began, 2)})
-    tqdm.write(f"{args.feedback}: {len(usable)} pairs, {totals['ties']} ties, {totals['unparsable']} unparsable answers",
+    usable = [str(number) for number, row in zip(asked, rows, strict=True)
+              if row["verdict"] in ("A", "B") and row.get("split") != EVAL]  # fmt: skip
+    totals, not_asked = counts(rows), len(matches) - len(asked)
+    file.finish(usable, {**totals, "not_compared": not_asked, "seconds": round(time.perf_counter() - began, 2)})
+    more = f", {not_asked} pairs with an empty answer or equal ones not compared" if not_asked else ""
+    tqdm.write(f"{args.feedback}: {len(usable)} pairs, {totals['ties']} ties, {totals['unparsable']} unparsable answers{more}",
                file=sys.stderr)  # fmt: skip
     return 0
 

@@ -176,7 +176,7 @@ class Round:
                 raise UserError(f"{run.path} was trained on other rows than those of {rows}: {self._remedy}")
             return
         rows = read(self.directory / "feedback.jsonl")
-        if not rows:
+        if all(row.get("masked") for row in rows):
             raise UserError(
                 f"round {self.number}: there is nothing to learn from: {self._why_no_feedback()}. Its files are kept in"
                 f" {self.directory}; start another run with more samples of each prompt, a higher temperature or other prompts"
@@ -199,12 +199,19 @@ class Round:
             )  # fmt: skip
 
     def _why_no_feedback(self) -> str:
+        counts, truncated = read_meta(self.directory / "feedback.jsonl"), self.plan.online.truncated
+        if "compared" in counts:
+            return (
+                f"the judge preferred no sample to another of its prompt ({counts['ties']} ties, {counts['unparsable']} answers"
+                f" without a verdict, {counts.get('not_compared', 0)} pairs with an empty answer or equal ones)"
+            )
         rows = read(self.directory / "scores.jsonl") if (self.directory / "scores.jsonl").is_file() else []
         scores = [Score.from_row(row) for row in rows if row.get("split") != EVAL]
         if scores and all(score.value is None for score in scores):
             return str(lack(scores))
-        cut = read_meta(self.directory / "feedback.jsonl").get("cut", 0)
-        more = feedback.nothing_of_cut(cut, self.plan.online.truncated)
+        more = feedback.nothing_of_cut(cut := counts.get("cut", 0), truncated)
+        if cut and (counts.get("rows") or cut == len(scores)):
+            return f"no sample is left of which anything would be ({len(scores)} samples{more})"
         return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples{more})"
 
     def _result(self) -> RoundResult:
@@ -234,8 +241,8 @@ class Round:
             metrics |= {"cost": labelled["cost"], "without_verdict": labelled["unparsable"], "ties": labelled["ties"]}
         else:
             metrics |= {"cost": sum(rollout.score.cost for rollout in rollouts)}
-            metrics |= {"without_score": sum(rollout.score.value is None for rollout in rollouts)}
-            metrics |= function_metrics(measure.of_split(rollouts, TRAIN))
+            own = measure.of_split(rollouts, TRAIN)
+            metrics |= {"without_score": sum(rollout.score.value is None for rollout in own), **function_metrics(own)}
             if line := lack([rollout.score for rollout in rollouts]):
                 log.warning("round %d: %s", self.number, line)
         metrics |= {"prompts_too_long": sampled.get("prompts_too_long", 0), "rows": len(read(self.directory / "feedback.jsonl"))}

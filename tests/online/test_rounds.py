@@ -33,11 +33,12 @@ from halos.hooks.base import Hook
 from halos.models import tiny
 from halos.online import rounds
 from halos.online.plan import OnlinePlan, _last_checkpoint
-from halos.online.records import read
+from halos.online.records import read, write, write_sealed
 from halos.online.round import Round, RoundResult
 from halos.online.rounds import stored_overrides
 from halos.online.stages import Stages, StoppedError
 from halos.rollout import spent
+from halos.rollout.types import Prompt, Rollout, Row, Sample, Score
 from halos.rundir import RunDir
 from tests import processes
 
@@ -439,6 +440,35 @@ def test_scores_that_are_all_equal_end_the_run_and_keep_its_files(tmp_path: Path
     assert "Traceback" not in said
     assert "there is nothing to learn from: the scores of all samples of a prompt are equal" in said
     assert (tmp_path / "online" / "rounds" / "000" / "samples.jsonl").is_file()
+
+
+def test_a_round_with_nothing_to_learn_from_is_refused_with_the_reason(tmp_path: Path) -> None:
+    def why(rows: Sequence[Row], scores: Sequence[Row], counts: dict[str, int], truncated: str = "keep") -> str:
+        plan: Any = SimpleNamespace(directory=RunDir(tmp_path), online=SimpleNamespace(truncated=truncated))
+        write_sealed(tmp_path / "feedback.jsonl", rows, {}, counts)
+        write_sealed(tmp_path / "scores.jsonl", scores, {}, {})
+        with pytest.raises(UserError, match="round 0: there is nothing to learn from: ") as refused:
+            Round(plan, 0, tmp_path)._train()
+        return str(refused.value).partition("from: ")[2].partition(". Its files")[0]
+
+    masked, scored = {"reward": 1.0, "masked": True}, [{"reward": 1.0}, {"reward": 0.0}]
+    none_left = (
+        "no sample is left of which anything would be (2 samples; 2 were cut, of which online.truncated={} lets nothing be"
+    )
+    assert why([masked] * 2, scored, {"cut": 2, "rows": 2}, "mask") == f"{none_left} learned)".format("mask")
+    assert why([], scored, {"cut": 2, "rows": 0}, "drop") == f"{none_left} learned)".format("drop")
+    assert why([], scored, {"rows": 0}) == "the scores of all samples of a prompt are equal, for every prompt (2 samples)"
+    verdicts = [{"verdict": "tie"}, {"verdict": None}]
+    said = "the judge preferred no sample to another of its prompt (1 ties, 1 answers without a verdict, 2 pairs with an empty"
+    assert why([], verdicts, {"compared": 2, "ties": 1, "unparsable": 1, "not_compared": 2}) == f"{said} answer or equal ones)"
+
+
+def test_samples_without_a_score_are_those_of_training_in_the_metrics_of_training(tmp_path: Path) -> None:
+    rollouts = [Rollout(Sample(Prompt(split, (), split), n, "x"), Score(1.0 if n else None, "" if n else "it raised"))
+                for split in ("train", "eval") for n in range(3)]  # fmt: skip
+    write(tmp_path / "feedback.jsonl", [])
+    current = Round(SimpleNamespace(directory=RunDir(tmp_path)), 0, tmp_path)  # type: ignore[arg-type]
+    assert current._train_metrics(rollouts)["without_score"] == 1
 
 
 # --- what an online run resumes from

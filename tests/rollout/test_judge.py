@@ -220,6 +220,28 @@ def test_a_judge_compares_in_an_order_that_is_drawn_and_recorded(stub: Callable[
     assert (read(tmp_path / "f.jsonl"), sum(server.paid.values())) == (rows, paid)
 
 
+def test_pairs_of_which_nothing_could_be_learned_are_not_paid_for_and_refuse_no_training(
+    stub: Callable[..., Stub], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = stub()
+    outputs = {
+        "empty": ("", "yes"),
+        "equal": ("yes", "yes"),
+        "spaces": ("no", " \n"),
+        **{f"q{n}": ("yes", "no") for n in range(20)},
+    }
+    prompts = [Prompt(name, ({"role": "user", "content": name},)) for name in outputs]
+    write(tmp_path / "s.jsonl", [Sample(each, n, text).to_row() for each in prompts for n, text in enumerate(outputs[each.id])])
+    words = [str(tmp_path / "s.jsonl"), str(tmp_path / "f.jsonl"), "--judge", "j", "--url", server.url, "--pairwise"]
+    assert label(words) == 0
+    rows, told = read(tmp_path / "f.jsonl"), read_meta(tmp_path / "f.jsonl")
+    assert sum(server.paid.values()) == told["compared"] == 20
+    assert told["not_compared"] == 3
+    assert "3 pairs with an empty answer or equal ones not compared" in capsys.readouterr().err
+    assert rows
+    assert not {"empty", "equal", "spaces"} & {row["prompt_id"] for row in rows}
+
+
 def test_each_answer_to_an_evaluation_prompt_is_compared_with_the_first_policys_of_its_number(
     stub: Callable[..., Stub], tmp_path: Path
 ) -> None:
