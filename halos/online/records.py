@@ -155,12 +155,14 @@ class ResumableFile:
 
 
 def open_on_all_ranks(file: ResumableFile, ranks: Ranks) -> None:
-    """Open on rank 0, which may create the partial files, before the others."""
+    """Open on rank 0, which may create the partial files, before the others. No rank goes on before all have read, so that none
+    reads the rows that another is adding, and all agree on those that are missing."""
     if ranks.main:
         file.open()
     ranks.barrier()
     if not ranks.main:
         file.open()
+    ranks.barrier()
 
 
 class FileStore(Generic[Item]):

@@ -268,6 +268,18 @@ class Round:
         return [Rollout.from_row(row, str(path)) for row in read(path) if "output" in row] if path.is_file() else []
 
 
+def refuse_too_few_rounds(plan: OnlinePlan) -> None:
+    """Raises UserError where more rounds are done than the plan has: metrics of the others would be lost."""
+    done, path = 0, plan.directory.path
+    while (state := plan.directory_of(done) / STATE).is_file() and confined.load_object(state, within=path).get("done"):
+        done += 1
+    if done > plan.online.rounds:
+        raise UserError(
+            f"{path} has done {done} rounds, and would end after {plan.online.rounds}: give online.rounds={done} or more; the"
+            f" policy of an earlier round is its train/FINAL, as long as online.keep_rounds keeps it"
+        )
+
+
 def sampled_from(samples: Path, policy: str, revision: str | None, cache: Path) -> bool:
     """Whether samples come from a policy's weights, compared by hash; for a server's samples, where no hash is known, by name."""
     request = read_meta(samples).get("request")

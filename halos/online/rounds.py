@@ -34,7 +34,7 @@ from halos.hooks.base import AnyRun, Hook, call_on_eval, states_of
 from halos.logs import add_log_file
 from halos.online import overview
 from halos.online.plan import OnlinePlan
-from halos.online.round import STATE, Round, RoundResult, sampled_from
+from halos.online.round import STATE, Round, RoundResult, refuse_too_few_rounds, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
 from halos.rollout import evaluation, measure
@@ -103,6 +103,7 @@ def run(
         lock.refuse_held(wait=bool(config.resume))
         if config.resume:
             directory.require_run()
+            refuse_too_few_rounds(plan)
         else:
             directory.refuse_occupied(overwrite=config.overwrite)
         content = outlined.content(config, content_hashes(plan.prompts, plan.eval_prompts, plan.online.scorer.name))
@@ -187,8 +188,7 @@ class OnlineRun:
                 for hook in self.hooks.values():
                     hook.on_end(self)
             finally:
-                ended = "failed" if status == "refused" else status
-                self.directory.write_result(ended, self.step, self.metrics, reason=note)
+                self.directory.write_result("failed" if status == "refused" else status, self.step, self.metrics, reason=note)
         if status == "finished":
             log.info("finished: %s", self.directory.final)
         elif status == "stopped":

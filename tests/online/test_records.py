@@ -2,12 +2,16 @@
 
 import hashlib
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from halos.errors import UserError
-from halos.online.records import ResumableFile, meta_path, read, read_meta, write
+from halos.online.records import ResumableFile, meta_path, open_on_all_ranks, read, read_meta, write
 
 REQUEST = {"model": "a", "seed": 0}
 
@@ -68,6 +72,26 @@ def test_another_request_is_refused_by_what_differs(tmp_path: Path) -> None:
     meta_path(path).unlink()
     with pytest.raises(UserError, match="does not say what it was made from"):
         ResumableFile(path, REQUEST).is_done()
+
+
+def test_no_rank_adds_rows_before_all_have_read_which_are_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meeting, whole = threading.Barrier(2, timeout=10), ResumableFile.open
+
+    def slow_on_rank_1(file: ResumableFile) -> None:
+        time.sleep(0.2 * file.rank)
+        whole(file)
+
+    def start(rank: int) -> ResumableFile:
+        file = ResumableFile(tmp_path / "x.jsonl", REQUEST, rank=rank)
+        open_on_all_ranks(file, SimpleNamespace(main=rank == 0, barrier=meeting.wait))  # type: ignore[arg-type]
+        if rank == 0:
+            file.add({"a": {"n": 1}})
+        return file
+
+    monkeypatch.setattr(ResumableFile, "open", slow_on_rank_1)
+    with ThreadPoolExecutor(2) as ranks:
+        _, second = ranks.map(start, range(2))
+    assert second.rows == {}
 
 
 def test_what_an_older_version_did_not_record_is_not_compared(tmp_path: Path) -> None:

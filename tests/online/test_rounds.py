@@ -442,6 +442,15 @@ def test_scores_that_are_all_equal_end_the_run_and_keep_its_files(tmp_path: Path
     assert (tmp_path / "online" / "rounds" / "000" / "samples.jsonl").is_file()
 
 
+def test_fewer_rounds_than_are_done_are_refused_and_no_metrics_are_lost(begun: Path) -> None:
+    note = begun / "rounds" / "001" / "round.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "done": True}))
+    metrics = (begun / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"has done 2 rounds, and would end after 1: give online.rounds=2 or more"):
+        train.start([f"resume={begun}", "online.rounds=1"])
+    assert (begun / "metrics.jsonl").read_bytes() == metrics
+
+
 def test_a_round_with_nothing_to_learn_from_is_refused_with_the_reason(tmp_path: Path) -> None:
     def why(rows: Sequence[Row], scores: Sequence[Row], counts: dict[str, int], truncated: str = "keep") -> str:
         plan: Any = SimpleNamespace(directory=RunDir(tmp_path), online=SimpleNamespace(truncated=truncated))
