@@ -234,7 +234,7 @@ def _labels(with_score: Sequence[Rollout], non_empty: Sequence[Rollout], thresho
     rewards = [rollout.reward for rollout in with_score]
     lowest = statistics.median(rewards) if threshold == "median" else threshold
     lowest = statistics.fmean(rewards) if lowest is None or lowest == "mean" else float(lowest)
-    return [Label(rollout, rollout.reward >= lowest, lowest) for rollout in non_empty]
+    return [Label(rollout, rollout.reward > lowest - CLOSE, lowest) for rollout in non_empty]
 
 
 def _row(rollout: Rollout) -> Row:

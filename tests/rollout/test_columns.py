@@ -123,14 +123,15 @@ def test_a_column_that_no_prompt_has_is_named_before_anything_is_sampled(tmp_pat
         "def flat(completion, row): return row['hidden']\n"
         "def nested(completion, row): return row['data']['hidden']\n"
         "def own(completion, row): return row['generator_sha256']\n"
+        "def optional(completion, row): return float(row.get('hint', 'none') in completion.split('=')[1])\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     prompts = read_prompts(written(tmp_path / "a.jsonl", {"prompt": "?", "tests": [], "generator_sha256": "theirs"}), "train")
     every = set(row_of(sampled(prompts[0]))) | {"split"}
     (tmp_path / "ownreads.py").open("a").write(f"def every(completion, row): return len([row[name] for name in {every}])\n")
-    functions = Functions(parts_of(["ownreads.every"], ["ownreads"]), section(Scorer), ["ownreads"])
-    functions.check_prompts(prompts)  # has all that a sample has
+    for name in ("every", "optional"):  # has all that a sample has; raises for what a made-up answer is, and not for a column
+        Functions(parts_of([f"ownreads.{name}"], ["ownreads"]), section(Scorer), ["ownreads"]).check_prompts(prompts)
     for name, said in (
         ("flat", "ownreads.flat needs a column `hidden`, and none of the 1 prompts of data.train has one"),
         ("nested", "ownreads.nested needs a column `hidden`"),

@@ -64,6 +64,13 @@ def test_random_pairs_every_sample_at_most_once() -> None:
     assert other != rows
 
 
+def test_equal_scores_are_all_desirable_however_their_mean_is_rounded() -> None:
+    assert sum([0.1] * 3) / 3 > 0.1
+    for count in (3, 4, 6, 41):
+        rows, _ = make(samples([0.1] * count), kind="binary", seed=0)
+        assert [row["label"] for row in rows] == [1] * count
+
+
 def test_the_order_of_a_and_b_is_drawn() -> None:
     rows, _ = make(samples(*[[0.0, 1.0]] * 60), **DEFAULTS)
     assert 15 < sum(row["label"] for row in rows) < 45

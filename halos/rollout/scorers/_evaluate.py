@@ -43,7 +43,8 @@ def row_of(sample: Sample) -> Row:
 
 
 class TrackedRow(dict[str, Any]):
-    """A row that records which missing columns were read, those of the data as `data.NAME`."""
+    """A row that records which missing columns were read, those of the data as `data.NAME`. One that was read with a default is
+    not missed."""
 
     def __init__(self, row: Mapping[str, Any], lacking: dict[str, None] | None = None, within: str = "") -> None:
         super().__init__(row)
@@ -57,7 +58,7 @@ class TrackedRow(dict[str, Any]):
         raise KeyError(name)
 
     def get(self, name: str, default: Any = None) -> Any:
-        if super().get(name) is None:
+        if default is None and super().get(name) is None:
             self.lacking[f"{self._within}{name}"] = None
         return super().get(name, default)
 
