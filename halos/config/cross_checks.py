@@ -248,6 +248,9 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return f"online.{idle}={getattr(online, idle)} is of live loops, and a round trains for train.epochs: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
+    for entry in config.data.train if config.resume is None else ():
+        if isinstance(entry, dict) and entry.get("weight", 1) != 1:
+            return f"data.train: weight={entry['weight']} is of rows, and loss=online takes every prompt once: leave it out"
     for key in typed_keys(overrides):
         if key.startswith("train.correction") and config.resume is None:
             return f"{key} has no effect with loss=online, where online.{key.partition('.')[2]} sets it: give that"

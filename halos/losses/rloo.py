@@ -3,6 +3,7 @@
 from typing import Annotated
 
 import torch
+from torch import Tensor
 
 from halos.losses.rollouts import (
     LARGEST,
@@ -30,17 +31,26 @@ def ratio_level() -> str:
 def advantages(sampled: Sampled, *, beta: Annotated[float, Range(least=0)]) -> Estimates:
     """A_i = R_i - mean of the group's other R_j, with R = r - beta log pi_old / pi_ref of the whole completion.
 
-    arXiv:2402.14740. The only completion of a prompt has no baseline: its advantage is 0.
+    arXiv:2402.14740. The only completion of a prompt has no baseline: its advantage is 0. A masked sample has a reward and no
+    divergence, so that the mean of the others' divergences is of those that have one.
     """
-    divergence = sequence_kl(sampled)
-    returns = sampled.rewards - beta * divergence
-    mean, _, sizes = of_group(returns, sampled.groups)
-    # R_i minus the mean of the others is (R_i - mean of all) n / (n - 1)
-    values = torch.where(sizes > 1, (returns - mean) * sizes / (sizes - 1).clamp(min=1), 0.0)
+    divergence, learned = sequence_kl(sampled), sampled.old.mask.any(-1)
+    if learned.all() or not learned.any():
+        values = _above_others(sampled.rewards - beta * divergence, sampled.groups)
+    else:
+        values = _above_others(sampled.rewards, sampled.groups)
+        values[learned] -= beta * _above_others(divergence[learned], sampled.groups[learned])
     metrics = {"groups/all_equal": all_equal(sampled), "advantages/std": deviation(values)}
     if sampled.reference is not None:
         metrics["kl"] = mean_kl(sampled)
     return Estimates(torch.where(sampled.old.mask, values.float()[:, None], 0.0), None, metrics)
+
+
+def _above_others(values: Tensor, groups: Tensor) -> Tensor:
+    """Each value minus the mean of the others of its group: (rows,)."""
+    mean, _, sizes = of_group(values, groups)
+    # which is (value - mean of all) n / (n - 1)
+    return torch.where(sizes > 1, (values - mean) * sizes / (sizes - 1).clamp(min=1), 0.0)
 
 
 def rloo(

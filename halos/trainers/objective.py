@@ -51,8 +51,8 @@ class Objective:
 
     def _denominators(self, split: Split, indices: np.ndarray) -> dict[str, int]:
         """The denominators that `Loss.per` chooses from: items and scored tokens of the whole global batch, counted in the data,
-        so known before the first backward."""
-        return {"item": len(indices), "token": int(split.rows.scored[indices].sum())}
+        so known before the first backward. Of tokens at least 1: a minibatch may hold nothing but samples that were cut."""
+        return {"item": len(indices), "token": max(1, int(split.rows.scored[indices].sum()))}
 
     @torch.no_grad()
     def _statistics(self, microbatches: list[MicroBatch], total: int) -> Tensor | None:

@@ -205,6 +205,7 @@ WRONG = [
         ([*LIVE, "online.reference=last"], ["online.reference=last: in a live loop"]),
         ([*LIVE, "+loss.beta=0.1"], ["online.overrides=[loss.beta=0.1]"]),
         ([*LIVE, "online.num_processes=2"], ["online.num_processes=2 is of rounds"]),
+        ([*LIVE, "data.train=[{path: arithmetic, weight: 3}]"], ["data.train: weight=3", "loss=online", "leave it out"]),
         (["loss=sft", "objective.metric=logps/completion"], ["objective.metric=logps/completion would be minimised", "mode=max"]),
         (["train.steps=3", "train.epochs=2"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
         (["train={steps: 3, epochs: 2}"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),

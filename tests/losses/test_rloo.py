@@ -23,6 +23,13 @@ def test_the_kl_of_a_whole_completion_lowers_its_reward() -> None:
     assert (needs_reference(beta=0.0), needs_reference(beta=0.1)) == (False, True)
 
 
+def test_a_masked_sample_has_a_reward_in_the_baseline_and_no_divergence() -> None:
+    given = sampled([1.0, 0.0, 5.0], [0, 0, 0], [[-1.0, -0.5], [-2.0], []], [[-1.5, -1.0], [-1.0], []])
+    found = advantages(given, beta=0.5)
+    first, second = 1.0 - 2.5 - 0.5 * (1.0 - -1.0), 0.0 - 3.0 - 0.5 * (-1.0 - 1.0)
+    np.testing.assert_allclose(found.advantages.numpy(), [[first] * 2, [second, 0.0], [0.0, 0.0]], rtol=1e-6)
+
+
 def test_there_is_one_ratio_for_a_completion() -> None:
     loss = rloo(rollouts([1.0, -0.5]), clip_low=0.2, clip_high=0.2)
     ratio = np.exp([[0.1], [-0.2]])
