@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 from halos.data.contradictions import refuse_contradictions, refuse_weights
@@ -84,7 +85,7 @@ def _validated(example: Example, where: str) -> Example:
         if not isinstance(value, bool):
             _number({name: value}, name, where)
     if isinstance(example, Scored):
-        _refuse_mismatched_lengths(example.ids, example.logps, where)
+        _refuse_other_logps(example.ids, example.logps, where)
     if example.sampled and len(example.sampled) != len(example.completed):
         raise UserError(f"{where}: sampled has the tokens of {len(example.sampled)} of {len(example.completed)} completions")
     return replace(example, **turns)
@@ -249,11 +250,13 @@ def _with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, w
     reward = _number(columns, "reward", where)
     assert reward is not None, "the column is there"
     tokens, logps = _tokens(columns, where), columns.get("logps") or ()
-    _refuse_mismatched_lengths(tokens.ids, logps, where)
+    _refuse_other_logps(tokens.ids, logps, where)
+    if (masked := columns.get("masked", False)) not in (0, 1):
+        raise UserError(f"{where}: masked is {masked!r}; it takes true or false: whether nothing is learned from the completion")
     if not tokens.ids and not says_something(completion):
         raise UserError(f"{where}: output is empty, and there are no output_ids to tell what was sampled")
     return Scored(prompt, completion, reward, tokens.ids, tuple(map(float, logps)), tokens.vocabulary, cut=tokens.cut,
-                  masked=columns.get("masked") is True)  # fmt: skip
+                  masked=bool(masked))  # fmt: skip
 
 
 def _sampled_tokens(columns: Mapping[str, Any], outputs: Sequence[str], where: str) -> tuple[SampledTokens, ...]:
@@ -270,7 +273,10 @@ def _tokens(columns: Mapping[str, Any], where: str, *, of: str = "") -> SampledT
     return SampledTokens(tuple(ids or ()), columns.get(f"vocabulary{of}"), columns.get(f"finish{of}") == CUT)
 
 
-def _refuse_mismatched_lengths(ids: Sequence[Any], logps: Sequence[Any], where: str) -> None:
+def _refuse_other_logps(ids: Sequence[Any], logps: Any, where: str) -> None:
+    """Raises UserError for log-probs that are not one number for each of the sampled tokens."""
+    if not isinstance(logps, Sequence) or not all(isinstance(each, float | Real) and math.isfinite(each) for each in logps):
+        raise UserError(f"{where}: logps is {str(logps)[:60]}, not a list of finite numbers")
     if logps and len(logps) != len(ids):
         raise UserError(f"{where}: logps has {len(logps)} numbers for {len(ids)} output_ids")
 

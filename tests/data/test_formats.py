@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from halos.data.files import Row
@@ -124,6 +126,10 @@ def test_scalar_feedback_has_a_reward_and_the_samplers_own_tokens():
     kept = read(**row, output_ids=[5, 6], logps=[-0.5, -1.0], vocabulary="v")
     assert kept == Scored(Q, GOOD, 0.5, (5, 6), (-0.5, -1.0), "v")
     refuses("logps has 1 numbers for 2 output_ids", **row, output_ids=[5, 6], logps=[-0.5])
+    for logps, shown in (([None], r"\[None\]"), (["a"], r"\['a'\]"), (5, "5"), ([-math.inf], r"\[-inf\]"), ("7", "7")):
+        refuses(f"logps is {shown}, not a list of finite numbers", **row, output_ids=[5], logps=logps)
+    assert read(**row, masked=1).masked
+    refuses("masked is 'true'; it takes true or false", **row, masked="true")
     refuses("reward is 'much', not a number", **{**row, "reward": "much"})
     refuses("output is empty", **{**row, "output": ""})
     assert read(**{**row, "output": ""}, output_ids=[1]).ids == (1,), "a model may end at once"
