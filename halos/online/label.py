@@ -173,8 +173,8 @@ def counts(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _report(args: argparse.Namespace, rows: Sequence[Row], left_out: dict[str, int]) -> None:
     totals = counts(rows)
-    if line := lack([Score.from_row(row) for row in rows]):
-        tqdm.write(line, file=sys.stderr)
+    for line in (lack([Score.from_row(row) for row in rows]), feedback.all_desirable(left_out, args.threshold)):
+        tqdm.write(line, file=sys.stderr) if line else None
     equal = f", {left_out['groups_all_equal']} of {left_out['groups']} prompts with equal scores" if left_out["groups"] else ""
     empty = f", {left_out['empty']} empty ones left out" if left_out.get("empty") else ""
     became = "dropped" if args.truncated == feedback.DROP else "masked"

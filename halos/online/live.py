@@ -121,8 +121,9 @@ class RolloutSource:
         self.files = LiveRollouts(keep=self.online.keep_rollouts, passes=self.rows.passes, scorer=scorer)
         run.hooks |= {"live_batch": LiveBatch(self.rows), "live_rollouts": self.files}
         run.elsewhere = {"sample": 0.0, "score": 0.0}
+        self._made: dict[str, int] = {}  # counts of the batch's feedback
         self._warned = False  # of samples without a score
-        self._mismatched = False  # a warning said so
+        self._mismatched = self._all_desirable = False  # a warning said so
 
     def batch(self, number: int) -> np.ndarray:
         """The rows of step `number`, counted from 0: sampled at the first step that learns from them; between that and the last
@@ -161,6 +162,7 @@ class RolloutSource:
                 f"step {self.run.step}: of {len(rollouts)} samples only those of one prompt have a score and words, and"
                 f" {self.loss.name} pairs each prompt with an answer to another"
             )
+        self._warn_of_labels()
         self._count(rollouts)
         self.files.write(self.run, number, rollouts)
         if not self.loss.on_rollouts:  # else the trainer compares all of them
@@ -176,6 +178,12 @@ class RolloutSource:
             **{f"samples/function/{name}": total for name, total in functions.items()},
             **{f"samples/function/{name}/applies": (count, len(scores)) for name, (_, count) in functions.items()},
         })  # fmt: skip
+
+    def _warn_of_labels(self) -> None:
+        line = feedback.all_desirable(self._made, self.online.feedback.threshold)
+        if line and not self._all_desirable:
+            self._all_desirable = True
+            log.warning("step %d: %s", self.run.step, line)
 
     def _rescore(self, rollouts: Sequence[Rollout]) -> None:
         """Metrics of a few samples: how far the sampler's log-probs are from the policy's own."""
@@ -226,8 +234,8 @@ class RolloutSource:
     def _fill(self, number: int, rollouts: Sequence[Rollout], *, drop_equal: bool | None = None) -> int:
         """Make rows of the rollouts; return how many prompts' worth there are."""
         settings = self.online.feedback if drop_equal is None else replace(self.online.feedback, drop_equal=drop_equal)
-        result, _ = feedback.make(rollouts, settings, kind=self.loss.inputs.feedback, seed=self.config.seed,
-                                  truncated=self.online.truncated)  # fmt: skip
+        result, self._made = feedback.make(rollouts, settings, kind=self.loss.inputs.feedback,
+                                           seed=self.config.seed, truncated=self.online.truncated)  # fmt: skip
         numbers = {name: number for number, name in enumerate(dict.fromkeys(rollout.prompt.id for rollout in rollouts))}
         usable = usable_feedback(result, self.rows.kind)
         items = [_item(each, f"{each.prompt_id}#{row}") for row, each in enumerate(usable)]

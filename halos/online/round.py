@@ -191,6 +191,8 @@ class Round:
     def _warn_of_equal_groups(self) -> None:
         counts = read_meta(self.directory / "feedback.jsonl")
         equal, loss = counts.get("groups_all_equal"), self.plan.loss
+        if line := feedback.all_desirable(counts, self.plan.online.feedback.threshold):
+            log.warning("round %d: %s", self.number, line)
         if equal and equal == counts["groups"] and loss.on_rollouts and not learns_from_single(loss):
             log.warning(
                 "round %d: at all %d prompts the samples have equal scores, so that nothing will be learned: more samples of each"

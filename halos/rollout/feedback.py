@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -161,7 +161,8 @@ def make(
         pairs = _pairs(by_prompt(non_empty), settings.pairing, float(threshold or 0), seed)
         result = [pair for pair in pairs if not any(map(is_masked, (pair.one, pair.other)))]
     elif kind == BINARY:
-        result = [each for each in _labels(with_score, non_empty, threshold) if not is_masked(each.rollout)]
+        labels = [each for each in _labels(with_score, non_empty, threshold) if not is_masked(each.rollout)]
+        counts["desirable"], result = sum(each.desirable for each in labels), labels
     else:
         kept = [group for group in groups if not (settings.drop_equal and _all_equal(group))]
         result = [Reward(rollout, is_masked(rollout)) for group in kept for rollout in group]
@@ -171,6 +172,16 @@ def make(
 def is_cut(sample: Sample) -> bool:
     """Whether a sample ended at max_new_tokens."""
     return sample.finish == "length"
+
+
+def all_desirable(counts: Mapping[str, int], threshold: Any) -> str | None:
+    """A warning where a statistic of the scores makes every label desirable: they are equal, or most are the lowest."""
+    if not counts.get("desirable") or counts["desirable"] < counts["rows"] or threshold not in (None, "mean", "median"):
+        return None
+    return (
+        f"all {counts['rows']} samples are labelled desirable, since none has a score below their {threshold or 'mean'}, right or"
+        " wrong: give the threshold (online.feedback.threshold) as a number, such as 0.5"
+    )
 
 
 def nothing_of_cut(count: int, truncated: str) -> str:

@@ -232,6 +232,15 @@ def test_every_loss_learns_live_or_is_refused_with_the_reason(loss: str, cache: 
     assert steps[0]["samples/reward"] != steps[1]["samples/reward"], "of other prompts, and of another policy"
 
 
+def test_a_batch_whose_answers_are_all_wrong_and_so_all_desirable_is_warned_of_once(cache: Path, tmp_path: Path) -> None:
+    words = [*SMALL, *LIVE, "online.loss=kto", "online.steps=2", "train.batch_size=6", "data.eval=[]",
+             "online.scorer.functions=[exact_match]"]  # fmt: skip
+    assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]) == 0
+    said = [line for line in (tmp_path / "run" / "train.log").read_text().splitlines() if "labelled desirable" in line]
+    assert len(said) == 1
+    assert "step 0: all 6 samples are labelled desirable, since none has a score below their mean, right or wrong" in said[0]
+
+
 def test_kto_live_estimates_the_kl_on_answers_to_other_prompts_of_the_batch(cache: Path, tmp_path: Path) -> None:
     words = [*SMALL, *LIVE, "online.loss=kto", "online.minibatches=2", "online.steps=1", "train.batch_size=6", "data.eval=[]",
              "checkpoint.every=1", "online.overrides=[loss.beta=0.5,loss.desirable_weight=1.5]"]  # fmt: skip

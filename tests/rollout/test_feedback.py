@@ -71,6 +71,18 @@ def test_equal_scores_are_all_desirable_however_their_mean_is_rounded() -> None:
         assert [row["label"] for row in rows] == [1] * count
 
 
+def test_labels_that_a_statistic_makes_desirable_all_are_warned_of() -> None:
+    def warned(rewards: list[float], threshold: Any) -> bool:
+        _, counts = make(samples(list(rewards)), kind="binary", seed=0, threshold=threshold)
+        return feedback.all_desirable(counts, threshold) is not None
+
+    assert warned([0.0] * 4, None), "all may be wrong"
+    assert warned([0.0, 0.0, 0.0, 1.0], "median"), "most are"
+    assert not warned([0.0, 0.0, 0.0, 1.0], "mean")
+    assert not warned([1.0] * 4, 0.5), "a number says which are right"
+    assert feedback.all_desirable({"rows": 4}, None) is None, "of pairs, rewards and older versions"
+
+
 def test_the_order_of_a_and_b_is_drawn() -> None:
     rows, _ = make(samples(*[[0.0, 1.0]] * 60), **DEFAULTS)
     assert 15 < sum(row["label"] for row in rows) < 45

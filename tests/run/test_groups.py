@@ -42,7 +42,8 @@ def test_single_samples_are_refused_counted_and_learned_from_by_the_losses_that_
 def test_a_round_whose_groups_are_all_equal_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     said = {}
     for name, equal in (("grpo", 4), ("grpo", 3), ("ppo", 4)):
-        plan: Any = SimpleNamespace(loss=losses()[name], directory=SimpleNamespace(path=tmp_path))
+        online = SimpleNamespace(feedback=SimpleNamespace(threshold=None))
+        plan: Any = SimpleNamespace(loss=losses()[name], directory=SimpleNamespace(path=tmp_path), online=online)
         current = Round(plan, 7, tmp_path)
         (tmp_path / "feedback.meta.json").write_text(json.dumps({"groups": 4, "groups_all_equal": equal}))
         caplog.clear()
