@@ -19,7 +19,7 @@ from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Item
 from halos.hooks.base import Run
 from halos.online.live_rollouts import LiveRollouts
-from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows
+from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows, number_in
 from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
 from halos.rollout import evaluation, feedback, measure, rescore
@@ -127,12 +127,15 @@ class RolloutSource:
 
     def batch(self, number: int) -> np.ndarray:
         """The rows of step `number`, counted from 0: sampled at the first step that learns from them; between that and the last
-        loaded from the checkpoint that the run resumes from."""
+        loaded from the checkpoint that the run resumes from. That has others where a resume has changed the passes over a
+        batch: then it is sampled there."""
         batch, turn = divmod(number, self.rows.passes)
-        if self.rows.number != batch and turn:
-            self.rows.load(self.run.directory.checkpoints / select.name_of(number) / DIRECTORY)
-        elif self.rows.number != batch:
-            self._sample(batch)
+        if self.rows.number != batch:
+            saved = self.run.directory.checkpoints / select.name_of(number) / DIRECTORY
+            if turn and number_in(saved) == batch:
+                self.rows.load(saved)
+            else:
+                self._sample(batch)
         return self.rows.minibatch(turn)
 
     def _sample(self, number: int) -> None:

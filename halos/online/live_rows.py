@@ -115,6 +115,11 @@ class LiveRows:
             self.cache = rollout_cache.load(directory)
 
 
+def number_in(directory: Path) -> int | None:
+    """The number of the batch that `LiveRows.save` wrote there; None where there is none."""
+    return int(confined.load_object(directory / NAMES, within=directory)["number"]) if directory.is_dir() else None
+
+
 class LivePartners:
     """The partners in whatever batch is the current one."""
 

@@ -24,6 +24,7 @@ TEMPERATURES = (2.0, 0.7)
 WARNED, REFUSED = 0.05, 0.15
 CLEAR = 4.0  # times the rounding, by which a policy has moved for certain
 SMALLEST = 1e-5  # rounding of float32
+ENOUGH = 8  # tokens of a probe
 REMEDY = "--logprobs-mode processed_logprobs --generation-config vllm"
 
 
@@ -111,17 +112,33 @@ class ReloadProof:
         if self._first is None:
             self._first = probe
             return
-        now = at_temperatures(self._first.pairs, self._first.temperatures, rescore)
-        moved = mean_difference(np.concatenate(now), self._first.own)
-        if moved < CLEAR * max(self._first.difference, SMALLEST):
+        first, now = self._first, np.concatenate(at_temperatures(self._first.pairs, self._first.temperatures, rescore))
+        moved = mean_difference(now, first.own)
+        if moved < CLEAR * max(first.difference, SMALLEST):
             return
         self.is_complete = True
-        if probe.pairs == self._first.pairs and mean_difference(probe.given, self._first.given) < moved / 2:
+        # rounding alone may have a server sample another token, after which the two answers are no longer comparable
+        before, after = _shared(first.pairs, probe.pairs)
+        if len(before) < ENOUGH:
+            return
+        if mean_difference(probe.given[after], first.given[before]) < mean_difference(now[before], first.own[before]) / 2:
             raise UserError(
                 f"{where} takes new weights without an error and goes on to sample from earlier ones: the policy's log-probs"
                 f" moved by {moved:.2g} nats since it was given the first, and its own did not. A live loop needs a vLLM whose"
                 " reload_weights reads the directory that it is given (weights_path)"
             )
+
+
+def _shared(one: Sequence[Pair], other: Sequence[Pair]) -> tuple[np.ndarray, np.ndarray]:
+    """The positions, among all tokens of each, of those that both have after the same tokens."""
+    positions, starts = list[tuple[int, int]](), (0, 0)
+    for (_, ids), (_, others) in zip(one, other, strict=True):
+        differing = (n for n, (a, b) in enumerate(zip(ids, others, strict=False)) if a != b)
+        count = next(differing, min(len(ids), len(others)))
+        positions += [(starts[0] + n, starts[1] + n) for n in range(count)]
+        starts = starts[0] + len(ids), starts[1] + len(others)
+    both = np.array(positions, np.int64).reshape(-1, 2)
+    return both[:, 0], both[:, 1]
 
 
 def mean_difference(one: np.ndarray, other: np.ndarray) -> float:

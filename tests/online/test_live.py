@@ -190,6 +190,21 @@ def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_o
         assert same[0] == same[1]
 
 
+@pytest.mark.parametrize(
+    ("step", "changed", "sampled"),
+    [(4, ["online.epochs=3", "online.minibatches=1"], [1, 5, 7, 10]), (5, ["online.epochs=1"], [1, 5, 6, 7])],
+)
+def test_other_passes_that_a_resume_allows_go_on_with_a_batch_of_their_own(
+    step: int, changed: list[str], sampled: list[int], cache: Path, tmp_path: Path
+) -> None:
+    """The checkpoint of step 4 has no batch, and that of step 5 has the second, where 5 is within the third of 2 passes."""
+    words = [*SMALL, *LIVE, *PASSES, "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
+    assert train.start([*words, "online.steps=2"]) == 0
+    saved = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+    assert train.start([f"resume={saved}", *changed, "online.steps=4", "resume_changes=allow"]) == 0
+    assert [row["step"] for row in rows(tmp_path / "run", "train") if "samples/reward" in row] == sampled
+
+
 def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache: Path, tmp_path: Path) -> None:
     words = [*SMALL, *LIVE, *PASSES, *OF_PASSES["ppo"], "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}"]
     assert train.start([*words, "exp_name=run", "online.steps=2"]) == 0

@@ -138,6 +138,29 @@ def test_a_server_that_keeps_earlier_weights_is_refused_once_the_policy_has_move
         policy[0].load_state_dict(before)
 
 
+@pytest.mark.parametrize(("given", "is_stale"), [(0.0, True), (0.2, False)])
+def test_earlier_weights_are_seen_though_rounding_has_changed_a_token(given: float, is_stale: bool) -> None:
+    """Servers that compute in bfloat16 sample other tokens for the same request now and then."""
+    prompt, tokens = (1, 2), tuple(range(10, 34))
+    moves = {False: 0.0, True: 0.2}
+
+    def rescored(pairs: Any, temperature: float, *, later: bool = True) -> list[np.ndarray]:
+        return [np.full(len(ids), -1.0 + moves[later]) for _, ids in pairs]
+
+    rounding = np.where(np.arange(24) % 2, 0.02, -0.02)
+    first = rescore.Probe([(prompt, tokens)], [1.0], -1.0 + rounding, np.full(24, -1.0))
+    changed = (*tokens[:20], 77, 78)  # and it ended earlier
+    later = rescore.Probe([(prompt, changed)], [1.0], -1.0 + given - rounding[:22], np.full(22, -0.8))
+    proof = rescore.ReloadProof()
+    proof.add(first, rescored, where="it")
+    if is_stale:
+        with pytest.raises(UserError, match="goes on to sample from earlier ones"):
+            proof.add(later, rescored, where="it")
+    else:
+        proof.add(later, rescored, where="it")
+    assert proof.is_complete
+
+
 def test_differences_are_compared_at_each_samples_own_temperature(policy: tuple[PreTrainedModel, Any]) -> None:
     (pair,) = [((20, 21), (22, 30))]
     samples = []
