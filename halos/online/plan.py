@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from halos.checkpoint.select import checkpoints
+from halos.checkpoint.select import checkpoints, step_of
 from halos.config import run_config
 from halos.config.bind import LossSpec, refuse_single_samples
 from halos.config.resume_policy import value_at
@@ -264,11 +264,13 @@ class OnlinePlan:
 
 
 def _last_checkpoint(run: Path) -> Path:
-    """The last checkpoint of a round's training, from which the next one takes the optimizer state. Raises UserError."""
-    saved = checkpoints(run / "checkpoints")
-    if not saved:
-        raise UserError(
-            f"online.carry_optimizer: {run / 'checkpoints'} holds no checkpoint with an optimizer state to carry over. Bring"
-            " it back, or continue without: online.carry_optimizer=false resume_changes=allow"
-        )
-    return saved[-1]
+    """The checkpoint at the end of a round's training, from which the next one takes the optimizer state. Raises UserError where
+    there is none: a round that was trained without online.carry_optimizer saves no such."""
+    saved, ended = checkpoints(run / "checkpoints"), (RunDir(run).read_result() or {}).get("step")
+    if saved and ended in (None, step_of(saved[-1])):
+        return saved[-1]
+    held = f"none of its end (step {ended}), but one of step {step_of(saved[-1])}" if saved else "no checkpoint"
+    raise UserError(
+        f"online.carry_optimizer: {run / 'checkpoints'} holds {held} with an optimizer state to carry over. Bring it back, or"
+        " continue without: online.carry_optimizer=false resume_changes=allow"
+    )

@@ -707,3 +707,10 @@ def test_every_second_of_a_round_is_of_sampling_scoring_training_or_of_starting_
 def test_a_missing_optimizer_state_is_one_message(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"online.carry_optimizer: .*checkpoints holds no checkpoint"):
         _last_checkpoint(tmp_path)
+    for step in (4, 8):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    RunDir(tmp_path).result.write("finished", 8, {})
+    assert _last_checkpoint(tmp_path).name == "step-00000008"
+    RunDir(tmp_path).result.write("finished", 10, {})
+    with pytest.raises(UserError, match=r"checkpoints holds none of its end \(step 10\), but one of step 8 with an optimizer"):
+        _last_checkpoint(tmp_path)
