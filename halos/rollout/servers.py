@@ -24,6 +24,7 @@ CONNECT_TIMEOUT = 10.0  # seconds in which a running server responds
 RETRIES = 6  # by OpenAI's client, with exponential backoff: 429, 5xx, lost connections
 DELAYS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0)  # seconds, before each further request to a server of the user's own
 BUSY = (408, 425, 429)  # statuses after which the same request may succeed, besides 5xx
+GATEWAY = (502, 503, 504)  # what a proxy answers while the server behind it starts again
 
 
 class OverBudgetError(Exception):
@@ -159,7 +160,7 @@ async def post(
     ready: Callable[[], Awaitable[None]] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The JSON that a server of the user's own answers. Asks again where it does not answer or is overloaded, for about two
-    minutes, in which a server that is restarted loads its model. `lost` is called where the connection breaks, and `ready` is
+    minutes, in which a server that is restarted loads its model. `lost` is called where the server may have been, and `ready` is
     awaited before it is asked. Raises UserError, at once for a status in `remedies`, which then says what to do."""
     for delay in (*DELAYS, None):
         if ready is not None:
@@ -171,6 +172,8 @@ async def post(
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
             problem = f"answers {status}: {redact(error.response.text)[:300]}"
+            if status in GATEWAY:
+                lost()
             if delay is None or status in remedies or (status < 500 and status not in BUSY):
                 raise UserError("; ".join([f"{url} {problem}", *filter(None, [remedies.get(status)])])) from error
         except httpx.TransportError as error:

@@ -253,13 +253,13 @@ def test_a_server_that_forgot_its_weights_gets_them_again(
     save_file({name: value * 1.3 for name, value in policy[0].state_dict().items() if name != "lm_head.weight"},
               tmp_path / "model.safetensors")  # fmt: skip
     found = []
-    for behaviour in ({}, {"drops": 3, "forgets": True}):
+    for behaviour in ({}, {"drops": 3, "forgets": True}, {"busy": 3, "forgets": True}):  # itself, or behind a proxy
         server = serve(**behaviour)
         pushed = engine(policy, server, concurrency=3)  # as many as break
         pushed.load(tmp_path)
         pushed.weights = tmp_path
         found.append(sampled(pushed, requests(8)))
-    assert found[0] == found[1] != sampled(engine(policy, serve()), requests(8))
+    assert found[0] == found[1] == found[2] != sampled(engine(policy, serve()), requests(8))
     assert len(server.loaded) > 1
 
 

@@ -40,7 +40,7 @@ class Behaviour:
     dev_mode: bool = True
     reloads: bool = True
     drops: int = 0  # of the first completions the connection breaks
-    forgets: bool = False  # with the first that breaks, its weights are those that it was started with
+    forgets: bool = False  # with the first that fails, its weights are those that it was started with
     busy: int = 0  # of the first completions are turned away
     first_waits_for: int = 0  # completions after which the first is answered
     held_until: int = 0  # no completion is answered before so many were in flight
@@ -111,9 +111,9 @@ class VLLMServer:
             self._enough.notify_all()
             self._enough.wait_for(lambda: self.most >= how.held_until, timeout=20)
         try:
+            if how.forgets and number < max(how.drops, how.busy):
+                self._set(self.base)
             if number < how.drops:
-                if how.forgets:
-                    self._set(self.base)
                 return None
             if number < how.busy:
                 return BROKEN, {"error": {"message": "the engine is busy"}}
