@@ -213,7 +213,7 @@ class Round:
             return str(lack(scores))
         more = feedback.nothing_of_cut(cut := counts.get("cut", 0), truncated)
         if cut and (counts.get("rows") or cut == len(scores)):
-            return f"no sample is left of which anything would be ({len(scores)} samples{more})"
+            return f"no sample is left ({len(scores)} samples{more})"
         return f"the scores of all samples of a prompt are equal, for every prompt ({len(scores)} samples{more})"
 
     def _result(self) -> RoundResult:

@@ -461,9 +461,7 @@ def test_a_round_with_nothing_to_learn_from_is_refused_with_the_reason(tmp_path:
         return str(refused.value).partition("from: ")[2].partition(". Its files")[0]
 
     masked, scored = {"reward": 1.0, "masked": True}, [{"reward": 1.0}, {"reward": 0.0}]
-    none_left = (
-        "no sample is left of which anything would be (2 samples; 2 were cut, of which online.truncated={} lets nothing be"
-    )
+    none_left = "no sample is left (2 samples; 2 were cut, of which online.truncated={} lets nothing be"
     assert why([masked] * 2, scored, {"cut": 2, "rows": 2}, "mask") == f"{none_left} learned)".format("mask")
     assert why([], scored, {"cut": 2, "rows": 0}, "drop") == f"{none_left} learned)".format("drop")
     assert why([], scored, {"rows": 0}) == "the scores of all samples of a prompt are equal, for every prompt (2 samples)"
