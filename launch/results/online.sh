@@ -3,7 +3,7 @@
 # arithmetic with a reward computed from the answer: does the accuracy on evaluation problems rise, and how far are the sampler's
 # log-probs from the trainer's? It starts from a policy that SFT has trained partially.
 #   bash launch/results/online.sh
-# About four minutes per run on one core; writes runs/results/online and prints a table.
+# About four minutes per run on one core; writes runs/results/online and prints one table for the rounds and one for the live loops.
 set -eu
 cd "$(dirname "$0")/../.."
 . launch/python.sh
@@ -27,4 +27,5 @@ online() { # $1: the loss, then its own settings
 online dpo online.rounds=4 online.prompts_per_round=768 online.feedback.pairing=random 'online.overrides=[loss.beta=1]' optim.lr=2e-4 train.batch_size=128
 online grpo online.rounds=4 online.prompts_per_round=512 'online.overrides=[loss.advantage_scale=none]' optim.lr=2e-4 train.batch_size=256
 online ppo online.steps=16 online.minibatches=4 online.epochs=2 optim.lr=1e-4 train.batch_size=256 train.eval_every=32
-python -m halos.report "$root"/dpo/seed-* "$root"/grpo/seed-* "$root"/ppo/seed-* --output "$root/report" --markdown "$root/report/table.md"
+python -m halos.report "$root"/dpo/seed-* "$root"/grpo/seed-* --output "$root/rounds" --markdown "$root/rounds/table.md"
+python -m halos.report "$root"/ppo/seed-* --output "$root/live" --markdown "$root/live/table.md"
