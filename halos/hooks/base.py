@@ -82,7 +82,7 @@ class Run:
     last_eval: dict[str, Any] = field(default_factory=dict)  # the latest evaluation's line of metrics.jsonl, step included
     last_train: dict[str, Any] = field(default_factory=dict)
     window: Window = field(default_factory=Window)  # metrics since the last logged step
-    elsewhere: dict[str, float] = field(default_factory=dict)  # seconds since then that were no training, by name
+    seconds_outside_training: dict[str, float] = field(default_factory=dict)  # since then, by name
     stop_requested: str | None = None  # the signal that this rank received; the ranks agree on `stop` once a step
     bad_steps: int = 0  # consecutive steps until now that were skipped, since loss or gradient were not finite
     skipped_steps: int = 0  # in total

@@ -120,7 +120,7 @@ class RolloutSource:
                              epochs=self.online.epochs, seed=run.config.seed)  # fmt: skip
         self.files = LiveRollouts(keep=self.online.keep_rollouts, passes=self.rows.passes, scorer=scorer)
         run.hooks |= {"live_batch": LiveBatch(self.rows), "live_rollouts": self.files}
-        run.elsewhere = {"sample": 0.0, "score": 0.0}
+        run.seconds_outside_training = {"sample": 0.0, "score": 0.0}
         self._made: dict[str, int] = {}  # counts of the batch's feedback
         self._warned = False  # of samples without a score
         self._mismatched = self._all_desirable = False  # a warning said so
@@ -145,7 +145,7 @@ class RolloutSource:
             chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=full - have,
                                samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
             seed = (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt
-            rollouts += self._collect(chosen, seed, self.run.elsewhere)
+            rollouts += self._collect(chosen, seed, self.run.seconds_outside_training)
             have = self._fill(number, rollouts)
             if have >= full:
                 break

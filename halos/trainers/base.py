@@ -193,11 +193,11 @@ class Trainer(Objective):
     def _start_window(self) -> None:
         """Start counting time and tokens for the next logged line; time in saves and evaluations is not counted."""
         self._logged_at, self._logged_tokens, self._idle = time.perf_counter(), self.run.tokens, self.checkpointer.seconds
-        self.run.elsewhere = dict.fromkeys(self.run.elsewhere, 0.0)
+        self.run.seconds_outside_training = dict.fromkeys(self.run.seconds_outside_training, 0.0)
 
     def _seconds_by_name(self, seconds: float) -> dict[str, float]:
         """The seconds of a logged line by what they were spent on, which `train` completes; empty where that is all."""
-        spent = self.run.elsewhere
+        spent = self.run.seconds_outside_training
         parts = {**spent, "train": seconds - sum(spent.values())} if spent else {}
         return {f"seconds/{name}": round(part, 4) for name, part in parts.items()}
 

@@ -33,7 +33,7 @@ from halos.rollout.prompts import digest
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.run import batch_source
 from halos.types import Demonstration, Judgement, Scored
-from tests.rollout.vllm_server import Behaviour, VLLMServer
+from tests.rollout.vllm_server import VLLMServer, servers_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 LIVE = [
@@ -306,15 +306,8 @@ def serve(cache: Path) -> Iterator[Callable[..., VLLMServer]]:
     place = locate("tiny", None, cache)
     tokenizer, _ = load_tokenizer(place, add_tokens=[])
     model = load_model(place, tokenizer, reward=False, dtype=torch.float32, attention="eager")
-    running: list[VLLMServer] = []
-
-    def start(**behaviour: Any) -> VLLMServer:
-        running.append(VLLMServer(model, Behaviour(**behaviour)))
-        return running[-1]
-
-    yield start
-    for each in running:
-        each.close()
+    with servers_of(model) as start:
+        yield start
 
 
 def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(

@@ -22,7 +22,7 @@ from halos.rollout.engines._vllm_server import ServerEngine
 from halos.rollout.kl import rescore_with
 from halos.rollout.types import Origin, Prompt, Request, Sample
 
-from .vllm_server import Behaviour, VLLMServer
+from .vllm_server import VLLMServer, servers_of
 
 REQUESTS = [Request(Prompt(f"p{n}", ()), 0, (20, 21, 22 + n, *range(100, 260)), n, 1.0, 24) for n in range(2)]
 
@@ -36,15 +36,8 @@ def policy(cache: Path) -> tuple[PreTrainedModel, Any]:
 
 @pytest.fixture
 def serve(policy: tuple[PreTrainedModel, Any]) -> Iterator[Callable[..., VLLMServer]]:
-    running: list[VLLMServer] = []
-
-    def start(**behaviour: Any) -> VLLMServer:
-        running.append(VLLMServer(policy[0], Behaviour(**behaviour)))
-        return running[-1]
-
-    yield start
-    for each in running:
-        each.close()
+    with servers_of(policy[0]) as start:
+        yield start
 
 
 def engine(policy: tuple[PreTrainedModel, Any], server: VLLMServer, **changed: Any) -> ServerEngine:

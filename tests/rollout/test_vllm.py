@@ -24,7 +24,7 @@ from halos.rollout.engines.vllm import VLLM
 from halos.rollout.types import Origin, Prompt, Request, Sample
 
 from .stub import Stub
-from .vllm_server import Behaviour, VLLMServer
+from .vllm_server import VLLMServer, servers_of
 
 ORIGIN = Origin("model", "v")
 VLLM_MODULE = """
@@ -78,15 +78,8 @@ def policy(cache: Path) -> tuple[PreTrainedModel, Any]:
 def serve(policy: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLLMServer]]:
     """`serve(processed=False, ...)`: a server of that behaviour, which runs until the test ends. Nobody waits for it long."""
     monkeypatch.setattr(servers, "DELAYS", (0.01, 0.02))
-    running: list[VLLMServer] = []
-
-    def start(**behaviour: Any) -> VLLMServer:
-        running.append(VLLMServer(policy[0], Behaviour(**behaviour)))
-        return running[-1]
-
-    yield start
-    for each in running:
-        each.close()
+    with servers_of(policy[0]) as start:
+        yield start
 
 
 def requests(count: int, *, tokens: int = 6, temperature: float = 1.0) -> list[Request]:

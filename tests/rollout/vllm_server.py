@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import threading
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -152,6 +154,22 @@ class VLLMServer:
                 break
         choice = {"index": 0, "text": "", "finish_reason": finish, "stop_reason": None, "logprobs": {"token_logprobs": logps}}
         return {**choice, "token_ids": ids} if how.returns_ids and body.get("return_token_ids") else choice
+
+
+@contextmanager
+def servers_of(model: PreTrainedModel) -> Iterator[Callable[..., VLLMServer]]:
+    """Yield `start(processed=False, ...)`: a server of that behaviour over a model, which runs until the context ends."""
+    running: list[VLLMServer] = []
+
+    def start(**behaviour: Any) -> VLLMServer:
+        running.append(VLLMServer(model, Behaviour(**behaviour)))
+        return running[-1]
+
+    try:
+        yield start
+    finally:
+        for each in running:
+            each.close()
 
 
 def process(
