@@ -13,34 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Turns  # noqa: F401
 from halos.ranges import Range as Range  # re-exported, as examples are: a user's own loss imports all it needs from here
-
-# --- model inputs: sequences packed end to end, without padding --------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """Sequences packed end to end. Scored tokens: those whose log-prob the loss reads. The LM head gets their `sources` alone."""
-
-    ids: Tensor  # (tokens,) int64
-    positions: Tensor  # (tokens,) int64, restarting at 0 in each sequence
-    lengths: tuple[int, ...]  # one per sequence; on the host, so that no kernel waits for it
-    targets: Tensor  # (scored,) int64: the ids of the scored tokens
-    sources: Tensor  # (scored,) int64: index into `ids` of the hidden state that predicts each target
-    rows: Tensor  # (scored,) int64: which sequence each target belongs to
-    columns: Tensor  # (scored,) int64: index of each target among the scored tokens of its sequence
-    widest: int  # largest number of scored tokens of any sequence
-
-    def to(self, device: torch.device) -> Sequences:
-        names = ("ids", "positions", "targets", "sources", "rows", "columns")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
-
-
-@dataclass(frozen=True, slots=True)
-class WholeModelInput:
-    """One sequence for the unmodified transformers forward: passed in the place of `Sequences` through DDP, FSDP and the like."""
-
-    ids: Tensor  # (tokens,) int64
-
+from halos.sequences import Sequences, Tree, WholeModelInput  # noqa: F401
 
 # --- inputs of a loss --------------------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"redaction"},
-    {"errors", "examples", "intervals", "ranges", "repository"},
+    {"errors", "examples", "intervals", "ranges", "repository", "sequences"},
     {"types"},
     {"confined"},
     {"hashes"},

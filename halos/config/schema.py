@@ -106,6 +106,7 @@ class Train:
     epochs: float | None = key(above=0, on_resume=STEPS)
     batch_size: int = key(least=1)
     microbatch_size: int = key(least=1, on_resume=MICROBATCH)
+    share_prompts: bool = key(on_resume=MICROBATCH)
     max_length: int = key(least=2)
     truncation: str = key(one_of=("drop", "truncate", "error"))
     eval_every: int | None = key(least=1, on_resume=SAFE)

@@ -1,37 +1,86 @@
-"""Pack sequences of token ids end to end into a model input."""
+"""Pack sequences of token ids end to end into a model input; prompts that sequences share are stored once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from halos.examples import Completion, Item, PackRow
-from halos.types import Sequences
+from halos.types import Sequences, Tree
 
 
-def pack(rows: Sequence[PackRow]) -> Sequences:
-    """Pack one sequence per row, in order. A scored first token has no context to be predicted from, and is left out."""
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """Consecutive tokens of one sequence, or of a trunk."""
+
+    row: int  # the sequence; of a trunk any of its sequences
+    ids: np.ndarray
+    scored: np.ndarray
+    position: int  # of its first token in the sequence
+    before: int  # where in the packed tokens the token before its first one is
+
+
+def pack(rows: Sequence[PackRow], *, share: bool = False) -> Sequences:
+    """Pack sequences; with `share` those that have a prompt in common form a tree, in the order of their first rows.
+
+    A scored first token has no context to be predicted from, and is left out.
+    """
     assert rows
-    lengths = np.array([len(prompt) + len(completion.ids) for prompt, completion in rows], np.int64)
-    starts = np.cumsum(lengths) - lengths
-    ids = np.concatenate([part for prompt, completion in rows for part in (prompt, completion.ids)]).astype(np.int64)
-    masks = [part for prompt, completion in rows for part in (np.zeros(len(prompt), bool), completion.scored)]
-    positions = np.arange(len(ids)) - np.repeat(starts, lengths)
-    targets = np.flatnonzero(np.concatenate(masks) & (positions > 0))
-    row_of = np.repeat(np.arange(len(rows)), lengths)[targets]
+    groups = _by_prompt(rows) if share else [[number] for number in range(len(rows))]
+    trees, leaves = tuple(_tree(rows, group) for group in groups), [number for group in groups for number in group]
+    pieces = list(_pieces(rows, groups))
+    sizes = np.array([len(piece.ids) for piece in pieces], np.int64)
+    starts = np.cumsum(sizes) - sizes
+    ids = np.concatenate([piece.ids for piece in pieces]).astype(np.int64)
+    positions = np.arange(len(ids)) + np.repeat([piece.position for piece in pieces] - starts, sizes)
+    targets = np.flatnonzero(np.concatenate([piece.scored for piece in pieces]) & (positions > 0))
+    piece_of = np.repeat(np.arange(len(pieces)), sizes)[targets]
+    is_first = targets == starts[piece_of]
+    sources = np.where(is_first, np.array([piece.before for piece in pieces])[piece_of], targets - 1)
+    row_of = np.array([piece.row for piece in pieces])[piece_of]
     counts = np.bincount(row_of, minlength=len(rows))
-    columns = np.arange(len(targets)) - np.repeat(np.cumsum(counts) - counts, counts)
+    in_order = counts[leaves]  # targets follow the order of the leaves
+    columns = np.arange(len(targets)) - np.repeat(np.cumsum(in_order) - in_order, in_order)
     return Sequences(
         ids=_tensor(ids),
         positions=_tensor(positions),
-        lengths=tuple(lengths.tolist()),
+        trees=trees,
+        leaves=tuple(leaves),
         targets=_tensor(ids[targets]),
-        sources=_tensor(targets - 1),
+        sources=_tensor(sources),
         rows=_tensor(row_of),
         columns=_tensor(columns),
         widest=max(1, int(counts.max())),  # rows of which nothing is learned may be alone
     )
+
+
+def _by_prompt(rows: Sequence[PackRow]) -> list[list[int]]:
+    """The numbers of the rows that have a prompt in common; a row without a prompt is alone."""
+    groups = dict[bytes | int, list[int]]()
+    for number, (prompt, _) in enumerate(rows):
+        groups.setdefault(np.asarray(prompt, np.int64).tobytes() if len(prompt) else number, []).append(number)
+    return list(groups.values())
+
+
+def _tree(rows: Sequence[PackRow], group: Sequence[int]) -> Tree:
+    trunk, branches = len(rows[group[0]][0]), [len(rows[number][1].ids) for number in group]
+    return (trunk, *branches) if len(group) > 1 else (trunk + branches[0],)
+
+
+def _pieces(rows: Sequence[PackRow], groups: Sequence[Sequence[int]]) -> Iterator[_Piece]:
+    """Every group's prompt, then the completions of its rows."""
+    end = 0
+    for group in groups:
+        prompt = rows[group[0]][0]
+        yield _Piece(group[0], prompt, np.zeros(len(prompt), bool), position=0, before=-1)
+        end += len(prompt)
+        trunk = end
+        for number in group:
+            completion = rows[number][1]
+            yield _Piece(number, completion.ids, completion.scored, position=len(prompt), before=trunk - 1)
+            end += len(completion.ids)
 
 
 def _tensor(values: np.ndarray) -> Tensor:

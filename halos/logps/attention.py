@@ -1,9 +1,10 @@
-"""Attention over packed sequences, one segment at a time: nothing attends across sequences and no mask is built.
+"""Attention over packed sequences, one at a time: nothing attends across sequences, and a shared prompt is computed once.
 
 Registered with transformers under `SEGMENTS`, so no model's code is changed. On a CPU it is several times faster than one
 dense block-diagonal mask; on a GPU flash_attention_2 is used instead where it is installed.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from halos.errors import UserError
+from halos.types import Tree
 
 SEGMENTS = "halos_segments"
 
@@ -39,13 +41,39 @@ def _eager(
     return drop(weights, dropout) @ value
 
 
-def _band(length: int, window: int | None, device: torch.device) -> Tensor:
-    """Causal mask, limited to the last `window` keys where there is a window: (length, length) bool."""
-    causal = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return causal if window is None else causal.triu(1 - window)
+def _causal(queries: int, keys: int, window: int | None, *, device: torch.device) -> Tensor:
+    """Causal mask of the last `queries` of `keys` tokens, each limited to the last `window` keys where there is a window:
+    (queries, keys) bool."""
+    earlier = keys - queries
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(earlier)
+    return causal if window is None else causal.triu(earlier + 1 - window)
 
 
-def attend_by_segment(
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """What attention is besides queries, keys and values."""
+
+    scale: float
+    window: int | None
+    softcap: float | None
+    sinks: Tensor | None
+    dropout: float
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Attention of the last tokens of a sequence to all of it: query (1, heads, queries, head_dim), key and value
+        (1, heads, keys, head_dim)."""
+        queries, keys = query.shape[2], key.shape[2]
+        window = self.window if self.window is not None and self.window < keys else None
+        if self.softcap is not None or self.sinks is not None:
+            mask = _causal(queries, keys, window, device=query.device)
+            return _eager(query, key, value, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks, dropout=self.dropout)
+        if window is None and queries == keys:
+            return scaled_dot_product_attention(query, key, value, None, self.dropout, is_causal=True, scale=self.scale)
+        mask = _causal(queries, keys, window, device=query.device)
+        return scaled_dot_product_attention(query, key, value, mask, self.dropout, scale=self.scale)
+
+
+def attend_by_tree(
     module: nn.Module,
     query: Tensor,  # (1, heads, tokens, head_dim)
     key: Tensor,  # (1, kv_heads, tokens, head_dim)
@@ -55,15 +83,17 @@ def attend_by_segment(
     scaling: float | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    segments: tuple[int, ...] | None = None,
+    trees: tuple[Tree, ...] | None = None,
     s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each of `segments` (lengths that add up to tokens): (1, tokens, heads, head_dim).
+    """Causal attention within each sequence of `trees`, whose tokens add up to all: (1, tokens, heads, head_dim).
+
+    A branch attends to its trunk and to itself.
 
     Raises UserError without them: a hook has called the model directly, or its architecture does not pass the argument on.
     """
-    if segments is None:
+    if trees is None:
         raise UserError(
             f"{type(module).__name__} was called without the lengths of packed sequences: call generate and model(...) of a model"
             " in training inside `with halos.logps.model.plainly(model):`"
@@ -72,25 +102,24 @@ def attend_by_segment(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    outputs = []
-    for q, k, v in zip(query.split(segments, 2), key.split(segments, 2), value.split(segments, 2), strict=True):
-        length = q.shape[2]
-        window = sliding_window if sliding_window is not None and sliding_window < length else None
-        if softcap is not None or s_aux is not None:
-            output = _eager(q, k, v, _band(length, window, q.device), scale=scale, softcap=softcap, sinks=s_aux, dropout=dropout)
-        elif window is not None:
-            output = scaled_dot_product_attention(q, k, v, _band(length, window, q.device), dropout, scale=scale)
-        else:
-            output = scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale)
-        outputs.append(output)
+    settings, outputs = _Settings(scale, sliding_window, softcap, s_aux, dropout), []
+    sizes = [sum(tree) for tree in trees]
+    for tree, q, k, v in zip(trees, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
+        trunk, end = tree[0], sum(tree[:2])  # which the first branch follows, so that both are one sequence
+        outputs.append(settings.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end]))
+        for branch in filter(None, tree[2:]):
+            own = slice(end, end + branch)
+            both = [torch.cat([each[:, :, :trunk], each[:, :, own]], 2) for each in (k, v)]
+            outputs.append(settings.attend(q[:, :, own], *both))
+            end += branch
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # contiguous: some models call view on it
 
 
 def _no_mask(*_: Any, **__: Any) -> None:
-    """No mask: each segment is causal by itself."""
+    """No mask: each sequence is causal by itself."""
 
 
 def register() -> None:
     """Register `attn_implementation=SEGMENTS` with transformers."""
-    AttentionInterface.register(SEGMENTS, attend_by_segment)
+    AttentionInterface.register(SEGMENTS, attend_by_tree)
     AttentionMaskInterface.register(SEGMENTS, _no_mask)

@@ -81,7 +81,7 @@ def max_rows_over_ranks(batch: Sequences) -> int:
 
 def _packed(backbone: nn.Module, attention: str, batch: Sequences) -> Tensor:
     if attention == SEGMENTS:
-        extra: dict[str, object] = {"segments": batch.lengths}
+        extra: dict[str, object] = {"trees": batch.trees}
     else:
         ends = torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32, device=batch.ids.device)
         longest = max(batch.lengths)

@@ -67,12 +67,12 @@ def bare(model: nn.Module) -> PreTrainedModel:
 
 def in_rows(flat: Tensor, batch: Sequences) -> Tensor:
     """Values of the scored tokens, (scored,), as a padded (rows, time); 0 beyond the end of a row."""
-    return flat.new_zeros(len(batch.lengths), batch.widest).index_put((batch.rows, batch.columns), flat)
+    return flat.new_zeros(len(batch.leaves), batch.widest).index_put((batch.rows, batch.columns), flat)
 
 
 def mask_of(batch: Sequences) -> Tensor:
     """True where (rows, time) holds a scored token."""
-    mask = torch.zeros(len(batch.lengths), batch.widest, dtype=torch.bool, device=batch.ids.device)
+    mask = torch.zeros(len(batch.leaves), batch.widest, dtype=torch.bool, device=batch.ids.device)
     true = torch.ones((), dtype=torch.bool, device=mask.device)  # made on the device: copying one from the host would synchronise
     return mask.index_put_((batch.rows, batch.columns), true)
 
@@ -216,8 +216,21 @@ def last_tokens(batch: Sequences, padding: int | None) -> Tensor:
 
     Where pad == eos, transformers takes the end token for padding and reads the token before it; so does this.
     """
-    ends = torch.tensor(list(accumulate(batch.lengths)), device=batch.ids.device)
-    index = torch.arange(len(batch.ids), device=batch.ids.device)
-    index = torch.where(batch.ids == padding, -1, index) if padding is not None else index
-    latest = index.cummax(0).values[ends - 1]
-    return torch.maximum(latest, ends - torch.tensor(batch.lengths, device=batch.ids.device))
+    device, index = batch.ids.device, torch.arange(len(batch.ids), device=batch.ids.device)
+    first, trunk, own, end = torch.tensor(_bounds(batch), device=device).T
+    latest = (torch.where(batch.ids == padding, -1, index) if padding is not None else index).cummax(0).values
+    of_own, of_trunk = latest[end - 1], torch.maximum(latest[trunk - 1], first)
+    return torch.where(of_own >= own, of_own, of_trunk)
+
+
+def _bounds(batch: Sequences) -> list[tuple[int, int, int, int]]:
+    """For each row where its tree begins, where the trunk ends, and where the row's own tokens begin and end."""
+    bounds, first = list[tuple[int, int, int, int]](), 0
+    for trunk, *branches in batch.trees:
+        own = first + trunk
+        bounds += [] if branches else [(first, own, first, own)]
+        for branch in branches:
+            bounds.append((first, first + trunk, own, own + branch))
+            own += branch
+        first = own
+    return [each for _, each in sorted(zip(batch.leaves, bounds, strict=True))]

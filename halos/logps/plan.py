@@ -6,7 +6,7 @@ and the logits, but two tests: one sequence must not influence another, and the 
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from typing import Any, Literal
@@ -19,13 +19,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from halos.errors import UserError
 from halos.logps import miniature
-from halos.logps.attention import register
+from halos.logps.attention import SEGMENTS, register
 from halos.logps.head import Head
 from halos.logps.hidden import PACKS, accepted, hidden_states
 from halos.types import Sequences
 
 LENGTHS = (9, 24, 14)  # of the trial's sequences, each of which has a neighbour
 LONG = 1  # index of the sequence that exceeds the windows, between two others
+TRUNK = 11  # of its tokens, when the trial shares them
 MARGIN = 16.0  # times the rounding error of the model's own forward: other kernels round differently
 FLOOR = 1e-5  # of the largest logit: float32
 
@@ -39,6 +40,7 @@ class ForwardPlan:
     attention: str | None  # attn_implementation of the model; None: transformers' default, one sequence at a time
     head: Way  # layer: the output layer alone; own: the model's own code above its backbone; whole: the model as a whole
     why: str | None = None  # sequences are not packed
+    shares: bool = False  # sequences that have a prompt in common are packed as a tree, which holds it once
 
     @property
     def is_packed(self) -> bool:
@@ -112,7 +114,9 @@ def _choose(kind: type["_LanguageTrial"], config: PretrainedConfig, attention: s
     why = trial.why_not_packed(attention, head)
     if why == trial.other_numbers:  # once more: rounding may have changed which experts a router chose
         why = kind(config, seed=1).why_not_packed(attention, head)
-    return ForwardPlan(attention, head) if why is None else ForwardPlan(None, head, why)
+    if why is not None:
+        return ForwardPlan(None, head, why)
+    return ForwardPlan(attention, head, shares=attention == SEGMENTS and trial.is_tree_right(attention, head))
 
 
 def sequences(rows: Sequence[Tensor]) -> Sequences:
@@ -124,7 +128,17 @@ def sequences(rows: Sequence[Tensor]) -> Sequences:
     columns = torch.cat([torch.arange(length - 1) for length in lengths])
     number = torch.cat([torch.full((length - 1,), n) for n, length in enumerate(lengths)])
     ids = torch.cat(list(rows))
-    return Sequences(ids, positions, lengths, ids[sources + 1], sources, number, columns, max(lengths) - 1)
+    trees, leaves = tuple((length,) for length in lengths), tuple(range(len(rows)))
+    return Sequences(ids, positions, trees, leaves, ids[sources + 1], sources, number, columns, max(lengths) - 1)
+
+
+def tree(trunk: Tensor, branches: Sequence[Tensor]) -> Sequences:
+    """Sequences that share a trunk, as `hidden_states` reads them."""
+    positions = [torch.arange(len(trunk)), *(len(trunk) + torch.arange(len(each)) for each in branches)]
+    return replace(
+        sequences([torch.cat([trunk, *branches])]), positions=torch.cat(positions), leaves=tuple(range(len(branches))),
+        trees=((len(trunk), *map(len, branches)),),
+    )  # fmt: skip
 
 
 class _LanguageTrial:
@@ -208,6 +222,23 @@ class _LanguageTrial:
             return None if self._is_near(output, truth) else self.other_numbers
         except Exception as error:  # whatever an architecture raises on packed sequences
             return f"its code takes no packed rows ({_line(error)})"
+        finally:
+            self.model.set_attn_implementation(self.plain)
+
+    def is_tree_right(self, attention: str, head: Way) -> bool:
+        """Whether sequences that share their first tokens give their own numbers when these are computed once."""
+        whole = self.rows[LONG]
+        trunk, branches = whole[:TRUNK], [whole[TRUNK:], whole.flip(0)[:TRUNK]]
+        rows = [torch.cat([trunk, each]) for each in branches]
+        truth = torch.cat([self._own(row) for row in rows])
+        try:
+            self.model.set_attn_implementation(attention)
+            with torch.no_grad():
+                parts = hidden_states(self.model, tree(trunk, branches)).split([TRUNK, *map(len, branches)])
+                hidden = torch.cat([torch.cat([parts[0], part]) for part in parts[1:]])
+                return self._is_near(self._read(hidden, rows, head), truth)
+        except Exception:  # whatever an architecture raises on them
+            return False
         finally:
             self.model.set_attn_implementation(self.plain)
 

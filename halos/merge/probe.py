@@ -117,8 +117,9 @@ def _packed(ids: Tensor) -> Sequences:
     """Pack rows of one length end to end; every token but a row's first is scored."""
     rows, length = ids.shape
     row, column = (each.flatten() for each in torch.meshgrid(torch.arange(rows), torch.arange(length - 1), indexing="ij"))
-    positions, lengths = torch.arange(length).repeat(rows), (length,) * rows
-    return Sequences(ids.flatten(), positions, lengths, ids[:, 1:].flatten(), row * length + column, row, column, length - 1)
+    positions, trees, leaves = torch.arange(length).repeat(rows), ((length,),) * rows, tuple(range(rows))
+    sources = row * length + column
+    return Sequences(ids.flatten(), positions, trees, leaves, ids[:, 1:].flatten(), sources, row, column, length - 1)
 
 
 def _flat(output: Any) -> Tensor:

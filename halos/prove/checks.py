@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,9 +13,9 @@ from transformers import PreTrainedModel
 from halos.logps.hidden import accepted, backbone_of
 from halos.logps.model import ActorCritic, adapter_off
 from halos.prove.small_copy import FLOOR, HALF_MARGIN, MARGIN, Check, ForwardSpec, SmallCopy
-from halos.types import Acted
+from halos.types import Acted, Sequences
 
-MIDDLE = 1  # the row with a neighbour on either side
+MIDDLE = 1  # the row with a neighbour on either side, and one that shares its prompt where prompts are shared
 
 
 def prove(spec: ForwardSpec) -> tuple[SmallCopy, list[Check]]:
@@ -157,12 +156,12 @@ def _of_leaks(copy: SmallCopy) -> Iterator[Check]:
         (torch.zeros_like(states) if gradient is None else gradient).reshape(-1, states.shape[-1])
         for states, gradient in zip(embedded, gradients, strict=True)
     ])  # fmt: skip
-    lengths = copy.packed().lengths
-    own, others = _middle_and_rest(whole, lengths)
-    reached = others.abs().max().item() if own.any() and len(whole) == sum(lengths) else float("inf")
+    is_own = _is_own(copy.packed(), MIDDLE).to(whole.device)
+    is_read = len(whole) == len(is_own) and bool(whole[is_own].any())
+    reached = whole[~is_own].abs().max().item() if is_read else float("inf")
     yield Check("gradient of a row with respect to its neighbours", reached, 0.0)
     changed = copy.packed()
-    neighbours = _middle_and_rest(torch.arange(sum(lengths)), lengths)[1]
+    neighbours = (~is_own).nonzero()[:, 0].to(changed.ids.device)
     changed.ids[neighbours] = changed.ids[neighbours].flip(0)
     with torch.no_grad(), copy.arithmetic():
         change = (_row(copy.module(changed), MIDDLE) - values).abs().max().item()
@@ -170,10 +169,15 @@ def _of_leaks(copy: SmallCopy) -> Iterator[Check]:
     yield Check("change of a row with its neighbours' tokens", change, allowed)
 
 
-def _middle_and_rest(flat: Tensor, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """The part of a packed tensor that belongs to the middle row, and the rest."""
-    begin, end = list(accumulate(lengths, initial=0))[MIDDLE : MIDDLE + 2]
-    return flat[begin:end], torch.cat([flat[:begin], flat[end:]])
+def _is_own(batch: Sequences, row: int) -> Tensor:
+    """Which of the packed tokens belong to a row, its prompt's included: (tokens,) bool."""
+    own, numbers = list[bool](), iter(batch.leaves)
+    for trunk, *branches in batch.trees:
+        rows = [next(numbers) for _ in branches or (None,)]
+        own += [row in rows] * trunk
+        for number, branch in zip(rows, branches, strict=False):
+            own += [number == row] * branch
+    return torch.tensor(own)
 
 
 def _row(output: Any, number: int) -> Tensor:

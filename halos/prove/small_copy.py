@@ -36,7 +36,8 @@ ALL_LINEAR = {
 }
 
 # number of prompt tokens, and which tokens of the completion are scored: all, those of two turns, only the last one
-SHAPES = ((4, "111111111"), (9, "1111000011111111"), (6, "00001"))
+SHAPES = ((4, "111111111"), (9, "1111000011111111"), (6, "00001"), (9, "001111111111"))
+SAME_PROMPT = (1, 3)  # rows whose prompt is the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +130,7 @@ class SmallCopy:
 
     def packed(self, which: list[int] | None = None) -> Sequences:
         some = self.rows if which is None else [self.rows[number] for number in which]
-        return pack(some).to(self.spec.device)
+        return pack(some, share=self.plan.shares).to(self.spec.device)
 
     def expected(self, model: PreTrainedModel, of: Callable[[PreTrainedModel, Tensor, int], Tensor], *, exact: bool) -> Tensor:
         """`of(model, ids (1, tokens), row number)` for every row, concatenated, with transformers' default attention: in float64
@@ -146,10 +147,13 @@ class SmallCopy:
 
 
 def rows(padding: int | None) -> list[PackRow]:
-    """Three rows of ordinary tokens; for a reward model the last one ends in padding."""
-    packed_rows = []
+    """Rows of ordinary tokens, of which two have one prompt; for a reward model the last one ends in padding."""
+    packed_rows = list[PackRow]()
+    first, second = SAME_PROMPT
     for number, (prompt, scored) in enumerate(SHAPES):
         ids = miniature.row(prompt + len(scored), 50 + number).numpy().astype(np.int32)
+        if number == second:
+            ids[:prompt] = packed_rows[first][0]
         packed_rows.append((ids[:prompt], Completion(ids[prompt:], np.array([mark == "1" for mark in scored]))))
     if padding is not None:
         packed_rows[-1][1].ids[-2:] = padding

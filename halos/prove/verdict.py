@@ -24,6 +24,7 @@ CODE = (
     "models/targets.py",
     "data/collate.py",
     "types.py",
+    "sequences.py",
 )  # source files a verdict depends on
 
 

@@ -14,7 +14,7 @@ from halos.data.collate import mismatched_row, pack
 from halos.distributed.device import seed_generators
 from halos.examples import Item, PackRow
 from halos.hooks.base import Run
-from halos.logps.model import initial_policy
+from halos.logps.model import ModelWithHead, initial_policy
 from halos.logps.router import RouterLoss
 from halos.trainers.loss_checks import checked_loss, checked_statistics
 from halos.trainers.microbatches import MicroBatch, Split, gather_in_order, split_into_microbatches
@@ -29,6 +29,8 @@ class Objective:
         self.settings = run.config.train
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
+        # a balancing loss counts each row's own tokens, its prompt's included
+        self.shares_prompts = self.settings.share_prompts and self.router is None and _share_prompts(run.module, reference)
 
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         """The token sequences of these items."""
@@ -122,9 +124,13 @@ class Objective:
         """The loss's positional arguments for a micro-batch, except statistics."""
         return self._forward(self.rows(microbatch.items), lambda output: self.inputs(output, microbatch))
 
+    def packed(self, rows: Sequence[PackRow]) -> Sequences:
+        """The input of the models, on their device."""
+        return pack(rows, share=self.shares_prompts).to(self.run.accelerator.device)
+
     def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss needs it, each converted by `shape`."""
-        batch = pack(rows).to(self.run.accelerator.device)
+        batch = self.packed(rows)
         with self.run.accelerator.autocast():
             # the reference first, before the policy's activations are in memory
             references = [shape(self._refer(batch))] if self.loss.needs_reference else []
@@ -133,7 +139,7 @@ class Objective:
     def _output(self, items: Sequence[Item]) -> Any:
         """The policy's output for items."""
         with self.run.accelerator.autocast():
-            return self._policy(pack(self.rows(items)).to(self.run.accelerator.device))
+            return self._policy(self.packed(self.rows(items)))
 
     def _policy(self, batch: Sequences) -> Any:
         """The policy's output; in training its router logits are recorded where the loss has a balancing term."""
@@ -155,3 +161,9 @@ class Objective:
                 return model.eval()(batch)
         finally:
             model.train(training)
+
+
+def _share_prompts(*modules: nn.Module | None) -> bool:
+    """Whether all of these models give right numbers where a prompt is computed once for several sequences."""
+    parts = (part for module in modules if module is not None for part in module.modules())
+    return all(part.plan.shares for part in parts if isinstance(part, ModelWithHead))

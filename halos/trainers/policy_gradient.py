@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halos.data.collate import pack
 from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.hooks.kl import KLCoefficient
@@ -167,9 +166,7 @@ class PolicyGradientTrainer(Trainer):
         return controller
 
     def _arguments(self, microbatch: MicroBatch) -> list[Any]:
-        batch = pack(self.rows(microbatch.items)).to(self.run.accelerator.device)
-        with self.run.accelerator.autocast():
-            output = self._policy(batch)
+        output = self._output(microbatch.items)
         policy, reference = self.inputs(output, microbatch), microbatch.rollouts.reference
         mask, more = policy.logps.mask, list[TokenLogps | None]()
         if self.loss.takes_reference:

@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from halos.checkpoint import lineage, manifest, select
 from halos.checkpoint.commit import staged
-from halos.data.collate import pack
 from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.trainers.rollout_cache import Ragged, RolloutCache, load, save
@@ -145,7 +144,7 @@ class RolloutPass:
                     raise StopRequestedError
             some = list(own[start : start + size])
             items = [rows[row] for row in some or [0]]  # a rank without rows left still takes part in collectives
-            batch = pack(self.trainer.rows(items)).to(run.accelerator.device)
+            batch = self.trainer.packed(self.trainer.rows(items))
             with run.accelerator.autocast():
                 reference = self.trainer._refer(batch) if self.loss.needs_reference else None
                 output = module(batch) if reads_policy else None

@@ -50,7 +50,7 @@ def test_rotary_embeddings_that_change_with_the_longest_row_pack_only_where_no_r
 
 
 def test_scores_are_packed_or_the_models_own_one_row_at_a_time() -> None:
-    assert planned("Llama", reward=True) == plan.ForwardPlan(SEGMENTS, "layer")
+    assert planned("Llama", reward=True) == plan.ForwardPlan(SEGMENTS, "layer", shares=True)
     assert planned("Falcon", reward=True, num_kv_heads=4).attention is None
     assert planned("OPT", reward=True, ffn_dim=96, word_embed_proj_dim=64).head in ("layer", "whole")
 

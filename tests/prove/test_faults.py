@@ -15,6 +15,9 @@
 13 only some of the vocabulary in the softmax        27 a score read at padding
 14 a prompt token scored                             28 rows taken one by one, a token short
 29 the transform before the last layer skipped       30 log-probs in bfloat16
+31 a branch that reads the one before it             32 a branch whose window begins anew after the prompt
+33 a branch whose positions go on after another's    34 a branch predicted by the last token of another
+35 branches given back in the order of their trees   36 a branch that does not read its prompt's last token
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +33,8 @@ from torch import Tensor, nn
 from halos.logps import attention, head, hidden, model
 from halos.logps.attention import SEGMENTS
 from halos.prove import checks, small_copy
-from halos.types import Sequences
+from halos.prove.small_copy import SAME_PROMPT as SAME
+from halos.types import Sequences, Tree
 
 Patch = pytest.MonkeyPatch
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
@@ -68,24 +72,30 @@ def around(patch: Patch, owner: Any, name: str, change: Callable[..., Any]) -> N
 
 
 def batches(patch: Patch, change: Callable[[Sequences], Sequences]) -> None:
-    around(patch, small_copy, "pack", lambda real, rows: change(real(rows)))
+    around(patch, small_copy, "pack", lambda real, rows, **named: change(real(rows, **named)))
 
 
 def border_late(patch: Patch) -> None:
-    def attend(real: Any, *given: Any, segments: tuple[int, ...], **named: Any) -> Any:
-        first, second, *rest = (*segments, 0)
-        return real(*given, segments=(first + 1, second - 1, *rest[:-1]) if second else segments, **named)
+    def attend(real: Any, *given: Any, trees: tuple[Tree, ...], **named: Any) -> Any:
+        if len(trees) > 1:
+            (first, *branches), (second, *others), *rest = trees
+            trees = ((first + 1, *branches), (second - 1, *others), *rest)
+        return real(*given, trees=trees, **named)
 
     patched(patch, attend)
 
 
 def patched(patch: Patch, attend: Callable[..., Any]) -> None:
-    """Replace the attention by segments, which every call of plan_for registers again."""
-    around(patch, attention, "attend_by_segment", attend)
+    """Replace the attention, which every call of plan_for registers again."""
+    around(patch, attention, "attend_by_tree", attend)
+
+
+def trees(patch: Patch, change: Callable[[tuple[Tree, ...]], tuple[Tree, ...]]) -> None:
+    patched(patch, lambda real, *given, trees, **named: real(*given, trees=change(trees), **named))
 
 
 def no_border(patch: Patch) -> None:
-    patched(patch, lambda real, *given, segments, **named: real(*given, segments=(sum(segments),), **named))
+    trees(patch, lambda given: (tuple([sum(map(sum, given))]),))
 
 
 def leak(patch: Patch) -> None:
@@ -101,7 +111,12 @@ def positions_from_one(patch: Patch) -> None:
 
 
 def wide_window(patch: Patch) -> None:
-    around(patch, attention, "_band", lambda real, length, window, device: real(length, window and window + 1, device))
+    around(
+        patch,
+        attention,
+        "_causal",
+        lambda real, queries, keys, window, device: real(queries, keys, window and window + 1, device),
+    )
 
 
 def heads_in_turn(patch: Patch) -> None:
@@ -151,9 +166,9 @@ def in_bfloat16(patch: Patch) -> None:
 
 
 def prompt_scored(patch: Patch) -> None:
-    def earlier(real: Any, rows: Any) -> Any:
+    def earlier(real: Any, rows: Any, **named: Any) -> Any:
         return real([(prompt[:-1], replace(done, ids=_before(prompt, done.ids), scored=_before([True], done.scored)))
-                     for prompt, done in rows])  # fmt: skip
+                     for prompt, done in rows], **named)  # fmt: skip
 
     around(patch, small_copy, "pack", earlier)
 
@@ -163,8 +178,8 @@ def _before(one: Any, rest: Any) -> Any:
 
 
 def first_left_out(patch: Patch) -> None:
-    def later(real: Any, rows: Any) -> Any:
-        return real([(prompt, replace(done, scored=_before([False], done.scored[1:]))) for prompt, done in rows])
+    def later(real: Any, rows: Any, **named: Any) -> Any:
+        return real([(prompt, replace(done, scored=_before([False], done.scored[1:]))) for prompt, done in rows], **named)
 
     around(patch, small_copy, "pack", later)
 
@@ -256,6 +271,59 @@ def no_transform(patch: Patch) -> None:
     around(patch, head, "own_logits", lambda _, inner, states: inner.get_output_embeddings()(states))
 
 
+def branch_reads_a_branch(patch: Patch) -> None:
+    trees(patch, lambda given: tuple((sum(tree),) for tree in given))
+
+
+def window_begins_anew(patch: Patch) -> None:
+    def causal(_: Any, queries: int, keys: int, window: int | None, *, device: torch.device) -> Tensor:
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+        if window is not None:
+            mask[:, keys - queries :] &= torch.ones(queries, queries, dtype=torch.bool, device=device).triu(1 - window)
+        return mask
+
+    around(patch, attention, "_causal", causal)
+
+
+def branches(patch: Patch, change: Callable[[Sequences], Sequences]) -> None:
+    """Change packed rows of which some share a prompt."""
+    batches(patch, lambda batch: change(batch) if len(batch.trees) < len(batch.leaves) else batch)
+
+
+def branch_positions_go_on(patch: Patch) -> None:
+    def later(batch: Sequences) -> Sequences:
+        trunk, first, second = batch.trees[SAME[0]]
+        start = batch.trees[0][0] + trunk + first
+        positions = batch.positions.clone()
+        positions[start : start + second] += first
+        return replace(batch, positions=positions)
+
+    branches(patch, later)
+
+
+def predicted_by_another_branch(patch: Patch) -> None:
+    def earlier(batch: Sequences) -> Sequences:
+        first, last = ((batch.rows == row).nonzero()[:, 0] for row in SAME)
+        return replace(batch, sources=batch.sources.index_fill(0, first[0], int(batch.sources[last[-1]])))
+
+    branches(patch, earlier)
+
+
+def branches_in_tree_order(patch: Patch) -> None:
+    branches(patch, lambda batch: replace(batch, rows=torch.tensor([batch.leaves.index(int(row)) for row in batch.rows])))
+
+
+def prompt_cut_for_a_branch(patch: Patch) -> None:
+    def attend(real: Any, settings: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        earlier = key.shape[2] - query.shape[2]
+        if not earlier:
+            return real(settings, query, key, value)
+        keys, values = (torch.cat([each[:, :, : earlier - 1], each[:, :, earlier:]], 2) for each in (key, value))
+        return real(settings, query, keys, values)
+
+    around(patch, attention._Settings, "attend", attend)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], str, dict[str, Any]]] = [
     (border_late, "Llama", {}),
     (no_border, "Llama", {}),
@@ -287,6 +355,12 @@ FAULTS: list[tuple[Callable[[Patch], None], str, dict[str, Any]]] = [
     (score_at_padding, "Llama", {"reward": True}),
     (a_token_short, "Lfm2", {}),
     (no_transform, "ModernBertDecoder", {}),
+    (branch_reads_a_branch, "Llama", {}),
+    (window_begins_anew, "Gemma2", {}),
+    (branch_positions_go_on, "GPT2", {}),
+    (predicted_by_another_branch, "Llama", {}),
+    (branches_in_tree_order, "Llama", {}),
+    (prompt_cut_for_a_branch, "Llama", {}),
 ]
 CASES = {fault.__name__: (fault, base, more) for fault, base, more in FAULTS}
 

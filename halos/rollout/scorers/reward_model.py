@@ -131,7 +131,7 @@ class RewardModel(Scorer):
         self.load()
         model = self._loaded
         with torch.no_grad():
-            return model.scores(pack(list(rows)).to(model.model.device))[:, self.label].tolist()
+            return model.scores(pack(list(rows), share=model.plan.shares).to(model.model.device))[:, self.label].tolist()
 
     def _load(self) -> Any:
         from transformers import AutoModelForSequenceClassification
