@@ -139,11 +139,15 @@ class RolloutSource:
         return self.rows.minibatch(turn)
 
     def _sample(self, number: int) -> None:
-        """Sample batch `number`, from further prompts until it is full: of some nothing can be learned."""
+        """Sample batch `number`, from further prompts until it is full: of some nothing can be learned. Each is sampled once."""
         rollouts, full, have = list[Rollout](), self.prompts.per_batch, 0
         for attempt in range(ATTEMPTS):
             chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=full - have,
                                samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
+            sampled = {rollout.prompt.id for rollout in rollouts}
+            chosen = [prompt for prompt in chosen if prompt.id not in sampled]
+            if not chosen:
+                continue
             seed = (self.config.seed * 1_000_003 + number) * ATTEMPTS + attempt
             rollouts += self._collect(chosen, seed, self.run.seconds_outside_training)
             have = self._fill(number, rollouts)

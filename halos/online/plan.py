@@ -109,6 +109,14 @@ class OnlinePlan:
         """The policy that round `number` samples from and continues to train."""
         return self.start if number == 0 else str(self.directory_of(number - 1) / "train" / "FINAL")
 
+    def last_policy(self, number: int) -> str | None:
+        """The policy of the round before, which a user's own server may still have; None where that cannot be, is not compared,
+        or its files are deleted."""
+        if not number or self.online.sampler.url is None or not self.online.rescore:
+            return None
+        last = self.policy(number - 1)
+        return last if number == 1 or Path(last).is_dir() else None
+
     def revision(self, number: int) -> str | None:
         """The hub revision of that policy; None for a local one."""
         return self.config.model.revision if number == 0 else None

@@ -51,9 +51,13 @@ class PolicyEngine:
                               dtype=dtype)  # fmt: skip
 
     def _push(self, server: PolicyServer) -> None:
-        """Load the policy into the server, once a step, through a directory that both can read; LoRA is merged into the base."""
+        """Load the policy into the server, through a directory that both can read; LoRA is merged into the base. The directory is
+        written once a step, and loaded again each time: the server may have been restarted since the step's evaluation."""
         run, directory = self.run, self.run.directory.path / "served"
         if self._served == run.step:
+            if run.main:
+                server.load(directory / "model")
+            run.accelerator.wait_for_everyone()
             return
         adapter = isinstance(run.model, PeftModel)
         state = run.strategy.gathered(run.module, trained_only=adapter)

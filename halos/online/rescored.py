@@ -36,11 +36,21 @@ class RescoringPolicy:
         self.seconds += time.perf_counter() - began
         return logps
 
-    def refuse_other(self, engine: Engine, requests: Sequence[Request], policy: str) -> None:
-        """Raises UserError, with the remedy, where the engine does not sample from the policy."""
+    def refuse_other(
+        self, engine: Engine, requests: Sequence[Request], policy: str, previous: Callable[[], Any] | None = None
+    ) -> None:
+        """Raises UserError, with the remedy, where the engine does not sample from the policy, or still from the one before it,
+        which `previous` loads."""
         probed = rescore.probe_requests(requests)
-        if samples := engine.probe(probed):
-            rescore.refuse_other_policy(rescore.compared(samples, probed, self), self, where=engine.where, policy=policy)
+        samples = engine.probe(probed)
+        if not samples:
+            return
+        probe = rescore.compared(samples, probed, self)
+        rescore.refuse_other_policy(probe, self, where=engine.where, policy=policy)
+        if previous is not None:
+            before = RescoringPolicy(previous)
+            logps = np.concatenate(rescore.at_temperatures(probe.pairs, probe.temperatures, before))
+            rescore.refuse_previous_policy(probe, logps, where=engine.where, policy=policy)
 
     def mismatch(self, rows: Sequence[Row], requests: Sequence[Request], sampler: Sampler, count: int) -> dict[str, Any]:
         """Metrics of `count` samples: how far the engine's log-probs of a token are from the policy's own."""

@@ -126,10 +126,11 @@ class Round:
                 raise UserError(f"{path} was sampled from other weights than those of {plan.policy(self.number)}: {self._remedy}")
             return
         seed = plan.config.seed * 1_000_003 + self.number
-        policy = plan.policy(self.number)
+        policy, before = plan.policy(self.number), plan.last_policy(self.number)
         command = plan.stages.sample(policy, self.directory / "prompts.jsonl", path, seed=seed,
                                      max_length=plan.max_length, reference=plan.start,
-                                     revision=plan.revision(self.number))  # fmt: skip
+                                     revision=plan.revision(self.number), previous=before,
+                                     previous_revision=plan.revision(self.number - 1) if before else None)  # fmt: skip
         self._write_state(policy=policy)
         self._stage("sample", command)
         self._warn_of_mismatch(read_meta(path))

@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from halos.online.records import FileStore, ResumableFile, open_on_all_ranks
 from halos.online.rescored import RescoringPolicy, device_beside, divergence
 from halos.rollout import collect
 from halos.rollout.engines.engine import Engine, open_engine
+from halos.rollout.measure import sample_counts
 from halos.rollout.prompts import answer, columns_digest, fitting, read_prompts, room_for_prompts
 from halos.rollout.ranks import Ranks, local_device
 from halos.rollout.types import Origin, Prompt, Request, Row, Sample, requests_for
@@ -55,6 +56,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     options.add_argument("--reference", help="the model to which --kl-samples estimates the KL")
     options.add_argument("--reference-revision")
+    options.add_argument("--previous", help="the policy before this one, which a server may still have: it is refused")
+    options.add_argument("--previous-revision")
     options.add_argument("--kl-samples", type=int, default=0, help="samples from which to estimate the KL to the reference")
     options.add_argument(
         "--rescore", type=int, default=8, help="samples whose log-probs are compared with the policy's own; 0: none (default 8)"
@@ -135,7 +138,7 @@ def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ra
         tqdm(total=sum(map(len, mine)), desc="sampling", unit="sample", delay=1, disable=None if ranks.main else True) as bar,
     ):
         if engine is not None and policy.args.rescore and ranks.main:
-            policy.rescoring.refuse_other(engine, requests, str(policy.args.model))
+            policy.rescoring.refuse_other(engine, requests, str(policy.args.model), policy.previous())
         began = time.perf_counter()
         for _ in collect.sample(mine, engine, store) if engine is not None else ():
             bar.update()
@@ -148,23 +151,13 @@ def _finish(
 ) -> None:  # fmt: skip
     """Write the file and its meta.json, and print a summary."""
     too_long, earlier = facts["prompts_too_long"], facts["sampled_earlier"]
-    facts = {**counts([file.rows[request.key] for request in requests]), **facts}
+    facts = {**sample_counts([file.rows[request.key] for request in requests]), **facts}
     file.finish([request.key for request in requests], facts)
     resumed = f" for all but {earlier} that were sampled before" if earlier else ""
     long = f", {too_long} prompts leave no room for {answer(args.max_new_tokens, '--max-new-tokens ')}" if too_long else ""
     tqdm.write(f"{args.output}: {facts['samples']} samples of {facts['prompts'] - too_long} prompts{long},"
                f" {facts['cut']} cut at --max-new-tokens, {facts['empty']} empty; {facts['seconds']:.1f} s{resumed},"
                f" {tokens_per_second:.0f} tokens/s", file=sys.stderr)  # fmt: skip
-
-
-def counts(rows: Sequence[Row]) -> dict[str, Any]:
-    """Counts over samples: tokens, cut off and empty ones."""
-    return {
-        "samples": len(rows),
-        "tokens": sum(row["tokens"] for row in rows),
-        "cut": sum(row["finish"] == "length" for row in rows),
-        "empty": sum(not row["output"].strip() for row in rows),
-    }
 
 
 class Policy:
@@ -266,6 +259,15 @@ class Policy:
             directory, self.tokenizer, reward=False, dtype=dtype, attention="sdpa", stops=end_of_turn(self.tokenizer)
         )
         return model.to(device if device is not None else local_device()).eval()
+
+    def previous(self) -> Callable[[], Any] | None:
+        """Loads the policy before this one; None where none is known or it is the same."""
+        if self.args.previous is None or self.directory is None:
+            return None
+        from halos.models.locate import locate
+
+        directory = locate(self.args.previous, self.args.previous_revision, expanded(self.args.cache_dir))
+        return None if directory == self.directory else lambda: self.load(directory, device_beside(directory))
 
     def compared(self, file: ResumableFile, requests: Sequence[Request]) -> tuple[dict[str, Any], float]:
         """What the samples are beside the policy's own log-probs, and beside the reference's. And the seconds that it took, once

@@ -99,9 +99,9 @@ class Stages:
 
     def sample(
         self, policy: str, prompts: Path, output: Path, *, seed: int, max_length: int, reference: str | None,
-        revision: str | None = None,
+        revision: str | None = None, previous: str | None = None, previous_revision: str | None = None,
     ) -> list[str]:  # fmt: skip
-        """The command that samples from `policy`."""
+        """The command that samples from `policy`; `previous` is the one before it."""
         online, sampler = self.online, self.online.sampler
         arguments = [
             policy, "--data", str(prompts), "--output", str(output), "--max-length", str(max_length), "--seed", str(seed),
@@ -110,6 +110,7 @@ class Stages:
         model = self.config.model
         arguments += _options(chat_template=model.chat_template, revision=revision)
         arguments += ["--rescore", str(online.rescore)]
+        arguments += _options(previous=previous, previous_revision=previous_revision)
         if reference is not None and online.kl_samples:
             arguments += ["--reference", reference, "--kl-samples", str(online.kl_samples)]
             arguments += _options(reference_revision=model.revision)

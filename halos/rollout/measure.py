@@ -19,6 +19,16 @@ def of_split(rollouts: Iterable[Rollout], split: str) -> list[Rollout]:
     return [rollout for rollout in rollouts if (rollout.prompt.split or TRAIN) == split]
 
 
+def sample_counts(rows: Sequence[Row]) -> dict[str, int]:
+    """Counts over samples: tokens, cut off and empty ones."""
+    return {
+        "samples": len(rows),
+        "tokens": sum(row["tokens"] for row in rows),
+        "cut": sum(row["finish"] == "length" for row in rows),
+        "empty": sum(not row["output"].strip() for row in rows),
+    }
+
+
 def of_samples(rollouts: Sequence[Rollout], *, split: str) -> dict[str, float]:
     """Metrics of the samples of one split, and of their rewards where they have any; empty where the split is."""
     some = of_split(rollouts, split)

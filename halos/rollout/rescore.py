@@ -81,6 +81,26 @@ def refuse_other_policy(probe: Probe, rescore: Rescore, *, where: str, policy: s
     )
 
 
+def refuse_previous_policy(probe: Probe, previous: np.ndarray, *, where: str, policy: str) -> None:
+    """Raises UserError where an engine's log-probs are those of the round before's policy, though they are near enough to this
+    one's: `previous` are that policy's of the same tokens, (tokens,).
+
+    How much of the way between the two policies the engine's are is a least-squares slope: 0 for this policy, 1 for the previous
+    one, whatever the engine's rounding adds. Where the policies differ by less than that, nothing can be concluded.
+    """
+    way, off = previous - probe.own, probe.given - probe.own
+    if len(way) < ENOUGH or float(np.abs(way).mean()) < CLEAR * SMALLEST:
+        return
+    slope = float(off @ way / (way @ way))
+    error = math.sqrt(float(np.square(off - slope * way).sum() / ((len(way) - 1) * (way @ way))))
+    if slope > 0.5 and error < 0.5 / CLEAR:
+        raise UserError(
+            f"{where} samples from the policy of the round before: its log-probs of {len(way)} tokens are that policy's, which"
+            f" are {float(np.abs(way).mean()):.2g} nats from this round's on average. Serve {policy}, and run the same command"
+            " again"
+        )
+
+
 def _cause(probe: Probe) -> str:
     """What the differences look like."""
     repeated = np.concatenate([_is_repeated(*pair) for pair in probe.pairs])

@@ -25,10 +25,10 @@ from halos.errors import UserError
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
-from halos.online.live import usable_feedback
+from halos.online.live import RolloutSource, usable_feedback
 from halos.online.live_rows import LiveRows
 from halos.repository import CONFIG
-from halos.rollout import feedback
+from halos.rollout import batch_files, feedback
 from halos.rollout.prompts import digest
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.run import batch_source
@@ -310,7 +310,7 @@ def serve(cache: Path) -> Iterator[Callable[..., VLLMServer]]:
         yield start
 
 
-def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(
+def test_a_live_loop_hands_its_weights_to_a_server_before_it_samples(
     serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path
 ) -> None:
     server = serve()
@@ -319,12 +319,40 @@ def test_a_live_loop_hands_its_weights_to_a_server_once_a_step(
     for row in rows(tmp_path / "run", "train"):
         assert 0 < row["mismatch/max"] < 1e-4, "the server samples from the weights that it was given"
     served = tmp_path / "run" / "served" / "model"
-    assert server.loaded == [str(served)] * 3, "for the steps 0 and 1, and for the last evaluation"
+    assert server.loaded == [str(served)] * 4, "for the samples of steps 0 and 1, and for the first and the last evaluation"
     mine, final = load_file(served / "model.safetensors"), weights(tmp_path / "run")
     assert mine.keys() == final.keys()
     assert all(torch.equal(mine[name], final[name]) for name in final), "what was served last is what was saved, merged"
     with pytest.raises(UserError, match=r"online\.sampler\.url"):  # where keys are sent is typed again
         train.start([f"resume={tmp_path / 'run'}", "train.steps=4"])
+
+
+def test_a_server_that_restarted_after_an_evaluation_gets_the_weights_again(
+    serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, evaluate = serve(), RolloutSource.evaluate
+
+    def then_restart(source: RolloutSource) -> dict[str, float]:
+        metrics = evaluate(source)
+        server._set(server.base)
+        return metrics
+
+    monkeypatch.setattr(RolloutSource, "evaluate", then_restart)
+    words = ["online.steps=3", "train.eval_every=1", "optim.lr=1e-2", "schedule=constant", "online.sampler.name=vllm",
+             f"online.sampler.url={server.url}"]  # fmt: skip
+    assert train.start([*SMALL, *LIVE, *words, "exp_name=run", f"cache_dir={cache}", f"output_root={tmp_path}"]) == 0
+    assert [row["mismatch/max"] < 1e-4 for row in rows(tmp_path / "run", "train")] == [True] * 3
+
+
+def test_a_refilled_batch_has_every_prompt_once(cache: Path, tmp_path: Path) -> None:
+    words = ["online.steps=4", "online.feedback.drop_equal=true", "online.samples_per_prompt=2", "exp_name=run",
+             "data.train=[{path: arithmetic, split: 'train[:5]'}]"]  # fmt: skip
+    assert train.start([*SMALL, *LIVE, *words, f"cache_dir={cache}", f"output_root={tmp_path}"]) == 0
+    files = batch_files.files_of(tmp_path / "run").values()
+    assert len(files) == 4
+    for path in files:
+        keys = [Rollout.from_row(row, str(path)).sample.key for row in batch_files.read(path, within=tmp_path)]
+        assert len(keys) == len({*keys})
 
 
 @pytest.mark.slow

@@ -31,6 +31,8 @@ from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks.base import Hook
 from halos.models import tiny
+from halos.models.load import load_model, load_tokenizer
+from halos.models.locate import locate
 from halos.online import rounds
 from halos.online.plan import OnlinePlan, _last_checkpoint
 from halos.online.records import read, write, write_sealed
@@ -41,6 +43,7 @@ from halos.rollout import spent
 from halos.rollout.types import Prompt, Rollout, Row, Sample, Score
 from halos.rundir import RunDir
 from tests import processes
+from tests.rollout.vllm_server import servers_of
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -712,3 +715,21 @@ def test_a_missing_optimizer_state_is_one_message(tmp_path: Path) -> None:
     RunDir(tmp_path).result.write("finished", 10, {})
     with pytest.raises(UserError, match=r"checkpoints holds none of its end \(step 10\), but one of step 8 with an optimizer"):
         _last_checkpoint(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_server_that_keeps_the_policy_of_the_round_before_ends_the_run_however_little_that_moved(
+    cache: Path, tmp_path: Path
+) -> None:
+    directory = locate("tiny", None, cache)
+    tokenizer, _ = load_tokenizer(directory, add_tokens=[])
+    model = load_model(directory, tokenizer, reward=False, dtype=torch.float32, attention="eager")
+    with servers_of(model) as start:
+        words = ["online.loss=grpo", "online.sampler.name=vllm", f"online.sampler.url={start().url}", "optim.lr=1e-5"]
+        started = StartedRun(tmp_path, cache, words)
+        process = started.start()
+        said, _ = process.communicate(timeout=600)
+    assert process.returncode == 2
+    served = started.run / "rounds" / "000" / "train" / "FINAL"
+    assert "samples from the policy of the round before" in said
+    assert f"Serve {served}, and run the same command again" in " ".join(said.split())

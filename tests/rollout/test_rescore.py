@@ -1,6 +1,7 @@
 """An engine is compared with the policy by its log-probs of a few tokens: what is wrong with it is said, rounding is not."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from halos.config.defaults import section
@@ -172,10 +173,10 @@ def test_a_few_of_many_are_rescored_and_none_that_has_no_log_probs() -> None:
 # --- the stage
 
 
-def sampled(server: VLLMServer | None, cache: Path, place: Path, *words: str) -> tuple[int, dict[str, Any]]:
+def sampled(server: VLLMServer | None, cache: Path, place: Path, *words: str, model: str = "tiny") -> tuple[int, dict[str, Any]]:
     (place / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"How many {n}?"}) + "\n" for n in range(6)))
     engine = ["--sampler", "vllm", "--url", server.url, "--served-model", "m"] if server is not None else []
-    status = stage.main(["tiny", "--data", str(place / "prompts.jsonl"), "--output", str(place / "out.jsonl"), "-n", "2", *engine,
+    status = stage.main([model, "--data", str(place / "prompts.jsonl"), "--output", str(place / "out.jsonl"), "-n", "2", *engine,
                          "--max-new-tokens", "8", "--cache-dir", str(cache), *words])  # fmt: skip
     meta = place / "out.meta.json"
     return status, json.loads(meta.read_text()) if meta.is_file() else {}
@@ -201,6 +202,35 @@ def test_the_stage_refuses_a_server_before_it_samples(
     assert sampled(server, cache, tmp_path) == (2, {})
     assert "returns log-probs before temperature" in capsys.readouterr().err
     assert server.asked.total() == rescore.PROBES
+
+
+@pytest.fixture
+def moved(policy: tuple[PreTrainedModel, Any], cache: Path, tmp_path: Path) -> Path:
+    """The policy after a round that moved it by less than what is refused."""
+    place = shutil.copytree(locate("tiny", None, cache), tmp_path / "moved")
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: value + 0.002 * torch.randn(value.shape, generator=generator)
+               for name, value in load_file(place / "model.safetensors").items()}  # fmt: skip
+    save_file(weights, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+@pytest.mark.parametrize("step", [0.0, 0.001])
+@pytest.mark.parametrize("is_stale", [True, False])
+def test_the_stage_refuses_a_server_that_has_the_policy_of_the_round_before(
+    is_stale: bool, step: float, moved: Path, serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    server, rounded = serve(), serve(step=step)
+    if not is_stale:
+        rounded._set(load_file(moved / "model.safetensors"))
+    place = tmp_path / "stage"
+    place.mkdir()
+    assert sampled(server, cache, place, model=str(moved))[0] == 0, "by its distance alone it passes"
+    (place / "out.jsonl").unlink()
+    status, _ = sampled(rounded, cache, place, "--previous", "tiny", model=str(moved))
+    assert ("samples from the policy of the round before" in capsys.readouterr().err) is is_stale
+    assert status == (2 if is_stale else 0)
 
 
 def test_the_stage_warns_of_a_mismatch_that_is_no_rounding(
