@@ -6,9 +6,11 @@ Heavy imports are inside the fixtures that need them, so that a test of a pure f
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -38,6 +40,11 @@ composed.share()
 COMPOSED = os.environ[composed.VARIABLE]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("numprocesses", None) and not processes.ALWAYS_COLD:  # not in the workers, which inherit its address
+        threading.Thread(target=processes.zygote, daemon=True).start()  # it imports what it needs while workers collect
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(
         key=lambda item: not item.path.is_relative_to(ROOT / "tests" / "launch")
@@ -59,6 +66,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         os.environ[composed.VARIABLE] = COMPOSED
     if "hydra" in sys.modules:  # a test of a pure function needs none
         composed.remember()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    # a run's log file would be opened again, when the directory of a test that has passed is gone
+    logger, place = logging.getLogger("halos"), getattr(item, "funcargs", {}).get("tmp_path")
+    for handler in list(logger.handlers):
+        if place and isinstance(handler, logging.FileHandler) and Path(handler.baseFilename).is_relative_to(place):
+            logger.removeHandler(handler)
+            handler.close()
 
 
 @pytest.fixture(scope="session")

@@ -218,8 +218,8 @@ def main() -> None:
             connections.remove(requests)
             requests.close()
             if not connections:
-                os.unlink(path)
-                os.unlink(f"{path}.lock")
+                for file in (path, f"{path}.lock"):
+                    Path(file).unlink(missing_ok=True)  # pytest itself removes the directory when it ends
                 return
 
 
