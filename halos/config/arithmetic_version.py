@@ -32,13 +32,14 @@ class RunFacts:
 
 @dataclass(frozen=True, slots=True)
 class Revision:
-    """One change: of the steps of the runs that it affects, or only of their metrics or their final model."""
+    """One change: of the steps of the runs that it affects, or only of their metrics or their final model; `kept`: of no run that
+    began before it."""
 
     number: int
     date: str
     what: str
     concerns: Callable[[RunFacts], bool]
-    of: Literal["steps", "metrics", "FINAL"] = "steps"
+    of: Literal["steps", "metrics", "FINAL", "kept"] = "steps"
 
 
 def _sums_head_in_parts(now: RunFacts) -> bool:
@@ -120,8 +121,10 @@ HISTORY = (
              lambda now: now.half and now.reads != "score" and now.head == "layer"),
     Revision(6, "2026-11-27", "a reward function that returns None does not apply, and no longer costs the sample its score",
              _sums_own_rewards),
+    Revision(7, "2026-11-27", "a frozen head's logits are computed once", lambda now: now.head == "layer", of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
+FROZEN_HEAD_ONCE = 7
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:
@@ -140,7 +143,7 @@ def changes_since(since: int, now: RunFacts) -> list[Change]:
 
 def notes_since(since: int, now: RunFacts) -> list[str]:
     """Return the changes since version `since` that affect metrics or the final model of a run, and none of its steps."""
-    return [f"{one.of}: since {one.date} {one.what}" for one in _between(since, now) if one.of != "steps"]
+    return [f"{one.of}: since {one.date} {one.what}" for one in _between(since, now) if one.of in ("metrics", "FINAL")]
 
 
 def _between(since: int, now: RunFacts) -> Iterator[Revision]:

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from halos import seals
-from halos.config import legacy_sections, renamed_keys, resume_policy
+from halos.config import arithmetic_version, legacy_sections, renamed_keys, resume_policy
 from halos.config.content_hashes import ContentHashes
 from halos.config.schema import Config
 from halos.config.suggest import unknown_key
@@ -115,6 +115,14 @@ def recorded_content(attempts: Mapping[str, str], run_dir: str) -> ContentHashes
         ):
             return content
     return None
+
+
+def first_version(attempts: Mapping[str, str], run_dir: str) -> int:
+    """Return the version of the arithmetic that the run in `run_dir` began with; this version's where it has not begun."""
+    for name, record in attempts.items():
+        content = ContentHashes.from_record(_parsed(record, f"{run_dir}/attempts/{name}"))
+        return arithmetic_version.recorded_version(content.hashes if content is not None else None)
+    return arithmetic_version.VERSION
 
 
 def recorded_total(attempts: Mapping[str, str]) -> int | None:

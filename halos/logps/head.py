@@ -61,16 +61,17 @@ class Head:
     scale: float = 1.0
     softcap: float | None = None
     temperature: float = 1.0  # of the softmax
+    recomputes: bool = False  # a frozen layer's logits in the backward pass, as earlier versions did
 
     @classmethod
-    def of(cls, model: PreTrainedModel, temperature: float = 1.0, *, own: bool = False) -> "Head":
+    def of(cls, model: PreTrainedModel, temperature: float = 1.0, *, own: bool = False, recomputes: bool = False) -> "Head":
         if own:
             return cls(model, None, temperature=temperature)
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
         layer = model.get_output_embeddings()
         assert isinstance(layer, nn.Module), f"{type(model).__name__} has no LM head"
-        return cls(model, layer, scale, getattr(config, "final_logit_softcapping", None), temperature)
+        return cls(model, layer, scale, getattr(config, "final_logit_softcapping", None), temperature, recomputes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(rows, hidden) -> (rows, vocabulary), float32, equal to the model's own."""
@@ -80,18 +81,25 @@ class Head:
         logits = logits if self.scale == 1.0 else logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def _is_linear(self, layer: nn.Linear, hidden: Tensor) -> bool:
+        """Whether log-probs are those of `linear_head`; earlier versions had them for frozen layers in half precision alone."""
+        halves = linear_head.compute_dtype(layer.weight) in linear_head.HALVES
+        earlier = self.recomputes and not (halves or layer.weight.requires_grad)
+        return linear_head.is_covered(layer, hidden) and not earlier
+
     def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
         return chosen(self.logits(hidden), targets, self.temperature)
 
     def logps(self, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
         """log softmax(logits / temperature)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
 
-        A chunk's logits are recomputed in the backward pass instead of being kept.
+        No chunk's logits are kept: those of a frozen layer are not needed again, others are recomputed in the backward pass.
         """
         rows = max(1, LOGITS_AT_ONCE // vocabulary)
-        if linear_head.is_plain(self.layer) and linear_head.is_covered(self.layer, hidden):
+        layer = self.layer
+        if linear_head.is_plain(layer) and self._is_linear(layer, hidden):
             softmax = linear_head.Softmax(self.scale, self.softcap, self.temperature, rows)
-            return linear_head.logps(self.layer, hidden, targets, softmax)
+            return linear_head.logps(layer, hidden, targets, softmax, recompute=self.recomputes)
         parts = []
         for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
             if torch.is_grad_enabled():

@@ -1,5 +1,8 @@
-"""Log-probs through a plain linear head, in chunks of rows: products in the working dtype with a float32 result, and one float32
-weight gradient accumulated over all chunks."""
+"""Log-probs through a plain linear head, in chunks of rows: products in the working dtype with a float32 result.
+
+Of a trained head one float32 weight gradient is accumulated over all chunks. Of a frozen one the gradient of a log-prob with
+respect to the hidden state, W[target] - softmax W, depends on no loss, and is formed while the logits exist.
+"""
 
 from dataclasses import dataclass
 from typing import Any, TypeGuard
@@ -40,20 +43,26 @@ def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:
 
 
 def is_covered(layer: nn.Linear, hidden: Tensor) -> bool:
-    """Whether log-probs through a plain layer are computed here: where it is trained, or the products are in half precision."""
-    weight, dtype = layer.weight, compute_dtype(layer.weight)
-    if hidden.dtype not in (weight.dtype, dtype):
-        return False
-    return dtype in HALVES or (weight.requires_grad and torch.is_grad_enabled())
+    """Whether log-probs through a plain layer are computed here: where gradients are wanted, or the products are in half
+    precision."""
+    dtype = compute_dtype(layer.weight)
+    return hidden.dtype in (layer.weight.dtype, dtype) and (dtype in HALVES or torch.is_grad_enabled())
 
 
-def logps(layer: nn.Linear, hidden: Tensor, targets: Tensor, softmax: Softmax) -> Tensor:
+def is_trained(layer: nn.Linear) -> bool:
+    return any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def logps(layer: nn.Linear, hidden: Tensor, targets: Tensor, softmax: Softmax, *, recompute: bool = False) -> Tensor:
     """log softmax(logits)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
 
     The products run in autocast's dtype. The weight gradient is accumulated in float32, since in half precision its error would
-    grow with the number of chunks.
+    grow with the number of chunks. `recompute`: a frozen layer's logits are computed again in the backward pass.
     """
-    return _LogProbs.apply(hidden.to(compute_dtype(layer.weight)), layer.weight, layer.bias, targets, softmax)
+    hidden = hidden.to(compute_dtype(layer.weight))
+    if not (recompute or is_trained(layer)) and hidden.requires_grad and torch.is_grad_enabled():
+        return _FrozenLogProbs.apply(hidden, layer.weight, layer.bias, targets, softmax)
+    return _LogProbs.apply(hidden, layer.weight, layer.bias, targets, softmax)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -118,6 +127,33 @@ class _LogProbs(torch.autograd.Function):
                 grad_bias += grad_logits.sum(0, dtype=torch.float32)
         grads = [None if grad is None else grad.to(each.dtype) for grad, each in ((grad_weight, weight), (grad_bias, bias))]
         return grad_hidden, *grads, None, None
+
+
+class _FrozenLogProbs(torch.autograd.Function):
+    """Two products a row, against three where the logits are computed again; (rows, hidden) is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softmax: Softmax) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            parts, slopes_of_logp = [], torch.empty_like(hidden)
+            for first in range(0, len(hidden), softmax.rows):
+                rows = slice(first, first + softmax.rows)
+                logits, slope = softmax.logits(products(hidden[rows], half_weight, half_bias))
+                norms = logits.logsumexp(-1)
+                parts.append(logits.gather(-1, targets[rows, None])[:, 0] - norms)
+                grad_logits = logits.sub_(norms[:, None]).exp_().neg_()
+                grad_logits.scatter_add_(-1, targets[rows, None], torch.ones_like(norms)[:, None])
+                grad_logits = grad_logits if slope is None else grad_logits.mul_(slope)
+                slopes_of_logp[rows] = grad_logits.mul_(softmax.scale / softmax.temperature).to(hidden.dtype) @ half_weight
+        ctx.save_for_backward(slopes_of_logp)
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
+        (slopes_of_logp,) = ctx.saved_tensors
+        return (slopes_of_logp * grad_outputs[0][:, None]).to(slopes_of_logp.dtype), None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

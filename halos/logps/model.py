@@ -142,11 +142,12 @@ class _Policy(ModelWithHead):
     def __init__(self, model: nn.Module, *, temperature: float = 1.0) -> None:
         super().__init__(model)
         self.temperature = temperature
+        self.recomputes_head = False  # in a run that an earlier version began
 
     def logps(self, hidden: Tensor, batch: Sequences) -> TokenLogps:
         """From the hidden states (scored, hidden) that predict the scored tokens."""
         model = bare(self.model)
-        head = Head.of(model, self.temperature, own=self.plan.head == "own")
+        head = Head.of(model, self.temperature, own=self.plan.head == "own", recomputes=self.recomputes_head)
         flat = head.logps(hidden, batch.targets, model.config.get_text_config().vocab_size)
         return TokenLogps(in_rows(flat, batch), mask_of(batch))
 

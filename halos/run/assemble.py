@@ -7,14 +7,18 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from torch import nn
 
 from halos.checkpoint import weights
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.checkpoint.state import load_optimizer, restore
+from halos.config import run_config
+from halos.config.arithmetic_version import FROZEN_HEAD_ONCE
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.hooks.base import Run
 from halos.lock import RunLock
+from halos.logps.model import ActorCritic, LanguageModel
 from halos.models.load import refuse_different_architecture
 from halos.online.generate import PolicyGenerator
 from halos.online.unsharded import Unsharded
@@ -80,9 +84,17 @@ def _load(run: PreparedRun, accelerator: Accelerator, checkpoint: Path | None) -
         max_grad_norm=config.train.max_grad_norm,
         fill=fill,
     )
+    _keep_arithmetic(module, run_config.first_version(run.directory.read_attempts(), str(run.directory.path)))
     return Run(
         config=config, directory=run.directory, accelerator=accelerator, strategy=run.strategy, module=module, model=model,
         base=loader.base, vocabulary=loader.vocabulary, optimizer=optimizer, tokenizer=loader.tokenizer, reward=planned.reward,
         total_steps=planned.total_steps, max_length=planned.max_length, unmeasured=run.batches.unmeasured, hooks=dict(run.hooks),
         content=run.content, learning_rates=LearningRates(optimizer, run.schedule.multiplier, planned.total_steps),
     )  # fmt: skip
+
+
+def _keep_arithmetic(module: nn.Module, version: int) -> None:
+    """Compute a resumed run's steps as the version that began it did."""
+    for part in module.modules():
+        if isinstance(part, LanguageModel | ActorCritic):
+            part.recomputes_head = version < FROZEN_HEAD_ONCE

@@ -42,16 +42,27 @@ def off(mine: Tensor, truth: Tensor) -> float:
 @pytest.mark.parametrize("rows", [1, 7, ROWS])
 @pytest.mark.parametrize(("scale", "softcap", "temperature"), [(1.0, None, 1.0), (0.5, 3.0, 1.0), (2.0, 4.0, 0.7)])
 @pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("trained", [False, True])
 def test_values_and_gradients_are_those_of_the_formula(
-    rows: int, scale: float, softcap: float | None, temperature: float, bias: bool
+    rows: int, scale: float, softcap: float | None, temperature: float, bias: bool, trained: bool
 ) -> None:
     torch.manual_seed(0)
-    layer, hidden = nn.Linear(HIDDEN, VOCABULARY, bias=bias), drawn(ROWS, HIDDEN, seed=1).float()
+    layer, hidden = nn.Linear(HIDDEN, VOCABULARY, bias=bias).requires_grad_(trained), drawn(ROWS, HIDDEN, seed=1).float()
     targets = torch.arange(ROWS) % VOCABULARY
     settings = Softmax(scale, softcap, temperature, rows)
     wanted, found = expected(hidden, layer, targets, settings), obtained(hidden, layer, targets, settings)
-    assert len(wanted) == len(found) == 3 + bias
-    assert max(off(*pair) for pair in zip(found, wanted, strict=True)) < 1e-6
+    assert len(wanted) == 3 + bias
+    assert len(found) == (3 + bias if trained else 2)
+    assert max(off(*pair) for pair in zip(found, wanted, strict=False)) < 1e-6
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_frozen_layers_logits_are_computed_once(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunks, real = list[int](), products
+    monkeypatch.setattr(linear_head, "products", lambda hidden, *more: chunks.append(len(hidden)) or real(hidden, *more))
+    layer = nn.Linear(HIDDEN, VOCABULARY).requires_grad_(trained)
+    obtained(drawn(ROWS, HIDDEN, seed=1).float(), layer, torch.arange(ROWS) % VOCABULARY, Softmax(1.0, None, 1.0, 32))
+    assert chunks == [32] * 3 * (1 + trained)
 
 
 def test_in_bfloat16_the_weights_gradient_is_no_worse_for_more_chunks() -> None:
@@ -109,7 +120,8 @@ def test_a_layer_that_is_more_than_its_table_is_left_to_its_own_forward() -> Non
 
     hidden = torch.zeros(2, HIDDEN)
     assert is_covered(nn.Linear(HIDDEN, VOCABULARY), hidden)
-    assert not is_covered(nn.Linear(HIDDEN, VOCABULARY).requires_grad_(False), hidden)
+    with torch.no_grad():
+        assert not is_covered(nn.Linear(HIDDEN, VOCABULARY), hidden)
     assert not is_covered(nn.Linear(HIDDEN, VOCABULARY), hidden.bfloat16())
     assert is_plain(nn.Linear(HIDDEN, VOCABULARY))
     assert not is_plain(Other(HIDDEN, VOCABULARY))
