@@ -46,7 +46,8 @@ def _sums_head_in_parts(now: RunFacts) -> bool:
     """Return whether a trained head's gradient is a sum of chunks, or not in float32; of one chunk it is the same to the bit."""
     if now.config.peft.name != "none" or now.reads == "score":
         return False
-    rows = 2 * now.config.train.microbatch_size * now.config.train.max_length  # at most
+    train = now.config.train
+    rows = 2 * (train.microbatch_size or train.batch_size) * train.max_length  # at most
     bent = [now.model.get(name) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
     return now.half or any(bent) or rows * int(now.model["vocab_size"]) > 2**25
 

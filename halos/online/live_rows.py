@@ -46,6 +46,7 @@ class LiveRows:
 
     def _set(self, items: Sequence[Item], groups: np.ndarray) -> None:
         self.items, self.groups, self._partners = list(items), groups, None
+        self.prompt_lengths = np.array([len(item.prompt) for item in self.items], np.int64)
         self.scored = np.array([[int(each.scored.sum()) for each in item.completions] for item in self.items])
         self.lengths = np.array([[len(item.prompt) + len(each.ids) for each in item.completions] for item in self.items])
         names = self.items[0].labels if self.items else ()

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from halos.config.bind import LossSpec
 from halos.config.bind_optim import bind_optimizer, bind_schedule
-from halos.config.schema import Config
+from halos.config.schema import Config, Train
 from halos.data.collate import num_truncated_mismatches
 from halos.data.dataset import Dataset
 from halos.distributed.parameters import num_elements
@@ -77,7 +77,7 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
     write_learning_rate(config, run.batches.total)
     where = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}"
     where += f", {run.strategy.name}" if accelerator.num_processes > 1 or run.strategy.needs_process_group else ""
-    micro = min(config.train.microbatch_size, -(-config.train.batch_size // accelerator.num_processes))
+    micro = _microbatch(config.train, -(-config.train.batch_size // accelerator.num_processes))
     _log("steps", f"{run.batches.total}, each of {config.train.batch_size} items, {micro} at a time, {where}")
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and _bfloat16_is_emulated():
         log.warning(
@@ -88,6 +88,12 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
     for name, line in run.planned.lines:
         _log(name, line)
     _log("run", str(run.directory.path))
+
+
+def _microbatch(train: Train, share: int) -> str:
+    """What a process computes at a time of its `share` of a batch."""
+    items = str(min(train.microbatch_size or share, share))
+    return items if train.microbatch_tokens is None else f"up to {items} and {train.microbatch_tokens} tokens"
 
 
 def _log(name: str, line: str) -> None:

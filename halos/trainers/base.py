@@ -268,6 +268,5 @@ class Trainer(Objective):
         """This rank's first items of an earlier step; none in a live loop, whose rows are gone."""
         if not isinstance(self.train.rows, Dataset):
             return ()
-        size, seeds = self.settings.microbatch_size, (self.run.config.seed, step)
-        indices, accelerator = self.order.batch(step), self.run.accelerator
-        return split_into_microbatches(self.train, indices, accelerator, size=size, seeds=seeds)[0].items
+        indices, accelerator, seeds = self.order.batch(step), self.run.accelerator, (self.run.config.seed, step)
+        return split_into_microbatches(self.train, indices, accelerator, bounds=self.bounds, seeds=seeds)[0].items

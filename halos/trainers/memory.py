@@ -28,12 +28,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 def remedies(config: Config) -> str:
     """The keys with which this run would take less memory."""
     keys, train = [], config.train
-    if train.microbatch_size > 1:
+    size, tokens = train.microbatch_size, train.microbatch_tokens
+    if tokens is not None or size is None or size > 1:
         drops = config.peft.name == "lora" and config.peft.lora_dropout > 0
         effect = "dropout then drops other elements: a resume needs resume_changes=allow" if drops else (
             "the same results up to rounding, unless the model has dropout"
         )  # fmt: skip
-        keys.append(f"train.microbatch_size={max(1, train.microbatch_size // 2)} ({effect})")
+        keys.append(f"{_half_a_microbatch(size, tokens)} ({effect})")
     if not train.activation_checkpointing:
         keys.append("train.activation_checkpointing=true (does not change results, costs time)")
     if config.peft.name == "none":
@@ -44,3 +45,9 @@ def remedies(config: Config) -> str:
     if config.online is not None:
         keys.append("online.sampler.batch_size and online.sampler.cache_tokens")
     return "; ".join([*keys, "or more processes that shard the model, launch/accelerate/fsdp2.yaml"])
+
+
+def _half_a_microbatch(size: int | None, tokens: int | None) -> str:
+    if tokens is not None:
+        return f"train.microbatch_tokens={max(1, tokens // 2)}"
+    return f"train.microbatch_size={max(1, (size or 2) // 2)}"

@@ -15,7 +15,8 @@ from halos.examples import Item
 class Rows(Protocol):
     """The rows that batches are taken from: a whole Dataset, or in a live loop what the current step has sampled."""
 
-    groups: np.ndarray  # (rows,)
+    groups: np.ndarray  # (rows,): rows of one prompt share a number
+    prompt_lengths: np.ndarray  # (rows,) tokens
     scored: np.ndarray  # (rows, completions) numbers of scored tokens
     lengths: np.ndarray  # (rows, completions) tokens, the prompt's included
     labels: dict[str, np.ndarray]  # (rows,) each
@@ -55,21 +56,51 @@ class MicroBatch:
     rollouts: Any = None  # the items' RolloutBatch, set by a policy gradient trainer
 
 
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a micro-batch may hold: items, tokens, or both; None: any number. An item of more tokens goes alone."""
+
+    items: int | None
+    tokens: int | None
+    share: bool = False  # a prompt that several completions have in common counts once
+
+    def cut(self, rows: Rows, indices: np.ndarray) -> list[np.ndarray]:
+        """Cut items into consecutive micro-batches, of which each holds as many as it may: arrays of positions in `indices`.
+
+        A pure function of the items' lengths and groups.
+        """
+        shared = rows.prompt_lengths[indices] if self.share else np.zeros(len(indices), np.int64)
+        own = rows.lengths[indices].sum(1) - shared * rows.lengths.shape[1]
+        parts, start, tokens, prompts = list[np.ndarray](), 0, 0, set[int]()
+        for position, group in enumerate(rows.groups[indices].tolist()):
+            more = int(own[position]) + (0 if group in prompts else int(shared[position]))
+            if position > start and self._is_over(position + 1 - start, tokens + more):
+                parts.append(np.arange(start, position))
+                start, tokens, prompts = position, 0, set()
+                more = int(own[position] + shared[position])
+            tokens += more
+            prompts.add(group)
+        return [*parts, np.arange(start, len(indices))] if len(indices) else []
+
+    def _is_over(self, items: int, tokens: int) -> bool:
+        return (self.items is not None and items > self.items) or (self.tokens is not None and tokens > self.tokens)
+
+
 def split_into_microbatches(
-    split: Split, indices: np.ndarray, accelerator: Accelerator, *, size: int, seeds: tuple[int, int]
+    split: Split, indices: np.ndarray, accelerator: Accelerator, *, bounds: Bounds, seeds: tuple[int, int]
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of a global batch: items rank::world, at most `size` in each.
+    """This rank's micro-batches of a global batch: items rank::world, as many in each as its bounds allow.
 
     Every rank gets the same number, so that all call the same collectives; a rank without items left gets the batch's first item
     with weight 0. `seeds` (the run's, the step) make a micro-batch's dropout a function of step, rank and number.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    own, most = np.arange(len(indices))[rank::world], -(-len(indices) // world)
-    microbatches = []
-    for number, start in enumerate(range(0, most, size)):
-        positions = own[start : start + size]
-        weight = 1.0 if len(positions) else 0.0
-        positions = positions if len(positions) else np.zeros(1, np.int64)
+    everyones = [np.arange(len(indices))[each::world] for each in range(world)]
+    cuts = [bounds.cut(split.rows, indices[items]) for items in everyones]
+    own, microbatches = [everyones[rank][part] for part in cuts[rank]], []
+    for number in range(max(map(len, cuts))):
+        weight = 1.0 if number < len(own) else 0.0
+        positions = own[number] if weight else np.zeros(1, np.int64)
         rows, partners = indices[positions], split.mismatched_partners
         partner_items = [split.rows[int(i)] for i in partners[rows]] if partners is not None else []
         seed = int(np.random.SeedSequence([*seeds, rank, number]).generate_state(1, np.uint64)[0] >> 1)

@@ -17,7 +17,7 @@ from halos.hooks.base import Run
 from halos.logps.model import ModelWithHead, initial_policy
 from halos.logps.router import RouterLoss
 from halos.trainers.loss_checks import checked_loss, checked_statistics
-from halos.trainers.microbatches import MicroBatch, Split, gather_in_order, split_into_microbatches
+from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
 from halos.types import Loss, Mean, Mismatched, Sequences
 
 
@@ -31,6 +31,11 @@ class Objective:
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
         # a balancing loss counts each row's own tokens, its prompt's included
         self.shares_prompts = self.settings.share_prompts and self.router is None and _share_prompts(run.module, reference)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Of a micro-batch."""
+        return Bounds(self.settings.microbatch_size, self.settings.microbatch_tokens, share=self.shares_prompts)
 
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         """The token sequences of these items."""
@@ -48,8 +53,8 @@ class Objective:
 
     def _microbatches(self, split: Split, indices: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of a global batch."""
-        seeds, size = (self.run.config.seed, self.run.step), self.settings.microbatch_size
-        return split_into_microbatches(split, indices, self.run.accelerator, size=size, seeds=seeds)
+        seeds = self.run.config.seed, self.run.step
+        return split_into_microbatches(split, indices, self.run.accelerator, bounds=self.bounds, seeds=seeds)
 
     def _denominators(self, split: Split, indices: np.ndarray) -> dict[str, int]:
         """The denominators that `Loss.per` chooses from: items and scored tokens of the whole global batch, counted in the data,

@@ -130,19 +130,20 @@ class RolloutPass:
     @torch.no_grad()
     def _forward(self, rows: Rows, *, reads_policy: bool) -> dict[int, list[np.ndarray | None]]:
         """Read all rows, a shard on each rank: row -> its log-probs, the reference's, its values, on every rank."""
-        run, module, size = self.run, self.run.module, self.trainer.settings.microbatch_size
+        run, module, bounds = self.run, self.run.module, self.trainer.bounds
         was_training = module.training
         module.eval()
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        own, most = range(rank, len(rows), world), -(-len(rows) // world)
+        everyones = [np.arange(each, len(rows), world) for each in range(world)]
+        cuts = [bounds.cut(rows, own) for own in everyones]
         computed: list[tuple[int, list[np.ndarray | None]]] = []
-        starts, quiet = range(0, most, size), None if run.main else True
-        for start in tqdm(starts, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=quiet):
+        numbers, quiet = range(max(map(len, cuts))), None if run.main else True
+        for number in tqdm(numbers, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=quiet):
             if isinstance(rows, Dataset):  # the loop itself stops after a live batch, which is small
                 run.sync_stop_request()
                 if run.stopped_early:
                     raise StopRequestedError
-            some = list(own[start : start + size])
+            some = everyones[rank][cuts[rank][number]].tolist() if number < len(cuts[rank]) else []
             items = [rows[row] for row in some or [0]]  # a rank without rows left still takes part in collectives
             batch = self.trainer.packed(self.trainer.rows(items))
             with run.accelerator.autocast():

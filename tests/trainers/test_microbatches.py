@@ -1,31 +1,70 @@
 """A global batch split over ranks and micro-batches is gathered in its order."""
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from halos.trainers.microbatches import MicroBatch, Split, gather_in_order, split_into_microbatches
+from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
 
 
 class Rows:
+    """Pairs of which three each have one prompt."""
+
     scored = np.ones((100, 1), dtype=np.int64)
+    groups = np.arange(100) // 3
+    prompt_lengths = 5 + np.arange(100) // 3
+    lengths = prompt_lengths[:, None] + np.random.default_rng(0).integers(1, 9, (100, 2))
 
     def __getitem__(self, row: int) -> int:
         return row
 
 
-def split(indices: np.ndarray, rank: int, world: int, size: int, seeds: tuple[int, int] = (0, 0)) -> list[MicroBatch]:
+def split(
+    indices: np.ndarray, rank: int, world: int, size: int | None, tokens: int | None = None, *, share: bool = False,
+    seeds: tuple[int, int] = (0, 0),
+) -> list[MicroBatch]:  # fmt: skip
     accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world)
-    return split_into_microbatches(Split(Rows(), None), indices, accelerator, size=size, seeds=seeds)  # type: ignore[arg-type]
+    bounds = Bounds(size, tokens, share)
+    return split_into_microbatches(Split(Rows(), None), indices, accelerator, bounds=bounds, seeds=seeds)  # type: ignore[arg-type]
 
 
+def tokens_of(items: Sequence[Any], *, share: bool) -> int:
+    """Of these pairs: every completion, and the prompt of each, or of each group."""
+    completions = sum(int((Rows.lengths[item] - Rows.prompt_lengths[item]).sum()) for item in items)
+    prompts = {int(Rows.groups[item]): int(Rows.prompt_lengths[item]) for item in items}
+    return completions + (sum(prompts.values()) if share else sum(2 * int(Rows.prompt_lengths[item]) for item in items))
+
+
+@given(
+    count=st.integers(1, 40), world=st.integers(1, 4), size=st.none() | st.integers(1, 6), tokens=st.none() | st.integers(1, 120),
+    share=st.booleans(),
+)  # fmt: skip
+@settings(deadline=None)
+def test_a_micro_batch_holds_as_many_items_as_its_bounds_allow(
+    count: int, world: int, size: int | None, tokens: int | None, share: bool
+) -> None:
+    indices = np.random.default_rng(count).permutation(100)[:count]
+    for rank in range(world):
+        parts = [list(each.items) for each in split(indices, rank, world, size, tokens, share=share) if each.weight]
+        assert [item for part in parts for item in part] == indices[rank::world].tolist()
+        for number, part in enumerate(parts):
+            fits = [(size is None or len(some) <= size) and (tokens is None or tokens_of(some, share=share) <= tokens)
+                    for some in (part, [*part, *parts[number + 1][:1]] if number + 1 < len(parts) else [])]  # fmt: skip
+            assert fits[0] or len(part) == 1, "a longer item goes alone"
+            assert number + 1 == len(parts) or not fits[1], "the next would have fitted"
+
+
+@pytest.mark.parametrize("tokens", [None, 40])
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 @pytest.mark.parametrize("count", [1, 2, 5, 8, 11])
-def test_every_item_is_used_once_and_every_rank_gets_as_many_micro_batches(world: int, count: int) -> None:
-    ranks = [split(np.arange(count), rank, world, 2) for rank in range(world)]
+def test_every_item_is_used_once_and_every_rank_gets_as_many_micro_batches(world: int, count: int, tokens: int | None) -> None:
+    ranks = [split(np.arange(count), rank, world, 2, tokens) for rank in range(world)]
     assert len({len(microbatches) for microbatches in ranks}) == 1
     real = sorted(item for microbatches in ranks for each in microbatches if each.weight for item in each.items)
     assert real == list(range(count))
@@ -33,7 +72,7 @@ def test_every_item_is_used_once_and_every_rank_gets_as_many_micro_batches(world
 
 def test_no_two_micro_batches_of_any_run_step_or_rank_share_a_dropout_seed() -> None:
     seeds = [each.seed for run in range(3) for step in range(5) for rank in range(2)
-             for each in split(np.arange(8), rank, 2, 2, (run, step))]  # fmt: skip
+             for each in split(np.arange(8), rank, 2, 2, seeds=(run, step))]  # fmt: skip
     assert len(set(seeds)) == len(seeds) == 3 * 5 * 2 * 2
 
 
