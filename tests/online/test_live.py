@@ -143,7 +143,7 @@ def test_samples_that_were_cut_are_masked_or_dropped_and_counted(name: str, cach
 @pytest.mark.slow
 def test_a_batch_of_samples_that_were_all_cut_ends_the_run_with_the_reason(cache: Path, tmp_path: Path) -> None:
     words = [*SMALL, *LIVE, "online.steps=1", "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=no"]
-    with pytest.raises(UserError, match=r"120 samples none was better .*; 120 were cut, of which online.truncated=mask lets"):
+    with pytest.raises(UserError, match=r"96 samples none was better .*; 96 were cut, of which online.truncated=mask lets"):
         train.start([*words, "online.truncated=mask", "online.sampler.max_new_tokens=2"])
 
 
@@ -432,7 +432,7 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
     text = (tmp_path / "odd" / "train.log").read_text()
     [line] = [line for line in text.splitlines() if "have no score" in line]
     assert re.search(r"step 0: (\d+) of 12 samples have no score: \1 x oddrewards.odd raised ValueError \(the first", line)
-    with pytest.raises(UserError, match=r"step 0: none of 120 samples has a score: 120 x oddrewards.none returned no finite"):
+    with pytest.raises(UserError, match=r"step 0: none of 96 samples has a score: 96 x oddrewards.none returned no finite"):
         start("none", "online.feedback.drop_equal=true")
 
 
