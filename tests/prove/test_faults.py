@@ -117,7 +117,7 @@ def wide_window(patch: Patch) -> None:
         patch,
         attention,
         "_causal",
-        lambda real, queries, keys, window, device: real(queries, keys, window and window + 1, device),
+        lambda real, queries, keys, window, device: real(queries, keys, window and window + 1, device=device),
     )
 
 
