@@ -438,7 +438,7 @@ OF_NO_STEP = [
         {"train.log_every": [1, 5], "train.eval_at_start": [True, False]},
     ),
     (["++train.activation_checkpointing=true"], {"train.activation_checkpointing": [False, True]}),
-    (["train.microbatch_size=2"], {"train.microbatch_size": [64, 2]}),
+    (["train.microbatch_size=2"], {"train.microbatch_size": [None, 2]}),
     (["checkpoint.every=7", "checkpoint.keep_last=5"], {"checkpoint.every": [100, 7], "checkpoint.keep_last": [2, 5]}),
     (["checkpoint=default"], {}),
     (["cache_dir=elsewhere"], {"cache_dir": ["CACHE", "elsewhere"]}),

@@ -35,10 +35,10 @@ OTHER_NAMES = {
 
 # Keys of other frameworks that have no counterpart here, and what to use instead.
 EXPLANATIONS = {
-    "gradient_accumulation_steps": "train.batch_size is global, and is split into micro-batches of train.microbatch_size:"
+    "gradient_accumulation_steps": "train.batch_size is global, and is split into micro-batches of train.microbatch_tokens:"
     " the number of accumulated ones follows from the two and the number of processes",
-    "per_device_train_batch_size": "train.batch_size is global, over all processes; train.microbatch_size is what one of them"
-    " computes at once",
+    "per_device_train_batch_size": "train.batch_size is global, over all processes; train.microbatch_tokens is what one of"
+    " them computes at once, train.microbatch_size a bound in items",
 }
 # Known losses that are not built in, with their papers.
 LOSSES = {

@@ -21,8 +21,8 @@ DECIDED_ELSEWHERE = {  # settings that a key of ours decides, and the one value 
     "optimizer": ("optim=", None),
     "scheduler": ("schedule=", None),
     "train_batch_size": ("train.batch_size", None),
-    "train_micro_batch_size_per_gpu": ("train.microbatch_size", None),
-    "gradient_accumulation_steps": ("train.batch_size and train.microbatch_size", 1),
+    "train_micro_batch_size_per_gpu": ("train.microbatch_tokens", None),
+    "gradient_accumulation_steps": ("train.batch_size and train.microbatch_tokens", 1),
     "activation_checkpointing": ("train.activation_checkpointing", None),
     "torch_autocast": ("train.precision", None),
 }

@@ -96,7 +96,7 @@ def _refuse_unsupported(accelerator: Accelerator, strategy: type[Strategy]) -> N
     if (steps := accelerator.gradient_accumulation_steps) != 1:
         raise UserError(
             f"the accelerate config asks for gradient_accumulation_steps: {steps}: leave it out;"
-            " train.batch_size is the size of a whole step, and train.microbatch_size that of its micro-batches"
+            " train.batch_size is the size of a whole step, and train.microbatch_tokens that of its micro-batches"
         )
     if strategy.needs_process_group and not dist.is_initialized():
         raise UserError(
