@@ -124,6 +124,7 @@ ELASTIC = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("places", "names"),
     [
