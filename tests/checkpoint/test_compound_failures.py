@@ -228,7 +228,6 @@ def test_a_base_that_was_changed_while_its_adapter_was_trained_is_not_merged(
 # --- rollouts, values, coefficients
 
 
-@pytest.mark.slow
 def test_what_was_known_of_other_rows_or_settings_is_not_taken_for_these(of_rollouts: Path) -> None:
     known = of_rollouts / "rollouts" / "train"
     before = {name: load_file(known / "rollouts.safetensors")[name] for name in ("old", "reference", "values")}

@@ -127,7 +127,6 @@ def test_by_default_a_run_warns_and_goes_on(configure: Configure, tmp_path: Path
     assert result(tmp_path / "run")["status"] == "finished"
 
 
-@pytest.mark.slow
 def test_a_run_can_stop_when_the_disk_is_full_and_be_resumed(configure: Configure, tmp_path: Path) -> None:
     assert run(configure(*WORDS, "exp_name=whole"), []) == 0
     with no_room_for(tmp_path / "run" / "checkpoints" / select.name_of(4)):

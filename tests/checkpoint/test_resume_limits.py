@@ -55,7 +55,6 @@ def everything(directory: Path) -> dict[str, bytes]:
 # --- changes
 
 
-@pytest.mark.slow
 def test_a_finished_run_trains_on_to_where_a_longer_one_ends(configure: Callable[..., Config], tmp_path: Path) -> None:
     assert run(configure(*FEW, *CONSTANT, "train.steps=7", "exp_name=whole"), []) == 0
     directory = tmp_path / "longer"
@@ -74,7 +73,6 @@ def test_a_finished_run_trains_on_to_where_a_longer_one_ends(configure: Callable
     assert (directory / "config.yaml").read_bytes() == config
 
 
-@pytest.mark.slow
 def test_a_change_outlives_the_attempt_that_made_it(configure: Callable[..., Config], tmp_path: Path) -> None:
     directory = tmp_path / "run"
     assert run(configure(*FEW, *CONSTANT, "train.steps=4"), []) == 0

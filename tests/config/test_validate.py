@@ -225,14 +225,11 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
 @pytest.mark.parametrize(
     "typed",
     [
-        ["objective.metric=kl", "objective.mode=max"],
+        ["objective.metric=kl", "objective.mode=max"], ["objective.metric=loss", "objective.mode=min"],
         [*LIVE, "online.sampler.cache_tokens=999", "online.reference=start", "online.config_file=null"],
-        ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
+        ["loss=sft", "objective.metric=perplexity"], ["loss=sft", "objective.metric=kl", "objective.mode=min"],
+        ["train.steps=null", "train.epochs=2"], ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
         ["train.early_stopping=2", "train.steps=201"],
-        *(pytest.param(words, marks=pytest.mark.slow) for words in (
-            ["objective.metric=loss", "objective.mode=min"], ["loss=sft", "objective.metric=perplexity"],
-            ["loss=sft", "objective.metric=kl", "objective.mode=min"], ["train.steps=null", "train.epochs=2"],
-        )),
     ],
 )  # fmt: skip
 def test_what_is_typed_and_acts_is_accepted(typed):

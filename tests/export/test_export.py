@@ -390,8 +390,7 @@ def test_a_push_that_fails_is_one_message_without_the_token(
     assert manifest.verify(tmp_path / "out") == []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("whole", ["embed_tokens", "embed_tokens,lm_head"])
+@pytest.mark.parametrize("whole", [pytest.param("embed_tokens", marks=pytest.mark.slow), "embed_tokens,lm_head"])
 def test_the_code_on_an_adapters_card_gives_the_model_that_was_trained(
     whole: str, configure: Callable[..., Config], tmp_path: Path, ends: Any
 ) -> None:

@@ -169,7 +169,7 @@ def test_a_killed_rank_ends_the_job(cache: Path, tmp_path: Path) -> None:
     ("first", "second", "status", "saved"),
     [
         ("SIGINT", "SIGINT", -signal.SIGINT, 2),
-        pytest.param("SIGUSR1", "SIGTERM", 75, 3, marks=pytest.mark.slow),
+        ("SIGUSR1", "SIGTERM", 75, 3),
         pytest.param("SIGTERM", "SIGTERM", 75, 3, marks=pytest.mark.slow),
     ],
 )
@@ -216,7 +216,7 @@ def disguise(told: Callable[[], None]) -> None:
         raise RuntimeError("something failed") from error
 
 
-@pytest.mark.parametrize("library", [swallow, pytest.param(disguise, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("library", [swallow, disguise])
 def test_a_signal_at_the_start_stops_the_run_even_if_a_library_swallows_it(
     library: Callable[[Callable[[], None]], None], configure: Callable[..., Any], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -214,7 +214,6 @@ def test_other_passes_that_a_resume_allows_go_on_with_a_batch_of_their_own(
     assert [row["step"] for row in rows(tmp_path / "run", "train") if "samples/reward" in row] == sampled
 
 
-@pytest.mark.slow
 def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache: Path, tmp_path: Path) -> None:
     words = [*SMALL, *LIVE, *PASSES, *OF_PASSES["ppo"], "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}"]
     assert train.start([*words, "exp_name=run", "online.steps=2"]) == 0

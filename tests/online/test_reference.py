@@ -84,7 +84,7 @@ def of_model(directory: Path, rows: list[PackRow]) -> torch.Tensor:
     return torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
 
 
-@pytest.mark.parametrize("reference", ["start", pytest.param("last", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("reference", ["start", "last"])
 def test_the_reference_of_a_round_has_the_weights_that_its_key_names(reference: str, begun: tuple[Start, Path]) -> None:
     start, run_dir = begun
     trainer = assembled(start(f"online.reference={reference}").overrides_of(1))

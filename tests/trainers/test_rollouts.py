@@ -25,6 +25,7 @@ from tests.matrix import slow_but
 from .test_exact_step import _unsettle, agree, step_in
 
 LOSSES = cases.names(on_rollouts=True)
+PATHS = ["grpo", "dapo", "ppo", "reinforce_plus_plus"]  # advantages of groups, means over tokens, values, the global batch
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def scored(tmp_path: Path) -> str:
     return f"data.train=['{path}']"
 
 
-@pytest.mark.parametrize("loss", slow_but(["grpo", "ppo"], LOSSES))
+@pytest.mark.parametrize("loss", slow_but(PATHS, LOSSES))
 def test_microbatches_of_any_size_give_the_same_step(loss: str, scored: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer(f"loss={loss}", scored, "data.eval=[]", "train.max_grad_norm=null", "train.batch_size=11")
     made.prepare()
