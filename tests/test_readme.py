@@ -161,7 +161,7 @@ def kind_of(command: str) -> str:
 FIRST = {kind_of(command): command for command in reversed(BEGINNING)}.values()
 
 
-@pytest.mark.parametrize("command", slow_but(list(FIRST)[::2], BEGINNING))
+@pytest.mark.parametrize("command", slow_but(FIRST, BEGINNING))
 def test_every_documented_command_ends_dry(command: str, dry: Callable[..., int], desk: Path) -> None:
     if "=runs/reward/FINAL" in command and not (desk / "runs").exists():
         save_model(desk / "runs" / "reward" / "FINAL", "Llama", "AutoModelForSequenceClassification")
@@ -339,7 +339,7 @@ def left(desk: Path) -> Iterator[None]:
     shutil.rmtree(desk / "runs", ignore_errors=True)
 
 
-@pytest.mark.parametrize("line", slow_but(ON_RUNS[::3], ON_RUNS))
+@pytest.mark.parametrize("line", ON_RUNS)
 def test_every_documented_command_on_runs_ends_well(
     line: str, left: None, desk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

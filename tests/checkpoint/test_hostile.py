@@ -453,7 +453,7 @@ YAMLS = {
 
 
 @pytest.mark.parametrize("where", ["config.yaml", "attempts/000.yaml"])
-@pytest.mark.parametrize("text", slow_but([*YAMLS.values()][1:4], YAMLS.values()), ids=YAMLS)
+@pytest.mark.parametrize("text", YAMLS.values(), ids=YAMLS)
 def test_a_configuration_of_nonsense_is_one_message(
     run: Path, outside: Path, tmp_path: Path, where: str, text: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -138,7 +138,6 @@ def test_a_final_model_that_is_missing_is_made_again(configure: Callable[..., Co
 # --- an earlier checkpoint
 
 
-@pytest.mark.slow
 def test_checkpoints_of_a_branch_that_is_given_up_are_kept_and_not_resumed_from(
     configure: Callable[..., Config], tmp_path: Path
 ) -> None:

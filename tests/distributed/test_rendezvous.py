@@ -8,8 +8,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,7 +58,6 @@ def test_late_ranks_join_and_the_group_has_the_timeout_of_collectives() -> None:
         assert output.split() == ["3", "0:01:00"], errors
 
 
-@pytest.mark.slow
 def test_missing_ranks_are_named() -> None:
     port = free_port()
     first, other = (start(rank, 4, port, patience=10) for rank in (0, 2))

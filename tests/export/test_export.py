@@ -75,7 +75,6 @@ def logits(model: Any) -> torch.Tensor:
 # --- what it becomes
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], pytest.param(["--merged"], marks=pytest.mark.slow)])
 def test_a_step_of_a_lora_run_becomes_a_merged_model(overrides: list[str], step: Path, tmp_path: Path, ends: Any) -> None:
     out = tmp_path / "out"

@@ -124,7 +124,6 @@ ELASTIC = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("places", "names"),
     [

@@ -235,7 +235,6 @@ def test_a_signal_at_the_start_stops_the_run_even_if_a_library_swallows_it(
     assert (result["status"], result["reason"], result["step"]) == ("stopped", "SIGUSR1", 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
 def test_a_stop_request_while_rollouts_are_read_stops_the_run(
     loss: str, configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -96,7 +96,6 @@ def holds_back(pid: str) -> bool:
     return bool(int(status["SigBlk"], 16) >> (signal.SIGUSR1 - 1) & 1)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 @pytest.mark.parametrize("seconds", [0.0, *(pytest.param(at, marks=pytest.mark.slow) for at in (0.5, 2.0, 4.0))])
 def test_a_job_that_is_signalled_while_it_starts_is_requeued(seconds: float, slurm: dict[str, str], tmp_path: Path) -> None:

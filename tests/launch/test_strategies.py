@@ -17,7 +17,6 @@ from halos.models.locate import locate
 from tests import processes
 from tests.launch import spread
 from tests.losses import cases
-from tests.matrix import slow_but
 from tests.mixtures import EXPERTS, build
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -99,7 +98,7 @@ def cells_of_all(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[
 FAST = {"ddp": ["loss=kto peft=lora", "loss=grpo peft=none"], "fsdp2": ["loss=dpo peft=lora", "loss=sft peft=none"]}
 
 
-@pytest.mark.parametrize("how", slow_but(["fsdp2"], FAST))
+@pytest.mark.parametrize("how", FAST)
 def test_two_steps_of_two_ranks_are_those_of_one(how: str, tmp_path: Path, cache: Path) -> None:
     cells = FAST[how]
     alone = train(tmp_path / "one", cache, cells, steps=2, world=1, how="alone")

@@ -53,7 +53,6 @@ def sweep(tmp_path: Path, cache: Path) -> Sweep:
     return Sweep(tmp_path, cache)
 
 
-@pytest.mark.slow
 def test_a_job_fails_the_other_is_reported_and_the_same_command_again_starts_only_what_is_missing(sweep: Sweep) -> None:
     grid = [*LAUNCHER, "train.steps=3", "train.max_length=4,200"]  # no row has four tokens
     status, told = sweep.run(*grid)

@@ -48,7 +48,6 @@ def test_a_sample_of_right_merges_holds_and_of_wrong_ones_fails(every: int, tmp_
     assert _wrong(merge_faults.draw, merge_faults.FAULTS, range(0, len(merge_faults.FAULTS), every), tmp_path) == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("every", EVERY)
 def test_a_sample_of_right_mixtures_holds_and_of_wrong_ones_fails(every: int, tmp_path: Path) -> None:
     faults = expert_merge_faults.FAULTS

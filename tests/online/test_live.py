@@ -53,7 +53,6 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "FINAL" / "model.safetensors")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "peft"),
     [
@@ -313,7 +312,6 @@ def serve(cache: Path) -> Iterator[Callable[..., VLLMServer]]:
         yield start
 
 
-@pytest.mark.slow
 def test_a_live_loop_hands_its_weights_to_a_server_before_it_samples(
     serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path
 ) -> None:

@@ -79,7 +79,6 @@ def test_dr_grpo_divides_by_the_tokens_that_sampling_may_give(words: list[str], 
     assert given.loss["max_tokens"] == 1024, "of a data set nothing tells how long its samples could be"
 
 
-@pytest.mark.slow
 def test_a_carried_optimizer_has_a_constant_rate_with_one_warmup_unless_a_schedule_is_chosen(tmp_path: Path) -> None:
     def chosen(*words: str, tree: ConfigTree | None = None) -> tuple[str, bool]:
         tree, words = tree or ConfigTree(), ("online.loss=grpo", *words)

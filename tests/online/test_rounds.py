@@ -641,7 +641,6 @@ def test_a_stage_of_code_that_was_edited_since_the_run_began_is_not_started(tmp_
     assert ran == [["first"]]
 
 
-@pytest.mark.slow
 def test_the_state_of_another_optimizer_is_not_carried_on(begun: Path) -> None:
     plan: Any = object.__new__(OnlinePlan)
     plan.directory, plan.online = RunDir(begun), SimpleNamespace(rounds=2)

@@ -22,7 +22,6 @@ from halos.rollout import rescore
 from halos.rollout.engines._vllm_server import ServerEngine
 from halos.rollout.kl import rescore_with
 from halos.rollout.types import Origin, Prompt, Request, Sample
-from tests.matrix import slow_but
 
 from .vllm_server import VLLMServer, servers_of
 
@@ -217,9 +216,6 @@ def test_the_stage_refuses_a_server_before_it_samples(
     assert server.asked.total() == rescore.PROBES
 
 
-CELLS = [(is_stale, step) for is_stale in (True, False) for step in (0.0, 0.001)]
-
-
 @pytest.fixture
 def moved(policy: tuple[PreTrainedModel, Any], cache: Path, tmp_path: Path) -> Path:
     """The policy after a round that moved it by less than what is refused."""
@@ -231,7 +227,8 @@ def moved(policy: tuple[PreTrainedModel, Any], cache: Path, tmp_path: Path) -> P
     return place
 
 
-@pytest.mark.parametrize(("is_stale", "step"), slow_but(CELLS[::3], CELLS))
+@pytest.mark.parametrize("step", [0.0, 0.001])
+@pytest.mark.parametrize("is_stale", [True, False])
 def test_the_stage_refuses_a_server_that_has_the_policy_of_the_round_before(
     is_stale: bool, step: float, moved: Path, serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

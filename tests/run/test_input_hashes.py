@@ -325,7 +325,6 @@ def test_a_relative_path_leads_to_the_same_files_from_another_directory(
     assert settings["model"]["name_or_path"] == str(world.base)
 
 
-@pytest.mark.slow
 def test_optim_init_from_is_compared_by_content(world: World, tmp_path: Path) -> None:
     first, other = (copied(world.begin(name, f"seed={seed}"), tmp_path) for seed, name in enumerate(("first", "other")))
     directory = world.begin("warm", f"optim.init_from={first}/checkpoints/step-00000002")

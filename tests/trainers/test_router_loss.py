@@ -69,7 +69,6 @@ def test_it_is_what_transformers_adds(trainer: Callable[..., Trainer], mixtral: 
     assert relative(gradients[0] - gradients[1], flat) < 1e-4  # a difference of two gradients of other sizes
 
 
-@pytest.mark.slow
 def test_the_config_decides_unless_a_weight_is_given(trainer: Callable[..., Trainer], mixtral: Path, tmp_path: Path) -> None:
     assert (made := trainer("loss=sft", f"model.name_or_path={mixtral}", "exp_name=a").router)
     assert made.weight == 0.5
