@@ -148,7 +148,6 @@ def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_
         assert ("does not apply" in why(computed(before=before), 5)) is named
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_with_the_frozen_head_of_the_version_that_began_it(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
