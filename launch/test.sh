@@ -11,14 +11,12 @@ slow_group() { # prints the paths of its tests
     kills) echo tests/checkpoint ;;
     moves) echo tests/launch/test_exactness.py tests/launch/test_earlier_runs.py ;;
     strategies) echo tests/launch/test_strategies.py tests/launch/test_two_processes.py ;;
-    signals) echo tests/launch/test_signals.py tests/launch/test_slurm.py tests/launch/test_hosts.py tests/distributed ;;
-    sweeps) echo tests/launch/test_sweeps.py tests/sweep ;;
-    online) echo tests/online tests/rollout ;;
-    merges) echo tests/merge tests/export ;;
-    architectures) echo tests/logps tests/prove tests/models ;;
-    steps) echo tests/trainers tests/run ;;
-    commands) echo tests/test_readme.py tests/test_train_cli.py tests/test_package.py tests/test_oldest_versions.py tests/config tests/data tests/hooks ;;
-    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges, architectures, steps and commands" >&2; exit 2 ;;
+    signals) echo tests/launch/test_signals.py tests/launch/test_slurm.py tests/launch/test_hosts.py ;;
+    sweeps) echo tests/launch/test_sweeps.py ;;
+    online) echo tests/online ;;
+    merges) echo tests/merge ;;
+    architectures) echo tests/logps ;;
+    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges and architectures" >&2; exit 2 ;;
   esac
 }
 if [ "${1:-}" = slow ]; then
@@ -46,10 +44,5 @@ ruff format --check .
 pyrefly check
 if [ "$#" -gt 0 ]; then
   exec python -m pytest "$@"
-fi
-# in memory, where there is room: thousands of runs are written, synced, read once and deleted
-room="$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')"
-if [ -z "${TMPDIR:-}" ] && [ "${room:-0}" -gt 4000000 ]; then
-  export TMPDIR=/dev/shm
 fi
 exec python -m pytest -n 3 --dist worksteal -m "not slow"  # some tests wait more than they compute

@@ -31,7 +31,6 @@ print(transformers.__version__)
 """
 
 
-@pytest.mark.slow
 def test_the_oldest_transformers_trains_merges_and_samples(tmp_path: Path, cache: Path) -> None:
     named = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if "transformers 5." in line)
     version = named.partition("transformers ")[2].split()[0]

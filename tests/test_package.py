@@ -98,7 +98,7 @@ def test_the_package_costs_nothing_to_import() -> None:
     assert done.stdout.split() == ["False", "False"]
 
 
-@pytest.mark.slow
+@pytest.mark.cold
 def test_a_wheel_trains_where_there_is_no_repository(tmp_path: Path, words: list[str]) -> None:
     build = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
     subprocess.run([sys.executable, *build], check=True, capture_output=True)

@@ -23,7 +23,6 @@ from halos.errors import UserError
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.trainers.base import Trainer
-from tests.matrix import slow_but
 
 Configure = Callable[..., Config]
 WORDS = ["loss=sft", "train.steps=6", "train.batch_size=8", "checkpoint.every=2", "checkpoint.keep_last=3", "optim.lr=1e-3"]
@@ -77,10 +76,7 @@ def fill(harness: CrashHarness, number: int | None) -> None:
         assert harness.run(victim, point) == [0] * harness.processes, harness.output.read_text()
 
 
-CELLS = [(SCENARIOS[2], 1), (SCENARIOS[5], 1), (SCENARIOS[2], 2)]
-
-
-@pytest.mark.parametrize(("scenario", "processes"), slow_but(CELLS[-1:], CELLS))
+@pytest.mark.parametrize(("scenario", "processes"), [(SCENARIOS[2], 1), (SCENARIOS[5], 1), (SCENARIOS[2], 2)])
 def test_a_disk_that_fills_anywhere_in_a_save_costs_only_that_save(
     trained: TrainedRun, scenario: Scenario, processes: int
 ) -> None:
@@ -150,7 +146,7 @@ def test_a_start_that_finds_no_room_says_where(configure: Configure, tmp_path: P
     assert run(configure(*WORDS), []) == 0, "nothing stands in the way of the next start"
 
 
-@pytest.mark.parametrize("policy", ["warn", pytest.param("stop", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("policy", ["warn", "stop"])
 def test_a_last_save_that_finds_no_room_fails_the_run(policy: str, configure: Configure, tmp_path: Path) -> None:
     with no_room_for(tmp_path / "run" / "checkpoints" / "FINAL"):
         assert run(configure(*WORDS, f"checkpoint.on_full_disk={policy}"), []) == 1
@@ -227,7 +223,7 @@ def test_a_disk_too_small_for_the_run_is_refused_before_step_one(
     assert run(configure(*WORDS), []) == 0
 
 
-@pytest.mark.parametrize("peft", [pytest.param([], marks=pytest.mark.slow), ["peft=lora"]])
+@pytest.mark.parametrize("peft", [[], ["peft=lora"]])
 def test_the_estimate_of_a_checkpoint_and_of_final_is_what_they_take(
     peft: list[str], configure: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

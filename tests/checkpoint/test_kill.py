@@ -12,10 +12,9 @@ from crash_harness import CrashHarness
 from save_scenarios import LAST, SCENARIOS, Scenario, TrainedRun, same, snapshot
 
 from halos.checkpoint import select
-from tests.matrix import slow_but
 
 
-@pytest.fixture(scope="module", params=slow_but(["lora"], ["full", "lora"]))
+@pytest.fixture(scope="module", params=["full", "lora"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> TrainedRun:
     return TrainedRun(request.param, tmp_path_factory.mktemp(request.param), cache)
 
@@ -36,7 +35,7 @@ def kill_all(harness: CrashHarness, record: Callable[[str, Any], None]) -> None:
     record("points", len(harness.points))
 
 
-@pytest.mark.parametrize("scenario", slow_but(SCENARIOS[1::4], SCENARIOS), ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_save_that_is_killed_loses_at_most_itself(trained: TrainedRun, scenario: Scenario) -> None:
     kill_some(CrashHarness(trained, scenario), 3)
 

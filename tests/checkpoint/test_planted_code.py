@@ -16,7 +16,6 @@ from halos.errors import UserError
 from halos.models.locate import locate
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
-from tests.matrix import slow_but
 
 FEW = ["loss=sft", "train.batch_size=8", "train.steps=4", "checkpoint.every=2", "optim.lr=1e-3", "train.eval_every=null"]
 
@@ -66,7 +65,7 @@ PICKLES = ("state/evil.bin", "state/evil.pt", "state/.metadata", "state/optimize
            "tokenizer/vocab.pt", "training_args.bin")  # fmt: skip
 
 
-@pytest.mark.parametrize("peft", [pytest.param([], id="full"), pytest.param(["peft=lora"], id="lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("peft", [[], ["peft=lora"]], ids=["full", "lora"])
 def test_planted_pickles_and_code_are_not_run(
     configure: Callable[..., Config], tmp_path: Path, mark: Path, peft: list[str]
 ) -> None:
@@ -102,7 +101,7 @@ def test_weights_that_are_only_there_as_a_pickle_are_refused(
     assert not mark.exists()
 
 
-@pytest.mark.parametrize("what", slow_but(["model"], ["model", "tokenizer", "unknown model"]))
+@pytest.mark.parametrize("what", ["model", "tokenizer", "unknown model"])
 def test_a_base_model_that_lies_in_the_run_runs_none_of_its_code(
     configure: Callable[..., Config], cache: Path, mark: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:

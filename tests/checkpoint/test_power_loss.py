@@ -13,10 +13,9 @@ from save_scenarios import LAST, SCENARIOS, Scenario, TrainedRun, save, save_fin
 from simulated_disk import SimulatedDisk
 
 from halos.checkpoint import commit, select
-from tests.matrix import slow_but
 
 
-@pytest.fixture(scope="module", params=slow_but(["lora"], ["full", "lora"]))
+@pytest.fixture(scope="module", params=["full", "lora"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> TrainedRun:
     return TrainedRun(request.param, tmp_path_factory.mktemp(request.param), cache)
 
@@ -60,7 +59,7 @@ def cut_power(trained: TrainedRun, scenario: Scenario, number: int) -> None:
         assert (place / "FINAL").is_dir()
 
 
-@pytest.mark.parametrize("scenario", slow_but(SCENARIOS[::4], SCENARIOS), ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_a_power_cut_during_a_save(trained: TrainedRun, scenario: Scenario) -> None:
     cut_power(trained, scenario, 20)
 

@@ -20,14 +20,14 @@ import train
 from halos.config.schema import Config
 from halos.run.lifecycle import run
 from tests import processes
-from tests.matrix import slow_but
 
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb"}
 # 48 rows (96 for kto) in batches of 8: the steps cross epochs, the kill falls between saves and after an evaluation
 SETTINGS = ["train.steps=20", "train.batch_size=8", "train.microbatch_size=3", "train.eval_every=5", "checkpoint.every=4",
             "optim.lr=1e-3"]  # fmt: skip
 LORA = ["peft=lora", "peft.lora_dropout=0.1"]
-CELLS = [(loss, peft) for loss in ("sft", "dpo", "kto", "reward") for peft in ([], LORA)]
+FAST = [("sft", []), ("dpo", LORA), ("kto", []), ("reward", LORA)]
+REST = [("sft", LORA), ("dpo", []), ("kto", LORA), ("reward", [])]
 
 
 def killed(step: int, overrides: list[str]) -> None:
@@ -56,7 +56,9 @@ def same(one: Path, other: Path) -> None:
         assert tensor.equal(theirs[name]), name
 
 
-@pytest.mark.parametrize(("loss", "peft"), slow_but(CELLS[:1], CELLS))
+@pytest.mark.parametrize(
+    ("loss", "peft"), [pytest.param(*cell) for cell in FAST] + [pytest.param(*cell, marks=pytest.mark.slow) for cell in REST]
+)
 def test_a_killed_run_ends_where_an_uninterrupted_one_does(
     loss: str, peft: list[str], configure: Callable[..., Config], tmp_path: Path, cache: Path
 ) -> None:
@@ -96,7 +98,6 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_reason_recorded(
     assert "step-00000006 passed over: model/model.safetensors: contents changed" in record
 
 
-@pytest.mark.slow
 def test_a_checkpoint_asked_for_by_name_is_the_one_taken(configure: Callable[..., Config], tmp_path: Path) -> None:
     overrides = [
         "loss=sft",

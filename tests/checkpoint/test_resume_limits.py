@@ -161,7 +161,6 @@ def test_checkpoints_of_a_branch_that_is_given_up_are_kept_and_not_resumed_from(
     assert "was set aside" in refused(f"resume={aside / 'step-00000004'}")
 
 
-@pytest.mark.slow
 def test_a_damaged_checkpoint_does_not_count_among_the_newest(tmp_path: Path, cache: Path) -> None:
     directory = tmp_path / "run"
     killed(7, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *FEW, "train.steps=8", "exp_name=run"])
@@ -206,7 +205,7 @@ def test_a_directory_in_which_a_process_trains_is_refused_and_after_its_death_is
 # --- what does not belong
 
 
-@pytest.mark.parametrize("peft", [pytest.param([], id="full"), pytest.param(["peft=lora"], id="lora", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("peft", [[], ["peft=lora"]], ids=["full", "lora"])
 def test_a_checkpoint_of_another_model_is_refused_by_name(
     configure: Callable[..., Config], tmp_path: Path, peft: list[str]
 ) -> None:

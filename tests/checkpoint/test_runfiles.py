@@ -59,13 +59,12 @@ def parsed(content: bytes) -> object:
         return None
 
 
-@pytest.mark.parametrize(("apart", "least"), [(92, 10), pytest.param(23, 40, marks=pytest.mark.slow)])
-def test_every_flip_in_a_configuration_that_changes_a_value_is_refused(apart: int, least: int, directory: Path) -> None:
+def test_every_flip_in_a_configuration_that_changes_a_value_is_refused(directory: Path) -> None:
     run, path = RunDir(directory), directory / "config.yaml"
     content, taken, changed = path.read_bytes(), [], 0
     before = yaml.safe_load(content)
     place = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "dry_run", "plugins")
-    for at in range(0, len(content), apart):
+    for at in range(0, len(content), 23):
         path.write_bytes(flipped(path, at))
         now = parsed(path.read_bytes())
         if not isinstance(now, dict) or {**now, **dict.fromkeys(place)} != {**before, **dict.fromkeys(place)}:
@@ -76,7 +75,7 @@ def test_every_flip_in_a_configuration_that_changes_a_value_is_refused(apart: in
             except UserError:
                 pass
         path.write_bytes(content)
-    assert (taken, changed > least) == ([], True)
+    assert (taken, changed > 40) == ([], True)
 
 
 def test_a_value_that_was_changed_by_hand_is_named_and_may_be_allowed(directory: Path) -> None:

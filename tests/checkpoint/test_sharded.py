@@ -88,7 +88,7 @@ def run_with_parts(configure: Callable[..., Config], tmp_path: Path, base: Path,
     return saved, copy
 
 
-@pytest.mark.parametrize("family", [pytest.param("Llama", marks=pytest.mark.slow), "Mixtral"])
+@pytest.mark.parametrize("family", ["Llama", "Mixtral"])
 def test_an_export_of_parts_is_the_export_of_the_whole(
     family: str, configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

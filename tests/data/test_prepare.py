@@ -224,7 +224,6 @@ def test_nothing_in_the_cache_is_pickled(tmp_path: Path):
     assert isinstance(open_dataset(path)[0].prompt, np.ndarray)
 
 
-@pytest.mark.slow
 def test_neither_writing_nor_reading_imports_pandas(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
     code = f"""

@@ -14,7 +14,6 @@ from halos.distributed import agreement, launch, strategies
 from halos.distributed.replicated import Replicated
 from halos.errors import UserError
 from tests import processes
-from tests.matrix import slow_but
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -26,8 +25,7 @@ def start(change: str, words: list[str], place: Path) -> subprocess.CompletedPro
     return processes.run(command, capture_output=True, text=True, check=False, env=environment, cwd=place)
 
 
-@pytest.mark.parametrize("what", slow_but(["settings"], ["settings", "data", "code"]))
-def test_ranks_with_other_settings_data_or_code_are_refused_before_a_run_begins(what: str, tmp_path: Path, cache: Path) -> None:
+def test_ranks_with_other_settings_or_data_are_refused_before_a_run_begins(tmp_path: Path, cache: Path) -> None:
     for number, name in enumerate(("one", "other")):
         (tmp_path / name).mkdir()
         rows = [{"prompt": f"{n}?", "completion": f"{n + number}"} for n in range(8)]
@@ -35,16 +33,19 @@ def test_ranks_with_other_settings_data_or_code_are_refused_before_a_run_begins(
     words = ["loss=sft", "model=tiny", "data.train=[/proc/self/cwd/train.jsonl]", "data.eval=[]", f"cache_dir={cache}",
              "exp_name=run",
              f"output_root={tmp_path}", "seed=0", "train.steps=2"]  # fmt: skip
-    change = "seed=0=>seed=1" if what == "settings" else f"cd=>{tmp_path / 'other'}"
-    if what == "code":
-        for name in ("one", "other"):
-            (tmp_path / name / "ownloss.py").write_text(f"# {name}\nfrom halos.losses.sft import sft as loss\n")
-        words += ["loss._target_=ownloss.loss", "plugins=[ownloss]", f"data.train=[{tmp_path}/one/train.jsonl]"]
-    done = start(change, words, tmp_path / "one")
+    done = start("seed=0=>seed=1", words, tmp_path / "one")
     assert done.returncode == 1
-    named = {"settings": "configuration", "data": "data.train (by its hash)", "code": "code of yours (by its hash)"}[what]
-    assert f"error: the {named} of rank 1 on" in done.stderr, done.stderr
-    assert ("seed: 1 instead of seed: 0" in done.stderr) is (what == "settings")
+    assert "error: the configuration of rank 1 on" in done.stderr, done.stderr
+    assert "seed: 1 instead of seed: 0" in done.stderr
+    done = start(f"cd=>{tmp_path / 'other'}", words, tmp_path / "one")
+    assert done.returncode == 1
+    assert "error: the data.train (by its hash) of rank 1 on" in done.stderr, done.stderr
+    for name in ("one", "other"):
+        (tmp_path / name / "ownloss.py").write_text(f"# {name}\nfrom halos.losses.sft import sft as loss\n")
+    own = ["loss._target_=ownloss.loss", "plugins=[ownloss]", f"data.train=[{tmp_path}/one/train.jsonl]"]
+    done = start(f"cd=>{tmp_path / 'other'}", [*words, *own], tmp_path / "one")
+    assert done.returncode == 1
+    assert "error: the code of yours (by its hash) of rank 1 on" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -75,7 +75,7 @@ def logits(model: Any) -> torch.Tensor:
 # --- what it becomes
 
 
-@pytest.mark.parametrize("overrides", [[], pytest.param(["--merged"], marks=pytest.mark.slow)])
+@pytest.mark.parametrize("overrides", [[], ["--merged"]])
 def test_a_step_of_a_lora_run_becomes_a_merged_model(overrides: list[str], step: Path, tmp_path: Path, ends: Any) -> None:
     out = tmp_path / "out"
     transformers.utils.logging.enable_progress_bar()  # as in a process of its own, before any run has hushed it
@@ -276,7 +276,6 @@ def test_a_base_of_other_weights_is_refused(overrides: list[str], moved: tuple[P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "step"]
 
 
-@pytest.mark.slow
 def test_an_adapter_does_not_go_on_from_another_base(configure: Callable[..., Config], tmp_path: Path, runs: Path) -> None:
     shutil.copytree(runs / "lora" / "FINAL", tmp_path / "base", ignore=shutil.ignore_patterns("manifest.json"))
     overrides = ["loss=sft", "peft=lora", "model=path", f"model.name_or_path={tmp_path / 'base'}", *SHORT]
@@ -389,7 +388,7 @@ def test_a_push_that_fails_is_one_message_without_the_token(
     assert manifest.verify(tmp_path / "out") == []
 
 
-@pytest.mark.parametrize("whole", [pytest.param("embed_tokens", marks=pytest.mark.slow), "embed_tokens,lm_head"])
+@pytest.mark.parametrize("whole", ["embed_tokens", "embed_tokens,lm_head"])
 def test_the_code_on_an_adapters_card_gives_the_model_that_was_trained(
     whole: str, configure: Callable[..., Config], tmp_path: Path, ends: Any
 ) -> None:

@@ -24,7 +24,6 @@ from halos.trainers.base import Trainer
 FEW = ["loss=sft", "train.steps=3", "train.batch_size=8", "checkpoint.every=null", "train.eval_every=1"]
 
 
-@pytest.mark.slow
 def test_wandb_goes_offline_where_there_is_no_key_and_says_so(
     configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

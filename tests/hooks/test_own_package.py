@@ -59,7 +59,6 @@ def test_the_hook_in_the_readme_works_from_the_current_directory_and_through_a_r
     assert "changed: hooks.spikes" in (package / "runs" / "run" / "train.log").read_text()
 
 
-@pytest.mark.slow
 def test_the_manuals_metric_of_sampled_answers_is_the_objective_of_a_run(package: Path, cache: Path) -> None:
     overrides = ["+hooks.sums={_target_: myhooks.sums.Sums, up_to: 2, tokens: 4}", "plugins=[myhooks]", "train.eval_every=2",
              "objective.metric=sums/accuracy", "objective.mode=max", "checkpoint.keep_best=1"]  # fmt: skip
@@ -77,8 +76,8 @@ def test_the_manuals_metric_of_sampled_answers_is_the_objective_of_a_run(package
     assert [row["loss"] for row in others] == [row["loss"] for row in rows], "sampling leaves nothing behind in the run"
 
 
-@pytest.mark.parametrize("process", ["forked", pytest.param("new", marks=pytest.mark.slow)])
-def test_a_users_own_checkpoint_hook_replaces_the_default(process: str, package: Path, cache: Path, tmp_path: Path) -> None:
+@pytest.mark.cold
+def test_a_users_own_checkpoint_hook_replaces_the_default(package: Path, cache: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     overrides = ["checkpoint._target_=myhooks.saves.Odd", "plugins=[myhooks]"]
     done = start(tmp_path / "elsewhere", *SMALL, *FEW, f"cache_dir={cache}", *overrides, path=package)

@@ -6,7 +6,6 @@ order, to what float32 leaves of that after their steps.
 
 from __future__ import annotations
 
-import itertools
 import json
 import platform
 import shutil
@@ -20,15 +19,14 @@ import yaml
 
 from halos.config.arithmetic_version import VERSION
 from tests import processes
-from tests.matrix import slow_but
 
 ROOT = Path(__file__).resolve().parents[2]
 FIXTURES = ROOT / "tests" / "fixtures" / "earlier_runs"
 MOVED = ["model.name_or_path=base", "data.train=[rows.jsonl]", "data.eval=[held_out.jsonl]"]
 COMMITS = ("7af21dd", "883a8c3")
-NAMES = ("sft", "dpo-lora", "sft-two-processes", "dpo-lora-two-processes")
-FAST = [("7af21dd", "sft"), ("883a8c3", "dpo-lora")]
+SLOWLY = ("sft-two-processes", "dpo-lora-two-processes")
 REVISED = ("advantages/std",)  # metrics of another meaning now: what a resume says of them is in test_arithmetic_version.py
+NAMES = ["sft", "dpo-lora", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOWLY)]
 
 
 @pytest.fixture
@@ -73,7 +71,8 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("commit", "name"), slow_but(FAST, itertools.product(COMMITS, NAMES)))
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("commit", COMMITS)
 def test_a_run_of_an_earlier_commit_resumes_bit_for_bit_or_within_rounding_on_another_processor(
     commit: str, name: str, place: Path
 ) -> None:

@@ -77,7 +77,7 @@ OPTIMIZERS = {  # and schedules: every shipped one that needs no further package
     ("strategy", "cells", "positions"),
     [
         (("fsdp2", 2), cells_of(["dpo"], [DROPOUT]), [3]),
-        pytest.param(("alone", 1), cells_of(cases.one_of_each_kind(), ["peft=none"]) | OPTIMIZERS, [3], marks=pytest.mark.slow),
+        (("alone", 1), cells_of(cases.one_of_each_kind(), ["peft=none"]) | OPTIMIZERS, [3]),
         pytest.param(("ddp", 2), cells_of(["kto"], [f"peft=none {APART}"]) | OPTIMIZERS, [2], marks=pytest.mark.slow),
         *(
             pytest.param(
@@ -127,12 +127,11 @@ ELASTIC = {
 @pytest.mark.parametrize(
     ("places", "names"),
     [
-        ([("alone", 1), ("fsdp2", 2)], ["sft"]),
-        pytest.param([("fsdp2", 2), ("zero3", 2)], ["sft"], marks=pytest.mark.slow),
+        ([("fsdp2", 2), ("zero3", 2)], ["sft"]),
         pytest.param(PLACES, list(ELASTIC), marks=pytest.mark.slow),
         pytest.param(ENGINES, ["kto", "ppo"], marks=pytest.mark.slow),
     ],
-    ids=["one and two", "two", "torch's own", "with DeepSpeed"],
+    ids=["two", "torch's own", "with DeepSpeed"],
 )
 def test_a_run_resumes_on_any_number_of_ranks(
     places: list[tuple[str, int]], names: list[str], tmp_path: Path, cache: Path

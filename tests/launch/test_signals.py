@@ -192,10 +192,7 @@ train.main()
 """
 
 
-@pytest.mark.parametrize(
-    "more",
-    [pytest.param(["dry_run=true"], marks=pytest.mark.slow, id="a run"), pytest.param(["resume=nowhere"], id="a refusal")],
-)
+@pytest.mark.parametrize("more", [["dry_run=true"], ["resume=nowhere"]], ids=["a run", "a refusal"])
 def test_no_signal_changes_the_status_of_a_run_that_has_ended(more: list[str], cache: Path, tmp_path: Path) -> None:
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run", *more]
     done = subprocess.run([sys.executable, "-c", LATE, str(ROOT), *words], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -235,7 +232,7 @@ def test_a_signal_at_the_start_stops_the_run_even_if_a_library_swallows_it(
     assert (result["status"], result["reason"], result["step"]) == ("stopped", "SIGUSR1", 0)
 
 
-@pytest.mark.parametrize("loss", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("loss", ["grpo", "ppo"])
 def test_a_stop_request_while_rollouts_are_read_stops_the_run(
     loss: str, configure: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -29,7 +29,7 @@ LOSSES = ["sft", "dpo", "kto", "reward"]
 EVERY = [f"loss={loss} peft={peft}" for loss in LOSSES for peft in ("none", "lora")]
 ON_ROLLOUTS = cases.names(on_rollouts=True)
 ALL = sorted([*cases.names(on_rollouts=False), *ON_ROLLOUTS])
-TURNS = ("ddp", "fsdp2", "zero3")  # which take turns, so that each of PATHS is in one of them
+FAST = ("ddp", "fsdp2", "zero3")  # which take turns, so that each of PATHS is in one of them
 # each of which the trainer computes in its own way: means over items and over tokens, statistics of other rows, groups, values,
 # and advantages over the global batch; the other losses are other functions of the same numbers
 PATHS = ["dpo", "sft", "kto", "reward", "grpo", "dapo", "ppo", "reinforce_plus_plus"]
@@ -66,8 +66,8 @@ def compare(alone: list[dict[str, torch.Tensor]], together: list[dict[str, torch
 def turn(how: str) -> list[str]:
     """A third of PATHS, with an adapter and without in turn; and under ZeRO-3 KTO's pass over other rows, and a reference that is
     the base itself."""
-    number = TURNS.index(how) if how in TURNS else 0
-    cells = [f"loss={name} peft={'lora' if k % 2 else 'none'}" for k, name in enumerate(PATHS) if k % len(TURNS) == number]
+    number = FAST.index(how) if how in FAST else 0
+    cells = [f"loss={name} peft={'lora' if k % 2 else 'none'}" for k, name in enumerate(PATHS) if k % len(FAST) == number]
     return list(dict.fromkeys([*cells, *(["loss=kto peft=none", "loss=dpo peft=lora"] if how == "zero3" else [])]))
 
 
@@ -94,19 +94,7 @@ def cells_of_all(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> dict[
     return dict(zip(cells, train(place / "one", cache, cells, steps=2, world=1, how="alone"), strict=True))
 
 
-# statistics of other rows, and advantages of groups; a reference, and a mean over tokens
-FAST = {"ddp": ["loss=kto peft=lora", "loss=grpo peft=none"], "fsdp2": ["loss=dpo peft=lora", "loss=sft peft=none"]}
-
-
-@pytest.mark.parametrize("how", FAST)
-def test_two_steps_of_two_ranks_are_those_of_one(how: str, tmp_path: Path, cache: Path) -> None:
-    cells = FAST[how]
-    alone = train(tmp_path / "one", cache, cells, steps=2, world=1, how="alone")
-    compare(alone, train(tmp_path / "two", cache, cells, steps=2, world=2, how=how), cells)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("how", [*TURNS, "zero2"])
+@pytest.mark.parametrize("how", [*FAST, pytest.param("zero2", marks=pytest.mark.slow)])
 def test_a_step_of_two_ranks_equals_that_of_one(
     how: str, cells_of_all: dict[str, dict[str, torch.Tensor]], tmp_path: Path, cache: Path
 ) -> None:

@@ -20,7 +20,6 @@ from halos.merge.experts import ExpertUpdates
 from halos.merge.merge_and_prove import merge_and_prove
 from halos.merge.preflight import check_merge
 from halos.models import adapter
-from tests.matrix import slow_but
 from tests.mixtures import FAMILIES, build
 
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -59,10 +58,7 @@ TABLE = [(family, "both", dtype) for family in FAMILIES for dtype in (torch.floa
 TABLE += [(family, cell, torch.float32) for family in ("Mixtral", "DeepseekV3") for cell in list(CELLS)[1:]]
 
 
-FAST = [("Mixtral", "both", torch.bfloat16), ("DeepseekV3", "both", torch.float32), ("Mixtral", "the router too", torch.float32)]
-
-
-@pytest.mark.parametrize(("family", "cell", "dtype"), slow_but(FAST, TABLE), ids=str)
+@pytest.mark.parametrize(("family", "cell", "dtype"), TABLE, ids=str)
 def test_a_merged_mixture_is_what_peft_would_merge(family: str, cell: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, case = trained(tmp_path, family, dtype=dtype, **CELLS[cell])
     check_merge(case, model)
@@ -150,7 +146,7 @@ def right(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return model, case, place / "merged"
 
 
-@pytest.mark.parametrize("fault", slow_but(list(FAULTS)[::3], FAULTS))
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_wrong_expert_is_seen_in_its_tensors_and_in_what_the_model_says(
     fault: str, right: tuple[Any, proof.Case, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,7 +208,7 @@ EARLY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", slow_but(["its halves swapped", "both wrong"], EARLY))
+@pytest.mark.parametrize("fault", EARLY)
 def test_experts_that_would_be_merged_wrong_are_refused_on_a_fresh_adapter(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

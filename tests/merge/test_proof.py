@@ -20,7 +20,6 @@ from halos.errors import UserError
 from halos.merge import lora, merge, probe, proof, safetensors_io
 from halos.merge.lora import Update
 from halos.run.lifecycle import run
-from tests.matrix import slow_but
 
 Tensors = dict[str, torch.Tensor]
 Q0, Q1 = (f"model.layers.{n}.self_attn.q_proj.weight" for n in (0, 1))
@@ -117,6 +116,17 @@ IN_THE_FILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("fault", IN_THE_FILE, ids=lambda fault: fault.__name__)
+def test_a_wrong_tensor_fails_the_proof(fault: Callable[..., None], dtype: str, tmp_path: Path) -> None:
+    _, case = merged_well(tmp_path, EVERYTHING, dtype=dtype)
+    path = tmp_path / "merged" / "model.safetensors"
+    merged, base = load_file(path), load_file(tmp_path / "base" / "model.safetensors")
+    fault(merged, base)
+    save_file(merged, path, metadata={"format": "pt"})
+    assert_fails(case, tmp_path / "merged")
+
+
 def merged_well(place: Path, variant: Variant, *, name: str = "Llama", tied: bool = False, dtype: str = "float32") -> Any:
     model, case = trained(place, name, variant, tied=tied, dtype=dtype)
     result = combined(case, place / "merged", shard=100_000 if variant.shard != "5GB" else safetensors_io.SHARD)
@@ -124,45 +134,10 @@ def merged_well(place: Path, variant: Variant, *, name: str = "Llama", tied: boo
     return model, case
 
 
-Right = Callable[..., proof.Case]
-
-
-@pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> Right:
-    """`right(place, dtype=...)`: a copy there of a right merge of EVERYTHING, which is made once."""
-    made: dict[str, proof.Case] = {}
-
-    def copied(place: Path, *, dtype: str = "float32") -> proof.Case:
-        if first := dtype not in made:
-            _, made[dtype] = merged_well(tmp_path_factory.mktemp(dtype), EVERYTHING, dtype=dtype)
-        shutil.copytree(made[dtype].base.parent, place, dirs_exist_ok=True)
-        case = replace(made[dtype], base=place / "base", adapter=place / "adapter")
-        assert not first or proof.prove(case, place / "merged").holds, "the copy, before anything is done to it"
-        return case
-
-    return copied
-
-
 def assert_fails(case: proof.Case, merged: Path) -> None:
     result = proof.prove(case, merged)
     assert not result.holds
     assert result.report()["faults"]
-
-
-CELLS = [(fault, dtype) for dtype in ("float32", "bfloat16") for fault in IN_THE_FILE]
-IN_TURN = [(fault, ("float32", "bfloat16")[number % 2]) for number, fault in enumerate(IN_THE_FILE)]
-
-
-@pytest.mark.parametrize(
-    ("fault", "dtype"), slow_but(IN_TURN, CELLS), ids=lambda part: part if isinstance(part, str) else part.__name__
-)
-def test_a_wrong_tensor_fails_the_proof(fault: Callable[..., None], dtype: str, right: Right, tmp_path: Path) -> None:
-    case = right(tmp_path, dtype=dtype)
-    path = tmp_path / "merged" / "model.safetensors"
-    merged, base = load_file(path), load_file(tmp_path / "base" / "model.safetensors")
-    fault(merged, base)
-    save_file(merged, path, metadata={"format": "pt"})
-    assert_fails(case, tmp_path / "merged")
 
 
 # --- faults of the merge itself
@@ -325,10 +300,8 @@ AROUND = [
 
 
 @pytest.mark.parametrize("fault", AROUND, ids=lambda fault: fault.__name__)
-def test_what_lies_around_the_tensors_is_proved_too(
-    fault: Callable[..., proof.Case | None], right: Right, tmp_path: Path
-) -> None:
-    case = right(tmp_path)
+def test_what_lies_around_the_tensors_is_proved_too(fault: Callable[..., proof.Case | None], tmp_path: Path) -> None:
+    _, case = merged_well(tmp_path, EVERYTHING)
     assert_fails(fault(tmp_path, case) or case, tmp_path / "merged")
 
 

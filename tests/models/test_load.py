@@ -99,7 +99,6 @@ def test_every_error_of_a_library_on_a_broken_file_is_one_message(tmp_path: Path
         (base / name).write_bytes(whole)
 
 
-@pytest.mark.slow
 def test_trained_control_tokens_survive_a_resume_and_a_second_stage(configure: Callable[..., Config], tmp_path: Path) -> None:
     assert run(configure(*CSFT, "train.steps=4", "checkpoint.every=2", "exp_name=whole"), []) == 0
     assert run(configure(*CSFT, "train.steps=4", "checkpoint.every=2", "exp_name=cut"), []) == 0

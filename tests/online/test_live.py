@@ -33,7 +33,6 @@ from halos.rollout.prompts import digest
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.run import batch_source
 from halos.types import Demonstration, Judgement, Scored
-from tests.matrix import slow_but
 from tests.rollout.vllm_server import VLLMServer, servers_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -64,11 +63,11 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def test_sampled_log_probs_are_the_recomputed_ones_on_every_strategy(
     config: str, peft: str, command: Command, tmp_path: Path
 ) -> None:
-    common = [*LIVE, "online.steps=2", f"peft={peft}"]
+    common = [*LIVE, f"peft={peft}"]
     command(*common, "exp_name=alone")
     command(*common, "exp_name=two", launch=2, config=config)
     alone, two = rows(tmp_path / "alone", "train"), rows(tmp_path / "two", "train")
-    assert len(alone) == len(two) == 2
+    assert len(alone) == len(two) == 4
     for row in (*alone, *two):
         assert row["mismatch/max"] < 1e-4
         assert row["approx_kl"] == row["clip_fraction"] == 0.0, "whatever the sampler computed"
@@ -89,7 +88,6 @@ def test_the_sampler_of_a_sharded_policy_rounds_the_layers_as_training_does(comm
         assert 0 < row["mismatch/mean"] < 3e-3
 
 
-@pytest.mark.slow
 def test_the_sampler_computes_in_the_precision_of_training(cache: Path, tmp_path: Path) -> None:
     """In float32 the sampler's log-probs would be 1e-2 from bfloat16's."""
     words = [*SMALL, *LIVE, "online.steps=2", "online.sampler.max_new_tokens=16", "data.eval=[]", "train.precision=bfloat16"]
@@ -99,7 +97,7 @@ def test_the_sampler_computes_in_the_precision_of_training(cache: Path, tmp_path
         assert row["mismatch/ess"] > 0.999
 
 
-@pytest.mark.parametrize(("loss", "of_training"), [("grpo", 0.7), pytest.param("dpo", 1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("loss", "of_training"), [("grpo", 0.7), ("dpo", 1.0)])
 def test_the_samplers_temperature_is_that_of_a_policy_gradients_log_probs_alone(
     loss: str, of_training: float, cache: Path, tmp_path: Path
 ) -> None:
@@ -109,7 +107,6 @@ def test_the_samplers_temperature_is_that_of_a_policy_gradients_log_probs_alone(
     assert (settings["train"]["temperature"], settings["train"]["steps"]) == (of_training, 1)
 
 
-@pytest.mark.slow
 def test_without_a_number_of_new_tokens_samples_go_on_to_the_end_of_max_length(cache: Path, tmp_path: Path) -> None:
     words = [*SMALL, *LIVE, "online.steps=1", "online.sampler.max_new_tokens=null", "data.eval=[]", "train.max_length=40"]
     shared = [f"cache_dir={cache}", f"output_root={tmp_path}"]
@@ -124,30 +121,28 @@ def test_without_a_number_of_new_tokens_samples_go_on_to_the_end_of_max_length(c
         train.start([*words, *shared, "exp_name=no", "train.max_length=8"])
 
 
-@pytest.mark.parametrize("name", ["mask", pytest.param("drop", marks=pytest.mark.slow)])
-def test_samples_that_were_cut_are_masked_or_dropped_and_counted(name: str, cache: Path, tmp_path: Path) -> None:
-    words = [*SMALL, *LIVE, "online.steps=1", "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}",
-             f"online.truncated={name}", "online.epochs=2", "checkpoint.every=1"]  # fmt: skip
-    # an untrained model ends about half of its answers by then
-    assert train.start([*words, "exp_name=run", "online.sampler.max_new_tokens=150"]) == 0
-    row = rows(tmp_path / "run", "train")[0]
-    assert 0.1 < row["samples/cut"] < 0.9
-    batch = LiveRows(Scored, sampled_here=True, minibatches=1, epochs=2, seed=0)
-    batch.load(tmp_path / "run" / "checkpoints" / "step-00000001" / "batch")
-    lengths = batch.lengths[:, 0] - [len(item.prompt) for item in batch.items]
-    scored = batch.scored[:, 0]
-    assert (scored == (lengths * (lengths < 150) if name == "mask" else lengths)).all()
-    assert (lengths.max() == 150) == (name == "mask"), "dropped ones are not there"
-
-
-@pytest.mark.slow
-def test_a_batch_of_samples_that_were_all_cut_ends_the_run_with_the_reason(cache: Path, tmp_path: Path) -> None:
-    words = [*SMALL, *LIVE, "online.steps=1", "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=no"]
+def test_samples_that_were_cut_are_masked_or_dropped_and_counted(cache: Path, tmp_path: Path) -> None:
+    words = [*SMALL, *LIVE, "online.steps=1", "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}"]
+    longer = [
+        *words,
+        "online.sampler.max_new_tokens=150",
+        "online.epochs=2",
+        "checkpoint.every=1",
+    ]  # an untrained model ends about half of its answers by then
+    for name in ("mask", "drop"):
+        assert train.start([*longer, f"online.truncated={name}", f"exp_name={name}"]) == 0
+        row = rows(tmp_path / name, "train")[0]
+        assert 0.1 < row["samples/cut"] < 0.9
+        batch = LiveRows(Scored, sampled_here=True, minibatches=1, epochs=2, seed=0)
+        batch.load(tmp_path / name / "checkpoints" / "step-00000001" / "batch")
+        lengths = batch.lengths[:, 0] - [len(item.prompt) for item in batch.items]
+        scored = batch.scored[:, 0]
+        assert (scored == (lengths * (lengths < 150) if name == "mask" else lengths)).all()
+        assert (lengths.max() == 150) == (name == "mask"), "dropped ones are not there"
     with pytest.raises(UserError, match=r"96 samples none was better .*; 96 were cut, of which online.truncated=mask lets"):
-        train.start([*words, "online.truncated=mask", "online.sampler.max_new_tokens=2"])
+        train.start([*words, "online.truncated=mask", "exp_name=no", "online.sampler.max_new_tokens=2"])
 
 
-@pytest.mark.slow
 def test_the_policy_moves_between_samples_and_a_killed_run_resumes_exactly(command: Command, tmp_path: Path) -> None:
     command(*LIVE, "exp_name=whole")
     command(*LIVE, "exp_name=cut")
@@ -172,7 +167,7 @@ OF_PASSES = {  # a loss whose values, advantages and adaptive coefficient are of
 
 
 @pytest.mark.parametrize(
-    ("name", "killed"), slow_but([("grpo", (6,))], [("ppo", (5, 8)), ("grpo", (6,)), ("dpo", (7,)), ("kto", (6,))])
+    ("name", "killed"), [("ppo", (5, 8)), ("grpo", (6,)), pytest.param("dpo", (7,), marks=pytest.mark.slow), ("kto", (6,))]
 )
 def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_one(
     name: str, killed: tuple[int, ...], cache: Path, tmp_path: Path
@@ -197,10 +192,12 @@ def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_o
         assert same[0] == same[1]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "changed", "sampled"),
-    [(4, ["online.epochs=3", "online.minibatches=1"], [1, 5, 7, 10]), (5, ["online.epochs=1"], [1, 5, 6, 7])],
+    [
+        pytest.param(4, ["online.epochs=3", "online.minibatches=1"], [1, 5, 7, 10], marks=pytest.mark.slow),
+        (5, ["online.epochs=1"], [1, 5, 6, 7]),
+    ],
 )
 def test_other_passes_that_a_resume_allows_go_on_with_a_batch_of_their_own(
     step: int, changed: list[str], sampled: list[int], cache: Path, tmp_path: Path
@@ -230,13 +227,15 @@ def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache:
 
 
 OF_PAIRS = ("dpo", "cdpo", "ipo", "simpo", "slic")
+# their trainers and rows are those of dpo and grpo
+LIKE_OTHERS = ("cdpo", "ipo", "simpo", "slic", "gspo", "cispo", "dapo", "dr_grpo")
 NOT_LIVE = {"csft": "it rewrites the rows that it trains on", "reward": "it trains a reward model", "online": "is an online run"}
 
 
 @pytest.mark.parametrize(
     "loss",
     [
-        pytest.param(name, marks=() if name in NOT_LIVE else pytest.mark.slow)  # one is killed above
+        pytest.param(name, marks=pytest.mark.slow if name in (*OF_PASSES, *LIKE_OTHERS) else ())  # OF_PASSES are killed above
         for name in sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
     ],
 )
@@ -255,7 +254,6 @@ def test_every_loss_learns_live_or_is_refused_with_the_reason(loss: str, cache: 
     assert steps[0]["samples/reward"] != steps[1]["samples/reward"], "of other prompts, and of another policy"
 
 
-@pytest.mark.slow
 def test_a_batch_whose_answers_are_all_wrong_and_so_all_desirable_is_warned_of_once(cache: Path, tmp_path: Path) -> None:
     words = [*SMALL, *LIVE, "online.loss=kto", "online.steps=2", "train.batch_size=6", "data.eval=[]",
              "online.scorer.functions=[exact_match]"]  # fmt: skip
@@ -372,7 +370,7 @@ def test_kto_live_is_the_same_on_two_processes(command: Command, tmp_path: Path)
 @pytest.mark.parametrize(
     ("behaviour", "said"),
     [
-        pytest.param({"processed": False}, "returns log-probs before temperature", marks=pytest.mark.slow),
+        ({"processed": False}, "returns log-probs before temperature"),
         ({"reloads": False}, "takes new weights without an error and goes on to sample from earlier ones"),
     ],
     ids=["raw", "stale"],
@@ -386,19 +384,20 @@ def test_a_server_that_does_not_sample_from_the_policy_ends_a_live_loop(
         train.start([*SMALL, *LIVE, *words, f"cache_dir={cache}", f"output_root={tmp_path}"])
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["hf", "vllm"])
-def test_samples_of_losses_on_pairs_are_rescored_too(
-    name: str, serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path
-) -> None:
+def test_samples_of_losses_on_pairs_are_rescored_too(serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path) -> None:
     """At the sampler's temperature, which is not the loss's."""
-    engine = ["peft=lora"] if name == "hf" else ["online.sampler.name=vllm", f"online.sampler.url={serve().url}"]
-    words = ["online.loss=dpo", "online.steps=2", "train.batch_size=4", "online.sampler.temperature=0.5", "data.eval=[]"]
-    shared = [f"cache_dir={cache}", f"output_root={tmp_path}", f"exp_name={name}"]
-    assert train.start([*SMALL, *LIVE, *words, *engine, *shared]) == 0
-    for row in rows(tmp_path / name, "train"):
-        assert 0 < row["mismatch/mean"] <= row["mismatch/max"] < 1e-4
-    assert "more than rounding" not in (tmp_path / name / "train.log").read_text()
+    server = serve()
+    engines: dict[str, list[str]] = {
+        "hf": ["peft=lora"],
+        "vllm": ["online.sampler.name=vllm", f"online.sampler.url={server.url}"],
+    }
+    for name, engine in engines.items():
+        words = ["online.loss=dpo", "online.steps=2", "train.batch_size=4", "online.sampler.temperature=0.5", "data.eval=[]"]
+        shared = [f"cache_dir={cache}", f"output_root={tmp_path}", f"exp_name={name}"]
+        assert train.start([*SMALL, *LIVE, *words, *engine, *shared]) == 0
+        for row in rows(tmp_path / name, "train"):
+            assert 0 < row["mismatch/mean"] <= row["mismatch/max"] < 1e-4
+        assert "more than rounding" not in (tmp_path / name / "train.log").read_text()
 
 
 def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:
@@ -408,7 +407,6 @@ def test_a_loss_on_demonstrations_learns_from_desirable_samples_only() -> None:
     assert usable_feedback(labels, Judgement) == labels
 
 
-@pytest.mark.slow
 def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_ends_the_run(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,7 +440,6 @@ def without_later_keys(config: Any) -> dict[str, Any]:
     return settings
 
 
-@pytest.mark.slow
 def test_a_live_loop_that_an_earlier_version_began_is_as_long_and_as_hot_as_its_own_keys_say(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

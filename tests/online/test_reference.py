@@ -25,7 +25,6 @@ from halos.online.plan import OnlinePlan
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
 from tests import composed
-from tests.matrix import slow_but
 
 Start = Callable[..., OnlinePlan]
 ADAPTERS = {"full": [], "lora": ["peft=lora", "peft.r=4"]}
@@ -43,7 +42,7 @@ def plan_of(place: Path, cache: Path, *words: str) -> OnlinePlan:
     return OnlinePlan(config, inner, overrides, bind_loss(inner.loss, []))
 
 
-@pytest.fixture(scope="module", params=slow_but(["lora"], ADAPTERS))
+@pytest.fixture(scope="module", params=ADAPTERS)
 def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[Start, Path]:
     """How to plan rounds, and the directory of one whose first round has been trained on pairs."""
     place = tmp_path_factory.mktemp(request.param)
@@ -111,7 +110,6 @@ def test_the_first_round_has_the_first_policy_as_its_reference(begun: tuple[Star
     assert of_reference(trainer, rows).double().allclose(of_model(run_dir.parent / "base", rows), atol=1e-4)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_reference_of_a_live_loop_is_the_first_policy_whatever_it_has_learned(
     adapter: str, cache: Path, tmp_path: Path

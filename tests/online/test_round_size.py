@@ -11,7 +11,6 @@ from halos.config import validate
 from halos.config.bind import bind_loss
 from halos.errors import UserError
 from halos.online.round_size import RoundSize
-from tests.matrix import slow_but
 
 BASE = ["loss=online", "model=tiny", "data=arithmetic", "exp_name=x"]
 
@@ -28,23 +27,23 @@ def size(*words: str, available: int = 5000) -> tuple[int, int]:
     return made.prompts, made.steps
 
 
-SIZES = [
-    (["online.loss=dpo"], 512, 8),  # a pair of each prompt, 64 in a step
-    (["online.loss=dpo", "online.feedback.pairing=random"], 128, 8),  # 4 pairs
-    (["online.loss=grpo"], 64, 8),  # 8 groups of 8 in a step
-    (["online.loss=grpo", "online.samples_per_prompt=10"], 48, 8),  # 6 whole groups
-    (["online.loss=ppo"], 16, 8),  # 2 steps in each of 4 passes
-    (["online.loss=kto"], 32, 8),  # of 32 labels
-    (["online.loss=kto", "online.feedback.kind=pairwise"], 128, 8),  # a pair is two labels
-    (["online.loss=grpo", "online.steps_per_round=3"], 24, 3),
-    (["online.loss=grpo", "train.steps=20"], 160, 20),
-    (["online.loss=grpo", "train.epochs=2"], 32, 8),
-    (["online.loss=grpo", "online.prompts_per_round=512"], 512, 64),
-    (["online.loss=ppo", "online.prompts_per_round=512"], 512, 256),
-]
-
-
-@pytest.mark.parametrize(("words", "prompts", "steps"), slow_but(SIZES[1:9:2], SIZES))
+@pytest.mark.parametrize(
+    ("words", "prompts", "steps"),
+    [
+        (["online.loss=dpo"], 512, 8),  # a pair of each prompt, 64 in a step
+        (["online.loss=dpo", "online.feedback.pairing=random"], 128, 8),  # 4 pairs
+        (["online.loss=grpo"], 64, 8),  # 8 groups of 8 in a step
+        (["online.loss=grpo", "online.samples_per_prompt=10"], 48, 8),  # 6 whole groups
+        (["online.loss=ppo"], 16, 8),  # 2 steps in each of 4 passes
+        (["online.loss=kto"], 32, 8),  # of 32 labels
+        (["online.loss=kto", "online.feedback.kind=pairwise"], 128, 8),  # a pair is two labels
+        (["online.loss=grpo", "online.steps_per_round=3"], 24, 3),
+        (["online.loss=grpo", "train.steps=20"], 160, 20),
+        (["online.loss=grpo", "train.epochs=2"], 32, 8),
+        (["online.loss=grpo", "online.prompts_per_round=512"], 512, 64),
+        (["online.loss=ppo", "online.prompts_per_round=512"], 512, 256),
+    ],
+)
 def test_a_round_samples_as_many_prompts_as_fill_its_optimizer_steps(words: list[str], prompts: int, steps: int) -> None:
     assert size(*words) == (prompts, steps)
 
@@ -61,11 +60,11 @@ def test_a_batch_that_cannot_hold_a_group_is_refused_before_anything_is_sampled(
 @pytest.mark.parametrize(
     ("words", "tokens"),
     [
+        (["online.loss=dr_grpo"], 256),
         (["online.loss=dr_grpo", "online.sampler.max_new_tokens=40"], 40),
         (["online.loss=dr_grpo", "online.sampler.max_new_tokens=null", "train.max_length=96"], 96),
-        pytest.param(["online.loss=dr_grpo"], 256, marks=pytest.mark.slow),
-        pytest.param(["online.loss=dr_grpo", "online.overrides=['loss.max_tokens=7']"], 7, marks=pytest.mark.slow),
-        pytest.param(["online.loss=grpo"], None, marks=pytest.mark.slow),
+        (["online.loss=dr_grpo", "online.overrides=['loss.max_tokens=7']"], 7),
+        (["online.loss=grpo"], None),
     ],
 )
 def test_dr_grpo_divides_by_the_tokens_that_sampling_may_give(words: list[str], tokens: int | None) -> None:

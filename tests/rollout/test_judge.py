@@ -89,8 +89,7 @@ def test_equal_questions_are_one(stub: Callable[..., Stub], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("cap", "words", "most"),
-    [pytest.param({"max_requests": 10}, "max_requests=10", 10, marks=pytest.mark.slow), ({"max_cost": 1.0}, "max_cost=1", 5)],
+    ("cap", "words", "most"), [({"max_requests": 10}, "max_requests=10", 10), ({"max_cost": 1.0}, "max_cost=1", 5)]
 )
 def test_a_cap_ends_it_and_nothing_paid_is_lost(
     cap: dict[str, Any], words: str, most: int, stub: Callable[..., Stub], tmp_path: Path
@@ -164,7 +163,7 @@ def test_a_missing_key_and_a_rubric_without_a_placeholder_are_refused(
 KEY = "sk-not-a-key-0123456789abcdef"
 
 
-@pytest.mark.parametrize("fail", [pytest.param(0, marks=pytest.mark.slow), 401])
+@pytest.mark.parametrize("fail", [0, 401])
 def test_a_key_that_the_server_quotes_is_written_to_no_file_and_not_shown(
     fail: int, stub: Callable[..., Stub], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

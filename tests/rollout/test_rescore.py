@@ -65,13 +65,7 @@ def test_rescored_log_probs_are_those_of_the_softmax_at_the_temperature(policy: 
         assert np.allclose(found, expected.detach(), atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "keys",
-    [
-        pytest.param({}, marks=pytest.mark.slow, id="whole"),
-        pytest.param({"temperature": 0.5, "top_p": 0.5, "top_k": 3}, id="truncated"),
-    ],
-)
+@pytest.mark.parametrize("keys", [{}, {"temperature": 0.5, "top_p": 0.5, "top_k": 3}], ids=["whole", "truncated"])
 def test_the_policy_itself_is_accepted(
     keys: dict[str, Any], policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer]
 ) -> None:
@@ -82,16 +76,11 @@ def test_the_policy_itself_is_accepted(
     ("behaviour", "said"),
     [
         ({"processed": False}, "returns log-probs before temperature, .*--logprobs-mode processed_logprobs"),
-        pytest.param(
+        (
             {"step": 0.1},
             r"sample from the policy: .* are [\d.]+ nats .*; it has another model or other weights, .* Serve runs/sft/FINAL, in",
-            marks=pytest.mark.slow,
         ),
-        pytest.param(
-            {"forced": {"repetition_penalty": 2.0}},
-            "tokens that occurred before are less likely, as with a repetition penalty",
-            marks=pytest.mark.slow,
-        ),
+        ({"forced": {"repetition_penalty": 2.0}}, "tokens that occurred before are less likely, as with a repetition penalty"),
         ({"forced": {"top_k": 5}}, "does not sample from the policy"),
     ],
     ids=["raw", "coarse", "repetition penalty", "truncated"],
@@ -117,7 +106,6 @@ def test_another_model_is_refused_and_one_that_differs_by_rounding_is_measured(
     assert 1e-3 < measured.mean() < measured.max()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("reloads", [True, False])
 def test_a_server_that_keeps_earlier_weights_is_refused_once_the_policy_has_moved(
     reloads: bool, policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer], tmp_path: Path

@@ -200,18 +200,12 @@ def test_the_servers_generation_config_changes_nothing(
     assert forced != clean, "which the comparison would see"
 
 
-@pytest.mark.slow
 def test_as_many_requests_are_in_flight_as_the_server_runs(
     policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer]
 ) -> None:
     server = serve(held_until=256)
     assert len(sampled(engine(policy, server), requests(300, tokens=1))) == 300
     assert server.most == 256
-
-
-def test_fewer_requests_are_in_flight_where_fewer_are_asked_for(
-    policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer]
-) -> None:
     few = serve()
     sampled(engine(policy, few, concurrency=3), requests(12, tokens=1))
     assert few.most <= 3

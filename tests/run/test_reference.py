@@ -14,12 +14,11 @@ from halos.data.collate import pack
 from halos.distributed.launch import make_accelerator
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
-from tests.matrix import slow_but
 
 KINDS = {"lora": [], "dora": ["peft.use_dora=true"], "head": ["peft.modules_to_save=[lm_head]"]}
 
 
-@pytest.fixture(scope="module", params=slow_but(["lora"], KINDS))
+@pytest.fixture(scope="module", params=KINDS)
 def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, cache: Path) -> tuple[World, list[str]]:
     """A world, and the overrides for DPO from an adapter that SFT has trained in it."""
     world = World(tmp_path_factory.mktemp("world"), cache)
@@ -59,7 +58,6 @@ def test_the_first_loss_is_log_2_and_the_reference_never_changes(begun: tuple[Wo
     assert abs(base.run.last_eval["loss"] - math.log(2)) > 1e-3
 
 
-@pytest.mark.slow
 def test_a_resumed_run_has_the_same_reference(begun: tuple[World, list[str]]) -> None:
     world, words = begun
     whole = world.train("whole", *words)

@@ -108,7 +108,7 @@ def test_finished_jobs_are_not_started_again(tmp_path):
     assert (tmp_path / "times").read_text().count("begin") == before.count("begin") + 1
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_every_job_and_leaves_no_process_behind(tmp_path, before, number):
     made, _ = pool(tmp_path, ["long", "long", "quick"], 2)
 

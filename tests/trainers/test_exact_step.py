@@ -11,7 +11,6 @@ from halos.config.bind import LossSpec
 from halos.trainers.base import Trainer
 from halos.types import Loss, Pair
 from tests.losses import cases
-from tests.matrix import slow_but
 
 LOSSES = cases.names(on_rollouts=False)
 LORA = [name for name in LOSSES if name not in ("sft", "csft")]  # without a reference an adapter is weights like others
@@ -36,11 +35,7 @@ def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-CELLS = [(loss, "none") for loss in LOSSES] + [(loss, "lora") for loss in LORA]
-FAST = [("sft", "none"), ("dpo", "lora"), ("kto", "none"), ("reward", "lora")]  # means over tokens and items, other rows, scores
-
-
-@pytest.mark.parametrize(("loss", "peft"), slow_but(FAST, CELLS))
+@pytest.mark.parametrize(("loss", "peft"), [(loss, "none") for loss in LOSSES] + [(loss, "lora") for loss in LORA])
 def test_microbatches_of_any_size_give_the_same_step(loss: str, peft: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer(f"loss={loss}", f"peft={peft}", "train.max_grad_norm=null", "train.batch_size=11")
     _unsettle(made)

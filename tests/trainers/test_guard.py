@@ -268,7 +268,6 @@ RUN = ["loss=sft", "train.batch_size=8", "schedule=constant", "schedule.warmup=0
        "checkpoint.keep_last=1"]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_a_learning_rate_that_breaks_the_weights_leaves_the_last_good_checkpoint_to_resume_from(
     configure: Callable[..., Config], tmp_path: Path
 ) -> None:

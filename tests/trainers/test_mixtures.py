@@ -13,14 +13,13 @@ from safetensors.torch import load_file
 from halos.data.collate import pack
 from halos.logps.model import bare
 from halos.trainers.base import Trainer
-from tests.matrix import slow_but
 from tests.mixtures import EXPERTS, FAMILIES, build
 
 SHORT = ["train.steps=3", "train.batch_size=6", "train.microbatch_size=4", "optim.lr=1e-2", "train.eval_at_start=false",
          "train.eval_every=null", "checkpoint.every=2"]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=slow_but(["Mixtral"], FAMILIES))
+@pytest.fixture(scope="module", params=FAMILIES)
 def mixture(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     settings = {} if request.param == "DeepseekV3" else {"output_router_logits": True}
     return build(request.param, tmp_path_factory.mktemp("models") / request.param, **settings)
@@ -47,7 +46,7 @@ def test_a_packed_sequence_gives_the_log_probs_of_the_sequence_alone(mixture: Pa
             torch.testing.assert_close(together.values[number, :count], alone.values[0, :count], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("loss", [pytest.param("sft", marks=pytest.mark.slow), "dpo"])
+@pytest.mark.parametrize("loss", ["sft", "dpo"])
 def test_lora_on_experts_trains_and_its_merge_is_proved(loss: str, mixture: Path, trainer: Callable[..., Trainer]) -> None:
     made = trainer(f"loss={loss}", f"model.name_or_path={mixture}", "peft=lora", EXPERTS, *SHORT)
     before = {name: value.clone() for name, value in made.run.model.state_dict().items()}

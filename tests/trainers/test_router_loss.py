@@ -12,7 +12,6 @@ from halos.data.collate import pack
 from halos.errors import UserError
 from halos.logps.model import bare
 from halos.trainers.base import Trainer
-from tests.matrix import slow_but
 from tests.mixtures import EXPERTS, build
 from tests.trainers.test_exact_step import relative, step
 
@@ -26,7 +25,7 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("loss", "peft"),
-    slow_but([("sft", ["peft=none"])], [("sft", ["peft=none"]), ("dpo", ["peft=lora", EXPERTS]), ("kto", ["peft=lora"])]),
+    [("sft", ["peft=none"]), ("dpo", ["peft=lora", EXPERTS]), ("kto", ["peft=lora"])],
 )
 def test_microbatches_of_any_size_balance_the_same_batch(
     loss: str, peft: list[str], trainer: Callable[..., Trainer], mixtral: Path
