@@ -166,9 +166,7 @@ OF_PASSES = {  # a loss whose values, advantages and adaptive coefficient are of
 }
 
 
-@pytest.mark.parametrize(
-    ("name", "killed"), [("ppo", (5, 8)), ("grpo", (6,)), pytest.param("dpo", (7,), marks=pytest.mark.slow), ("kto", (6,))]
-)
+@pytest.mark.parametrize(("name", "killed"), [("ppo", (5, 8)), ("grpo", (6,)), ("dpo", (7,)), ("kto", (6,))])
 def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_one(
     name: str, killed: tuple[int, ...], cache: Path, tmp_path: Path
 ) -> None:
@@ -194,10 +192,7 @@ def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_o
 
 @pytest.mark.parametrize(
     ("step", "changed", "sampled"),
-    [
-        pytest.param(4, ["online.epochs=3", "online.minibatches=1"], [1, 5, 7, 10], marks=pytest.mark.slow),
-        (5, ["online.epochs=1"], [1, 5, 6, 7]),
-    ],
+    [(4, ["online.epochs=3", "online.minibatches=1"], [1, 5, 7, 10]), (5, ["online.epochs=1"], [1, 5, 6, 7])],
 )
 def test_other_passes_that_a_resume_allows_go_on_with_a_batch_of_their_own(
     step: int, changed: list[str], sampled: list[int], cache: Path, tmp_path: Path
@@ -227,15 +222,13 @@ def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache:
 
 
 OF_PAIRS = ("dpo", "cdpo", "ipo", "simpo", "slic")
-# their trainers and rows are those of dpo and grpo
-LIKE_OTHERS = ("cdpo", "ipo", "simpo", "slic", "gspo", "cispo", "dapo", "dr_grpo")
 NOT_LIVE = {"csft": "it rewrites the rows that it trains on", "reward": "it trains a reward model", "online": "is an online run"}
 
 
 @pytest.mark.parametrize(
     "loss",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in (*OF_PASSES, *LIKE_OTHERS) else ())  # OF_PASSES are killed above
+        pytest.param(name, marks=pytest.mark.slow if name in OF_PASSES else ())  # those are killed and resumed above
         for name in sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
     ],
 )
