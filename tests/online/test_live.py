@@ -320,6 +320,7 @@ def test_a_live_loop_hands_its_weights_to_a_server_before_it_samples(
         train.start([f"resume={tmp_path / 'run'}", "train.steps=4"])
 
 
+@pytest.mark.slow
 def test_a_server_that_restarted_after_an_evaluation_gets_the_weights_again(
     serve: Callable[..., VLLMServer], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
