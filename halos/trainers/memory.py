@@ -48,6 +48,6 @@ def remedies(config: Config) -> str:
 
 
 def _half_a_microbatch(size: int | None, tokens: int | None) -> str:
-    if tokens is not None:
-        return f"train.microbatch_tokens={max(1, tokens // 2)}"
-    return f"train.microbatch_size={max(1, (size or 2) // 2)}"
+    """Half of every bound, since either may be the one that was reached."""
+    bounds = {"train.microbatch_tokens": tokens, "train.microbatch_size": size if tokens is not None else size or 2}
+    return " ".join(f"{key}={max(1, bound // 2)}" for key, bound in bounds.items() if bound is not None)

@@ -154,3 +154,11 @@ def test_a_branch_without_tokens_and_rows_without_a_prompt() -> None:
     assert not together.mask[1].any()
     for row, one in zip((0, 2, 3), alone, strict=True):
         assert torch.allclose(together.sum[row], one.sum[0], atol=1e-6)
+
+
+def test_a_long_completion_of_a_short_prompt_is_not_worth_a_tree() -> None:
+    def row(prompt: int, completion: int) -> PackRow:
+        return np.ones(prompt, np.int32), Completion(np.full(completion, 5, np.int32), np.ones(completion, bool))
+
+    assert pack([row(4, 128), row(4, 128)], share=True).trees == ((4, 128, 128),)
+    assert pack([row(4, 129), row(4, 128), row(4, 10)], share=True).trees == ((133,), (4, 128, 10))

@@ -36,7 +36,10 @@ def test_out_of_memory_is_one_message_with_the_keys_that_help_and_the_traceback_
     words = ["loss=sft", "train.steps=2", "train.batch_size=8", "train.microbatch_size=8", "train.eval_at_start=false"]
     assert run(configure(*words), []) == 1
     said = "".join(capsys.readouterr())
-    assert "train.microbatch_size=4 (the same results up to rounding, unless the model has dropout)" in said
+    assert (
+        "train.microbatch_tokens=8192 train.microbatch_size=4 (the same results up to rounding, unless the model has dropout)"
+        in said
+    )
     assert all(key in said for key in ("train.activation_checkpointing=true", "peft=lora", "train.max_length below"))
     assert "Traceback" not in said
     assert "If reserved" not in said
@@ -50,7 +53,22 @@ def test_a_smaller_microbatch_is_said_to_change_what_loras_dropout_drops(configu
     from halos.trainers.memory import remedies
 
     said = remedies(configure("loss=sft", "peft=lora", "peft.lora_dropout=0.1", "train.microbatch_size=8"))
-    assert "train.microbatch_size=4 (dropout then drops other elements: a resume needs resume_changes=allow)" in said
+    both = "train.microbatch_tokens=8192 train.microbatch_size=4"
+    assert f"{both} (dropout then drops other elements: a resume needs resume_changes=allow)" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "train.microbatch_tokens=8192 ("),
+        (["train.microbatch_tokens=null", "train.microbatch_size=8"], "train.microbatch_size=4 ("),
+        (["train.microbatch_tokens=null"], "train.microbatch_size=1 ("),
+    ],
+)
+def test_the_bounds_that_a_run_has_are_named(words: list[str], said: str, configure: Callable[..., Config]) -> None:
+    from halos.trainers.memory import remedies
+
+    assert remedies(configure("loss=sft", *words)).startswith(said)
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
