@@ -82,6 +82,11 @@ class Bounds:
             prompts.add(group)
         return [*parts, np.arange(start, len(indices))] if len(indices) else []
 
+    def deal(self, rows: Rows, indices: np.ndarray, world: int) -> list[list[np.ndarray]]:
+        """Give items to ranks in turn: for each rank its micro-batches, arrays of positions in `indices`."""
+        positions = [np.arange(rank, len(indices), world) for rank in range(world)]
+        return [[own[part] for part in self.cut(rows, indices[own])] for own in positions]
+
     def _is_over(self, items: int, tokens: int) -> bool:
         return (self.items is not None and items > self.items) or (self.tokens is not None and tokens > self.tokens)
 
@@ -95,10 +100,9 @@ def split_into_microbatches(
     with weight 0. `seeds` (the run's, the step) make a micro-batch's dropout a function of step, rank and number.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
-    everyones = [np.arange(len(indices))[each::world] for each in range(world)]
-    cuts = [bounds.cut(split.rows, indices[items]) for items in everyones]
-    own, microbatches = [everyones[rank][part] for part in cuts[rank]], []
-    for number in range(max(map(len, cuts))):
+    dealt = bounds.deal(split.rows, indices, world)
+    own, microbatches = dealt[rank], []
+    for number in range(max(map(len, dealt))):
         weight = 1.0 if number < len(own) else 0.0
         positions = own[number] if weight else np.zeros(1, np.int64)
         rows, partners = indices[positions], split.mismatched_partners

@@ -134,16 +134,16 @@ class RolloutPass:
         was_training = module.training
         module.eval()
         rank, world = run.accelerator.process_index, run.accelerator.num_processes
-        everyones = [np.arange(each, len(rows), world) for each in range(world)]
-        cuts = [bounds.cut(rows, own) for own in everyones]
+        dealt = bounds.deal(rows, np.arange(len(rows)), world)
+        own = dealt[rank]
         computed: list[tuple[int, list[np.ndarray | None]]] = []
-        numbers, quiet = range(max(map(len, cuts))), None if run.main else True
+        numbers, quiet = range(max(map(len, dealt))), None if run.main else True
         for number in tqdm(numbers, desc="reading rollouts", unit="batch", delay=2, leave=False, disable=quiet):
             if isinstance(rows, Dataset):  # the loop itself stops after a live batch, which is small
                 run.sync_stop_request()
                 if run.stopped_early:
                     raise StopRequestedError
-            some = everyones[rank][cuts[rank][number]].tolist() if number < len(cuts[rank]) else []
+            some = own[number].tolist() if number < len(own) else []
             items = [rows[row] for row in some or [0]]  # a rank without rows left still takes part in collectives
             batch = self.trainer.packed(self.trainer.rows(items))
             with run.accelerator.autocast():

@@ -24,7 +24,6 @@ import torch
 from torch.nn.utils import clip_grad_norm_
 
 from halos.config import validate
-from halos.data.collate import pack
 from halos.distributed.launch import make_accelerator
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
@@ -51,7 +50,7 @@ def packed(trainer: Trainer, indices: np.ndarray) -> tuple[list[Any], int]:
     size = trainer.settings.microbatch_size
     groups = [[trainer.train.rows[int(i)] for i in indices[start : start + size]] for start in range(0, len(indices), size)]
     denominators = trainer._denominators(trainer.train, indices)
-    return [(pack(trainer.rows(items)), items) for items in groups], denominators[
+    return [(trainer.packed(trainer.rows(items)), items) for items in groups], denominators[
         "token" if trainer.loss.name == "sft" else "item"
     ]
 
