@@ -123,6 +123,8 @@ HISTORY = (
     Revision(6, "2026-11-27", "a reward function that returns None does not apply, and no longer costs the sample its score",
              _sums_own_rewards),
     Revision(7, "2026-11-27", "a frozen head's logits are computed once", lambda now: now.head == "layer", of="kept"),
+    Revision(8, "2026-11-27", "this model's sequences are not packed, since its attention would be another",
+             lambda now: not now.packed and now.model.get("model_type") in ("llama4_text", "minimax_m3_vl_text")),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE = 7

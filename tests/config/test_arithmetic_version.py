@@ -94,6 +94,12 @@ def test_changes_of_version_1_affect_only_the_runs_that_they_change(now: RunFact
         assert named in why(now)
 
 
+def test_models_that_were_packed_though_their_attention_was_another_are_named() -> None:
+    for kind, packed, named in (("llama4_text", False, True), ("llama4_text", True, False), ("llama", False, False)):
+        now = computed(packed=packed, model={"vocab_size": 350, "model_type": kind})
+        assert ("attention would be another" in why(now, 7)) is named
+
+
 def test_changes_of_merging_and_sampling_affect_the_runs_that_use_them() -> None:
     lora = computed(refers=True)
     lora.config.peft.name = "lora"
