@@ -353,7 +353,8 @@ LORA = ["loss=sft", "peft=lora", "train.steps=2", "train.batch_size=8", "checkpo
 def test_a_run_whose_merge_is_wrong_fails_and_keeps_the_adapter(
     fault: str, configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halos.checkpoint.preflight.check_merge", lambda *_: None)  # it would be refused before the first step
+    passes = "halos.checkpoint.preflight.check_merge_once"  # it would be refused before the first step
+    monkeypatch.setattr(passes, lambda *_: None)
     if fault == "wrong":
         subtracted(monkeypatch)
     else:
