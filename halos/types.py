@@ -13,7 +13,8 @@ from torch.utils._pytree import register_pytree_node
 
 from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Turns  # noqa: F401
 from halos.ranges import Range as Range  # re-exported, as examples are: a user's own loss imports all it needs from here
-from halos.sequences import Sequences, Tree, WholeModelInput  # noqa: F401
+from halos.sequences import HostSequences, Sequences, Tree, WholeModelInput  # noqa: F401
+from halos.transfer import to_device
 
 # --- inputs of a loss --------------------------------------------------------------------------------------------------
 
@@ -115,7 +116,8 @@ class Labelled(LossInput):
 
     @classmethod
     def of(cls, output: TokenLogps, items: Sequence[Item]) -> Labelled:
-        return cls(output, torch.tensor([item.labels["desirable"] > 0 for item in items], device=output.values.device))
+        desirable = torch.tensor([item.labels["desirable"] > 0 for item in items])
+        return cls(output, to_device(desirable, output.values.device))
 
     @staticmethod
     def derived(means: Mapping[str, float]) -> dict[str, float]:
@@ -142,8 +144,8 @@ class PairScores(LossInput):
 
     @classmethod
     def of(cls, output: Tensor, items: Sequence[Item]) -> PairScores:
-        margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32, device=output.device)
-        return cls(output[: len(items)], output[len(items) :], margin)
+        margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32)
+        return cls(output[: len(items)], output[len(items) :], to_device(margin, output.device))
 
 
 @dataclass(frozen=True, slots=True)

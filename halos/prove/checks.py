@@ -11,7 +11,8 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from halos.logps.hidden import accepted, backbone_of
-from halos.logps.model import ActorCritic, adapter_off
+from halos.logps.model import ActorCritic
+from halos.logps.modes import adapter_off
 from halos.prove.small_copy import FLOOR, HALF_MARGIN, MARGIN, SAME_PROMPT, Check, ForwardSpec, SmallCopy
 from halos.types import Acted, Sequences
 

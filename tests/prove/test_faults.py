@@ -31,7 +31,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from halos.logps import attention, head, hidden, model
+from halos.logps import attention, head, hidden, model, modes
 from halos.logps.attention import SEGMENTS
 from halos.prove import checks, small_copy
 from halos.prove.small_copy import SAME_PROMPT as SAME
@@ -229,7 +229,7 @@ def adapter_left_on(patch: Patch) -> None:
 
 
 def bias_left_in(patch: Patch) -> None:
-    patch.setattr(model, "with_values", lambda *_: nothing(nn.Module()))
+    patch.setattr(modes, "with_values", lambda *_: nothing(nn.Module()))
 
 
 def adapter_left_off(patch: Patch) -> None:
