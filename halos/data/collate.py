@@ -56,12 +56,17 @@ def pack_on_host(rows: Sequence[PackRow], *, share: bool = False) -> HostSequenc
     return HostSequences(torch.from_numpy(buffer), len(ids), trees, tuple(leaves), widest)
 
 
+def is_branch(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
+    """Whether sequences of prompts and completions of these lengths are stored as branches, beside others of the same prompt."""
+    return (prompt > 0) & (completion.astype(np.int64) ** 2 <= PAYS * prompt.astype(np.int64))
+
+
 def _by_prompt(rows: Sequence[PackRow]) -> list[list[int]]:
     """The numbers of the rows that have a prompt in common; a row is alone whose prompt is too short to be worth it."""
     groups = dict[bytes | int, list[int]]()
-    for number, (prompt, completion) in enumerate(rows):
-        pays = len(completion.ids) ** 2 <= PAYS * len(prompt)
-        groups.setdefault(np.asarray(prompt, np.int64).tobytes() if pays and len(prompt) else number, []).append(number)
+    lengths = np.array([(len(prompt), len(completion.ids)) for prompt, completion in rows], np.int64)
+    for number, shares in enumerate(is_branch(*lengths.T).tolist()):
+        groups.setdefault(np.asarray(rows[number][0], np.int64).tobytes() if shares else number, []).append(number)
     return list(groups.values())
 
 
