@@ -13,8 +13,7 @@ from torch.utils._pytree import register_pytree_node
 
 from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Turns  # noqa: F401
 from halos.ranges import Range as Range  # re-exported, as examples are: a user's own loss imports all it needs from here
-from halos.sequences import HostSequences, Sequences, Tree, WholeModelInput  # noqa: F401
-from halos.transfer import to_device
+from halos.sequences import Sequences, Tree, WholeModelInput  # noqa: F401
 
 # --- inputs of a loss --------------------------------------------------------------------------------------------------
 
@@ -116,8 +115,7 @@ class Labelled(LossInput):
 
     @classmethod
     def of(cls, output: TokenLogps, items: Sequence[Item]) -> Labelled:
-        desirable = torch.tensor([item.labels["desirable"] > 0 for item in items])
-        return cls(output, to_device(desirable, output.values.device))
+        return cls(output, torch.tensor([item.labels["desirable"] > 0 for item in items], device=output.values.device))
 
     @staticmethod
     def derived(means: Mapping[str, float]) -> dict[str, float]:
@@ -144,8 +142,8 @@ class PairScores(LossInput):
 
     @classmethod
     def of(cls, output: Tensor, items: Sequence[Item]) -> PairScores:
-        margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32)
-        return cls(output[: len(items)], output[len(items) :], to_device(margin, output.device))
+        margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32, device=output.device)
+        return cls(output[: len(items)], output[len(items) :], margin)
 
 
 @dataclass(frozen=True, slots=True)

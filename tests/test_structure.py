@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"redaction", "transfer"},
+    {"redaction"},
     {"errors", "examples", "intervals", "ranges", "repository", "sequences"},
     {"types"},
     {"confined"},
