@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -49,6 +50,16 @@ def file_hashes(paths: Iterable[Path], cache: Path | None = None) -> dict[str, s
     paths = list(paths)
     with ThreadPoolExecutor(READERS) as pool:
         return dict(zip((path.name for path in paths), pool.map(lambda path: file_hash(path, cache), paths), strict=True))
+
+
+@functools.cache
+def source_hash(parts: tuple[str, ...]) -> str:
+    """Hash source files of this package: `parts` are modules or packages, by their paths in it."""
+    home, whole = Path(__file__).resolve().parent, hashlib.sha256()
+    for part in parts:
+        for path in sorted((home / part).glob("*.py")) if (home / part).is_dir() else [home / part]:
+            whole.update(path.read_bytes())
+    return whole.hexdigest()
 
 
 def json_hash(value: Any) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from halos.transfer import pinned, to_device
+
 Tree = tuple[int, ...]  # tokens of the trunk, then of each branch; a sequence that shares no prompt is a trunk alone
 
 
@@ -35,7 +37,28 @@ class Sequences:
 
     def to(self, device: torch.device) -> Sequences:
         names = ("ids", "positions", "targets", "sources", "rows", "columns")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: to_device(getattr(self, name), device) for name in names})
+
+
+@dataclass(frozen=True, slots=True)
+class HostSequences:
+    """`Sequences` in host memory, in one buffer: one copy brings all of them to a device."""
+
+    buffer: Tensor  # int32: ids, positions, targets, sources, rows and columns, end to end
+    tokens: int  # of which ids and positions have one number each
+    trees: tuple[Tree, ...]
+    leaves: tuple[int, ...]
+    widest: int
+
+    def pinned(self, device: torch.device) -> HostSequences:
+        """The same, in memory from which `device` copies by itself."""
+        return replace(self, buffer=pinned(self.buffer, device))
+
+    def to(self, device: torch.device) -> Sequences:
+        scored = (len(self.buffer) - 2 * self.tokens) // 4
+        parts = to_device(self.buffer, device).long().split([self.tokens] * 2 + [scored] * 4)
+        ids, positions, targets, sources, rows, columns = parts
+        return Sequences(ids, positions, self.trees, self.leaves, targets, sources, rows, columns, self.widest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,10 @@ from torch.utils._pytree import register_pytree_node
 
 from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Turns  # noqa: F401
 from halos.ranges import Range as Range  # re-exported, as examples are: a user's own loss imports all it needs from here
-from halos.sequences import Sequences, Tree, WholeModelInput  # noqa: F401
+from halos.sequences import HostSequences, Sequences, Tree, WholeModelInput  # noqa: F401
+from halos.transfer import to_device
+
+TOKEN_STATISTICS = ("entropy", "log_sum_squares")  # of the distribution of a scored token
 
 # --- inputs of a loss --------------------------------------------------------------------------------------------------
 
@@ -29,6 +32,7 @@ class LossInput:
     feedback: ClassVar[str] = "scalar"  # made online from samples with scores: pairwise, binary, or the scores themselves
     head: ClassVar[Literal["language", "value", "score"]] = "language"  # the head on the model's hidden states
     trainer: ClassVar[str] = "halos.trainers.base.Trainer"  # the class that trains a loss on it
+    token_statistics: ClassVar[tuple[str, ...]] = ()  # of TOKEN_STATISTICS: what its TokenLogps have besides log-probs
 
     @classmethod
     def rows(cls, items: Sequence[Item]) -> list[PackRow]:
@@ -46,17 +50,24 @@ class LossInput:
         return {}
 
     def detach(self) -> Self:
-        return replace(self, **{each.name: getattr(self, each.name).detach() for each in fields(self)})
+        parts = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(self, **{name: part.detach() for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogps(LossInput):
-    """Log-probabilities of the scored tokens, float32; 0 where `mask` is False."""
+    """Log-probabilities of the scored tokens, float32; 0 where `mask` is False.
+
+    The distribution of each token, of which they are the log-probs, has the statistics that the loss's input type declares.
+    """
 
     example, feedback = Demonstration, "binary"
 
     values: Tensor  # (rows, time)
     mask: Tensor  # (rows, time) bool
+    entropy: Tensor | None = None  # (rows, time) in nats
+    log_sum_squares: Tensor | None = None  # (rows, time) the log of the probability that two draws are equal
+    candidates: Tensor | None = None  # (rows, time, k) log-probs of further ids
 
     @property
     def sum(self) -> Tensor:
@@ -75,7 +86,9 @@ class TokenLogps(LossInput):
 
     def split(self, rows: int) -> tuple[TokenLogps, TokenLogps]:
         """The first `rows` rows, and the rest."""
-        return TokenLogps(self.values[:rows], self.mask[:rows]), TokenLogps(self.values[rows:], self.mask[rows:])
+        parts, names = _tensors(self)
+        first, rest = zip(*((part[:rows], part[rows:]) for part in parts), strict=True)
+        return TokenLogps(**dict(zip(names, first, strict=True))), TokenLogps(**dict(zip(names, rest, strict=True)))
 
     @classmethod
     def of(cls, output: TokenLogps, items: Sequence[Item]) -> TokenLogps:
@@ -87,7 +100,13 @@ class TokenLogps(LossInput):
 
 
 # FSDP finds the tensors of a module's output through pytrees; their gradients trigger its all-gather in the backward pass
-register_pytree_node(TokenLogps, lambda logps: ([logps.values, logps.mask], None), lambda parts, _: TokenLogps(*parts))
+def _tensors(logps: TokenLogps) -> tuple[list[Tensor], tuple[str, ...]]:
+    parts = {each.name: getattr(logps, each.name) for each in fields(logps)}
+    present = {name: part for name, part in parts.items() if part is not None}
+    return list(present.values()), tuple(present)
+
+
+register_pytree_node(TokenLogps, _tensors, lambda parts, names: TokenLogps(**dict(zip(names, parts, strict=True))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +134,8 @@ class Labelled(LossInput):
 
     @classmethod
     def of(cls, output: TokenLogps, items: Sequence[Item]) -> Labelled:
-        return cls(output, torch.tensor([item.labels["desirable"] > 0 for item in items], device=output.values.device))
+        desirable = torch.tensor([item.labels["desirable"] > 0 for item in items])
+        return cls(output, to_device(desirable, output.values.device))
 
     @staticmethod
     def derived(means: Mapping[str, float]) -> dict[str, float]:
@@ -142,8 +162,8 @@ class PairScores(LossInput):
 
     @classmethod
     def of(cls, output: Tensor, items: Sequence[Item]) -> PairScores:
-        margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32, device=output.device)
-        return cls(output[: len(items)], output[len(items) :], margin)
+        margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32)
+        return cls(output[: len(items)], output[len(items) :], to_device(margin, output.device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,7 @@ slow_group() { # prints the paths of its tests
     online) echo tests/online ;;
     merges) echo tests/merge ;;
     architectures) echo tests/logps ;;
-    gpu) echo tests/launch/test_gpu_suite.py ;;
-    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges, architectures and gpu" >&2; exit 2 ;;
+    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges and architectures" >&2; exit 2 ;;
   esac
 }
 if [ "${1:-}" = slow ]; then

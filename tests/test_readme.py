@@ -181,7 +181,8 @@ def begun(desk: Path) -> Iterator[None]:
 
         def cut_short(self: Trainer, indices: Any) -> Any:
             done = step(self, indices)
-            self.run.stop_requested = "SIGTERM" if self.run.step == 40 else None
+            last = 40 if self.run.directory.path.name == "long" else 2
+            self.run.stop_requested = "SIGTERM" if self.run.step == last else None
             return done
 
         patch.setattr(Trainer, "step", cut_short)

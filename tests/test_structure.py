@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
-    {"redaction"},
+    {"redaction", "transfer"},
     {"errors", "examples", "intervals", "ranges", "repository", "sequences"},
     {"types"},
     {"confined"},

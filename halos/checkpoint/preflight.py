@@ -7,12 +7,13 @@ from peft import PeftModel
 
 from halos.checkpoint import manifest, select, space
 from halos.checkpoint.final import merged_dtype
+from halos.confined import expanded
 from halos.errors import UserError
 from halos.hooks.base import PlannedRun
 from halos.hooks.checkpoint import CheckpointHook
 from halos.logps.model import bare
 from halos.merge.merge_and_prove import case_of
-from halos.merge.preflight import check_merge
+from halos.merge.preflight import check_merge_once
 from halos.rundir import nearest_existing
 
 MOST_STEPS = 10**6  # whose checkpoints are counted: of a longer run, what it keeps for ever is underestimated
@@ -25,7 +26,7 @@ def check(policy: CheckpointHook, planned: PlannedRun) -> None:
     if isinstance(planned.model, PeftModel) and policy.merge_lora:
         dtype = merged_dtype(policy, bare(planned.model))
         case = case_of(planned.base, Path("adapter"), planned.vocabulary, dtype=dtype, reward=planned.reward)
-        check_merge(case, planned.model)
+        check_merge_once(case, planned.model, expanded(planned.config.cache_dir))
     if problem := too_little_space(policy, planned):
         raise UserError(problem)
 

@@ -68,8 +68,7 @@ def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor], vo
     state = split_value_head(directory, state)
     if isinstance(model, PeftModel):
         path = directory / "adapter"
-        model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
-        (path / "README.md").unlink(missing_ok=True)  # PEFT's empty template
+        save_adapter(path, model, state)
         vocabulary.save(path)
         inner = model.get_base_model()
         if isinstance(inner, PreTrainedModel) and inner.can_generate() and inner.generation_config is not None:
@@ -77,6 +76,15 @@ def save_weights(directory: Path, model: nn.Module, state: dict[str, Tensor], vo
         return
     assert isinstance(model, PreTrainedModel)
     save_model(directory / "model", model, state)
+
+
+def save_adapter(path: Path, model: PeftModel, state: dict[str, Tensor] | None = None) -> None:
+    """Write PEFT's files, without the empty template of a model card, which takes most of the time of a small adapter."""
+    vars(model)["create_or_update_model_card"] = lambda directory: None
+    try:
+        model.save_pretrained(str(path), state_dict=state, save_embedding_layers=False)
+    finally:
+        del vars(model)["create_or_update_model_card"]
 
 
 def split_value_head(directory: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from halos.config.resume_policy import Change
+from halos.config.resume_policy import Change, drawn_in
 from halos.config.schema import Config
 
 PAIRED = ("dpo", "cdpo", "ipo", "simpo", "slic", "bradley_terry")
@@ -50,6 +50,13 @@ def _sums_head_in_parts(now: RunFacts) -> bool:
     rows = 2 * (train.microbatch_size or train.batch_size) * train.max_length  # at most
     bent = [now.model.get(name) for name in ("final_logit_softcapping", "logit_scale", "logits_scaling")]
     return now.half or any(bent) or rows * int(now.model["vocab_size"]) > 2**25
+
+
+def _drops_by_tokens(now: RunFacts) -> bool:
+    """Return whether dropout, or noise, depends on how the tokens of shared prompts are counted."""
+    train, peft = now.config.train, now.config.peft
+    drops = (peft.name == "lora" and peft.lora_dropout > 0) or drawn_in(now.model) is not None
+    return train.share_prompts and train.microbatch_tokens is not None and drops
 
 
 def _trains_biases(now: RunFacts) -> bool:
@@ -123,6 +130,10 @@ HISTORY = (
     Revision(6, "2026-11-27", "a reward function that returns None does not apply, and no longer costs the sample its score",
              _sums_own_rewards),
     Revision(7, "2026-11-27", "a frozen head's logits are computed once", lambda now: now.head == "layer", of="kept"),
+    Revision(8, "2026-11-27", "this model's sequences are not packed, since its attention would be another",
+             lambda now: not now.packed and now.model.get("model_type") in ("llama4_text", "minimax_m3_vl_text")),
+    Revision(8, "2026-11-27", "in train.microbatch_tokens the prompt of a completion that is too long to share it counts again",
+             _drops_by_tokens),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE = 7

@@ -13,7 +13,7 @@ import torch
 from halos import types
 from halos.config.signature import bind, defaults, first_type, fit_all, import_target, legal_keys, load_target, positional
 from halos.errors import UserError
-from halos.types import LossInput, RolloutInput, Sampled, TokenLogps
+from halos.types import TOKEN_STATISTICS, LossInput, RolloutInput, Sampled, TokenLogps
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +51,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
             f"loss._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds} (or a LossInput of yours),"
             " then optionally `reference` and `statistics`, then keyword-only hyperparameters"
         )
+    _check_token_statistics(first)
     statistics = vars(module).get("statistics") if "statistics" in arguments else None
     if "statistics" in arguments and statistics is None:
         raise UserError(f"{name} has a parameter `statistics`, but {module.__name__} has no function of that name")
@@ -85,6 +86,14 @@ def input_types() -> list[type[LossInput]]:
     """Those of halos.types. A user's own stand where they are."""
     classes = [each for each in vars(types).values() if inspect.isclass(each) and issubclass(each, LossInput)]
     return [each for each in classes if each not in (LossInput, RolloutInput)]
+
+
+def _check_token_statistics(inputs: type[LossInput]) -> None:
+    """Raises UserError for a statistic that is unknown, or that a model without an LM head cannot have."""
+    allowed = () if inputs.head == "score" else TOKEN_STATISTICS
+    if unknown := [name for name in inputs.token_statistics if name not in allowed]:
+        may = f"it may have {', '.join(allowed)}" if allowed else "a model that gives scores has none"
+        raise UserError(f"{inputs.__name__}.token_statistics has {', '.join(unknown)}: {may}")
 
 
 def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:

@@ -90,10 +90,11 @@ def _microbatch(config: Config, past: PreviousRun) -> str | None:
     if config_json is None:
         return "whether its model has dropout is unknown before it loads"
     try:
-        dropout = _dropout(load_json(config_json))
+        drawn = drawn_in(load_json(config_json))
     except UnreadableError as error:
         return f"whether its model has dropout is unknown: {error}"
-    return f"with the model's {dropout} it decides which elements are dropped" if dropout else None
+    effect = "which elements are dropped" if drawn and "drop" in drawn else "the noise"
+    return f"with the model's {drawn} it decides {effect}" if drawn else None
 
 
 def _cached(config: Config) -> Path | None:
@@ -108,12 +109,17 @@ def _cached(config: Config) -> Path | None:
     return Path(path) if isinstance(path, str) else None
 
 
-def _dropout(node: Any) -> str | None:
-    """Return the first non-zero dropout of a model's config.json, such as `resid_pdrop=0.1`."""
+def drawn_in(node: Any) -> str | None:
+    """Return the first non-zero dropout or noise of a model's config.json, such as `resid_pdrop=0.1`."""
     for name, value in node.items() if isinstance(node, dict) else ():
-        if "drop" in name and isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+        if (
+            any(word in str(name) for word in ("drop", "jitter"))
+            and isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and value > 0
+        ):
             return f"{name}={value}"
-        if inner := _dropout(value):
+        if inner := drawn_in(value):
             return inner
     return None
 

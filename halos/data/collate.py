@@ -5,10 +5,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from halos.examples import Completion, Item, PackRow
-from halos.types import Sequences, Tree
+from halos.types import HostSequences, Sequences, Tree
 
 # A branch's attention takes a mask, and computes what causal attention leaves out: about 2 h n^2 FLOPs a layer for n tokens of h
 # dimensions, where a prompt of p tokens saves 24 h^2 p. This is 12 h of a small model.
@@ -27,6 +26,11 @@ class _Piece:
 
 
 def pack(rows: Sequence[PackRow], *, share: bool = False) -> Sequences:
+    """`pack_on_host`, for a model on the CPU."""
+    return pack_on_host(rows, share=share).to(torch.device("cpu"))
+
+
+def pack_on_host(rows: Sequence[PackRow], *, share: bool = False) -> HostSequences:
     """Pack sequences; with `share` those that have a prompt in common form a tree, in the order of their first rows.
 
     A scored first token has no context to be predicted from, and is left out.
@@ -37,7 +41,7 @@ def pack(rows: Sequence[PackRow], *, share: bool = False) -> Sequences:
     pieces = list(_pieces(rows, groups))
     sizes = np.array([len(piece.ids) for piece in pieces], np.int64)
     starts = np.cumsum(sizes) - sizes
-    ids = np.concatenate([piece.ids for piece in pieces]).astype(np.int64)
+    ids = np.concatenate([piece.ids for piece in pieces])
     positions = np.arange(len(ids)) + np.repeat([piece.position for piece in pieces] - starts, sizes)
     targets = np.flatnonzero(np.concatenate([piece.scored for piece in pieces]) & (positions > 0))
     piece_of = np.repeat(np.arange(len(pieces)), sizes)[targets]
@@ -47,25 +51,22 @@ def pack(rows: Sequence[PackRow], *, share: bool = False) -> Sequences:
     counts = np.bincount(row_of, minlength=len(rows))
     in_order = counts[leaves]  # targets follow the order of the leaves
     columns = np.arange(len(targets)) - np.repeat(np.cumsum(in_order) - in_order, in_order)
-    return Sequences(
-        ids=_tensor(ids),
-        positions=_tensor(positions),
-        trees=trees,
-        leaves=tuple(leaves),
-        targets=_tensor(ids[targets]),
-        sources=_tensor(sources),
-        rows=_tensor(row_of),
-        columns=_tensor(columns),
-        widest=max(1, int(counts.max())),  # rows of which nothing is learned may be alone
-    )
+    buffer = np.concatenate([ids, positions, ids[targets], sources, row_of, columns], dtype=np.int32, casting="same_kind")
+    widest = max(1, int(counts.max()))  # rows of which nothing is learned may be alone
+    return HostSequences(torch.from_numpy(buffer), len(ids), trees, tuple(leaves), widest)
+
+
+def is_branch(prompt: np.ndarray, completion: np.ndarray) -> np.ndarray:
+    """Whether sequences of prompts and completions of these lengths are stored as branches, beside others of the same prompt."""
+    return (prompt > 0) & (completion.astype(np.int64) ** 2 <= PAYS * prompt.astype(np.int64))
 
 
 def _by_prompt(rows: Sequence[PackRow]) -> list[list[int]]:
     """The numbers of the rows that have a prompt in common; a row is alone whose prompt is too short to be worth it."""
     groups = dict[bytes | int, list[int]]()
-    for number, (prompt, completion) in enumerate(rows):
-        pays = len(completion.ids) ** 2 <= PAYS * len(prompt)
-        groups.setdefault(np.asarray(prompt, np.int64).tobytes() if pays and len(prompt) else number, []).append(number)
+    lengths = np.array([(len(prompt), len(completion.ids)) for prompt, completion in rows], np.int64)
+    for number, shares in enumerate(is_branch(*lengths.T).tolist()):
+        groups.setdefault(np.asarray(rows[number][0], np.int64).tobytes() if shares else number, []).append(number)
     return list(groups.values())
 
 
@@ -86,10 +87,6 @@ def _pieces(rows: Sequence[PackRow], groups: Sequence[Sequence[int]]) -> Iterato
             completion = rows[number][1]
             yield _Piece(number, completion.ids, completion.scored, position=len(prompt), before=trunk - 1)
             end += len(completion.ids)
-
-
-def _tensor(values: np.ndarray) -> Tensor:
-    return torch.from_numpy(values.astype(np.int64, copy=False))
 
 
 def mismatched_row(item: Item, partner: Item, max_length: int) -> PackRow:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from halos.errors import UserError
 from halos.types import Tree
@@ -115,11 +115,7 @@ def attend_by_tree(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # contiguous: some models call view on it
 
 
-def _no_mask(*_: Any, **__: Any) -> None:
-    """No mask: each sequence is causal by itself."""
-
-
 def register() -> None:
-    """Register `attn_implementation=SEGMENTS` with transformers."""
+    """Register `attn_implementation=SEGMENTS` with transformers, which makes no mask for attention that has registered none: each
+    sequence is causal by itself. For any other it searches the positions for packed sequences, and the host waits."""
     AttentionInterface.register(SEGMENTS, attend_by_tree)
-    AttentionMaskInterface.register(SEGMENTS, _no_mask)

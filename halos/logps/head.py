@@ -1,4 +1,4 @@
-"""From hidden states to log-probs of target tokens: float32, chunked over rows, never a full logits tensor."""
+"""From hidden states to log-probs and statistics of tokens: float32, chunked over rows, never a full logits tensor."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -9,9 +9,11 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from halos.logps import linear_head
+from halos.logps.distribution import Reading, read
 from halos.logps.hidden import accepted, name_of_backbone
 
-LOGITS_AT_ONCE = 2**25  # 128 MiB of float32: large enough for efficient matmuls, small next to the activations
+LOGITS_AT_ONCE = 2**25  # elements of float32, 128 MiB: large enough for a CPU's matmuls, small next to the activations
+OF_MEMORY = 64  # a GPU's chunk of logits takes at most this part of its memory: 1 GiB of 80
 
 
 class _BackboneOutput(tuple[Tensor, ...]):
@@ -87,29 +89,39 @@ class Head:
         earlier = self.recomputes and not (halves or layer.weight.requires_grad)
         return linear_head.is_covered(layer, hidden) and not earlier
 
-    def _chunk(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        return chosen(self.logits(hidden), targets, self.temperature)
+    def _chunk(self, hidden: Tensor, reading: Reading) -> Tensor:
+        return from_logits(self.logits(hidden), reading, self.temperature)
 
-    def logps(self, hidden: Tensor, targets: Tensor, vocabulary: int) -> Tensor:
-        """log softmax(logits / temperature)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
+    def read(self, hidden: Tensor, reading: Reading, vocabulary: int) -> Tensor:
+        """Log-probs and statistics of softmax(logits / temperature): hidden (rows, hidden) -> (rows, width) float32.
 
         No chunk's logits are kept: those of a frozen layer are not needed again, others are recomputed in the backward pass.
         """
-        rows = max(1, LOGITS_AT_ONCE // vocabulary)
+        rows = max(1, (LOGITS_AT_ONCE if self.recomputes else logits_at_once(hidden.device)) // vocabulary)
         layer = self.layer
         if linear_head.is_plain(layer) and self._is_linear(layer, hidden):
             softmax = linear_head.Softmax(self.scale, self.softcap, self.temperature, rows)
-            return linear_head.logps(layer, hidden, targets, softmax, recompute=self.recomputes)
+            return linear_head.read(layer, hidden, reading, softmax, recompute=self.recomputes)
         parts = []
-        for some_hidden, some_targets in zip(hidden.split(rows), targets.split(rows), strict=True):
+        for chunk, some in zip(hidden.split(rows), reading.split(rows), strict=True):
             if torch.is_grad_enabled():
-                parts.append(checkpoint(self._chunk, some_hidden, some_targets, use_reentrant=False, preserve_rng_state=False))
+                parts.append(checkpoint(self._chunk, chunk, some, use_reentrant=False, preserve_rng_state=False))
             else:
-                parts.append(self._chunk(some_hidden, some_targets))
+                parts.append(self._chunk(chunk, some))
         return torch.cat(parts)
 
 
-def chosen(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    """log softmax(logits / temperature)[target]: (rows, vocabulary) float32, (rows,) -> (rows,)."""
+def logits_at_once(device: torch.device) -> int:
+    """The number of logits in a chunk: a power of 2 that depends on the device alone, so that a run on its like repeats it."""
+    if device.type != "cuda":
+        return LOGITS_AT_ONCE
+    elements = torch.cuda.get_device_properties(device).total_memory // OF_MEMORY // 4
+    return max(LOGITS_AT_ONCE, 2 ** (elements.bit_length() - 1))
+
+
+def from_logits(logits: Tensor, reading: Reading, temperature: float) -> Tensor:
+    """Log-probs and statistics of softmax(logits / temperature): (rows, vocabulary) float32 -> (rows, width)."""
     logits = logits if temperature == 1.0 else logits / temperature
-    return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+    if reading.is_logp_alone:
+        return (logits.gather(-1, reading.targets[:, None])[:, 0] - logits.logsumexp(-1))[:, None]
+    return read(logits, reading)

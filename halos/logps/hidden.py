@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.logps.attention import SEGMENTS
+from halos.transfer import to_device
 from halos.types import Sequences
 
 PACKS = (SEGMENTS, "flash_attention_2")  # attention that takes sequence boundaries; with any other, sequences go one at a time
@@ -74,7 +75,7 @@ def is_padding_call() -> bool:
 
 def max_rows_over_ranks(batch: Sequences) -> int:
     """The largest number of sequences in any rank's batch. Every rank calls."""
-    most = torch.tensor(len(batch.lengths), device=batch.ids.device)
+    most = torch.full((), len(batch.lengths), device=batch.ids.device)
     dist.all_reduce(most, dist.ReduceOp.MAX)
     return int(most)
 
@@ -83,7 +84,7 @@ def _packed(backbone: nn.Module, attention: str, batch: Sequences) -> Tensor:
     if attention == SEGMENTS:
         extra: dict[str, object] = {"trees": batch.trees}
     else:
-        ends = torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32, device=batch.ids.device)
+        ends = to_device(torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32), batch.ids.device)
         longest = max(batch.lengths)
         extra = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
     output = backbone(input_ids=batch.ids[None], position_ids=batch.positions[None], use_cache=False, **extra)

@@ -1,4 +1,4 @@
-"""Log-probs through a plain linear head, in chunks of rows: products in the working dtype with a float32 result.
+"""Log-probs and statistics through a plain linear head, in chunks of rows: products in the working dtype with a float32 result.
 
 Of a trained head one float32 weight gradient is accumulated over all chunks. Of a frozen one the gradient of a log-prob with
 respect to the hidden state, W[target] - softmax W, depends on no loss, and is formed while the logits exist.
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+
+from halos.logps.distribution import Reading
 
 HALVES = (torch.bfloat16, torch.float16)
 CAST_AT_ONCE = 2**24  # elements of a half-precision weight that a CPU, which has no mixed product, casts to float32: 64 MiB
@@ -53,16 +55,18 @@ def is_trained(layer: nn.Linear) -> bool:
     return any(parameter.requires_grad for parameter in layer.parameters())
 
 
-def logps(layer: nn.Linear, hidden: Tensor, targets: Tensor, softmax: Softmax, *, recompute: bool = False) -> Tensor:
-    """log softmax(logits)[target]: hidden (rows, hidden), targets (rows,) -> (rows,) float32.
+def read(layer: nn.Linear, hidden: Tensor, reading: Reading, softmax: Softmax, *, recompute: bool = False) -> Tensor:
+    """The log-probs and statistics of a `Reading`: hidden (rows, hidden) -> (rows, width) float32.
 
     The products run in autocast's dtype. The weight gradient is accumulated in float32, since in half precision its error would
-    grow with the number of chunks. `recompute`: a frozen layer's logits are computed again in the backward pass.
+    grow with the number of chunks. `recompute`: a frozen layer's logits are computed again in the backward pass, as they are
+    for more than log-probs: the product of each statistic's gradient with the weight would cost as much as the logits.
     """
     hidden = hidden.to(compute_dtype(layer.weight))
-    if not (recompute or is_trained(layer)) and hidden.requires_grad and torch.is_grad_enabled():
-        return _FrozenLogProbs.apply(hidden, layer.weight, layer.bias, targets, softmax)
-    return _LogProbs.apply(hidden, layer.weight, layer.bias, targets, softmax)
+    frozen = not is_trained(layer) and hidden.requires_grad and torch.is_grad_enabled()
+    if frozen and reading.is_logp_alone and not recompute:
+        return _FrozenLogProbs.apply(hidden, layer.weight, layer.bias, reading.targets, softmax)[:, None]
+    return _Read.apply(hidden, layer.weight, layer.bias, reading, softmax)
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -87,37 +91,36 @@ def products(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return result if bias is None else result.add_(bias)
 
 
-class _LogProbs(torch.autograd.Function):
+class _Read(torch.autograd.Function):
     """A chunk's logits are recomputed in the backward pass instead of being kept."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softmax: Softmax) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, reading: Reading, softmax: Softmax) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-            parts, norms = [], []
-            for chunk, chunk_targets in zip(hidden.split(softmax.rows), targets.split(softmax.rows), strict=True):
+            parts = []
+            for chunk, some in zip(hidden.split(softmax.rows), reading.split(softmax.rows), strict=True):
                 logits, _ = softmax.logits(products(chunk, half_weight, half_bias))
-                norms.append(logits.logsumexp(-1))
-                parts.append(logits.gather(-1, chunk_targets[:, None])[:, 0] - norms[-1])
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(norms))
-        ctx.softmax = softmax
-        return torch.cat(parts)
+                parts.append(some.values(logits))
+        values, norms = (torch.cat(each) for each in zip(*parts, strict=True))
+        ctx.save_for_backward(hidden, weight, bias, norms, values)
+        ctx.reading, ctx.softmax = reading, softmax
+        return values
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        hidden, weight, bias, targets, norms = ctx.saved_tensors
+        hidden, weight, bias, norms, values = ctx.saved_tensors
         softmax: Softmax = ctx.softmax
         half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         grad_hidden, (_, trains_weight, trains_bias, *_) = torch.empty_like(hidden), ctx.needs_input_grad
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trains_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if trains_bias else None
-        for first in range(0, len(hidden), softmax.rows):
-            rows = slice(first, first + softmax.rows)
-            chunk, grad_logps = hidden[rows], grad_outputs[0][rows, None].float()
+        for number, some in enumerate(ctx.reading.split(softmax.rows)):
+            rows = slice(number * softmax.rows, (number + 1) * softmax.rows)
+            chunk = hidden[rows]
             logits, slope = softmax.logits(products(chunk, half_weight, half_bias))
-            grad_logits = (logits - norms[rows, None]).exp_().mul_(-grad_logps)
-            grad_logits.scatter_add_(-1, targets[rows, None], grad_logps)
+            grad_logits = some.gradient(logits, norms[rows], values[rows], grad_outputs[0][rows].float())
             grad_logits = grad_logits if slope is None else grad_logits.mul_(slope)
             grad_logits = grad_logits.mul_(softmax.scale / softmax.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad_logits @ half_weight

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 VOCABULARY = 256
 WINDOW = 8  # tokens: sequences of the trial are longer
 MAX_LAYERS = 8  # some architectures give each layer a constant of its own, so that every layer is a kind
+FEW = {"index_topk": WINDOW, "index_block_size": WINDOW, "index_topk_blocks": 2}  # keys, or blocks of keys, that a query reads
+FROM_THE_FIRST = ("floor_scale",)  # tokens after which a layer changes that counts them from the first of a batch
 LARGE = 2**26  # parameters beyond which experts and feed-forward layers are narrowed
 SPREAD = 8.0  # standard deviation of the logits: large enough that a soft cap or a scale shows
 UNUSED = ("vocab_size", "_name_or_path", "dtype", "transformers_version", "architectures", "quantization_config", "num_labels",
@@ -66,6 +68,8 @@ def _smaller(name: str, value: Any, longest: int | None, length_dependent: set[s
         return value
     if name == "pad_token_id" and value >= VOCABULARY:
         return 0
+    if name in FEW or name in FROM_THE_FIRST:  # whether a run's sequences exceed them cannot be told from this value alone
+        return min(value, FEW.get(name, WINDOW))
     reached = longest is None or longest > value
     if reached and value > WINDOW and ("window" in name or "chunk_size" in name):
         return WINDOW

@@ -1,7 +1,7 @@
 """The modules that DDP and FSDP wrap: a language model with its head, or a reward model with its score."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -11,51 +11,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.errors import UserError
-from halos.logps.head import Head, chosen
+from halos.logps.distribution import Reading
+from halos.logps.head import Head, from_logits
 from halos.logps.hidden import hidden_states, is_packed, max_rows_over_ranks
-from halos.logps.initial_values import UNSHARDED, base_values_of, initial_values_of, with_values
+from halos.logps.initial_values import UNSHARDED, base_values_of, initial_values_of
 from halos.logps.plan import plan_of, whole_model
+from halos.transfer import to_device
 from halos.types import Acted, Sequences, TokenLogps, WholeModelInput
-
-
-@contextmanager
-def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The base model without its adapter, the base's own trained parameters (biases) back at the base's values.
-
-    Only a flag of each layer and those values change: no requires_grad, and no copy of the model.
-    """
-    layers: list[Any] = [module for module in model.modules() if hasattr(module, "_disable_adapters")]
-    wrappers = [module for module in model.modules() if isinstance(module, ModelWithHead) and module.base_values]
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        with ExitStack() as stack:
-            for wrapper in wrappers:
-                _set_values(stack, model, wrapper, wrapper.base_values)
-            yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
-
-
-@contextmanager
-def initial_policy(model: nn.Module) -> Iterator[None]:
-    """The policy at the start of its run: the base, or where the run started from a trained adapter the base with that one."""
-    wrappers = [module for module in model.modules() if isinstance(module, ModelWithHead) and module.initial_values]
-    with ExitStack() as stack:
-        if not wrappers:
-            stack.enter_context(adapter_off(model))
-        for wrapper in wrappers:
-            _set_values(stack, model, wrapper, wrapper.initial_values)
-        yield
-
-
-def _set_values(stack: ExitStack, model: nn.Module, wrapper: "ModelWithHead", values: dict[str, Tensor]) -> None:
-    """Set parameters until the stack closes; layers that were gathered are gathered again, before and after."""
-    stack.callback(wrapper.layout.reshard, model)
-    stack.enter_context(with_values(wrapper, values, wrapper.layout))
-    wrapper.layout.reshard(model)
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
@@ -66,8 +28,8 @@ def bare(model: nn.Module) -> PreTrainedModel:
 
 
 def in_rows(flat: Tensor, batch: Sequences) -> Tensor:
-    """Values of the scored tokens, (scored,), as a padded (rows, time); 0 beyond the end of a row."""
-    return flat.new_zeros(len(batch.leaves), batch.widest).index_put((batch.rows, batch.columns), flat)
+    """Values of the scored tokens, (scored, ...), as a padded (rows, time, ...); 0 beyond the end of a row."""
+    return flat.new_zeros(len(batch.leaves), batch.widest, *flat.shape[1:]).index_put((batch.rows, batch.columns), flat)
 
 
 def mask_of(batch: Sequences) -> Tensor:
@@ -79,7 +41,7 @@ def mask_of(batch: Sequences) -> Tensor:
 
 def sources_of_rows(batch: Sequences) -> list[Tensor]:
     """For each sequence the indices of the tokens that predict its scored tokens."""
-    starts = torch.tensor([0, *accumulate(batch.lengths)], device=batch.ids.device)
+    starts = to_device(torch.tensor([0, *accumulate(batch.lengths)]), batch.ids.device)
     within, counts = batch.sources - starts[batch.rows], torch.bincount(batch.rows, minlength=len(batch.lengths))
     return list(within.split(counts.tolist()))
 
@@ -143,13 +105,18 @@ class _Policy(ModelWithHead):
         super().__init__(model)
         self.temperature = temperature
         self.recomputes_head = False  # in a run that an earlier version began
+        self.token_statistics: tuple[str, ...] = ()  # of a loss's input type
 
     def logps(self, hidden: Tensor, batch: Sequences) -> TokenLogps:
         """From the hidden states (scored, hidden) that predict the scored tokens."""
         model = bare(self.model)
         head = Head.of(model, self.temperature, own=self.plan.head == "own", recomputes=self.recomputes_head)
-        flat = head.logps(hidden, batch.targets, model.config.get_text_config().vocab_size)
-        return TokenLogps(in_rows(flat, batch), mask_of(batch))
+        reading = self.reading(batch)
+        table = head.read(hidden, reading, model.config.get_text_config().vocab_size)
+        return reading.token_logps(in_rows(table, batch), mask_of(batch))
+
+    def reading(self, batch: Sequences) -> Reading:
+        return Reading.of(batch.targets, self.token_statistics)
 
 
 class LanguageModel(_Policy):
@@ -158,8 +125,9 @@ class LanguageModel(_Policy):
     def read(self, batch: Sequences) -> TokenLogps:
         if self.plan.head != "whole":
             return self.logps(self.hidden(batch)[batch.sources], batch)
-        logits = self.whole_model(batch, sources_of_rows(batch))
-        return TokenLogps(in_rows(chosen(logits, batch.targets, self.temperature), batch), mask_of(batch))
+        reading = self.reading(batch)
+        table = from_logits(self.whole_model(batch, sources_of_rows(batch)), reading, self.temperature)
+        return reading.token_logps(in_rows(table, batch), mask_of(batch))
 
 
 class ActorCritic(_Policy):
@@ -218,7 +186,7 @@ def last_tokens(batch: Sequences, padding: int | None) -> Tensor:
     Where pad == eos, transformers takes the end token for padding and reads the token before it; so does this.
     """
     device, index = batch.ids.device, torch.arange(len(batch.ids), device=batch.ids.device)
-    first, trunk, own, end = torch.tensor(_bounds(batch), device=device).T
+    first, trunk, own, end = to_device(torch.tensor(_bounds(batch)), device).T
     latest = (torch.where(batch.ids == padding, -1, index) if padding is not None else index).cummax(0).values
     of_own, of_trunk = latest[end - 1], torch.maximum(latest[trunk - 1], first)
     return torch.where(of_own >= own, of_own, of_trunk)

@@ -215,7 +215,7 @@ class _LanguageTrial:
             self.model.set_attn_implementation(attention)
             if self.model.config._attn_implementation != attention:
                 return "it does not let its attention be chosen"
-            if self._leaks():
+            if self._leaks(sequences(self.rows), LENGTHS, kept=(LONG,)):
                 return "one row would read another"
             with torch.no_grad():
                 output = self._read(hidden_states(self.model, sequences(self.rows)), self.rows, head)
@@ -230,11 +230,13 @@ class _LanguageTrial:
         whole = self.rows[LONG]
         trunk, branches = whole[:TRUNK], [whole[TRUNK:], whole.flip(0)[:TRUNK]]
         rows = [torch.cat([trunk, each]) for each in branches]
-        truth = torch.cat([self._own(row) for row in rows])
+        truth, lengths = torch.cat([self._own(row) for row in rows]), [TRUNK, *map(len, branches)]
         try:
             self.model.set_attn_implementation(attention)
+            if self._leaks(tree(trunk, branches), lengths, kept=(0, 2)):
+                return False
             with torch.no_grad():
-                parts = hidden_states(self.model, tree(trunk, branches)).split([TRUNK, *map(len, branches)])
+                parts = hidden_states(self.model, tree(trunk, branches)).split(lengths)
                 hidden = torch.cat([torch.cat([parts[0], part]) for part in parts[1:]])
                 return self._is_near(self._read(hidden, rows, head), truth)
         except Exception:  # whatever an architecture raises on them
@@ -242,25 +244,26 @@ class _LanguageTrial:
         finally:
             self.model.set_attn_implementation(self.plain)
 
-    def _leaks(self) -> bool:
-        """Whether a sequence's hidden states have any gradient, however small, with respect to another's embeddings, or change by
-        more than rounding when another's tokens do."""
+    def _leaks(self, batch: Sequences, lengths: Sequence[int], *, kept: tuple[int, ...]) -> bool:
+        """Whether a part, of `lengths` tokens, has any gradient with respect to a part that it may not read, or the last of the
+        `kept` ones changes by more than rounding with the tokens of others. Parts are sequences, or a trunk and its branches."""
         embedded: list[Tensor] = []
         hook = self.model.get_input_embeddings().register_forward_hook(lambda *given: embedded.append(given[2]))
         try:
-            hidden = hidden_states(self.model, sequences(self.rows))
+            hidden = hidden_states(self.model, batch)
         finally:
             hook.remove()
-        parts, weights = hidden.split(LENGTHS), torch.linspace(-1, 1, hidden.shape[-1])
-        for number in reversed(range(len(parts))):  # most leaks come from earlier sequences
+        parts, weights = hidden.split(lengths), torch.linspace(-1, 1, hidden.shape[-1])
+        for number in reversed(range(len(parts))):  # most leaks come from earlier parts
             (gradient,) = torch.autograd.grad((parts[number] @ weights).sum(), embedded[0], retain_graph=True)
-            own = gradient.reshape(-1, gradient.shape[-1]).split(LENGTHS)
-            if any(bool(each.any()) for other, each in enumerate(own) if other != number) or not own[number].any():
+            own, read = gradient.reshape(-1, gradient.shape[-1]).split(lengths), {number, *kept[:-1]}
+            if any(bool(each.any()) for other, each in enumerate(own) if other not in read) or not own[number].any():
                 return True
-        others = [row if number == LONG else row.flip(0) for number, row in enumerate(self.rows)]
+        ids = [part if number in kept else part.flip(0) for number, part in enumerate(batch.ids.split(lengths))]
         with torch.no_grad():
-            moved = hidden_states(self.model, sequences(others)).split(LENGTHS)[LONG]
-        return bool((moved - parts[LONG]).abs().max() > FLOOR * parts[LONG].abs().max())
+            moved = hidden_states(self.model, replace(batch, ids=torch.cat(ids))).split(lengths)[kept[-1]]
+        before = parts[kept[-1]]
+        return bool((moved - before).abs().max() > FLOOR * before.abs().max())
 
     def _read(self, hidden: Tensor, rows: Sequence[Tensor], head: Way) -> Tensor:
         return Head.of(self.model, own=head == "own").logits(hidden)

@@ -77,8 +77,10 @@ class RouterLoss:
     def counts(self) -> Tensor:
         """How often each expert was chosen, then the number of tokens: (experts + 1,) float64. Counts of passes add up."""
         chosen = torch.cat([logits.detach().float().softmax(-1).topk(self._top_k, -1).indices for logits in self._logits])
-        frequencies = torch.bincount(chosen.flatten(), minlength=self._logits[0].shape[-1])
-        return torch.cat([frequencies, frequencies.new_tensor([len(chosen)])]).double()
+        frequencies = chosen.new_zeros(self._logits[0].shape[-1] + 1)  # bincount would wait for the largest of `chosen`
+        frequencies.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen).flatten())
+        frequencies[-1] = len(chosen)
+        return frequencies.double()
 
     def part(self, counts: Tensor) -> Mean:
         """This pass's part of L, given the summed `counts` of all passes of the batch: totals sum to L, counts to 1."""

@@ -4,8 +4,12 @@ A merge fails on names, shapes or formulas. Names and shapes are those of the ba
 Formulas are tried on a block of each kind of layer; and the whole merge, proof included, on a small model of the architecture
 with an adapter of the same settings, whose random factors change the outputs by a tenth: an adapter that hardly changes them
 would hide faults of the formulas.
+
+That a merge passed is remembered in cache_dir by the content of everything it depends on.
 """
 
+import hashlib
+import json
 import logging
 import tempfile
 import warnings
@@ -20,8 +24,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
+from halos import confined
 from halos.confined import NO_CODE
 from halos.errors import UserError, user_errors
+from halos.hashes import file_hashes, source_hash
 from halos.logps import miniature
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import deviation, expected, lora, merge, proof
@@ -29,7 +35,8 @@ from halos.merge.base_weights import BaseWeights
 from halos.merge.lora import KEEP
 from halos.merge.probe import ProbeOutputs, bit_sums_of, outputs_and_routes, outputs_of, probe_ids, rms, rounding_unit
 from halos.merge.routing import Routes
-from halos.merge.safetensors_io import write_empty
+from halos.merge.safetensors_io import weight_files, write_empty
+from halos.versions import versions
 
 log = logging.getLogger(__name__)
 
@@ -38,17 +45,42 @@ ALL_LINEAR: dict[str, Any] = {
     "target_modules": "all-linear", "target_parameters": None, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {},
 }  # fmt: skip
 ROWS = 64  # merged of each kind of layer
+CODE = ("merge", "logps", "models/adapter.py", "models/targets.py", "confined.py")  # source files that a merge depends on
 
 
-def check_merge(case: proof.Case, model: PeftModel) -> None:
+def check_merge_once(case: proof.Case, model: PeftModel, cache_dir: Path) -> None:
+    """`check_merge`, unless it has passed before with this base, adapter, code and packages. Raises UserError as it does."""
+    path = cache_dir / "merges" / key_of(case, model, cache_dir)
+    if path.is_file():
+        return
+    if check_merge(case, model):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        confined.write_whole(path, "")
+
+
+def key_of(case: proof.Case, model: PeftModel, cache_dir: Path) -> str:
+    """A hash of everything that `check_merge` depends on."""
+    settings = {**model.peft_config["default"].to_dict(), "base_model_name_or_path": None}
+    trained = {name: list(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    files = file_hashes([case.base / "config.json", *weight_files(case.base)], cache_dir)
+    what = [case.reward, str(case.dtype), case.vocabulary, list(case.tokens), type(model.get_base_model()).__name__]
+    parts = [settings, trained, files, what, versions()["packages"], source_hash(CODE)]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()[:32]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set) else str(value)
+
+
+def check_merge(case: proof.Case, model: PeftModel) -> bool:
     """Raises UserError if `model`, which may be on the meta device, could not be merged, or its merge not be proved, at the end
-    of the run. The adapter of `case` need not exist yet."""
+    of the run. The adapter of `case` need not exist yet. Returns whether this very adapter could be tried on a small model."""
     lora.refuse_uncovered(model.peft_config["default"])
     with tempfile.TemporaryDirectory(prefix="halos-") as name:
         directory = Path(name)
         _check_shapes(case, model, directory)
         _check_blocks(case, model, directory)
-        _check_small_model(case, model, directory)
+        return _check_small_model(case, model, directory)
 
 
 def _check_shapes(case: proof.Case, model: PeftModel, directory: Path) -> None:
@@ -113,8 +145,8 @@ def _inner_experts(base: BaseWeights) -> set[str]:
     return {name for name, part in base.slices.items() if part.expert not in ends[part.parameter]}
 
 
-def _check_small_model(case: proof.Case, model: PeftModel, directory: Path) -> None:
-    """Merge and prove a random adapter on a small model of the architecture, as a run would."""
+def _check_small_model(case: proof.Case, model: PeftModel, directory: Path) -> bool:
+    """Merge and prove a random adapter on a small model of the architecture, as a run would. Returns whether it was this one."""
     base, merged = directory / "base", directory / "merged"
     config = AutoConfig.from_pretrained(case.base, **NO_CODE, **case.labels)
     config = miniature.small_config(config, longest=None)
@@ -122,17 +154,17 @@ def _check_small_model(case: proof.Case, model: PeftModel, directory: Path) -> N
     vocabulary = Vocabulary(known + len(case.tokens), tuple(range(known, known + len(case.tokens))))
     small = miniature.build(case.auto, config)
     small.save_pretrained(base, save_original_format=not _stacked(case))
-    settings: Any = model.peft_config["default"]
+    settings, same = model.peft_config["default"], True
     try:
         adapted = _adapted(small, settings, vocabulary)
     except ValueError:  # the adapter names layers that the small model lacks
         log.info("a small model lacks layers that the adapter names: the merge is tried on all its linear layers instead")
-        small = miniature.build(case.auto, config)
+        small, same = miniature.build(case.auto, config), False
         try:
             adapted = _adapted(small, replace(settings, **ALL_LINEAR), vocabulary)
         except ValueError as error:  # PEFT refuses all-linear for some layers of state-space models
             log.warning("the merge is not tried on a small model before the first step: %s", error)
-            return
+            return False
     ids = probe_ids(vocabulary, known, reward=case.reward)
     with user_errors(
         f"{type(small).__name__} does not run under this adapter", "name other layers with peft.target_modules=[...]"
@@ -149,6 +181,7 @@ def _check_small_model(case: proof.Case, model: PeftModel, directory: Path) -> N
     result = proof.prove(trial, merged, live)
     if not result.holds:
         raise UserError(f"cannot merge: tried on a small model of the same architecture, the merge fails: {result}; {KEEP}")
+    return same
 
 
 def _adapted(small: PreTrainedModel, settings: Any, vocabulary: Vocabulary) -> PeftModel:

@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from halos.distributed.parameters import is_shard, local_part
 from halos.logps.head import LOGITS_AT_ONCE
 from halos.logps.hidden import accepted
-from halos.logps.model import adapter_off, bare
+from halos.logps.model import bare
+from halos.logps.modes import adapter_off
 from halos.logps.vocabulary import Vocabulary
 from halos.merge.lora import scales_of
 from halos.merge.routing import Routes, recorded, replayed, rerouted_fraction

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from halos.confined import NO_CODE, SAFELY
 from halos.errors import UserError, user_errors
-from halos.logps.model import adapter_off
+from halos.logps.modes import adapter_off
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import deviation, expected, probe
 from halos.merge.probe import ProbeOutputs, bit_sum, outputs_and_routes, outputs_of, rms

@@ -11,11 +11,10 @@ from torch.nn.functional import linear
 from transformers import PreTrainedModel
 
 from halos.logps.hidden import accepted, backbone_of
-from halos.logps.model import ActorCritic, adapter_off
-from halos.prove.small_copy import FLOOR, HALF_MARGIN, MARGIN, Check, ForwardSpec, SmallCopy
+from halos.logps.model import ActorCritic
+from halos.logps.modes import adapter_off
+from halos.prove.small_copy import FLOOR, HALF_MARGIN, MARGIN, SAME_PROMPT, Check, ForwardSpec, SmallCopy
 from halos.types import Acted, Sequences
-
-MIDDLE = 1  # the row with a neighbour on either side, and one that shares its prompt where prompts are shared
 
 
 def prove(spec: ForwardSpec) -> tuple[SmallCopy, list[Check]]:
@@ -136,6 +135,12 @@ def _logps(copy: SmallCopy, output: Any, which: list[int] | None = None, *, of_h
 
 
 def _of_leaks(copy: SmallCopy) -> Iterator[Check]:
+    """The checks of both rows that have one prompt: where it is shared, either is a branch beside the other."""
+    for row in SAME_PROMPT:
+        yield from _of_leaks_into(copy, row)
+
+
+def _of_leaks_into(copy: SmallCopy, row: int) -> Iterator[Check]:
     """A row must not depend on its neighbours: its gradient with respect to them is exactly 0, and its values change by no more
     than the rounding that comes from another load of each expert."""
     embedded: list[Tensor] = []
@@ -147,7 +152,7 @@ def _of_leaks(copy: SmallCopy) -> Iterator[Check]:
     hook = copy.model.get_input_embeddings().register_forward_hook(keep)
     try:
         with torch.enable_grad(), copy.arithmetic():
-            values = _row(copy.module(copy.packed()), MIDDLE)
+            values = _row(copy.module(copy.packed()), row)
             weights = torch.linspace(1, 2, len(values), device=values.device)
             gradients = torch.autograd.grad((values * weights).sum(), embedded, allow_unused=True)
     finally:
@@ -156,7 +161,7 @@ def _of_leaks(copy: SmallCopy) -> Iterator[Check]:
         (torch.zeros_like(states) if gradient is None else gradient).reshape(-1, states.shape[-1])
         for states, gradient in zip(embedded, gradients, strict=True)
     ])  # fmt: skip
-    is_own = _is_own(copy.packed(), MIDDLE).to(whole.device)
+    is_own = _is_own(copy.packed(), row).to(whole.device)
     is_read = len(whole) == len(is_own) and bool(whole[is_own].any())
     reached = whole[~is_own].abs().max().item() if is_read else float("inf")
     yield Check("gradient of a row with respect to its neighbours", reached, 0.0)
@@ -164,7 +169,7 @@ def _of_leaks(copy: SmallCopy) -> Iterator[Check]:
     neighbours = (~is_own).nonzero()[:, 0].to(changed.ids.device)
     changed.ids[neighbours] = changed.ids[neighbours].flip(0)
     with torch.no_grad(), copy.arithmetic():
-        change = (_row(copy.module(changed), MIDDLE) - values).abs().max().item()
+        change = (_row(copy.module(changed), row) - values).abs().max().item()
     allowed = (1e-2 if copy.spec.half else FLOOR) * values.abs().max().item()
     yield Check("change of a row with its neighbours' tokens", change, allowed)
 

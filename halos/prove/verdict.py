@@ -11,6 +11,7 @@ import torch
 
 from halos import confined
 from halos.errors import UserError
+from halos.hashes import source_hash
 from halos.logps import miniature
 from halos.logps.plan import ForwardPlan, plan_for
 from halos.prove import checks
@@ -83,17 +84,8 @@ def key_of(spec: ForwardSpec) -> str:
     small = miniature.small_config(spec.config, longest=spec.longest)
     settings = {name: str(value) for name, value in asdict(spec).items() if name != "config"}
     name = torch.cuda.get_device_name(spec.device) if spec.device.type == "cuda" else ""
-    text = json.dumps([miniature.key_of(small), settings, name, versions()["packages"], _code()], sort_keys=True)
+    text = json.dumps([miniature.key_of(small), settings, name, versions()["packages"], source_hash(CODE)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:24]
-
-
-def _code() -> str:
-    """A hash of the source files in CODE."""
-    home, digest = Path(__file__).resolve().parent.parent, hashlib.sha256()
-    for part in CODE:
-        for path in sorted((home / part).glob("*.py")) if (home / part).is_dir() else [home / part]:
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _cached(path: Path) -> list[Check] | None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from halos.data.collate import pack
+from halos.data.collate import pack_on_host
 from halos.examples import Completion
 from halos.logps.attention import SEGMENTS, register
 from halos.logps.model import LanguageModel
@@ -24,7 +24,7 @@ def token_logps(module: Any, pairs: Sequence[Pair], *, device: Any, what: str) -
     for start in tqdm(range(0, len(pairs), AT_ONCE), desc=what, unit="batch", delay=2, leave=False, disable=None):
         some = pairs[start : start + AT_ONCE]
         rows = [(np.array(prompt), Completion(np.array(ids), np.ones(len(ids), bool))) for prompt, ids in some]
-        output = module(pack(rows).to(device))
+        output = module(pack_on_host(rows).to(device))
         values = (output.logps if isinstance(output, Acted) else output).values.double().cpu().numpy()
         logps += [values[row, : len(ids)] for row, (_, ids) in enumerate(some)]
     return logps

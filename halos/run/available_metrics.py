@@ -17,7 +17,7 @@ from halos.config.suggest import nearest
 from halos.errors import UserError
 from halos.examples import Completion, Item
 from halos.rollout import evaluation
-from halos.types import Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
+from halos.types import TOKEN_STATISTICS, Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 ALWAYS = ("loss", "examples")
 
@@ -102,7 +102,9 @@ def dummy(kind: type, padding: int = 0) -> Any:
 def _logps(rows: int, padding: int = 0) -> TokenLogps:
     """Return dummy log-probs that differ between sequences, with so many positions of padding."""
     values, mask = -torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool)
-    return TokenLogps(F.pad(values, (0, padding)), F.pad(mask, (0, padding)))
+    values, mask = F.pad(values, (0, padding)), F.pad(mask, (0, padding))
+    statistics = {name: -values / 2 if name == "entropy" else values for name in TOKEN_STATISTICS}
+    return TokenLogps(values, mask, **statistics)
 
 
 def _sampled(loss: LossSpec) -> Sampled:

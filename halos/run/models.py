@@ -178,9 +178,10 @@ def add_head(loader: ModelLoader, model: nn.Module, inputs: type[LossInput], che
     if inputs.head == "score":
         return RewardModel(model)
     temperature = loader.config.train.temperature
-    if inputs.head == "language":
-        return LanguageModel(model, temperature=temperature)
-    wrapped = ActorCritic(model, temperature=temperature)
+    wrapped = (LanguageModel if inputs.head == "language" else ActorCritic)(model, temperature=temperature)
+    wrapped.token_statistics = inputs.token_statistics
+    if not isinstance(wrapped, ActorCritic):
+        return wrapped
     adapter = loader.config.peft.init_from
     near_adapter = [Path(adapter), Path(adapter).parent] if adapter else []  # exported, or in a checkpoint
     for directory in (checkpoint,) if checkpoint else (*near_adapter, loader.base):

@@ -123,7 +123,7 @@ class Trainer(Objective):
         """
         run, strategy = self.run, self.run.strategy
         run.learning_rates.set(run.step)
-        run.module.train()
+        self.modes.train()
         microbatches = self._microbatches(self.train, indices)
         meter, parts = self._backward(microbatches, indices)
         totals = self._reduce(meter, strategy.clip(run.module, self.settings.max_grad_norm))
@@ -167,7 +167,7 @@ class Trainer(Objective):
         """A step's totals over all ranks, in one collective: metrics, gradient norm, and flags on which ranks must agree."""
         run, device, written = self.run, self.run.accelerator.device, self.checkpointer.written
         flags = {"stop": bool(run.stop_requested), **({"written": written} if written is not None else {})}
-        meter.add({name: Mean.of(torch.tensor(float(flag), device=device)) for name, flag in flags.items()})
+        meter.add({name: Mean.of(torch.full((), float(flag), device=device)) for name, flag in flags.items()})
         meter.add({"grad_norm": Mean.of(norm.to(device))})
         totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"), gather_object)
         total, count = totals["grad_norm"]  # every rank added the same norm

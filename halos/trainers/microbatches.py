@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from halos.data.collate import is_branch
 from halos.examples import Item
 
 
@@ -69,18 +70,26 @@ class Bounds:
 
         A pure function of the items' lengths and groups.
         """
-        shared = rows.prompt_lengths[indices] if self.share else np.zeros(len(indices), np.int64)
-        own = rows.lengths[indices].sum(1) - shared * rows.lengths.shape[1]
-        parts, start, tokens, prompts = list[np.ndarray](), 0, 0, set[int]()
-        for position, group in enumerate(rows.groups[indices].tolist()):
-            more = int(own[position]) + (0 if group in prompts else int(shared[position]))
+        prompts, own, trunks = rows.prompt_lengths[indices], *self._tokens(rows, indices)
+        parts, start, tokens, held = list[np.ndarray](), 0, 0, set[tuple[int, int]]()
+        for position, trunk in enumerate(zip(rows.groups[indices].tolist(), prompts.tolist(), strict=True)):
+            more = int(own[position]) + (0 if trunk in held else int(trunks[position]))
             if position > start and self._is_over(position + 1 - start, tokens + more):
                 parts.append(np.arange(start, position))
-                start, tokens, prompts = position, 0, set()
-                more = int(own[position] + shared[position])
+                start, tokens, held = position, 0, set()
+                more = int(own[position] + trunks[position])
             tokens += more
-            prompts.add(group)
+            held |= {trunk} if trunks[position] else set()
         return [*parts, np.arange(start, len(indices))] if len(indices) else []
+
+    def _tokens(self, rows: Rows, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of each item the tokens that are its own, and those of the prompt that it shares: (items,) each."""
+        prompts, lengths = rows.prompt_lengths[indices], rows.lengths[indices]
+        if not self.share:
+            return lengths.sum(1), np.zeros(len(indices), np.int64)
+        completions = lengths - prompts[:, None]
+        branches = is_branch(prompts[:, None], completions)
+        return (completions + np.where(branches, 0, prompts[:, None])).sum(1), np.where(branches.any(1), prompts, 0)
 
     def deal(self, rows: Rows, indices: np.ndarray, world: int) -> list[list[np.ndarray]]:
         """Give items to ranks in turn: for each rank its micro-batches, arrays of positions in `indices`."""

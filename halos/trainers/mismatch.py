@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from halos.config.schema import Train
 from halos.losses.rollouts import LARGEST
 from halos.types import Mean
 
+Totals = Mapping[str, tuple[float, float]]
 LARGEST_DIFFERENCE = "mismatch/max"  # metric; the others are means
 
 
@@ -60,6 +62,18 @@ class Correction:
 def largest(old: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:
     """The largest difference of a token's log-probs: ()."""
     return torch.where(mask & ~sampled.isnan(), (old - sampled).abs(), 0.0).max()
+
+
+def largest_of_rank(rank: int) -> str:
+    """The name under which a rank adds its largest difference to what the ranks sum: a mean of one number."""
+    return f"{LARGEST_DIFFERENCE} of rank {rank}"
+
+
+def with_largest(totals: Totals) -> dict[str, tuple[float, float]]:
+    """The totals of a step with the largest difference of all ranks in the place of each rank's."""
+    of_ranks = [total for name, (total, _) in totals.items() if name.startswith(f"{LARGEST_DIFFERENCE} of rank ")]
+    others = {name: pair for name, pair in totals.items() if not name.startswith(f"{LARGEST_DIFFERENCE} of rank ")}
+    return {**others, LARGEST_DIFFERENCE: (float(np.max(of_ranks)), 1.0)} if of_ranks else others  # nan, if any is
 
 
 def derived(means: Mapping[str, float]) -> dict[str, float]:

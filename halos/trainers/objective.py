@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,12 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from halos.config.bind import LossSpec
-from halos.data.collate import mismatched_row, pack
+from halos.data.collate import mismatched_row, pack_on_host
 from halos.distributed.device import seed_generators
 from halos.examples import Item, PackRow
 from halos.hooks.base import Run
-from halos.logps.model import ModelWithHead, initial_policy
+from halos.logps.model import ModelWithHead
+from halos.logps.modes import Modes
 from halos.logps.router import RouterLoss
 from halos.trainers.loss_checks import checked_loss, checked_statistics
 from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
@@ -36,6 +38,11 @@ class Objective:
     def bounds(self) -> Bounds:
         """Of a micro-batch."""
         return Bounds(self.settings.microbatch_size, self.settings.microbatch_tokens, share=self.shares_prompts)
+
+    @cached_property
+    def modes(self) -> Modes:
+        """Of the policy; hooks may have changed its layers before the first step."""
+        return Modes(self.run.module)
 
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         """The token sequences of these items."""
@@ -112,7 +119,7 @@ class Objective:
 
     def _means(self, loss: Loss, microbatch: MicroBatch) -> dict[str, Mean]:
         denominator = len(microbatch.items) if loss.per == "item" else microbatch.num_scored
-        return {**loss.metrics, "loss": Mean(loss.values.detach().sum(), loss.values.new_tensor(float(denominator)))}
+        return {**loss.metrics, "loss": Mean(loss.values.detach().sum(), loss.values.new_full((), float(denominator)))}
 
     def _balance(self, microbatch: MicroBatch, routing: Tensor | None) -> Mean | None:
         """A micro-batch's part of the routers' balancing loss, after its forward pass; None where there is no such loss."""
@@ -131,7 +138,7 @@ class Objective:
 
     def packed(self, rows: Sequence[PackRow]) -> Sequences:
         """The input of the models, on their device."""
-        return pack(rows, share=self.shares_prompts).to(self.run.accelerator.device)
+        return pack_on_host(rows, share=self.shares_prompts).to(self.run.accelerator.device)
 
     def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss needs it, each converted by `shape`."""
@@ -160,12 +167,8 @@ class Objective:
         model = self.run.module
         if self.reference is not None:
             return self.reference(batch)
-        training = model.training
-        try:
-            with initial_policy(model):
-                return model.eval()(batch)
-        finally:
-            model.train(training)
+        with self.modes.evaluating(), self.modes.initial_policy():
+            return model(batch)
 
 
 def _share_prompts(*modules: nn.Module | None) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.hooks.kl import KLCoefficient
+from halos.metrics import Meter
 from halos.rollout.rescore import WARNED
 from halos.trainers import mismatch
 from halos.trainers.base import Parts, Totals, Trainer
@@ -22,6 +23,7 @@ from halos.trainers.microbatches import MicroBatch, Split
 from halos.trainers.mismatch import Correction
 from halos.trainers.rollout_cache import RolloutCache
 from halos.trainers.rollout_pass import RolloutPass, StopRequestedError
+from halos.transfer import to_device
 from halos.types import Acted, Estimates, Loss, Mean, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 log = logging.getLogger(__name__)
@@ -44,7 +46,8 @@ class PolicyGradientTrainer(Trainer):
     def __init__(self, parts: Parts) -> None:
         super().__init__(parts)
         self._measured: dict[str, Mean] = {}  # of the last micro-batch
-        self._largest, self._warned = torch.zeros(()), False
+        self._largest: Tensor | None = None  # mismatch of a token in this step, on this rank
+        self._warned = False
         self._mismatched = False  # a warning said so
         self._idle = 0  # batches in a row without any advantage
         self._live: tuple[RolloutCache, RolloutBatch] | None = None  # the batch of a live loop with its advantages
@@ -68,11 +71,9 @@ class PolicyGradientTrainer(Trainer):
                 self.reference = None  # its log-probs are all cached: free its memory
 
     def step(self, indices: np.ndarray) -> Totals:
-        self._largest = torch.zeros(())
-        totals = super().step(indices)
+        self._largest = None
+        totals = mismatch.with_largest(super().step(indices))
         if "mismatch/mean" in totals:
-            largest = self.run.accelerator.gather(self._largest.to(self.run.accelerator.device)[None]).max().item()
-            totals = {**totals, mismatch.LARGEST_DIFFERENCE: (largest, 1.0)}
             self._warn_of_mismatch(*totals["mismatch/mean"])
         self._warn_of_rounding(totals)
         if self.loss.adapt is not None and "kl" in totals:
@@ -82,6 +83,11 @@ class PolicyGradientTrainer(Trainer):
             items = len(indices) if isinstance(self.train.rows, Dataset) else len(self.train.rows)
             controller.value = self.loss.adapt(controller.value, kl / count, items)
         return totals
+
+    def _reduce(self, meter: Meter, norm: Tensor) -> dict[str, tuple[float, float]]:
+        if self._largest is not None:
+            meter.add({mismatch.largest_of_rank(self.run.accelerator.process_index): Mean.of(self._largest)})
+        return super()._reduce(meter, norm)
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         return {**super().derived(means), **mismatch.derived(means)}
@@ -185,7 +191,7 @@ class PolicyGradientTrainer(Trainer):
             advantages, of_sampler = self.correction.weigh(batch.advantages, batch.old, batch.sampled, logps.mask)
             if microbatch.weight:
                 most = mismatch.largest(batch.old, batch.sampled, logps.mask)
-                self._largest = torch.maximum(self._largest.to(most.device), most)
+                self._largest = most if self._largest is None else torch.maximum(self._largest, most)
             batch, self._measured = replace(batch, advantages=advantages), self._measured | of_sampler
         return kind.of_rollouts(output, batch)
 
@@ -223,16 +229,24 @@ class PolicyGradientTrainer(Trainer):
             )  # fmt: skip
 
     def _means(self, loss: Loss, microbatch: MicroBatch) -> dict[str, Mean]:
-        of_batch = {name: Mean(mean.total.to(loss.values.device), mean.count.to(loss.values.device))
-                    for name, mean in microbatch.rollouts.metrics.items()}  # fmt: skip
-        return {**of_batch, **self._measured, **super()._means(loss, microbatch)}
+        return {**microbatch.rollouts.metrics, **self._measured, **super()._means(loss, microbatch)}
 
 
 def _take(batch: RolloutBatch, positions: np.ndarray, device: torch.device, *, first: bool) -> RolloutBatch:
     """The rows at `positions`, on `device`; the metrics of the whole batch go with its `first` micro-batch."""
     rows = torch.from_numpy(positions)
-    some = _over_time(batch, lambda part: part[rows].to(device))
-    return replace(some, rewards=batch.rewards[rows].to(device), metrics=batch.metrics if first else {})
+    some = _over_time(batch, lambda part: to_device(part[rows], device))
+    metrics = _metrics_on(batch.metrics, device) if first else {}
+    return replace(some, rewards=to_device(batch.rewards[rows], device), metrics=metrics)
+
+
+def _metrics_on(metrics: Mapping[str, Mean], device: torch.device) -> Mapping[str, Mean]:
+    """Metrics that were computed on the host, brought to a device by one copy."""
+    if not metrics:
+        return {}
+    totals, counts = ([getattr(mean, part).double() for mean in metrics.values()] for part in ("total", "count"))
+    table = to_device(torch.stack([torch.stack(totals), torch.stack(counts)]), device)
+    return {name: Mean(*pair) for name, pair in zip(metrics, table.unbind(1), strict=True)}
 
 
 def _over_time(batch: RolloutBatch, change: Callable[[Tensor], Tensor]) -> RolloutBatch:

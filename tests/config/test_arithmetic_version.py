@@ -19,7 +19,8 @@ from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, HISTORY, VERSION, 
 def computed(**other: Any) -> RunFacts:
     """Full fine-tuning of a small language model in float32."""
     config: Any = SimpleNamespace(
-        peft=SimpleNamespace(name="none", bias="none"), train=SimpleNamespace(microbatch_size=4, max_length=512), online=None,
+        peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0), online=None,
+        train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512),
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True},
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
@@ -92,6 +93,23 @@ def test_changes_of_version_1_affect_only_the_runs_that_they_change(now: RunFact
         assert arithmetic_version.changes_since(0, now) == []
     else:
         assert named in why(now)
+
+
+def test_models_that_were_packed_though_their_attention_was_another_are_named() -> None:
+    for kind, packed, named in (("llama4_text", False, True), ("llama4_text", True, False), ("llama", False, False)):
+        now = computed(packed=packed, model={"vocab_size": 350, "model_type": kind})
+        assert ("attention would be another" in why(now, 7)) is named
+
+
+def test_how_shared_prompts_are_counted_affects_runs_with_dropout_and_a_bound_on_tokens() -> None:
+    for dropout, model, tokens, share, named in (
+        (0.1, {}, 4096, True, True), (0.0, {"router_jitter_noise": 0.01}, 4096, True, True), (0.0, {}, 4096, True, False),
+        (0.1, {}, None, True, False), (0.1, {}, 4096, False, False),
+    ):  # fmt: skip
+        now = computed(model={"vocab_size": 350, "id2label": {0: "a"}, **model})
+        now.config.peft.name, now.config.peft.lora_dropout = "lora", dropout
+        now.config.train.microbatch_tokens, now.config.train.share_prompts = tokens, share
+        assert ("too long to share it" in why(now, 7)) is named
 
 
 def test_changes_of_merging_and_sampling_affect_the_runs_that_use_them() -> None:

@@ -155,6 +155,8 @@ def test_the_microbatch_size_is_safe_without_dropout(tmp_path: Path) -> None:
     assert why(model__name_or_path=str(base)) is None
     (base / "config.json").write_text(json.dumps({**facts, "text_config": {"resid_pdrop": 0.1}}))
     assert why(model__name_or_path=str(base)) == "with the model's resid_pdrop=0.1 it decides which elements are dropped"
+    (base / "config.json").write_text(json.dumps({**facts, "router_jitter_noise": 0.01}))
+    assert why(model__name_or_path=str(base)) == "with the model's router_jitter_noise=0.01 it decides the noise"
     assert "is unknown" in str(why(model__name_or_path="org/never-downloaded"))
     assert "is unknown" in str(why(model__name_or_path="some/model.gguf"))
     saved = tmp_path / "run" / "checkpoints" / "step-00000002" / "model"

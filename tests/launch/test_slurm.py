@@ -14,6 +14,8 @@ import psutil
 import pytest
 import yaml
 
+from tests import processes
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["loss=sft", "model=tiny", "data=arithmetic", "train.steps=40", "train.batch_size=4", "train.eval_every=null",
        "train.eval_at_start=false", "checkpoint.every=null", "data.eval=[{path: arithmetic, split: 'eval[:6]'}]"]  # fmt: skip
@@ -79,7 +81,7 @@ def test_a_preempted_job_is_requeued_and_resumes(slurm: dict[str, str], tmp_path
 
 def test_a_rank_outside_slurm_says_what_it_is_for(tmp_path: Path) -> None:
     script = ROOT / "launch" / "slurm" / "rank.py"
-    done = subprocess.run([sys.executable, str(script), "x.yaml", "train.py"], capture_output=True, text=True, check=False)
+    done = processes.run([sys.executable, str(script), "x.yaml", "train.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "SLURM_PROCID is not set" in done.stderr
 

@@ -1,7 +1,9 @@
 """Two real ranks under accelerate: the losses of one process, one writer, checkpoints that either can resume."""
 
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import yaml
 
 from halos.config.schema import Config
 from halos.run.lifecycle import run
+from tests import processes
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 # 13 rows in batches of 5, three at a time: ranks of unequal size, a last batch of 3, a rank with fewer micro-batches
@@ -67,13 +70,10 @@ def test_one_process_resumes_a_checkpoint_of_two(command: Command, configure: Ca
 
 
 def test_a_launcher_that_starts_one_process_where_two_were_asked_for_is_refused(command: Command, tmp_path: Path) -> None:
-    import os
-    import sys
-
     root = Path(__file__).resolve().parents[2]
     words = ["--cpu", "--num_processes", "2", str(root / "train.py"), "loss=sft", "model=tiny", "data=arithmetic", "exp_name=x",
              f"output_root={tmp_path}"]  # fmt: skip
-    done = subprocess.run(
+    done = processes.run(
         [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", *words],
         capture_output=True, text=True, check=False,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from halos.logps import linear_head
-from halos.logps.linear_head import Softmax, is_covered, is_plain, logps, products
+from halos.logps.distribution import Reading
+from halos.logps.linear_head import Softmax, is_covered, is_plain, products, read
 
 ROWS, HIDDEN, VOCABULARY = 96, 16, 50
 
@@ -30,7 +31,7 @@ def expected(hidden: Tensor, layer: nn.Linear, targets: Tensor, settings: Softma
 def obtained(hidden: Tensor, layer: nn.Linear, targets: Tensor, settings: Softmax) -> list[Tensor]:
     layer.zero_grad()
     states = hidden.detach().clone().requires_grad_()
-    values = logps(layer, states, targets, settings)
+    values = read(layer, states, Reading(targets), settings)[:, 0]
     (values * torch.linspace(-1, 2, ROWS)).sum().backward()
     return [values.detach(), *(each.grad for each in (states, *layer.parameters()) if each.grad is not None)]
 
@@ -108,7 +109,7 @@ def test_log_probs_of_half_precision_are_those_of_its_hidden_states_and_weight(t
     assert len(found) == 2 + trained
     assert max(off(*pair) for pair in zip(found[1:], wanted[1:], strict=False)) < 0.01
     with torch.no_grad():
-        assert torch.equal(logps(layer, hidden, targets, settings), found[0]), "the reference's path"
+        assert torch.equal(read(layer, hidden, Reading(targets), settings)[:, 0], found[0]), "the reference's path"
 
 
 def test_a_layer_that_is_more_than_its_table_is_left_to_its_own_forward() -> None:

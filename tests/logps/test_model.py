@@ -15,7 +15,8 @@ from halos.errors import UserError
 from halos.examples import Completion
 from halos.logps import head
 from halos.logps.attention import SEGMENTS, register
-from halos.logps.model import LanguageModel, RewardModel, adapter_off, plainly
+from halos.logps.model import LanguageModel, RewardModel, plainly
+from halos.logps.modes import Modes, adapter_off
 from halos.models import adapter
 
 VOCABULARY, PROMPT = 300, 4
@@ -152,6 +153,25 @@ def test_adapter_off_is_the_base_and_leaves_every_flag_as_it_was() -> None:
     assert torch.equal(adapted(packed(rows)).values, on)
     assert not torch.allclose(on, base)
     assert [p.requires_grad for p in adapted.parameters()] == trained
+
+
+def test_a_model_is_switched_as_by_its_own_train_and_eval() -> None:
+    adapted, seen = LanguageModel(lora(build("Llama"))), list[bool]()
+    modes, parts = Modes(adapted), [*adapted.modules()]
+    for mode in (True, False):
+        modes.train(mode)
+        with modes.evaluating():
+            assert not any(part.training for part in parts)
+        assert {part.training for part in parts} == {mode}
+
+    class Own(torch.nn.Linear):
+        def train(self, mode: bool = True) -> "Own":
+            seen.append(mode)
+            return super().train(mode)
+
+    adapted.more = Own(1, 1)
+    with Modes(adapted).evaluating():
+        assert seen == [False], "it does more than set its flag"
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

@@ -55,19 +55,43 @@ def test_scores_are_packed_or_the_models_own_one_row_at_a_time() -> None:
     assert planned("OPT", reward=True, ffn_dim=96, word_embed_proj_dim=64).head in ("layer", "whole")
 
 
-def test_a_leak_too_small_for_any_tolerance_is_a_leak(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("into", ["any sequence", "a later branch"])
+def test_a_leak_too_small_for_any_tolerance_is_a_leak(into: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = hidden._packed
 
     def leaking(backbone: Any, attention: str, batch: Any) -> Tensor:
-        states = real(backbone, attention, batch)
-        return states + 1e-9 * states.mean()
+        states, (trunk, *branches) = real(backbone, attention, batch), batch.trees[0]
+        if into == "any sequence":
+            return states + 1e-9 * states.mean()
+        if not branches:
+            return states
+        end = trunk + branches[0]
+        return torch.cat([states[:end], states[end:] + 1e-9 * states[trunk:end].mean()])
 
     monkeypatch.setattr(hidden, "_packed", leaking)
     plan._plan.cache_clear()
     try:
-        assert planned("Llama").why == "one row would read another"
+        found = planned("Llama")
+        assert found.why == ("one row would read another" if into == "any sequence" else None)
+        assert not found.shares
     finally:
         plan._plan.cache_clear()
+
+
+def test_attention_that_counts_from_the_first_token_of_a_batch_or_reads_few_keys_is_not_packed() -> None:
+    """The limits of both are far above the sequences of the trial."""
+    sizes: dict[str, Any] = {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 4,
+    }
+    assert not planned("Llama4Text", longest=1024, intermediate_size_mlp=96, **sizes).is_packed
+    sparse = {"index_n_heads": 2, "index_head_dim": 16, "rotary_dim": 16, "dense_intermediate_size": 96}
+    for kind in ("minimax_m3_sparse", "full_attention"):
+        found = planned("MiniMaxM3VLText", layer_types=[kind] * 4, **sizes, **sparse)
+        assert found.is_packed == (kind == "full_attention")
 
 
 def test_a_miniature_has_one_layer_of_each_kind_whatever_its_index(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,8 +18,8 @@ from halos.config.schema import Config
 from halos.errors import UserError
 from halos.logps.model import LanguageModel
 from halos.logps.vocabulary import Vocabulary
-from halos.merge import expected, merge, proof
-from halos.merge.preflight import check_merge
+from halos.merge import expected, merge, preflight, proof
+from halos.merge.preflight import check_merge, check_merge_once
 from halos.merge.probe import bit_sums_of, probe_ids, probe_trained
 from halos.run.lifecycle import run
 
@@ -95,6 +95,44 @@ def test_an_adapter_of_layers_that_the_small_model_lacks_is_tried_on_all_that_it
     merge_and_recomputation_share_a_wrong_scale(monkeypatch)
     with pytest.raises(UserError, match="tried on a small model of the same architecture"):
         check_merge(case, model)
+
+
+def test_a_merge_is_tried_again_where_anything_that_it_depends_on_is_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = list[proof.Case]()
+    monkeypatch.setattr(preflight, "check_merge", lambda case, model: bool(tried.append(case)) or len(tried) > 1)
+    model, case = trained(tmp_path, "Llama", VARIANTS["lora"], tied=False)
+
+    def trials(case: proof.Case) -> int:
+        check_merge_once(case, model, tmp_path / "cache")
+        return len(tried)
+
+    assert trials(case) == 1
+    assert trials(case) == trials(case) == 2  # the first was not of this very adapter
+    assert trials(replace(case, dtype=torch.bfloat16)) == 3
+    assert trials(replace(case, vocabulary=case.vocabulary + 1)) == 4
+    model.peft_config["default"].lora_alpha += 1
+    assert trials(case) == 5
+    model.peft_config["default"].target_modules = {*model.peft_config["default"].target_modules, "another"}
+    assert trials(case) == 6
+    weights = case.base / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert trials(case) == 7
+    monkeypatch.setattr(preflight, "source_hash", lambda parts: "of other code")
+    assert trials(case) == trials(case) == 8
+
+
+def test_a_merge_that_fails_fails_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, case = trained(tmp_path, "Llama", VARIANTS["lora"], tied=False)
+    with monkeypatch.context() as patch:
+        a_formula_is_wrong(patch)
+        for _ in range(2):
+            with pytest.raises(UserError, match="differs from its formula"):
+                check_merge_once(case, model, tmp_path / "cache")
+    check_merge_once(case, model, tmp_path / "cache")
 
 
 def test_whole_layers_beside_an_adapter_train_and_end_merged(configure: Callable[..., Config], tmp_path: Path) -> None:

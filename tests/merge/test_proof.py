@@ -118,8 +118,10 @@ IN_THE_FILE = [
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("fault", IN_THE_FILE, ids=lambda fault: fault.__name__)
-def test_a_wrong_tensor_fails_the_proof(fault: Callable[..., None], dtype: str, tmp_path: Path) -> None:
-    _, case = merged_well(tmp_path, EVERYTHING, dtype=dtype)
+def test_a_wrong_tensor_fails_the_proof(
+    fault: Callable[..., None], dtype: str, right: Callable[..., proof.Case], tmp_path: Path
+) -> None:
+    case = right(tmp_path, dtype=dtype)
     path = tmp_path / "merged" / "model.safetensors"
     merged, base = load_file(path), load_file(tmp_path / "base" / "model.safetensors")
     fault(merged, base)
@@ -132,6 +134,22 @@ def merged_well(place: Path, variant: Variant, *, name: str = "Llama", tied: boo
     result = combined(case, place / "merged", shard=100_000 if variant.shard != "5GB" else safetensors_io.SHARD)
     assert result.holds, result.faults
     return model, case
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., proof.Case]:
+    """`right(place, dtype=...)`: a copy there of a right merge of EVERYTHING, which is made once."""
+    made: dict[str, proof.Case] = {}
+
+    def copied(place: Path, *, dtype: str = "float32") -> proof.Case:
+        if first := dtype not in made:
+            _, made[dtype] = merged_well(tmp_path_factory.mktemp(dtype), EVERYTHING, dtype=dtype)
+        shutil.copytree(made[dtype].base.parent, place, dirs_exist_ok=True)
+        case = replace(made[dtype], base=place / "base", adapter=place / "adapter")
+        assert not first or proof.prove(case, place / "merged").holds, "the copy, before anything is done to it"
+        return case
+
+    return copied
 
 
 def assert_fails(case: proof.Case, merged: Path) -> None:
@@ -300,8 +318,10 @@ AROUND = [
 
 
 @pytest.mark.parametrize("fault", AROUND, ids=lambda fault: fault.__name__)
-def test_what_lies_around_the_tensors_is_proved_too(fault: Callable[..., proof.Case | None], tmp_path: Path) -> None:
-    _, case = merged_well(tmp_path, EVERYTHING)
+def test_what_lies_around_the_tensors_is_proved_too(
+    fault: Callable[..., proof.Case | None], right: Callable[..., proof.Case], tmp_path: Path
+) -> None:
+    case = right(tmp_path)
     assert_fails(fault(tmp_path, case) or case, tmp_path / "merged")
 
 
@@ -353,7 +373,8 @@ LORA = ["loss=sft", "peft=lora", "train.steps=2", "train.batch_size=8", "checkpo
 def test_a_run_whose_merge_is_wrong_fails_and_keeps_the_adapter(
     fault: str, configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("halos.checkpoint.preflight.check_merge", lambda *_: None)  # it would be refused before the first step
+    passes = "halos.checkpoint.preflight.check_merge_once"  # it would be refused before the first step
+    monkeypatch.setattr(passes, lambda *_: None)
     if fault == "wrong":
         subtracted(monkeypatch)
     else:

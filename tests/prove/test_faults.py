@@ -18,6 +18,7 @@
 31 a branch that reads the one before it             32 a branch whose window begins anew after the prompt
 33 a branch whose positions go on after another's    34 a branch predicted by the last token of another
 35 branches given back in the order of their trees   36 a branch that does not read its prompt's last token
+37 a leak of a billionth into the branch after another
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +31,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from halos.logps import attention, head, hidden, model
+from halos.logps import attention, head, hidden, model, modes
 from halos.logps.attention import SEGMENTS
 from halos.prove import checks, small_copy
 from halos.prove.small_copy import SAME_PROMPT as SAME
@@ -228,7 +229,7 @@ def adapter_left_on(patch: Patch) -> None:
 
 
 def bias_left_in(patch: Patch) -> None:
-    patch.setattr(model, "with_values", lambda *_: nothing(nn.Module()))
+    patch.setattr(modes, "with_values", lambda *_: nothing(nn.Module()))
 
 
 def adapter_left_off(patch: Patch) -> None:
@@ -324,6 +325,22 @@ def prompt_cut_for_a_branch(patch: Patch) -> None:
     around(patch, attention._Settings, "attend", attend)
 
 
+def leak_into_a_later_branch(patch: Patch) -> None:
+    def leaking(real: Any, backbone: Any, attention_: str, batch: Sequences) -> Tensor:
+        states = real(backbone, attention_, batch)
+        start = batch.trees[0][0]
+        trunk, first, second = batch.trees[SAME[0]]
+        before, own = states[start + trunk :][:first], torch.zeros(len(states), 1)
+        own[start + trunk + first :][:second] = 1e-9
+        return states + own * before.mean()
+
+    def shared(real: Any, backbone: Any, attention_: str, batch: Sequences) -> Tensor:
+        is_shared = len(batch.trees) < len(batch.leaves)
+        return leaking(real, backbone, attention_, batch) if is_shared else real(backbone, attention_, batch)
+
+    around(patch, hidden, "_packed", shared)
+
+
 FAULTS: list[tuple[Callable[[Patch], None], str, dict[str, Any]]] = [
     (border_late, "Llama", {}),
     (no_border, "Llama", {}),
@@ -361,6 +378,7 @@ FAULTS: list[tuple[Callable[[Patch], None], str, dict[str, Any]]] = [
     (predicted_by_another_branch, "Llama", {}),
     (branches_in_tree_order, "Llama", {}),
     (prompt_cut_for_a_branch, "Llama", {}),
+    (leak_into_a_later_branch, "Llama", {}),
 ]
 CASES = {fault.__name__: (fault, base, more) for fault, base, more in FAULTS}
 

@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from halos.data.collate import pack
+from halos.examples import Completion
 from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
 
 
@@ -58,6 +60,26 @@ def test_a_micro_batch_holds_as_many_items_as_its_bounds_allow(
                     for some in (part, [*part, *parts[number + 1][:1]] if number + 1 < len(parts) else [])]  # fmt: skip
             assert fits[0] or len(part) == 1, "a longer item goes alone"
             assert number + 1 == len(parts) or not fits[1], "the next would have fitted"
+
+
+@given(seed=st.integers(0, 2**20), share=st.booleans())
+@settings(max_examples=50, deadline=None)
+def test_the_tokens_of_a_micro_batch_are_those_that_its_rows_are_packed_into(seed: int, share: bool) -> None:
+    """Of completions too long to share their prompt, and pairs of which one is."""
+    random = np.random.default_rng(seed)
+    groups, sizes = random.integers(0, 3, 12), random.integers(1, 30, 3)
+    lengths = sizes[groups][:, None] + random.integers(1, 500, (12, 2))
+    rows: Any = SimpleNamespace(groups=groups, prompt_lengths=sizes[groups], lengths=lengths)
+
+    def packed(items: Sequence[int]) -> int:
+        given_ = [(np.full(sizes[groups[i]], groups[i]), int(end - sizes[groups[i]])) for i in items for end in lengths[i]]
+        return len(pack([(prompt, Completion(np.ones(n), np.ones(n, bool))) for prompt, n in given_], share=share).ids)
+
+    parts = [part.tolist() for part in Bounds(None, 1500, share).cut(rows, np.arange(12))]
+    assert [item for part in parts for item in part] == list(range(12))
+    for part, following in zip(parts, [*parts[1:], []], strict=True):
+        assert packed(part) <= 1500 or len(part) == 1
+        assert not following or packed([*part, following[0]]) > 1500
 
 
 @pytest.mark.parametrize("tokens", [None, 40])

@@ -126,12 +126,12 @@ class RewardModel(Scorer):
     def _scores(self, rows: Sequence[tuple[np.ndarray, Completion]]) -> list[float]:
         import torch
 
-        from halos.data.collate import pack
+        from halos.data.collate import pack_on_host
 
         self.load()
         model = self._loaded
         with torch.no_grad():
-            return model.scores(pack(list(rows), share=model.plan.shares).to(model.model.device))[:, self.label].tolist()
+            return model.scores(pack_on_host(list(rows), share=model.plan.shares).to(model.model.device))[:, self.label].tolist()
 
     def _load(self) -> Any:
         from transformers import AutoModelForSequenceClassification
