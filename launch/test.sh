@@ -16,7 +16,8 @@ slow_group() { # prints the paths of its tests
     online) echo tests/online ;;
     merges) echo tests/merge ;;
     architectures) echo tests/logps ;;
-    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges and architectures" >&2; exit 2 ;;
+    growth) echo tests/trainers ;;
+    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges, architectures and growth" >&2; exit 2 ;;
   esac
 }
 if [ "${1:-}" = slow ]; then
