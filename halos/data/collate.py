@@ -51,7 +51,7 @@ def pack_on_host(rows: Sequence[PackRow], *, share: bool = False) -> HostSequenc
     counts = np.bincount(row_of, minlength=len(rows))
     in_order = counts[leaves]  # targets follow the order of the leaves
     columns = np.arange(len(targets)) - np.repeat(np.cumsum(in_order) - in_order, in_order)
-    buffer = np.concatenate([ids, positions, ids[targets], sources, row_of, columns], dtype=np.int32, casting="same_kind")
+    buffer = np.concatenate([ids, positions, ids[targets], sources, row_of, columns], dtype=np.int32, casting="unsafe")
     widest = max(1, int(counts.max()))  # rows of which nothing is learned may be alone
     return HostSequences(torch.from_numpy(buffer), len(ids), trees, tuple(leaves), widest)
 
