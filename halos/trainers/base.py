@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -25,7 +25,7 @@ from halos.hooks.base import Run, call_on_eval, states_of
 from halos.metrics import Meter, Window
 from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
 from halos.trainers.memory import peak_mb
-from halos.trainers.microbatches import MicroBatch, Split, split_into_microbatches
+from halos.trainers.microbatches import MicroBatch, Split
 from halos.trainers.objective import Objective
 from halos.types import Mean
 
@@ -65,6 +65,8 @@ class Trainer(Objective):
         self.checkpointer = parts.checkpointer
         self.train, self.eval_data, self.order = parts.train, parts.eval_data, parts.order
         self.generation_evaluation = parts.generation_evaluation
+        self.packs_ahead = isinstance(self.train.rows, Dataset)  # the next batch of a live loop is not known yet
+        self._following: np.ndarray | None = None  # the batch of the next step
         self.guard = Guard(self.run, self._output, self._rows_of)
         self._meter = Meter()  # of a step; it knows the metrics of earlier ones
         self._logged_at, self._logged_tokens, self._idle = 0.0, 0, 0.0  # as of the last logged step
@@ -79,6 +81,10 @@ class Trainer(Objective):
 
     def fit(self) -> None:
         """Train to the last step, or until a hook or a signal stops the run. Only a run that finished writes `FINAL`."""
+        with closing(self._prepared):
+            self._fit()
+
+    def _fit(self) -> None:
         run, checkpointer = self.run, self.checkpointer
         self.guard.refuse_initial_weights()
         checkpointer.start()
@@ -109,7 +115,10 @@ class Trainer(Objective):
     def _one_step(self) -> Totals:
         """Raises UserError where a subclass's `step` does not do what the loop relies on."""
         run, before = self.run, self.run.step
-        totals = self.step(self.order.batch(before))
+        indices, self._following = self.order.batch(before), None
+        if self.packs_ahead and before + 1 < run.total_steps:
+            self._following = self.order.batch(before + 1)
+        totals = self.step(indices)
         if not isinstance(totals, Mapping) or run.step != before + 1:
             got = f"{type(totals).__name__}" if not isinstance(totals, Mapping) else f"with run.step={run.step}, from {before}"
             raise UserError(f"{type(self).__name__}.step returned {got}: return what super().step(indices) returns, called once")
@@ -147,8 +156,9 @@ class Trainer(Objective):
         run, meter, parts = self.run, self._meter, list[Contribution]()
         world, denominators = run.accelerator.num_processes, self._denominators(self.train, indices)
         statistics, routing = self._statistics(microbatches, len(indices)), self._routing(microbatches)
-        for number, microbatch in enumerate(microbatches, 1):
-            last = number == len(microbatches)
+        for number, microbatch in enumerate(self._in_turn(microbatches), 1):
+            if (last := number == len(microbatches)) and self._following is not None:
+                self._prepare(self.train, self._following, run.step + 1)
             with nullcontext() if last else run.strategy.accumulate(run.module):
                 loss = self._loss(microbatch, statistics, len(indices))
                 total, means = loss.values.sum() * microbatch.weight, self._means(loss, microbatch)
@@ -232,7 +242,7 @@ class Trainer(Objective):
                 break
             microbatches = self._microbatches(self.eval_data, indices)
             statistics = self._statistics(microbatches, len(indices))
-            for microbatch in microbatches:
+            for microbatch in self._in_turn(microbatches):
                 loss = self._loss(microbatch, statistics, len(indices))
                 meter.add(self._means(loss, microbatch), microbatch.weight)
                 if microbatch.weight:
@@ -268,5 +278,4 @@ class Trainer(Objective):
         """This rank's first items of an earlier step; none in a live loop, whose rows are gone."""
         if not isinstance(self.train.rows, Dataset):
             return ()
-        indices, accelerator, seeds = self.order.batch(step), self.run.accelerator, (self.run.config.seed, step)
-        return split_into_microbatches(self.train, indices, accelerator, bounds=self.bounds, seeds=seeds)[0].items
+        return self._split(self.train, self.order.batch(step), step)[0].items

@@ -1,7 +1,8 @@
 """Splits a global batch over ranks and then into micro-batches, and gathers results in the batch's order."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from halos.data.collate import is_branch
 from halos.examples import Item
+from halos.trainers.ahead import Later
+from halos.types import HostSequences
 
 
 class Rows(Protocol):
@@ -54,6 +57,7 @@ class MicroBatch:
     num_scored: int  # number of scored tokens
     weight: float
     seed: int
+    packed: Later[HostSequences]  # the items' rows
     rollouts: Any = None  # the items' RolloutBatch, set by a policy gradient trainer
 
 
@@ -101,12 +105,14 @@ class Bounds:
 
 
 def split_into_microbatches(
-    split: Split, indices: np.ndarray, accelerator: Accelerator, *, bounds: Bounds, seeds: tuple[int, int]
-) -> list[MicroBatch]:
+    split: Split, indices: np.ndarray, accelerator: Accelerator, *, bounds: Bounds, seeds: tuple[int, int],
+    pack: Callable[[Sequence[Item]], HostSequences],
+) -> list[MicroBatch]:  # fmt: skip
     """This rank's micro-batches of a global batch: items rank::world, as many in each as its bounds allow.
 
     Every rank gets the same number, so that all call the same collectives; a rank without items left gets the batch's first item
-    with weight 0. `seeds` (the run's, the step) make a micro-batch's dropout a function of step, rank and number.
+    with weight 0. `seeds` (the run's, the step) make a micro-batch's dropout a function of step, rank and number. `pack` gets its
+    items when their turn comes, or in a thread before that.
     """
     rank, world = accelerator.process_index, accelerator.num_processes
     dealt = bounds.deal(split.rows, indices, world)
@@ -118,7 +124,8 @@ def split_into_microbatches(
         partner_items = [split.rows[int(i)] for i in partners[rows]] if partners is not None else []
         seed = int(np.random.SeedSequence([*seeds, rank, number]).generate_state(1, np.uint64)[0] >> 1)
         items, num_scored = [split.rows[int(i)] for i in rows], int(split.rows.scored[rows].sum())
-        microbatches.append(MicroBatch(items, partner_items, positions, num_scored, weight, seed))
+        packed = Later(partial(pack, items))
+        microbatches.append(MicroBatch(items, partner_items, positions, num_scored, weight, seed, packed))
     return microbatches
 
 

@@ -1,6 +1,6 @@
 """From a global batch to its loss: forward passes of policy and reference, denominators and statistics over the whole batch."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import cached_property
 from typing import Any
@@ -18,9 +18,10 @@ from halos.hooks.base import Run
 from halos.logps.model import ModelWithHead
 from halos.logps.modes import Modes
 from halos.logps.router import RouterLoss
+from halos.trainers.ahead import NextStep, in_turn
 from halos.trainers.loss_checks import checked_loss, checked_statistics
 from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
-from halos.types import Loss, Mean, Mismatched, Sequences
+from halos.types import HostSequences, Loss, Mean, Mismatched, Sequences
 
 
 class Objective:
@@ -30,6 +31,8 @@ class Objective:
         self.run, self.loss, self.reference = run, loss, reference
         self.settings = run.config.train
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
+        self.packs_ahead = True  # the next micro-batch, by a thread
+        self._prepared = NextStep()
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
         # a balancing loss counts each row's own tokens, its prompt's included
         self.shares_prompts = self.settings.share_prompts and self.router is None and _share_prompts(run.module, reference)
@@ -45,7 +48,7 @@ class Objective:
         return Modes(self.run.module)
 
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
-        """The token sequences of these items."""
+        """The token sequences of these items; a thread calls it too, ahead of the step."""
         return self.loss.inputs.rows(items)
 
     def inputs(self, output: Any, microbatch: MicroBatch) -> Any:
@@ -60,8 +63,18 @@ class Objective:
 
     def _microbatches(self, split: Split, indices: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of a global batch."""
-        seeds = self.run.config.seed, self.run.step
-        return split_into_microbatches(split, indices, self.run.accelerator, bounds=self.bounds, seeds=seeds)
+        return self._prepared.take(self._key_of(split, indices, self.run.step)) or self._split(split, indices, self.run.step)
+
+    def _prepare(self, split: Split, indices: np.ndarray, step: int) -> None:
+        """Let a thread make the micro-batches of a later step, for `_microbatches` to return."""
+        self._prepared.start(self._key_of(split, indices, step), lambda: self._split(split, indices, step))
+
+    def _key_of(self, split: Split, indices: np.ndarray, step: int) -> Hashable:
+        return id(split), indices.tobytes(), step, self.bounds
+
+    def _split(self, split: Split, indices: np.ndarray, step: int) -> list[MicroBatch]:
+        seeds, accelerator = (self.run.config.seed, step), self.run.accelerator
+        return split_into_microbatches(split, indices, accelerator, bounds=self.bounds, seeds=seeds, pack=self._pack)
 
     def _denominators(self, split: Split, indices: np.ndarray) -> dict[str, int]:
         """The denominators that `Loss.per` chooses from: items and scored tokens of the whole global batch, counted in the data,
@@ -75,13 +88,13 @@ class Objective:
         if self.loss.statistics is None or (len(microbatches) == 1 and not mismatched):
             return None
         parts = []
-        for microbatch in microbatches:
+        for microbatch in self._in_turn(microbatches):
             self._seed(microbatch)  # the dropout that the loss will see
             if mismatched:
                 length = self.run.max_length
                 pairs = zip(microbatch.items, microbatch.mismatched_partners, strict=True)
                 rows = [mismatched_row(item, partner, length) for item, partner in pairs]
-                arguments = self._forward(rows, Mismatched)
+                arguments = self._forward(self.packed(rows), Mismatched)
             else:
                 arguments = self._arguments(microbatch)
             values = checked_statistics(self.loss.statistics(*arguments), self.loss.name, len(microbatch.items))
@@ -94,13 +107,16 @@ class Objective:
         if self.router is None or len(microbatches) == 1:
             return None
         counts = []
-        for microbatch in microbatches:
+        for microbatch in self._in_turn(microbatches):
             self._seed(microbatch)  # the dropout that the loss will see
-            self._output(microbatch.items)
+            self._read(microbatch)
             counts.append(self.router.counts() * microbatch.weight)
         return self.run.accelerator.reduce(torch.stack(counts).sum(0), reduction="sum")
 
     # --- a micro-batch ---------------------------------------------------------------------------------------------------
+
+    def _in_turn(self, microbatches: list[MicroBatch]) -> Iterator[MicroBatch]:
+        return in_turn(microbatches, ahead=self.packs_ahead)
 
     def _seed(self, microbatch: MicroBatch) -> None:
         seed_generators(self.run.accelerator.device, microbatch.seed)
@@ -134,19 +150,27 @@ class Objective:
 
     def _arguments(self, microbatch: MicroBatch) -> list[Any]:
         """The loss's positional arguments for a micro-batch, except statistics."""
-        return self._forward(self.rows(microbatch.items), lambda output: self.inputs(output, microbatch))
+        batch = microbatch.packed.result().to(self.run.accelerator.device)
+        return self._forward(batch, lambda output: self.inputs(output, microbatch))
 
     def packed(self, rows: Sequence[PackRow]) -> Sequences:
         """The input of the models, on their device."""
         return pack_on_host(rows, share=self.shares_prompts).to(self.run.accelerator.device)
 
-    def _forward(self, rows: list[PackRow], shape: Callable[[Any], Any]) -> list[Any]:
+    def _pack(self, items: Sequence[Item]) -> HostSequences:
+        return pack_on_host(self.rows(items), share=self.shares_prompts).pinned(self.run.accelerator.device)
+
+    def _forward(self, batch: Sequences, shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss needs it, each converted by `shape`."""
-        batch = self.packed(rows)
         with self.run.accelerator.autocast():
             # the reference first, before the policy's activations are in memory
             references = [shape(self._refer(batch))] if self.loss.needs_reference else []
             return [shape(self._policy(batch)), *references]
+
+    def _read(self, microbatch: MicroBatch) -> Any:
+        """The policy's output for a micro-batch."""
+        with self.run.accelerator.autocast():
+            return self._policy(microbatch.packed.result().to(self.run.accelerator.device))
 
     def _output(self, items: Sequence[Item]) -> Any:
         """The policy's output for items."""

@@ -172,7 +172,7 @@ class PolicyGradientTrainer(Trainer):
         return controller
 
     def _arguments(self, microbatch: MicroBatch) -> list[Any]:
-        output = self._output(microbatch.items)
+        output = self._read(microbatch)
         policy, reference = self.inputs(output, microbatch), microbatch.rollouts.reference
         mask, more = policy.logps.mask, list[TokenLogps | None]()
         if self.loss.takes_reference:

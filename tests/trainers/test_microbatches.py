@@ -33,7 +33,8 @@ def split(
 ) -> list[MicroBatch]:  # fmt: skip
     accelerator: Any = SimpleNamespace(process_index=rank, num_processes=world)
     bounds = Bounds(size, tokens, share)
-    return split_into_microbatches(Split(Rows(), None), indices, accelerator, bounds=bounds, seeds=seeds)  # type: ignore[arg-type]
+    given_: Any = Split(Rows(), None)  # type: ignore[arg-type]
+    return split_into_microbatches(given_, indices, accelerator, bounds=bounds, seeds=seeds, pack=tuple)  # type: ignore[arg-type]
 
 
 def tokens_of(items: Sequence[Any], *, share: bool) -> int:

@@ -1,0 +1,94 @@
+"""A thread packs the next micro-batch: the step is the same to the bit, an error is its own step's, and no thread is left."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from halos.examples import Item
+from halos.trainers.ahead import Later
+from halos.trainers.base import Trainer
+
+WORDS = ("loss=dpo", "train.batch_size=6", "train.microbatch_size=2", "train.steps=3", "train.eval_every=2", "optim.lr=1e-2")
+MAIN, PACKING = "MainThread", "halos packing"
+PACKED = 3 * 3 + 2 * 6  # micro-batches of three steps, and of two evaluations of twelve rows
+
+
+def watched(made: Trainer, damaged: str = "") -> list[str]:
+    """The names of the threads that make rows, from now on; those of an item that is `damaged` raise an error."""
+    threads, rows = list[str](), made.rows
+
+    def record(items: Sequence[Item]) -> Any:
+        threads.append(threading.current_thread().name)
+        if damaged in (item.id for item in items):
+            raise ValueError(f"row {damaged} is damaged, said {threads[-1]}")
+        return rows(items)
+
+    made.rows = record  # type: ignore[method-assign]
+    return threads
+
+
+def packing() -> bool:
+    """Whether a thread packs that does not end by itself."""
+    threads = [thread for thread in threading.enumerate() if thread.name == PACKING]
+    for thread in threads:
+        thread.join(60)
+    return any(thread.is_alive() for thread in threads)
+
+
+def weights(made: Trainer) -> Tensor:
+    return torch.cat([parameter.detach().flatten() for parameter in made.run.module.parameters()])
+
+
+def test_a_thread_packs_all_that_is_known_before_its_turn(trainer: Callable[..., Trainer]) -> None:
+    ahead, alone = (trainer(*WORDS, "train.eval_at_start=false", f"exp_name={name}") for name in ("ahead", "alone"))
+    alone.packs_ahead = False
+    threads = [watched(made) for made in (ahead, alone)]
+    for made in (ahead, alone):
+        made.fit()
+    assert set(threads[1]) == {MAIN}
+    assert len(threads[0]) == len(threads[1]) == PACKED, "none is packed twice"
+    assert threads[0].count(MAIN) == 1 + 2 * 2, "the first of the run, and of each batch of an evaluation"
+    assert torch.equal(weights(ahead), weights(alone))
+    assert not packing()
+
+
+@pytest.mark.parametrize(("step", "item"), [(0, 2), (1, 0)])  # in the second micro-batch, and in the first of the next step
+def test_an_error_of_the_thread_is_the_steps_own(step: int, item: int, trainer: Callable[..., Trainer]) -> None:
+    messages = []
+    for name in ("ahead", "alone"):
+        made = trainer(*WORDS, "train.eval_at_start=false", f"exp_name={name}")
+        made.packs_ahead = name == "ahead"
+        damaged = made.train.rows[int(made.order.batch(step)[item])].id
+        watched(made, damaged)
+        with pytest.raises(ValueError, match="is damaged") as error:
+            made.fit()
+        assert made.run.step == step, "not before its turn"
+        messages.append(str(error.value))
+        assert not packing()
+    assert messages == [f"row {damaged} is damaged, said {thread}" for thread in (PACKING, MAIN)]
+
+
+def test_a_value_is_computed_once_and_in_a_forked_process_too() -> None:
+    parent, go_on, calls = os.getpid(), threading.Event(), list[str]()
+
+    def make() -> int:
+        calls.append(threading.current_thread().name)
+        if os.getpid() == parent:
+            go_on.wait(60)
+        return 7
+
+    later = Later(make)
+    later.start(), later.start()
+    child = os.fork()  # which has no such thread
+    if not child:
+        os._exit(later.result())
+    go_on.set()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert later.result() == later.result() == 7
+    assert calls == [PACKING]
+    assert not packing()
