@@ -134,9 +134,11 @@ HISTORY = (
              lambda now: not now.packed and now.model.get("model_type") in ("llama4_text", "minimax_m3_vl_text")),
     Revision(8, "2026-11-27", "in train.microbatch_tokens the prompt of a completion that is too long to share it counts again",
              _drops_by_tokens),
+    Revision(9, "2026-11-27", "items of a prompt are side by side in micro-batches, if possible on one rank",
+             lambda now: now.packed, of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
-FROZEN_HEAD_ONCE = 7
+FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER = 7, 9
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:

@@ -13,7 +13,7 @@ from halos.checkpoint import weights
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.checkpoint.state import load_optimizer, restore
 from halos.config import run_config
-from halos.config.arithmetic_version import FROZEN_HEAD_ONCE
+from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.hooks.base import Run
@@ -44,7 +44,9 @@ def assemble(
         log.info("everything fits together; nothing was trained")
         return None
     resumed_from = resume.prepare_directory(config, run.directory, accelerator, run.batches.total, lock)
+    version = run_config.first_version(run.directory.read_attempts(), str(run.directory.path))
     current = _load(run, accelerator, resumed_from.path)
+    _keep_arithmetic(current.module, version)
     reference = None
     if run.loss.needs_reference:
         reference = models.load_reference(run.structure.loader, current.model, run.structure.reference)
@@ -61,6 +63,7 @@ def assemble(
     trainer = run.trainer(
         Parts(current, run.loss, checkpointer, data.train, data.eval_data, data.order, reference, data.generation_evaluation)
     )
+    trainer.deals_together = version >= SIBLINGS_TOGETHER
     trainer.refuse_lost_cache()
     if accelerator.is_main_process:
         # last: a refused resume leaves the run as it was
@@ -84,7 +87,6 @@ def _load(run: PreparedRun, accelerator: Accelerator, checkpoint: Path | None) -
         max_grad_norm=config.train.max_grad_norm,
         fill=fill,
     )
-    _keep_arithmetic(module, run_config.first_version(run.directory.read_attempts(), str(run.directory.path)))
     return Run(
         config=config, directory=run.directory, accelerator=accelerator, strategy=run.strategy, module=module, model=model,
         base=loader.base, vocabulary=loader.vocabulary, optimizer=optimizer, tokenizer=loader.tokenizer, reward=planned.reward,

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from halos.data.collate import is_branch
 from halos.examples import Item
+from halos.trainers import dealing
 from halos.trainers.ahead import Later
+from halos.transfer import to_device
 from halos.types import HostSequences
 
 
@@ -68,6 +70,7 @@ class Bounds:
     items: int | None
     tokens: int | None
     share: bool = False  # a prompt that several completions have in common counts once
+    together: bool = True  # where it does, its items are side by side, if possible on one rank; not so in earlier versions
 
     def cut(self, rows: Rows, indices: np.ndarray) -> list[np.ndarray]:
         """Cut items into consecutive micro-batches, of which each holds as many as it may: arrays of positions in `indices`.
@@ -96,9 +99,13 @@ class Bounds:
         return (completions + np.where(branches, 0, prompts[:, None])).sum(1), np.where(branches.any(1), prompts, 0)
 
     def deal(self, rows: Rows, indices: np.ndarray, world: int) -> list[list[np.ndarray]]:
-        """Give items to ranks in turn: for each rank its micro-batches, arrays of positions in `indices`."""
-        positions = [np.arange(rank, len(indices), world) for rank in range(world)]
-        return [[own[part] for part in self.cut(rows, indices[own])] for own in positions]
+        """Deal items to ranks: for each rank its micro-batches, arrays of positions in `indices`."""
+        groups, (own, trunks) = rows.groups[indices], self._tokens(rows, indices)
+        if self.share and self.together and len(np.unique(groups)) < len(groups):
+            positions = dealing.together(own, trunks, groups, world)
+        else:
+            positions = dealing.by_turns(len(indices), world)
+        return [[mine[part] for part in self.cut(rows, indices[mine])] for mine in positions]
 
     def _is_over(self, items: int, tokens: int) -> bool:
         return (self.items is not None and items > self.items) or (self.tokens is not None and tokens > self.tokens)
@@ -108,7 +115,7 @@ def split_into_microbatches(
     split: Split, indices: np.ndarray, accelerator: Accelerator, *, bounds: Bounds, seeds: tuple[int, int],
     pack: Callable[[Sequence[Item]], HostSequences],
 ) -> list[MicroBatch]:  # fmt: skip
-    """This rank's micro-batches of a global batch: items rank::world, as many in each as its bounds allow.
+    """This rank's micro-batches of a global batch, as many items in each as its bounds allow.
 
     Every rank gets the same number, so that all call the same collectives; a rank without items left gets the batch's first item
     with weight 0. `seeds` (the run's, the step) make a micro-batch's dropout a function of step, rank and number. `pack` gets its
@@ -129,13 +136,11 @@ def split_into_microbatches(
     return microbatches
 
 
-def gather_in_order(values: Tensor, total: int, accelerator: Accelerator) -> Tensor:
-    """All ranks' values, in the order of the global batch: (total, ...)."""
+def gather_in_order(values: Tensor, positions: np.ndarray, total: int, accelerator: Accelerator) -> Tensor:
+    """All ranks' values, in the order of the global batch: (total, ...). `positions` are those of this rank's values in it."""
     world = accelerator.num_processes
-    if world == 1:
+    if world == 1 and np.array_equal(positions, np.arange(total)):
         return values
-    most = -(-total // world)
-    padded = torch.zeros(most, *values.shape[1:], dtype=values.dtype, device=values.device)
-    padded[: len(values)] = values
-    gathered = accelerator.gather(padded[None])  # (world, most, ...)
-    return gathered.transpose(0, 1).reshape(most * world, *values.shape[1:])[:total]
+    whole = values.new_zeros(total, *values.shape[1:])
+    whole[to_device(torch.from_numpy(positions), values.device)] = values
+    return whole if world == 1 else accelerator.reduce(whole, reduction="sum")

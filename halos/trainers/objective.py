@@ -31,6 +31,7 @@ class Objective:
         self.run, self.loss, self.reference = run, loss, reference
         self.settings = run.config.train
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
+        self.deals_together = True  # items of a prompt; not in a run that an earlier version began
         self.packs_ahead = True  # the next micro-batch, by a thread
         self._prepared = NextStep()
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
@@ -40,7 +41,8 @@ class Objective:
     @property
     def bounds(self) -> Bounds:
         """Of a micro-batch."""
-        return Bounds(self.settings.microbatch_size, self.settings.microbatch_tokens, share=self.shares_prompts)
+        train = self.settings
+        return Bounds(train.microbatch_size, train.microbatch_tokens, self.shares_prompts, together=self.deals_together)
 
     @cached_property
     def modes(self) -> Modes:
@@ -87,7 +89,7 @@ class Objective:
         mismatched = self.loss.statistics_inputs is Mismatched
         if self.loss.statistics is None or (len(microbatches) == 1 and not mismatched):
             return None
-        parts = []
+        parts, positions = [], [each.positions[: len(each.positions) if each.weight else 0] for each in microbatches]
         for microbatch in self._in_turn(microbatches):
             self._seed(microbatch)  # the dropout that the loss will see
             if mismatched:
@@ -99,7 +101,7 @@ class Objective:
                 arguments = self._arguments(microbatch)
             values = checked_statistics(self.loss.statistics(*arguments), self.loss.name, len(microbatch.items))
             parts.append(values[: len(values) if microbatch.weight else 0])
-        return gather_in_order(torch.cat(parts), total, self.run.accelerator)
+        return gather_in_order(torch.cat(parts), np.concatenate(positions), total, self.run.accelerator)
 
     @torch.no_grad()
     def _routing(self, microbatches: list[MicroBatch]) -> Tensor | None:
@@ -129,7 +131,8 @@ class Objective:
             with torch.no_grad():
                 values = self.loss.statistics(*(argument.detach() for argument in arguments))
             values = checked_statistics(values, self.loss.name, len(microbatch.items))
-            statistics = gather_in_order(values[: len(values) if microbatch.weight else 0], total, self.run.accelerator)
+            own = len(values) if microbatch.weight else 0
+            statistics = gather_in_order(values[:own], microbatch.positions[:own], total, self.run.accelerator)
         loss = self.loss.function(*arguments, *([statistics] if statistics is not None else []))
         return checked_loss(loss, self.loss.name, arguments[0], len(microbatch.items))
 

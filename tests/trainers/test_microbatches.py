@@ -1,6 +1,7 @@
 """A global batch split over ranks and micro-batches is gathered in its order."""
 
 from collections.abc import Sequence
+from itertools import combinations_with_replacement, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from halos.data.collate import pack
 from halos.examples import Completion
+from halos.trainers.dealing import SLACK, together
 from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
 
 
@@ -53,14 +55,47 @@ def test_a_micro_batch_holds_as_many_items_as_its_bounds_allow(
     count: int, world: int, size: int | None, tokens: int | None, share: bool
 ) -> None:
     indices = np.random.default_rng(count).permutation(100)[:count]
+    first = {group: place for place, group in reversed(list(enumerate(Rows.groups[indices].tolist())))}
+    side_by_side = sorted(indices.tolist(), key=lambda item: first[Rows.groups[item]])
+    dealt = list[int]()
     for rank in range(world):
         parts = [list(each.items) for each in split(indices, rank, world, size, tokens, share=share) if each.weight]
-        assert [item for part in parts for item in part] == indices[rank::world].tolist()
+        dealt += (own := [item for part in parts for item in part])
+        assert share or own == indices[rank::world].tolist()
         for number, part in enumerate(parts):
             fits = [(size is None or len(some) <= size) and (tokens is None or tokens_of(some, share=share) <= tokens)
                     for some in (part, [*part, *parts[number + 1][:1]] if number + 1 < len(parts) else [])]  # fmt: skip
             assert fits[0] or len(part) == 1, "a longer item goes alone"
             assert number + 1 == len(parts) or not fits[1], "the next would have fitted"
+    assert not share or len(first) == count or dealt == side_by_side, "siblings, in the order of the batch"
+
+
+@given(count=st.integers(1, 9), world=st.integers(1, 4), seed=st.integers(0, 99))
+@settings(deadline=None)
+def test_siblings_are_dealt_together_where_that_keeps_the_balance(count: int, world: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    groups, own = np.sort(random.integers(0, 4, count)), random.integers(1, 40, count)
+    prompts = random.integers(1, 60, 4)[groups]
+
+    def cost(part: np.ndarray) -> int:
+        return int(own[part].sum() + sum({int(groups[item]): int(prompts[item]) for item in part}.values()))
+
+    parts = together(own, prompts, groups, world)
+    assert np.concatenate(parts).tolist() == list(range(count))
+    every_cut = combinations_with_replacement(range(count + 1), world - 1)
+    ways = [[np.arange(start, end) for start, end in pairwise([0, *cuts, count])] for cuts in every_cut]
+    least = min(max(map(cost, way)) for way in ways)
+    assert max(map(cost, parts)) <= least * (1 + SLACK)
+
+
+def test_a_prompt_is_split_only_for_balance() -> None:
+    groups, own = np.repeat(np.arange(4), 8), np.full(32, 30)
+    numbers = [[len(np.unique(groups[part])) for part in together(own, np.full(32, 100), groups, world)] for world in (2, 3, 8)]
+    assert numbers[0] == [2, 2]
+    assert numbers[1] == [1, 2, 2], "560, 560 and 340 tokens, where 530 at most need two prompts twice"
+    assert numbers[2] == [1] * 8
+    (one, other) = together(own[:8], np.full(8, 100), groups[:8], 2)
+    assert (len(one), len(other)) == (4, 4), "a single prompt's completions are shared by all ranks"
 
 
 @given(seed=st.integers(0, 2**20), share=st.booleans())
@@ -106,8 +141,20 @@ def test_a_rank_without_items_gets_a_padding_micro_batch_of_weight_zero() -> Non
 
 @pytest.mark.parametrize(("world", "count"), [(2, 5), (3, 7), (4, 2)])
 def test_gathered_values_are_in_the_order_of_the_batch(world: int, count: int) -> None:
-    most = -(-count // world)
-    shards = [torch.arange(count)[rank::world].float() for rank in range(world)]
-    padded = torch.stack([torch.nn.functional.pad(shard, (0, most - len(shard))) for shard in shards])
-    accelerator: Any = SimpleNamespace(process_index=0, num_processes=world, gather=lambda _: padded)
-    assert gather_in_order(shards[0], count, accelerator).tolist() == list(range(count))
+    positions, tables = np.array_split(np.random.default_rng(0).permutation(count), world), list[torch.Tensor]()
+
+    def reduce(table: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        tables.append(table)
+        return torch.stack(tables).sum(0)
+
+    accelerator: Any = SimpleNamespace(num_processes=world, reduce=reduce)
+    for own in positions:  # the last rank has what all have added
+        gathered = gather_in_order(torch.from_numpy(own).float(), own, count, accelerator)
+    assert gathered.tolist() == list(range(count))
+
+
+def test_one_rank_gathers_what_was_dealt_in_another_order() -> None:
+    accelerator: Any = SimpleNamespace(num_processes=1)
+    order = np.array([2, 0, 1])
+    assert gather_in_order(torch.tensor([[2.0], [0.0], [1.0]]), order, 3, accelerator).tolist() == [[0.0], [1.0], [2.0]]

@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from halos.config import arithmetic_version
+from halos.config.arithmetic_version import SIBLINGS_TOGETHER
 from halos.data import arithmetic
 from halos.data.order import GroupOrder
 from halos.data.tokenize import vocabulary_of
@@ -21,7 +24,7 @@ from halos.models.locate import locate
 from halos.trainers.base import Trainer
 from tests.losses import cases
 
-from .test_exact_step import _unsettle, agree, step_in
+from .test_exact_step import _unsettle, agree, relative, step_in
 
 LOSSES = cases.names(on_rollouts=True)
 
@@ -46,6 +49,40 @@ def test_microbatches_of_any_size_give_the_same_step(loss: str, scored: str, tra
     made.prepare()
     _unsettle(made)
     agree([step_in(made, size) for size in (11, 4, 1)])
+
+
+def test_groups_dealt_to_ranks_give_the_step_of_one(
+    scored: str, trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(
+        "loss=grpo", scored, "data.eval=[]", "train.max_grad_norm=null", "train.batch_size=11", "train.microbatch_size=3"
+    )
+    made.prepare()
+    _unsettle(made)
+    monkeypatch.setattr(made.run, "step", 1)  # no first pass: the ratio is not 1
+    batch, gradients = np.random.default_rng(0).permutation(11), list[Tensor]()
+    for world, together in ((1, False), (1, True), (2, False), (2, True), (3, True)):
+        made.deals_together, dealt = together, list[list[int]]()
+        monkeypatch.setattr(Accelerator, "num_processes", world)
+        for rank in range(world):
+            monkeypatch.setattr(Accelerator, "process_index", rank)
+            microbatches = made._microbatches(made.train, batch)
+            dealt.append([int(batch[place]) for each in microbatches if each.weight for place in each.positions])
+            made._backward(microbatches, batch)
+        gradients.append(torch.cat([p.grad.flatten() / world for p in made.run.module.parameters() if p.grad is not None]))
+        made.run.module.zero_grad()
+        assert sorted(row for own in dealt for row in own) == list(range(11))
+        if world == 2:
+            one, other = ({int(group) for group in made.train.rows.groups[own]} for own in dealt)
+            assert len(one & other) == (1 if together else 3), "prompts that both ranks compute"
+    for gradient in gradients[1:]:
+        assert relative(gradient, gradients[0]) < 5e-6
+
+
+def test_a_run_of_an_earlier_version_deals_as_it_did(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert trainer("loss=dpo").bounds.together
+    monkeypatch.setattr(arithmetic_version, "VERSION", SIBLINGS_TOGETHER - 1)
+    assert not trainer("loss=dpo", "exp_name=before").bounds.together
 
 
 def test_old_log_probs_are_those_of_the_start_where_the_sampler_kept_none(scored: str, trainer: Callable[..., Trainer]) -> None:
