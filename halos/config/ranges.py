@@ -40,12 +40,16 @@ def _check_range(key: str, value: Any, limits: Mapping[str, Any], kind: str) -> 
             null = " or null" if kind.endswith("null") else ""
             raise UserError(f"{key} takes {', '.join(limits['one_of'])}{null}, not {show(value)}{meant}")
         return
+    if isinstance(value, str) and value in limits.get("words", ()):
+        return
     words = {"above": "above", "least": "at least", "most": "at most"}
     bounds = " and ".join(f"{words[name]} {limits[name]:g}" for name in words if name in limits)
     in_range = (
-        value > limits.get("above", float("-inf"))  # written so that nan is never in range
+        not isinstance(value, str)
+        and value > limits.get("above", float("-inf"))  # written so that nan is never in range
         and limits.get("least", float("-inf")) <= value <= limits.get("most", float("inf"))
         and abs(value) != float("inf")
     )
     if not in_range:
-        raise UserError(f"{key} takes {kind.replace('number', f'number ({bounds})', 1)}, not {show(value)}")
+        kind = kind.replace("number", f"number ({bounds})", 1).replace("text", " or ".join(limits.get("words", ("text",))))
+        raise UserError(f"{key} takes {kind}, not {show(value)}")

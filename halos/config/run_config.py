@@ -38,6 +38,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("online", "correction"): "none", ("online", "correction_level"): None, ("online", "correction_cap"): 2.0,
     ("online.scorer", "aggregation"): "sum",
 }  # fmt: skip
+BUDGET = "microbatch_tokens"  # in an attempt's record: what `auto` meant
 ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}}
 
 
@@ -130,6 +131,12 @@ def recorded_total(attempts: Mapping[str, str]) -> int | None:
     record = _parsed(next(reversed(list(attempts.values())), ""), "an attempt's record")
     total = record.get("total_steps")
     return total if type(total) is int else None
+
+
+def recorded_budget(attempts: Mapping[str, str]) -> int | None:
+    """Return the token budget that a run with train.microbatch_tokens=auto began with (name -> text); None where none is."""
+    records = (_parsed(record, "an attempt's record").get(BUDGET) for record in attempts.values())
+    return next((tokens for tokens in records if type(tokens) is int), None)
 
 
 def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:

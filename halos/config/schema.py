@@ -39,6 +39,7 @@ def key(
     least: float | None = None,
     most: float | None = None,
     one_of: tuple[str, ...] = (),
+    words: tuple[str, ...] = (),
     on_resume: str = MATHEMATICS,
     scope: Scope = Scope.RUN,
     path: bool = False,
@@ -46,11 +47,11 @@ def key(
 ) -> Any:
     """Declare a required key.
 
-    `above` (exclusive), `least` and `most` (inclusive) bound its values; `on_resume` is what a resume with another value would
-    change; `path` marks a file or directory of this machine, which is made absolute; `shared` is the schema of the keys that a
-    node with a `_target_` has whatever its target.
+    `above` (exclusive), `least` and `most` (inclusive) bound its values; `words` are what it takes besides numbers; `on_resume`
+    is what a resume with another value would change; `path` marks a file or directory of this machine, which is made absolute;
+    `shared` is the schema of the keys that a node with a `_target_` has whatever its target.
     """
-    limits = {"above": above, "least": least, "most": most, "one_of": one_of or None}
+    limits = {"above": above, "least": least, "most": most, "one_of": one_of or None, "words": words or None}
     set_limits = {name: limit for name, limit in limits.items() if limit is not None}
     facts = {"limits": set_limits, "on_resume": on_resume, "scope": scope, "path": path, "shared": shared}
     return field(default=MISSING, metadata=facts)
@@ -106,7 +107,7 @@ class Train:
     epochs: float | None = key(above=0, on_resume=STEPS)
     batch_size: int = key(least=1)
     microbatch_size: int | None = key(least=1, on_resume=MICROBATCH)
-    microbatch_tokens: int | None = key(least=1, on_resume=MICROBATCH)
+    microbatch_tokens: int | str | None = key(least=1, words=("auto",), on_resume=MICROBATCH)
     share_prompts: bool = key(on_resume=MICROBATCH)
     max_length: int = key(least=2)
     truncation: str = key(one_of=("drop", "truncate", "error"))

@@ -20,6 +20,7 @@ class DeepSpeed(Strategy):
     supports_quantised = False
     parameter_layout = "flat"
     optimizer_state_is_copied = True
+    takes_trials = False  # its engine counts backward passes
     launched_as = "DeepSpeed"
     needs_process_group = True
     hidden_from_accelerate = ("ACCELERATE_USE_DEEPSPEED",)  # its engine has bfloat16 weights and pickled checkpoints

@@ -41,6 +41,8 @@ class Strategy(ABC):
     optimizer_state_is_copied: ClassVar[bool] = False  # `optimizer_state` returns copies, not the optimizer's own tensors
     shards_are_copied: ClassVar[bool] = False  # `shards` returns copies, not the module's own tensors
 
+    takes_trials: ClassVar[bool] = True  # a forward and backward pass that no step follows
+
     launched_as: ClassVar[str] = "DDP"  # the name in accelerate's config
     needs_process_group: ClassVar[bool] = False  # even for one rank
     hidden_from_accelerate: ClassVar[tuple[str, ...]] = ()  # launcher variables that this strategy acts on in accelerate's place

@@ -20,6 +20,7 @@ class Modes:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._parts = list(model.modules())
+        self._values = list(map(vars, self._parts))  # attributes are set here: their own setters take ten times as long
         self._adapted: list[Any] = [part for part in self._parts if hasattr(part, "_disable_adapters")]
         self._wrappers = [part for part in self._parts if isinstance(part, ModelWithHead)]
         self._is_plain = all(map(_has_plain_train, self._parts))
@@ -29,8 +30,8 @@ class Modes:
         if not self._is_plain:
             self.model.train(mode)
             return
-        for part in self._parts:
-            vars(part)["training"] = mode  # by the attribute's own setter it takes ten times as long
+        for values in self._values:
+            values["training"] = mode
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -50,7 +51,7 @@ class Modes:
         """
         before = [layer._disable_adapters for layer in self._adapted]
         for layer in self._adapted:
-            layer._disable_adapters = True
+            vars(layer)["_disable_adapters"] = True
         try:
             with ExitStack() as stack:
                 for wrapper in self._wrappers:
@@ -58,7 +59,7 @@ class Modes:
                 yield
         finally:
             for layer, was in zip(self._adapted, before, strict=True):
-                layer._disable_adapters = was
+                vars(layer)["_disable_adapters"] = was
 
     @contextmanager
     def initial_policy(self) -> Iterator[None]:

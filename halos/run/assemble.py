@@ -22,7 +22,7 @@ from halos.logps.model import ActorCritic, LanguageModel
 from halos.models.load import refuse_different_architecture
 from halos.online.generate import PolicyGenerator
 from halos.online.unsharded import Unsharded
-from halos.run import header, models, proof, resume
+from halos.run import header, models, proof, resume, token_budget
 from halos.run.optimizer import make_optimizer
 from halos.run.prepare import PreparedRun, prepare
 from halos.schedules import LearningRates
@@ -55,6 +55,7 @@ def assemble(
         restore(current, resumed_from.path)  # after loading models, which draws random numbers
     elif config.optim["init_from"] is not None:
         load_optimizer(Path(config.optim["init_from"]) / "state", current.strategy, current.module, current.optimizer)
+    budget = token_budget.settle(current, run.planned.optimizer_bytes)
     proof.prove_loaded(current, run.structure.verdict)
     policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=False))
     current.generator = None if current.reward else PolicyGenerator(current, policy)
@@ -67,7 +68,7 @@ def assemble(
     trainer.refuse_lost_cache()
     if accelerator.is_main_process:
         # last: a refused resume leaves the run as it was
-        resume.record_attempt(current, overrides, resumed_from, changed, run.changed)
+        resume.record_attempt(current, overrides, resumed_from, changed, run.changed, budget)
     header.write(run, accelerator)
     return trainer
 

@@ -93,7 +93,10 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
 def _microbatch(train: Train, share: int) -> str:
     """What a process computes at a time of its `share` of a batch."""
     items = str(min(train.microbatch_size or share, share))
-    return items if train.microbatch_tokens is None else f"up to {items} and {train.microbatch_tokens} tokens"
+    if train.microbatch_tokens is None:
+        return items
+    tokens = "as many tokens as memory holds" if train.microbatch_tokens == "auto" else f"{train.microbatch_tokens} tokens"
+    return f"up to {items} and {tokens}"
 
 
 def _log(name: str, line: str) -> None:

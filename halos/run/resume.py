@@ -106,9 +106,11 @@ def _refuse_too_few_steps(config: Config, directory: RunDir, source: Path | None
 
 
 def record_attempt(
-    current: Run, overrides: list[str], source: select.Selection, changed: Sequence[Change], content_changed: Sequence[Change]
-) -> None:
-    """Write attempts/NNN.yaml, and set aside what a resumed run leaves behind. `changed` are keys, or contents of files."""
+    current: Run, overrides: list[str], source: select.Selection, changed: Sequence[Change], content_changed: Sequence[Change],
+    budget: int | None,
+) -> None:  # fmt: skip
+    """Write attempts/NNN.yaml, and set aside what a resumed run leaves behind. `changed` are keys, or contents of files; `budget`
+    is what train.microbatch_tokens=auto means."""
     directory, resume = current.directory, current.config.resume
     for line in source.passed_over:
         log.warning(line)
@@ -127,7 +129,8 @@ def record_attempt(
     keys = [each for each in changed if each not in contents]
     altered = changes_record(changed=keys, content_changed=[*contents, *content_changed])
     hashes = current.content.record() if current.content is not None else {}
-    directory.start_attempt({**attempt, **altered, "passed_over": source.passed_over, **hashes})
+    settled = {run_config.BUDGET: budget} if budget is not None else {}
+    directory.start_attempt({**attempt, **settled, **altered, "passed_over": source.passed_over, **hashes})
     if damaged := directory.truncate_metrics(current.step if source.path else -1):
         log.warning("%d lines of metrics.jsonl were damaged, and were moved to %s", damaged, DAMAGED)
     directory.write_result("running", current.step, {})

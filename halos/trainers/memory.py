@@ -10,6 +10,9 @@ from halos.config.schema import Config
 MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate memory")  # of allocators, on CPUs too
 
 
+TRIED = 2048  # tokens of the largest micro-batch that is tried where train.microbatch_tokens=auto
+
+
 def peak_mb(device: torch.device) -> float:
     """Peak memory of this process so far in MiB: allocated on its GPU, or resident on a CPU."""
     if device.type == "cuda":
@@ -29,6 +32,7 @@ def remedies(config: Config) -> str:
     """The keys with which this run would take less memory."""
     keys, train = [], config.train
     size, tokens = train.microbatch_size, train.microbatch_tokens
+    tokens = TRIED if isinstance(tokens, str) else tokens  # auto is not settled yet
     if tokens is not None or size is None or size > 1:
         drops = config.peft.name == "lora" and config.peft.lora_dropout > 0
         effect = "dropout then drops other elements: a resume needs resume_changes=allow" if drops else (

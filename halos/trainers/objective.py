@@ -42,6 +42,7 @@ class Objective:
     def bounds(self) -> Bounds:
         """Of a micro-batch."""
         train = self.settings
+        assert not isinstance(train.microbatch_tokens, str), "it is settled before there is a trainer"
         return Bounds(train.microbatch_size, train.microbatch_tokens, self.shares_prompts, together=self.deals_together)
 
     @cached_property
