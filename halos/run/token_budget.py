@@ -18,7 +18,8 @@ from halos.trainers.memory import TRIED
 
 log = logging.getLogger(__name__)
 
-ON_CPU = 4096  # tokens: more is no faster, and takes more memory
+ON_CPU = 1024  # tokens: more is no faster, and takes more memory
+UNTRIED = 4096  # tokens on a GPU where a trial cannot run
 LEAST, MOST = 1024, 65_536  # tokens on a GPU: fewer leave it idle, more are no faster
 TRIALS = (TRIED // 2, TRIED)  # tokens of the two micro-batches that are tried
 SHARE = 0.8  # of the free memory: the allocator's fragments, a longer row than those tried, and the loss take the rest
@@ -91,11 +92,11 @@ def settle(run: Run, optimizer_bytes: int, memory: DeviceMemory | None = None) -
         return None
     recorded = run_config.recorded_budget(run.directory.read_attempts()) if run.config.resume else None
     tokens = gather_object([recorded])[0]
-    if run.accelerator.device.type == "cuda":
+    if is_cuda := run.accelerator.device.type == "cuda":
         memory = memory or CudaMemory(run.accelerator.device)
     if tokens is None and memory is not None and run.strategy.takes_trials:
         tokens = _measured(run, optimizer_bytes, memory)
-    run.config.train.microbatch_tokens = min(gather_object([tokens or ON_CPU]))
+    run.config.train.microbatch_tokens = min(gather_object([tokens or (UNTRIED if is_cuda else ON_CPU)]))
     return run.config.train.microbatch_tokens
 
 

@@ -82,8 +82,9 @@ def test_a_resume_keeps_what_was_recorded(trainer: Callable[..., Trainer], monke
     assert train.microbatch_tokens == made.bounds.tokens == token_budget.ON_CPU
     assert run_config.recorded_budget(made.run.directory.read_attempts()) == token_budget.ON_CPU
     assert settle(made.run, 0) is None, "a typed one is in the configuration"
-    monkeypatch.setattr(token_budget, "ON_CPU", 2048)
-    for resume, tokens in ((None, 2048), ("runs/mine", 4096)):
+    recorded = token_budget.ON_CPU
+    monkeypatch.setattr(token_budget, "ON_CPU", 2 * recorded)
+    for resume, tokens in ((None, 2 * recorded), ("runs/mine", recorded)):
         train.microbatch_tokens, made.run.config.resume = "auto", resume
         assert settle(made.run, 0) == train.microbatch_tokens == tokens
     typed = trainer("loss=sft", "train.microbatch_tokens=99", "exp_name=typed")
