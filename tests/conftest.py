@@ -123,6 +123,7 @@ def trainer(configure: Callable[..., Config]) -> Callable[..., Trainer]:
         config = configure(*overrides)
         trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
+        trainer.prepare_reference()  # while the policy is the one that the run starts with
         return trainer
 
     return make

@@ -96,8 +96,9 @@ def load_progress(directory: Path, step: int) -> dict[str, Any]:
     """Return progress.json of the checkpoint of `step`. Raises UserError where no save at that step could have written it."""
     path = directory / "progress.json"
     progress = confined.load_object(path, within=directory)
-    counts = {name: int for name in ("bad_steps", "skipped_steps", "finite_at") if name in progress}
-    if wrong := [name for name, kind in {**PROGRESS, **counts}.items() if type(progress.get(name)) is not kind]:
+    later = {"bad_steps": int, "skipped_steps": int, "finite_at": int, "reference": dict}  # than the first version
+    known = {name: kind for name, kind in later.items() if name in progress}
+    if wrong := [name for name, kind in {**PROGRESS, **known}.items() if type(progress.get(name)) is not kind]:
         raise UserError(f"{path} is not what a save writes: its {wrong[0]} is missing or of another type")
     if progress["step"] != step:
         raise UserError(f"{path} is of step {progress['step']}, and lies in a checkpoint of step {step}")
@@ -118,6 +119,7 @@ def progress_of(run: Run) -> dict[str, Any]:
         "bad_steps": run.bad_steps,
         "skipped_steps": run.skipped_steps,
         "finite_at": run.finite_at,
+        "reference": run.reference,
         "world_size": run.accelerator.num_processes,
         "hooks": states_of(run.hooks),
     }
@@ -138,6 +140,7 @@ def restore(run: Run, checkpoint: Path) -> None:
     run.window.totals = progress["window"]
     run.bad_steps, run.skipped_steps = progress.get("bad_steps", 0), progress.get("skipped_steps", 0)
     run.finite_at = progress.get("finite_at", -1)
+    run.reference = {str(name): str(value) for name, value in progress.get("reference", {}).items()}
 
 
 def _is_total(value: Any) -> bool:

@@ -28,7 +28,8 @@ from halos.repository import CONFIG
 
 # Keys added later that affect what a step computes, with the value that a run without them had
 ADDED_KEYS: dict[tuple[str, str], Any] = {
-    ("reference", "adapter"): "off", ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
+    ("reference", "adapter"): "off", ("reference", "cache"): "never",
+    ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
     ("train", "share_prompts"): False, ("train", "microbatch_tokens"): None,
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,

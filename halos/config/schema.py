@@ -73,6 +73,7 @@ class Reference:
     name_or_path: str | None = key(on_resume=CONTENT, path=True)
     revision: str | None = key(on_resume=CONTENT)
     adapter: str = key(one_of=("start", "off"))  # which adapter a LoRA policy's own reference has
+    cache: str = key(one_of=("auto", "always", "never"), on_resume=SAFE)  # up to the rounding of sums in another order
 
 
 @dataclass

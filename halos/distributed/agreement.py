@@ -1,12 +1,16 @@
-"""A check that all ranks agree: on data, hooks, tensors, and whether something is wrong."""
+"""A check that all ranks agree: on data, hooks, tensors, and whether something is wrong; and what rank 0 alone computes."""
 
 import socket
+from collections.abc import Callable
 from itertools import zip_longest
+from typing import TypeVar
 
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from halos.errors import UserError
+
+Value = TypeVar("Value")
 
 
 def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | None, problem: str | None = None) -> None:
@@ -26,3 +30,20 @@ def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | N
                 f"the {name} of rank {rank} on {host} is not that of rank 0 on {first_host}: {actual.strip()} instead of"
                 f" {expected.strip()}. Every rank needs the same command, and every host the same files"
             )
+
+
+def from_rank_0(accelerator: Accelerator, function: Callable[[], Value]) -> Value:
+    """Call the function on rank 0, and return its value on every rank. Every rank calls. An OSError or UserError of rank 0 is
+    raised there, and on the other ranks a UserError with its message."""
+    value, error = None, None
+    if accelerator.is_main_process:
+        try:
+            value = function()
+        except (OSError, UserError) as problem:
+            error = problem
+    value, message = gather_object([(value, None if error is None else str(error))])[0]
+    if error is not None:
+        raise error
+    if message is not None:
+        raise UserError(message)
+    return value

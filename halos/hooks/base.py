@@ -89,6 +89,8 @@ class Run:
     finite_at: int = -1  # the latest step whose weights are known to be good: loss and gradient were finite with them
     stop: Stop | None = None  # set by a hook, on every rank alike, or after a stop request
     failure: str | None = None  # why the run ends as "failed", where no exception says it
+    reference: dict[str, str] = field(default_factory=dict)  # key and content of the reference's log-probs, by names of rows
+    reference_cpu_seconds: float = 0.0  # that this process spent on them before the first step
     hooks: dict[str, "Hook"] = field(default_factory=dict)
     generator: "Generator | None" = None  # what `generate` calls; None for a reward model
     writers: dist.ProcessGroup | None = None  # process group for collectives of a background save; None: the default group

@@ -98,6 +98,12 @@ class ModelWithHead(nn.Module):
         return output
 
 
+def share_prompts(*modules: nn.Module | None) -> bool:
+    """Whether all of these models give right numbers where a prompt is computed once for several sequences."""
+    parts = (part for module in modules if module is not None for part in module.modules())
+    return all(part.plan.shares for part in parts if isinstance(part, ModelWithHead))
+
+
 class _Policy(ModelWithHead):
     """A language model, and the temperature of its log-probs."""
 

@@ -22,7 +22,7 @@ from halos.logps.model import ActorCritic, LanguageModel
 from halos.models.load import refuse_different_architecture
 from halos.online.generate import PolicyGenerator
 from halos.online.unsharded import Unsharded
-from halos.run import header, models, proof, resume, token_budget
+from halos.run import header, models, proof, reference, resume, token_budget
 from halos.run.optimizer import make_optimizer
 from halos.run.prepare import PreparedRun, prepare
 from halos.schedules import LearningRates
@@ -36,7 +36,8 @@ def assemble(
 ) -> Trainer | None:
     """Assemble everything a run needs; return None for a dry run, which ends where weights would be loaded."""
     set_seed(config.seed % 2**32)  # for hooks and plugins; weights and steps have seeds of their own
-    run = prepare(config, accelerator, lock)
+    run = reference.decided(prepare(config, accelerator, lock))
+    config = run.config
     if config.dry_run:
         if config.resume and accelerator.is_main_process:
             resume.report_checkpoint(config, run.directory, run.batches.total)
@@ -47,10 +48,7 @@ def assemble(
     version = run_config.first_version(run.directory.read_attempts(), str(run.directory.path))
     current = _load(run, accelerator, resumed_from.path)
     _keep_arithmetic(current.module, version)
-    reference = None
-    if run.loss.needs_reference:
-        reference = models.load_reference(run.structure.loader, current.model, run.structure.reference)
-    reference = run.strategy.wrap_frozen(reference) if reference else None
+    frozen, kept = reference.opened(run, current, accelerator, version)
     if resumed_from.path is not None:
         restore(current, resumed_from.path)  # after loading models, which draws random numbers
     elif config.optim["init_from"] is not None:
@@ -61,9 +59,8 @@ def assemble(
     current.generator = None if current.reward else PolicyGenerator(current, policy)
     data = run.batches.open(current, policy)
     checkpointer = Checkpointer(current, run.checkpoint)
-    trainer = run.trainer(
-        Parts(current, run.loss, checkpointer, data.train, data.eval_data, data.order, reference, data.generation_evaluation)
-    )
+    split = data.train, data.eval_data, data.order
+    trainer = run.trainer(Parts(current, run.loss, checkpointer, *split, frozen, data.generation_evaluation, kept))
     trainer.deals_together = version >= SIBLINGS_TOGETHER
     trainer.refuse_lost_cache()
     if accelerator.is_main_process:

@@ -45,6 +45,7 @@ class BatchSource(Protocol):
     """Read and checked before any model loads, and opened once the model is loaded."""
 
     total: int  # steps
+    steps_per_epoch: int | None  # of a pass over the data; None where they are sampled
     splits: list[tuple[str, Split]]  # of the datasets on disk, by their names in the header
     unmeasured: frozenset[str]  # metrics that the evaluation data cannot yield
 
@@ -87,6 +88,7 @@ class DatasetSource:
         assert isinstance(self.train.rows, Dataset)
         self.completed = loss.inputs.example.completed
         self.order = datasets.order(self.train.rows, loss, config)
+        self.steps_per_epoch: int | None = self.order.batches_per_epoch
         self.single = datasets.single_completions(self.train.rows, loss)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
@@ -126,6 +128,7 @@ class PolicySource:
         if config.online.scorer.pairwise:
             raise UserError("online.scorer.pairwise is of rounds: a live loop needs scores")
         self.splits: list[tuple[str, Split]] = []
+        self.steps_per_epoch: int | None = None
         self.unmeasured: frozenset[str] = frozenset()
         self.loss = loss
         name = config.online.scorer.name

@@ -106,9 +106,7 @@ def _log(name: str, line: str) -> None:
 def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     """Log the loss, the model and the reference, the plan of the forward pass, and the trained parameters."""
     _log("loss", f"{loss.name} {'  '.join(f'{name}={value}' for name, value in loss.settings.items())}".rstrip())
-    reference = "its own base" if config.peft.name == "lora" else "a frozen copy"
-    reference = "the adapter it starts with" if reference_is_adapter(config) else reference
-    suffix = f", reference: {config.reference.name_or_path or reference}" if loss.needs_reference else ""
+    suffix = f", reference: {_reference(config)}" if loss.needs_reference else ""
     trained, total = (_count(structure.model, trained=only) for only in (True, False))
     dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")
     _log("model", f"{config.model.name_or_path} ({dtype}){suffix}")
@@ -118,6 +116,15 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
         _log("" if number else "adapter", line)
     if has_balancing_loss(settings := bare(structure.model).config):
         _log("router", _balancing(settings, config.train.router_aux_loss))
+
+
+def _reference(config: Config) -> str:
+    known, own = config.reference.cache == "always", "a frozen copy"
+    if config.peft.name == "lora":
+        own = "the adapter it starts with" if reference_is_adapter(config) else "its own base"
+    elif known:
+        own = "its own start"
+    return f"{config.reference.name_or_path or own}{', its log-probs computed once' if known else ''}"
 
 
 def write_learning_rate(config: Config, total: int | None) -> None:

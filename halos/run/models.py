@@ -72,14 +72,12 @@ class ModelLoader:
     def _load(
         self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None, empty: bool
     ) -> PreTrainedModel:  # fmt: skip
-        settings, device = self.config.model, self.machine.device
-        half = dtype is torch.bfloat16 or self.machine.mixed_precision == "bf16"
         return load_model(
             source,
             self.tokenizer,
             reward=reward,
             dtype=dtype,
-            attention=attention(settings.attention, half=half, device=device),
+            attention=self.attention(dtype),
             quantize=quantize,
             new_tokens=self.vocabulary.new if source == self.base else (),
             stops=self.stops,
@@ -87,6 +85,11 @@ class ModelLoader:
             empty=empty,
             longest=self.config.train.max_length,
         )
+
+    def attention(self, dtype: torch.dtype) -> str:
+        """The attention for packed sequences of a model with weights of this dtype."""
+        half = dtype is torch.bfloat16 or self.machine.mixed_precision == "bf16"
+        return attention(self.config.model.attention, half=half, device=self.machine.device)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
@@ -16,7 +15,6 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.logps.model import bare
 from halos.logps.plan import plan_for
-from halos.models.load import attention
 from halos.prove import loaded_model
 from halos.prove.small_copy import Check, ForwardSpec
 from halos.prove.verdict import Verdict, refuse_failed, verdict_on
@@ -31,7 +29,7 @@ def prove_copies(loss: LossSpec, loader: models.ModelLoader, model: nn.Module, r
     spec = ForwardSpec(
         config=bare(model).config,
         peft=asdict(config.peft) if isinstance(model, PeftModel) else None,
-        attention=_attention(loader, loader.dtype),
+        attention=loader.attention(loader.dtype),
         reward=loss.inputs.head == "score",
         valued=loss.inputs.head == "value",
         refers=loss.needs_reference and reference is None and isinstance(model, PeftModel),
@@ -57,15 +55,10 @@ def prove_copies(loss: LossSpec, loader: models.ModelLoader, model: nn.Module, r
     return (verdicts or [verdict_on(each, cache, again=False) for each in specs])[0]
 
 
-def _attention(loader: models.ModelLoader, dtype: torch.dtype) -> str:
-    half = dtype is torch.bfloat16 or loader.machine.mixed_precision == "bf16"
-    return attention(loader.config.model.attention, half=half, device=loader.machine.device)
-
-
 def _reference_spec(loader: models.ModelLoader, spec: ForwardSpec, reference: Path) -> ForwardSpec:
     dtype = loader.reference_dtype
     return ForwardSpec(
-        config=bare(models.reference_structure(loader, reference)).config, peft=None, attention=_attention(loader, dtype),
+        config=bare(models.reference_structure(loader, reference)).config, peft=None, attention=loader.attention(dtype),
         reward=False, valued=False, refers=False, longest=spec.longest, dtype=dtype, autocast=spec.autocast,
         device=spec.device, temperature=spec.temperature,
     )  # fmt: skip

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +27,7 @@ from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
 from halos.trainers.memory import peak_mb
 from halos.trainers.microbatches import MicroBatch, Split
 from halos.trainers.objective import Objective
+from halos.trainers.reference import ReferenceCache, ReferenceLogps, StopRequestedError
 from halos.types import Mean
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Parts:
     order: Batches
     reference: nn.Module | None
     generation_evaluation: GenerationEvaluation | None  # of a live loop, instead of the loss over evaluation data
+    reference_cache: ReferenceCache | None = None  # in the place of a reference that computes at every step
 
 
 class Trainer(Objective):
@@ -67,6 +69,9 @@ class Trainer(Objective):
         self.generation_evaluation = parts.generation_evaluation
         self.packs_ahead = isinstance(self.train.rows, Dataset)  # the next batch of a live loop is not known yet
         self._following: np.ndarray | None = None  # the batch of the next step
+        splits = {name: split for name, split in (("train", self.train), ("eval", self.eval_data)) if split}
+        if parts.reference_cache is not None:
+            self.reference_logps = ReferenceLogps(self, splits, parts.reference_cache)
         self.guard = Guard(self.run, self._output, self._rows_of)
         self._meter = Meter()  # of a step; it knows the metrics of earlier ones
         self._logged_at, self._logged_tokens, self._idle = 0.0, 0, 0.0  # as of the last logged step
@@ -76,6 +81,14 @@ class Trainer(Objective):
 
     def prepare(self) -> None:
         """Compute what must be known about the data before the first step."""
+
+    def prepare_reference(self) -> None:
+        """Compute the reference's log-probs where they are kept. Before any hook, which might change the weights: at the start of
+        a run the policy is its own reference."""
+        if self.reference_logps is not None:
+            with suppress(StopRequestedError):  # the loop stops for the same request
+                self.reference_logps.prepare()
+            vars(self).pop("modes", None)  # hooks may yet change the policy's layers
 
     # --- the loop --------------------------------------------------------------------------------------------------------
 
@@ -88,8 +101,10 @@ class Trainer(Objective):
         run, checkpointer = self.run, self.checkpointer
         self.guard.refuse_initial_weights()
         checkpointer.start()
+        self.prepare_reference()
         run.call_hooks(lambda hook: hook.on_start(run))
-        self.prepare()
+        if not run.stop:
+            self.prepare()
         if not run.stop and self._evaluation_due():
             self.evaluate()
         states_of(run.hooks)  # refuses one that no checkpoint could keep

@@ -15,13 +15,14 @@ from halos.data.collate import mismatched_row, pack_on_host
 from halos.distributed.device import seed_generators
 from halos.examples import Item, PackRow
 from halos.hooks.base import Run
-from halos.logps.model import ModelWithHead
+from halos.logps.model import in_rows, mask_of, share_prompts
 from halos.logps.modes import Modes
 from halos.logps.router import RouterLoss
 from halos.trainers.ahead import NextStep, in_turn
 from halos.trainers.loss_checks import checked_loss, checked_statistics
 from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
-from halos.types import HostSequences, Loss, Mean, Mismatched, Sequences
+from halos.trainers.reference import ReferenceLogps
+from halos.types import HostSequences, Loss, Mean, Mismatched, Sequences, TokenLogps
 
 
 class Objective:
@@ -29,6 +30,7 @@ class Objective:
 
     def __init__(self, run: Run, loss: LossSpec, *, reference: nn.Module | None) -> None:
         self.run, self.loss, self.reference = run, loss, reference
+        self.reference_logps: ReferenceLogps | None = None  # in the place of a reference model
         self.settings = run.config.train
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self.deals_together = True  # items of a prompt; not in a run that an earlier version began
@@ -36,7 +38,7 @@ class Objective:
         self._prepared = NextStep()
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
         # a balancing loss counts each row's own tokens, its prompt's included
-        self.shares_prompts = self.settings.share_prompts and self.router is None and _share_prompts(run.module, reference)
+        self.shares_prompts = self.settings.share_prompts and self.router is None and share_prompts(run.module, reference)
 
     @property
     def bounds(self) -> Bounds:
@@ -66,6 +68,8 @@ class Objective:
 
     def _microbatches(self, split: Split, indices: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of a global batch."""
+        if self.reference_logps is not None:
+            self.reference_logps.prepare()  # here, and not in a thread
         return self._prepared.take(self._key_of(split, indices, self.run.step)) or self._split(split, indices, self.run.step)
 
     def _prepare(self, split: Split, indices: np.ndarray, step: int) -> None:
@@ -97,7 +101,7 @@ class Objective:
                 length = self.run.max_length
                 pairs = zip(microbatch.items, microbatch.mismatched_partners, strict=True)
                 rows = [mismatched_row(item, partner, length) for item, partner in pairs]
-                arguments = self._forward(self.packed(rows), Mismatched)
+                arguments = self._forward(self._pack_rows(rows).to(self.run.accelerator.device), Mismatched)
             else:
                 arguments = self._arguments(microbatch)
             values = checked_statistics(self.loss.statistics(*arguments), self.loss.name, len(microbatch.items))
@@ -157,18 +161,25 @@ class Objective:
         batch = microbatch.packed.result().to(self.run.accelerator.device)
         return self._forward(batch, lambda output: self.inputs(output, microbatch))
 
-    def packed(self, rows: Sequence[PackRow]) -> Sequences:
-        """The input of the models, on their device."""
-        return pack_on_host(rows, share=self.shares_prompts).to(self.run.accelerator.device)
+    def packed(self, rows: Sequence[PackRow], *, by: nn.Module | None = None) -> Sequences:
+        """The input of the models, on their device; where `by` is given, of that model too."""
+        return pack_on_host(rows, share=self.shares_prompts and share_prompts(by)).to(self.run.accelerator.device)
 
     def _pack(self, items: Sequence[Item]) -> HostSequences:
-        return pack_on_host(self.rows(items), share=self.shares_prompts).pinned(self.run.accelerator.device)
+        return self._pack_rows(self.rows(items)).pinned(self.run.accelerator.device)
+
+    def _pack_rows(self, rows: Sequence[PackRow]) -> HostSequences:
+        """Pack rows with the reference's log-probs where they are known; of rollouts all is known elsewhere."""
+        packed = pack_on_host(rows, share=self.shares_prompts)
+        if self.reference_logps is None or self.loss.on_rollouts:
+            return packed
+        return packed.with_reference(self.reference_logps.of([rows[leaf] for leaf in packed.leaves]))
 
     def _forward(self, batch: Sequences, shape: Callable[[Any], Any]) -> list[Any]:
         """The policy's output, and the reference's where the loss needs it, each converted by `shape`."""
         with self.run.accelerator.autocast():
             # the reference first, before the policy's activations are in memory
-            references = [shape(self._refer(batch))] if self.loss.needs_reference else []
+            references = [shape(self._reference(batch))] if self.loss.needs_reference else []
             return [shape(self._policy(batch)), *references]
 
     def _read(self, microbatch: MicroBatch) -> Any:
@@ -189,6 +200,12 @@ class Objective:
         self.outputs = tree_leaves(output)
         return output
 
+    def _reference(self, batch: Sequences) -> Any:
+        """The reference's output: known, or computed now."""
+        if batch.reference is None:
+            return self._refer(batch)
+        return TokenLogps(in_rows(batch.reference, batch), mask_of(batch))
+
     @torch.no_grad()
     def _refer(self, batch: Any) -> Any:
         """The reference model's output: that of a frozen copy, or of the policy with its initial values."""
@@ -197,9 +214,3 @@ class Objective:
             return self.reference(batch)
         with self.modes.evaluating(), self.modes.initial_policy():
             return model(batch)
-
-
-def _share_prompts(*modules: nn.Module | None) -> bool:
-    """Whether all of these models give right numbers where a prompt is computed once for several sequences."""
-    parts = (part for module in modules if module is not None for part in module.modules())
-    return all(part.plan.shares for part in parts if isinstance(part, ModelWithHead))

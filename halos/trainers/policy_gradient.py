@@ -21,8 +21,9 @@ from halos.trainers.base import Parts, Totals, Trainer
 from halos.trainers.loss_checks import refuse_metrics
 from halos.trainers.microbatches import MicroBatch, Split
 from halos.trainers.mismatch import Correction
+from halos.trainers.reference import StopRequestedError
 from halos.trainers.rollout_cache import RolloutCache
-from halos.trainers.rollout_pass import RolloutPass, StopRequestedError
+from halos.trainers.rollout_pass import RolloutPass
 from halos.transfer import to_device
 from halos.types import Acted, Estimates, Loss, Mean, RolloutBatch, RolloutInput, Sampled, TokenLogps
 

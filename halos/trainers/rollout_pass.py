@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from halos.checkpoint import lineage, manifest, select
 from halos.checkpoint.commit import staged
 from halos.data.dataset import Dataset
 from halos.errors import UserError
+from halos.trainers.reference import StopRequestedError
 from halos.trainers.rollout_cache import Ragged, RolloutCache, load, save
 from halos.types import Acted, TokenLogps
 
@@ -25,10 +27,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NAME = "rollouts"  # directory in the run directory for the caches of data sets
-
-
-class StopRequestedError(Exception):
-    """Stopped, on every rank, while log-probs were being computed; they are computed again on resume."""
 
 
 class RolloutPass:
@@ -76,7 +74,14 @@ class RolloutPass:
             with staged(directory, main=self.run.main, gather=gather_object, facts=facts) as hidden:
                 if self.run.main:
                     save(hidden, cache)
-        return load(directory)
+        kept = load(directory)
+        return kept if self.trainer.reference_logps is None else replace(kept, reference=self._known_reference(split.rows))
+
+    def _known_reference(self, rows: Rows) -> Ragged:
+        """The reference's log-probs of a data set, which are kept apart from what the policy computes."""
+        known = self.trainer.reference_logps
+        assert known is not None
+        return Ragged.of([known.find(row) for n in range(len(rows)) for row in self.trainer.rows([rows[n]])])
 
     def _is_cached(self, split: Split, name: str) -> bool:
         """Whether the run directory has a valid cache of these rows. Raises UserError where that is lost, since the policy that
@@ -102,7 +107,8 @@ class RolloutPass:
         config, hashes = self.run.config, self.run.content.hashes if self.run.content is not None else {}
         models = ("model.weights", "reference.weights", "peft.init_from", "model.chat_template")
         settings = {"temperature": config.train.temperature, "adapter": config.reference.adapter}
-        cached = {"reference": self.loss.needs_reference, "values": self._valued}
+        refers = self.loss.needs_reference and self.trainer.reference_logps is None  # else they are kept in the cache_dir
+        cached = {"reference": refers, "values": self._valued}
         return {"rows": hashes.get(f"data.{name}"), **{key: hashes.get(key) for key in models}, **settings, **cached}
 
     def _had_cache(self, name: str) -> bool:
@@ -120,15 +126,16 @@ class RolloutPass:
         """
         sampled = _of_sampler(rows)
         reads_policy |= sampled is None or bool(np.isnan(sampled.flat).any())
-        if not reads_policy and not self.loss.needs_reference:
+        refers = self.loss.needs_reference and self.trainer.reference_logps is None
+        if not reads_policy and not refers:
             return RolloutCache(None, sampled, None, None, step=self.run.step)
-        by_row = self._forward(rows, reads_policy=reads_policy)
+        by_row = self._forward(rows, reads_policy=reads_policy, refers=refers)
         columns = zip(*(by_row[row] for row in range(len(rows))), strict=True)
         old, reference, values = (None if column[0] is None else Ragged.of(column) for column in columns)
         return RolloutCache(old, sampled, reference, values, step=self.run.step)
 
     @torch.no_grad()
-    def _forward(self, rows: Rows, *, reads_policy: bool) -> dict[int, list[np.ndarray | None]]:
+    def _forward(self, rows: Rows, *, reads_policy: bool, refers: bool) -> dict[int, list[np.ndarray | None]]:
         """Read all rows, a shard on each rank: row -> its log-probs, the reference's, its values, on every rank."""
         run, module, bounds = self.run, self.run.module, self.trainer.bounds
         was_training = module.training
@@ -147,7 +154,7 @@ class RolloutPass:
             items = [rows[row] for row in some or [0]]  # a rank without rows left still takes part in collectives
             batch = self.trainer.packed(self.trainer.rows(items))
             with run.accelerator.autocast():
-                reference = self.trainer._refer(batch) if self.loss.needs_reference else None
+                reference = self.trainer._refer(batch) if refers else None
                 output = module(batch) if reads_policy else None
             parts = [_logps(output), _logps(reference), output.values if isinstance(output, Acted) else None]
             lengths = [int(item.completions[0].scored.sum()) for item in items]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hot_path_meter import Meter
+from hot_path_meter import Meter, resident_mib
 
 from halos.hooks.base import Hook, Metrics, Run
 
@@ -17,7 +17,8 @@ class MeterHook(Hook):
         self.output, self.meter, self.tokens = Path(output), Meter((inner, outer), getattr(torch, dtype)), 0
 
     def on_start(self, run: Run) -> None:
-        self.meter.begin(run.model)
+        earlier = resident_mib("VmHWM") if run.reference_cpu_seconds else 0.0  # the peak of loading included
+        self.meter.begin(run.model, prepared=run.reference_cpu_seconds, earlier_peak=earlier)
         set_rate = run.learning_rates.set
 
         def step_begins(step: int) -> Any:

@@ -25,13 +25,15 @@ class Meter:
         self._gemm, self._dtype = gemm, dtype
         self._steps: list[dict[str, float]] = []
         self._prepared = 0.0  # CPU-seconds before the first step that belong to training, such as reference log-probs
-        self._loaded = self._started = self._cpu = 0.0
+        self._loaded = self._started = self._cpu = self._earlier_peak = 0.0
         self._first = self._first_cpu = 0.0  # seconds and CPU-seconds until the first step, without those of measuring
         self._running = False
         self._rates: list[float] = []
 
-    def begin(self, policy: torch.nn.Module, *, prepared: float = 0.0) -> None:
-        """The model is loaded, nothing is trained; `prepared` CPU-seconds have been spent on it before."""
+    def begin(self, policy: torch.nn.Module, *, prepared: float = 0.0, earlier_peak: float = 0.0) -> None:
+        """The model is loaded, nothing is trained; `prepared` CPU-seconds have been spent on it before, with a peak of
+        `earlier_peak` MiB."""
+        self._earlier_peak = earlier_peak
         self._first, self._first_cpu = time.time() - float(os.environ["HOT_PATH_BEGAN"]), time.process_time()
         self._prepared, self._rates = prepared, [gemm_rate(*self._gemm, self._dtype)]
         self._loaded = loaded_mib(policy)
@@ -53,7 +55,7 @@ class Meter:
         self._cpu = now
 
     def write(self, path: Path) -> None:
-        peak = resident_mib("VmHWM") - self._loaded
+        peak = max(resident_mib("VmHWM"), self._earlier_peak) - self._loaded
         self._rates.append(gemm_rate(*self._gemm, self._dtype))
         measured = {
             "prepared_cpu_s": self._prepared, "steps": self._steps, "peak_above_model_mib": peak, "loaded_mib": self._loaded,

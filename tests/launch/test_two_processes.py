@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -53,6 +54,26 @@ def test_two_processes_train_with_the_losses_of_one(loss: str, peft: list[str], 
     assert yaml.safe_load((tmp_path / "two" / "attempts" / "000.yaml").read_text())["world_size"] == 2
     assert json.loads((tmp_path / "two" / "result.json").read_text())["status"] == "finished"
     assert (done.stdout + done.stderr).count("finished: ") == 1  # one process speaks
+    compare(tmp_path / "one", tmp_path / "two")
+
+
+def test_two_processes_compute_the_same_reference_log_probs_as_one(command: Command, cache: Path, tmp_path: Path) -> None:
+    found = []
+    for name, launch in (("two", 2), ("one", 1)):
+        shutil.rmtree(cache / "reference", ignore_errors=True)
+        words = [
+            "loss=kto",
+            "reference.cache=always",
+            "train.microbatch_tokens=30",
+            "train.prove=off",
+            *SETTINGS,
+            "train.steps=2",
+        ]
+        command(*words, f"exp_name={name}", launch=launch)
+        files = (cache / "reference").glob("*/*.npy")
+        found.append({f"{path.parent.name}/{path.name}": path.read_bytes() for path in files})
+    assert len(found[0]) == 12, "four tables of three files"
+    assert found[0] == found[1], "to the bit, since the cut does not depend on the number of processes"
     compare(tmp_path / "one", tmp_path / "two")
 
 

@@ -28,7 +28,8 @@ from tests import composed
 
 Start = Callable[..., OnlinePlan]
 ADAPTERS = {"full": [], "lora": ["peft=lora", "peft.r=4"]}
-TRAINING = ["train.batch_size=8", "train.steps=3", "optim.lr=1e-2", "schedule=constant", "schedule.warmup=0", "train.prove=off"]
+TRAINING = ["train.batch_size=8", "train.steps=3", "optim.lr=1e-2", "schedule=constant", "schedule.warmup=0", "train.prove=off",
+            "reference.cache=never"]  # fmt: skip
 ONLINE = ["loss=online", "data=arithmetic", "online.loss=dpo"]
 
 

@@ -24,7 +24,7 @@ def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     world = World(tmp_path_factory.mktemp("world"), cache)
     words = ["peft=lora", "peft.r=2", *KINDS[request.param]]
     adapter = world.train("sft", "loss=sft", "optim.lr=3e-2", *words) / "FINAL" / "adapter"
-    return world, [*words, f"peft.init_from={adapter}", "train.eval_at_start=true"]
+    return world, [*words, f"peft.init_from={adapter}", "train.eval_at_start=true", "reference.cache=never"]
 
 
 def assembled(world: World, name: str, *words: str) -> Trainer:

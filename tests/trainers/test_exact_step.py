@@ -108,7 +108,7 @@ def test_statistics_over_the_losss_own_inputs_cost_a_pass_only_with_several_micr
 
 def test_a_reward_is_exactly_zero_before_the_first_step(trainer: Callable[..., Trainer]) -> None:
     for peft in ("none", "lora"):
-        made = trainer("loss=dpo", f"peft={peft}", f"exp_name={peft}")
+        made = trainer("loss=dpo", f"peft={peft}", "reference.cache=never", f"exp_name={peft}")
         totals = made.step(BATCH)
         assert totals["rewards/chosen"][0] == totals["rewards/rejected"][0] == 0.0
         assert totals["loss"][0] / totals["loss"][1] == pytest.approx(np.log(2), abs=1e-7)

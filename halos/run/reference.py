@@ -1,0 +1,114 @@
+"""Whether the reference's log-probs are computed once or at every step, and what they depend on."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+
+from halos.checkpoint.state import random_state, restore_random_state
+from halos.config.bind import LossSpec
+from halos.config.schema import Config
+from halos.confined import expanded
+from halos.distributed.agreement import from_rank_0
+from halos.errors import UserError
+from halos.hashes import source_hash
+from halos.hooks.base import Run
+from halos.prove import verdict
+from halos.run import models
+from halos.run.batch_source import BatchSource
+from halos.run.prepare import PreparedRun
+from halos.trainers.reference import ReferenceCache
+from halos.versions import versions
+
+
+def decided(prepared: PreparedRun) -> PreparedRun:
+    """Return the run with the decision in its configuration, which it records: a resume keeps it. Raises as `decision` does."""
+    config = prepared.config
+    made = replace(config.reference, cache=decision(config, prepared.loss, prepared.batches))
+    return replace(prepared, config=replace(config, reference=made))
+
+
+def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
+    """Return reference.cache, of which `auto` becomes always or never where the loss has a reference. Raises UserError for
+    `always` where nothing can be computed beforehand."""
+    asked = config.reference.cache
+    if not loss.needs_reference or asked == "never":
+        return asked
+    impossible = _why_impossible(loss, batches)
+    if asked == "always" and impossible:
+        raise UserError(f"reference.cache=always: {impossible}: leave it out")
+    is_live = impossible is not None or (asked == "auto" and (_costs_nothing(config, batches) or config.trainer["_target_"]))
+    return "never" if is_live else "always"
+
+
+def _why_impossible(loss: LossSpec, batches: BatchSource) -> str | None:
+    if batches.steps_per_epoch is None:
+        return "a live loop learns from what it has just sampled, which nothing can know beforehand"
+    if not loss.on_rollouts and (loss.inputs.head != "language" or loss.inputs.token_statistics):
+        return f"{loss.name} reads more of its reference than log-probs"
+    return None
+
+
+def _costs_nothing(config: Config, batches: BatchSource) -> bool:
+    """Return whether a reference at every step takes no memory, and each row is trained on once."""
+    own = config.peft.name == "lora" and config.reference.name_or_path is None
+    return own and batches.steps_per_epoch is not None and batches.total <= batches.steps_per_epoch
+
+
+def opened(
+    prepared: PreparedRun, current: Run, accelerator: Accelerator, version: int
+) -> tuple[nn.Module | None, ReferenceCache | None]:
+    """Return the reference model of a run that computes it at every step, or else where its log-probs are kept; neither where the
+    policy itself is the reference. `version` is that of the run's arithmetic."""
+    if not prepared.loss.needs_reference:
+        return None, None
+    if prepared.config.reference.cache != "always":
+        return _load(prepared, current), None
+    facts = from_rank_0(accelerator, partial(_facts, prepared, version))
+    return None, ReferenceCache(expanded(prepared.config.cache_dir), facts, partial(_load_for_a_pass, prepared, current))
+
+
+def _load(prepared: PreparedRun, current: Run) -> nn.Module | None:
+    model = models.load_reference(prepared.structure.loader, current.model, prepared.structure.reference)
+    return prepared.strategy.wrap_frozen(model) if model is not None else None
+
+
+def _load_for_a_pass(prepared: PreparedRun, current: Run) -> nn.Module | None:
+    """Load it without a trace in the random generators; None where the policy, which has not moved yet, is the reference."""
+    if prepared.structure.reference is None and current.step == 0:
+        return None
+    before = random_state()
+    try:
+        return _load(prepared, current)
+    finally:
+        restore_random_state(before)
+
+
+def _facts(prepared: PreparedRun, version: int) -> Mapping[str, Any]:
+    """All that the reference's log-probs of given tokens depend on; on rank 0, which has hashed the inputs."""
+    config, loader, strategy = prepared.config, prepared.structure.loader, prepared.strategy
+    assert prepared.content is not None
+    hashes, named = prepared.content.hashes, prepared.structure.reference is not None
+    name, lora = "reference" if named else "model", config.peft.name == "lora" and not named
+    dtype = loader.dtype if lora else loader.reference_dtype
+    settings = {key: value for key, value in asdict(config.peft).items() if key not in ("init_from", "lora_dropout")}
+    packages = versions()["packages"]
+    return {
+        "weights": hashes[f"{name}.weights"],
+        "config": hashes[f"{name}.config.json"],
+        "adapter": [hashes["peft.init_from"], settings] if models.reference_is_adapter(config) else None,
+        "quantize": config.model.quantize if lora else None,
+        "vocabulary": None if named else [len(loader.tokenizer), list(loader.vocabulary.new)],
+        "dtype": str(dtype),
+        "precision": loader.machine.mixed_precision,
+        "attention": loader.attention(dtype),
+        "temperature": config.train.temperature,
+        "device": loader.machine.device.type,
+        "sharded": strategy.name if strategy.is_sharded else None,
+        "arithmetic": version,
+        "code": source_hash(verdict.CODE),
+        "packages": {package: packages[package] for package in ("torch", "transformers", "peft")},
+    }

@@ -1,0 +1,218 @@
+"""The reference's log-probs as data: computed once for all rows of a run's datasets, and then no reference model is held."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from tqdm import tqdm
+
+from halos.checkpoint.manifest import human_size
+from halos.distributed.agreement import from_rank_0
+from halos.errors import UserError
+from halos.examples import PackRow
+from halos.trainers.logps_table import LogpsCache, Part, Table, row_hash
+from halos.trainers.reference_rows import Plan, Source, sources
+from halos.types import Acted
+
+if TYPE_CHECKING:
+    from halos.trainers.microbatches import Split
+    from halos.trainers.objective import Objective
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY = 60.0  # seconds between two lines of the log
+WAIT = 1.0  # seconds between two looks at what another run computes
+
+
+class StopRequestedError(Exception):
+    """Stopped, on every rank, while log-probs were being computed; what is missing is computed on resume."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceCache:
+    """Where the reference's log-probs are kept, and where they come from."""
+
+    cache_dir: Path
+    depends_on: Mapping[str, Any]  # all that decides them besides the rows; the same on all ranks
+    load: Callable[[], nn.Module | None]  # the reference; None where the policy in memory can compute as its reference
+
+
+class ReferenceLogps:
+    """Log-probs of the reference for the rows in `splits`, found by their content."""
+
+    def __init__(self, trainer: Objective, splits: Mapping[str, Split], cache: ReferenceCache) -> None:
+        self.trainer, self.run, self._cache = trainer, trainer.run, cache
+        self._sources = list(sources(trainer, splits))
+        self._tables: list[Table] | None = None
+        self._loaded = False  # the reference, for all passes
+
+    def of(self, rows: Sequence[PackRow]) -> np.ndarray:
+        """The log-probs of the scored tokens of all rows, end to end: (scored,) float32."""
+        return np.concatenate([self.find(row) for row in rows])
+
+    def prepare(self) -> None:
+        """Read all tables, and compute what is missing. Every rank calls. Raises StopRequestedError, and UserError where they
+        cannot be written or read."""
+        if self._tables is not None:
+            return
+        before = self.trainer.reference
+        try:
+            self._tables = [self._table(source) for source in self._sources]
+        finally:
+            self.trainer.reference, self._loaded = before, False
+
+    def find(self, row: PackRow) -> np.ndarray:
+        """The log-probs of a row's scored tokens: (tokens,) float32. Raises UserError for a row that is of no data set."""
+        self.prepare()
+        key = row_hash(row)
+        found = (logps for table in self._tables or () if (logps := table.find(key)) is not None)
+        if (logps := next(found, None)) is None:
+            raise UserError(
+                f"{type(self.trainer).__name__} or {self.trainer.loss.inputs.__name__} makes rows of a micro-batch that are not"
+                " those of its items alone, so that the reference's log-probs of them are not known: reference.cache=never"
+            )
+        return logps
+
+    # --- one table -------------------------------------------------------------------------------------------------------
+
+    def _table(self, source: Source) -> Table:
+        """The table of a source: that of the cache, else computed now, by one of all runs that need it."""
+        cache, is_mine, told = LogpsCache(self._cache.cache_dir, {**self._cache.depends_on, **source.facts}), False, False
+        try:
+            while (table := self._read(cache)) is None:
+                if is_mine:
+                    self._compute(source, cache)
+                    continue
+                is_mine = self._from_rank_0(cache.acquire)
+                if not is_mine:
+                    self._raise_if_stopped()
+                    if not told:
+                        log.info("another run is computing the same reference log-probs (%s): waiting for it", source.name)
+                    told = True
+                    time.sleep(WAIT)
+        finally:
+            cache.release()
+        self._compare_with_start(source, cache, table)
+        return table
+
+    def _read(self, cache: LogpsCache) -> Table | None:
+        """The table in the cache, the same on every rank; a host that does not share the cache gets it from rank 0."""
+        mine: Table | None = None
+
+        def is_there() -> bool:
+            nonlocal mine
+            mine = cache.open()
+            return mine is not None
+
+        if not self._from_rank_0(is_there):
+            return None
+        if not self.run.main:
+            mine = cache.open()
+        contents = gather_object([mine.content if mine is not None else None])
+        if len(set(contents)) == 1:
+            return mine
+        whole = self._from_rank_0(lambda: mine and mine.in_memory())
+        return mine if self.run.main else whole
+
+    def _compare_with_start(self, source: Source, cache: LogpsCache, table: Table) -> None:
+        """Warn if the run began with other numbers of the same reference: its steps will not be bit for bit what they were."""
+        now, before = f"{cache.key} {table.content}", self.run.reference.get(source.name)
+        if before is not None and before != now and before.split()[0] == now.split()[0] and self.run.main:
+            log.warning(
+                "the reference's log-probs of %s had to be computed again, and differ from those that this run began with by the"
+                " rounding of another machine: it does not continue bit for bit", source.name,
+            )  # fmt: skip
+        self.run.reference[source.name] = now
+
+    def _from_rank_0(self, function: Callable[[], Any]) -> Any:
+        try:
+            return from_rank_0(self.run.accelerator, function)
+        except OSError as error:
+            raise UserError(
+                f"cache_dir={self._cache.cache_dir}: the reference's log-probs cannot be kept there: {error}. Another cache_dir,"
+                " or reference.cache=never, which computes them at every step"
+            ) from error
+
+    def _raise_if_stopped(self) -> None:
+        self.run.sync_stop_request()
+        if self.run.stopped_early:
+            raise StopRequestedError
+
+    # --- the pass --------------------------------------------------------------------------------------------------------
+
+    def _compute(self, source: Source, cache: LogpsCache) -> None:
+        """Compute all parts that an interrupted pass has not left, and publish the table. All ranks compute, rank 0 writes."""
+        run, plan, parts = self.run, Plan.of(source, self.trainer.settings), list[Part]()
+        trainer, quiet, began, cpu = self.trainer, None if run.main else True, time.perf_counter(), time.process_time()
+        if not self._loaded:
+            trainer.reference, self._loaded = self._cache.load(), True
+        done = reused = told = 0
+        bar = tqdm(total=int(plan.tokens.sum()), desc=f"reference, {source.name}", unit=" tokens", unit_scale=True, delay=2,
+                   leave=False, disable=quiet)  # fmt: skip
+        try:
+            for number, batches in enumerate(plan.parts):
+                which = np.concatenate(batches)
+                part, size = cache.part(number, plan.hashes[which]) if run.main else None, int(plan.tokens[which].sum())
+                if self._from_rank_0(lambda part=part: part is not None):
+                    reused += size
+                else:
+                    part = Part.of(plan.hashes[which], self._forward(source, plan, batches, bar))
+                    self._from_rank_0(lambda number=number, part=part: cache.keep(number, part))
+                    done += size
+                parts += [part] if part is not None else []
+                bar.n = done + reused
+                told = self._report(source, plan, done, reused, time.perf_counter() - began, told)
+        finally:
+            bar.close()
+        run.strategy.reshard(trainer.reference if trainer.reference is not None else run.module)
+        self._from_rank_0(lambda: cache.publish(parts))
+        run.reference_cpu_seconds += time.process_time() - cpu
+        self._say(source, cache, plan, done, reused, time.perf_counter() - began)
+
+    def _forward(self, source: Source, plan: Plan, batches: list[np.ndarray], bar: tqdm) -> list[np.ndarray]:
+        """The log-probs of a part's rows, on every rank; each batch is computed by one of them."""
+        rank, world = self.run.accelerator.process_index, self.run.accelerator.num_processes
+        computed = list[tuple[int, list[np.ndarray]]]()
+        for first in range(0, len(batches), world):
+            self._raise_if_stopped()
+            is_mine = first + rank < len(batches)
+            which = batches[first + rank] if is_mine else batches[0][:1]  # all ranks take part in collectives
+            rows = [source.rows_of(item)[number] for item, number in plan.places[which].tolist()]
+            computed += [(first + rank, self._logps(rows))] if is_mine else []
+            bar.update(int(plan.tokens[np.concatenate(batches[first : first + world])].sum()))
+        return [row for _, rows in sorted(gather_object(computed), key=lambda pair: pair[0]) for row in rows]
+
+    @torch.no_grad()
+    def _logps(self, rows: Sequence[PackRow]) -> list[np.ndarray]:
+        batch = self.trainer.packed(rows, by=self.trainer.reference)
+        with self.run.accelerator.autocast():
+            output = self.trainer._refer(batch)
+        logps = output.logps if isinstance(output, Acted) else output
+        values, counts = logps.values.float().cpu().numpy(), logps.mask.sum(1).tolist()
+        return [values[n, :count] for n, count in enumerate(counts)]
+
+    # --- what is said about it -------------------------------------------------------------------------------------------
+
+    def _report(self, source: Source, plan: Plan, done: int, reused: int, seconds: float, told: int) -> int:
+        """A line for logs, in which no bar is seen, every REPORT_EVERY seconds; return how many there were."""
+        if seconds < (told + 1) * REPORT_EVERY or not done:
+            return told
+        total = int(plan.tokens.sum())
+        left = (total - done - reused) * seconds / done
+        log.info("reference  %s: %d of %d tokens read, about %.0f s left", source.name, done + reused, total, left)
+        return int(seconds / REPORT_EVERY)
+
+    def _say(self, source: Source, cache: LogpsCache, plan: Plan, done: int, reused: int, seconds: float) -> None:
+        size = human_size(sum(path.stat().st_size for path in cache.path.glob("*"))) if self.run.main else ""
+        before = f", {reused} of them before" if reused else ""
+        log.info("%-10s log-probs of %s, %d rows of %d tokens%s, in %.1f s (%.0f tokens a second): %s in %s", "reference",
+                 source.name, len(plan.hashes), done + reused, before, seconds, done / seconds, size, cache.path)  # fmt: skip
