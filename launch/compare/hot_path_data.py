@@ -13,6 +13,7 @@ from halos.errors import UserError
 from halos.types import Comparison
 
 PROMPT, GROUP = 200, 8  # of GRPO: tokens of a prompt, and its completions
+WORDS = 33  # of a made-up completion in the middle
 
 Messages = list[dict[str, str]]
 
@@ -25,10 +26,10 @@ class Pair:
     lengths: tuple[int, int, int]  # tokens of each
 
 
-def read(data: Path | None, seed: int) -> Iterator[tuple[Messages, Messages, Messages]]:
+def read(data: Path | None, seed: int, words: int = WORDS) -> Iterator[tuple[Messages, Messages, Messages]]:
     """Prompt, chosen and rejected of a file of pairs, of a directory with GSM8K, or, without either, of made-up words."""
     if data is None:
-        yield from made_up(random.Random(seed))
+        yield from made_up(random.Random(seed), words)
     elif data.is_dir():
         for row in gsm8k.rows(gsm8k.file_for(data, Comparison), Comparison, "train"):
             yield tuple(turns(row.record[key], key) for key in ("prompt", "chosen", "rejected"))  # type: ignore[misc]
@@ -47,19 +48,21 @@ def turns(value: Any, key: str) -> Messages:
     return [{"role": turn["role"], "content": turn["content"]} for turn in value]
 
 
-def made_up(draw: random.Random, count: int = 2000) -> Iterator[tuple[Messages, Messages, Messages]]:
-    """Pairs with the lengths of dialogues: 140 and 45 words in the middle, a few several times as long."""
+def made_up(draw: random.Random, completion: int = WORDS, count: int = 2000) -> Iterator[tuple[Messages, Messages, Messages]]:
+    """Pairs with the lengths of dialogues: about 140 words of a prompt and 45 of a completion, a few several times as long.
+    `completion`: its words in the middle."""
     words = sorted({word for row in islice(arithmetic.rows("train"), 200) for word in str(row["prompt"]).split()})
     for _ in range(count):
-        around = draw.lognormvariate(3.5, 0.6)
+        around = completion * draw.lognormvariate(0, 0.6)
         lengths = [draw.lognormvariate(4.7, 0.7), *(around * draw.lognormvariate(0, 0.35) for _ in range(2))]
         texts = [" ".join(draw.choices(words, k=max(3, round(length)))) for length in lengths]
         yield turns(texts[0], "prompt"), turns(texts[1], "chosen"), turns(texts[2], "rejected")
 
 
-def choose(data: Path | None, tokenizer: Any, *, count: int, limit: int, seed: int) -> tuple[list[Pair], int]:
-    """`count` pairs in random order, and how many others before the last were too long. Raises UserError if there are too few."""
-    every, kept, dropped = list(read(data, seed)), list[Pair](), 0
+def choose(data: Path | None, tokenizer: Any, *, count: int, limit: int, seed: int, words: int = WORDS) -> tuple[list[Pair], int]:
+    """`count` pairs in random order, and how many others before the last were too long. `words`: of made-up completions.
+    Raises UserError if there are too few."""
+    every, kept, dropped = list(read(data, seed, words)), list[Pair](), 0
     random.Random(seed).shuffle(every)
     for prompt, chosen, rejected in every:
         if len(kept) == count:
