@@ -185,9 +185,10 @@ class ReferenceLogps:
         for first in range(0, len(batches), world):
             self._raise_if_stopped()
             is_mine = first + rank < len(batches)
-            which = batches[first + rank] if is_mine else batches[0][:1]  # all ranks take part in collectives
-            rows = [source.rows_of(item)[number] for item, number in plan.places[which].tolist()]
-            computed += [(first + rank, self._logps(rows))] if is_mine else []
+            which = batches[first + rank] if is_mine else batches[0][:1]
+            # without a batch left too: all ranks take part in a sharded model's collectives
+            logps = self._logps([source.rows_of(item)[number] for item, number in plan.places[which].tolist()])
+            computed += [(first + rank, logps)] if is_mine else []
             bar.update(int(plan.tokens[np.concatenate(batches[first : first + world])].sum()))
         return [row for _, rows in sorted(gather_object(computed), key=lambda pair: pair[0]) for row in rows]
 
