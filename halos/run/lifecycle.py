@@ -81,9 +81,10 @@ def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, h
         directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {message}")
         last = next(reversed(directory.checkpoints_by_step().values()), None)
         hint = f" Resume from {last.name}: {COMMAND} resume={directory.path} KEY=VALUE." if last else ""
+        budget = run_config.recorded_budget(directory.read_attempts())
     else:
-        hint = ""
-    log.error("out of memory (%s). What helps: %s.%s", message[:300], remedies(config), hint)
+        hint, budget = "", None
+    log.error("out of memory (%s). What helps: %s.%s", message[:300], remedies(config, budget), hint)
     return FAILED
 
 

@@ -83,12 +83,13 @@ class Cost:
 
 
 def settle(run: Run, optimizer_bytes: int, memory: DeviceMemory | None = None) -> int | None:
-    """Set train.microbatch_tokens where it is `auto`, the same on every rank, and return it: as the run's earlier attempts have
-    recorded it, so that no resume on another machine changes a step. Return None where it is typed.
+    """Set the run's token budget: the typed one, or where that is `auto` one that is the same on every rank, which is returned.
+    It is as the run's earlier attempts have recorded it, so that no resume on another machine changes a step.
 
     `optimizer_bytes`: of the optimizer's whole state, which a new run does not have yet.
     """
-    if run.config.train.microbatch_tokens != "auto":
+    if not isinstance(typed := run.config.train.microbatch_tokens, str):
+        run.microbatch_tokens = typed
         return None
     recorded = run_config.recorded_budget(run.directory.read_attempts()) if run.config.resume else None
     tokens = gather_object([recorded])[0]
@@ -96,8 +97,8 @@ def settle(run: Run, optimizer_bytes: int, memory: DeviceMemory | None = None) -
         memory = memory or CudaMemory(run.accelerator.device)
     if tokens is None and memory is not None and run.strategy.takes_trials:
         tokens = _measured(run, optimizer_bytes, memory)
-    run.config.train.microbatch_tokens = min(gather_object([tokens or (UNTRIED if is_cuda else ON_CPU)]))
-    return run.config.train.microbatch_tokens
+    run.microbatch_tokens = min(gather_object([tokens or (UNTRIED if is_cuda else ON_CPU)]))
+    return run.microbatch_tokens
 
 
 def _measured(run: Run, optimizer_bytes: int, memory: DeviceMemory) -> int:

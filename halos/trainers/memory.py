@@ -28,11 +28,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
 
 
-def remedies(config: Config) -> str:
-    """The keys with which this run would take less memory."""
+def remedies(config: Config, budget: int | None = None) -> str:
+    """The keys with which this run would take less memory. `budget`: what train.microbatch_tokens=auto means, if known."""
     keys, train = [], config.train
     size, tokens = train.microbatch_size, train.microbatch_tokens
-    tokens = TRIED if isinstance(tokens, str) else tokens  # auto is not settled yet
+    tokens = budget or TRIED if isinstance(tokens, str) else tokens
     if tokens is not None or size is None or size > 1:
         drops = config.peft.name == "lora" and config.peft.lora_dropout > 0
         effect = "dropout then drops other elements: a resume needs resume_changes=allow" if drops else (

@@ -43,9 +43,8 @@ class Objective:
     @property
     def bounds(self) -> Bounds:
         """Of a micro-batch."""
-        train = self.settings
-        assert not isinstance(train.microbatch_tokens, str), "it is settled before there is a trainer"
-        return Bounds(train.microbatch_size, train.microbatch_tokens, self.shares_prompts, together=self.deals_together)
+        size, tokens = self.settings.microbatch_size, self.run.microbatch_tokens
+        return Bounds(size, tokens, self.shares_prompts, together=self.deals_together)
 
     @cached_property
     def modes(self) -> Modes:

@@ -54,7 +54,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
 
 @pytest.fixture(scope="module")
 def ppo(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
-    config = compose(cache, tmp_path_factory.mktemp("ppo"), "loss=ppo", *ROLLOUTS)
+    config = compose(cache, tmp_path_factory.mktemp("ppo"), "loss=ppo", *ROLLOUTS, "reference.cache=never")
     assert run(config, []) == 0
     return Path(config.run_dir)
 

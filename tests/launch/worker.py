@@ -117,6 +117,7 @@ def main() -> None:
         config = config_of(*words)
         trainer = assemble(config, [], make_accelerator(config.train.precision, config.model.dtype))
         assert trainer is not None
+        trainer.prepare_reference()
         trainer.prepare()  # what sampled is the policy as it was; the one that learns has moved on
         unsettle(trainer.run.module)
         gradients = first_gradients(trainer)

@@ -1,6 +1,9 @@
 """train.microbatch_tokens=auto: the tokens that fit into the memory of the device, the same on every rank and in every resume."""
 
+import json
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,8 +13,10 @@ from halos.config import run_config
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.run import token_budget
+from halos.run.lifecycle import run
 from halos.run.token_budget import LEAST, MOST, TRIALS, Cost, settle
 from halos.trainers.base import Trainer
+from train import start
 
 GB = 10**9
 FIXED, PER_TOKEN = 5_000, 700
@@ -56,7 +61,7 @@ def test_it_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer], mon
         return settle(run, optimizer_bytes, Memory(made, round(free)))
 
     fits = (FIXED + 6144 * PER_TOKEN) / token_budget.SHARE
-    assert measured(fits + 1) == train.microbatch_tokens == 6144
+    assert measured(fits + 1) == run.microbatch_tokens == 6144
     assert measured(fits - 1) == 4096
     assert measured(fits + 1_000_001, 1_000_000) == 6144
     assert measured(fits + 1_000_001, 1_000_000 + 2) == 4096, "moments that the first step will make"
@@ -79,17 +84,28 @@ def test_trials_are_of_rows_as_long_as_any(trainer: Callable[..., Trainer]) -> N
 def test_a_resume_keeps_what_was_recorded(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
     made = trainer("loss=sft", "train.microbatch_tokens=auto")
     train = made.run.config.train
-    assert train.microbatch_tokens == made.bounds.tokens == token_budget.ON_CPU
+    assert train.microbatch_tokens == "auto", "as the saved configuration has it"
+    assert made.run.microbatch_tokens == made.bounds.tokens == token_budget.ON_CPU
     assert run_config.recorded_budget(made.run.directory.read_attempts()) == token_budget.ON_CPU
-    assert settle(made.run, 0) is None, "a typed one is in the configuration"
     recorded = token_budget.ON_CPU
     monkeypatch.setattr(token_budget, "ON_CPU", 2 * recorded)
     for resume, tokens in ((None, 2 * recorded), ("runs/mine", recorded)):
         train.microbatch_tokens, made.run.config.resume = "auto", resume
-        assert settle(made.run, 0) == train.microbatch_tokens == tokens
+        assert settle(made.run, 0) == made.run.microbatch_tokens == tokens
     typed = trainer("loss=sft", "train.microbatch_tokens=99", "exp_name=typed")
     assert typed.bounds.tokens == 99
     assert run_config.recorded_budget(typed.run.directory.read_attempts()) is None
+
+
+def test_a_run_that_was_saved_with_auto_resumes(configure: Callable[..., Config], tmp_path: Path) -> None:
+    words = ["loss=sft", "train.microbatch_tokens=auto", "train.batch_size=4", "train.steps=2", "checkpoint.every=1"]
+    assert run(configure(*words), []) == 0
+    place = tmp_path / "run"
+    shutil.rmtree(place / "FINAL")
+    shutil.rmtree(place / "checkpoints" / "step-00000002")
+    assert start([f"resume={place}"]) == 0
+    assert [json.loads(line)["step"] for line in (place / "metrics.jsonl").read_text().splitlines()][-1] == 2
+    assert "changed" not in max((place / "attempts").iterdir()).read_text()
 
 
 def test_other_words_are_refused(configure: Callable[..., Config]) -> None:

@@ -42,7 +42,7 @@ def test_microbatches_of_any_size_give_the_same_step(loss: str, peft: str, train
     results = [step_in(made, size) for size in (11, 4, 1)]
     made.shares_prompts = False
     results.append(step_in(made, 11))
-    made.shares_prompts, made.settings.microbatch_tokens = True, 90
+    made.shares_prompts, made.run.microbatch_tokens = True, 90
     agree([step_in(made, None), *results])
 
 
