@@ -71,10 +71,12 @@ class ReferenceLogps:
             self.trainer.reference, self._loaded = before, False
 
     def find(self, row: PackRow) -> np.ndarray:
-        """The log-probs of a row's scored tokens: (tokens,) float32. Raises UserError for a row that is of no data set."""
-        self.prepare()
+        """The log-probs of a row's scored tokens: (tokens,) float32. Raises UserError for a row that is of no data set, and
+        RuntimeError before `prepare`: by the time of a step the policy may no longer be the reference that it starts as."""
+        if self._tables is None:
+            raise RuntimeError("a step was taken before Trainer.prepare_reference, which `fit` calls first")
         key = row_hash(row)
-        found = (logps for table in self._tables or () if (logps := table.find(key)) is not None)
+        found = (logps for table in self._tables if (logps := table.find(key)) is not None)
         if (logps := next(found, None)) is None:
             raise UserError(
                 f"{type(self.trainer).__name__} or {self.trainer.loss.inputs.__name__} makes rows of a micro-batch that are not"

@@ -339,5 +339,8 @@ def test_in_bfloat16_the_first_log_ratio_is_no_larger_than_between_two_cuts(worl
 def test_rows_that_no_data_set_has_are_refused(world: World) -> None:
     trainer = assembled(world, "first")
     prompt, completion = rows_of(trainer)[0]
+    with pytest.raises(RuntimeError, match="before Trainer"):  # a policy that has moved is no reference
+        trainer._pack_rows([(prompt, completion)])
+    trainer.prepare_reference()
     with pytest.raises(UserError, match=r"are not those of its items alone.*reference\.cache=never"):
         trainer._pack_rows([(prompt[1:], completion)])
