@@ -122,6 +122,6 @@ def logits_at_once(device: torch.device) -> int:
 def from_logits(logits: Tensor, reading: Reading, temperature: float) -> Tensor:
     """Log-probs and statistics of softmax(logits / temperature): (rows, vocabulary) float32 -> (rows, width)."""
     logits = logits if temperature == 1.0 else logits / temperature
-    if reading.is_logp_alone:
+    if reading.is_logp_alone:  # by autograd, as in runs that earlier versions began: `read` rounds otherwise
         return (logits.gather(-1, reading.targets[:, None])[:, 0] - logits.logsumexp(-1))[:, None]
     return read(logits, reading)

@@ -95,7 +95,9 @@ def _microbatch(train: Train, share: int) -> str:
     items = str(min(train.microbatch_size or share, share))
     if train.microbatch_tokens is None:
         return items
-    tokens = "as many tokens as memory holds" if train.microbatch_tokens == "auto" else f"{train.microbatch_tokens} tokens"
+    tokens = (
+        "the tokens of train.microbatch_tokens=auto" if train.microbatch_tokens == "auto" else f"{train.microbatch_tokens} tokens"
+    )
     return f"up to {items} and {tokens}"
 
 

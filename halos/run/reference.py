@@ -23,6 +23,8 @@ from halos.run.prepare import PreparedRun
 from halos.trainers.reference import ReferenceCache
 from halos.versions import versions
 
+CODE = ("models/load.py", "trainers/reference.py", "trainers/reference_rows.py", "trainers/logps_table.py")  # which it passes
+
 
 def decided(prepared: PreparedRun) -> PreparedRun:
     """Return the run with the decision in its configuration, which it records: a resume keeps it. Raises as `decision` does."""
@@ -109,6 +111,6 @@ def _facts(prepared: PreparedRun, version: int) -> Mapping[str, Any]:
         "device": loader.machine.device.type,
         "sharded": strategy.name if strategy.is_sharded else None,
         "arithmetic": version,
-        "code": source_hash(verdict.CODE),
+        "code": source_hash((*verdict.CODE, *CODE)),
         "packages": {package: packages[package] for package in ("torch", "transformers", "peft")},
     }

@@ -98,6 +98,8 @@ def settle(run: Run, optimizer_bytes: int, memory: DeviceMemory | None = None) -
     if tokens is None and memory is not None and run.strategy.takes_trials:
         tokens = _measured(run, optimizer_bytes, memory)
     run.microbatch_tokens = min(gather_object([tokens or (UNTRIED if is_cuda else ON_CPU)]))
+    if run.main:
+        log.info("%-10s %d tokens in a micro-batch", "budget", run.microbatch_tokens)
     return run.microbatch_tokens
 
 
