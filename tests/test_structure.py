@@ -21,7 +21,7 @@ FLOORS = [
     {"rundir"},
     {"merge", "hooks"},
     {"models", "data"},
-    {"checkpoint", "prove"},
+    {"checkpoint", "inspection", "prove"},
     {"export", "rollout"},
     {"trainers"},
     {"online"},

@@ -57,3 +57,12 @@ class Lists:
     def lengths(self) -> np.ndarray:
         """Return the length of each list: (N,)."""
         return np.concatenate([np.diff(offsets) for offsets, _ in self._chunks])
+
+    def starts(self, count: int) -> np.ndarray:
+        """Return the first `count` numbers of each list, -1 beyond its end: (N, count)."""
+        parts = []
+        for offsets, values in self._chunks:
+            at = offsets[:-1, None] + np.arange(count)
+            inside = at < offsets[1:, None]
+            parts.append(np.where(inside, values[np.where(inside, at, 0)] if len(values) else 0, -1))
+        return np.concatenate(parts)

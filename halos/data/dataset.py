@@ -18,6 +18,8 @@ from halos.examples import Completion, Item
 from halos.hashes import digest, file_hash
 
 ROWS, META, SEAL = "rows.arrow", "meta.json", "seal"
+PLACES = 3  # rows named for each reason
+CUT_TURNS, CUT_COMPLETIONS = "lost their oldest turns", "completions cut at max_length"
 
 
 def _names(num_completions: int) -> list[str]:
@@ -31,6 +33,7 @@ def _schema(item: Item) -> pa.Schema:
     return pa.schema(
         [(name, INTS) for name in ("prompt", *names, *(f"{name}_spans" for name in names))]
         + [(f"{name}_scored", pa.int32()) for name in names]
+        + [(f"{name}_key", pa.int64()) for name in ("prompt", *names)]
         + [(f"label_{name}", pa.float64()) for name in item.labels]
         + [("logps", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
     )
@@ -50,9 +53,22 @@ class Counts:
     merged: int = 0  # examples where a token would span the end of the prompt and the start of the completion
     tokenised_anew: int = 0  # sampled completions without token ids, or with another tokenizer's
     dropped: dict[str, int] = field(default_factory=dict)  # examples by reason
+    oddities: dict[str, int] = field(default_factory=dict)  # examples by what is odd about them, by the names of data/oddities.py
+    splits: dict[str, int] = field(default_factory=dict)  # rows by the value of a column that names their split
+    places: dict[str, list[str]] = field(default_factory=dict)  # the first rows of each reason and oddity, a.jsonl:12
 
-    def drop(self, reason: str) -> None:
+    def drop(self, reason: str, where: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        self.remember(reason, where)
+
+    def note(self, oddity: str, where: str) -> None:
+        self.oddities[oddity] = self.oddities.get(oddity, 0) + 1
+        self.remember(oddity, where)
+
+    def remember(self, why: str, where: str) -> None:
+        """Keep the place of a row, if it is one of the first with this reason."""
+        if len(places := self.places.setdefault(why, [])) < PLACES and where not in places:
+            places.append(where)
 
     def line(self) -> str:
         """Format as `a.jsonl: 120 rows, 118 examples kept; dropped 2 (2 longer than max_length)`."""
@@ -61,8 +77,8 @@ class Counts:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"dropped {sum(self.dropped.values())} ({reasons})")
         notes = {
-            "lost their oldest turns": self.cut_turns,
-            "completions cut at max_length": self.cut_completions,
+            CUT_TURNS: self.cut_turns,
+            CUT_COMPLETIONS: self.cut_completions,
             "do not continue the template's generation prompt (it opens a thought that they lack)": self.inexact,
             "tokenised apart from their prompt, which shares a token with them": self.merged,
             "without token ids of this tokenizer: their text is tokenised": (self.tokenised_anew),
@@ -97,12 +113,14 @@ class Writer:
                 columns[name].append(completion.ids)
                 columns[f"{name}_spans"].append(_spans(completion.scored))
                 columns[f"{name}_scored"].append(int(completion.scored.sum()))
+                columns[f"{name}_key"].append(_key(completion.ids))
             for name, value in item.labels.items():
                 columns[f"label_{name}"].append(value)
             columns["logps"].append(() if item.logps is None else item.logps)
             columns["source"].append(source)
             prompt = hashlib.blake2b(item.prompt.tobytes(), digest_size=16).digest()
             columns["group"].append(self._groups.setdefault(prompt, len(self._groups)))
+            columns["prompt_key"].append(_key(item.prompt))
             columns["id"].append(item.id)
         arrays = [column(columns[each.name], each.type) for each in self._schema]
         self._arrow.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
@@ -154,6 +172,11 @@ def _hash_item(content: Any, item: Item, source: int) -> None:
         content.update(np.ascontiguousarray(array).tobytes())
 
 
+def _key(ids: np.ndarray) -> int:
+    """Return 64 bits that identify token ids by their content, the same in every data set."""
+    return int.from_bytes(hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=8).digest(), signed=True)
+
+
 def _spans(scored: np.ndarray) -> np.ndarray:
     """Return the runs of True as [start, end, start, end, ...]."""
     if scored.all():
@@ -177,7 +200,7 @@ class Dataset:
         self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each
         self._names = names = _names(meta["completions"])
         self._lists = {name: Lists(table[name]) for name in ("prompt", *names, *(f"{name}_spans" for name in names), "logps")}
-        self._id = table["id"]
+        self._id, self._keys = table["id"], {name: table[f"{name}_key"] for name in ("prompt", *names)}
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
         completion_lengths = np.stack([self._lists[name].lengths() for name in names], 1)
@@ -196,6 +219,18 @@ class Dataset:
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))
+
+    def keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the keys of prompts (N,) and of completions (N, completions), equal where the token ids are, in any data set."""
+        return numbers(self._keys["prompt"]), np.stack([numbers(self._keys[name]) for name in self._names], 1)
+
+    def prompt_starts(self, count: int) -> np.ndarray:
+        """Return the first `count` token ids of each prompt, -1 beyond its end: (N, count)."""
+        return self._lists["prompt"].starts(count)
+
+    def place(self, row: int) -> str:
+        """Return where a row came from: a.jsonl:12."""
+        return self._id[row].as_py().rpartition("#")[0]
 
     def lines(self) -> list[str]:
         """Return what became of the rows, one line per source."""

@@ -21,8 +21,10 @@ from transformers import PreTrainedTokenizerBase
 from halos import examples
 from halos.config.plugins import code_hash
 from halos.confined import expanded
-from halos.data.dataset import Counts, Writer, is_whole
+from halos.data import oddities
+from halos.data.dataset import CUT_COMPLETIONS, CUT_TURNS, Counts, Writer, is_whole
 from halos.data.formats import as_kind, read_example
+from halos.data.oddities import EndTokens
 from halos.data.sources import OpenSource, Source, hash_files, open_source
 from halos.data.template import chat_template
 from halos.data.tokenize import EQUAL, Encoded, Encoder
@@ -74,7 +76,7 @@ def prepare(
                 shutil.rmtree(path)
             hidden.mkdir()
             encoder = Encoder(tokenizer, max_length=max_length, truncation=truncation)
-            _write(hidden, opened, kind, score, encoder, transform)
+            _write(hidden, opened, kind, score, encoder, EndTokens.of(tokenizer, max_length), transform)
             _publish(hidden, path)
     except OSError as error:
         raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
@@ -135,6 +137,7 @@ def _write(
     kind: type[Example],
     score: str,
     encoder: Encoder,
+    ends: EndTokens,
     transform: Callable[[Any], Example] | None,
 ) -> None:
     report, written_kind = [], kind
@@ -146,7 +149,7 @@ def _write(
             examples = _examples(source, kind, score, counts, transform, bar)
             while batch := list(islice(examples, BATCH)):
                 written_kind = type(batch[0][0])
-                items = _items(batch, encoder, counts)
+                items = _items(batch, encoder, ends, counts)
                 writer.write([(item, number) for item in items])
             if not counts.kept:
                 raise UserError(f"{counts.line()}: none of them can be used")
@@ -170,31 +173,39 @@ def _examples(
         bar.update()
         if row.left_out:
             counts.examples += 1
-            counts.drop(LEFT_OUT)
+            counts.drop(LEFT_OUT, row.where)
             continue
         example = read_example(row, score=score)
+        oddities.count_split(row.original or row.record, counts)
+        for oddity in oddities.of_example(example):
+            counts.note(oddity, row.where)
         converted = as_kind(example, kind, row)
         if not converted:
             counts.examples += 1
-            counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL)
+            counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL, row.where)
         for number, each in enumerate(converted):
             counts.examples += 1
             yield transform(each) if transform else each, row.where, f"{row.where}#{number}"
 
 
-def _items(batch: Sequence[NamedExample], encoder: Encoder, counts: Counts) -> list[Item]:
+def _items(batch: Sequence[NamedExample], encoder: Encoder, ends: EndTokens, counts: Counts) -> list[Item]:
     items = []
-    for encoded, (example, _, name) in zip(encoder.encode([(each, where) for each, where, _ in batch]), batch, strict=True):
+    for encoded, (example, where, name) in zip(encoder.encode([(each, where) for each, where, _ in batch]), batch, strict=True):
         if isinstance(encoded, str):
-            counts.drop(encoded)
+            counts.drop(encoded, where)
             continue
-        _count(encoded, counts)
+        _count(encoded, where, counts)
+        if oddity := ends.missing(encoded, example):
+            counts.note(oddity, where)
         items.append(Item(encoded.prompt, encoded.completions, name, example.numbers(), encoded.logps))
     return items
 
 
-def _count(encoded: Encoded, counts: Counts) -> None:
+def _count(encoded: Encoded, where: str, counts: Counts) -> None:
     counts.kept += 1
+    for shortened, what in ((encoded.cut_turns, CUT_TURNS), (encoded.cut_completions, CUT_COMPLETIONS)):
+        if shortened:
+            counts.remember(what, where)
     counts.cut_turns += encoded.cut_turns
     counts.cut_completions += encoded.cut_completions
     counts.inexact += not encoded.exact

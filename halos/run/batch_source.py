@@ -16,6 +16,8 @@ from halos.data.dataset import Dataset
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
+from halos.inspection import template_checks
+from halos.inspection.findings import Check
 from halos.online.live import LivePrompts, RolloutSource
 from halos.online.live_rows import LivePartners
 from halos.online.policy import server_of
@@ -48,6 +50,7 @@ class BatchSource(Protocol):
     steps_per_epoch: int | None  # of a pass over the data; None where they are sampled
     splits: list[tuple[str, Split]]  # of the datasets on disk, by their names in the header
     unmeasured: frozenset[str]  # metrics that the evaluation data cannot yield
+    checks: tuple[Check, ...]  # of the data and the chat template; none is an error
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the header's lines on the data: the name of the split, and a text."""
@@ -92,6 +95,7 @@ class DatasetSource:
         self.single = datasets.single_completions(self.train.rows, loss)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
 
+        self.checks = datasets.checks(self.train, self.eval_data, loss, tokenizer)
         self.unmeasured = datasets.unavailable_metrics(config, loss, self.eval_data)
         self.splits = [("train", self.train)] + ([("held out", self.eval_data)] if self.eval_data else [])
 
@@ -130,6 +134,7 @@ class PolicySource:
         self.splits: list[tuple[str, Split]] = []
         self.steps_per_epoch: int | None = None
         self.unmeasured: frozenset[str] = frozenset()
+        self.checks = template_checks.checks_of(tokenizer)
         self.loss = loss
         name = config.online.scorer.name
         answers = f"{name}.jsonl" if scorer_class(name).is_paid else f"{name}.{accelerator.process_index}.jsonl"

@@ -3,7 +3,7 @@
 import logging
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from halos.config.schema import Config, Train
 from halos.data.collate import num_truncated_mismatches
 from halos.data.dataset import Dataset
 from halos.distributed.parameters import num_elements
+from halos.inspection.findings import Check
 from halos.logps.model import bare
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
@@ -74,6 +75,8 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
         settings = {name: value for name, value in config.trainer.items() if name != "_target_"}
         _log("trainer", f"{target} {'  '.join(f'{name}={value}' for name, value in settings.items())}".rstrip())
     _log_data(run)
+    if accelerator.is_main_process:
+        write_checks(run.batches.checks)
     write_learning_rate(config, run.batches.total)
     where = f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} on {accelerator.device.type}"
     where += f", {run.strategy.name}" if accelerator.num_processes > 1 or run.strategy.needs_process_group else ""
@@ -88,6 +91,15 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
     for name, line in run.planned.lines:
         _log(name, line)
     _log("run", str(run.directory.path))
+
+
+def write_checks(checks: Sequence[Check]) -> None:
+    """Log what does not hold, in a line each."""
+    found = [finding for check in checks for finding in check.findings]
+    holding = sum(not check.findings for check in checks)
+    _log("checks", f"{holding} of {len(checks)} hold{'' if found else ', of data and chat template'}")
+    for finding in found:
+        log.warning("%s", finding.line()) if finding.level == "warning" else _log("", finding.line())
 
 
 def _microbatch(train: Train, share: int) -> str:

@@ -1,0 +1,93 @@
+"""Signs of a mistake in a row that its token ids no longer show: they are counted while the rows are tokenised."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from halos.data.dataset import Counts
+from halos.data.tokenize import Encoded
+from halos.examples import Completion, Example, Scored, Turns
+
+ENDS_WITH_ASSISTANT = "whose prompt ends with a turn of the assistant"
+NO_WORDS = "whose prompt has no words"
+BLANKS_APART = "whose completions differ in blanks alone"
+NO_END = "whose last scored turn ends in no scored end token"
+NO_EARLIER_END = "with an earlier scored turn that ends in no scored end token"
+SAMPLED_WITHOUT_END = "sampled without an end token, and not marked as cut (finish=length)"
+MASKED = "masked"
+SPLIT_COLUMNS = ("split", "subset")
+MOST_SPLITS = 20  # values; a column with more names no splits
+HELD_OUT = re.compile(r"(test|eval|valid|val|dev|held)", re.IGNORECASE)  # how names of splits begin that are not to be trained on
+
+
+def of_example(example: Example) -> list[str]:
+    """Return what is odd about the text of an example."""
+    found, prompt = [], example.prompt
+    if prompt and prompt[-1]["role"] == "assistant":
+        found.append(ENDS_WITH_ASSISTANT)
+    if prompt and not any(turn.get("tool_calls") or str(turn.get("content") or "").strip() for turn in prompt):
+        found.append(NO_WORDS)
+    first, *others = [_without_blanks(turns) for turns in example.completions]
+    if first in others and not all(turns == example.completions[0] for turns in example.completions[1:]):
+        found.append(BLANKS_APART)
+    if isinstance(example, Scored) and example.masked:
+        found.append(MASKED)
+    return found
+
+
+def _without_blanks(turns: Turns) -> list[tuple[Any, ...]]:
+    return [(turn["role"], "".join(str(turn.get("content") or "").split()), repr(turn.get("tool_calls") or "")) for turn in turns]
+
+
+@dataclass(frozen=True, slots=True)
+class EndTokens:
+    """The tokens that may end a turn, and the length beyond which an example is cut."""
+
+    ids: frozenset[int]
+    max_length: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EndTokens:
+        return cls(frozenset({*tokenizer.added_tokens_decoder, int(tokenizer.eos_token_id)}), max_length)
+
+    def missing(self, encoded: Encoded, example: Example) -> str | None:
+        """Return what is odd about an example of which a scored turn ends in none of the tokens, and was not cut."""
+        for number, completion in enumerate(encoded.completions):
+            is_cut = len(encoded.prompt) + len(completion.ids) >= self.max_length
+            is_cut |= bool(example.sampled) and example.sampled[number].cut
+            *earlier, last = [int(token) in self.ids for token in completion.ids[_ends_of_turns(completion)]] or [True]
+            if not last and not is_cut:
+                return SAMPLED_WITHOUT_END if any(each.ids for each in example.sampled) else NO_END
+            if not all(earlier):
+                return NO_EARLIER_END
+        return None
+
+
+def _ends_of_turns(completion: Completion) -> np.ndarray:
+    """Return the last index of every run of scored tokens."""
+    return np.flatnonzero(np.diff(completion.scored.astype(np.int8), append=0) == -1)
+
+
+def count_split(record: Mapping[str, Any], counts: Counts) -> None:
+    """Count the values of a column that names each row's split."""
+    for column in SPLIT_COLUMNS:
+        value = record.get(column)
+        if isinstance(value, str) and len(value) < 40:
+            name = f"{column}={value}"
+            if name in counts.splits or len(counts.splits) <= MOST_SPLITS:
+                counts.splits[name] = counts.splits.get(name, 0) + 1
+
+
+def mixed_splits(counts: Counts) -> dict[str, int]:
+    """Return the rows by split of a source whose rows are of several, one of which by its name is not to be trained on."""
+    for column in SPLIT_COLUMNS:
+        values = {name.partition("=")[2]: count for name, count in counts.splits.items() if name.startswith(f"{column}=")}
+        if 1 < len(values) < MOST_SPLITS and any(map(HELD_OUT.match, values)):
+            return {f"{column}={name}": count for name, count in values.items()}
+    return {}
