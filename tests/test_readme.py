@@ -41,6 +41,7 @@ VOTES = [
 ]
 RANKED = [{"prompt": f"Count {n}", "ranked": [f"1 2 {n}", f"{n}", "no"]} for n in range(8)]
 MIXED = [{"prompt": "Write f!", "task": "code", "tests": ["f(1) == 1", "f(2) == 3"]}, {"prompt": "Hello!", "task": "chat"}]
+BEST = "question,best,worst,lang,score_ratio\n" + "".join(f"Count {n},1 2 {n},no,EN,{n}\n" for n in range(8))
 PROMPTS = [{"prompt": f"Count {n}", "solution": str(n)} for n in range(8)]
 
 
@@ -97,7 +98,7 @@ def save_model(directory: Path, kind: str, head: str) -> None:
     getattr(transformers, head).from_config(config).save_pretrained(directory)
 
 
-OWN = ("myhooks", "mylosses", "myoptim", "myranks", "myrates", "myrewards", "myrows", "mytrainers")  # in the documents
+OWN = ("myhooks", "mylogs", "mylosses", "myoptim", "myranks", "myrates", "myrewards", "myrows", "mytrainers")  # in the documents
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +109,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             "rankings.jsonl": RANKED, "mixed.jsonl": MIXED}  # fmt: skip
     for name in {name for line in ON_TRAIN for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", line)}:
         write_rows(place / name, rows[name])
+    (place / "best.csv").write_text(BEST)
+    (place / "chats.log").write_text("".join(f"Count {n}\t1 2 {n}\n" for n in range(8)))
     for name, code in re.findall(r"```python\n# ([\w/]+\.py)\n(.*?)```", TEXT, re.S):
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(code)

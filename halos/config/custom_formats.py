@@ -1,13 +1,16 @@
-"""Custom values of data.format: dotted paths of user functions that turn a row into an example."""
+"""Dotted paths of user functions: of data.format, from a row to an example, and of data.reader, from a path to rows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from halos.config.schema import Data
 from halos.config.signature import import_target, positional, required
 from halos.errors import UserError
+
+CODE = ("format", "reader")  # keys of data, and of its entries, that name code
 
 
 def is_custom(format: Any) -> bool:
@@ -24,11 +27,22 @@ def load_format(target: str, key: str, plugins: Sequence[str]) -> Callable[[dict
     return function
 
 
+def load_reader(target: str, key: str, plugins: Sequence[str]) -> Callable[[Path], Iterable[Any]]:
+    """Import the function that `key` names. Raises UserError where it is no function of one path."""
+    function, _ = import_target(target, key, plugins, example="mypackage.read")
+    path = positional(function)[:1] if callable(function) else []
+    if not path or set(required(function)) - set(path):
+        raise UserError(f"{key}: {target} is no reader: it must be a function of one path, which yields rows")
+    return function
+
+
 def custom_formats(data: Data) -> dict[str, str]:
-    """Return key -> dotted path for every custom format of a run's data."""
-    paths = {"data.format": str(data.format)} if is_custom(data.format) else {}
+    """Return key -> dotted path for every custom format and reader of a run's data."""
+    common = {"data.format": data.format, "data.reader": data.reader}
+    paths = {key: str(value) for key, value in common.items() if is_custom(value)}
     for purpose in ("train", "eval"):
         for number, entry in enumerate(getattr(data, purpose)):
-            if isinstance(entry, Mapping) and is_custom(entry.get("format")):
-                paths[f"data.{purpose}.{number}.format"] = entry["format"]
+            for name in CODE if isinstance(entry, Mapping) else ():
+                if is_custom(entry.get(name)):
+                    paths[f"data.{purpose}.{number}.{name}"] = entry[name]
     return paths

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from glob import iglob
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from halos.errors import UserError
 BUNDLED_DATA = ("arithmetic",)
 BUNDLED_MODELS = ("tiny",)
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")  # of a data set also org/name:config
-FILES = (".json", ".jsonl", ".parquet", ".csv", ".txt", ".gz", ".zst", ".arrow", ".gguf", ".bin", ".safetensors", ".pt", ".jinja")
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
+FILES = (".json", ".jsonl", ".parquet", ".csv", ".tsv", ".txt", *COMPRESSED, ".arrow", ".feather", ".gguf", ".bin", ".pt",
+         ".safetensors", ".jinja")  # fmt: skip
+HUB_URL = "hf://datasets/"  # before org/name/file.json
 SHARD_MARK = b'\\"saved_offsets\\"'  # in a header, torch.distributed.checkpoint's: JSON within JSON
 MAX_HEADER = 100_000_000  # bytes, the limit of safetensors
 MIN_FREE = 50 * 2**20  # bytes, for even the smallest run
@@ -33,7 +37,12 @@ def absolute(value: Any) -> Any:
     if not isinstance(value, str) or "{" in value or value in BUNDLED_MODELS + BUNDLED_DATA:
         return value
     path = _expanded(value)
-    return os.path.abspath(path) if os.path.exists(path) else path
+    return os.path.abspath(path) if os.path.exists(path) or _matches(path) else path
+
+
+def _matches(pattern: str) -> bool:
+    """Return whether a path is a pattern, data/*.jsonl, which some file matches."""
+    return any(mark in pattern for mark in "*?[") and next(iglob(pattern, recursive=True), None) is not None
 
 
 def check_paths(config: Config, choices: Mapping[str, Sequence[str]]) -> None:
@@ -117,8 +126,10 @@ def _check_source(source: Any, key: str, config: Config) -> Any:
 
 
 def _check_data(path: str, key: str) -> None:
-    if path in BUNDLED_DATA or Path(path).exists():
+    if path in BUNDLED_DATA or Path(path).exists() or path.startswith(HUB_URL) or _matches(path):
         return
+    if any(mark in path for mark in "*?["):
+        raise UserError(f"{key}: no file matches the pattern {path}{_suggestion(path)}")
     if HUB_ID.fullmatch(path) and not _is_path(path):
         return
     names = ", ".join(BUNDLED_DATA)

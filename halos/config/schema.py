@@ -82,6 +82,9 @@ class Data:
     eval: list[Any] = key(on_resume=CONTENT, path=True)  # keep_best and early stopping are measured on it
     root: str | None = key(on_resume=CONTENT, path=True)
     format: str | None = key(on_resume=CONTENT)  # of entries without one: a format of Source, or a user function
+    reader: str | None = key(on_resume=CONTENT)  # of entries without one: a user function from a path to rows
+    columns: dict[str, str | None] = key(on_resume=CONTENT)  # of entries without any: name -> that in the file, or null
+    filter: str | None = key(on_resume=CONTENT)  # of entries without one: a condition on a row's columns
     score: str = key(one_of=("last", "all"))
 
 

@@ -18,7 +18,7 @@ from omegaconf.errors import (
 from halos.config import renamed_keys
 from halos.config.bind_optim import bind_optimizer, bind_schedule, fit_shared
 from halos.config.cross_checks import check_combinations, check_loss_traits
-from halos.config.custom_formats import custom_formats, load_format
+from halos.config.custom_formats import custom_formats, load_format, load_reader
 from halos.config.legacy_sections import with_target
 from halos.config.overrides import typed_keys
 from halos.config.paths import check_paths
@@ -150,7 +150,7 @@ def _bind(config: Config, overrides: Sequence[str]) -> None:
     """Bind everything that has a `_target_` to its signature. loss=online has none: its inner loss is checked with it."""
     bind_schedule(config.schedule, config.plugins)
     for key, target in custom_formats(config.data).items():
-        load_format(target, key, config.plugins)
+        (load_reader if key.endswith("reader") else load_format)(target, key, config.plugins)
     from halos.config.bind import bind_hook, bind_loss, bind_trainer  # here: it imports torch, and nothing above needs it
 
     bind_optimizer(config.optim, config.plugins)

@@ -1,12 +1,14 @@
-"""Custom formats: a user function turns a row of a file into an example, or into columns of a built-in format."""
+"""Functions of the user's: a reader, from a path to rows, and a format, from a row to an example or columns of a known form."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from halos.config.custom_formats import load_format
+from halos.config.custom_formats import load_format, load_reader
 from halos.config.plugins import code_hash
 from halos.config.schema import Data
-from halos.data.files import Row
+from halos.config.signature import import_target
+from halos.data.row import Row
 from halos.errors import UserError
 from halos.examples import Example
 
@@ -14,20 +16,38 @@ Converter = Callable[[dict[str, Any]], Any]
 
 
 def entries_of(data: Data, purpose: str) -> list[Any]:
-    """Return the entries of data.train or data.eval, with data.format where an entry has no format."""
-    return [with_format(entry, data.format) for entry in getattr(data, purpose)]
+    """Return the entries of data.train or data.eval, with data.format and other keys where an entry has none of its own."""
+    common = {"format": data.format, "reader": data.reader, "columns": data.columns, "filter": data.filter}
+    return [with_common(entry, {name: value for name, value in common.items() if value}) for entry in getattr(data, purpose)]
 
 
-def with_format(entry: Any, format: str | None) -> Any:
-    if format is None or (isinstance(entry, Mapping) and entry.get("format") is not None):
+def with_common(entry: Any, common: Mapping[str, Any]) -> Any:
+    if not common:
         return entry
-    return {**entry, "format": format} if isinstance(entry, Mapping) else {"path": entry, "format": format}
+    own = entry if isinstance(entry, Mapping) else {"path": entry}
+    return {**own, **{name: value for name, value in common.items() if own.get(name) is None}}
 
 
 def code_hash_of(target: str) -> str:
-    """Return the hash of a custom format's code."""
-    load_format(target, "data.format", [target.partition(".")[0]])  # imports it; its package was validated with the config
+    """Return the hash of the code of a reader or a format."""
+    import_target(target, "data", [target.partition(".")[0]], example="mypackage.rows")  # it was validated with the config
     return code_hash(target) or ""
+
+
+def own_rows(target: str, path: Path) -> Iterator[Row]:
+    """Read a path by the reader `target`. Raises UserError, naming the row, for any error of it, and for what is no row."""
+    function = load_reader(target, "data.reader", [target.partition(".")[0]])
+    number = 0
+    try:
+        for number, record in enumerate(function(path), 1):
+            if not isinstance(record, Mapping):
+                raise UserError(f"it yields {type(record).__name__}: a row must be a dict of its columns")
+            yield Row(dict(record), f"{path}:{number}")
+            number += 1
+    except UserError as error:
+        raise UserError(f"{path}:{max(number, 1)}: {target}: {error}") from error
+    except Exception as error:  # user code may raise anything
+        raise UserError(f"{path}:{max(number, 1)}: {target} fails: {type(error).__name__}: {error}") from error
 
 
 def convert_rows(target: str, rows: Iterator[Row]) -> Iterator[Row]:

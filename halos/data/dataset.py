@@ -56,6 +56,7 @@ class Counts:
     oddities: dict[str, int] = field(default_factory=dict)  # examples by what is odd about them, by the names of data/oddities.py
     splits: dict[str, int] = field(default_factory=dict)  # rows by the value of a column that names their split
     places: dict[str, list[str]] = field(default_factory=dict)  # the first rows of each reason and oddity, a.jsonl:12
+    files: str = ""  # how many of each kind, where there are several kinds
 
     def drop(self, reason: str, where: str) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
@@ -72,7 +73,7 @@ class Counts:
 
     def line(self) -> str:
         """Format as `a.jsonl: 120 rows, 118 examples kept; dropped 2 (2 longer than max_length)`."""
-        parts = [f"{self.name}: {self.rows} rows, {self.kept} examples kept"]
+        parts = [f"{self.name}{f' ({self.files})' if self.files else ''}: {self.rows} rows, {self.kept} examples kept"]
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"dropped {sum(self.dropped.values())} ({reasons})")

@@ -7,8 +7,8 @@ from numbers import Real
 from typing import Any
 
 from halos.data.contradictions import refuse_contradictions, refuse_weights
-from halos.data.files import Row
 from halos.data.messages import is_learned, turns_of, with_system
+from halos.data.row import Row
 from halos.errors import UserError
 from halos.examples import Comparison, Demonstration, Example, Judgement, SampledTokens, Scored, Turns, says_something
 

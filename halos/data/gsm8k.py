@@ -6,7 +6,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from halos.data.files import Row, read_jsonl
+from halos.data.readers.json_rows import read_jsonl
+from halos.data.row import Row
 from halos.errors import UserError
 from halos.types import Demonstration, Example, Judgement
 

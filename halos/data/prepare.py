@@ -117,7 +117,7 @@ def _key(parts: Any) -> str:
 
 def _code() -> str:
     """Hash the code of this package and of examples.py: any change of it invalidates the cache."""
-    return hash_files([*sorted(Path(__file__).parent.glob("*.py")), Path(examples.__file__)])
+    return hash_files([*sorted(Path(__file__).parent.rglob("*.py")), Path(examples.__file__)])
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -144,7 +144,7 @@ def _write(
     bar = tqdm(desc="tokenising", unit=" rows", delay=2, disable=None, leave=False)
     with bar, closing(Writer(directory)) as writer:
         for number, source in enumerate(opened):
-            counts = Counts(source.source.path)
+            counts = Counts(source.source.path, files=source.files)
             report.append(counts)
             examples = _examples(source, kind, score, counts, transform, bar)
             while batch := list(islice(examples, BATCH)):
@@ -173,7 +173,7 @@ def _examples(
         bar.update()
         if row.left_out:
             counts.examples += 1
-            counts.drop(LEFT_OUT, row.where)
+            counts.drop(row.note or LEFT_OUT, row.where)
             continue
         example = read_example(row, score=score)
         oddities.count_split(row.original or row.record, counts)

@@ -9,7 +9,7 @@ import pytest
 
 from halos.config.custom_formats import custom_formats
 from halos.config.schema import Data
-from halos.data.custom_format import convert_rows, entries_of, with_format
+from halos.data.custom_format import convert_rows, entries_of, with_common
 from halos.data.formats import read_example
 from halos.data.prepare import LEFT_OUT
 from halos.data.sources import Source, content_hash, open_source
@@ -126,4 +126,4 @@ def test_data_format_applies_to_entries_without_a_format() -> None:
                 root=None, format="mine.rows", score="last")  # fmt: skip
     assert [entry["format"] for entry in entries_of(data, "train")] == ["mine.rows", "json", "my.rows"]
     assert custom_formats(data) == {"data.format": "mine.rows", "data.train.2.format": "my.rows"}
-    assert with_format("a.jsonl", None) == "a.jsonl"
+    assert with_common("a.jsonl", {}) == "a.jsonl"

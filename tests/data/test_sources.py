@@ -9,7 +9,8 @@ import pytest
 
 from halos.data import arithmetic
 from halos.data.files import Row
-from halos.data.sources import Source, Split, open_source
+from halos.data.sources import Source, open_source
+from halos.data.split import Split
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration
 
@@ -128,11 +129,15 @@ def test_a_directory_without_splits_is_read_whole_and_one_without_the_split_is_r
     refuses(str(tmp_path), r"a\.jsonl belongs to no split")
 
 
-def test_a_directory_must_hold_files_of_one_kind(tmp_path: Path):
-    refuses(str(tmp_path), "no .json, .jsonl or .parquet file")
-    jsonl(tmp_path / "a.jsonl", ROWS)
-    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "b.parquet")
-    refuses(str(tmp_path), "several kinds")
+def test_a_directory_may_hold_files_of_several_kinds_but_not_the_same_rows_twice(tmp_path: Path):
+    refuses(str(tmp_path), r"\.parquet and \.arrow files are read, and this directory has none")
+    pq.write_table(pa.Table.from_pylist(ROWS[:2]), tmp_path / "b.parquet")
+    jsonl(tmp_path / "a.jsonl", ROWS[2:4])
+    (tmp_path / "c.csv").write_text("prompt,completion\n4?,4.\n")
+    assert prompts(str(tmp_path)) == ["2?", "3?", "0?", "1?", "4?"]
+    assert open_source(Source.of(str(tmp_path)), Demonstration, "train").files == "1 jsonl, 1 parquet, 1 csv"
+    jsonl(tmp_path / "b.jsonl", ROWS)
+    refuses(str(tmp_path), r"b\.jsonl and b\.parquet seem to hold the same rows, which would count twice")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +181,7 @@ def test_rows_of_one_file_are_selected_by_their_column_split(tmp_path: Path):
         ({"path": None, "format": "gsm8k"}, r"set data\.root"),
         ({"path": "a.jsonl", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "a.jsonl", "weight": "2"}, "must be a number"),
-        ({"path": "a.jsonl", "format": "csv"}, "format='csv' must be one of gsm8k, jsonl"),
+        ({"path": "a.jsonl", "format": "xlsx"}, "format='xlsx' must be one of gsm8k, jsonl"),
         ({"path": "arithmetic", "revision": "main"}, "applies to data sets of the hub only"),
         (17, "give a path, a name, or"),
         ("no/such/file.jsonl", r"no/such/file\.jsonl: no such file"),
@@ -307,7 +312,7 @@ def test_linked_directories_are_read_and_circular_links_end(tmp_path: Path) -> N
     assert len(read(str(tmp_path / "d"))) == 5
 
 
-@pytest.mark.parametrize("name", ["train-00001.jsonl.gz", "train.csv", "train/data.arrow"])
+@pytest.mark.parametrize("name", ["train-00001.jsonl.zip", "train.parquet.gz", "train/data.pkl", "train.gz"])
 def test_data_that_would_be_skipped_is_named(tmp_path: Path, name: str) -> None:
     jsonl(tmp_path / "train-00000.jsonl", ROWS)
     (tmp_path / name).parent.mkdir(exist_ok=True)

@@ -1,0 +1,72 @@
+"""Rows of data sets of the hub, org/name or org/name:config, or of a directory or a file of one, hf://datasets/org/name/file.json."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from halos.config.suggest import nearest
+from halos.data.readers.kinds import READERS, is_data, is_read
+from halos.data.readers.streams import CODECS
+from halos.data.row import Row
+from halos.data.split import default_splits
+from halos.errors import UserError, user_errors
+
+_HUB = re.compile(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
+URL = "hf://datasets/"
+_PART = re.compile(rf"{URL}(?P<name>[\w.-]+/[\w.-]+)/(?P<below>[\w./-]+)")
+
+
+def refuse_local(path: str, hint: str, *, is_file: bool) -> None:
+    """Raises UserError for a name that can only be a file's: asking the hub would fail, after half a minute where it is
+    unreachable."""
+    if path.startswith(URL):
+        if not _PART.fullmatch(path):
+            raise UserError(f"{path}: a file or directory of a data set of the hub is written {URL}org/name/file.json")
+    elif is_file or path.startswith(".") or _looks_local(Path(path)) or not _HUB.fullmatch(path):
+        raise UserError(f"{path}: no such file or directory{hint}")
+
+
+def hub_file(path: str, revision: str | None) -> Path | None:
+    """Return the downloaded copy of a file of a data set; None where the path names none."""
+    part = _PART.fullmatch(path)
+    if part is None or not is_read(Path(path)):
+        return None
+    from huggingface_hub import hf_hub_download
+
+    with user_errors(f"{path}: no file of an available data set of the hub"):
+        return Path(hf_hub_download(part["name"], part["below"], repo_type="dataset", revision=revision))
+
+
+def rows_of_hub(path: str, split: str, revision: str | None, purpose: str, hint: str) -> tuple[str, Callable[[], Iterator[Row]]]:
+    """Return the fingerprint and the rows of a split; of that of `purpose` where `split` is empty."""
+    from datasets import Dataset, DatasetDict, load_dataset
+
+    part = _PART.fullmatch(path)
+    where: dict[str, Any] = {"data_dir": part["below"]} if part else {}
+    name, _, config = (part["name"] if part else path).partition(":")
+    with user_errors(f"{path}: neither a file or directory here nor an available data set of the hub", hint.removeprefix("; ")):
+        loaded = load_dataset(name, config or None, split=split or None, revision=revision, **where)
+    if isinstance(loaded, DatasetDict):
+        has = [str(name) for name in loaded]
+        split = next((name for name in default_splits(purpose) if name in has), "")
+        if not split:
+            raise UserError(f"{path}: which split? It has {', '.join(has)}; write {{path: {path}, split: ...}}")
+        loaded = loaded[split]
+    assert isinstance(loaded, Dataset)
+    table = loaded
+
+    def rows() -> Iterator[Row]:
+        return (Row(dict(record), f"{path}[{split}]:{n}") for n, record in enumerate(table, 1))
+
+    return table._fingerprint, rows
+
+
+def misspelled(path: str, known: list[str]) -> str:
+    near = nearest(path, known)
+    return f"; did you mean '{near}'?" if near else ""
+
+
+def _looks_local(path: Path) -> bool:
+    is_file = path.suffix.removeprefix(".").lower() in {*READERS, *CODECS, "txt"} or is_data(path)
+    return is_file or (len(path.parts) > 1 and path.parent.is_dir())

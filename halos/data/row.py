@@ -1,0 +1,29 @@
+"""Row: the columns of one row of data, and its position, so that messages can name it."""
+
+from typing import Any, NamedTuple
+
+from halos.errors import UserError
+from halos.examples import Example
+
+
+class Row(NamedTuple):
+    """One row of data and its position, `train.jsonl:12`."""
+
+    record: dict[str, Any]
+    where: str
+    left_out: bool = False  # by a custom format, a filter, or an adapter
+    example: Example | None = None  # of a custom format, instead of columns
+    original: dict[str, Any] | None = None  # the row as it was read, where `record` was made of it
+    note: str = ""  # what was made of the row, for the counts of the header; the reason where it is left out
+
+
+def row_of(value: Any, where: str) -> Row:
+    """Raises UserError for a value that has no columns."""
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: a row is an object with named columns, this is {type_name(value)}")
+    return Row(value, where)
+
+
+def type_name(value: Any) -> str:
+    names = {"list": "a list", "str": "text", "int": "a number", "float": "a number", "bool": "true or false", "NoneType": "null"}
+    return names.get(type(value).__name__, type(value).__name__)
