@@ -8,6 +8,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
+from halos.data.endings import Ending, Endings, common
 from halos.data.messages import WEIGHT, is_learned
 from halos.data.omissions import OmissionCheck
 from halos.errors import UserError
@@ -71,7 +72,10 @@ class Template:
         special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         self._special = any_of(special)
         self._added = any_of([*special, *map(str, added)])
-        self._suffix: str | None = None
+        self._endings = Endings(
+            lambda turns: self._render(turns, "a turn", generate=False), self._special, self._added, bos=tokenizer.bos_token,
+            eos=tokenizer.eos_token,
+        )  # fmt: skip
         self._row_check = OmissionCheck(lambda turns: self._render(turns, "a row", generate=False))
         self._prompt_check = OmissionCheck(lambda turns: self._render(turns, "a prompt", generate=True))
 
@@ -117,17 +121,14 @@ class Template:
         text, spans, exact = full, [], True
         for n in learned:
             before, turn = (*prompt, *completion[:n]), completion[n]
-            upto = full if n == learned[-1] else self._render((*before, turn), where, generate=False)
+            ending = self._endings.of(turn, before)
             opening = start if n == 0 else self._render(before, where, generate=True)
-            if cut and n == learned[-1]:
-                text = upto[: (end := self._end_of_words(before, turn, upto, where))]
+            if n != learned[-1]:
+                upto = self._render((*before, turn), where, generate=False)
+                end = self._end_within(full, upto, turn, ending, where)
             else:
-                text, end = self._end(before, turn, upto, where, last=n == learned[-1])
-            if n != learned[-1] and full[:end] != text[:end]:
-                raise UserError(
-                    f"{where}: the chat template changes an assistant turn once others follow it, so not all of them can be "
-                    "scored in one row; use data.score=last"
-                )
+                upto, text = full, full[: self._end_of_words(full, turn, ending)] if cut else self._ended(full, turn, ending)
+                end = len(text)
             spans.append((self._start(before, turn, opening, upto, where), end))
             exact &= spans[-1][0] == len(opening)
         self._row_check.refuse(turns, full, where, learned=[len(prompt) + n for n in learned])
@@ -138,7 +139,7 @@ class Template:
         if full.startswith(opening):
             return len(opening)
         bare = self._render(before, where, generate=False)
-        cut = _common(opening, full)
+        cut = common(opening, full)
         content = str(turn.get("content") or "").strip()
         if content and (at := full.find(content, len(bare))) >= 0:
             cut = min(cut, at)
@@ -150,35 +151,42 @@ class Template:
             )
         return cut
 
-    def _end(self, before: Turns, turn: Message, full: str, where: str, *, last: bool) -> tuple[str, int]:
-        """Return `full`, and the index after the end token that follows the assistant's words.
+    def _end_within(self, full: str, upto: str, turn: Message, ending: Ending, where: str) -> int:
+        """Return the index in `full` after the end token of a turn that others follow; `upto` is the text that ends with it."""
+        at = self._end_of_words(upto, turn, ending)
+        if full[:at] != upto[:at]:
+            raise UserError(
+                f"{where}: the chat template changes an assistant turn once others follow it, so not all of them can be "
+                "scored in one row; use data.score=last"
+            )
+        after, end = full[at:].lstrip(), len(upto) - len(ending.rest)
+        if ending.written and ending.everywhere and upto.endswith(ending.token + ending.rest) and full[:end] == upto[:end]:
+            return end
+        if not ending.written and after.startswith(ending.token):
+            return len(full) - len(after) + len(ending.token)
+        raise UserError(
+            f"{where}: the chat template writes no end token after an assistant turn that others follow, so a model would not"
+            " learn to end it; use data.score=last, or another model.chat_template"
+        )
 
-        Where the template writes none, the last turn gets the tokenizer's end token, and an earlier one gets none.
-        """
-        at = self._end_of_words(before, turn, full, where)
-        if end := self._special.search(full, at) or self._added.search(full, at):
-            return full[: end.end()] if last else full, end.end()
-        if not last:
-            return full, at
-        if self._tokenizer.eos_token is None:
+    def _ended(self, full: str, turn: Message, ending: Ending) -> str:
+        """Return `full` up to the end token of its last turn: the template's, else the tokenizer's in its place."""
+        if ending.written and ending.token and full.endswith(ending.token + ending.rest):
+            return full[: len(full) - len(ending.rest)]
+        at = self._end_of_words(full, turn, ending)
+        if ending.written and (end := self._special.search(full, at) or self._added.search(full, at)):
+            return full[: end.end()]
+        token = self._tokenizer.eos_token if ending.written else ending.token
+        if token is None:
             raise UserError("neither the chat template nor the tokenizer has an end token, so no completion could end")
-        full = full[:at] + full[at:].rstrip() + self._tokenizer.eos_token
-        return full, len(full)
+        return full[:at] + full[at:].rstrip() + token
 
-    def _end_of_words(self, before: Turns, turn: Message, full: str, where: str) -> int:
-        suffix = self._after_content(before, where)
-        if full.endswith(suffix):
-            return len(full) - len(suffix)
+    def _end_of_words(self, full: str, turn: Message, ending: Ending) -> int:
+        if full.endswith(ending.tail):
+            return len(full) - len(ending.tail)
         content = str(turn.get("content") or "").strip()
         content_start = full.rfind(content) if content and not turn.get("tool_calls") else -1
         return content_start + len(content) if content_start >= 0 else self._last_token(full)
-
-    def _after_content(self, before: Turns, where: str) -> str:
-        """Return what the template writes after the words of a conversation's last assistant turn."""
-        if self._suffix is None:
-            one, other = (self._render((*before, {"role": "assistant", "content": word}), where, generate=False) for word in "xy")
-            self._suffix = one[len(one) - _common(one[::-1], other[::-1]) :]
-        return self._suffix
 
     def _last_token(self, full: str) -> int:
         """Return the index of the special token that ends `full`; its length where there is none."""
@@ -190,8 +198,3 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str]:
     """Return a pattern that matches each of `tokens`, a longer one before one that it contains."""
     longest_first = sorted(set(filter(None, tokens)), key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-
-
-def _common(one: str, other: str) -> int:
-    """Return the length of the longest common prefix."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from halos.data.endings import CALL
 from halos.data.messages import is_learned
 from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
@@ -179,14 +180,19 @@ class Encoder:
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
-    """Return the special token that ends an assistant turn in training; empty where the template refuses a plain turn."""
-    turns = Demonstration(({"role": "user", "content": "x"},), ({"role": "assistant", "content": "y"},))
-    try:
-        (encoded,) = Encoder(tokenizer, max_length=2**31, truncation="drop").encode([(turns, "a plain turn")])
-    except UserError:
-        return ()
-    last = int(encoded.completions[0].ids[-1]) if isinstance(encoded, Encoded) else None
-    return (last,) if last is not None and (last in tokenizer.added_tokens_decoder or last == tokenizer.eos_token_id) else ()
+    """Return the tokens that end assistant turns in training, those with tool calls included; empty where the template refuses a
+    plain turn."""
+    plain = Demonstration(({"role": "user", "content": "x"},), ({"role": "assistant", "content": "y"},))
+    encoder, stops = Encoder(tokenizer, max_length=2**31, truncation="drop"), dict[int, None]()
+    for example in (plain, replace(plain, completion=(CALL,))):
+        try:
+            (encoded,) = encoder.encode([(example, "a plain turn")])
+        except UserError:
+            continue
+        last = int(encoded.completions[0].ids[-1]) if isinstance(encoded, Encoded) else None
+        if last is not None and (last in tokenizer.added_tokens_decoder or last == tokenizer.eos_token_id):
+            stops[last] = None
+    return tuple(stops)
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -37,10 +37,11 @@ def test_an_end_token_within_the_content_does_not_end_the_completion():
     assert layout.completions == ("Write <|im_end|> to stop.<|im_end|>",)
 
 
-def test_of_two_end_tokens_the_first_ends_the_completion():
-    twice = CHATML.replace("'<|im_end|>'", "'<|im_end|></s>'")
+def test_of_several_end_tokens_the_last_ends_the_completion_or_the_tokenizers_own():
+    twice = CHATML.replace("'<|im_end|>'", "'<|eot|><|im_end|>'")
     assert twice != CHATML
-    assert lay_out(twice).completions == ("It is 2.<|im_end|>",)
+    assert lay_out(twice).completions == ("It is 2.<|eot|><|im_end|>",)
+    assert lay_out(twice, eos="<|eot|>").completions == ("It is 2.<|eot|>",)
 
 
 def test_trimmed_content_still_ends_at_its_end_token():

@@ -1,0 +1,100 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from halos.data.template import Layout, Template
+from halos.data.tokenize import Encoded, Encoder, end_of_turn
+from halos.errors import UserError
+from halos.types import Demonstration
+from launch.templates import CHECKS, FIXTURES, Family, asks, cells, families, fault_of, line, says
+
+from .tokenizers import CHATML, NO_END, tokenizer, turn, user
+from .tokenizers import says as answer
+
+PROMPT = (user("What is 1 + 1?"),)
+TALK = (answer("It is 2."), user("And then?"), answer("Three."))
+# As Command-R's later ones: the words are closed before the turn is, and the next turn begins at once.
+CLOSED = """\
+{% for m in messages %}{{ '<|start|>' + m['role'] + '<|end|>' + m['content'] + '<|im_end|><|eot|>' }}{% endfor %}\
+<|start|>assistant{% if add_generation_prompt %}<|end|>{% endif %}"""
+# As GLM-4.5's: a turn is ended by the token that begins the next one.
+BY_NEXT = """\
+{% for m in messages %}{{ {'user': '<|user|>', 'tool': '<|good|>', 'assistant': '<|assistant|>'}[m['role']] }}{{ m['content'] }}\
+{% for call in m['tool_calls'] or [] %}{{ '<tool_call>' + call['function'] | tojson + '</tool_call>' }}{% endfor %}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+
+
+def scored(template: str, *, eos: str = "</s>") -> list[str]:
+    layout: Layout = Template(tokenizer(template, eos=eos)).lay_out(PROMPT, (TALK,), "a.jsonl:7")
+    return [layout.completions[0][start:end] for start, end in layout.spans[0]]
+
+
+def stops(template: str, *, eos: str = "</s>") -> list[str]:
+    made = tokenizer(template, eos=eos)
+    return made.convert_ids_to_tokens(list(end_of_turn(made)))
+
+
+def test_the_end_token_is_the_last_before_the_next_turn_and_every_scored_turn_has_it():
+    for eos in ("<|eot|>", "</s>"):
+        assert scored(CLOSED, eos=eos) == ["It is 2.<|im_end|><|eot|>", "Three.<|im_end|><|eot|>"]
+        assert stops(CLOSED, eos=eos) == ["<|eot|>"]
+
+
+def test_where_the_next_turn_ends_a_turn_its_first_token_is_scored_and_stops_generation():
+    assert scored(BY_NEXT) == ["It is 2.<|user|>", "Three.<|user|>"]
+    assert stops(BY_NEXT) == ["<|user|>", "<|good|>"]
+    call = {**turn("assistant", ""), "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    layout = Template(tokenizer(BY_NEXT)).lay_out(PROMPT, ((call, turn("tool", "2"), *TALK),), "")
+    text, spans = layout.completions[0], layout.spans[0]
+    assert [text[start:end].rpartition(">")[0].rpartition("<")[2] for start, end in spans] == ["|good|", "|user|", "|user|"]
+
+
+@pytest.mark.parametrize(
+    "template", [NO_END, CHATML.replace("+ '<|im_end|>'", "+ ('</s>' if loop.last and m['role'] != 'user' else '')")]
+)
+def test_earlier_turns_that_no_token_ends_are_not_scored_silently(template):
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template writes no end token after an assistant turn that others"):
+        scored(template)
+    layout = Template(tokenizer(template)).lay_out((*PROMPT, *TALK[:2]), (TALK[2:],), "")
+    assert layout.completions == ("Three.</s>",)
+
+
+# --- known families
+
+
+@pytest.mark.parametrize("family", families(), ids=lambda family: family.name)
+def test_no_conversation_is_tokenised_wrong_and_none_more_is_refused(family: Family):
+    found = cells(family)
+    assert not {name: why for name, (cell, why) in found.items() if cell == "WRONG"}
+    assert line(family.name, *(cell for cell, _ in found.values())) in (FIXTURES / "table.md").read_text().splitlines()
+
+
+def test_the_table_has_every_family_and_conversation():
+    first, _, *rows = (FIXTURES / "table.md").read_text().splitlines()
+    assert first == line("template", *CHECKS)
+    assert [row.split(" | ")[0][2:] for row in rows[: len(families())]] == [family.name for family in families()]
+
+
+def test_the_rule_of_the_table_sees_every_wrong_flag_of_a_mask():
+    (family,) = families(["chatml"])
+    made, talk = family.tokenizer(), [asks("ask1z"), says("say2z"), asks("ask3z"), says("say4z")]
+    talk[1].scored = talk[3].scored = True
+    example = Demonstration((talk[0].turn,), tuple(said.turn for said in talk[1:]))
+    (done,) = Encoder(made, max_length=1000, truncation="error").encode([(example, "")])
+    assert isinstance(done, Encoded)
+    pieces = [made.decode([token]) for token in (*done.prompt, *done.completions[0].ids)]
+    right = np.concatenate([np.zeros(len(done.prompt), bool), done.completions[0].scored])
+
+    def fault(mask: np.ndarray, family: Family = family) -> str | None:
+        flags = [bool(flag) for piece, flag in zip(pieces, mask, strict=True) for _ in piece]
+        return fault_of(family, "".join(pieces), flags, talk, ())
+
+    assert fault(right) is None
+    for n in range(len(right)):
+        assert fault(right ^ (np.arange(len(right)) == n)), f"token {n}, {pieces[n]!r}"
+    for shift in (-1, 1):
+        assert fault(np.roll(right, shift))
+    assert fault(right, replace(family, end="<|endoftext|>"))
+    talk[1].words.append("lost5z")
+    assert "lost" in (fault(right) or "")
