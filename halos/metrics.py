@@ -7,6 +7,8 @@ from torch import Tensor
 
 from halos.types import Mean
 
+PART = "loss/"  # before the names of the parts of a loss that is a sum
+
 
 class Meter:
     """Accumulates `Mean`s on their device; `reduce` turns them into totals over all ranks, in one collective."""
@@ -45,6 +47,12 @@ def _table(names: Sequence[str], sums: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([*(sums.get(name, nothing) for name in names), nothing + len(sums.keys() - {*names})])
 
 
+def loss_of(means: Mapping[str, float]) -> dict[str, float]:
+    """The metric `loss` of a loss that is a sum, whose parts have means of their own; empty where it is there or nothing is."""
+    parts = [value for name, value in means.items() if name.startswith(PART)]
+    return {"loss": sum(parts)} if parts and "loss" not in means else {}
+
+
 class Window:
     """Totals since the last logged step."""
 
@@ -59,4 +67,5 @@ class Window:
 
     def means(self) -> dict[str, float]:
         """total / count of each; a mean whose count is 0 (KTO with one class only) is left out."""
-        return {name: total / count for name, (total, count) in self.totals.items() if count}
+        means = {name: total / count for name, (total, count) in self.totals.items() if count}
+        return {**loss_of(means), **means}

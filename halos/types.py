@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import register_pytree_node
 
 from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Turns  # noqa: F401
+from halos.loss_result import Loss, Mean  # noqa: F401
 from halos.ranges import Range as Range  # re-exported, as examples are: a user's own loss imports all it needs from here
 from halos.sequences import HostSequences, Sequences, Tree, WholeModelInput  # noqa: F401
 from halos.transfer import to_device
@@ -96,7 +97,7 @@ class TokenLogps(LossInput):
 
     @staticmethod
     def derived(means: Mapping[str, float]) -> dict[str, float]:
-        return {"perplexity": math.exp(min(means["loss"], 700.0))}
+        return {"perplexity": math.exp(min(means.get("nll", means["loss"]), 700.0))}
 
 
 # FSDP finds the tensors of a module's output through pytrees; their gradients trigger its all-gather in the backward pass
@@ -260,31 +261,3 @@ class Estimates:
     advantages: Tensor  # (rows, time); 0 outside the mask
     returns: Tensor | None  # (rows, time) regression targets of a value head
     metrics: Mapping[str, Mean]
-
-
-# --- results of a loss -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Mean:
-    """A total and its count, kept separate so that a mean over micro-batches and ranks is exact."""
-
-    total: Tensor  # ()
-    count: Tensor  # ()
-
-    @classmethod
-    def of(cls, values: Tensor, where: Tensor | None = None) -> Mean:
-        """The mean of `values`, or of those where the boolean `where` is true; both have the same shape."""
-        values = values.detach().float()
-        if where is None:
-            return cls(values.sum(), values.new_full((), values.numel()))
-        return cls(torch.where(where, values, 0.0).sum(), where.sum().float())
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """Unreduced: the trainer sums `values` and divides by a denominator counted over the whole global batch."""
-
-    values: Tensor  # (rows,) or (rows, time)
-    metrics: Mapping[str, Mean]
-    per: Literal["item", "token"] = "item"  # the denominator: items (pairs, examples) of the global batch, or their scored tokens

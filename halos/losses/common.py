@@ -10,6 +10,11 @@ def won(better: Tensor, worse: Tensor) -> Tensor:
     return (better > worse).float() + 0.5 * (better == worse).float()
 
 
+def log_ratios(policy: Pair, reference: Pair) -> tuple[Tensor, Tensor]:
+    """log pi / pi_ref of the chosen and of the rejected completions: (rows,) each."""
+    return policy.chosen.sum - reference.chosen.sum, policy.rejected.sum - reference.rejected.sum
+
+
 def pair_metrics(policy: Pair, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Mean]:
     """Implicit rewards (rows,), and two accuracies: of the implicit reward, and of the policy's own ranking.
 

@@ -47,7 +47,8 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
 def metrics_of(loss: LossSpec) -> frozenset[str] | None:
     """Return the names of a loss's evaluation metrics; None if it fails on dummy inputs, as a user's own loss may."""
     try:
-        names = {*ALWAYS, *loss.function(*_arguments(loss)).metrics}
+        returned = loss.function(*_arguments(loss))
+        names = {*ALWAYS, *returned.metrics, *returned.terms}
         if loss.advantages is not None:
             controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}
             names |= loss.advantages(_sampled(loss), **controlled).metrics.keys()

@@ -162,8 +162,9 @@ class Trainer(Objective):
         if totals.pop("written", (0.0,))[0] == run.accelerator.num_processes:
             self.checkpointer.finish_save()
         if not is_finite:
-            total, count = totals["loss"]
-            self.guard.skip(self.train, parts, loss=total / count, norm=norm)
+            window = Window()
+            window.add(totals)
+            self.guard.skip(self.train, parts, loss=window.means().get("loss", math.nan), norm=norm)
         return totals if is_finite else {}
 
     def _backward(self, microbatches: list[MicroBatch], indices: np.ndarray) -> tuple[Meter, list[Contribution]]:
@@ -176,9 +177,10 @@ class Trainer(Objective):
                 self._prepare(self.train, self._following, run.step + 1)
             with nullcontext() if last else run.strategy.accumulate(run.module):
                 loss = self._loss(microbatch, statistics, len(indices))
-                total, means = loss.values.sum() * microbatch.weight, self._means(loss, microbatch)
-                # gradients are averaged over ranks: scale the sum back up before dividing by the global denominator
-                total = total * world / denominators[loss.per]
+                means = self._means(loss, microbatch)
+                # gradients are averaged over ranks: scale the sums back up before dividing by the global denominators
+                total = torch.stack([part.values.sum() * microbatch.weight * world / denominators[part.per]
+                                     for part in loss.terms.values()]).sum()  # fmt: skip
                 if (balance := self._balance(microbatch, routing)) is not None and self.router is not None:
                     total = total + self.router.weight * balance.total * microbatch.weight * world
                     means["router_aux_loss"] = balance

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from halos.errors import UserError
+from halos.metrics import PART
 from halos.types import Loss, Mean
 
-PER = ("item", "token")  # what `Loss.per` may be
 # names of a line of metrics.jsonl that the trainer fills, and of what the ranks sum with the metrics
 RESERVED = frozenset((
     "loss", "router_aux_loss", "kl_coefficient", "grad_norm", "stop", "written", "step", "split", "lr", "examples", "tokens",
@@ -22,8 +22,19 @@ def checked_loss(loss: Any, name: str, policy: Any, items: int) -> Loss:
     """Return what the loss `name` returned. Raises UserError where that is wrong. `policy`: its first argument."""
     if not isinstance(loss, Loss):
         raise UserError(f"the loss {name} returns a {type(loss).__name__}: return a halos.types.Loss")
-    if loss.per not in PER:
-        raise UserError(f"the loss {name} returns per={loss.per!r}: it is {' or '.join(PER)}")
+    for term in loss.terms.values():
+        _refuse_shape(term, name, policy, items)
+    if torch.is_grad_enabled() and not loss.values.requires_grad and any(part.requires_grad for part in _tensors(policy)):
+        _refuse_constant(loss.values, name)
+    refuse_metrics(loss.metrics, name)
+    return _exact(loss)
+
+
+def _refuse_shape(loss: Loss, name: str, policy: Any, items: int) -> None:
+    """Raises UserError for a denominator that is not counted, and values that are not of items or tokens."""
+    per = ("item", "token", *(f"{each}_token" for each in type(policy).example.completed))
+    if loss.per not in per:
+        raise UserError(f"the loss {name} returns per={loss.per!r}: it is {' or '.join(per)}")
     widths = {tensor.shape[1] for tensor in _tensors(policy) if tensor.ndim == 2}
     shape, allowed = tuple(loss.values.shape), [(items,), *((items, width) for width in sorted(widths))]
     if shape not in allowed:
@@ -31,11 +42,14 @@ def checked_loss(loss: Any, name: str, policy: Any, items: int) -> Loss:
             f"the loss {name} returns values of shape {shape} for {items} items: the loss of each item"
             f"{' or token' if widths else ''}, not reduced, has the shape {' or '.join(map(str, allowed))}"
         )
-    if torch.is_grad_enabled() and not loss.values.requires_grad and any(part.requires_grad for part in _tensors(policy)):
-        _refuse_constant(loss.values, name)
-    refuse_metrics(loss.metrics, name)
-    is_exact = loss.values.dtype in (torch.float32, torch.float64)
-    return loss if is_exact else replace(loss, values=loss.values.float())  # half precision would lose digits of the sum
+
+
+def _exact(loss: Loss) -> Loss:
+    """Return the loss in at least float32: half precision would lose digits of the sum."""
+    values = loss.values if loss.values.dtype in (torch.float32, torch.float64) else loss.values.float()
+    parts = {name: _exact(part) for name, part in loss.parts.items()}
+    unchanged = values is loss.values and all(part is loss.parts[name] for name, part in parts.items())
+    return loss if unchanged else replace(loss, values=values, parts=parts)
 
 
 def _refuse_constant(values: Tensor, name: str) -> None:
@@ -55,7 +69,7 @@ def refuse_metrics(metrics: Mapping[str, Any], loss: str) -> None:
     for name, mean in metrics.items():
         if not isinstance(name, str):
             raise UserError(f"the loss {loss} returns a metric {name}, whose name is a {type(name).__name__}: names are text")
-        if name in RESERVED:
+        if name in RESERVED or name.startswith(PART):
             raise UserError(f"the loss {loss} returns a metric {name}, which is the trainer's: give it another name")
         if not isinstance(mean, Mean):
             raise UserError(f"the loss {loss} returns a {type(mean).__name__} as metric {name}: return halos.types.Mean.of(...)")

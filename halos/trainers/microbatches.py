@@ -56,7 +56,7 @@ class MicroBatch:
     items: Sequence[Item]
     mismatched_partners: Sequence[Item]
     positions: np.ndarray  # (items,) indices into the global batch
-    num_scored: int  # number of scored tokens
+    scored: np.ndarray  # (completions,) scored tokens of the items' first completions, their second ones, ...
     weight: float
     seed: int
     packed: Later[HostSequences]  # the items' rows
@@ -130,9 +130,9 @@ def split_into_microbatches(
         rows, partners = indices[positions], split.mismatched_partners
         partner_items = [split.rows[int(i)] for i in partners[rows]] if partners is not None else []
         seed = int(np.random.SeedSequence([*seeds, rank, number]).generate_state(1, np.uint64)[0] >> 1)
-        items, num_scored = [split.rows[int(i)] for i in rows], int(split.rows.scored[rows].sum())
+        items, scored = [split.rows[int(i)] for i in rows], split.rows.scored[rows].sum(0)
         packed = Later(partial(pack, items))
-        microbatches.append(MicroBatch(items, partner_items, positions, num_scored, weight, seed, packed))
+        microbatches.append(MicroBatch(items, partner_items, positions, scored, weight, seed, packed))
     return microbatches
 
 

@@ -83,9 +83,15 @@ class Objective:
         return split_into_microbatches(split, indices, accelerator, bounds=self.bounds, seeds=seeds, pack=self._pack)
 
     def _denominators(self, split: Split, indices: np.ndarray) -> dict[str, int]:
-        """The denominators that `Loss.per` chooses from: items and scored tokens of the whole global batch, counted in the data,
-        so known before the first backward. Of tokens at least 1: a minibatch may hold nothing but samples that were cut."""
-        return {"item": len(indices), "token": max(1, int(split.rows.scored[indices].sum()))}
+        """The denominators that `Loss.per` chooses from, of the whole global batch: counted in the data, so that they are known
+        before the first backward. At least 1: a minibatch may hold nothing but samples that were cut."""
+        counts = self._counts(len(indices), split.rows.scored[indices].sum(0))
+        return {per: max(1, count) for per, count in counts.items()}
+
+    def _counts(self, items: int, scored: np.ndarray) -> dict[str, int]:
+        """Of so many items, whose completions have so many `scored` tokens (completions,): what each `Loss.per` divides by."""
+        tokens = zip(self.loss.inputs.example.completed, scored.tolist(), strict=True)
+        return {"item": items, "token": int(scored.sum()), **{f"{name}_token": int(count) for name, count in tokens}}
 
     @torch.no_grad()
     def _statistics(self, microbatches: list[MicroBatch], total: int) -> Tensor | None:
@@ -141,8 +147,10 @@ class Objective:
         return checked_loss(loss, self.loss.name, arguments[0], len(microbatch.items))
 
     def _means(self, loss: Loss, microbatch: MicroBatch) -> dict[str, Mean]:
-        denominator = len(microbatch.items) if loss.per == "item" else microbatch.num_scored
-        return {**loss.metrics, "loss": Mean(loss.values.detach().sum(), loss.values.new_full((), float(denominator)))}
+        counts, values = self._counts(len(microbatch.items), microbatch.scored), loss.values
+        means = {name: Mean(part.values.detach().sum(), values.new_full((), float(counts[part.per])))
+                 for name, part in loss.terms.items()}  # fmt: skip
+        return {**loss.metrics, **means}
 
     def _balance(self, microbatch: MicroBatch, routing: Tensor | None) -> Mean | None:
         """A micro-batch's part of the routers' balancing loss, after its forward pass; None where there is no such loss."""

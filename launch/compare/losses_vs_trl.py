@@ -10,148 +10,17 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import trl
+from parity import Row, compared, means
+from parity_pairs import family_rows, paired_rows
 from torch import Tensor
-from trl_replay import (
-    PAIRS,
-    WIDTH,
-    Batch,
-    Outcome,
-    averaged,
-    trl_cpo,
-    trl_dpo,
-    trl_grpo,
-    trl_kto,
-    trl_reward,
-    trl_rloo,
-    trl_sft,
-)
+from trl_replay import PAIRS, WIDTH, Batch, Outcome, averaged, trl_grpo, trl_kto, trl_reward, trl_rloo, trl_sft
 
-from halos.losses import cdpo, dpo, grpo, ipo, kto, reward, rloo, sft, simpo, slic
-from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts
-
-TOLERANCE = 2e-6  # relative, of float32 sums
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table."""
-
-    ours: str
-    theirs: str
-    run_ours: Callable[[], Outcome]
-    run_theirs: Callable[[], Outcome]
-    why_not: str = ""  # how the conventions differ; empty where the two must be equal
-    note: str = ""
-
-
-def means(loss: Loss) -> dict[str, float]:
-    return {name: (mean.total / mean.count).item() for name, mean in loss.metrics.items() if mean.count}
-
-
-def paired_rows(batch: Batch) -> list[Row]:
-    policy, reference = batch.pairs()
-
-    def ours(function: Callable[..., Loss], *pairs: Pair, **hyperparameters: Any) -> Callable[[], Outcome]:
-        def run() -> Outcome:
-            loss = function(*pairs, **hyperparameters)
-            return batch.outcome(loss.values.mean(), means(loss))
-
-        return run
-
-    def one_by_one(loss_type: str, **hyperparameters: float) -> Callable[[], Outcome]:
-        """Return TRL's loss of each pair alone, averaged."""
-
-        def run() -> Outcome:
-            alone = [batch.rows(slice(i, None, PAIRS)) for i in range(PAIRS)]
-            parts = [(trl_cpo if loss_type == "hinge" else trl_dpo)(part, loss_type, **hyperparameters) for part in alone]
-            gradient = torch.stack([x.gradient for x in parts], 1).flatten(0, 1) / PAIRS
-            return Outcome(torch.stack([x.loss for x in parts]).mean(), gradient, {})
-
-        return run
-
-    both = (policy, reference)
-    per_token = "rewards: ours are tau x log-ratio per token (what the loss compares), TRL's beta x whole log-ratio"
-    return [
-        Row(
-            "dpo, beta .1",
-            "DPO `sigmoid`",
-            ours(dpo.dpo, *both, beta=0.1),
-            lambda: trl_dpo(batch, "sigmoid", beta=0.1),
-        ),
-        Row(
-            "ipo, tau .1, mean",
-            "DPO `ipo`",
-            ours(ipo.ipo, *both, tau=0.1, average="mean"),
-            lambda: trl_dpo(batch, "ipo", beta=0.1),
-            note=per_token,
-        ),
-        Row(
-            "ipo, tau .1, sum",
-            "DPO `ipo`",
-            ours(ipo.ipo, *both, tau=0.1, average="sum"),
-            lambda: trl_dpo(batch, "ipo", beta=0.1),
-            why_not="`sum` is the paper's text; TRL's DPO always divides by length",
-        ),
-        Row(
-            "cdpo, e .2",
-            "DPO `aot`, label_smoothing .2, one pair at a time",
-            ours(cdpo.cdpo, *both, beta=0.1, label_smoothing=0.2),
-            one_by_one("aot", beta=0.1, label_smoothing=0.2),
-            note="TRL has no cDPO; AOT of a single pair (nothing to sort) is its formula",
-        ),
-        Row(
-            "cdpo, e .2",
-            "DPO `sigmoid`, label_smoothing .2",
-            ours(cdpo.cdpo, *both, beta=0.1, label_smoothing=0.2),
-            lambda: trl_dpo(batch, "sigmoid", beta=0.1, label_smoothing=0.2),
-            why_not="TRL ignores label_smoothing with `sigmoid`: plain DPO",
-        ),
-        Row(
-            "cdpo, e .2",
-            "DPO `robust`, label_smoothing .2",
-            ours(cdpo.cdpo, *both, beta=0.1, label_smoothing=0.2),
-            lambda: trl_dpo(batch, "robust", beta=0.1, label_smoothing=0.2),
-            why_not="another loss: the flip term has the other sign, over 1 - 2e",
-        ),
-        Row(
-            "simpo, beta 2, gamma 1",
-            "CPO `simpo`, simpo_gamma 1, cpo_alpha 0",
-            ours(simpo.simpo, policy, beta=2.0, gamma=1.0, gamma_over_beta=None),
-            lambda: trl_cpo(batch, "simpo", beta=2.0, gamma=1.0),
-            note="logps: ours are sums, TRL's CPO logs averages here; its default cpo_alpha 1 would add cross-entropy",
-        ),
-        Row(
-            "slic, delta 1, lambda 0",
-            "CPO `hinge`, beta 1, cpo_alpha 0",
-            ours(slic.slic, policy, delta=1.0, regularization=0.0, average="sum"),
-            lambda: trl_cpo(batch, "hinge", beta=1.0),
-        ),
-        Row(
-            "slic, delta 1, lambda .1, mean",
-            "CPO `hinge`, beta 1, cpo_alpha .1, one pair at a time",
-            ours(slic.slic, policy, delta=1.0, regularization=0.1, average="mean"),
-            one_by_one("hinge", beta=1.0, alpha=0.1),
-        ),
-        Row(
-            "slic, delta 1, lambda .1, mean",
-            "CPO `hinge`, beta 1, cpo_alpha .1",
-            ours(slic.slic, policy, delta=1.0, regularization=0.1, average="mean"),
-            lambda: trl_cpo(batch, "hinge", beta=1.0, alpha=0.1),
-            why_not="TRL's cross-entropy is a mean over the micro-batch's tokens, ours over pairs",
-        ),
-        Row(
-            "slic, delta 1, lambda 0",
-            "DPO `hinge`, beta .1",
-            ours(slic.slic, policy, delta=1.0, regularization=0.0, average="sum"),
-            lambda: trl_dpo(batch, "hinge", beta=0.1),
-            why_not="RSO's hinge, not SLiC: on log-ratios to a reference, scaled by beta",
-        ),
-    ]
+from halos.losses import grpo, kto, reward, rloo, sft
+from halos.types import Labelled, Mismatched, PairScores, Rollouts
 
 
 def rollout_rows() -> list[Row]:
@@ -278,24 +147,6 @@ def sft_rows(batch: Batch) -> list[Row]:
     return [Row("sft, the whole batch", "SFT `nll`, micro-batches of 3 and 13 rows", ours, lambda: trl_sft(parts))]
 
 
-def far(ours: float, theirs: float) -> bool:
-    return abs(ours - theirs) > 1e-5 * max(1.0, abs(theirs))
-
-
-def compared(row: Row) -> tuple[str, bool]:
-    """Return the row in Markdown, and whether its result is the expected one."""
-    ours, theirs = row.run_ours(), row.run_theirs()
-    off = abs(ours.loss - theirs.loss).item()
-    gap = (ours.gradient - theirs.gradient).abs().max().item()
-    equal = off <= TOLERANCE * max(1.0, abs(theirs.loss.item())) and gap <= TOLERANCE * max(1.0, theirs.gradient.abs().max())
-    shared = sorted(ours.metrics.keys() & theirs.metrics.keys())
-    differing = [name for name in shared if far(ours.metrics[name], theirs.metrics[name])]
-    metrics = "-" if not shared or not equal else f"{len(shared) - len(differing)} of {len(shared)}"
-    verdict = "**equal**" if equal else f"differs: {row.why_not}" if row.why_not else "**DIFFERS, and should not**"
-    numbers = f"{ours.loss.item():.7f} | {theirs.loss.item():.7f} | {gap:.0e}"
-    return f"| {row.ours} | {row.theirs} | {numbers} | {metrics} | {verdict} | {row.note} |", equal == (not row.why_not)
-
-
 def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -304,7 +155,7 @@ def main() -> int:
     print("| ours | TRL's trainer | our loss | TRL's loss | largest gradient gap | metrics equal | verdict | note |")
     print("|---|---|---|---|---|---|---|---|")
     right = True
-    for row in [*sft_rows(batch), *paired_rows(batch), *kto_rows(), *reward_rows(), *rollout_rows()]:
+    for row in [*sft_rows(batch), *paired_rows(batch), *family_rows(batch), *kto_rows(), *reward_rows(), *rollout_rows()]:
         line, as_expected = compared(row)
         print(line, flush=True)
         right &= as_expected

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from halos.types import Pair, TokenLogps
@@ -98,12 +99,13 @@ def logged(trainer: Any) -> dict[str, float]:
     return {name: values[-1] for name, values in trainer._metrics["train"].items()}
 
 
-def fused(values: Tensor, mask: Tensor) -> FusedCausalLMOutput:
+def fused(values: Tensor, mask: Tensor, log_sum_squares: Tensor | None = None) -> FusedCausalLMOutput:
     """Return the output of a model with TRL's fused head; fields that only metrics read are 0."""
     nothing = torch.zeros_like(values)
     return FusedCausalLMOutput(
-        log_probs=values, entropy=nothing, mean_logits=nothing, is_top1=torch.zeros_like(mask), label_mask=mask
-    )
+        log_probs=values, entropy=nothing, mean_logits=nothing, is_top1=torch.zeros_like(mask), label_mask=mask,
+        log_sum_sq_probs=log_sum_squares,
+    )  # fmt: skip
 
 
 def behind_a_prompt(mask: Tensor) -> Tensor:
@@ -111,20 +113,24 @@ def behind_a_prompt(mask: Tensor) -> Tensor:
     return torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask.long()], 1)
 
 
-def trl_dpo(batch: Batch, loss_type: str, *, beta: float, label_smoothing: float = 0.0) -> Outcome:
+def trl_dpo(
+    batch: Batch, loss_type: str, *, beta: float, label_smoothing: float = 0.0, discopop_tau: float | None = None,
+    log_sum_squares: Tensor | None = None, **settings: Any,
+) -> Outcome:  # fmt: skip
+    """Run DPO's trainer. `settings` are attributes of it: ld_alpha, f_divergence_type, use_weighting."""
+    plain = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False}
     trainer = bare(
         DPOTrainer,
-        model=Replay(fused(batch.policy, batch.mask)),
+        model=Replay(fused(batch.policy, batch.mask, log_sum_squares)),
         ref_model=Replay(fused(batch.reference, batch.mask)),
-        ld_alpha=None,
         precompute_ref_logps=False,
-        f_divergence_type="reverse_kl",
         loss_types=[loss_type],
         loss_weights=[1.0],
         beta=beta,
         label_smoothing=label_smoothing,
-        use_weighting=False,
+        **(plain | settings),
     )
+    trainer.args.discopop_tau = discopop_tau
     mask = behind_a_prompt(batch.mask)
     inputs = {"input_ids": torch.ones_like(mask), "attention_mask": torch.ones_like(mask), "completion_mask": mask}
     loss = trainer.compute_loss(trainer.model, inputs)
@@ -132,18 +138,27 @@ def trl_dpo(batch: Batch, loss_type: str, *, beta: float, label_smoothing: float
 
 
 def trl_cpo(batch: Batch, loss_type: str, *, beta: float, gamma: float = 0.0, alpha: float = 0.0) -> Outcome:
-    """CPO's trainer starts from logits: each log-prob p becomes two, log(1 - e^p) and p, whose log-softmax is themselves."""
+    settings = {"loss_type": loss_type, "simpo_gamma": gamma, "cpo_alpha": alpha, "label_smoothing": 0.0, "alpha": 0.0}
+    return _from_logits(bare(CPOTrainer, beta=beta, **settings), batch)
+
+
+def trl_orpo(batch: Batch, *, beta: float) -> Outcome:
+    return _from_logits(bare(ORPOTrainer, beta=beta), batch)
+
+
+def _from_logits(trainer: Any, batch: Batch) -> Outcome:
+    """Run a trainer that starts from logits: each log-prob p becomes two, log(1 - e^p) and p, whose log-softmax is themselves."""
     first = torch.zeros(len(batch.policy), 1)
     values = torch.cat([batch.policy, first], 1)
     wrong = torch.log(-torch.expm1(values.clamp(max=-1e-6)))
     logits = torch.stack([wrong, values], -1)
-    trainer = bare(CPOTrainer, loss_type=loss_type, beta=beta, simpo_gamma=gamma, cpo_alpha=alpha, label_smoothing=0.0, alpha=0.0)
-    trainer.is_encoder_decoder, trainer.pad_token_id = False, 0
+    trainer.is_encoder_decoder, trainer.pad_token_id, trainer.padding_value = False, 0, 0
     mask = behind_a_prompt(batch.mask)
     labels = torch.where(mask.bool(), 1, -100)
     inputs = {}
     for name, rows in zip(("chosen", "rejected"), labels.chunk(2), strict=True):
-        inputs |= {f"{name}_input_ids": torch.ones_like(rows), f"{name}_attention_mask": torch.ones_like(rows)}
+        read = torch.cat([torch.ones(len(rows), 1, dtype=torch.long), (rows[:, 1:] == 1).long()], 1)
+        inputs |= {f"{name}_input_ids": torch.ones_like(rows), f"{name}_attention_mask": read}
         inputs[f"{name}_labels"] = rows
     loss, metrics = trainer.get_batch_loss_metrics(Replay(ModelOutput(logits=logits)), inputs)
     return batch.outcome(loss, metrics)

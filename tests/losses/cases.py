@@ -161,7 +161,17 @@ def call(case: Case, given: dict[str, Any]) -> Loss:
     return case.function(*given.values(), **case.hyperparameters)
 
 
-def count(given: dict[str, Any], loss: Loss) -> int:
+def counts(given: dict[str, Any]) -> dict[str, int]:
+    """The denominators of a batch, as the trainer counts them in the data."""
     first = next(iter(given.values()))
     first = first.logps if isinstance(first, Rollouts | ValuedRollouts) else first
-    return int(first.mask.sum()) if loss.per == "token" else len(loss.values)
+    sides = [first] if isinstance(first, TokenLogps) else [getattr(first, each.name) for each in fields(first)]
+    tokens = {name: int(side.mask.sum()) for name, side in zip(type(first).example.completed, sides, strict=False)
+              if isinstance(side, TokenLogps)}  # fmt: skip
+    items = len(next(side.values if isinstance(side, TokenLogps) else side for side in sides))
+    return {"item": items, "token": sum(tokens.values()), **{f"{name}_token": count for name, count in tokens.items()}}
+
+
+def mean(loss: Loss, denominators: dict[str, int]) -> Tensor:
+    """What the trainer takes the gradient of, for a whole batch or its part in one."""
+    return torch.stack([term.values.sum() / denominators[term.per] for term in loss.terms.values()]).sum()

@@ -15,11 +15,12 @@ from .cases import (
     WIDTH,
     Case,
     call,
-    count,
+    counts,
     inputs,
     keywords,
     leaves,
     mapped,
+    mean,
     of_this_package,
     positional,
     rows,
@@ -27,7 +28,7 @@ from .cases import (
 )
 from .samples import add_up
 
-ELSEWHERE: set[str] = set()  # losses of inputs that `cases.sample` cannot make, each with a test file of its own
+ELSEWHERE = {"wpo"}  # losses of inputs that `cases.sample` cannot make, each with a test file of its own
 CASES = [case for case in of_this_package() if case.name not in ELSEWHERE]
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
@@ -75,18 +76,18 @@ def test_its_objective_is_a_metric_that_the_run_reports(case: Case):
 
 @every_loss
 def test_values_are_unreduced_float32_and_finite(case: Case):
-    loss = call(case, inputs(case))
-    assert loss.values.shape == ((ROWS, WIDTH) if loss.per == "token" else (ROWS,))
-    assert loss.values.dtype == torch.float32
-    assert loss.values.isfinite().all()
+    for loss in call(case, inputs(case)).terms.values():
+        assert loss.values.shape == ((ROWS, WIDTH) if loss.per.endswith("token") else (ROWS,))
+        assert loss.values.dtype == torch.float32
+        assert loss.values.isfinite().all()
 
 
 @every_loss
 def test_metrics_are_detached_float32_scalars(case: Case):
     given = inputs(case)
     first = next(iter(given))
-    for mean in call(case, {**given, first: with_gradient(given[first])}).metrics.values():
-        for part in (mean.total, mean.count):
+    for metric in call(case, {**given, first: with_gradient(given[first])}).metrics.values():
+        for part in (metric.total, metric.count):
             assert part.shape == ()
             assert part.dtype == torch.float32
             assert not part.requires_grad
@@ -104,17 +105,17 @@ def test_padding_changes_neither_values_nor_metrics_nor_gradients(case: Case):
     name = next(iter(given))
     results = []
     for padded in (False, True):
-        batch = {k: mapped(v, widen) if padded else v for k, v in given.items()}
+        batch = {k: mapped(v, widen) if padded and k != "statistics" else v for k, v in given.items()}
         batch[name] = with_gradient(batch[name])
         loss = call(case, batch)
-        total = loss.values.sum() / count(batch, loss)
+        total = mean(loss, counts(batch))
         results.append((total, add_up([loss]), torch.autograd.grad(total, leaves(batch[name]), allow_unused=True)))
     (value, metrics, gradient), (padded_value, padded_metrics, padded_gradient) = results
     torch.testing.assert_close(padded_value, value, rtol=1e-6, atol=1e-6)
     assert padded_metrics == {k: pytest.approx(v, abs=1e-5) for k, v in metrics.items()}
     for plain, wide in zip(gradient, padded_gradient, strict=True):
         if plain is not None and plain.ndim == 2:
-            torch.testing.assert_close(wide[:, : plain.shape[1]], plain, rtol=0, atol=1e-7)
+            torch.testing.assert_close(wide[:, : plain.shape[1]], plain, rtol=5e-7, atol=1e-7)  # the last digit of float32
         else:
             torch.testing.assert_close(wide, plain)
 
@@ -128,8 +129,8 @@ def test_micro_batches_add_up_to_the_whole(case: Case, cuts: list[int]):
     whole = call(case, given)
     pieces = [rows(given, slice(start, stop)) for start, stop in pairwise(cuts)]
     parts = [call(case, piece) for piece in pieces]
-    items = sum(count(piece, part) for piece, part in zip(pieces, parts, strict=True))
-    total, added = whole.values.sum() / count(given, whole), torch.stack([part.values.sum() for part in parts]).sum() / items
+    denominators = counts(given)
+    total, added = mean(whole, denominators), torch.stack([mean(part, denominators) for part in parts]).sum()
     torch.testing.assert_close(added, total, rtol=1e-6, atol=1e-6)
     assert add_up(parts) == {k: pytest.approx(v, rel=1e-5, abs=1e-5) for k, v in add_up([whole]).items()}
     of_whole, of_parts = (torch.autograd.grad(x, leaves(given[name]), allow_unused=True) for x in (total, added))
@@ -143,7 +144,7 @@ def test_every_micro_batch_reports_the_same_keys_and_no_nan(case: Case):
     for i in range(ROWS):
         metrics = call(case, rows(given, slice(i, i + 1))).metrics
         assert metrics.keys() == keys
-        assert all(mean.total.isfinite() and mean.count.isfinite() for mean in metrics.values())
+        assert all(each.total.isfinite() and each.count.isfinite() for each in metrics.values())
 
 
 @every_loss

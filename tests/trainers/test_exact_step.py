@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from halos.config.bind import LossSpec
+from halos.metrics import Window
 from halos.trainers.base import Trainer
 from halos.types import Loss, Pair
 from tests.losses import cases
 
 LOSSES = cases.names(on_rollouts=False)
-LORA = [name for name in LOSSES if name not in ("sft", "csft")]  # without a reference an adapter is weights like others
+LORA = [name for name in LOSSES if name not in ("sft", "csft", "dft")]  # without a reference an adapter is weights like others
+# they differ from dpo or ipo by the formula of an item alone, which tests/losses holds
+LIKE_DPO = {"robust", "hinge", "exo", "nca", "apo_zero", "apo_down", "sppo", "discopop", "dpop", "dpo_norm", "rpo", "f_dpo"}
+EVERY = [(loss, peft) for peft, losses in (("none", LOSSES), ("lora", LORA)) for loss in losses]
 BATCH = np.arange(11)  # no multiple of any micro-batch below
 
 
@@ -26,16 +30,18 @@ def step(trainer: Trainer, indices: np.ndarray) -> tuple[float, Tensor]:
         seen.append(torch.cat([p.grad.flatten().clone() for p in trained if p.grad is not None]))
 
     trainer.run.optimizer.step = look  # type: ignore[method-assign]
-    totals = trainer.step(indices)
-    total, count = totals["loss"]
-    return total / count, seen[0]
+    window = Window()
+    window.add(trainer.step(indices))
+    return window.means()["loss"], seen[0]
 
 
 def relative(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
-@pytest.mark.parametrize(("loss", "peft"), [(loss, "none") for loss in LOSSES] + [(loss, "lora") for loss in LORA])
+@pytest.mark.parametrize(
+    ("loss", "peft"), [pytest.param(*each, marks=[pytest.mark.slow] if each[0] in LIKE_DPO else []) for each in EVERY]
+)
 def test_microbatches_of_any_size_give_the_same_step(loss: str, peft: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer(f"loss={loss}", f"peft={peft}", "train.max_grad_norm=null", "train.batch_size=11")
     _unsettle(made)
@@ -78,6 +84,24 @@ def test_z0_is_the_mean_over_the_global_batch_and_not_over_a_microbatch(trainer:
     kl = [made.step(BATCH)["kl"] for made in (whole, cut)]
     assert kl[0][0] / kl[0][1] > 0.01
     assert kl[0][0] / kl[0][1] == pytest.approx(kl[1][0] / kl[1][1], rel=1e-5)
+
+
+def test_each_term_of_a_sum_has_its_own_denominator_over_the_global_batch(trainer: Callable[..., Trainer]) -> None:
+    """ORPO's cross-entropy is a mean over the chosen completions' tokens, its odds ratio one over pairs."""
+    made = trainer("loss=orpo", "loss.weight=0.5", "train.batch_size=11", "train.microbatch_size=4", "train.max_grad_norm=null")
+    items = [made.train.rows[int(row)] for row in BATCH]
+    pair = Pair.of(made._output(items), items)
+    p, q = ((side.values.sum(1) / side.mask.sum(1)).exp() for side in (pair.chosen, pair.rejected))
+    odds = 0.5 * (1 + (1 - p) / p * q / (1 - q)).log().mean()
+    nll = -pair.chosen.values.sum() / sum(int(item.completions[0].scored.sum()) for item in items)
+    trained = [parameter for parameter in made.run.module.parameters() if parameter.requires_grad]
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(odds + nll, trained)])
+    agree([((odds + nll).item(), gradient), step(made, BATCH)])
+    made.run.step = 0
+    window = Window()
+    window.add(made.step(BATCH))
+    assert window.means()["loss/nll"] == pytest.approx(nll.item(), rel=1e-6)
+    assert window.means()["loss/odds"] == pytest.approx(odds.item(), rel=1e-5)
 
 
 def test_statistics_over_the_losss_own_inputs_cost_a_pass_only_with_several_microbatches(trainer: Callable[..., Trainer]) -> None:

@@ -36,7 +36,7 @@ def test_losses_of_items_or_tokens_pass(shape: tuple[int, ...]) -> None:
             PairScores(*torch.zeros(3, 3)),
             r"the loss of each item, not reduced, has the shape \(3,\)$",
         ),
-        (Loss(torch.zeros(3), {}, per="items"), TOKENS, "per='items': it is item or token"),  # type: ignore[arg-type]
+        (Loss(torch.zeros(3), {}, per="items"), TOKENS, "per='items': it is item or token or completion_token"),  # type: ignore[arg-type]
         (Loss(torch.zeros(3), {"stop": COUNT}), TOKENS, "a metric stop, which is the trainer's"),
         (Loss(torch.zeros(3), {"step": COUNT}), TOKENS, "a metric step, which is the trainer's"),
         (Loss(torch.zeros(3), [("mine", COUNT)]), TOKENS, "a list as its metrics: return a dict of halos.types.Mean"),  # type: ignore[arg-type]
