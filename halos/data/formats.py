@@ -7,7 +7,7 @@ from numbers import Real
 from typing import Any
 
 from halos.data.contradictions import refuse_contradictions, refuse_weights
-from halos.data.messages import is_learned, turns_of, with_system
+from halos.data.messages import is_learned, turns_of, with_settings, with_system
 from halos.data.row import Row
 from halos.errors import UserError
 from halos.examples import Comparison, Demonstration, Example, Judgement, SampledTokens, Scored, Turns, says_something
@@ -96,15 +96,13 @@ def _columns(row: Row) -> dict[str, Any]:
     columns = {name: value for name, value in row.record.items() if value is not None}
     is_record = str(columns.get("type")) in _HALOS
     empty = (None, "", "[]", [], {})
-    if columns.get("tools") not in empty:
-        raise UserError(f"{row.where}: a column 'tools' is not supported: describe the tools in the system turn")
     asked = "instruction" if "prompt" not in columns else "prompt"
     for name in ("input", "history") if asked == "instruction" and asked in columns else ("history",):
         if columns.get(name) not in empty and not is_record:
             raise UserError(
                 f"{row.where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns"
             )
-    return columns if is_record else with_system(columns, row.where)
+    return columns if is_record else with_settings(with_system(columns, row.where), row.where)
 
 
 def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:

@@ -9,6 +9,10 @@ from halos.types import Message, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WEIGHT = "weight"  # of an assistant turn: 0 where it is not trained on
+REASONING, REASONING_NAMES = "reasoning_content", ("reasoning_content", "reasoning", "thinking")  # of a turn; the first is ours
+SETTINGS = "chat_template_kwargs"  # of a conversation's first turn: what the template gets besides turns, `tools` among it
+OURS = (WEIGHT, SETTINGS)  # keys of a turn that are none of the template's
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of parts of a turn's content
 TURN_COLUMNS = ("prompt", "instruction", "messages", "chosen", "rejected", "completion")
 
 
@@ -40,6 +44,58 @@ def with_system(columns: dict[str, Any], where: str) -> dict[str, Any]:
     return {**columns, **turns}
 
 
+def with_settings(columns: dict[str, Any], where: str) -> dict[str, Any]:
+    """Attach the columns `tools` and `chat_template_kwargs` to the first turn of the other columns. Raises UserError where they
+    are of another shape."""
+    settings = _settings(columns, where)
+    if not settings:
+        return columns
+    begin = TURN_COLUMNS[:3] if {"prompt", "instruction"} & columns.keys() else TURN_COLUMNS
+    turns = {name: _with_first(settings, columns[name], name, begins=name in begin) for name in TURN_COLUMNS if name in columns}
+    return {**columns, **turns}
+
+
+def moved_settings(turns: Turns, first: Message) -> Turns:
+    """Return turns with the settings of the conversation that begins with `first`, which they may lack."""
+    if SETTINGS not in first or not turns or SETTINGS in turns[0]:
+        return turns
+    return ({**turns[0], SETTINGS: first[SETTINGS]}, *turns[1:])
+
+
+def _settings(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
+    settings = _parsed(columns.get(SETTINGS), {}, where, SETTINGS)
+    if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
+        raise UserError(f"{where}: {SETTINGS} is {type(settings).__name__}, not an object of names and values")
+    tools = _parsed(columns.get("tools"), [], where, "tools")
+    if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise UserError(f"{where}: tools must be a list of objects, or JSON text of one")
+    named = [_tool(_without_nulls(tool)) for tool in tools]
+    return {**_without_nulls(settings), **({"tools": named} if named else {})}
+
+
+def _parsed(value: Any, empty: Any, where: str, column: str) -> Any:
+    if not isinstance(value, str):
+        return empty if value is None else value
+    try:
+        return json.loads(value) if value.strip() else empty
+    except ValueError as error:
+        raise UserError(f"{where}: {column} is text that is no JSON: {error}") from error
+
+
+def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a tool as OpenAI describes one, where a row holds the function alone."""
+    return {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool
+
+
+def _with_first(settings: Mapping[str, Any], value: Any, column: str, *, begins: bool) -> Any:
+    """Return a column's turns with `settings` at the first, where the conversation begins in this column."""
+    if isinstance(value, str):
+        return value if column not in TURN_COLUMNS[:2] else [{"role": "user", "content": value, SETTINGS: settings}]
+    if not isinstance(value, Sequence) or not value or not isinstance(value[0], Mapping):
+        return value  # invalid, which is reported where it is parsed
+    return value if value[0].get("role") == "assistant" and not begins else [{**value[0], SETTINGS: settings}, *value[1:]]
+
+
 def _after_system(first: Message, value: Any, column: str, where: str, *, begins: bool) -> Any:
     """Return a column's turns after the system turn `first`, where the conversation begins in this column. A first turn of the
     assistant is an answer to another column's prompt, or where every conversation `begins` here a greeting."""
@@ -58,15 +114,42 @@ def _turn(turn: Any, column: str, where: str) -> Message:
     if not isinstance(turn, Mapping) or "role" not in turn:
         actual = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
         raise UserError(f"{where}: each turn of {column} needs role and content, one {actual}")
-    turn = {name: value for name, value in turn.items() if value is not None}
-    role, content = turn.get("role"), turn.get("content")
+    turn = {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value not in ([], ""))}
+    role = turn.get("role")
     if role not in ROLES:
         raise UserError(f"{where}: {column} has a turn of unknown role {role!r}; roles are {', '.join(ROLES)}")
+    for name in ("content", *REASONING_NAMES):
+        if isinstance(turn.get(name), Sequence) and not isinstance(turn[name], str):
+            turn[name] = _joined(turn[name], f"{where}: {column} has a turn of role {role} whose {name}")
+    content = turn.get("content")
     if not isinstance(content, str) and not (content is None and turn.get("tool_calls")):
         raise UserError(f"{where}: {column} has a turn of role {role} whose content is {type(content).__name__}, not text")
     if "tool_calls" in turn:
         turn["tool_calls"] = _tool_calls(turn["tool_calls"], column, where)
-    return _with_weight(turn, column, where)
+    return _with_weight(_with_reasoning(turn, column, where), column, where)
+
+
+def _joined(parts: Sequence[Any], what: str) -> str:
+    """Join parts of text. Raises UserError for a part of another kind."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = part.get("text") if isinstance(part, Mapping) and kind in TEXT_PARTS else part
+        if not isinstance(text, str):
+            why = "without text" if kind in TEXT_PARTS else "and only text can be trained on"
+            raise UserError(f"{what} has a part of type {kind}, {why}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _with_reasoning(turn: dict[str, Any], column: str, where: str) -> dict[str, Any]:
+    """Give a turn's reasoning one name. Raises UserError where it has two that differ."""
+    given = [turn.pop(name) for name in REASONING_NAMES if name in turn]
+    if not given:
+        return turn
+    if not all(isinstance(each, str) for each in given) or len({each for each in given if each} or {""}) > 1:
+        raise UserError(f"{where}: {column} has a turn with {', '.join(REASONING_NAMES)}: it takes one of them, as text")
+    return {**turn, REASONING: max(given, key=len)}
 
 
 def _with_weight(turn: dict[str, Any], column: str, where: str) -> Message:

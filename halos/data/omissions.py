@@ -4,12 +4,12 @@ import json
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any
 
+from halos.data.messages import REASONING, SETTINGS
 from halos.errors import UserError
 from halos.types import Message, Turns
 
 SENTINEL = "halos0sentinel"
 THINK_TAGS = ("<think>", "</think>")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")  # keys of a turn's reasoning
 REMEDY = "give another model.chat_template, or remove it from the data"
 
 Render = Callable[[Turns], str]
@@ -47,7 +47,7 @@ class OmissionCheck:
 
 def _shape(turn: Message) -> Hashable:
     """Return what a template may test of a turn besides its words."""
-    return turn["role"], *sorted(turn), len(turn.get("tool_calls") or ())
+    return turn["role"], *sorted(turn), len(turn.get("tool_calls") or ()), *sorted(turn.get(SETTINGS, ()))
 
 
 def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message]]:
@@ -59,10 +59,12 @@ def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message]
         yield what, words.strip(), {**turn, "content": content.replace(words, SENTINEL)}
     if learned and reasoning.strip():
         yield "a thought that is to be learned", reasoning.strip(), {**turn, "content": content.replace(reasoning, SENTINEL, 1)}
-    for key in REASONING_KEYS if learned else ():
-        if isinstance(turn.get(key), str) and turn[key].strip():
-            yield f"a thought that is to be learned, {key}", turn[key].strip(), {**turn, key: SENTINEL}
+    if learned and turn.get(REASONING, "").strip():
+        yield f"a thought that is to be learned, {REASONING}", turn[REASONING].strip(), {**turn, REASONING: SENTINEL}
     yield from _tool_call_parts(turn)
+    if SETTINGS in turn and (tools := turn[SETTINGS].get("tools")):
+        other = {"type": "function", "function": {"name": SENTINEL, "description": SENTINEL, "parameters": {}}}
+        yield "the tools", json.dumps(tools, ensure_ascii=False), {**turn, SETTINGS: {**turn[SETTINGS], "tools": [other]}}
 
 
 def _split(content: str) -> tuple[str, str]:

@@ -4,13 +4,13 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
 from halos.data.endings import Ending, Endings, common
-from halos.data.messages import WEIGHT, is_learned
+from halos.data.messages import is_learned
 from halos.data.omissions import OmissionCheck
+from halos.data.rendering import Renderer
 from halos.errors import UserError
 from halos.types import Message, Turns
 
@@ -67,7 +67,7 @@ class Template:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        self._jinja = chat_template(tokenizer, None)
+        self._render = Renderer(tokenizer, chat_template(tokenizer, None))
         added = tokenizer.added_tokens_decoder.values()
         special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         self._special = any_of(special)
@@ -96,18 +96,6 @@ class Template:
         """Return the text that a sampler gets for `prompt`."""
         text = self._render(prompt, where, generate=True)
         self._prompt_check.refuse(prompt, text, where)
-        return text
-
-    def _render(self, turns: Iterable[Message], where: str, *, generate: bool) -> str:
-        # transformers drops null keys from 5.18 on; templates print None where they meet it.
-        plain = [{name: value for name, value in turn.items() if value is not None and name != WEIGHT} for turn in turns]
-        try:
-            text = self._tokenizer.apply_chat_template(
-                plain, chat_template=self._jinja, tokenize=False, add_generation_prompt=generate
-            )
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise UserError(f"{where}: the chat template refuses this row: {error}") from error
-        assert isinstance(text, str)
         return text
 
     def _render_completion(

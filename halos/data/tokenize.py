@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from halos.data.endings import CALL
-from halos.data.messages import is_learned
+from halos.data.messages import is_learned, moved_settings
 from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Scored, Turns
@@ -226,11 +226,12 @@ def _shortened(example: Example) -> list[Example]:
 def _starting_at(example: Example, start: int) -> Example:
     prompt = example.prompt
     if start < len(prompt):
-        return replace(example, prompt=_system_turns(prompt[:start]) + prompt[start:])
+        return replace(example, prompt=moved_settings(_system_turns(prompt[:start]) + prompt[start:], prompt[0]))
     ((name, completion),) = zip(example.completed, example.completions, strict=True)
     turns = prompt + completion
     answer = next(n for n in range(start, len(turns)) if is_learned(turns[n]))
-    return replace(example, prompt=_system_turns(turns[:start]) + turns[start:answer], **{name: turns[answer:]})
+    kept = moved_settings(_system_turns(turns[:start]) + turns[start:answer], prompt[0])
+    return replace(example, prompt=kept, **{name: turns[answer:]})
 
 
 def _system_turns(turns: Turns) -> Turns:

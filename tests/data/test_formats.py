@@ -72,7 +72,7 @@ def test_tool_calls_are_kept_and_null_keys_are_not():
     call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}], "name": None}
     read_call = read(messages=[*Q, call]).completion[0]
     assert read_call == {"role": "assistant", "tool_calls": [{"function": {"name": "add"}}]}
-    refuses("'tools' is not supported", messages=[*Q, *GOOD], tools=[{"name": "add"}])
+    refuses("tools must be a list of objects", messages=[*Q, *GOOD], tools={"name": "add"})
     assert read(messages=[*Q, *GOOD], tools=[]) == Demonstration(Q, GOOD)
 
 
@@ -87,7 +87,7 @@ def test_tool_calls_are_kept_and_null_keys_are_not():
         ({"messages": ["One?"]}, "needs role and content, one is str"),
         ({"messages": [user("One?"), turn("bot", "one")]}, "unknown role 'bot'; roles are system"),
         ({"messages": [user("One?"), {"role": "assistant"}]}, "content is NoneType, not text"),
-        ({"messages": [user("One?"), {"role": "assistant", "content": [{"type": "text"}]}]}, "content is list, not text"),
+        ({"messages": [user("One?"), {"role": "assistant", "content": [{"type": "text"}]}]}, "a part of type text, without text"),
         ({"prompt": "One?", "completion": ""}, "completion is empty"),
         ({"prompt": 1, "completion": "one"}, "prompt must be text or a list"),
         ({"prompt": "One?", "completion": [user("two")]}, "must start and end with an assistant turn"),

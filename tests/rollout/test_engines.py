@@ -1,5 +1,6 @@
 """A sampling engine is one file: what the rest of the code asks of it is what its class declares."""
 
+import asyncio
 import json
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -123,3 +125,24 @@ def test_a_key_that_a_server_quotes_is_in_no_sample(monkeypatch: pytest.MonkeyPa
     assert len(texts) == 40
     assert "(<OPENAI_API_KEY>)" in "".join(texts)
     assert key not in "".join(texts)
+
+
+def test_tools_and_settings_of_a_row_are_given_to_a_server_besides_the_turns() -> None:
+    server, asked = Stub(), list[dict[str, Any]]()
+    engine = ChatEngine(section(Sampler, name="openai", url=server.url), Origin("m"))
+
+    class Completions:
+        async def create(self, **body: Any) -> Any:
+            asked.append(body)
+            message = SimpleNamespace(message=SimpleNamespace(content="two"), finish_reason="stop")
+            return SimpleNamespace(choices=[message], usage=None)
+
+    client = SimpleNamespace(chat=SimpleNamespace(completions=Completions()))
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    for settings in ({"tools": tools, "enable_thinking": False}, None):
+        turn = {"role": "user", "content": "1?", **({"chat_template_kwargs": settings} if settings else {})}
+        asyncio.run(engine._ask(client, Request(Prompt("p", (turn,)), 0, (), 0, 0.0, 8)))
+    server.close()
+    assert [body["messages"] for body in asked] == [[{"role": "user", "content": "1?"}]] * 2
+    assert (asked[0]["tools"], asked[0]["extra_body"]) == (tools, {"chat_template_kwargs": {"enable_thinking": False}})
+    assert not {"tools", "extra_body"} & asked[1].keys()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.config.schema import Sampler
+from halos.data.messages import OURS, SETTINGS
 from halos.redaction import without_values
 from halos.rollout.engines.engine import Engine
 from halos.rollout.servers import answers, refuse_unreachable, require_client
@@ -51,9 +52,13 @@ class ChatEngine(Engine):
         return answers(requests, self._ask, url=self.settings.url, concurrency=concurrency, timeout=TIMEOUT)
 
     async def _ask(self, client: Any, request: Request) -> Sample:
+        turns = [{name: value for name, value in turn.items() if name not in OURS} for turn in request.prompt.turns]
+        settings = dict(request.prompt.turns[0].get(SETTINGS) or {})
+        more = {"tools": tools} if (tools := settings.pop("tools", None)) else {}
+        more |= {"extra_body": {SETTINGS: settings}} if settings else {}
         response = await client.chat.completions.create(
-            model=self.model, messages=[dict(turn) for turn in request.prompt.turns], max_tokens=request.max_new_tokens,
-            temperature=request.temperature, top_p=self.settings.top_p, seed=request.seed % 2**31,
+            model=self.model, messages=turns, max_tokens=request.max_new_tokens, temperature=request.temperature,
+            top_p=self.settings.top_p, seed=request.seed % 2**31, **more,
         )  # fmt: skip
         choice = response.choices[0]
         tokens = response.usage.completion_tokens if response.usage else 0

@@ -1,0 +1,89 @@
+"""Render turns by a chat template, each part under the name and in the form that the template reads."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from halos.data.messages import OURS, REASONING, REASONING_NAMES, SETTINGS
+from halos.errors import UserError
+from halos.types import Message
+
+WORD = "halos0developer"
+_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
+
+class Renderer:
+    """A chat template of a tokenizer; what it cannot read in one form it gets in another, which is tried once."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, jinja: str) -> None:
+        self._tokenizer, self.jinja = tokenizer, jinja
+        self._text_arguments = False  # whether arguments of tool calls are given as JSON text (DeepSeek-V3)
+        self._developer: str | None = None  # the role of a developer's turn, once it is known
+
+    def __call__(self, turns: Sequence[Message], where: str, *, generate: bool) -> str:
+        """Raises UserError, naming the row, where the template refuses it."""
+        plain, settings = [self._plain(turn) for turn in turns], (turns[0].get(SETTINGS) if turns else None) or {}
+        if unread := [name for name in settings if not re.search(rf"\b{re.escape(name)}\b", self.jinja)]:
+            raise UserError(f"{where}: the chat template does not read {', '.join(unread)}, which the row gives it")
+        try:
+            return self._apply(plain, settings, generate=generate)
+        except _ERRORS as error:
+            if not self._text_arguments and any("tool_calls" in turn for turn in turns):
+                try:
+                    text = self._apply(_with_text_arguments(plain), settings, generate=generate)
+                except _ERRORS:
+                    pass
+                else:
+                    self._text_arguments = True
+                    return text
+            raise UserError(f"{where}: the chat template refuses this row: {error}") from error
+
+    def _apply(self, plain: list[dict[str, Any]], settings: Mapping[str, Any], *, generate: bool) -> str:
+        turns = _with_text_arguments(plain) if self._text_arguments else plain
+        text = self._tokenizer.apply_chat_template(
+            turns, chat_template=self.jinja, tokenize=False, add_generation_prompt=generate, **settings
+        )
+        assert isinstance(text, str)
+        return text
+
+    def _plain(self, turn: Message) -> dict[str, Any]:
+        # transformers drops null keys from 5.18 on; templates print None where they meet it.
+        plain = {name: value for name, value in turn.items() if value is not None and name not in OURS}
+        if REASONING in plain:
+            plain |= dict.fromkeys(REASONING_NAMES, plain[REASONING])
+        if plain["role"] == "developer":
+            plain["role"] = self._developer_role()
+        if "content" not in plain and plain["role"] == "assistant":
+            plain["content"] = ""  # of a turn of tool calls; some templates join it to other text
+        return plain
+
+    def _developer_role(self) -> str:
+        """Return the role of a developer's turn: system where the template knows a developer's not."""
+        if self._developer is None:
+            known = (role for role in ("developer", "system") if self._knows(role))
+            self._developer = next(known, "developer")
+        return self._developer
+
+    def _knows(self, role: str) -> bool:
+        try:
+            turns = [{"role": role, "content": WORD}, {"role": "user", "content": "x"}]
+            return WORD in self._apply(turns, {}, generate=False)
+        except _ERRORS:
+            return False
+
+
+def _with_text_arguments(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{**turn, "tool_calls": [_as_text(call) for call in turn["tool_calls"]]} if "tool_calls" in turn else turn
+            for turn in turns]  # fmt: skip
+
+
+def _as_text(call: Mapping[str, Any]) -> dict[str, Any]:
+    if isinstance(call.get("function"), Mapping):
+        return {**call, "function": _as_text(call["function"])}
+    arguments = call.get("arguments")
+    text = json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
+    return {**call, **({"arguments": text} if "arguments" in call else {})}

@@ -1,0 +1,109 @@
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from halos.data.files import Row
+from halos.data.formats import read_example, read_prompt
+from halos.data.messages import SETTINGS
+from halos.data.template import Layout, Template
+from halos.data.tokenize import _shortened
+from halos.errors import UserError
+from halos.types import Demonstration
+
+from .tokenizers import CHATML, TOOLS, says, tokenizer, turn, user
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+WITH_TOOLS = "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{{ '/no_think' if thinking is false }}" + TOOLS
+ASKED = {"messages": [user("What is 1 + 1?"), says("It is 2.")]}
+
+
+def read(row: dict[str, Any]) -> Demonstration:
+    example = read_example(Row(row, "a.jsonl:7"), score="last")
+    assert isinstance(example, Demonstration)
+    return example
+
+
+def laid_out(template: str, row: dict[str, Any]) -> Layout:
+    example = read(row)
+    return Template(tokenizer(template)).lay_out(example.prompt, [example.completion], "a.jsonl:7")
+
+
+def test_content_in_parts_of_text_is_joined_and_another_part_is_refused_by_its_type():
+    parts = [{"type": "text", "text": "What is ", "image_url": None}, {"type": "text", "text": "1 + 1?"}]
+    assert read({"messages": [turn("user", parts), says("It is 2.")]}) == read(ASKED)
+    assert read({"prompt": [turn("user", parts)], "completion": "It is 2."}) == read(ASKED)
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:7: messages has a turn of role user whose content has a part of type image_url"
+    ):
+        read({"messages": [turn("user", [*parts, {"type": "image_url", "image_url": "x.png"}]), says("It is 2.")]})
+
+
+def test_reasoning_has_one_name_and_the_template_gets_it_under_each():
+    for name in ("reasoning_content", "reasoning", "thinking"):
+        said = {**says("It is 2."), name: "one and one", "reasoning_content" if name == "thinking" else "thinking": None}
+        assert read({"messages": [user("x"), said]}).completion == ({**says("It is 2."), "reasoning_content": "one and one"},)
+        reads = CHATML.replace("m['content'] +", f"(m['{name}'] or '') + m['content'] +")
+        assert laid_out(reads, {"messages": [user("x"), said]}).completions == ("one and oneIt is 2.<|im_end|>",)
+    with pytest.raises(UserError, match="it takes one of them"):
+        read({"messages": [user("x"), {**says("y"), "reasoning": "one", "thinking": "two"}]})
+
+
+def test_tools_of_a_row_reach_the_template_and_are_refused_where_it_reads_none():
+    for tools in ([TOOL], [TOOL["function"]], '[{"name": "weather", "parameters": {"type": "object"}}]'):
+        for row in (ASKED, {"prompt": "What is 1 + 1?", "completion": "It is 2."}):
+            assert laid_out(WITH_TOOLS, {**row, "tools": tools}).prompt.startswith(
+                '{"type": "function", "function": {"name": "weather"'
+            )
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template does not read tools"):
+        laid_out(CHATML, {**ASKED, "tools": [TOOL]})
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template leaves out the tools"):
+        laid_out("{% if tools %}{% endif %}" + CHATML, {**ASKED, "tools": [TOOL]})
+    for wrong in ("no JSON", {"a": 1}, ["weather"], 3):
+        with pytest.raises(UserError, match=r"a\.jsonl:7: tools "):
+            read({**ASKED, "tools": wrong})
+    assert laid_out(CHATML, {**ASKED, "tools": None}) == laid_out(CHATML, {**ASKED, "tools": "[]"}) == laid_out(CHATML, ASKED)
+
+
+def test_settings_of_a_row_reach_the_template_in_training_and_for_samplers():
+    row = {**ASKED, SETTINGS: {"thinking": False, "of_another_row": None}}
+    assert laid_out(WITH_TOOLS, row).prompt.startswith("/no_think<|im_start|>user")
+    assert laid_out(WITH_TOOLS, {**row, SETTINGS: '{"thinking": true}'}) == laid_out(WITH_TOOLS, ASKED)
+    prompt, _ = read_prompt(Row({**row, "tools": [TOOL]}, "a.jsonl:7"))
+    assert Template(tokenizer(WITH_TOOLS)).generation_prompt(prompt, "").count("/no_think") == 1
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template does not read enable_thinking"):
+        laid_out(WITH_TOOLS, {**ASKED, SETTINGS: {"enable_thinking": False}})
+
+
+def test_a_conversation_that_loses_its_oldest_turns_keeps_its_tools():
+    turns = [user("one"), says("two"), user("three"), says("four"), user("five"), says("six")]
+    whole = read({"messages": turns, "tools": [TOOL]})
+    shorter = [
+        *_shortened(whole),
+        *_shortened(replace(whole, prompt=whole.prompt[:1], completion=(*whole.prompt[1:], *turns[-1:]))),
+    ]
+    assert len(shorter) == 4
+    assert all(each.prompt[0][SETTINGS] == {"tools": [TOOL]} for each in shorter)
+    assert all(SETTINGS not in each for example in shorter for each in example.prompt[1:])
+
+
+def test_a_developers_turn_is_the_systems_where_the_template_knows_no_developer():
+    two = CHATML.replace("for m in messages", "for m in messages if m['role'] in ('system', 'user', 'assistant')")
+    row = {"messages": [turn("developer", "Be brief."), *ASKED["messages"]]}
+    assert laid_out(CHATML, row).prompt.startswith("<|im_start|>developer\nBe brief.")
+    assert laid_out(two, row).prompt.startswith("<|im_start|>system\nBe brief.")
+    with pytest.raises(UserError, match="leaves out words of the developer"):
+        laid_out(two.replace("'system', ", ""), row)
+
+
+def test_arguments_are_given_as_text_where_the_template_joins_them_to_text():
+    joining = TOOLS.replace("call['function'] | tojson", "call['function']['name'] + call['function']['arguments']")
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": "é"}}}
+    row = {"messages": [user("x"), {"role": "assistant", "content": None, "tool_calls": [call]}]}
+    assert laid_out(joining, row).completions == ('<tool_call>add{"a": "é"}</tool_call><|im_end|>',)
+    assert '"arguments": {"a": ' in laid_out(TOOLS, row).completions[0]
+
+
+def test_a_turn_without_tool_calls_is_the_same_with_an_empty_list_of_them():
+    strict = CHATML.replace("m['content'] +", "('called' if 'tool_calls' in m else '') + m['content'] +")
+    assert laid_out(strict, {"messages": [user("x"), {**says("y"), "tool_calls": []}]}).completions == ("y<|im_end|>",)
