@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from halos.errors import UserError
-from halos.types import Message, Turns
+from halos.examples import Message, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 WEIGHT = "weight"  # of an assistant turn: 0 where it is not trained on

@@ -127,7 +127,8 @@ def test_a_key_that_a_server_quotes_is_in_no_sample(monkeypatch: pytest.MonkeyPa
     assert key not in "".join(texts)
 
 
-def test_tools_and_settings_of_a_row_are_given_to_a_server_besides_the_turns() -> None:
+def test_tools_and_settings_of_a_row_are_given_to_a_server_besides_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "any")
     server, asked = Stub(), list[dict[str, Any]]()
     engine = ChatEngine(section(Sampler, name="openai", url=server.url), Origin("m"))
 
