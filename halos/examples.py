@@ -11,6 +11,8 @@ import numpy as np
 Message = Mapping[str, Any]  # OpenAI-style: role, content, and optionally tool_calls, name, tool_call_id
 Turns = tuple[Message, ...]
 
+TEXT = "text"  # the role of a turn that is trained on as it is, without a chat template; it has no prompt
+
 
 # --- examples: parsed rows of data files, before tokenization ----------------------------------------------------------
 

@@ -85,6 +85,7 @@ class Data:
     reader: str | None = key(on_resume=CONTENT)  # of entries without one: a user function from a path to rows
     columns: dict[str, str | None] = key(on_resume=CONTENT)  # of entries without any: name -> that in the file, or null
     filter: str | None = key(on_resume=CONTENT)  # of entries without one: a condition on a row's columns
+    schemas: bool = key(on_resume=CONTENT)  # whether columns of known schemas are recognised
     score: str = key(one_of=("last", "all"))
 
 

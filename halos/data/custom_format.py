@@ -18,7 +18,8 @@ Converter = Callable[[dict[str, Any]], Any]
 def entries_of(data: Data, purpose: str) -> list[Any]:
     """Return the entries of data.train or data.eval, with data.format and other keys where an entry has none of its own."""
     common = {"format": data.format, "reader": data.reader, "columns": data.columns, "filter": data.filter}
-    return [with_common(entry, {name: value for name, value in common.items() if value}) for entry in getattr(data, purpose)]
+    given = {name: value for name, value in common.items() if value} | ({} if data.schemas else {"schemas": False})
+    return [with_common(entry, given) for entry in getattr(data, purpose)]
 
 
 def with_common(entry: Any, common: Mapping[str, Any]) -> Any:

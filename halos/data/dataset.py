@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,7 @@ class Counts:
     oddities: dict[str, int] = field(default_factory=dict)  # examples by what is odd about them, by the names of data/oddities.py
     splits: dict[str, int] = field(default_factory=dict)  # rows by the value of a column that names their split
     places: dict[str, list[str]] = field(default_factory=dict)  # the first rows of each reason and oddity, a.jsonl:12
+    noted: dict[str, int] = field(default_factory=dict)  # rows by what was made of their columns
     files: str = ""  # how many of each kind, where there are several kinds
 
     def drop(self, reason: str, where: str) -> None:
@@ -65,6 +66,11 @@ class Counts:
     def note(self, oddity: str, where: str) -> None:
         self.oddities[oddity] = self.oddities.get(oddity, 0) + 1
         self.remember(oddity, where)
+
+    def read_as(self, notes: Iterable[str]) -> None:
+        """Count what was made of the columns of a row."""
+        for note in notes:
+            self.noted[note] = self.noted.get(note, 0) + 1
 
     def remember(self, why: str, where: str) -> None:
         """Keep the place of a row, if it is one of the first with this reason."""
@@ -77,6 +83,7 @@ class Counts:
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
             parts.append(f"dropped {sum(self.dropped.values())} ({reasons})")
+        parts += [f"{count} {note}" for note, count in self.noted.items()]
         notes = {
             CUT_TURNS: self.cut_turns,
             CUT_COMPLETIONS: self.cut_completions,

@@ -14,3 +14,18 @@ def number_in(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
+
+
+# words for a completion that is to be learned from, and for one that is not; blanks, hyphens, underscores and case do not matter
+DESIRABLE = ("good", "true", "yes", "desirable", "chosen", "positive", "correct", "accepted", "thumbs up", "up", "👍", "1")
+UNDESIRABLE = (
+    "bad", "false", "no", "undesirable", "rejected", "negative", "incorrect", "wrong", "thumbs down", "down", "👎", "0", "-1",
+)  # fmt: skip
+
+
+def verdict_in(value: Any) -> bool | None:
+    """Return whether a label says that a completion is desirable: true, 1 or a word for it; None for anything unknown."""
+    if isinstance(value, str):
+        words = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", value.strip().lower())
+        return True if words in DESIRABLE else False if words in UNDESIRABLE else None
+    return bool(value > 0) if isinstance(value, int | float) and value in (-1, 0, 1) else None

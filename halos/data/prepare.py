@@ -23,7 +23,7 @@ from halos.config.plugins import code_hash
 from halos.confined import expanded
 from halos.data import oddities
 from halos.data.dataset import CUT_COMPLETIONS, CUT_TURNS, Counts, Writer, is_whole
-from halos.data.formats import as_kind, read_example
+from halos.data.formats import as_kind, parse
 from halos.data.oddities import EndTokens
 from halos.data.sources import OpenSource, Source, hash_files, open_source
 from halos.data.template import chat_template
@@ -175,7 +175,12 @@ def _examples(
             counts.examples += 1
             counts.drop(row.note or LEFT_OUT, row.where)
             continue
-        example = read_example(row, score=score)
+        parsed = parse(row, score=score)
+        counts.read_as(parsed.notes)
+        if (example := parsed.example) is None:
+            counts.examples += 1
+            counts.drop(parsed.dropped, row.where)
+            continue
         oddities.count_split(row.original or row.record, counts)
         for oddity in oddities.of_example(example):
             counts.note(oddity, row.where)

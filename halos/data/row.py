@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 from halos.errors import UserError
 from halos.examples import Example
 
+EQUAL = "with equal completions"  # why a pair is dropped
+
 
 class Row(NamedTuple):
     """One row of data and its position, `train.jsonl:12`."""
@@ -14,7 +16,8 @@ class Row(NamedTuple):
     left_out: bool = False  # by a custom format, a filter, or an adapter
     example: Example | None = None  # of a custom format, instead of columns
     original: dict[str, Any] | None = None  # the row as it was read, where `record` was made of it
-    note: str = ""  # what was made of the row, for the counts of the header; the reason where it is left out
+    note: str = ""  # why the row is left out, where it is not a custom format that says so
+    schemas: bool = True  # whether other columns than those of the built-in forms are recognised
 
 
 def row_of(value: Any, where: str) -> Row:

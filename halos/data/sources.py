@@ -39,6 +39,7 @@ class Source:
     reader: str | None = None  # a function of the user's, from a path to rows
     columns: Mapping[str, str | None] = field(default_factory=dict)  # name -> that in the file; None leaves the column out
     filter: str | None = None  # a condition on a row's columns, as in the file
+    schemas: bool = True  # whether other columns than those of the built-in forms are recognised
 
     @classmethod
     def of(cls, entry: str | Mapping[str, Any]) -> "Source":
@@ -74,6 +75,8 @@ class Source:
             isinstance(new, str) and isinstance(old, str | None) for new, old in self.columns.items()
         ):
             raise UserError(f"data entry {self.path}: columns={self.columns!r} must be names, {{prompt: question, chosen: best}}")
+        if not isinstance(self.schemas, bool):
+            raise UserError(f"data entry {self.path}: schemas={self.schemas!r} must be true or false")
         if self.filter is not None:
             if not isinstance(self.filter, str):
                 raise UserError(f"data entry {self.path}: filter={self.filter!r} must be text, such as 'score >= 2'")
@@ -130,7 +133,8 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> OpenSource
         first = next(read, None)
         if first is None:
             raise UserError(f"{source.path}: no rows{f' in {source.split}' if source.split else ''}")
-        return chain([first], read)
+        rows = chain([first], read)
+        return rows if source.schemas else (row._replace(schemas=False) for row in rows)
 
     return OpenSource(source, " ".join([content.fingerprint, *codes]), rows, kinds_of(content.files))
 

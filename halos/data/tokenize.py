@@ -9,14 +9,15 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from halos.data import raw_text
 from halos.data.endings import CALL
 from halos.data.messages import is_learned, moved_settings
+from halos.data.row import EQUAL
 from halos.data.template import Layout, Span, Template, any_of
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Scored, Turns
 
 TOO_LONG, PROMPT_TOO_LONG = "longer than max_length", "with a prompt that fills max_length"
-EQUAL = "with equal completions"
 _SYSTEM = ("system", "developer")
 
 
@@ -93,6 +94,8 @@ class Encoder:
         return encoded
 
     def _lay_out(self, example: Example, where: str) -> Layout:
+        if raw_text.is_raw(example):
+            return raw_text.layout(self._tokenizer, example)
         cut = [each.cut for each in example.sampled]
         return self._template.lay_out(example.prompt, example.completions, where, cut=cut)
 

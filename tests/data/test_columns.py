@@ -183,7 +183,7 @@ def test_errors_of_a_reader_name_the_row(own: Path, tmp_path: Path, name: str, w
 
 def test_keys_of_data_apply_to_entries_that_have_none_of_their_own(tmp_path: Path) -> None:
     data = Data(train=["a", {"path": "b", "filter": "x > 1"}], eval=[{"path": "c", "reader": "my.own"}], root=None, format=None,
-                reader="my.read", columns={"prompt": "q"}, filter="y", score="last")  # fmt: skip
+                reader="my.read", columns={"prompt": "q"}, filter="y", schemas=True, score="last")  # fmt: skip
     assert entries_of(data, "train")[1] == {"path": "b", "filter": "x > 1", "reader": "my.read", "columns": {"prompt": "q"}}
     assert entries_of(data, "eval")[0]["reader"] == "my.own"
     assert custom_formats(data) == {"data.reader": "my.read", "data.eval.0.reader": "my.own"}

@@ -46,7 +46,7 @@ def test_a_column_that_another_form_learns_from_is_refused_by_name(columns: dict
 @pytest.mark.parametrize(
     ("columns", "example"),
     [
-        (PAIR | {"messages": [*Q, *GOOD], "prompt_id": "h", "score_chosen": 8.5, "score_rejected": 6}, Comparison(Q, GOOD, BAD)),
+        (PAIR | {"messages": [*Q, *GOOD], "id": "h", "score_chosen": 8.5, "score_rejected": 6}, Comparison(Q, GOOD, BAD, 2.5)),
         (PAIR | {"completion": "one ", "margin": 2.0, "reward": None}, Comparison(Q, GOOD, BAD, 2.0)),
         (PAIR | {"messages": [*Q]}, Comparison(Q, GOOD, BAD)),
         (TALK | {"prompt": "One?", "prompt_id": "h", "completion": "one"}, Demonstration(Q, GOOD)),

@@ -123,7 +123,7 @@ def test_rows_left_out_are_counted_and_changed_code_converts_again(own: Path, tm
 
 def test_data_format_applies_to_entries_without_a_format() -> None:
     data = Data(train=["a.jsonl", {"path": "b.jsonl", "format": "json"}, {"path": "c", "format": "my.rows"}], eval=[],
-                root=None, format="mine.rows", score="last")  # fmt: skip
+                root=None, format="mine.rows", reader=None, columns={}, filter=None, schemas=True, score="last")  # fmt: skip
     assert [entry["format"] for entry in entries_of(data, "train")] == ["mine.rows", "json", "my.rows"]
     assert custom_formats(data) == {"data.format": "mine.rows", "data.train.2.format": "my.rows"}
     assert with_common("a.jsonl", {}) == "a.jsonl"

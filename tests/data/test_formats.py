@@ -36,7 +36,7 @@ def test_a_label_makes_it_a_judgement():
     assert read(prompt="One?", completion="one", label=True) == Judgement(Q, GOOD, True)
     assert read(prompt="One?", completion="two", label=0) == Judgement(Q, BAD, False)
     assert read(prompt="One?", completion="two", label=None) == Demonstration(Q, BAD), "an empty column is no column"
-    refuses("label is 'good'", prompt="One?", completion="one", label="good")
+    refuses("label is 'fine'", prompt="One?", completion="one", label="fine")
     refuses("label is -1", prompt="One?", completion="one", label=-1)
     refuses("label is 0.5", prompt="One?", completion="one", label=0.5)
 
@@ -83,7 +83,7 @@ def test_tool_calls_are_kept_and_null_keys_are_not():
         ({"messages": [says("one")]}, "there is no turn to answer"),
         ({"messages": []}, "messages must be text or a list"),
         ({"messages": [user("One?"), says(" ")]}, "the assistant says nothing"),
-        ({"messages": [{"from": "human", "value": "One?"}]}, "needs role and content, one has from, value"),
+        ({"messages": [{"who": "human", "value": "One?"}]}, "needs role and content, one has who, value"),
         ({"messages": ["One?"]}, "needs role and content, one is str"),
         ({"messages": [user("One?"), turn("bot", "one")]}, "unknown role 'bot'; roles are system"),
         ({"messages": [user("One?"), {"role": "assistant"}]}, "content is NoneType, not text"),
@@ -93,7 +93,7 @@ def test_tool_calls_are_kept_and_null_keys_are_not():
         ({"prompt": "One?", "completion": [user("two")]}, "must start and end with an assistant turn"),
         ({"prompt": "One?", "chosen": "one", "rejected": [says("two"), user("so?")]}, "rejected must start and end"),
         ({"prompt": "One?"}, "columns found: prompt; a row that can be trained on has messages; prompt"),
-        ({"text": "One?", "id": 7}, "columns found: text, id;"),
+        ({"title": "One?", "id": 7}, "columns found: title, id;"),
         ({"prompt": "One?", "chosen": None, "rejected": "2"}, r"columns found: prompt, rejected \(and null: chosen\);"),
         ({}, "columns found: none"),
     ],
@@ -245,9 +245,9 @@ def test_a_system_column_precedes_a_greeting_by_the_assistant():
 
 def test_a_column_that_would_be_lost_is_refused_unless_it_is_empty():
     for named in ({}, {"type": "chat"}):
-        refuses("'history' is not read", prompt="One?", history=[["a", "b"]], completion="one", **named)
+        refuses("'history' is not read", prompt="One?", history=[["a"]], completion="one", **named)
     with pytest.raises(UserError, match="'input' is not read, and would be lost: put its content into instruction"):
-        read_prompt(Row({"instruction": "Add.", "input": "1, 1"}, "a.jsonl:12"))
+        read_prompt(Row({"instruction": "Add.", "input": "1, 1"}, "a.jsonl:12", schemas=False))
     assert read_prompt(Row({"instruction": "One?", "input": "", "history": []}, "a.jsonl:12")) == (Q, None)
     assert read(prompt="One?", input="anything", completion="one") == Demonstration(Q, GOOD), "it is no part of the prompt"
 

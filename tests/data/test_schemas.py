@@ -1,0 +1,233 @@
+"""Rows of schemas that are told by their columns."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.data.files import Row
+from halos.data.formats import parse, read_example, read_prompt
+from halos.data.numbers import DESIRABLE, UNDESIRABLE
+from halos.data.row import EQUAL
+from halos.data.schemas import pairs
+from halos.data.schemas.schema import Schema
+from halos.data.schemas.table import SCHEMAS, manual
+from halos.errors import UserError
+from halos.types import Comparison, Demonstration, Judgement
+
+from .tokenizers import jsonl, prepared, says, tokenizer, turn, user
+
+WHERE = "a.jsonl:12"
+Q, GOOD, BAD = (user("One?"),), (says("one"),), (says("two"),)
+
+
+def read(**columns: Any) -> Any:
+    return read_example(Row(columns, WHERE), score="last")
+
+
+def refuses(message: str, **columns: Any) -> None:
+    with pytest.raises(UserError, match=rf"a\.jsonl:12: .*{message}"):
+        read(**columns)
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.name)
+def test_a_row_of_a_schema_gives_the_example_of_its_built_in_form(schema: Schema) -> None:
+    assert read(**schema.row) == read(**schema.same)
+    built_in = read_example(Row(dict(schema.same), WHERE, schemas=schema.name == "text"), score="last")
+    assert built_in == read(**schema.same)
+    if schema.name != "text":
+        with pytest.raises((UserError, AssertionError)):  # without the schema it is another row, or none
+            assert read_example(Row(dict(schema.row), WHERE, schemas=False), score="last") == built_in
+
+
+def test_the_manual_has_the_table() -> None:
+    written = (Path(__file__).parents[2] / "halos" / "data" / "README.md").read_text()
+    assert manual() in written, "python -c 'from halos.data.schemas.table import manual; print(manual())'"
+
+
+# --- ShareGPT ----------------------------------------------------------------------------------------------------------
+
+
+def said(who: str, words: Any, **more: Any) -> dict[str, Any]:
+    return {"from": who, "value": words, **more}
+
+
+def test_turns_of_sharegpt_have_all_its_roles() -> None:
+    call = {"name": "add", "arguments": {"x": 1}}
+    talk = [said("system", "S"), said("Human", "H"), said("function_call", json.dumps(call)), said("observation", "2"),
+            said("gpt", "G"), said("user", "U", weight=None), said("bing", "B", weight=0), said("human", "W"),
+            said("chatgpt", "C")]  # fmt: skip
+    example = read(conversations=talk, id=7)
+    assert example.completion == (says("C"),)
+    assert example.prompt[2:4] == (
+        {"role": "assistant", "tool_calls": [{"type": "function", "function": call}]},
+        turn("tool", "2"),
+    )
+    assert example.prompt[6] == says("B") | {"weight": 0}, "it is not trained on"
+    assert read(conversation=[*Q, *GOOD]) == read(messages=[said("human", "One?"), said("gpt", "one")]) == Demonstration(Q, GOOD)
+    refuses("conversations has a turn from 'bot'; known are human, user", conversations=[said("bot", "x")])
+    refuses("function_call that is no JSON object", conversations=[said("human", "x"), said("function_call", "add(1)")])
+    refuses("columns 'conversations' and 'messages' hold different", conversations=[said("human", "x")], messages=[*Q, *GOOD])
+
+
+def test_pairs_of_sharegpt_have_one_turn_each_or_several() -> None:
+    pair = Comparison(Q, GOOD, BAD)
+    asked = [said("human", "One?")]
+    assert read(conversations=asked, chosen=said("gpt", "one"), rejected=said("gpt", "two")) == pair
+    assert read(prompt="One?", chosen=[said("gpt", "one")], rejected=[said("gpt", "two")]) == pair
+    assert read(chosen=[*asked, said("gpt", "one")], rejected=[*asked, said("gpt", "two")]) == pair
+
+
+# --- prompts and answers under other names -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"query": "One?", "answer": "a", "response": "1"}, "could be the completion: data.columns={completion: answer}"),
+        ({"prompt": "One?", "question": "Two?", "answer": "one"}, "question could be the prompt: data.columns={question: null}"),
+        ({"instruction": "One?", "query": "Two?", "chosen": "a", "rejected": "b"}, "any of instruction, query could be the"),
+        ({"instruction": "Add.", "input": "1", "context": "2", "output": "3"}, "both 'input' and 'context' may belong"),
+        ({"system": "A", "system_prompt": "B", "question": "One?", "response": "one"}, "'system' and 'system_prompt' differ"),
+        ({"text": "a b", "prompt": "a"}, "'text' beside prompt could be the whole or a part of it: data.columns={prompt: null}"),
+        ({"text": "a b", "system": "b"}, "'text' beside system could be the whole"),
+        ({"text": "a b", "answer": "b"}, "data.columns={prompt: text} as a part"),
+        ({"question": "One?", "label": "good"}, "columns found: question, label; a row that can be trained on has"),
+        ({"question": "One?", "answer": 1}, "completion must be text or a list"),
+        ({"question": "One?", "answer": "one", "reward": 1, "label": "good"}, "so 'reward' would be lost"),
+        ({"text": "a", "label": 1}, "read as text, so 'label' would be lost"),
+        ({"text": " "}, "columns found: text;"),
+        ({"instruction": [*Q], "input": "1", "output": "2"}, "input beside instruction, which is no text"),
+    ],
+)  # fmt: skip
+def test_what_could_be_read_in_several_ways_or_lost_is_refused(columns: dict[str, Any], words: str) -> None:
+    refuses(words.replace("{", r"\{"), **columns)
+
+
+def test_names_of_prompts_and_answers() -> None:
+    for asked in ("prompt", "instruction", "question", "query", "input"):
+        for answer in ("completion", "response", "answer", "output"):
+            assert read(**{asked: "One?", answer: "one"}) == Demonstration(Q, GOOD)
+        assert read(**{asked: "One?", "chosen": "one", "rejected": "two"}) == Comparison(Q, GOOD, BAD)
+    assert read(question="One?", answer="one", label="yes", reward=None) == Judgement(Q, GOOD, True)
+    assert read(question="One?", answer="one", response="one") == Demonstration(Q, GOOD), "twice the same is one"
+    assert read(prompt="One?", completion="one", answer="1", question="no") == Demonstration(Q, GOOD), (
+        "the built-in form is first"
+    )
+    assert read(instruction="Q", context="C", response="one").prompt == (user("Q\n\nC"),)
+    history = [["a", "b"]]
+    assert read(instruction="Q", input="", history=history, output="one").prompt == (user("a"), says("b"), user("Q"))
+    assert read(system="S", prompt="One?", history=history, completion="one").prompt == (
+        turn("system", "S"),
+        user("a"),
+        says("b"),
+        *Q,
+    )
+    pair = {"chosen": [*Q, *GOOD], "rejected": [*Q, *BAD]}
+    assert read(question="another", **pair) == Comparison(Q, GOOD, BAD), "conversations have their prompt"
+
+
+def test_a_prompt_alone_is_read_under_any_name_and_nothing_of_its_answer_is_refused() -> None:
+    def asked(**columns: Any) -> Any:
+        return read_prompt(Row(columns, WHERE))
+
+    assert asked(question="One?", answer="1", response="one") == (Q, "1")
+    assert asked(instruction="Add.", input="1, 1") == ((user("Add.\n\n1, 1"),), None)
+    assert asked(prompt="\n\nHuman: One?\n\nAssistant:") == (Q, None)
+    assert asked(prompt="One?", text="x", input="y", question="no") == (Q, None)
+    assert asked(conversations=[said("human", "One?"), said("gpt", "one")]) == (Q, "one")
+
+
+# --- pairs -------------------------------------------------------------------------------------------------------------
+
+
+def test_text_with_the_markers_of_hh_is_turns() -> None:
+    first = "\n\nHuman: Hi:\n\nthere\n\nAssistant: Hello!\n\nHuman: One?\n\nAssistant:"
+    prompt = (user("Hi:\n\nthere"), says("Hello!"), *Q)
+    assert read(chosen=f"{first} one", rejected=f"{first} two") == Comparison(prompt, GOOD, BAD)
+    assert read(prompt=first, chosen=" one", rejected=" two", response=" one") == Comparison(prompt, GOOD, BAD)
+    assert read(prompt=first, completion=" one") == Demonstration(prompt, GOOD)
+    refuses(
+        "chosen is empty|must share all turns|starts and ends|must start and end",
+        chosen=f"{first} one\n\nHuman: so?",
+        rejected=f"{first} two",
+    )
+    assert read(prompt="Human: One?", completion="one").prompt == (user("Human: One?"),), "no markers"
+
+
+def test_the_prompt_of_texts_that_begin_alike_ends_at_a_word() -> None:
+    example = read(chosen="Count to two: one, two", rejected="Count to two: once")
+    assert example == Comparison((user("Count to two:"),), (says("one, two"),), (says("once"),))
+    parsed = parse(Row({"chosen": "a b", "rejected": "a b"}, WHERE), score="last")
+    assert (parsed.example, parsed.dropped) == (None, EQUAL)
+    refuses("a column 'prompt' is needed", chosen="one", rejected="once")
+    refuses("rejected is empty", chosen="Say one. two", rejected="Say one. ")
+
+
+def test_scores_are_margins_unless_they_contradict_the_order() -> None:
+    pair = {"prompt": "One?", "chosen": "one", "rejected": "two"}
+    for good, bad in pairs.SCORES:
+        assert read(**pair, **{good: "8.5", bad: 6}).margin == 2.5
+        parsed = parse(Row({**pair, good: 1, bad: 2}, WHERE), score="last")
+        assert parsed.dropped == f"whose scores contradict their order ({good} < {bad})"
+        assert read(**pair, **{good: 1, bad: 2, "margin": 7}).margin == 7
+        assert read(**pair, **{good: None, bad: 2}).margin is None
+
+
+def test_ultrafeedback_prefers_the_best_to_the_worst() -> None:
+    def completions(*scores: Any) -> dict[str, Any]:
+        return {
+            "instruction": "One?",
+            "completions": [{"response": f"{n}", "overall_score": score} for n, score in enumerate(scores)],
+        }
+
+    assert read(**completions(3, 9.5, None, 1, float("nan"))) == Comparison(Q, (says("1"),), (says("3"),), 8.5)
+    for scores, why in {(2, 2): pairs.EQUAL_SCORES, (2, None): pairs.FEW_SCORES}.items():
+        assert parse(Row(completions(*scores), WHERE), score="last").dropped == why
+
+
+def test_labels_may_be_words() -> None:
+    row = {"prompt": "One?", "completion": "one"}
+    for words, wanted in ((DESIRABLE, True), (UNDESIRABLE, False)):
+        for word in words:
+            assert read(**row, label=f" {word.title()} ").desirable is wanted
+    assert read(**row, label="Thumbs_Up") == read(**row, kto_tag=1) == Judgement(Q, GOOD, True)
+    refuses("label is 'fine', no known verdict: good, true", **row, label="fine")
+    refuses("label is '2', no known verdict", **row, label="2")
+
+
+# --- the header, and text ----------------------------------------------------------------------------------------------
+
+
+def test_what_was_made_of_rows_is_counted(tmp_path: Path) -> None:
+    rows = [{"chosen": f"Say {n}. one", "rejected": f"Say {n}. two", "score_chosen": n, "score_rejected": 1} for n in range(3)]
+    path = jsonl(tmp_path / "a.jsonl", [*rows, {"chosen": "a", "rejected": "a"}])
+    assert prepared(path, tmp_path, kind=Comparison).lines() == [
+        f"{path}: 4 rows, 2 examples kept; dropped 2 (1 whose scores contradict their order (score_chosen < score_rejected),"
+        " 1 with equal completions); 3 whose prompt is how both texts begin; 2 with a margin, score_chosen - score_rejected"
+    ]
+    plain = prepared(
+        {"path": jsonl(tmp_path / "b.jsonl", [{"prompt": "a", **rows[2]}]), "schemas": False}, tmp_path, kind=Comparison
+    )
+    assert plain.labels["margin"].tolist() == [0.0]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_text_is_trained_on_as_it_is(tmp_path: Path, bos: bool) -> None:
+    made = tokenizer(bos=bos)
+    texts = ["Once upon a time", "<s>Once</s>", "<|im_start|>user\nHi<|im_end|></s>\n"]
+    data = prepared(jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path, tokenizer=made)
+    whole = [made.decode([*item.prompt, *item.completions[0].ids]) for item in data]
+    start = "<s>" if bos else ""
+    assert whole == [f"{start}Once upon a time</s>", "<s>Once</s>", f"{start}{texts[2]}"]
+    for item in data:
+        (completion,) = item.completions
+        assert completion.scored.tolist() == [bos, *[True] * (len(completion.ids) - 1)], "the first token has nothing before it"
+    assert made.decode(data[0].prompt) == start
+    cut = prepared(
+        jsonl(tmp_path / "a.jsonl", [{"text": "one two " * 50}]), tmp_path, tokenizer=made, max_length=9, truncation="truncate"
+    )
+    assert cut.lengths.tolist() == [[9]]
+    with pytest.raises(UserError, match=r"columns found: text\. They can train only losses on demonstrations"):
+        prepared(jsonl(tmp_path / "a.jsonl", [{"text": "a"}]), tmp_path, kind=Comparison)
