@@ -48,7 +48,7 @@ def assemble(
     version = run_config.first_version(run.directory.read_attempts(), str(run.directory.path))
     current = _load(run, accelerator, resumed_from.path)
     _keep_arithmetic(current.module, version)
-    frozen, kept = reference.opened(run, current, accelerator, version)
+    frozen, kept = reference.opened(run, current, accelerator, version, is_new=resumed_from.path is None)
     if resumed_from.path is not None:
         restore(current, resumed_from.path)  # after loading models, which draws random numbers
     elif config.optim["init_from"] is not None:

@@ -79,12 +79,16 @@ class ModelLoader:
             dtype=dtype,
             attention=self.attention(dtype),
             quantize=quantize,
-            new_tokens=self.vocabulary.new if source == self.base else (),
+            new_tokens=self.new_tokens(source),
             stops=self.stops,
             seed=self.config.seed,
             empty=empty,
             longest=self.config.train.max_length,
         )
+
+    def new_tokens(self, source: Path) -> Sequence[int]:
+        """The tokens whose rows of the tables start anew, in the model of this directory."""
+        return self.vocabulary.new if source == self.base else ()
 
     def attention(self, dtype: torch.dtype) -> str:
         """The attention for packed sequences of a model with weights of this dtype."""

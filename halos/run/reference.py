@@ -5,7 +5,9 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from halos.checkpoint.state import random_state, restore_random_state
@@ -13,6 +15,7 @@ from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.agreement import from_rank_0
+from halos.distributed.parameters import local_part
 from halos.errors import UserError
 from halos.hashes import source_hash
 from halos.hooks.base import Run
@@ -61,16 +64,20 @@ def _costs_nothing(config: Config, batches: BatchSource) -> bool:
 
 
 def opened(
-    prepared: PreparedRun, current: Run, accelerator: Accelerator, version: int
+    prepared: PreparedRun, current: Run, accelerator: Accelerator, version: int, *, is_new: bool
 ) -> tuple[nn.Module | None, ReferenceCache | None]:
     """Return the reference model of a run that computes it at every step, or else where its log-probs are kept; neither where the
-    policy itself is the reference. `version` is that of the run's arithmetic."""
+    policy itself is the reference. `version` is that of the run's arithmetic; `is_new`: its weights are those of its base."""
     if not prepared.loss.needs_reference:
         return None, None
     if prepared.config.reference.cache != "always":
         return _load(prepared, current), None
-    facts = from_rank_0(accelerator, partial(_facts, prepared, version))
-    return None, ReferenceCache(expanded(prepared.config.cache_dir), facts, partial(_load_for_a_pass, prepared, current))
+    facts, is_start = (
+        from_rank_0(accelerator, partial(_facts, prepared, version)),
+        is_new and prepared.structure.reference is None,
+    )
+    start = _traces(current) if is_start and prepared.config.peft.name == "none" else None
+    return None, ReferenceCache(expanded(prepared.config.cache_dir), facts, partial(_load_for_a_pass, prepared, current, start))
 
 
 def _load(prepared: PreparedRun, current: Run) -> nn.Module | None:
@@ -78,15 +85,24 @@ def _load(prepared: PreparedRun, current: Run) -> nn.Module | None:
     return prepared.strategy.wrap_frozen(model) if model is not None else None
 
 
-def _load_for_a_pass(prepared: PreparedRun, current: Run) -> nn.Module | None:
-    """Load it without a trace in the random generators; None where the policy, which has not moved yet, is the reference."""
-    if prepared.structure.reference is None and current.step == 0:
+def _load_for_a_pass(prepared: PreparedRun, current: Run, start: list[tuple[int, float]] | None) -> nn.Module | None:
+    """Load it without a trace in the random generators; None where the policy is the reference, since it still has its weights of
+    the `start`: a trainer of the user's own, or whoever calls its `step`, may have changed them."""
+    if start is not None and all(gather_object([_traces(current) == start])):
         return None
     before = random_state()
     try:
         return _load(prepared, current)
     finally:
         restore_random_state(before)
+
+
+def _traces(current: Run) -> list[tuple[int, float]]:
+    """Of each parameter, or this rank's shard of it, how often it was written and its sum: no copy, and the host waits once."""
+    current.strategy.reshard(current.module)
+    parts = [local_part(parameter).detach() for parameter in current.module.parameters()]
+    sums = torch.stack([part.sum(dtype=torch.float32) for part in parts]).tolist()
+    return list(zip((part._version for part in parts), sums, strict=True))
 
 
 def _facts(prepared: PreparedRun, version: int) -> Mapping[str, Any]:
@@ -103,7 +119,7 @@ def _facts(prepared: PreparedRun, version: int) -> Mapping[str, Any]:
         "config": hashes[f"{name}.config.json"],
         "adapter": [hashes["peft.init_from"], settings] if models.reference_is_adapter(config) else None,
         "quantize": config.model.quantize if lora else None,
-        "vocabulary": None if named else [len(loader.tokenizer), list(loader.vocabulary.new)],
+        "vocabulary": [len(loader.tokenizer), list(loader.new_tokens(prepared.structure.reference or loader.base))],
         "dtype": str(dtype),
         "precision": loader.machine.mixed_precision,
         "attention": loader.attention(dtype),

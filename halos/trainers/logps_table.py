@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from halos.checkpoint import manifest
 from halos.checkpoint.commit import DiskFullError, staged
@@ -137,7 +137,8 @@ class LogpsCache:
         hidden = file.with_name(f".{file.name}")
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"hashes": part.hashes.view(np.uint8).reshape(-1, 16), "counts": part.counts, "logps": part.logps}
-        save_file(arrays, hidden, {"sha256": _digest(self.key, part.hashes, part.counts, part.logps)})
+        # not by save_file, whose error on a full disk is none of the system's
+        hidden.write_bytes(save(arrays, {"sha256": _digest(self.key, part.hashes, part.counts, part.logps)}))
         os.replace(hidden, file)
 
     def publish(self, parts: Sequence[Part]) -> None:

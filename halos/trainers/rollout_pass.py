@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -58,6 +59,11 @@ class RolloutPass:
             self._is_cached(split, name)
 
     @property
+    def _refers(self) -> bool:
+        """Whether the pass computes the reference's log-probs; else they are not needed, or kept in the cache_dir."""
+        return self.loss.needs_reference and self.trainer.reference_logps is None
+
+    @property
     def _valued(self) -> bool:
         return self.loss.inputs.head == "value"
 
@@ -69,13 +75,21 @@ class RolloutPass:
             if self.run.main and self.run.step:
                 message = "%s: data or settings have changed: computed again, with the policy of step %d"
                 log.warning(message, directory, self.run.step)
-            cache = self._compute(split.rows, reads_policy=True)
-            facts = {"rows": len(split.rows), "stands_on": self._dependencies(name)}
-            with staged(directory, main=self.run.main, gather=gather_object, facts=facts) as hidden:
-                if self.run.main:
-                    save(hidden, cache)
+            self._save(directory, split, name, self._compute(split.rows, reads_policy=True))
         kept = load(directory)
-        return kept if self.trainer.reference_logps is None else replace(kept, reference=self._known_reference(split.rows))
+        if self.trainer.reference_logps is not None:
+            return replace(kept, reference=self._known_reference(split.rows))
+        if self._refers and kept.reference is None:  # it was kept apart, until reference.cache was changed
+            _, known, _ = self._read(split.rows, reads_policy=False, refers=True)
+            kept = replace(kept, reference=known)
+            self._save(directory, split, name, kept)
+        return kept
+
+    def _save(self, directory: Path, split: Split, name: str, cache: RolloutCache) -> None:
+        facts = {"rows": len(split.rows), "stands_on": self._dependencies(name)}
+        with staged(directory, main=self.run.main, gather=gather_object, facts=facts) as hidden:
+            if self.run.main:
+                save(hidden, cache)
 
     def _known_reference(self, rows: Rows) -> Ragged:
         """The reference's log-probs of a data set, which are kept apart from what the policy computes."""
@@ -91,7 +105,8 @@ class RolloutPass:
             listing = manifest.read(directory) if directory.is_dir() and not manifest.verify(directory) else None
             if isinstance(listing, dict):
                 current = self._dependencies(name)  # which an older version did not record
-                is_cached = listing.get("rows") == len(split.rows) and listing.get("stands_on", current) == current
+                before = {**listing.get("stands_on", current), "reference": current["reference"]}  # which is computed at any step
+                is_cached = listing.get("rows") == len(split.rows) and before == current
             elif self.run.step and self._had_cache(name):
                 problem = (
                     f"{directory} is damaged or missing, and cannot be computed again, since the policy has been trained further:"
@@ -107,8 +122,7 @@ class RolloutPass:
         config, hashes = self.run.config, self.run.content.hashes if self.run.content is not None else {}
         models = ("model.weights", "reference.weights", "peft.init_from", "model.chat_template")
         settings = {"temperature": config.train.temperature, "adapter": config.reference.adapter}
-        refers = self.loss.needs_reference and self.trainer.reference_logps is None  # else they are kept in the cache_dir
-        cached = {"reference": refers, "values": self._valued}
+        cached = {"reference": self._refers, "values": self._valued}
         return {"rows": hashes.get(f"data.{name}"), **{key: hashes.get(key) for key in models}, **settings, **cached}
 
     def _had_cache(self, name: str) -> bool:
@@ -126,13 +140,16 @@ class RolloutPass:
         """
         sampled = _of_sampler(rows)
         reads_policy |= sampled is None or bool(np.isnan(sampled.flat).any())
-        refers = self.loss.needs_reference and self.trainer.reference_logps is None
-        if not reads_policy and not refers:
+        if not reads_policy and not self._refers:
             return RolloutCache(None, sampled, None, None, step=self.run.step)
+        old, reference, values = self._read(rows, reads_policy=reads_policy, refers=self._refers)
+        return RolloutCache(old, sampled, reference, values, step=self.run.step)
+
+    def _read(self, rows: Rows, *, reads_policy: bool, refers: bool) -> list[Ragged | None]:
+        """The policy's log-probs of all rows, the reference's, and the policy's values; None of what is not read."""
         by_row = self._forward(rows, reads_policy=reads_policy, refers=refers)
         columns = zip(*(by_row[row] for row in range(len(rows))), strict=True)
-        old, reference, values = (None if column[0] is None else Ragged.of(column) for column in columns)
-        return RolloutCache(old, sampled, reference, values, step=self.run.step)
+        return [None if column[0] is None else Ragged.of(column) for column in columns]
 
     @torch.no_grad()
     def _forward(self, rows: Rows, *, reads_policy: bool, refers: bool) -> dict[int, list[np.ndarray | None]]:

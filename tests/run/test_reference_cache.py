@@ -35,6 +35,8 @@ from halos.trainers.reference import ReferenceLogps
 
 UNPROVED = "train.prove=off"  # which other tests prove
 SHORT = (UNPROVED, "train.steps=2", "checkpoint.every=null")
+SCORED = [json.dumps({"type": "scalar_feedback", "prompt": f"Count {n}", "output": f"it is {n * k}", "reward": k}) + "\n"
+          for n in range(8) for k in (0.0, 1.0, 2.0)]  # fmt: skip
 TIMES = re.compile(r"seconds|tokens_per_second|peak_memory|written")
 
 
@@ -88,9 +90,8 @@ def known(trainer: Trainer) -> torch.Tensor:
 @pytest.mark.parametrize("words", [("loss=dpo",), ("loss=kto", "peft=lora", "train.steps=7"), ("loss=grpo",)], ids=" ".join)
 def test_steps_and_evaluations_equal_those_with_a_live_reference(words: tuple[str, ...], world: World) -> None:
     if words == ("loss=grpo",):
-        rows = [{"prompt": f"Count {n}", "output": f"it is {n * k}", "reward": float(k)} for n in range(8) for k in range(3)]
         for path, count in ((world.data, 24), (world.eval_data, 6)):
-            path.write_text("".join(json.dumps({"type": "scalar_feedback", **row}) + "\n" for row in rows[:count]))
+            path.write_text("".join(SCORED[:count]))
         words = ("loss=grpo", "loss.beta=0.1")
     more = [*words, UNPROVED, "train.eval_at_start=true", "checkpoint.every=null"]
     directories = [world.train(cache, *more, f"reference.cache={cache}") for cache in ("never", "auto")]
@@ -177,6 +178,44 @@ def test_what_the_numbers_depend_on_is_noticed_and_nothing_else(world: World, co
             assert known(trainer).allclose(trainer._refer(pack(rows)).values, atol=1e-5 if "float" not in what else 0.05), what
 
 
+def test_a_named_reference_is_noticed_to_have_grown_with_the_vocabulary(world: World, computed: list[str]) -> None:
+    """Its head has a row for each new token too, and each takes a part of the probability."""
+    named = f"reference.name_or_path={shutil.copytree(world.base, world.place / 'named')}"
+    first, grown = (
+        known(assembled(world, f"grown{n}", named, *words)) for n, words in enumerate(((), STALE["vocabulary"](world)))
+    )
+    live = assembled(world, "live", named, *STALE["vocabulary"](world), "reference.cache=never")
+    expected = live._refer(live.packed(rows_of(live))).values
+    assert grown.allclose(expected, atol=1e-5)
+    assert not first.allclose(expected, atol=1e-4)
+
+
+def test_a_policy_that_was_moved_before_the_pass_is_not_read_as_its_own_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = assembled(world, "live", "reference.cache=never")
+    expected = live._refer(live.packed(rows_of(live))).values
+
+    def moved(self: Trainer, parts: Any) -> None:
+        begin(self, parts)
+        for parameter in self.run.module.parameters():
+            parameter.data.mul_(1.1)
+
+    begin = Trainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "__init__", moved)
+        by_trainer = assembled(world, "trainer")
+    assert known(by_trainer).allclose(expected, atol=1e-5)
+    shutil.rmtree(world.cache / "reference")
+    alone = assembled(world, "alone")
+    with torch.no_grad():
+        next(alone.run.module.parameters()).add_(1e-12)  # which no sum of its values shows
+    loaded, load = list[Any](), models.load_reference
+    monkeypatch.setattr(models, "load_reference", lambda *words: loaded.append(words) or load(*words))
+    alone.step(alone.order.batch(0))
+    assert len(loaded) == 1
+
+
 def test_a_damaged_table_is_computed_again_and_compared_with_that_of_the_start(
     world: World, computed: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -250,6 +289,18 @@ def test_a_stopped_pass_stops_the_run_and_is_resumed(world: World, monkeypatch: 
     assert trainer.run.stopped_early
     assert trainer.run.step == 0
     assert not list((world.cache / "reference").glob("*/manifest.json"))
+
+
+def test_a_resume_with_another_cache_keeps_the_old_log_probs_of_rollouts(world: World) -> None:
+    world.data.write_text("".join(SCORED))
+    words = ("loss=grpo", "loss.beta=0.1", "optim.lr=3e-2", "train.batch_size=6", "data.eval=[]", "objective.metric=loss",
+             "objective.mode=min", UNPROVED)  # fmt: skip
+    directory = world.train("first", *words, "reference.cache=always")
+    whole = weights(directory)
+    for cache in ("never", "always"):
+        assert resume(stopped(directory), f"reference.cache={cache}") == 0
+        for name, value in weights(directory).items():
+            assert value.allclose(whole[name], atol=1e-6), (cache, name)
 
 
 def test_a_resume_loads_no_reference_and_computes_a_lost_one_again(

@@ -97,6 +97,14 @@ def test_a_part_is_found_again_only_whole_and_of_the_same_rows_and_facts(tmp_pat
         assert changed is None or np.array_equal(changed.logps, mine.logps), at  # a name in the header that nobody reads
 
 
+def test_a_full_disk_is_the_systems_error_as_whoever_writes_a_part_expects(tmp_path: Path) -> None:
+    cache = LogpsCache(tmp_path, FACTS)
+    cache.parts.mkdir(parents=True)
+    (cache.parts / ".000000.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        cache.keep(0, part(3, 1))
+
+
 def test_two_processes_do_not_compute_the_same_table(tmp_path: Path) -> None:
     one, other, third = (LogpsCache(tmp_path, facts) for facts in (FACTS, FACTS, {**FACTS, "data": "of others"}))
     assert one.acquire()
