@@ -59,6 +59,14 @@ def _drops_by_tokens(now: RunFacts) -> bool:
     return train.share_prompts and train.microbatch_tokens is not None and drops
 
 
+def _drops_before_head(now: RunFacts) -> bool:
+    """Return whether an adapter with dropout is on the head, which all-linear leaves out."""
+    peft = now.config.peft
+    if peft.name != "lora" or not peft.lora_dropout:
+        return False
+    return any(word in str(peft.target_modules) for word in ("head", "embed_out", "output_layer"))
+
+
 def _trains_biases(now: RunFacts) -> bool:
     return now.refers and now.config.peft.name == "lora" and now.config.peft.bias != "none"
 
@@ -136,6 +144,8 @@ HISTORY = (
              _drops_by_tokens),
     Revision(9, "2026-11-27", "items of a prompt are side by side in micro-batches, if possible on one rank",
              lambda now: now.packed, of="kept"),
+    Revision(10, "2026-11-27", "the dropout of an adapter on the head is the same in the backward pass as in the forward pass",
+             _drops_before_head),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER = 7, 9

@@ -105,7 +105,7 @@ class Head:
         parts = []
         for chunk, some in zip(hidden.split(rows), reading.split(rows), strict=True):
             if torch.is_grad_enabled():
-                parts.append(checkpoint(self._chunk, chunk, some, use_reentrant=False, preserve_rng_state=False))
+                parts.append(checkpoint(self._chunk, chunk, some, use_reentrant=False))  # of an adapter the same dropout again
             else:
                 parts.append(self._chunk(chunk, some))
         return torch.cat(parts)

@@ -150,7 +150,7 @@ class _FrozenLogProbs(torch.autograd.Function):
                 grad_logits = grad_logits if slope is None else grad_logits.mul_(slope)
                 slopes_of_logp[rows] = grad_logits.mul_(softmax.scale / softmax.temperature).to(hidden.dtype) @ half_weight
         ctx.save_for_backward(slopes_of_logp)
-        return torch.cat(parts)
+        return torch.cat([hidden.new_zeros(0, dtype=torch.float32), *parts])  # of no rows, there are none
 
     @staticmethod
     @once_differentiable

@@ -19,7 +19,7 @@ from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, HISTORY, VERSION, 
 def computed(**other: Any) -> RunFacts:
     """Full fine-tuning of a small language model in float32."""
     config: Any = SimpleNamespace(
-        peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0), online=None,
+        peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0, target_modules="all-linear"), online=None,
         train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512),
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True},
     )  # fmt: skip
@@ -110,6 +110,16 @@ def test_how_shared_prompts_are_counted_affects_runs_with_dropout_and_a_bound_on
         now.config.peft.name, now.config.peft.lora_dropout = "lora", dropout
         now.config.train.microbatch_tokens, now.config.train.share_prompts = tokens, share
         assert ("too long to share it" in why(now, 7)) is named
+
+
+def test_the_dropout_of_an_adapter_on_the_head_affects_runs_that_have_both() -> None:
+    for name, dropout, modules, named in (
+        ("lora", 0.1, ["q_proj", "lm_head"], True), ("lora", 0.1, ".*(lm_head|v_proj)", True), ("lora", 0.1, "all-linear", False),
+        ("lora", 0.0, ["lm_head"], False), ("none", 0.1, ["lm_head"], False), ("lora", 0.1, ["q_proj"], False),
+    ):  # fmt: skip
+        now = computed()
+        now.config.peft.name, now.config.peft.lora_dropout, now.config.peft.target_modules = name, dropout, modules
+        assert ("dropout of an adapter on the head" in why(now, 9)) is named
 
 
 def test_changes_of_merging_and_sampling_affect_the_runs_that_use_them() -> None:

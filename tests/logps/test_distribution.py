@@ -131,6 +131,22 @@ def test_a_models_statistics_are_of_its_own_logits_with_an_adapter_on_the_head_t
             assert off(found, truth) < 1e-6
 
 
+def test_the_dropout_of_an_adapter_on_the_head_is_the_same_in_the_backward_pass() -> None:
+    torch.manual_seed(0)
+    adapter = LoraConfig(target_modules=["0"], lora_dropout=0.5, init_lora_weights=False)
+    layers: Any = get_peft_model(nn.Sequential(nn.Linear(HIDDEN, VOCABULARY)), adapter)  # type: ignore[arg-type]
+    mapped, hidden, reading = Head(layers, layers), drawn(ROWS, HIDDEN, seed=1).float(), reading_of(["entropy"], False)
+    gradients = []
+    for read in (lambda: mapped.read(hidden, reading, VOCABULARY), lambda: from_logits(mapped.logits(hidden), reading, 1.0)):
+        torch.manual_seed(1)
+        table = read()
+        torch.manual_seed(2)  # whatever is drawn until then
+        (table * weights_of(table)).sum().backward()
+        gradients.append(torch.cat([each.grad.flatten() for each in layers.parameters() if each.grad is not None]))
+        layers.zero_grad()
+    assert off(gradients[0], gradients[1].double()) < 1e-6
+
+
 def test_a_gpus_chunk_is_a_part_of_its_memory_and_of_nothing_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     @dataclass
     class Card:

@@ -58,6 +58,19 @@ def test_values_and_gradients_are_those_of_the_formula(
 
 
 @pytest.mark.parametrize("trained", [False, True])
+def test_of_no_rows_there_is_no_value_and_no_gradient(trained: bool) -> None:
+    """Of a micro-batch of samples that were cut nothing is learned."""
+    layer, hidden = nn.Linear(HIDDEN, VOCABULARY).requires_grad_(trained), torch.zeros(0, HIDDEN, requires_grad=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype is not torch.float32):
+            table = read(layer, hidden, Reading(torch.zeros(0, dtype=torch.long)), Softmax(1.0, None, 1.0, 4))
+        assert (table.shape, table.dtype) == ((0, 1), torch.float32)
+        table.sum().backward()
+    assert hidden.grad is not None
+    assert (layer.weight.grad is None) or not layer.weight.grad.any()
+
+
+@pytest.mark.parametrize("trained", [False, True])
 def test_a_frozen_layers_logits_are_computed_once(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     chunks, real = list[int](), products
     monkeypatch.setattr(linear_head, "products", lambda hidden, *more: chunks.append(len(hidden)) or real(hidden, *more))
