@@ -38,6 +38,11 @@ class LossSpec:
     def on_rollouts(self) -> bool:
         return issubclass(self.inputs, RolloutInput)
 
+    @property
+    def has_own_rows(self) -> bool:
+        """Whether code of the user's own makes the rows: it may draw them, or make one of several items."""
+        return self.inputs.rows.__module__.partition(".")[0] != "halos"
+
 
 def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     """Bind the loss of `settings` (the node `loss`). Raises UserError for keys and values that it does not take."""

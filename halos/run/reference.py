@@ -45,7 +45,8 @@ def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
     impossible = _why_impossible(loss, batches)
     if asked == "always" and impossible:
         raise UserError(f"reference.cache=always: {impossible}: leave it out")
-    is_live = impossible is not None or (asked == "auto" and (_costs_nothing(config, batches) or config.trainer["_target_"]))
+    own_code = loss.has_own_rows or config.trainer["_target_"] is not None  # which may read what cannot be known beforehand
+    is_live = impossible is not None or (asked == "auto" and (_costs_nothing(config, batches) or own_code))
     return "never" if is_live else "always"
 
 

@@ -67,7 +67,7 @@ class Trainer(Objective):
         self.checkpointer = parts.checkpointer
         self.train, self.eval_data, self.order = parts.train, parts.eval_data, parts.order
         self.generation_evaluation = parts.generation_evaluation
-        self.packs_ahead = isinstance(self.train.rows, Dataset)  # the next batch of a live loop is not known yet
+        self.packs_ahead &= isinstance(self.train.rows, Dataset)  # the next batch of a live loop is not known yet
         self._following: np.ndarray | None = None  # the batch of the next step
         splits = {name: split for name, split in (("train", self.train), ("eval", self.eval_data)) if split}
         if parts.reference_cache is not None:

@@ -34,7 +34,8 @@ class Objective:
         self.settings = run.config.train
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self.deals_together = True  # items of a prompt; not in a run that an earlier version began
-        self.packs_ahead = True  # the next micro-batch, by a thread
+        # the next micro-batch, by a thread; not where the user's own code may draw from the generators that the step draws from
+        self.packs_ahead = not loss.has_own_rows and type(self).rows is Objective.rows
         self._prepared = NextStep()
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
         # a balancing loss counts each row's own tokens, its prompt's included
@@ -52,7 +53,7 @@ class Objective:
         return Modes(self.run.module)
 
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
-        """The token sequences of these items; a thread calls it too, ahead of the step."""
+        """The token sequences of these items."""
         return self.loss.inputs.rows(items)
 
     def inputs(self, output: Any, microbatch: MicroBatch) -> Any:

@@ -4,8 +4,8 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -24,7 +24,7 @@ from halos.config.schema import Config
 from halos.data.collate import pack
 from halos.distributed.launch import make_accelerator
 from halos.errors import UserError
-from halos.examples import PackRow
+from halos.examples import Item, PackRow
 from halos.run import models
 from halos.run.assemble import assemble
 from halos.run.reference import decision
@@ -32,6 +32,7 @@ from halos.trainers import reference, reference_rows
 from halos.trainers.base import Trainer
 from halos.trainers.logps_table import LogpsCache
 from halos.trainers.reference import ReferenceLogps
+from halos.types import LossInput, Pair
 
 UNPROVED = "train.prove=off"  # which other tests prove
 SHORT = (UNPROVED, "train.steps=2", "checkpoint.every=null")
@@ -347,18 +348,27 @@ def test_a_run_waits_for_another_that_computes_the_same(
     assert computed == ["train", "eval"]
 
 
+@dataclass(frozen=True, slots=True)
+class Joined(Pair):
+    @classmethod
+    def rows(cls, items: Sequence[Item]) -> list[PackRow]:
+        return [(item.prompt, items[n - 1].completions[0]) for n, item in enumerate(items)]
+
+
 def test_auto_is_live_where_a_reference_costs_no_memory_and_is_read_once(configure: Callable[..., Config]) -> None:
     def made(*words: str, total: int = 4, epoch: int | None = 3, cache: str = "auto", name: str | None = None,
-             reference: str | None = None) -> str:  # fmt: skip
+             reference: str | None = None, inputs: type[LossInput] = Pair) -> str:  # fmt: skip
         config = configure("loss=dpo", f"reference.cache={cache}", *words)
         config = replace(config, trainer={"_target_": name}, reference=replace(config.reference, name_or_path=reference))
         batches: Any = SimpleNamespace(total=total, steps_per_epoch=epoch)
-        return decision(config, bind_loss(config.loss, []), batches)
+        return decision(config, replace(bind_loss(config.loss, []), inputs=inputs), batches)
 
     assert made() == made(total=3) == made("peft=lora") == "always"
     assert made("peft=lora", total=3) == "never"
     assert made("peft=lora", total=3, reference="another") == "always"
     assert made(name="mine.Trainer") == "never", "it may read its reference itself"
+    assert made(inputs=Joined) == "never", "its rows may be of several items"
+    assert made(inputs=Joined, cache="always") == "always"
     assert made(epoch=None) == "never", "a live loop"
     assert made(cache="never") == "never"
     assert made("peft=lora", total=3, cache="always") == made(name="mine.Trainer", cache="always") == "always"

@@ -1,17 +1,20 @@
 """A thread packs the next micro-batch: the step is the same to the bit, an error is its own step's, and no thread is left."""
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from halos.examples import Item
+from halos.examples import Completion, Item, PackRow
 from halos.trainers.ahead import Later
 from halos.trainers.base import Trainer
+from halos.types import Loss, TokenLogps
 
 WORDS = ("loss=dpo", "train.batch_size=6", "train.microbatch_size=2", "train.steps=3", "train.eval_every=2", "optim.lr=1e-2")
 MAIN, PACKING = "MainThread", "halos packing"
@@ -71,6 +74,33 @@ def test_an_error_of_the_thread_is_the_steps_own(step: int, item: int, trainer: 
         messages.append(str(error.value))
         assert not packing()
     assert messages == [f"row {damaged} is damaged, said {thread}" for thread in (PACKING, MAIN)]
+
+
+DREW = list[str]()
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn(TokenLogps):
+    """Half of the tokens, drawn anew for every micro-batch."""
+
+    @classmethod
+    def rows(cls, items: Sequence[Item]) -> list[PackRow]:
+        DREW.append(threading.current_thread().name)
+        rows = [(item.prompt, item.completions[0]) for item in items]
+        return [(prompt, Completion(each.ids, (torch.rand(len(each.ids)) < 0.5).numpy())) for prompt, each in rows]
+
+
+def drawn(policy: Drawn) -> Loss:
+    return Loss(-policy.sum, {})
+
+
+def test_no_thread_draws_from_the_generators_of_the_step(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(__file__.rpartition("/")[0])
+    made = trainer(*WORDS, "loss=sft", "plugins=[test_ahead]", "loss._target_=test_ahead.drawn", "train.eval_at_start=false")
+    made.fit()
+    assert set(sys.modules["test_ahead"].DREW) == {MAIN}
 
 
 def test_a_value_is_computed_once_and_in_a_forked_process_too() -> None:
