@@ -5,25 +5,45 @@ A model with an adapter has thousands of modules, and a walk over them takes mil
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
 from halos.logps.initial_values import with_values
 from halos.logps.model import ModelWithHead
 
+_registered = 0  # modules that became a part of another, anywhere in this process, since the first Modes
+
+
+def _count(*_: Any) -> None:
+    global _registered
+    _registered += 1
+
+
+@cache
+def _listen() -> None:
+    register_module_module_registration_hook(_count)
+
 
 class Modes:
-    """Switches a model between its modes. The model keeps the modules that it has now."""
+    """Switches a model between its modes, by the modules that it has now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.model = model
+        _listen()
+        self.model, self._made_at = model, _registered
         self._parts = list(model.modules())
         self._values = list(map(vars, self._parts))  # attributes are set here: their own setters take ten times as long
         self._adapted: list[Any] = [part for part in self._parts if hasattr(part, "_disable_adapters")]
         self._wrappers = [part for part in self._parts if isinstance(part, ModelWithHead)]
         self._is_plain = all(map(_has_plain_train, self._parts))
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the model cannot have got another module since, as hooks may give it one."""
+        return self._made_at == _registered
 
     def train(self, mode: bool = True) -> None:
         """Do as `nn.Module.train`."""
@@ -84,7 +104,7 @@ def _has_plain_train(part: nn.Module) -> bool:
     """Whether `part.train` does no more than set its flag, and its children's: transformers' also replaces kernels, if it has."""
     own = type(part).train
     is_plain = own is nn.Module.train or (own is PreTrainedModel.train and not part.use_kernels)
-    return is_plain and "training" in vars(part)
+    return is_plain and "training" in vars(part) and "train" not in vars(part)
 
 
 def adapter_off(model: nn.Module) -> AbstractContextManager[None]:

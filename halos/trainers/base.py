@@ -88,7 +88,6 @@ class Trainer(Objective):
         if self.reference_logps is not None:
             with suppress(StopRequestedError):  # the loop stops for the same request
                 self.reference_logps.prepare()
-            vars(self).pop("modes", None)  # hooks may yet change the policy's layers
 
     # --- the loop --------------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -37,6 +36,7 @@ class Objective:
         # the next micro-batch, by a thread; not where the user's own code may draw from the generators that the step draws from
         self.packs_ahead = not loss.has_own_rows and type(self).rows is Objective.rows
         self._prepared = NextStep()
+        self._modes: Modes | None = None
         self.outputs: Sequence[Tensor] = ()  # of the policy in its last forward pass
         # a balancing loss counts each row's own tokens, its prompt's included
         self.shares_prompts = self.settings.share_prompts and self.router is None and share_prompts(run.module, reference)
@@ -47,10 +47,12 @@ class Objective:
         size, tokens = self.settings.microbatch_size, self.run.microbatch_tokens
         return Bounds(size, tokens, self.shares_prompts, together=self.deals_together)
 
-    @cached_property
+    @property
     def modes(self) -> Modes:
-        """Of the policy; hooks may have changed its layers before the first step."""
-        return Modes(self.run.module)
+        """Of the policy with the layers that it has now; hooks may give it others."""
+        if self._modes is None or not self._modes.is_current:
+            self._modes = Modes(self.run.module)
+        return self._modes
 
     def rows(self, items: Sequence[Item]) -> list[PackRow]:
         """The token sequences of these items."""

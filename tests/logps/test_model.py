@@ -169,9 +169,15 @@ def test_a_model_is_switched_as_by_its_own_train_and_eval() -> None:
             seen.append(mode)
             return super().train(mode)
 
+    assert modes.is_current
     adapted.more = Own(1, 1)
+    assert not modes.is_current
     with Modes(adapted).evaluating():
         assert seen == [False], "it does more than set its flag"
+    adapted.more = torch.nn.Dropout()
+    adapted.more.train = lambda mode=True: seen.append(mode)  # type: ignore[assignment]
+    with Modes(adapted).evaluating():
+        assert seen[2:] == [False], "of this module alone"
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])

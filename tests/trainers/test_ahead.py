@@ -76,6 +76,22 @@ def test_an_error_of_the_thread_is_the_steps_own(step: int, item: int, trainer: 
     assert messages == [f"row {damaged} is damaged, said {thread}" for thread in (PACKING, MAIN)]
 
 
+def test_a_layer_that_a_hook_adds_between_steps_is_switched_too(trainer: Callable[..., Trainer]) -> None:
+    made = trainer(*WORDS, "train.eval_at_start=false", "reference.cache=never")
+    made.step(made.order.batch(0))
+    before = made.modes
+    layer = made.run.model.get_submodule("model.layers.0")
+    layer.mlp = torch.nn.Sequential(layer.mlp, torch.nn.Dropout())
+    seen = list[bool]()
+    layer.mlp[1].register_forward_pre_hook(lambda each, _: seen.append(each.training))
+    made.evaluate()
+    assert not any(seen)
+    seen.clear()
+    made.step(made.order.batch(1))
+    assert any(seen)
+    assert made.modes is made.modes is not before, "found anew once"
+
+
 DREW = list[str]()
 
 
