@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,18 @@ class Counts:
         if len(places := self.places.setdefault(why, [])) < PLACES and where not in places:
             places.append(where)
 
+    def add(self, other: "Counts") -> None:
+        """Add what became of further rows of the same source."""
+        for each in fields(self):
+            mine, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(mine, int):
+                setattr(self, each.name, mine + theirs)
+            elif each.name != "places" and isinstance(mine, dict):
+                mine.update({key: mine.get(key, 0) + count for key, count in theirs.items()})
+        for why, places in other.places.items():
+            for where in places:
+                self.remember(why, where)
+
     def line(self) -> str:
         """Format as `a.jsonl: 120 rows, 118 examples kept; dropped 2 (2 longer than max_length)`."""
         parts = [f"{self.name}{f' ({self.files})' if self.files else ''}: {self.rows} rows, {self.kept} examples kept"]
@@ -135,8 +147,8 @@ class Writer:
 
     def finish(self, meta: dict[str, Any]) -> None:
         """Write the metadata and sync both files to disk."""
-        assert self._arrow is not None, "some items were written"
-        self._arrow.close()
+        if self._arrow is not None:  # else the rows are none
+            self._arrow.close()
         self._file.flush()
         self._content.update(json.dumps([meta["kind"], meta["weights"]]).encode())
         completions, labels = self._shape

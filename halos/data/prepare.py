@@ -8,34 +8,28 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 import transformers
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from halos import examples
 from halos.config.plugins import code_hash
 from halos.confined import expanded
-from halos.data import oddities
-from halos.data.dataset import CUT_COMPLETIONS, CUT_TURNS, Counts, Writer, is_whole
-from halos.data.formats import as_kind, parse
-from halos.data.oddities import EndTokens
+from halos.data.dataset import Counts, Writer, is_whole
+from halos.data.progress import Progress
+from halos.data.row_tokeniser import BATCH, RowTokeniser
+from halos.data.shards import Shards, in_chunks
 from halos.data.sources import OpenSource, Source, hash_files, open_source
 from halos.data.template import chat_template
-from halos.data.tokenize import EQUAL, Encoded, Encoder
 from halos.errors import UserError
-from halos.examples import Example, Item, Judgement
+from halos.examples import Example, Item
 
 log = logging.getLogger(__name__)
-
-BATCH = 1000  # rows tokenised in one call, and written as one arrow batch
-LEFT_OUT = "left out by data.format"
-UNDESIRABLE = "undesirable, not to be imitated"
 
 
 def prepare(
@@ -60,29 +54,38 @@ def prepare(
         raise UserError(f"data.{purpose}: no entry; give files, directories or names")
     opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
     code = code_hash(f"{kind.__module__}.{kind.__name__}")  # of an example type of the user's own
-    settings = [kind.__name__, max_length, truncation, score, transform_key, code, [each.fingerprint for each in opened]]
-    key = _key([settings, [asdict(each.source) for each in opened], purpose, _code(), *_tokenizer(tokenizer)])
-    path = expanded(cache_dir) / "data" / key
-    if is_whole(path, expanded(cache_dir)):
-        return path
-    hidden = path.with_name(f".{key}-{uuid.uuid4().hex[:8]}")
+    common = [kind.__name__, max_length, truncation, score, transform_key, code, _code(), *_tokenizer(tokenizer)]
+    key = _key([common, [each.fingerprint for each in opened], [asdict(each.source) for each in opened], purpose])
+    base = expanded(cache_dir)
+    path = base / "data" / key
+    if not is_whole(path, base):
+        tokenise = RowTokeniser(
+            tokenizer, kind=kind, score=score, max_length=max_length, truncation=truncation, transform=transform
+        )
+        shards = {number: _shards_of(source, base, common, purpose, tokenise) for number, source in enumerate(opened)}
+        try:
+            _make(path, lambda directory: _write(directory, opened, tokenise, shards), base)
+        except OSError as error:
+            raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
+    return path
+
+
+def _make(path: Path, write: Callable[[Path], None], cache: Path) -> None:
+    """Let `write` fill a directory that becomes `path`; it is complete, or not there."""
+    hidden = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with _lock(path):
-            if is_whole(path, expanded(cache_dir)):
-                return path
+            if is_whole(path, cache):
+                return
             if path.exists():
                 log.warning("%s is damaged: it is written again", path)
                 shutil.rmtree(path)
             hidden.mkdir()
-            encoder = Encoder(tokenizer, max_length=max_length, truncation=truncation)
-            _write(hidden, opened, kind, score, encoder, EndTokens.of(tokenizer, max_length), transform)
+            write(hidden)
             _publish(hidden, path)
-    except OSError as error:
-        raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
-    return path
 
 
 @contextmanager
@@ -102,6 +105,15 @@ def _lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
+def _shards_of(source: OpenSource, base: Path, common: Sequence[Any], purpose: str, tokenise: RowTokeniser) -> Shards:
+    """Return the shards of a source, by a hash of all that its items depend on: not its weight, nor its place on this disk."""
+    place = expanded(source.source.path)
+    irrelevant = {"weight", "path"} if place.exists() else {"weight"}
+    entry = {name: value for name, value in asdict(source.source).items() if name not in irrelevant}
+    key = _key([common, source.fingerprint, entry, purpose])
+    return Shards(base / "shards" / key, str(place) if place.exists() else "", tokenise, base)
+
+
 def _publish(hidden: Path, path: Path) -> None:
     """Rename the complete directory into place; if another process was first, its result is as good."""
     try:
@@ -111,8 +123,8 @@ def _publish(hidden: Path, path: Path) -> None:
             raise
 
 
-def _key(parts: Any) -> str:
-    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _key(shards: Any) -> str:
+    return hashlib.blake2b(json.dumps(shards, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _code() -> str:
@@ -122,7 +134,7 @@ def _code() -> str:
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return everything about the tokenizer that decides the ids of a row."""
-    tokenizer("", padding=False, truncation=False)  # the state of earlier calls would be part of the backend's description
+    tokenizer("", padding=False, truncation=False)  # the state of earlier calls would be shard of the backend's description
     backend = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
     return [backend, special, chat_template(tokenizer, None), tokenizers.__version__, transformers.__version__]
@@ -131,88 +143,35 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 # --- the rows ----------------------------------------------------------------------------------------------------------
 
 
-def _write(
-    directory: Path,
-    opened: Sequence[OpenSource],
-    kind: type[Example],
-    score: str,
-    encoder: Encoder,
-    ends: EndTokens,
-    transform: Callable[[Any], Example] | None,
-) -> None:
-    report, written_kind = [], kind
-    bar = tqdm(desc="tokenising", unit=" rows", delay=2, disable=None, leave=False)
-    with bar, closing(Writer(directory)) as writer:
+def _write(directory: Path, opened: Sequence[OpenSource], tokenise: RowTokeniser, shards: Mapping[int, Shards]) -> None:
+    report, kind, progress = [], tokenise.kind.__name__, Progress()
+    with progress, closing(Writer(directory)) as writer:
         for number, source in enumerate(opened):
             counts = Counts(source.source.path, files=source.files)
             report.append(counts)
-            examples = _examples(source, kind, score, counts, transform, bar)
-            while batch := list(islice(examples, BATCH)):
-                written_kind = type(batch[0][0])
-                items = _items(batch, encoder, ends, counts)
+            for written, items in _batches(source, counts, tokenise, shards[number]):
+                kind = written
                 writer.write([(item, number) for item in items])
+                progress.reach(source.source.path, sum(each.rows for each in report))
             if not counts.kept:
                 raise UserError(f"{counts.line()}: none of them can be used")
         weights = [each.source.weight for each in opened]
-        writer.finish({"kind": written_kind.__name__, "weights": weights, "report": [asdict(counts) for counts in report]})
+        writer.finish({"kind": kind, "weights": weights, "report": [asdict(counts) for counts in report]})
 
 
-NamedExample = tuple[Example, str, str]  # the example, the position of its row, and its id
-
-
-def _examples(
-    opened: OpenSource,
-    kind: type[Example],
-    score: str,
-    counts: Counts,
-    transform: Callable[[Any], Example] | None,
-    bar: tqdm,
-) -> Iterator[NamedExample]:
-    for row in opened.rows():
-        counts.rows += 1
-        bar.update()
-        if row.left_out:
-            counts.examples += 1
-            counts.drop(row.note or LEFT_OUT, row.where)
-            continue
-        parsed = parse(row, score=score)
-        counts.read_as(parsed.notes)
-        if (example := parsed.example) is None:
-            counts.examples += 1
-            counts.drop(parsed.dropped, row.where)
-            continue
-        oddities.count_split(row.original or row.record, counts)
-        for oddity in oddities.of_example(example):
-            counts.note(oddity, row.where)
-        converted = as_kind(example, kind, row)
-        if not converted:
-            counts.examples += 1
-            counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL, row.where)
-        for number, each in enumerate(converted):
-            counts.examples += 1
-            yield transform(each) if transform else each, row.where, f"{row.where}#{number}"
-
-
-def _items(batch: Sequence[NamedExample], encoder: Encoder, ends: EndTokens, counts: Counts) -> list[Item]:
-    items = []
-    for encoded, (example, where, name) in zip(encoder.encode([(each, where) for each, where, _ in batch]), batch, strict=True):
-        if isinstance(encoded, str):
-            counts.drop(encoded, where)
-            continue
-        _count(encoded, where, counts)
-        if oddity := ends.missing(encoded, example):
-            counts.note(oddity, where)
-        items.append(Item(encoded.prompt, encoded.completions, name, example.numbers(), encoded.logps))
-    return items
-
-
-def _count(encoded: Encoded, where: str, counts: Counts) -> None:
-    counts.kept += 1
-    for shortened, what in ((encoded.cut_turns, CUT_TURNS), (encoded.cut_completions, CUT_COMPLETIONS)):
-        if shortened:
-            counts.remember(what, where)
-    counts.cut_turns += encoded.cut_turns
-    counts.cut_completions += encoded.cut_completions
-    counts.inexact += not encoded.exact
-    counts.merged += encoded.merged
-    counts.tokenised_anew += encoded.tokenised_anew
+def _batches(source: OpenSource, counts: Counts, tokenise: RowTokeniser, shards: Shards) -> Iterator[tuple[str, list[Item]]]:
+    """Yield the items of a source with the name of their type: of its shards where it has more rows than one of them."""
+    known = shards.known()
+    if known is None:
+        chunks = in_chunks(source.rows())
+        first, second = next(chunks, []), next(chunks, [])
+        if not second:
+            yield from ((kind.__name__, items) for kind, items in tokenise.batches(first, counts))
+            return
+        known = shards.made(chain([first, second], chunks))
+    for shard in known:
+        more, kind, items = shards.read(shard)
+        counts.add(more)
+        yield kind, []
+        while batch := list(islice(items, BATCH)):
+            yield kind, batch

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from halos.data import prepare as room
+from halos.data import row_tokeniser
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
@@ -38,7 +39,7 @@ def test_pairs_come_back_as_they_were_written(tmp_path: Path):
 
 
 def test_whole_columns_agree_with_the_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(room, "BATCH", 2)  # so that rows lie in several arrow batches
+    monkeypatch.setattr(row_tokeniser, "BATCH", 2)  # so that rows lie in several arrow batches
     data = prepared([jsonl(tmp_path / name, PAIRS) for name in ("a.jsonl", "b.jsonl")], tmp_path, kind=Comparison)
     items = list(data)
     assert len(items) == len(data) == 6

@@ -1,0 +1,108 @@
+"""From rows to token ids: parse, convert to what the loss takes, render, tokenise; and count what becomes of each row."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from halos.data import oddities
+from halos.data.dataset import CUT_COMPLETIONS, CUT_TURNS, Counts
+from halos.data.formats import as_kind, parse
+from halos.data.oddities import EndTokens
+from halos.data.row import Row
+from halos.data.tokenize import EQUAL, Encoded, Encoder
+from halos.examples import Example, Item, Judgement
+
+BATCH = 1000  # examples tokenised in one call
+LEFT_OUT = "left out by data.format"
+UNDESIRABLE = "undesirable, not to be imitated"
+
+NamedExample = tuple[Example, str, str]  # the example, the position of its row, and its id
+
+
+class RowTokeniser:
+    """Makes items of rows, by settings that are the same for all of them. It can be sent to another process."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        kind: type[Example],
+        score: str,
+        max_length: int,
+        truncation: str,
+        transform: Callable[[Any], Example] | None = None,
+    ) -> None:
+        self.tokenizer, self.kind, self.transform = tokenizer, kind, transform
+        self._settings = {"score": score, "max_length": max_length, "truncation": truncation}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (self.tokenizer, {"kind": self.kind, "transform": self.transform, **self._settings})
+
+    @cached_property
+    def _encoder(self) -> Encoder:
+        return Encoder(self.tokenizer, max_length=self._settings["max_length"], truncation=self._settings["truncation"])
+
+    @cached_property
+    def _ends(self) -> EndTokens:
+        return EndTokens.of(self.tokenizer, self._settings["max_length"])
+
+    def batches(self, rows: Iterable[Row], counts: Counts) -> Iterator[tuple[type[Example], list[Item]]]:
+        """Yield the items of rows, some at a time, and the type of example that they are. Raises UserError, naming the row."""
+        examples = self._examples(rows, counts)
+        while batch := list(islice(examples, BATCH)):
+            yield type(batch[0][0]), self._items(batch, counts)
+
+    def _examples(self, rows: Iterable[Row], counts: Counts) -> Iterator[NamedExample]:
+        for row in rows:
+            counts.rows += 1
+            if row.left_out:
+                counts.examples += 1
+                counts.drop(row.note or LEFT_OUT, row.where)
+                continue
+            parsed = parse(row, score=self._settings["score"])
+            counts.read_as(parsed.notes)
+            if (example := parsed.example) is None:
+                counts.examples += 1
+                counts.drop(parsed.dropped, row.where)
+                continue
+            oddities.count_split(row.original or row.record, counts)
+            for oddity in oddities.of_example(example):
+                counts.note(oddity, row.where)
+            converted = as_kind(example, self.kind, row)
+            if not converted:
+                counts.examples += 1
+                counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL, row.where)
+            for number, each in enumerate(converted):
+                counts.examples += 1
+                yield self.transform(each) if self.transform else each, row.where, f"{row.where}#{number}"
+
+    def _items(self, batch: Sequence[NamedExample], counts: Counts) -> list[Item]:
+        items, encoded_batch = [], self._encoder.encode([(each, where) for each, where, _ in batch])
+        for encoded, (example, where, name) in zip(encoded_batch, batch, strict=True):
+            if isinstance(encoded, str):
+                counts.drop(encoded, where)
+                continue
+            _count(encoded, where, counts)
+            if oddity := self._ends.missing(encoded, example):
+                counts.note(oddity, where)
+            items.append(Item(encoded.prompt, encoded.completions, name, example.numbers(), encoded.logps))
+        return items
+
+
+def _again(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> RowTokeniser:
+    return RowTokeniser(tokenizer, **settings)
+
+
+def _count(encoded: Encoded, where: str, counts: Counts) -> None:
+    counts.kept += 1
+    for shortened, what in ((encoded.cut_turns, CUT_TURNS), (encoded.cut_completions, CUT_COMPLETIONS)):
+        if shortened:
+            counts.remember(what, where)
+    counts.cut_turns += encoded.cut_turns
+    counts.cut_completions += encoded.cut_completions
+    counts.inexact += not encoded.exact
+    counts.merged += encoded.merged
+    counts.tokenised_anew += encoded.tokenised_anew

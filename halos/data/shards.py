@@ -1,0 +1,178 @@
+"""Tokenised shards of large sources: made by several processes at once, kept as each is finished, and shared by all data sets
+that have the source, so that an interruption or another mixture costs only what is not there yet."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+from halos import confined
+from halos.data.dataset import META, Counts, Dataset, Writer, is_whole
+from halos.data.row import Row
+from halos.data.row_tokeniser import RowTokeniser
+from halos.data.tokenise_worker import Worker, WorkerError
+from halos.errors import UserError
+from halos.examples import Item
+
+log = logging.getLogger(__name__)
+
+SHARD = 4000  # rows; a source with no more is tokenised here, and not kept in shards
+MOST_PROCESSES = 32
+LIST = "shards.json"  # of a source that is whole: the number of its shards
+HERE = "\0"  # in the place of a source's path, which may be another when its shards are read
+
+
+def processes() -> int:
+    """Return how many processes tokenise: one for each core that this one may use."""
+    return min(MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+class Shards:
+    """The shards of one source below `directory`, whose name is a hash of all that they depend on. `path` is the source's."""
+
+    def __init__(self, directory: Path, path: str, tokenise: RowTokeniser, cache: Path) -> None:
+        self._directory, self._path, self._tokenise, self._cache = directory, path, tokenise, cache
+
+    def known(self) -> list[Path] | None:
+        """Return all shards, if the source has been tokenised to its end."""
+        try:
+            count = int(confined.load_object(self._directory / LIST)["shards"])
+        except (UserError, OSError, KeyError, ValueError, TypeError):
+            return None
+        shards = [self._shard(number) for number in range(count)]
+        return shards if all(is_whole(shard, self._cache) for shard in shards) else None
+
+    def made(self, chunks: Iterator[Sequence[Row]]) -> Iterator[Path]:
+        """Yield the shards of a source in their order, of so many rows each; those that are there are not made again."""
+        self._directory.mkdir(parents=True, exist_ok=True)
+        number = -1
+        with _Pool(self._tokenise) as pool:
+            waiting: deque[tuple[Path, Future[None] | None]] = deque()
+            for number, rows in enumerate(chunks):
+                shard = self._shard(number)
+                made = None if is_whole(shard, self._cache) else pool.submit(partial(self._make, rows, shard))
+                waiting.append((shard, made))
+                while len(waiting) > pool.size or (waiting and (waiting[0][1] is None or waiting[0][1].done())):
+                    yield _finished(*waiting.popleft())
+            while waiting:
+                yield _finished(*waiting.popleft())
+        confined.write_whole(self._directory / LIST, json.dumps({"shards": number + 1}))
+
+    def read(self, shard: Path) -> tuple[Counts, str, Iterator[Item]]:
+        """Return what became of a shard's rows, the type of its examples, and its items."""
+        meta = confined.load_object(shard / META)
+        (report,) = meta["report"]
+        counts = Counts(**report)
+        counts.places = {why: [self._place(where) for where in places] for why, places in counts.places.items()}
+        items = (Item(each.prompt, each.completions, self._place(each.id), each.labels, each.logps) for each in Dataset(shard))
+        return counts, meta["kind"], items if counts.kept else iter(())
+
+    def _place(self, where: str) -> str:
+        return self._path + where.removeprefix(HERE) if where.startswith(HERE) else where
+
+    def _shard(self, number: int) -> Path:
+        return self._directory / f"{number:06d}"
+
+    def _make(self, rows: Sequence[Row], shard: Path, worker: Worker | None) -> None:
+        if shard.exists():
+            log.warning("%s is damaged: it is written again", shard)
+            shutil.rmtree(shard)
+        hidden = shard.with_name(f".{shard.name}-{uuid.uuid4().hex[:8]}")
+        try:
+            if worker is None:
+                write_shard(hidden, rows, self._tokenise, self._path)
+            else:
+                worker.write_shard(hidden, rows, self._path)
+            hidden.rename(shard)
+        finally:
+            shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _finished(shard: Path, made: Future[None] | None) -> Path:
+    if made is not None:
+        made.result()
+    return shard
+
+
+def write_shard(directory: Path, rows: Sequence[Row], tokenise: RowTokeniser, path: str) -> None:
+    """Tokenise rows into a new directory. Raises UserError, naming the row."""
+    directory.mkdir()
+    counts, kind = Counts(""), tokenise.kind
+    with closing(Writer(directory)) as writer:
+        for written, items in tokenise.batches(rows, counts):
+            kind = written
+            named = [Item(each.prompt, each.completions, _here(each.id, path), each.labels, each.logps) for each in items]
+            writer.write([(item, 0) for item in named])
+        counts.places = {why: [_here(where, path) for where in places] for why, places in counts.places.items()}
+        writer.finish({"kind": kind.__name__, "weights": [1.0], "report": [asdict(counts)]})
+
+
+def _here(where: str, path: str) -> str:
+    return HERE + where.removeprefix(path) if path and where.startswith(path) else where
+
+
+def in_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
+    """Yield rows by the shard. An error of reading is raised after the rows before it."""
+    while True:
+        chunk: list[Row] = []
+        try:
+            chunk.extend(islice(rows, SHARD))
+        except UserError as error:
+            if chunk:
+                yield chunk
+            raise error
+        if not chunk:
+            return
+        yield chunk
+
+
+class _Pool:
+    """Threads, each with a process that tokenises; with a single core, or settings that cannot be sent, this process does it."""
+
+    def __init__(self, tokenise: RowTokeniser) -> None:
+        self.size = processes()
+        self._tokenise, self._of_thread, self._here = tokenise, threading.local(), threading.Lock()
+        self._workers, self._is_local = list[Worker](), self.size == 1
+        self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="tokenise")
+
+    def submit(self, make: Callable[[Worker | None], None]) -> Future[None]:
+        """Call `make` with a worker of its own, in a thread, or with None."""
+        return self._threads.submit(self._run, make)
+
+    def _run(self, make: Callable[[Worker | None], None]) -> None:
+        try:
+            if not self._is_local:
+                make(self._worker())
+                return
+        except WorkerError as error:
+            log.info("one process tokenises: %s", error)
+            self._is_local = True
+        with self._here:
+            make(None)
+
+    def _worker(self) -> Worker:
+        if not hasattr(self._of_thread, "worker"):
+            self._of_thread.worker = Worker(self._tokenise)
+            self._workers.append(self._of_thread.worker)
+        return self._of_thread.worker
+
+    def __enter__(self) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for worker in self._workers:
+            worker.close()
+        self._threads.shutdown(wait=True)
