@@ -41,6 +41,7 @@ VOTES = [
 ]
 RANKED = [{"prompt": f"Count {n}", "ranked": [f"1 2 {n}", f"{n}", "no"]} for n in range(8)]
 MIXED = [{"prompt": "Write f!", "task": "code", "tests": ["f(1) == 1", "f(2) == 3"]}, {"prompt": "Hello!", "task": "chat"}]
+HH = [{name: f"\n\nHuman: Count {n}\n\nAssistant: {name}" for name in ("chosen", "rejected")} for n in range(8)]
 BEST = "question,best,worst,lang,score_ratio\n" + "".join(f"Count {n},1 2 {n},no,EN,{n}\n" for n in range(8))
 PROMPTS = [{"prompt": f"Count {n}", "solution": str(n)} for n in range(8)]
 
@@ -115,12 +116,14 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         (place / name).parent.mkdir(exist_ok=True)
         (place / name).write_text(code)
     with pytest.MonkeyPatch.context() as patch:
+        import datasets
         import huggingface_hub
 
         from halos.data import arithmetic
 
         patch.setattr(arithmetic, "NUM_PROBLEMS", {"eval": 12, "train": 64})
         patch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: hub(place, name))
+        patch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(HH))
         patch.setenv("OPENAI_API_KEY", "a word")
         patch.setenv("HALOS_CACHE", str(place / "cache"))
         patch.syspath_prepend(str(place))

@@ -1,7 +1,11 @@
 """Rows of data sets of the hub, org/name or org/name:config, or of a directory or a file of one, hf://datasets/org/name/file.json."""
 
 import re
+import socket
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,38 @@ def refuse_local(path: str, hint: str, *, is_file: bool) -> None:
         raise UserError(f"{path}: no such file or directory{hint}")
 
 
+@contextmanager
+def _found(path: str, what: str, hint: str = "") -> Iterator[None]:
+    """Raise whatever the hub's client raises as a UserError. Where the hub's name does not resolve, only the client's cache is
+    read: it would try to reach it for a minute."""
+    from huggingface_hub import constants
+
+    is_known = any(urllib.request.getproxies().get(kind) for kind in ("https", "all")) or _resolves(constants.ENDPOINT)
+    offline, why = constants.HF_HUB_OFFLINE, "" if is_known else f"{constants.ENDPOINT} cannot be reached from here; "
+    remedy = f"{why}a local copy is given as {{path: DIRECTORY}}, with the same format, split and filter"
+    with user_errors(f"{path}: {what}", f"{hint.removeprefix('; ')}{'; ' if hint else ''}{remedy}"):
+        try:
+            set_offline(offline or not is_known)
+            yield
+        finally:
+            set_offline(offline)
+
+
+def set_offline(offline: bool) -> None:
+    import datasets.config
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _resolves(url: str) -> bool:
+    try:
+        socket.getaddrinfo(urllib.parse.urlparse(url).hostname, 443)
+    except OSError:
+        return False
+    return True
+
+
 def hub_file(path: str, revision: str | None) -> Path | None:
     """Return the downloaded copy of a file of a data set; None where the path names none."""
     part = _PART.fullmatch(path)
@@ -34,7 +70,7 @@ def hub_file(path: str, revision: str | None) -> Path | None:
         return None
     from huggingface_hub import hf_hub_download
 
-    with user_errors(f"{path}: no file of an available data set of the hub"):
+    with _found(path, "no file of an available data set of the hub"):
         return Path(hf_hub_download(part["name"], part["below"], repo_type="dataset", revision=revision))
 
 
@@ -45,7 +81,7 @@ def rows_of_hub(path: str, split: str, revision: str | None, purpose: str, hint:
     part = _PART.fullmatch(path)
     where: dict[str, Any] = {"data_dir": part["below"]} if part else {}
     name, _, config = (part["name"] if part else path).partition(":")
-    with user_errors(f"{path}: neither a file or directory here nor an available data set of the hub", hint.removeprefix("; ")):
+    with _found(path, "neither a file or directory here nor an available data set of the hub", hint):
         loaded = load_dataset(name, config or None, split=split or None, revision=revision, **where)
     if isinstance(loaded, DatasetDict):
         has = [str(name) for name in loaded]

@@ -12,6 +12,7 @@ from halos.config.custom_formats import is_custom
 from halos.config.suggest import nearest
 from halos.confined import expanded
 from halos.data import arithmetic, gsm8k, hub
+from halos.data.adapters.table import ADAPTERS
 from halos.data.columns import with_columns
 from halos.data.custom_format import code_hash_of, convert_rows, own_rows
 from halos.data.directories import files_below, files_of_pattern, files_of_split
@@ -24,7 +25,7 @@ from halos.errors import UserError
 from halos.types import Demonstration, Example
 
 BUILT_IN = "arithmetic"
-FORMATS = ("gsm8k", *READERS)
+FORMATS = ("gsm8k", *ADAPTERS, *READERS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +126,12 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> OpenSource
     """
     content = _content(source, kind, purpose)
     custom = source.format if is_custom(source.format) else None
+    shaped = partial(_shaped, content, source)
     codes = [code_hash_of(target) for target in (source.reader, custom) if target is not None]
 
     def rows() -> Iterator[Row]:
-        read = with_columns(content.rows(), source.columns, source.filter, source.path)
+        adapter = ADAPTERS.get(str(source.format))
+        read = shaped() if adapter is None else adapter(shaped, purpose)
         read = read if custom is None else convert_rows(custom, read)
         first = next(read, None)
         if first is None:
@@ -137,6 +140,10 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> OpenSource
         return rows if source.schemas else (row._replace(schemas=False) for row in rows)
 
     return OpenSource(source, " ".join([content.fingerprint, *codes]), rows, kinds_of(content.files))
+
+
+def _shaped(content: Content, source: Source) -> Iterator[Row]:
+    return with_columns(content.rows(), source.columns, source.filter, source.path)
 
 
 def content_hash(entry: str | Mapping[str, Any], purpose: str) -> str:

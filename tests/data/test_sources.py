@@ -181,7 +181,7 @@ def test_rows_of_one_file_are_selected_by_their_column_split(tmp_path: Path):
         ({"path": None, "format": "gsm8k"}, r"set data\.root"),
         ({"path": "a.jsonl", "weight": 0}, "weight=0 must be a number above 0"),
         ({"path": "a.jsonl", "weight": "2"}, "must be a number"),
-        ({"path": "a.jsonl", "format": "xlsx"}, "format='xlsx' must be one of gsm8k, jsonl"),
+        ({"path": "a.jsonl", "format": "xlsx"}, "format='xlsx' must be one of gsm8k, hh, .*jsonl"),
         ({"path": "arithmetic", "revision": "main"}, "applies to data sets of the hub only"),
         (17, "give a path, a name, or"),
         ("no/such/file.jsonl", r"no/such/file\.jsonl: no such file"),
