@@ -88,11 +88,17 @@ class ReferenceLogps:
 
     def _table(self, source: Source) -> Table:
         """The table of a source: that of the cache, else computed now, by one of all runs that need it."""
-        cache, is_mine, told = LogpsCache(self._cache.cache_dir, {**self._cache.depends_on, **source.facts}), False, False
+        cache = LogpsCache(self._cache.cache_dir, {**self._cache.depends_on, **source.facts})
+        is_mine = is_written = told = False
         try:
             while (table := self._read(cache)) is None:
+                if is_mine and is_written:
+                    raise UserError(
+                        f"{cache.path} cannot be read again as it was written: another cache_dir, or reference.cache=never"
+                    )
                 if is_mine:
                     self._compute(source, cache)
+                    is_written = True
                     continue
                 is_mine = self._from_rank_0(cache.acquire)
                 if not is_mine:

@@ -241,6 +241,13 @@ def test_a_damaged_table_is_computed_again_and_compared_with_that_of_the_start(
     assert "of eval had" not in caplog.text
 
 
+def test_a_table_that_no_disk_keeps_is_not_computed_for_ever(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = assembled(world, "first")
+    monkeypatch.setattr(LogpsCache, "open", lambda self: None)
+    with pytest.raises(UserError, match=r"cannot be read again as it was written.*reference\.cache=never"):
+        trainer.prepare_reference()
+
+
 def test_an_interrupted_pass_goes_on_where_it_was(world: World, computed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference_rows, "PART", 200)
     whole = assembled(world, "whole", "train.microbatch_tokens=20")
