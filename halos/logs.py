@@ -6,6 +6,7 @@ import sys
 import warnings
 from io import TextIOWrapper
 from pathlib import Path
+from typing import Self
 
 import transformers
 from tqdm import tqdm
@@ -43,6 +44,29 @@ class RunLogHandler(logging.FileHandler):
         elif not self._lost:
             self._lost = True
             tqdm.write(f"{self.baseFilename} cannot be written ({sys.exception()}): log lines are lost from here on", sys.stderr)
+
+
+class Recorded(logging.Handler):
+    """Keeps the lines that are logged while it is open (`with Recorded() as lines`), as the terminal shows them."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.setFormatter(PrintableFormatter("%(message)s"))
+        self._lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._lines.append((record.levelname, self.format(record)))
+
+    def lines(self) -> tuple[tuple[str, str], ...]:
+        """Return the level and the text of each line so far."""
+        return tuple(self._lines)
+
+    def __enter__(self) -> Self:
+        logging.getLogger("halos").addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logging.getLogger("halos").removeHandler(self)
 
 
 def configure_logging(main: bool) -> None:

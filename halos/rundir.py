@@ -24,12 +24,13 @@ from halos.repository import COMMAND
 from halos.result_file import ResultFile, Status
 
 REPORT = "forward_report.json"  # what a start proved of the forward pass
+DRY_RUN = "dry_run.html"  # of a dry run here, which is no start
 # files that a start may leave if it dies before it has written config.yaml
-LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", REPORT, LOCK}
+LEFTOVERS = {"attempts", "train.log", "metrics.jsonl", "result.json", REPORT, LOCK, DRY_RUN}
 SUPERSEDED = "superseded-"
 COMMITS = "checkpoints.jsonl"
 NOT_IN_JOB_NAMES = keys_of(Scope.PLACE, Scope.HOST, Scope.COMMAND)
-HIDDEN = (".config.yaml.", ".result.json.", f".{REPORT}.", f".{LOCK}.", ".deleted-", "train.rank")
+HIDDEN = (".config.yaml.", ".result.json.", f".{DRY_RUN}.", f".{REPORT}.", f".{LOCK}.", ".deleted-", "train.rank")
 
 
 class RunDir:
@@ -103,7 +104,7 @@ class RunDir:
         self.refuse_occupied(overwrite=overwrite)
         doomed = self.path / f".deleted-{os.getpid()}"
         confined.remove(doomed)
-        names = [name for name in self._names() if name != LOCK and not name.startswith(f".{LOCK}.")]
+        names = [name for name in self._names() if name not in (LOCK, DRY_RUN) and not name.startswith(f".{LOCK}.")]
         doomed.mkdir(parents=True)
         last = ["config.yaml", "attempts", "result.json"]
         for name in sorted(names, key=lambda name: last.index(name) if name in last else -1):
@@ -117,7 +118,7 @@ class RunDir:
             return
         started = is_run(self.path)  # in an empty directory, so that everything here but the lock is of this start
         for name in self._names():
-            if name != LOCK and (started or name in LEFTOVERS or name.startswith(HIDDEN)):
+            if name not in (LOCK, DRY_RUN) and (started or name in LEFTOVERS or name.startswith(HIDDEN)):
                 confined.remove(self.path / name)
 
     @classmethod

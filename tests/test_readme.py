@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 
 from halos.errors import UserError
+from halos.rundir import DRY_RUN
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -141,7 +142,7 @@ def hub(place: Path, name: str) -> str:
 
 @pytest.fixture
 def dry(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., int]]:
-    """`dry(command)`: its exit status with dry_run=true; what it would leave behind is nothing."""
+    """`dry(command)`: its exit status with dry_run=true; what it would leave behind is a page."""
     from train import start
 
     before = {number: signal.getsignal(number) for number in signal.valid_signals()}
@@ -153,15 +154,21 @@ def dry(desk: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., i
             signal.signal(number, handler)
 
 
+def written(desk: Path) -> list[Path]:
+    """The files of runs, without the pages of dry runs."""
+    return sorted(path for path in (desk / "runs").rglob("*") if path.is_file() and path.name != DRY_RUN)
+
+
 @pytest.mark.parametrize("command", [line for line in ON_TRAIN if line not in GOING_ON])
 def test_every_documented_command_ends_dry(command: str, dry: Callable[..., int], desk: Path) -> None:
-    if "=runs/reward/FINAL" in command and not (desk / "runs").exists():
+    if "=runs/reward/FINAL" in command and not (desk / "runs" / "reward" / "FINAL").exists():
         save_model(desk / "runs" / "reward" / "FINAL", "Llama", "AutoModelForSequenceClassification")
     elif "exp_name=reward" in command:
         shutil.rmtree(desk / "runs", ignore_errors=True)
-    before = sorted(desk.rglob("runs/**"))
+    before = written(desk)
     assert dry(command) == 0
-    assert sorted(desk.rglob("runs/**")) == before
+    assert written(desk) == before
+    assert list(desk.rglob("runs/**/dry_run.html"))
 
 
 def test_the_documented_rewards_of_code_and_of_groups_score_as_they_say(desk: Path) -> None:
@@ -204,7 +211,7 @@ def begun(desk: Path) -> Iterator[None]:
 @pytest.mark.parametrize("command", GOING_ON)
 def test_every_documented_resume_ends_dry(command: str, begun: None, dry: Callable[..., int], desk: Path) -> None:
     def state() -> dict[str, int]:
-        return {str(path): path.stat().st_mtime_ns for path in sorted((desk / "runs").rglob("*")) if path.is_file()}
+        return {str(path): path.stat().st_mtime_ns for path in written(desk)}
 
     before = state()
     more = " train.batch_size=4 train.eval_at_start=false" if "resume=auto" in command else ""

@@ -50,6 +50,19 @@ def test_an_unfinished_run_is_never_replaced_and_the_message_says_how_to_resume(
     assert run.read_config() == "seed: 0\n"
 
 
+def test_the_page_of_a_dry_run_is_no_start_and_stays_when_a_run_starts_or_is_refused(tmp_path):
+    run = RunDir(tmp_path / "demo")
+    run.path.mkdir()
+    (run.path / "dry_run.html").write_text("page")
+    assert not is_run(run.path)
+    run.create(overwrite=False)
+    run.write_config("seed: 0\n")
+    run.remove_refused_start()
+    assert os.listdir(run.path) == ["dry_run.html"]
+    (run.path / "mine").write_text("x")
+    assert "mine is in it" in said(lambda: run.create(overwrite=False))
+
+
 def test_a_finished_run_is_replaced_only_when_asked(tmp_path):
     run = begun(tmp_path / "demo", "finished")
     (run.path / "old").write_text("x")

@@ -96,10 +96,10 @@ def _mixed_splits(splits: Splits) -> Iterable[Finding]:
         for counts in data.report:
             if mixed := oddities.mixed_splits(counts):
                 listed = ", ".join(f"{value} {count}" for value, count in mixed.items())
-                first = next(iter(mixed))
+                largest = max(mixed, key=lambda value: mixed[value])
                 remedy = (
-                    f"{{path: {counts.name}, split: {first.partition('=')[2]}}} takes one"
-                    if first.startswith("split=")
+                    f"{{path: {counts.name}, split: {largest.partition('=')[2]}}} takes one"
+                    if largest.startswith("split=")
                     else f"keep the rows that are meant, {CUSTOM}"
                 )
                 yield Finding("warning", f"data.{name}: {counts.name} mixes rows of several splits ({listed})", (), remedy)

@@ -32,7 +32,7 @@ from halos.distributed.signals import STOPPED
 from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook, call_on_eval, states_of
 from halos.logs import add_log_file
-from halos.online import overview
+from halos.online import dry_run, overview
 from halos.online.plan import OnlinePlan
 from halos.online.round import STATE, Round, RoundResult, refuse_too_few_rounds, sampled_from
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
@@ -109,7 +109,8 @@ def run(
         content = outlined.content(config, content_hashes(plan.prompts, plan.eval_prompts, plan.online.scorer.name))
         altered = outlined.changed(config, directory, content) if config.resume else []
         if config.dry_run:
-            return dry_run(plan, outlined, prompt)
+            dry_run.run(plan, outlined.tokenizer, partial(outlined.write, prompt), typed)
+            return FINISHED
         plan.keep_code(partial(outlined.code, config))
         directory.path.mkdir(parents=True, exist_ok=True)
         if line := lock.acquire(directory.next_attempt(), wait=bool(config.resume)):
@@ -123,15 +124,6 @@ def run(
 def trackers_of(config: Config) -> dict[str, Hook[AnyRun]]:
     """The hooks of the online run; the training of each round has hooks of its own."""
     return {name: bind_hook(f"hooks.{name}", given, config.plugins)() for name, given in config.hooks.items()}
-
-
-def dry_run(plan: OnlinePlan, outlined: TrainingOutline, prompt: list[int]) -> int:
-    """Log what a run would do."""
-    outlined.write(prompt)
-    overview.write(plan)
-    log.info("training of each round: %s %s", COMMAND, " ".join(plan.overrides))
-    log.info("everything fits together, nothing was started")
-    return FINISHED
 
 
 def _is_over(plan: OnlinePlan) -> bool:

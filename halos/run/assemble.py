@@ -17,12 +17,14 @@ from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.hooks.base import Run
+from halos.inspection.findings import refuse_errors
 from halos.lock import RunLock
 from halos.logps.model import ActorCritic, LanguageModel
+from halos.logs import Recorded
 from halos.models.load import refuse_different_architecture
 from halos.online.generate import PolicyGenerator
 from halos.online.unsharded import Unsharded
-from halos.run import header, models, proof, reference, resume, token_budget
+from halos.run import dry_run, header, models, proof, reference, resume, token_budget
 from halos.run.optimizer import make_optimizer
 from halos.run.prepare import PreparedRun, prepare
 from halos.schedules import LearningRates
@@ -36,14 +38,11 @@ def assemble(
 ) -> Trainer | None:
     """Assemble everything a run needs; return None for a dry run, which ends where weights would be loaded."""
     set_seed(config.seed % 2**32)  # for hooks and plugins; weights and steps have seeds of their own
-    run = reference.decided(prepare(config, accelerator, lock))
-    config = run.config
     if config.dry_run:
-        if config.resume and accelerator.is_main_process:
-            resume.report_checkpoint(config, run.directory, run.batches.total)
-        header.write(run, accelerator)
-        log.info("everything fits together; nothing was trained")
-        return None
+        return _check(config, overrides, accelerator, lock)
+    run = reference.decided(prepare(config, accelerator, lock))
+    refuse_errors(run.batches.checks)
+    config = run.config
     resumed_from = resume.prepare_directory(config, run.directory, accelerator, run.batches.total, lock)
     version = run_config.first_version(run.directory.read_attempts(), str(run.directory.path))
     current = _load(run, accelerator, resumed_from.path)
@@ -68,6 +67,19 @@ def assemble(
         resume.record_attempt(current, overrides, resumed_from, changed, run.changed, budget)
     header.write(run, accelerator)
     return trainer
+
+
+def _check(config: Config, overrides: list[str], accelerator: Accelerator, lock: RunLock | None) -> None:
+    """Make every check that needs no weights, and write the page of the dry run, for refused data too."""
+    with Recorded() as lines:
+        run = reference.decided(prepare(config, accelerator, lock))
+        if config.resume and accelerator.is_main_process:
+            resume.report_checkpoint(config, run.directory, run.batches.total)
+        header.write(run, accelerator)
+        if accelerator.is_main_process:
+            dry_run.write(run, overrides, lines)
+    refuse_errors(run.batches.checks)
+    log.info("everything fits together; nothing was trained")
 
 
 def _load(run: PreparedRun, accelerator: Accelerator, checkpoint: Path | None) -> Run:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
 
@@ -50,7 +51,7 @@ class BatchSource(Protocol):
     steps_per_epoch: int | None  # of a pass over the data; None where they are sampled
     splits: list[tuple[str, Split]]  # of the datasets on disk, by their names in the header
     unmeasured: frozenset[str]  # metrics that the evaluation data cannot yield
-    checks: tuple[Check, ...]  # of the data and the chat template; none is an error
+    checks: tuple[Check, ...]  # of the data and the chat template
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the header's lines on the data: the name of the split, and a text."""
@@ -153,6 +154,10 @@ class PolicySource:
 
     def first_example(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
         return [("prompt", decode_visibly(tokenizer, [int(token) for token in self.prompts.train[0].ids]))]
+
+    def prompt_ids(self, count: int) -> list[tuple[str, np.ndarray]]:
+        """Return the id and the tokens of the first `count` prompts."""
+        return [(prompt.id, prompt.ids) for prompt in self.prompts.train[:count]]
 
     def content_hashes(self) -> dict[str, str | None]:
         return content_hashes(self.prompts.train, self.prompts.evaluation, self.prompts.online.scorer.name)

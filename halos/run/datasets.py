@@ -15,7 +15,7 @@ from halos.data.prepare import prepare
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.inspection import data_checks, template_checks
-from halos.inspection.findings import Check, refuse_errors
+from halos.inspection.findings import Check
 from halos.trainers.microbatches import Split
 from halos.types import Labelled, Mismatched
 
@@ -98,15 +98,13 @@ def unavailable_metrics(config: Config, loss: LossSpec, eval_data: Split | None)
 
 
 def checks(train: Split, eval_data: Split | None, loss: LossSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Check, ...]:
-    """Check what the rows and the chat template would teach. Raises UserError where nothing right could be learned."""
+    """Check what the rows and the chat template would teach."""
     assert isinstance(train.rows, Dataset)
     held_out = eval_data.rows if eval_data and isinstance(eval_data.rows, Dataset) else None
-    found = (
+    return (
         *data_checks.checks_of(train.rows, held_out, tokenizer, scores=loss.inputs.head == "score", on_rollouts=loss.on_rollouts),
         *template_checks.checks_of(tokenizer),
     )
-    refuse_errors(found)
-    return found
 
 
 def order(rows: Dataset, loss: LossSpec, config: Config) -> Order | GroupOrder:

@@ -101,6 +101,12 @@ def test_a_mistake_in_the_data_is_found(
     assert found.level == "note" or found.remedy
 
 
+def test_the_split_that_is_named_as_a_remedy_is_the_largest(tmp_path: Path) -> None:
+    (found,) = of_rows(tmp_path, [{**row, "split": "train" if n else "test"} for n, row in enumerate(SOUND)])
+    assert re.fullmatch(r"\{path: \S*a.jsonl, split: train\} takes one", found.remedy)
+    assert of_rows(tmp_path, [{**row, "subset": f"topic {n % 2}"} for n, row in enumerate(SOUND)]) == [], "topics are no splits"
+
+
 def test_few_repetitions_are_only_noted_and_masked_samples_are_no_mistake(tmp_path: Path) -> None:
     many = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(200)]
     (found,) = of_rows(tmp_path, [*many, many[3]])

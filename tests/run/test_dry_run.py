@@ -1,0 +1,62 @@
+"""A dry run writes a page into the directory that the run would use, for refused data too."""
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import train
+from halos.config.schema import Config
+from halos.errors import UserError
+from halos.run.lifecycle import run
+from halos.rundir import is_run
+from tests.conftest import SMALL
+from tests.inspection.test_page import Reader
+
+
+def page_of(config: Config) -> Reader:
+    return Reader((Path(config.run_dir) / "dry_run.html").read_text())
+
+
+def test_the_page_shows_what_the_run_would_train_on_and_need(
+    configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = configure("loss=dpo", "dry_run=true")
+    assert run(config, ["loss=dpo", "dry_run=true"]) == 0
+    read, said = page_of(config), capsys.readouterr().out
+    assert not is_run(Path(config.run_dir))
+    assert f"page       {config.run_dir}/dry_run.html" in said
+    header = said.partition("page  ")[0].strip()
+    assert header.splitlines()[0].startswith("loss       dpo")
+    assert all(line.strip() in read.text for line in header.splitlines()), "the page has the header as it is logged"
+    for words in ("This run would start.", "loss=dpo", "arithmetic (train)", "48", "the longest", "prompt and completion",
+                  "tokens of an epoch", "checkpoint", "rejected"):  # fmt: skip
+        assert words in read.text, words
+    assert read.tags.count("article") == 20
+    assert run(config, []) == 0, "another dry run replaces the page"
+
+
+def test_a_refused_run_has_a_page_too(configure: Callable[..., Config], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    row = {"type": "scalar_feedback", "prompt": "Who?", "output": "me", "masked": True}
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({**row, "reward": n}) + "\n" for n in range(4)))
+    for dry in ("true", "false"):
+        config = configure("loss=grpo", f"data.train=[{data}]", "data.eval=[]", "train.batch_size=8", f"dry_run={dry}")
+        with caplog.at_level(logging.INFO), pytest.raises(UserError, match="no token of any example is scored"):
+            run(config, [])
+    assert "This run would be refused" in page_of(config).text
+    assert not is_run(Path(config.run_dir))
+
+
+def test_a_live_loop_and_rounds_show_their_prompts(tmp_path: Path, cache: Path) -> None:
+    words = ["loss=online", "online.loss=grpo", *SMALL, "online.scorer.functions=[exact_match]", "dry_run=true"]
+    for name, loop in (("live", ["online.steps=3", "train.batch_size=8"]), ("rounds", ["online.rounds=2"])):
+        place = [f"output_root={tmp_path}", f"cache_dir={cache}", f"exp_name={name}"]
+        assert train.start([*words, *loop, *place]) == 0
+        read = Reader((tmp_path / name / "dry_run.html").read_text())
+        assert read.tags.count("article") == 20, name
+        assert "as the sampler gets it" in read.text
+        assert "How many" in read.text.replace("·", " ")
+        assert f"exp_name={name}" in read.text
