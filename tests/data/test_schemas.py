@@ -156,6 +156,13 @@ def test_text_with_the_markers_of_hh_is_turns() -> None:
     assert read(prompt="Human: One?", completion="one").prompt == (user("Human: One?"),), "no markers"
 
 
+def test_answers_that_begin_alike_are_no_prompt_where_another_column_may_be_it() -> None:
+    """The question would be lost, and the first words of both answers would be learned as the prompt."""
+    answers = {"chosen": "The answer is one.", "rejected": "The answer is two."}
+    refuses(r"it may be problem \(data\.columns=\{prompt: problem\}\), or how both begin", problem="How many suns?", **answers)
+    assert read(id="a-17", source="web", **answers).prompt == (user("The answer is"),)
+
+
 def test_the_prompt_of_texts_that_begin_alike_ends_at_a_word() -> None:
     example = read(chosen="Count to two: one, two", rejected="Count to two: once")
     assert example == Comparison((user("Count to two:"),), (says("one, two"),), (says("once"),))

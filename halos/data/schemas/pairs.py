@@ -7,6 +7,7 @@ from typing import Any
 from halos.data.numbers import number_in
 from halos.data.row import EQUAL
 from halos.data.schemas.schema import Change, Columns, Schema, is_pair, without
+from halos.errors import UserError
 
 EQUAL_SCORES = "whose completions have equal scores"
 FEW_SCORES = "with fewer than two scored completions"
@@ -42,10 +43,18 @@ def hh(columns: Columns, where: str) -> Change | None:
 
 
 def implicit_prompt(columns: Columns, where: str) -> Change | None:
-    """Take what both texts of a pair begin with as their prompt, up to the last blank of it."""
+    """Take what both texts of a pair begin with as their prompt, up to the last blank of it. Raises UserError where another
+    column has words: it may be the prompt, and answers to one question often begin in the same way."""
     chosen, rejected = columns.get("chosen"), columns.get("rejected")
     if "prompt" in columns or not isinstance(chosen, str) or not isinstance(rejected, str):
         return None
+    others = [name for name in columns if name not in ("chosen", "rejected", "system") and _sentence(columns[name])]
+    if others:
+        raise UserError(
+            f"{where}: chosen and rejected are text, and there is no prompt: it may be {' or '.join(others)}"
+            f" (data.columns={{prompt: {others[0]}}}), or how both begin (data.columns={{"
+            f"{', '.join(f'{name}: null' for name in others)}}})"
+        )
     if chosen == rejected:
         return Change(dict(columns), dropped=EQUAL)
     most = min(len(chosen), len(rejected))
@@ -88,6 +97,10 @@ def ultrafeedback(columns: Columns, where: str) -> Change | None:
         return Change(dict(columns), dropped=EQUAL_SCORES)
     new = {"prompt": columns["instruction"], "chosen": best[1], "rejected": worst[1], "margin": best[0] - worst[0]}
     return Change(without(columns, "instruction", "completions", **new), "read as UltraFeedback, best against worst")
+
+
+def _sentence(value: Any) -> bool:
+    return isinstance(value, str) and len(value.split()) > 1
 
 
 def _text(value: Any) -> bool:
