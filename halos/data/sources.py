@@ -172,7 +172,7 @@ def _content(source: Source, kind: type[Example], purpose: str) -> Content:
     parts = [(split, _open_split(source, split.name, kind, purpose)) for split in splits_of(source.split)]
 
     def rows() -> Iterator[Row]:
-        return chain.from_iterable(split.select(part.rows()) for split, part in parts)
+        return chain.from_iterable(split.select(part.rows) for split, part in parts)
 
     return Content(" ".join(part.fingerprint for _, part in parts), rows, [file for _, part in parts for file in part.files])
 

@@ -1,7 +1,7 @@
 """Selections of the rows of a source: `train`, `train[:200]`, `[:10%]`, and sums such as `train+validation[:10%]`."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,12 +28,14 @@ class Split:
             raise UserError(f"data entry: split={text!r} is not understood; write a name, a slice or both: train[:200], [:10%]")
         return cls(match["name"], match["start"], match["stop"])
 
-    def select(self, rows: Iterator[Row]) -> Iterator[Row]:
+    def select(self, read: Callable[[], Iterator[Row]]) -> Iterator[Row]:
+        """Yield the selected rows of those that `read` gives; they are read twice where their number must be known."""
         bounds = [bound for bound in (self.start, self.stop) if bound is not None]
-        if all(bound.isdecimal() for bound in bounds):  # else how many there are must be known
-            return islice(rows, *(int(bound) if bound else None for bound in (self.start, self.stop)))
-        all_rows = list(rows)
-        return iter(all_rows[self._bound(self.start, len(all_rows)) : self._bound(self.stop, len(all_rows))])
+        if all(bound.isdecimal() for bound in bounds):
+            return islice(read(), *(int(bound) if bound else None for bound in (self.start, self.stop)))
+        count = sum(1 for _ in read())
+        start, stop, _ = slice(self._bound(self.start, count), self._bound(self.stop, count)).indices(count)
+        return islice(read(), start, max(start, stop))
 
     @staticmethod
     def _bound(text: str | None, count: int) -> int | None:

@@ -100,16 +100,19 @@ ORCA = Schema(
     "`prompt` + `completion`, or a pair, after a system turn", system_prompt,
     {"system_prompt": "Be brief.", "question": "Hi", "response": "Hello!"},
     {"system": "Be brief.", "prompt": "Hi", "completion": "Hello!"},
+    needs=frozenset({"system_prompt"}),
 )  # fmt: skip
 ALPACA = Schema(
     "Alpaca", "`instruction`, `input`, `output`, perhaps `history` of [question, answer]; or with `chosen` and `rejected`",
     "`prompt` (instruction, blank line, input) + `completion`, or a pair", alpaca,
     {"instruction": "Add.", "input": "1, 1", "output": "2", "text": "Below is an instruction. Add. 1, 1. 2"},
     {"prompt": "Add.\n\n1, 1", "completion": "2"},
+    needs=frozenset({*INPUTS, "history"}),
 )  # fmt: skip
 ANSWERED = Schema(
     "questions and answers",
     f"one of {', '.join(f'`{name}`' for name in PROMPTS)} (or `input`) and one of {', '.join(f'`{name}`' for name in ANSWERS)}",
     "`prompt` + `completion`; a `context` follows the question", answered,
     {"question": "1 + 1?", "answer": "2"}, {"prompt": "1 + 1?", "completion": "2"},
+    needs=frozenset({*PROMPTS, *ANSWERS, "input"} - {"prompt", "completion"}),
 )  # fmt: skip

@@ -38,10 +38,12 @@ LABELS = Schema(
     "labels in words", f"a `label` (or `kto_tag`) that says {', '.join(DESIRABLE)}; or {', '.join(UNDESIRABLE)}",
     "true or false; another word is refused", label,
     {"prompt": "Hi", "completion": "No.", "label": "Thumbs Down"}, {"prompt": "Hi", "completion": "No.", "label": False},
+    needs=frozenset(NAMES),
 )  # fmt: skip
 TEXT = Schema(
     "text", "`text`, and no prompt or answer",
     "text without a chat template, for `loss=sft`: all of it is scored, after a BOS where the tokenizer adds one; an end token"
     " follows", text,
     {"text": "Once upon a time.", "id": 7}, {"text": "Once upon a time."},
+    needs=frozenset({"text"}),
 )  # fmt: skip

@@ -23,8 +23,7 @@ def hh_turns(text: str) -> list[dict[str, str]] | None:
 
     A last marker of the assistant without words, where an answer goes, is no turn.
     """
-    start = text.lstrip()
-    if not start.startswith(("Human:", "System:")) or "\n\nAssistant:" not in text:
+    if "\n\nAssistant:" not in text or not (start := text.lstrip()).startswith(("Human:", "System:")):
         return None
     parts = _MARK.split(start)[1:]
     turns = [{"role": _ROLES[mark], "content": words.strip()} for mark, words in zip(parts[::2], parts[1::2], strict=True)]
@@ -96,7 +95,10 @@ def ultrafeedback(columns: Columns, where: str) -> Change | None:
     if best[0] == worst[0]:
         return Change(dict(columns), dropped=EQUAL_SCORES)
     new = {"prompt": columns["instruction"], "chosen": best[1], "rejected": worst[1], "margin": best[0] - worst[0]}
-    return Change(without(columns, "instruction", "completions", **new), "read as UltraFeedback, best against worst")
+    return Change(
+        without(columns, "instruction", "completions", **new),
+        "read as UltraFeedback, with the margin of best and worst",
+    )
 
 
 def _sentence(value: Any) -> bool:
@@ -125,10 +127,12 @@ MARGINS = Schema(
     "their difference is the `margin` (of `loss=reward`); pairs that it contradicts are dropped, and counted", scores,
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "No.", "score_chosen": 8.5, "score_rejected": "6"},
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "No.", "margin": 2.5},
+    needs=frozenset(name for names in SCORES for name in names),
 )  # fmt: skip
 ULTRAFEEDBACK = Schema(
     "UltraFeedback", "`instruction`, `completions` of `{response, overall_score}`",
     "a pair of the best and the worst, with their difference as `margin`; equal ones are dropped, and counted", ultrafeedback,
     {"instruction": "Hi", "completions": [{"response": "No.", "overall_score": 2}, {"response": "Hello!", "overall_score": 7.5}]},
     {"prompt": "Hi", "chosen": "Hello!", "rejected": "No.", "margin": 5.5},
+    needs=frozenset({"completions"}),
 )  # fmt: skip

@@ -27,6 +27,7 @@ class Schema:
     apply: Callable[[Columns, str], Change | None]  # from columns and a row's position; None for rows of other schemas
     row: Columns
     same: Columns
+    needs: frozenset[str] = frozenset()  # columns of which a row has at least one; it is not tried on others
 
 
 def without(columns: Columns, *names: str, **new: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ def recognised(columns: Mapping[str, Any], where: str) -> Reading:
     that could be read in several ways."""
     found, notes = dict(columns), []
     for schema in SCHEMAS:
-        change = schema.apply(found, where)
+        change = schema.apply(found, where) if not schema.needs or not schema.needs.isdisjoint(found) else None
         if change is None:
             continue
         if change.dropped:
