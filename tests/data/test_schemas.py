@@ -85,7 +85,7 @@ def test_pairs_of_sharegpt_have_one_turn_each_or_several() -> None:
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
-        ({"query": "One?", "answer": "a", "response": "1"}, "could be the completion: data.columns={completion: answer}"),
+        ({"query": "One?", "answer": "a", "response": "1"}, "could be the completion: data.columns={answer: null} takes"),
         ({"prompt": "One?", "question": "Two?", "answer": "one"}, "question could be the prompt: data.columns={question: null}"),
         ({"instruction": "One?", "query": "Two?", "chosen": "a", "rejected": "b"}, "any of instruction, query could be the"),
         ({"instruction": "Add.", "input": "1", "context": "2", "output": "3"}, "both 'input' and 'context' may belong"),

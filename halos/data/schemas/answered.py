@@ -81,9 +81,11 @@ def _one(columns: Columns, names: tuple[str, ...], role: str, where: str) -> str
     """Return the name of the one column that may be `role`. Raises UserError for several with different content."""
     found = [name for name in names if columns.get(name) not in (None, "")]
     if any(columns[name] != columns[found[0]] for name in found[1:]):
-        others = [name for name in found if name != role]
-        way = f"{role}: {others[-1]}" if role not in found else ", ".join(f"{name}: null" for name in others)
-        raise UserError(f"{where}: any of {', '.join(found)} could be the {role}: data.columns={{{way}}} decides it, for example")
+        kept = role if role in found else found[0]
+        others = ", ".join(f"{name}: null" for name in found if name != kept)
+        raise UserError(
+            f"{where}: any of {', '.join(found)} could be the {role}: data.columns={{{others}}} takes {kept}, for example"
+        )
     return found[0] if found else None
 
 
