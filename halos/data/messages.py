@@ -22,7 +22,11 @@ def turns_of(value: Any, role: str, column: str, where: str) -> Turns:
         return ({"role": role, "content": value},)
     if not isinstance(value, Sequence) or not value:
         raise UserError(f"{where}: {column} must be text or a list of messages that is not empty")
-    return tuple(_turn(each, column, where) for each in value)
+    turns = tuple(_turn(each, column, where) for each in value)
+    if not all(isinstance(turn.get(SETTINGS, {}), Mapping) and (number == 0 or SETTINGS not in turn)
+               for number, turn in enumerate(turns)):  # fmt: skip
+        raise UserError(f"{where}: {column} has a turn with {SETTINGS}: they are a column of the row, an object")
+    return turns
 
 
 def is_learned(turn: Message) -> bool:

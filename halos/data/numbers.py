@@ -11,9 +11,13 @@ def number_in(value: Any) -> float | None:
     """Return a finite number, or that which text is; None for anything else."""
     if isinstance(value, str):
         value = float(value) if _NUMBER.fullmatch(value.strip()) else None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest float
+        return None
+    return number if math.isfinite(number) else None
 
 
 # words for a completion that is to be learned from, and for one that is not; blanks, hyphens, underscores and case do not matter

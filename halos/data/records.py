@@ -1,11 +1,11 @@
 """Records of HALOs: what its label.py and sample.py write, and its rewards of sampled tokens."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
 from halos.data.messages import turns_of
+from halos.data.numbers import number_in
 from halos.data.parts import label_of, number_of, prompt_and_completion
 from halos.errors import UserError
 from halos.examples import Comparison, Demonstration, Example, Judgement, SampledTokens, Scored, Turns, says_something
@@ -85,7 +85,7 @@ def with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, wh
 
 def refuse_other_logps(ids: Sequence[Any], logps: Any, where: str) -> None:
     """Raises UserError for log-probs that are not one number for each of the sampled tokens."""
-    if not isinstance(logps, Sequence) or not all(isinstance(each, float | Real) and math.isfinite(each) for each in logps):
+    if not isinstance(logps, Sequence) or not all(isinstance(each, Real) and number_in(each) is not None for each in logps):
         raise UserError(f"{where}: logps is {str(logps)[:60]}, not a list of finite numbers")
     if logps and len(logps) != len(ids):
         raise UserError(f"{where}: logps has {len(logps)} numbers for {len(ids)} output_ids")

@@ -76,6 +76,8 @@ class Encoder:
     def prompts(self, prompts: Sequence[tuple[Turns, str]]) -> list[np.ndarray]:
         """Return the ids that a sampler gets, the template's generation prompt included: (tokens,) int32 each."""
         texts = [self._template.generation_prompt(turns, where) for turns, where in prompts]
+        for text, (_, where) in zip(texts, prompts, strict=True):
+            _refuse_half_characters((text,), where)
         return [np.array(tokens.ids, np.int32) for tokens in self._tokenise(texts)] if texts else []
 
     def _is_sampled(self, example: Example) -> bool:
@@ -95,9 +97,12 @@ class Encoder:
 
     def _lay_out(self, example: Example, where: str) -> Layout:
         if raw_text.is_raw(example):
-            return raw_text.layout(self._tokenizer, example)
-        cut = [each.cut for each in example.sampled]
-        return self._template.lay_out(example.prompt, example.completions, where, cut=cut)
+            layout = raw_text.layout(self._tokenizer, example)
+        else:
+            cut = [each.cut for each in example.sampled]
+            layout = self._template.lay_out(example.prompt, example.completions, where, cut=cut)
+        _refuse_half_characters((layout.prompt, *layout.completions), where)
+        return layout
 
     def _encode(self, layouts: Sequence[Layout]) -> list[Encoded]:
         prompts = list(dict.fromkeys(layout.prompt for layout in layouts))
@@ -180,6 +185,15 @@ class Encoder:
             return TOO_LONG
         logps = None if encoded.logps is None else encoded.logps[:max_tokens]
         return replace(encoded, completions=completions, cut_completions=cut, logps=logps)
+
+
+def _refuse_half_characters(texts: Sequence[str], where: str) -> None:
+    """Raises UserError for text that no tokenizer takes; readers of files refuse it, and functions of the user's may make it."""
+    try:
+        for text in texts:
+            text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: holds a lone surrogate, half of a character, such as \\ud800") from error
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
