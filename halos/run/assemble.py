@@ -77,7 +77,7 @@ def _check(config: Config, overrides: list[str], accelerator: Accelerator, lock:
             resume.report_checkpoint(config, run.directory, run.batches.total)
         header.write(run, accelerator)
         if accelerator.is_main_process:
-            dry_run.write(run, overrides, lines)
+            dry_run.write(run, accelerator, overrides, lines)
     refuse_errors(run.batches.checks)
     log.info("everything fits together; nothing was trained")
 

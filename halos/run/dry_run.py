@@ -3,12 +3,15 @@
 import logging
 from collections.abc import Sequence
 
+from accelerate import Accelerator
+
 from halos.data.dataset import Dataset
 from halos.inspection import lengths, publish, rows
 from halos.inspection.facts import Fact, Facts, ShownRow
 from halos.inspection.steps import Steps
 from halos.logs import Recorded
 from halos.run.batch_source import DatasetSource, PolicySource
+from halos.run.estimate import Estimate
 from halos.run.prepare import PreparedRun
 
 log = logging.getLogger(__name__)
@@ -19,8 +22,8 @@ COVERED = (
 )
 
 
-def write(run: PreparedRun, overrides: Sequence[str], header: Recorded) -> None:
-    """Write the page of a run with a data set or live prompts, and log its path."""
+def write(run: PreparedRun, accelerator: Accelerator, overrides: Sequence[str], header: Recorded) -> None:
+    """Log estimates, write the page of a run with a data set or live prompts, and log its path."""
     tokenizer, batches, config = run.structure.tokenizer, run.batches, run.config
     renderer = rows.Renderer(tokenizer)
     if isinstance(batches, DatasetSource):
@@ -29,18 +32,23 @@ def write(run: PreparedRun, overrides: Sequence[str], header: Recorded) -> None:
         shown = [renderer.row(*chosen, names) for chosen in rows.choose(splits)]
         sources = [fact for name, data in splits for fact in lengths.sources(name, data.report)]
         histograms = [fact for name, data in splits for fact in lengths.histograms(name, data, names)]
-        work = Steps.of(splits[0][1], batches.order, batches.total).facts(config.train.batch_size)
+        steps, estimate = Steps.of(splits[0][1], batches.order, batches.total), Estimate(run, accelerator)
+        memory, time = estimate.memory(), estimate.time(steps)
+        work = [*steps.facts(config.train.batch_size), *time]
+        for name, line in [*([("memory", memory.line())] if memory else []), *(("time", each.value) for each in time)]:
+            log.info("%-10s %s", name, line)
     else:
         assert isinstance(batches, PolicySource)
         shown = [
             ShownRow("prompt", name, "as the sampler gets it", (renderer.prompt(ids),))
             for name, ids in batches.prompt_ids(rows.SHOWN)
         ]
-        sources, histograms, work = [], [], [Fact("steps", f"{batches.total:,}", batches.lines()[0][1])]
+        memory, sources, histograms, work = None, [], [], [Fact("steps", f"{batches.total:,}", batches.lines()[0][1])]
     work += [Fact(name, line) for name, line in run.planned.lines]
     facts = Facts(
         f"{config.exp_name}, {run.loss.name} of {config.model.name_or_path}", tuple(overrides), str(run.directory.path),
         header.lines(), COVERED, batches.checks, tuple(sources), tuple(histograms),
-        run.structure.max_length, tuple(shown), tuple(work), versions=publish.version_facts(tokenizer),
+        run.structure.max_length, tuple(shown), tuple(work), memory.facts() if memory else (),
+        publish.version_facts(tokenizer),
     )  # fmt: skip
     publish.save(facts, run.directory)

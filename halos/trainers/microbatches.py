@@ -77,7 +77,7 @@ class Bounds:
 
         A pure function of the items' lengths and groups.
         """
-        prompts, own, trunks = rows.prompt_lengths[indices], *self._tokens(rows, indices)
+        prompts, own, trunks = rows.prompt_lengths[indices], *self.tokens_of(rows, indices)
         parts, start, tokens, held = list[np.ndarray](), 0, 0, set[tuple[int, int]]()
         for position, trunk in enumerate(zip(rows.groups[indices].tolist(), prompts.tolist(), strict=True)):
             more = int(own[position]) + (0 if trunk in held else int(trunks[position]))
@@ -89,7 +89,7 @@ class Bounds:
             held |= {trunk} if trunks[position] else set()
         return [*parts, np.arange(start, len(indices))] if len(indices) else []
 
-    def _tokens(self, rows: Rows, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def tokens_of(self, rows: Rows, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Of each item the tokens that are its own, and those of the prompt that it shares: (items,) each."""
         prompts, lengths = rows.prompt_lengths[indices], rows.lengths[indices]
         if not self.share:
@@ -100,7 +100,7 @@ class Bounds:
 
     def deal(self, rows: Rows, indices: np.ndarray, world: int) -> list[list[np.ndarray]]:
         """Deal items to ranks: for each rank its micro-batches, arrays of positions in `indices`."""
-        groups, (own, trunks) = rows.groups[indices], self._tokens(rows, indices)
+        groups, (own, trunks) = rows.groups[indices], self.tokens_of(rows, indices)
         if self.share and self.together and len(np.unique(groups)) < len(groups):
             positions = dealing.together(own, trunks, groups, world)
         else:

@@ -1,0 +1,58 @@
+"""The memory of a training step at its peak, by part."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from halos.checkpoint.manifest import human_size
+from halos.inspection.facts import Fact
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes on one device. Parts that a step does not hold at once do not add up to its peak."""
+
+    libraries: int  # of the process before it loads a model; 0 on a GPU
+    weights: int
+    optimizer: int
+    reference: int  # a second model
+    gradients: int
+    activations: int  # of the largest micro-batch, kept for its backward pass
+    working: int  # of one layer
+    head: int  # logits and what else the head makes of them
+    accumulates: bool  # a batch has several micro-batches, so that all gradients exist from the second on
+    stepping: int  # what the optimizer makes besides its state
+    beforehand: int = 0  # what the pass over the reference's log-probs makes, before there are gradients and optimizer state
+
+    @property
+    def peak(self) -> int:
+        """At the beginning of a backward pass, while the optimizer steps, or in the pass before the first step."""
+        backward = self.activations + self.working + self.head + (self.gradients if self.accumulates else 0)
+        step = self.optimizer + self.reference + max(backward, self.gradients + self.stepping)
+        return self.libraries + self.weights + max(step, self.beforehand)
+
+    def line(self) -> str:
+        """Format as `about 3.1 GiB at the peak: weights 513.1 MiB, gradients 513.1 MiB, ...`."""
+        return f"about {human_size(self.peak)} at the peak: " + ", ".join(
+            f"{name} {human_size(size)}" for name, size, _ in self._parts()
+        )
+
+    def facts(self) -> tuple[Fact, ...]:
+        rows = [Fact(name, human_size(size), note) for name, size, note in self._parts()]
+        return (
+            Fact("at the peak", human_size(self.peak), "in a backward pass, while the optimizer steps, or before the first step"),
+            *rows,
+        )
+
+    def _parts(self) -> Sequence[tuple[str, int, str]]:
+        both = "all exist while later micro-batches are computed" if self.accumulates else "while the optimizer steps"
+        parts = [
+            ("weights", self.weights, ""),
+            ("gradients", self.gradients, both),
+            ("optimizer", self.optimizer, "its state"),
+            ("reference", self.reference, "a second model"),
+            ("activations", self.activations + self.working, "of the largest micro-batch"),
+            ("logits", self.head, "a chunk of them, and the gradient of the head's weight"),
+            ("log-probs beforehand", self.beforehand, "the pass over the reference, before the first step"),
+            ("libraries", self.libraries, "of the process, as now"),
+        ]
+        return [part for part in parts if part[1]]

@@ -1,0 +1,133 @@
+"""Estimates of memory and work: from shapes alone, and equal to what real tensors take."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from halos.config.schema import Config
+from halos.data.collate import pack
+from halos.distributed.launch import make_accelerator
+from halos.examples import Completion, PackRow
+from halos.inspection import activations, speed
+from halos.inspection.memory import Memory
+from halos.inspection.steps import Steps
+from halos.logps.hidden import hidden_states
+from halos.logps.model import bare
+from halos.run import reference
+from halos.run.batch_source import DatasetSource
+from halos.run.estimate import Estimate
+from halos.run.prepare import PreparedRun, prepare
+
+
+@pytest.fixture
+def prepared_run(configure: Callable[..., Config]) -> Callable[..., PreparedRun]:
+    """`prepared_run("loss=dpo", ...)`: a run before it reads weights."""
+
+    def make(*words: str) -> PreparedRun:
+        config = configure(*words)
+        return reference.decided(prepare(config, make_accelerator(config.train.precision, config.model.dtype), None))
+
+    return make
+
+
+def bytes_kept(model: nn.Module, rows: list[PackRow]) -> int:
+    """Bytes of the tensors that a real forward pass saves for its backward pass, parameters aside."""
+    own, saved = {each.untyped_storage().data_ptr() for each in model.parameters()}, dict[int, int]()
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = hidden_states(bare(model), pack(rows, share=True))  # alive until the bytes are counted
+    assert kept.requires_grad
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_activations_estimated_from_shapes_are_those_of_a_real_forward_pass(
+    peft: str, prepared_run: Callable[..., PreparedRun]
+) -> None:
+    run = prepared_run("loss=sft", f"peft={peft}")
+    real = run.structure.model.to_empty(device="cpu").train()
+    with torch.no_grad():
+        for each in [*real.parameters(), *real.buffers()]:
+            each.normal_() if each.is_floating_point() else each.zero_()
+
+    def row(prompt: int, completion: int) -> PackRow:
+        ids = np.arange(prompt + completion, dtype=np.int32) % 50
+        return ids[:prompt], Completion(ids[prompt:], np.ones(completion, bool))
+
+    alone, shared = bytes_kept(real, [row(60, 40)]), bytes_kept(real, [row(60, 40)] * 2)
+    found = activations.of(prepared_run("loss=sft", f"peft={peft}").structure.model, torch.device("cpu"))
+    assert found is not None
+    assert 100 * found.kept == pytest.approx(alone, rel=0.1)
+    assert 140 * found.kept + 100 * found.kept_by_branches == pytest.approx(shared, rel=0.1)
+    assert found.flops > 0
+    assert found.working > 0
+
+
+def test_the_parts_of_a_run_are_those_of_its_shapes_and_its_largest_micro_batch(
+    prepared_run: Callable[..., PreparedRun], configure: Callable[..., Config]
+) -> None:
+    run = prepared_run("loss=dpo", "train.microbatch_size=3", "train.batch_size=8", "reference.cache=never")
+    estimate = Estimate(run, accelerator := make_accelerator("float32", "float32"))
+    memory, count = estimate.memory(), sum(each.numel() for each in run.structure.model.parameters())
+    assert memory is not None
+    assert memory.weights == pytest.approx(4 * count, rel=0.01)
+    assert (memory.gradients, memory.optimizer, memory.reference) == (
+        4 * count,
+        pytest.approx(8 * count, rel=1e-3),
+        memory.weights,
+    )
+    assert memory.accumulates
+    batches, rows = run.batches, estimate.rows
+    assert isinstance(batches, DatasetSource)
+    parts = [batches.order.batch(0)[start : start + 3] for start in range(0, 8, 3)]
+    assert estimate.largest().tokens >= max(
+        int(rows.prompt_lengths[part].sum() + (rows.lengths - rows.prompt_lengths[:, None])[part].sum()) for part in parts
+    )
+    steps = Steps.of(rows, batches.order, batches.total)
+    assert (steps.rows, steps.tokens) == (48, int(rows.lengths.sum()))
+    assert steps.scored == int(rows.scored.sum())
+    assert steps.all_tokens == pytest.approx(steps.tokens * batches.total / 6, abs=1)
+    (time,) = estimate.time(steps)
+    assert time.value.startswith("about ")
+
+    lora = Estimate(
+        prepared_run("loss=dpo", "peft=lora", "train.microbatch_size=null", "train.microbatch_tokens=null"), accelerator
+    )
+    adapted = lora.memory()
+    assert adapted is not None
+    assert adapted.gradients < memory.gradients / 4
+    assert (adapted.reference, adapted.accumulates) == (0, False)
+    assert lora.flops(1e6, 1e5, once=1e6) < estimate.flops(1e6, 1e5, once=1e6)
+
+
+def test_the_peak_is_in_the_backward_pass_or_in_the_step() -> None:
+    sizes = {"libraries": 1, "weights": 10, "optimizer": 20, "reference": 5, "gradients": 10, "working": 1, "head": 2}
+    one = Memory(**sizes, activations=30, accumulates=False, stepping=8)
+    assert one.peak == 36 + 33
+    assert Memory(**sizes, activations=30, accumulates=True, stepping=8).peak == 36 + 43
+    assert Memory(**sizes, activations=3, accumulates=False, stepping=8).peak == 36 + 18
+    assert Memory(**sizes, activations=3, accumulates=False, stepping=8, beforehand=90).peak == 11 + 90
+    assert one.line().startswith("about 69 B at the peak: weights 10 B, gradients 10 B, optimizer 20 B, reference 5 B, ")
+    assert [fact.name for fact in one.facts()][-3:] == ["activations", "logits", "libraries"]
+
+
+def test_seconds_are_readable_and_follow_the_rate() -> None:
+    assert [speed.readable(each) for each in (1.234, 119, 600, 7200, 400_000)] == [
+        "1.2 s",
+        "119.0 s",
+        "10.0 min",
+        "2.0 h",
+        "4.6 days",
+    ]
+    cpu = torch.device("cpu")
+    assert speed.seconds_of(1e12, 1e9, cpu) == 2 * speed.seconds_of(1e12, 2e9, cpu)
+    assert speed.gemm_rate(64, 64, torch.float32, cpu) > 1e6
