@@ -149,6 +149,11 @@ def test_directories_of_save_to_disk_are_read_in_their_order(tmp_path: Path) -> 
     assert records(str(tmp_path / "two"), "eval") == [ROWS[3], ROWS[1]]
     assert len(records({"path": str(tmp_path / "two"), "split": "train_sft+test[:1]"})) == 11
     refuses({"path": str(tmp_path / "two"), "split": "dev"}, r"no files of split 'dev' \(found: train_sft, test\)")
+    state = json.loads((tmp_path / "two" / "test" / "state.json").read_text())
+    (tmp_path / "two" / "test" / "state.json").write_text(
+        json.dumps({**state, "_indices_files": [{"filename": "indices.arrow"}]})
+    )
+    refuses({"path": str(tmp_path / "two"), "split": "test"}, "its rows are selected by an index beside them")
     (tmp_path / "one" / "data-00001-of-00003.arrow").unlink()
     refuses(str(tmp_path / "one"), r"its state\.json names data-00001-of-00003\.arrow, which is missing")
 
