@@ -5,16 +5,16 @@ python launch/templates.py [--why] [FAMILY ...]
 python launch/templates.py > tests/data/templates/table.md  # what a test compares with
 
 Prints a table of templates (tests/data/templates) by conversations. A cell says whether a row is tokenised right: `ok`, `ok~`
-(right, and counted as not continuing the generation prompt), `refused` (one message; --why prints it), or WRONG. What is right is
-found from positions of unique words in the text of the tokens, and from the end tokens that the families document; no code that
-places spans is asked.
+(right, and counted as not continuing the generation prompt), `by turn` (right, each scored turn a sequence of its own), `refused`
+(one message; --why prints it), or WRONG. What is right is found from positions of unique words in the text of the tokens, and
+from the end tokens that the families document; no code that places spans is asked.
 """
 
 import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -196,35 +196,43 @@ def _fields(check: Check) -> dict[str, Any]:
 
 
 def verdict(family: Family, check: Check, tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
-    """Return ok, ok~, refused or WRONG, and why."""
+    """Return ok, ok~, by turn, refused or WRONG, and why."""
     row = Row(check.row, "row 1")
     try:
         kind = Comparison if len(check.talks) > 1 else Demonstration
         (example,) = as_kind(read_example(row, score=check.score), kind, row)
         encoder = Encoder(tokenizer, max_length=10**6, truncation="error")
-        (done,) = encoder.encode([(example, row.where)])
+        (parts,) = encoder.encode_turns([(example, row.where)])
         fed = encoder.prompts([(example.prompt, row.where)])[0]
     except UserError as error:
         return "refused", str(error)
     except Exception as error:  # the table shows a fault of any kind
         return "WRONG", f"{type(error).__name__}: {error}"
-    if not isinstance(done, Encoded):
-        return "WRONG", f"dropped, {done}"
+    talks = check.talks if len(parts) == 1 else _by_turn(check.talks[0])
+    whole = [part for part in parts if isinstance(part, Encoded)]
+    completions = [(part.prompt, completion) for part in whole for completion in part.completions]
+    if len(completions) != len(talks):
+        return "WRONG", f"{len(talks)} sequences, not {len(completions)}; dropped: {set(parts) - {*whole}}"
     stops = {tokenizer.eos_token_id, *end_of_turn(tokenizer)}
-    for talk, completion in zip(check.talks, done.completions, strict=True):
-        ids = [*done.prompt, *completion.ids]
-        pieces = [tokenizer.decode([token]) for token in ids]
-        scored = [
-            flag for piece, flag in zip(pieces, [*[False] * len(done.prompt), *completion.scored], strict=True) for _ in piece
-        ]
+    for talk, (prompt, completion) in zip(talks, completions, strict=True):
+        pieces = [tokenizer.decode([token]) for token in (*prompt, *completion.ids)]
+        flags = [*[False] * len(prompt), *completion.scored]
+        scored = [flag for piece, flag in zip(pieces, flags, strict=True) for _ in piece]
         if fault := fault_of(family, "".join(pieces), scored, talk, check.told):
             return "WRONG", fault
         for turn in talk:
             if turn.scored and tokenizer.convert_tokens_to_ids(family.calls_end if turn.calls else family.end) not in stops:
                 return "WRONG", "generation does not stop at its end token"
-    if done.exact and fed.tolist() != done.prompt.tolist():
+    exact = all(part.exact for part in whole)
+    if exact and fed.tolist() != whole[0].prompt.tolist():
         return "WRONG", "the prompt is not what a sampler gets"
-    return ("ok" if done.exact else "ok~"), ""
+    return ("by turn" if len(parts) > 1 else "ok" if exact else "ok~"), ""
+
+
+def _by_turn(talk: Sequence[Said]) -> list[list[Said]]:
+    """Return the conversation up to each scored turn, which alone is scored then."""
+    ends = [n for n, turn in enumerate(talk) if turn.scored]
+    return [[*(replace(turn, scored=False) for turn in talk[:n]), talk[n]] for n in ends]
 
 
 def fault_of(family: Family, text: str, scored: Sequence[bool], talk: Sequence[Said], told: Sequence[str]) -> str | None:

@@ -87,6 +87,9 @@ class Data:
     filter: str | None = key(on_resume=CONTENT)  # of entries without one: a condition on a row's columns
     schemas: bool = key(on_resume=CONTENT)  # whether columns of known schemas are recognised
     score: str = key(one_of=("last", "all"))
+    lost: str = key(one_of=("error", "drop", "keep"))  # of a row of which the chat template leaves out a part
+    system: str = key(one_of=("keep", "merge"))  # merge: into the first user turn
+    chat_template_kwargs: dict[str, Any] = key()  # what the chat template gets besides the turns
 
 
 @dataclass

@@ -56,7 +56,9 @@ class Counts:
     oddities: dict[str, int] = field(default_factory=dict)  # examples by what is odd about them, by the names of data/oddities.py
     splits: dict[str, int] = field(default_factory=dict)  # rows by the value of a column that names their split
     places: dict[str, list[str]] = field(default_factory=dict)  # the first rows of each reason and oddity, a.jsonl:12
-    noted: dict[str, int] = field(default_factory=dict)  # rows by what was made of their columns
+    noted: dict[str, int] = field(
+        default_factory=dict
+    )  # rows by what was made of their columns, and examples by what their layout says
     files: str = ""  # how many of each kind, where there are several kinds
 
     def drop(self, reason: str, where: str) -> None:

@@ -8,6 +8,7 @@ from halos.errors import UserError
 from halos.examples import Message, Turns
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
+SYSTEM = ("system", "developer")
 WEIGHT = "weight"  # of an assistant turn: 0 where it is not trained on
 REASONING, REASONING_NAMES = "reasoning_content", ("reasoning_content", "reasoning", "thinking")  # of a turn; the first is ours
 SETTINGS = "chat_template_kwargs"  # of a conversation's first turn: what the template gets besides turns, `tools` among it

@@ -2,41 +2,62 @@
 
 import json
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
-from halos.data.messages import REASONING, SETTINGS
+from halos.data.messages import REASONING, SETTINGS, SYSTEM
 from halos.errors import UserError
 from halos.types import Message, Turns
 
+LEARNED, EARLIER = "a thought that is to be learned", "an earlier thought"
 SENTINEL = "halos0sentinel"
 THINK_TAGS = ("<think>", "</think>")
+MERGE = ", or put it into the first user turn (data.system=merge)"
 REMEDY = "give another model.chat_template, or remove it from the data"
 
 Render = Callable[[Turns], str]
 
 
+class Part(NamedTuple):
+    """A part of a turn that a rendering should have."""
+
+    number: int  # of the turn
+    what: str
+    words: str
+    other: Message  # the turn with another such part
+    needed: bool  # else it may be left out: a thought that nothing is learned from
+
+    def refusal(self, where: str) -> UserError:
+        shown = self.words if len(self.words) <= 60 else f"{self.words[:57]}..."
+        more = MERGE if self.other["role"] in SYSTEM else ""
+        return UserError(f"{where}: the chat template leaves out {self.what} ({shown!r}): {REMEDY}{more}")
+
+
 class OmissionCheck:
-    """Checks that `render` leaves nothing out, and remembers the shapes of conversations for which it does not."""
+    """Finds what `render` leaves out, and remembers it by the shapes of conversations."""
 
     def __init__(self, render: Render) -> None:
-        self._render, self._shapes = render, set[Hashable]()
+        self._render, self._shapes = render, dict[Hashable, set[int]]()
 
-    def refuse(self, turns: Turns, text: str, where: str, *, learned: Collection[int] = ()) -> None:
-        """Raises UserError where a part of `turns` is missing from `text`, their rendering: the words of any turn, tool calls and
-        results, and the reasoning of the turns (by index) that are `learned` from. Templates of reasoning models leave out
-        the reasoning of earlier turns on purpose.
+    def missing(self, turns: Turns, text: str, *, learned: Collection[int] = ()) -> list[Part]:
+        """Return the parts of `turns` that are missing from `text`, their rendering: the words of any turn, tools, tool calls and
+        results, and reasoning. That of turns (by index) that are not `learned` from is left out on purpose by templates of
+        reasoning models.
 
         A part is present if replacing it changes the rendering, since templates trim, escape and reformat. That is tried once
-        per shape of conversation, and whenever the words do not occur literally in the text.
+        per shape of conversation, and whenever the words are or are not literally in the text, unlike those of an earlier row.
         """
-        parts = [(number, *part) for number, turn in enumerate(turns) for part in _parts(turn, learned=number in learned)]
-        shape = (*map(_shape, turns), *((number, what) for number, what, _, _ in parts))
-        is_new = shape not in self._shapes
-        for number, what, words, other in parts:
-            if (is_new or words not in text) and not self._changes(text, (*turns[:number], other, *turns[number + 1 :])):
-                shown = words if len(words) <= 60 else f"{words[:57]}..."
-                raise UserError(f"{where}: the chat template leaves out {what} ({shown!r}): {REMEDY}")
-        self._shapes.add(shape)
+        parts = [Part(n, *part) for n, turn in enumerate(turns) for part in _parts(turn, learned=n in learned)]
+        shape = (*map(_shape, turns), *((part.number, part.what) for part in parts))
+        known, found = self._shapes.get(shape), set[int]()
+        for index, part in enumerate(parts):
+            there = part.words in text
+            if known is not None and there != (index in known):  # as in an earlier row of this shape
+                found |= set() if there else {index}
+            elif not self._changes(text, (*turns[: part.number], part.other, *turns[part.number + 1 :])):
+                found.add(index)
+        if known is None:
+            self._shapes[shape] = found
+        return [parts[index] for index in sorted(found)]
 
     def _changes(self, text: str, others: Turns) -> bool:
         try:
@@ -50,21 +71,22 @@ def _shape(turn: Message) -> Hashable:
     return turn["role"], *sorted(turn), len(turn.get("tool_calls") or ()), *sorted(turn.get(SETTINGS, ()))
 
 
-def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message]]:
-    """Yield each part of a turn: a description, its words, and the turn with them replaced."""
+def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message, bool]]:
+    """Yield each part of a turn: a description, its words, the turn with them replaced, and whether it is needed."""
     role, content = turn["role"], str(turn.get("content") or "")
     reasoning, words = _split(content) if role == "assistant" else ("", content)
-    what = "a tool's result" if role == "tool" else f"words of the {role}"
     if words.strip():
-        yield what, words.strip(), {**turn, "content": content.replace(words, SENTINEL)}
-    if learned and reasoning.strip():
-        yield "a thought that is to be learned", reasoning.strip(), {**turn, "content": content.replace(reasoning, SENTINEL, 1)}
-    if learned and turn.get(REASONING, "").strip():
-        yield f"a thought that is to be learned, {REASONING}", turn[REASONING].strip(), {**turn, REASONING: SENTINEL}
-    yield from _tool_call_parts(turn)
+        what = "a tool's result" if role == "tool" else f"words of the {role}"
+        yield what, words.strip(), {**turn, "content": content.replace(words, SENTINEL)}, True
+    thought = LEARNED if learned else EARLIER
+    if reasoning.strip():
+        yield thought, reasoning.strip(), {**turn, "content": content.replace(reasoning, SENTINEL, 1)}, learned
+    if role == "assistant" and turn.get(REASONING, "").strip():
+        yield f"{thought}, {REASONING}", turn[REASONING].strip(), {**turn, REASONING: SENTINEL}, learned
+    yield from ((*part, True) for part in _tool_call_parts(turn))
     if SETTINGS in turn and (tools := turn[SETTINGS].get("tools")):
         other = {"type": "function", "function": {"name": SENTINEL, "description": SENTINEL, "parameters": {}}}
-        yield "the tools", json.dumps(tools, ensure_ascii=False), {**turn, SETTINGS: {**turn[SETTINGS], "tools": [other]}}
+        yield "the tools", json.dumps(tools, ensure_ascii=False), {**turn, SETTINGS: {**turn[SETTINGS], "tools": [other]}}, True
 
 
 def _split(content: str) -> tuple[str, str]:

@@ -41,6 +41,7 @@ def prepare(
     truncation: str,
     score: str,
     cache_dir: Path,
+    lost: str = "error",
     purpose: str = "train",
     transform: Callable[[Any], Example] | None = None,
     transform_key: str = "",
@@ -54,13 +55,13 @@ def prepare(
         raise UserError(f"data.{purpose}: no entry; give files, directories or names")
     opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
     code = code_hash(f"{kind.__module__}.{kind.__name__}")  # of an example type of the user's own
-    common = [kind.__name__, max_length, truncation, score, transform_key, code, _code(), *_tokenizer(tokenizer)]
+    common = [kind.__name__, max_length, truncation, score, lost, transform_key, code, _code(), *_tokenizer(tokenizer)]
     key = _key([common, [each.fingerprint for each in opened], [asdict(each.source) for each in opened], purpose])
     base = expanded(cache_dir)
     path = base / "data" / key
     if not is_whole(path, base):
         tokenise = RowTokeniser(
-            tokenizer, kind=kind, score=score, max_length=max_length, truncation=truncation, transform=transform
+            tokenizer, kind=kind, score=score, max_length=max_length, truncation=truncation, lost=lost, transform=transform
         )
         shards = {number: _shards_of(source, base, common, purpose, tokenise) for number, source in enumerate(opened)}
         try:

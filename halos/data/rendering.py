@@ -8,12 +8,17 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from halos.data.messages import OURS, REASONING, REASONING_NAMES, SETTINGS
+from halos.data.messages import OURS, REASONING, REASONING_NAMES, SETTINGS, SYSTEM
 from halos.errors import UserError
 from halos.types import Message
 
 WORD = "halos0developer"
 _ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+
+
+def system_remedy(turns: Sequence[Message]) -> str:
+    """Return what helps a template without a system role, for turns with one."""
+    return "; data.system=merge puts a system turn into the first user turn" if turns and turns[0]["role"] in SYSTEM else ""
 
 
 class Renderer:
@@ -40,7 +45,7 @@ class Renderer:
                 else:
                     self._text_arguments = True
                     return text
-            raise UserError(f"{where}: the chat template refuses this row: {error}") from error
+            raise UserError(f"{where}: the chat template refuses this row: {error}{system_remedy(turns)}") from error
 
     def _apply(self, plain: list[dict[str, Any]], settings: Mapping[str, Any], *, generate: bool) -> str:
         turns = _with_text_arguments(plain) if self._text_arguments else plain

@@ -33,17 +33,18 @@ class RowTokeniser:
         score: str,
         max_length: int,
         truncation: str,
+        lost: str = "error",
         transform: Callable[[Any], Example] | None = None,
     ) -> None:
         self.tokenizer, self.kind, self.transform = tokenizer, kind, transform
-        self._settings = {"score": score, "max_length": max_length, "truncation": truncation}
+        self._settings: dict[str, Any] = {"score": score, "max_length": max_length, "truncation": truncation, "lost": lost}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.tokenizer, {"kind": self.kind, "transform": self.transform, **self._settings})
 
     @cached_property
     def _encoder(self) -> Encoder:
-        return Encoder(self.tokenizer, max_length=self._settings["max_length"], truncation=self._settings["truncation"])
+        return Encoder(self.tokenizer, **{name: value for name, value in self._settings.items() if name != "score"})
 
     @cached_property
     def _ends(self) -> EndTokens:
@@ -80,15 +81,18 @@ class RowTokeniser:
                 yield self.transform(each) if self.transform else each, row.where, f"{row.where}#{number}"
 
     def _items(self, batch: Sequence[NamedExample], counts: Counts) -> list[Item]:
-        items, encoded_batch = [], self._encoder.encode([(each, where) for each, where, _ in batch])
-        for encoded, (example, where, name) in zip(encoded_batch, batch, strict=True):
-            if isinstance(encoded, str):
-                counts.drop(encoded, where)
-                continue
-            _count(encoded, where, counts)
-            if oddity := self._ends.missing(encoded, example):
-                counts.note(oddity, where)
-            items.append(Item(encoded.prompt, encoded.completions, name, example.numbers(), encoded.logps))
+        items, encoded_batch = [], self._encoder.encode_turns([(each, where) for each, where, _ in batch])
+        for parts, (example, where, name) in zip(encoded_batch, batch, strict=True):
+            counts.examples += len(parts) - 1
+            for number, encoded in enumerate(parts):
+                if isinstance(encoded, str):
+                    counts.drop(encoded, where)
+                    continue
+                _count(encoded, where, counts)
+                if oddity := self._ends.missing(encoded, example):
+                    counts.note(oddity, where)
+                own = f"{name}.{number}" if len(parts) > 1 else name
+                items.append(Item(encoded.prompt, encoded.completions, own, example.numbers(), encoded.logps))
         return items
 
 
@@ -106,3 +110,6 @@ def _count(encoded: Encoded, where: str, counts: Counts) -> None:
     counts.inexact += not encoded.exact
     counts.merged += encoded.merged
     counts.tokenised_anew += encoded.tokenised_anew
+    counts.read_as(encoded.notes)
+    for note in encoded.notes:
+        counts.remember(note, where)

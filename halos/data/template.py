@@ -1,8 +1,10 @@
 """Render turns as text: the prompt as a sampler gets it, the completions, and their scored spans."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,7 +12,8 @@ from halos.confined import expanded
 from halos.data.endings import Ending, Endings, common
 from halos.data.messages import is_learned
 from halos.data.omissions import OmissionCheck
-from halos.data.rendering import Renderer
+from halos.data.preamble import with_preamble
+from halos.data.rendering import Renderer, system_remedy
 from halos.errors import UserError
 from halos.types import Message, Turns
 
@@ -29,8 +32,13 @@ PLAIN = """\
 Span = tuple[int, int]
 
 
+def template_of_run(tokenizer: PreTrainedTokenizerBase, override: str | None, settings: Mapping[str, Any], system: str) -> str:
+    """Return the template to use and to save with the model: `chat_template` with data.chat_template_kwargs and data.system."""
+    return with_preamble(chat_template(tokenizer, override), settings, merges_system=system == "merge")
+
+
 def chat_template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str:
-    """Return the template to use and to save with the model: `override` (jinja or a file), else the tokenizer's, else PLAIN.
+    """Return a chat template: `override` (jinja or a file), else the tokenizer's, else PLAIN.
 
     Rendered text is tokenised without adding special tokens, so PLAIN renders a BOS where the tokenizer would have added one.
     """
@@ -60,12 +68,23 @@ class Layout:
     completions: tuple[str, ...]
     spans: tuple[tuple[Span, ...], ...]
     exact: bool  # the completions continue the template's generation prompt
+    notes: tuple[str, ...] = ()  # to be counted: what is left out, and words that are read as special tokens
+
+
+class TogetherError(UserError):
+    """Scored turns of a conversation that cannot be one sequence: the template renders some otherwise once others follow."""
+
+
+class LostError(Exception):
+    """A row of which the template leaves out a part, and which is to be dropped; the message says which, for counts."""
 
 
 class Template:
-    """A tokenizer's chat template, and where it places the assistant's turns."""
+    """A tokenizer's chat template, and where it places the assistant's turns. `lost` is what becomes of a row of which it leaves
+    out a part: error, drop (LostError) or keep."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lost: str = "error") -> None:
+        self._lost = lost
         self._tokenizer = tokenizer
         self._render = Renderer(tokenizer, chat_template(tokenizer, None))
         added = tokenizer.added_tokens_decoder.values()
@@ -82,24 +101,33 @@ class Template:
     def lay_out(self, prompt: Turns, completions: Sequence[Turns], where: str, *, cut: Sequence[bool] = ()) -> Layout:
         """Render a prompt and its completions, without an end token where they are `cut`. Raises UserError, naming the row, where
         the template refuses or omits a part."""
-        start = self._render(prompt, where, generate=True)
-        rendered = [self._render_completion(prompt, turns, start, where, cut=bool(cut) and cut[n])
+        start, notes = self._render(prompt, where, generate=True), dict[str, None]()
+        if token := next((found[0] for turn in (*prompt, *chain(*completions)) if (found := self._lookalike(turn))), None):
+            notes[f"have the text of a special token in their words ({token}), which becomes that token"] = None
+        rendered = [self._render_completion(prompt, turns, start, where, notes, cut=bool(cut) and cut[n])
                     for n, turns in enumerate(completions)]  # fmt: skip
         # Completions of one prompt share its tokens, so the prompt ends where the first of them deviates from `start`.
         end = min(spans[0][0] for _, spans, _ in rendered)
         assert all(text.startswith(start[:end]) for text, _, _ in rendered)
         texts = tuple(text[end:] for text, _, _ in rendered)
         spans = tuple(((0, spans[0][1] - end), *((a - end, b - end) for a, b in spans[1:])) for _, spans, _ in rendered)
-        return Layout(start[:end], texts, spans, all(exact for _, _, exact in rendered))
+        return Layout(start[:end], texts, spans, all(exact for _, _, exact in rendered), tuple(notes))
 
     def generation_prompt(self, prompt: Turns, where: str) -> str:
         """Return the text that a sampler gets for `prompt`."""
         text = self._render(prompt, where, generate=True)
-        self._prompt_check.refuse(prompt, text, where)
+        for part in self._prompt_check.missing(prompt, text):
+            if part.needed:
+                raise part.refusal(where)
         return text
 
+    def _lookalike(self, turn: Message) -> re.Match[str] | None:
+        """Find the text of a special token in the words of a turn: the tokenizer would read it as that token."""
+        content = turn.get("content")
+        return self._special.search(content) if content else None
+
     def _render_completion(
-        self, prompt: Turns, completion: Turns, start: str, where: str, *, cut: bool
+        self, prompt: Turns, completion: Turns, start: str, where: str, notes: dict[str, None], *, cut: bool
     ) -> tuple[str, list[Span], bool]:
         """Return the text of prompt and completion up to its end token, or to its last word where it is `cut`; its assistant
         turns' spans; and whether all are exact."""
@@ -119,7 +147,12 @@ class Template:
                 end = len(text)
             spans.append((self._start(before, turn, opening, upto, where), end))
             exact &= spans[-1][0] == len(opening)
-        self._row_check.refuse(turns, full, where, learned=[len(prompt) + n for n in learned])
+        for part in self._row_check.missing(turns, full, learned=[len(prompt) + n for n in learned]):
+            if part.needed and self._lost == "error":
+                raise part.refusal(where)
+            if part.needed and self._lost == "drop":
+                raise LostError(f"of which the chat template leaves out {part.what}")
+            notes[f"lose {part.what}, which the chat template leaves out"] = None
         return text, spans, exact
 
     def _start(self, before: Turns, turn: Message, opening: str, full: str, where: str) -> int:
@@ -136,6 +169,7 @@ class Template:
         if not full.startswith(bare) or cut < len(bare):
             raise UserError(
                 f"{where}: the chat template renders the prompt differently once it is answered; give another template"
+                + system_remedy(before)
             )
         return cut
 
@@ -143,7 +177,7 @@ class Template:
         """Return the index in `full` after the end token of a turn that others follow; `upto` is the text that ends with it."""
         at = self._end_of_words(upto, turn, ending)
         if full[:at] != upto[:at]:
-            raise UserError(
+            raise TogetherError(
                 f"{where}: the chat template changes an assistant turn once others follow it, so not all of them can be "
                 "scored in one row; use data.score=last"
             )
@@ -152,7 +186,7 @@ class Template:
             return end
         if not ending.written and after.startswith(ending.token):
             return len(full) - len(after) + len(ending.token)
-        raise UserError(
+        raise TogetherError(
             f"{where}: the chat template writes no end token after an assistant turn that others follow, so a model would not"
             " learn to end it; use data.score=last, or another model.chat_template"
         )

@@ -11,14 +11,14 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.data import raw_text
 from halos.data.endings import CALL
-from halos.data.messages import is_learned, moved_settings
+from halos.data.messages import SYSTEM, is_learned, moved_settings
 from halos.data.row import EQUAL
-from halos.data.template import Layout, Span, Template, any_of
+from halos.data.template import Layout, LostError, Span, Template, TogetherError, any_of
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Scored, Turns
 
 TOO_LONG, PROMPT_TOO_LONG = "longer than max_length", "with a prompt that fills max_length"
-_SYSTEM = ("system", "developer")
+APART = "are single turns of conversations, whose scored turns the chat template cannot render together"
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Encoded:
     cut_turns: bool = False
     cut_completions: int = 0
     logps: np.ndarray | None = None  # (scored tokens,) of a Scored that has its sampler's
+    notes: tuple[str, ...] = ()  # what else is to be counted of it, as its layout says
     tokenised_anew: bool = False  # sampled completions whose token ids were missing or another tokenizer's
 
     @property
@@ -55,8 +56,9 @@ class _Tokens(NamedTuple):
 class Encoder:
     """Tokenises examples. A prompt has the ids of the prompt alone, as a sampler gets it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str) -> None:
-        self._tokenizer, self._template = tokenizer, Template(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str, lost: str = "error") -> None:
+        self._tokenizer, self._template = tokenizer, Template(tokenizer, lost=lost)
+        self._laid_out: dict[int, Layout | str] = {}  # by the id of an example whose layout was tried already
         self._max_length, self._truncation, self._vocabulary = max_length, truncation, vocabulary_of(tokenizer)
         added = tokenizer.added_tokens_decoder.values()
         self._seams = any_of(str(t) for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
@@ -65,13 +67,38 @@ class Encoder:
         """Tokenise examples, each with the position of its row; a string in the result is the reason why one is dropped."""
         sampled = [self._is_sampled(example) for example, _ in examples]
         texts = [each for each, has_ids in zip(examples, sampled, strict=True) if not has_ids]
-        layouts = [self._lay_out(example, where) for example, where in texts]
-        encoded = iter(self._encode(layouts) if layouts else [])
+        layouts = [self._layout_or_reason(example, where) for example, where in texts]
+        whole = [layout for layout in layouts if isinstance(layout, Layout)]
+        tokenised = iter(self._encode(whole) if whole else [])
+        encoded = iter([layout if isinstance(layout, str) else next(tokenised) for layout in layouts])
         kept = iter(self._keep([each for each, has_ids in zip(examples, sampled, strict=True) if has_ids]))
         fitted = [self._fit(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
         learned = [_unscored(each) if isinstance(example, Scored) and example.masked and isinstance(each, Encoded) else each
                    for each, (example, _) in zip(fitted, examples, strict=True)]  # fmt: skip
         return [EQUAL if isinstance(each, Encoded) and _has_equal_completions(each) else each for each in learned]
+
+    def encode_turns(self, examples: Sequence[tuple[Example, str]]) -> list[list[Encoded | str]]:
+        """Tokenise examples as `encode` does, but a demonstration of several scored turns that the template renders otherwise
+        once others follow (as Qwen3 does, without their thoughts) as one for each: the turn as the model is to write it, after
+        the others as it will read them."""
+        split = [self._by_turn(example, where) for example, where in examples]
+        encoded = iter(self.encode([(part, where) for parts, (_, where) in zip(split, examples, strict=True) for part in parts]))
+        self._laid_out.clear()
+        return [[_noted(next(encoded), apart=len(parts) > 1) for _ in parts] for parts in split]
+
+    def _by_turn(self, example: Example, where: str) -> list[Example]:
+        if not isinstance(example, Demonstration) or example.sampled or sum(map(is_learned, example.completion)) < 2:
+            return [example]
+        try:
+            self._laid_out[id(example)] = self._layout_or_reason(example, where)
+        except TogetherError:
+            turns, start = (*example.prompt, *example.completion), len(example.prompt)
+            return [
+                replace(example, prompt=turns[:n], completion=(turns[n],))
+                for n in range(start, len(turns))
+                if is_learned(turns[n])
+            ]
+        return [example]
 
     def prompts(self, prompts: Sequence[tuple[Turns, str]]) -> list[np.ndarray]:
         """Return the ids that a sampler gets, the template's generation prompt included: (tokens,) int32 each."""
@@ -94,6 +121,14 @@ class Encoder:
             logps = np.array(example.logps, np.float32) if isinstance(example, Scored) and example.logps else None
             encoded.append(Encoded(prompt, completions, exact=True, merged=False, logps=logps))
         return encoded
+
+    def _layout_or_reason(self, example: Example, where: str) -> Layout | str:
+        if (known := self._laid_out.pop(id(example), None)) is not None:
+            return known
+        try:
+            return self._lay_out(example, where)
+        except LostError as loss:
+            return str(loss)
 
     def _lay_out(self, example: Example, where: str) -> Layout:
         if raw_text.is_raw(example):
@@ -141,11 +176,13 @@ class Encoder:
             if not prompt:
                 scored[0] = False  # it has no context to be predicted from
             completions.append(Completion(np.array(tail.ids, np.int32), scored))
-        return Encoded(np.array(prompt, np.int32), tuple(completions), layout.exact, merged)
+        return Encoded(np.array(prompt, np.int32), tuple(completions), layout.exact, merged, notes=layout.notes)
 
     # --- max_length ----------------------------------------------------------------------------------------------------
 
-    def _fit(self, encoded: Encoded, example: Example, where: str) -> Encoded | str:
+    def _fit(self, encoded: Encoded | str, example: Example, where: str) -> Encoded | str:
+        if isinstance(encoded, str):
+            return encoded
         had_ids = isinstance(example, Scored) or any(each.ids for each in example.sampled)
         if had_ids and not self._is_sampled(example):
             encoded = replace(encoded, tokenised_anew=True)
@@ -158,7 +195,10 @@ class Encoder:
             )
         if self._truncation == "drop":
             return TOO_LONG if len(encoded.prompt) < self._max_length else PROMPT_TOO_LONG
-        return self._cut_completions(self._cut_turns(encoded, example, where))
+        try:
+            return self._cut_completions(self._cut_turns(encoded, example, where))
+        except LostError as loss:
+            return str(loss)
 
     def _cut_turns(self, encoded: Encoded, example: Example, where: str) -> Encoded:
         """Remove as many of the oldest turns as necessary; where that is not enough, all but the last user turn."""
@@ -218,6 +258,10 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.blake2b(repr(vocabulary).encode(errors="surrogatepass"), digest_size=8).hexdigest()
 
 
+def _noted(encoded: Encoded | str, *, apart: bool) -> Encoded | str:
+    return replace(encoded, notes=(*encoded.notes, APART)) if apart and isinstance(encoded, Encoded) else encoded
+
+
 def _unscored(encoded: Encoded) -> Encoded:
     completions = tuple(Completion(each.ids, np.zeros_like(each.scored)) for each in encoded.completions)
     return replace(encoded, completions=completions, logps=None)
@@ -236,7 +280,7 @@ def _shortened(example: Example) -> list[Example]:
     """
     (first, *others), turns = example.completions, example.prompt
     turns += () if others else first
-    others = [n for n, turn in enumerate(turns) if turn["role"] not in _SYSTEM]
+    others = [n for n, turn in enumerate(turns) if turn["role"] not in SYSTEM]
     return [_starting_at(example, n) for n in others[1:] if turns[n]["role"] == "user"]
 
 
@@ -252,4 +296,4 @@ def _starting_at(example: Example, start: int) -> Example:
 
 
 def _system_turns(turns: Turns) -> Turns:
-    return tuple(turn for turn in turns if turn["role"] in _SYSTEM)
+    return tuple(turn for turn in turns if turn["role"] in SYSTEM)

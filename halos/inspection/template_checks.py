@@ -51,4 +51,9 @@ def _prefix(probe: _Probe) -> Iterable[Finding]:
         yield Finding("note", text, (), "what completions begin with is counted with the rows that differ")
     if whole is not None and longer is not None and not longer.startswith(whole.rstrip()):
         text = "the chat template changes an answer once another turn follows"
-        yield Finding("note", text, (), "rows with several scored turns (data.score=all) may be refused")
+        yield Finding(
+            "note",
+            text,
+            (),
+            "of a row with several scored turns (data.score=all) each becomes an example; a pair of such is refused",
+        )

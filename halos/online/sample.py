@@ -52,6 +52,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--max-length", type=int, help="of prompt and completion, in tokens (default: the model's positions)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--chat-template", help="jinja, or a file of it (default: the model's own)")
+    options.add_argument("--chat-template-kwargs", type=json.loads, default={}, help="JSON: what it gets besides the turns")
+    options.add_argument("--system", default="keep", choices=("keep", "merge"), help="merge: into the first user turn")
     options.add_argument("--revision")
     options.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     options.add_argument("--reference", help="the model to which --kl-samples estimates the KL")
@@ -59,9 +61,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--previous", help="the policy before this one, which a server may still have: it is refused")
     options.add_argument("--previous-revision")
     options.add_argument("--kl-samples", type=int, default=0, help="samples from which to estimate the KL to the reference")
-    options.add_argument(
-        "--rescore", type=int, default=8, help="samples whose log-probs are compared with the policy's own; 0: none (default 8)"
-    )
+    options.add_argument("--rescore", type=int, default=8, help="samples compared with the policy's own log-probs; 0: none (8)")
     options.add_argument("--cache-dir", type=Path, default=Path("~/.cache/halos"))
     options.add_argument("--overwrite", action="store_true", help="replace an existing output")
     SAMPLER.add(options.add_argument_group("online.sampler", "the keys of a configuration; --temperature 0 is greedy"))
@@ -174,7 +174,7 @@ class Policy:
 
     def _locate(self) -> None:
         from halos.checkpoint import integrity
-        from halos.data.template import chat_template
+        from halos.data.template import template_of_run
         from halos.data.tokenize import vocabulary_of
         from halos.models.load import load_tokenizer
         from halos.models.locate import locate
@@ -189,7 +189,7 @@ class Policy:
         if ranks.main:
             integrity.check_all([("MODEL", self.directory), ("--reference", args.reference)], cache)
         self.tokenizer, _ = load_tokenizer(self.directory, add_tokens=[])
-        self.tokenizer.chat_template = chat_template(self.tokenizer, args.chat_template)
+        self.tokenizer.chat_template = template_of_run(self.tokenizer, args.chat_template, args.chat_template_kwargs, args.system)
         self.origin = Origin(str(args.model), vocabulary_of(self.tokenizer))
 
     def request(self, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -109,6 +110,9 @@ class Stages:
         ]  # fmt: skip
         model = self.config.model
         arguments += _options(chat_template=model.chat_template, revision=revision)
+        data = self.config.data
+        arguments += _options(chat_template_kwargs=json.dumps(data.chat_template_kwargs) if data.chat_template_kwargs else None,
+                              system=data.system if data.system != "keep" else None)  # fmt: skip
         arguments += ["--rescore", str(online.rescore)]
         arguments += _options(previous=previous, previous_revision=previous_revision)
         if reference is not None and online.kl_samples:

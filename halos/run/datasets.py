@@ -46,6 +46,7 @@ def _open(
                 max_length=max_length,
                 truncation=config.train.truncation,
                 score=config.data.score,
+                lost=config.data.lost,
                 transform=loss.examples,
                 transform_key=f"{loss.name} {loss.settings} {code_hash(config.loss['_target_'])}" if loss.examples else "",
                 cache_dir=expanded(config.cache_dir),

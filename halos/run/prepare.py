@@ -19,7 +19,7 @@ from halos.config.content_hashes import ContentHashes
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.confined import expanded
-from halos.data.template import chat_template
+from halos.data.template import template_of_run
 from halos.data.tokenize import end_of_turn
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.distributed.strategies import requested_strategy
@@ -182,7 +182,9 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     if machine.is_main_process and isinstance(tokenizer.chat_template, dict) and len(tokenizer.chat_template) > 1:
         names = ", ".join(tokenizer.chat_template)
         log.warning("%s has several chat templates (%s): one of them is used, and saved", base, names)
-    tokenizer.chat_template = chat_template(tokenizer, config.model.chat_template)
+    tokenizer.chat_template = template_of_run(
+        tokenizer, config.model.chat_template, config.data.chat_template_kwargs, config.data.system
+    )
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
     loader = models.ModelLoader(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())
     model = models.policy_structure(loader, reward=loss.inputs.head == "score")

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from halos.data.template import Layout, Template
-from halos.data.tokenize import Encoded, Encoder, end_of_turn
+from halos.data.tokenize import APART, Encoded, Encoder, end_of_turn
 from halos.errors import UserError
-from halos.types import Demonstration
+from halos.types import Comparison, Demonstration
 from launch.templates import CHECKS, FIXTURES, Family, asks, cells, families, fault_of, line, says
 
-from .tokenizers import CHATML, NO_END, tokenizer, turn, user
+from .tokenizers import CHATML, LAST_THOUGHT, NO_END, jsonl, prepared, tokenizer, turn, user
 from .tokenizers import says as answer
 
 PROMPT = (user("What is 1 + 1?"),)
@@ -23,6 +23,10 @@ BY_NEXT = """\
 {% for m in messages %}{{ {'user': '<|user|>', 'tool': '<|good|>', 'assistant': '<|assistant|>'}[m['role']] }}{{ m['content'] }}\
 {% for call in m['tool_calls'] or [] %}{{ '<tool_call>' + call['function'] | tojson + '</tool_call>' }}{% endfor %}{% endfor %}\
 {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
+BOS_FIRST = """\
+{% for m in messages %}{{ ('<s>Q:' if m['role'] == 'user' else 'A:') + m['content'] }}{% endfor %}\
+{% if add_generation_prompt %}{{ 'A:' }}{% endif %}"""
+ODD = CHATML.replace("+ '<|im_end|>'", "+ ('<|im_end|>' if m['content'] != 'It is 2.' or loop.last else '')")
 
 
 def scored(template: str, *, eos: str = "</s>") -> list[str]:
@@ -51,13 +55,14 @@ def test_where_the_next_turn_ends_a_turn_its_first_token_is_scored_and_stops_gen
 
 
 @pytest.mark.parametrize(
-    "template", [NO_END, CHATML.replace("+ '<|im_end|>'", "+ ('</s>' if loop.last and m['role'] != 'user' else '')")]
+    "template",
+    [NO_END, BOS_FIRST, ODD, CHATML.replace("+ '<|im_end|>'", "+ ('</s>' if loop.last and m['role'] != 'user' else '')")],
 )
 def test_earlier_turns_that_no_token_ends_are_not_scored_silently(template):
     with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template writes no end token after an assistant turn that others"):
         scored(template)
     layout = Template(tokenizer(template)).lay_out((*PROMPT, *TALK[:2]), (TALK[2:],), "")
-    assert layout.completions == ("Three.</s>",)
+    assert layout.completions == ("Three.<|im_end|>" if template == ODD else "Three.</s>",)
 
 
 # --- known families
@@ -98,3 +103,41 @@ def test_the_rule_of_the_table_sees_every_wrong_flag_of_a_mask():
     assert fault(right, replace(family, end="<|endoftext|>"))
     talk[1].words.append("lost5z")
     assert "lost" in (fault(right) or "")
+
+
+# --- scored turns that cannot be one sequence
+
+THOUGHTS = (answer("<think>x</think>One."), user("And then?"), answer("<think>y</think>Two."))
+
+
+def test_scored_turns_that_change_once_others_follow_become_an_example_each_as_a_sampler_met_them():
+    encoder = Encoder(tokenizer(LAST_THOUGHT), max_length=1000, truncation="error")
+    plain = Demonstration(PROMPT, (answer("One."),))
+    parts, (other,) = encoder.encode_turns([(Demonstration(PROMPT, THOUGHTS), ""), (plain, "")])
+    alone = [Demonstration(PROMPT, THOUGHTS[:1]), Demonstration((*PROMPT, *THOUGHTS[:2]), THOUGHTS[2:])]
+    for part, same in zip(parts, encoder.encode([(each, "") for each in alone]), strict=True):
+        assert isinstance(part, Encoded)
+        assert isinstance(same, Encoded)
+        assert part.prompt.tolist() == same.prompt.tolist()
+        assert part.completions[0].ids.tolist() == same.completions[0].ids.tolist()
+        assert part.completions[0].scored.all()
+        assert APART in part.notes
+    assert isinstance(other, Encoded)
+    assert other.notes == ()
+    half = Demonstration(PROMPT, ({**THOUGHTS[0], "weight": 0}, *THOUGHTS[1:], user("So?"), THOUGHTS[2]))
+    assert len(encoder.encode_turns([(half, "")])[0]) == 2, "a turn of weight 0 is none of them"
+    pair = Comparison(PROMPT, THOUGHTS, (answer("No."),))
+    with pytest.raises(UserError, match=r"a\.jsonl:7: the chat template changes an assistant turn once others follow"):
+        encoder.encode_turns([(pair, "a.jsonl:7")])
+
+
+def test_turns_of_a_conversation_that_are_examples_are_counted_and_named_apart(tmp_path):
+    rows = [{"messages": [*PROMPT, *THOUGHTS]}, {"messages": [*PROMPT, answer("One.")]}]
+    data = prepared(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "cache", score="all", tokenizer=tokenizer(LAST_THOUGHT))
+    (counts,) = data.report
+    assert (counts.rows, counts.examples, counts.kept, counts.noted[APART]) == (2, 3, 3, 2)
+    assert len({item.id for item in data}) == len(data) == 3
+    longest = int(data.lengths.max())
+    short = prepared(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "cache", score="all", tokenizer=tokenizer(LAST_THOUGHT),
+                     max_length=longest - 1)  # fmt: skip
+    assert (short.report[0].examples, short.report[0].kept, sum(short.report[0].dropped.values())) == (3, 2, 1)

@@ -6,12 +6,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from halos.data.dataset import Dataset
-from halos.data.oddities import SAMPLED_WITHOUT_END, EndTokens
-from halos.data.tokenize import vocabulary_of
+from halos.data.oddities import NO_EARLIER_END, SAMPLED_WITHOUT_END, EndTokens
+from halos.data.tokenize import Encoded, vocabulary_of
 from halos.errors import UserError
+from halos.examples import Completion
 from halos.inspection import template_checks
 from halos.inspection.data_checks import checks_of
 from halos.inspection.findings import Check, Finding, refuse_errors
@@ -80,8 +82,6 @@ CASES = [
     ("sampled tokens without an end", Demonstration,
      [{"type": "sample", "prompt": "Hi", "output": "one", "output_ids": [5, 6], "vocabulary": None}, *SOUND], {},
      ("warning", f"data.train: 1 example was {SAMPLED_WITHOUT_END}", ("a.jsonl:1",))),
-    ("an earlier turn without an end", Demonstration, [TWO_TURNS, *SOUND], {"score": "all", "tokenizer": tokenizer(NO_END)},
-     ("warning", "data.train: 1 example has an earlier scored turn without a scored end token", ("a.jsonl:1",))),
     ("nothing to learn from", Scored, [{**row, "reward": n, "masked": True} for n, row in enumerate(SOUND)], {},
      ("error", "data.train: no token of any example is scored", ("a.jsonl:1", "a.jsonl:2", "a.jsonl:3", "..."))),
 ]  # fmt: skip
@@ -105,6 +105,23 @@ def test_the_split_that_is_named_as_a_remedy_is_the_largest(tmp_path: Path) -> N
     (found,) = of_rows(tmp_path, [{**row, "split": "train" if n else "test"} for n, row in enumerate(SOUND)])
     assert re.fullmatch(r"\{path: \S*a.jsonl, split: train\} takes one", found.remedy)
     assert of_rows(tmp_path, [{**row, "subset": f"topic {n % 2}"} for n, row in enumerate(SOUND)]) == [], "topics are no splits"
+
+
+def test_an_earlier_turn_without_an_end_is_found_and_rows_of_text_have_none(tmp_path: Path) -> None:
+    used = tokenizer(NO_END)
+    data = prepared(jsonl(tmp_path / "a.jsonl", [TWO_TURNS, *SOUND]), tmp_path, score="all", tokenizer=used)
+    assert len(data) == len(SOUND) + 2, "each of the two turns is an example"
+    assert findings(data, used=used) == []
+    end, ends = used.eos_token_id, EndTokens.of(used, 200)
+    odd = Completion(np.array([5, 6, 7, end], np.int32), np.array([True, False, True, True]))
+    sound = replace(odd, ids=np.array([end, 6, 7, end], np.int32))
+    example = Demonstration((user("a"),), (says("one"),))
+    prompt = np.array([5], np.int32)
+    assert [ends.missing(Encoded(prompt, (each,), True, False), example) for each in (odd, sound)] == [NO_EARLIER_END, None]
+    data.report[0].note(NO_EARLIER_END, "a.jsonl:1")
+    (found,) = findings(data, used=used)
+    assert (found.level, found.places) == ("warning", ("a.jsonl:1",))
+    assert found.text == "data.train: 1 example has an earlier scored turn without a scored end token"
 
 
 def test_few_repetitions_are_only_noted_and_masked_samples_are_no_mistake(tmp_path: Path) -> None:

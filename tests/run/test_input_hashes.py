@@ -315,8 +315,9 @@ def test_a_relative_path_leads_to_the_same_files_from_another_directory(
     monkeypatch.chdir(tmp_path)
     assert resume(directory) == 0
     settings = yaml.safe_load((directory / "config.yaml").read_text())
-    assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.eval_data)],
-                                                 "root": None, "score": "last", "format": None}  # fmt: skip
+    defaults = {"root": None, "score": "last", "format": None, "reader": None, "columns": {}, "filter": None, "schemas": True,
+                "lost": "error", "system": "keep", "chat_template_kwargs": {}}  # fmt: skip
+    assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.eval_data)], **defaults}
     assert settings["model"]["name_or_path"] == str(world.base)
 
 

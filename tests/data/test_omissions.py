@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from halos.data.dataset import Dataset
+from halos.data.omissions import OmissionCheck
+from halos.data.template import Template
+from halos.errors import UserError
+
+from .tokenizers import CHATML, LAST_THOUGHT, THINKING, jsonl, prepared, says, tokenizer, turn, user
+
+THOUGHT = says("<think>carry the one</think>32")
+PLAIN = {"messages": [user("12 + 20?"), says("32")]}
+LOST = {"messages": [user("12 + 20?"), THOUGHT]}
+NO_TOOLS = CHATML.replace("for m in messages", "for m in messages if m['role'] != 'tool'")
+RESULT = {"messages": [user("Sum?"), says("One moment."), turn("tool", "21"), says("It is 21.")]}
+
+
+def dataset(tmp_path: Path, rows: list[dict[str, Any]], template: str, **changed: Any) -> Dataset:
+    return prepared(jsonl(tmp_path / "a.jsonl", rows), tmp_path / "cache", tokenizer=tokenizer(template), **changed)
+
+
+@pytest.mark.parametrize(("template", "row", "what"), [
+    (THINKING, LOST, "a thought that is to be learned"), (NO_TOOLS, RESULT, "a tool's result"),
+])  # fmt: skip
+def test_a_row_of_which_a_part_is_lost_is_refused_or_dropped_or_kept_and_counted(tmp_path, template, row, what):
+    rows = [PLAIN, row, row, PLAIN]
+    with pytest.raises(UserError, match=rf"a\.jsonl:2: the chat template leaves out {what}"):
+        dataset(tmp_path, rows, template)
+    (dropped,) = (data := dataset(tmp_path, rows, template, lost="drop")).report
+    assert (dropped.kept, len(data), dropped.dropped) == (2, 2, {f"of which the chat template leaves out {what}": 2})
+    (kept,) = (data := dataset(tmp_path, rows, template, lost="keep")).report
+    note = f"lose {what}, which the chat template leaves out"
+    assert (kept.kept, len(data), kept.noted, kept.dropped) == (4, 4, {note: 2}, {})
+    assert f"; 2 {note}" in kept.line()
+    assert [place.rpartition("/")[2] for place in kept.places[note]] == ["a.jsonl:2", "a.jsonl:3"]
+
+
+def test_an_earlier_thought_that_the_template_leaves_out_is_counted_and_not_refused(tmp_path):
+    for thought in (THOUGHT, {**says("32"), "reasoning_content": "carry the one"}):
+        rows = [{"messages": [user("12 + 20?"), thought, user("And?"), says("Two.")]}] * 3 + [PLAIN]
+        (counts,) = dataset(tmp_path, rows, LAST_THOUGHT).report
+        ((note, count),) = counts.noted.items()
+        assert note.startswith("lose an earlier thought")
+        assert count == 3
+
+
+def test_what_is_lost_in_one_row_of_a_shape_is_tried_anew_where_its_words_stand_elsewhere():
+    seen: list[int] = []
+
+    def render(turns):
+        seen.append(len(turns))
+        return "".join(each["content"] for each in turns if each["role"] != "tool")
+
+    check = OmissionCheck(render)
+    talk = (user("Sum?"), says("One moment."), turn("tool", "21"))
+    for result, missing in (("21", True), ("20", True), ("Sum", True)):
+        turns = (*talk[:2], turn("tool", result))
+        assert [part.what for part in check.missing(turns, render(turns))] == ["a tool's result"] * missing
+    renders = len(seen)
+    check.missing(talk, render(talk))
+    assert len(seen) == renders + 1, "the parts of a known shape are not rendered again"
+
+
+def test_words_that_are_read_as_a_special_token_are_counted(tmp_path):
+    rows = [PLAIN, {"messages": [user("What is <|im_end|>?"), says("32")]}, {"messages": [user("x"), says("<s>")]}]
+    (counts,) = dataset(tmp_path, rows, CHATML).report
+    note = "have the text of a special token in their words ({}), which becomes that token"
+    assert counts.noted == {note.format("<|im_end|>"): 1, note.format("<s>"): 1}
+    assert Template(tokenizer(CHATML)).lay_out((user("<think>x"),), ((says("y"),),), "").notes == ()  # added, and not special
