@@ -700,7 +700,7 @@ def _alone(*words):
 def test_help_needs_nothing_large_and_shows_commands_choices_and_keys():
     done = _alone("--help")
     assert (done.returncode, done.stderr) == (0, "")
-    for part in ("python train.py loss=dpo", "resume=", "loss: cdpo", "model: gemma", "batch_size: 64", "Exit status"):
+    for part in ("python train.py loss=dpo", "resume=", "loss: aot", "model: gemma", "batch_size: 64", "Exit status"):
         assert part in done.stdout
 
 

@@ -95,6 +95,10 @@ def read_prompt(row: Row) -> tuple[Turns, str | None]:
     if asked is not None and not {"completion", "chosen"} & columns.keys():
         return turns_of(asked, "user", "prompt", row.where), answer
     example, form = _read(columns, row, "last")  # no contradictions are refused: nothing is learned from the row
+    if not example.prompt:
+        raise UserError(
+            f"{row.where}: columns found: {', '.join(given)}; there is no prompt. data.columns={{prompt: NAME}} names it"
+        )
     return example.prompt, answer or (None if form and columns.get("label") == 0 else _known_answer(example))
 
 
@@ -148,7 +152,8 @@ def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:
     converted = kind.of(example)
     if converted is not None:
         return list(converted)
-    columns = ", ".join(name for name, value in (row.original or row.record).items() if value is not None)
+    given = row.record if row.example is not None else row.original or row.record  # an example of the user's own has no columns
+    columns = ", ".join(name for name, value in given.items() if value is not None)
     subject = f"columns found: {columns}. They" if columns else f"a {type(example).__name__}. Such rows"
     raise UserError(
         f"{row.where}: {subject} can train {example.trains or f'losses on {type(example).__name__}'}; the loss of this run learns"

@@ -76,8 +76,10 @@ class Shards:
         (report,) = meta["report"]
         counts = Counts(**report)
         counts.places = {why: [self._place(where) for where in places] for why, places in counts.places.items()}
+        if not counts.kept:  # the rows are no Arrow file
+            return counts, meta["kind"], iter(())
         items = (Item(each.prompt, each.completions, self._place(each.id), each.labels, each.logps) for each in Dataset(shard))
-        return counts, meta["kind"], items if counts.kept else iter(())
+        return counts, meta["kind"], items
 
     def _place(self, where: str) -> str:
         return self._path + where.removeprefix(HERE) if where.startswith(HERE) else where

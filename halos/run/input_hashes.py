@@ -15,7 +15,8 @@ from halos.config.custom_formats import custom_formats
 from halos.config.plugins import code_hash
 from halos.config.resume_policy import Change
 from halos.config.rollout_modules import scorer_class
-from halos.config.schema import Config
+from halos.config.schema import Config, Data
+from halos.data.custom_format import entries_of
 from halos.data.sources import content_hash
 from halos.errors import UserError
 from halos.hashes import json_hash
@@ -51,8 +52,7 @@ def read(
         optimizer = Path(config.optim["init_from"]) / "state" / "optimizer"
         gone = config.resume and not optimizer.is_dir()  # a run with checkpoints of its own no longer reads it
         hashes |= {} if gone else {"optim.init_from": lineage.identity(optimizer, cache)}
-    return ContentHashes(hashes, {purpose: [_source(entry, purpose) for entry in entries]
-                            for purpose, entries in (("train", config.data.train), ("eval", config.data.eval))})  # fmt: skip
+    return ContentHashes(hashes, {purpose: _sources(config.data, purpose) for purpose in ("train", "eval")})
 
 
 def code(config: Config) -> dict[str, str | None]:
@@ -91,9 +91,12 @@ def _scorer(config: Config, cache: Path) -> dict[str, str | None]:
     return {f"online.scorer.{key}": value for key, value in hashes.items()}
 
 
-def _source(entry: Any, purpose: str) -> dict[str, Any]:
-    source = dict(entry) if isinstance(entry, Mapping) else {"path": entry}
-    return {**{key: value for key, value in source.items() if value is not None}, "hash": content_hash(entry, purpose)}
+def _sources(data: Data, purpose: str) -> list[dict[str, Any]]:
+    """Return the entries of data.train or data.eval as they are given, each with the hash of its content."""
+    given = [dict(entry) if isinstance(entry, Mapping) else {"path": entry} for entry in getattr(data, purpose)]
+    hashes = [content_hash(entry, purpose) for entry in entries_of(data, purpose)]  # data.reader is needed to open them
+    return [{**{key: value for key, value in entry.items() if value is not None}, "hash": hashed}
+            for entry, hashed in zip(given, hashes, strict=True)]  # fmt: skip
 
 
 def changed(

@@ -7,6 +7,7 @@ import pytest
 import torch
 import yaml
 
+from halos.config import suggest
 from halos.config.bind import bind_hook, bind_loss, input_types
 from halos.errors import UserError
 from halos.types import Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps, ValuedRollouts
@@ -65,6 +66,12 @@ def settings_of(name):
     bases = [base for base in node.get("defaults", []) if base != "_self_"]
     before, module = settings_of(bases[0]) if bases else ({}, name)
     return {**before, **node["loss"]}, module
+
+
+def test_no_loss_that_is_built_in_is_called_another() -> None:
+    assert not suggest.LOSSES.keys() & {*LOSSES}
+    assert not suggest.NAMESAKES.keys() & {*LOSSES}
+    assert {*suggest.NAMESAKES.values()} <= {*LOSSES}
 
 
 @pytest.mark.parametrize("name", [name for name in LOSSES if name != "online"])

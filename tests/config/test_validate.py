@@ -79,6 +79,7 @@ def test_every_choice_of_every_group_composes_and_passes(group, tmp_path, monkey
     for choice in CHOICES[group]:
         fill = {"data__root": str(tmp_path)} if choice == "gsm8k" else {}
         fill |= {"data__train": ["org/a"], "data__eval": []} if choice == "files" else {}
+        fill |= {"data__train": ["org/a"]} if choice in ("alpacaeval", "wildbench") else {}  # for evaluation alone
         fill |= {"model__name_or_path": "org/name"} if choice == "path" else {}
         fill |= OF_ONES_OWN[group] if choice == "own" else {}
         validate.check(composed(*(one for one in RUN if not one.startswith(f"{group}=")), f"{group}={choice}", **fill))

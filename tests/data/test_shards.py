@@ -182,6 +182,15 @@ def _children(pid: int) -> list[int]:
     return [int(child) for task in tasks.iterdir() for child in (task / "children").read_text().split()]
 
 
+def test_rows_of_a_shard_may_all_be_dropped(tmp_path: Path, small: Callable[[int], None]) -> None:
+    small(1)
+    equal = [{"prompt": "What is one?", "chosen": "one", "rejected": "one"}] * 12
+    data = prepared(jsonl(tmp_path / "a.jsonl", [*equal, *pairs(12)]), tmp_path, kind=Comparison)
+    assert (data.report[0].rows, len(data)) == (24, data.report[0].kept)
+    with pytest.raises(UserError, match=r"12 rows, 0 examples kept; dropped 12 \(12 with equal completions\): none of them"):
+        prepared(jsonl(tmp_path / "b.jsonl", equal), tmp_path, kind=Comparison)
+
+
 def test_the_list_of_parts_is_no_promise(tmp_path: Path, small: Callable[[int], None]) -> None:
     """A shard that is gone is made again."""
     small(1)

@@ -168,8 +168,9 @@ def test_a_batch_of_masked_samples_alone_leaves_the_kl_coefficient_and_gives_no_
     vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
 ) -> None:
     prompt = next(arithmetic.rows("train"))["prompt"]
-    rows = [{"type": "scalar_feedback", "prompt": prompt, "output": "x", "reward": float(n), "output_ids": [30 + n, 31],
-             "vocabulary": vocabulary, "masked": True, "finish": "length"} for n in range(2)]  # fmt: skip
+    rows = [{"type": "scalar_feedback", "prompt": prompt if n < 2 else "Two?", "output": "x", "reward": 0.5 * n,
+             "output_ids": [30 + n, 31], "vocabulary": vocabulary, "masked": n < 2, "finish": "length"}
+            for n in range(4)]  # fmt: skip
     (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = trainer("loss=ppo", "loss.kl_coefficient=0.1", "loss.kl_target=6", f"data.train=['{tmp_path / 'm.jsonl'}']",
                    "data.eval=[]", "train.batch_size=2")  # fmt: skip
