@@ -182,6 +182,15 @@ def is_whole(path: Path, cache: Path | None = None) -> bool:
         return False
 
 
+def publish(hidden: Path, path: Path) -> None:
+    """Rename the complete directory into place; if another process was first, its result is as good."""
+    try:
+        hidden.rename(path)
+    except OSError:
+        if not is_whole(path):
+            raise
+
+
 def _hash_item(content: Any, item: Item, source: int) -> None:
     """Add all that training reads of an item to a hash; not its origin, so that the same rows from another file hash equally."""
     arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from halos import examples
 from halos.config.plugins import code_hash
 from halos.confined import expanded
-from halos.data.dataset import Counts, Writer, is_whole
+from halos.data.dataset import Counts, Writer, is_whole, publish
 from halos.data.progress import Progress
 from halos.data.row_tokeniser import BATCH, RowTokeniser
 from halos.data.shards import Shards, in_chunks
@@ -84,7 +84,7 @@ def _make(path: Path, write: Callable[[Path], None], cache: Path) -> None:
                 shutil.rmtree(path)
             hidden.mkdir()
             write(hidden)
-            _publish(hidden, path)
+            publish(hidden, path)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
 
@@ -115,17 +115,8 @@ def _shards_of(source: OpenSource, base: Path, common: Sequence[Any], purpose: s
     return Shards(base / "shards" / key, str(place) if place.exists() else "", tokenise, base)
 
 
-def _publish(hidden: Path, path: Path) -> None:
-    """Rename the complete directory into place; if another process was first, its result is as good."""
-    try:
-        hidden.rename(path)
-    except OSError:
-        if not is_whole(path):
-            raise
-
-
-def _key(shards: Any) -> str:
-    return hashlib.blake2b(json.dumps(shards, sort_keys=True).encode(), digest_size=16).hexdigest()
+def _key(parts: Any) -> str:
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 def _code() -> str:
@@ -135,7 +126,7 @@ def _code() -> str:
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return everything about the tokenizer that decides the ids of a row."""
-    tokenizer("", padding=False, truncation=False)  # the state of earlier calls would be shard of the backend's description
+    tokenizer("", padding=False, truncation=False)  # the state of earlier calls would be part of the backend's description
     backend = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
     return [backend, special, chat_template(tokenizer, None), tokenizers.__version__, transformers.__version__]

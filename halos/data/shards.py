@@ -3,6 +3,7 @@ that have the source, so that an interruption or another mixture costs only what
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -17,9 +18,10 @@ from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from halos import confined
-from halos.data.dataset import META, Counts, Dataset, Writer, is_whole
+from halos.data.dataset import META, Counts, Dataset, Writer, is_whole, publish
 from halos.data.row import Row
 from halos.data.row_tokeniser import RowTokeniser
 from halos.data.tokenise_worker import Worker, WorkerError
@@ -48,7 +50,10 @@ class Shards:
     def known(self) -> list[Path] | None:
         """Return all shards, if the source has been tokenised to its end."""
         try:
-            count = int(confined.load_object(self._directory / LIST)["shards"])
+            listed = confined.load_object(self._directory / LIST)
+            count = int(listed["shards"])
+            if listed != self._list(count):  # a smaller number would lose rows
+                return None
         except (UserError, OSError, KeyError, ValueError, TypeError):
             return None
         shards = [self._shard(number) for number in range(count)]
@@ -68,7 +73,11 @@ class Shards:
                     yield _finished(*waiting.popleft())
             while waiting:
                 yield _finished(*waiting.popleft())
-        confined.write_whole(self._directory / LIST, json.dumps({"shards": number + 1}))
+        confined.write_whole(self._directory / LIST, json.dumps(self._list(number + 1)))
+
+    def _list(self, count: int) -> dict[str, Any]:
+        seal = hashlib.sha256(f"{self._directory.name} {count}".encode()).hexdigest()
+        return {"shards": count, "seal": seal}
 
     def read(self, shard: Path) -> tuple[Counts, str, Iterator[Item]]:
         """Return what became of a shard's rows, the type of its examples, and its items."""
@@ -88,6 +97,8 @@ class Shards:
         return self._directory / f"{number:06d}"
 
     def _make(self, rows: Sequence[Row], shard: Path, worker: Worker | None) -> None:
+        if is_whole(shard, self._cache):  # another run has made it by now
+            return
         if shard.exists():
             log.warning("%s is damaged: it is written again", shard)
             shutil.rmtree(shard)
@@ -97,7 +108,7 @@ class Shards:
                 write_shard(hidden, rows, self._tokenise, self._path)
             else:
                 worker.write_shard(hidden, rows, self._path)
-            hidden.rename(shard)
+            publish(hidden, shard)
         finally:
             shutil.rmtree(hidden, ignore_errors=True)
 

@@ -198,8 +198,30 @@ def test_the_list_of_parts_is_no_promise(tmp_path: Path, small: Callable[[int], 
     before = whole(prepared(path, tmp_path, kind=Comparison))
     (source,) = (tmp_path / "shards").iterdir()
     (source / "000001" / "meta.json").unlink()
-    (source / "shards.json").write_text(json.dumps({"shards": 3}))
     for composed in (tmp_path / "data").iterdir():
         (composed / "meta.json").unlink()
     assert whole(prepared(path, tmp_path, kind=Comparison)) == before
     assert prepare.is_whole(source / "000001")
+    listed = json.loads((source / "shards.json").read_text())
+    (source / "shards.json").write_text(json.dumps({**listed, "shards": 2}))  # a third of the rows would be gone
+    for composed in (tmp_path / "data").iterdir():
+        (composed / "meta.json").unlink()
+    assert whole(prepared(path, tmp_path, kind=Comparison)) == before
+
+
+def test_a_shard_that_another_run_made_meanwhile_is_kept(
+    tmp_path: Path, small: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two mixtures may tokenise one source at the same time."""
+    small(1)
+    path, write = jsonl(tmp_path / "a.jsonl", pairs(25)), shards.write_shard
+
+    def overtaken(directory: Path, *rest: Any) -> None:
+        write(directory, *rest)
+        write(directory.parent / directory.name[1:7], *rest)  # the other run is the first
+
+    monkeypatch.setattr(shards, "write_shard", overtaken)
+    data = prepared(path, tmp_path, kind=Comparison)
+    monkeypatch.undo()
+    assert whole(data) == whole(prepared(path, tmp_path / "other", kind=Comparison))
+    assert not list((tmp_path / "shards").glob("*/.*"))
