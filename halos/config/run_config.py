@@ -145,12 +145,12 @@ def recorded_budget(attempts: Mapping[str, str]) -> int | None:
 def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:
     """Return a saved configuration as the one to resume with, at the run's present path.
 
-    plugins, overwrite, dry_run, resume_changes, and cache_dir, which is written into, are never taken from a saved run: each
-    command passes them again.
+    plugins, overwrite, dry_run, dry_run_rows, resume_changes, and cache_dir, which is written into, are never taken from a saved
+    run: each command passes them again.
     """
     fixed = {
-        "run_dir": run_dir, "resume": resume, "plugins": [], "overwrite": False, "dry_run": False, "resume_changes": "refuse",
-        "cache_dir": default_cache(),
+        "run_dir": run_dir, "resume": resume, "plugins": [], "overwrite": False, "dry_run": False,
+        "dry_run_rows": _default("dry_run_rows"), "resume_changes": "refuse", "cache_dir": default_cache(),
     }  # fmt: skip
     composed = OmegaConf.create(_escaped({**settings, **fixed}))
     assert isinstance(composed, DictConfig)
@@ -159,8 +159,11 @@ def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> D
 
 def default_cache() -> str:
     """Return the default cache_dir of config/config.yaml: a saved run's own may not exist on this machine."""
-    node = OmegaConf.load(CONFIG / "config.yaml")
-    return os.path.expanduser(str(node.cache_dir))
+    return os.path.expanduser(str(_default("cache_dir")))
+
+
+def _default(key: str) -> Any:
+    return OmegaConf.select(OmegaConf.load(CONFIG / "config.yaml"), key)
 
 
 def resume_arguments(config: Config, run_dir: Path) -> str:

@@ -258,6 +258,7 @@ class Config:
     resume_changes: str = key(one_of=("refuse", "allow"), scope=Scope.COMMAND)
     overwrite: bool = key(scope=Scope.COMMAND)
     dry_run: bool = key(scope=Scope.COMMAND)
+    dry_run_rows: int = key(least=1, scope=Scope.COMMAND)
     plugins: list[str] = key(scope=Scope.CODE)
     online: Online | None = None  # only with loss=online, whose YAML has the section
 

@@ -18,7 +18,8 @@ KEYS = re.compile(
 TOKEN = re.compile(r".*token")  # may also be a word of a vocabulary, which its value tells
 TOKEN_VALUE = re.compile(r"(?=.*\d)(?=.*[A-Za-z])[\w.:+/=-]{16,}")
 VARIABLES = re.compile(rf"[A-Z]\w*_({'|'.join(SUFFIXES)})")
-NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "resume_changes", "cache_dir", "run_dir", "output_root")
+NEVER_SAVED = ("hydra", "plugins", "resume", "overwrite", "dry_run", "dry_run_rows", "resume_changes", "cache_dir", "run_dir",
+               "output_root")  # fmt: skip
 
 
 def refuse_saved_addresses(config: Config, overridden: Collection[str]) -> None:

@@ -12,12 +12,11 @@ from halos.data.dataset import Dataset
 from halos.examples import Completion
 from halos.inspection.facts import Part, ShownRow, Token, TokenKind
 
-SHOWN = 20  # rows of a page
 LONGEST = 1500  # tokens shown of a prompt or a completion
 ANCHOR = "a"  # decoded before a token, since tokenizers leave out the blank before a first word
 
 
-def choose(splits: Sequence[tuple[str, Dataset]], count: int = SHOWN) -> list[tuple[str, Dataset, int, str]]:
+def choose(splits: Sequence[tuple[str, Dataset]], count: int) -> list[tuple[str, Dataset, int, str]]:
     """Choose rows of every source, the shortest, the longest and some between: (split, data, row, why)."""
     sources = [(name, data, rows) for name, data in splits for rows in _by_source(data)]
     each = max(2, count // max(1, len(sources)))

@@ -46,6 +46,17 @@ class Steps:
         """The tokens of all steps, estimated where there are several epochs."""
         return round(self.tokens * self.total / min(self.per_epoch, max(1, self.total)))
 
+    def lines(self) -> list[tuple[str, str]]:
+        """Return a line each on the tokens and on the longest batch, with their names."""
+        several = self.total > self.per_epoch
+        whole = (
+            f"{'about ' if several else ''}{self.all_tokens:,} in all steps, {self.all_tokens / max(1, self.total):,.0f} a step"
+        )
+        epoch = f"{self.tokens:,} an epoch; " if self.total >= self.per_epoch else ""
+        scored = f"; {self.scored / self.tokens:.0%} of them scored" if self.scored else ""
+        longest = f"a batch of {self.longest_tokens:,} tokens, in step {self.longest + 1}"
+        return [("tokens", epoch + whole + scored), ("longest", longest + (" of the first epoch" if several else ""))]
+
     def facts(self, batch_size: int) -> list[Fact]:
         epochs = self.total / self.per_epoch
         part = "an epoch" if self.total >= self.per_epoch else "all steps"

@@ -30,7 +30,7 @@ def run(plan: OnlinePlan, tokenizer: PreTrainedTokenizerBase, write: Callable[[]
         overview.write(plan)
         log.info("training of each round: %s %s", COMMAND, " ".join(plan.overrides))
     encoder, renderer = Encoder(tokenizer, max_length=2**31, truncation="drop"), rows.Renderer(tokenizer)
-    prompts = plan.prompts[: rows.SHOWN]
+    prompts = plan.prompts[: plan.config.dry_run_rows]
     ids = encoder.prompts([(prompt.turns, prompt.id) for prompt in prompts])
     shown = [ShownRow("prompt", prompt.id, "as the sampler gets it", (renderer.prompt(each),))
              for prompt, each in zip(prompts, ids, strict=True)]  # fmt: skip

@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.inspection import template_checks
 from halos.inspection.findings import Check
+from halos.inspection.steps import Steps
 from halos.online.live import LivePrompts, RolloutSource
 from halos.online.live_rows import LivePartners
 from halos.online.policy import server_of
@@ -52,6 +54,10 @@ class BatchSource(Protocol):
     splits: list[tuple[str, Split]]  # of the datasets on disk, by their names in the header
     unmeasured: frozenset[str]  # metrics that the evaluation data cannot yield
     checks: tuple[Check, ...]  # of the data and the chat template
+
+    def steps(self) -> Steps | None:
+        """Return counts of the steps and their tokens; None where they are not known beforehand."""
+        ...
 
     def lines(self) -> list[tuple[str, str]]:
         """Return the header's lines on the data: the name of the split, and a text."""
@@ -99,6 +105,14 @@ class DatasetSource:
         self.checks = datasets.checks(self.train, self.eval_data, loss, tokenizer)
         self.unmeasured = datasets.unavailable_metrics(config, loss, self.eval_data)
         self.splits = [("train", self.train)] + ([("held out", self.eval_data)] if self.eval_data else [])
+
+    def steps(self) -> Steps:
+        return self._steps
+
+    @cached_property
+    def _steps(self) -> Steps:
+        assert isinstance(self.train.rows, Dataset)
+        return Steps.of(self.train.rows, self.order, self.total)
 
     def lines(self) -> list[tuple[str, str]]:
         lines = [(name, line) for name, split in self.splits for line in split.rows.lines()]
@@ -148,6 +162,9 @@ class PolicySource:
         prompts = [*([prompt.id, prompt.turns] for prompt in both), columns_digest(both)]
         prompts_hash = hashlib.sha256(json.dumps(prompts).encode()).hexdigest()
         require_same_on_all_ranks(accelerator, "prompts (by their hash)", prompts_hash)
+
+    def steps(self) -> None:
+        return None
 
     def lines(self) -> list[tuple[str, str]]:
         return [("prompts", self.prompts.line)]

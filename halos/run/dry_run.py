@@ -8,7 +8,6 @@ from accelerate import Accelerator
 from halos.data.dataset import Dataset
 from halos.inspection import lengths, publish, rows
 from halos.inspection.facts import Fact, Facts, ShownRow
-from halos.inspection.steps import Steps
 from halos.logs import Recorded
 from halos.run.batch_source import DatasetSource, PolicySource
 from halos.run.estimate import Estimate
@@ -29,10 +28,10 @@ def write(run: PreparedRun, accelerator: Accelerator, overrides: Sequence[str], 
     if isinstance(batches, DatasetSource):
         names = batches.completed
         splits = [(name, split.rows) for name, split in batches.splits if isinstance(split.rows, Dataset)]
-        shown = [renderer.row(*chosen, names) for chosen in rows.choose(splits)]
+        shown = [renderer.row(*chosen, names) for chosen in rows.choose(splits, config.dry_run_rows)]
         sources = [fact for name, data in splits for fact in lengths.sources(name, data.report)]
         histograms = [fact for name, data in splits for fact in lengths.histograms(name, data, names)]
-        steps, estimate = Steps.of(splits[0][1], batches.order, batches.total), Estimate(run, accelerator)
+        steps, estimate = batches.steps(), Estimate(run, accelerator)
         memory, time = estimate.memory(), estimate.time(steps)
         work = [*steps.facts(config.train.batch_size), *time]
         for name, line in [*([("memory", memory.line())] if memory else []), *(("time", each.value) for each in time)]:
@@ -41,7 +40,7 @@ def write(run: PreparedRun, accelerator: Accelerator, overrides: Sequence[str], 
         assert isinstance(batches, PolicySource)
         shown = [
             ShownRow("prompt", name, "as the sampler gets it", (renderer.prompt(ids),))
-            for name, ids in batches.prompt_ids(rows.SHOWN)
+            for name, ids in batches.prompt_ids(config.dry_run_rows)
         ]
         memory, sources, histograms, work = None, [], [], [Fact("steps", f"{batches.total:,}", batches.lines()[0][1])]
     work += [Fact(name, line) for name, line in run.planned.lines]

@@ -82,6 +82,9 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
     where += f", {run.strategy.name}" if accelerator.num_processes > 1 or run.strategy.needs_process_group else ""
     micro = _microbatch(config.train, -(-config.train.batch_size // accelerator.num_processes))
     _log("steps", f"{run.batches.total}, each of {config.train.batch_size} items, {micro} at a time, {where}")
+    if accelerator.is_main_process and (steps := run.batches.steps()) is not None:
+        for name, line in steps.lines():
+            _log(name, line)
     if accelerator.mixed_precision == "bf16" and accelerator.device.type == "cpu" and _bfloat16_is_emulated():
         log.warning(
             "this processor has no bfloat16: a step takes many times as long as in float32 (train.precision, model.dtype)"

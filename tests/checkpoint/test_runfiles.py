@@ -63,7 +63,8 @@ def test_every_flip_in_a_configuration_that_changes_a_value_is_refused(directory
     run, path = RunDir(directory), directory / "config.yaml"
     content, taken, changed = path.read_bytes(), [], 0
     before = yaml.safe_load(content)
-    place = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "dry_run", "plugins")
+    place = ("exp_name", "output_root", "run_dir", "cache_dir", "resume", "resume_changes", "overwrite", "plugins", "dry_run",
+             "dry_run_rows")  # fmt: skip
     for at in range(0, len(content), 23):
         path.write_bytes(flipped(path, at))
         now = parsed(path.read_bytes())

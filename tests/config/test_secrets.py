@@ -14,11 +14,11 @@ from halos.errors import UserError
 
 def test_keys_of_one_command_are_not_taken_from_a_saved_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HALOS_CACHE", "/mine")
-    evil = {"plugins": ["evil"], "overwrite": True, "dry_run": True, "resume_changes": "allow", "cache_dir": "/evil",
-            "run_dir": "/evil", "resume": "/evil"}  # fmt: skip
+    evil = {"plugins": ["evil"], "overwrite": True, "dry_run": True, "dry_run_rows": 10**9, "resume_changes": "allow",
+            "cache_dir": "/evil", "run_dir": "/evil", "resume": "/evil"}  # fmt: skip
     made = run_config.compose_for_resume({**evil, "seed": 3}, "runs/a", "runs/a/checkpoints/step-2")
     assert OmegaConf.to_container(made) == {
-        "plugins": [], "overwrite": False, "dry_run": False, "resume_changes": "refuse", "cache_dir": "/mine",
+        "plugins": [], "overwrite": False, "dry_run": False, "dry_run_rows": 20, "resume_changes": "refuse", "cache_dir": "/mine",
         "run_dir": "runs/a", "resume": "runs/a/checkpoints/step-2", "seed": 3,
     }  # fmt: skip
 

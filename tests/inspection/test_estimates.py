@@ -96,6 +96,16 @@ def test_the_parts_of_a_run_are_those_of_its_shapes_and_its_largest_micro_batch(
     assert (steps.rows, steps.tokens) == (48, int(rows.lengths.sum()))
     assert steps.scored == int(rows.scored.sum())
     assert steps.all_tokens == pytest.approx(steps.tokens * batches.total / 6, abs=1)
+    mean, share = steps.all_tokens / steps.total, steps.scored / steps.tokens
+    assert dict(batches.steps().lines()) == {
+        "tokens": f"{steps.tokens:,} an epoch; about {steps.all_tokens:,} in all steps, {mean:,.0f} a step; {share:.0%} of them"
+        " scored",
+        "longest": f"a batch of {max(rows.lengths[batches.order.batch(n)].sum() for n in range(6)):,} tokens, in step"
+        f" {steps.longest + 1} of the first epoch",
+    }
+    part = Steps.of(rows, batches.order, 2).lines()
+    assert part[0][1].startswith(f"{sum(int(rows.lengths[batches.order.batch(n)].sum()) for n in range(2)):,} in all steps")
+    assert "epoch" not in str(part)
     (time,) = estimate.time(steps)
     assert time.value.startswith("about ")
 

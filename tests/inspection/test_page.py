@@ -56,7 +56,7 @@ def facts_of(place: Path, prompt: str = "Who is it?") -> Facts:
         checks=(Check(prompt, (Finding("warning", prompt, (prompt,), prompt),)), Check("well")),
         sources=(SourceFacts("train", prompt, 9, 9, 8, (Reason(prompt, 1, (prompt,)),)),),
         lengths=tuple(lengths.histograms("train", data, names)),
-        rows=tuple(renderer.row(*chosen, names) for chosen in rows.choose([("train", data)])),
+        rows=tuple(renderer.row(*chosen, names) for chosen in rows.choose([("train", data)], 20)),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ def page_of(config: Config) -> Reader:
 def test_the_page_shows_what_the_run_would_train_on_and_need(
     configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = configure("loss=dpo", "dry_run=true")
+    config = configure("loss=dpo", "dry_run=true", "dry_run_rows=7")
     assert run(config, ["loss=dpo", "dry_run=true"]) == 0
     read, said = page_of(config), capsys.readouterr().out
     assert not is_run(Path(config.run_dir))
@@ -34,7 +35,10 @@ def test_the_page_shows_what_the_run_would_train_on_and_need(
     for words in ("This run would start.", "loss=dpo", "arithmetic (train)", "48", "the longest", "prompt and completion",
                   "tokens of an epoch", "checkpoint", "rejected"):  # fmt: skip
         assert words in read.text, words
-    assert read.tags.count("article") == 20
+    assert read.tags.count("article") == 6, "as many of each of the two sources"
+    assert re.search(r"^tokens     [\d,]+ an epoch; .* in all steps.*\nlongest    a batch of [\d,]+ tokens", said, re.M), (
+        "as a run says"
+    )
     assert run(config, []) == 0, "another dry run replaces the page"
 
 
