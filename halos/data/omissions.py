@@ -1,6 +1,7 @@
 """Detect content of a row that a chat template silently leaves out of its rendering."""
 
 import json
+import re
 from collections.abc import Callable, Collection, Hashable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from halos.types import Message, Turns
 
 LEARNED, EARLIER = "a thought that is to be learned", "an earlier thought"
 SENTINEL = "halos0sentinel"
-THINK_TAGS = ("<think>", "</think>")
+_THINK_TAG = re.compile("<think>|</think>")
 MERGE = ", or put it into the first user turn (data.system=merge)"
 REMEDY = "give another model.chat_template, or remove it from the data"
 
@@ -74,13 +75,12 @@ def _shape(turn: Message) -> Hashable:
 def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message, bool]]:
     """Yield each part of a turn: a description, its words, the turn with them replaced, and whether it is needed."""
     role, content = turn["role"], str(turn.get("content") or "")
-    reasoning, words = _split(content) if role == "assistant" else ("", content)
-    if words.strip():
-        what = "a tool's result" if role == "tool" else f"words of the {role}"
-        yield what, words.strip(), {**turn, "content": content.replace(words, SENTINEL)}, True
     thought = LEARNED if learned else EARLIER
-    if reasoning.strip():
-        yield thought, reasoning.strip(), {**turn, "content": content.replace(reasoning, SENTINEL, 1)}, learned
+    for start, end, is_thought in _pieces(content) if role == "assistant" else [(0, len(content), False)]:
+        if piece := content[start:end].strip():
+            what = thought if is_thought else "a tool's result" if role == "tool" else f"words of the {role}"
+            changed = content[:start] + content[start:end].replace(piece, SENTINEL, 1) + content[end:]
+            yield what, piece, {**turn, "content": changed}, learned or not is_thought
     if role == "assistant" and turn.get(REASONING, "").strip():
         yield f"{thought}, {REASONING}", turn[REASONING].strip(), {**turn, REASONING: SENTINEL}, learned
     yield from ((*part, True) for part in _tool_call_parts(turn))
@@ -89,10 +89,14 @@ def _parts(turn: Message, *, learned: bool) -> Iterator[tuple[str, str, Message,
         yield "the tools", json.dumps(tools, ensure_ascii=False), {**turn, SETTINGS: {**turn[SETTINGS], "tools": [other]}}, True
 
 
-def _split(content: str) -> tuple[str, str]:
-    """Split the content of an assistant turn into reasoning and words."""
-    before, mark, words = content.rpartition(THINK_TAGS[1])
-    return (before.rpartition(THINK_TAGS[0])[2], words) if mark else ("", content)
+def _pieces(content: str) -> Iterator[tuple[int, int, bool]]:
+    """Yield the start and end of what an assistant turn has before, between and after its tags of thoughts, and whether it is a
+    thought: what stands before `</think>`."""
+    start = 0
+    for tag in _THINK_TAG.finditer(content):
+        yield start, tag.start(), tag[0] == "</think>"
+        start = tag.end()
+    yield start, len(content), False
 
 
 def _tool_call_parts(turn: Message) -> Iterator[tuple[str, str, Message]]:

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 from typing import Any
 
@@ -69,3 +70,21 @@ def test_words_that_are_read_as_a_special_token_are_counted(tmp_path):
     note = "have the text of a special token in their words ({}), which becomes that token"
     assert counts.noted == {note.format("<|im_end|>"): 1, note.format("<s>"): 1}
     assert Template(tokenizer(CHATML)).lay_out((user("<think>x"),), ((says("y"),),), "").notes == ()  # added, and not special
+
+
+@pytest.mark.parametrize(("answer", "lost"), [
+    ("First. <think>one</think>Two.", "words of the assistant ('First.')"),
+    ("<think>one</think>Two.<think>three</think>Four.", "a thought that is to be learned ('one')"),
+    ("The tag <think> opens, </think> closes.", "words of the assistant ('The tag')"),
+])  # fmt: skip
+def test_what_a_template_cuts_off_with_a_thought_is_missed(answer, lost):
+    """As Qwen3's does: it takes the thought from between the tags, and the words from after them."""
+    cuts = CHATML.replace(
+        "m['content']",
+        "('<think>' + m['content'].split('</think>')[-2].split('<think>')[-1] + '</think>' + m['content'].split('</think>')[-1]"
+        " if '</think>' in m['content'] else m['content'])",
+    )
+    with pytest.raises(UserError, match=re.escape(lost)):
+        Template(tokenizer(cuts)).lay_out((user("Which?"),), ((says(answer),),), "row 1")
+    assert Template(tokenizer(cuts)).lay_out((user("Which?"),), ((says("<think>one</think>Two."),),), "row 1").notes == ()
+    assert Template(tokenizer(CHATML)).lay_out((user("Which?"),), ((says(answer),),), "row 1").notes == ()
