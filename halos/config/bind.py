@@ -32,6 +32,7 @@ class LossSpec:
     takes_reference: bool = False  # has a parameter `reference`, which is None where the hyperparameters need no reference
     advantages: Callable[..., Any] | None = None  # of a loss on rollouts: computed from a sampled global batch
     adapt: Callable[..., float] | None = None  # returns the KL coefficient for the next global batch
+    check_rewards: Callable[..., str | None] | None = None  # of data or of a sampled batch: a complaint, where they do not fit
     ratio_level: str = "token"  # of a loss on rollouts: its ratio pi / pi_old is of a token, or of a whole completion (sequence)
 
     @property
@@ -63,9 +64,12 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     examples, check = vars(module).get("examples"), vars(module).get("check")
     advantages, adapt = vars(module).get("advantages"), vars(module).get("adapt")
     needs, level = vars(module).get("needs_reference"), vars(module).get("ratio_level")
+    rewards = vars(module).get("check_rewards")
     if issubclass(first, RolloutInput) and advantages is None:
         raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
-    functions = [each for each in (function, statistics, examples, advantages, adapt, check, needs, level) if each is not None]
+    functions = [
+        each for each in (function, statistics, examples, advantages, adapt, check, needs, level, rewards) if each is not None
+    ]
     hyperparameters = fit_all(settings, legal_keys(functions), "loss", name)
     complaint = bind(check, hyperparameters)() if check else None
     if complaint:
@@ -83,6 +87,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
         settings=hyperparameters,
         advantages=bind(advantages, hyperparameters) if advantages else None,
         adapt=bind(adapt, hyperparameters) if adapt else None,
+        check_rewards=bind(rewards, hyperparameters) if rewards else None,
         ratio_level=bind(level, hyperparameters)() if level else "token",
     )
 

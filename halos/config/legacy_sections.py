@@ -25,7 +25,12 @@ NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
 }
 # keys that a target took later, with the value that a run without them had
 ADDED: dict[tuple[str, str], dict[str, Any]] = {
-    ("optim", NAMES["optim"]["adamw"][0]): {"fused": False}, ("loss", "halos.losses.grpo.grpo"): {"kl_ratio": False},
+    ("optim", NAMES["optim"]["adamw"][0]): {"fused": False},
+    ("loss", "halos.losses.grpo.grpo"): {"kl_ratio": False, "baseline": "mean", "dual_clip": None, "tau_positive": None,
+                                         "tau_negative": None, "off_policy_threshold": None},
+    ("loss", "halos.losses.ppo.ppo"): {"dual_clip": None},
+    ("loss", "halos.losses.rloo.rloo"): {"dual_clip": None},
+    ("loss", "halos.losses.reinforce_plus_plus.reinforce_plus_plus"): {"dual_clip": None},
 }  # fmt: skip
 OWN = {"optim": {"betas", "eps", "fused"}, "schedule": {"warmup", "final"}}  # keys that not every name takes
 

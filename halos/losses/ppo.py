@@ -74,6 +74,7 @@ def ppo(
     *,
     clip_low: Annotated[float, Range(least=0)],
     clip_high: Annotated[float, Range(least=0)],
+    dual_clip: Annotated[float | None, Range(above=1)],
     value_clip: Annotated[float | None, Range(above=0)],
     value_coefficient: Annotated[float, Range(least=0)],
 ) -> Loss:
@@ -83,12 +84,12 @@ def ppo(
     old value. The denominator of both terms is the number of tokens in the global batch.
     """
     ratio, mask = log_ratio(policy).exp(), policy.logps.mask
-    clip_acts = is_clipped(ratio, policy.advantages, clip_low, clip_high)
+    clip_acts = is_clipped(ratio, policy.advantages, clip_low, clip_high, dual_clip)
     error = (policy.values - policy.returns) ** 2
     if value_clip is not None:
         near = policy.old_values + (policy.values - policy.old_values).clamp(-value_clip, value_clip)
         error = torch.maximum(error, (near - policy.returns) ** 2)
-    objective = clipped(ratio, policy.advantages, clip_low, clip_high)
+    objective = clipped(ratio, policy.advantages, clip_low, clip_high, dual_clip)
     metrics = report(policy, clip_acts)
     metrics |= {"value/loss": Mean.of(error / 2, mask), "value/mean": Mean.of(policy.values, mask)}
     return Loss((objective + value_coefficient * error / 2) * mask, metrics, per="token")

@@ -50,9 +50,10 @@ def reinforce_plus_plus(
     *,
     clip_low: Annotated[float, Range(least=0)],
     clip_high: Annotated[float, Range(least=0)],
+    dual_clip: Annotated[float | None, Range(above=1)],
 ) -> Loss:
     """PPO's clipped objective; its denominator is the number of tokens in the global batch."""
     ratio = log_ratio(policy).exp()
-    clip_acts = is_clipped(ratio, policy.advantages, clip_low, clip_high)
-    values = clipped(ratio, policy.advantages, clip_low, clip_high) * policy.logps.mask
+    clip_acts = is_clipped(ratio, policy.advantages, clip_low, clip_high, dual_clip)
+    values = clipped(ratio, policy.advantages, clip_low, clip_high, dual_clip) * policy.logps.mask
     return Loss(values, report(policy, clip_acts), per="token")

@@ -17,14 +17,19 @@ def log_ratio(policy: Rollouts | ValuedRollouts) -> Tensor:
     return torch.where(policy.logps.mask, (policy.logps.values - policy.old).clamp(-LARGEST, LARGEST), 0.0)
 
 
-def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
-    """-min(r A, clip(r, 1 - low, 1 + high) A). Eq. 7 of arXiv:1707.06347, with separate bounds as in arXiv:2503.14476."""
-    return -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+def clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None = None) -> Tensor:
+    """-min(r A, clip(r, 1 - low, 1 + high) A), and with `dual` at most -dual A where A < 0.
+
+    Eq. 7 of arXiv:1707.06347, with separate bounds as in arXiv:2503.14476, and the dual clip of arXiv:1912.09729.
+    """
+    values = -torch.minimum(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages)
+    return values if dual is None else torch.where(advantages < 0, torch.minimum(values, -dual * advantages), values)
 
 
-def is_clipped(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
+def is_clipped(ratio: Tensor, advantages: Tensor, low: float, high: float, dual: float | None = None) -> Tensor:
     """Where the clip sets the gradient to zero."""
-    return ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+    acts = ((ratio > 1 + high) & (advantages > 0)) | ((ratio < 1 - low) & (advantages < 0))
+    return acts if dual is None else acts | ((ratio > dual) & (advantages < 0))
 
 
 def kl(estimator: KL, policy: Tensor, reference: Tensor) -> Tensor:

@@ -59,12 +59,15 @@ def _open(
 
 
 def _split(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
-    """Raises UserError if a loss compares completions of one prompt, and every prompt has only one."""
+    """Raises UserError if a loss compares completions of one prompt, and every prompt has only one; and for rewards that a loss
+    cannot take."""
     if purpose == "train" and loss.on_rollouts and len(np.unique(rows.groups)) == len(rows) and not learns_from_single(loss):
         raise UserError(
             f"{loss.name} compares completions of one prompt, and each of the {len(rows)} prompts of data.train has one: nothing"
             " would be learnt. Provide several for each prompt, or use a loss for single ones, such as ppo"
         )
+    if loss.check_rewards is not None and (complaint := loss.check_rewards(rows.labels["reward"])) is not None:
+        raise UserError(f"data.{purpose}: {complaint}")
     context = f"data.{purpose}: {loss.name}"
     return Split(rows, mismatched_partners(rows.groups, seed, what=context) if loss.statistics_inputs is Mismatched else None)
 

@@ -146,6 +146,8 @@ class PolicyGradientTrainer(Trainer):
         old = own if own is not None else given
         assert old is not None, "where the sampler kept no log-probs, the trainer computes them"
         rewards = torch.from_numpy(split.rows.labels["reward"][indices])
+        if self.loss.check_rewards is not None and (complaint := self.loss.check_rewards(split.rows.labels["reward"][indices])):
+            raise UserError(complaint)
         groups = torch.from_numpy(split.rows.groups[indices].astype(np.int64))
         sampled = Sampled(rewards, groups, TokenLogps(old, mask), reference, values)
         estimates: Estimates = self.loss.advantages(sampled, **adapted)

@@ -25,29 +25,35 @@ from halos.types import Labelled, Mismatched, PairScores, Rollouts
 
 def rollout_rows() -> list[Row]:
     """Losses on rollouts with the same advantages; TRL computes those in its sampling code, outside the loss."""
-    batch = Batch.random(6)
-    batch = Batch((batch.reference * 0.98).requires_grad_(), batch.reference, batch.mask)  # near the policy that sampled
+    drawn = Batch.random(6)
+    near, fallen = (Batch((drawn.reference * factor).requires_grad_(), drawn.reference, drawn.mask) for factor in (0.98, 1.02))
     advantages = torch.randn(2 * PAIRS, generator=torch.Generator().manual_seed(7))
-    plain = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence",
-             "max_tokens": None, "beta": 0.0, "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
-    policy = Rollouts(batch.policy_logps, batch.reference, advantages[:, None] * batch.mask, torch.zeros(2 * PAIRS))
+    plain = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "tau_positive": None,
+             "tau_negative": None, "off_policy_threshold": None, "aggregation": "sequence", "max_tokens": None, "beta": 0.0,
+             "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
 
-    def ours(**hyperparameters: Any) -> Callable[[], Outcome]:
+    def rollouts(batch: Batch) -> Rollouts:
+        return Rollouts(batch.policy_logps, batch.reference, advantages[:, None] * batch.mask, torch.zeros(2 * PAIRS))
+
+    def ours(batch: Batch = near, **hyperparameters: Any) -> Callable[[], Outcome]:
         def run() -> Outcome:
             reference = batch.reference_logps if hyperparameters.get("beta") else None
-            loss = grpo.grpo(policy, reference, **{**plain, **hyperparameters})
+            loss = grpo.grpo(rollouts(batch), reference, **{**plain, **hyperparameters})
             count = batch.mask.sum() if loss.per == "token" else len(loss.values)
             return batch.outcome(loss.values.sum() / count, {})
 
         return run
 
     def ours_rloo() -> Outcome:
-        return batch.outcome(rloo.rloo(policy, clip_low=0.2, clip_high=0.2).values.mean(), {})
+        loss = rloo.rloo(rollouts(near), clip_low=0.2, clip_high=0.2, dual_clip=None)
+        return near.outcome(loss.values.mean(), {})
 
-    def theirs(**settings: Any) -> Callable[[], Outcome]:
+    def theirs(batch: Batch = near, **settings: Any) -> Callable[[], Outcome]:
         return lambda: trl_grpo(batch, advantages, **settings)
 
     gspo = {"ratio": "sequence", "clip_low": 3e-4, "clip_high": 4e-4}
+    gate = {"objective": "sapo", "clip_low": None, "clip_high": None, "tau_positive": 1.0, "tau_negative": 1.05}
+    tight = {"clip_low": 0.01, "clip_high": 0.01}, {"epsilon_low": 0.01, "epsilon_high": 0.01}
     return [
         Row("grpo", "GRPO `grpo`", ours(), theirs()),
         Row("grpo, beta .04", "GRPO `grpo`, beta .04", ours(beta=0.04), theirs(beta=0.04)),
@@ -60,7 +66,12 @@ def rollout_rows() -> list[Row]:
             theirs(importance_sampling_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)),
         Row("cispo", "GRPO `cispo`, epsilon_high 5", ours(objective="cispo", aggregation="token", clip_high=4.0),
             theirs(loss_type="cispo", epsilon_high=5.0), note="our clip_high 4 is a cap of 5 on the ratio, as TRL counts it"),
-        Row("rloo", "RLOO", ours_rloo, lambda: trl_rloo(batch, advantages)),
+        Row("sapo", "GRPO `sapo`", ours(**gate), theirs(loss_type="sapo", tau=(1.0, 1.05))),
+        Row("grpo, dual_clip 1.03", "GRPO `grpo`, delta 1.03", ours(**tight[0], dual_clip=1.03), theirs(**tight[1], delta=1.03)),
+        Row("grpo, off_policy_threshold .03, beta .04", "GRPO `grpo`, off_policy_mask_threshold .03, beta .04",
+            ours(fallen, off_policy_threshold=0.03, beta=0.04),
+            theirs(fallen, off_policy_mask_threshold=0.03, beta=0.04)),
+        Row("rloo", "RLOO", ours_rloo, lambda: trl_rloo(near, advantages)),
     ]  # fmt: skip
 
 

@@ -211,16 +211,18 @@ def trl_sft(batches: Sequence[Batch]) -> Outcome:
 def trl_grpo(batch: Batch, advantages: Tensor, **settings: Any) -> Outcome:
     """Run GRPO's trainer; `batch.reference` are the old log-probs, and those of the reference model where beta is not 0."""
     default = GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default
-    corrects = settings.pop("use_bias_correction_kl", default)
+    corrects, delta = settings.pop("use_bias_correction_kl", default), settings.pop("delta", None)
+    positive, negative = settings.pop("tau", (None, None))
     merged: dict[str, Any] = {
         "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0,
-        "max_completion_length": WIDTH, **settings,
+        "max_completion_length": WIDTH, "off_policy_mask_threshold": None, **settings,
     }  # fmt: skip
     trainer = bare(
-        GRPOTrainer, top_entropy_quantile=1.0, off_policy_mask_threshold=None, use_vllm=False, _entropy_bonus_enabled=False,
+        GRPOTrainer, top_entropy_quantile=1.0, use_vllm=False, _entropy_bonus_enabled=False,
         vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, **merged,
     )  # fmt: skip
-    trainer.args = SimpleNamespace(use_bias_correction_kl=corrects, delta=None, steps_per_generation=1)
+    trainer.args = SimpleNamespace(use_bias_correction_kl=corrects, delta=delta, steps_per_generation=1,
+                                   sapo_temperature_pos=positive, sapo_temperature_neg=negative)  # fmt: skip
     return _sampled(trainer, batch, advantages)
 
 

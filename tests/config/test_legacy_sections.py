@@ -33,6 +33,8 @@ def test_a_run_from_before_targets_resumes_with_its_settings_and_its_kernel() ->
 def test_keys_of_a_target_or_of_online_runs_are_added_to_the_runs_that_have_them() -> None:
     grpo, rloo = ({"_target_": f"halos.losses.{name}.{name}", "beta": 0.1} for name in ("grpo", "rloo"))
     assert run_config.load(saved_run(loss=grpo), {}, "runs/demo")["loss"]["kl_ratio"] is False
+    assert run_config.load(saved_run(loss=grpo), {}, "runs/demo")["loss"]["baseline"] == "mean"
+    assert run_config.load(saved_run(loss=rloo), {}, "runs/demo")["loss"]["dual_clip"] is None
     assert "kl_ratio" not in run_config.load(saved_run(loss=rloo), {}, "runs/demo")["loss"]
     added = {name: set(run_config.added_keys(saved_run(loss=loss, online=online), "runs/demo"))
              for name, loss, online in (("grpo", grpo, None), ("live", rloo, {"steps": 3}))}  # fmt: skip

@@ -27,7 +27,7 @@ DATA = ("model=tiny data=arithmetic train.batch_size=5 train.microbatch_size=2 t
         "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
 LOSSES = ["sft", "dpo", "kto", "reward"]
 EVERY = [f"loss={loss} peft={peft}" for loss in LOSSES for peft in ("none", "lora")]
-ON_ROLLOUTS = cases.names(on_rollouts=True)
+ON_ROLLOUTS = [name for name in cases.names(on_rollouts=True) if name != "max_rl"]  # whose rewards are from 0 up: DATA has -1
 ALL = sorted([*cases.names(on_rollouts=False), *ON_ROLLOUTS])
 FAST = ("ddp", "fsdp2", "zero3")  # which take turns, so that each of PATHS is in one of them
 # each of which the trainer computes in its own way: means over items and over tokens, statistics of other rows, groups, values,

@@ -12,40 +12,48 @@ from halos.types import TokenLogps
 from .rollouts import MASK, NEW, RATIO, clip_objective, padded, rollouts, sampled
 from .samples import gradients, logps, number, numbers
 
-PLAIN = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "aggregation": "sequence", "max_tokens": None,
-         "beta": 0.0, "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
+PLAIN = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "tau_positive": None,
+         "tau_negative": None, "off_policy_threshold": None, "aggregation": "sequence", "max_tokens": None, "beta": 0.0,
+         "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
+FIT = {name: value for name, value in PLAIN.items() if name != "off_policy_threshold"}  # that settings are checked of
 A = np.array([[1.0], [-0.5]])
 
 
 def test_an_advantage_is_the_reward_relative_to_its_group() -> None:
     given = sampled([1.0, 0.0, 0.0, 3.0, 3.0], [0, 0, 0, 1, 1])
     mean, spread = 1 / 3, np.sqrt(((2 / 3) ** 2 + 2 * (1 / 3) ** 2) / 2)
-    found = advantages(given, advantage_scale="group", std_ddof=1, epsilon=1e-4).advantages[:, 0]
+    found = advantages(given, baseline="mean", advantage_scale="group", std_ddof=1, epsilon=1e-4).advantages[:, 0]
     np.testing.assert_allclose(found, [(1 - mean) / (spread + 1e-4), *[-mean / (spread + 1e-4)] * 2, 0, 0], rtol=1e-6)
-    biased = advantages(given, advantage_scale="group", std_ddof=0, epsilon=0.01).advantages[0, 0]
+    biased = advantages(given, baseline="mean", advantage_scale="group", std_ddof=0, epsilon=0.01).advantages[0, 0]
     assert biased.item() == pytest.approx((1 - mean) / (spread * np.sqrt(2 / 3) + 0.01), rel=1e-6)
-    bare = advantages(given, advantage_scale="none", std_ddof=1, epsilon=1e-4).advantages[:, 0]
+    bare = advantages(given, baseline="mean", advantage_scale="none", std_ddof=1, epsilon=1e-4).advantages[:, 0]
     np.testing.assert_allclose(bare, [1 - mean, -mean, -mean, 0, 0], rtol=1e-6)
     rewards = np.array([1.0, 0, 0, 3, 3])
-    batch = advantages(given, advantage_scale="batch", std_ddof=1, epsilon=0.0).advantages[0, 0]
+    batch = advantages(given, baseline="mean", advantage_scale="batch", std_ddof=1, epsilon=0.0).advantages[0, 0]
     assert batch.item() == pytest.approx((1 - mean) / rewards.std(ddof=1), rel=1e-6)
 
 
 def test_groups_without_a_difference_are_counted() -> None:
-    found = advantages(sampled([1.0, 0.0, 3.0, 3.0], [7, 7, 2, 2]), advantage_scale="group", std_ddof=1, epsilon=1e-4)
+    found = advantages(
+        sampled([1.0, 0.0, 3.0, 3.0], [7, 7, 2, 2]), baseline="mean", advantage_scale="group", std_ddof=1, epsilon=1e-4
+    )
     assert number(found.metrics["groups/all_equal"]) == 0.5
 
 
 def test_the_deviation_of_the_advantages_is_that_of_the_batch() -> None:
     given = sampled([1.0, 0.0, 0.0, 3.0], [0, 0, 0, 1])
-    of_grpo = advantages(given, advantage_scale="none", std_ddof=1, epsilon=1e-4)
+    of_grpo = advantages(given, baseline="mean", advantage_scale="none", std_ddof=1, epsilon=1e-4)
     assert number(of_grpo.metrics["advantages/std"]) == pytest.approx(np.sqrt(1 / 6), rel=1e-6)  # of 2/3, -1/3, -1/3 and 0
     assert number(rloo.advantages(given, beta=0.0).metrics["advantages/std"]) == pytest.approx(np.sqrt(3 / 8), rel=1e-6)
 
 
 def test_a_group_scattered_over_the_batch_is_one_group() -> None:
-    together = advantages(sampled([1.0, 0.0, 2.0, 5.0], [0, 0, 1, 1]), advantage_scale="group", std_ddof=1, epsilon=1e-4)
-    apart = advantages(sampled([1.0, 2.0, 0.0, 5.0], [0, 1, 0, 1]), advantage_scale="group", std_ddof=1, epsilon=1e-4)
+    together = advantages(
+        sampled([1.0, 0.0, 2.0, 5.0], [0, 0, 1, 1]), baseline="mean", advantage_scale="group", std_ddof=1, epsilon=1e-4
+    )
+    apart = advantages(
+        sampled([1.0, 2.0, 0.0, 5.0], [0, 1, 0, 1]), baseline="mean", advantage_scale="group", std_ddof=1, epsilon=1e-4
+    )
     np.testing.assert_array_equal(together.advantages[[0, 2, 1, 3]], apart.advantages)
 
 
@@ -120,8 +128,7 @@ def test_on_the_policy_that_sampled_the_value_is_minus_the_advantage() -> None:
 
 
 def test_settings_that_cannot_go_together_are_reported() -> None:
-    fit = {"objective": "clip", "ratio": "token", "aggregation": "sequence", "max_tokens": None, "beta": 0.1,
-           "kl_estimator": "k1", "kl_ratio": True}  # fmt: skip
+    fit = {**FIT, "beta": 0.1, "kl_estimator": "k1"}
     assert check(**fit) is None
     assert "max_tokens" in str(check(**{**fit, "aggregation": "constant"}))
     assert "cispo" in str(check(**{**fit, "objective": "cispo", "ratio": "sequence"}))
