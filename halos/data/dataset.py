@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -12,12 +13,14 @@ import numpy as np
 import pyarrow as pa
 
 from halos import confined
+from halos.data import cache
 from halos.data.arrow import FLOATS, INTS, Lists, column, numbers
+from halos.data.cache import META
 from halos.errors import UserError
 from halos.examples import Completion, Item
 from halos.hashes import digest, file_hash
 
-ROWS, META, SEAL = "rows.arrow", "meta.json", "seal"
+ROWS, SEAL = "rows.arrow", "seal"
 PLACES = 3  # rows named for each reason
 CUT_TURNS, CUT_COMPLETIONS = "lost their oldest turns", "completions cut at max_length"
 
@@ -117,7 +120,7 @@ class Writer:
         self._arrow: pa.RecordBatchFileWriter | None = None  # opened with the first items, which decide the columns
         self._schema, self._shape = pa.schema([]), (0, list[str]())
         self._groups: dict[bytes, int] = {}
-        self._content = hashlib.sha256()
+        self._content, self._tokens = hashlib.sha256(), 0
 
     def write(self, items: Sequence[tuple[Item, int]]) -> None:
         """Write a batch of items, all of one example type, each with the index of its source."""
@@ -131,6 +134,7 @@ class Writer:
         for item, source in items:
             _hash_item(self._content, item, source)
             columns["prompt"].append(item.prompt)
+            self._tokens += sum(len(item.prompt) + len(each.ids) for each in item.completions)
             for name, completion in zip(_names(self._shape[0]), item.completions, strict=True):
                 columns[name].append(completion.ids)
                 columns[f"{name}_spans"].append(_spans(completion.scored))
@@ -155,7 +159,7 @@ class Writer:
         self._content.update(json.dumps([meta["kind"], meta["weights"]]).encode())
         completions, labels = self._shape
         whole = {**meta, "completions": completions, "labels": labels, "content": self._content.hexdigest(),
-                 "rows": digest(self._directory / ROWS)}  # fmt: skip
+                 "tokens": self._tokens, "rows": digest(self._directory / ROWS)}  # fmt: skip
         with (self._directory / META).open("w") as meta_file:
             json.dump({**whole, SEAL: _seal_of(whole)}, meta_file, indent=1)
             for file in (self._file, meta_file):
@@ -172,12 +176,12 @@ def _seal_of(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
 
-def is_whole(path: Path, cache: Path | None = None) -> bool:
-    """Return whether a tokenised data set is byte for byte as written. With a `cache` of file hashes its rows are read again only
+def is_whole(path: Path, hashes: Path | None = None) -> bool:
+    """Return whether a tokenised data set is byte for byte as written. With `hashes`, a cache_dir, its rows are read again only
     when the file has changed."""
     try:
         meta = confined.load_object(path / META)
-        return meta.get(SEAL) == _seal_of(meta) and meta["rows"] == file_hash(path / ROWS, cache)
+        return meta.get(SEAL) == _seal_of(meta) and meta["rows"] == file_hash(path / ROWS, hashes)
     except (UserError, OSError, KeyError):
         return False
 
@@ -276,5 +280,7 @@ def _completion(ids: np.ndarray, spans: np.ndarray) -> Completion:
 
 
 def open_dataset(path: Path) -> Dataset:
-    """Open the directory that `prepare` returned."""
-    return Dataset(path)
+    """Open the directory that `prepare` returned; while the data set exists no other process removes it."""
+    held, dataset = cache.taken(path), Dataset(path)
+    weakref.finalize(dataset, held.close)
+    return dataset

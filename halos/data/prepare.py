@@ -17,14 +17,14 @@ import transformers
 from filelock import FileLock, Timeout
 from transformers import PreTrainedTokenizerBase
 
-from halos import examples
 from halos.config.plugins import code_hash
 from halos.confined import expanded
+from halos.data import cache
 from halos.data.dataset import Counts, Writer, is_whole, publish
 from halos.data.progress import Progress
 from halos.data.row_tokeniser import BATCH, RowTokeniser
 from halos.data.shards import Shards, in_chunks
-from halos.data.sources import OpenSource, Source, hash_files, open_source
+from halos.data.sources import OpenSource, Source, open_source
 from halos.data.template import chat_template
 from halos.errors import UserError
 from halos.examples import Example, Item
@@ -54,30 +54,33 @@ def prepare(
     if not entries:
         raise UserError(f"data.{purpose}: no entry; give files, directories or names")
     opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
-    code = code_hash(f"{kind.__module__}.{kind.__name__}")  # of an example type of the user's own
-    common = [kind.__name__, max_length, truncation, score, lost, transform_key, code, _code(), *_tokenizer(tokenizer)]
+    code, described = code_hash(f"{kind.__module__}.{kind.__name__}"), _tokenizer(tokenizer)  # code of the user's own type
+    common = [kind.__name__, max_length, truncation, score, lost, transform_key, code, cache.code_version(), *described]
     key = _key([common, [each.fingerprint for each in opened], [asdict(each.source) for each in opened], purpose])
     base = expanded(cache_dir)
-    path = base / "data" / key
+    path = base / cache.DATA / key
+    cache.keep(path)
     if not is_whole(path, base):
         tokenise = RowTokeniser(
             tokenizer, kind=kind, score=score, max_length=max_length, truncation=truncation, lost=lost, transform=transform
         )
-        shards = {number: _shards_of(source, base, common, purpose, tokenise) for number, source in enumerate(opened)}
+        made = _made(tokenizer, described, max_length)
+        shards = {number: _shards_of(source, base, common, purpose, tokenise, made) for number, source in enumerate(opened)}
         try:
-            _make(path, lambda directory: _write(directory, opened, tokenise, shards), base)
+            _make(path, lambda directory: _write(directory, opened, tokenise, shards, made), base)
         except OSError as error:
             raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
+    cache.touch(path)
     return path
 
 
-def _make(path: Path, write: Callable[[Path], None], cache: Path) -> None:
+def _make(path: Path, write: Callable[[Path], None], base: Path) -> None:
     """Let `write` fill a directory that becomes `path`; it is complete, or not there."""
     hidden = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(path):
-            if is_whole(path, cache):
+            if is_whole(path, base):
                 return
             if path.exists():
                 log.warning("%s is damaged: it is written again", path)
@@ -92,7 +95,7 @@ def _make(path: Path, write: Callable[[Path], None], cache: Path) -> None:
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """Let one of several runs that need the same rows (such as jobs of a sweep) tokenise them while the others wait."""
-    locks = path.parent.with_name("locks")  # a directory of their own, since they are never deleted
+    locks = path.parent.with_name(cache.LOCKS)
     locks.mkdir(exist_ok=True)
     lock = FileLock(locks / f"{path.name}.lock")
     try:
@@ -106,22 +109,27 @@ def _lock(path: Path) -> Iterator[None]:
         lock.release()
 
 
-def _shards_of(source: OpenSource, base: Path, common: Sequence[Any], purpose: str, tokenise: RowTokeniser) -> Shards:
+def _shards_of(
+    source: OpenSource, base: Path, common: Sequence[Any], purpose: str, tokenise: RowTokeniser, made: Mapping[str, Any]
+) -> Shards:
     """Return the shards of a source, by a hash of all that its items depend on: not its weight, nor its place on this disk."""
     place = expanded(source.source.path)
     irrelevant = {"weight", "path"} if place.exists() else {"weight"}
     entry = {name: value for name, value in asdict(source.source).items() if name not in irrelevant}
     key = _key([common, source.fingerprint, entry, purpose])
-    return Shards(base / "shards" / key, str(place) if place.exists() else "", tokenise, base)
+    about = {"source": source.source.path, "made": made}
+    return Shards(base / cache.SHARDS / key, str(place) if place.exists() else "", tokenise, base, about)
 
 
 def _key(parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _code() -> str:
-    """Hash the code of this package and of examples.py: any change of it invalidates the cache."""
-    return hash_files([*sorted(Path(__file__).parent.rglob("*.py")), Path(examples.__file__)])
+def _made(tokenizer: PreTrainedTokenizerBase, described: Sequence[str], max_length: int) -> dict[str, Any]:
+    """Return what a person wants to know of how rows were tokenised."""
+    template = described[2].encode(errors="surrogatepass")
+    return {"tokenizer": str(tokenizer.name_or_path), "template": hashlib.blake2b(template, digest_size=4).hexdigest(),
+            "max_length": max_length, "code": cache.code_version()}  # fmt: skip
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -135,20 +143,23 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 # --- the rows ----------------------------------------------------------------------------------------------------------
 
 
-def _write(directory: Path, opened: Sequence[OpenSource], tokenise: RowTokeniser, shards: Mapping[int, Shards]) -> None:
+def _write(
+    directory: Path, opened: Sequence[OpenSource], tokenise: RowTokeniser, shards: Mapping[int, Shards], made: Mapping[str, Any]
+) -> None:
     report, kind, progress = [], tokenise.kind.__name__, Progress()
     with progress, closing(Writer(directory)) as writer:
         for number, source in enumerate(opened):
             counts = Counts(source.source.path, files=source.files)
             report.append(counts)
-            for written, items in _batches(source, counts, tokenise, shards[number]):
-                kind = written
-                writer.write([(item, number) for item in items])
-                progress.reach(source.source.path, sum(each.rows for each in report))
+            with shards[number].held():
+                for written, items in _batches(source, counts, tokenise, shards[number]):
+                    kind = written
+                    writer.write([(item, number) for item in items])
+                    progress.reach(source.source.path, sum(each.rows for each in report))
             if not counts.kept:
                 raise UserError(f"{counts.line()}: none of them can be used")
         weights = [each.source.weight for each in opened]
-        writer.finish({"kind": kind, "weights": weights, "report": [asdict(counts) for counts in report]})
+        writer.finish({"kind": kind, "weights": weights, "report": [asdict(counts) for counts in report], "made": made})
 
 
 def _batches(source: OpenSource, counts: Counts, tokenise: RowTokeniser, shards: Shards) -> Iterator[tuple[str, list[Item]]]:

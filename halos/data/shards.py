@@ -11,7 +11,7 @@ import shutil
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined
+from halos.data.cache import ABOUT, Held, touch
 from halos.data.dataset import META, Counts, Dataset, Writer, is_whole, publish
 from halos.data.row import Row
 from halos.data.row_tokeniser import RowTokeniser
@@ -44,8 +45,13 @@ def processes() -> int:
 class Shards:
     """The shards of one source below `directory`, whose name is a hash of all that they depend on. `path` is the source's."""
 
-    def __init__(self, directory: Path, path: str, tokenise: RowTokeniser, cache: Path) -> None:
-        self._directory, self._path, self._tokenise, self._cache = directory, path, tokenise, cache
+    def __init__(self, directory: Path, path: str, tokenise: RowTokeniser, cache: Path, about: Mapping[str, Any]) -> None:
+        """`about` is for people who look into the cache."""
+        self._directory, self._path, self._tokenise, self._cache, self._about = directory, path, tokenise, cache, about
+
+    def held(self) -> closing[Held]:
+        """Inside, no other process removes them."""
+        return closing(Held(self._directory))
 
     def known(self) -> list[Path] | None:
         """Return all shards, if the source has been tokenised to its end."""
@@ -56,12 +62,14 @@ class Shards:
                 return None
         except (UserError, OSError, KeyError, ValueError, TypeError):
             return None
+        touch(self._directory)
         shards = [self._shard(number) for number in range(count)]
         return shards if all(is_whole(shard, self._cache) for shard in shards) else None
 
     def made(self, chunks: Iterator[Sequence[Row]]) -> Iterator[Path]:
         """Yield the shards of a source in their order, of so many rows each; those that are there are not made again."""
         self._directory.mkdir(parents=True, exist_ok=True)
+        confined.write_whole(self._directory / ABOUT, json.dumps(self._about))
         number = -1
         with _Pool(self._tokenise) as pool:
             waiting: deque[tuple[Path, Future[None] | None]] = deque()

@@ -53,7 +53,9 @@ def test_shards_of_several_processes_give_what_one_process_gives(tmp_path: Path,
         small(processes)
         assert whole(prepared(paths, tmp_path / str(processes), kind=Comparison)) == plain
         (source,) = (tmp_path / str(processes) / "shards").iterdir()  # of the long one
-        assert sorted(each.name for each in source.iterdir()) == [*(f"{number:06d}" for number in range(5)), "shards.json"]
+        assert sorted(each.name for each in source.iterdir()) == [
+                *(f"{number:06d}" for number in range(5)), "about.json", "shards.json"
+            ]  # fmt: skip
 
 
 def test_another_mixture_or_place_tokenises_only_what_is_new(

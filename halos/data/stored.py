@@ -1,0 +1,108 @@
+"""The list of all that the cache of tokenised rows holds: data sets of runs, and shards of sources, with size and last use."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from halos import confined
+from halos.data.cache import ABOUT, DATA, META, SHARDS, code_version
+from halos.errors import UserError
+
+HIDDEN = re.compile(r"\.([0-9a-f]+)-[0-9a-f]{8}")  # a part that is being written or removed
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One directory of the cache."""
+
+    path: Path
+    key: str  # under which runs hold it
+    sources: tuple[str, ...]
+    rows: int  # examples that are kept
+    tokens: int | None  # of prompts and completions; None where an earlier version wrote it
+    size: int  # bytes
+    used: float  # seconds since 1970
+    unusable: str = ""  # why no run of this version can use it
+    made: Mapping[str, Any] = field(default_factory=dict)  # tokenizer, template and other settings
+
+    @property
+    def kind(self) -> str:
+        return "source" if self.path.parent.name == SHARDS else "data set"
+
+    @property
+    def part(self) -> Path:
+        return self.path.with_name(self.key)
+
+
+def stored(cache: Path) -> list[Stored]:
+    """Return everything in the cache, the last used first. Raises UserError where there is no such directory."""
+    if not cache.is_dir():
+        raise UserError(f"{cache}: there is no such directory; --cache-dir names another")
+    found = [entry for name, read in ((DATA, _data_set), (SHARDS, _source)) for path in _below(cache / name)
+             if (entry := _leftover(path) or read(path)) is not None]  # fmt: skip
+    return sorted(found, key=lambda each: -each.used)
+
+
+def _below(directory: Path) -> Iterator[Path]:
+    if directory.is_dir():
+        yield from (path for path in sorted(directory.iterdir()) if path.is_dir() and not path.is_symlink())
+
+
+def _leftover(path: Path) -> Stored | None:
+    match = HIDDEN.fullmatch(path.name)
+    if match is None:
+        return None
+    size, changed = _measured(path)
+    return Stored(path, match[1], (), 0, None, size, changed, "unfinished")
+
+
+def _data_set(path: Path) -> Stored:
+    size, changed = _measured(path)
+    try:
+        meta = confined.load_object(path / META)
+        report, made = meta["report"], meta.get("made") or {}
+        sources, rows = tuple(str(each["name"]) for each in report), sum(int(each["kept"]) for each in report)
+        used = (path / META).stat().st_mtime
+    except (UserError, OSError, KeyError, TypeError, ValueError):
+        return Stored(path, path.name, (), 0, None, size, changed, "damaged")
+    return Stored(path, path.name, sources, rows, meta.get("tokens"), size, used, _outdated(made), made)
+
+
+def _source(path: Path) -> Stored:
+    size, changed = _measured(path)
+    try:
+        about = confined.load_object(path / ABOUT)
+        used, made = (path / ABOUT).stat().st_mtime, about["made"]
+        sources = (str(about["source"]),)
+    except (UserError, OSError, KeyError, TypeError):
+        return Stored(path, path.name, (), 0, None, size, changed, "damaged, or made by another version")
+    rows, tokens = 0, 0
+    for shard in _below(path):
+        try:
+            meta = confined.load_object(shard / META)
+            rows += sum(int(each["kept"]) for each in meta["report"])
+            tokens += int(meta["tokens"])
+        except (UserError, OSError, KeyError, TypeError, ValueError):
+            continue  # it is made again when the source is used
+    return Stored(path, path.name, sources, rows, tokens, size, max(used, changed), _outdated(made), made)
+
+
+def _outdated(made: Mapping[str, Any]) -> str:
+    return "" if made.get("code") == code_version() else "made by another version"
+
+
+def _measured(path: Path) -> tuple[int, float]:
+    """Return the bytes of all files below, and when the newest of them was changed."""
+    size, changed = 0, 0.0
+    for file in path.rglob("*"):
+        try:
+            stat = file.lstat()
+        except OSError:  # a run has just renamed it
+            continue
+        size, changed = size + stat.st_size, max(changed, stat.st_mtime)
+    return size, changed or time.time()
