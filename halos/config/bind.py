@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,13 +16,16 @@ from halos.config.signature import bind, defaults, first_type, fit_all, import_t
 from halos.errors import UserError
 from halos.types import TOKEN_STATISTICS, LossInput, RolloutInput, Sampled, TokenLogps
 
+MORE = ("reference", "statistics", "state")  # positional parameters that a loss may have after its first
+FUNCTIONS = {"statistics": ("statistics",), "state": ("start", "update")}  # of its module that they need
+
 
 @dataclass(frozen=True, slots=True)
 class LossSpec:
     """A loss with its hyperparameters bound, and what its signature requires of the run."""
 
     name: str  # last part of its module
-    function: Callable[..., Any]  # of an `inputs`[, reference][, statistics]
+    function: Callable[..., Any]  # of an `inputs`[, reference][, statistics][, state]
     inputs: type[LossInput]
     needs_reference: bool
     statistics: Callable[..., Any] | None  # over the global batch, where the loss has a parameter `statistics`
@@ -33,6 +37,8 @@ class LossSpec:
     advantages: Callable[..., Any] | None = None  # of a loss on rollouts: computed from a sampled global batch
     adapt: Callable[..., float] | None = None  # returns the KL coefficient for the next global batch
     check_rewards: Callable[..., str | None] | None = None  # of data or of a sampled batch: a complaint, where they do not fit
+    start: Mapping[str, float] | None = None  # its state before the first step, where it has a parameter `state`
+    update: Callable[..., Mapping[str, float]] | None = None  # returns the state after a step
     ratio_level: str = "token"  # of a loss on rollouts: its ratio pi / pi_old is of a token, or of a whole completion (sequence)
 
     @property
@@ -51,45 +57,60 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
     name = module.__name__.rpartition(".")[2]
     arguments = positional(function) if inspect.isfunction(function) else []
     first = first_type(function) if arguments else None
-    if not (inspect.isclass(first) and issubclass(first, LossInput)) or not set(arguments[1:]) <= {"reference", "statistics"}:
+    if not (inspect.isclass(first) and issubclass(first, LossInput)) or arguments[1:] != [n for n in MORE if n in arguments]:
         kinds = ", ".join(kind.__name__ for kind in input_types())
         raise UserError(
             f"loss._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds} (or a LossInput of yours),"
-            " then optionally `reference` and `statistics`, then keyword-only hyperparameters"
+            " then optionally `reference`, `statistics` and `state`, in this order, then keyword-only hyperparameters"
         )
     _check_token_statistics(first)
-    statistics = vars(module).get("statistics") if "statistics" in arguments else None
-    if "statistics" in arguments and statistics is None:
-        raise UserError(f"{name} has a parameter `statistics`, but {module.__name__} has no function of that name")
-    examples, check = vars(module).get("examples"), vars(module).get("check")
-    advantages, adapt = vars(module).get("advantages"), vars(module).get("adapt")
-    needs, level = vars(module).get("needs_reference"), vars(module).get("ratio_level")
-    rewards = vars(module).get("check_rewards")
-    if issubclass(first, RolloutInput) and advantages is None:
-        raise UserError(f"{name} takes {first.__name__}, but {module.__name__} has no function `advantages`")
-    functions = [
-        each for each in (function, statistics, examples, advantages, adapt, check, needs, level, rewards) if each is not None
-    ]
-    hyperparameters = fit_all(settings, legal_keys(functions), "loss", name)
-    complaint = bind(check, hyperparameters)() if check else None
-    if complaint:
+    own = _functions_of(module, first, arguments)
+    hyperparameters = fit_all(settings, legal_keys([function, *own.values()]), "loss", name)
+    bound = {each: bind(helper, hyperparameters) for each, helper in own.items()}
+    if "check" in bound and (complaint := bound["check"]()):
         raise UserError(f"loss {name}: {complaint}")
     return LossSpec(
         name=name,
         function=bind(function, hyperparameters),
         inputs=first,
-        needs_reference=bind(needs, hyperparameters)() if needs else "reference" in arguments,
+        needs_reference=bound["needs_reference"]() if "needs_reference" in bound else "reference" in arguments,
         takes_reference="reference" in arguments,
-        statistics=bind(statistics, hyperparameters) if statistics else None,
-        statistics_inputs=first_type(statistics) if statistics else None,
-        examples=bind(examples, hyperparameters) if examples else None,
-        example_type=first_type(examples) if examples else None,
+        statistics=bound.get("statistics"),
+        statistics_inputs=first_type(own["statistics"]) if "statistics" in own else None,
+        examples=bound.get("examples"),
+        example_type=first_type(own["examples"]) if "examples" in own else None,
         settings=hyperparameters,
-        advantages=bind(advantages, hyperparameters) if advantages else None,
-        adapt=bind(adapt, hyperparameters) if adapt else None,
-        check_rewards=bind(rewards, hyperparameters) if rewards else None,
-        ratio_level=bind(level, hyperparameters)() if level else "token",
+        advantages=bound.get("advantages"),
+        adapt=bound.get("adapt"),
+        check_rewards=bound.get("check_rewards"),
+        start=_numbers(bound["start"](), name) if "start" in bound else None,
+        update=bound.get("update"),
+        ratio_level=bound["ratio_level"]() if "ratio_level" in bound else "token",
     )
+
+
+def _functions_of(module: ModuleType, inputs: type[LossInput], arguments: Sequence[str]) -> dict[str, Callable[..., Any]]:
+    """Return the functions that the module of a loss has beside it, by name. Raises UserError where one is missing that its first
+    parameter, or its further `arguments`, ask for."""
+    name, own = module.__name__.rpartition(".")[2], vars(module)
+    for parameter, needed in FUNCTIONS.items():
+        if parameter in arguments and (missing := [each for each in needed if own.get(each) is None]):
+            which = "of that name" if missing[0] == parameter else f"`{missing[0]}`"
+            raise UserError(f"{name} has a parameter `{parameter}`, but {module.__name__} has no function {which}")
+    if issubclass(inputs, RolloutInput) and own.get("advantages") is None:
+        raise UserError(f"{name} takes {inputs.__name__}, but {module.__name__} has no function `advantages`")
+    asked = [each for parameter, needed in FUNCTIONS.items() if parameter in arguments for each in needed]
+    names = ("examples", "advantages", "adapt", "check", "needs_reference", "ratio_level", "check_rewards", *asked)
+    return {each: own[each] for each in names if own.get(each) is not None}
+
+
+def _numbers(state: Any, name: str) -> dict[str, float]:
+    """Return the initial state of a loss. Raises UserError for what a checkpoint would not keep as it is."""
+    if not isinstance(state, Mapping) or not state or not all(isinstance(key, str) for key in state):
+        raise UserError(f"start() of the loss {name} returns {state!r}: return a dict of numbers by name")
+    if wrong := [key for key, value in state.items() if isinstance(value, bool) or not isinstance(value, int | float)]:
+        raise UserError(f"start() of the loss {name} returns {state[wrong[0]]!r} as {wrong[0]}: return a number")
+    return {key: float(value) for key, value in state.items()}
 
 
 def input_types() -> list[type[LossInput]]:

@@ -80,6 +80,7 @@ def _arguments(loss: LossSpec, padding: int = 0) -> list[Any]:
         statistics_type = loss.statistics_inputs or loss.inputs
         references = [dummy(statistics_type, padding)] if loss.needs_reference else []
         more.append(loss.statistics(dummy(statistics_type, padding), *references))
+    more += [loss.start] if loss.start is not None else []
     return [dummy(loss.inputs, padding), *more]
 
 

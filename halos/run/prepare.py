@@ -30,6 +30,7 @@ from halos.hooks.checkpoint import CheckpointHook
 from halos.hooks.early_stopping import EarlyStopping
 from halos.hooks.kl import KLCoefficient
 from halos.hooks.log import MetricsLog
+from halos.hooks.loss_state import LOSS_STATE, LossState
 from halos.hooks.progress import ProgressBar
 from halos.lock import RunLock
 from halos.logps.model import bare
@@ -239,4 +240,8 @@ def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, 
         hooks["early_stopping"] = EarlyStopping(patience=config.train.early_stopping)
     if loss.adapt is not None:
         hooks["kl_coefficient"] = KLCoefficient(loss.settings["kl_coefficient"])
+    if loss.start is not None and loss.update is not None:
+        if LOSS_STATE in config.hooks:
+            raise UserError(f"hooks.{LOSS_STATE} is the name of the hook that holds the state of {loss.name}: choose another")
+        hooks[LOSS_STATE] = LossState(loss.name, loss.start, loss.update)
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", node, config.plugins)() for name, node in config.hooks.items()}

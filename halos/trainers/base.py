@@ -160,7 +160,9 @@ class Trainer(Objective):
         run.stop_if_requested(totals.pop("stop")[0] > 0)
         if totals.pop("written", (0.0,))[0] == run.accelerator.num_processes:
             self.checkpointer.finish_save()
-        if not is_finite:
+        if is_finite:
+            self._advance_state(totals)
+        else:
             window = Window()
             window.add(totals)
             self.guard.skip(self.train, parts, loss=window.means().get("loss", math.nan), norm=norm)

@@ -14,6 +14,7 @@ from halos.data.collate import mismatched_row, pack_on_host
 from halos.distributed.device import seed_generators
 from halos.examples import Item, PackRow
 from halos.hooks.base import Run
+from halos.hooks.loss_state import LOSS_STATE, LossState
 from halos.logps.model import in_rows, mask_of, share_prompts
 from halos.logps.modes import Modes
 from halos.logps.router import RouterLoss
@@ -146,8 +147,19 @@ class Objective:
             values = checked_statistics(values, self.loss.name, len(microbatch.items))
             own = len(values) if microbatch.weight else 0
             statistics = gather_in_order(values[:own], microbatch.positions[:own], total, self.run.accelerator)
-        loss = self.loss.function(*arguments, *([statistics] if statistics is not None else []))
+        state = self._state()
+        loss = self.loss.function(*arguments, *(each for each in (statistics, state and state.values) if each is not None))
         return checked_loss(loss, self.loss.name, arguments[0], len(microbatch.items))
+
+    def _state(self) -> LossState | None:
+        state = self.run.hooks[LOSS_STATE] if self.loss.start is not None else None
+        assert state is None or isinstance(state, LossState)
+        return state
+
+    def _advance_state(self, totals: Mapping[str, tuple[float, float]]) -> None:
+        """Give the loss its state after a step with these totals and counts of metrics over the global batch."""
+        if (state := self._state()) is not None:
+            state.update(totals)
 
     def _means(self, loss: Loss, microbatch: MicroBatch) -> dict[str, Mean]:
         counts, values = self._counts(len(microbatch.items), microbatch.scored), loss.values

@@ -12,6 +12,8 @@ from halos.losses import (
     aot_unpaired,
     apo_down,
     apo_zero,
+    bco,
+    bco_pair,
     cdpo,
     cpo,
     discopop,
@@ -156,6 +158,7 @@ def family_rows(batch: Batch) -> list[Row]:
 
     both = (policy, reference)
     sorted_pairs = (*both, aot.statistics(*both).detach())
+    later = bco.update(bco.start(), {"rewards/chosen": (2.0, 4.0), "rewards/rejected": (-1.0, 4.0)}, decay=1.0)
     sorted_sides = (*both, aot_unpaired.statistics(*both).detach())
     return [
         row("robust, e .1", "robust", robust.robust, *both, beta=0.1, label_smoothing=0.1),
@@ -164,6 +167,9 @@ def family_rows(batch: Batch) -> list[Row]:
         row("nca, beta .1", "nca_pair", nca.nca, *both, beta=0.1),
         row("apo_zero, beta .1", "apo_zero", apo_zero.apo_zero, *both, beta=0.1),
         row("apo_down, beta .1", "apo_down", apo_down.apo_down, *both, beta=0.1),
+        row("bco_pair, first step", "bco_pair", bco_pair.bco_pair, *both, bco.start(), beta=0.1),
+        Row("bco_pair, a later step", "DPO `bco_pair`", lambda: mean(bco_pair.bco_pair(*both, later, beta=0.1)),
+            lambda: trl_dpo(batch, "bco_pair", beta=0.1), why_not="TRL's subtracts no running mean of the rewards"),
         row("sppo, beta .1", "sppo_hard", sppo.sppo, *both, beta=0.1),
         row("aot, e .1", "aot", aot.aot, *sorted_pairs, beta=0.1, label_smoothing=0.1),
         row("aot_unpaired, e .1", "aot_unpaired", aot_unpaired.aot_unpaired, *sorted_sides, beta=0.1, label_smoothing=0.1),

@@ -16,6 +16,7 @@ from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts, 
 
 CONFIG = Path(__file__).parents[2] / "config/loss"
 ROWS, WIDTH = 5, 6
+WHOLE = ("statistics", "state")  # parameters that are the same for every micro-batch of a global batch
 KNOWN = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)  # first parameters that `sample` can make
 
 
@@ -113,15 +114,27 @@ def sample(kind: type, seed: int) -> Any:
 
 
 def inputs(case: Case) -> dict[str, Any]:
-    """The loss's positional arguments; `statistics` are those of the whole batch, made by its module's function."""
+    """The loss's positional arguments; `statistics` are those of the whole batch, made by its module's function, and `state` is
+    that after a step."""
     made = {}
     for seed, (name, kind) in enumerate(positional(case.function).items()):
         if name == "statistics":
             parameters = positional(case.module.statistics)
             made[name] = case.module.statistics(*[sample(k, 10 + i) for i, k in enumerate(parameters.values())])
+        elif name == "state":
+            made[name] = after_a_step(case)
         else:
             made[name] = sample(kind, seed)
     return made
+
+
+def after_a_step(case: Case) -> dict[str, float]:
+    kinds, start = positional(case.function), case.module.start()
+    before = {name: start if name == "state" else sample(kind, 20 + n) for n, (name, kind) in enumerate(kinds.items())}
+    metrics = call(case, before).metrics
+    totals = {name: (mean.total.item(), mean.count.item()) for name, mean in metrics.items()}
+    legal = keywords(case.module.update)
+    return case.module.update(start, totals, **{name: value for name, value in case.settings.items() if name in legal})
 
 
 def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
@@ -133,12 +146,12 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def rows(given: dict[str, Any], where: slice) -> dict[str, Any]:
-    """A micro-batch; `statistics` stay those of the global batch."""
+    """A micro-batch; what belongs to the global batch stays."""
 
     def take(part: Tensor | TokenLogps) -> Tensor | TokenLogps:
         return TokenLogps(part.values[where], part.mask[where]) if isinstance(part, TokenLogps) else part[where]
 
-    return {name: value if name == "statistics" else mapped(value, take) for name, value in given.items()}
+    return {name: value if name in WHOLE else mapped(value, take) for name, value in given.items()}
 
 
 def leaves(value: Any) -> list[Tensor]:

@@ -12,6 +12,7 @@ from halos.types import Range, TokenLogps
 from .cases import (
     KNOWN,
     ROWS,
+    WHOLE,
     WIDTH,
     Case,
     call,
@@ -40,8 +41,9 @@ def test_inputs_of_its_kind_can_be_made_here(case: Case):
 
 @every_loss
 def test_its_yaml_names_each_hyperparameter_and_nothing_else(case: Case):
-    """The functions of its module that rewrite examples, compute advantages or adapt the KL coefficient may have some too."""
-    helpers = [vars(case.module).get(name) for name in ("examples", "advantages", "adapt")]
+    """The functions of its module that rewrite examples, compute advantages, adapt the KL coefficient or change the loss's state
+    may have some too."""
+    helpers = [vars(case.module).get(name) for name in ("examples", "advantages", "adapt", "update")]
     legal = {name for part in (case.function, *helpers) if part for name in keywords(part)}
     assert case.settings.keys() - {"_target_"} == legal
 
@@ -105,7 +107,7 @@ def test_padding_changes_neither_values_nor_metrics_nor_gradients(case: Case):
     name = next(iter(given))
     results = []
     for padded in (False, True):
-        batch = {k: mapped(v, widen) if padded and k != "statistics" else v for k, v in given.items()}
+        batch = {k: mapped(v, widen) if padded and k not in WHOLE else v for k, v in given.items()}
         batch[name] = with_gradient(batch[name])
         loss = call(case, batch)
         total = mean(loss, counts(batch))
@@ -154,7 +156,7 @@ def test_log_probs_of_any_size_leave_value_and_gradient_finite(case: Case):
             return TokenLogps(part.values * 1e4, part.mask)
         return part * 1e4 if part.is_floating_point() else part
 
-    given = {name: mapped(value, enlarge) for name, value in inputs(case).items()}
+    given = {name: value if name == "state" else mapped(value, enlarge) for name, value in inputs(case).items()}
     name = next(iter(given))
     given[name] = with_gradient(given[name])
     loss = call(case, given)

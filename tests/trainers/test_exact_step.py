@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from halos.config.bind import LossSpec
+from halos.hooks.loss_state import LossState
 from halos.metrics import Window
 from halos.trainers.base import Trainer
 from halos.types import Loss, Pair
@@ -16,7 +17,8 @@ from tests.losses import cases
 LOSSES = cases.names(on_rollouts=False)
 LORA = [name for name in LOSSES if name not in ("sft", "csft", "dft")]  # without a reference an adapter is weights like others
 # they differ from dpo or ipo by the formula of an item alone, which tests/losses holds
-LIKE_DPO = {"robust", "hinge", "exo", "nca", "apo_zero", "apo_down", "sppo", "discopop", "dpop", "dpo_norm", "rpo", "f_dpo"}
+LIKE_DPO = {"robust", "hinge", "exo", "nca", "apo_zero", "apo_down", "sppo", "discopop", "dpop", "dpo_norm", "rpo", "f_dpo",
+            "bco_pair"}  # fmt: skip
 EVERY = [(loss, peft) for peft, losses in (("none", LOSSES), ("lora", LORA)) for loss in losses]
 BATCH = np.arange(11)  # no multiple of any micro-batch below
 
@@ -55,6 +57,9 @@ def test_microbatches_of_any_size_give_the_same_step(loss: str, peft: str, train
 def step_in(made: Trainer, size: int | None) -> tuple[float, Tensor]:
     """The first step, `size` items at a time."""
     made.settings.microbatch_size, made.run.step = size, 0
+    if isinstance(state := made.run.hooks.get("loss_state"), LossState):
+        assert made.loss.start is not None
+        state.values = dict(made.loss.start)
     return step(made, BATCH)
 
 
