@@ -17,6 +17,7 @@ from halos.config.schema import Config, Scorer
 from halos.errors import UserError
 
 BETTER_LOW = ("loss", "perplexity", "kl", "router_aux_loss", "value/loss")  # metrics
+AMOUNTS = ("weight", "count", "epochs")  # of an entry of data.train
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
 
 
@@ -184,9 +185,8 @@ def _objective(config: Config, overrides: Sequence[str]) -> str | None:
 def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
     """Settings of the evaluation that would never act in this run."""
     typed, train, checkpoint = typed_keys(overrides), config.train, config.checkpoint
-    for entry in config.data.eval if config.resume is None else ():
-        if isinstance(entry, dict) and entry.get("weight", 1) != 1:
-            return f"data.eval: weight={entry['weight']} has no effect, since an evaluation takes every row once: leave it out"
+    if amount := _amount(config.data.eval, config):
+        return f"data.eval: {amount} has no effect, since an evaluation takes every row once: leave it out"
     saves = checkpoint.get("every") is not None or checkpoint.get("pinned") or "every" not in checkpoint
     if checkpoint.get("keep_best") and "checkpoint.keep_best" in typed and not saves:
         return (
@@ -203,6 +203,13 @@ def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
                 " or leave it out"
             )
     return None
+
+
+def _amount(entries: Sequence[Any], config: Config) -> str | None:
+    """Return the first weight, count or number of epochs of entries of data, where the run is new."""
+    mappings = [entry for entry in entries if isinstance(entry, dict)] if config.resume is None else []
+    given = ((name, entry[name]) for entry in mappings for name in AMOUNTS if entry.get(name) is not None)
+    return next((f"{name}={value}" for name, value in given), None)
 
 
 def _loraplus(config: Config) -> str | None:
@@ -248,9 +255,8 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return f"online.{idle}={getattr(online, idle)} is of live loops, and a round trains for train.epochs: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
-    for entry in config.data.train if config.resume is None else ():
-        if isinstance(entry, dict) and entry.get("weight", 1) != 1:
-            return f"data.train: weight={entry['weight']} is of rows, and loss=online takes every prompt once: leave it out"
+    if amount := _amount(config.data.train, config):
+        return f"data.train: {amount} is of rows, and loss=online takes every prompt once: leave it out"
     for key in typed_keys(overrides):
         if key.startswith("train.correction") and config.resume is None:
             return f"{key} has no effect with loss=online, where online.{key.partition('.')[2]} sets it: give that"

@@ -32,7 +32,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
     ("data", "reader"): None, ("data", "columns"): {}, ("data", "filter"): None, ("data", "schemas"): False,
-    ("data", "lost"): "error", ("data", "system"): "keep", ("data", "chat_template_kwargs"): {},
+    ("data", "weights"): "rows", ("data", "lost"): "error", ("data", "system"): "keep", ("data", "chat_template_kwargs"): {},
     ("train", "share_prompts"): False, ("train", "microbatch_tokens"): None,
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,
     ("online", "minibatches"): 1, ("online", "epochs"): 1, ("online", "steps_per_round"): 8,

@@ -16,6 +16,7 @@ from halos import confined
 from halos.data import cache
 from halos.data.arrow import FLOATS, INTS, Lists, column, numbers
 from halos.data.cache import META
+from halos.data.mixture import Amount
 from halos.errors import UserError
 from halos.examples import Completion, Item
 from halos.hashes import digest, file_hash
@@ -156,7 +157,8 @@ class Writer:
         if self._arrow is not None:  # else the rows are none
             self._arrow.close()
         self._file.flush()
-        self._content.update(json.dumps([meta["kind"], meta["weights"]]).encode())
+        amounts = [each for each in meta.get("amounts", ()) if each[0] is None and any(each)]  # counts and passes
+        self._content.update(json.dumps([meta["kind"], meta["weights"], *([meta["amounts"]] if amounts else [])]).encode())
         completions, labels = self._shape
         whole = {**meta, "completions": completions, "labels": labels, "content": self._content.hexdigest(),
                  "tokens": self._tokens, "rows": digest(self._directory / ROWS)}  # fmt: skip
@@ -227,9 +229,11 @@ class Dataset:
     def __init__(self, path: Path) -> None:
         meta = json.loads((path / META).read_text())
         table = pa.ipc.open_file(pa.memory_map(str(path / ROWS))).read_all()
-        self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources
+        self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources, 1 where an entry has none
+        self.amounts = tuple(Amount(*each) for each in meta.get("amounts", [])) or (Amount(),) * len(self.weights)
         self.content: str = meta["content"]  # a hash of all items in their order, their kind and the sources' weights
         self.report = tuple(Counts(**counts) for counts in meta["report"])  # one per source
+        self.names: tuple[str, ...] = tuple(meta.get("names", (counts.name for counts in self.report)))
         self.groups = numbers(table["group"])  # (N,) equal prompts share a number
         self.sources = numbers(table["source"])  # (N,) index into weights and report
         self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each

@@ -21,6 +21,8 @@ from halos.config.plugins import code_hash
 from halos.confined import expanded
 from halos.data import cache
 from halos.data.dataset import Counts, Writer, is_whole, publish
+from halos.data.mixture import Amount
+from halos.data.names import names_of
 from halos.data.progress import Progress
 from halos.data.row_tokeniser import BATCH, RowTokeniser
 from halos.data.shards import Shards, in_chunks
@@ -114,7 +116,7 @@ def _shards_of(
 ) -> Shards:
     """Return the shards of a source, by a hash of all that its items depend on: not its weight, nor its place on this disk."""
     place = expanded(source.source.path)
-    irrelevant = {"weight", "path"} if place.exists() else {"weight"}
+    irrelevant = {"weight", "count", "epochs", "name", *(["path"] if place.exists() else [])}
     entry = {name: value for name, value in asdict(source.source).items() if name not in irrelevant}
     key = _key([common, source.fingerprint, entry, purpose])
     about = {"source": source.source.path, "made": made}
@@ -158,8 +160,11 @@ def _write(
                     progress.reach(source.source.path, sum(each.rows for each in report))
             if not counts.kept:
                 raise UserError(f"{counts.line()}: none of them can be used")
-        weights = [each.source.weight for each in opened]
-        writer.finish({"kind": kind, "weights": weights, "report": [asdict(counts) for counts in report], "made": made})
+        sources = [each.source for each in opened]
+        weights = [1.0 if source.weight is None else source.weight for source in sources]
+        amounts, names = [Amount.of(source) for source in sources], names_of(sources)
+        facts = {"kind": kind, "weights": weights, "amounts": amounts, "names": names, "made": made}
+        writer.finish({**facts, "report": [asdict(counts) for counts in report]})
 
 
 def _batches(source: OpenSource, counts: Counts, tokenise: RowTokeniser, shards: Shards) -> Iterator[tuple[str, list[Item]]]:

@@ -1,6 +1,7 @@
 """Data sources: files, directories, hub data sets and bundled data, each with a fingerprint of its content."""
 
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -25,6 +26,7 @@ from halos.errors import UserError
 from halos.types import Demonstration, Example
 
 BUILT_IN = "arithmetic"
+_NAME = re.compile(r"[\w.-]+")
 FORMATS = ("gsm8k", *ADAPTERS, *READERS)
 
 
@@ -34,13 +36,16 @@ class Source:
 
     path: str
     split: str = ""
-    weight: float = 1.0  # of its rows per epoch: 0.5 is half of them, 2 is each twice
+    weight: float | None = None  # of the examples, in proportion to other entries' (data.weights)
     revision: str | None = None
     format: str | None = None
     reader: str | None = None  # a function of the user's, from a path to rows
     columns: Mapping[str, str | None] = field(default_factory=dict)  # name -> that in the file; None leaves the column out
     filter: str | None = None  # a condition on a row's columns, as in the file
     schemas: bool = True  # whether other columns than those of the built-in forms are recognised
+    count: int | None = None  # examples of it in an epoch
+    epochs: float | None = None  # passes over it in an epoch: 0.5 is half of its examples
+    name: str | None = None  # in the header and in metrics; else it is made of the path
 
     @classmethod
     def of(cls, entry: str | Mapping[str, Any]) -> "Source":
@@ -63,8 +68,9 @@ class Source:
         if not isinstance(self.path, str) or not self.path:
             where = f" (for format {self.format}, set data.root to the directory that holds its files)" if self.format else ""
             raise UserError(f"data entry: path={self.path!r} is empty{where}")
-        if isinstance(self.weight, bool) or not isinstance(self.weight, int | float) or not 0 < self.weight < float("inf"):
-            raise UserError(f"data entry {self.path}: weight={self.weight!r} must be a number above 0")
+        self._check_amount()
+        if self.name is not None and (not isinstance(self.name, str) or not _NAME.fullmatch(self.name)):
+            raise UserError(f"data entry {self.path}: name={self.name!r} must be letters, digits, -, _ and dots, such as math")
         if self.format not in (None, *FORMATS) and not is_custom(self.format):
             raise UserError(
                 f"data entry {self.path}: format={self.format!r} must be one of {', '.join(FORMATS)}; or a function of yours from"
@@ -82,6 +88,17 @@ class Source:
             if not isinstance(self.filter, str):
                 raise UserError(f"data entry {self.path}: filter={self.filter!r} must be text, such as 'score >= 2'")
             RowFilter(self.filter)
+
+    def _check_amount(self) -> None:
+        given = {"weight": self.weight, "count": self.count, "epochs": self.epochs}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            kinds, kind = (int, "whole number") if name == "count" else (int | float, "number")
+            if isinstance(value, bool) or not isinstance(value, kinds) or not 0 < value < float("inf"):
+                raise UserError(f"data entry {self.path}: {name}={value!r} must be a {kind} above 0")
+        if len(given) > 1:
+            listed = " and ".join(f"{name}={value:g}" for name, value in given.items())
+            raise UserError(f"data entry {self.path}: {listed} each say how much of it is in an epoch: give one of them")
 
     def _check_reader(self) -> None:
         if self.reader is None:

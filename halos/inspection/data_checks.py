@@ -142,7 +142,9 @@ def _duplicates(data: Dataset) -> Iterable[Finding]:
         usual = "desirable" in data.labels  # of pairs that share a completion
         level: Level = "warning" if extra > FEW * len(data) and not usual else "note"
         text = f"data.train: {counted(extra, 'example repeats', 'examples repeat')} another token for token"
-        remedy = "remove them, or weigh what is meant to count more (weight of a data entry)" if level == "warning" else ""
+        remedy = (
+            "remove them, or draw more often what is meant to count more (epochs of a data entry)" if level == "warning" else ""
+        )
         yield Finding(level, text, _rows(data, repeated), remedy)
 
 

@@ -101,7 +101,7 @@ class DatasetSource:
         self.steps_per_epoch: int | None = self.order.batches_per_epoch
         self.single = datasets.single_completions(self.train.rows, loss)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
-
+        self.mixture = datasets.mixture_lines(self.train.rows, self.order, self.total)
         self.checks = datasets.checks(self.train, self.eval_data, loss, tokenizer)
         self.unmeasured = datasets.unavailable_metrics(config, loss, self.eval_data)
         self.splits = [("train", self.train)] + ([("held out", self.eval_data)] if self.eval_data else [])
@@ -116,6 +116,7 @@ class DatasetSource:
 
     def lines(self) -> list[tuple[str, str]]:
         lines = [(name, line) for name, split in self.splits for line in split.rows.lines()]
+        lines += [("mixture", line) for line in self.mixture]
         return [*lines, ("train", self.single)] if self.single else lines
 
     def first_example(self, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:

@@ -1,5 +1,7 @@
 """The datasets of a run: tokenised once, by rank 0, and opened by all ranks."""
 
+from functools import partial
+
 import numpy as np
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerBase
@@ -10,14 +12,25 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.custom_format import entries_of
 from halos.data.dataset import Dataset, open_dataset
-from halos.data.order import GroupOrder, Order, mismatched_partners
+from halos.data.mixture import Amount, per_epoch, refuse_unmixable
+from halos.data.names import names_of
+from halos.data.order import Epochs, GroupOrder, Mixture, Order, mismatched_partners
 from halos.data.prepare import prepare
+from halos.data.sources import Source
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.inspection import data_checks, template_checks
 from halos.inspection.findings import Check
 from halos.trainers.microbatches import Split
 from halos.types import Labelled, Mismatched
+
+
+def refuse_entries(config: Config) -> None:
+    """Raises UserError for entries of data.train and data.eval that do not fit together, before anything is read."""
+    train, held_out = ([Source.of(entry) for entry in entries_of(config.data, purpose)] for purpose in ("train", "eval"))
+    refuse_unmixable(train, config.data.weights)
+    names_of(train, "train")
+    names_of(held_out, "eval")
 
 
 def load(
@@ -111,7 +124,26 @@ def checks(train: Split, eval_data: Split | None, loss: LossSpec, tokenizer: Pre
     )
 
 
-def order(rows: Dataset, loss: LossSpec, config: Config) -> Order | GroupOrder:
+def order(rows: Dataset, loss: LossSpec, config: Config) -> Epochs | GroupOrder:
+    """Return the order of training. Raises UserError for amounts of sources that leave one of them out."""
+    size, seed, share_out = config.train.batch_size, config.seed, None
+    if config.data.weights == "share" and any(amount != Amount() for amount in rows.amounts):
+        share_out = partial(per_epoch, amounts=rows.amounts, names=rows.names)
     if loss.on_rollouts:
-        return GroupOrder(rows.groups, rows.weights, config.train.batch_size, config.seed)
-    return Order(rows.sources, rows.weights, config.train.batch_size, config.seed)
+        weights = rows.weights if share_out is None else ()
+        return GroupOrder(rows.groups, weights, size, seed, sources=rows.sources, share_out=share_out)
+    return Order(rows.sources, rows.weights, size, seed) if share_out is None else Mixture(rows.sources, share_out, size, seed)
+
+
+def mixture_lines(rows: Dataset, order: Epochs | GroupOrder, total: int) -> list[str]:
+    """Return how much of an epoch comes from each source, and how often a run of so many steps passes over it; nothing where all
+    of one source comes once."""
+    if len(order.sizes) == 1 and order.per_epoch == order.sizes:
+        return []
+    unit, whole = "prompts" if isinstance(order, GroupOrder) else "examples", sum(order.per_epoch)
+    facts = zip(rows.names, order.sizes, order.per_epoch, order.draws(total), strict=True)
+    return [
+        f"{name}: {drawn} of an epoch's {whole} {unit} ({drawn / whole:.1%}), {drawn / size:.3g} passes over its {size};"
+        f" {in_run / size:.3g} in {total} steps"
+        for name, size, drawn, in_run in facts
+    ]

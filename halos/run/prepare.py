@@ -40,7 +40,7 @@ from halos.models import positions
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
 from halos.prove.verdict import Verdict
-from halos.run import input_hashes, models, proof
+from halos.run import datasets, input_hashes, models, proof
 from halos.run.available_metrics import refuse_padded_loss, refuse_unavailable_objective
 from halos.run.batch_source import BatchSource, open_batch_source
 from halos.run.initial_adapter import refuse_mismatched_adapter
@@ -92,6 +92,7 @@ class PreparedRun:
 
 def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> PreparedRun:
     """Check everything that needs no weights. Raises UserError; writes nothing but caches."""
+    datasets.refuse_entries(config)
     loss = bind_loss(config.loss, config.plugins)
     trainer = bind_trainer(config.trainer, loss, config.plugins)
     trained = config.model.dtype if config.peft.name == "none" else "float32"  # an adapter is float32
