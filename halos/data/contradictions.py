@@ -9,6 +9,8 @@ from halos.examples import Example
 VERDICTS = ("label", "reward", "margin")  # numbers that some form learns from
 ANSWERS = ("completion", "chosen", "rejected", "messages")
 WEIGHTS = ("weight", "train")  # of a turn of messages; no form reads one of a row
+INPUTS = ("input", "context", "history")  # what a prompt may be about; a known schema joins it
+EMPTY = (None, "", "[]", [], {})
 REMEDY = "leave it out or rename it, or make the example with a function of yours (data.format)"
 
 
@@ -21,6 +23,28 @@ def refuse_weights(columns: Mapping[str, Any], where: str) -> None:
                 f"{where}: the row has {name}={value}, which would be lost: a turn of messages may have a {name} of 0, an entry"
                 f" of data.train a weight, and a row neither; {REMEDY}"
             )
+
+
+def refuse_unread_inputs(columns: Mapping[str, Any], where: str, *, schemas: bool) -> None:
+    """Raises UserError for a column that belongs to the prompt, and is neither joined to it nor in it."""
+    asked = "instruction" if "prompt" not in columns else "prompt"
+    is_answered = asked in columns and not {"completion", "chosen"}.isdisjoint(columns) and schemas
+    for name in INPUTS:
+        value = columns.get(name)
+        belongs = {"history": True, "input": is_answered or (asked in columns and asked == "instruction"),
+                   "context": is_answered and isinstance(value, str)}[name]  # fmt: skip
+        if value in EMPTY or not belongs or (name != "history" and str(value).strip() in _words(columns[asked])):
+            continue
+        raise UserError(
+            f"{where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns, or leave"
+            f" it out (data.columns={{{name}: null}})"
+        )
+
+
+def _words(value: Any) -> str:
+    """Return the words of a prompt, text or turns."""
+    turns = value if isinstance(value, Sequence) and not isinstance(value, str) else []
+    return "\n".join(str(turn.get("content")) for turn in turns if isinstance(turn, Mapping)) if turns else str(value)
 
 
 def refuse_contradictions(columns: Mapping[str, Any], form: Sequence[str], example: Example, where: str) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from halos.data.contradictions import refuse_contradictions, refuse_weights
+from halos.data.contradictions import refuse_contradictions, refuse_unread_inputs, refuse_weights
 from halos.data.messages import is_learned, turns_of, with_settings, with_system
 from halos.data.parts import check_completion, label_of, number_of, prompt_and_completion
 from halos.data.records import RECORDS, refuse_other_logps, with_reward
@@ -132,14 +132,10 @@ def _reading(row: Row) -> Reading:
     is_record = str(columns.get("type")) in RECORDS
     reading = recognised(columns, row.where) if row.schemas and not is_record else Reading(columns)
     columns = reading.columns
-    empty = (None, "", "[]", [], {})
-    asked = "instruction" if "prompt" not in columns else "prompt"
-    for name in ("input", "history") if asked == "instruction" and asked in columns else ("history",):
-        if columns.get(name) not in empty and not is_record:
-            raise UserError(
-                f"{row.where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns"
-            )
-    return reading if is_record else reading._replace(columns=with_settings(with_system(columns, row.where), row.where))
+    if is_record:
+        return reading
+    refuse_unread_inputs(columns, row.where, schemas=row.schemas)
+    return reading._replace(columns=with_settings(with_system(columns, row.where), row.where))
 
 
 def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:

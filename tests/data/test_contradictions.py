@@ -43,6 +43,22 @@ def test_a_column_that_another_form_learns_from_is_refused_by_name(columns: dict
         read(columns)
 
 
+@pytest.mark.parametrize("columns", [
+    {"instruction": "Add one.", "input": 41, "output": "42"}, {"instruction": "Sort.", "input": ["b", "a"], "output": "a b"},
+    {"prompt": "Translate.", "input": "Bonjour", "output": "Hello"},
+    {"prompt": "Who?", "context": "Bob did.", "completion": "Bob"},
+    {"prompt": [user("Who?")], "context": "Bob did.", "chosen": "Bob", "rejected": "Al"},
+])  # fmt: skip
+def test_what_a_prompt_is_about_is_refused_where_it_is_not_joined_to_it(columns: dict[str, object]) -> None:
+    name = "input" if "input" in columns else "context"
+    with pytest.raises(UserError, match=rf"^a\.jsonl:12: a column '{name}' is not read, and would be lost: .*{name}: null"):
+        read(columns)
+    # it is in the prompt, or no text, or the row is of another form
+    read({"prompt": "Who? Bob did.", "context": " Bob did. ", "completion": "Bob"})
+    read({"prompt": "Who?", "context": {"source": "web"}, "completion": "Bob"})
+    read({**TALK, "prompt": "One?", "context": "Bob did.", "input": "Bob did."})
+
+
 @pytest.mark.parametrize(
     ("columns", "example"),
     [

@@ -249,7 +249,7 @@ def test_a_column_that_would_be_lost_is_refused_unless_it_is_empty():
     with pytest.raises(UserError, match="'input' is not read, and would be lost: put its content into instruction"):
         read_prompt(Row({"instruction": "Add.", "input": "1, 1"}, "a.jsonl:12", schemas=False))
     assert read_prompt(Row({"instruction": "One?", "input": "", "history": []}, "a.jsonl:12")) == (Q, None)
-    assert read(prompt="One?", input="anything", completion="one") == Demonstration(Q, GOOD), "it is no part of the prompt"
+    assert read(prompt="One?", input="One?", completion="one") == Demonstration(Q, GOOD), "the prompt holds it"
 
 
 def test_arguments_of_a_tool_call_become_an_object():
