@@ -1,6 +1,7 @@
 """Rows of schemas that are told by their columns."""
 
 import json
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,7 @@ def test_scores_are_margins_unless_they_contradict_the_order() -> None:
         assert read(**pair, **{good: "8.5", bad: 6}).margin == 2.5
         parsed = parse(Row({**pair, good: 1, bad: 2}, WHERE), score="last")
         assert parsed.dropped == f"whose scores contradict their order ({good} < {bad})"
+        assert read(**pair, **{good: Decimal("2.5"), bad: Decimal(1)}).margin == 1.5, "of a decimal column"
         assert read(**pair, **{good: 1, bad: 2, "margin": 7}).margin == 7
         assert read(**pair, **{good: None, bad: 2}).margin is None
 
