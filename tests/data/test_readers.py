@@ -99,7 +99,8 @@ def test_other_separators_and_messages_in_a_field(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "a, b"}]
     (tmp_path / "a.csv").write_text("prompt;completion\na,b;c\n")
     (tmp_path / "b.tsv").write_text('prompt\tcompletion\na,"b"\tc\n')
-    (tmp_path / "c.csv").write_text('prompt,completion\n"' + json.dumps(turns).replace('"', '""') + '",[{}\n')
+    quoted = json.dumps(turns, indent=1).replace('"', '""')
+    (tmp_path / "c.csv").write_text(f'prompt,completion\n"{quoted}",[{{}}\n')
     assert records(str(tmp_path / "a.csv")) == [{"prompt": "a,b", "completion": "c"}]
     assert records(str(tmp_path / "b.tsv")) == [{"prompt": 'a,"b"', "completion": "c"}]
     assert records(str(tmp_path / "c.csv")) == [{"prompt": turns, "completion": "[{}"}]

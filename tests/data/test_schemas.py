@@ -106,6 +106,20 @@ def test_what_could_be_read_in_several_ways_or_lost_is_refused(columns: dict[str
     refuses(words.replace("{", r"\{"), **columns)
 
 
+def test_turns_as_json_text_are_turns_in_every_column_and_python_s_are_refused() -> None:
+    talk = [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "one"}]
+    for columns in ({"messages": [*Q, *GOOD]}, {"conversations": talk}, {"prompt": "One?", "completion": GOOD[0]}):
+        text = {name: json.dumps(value, indent=2) if name != "prompt" else value for name, value in columns.items()}
+        assert read(**text) == Demonstration(Q, GOOD)
+    pair = {"chosen": f" {json.dumps([*Q, *GOOD])}", "rejected": json.dumps([*Q, *BAD])}
+    assert read(prompt="One?", **pair) == read(prompt=json.dumps([*Q]), **pair) == Comparison(Q, GOOD, BAD)
+    assert read_prompt(Row({"prompt": json.dumps([*Q])}, WHERE)) == (Q, None)
+    for column in ("prompt", "completion"):
+        refuses(f"{column} is a list of messages as Python prints it", **{"prompt": "a", "completion": "b", column: f"[ {Q[0]}]"})
+    for other in ('[{"city": "Rome"}]', '{"a": 1}', "[{", "[{'a': 1}]", "{{ x }}"):
+        assert read(prompt="One?", completion=other) == Demonstration(Q, (says(other),)), "text that holds no turns"
+
+
 def test_names_of_prompts_and_answers() -> None:
     for asked in ("prompt", "instruction", "question", "query", "input"):
         for answer in ("completion", "response", "answer", "output"):

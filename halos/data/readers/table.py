@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -11,6 +12,8 @@ from typing import Any
 from halos.data.readers.streams import opened_text
 from halos.data.row import Row
 from halos.errors import UserError, first_line_of
+
+_OBJECTS = re.compile(r"\s*\[\s*\{")  # how JSON of a list of objects begins
 
 
 def read_csv(path: Path) -> Iterator[Row]:
@@ -80,7 +83,7 @@ def _record(names: Sequence[str], fields: Sequence[str], where: str) -> dict[str
 
 def _value(field: str, name: str, where: str) -> Any:
     """Return a field: text; null where it is empty; and a list of messages where it is the JSON text of one."""
-    if not field.startswith("[{"):
+    if not _OBJECTS.match(field):
         return field or None
     try:
         value = json.loads(field)
