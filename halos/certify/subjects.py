@@ -1,0 +1,91 @@
+"""From the names on the command line to losses, with the numbers that are worked for them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import halos.losses
+from halos.certify import worked
+from halos.certify.worked import Worked
+from halos.config.bind import LossSpec, bind_loss
+from halos.config.suggest import nearest
+from halos.errors import UserError, user_errors
+from halos.repository import CONFIG
+
+OURS = Path(halos.losses.__file__).parent / "worked.yaml"
+SHAPE = "a mapping with `examples`, a list, and optionally `exempt`, a mapping; or several of them under names of losses"
+
+
+@dataclass(frozen=True)
+class Named:
+    """A loss as it is named, and what is worked for it."""
+
+    name: str
+    target: str
+    spec: LossSpec
+    worked: Worked
+
+
+def choices() -> list[str]:
+    """The losses of config/loss: those with a function."""
+    names = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
+    return [name for name in names if "_target_" in _choice(name)]
+
+
+def named(name: str, overrides: Mapping[str, Any], plugins: Sequence[str], examples: Path | None) -> Named:
+    """A loss of config/loss, or the function at a dotted path. Raises UserError where it does not exist or cannot be bound."""
+    known = choices()
+    if "." not in name and name not in known:
+        near = nearest(name, known)
+        raise UserError(f"there is no loss {name!r}{f': did you mean {near}?' if near else ''}. There are {', '.join(known)};"
+                        " a loss of yours is the dotted path of its function, with --plugins its package")  # fmt: skip
+    settings = {**(_choice(name) if name in known else {"_target_": name}), **overrides}
+    spec = bind_loss(settings, plugins)
+    return Named(name, str(settings["_target_"]), spec, _worked(name, spec, examples))
+
+
+def _choice(name: str) -> dict[str, Any]:
+    """The node `loss` of a YAML, over that of the YAML that it is a variant of."""
+    node = _read(CONFIG / "loss" / f"{name}.yaml")
+    before: dict[str, Any] = {}
+    for other in node.get("defaults", ()):
+        before = before if other == "_self_" or not isinstance(other, str) else _choice(other)
+    return {**before, **(node.get("loss") or {})}
+
+
+@cache
+def _read(path: Path) -> dict[str, Any]:
+    with user_errors(f"{path} cannot be read"):
+        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(node, dict):
+        raise UserError(f"{path} holds a {type(node).__name__}: {SHAPE}")
+    return node
+
+
+def _worked(name: str, spec: LossSpec, file: Path | None) -> Worked:
+    """From the file given; else what the module declares; for losses of halos, from their file."""
+    module = sys.modules[worked.function_of(spec).__module__]
+    if file is not None:
+        node = _read(file)
+        node = node.get(name) or node.get(spec.name) or node
+    elif "EXAMPLES" in vars(module):
+        node = {"examples": vars(module)["EXAMPLES"], "exempt": vars(module).get("EXEMPT", {})}
+    else:
+        node = _read(OURS).get(spec.name, {}) if module.__name__.startswith("halos.") else {}
+    examples, exempt = node.get("examples", []), node.get("exempt", {})
+    if (
+        not isinstance(examples, list)
+        or not all(isinstance(each, Mapping) for each in examples)
+        or not isinstance(exempt, Mapping)
+    ):
+        raise UserError(f"the worked examples of {name} are not {SHAPE}")
+    for example in examples:
+        worked.legal(spec, example)
+    return Worked(examples, exempt)

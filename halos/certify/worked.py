@@ -1,0 +1,208 @@
+"""Worked examples: numbers that somebody computed by hand, and the comparison of a loss with them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from functools import cache
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from halos.config.bind import LossSpec
+from halos.config.signature import keywords, positional
+from halos.errors import UserError
+from halos.types import Estimates, Loss, Mismatched, Sampled, TokenLogps
+
+TOLERANCE = 2e-6  # of numbers that are written with six digits, relative to those above 1
+RESULTS = ("values", "per", "gradient", "metrics", "advantages", "returns", "after", "start")
+PARTS = {"sampled": "advantages", "start": "start", "totals": "update"}  # of an example, and the function that it is of
+Namespace = Mapping[str, Any]  # what the names of the loss's module mean: it, or a mutant of it
+
+
+@dataclass(frozen=True, slots=True)
+class Worked:
+    """What a loss declares beside its function, as EXAMPLES and EXEMPT, or what --examples says of it."""
+
+    examples: Sequence[Mapping[str, Any]] = ()
+    exempt: Mapping[str, str] = field(default_factory=dict)  # a check, or the text of a mutant: why it does not count
+
+
+def settings_of(spec: LossSpec, example: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters that an example depends on: its own, and the others of its function as the loss has them."""
+    function = next((PARTS[part] for part in PARTS if part in example), function_of(spec).__name__)
+    keys = _keys(function_of(spec).__module__, function)
+    keys += _keys(function_of(spec).__module__, "statistics") if spec.statistics is not None else ()
+    return {name: spec.settings[name] for name in keys if name in spec.settings} | dict(example.get("keys", {}))
+
+
+def problem(spec: LossSpec, namespace: Namespace, example: Mapping[str, Any]) -> str | None:
+    """The first number in which the loss differs from the example; None where it has them all."""
+    settings = settings_of(spec, example)
+    for name, expected, found in _results(spec, namespace, example, settings):
+        if (wrong := _differs(name, expected, found)) is not None:
+            return wrong
+    return None
+
+
+def _results(
+    spec: LossSpec, namespace: Namespace, example: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Any, Any]]:
+    """Names of results with what they should be and what they are."""
+
+    def call(name: str, *arguments: Any) -> Any:
+        keys = _keys(function_of(spec).__module__, name)
+        return namespace[name](*arguments, **{key: settings[key] for key in keys if key in settings})
+
+    if "sampled" in example:
+        estimates: Estimates = call("advantages", built(Sampled, example["sampled"]))
+        found = {"advantages": estimates.advantages, "returns": estimates.returns}
+        yield from ((name, example[name], found[name]) for name in found if name in example)
+        yield from (("metric " + name, each, _mean(estimates.metrics[name])) for name, each in example.get("metrics", {}).items())
+        return
+    if "start" in example:
+        yield "start", example["start"], call("start")
+        return
+    if "totals" in example:
+        yield "after", example["after"], call("update", example["state"], example["totals"])
+        return
+    function, leaves = function_of(spec), dict[str, Tensor]()
+    loss: Loss = call(function.__name__, *_arguments(spec, call, example, leaves))
+    expected = example["values"]
+    if isinstance(expected, Mapping):
+        yield from ((f"values of {name}", each, loss.parts[name].values) for name, each in expected.items())
+        yield from (("per", per, loss.parts[name].per) for name, per in example.get("per", {}).items())
+    else:
+        yield "values", expected, loss.values
+        yield "per", example.get("per", "item"), loss.per
+    if "gradient" in example:
+        found = torch.autograd.grad(loss.values.sum(), list(leaves.values()), allow_unused=True)
+        gradients = dict(zip(leaves, found, strict=True))
+        yield from (
+            (f"gradient {name}".strip(), each, _as_ragged(gradients[name], each)) for name, each in _flat(example["gradient"])
+        )
+    yield from ((f"metric {name}", each, _mean(loss.metrics[name])) for name, each in example.get("metrics", {}).items())
+
+
+@cache
+def _keys(module: str, name: str) -> tuple[str, ...]:
+    return tuple(keywords(vars(sys.modules[module])[name]))
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def function_of(spec: LossSpec) -> Any:
+    """The loss's function itself."""
+    return getattr(spec.function, "func", spec.function)
+
+
+def _arguments(spec: LossSpec, call: Any, example: Mapping[str, Any], leaves: dict[str, Tensor]) -> Iterator[Any]:
+    """The loss's positional arguments; `leaves` gets the tensors of the first, by name."""
+    function = function_of(spec)
+    hints, made = _hints(function), list[Any]()
+    for name in positional(function):
+        given = example.get(name)
+        if name == "statistics" and (given is None or isinstance(given, Mapping)):
+            rows = [built(Mismatched, {"completion": each}) for each in (given or {}).values()]
+            value = call("statistics", *(rows or made)).detach()
+        elif name == "state":
+            value = given
+        else:
+            value = None if given is None else built(hints[name], given, leaves if not made else None)
+        made.append(value)
+    return iter(made)
+
+
+# --- from lists to input types -----------------------------------------------------------------------------------------
+
+
+def built(kind: Any, given: Any, leaves: dict[str, Tensor] | None = None, name: str = "") -> Any:
+    """An input type from lists: of TokenLogps ragged rows, or a mapping of its fields; of others a mapping of their fields."""
+    kind = next((each for each in get_args(kind) if each is not type(None)), kind) if get_args(kind) else kind
+    if kind is Tensor:
+        return _leaf(_tensor(given), leaves, name)
+    if kind is TokenLogps:
+        columns = given if isinstance(given, Mapping) else {"values": given}
+        lengths = torch.tensor([[len(row)] for row in columns["values"]])
+        mask = torch.arange(max(1, int(lengths.max()))) < lengths
+        made = {part: _tensor(rows) for part, rows in columns.items()}
+        return TokenLogps(_leaf(made.pop("values"), leaves, name), mask, **made)
+    if not is_dataclass(kind) or not isinstance(given, Mapping):
+        raise UserError(f"an example gives {name or 'an input'} as {given!r}: lists of numbers, or a mapping of fields")
+    hints = _hints(kind)
+    if unknown := given.keys() - {each.name for each in fields(kind)}:
+        raise UserError(f"an example gives {', '.join(sorted(unknown))}: {kind.__name__} has {', '.join(hints)}")
+    parts = {each.name: built(hints[each.name], given[each.name], leaves, f"{name}.{each.name}".strip("."))
+             if given.get(each.name) is not None else None for each in fields(kind)}  # fmt: skip
+    return kind(**parts)
+
+
+def _leaf(value: Tensor, leaves: dict[str, Tensor] | None, name: str) -> Tensor:
+    if leaves is not None and value.is_floating_point():
+        leaves[name] = value.requires_grad_()
+    return value
+
+
+def _tensor(given: Any) -> Tensor:
+    """Numbers as they are, ragged rows padded with 0; floats in float64."""
+    if isinstance(given, Sequence) and given and isinstance(given[0], Sequence):
+        width = max(1, *map(len, given))
+        given = [[*row, *[0.0] * (width - len(row))] for row in given]
+    made = torch.tensor(given)
+    return made.double() if made.is_floating_point() else made
+
+
+# --- comparison --------------------------------------------------------------------------------------------------------
+
+
+def _flat(given: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(given, Mapping):
+        for key, each in given.items():
+            yield from _flat(each, f"{name}.{key}".strip("."))
+    else:
+        yield name, given
+
+
+def _as_ragged(found: Tensor | None, rows: Sequence[Any]) -> Tensor | None:
+    """A gradient with zeros where the rows of the example have ended: what padding gets does not count."""
+    if found is None or found.ndim < 2:
+        return found
+    lengths = torch.tensor([[len(row)] for row in rows])
+    return torch.where(torch.arange(found.shape[1]) < lengths, found, 0.0)[:, : max(1, int(lengths.max()))]
+
+
+def _mean(mean: Any) -> Tensor:
+    return mean.total / mean.count
+
+
+def _differs(name: str, expected: Any, found: Any) -> str | None:
+    if isinstance(expected, str):
+        return None if expected == found else f"{name} is {found}, not {expected}"
+    if isinstance(expected, Mapping):
+        wrong = [key for key, each in expected.items() if abs(found[key] - each) > TOLERANCE * max(1.0, abs(each))]
+        return f"{name}: {wrong[0]} is {found[wrong[0]]:.7g}, not {expected[wrong[0]]:.7g}" if wrong else None
+    wanted = _tensor(expected).double()
+    if found is None:
+        return f"there is no {name}"
+    got = torch.as_tensor(found).detach().double()
+    if got.shape != wanted.shape:
+        return f"{name} has the shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
+    off = ~((got - wanted).abs() <= TOLERANCE * wanted.abs().clamp(min=1.0))  # NaN too
+    if not off.any():
+        return None
+    at = tuple(off.nonzero()[0].tolist())
+    return f"{name}{list(at) if at else ''} is {got[at].item():.7g}, not {wanted[at].item():.7g}"
+
+
+def legal(spec: LossSpec, example: Mapping[str, Any]) -> None:
+    """Raises UserError for an example that has no result, or parts that the loss does not take."""
+    takes = (*positional(function_of(spec)), "keys", "sampled", "totals", "state", *RESULTS)
+    if unknown := [name for name in example if name not in takes]:
+        raise UserError(f"an example of {spec.name} has {unknown[0]!r}: it may have {', '.join(takes)}")
+    if not {"values", "advantages", "returns", "after", "start"} & example.keys():
+        raise UserError(f"an example of {spec.name} has no result: give values, or advantages with sampled")
