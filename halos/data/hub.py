@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.config.suggest import nearest
+from halos.data.readers.columnar import class_names, with_classes
 from halos.data.readers.kinds import READERS, is_data, is_read
 from halos.data.readers.streams import CODECS
 from halos.data.row import Row
@@ -92,8 +93,10 @@ def rows_of_hub(path: str, split: str, revision: str | None, purpose: str, hint:
     assert isinstance(loaded, Dataset)
     table = loaded
 
+    classes = class_names(table.features.arrow_schema.metadata)
+
     def rows() -> Iterator[Row]:
-        return (Row(dict(record), f"{path}[{split}]:{n}") for n, record in enumerate(table, 1))
+        return (Row(with_classes(dict(record), classes), f"{path}[{split}]:{n}") for n, record in enumerate(table, 1))
 
     return table._fingerprint, rows
 

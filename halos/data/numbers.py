@@ -21,6 +21,18 @@ def number_in(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+class ClassNumber(int):
+    """The number of a class in a table of `datasets` whose name is a verdict: 0 may be `chosen`, the first of the names."""
+
+    is_desirable: bool
+
+    @classmethod
+    def of(cls, number: int, name: str) -> "ClassNumber":
+        new = cls(number)
+        new.is_desirable = bool(verdict_in(name))
+        return new
+
+
 # words for a completion that is to be learned from, and for one that is not; blanks, hyphens, underscores and case do not matter
 DESIRABLE = ("good", "true", "yes", "desirable", "chosen", "positive", "correct", "accepted", "thumbs up", "up", "👍", "1")
 UNDESIRABLE = (
@@ -30,6 +42,8 @@ UNDESIRABLE = (
 
 def verdict_in(value: Any) -> bool | None:
     """Return whether a label says that a completion is desirable: true, 1 or a word for it; None for anything unknown."""
+    if isinstance(value, ClassNumber):
+        return value.is_desirable
     if isinstance(value, str):
         words = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", value.strip().lower())
         return True if words in DESIRABLE else False if words in UNDESIRABLE else None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from halos.data.messages import is_learned, turns_of
-from halos.data.numbers import number_in
+from halos.data.numbers import ClassNumber, number_in
 from halos.errors import UserError
 from halos.types import Turns
 
@@ -44,6 +44,8 @@ def number_of(columns: Mapping[str, Any], column: str, where: str) -> float | No
 def label_of(columns: Mapping[str, Any], allowed: tuple[int, ...], where: str) -> bool:
     """Return whether a row's label says that it is desirable. Raises UserError for one that is not `allowed`."""
     value = columns.get("label")
+    if isinstance(value, ClassNumber):
+        return value.is_desirable
     if not isinstance(value, int | float) or value not in allowed:
         raise UserError(f"{where}: label is {value!r}; it must be true or false, or one of {', '.join(map(str, allowed))}")
     return value > 0

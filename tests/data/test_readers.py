@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 from halos.data.files import Row
+from halos.data.formats import read_example
 from halos.data.readers import json_rows
 from halos.data.readers.kinds import READERS
 from halos.data.readers.streams import CODECS
@@ -157,6 +159,22 @@ def test_directories_of_save_to_disk_are_read_in_their_order(tmp_path: Path) -> 
     refuses({"path": str(tmp_path / "two"), "split": "test"}, "its rows are selected by an index beside them")
     (tmp_path / "one" / "data-00001-of-00003.arrow").unlink()
     refuses(str(tmp_path / "one"), r"its state\.json names data-00001-of-00003\.arrow, which is missing")
+
+
+def test_the_number_of_a_class_whose_name_is_a_verdict_is_a_label_by_its_name(tmp_path: Path) -> None:
+    """`class_encode_column` numbers the words of a column in their alphabetical order: chosen is 0."""
+    rows = [{"prompt": "?", "completion": "!", "label": word, "kind": "b"} for word in ("chosen", "rejected", None)]
+    whole = datasets.Dataset.from_list(rows).class_encode_column("label").class_encode_column("kind")
+    assert whole["label"] == [0, 1, None]
+    whole.save_to_disk(tmp_path / "saved")
+    whole.to_parquet(tmp_path / "a.parquet")
+    for path in (tmp_path / "saved", tmp_path / "a.parquet"):
+        one, other, none = read(str(path))
+        for row, label in ((one, True), (other, False)):
+            again = pickle.loads(pickle.dumps(row))._replace(schemas=False)  # as it is sent to a process
+            for each in (row, again, row._replace(record={**row.record, "label": None, "kto_tag": row.record["label"]})):
+                assert read_example(each, score="last").numbers() == {"desirable": label}
+        assert [one.record["label"], other.record["label"], none.record["label"], one.record["kind"]] == [0, 1, None, 0]
 
 
 # --- patterns and sums of splits ---------------------------------------------------------------------------------------

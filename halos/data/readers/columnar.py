@@ -1,9 +1,11 @@
 """Read rows of parquet and arrow files, counted from 1."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from halos.data.numbers import ClassNumber, verdict_in
 from halos.data.row import Row
 from halos.errors import UserError, user_errors
 
@@ -45,7 +47,7 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
 
 
 def _rows(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
-    number = 0
+    number, classes = 0, dict[str, Sequence[str]]()
     while True:
         with user_errors(f"{path}: not a readable {kind} file, from row {number + 1} on"):
             batch = next(batches, None)
@@ -53,9 +55,28 @@ def _rows(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
                 batch.validate(full=True)  # offsets of a damaged file would be followed anywhere
         if batch is None:
             return
+        classes = classes or class_names(batch.schema.metadata)
         for start in range(0, batch.num_rows, BATCH):
             with user_errors(f"{path}: not a readable {kind} file, from row {number + 1} on"):
                 records = batch.slice(start, BATCH).to_pylist()
             for record in records:
                 number += 1
-                yield Row(record, f"{path}:{number}")
+                yield Row(with_classes(record, classes), f"{path}:{number}")
+
+
+def class_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, Sequence[str]]:
+    """Return the names of the classes of columns that hold their numbers, where all are verdicts; `datasets` keeps them beside a
+    table, by its features."""
+    try:
+        features = json.loads((metadata or {})[b"huggingface"])["info"]["features"]
+        classes = {name: each["names"] for name, each in features.items() if each.get("_type") == "ClassLabel"}
+    except (KeyError, ValueError, TypeError, AttributeError):  # of another writer, or another version
+        return {}
+    return {name: names for name, names in classes.items() if all(verdict_in(each) is not None for each in names)}
+
+
+def with_classes(record: dict[str, Any], classes: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Let numbers of classes whose names are verdicts know them."""
+    known = {name: ClassNumber.of(number, names[number]) for name, names in classes.items()
+             if isinstance(number := record.get(name), int) and 0 <= number < len(names)}  # fmt: skip
+    return {**record, **known} if known else record
