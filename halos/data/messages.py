@@ -10,6 +10,7 @@ from halos.examples import Message, Turns
 ROLES = ("system", "developer", "user", "assistant", "tool")
 SYSTEM = ("system", "developer")
 WEIGHT = "weight"  # of an assistant turn: 0 where it is not trained on
+WEIGHT_NAMES = (WEIGHT, "train", "loss")  # in rows; `loss` as ms-swift and XTuner write it
 REASONING, REASONING_NAMES = "reasoning_content", ("reasoning_content", "reasoning", "thinking")  # of a turn; the first is ours
 SETTINGS = "chat_template_kwargs"  # of a conversation's first turn: what the template gets besides turns, `tools` among it
 OURS = (WEIGHT, SETTINGS)  # keys of a turn that are none of the template's
@@ -158,12 +159,12 @@ def _with_reasoning(turn: dict[str, Any], column: str, where: str) -> dict[str, 
 
 
 def _with_weight(turn: dict[str, Any], column: str, where: str) -> Message:
-    """Reduce `weight` and `train` to a weight of 0 on assistant turns that are not trained on; other turns have neither."""
-    for name in (WEIGHT, "train"):
-        if turn.get(name, 1) not in (0, 1):
-            raise UserError(f"{where}: {column} has a turn whose {name} is {turn[name]!r}: 1 is trained on, and 0 is not")
-    learned = turn.pop(WEIGHT, 1) and turn.pop("train", 1)
-    return turn if learned or turn["role"] != "assistant" else {**turn, WEIGHT: 0}
+    """Reduce its weight to 0 on assistant turns that are not trained on; other turns have none."""
+    given = {name: turn.pop(name) for name in WEIGHT_NAMES if name in turn}
+    for name, value in given.items():
+        if value not in (0, 1):
+            raise UserError(f"{where}: {column} has a turn whose {name} is {value!r}: 1 is trained on, and 0 is not")
+    return turn if all(given.values()) or turn["role"] != "assistant" else {**turn, WEIGHT: 0}
 
 
 def _tool_calls(calls: Any, column: str, where: str) -> list[Any]:

@@ -263,7 +263,7 @@ def test_arguments_of_a_tool_call_become_an_object():
     refuses("tool_calls of messages must be a list of objects", messages=[*Q, {**says("a"), "tool_calls": "add"}])
 
 
-@pytest.mark.parametrize("key", ["weight", "train"])
+@pytest.mark.parametrize("key", ["weight", "train", "loss"])
 def test_a_turn_of_weight_0_is_not_trained_on(key: str):
     talk = [*Q, {**GOOD[0], key: 0}, user("Two?"), {**BAD[0], key: 1}, user("So?"), {**says("no"), key: False}]
     unlearned = {**GOOD[0], "weight": 0}
