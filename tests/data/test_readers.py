@@ -103,6 +103,8 @@ def test_other_separators_and_messages_in_a_field(tmp_path: Path) -> None:
     (tmp_path / "b.tsv").write_text('prompt\tcompletion\na,"b"\tc\n')
     quoted = json.dumps(turns, indent=1).replace('"', '""')
     (tmp_path / "c.csv").write_text(f'prompt,completion\n"{quoted}",[{{}}\n')
+    (tmp_path / "d.csv").write_text('prompt, completion\n"a, b", "c"\n" d", " e"\n')
+    assert records(str(tmp_path / "d.csv")) == [{"prompt": "a, b", "completion": "c"}, {"prompt": " d", "completion": " e"}]
     assert records(str(tmp_path / "a.csv")) == [{"prompt": "a,b", "completion": "c"}]
     assert records(str(tmp_path / "b.tsv")) == [{"prompt": 'a,"b"', "completion": "c"}]
     assert records(str(tmp_path / "c.csv")) == [{"prompt": turns, "completion": "[{}"}]

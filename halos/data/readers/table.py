@@ -32,7 +32,8 @@ def _read(path: Path, delimiters: str) -> Iterator[Row]:
         lines = _lines(file, path)
         first = next(lines, "")
         delimiter = next((each for each in delimiters if each in first), delimiters[0])
-        reader = csv.reader(chain([first], lines), delimiter=delimiter, strict=True)
+        spaced = f"{delimiter} " in first  # and so are the rows: a quote after a blank would be a part of the text
+        reader = csv.reader(chain([first], lines), delimiter=delimiter, skipinitialspace=spaced, strict=True)
         names = list[str]()
         while True:
             where = f"{path}:{reader.line_num + 1}"
