@@ -17,6 +17,9 @@ from halos.errors import UserError
 from halos.types import TOKEN_STATISTICS, LossInput, RolloutInput, Sampled, TokenLogps
 
 MORE = ("reference", "statistics", "state")  # positional parameters that a loss may have after its first
+# functions that a loss's module may have, whose keyword-only parameters are keys of the loss too
+OPTIONAL = ("examples", "advantages", "adapt", "check", "needs_reference", "ratio_level", "check_rewards", "adapt_entropy",
+            "token_statistics")  # fmt: skip
 FUNCTIONS = {"statistics": ("statistics",), "state": ("start", "update")}  # of its module that they need
 
 
@@ -39,6 +42,8 @@ class LossSpec:
     check_rewards: Callable[..., str | None] | None = None  # of data or of a sampled batch: a complaint, where they do not fit
     start: Mapping[str, float] | None = None  # its state before the first step, where it has a parameter `state`
     update: Callable[..., Mapping[str, float]] | None = None  # returns the state after a step
+    adapt_entropy: Callable[..., float] | None = None  # returns the entropy coefficient for the next step
+    token_statistics: tuple[str, ...] = ()  # of its input type, and those that its hyperparameters ask for
     ratio_level: str = "token"  # of a loss on rollouts: its ratio pi / pi_old is of a token, or of a whole completion (sequence)
 
     @property
@@ -86,6 +91,8 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
         start=_numbers(bound["start"](), name) if "start" in bound else None,
         update=bound.get("update"),
         ratio_level=bound["ratio_level"]() if "ratio_level" in bound else "token",
+        adapt_entropy=bound.get("adapt_entropy"),
+        token_statistics=(*first.token_statistics, *(bound["token_statistics"]() if "token_statistics" in bound else ())),
     )
 
 
@@ -100,8 +107,7 @@ def _functions_of(module: ModuleType, inputs: type[LossInput], arguments: Sequen
     if issubclass(inputs, RolloutInput) and own.get("advantages") is None:
         raise UserError(f"{name} takes {inputs.__name__}, but {module.__name__} has no function `advantages`")
     asked = [each for parameter, needed in FUNCTIONS.items() if parameter in arguments for each in needed]
-    names = ("examples", "advantages", "adapt", "check", "needs_reference", "ratio_level", "check_rewards", *asked)
-    return {each: own[each] for each in names if own.get(each) is not None}
+    return {each: own[each] for each in (*OPTIONAL, *asked) if own.get(each) is not None}
 
 
 def _numbers(state: Any, name: str) -> dict[str, float]:

@@ -23,14 +23,15 @@ NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "cosine": ("halos.schedules.cosine", ("warmup", "final")),
     },
 }
+NO_BONUS = {"entropy_coefficient": 0.0, "entropy_target": None, "entropy_step": 0.005, "entropy_most": 1.0}
 # keys that a target took later, with the value that a run without them had
 ADDED: dict[tuple[str, str], dict[str, Any]] = {
     ("optim", NAMES["optim"]["adamw"][0]): {"fused": False},
     ("loss", "halos.losses.grpo.grpo"): {"kl_ratio": False, "baseline": "mean", "dual_clip": None, "tau_positive": None,
-                                         "tau_negative": None, "off_policy_threshold": None},
-    ("loss", "halos.losses.ppo.ppo"): {"dual_clip": None},
-    ("loss", "halos.losses.rloo.rloo"): {"dual_clip": None},
-    ("loss", "halos.losses.reinforce_plus_plus.reinforce_plus_plus"): {"dual_clip": None},
+                                         "tau_negative": None, "off_policy_threshold": None, **NO_BONUS},
+    ("loss", "halos.losses.ppo.ppo"): {"dual_clip": None, **NO_BONUS},
+    ("loss", "halos.losses.rloo.rloo"): {"dual_clip": None, **NO_BONUS},
+    ("loss", "halos.losses.reinforce_plus_plus.reinforce_plus_plus"): {"dual_clip": None, **NO_BONUS},
 }  # fmt: skip
 OWN = {"optim": {"betas", "eps", "fused"}, "schedule": {"warmup", "final"}}  # keys that not every name takes
 

@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from halos.losses import entropy
+from halos.losses.entropy import Coefficient, adapt_entropy, token_statistics, with_entropy  # noqa: F401
 from halos.losses.rollouts import (
     KL,
     all_equal,
@@ -34,7 +36,7 @@ def ratio_level(*, ratio: str) -> str:
 def check(
     *, objective: str, ratio: str, aggregation: str, max_tokens: int | None, beta: float, kl_estimator: str, kl_ratio: bool,
     clip_low: float | None, clip_high: float | None, dual_clip: float | None, tau_positive: float | None,
-    tau_negative: float | None,
+    tau_negative: float | None, entropy_coefficient: float, entropy_target: float | None, entropy_most: float,
 ) -> str | None:  # fmt: skip
     if (aggregation == "constant") != (max_tokens is not None):
         return (
@@ -60,7 +62,7 @@ def check(
             "loss.kl_ratio=false leaves loss.kl_estimator=k1 without a gradient in expectation, so that loss.beta would do"
             " nothing: use loss.kl_ratio=true, or k2 or k3"
         )
-    return None
+    return entropy.check(entropy_coefficient=entropy_coefficient, entropy_target=entropy_target, entropy_most=entropy_most)
 
 
 def check_rewards(rewards: np.ndarray, *, advantage_scale: str) -> str | None:
@@ -126,6 +128,7 @@ def grpo(
     beta: Annotated[float, Range(least=0)],
     kl_estimator: KL,
     kl_ratio: bool,
+    entropy_coefficient: Coefficient,
 ) -> Loss:
     """Eq. 3 of arXiv:2402.03300, token by token, with `beta` times an estimate of the KL to the reference.
 
@@ -151,7 +154,7 @@ def grpo(
         divergence = kl(kl_estimator, policy.logps.values, reference.values)
         values = values + beta * (with_ratio(kl_estimator, divergence, logs.exp()) if kl_ratio else divergence)
         metrics["kl"] = Mean.of(divergence, mask)  # per token; other losses on rollouts report it per completion
-    return _aggregated(values * mask, mask, metrics, aggregation, max_tokens)
+    return with_entropy(_aggregated(values * mask, mask, metrics, aggregation, max_tokens), policy, entropy_coefficient)
 
 
 def gated(ratio: Tensor, advantages: Tensor, positive: float, negative: float) -> Tensor:

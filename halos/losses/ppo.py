@@ -5,6 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from halos.losses.entropy import Coefficient, adapt_entropy, check, token_statistics, with_entropy  # noqa: F401
 from halos.losses.rollouts import KL, all_equal, clipped, is_clipped, log_ratio, mean_kl, report, rewards_per_token, whiten
 from halos.types import Estimates, Loss, Mean, Range, Sampled, ValuedRollouts
 
@@ -77,6 +78,7 @@ def ppo(
     dual_clip: Annotated[float | None, Range(above=1)],
     value_clip: Annotated[float | None, Range(above=0)],
     value_coefficient: Annotated[float, Range(least=0)],
+    entropy_coefficient: Coefficient,
 ) -> Loss:
     """The clipped objective (eq. 7 of arXiv:1707.06347) plus value_coefficient / 2 times the squared error of the value head.
 
@@ -92,4 +94,5 @@ def ppo(
     objective = clipped(ratio, policy.advantages, clip_low, clip_high, dual_clip)
     metrics = report(policy, clip_acts)
     metrics |= {"value/loss": Mean.of(error / 2, mask), "value/mean": Mean.of(policy.values, mask)}
-    return Loss((objective + value_coefficient * error / 2) * mask, metrics, per="token")
+    loss = Loss((objective + value_coefficient * error / 2) * mask, metrics, per="token")
+    return with_entropy(loss, policy, entropy_coefficient)

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import torch
 
+from halos.losses.entropy import Coefficient, adapt_entropy, check, token_statistics, with_entropy  # noqa: F401
 from halos.losses.rollouts import (
     KL,
     all_equal,
@@ -51,9 +52,10 @@ def reinforce_plus_plus(
     clip_low: Annotated[float, Range(least=0)],
     clip_high: Annotated[float, Range(least=0)],
     dual_clip: Annotated[float | None, Range(above=1)],
+    entropy_coefficient: Coefficient,
 ) -> Loss:
     """PPO's clipped objective; its denominator is the number of tokens in the global batch."""
     ratio = log_ratio(policy).exp()
     clip_acts = is_clipped(ratio, policy.advantages, clip_low, clip_high, dual_clip)
     values = clipped(ratio, policy.advantages, clip_low, clip_high, dual_clip) * policy.logps.mask
-    return Loss(values, report(policy, clip_acts), per="token")
+    return with_entropy(Loss(values, report(policy, clip_acts), per="token"), policy, entropy_coefficient)

@@ -5,6 +5,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
+from halos.losses.entropy import Coefficient, adapt_entropy, check, token_statistics, with_entropy  # noqa: F401
 from halos.losses.rollouts import (
     LARGEST,
     all_equal,
@@ -59,9 +60,14 @@ def rloo(
     clip_low: Annotated[float, Range(least=0)],
     clip_high: Annotated[float, Range(least=0)],
     dual_clip: Annotated[float | None, Range(above=1)],
+    entropy_coefficient: Coefficient,
 ) -> Loss:
     """-min(r A, clip(r) A) with one ratio r for a whole completion; on the first pass its gradient is REINFORCE's."""
     ratio = log_ratio(policy).sum(-1, keepdim=True).clamp(-LARGEST, LARGEST).exp()  # (rows, 1)
     advantage = policy.advantages.gather(1, torch.zeros_like(ratio, dtype=torch.long))  # the same for all tokens of a row
     clip_acts = is_clipped(ratio, advantage, clip_low, clip_high, dual_clip)
-    return Loss(clipped(ratio, advantage, clip_low, clip_high, dual_clip)[:, 0], report(policy, clip_acts))
+    return with_entropy(
+        Loss(clipped(ratio, advantage, clip_low, clip_high, dual_clip)[:, 0], report(policy, clip_acts)),
+        policy,
+        entropy_coefficient,
+    )

@@ -62,15 +62,15 @@ def report(policy: Rollouts | ValuedRollouts, clip_acts: Tensor) -> dict[str, Me
     """Metrics of every loss on rollouts. `clip_acts` (rows, time) or (rows, 1) is true where the clip changes the gradient: PPO's
     sets it to zero (`is_clipped`), CISPO's bounds its factor.
 
-    The entropy is estimated from the sampled tokens alone, without the logits of all others: the estimate is unbiased while the
-    policy is still the one that sampled.
+    Without a bonus for it the entropy is estimated from the sampled tokens alone, without the logits of all others: the estimate
+    is unbiased while the policy is still the one that sampled.
     """
-    mask = policy.logps.mask
+    mask, entropy = policy.logps.mask, policy.logps.entropy
     return {
         "reward": Mean.of(policy.rewards),
         "clip_fraction": Mean.of(clip_acts.expand(mask.shape), mask),
         "approx_kl": Mean.of(log_ratio(policy) ** 2 / 2, mask),  # from the policy that sampled, not from the reference
-        "entropy": Mean.of(-policy.logps.values, mask),
+        "entropy": Mean.of(-policy.logps.values if entropy is None else entropy, mask),
         "length": Mean.of(policy.logps.length, mask.any(-1)),  # of those that are learned from
     }
 

@@ -21,7 +21,7 @@ from halos.config.values import quoted
 from halos.data.custom_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
-from halos.hooks import kl
+from halos.hooks import entropy, kl
 from halos.online.round_size import RoundSize
 from halos.online.stages import Stages, config_file
 from halos.rollout import feedback
@@ -259,6 +259,11 @@ class OnlinePlan:
             overrides += [f"optim.init_from={quoted(_last_checkpoint(before))}"]
         if (coefficient := self._kl_coefficient(before)) is not None:
             overrides += [f"loss.kl_coefficient={coefficient}"]
+        if (
+            self.loss.settings.get("entropy_target") is not None
+            and (bonus := entropy.coefficient_in(before / "FINAL")) is not None
+        ):
+            overrides += [f"loss.entropy_coefficient={bonus}"]
         return overrides
 
     def _kl_coefficient(self, before: Path) -> float | None:

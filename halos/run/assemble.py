@@ -92,7 +92,7 @@ def _load(run: PreparedRun, accelerator: Accelerator, checkpoint: Path | None) -
         fill = partial(weights.load_shards, checkpoint, run.strategy) if sharded else None
     model = models.load_policy(loader, reward=planned.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
     module, optimizer = run.strategy.wrap(
-        models.add_head(loader, model, run.loss.inputs, checkpoint),
+        models.add_head(loader, model, run.loss, checkpoint),
         partial(make_optimizer, spec=run.optimizer),
         max_grad_norm=config.train.max_grad_norm,
         fill=fill,

@@ -81,10 +81,10 @@ def _arguments(loss: LossSpec, padding: int = 0) -> list[Any]:
         references = [dummy(statistics_type, padding)] if loss.needs_reference else []
         more.append(loss.statistics(dummy(statistics_type, padding), *references))
     more += [loss.start] if loss.start is not None else []
-    return [dummy(loss.inputs, padding), *more]
+    return [dummy(loss.inputs, padding, loss.token_statistics), *more]
 
 
-def dummy(kind: type, padding: int = 0) -> Any:
+def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS) -> Any:
     """Return an instance of an input type: two examples with two scored tokens per completion, built by the type itself."""
     if kind is Mismatched:
         return Mismatched(_logps(2, padding))
@@ -92,7 +92,7 @@ def dummy(kind: type, padding: int = 0) -> Any:
     completion, example = Completion(np.zeros(2, np.int32), np.ones(2, bool)), kind.example
     items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)))
              for n in (1, 0)]  # fmt: skip
-    logps = _logps(len(kind.rows(items)), padding)
+    logps = _logps(len(kind.rows(items)), padding, statistics)
     outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0]}
     if issubclass(kind, RolloutInput):
         over_time = logps.values
@@ -101,12 +101,11 @@ def dummy(kind: type, padding: int = 0) -> Any:
     return kind.of(outputs[kind.head], items)
 
 
-def _logps(rows: int, padding: int = 0) -> TokenLogps:
+def _logps(rows: int, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS) -> TokenLogps:
     """Return dummy log-probs that differ between sequences, with so many positions of padding."""
     values, mask = -torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool)
     values, mask = F.pad(values, (0, padding)), F.pad(mask, (0, padding))
-    statistics = {name: -values / 2 if name == "entropy" else values for name in TOKEN_STATISTICS}
-    return TokenLogps(values, mask, **statistics)
+    return TokenLogps(values, mask, **{name: -values / 2 if name == "entropy" else values for name in statistics})
 
 
 def _sampled(loss: LossSpec) -> Sampled:

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.checkpoint.weights import load_value_head, saved_model
+from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.strategy import Strategy
@@ -22,7 +23,6 @@ from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_different_tokenizer, weights_dtype
 from halos.models.locate import locate
-from halos.types import LossInput
 
 log = logging.getLogger(__name__)
 
@@ -180,13 +180,13 @@ def load_reference(loader: ModelLoader, model: nn.Module, directory: Path | None
     return freeze(LanguageModel(inner, temperature=loader.config.train.temperature))
 
 
-def add_head(loader: ModelLoader, model: nn.Module, inputs: type[LossInput], checkpoint: Path | None) -> ModelWithHead:
+def add_head(loader: ModelLoader, model: nn.Module, loss: LossSpec, checkpoint: Path | None) -> ModelWithHead:
     """Wrap the model in the module that computes a loss's inputs. A value head is loaded from where the policy comes from."""
-    if inputs.head == "score":
+    if loss.inputs.head == "score":
         return RewardModel(model)
     temperature = loader.config.train.temperature
-    wrapped = (LanguageModel if inputs.head == "language" else ActorCritic)(model, temperature=temperature)
-    wrapped.token_statistics = inputs.token_statistics
+    wrapped = (LanguageModel if loss.inputs.head == "language" else ActorCritic)(model, temperature=temperature)
+    wrapped.token_statistics = loss.token_statistics
     if not isinstance(wrapped, ActorCritic):
         return wrapped
     adapter = loader.config.peft.init_from

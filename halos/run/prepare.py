@@ -28,6 +28,7 @@ from halos.errors import UserError
 from halos.hooks.base import Hook, PlannedRun, can_measure
 from halos.hooks.checkpoint import CheckpointHook
 from halos.hooks.early_stopping import EarlyStopping
+from halos.hooks.entropy import EntropyCoefficient
 from halos.hooks.kl import KLCoefficient
 from halos.hooks.log import MetricsLog
 from halos.hooks.loss_state import LOSS_STATE, LossState
@@ -245,4 +246,6 @@ def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, 
         if LOSS_STATE in config.hooks:
             raise UserError(f"hooks.{LOSS_STATE} is the name of the hook that holds the state of {loss.name}: choose another")
         hooks[LOSS_STATE] = LossState(loss.name, loss.start, loss.update)
+    if loss.adapt_entropy is not None and loss.settings.get("entropy_target") is not None:
+        hooks["entropy_coefficient"] = EntropyCoefficient(loss.settings["entropy_coefficient"])
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", node, config.plugins)() for name, node in config.hooks.items()}

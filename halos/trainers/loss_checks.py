@@ -13,8 +13,9 @@ from halos.types import Loss, Mean
 
 # names of a line of metrics.jsonl that the trainer fills, and of what the ranks sum with the metrics
 RESERVED = frozenset((
-    "loss", "router_aux_loss", "kl_coefficient", "grad_norm", "stop", "written", "step", "split", "lr", "examples", "tokens",
-    "skipped_steps", "seconds", "seconds/sample", "seconds/score", "seconds/train", "tokens_per_second", "peak_memory_mb",
+    "loss", "router_aux_loss", "kl_coefficient", "entropy_coefficient", "grad_norm", "stop", "written", "step", "split", "lr",
+    "examples", "tokens", "skipped_steps", "seconds", "seconds/sample", "seconds/score", "seconds/train", "tokens_per_second",
+    "peak_memory_mb",
 ))  # fmt: skip
 
 

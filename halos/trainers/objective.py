@@ -67,6 +67,10 @@ class Objective:
         """Metrics that are functions of other metrics' means, but for those that the loss returns itself."""
         return {name: value for name, value in self.loss.inputs.derived(means).items() if name not in means}
 
+    def adapted(self) -> Mapping[str, Any]:
+        """Hyperparameters of the loss that are training state, with their values in this step."""
+        return {}
+
     # --- a global batch --------------------------------------------------------------------------------------------------
 
     def _microbatches(self, split: Split, indices: np.ndarray) -> list[MicroBatch]:
@@ -148,7 +152,8 @@ class Objective:
             own = len(values) if microbatch.weight else 0
             statistics = gather_in_order(values[:own], microbatch.positions[:own], total, self.run.accelerator)
         state = self._state()
-        loss = self.loss.function(*arguments, *(each for each in (statistics, state and state.values) if each is not None))
+        further = [each for each in (statistics, state and state.values) if each is not None]
+        loss = self.loss.function(*arguments, *further, **self.adapted())
         return checked_loss(loss, self.loss.name, arguments[0], len(microbatch.items))
 
     def _state(self) -> LossState | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from halos.data.dataset import Dataset
 from halos.errors import UserError
+from halos.hooks.entropy import EntropyCoefficient
 from halos.hooks.kl import KLCoefficient
 from halos.metrics import Meter
 from halos.rollout.rescore import WARNED
@@ -83,7 +84,23 @@ class PolicyGradientTrainer(Trainer):
             totals = {**totals, "kl_coefficient": (controller.value, 1.0)}
             items = len(indices) if isinstance(self.train.rows, Dataset) else len(self.train.rows)
             controller.value = self.loss.adapt(controller.value, kl / count, items)
-        return totals
+        return self._adapt_entropy(totals)
+
+    def adapted(self) -> Mapping[str, Any]:
+        bonus = self.run.hooks.get("entropy_coefficient")
+        if not isinstance(bonus, EntropyCoefficient):
+            return {}
+        return {"entropy_coefficient": bonus.applied(self.loss.settings["entropy_target"])}
+
+    def _adapt_entropy(self, totals: Totals) -> Totals:
+        """A step's totals with the coefficient that it used, where that follows a target; it is changed for the next step."""
+        bonus = self.run.hooks.get("entropy_coefficient")
+        if not isinstance(bonus, EntropyCoefficient) or self.loss.adapt_entropy is None or "entropy" not in totals:
+            return totals
+        used, (total, count) = self.adapted()["entropy_coefficient"], totals["entropy"]
+        bonus.entropy = total / count
+        bonus.value = self.loss.adapt_entropy(bonus.value, bonus.entropy)
+        return {**totals, "entropy_coefficient": (used, 1.0)}
 
     def _reduce(self, meter: Meter, norm: Tensor) -> dict[str, tuple[float, float]]:
         if self._largest is not None:

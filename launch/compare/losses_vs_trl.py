@@ -17,10 +17,10 @@ import trl
 from parity import Row, compared, means
 from parity_pairs import family_rows, paired_rows
 from torch import Tensor
-from trl_replay import PAIRS, WIDTH, Batch, Outcome, averaged, trl_grpo, trl_kto, trl_reward, trl_rloo, trl_sft
+from trl_replay import PAIRS, WIDTH, Batch, Outcome, averaged, entropies, trl_grpo, trl_kto, trl_reward, trl_rloo, trl_sft
 
 from halos.losses import grpo, kto, reward, rloo, sft
-from halos.types import Labelled, Mismatched, PairScores, Rollouts
+from halos.types import Labelled, Mismatched, PairScores, Rollouts, TokenLogps
 
 
 def rollout_rows() -> list[Row]:
@@ -30,22 +30,29 @@ def rollout_rows() -> list[Row]:
     advantages = torch.randn(2 * PAIRS, generator=torch.Generator().manual_seed(7))
     plain = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "tau_positive": None,
              "tau_negative": None, "off_policy_threshold": None, "aggregation": "sequence", "max_tokens": None, "beta": 0.0,
-             "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
+             "kl_estimator": "k3", "kl_ratio": True, "entropy_coefficient": 0.0}  # fmt: skip
 
-    def rollouts(batch: Batch) -> Rollouts:
-        return Rollouts(batch.policy_logps, batch.reference, advantages[:, None] * batch.mask, torch.zeros(2 * PAIRS))
+    def rollouts(batch: Batch, **statistics: Tensor) -> Rollouts:
+        return Rollouts(
+            TokenLogps(batch.policy, batch.mask, **statistics),
+            batch.reference,
+            advantages[:, None] * batch.mask,
+            torch.zeros(2 * PAIRS),
+        )
 
     def ours(batch: Batch = near, **hyperparameters: Any) -> Callable[[], Outcome]:
         def run() -> Outcome:
             reference = batch.reference_logps if hyperparameters.get("beta") else None
-            loss = grpo.grpo(rollouts(batch), reference, **{**plain, **hyperparameters})
-            count = batch.mask.sum() if loss.per == "token" else len(loss.values)
-            return batch.outcome(loss.values.sum() / count, {})
+            statistics = {"entropy": entropies(batch)} if hyperparameters.get("entropy_coefficient") else {}
+            loss = grpo.grpo(rollouts(batch, **statistics), reference, **{**plain, **hyperparameters})
+            counts = {"token": int(batch.mask.sum()), "item": len(loss.values)}
+            mean = torch.stack([part.values.sum() / counts[part.per] for part in loss.terms.values()]).sum()
+            return batch.outcome(mean, {})
 
         return run
 
     def ours_rloo() -> Outcome:
-        loss = rloo.rloo(rollouts(near), clip_low=0.2, clip_high=0.2, dual_clip=None)
+        loss = rloo.rloo(rollouts(near), clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0)
         return near.outcome(loss.values.mean(), {})
 
     def theirs(batch: Batch = near, **settings: Any) -> Callable[[], Outcome]:
@@ -71,6 +78,8 @@ def rollout_rows() -> list[Row]:
         Row("grpo, off_policy_threshold .03, beta .04", "GRPO `grpo`, off_policy_mask_threshold .03, beta .04",
             ours(fallen, off_policy_threshold=0.03, beta=0.04),
             theirs(fallen, off_policy_mask_threshold=0.03, beta=0.04)),
+        Row("grpo, entropy_coefficient .1", "GRPO `grpo`, entropy_coef .1",
+            ours(entropy_coefficient=0.1), theirs(entropy_coef=0.1)),
         Row("rloo", "RLOO", ours_rloo, lambda: trl_rloo(near, advantages)),
     ]  # fmt: skip
 

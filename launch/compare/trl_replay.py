@@ -213,17 +213,24 @@ def trl_grpo(batch: Batch, advantages: Tensor, **settings: Any) -> Outcome:
     default = GRPOConfig.__dataclass_fields__["use_bias_correction_kl"].default
     corrects, delta = settings.pop("use_bias_correction_kl", default), settings.pop("delta", None)
     positive, negative = settings.pop("tau", (None, None))
+    bonus = settings.pop("entropy_coef", 0.0)
     merged: dict[str, Any] = {
         "loss_type": "grpo", "importance_sampling_level": "token", "epsilon_low": 0.2, "epsilon_high": 0.2, "beta": 0.0,
         "max_completion_length": WIDTH, "off_policy_mask_threshold": None, **settings,
     }  # fmt: skip
     trainer = bare(
-        GRPOTrainer, top_entropy_quantile=1.0, use_vllm=False, _entropy_bonus_enabled=False,
+        GRPOTrainer, top_entropy_quantile=1.0, use_vllm=False, _entropy_bonus_enabled=bonus > 0,
+        entropy_coef=bonus, use_adaptive_entropy=False,
         vllm_importance_sampling_correction=False, current_gradient_accumulation_steps=1, **merged,
     )  # fmt: skip
     trainer.args = SimpleNamespace(use_bias_correction_kl=corrects, delta=delta, steps_per_generation=1,
                                    sapo_temperature_pos=positive, sapo_temperature_neg=negative)  # fmt: skip
     return _sampled(trainer, batch, advantages)
+
+
+def entropies(batch: Batch) -> Tensor:
+    """Numbers in the place of the entropies of tokens, whose gradient reaches the log-probs: (rows, time)."""
+    return -batch.policy / 2
 
 
 def trl_rloo(batch: Batch, advantages: Tensor) -> Outcome:
@@ -232,7 +239,7 @@ def trl_rloo(batch: Batch, advantages: Tensor) -> Outcome:
 
 def _sampled(trainer: Any, batch: Batch, advantages: Tensor) -> Outcome:
     trainer.model = Replay().train()
-    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (batch.policy, torch.zeros_like(batch.reference), None)
+    trainer._get_per_token_logps_and_entropies = lambda *_, **__: (batch.policy, entropies(batch), None)
     mask = batch.mask.long()
     inputs = {
         "prompt_ids": mask[:, :1], "prompt_mask": mask[:, :1], "completion_ids": mask, "completion_mask": mask,

@@ -41,9 +41,9 @@ def test_inputs_of_its_kind_can_be_made_here(case: Case):
 
 @every_loss
 def test_its_yaml_names_each_hyperparameter_and_nothing_else(case: Case):
-    """The functions of its module that rewrite examples, compute advantages, adapt the KL coefficient or change the loss's state
-    may have some too."""
-    helpers = [vars(case.module).get(name) for name in ("examples", "advantages", "adapt", "update")]
+    """The functions of its module that rewrite examples, compute advantages, adapt a coefficient or change the loss's state may
+    have some too."""
+    helpers = [vars(case.module).get(name) for name in ("examples", "advantages", "adapt", "adapt_entropy", "update")]
     legal = {name for part in (case.function, *helpers) if part for name in keywords(part)}
     assert case.settings.keys() - {"_target_"} == legal
 
@@ -56,7 +56,7 @@ def test_its_defaults_are_within_their_bounds(case: Case):
         assert value is None or [limit.violated_by(value) for limit in limits] == [None] * len(limits)
         assert not isinstance(value, str) or value in get_args(hints[name])
     check = vars(case.module).get("check")
-    assert check is None or check(**{k: v for k, v in case.hyperparameters.items() if k in keywords(check)}) is None
+    assert check is None or check(**{k: v for k, v in case.settings.items() if k in keywords(check)}) is None
 
 
 @every_loss

@@ -14,8 +14,9 @@ from .samples import gradients, logps, number, numbers
 
 PLAIN = {"objective": "clip", "ratio": "token", "clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "tau_positive": None,
          "tau_negative": None, "off_policy_threshold": None, "aggregation": "sequence", "max_tokens": None, "beta": 0.0,
-         "kl_estimator": "k3", "kl_ratio": True}  # fmt: skip
+         "kl_estimator": "k3", "kl_ratio": True, "entropy_coefficient": 0.0}  # fmt: skip
 FIT = {name: value for name, value in PLAIN.items() if name != "off_policy_threshold"}  # that settings are checked of
+FIT |= {"entropy_target": None, "entropy_most": 1.0}
 A = np.array([[1.0], [-0.5]])
 
 

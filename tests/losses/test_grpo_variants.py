@@ -1,6 +1,7 @@
 """Settings of GRPO that have a formula of their own: SAPO, OPO, MaxRL, the dual clip and the mask of what the policy has left."""
 
 from collections.abc import Callable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -83,11 +84,12 @@ def test_maxrls_gradient_is_that_of_the_log_of_the_success_to_the_order_of_the_s
 def _ppo(given: Rollouts, **bounds: Any) -> Loss:
     zeros = torch.zeros(2, 3)
     whole = ValuedRollouts(given.logps, given.old, given.advantages, given.rewards, zeros, zeros, zeros)
-    return ppo(whole, value_clip=None, value_coefficient=0.0, **bounds)
+    return ppo(whole, value_clip=None, value_coefficient=0.0, entropy_coefficient=0.0, **bounds)
 
 
 @pytest.mark.parametrize("loss", [lambda given, **bounds: grpo(given, None, **{**PLAIN, "aggregation": "token", **bounds}),
-                                  reinforce_plus_plus, _ppo], ids=["grpo", "reinforce_plus_plus", "ppo"])  # fmt: skip
+                                  partial(reinforce_plus_plus, entropy_coefficient=0.0), _ppo],
+                         ids=["grpo", "reinforce_plus_plus", "ppo"])  # fmt: skip
 def test_the_dual_clip_bounds_what_a_bad_token_costs(loss: Callable[..., Loss]) -> None:
     given = rollouts([1.0, -0.5], FAR)
     free, held = (loss(given, clip_low=0.2, clip_high=0.2, dual_clip=dual) for dual in (None, 3.0))
@@ -103,7 +105,7 @@ def test_the_dual_clip_bounds_what_a_bad_token_costs(loss: Callable[..., Loss]) 
 
 def test_the_dual_clip_of_rloo_is_of_a_whole_completion() -> None:
     given = rollouts([1.0, -0.5], FAR)
-    held = rloo(given, clip_low=0.2, clip_high=0.2, dual_clip=3.0)
+    held = rloo(given, clip_low=0.2, clip_high=0.2, dual_clip=3.0, entropy_coefficient=0.0)
     assert numbers(held) == pytest.approx([-1.0, 0.5 * 3])
     assert gradients(held, given.logps.values)[0][1].tolist() == [0.0, 0.0, 0.0]
     assert number(held.metrics["clip_fraction"]) == pytest.approx(2 / 5)

@@ -10,7 +10,14 @@ from halos.losses.rollouts import whiten
 from .rollouts import MASK, RATIO, clip_objective, padded, sampled, valued
 from .samples import gradients, number, numbers
 
-SETTINGS = {"clip_low": 0.2, "clip_high": 0.2, "dual_clip": None, "value_clip": 0.2, "value_coefficient": 0.1}
+SETTINGS = {
+    "clip_low": 0.2,
+    "clip_high": 0.2,
+    "dual_clip": None,
+    "entropy_coefficient": 0.0,
+    "value_clip": 0.2,
+    "value_coefficient": 0.1,
+}
 OLD = [[-0.7, -0.9, -0.25], [-1.5, -0.8]]
 REFERENCE = [[-0.9, -0.9, -0.5], [-1.0, -1.0]]
 VALUES = [[0.5, 0.2, 0.1], [-0.3, 0.4]]

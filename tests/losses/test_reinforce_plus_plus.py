@@ -30,6 +30,6 @@ def test_with_a_baseline_rewards_are_relative_to_their_group() -> None:
 
 
 def test_the_value_is_ppos_over_all_tokens() -> None:
-    loss = reinforce_plus_plus(rollouts([1.0, -0.5]), clip_low=0.2, clip_high=0.2, dual_clip=None)
+    loss = reinforce_plus_plus(rollouts([1.0, -0.5]), clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0)
     assert loss.per == "token"
     np.testing.assert_allclose(numbers(loss), clip_objective(RATIO, np.array([[1.0], [-0.5]]), 0.2, 0.2) * MASK, rtol=1e-6)

@@ -31,12 +31,14 @@ def test_a_masked_sample_has_a_reward_in_the_baseline_and_no_divergence() -> Non
 
 
 def test_there_is_one_ratio_for_a_completion() -> None:
-    loss = rloo(rollouts([1.0, -0.5]), clip_low=0.2, clip_high=0.2, dual_clip=None)
+    loss = rloo(rollouts([1.0, -0.5]), clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0)
     ratio = np.exp([[0.1], [-0.2]])
     np.testing.assert_allclose(numbers(loss), clip_objective(ratio, np.array([[1.0], [-0.5]]), 0.2, 0.2)[:, 0], rtol=1e-6)
 
 
 def test_the_gradient_on_the_policy_that_sampled_is_reinforces() -> None:
     policy = rollouts([1.0, -0.5], [[-0.7, -0.9, -0.25], [-1.5, -0.8]])
-    (gradient,) = gradients(rloo(policy, clip_low=0.2, clip_high=0.2, dual_clip=None), policy.logps.values)
+    (gradient,) = gradients(
+        rloo(policy, clip_low=0.2, clip_high=0.2, dual_clip=None, entropy_coefficient=0.0), policy.logps.values
+    )
     np.testing.assert_allclose(gradient, [[-1.0, -1.0, -1.0], [0.5, 0.5, 0.0]], rtol=1e-6)
