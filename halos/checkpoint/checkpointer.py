@@ -153,6 +153,9 @@ class Checkpointer:
             mutable |= (
                 {"weights": values} if run.main and not strategy.is_sharded else {}
             )  # gathered from shards, they are a copy
+        moving = run.moving_reference if run.moving_reference is not None and run.moving_reference.has_moved else None
+        reference = dict(moving.tensors()) if moving is not None else {}
+        mutable |= {"reference": reference} if moving is not None and not moving.tensors_are_copied else {}
         if self._copier:
             mutable = self._copier.copy(mutable)
         random_state, progress = state.random_state(), json.dumps(state.progress_of(run), indent=1)
@@ -161,6 +164,9 @@ class Checkpointer:
             deferred, directory = commit.DeferredError(), path / "state"
             with deferred:
                 state.save_optimizer(directory, mutable.get("optimizer", optimizer), run.writers)
+            with deferred:
+                if moving is not None:
+                    state.save_reference(directory, mutable.get("reference", reference), run.writers)
             with deferred:
                 if sharded:
                     weights.save_shards(path, run.model, mutable.get("weights", values), run.writers, main=run.main)

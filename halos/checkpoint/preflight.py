@@ -36,6 +36,8 @@ def too_little_space(policy: CheckpointHook, planned: PlannedRun) -> str | None:
     model, vocabulary, config = planned.model, len(planned.tokenizer), planned.config
     adapter, directory = isinstance(model, PeftModel), planned.directory.checkpoints
     one = space.checkpoint_bytes(model, adapter=adapter, optimizer=planned.optimizer_bytes, vocabulary=vocabulary)
+    if config.reference.sync_every is not None:
+        one += space.weight_bytes(model, adapter=adapter)
     final = space.final_bytes(model, adapter_alone=adapter and not policy.merge_lora, vocabulary=vocabulary)
     ahead = range(1, min(planned.total_steps, MOST_STEPS) + 1)
     steps = [step for step in ahead if policy.due_at(step)] or [planned.total_steps]

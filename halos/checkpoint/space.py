@@ -18,10 +18,14 @@ def checkpoint_bytes(module: nn.Module, *, adapter: bool, optimizer: int, vocabu
     An adapter is saved alone; otherwise all weights are. So full fine-tuning in float32 with AdamW takes 12 bytes for each
     parameter, LoRA the same for each trained one.
     """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    saved = trained if adapter else list(module.parameters())
-    weights = sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
-    return weights + optimizer + vocabulary * TOKEN + len(trained) * PARAMETER + REST
+    trained = sum(parameter.requires_grad for parameter in module.parameters())
+    return weight_bytes(module, adapter=adapter) + optimizer + vocabulary * TOKEN + trained * PARAMETER + REST
+
+
+def weight_bytes(module: nn.Module, *, adapter: bool) -> int:
+    """Return the size of all weights, or of an adapter's alone."""
+    saved = [parameter for parameter in module.parameters() if parameter.requires_grad or not adapter]
+    return sum(num_elements(parameter) * parameter.element_size() for parameter in saved)
 
 
 def final_bytes(module: nn.Module, *, adapter_alone: bool, vocabulary: int) -> int:

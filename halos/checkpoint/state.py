@@ -6,7 +6,7 @@ world sizes; the rest is JSON. Nothing is pickled: a checkpoint from a stranger 
 
 import json
 import random
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,27 @@ def load_optimizer(directory: Path, strategy: Strategy, module: nn.Module, optim
     saved = confined.load_object(directory / "optimizer.json").keys()
     read = partial(sharded.read, directory / "optimizer")
     strategy.load_optimizer(module, optimizer, refuse_others=partial(_refuse_others, directory, saved), read=read)
+
+
+def save_reference(directory: Path, tensors: Mapping[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Each rank of `group` writes its `MovingReference.tensors`."""
+    sharded.write(directory / "reference", tensors, group)
+
+
+def saved_reference(checkpoint: Path | None) -> Path | None:
+    """Return the directory of a checkpoint's reference; None where it is that of the run's start."""
+    directory = checkpoint / "state" / "reference" if checkpoint is not None else None
+    return directory if directory is not None and directory.is_dir() else None
+
+
+def load_reference_values(directory: Path, values: Mapping[str, Tensor]) -> None:
+    """Load a saved reference into whole `values`. Raises UserError where it is that of another adapter."""
+    with user_errors(f"{directory} cannot be read"):
+        if (shapes := {name: shape for name, (shape, _) in sharded.shapes(directory).items()}) != {
+            name: value.shape for name, value in values.items()
+        }:
+            raise UserError(f"{directory} is not the reference of this adapter: it has {len(shapes)} tensors of {len(values)}")
+        sharded.read(directory, values)
 
 
 def _refuse_others(directory: Path, saved: Set[str], mine: Set[str]) -> None:

@@ -48,9 +48,8 @@ def saved_model(checkpoint: Path) -> tuple[Path, bool]:
     return (sharded_model, True) if sharded_model.is_dir() else (checkpoint / "model", False)
 
 
-def load_shards(checkpoint: Path, strategy: Strategy, module: nn.Module) -> None:
-    """Load a sharded checkpoint into a module without weights. Raises UserError where it is another model's."""
-    directory = checkpoint / SHARDED
+def load_shards(directory: Path, strategy: Strategy, module: nn.Module) -> None:
+    """Load the sharded model in `directory` into a module without weights. Raises UserError where it is another model's."""
     shapes = sharded.shapes(directory)
 
     def read(tensors: dict[str, Tensor]) -> None:

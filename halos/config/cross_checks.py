@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import fields
 from importlib.util import find_spec
-from typing import Any, Protocol
+from typing import Any
 
 from halos.config import defaults, idle_online, renamed_keys
 from halos.config.overrides import typed_keys
+from halos.config.reference_checks import LossTraits, check_reference
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Scorer
 from halos.errors import UserError
@@ -19,25 +20,6 @@ from halos.errors import UserError
 BETTER_LOW = ("loss", "perplexity", "kl", "router_aux_loss", "value/loss")  # metrics
 AMOUNTS = ("weight", "count", "epochs")  # of an entry of data.train
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
-
-
-class LossTraits(Protocol):
-    """The part of a LossSpec that is needed here; importing it would import torch."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def needs_reference(self) -> bool: ...
-
-    @property
-    def inputs(self) -> Any: ...
-
-    @property
-    def on_rollouts(self) -> bool: ...
-
-    @property
-    def ratio_level(self) -> str: ...
 
 
 def check_combinations(config: Config, overrides: Sequence[str]) -> None:
@@ -65,7 +47,7 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
 
 def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]) -> None:
     """Raises UserError for settings that this loss does not read, or that do not fit it."""
-    _check_reference(config, loss)
+    check_reference(config, loss)
     typed = [key for key in typed_keys(overrides) if key.partition(".")[2].startswith("correction")]
     if typed and not loss.on_rollouts:
         raise UserError(f"{typed[0]} weighs the advantages of a policy gradient, and loss={loss.name} has none: leave it out")
@@ -78,15 +60,6 @@ def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]
         raise UserError(
             f"correction_level=token: loss={loss.name} has one ratio for a whole completion, and so has its correction:"
             " leave it out, or choose sequence"
-        )
-
-
-def _check_reference(config: Config, loss: LossTraits) -> None:
-    """Raises UserError where a reference model is configured that the loss never reads."""
-    if config.reference.name_or_path is not None and not loss.needs_reference:
-        raise UserError(
-            f"reference.name_or_path is {config.reference.name_or_path}, but loss={loss.name} uses no reference model:"
-            " leave it out, or choose a loss that does"
         )
 
 

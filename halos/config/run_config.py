@@ -29,6 +29,7 @@ from halos.repository import CONFIG
 # Keys added later that affect what a step computes, with the value that a run without them had
 ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("reference", "adapter"): "off", ("reference", "cache"): "never",
+    ("reference", "sync_every"): None, ("reference", "sync_weight"): 1.0,
     ("peft", "target_parameters"): [], ("train", "router_aux_loss"): 0.0,
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
     ("data", "reader"): None, ("data", "columns"): {}, ("data", "filter"): None, ("data", "schemas"): False,
@@ -42,7 +43,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("online.scorer", "aggregation"): "sum",
 }  # fmt: skip
 BUDGET = "microbatch_tokens"  # in an attempt's record: what `auto` meant
-ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}}
+ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}, "humanline": {"low": None, "high": None}}
 
 
 def dump(config: Config) -> str:

@@ -6,55 +6,12 @@ Default values are in config/*.yaml only, each with its reason next to it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
-from enum import StrEnum
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from omegaconf import MISSING
-
+from halos.config.keys import CONTENT, MATHEMATICS, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Scope, key
 from halos.config.rollout_modules import engine_names, scorer_names
-
-# Values of `on_resume`: does what a step computes depend on the key?
-MATHEMATICS = "mathematics"  # yes
-SAFE = "safe"  # no
-CONTENT = "content"  # on the content that the key names, wherever it is: compared once read, by content_hashes.py
-# under a condition, which is in resume_policy.py
-STEPS, MICROBATCH, OBJECTIVE, SCORER = "steps", "microbatch", "objective", "scorer"
-
-
-class Scope(StrEnum):
-    """Scope of a key."""
-
-    RUN = "run"  # what is computed, saved and logged
-    PLACE = "place"  # where the run directory is
-    HOST = "host"  # this machine
-    COMMAND = "command"  # this command alone
-    CODE = "code"  # must be passed on every command, and is never read from a saved run
-
-
-def key(
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    most: float | None = None,
-    one_of: tuple[str, ...] = (),
-    words: tuple[str, ...] = (),
-    on_resume: str = MATHEMATICS,
-    scope: Scope = Scope.RUN,
-    path: bool = False,
-    shared: type | None = None,
-) -> Any:
-    """Declare a required key.
-
-    `above` (exclusive), `least` and `most` (inclusive) bound its values; `words` are what it takes besides numbers; `on_resume`
-    is what a resume with another value would change; `path` marks a file or directory of this machine, which is made absolute;
-    `shared` is the schema of the keys that a node with a `_target_` has whatever its target.
-    """
-    limits = {"above": above, "least": least, "most": most, "one_of": one_of or None, "words": words or None}
-    set_limits = {name: limit for name, limit in limits.items() if limit is not None}
-    facts = {"limits": set_limits, "on_resume": on_resume, "scope": scope, "path": path, "shared": shared}
-    return field(default=MISSING, metadata=facts)
 
 
 @dataclass
@@ -73,7 +30,17 @@ class Reference:
     name_or_path: str | None = key(on_resume=CONTENT, path=True)
     revision: str | None = key(on_resume=CONTENT)
     adapter: str = key(one_of=("start", "off"))  # which adapter a LoRA policy's own reference has
+    sync_every: int | None = key(least=1)
+    sync_weight: float = key(above=0, most=1)
     cache: str = key(one_of=("auto", "always", "never"), on_resume=SAFE)  # up to the rounding of sums in another order
+
+
+@dataclass
+class Humanline:
+    """Bounds of log(policy / reference) of a token, in nats."""
+
+    low: float | None = key(most=0)
+    high: float | None = key(least=0)
 
 
 @dataclass
@@ -241,6 +208,7 @@ class Config:
     loss: dict[str, Any] = key()
     model: Model = key()
     reference: Reference = key()
+    humanline: Humanline = key()
     data: Data = key()
     peft: Peft = key()
     train: Train = key()

@@ -30,6 +30,12 @@ OTHER_NAMES = {
     "warmup_steps": "schedule.warmup",
     "load_in_4bit": "model.quantize",
     "datasets": "data.train",
+    "sync_reference": "reference.sync_every",
+    "sync_ref_model": "reference.sync_every",
+    "ref_model_sync_steps": "reference.sync_every",
+    "ref_model_mixup_alpha": "reference.sync_weight",
+    "log_epsilon_P": "humanline.low",
+    "log_epsilon_R": "humanline.high",
 }
 
 
@@ -45,12 +51,13 @@ LOSSES = {
     "rdpo": "arXiv:2403.19159", "tdpo": "arXiv:2404.11999", "rrhf": "arXiv:2304.05302",
     "xpo": "arXiv:2405.21046", "nash_md": "arXiv:2312.00886", "raft": "arXiv:2304.06767", "remax": "arXiv:2310.10505",
     "prime": "arXiv:2502.01456", "vapo": "arXiv:2504.05118", "prm": "arXiv:2305.20050", "gkd": "arXiv:2306.13649",
-    "humanline": "arXiv:2509.24207",
 }  # fmt: skip
 NAMESAKES = {"sigmoid": "dpo", "dpo_pair": "dpo", "rm": "reward", "reward_model": "reward", "bradley_terry": "reward",
              "lm": "sft", "kto_pair": "kto", "reinforce++": "reinforce_plus_plus", "reinforce_pp": "reinforce_plus_plus",
              "cross_entropy": "sft", "online_dpo": "online", "rso": "hinge", "apo": "apo_zero", "exo_pair": "exo",
              "nca_pair": "nca", "bco_unpaired": "bco", "sppo_hard": "sppo", "sigmoid_norm": "dpo_norm"}  # fmt: skip
+
+MODIFIERS = {"humanline": "humanline=on", "tr_dpo": "reference.sync_every=512", "trdpo": "reference.sync_every=512"}
 
 
 def about_loss(loss: str) -> str | None:
@@ -58,6 +65,8 @@ def about_loss(loss: str) -> str | None:
     name = loss.lower().replace("-", "_")
     if name in NAMESAKES:
         return f"here it is loss={NAMESAKES[name]}"
+    if name in MODIFIERS:
+        return f"here it modifies any loss with a reference: loss=dpo {MODIFIERS[name]}"
     if name not in LOSSES:
         return None
     return (

@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 from halos.distributed import deepspeed_config
 from halos.distributed.deepspeed_config import deepspeed_requested, zero_stage
 from halos.distributed.strategy import Fill, MakeOptimizer, Strategy, of_model
-from halos.distributed.zero import Zero, empty_weights, initialize, initialize_frozen, load_weights, shard
+from halos.distributed.zero import Zero, initialize, initialize_frozen
+from halos.distributed.zero_weights import empty_weights, load_weights, shard
 from halos.logps.hidden import backbone_of
 from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, bare
 
@@ -111,10 +112,13 @@ class DeepSpeed3(DeepSpeed):
             fill(module)
         return module
 
-    def _distribute_frozen(self, module: ModelWithHead) -> nn.Module:
+    def _distribute_frozen(self, module: ModelWithHead, fill: Fill | None) -> nn.Module:
         self._require_same_tensors(module)
-        shard(module)
-        return initialize_frozen(module, head=_head(module))
+        return initialize_frozen(self._distribute(module, fill), head=_head(module))
+
+    def move_frozen(self, frozen: nn.Module, module: nn.Module, weight: float) -> None:
+        with _zero(frozen).released():
+            super().move_frozen(frozen, module, weight)
 
     def gathered(self, module: nn.Module, *, trained_only: bool, offload: bool = True) -> dict[str, Tensor]:
         return of_model(_zero(module).gathered(trained_only=trained_only, offload=offload))

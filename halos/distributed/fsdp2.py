@@ -68,8 +68,8 @@ class FSDP2(Strategy):
             _broadcast_weights(module, whole if accelerator.is_main_process else {})
         return module
 
-    def _distribute_frozen(self, module: ModelWithHead) -> nn.Module:
-        return self._distribute(module, None)
+    def _distribute_frozen(self, module: ModelWithHead, fill: Fill | None) -> nn.Module:
+        return self._distribute(module, fill)
 
     def _precision(self) -> MixedPrecisionPolicy:
         """All-gather layers in bfloat16, which autocast would use, in half the bytes; reduce gradients in float32.

@@ -35,6 +35,12 @@ def local_part(parameter: Any) -> Tensor:
     return parameter.ds_tensor[: max(0, min(size, parameter.ds_numel - size * dist.get_rank()))]
 
 
+@torch.no_grad()
+def move(target: Tensor, source: Tensor, weight: float) -> None:
+    """Set `target`, in its dtype, to `weight` of `source` and the rest of itself; summed in float32."""
+    target.copy_(source if weight == 1 else torch.lerp(target.float(), source.float(), weight))
+
+
 def local_offset(tensor: Tensor) -> list[int]:
     """Return the offset of this rank's block in the whole tensor, one number per dimension."""
     if not isinstance(tensor, DTensor):

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from halos.distributed.agreement import require_same_on_all_ranks
-from halos.distributed.parameters import local_pairs
+from halos.distributed.parameters import local_pairs, local_part, move
 from halos.logps.model import ModelWithHead
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -89,26 +89,28 @@ class Strategy(ABC):
         wrapped = self._distribute(module, fill)
         return wrapped, optimizer_of(wrapped)
 
-    def wrap_frozen(self, module: ModelWithHead) -> nn.Module:
-        """Distribute a model that is not trained."""
+    def wrap_frozen(self, module: ModelWithHead, fill: Fill | None = None) -> nn.Module:
+        """Distribute a model that is not trained; `fill` as for `wrap`."""
         module.layout = self
-        return self._distribute_frozen(module)
+        return self._distribute_frozen(module, fill)
 
     @abstractmethod
     def _distribute(self, module: ModelWithHead, fill: Fill | None) -> nn.Module: ...
 
-    def _distribute_frozen(self, module: ModelWithHead) -> nn.Module:
+    def _distribute_frozen(self, module: ModelWithHead, fill: Fill | None) -> nn.Module:
+        if fill is not None:
+            fill(module)
         return module.to(self.accelerator.device)
 
     def _broadcast_start(self, module: ModelWithHead) -> None:
         """Broadcast the trained tensors' start values from rank 0, which alone has weights where models are sharded."""
         module.layout = self
+        module.base_values, module.reference_values = (
+            {name: value.to(self.accelerator.device) for name, value in values.items()}
+            for values in (module.base_values, module.reference_values)
+        )
         if self.is_sharded and self.accelerator.num_processes > 1:
-            module.base_values, module.initial_values = (
-                {name: value.to(self.accelerator.device) for name, value in values.items()}
-                for values in (module.base_values, module.initial_values)
-            )
-            for value in (*module.base_values.values(), *module.initial_values.values()):
+            for value in (*module.base_values.values(), *module.reference_values.values()):
                 dist.broadcast(value, 0)
 
     def _require_same_tensors(self, module: nn.Module) -> None:
@@ -122,6 +124,14 @@ class Strategy(ABC):
 
     def reshard(self, module: nn.Module) -> None:  # noqa: B027  most gather nothing
         """Free the parameters that were all-gathered for forward passes without a backward pass."""
+
+    def move_frozen(self, frozen: nn.Module, module: nn.Module, weight: float) -> None:
+        """Set the parameters of a model that `wrap_frozen` returned to `weight` of those of the trained `module`, and the rest of
+        themselves. Both have the same names and shapes, and so the same shards."""
+        self.reshard(frozen)
+        source, target = (next(part for part in each.modules() if isinstance(part, ModelWithHead)) for each in (module, frozen))
+        for name, parameter in target.named_parameters():
+            move(local_part(parameter), local_part(source.get_parameter(name)), weight)
 
     def forward_dtypes(self, module: nn.Module) -> dict[str, torch.dtype]:
         """Return the dtypes in which forward passes get the parameters that they do not get as these are kept, by their names in

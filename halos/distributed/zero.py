@@ -16,9 +16,8 @@ from torch.optim import Optimizer
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from halos.distributed.deepspeed_config import engine_config, package
-from halos.distributed.parameters import local_pairs, num_elements, shape_of, zero3_shard_of
-
-AT_ONCE = 2**28  # elements in host memory at once while state is read: 1 GiB
+from halos.distributed.parameters import num_elements, shape_of, zero3_shard_of
+from halos.distributed.zero_weights import AT_ONCE
 
 
 class Zero(nn.Module):
@@ -74,6 +73,20 @@ class Zero(nn.Module):
         if self.stage == 3 and (kept := self.optimizer.persistent_parameters):
             kept[0].all_gather(kept)
 
+    @contextmanager
+    def released(self) -> Iterator[None]:
+        """Stage 3: free what is gathered, so that shards may be changed, and gather the persistent parameters again."""
+        self._offload.empty_partition_cache()
+        try:
+            yield
+        finally:
+            self._gather_persistent()
+
+    @property
+    def _offload(self) -> Any:
+        """Stage 3: the owner of the shards. Of a model that is not trained it is in the optimizer's place."""
+        return getattr(self.optimizer, "parameter_offload", self.optimizer)
+
     # --- whole tensors ---------------------------------------------------------------------------------------------------
 
     def gathered(self, *, trained_only: bool, offload: bool) -> dict[str, Tensor]:
@@ -103,7 +116,7 @@ class Zero(nn.Module):
     def _each_whole(self, *, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
         """Iterate over the state dict's tensors, each gathered while it is the current one."""
         # an evaluation ends with a forward pass, after which the next layers are being prefetched
-        self.optimizer.parameter_offload.get_param_coordinator()._clean_inflight_param_registry()
+        self._offload.get_param_coordinator()._clean_inflight_param_registry()
         self._gather_persistent()  # released in a pass whose order of calls is new to the engine
         gather = package().zero.GatheredParameters
         whole = {id(parameter) for parameter in self.optimizer.persistent_parameters}
@@ -209,35 +222,6 @@ class Zero(nn.Module):
             for key in scalar:
                 for _, flat in self._partitions() if f"state.{name}.{key}" in part else ():
                     self.optimizer.optimizer.state[flat][key].copy_(part[f"state.{name}.{key}"])
-
-
-def shard(module: nn.Module) -> None:
-    """Stage 3: shard a module's parameters, broadcast from rank 0 one after the other; the other ranks' may be empty."""
-    package().zero.Init(module=module, config_dict_or_path=engine_config(None))
-
-
-def empty_weights(module: nn.Module) -> Iterator[dict[str, Tensor]]:
-    """Yield empty whole tensors for the weights of a sharded module, tied ones once, in parts of about AT_ONCE elements."""
-    once = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    part, size = dict[str, Tensor](), 0
-    for name, value in module.state_dict(keep_vars=True).items():
-        if name in once:
-            part[name] = torch.empty(shape_of(value), dtype=value.dtype)
-            size += num_elements(value)
-        if size >= AT_ONCE:
-            yield part
-            part, size = {}, 0
-    if part:
-        yield part
-
-
-@torch.no_grad()
-def load_weights(module: nn.Module, part: dict[str, Tensor]) -> None:
-    """Load this rank's shards of the module from whole tensors of `empty_weights`."""
-    state = module.state_dict(keep_vars=True)
-    for name, whole in part.items():
-        for local, value in local_pairs(state[name], whole):
-            local.copy_(value)
 
 
 def initialize(module: nn.Module, optimizer: Optimizer, *, max_grad_norm: float | None, head: nn.Module | None) -> Zero:

@@ -14,8 +14,8 @@ from halos.errors import UserError
 from halos.logps.distribution import Reading
 from halos.logps.head import Head, from_logits
 from halos.logps.hidden import hidden_states, is_packed, max_rows_over_ranks
-from halos.logps.initial_values import UNSHARDED, base_values_of, initial_values_of
 from halos.logps.plan import plan_of, whole_model
+from halos.logps.reference_values import UNSHARDED, base_values_of, reference_values_of
 from halos.transfer import to_device
 from halos.types import Acted, Sequences, TokenLogps, WholeModelInput
 
@@ -71,7 +71,7 @@ class ModelWithHead(nn.Module):
         if is_packed(inner) and not self.plan.is_packed:
             inner.set_attn_implementation(inner.get_correct_attn_implementation(None))
         self.base_values = {f"model.{name}": value for name, value in base_values_of(model).items()}
-        self.initial_values = {f"model.{name}": value for name, value in initial_values_of(model).items()}
+        self.reference_values = {f"model.{name}": value for name, value in reference_values_of(model).items()}
         self.layout = UNSHARDED  # in a run, that of its strategy
 
     def forward(self, batch: Sequences | WholeModelInput) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
-from halos.logps.initial_values import with_values
 from halos.logps.model import ModelWithHead
+from halos.logps.reference_values import with_values
 
 _registered = 0  # modules that became a part of another, anywhere in this process, since the first Modes
 
@@ -82,13 +82,13 @@ class Modes:
                 vars(layer)["_disable_adapters"] = was
 
     @contextmanager
-    def initial_policy(self) -> Iterator[None]:
-        """The policy at the start of its run: the base, or if the run started from a trained adapter the base with that one."""
+    def own_reference(self) -> Iterator[None]:
+        """The policy as its own reference: the base, or the base with the adapter that it has in `reference_values`."""
         with ExitStack() as stack:
-            if not any(wrapper.initial_values for wrapper in self._wrappers):
+            if not any(wrapper.reference_values for wrapper in self._wrappers):
                 stack.enter_context(self.adapter_off())
             for wrapper in self._wrappers:
-                self._set_values(stack, wrapper, wrapper.initial_values)
+                self._set_values(stack, wrapper, wrapper.reference_values)
             yield
 
     def _set_values(self, stack: ExitStack, wrapper: ModelWithHead, values: dict[str, Tensor]) -> None:

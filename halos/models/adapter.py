@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from halos import confined
 from halos.config.suggest import nearest
 from halos.errors import UserError, user_errors
-from halos.logps.initial_values import remember_base_values
+from halos.logps.reference_values import remember_base_values
 from halos.merge import lora
 from halos.models import targets
 

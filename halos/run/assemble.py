@@ -47,7 +47,7 @@ def assemble(
     version = run_config.first_version(run.directory.read_attempts(), str(run.directory.path))
     current = _load(run, accelerator, resumed_from.path)
     _keep_arithmetic(current.module, version)
-    frozen, kept = reference.opened(run, current, accelerator, version, is_new=resumed_from.path is None)
+    frozen, kept = reference.opened(run, current, accelerator, version, resumed_from.path)
     if resumed_from.path is not None:
         restore(current, resumed_from.path)  # after loading models, which draws random numbers
     elif config.optim["init_from"] is not None:
@@ -89,7 +89,7 @@ def _load(run: PreparedRun, accelerator: Accelerator, checkpoint: Path | None) -
     if checkpoint is not None and config.peft.name == "none":
         saved_model, sharded = weights.saved_model(checkpoint)
         refuse_different_architecture(loader.base, saved_model)
-        fill = partial(weights.load_shards, checkpoint, run.strategy) if sharded else None
+        fill = partial(weights.load_shards, saved_model, run.strategy) if sharded else None
     model = models.load_policy(loader, reward=planned.reward, refers=run.loss.needs_reference, checkpoint=checkpoint)
     module, optimizer = run.strategy.wrap(
         models.add_head(loader, model, run.loss, checkpoint),

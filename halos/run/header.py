@@ -26,6 +26,7 @@ from halos.run.models import reference_is_adapter
 from halos.run.prepare import PreparedRun, Structure
 from halos.run.render import CLOSE, OPEN
 from halos.schedules import num_steps
+from halos.trainers.humanline import Humanline
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,8 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     suffix = f", reference: {_reference(config)}" if loss.needs_reference else ""
     trained, total = (_count(structure.model, trained=only) for only in (True, False))
     dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")
+    if humanline := Humanline.of(config.humanline):
+        _log("", f"of log(policy / reference) of a token within {humanline.low:g} and {humanline.high:g} (humanline)")
     _log("model", f"{config.model.name_or_path} ({dtype}){suffix}")
     _log("forward", structure.verdict.line)
     _log("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
@@ -141,7 +144,11 @@ def _reference(config: Config) -> str:
         own = "the adapter it starts with" if reference_is_adapter(config) else "its own base"
     elif known:
         own = "its own start"
-    return f"{config.reference.name_or_path or own}{', its log-probs computed once' if known else ''}"
+    every, weight = config.reference.sync_every, config.reference.sync_weight
+    steps = "at every step" if every == 1 else f"every {every} steps"
+    how = "replaced by" if weight == 1 else f"moved by {weight:g} of the way to"
+    moves = f", {how} the policy {steps}" if every else ""
+    return f"{config.reference.name_or_path or own}{', its log-probs computed once' if known else moves}"
 
 
 def write_learning_rate(config: Config, total: int | None) -> None:

@@ -17,8 +17,8 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-from halos.logps.initial_values import remember_initial_values
 from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel
+from halos.logps.reference_values import remember_reference_values
 from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_different_tokenizer, weights_dtype
@@ -115,7 +115,7 @@ def reference_is_adapter(config: Config) -> bool:
 def load_policy(loader: ModelLoader, *, reward: bool, refers: bool, checkpoint: Path | None) -> nn.Module:
     """Load the model to train, with its adapter, from `checkpoint` if the run resumes. `refers`: the loss uses a reference."""
     config = loader.config
-    remembers = refers and reference_is_adapter(config)
+    remembers = refers and (reference_is_adapter(config) or config.reference.sync_every is not None)
     lora = config.peft.name == "lora"
     dtype = loader.dtype
     source, sharded = saved_model(checkpoint) if checkpoint and not lora else (loader.base, False)
@@ -130,7 +130,7 @@ def load_policy(loader: ModelLoader, *, reward: bool, refers: bool, checkpoint: 
     if config.peft.init_from is not None and (remembers or not checkpoint):
         adapter.load_adapter(adapted, Path(config.peft.init_from))
     if remembers:
-        remember_initial_values(adapted)
+        remember_reference_values(adapted)
     if checkpoint:
         adapter.load_adapter(adapted, checkpoint / "adapter")
     return adapted
@@ -169,14 +169,24 @@ def locate_reference(loader: ModelLoader) -> Path | None:
     return directory
 
 
-def load_reference(loader: ModelLoader, model: nn.Module, directory: Path | None) -> ModelWithHead | None:
-    """Load the model in `directory`, or else a frozen copy of the policy's start.
+def refuse_other_shape(model: nn.Module, reference: nn.Module) -> None:
+    """Raises UserError where a reference that is to become the policy has other parameters than it."""
+    mine, others = ({name: tuple(p.shape) for name, p in each.named_parameters()} for each in (model, reference))
+    if other := next((name for name in (*mine, *others) if mine.get(name) != others.get(name)), None):
+        raise UserError(
+            f"reference.sync_every: the reference becomes the policy, and reference.name_or_path names another model: {other} is"
+            f" {others.get(other, 'not there')}, the policy's {mine.get(other, 'not there')}"
+        )
+
+
+def load_reference(loader: ModelLoader, model: nn.Module, directory: Path | None, *, empty: bool = False) -> ModelWithHead | None:
+    """Load the model in `directory`, or else a frozen copy of the policy's start; without weights if it is to be `empty`.
 
     None if the policy itself, with its trained tensors swapped for their initial values, is the reference: no second copy.
     """
     if directory is None and isinstance(model, PeftModel):
         return None
-    inner = loader.load(directory or loader.base, loader.reference_dtype, reward=False)
+    inner = loader.load(directory or loader.base, loader.reference_dtype, reward=False, empty=empty)
     return freeze(LanguageModel(inner, temperature=loader.config.train.temperature))
 
 

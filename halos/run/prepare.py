@@ -195,7 +195,10 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     reference = models.locate_reference(loader) if loss.needs_reference else None
     limits = positions.limits(model)
     if reference is not None:
-        limits = positions.smaller(limits, positions.limits(models.reference_structure(loader, reference)))
+        other = models.reference_structure(loader, reference)
+        limits = positions.smaller(limits, positions.limits(other))
+        if config.reference.sync_every is not None:
+            models.refuse_other_shape(model, other)
     verdict = proof.prove_copies(loss, loader, model, reference)
     return Structure(loader, model, reference, limits, positions.longest_allowed(limits, config.train.max_length), verdict)
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,15 +11,18 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from halos.checkpoint.state import random_state, restore_random_state
+from halos.checkpoint.state import load_reference_values, random_state, restore_random_state, saved_reference
+from halos.checkpoint.weights import load_shards
 from halos.config.bind import LossSpec
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.agreement import from_rank_0
+from halos.distributed.moving_reference import MovingReference
 from halos.distributed.parameters import local_part
 from halos.errors import UserError
 from halos.hashes import source_hash
 from halos.hooks.base import Run
+from halos.logps.model import ModelWithHead
 from halos.prove import verdict
 from halos.run import models
 from halos.run.batch_source import BatchSource
@@ -42,7 +46,7 @@ def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
     asked = config.reference.cache
     if not loss.needs_reference or asked == "never":
         return asked
-    impossible = _why_impossible(loss, batches)
+    impossible = _why_impossible(config, loss, batches)
     if asked == "always" and impossible:
         raise UserError(f"reference.cache=always: {impossible}: leave it out")
     own_code = loss.has_own_rows or config.trainer["_target_"] is not None  # which may read what cannot be known beforehand
@@ -50,7 +54,9 @@ def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
     return "never" if is_live else "always"
 
 
-def _why_impossible(loss: LossSpec, batches: BatchSource) -> str | None:
+def _why_impossible(config: Config, loss: LossSpec, batches: BatchSource) -> str | None:
+    if config.reference.sync_every is not None:
+        return f"the reference moves (reference.sync_every={config.reference.sync_every})"
     if batches.steps_per_epoch is None:
         return "a live loop learns from what it has just sampled, which nothing can know beforehand"
     if not loss.on_rollouts and (loss.inputs.head != "language" or loss.inputs.token_statistics):
@@ -65,25 +71,46 @@ def _costs_nothing(config: Config, batches: BatchSource) -> bool:
 
 
 def opened(
-    prepared: PreparedRun, current: Run, accelerator: Accelerator, version: int, *, is_new: bool
+    prepared: PreparedRun, current: Run, accelerator: Accelerator, version: int, checkpoint: Path | None
 ) -> tuple[nn.Module | None, ReferenceCache | None]:
     """Return the reference model of a run that computes it at every step, or else where its log-probs are kept; neither where the
-    policy itself is the reference. `version` is that of the run's arithmetic; `is_new`: its weights are those of its base."""
+    policy itself is the reference. `version` is that of the run's arithmetic; `checkpoint` the one that it resumes from.
+    One that moves is the run's `moving_reference` too."""
     if not prepared.loss.needs_reference:
         return None, None
+    if prepared.config.reference.sync_every is not None:
+        return _open_moving(prepared, current, saved_reference(checkpoint)), None
     if prepared.config.reference.cache != "always":
         return _load(prepared, current), None
     facts, is_start = (
         from_rank_0(accelerator, partial(_facts, prepared, version)),
-        is_new and prepared.structure.reference is None,
+        checkpoint is None and prepared.structure.reference is None,
     )
     start = _traces(current) if is_start and prepared.config.peft.name == "none" else None
     return None, ReferenceCache(expanded(prepared.config.cache_dir), facts, partial(_load_for_a_pass, prepared, current, start))
 
 
-def _load(prepared: PreparedRun, current: Run) -> nn.Module | None:
-    model = models.load_reference(prepared.structure.loader, current.model, prepared.structure.reference)
-    return prepared.strategy.wrap_frozen(model) if model is not None else None
+def _load(prepared: PreparedRun, current: Run, saved: Path | None = None) -> nn.Module | None:
+    """The reference model; with the weights in `saved` if a checkpoint has them."""
+    structure, strategy = prepared.structure, prepared.strategy
+    model = models.load_reference(structure.loader, current.model, structure.reference, empty=saved is not None)
+    fill = partial(load_shards, saved, strategy) if saved is not None else None
+    return strategy.wrap_frozen(model, fill) if model is not None else None
+
+
+def _open_moving(prepared: PreparedRun, current: Run, saved: Path | None) -> nn.Module | None:
+    """The reference model of a run whose reference moves, as `saved`; None where the policy has the reference's values."""
+    settings = prepared.config.reference
+    frozen, every = _load(prepared, current, saved), settings.sync_every
+    assert every is not None
+    if saved is not None and frozen is None:
+        for part in current.module.modules():
+            if isinstance(part, ModelWithHead):
+                load_reference_values(saved, part.reference_values)
+    current.moving_reference = MovingReference(
+        current.strategy, current.module, frozen, every=every, weight=settings.sync_weight, has_moved=saved is not None
+    )
+    return frozen
 
 
 def _load_for_a_pass(prepared: PreparedRun, current: Run, start: list[tuple[int, float]] | None) -> nn.Module | None:

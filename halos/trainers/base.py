@@ -149,6 +149,7 @@ class Trainer(Objective):
         self.modes.train()
         microbatches = self._microbatches(self.train, indices)
         meter, parts = self._backward(microbatches, indices)
+        self._move_reference()
         totals = self._reduce(meter, strategy.clip(run.module, self.settings.max_grad_norm))
         norm = totals["grad_norm"][0]
         if is_finite := self.guard.passes(norm, microbatches[0].items):

@@ -19,6 +19,7 @@ from halos.logps.model import in_rows, mask_of, share_prompts
 from halos.logps.modes import Modes
 from halos.logps.router import RouterLoss
 from halos.trainers.ahead import NextStep, in_turn
+from halos.trainers.humanline import Humanline
 from halos.trainers.loss_checks import checked_loss, checked_statistics
 from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
 from halos.trainers.reference import ReferenceLogps
@@ -32,6 +33,8 @@ class Objective:
         self.run, self.loss, self.reference = run, loss, reference
         self.reference_logps: ReferenceLogps | None = None  # in the place of a reference model
         self.settings = run.config.train
+        self.humanline = Humanline.of(run.config.humanline)
+        self._clamped: Mean | None = None  # tokens of the last forward pass
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self.deals_together = True  # items of a prompt; not in a run that an earlier version began
         # the next micro-batch, by a thread; not where the user's own code may draw from the generators that the step draws from
@@ -170,7 +173,8 @@ class Objective:
         counts, values = self._counts(len(microbatch.items), microbatch.scored), loss.values
         means = {name: Mean(part.values.detach().sum(), values.new_full((), float(counts[part.per])))
                  for name, part in loss.terms.items()}  # fmt: skip
-        return {**loss.metrics, **means}
+        clamped = {"humanline/clamped": self._clamped} if self._clamped is not None else {}
+        return {**loss.metrics, **clamped, **means}
 
     def _balance(self, microbatch: MicroBatch, routing: Tensor | None) -> Mean | None:
         """A micro-batch's part of the routers' balancing loss, after its forward pass; None where there is no such loss."""
@@ -206,8 +210,11 @@ class Objective:
         """The policy's output, and the reference's where the loss needs it, each converted by `shape`."""
         with self.run.accelerator.autocast():
             # the reference first, before the policy's activations are in memory
-            references = [shape(self._reference(batch))] if self.loss.needs_reference else []
-            return [shape(self._policy(batch)), *references]
+            references = [self._reference(batch)] if self.loss.needs_reference else []
+            policy = self._policy(batch)
+            if self.humanline is not None:
+                policy, self._clamped = self.humanline.clamp(policy, *references)
+            return [shape(policy), *map(shape, references)]
 
     def _read(self, microbatch: MicroBatch) -> Any:
         """The policy's output for a micro-batch."""
@@ -233,11 +240,16 @@ class Objective:
             return self._refer(batch)
         return TokenLogps(in_rows(batch.reference, batch), mask_of(batch))
 
+    def _move_reference(self) -> None:
+        """Where the reference follows the policy; before `Strategy.clip`, which under DeepSpeed is the update."""
+        if self.run.moving_reference is not None:
+            self.run.moving_reference.before_update(self.run.step + 1)
+
     @torch.no_grad()
     def _refer(self, batch: Any) -> Any:
         """The reference model's output: that of a frozen copy, or of the policy with its initial values."""
         model = self.run.module
         if self.reference is not None:
             return self.reference(batch)
-        with self.modes.evaluating(), self.modes.initial_policy():
+        with self.modes.evaluating(), self.modes.own_reference():
             return model(batch)

@@ -26,7 +26,9 @@ TIMED = {"seconds", "tokens_per_second", "peak_memory_mb"}
 SETTINGS = ["train.steps=20", "train.batch_size=8", "train.microbatch_size=3", "train.eval_every=5", "checkpoint.every=4",
             "optim.lr=1e-3"]  # fmt: skip
 LORA = ["peft=lora", "peft.lora_dropout=0.1"]
-FAST = [("sft", []), ("dpo", LORA), ("kto", []), ("reward", LORA)]
+MOVING = ["humanline=on", "reference.sync_every=3"]
+SOFT = [*LORA, "reference.sync_every=1", "reference.sync_weight=0.6", "checkpoint.async_save=true"]
+FAST = [("sft", []), ("dpo", LORA), ("kto", []), ("reward", LORA), ("dpo", MOVING), ("kto", SOFT)]
 REST = [("sft", LORA), ("dpo", []), ("kto", LORA), ("reward", [])]
 
 

@@ -53,7 +53,7 @@ def test_what_was_written_in_parts_is_read_into_a_model_without_weights(tied: bo
     one, other = ActorCritic(model(tied=tied)), ActorCritic(model(tied=tied, seed=1))
     nn.init.normal_(one.value_head.weight)
     write(tmp_path, one, one.model)
-    weights.load_shards(tmp_path, Replicated(Accelerator(cpu=True)), other)
+    weights.load_shards(tmp_path / weights.SHARDED, Replicated(Accelerator(cpu=True)), other)
     for (name, mine), (_, theirs) in zip(one.state_dict().items(), other.state_dict().items(), strict=True):
         assert torch.equal(mine, theirs), name
     assert (other.model.lm_head.weight is other.model.model.embed_tokens.weight) is tied
@@ -64,7 +64,7 @@ def test_parts_of_another_model_are_refused(tmp_path: Path) -> None:
     write(tmp_path, one, one.model)
     wider = ActorCritic(LlamaForCausalLM(LlamaConfig(**{**SIZES, "intermediate_size": 32})))
     with pytest.raises(UserError, match=r"model-sharded is not the model of this run: it holds no model\..*mlp.* of this shape"):
-        weights.load_shards(tmp_path, Replicated(Accelerator(cpu=True)), wider)
+        weights.load_shards(tmp_path / weights.SHARDED, Replicated(Accelerator(cpu=True)), wider)
 
 
 def run_with_parts(configure: Callable[..., Config], tmp_path: Path, base: Path, *overrides: str) -> tuple[Path, Path]:
@@ -139,7 +139,7 @@ def test_a_tensor_that_is_not_there_is_not_drawn_at_random(tmp_path: Path) -> No
         path.unlink()
     assert sharded.shapes(tmp_path / weights.SHARDED)
     with pytest.raises(UserError, match="it holds no model"):
-        weights.load_shards(tmp_path, Replicated(Accelerator(cpu=True)), ActorCritic(model()))
+        weights.load_shards(tmp_path / weights.SHARDED, Replicated(Accelerator(cpu=True)), ActorCritic(model()))
 
 
 def in_rows(directory: Path, *parts: tuple[int, int]) -> None:

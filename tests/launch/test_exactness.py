@@ -22,6 +22,8 @@ RUN = ("model=tiny data=arithmetic train.steps=7 train.batch_size=5 train.microb
        "data.eval=[{path:arithmetic,split:'eval[:7]'}]")  # fmt: skip
 POSITIONS = [2, 3, 4]
 DROPOUT = "peft=lora peft.lora_dropout=0.1"
+MOVING = "peft=none humanline=on"  # a reference that follows the policy, and is a model
+SOFT = "reference.sync_every=2 reference.sync_weight=0.6"  # or with LoRA other values
 APART = "checkpoint.async_save=true"
 Story = dict[str, Any]
 
@@ -76,13 +78,14 @@ OPTIMIZERS = {  # and schedules: every shipped one that needs no further package
 @pytest.mark.parametrize(
     ("strategy", "cells", "positions"),
     [
-        (("fsdp2", 2), cells_of(["dpo"], [DROPOUT]), [3]),
+        (("fsdp2", 2), cells_of(["dpo"], [DROPOUT, MOVING]), [3]),
         (("alone", 1), cells_of(cases.one_of_each_kind(), ["peft=none"]) | OPTIMIZERS, [3]),
         pytest.param(("ddp", 2), cells_of(["kto"], [f"peft=none {APART}"]) | OPTIMIZERS, [2], marks=pytest.mark.slow),
         *(
             pytest.param(
                 strategy,
-                cells_of(cases.one_of_each_kind(), ["peft=none", DROPOUT, f"{DROPOUT} {APART}"]),
+                cells_of(cases.one_of_each_kind(), ["peft=none", DROPOUT, f"{DROPOUT} {APART}"])
+                | cells_of(["dpo", "kto"], [f"{MOVING} {APART}", f"{DROPOUT} {SOFT}"]),
                 POSITIONS,
                 marks=pytest.mark.slow,
             )
@@ -102,7 +105,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     for name, words in cells.items():
         for path in checkpoints(tmp_path / name / "checkpoints"):
             if "lora" in words:
-                assert size_of(path) <= 3.2 * story(tmp_path, name)["trained bytes"] + 1e6, path
+                assert size_of(path) <= (3.2 + ("sync" in words)) * story(tmp_path, name)["trained bytes"] + 1e6, path
     for copy, (name, step) in copies.items():
         whole, resumed = story(tmp_path, name), story(tmp_path, copy)
         assert whole["before"] == whole["saves"], f"{name}: a save changed what was trained"
@@ -120,6 +123,7 @@ ELASTIC = {
     "dpo": "loss=dpo peft=lora",
     "kto": "loss=kto peft=lora",
     "reward": "loss=reward peft=lora",
+    "moving": f"loss=dpo {MOVING}",
     "ppo": "loss=ppo loss.kl_target=0.1 peft=lora",
 }
 
@@ -127,9 +131,9 @@ ELASTIC = {
 @pytest.mark.parametrize(
     ("places", "names"),
     [
-        ([("fsdp2", 2), ("zero3", 2)], ["sft"]),
+        ([("fsdp2", 2), ("zero3", 2)], ["sft", "moving"]),
         pytest.param(PLACES, list(ELASTIC), marks=pytest.mark.slow),
-        pytest.param(ENGINES, ["kto", "ppo"], marks=pytest.mark.slow),
+        pytest.param(ENGINES, ["kto", "moving", "ppo"], marks=pytest.mark.slow),
     ],
     ids=["two", "torch's own", "with DeepSpeed"],
 )

@@ -68,6 +68,7 @@ def turn(how: str) -> list[str]:
     the base itself."""
     number = FAST.index(how) if how in FAST else 0
     cells = [f"loss={name} peft={'lora' if k % 2 else 'none'}" for k, name in enumerate(PATHS) if k % len(FAST) == number]
+    cells += [f"loss={'kto' if number else 'dpo'} peft={'lora' if number == 1 else 'none'} humanline=on"]  # its reference moves
     return list(dict.fromkeys([*cells, *(["loss=kto peft=none", "loss=dpo peft=lora"] if how == "zero3" else [])]))
 
 

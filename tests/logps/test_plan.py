@@ -11,8 +11,8 @@ from torch import Tensor
 from halos.errors import UserError
 from halos.logps import hidden, miniature, plan
 from halos.logps.attention import SEGMENTS
-from halos.logps.initial_values import UNSHARDED
 from halos.logps.model import LanguageModel
+from halos.logps.reference_values import UNSHARDED
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip

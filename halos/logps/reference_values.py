@@ -1,7 +1,7 @@
-"""Initial values of the trained parameters of a model with an adapter, so that it can also compute as its own reference.
+"""Values of the trained parameters of a model with an adapter with which it computes as its own reference.
 
 For most adapters only the base's own trained parameters, biases, are kept: with the adapter off they are set back to the base's
-values. A run that starts from a trained adapter (peft.init_from) keeps the initial values of everything that it trains.
+values. A run that starts from a trained adapter (peft.init_from), or whose reference moves, keeps values of all that it trains.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,7 +42,7 @@ class _Unsharded:
 UNSHARDED: Layout = _Unsharded()
 
 _BASE_VALUES: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # of the base's own trained parameters
-_INITIAL_VALUES: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # of all trained parameters
+_REFERENCE_VALUES: WeakKeyDictionary[nn.Module, dict[str, Tensor]] = WeakKeyDictionary()  # of all trained parameters
 
 
 def remember_base_values(model: nn.Module, own: set[int]) -> None:
@@ -57,14 +57,14 @@ def base_values_of(model: nn.Module) -> dict[str, Tensor]:
     return _BASE_VALUES.get(model, {})
 
 
-def remember_initial_values(model: nn.Module) -> None:
+def remember_reference_values(model: nn.Module) -> None:
     """Keep the values of all trained parameters before a run's first step: as much memory as the adapter takes."""
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    _INITIAL_VALUES[model] = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    _REFERENCE_VALUES[model] = {name: parameter.detach().clone() for name, parameter in trained.items()}
 
 
-def initial_values_of(model: nn.Module) -> dict[str, Tensor]:
-    return _INITIAL_VALUES.get(model, {})
+def reference_values_of(model: nn.Module) -> dict[str, Tensor]:
+    return _REFERENCE_VALUES.get(model, {})
 
 
 @contextmanager

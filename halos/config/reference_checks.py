@@ -1,0 +1,78 @@
+"""Reject settings of the reference, and of bounds measured against it, that a loss does not read or that contradict another."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+from halos.config.schema import Config
+from halos.errors import UserError
+
+
+class LossTraits(Protocol):
+    """The part of a LossSpec that is needed here; importing it would import torch."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    @property
+    def inputs(self) -> Any: ...
+
+    @property
+    def on_rollouts(self) -> bool: ...
+
+    @property
+    def ratio_level(self) -> str: ...
+
+
+def check_reference(config: Config, loss: LossTraits) -> None:
+    """Raises UserError with the first message."""
+    for complaint in (_named(config, loss), _moving(config, loss), _humanline(config, loss)):
+        if complaint:
+            raise UserError(complaint)
+
+
+def _named(config: Config, loss: LossTraits) -> str | None:
+    if config.reference.name_or_path is None or loss.needs_reference:
+        return None
+    return (
+        f"reference.name_or_path is {config.reference.name_or_path}, but loss={loss.name} uses no reference model:"
+        " leave it out, or choose a loss that does"
+    )
+
+
+def _moving(config: Config, loss: LossTraits) -> str | None:
+    reference, every = config.reference, f"reference.sync_every={config.reference.sync_every}"
+    lora = config.peft.name == "lora"
+    if reference.sync_every is None:
+        idle = reference.sync_weight != 1 and config.resume is None
+        return f"reference.sync_weight={reference.sync_weight:g} has no effect without reference.sync_every" if idle else None
+    if not loss.needs_reference:
+        return f"{every} moves the reference, and loss={loss.name} uses none: leave it out, or choose a loss that does"
+    if loss.on_rollouts and (config.online is None or config.online.steps is None):
+        remedy = "leave it out" if config.online is None else "online.reference=last moves it between rounds"
+        return f"{every}: the reference's log-probs of rollouts are computed once, before the first step: {remedy}"
+    if lora and reference.name_or_path is not None:
+        return (
+            f"{every}: the reference becomes the policy, which is an adapter, and reference.name_or_path a model: leave out one"
+        )
+    if lora and config.peft.init_from is not None and reference.adapter == "off":
+        return f"{every} with reference.adapter=off: a reference that moves starts as the policy does: leave one of them out"
+    return None
+
+
+def _humanline(config: Config, loss: LossTraits) -> str | None:
+    settings = config.humanline
+    given = {"low": settings.low, "high": settings.high}
+    bounds = [f"humanline.{name}={value:g}" for name, value in given.items() if value is not None]
+    if not bounds:
+        return None
+    if not loss.needs_reference or loss.inputs.head == "score":
+        return f"{bounds[0]} bounds log-ratios to a reference, and loss={loss.name} uses none: humanline=off, or another loss"
+    if loss.on_rollouts:
+        return f"{bounds[0]}: loss={loss.name} clips its ratios to the policy that sampled by keys of its own: humanline=off"
+    if settings.low == settings.high:
+        return f"humanline.low and humanline.high are both {settings.low:g}: no token would have a gradient"
+    return None
