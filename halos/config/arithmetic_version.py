@@ -146,9 +146,11 @@ HISTORY = (
              lambda now: now.packed, of="kept"),
     Revision(10, "2026-11-27", "the dropout of an adapter on the head is the same in the backward pass as in the forward pass",
              _drops_before_head),
+    Revision(11, "2026-11-28", "an evaluation on several sources has no batch with rows of two, and metrics of each",
+             lambda now: len((now.before.get("data") or {}).get("eval") or []) > 1, of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
-FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER = 7, 9
+FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE = 7, 9, 11
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:

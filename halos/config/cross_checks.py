@@ -148,9 +148,11 @@ def _objective(config: Config, overrides: Sequence[str]) -> str | None:
     """A metric chosen by name alone would keep the direction of the loss's own."""
     metric, typed = config.objective.metric, typed_keys(overrides)
     chosen = "objective.metric" in typed and "objective.mode" not in typed
-    if config.objective.mode == "max" and metric in BETTER_LOW and (chosen or metric == "loss"):
+    parts = metric.split("/")  # of one source it has the name of that before it
+    better_low = any("/".join(parts[start:]) in BETTER_LOW for start in range(len(parts)))
+    if config.objective.mode == "max" and better_low and (chosen or metric == "loss"):
         return f"objective.metric={metric} is better low, and objective.mode is max: add objective.mode=min"
-    if config.objective.mode == "min" and chosen and metric not in BETTER_LOW:
+    if config.objective.mode == "min" and chosen and not better_low:
         return f"objective.metric={metric} would be minimised, as this loss's own: add objective.mode=max, or min to say so"
     return None
 

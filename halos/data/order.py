@@ -2,6 +2,7 @@
 ranks, so that a resume at any step needs no state but the step."""
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import numpy as np
 
@@ -156,9 +157,11 @@ def _sample(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarr
     return np.concatenate([np.tile(rows, repeats), remainder])
 
 
-def eval_batches(count: int, batch_size: int) -> list[np.ndarray]:
-    """Return batches with every row once, in the order of the data."""
-    return [np.arange(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+def eval_batches(sources: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Return batches with every row once, in the order of the data. `sources` (rows,) numbers their sources: no batch has two."""
+    cuts = [0, *(np.flatnonzero(np.diff(sources)) + 1).tolist(), len(sources)]
+    return [np.arange(start, min(start + batch_size, end)) for first, end in pairwise(cuts)
+            for start in range(first, end, batch_size)]  # fmt: skip
 
 
 def mismatched_partners(groups: np.ndarray, seed: int, *, what: str) -> np.ndarray:

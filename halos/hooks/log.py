@@ -16,6 +16,13 @@ def summary(metrics: Metrics) -> str:
     return "  ".join(intervals.shown(name, metrics) for name in names if metrics.get(name) is not None)
 
 
+def of_sources(metrics: Metrics) -> str:
+    """The losses of the sources of the evaluation data, where there are several: ` (loss of math 0.31, chats 0.52)`."""
+    names = [name.removesuffix("/examples") for name in metrics if name.endswith("/examples")]
+    losses = [f"{name} {loss:.4g}" for name in names if (loss := metrics.get(f"{name}/loss")) is not None]
+    return f"  (loss of {', '.join(losses)})" if losses else ""
+
+
 class MetricsLog(Hook):
     """Appends one JSON object for each logged step or evaluation, on rank 0. Lines that cannot be written are lost, counted and
     reported; the run continues."""
@@ -32,7 +39,7 @@ class MetricsLog(Hook):
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         if run.main:
             self._append(run, metrics)
-            log.info("step %d of %d, held out: %s", run.step, run.total_steps, summary(metrics))
+            log.info("step %d of %d, held out: %s%s", run.step, run.total_steps, summary(metrics), of_sources(metrics))
 
     def on_end(self, run: Run) -> None:
         if self._lost:

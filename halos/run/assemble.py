@@ -13,7 +13,7 @@ from halos.checkpoint import weights
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.checkpoint.state import load_optimizer, restore
 from halos.config import run_config
-from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER
+from halos.config.arithmetic_version import EVALUATED_BY_SOURCE, FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.hooks.base import Run
@@ -61,6 +61,7 @@ def assemble(
     split = data.train, data.eval_data, data.order
     trainer = run.trainer(Parts(current, run.loss, checkpointer, *split, frozen, data.generation_evaluation, kept))
     trainer.deals_together = version >= SIBLINGS_TOGETHER
+    trainer.evaluates_by_source = version >= EVALUATED_BY_SOURCE
     trainer.refuse_lost_cache()
     if accelerator.is_main_process:
         # last: a refused resume leaves the run as it was

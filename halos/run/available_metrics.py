@@ -2,7 +2,7 @@
 so is a loss that depends on padding."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from halos.config.suggest import nearest
 from halos.errors import UserError
 from halos.examples import Completion, Item
 from halos.rollout import evaluation
+from halos.run.datasets import eval_sources
 from halos.types import TOKEN_STATISTICS, Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 ALWAYS = ("loss", "examples")
@@ -30,18 +31,32 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
         names = frozenset([*evaluation.metric_names(online), *scorer_class(online.scorer.name).metrics(online.scorer)])
     else:
         names = metrics_of(loss)
-    if names is None or metric in names or bool(config.data.eval) == bool(measuring):
+    sources = [] if online is not None else eval_sources(config)
+    refuse_hidden_metrics(sources, names or ())
+    of_source = next((name for name in sources if metric.removeprefix(f"{name}/") in (names or ())), None)
+    if names is None or metric in names or of_source is not None or bool(config.data.eval) == bool(measuring):
         return
     if measuring:
         raise UserError(
             f"objective.metric={metric} is not measured with loss={loss.name}, and without evaluation data no hook measures:"
             f" give data.eval for hooks.{measuring[0]}"
         )
-    near = nearest(metric, names)
+    near = nearest(metric, [*names, *(f"{source}/{name}" for source in sources for name in names)])
     suggestion = f"did you mean {near}? " if near else ""
+    more = f"; and each of {', '.join(sources)} alone, as {sources[0]}/loss" if sources else ""
     raise UserError(
-        f"objective.metric={metric} is not measured with loss={loss.name}: {suggestion}There are {', '.join(sorted(names))}"
+        f"objective.metric={metric} is not measured with loss={loss.name}: {suggestion}There are {', '.join(sorted(names))}{more}"
     )
+
+
+def refuse_hidden_metrics(sources: Sequence[str], names: Collection[str]) -> None:
+    """Raises UserError where a metric of a source would have the name of one over all data."""
+    for source in sources:
+        if hidden := next((name for name in names if f"{source}/{name}" in names), None):
+            raise UserError(
+                f"data.eval: {source}/{hidden} would be a metric of the source {source}, and is one over all data: give the entry"
+                " another name, {path: ..., name: ...}"
+            )
 
 
 def metrics_of(loss: LossSpec) -> frozenset[str] | None:

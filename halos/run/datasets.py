@@ -33,6 +33,12 @@ def refuse_entries(config: Config) -> None:
     names_of(held_out, "eval")
 
 
+def eval_sources(config: Config) -> list[str]:
+    """Return the names of the sources that an evaluation measures apart: of several entries of data.eval."""
+    entries = entries_of(config.data, "eval")
+    return names_of([Source.of(entry) for entry in entries], "eval") if len(entries) > 1 else []
+
+
 def load(
     config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
 ) -> tuple[Split, Split | None]:
@@ -98,20 +104,26 @@ def unavailable_metrics(config: Config, loss: LossSpec, eval_data: Split | None)
     """Return metrics that evaluation data with a single label cannot yield. Raises UserError if the run depends on one."""
     if eval_data is None or loss.inputs is not Labelled or not isinstance(eval_data.rows, Dataset):
         return frozenset()
-    fraction = eval_data.rows.labels["desirable"].mean()
-    if 0 < fraction < 1:
-        return frozenset()
-    absent, kind = ("rejected", "desirable") if fraction else ("chosen", "undesirable")
-    unavailable = frozenset({"rewards/margins", f"rewards/{absent}", f"logps/{absent}"})
+    rows = eval_data.rows
+    parts = [("", rows.labels["desirable"], "data.eval")]
+    if len(rows.names) > 1:
+        parts += [(f"{name}/", rows.labels["desirable"][rows.sources == number], f"{name} in data.eval")
+                  for number, name in enumerate(rows.names)]  # fmt: skip
+    lacking = dict[str, str]()  # metric -> which rows have one label
+    for prefix, labels, where in parts:
+        absent, kind = ("rejected", "desirable") if labels.any() else ("chosen", "undesirable")
+        if not 0 < labels.mean() < 1:
+            names = ("rewards/margins", f"rewards/{absent}", f"logps/{absent}")
+            lacking |= {f"{prefix}{name}": f"{where} are {kind}" for name in names}
     metric = config.objective.metric
     watchers = {"train.early_stopping": config.train.early_stopping, "checkpoint.keep_best": config.checkpoint.get("keep_best")}
     watching = [f"{key}={value}" for key, value in watchers.items() if value]
-    if metric in unavailable and watching:
+    if metric in lacking and watching:
         raise UserError(
-            f"{watching[0]} watches {metric}, which needs both labels, and all rows of data.eval are {kind}: evaluate on both, or"
+            f"{watching[0]} watches {metric}, which needs both labels, and all rows of {lacking[metric]}: evaluate on both, or"
             " watch another metric, objective.metric=loss objective.mode=min"
         )
-    return unavailable
+    return frozenset(lacking)
 
 
 def checks(train: Split, eval_data: Split | None, loss: LossSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Check, ...]:

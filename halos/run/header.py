@@ -213,7 +213,7 @@ def _log_data(run: PreparedRun) -> None:
     scored = "its score is read at the end of each completion" if run.planned.reward else f"{OPEN}scored{CLOSE}"
     if config.objective.metric in run.batches.unmeasured:
         log.warning(
-            "%s needs both labels, and all rows of data.eval have one: it is left out, and no checkpoint is compared by it",
+            "%s needs both labels, and all rows it is measured on have one: it is left out, and no checkpoint is compared by it",
             config.objective.metric,
         )
     _log("first row", f"as the model sees it; {scored}" if run.batches.splits else "as the sampler gets it")

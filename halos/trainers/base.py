@@ -2,7 +2,6 @@
 
 import logging
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, nullcontext, suppress
@@ -13,20 +12,18 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.config.bind import LossSpec
 from halos.data.dataset import Dataset
-from halos.data.order import eval_batches
 from halos.errors import UserError
 from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval, states_of
 from halos.metrics import Meter, Window
+from halos.trainers.evaluation import EvaluatedObjective
 from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
 from halos.trainers.memory import peak_mb
 from halos.trainers.microbatches import MicroBatch, Split
-from halos.trainers.objective import Objective
 from halos.trainers.reference import ReferenceCache, ReferenceLogps, StopRequestedError
 from halos.types import Mean
 
@@ -59,7 +56,7 @@ class Parts:
     reference_cache: ReferenceCache | None = None  # in the place of a reference that computes at every step
 
 
-class Trainer(Objective):
+class Trainer(EvaluatedObjective):
     """Owns the loop. A subclass may be chosen by `trainer._target_`; its keyword-only parameters are its keys."""
 
     def __init__(self, parts: Parts) -> None:
@@ -248,33 +245,6 @@ class Trainer(Objective):
         if first:
             self._require_objective()
         self._logged_at += time.perf_counter() - began
-
-    def _eval_means(self) -> dict[str, float]:
-        """Mean metrics over the evaluation data, in global batches of the training size; empty after a stop request."""
-        run, meter, parts = self.run, Meter(), list[Contribution]()
-        assert self.eval_data is not None
-        batches = eval_batches(len(self.eval_data.rows), self.settings.batch_size)
-        quiet = not run.main or not sys.stderr.isatty()
-        for indices in tqdm(batches, desc="held out", unit="batch", leave=False, disable=quiet):
-            run.sync_stop_request()
-            if run.stopped_early:
-                break
-            microbatches = self._microbatches(self.eval_data, indices)
-            statistics = self._statistics(microbatches, len(indices))
-            for microbatch in self._in_turn(microbatches):
-                loss = self._loss(microbatch, statistics, len(indices))
-                meter.add(self._means(loss, microbatch), microbatch.weight)
-                if microbatch.weight:
-                    values = loss.values.reshape(len(microbatch.positions), -1).sum(-1)
-                    parts.append(Contribution(indices[microbatch.positions], microbatch.positions, values))
-        run.strategy.reshard(run.module)
-        if run.stopped_early:
-            return {}
-        window = Window()
-        window.add(meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"), gather_object))
-        means = window.means()
-        self.guard.check_evaluation(self.eval_data, parts, means["loss"])
-        return {**means, **self.derived(means), "examples": len(self.eval_data.rows)}
 
     def _evaluation_due(self) -> bool:
         """Whether to evaluate: at the start, at every interval, and on resume where the run stopped before or during one."""

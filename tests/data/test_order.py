@@ -69,7 +69,8 @@ def test_weights_that_leave_nothing_are_refused():
 
 
 def test_evaluation_sees_every_row_once_in_order():
-    assert [batch.tolist() for batch in eval_batches(5, 2)] == [[0, 1], [2, 3], [4]]
+    assert [batch.tolist() for batch in eval_batches(np.zeros(5, int), 2)] == [[0, 1], [2, 3], [4]]
+    assert [batch.tolist() for batch in eval_batches(np.array([0, 0, 0, 1, 3, 3]), 2)] == [[0, 1], [2], [3], [4, 5]]
 
 
 # --- mismatched partners -----------------------------------------------------------------------------------------------
