@@ -17,7 +17,7 @@ from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Scorer
 from halos.errors import UserError
 
-BETTER_LOW = ("loss", "perplexity", "kl", "router_aux_loss", "value/loss")  # metrics
+BETTER_LOW = ("loss", "nll", "perplexity", "kl", "router_aux_loss", "value/loss")  # metrics
 AMOUNTS = ("weight", "count", "epochs")  # of an entry of data.train
 EMBEDDINGS = ("embed_tokens", "embed_in", "wte", "word_embeddings", "tok_embeddings")
 

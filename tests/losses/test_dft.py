@@ -1,7 +1,10 @@
 """DFT: cross-entropy whose tokens are weighed by their own probability."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import yaml
 
 from halos.losses.dft import dft
 
@@ -26,3 +29,15 @@ def test_perplexity_is_of_the_cross_entropy_and_not_of_the_loss():
     means = {"loss": 0.1, **{name: number(mean) for name, mean in dft(policy).metrics.items()}}
     assert policy.derived(means) == {"perplexity": pytest.approx(np.exp(0.85))}
     assert policy.derived({"loss": 0.5}) == {"perplexity": pytest.approx(np.exp(0.5))}
+
+
+def test_the_objective_improves_where_tokens_become_likelier_though_the_loss_rises():
+    objective = yaml.safe_load((Path(__file__).parents[2] / "config" / "loss" / "dft.yaml").read_text())["objective"]
+    assert objective["mode"] == "min"
+    means = []
+    for row in ([-4.0, -3.0], [-2.0, -1.5], [-0.75, -0.5]):
+        loss = dft(logps([row]))
+        means.append({"loss": float(loss.values.detach().mean()), **{name: number(mean) for name, mean in loss.metrics.items()}})
+    assert means[0]["loss"] < means[1]["loss"], "worse by the loss"
+    values = [each[objective["metric"]] for each in means]
+    assert values == sorted(values, reverse=True)
