@@ -157,6 +157,12 @@ def test_a_prompt_alone_is_read_under_any_name_and_nothing_of_its_answer_is_refu
 # --- pairs -------------------------------------------------------------------------------------------------------------
 
 
+def test_the_mark_of_a_system_turn_inside_a_text_of_hh_is_a_part_of_it() -> None:
+    machine = "My machine:\n\nSystem: Linux\n\nDone."
+    assert pairs.hh_turns(f"System: Be brief.\n\nHuman: One?\n\nAssistant: {machine}\n\nHuman: And?\n\nAssistant: no") == [
+        turn("system", "Be brief."), *Q, says(machine), user("And?"), says("no")]  # fmt: skip
+
+
 def test_text_with_the_markers_of_hh_is_turns() -> None:
     first = "\n\nHuman: Hi:\n\nthere\n\nAssistant: Hello!\n\nHuman: One?\n\nAssistant:"
     prompt = (user("Hi:\n\nthere"), says("Hello!"), *Q)

@@ -14,7 +14,7 @@ FEW_SCORES = "with fewer than two scored completions"
 CONTRADICTING = "whose scores contradict their order"
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"),
           ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"))  # fmt: skip
-_MARK = re.compile(r"(?:^|\n\n)\s*(Human|Assistant|System): ?")
+_MARK = re.compile(r"(?:^|\n\n)\s*(Human|Assistant|(?<![\s\S])System): ?")  # a system turn comes first
 _ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
