@@ -105,9 +105,9 @@ class Shards:
         return self._directory / f"{number:06d}"
 
     def _make(self, rows: Sequence[Row], shard: Path, worker: Worker | None) -> None:
-        if is_whole(shard, self._cache):  # another run has made it by now
-            return
-        if shard.exists():
+        if shard.exists():  # asked first: another run may publish it at any moment, and it is whole then
+            if is_whole(shard, self._cache):
+                return
             log.warning("%s is damaged: it is written again", shard)
             shutil.rmtree(shard)
         hidden = shard.with_name(f".{shard.name}-{uuid.uuid4().hex[:8]}")

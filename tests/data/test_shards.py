@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -227,3 +229,24 @@ def test_a_shard_that_another_run_made_meanwhile_is_kept(
     monkeypatch.undo()
     assert whole(data) == whole(prepared(path, tmp_path / "other", kind=Comparison))
     assert not list((tmp_path / "shards").glob("*/.*"))
+
+
+def test_a_shard_that_another_run_publishes_while_it_is_looked_for_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, small: Callable[[int], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small(1)
+    path, looks, is_whole = jsonl(tmp_path / "a.jsonl", pairs(25)), Counter[str](), shards.is_whole
+    prepared(path, tmp_path / "other", kind=Comparison)
+
+    def overtaken(shard: Path, cache: Path | None = None) -> bool:
+        found, other = is_whole(shard, cache), next((tmp_path / "other" / "shards").glob(f"*/{shard.name}"))
+        looks[shard.name] += 1
+        if looks[shard.name] == 2 and not found:
+            shutil.copytree(other, shard)
+        return found
+
+    monkeypatch.setattr(shards, "is_whole", overtaken)
+    data = prepared(path, tmp_path, kind=Comparison)
+    assert len(data)
+    assert looks
+    assert "damaged" not in caplog.text
