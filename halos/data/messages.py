@@ -72,11 +72,17 @@ def _settings(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
     settings = _parsed(columns.get(SETTINGS), {}, where, SETTINGS)
     if not isinstance(settings, Mapping) or not all(isinstance(name, str) for name in settings):
         raise UserError(f"{where}: {SETTINGS} is {type(settings).__name__}, not an object of names and values")
-    tools = _parsed(columns.get("tools"), [], where, "tools")
+    tools = _parsed(columns.get("tools"), [], where, "tools") or _functions(columns.get("functions"))
     if not isinstance(tools, Sequence) or isinstance(tools, str) or not all(isinstance(tool, Mapping) for tool in tools):
         raise UserError(f"{where}: tools must be a list of objects, or JSON text of one")
     named = [_tool(_without_nulls(tool)) for tool in tools]
     return {**_without_nulls(settings), **({"tools": named} if named else {})}
+
+
+def _functions(value: Any) -> list[Mapping[str, Any]]:
+    """Return the functions that a row of OpenAI's older form describes; none for a column of another meaning."""
+    is_told = isinstance(value, list) and all(isinstance(each, Mapping) and "name" in each for each in value)
+    return list(value) if is_told else []
 
 
 def _parsed(value: Any, empty: Any, where: str, column: str) -> Any:
@@ -121,6 +127,7 @@ def _turn(turn: Any, column: str, where: str) -> Message:
         actual = f"has {', '.join(map(str, turn))}" if isinstance(turn, Mapping) else f"is {type(turn).__name__}"
         raise UserError(f"{where}: each turn of {column} needs role and content, one {actual}")
     turn = {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value not in ([], ""))}
+    turn = _with_tool_calls(turn, column, where)
     role = turn.get("role")
     if role not in ROLES:
         raise UserError(f"{where}: {column} has a turn of unknown role {role!r}; roles are {', '.join(ROLES)}")
@@ -133,6 +140,18 @@ def _turn(turn: Any, column: str, where: str) -> Message:
     if "tool_calls" in turn:
         turn["tool_calls"] = _tool_calls(turn["tool_calls"], column, where)
     return _with_weight(_with_reasoning(turn, column, where), column, where)
+
+
+def _with_tool_calls(turn: dict[str, Any], column: str, where: str) -> dict[str, Any]:
+    """Return a turn of OpenAI's older form, with `function_call` or of role `function`, in the newer one. Raises UserError where
+    it has both."""
+    if turn.get("role") == "function":
+        turn = {**turn, "role": "tool"}
+    if not isinstance(call := turn.pop("function_call", None), Mapping):
+        return turn
+    if "tool_calls" in turn:
+        raise UserError(f"{where}: {column} has a turn with tool_calls and function_call: leave one of them out")
+    return {**turn, "tool_calls": [{"type": "function", "function": call}]}
 
 
 def _joined(parts: Sequence[Any], what: str) -> str:

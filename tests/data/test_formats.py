@@ -263,6 +263,18 @@ def test_arguments_of_a_tool_call_become_an_object():
     refuses("tool_calls of messages must be a list of objects", messages=[*Q, {**says("a"), "tool_calls": "add"}])
 
 
+def test_calls_and_tools_of_openai_s_older_form_are_those_of_the_newer():
+    function = {"name": "add", "arguments": '{"x": 1}'}
+    older = [*Q, {"role": "assistant", "content": "So:", "function_call": function}, turn("function", "2"), *GOOD]
+    newer = [*Q, {"role": "assistant", "content": "So:", "tool_calls": [{"type": "function", "function": function}]},
+             turn("tool", "2"), *GOOD]  # fmt: skip
+    tools = [{"name": "add", "description": "adds"}]
+    assert read("all", messages=older) == read("all", messages=newer)
+    assert read(messages=older, functions=tools) == read(messages=newer, tools=tools) != read(messages=newer)
+    assert read(messages=older, functions="[1]") == read(messages=newer)
+    refuses("tool_calls and function_call", messages=[*Q, {**newer[1], "function_call": function}])
+
+
 @pytest.mark.parametrize("key", ["weight", "train", "loss"])
 def test_a_turn_of_weight_0_is_not_trained_on(key: str):
     talk = [*Q, {**GOOD[0], key: 0}, user("Two?"), {**BAD[0], key: 1}, user("So?"), {**says("no"), key: False}]
