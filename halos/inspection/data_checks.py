@@ -96,13 +96,20 @@ def _mixed_splits(splits: Splits) -> Iterable[Finding]:
         for counts in data.report:
             if mixed := oddities.mixed_splits(counts):
                 listed = ", ".join(f"{value} {count}" for value, count in mixed.items())
-                largest = max(mixed, key=lambda value: mixed[value])
+                column, _, meant = max(
+                    mixed, key=lambda value: (_is_held_out(value) == (name == "eval"), mixed[value])
+                ).partition("=")
                 remedy = (
-                    f"{{path: {counts.name}, split: {largest.partition('=')[2]}}} takes one"
-                    if largest.startswith("split=")
+                    f"{{path: {counts.name}, split: {meant}}} takes one"
+                    if column == "split"
                     else f"keep the rows that are meant, {CUSTOM}"
                 )
                 yield Finding("warning", f"data.{name}: {counts.name} mixes rows of several splits ({listed})", (), remedy)
+
+
+def _is_held_out(split: str) -> bool:
+    """Whether a split, `split=test`, is one that is not to be trained on."""
+    return oddities.HELD_OUT.match(split.partition("=")[2]) is not None
 
 
 def _equal_completions(splits: Splits) -> Iterable[Finding]:

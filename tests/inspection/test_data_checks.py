@@ -101,7 +101,11 @@ def test_a_mistake_in_the_data_is_found(
     assert found.level == "note" or found.remedy
 
 
-def test_the_split_that_is_named_as_a_remedy_is_the_largest(tmp_path: Path) -> None:
+def test_the_split_that_is_named_as_a_remedy_is_the_largest_that_may_be_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "more held out").mkdir()
+    most = [{**row, "split": "Train-a" if n < 2 else "test"} for n, row in enumerate(SOUND)]
+    (found,) = of_rows(tmp_path / "more held out", most)
+    assert "split: Train-a}" in found.remedy
     (found,) = of_rows(tmp_path, [{**row, "split": "train" if n else "test"} for n, row in enumerate(SOUND)])
     assert re.fullmatch(r"\{path: \S*a.jsonl, split: train\} takes one", found.remedy)
     assert of_rows(tmp_path, [{**row, "subset": f"topic {n % 2}"} for n, row in enumerate(SOUND)]) == [], "topics are no splits"
