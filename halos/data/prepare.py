@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -26,7 +27,7 @@ from halos.data.names import names_of
 from halos.data.progress import Progress
 from halos.data.row_tokeniser import BATCH, RowTokeniser
 from halos.data.shards import Shards, in_chunks
-from halos.data.sources import OpenSource, Source, open_source
+from halos.data.sources import OpenSource, Source, hash_files, open_source
 from halos.data.template import chat_template
 from halos.errors import UserError
 from halos.examples import Example, Item
@@ -57,7 +58,8 @@ def prepare(
         raise UserError(f"data.{purpose}: no entry; give files, directories or names")
     opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
     code, described = code_hash(f"{kind.__module__}.{kind.__name__}"), _tokenizer(tokenizer)  # code of the user's own type
-    common = [kind.__name__, max_length, truncation, score, lost, transform_key, code, cache.code_version(), *described]
+    converts = f"{transform_key} {_code_of(transform)}"
+    common = [kind.__name__, max_length, truncation, score, lost, converts, code, cache.code_version(), *described]
     key = _key([common, [each.fingerprint for each in opened], [asdict(each.source) for each in opened], purpose])
     base = expanded(cache_dir)
     path = base / cache.DATA / key
@@ -121,6 +123,13 @@ def _shards_of(
     key = _key([common, source.fingerprint, entry, purpose])
     about = {"source": source.source.path, "made": made}
     return Shards(base / cache.SHARDS / key, str(place) if place.exists() else "", tokenise, base, about)
+
+
+def _code_of(transform: Callable[[Any], Example] | None) -> str:
+    """Hash the module of a loss's function, also of one of this package: `transform_key` has the code of the user's alone."""
+    function = getattr(transform, "func", transform)
+    file = getattr(sys.modules.get(getattr(function, "__module__", None) or ""), "__file__", None)
+    return hash_files([Path(file)]) if file else ""
 
 
 def _key(parts: Any) -> str:

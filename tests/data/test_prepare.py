@@ -1,3 +1,4 @@
+import importlib
 import pickle
 import subprocess
 import sys
@@ -79,6 +80,24 @@ def test_a_transform_rewrites_examples_before_tokenisation(tmp_path: Path):
     assert not data.labels
     assert [words(data, n) for n in range(2)] == [["<|good|>one<|im_end|>"], ["<|bad|>two<|im_end|>"]]
     assert list(prepared(path, tmp_path, kind=Judgement).labels) == ["desirable"], "the key tells them apart"
+
+
+def test_another_transform_by_the_same_name_makes_other_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A loss of this package is no plugin, whose code the key would have, and an update may change it."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path, module = jsonl(tmp_path / "a.jsonl", PAIRS[:1]), tmp_path / "lossofmine.py"
+    for sign in ("<|good|>", "<|bad|>"):
+        module.write_text(
+            "from dataclasses import replace\n\ndef examples(row, **settings):\n"
+            f"    return replace(row, completion=({{**row.completion[0], 'content': {sign!r}}},))\n"
+        )
+        monkeypatch.delitem(sys.modules, "lossofmine", raising=False)
+        importlib.invalidate_caches()
+        transform = partial(importlib.import_module("lossofmine").examples, beta=1)
+        assert words(prepared(path, tmp_path, kind=Judgement, transform=transform, transform_key="mine"), 0) == [
+            f"{sign}<|im_end|>"
+        ]
+    monkeypatch.delitem(sys.modules, "lossofmine")
 
 
 def test_every_dropped_or_shortened_row_is_counted(tmp_path: Path):
