@@ -147,7 +147,8 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """Return everything about the tokenizer that decides the ids of a row."""
     tokenizer("", padding=False, truncation=False)  # the state of earlier calls would be part of the backend's description
     backend = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
-    special = json.dumps({name: str(token) for name, token in tokenizer.special_tokens_map.items()}, sort_keys=True)
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    special = json.dumps({**named, "split_special_tokens": tokenizer.split_special_tokens}, sort_keys=True)
     return [backend, special, chat_template(tokenizer, None), tokenizers.__version__, transformers.__version__]
 
 

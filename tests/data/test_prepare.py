@@ -172,6 +172,8 @@ def test_everything_that_decides_the_ids_is_part_of_the_key(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
     grown = tokenizer()
     grown.add_tokens(["<|new|>"], special_tokens=True)
+    splits = tokenizer()
+    splits.split_special_tokens = True
     changes = [
         {},
         {"max_length": 100},
@@ -184,6 +186,8 @@ def test_everything_that_decides_the_ids_is_part_of_the_key(tmp_path: Path):
         {"tokenizer": tokenizer(LLAMA3)},
         {"tokenizer": tokenizer(eos="<|im_end|>")},
         {"tokenizer": grown},
+        {"tokenizer": splits},
+        {"lost": "drop"},
     ]
     settings = {"max_length": 200, "truncation": "drop", "score": "last", "cache_dir": tmp_path, "kind": Demonstration}
     made = tokenizer()
