@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jinja2 import TemplateError
@@ -35,7 +35,8 @@ class Renderer:
         if unread := [name for name in settings if not re.search(rf"\b{re.escape(name)}\b", self.jinja)]:
             raise UserError(f"{where}: the chat template does not read {', '.join(unread)}, which the row gives it")
         try:
-            return self._apply(plain, settings, generate=generate)
+            text = self._apply(plain, settings, generate=generate)
+            return text if self._text_arguments else self._without_python(plain, text, settings, generate=generate)
         except _ERRORS as error:
             if not self._text_arguments and any("tool_calls" in turn for turn in turns):
                 try:
@@ -46,6 +47,17 @@ class Renderer:
                     self._text_arguments = True
                     return text
             raise UserError(f"{where}: the chat template refuses this row: {error}{system_remedy(turns)}") from error
+
+    def _without_python(self, plain: list[dict[str, Any]], text: str, settings: Mapping[str, Any], *, generate: bool) -> str:
+        """Return a rendering with arguments of tool calls as JSON, where `text` has them as Python prints an object: a template
+        that prints them as they are expects text (Functionary)."""
+        for printed in [str(arguments) for turn in plain for arguments in _arguments(turn) if arguments]:
+            if printed in text:
+                given = self._apply(_with_text_arguments(plain), settings, generate=generate)
+                if text.count(printed) > given.count(printed):  # else they are words of another turn
+                    self._text_arguments = True
+                    return given
+        return text
 
     def _apply(self, plain: list[dict[str, Any]], settings: Mapping[str, Any], *, generate: bool) -> str:
         turns = _with_text_arguments(plain) if self._text_arguments else plain
@@ -79,6 +91,15 @@ class Renderer:
             return WORD in self._apply(turns, {}, generate=False)
         except _ERRORS:
             return False
+
+
+def _arguments(turn: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the arguments of a turn's tool calls that are objects."""
+    for call in turn.get("tool_calls") or ():
+        function = call.get("function")
+        arguments = (function if isinstance(function, Mapping) else call).get("arguments")
+        if isinstance(arguments, Mapping):
+            yield arguments
 
 
 def _with_text_arguments(turns: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from typing import Any
 
@@ -107,3 +108,19 @@ def test_arguments_are_given_as_text_where_the_template_joins_them_to_text():
 def test_a_turn_without_tool_calls_is_the_same_with_an_empty_list_of_them():
     strict = CHATML.replace("m['content'] +", "('called' if 'tool_calls' in m else '') + m['content'] +")
     assert laid_out(strict, {"messages": [user("x"), {**says("y"), "tool_calls": []}]}).completions == ("y<|im_end|>",)
+
+
+def test_arguments_are_given_as_text_where_the_template_would_print_an_object_as_python_does():
+    prints = (
+        "{% for m in messages %}<|im_start|>{{ m['content'] }}{% for c in m['tool_calls'] or [] %}"
+        "{{ c['function']['name'] }}{{ ARGUMENTS }}{% endfor %}<|im_end|>{% endfor %}"
+    )
+    arguments = {"city": "Rome", "days": [1], "warm": True, "unit": "°C"}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+    written = json.dumps(arguments, ensure_ascii=False)
+    for printed in ("c['function']['arguments']", "'' ~ c.function.arguments"):
+        (completion,) = laid_out(prints.replace("ARGUMENTS", printed), {"messages": [user("x"), call]}).completions
+        assert written in completion
+    dumps = prints.replace("ARGUMENTS", "c['function']['arguments'] | tojson")
+    (completion,) = laid_out(dumps, {"messages": [user(str(arguments)), call]}).completions  # words like a printed object
+    assert written in completion
