@@ -81,7 +81,9 @@ def _settings(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _functions(value: Any) -> list[Mapping[str, Any]]:
     """Return the functions that a row of OpenAI's older form describes; none for a column of another meaning."""
-    is_told = isinstance(value, list) and all(isinstance(each, Mapping) and "name" in each for each in value)
+    is_told = isinstance(value, list) and all(
+        isinstance(each, Mapping) and {"name", "parameters"} <= each.keys() for each in value
+    )
     return list(value) if is_told else []
 
 

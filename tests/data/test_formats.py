@@ -268,10 +268,11 @@ def test_calls_and_tools_of_openai_s_older_form_are_those_of_the_newer():
     older = [*Q, {"role": "assistant", "content": "So:", "function_call": function}, turn("function", "2"), *GOOD]
     newer = [*Q, {"role": "assistant", "content": "So:", "tool_calls": [{"type": "function", "function": function}]},
              turn("tool", "2"), *GOOD]  # fmt: skip
-    tools = [{"name": "add", "description": "adds"}]
+    tools = [{"name": "add", "parameters": {"type": "object"}}]
     assert read("all", messages=older) == read("all", messages=newer)
     assert read(messages=older, functions=tools) == read(messages=newer, tools=tools) != read(messages=newer)
     assert read(messages=older, functions="[1]") == read(messages=newer)
+    assert read(messages=older, functions=[{"name": "main", "code": "int x;"}]) == read(messages=newer), "of another meaning"
     refuses("tool_calls and function_call", messages=[*Q, {**newer[1], "function_call": function}])
 
 
