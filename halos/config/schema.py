@@ -98,6 +98,7 @@ class Train:
     router_aux_loss: float | None = key(least=0)
     prove: str = key(one_of=("auto", "always", "off"), on_resume=SAFE)  # it checks, and changes nothing
     early_stopping: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step
+    alarms: str = key(one_of=("off", "warn", "stop"), on_resume=SAFE)  # they change no step
     temperature: float = key(above=0)  # of the softmax that log-probs are computed from
     correction: str = key(one_of=("auto", "none", "truncate", "mask"))  # of rollouts whose sampler computes otherwise
     correction_level: str | None = key(one_of=("token", "sequence"))

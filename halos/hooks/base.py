@@ -95,6 +95,7 @@ class Run:
     reference: dict[str, str] = field(default_factory=dict)  # key and content of the reference's log-probs, by names of rows
     reference_cpu_seconds: float = 0.0  # that this process spent on them before the first step
     hooks: dict[str, "Hook"] = field(default_factory=dict)
+    rows_of_step: Callable[[int], list[str]] | None = None  # where the rows of a step came from; none of live ones
     generator: "Generator | None" = None  # what `generate` calls; None for a reward model
     writers: dist.ProcessGroup | None = None  # process group for collectives of a background save; None: the default group
 

@@ -16,6 +16,7 @@ from halos.config import run_config
 from halos.config.arithmetic_version import EVALUATED_BY_SOURCE, FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
+from halos.data.dataset import Dataset
 from halos.hooks.base import Run
 from halos.inspection.findings import refuse_errors
 from halos.lock import RunLock
@@ -28,7 +29,8 @@ from halos.run import dry_run, header, models, proof, reference, resume, token_b
 from halos.run.optimizer import make_optimizer
 from halos.run.prepare import PreparedRun, prepare
 from halos.schedules import LearningRates
-from halos.trainers.base import Parts, Trainer
+from halos.trainers.base import Batches, Parts, Trainer
+from halos.trainers.microbatches import Split
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ def assemble(
     policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=False))
     current.generator = None if current.reward else PolicyGenerator(current, policy)
     data = run.batches.open(current, policy)
+    current.rows_of_step = partial(_rows_of_step, data.train, data.order)
     checkpointer = Checkpointer(current, run.checkpoint)
     split = data.train, data.eval_data, data.order
     trainer = run.trainer(Parts(current, run.loss, checkpointer, *split, frozen, data.generation_evaluation, kept))
@@ -68,6 +71,11 @@ def assemble(
         resume.record_attempt(current, overrides, resumed_from, changed, run.changed, budget)
     header.write(run, accelerator)
     return trainer
+
+
+def _rows_of_step(split: Split, order: Batches, step: int) -> list[str]:
+    """Where the rows of a global batch came from; none of a live loop, whose rows of earlier steps are gone."""
+    return [split.rows[int(row)].id for row in order.batch(step)] if isinstance(split.rows, Dataset) else []
 
 
 def _check(config: Config, overrides: list[str], accelerator: Accelerator, lock: RunLock | None) -> None:

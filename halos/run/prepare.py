@@ -25,6 +25,7 @@ from halos.distributed.agreement import require_same_on_all_ranks
 from halos.distributed.strategies import requested_strategy
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
+from halos.hooks.alarms import Alarms
 from halos.hooks.base import Hook, PlannedRun, can_measure
 from halos.hooks.checkpoint import CheckpointHook
 from halos.hooks.early_stopping import EarlyStopping
@@ -243,6 +244,8 @@ def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, 
     hooks: dict[str, Hook] = {"checkpoint": checkpoint, "metrics": MetricsLog(), "progress": ProgressBar()}
     if config.train.early_stopping is not None:
         hooks["early_stopping"] = EarlyStopping(patience=config.train.early_stopping)
+    if config.train.alarms != "off":
+        hooks["alarms"] = Alarms(act="stop" if config.train.alarms == "stop" else "warn")
     if loss.adapt is not None:
         hooks["kl_coefficient"] = KLCoefficient(loss.settings["kl_coefficient"])
     if loss.start is not None and loss.update is not None:
