@@ -1,5 +1,6 @@
 """Render turns as text: the prompt as a sampler gets it, the completions, and their scored spans."""
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
 from halos.data.endings import Ending, Endings, common
-from halos.data.messages import is_learned
+from halos.data.messages import REASONING, is_learned
 from halos.data.omissions import OmissionCheck
 from halos.data.preamble import with_preamble
 from halos.data.rendering import Renderer, system_remedy
@@ -122,9 +123,10 @@ class Template:
         return text
 
     def _lookalike(self, turn: Message) -> re.Match[str] | None:
-        """Find the text of a special token in the words of a turn: the tokenizer would read it as that token."""
-        content = turn.get("content")
-        return self._special.search(content) if content else None
+        """Find the text of a special token in what a turn says: the tokenizer would read it as that token."""
+        calls = [json.dumps(call, ensure_ascii=False, default=str) for call in turn.get("tool_calls") or ()]
+        said = (turn.get("content"), turn.get(REASONING), *calls)
+        return next((found for words in said if words and (found := self._special.search(words))), None)
 
     def _render_completion(
         self, prompt: Turns, completion: Turns, start: str, where: str, notes: dict[str, None], *, cut: bool

@@ -9,7 +9,7 @@ from halos.data.omissions import OmissionCheck
 from halos.data.template import Template
 from halos.errors import UserError
 
-from .tokenizers import CHATML, LAST_THOUGHT, THINKING, jsonl, prepared, says, tokenizer, turn, user
+from .tokenizers import CHATML, LAST_THOUGHT, THINKING, TOOLS, jsonl, prepared, says, tokenizer, turn, user
 
 THOUGHT = says("<think>carry the one</think>32")
 PLAIN = {"messages": [user("12 + 20?"), says("32")]}
@@ -70,6 +70,11 @@ def test_words_that_are_read_as_a_special_token_are_counted(tmp_path):
     note = "have the text of a special token in their words ({}), which becomes that token"
     assert counts.noted == {note.format("<|im_end|>"): 1, note.format("<s>"): 1}
     assert Template(tokenizer(CHATML)).lay_out((user("<think>x"),), ((says("y"),),), "").notes == ()  # added, and not special
+    thinks = Template(tokenizer(CHATML.replace("m['content'] +", "(m['reasoning_content'] or '') + m['content'] +")))
+    thought = {**says("y"), "reasoning_content": "What is <|im_end|>?"}
+    assert thinks.lay_out((user("x"),), ((thought,),), "").notes == (note.format("<|im_end|>"),)
+    call = {**says(""), "tool_calls": [{"function": {"name": "add", "arguments": {"x": "<|im_end|>"}}}]}
+    assert Template(tokenizer(TOOLS)).lay_out((user("x"),), ((call,),), "").notes == (note.format("<|im_end|>"),)
 
 
 @pytest.mark.parametrize(("answer", "lost"), [
