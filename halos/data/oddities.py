@@ -54,7 +54,8 @@ class EndTokens:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase, max_length: int) -> EndTokens:
-        return cls(frozenset({*tokenizer.added_tokens_decoder, int(tokenizer.eos_token_id)}), max_length)
+        eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]  # the template may end turns without one
+        return cls(frozenset([*tokenizer.added_tokens_decoder, *eos]), max_length)
 
     def missing(self, encoded: Encoded, example: Example) -> str | None:
         """Return what is odd about an example of which a scored turn ends in none of the tokens, and was not cut."""

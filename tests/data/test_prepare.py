@@ -73,6 +73,12 @@ def test_a_pair_serves_losses_on_labels_and_on_demonstrations(tmp_path: Path):
     assert words(prepared(path, tmp_path, kind=Demonstration), 0) == ["one<|im_end|>"]
 
 
+def test_a_tokenizer_without_an_end_token_serves_where_the_template_writes_one(tmp_path: Path):
+    without = tokenizer()
+    without.eos_token = None
+    assert words(prepared(jsonl(tmp_path / "a.jsonl", PAIRS[:1]), tmp_path, tokenizer=without), 0) == ["one<|im_end|>"]
+
+
 def test_a_transform_rewrites_examples_before_tokenisation(tmp_path: Path):
     signs = partial(csft_examples, desirable_token="<|good|>", undesirable_token="<|bad|>")
     path = jsonl(tmp_path / "a.jsonl", PAIRS[:1])
