@@ -39,7 +39,7 @@ def recognised(columns: Mapping[str, Any], where: str) -> Reading:
 def asked_in(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the columns of a row that is only asked, with its question as `prompt`; what could answer it does not matter."""
     found = dict(columns)
-    for schema in (ORCA, SHAREGPT, ALPACA):
+    for schema in (JSON_TURNS, ORCA, SHAREGPT, ALPACA):
         change = schema.apply(found, where)
         found = found if change is None else change.columns
     asked = next(name for name in PROMPTS if name in found)
