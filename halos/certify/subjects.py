@@ -15,6 +15,7 @@ import halos.losses
 from halos.certify import worked
 from halos.certify.worked import Worked
 from halos.config.bind import LossSpec, bind_loss
+from halos.config.mixture_parts import is_mixture
 from halos.config.suggest import nearest
 from halos.errors import UserError, user_errors
 from halos.repository import CONFIG
@@ -34,9 +35,9 @@ class Named:
 
 
 def choices() -> list[str]:
-    """The losses of config/loss: those with a function."""
+    """The losses of config/loss: those with a function. A mixture's parts are proved each by itself."""
     names = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
-    return [name for name in names if "_target_" in _choice(name)]
+    return [name for name in names if "_target_" in (node := _choice(name)) and not is_mixture(node)]
 
 
 def named(name: str, overrides: Mapping[str, Any], plugins: Sequence[str], examples: Path | None) -> Named:

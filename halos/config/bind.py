@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -12,6 +11,9 @@ from typing import Any
 import torch
 
 from halos import types
+from halos.config.loss_spec import LossSpec as LossSpec
+from halos.config.mixture import bind_mixture
+from halos.config.mixture_parts import is_mixture
 from halos.config.signature import bind, defaults, first_type, fit_all, import_target, legal_keys, load_target, positional
 from halos.errors import UserError
 from halos.types import TOKEN_STATISTICS, LossInput, RolloutInput, Sampled, TokenLogps
@@ -23,54 +25,23 @@ OPTIONAL = ("examples", "advantages", "adapt", "check", "needs_reference", "rati
 FUNCTIONS = {"statistics": ("statistics",), "state": ("start", "update")}  # of its module that they need
 
 
-@dataclass(frozen=True, slots=True)
-class LossSpec:
-    """A loss with its hyperparameters bound, and what its signature requires of the run."""
-
-    name: str  # last part of its module
-    function: Callable[..., Any]  # of an `inputs`[, reference][, statistics][, state]
-    inputs: type[LossInput]
-    needs_reference: bool
-    statistics: Callable[..., Any] | None  # over the global batch, where the loss has a parameter `statistics`
-    statistics_inputs: type | None
-    examples: Callable[..., Any] | None  # rewrites an example before tokenisation
-    example_type: type | None
-    settings: dict[str, Any]
-    takes_reference: bool = False  # has a parameter `reference`, which is None where the hyperparameters need no reference
-    advantages: Callable[..., Any] | None = None  # of a loss on rollouts: computed from a sampled global batch
-    adapt: Callable[..., float] | None = None  # returns the KL coefficient for the next global batch
-    check_rewards: Callable[..., str | None] | None = None  # of data or of a sampled batch: a complaint, where they do not fit
-    start: Mapping[str, float] | None = None  # its state before the first step, where it has a parameter `state`
-    update: Callable[..., Mapping[str, float]] | None = None  # returns the state after a step
-    adapt_entropy: Callable[..., float] | None = None  # returns the entropy coefficient for the next step
-    token_statistics: tuple[str, ...] = ()  # of its input type, and those that its hyperparameters ask for
-    ratio_level: str = "token"  # of a loss on rollouts: its ratio pi / pi_old is of a token, or of a whole completion (sequence)
-
-    @property
-    def on_rollouts(self) -> bool:
-        return issubclass(self.inputs, RolloutInput)
-
-    @property
-    def has_own_rows(self) -> bool:
-        """Whether code of the user's own makes the rows: it may draw them, or make one of several items."""
-        return self.inputs.rows.__module__.partition(".")[0] != "halos"
-
-
-def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str]) -> LossSpec:
-    """Bind the loss of `settings` (the node `loss`). Raises UserError for keys and values that it does not take."""
-    function, module = load_target(settings, "loss", plugins, example="halos.losses.dpo.dpo")
+def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str], key: str = "loss") -> LossSpec:
+    """Bind the loss of `settings` (the node `key`). Raises UserError for keys and values that it does not take."""
+    if is_mixture(settings):
+        return bind_mixture(settings, plugins, bind_loss)
+    function, module = load_target(settings, key, plugins, example="halos.losses.dpo.dpo")
     name = module.__name__.rpartition(".")[2]
     arguments = positional(function) if inspect.isfunction(function) else []
     first = first_type(function) if arguments else None
     if not (inspect.isclass(first) and issubclass(first, LossInput)) or arguments[1:] != [n for n in MORE if n in arguments]:
         kinds = ", ".join(kind.__name__ for kind in input_types())
         raise UserError(
-            f"loss._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds} (or a LossInput of yours),"
-            " then optionally `reference`, `statistics` and `state`, in this order, then keyword-only hyperparameters"
+            f"{key}._target_: {settings['_target_']} is no loss: a loss is a function of one of {kinds} (or a LossInput of"
+            " yours), then optionally `reference`, `statistics` and `state`, in this order, then keyword-only hyperparameters"
         )
     _check_token_statistics(first)
     own = _functions_of(module, first, arguments)
-    hyperparameters = fit_all(settings, legal_keys([function, *own.values()]), "loss", name)
+    hyperparameters = fit_all(settings, legal_keys([function, *own.values()]), key, name)
     bound = {each: bind(helper, hyperparameters) for each, helper in own.items()}
     if "check" in bound and (complaint := bound["check"]()):
         raise UserError(f"loss {name}: {complaint}")

@@ -20,6 +20,7 @@ from halos.config.bind_optim import bind_optimizer, bind_schedule, fit_shared
 from halos.config.cross_checks import check_combinations, check_loss_traits
 from halos.config.custom_formats import custom_formats, load_format, load_reader
 from halos.config.legacy_sections import with_target
+from halos.config.mixture_parts import completed, is_mixture
 from halos.config.overrides import typed_keys
 from halos.config.paths import check_paths
 from halos.config.plugins import make_importable
@@ -69,10 +70,11 @@ def is_online_run(config: Config) -> bool:
 
 
 def _resolve_targets(config: Config, overrides: Sequence[str]) -> None:
-    """Replace names of earlier versions by targets, and convert the shared keys of optimizers to their types."""
+    """Replace names by targets, those of a mixture's parts too, and convert the shared keys of optimizers to their types."""
     keys = typed_keys(overrides)
     config.optim, config.schedule = (with_target(name, getattr(config, name), keys) for name in ("optim", "schedule"))
     config.optim = fit_shared(config.optim)
+    config.loss = completed(config.loss) if is_mixture(config.loss) else config.loss
 
 
 def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence[str] = ()) -> str:

@@ -69,7 +69,7 @@ def metrics_of(loss: LossSpec) -> frozenset[str] | None:
             names |= loss.advantages(_sampled(loss), **controlled).metrics.keys()
     except Exception:  # the first evaluation reports it, whatever it is
         return None
-    return frozenset(names | loss.inputs.derived(dict.fromkeys(names, 0.0)).keys())
+    return frozenset(names | loss.derive(dict.fromkeys(names, 0.0)).keys())
 
 
 def refuse_padded_loss(loss: LossSpec) -> None:

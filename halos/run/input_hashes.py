@@ -12,6 +12,7 @@ from halos.config import arithmetic_version, resume_policy, run_config
 from halos.config.arithmetic_version import RunFacts
 from halos.config.content_hashes import ContentHashes, compare
 from halos.config.custom_formats import custom_formats
+from halos.config.mixture_parts import is_mixture
 from halos.config.plugins import code_hash
 from halos.config.resume_policy import Change
 from halos.config.rollout_modules import scorer_class
@@ -58,6 +59,9 @@ def read(
 def code(config: Config) -> dict[str, str | None]:
     """Hash the user's own code that a run computes with."""
     hashes = {f"{node}._target_": code_hash(target) if target else None for node, target in _targets(config).items()}
+    if is_mixture(config.loss):
+        own = {name: code_hash(part["_target_"]) for name, part in config.loss["parts"].items()}
+        hashes["loss._target_"] = json_hash(own) if any(own.values()) else None
     if config.online is not None:
         scorer = config.online.scorer
         codes = scorer_class(scorer.name).code(scorer, plugins=config.plugins)

@@ -68,7 +68,7 @@ class Objective:
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         """Metrics that are functions of other metrics' means, but for those that the loss returns itself."""
-        return {name: value for name, value in self.loss.inputs.derived(means).items() if name not in means}
+        return {name: value for name, value in self.loss.derive(means).items() if name not in means}
 
     def adapted(self) -> Mapping[str, Any]:
         """Hyperparameters of the loss that are training state, with their values in this step."""

@@ -13,7 +13,7 @@ from halos.errors import UserError
 from halos.types import Demonstration, Judgement, Labelled, Mismatched, Pair, PairScores, TokenLogps, ValuedRollouts
 
 CONFIG = Path(__file__).parents[2] / "config"
-LOSSES = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
+LOSSES = sorted({path.stem for path in (CONFIG / "loss").glob("*.yaml")} - {"mixture"})  # which a command gives its parts
 REWARD = {"_target_": "halos.losses.reward.bradley_terry"}
 KTO = {"_target_": "halos.losses.kto.kto", "beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0}
 CSFT = {"_target_": "halos.losses.csft.csft", "desirable_token": "<|good|>", "undesirable_token": "<|bad|>"}

@@ -24,7 +24,7 @@ from halos.redaction import redact
 
 ROOT = Path(__file__).parents[2]
 CONFIG = ROOT / "config"
-LOSSES = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
+LOSSES = sorted({path.stem for path in (CONFIG / "loss").glob("*.yaml")} - {"mixture"})  # which a command gives its parts
 RUN = ("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo")
 LIVE = ("loss=online", "online.loss=grpo", "online.steps=5", "model=tiny", "data=arithmetic", "exp_name=demo")
 CHOICES = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in CONFIG.iterdir() if group.is_dir()}

@@ -12,6 +12,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from halos.config.bind import bind_loss
 from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
 
 CONFIG = Path(__file__).parents[2] / "config/loss"
@@ -54,7 +55,8 @@ def positional(function: Callable[..., Any]) -> dict[str, type]:
 
 def of_this_package() -> list[Case]:
     cases = [Case(path.stem, *whole(path)) for path in sorted(CONFIG.glob("*.yaml"))]
-    return [case for case in cases if str(case.settings.get("_target_")).startswith("halos.losses.")]
+    named = [case for case in cases if str(case.settings.get("_target_")).startswith("halos.losses.")]
+    return [case for case in named if case.settings.get("parts") != {}]  # a mixture has none until a command gives it some
 
 
 def names(*, on_rollouts: bool) -> list[str]:
@@ -68,6 +70,8 @@ def one_of_each_kind() -> list[str]:
 
 
 def kind_of(case: Case) -> type:
+    if "parts" in case.settings:
+        return bind_loss(case.settings, []).inputs
     return next(iter(positional(case.function).values()))
 
 

@@ -29,7 +29,7 @@ from .cases import (
 )
 from .samples import add_up
 
-ELSEWHERE = {"wpo"}  # losses of inputs that `cases.sample` cannot make, each with a test file of its own
+ELSEWHERE = {"wpo", "mpo"}  # a mixture, and losses of inputs that `cases.sample` cannot make, each with a test file of its own
 CASES = [case for case in of_this_package() if case.name not in ELSEWHERE]
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
