@@ -136,7 +136,7 @@ def _tokens(config: Config) -> str | None:
 
 def _evaluation(config: Config) -> str | None:
     patience, best = config.train.early_stopping, config.checkpoint.get("keep_best")
-    if config.data.eval == [] and (patience or best):
+    if not config.data.has_eval and (patience or best):
         key = f"train.early_stopping={patience}" if patience else f"checkpoint.keep_best={best}"
         return f"{key} watches {config.objective.metric} of the evaluation, but data.eval is []: give data.eval, or leave it out"
     if patience and config.train.eval_every is None:
@@ -160,6 +160,8 @@ def _objective(config: Config, overrides: Sequence[str]) -> str | None:
 def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
     """Settings of the evaluation that would never act in this run."""
     typed, train, checkpoint = typed_keys(overrides), config.train, config.checkpoint
+    if config.data.eval_fraction is None and "data.near_duplicates" in typed and config.resume is None:
+        return "data.near_duplicates is of prompts that are held out: it has no effect without data.eval_fraction"
     if amount := _amount(config.data.eval, config):
         return f"data.eval: {amount} has no effect, since an evaluation takes every row once: leave it out"
     saves = checkpoint.get("every") is not None or checkpoint.get("pinned") or "every" not in checkpoint
@@ -230,6 +232,8 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
         return f"online.{idle}={getattr(online, idle)} is of live loops, and a round trains for train.epochs: leave it out"
     if online.sampler.temperature == 0:
         return "online.sampler.temperature takes a number above 0, not 0: all samples of a prompt would be the same"
+    if config.data.eval_fraction is not None:
+        return "data.eval_fraction is of losses on a data set, and loss=online evaluates on the prompts of data.eval: give these"
     if amount := _amount(config.data.train, config):
         return f"data.train: {amount} is of rows, and loss=online takes every prompt once: leave it out"
     for key in typed_keys(overrides):

@@ -47,6 +47,8 @@ class Humanline:
 class Data:
     train: list[Any] = key(on_resume=CONTENT, path=True)
     eval: list[Any] = key(on_resume=CONTENT, path=True)  # keep_best and early stopping are measured on it
+    eval_fraction: float | None = key(above=0, most=0.9)  # of the prompts of `train`, held out
+    near_duplicates: float | None = key(above=0, most=1)  # similarity from which prompts are on one side
     root: str | None = key(on_resume=CONTENT, path=True)
     format: str | None = key(on_resume=CONTENT)  # of entries without one: a format of Source, or a user function
     reader: str | None = key(on_resume=CONTENT)  # of entries without one: a user function from a path to rows
@@ -58,6 +60,10 @@ class Data:
     lost: str = key(one_of=("error", "drop", "keep"))  # of a row of which the chat template leaves out a part
     system: str = key(one_of=("keep", "merge"))  # merge: into the first user turn
     chat_template_kwargs: dict[str, Any] = key()  # what the chat template gets besides the turns
+
+    @property
+    def has_eval(self) -> bool:
+        return bool(self.eval) or self.eval_fraction is not None
 
 
 @dataclass

@@ -138,7 +138,9 @@ def _require_choices(composed: DictConfig, choices: Choices) -> None:
     names = f"choose data= of {_listed(choices, 'data', besides='files')}"
     if absent("data", "train"):
         raise UserError(f"data.train is missing: {names}; or 'data.train=[a.jsonl,org/name,dir/]' 'data.eval=[b.jsonl]'")
-    if absent("data", "eval"):
+    if absent("data", "eval") and not absent("data", "eval_fraction"):
+        composed.data.eval = []
+    elif absent("data", "eval"):
         raise UserError(f"data.eval is missing: {names}; or 'data.eval=[b.jsonl]', or 'data.eval=[]' for no evaluation")
     if plain.get("exp_name") is None:
         raise UserError("exp_name is missing: it names the run directory, for example exp_name=demo")

@@ -22,6 +22,7 @@ from halos.config.plugins import code_hash
 from halos.confined import expanded
 from halos.data import cache
 from halos.data.dataset import Counts, Writer, is_whole, publish
+from halos.data.held_out import Rule, divided
 from halos.data.mixture import Amount
 from halos.data.names import names_of
 from halos.data.progress import Progress
@@ -48,15 +49,16 @@ def prepare(
     purpose: str = "train",
     transform: Callable[[Any], Example] | None = None,
     transform_key: str = "",
+    rule: Rule | None = None,
+    train: Sequence[str | Mapping[str, Any]] = (),
 ) -> Path:
     """Return the directory below `cache_dir` with the tokenised rows, which the first call writes.
 
     `kind` is the example type that the loss takes, or its `transform` (of conditional SFT; `transform_key` names it).
-    `purpose` (train or eval) is the split of entries that name none. Call it on one rank; the others open what it returns.
+    `purpose` (train or eval) is the split of entries that name none. By `rule` rows of training data are held out: for evaluation
+    those of the entries `train` are added. Call it on one rank; the others open what it returns.
     """
-    if not entries:
-        raise UserError(f"data.{purpose}: no entry; give files, directories or names")
-    opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
+    opened = _opened(entries, kind, purpose, rule, train, score)
     code, described = code_hash(f"{kind.__module__}.{kind.__name__}"), _tokenizer(tokenizer)  # code of the user's own type
     converts = f"{transform_key} {_code_of(transform)}"
     common = [kind.__name__, max_length, truncation, score, lost, converts, code, cache.code_version(), *described]
@@ -76,6 +78,21 @@ def prepare(
             raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
     cache.touch(path)
     return path
+
+
+def _opened(
+    entries: Sequence[Any], kind: type[Example], purpose: str, rule: Rule | None, train: Sequence[Any], score: str
+) -> list[OpenSource]:
+    """Open the entries, without the rows that are held out, or with those of training data."""
+    if not entries and not train:
+        raise UserError(f"data.{purpose}: no entry; give files, directories or names")
+    opened = [open_source(Source.of(entry), kind, purpose) for entry in entries]
+    if rule is None:
+        return opened
+    if purpose == "train":
+        return divided(opened, rule, score=score, held_out=False)
+    of_train = [open_source(Source.of(entry), kind, "train") for entry in train]
+    return [*opened, *divided(of_train, rule, score=score, held_out=True)]
 
 
 def _make(path: Path, write: Callable[[Path], None], base: Path) -> None:
@@ -168,8 +185,10 @@ def _write(
                     kind = written
                     writer.write([(item, number) for item in items])
                     progress.reach(source.source.path, sum(each.rows for each in report))
-            if not counts.kept:
+            if not counts.kept and not source.may_be_empty:
                 raise UserError(f"{counts.line()}: none of them can be used")
+        if not any(counts.kept for counts in report):
+            raise UserError("data.eval_fraction holds none of the rows of data.train out: increase it, or give data.eval")
         sources = [each.source for each in opened]
         weights = [1.0 if source.weight is None else source.weight for source in sources]
         amounts, names = [Amount.of(source) for source in sources], names_of(sources)

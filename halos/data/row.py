@@ -6,6 +6,7 @@ from halos.errors import UserError
 from halos.examples import Example
 
 EQUAL = "with equal completions"  # why a pair is dropped
+HELD_OUT = "held out for evaluation"  # begins the notes of rows of training data that are
 
 
 class Row(NamedTuple):
@@ -16,7 +17,7 @@ class Row(NamedTuple):
     left_out: bool = False  # by a custom format, a filter, or an adapter
     example: Example | None = None  # of a custom format, instead of columns
     original: dict[str, Any] | None = None  # the row as it was read, where `record` was made of it
-    note: str = ""  # why the row is left out, where it is not a custom format that says so
+    note: str = ""  # why the row is left out, where it is not a custom format that says so; of others, what is counted of it
     schemas: bool = True  # whether other columns than those of the built-in forms are recognised
 
 

@@ -11,7 +11,7 @@ from halos.data import oddities
 from halos.data.dataset import CUT_COMPLETIONS, CUT_TURNS, Counts
 from halos.data.formats import as_kind, parse
 from halos.data.oddities import EndTokens
-from halos.data.row import Row
+from halos.data.row import HELD_OUT, Row
 from halos.data.tokenize import EQUAL, Encoded, Encoder
 from halos.examples import Example, Item, Judgement
 
@@ -59,6 +59,10 @@ class RowTokeniser:
     def _examples(self, rows: Iterable[Row], counts: Counts) -> Iterator[NamedExample]:
         for row in rows:
             counts.rows += 1
+            if row.note and (not row.left_out or row.note.startswith(HELD_OUT)):
+                counts.read_as((row.note,))
+            if row.left_out and row.note.startswith(HELD_OUT):
+                continue
             if row.left_out:
                 counts.examples += 1
                 counts.drop(row.note or LEFT_OUT, row.where)

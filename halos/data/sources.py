@@ -125,6 +125,7 @@ class OpenSource:
     fingerprint: str
     rows: Callable[[], Iterator[Row]]
     files: str = ""  # how many of each kind, where there are several kinds
+    may_be_empty: bool = False  # of rows that are held out
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
     sources = [] if online is not None else eval_sources(config)
     refuse_hidden_metrics(sources, names or ())
     of_source = next((name for name in sources if metric.removeprefix(f"{name}/") in (names or ())), None)
-    if names is None or metric in names or of_source is not None or bool(config.data.eval) == bool(measuring):
+    if names is None or metric in names or of_source is not None or config.data.has_eval == bool(measuring):
         return
     if measuring:
         raise UserError(

@@ -12,6 +12,7 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data.custom_format import entries_of
 from halos.data.dataset import Dataset, open_dataset
+from halos.data.held_out import Rule
 from halos.data.mixture import Amount, per_epoch, refuse_unmixable
 from halos.data.names import names_of
 from halos.data.order import Epochs, GroupOrder, Mixture, Order, mismatched_partners
@@ -30,12 +31,13 @@ def refuse_entries(config: Config) -> None:
     train, held_out = ([Source.of(entry) for entry in entries_of(config.data, purpose)] for purpose in ("train", "eval"))
     refuse_unmixable(train, config.data.weights)
     names_of(train, "train")
-    names_of(held_out, "eval")
+    names_of([*held_out, *(train if config.data.eval_fraction is not None else [])], "eval")
 
 
 def eval_sources(config: Config) -> list[str]:
-    """Return the names of the sources that an evaluation measures apart: of several entries of data.eval."""
-    entries = entries_of(config.data, "eval")
+    """Return the names of the sources that an evaluation measures apart: of several entries of data.eval, and of data.train where
+    rows of it are held out."""
+    entries = [*entries_of(config.data, "eval"), *(entries_of(config.data, "train") if config.data.eval_fraction else [])]
     return names_of([Source.of(entry) for entry in entries], "eval") if len(entries) > 1 else []
 
 
@@ -44,7 +46,7 @@ def load(
 ) -> tuple[Split, Split | None]:
     """Return training and evaluation data. Raises UserError for every mistake in them, before any model loads."""
     train = _open(config, loss, tokenizer, accelerator, max_length, "train")
-    eval_data = _open(config, loss, tokenizer, accelerator, max_length, "eval") if config.data.eval else None
+    eval_data = _open(config, loss, tokenizer, accelerator, max_length, "eval") if config.data.has_eval else None
     return _split(train, loss, config.seed, "train"), _split(
         eval_data, loss, config.seed, "eval"
     ) if eval_data is not None else None
@@ -54,7 +56,7 @@ def _open(
     config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int, purpose: str
 ) -> Dataset:
     path, problem = None, None
-    entries = entries_of(config.data, purpose)
+    entries, fraction = entries_of(config.data, purpose), config.data.eval_fraction
     with accelerator.main_process_first():  # the other ranks read what rank 0 has written
         try:
             path = prepare(
@@ -69,6 +71,8 @@ def _open(
                 transform=loss.examples,
                 transform_key=f"{loss.name} {loss.settings} {code_hash(config.loss['_target_'])}" if loss.examples else "",
                 cache_dir=expanded(config.cache_dir),
+                rule=None if fraction is None else Rule(fraction, config.data.near_duplicates),
+                train=() if fraction is None or purpose == "train" else entries_of(config.data, "train"),
             )
         except UserError as error:
             problem = str(error)
@@ -112,7 +116,7 @@ def unavailable_metrics(config: Config, loss: LossSpec, eval_data: Split | None)
     lacking = dict[str, str]()  # metric -> which rows have one label
     for prefix, labels, where in parts:
         absent, kind = ("rejected", "desirable") if labels.any() else ("chosen", "undesirable")
-        if not 0 < labels.mean() < 1:
+        if len(labels) and not 0 < labels.mean() < 1:
             names = ("rewards/margins", f"rewards/{absent}", f"logps/{absent}")
             lacking |= {f"{prefix}{name}": f"{where} are {kind}" for name in names}
     metric = config.objective.metric

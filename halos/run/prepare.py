@@ -104,7 +104,7 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
         measuring = [name for name, hook in hooks.items() if can_measure(hook)]
         refuse_unavailable_objective(config, loss, measuring)
         refuse_padded_loss(loss)
-        if measuring and not config.data.eval and accelerator.is_main_process:
+        if measuring and not config.data.has_eval and accelerator.is_main_process:
             log.warning("without data.eval there is no evaluation: on_eval of hooks.%s is not called", ", hooks.".join(measuring))
     directory = RunDir(config.run_dir)
     if accelerator.is_main_process:

@@ -73,6 +73,30 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_read(world: Wo
         assert message in world.refusal("refused", "model.name_or_path=no/such-model", *words), words
 
 
+def test_a_run_on_held_out_rows_resumes_and_they_belong_to_what_it_computes(world: World) -> None:
+    words = [
+        f"data.train=[{world.data}, {world.place / 'more.jsonl'}]",
+        "data.eval=[]",
+        "data.eval_fraction=0.3",
+        "train.batch_size=6",
+    ]
+    whole = world.train("apart", *words, "data.near_duplicates=null", "objective.metric=more/loss", "objective.mode=min")
+    assert "held out for evaluation" in log_of(whole)
+    (line,) = (json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines() if '"eval"' in line)
+    assert line["s/examples"] + line["more/examples"] == line["examples"] > 4
+    before = final(whole)
+    assert resume(stopped(whole)) == 0
+    assert final(whole) == before
+    assert "data.eval_fraction 0.3 -> 0.2" in refusal(stopped(whole), "data.eval_fraction=0.2")
+    for more, message in (
+        (["data.near_duplicates=0.5"], "data.near_duplicates is of prompts that are held out"),
+        (["data.eval_fraction=0"], "data.eval_fraction"),
+        (["data.eval_fraction=nan"], "data.eval_fraction"),
+        (["data.eval_fraction=0.1", "data.near_duplicates=1.5"], "data.near_duplicates"),
+    ):
+        assert message in world.refusal("refused", *more)
+
+
 @pytest.mark.slow
 def test_a_mixture_resumes_on_one_and_two_processes(command: Callable[..., Any], tmp_path: Path, cache: Path) -> None:
     parts = "{path: arithmetic, split: 'train[:9]', weight: 1}, {path: arithmetic, split: 'train[9:13]', weight: 2}"
