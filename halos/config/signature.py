@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from halos.config.plugins import code_hash
-from halos.config.suggest import nearest
+from halos.config.suggest import EXPLANATIONS, nearest, of_losses
 from halos.config.values import MisfitError, describe, fit, show
 from halos.errors import UserError
 from halos.ranges import Range
@@ -108,8 +108,9 @@ def fit_all(settings: Mapping[str, Any], legal: Mapping[str, Any], key: str, own
     takes = ", ".join(legal) or "no keys"
     for name in settings:
         if name not in legal and name != "_target_":
-            near = nearest(str(name), legal)
-            meant = f" (did you mean {near}?)" if near else ""
+            near, last = nearest(str(name), legal), key.partition(".")[0]
+            hint = (of_losses(str(name), legal) or EXPLANATIONS.get(str(name))) if last == "loss" else None
+            meant = f" ({hint})" if hint else f" (did you mean {near}?)" if near else ""
             # a _target_ override keeps the keys of the choice that it replaces
             left = f"; where the choice brought it, '~{key}.{name}' removes it" if key in CHOSEN else ""
             raise UserError(f"{key}.{name}: {owner} takes no {str(name)!r}; it takes {takes}{meant}{left}")

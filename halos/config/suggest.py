@@ -36,6 +36,11 @@ OTHER_NAMES = {
     "ref_model_mixup_alpha": "reference.sync_weight",
     "log_epsilon_P": "humanline.low",
     "log_epsilon_R": "humanline.high",
+    "ref_model": "reference.name_or_path",
+    "reference_model": "reference.name_or_path",
+    "lr_scheduler_type": "schedule",
+    "num_generations": "online.samples_per_prompt",
+    "max_completion_length": "online.sampler.max_new_tokens",
 }
 
 
@@ -45,6 +50,43 @@ EXPLANATIONS = {
     " the number of accumulated ones follows from the two and the number of processes",
     "per_device_train_batch_size": "train.batch_size is global, over all processes; train.microbatch_tokens is what one of"
     " them computes at once, train.microbatch_size a bound in items",
+    "per_device_eval_batch_size": "an evaluation has global batches of train.batch_size, and micro-batches as training",
+    "loss_type": "a loss is a choice, loss=dpo (TRL's sigmoid), loss=ipo; several with weights are parts of loss=mixture",
+    "use_weighting": "it is a loss of its own, loss=wpo",
+    "reference_free": "losses without a reference are loss=simpo, cpo, orpo and slic",
+    "precompute_ref_log_probs": "reference.cache=always computes the reference's log-probs once, before the first step; auto, the"
+    " default, does where that saves time or memory",
+    "cache_reference_logprobs": "reference.cache=always computes the reference's log-probs once, before the first step; auto, the"
+    " default, does where that saves time or memory",
+    "max_prompt_length": "train.max_length bounds prompt and completion together, and train.truncation says what becomes of"
+    " longer ones",
+    "bf16": "train.precision=bfloat16 computes in it, model.dtype=bfloat16 holds the weights in it",
+    "packing": "rows are always packed end to end, up to train.microbatch_tokens, and do not attend to each other",
+    "f_alpha_divergence_coef": "it is 1 - loss.alpha, with loss=f_dpo loss.divergence=alpha",
+}
+# Keys of losses elsewhere -> the key here, and the losses that have it.
+OF_LOSSES = {
+    "label_smoothing": ("label_smoothing", "cdpo, robust, exo, aot or aot_unpaired"),
+    "desirable_weight": ("desirable_weight", "kto"),
+    "undesirable_weight": ("undesirable_weight", "kto"),
+    "cpo_alpha": ("alpha", "cpo"),
+    "rpo_alpha": ("alpha", "rpo"),
+    "ld_alpha": ("alpha", "ld_dpo"),
+    "simpo_gamma": ("gamma", "simpo"),
+    "gamma_beta_ratio": ("gamma_over_beta", "simpo"),
+    "discopop_tau": ("tau", "discopop"),
+    "f_divergence_type": ("divergence", "f_dpo"),
+    "loss_weights": ("parts", "mixture"),
+    "center_rewards_coefficient": ("centering", "reward"),
+    "epsilon_high": ("clip_high", "grpo"),
+    "scale_rewards": ("advantage_scale", "grpo"),
+    "importance_sampling_level": ("ratio", "grpo"),
+    "use_bias_correction_kl": ("kl_ratio", "grpo"),
+    "cliprange": ("clip_low", "ppo"),
+    "cliprange_value": ("value_clip", "ppo"),
+    "vf_coef": ("value_coefficient", "ppo"),
+    "kl_coef": ("kl_coefficient", "ppo"),
+    "lam": ("gae_lambda", "ppo"),
 }
 # Known losses that are not built in, with their papers.
 LOSSES = {
@@ -72,6 +114,14 @@ def about_loss(loss: str) -> str | None:
     return (
         f"it is known ({LOSSES[name]}) but not built in; it takes one function of your own (halos/losses/README.md, Add a loss)"
     )
+
+
+def of_losses(name: str, legal: Iterable[str]) -> str | None:
+    """Return a hint for a loss's key that is called otherwise here, or that a loss with the keys `legal` lacks; else None."""
+    key, losses = OF_LOSSES.get(name, ("", ""))
+    if not key:
+        return None
+    return f"did you mean {key}?" if key in legal else f"it is loss.{key} of loss={losses}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
@@ -126,6 +176,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     known = set(known) | set(schema_keys())
     if explanation := EXPLANATIONS.get(key.rpartition(".")[2]):
         return f"there is no key {key!r}: {explanation}"
+    if hint := of_losses(key.rpartition(".")[2], ()):
+        return f"there is no key {key!r}: {hint}"
     near = nearest(key, sorted(known - {""}))
     if near:
         return f"there is no key {key!r}; did you mean {near}?"
