@@ -110,6 +110,17 @@ def test_other_separators_and_messages_in_a_field(tmp_path: Path) -> None:
     assert records(str(tmp_path / "c.csv")) == [{"prompt": turns, "completion": "[{}"}]
 
 
+def test_an_object_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
+    twice = '{"prompt": "a", "completion": "b", "completion": "c"}'
+    for name, text in {
+        "a.jsonl": f"{LINES.decode()}{twice}\n",
+        "a.json": f"[{twice}]",
+        "b.jsonl": '{"x": [' + twice + "]}",
+    }.items():
+        (tmp_path / name).write_text(text)
+        refuses(str(tmp_path / name), rf"{name}:\d+: not valid JSON: an object names 'completion' twice")
+
+
 def test_a_long_json_list_is_read_a_part_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"prompt": "ü" * n, "n": [n, -1.5e300, True, None, {'a\\"': "\u2028]"}]} for n in range(40)]
     path = tmp_path / "a.json"

@@ -17,6 +17,18 @@ CHUNK = 1 << 20  # characters read at once
 LONGEST_TOKEN = 12  # characters of a token of JSON that is no text, such as -Infinity, which the end of a chunk may cut
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Raises ValueError for a name that occurs twice: all but the last of its values would be lost."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object names {next(name for name in names if names.count(name) > 1)!r} twice")
+    return value
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def read_jsonl(path: Path) -> Iterator[Row]:
     """Read one object per line, skipping blank lines."""
     with opened(path) as lines:
@@ -29,7 +41,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
             except UnicodeDecodeError as error:
                 raise UserError(f"{where}: not UTF-8 text") from error
             with _decoding(where):
-                value = json.loads(text)
+                value = _DECODER.decode(text)
                 _refuse_lone_surrogates(value, text)
             yield row_of(value, where)
 
@@ -45,7 +57,7 @@ def _decoding(where: str) -> Iterator[None]:
         raise UserError(f"{where}: holds a lone surrogate, half of a character, such as \\ud800") from error
     except RecursionError as error:
         raise UserError(f"{where}: not valid JSON: lists or objects are nested too deeply") from error
-    except ValueError as error:  # a number with more digits than Python reads
+    except ValueError as error:  # a number with more digits than Python reads, or a name twice
         raise UserError(f"{where}: not valid JSON: {first_line_of(error).partition(';')[0]}") from error
 
 
@@ -97,7 +109,7 @@ class _Window:
 
     def __init__(self, file: TextIOWrapper, path: Path) -> None:
         self.path, self.at = path, 0
-        self._file, self._text, self._decoder = file, "", json.JSONDecoder()
+        self._file, self._text, self._decoder = file, "", _DECODER
         self._line, self._counted = 1, 0  # the line of the character at `_counted`
 
     def _grow(self) -> bool:
