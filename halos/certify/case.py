@@ -42,6 +42,11 @@ class Subject(Protocol):
         """Whether it compares with a reference."""
         ...
 
+    @property
+    def token_statistics(self) -> tuple[str, ...]:
+        """Of halos.types.TOKEN_STATISTICS those that it reads."""
+        ...
+
     def step(self, case: Case, plan: Plan, padding: int = 0) -> Step: ...
 
 
@@ -87,7 +92,7 @@ def made(
     partners = [*items[1:count], items[count] if count == 1 else items[0]]
     seeds = (seed, seed, seed) if at_reference else (seed, seed + 1, seed + 2)
     ours, theirs = (nothing, lambda row: -shift(row)) if subject.refers else (shift, nothing)
-    policy = Table(seeds[0], dtype, kind.head, kind.token_statistics, ours, scale * stretch)
+    policy = Table(seeds[0], dtype, kind.head, subject.token_statistics, ours, scale * stretch)
     head = "value" if kind.head == "value" else "language"
     reference = Table(seeds[1], dtype, head, (), theirs, scale)
     sampler = Table(seeds[2], dtype, head, (), nothing, scale, 0.0 if at_reference else 1.0)

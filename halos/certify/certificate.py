@@ -15,6 +15,7 @@ from halos.certify.own import OwnLoss
 from halos.certify.subjects import Named
 from halos.certify.verdict import Check, Finding, failed, judged, not_applicable, passed
 from halos.certify.worked import function_of, problem, settings_of
+from halos.config.mixture_parts import is_mixture
 from halos.errors import UserError, first_line_of
 
 CONTRACT, NUMBERS, MUTANTS, EXEMPT = "contract", "worked numbers", "mutants", "exemptions"
@@ -87,6 +88,8 @@ def _guarded(name: str, check: Callable[[], Finding]) -> Check:
 
 def _numbers(loss: Named) -> Finding:
     examples = loss.worked.examples
+    if is_mixture({"_target_": loss.target}) and not examples:
+        return not_applicable(f"its parts have their own: {', '.join(loss.spec.settings['parts'])}")
     if not examples:
         return failed(NO_EXAMPLES)
     namespace = vars(sys.modules[function_of(loss.spec).__module__])

@@ -35,6 +35,10 @@ class OwnLoss:
     def refers(self) -> bool:
         return self.spec.needs_reference
 
+    @property
+    def token_statistics(self) -> tuple[str, ...]:
+        return self.spec.token_statistics
+
     def step(self, case: Case, plan: Plan, padding: int = 0) -> Step:
         """The loss over a global batch that is cut by `plan`, and its gradients, added up in the policy's table."""
         for entry in case.policy.entries.values():

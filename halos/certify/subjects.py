@@ -35,14 +35,18 @@ class Named:
 
 
 def choices() -> list[str]:
-    """The losses of config/loss: those with a function. A mixture's parts are proved each by itself."""
+    """The losses of config/loss: those with a function, of mixtures those with parts."""
+    return [name for name in _names() if not is_mixture(node := _choice(name)) or node["parts"]]
+
+
+def _names() -> list[str]:
     names = sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
-    return [name for name in names if "_target_" in (node := _choice(name)) and not is_mixture(node)]
+    return [name for name in names if "_target_" in _choice(name)]
 
 
 def named(name: str, overrides: Mapping[str, Any], plugins: Sequence[str], examples: Path | None) -> Named:
     """A loss of config/loss, or the function at a dotted path. Raises UserError where it does not exist or cannot be bound."""
-    known = choices()
+    known = _names()
     if "." not in name and name not in known:
         near = nearest(name, known)
         raise UserError(f"there is no loss {name!r}{f': did you mean {near}?' if near else ''}. There are {', '.join(known)};"
