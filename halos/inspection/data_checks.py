@@ -156,10 +156,13 @@ def _duplicates(data: Dataset) -> Iterable[Finding]:
 
 
 def _equal_rewards(data: Dataset) -> Iterable[Finding]:
-    rewards = data.labels.get("reward")
+    rewards, labels = data.labels.get("reward"), data.labels.get("desirable")
     if rewards is not None and len(data) > 1 and (rewards == rewards[0]).all():
         text = f"data.train: all {len(data)} rewards are {rewards[0]:g}"
         yield Finding("warning", text, (), "no completion is better than another: is this the column that was meant?")
+    if labels is not None and (labels == labels[0]).all():
+        text = f"data.train: every example is {'desirable' if labels[0] else 'undesirable'}"
+        yield Finding("warning", text, (), "the loss has nothing to contrast them with: is this the column that was meant?")
 
 
 def _unscored(splits: Splits) -> Iterable[Finding]:

@@ -224,9 +224,7 @@ def _log_data(run: PreparedRun) -> None:
 def _warn_of_labels(loss: LossSpec, rows: Dataset) -> None:
     """Warn if one label outweighs the other: KTO's authors keep the ratio of their total weights within 1 to 1.5."""
     count, desirable = len(rows), int(rows.labels["desirable"].sum())
-    if desirable in (0, count):
-        kind = "desirable" if desirable else "undesirable"
-        log.warning("every training example is %s: the loss has nothing to contrast them with", kind)
+    if desirable in (0, count):  # as the checks of the data say
         return
     good, bad = (loss.settings.get(key) for key in ("desirable_weight", "undesirable_weight"))
     if not good or not bad:

@@ -75,6 +75,8 @@ CASES = [
      ("warning", "data.train: 2 examples repeat another token for token", ("a.jsonl:1", "a.jsonl:2"))),
     ("equal rewards", Scored, [{**row, "reward": 0.5} for row in SOUND], {},
      ("warning", "data.train: all 8 rewards are 0.5", ())),
+    ("one label only", Judgement, [{**row, "label": False} for row in SOUND], {},
+     ("warning", "data.train: every example is undesirable", ())),
     ("a BOS in the rows", Demonstration, [*SOUND, {"prompt": "<s>", "completion": "x"}], {"tokenizer": tokenizer(FIRST_PLAIN)},
      ("warning", "data.train: 1 prompt begins with two BOS tokens", ("a.jsonl:9",))),
     ("a template that writes two", Demonstration, SOUND, {"tokenizer": tokenizer("{{ bos_token }}" + LLAMA3)},
