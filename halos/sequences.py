@@ -30,6 +30,12 @@ class Sequences:
     columns: Tensor  # (scored,) int64: index of each target among the scored tokens of its sequence
     widest: int  # largest number of scored tokens of any sequence
     reference: Tensor | None = None  # (scored,) float32: the targets' log-probs under the reference, where these are known
+    likeliest: Tensor | None = None  # (scored, 2 k) float32: its k largest log-probs, then their ids
+
+    @property
+    def candidates(self) -> Tensor | None:
+        """The ids that the reference holds for the likeliest in the place of each target: (scored, k) int64."""
+        return None if self.likeliest is None else self.likeliest[:, self.likeliest.shape[1] // 2 :].long()
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -38,7 +44,7 @@ class Sequences:
         return tuple(tree[0] for tree in self.trees)
 
     def to(self, device: torch.device) -> Sequences:
-        names = ("ids", "positions", "targets", "sources", "rows", "columns", "reference")
+        names = ("ids", "positions", "targets", "sources", "rows", "columns", "reference", "likeliest")
         parts = {name: part for name in names if (part := getattr(self, name)) is not None}
         return replace(self, **{name: to_device(part, device) for name, part in parts.items()})
 
@@ -52,26 +58,34 @@ class HostSequences:
     trees: tuple[Tree, ...]
     leaves: tuple[int, ...]
     widest: int
-    refers: bool = False  # the buffer ends with the reference's log-probs
+    refers: int = 0  # numbers of the reference for each target, with which the buffer ends
 
     def with_reference(self, logps: np.ndarray) -> HostSequences:
-        """With the targets' log-probs under the reference: (scored,) float32, in the order of the leaves."""
+        """With the targets' log-probs under the reference: (scored,) float32, in the order of the leaves; with its k
+        likeliest ids (scored, 1 + 2 k)."""
         assert not self.refers
         assert logps.dtype == np.float32
         assert 4 * len(logps) == len(self.buffer) - 2 * self.tokens
-        return replace(self, buffer=torch.cat([self.buffer, torch.from_numpy(logps).view(torch.int32)]), refers=True)
+        table = torch.from_numpy(logps.reshape(-1)).view(torch.int32)
+        return replace(self, buffer=torch.cat([self.buffer, table]), refers=1 if logps.ndim == 1 else logps.shape[1])
 
     def pinned(self, device: torch.device) -> HostSequences:
         """The same, in memory from which `device` copies by itself."""
         return replace(self, buffer=pinned(self.buffer, device))
 
     def to(self, device: torch.device) -> Sequences:
-        scored, buffer = (len(self.buffer) - 2 * self.tokens) // (5 if self.refers else 4), to_device(self.buffer, device)
-        numbers, logps = buffer.split([2 * self.tokens + 4 * scored, scored]) if self.refers else (buffer, None)
+        scored, buffer = (len(self.buffer) - 2 * self.tokens) // (4 + self.refers), to_device(self.buffer, device)
+        numbers, table = buffer.split([2 * self.tokens + 4 * scored, scored * self.refers]) if self.refers else (buffer, None)
         parts = numbers.long().split([self.tokens] * 2 + [scored] * 4)
         ids, positions, targets, sources, rows, columns = parts
-        reference = logps.view(torch.float32) if logps is not None else None
-        return Sequences(ids, positions, self.trees, self.leaves, targets, sources, rows, columns, self.widest, reference)
+        reference, likeliest = _columns(table.view(torch.float32), self.refers) if table is not None else (None, None)
+        known = (self.widest, reference, likeliest)
+        return Sequences(ids, positions, self.trees, self.leaves, targets, sources, rows, columns, *known)
+
+
+def _columns(table: Tensor, width: int) -> tuple[Tensor, Tensor | None]:
+    """A table (scored * width,) of what a reference says: (scored,) and, where it is wider than 1, (scored, width - 1)."""
+    return (table, None) if width == 1 else (table.view(-1, width)[:, 0], table.view(-1, width)[:, 1:])
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class TokenLogps(LossInput):
     entropy: Tensor | None = None  # (rows, time) in nats
     log_sum_squares: Tensor | None = None  # (rows, time) the log of the probability that two draws are equal
     candidates: Tensor | None = None  # (rows, time, k) log-probs of further ids
+    ids: Tensor | None = None  # (rows, time, k) int64: those ids, of a reference that has chosen them
 
     @property
     def sum(self) -> Tensor:

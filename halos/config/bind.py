@@ -21,7 +21,7 @@ from halos.types import TOKEN_STATISTICS, LossInput, RolloutInput, Sampled, Toke
 MORE = ("reference", "statistics", "state")  # positional parameters that a loss may have after its first
 # functions that a loss's module may have, whose keyword-only parameters are keys of the loss too
 OPTIONAL = ("examples", "advantages", "adapt", "check", "needs_reference", "ratio_level", "check_rewards", "adapt_entropy",
-            "token_statistics")  # fmt: skip
+            "token_statistics", "candidates")  # fmt: skip
 FUNCTIONS = {"statistics": ("statistics",), "state": ("start", "update")}  # of its module that they need
 
 
@@ -62,6 +62,7 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str], key: str = "l
         start=_numbers(bound["start"](), name) if "start" in bound else None,
         update=bound.get("update"),
         ratio_level=bound["ratio_level"]() if "ratio_level" in bound else "token",
+        candidates=bound["candidates"]() if "candidates" in bound else 0,
         adapt_entropy=bound.get("adapt_entropy"),
         token_statistics=(*first.token_statistics, *(bound["token_statistics"]() if "token_statistics" in bound else ())),
     )

@@ -29,6 +29,7 @@ class LossSpec:
     start: Mapping[str, float] | None = None  # its state before the first step, where it has a parameter `state`
     update: Callable[..., Mapping[str, float]] | None = None  # returns the state after a step
     adapt_entropy: Callable[..., float] | None = None  # returns the entropy coefficient for the next step
+    candidates: int = 0  # ids of which the reference says the log-prob for each token: its likeliest
     token_statistics: tuple[str, ...] = ()  # of its input type, and those that its hyperparameters ask for
     derived: Callable[[Mapping[str, float]], dict[str, float]] | None = None  # of a mixture; else its input type's
     ratio_level: str = "token"  # of a loss on rollouts: its ratio pi / pi_old is of a token, or of a whole completion (sequence)

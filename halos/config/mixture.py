@@ -66,6 +66,8 @@ def _part(name: str, node: Mapping[str, Any], plugins: Sequence[str], bind: Bind
         raise UserError(f"{key}: {loss.name} learns from rollouts by advantages of its own: it is no part of a mixture")
     if loss.examples is not None:
         raise UserError(f"{key}: {loss.name} rewrites the rows that it trains on, which the other parts would read too")
+    if loss.candidates:
+        raise UserError(f"{key}: {loss.name} has a teacher, which is no reference of other parts: it is no part of a mixture")
     return Part(name, weight, loss)
 
 

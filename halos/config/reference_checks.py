@@ -18,6 +18,9 @@ class LossTraits(Protocol):
     def needs_reference(self) -> bool: ...
 
     @property
+    def candidates(self) -> int: ...
+
+    @property
     def inputs(self) -> Any: ...
 
     @property
@@ -29,9 +32,22 @@ class LossTraits(Protocol):
 
 def check_reference(config: Config, loss: LossTraits) -> None:
     """Raises UserError with the first message."""
-    for complaint in (_named(config, loss), _moving(config, loss), _humanline(config, loss)):
+    for complaint in (_taught(config, loss), _named(config, loss), _moving(config, loss), _humanline(config, loss)):
         if complaint:
             raise UserError(complaint)
+
+
+def _taught(config: Config, loss: LossTraits) -> str | None:
+    if not loss.candidates:
+        return None
+    if config.reference.name_or_path is None:
+        return f"loss={loss.name} learns from a teacher, and there is none: reference.name_or_path, a directory or a hub id"
+    if config.reference.sync_every is not None:
+        return f"reference.sync_every={config.reference.sync_every}: the teacher of loss={loss.name} does not move: leave it out"
+    settings = config.humanline
+    if settings.low is not None or settings.high is not None:
+        return f"humanline bounds log-ratios of tokens, and loss={loss.name} compares whole distributions: humanline=off"
+    return None
 
 
 def _named(config: Config, loss: LossTraits) -> str | None:

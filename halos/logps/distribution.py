@@ -5,10 +5,11 @@ One formula each, of float32 logits that are already divided by the temperature;
 - the entropy, -sum p log p
 - the log of sum p^2, the probability that two draws are equal
 - log p of further ids, k of each token
+- the ids of the k largest p, and their log p, without gradients
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class Reading:
     entropy: bool = False
     log_sum_squares: bool = False
     candidates: Tensor | None = None  # (rows, k) int64
+    top: int = 0  # of how many likeliest ids log-probs and ids are read, without gradients
+    below: int | None = None  # ids from which on none is among them
 
     @classmethod
     def of(cls, targets: Tensor, statistics: Sequence[str] = (), candidates: Tensor | None = None) -> "Reading":
@@ -34,18 +37,19 @@ class Reading:
 
     @property
     def is_logp_alone(self) -> bool:
-        return not (self.entropy or self.log_sum_squares or self.candidates is not None)
+        return not (self.entropy or self.log_sum_squares or self.candidates is not None or self.top)
 
     @property
     def width(self) -> int:
         """The number of columns."""
-        return 1 + self.entropy + self.log_sum_squares + (0 if self.candidates is None else self.candidates.shape[1])
+        further = 2 * self.top if self.candidates is None else self.candidates.shape[1]
+        return 1 + self.entropy + self.log_sum_squares + further
 
     def split(self, rows: int) -> list["Reading"]:
         """In chunks of rows."""
         targets = self.targets.split(rows)
         candidates = [None] * len(targets) if self.candidates is None else self.candidates.split(rows)
-        return [Reading(target, self.entropy, self.log_sum_squares, ids) for target, ids in zip(targets, candidates, strict=True)]
+        return [replace(self, targets=some, candidates=ids) for some, ids in zip(targets, candidates, strict=True)]
 
     def values(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """logits (rows, vocabulary) -> (rows, width) float32, and their logsumexp (rows,)."""
@@ -57,6 +61,9 @@ class Reading:
             columns.append((logits - norms[:, None]).mul_(2).logsumexp(-1))
         if self.candidates is not None:
             columns.extend((logits.gather(-1, self.candidates) - norms[:, None]).unbind(-1))
+        if self.top:
+            largest, ids = logits[:, : self.below].topk(self.top)
+            columns.extend([*(largest - norms[:, None]).unbind(-1), *ids.to(logits.dtype).unbind(-1)])  # exact below 2^24
         return torch.stack(columns, -1), norms
 
     def gradient(self, logits: Tensor, norms: Tensor, values: Tensor, grads: Tensor) -> Tensor:
@@ -64,6 +71,7 @@ class Reading:
 
         d log p[t]/dz = 1[t] - p, d entropy/dz = -p (log p + entropy), d log sum p^2/dz = 2 (p^2 / sum p^2 - p).
         """
+        assert not self.top, "these have no gradients"
         grad_logps, grad_entropy, grad_squares, grad_candidates = self._columns(grads)
         _, entropy, log_squares, _ = self._columns(values)
         probs = logits.sub_(norms[:, None]).exp_()
@@ -93,8 +101,10 @@ class Reading:
         entropy = padded[..., 1] if self.entropy else None
         after = 1 + self.entropy
         squares = padded[..., after] if self.log_sum_squares else None
-        candidates = padded[..., after + self.log_sum_squares :] if self.candidates is not None else None
-        return TokenLogps(padded[..., 0], mask, entropy, squares, candidates)
+        further = padded[..., after + self.log_sum_squares :]
+        if self.top:
+            return TokenLogps(padded[..., 0], mask, entropy, squares, further[..., : self.top], further[..., self.top :].long())
+        return TokenLogps(padded[..., 0], mask, entropy, squares, further if self.candidates is not None else None)
 
 
 def read(logits: Tensor, reading: Reading) -> Tensor:

@@ -111,7 +111,8 @@ class _Policy(ModelWithHead):
         super().__init__(model)
         self.temperature = temperature
         self.recomputes_head = False  # in a run that an earlier version began
-        self.token_statistics: tuple[str, ...] = ()  # of a loss's input type
+        self.token_statistics: tuple[str, ...] = ()  # of a loss
+        self.top, self.below = 0, 0  # of a teacher: how many likeliest ids it says, and below which id
 
     def logps(self, hidden: Tensor, batch: Sequences) -> TokenLogps:
         """From the hidden states (scored, hidden) that predict the scored tokens."""
@@ -122,7 +123,9 @@ class _Policy(ModelWithHead):
         return reading.token_logps(in_rows(table, batch), mask_of(batch))
 
     def reading(self, batch: Sequences) -> Reading:
-        return Reading.of(batch.targets, self.token_statistics)
+        if self.top:
+            return Reading(batch.targets, top=self.top, below=self.below)
+        return Reading.of(batch.targets, self.token_statistics, batch.candidates)
 
 
 class LanguageModel(_Policy):

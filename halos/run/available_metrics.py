@@ -90,16 +90,16 @@ def refuse_padded_loss(loss: LossSpec) -> None:
 def _arguments(loss: LossSpec, padding: int = 0) -> list[Any]:
     """Return dummy arguments for the loss: two sequences of two tokens of each type that it takes, and `padding`."""
     reference_type = TokenLogps if loss.on_rollouts else loss.inputs
-    more = [dummy(reference_type, padding) if loss.needs_reference else None] if loss.takes_reference else []
+    more = [dummy(reference_type, padding, (), loss.candidates) if loss.needs_reference else None] if loss.takes_reference else []
     if loss.statistics is not None:
         statistics_type = loss.statistics_inputs or loss.inputs
         references = [dummy(statistics_type, padding)] if loss.needs_reference else []
         more.append(loss.statistics(dummy(statistics_type, padding), *references))
     more += [loss.start] if loss.start is not None else []
-    return [dummy(loss.inputs, padding, loss.token_statistics), *more]
+    return [dummy(loss.inputs, padding, loss.token_statistics, loss.candidates), *more]
 
 
-def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS) -> Any:
+def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS, candidates: int = 0) -> Any:
     """Return an instance of an input type: two examples with two scored tokens per completion, built by the type itself."""
     if kind is Mismatched:
         return Mismatched(_logps(2, padding))
@@ -107,7 +107,7 @@ def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATIS
     completion, example = Completion(np.zeros(2, np.int32), np.ones(2, bool)), kind.example
     items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)))
              for n in (1, 0)]  # fmt: skip
-    logps = _logps(len(kind.rows(items)), padding, statistics)
+    logps = _logps(len(kind.rows(items)), padding, statistics, candidates)
     outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0]}
     if issubclass(kind, RolloutInput):
         over_time = logps.values
@@ -116,11 +116,14 @@ def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATIS
     return kind.of(outputs[kind.head], items)
 
 
-def _logps(rows: int, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS) -> TokenLogps:
+def _logps(rows: int, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS, candidates: int = 0) -> TokenLogps:
     """Return dummy log-probs that differ between sequences, with so many positions of padding."""
     values, mask = -torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool)
     values, mask = F.pad(values, (0, padding)), F.pad(mask, (0, padding))
-    return TokenLogps(values, mask, **{name: -values / 2 if name == "entropy" else values for name in statistics})
+    further = values[..., None].expand(*values.shape, candidates) - math.log(candidates + 1) if candidates else None
+    return TokenLogps(
+        values, mask, candidates=further, **{name: -values / 2 if name == "entropy" else values for name in statistics}
+    )
 
 
 def _sampled(loss: LossSpec) -> Sampled:

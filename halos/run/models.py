@@ -17,7 +17,7 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel
+from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel, bare
 from halos.logps.reference_values import remember_reference_values
 from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
@@ -188,6 +188,14 @@ def load_reference(loader: ModelLoader, model: nn.Module, directory: Path | None
         return None
     inner = loader.load(directory or loader.base, loader.reference_dtype, reward=False, empty=empty)
     return freeze(LanguageModel(inner, temperature=loader.config.train.temperature))
+
+
+def teach(reference: nn.Module | None, policy: nn.Module, candidates: int) -> None:
+    """Let a reference say its likeliest ids for each token, so many `candidates`, among the policy's."""
+    if candidates:
+        assert isinstance(reference, LanguageModel), "a loss with candidates has a teacher"
+        sizes = [int(bare(each).config.get_text_config().vocab_size) for each in (reference.model, policy)]
+        reference.top, reference.below = candidates, min(sizes)
 
 
 def add_head(loader: ModelLoader, model: nn.Module, loss: LossSpec, checkpoint: Path | None) -> ModelWithHead:

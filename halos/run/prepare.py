@@ -200,6 +200,8 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
         limits = positions.smaller(limits, positions.limits(other))
         if config.reference.sync_every is not None:
             models.refuse_other_shape(model, other)
+    if loss.candidates > (known := bare(model).config.get_text_config().vocab_size):
+        raise UserError(f"loss.top_k={loss.candidates} is more than the {known} ids of the policy's vocabulary: at most as many")
     verdict = proof.prove_copies(loss, loader, model, reference)
     return Structure(loader, model, reference, limits, positions.longest_allowed(limits, config.train.max_length), verdict)
 

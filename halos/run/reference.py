@@ -94,6 +94,7 @@ def _load(prepared: PreparedRun, current: Run, saved: Path | None = None) -> nn.
     """The reference model; with the weights in `saved` if a checkpoint has them."""
     structure, strategy = prepared.structure, prepared.strategy
     model = models.load_reference(structure.loader, current.model, structure.reference, empty=saved is not None)
+    models.teach(model, current.model, prepared.loss.candidates)
     fill = partial(load_shards, saved, strategy) if saved is not None else None
     return strategy.wrap_frozen(model, fill) if model is not None else None
 
@@ -152,6 +153,7 @@ def _facts(prepared: PreparedRun, version: int) -> Mapping[str, Any]:
         "precision": loader.machine.mixed_precision,
         "attention": loader.attention(dtype),
         "temperature": config.train.temperature,
+        **({"likeliest": prepared.loss.candidates} if prepared.loss.candidates else {}),
         "device": loader.machine.device.type,
         "sharded": strategy.name if strategy.is_sharded else None,
         "arithmetic": version,

@@ -45,7 +45,7 @@ class Table:
 
     hashes: np.ndarray  # (rows,) S16, ascending and distinct
     starts: np.ndarray  # (rows + 1,) int64
-    logps: np.ndarray  # (tokens,) float32, those of a row together
+    logps: np.ndarray  # (tokens,) float32, those of a row together; with k likeliest ids (tokens, 1 + 2 k)
 
     @classmethod
     def of(cls, hashes: np.ndarray, counts: np.ndarray, logps: np.ndarray) -> "Table":
@@ -81,7 +81,7 @@ class Part:
     @classmethod
     def of(cls, hashes: np.ndarray, rows: Sequence[np.ndarray]) -> "Part":
         counts = np.array([len(row) for row in rows], np.int64)
-        return cls(hashes, counts, np.concatenate([np.zeros(0, np.float32), *rows]).astype(np.float32))
+        return cls(hashes, counts, np.concatenate(rows or [np.zeros(0, np.float32)]).astype(np.float32))
 
 
 class LogpsCache:

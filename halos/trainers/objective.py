@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -210,6 +211,7 @@ class Objective:
         """The policy's output, and the reference's where the loss needs it, each converted by `shape`."""
         with self.run.accelerator.autocast():
             # the reference first, before the policy's activations are in memory
+            batch = self._with_likeliest(batch)
             references = [self._reference(batch)] if self.loss.needs_reference else []
             policy = self._policy(batch)
             if self.humanline is not None:
@@ -234,11 +236,22 @@ class Objective:
         self.outputs = tree_leaves(output)
         return output
 
+    def _with_likeliest(self, batch: Sequences) -> Sequences:
+        """The batch with what its teacher says, computed now where it is not known, for a loss on the teacher's likeliest ids."""
+        if not self.loss.candidates or batch.reference is not None:
+            return batch
+        said = self._refer(batch)
+        at = (batch.rows, batch.columns)
+        return replace(batch, reference=said.values[at], likeliest=torch.cat([said.candidates[at], said.ids[at].float()], -1))
+
     def _reference(self, batch: Sequences) -> Any:
         """The reference's output: known, or computed now."""
         if batch.reference is None:
             return self._refer(batch)
-        return TokenLogps(in_rows(batch.reference, batch), mask_of(batch))
+        likeliest = None
+        if batch.likeliest is not None:
+            likeliest = in_rows(batch.likeliest[:, : batch.likeliest.shape[1] // 2], batch)
+        return TokenLogps(in_rows(batch.reference, batch), mask_of(batch), candidates=likeliest)
 
     def _move_reference(self) -> None:
         """Where the reference follows the policy; before `Strategy.clip`, which under DeepSpeed is the update."""

@@ -56,7 +56,7 @@ class ReferenceLogps:
         self._loaded = False  # the reference, for all passes
 
     def of(self, rows: Sequence[PackRow]) -> np.ndarray:
-        """The log-probs of the scored tokens of all rows, end to end: (scored,) float32."""
+        """Log-probs of the scored tokens of all rows, end to end: (scored,) float32; with k likeliest ids (scored, 1 + 2 k)."""
         return np.concatenate([self.find(row) for row in rows])
 
     def prepare(self) -> None:
@@ -206,8 +206,11 @@ class ReferenceLogps:
         with self.run.accelerator.autocast():
             output = self.trainer._refer(batch)
         logps = output.logps if isinstance(output, Acted) else output
-        values, counts = logps.values.float().cpu().numpy(), logps.mask.sum(1).tolist()
-        return [values[n, :count] for n, count in enumerate(counts)]
+        values, counts = logps.values.float(), logps.mask.sum(1).tolist()
+        if logps.candidates is not None and logps.ids is not None:
+            values = torch.cat([values[..., None], logps.candidates.float(), logps.ids.float()], -1)
+        table = values.cpu().numpy()
+        return [table[n, :count] for n, count in enumerate(counts)]
 
     # --- what is said about it -------------------------------------------------------------------------------------------
 

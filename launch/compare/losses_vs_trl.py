@@ -17,9 +17,22 @@ import trl
 from parity import Row, compared, means
 from parity_pairs import family_rows, paired_rows
 from torch import Tensor
-from trl_replay import PAIRS, WIDTH, Batch, Outcome, averaged, entropies, trl_grpo, trl_kto, trl_reward, trl_rloo, trl_sft
+from trl_replay import (
+    PAIRS,
+    WIDTH,
+    Batch,
+    Outcome,
+    averaged,
+    entropies,
+    trl_gkd,
+    trl_grpo,
+    trl_kto,
+    trl_reward,
+    trl_rloo,
+    trl_sft,
+)
 
-from halos.losses import grpo, kto, reward, rloo, sft
+from halos.losses import gkd, grpo, kto, reward, rloo, sft
 from halos.types import Labelled, Mismatched, PairScores, Rollouts, TokenLogps
 
 
@@ -167,6 +180,27 @@ def sft_rows(batch: Batch) -> list[Row]:
     return [Row("sft, the whole batch", "SFT `nll`, micro-batches of 3 and 13 rows", ours, lambda: trl_sft(parts))]
 
 
+def distillation_rows() -> list[Row]:
+    """Whole distributions over a few ids, of which ours takes the log-probs and TRL's the logits, at temperature 2."""
+    student, teacher = 3 * torch.randn(2, 2 * PAIRS, WIDTH, 11, generator=torch.Generator().manual_seed(8))
+    student.requires_grad_()
+    mask = Batch.random(8).mask
+
+    def ours(beta: float) -> Callable[[], Outcome]:
+        def run() -> Outcome:
+            logps = [(logits / 2).log_softmax(-1) for logits in (student, teacher)]
+            given = (gkd.Distilled(each[..., 0], mask, candidates=each) for each in logps)
+            loss = gkd.gkd(*given, beta=beta, tail="drop").values.sum() / mask.sum()
+            return Outcome(loss.detach(), torch.autograd.grad(loss, student)[0], {})
+
+        return run
+
+    def theirs(beta: float) -> Callable[[], Outcome]:
+        return lambda: trl_gkd(student, teacher, mask, beta=beta, temperature=2.0)
+
+    return [Row(f"gkd, beta {beta:g}, all ids", f"GKD, beta {beta:g}", ours(beta), theirs(beta)) for beta in (0.0, 0.5, 1.0)]
+
+
 def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -175,7 +209,15 @@ def main() -> int:
     print("| ours | TRL's trainer | our loss | TRL's loss | largest gradient gap | metrics equal | verdict | note |")
     print("|---|---|---|---|---|---|---|---|")
     right = True
-    for row in [*sft_rows(batch), *paired_rows(batch), *family_rows(batch), *kto_rows(), *reward_rows(), *rollout_rows()]:
+    for row in [
+        *sft_rows(batch),
+        *paired_rows(batch),
+        *family_rows(batch),
+        *kto_rows(),
+        *reward_rows(),
+        *rollout_rows(),
+        *distillation_rows(),
+    ]:
         line, as_expected = compared(row)
         print(line, flush=True)
         right &= as_expected

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 from trl import DPOTrainer, GRPOConfig, GRPOTrainer, KTOTrainer, RewardTrainer, RLOOTrainer, SFTTrainer
 from trl.experimental.cpo import CPOTrainer
+from trl.experimental.gkd import GKDTrainer
 from trl.experimental.orpo import ORPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -247,6 +248,13 @@ def _sampled(trainer: Any, batch: Batch, advantages: Tensor) -> Outcome:
         "old_logps": batch.reference.sum(1), "num_items_in_batch": mask.sum(),
     }  # fmt: skip
     return batch.outcome(trainer._compute_loss(trainer.model, inputs), logged(trainer))
+
+
+def trl_gkd(student: Tensor, teacher: Tensor, mask: Tensor, *, beta: float, temperature: float) -> Outcome:
+    """Run GKD's loss on logits (rows, time, ids), per scored token."""
+    labels, tokens = torch.where(mask, 0, -100), int(mask.sum())
+    loss = GKDTrainer.generalized_jsd_loss(student, teacher, labels, beta, temperature, num_items_in_batch=tokens)
+    return Outcome(loss.detach(), torch.autograd.grad(loss, student)[0], {})
 
 
 def averaged(outcomes: Sequence[Outcome]) -> Outcome:

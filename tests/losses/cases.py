@@ -17,6 +17,7 @@ from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts, 
 
 CONFIG = Path(__file__).parents[2] / "config/loss"
 ROWS, WIDTH = 5, 6
+TAUGHT = ("gkd",)  # losses that need a teacher: a further key, and tests of their own
 WHOLE = ("statistics", "state")  # parameters that are the same for every micro-batch of a global batch
 KNOWN = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)  # first parameters that `sample` can make
 
@@ -60,13 +61,17 @@ def of_this_package() -> list[Case]:
 
 
 def names(*, on_rollouts: bool) -> list[str]:
-    """Losses on sampled completions, or all the others."""
-    return [case.name for case in of_this_package() if (kind_of(case) in (Rollouts, ValuedRollouts)) is on_rollouts]
+    """Losses on sampled completions, or all the others, but for those that need a teacher."""
+    return [
+        case.name
+        for case in of_this_package()
+        if case.name not in TAUGHT and (kind_of(case) in (Rollouts, ValuedRollouts)) is on_rollouts
+    ]
 
 
 def one_of_each_kind() -> list[str]:
     """One loss for each type of first parameter."""
-    return list({kind_of(case): case.name for case in of_this_package()}.values())
+    return list({kind_of(case): case.name for case in of_this_package() if case.name not in TAUGHT}.values())
 
 
 def kind_of(case: Case) -> type:

@@ -29,7 +29,8 @@ from .cases import (
 )
 from .samples import add_up
 
-ELSEWHERE = {"wpo", "mpo"}  # a mixture, and losses of inputs that `cases.sample` cannot make, each with a test file of its own
+# a mixture, and losses of inputs that `cases.sample` cannot make, each with a test file of its own
+ELSEWHERE = {"wpo", "mpo", "gkd"}
 CASES = [case for case in of_this_package() if case.name not in ELSEWHERE]
 every_loss = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 

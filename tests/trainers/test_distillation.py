@@ -1,0 +1,122 @@
+"""Distillation in a run: the teacher's likeliest ids as data say what a teacher beside the policy does; a resume repeats it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import compose
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from world import copied, resume, stopped
+
+from halos.config.bind import bind_loss
+from halos.errors import UserError
+from halos.models.locate import locate
+from halos.run.lifecycle import run
+from halos.trainers.base import Trainer
+
+from .test_exact_step import agree, step_in
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A model of another size with the tokenizer of the bundled one, and more ids than that has."""
+    place, torch_state = tmp_path_factory.mktemp("teacher"), torch.random.get_rng_state()
+    tokenizer = AutoTokenizer.from_pretrained(locate("tiny", None, cache))
+    torch.manual_seed(5)
+    size = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer) + 24, **size))
+    torch.nn.init.normal_(model.lm_head.weight, std=0.5)
+    model.lm_head.weight.data[-24:] = 0.0
+    model.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    torch.random.set_rng_state(torch_state)
+    return place
+
+
+def words(teacher: Path, *more: str) -> list[str]:
+    return [
+        "loss=gkd",
+        f"reference.name_or_path={teacher}",
+        "loss.top_k=8",
+        "train.batch_size=11",
+        "train.max_grad_norm=null",
+        *more,
+    ]
+
+
+def test_what_the_cache_holds_gives_the_step_of_a_teacher_beside_the_policy_in_micro_batches_of_any_size(
+    teacher: Path, trainer: Callable[..., Trainer]
+) -> None:
+    cached = trainer(*words(teacher, "reference.cache=always", "exp_name=cached"))
+    live = trainer(*words(teacher, "reference.cache=never", "exp_name=live"))
+    assert (cached.reference, cached.reference_logps is None, live.reference is None) == (None, False, False)
+    agree([*(step_in(cached, size) for size in (11, 4, 1)), step_in(live, 4)])
+
+
+@torch.no_grad()
+def test_the_first_loss_is_the_divergence_to_transformers_own_teacher(
+    teacher: Path, trainer: Callable[..., Trainer], cache: Path
+) -> None:
+    """With all ids of the tokenizer, at a temperature."""
+    whole = len(AutoTokenizer.from_pretrained(teacher))
+    made = trainer(*words(teacher, f"loss.top_k={whole}", "train.temperature=2", "train.batch_size=2", "loss.tail=drop"))
+    microbatches = made._microbatches(made.train, np.arange(2))
+    value = sum(made._loss(each, None, 2).values.sum().item() for each in microbatches)
+    models = [AutoModelForCausalLM.from_pretrained(place).eval() for place in (locate("tiny", None, cache), teacher)]
+    wanted = 0.0
+    for item in (made.train.rows[0], made.train.rows[1]):
+        (completion,) = item.completions
+        ids = torch.tensor([[*item.prompt.tolist(), *completion.ids.tolist()]])
+        at = torch.from_numpy(np.flatnonzero(completion.scored)) + len(item.prompt) - 1
+        student, taught = ((model(ids).logits[0, at].double() / 2).log_softmax(-1)[:, :whole] for model in models)
+        wanted += (taught.exp() * (taught - student)).sum().item()
+    assert value == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_run_that_was_stopped_ends_as_one_that_was_not(peft: str, teacher: Path, tmp_path: Path, cache: Path) -> None:
+    more = ["train.steps=5", "train.eval_at_start=false", "checkpoint.every=2", "checkpoint.keep_last=9", "data.eval=[]"]
+    config = compose(cache, tmp_path / "runs", *words(teacher, *more), f"peft={peft}", "optim.lr=1e-3", "loss.beta=0.5")
+    assert run(config, []) == 0
+    whole = Path(config.run_dir)
+    losses = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+    halved = stopped(copied(whole, tmp_path / "copy"))
+    assert resume(halved) == 0
+    before, after = (load_file(directory / "FINAL" / "model.safetensors") for directory in (whole, halved))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_teacher_that_is_missing_or_speaks_otherwise_is_refused_before_a_model_loads(
+    teacher: Path, tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    with pytest.raises(UserError, match=r"loss=gkd learns from a teacher, and there is none: reference.name_or_path"):
+        trainer("loss=gkd")
+    for word, complaint in (("reference.sync_every=2", "does not move"), ("humanline.low=-1.5", "compares whole distributions")):
+        with pytest.raises(UserError, match=complaint):
+            trainer(*words(teacher, word))
+    parts = {name: {"weight": 1.0} for name in ("sft", "gkd")}
+    with pytest.raises(UserError, match=r"loss.parts.gkd: gkd has a teacher, which is no reference of other parts"):
+        bind_loss({"_target_": "halos.losses.mixture.mixture", "parts": parts}, [])
+    with pytest.raises(UserError, match=r"loss.top_k=9999 is more than the \d+ ids of the policy's vocabulary"):
+        trainer(*words(teacher, "loss.top_k=9999"))
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    tokens = json.loads((other / "tokenizer.json").read_text())
+    ids = tokens["model"]["vocab"]
+    one, two = sorted(ids)[40:42]
+    ids[one], ids[two] = ids[two], ids[one]
+    (other / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(UserError, match="has another tokenizer: 2 of the policy's"):
+        trainer(*words(other))
