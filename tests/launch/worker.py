@@ -22,6 +22,7 @@ from halos.distributed.zero import Zero
 from halos.logps import head
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
+from halos.types import Loss
 from tests.composed import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -83,6 +84,12 @@ def first_gradients(trainer: Trainer) -> dict[str, Tensor]:
     return seen
 
 
+def spoiled(loss: Loss) -> Loss:
+    """Not finite, and so is each part of a sum, which is what is trained on."""
+    parts = {name: spoiled(part) for name, part in loss.parts.items()}
+    return replace(loss, values=loss.values * float("nan"), parts=parts)
+
+
 def skip_one(trainer: Trainer) -> None:
     """A step whose loss is not finite on the last process alone: all of them skip it, and the first has its rows."""
     whole, run = trainer.loss, trainer.run
@@ -90,7 +97,7 @@ def skip_one(trainer: Trainer) -> None:
 
     def broken(*given: Any) -> Any:
         loss = whole.function(*given)
-        return replace(loss, values=loss.values * float("nan")) if last else loss
+        return spoiled(loss) if last else loss
 
     trainer.loss = replace(whole, function=broken)
     indices = trainer.order.batch(run.step)
