@@ -14,6 +14,7 @@ from halos.config.bind import LossSpec
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.config.suggest import nearest
+from halos.data.dataset import Dataset
 from halos.errors import UserError
 from halos.examples import Completion, Item
 from halos.rollout import evaluation
@@ -47,6 +48,17 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
     raise UserError(
         f"objective.metric={metric} is not measured with loss={loss.name}: {suggestion}There are {', '.join(sorted(names))}{more}"
     )
+
+
+def refuse_empty_source(config: Config, loss: LossSpec, rows: Dataset) -> None:
+    """Raises UserError where objective.metric is of a source of which no row was held out."""
+    metric, known = config.objective.metric, metrics_of(loss) or ()
+    for number, name in enumerate(rows.names):
+        if metric.startswith(f"{name}/") and metric not in known and not (rows.sources == number).any():
+            raise UserError(
+                f"objective.metric={metric}: no row of {name} is held out (data.eval_fraction={config.data.eval_fraction}):"
+                " increase the fraction, or watch another metric"
+            )
 
 
 def refuse_hidden_metrics(sources: Sequence[str], names: Collection[str]) -> None:

@@ -28,7 +28,7 @@ from halos.online.unsharded import Unsharded
 from halos.rollout import feedback
 from halos.rollout.prompts import columns_digest, content_hashes
 from halos.rollout.scorers.scorer import scorer_of
-from halos.run import datasets
+from halos.run import available_metrics, datasets
 from halos.run.render import decode_visibly, render_example
 from halos.rundir import RunDir
 from halos.trainers.base import Batches, GenerationEvaluation
@@ -96,6 +96,8 @@ class DatasetSource:
     ) -> None:
         self.train, self.eval_data = datasets.load(config, loss, tokenizer, accelerator, max_length)
         assert isinstance(self.train.rows, Dataset)
+        if self.eval_data is not None and isinstance(self.eval_data.rows, Dataset):
+            available_metrics.refuse_empty_source(config, loss, self.eval_data.rows)
         self.completed = loss.inputs.example.completed
         self.order = datasets.order(self.train.rows, loss, config)
         self.steps_per_epoch: int | None = self.order.batches_per_epoch

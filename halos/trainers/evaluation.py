@@ -42,7 +42,7 @@ class EvaluatedObjective(Objective):
         for number, meter in meters.items():
             totals = meter.reduce(lambda table: run.accelerator.reduce(table, reduction="sum"), gather_object)
             window.add(totals)
-            if len(meters) > 1:
+            if len(names) > 1:
                 own = Window()
                 own.add(totals)
                 means = self._completed(own, int((sources == number).sum()))

@@ -95,6 +95,8 @@ def test_a_run_on_held_out_rows_resumes_and_they_belong_to_what_it_computes(worl
         (["data.eval_fraction=0.1", "data.near_duplicates=1.5"], "data.near_duplicates"),
     ):
         assert message in world.refusal("refused", *more)
+    few = [*words, "data.eval_fraction=0.2", "data.near_duplicates=null", "objective.metric=more/loss", "objective.mode=min"]
+    assert "no row of more is held out" in world.refusal("refused", *few), "by their hashes 17, 16 and 19 are, of the first file"
 
 
 @pytest.mark.slow
