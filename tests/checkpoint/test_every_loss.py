@@ -32,13 +32,23 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
             for name, tensor in load_file(path).items()}  # fmt: skip
 
 
+def rewarded(place: Path) -> list[str]:
+    """Four completions of each of eight prompts, with rewards of 0 and 1."""
+    samples = [{"prompt": f"Count to {n}", "completion": " ".join(map(str, range(k + 1))), "reward": int(k == n % 4)}
+               for n in range(8) for k in range(4)]  # fmt: skip
+    (place / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    return [f"data.train=['{place / 'samples.jsonl'}']", "data.eval=[]"]
+
+
 @pytest.mark.parametrize(
     ("loss", "peft"), [pytest.param(*cell, marks=[] if cell in FAST else [pytest.mark.slow]) for cell in CELLS]
 )
 def test_five_steps_resumed_amid_them_end_like_five_in_one_go(
     loss: str, peft: str, configure: Callable[..., Config], tmp_path: Path
 ) -> None:
-    config = configure(f"loss={loss}", f"peft={peft}", *SETTINGS, "exp_name=whole")
+    data = rewarded(tmp_path) if loss == "max_rl" else []  # whose rewards are from 0 up, and labels are -1 and 1
+    new_tokens = ["peft.modules_to_save=[embed_tokens]"] if (loss, peft) == ("csft", "lora") else []
+    config = configure(f"loss={loss}", f"peft={peft}", *SETTINGS, *data, *new_tokens, "exp_name=whole")
     assert run(config, []) == 0
     resumed = Path(shutil.copytree(tmp_path / "whole", tmp_path / "resumed"))
     for gone in ("FINAL", "checkpoints/step-00000005"):

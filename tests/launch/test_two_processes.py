@@ -33,7 +33,7 @@ def compare(one: Path, two: Path) -> None:
     for a, b in zip(mine, theirs, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["examples"] == b["examples"]
-        for name in a.keys() & {"kl", "rewards/margins", "accuracy", "grad_norm"}:
+        for name in a.keys() & {"kl", "rewards/margins", "rewards/shift", "accuracy", "grad_norm"}:
             assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5)
 
 
@@ -45,6 +45,8 @@ def compare(one: Path, two: Path) -> None:
         pytest.param("dpo", LORA, marks=pytest.mark.slow),
         pytest.param("reward", LORA, marks=pytest.mark.slow),
         pytest.param("kto", [], marks=pytest.mark.slow),
+        pytest.param("bco", [], marks=pytest.mark.slow),
+        pytest.param("mpo", LORA, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_train_with_the_losses_of_one(loss: str, peft: list[str], command: Command, tmp_path: Path) -> None:
