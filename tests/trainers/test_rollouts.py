@@ -211,6 +211,20 @@ def test_steps_without_an_advantage_are_warned_of_once(
         assert caplog.text.count("no sample was better") == (steps != 2)
 
 
+def test_the_value_head_may_have_a_rate_of_its_own(scored: str, trainer: Callable[..., Trainer]) -> None:
+    own_rate = ["optim=sgd", "optim.lr=1e-9", "optim.lr_by_name={value_head: 0.5}", "optim.weight_decay=0", "schedule=constant"]
+    made = trainer("loss=ppo", scored, "data.eval=[]", "train.batch_size=11", *own_rate, "schedule.warmup=0")
+    parameters = dict(made.run.module.named_parameters())
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    made.prepare()
+    made.step(np.arange(11))
+    moved = {name: (parameter.detach() - before[name]).abs().max().item() for name, parameter in parameters.items()}
+    own = {name for name in moved if "value_head" in name}
+    assert len(own) == 2
+    assert min(moved[name] for name in own) > 1e-4
+    assert max(moved[name] for name in moved.keys() - own) < 1e-7
+
+
 def test_the_rollout_cache_of_the_start_is_kept_for_a_resume(scored: str, trainer: Callable[..., Trainer]) -> None:
     words = ["loss=ppo", scored, "data.eval=[]", "train.batch_size=11"]
     first = trainer(*words)
