@@ -47,6 +47,11 @@ class Subject(Protocol):
         """Of halos.types.TOKEN_STATISTICS those that it reads."""
         ...
 
+    @property
+    def candidates(self) -> int:
+        """The ids of each token, besides its own, whose log-probs it reads."""
+        ...
+
     def step(self, case: Case, plan: Plan, padding: int = 0) -> Step: ...
 
 
@@ -92,9 +97,9 @@ def made(
     partners = [*items[1:count], items[count] if count == 1 else items[0]]
     seeds = (seed, seed, seed) if at_reference else (seed, seed + 1, seed + 2)
     ours, theirs = (nothing, lambda row: -shift(row)) if subject.refers else (shift, nothing)
-    policy = Table(seeds[0], dtype, kind.head, subject.token_statistics, ours, scale * stretch)
+    policy = Table(seeds[0], dtype, kind.head, subject.token_statistics, ours, scale * stretch, 1.0, subject.candidates)
     head = "value" if kind.head == "value" else "language"
-    reference = Table(seeds[1], dtype, head, (), theirs, scale)
+    reference = Table(seeds[1], dtype, head, (), theirs, scale, 1.0, subject.candidates)
     sampler = Table(seeds[2], dtype, head, (), nothing, scale, 0.0 if at_reference else 1.0)
     return Case(kind, items[:count], partners, policy, reference, sampler, first_pass, sign, np.arange(count) // 2)
 

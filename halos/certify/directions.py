@@ -37,6 +37,8 @@ def signs(subject: Subject) -> Finding:
     """Where policy and reference are equal, as at the start: what should become more likely has a slope of at most 0."""
     if issubclass(subject.inputs, RolloutInput):
         return _signs_of_advantages(subject)
+    if subject.candidates:
+        return not_applicable("it learns a teacher's distribution, and not to make completions more likely")
     case = made(subject, at_reference=subject.refers)
     directions = list(wanted(case))
     if not directions:

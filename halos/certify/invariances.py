@@ -190,8 +190,8 @@ def bad_numbers(subject: Subject) -> Finding:
 
 def _spoil(entry: dict[str, Tensor], value: float) -> None:
     with torch.no_grad():
-        leaf = next(iter(entry.values()))
-        leaf[...] = torch.where(torch.arange(leaf.numel()).reshape(leaf.shape) == 0, value, leaf)
+        for leaf in entry.values():
+            leaf[...] = torch.where(torch.arange(leaf.numel()).reshape(leaf.shape) == 0, value, leaf)
 
 
 def _all_finite(step: Step) -> bool:

@@ -39,6 +39,10 @@ class OwnLoss:
     def token_statistics(self) -> tuple[str, ...]:
         return self.spec.token_statistics
 
+    @property
+    def candidates(self) -> int:
+        return self.spec.candidates
+
     def step(self, case: Case, plan: Plan, padding: int = 0) -> Step:
         """The loss over a global batch that is cut by `plan`, and its gradients, added up in the policy's table."""
         for entry in case.policy.entries.values():

@@ -35,10 +35,8 @@ class Named:
 
 
 def choices() -> list[str]:
-    """The losses of config/loss that the kit can make inputs for: of mixtures those with parts, and none that reads a teacher's
-    likeliest ids."""
-    whole = {name: node for name in _names() if not is_mixture(node := _choice(name)) or node["parts"]}
-    return [name for name, node in whole.items() if not bind_loss(node, []).candidates]
+    """The losses of config/loss that `all` stands for: those with a function, of mixtures those with parts."""
+    return [name for name in _names() if not is_mixture(node := _choice(name)) or node["parts"]]
 
 
 def _names() -> list[str]:
@@ -55,8 +53,6 @@ def named(name: str, overrides: Mapping[str, Any], plugins: Sequence[str], examp
                         " a loss of yours is the dotted path of its function, with --plugins its package")  # fmt: skip
     settings = {**(_choice(name) if name in known else {"_target_": name}), **overrides}
     spec = bind_loss(settings, plugins)
-    if spec.candidates:
-        raise UserError(f"{name} reads a teacher's likeliest ids, which the kit does not make up: tests of its own prove it")
     return Named(name, str(settings["_target_"]), spec, _worked(name, spec, examples))
 
 

@@ -35,6 +35,7 @@ class Table:
     shift: Shift = nothing
     scale: float = 1.0
     values: float = 1.0  # scale of a value head's output
+    candidates: int = 0  # further ids of each scored token, whose log-probs it gives too
     entries: dict[bytes, dict[str, Tensor]] = field(default_factory=dict)
 
     def entry(self, row: PackRow) -> dict[str, Tensor]:
@@ -51,6 +52,7 @@ class Table:
             return {"score": np.array(self.scale * score + shift)}
         parts = {"logps": self.scale * (-3 * uniform + shift / max(1, count))}
         parts |= {"values": self.scale * self.values * normal} if self.head == "value" else {}
+        parts |= {"candidates": self.scale * _of_candidates(key, self.seed, count, self.candidates)} if self.candidates else {}
         return parts | {name: 2 * draw if name == "entropy" else -3 * draw
                         for name, draw in zip(TOKEN_STATISTICS, more, strict=True) if name in self.statistics}  # fmt: skip
 
@@ -62,7 +64,7 @@ class Table:
         lengths = torch.tensor([len(entry["logps"]) for entry in entries])
         mask = torch.arange(max(1, int(lengths.max())) + padding) < lengths[:, None]
         columns = {name: padded([entry[name] for entry in entries], mask.shape[1]) for name in entries[0]}
-        statistics = {name: columns[name] for name in TOKEN_STATISTICS if name in columns}
+        statistics = {name: columns[name] for name in (*TOKEN_STATISTICS, "candidates") if name in columns}
         logps = TokenLogps(columns["logps"], mask, **statistics)
         return Acted(logps, columns["values"]) if self.head == "value" else logps
 
@@ -84,14 +86,22 @@ def _drawn(key: bytes, seed: int, count: int) -> tuple[np.ndarray, np.ndarray, f
     return random.random(count), random.standard_normal(count), random.standard_normal(), random.random((2, count))
 
 
+@cache
+def _of_candidates(key: bytes, seed: int, count: int, candidates: int) -> np.ndarray:
+    """Log-probs of so many ids of each token, which leave some probability to all others."""
+    random = np.random.default_rng(list(hashlib.sha256(b"candidates" + key + seed.to_bytes(4, "little")).digest()))
+    logits = random.standard_normal((count, candidates + 1))
+    return (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[:, :-1]
+
+
 def key_of(row: PackRow) -> bytes:
     prompt, completion = row
     return b"|".join(np.ascontiguousarray(part, np.int64).tobytes() for part in (prompt, completion.ids, completion.scored))
 
 
 def padded(rows: Sequence[Tensor], width: int) -> Tensor:
-    """Ragged rows as (rows, width), 0 beyond the end of each."""
-    return torch.stack([pad(row, (0, width - len(row))) for row in rows])
+    """Ragged rows as (rows, width, ...), 0 beyond the end of each."""
+    return torch.stack([pad(row, (*[0] * 2 * (row.ndim - 1), 0, width - len(row))) for row in rows])
 
 
 def _rounded(part: np.ndarray, dtype: torch.dtype) -> Tensor:

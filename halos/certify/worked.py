@@ -126,12 +126,12 @@ def built(kind: Any, given: Any, leaves: dict[str, Tensor] | None = None, name: 
     kind = next((each for each in get_args(kind) if each is not type(None)), kind) if get_args(kind) else kind
     if kind is Tensor:
         return _leaf(_tensor(given), leaves, name)
-    if kind is TokenLogps:
+    if isinstance(kind, type) and issubclass(kind, TokenLogps):
         columns = given if isinstance(given, Mapping) else {"values": given}
         lengths = torch.tensor([[len(row)] for row in columns["values"]])
         mask = torch.arange(max(1, int(lengths.max()))) < lengths
         made = {part: _tensor(rows) for part, rows in columns.items()}
-        return TokenLogps(_leaf(made.pop("values"), leaves, name), mask, **made)
+        return kind(_leaf(made.pop("values"), leaves, name), mask, **made)
     if not is_dataclass(kind) or not isinstance(given, Mapping):
         raise UserError(f"an example gives {name or 'an input'} as {given!r}: lists of numbers, or a mapping of fields")
     hints = _hints(kind)
@@ -151,8 +151,9 @@ def _leaf(value: Tensor, leaves: dict[str, Tensor] | None, name: str) -> Tensor:
 def _tensor(given: Any) -> Tensor:
     """Numbers as they are, ragged rows padded with 0; floats in float64."""
     if isinstance(given, Sequence) and given and isinstance(given[0], Sequence):
-        width = max(1, *map(len, given))
-        given = [[*row, *[0.0] * (width - len(row))] for row in given]
+        width, nested = max(1, *map(len, given)), next((row[0] for row in given if row), 0.0)
+        nothing = [0.0] * len(nested) if isinstance(nested, Sequence) else 0.0
+        given = [[*row, *[nothing] * (width - len(row))] for row in given]
     made = torch.tensor(given)
     return made.double() if made.is_floating_point() else made
 

@@ -42,6 +42,7 @@ class Theirs:
     refers: bool
     run: Run
     token_statistics: tuple[str, ...] = ()
+    candidates: int = 0
 
     def step(self, case: Case, plan: Plan, padding: int = 0) -> Step:
         for entry in case.policy.entries.values():
