@@ -48,7 +48,8 @@ def test_five_steps_resumed_amid_them_end_like_five_in_one_go(
 ) -> None:
     data = rewarded(tmp_path) if loss == "max_rl" else []  # whose rewards are from 0 up, and labels are -1 and 1
     new_tokens = ["peft.modules_to_save=[embed_tokens]"] if (loss, peft) == ("csft", "lora") else []
-    config = configure(f"loss={loss}", f"peft={peft}", *SETTINGS, *data, *new_tokens, "exp_name=whole")
+    teacher = ["reference.name_or_path=tiny"] if loss in cases.TAUGHT else []
+    config = configure(f"loss={loss}", f"peft={peft}", *SETTINGS, *data, *new_tokens, *teacher, "exp_name=whole")
     assert run(config, []) == 0
     resumed = Path(shutil.copytree(tmp_path / "whole", tmp_path / "resumed"))
     for gone in ("FINAL", "checkpoints/step-00000005"):
