@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from halos.data.dataset import Counts
-from halos.data.tokenize import Encoded
+from halos.data.encoded import Encoded
 from halos.examples import Completion, Example, Scored, Turns
 
 ENDS_WITH_ASSISTANT = "whose prompt ends with a turn of the assistant"
@@ -45,6 +45,18 @@ def _without_blanks(turns: Turns) -> list[tuple[Any, ...]]:
     return [(turn["role"], "".join(str(turn.get("content") or "").split()), repr(turn.get("tool_calls") or "")) for turn in turns]
 
 
+class Sampling(NamedTuple):
+    """How the completions of an example were sampled."""
+
+    cut: tuple[bool, ...]  # of each whether its sampler has cut it; empty where they are not known to be sampled
+    has_ids: bool
+
+    @classmethod
+    def of(cls, example: Example) -> Sampling:
+        sampled = example.sampled
+        return cls(tuple(each.cut for each in sampled), any(each.ids for each in sampled))
+
+
 @dataclass(frozen=True, slots=True)
 class EndTokens:
     """The tokens that may end a turn, and the length beyond which an example is cut."""
@@ -57,14 +69,14 @@ class EndTokens:
         eos = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]  # the template may end turns without one
         return cls(frozenset([*tokenizer.added_tokens_decoder, *eos]), max_length)
 
-    def missing(self, encoded: Encoded, example: Example) -> str | None:
+    def missing(self, encoded: Encoded, sampling: Sampling) -> str | None:
         """Return what is odd about an example of which a scored turn ends in none of the tokens, and was not cut."""
         for number, completion in enumerate(encoded.completions):
             is_cut = len(encoded.prompt) + len(completion.ids) >= self.max_length
-            is_cut |= bool(example.sampled) and example.sampled[number].cut
+            is_cut |= bool(sampling.cut) and sampling.cut[number]
             *earlier, last = [int(token) in self.ids for token in completion.ids[_ends_of_turns(completion)]] or [True]
             if not last and not is_cut:
-                return SAMPLED_WITHOUT_END if any(each.ids for each in example.sampled) else NO_END
+                return SAMPLED_WITHOUT_END if sampling.has_ids else NO_END
             if not all(earlier):
                 return NO_EARLIER_END
         return None

@@ -7,9 +7,8 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +19,17 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.config.plugins import code_hash
 from halos.confined import expanded
-from halos.data import cache
-from halos.data.dataset import Counts, Writer, is_whole, publish
+from halos.data import cache, compose
+from halos.data.compose import Entry
+from halos.data.dataset import is_whole, publish
 from halos.data.held_out import Rule, divided
-from halos.data.mixture import Amount
-from halos.data.names import names_of
-from halos.data.progress import Progress
-from halos.data.row_tokeniser import BATCH, RowTokeniser
-from halos.data.shards import Shards, in_chunks
+from halos.data.limit import NONE, Limit
+from halos.data.row_tokeniser import RowTokeniser
+from halos.data.shards import Shards
 from halos.data.sources import OpenSource, Source, hash_files, open_source
 from halos.data.template import chat_template
 from halos.errors import UserError
-from halos.examples import Example, Item
+from halos.examples import Example
 
 log = logging.getLogger(__name__)
 
@@ -61,19 +59,22 @@ def prepare(
     opened = _opened(entries, kind, purpose, rule, train, score)
     code, described = code_hash(f"{kind.__module__}.{kind.__name__}"), _tokenizer(tokenizer)  # code of the user's own type
     converts = f"{transform_key} {_code_of(transform)}"
-    common = [kind.__name__, max_length, truncation, score, lost, converts, code, cache.code_version(), *described]
-    key = _key([common, [each.fingerprint for each in opened], [asdict(each.source) for each in opened], purpose])
+    common = [kind.__name__, score, lost, converts, code, cache.code_version(), *described]  # of any max_length
+    sources = [[each.fingerprint for each in opened], [asdict(each.source) for each in opened]]
+    key = _key([common, max_length, truncation, *sources, purpose])
     base = expanded(cache_dir)
     path = base / cache.DATA / key
     cache.keep(path)
     if not is_whole(path, base):
-        tokenise = RowTokeniser(
-            tokenizer, kind=kind, score=score, max_length=max_length, truncation=truncation, lost=lost, transform=transform
+        tokenise, again = (
+            RowTokeniser(tokenizer, kind=kind, score=score, max_length=most, truncation=longer, lost=lost, transform=transform)
+            for most, longer in ((NONE, "error"), (max_length, truncation))
         )
-        made = _made(tokenizer, described, max_length)
-        shards = {number: _shards_of(source, base, common, purpose, tokenise, made) for number, source in enumerate(opened)}
+        made = _made(tokenizer, described)
+        parts = [Entry(source, _shards_of(source, base, common, purpose, tokenise, made), again) for source in opened]
+        limit = Limit(tokenizer, max_length, truncation)
         try:
-            _make(path, lambda directory: _write(directory, opened, tokenise, shards, made), base)
+            _make(path, lambda directory: compose.write(directory, parts, limit, {**made, "max_length": max_length}), base)
         except OSError as error:
             raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
     cache.touch(path)
@@ -153,11 +154,11 @@ def _key(parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def _made(tokenizer: PreTrainedTokenizerBase, described: Sequence[str], max_length: int) -> dict[str, Any]:
+def _made(tokenizer: PreTrainedTokenizerBase, described: Sequence[str]) -> dict[str, Any]:
     """Return what a person wants to know of how rows were tokenised."""
     template = described[2].encode(errors="surrogatepass")
     return {"tokenizer": str(tokenizer.name_or_path), "template": hashlib.blake2b(template, digest_size=4).hexdigest(),
-            "max_length": max_length, "code": cache.code_version()}  # fmt: skip
+            "code": cache.code_version()}  # fmt: skip
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -167,48 +168,3 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     special = json.dumps({**named, "split_special_tokens": tokenizer.split_special_tokens}, sort_keys=True)
     return [backend, special, chat_template(tokenizer, None), tokenizers.__version__, transformers.__version__]
-
-
-# --- the rows ----------------------------------------------------------------------------------------------------------
-
-
-def _write(
-    directory: Path, opened: Sequence[OpenSource], tokenise: RowTokeniser, shards: Mapping[int, Shards], made: Mapping[str, Any]
-) -> None:
-    report, kind, progress = [], tokenise.kind.__name__, Progress()
-    with progress, closing(Writer(directory)) as writer:
-        for number, source in enumerate(opened):
-            counts = Counts(source.source.path, files=source.files)
-            report.append(counts)
-            with shards[number].held():
-                for written, items in _batches(source, counts, tokenise, shards[number]):
-                    kind = written
-                    writer.write([(item, number) for item in items])
-                    progress.reach(source.source.path, sum(each.rows for each in report))
-            if not counts.kept and not source.may_be_empty:
-                raise UserError(f"{counts.line()}: none of them can be used")
-        if not any(counts.kept for counts in report):
-            raise UserError("data.eval_fraction holds none of the rows of data.train out: increase it, or give data.eval")
-        sources = [each.source for each in opened]
-        weights = [1.0 if source.weight is None else source.weight for source in sources]
-        amounts, names = [Amount.of(source) for source in sources], names_of(sources)
-        facts = {"kind": kind, "weights": weights, "amounts": amounts, "names": names, "made": made}
-        writer.finish({**facts, "report": [asdict(counts) for counts in report]})
-
-
-def _batches(source: OpenSource, counts: Counts, tokenise: RowTokeniser, shards: Shards) -> Iterator[tuple[str, list[Item]]]:
-    """Yield the items of a source with the name of their type: of its shards where it has more rows than one of them."""
-    known = shards.known()
-    if known is None:
-        chunks = in_chunks(source.rows())
-        first, second = next(chunks, []), next(chunks, [])
-        if not second:
-            yield from ((kind.__name__, items) for kind, items in tokenise.batches(first, counts))
-            return
-        known = shards.made(chain([first, second], chunks))
-    for shard in known:
-        more, kind, items = shards.read(shard)
-        counts.add(more)
-        yield kind, []
-        while batch := list(islice(items, BATCH)):
-            yield kind, batch

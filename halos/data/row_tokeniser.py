@@ -3,21 +3,31 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
 from halos.data import oddities
-from halos.data.dataset import CUT_COMPLETIONS, CUT_TURNS, Counts
+from halos.data.dataset import Counts
 from halos.data.formats import as_kind, parse
-from halos.data.oddities import EndTokens
-from halos.data.row import HELD_OUT, Row
-from halos.data.tokenize import EQUAL, Encoded, Encoder
+from halos.data.oddities import EndTokens, Sampling
+from halos.data.remarks import Remarks
+from halos.data.row import EQUAL, HELD_OUT, Row
+from halos.data.tokenize import Encoder
 from halos.examples import Example, Item, Judgement
 
 BATCH = 1000  # examples tokenised in one call
 LEFT_OUT = "left out by data.format"
 UNDESIRABLE = "undesirable, not to be imitated"
+
+
+class Outcome(NamedTuple):
+    """What becomes of one example."""
+
+    where: str  # its row
+    id: str
+    result: tuple[Item, Remarks] | str  # or why it is dropped, which is not counted yet
+
 
 NamedExample = tuple[Example, str, str]  # the example, the position of its row, and its id
 
@@ -50,11 +60,11 @@ class RowTokeniser:
     def _ends(self) -> EndTokens:
         return EndTokens.of(self.tokenizer, self._settings["max_length"])
 
-    def batches(self, rows: Iterable[Row], counts: Counts) -> Iterator[tuple[type[Example], list[Item]]]:
-        """Yield the items of rows, some at a time, and the type of example that they are. Raises UserError, naming the row."""
+    def batches(self, rows: Iterable[Row], counts: Counts) -> Iterator[tuple[type[Example], list[Outcome]]]:
+        """Yield what becomes of the examples of rows, some at a time, and their type. Raises UserError, naming the row."""
         examples = self._examples(rows, counts)
         while batch := list(islice(examples, BATCH)):
-            yield type(batch[0][0]), self._items(batch, counts)
+            yield type(batch[0][0]), self._outcomes(batch, counts)
 
     def _examples(self, rows: Iterable[Row], counts: Counts) -> Iterator[NamedExample]:
         for row in rows:
@@ -84,36 +94,21 @@ class RowTokeniser:
                 counts.examples += 1
                 yield self.transform(each) if self.transform else each, row.where, f"{row.where}#{number}"
 
-    def _items(self, batch: Sequence[NamedExample], counts: Counts) -> list[Item]:
-        items, encoded_batch = [], self._encoder.encode_turns([(each, where) for each, where, _ in batch])
+    def _outcomes(self, batch: Sequence[NamedExample], counts: Counts) -> list[Outcome]:
+        outcomes, encoded_batch = [], self._encoder.encode_turns([(each, where) for each, where, _ in batch])
         for parts, (example, where, name) in zip(encoded_batch, batch, strict=True):
             counts.examples += len(parts) - 1
             for number, encoded in enumerate(parts):
-                if isinstance(encoded, str):
-                    counts.drop(encoded, where)
-                    continue
-                _count(encoded, where, counts)
-                if oddity := self._ends.missing(encoded, example):
-                    counts.note(oddity, where)
                 own = f"{name}.{number}" if len(parts) > 1 else name
-                items.append(Item(encoded.prompt, encoded.completions, own, example.numbers(), encoded.logps))
-        return items
+                if isinstance(encoded, str):
+                    outcomes.append(Outcome(where, own, encoded))
+                    continue
+                sampling = Sampling.of(example)
+                remarks = Remarks.of(encoded, self._ends.missing(encoded, sampling), sampling)
+                item = Item(encoded.prompt, encoded.completions, own, example.numbers(), encoded.logps)
+                outcomes.append(Outcome(where, own, (item, remarks)))
+        return outcomes
 
 
 def _again(tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any]) -> RowTokeniser:
     return RowTokeniser(tokenizer, **settings)
-
-
-def _count(encoded: Encoded, where: str, counts: Counts) -> None:
-    counts.kept += 1
-    for shortened, what in ((encoded.cut_turns, CUT_TURNS), (encoded.cut_completions, CUT_COMPLETIONS)):
-        if shortened:
-            counts.remember(what, where)
-    counts.cut_turns += encoded.cut_turns
-    counts.cut_completions += encoded.cut_completions
-    counts.inexact += not encoded.exact
-    counts.merged += encoded.merged
-    counts.tokenised_anew += encoded.tokenised_anew
-    counts.read_as(encoded.notes)
-    for note in encoded.notes:
-        counts.remember(note, where)

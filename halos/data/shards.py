@@ -14,15 +14,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from halos import confined
 from halos.data.cache import ABOUT, Held, touch
 from halos.data.dataset import META, Counts, Dataset, Writer, is_whole, publish
+from halos.data.remarks import Remarks
 from halos.data.row import Row
 from halos.data.row_tokeniser import RowTokeniser
 from halos.data.tokenise_worker import Worker, WorkerError
@@ -31,7 +32,7 @@ from halos.examples import Item
 
 log = logging.getLogger(__name__)
 
-SHARD = 4000  # rows; a source with no more is tokenised here, and not kept in shards
+SHARD = 4000  # rows; a source with no more is tokenised in this process
 MOST_PROCESSES = 32
 LIST = "shards.json"  # of a source that is whole: the number of its shards
 HERE = "\0"  # in the place of a source's path, which may be another when its shards are read
@@ -40,6 +41,27 @@ HERE = "\0"  # in the place of a source's path, which may be another when its sh
 def processes() -> int:
     """Return how many processes tokenise: one for each core that this one may use."""
     return min(MOST_PROCESSES, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Tokenised rows of any length; what is counted of those that are kept is for the reader to count."""
+
+    counts: Counts  # of rows read, and examples dropped for what they say
+    kind: str  # the type of its examples
+    remarks: Sequence[Remarks]
+    data: Dataset | None  # its `sources` are indices into remarks; None where no example is kept
+    place: Callable[[str], str]  # of a row, by that in the file
+
+    def items(self) -> Iterator[tuple[Item, Remarks]]:
+        for row in range(len(self.data) if self.data else 0):
+            yield self.item(row)
+
+    def item(self, row: int) -> tuple[Item, Remarks]:
+        assert self.data is not None
+        each = self.data[row]
+        named = Item(each.prompt, each.completions, self.place(each.id), each.labels, each.logps)
+        return named, self.remarks[self.data.sources[row]]
 
 
 class Shards:
@@ -70,10 +92,10 @@ class Shards:
         """Yield the shards of a source in their order, of so many rows each; those that are there are not made again."""
         self._directory.mkdir(parents=True, exist_ok=True)
         confined.write_whole(self._directory / ABOUT, json.dumps(self._about))
-        number = -1
-        with _Pool(self._tokenise) as pool:
+        number, first, second = -1, next(chunks, []), next(chunks, [])
+        with _Pool(self._tokenise, processes() if second else 1) as pool:
             waiting: deque[tuple[Path, Future[None] | None]] = deque()
-            for number, rows in enumerate(chunks):
+            for number, rows in enumerate(chain([first], [second] if second else [], chunks)):
                 shard = self._shard(number)
                 made = None if is_whole(shard, self._cache) else pool.submit(partial(self._make, rows, shard))
                 waiting.append((shard, made))
@@ -87,16 +109,14 @@ class Shards:
         seal = hashlib.sha256(f"{self._directory.name} {count}".encode()).hexdigest()
         return {"shards": count, "seal": seal}
 
-    def read(self, shard: Path) -> tuple[Counts, str, Iterator[Item]]:
-        """Return what became of a shard's rows, the type of its examples, and its items."""
+    def read(self, shard: Path) -> Shard:
         meta = confined.load_object(shard / META)
         (report,) = meta["report"]
-        counts = Counts(**report)
+        counts, is_empty = Counts(**report), not report["kept"]  # then the rows are no Arrow file
         counts.places = {why: [self._place(where) for where in places] for why, places in counts.places.items()}
-        if not counts.kept:  # the rows are no Arrow file
-            return counts, meta["kind"], iter(())
-        items = (Item(each.prompt, each.completions, self._place(each.id), each.labels, each.logps) for each in Dataset(shard))
-        return counts, meta["kind"], items
+        counts.kept = 0
+        remarks = [Remarks.read(each) for each in meta["remarks"]]
+        return Shard(counts, meta["kind"], remarks, None if is_empty else Dataset(shard), self._place)
 
     def _place(self, where: str) -> str:
         return self._path + where.removeprefix(HERE) if where.startswith(HERE) else where
@@ -132,12 +152,21 @@ def write_shard(directory: Path, rows: Sequence[Row], tokenise: RowTokeniser, pa
     directory.mkdir()
     counts, kind = Counts(""), tokenise.kind
     with closing(Writer(directory)) as writer:
-        for written, items in tokenise.batches(rows, counts):
-            kind = written
-            named = [Item(each.prompt, each.completions, _here(each.id, path), each.labels, each.logps) for each in items]
-            writer.write([(item, 0) for item in named])
+        remarks = dict[Remarks, int]()
+        for written, outcomes in tokenise.batches(rows, counts):
+            kind, items = written, list[tuple[Item, int]]()
+            for where, _, result in outcomes:
+                if isinstance(result, str):
+                    counts.drop(result, where)
+                    continue
+                each, remark = result
+                named = Item(each.prompt, each.completions, _here(each.id, path), each.labels, each.logps)
+                items.append((named, remarks.setdefault(remark, len(remarks))))
+            counts.kept += len(items)
+            writer.write(items)
         counts.places = {why: [_here(where, path) for where in places] for why, places in counts.places.items()}
-        writer.finish({"kind": kind.__name__, "weights": [1.0], "report": [asdict(counts)]})
+        writer.finish({"kind": kind.__name__, "weights": [1.0], "report": [asdict(counts)],
+                       "remarks": [asdict(each) for each in remarks]})  # fmt: skip
 
 
 def _here(where: str, path: str) -> str:
@@ -162,14 +191,16 @@ def in_chunks(rows: Iterator[Row]) -> Iterator[list[Row]]:
 class _Pool:
     """Threads, each with a process that tokenises; with a single core, or settings that cannot be sent, this process does it."""
 
-    def __init__(self, tokenise: RowTokeniser) -> None:
-        self.size = processes()
+    def __init__(self, tokenise: RowTokeniser, size: int) -> None:
+        self.size = size
         self._tokenise, self._of_thread, self._here = tokenise, threading.local(), threading.Lock()
         self._workers, self._is_local = list[Worker](), self.size == 1
         self._threads = ThreadPoolExecutor(self.size, thread_name_prefix="tokenise")
 
-    def submit(self, make: Callable[[Worker | None], None]) -> Future[None]:
-        """Call `make` with a worker of its own, in a thread, or with None."""
+    def submit(self, make: Callable[[Worker | None], None]) -> Future[None] | None:
+        """Call `make` with a worker of its own, in a thread; or at once with None."""
+        if self.size == 1:
+            return make(None)
         return self._threads.submit(self._run, make)
 
     def _run(self, make: Callable[[Worker | None], None]) -> None:

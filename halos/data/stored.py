@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,8 +102,9 @@ def _measured(path: Path) -> tuple[int, float]:
     size, changed = 0, 0.0
     for file in path.rglob("*"):
         try:
-            stat = file.lstat()
+            found = file.lstat()
         except OSError:  # a run has just renamed it
             continue
-        size, changed = size + stat.st_size, max(changed, stat.st_mtime)
+        if not stat.S_ISDIR(found.st_mode):
+            size, changed = size + found.st_size, max(changed, found.st_mtime)
     return size, changed or time.time()

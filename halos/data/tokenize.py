@@ -3,41 +3,21 @@
 import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from halos.data import raw_text
+from halos.data.encoded import Encoded, cut_completions, refuse_length, unless_equal, why_dropped
 from halos.data.endings import CALL
 from halos.data.messages import SYSTEM, is_learned, moved_settings
-from halos.data.row import EQUAL
 from halos.data.template import Layout, LostError, Span, Template, TogetherError, any_of
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Scored, Turns
 
-TOO_LONG, PROMPT_TOO_LONG = "longer than max_length", "with a prompt that fills max_length"
 APART = "are single turns of conversations, whose scored turns the chat template cannot render together"
-
-
-@dataclass(frozen=True, slots=True)
-class Encoded:
-    """Token ids of one example, and how they were shortened."""
-
-    prompt: np.ndarray  # (tokens,) int32
-    completions: tuple[Completion, ...]
-    exact: bool
-    merged: bool
-    cut_turns: bool = False
-    cut_completions: int = 0
-    logps: np.ndarray | None = None  # (scored tokens,) of a Scored that has its sampler's
-    notes: tuple[str, ...] = ()  # what else is to be counted of it, as its layout says
-    tokenised_anew: bool = False  # sampled completions whose token ids were missing or another tokenizer's
-
-    @property
-    def length(self) -> int:
-        return len(self.prompt) + max(len(each.ids) for each in self.completions)
 
 
 class _Tokens(NamedTuple):
@@ -75,7 +55,7 @@ class Encoder:
         fitted = [self._fit(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
         learned = [_unscored(each) if isinstance(example, Scored) and example.masked and isinstance(each, Encoded) else each
                    for each, (example, _) in zip(fitted, examples, strict=True)]  # fmt: skip
-        return [EQUAL if isinstance(each, Encoded) and _has_equal_completions(each) else each for each in learned]
+        return [unless_equal(each) for each in learned]
 
     def encode_turns(self, examples: Sequence[tuple[Example, str]]) -> list[list[Encoded | str]]:
         """Tokenise examples as `encode` does, but a demonstration of several scored turns that the template renders otherwise
@@ -187,16 +167,15 @@ class Encoder:
         if had_ids and not self._is_sampled(example):
             encoded = replace(encoded, tokenised_anew=True)
         if encoded.length <= self._max_length:
-            return encoded
+            is_masked = isinstance(example, Scored) and example.masked  # which no scored token shows to be cut too short
+            may_lose_turns = bool(_starts(example)) and not self._is_sampled(example)
+            return replace(encoded, by_ids=False) if may_lose_turns or is_masked else encoded
         if self._truncation == "error":
-            raise UserError(
-                f"{where}: {encoded.length} tokens, and train.max_length is {self._max_length}; raise it, or choose "
-                "train.truncation=drop or train.truncation=truncate"
-            )
+            refuse_length(encoded, self._max_length, where)
         if self._truncation == "drop":
-            return TOO_LONG if len(encoded.prompt) < self._max_length else PROMPT_TOO_LONG
+            return why_dropped(encoded, self._max_length)
         try:
-            return self._cut_completions(self._cut_turns(encoded, example, where))
+            return cut_completions(self._cut_turns(encoded, example, where), self._max_length)
         except LostError as loss:
             return str(loss)
 
@@ -213,18 +192,6 @@ class Encoder:
             return encoded
         first = bisect_left(range(len(shorter)), True, key=fits)  # lengths decrease, and the search has tried its result
         return replace(tried[min(first, len(shorter) - 1)], cut_turns=True)
-
-    def _cut_completions(self, encoded: Encoded) -> Encoded | str:
-        """Truncate completions, without an end token: the model is not taught to stop in mid-sentence."""
-        max_tokens = self._max_length - len(encoded.prompt)
-        if max_tokens <= 0:
-            return PROMPT_TOO_LONG
-        cut = sum(len(each.ids) > max_tokens for each in encoded.completions)
-        completions = tuple(Completion(each.ids[:max_tokens], each.scored[:max_tokens]) for each in encoded.completions)
-        if not all(each.scored.any() for each in completions):
-            return TOO_LONG
-        logps = None if encoded.logps is None else encoded.logps[:max_tokens]
-        return replace(encoded, completions=completions, cut_completions=cut, logps=logps)
 
 
 def _refuse_half_characters(texts: Sequence[str], where: str) -> None:
@@ -267,21 +234,21 @@ def _unscored(encoded: Encoded) -> Encoded:
     return replace(encoded, completions=completions, logps=None)
 
 
-def _has_equal_completions(encoded: Encoded) -> bool:
-    first, *others = encoded.completions
-    return any(np.array_equal(first.ids, other.ids) for other in others)
-
-
 def _shortened(example: Example) -> list[Example]:
     """Return the example without its oldest turns, ever shorter: system turns stay, and the first other turn is the user's.
 
     The shortest keeps the last user turn and what follows it. Where all assistant turns of a conversation are scored, the
     oldest of those are removed too.
     """
+    return [_starting_at(example, n) for n in _starts(example)]
+
+
+def _starts(example: Example) -> list[int]:
+    """Return the turns of the user's with which a shorter example may start."""
     (first, *others), turns = example.completions, example.prompt
     turns += () if others else first
     others = [n for n, turn in enumerate(turns) if turn["role"] not in SYSTEM]
-    return [_starting_at(example, n) for n in others[1:] if turns[n]["role"] == "user"]
+    return [n for n in others[1:] if turns[n]["role"] == "user"]
 
 
 def _starting_at(example: Example, start: int) -> Example:

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.data import oddities
 from halos.data.dataset import Counts, Dataset
-from halos.data.tokenize import EQUAL
+from halos.data.row import EQUAL
 from halos.inspection.findings import Check, Finding, Level, counted, first_places
 
 FEW = 0.01  # of the rows: below it repetitions are worth a note, and no warning

@@ -50,14 +50,16 @@ def test_the_list_has_sources_rows_tokens_size_use_and_settings(
     used.name_or_path = "mine"
     data = prepared([rows(tmp_path / "a.jsonl", 25), rows(tmp_path / "b.jsonl", 4)], place, kind=Comparison, tokenizer=used)
     status, said, _ = typed("ls")
-    whole, source, total = sorted(said.splitlines())[1:] + sorted(said.splitlines())[:1]
+    total, whole, small, source = sorted(said.splitlines(), key=lambda line: (line.split()[0], " 25 rows " in line))
     assert status == 0
-    assert len({*whole.split(), *source.split()} & {"data", "source"}) == 2
+    assert [line.split()[0] for line in (whole, small, source)] == ["data", "source", "source"]
     tokens = f"{int(data.lengths.sum()):,} tokens"
     assert all(text in whole for text in (" 29 rows ", tokens, "a.jsonl + ", "b.jsonl", "tokenizer mine", "max_length 200"))
     assert " 25 rows " in source
+    assert " 4 rows " in small
+    assert "max_length" not in source
     assert "unusable" not in said
-    assert total.startswith("2 in all, ")
+    assert total.startswith("3 in all, ")
     template = [line.partition("template ")[2][:8] for line in (whole, source)]
     assert template[0] == template[1] != ""
     (made,) = (each for each in stored(place) if each.kind == "data set")
@@ -74,27 +76,28 @@ def test_parts_go_by_age_size_and_use_and_only_when_told_to(
     place = tmp_path / "cache"
     for n in range(3):
         prepared(rows(tmp_path / f"{n}.jsonl", 20), place, kind=Comparison)
-        newest = max((place / "data").iterdir(), key=lambda path: path.stat().st_ctime_ns)
-        for file in newest.iterdir():
+        for file in (file for file in place.rglob("*") if file.is_file() and time.time() - file.stat().st_mtime < 3600):
             os.utime(file, (time.time() - (3 - n) * 86400,) * 2)  # three days ago, two, one
     gc.collect()  # nobody reads them any more
     before = parts(tmp_path)
-    by_age = {each.sources[0][-7:-6]: f"data/{each.key}" for each in stored(place)}
+    by_age = {n: {f"{each.path.parent.name}/{each.key}" for each in stored(place) if each.sources[0].endswith(f"{n}.jsonl")}
+              for n in range(3)}  # fmt: skip
+    assert [len(each) for each in by_age.values()] == [2, 2, 2], "a data set and its source"
     status, said, _ = typed("prune", "--older-than", "60h")
-    assert (status, "1 would be removed" in said, "--yes removes them" in said, "0.jsonl" in said) == (0, True, True, True)
+    assert (status, "2 would be removed" in said, "--yes removes them" in said, "0.jsonl" in said) == (0, True, True, True)
     assert parts(tmp_path) == before
-    assert "1 removed" in typed("prune", "--older-than", "60h", "--yes")[1]
-    assert parts(tmp_path) == before - {by_age["0"]}
-    one = max(each.size for each in stored(place))
-    assert "1 removed" in typed("prune", "--to-size", f"{one + 50}B", "--yes")[1]
-    assert parts(tmp_path) == {by_age["2"]}, "the last used stays"
-    leftover = place / "data" / f".{by_age['2'][5:]}-0123abcd"
+    assert "2 removed" in typed("prune", "--older-than", "60h", "--yes")[1]
+    assert parts(tmp_path) == before - by_age[0]
+    kept = sum(each.size for each in stored(place) if each.sources[0].endswith("2.jsonl"))
+    assert "2 removed" in typed("prune", "--to-size", f"{kept + 50}B", "--yes")[1]
+    assert parts(tmp_path) == by_age[2], "the last used stays"
+    leftover = place / "data" / f".{min(by_age[2])[5:]}-0123abcd"
     leftover.mkdir()
     assert "unfinished" in typed("prune", "--unusable", "--yes")[1]
-    assert parts(tmp_path) == {by_age["2"]}
+    assert parts(tmp_path) == by_age[2]
     monkeypatch.setattr("halos.data.stored.code_version", lambda: "later")
     assert "made by another version" in typed("ls")[1]
-    assert "1 removed" in typed("prune", "--unusable", "--yes")[1]
+    assert "2 removed" in typed("prune", "--unusable", "--yes")[1]
     assert not parts(tmp_path)
 
 
@@ -103,7 +106,7 @@ def test_what_a_run_reads_or_writes_stays(tmp_path: Path, typed: Typed, monkeypa
     data = prepared(path, place, kind=Comparison)
     said = typed("prune", "--to-size", "0B", "--yes")[1]
     assert "a run uses it: it stays" in said
-    assert "0 removed, 0 B" in said
+    assert "1 removed" in said, "its shards, which are not read any more"
     assert len(data) == 25
     data = None
     gc.collect()

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from halos.data import compose, row_tokeniser
 from halos.data import prepare as room
-from halos.data import row_tokeniser
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
@@ -214,7 +214,7 @@ def test_a_run_that_fails_leaves_nothing_behind(tmp_path: Path):
 
 def test_a_second_process_uses_the_result_of_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path = jsonl(tmp_path / "a.jsonl", PAIRS)
-    write, other = room._write, tmp_path / "other"
+    write, other = compose.write, tmp_path / "other"
 
     def overtaken(directory: Path, *rest: Any) -> None:
         write(directory, *rest)
@@ -224,7 +224,7 @@ def test_a_second_process_uses_the_result_of_the_first(tmp_path: Path, monkeypat
             other.rename(finished)
 
     other.mkdir()
-    monkeypatch.setattr(room, "_write", overtaken)
+    monkeypatch.setattr(compose, "write", overtaken)
     assert len(prepared(path, tmp_path, kind=Comparison)) == 3
     assert len(list((tmp_path / "data").iterdir())) == 1, "the loser's copy is gone"
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -15,12 +16,15 @@ from typing import Any
 import pytest
 
 from halos.data import prepare, shards
-from halos.data.dataset import Dataset
+from halos.data.dataset import Counts, Dataset
 from halos.data.row_tokeniser import RowTokeniser
+from halos.data.sources import Source, open_source
+from halos.data.tokenize import Encoder, vocabulary_of
 from halos.errors import UserError
-from halos.types import Comparison
+from halos.examples import Item
+from halos.types import Comparison, Demonstration, Scored
 
-from .tokenizers import jsonl, prepared
+from .tokenizers import jsonl, prepared, tokenizer
 
 WORDS = ["one", "two", "three", "four", "five"]
 
@@ -54,7 +58,7 @@ def test_shards_of_several_processes_give_what_one_process_gives(tmp_path: Path,
     for processes in (1, 2):
         small(processes)
         assert whole(prepared(paths, tmp_path / str(processes), kind=Comparison)) == plain
-        (source,) = (tmp_path / str(processes) / "shards").iterdir()  # of the long one
+        source = max((tmp_path / str(processes) / "shards").iterdir(), key=lambda path: len(list(path.iterdir())))  # the long one
         assert sorted(each.name for each in source.iterdir()) == [
                 *(f"{number:06d}" for number in range(5)), "about.json", "shards.json"
             ]  # fmt: skip
@@ -250,3 +254,71 @@ def test_a_shard_that_another_run_publishes_while_it_is_looked_for_is_not_taken_
     assert len(data)
     assert looks
     assert "damaged" not in caplog.text
+
+
+def talk(dice: random.Random) -> dict[str, Any]:
+    """A conversation or a pair of any length, some of which are too long in each way."""
+    said = [" ".join(dice.choices(WORDS, k=dice.choice([1, 3, 30]))) for _ in range(9)]
+    turns = [{"role": role, "content": said[n]} for n, role in enumerate(["user", "assistant"] * dice.choice([1, 2, 4]))]
+    if dice.random() < 0.3:
+        turns.insert(0, {"role": "system", "content": said[8]})
+    if dice.random() < 0.5:
+        return {"messages": turns}
+    return {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": [{"role": "assistant", "content": said[7]}]}
+
+
+@pytest.mark.parametrize("truncation", ["drop", "truncate"])
+def test_another_max_length_tokenises_nothing_and_gives_what_tokenising_within_it_gives(
+    truncation: str, tmp_path: Path, small: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Held against the encoder, which shortens examples while it has their text."""
+    small(1)
+    dice, made = random.Random(0), tokenizer()
+    sampled = {"prompt": "What is one?", "output": "one two", "reward": 1.0, "type": "scalar_feedback"}
+    path = jsonl(tmp_path / "a.jsonl", [*(talk(dice) for _ in range(60)), sampled, {**sampled, "output": "one " * 60}])
+    settings: dict[str, Any] = {"kind": Demonstration, "score": "all", "tokenizer": made}
+    prepared(path, tmp_path / "cache", max_length=10**6, **settings)
+    tokenised, encode, calls = {each: each.stat().st_mtime_ns for each in tmp_path.rglob("shards/*/0*/*")}, Encoder.encode, []
+    monkeypatch.setattr(Encoder, "encode", lambda self, examples: calls.append(len(examples)) or encode(self, examples))
+    for longest in (40, 90, 200):
+        calls.clear()
+        data = prepared(path, tmp_path / "cache", max_length=longest, truncation=truncation, **settings)
+        assert sum(calls) < (60 if truncation == "truncate" else 1), "those alone that lose turns are rendered again"
+        direct = RowTokeniser(made, kind=Demonstration, score="all", max_length=longest, truncation=truncation)
+        counts, expected = Counts(path), []
+        for _, outcomes in direct.batches(open_source(Source.of(path), Demonstration, "train").rows(), counts):
+            for where, _, result in outcomes:
+                if isinstance(result, str):
+                    counts.drop(result, where)
+                else:
+                    result[1].count(where, counts)
+                    expected.append(result[0])
+        assert data.report == (counts,)
+        assert [whole_item(each) for each in data] == [whole_item(each) for each in expected]
+        assert 0 < counts.kept <= 62
+        assert counts.cut_turns > 0 or truncation == "drop"
+        assert counts.cut_completions > 0 or truncation == "drop" or longest == 200
+    assert {each: each.stat().st_mtime_ns for each in tmp_path.rglob("shards/*/0*/*")} == tokenised
+    with pytest.raises(UserError, match=r"a\.jsonl:\d+: \d+ tokens, and train.max_length is 40; raise it"):
+        prepared(path, tmp_path / "cache", max_length=40, truncation="error", **settings)
+
+
+def whole_item(item: Item) -> tuple[Any, ...]:
+    return item.id, item.prompt.tolist(), [(each.ids.tolist(), each.scored.tolist()) for each in item.completions], item.labels
+
+
+def test_samples_are_cut_with_their_log_probs_and_masked_ones_stay_unscored(tmp_path: Path) -> None:
+    made, ids = tokenizer(), list(range(20, 40))
+    sample = {"type": "scalar_feedback", "prompt": "Hi", "output": "one", "reward": 1.0, "output_ids": ids, "logps": [-0.5] * 20,
+              "vocabulary": vocabulary_of(made)}  # fmt: skip
+    path = jsonl(tmp_path / "a.jsonl", [sample, {**sample, "masked": True}, {**sample, "prompt": "Hi " * 200}])
+    long = prepared(path, tmp_path, kind=Scored, max_length=1000, tokenizer=made)
+    prompt = len(long[0].prompt)
+    data = prepared(path, tmp_path, kind=Scored, max_length=prompt + 7, truncation="truncate", tokenizer=made)
+    assert [each.completions[0].ids.tolist() for each in data] == [ids[:7]] * 2
+    assert [each.completions[0].scored.sum() for each in data] == [7, 0]
+    assert data[0].logps is not None
+    assert len(data[0].logps) == 7
+    assert data[1].logps is None
+    assert data.report[0].dropped == {"with a prompt that fills max_length": 1}
+    assert data.report[0].cut_completions == 2

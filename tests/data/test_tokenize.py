@@ -2,7 +2,9 @@ import numpy as np
 import pytest
 
 from halos.data.collate import pack
-from halos.data.tokenize import EQUAL, PROMPT_TOO_LONG, TOO_LONG, Encoded, Encoder, any_of, vocabulary_of
+from halos.data.encoded import PROMPT_TOO_LONG, TOO_LONG, Encoded
+from halos.data.row import EQUAL
+from halos.data.tokenize import Encoder, any_of, vocabulary_of
 from halos.errors import UserError
 from halos.examples import SampledTokens
 from halos.types import Comparison, Demonstration, Example, Judgement, Scored, Turns

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from halos.data.dataset import Dataset
-from halos.data.oddities import NO_EARLIER_END, SAMPLED_WITHOUT_END, EndTokens
+from halos.data.oddities import NO_EARLIER_END, SAMPLED_WITHOUT_END, EndTokens, Sampling
 from halos.data.tokenize import Encoded, vocabulary_of
 from halos.errors import UserError
 from halos.examples import Completion
@@ -123,7 +123,10 @@ def test_an_earlier_turn_without_an_end_is_found_and_rows_of_text_have_none(tmp_
     sound = replace(odd, ids=np.array([end, 6, 7, end], np.int32))
     example = Demonstration((user("a"),), (says("one"),))
     prompt = np.array([5], np.int32)
-    assert [ends.missing(Encoded(prompt, (each,), True, False), example) for each in (odd, sound)] == [NO_EARLIER_END, None]
+    assert [ends.missing(Encoded(prompt, (each,), True, False), Sampling.of(example)) for each in (odd, sound)] == [
+        NO_EARLIER_END,
+        None,
+    ]
     data.report[0].note(NO_EARLIER_END, "a.jsonl:1")
     (found,) = findings(data, used=used)
     assert (found.level, found.places) == ("warning", ("a.jsonl:1",))

@@ -1,0 +1,97 @@
+"""From tokenised shards to the data set of a run: its sources one after another, within train.max_length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from halos.data.dataset import Counts, Writer
+from halos.data.limit import Limit
+from halos.data.mixture import Amount
+from halos.data.names import names_of
+from halos.data.progress import Progress
+from halos.data.remarks import Remarks
+from halos.data.row import Row
+from halos.data.row_tokeniser import BATCH, RowTokeniser
+from halos.data.shards import Shard, Shards, in_chunks
+from halos.data.sources import OpenSource
+from halos.errors import UserError
+from halos.examples import Item
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of data.train or data.eval."""
+
+    source: OpenSource
+    shards: Shards
+    again: RowTokeniser  # of rows that are to lose turns: within max_length
+
+    def batches(self, counts: Counts, limit: Limit) -> Iterator[tuple[str, list[Item]]]:
+        """Yield the items, some at a time, with the name of their type, and add what becomes of the rows to `counts`."""
+        known, chunks = self.shards.known(), _chunks(self.source)
+        for number, path in enumerate(self.shards.made(in_chunks(self.source.rows())) if known is None else known):
+            shard, kept = self.shards.read(path), list[Item]()
+            counts.add(shard.counts)
+            shortened = self._shortened(shard, limit, lambda n=number: next(rows for m, rows in chunks if m == n))
+            for item, remarks in shard.items():
+                where, result = item.id.rpartition("#")[0], shortened.get(item.id) or limit.fitted(item, remarks)
+                if isinstance(result, str):
+                    counts.drop(result, where)
+                    continue
+                result[1].count(where, counts)
+                kept.append(result[0])
+                if len(kept) == BATCH:
+                    yield shard.kind, kept
+                    kept = []
+            yield shard.kind, kept
+
+    def _shortened(
+        self, shard: Shard, limit: Limit, rows: Callable[[], Sequence[Row]]
+    ) -> Mapping[str, tuple[Item, Remarks] | str]:
+        """Return by their ids the examples of a shard that lose turns: their text is rendered again. `rows` are the shard's."""
+        if shard.data is None:
+            return {}
+        by_ids = np.array([each.by_ids for each in shard.remarks])[shard.data.sources]
+        if not len(longer := limit.to_render_again(shard.data, by_ids)):
+            return {}
+        ids = {shard.item(int(row))[0].id for row in longer}
+        places = {name.rpartition("#")[0] for name in ids}
+        made = self.again.batches([row for row in rows() if row.where in places], Counts(""))
+        found = {each.id: each.result for _, outcomes in made for each in outcomes if each.id in ids}
+        if found.keys() != ids:
+            raise UserError(f"{self.source.source.path}: it gives other rows than when it was read before: start again")
+        return found
+
+
+def _chunks(source: OpenSource) -> Iterator[tuple[int, list[Row]]]:
+    yield from enumerate(in_chunks(source.rows()))
+
+
+def write(directory: Path, entries: Sequence[Entry], limit: Limit, made: Mapping[str, Any]) -> None:
+    """Write the data set; `made` is for people who look into the cache. Raises UserError, naming the row or the source."""
+    report, kind, progress = [], "", Progress()
+    with progress, closing(Writer(directory)) as writer:
+        for number, entry in enumerate(entries):
+            source = entry.source.source
+            counts = Counts(source.path, files=entry.source.files)
+            report.append(counts)
+            with entry.shards.held():
+                for written, items in entry.batches(counts, limit):
+                    kind = written if items or not kind else kind  # of no examples it is not known
+                    writer.write([(item, number) for item in items])
+                    progress.reach(source.path, sum(each.rows for each in report))
+            if not counts.kept and not entry.source.may_be_empty:
+                raise UserError(f"{counts.line()}: none of them can be used")
+        if not any(counts.kept for counts in report):
+            raise UserError("data.eval_fraction holds none of the rows of data.train out: increase it, or give data.eval")
+        sources = [entry.source.source for entry in entries]
+        weights = [1.0 if source.weight is None else source.weight for source in sources]
+        amounts, names = [Amount.of(source) for source in sources], names_of(sources)
+        facts = {"kind": kind, "weights": weights, "amounts": amounts, "names": names, "made": made}
+        writer.finish({**facts, "report": [asdict(counts) for counts in report]})
