@@ -19,6 +19,7 @@ from halos.data.order import Epochs, GroupOrder, Mixture, Order, mismatched_part
 from halos.data.prepare import prepare
 from halos.data.sources import Source
 from halos.distributed.agreement import require_same_on_all_ranks
+from halos.distributed.turns import rank_0_first
 from halos.errors import UserError
 from halos.inspection import data_checks, template_checks
 from halos.inspection.findings import Check
@@ -57,7 +58,7 @@ def _open(
 ) -> Dataset:
     path, problem = None, None
     entries, fraction = entries_of(config.data, purpose), config.data.eval_fraction
-    with accelerator.main_process_first():  # the other ranks read what rank 0 has written
+    with rank_0_first():  # the other ranks read what rank 0 has written
         try:
             path = prepare(
                 entries,

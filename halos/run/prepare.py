@@ -24,6 +24,7 @@ from halos.data.tokenize import end_of_turn
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.distributed.strategies import requested_strategy
 from halos.distributed.strategy import Strategy
+from halos.distributed.turns import rank_0_first
 from halos.errors import UserError
 from halos.hooks.alarms import Alarms
 from halos.hooks.base import Hook, PlannedRun, can_measure
@@ -111,7 +112,7 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
         if lock:
             lock.refuse_held(wait=bool(config.resume))
         directory.require_run() if config.resume else directory.refuse_occupied(overwrite=config.overwrite)
-    with accelerator.main_process_first():
+    with rank_0_first():
         base = locate_base(config)
     refuse_damaged_inputs(config, base, accelerator)
     structure = structure_of(config, loss, accelerator, base)
