@@ -112,8 +112,8 @@ def test_steps_and_evaluations_equal_those_with_a_live_reference(words: tuple[st
 def test_no_reference_model_is_held_during_steps(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded, held, step, load = list[ReferenceType[Any]](), list[int](), Trainer.step, models.load_reference
 
-    def watched(*words: Any) -> Any:
-        model = load(*words)
+    def watched(*words: Any, **more: Any) -> Any:
+        model = load(*words, **more)
         loaded.append(ref(model))
         return model
 
@@ -212,7 +212,7 @@ def test_a_policy_that_was_moved_before_the_pass_is_not_read_as_its_own_start(
     with torch.no_grad():
         next(alone.run.module.parameters()).add_(1e-12)  # which no sum of its values shows
     loaded, load = list[Any](), models.load_reference
-    monkeypatch.setattr(models, "load_reference", lambda *words: loaded.append(words) or load(*words))
+    monkeypatch.setattr(models, "load_reference", lambda *words, **more: loaded.append(words) or load(*words, **more))
     alone.step(alone.order.batch(0))
     assert len(loaded) == 1
 
@@ -319,7 +319,7 @@ def test_a_resume_loads_no_reference_and_computes_a_lost_one_again(
     other = Path(shutil.copytree(directory, world.place / "runs" / "other"))
     computed.clear()
 
-    def refuse(*_: Any) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("a reference is loaded")
 
     with monkeypatch.context() as patch:
