@@ -237,7 +237,7 @@ WRONG = [
     ("loss=grpo data.train=[single.jsonl] data.eval=[]", "each of the 8 prompts of data.train has one"),
     ("loss=online online.loss=dpo online.sampler.max_new_tokens=600", "no prompt of data.train leaves room"),
     ("loss=online online.loss=unknown", "online.loss=unknown: it is no loss"),
-    ("loss=online online.loss=bco", "online.loss=bco: it is known (arXiv:2404.04656) but not built in"),
+    ("loss=online online.loss=rdpo", "online.loss=rdpo: it is known (arXiv:2403.19159) but not built in"),
     ("loss=online online.loss=reward", "trains a reward model"),
     ("loss=online online.loss=dpo online.scorer.name=reward_model online.scorer.model=runs/none", "online.scorer.model"),
     ("loss=dpo logging=wandb hooks.wandb.mode=online", "hooks.wandb.mode=online needs a key"),

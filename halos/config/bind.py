@@ -111,6 +111,11 @@ def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
         raise UserError(
             f"online.loss={name}: it trains a reward model, which cannot be sampled from; choose a loss that trains a policy"
         )
+    if loss.candidates:
+        raise UserError(
+            f"online.loss={name}: it learns from what a teacher says of given completions, and samples have no teacher:"
+            " give a loss with a KL to its reference"
+        )
     if loss.example_type is not None:
         raise UserError(
             f"online.loss={name}: it rewrites the rows that it trains on, so it would not learn from samples; choose another"

@@ -40,6 +40,11 @@ def check_reference(config: Config, loss: LossTraits) -> None:
 def _taught(config: Config, loss: LossTraits) -> str | None:
     if not loss.candidates:
         return None
+    if config.online is not None:
+        return (
+            f"online.loss={loss.name}: it learns from what a teacher says of given completions, and samples have no teacher:"
+            " give a loss with a KL to its reference"
+        )
     if config.reference.name_or_path is None:
         return f"loss={loss.name} learns from a teacher, and there is none: reference.name_or_path, a directory or a hub id"
     if config.reference.sync_every is not None:

@@ -20,9 +20,8 @@ ALONE = {"ppo", "reinforce_plus_plus"}  # they have another baseline than the ot
 
 def losses() -> dict[str, LossSpec]:
     tree = ConfigTree()
-    bound = {
-        name: bind_loss(plain(tree.compose([f"loss={name}"]))["loss"], []) for name in tree.choices["loss"] if name != "online"
-    }
+    names = [name for name in tree.choices["loss"] if name not in ("online", "mixture")]  # whose losses a command names
+    bound = {name: bind_loss(plain(tree.compose([f"loss={name}"]))["loss"], []) for name in names}
     return {name: loss for name, loss in bound.items() if loss.on_rollouts}
 
 
