@@ -120,3 +120,13 @@ def test_a_teacher_that_is_missing_or_speaks_otherwise_is_refused_before_a_model
     (other / "tokenizer.json").write_text(json.dumps(tokens))
     with pytest.raises(UserError, match="has another tokenizer: 2 of the policy's"):
         trainer(*words(other))
+
+
+def test_what_is_kept_of_a_teacher_is_of_so_many_ids(teacher: Path, trainer: Callable[..., Trainer]) -> None:
+    """Two runs in one cache_dir that keep another number of ids do not take each other's."""
+    widths = []
+    for top_k in (2, 3):
+        one = trainer(*words(teacher, f"loss.top_k={top_k}", "reference.cache=always", f"exp_name=top{top_k}"))
+        assert one.reference_logps is not None
+        widths.append(one.reference_logps.find(one.rows([one.train.rows[0]])[0]).shape[1])
+    assert widths == [1 + 2 * 2, 1 + 2 * 3]
