@@ -201,6 +201,9 @@ def test_everything_that_decides_the_ids_is_part_of_the_key(tmp_path: Path):
     paths.append(room.prepare([{"path": path, "weight": 2}], **{**settings, "tokenizer": made}))
     paths.append(room.prepare([{"path": path, "split": "[:2]"}], **{**settings, "tokenizer": made}))
     assert len(set(paths)) == len(changes) + 2
+    amounts = [{}, {"count": 3}, {"count": 4}, {"epochs": 3}, {"epochs": 4}, {"weight": 3}]
+    drawn = [room.prepare([{"path": path, **amount}], **{**settings, "tokenizer": made}) for amount in amounts]
+    assert len({Dataset(each).content for each in drawn}) == len(amounts), "which a resume compares"
     made("some text", padding="max_length", truncation=True, max_length=5)
     assert room.prepare([path], **{**settings, "tokenizer": made}) == paths[0], "what a tokenizer was used for before is not"
 
