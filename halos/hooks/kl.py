@@ -1,37 +1,13 @@
-"""The KL coefficient of a loss that adapts it to a target: part of a run's state, and passed on to the next online round."""
+"""The KL coefficient of a loss that adapts it to a target."""
 
-import json
-from pathlib import Path
-from typing import Any
-
-from halos import confined
-from halos.hooks.base import Hook, Run
-
-NAME = "kl_coefficient.json"  # in FINAL, next to the weights: the coefficient that the next step would use
+from halos.hooks.base import Run
+from halos.hooks.coefficient import Coefficient
 
 
-class KLCoefficient(Hook):
-    """Holds the coefficient; the trainer updates it after each step that is not skipped."""
+class KLCoefficient(Coefficient):
+    """Of the KL in a reward: loss.kl_coefficient at the start."""
 
-    def __init__(self, value: float) -> None:
-        self.value = self.start = value
+    file = "kl_coefficient.json"
 
-    def on_save(self, run: Run, path: Path, *, final: bool) -> None:
-        if run.main and final and run.config.loss.get("kl_target") is not None:
-            (path / NAME).write_text(json.dumps(self.state_dict()) + "\n")
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value, "start": self.start}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Keeps the saved value, unless loss.kl_coefficient was changed since: then the new start counts."""
-        if state.get("start", self.start) == self.start:
-            self.value = state.get("value", self.value)
-
-
-def coefficient_in(final: Path) -> float | None:
-    """The coefficient at the end of a run, from its FINAL; None where none was saved."""
-    if not (final / NAME).is_file():
-        return None
-    value = confined.load_object(final / NAME, within=final).get("value")
-    return float(value) if isinstance(value, int | float) else None
+    def is_passed_on(self, run: Run) -> bool:
+        return run.config.loss.get("kl_target") is not None

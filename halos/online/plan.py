@@ -21,7 +21,8 @@ from halos.config.values import quoted
 from halos.data.custom_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
-from halos.hooks import entropy, kl
+from halos.hooks.entropy import EntropyCoefficient
+from halos.hooks.kl import KLCoefficient
 from halos.online.round_size import RoundSize
 from halos.online.stages import Stages, config_file
 from halos.rollout import feedback
@@ -261,7 +262,7 @@ class OnlinePlan:
             overrides += [f"loss.kl_coefficient={coefficient}"]
         if (
             self.loss.settings.get("entropy_target") is not None
-            and (bonus := entropy.coefficient_in(before / "FINAL")) is not None
+            and (bonus := EntropyCoefficient.value_in(before / "FINAL")) is not None
         ):
             overrides += [f"loss.entropy_coefficient={bonus}"]
         return overrides
@@ -270,7 +271,7 @@ class OnlinePlan:
         """The KL coefficient at the end of the last round, where the loss adapts it to a target."""
         if self.loss.adapt is None or self.loss.settings.get("kl_target") is None:
             return None
-        if (saved := kl.coefficient_in(before / "FINAL")) is not None:
+        if (saved := KLCoefficient.value_in(before / "FINAL")) is not None:
             return saved
         rows = [row for row in RunDir(before).read_metrics() if row.get("kl_coefficient") is not None]  # runs of an older version
         return float(rows[-1]["kl_coefficient"]) if rows else None

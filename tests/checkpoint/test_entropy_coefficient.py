@@ -9,7 +9,7 @@ from conftest import compose
 from safetensors.torch import load_file
 from world import copied, resume, stopped
 
-from halos.hooks.entropy import EntropyCoefficient, coefficient_in
+from halos.hooks.entropy import EntropyCoefficient
 from halos.run.lifecycle import run
 
 WORDS = ["loss=grpo", "loss.entropy_target=50", "loss.entropy_coefficient=0.5", "loss.entropy_step=0.25", "train.steps=4",
@@ -30,7 +30,7 @@ def test_a_run_that_was_stopped_has_the_coefficients_and_weights_of_one_that_was
     assert run(config, []) == 0
     whole = Path(config.run_dir)
     assert coefficients(whole) == pytest.approx([0.0, 0.75, 1.0, 1.0]), "none before an entropy is known; at most 1"
-    assert coefficient_in(whole / "FINAL") == 1.0
+    assert EntropyCoefficient.value_in(whole / "FINAL") == 1.0
     halved = stopped(copied(whole, tmp_path / "copy"))
     assert resume(halved) == 0
     assert coefficients(halved) == coefficients(whole)
