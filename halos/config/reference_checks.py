@@ -73,8 +73,10 @@ def _moving(config: Config, loss: LossTraits) -> str | None:
     if not loss.needs_reference:
         return f"{every} moves the reference, and loss={loss.name} uses none: leave it out, or choose a loss that does"
     if loss.on_rollouts and (config.online is None or config.online.steps is None):
-        remedy = "leave it out" if config.online is None else "online.reference=last moves it between rounds"
-        return f"{every}: the reference's log-probs of rollouts are computed once, before the first step: {remedy}"
+        return (
+            f"{every}: the reference's log-probs of rollouts are computed once, before the first step: leave it out (between"
+            " online rounds, online.reference=last moves it)"
+        )
     if lora and reference.name_or_path is not None:
         return (
             f"{every}: the reference becomes the policy, which is an adapter, and reference.name_or_path a model: leave out one"
