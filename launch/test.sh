@@ -17,7 +17,7 @@ slow_group() { # prints the paths of its tests
     merges) echo tests/merge ;;
     architectures) echo tests/logps ;;
     growth) echo tests/trainers ;;
-    data) echo tests/data tests/config tests/run/test_mixture.py ;;
+    data) echo tests/data tests/config tests/run/test_mixture.py tests/run/test_stream.py ;;
     gpu) echo tests/launch/test_gpu_suite.py ;;
     *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges, architectures, growth, data and gpu" >&2; exit 2 ;;
   esac

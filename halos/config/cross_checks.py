@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from halos.config import defaults, idle_online, renamed_keys
+from halos.config import defaults, idle_online, renamed_keys, stream_checks
 from halos.config.overrides import typed_keys
 from halos.config.reference_checks import LossTraits, check_reference
 from halos.config.rollout_modules import engine_class, scorer_class
@@ -39,6 +39,7 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
         _reference_revision(config),
         _resume_changes(config),
         _online(config, overrides),
+        stream_checks.complaint(config, overrides),
     )
     for complaint in complaints:
         if complaint:

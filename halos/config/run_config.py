@@ -34,6 +34,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("optim", "loraplus_lr_ratio"): None, ("optim", "lr_by_name"): {}, ("data", "format"): None,
     ("data", "reader"): None, ("data", "columns"): {}, ("data", "filter"): None, ("data", "schemas"): False,
     ("data", "eval_fraction"): None, ("data", "near_duplicates"): None, ("data", "weights"): "rows",
+    ("data", "stream"): False, ("data", "stream_block"): 20_000,
     ("data", "lost"): "error", ("data", "system"): "keep", ("data", "chat_template_kwargs"): {},
     ("train", "share_prompts"): False, ("train", "microbatch_tokens"): None,
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,

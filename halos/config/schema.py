@@ -55,6 +55,8 @@ class Data:
     columns: dict[str, str | None] = key(on_resume=CONTENT)  # of entries without any: name -> that in the file, or null
     filter: str | None = key(on_resume=CONTENT)  # of entries without one: a condition on a row's columns
     schemas: bool = key(on_resume=CONTENT)  # whether columns of known schemas are recognised
+    stream: bool = key()  # rows are read while the run trains
+    stream_block: int = key(least=1)  # rows that are shuffled among each other
     weights: str = key(one_of=("share", "rows"))  # what the weights of entries of `train` are shares of
     score: str = key(one_of=("last", "all"))
     lost: str = key(one_of=("error", "drop", "keep"))  # of a row of which the chat template leaves out a part

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from halos import examples
 
-DATA, SHARDS, LOCKS = "data", "shards", "locks"  # directories of cache_dir; the last is never removed, since locks may be held
+DATA, SHARDS, STREAMS = "data", "shards", "streams"  # directories of cache_dir
+LOCKS = "locks"  # another, which is never removed, since locks may be held
 META = "meta.json"  # of a data set, or of a shard
 ABOUT = "about.json"  # of the shards of a source: what they are made of
 

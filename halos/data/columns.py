@@ -12,23 +12,25 @@ from halos.errors import UserError
 LOOKED_AT = 1000  # first rows, of which one must have each column that is named: others may lack it
 
 
-def with_columns(rows: Iterator[Row], columns: Mapping[str, str | None], filter: str | None, path: str) -> Iterator[Row]:
+def with_columns(
+    rows: Iterator[Row], columns: Mapping[str, str | None], filter: str | None, path: str, *, checked: bool = True
+) -> Iterator[Row]:
     """Yield the rows for which `filter` holds, and others marked `left_out`; with `columns`, new name -> that of the file, or
     None to leave out the column. `filter` reads the names of the file.
 
-    Raises UserError for a column that none of the first rows has.
+    Raises UserError for a column that none of the first rows has, where that is `checked`.
     """
     if not columns and filter is None:
         yield from rows
         return
-    head = list(islice(rows, LOOKED_AT))
+    head = list(islice(rows, LOOKED_AT if checked else 0))
     condition = RowFilter(filter) if filter is not None else None
     named = [(f"columns: {new}: {old}" if old else f"columns: {new}: null", old or new) for new, old in columns.items()]
     named += [(f"filter={filter!r}", name) for name in (condition.columns if condition else ())]
     _check(named, dict.fromkeys(name for row in head for name in row.record), path)
     for row in chain(head, rows):
         if condition is not None and not condition.holds(row.record, row.where):
-            yield Row({}, row.where, left_out=True, note=f"filtered out by {filter}")
+            yield Row({}, row.where, left_out=True, end=row.end, note=f"filtered out by {filter}")
         else:
             yield row._replace(record=_renamed(row.record, columns), original=row.record) if columns else row
 

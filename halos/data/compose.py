@@ -36,20 +36,26 @@ class Entry:
         """Yield the items, some at a time, with the name of their type, and add what becomes of the rows to `counts`."""
         known, chunks = self.shards.known(), _chunks(self.source)
         for number, path in enumerate(self.shards.made(in_chunks(self.source.rows())) if known is None else known):
-            shard, kept = self.shards.read(path), list[Item]()
-            counts.add(shard.counts)
-            shortened = self._shortened(shard, limit, lambda n=number: next(rows for m, rows in chunks if m == n))
-            for item, remarks in shard.items():
-                where, result = item.id.rpartition("#")[0], shortened.get(item.id) or limit.fitted(item, remarks)
-                if isinstance(result, str):
-                    counts.drop(result, where)
-                    continue
-                result[1].count(where, counts)
-                kept.append(result[0])
-                if len(kept) == BATCH:
-                    yield shard.kind, kept
-                    kept = []
-            yield shard.kind, kept
+            yield from self.of_shard(path, counts, limit, lambda n=number: next(rows for m, rows in chunks if m == n))
+
+    def of_shard(
+        self, path: Path, counts: Counts, limit: Limit, rows: Callable[[], Sequence[Row]]
+    ) -> Iterator[tuple[str, list[Item]]]:
+        """As `batches`, of one shard, which was made of `rows`."""
+        shard, kept = self.shards.read(path), list[Item]()
+        counts.add(shard.counts)
+        shortened = self._shortened(shard, limit, rows)
+        for item, remarks in shard.items():
+            where, result = item.id.rpartition("#")[0], shortened.get(item.id) or limit.fitted(item, remarks)
+            if isinstance(result, str):
+                counts.drop(result, where)
+                continue
+            result[1].count(where, counts)
+            kept.append(result[0])
+            if len(kept) == BATCH:
+                yield shard.kind, kept
+                kept = []
+        yield shard.kind, kept
 
     def _shortened(
         self, shard: Shard, limit: Limit, rows: Callable[[], Sequence[Row]]

@@ -19,6 +19,7 @@ def entries_of(data: Data, purpose: str) -> list[Any]:
     """Return the entries of data.train or data.eval, with data.format and other keys where an entry has none of its own."""
     common = {"format": data.format, "reader": data.reader, "columns": data.columns, "filter": data.filter}
     given = {name: value for name, value in common.items() if value} | ({} if data.schemas else {"schemas": False})
+    given |= {"stream": True} if data.stream is True and purpose == "train" else {}
     return [with_common(entry, given) for entry in getattr(data, purpose)]
 
 
@@ -60,9 +61,9 @@ def convert_rows(target: str, rows: Iterator[Row]) -> Iterator[Row]:
         several = isinstance(result, Sequence) and not isinstance(result, str)
         for number, example in enumerate(result if several else [result], 1):
             where = f"{row.where}.{number}" if several else row.where
-            yield Row({}, where, left_out=True) if example is None else _row(example, where, target, row)
+            yield Row({}, where, left_out=True, end=row.end) if example is None else _row(example, where, target, row)
         if several and not result:
-            yield Row({}, row.where, left_out=True)
+            yield Row({}, row.where, left_out=True, end=row.end)
 
 
 def _call(function: Converter, target: str, row: Row) -> Any:
@@ -77,9 +78,9 @@ def _call(function: Converter, target: str, row: Row) -> Any:
 
 def _row(result: Any, where: str, target: str, row: Row) -> Row:
     if isinstance(result, Example):
-        return Row({}, where, example=result, original=row.record)
+        return Row({}, where, example=result, original=row.record, end=row.end)
     if isinstance(result, Mapping) and all(isinstance(name, str) for name in result):
-        return Row(dict(result), where, original=row.record)
+        return Row(dict(result), where, original=row.record, end=row.end)
     raise UserError(
         f"{row.where}: {target} returns {type(result).__name__}: it must return a dict of columns such as prompt and completion,"
         " an example of halos.types, a list of them, or None for a row that is left out"

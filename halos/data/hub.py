@@ -101,6 +101,38 @@ def rows_of_hub(path: str, split: str, revision: str | None, purpose: str, hint:
     return table._fingerprint, rows
 
 
+def stream_of_hub(
+    path: str, split: str, revision: str | None, purpose: str, hint: str
+) -> tuple[str, Callable[[], Iterator[Row]]]:
+    """As `rows_of_hub`, of rows that are fetched as they are read; the fingerprint is that of the commit."""
+    from datasets import load_dataset
+    from huggingface_hub import HfApi
+
+    part = _PART.fullmatch(path)
+    where: dict[str, Any] = {"data_dir": part["below"]} if part else {}
+    name, _, config = (part["name"] if part else path).partition(":")
+    with _found(path, "no data set of the hub that can be streamed", hint):
+        commit = HfApi().dataset_info(name, revision=revision).sha
+        loaded: Any = load_dataset(name, config or None, revision=commit, streaming=True, **where)
+    names = [split] if split else default_splits(purpose)
+    if (found := next((each for each in names if each in loaded), None)) is None:
+        raise UserError(f"{path}: which split? It has {', '.join(loaded)}; write {{path: {path}, split: ...}}")
+    table = loaded[found]
+    classes = class_names(table.features.arrow_schema.metadata) if table.features else {}
+
+    def rows() -> Iterator[Row]:
+        records, number = iter(table), 0
+        while True:
+            number += 1
+            with user_errors(f"{path}[{found}]: cannot be fetched, from row {number} on"):
+                record = next(records, None)
+            if record is None:
+                return
+            yield Row(with_classes(dict(record), classes), f"{path}[{found}]:{number}")
+
+    return f"{path} {found} {commit}", rows
+
+
 def misspelled(path: str, known: list[str]) -> str:
     near = nearest(path, known)
     return f"; did you mean '{near}'?" if near else ""

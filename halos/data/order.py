@@ -8,7 +8,7 @@ import numpy as np
 
 from halos.errors import UserError
 
-_EPOCH, _PARTNER, _MIXED, _PASS = range(4)  # streams of one seed
+_EPOCH, _PARTNER, _MIXED, _PASS, _BLOCK = range(5)  # streams of one seed
 
 ShareOut = Callable[[Sequence[int]], Sequence[int]]  # from the number of rows of each source to that of its draws in an epoch
 
@@ -104,6 +104,11 @@ class Mixture(Epochs):
             rows = self._rows[source]
             self._passes[source] = number, rows[_permutation(_stream(self._seed, _PASS, source, number), len(rows))]
         return self._passes[source][1]
+
+
+def block_order(seed: int, epoch: int, block: int, count: int) -> np.ndarray:
+    """Return the order of the rows of a block of a stream in an epoch: (count,)."""
+    return _permutation(_stream(seed, _BLOCK, epoch, block), count)
 
 
 class GroupOrder:

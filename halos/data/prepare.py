@@ -8,7 +8,7 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,58 @@ from halos.examples import Example
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Making:
+    """How rows become items: all that items depend on besides their sources."""
+
+    kind: type[Example]  # what the loss takes, or its `transform`, of conditional SFT; `transform_key` names it
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    truncation: str
+    score: str
+    lost: str
+    purpose: str
+    transform: Callable[[Any], Example] | None
+    transform_key: str
+
+    def facts(self) -> list[Any]:
+        """Return what items of any max_length depend on."""
+        code = code_hash(f"{self.kind.__module__}.{self.kind.__name__}")  # of the user's own type
+        converts = f"{self.transform_key} {_code_of(self.transform)}"
+        common = [self.kind.__name__, self.score, self.lost, converts, code, cache.code_version()]
+        return [*common, *_tokenizer(self.tokenizer)]
+
+    def key(self, opened: Sequence[OpenSource]) -> str:
+        sources = [[each.fingerprint for each in opened], [asdict(each.source) for each in opened]]
+        return _key([self.facts(), self.max_length, self.truncation, *sources, self.purpose])
+
+    def entries(self, opened: Sequence[OpenSource], base: Path) -> list[Entry]:
+        """Return the sources with their shards in the cache `base`."""
+        tokenise, again = self.tokenisers()
+        common, made = self.facts(), self.made()
+        return [Entry(source, _shards_of(source, base, common, self.purpose, tokenise, made), again) for source in opened]
+
+    def tokenisers(self) -> tuple[RowTokeniser, RowTokeniser]:
+        """Return what makes items of any length, and what makes those again that are to lose turns."""
+        one, other = (
+            RowTokeniser(
+                self.tokenizer, kind=self.kind, score=self.score, max_length=most, truncation=longer, lost=self.lost,
+                transform=self.transform,
+            )
+            for most, longer in ((NONE, "error"), (self.max_length, self.truncation))
+        )  # fmt: skip
+        return one, other
+
+    def limit(self) -> Limit:
+        return Limit(self.tokenizer, self.max_length, self.truncation)
+
+    def made(self) -> dict[str, Any]:
+        """Return what a person wants to know of how rows were tokenised."""
+        template = chat_template(self.tokenizer, None).encode(errors="surrogatepass")
+        return {"tokenizer": str(self.tokenizer.name_or_path), "template": hashlib.blake2b(template, digest_size=4).hexdigest(),
+                "code": cache.code_version()}  # fmt: skip
+
+
 def prepare(
     entries: Sequence[str | Mapping[str, Any]],
     *,
@@ -52,29 +104,18 @@ def prepare(
 ) -> Path:
     """Return the directory below `cache_dir` with the tokenised rows, which the first call writes.
 
-    `kind` is the example type that the loss takes, or its `transform` (of conditional SFT; `transform_key` names it).
     `purpose` (train or eval) is the split of entries that name none. By `rule` rows of training data are held out: for evaluation
     those of the entries `train` are added. Call it on one rank; the others open what it returns.
     """
     opened = _opened(entries, kind, purpose, rule, train, score)
-    code, described = code_hash(f"{kind.__module__}.{kind.__name__}"), _tokenizer(tokenizer)  # code of the user's own type
-    converts = f"{transform_key} {_code_of(transform)}"
-    common = [kind.__name__, score, lost, converts, code, cache.code_version(), *described]  # of any max_length
-    sources = [[each.fingerprint for each in opened], [asdict(each.source) for each in opened]]
-    key = _key([common, max_length, truncation, *sources, purpose])
+    making = Making(kind, tokenizer, max_length, truncation, score, lost, purpose, transform, transform_key)
     base = expanded(cache_dir)
-    path = base / cache.DATA / key
+    path = base / cache.DATA / making.key(opened)
     cache.keep(path)
     if not is_whole(path, base):
-        tokenise, again = (
-            RowTokeniser(tokenizer, kind=kind, score=score, max_length=most, truncation=longer, lost=lost, transform=transform)
-            for most, longer in ((NONE, "error"), (max_length, truncation))
-        )
-        made = _made(tokenizer, described)
-        parts = [Entry(source, _shards_of(source, base, common, purpose, tokenise, made), again) for source in opened]
-        limit = Limit(tokenizer, max_length, truncation)
+        parts, made = making.entries(opened, base), {**making.made(), "max_length": max_length}
         try:
-            _make(path, lambda directory: compose.write(directory, parts, limit, {**made, "max_length": max_length}), base)
+            make(path, lambda directory: compose.write(directory, parts, making.limit(), made), base)
         except OSError as error:
             raise UserError(f"cache_dir={cache_dir}: the tokenised rows cannot be written there: {error}") from error
     cache.touch(path)
@@ -96,12 +137,13 @@ def _opened(
     return [*opened, *divided(of_train, rule, score=score, held_out=True)]
 
 
-def _make(path: Path, write: Callable[[Path], None], base: Path) -> None:
-    """Let `write` fill a directory that becomes `path`; it is complete, or not there."""
+def make(path: Path, write: Callable[[Path], None], base: Path | None, *, part: Path | None = None) -> None:
+    """Let `write` fill a directory that becomes `path`; it is complete, or not there. `part` of the cache is locked meanwhile, or
+    `path`; with `base`, the cache_dir, it keeps the hash of the rows."""
     hidden = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _lock(path):
+        with _lock(part or path):
             if is_whole(path, base):
                 return
             if path.exists():
@@ -152,13 +194,6 @@ def _code_of(transform: Callable[[Any], Example] | None) -> str:
 
 def _key(parts: Any) -> str:
     return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def _made(tokenizer: PreTrainedTokenizerBase, described: Sequence[str]) -> dict[str, Any]:
-    """Return what a person wants to know of how rows were tokenised."""
-    template = described[2].encode(errors="surrogatepass")
-    return {"tokenizer": str(tokenizer.name_or_path), "template": hashlib.blake2b(template, digest_size=4).hexdigest(),
-            "code": cache.code_version()}  # fmt: skip
 
 
 def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:

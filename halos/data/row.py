@@ -9,6 +9,14 @@ EQUAL = "with equal completions"  # why a pair is dropped
 HELD_OUT = "held out for evaluation"  # begins the notes of rows of training data that are
 
 
+class End(NamedTuple):
+    """Where the line of a row ends: a reader that goes on there skips what is before it."""
+
+    file: int  # of the files of its entry, counted from 0
+    offset: int  # bytes
+    line: int
+
+
 class Row(NamedTuple):
     """One row of data and its position, `train.jsonl:12`."""
 
@@ -19,6 +27,7 @@ class Row(NamedTuple):
     original: dict[str, Any] | None = None  # the row as it was read, where `record` was made of it
     note: str = ""  # why the row is left out, where it is not a custom format that says so; of others, what is counted of it
     schemas: bool = True  # whether other columns than those of the built-in forms are recognised
+    end: End | None = None  # of a stream's lines of JSON; rows that are made of one row share it
 
 
 def row_of(value: Any, where: str) -> Row:

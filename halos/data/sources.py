@@ -18,10 +18,13 @@ from halos.data.columns import with_columns
 from halos.data.custom_format import code_hash_of, convert_rows, own_rows
 from halos.data.directories import files_below, files_of_pattern, files_of_split
 from halos.data.files import is_pattern, kinds_of
+from halos.data.readers.json_rows import read_jsonl, read_jsonl_after
 from halos.data.readers.kinds import READERS, Reader, reader_for
-from halos.data.row import Row
+from halos.data.readers.streams import CODECS, suffix_of
+from halos.data.row import End, Row
 from halos.data.row_filter import RowFilter
-from halos.data.split import splits_of
+from halos.data.sampled import sampled_hash
+from halos.data.split import Split, splits_of
 from halos.errors import UserError
 from halos.types import Demonstration, Example
 
@@ -46,6 +49,7 @@ class Source:
     count: int | None = None  # examples of it in an epoch
     epochs: float | None = None  # passes over it in an epoch: 0.5 is half of its examples
     name: str | None = None  # in the header and in metrics; else it is made of the path
+    stream: bool = False  # data.stream: its files are not read whole before training
 
     @classmethod
     def of(cls, entry: str | Mapping[str, Any]) -> "Source":
@@ -117,6 +121,9 @@ class Source:
         return self.format if self.format in READERS else None
 
 
+After = Callable[[End], Iterator[Row]]  # the rows of a stream after one that ends there, without reading those before it
+
+
 @dataclass(frozen=True, slots=True)
 class OpenSource:
     """An existing source: its rows, and a fingerprint that changes when they do."""
@@ -126,6 +133,7 @@ class OpenSource:
     rows: Callable[[], Iterator[Row]]
     files: str = ""  # how many of each kind, where there are several kinds
     may_be_empty: bool = False  # of rows that are held out
+    after: "After | None" = None  # None: rows can only be counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +143,7 @@ class Content:
     fingerprint: str
     rows: Callable[[], Iterator[Row]]
     files: Sequence[Path] = ()
+    after: After | None = None
 
 
 def open_source(source: Source, kind: type[Example], purpose: str) -> OpenSource:
@@ -144,24 +153,30 @@ def open_source(source: Source, kind: type[Example], purpose: str) -> OpenSource
     """
     content = _content(source, kind, purpose)
     custom = source.format if is_custom(source.format) else None
-    shaped = partial(_shaped, content, source)
+    adapter, goes_on = ADAPTERS.get(str(source.format)), content.after
     codes = [code_hash_of(target) for target in (source.reader, custom) if target is not None]
 
-    def rows() -> Iterator[Row]:
-        adapter = ADAPTERS.get(str(source.format))
-        read = shaped() if adapter is None else adapter(shaped, purpose)
+    def converted(read: Iterator[Row]) -> Iterator[Row]:
         read = read if custom is None else convert_rows(custom, read)
+        return read if source.schemas else (row._replace(schemas=False) for row in read)
+
+    def shaped(read: Callable[[], Iterator[Row]], *, checked: bool = True) -> Iterator[Row]:
+        return with_columns(read(), source.columns, source.filter, source.path, checked=checked)
+
+    def rows() -> Iterator[Row]:
+        whole = partial(shaped, content.rows)
+        read = converted(whole() if adapter is None else adapter(whole, purpose))
         first = next(read, None)
         if first is None:
             raise UserError(f"{source.path}: no rows{f' in {source.split}' if source.split else ''}")
-        rows = chain([first], read)
-        return rows if source.schemas else (row._replace(schemas=False) for row in rows)
+        return chain([first], read)
 
-    return OpenSource(source, " ".join([content.fingerprint, *codes]), rows, kinds_of(content.files))
+    def after(end: End) -> Iterator[Row]:
+        assert goes_on is not None
+        return converted(shaped(partial(goes_on, end), checked=False))
 
-
-def _shaped(content: Content, source: Source) -> Iterator[Row]:
-    return with_columns(content.rows(), source.columns, source.filter, source.path)
+    return OpenSource(source, " ".join([content.fingerprint, *codes]), rows, kinds_of(content.files),
+                      after=None if adapter is not None or goes_on is None else after)  # fmt: skip
 
 
 def content_hash(entry: str | Mapping[str, Any], purpose: str) -> str:
@@ -192,7 +207,9 @@ def _content(source: Source, kind: type[Example], purpose: str) -> Content:
     def rows() -> Iterator[Row]:
         return chain.from_iterable(split.select(part.rows) for split, part in parts)
 
-    return Content(" ".join(part.fingerprint for _, part in parts), rows, [file for _, part in parts for file in part.files])
+    after = parts[0][1].after if len(parts) == 1 and parts[0][0] == Split(parts[0][0].name) else None
+    files = [file for _, part in parts for file in part.files]
+    return Content(" ".join(part.fingerprint for _, part in parts), rows, files, after)
 
 
 def _open_split(source: Source, split: str, kind: type[Example], purpose: str) -> Content:
@@ -205,12 +222,13 @@ def _open_split(source: Source, split: str, kind: type[Example], purpose: str) -
         return _local(path, source, split, kind, purpose)
     if is_pattern(str(path)):
         files = files_of_pattern(str(path), split, any_kind=(source.kind or source.reader) is not None)
-        return Content(hash_files(files), lambda: chain.from_iterable(_reader(source, file)(file) for file in files), files)
+        return _of_files(source, files)
     hint = hub.misspelled(source.path, [BUILT_IN])
     hub.refuse_local(source.path, hint, is_file=source.kind is not None or source.reader is not None)
     if (file := hub.hub_file(source.path, source.revision)) is not None:
         return _local(file, source, split, kind, purpose)
-    return Content(*hub.rows_of_hub(source.path, split, source.revision, purpose, hint))
+    of_hub = hub.stream_of_hub if source.stream else hub.rows_of_hub
+    return Content(*of_hub(source.path, split, source.revision, purpose, hint))
 
 
 def _built_in(split: str) -> Content:
@@ -228,13 +246,35 @@ def _local(path: Path, source: Source, split: str, kind: type[Example], purpose:
         file = gsm8k.file_for(path, kind)
         return Content(f"{split or purpose} {hash_files([file])}", lambda: gsm8k.rows(file, kind, split or purpose))
     if path.is_dir() and source.reader is None:
-        files = files_of_split(path, split, purpose)
-        return Content(hash_files(files), lambda: chain.from_iterable(_reader(source, file)(file) for file in files), files)
+        return _of_files(source, files_of_split(path, split, purpose))
     if path.is_file() and path.stat().st_size == 0:
         raise UserError(f"{path}: is empty")
     read = _reader(source, path)
-    hashed = hash_files(files_below(path) if path.is_dir() else [path])
+    if source.stream and not split and path.is_file():
+        return _of_files(source, [path])
+    hashed = _hash(source, files_below(path) if path.is_dir() else [path])
     return Content(f"{split} {hashed}", lambda: _rows_of_split(read(path), split, path) if split else read(path))
+
+
+def _of_files(source: Source, files: Sequence[Path]) -> Content:
+    """Return the rows of files, one after another."""
+
+    def after(end: End) -> Iterator[Row]:
+        ends = [end, *(End(number, 0, 0) for number in range(end.file + 1, len(files)))]
+        return chain.from_iterable(read_jsonl_after(files[each.file], each) for each in ends)
+
+    if source.stream and all(_is_lines(source, file) for file in files):
+        return Content(_hash(source, files), lambda: after(End(0, 0, 0)), files, after)
+    return Content(_hash(source, files), lambda: chain.from_iterable(_reader(source, file)(file) for file in files), files)
+
+
+def _is_lines(source: Source, file: Path) -> bool:
+    """Return whether a file can be read from any line of it on."""
+    return suffix_of(file) not in CODECS and _reader(source, file) is read_jsonl
+
+
+def _hash(source: Source, files: Sequence[Path]) -> str:
+    return sampled_hash(files) if source.stream else hash_files(files)
 
 
 def _reader(source: Source, file: Path) -> Reader:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined
-from halos.data.cache import ABOUT, DATA, META, SHARDS, code_version
+from halos.data.cache import ABOUT, DATA, META, SHARDS, STREAMS, code_version
 from halos.errors import UserError
 
 HIDDEN = re.compile(r"\.([0-9a-f]+)-[0-9a-f]{8}")  # a part that is being written or removed
@@ -33,7 +33,7 @@ class Stored:
 
     @property
     def kind(self) -> str:
-        return "source" if self.path.parent.name == SHARDS else "data set"
+        return {SHARDS: "source", STREAMS: "stream"}.get(self.path.parent.name, "data set")
 
     @property
     def part(self) -> Path:
@@ -44,7 +44,7 @@ def stored(cache: Path) -> list[Stored]:
     """Return everything in the cache, the last used first. Raises UserError where there is no such directory."""
     if not cache.is_dir():
         raise UserError(f"{cache}: there is no such directory; --cache-dir names another")
-    found = [entry for name, read in ((DATA, _data_set), (SHARDS, _source)) for path in _below(cache / name)
+    found = [entry for name, read in ((DATA, _data_set), (SHARDS, _source), (STREAMS, _source)) for path in _below(cache / name)
              if (entry := _leftover(path) or read(path)) is not None]  # fmt: skip
     return sorted(found, key=lambda each: -each.used)
 

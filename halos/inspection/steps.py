@@ -31,15 +31,16 @@ class Steps:
     scored: int
     longest: int  # the batch with the most tokens
     longest_tokens: int
+    part: str = "epoch"  # what `per_epoch`, and counts over an epoch, are of; a block of a stream
 
     @classmethod
-    def of(cls, data: Dataset, order: Batches, total: int) -> "Steps":
+    def of(cls, data: Dataset, order: Batches, total: int, *, part: str = "epoch") -> "Steps":
         lengths, scored = data.lengths.sum(1), data.scored.sum(1)
         batches = [order.batch(number) for number in range(min(order.batches_per_epoch, max(1, total)))]
         tokens = [int(lengths[batch].sum()) for batch in batches]
         longest = int(np.argmax(tokens))
         return cls(total, order.batches_per_epoch, sum(map(len, batches)), sum(tokens),
-                   sum(int(scored[batch].sum()) for batch in batches), longest, tokens[longest])  # fmt: skip
+                   sum(int(scored[batch].sum()) for batch in batches), longest, tokens[longest], part)  # fmt: skip
 
     @property
     def all_tokens(self) -> int:
@@ -52,20 +53,28 @@ class Steps:
         whole = (
             f"{'about ' if several else ''}{self.all_tokens:,} in all steps, {self.all_tokens / max(1, self.total):,.0f} a step"
         )
-        epoch = f"{self.tokens:,} an epoch; " if self.total >= self.per_epoch else ""
+        epoch = f"{self.tokens:,} {self._a_part}; " if self.total >= self.per_epoch else ""
         scored = f"; {self.scored / self.tokens:.0%} of them scored" if self.scored else ""
         longest = f"a batch of {self.longest_tokens:,} tokens, in step {self.longest + 1}"
-        return [("tokens", epoch + whole + scored), ("longest", longest + (" of the first epoch" if several else ""))]
+        return [("tokens", epoch + whole + scored), ("longest", longest + (f" of the first {self.part}" if several else ""))]
+
+    @property
+    def _a_part(self) -> str:
+        return f"a{'n' if self.part == 'epoch' else ''} {self.part}"
 
     def facts(self, batch_size: int) -> list[Fact]:
         epochs = self.total / self.per_epoch
-        part = "an epoch" if self.total >= self.per_epoch else "all steps"
+        part = self._a_part if self.total >= self.per_epoch else "all steps"
         scored = f"{self.scored:,} of them scored" if self.scored else ""
         return [
-            Fact("steps", f"{self.total:,}", f"each of {batch_size} items; {self.per_epoch:,} an epoch, {epochs:.3g} epochs"),
+            Fact(
+                "steps",
+                f"{self.total:,}",
+                f"each of {batch_size} items; {self.per_epoch:,} {self._a_part}, {epochs:.3g} {self.part}s",
+            ),
             Fact(f"tokens of {part}", f"{self.tokens:,}", scored),
             Fact("tokens of all steps", f"{self.all_tokens:,}", f"{self.all_tokens / max(1, self.total):,.0f} a step"),
-            Fact("longest batch", f"{self.longest_tokens:,} tokens", f"in step {self.longest + 1} of the first epoch"),
+            Fact("longest batch", f"{self.longest_tokens:,} tokens", f"in step {self.longest + 1} of the first {self.part}"),
         ]
 
 

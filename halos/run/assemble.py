@@ -17,6 +17,7 @@ from halos.config.arithmetic_version import EVALUATED_BY_SOURCE, FROZEN_HEAD_ONC
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
+from halos.data.stream import StreamRows
 from halos.hooks.base import Run
 from halos.inspection.findings import refuse_errors
 from halos.lock import RunLock
@@ -75,7 +76,7 @@ def assemble(
 
 def _rows_of_step(split: Split, order: Batches, step: int) -> list[str]:
     """Where the rows of a global batch came from; none of a live loop, whose rows of earlier steps are gone."""
-    return [split.rows[int(row)].id for row in order.batch(step)] if isinstance(split.rows, Dataset) else []
+    return [split.rows[int(row)].id for row in order.batch(step)] if isinstance(split.rows, Dataset | StreamRows) else []
 
 
 def _check(config: Config, overrides: list[str], accelerator: Accelerator, lock: RunLock | None) -> None:

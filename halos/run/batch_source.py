@@ -80,14 +80,6 @@ class BatchSource(Protocol):
         ...
 
 
-def open_batch_source(
-    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
-) -> BatchSource:
-    """Read and check the training and evaluation data. Raises UserError for data that cannot be used."""
-    source = DatasetSource if config.online is None else PolicySource
-    return source(config, loss, tokenizer, accelerator, max_length)
-
-
 class DatasetSource:
     """Batches of a dataset."""
 
@@ -129,7 +121,7 @@ class DatasetSource:
         return {key: each.content if isinstance(each, Dataset) else None
                 for key, each in zip(("data.train", "data.eval"), rows, strict=True)}  # fmt: skip
 
-    def tokens_until(self, step: int) -> int:
+    def tokens_until(self, step: int) -> int | None:
         return sum(int(self.train.rows.lengths[self.order.batch(number)].sum()) for number in range(step))
 
     def open(self, run: Run, policy: Unsharded) -> TrainerData:

@@ -16,7 +16,7 @@ from halos.data.held_out import Rule
 from halos.data.mixture import Amount, per_epoch, refuse_unmixable
 from halos.data.names import names_of
 from halos.data.order import Epochs, GroupOrder, Mixture, Order, mismatched_partners
-from halos.data.prepare import prepare
+from halos.data.prepare import Making, prepare
 from halos.data.sources import Source
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.distributed.turns import rank_0_first
@@ -47,10 +47,26 @@ def load(
 ) -> tuple[Split, Split | None]:
     """Return training and evaluation data. Raises UserError for every mistake in them, before any model loads."""
     train = _open(config, loss, tokenizer, accelerator, max_length, "train")
-    eval_data = _open(config, loss, tokenizer, accelerator, max_length, "eval") if config.data.has_eval else None
-    return _split(train, loss, config.seed, "train"), _split(
-        eval_data, loss, config.seed, "eval"
-    ) if eval_data is not None else None
+    held_out = load_eval(config, loss, tokenizer, accelerator, max_length)
+    return split_of(train, loss, config.seed, "train"), held_out
+
+
+def load_eval(
+    config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
+) -> Split | None:
+    """Return the evaluation data, as `load` does."""
+    if not config.data.has_eval:
+        return None
+    return split_of(_open(config, loss, tokenizer, accelerator, max_length, "eval"), loss, config.seed, "eval")
+
+
+def making(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, max_length: int, purpose: str) -> Making:
+    """Return how a run makes items of rows."""
+    return Making(
+        loss.example_type or loss.inputs.example, tokenizer, max_length, config.train.truncation, config.data.score,
+        config.data.lost, purpose, loss.examples,
+        f"{loss.name} {loss.settings} {code_hash(config.loss['_target_'])}" if loss.examples else "",
+    )  # fmt: skip
 
 
 def _open(
@@ -82,7 +98,7 @@ def _open(
     return open_dataset(path)
 
 
-def _split(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
+def split_of(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
     """Raises UserError if a loss compares completions of one prompt, and every prompt has only one; and for rewards that a loss
     cannot take."""
     if purpose == "train" and loss.on_rollouts and len(np.unique(rows.groups)) == len(rows) and not learns_from_single(loss):

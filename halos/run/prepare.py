@@ -45,10 +45,12 @@ from halos.models.locate import locate
 from halos.prove.verdict import Verdict
 from halos.run import datasets, input_hashes, models, proof
 from halos.run.available_metrics import refuse_padded_loss, refuse_unavailable_objective
-from halos.run.batch_source import BatchSource, open_batch_source
+from halos.run.batch_source import BatchSource
+from halos.run.batches import open_batch_source
 from halos.run.initial_adapter import refuse_mismatched_adapter
 from halos.run.optimizer import refuse_unfit, state_bytes
 from halos.run.optimizer_trial import try_out
+from halos.run.stream_source import STREAM, StreamPosition
 from halos.rundir import RunDir
 from halos.trainers.base import Parts, Trainer
 
@@ -255,6 +257,10 @@ def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, 
         if LOSS_STATE in config.hooks:
             raise UserError(f"hooks.{LOSS_STATE} is the name of the hook that holds the state of {loss.name}: choose another")
         hooks[LOSS_STATE] = LossState(loss.name, loss.start, loss.update)
+    if config.data.stream:
+        if STREAM in config.hooks:
+            raise UserError(f"hooks.{STREAM} is the name of the hook that holds the position in the stream: choose another")
+        hooks[STREAM] = StreamPosition()
     if loss.adapt_entropy is not None and loss.settings.get("entropy_target") is not None:
         hooks["entropy_coefficient"] = EntropyCoefficient(loss.settings["entropy_coefficient"])
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", node, config.plugins)() for name, node in config.hooks.items()}

@@ -57,6 +57,8 @@ def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
 def _why_impossible(config: Config, loss: LossSpec, batches: BatchSource) -> str | None:
     if config.reference.sync_every is not None:
         return f"the reference moves (reference.sync_every={config.reference.sync_every})"
+    if config.data.stream:
+        return "rows of a stream are not known before they are trained on"
     if batches.steps_per_epoch is None:
         return "a live loop learns from what it has just sampled, which nothing can know beforehand"
     if not loss.on_rollouts and (loss.inputs.head != "language" or loss.inputs.token_statistics):

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.config.bind import LossSpec
 from halos.data.dataset import Dataset
+from halos.data.stream import StreamRows
 from halos.errors import UserError
 from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval, states_of
@@ -64,7 +65,7 @@ class Trainer(EvaluatedObjective):
         self.checkpointer = parts.checkpointer
         self.train, self.eval_data, self.order = parts.train, parts.eval_data, parts.order
         self.generation_evaluation = parts.generation_evaluation
-        self.packs_ahead &= isinstance(self.train.rows, Dataset)  # the next batch of a live loop is not known yet
+        self.packs_ahead &= isinstance(self.train.rows, Dataset | StreamRows)  # the next batch of a live loop is not known yet
         self._following: np.ndarray | None = None  # the batch of the next step
         splits = {name: split for name, split in (("train", self.train), ("eval", self.eval_data)) if split}
         if parts.reference_cache is not None:
@@ -264,7 +265,7 @@ class Trainer(EvaluatedObjective):
         raise UserError(f"objective.metric={metric} is not measured; there are {', '.join(names)}")
 
     def _rows_of(self, step: int) -> Sequence[Item]:
-        """This rank's first items of an earlier step; none in a live loop, whose rows are gone."""
-        if not isinstance(self.train.rows, Dataset):
+        """This rank's first items of an earlier step; none in a live loop, or of a block of a stream, whose rows are gone."""
+        if not isinstance(self.train.rows, Dataset | StreamRows) or not len(rows := self.order.batch(step)):
             return ()
-        return self._split(self.train, self.order.batch(step), step)[0].items
+        return self._split(self.train, rows, step)[0].items

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from halos.checkpoint import known_good
 from halos.confined import DISK_FULL
 from halos.data.dataset import Dataset
+from halos.data.stream import StreamRows
 from halos.distributed.parameters import local_part
 from halos.errors import UserError
 from halos.examples import Item
@@ -191,7 +192,9 @@ class Guard:
                 if include_finite or not math.isfinite(loss):
                     own.append({"place": position, **self._describe(split, number, loss)})
         with_text = [row for row in own if isinstance(row["loss"], str)][:MAX_TEXTS]
-        for row in own if not isinstance(split.rows, Dataset) else with_text:  # sampled text is recorded nowhere else
+        for row in (
+            own if not isinstance(split.rows, Dataset | StreamRows) else with_text
+        ):  # sampled text is recorded nowhere else
             row |= self._text(split.rows[row["row"]])
         gathered = [row for part in gather_object([own]) for row in part]
         return sorted(gathered, key=lambda row: (row["place"], row["row"]))

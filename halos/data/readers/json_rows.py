@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.data.readers.streams import opened, opened_text
-from halos.data.row import Row, row_of, type_name
+from halos.data.row import End, Row, row_of, type_name
 from halos.errors import UserError, first_line_of
 
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
@@ -31,8 +31,17 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 def read_jsonl(path: Path) -> Iterator[Row]:
     """Read one object per line, skipping blank lines."""
+    return (row._replace(end=None) for row in read_jsonl_after(path, End(0, 0, 0)))
+
+
+def read_jsonl_after(path: Path, end: End) -> Iterator[Row]:
+    """Read the rows of a file that is not compressed after the line that ends there, each with its own end."""
+    offset = end.offset
     with opened(path) as lines:
-        for number, line in enumerate(lines, 1):
+        if offset:
+            lines.seek(offset)
+        for number, line in enumerate(lines, end.line + 1):
+            offset += len(line)
             if not line.strip():
                 continue
             where = f"{path}:{number}"
@@ -43,7 +52,7 @@ def read_jsonl(path: Path) -> Iterator[Row]:
             with _decoding(where):
                 value = _DECODER.decode(text)
                 _refuse_lone_surrogates(value, text)
-            yield row_of(value, where)
+            yield row_of(value, where)._replace(end=End(end.file, offset, number))
 
 
 @contextmanager
