@@ -53,4 +53,4 @@ room="$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')"
 if [ -z "${TMPDIR:-}" ] && [ "${room:-0}" -gt 4000000 ]; then
   export TMPDIR=/dev/shm
 fi
-exec python -m pytest -n 3 --dist worksteal -m "not slow"  # some tests wait more than they compute
+exec python -m pytest -n 4 --dist worksteal -m "not slow"  # some tests wait more than they compute

@@ -38,6 +38,7 @@ SMALL = ["model=tiny", "data=arithmetic", "data.train=[{path: arithmetic, split:
 gc.set_threshold(*COLLECT_AFTER)
 composed.share()
 COMPOSED = os.environ[composed.VARIABLE]
+imported = 0  # modules whose objects no collection walks
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -54,11 +55,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     # what is compiled by now serves later processes; tests edit modules within a second, which a compiled one does not notice
     sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
-    gc.collect()
-    gc.freeze()  # every full collection would walk what was imported
+    freeze_imports()
+
+
+def freeze_imports() -> None:
+    """Once many modules were imported: every full collection would walk them, and transformers collects twice when it samples."""
+    global imported
+    if len(sys.modules) > imported + 100:
+        gc.collect()
+        gc.freeze()
+        imported = len(sys.modules)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    freeze_imports()
     processes.cold = processes.ALWAYS_COLD or any(map(item.get_closest_marker, ("slow", "cold")))
     if processes.cold:
         os.environ.pop(composed.VARIABLE, None)

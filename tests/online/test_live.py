@@ -39,7 +39,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 LIVE = [
     "loss=online", "online.loss=grpo", "online.steps=4", "online.samples_per_prompt=3", "online.eval_prompts=4",
     "online.sampler.max_new_tokens=8", "online.scorer.functions=[{function: length, target: 3}]", "train.batch_size=12",
-    "optim.lr=1e-2", "schedule=constant", "checkpoint.every=2",
+    "optim.lr=1e-2", "schedule=constant", "checkpoint.every=2", "online.scorer.processes=1",
 ]  # fmt: skip
 
 
