@@ -146,11 +146,13 @@ class StreamOrder:
     """
 
     def __init__(
-        self, blocks: Blocks, fetch: Callable[[int, Place], Block], partners: Callable[[Dataset], np.ndarray | None],
-        batch_size: int, seed: int,
+        self, blocks: Blocks, fetch: Callable[[int, Place], Block], partners: Callable[[Block], np.ndarray | None],
+        batch_size: int, seed: int, total: int,
     ) -> None:  # fmt: skip
-        """`fetch` gives a block, by its number in the epoch and its place; it may make ranks wait for each other."""
-        self._blocks, self._fetch, self._partners, self._batch_size, self._seed = blocks, fetch, partners, batch_size, seed
+        """`fetch` gives a block, by its number in the epoch and its place; it may make ranks wait for each other. `total`:
+        batches that will be asked for."""
+        self._blocks, self._fetch, self._partners = blocks, fetch, partners
+        self._batch_size, self._seed, self._total = batch_size, seed, total
         self.opened = dict[int, OpenBlock]()  # by their numbers in the run
         self._position, self._next = Position(), 0  # of the next batch, and its number
         self._batches = dict[int, tuple[Position, np.ndarray]]()  # those of open blocks, and where each begins
@@ -197,13 +199,15 @@ class StreamOrder:
         return replace(begin, content=opened.block.content if opened else begin.content).state()
 
     def ahead(self) -> None:
-        """Remove blocks from the disk that are used, and let a thread make the next one: at most two are there."""
+        """Remove blocks from the disk that are used, and let a thread make the next one if it will be needed: at most two are
+        there."""
         if len(self.opened) > 1:
             return
-        (current,) = (each.block for each in self.opened.values())
+        ((current, order),) = ((each.block, each.order) for each in self.opened.values())
         number, place = (0, START) if current.after is None else (current.number + 1, current.after)
-        if number != current.number:
-            self._blocks.remove_all_but({current.number, number})
+        self._blocks.remove_all_but({current.number, number})
+        is_needed = (self._total - self._next) * self._batch_size > len(order) - self._position.taken
+        if number != current.number and is_needed:
             self._blocks.ahead(number, place)
 
     def _drop(self, number: int) -> None:
@@ -222,7 +226,7 @@ class StreamOrder:
             if position.content not in ("", block.content):
                 raise UserError(f"data.train: the rows {block.span} are others than when the run read them: {RESTORE}")
             order = block_order(self._seed, position.epoch, block.number, block.kept)
-            partners = self._partners(block.data) if block.data is not None else None
+            partners = self._partners(block) if block.data is not None else None
             self.opened[position.serial] = OpenBlock(block, order, partners)
         return self.opened[position.serial]
 

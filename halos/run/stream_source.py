@@ -78,7 +78,8 @@ class StreamSource(DatasetSource):
         directory = base / STREAMS / json_hash(place)[:32]
         self._blocks = Blocks(directory, self._opened(making), making, config.data.stream_block, base)
         self._blocks.leads = accelerator.is_main_process
-        self._stream = StreamOrder(self._blocks, self._fetch, self._partners, config.train.batch_size, config.seed)
+        self._stream = StreamOrder(self._blocks, self._fetch, self._partners, config.train.batch_size, config.seed,
+                                   config.train.steps or 0)  # fmt: skip
         self.eval_data = datasets.load_eval(config, loss, tokenizer, accelerator, max_length)
         if self.eval_data is not None and isinstance(self.eval_data.rows, Dataset):
             available_metrics.refuse_empty_source(config, loss, self.eval_data.rows)
@@ -146,8 +147,12 @@ class StreamSource(DatasetSource):
             if self._accelerator.is_main_process:
                 log.warning("block %d: %s", block.number + 1, finding.line())
 
-    def _partners(self, rows: Dataset) -> np.ndarray | None:
-        partners = datasets.split_of(rows, self._loss, self._config.seed, "train").mismatched_partners
+    def _partners(self, block: Block) -> np.ndarray | None:
+        assert block.data is not None
+        try:
+            partners = datasets.split_of(block.data, self._loss, self._config.seed, "train").mismatched_partners
+        except UserError as error:
+            raise UserError(f"{block.span}: {error}; a larger data.stream_block, or rows in another order, may help") from error
         return partners if isinstance(partners, np.ndarray) else None
 
     # --- what a run is told ----------------------------------------------------------------------------------------------

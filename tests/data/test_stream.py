@@ -13,10 +13,12 @@ import numpy as np
 import pytest
 
 from halos.data import shards, stream_blocks
-from halos.data.order import mismatched_partners
+from halos.data.order import block_order, mismatched_partners
 from halos.data.prepare import Making
+from halos.data.prune import is_held
 from halos.data.sampled import PART, PARTS, sampled_hash
 from halos.data.sources import Source, open_source
+from halos.data.stored import stored
 from halos.data.stream import SPAN, Position, StreamOrder, StreamPartners, StreamRows
 from halos.data.stream_blocks import Blocks
 from halos.errors import UserError
@@ -38,21 +40,23 @@ def pairs(count: int, first: int = 0) -> list[dict[str, Any]]:
 class Stream:
     """A stream of entries, in blocks of 10 rows and batches of 4."""
 
-    def __init__(self, entries: Sequence[Any], cache: Path, *, size: int = 10, batch: int = 4, seed: int = 3) -> None:
+    def __init__(
+        self, entries: Sequence[Any], cache: Path, *, size: int = 10, batch: int = 4, seed: int = 3, total: int = 99
+    ) -> None:
         given = [{**(each if isinstance(each, dict) else {"path": str(each)}), "stream": True} for each in entries]
         sources = [open_source(Source.of(entry), Comparison, "train") for entry in given]
         making = Making(Comparison, TOKENIZER, 128, "drop", "last", "error", "train", None, "")
         self.blocks, self.fetched, self.most = Blocks(cache / "streams" / "a", sources, making, size, cache), list[int](), 0
-        self.blocks.leads = True
-        self.order = StreamOrder(self.blocks, self._fetch, self._partners, batch, seed)
+        self.cache, self.blocks.leads = cache, True
+        self.order = StreamOrder(self.blocks, self._fetch, self._partners, batch, seed, total)
         self.rows = StreamRows(self.order.opened, [])
 
     def _fetch(self, number: int, place: Any) -> Any:
         self.fetched.append(number)
         return self.blocks.get(number, place)
 
-    def _partners(self, data: Any) -> np.ndarray | None:
-        return mismatched_partners(data.groups, 0, what="the test") if len(data) > 1 else None
+    def _partners(self, block: Any) -> np.ndarray | None:
+        return mismatched_partners(block.data.groups, 0, what="the test") if block.kept > 1 else None
 
     def batches(self, first: int, last: int) -> list[list[str]]:
         """Return where the rows of batches come from: a.jsonl:3."""
@@ -99,8 +103,18 @@ def test_every_row_comes_once_an_epoch_and_two_blocks_are_on_the_disk(tmp_path: 
     assert stream.most == 2
     assert start([path]).batches(0, 22) == first + second
     assert start([path], seed=4).batches(0, 11) != first
+    short = start([path], total=2)
+    assert (short.batches(0, 2), short.most, short.fetched) == (first[:2], 1, [0]), "none is made that no batch needs"
+    (listed,) = stored(stream.cache)
+    assert (listed.kind, is_held(listed)) == ("stream", True)
     stream.blocks.close(remove=True)
     assert not stream.blocks.at_hand()
+    assert not stored(stream.cache)
+
+
+def test_the_order_of_a_block_is_that_of_its_seed_epoch_and_number_in_every_version() -> None:
+    orders = [block_order(*key, 6).tolist() for key in ((3, 0, 0), (3, 1, 0), (3, 0, 1), (4, 0, 0))]
+    assert orders == [[5, 2, 4, 0, 1, 3], [2, 0, 4, 1, 5, 3], [3, 2, 1, 0, 5, 4], [0, 3, 4, 5, 2, 1]]
 
 
 def test_a_batch_may_span_several_blocks_and_its_columns_are_those_of_its_rows(
@@ -109,7 +123,7 @@ def test_a_batch_may_span_several_blocks_and_its_columns_are_those_of_its_rows(
     stream = start([jsonl(tmp_path / "a.jsonl", pairs(20))], size=4, batch=7)
     partners = StreamPartners(stream.order.opened)
     for number in range(6):
-        rows = stream.order.batch(number)
+        rows, _ = stream.order.batch(number), stream.order.batch(number + 1)  # as a trainer asks, which packs the next one
         items = [stream.rows[int(row)] for row in rows]
         lengths = [[len(item.prompt) + len(each.ids) for each in item.completions] for item in items]
         assert stream.rows.lengths[rows].tolist() == lengths
