@@ -32,7 +32,7 @@ class LossTraits(Protocol):
 
 def check_reference(config: Config, loss: LossTraits) -> None:
     """Raises UserError with the first message."""
-    for complaint in (_taught(config, loss), _named(config, loss), _moving(config, loss), _humanline(config, loss)):
+    for complaint in (_taught(config, loss), _named(config, loss), _humanline(config, loss), _moving(config, loss)):
         if complaint:
             raise UserError(complaint)
 

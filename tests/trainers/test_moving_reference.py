@@ -121,7 +121,7 @@ def test_the_mismatched_completions_of_kto_are_clamped_too(trainer: Callable[...
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["loss=simpo", "humanline=on"], "loss=simpo uses none"),
+        (["loss=simpo", "humanline=on"], "humanline.low=-1.5 bounds .* loss=simpo uses none: humanline=off"),
         (["loss=simpo", "reference.sync_every=2"], "loss=simpo uses none"),
         (["loss=reward", "humanline.low=-1"], "loss=reward uses none"),
         (["loss=grpo", "humanline.high=1", "loss.beta=0.1"], "loss=grpo clips its ratios"),
