@@ -499,6 +499,14 @@ def test_changes_of_the_mathematics_are_made_if_allowed(cli, build, demo, refuse
     assert "no effect without resume=" in refused(*RUN, "resume_changes=allow")
 
 
+@pytest.mark.parametrize("changes", ["refuse", "allow"])
+def test_no_resume_turns_full_training_into_lora(changes, refused, demo):
+    """A checkpoint of the one has no weights for the other, whatever is allowed."""
+    told = refused("resume=moved/demo", "peft.name=lora", f"resume_changes={changes}")
+    assert "peft.name 'none' -> 'lora': the checkpoints of moved/demo hold a whole model and no adapter" in told
+    assert "allow" not in told, "a way that would be refused in turn"
+
+
 def test_what_former_attempts_changed_stays_changed(cli, build, demo):
     demo.start_attempt({"overrides": []})
     demo.start_attempt({"changed": {"train.log_every": [1, 5], "loss.beta": [0.1, 0.3], "hooks.tb": [None, TB]}})

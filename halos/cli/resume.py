@@ -133,7 +133,9 @@ def _changes(config: Config, run_dir: RunDir, settings: dict[str, Any], newest: 
     attempts = run_dir.read_attempts()
     by_content = run_config.recorded_content(attempts, str(run_dir.path)) is not None
     total = run_config.recorded_total(attempts)
-    changed = resume_policy.compare(config, PreviousRun(settings, run_dir.path, newest, by_content, total))
+    past = PreviousRun(settings, run_dir.path, newest, by_content, total)
+    changed = resume_policy.compare(config, past)
+    resume_policy.refuse_impossible(changed, past)
     changed += edited_files(run_dir, changed)
     if config.resume_changes == "refuse":
         resume_policy.refuse_unsafe(changed, run_dir.path)

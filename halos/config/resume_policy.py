@@ -165,6 +165,18 @@ def refuse_unsafe(changes: Sequence[Change], path: Path) -> None:
         )
 
 
+def refuse_impossible(changes: Sequence[Change], past: PreviousRun) -> None:
+    """Raises UserError, whatever resume_changes says, where a checkpoint of the run holds other weights than would be trained."""
+    change = next((change for change in changes if change.key == "peft.name"), None)
+    if change is not None and past.newest is not None:
+        held = "an adapter and no whole model" if change.old == "lora" else "a whole model and no adapter"
+        raise UserError(
+            f"{change}: the checkpoints of {past.path} hold {held}, so this run cannot go on with that. Leave it out; or start a"
+            " new run, without resume=, from the model that this one has trained (FINAL, or what"
+            f" python -m halos.checkpoint export {past.path} writes)"
+        )
+
+
 def apply_changes(settings: dict[str, Any], changed: Mapping[str, Sequence[Any]]) -> None:
     """Apply the changes that an earlier attempt recorded, {key: [old, new]}, to a saved configuration, in place."""
     for key, (_, new) in changed.items():
