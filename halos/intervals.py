@@ -41,7 +41,10 @@ def of_rate(values: Sequence[float], samples: int) -> Bounds | None:
     observations = float(count) if not worth else min(most, worth / spread) if spread else most
     middle, square = rate + Z**2 / (2 * observations), Z**2 / observations
     reach = Z * math.sqrt(rate * (1 - rate) / observations + square / (4 * observations))
-    return max(0.0, (middle - reach) / (1 + square)), min(1.0, (middle + reach) / (1 + square))
+    # at rates of 0 and 1 a bound is the rate itself, which rounding would miss
+    low = (middle - reach) / (1 + square) if rate > 0 else 0.0
+    high = (middle + reach) / (1 + square) if rate < 1 else 1.0
+    return max(0.0, low), min(1.0, high)
 
 
 def named(metric: str, value: float, bounds: Bounds | None) -> dict[str, float]:

@@ -29,6 +29,9 @@ def test_the_interval_of_answers_right_or_wrong_is_wilsons() -> None:
     assert eight == pytest.approx((0.4901625, 0.9433178), abs=1e-7)  # scipy.stats.binomtest(8, 10).proportion_ci(method="wilson")
     assert intervals.of_rate([0.0] * 20, 20) == pytest.approx((0.0, 0.1611252), abs=1e-7)
     assert intervals.of_rate([1.0] * 20, 20) == pytest.approx((0.8388748, 1.0), abs=1e-7)
+    for count in range(1, 60):  # a bound of 2e-17 beside a rate of 0 would leave it outside its own interval
+        assert intervals.of_rate([0.0] * count, count)[0] == 0.0
+        assert intervals.of_rate([1.0] * count, count)[1] == 1.0
     assert intervals.of_rate([], 0) is None
 
 
