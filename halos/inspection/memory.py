@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from halos.checkpoint.manifest import human_size
 from halos.inspection.facts import Fact
 
+BEFOREHAND = "log-probs beforehand"
+
 
 @dataclass(frozen=True, slots=True)
 class Memory:
@@ -26,15 +28,30 @@ class Memory:
     @property
     def peak(self) -> int:
         """At the beginning of a backward pass, while the optimizer steps, or in the pass before the first step."""
+        return max(self.of_step, self.of_pass)
+
+    @property
+    def of_step(self) -> int:
         backward = self.activations + self.working + self.head + (self.gradients if self.accumulates else 0)
-        step = self.optimizer + self.reference + max(backward, self.gradients + self.stepping)
-        return self.libraries + self.weights + max(step, self.beforehand)
+        return self._held + self.optimizer + self.reference + max(backward, self.gradients + self.stepping)
+
+    @property
+    def of_pass(self) -> int:
+        """The pass over the reference's log-probs before the first step, which holds no gradients and no optimizer state."""
+        return self._held + self.beforehand if self.beforehand else 0
+
+    @property
+    def _held(self) -> int:
+        return self.libraries + self.weights
 
     def line(self) -> str:
-        """Format as `about 3.1 GiB at the peak: weights 513.1 MiB, gradients 513.1 MiB, ...`."""
-        return f"about {human_size(self.peak)} at the peak: " + ", ".join(
-            f"{name} {human_size(size)}" for name, size, _ in self._parts()
-        )
+        """Format as `about 3.1 GiB at the peak: weights 513.1 MiB, gradients 513.1 MiB, ...`, of a step; where a pass over the
+        reference comes first, it has a size of its own, since the two are never held at once."""
+        parts = ", ".join(f"{name} {human_size(size)}" for name, size, _ in self._parts() if name != BEFOREHAND)
+        if not self.beforehand:
+            return f"about {human_size(self.peak)} at the peak: {parts}"
+        before = f"{human_size(self.of_pass)} before the first step, in the pass over the reference"
+        return f"about {human_size(self.peak)} at the peak: {before}; {human_size(self.of_step)} in a step: {parts}"
 
     def facts(self) -> tuple[Fact, ...]:
         rows = [Fact(name, human_size(size), note) for name, size, note in self._parts()]
@@ -52,7 +69,7 @@ class Memory:
             ("reference", self.reference, "a second model"),
             ("activations", self.activations + self.working, "of the largest micro-batch"),
             ("logits", self.head, "a chunk of them, and the gradient of the head's weight"),
-            ("log-probs beforehand", self.beforehand, "the pass over the reference, before the first step"),
+            (BEFOREHAND, self.beforehand, "the pass over the reference, before the first step"),
             ("libraries", self.libraries, "of the process, as now"),
         ]
         return [part for part in parts if part[1]]

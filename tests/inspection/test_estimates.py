@@ -127,6 +127,11 @@ def test_the_peak_is_in_the_backward_pass_or_in_the_step() -> None:
     assert Memory(**sizes, activations=3, accumulates=False, stepping=8).peak == 36 + 18
     assert Memory(**sizes, activations=3, accumulates=False, stepping=8, beforehand=90).peak == 11 + 90
     assert one.line().startswith("about 69 B at the peak: weights 10 B, gradients 10 B, optimizer 20 B, reference 5 B, ")
+    first = Memory(**sizes, activations=3, accumulates=False, stepping=8, beforehand=90)
+    assert first.line().startswith(
+        "about 101 B at the peak: 101 B before the first step, in the pass over the reference; 54 B in a step: weights 10 B, "
+    )
+    assert "log-probs beforehand" not in first.line(), "the parts of a step alone, which it would not add up with"
     assert [fact.name for fact in one.facts()][-3:] == ["activations", "logits", "libraries"]
 
 
