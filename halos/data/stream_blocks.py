@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 import threading
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -63,6 +63,7 @@ class Blocks:
         self._worker: Worker | None = None
         self._is_local = False  # the settings cannot be sent to another process
         self.leads = False  # makes blocks ahead, and removes used ones: one process, or one of each host without a common cache
+        self._left: Set[int] = frozenset()  # when blocks were last removed
         self._turn = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="halos stream")
         self._coming: Future[None] | None = None
@@ -93,11 +94,12 @@ class Blocks:
         found = self._directory.iterdir() if self._directory.is_dir() else ()
         return sorted(int(path.name) for path in found if path.name.isdecimal())
 
-    def remove_all_but(self, numbers: Container[int]) -> None:
+    def remove_all_but(self, numbers: Set[int]) -> None:
         """Remove other blocks, in the process that leads. Who has opened one can still read it."""
-        for number in self.at_hand() if self.leads else ():
-            if number not in numbers:
+        if self.leads and numbers != self._left:
+            for number in set(self.at_hand()) - numbers:
                 shutil.rmtree(self._path(number), ignore_errors=True)
+            self._left = frozenset(numbers)
 
     def close(self, *, remove: bool) -> None:
         """End what is in progress; with `remove` nothing is left on the disk."""
@@ -147,7 +149,7 @@ class Blocks:
         with closing(Writer(directory)) as writer:
             for number, entry in enumerate(self._entries):
                 own = [row for source, row in rows if source == number]
-                for written, items in self._kept(directory / f"shard-{number}", entry, own, report[number]) if own else ():
+                for written, items in self._kept(directory / "shard", entry, own, report[number], apart=len(rows) > SHARD):
                     kind = written if items else kind
                     writer.write([(item, number) for item in items])
             span = f"{rows[0][1].where} to {rows[-1][1].where}" if rows else "no rows"
@@ -155,17 +157,22 @@ class Blocks:
             writer.finish({**facts, "report": [asdict(counts) for counts in report],
                            OF_STREAM: {"made_of": self._made_of(place), "after": after, "span": span}})  # fmt: skip
 
-    def _kept(self, shard: Path, entry: Entry, rows: Sequence[Row], counts: Counts) -> Iterator[tuple[str, list[Item]]]:
-        """Tokenise rows of one source, and yield the items within max_length; what becomes of the rows is added to `counts`."""
+    def _kept(
+        self, shard: Path, entry: Entry, rows: Sequence[Row], counts: Counts, *, apart: bool
+    ) -> Iterator[tuple[str, list[Item]]]:
+        """Tokenise rows of one source, and yield the items within max_length; what becomes of the rows is added to `counts`.
+        `apart`: in another process, if that is possible."""
         path = entry.source.source.path
-        if not self._tokenised_apart(shard, rows, path):
-            write_shard(shard, rows, self._tokenise, path)
-        yield from entry.of_shard(shard, counts, self._limit, lambda: rows)
-        shutil.rmtree(shard)
+        for start in range(0, len(rows), SHARD):
+            some = rows[start : start + SHARD]
+            if not apart or not self._tokenised_apart(shard, some, path):
+                write_shard(shard, some, self._tokenise, path)
+            yield from entry.of_shard(shard, counts, self._limit, lambda some=some: some)
+            shutil.rmtree(shard)
 
     def _tokenised_apart(self, shard: Path, rows: Sequence[Row], path: str) -> bool:
-        """Tokenise in another process, unless there are few rows; return whether that is possible."""
-        if len(rows) <= SHARD or self._is_local:
+        """Tokenise in another process; return whether that is possible."""
+        if self._is_local:
             return False
         try:
             self._worker = self._worker or Worker(self._tokenise)

@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,13 @@ from halos.data import shards, stream_blocks
 from halos.data.order import block_order, mismatched_partners
 from halos.data.prepare import Making
 from halos.data.prune import is_held
+from halos.data.row import End, Row
 from halos.data.sampled import PART, PARTS, sampled_hash
-from halos.data.sources import Source, open_source
+from halos.data.sources import OpenSource, Source, open_source
 from halos.data.stored import stored
 from halos.data.stream import SPAN, Position, StreamOrder, StreamPartners, StreamRows
 from halos.data.stream_blocks import Blocks
+from halos.data.stream_rows import START, StreamReader
 from halos.errors import UserError
 from halos.types import Comparison
 
@@ -242,9 +244,30 @@ def test_many_rows_are_tokenised_by_another_process_as_by_this_one(
     monkeypatch.setattr(stream_blocks, "Worker", Recorded)
     other = start([path])
     assert other.batches(0, 10) == expected
-    assert asked == [10, 10]
+    assert asked == [9, 1, 9, 1], "a process gets as many at a time as a shard has"
     states = [each.order.state(10) for each in (plain, other)]
     assert states[0] == states[1]
+
+
+def test_no_block_ends_between_rows_that_a_function_made_of_one(tmp_path: Path) -> None:
+    """For a reader goes on after the line that they are of."""
+    ends = [End(0, 10 * line, line) for line in (1, 2, 3, 3, 3, 4, 5, 5, 6, 7)]
+    rows = [Row({}, f"a.jsonl:{end.line}.{n}", end=end) for n, end in enumerate(ends)]
+
+    def after(end: End) -> Iterator[Row]:
+        return (row for row in rows if row.end is not None and row.end.line > end.line)
+
+    source = OpenSource(Source("a.jsonl"), "", lambda: iter(rows), after=after)
+    reader, place, blocks = StreamReader([source], 3), START, list[list[Row]]()
+    while True:
+        block = reader.read(place)
+        again = StreamReader([source], 3).read(place)
+        assert again == block
+        blocks.append([row for _, row in block.rows])
+        if block.after is None:
+            break
+        place = block.after
+    assert blocks == [rows[:5], rows[5:8], rows[8:]]
 
 
 def test_a_large_file_is_known_by_its_size_and_parts_of_it(tmp_path: Path) -> None:
