@@ -164,7 +164,7 @@ class StreamSource(DatasetSource):
     def lines(self) -> list[tuple[str, str]]:
         size, at, number = self._config.data.stream_block, self._position, self._block.number + 1
         which = f"block {number}" if at != Position() else "the first block"
-        lines = [("train", f"{line} in {which}") for line in lines_of(self._block)]
+        lines = [("train", f"{which} of {line}") for line in lines_of(self._block)]
         lines += [("held out", line) for line in self.eval_data.rows.lines()] if self.eval_data else []
         where = "" if at == Position() else f"it goes on in epoch {at.epoch + 1} with block {number}; "
         return [*lines, ("stream", f"blocks of {size} rows in the order of the files, each shuffled; {where}counts, first row,"

@@ -149,6 +149,7 @@ def test_any_position_leads_to_the_same_batches(
     if kind == "two":
         (tmp_path / "more").mkdir()
         jsonl(tmp_path / "more" / "c.jsonl", pairs(8, 40))
+        jsonl(tmp_path / "more" / "d.jsonl", pairs(6, 50))
         entries = [jsonl(tmp_path / "a.jsonl", rows[:13]), tmp_path / "more", jsonl(tmp_path / "b.jsonl", rows[13:])]
     elif kind == "gz":
         (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes()))
@@ -164,6 +165,7 @@ def test_any_position_leads_to_the_same_batches(
     for number in range(11):
         states.append(whole.order.state(number))
         batches += whole.batches(number, number + 1)
+    assert len({*chain(*batches)}) == {"two": 41, "filtered": 17}.get(kind, 27)
     for number in positions:
         again = start(entries, states[number], number)
         assert again.batches(number, 11) == batches[number:], number

@@ -45,7 +45,7 @@ def blocks(cache: Path) -> list[str]:
 def test_a_run_goes_on_in_the_middle_of_a_block_with_the_same_batches(world: World, cache: Path) -> None:
     """It stops after 12 of 24 rows, of which the first block has 10."""
     whole = world.train("mixed", *STREAM)
-    assert "s.jsonl: 10 rows, 10 examples kept in the first block" in log_of(whole)
+    assert f"train      the first block of {world.data}: 10 rows, 10 examples kept" in log_of(whole)
     assert "stream     blocks of 10 rows in the order of the files, each shuffled; counts, first row," in log_of(whole)
     assert "stream     block 2: " in log_of(whole)
     before, metrics = final(whole), losses(whole)
