@@ -31,6 +31,7 @@ class Steps:
     scored: int
     longest: int  # the batch with the most tokens
     longest_tokens: int
+    last: int = 0  # rows of an epoch's last batch, which takes what is left
     part: str = "epoch"  # what `per_epoch`, and counts over an epoch, are of; a block of a stream
 
     @classmethod
@@ -39,8 +40,9 @@ class Steps:
         batches = [order.batch(number) for number in range(min(order.batches_per_epoch, max(1, total)))]
         tokens = [int(lengths[batch].sum()) for batch in batches]
         longest = int(np.argmax(tokens))
-        return cls(total, order.batches_per_epoch, sum(map(len, batches)), sum(tokens),
-                   sum(int(scored[batch].sum()) for batch in batches), longest, tokens[longest], part)  # fmt: skip
+        read = sum(int(scored[batch].sum()) for batch in batches)
+        return cls(total, order.batches_per_epoch, sum(map(len, batches)), sum(tokens), read, longest, tokens[longest],
+                   len(batches[-1]), part)  # fmt: skip
 
     @property
     def all_tokens(self) -> int:
@@ -48,7 +50,7 @@ class Steps:
         return round(self.tokens * self.total / min(self.per_epoch, max(1, self.total)))
 
     def lines(self) -> list[tuple[str, str]]:
-        """Return a line each on the tokens and on the longest batch, with their names."""
+        """Return a line each on the epochs where there are several, on the tokens and on the longest batch, with their names."""
         several = self.total > self.per_epoch
         whole = (
             f"{'about ' if several else ''}{self.all_tokens:,} in all steps, {self.all_tokens / max(1, self.total):,.0f} a step"
@@ -56,7 +58,18 @@ class Steps:
         epoch = f"{self.tokens:,} {self._a_part}; " if self.total >= self.per_epoch else ""
         scored = f"; {self.scored / self.tokens:.0%} of them scored" if self.scored else ""
         longest = f"a batch of {self.longest_tokens:,} tokens, in step {self.longest + 1}"
-        return [("tokens", epoch + whole + scored), ("longest", longest + (f" of the first {self.part}" if several else ""))]
+        return [
+            *self._epochs(),
+            ("tokens", epoch + whole + scored),
+            ("longest", longest + (f" of the first {self.part}" if several else "")),
+        ]
+
+    def _epochs(self) -> list[tuple[str, str]]:
+        if self.total <= self.per_epoch or self.part != "epoch":
+            return []
+        fewer = f", the last on {self.last}" if self.per_epoch > 1 and self.last < self.rows / self.per_epoch else ""
+        steps = f"{self.per_epoch} steps" if self.per_epoch > 1 else "1 step"
+        return [("epochs", f"{self.total / self.per_epoch:.3g}, each of {steps} on {self.rows:,} items{fewer}")]
 
     @property
     def _a_part(self) -> str:

@@ -15,8 +15,10 @@ from transformers import PretrainedConfig
 from halos.config.bind import LossSpec
 from halos.config.bind_optim import bind_optimizer, bind_schedule
 from halos.config.schema import Config, Train
+from halos.config.values import show
 from halos.data.collate import num_truncated_mismatches
 from halos.data.dataset import Dataset
+from halos.data.encoded import PROMPT_TOO_LONG, TOO_LONG
 from halos.distributed.parameters import num_elements
 from halos.inspection.findings import Check
 from halos.logps.model import bare
@@ -30,6 +32,8 @@ from halos.trainers.humanline import Humanline
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
+
+MANY_LONG = 0.1  # fraction of examples over the longest length from which a warning says so
 
 
 def attempt_record(
@@ -74,7 +78,7 @@ def write(run: PreparedRun, accelerator: Accelerator) -> None:
     _log_positions(run)
     if (target := config.trainer["_target_"]) is not None:
         settings = {name: value for name, value in config.trainer.items() if name != "_target_"}
-        _log("trainer", f"{target} {'  '.join(f'{name}={value}' for name, value in settings.items())}".rstrip())
+        _log("trainer", f"{target} {_listed(settings, '  ').lstrip()}".rstrip())
     _log_data(run)
     if accelerator.is_main_process:
         write_checks(run.batches.checks)
@@ -123,7 +127,7 @@ def _log(name: str, line: str) -> None:
 
 def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     """Log the loss, the model and the reference, the plan of the forward pass, and the trained parameters."""
-    _log("loss", f"{loss.name} {'  '.join(f'{name}={value}' for name, value in loss.settings.items())}".rstrip())
+    _log("loss", f"{loss.name} {_listed(loss.settings, '  ').lstrip()}".rstrip())
     suffix = f", reference: {_reference(config)}" if loss.needs_reference else ""
     trained, total = (_count(structure.model, trained=only) for only in (True, False))
     dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")
@@ -160,7 +164,9 @@ def write_learning_rate(config: Config, total: int | None) -> None:
     line += "" if final is None else f" down to {final * config.optim['lr']:g}"
     if warmup is not None:
         is_known = total is not None or warmup >= 1
-        line += f" after a warm-up of {f'{num_steps(warmup, total or 0)} steps' if is_known else f'{warmup:.0%} of all steps'}"
+        steps = num_steps(warmup, total or 0)
+        known = f"{steps} step{'' if steps == 1 else 's'}"
+        line += f" after a warm-up of {known if is_known else f'{warmup:.0%} of all steps'}" if steps or not is_known else ""
     _log("rate", f"{line}, by {optimizer.name}")
     if optimizer.loraplus_lr_ratio:
         _log("", f"{optimizer.loraplus_lr_ratio:g} times as much for LoRA's B matrices")
@@ -168,8 +174,10 @@ def write_learning_rate(config: Config, total: int | None) -> None:
         _log("", f"{rate:g} for parameters named {pattern}")
 
 
-def _listed(settings: Mapping[str, Any]) -> str:
-    return "".join(f" {name}={value}" for name, value in settings.items())
+def _listed(settings: Mapping[str, Any], gap: str = " ") -> str:
+    """Keys as they would be typed: null, not None."""
+    values = {name: value if isinstance(value, str) else show(value) for name, value in settings.items()}
+    return "".join(f"{gap}{name}={value}" for name, value in values.items())
 
 
 def _log_positions(run: PreparedRun) -> None:
@@ -202,6 +210,7 @@ def _log_data(run: PreparedRun) -> None:
         rows = split.rows
         if not isinstance(rows, Dataset):
             continue
+        _warn_of_lengths(run, name, rows)
         if "desirable" in rows.labels:
             _log("", f"{100 * rows.labels['desirable'].mean():.0f}% of them desirable ({name})")
         if isinstance(split.mismatched_partners, np.ndarray):  # a live batch has others
@@ -219,6 +228,18 @@ def _log_data(run: PreparedRun) -> None:
     _log("first row", f"as the model sees it; {scored}" if run.batches.splits else "as the sampler gets it")
     for name, text in run.batches.first_example(run.structure.tokenizer):
         _log(f"  {name}", text)
+
+
+def _warn_of_lengths(run: PreparedRun, name: str, rows: Dataset) -> None:
+    """Warn where much of the data is left out for its length: the counts above do not say at which length, nor what to do."""
+    config, limit = run.config.train, run.structure.max_length
+    long = sum(counts.dropped.get(reason, 0) for counts in rows.report for reason in (TOO_LONG, PROMPT_TOO_LONG))
+    if long and long >= MANY_LONG * (long + len(rows)):
+        what = "raise it, or train.truncation=truncate" if limit == config.max_length else "train.truncation=truncate"
+        log.warning(
+            "%.0f%% of the examples (%s) are longer than %s=%d and left out: %s", 100 * long / (long + len(rows)), name,
+            "train.max_length" if limit == config.max_length else "the model's positions", limit, what,
+        )  # fmt: skip
 
 
 def _warn_of_labels(loss: LossSpec, rows: Dataset) -> None:

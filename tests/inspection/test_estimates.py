@@ -1,6 +1,7 @@
 """Estimates of memory and work: from shapes alone, and equal to what real tensors take."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,7 @@ def test_the_parts_of_a_run_are_those_of_its_shapes_and_its_largest_micro_batch(
     assert steps.all_tokens == pytest.approx(steps.tokens * batches.total / 6, abs=1)
     mean, share = steps.all_tokens / steps.total, steps.scored / steps.tokens
     assert dict(batches.steps().lines()) == {
+        "epochs": f"{batches.total / 6:.3g}, each of 6 steps on 48 items",
         "tokens": f"{steps.tokens:,} an epoch; about {steps.all_tokens:,} in all steps, {mean:,.0f} a step; {share:.0%} of them"
         " scored",
         "longest": f"a batch of {max(rows.lengths[batches.order.batch(n)].sum() for n in range(6)):,} tokens, in step"
@@ -106,6 +108,8 @@ def test_the_parts_of_a_run_are_those_of_its_shapes_and_its_largest_micro_batch(
     part = Steps.of(rows, batches.order, 2).lines()
     assert part[0][1].startswith(f"{sum(int(rows.lengths[batches.order.batch(n)].sum()) for n in range(2)):,} in all steps")
     assert "epoch" not in str(part)
+    uneven = replace(steps, total=24, per_epoch=4, rows=26, last=2).lines()[0]
+    assert uneven == ("epochs", "6, each of 4 steps on 26 items, the last on 2")
     (time,) = estimate.time(steps)
     assert time.value.startswith("about ")
 
