@@ -10,9 +10,10 @@ log = logging.getLogger(__name__)
 SHOWN = ("loss", "perplexity", "rewards/accuracies", "rewards/margins", "logps/accuracies", "accuracy", "reward", "kl")
 
 
-def summary(metrics: Metrics) -> str:
-    """The most telling metrics in one line of text."""
+def summary(metrics: Metrics, *, objective: str | None = None) -> str:
+    """The most telling metrics in one line of text, and `objective`, which the run is watched by."""
     names = [*SHOWN, *(name for name in metrics if name.startswith("pass@") and "/" not in name)]
+    names += [objective] if objective is not None and objective not in names else []
     return "  ".join(intervals.shown(name, metrics) for name in names if metrics.get(name) is not None)
 
 
@@ -39,7 +40,8 @@ class MetricsLog(Hook):
     def on_eval(self, run: Run, metrics: Metrics) -> None:
         if run.main:
             self._append(run, metrics)
-            log.info("step %d of %d, held out: %s%s", run.step, run.total_steps, summary(metrics), of_sources(metrics))
+            text = summary(metrics, objective=run.config.objective.metric) + of_sources(metrics)
+            log.info("step %d of %d, held out: %s", run.step, run.total_steps, text)
 
     def on_end(self, run: Run) -> None:
         if self._lost:

@@ -169,7 +169,9 @@ def _close(current: Run, status: str, note: str | None) -> int:
     if note:
         log.info("stopped: %s", note) if status != "failed" else log.error("failed: %s", note)
     if status == "finished" and current.main:
-        log.info("finished: %s  %s", current.directory.final, summary(current.last_eval or current.last_train))
+        measured, where = (current.last_eval, "held out") if current.last_eval else (current.last_train, "last step")
+        text = summary(measured, objective=current.config.objective.metric)
+        log.info("finished: %s  %s: %s", current.directory.final, where, text)
     if status == "stopped" and current.main:
         log.info("resume with: %s %s", COMMAND, run_config.resume_arguments(current.config, current.directory.path))
     if status == "stopped" and current.stop is not None and current.stop.signalled:

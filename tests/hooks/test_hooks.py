@@ -17,6 +17,7 @@ from halos.config.schema import Config, Objective
 from halos.errors import UserError
 from halos.hooks.base import Hook, states_of
 from halos.hooks.early_stopping import EarlyStopping
+from halos.hooks.log import summary
 from halos.hooks.trackers import Wandb
 from halos.run.lifecycle import run
 from halos.trainers.base import Trainer
@@ -154,6 +155,12 @@ def test_jobs_of_a_sweep_have_names_of_their_own_in_one_group() -> None:
     assert named("runs/grid/optim.lr-1e-4-0f3a91bc") == ("optim.lr-1e-4-0f3a91bc", "grid")
     assert named("runs/grid") == ("grid", None)
     assert named("elsewhere/of/mine") == ("grid", None)
+
+
+def test_the_line_of_an_evaluation_has_the_objective_of_a_hook_too() -> None:
+    measured = {"step": 5, "loss": 0.5, "sums/accuracy": 0.25, "sums/other": 1.0}
+    assert summary(measured, objective="sums/accuracy") == "loss 0.5  sums/accuracy 0.25"
+    assert summary(measured, objective="loss") == summary(measured) == "loss 0.5"
 
 
 def test_metrics_lost_to_a_full_disk_are_counted_and_the_run_continues(caplog: pytest.LogCaptureFixture) -> None:
