@@ -168,6 +168,8 @@ def test_a_crash_of_ours_keeps_its_traceback(monkeypatch, build):
 
 WRONG = [
     (["loss=dpoo"], ["loss has no choice 'dpoo'", "kto", "did you mean loss=dpo?"]),
+    (["loss=dop"], ["did you mean loss=dpo?"]),  # letters swapped, though dpop has more of them in order
+    (["peft=qlora"], ["QLoRA is peft=lora model.quantize=4bit"]),
     (["loss=null"], ["loss has no choice null", "dpo"]),
     (["loss=[dpo,kto]"], ["loss has no choice"]),
     (["logging=null"], ["did you mean logging=none?"]),

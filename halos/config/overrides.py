@@ -159,6 +159,8 @@ def _comma(override: Override, choices: Choices) -> str:
 
 def _suggestion(group: str, value: str, choices: Choices) -> str:
     near = nearest(value, choices[group])
+    if group == "peft" and value.lower() == "qlora":
+        return "; QLoRA is peft=lora model.quantize=4bit"
     if near:
         return f" (did you mean {group}={near}?)"
     is_path = "/" in value or "." in value

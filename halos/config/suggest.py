@@ -61,6 +61,8 @@ EXPLANATIONS = {
     "max_prompt_length": "train.max_length bounds prompt and completion together, and train.truncation says what becomes of"
     " longer ones",
     "bf16": "train.precision=bfloat16 computes in it, model.dtype=bfloat16 holds the weights in it",
+    "report_to": "a tracker is a choice, logging=wandb or logging=tensorboard",
+    "use_peft": "LoRA is a choice, peft=lora",
     "packing": "rows are always packed end to end, up to train.microbatch_tokens, and do not attend to each other",
     "f_alpha_divergence_coef": "it is 1 - loss.alpha, with loss=f_dpo loss.divergence=alpha",
 }
@@ -136,6 +138,9 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
     known = list(known)
     if OTHER_NAMES.get(word.rpartition(".")[2]) in known:
         return OTHER_NAMES[word.rpartition(".")[2]]
+    swapped = {word[:i] + word[i + 1] + word[i] + word[i + 2 :] for i in range(len(word) - 1)}
+    if (meant := next((name for name in known if name in swapped), None)) is not None:
+        return meant  # dop is dpo, though dpop has more of its letters in order
     best = max(known, key=similarity, default=None)
     return best if best is not None and similarity(best) > 0.6 else None
 

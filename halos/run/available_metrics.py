@@ -43,11 +43,9 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
             f" give data.eval for hooks.{measuring[0]}"
         )
     near = nearest(metric, [*names, *(f"{source}/{name}" for source in sources for name in names)])
-    suggestion = f"did you mean {near}? " if near else ""
+    there = f"did you mean {near}? There are" if near else "there are"
     more = f"; and each of {', '.join(sources)} alone, as {sources[0]}/loss" if sources else ""
-    raise UserError(
-        f"objective.metric={metric} is not measured with loss={loss.name}: {suggestion}There are {', '.join(sorted(names))}{more}"
-    )
+    raise UserError(f"objective.metric={metric} is not measured with loss={loss.name}: {there} {', '.join(sorted(names))}{more}")
 
 
 def refuse_empty_source(config: Config, loss: LossSpec, rows: Dataset) -> None:

@@ -94,8 +94,8 @@ def _refuse_too_few_steps(config: Config, directory: RunDir, source: Path | None
     done = result.get("status") == "finished" and directory.final.is_dir() and not directory.requested_checkpoint(config.resume)
     if done and source is None:
         raise UserError(
-            f"{directory.path} is finished and has no checkpoint to continue from (checkpoint.every=null?): start a new run"
-            f" with {as_argument('model.name_or_path', directory.final)}"
+            f"{directory.path} is finished and has no checkpoint to continue from (none was saved; checkpoint.at_end=true saves"
+            f" the last step's): start a new run with {as_argument('model.name_or_path', directory.final)}"
         )
     step = max(select.step_of(source) if source else 0, int(result.get("step") or 0) if done else 0)
     if step > total:

@@ -26,6 +26,8 @@ from tests.composed import config_of
     ("sync_ref_model=true", "did you mean reference.sync_every?"),
     ("loss_weights=[1,1]", "it is loss.parts of loss=mixture"),
     ("f_alpha_divergence_coef=0.5", "it is 1 - loss.alpha, with loss=f_dpo"),
+    ("report_to=wandb", "a tracker is a choice, logging=wandb or logging=tensorboard"),
+    ("use_peft=true", "LoRA is a choice, peft=lora"),
 ])  # fmt: skip
 def test_a_key_of_another_framework_is_named_as_it_is_here(typed: str, said: str) -> None:
     with pytest.raises(UserError) as caught:

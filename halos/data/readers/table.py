@@ -56,8 +56,9 @@ def _lines(file: Iterator[str], path: Path) -> Iterator[str]:
         try:
             line = next(file, None)
         except UnicodeDecodeError as error:
+            before = error.object[: error.start].count(b"\n")  # the lines that were read with this one
             raise UserError(
-                f"{path}: not UTF-8 text, after line {number}: convert it, for example"
+                f"{path}:{number + before + 1}: not UTF-8 text: convert it, for example"
                 f" iconv -f WINDOWS-1252 -t UTF-8 '{path}' > '{path.with_suffix('.utf8.csv')}'"
             ) from error
         if line is None:
