@@ -225,8 +225,8 @@ def _online(config: Config, overrides: Sequence[str]) -> str | None:
     online = config.online
     if online is None:
         return None
-    if config.reference.name_or_path is not None:
-        return "reference.name_or_path: with loss=online the reference is the first policy, or online.reference=last"
+    if (named := config.reference.name_or_path) and (online.reference == "last" or "online.reference" in typed_keys(overrides)):
+        return f"online.reference={online.reference} and reference.name_or_path={named} are two references: leave out one"
     if online.steps is not None and "online.rounds" in typed_keys(overrides):
         return "online.rounds and online.steps exclude each other: give rounds, or steps for a live loop"
     if online.steps is None and (idle := next((name for name in ("minibatches", "epochs") if getattr(online, name) > 1), None)):

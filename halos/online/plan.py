@@ -241,17 +241,17 @@ class OnlinePlan:
         return overrides
 
     def _continue_from(self, before: Path, *, lora: bool) -> list[str]:
-        """Overrides that continue from the last round's policy; the reference stays the first policy by default."""
-        overrides, last = [], self.online.reference == "last"
+        """Overrides that continue from the last round's policy; the reference is the one that was named, such as a teacher, or
+        else stays the first policy by default."""
+        overrides, last, named = [], self.online.reference == "last", self.inner.reference.name_or_path is not None
         if lora:
-            overrides += [
-                f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}",
-                f"reference.adapter={'start' if last else 'off'}",
-            ]
-            other = None  # no second copy: the reference is the policy at the start of the round, or its base, the first policy
+            overrides += [f"peft.init_from={quoted(before / 'FINAL' / 'adapter')}"]
+            # no second copy: the reference is the policy at the start of the round, or its base, the first policy
+            overrides += [] if named else [f"reference.adapter={'start' if last else 'off'}"]
+            other = None
         else:
             overrides += [f"model.name_or_path={quoted(before / 'FINAL')}"]
-            other = None if last else self.start
+            other = None if last or named else self.start
         if self.loss.needs_reference and other is not None:
             overrides += [f"reference.name_or_path={quoted(other)}"]
             if str(other) == self.start and self.config.model.revision is not None:

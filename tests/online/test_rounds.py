@@ -401,7 +401,8 @@ def test_wrong_overrides_are_refused_before_anything_starts(tmp_path: Path, cach
         (["online.loss=dpo", "online.scorer.functions=[exact_macth]"], "did you mean exact_match"),
         (["online.loss=dpo", "online.scorer.name=judge"], "online.scorer.model is missing"),
         (["online.loss=dpo", "online.sampler.name=vllm"], "online.sampler.python is missing"),
-        (["online.loss=dpo", "reference.name_or_path=tiny"], "online.reference"),
+        (["online.loss=dpo", "online.reference=last", "reference.name_or_path=tiny"], "are two references"),
+        (["online.loss=simpo", "reference.name_or_path=tiny"], "uses no reference model"),
         (["online.loss=dpo", "online.rouns=3"], "online.rounds"),
     ):
         assert said in refused(words, tmp_path, cache), words
