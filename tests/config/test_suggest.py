@@ -1,11 +1,16 @@
 """Names of keys elsewhere: a message says what they are called here."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from halos.config import suggest
 from halos.config.mixture_parts import defaults_of
 from halos.errors import UserError
 from tests.composed import config_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(("typed", "said"), [
@@ -34,6 +39,26 @@ def test_a_key_of_another_framework_is_named_as_it_is_here(typed: str, said: str
         config_of("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo", typed)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def _rows() -> list[tuple[str, str]]:
+    """The manual's table of keys elsewhere: each of them, with the cell that says what it is here."""
+    table = (ROOT / "config" / "README.md").read_text().partition("| there | here |")[2].partition("\n\n")[0]
+    cells = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| `")]
+    return [(word, here) for there, here in cells for word in re.findall(r"`(\w+)", there)]
+
+
+@pytest.mark.parametrize(("word", "here"), _rows())
+def test_a_key_in_the_manuals_table_is_refused_with_a_name_that_the_table_has(word: str, here: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config_of("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo", f"{word}=1")
+    said = str(caught.value)
+    names = re.findall(r"`([a-z_.]+)", here)
+    assert "there is no key" in said
+    assert any(name in said for name in [*names, *(["always"] if here.startswith("always") else [])]), said
+    for name in names:
+        if "." in name:
+            assert suggest.kind_of(name) != "unknown", name
 
 
 def test_a_key_of_the_chosen_loss_that_has_another_name_elsewhere_is_meant() -> None:
