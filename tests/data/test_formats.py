@@ -1,4 +1,7 @@
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -285,3 +288,12 @@ def test_a_turn_of_weight_0_is_not_trained_on(key: str):
     refuses("no assistant turn of a weight other than 0", messages=[*Q, {**GOOD[0], key: 0}])
     refuses(f"whose {key} is 0.5", messages=[*Q, {**GOOD[0], key: 0.5}])
     refuses("starts or ends with a turn of weight 0", prompt="One?", completion=[{**GOOD[0], key: 0}])
+
+
+def test_the_manuals_rows_are_what_it_says_that_they_are() -> None:
+    manual = (Path(__file__).resolve().parents[2] / "halos" / "data" / "README.md").read_text()
+    of_forms, of_prompts = re.findall(r"```json\n(.*?)```", manual, re.S)
+    rows = [Row(json.loads(line), "README.md") for line in of_forms.splitlines()]
+    kinds = [type(read_example(row, score="last")) for row in rows]
+    assert kinds == [Demonstration, Demonstration, Comparison, Judgement, Scored]
+    assert read_prompt(Row(json.loads(of_prompts), "README.md")) == ((user("What is 2 + 3?"),), "5")
