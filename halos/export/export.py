@@ -211,6 +211,7 @@ def _new_directory(output: Path, path: Path) -> Iterator[Path]:
     """Yield a hidden directory that becomes `output` when it is complete, or is removed."""
     if output.exists():
         raise UserError(f"{output} exists already: name another --output")
+    _refuse_unwritable(output)
     name = hashlib.sha256(f"{os.getuid()} {output.absolute()}".encode()).hexdigest()[:16]
     try:
         with FileLock(Path(tempfile.gettempdir()) / f"halos-export-{name}.lock", timeout=0):
@@ -222,6 +223,16 @@ def _new_directory(output: Path, path: Path) -> Iterator[Path]:
                 raise
     except Timeout as error:
         raise UserError(f"{output} is being written by another process: wait for it, or name another --output") from error
+
+
+def _refuse_unwritable(output: Path) -> None:
+    """Raises UserError where no directory can be made beside `output`, by trying; creates the directories above it."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=HIDDEN, dir=output.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror}; name another --output") from error
 
 
 def _base(saved: SavedModel, moved_to: Path | None) -> Path:

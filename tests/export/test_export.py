@@ -315,6 +315,17 @@ def test_a_wrong_export_is_one_message(overrides: list[str], part: str, runs: Pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("overrides", [[], ["--adapter"]])
+def test_an_export_to_where_nothing_can_be_written_is_one_message(
+    overrides: list[str], runs: Path, tmp_path: Path, ends: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    status, said = ends("export", runs / "lora", "--output", tmp_path / "file" / "out", *overrides)
+    assert (status, said.count("\n")) == (2, 1)
+    assert f"{tmp_path / 'file' / 'out'} cannot be written: " in said
+    assert said.endswith("; name another --output\n")
+
+
 def test_a_checkpoint_that_is_not_whole_is_not_exported(step: Path, tmp_path: Path, ends: Any) -> None:
     shutil.copytree(step, tmp_path / "step")
     (tmp_path / "step" / "metrics.json").write_text("{}")
