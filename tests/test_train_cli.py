@@ -537,7 +537,7 @@ def test_a_tracker_may_be_chosen_again_and_other_hooks_stay(cli, build, demo):
     [
         (["loss=kto"], "loss=kto: resume= keeps the choices of moved/demo"),
         (["peft=lora"], "peft=lora: resume="),
-        (["exp_name=other"], "model.name_or_path=moved/demo/FINAL"),
+        (["exp_name=other"], "model.name_or_path=moved/demo/FINAL, which is there once this run has finished"),
         (["run_dir=other"], "run_dir=other: resume="),
         (["overwrite=true"], "overwrite=true: resume="),
         (["train.stepz=3"], "did you mean train.steps?"),

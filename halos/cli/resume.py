@@ -169,9 +169,10 @@ def _refuse_another_run(one: Override, settings: dict[str, Any], run_dir: RunDir
         raise UserError(f"{one.text}: resume= keeps the choices of {run_dir.path}; override only values, such as train.steps=200")
     elsewhere = one.key in ("exp_name", "output_root", "run_dir") and one.values != (settings.get(one.key),)
     if elsewhere or (one.key == "overwrite" and True in one.values):
+        later = "" if run_dir.final.is_dir() else ", which is there once this run has finished"
         raise UserError(
             f"{one.text}: resume= continues in {run_dir.path}; for a new run from its model leave out resume= and pass"
-            f" model.name_or_path={run_dir.final}"
+            f" model.name_or_path={run_dir.final}{later}"
         )
 
 

@@ -81,7 +81,7 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
         known = [word for word, part in members.items() if inspect.isfunction(part) and part.__module__ == imported.__name__
                  and _first_names(part) in (ONE, GROUP)]  # fmt: skip
         near = nearest(name, known)
-        raise UserError(f"there is no reward {path}{f'; did you mean {near}?' if near else ''}; {module} has {', '.join(known)}")
+        raise UserError(f"there is no reward {path}{f' (did you mean {near}?)' if near else ''}; {module} has {', '.join(known)}")
     is_grouped, is_async = _kind(path, members[name])
     _check_keys(path, members[name], settings)
     needed = next((package for package in PACKAGES if package in inspect.getsource(members[name])), None)
