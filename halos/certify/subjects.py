@@ -51,6 +51,9 @@ def named(name: str, overrides: Mapping[str, Any], plugins: Sequence[str], examp
         near = nearest(name, known)
         raise UserError(f"there is no loss {name!r}{f': did you mean {near}?' if near else ''}. There are {', '.join(known)};"
                         " a loss of yours is the dotted path of its function, with --plugins its package")  # fmt: skip
+    package = name.partition(".")[0]
+    if name not in known and package not in ("halos", *plugins):
+        raise UserError(f"{name} is outside halos: if you trust that package, add --plugins {package}")
     settings = {**(_choice(name) if name in known else {"_target_": name}), **overrides}
     spec = bind_loss(settings, plugins)
     return Named(name, str(settings["_target_"]), spec, _worked(name, spec, examples))

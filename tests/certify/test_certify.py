@@ -237,7 +237,7 @@ def test_several_losses_make_one_page_and_one_that_fails_the_exit_status(
         ("dpo beta=-1", r"loss.beta takes a number \(above 0\), not -1"),
         ("dpo betta=1", "did you mean beta"),
         ("dpo ipo beta=1", "KEY=VALUE goes with one LOSS"),
-        ("elsewhere.loss", r"add plugins=\[elsewhere\]"),
+        ("elsewhere.loss", r"elsewhere.loss is outside halos: if you trust that package, add --plugins elsewhere"),
         ("dpo --output page.pdf", "it ends in .md or .html"),
         ("dpo --examples none.yaml", "none.yaml cannot be read"),
         ("dpo --output none/page.md", "none/page.md cannot be written"),
