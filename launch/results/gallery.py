@@ -18,6 +18,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,8 @@ def table(model: str, root: Path, output: Path) -> None:
         Measured(name_of(one), one.config["seed"], measure(one.path / "FINAL", start, one.path / "gallery.json"))
         for one in finished
     ]
+    if twice := [key for key, count in Counter((row.name, row.seed) for row in rows).items() if count > 1]:
+        raise UserError(f"several runs of one loss and seed below {root}, which an interval would count as independent: {twice}")
     output.mkdir(parents=True, exist_ok=True)
     text = page(rows, at_start, [*unfinished, *skipped], pairs=PAIRS, problems=PROBLEMS)
     (output / "gallery.md").write_text(text, encoding="utf-8")
