@@ -94,6 +94,13 @@ def run(model: str, root: Path, source: str | None) -> int:
     return worst
 
 
+def refuse_twice(rows: Sequence[Measured], root: Path) -> None:
+    """Raises UserError for several runs of one loss and seed, which an interval would count as independent."""
+    if twice := [key for key, count in Counter((row.name, row.seed) for row in rows).items() if count > 1]:
+        names = "; ".join(f"{name}, seed {seed}" for name, seed in twice)
+        raise UserError(f"there are several runs of a loss and seed below {root}, of which one may count: {names}")
+
+
 def table(model: str, root: Path, output: Path) -> None:
     """Measure the runs that have finished and write gallery.md and gallery.png. Raises UserError where there is none."""
     start = root / "start" / "FINAL"
@@ -107,8 +114,7 @@ def table(model: str, root: Path, output: Path) -> None:
         Measured(name_of(one), one.config["seed"], measure(one.path / "FINAL", start, one.path / "gallery.json"))
         for one in finished
     ]
-    if twice := [key for key, count in Counter((row.name, row.seed) for row in rows).items() if count > 1]:
-        raise UserError(f"several runs of one loss and seed below {root}, which an interval would count as independent: {twice}")
+    refuse_twice(rows, root)
     output.mkdir(parents=True, exist_ok=True)
     text = page(rows, at_start, [*unfinished, *skipped], pairs=PAIRS, problems=PROBLEMS)
     (output / "gallery.md").write_text(text, encoding="utf-8")

@@ -46,6 +46,8 @@ def test_every_job_of_the_gallery_is_accepted_and_has_its_budget(
     jobs = [job for job in jobs if losses is None or any(f"loss={loss}" in job for loss in losses)]
     configs = [config_of(*job) for job in jobs]
     assert {(one.train.steps, one.train.batch_size) for one in configs} == {(24, 16) if model == "tiny" else (60, 16)}
+    if model == "tiny":
+        assert {one.optim["lr"] for one in configs} == {5e-5}, "not that of random weights"
     assert {one.model.name_or_path for one in configs} == {f"{tmp_path}/start/FINAL"}
     assert {one.peft.name for one in configs} == {"none" if model == "tiny" else "lora"}
     assert all(one.train.eval_every is None and one.checkpoint["every"] is None for one in configs)
@@ -95,3 +97,10 @@ def test_the_log_probs_of_pairs_are_those_of_each_sequence_alone(
         logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     alone = sum(float(logps[place - 1, ids[place]]) for place in range(start, len(ids)))
     assert float(together[0, 0]) == pytest.approx(alone, abs=1e-3)
+
+
+def test_two_runs_of_one_loss_and_seed_are_refused_whatever_their_directories(gallery) -> None:
+    rows = [gallery.Measured("bco", seed, {}) for seed in (0, 1, 0)]
+    gallery.refuse_twice(rows[:2], Path("runs"))
+    with pytest.raises(gallery.UserError, match=r"below runs, .*bco, seed 0"):
+        gallery.refuse_twice(rows, Path("runs"))
