@@ -162,6 +162,29 @@ class Scored(Example):
         return [other] if type(other) is cls else None
 
 
+@dataclass(frozen=True, slots=True)
+class Stepwise(Example):
+    """A completion in steps, and how likely each of them is right. A step's label is learned at the end of what follows it."""
+
+    completed = ("steps",)
+    columns = "steps with labels: prompt + completions (a list of steps) + labels (a list); labels and pairs stand for one step"
+    trains = "only losses on steps, such as prm"
+
+    steps: Turns  # a turn of the assistant's for each
+    step_labels: tuple[float | None, ...]  # from 0, wrong, to 1, right; None: nothing is learned of that step
+    separator: str = "\n"  # follows each step
+
+    @classmethod
+    def of(cls, other: Example) -> Sequence[Example] | None:
+        """A completion with a label is one step, whose label is that of the whole (outcome supervision)."""
+        match other:
+            case Comparison():
+                return [] if other.is_tie else [each for part in Judgement.of(other) or () for each in cls.of(part) or ()]
+            case Judgement(prompt, (turn,), desirable) if not turn.get("tool_calls"):
+                return [Stepwise(prompt, ({"role": "assistant", "content": turn["content"]},), (float(desirable),))]
+        return [other] if type(other) is cls else None
+
+
 def says_something(completion: Turns) -> bool:
     return any(turn.get("tool_calls") or str(turn["content"]).strip() for turn in completion)
 
@@ -186,6 +209,7 @@ class Item:
     id: str  # where the row came from, and which of the row's examples it is
     labels: Mapping[str, float] = field(default_factory=dict)  # of the fields in `Example.labels`
     logps: np.ndarray | None = None  # (scored tokens,) float32, where a Scored came with its sampler's log-probs
+    step_labels: np.ndarray | None = None  # (scored tokens,) float32 of a Stepwise, whose scored tokens end its steps
 
 
 PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion

@@ -9,9 +9,10 @@ from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils._pytree import register_pytree_node
 
-from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Turns  # noqa: F401
+from halos.examples import Comparison, Demonstration, Example, Item, Judgement, Message, PackRow, Scored, Stepwise, Turns  # noqa: F401
 from halos.loss_result import Loss, Mean  # noqa: F401
 from halos.ranges import Range as Range  # re-exported, as examples are: a user's own loss imports all it needs from here
 from halos.sequences import HostSequences, Sequences, Tree, WholeModelInput  # noqa: F401
@@ -31,7 +32,7 @@ class LossInput:
 
     example: ClassVar[type[Example]]  # the type of example that it is computed from
     feedback: ClassVar[str] = "scalar"  # made online from samples with scores: pairwise, binary, or the scores themselves
-    head: ClassVar[Literal["language", "value", "score"]] = "language"  # the head on the model's hidden states
+    head: ClassVar[Literal["language", "value", "score", "steps"]] = "language"  # the head on the model's hidden states
     trainer: ClassVar[str] = "halos.trainers.base.Trainer"  # the class that trains a loss on it
     token_statistics: ClassVar[tuple[str, ...]] = ()  # of TOKEN_STATISTICS: what its TokenLogps have besides log-probs
 
@@ -42,7 +43,8 @@ class LossInput:
 
     @classmethod
     def of(cls, output: Any, items: Sequence[Item]) -> Self:
-        """Build from the model's output over `rows(items)`: TokenLogps; with a value head Acted; with a score head (rows,)."""
+        """Build from the model's output over `rows(items)`: TokenLogps; with a value head Acted; with a score head
+        (rows,); of steps two logits at each scored token, (rows, time, 2)."""
         raise NotImplementedError(f"{cls.__name__} has no `of`")
 
     @staticmethod
@@ -166,6 +168,26 @@ class PairScores(LossInput):
     def of(cls, output: Tensor, items: Sequence[Item]) -> PairScores:
         margin = torch.tensor([item.labels["margin"] for item in items], dtype=torch.float32)
         return cls(output[: len(items)], output[len(items) :], to_device(margin, output.device))
+
+
+@dataclass(frozen=True, slots=True)
+class StepScores(LossInput):
+    """A process reward model's scores of the steps of completions; all are 0 where `mask` is False."""
+
+    example, head = Stepwise, "steps"
+
+    scores: Tensor  # (rows, time) the log-odds that a step is right: its two logits, the second less the first
+    mask: Tensor  # (rows, time) bool: where a row has a step with a label
+    labels: Tensor  # (rows, time) float32, from 0 to 1
+
+    @classmethod
+    def of(cls, output: Tensor, items: Sequence[Item]) -> StepScores:
+        parts = [torch.from_numpy(item.step_labels.copy()) for item in items if item.step_labels is not None]
+        assert len(parts) == len(items), "items of a Stepwise have labels of their steps"
+        width = output.shape[1]
+        labels = torch.stack([pad(part, (0, width - len(part))) for part in parts])
+        mask = torch.arange(width) < torch.tensor([len(part) for part in parts])[:, None]
+        return cls(output[..., 1] - output[..., 0], to_device(mask, output.device), to_device(labels, output.device))
 
 
 @dataclass(frozen=True, slots=True)

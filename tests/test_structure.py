@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     {"redaction", "transfer"},
-    {"errors", "examples", "intervals", "loss_result", "ranges", "repository", "sequences"},
+    {"errors", "examples", "intervals", "loss_result", "ranges", "repository", "reward_kind", "sequences"},
     {"types"},
     {"confined"},
     {"hashes"},

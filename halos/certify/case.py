@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from halos.certify.tabular import Shift, Table, nothing
-from halos.examples import Completion, Item
+from halos.examples import Completion, Item, Stepwise
 from halos.types import LossInput, PackRow, RolloutInput
 
 ROWS, WIDTH = 6, 6  # items of a global batch, and most scored tokens of a completion
@@ -115,4 +115,10 @@ def _item(kind: type[LossInput], number: int, label: float, width: int) -> Item:
         if number == 2 and length > 2:
             scored[1] = False
         completions.append(Completion(np.arange(length, dtype=np.int32) + 100 * number + 50 * which + 10, scored))
-    return Item(prompt, tuple(completions), f"row {number}", dict.fromkeys(kind.example.labels, label))
+    return Item(prompt, tuple(completions), f"row {number}", dict.fromkeys(kind.example.labels, label),
+                step_labels=_step_labels(completions[0], label) if issubclass(kind.example, Stepwise) else None)  # fmt: skip
+
+
+def _step_labels(completion: Completion, label: float) -> np.ndarray:
+    """Of the steps of an item, which are not all equal."""
+    return np.resize(np.array([label, 1 - label, 0.75], np.float32), int(completion.scored.sum()))

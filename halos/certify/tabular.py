@@ -39,7 +39,8 @@ class Table:
     entries: dict[bytes, dict[str, Tensor]] = field(default_factory=dict)
 
     def entry(self, row: PackRow) -> dict[str, Tensor]:
-        """The parameters of a sequence: logps (scored tokens,) and, by the head, values (scored tokens,) or score ()."""
+        """The parameters of a sequence: logps (scored tokens,), with a value head values (scored tokens,) too; of reward models
+        score (), or logits (scored tokens, 2)."""
         if (key := key_of(row)) not in self.entries:
             self.entries[key] = {name: _rounded(part, self.dtype) for name, part in self._draw(key, row).items()}
         return self.entries[key]
@@ -50,6 +51,8 @@ class Table:
         uniform, normal, score, more = _drawn(key, self.seed, count)
         if self.head == "score":
             return {"score": np.array(self.scale * score + shift)}
+        if self.head == "steps":
+            return {"logits": self.scale * np.stack([-normal, normal + shift], -1)}
         parts = {"logps": self.scale * (-3 * uniform + shift / max(1, count))}
         parts |= {"values": self.scale * self.values * normal} if self.head == "value" else {}
         parts |= {"candidates": self.scale * _of_candidates(key, self.seed, count, self.candidates)} if self.candidates else {}
@@ -61,9 +64,11 @@ class Table:
         entries = [self.entry(row) for row in rows]
         if self.head == "score":
             return torch.stack([entry["score"] for entry in entries])
-        lengths = torch.tensor([len(entry["logps"]) for entry in entries])
+        lengths = torch.tensor([len(next(iter(entry.values()))) for entry in entries])
         mask = torch.arange(max(1, int(lengths.max())) + padding) < lengths[:, None]
         columns = {name: padded([entry[name] for entry in entries], mask.shape[1]) for name in entries[0]}
+        if self.head == "steps":
+            return columns["logits"]
         statistics = {name: columns[name] for name in (*TOKEN_STATISTICS, "candidates") if name in columns}
         logps = TokenLogps(columns["logps"], mask, **statistics)
         return Acted(logps, columns["values"]) if self.head == "value" else logps

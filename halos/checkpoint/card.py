@@ -8,6 +8,7 @@ from huggingface_hub import ModelCardData
 
 from halos.checkpoint.lineage import on_the_hub
 from halos.logps.vocabulary import Vocabulary
+from halos.reward_kind import RewardKind
 
 NAME = "README.md"
 TRAIN = ("steps", "epochs", "batch_size", "max_length", "precision")
@@ -16,7 +17,7 @@ SETTINGS: dict[str, tuple[str, ...] | None] = {
 }  # fmt: skip
 
 
-def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, reward: bool, title: str) -> None:
+def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, reward: RewardKind | None, title: str) -> None:
     """Write README.md next to the weights in `directory`, those of an `adapter` or of a whole model."""
     runs = lineage["runs"] if lineage else []
     parts = [_front_matter(runs, adapter=adapter, reward=reward), f"# {title}", _summary(runs, adapter=adapter)]
@@ -27,7 +28,7 @@ def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, 
     (directory / NAME).write_text("\n\n".join(part for part in parts if part) + "\n")
 
 
-def _front_matter(runs: list[Any], *, adapter: bool, reward: bool) -> str:
+def _front_matter(runs: list[Any], *, adapter: bool, reward: RewardKind | None) -> str:
     """Return the YAML that the hub reads. Base and datasets are listed only if they are repositories of the hub."""
     names = [run["base"]["name"] for run in runs]
     base = next((name for name in reversed(names) if on_the_hub(name)), None)
@@ -35,7 +36,7 @@ def _front_matter(runs: list[Any], *, adapter: bool, reward: bool) -> str:
     metadata = ModelCardData(
         base_model=base,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-classification" if reward else "text-generation",
+        pipeline_tag=reward.pipeline if reward else "text-generation",
         tags=["halos", *dict.fromkeys(run["loss"] for run in runs), *(["lora"] if adapter else [])],
         datasets=list(dict.fromkeys(name for name in sources if on_the_hub(name))) or None,
     )
@@ -93,10 +94,10 @@ def _lineage(runs: list[Any]) -> str:
     )
 
 
-def _how_to_load(runs: list[Any], *, adapter: bool, reward: bool, vocabulary: Vocabulary | None) -> str:
-    auto = "AutoModelForSequenceClassification" if reward else "AutoModelForCausalLM"
+def _how_to_load(runs: list[Any], *, adapter: bool, reward: RewardKind | None, vocabulary: Vocabulary | None) -> str:
+    auto = reward.auto if reward else "AutoModelForCausalLM"
     path_lines = ['path = "path/to/this/directory"  # where this file lies, or the repository\'s name on the hub', ""]
-    labels = ", num_labels=1" if reward and adapter else ""
+    labels = "".join(f", {name}={value}" for name, value in reward.labels.items()) if reward and adapter else ""
     if adapter:
         base = runs[-1]["base"]["name"] if runs else "BASE"
         lines = ["from peft import PeftModel", f"from transformers import {auto}, AutoTokenizer", "", *path_lines]

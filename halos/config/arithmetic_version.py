@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from halos.config.resume_policy import Change, drawn_in
 from halos.config.schema import Config
+from halos.reward_kind import RewardKind
 
 PAIRED = ("dpo", "cdpo", "ipo", "simpo", "slic", "bradley_terry")
 KEY = "arithmetic"  # under which an attempt's record, a lineage and a manifest hold the version
@@ -24,7 +25,7 @@ class RunFacts:
     before: Mapping[str, Any]  # its configuration as recorded in the run directory
     model: Mapping[str, Any]  # the model's config.json, or its text model's part
     half: bool  # weights or autocast products are in half precision
-    reads: str  # kind of head that the model is read through: language | value | score (types.py)
+    reads: str  # kind of head that the model is read through: language | value | score | steps (types.py)
     refers: bool  # the loss needs a reference
     packed: bool  # sequences are packed (logps/plan.py)
     head: str  # how hidden states become log-probs: layer | own | whole (logps/plan.py)
@@ -44,7 +45,7 @@ class Revision:
 
 def _sums_head_in_parts(now: RunFacts) -> bool:
     """Return whether a trained head's gradient is a sum of chunks, or not in float32; of one chunk it is the same to the bit."""
-    if now.config.peft.name != "none" or now.reads == "score":
+    if now.config.peft.name != "none" or RewardKind.of(now.reads):
         return False
     train = now.config.train
     rows = 2 * (train.microbatch_size or train.batch_size) * train.max_length  # at most
@@ -116,7 +117,7 @@ HISTORY = (
     Revision(1, "2026-11-26", "this model's sequences are not packed, since they would attend to each other",
              lambda now: not now.packed),
     Revision(1, "2026-11-26", "log-probs come from this model's own head, which is more than a layer, a scale and a soft cap",
-             lambda now: now.reads != "score" and now.head != "layer"),
+             lambda now: not RewardKind.of(now.reads) and now.head != "layer"),
     Revision(1, "2026-11-26", "the reference of a policy with trained biases has the biases of the base", _trains_biases),
     Revision(1, "2026-11-26", "the samples of a prompt depend on the name of its file, and not on its directory",
              _samples_by_directory),
@@ -134,7 +135,7 @@ HISTORY = (
     Revision(5, "2026-11-27", "rounds learn pairs and labels from the tokens that were sampled, without an end token where a"
              " sample was cut", _learns_from_labelled_rounds),
     Revision(6, "2026-11-27", "logits of half-precision products are float32 sums, not rounded to a half",
-             lambda now: now.half and now.reads != "score" and now.head == "layer"),
+             lambda now: now.half and not RewardKind.of(now.reads) and now.head == "layer"),
     Revision(6, "2026-11-27", "a reward function that returns None does not apply, and no longer costs the sample its score",
              _sums_own_rewards),
     Revision(7, "2026-11-27", "a frozen head's logits are computed once", lambda now: now.head == "layer", of="kept"),

@@ -16,6 +16,7 @@ from halos.config.mixture import bind_mixture
 from halos.config.mixture_parts import is_mixture
 from halos.config.signature import bind, defaults, first_type, fit_all, import_target, legal_keys, load_target, positional
 from halos.errors import UserError
+from halos.reward_kind import RewardKind
 from halos.types import TOKEN_STATISTICS, LossInput, RolloutInput, Sampled, TokenLogps
 
 MORE = ("reference", "statistics", "state")  # positional parameters that a loss may have after its first
@@ -99,7 +100,7 @@ def input_types() -> list[type[LossInput]]:
 
 def _check_token_statistics(inputs: type[LossInput]) -> None:
     """Raises UserError for a statistic that is unknown, or that a model without an LM head cannot have."""
-    allowed = () if inputs.head == "score" else TOKEN_STATISTICS
+    allowed = () if RewardKind.of(inputs.head) else TOKEN_STATISTICS
     if unknown := [name for name in inputs.token_statistics if name not in allowed]:
         may = f"it may have {', '.join(allowed)}" if allowed else "a model that gives scores has none"
         raise UserError(f"{inputs.__name__}.token_statistics has {', '.join(unknown)}: {may}")
@@ -107,7 +108,7 @@ def _check_token_statistics(inputs: type[LossInput]) -> None:
 
 def refuse_if_not_a_policy_loss(name: str, loss: LossSpec) -> None:
     """Raises UserError where a loss (`name` is online.loss) cannot be trained online: what it trains cannot be sampled from."""
-    if loss.inputs.head == "score":
+    if loss.reward:
         raise UserError(
             f"online.loss={name}: it trains a reward model, which cannot be sampled from; choose a loss that trains a policy"
         )

@@ -16,6 +16,7 @@ from halos.config.reference_checks import LossTraits, check_reference
 from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.schema import Config, Scorer
 from halos.errors import UserError
+from halos.reward_kind import RewardKind
 
 BETTER_LOW = ("loss", "nll", "perplexity", "kl", "router_aux_loss", "value/loss")  # metrics
 AMOUNTS = ("weight", "count", "epochs")  # of an entry of data.train
@@ -52,7 +53,7 @@ def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]
     typed = [key for key in typed_keys(overrides) if key.partition(".")[2].startswith("correction")]
     if typed and not loss.on_rollouts:
         raise UserError(f"{typed[0]} weighs the advantages of a policy gradient, and loss={loss.name} has none: leave it out")
-    if loss.inputs.head == "score" and config.train.temperature != 1 and config.resume is None:
+    if RewardKind.of(loss.inputs.head) and config.train.temperature != 1 and config.resume is None:
         raise UserError(
             f"train.temperature has no effect with loss={loss.name}, which gives scores and no log-probs: leave it out"
         )

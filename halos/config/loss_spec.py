@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from halos.reward_kind import RewardKind
 from halos.types import LossInput, RolloutInput
 
 
@@ -37,6 +38,11 @@ class LossSpec:
     @property
     def on_rollouts(self) -> bool:
         return issubclass(self.inputs, RolloutInput)
+
+    @property
+    def reward(self) -> RewardKind | None:
+        """The kind of reward model that it trains; None where it trains a policy."""
+        return RewardKind.of(self.inputs.head)
 
     @property
     def has_own_rows(self) -> bool:

@@ -6,6 +6,7 @@ from typing import Any, Protocol
 
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.reward_kind import RewardKind
 
 
 class LossTraits(Protocol):
@@ -92,7 +93,7 @@ def _humanline(config: Config, loss: LossTraits) -> str | None:
     bounds = [f"humanline.{name}={value:g}" for name, value in given.items() if value is not None]
     if not bounds:
         return None
-    if not loss.needs_reference or loss.inputs.head == "score":
+    if not loss.needs_reference or RewardKind.of(loss.inputs.head):
         return f"{bounds[0]} bounds log-ratios to a reference, and loss={loss.name} uses none: humanline=off, or another loss"
     if loss.on_rollouts:
         return f"{bounds[0]}: loss={loss.name} clips its ratios to the policy that sampled by keys of its own: humanline=off"

@@ -39,6 +39,7 @@ def _schema(item: Item) -> pa.Schema:
         + [(f"{name}_scored", pa.int32()) for name in names]
         + [(f"{name}_key", pa.int64()) for name in ("prompt", *names)]
         + [(f"label_{name}", pa.float64()) for name in item.labels]
+        + [("step_labels", FLOATS)] * (item.step_labels is not None)
         + [("logps", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
     )
 
@@ -53,6 +54,7 @@ class Counts:
     kept: int = 0
     cut_turns: int = 0  # examples that lost their oldest turns
     cut_completions: int = 0  # completions that lost their end
+    cut_steps: int = 0  # steps with a label that they lost with it
     inexact: int = 0  # examples whose text does not continue the template's generation prompt
     merged: int = 0  # examples where a token would span the end of the prompt and the start of the completion
     tokenised_anew: int = 0  # sampled completions without token ids, or with another tokenizer's
@@ -105,6 +107,7 @@ class Counts:
         notes = {
             CUT_TURNS: self.cut_turns,
             CUT_COMPLETIONS: self.cut_completions,
+            "steps cut off at max_length": self.cut_steps,
             "do not continue the template's generation prompt (it opens a thought that they lack)": self.inexact,
             "tokenised apart from their prompt, which shares a token with them": self.merged,
             "without token ids of this tokenizer: their text is tokenised": (self.tokenised_anew),
@@ -144,6 +147,8 @@ class Writer:
             for name, value in item.labels.items():
                 columns[f"label_{name}"].append(value)
             columns["logps"].append(() if item.logps is None else item.logps)
+            if item.step_labels is not None:
+                columns["step_labels"].append(item.step_labels)
             columns["source"].append(source)
             prompt = hashlib.blake2b(item.prompt.tobytes(), digest_size=16).digest()
             columns["group"].append(self._groups.setdefault(prompt, len(self._groups)))
@@ -200,7 +205,7 @@ def publish(hidden: Path, path: Path) -> None:
 def _hash_item(content: Any, item: Item, source: int) -> None:
     """Add all that training reads of an item to a hash; not its origin, so that the same rows from another file hash equally."""
     arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
-    arrays += [item.logps] if item.logps is not None else []
+    arrays += [each for each in (item.logps, item.step_labels) if each is not None]
     labels = dict(item.labels)
     # three come first, whether an item has them or not: as they stand in the hashes that runs have recorded
     always = [bool(labels.pop("desirable", 1.0)), labels.pop("margin", 0.0), labels.pop("reward", 0.0)]
@@ -239,6 +244,7 @@ class Dataset:
         self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each
         self._names = names = _names(meta["completions"])
         self._lists = {name: Lists(table[name]) for name in ("prompt", *names, *(f"{name}_spans" for name in names), "logps")}
+        self._step_labels = Lists(table["step_labels"]) if "step_labels" in table.column_names else None
         self._id, self._keys = table["id"], {name: table[f"{name}_key"] for name in ("prompt", *names)}
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
@@ -254,7 +260,8 @@ class Dataset:
         lists, logps = self._lists, self._lists["logps"][row]
         completions = tuple(_completion(lists[name][row], lists[f"{name}_spans"][row]) for name in self._names)
         labels = {name: float(values[row]) for name, values in self.labels.items()}
-        return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps if len(logps) else None)
+        steps = self._step_labels[row] if self._step_labels is not None else None
+        return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps if len(logps) else None, steps)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))

@@ -23,10 +23,12 @@ class Encoded:
     merged: bool
     cut_turns: bool = False
     cut_completions: int = 0
+    cut_steps: int = 0
     logps: np.ndarray | None = None  # (scored tokens,) of a Scored that has its sampler's
     notes: tuple[str, ...] = ()  # what else is to be counted of it, as its layout says
     tokenised_anew: bool = False  # sampled completions whose token ids were missing or another tokenizer's
     by_ids: bool = True  # whether it is shortened by its ids alone: it has no earlier turns that may go
+    step_labels: np.ndarray | None = None  # (scored tokens,) of a Stepwise
 
     @property
     def length(self) -> int:
@@ -57,7 +59,10 @@ def cut_completions(encoded: Encoded, max_length: int) -> Encoded | str:
     if not all(each.scored.any() for each in completions):
         return TOO_LONG
     logps = None if encoded.logps is None else encoded.logps[:max_tokens]
-    return replace(encoded, completions=completions, cut_completions=cut, logps=logps)
+    if (labels := encoded.step_labels) is None:
+        return replace(encoded, completions=completions, cut_completions=cut, logps=logps)
+    kept = int(completions[0].scored.sum())
+    return replace(encoded, completions=completions, cut_completions=cut, cut_steps=len(labels) - kept, step_labels=labels[:kept])
 
 
 def unless_equal(encoded: Encoded | str) -> Encoded | str:

@@ -11,13 +11,16 @@ from halos.data.records import RECORDS, refuse_other_logps, with_reward
 from halos.data.row import Row
 from halos.data.schemas.schema import PROMPTS
 from halos.data.schemas.table import Reading, asked_in, recognised
+from halos.data.steps import COLUMNS as STEPWISE
+from halos.data.steps import labels_of, stepwise
 from halos.errors import UserError
-from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, Scored, Turns
+from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, Scored, Stepwise, Turns
 
 # the columns of each form of a row; those with a label or a reward add it
 PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
 _EXPECTED = (
-    "messages; prompt + completion; prompt + chosen + rejected; prompt + completion + label (or reward); or those of a schema in"
+    "messages; prompt + completion; prompt + chosen + rejected; prompt + completion + label (or reward); prompt +"
+    " completions + labels, of steps; or those of a schema in"
     " halos/data/README.md. data.columns={prompt: NAME} renames columns"
 )
 
@@ -62,6 +65,8 @@ def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tu
         return read(columns, row.where), ()
     if {"chosen", "rejected"} <= columns.keys():
         return _comparison(columns, row.where), PAIR
+    if set(STEPWISE) <= columns.keys():
+        return stepwise(columns, row.where), STEPWISE
     if {"prompt", "completion"} <= columns.keys():
         prompt, completion = prompt_and_completion(columns, "completion", row.where)
         if "label" in columns:
@@ -118,6 +123,8 @@ def _validated(example: Example, where: str) -> Example:
         value = getattr(example, name)
         if not isinstance(value, bool):
             number_of({name: value}, name, where)
+    if isinstance(example, Stepwise):
+        labels_of([0 if label is None else label for label in example.step_labels], len(example.steps), where)
     if isinstance(example, Scored):
         refuse_other_logps(example.ids, example.logps, where)
     if example.sampled and len(example.sampled) != len(example.completed):

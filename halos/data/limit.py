@@ -35,7 +35,9 @@ class Limit:
 
     def fitted(self, item: Item, remarks: Remarks) -> tuple[Item, Remarks] | str:
         """Return an example as it is kept, or why it is dropped. Raises UserError, naming the row, where it is refused."""
-        encoded = Encoded(item.prompt, item.completions, remarks.exact, remarks.merged, logps=item.logps)
+        encoded = Encoded(
+            item.prompt, item.completions, remarks.exact, remarks.merged, logps=item.logps, step_labels=item.step_labels
+        )
         if encoded.length < self._most:
             return item, remarks
         if encoded.length > self._most and self._truncation == "error":
@@ -46,5 +48,6 @@ class Limit:
         if isinstance(shorter, str):
             return shorter
         oddity = self._ends.missing(shorter, remarks.sampling)
-        return (Item(shorter.prompt, shorter.completions, item.id, item.labels, shorter.logps),
-                replace(remarks, oddity=oddity, cut_completions=shorter.cut_completions))  # fmt: skip
+        parts = {"completions": shorter.completions, "logps": shorter.logps, "step_labels": shorter.step_labels}
+        cut = {"cut_completions": shorter.cut_completions, "cut_steps": shorter.cut_steps}
+        return replace(item, **parts), replace(remarks, oddity=oddity, **cut)

@@ -71,7 +71,7 @@ class EndTokens:
 
     def missing(self, encoded: Encoded, sampling: Sampling) -> str | None:
         """Return what is odd about an example of which a scored turn ends in none of the tokens, and was not cut."""
-        for number, completion in enumerate(encoded.completions):
+        for number, completion in enumerate(encoded.completions if encoded.step_labels is None else ()):
             is_cut = len(encoded.prompt) + len(completion.ids) >= self.max_length
             is_cut |= bool(sampling.cut) and sampling.cut[number]
             *earlier, last = [int(token) in self.ids for token in completion.ids[_ends_of_turns(completion)]] or [True]

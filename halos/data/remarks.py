@@ -24,11 +24,12 @@ class Remarks:
     sampling: Sampling
     cut_turns: bool = False
     cut_completions: int = 0
+    cut_steps: int = 0
 
     @classmethod
     def of(cls, encoded: Encoded, oddity: str | None, sampling: Sampling) -> Remarks:
         return cls(encoded.exact, encoded.merged, encoded.tokenised_anew, encoded.by_ids, encoded.notes, oddity, sampling,
-                   encoded.cut_turns, encoded.cut_completions)  # fmt: skip
+                   encoded.cut_turns, encoded.cut_completions, encoded.cut_steps)  # fmt: skip
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Remarks:
@@ -45,6 +46,7 @@ class Remarks:
                 counts.remember(what, where)
         counts.cut_turns += self.cut_turns
         counts.cut_completions += self.cut_completions
+        counts.cut_steps += self.cut_steps
         counts.inexact += not self.exact
         counts.merged += self.merged
         counts.tokenised_anew += self.tokenised_anew

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -60,8 +60,7 @@ class Shard:
     def item(self, row: int) -> tuple[Item, Remarks]:
         assert self.data is not None
         each = self.data[row]
-        named = Item(each.prompt, each.completions, self.place(each.id), each.labels, each.logps)
-        return named, self.remarks[self.data.sources[row]]
+        return replace(each, id=self.place(each.id)), self.remarks[self.data.sources[row]]
 
 
 class Shards:
@@ -160,7 +159,7 @@ def write_shard(directory: Path, rows: Sequence[Row], tokenise: RowTokeniser, pa
                     counts.drop(result, where)
                     continue
                 each, remark = result
-                named = Item(each.prompt, each.completions, _here(each.id, path), each.labels, each.logps)
+                named = replace(each, id=_here(each.id, path))
                 items.append((named, remarks.setdefault(remark, len(remarks))))
             counts.kept += len(items)
             writer.write(items)

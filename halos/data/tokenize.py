@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from halos.data import raw_text
+from halos.data import raw_text, steps
 from halos.data.encoded import Encoded, cut_completions, refuse_length, unless_equal, why_dropped
 from halos.data.endings import CALL
 from halos.data.messages import SYSTEM, is_learned, moved_settings
 from halos.data.template import Layout, LostError, Span, Template, TogetherError, any_of
 from halos.errors import UserError
-from halos.examples import Completion, Demonstration, Example, Scored, Turns
+from halos.examples import Completion, Demonstration, Example, Scored, Stepwise, Turns
 
 APART = "are single turns of conversations, whose scored turns the chat template cannot render together"
 
@@ -45,6 +45,9 @@ class Encoder:
 
     def encode(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded | str]:
         """Tokenise examples, each with the position of its row; a string in the result is the reason why one is dropped."""
+        if examples and isinstance(examples[0][0], Stepwise):  # all examples of a data set have one type
+            fitted = zip(self._encode_steps(examples), examples, strict=True)
+            return [self._fit(encoded, *each) for encoded, each in fitted]
         sampled = [self._is_sampled(example) for example, _ in examples]
         texts = [each for each, has_ids in zip(examples, sampled, strict=True) if not has_ids]
         layouts = [self._layout_or_reason(example, where) for example, where in texts]
@@ -131,6 +134,22 @@ class Encoder:
             for layout in layouts
         ]
 
+    def _encode_steps(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded | str]:
+        """Tokenise prompts, steps and separators, each by itself."""
+        laid_out = list[steps.StepTexts | str]()
+        for example, where in examples:
+            assert isinstance(example, Stepwise)
+            try:
+                texts = steps.lay_out(self._template, example, where)
+                _refuse_half_characters(texts.texts, where)
+                laid_out.append(texts)
+            except LostError as loss:
+                laid_out.append(str(loss))
+        words = list(dict.fromkeys(text for each in laid_out if not isinstance(each, str) for text in each.texts))
+        ids = {text: tokens.ids for text, tokens in zip(words, self._tokenise(words) if words else [], strict=True)}
+        return [each if isinstance(each, str) else steps.encode(each, ids, where)
+                for each, (_, where) in zip(laid_out, examples, strict=True)]  # fmt: skip
+
     def _seam(self, prompt: str) -> int:
         """Return where the last added token of the prompt starts: no merge crosses it, so the text before is tokenised once."""
         return max((match.start() for match in self._seams.finditer(prompt)), default=0)
@@ -185,7 +204,13 @@ class Encoder:
         tried: dict[int, Encoded] = {}
 
         def fits(n: int) -> bool:
-            tried[n] = self._encode([self._lay_out(shorter[n], where)])[0]
+            if isinstance(shorter[n], Stepwise):
+                (encoded,) = self._encode_steps([(shorter[n], where)])
+            else:
+                (encoded,) = self._encode([self._lay_out(shorter[n], where)])
+            if isinstance(encoded, str):
+                raise LostError(encoded)
+            tried[n] = encoded
             return tried[n].length <= self._max_length
 
         if not shorter or self._is_sampled(example):  # a sample belongs to its whole prompt

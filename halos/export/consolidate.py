@@ -17,12 +17,13 @@ from halos.errors import UserError, user_errors
 from halos.logps.vocabulary import Vocabulary
 from halos.merge.merge_and_prove import case_of
 from halos.merge.safetensors_io import SHARD, Entry, weight_files, write_sharded
+from halos.reward_kind import RewardKind
 
 MAX_ELEMENTS = 2**28  # in memory at once; a larger tensor is read by itself
 
 
 @contextmanager
-def consolidated(directory: Path, parent: Path, *, reward: bool) -> Iterator[Path]:
+def consolidated(directory: Path, parent: Path, *, reward: RewardKind | None) -> Iterator[Path]:
     """Yield a temporary directory in `parent` with model/ and, if there is one, value_head/.
 
     Shards are joined a few tensors at a time; transformers then writes them from mapped memory, under the names of its files.
@@ -48,7 +49,7 @@ def consolidated(directory: Path, parent: Path, *, reward: bool) -> Iterator[Pat
         yield root
 
 
-def _save(root: Path, directory: Path, state: dict[str, Tensor], reward: bool) -> None:
+def _save(root: Path, directory: Path, state: dict[str, Tensor], reward: RewardKind | None) -> None:
     dtype = next(value.dtype for value in state.values() if value.is_floating_point())
     model = case_of(directory, directory, Vocabulary(), dtype=dtype, reward=reward).empty_model()
     names: dict[int, str] = {}

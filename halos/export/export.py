@@ -29,6 +29,7 @@ from halos.merge import deviation, expected
 from halos.merge.base_weights import TensorNames
 from halos.merge.merge_and_prove import case_of, merge_and_prove, vocabulary_of
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
+from halos.reward_kind import RewardKind
 from halos.rundir import is_run
 
 TEMPLATES = "additional_chat_templates"  # directory of the tokenizer's named chat templates, next to the default one
@@ -136,7 +137,7 @@ def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
             name_now = {"base_model_name_or_path": str(base.resolve()) if base is not None else name}
             settings.write_text(json.dumps({**confined.load_object(settings), **name_now}, indent=2))
         _copy_tokenizer_and_head(saved, hidden)
-        reward = _peft_config(hidden).task_type == "SEQ_CLS"
+        reward = RewardKind.of_task(_peft_config(hidden).task_type)
         _write_description(saved, hidden, output.name, adapter=True, reward=reward)
     return "the adapter as it was saved"
 
@@ -147,20 +148,18 @@ def whole(path: Path, output: Path, *, dtype: torch.dtype | None = None, shard: 
     if saved.sharded is None:
         return _whole(saved, path, output, dtype=dtype, shard=shard)
     output.parent.mkdir(parents=True, exist_ok=True)
-    with consolidated(saved.sharded, output.parent, reward=_is_reward(_config(saved.sharded))) as full:
+    with consolidated(
+        saved.sharded, output.parent, reward=RewardKind.of_architectures(_config(saved.sharded).architectures)
+    ) as full:
         saved = replace(saved, model=full / "model", head=full if (full / VALUE_HEAD).is_dir() else None)
         return _whole(saved, path, output, dtype=dtype, shard=shard)
-
-
-def _is_reward(config: PretrainedConfig) -> bool:
-    return any("SequenceClassification" in name for name in config.architectures or [])
 
 
 def _whole(saved: SavedModel, path: Path, output: Path, *, dtype: torch.dtype | None, shard: int) -> str:
     if saved.model is None:
         raise UserError(f"{path} holds an adapter and no whole model: merge it")
     config = _config(saved.model)
-    reward = _is_reward(config)
+    reward = RewardKind.of_architectures(config.architectures)
     float32 = _kept_float32(saved.model, dtype, reward=reward) if dtype is not None else set()
     with _new_directory(output, path) as hidden:
         write_sharded(hidden, _entries(saved.model, dtype, float32), shard)
@@ -188,7 +187,7 @@ def _peft_config(adapter: Path) -> PeftConfig:
         return PeftConfig.from_pretrained(str(adapter))
 
 
-def _kept_float32(model: Path, dtype: torch.dtype, *, reward: bool) -> set[str]:
+def _kept_float32(model: Path, dtype: torch.dtype, *, reward: RewardKind | None) -> set[str]:
     """Return the tensors that from_pretrained keeps in float32 in a model of `dtype`, such as a router's correction bias."""
     names = TensorNames(case_of(model, model, Vocabulary(), dtype=dtype, reward=reward).empty_model())
     in_model = {name: names(name)[0] or name for file in map(SafeFile, weight_files(model)) for name in file.names}
@@ -277,7 +276,7 @@ def _copy_generation(model: Path, saved: SavedModel, output: Path) -> None:
             GenerationConfig.from_pretrained(source).save_pretrained(output)
 
 
-def _write_description(saved: SavedModel, output: Path, title: str, *, adapter: bool, reward: bool) -> None:
+def _write_description(saved: SavedModel, output: Path, title: str, *, adapter: bool, reward: RewardKind | None) -> None:
     """Write card, lineage and metrics, without paths that mean something on this machine only."""
     chain = saved.lineage
     with user_errors(f"{saved.path}/{lineage.NAME} is not what a run writes"):

@@ -21,6 +21,7 @@ from halos.distributed.strategy import Strategy
 from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.metrics import Window
+from halos.reward_kind import RewardKind
 from halos.rundir import RunDir
 from halos.schedules import LearningRates
 
@@ -49,7 +50,7 @@ class PlannedRun:
     tokenizer: PreTrainedTokenizerBase
     vocabulary: Vocabulary
     model: nn.Module  # with its adapter, on the meta device: names, shapes and dtypes, no values
-    reward: bool
+    reward: RewardKind | None
     total_steps: int
     max_length: int
     main: bool
@@ -71,7 +72,7 @@ class Run:
     vocabulary: Vocabulary  # the tokenizer's ids, and which of them were new to the base
     optimizer: Optimizer
     tokenizer: PreTrainedTokenizerBase
-    reward: bool  # a reward model rather than a language model
+    reward: RewardKind | None  # of a reward model rather than a language model
     learning_rates: LearningRates  # of the parameter groups, set before each step
     total_steps: int
     max_length: int  # in tokens: train.max_length, or the model's number of positions where that is smaller

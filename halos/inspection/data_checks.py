@@ -9,15 +9,16 @@ from halos.data import oddities
 from halos.data.dataset import Counts, Dataset
 from halos.data.row import EQUAL
 from halos.inspection.findings import Check, Finding, Level, counted, first_places
+from halos.reward_kind import RewardKind
 
 FEW = 0.01  # of the rows: below it repetitions are worth a note, and no warning
 CUSTOM = "or make the examples with a function of yours (data.format)"
 
 
 def checks_of(
-    train: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase, *, scores: bool, on_rollouts: bool
+    train: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase, *, reward: RewardKind | None, on_rollouts: bool
 ) -> tuple[Check, ...]:
-    """Check the data of a run. `scores`: the model gives a score to each completion, so that no token is scored. `on_rollouts`:
+    """Check the data of a run. `reward`: of a reward model, which scores no token by its log-prob. `on_rollouts`:
     the loss compares the rewards of completions of one prompt, which may be equal."""
     splits = [("train", train)] + ([("eval", held_out)] if held_out is not None else [])
     checks = [
@@ -29,9 +30,9 @@ def checks_of(
         Check("no example occurs twice", () if on_rollouts else tuple(_duplicates(train))),
         Check("labels or rewards differ", tuple(_equal_rewards(train))),
     ]
-    if scores:
+    if reward is RewardKind.OUTCOME:
         checks.append(Check("the padding token is no end token", tuple(_padding(tokenizer))))
-    else:
+    elif reward is None:
         checks += [Check("examples have scored tokens", tuple(_unscored(splits))),
                    Check("scored turns end in a scored end token", tuple(_without_end(splits)))]  # fmt: skip
     if held_out is not None:

@@ -111,6 +111,21 @@ class Head:
         return torch.cat(parts)
 
 
+def classifier_of(model: Any) -> Any:
+    """Return the layer of a reward model that reads its hidden states."""
+    return model.score if hasattr(model, "score") else model.classifier
+
+
+def scores_of(model: Any, hidden: Tensor) -> Tensor:
+    """A classifier's scores of hidden states (rows, hidden): (rows, labels), computed in float32 whatever the dtype of the
+    weights, since scores are compared and their differences are small."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = classifier_of(model)
+        if head.weight.dtype is torch.float32 or not isinstance(head, nn.Linear):
+            return head(hidden.to(head.weight.dtype)).float()
+        return nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+
+
 def logits_at_once(device: torch.device) -> int:
     """The number of logits in a chunk: a power of 2 that depends on the device alone, so that a run on its like repeats it."""
     if device.type != "cuda":

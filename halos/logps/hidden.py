@@ -106,3 +106,11 @@ def accepted(kind: type[nn.Module], **arguments: Any) -> dict[str, Any]:
 def _parameters(kind: type[nn.Module]) -> frozenset[str]:
     parameters = inspect.signature(kind.forward).parameters.values()
     return frozenset("**" if each.kind is each.VAR_KEYWORD else each.name for each in parameters)
+
+
+def whole_model(model: PreTrainedModel, row: Tensor, keep: Tensor | None = None) -> Tensor:
+    """The model's own output for one sequence: (tokens, vocabulary) logits, only at indices `keep`, or (1, labels) scores."""
+    some = {} if keep is None else accepted(type(model), logits_to_keep=keep)
+    logits = model(input_ids=row[None], **some, **accepted(type(model), use_cache=False)).logits
+    logits = logits if logits.dim() == 2 else logits[0]
+    return logits if keep is None or len(logits) == len(keep) else logits[keep]  # some forwards ignore logits_to_keep

@@ -6,8 +6,10 @@ them. Nothing is read from disk, so every rank builds the same model.
 
 import copy
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from halos.confined import NO_CODE
 from halos.logps.vocabulary import table
+from halos.types import Sequences
 
 log = logging.getLogger(__name__)
 
@@ -233,3 +236,25 @@ def row(length: int, seed: int = 0) -> Tensor:
     """Token ids that are neither padding nor any other special token in most vocabularies: (length,) int64."""
     generator = torch.Generator().manual_seed(1000 + seed)
     return torch.randint(VOCABULARY // 4, VOCABULARY, (length,), generator=generator)
+
+
+def sequences(rows: Sequence[Tensor]) -> Sequences:
+    """Sequences packed end to end; every token but the first of each is scored."""
+    lengths = tuple(len(row) for row in rows)
+    starts = [0, *accumulate(lengths)][:-1]
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    sources = torch.cat([start + torch.arange(length - 1) for start, length in zip(starts, lengths, strict=True)])
+    columns = torch.cat([torch.arange(length - 1) for length in lengths])
+    number = torch.cat([torch.full((length - 1,), n) for n, length in enumerate(lengths)])
+    ids = torch.cat(list(rows))
+    trees, leaves = tuple((length,) for length in lengths), tuple(range(len(rows)))
+    return Sequences(ids, positions, trees, leaves, ids[sources + 1], sources, number, columns, max(lengths) - 1)
+
+
+def tree(trunk: Tensor, branches: Sequence[Tensor]) -> Sequences:
+    """Sequences that share a trunk, as `hidden_states` reads them."""
+    positions = [torch.arange(len(trunk)), *(len(trunk) + torch.arange(len(each)) for each in branches)]
+    return replace(
+        sequences([torch.cat([trunk, *branches])]), positions=torch.cat(positions), leaves=tuple(range(len(branches))),
+        trees=((len(trunk), *map(len, branches)),),
+    )  # fmt: skip

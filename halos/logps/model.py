@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 
 from halos.errors import UserError
 from halos.logps.distribution import Reading
-from halos.logps.head import Head, from_logits
-from halos.logps.hidden import hidden_states, is_packed, max_rows_over_ranks
-from halos.logps.plan import plan_of, whole_model
+from halos.logps.head import Head, from_logits, scores_of
+from halos.logps.hidden import hidden_states, is_packed, max_rows_over_ranks, whole_model
+from halos.logps.plan import plan_of
 from halos.logps.reference_values import UNSHARDED, base_values_of, reference_values_of
+from halos.reward_kind import RewardKind
 from halos.transfer import to_device
 from halos.types import Acted, Sequences, TokenLogps, WholeModelInput
 
@@ -62,7 +63,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
 class ModelWithHead(nn.Module):
     """A transformers model with the head that reads it, computed by the plan that is right for its architecture."""
 
-    reward = False
+    reward: RewardKind | None = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -164,7 +165,7 @@ class ActorCritic(_Policy):
 class RewardModel(ModelWithHead):
     """Sequences -> one score each, at the token where AutoModelForSequenceClassification reads it."""
 
-    reward = True
+    reward = RewardKind.OUTCOME
 
     def read(self, batch: Sequences) -> Tensor:
         """(rows,) float32: the score at each sequence's last token that is not padding."""
@@ -179,14 +180,24 @@ class RewardModel(ModelWithHead):
         return scores_of(model, hidden)
 
 
-def scores_of(model: Any, hidden: Tensor) -> Tensor:
-    """A sequence classifier's scores of hidden states (rows, hidden): (rows, labels), computed in float32 whatever the dtype of
-    the weights, since scores are compared and their differences are small."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        head = model.score
-        if head.weight.dtype is torch.float32 or not isinstance(head, nn.Linear):
-            return head(hidden.to(head.weight.dtype)).float()
-        return nn.functional.linear(hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float())
+class ProcessRewardModel(ModelWithHead):
+    """Sequences -> two logits at each scored token, the last one of a step, as AutoModelForTokenClassification has them."""
+
+    reward = RewardKind.PROCESS
+
+    def read(self, batch: Sequences) -> Tensor:
+        """(rows, time, labels) float32; only the hidden states at ends of steps go through dropout and head."""
+        if self.plan.head == "whole":
+            return in_rows(self.whole_model(batch, None)[own_tokens(batch)], batch)
+        model: Any = bare(self.model)
+        hidden = self.hidden(batch)[own_tokens(batch)]
+        return in_rows(scores_of(model, model.dropout(hidden) if hasattr(model, "dropout") else hidden), batch)
+
+
+def own_tokens(batch: Sequences) -> Tensor:
+    """The indices of the scored tokens themselves: (scored,) int64. Where a branch begins, the token before lies in its trunk."""
+    begins = to_device(torch.tensor([own for _, _, own, _ in _bounds(batch)]), batch.ids.device)
+    return torch.maximum(batch.sources + 1, begins[batch.rows])
 
 
 def last_tokens(batch: Sequences, padding: int | None) -> Tensor:

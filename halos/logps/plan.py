@@ -15,13 +15,15 @@ from weakref import WeakKeyDictionary
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from halos.errors import UserError
 from halos.logps import miniature
 from halos.logps.attention import SEGMENTS, register
-from halos.logps.head import Head
-from halos.logps.hidden import PACKS, accepted, hidden_states
+from halos.logps.auto import CLASSES
+from halos.logps.head import Head, classifier_of
+from halos.logps.hidden import PACKS, hidden_states, whole_model
+from halos.reward_kind import RewardKind
 from halos.types import Sequences
 
 LENGTHS = (9, 24, 14)  # of the trial's sequences, each of which has a neighbour
@@ -47,7 +49,9 @@ class ForwardPlan:
         return self.attention in PACKS
 
 
-def plan_for(config: PretrainedConfig, *, reward: bool, attention: str | None, longest: int | None = None) -> ForwardPlan:
+def plan_for(
+    config: PretrainedConfig, *, reward: RewardKind | None, attention: str | None, longest: int | None = None
+) -> ForwardPlan:
     """The fastest correct plan. `attention` is the one for packed sequences; with any other, sequences go one at a time.
 
     Raises UserError where no plan is correct.
@@ -65,7 +69,7 @@ def remember(model: PreTrainedModel, plan: ForwardPlan) -> None:
     _LOADED[model] = plan
 
 
-def plan_of(model: PreTrainedModel, *, reward: bool) -> ForwardPlan:
+def plan_of(model: PreTrainedModel, *, reward: RewardKind | None) -> ForwardPlan:
     """The plan with which a model was loaded; else one for its architecture and its current attention."""
     if model not in _LOADED:
         _LOADED[model] = plan_for(model.config, reward=reward, attention=model.config._attn_implementation)
@@ -87,9 +91,9 @@ class _CacheKey:
 
 
 @cache
-def _plan(key: _CacheKey, reward: bool, attention: str | None) -> ForwardPlan:
+def _plan(key: _CacheKey, reward: RewardKind | None, attention: str | None) -> ForwardPlan:
     with _quiet():
-        return _choose(_RewardTrial if reward else _LanguageTrial, key.config, attention)
+        return _choose(_TRIALS[reward], key.config, attention)
 
 
 @contextmanager
@@ -119,38 +123,16 @@ def _choose(kind: type["_LanguageTrial"], config: PretrainedConfig, attention: s
     return ForwardPlan(attention, head, shares=attention == SEGMENTS and trial.is_tree_right(attention, head))
 
 
-def sequences(rows: Sequence[Tensor]) -> Sequences:
-    """Sequences packed end to end; every token but the first of each is scored."""
-    lengths = tuple(len(row) for row in rows)
-    starts = [0, *accumulate(lengths)][:-1]
-    positions = torch.cat([torch.arange(length) for length in lengths])
-    sources = torch.cat([start + torch.arange(length - 1) for start, length in zip(starts, lengths, strict=True)])
-    columns = torch.cat([torch.arange(length - 1) for length in lengths])
-    number = torch.cat([torch.full((length - 1,), n) for n, length in enumerate(lengths)])
-    ids = torch.cat(list(rows))
-    trees, leaves = tuple((length,) for length in lengths), tuple(range(len(rows)))
-    return Sequences(ids, positions, trees, leaves, ids[sources + 1], sources, number, columns, max(lengths) - 1)
-
-
-def tree(trunk: Tensor, branches: Sequence[Tensor]) -> Sequences:
-    """Sequences that share a trunk, as `hidden_states` reads them."""
-    positions = [torch.arange(len(trunk)), *(len(trunk) + torch.arange(len(each)) for each in branches)]
-    return replace(
-        sequences([torch.cat([trunk, *branches])]), positions=torch.cat(positions), leaves=tuple(range(len(branches))),
-        trees=((len(trunk), *map(len, branches)),),
-    )  # fmt: skip
-
-
 class _LanguageTrial:
     """A small random language model, on which plans are tried."""
 
-    auto: Any = AutoModelForCausalLM
+    reward: RewardKind | None = None
     other_numbers = "its logits would not be its own"
 
     def __init__(self, config: PretrainedConfig, *, seed: int) -> None:
         self.name = config.model_type
         self.rows = [miniature.row(length, len(LENGTHS) * seed + number) for number, length in enumerate(LENGTHS)]
-        self.model = self._attempt(lambda: miniature.build(self.auto, config, seed=seed))
+        self.model = self._attempt(lambda: miniature.build(CLASSES[self.reward], config, seed=seed))
         self.plain = self.model.config._attn_implementation
         self.truth = self._attempt(lambda: self._own(self.rows[LONG]))
         if not self.truth.isfinite().all():
@@ -201,7 +183,7 @@ class _LanguageTrial:
         row = self.rows[LONG]
         for head in ("layer", "own"):
             try:
-                output = self._read(hidden_states(self.model, sequences([row])), [row], head)
+                output = self._read(hidden_states(self.model, miniature.sequences([row])), [row], head)
             except Exception:  # this way does not work for this architecture
                 continue
             if self._is_near(output, self.truth):
@@ -215,10 +197,10 @@ class _LanguageTrial:
             self.model.set_attn_implementation(attention)
             if self.model.config._attn_implementation != attention:
                 return "it does not let its attention be chosen"
-            if self._leaks(sequences(self.rows), LENGTHS, kept=(LONG,)):
+            if self._leaks(miniature.sequences(self.rows), LENGTHS, kept=(LONG,)):
                 return "one row would read another"
             with torch.no_grad():
-                output = self._read(hidden_states(self.model, sequences(self.rows)), self.rows, head)
+                output = self._read(hidden_states(self.model, miniature.sequences(self.rows)), self.rows, head)
             return None if self._is_near(output, truth) else self.other_numbers
         except Exception as error:  # whatever an architecture raises on packed sequences
             return f"its code takes no packed rows ({_line(error)})"
@@ -233,10 +215,10 @@ class _LanguageTrial:
         truth, lengths = torch.cat([self._own(row) for row in rows]), [TRUNK, *map(len, branches)]
         try:
             self.model.set_attn_implementation(attention)
-            if self._leaks(tree(trunk, branches), lengths, kept=(0, 2)):
+            if self._leaks(miniature.tree(trunk, branches), lengths, kept=(0, 2)):
                 return False
             with torch.no_grad():
-                parts = hidden_states(self.model, tree(trunk, branches)).split(lengths)
+                parts = hidden_states(self.model, miniature.tree(trunk, branches)).split(lengths)
                 hidden = torch.cat([torch.cat([parts[0], part]) for part in parts[1:]])
                 return self._is_near(self._read(hidden, rows, head), truth)
         except Exception:  # whatever an architecture raises on them
@@ -276,10 +258,10 @@ def _line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-class _RewardTrial(_LanguageTrial):
+class _OutcomeTrial(_LanguageTrial):
     """A small random reward model, on which plans are tried."""
 
-    auto: Any = AutoModelForSequenceClassification
+    reward: RewardKind | None = RewardKind.OUTCOME
     other_numbers = "its scores would not be its own"
 
     def _refuse_looking_ahead(self) -> None:
@@ -288,13 +270,21 @@ class _RewardTrial(_LanguageTrial):
     def _read(self, hidden: Tensor, rows: Sequence[Tensor], head: Way) -> Tensor:
         if head == "own":
             raise NotImplementedError
-        score: Any = self.model.score
-        return score(hidden[torch.tensor(list(accumulate(len(row) for row in rows))) - 1]).float()
+        return classifier_of(self.model)(self._scored(hidden, rows)).float()
+
+    def _scored(self, hidden: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        return hidden[torch.tensor(list(accumulate(len(row) for row in rows))) - 1]
 
 
-def whole_model(model: PreTrainedModel, row: Tensor, keep: Tensor | None = None) -> Tensor:
-    """The model's own output for one sequence: (tokens, vocabulary) logits, only at indices `keep`, or (1, labels) scores."""
-    some = {} if keep is None else accepted(type(model), logits_to_keep=keep)
-    logits = model(input_ids=row[None], **some, **accepted(type(model), use_cache=False)).logits
-    logits = logits if logits.dim() == 2 else logits[0]
-    return logits if keep is None or len(logits) == len(keep) else logits[keep]  # some forwards ignore logits_to_keep
+class _ProcessTrial(_OutcomeTrial):
+    """A small random process reward model, any token of which may end a step."""
+
+    reward = RewardKind.PROCESS
+
+    def _scored(self, hidden: Tensor, rows: Sequence[Tensor]) -> Tensor:
+        return hidden
+
+
+_TRIALS: dict[RewardKind | None, type[_LanguageTrial]] = {
+    each.reward: each for each in (_LanguageTrial, _OutcomeTrial, _ProcessTrial)
+}

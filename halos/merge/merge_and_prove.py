@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 from peft import PeftConfig
@@ -13,18 +14,23 @@ from halos.logps.vocabulary import Vocabulary
 from halos.merge import merge, proof
 from halos.merge.probe import ProbeOutputs
 from halos.merge.safetensors_io import SHARD, SafeFile
+from halos.reward_kind import RewardKind
 
 
 def case_of(
-    base: Path, adapter: Path, vocabulary: Vocabulary, *, dtype: torch.dtype | None, reward: bool | None = None
+    base: Path,
+    adapter: Path,
+    vocabulary: Vocabulary,
+    *,
+    dtype: torch.dtype | None,
+    reward: RewardKind | Literal["saved"] | None = "saved",
 ) -> proof.Case:
-    """Return the inputs of a merge. `dtype` None keeps the base's; `reward` None reads it from the adapter, which otherwise need
-    not exist yet."""
-    if reward is None:
+    """Return the inputs of a merge. `dtype` None keeps the base's; `reward` is read from the adapter, if that is saved."""
+    if reward == "saved":
         with user_errors(f"{adapter}/adapter_config.json is not a PEFT configuration"):
             settings = PeftConfig.from_pretrained(str(adapter))
             _check_types(settings)
-        reward = settings.task_type == "SEQ_CLS"
+        reward = RewardKind.of_task(settings.task_type)
     with user_errors(f"{base}/config.json is not a configuration that transformers knows"):
         config = AutoConfig.from_pretrained(base, **NO_CODE)
     kind = dtype or (config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32)

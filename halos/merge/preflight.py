@@ -36,6 +36,7 @@ from halos.merge.lora import KEEP
 from halos.merge.probe import ProbeOutputs, bit_sums_of, outputs_and_routes, outputs_of, probe_ids, rms, rounding_unit
 from halos.merge.routing import Routes
 from halos.merge.safetensors_io import weight_files, write_empty
+from halos.reward_kind import RewardKind
 from halos.versions import versions
 
 log = logging.getLogger(__name__)
@@ -63,7 +64,13 @@ def key_of(case: proof.Case, model: PeftModel, cache_dir: Path) -> str:
     settings = {**model.peft_config["default"].to_dict(), "base_model_name_or_path": None}
     trained = {name: list(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
     files = file_hashes([case.base / "config.json", *weight_files(case.base)], cache_dir)
-    what = [case.reward, str(case.dtype), case.vocabulary, list(case.tokens), type(model.get_base_model()).__name__]
+    what = [
+        case.reward and case.reward.name,
+        str(case.dtype),
+        case.vocabulary,
+        list(case.tokens),
+        type(model.get_base_model()).__name__,
+    ]
     parts = [settings, trained, files, what, versions()["packages"], source_hash(CODE)]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=_plain).encode()).hexdigest()[:32]
 
@@ -197,7 +204,7 @@ def _stacked(case: proof.Case) -> bool:
     return any(name in weights.locations for name in weights.stacked)
 
 
-def _randomised(model: PeftModel, ids: Tensor, *, reward: bool) -> tuple[Tensor, Routes]:
+def _randomised(model: PeftModel, ids: Tensor, *, reward: RewardKind | None) -> tuple[Tensor, Routes]:
     """Move the trained parameters but lora_A at random, until the outputs change by about a tenth. Return outputs and routes."""
     settings: dict[str, Any] = {"temperature": 1.0, "reward": reward}
     generator = torch.Generator().manual_seed(0)

@@ -20,6 +20,7 @@ from halos.logps.vocabulary import Vocabulary
 from halos.merge.lora import scales_of
 from halos.merge.routing import Routes, recorded, replayed, rerouted_fraction
 from halos.merge.safetensors_io import BLOCK
+from halos.reward_kind import RewardKind
 from halos.types import Acted, Sequences, TokenLogps
 
 ROWS, LENGTH = 12, 32
@@ -31,7 +32,9 @@ class ProbeOutputs:
     """A model's forward pass on the probe, in whatever arithmetic and sharded however it was."""
 
     ids: Tensor  # (rows, length)
-    values: Tensor  # float32: log-probs of each row's tokens but the first, end to end; or a score for each row
+    values: (
+        Tensor  # float32: log-probs (or logits of a step) of each row's tokens but the first, end to end; or a score for each row
+    )
     scales: Mapping[str, float]  # the factor of each layer's update
     unit: float  # the rounding unit of its arithmetic
     bit_sums: frozenset[int] | None = None  # of the trained tensors
@@ -42,10 +45,10 @@ class ProbeOutputs:
     routes: Routes = ()  # of the tokens of a mixture
 
 
-def probe_ids(vocabulary: Vocabulary, known: int, *, longest: int | None = None, reward: bool = False) -> Tensor:
+def probe_ids(vocabulary: Vocabulary, known: int, *, longest: int | None = None, reward: RewardKind | None = None) -> Tensor:
     """Return fixed token ids (rows, length): the first row has the newest ids, the others are drawn from all."""
     size = max(vocabulary.size, known)
-    rows, length = REWARD_ROWS if reward else ROWS, min(LENGTH, longest or LENGTH)
+    rows, length = REWARD_ROWS if reward is RewardKind.OUTCOME else ROWS, min(LENGTH, longest or LENGTH)
     ids = torch.randint(0, size, (rows, length), generator=torch.Generator().manual_seed(0))
     latest = vocabulary.size or size
     special = torch.tensor([*vocabulary.new, *range(max(0, latest - length), latest)][:length])
@@ -132,23 +135,25 @@ def _flat(output: Any) -> Tensor:
 
 
 @torch.no_grad()
-def outputs_of(model: Any, ids: Tensor, *, temperature: float, reward: bool, routes: Routes = ()) -> Tensor:
+def outputs_of(model: Any, ids: Tensor, *, temperature: float, reward: RewardKind | None, routes: Routes = ()) -> Tensor:
     """Return `ProbeOutputs.values` of a model that from_pretrained loaded, along `routes` if there are any."""
     parts = []
     options = accepted(type(bare(model)), use_cache=False)  # some caches fail for models of an unusual depth
     with replayed(model, routes):
         for rows in ids.split(_rows_at_once(model, ids, reward=reward)):
             logits = model(input_ids=rows.to(model.device), **options).logits.float()
-            if not reward:
+            if reward is RewardKind.PROCESS:
+                logits = logits[:, 1:]  # of the tokens that are scored
+            elif reward is None:
                 logits = (logits[:, :-1] / temperature).log_softmax(-1).gather(-1, rows[:, 1:, None].to(logits.device))
             parts.append(logits.flatten().cpu())
     return torch.cat(parts)
 
 
-def _rows_at_once(model: Any, ids: Tensor, *, reward: bool) -> int:
+def _rows_at_once(model: Any, ids: Tensor, *, reward: RewardKind | None) -> int:
     """Rows of one length need no padding, but a reward model without a padding token takes no batch at all."""
     config = bare(model).config.get_text_config()
-    if reward and config.pad_token_id is None:
+    if reward is RewardKind.OUTCOME and config.pad_token_id is None:
         return 1
     return len(ids) if reward else max(1, LOGITS_AT_ONCE // (ids.shape[1] * config.vocab_size))
 
@@ -172,7 +177,14 @@ class Noise:
 
 
 def noise(
-    model: nn.Module, ids: Tensor, unit: float, *, temperature: float, reward: bool, routes: Routes = (), draws: int = 2
+    model: nn.Module,
+    ids: Tensor,
+    unit: float,
+    *,
+    temperature: float,
+    reward: RewardKind | None,
+    routes: Routes = (),
+    draws: int = 2,
 ) -> Noise:
     """Measure how far the values move if every module's output is off by one rounding of the terms it sums.
 

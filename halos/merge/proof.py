@@ -10,16 +10,18 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from halos.confined import NO_CODE, SAFELY
 from halos.errors import UserError, user_errors
+from halos.logps.auto import CLASSES
 from halos.logps.modes import adapter_off
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import deviation, expected, probe
 from halos.merge.probe import ProbeOutputs, bit_sum, outputs_and_routes, outputs_of, rms
 from halos.merge.routing import decisions, rerouted_fraction
 from halos.merge.safetensors_io import SafeFile, blocks
+from halos.reward_kind import RewardKind
 
 FACTOR = 3.0  # times the model's own rounding noise; no correct merge of the tests is off by more than 1.7 times it
 SINGLE = torch.finfo(torch.float32).eps
@@ -27,7 +29,7 @@ FEW = 6  # routing decisions that may differ beyond those that noise explains: n
 WORST = 5  # tensors named in the report
 MAY_CHANGE = {
     "architectures", "dtype", "transformers_version", "num_labels", "id2label", "label2id", "problem_type", "pad_token_id",
-    "use_cache", "vocab_size", "tie_word_embeddings", "quantization_config", "_name_or_path",
+    "use_cache", "classifier_dropout", "vocab_size", "tie_word_embeddings", "quantization_config", "_name_or_path",
 }  # fmt: skip
 
 
@@ -37,18 +39,18 @@ class Case:
 
     base: Path
     adapter: Path
-    reward: bool
+    reward: RewardKind | None
     dtype: torch.dtype
     vocabulary: int = 0  # number of ids of the trained model, where they are more than the base's
     tokens: Sequence[int] = ()  # ids that were new to the base
 
     @property
     def auto(self) -> Any:
-        return AutoModelForSequenceClassification if self.reward else AutoModelForCausalLM
+        return CLASSES[self.reward]
 
     @property
-    def labels(self) -> dict[str, int]:
-        return {"num_labels": 1} if self.reward else {}
+    def labels(self) -> dict[str, Any]:
+        return self.reward.labels if self.reward else {}
 
     def empty_model(self) -> PreTrainedModel:
         """Build the base on the meta device, without weights."""
@@ -196,7 +198,9 @@ def _probe(case: Case, merged: Path) -> Tensor:
 
 def _probe_stored(case: Case, ids: Tensor, live: ProbeOutputs | None) -> ProbeOutputs:
     """Return the outputs of base and adapter in float32, both loaded by PEFT, along the routes of `live` if given."""
-    model = case.auto.from_pretrained(case.base, dtype=torch.float32, **SAFELY, **case.labels)
+    other_head = case.reward is not None  # the base's may have other labels; the adapter has the trained one
+    labels = {**case.labels, "ignore_mismatched_sizes": other_head}
+    model = case.auto.from_pretrained(case.base, dtype=torch.float32, **SAFELY, **labels)
     grow(model, case.vocabulary, case.tokens)
     adapted = PeftModel.from_pretrained(model, str(case.adapter)).eval()
     temperature = live.temperature if live else 1.0

@@ -18,6 +18,7 @@ from halos.errors import UserError, user_errors
 from halos.logps.reference_values import remember_base_values
 from halos.merge import lora
 from halos.models import targets
+from halos.reward_kind import RewardKind
 
 KEYS = (
     "r", "lora_alpha", "lora_dropout", "target_modules", "bias", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern",
@@ -26,10 +27,12 @@ KEYS = (
 LISTS = ("target_modules", "modules_to_save", "target_parameters")  # compared without regard to order
 
 
-def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, reward: bool, seed: int) -> PeftModel:
+def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, reward: RewardKind | None, seed: int) -> PeftModel:
     """Add a fresh adapter to the model (B = 0: its outputs are unchanged). A reward model's head is trained and saved whole."""
-    task = TaskType.SEQ_CLS if reward else TaskType.CAUSAL_LM
-    config = LoraConfig(task_type=task, **_peft_settings(model, settings))
+    task = TaskType(reward.task) if reward else TaskType.CAUSAL_LM
+    # of sequence classifiers alone PEFT's all-linear leaves the head out
+    excluded = "score|classifier" if reward is RewardKind.PROCESS else None
+    config = LoraConfig(task_type=task, exclude_modules=excluded, **_peft_settings(model, settings))
     _refuse_unmatched_modules(model, settings["modules_to_save"])
     model.config._name_or_path = base
     own = {id(parameter) for parameter in model.parameters()}

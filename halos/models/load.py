@@ -10,8 +10,6 @@ import torch
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -24,10 +22,12 @@ from transformers.initialization import no_init_weights
 from halos.confined import NO_CODE, SAFELY
 from halos.errors import UserError, user_errors
 from halos.logps.attention import SEGMENTS, register
+from halos.logps.auto import CLASSES
 from halos.logps.hidden import PACKS
 from halos.logps.plan import plan_for, remember
 from halos.logps.vocabulary import grow
 from halos.models.generation import settings_for
+from halos.reward_kind import RewardKind
 
 log = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ def load_model(
     directory: Path,
     tokenizer: PreTrainedTokenizerBase,
     *,
-    reward: bool,
+    reward: RewardKind | bool | None,
     dtype: torch.dtype,
     attention: str,
     quantize: str | None = None,
@@ -110,30 +110,33 @@ def load_model(
     empty: bool = False,
     longest: int | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model, or with `reward` the same backbone with a scalar head (random where there is none).
+    """Load a causal language model, or with `reward` the same backbone with the head of that kind, True being a single score; the
+    head is random where there is none.
 
     Sequences will be packed where `attention` and the architecture allow it; `longest` is the longest of them, where known.
     Embeddings of `new_tokens` start at the mean of the others; `stops` are end tokens of generation. With `empty` its weights
     are neither read nor initialised, and take no memory: this rank gets its shards later, or needs only names and shapes.
     """
-    config = read_config(directory)
-    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
-    if reward:
-        _check_num_labels(directory, config.architectures or [], getattr(config, "num_labels", 1))
+    config, reward = read_config(directory), RewardKind.OUTCOME if reward is True else reward or None
+    auto, kind = CLASSES[reward], RewardKind.of_architectures(config.architectures)
+    if reward and kind is reward:
+        _check_num_labels(directory, reward, getattr(config, "num_labels", 1))
     try:
         plan = plan_for(config, reward=reward, attention=attention, longest=longest)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
     chosen = plan.attention or (attention if attention not in PACKS else None)
     extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen, **SAFELY, **_quantization(quantize)}
-    extra |= {"num_labels": 1} if reward else {}
+    extra |= reward.labels if reward else {}
     torch.manual_seed(seed)  # a fresh score head is initialised here
     with user_errors(f"{directory} could not be loaded as a {auto.__name__}"):
-        fresh = reward and not any("SequenceClassification" in name for name in config.architectures or [])
+        fresh = reward is not None and kind is not reward
         model = _empty_model(auto, directory, config, extra) if empty else load_weights(auto, directory, extra, fresh_head=fresh)
     remember(model, plan)
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if reward is RewardKind.PROCESS:
+        _describe_steps(model, reward)
     grow(model, len(tokenizer), new_tokens)
     if not reward:
         model.generation_config = settings_for(model.generation_config, tokenizer, stops)
@@ -142,10 +145,13 @@ def load_model(
 
 def load_weights(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_head: bool = False) -> PreTrainedModel:
     """Load the model of class `auto` from `directory`. Raises UserError for missing weights, which transformers would initialise
-    at random; with `fresh_head` those of the head may be missing."""
-    model, report = auto.from_pretrained(directory, output_loading_info=True, **extra)
+    at random; with `fresh_head` those of the head may be missing,
+    or another kind's."""
+    model, report = auto.from_pretrained(directory, output_loading_info=True, ignore_mismatched_sizes=fresh_head, **extra)
     known, unexpected = {name for name, _ in model.named_parameters()}, sorted(map(str, report["unexpected_keys"]))
     missing = sorted(name for name in map(str, report["missing_keys"]) if name in known)  # buffers are computed
+    if other := [name for name in _mismatched(report) if name.startswith(f"{model.base_model_prefix}.")]:
+        raise UserError(f"{directory}: {other[0]} has another shape than its config.json says")
     if fresh_head:
         missing = [name for name in missing if name.startswith(f"{model.base_model_prefix}.")]
     if missing and "quantization_config" not in extra:
@@ -158,6 +164,11 @@ def load_weights(auto: Any, directory: Path, extra: Mapping[str, Any], *, fresh_
             "%s holds %d tensors that its model does not have, such as %s: ignored", directory, len(unexpected), unexpected[0]
         )
     return model
+
+
+def _mismatched(report: Mapping[str, Any]) -> list[str]:
+    """Return the names of tensors that the files have in another shape: transformers gives each with its shapes, or alone."""
+    return [str(each) if isinstance(each, str) else str(each[0]) for each in report.get("mismatched_keys", ())]
 
 
 def _empty_model(auto: Any, directory: Path, config: PretrainedConfig, extra: dict[str, Any]) -> PreTrainedModel:
@@ -199,9 +210,22 @@ def _size_facts(config: PretrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **sizes}
 
 
-def _check_num_labels(directory: Path, architectures: list[str], labels: int) -> None:
-    if any("SequenceClassification" in name for name in architectures) and labels != 1:
-        raise UserError(f"{directory} is a classifier with {labels} labels; a reward model has 1")
+def _check_num_labels(directory: Path, kind: RewardKind, labels: int) -> None:
+    if labels != (wanted := kind.labels["num_labels"]):
+        what = "a reward model" if kind is RewardKind.OUTCOME else "a process reward model"
+        raise UserError(f"{directory} is a classifier with {labels} labels; {what} has {wanted}")
+
+
+def _describe_steps(model: Any, kind: RewardKind) -> None:
+    """Name the labels of a process reward model, unless its base does; and turn off the dropout before its head where the base's
+    config asks for none: transformers' default is 0.1, where TRL turns all dropout off."""
+    config = model.config
+    if set(config.id2label.values()) == {f"LABEL_{number}" for number in range(len(kind.names))}:
+        config.id2label = dict(enumerate(kind.names))
+        config.label2id = {name: number for number, name in enumerate(kind.names)}
+    asked = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))
+    if all(each is None for each in asked) and isinstance(dropout := getattr(model, "dropout", None), nn.Dropout):
+        config.classifier_dropout = dropout.p = 0.0
 
 
 def freeze(model: Model) -> Model:

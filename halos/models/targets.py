@@ -96,7 +96,8 @@ def _not_adaptable(model: nn.Module) -> list[str]:
 def _linear(model: PreTrainedModel) -> list[str]:
     """Return every linear layer except the head, the routers and those that cannot be adapted."""
     excluded = {*routers(model), *_not_adaptable(model)}
-    heads = [layer for layer in (model.get_output_embeddings(), getattr(model, "score", None)) if layer is not None]
+    named = (getattr(model, name, None) for name in ("score", "classifier"))  # of a reward model
+    heads = [layer for layer in (model.get_output_embeddings(), *named) if layer is not None]
     return [
         name
         for name, module in model.named_modules()

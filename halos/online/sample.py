@@ -256,7 +256,7 @@ class Policy:
         transformers_logging.disable_progress_bar()
         dtype: torch.dtype = getattr(torch, self._dtype())
         model: Any = load_model(
-            directory, self.tokenizer, reward=False, dtype=dtype, attention="sdpa", stops=end_of_turn(self.tokenizer)
+            directory, self.tokenizer, reward=None, dtype=dtype, attention="sdpa", stops=end_of_turn(self.tokenizer)
         )
         return model.to(device if device is not None else local_device()).eval()
 

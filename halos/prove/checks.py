@@ -1,6 +1,6 @@
 """The checks of a run's forward on a small copy of its model, each against the model's own forward."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,6 +14,7 @@ from halos.logps.hidden import accepted, backbone_of
 from halos.logps.model import ActorCritic
 from halos.logps.modes import adapter_off
 from halos.prove.small_copy import FLOOR, HALF_MARGIN, MARGIN, SAME_PROMPT, Check, ForwardSpec, SmallCopy
+from halos.reward_kind import RewardKind
 from halos.types import Acted, Sequences
 
 
@@ -25,7 +26,7 @@ def prove(spec: ForwardSpec) -> tuple[SmallCopy, list[Check]]:
 
 
 def _all(copy: SmallCopy) -> Iterator[Check]:
-    for check in (*(_of_scores(copy) if copy.spec.reward else _of_policy(copy)), *_of_leaks(copy)):
+    for check in (*OF_HEAD[copy.spec.reward](copy), *_of_leaks(copy)):
         yield replace(check, what=f"{check.what}, with {copy.adapted}") if copy.adapted else check
 
 
@@ -56,6 +57,25 @@ def _of_scores(copy: SmallCopy) -> Iterator[Check]:
     yield trained.check("scores", copy.output().double())
     alone = [copy.output([number]).double() for number in range(len(copy.rows))]
     yield trained.check("scores of each row by itself", torch.cat(alone))
+
+
+def _of_steps(copy: SmallCopy) -> Iterator[Check]:
+    def own(model: Any, ids: Tensor, number: int) -> Tensor:
+        return model(input_ids=ids, **accepted(type(model), use_cache=False)).logits[0, _scored(copy, number)]
+
+    def logits(output: Tensor, which: Sequence[int]) -> Tensor:
+        """At ends of steps; empty where positions beyond a row's last step are not 0."""
+        counts = [len(_scored(copy, number)) for number in which]
+        if any(bool(row[count:].any()) for row, count in zip(output, counts, strict=True)):
+            return output.new_zeros(0)
+        return torch.cat([row[:count] for row, count in zip(output, counts, strict=True)]).double()
+
+    trained, numbers = _expected(copy, copy.model, own), range(len(copy.rows))
+    yield trained.check("logits of steps", logits(copy.output(), numbers))
+    yield trained.check("logits of each row by itself", torch.cat([logits(copy.output([n]), [n]) for n in numbers]))
+
+
+OF_HEAD = {None: _of_policy, RewardKind.OUTCOME: _of_scores, RewardKind.PROCESS: _of_steps}
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +206,9 @@ def _is_own(batch: Sequences, row: int) -> Tensor:
 
 
 def _row(output: Any, number: int) -> Tensor:
-    """A module's outputs for one row, flattened: its score, or its log-probs and values."""
+    """A module's outputs for one row: its score, its logits of steps, or its log-probs and values, flattened."""
     if isinstance(output, Tensor):
-        return output[number : number + 1]
+        return output[number : number + 1].flatten()
     logps = output.logps if isinstance(output, Acted) else output
     parts = [logps.values, *([output.values] if isinstance(output, Acted) else [])]
     return torch.cat([part[number][logps.mask[number]] for part in parts])

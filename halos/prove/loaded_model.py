@@ -12,6 +12,7 @@ from halos.distributed.strategy import Strategy
 from halos.examples import Completion
 from halos.logps.model import ModelWithHead
 from halos.prove.small_copy import FLOOR, Check
+from halos.reward_kind import RewardKind
 from halos.types import Acted, WholeModelInput
 
 TOKENS = 64
@@ -36,7 +37,7 @@ def prove(
     strategy.reshard(module)
     module.train(training)
     half = half or next(wrapper.parameters()).dtype is not torch.float32
-    expected = own.double()[0, :1] if wrapper.reward else _logps(own, ids, temperature)
+    expected = _expected(own, ids, temperature, wrapper.reward)
     allowed = (HALF if half else FLOOR) * max(1.0, own.abs().max().item())
     output, expected = output.double().cpu(), expected.double().cpu()
     return [Check("one row, as it is trained", _distance(output, expected), allowed),
@@ -64,6 +65,13 @@ def _values(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return (output.logps if isinstance(output, Acted) else output).values[0]
+
+
+def _expected(own: Tensor, ids: Tensor, temperature: float, reward: RewardKind | None) -> Tensor:
+    """What the module gives for a row whose tokens are all scored, from the model's own output."""
+    if reward is None:
+        return _logps(own, ids, temperature)
+    return own.double()[0, :1] if reward is RewardKind.OUTCOME else own.double()[1:]
 
 
 def _logps(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:

@@ -12,16 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from halos.data.collate import PackRow, pack
 from halos.errors import UserError
 from halos.examples import Completion
 from halos.logps import miniature
 from halos.logps.attention import SEGMENTS
-from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel, bare
+from halos.logps.auto import CLASSES
+from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, ProcessRewardModel, RewardModel, bare
 from halos.logps.plan import plan_for, remember
 from halos.models import adapter
+from halos.reward_kind import RewardKind
 from halos.types import Sequences
 
 MARGIN, HALF_MARGIN = 16.0, 4.0  # times the distance of the model's own forward from itself in float64
@@ -35,8 +37,8 @@ ALL_LINEAR = {
     "alpha_pattern": {},
 }
 
-# number of prompt tokens, and which tokens of the completion are scored: all, those of two turns, only the last one
-SHAPES = ((4, "111111111"), (9, "1111000011111111"), (6, "00001"), (9, "001111111111"))
+# number of prompt tokens, and which tokens of the completion are scored: all, those of two turns, only the last one, all but one
+SHAPES = ((4, "111111111"), (9, "1111000011111111"), (6, "00001"), (9, "101111111111"))
 SAME_PROMPT = (1, 3)  # rows whose prompt is the same
 
 
@@ -47,7 +49,7 @@ class ForwardSpec:
     config: PretrainedConfig
     peft: Mapping[str, Any] | None
     attention: str  # for packed rows
-    reward: bool
+    reward: RewardKind | None
     valued: bool  # with a value head
     refers: bool  # the reference is the base with the adapter off
     longest: int | None
@@ -86,13 +88,13 @@ class SmallCopy:
         self.spec, self.adapted = spec, ""  # describes its adapter, where it is not the run's
         self.plan = plan_for(spec.config, reward=spec.reward, attention=spec.attention, longest=spec.longest)
         self.base = self._build()
-        self.rows = rows(self.base.config.get_text_config().pad_token_id if spec.reward else None)
+        self.rows = rows(self.base.config.get_text_config().pad_token_id if spec.reward is RewardKind.OUTCOME else None)
         model: nn.Module = self._build()
         if spec.peft is not None:
             assert isinstance(model, PreTrainedModel)
             model = self._adapted(model, dict(spec.peft))
         if spec.reward:
-            self.module: ModelWithHead = RewardModel(model)
+            self.module: ModelWithHead = (RewardModel if spec.reward is RewardKind.OUTCOME else ProcessRewardModel)(model)
         else:
             self.module = (ActorCritic if spec.valued else LanguageModel)(model, temperature=spec.temperature)
         _perturb(self.module)
@@ -100,7 +102,7 @@ class SmallCopy:
         self.model = bare(model)
 
     def _build(self) -> PreTrainedModel:
-        auto = AutoModelForSequenceClassification if self.spec.reward else AutoModelForCausalLM
+        auto = CLASSES[self.spec.reward]
         model = miniature.build(auto, miniature.small_config(self.spec.config, longest=self.spec.longest))
         if self.spec.reward and model.config.get_text_config().pad_token_id is None:
             model.config.get_text_config().pad_token_id = 0

@@ -57,7 +57,7 @@ def assemble(
         load_optimizer(Path(config.optim["init_from"]) / "state", current.strategy, current.module, current.optimizer)
     budget = token_budget.settle(current, run.planned.optimizer_bytes)
     proof.prove_loaded(current, run.structure.verdict)
-    policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=False))
+    policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=None))
     current.generator = None if current.reward else PolicyGenerator(current, policy)
     data = run.batches.open(current, policy)
     current.rows_of_step = partial(_rows_of_step, data.train, data.order)

@@ -16,7 +16,7 @@ from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.data.dataset import Dataset
 from halos.errors import UserError
-from halos.examples import Completion, Item
+from halos.examples import Completion, Item, Stepwise
 from halos.rollout import evaluation
 from halos.run.datasets import eval_sources
 from halos.types import TOKEN_STATISTICS, Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
@@ -115,10 +115,12 @@ def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATIS
         return Mismatched(_logps(2, padding))
     assert issubclass(kind, LossInput), "a loss takes no other type"
     completion, example = Completion(np.zeros(2, np.int32), np.ones(2, bool)), kind.example
-    items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)))
+    items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)),
+                  step_labels=np.array([n, 1 - n], np.float32) if issubclass(example, Stepwise) else None)
              for n in (1, 0)]  # fmt: skip
     logps = _logps(len(kind.rows(items)), padding, statistics, candidates)
-    outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0]}
+    outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0],
+               "steps": torch.stack([torch.zeros_like(logps.values), logps.values], -1)}  # fmt: skip
     if issubclass(kind, RolloutInput):
         over_time = logps.values
         batch = RolloutBatch(over_time, over_time, over_time[:, 0], over_time, over_time, over_time, over_time, {})

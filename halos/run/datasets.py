@@ -152,7 +152,7 @@ def checks(train: Split, eval_data: Split | None, loss: LossSpec, tokenizer: Pre
     assert isinstance(train.rows, Dataset)
     held_out = eval_data.rows if eval_data and isinstance(eval_data.rows, Dataset) else None
     return (
-        *data_checks.checks_of(train.rows, held_out, tokenizer, scores=loss.inputs.head == "score", on_rollouts=loss.on_rollouts),
+        *data_checks.checks_of(train.rows, held_out, tokenizer, reward=loss.reward, on_rollouts=loss.on_rollouts),
         *template_checks.checks_of(tokenizer),
     )
 

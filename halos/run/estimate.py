@@ -56,7 +56,7 @@ class Estimate:
         head: Any = bare(model).get_output_embeddings()
         weight = getattr(head, "weight", None)
         self.trains_head = isinstance(weight, nn.Parameter) and weight.requires_grad
-        self.reads_logits = run.loss.inputs.head != "score"
+        self.reads_logits = run.loss.reward is None
         train, shares = run.config.train, run.structure.verdict.plan.shares
         tokens = train.microbatch_tokens if isinstance(train.microbatch_tokens, int | None) else _automatic(self.device)
         self.bounds = Bounds(train.microbatch_size, tokens, train.share_prompts and shares)

@@ -24,6 +24,7 @@ from halos.inspection.findings import Check
 from halos.logps.model import bare
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
+from halos.reward_kind import RewardKind
 from halos.run.models import reference_is_adapter
 from halos.run.prepare import PreparedRun, Structure
 from halos.run.render import CLOSE, OPEN
@@ -175,8 +176,8 @@ def write_learning_rate(config: Config, total: int | None) -> None:
 
 
 def _listed(settings: Mapping[str, Any], gap: str = " ") -> str:
-    """Keys as they would be typed: null, not None."""
-    values = {name: value if isinstance(value, str) else show(value) for name, value in settings.items()}
+    """Keys as they would be typed: null, not None, and a line end as \\n."""
+    values = {name: repr(value)[1:-1] if isinstance(value, str) else show(value) for name, value in settings.items()}
     return "".join(f"{gap}{name}={value}" for name, value in values.items())
 
 
@@ -219,7 +220,8 @@ def _log_data(run: PreparedRun) -> None:
             _log("", f"paired with answers to other prompts for the KL, {truncated} of them truncated at max_length ({name})")
         if "desirable" in rows.labels and name == "train":
             _warn_of_labels(run.loss, rows)
-    scored = "its score is read at the end of each completion" if run.planned.reward else f"{OPEN}scored{CLOSE}"
+    scored = {None: f"{OPEN}scored{CLOSE}", RewardKind.OUTCOME: "its score is read at the end of each completion",
+              RewardKind.PROCESS: f"steps are scored {OPEN}here{CLOSE}"}[run.planned.reward]  # fmt: skip
     if config.objective.metric in run.batches.unmeasured:
         log.warning(
             "%s needs both labels, and all rows it is measured on have one: it is left out, and no checkpoint is compared by it",

@@ -17,12 +17,13 @@ from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
-from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, RewardModel, bare
+from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, ProcessRewardModel, RewardModel, bare
 from halos.logps.reference_values import remember_reference_values
 from halos.logps.vocabulary import Vocabulary
 from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_different_tokenizer, weights_dtype
 from halos.models.locate import locate
+from halos.reward_kind import RewardKind
 
 log = logging.getLogger(__name__)
 
@@ -58,19 +59,19 @@ class ModelLoader:
         return self.machine.device.type == "cuda" and self.machine.mixed_precision == "bf16"
 
     def load(
-        self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None = None, empty: bool = False
+        self, source: Path, dtype: torch.dtype, *, reward: RewardKind | None, quantize: str | None = None, empty: bool = False
     ) -> PreTrainedModel:
         """Load a model with its weights; without them if it is to be `empty`, and on ranks but 0 if the strategy shards."""
         empty = empty or (self.strategy.is_sharded and not self.machine.is_main_process)
         return self._load(source, dtype, reward=reward, quantize=quantize, empty=empty)
 
-    def load_structure(self, source: Path, dtype: torch.dtype, *, reward: bool) -> PreTrainedModel:
+    def load_structure(self, source: Path, dtype: torch.dtype, *, reward: RewardKind | None) -> PreTrainedModel:
         """Load a model without weights, on the meta device."""
         with torch.device("meta"):
             return self._load(source, dtype, reward=reward, quantize=None, empty=True)
 
     def _load(
-        self, source: Path, dtype: torch.dtype, *, reward: bool, quantize: str | None, empty: bool
+        self, source: Path, dtype: torch.dtype, *, reward: RewardKind | None, quantize: str | None, empty: bool
     ) -> PreTrainedModel:  # fmt: skip
         return load_model(
             source,
@@ -112,7 +113,7 @@ def reference_is_adapter(config: Config) -> bool:
     return config.peft.name == "lora" and start is not None and named is None and config.reference.adapter == "start"
 
 
-def load_policy(loader: ModelLoader, *, reward: bool, refers: bool, checkpoint: Path | None) -> nn.Module:
+def load_policy(loader: ModelLoader, *, reward: RewardKind | None, refers: bool, checkpoint: Path | None) -> nn.Module:
     """Load the model to train, with its adapter, from `checkpoint` if the run resumes. `refers`: the loss uses a reference."""
     config = loader.config
     remembers = refers and (reference_is_adapter(config) or config.reference.sync_every is not None)
@@ -136,7 +137,7 @@ def load_policy(loader: ModelLoader, *, reward: bool, refers: bool, checkpoint: 
     return adapted
 
 
-def policy_structure(loader: ModelLoader, *, reward: bool) -> nn.Module:
+def policy_structure(loader: ModelLoader, *, reward: RewardKind | None) -> nn.Module:
     """Return the policy with its adapter but without weights, on the meta device. Raises UserError where `load_policy` would,
     except for errors in the weights themselves."""
     config = loader.config
@@ -154,7 +155,7 @@ def policy_structure(loader: ModelLoader, *, reward: bool) -> nn.Module:
 
 def reference_structure(loader: ModelLoader, named: Path) -> nn.Module:
     """Return the configured reference model without weights, on the meta device."""
-    return loader.load_structure(named, loader.reference_dtype, reward=False)
+    return loader.load_structure(named, loader.reference_dtype, reward=None)
 
 
 def locate_reference(loader: ModelLoader) -> Path | None:
@@ -186,7 +187,7 @@ def load_reference(loader: ModelLoader, model: nn.Module, directory: Path | None
     """
     if directory is None and isinstance(model, PeftModel):
         return None
-    inner = loader.load(directory or loader.base, loader.reference_dtype, reward=False, empty=empty)
+    inner = loader.load(directory or loader.base, loader.reference_dtype, reward=None, empty=empty)
     return freeze(LanguageModel(inner, temperature=loader.config.train.temperature))
 
 
@@ -200,8 +201,8 @@ def teach(reference: nn.Module | None, policy: nn.Module, candidates: int) -> No
 
 def add_head(loader: ModelLoader, model: nn.Module, loss: LossSpec, checkpoint: Path | None) -> ModelWithHead:
     """Wrap the model in the module that computes a loss's inputs. A value head is loaded from where the policy comes from."""
-    if loss.inputs.head == "score":
-        return RewardModel(model)
+    if loss.reward:
+        return (RewardModel if loss.reward is RewardKind.OUTCOME else ProcessRewardModel)(model)
     temperature = loader.config.train.temperature
     wrapped = (LanguageModel if loss.inputs.head == "language" else ActorCritic)(model, temperature=temperature)
     wrapped.token_statistics = loss.token_statistics

@@ -194,7 +194,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     )
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
     loader = models.ModelLoader(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())
-    model = models.policy_structure(loader, reward=loss.inputs.head == "score")
+    model = models.policy_structure(loader, reward=loss.reward)
     refuse_without_router(bare(model).config, config.train.router_aux_loss)
     reference = models.locate_reference(loader) if loss.needs_reference else None
     limits = positions.limits(model)
@@ -225,7 +225,7 @@ def plan_run(config: Config, structure: Structure, loss: LossSpec, *, total: int
     sizes = try_out(optimizer, loader.machine.device, loader.strategy.parameter_layout)
     return PlannedRun(
         config=config, directory=RunDir(config.run_dir), base=structure.loader.base, tokenizer=structure.tokenizer,
-        vocabulary=structure.loader.vocabulary, model=structure.model, reward=loss.inputs.head == "score", total_steps=total,
+        vocabulary=structure.loader.vocabulary, model=structure.model, reward=loss.reward, total_steps=total,
         max_length=structure.max_length, main=main, optimizer_bytes=state_bytes(structure.model, optimizer, sizes),
     )  # fmt: skip
 

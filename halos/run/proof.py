@@ -30,7 +30,7 @@ def prove_copies(loss: LossSpec, loader: models.ModelLoader, model: nn.Module, r
         config=bare(model).config,
         peft=asdict(config.peft) if isinstance(model, PeftModel) else None,
         attention=loader.attention(loader.dtype),
-        reward=loss.inputs.head == "score",
+        reward=loss.reward,
         valued=loss.inputs.head == "value",
         refers=loss.needs_reference and reference is None and isinstance(model, PeftModel),
         longest=config.train.max_length,
@@ -59,7 +59,7 @@ def _reference_spec(loader: models.ModelLoader, spec: ForwardSpec, reference: Pa
     dtype = loader.reference_dtype
     return ForwardSpec(
         config=bare(models.reference_structure(loader, reference)).config, peft=None, attention=loader.attention(dtype),
-        reward=False, valued=False, refers=False, longest=spec.longest, dtype=dtype, autocast=spec.autocast,
+        reward=None, valued=False, refers=False, longest=spec.longest, dtype=dtype, autocast=spec.autocast,
         device=spec.device, temperature=spec.temperature,
     )  # fmt: skip
 

@@ -82,7 +82,7 @@ def act(role: str, directory: Path) -> None:
 
     from halos.merge import merge, proof  # noqa: F401
 
-    case = proof.Case(directory / "base", directory / "adapter", False, torch.bfloat16)
+    case = proof.Case(directory / "base", directory / "adapter", None, torch.bfloat16)
     case.empty_model()
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which so far is that of the imports

@@ -38,7 +38,7 @@ def seconds(work: Callable[[], int]) -> tuple[float, int]:
 
 def sampling(place: Path, arguments: argparse.Namespace) -> None:
     tokenizer, _ = load_tokenizer(place, add_tokens=[])
-    model: Any = load_model(place, tokenizer, reward=False, dtype=torch.float32, attention="sdpa").eval()
+    model: Any = load_model(place, tokenizer, reward=None, dtype=torch.float32, attention="sdpa").eval()
     asked = [
         Prompt(str(n), tuple(row["prompt"])) for n, row in zip(range(arguments.prompts), arithmetic.rows("eval"), strict=False)
     ]

@@ -278,7 +278,7 @@ def compare(row: Row, path: Path, rows: list[Tensor], truth: Tensor, wanted: dic
     words = tokenizer()
     words.save_pretrained(path)
     batch = pack([(ids[:PROMPT].numpy().astype(np.int32), completion(ids[PROMPT:])) for ids in rows])
-    module = LanguageModel(load_model(path, words, reward=False, dtype=torch.float32, attention=SEGMENTS).eval())
+    module = LanguageModel(load_model(path, words, reward=None, dtype=torch.float32, attention=SEGMENTS).eval())
     logps = module(batch)
     row.verdict, row.head = "packed" if module.plan.is_packed else "alone", module.plan.head
     row.reason = module.plan.why or ""

@@ -26,6 +26,6 @@ def test_lora_has_its_rank_and_a_run_by_epochs_their_number() -> None:
 
 
 def test_the_code_that_loads_a_model_says_what_its_path_is() -> None:
-    text = card._how_to_load([], adapter=False, reward=False, vocabulary=None)
+    text = card._how_to_load([], adapter=False, reward=None, vocabulary=None)
     assert 'path = "path/to/this/directory"  # where this file lies' in text
     assert text.count("from_pretrained(path)") == 2

@@ -201,6 +201,8 @@ WRONG = [
     [
         (["objective.metric=kl"], ["objective.metric=kl is better low", "objective.mode=min"]),
         (["loss=reward", "train.temperature=0.5"], ["train.temperature has no effect with loss=reward"]),
+        (["loss=prm", "train.temperature=0.5"], ["train.temperature has no effect with loss=prm"]),
+        (["loss=prm", "loss.separator=''"], ["loss prm: separator is empty"]),
         (["loss=dpo", "reference.revision=main"], ["reference.revision=main has no effect without reference.name_or_path"]),
         ([*LIVE, "online.sampler.url=http://x/v1"], ["online.sampler.url has no effect with online.sampler.name=hf"]),
         ([*LIVE, "online.sampler.name=openai", "online.sampler.url=http://x", "online.sampler.top_k=5"], ["top_k has no effect"]),

@@ -16,7 +16,7 @@ from halos.data.formats import as_kind, parse, read_prompt
 from halos.data.row import Row
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Example, Judgement
+from halos.types import Comparison, Demonstration, Example, Judgement, Stepwise
 
 from .tokenizers import jsonl, says, turn, user
 
@@ -54,6 +54,8 @@ S1K = {"solution": "4", "question": "Hi", "cot_type": "math", "source_type": "x"
 WILD = {"id": 1, "session_id": "s", "conversation_input": [{**HI, "language": "English", "redacted": False}], "checklist": ["c"],
         "references": {"gpt-4": "Hello!"}, "intent": "x", "primary_tag": "Math", "secondary_tags": []}  # fmt: skip
 SCORED = PAIR.__class__((HI,), (HELLO,), (NO,), 2.5)
+STEPS = {"prompt": "Hi", "completions": ["Hello!", "No."], "labels": [True, False]}
+STEPWISE = Stepwise((HI,), (HELLO, NO), (1.0, 0.0))
 # the rows of each, and what they give; of those without a completion the prompt
 GIVEN: dict[str, tuple[list[dict[str, Any]], Any]] = {
     "shp": ([SHP], PAIR), "hh": ([HH], PAIR), "hh_helpful": ([HH], PAIR), "hh_harmless": ([HH], PAIR), "oasst": (TREE, PAIR),
@@ -69,6 +71,7 @@ GIVEN: dict[str, tuple[list[dict[str, Any]], Any]] = {
     "trl_tldr": ([{"prompt": "Hi", "completion": " Hello!"}], Demonstration((HI,), (says(" Hello!"),))),
     "trl_tldr_preference": ([{"prompt": "Hi", "chosen": "Hello!", "rejected": "No."}], PAIR),
     "trl_capybara": ([{"source": "x", "messages": TALK["messages"], "num_turns": 2}], TALKED),
+    "trl_math_shepherd": ([STEPS], STEPWISE), "trl_prm800k": ([STEPS], STEPWISE),
     "trl_kto_mix": ([{"prompt": [HI], "completion": [HELLO], "label": True}], Judgement((HI,), (HELLO,), True)),
     "trl_hh_helpful": ([{"prompt": [HI], "chosen": [HELLO], "rejected": [NO]}], PAIR),
     "trl_deepmath": ([{"prompt": [HI], "solution": "4"}], ((HI,), "4")),

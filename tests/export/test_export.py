@@ -179,11 +179,11 @@ def test_names_of_the_hub_stand_in_the_cards_front_matter_and_paths_do_not(runs:
 
     chain = lineage.read(runs / "whole" / "FINAL")
     assert chain is not None
-    card.write(tmp_path, chain, adapter=False, reward=False, title="x")
+    card.write(tmp_path, chain, adapter=False, reward=None, title="x")
     assert "base_model" not in front(tmp_path)
     chain["runs"][0]["base"]["name"] = "org/base"
     chain["runs"][0]["data"]["train"] = [{"path": "org/rows", "hash": "0"}, {"path": "/home/me/rows.jsonl", "hash": "1"}]
-    card.write(tmp_path, chain, adapter=False, reward=False, title="x")
+    card.write(tmp_path, chain, adapter=False, reward=None, title="x")
     assert front(tmp_path)["base_model"] == "org/base"
     assert front(tmp_path)["datasets"] == ["org/rows"]
     assert "/home/me" not in (tmp_path / "README.md").read_text().split("---\n", 2)[1]

@@ -17,6 +17,7 @@ from halos.examples import Completion
 from halos.inspection import template_checks
 from halos.inspection.data_checks import checks_of
 from halos.inspection.findings import Check, Finding, refuse_errors
+from halos.reward_kind import RewardKind
 from halos.types import Comparison, Demonstration, Example, Judgement, Scored
 from tests.data.tokenizers import CHATML, GEMMA, LAST_THOUGHT, LLAMA3, NO_END, jsonl, prepared, says, tokenizer, turn, user
 
@@ -28,8 +29,8 @@ PADDING = "the padding token is the end token </s>: scores are read at the token
 TWO_TURNS = {"messages": [user("a"), says("one"), user("b"), says("two")]}
 
 
-def findings(data: Dataset, held_out: Dataset | None = None, used: Any = None, **more: bool) -> list[Finding]:
-    settings = {"scores": False, "on_rollouts": False, **more}
+def findings(data: Dataset, held_out: Dataset | None = None, used: Any = None, **more: Any) -> list[Finding]:
+    settings = {"reward": None, "on_rollouts": False, **more}
     checks = checks_of(data, held_out, used or tokenizer(), **settings)
     return [finding for check in checks for finding in check.findings]
 
@@ -175,10 +176,10 @@ def test_prompts_without_tokens_are_found_among_others_but_not_in_plain_text(tmp
 def test_a_reward_model_needs_no_end_tokens_but_a_padding_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EndTokens, "of", lambda *_: EndTokens(frozenset(), 200))
     data = prepared(jsonl(tmp_path / "a.jsonl", [pair("Who?", "a", "b")]), tmp_path, kind=Comparison)
-    (found,) = findings(data, scores=True)
+    (found,) = findings(data, reward=RewardKind.OUTCOME)
     assert (found.level, found.text) == ("note", f"{PADDING}, as transformers' classifiers do")
     other = tokenizer(eos="<|im_end|>")
-    assert findings(data, used=other, scores=True) == []
+    assert findings(data, used=other, reward=RewardKind.OUTCOME) == []
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def turn(how: str) -> list[str]:
 def trained_adapter(place: Path, cache: Path) -> Path:
     """One that moves what the tiny model says, so that a reference without it would be seen."""
     base, settings = locate("tiny", None, cache), asdict(compose(cache, place, "loss=dpo", "peft=lora").peft)
-    adapted = attach(AutoModelForCausalLM.from_pretrained(base), settings, base=str(base), reward=False, seed=0)
+    adapted = attach(AutoModelForCausalLM.from_pretrained(base), settings, base=str(base), reward=None, seed=0)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)

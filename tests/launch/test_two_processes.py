@@ -44,6 +44,7 @@ def compare(one: Path, two: Path) -> None:
         pytest.param("sft", [], marks=pytest.mark.slow),
         pytest.param("dpo", LORA, marks=pytest.mark.slow),
         pytest.param("reward", LORA, marks=pytest.mark.slow),
+        pytest.param("prm", LORA, marks=pytest.mark.slow),
         pytest.param("kto", [], marks=pytest.mark.slow),
         pytest.param("bco", [], marks=pytest.mark.slow),
         pytest.param("mpo", LORA, marks=pytest.mark.slow),

@@ -187,7 +187,7 @@ def test_trained_biases_are_the_bases_own_with_the_adapter_off(bias: str) -> Non
     settings = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_modules": "all-linear", "bias": bias,
                 "use_rslora": False, "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": [],
                 "target_parameters": []}  # fmt: skip
-    adapted = LanguageModel(adapter.attach(model, settings, base="", reward=False, seed=0))
+    adapted = LanguageModel(adapter.attach(model, settings, base="", reward=None, seed=0))
     trained = {name: parameter for name, parameter in adapted.named_parameters() if name.endswith(".bias")}
     for parameter in trained.values():
         assert parameter.requires_grad

@@ -13,6 +13,7 @@ from halos.logps import hidden, miniature, plan
 from halos.logps.attention import SEGMENTS
 from halos.logps.model import LanguageModel
 from halos.logps.reference_values import UNSHARDED
+from halos.reward_kind import RewardKind
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -22,7 +23,7 @@ def config(name: str, **settings: Any) -> transformers.PretrainedConfig:
     return getattr(transformers, f"{name}Config")(**{**SIZES, **settings})
 
 
-def planned(name: str, *, reward: bool = False, longest: int | None = None, **settings: Any) -> plan.ForwardPlan:
+def planned(name: str, *, reward: RewardKind | None = None, longest: int | None = None, **settings: Any) -> plan.ForwardPlan:
     return plan.plan_for(config(name, **settings), reward=reward, attention=SEGMENTS, longest=longest)
 
 
@@ -50,9 +51,9 @@ def test_rotary_embeddings_that_change_with_the_longest_row_pack_only_where_no_r
 
 
 def test_scores_are_packed_or_the_models_own_one_row_at_a_time() -> None:
-    assert planned("Llama", reward=True) == plan.ForwardPlan(SEGMENTS, "layer", shares=True)
-    assert planned("Falcon", reward=True, num_kv_heads=4).attention is None
-    assert planned("OPT", reward=True, ffn_dim=96, word_embed_proj_dim=64).head in ("layer", "whole")
+    assert planned("Llama", reward=RewardKind.OUTCOME) == plan.ForwardPlan(SEGMENTS, "layer", shares=True)
+    assert planned("Falcon", reward=RewardKind.OUTCOME, num_kv_heads=4).attention is None
+    assert planned("OPT", reward=RewardKind.OUTCOME, ffn_dim=96, word_embed_proj_dim=64).head in ("layer", "whole")
 
 
 @pytest.mark.parametrize("into", ["any sequence", "a later branch"])
@@ -117,7 +118,7 @@ def test_ranks_call_their_layers_equally_often_and_no_number_moves(monkeypatch: 
     )
     module, calls = LanguageModel(model.eval()), []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append("layer"))
-    batch = plan.sequences([torch.arange(5, 12), torch.arange(20, 25)])
+    batch = miniature.sequences([torch.arange(5, 12), torch.arange(20, 25)])
     results = []
 
     def all_reduce(most: torch.Tensor, _: Any) -> None:  # another rank has five rows

@@ -13,13 +13,13 @@ import yaml
 from torch import Tensor
 
 from halos.config.bind import bind_loss
-from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts, TokenLogps, ValuedRollouts
+from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts, StepScores, TokenLogps, ValuedRollouts
 
 CONFIG = Path(__file__).parents[2] / "config/loss"
 ROWS, WIDTH = 5, 6
 TAUGHT = ("gkd",)  # losses that need a teacher: a further key, and tests of their own
 WHOLE = ("statistics", "state")  # parameters that are the same for every micro-batch of a global batch
-KNOWN = (TokenLogps, Pair, Labelled, PairScores, Rollouts, ValuedRollouts)  # first parameters that `sample` can make
+KNOWN = (TokenLogps, Pair, Labelled, PairScores, StepScores, Rollouts, ValuedRollouts)  # first parameters that `sample` can make
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ def sample(kind: type, seed: int) -> Any:
         return Labelled(logps(1), desirable)
     if kind is Mismatched:
         return Mismatched(logps(3))
+    if kind is StepScores:
+        mask = logps(1).mask
+        scores, labels = torch.randn(ROWS, WIDTH, generator=generator), torch.rand(ROWS, WIDTH, generator=generator)
+        return StepScores(scores * mask, mask, labels.round(decimals=1) * mask)
     assert kind is PairScores, f"say here how to make a {kind.__name__}"
     chosen, rejected, margin = torch.randn(3, ROWS, generator=generator)
     return PairScores(chosen, rejected, margin.abs())
@@ -190,6 +194,7 @@ def counts(given: dict[str, Any]) -> dict[str, int]:
     sides = [first] if isinstance(first, TokenLogps) else [getattr(first, each.name) for each in fields(first)]
     tokens = {name: int(side.mask.sum()) for name, side in zip(type(first).example.completed, sides, strict=False)
               if isinstance(side, TokenLogps)}  # fmt: skip
+    tokens |= {"steps": int(first.mask.sum())} if isinstance(first, StepScores) else {}
     items = len(next(side.values if isinstance(side, TokenLogps) else side for side in sides))
     return {"item": items, "token": sum(tokens.values()), **{f"{name}_token": count for name, count in tokens.items()}}
 

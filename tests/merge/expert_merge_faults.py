@@ -52,12 +52,12 @@ def draw(seed: int, place: Path, *, alone: bool = True) -> Trial:
     chosen = _adapter(dice)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        adapted = adapter.attach(model, chosen, base=str(base), reward=False, seed=seed)
+        adapted = adapter.attach(model, chosen, base=str(base), reward=None, seed=seed)
     size = train(dice, adapted, seed)
     adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
     (place / "merged").mkdir()
     live, moved = said(adapted, probe_ids(vocabulary, WORDS, longest=SIZES["max_position_embeddings"]), half=half)
-    case = proof.Case(base, place / "adapter", False, getattr(torch, dtype), max(vocabulary.size, WORDS), vocabulary.new)
+    case = proof.Case(base, place / "adapter", None, getattr(torch, dtype), max(vocabulary.size, WORDS), vocabulary.new)
     words = f"{name} {layers} layers {base_dtype}->{dtype} live {'bf16' if half else 'f32'} {'fused ' if fused else ''}"
     words += f"{chosen} new {vocabulary.new} moved by {size:.0e}"
     return Trial(seed, case, adapted, None if alone and dice.random() < 0.15 else live, words, moved)

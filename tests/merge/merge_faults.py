@@ -93,7 +93,7 @@ def draw(seed: int, place: Path, *, alone: bool = True) -> Trial:
     (place / "merged").mkdir()
     ids = probe_ids(vocabulary, config.vocab_size, longest=SIZES["max_position_embeddings"])
     live, moved = said(adapted, ids, half=half)
-    case = proof.Case(base, place / "adapter", False, getattr(torch, dtype), max(vocabulary.size, WORDS), vocabulary.new)
+    case = proof.Case(base, place / "adapter", None, getattr(torch, dtype), max(vocabulary.size, WORDS), vocabulary.new)
     words = f"{name} {layers} layers {'tied ' if tied else ''}{base_dtype}->{dtype} live {'bf16' if half else 'f32'} "
     words += f"{chosen} new {vocabulary.new} moved by {size:.0e}"
     return Trial(seed, case, adapted, None if alone and dice.random() < 0.15 else live, words, moved)

@@ -124,4 +124,4 @@ def test_a_base_in_half_precision_is_rehearsed_with_tables_of_positions_as_fine_
     config = transformers.GPTJConfig(vocab_size=300, n_embd=64, n_layer=1, n_head=4, rotary_dim=8, n_positions=64)
     transformers.GPTJForCausalLM(config).bfloat16().save_pretrained(tmp_path / "base")
     model = adapted(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), "Llama")
-    check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.bfloat16), model)
+    check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", None, torch.bfloat16), model)

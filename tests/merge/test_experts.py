@@ -32,14 +32,14 @@ def trained(directory: Path, family: str, *, dtype: torch.dtype = torch.float32,
     """A base, an adapter that was moved away from where it starts, and what there is to merge."""
     base = build(family, directory / "base", fused=fused, dtype=dtype)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    model = adapter.attach(model, {**SETTINGS, **settings}, base=str(base), reward=False, seed=0)
+    model = adapter.attach(model, {**SETTINGS, **settings}, base=str(base), reward=None, seed=0)
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
     model.save_pretrained(str(directory / "adapter"), save_embedding_layers=False)
     (directory / "merged").mkdir()
-    return model.eval(), proof.Case(base, directory / "adapter", False, dtype)
+    return model.eval(), proof.Case(base, directory / "adapter", None, dtype)
 
 
 CELLS = {

@@ -14,11 +14,13 @@ from safetensors.torch import load_file
 
 from halos.checkpoint import lineage
 from halos.errors import UserError
+from halos.logps.auto import CLASSES
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import lora, merge, proof
 from halos.merge.merge_and_prove import merge_and_prove
 from halos.merge.preflight import check_merge
 from halos.merge.probe import ProbeOutputs, bit_sums_of, outputs_of, probe_ids, rounding_unit
+from halos.reward_kind import RewardKind
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 300,
          "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
@@ -54,7 +56,7 @@ class Variant:
     tokens: tuple[int, ...] = ()
     shard: str = "5GB"
     half: bool = False
-    reward: bool = False
+    reward: RewardKind | None = None
 
 
 VARIANTS = {
@@ -79,9 +81,11 @@ VARIANTS = {
     "tokens in padding": Variant({"modules_to_save": ["EMBEDDING"]}, tokens=(297, 298, 299)),
     "sharded": Variant(shard="60KB"),
     "bfloat16 base": Variant(half=True),
-    "reward": Variant(reward=True),
-    "reward dora": Variant({"use_dora": True}, reward=True),
-    "reward grown": Variant({"modules_to_save": ["EMBEDDING", "score"]}, vocabulary=GROWN, tokens=(300,), reward=True),
+    "reward": Variant(reward=RewardKind.OUTCOME),
+    "reward dora": Variant({"use_dora": True}, reward=RewardKind.OUTCOME),
+    "reward grown": Variant(
+        {"modules_to_save": ["EMBEDDING", "score"]}, vocabulary=GROWN, tokens=(300,), reward=RewardKind.OUTCOME
+    ),
 }
 
 
@@ -119,8 +123,8 @@ def make_base(name: str, directory: Path, *, tied: bool, variant: Variant = VARI
     for parameter in model.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape).to(dtype)
     model.save_pretrained(directory, max_shard_size=variant.shard)
-    auto = transformers.AutoModelForSequenceClassification if variant.reward else transformers.AutoModelForCausalLM
-    model = auto.from_pretrained(directory, dtype=torch.float32, **({"num_labels": 1} if variant.reward else {}))
+    auto = CLASSES[variant.reward]
+    model = auto.from_pretrained(directory, dtype=torch.float32, **(variant.reward.labels if variant.reward else {}))
     grow(model, variant.vocabulary, variant.tokens)
     return model
 
@@ -268,7 +272,7 @@ def mixture(directory: Path) -> Any:
 
 def test_experts_that_no_adapter_changes_pass_through(tmp_path: Path) -> None:
     model = adapted(mixture(tmp_path / "base"), "Llama", target_modules=["q_proj", "v_proj"])
-    case = proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32)
+    case = proof.Case(tmp_path / "base", tmp_path / "adapter", None, torch.float32)
     check_merge(case, model)
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     (tmp_path / "merged").mkdir()
@@ -278,7 +282,7 @@ def test_experts_that_no_adapter_changes_pass_through(tmp_path: Path) -> None:
 def test_experts_that_loading_fuses_are_refused_before_training(tmp_path: Path) -> None:
     model = adapted(mixture(tmp_path / "base"), "Llama", target_modules=["q_proj"], modules_to_save=["experts"])
     with pytest.raises(UserError, match=r"experts.* is fused with others when it is loaded"):
-        check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
+        check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", None, torch.float32), model)
 
 
 def test_what_the_base_does_not_have_is_refused_before_a_byte_is_written(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ SETTINGS = {"r": 4, "lora_alpha": 6, "lora_dropout": 0.0, "target_modules": "all
 
 def attached(place: Path, **settings: Any) -> Any:
     base = make_base("Llama", place, tied=False)
-    return adapters.attach(base, {**SETTINGS, **settings}, base=str(place), reward=False, seed=0)
+    return adapters.attach(base, {**SETTINGS, **settings}, base=str(place), reward=None, seed=0)
 
 
 def test_the_scales_of_training_are_those_of_every_reader_whatever_the_order(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ def test_a_pattern_that_fits_no_layer_is_refused(key: str, tmp_path: Path) -> No
 def test_a_strangers_patterns_whose_meaning_depends_on_order_are_refused(tmp_path: Path) -> None:
     model = adapted(make_base("Llama", tmp_path / "base", tied=False), "Llama", alpha_pattern=TYPED)  # by PEFT alone
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    case = proof.Case(tmp_path / "base", tmp_path / "adapter", False, model.dtype)
+    case = proof.Case(tmp_path / "base", tmp_path / "adapter", None, model.dtype)
     (tmp_path / "merged").mkdir()
     with pytest.raises(UserError, match=r"several patterns of alpha_pattern match model.layers.\d.mlp.up_proj, .* 4, (12|256)"):
         combined(case, tmp_path / "merged")
@@ -64,7 +64,7 @@ def test_a_strangers_patterns_whose_meaning_depends_on_order_are_refused(tmp_pat
 def test_patterns_that_agree_are_read_whatever_their_order(tmp_path: Path) -> None:
     model = adapted(make_base("Llama", tmp_path / "base", tied=False), "Llama", alpha_pattern={"up_proj": 8, "mlp.up_proj": 8})
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
-    case = proof.Case(tmp_path / "base", tmp_path / "adapter", False, model.dtype)
+    case = proof.Case(tmp_path / "base", tmp_path / "adapter", None, model.dtype)
     (tmp_path / "merged").mkdir()
     assert combined(case, tmp_path / "merged", live=said(model, case)).holds
 
@@ -74,7 +74,7 @@ def test_a_scale_that_is_saved_otherwise_than_it_was_trained_with_fails_the_proo
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     path = tmp_path / "adapter" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "alpha_pattern": {}}))
-    case = proof.Case(tmp_path / "base", tmp_path / "adapter", False, model.dtype)
+    case = proof.Case(tmp_path / "base", tmp_path / "adapter", None, model.dtype)
     (tmp_path / "merged").mkdir()
     result = combined(case, tmp_path / "merged", live=said(model, case))
     assert "model.layers.0.mlp.up_proj was trained with a scale of 2.0 and is saved with 1.5" in result.faults[0]

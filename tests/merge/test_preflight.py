@@ -199,4 +199,4 @@ def test_a_hybrid_without_attention_in_its_small_model_is_rehearsed(tmp_path: Pa
     transformers.JambaForCausalLM(config).save_pretrained(tmp_path / "base")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     model = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["in_proj", "down_proj"]))
-    check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", False, torch.float32), model)
+    check_merge(proof.Case(tmp_path / "base", tmp_path / "adapter", None, torch.float32), model)

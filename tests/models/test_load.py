@@ -19,6 +19,7 @@ from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
+from halos.reward_kind import RewardKind
 from halos.rollout.scorers.reward_model import RewardModel
 from halos.run.lifecycle import run
 
@@ -30,7 +31,7 @@ def test_new_tokens_start_at_the_mean_of_the_others(tmp_path: Path) -> None:
     tokenizer, new = load_tokenizer(tmp_path / "tiny", add_tokens=["<|good|>", "<|bad|>"])
     assert new == ["<|good|>", "<|bad|>"]
     ids = Vocabulary.of(tokenizer, new).new
-    model = load_model(tmp_path / "tiny", tokenizer, reward=False, dtype=torch.float32, attention="sdpa", new_tokens=ids)
+    model = load_model(tmp_path / "tiny", tokenizer, reward=None, dtype=torch.float32, attention="sdpa", new_tokens=ids)
     table = model.get_input_embeddings().weight
     known = len(AutoTokenizer.from_pretrained(tmp_path / "tiny"))
     assert table.shape[0] >= len(tokenizer)
@@ -53,16 +54,16 @@ UP = "model.layers.0.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("name", "settings", "reward", "lost"),
     [
-        (UP, {}, False, UP),
-        (UP, {}, True, UP),
-        ("", {"tie_word_embeddings": False}, False, "lm_head.weight"),
-        ("", {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}, True, "score.weight"),
-        ("", {}, True, None),
-        ("", {}, False, None),
+        (UP, {}, None, UP),
+        (UP, {}, RewardKind.OUTCOME, UP),
+        ("", {"tie_word_embeddings": False}, None, "lm_head.weight"),
+        ("", {"architectures": ["LlamaForSequenceClassification"], "num_labels": 1}, RewardKind.OUTCOME, "score.weight"),
+        ("", {}, RewardKind.OUTCOME, None),
+        ("", {}, None, None),
     ],
 )
 def test_missing_weights_are_not_initialised_at_random(
-    name: str, settings: dict[str, Any], reward: bool, lost: str | None, tmp_path: Path
+    name: str, settings: dict[str, Any], reward: RewardKind | None, lost: str | None, tmp_path: Path
 ) -> None:
     without(tmp_path / "base", name, settings)
     tokenizer, _ = load_tokenizer(tmp_path / "base", add_tokens=[])
@@ -88,7 +89,7 @@ def test_every_error_of_a_library_on_a_broken_file_is_one_message(tmp_path: Path
     def load() -> object:
         if name == "tokenizer.json":
             return load_tokenizer(base, add_tokens=[])
-        return load_model(base, tokenizer, reward=False, dtype=torch.float32, attention="sdpa")
+        return load_model(base, tokenizer, reward=None, dtype=torch.float32, attention="sdpa")
 
     for name, (content, words) in SPOILT.items():
         whole = (base / name).read_bytes()
@@ -119,7 +120,7 @@ def test_a_model_empty_has_the_generation_settings_of_a_loaded_one(tmp_path: Pat
     (base / "generation_config.json").write_text(json.dumps(own))
     tokenizer, _ = load_tokenizer(base, add_tokens=[])
     made = [
-        load_model(base, tokenizer, reward=False, dtype=torch.float32, attention="sdpa", empty=empty).generation_config
+        load_model(base, tokenizer, reward=None, dtype=torch.float32, attention="sdpa", empty=empty).generation_config
         for empty in (False, True)
     ]
     assert made[0].to_diff_dict() == made[1].to_diff_dict()

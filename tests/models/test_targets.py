@@ -27,7 +27,7 @@ def mixture(family: str) -> Any:
 
 
 def attached(family: str, **settings: Any) -> Any:
-    return adapter.attach(mixture(family), {**SETTINGS, **settings}, base="base", reward=False, seed=0)
+    return adapter.attach(mixture(family), {**SETTINGS, **settings}, base="base", reward=None, seed=0)
 
 
 def changed(model: Any) -> set[str]:

@@ -222,7 +222,8 @@ def test_minibatches_and_epochs_are_optimizer_steps_on_one_set_of_samples(cache:
 
 
 OF_PAIRS = ("dpo", "cdpo", "ipo", "simpo", "slic")
-NOT_LIVE = {"csft": "it rewrites the rows that it trains on", "reward": "it trains a reward model", "online": "is an online run",
+NOT_LIVE = {"csft": "it rewrites the rows that it trains on", "reward": "it trains a reward model",
+            "prm": "it trains a reward model", "online": "is an online run",
             "gkd": "samples have no teacher", "mixture": "loss.parts takes a mapping of losses"}  # fmt: skip
 
 

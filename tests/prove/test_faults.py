@@ -35,6 +35,7 @@ from halos.logps import attention, head, hidden, model, modes
 from halos.logps.attention import SEGMENTS
 from halos.prove import checks, small_copy
 from halos.prove.small_copy import SAME_PROMPT as SAME
+from halos.reward_kind import RewardKind
 from halos.types import Sequences, Tree
 
 Patch = pytest.MonkeyPatch
@@ -58,9 +59,10 @@ LORA = {"name": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "target_mo
 
 
 def of(base: str, **more: Any) -> small_copy.ForwardSpec:
-    config = getattr(transformers, f"{base}Config")(**SIZES, **BASES[base], num_labels=1)
+    labels = (more.get("reward") or RewardKind.OUTCOME).labels
+    config = getattr(transformers, f"{base}Config")(**SIZES, **BASES[base], **labels)
     plain = small_copy.ForwardSpec(
-        config=config, peft=None, attention=SEGMENTS, reward=False, valued=False, refers=False, longest=None,
+        config=config, peft=None, attention=SEGMENTS, reward=None, valued=False, refers=False, longest=None,
         dtype=torch.float32, autocast=False, device=torch.device("cpu"), temperature=0.7,
     )  # fmt: skip
     return replace(plain, **more)
@@ -260,6 +262,18 @@ def score_at_padding(patch: Patch) -> None:
     around(patch, model, "last_tokens", lambda real, batch, padding: real(batch, None))
 
 
+def step_early(patch: Patch) -> None:
+    around(patch, model, "own_tokens", lambda real, batch: batch.sources)
+
+
+def step_before_its_branch(patch: Patch) -> None:
+    around(patch, model, "own_tokens", lambda real, batch: batch.sources + 1)
+
+
+def labels_exchanged(patch: Patch) -> None:
+    around(patch, model, "scores_of", lambda real, *given: real(*given).flip(-1))
+
+
 def a_token_short(patch: Patch) -> None:
     def row(real: Any, backbone: nn.Module, ids: Tensor) -> Tensor:
         states = real(backbone, ids[1:])
@@ -368,8 +382,11 @@ FAULTS: list[tuple[Callable[[Patch], None], str, dict[str, Any]]] = [
     (bias_left_in, "Qwen2", {"peft": {**LORA, "bias": "all"}, "refers": True}),
     (adapter_left_off, "Llama", {"peft": LORA, "refers": True}),
     (value_late, "Llama", {"valued": True}),
-    (score_early, "Llama", {"reward": True}),
-    (score_at_padding, "Llama", {"reward": True}),
+    (score_early, "Llama", {"reward": RewardKind.OUTCOME}),
+    (score_at_padding, "Llama", {"reward": RewardKind.OUTCOME}),
+    (step_early, "Llama", {"reward": RewardKind.PROCESS}),
+    (step_before_its_branch, "Llama", {"reward": RewardKind.PROCESS}),
+    (labels_exchanged, "Llama", {"reward": RewardKind.PROCESS}),
     (a_token_short, "Lfm2", {}),
     (no_transform, "ModernBertDecoder", {}),
     (branch_reads_a_branch, "Llama", {}),

@@ -22,7 +22,7 @@ from halos.prove import checks, loaded_model, verdict
 from halos.prove.small_copy import ForwardSpec
 
 LLAMA = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
-SPEC = ForwardSpec(config=LLAMA, peft=None, attention=SEGMENTS, reward=False, valued=False, refers=False, longest=None,
+SPEC = ForwardSpec(config=LLAMA, peft=None, attention=SEGMENTS, reward=None, valued=False, refers=False, longest=None,
               dtype=torch.float32, autocast=False, device=torch.device("cpu"), temperature=1.0)  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_verdict_is_proved_again(tmp_path: Path, proofs: list[ForwardS
 
 
 def test_numbers_that_are_not_the_models_own_are_refused_and_not_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict.plan_for(LLAMA, reward=False, attention=SEGMENTS)
+    verdict.plan_for(LLAMA, reward=None, attention=SEGMENTS)
     real = hidden._packed
     monkeypatch.setattr(hidden, "_packed", lambda *given: 1.01 * real(*given))
     with pytest.raises(UserError, match=r"not the model's own: log-probs .* off on a small random copy of llama") as refusal:
@@ -69,7 +69,7 @@ def test_numbers_that_are_not_the_models_own_are_refused_and_not_cached(tmp_path
 def test_one_row_through_the_loaded_model_sees_what_is_wrong_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.build(tmp_path / "tiny")
     tokenizer, _ = load_tokenizer(tmp_path / "tiny", add_tokens=[])
-    loaded = load_model(tmp_path / "tiny", tokenizer, reward=False, dtype=torch.float32, attention=SEGMENTS)
+    loaded = load_model(tmp_path / "tiny", tokenizer, reward=None, dtype=torch.float32, attention=SEGMENTS)
     module: Any = LanguageModel(loaded, temperature=0.7).train()
 
     def proved(**more: Any) -> bool:

@@ -16,6 +16,7 @@ from halos.config.schema import Scorer as Settings
 from halos.confined import SAFELY, expanded
 from halos.errors import UserError, user_errors
 from halos.examples import Completion, Demonstration
+from halos.reward_kind import RewardKind
 from halos.rollout.ranks import local_device
 from halos.rollout.scorers.scorer import Context, Option, Scorer
 from halos.rollout.types import Sample, Score
@@ -68,7 +69,10 @@ class RewardModel(Scorer):
 
         integrity.check(directory, "reward model")
         config = read_config(directory)
-        if not any("SequenceClassification" in name for name in config.architectures or []):
+        kind = RewardKind.of_architectures(config.architectures)
+        if kind is RewardKind.PROCESS:
+            raise UserError(f"{directory} is a process reward model, which scores steps: give one that scores whole completions")
+        if kind is not RewardKind.OUTCOME:
             raise UserError(
                 f"{directory} is no reward model: its architecture is {', '.join(config.architectures or ['unknown'])}"
             )
@@ -144,7 +148,7 @@ class RewardModel(Scorer):
 
         device = local_device()
         dtype = weights_dtype("auto", trained=False, half=has_bfloat16())
-        plan = plan_for(read_config(self.directory), reward=True, attention=SEGMENTS)
+        plan = plan_for(read_config(self.directory), reward=RewardKind.OUTCOME, attention=SEGMENTS)
         extra = {"dtype": dtype, "attn_implementation": plan.attention, **SAFELY}
         with user_errors(f"{self.directory} could not be loaded as a reward model"):
             model = load_weights(AutoModelForSequenceClassification, self.directory, extra)
