@@ -163,6 +163,8 @@ def _suggestion(group: str, value: str, choices: Choices) -> str:
         return "; QLoRA is peft=lora model.quantize=4bit"
     if near:
         return f" (did you mean {group}={near}?)"
+    if group == "experiment":
+        return f"; one of yours is a file config/experiment/{value}.yaml"
     is_path = "/" in value or "." in value
     if group == "model" and is_path:
         return f"; a directory, hub id or file goes into model.name_or_path={value}"

@@ -107,7 +107,7 @@ OF_LOSSES = {
 LOSSES = {
     "rdpo": "arXiv:2403.19159", "tdpo": "arXiv:2404.11999", "rrhf": "arXiv:2304.05302",
     "xpo": "arXiv:2405.21046", "nash_md": "arXiv:2312.00886", "raft": "arXiv:2304.06767", "remax": "arXiv:2310.10505",
-    "prime": "arXiv:2502.01456", "vapo": "arXiv:2504.05118", "prm": "arXiv:2305.20050",
+    "prime": "arXiv:2502.01456", "vapo": "arXiv:2504.05118",
 }  # fmt: skip
 NAMESAKES = {"sigmoid": "dpo", "dpo_pair": "dpo", "rm": "reward", "reward_model": "reward", "bradley_terry": "reward",
              "lm": "sft", "kto_pair": "kto", "reinforce++": "reinforce_plus_plus", "reinforce_pp": "reinforce_plus_plus",
