@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import compose
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train
@@ -89,3 +90,15 @@ def attempts(directory: Path) -> list[dict[str, Any]]:
 
 def copied(directory: Path, place: Path) -> Path:
     return Path(shutil.copytree(directory, place / directory.name))
+
+
+def final(directory: Path) -> dict[str, bytes]:
+    return {name: tensor.numpy().tobytes() for name, tensor in load_file(directory / "FINAL" / "model.safetensors").items()}
+
+
+def losses(directory: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def log_of(directory: Path) -> str:
+    return (directory / "train.log").read_text()

@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from halos.data import arithmetic
 from halos.errors import UserError
+from halos.hashes import file_hash
 from halos.report.read import Record, read_runs
 from halos.rollout.rewards import exact_match
 
@@ -130,17 +131,19 @@ def name_of(record: Record) -> str:
 
 
 def measure(model: Path, start: Path, kept: Path) -> dict[str, float]:
-    """Metrics of `model` against `start`, kept in a file in the run; log-probs are sums over a completion, in nats.
+    """Metrics of `model` against `start`, kept in a file in the run while both have the same weights; log-probs are sums over a
+    completion, in nats.
 
     Implicit accuracy is the share of pairs whose chosen completion gained more log-prob than the rejected one, a tie counting
     half; ranking accuracy that of those whose chosen completion is the likelier; margin is the mean difference of the gains,
     drift the mean gain of the chosen completions; exact match is that of greedy answers.
     """
-    if kept.is_file():
-        return json.loads(kept.read_text())
+    measured_of = [*(file_hash(each / "model.safetensors") for each in (model, start)), PAIRS, PROBLEMS, NEW_TOKENS]
+    if kept.is_file() and (before := json.loads(kept.read_text()))["of"] == measured_of:
+        return before["metrics"]
     rows = list(itertools.islice(arithmetic.rows("eval"), PAIRS))
-    now, before = pair_logps(model, rows), pair_logps(start, rows)
-    gain = now - before
+    now = pair_logps(model, rows)
+    gain = now - pair_logps(start, rows)
     texts = answers(str(model), [row["prompt"] for row in rows[:PROBLEMS]], BATCH, NEW_TOKENS)
     right = [
         exact_match(text, {"solution": row["chosen"][0]["content"]}) for text, row in zip(texts, rows[:PROBLEMS], strict=True)
@@ -153,7 +156,7 @@ def measure(model: Path, start: Path, kept: Path) -> dict[str, float]:
         "exact match": sum(right) / len(right),
     }
     hidden = kept.with_name(f".{kept.name}")
-    hidden.write_text(json.dumps(metrics))
+    hidden.write_text(json.dumps({"of": measured_of, "metrics": metrics}))
     os.replace(hidden, kept)
     return metrics
 

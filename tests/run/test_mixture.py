@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from safetensors.torch import load_file
-from world import World, pairs, refusal, resume, stopped
+from world import World, final, log_of, losses, pairs, refusal, resume, stopped
 
 
 @pytest.fixture(scope="module")
@@ -21,18 +20,6 @@ def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
 
 def mixed(world: World, one: str, other: str) -> str:
     return f"data.train=[{{path: {world.data}, {one}}}, {{path: {world.place / 'more.jsonl'}, {other}}}]"
-
-
-def final(directory: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(directory / "FINAL" / "model.safetensors").items()}
-
-
-def losses(directory: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def log_of(directory: Path) -> str:
-    return (directory / "train.log").read_text()
 
 
 def test_a_mixture_goes_on_where_the_run_stopped_bit_for_bit_and_the_header_counts_its_passes(world: World) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 from conftest import compose
-from safetensors.torch import load_file
-from world import World, copied, pairs, refusal, resume, stopped
+from world import World, copied, final, log_of, losses, pairs, refusal, resume, stopped
 
 from halos.config.bind import bind_loss
 from halos.config.schema import Config
@@ -24,18 +23,6 @@ STREAM = ["data.stream=true", "data.stream_block=10", "train.batch_size=6"]
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> World:
     return World(tmp_path_factory.mktemp("world"), cache)
-
-
-def final(directory: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in load_file(directory / "FINAL" / "model.safetensors").items()}
-
-
-def losses(directory: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def log_of(directory: Path) -> str:
-    return (directory / "train.log").read_text()
 
 
 def blocks(cache: Path) -> list[str]:
