@@ -1,6 +1,5 @@
 """The default engine: the same request gives the same text, and its log-probs are the policy's own."""
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -50,20 +49,6 @@ def sampled(
 
 def texts(found: dict[Any, Sample]) -> dict[Any, tuple[int, ...]]:
     return {key: sample.ids for key, sample in found.items()}
-
-
-@pytest.mark.parametrize("frozen", [0, 7], ids=["", "by the application"])
-def test_collections_walk_new_objects_alone_while_it_samples(
-    frozen: int, policy: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[str] = []
-    monkeypatch.setattr(gc, "get_freeze_count", lambda: frozen)
-    for name in ("freeze", "collect", "unfreeze"):
-        monkeypatch.setattr(gc, name, lambda *_, name=name: called.append(name))
-    sampled(policy, asked(policy[1], samples=1, tokens=1))
-    assert called[0] == ("collect" if frozen else "freeze")
-    assert called[-1] == ("collect" if frozen else "unfreeze")
-    assert called.count("collect") >= 2, "else transformers collects no more, and nothing need be frozen"
 
 
 def test_the_same_request_gives_the_same_text_in_any_batch(policy: tuple[PreTrainedModel, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -64,7 +63,7 @@ class HFEngine(Engine):
         for name, request in by_name.items():
             manager.add_request(list(request.ids), request_id=name, max_new_tokens=request.max_new_tokens)
         try:
-            with _short_collections(), _keys_in_dtype_of_cache(), _logits_in_float32(self.model):
+            with _keys_in_dtype_of_cache(), _logits_in_float32(self.model):
                 manager.start()
                 yield from self._answers(manager, by_name, processor)
         finally:
@@ -115,20 +114,6 @@ class HFEngine(Engine):
             num_blocks=pages, max_batch_tokens=tokens, max_requests_per_batch=self.settings.batch_size, use_async_batching=False,
             use_cuda_graph=False, **more,
         )  # fmt: skip
-
-
-@contextmanager
-def _short_collections() -> Iterator[None]:
-    """Within, collections walk new objects alone: continuous batching collects twice in every call, to free its cache, and a walk
-    over all that torch and transformers have imported takes longer than a step of a small model."""
-    if gc.get_freeze_count():  # by the application: what it froze stays so
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 @contextmanager
