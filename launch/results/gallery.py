@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent), str(ROOT / "launch")]
 
 import torch
+import yaml
 from accuracy import answers
 from gallery_table import Measured, draw, page
 from torch import Tensor
@@ -37,6 +38,7 @@ from halos.errors import UserError
 from halos.hashes import file_hash
 from halos.report.read import Record, read_runs
 from halos.rollout.rewards import exact_match
+from halos.rundir import RunDir
 
 PAIRS, PROBLEMS, NEW_TOKENS, BATCH = 400, 200, 64, 50
 SEEDS = "seed=0,1,2"
@@ -76,15 +78,17 @@ def commands(model: str, root: Path, source: str | None) -> Iterator[tuple[Path 
         yield root / name / "FINAL", ["loss=sft", *given, *own, *overrides, *once, f"exp_name={name}"]
     experiment = ["experiment=gallery"] if model == "tiny" else ["experiment=gallery_smollm2", "peft=lora"]
     for name, overrides in SWEEPS[model].items():
-        yield None, ["-m", "hydra/launcher=accelerate", *experiment, *overrides, SEEDS, *given, f"exp_name={name}"]
+        yield None, ["-m", *experiment, *overrides, SEEDS, *given, f"exp_name={name}"]
 
 
 def run(model: str, root: Path, source: str | None) -> int:
     """Run every stage; return the status of the first that a signal stopped or that failed before any job, else 0."""
     worst = 0
     for done, arguments in commands(model, root, source):
-        if done is not None and done.is_dir():
-            continue
+        if done is not None:
+            refuse_other_budget(done.parent, arguments)
+            if done.is_dir():
+                continue
         resume = done is not None and (done.parent / "config.yaml").is_file()
         command = [f"resume={done.parent}"] if resume and done is not None else arguments
         print("$ python train.py " + shlex.join(command), flush=True)
@@ -93,6 +97,21 @@ def run(model: str, root: Path, source: str | None) -> int:
             return status
         worst = worst or status  # a loss that failed is reported, and the other sweeps run on
     return worst
+
+
+def refuse_other_budget(directory: Path, arguments: list[str]) -> None:
+    """Raises UserError for a run that other arguments began: it would pass for the start of these."""
+    if (began := began_with(directory)) and began != arguments:
+        asked, other = shlex.join(arguments), shlex.join(began)
+        raise UserError(f"{directory} was trained by `{other}`, and not by `{asked}`: delete it, or give another --root")
+
+
+def jobs(model: str) -> Iterator[tuple[str, int]]:
+    """Yield the name in the table and the seed of each run that the sweeps make."""
+    for overrides in SWEEPS[model].values():
+        losses = overrides[0].removeprefix("loss=").split(",")
+        for loss, seed in itertools.product(losses, SEEDS.removeprefix("seed=").split(",")):
+            yield (f"humanline {loss}" if "humanline=on" in overrides else loss), int(seed)
 
 
 def refuse_twice(rows: Sequence[Measured], root: Path) -> None:
@@ -110,6 +129,8 @@ def table(model: str, root: Path, output: Path) -> None:
     records, skipped = read_runs([path for name in SWEEPS[model] if (path := root / name).is_dir()] or [root / "losses"])
     finished = [record for record in records if record.status == "finished"]
     unfinished = [f"{record.path.parent.name}/{record.label}: {record.status}" for record in records if record not in finished]
+    begun = {(name_of(record), record.config["seed"]) for record in records}
+    unfinished += [f"{name}, seed {seed}: not begun" for name, seed in jobs(model) if (name, seed) not in begun]
     at_start = measure(start, start, start.parent / "gallery.json")
     rows = [
         Measured(name_of(one), one.config["seed"], measure(one.path / "FINAL", start, one.path / "gallery.json"))
@@ -124,10 +145,17 @@ def table(model: str, root: Path, output: Path) -> None:
 
 
 def name_of(record: Record) -> str:
-    """The loss, and `humanline` where its log-ratios are clamped."""
+    """The choice of `loss` that began the run, since choices share functions; `humanline` where log-ratios are clamped."""
     bounds = record.node("humanline")
     is_clamped = bounds.get("low") is not None or bounds.get("high") is not None
-    return f"humanline {record.loss}" if is_clamped else str(record.loss)
+    loss = next(word.removeprefix("loss=") for word in began_with(record.path) if word.startswith("loss="))
+    return f"humanline {loss}" if is_clamped else loss
+
+
+def began_with(directory: Path) -> list[str]:
+    """The overrides of a run's first attempt; none where there was no attempt."""
+    first = next(iter(RunDir(directory).read_attempts().values()), "overrides: []")
+    return yaml.safe_load(first)["overrides"]
 
 
 def measure(model: Path, start: Path, kept: Path) -> dict[str, float]:

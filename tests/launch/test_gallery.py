@@ -104,3 +104,18 @@ def test_two_runs_of_one_loss_and_seed_are_refused_whatever_their_directories(ga
     gallery.refuse_twice(rows[:2], Path("runs"))
     with pytest.raises(gallery.UserError, match=r"below runs, .*bco, seed 0"):
         gallery.refuse_twice(rows, Path("runs"))
+
+
+def test_a_start_of_another_budget_is_refused_and_what_never_began_is_named(gallery, tmp_path: Path) -> None:
+    (tmp_path / "start" / "attempts").mkdir(parents=True)
+    record = tmp_path / "start" / "attempts" / "000.yaml"
+    record.write_text("overrides: [loss=sft, train.steps=100]\n")
+    gallery.refuse_other_budget(tmp_path / "start", ["loss=sft", "train.steps=100"])
+    with pytest.raises(
+        gallery.UserError, match=r"was trained by `loss=sft train.steps=100`, and not by `loss=sft train.steps=8`"
+    ):
+        gallery.refuse_other_budget(tmp_path / "start", ["loss=sft", "train.steps=8"])
+    gallery.refuse_other_budget(tmp_path / "new", ["loss=sft"])
+    assert {*gallery.jobs("smollm2")} == {
+        (name, seed) for name in ("dpo", "simpo", "orpo", "kto", "bco", "humanline dpo") for seed in range(3)
+    }
