@@ -4,11 +4,11 @@ import ast
 import re
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "halos").rglob("*.py"))
 FLOORS = [
     {"redaction", "transfer"},
     {"errors", "examples", "intervals", "loss_result", "ranges", "repository", "reward_kind", "sequences"},
@@ -33,10 +33,19 @@ SAME_FLOOR = {"config", "losses"}  # validation binds losses by name
 LEVEL = {package: level for level, floor in enumerate(FLOORS) for package in floor}
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
+def package_of(path: Path) -> str:
+    return path.relative_to(ROOT / "halos").parts[0].removesuffix(".py")
+
+
 def imports(path: Path) -> set[str]:
     """Packages of halos that a file imports, anywhere in it."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "halos":
             parts = node.module.split(".")
             found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
@@ -45,16 +54,21 @@ def imports(path: Path) -> set[str]:
     return found - {"__version__"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down_a_floor(path: Path) -> None:
-    package = path.relative_to(ROOT / "halos").parts[0].removesuffix(".py")
-    if package == "__init__" or path.name == "__main__.py":  # a command may import from everywhere
-        return
-    for other in imports(path) - {package}:
-        same_floor = {package, other} <= SAME_FLOOR
-        assert LEVEL[other] < LEVEL[package] or same_floor, f"{package} imports {other}, which is not on a lower floor"
-    if package != "cli":
-        assert "hydra" not in re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M), "only halos/cli imports hydra"
+def test_imports_point_down_a_floor() -> None:
+    assert len(MODULES) > 250
+    for path in MODULES:
+        package = package_of(path)
+        if package == "__init__" or path.name == "__main__.py":  # a command may import from everywhere
+            continue
+        for other in imports(path) - {package}:
+            same_floor = {package, other} <= SAME_FLOOR
+            assert LEVEL[other] < LEVEL[package] or same_floor, f"{path} imports {other}, which is not on a lower floor"
+
+
+def test_only_the_command_line_imports_hydra() -> None:
+    for path in MODULES:
+        imported = re.findall(r"^\s*(?:import|from) (\w+)", path.read_text(), re.M)
+        assert package_of(path) == "cli" or path.name == "__main__.py" or "hydra" not in imported, path
 
 
 def test_the_generated_architecture_is_up_to_date() -> None:
@@ -73,7 +87,7 @@ STRATEGY = re.compile(
 def names_in(path: Path) -> set[str]:
     """Identifiers of a file, and strings that could be an attribute or a variable of a strategy."""
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         found |= {node.id} if isinstance(node, ast.Name) else {node.attr} if isinstance(node, ast.Attribute) else set()
         if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("halos.rollout.engines"):  # which sample
             found |= {*(node.module or "").split("."), *(alias.name for alias in node.names)}
@@ -82,23 +96,21 @@ def names_in(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_only_the_strategies_know_which_strategy_runs(path: Path) -> None:
+def test_only_the_strategies_know_which_strategy_runs() -> None:
     """Other code asks the Strategy; `strategies.requested_strategy` is called only in run/prepare.py."""
-    package, *rest = path.relative_to(ROOT / "halos").parts
-    if package == "distributed":
-        return
-    asking = {name for name in names_in(path) if STRATEGY.search(name)}
-    assert asking <= ({"strategies"} if (package, rest) == ("run", ["prepare.py"]) else set())
+    for path in MODULES:
+        if package_of(path) == "distributed":
+            continue
+        asking = {name for name in names_in(path) if STRATEGY.search(name)}
+        assert asking <= ({"strategies"} if path == ROOT / "halos" / "run" / "prepare.py" else set()), path
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_files_and_functions_are_short(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= 300
-    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    long = [node.name for node in functions if (node.end_lineno or node.lineno) - node.lineno >= 45]
-    assert not long
+def test_files_and_functions_are_short() -> None:
+    for path in MODULES:
+        assert len(path.read_text().splitlines()) <= 300, path
+        functions = [node for node in nodes(path) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+        long = [node.name for node in functions if (node.end_lineno or node.lineno) - node.lineno >= 45]
+        assert not long, path
 
 
 def test_the_entry_is_a_page() -> None:
@@ -109,16 +121,19 @@ def test_the_entry_is_a_page() -> None:
 LOADERS = re.compile(r"(?:Auto\w+|auto)$")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "halos").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_loader_of_transformers_refuses_remote_code(path: Path) -> None:
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            where = f"{path.name}:{node.lineno}"
-            owner = node.func.value.id if isinstance(node.func.value, ast.Name) else getattr(node.func.value, "attr", "")
-            if node.func.attr in ("from_pretrained", "from_config") and LOADERS.match(owner):
-                spread = {word.value.id for word in node.keywords if word.arg is None and isinstance(word.value, ast.Name)}
-                assert spread & {"NO_CODE", "SAFELY", "extra"}, f"{where}: **NO_CODE or **SAFELY is missing"
-            assert not {word.arg for word in node.keywords} & {"trust_remote_code"}, f"{where}: decided in halos/confined.py"
+def test_every_loader_of_transformers_refuses_remote_code() -> None:
+    for path in MODULES:
+        for node in nodes(path):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                refuses_remote_code(node, node.func, f"{path}:{node.lineno}")
+
+
+def refuses_remote_code(call: ast.Call, method: ast.Attribute, where: str) -> None:
+    owner = method.value.id if isinstance(method.value, ast.Name) else getattr(method.value, "attr", "")
+    if method.attr in ("from_pretrained", "from_config") and LOADERS.match(owner):
+        spread = {word.value.id for word in call.keywords if word.arg is None and isinstance(word.value, ast.Name)}
+        assert spread & {"NO_CODE", "SAFELY", "extra"}, f"{where}: **NO_CODE or **SAFELY is missing"
+    assert not {word.arg for word in call.keywords} & {"trust_remote_code"}, f"{where}: decided in halos/confined.py"
 
 
 def test_nothing_at_the_top_level_but_what_belongs_there() -> None:
