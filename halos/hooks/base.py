@@ -1,6 +1,7 @@
 """The protocol between the training loop and its hooks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from numbers import Real
 from pathlib import Path
@@ -98,6 +99,7 @@ class Run:
     hooks: dict[str, "Hook"] = field(default_factory=dict)
     rows_of_step: Callable[[int], list[str]] | None = None  # where the rows of a step came from; none of live ones
     generator: "Generator | None" = None  # what `generate` calls; None for a reward model
+    resources: ExitStack = field(default_factory=ExitStack)  # closed when the loop ends, however it ends
     writers: dist.ProcessGroup | None = None  # process group for collectives of a background save; None: the default group
 
     @property

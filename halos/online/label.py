@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,8 @@ def run(args: argparse.Namespace) -> int:
     file = ResumableFile(scores, request, rank=ranks.rank, recorded_since=scorer.recorded_since)
     if not ranks.from_rank_0(file.is_done()):
         open_on_all_ranks(file, ranks)
-        seconds = _score(samples, scorer, file, ranks)
+        with closing(scorer):
+            seconds = _score(samples, scorer, file, ranks)
         file.open()
         if ranks.main:
             rows = [file.rows[sample.key] for sample in samples]

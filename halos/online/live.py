@@ -114,6 +114,7 @@ class RolloutSource:
     ) -> None:  # fmt: skip
         self.run, self.loss, self.prompts, self.online, self.config = run, loss, prompts, prompts.online, run.config
         self.scorer = scorer
+        run.resources.callback(scorer.close)
         self.engine = PolicyEngine(run, server, policy, prompts.requests(prompts.train[: rescore.PROBES], 0))
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
         self.rows = LiveRows(loss.inputs.example, sampled_here=server is None, minibatches=self.online.minibatches,

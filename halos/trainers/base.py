@@ -91,7 +91,7 @@ class Trainer(EvaluatedObjective):
 
     def fit(self) -> None:
         """Train to the last step, or until a hook or a signal stops the run. Only a run that finished writes `FINAL`."""
-        with closing(self._prepared):
+        with self.run.resources, closing(self._prepared):
             self._fit()
 
     def _fit(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -417,6 +418,7 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
         shared = [*SMALL, "data.eval=[]", f"cache_dir={cache}", f"output_root={tmp_path}"]
         return train.start([*shared, *LIVE, "online.steps=2", "online.scorer.processes=1", *own, *words])
 
+    before = multiprocessing.active_children()
     assert start("odd") == 0
     lacking = [row["samples/without_score"] for row in rows(tmp_path / "odd", "train")]
     assert all(0 < part < 1 for part in lacking)
@@ -428,6 +430,7 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
     assert re.search(r"step 0: (\d+) of 12 samples have no score: \1 x oddrewards.odd raised ValueError \(the first", line)
     with pytest.raises(UserError, match=r"step 0: none of 96 samples has a score: 96 x oddrewards.none returned no finite"):
         start("none", "online.feedback.drop_equal=true")
+    assert multiprocessing.active_children() == before, "processes that call reward functions end with their run, however it ends"
 
 
 def without_later_keys(config: Any) -> dict[str, Any]:

@@ -110,6 +110,10 @@ class Scorer(ABC):
     def score(self, samples: Sequence[Sample]) -> Iterator[tuple[Sample, Score]]:
         """Yield every sample with its score, in any order; where it needs groups, the samples of a prompt one after the other."""
 
+    def close(self) -> None:
+        """End the processes that it has started, if any: the next sample starts others."""
+        return
+
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
