@@ -24,11 +24,16 @@ use_venv() { # $1: further packages
   if [ "$(cat "$root/.venv/installed" 2>/dev/null)" != "$wanted" ]; then
     echo "installing requirements.txt $1 (some minutes the first time)"
     # shellcheck disable=SC2086
-    "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$root/requirements.txt" $1 || exit 1
+    "$root/.venv/bin/python" -m pip install --no-compile --quiet --disable-pip-version-check -r "$root/requirements.txt" $1 || exit 1
+    compile_all "$root/.venv/lib"
     printf '%s\n' "$wanted" > "$root/.venv/installed"
   fi
   PATH="$root/.venv/bin:$PATH"
   export PATH
+}
+
+compile_all() { # $1: a directory; on all cores, where pip would use one. Some packages hold files that no Python compiles
+  "$root/.venv/bin/python" -m compileall -q -j 0 "$1" >/dev/null 2>&1 || true
 }
 
 # A frozen base in bfloat16 is two to three times as fast on a processor that supports it, and many times slower on others.

@@ -35,7 +35,8 @@ oldest="transformers==5.17.0 huggingface-hub==1.33.0"
 if [ "$(cat .venv/oldest/installed 2>/dev/null)" != "$oldest" ]; then
   rm -rf .venv/oldest
   # shellcheck disable=SC2086
-  python -m pip install --quiet --disable-pip-version-check --no-deps --target .venv/oldest $oldest || exit 1
+  python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --target .venv/oldest $oldest || exit 1
+  compile_all .venv/oldest
   echo "$oldest" > .venv/oldest/installed
 fi
 

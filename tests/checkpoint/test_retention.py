@@ -276,14 +276,15 @@ def worlds(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], World]:
     return make
 
 
-def test_ten_thousand_histories_never_lose_what_must_be_kept(worlds: Callable[[int], World]) -> None:
+@pytest.mark.parametrize("histories", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_no_history_loses_what_must_be_kept(histories: int, worlds: Callable[[int], World]) -> None:
     retained = 0
-    for seed in range(10_000):
+    for seed in range(histories):
         world = worlds(seed)
         for _ in range(20):
             world.chance.choices([world.train, world.damage, world.start], [20, 1, 1])[0]()
         retained += world.num_retained
-    assert retained > 40_000
+    assert retained > 4 * histories
 
 
 def test_a_run_that_goes_on_from_an_earlier_checkpoint_knows_of_none_after_it_and_doubts_none(

@@ -73,9 +73,10 @@ def test_all_pairs_that_are_similar_are_found_and_no_others():
     every = [" ".join(drawn.choice(words) if drawn.random() < share else word for word in text)
              for text in base for share in (0, 0.02, 0.05, 0.1)]  # fmt: skip
 
-    def exact(one: str, other: str) -> float:
-        sets = [{tuple(text.split()[n : n + 3]) for n in range(len(text.split()) - 2)} for text in (one, other)]
-        return len(sets[0] & sets[1]) / len(sets[0] | sets[1])
+    sets = [{tuple(text.split()[n : n + 3]) for n in range(len(text.split()) - 2)} for text in every]
+
+    def exact(one: int, other: int) -> float:
+        return len(sets[one] & sets[other]) / len(sets[one] | sets[other])
 
     for threshold in (0.5, 0.8, 1.0):
         near, found, wanted = NearDuplicates(threshold), list[bool](), list[bool]()
@@ -83,7 +84,7 @@ def test_all_pairs_that_are_similar_are_found_and_no_others():
             described = near.describe(text)
             found.append(near.has_similar(described, number % 2) or near.has_similar(described, 1 - number % 2))
             near.add(described, number % 2)
-            wanted.append(any(exact(text, earlier) >= threshold for earlier in every[:number]))
+            wanted.append(any(exact(number, earlier) >= threshold for earlier in range(number)))
         assert found == wanted
         assert 0 < sum(wanted) < len(every)
 

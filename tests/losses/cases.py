@@ -2,12 +2,13 @@
 
 import importlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
+import pytest
 import torch
 import yaml
 from torch import Tensor
@@ -17,6 +18,10 @@ from halos.types import Labelled, Loss, Mismatched, Pair, PairScores, Rollouts, 
 
 CONFIG = Path(__file__).parents[2] / "config/loss"
 ROWS, WIDTH = 5, 6
+# they differ from dpo or ipo by the formula of an item alone, which tests/losses holds
+LIKE_DPO = {"robust", "hinge", "exo", "nca", "apo_zero", "apo_down", "sppo", "discopop", "dpop", "dpo_norm", "rpo", "f_dpo",
+            "bco_pair"}  # fmt: skip
+LIKE_GRPO = {"dapo", "dr_grpo", "max_rl", "opo", "sapo"}  # other keys of the same function; gspo and cispo have own ratios
 TAUGHT = ("gkd",)  # losses that need a teacher: a further key, and tests of their own
 WHOLE = ("statistics", "state")  # parameters that are the same for every micro-batch of a global batch
 KNOWN = (TokenLogps, Pair, Labelled, PairScores, StepScores, Rollouts, ValuedRollouts)  # first parameters that `sample` can make
@@ -67,6 +72,12 @@ def names(*, on_rollouts: bool) -> list[str]:
         for case in of_this_package()
         if case.name not in TAUGHT and (kind_of(case) in (Rollouts, ValuedRollouts)) is on_rollouts
     ]
+
+
+def marked(names: Sequence[str], also: Collection[str] = ()) -> list[Any]:
+    """For pytest: those that are computed as another of them, and those of `also`, are slow."""
+    slow = {*LIKE_DPO, *LIKE_GRPO, *also}
+    return [pytest.param(name, marks=pytest.mark.slow if name in slow else ()) for name in names]
 
 
 def one_of_each_kind() -> list[str]:

@@ -40,7 +40,7 @@ def _wrong(draw: Draw, faults: Sequence[Fault], seeds: range, place: Path) -> li
 
 
 def test_a_sample_of_right_merges_holds_and_of_wrong_ones_fails(tmp_path: Path) -> None:
-    assert _right(merge_faults.draw, range(20), tmp_path) == []
+    assert _right(merge_faults.draw, range(10), tmp_path) == []
     assert _wrong(merge_faults.draw, merge_faults.FAULTS, range(len(merge_faults.FAULTS)), tmp_path) == []
 
 

@@ -34,6 +34,7 @@ from halos.rollout.prompts import digest
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.run import batch_source
 from halos.types import Demonstration, Judgement, Scored
+from tests.losses import cases
 from tests.rollout.vllm_server import VLLMServer, servers_of
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -229,11 +230,8 @@ NOT_LIVE = {"csft": "it rewrites the rows that it trains on", "reward": "it trai
 
 
 @pytest.mark.parametrize(
-    "loss",
-    [
-        pytest.param(name, marks=pytest.mark.slow if name in OF_PASSES else ())  # those are killed and resumed above
-        for name in sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml"))
-    ],
+    "loss",  # those of OF_PASSES are killed and resumed above
+    cases.marked(sorted(path.stem for path in (CONFIG / "loss").glob("*.yaml")), also=OF_PASSES),
 )
 def test_every_loss_learns_live_or_is_refused_with_the_reason(loss: str, cache: Path, tmp_path: Path) -> None:
     words = [*SMALL, *LIVE, f"online.loss={loss}", "online.steps=2", "data.eval=[]", "checkpoint.every=null", "train.prove=off"]

@@ -16,9 +16,6 @@ from tests.losses import cases
 
 LOSSES = cases.names(on_rollouts=False)
 LORA = [name for name in LOSSES if name not in ("sft", "csft", "dft")]  # without a reference an adapter is weights like others
-# they differ from dpo or ipo by the formula of an item alone, which tests/losses holds
-LIKE_DPO = {"robust", "hinge", "exo", "nca", "apo_zero", "apo_down", "sppo", "discopop", "dpop", "dpo_norm", "rpo", "f_dpo",
-            "bco_pair"}  # fmt: skip
 EVERY = [(loss, peft) for peft, losses in (("none", LOSSES), ("lora", LORA)) for loss in losses]
 BATCH = np.arange(11)  # no multiple of any micro-batch below
 
@@ -42,7 +39,7 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize(
-    ("loss", "peft"), [pytest.param(*each, marks=[pytest.mark.slow] if each[0] in LIKE_DPO else []) for each in EVERY]
+    ("loss", "peft"), [pytest.param(*each, marks=[pytest.mark.slow] if each[0] in cases.LIKE_DPO else []) for each in EVERY]
 )
 def test_microbatches_of_any_size_give_the_same_step(loss: str, peft: str, trainer: Callable[..., Trainer]) -> None:
     made = trainer(f"loss={loss}", f"peft={peft}", "train.max_grad_norm=null", "train.batch_size=11")

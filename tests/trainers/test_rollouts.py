@@ -26,7 +26,7 @@ from tests.losses import cases
 
 from .test_exact_step import _unsettle, agree, relative, step_in
 
-LOSSES = cases.names(on_rollouts=True)
+LOSSES = cases.marked(cases.names(on_rollouts=True))
 
 
 @pytest.fixture
@@ -98,7 +98,8 @@ def vocabulary(cache: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    ("loss", "precision"), [*((loss, "float32") for loss in LOSSES), ("gspo", "bfloat16"), ("ppo", "bfloat16")]
+    ("loss", "precision"),
+    [*(pytest.param(*each.values, "float32", marks=each.marks) for each in LOSSES), ("gspo", "bfloat16"), ("ppo", "bfloat16")],
 )
 def test_on_the_first_step_no_ratio_differs_from_1_whatever_the_sampler_says(
     loss: str, precision: str, vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
@@ -138,7 +139,7 @@ def test_the_samplers_own_tokens_and_log_probs_are_used(vocabulary: str, tmp_pat
     assert (batch.old[:2, :3] - batch.sampled[:2, :3]).abs().min() > 0.1, "old log-probs are the trainer's own"
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo", "gspo", "rloo", "reinforce_plus_plus", "ppo"])
+@pytest.mark.parametrize("loss", ["grpo", "dapo", *cases.marked(["dr_grpo"]), "gspo", "rloo", "reinforce_plus_plus", "ppo"])
 def test_a_masked_sample_counts_in_its_group_and_nothing_of_it_is_learned(
     loss: str, vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
 ) -> None:
