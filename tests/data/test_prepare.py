@@ -1,4 +1,5 @@
 import importlib
+import json
 import pickle
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def test_whole_columns_agree_with_the_items(tmp_path: Path, monkeypatch: pytest.
     assert len({item.id for item in items}) == 6
     with pytest.raises(IndexError):
         data[6]
+
+
+def test_rows_of_one_line_of_json_that_lose_turns_are_not_taken_for_each_other(tmp_path: Path):
+    rows = [{"messages": [turn("user", f"{n}? {'more ' * 40}"), turn("assistant", "one"), turn("user", f"{n}!"),
+                          turn("assistant", f"two {n}")]} for n in range(3)]  # fmt: skip
+    rows.append({"messages": [turn("user", "short?"), turn("assistant", "yes")]})
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    data, by_line = (prepared(path, tmp_path, max_length=60, truncation="truncate")
+                     for path in (str(tmp_path / "a.json"), jsonl(tmp_path / "a.jsonl", rows)))  # fmt: skip
+    assert [data.place(row) for row in range(4)] == [f"{tmp_path}/a.json:1{part}" for part in ("", "[2]", "[3]", "[4]")]
+    assert [words(data, row) for row in range(4)] == [["two 0<|im_end|>"], ["two 1<|im_end|>"], ["two 2<|im_end|>"],
+                                                      ["yes<|im_end|>"]]  # fmt: skip
+    assert (data.content, data.report[0].cut_turns) == (by_line.content, 3)
 
 
 def test_scored_masks_of_several_turns_are_stored(tmp_path: Path):

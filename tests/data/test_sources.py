@@ -54,7 +54,7 @@ def test_a_bad_line_is_named(tmp_path: Path):
 def test_json_rows_have_the_line_number_of_their_start(tmp_path: Path):
     path = tmp_path / "a.json"
     path.write_text('[\n {"prompt":\n  "a]"},\n\n {"prompt": "b"}, {"prompt": "c"}\n]\n')
-    assert [row.where.rpartition(":")[2] for row in read(str(path))] == ["2", "5", "5"]
+    assert [row.where.rpartition(":")[2] for row in read(str(path))] == ["2", "5", "5[2]"]
     assert prompts(str(path)) == ["a]", "b", "c"]
 
 

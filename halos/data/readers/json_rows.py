@@ -98,11 +98,15 @@ def read_json(path: Path) -> Iterator[Row]:
 
 
 def _elements(text: "_Window") -> Iterator[Row]:
-    """Read the elements of a list, from the first on, each with the line on which it starts."""
+    """Read the elements of a list, from the first on, each with the line on which it starts: `a.json:1`, and others that start
+    there `a.json:1[2]`, since no two rows have one place."""
+    line, number = 0, 0
     while (char := text.next_char()) != "]":
+        number = number + 1 if text.line() == line else 1
         line = text.line()
-        value = text.decoded(lambda error, line=line: f"{text.path}:{line + error.lineno - 1}", f"{text.path}:{line}")
-        yield row_of(value, f"{text.path}:{line}")
+        where = f"{text.path}:{line}{f'[{number}]' if number > 1 else ''}"
+        value = text.decoded(lambda error, line=line: f"{text.path}:{line + error.lineno - 1}", where)
+        yield row_of(value, where)
         char = text.next_char()
         if char == ",":
             text.at += 1
