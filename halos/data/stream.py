@@ -49,8 +49,8 @@ class Position:
         )
 
     def of_changed_files(self) -> Position:
-        """Return it without what would tell that files have changed."""
-        return replace(self, content="", before=None, whole="")
+        """Return it without what would tell that files have changed, and by lines instead of bytes."""
+        return replace(self, place=self.place.of_changed_files(), content="", before=None, whole="")
 
     def state(self) -> dict[str, Any]:
         """Return it as values that JSON keeps."""

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from halos.data.row import End, Row
+from halos.data.row import UNKNOWN, End, Row
 from halos.data.sources import OpenSource
 from halos.errors import UserError
 
@@ -24,6 +24,10 @@ class Place(NamedTuple):
         """Return the place that JSON holds as a list."""
         source, rows, end = values
         return cls(int(source), int(rows), None if end is None else End(*map(int, end)))
+
+    def of_changed_files(self) -> Place:
+        """Return it by the number of its line: its byte may be another now."""
+        return self if self.end is None else self._replace(end=self.end._replace(offset=UNKNOWN))
 
 
 START = Place()

@@ -183,6 +183,7 @@ def test_a_resume_reads_no_earlier_line_of_json_and_refuses_other_rows(tmp_path:
     path.write_text("\n".join([*lines[:24], lines[24].replace("one", "two"), *lines[25:]]))
     with pytest.raises(UserError, match=r"a.jsonl:21 to .*a.jsonl:30 are others than when the run read them"):
         start([path], state, 6)
+    path.write_text("longer than it was\n" + path.read_text().partition("\n")[2])
     changed = Stream([path], tmp_path / "changed")
     changed.order.start(Position.of(state).of_changed_files(), 6)
     assert changed.batches(6, 8) == batches[6:], "as resume_changes=allow lets it"
