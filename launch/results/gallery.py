@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,9 @@ import yaml
 from accuracy import answers
 from gallery_table import Measured, draw, page
 from torch import Tensor
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from halos.data import arithmetic
 from halos.errors import UserError
@@ -131,16 +134,17 @@ def table(model: str, root: Path, output: Path) -> None:
     unfinished = [f"{record.path.parent.name}/{record.label}: {record.status}" for record in records if record not in finished]
     begun = {(name_of(record), record.config["seed"]) for record in records}
     unfinished += [f"{name}, seed {seed}: not begun" for name, seed in jobs(model) if (name, seed) not in begun]
-    at_start = measure(start, start, start.parent / "gallery.json")
+    disable_progress_bar()  # of transformers, one for each model that is loaded
+    started = measure(start, start, start.parent / "gallery.json")
     rows = [
         Measured(name_of(one), one.config["seed"], measure(one.path / "FINAL", start, one.path / "gallery.json"))
-        for one in finished
+        for one in tqdm(finished, desc="measuring", unit="run")
     ]
     refuse_twice(rows, root)
     output.mkdir(parents=True, exist_ok=True)
-    text = page(rows, at_start, [*unfinished, *skipped], pairs=PAIRS, problems=PROBLEMS)
+    text = page(rows, started, [*unfinished, *skipped], pairs=PAIRS, problems=PROBLEMS)
     (output / "gallery.md").write_text(text, encoding="utf-8")
-    draw(rows, at_start, output / "gallery.png")
+    draw(rows, started, output / "gallery.png")
     print(text)
 
 
@@ -169,9 +173,9 @@ def measure(model: Path, start: Path, kept: Path) -> dict[str, float]:
     measured_of = [*(file_hash(each / "model.safetensors") for each in (model, start)), PAIRS, PROBLEMS, NEW_TOKENS]
     if kept.is_file() and (before := json.loads(kept.read_text()))["of"] == measured_of:
         return before["metrics"]
-    rows = list(itertools.islice(arithmetic.rows("eval"), PAIRS))
+    rows = held_out()
     now = pair_logps(model, rows)
-    gain = now - pair_logps(start, rows)
+    gain = now - at_start(start)
     texts = answers(str(model), [row["prompt"] for row in rows[:PROBLEMS]], BATCH, NEW_TOKENS)
     right = [
         exact_match(text, {"solution": row["chosen"][0]["content"]}) for text, row in zip(texts, rows[:PROBLEMS], strict=True)
@@ -187,6 +191,16 @@ def measure(model: Path, start: Path, kept: Path) -> dict[str, float]:
     hidden.write_text(json.dumps({"of": measured_of, "metrics": metrics}))
     os.replace(hidden, kept)
     return metrics
+
+
+@cache
+def held_out() -> list[dict[str, Any]]:
+    return list(itertools.islice(arithmetic.rows("eval"), PAIRS))
+
+
+@cache
+def at_start(start: Path) -> Tensor:
+    return pair_logps(start, held_out())
 
 
 def share_above(left: Tensor, right: Tensor) -> float:
