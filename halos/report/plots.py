@@ -93,15 +93,17 @@ def draw(records: Sequence[Record], panels: Sequence[Panel]) -> Figure | None:
     if not shown:
         return None
     colors = dict(zip([record.label for record in records], palette(len(records)), strict=True))  # the same in each figure
+    drawn = {record.label for panel in shown for record, _ in panel.of(records)}
     columns = min(len(shown), 3)
     lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(max(6.8, 5.2 * columns), 3.9 * lines + 0.8), dpi=150, layout="constrained")
+    width = max(6.8, 5.2 * columns)
+    legend = 0.2 * -(-len(drawn) // _legend_columns(list(drawn), width))  # inches, which many runs would take from the panels
+    figure = Figure(figsize=(width, 3.9 * lines + 0.6 + legend), dpi=150, layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for panel, ax in zip(shown, axes, strict=False):
         _fill(ax, panel, [(record, name, colors[record.label]) for record, name in panel.of(records)])
     for ax in axes[len(shown) :]:
         ax.set_axis_off()
-    drawn = {record.label for panel in shown for record, _ in panel.of(records)}
     _runs_legend(figure, {label: color for label, color in colors.items() if label in drawn})
     if any(panel.has_evals and len(series(record.evals, name)[0]) for panel in shown for record, name in panel.of(records)):
         _splits_legend(figure, thin=any(line.get_alpha() for ax in axes for line in ax.get_lines()))
@@ -181,8 +183,13 @@ def _runs_legend(figure: Figure, palette: dict[str, str]) -> None:
         figure.suptitle(names[0], x=0.01, ha="left", fontsize=12, fontweight="bold")
         return
     handles = [Line2D([], [], color=color, linewidth=3) for color in palette.values()]
-    columns = max(1, min(len(names), int(figure.get_figwidth() / (0.9 + 0.075 * max(map(len, names))))))
+    columns = _legend_columns(names, figure.get_figwidth())
     figure.legend(handles, names, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+
+
+def _legend_columns(names: Sequence[str], width: float) -> int:
+    """How many names fit beside each other into `width` inches."""
+    return max(1, min(len(names), int(width / (0.9 + 0.075 * max(map(len, names))))))
 
 
 def _splits_legend(figure: Figure, *, thin: bool) -> None:

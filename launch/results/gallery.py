@@ -8,7 +8,8 @@
 
 The budget is config/experiment/gallery.yaml. The start is SFT, stopped early. The same command again skips finished runs and
 resumes the rest; so does `table` with measurements. What is measured does not depend on the loss: both models are loaded by plain
-transformers and read the same held-out pairs and prompts. A run whose loss trains no language model (reward) has no place here.
+transformers and read the same held-out pairs and prompts. A loss that trains no language model (reward, prm) has no place here,
+nor has max_rl, whose rewards are from 0 up: those that pairs stand for are 1 and -1.
 """
 
 import argparse
@@ -50,7 +51,7 @@ PAIRED = (
     " robust rpo simpo slic sppo wpo"
 )
 OTHERS = "bco kto sft dft csft"  # labels and demonstrations, made of the same pairs
-ROLLOUTS = "cispo dapo dr_grpo grpo gspo max_rl opo ppo reinforce_plus_plus rloo sapo"  # pairs as rewards of 1 and -1
+ROLLOUTS = "cispo dapo dr_grpo grpo gspo opo ppo reinforce_plus_plus rloo sapo"  # pairs as rewards of 1 and -1
 MIXTURE = "loss.parts={dpo: {weight: 1, beta: 0.1}, sft: {weight: 1}}"
 
 # exp_name of a sweep -> its overrides; the names of losses are those of config/loss

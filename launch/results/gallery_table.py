@@ -79,5 +79,5 @@ def draw(rows: Sequence[Measured], start: Mapping[str, float], path: Path) -> No
         ax.grid(alpha=0.25, linewidth=0.7)
         ax.spines[["top", "right"]].set_visible(False)
         ax.set_yticks(range(len(groups)), list(groups), fontsize=8)
-    figure.axes[0].invert_yaxis()
+    figure.axes[0].set_ylim(len(groups) - 0.4, -0.6)
     save(figure, path)

@@ -5,6 +5,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -394,6 +395,13 @@ def test_a_sweep_of_many_runs_is_drawn(tmp_path: Path):
     records, _ = read_runs([tmp_path / "sweep"])
     figure = drawn(records, REWARDS)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"seed={i}" for i in range(13)]
+    many = [replace(records[0], label=f"loss=reinforce_plus_plus,seed={i}") for i in range(150)]
+    heights = []
+    for runs in (records, many):
+        figure = drawn(runs, REWARDS)
+        figure.draw_without_rendering()
+        heights.append(figure.axes[0].get_position().height * figure.get_figheight())
+    assert heights[1] > 0.8 * heights[0], "a long legend takes no room from the panels"
 
 
 def test_nothing_to_draw_is_no_figure(tmp_path: Path):
