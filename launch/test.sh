@@ -18,27 +18,32 @@ slow_group() { # prints the paths of its tests
     architectures) echo tests/logps ;;
     growth) echo tests/trainers ;;
     data) echo tests/data tests/config tests/run/test_mixture.py tests/run/test_stream.py ;;
+    versions) echo tests/test_oldest_versions.py ;;
     gpu) echo tests/launch/test_gpu_suite.py ;;
-    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges, architectures, growth, data and gpu" >&2; exit 2 ;;
+    *) echo "error: there is no group $1; there are kills, moves, strategies, signals, sweeps, online, merges, architectures, growth, data, versions and gpu" >&2; exit 2 ;;
   esac
 }
+# the oldest transformers that requirements.txt allows, with its hub client, for tests/test_oldest_versions.py
+install_oldest() {
+  oldest="transformers==5.17.0 huggingface-hub==1.33.0"
+  if [ "$(cat .venv/oldest/installed 2>/dev/null)" != "$oldest" ]; then
+    rm -rf .venv/oldest
+    # shellcheck disable=SC2086
+    python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --target .venv/oldest $oldest || exit 1
+    compile_all .venv/oldest
+    echo "$oldest" > .venv/oldest/installed
+  fi
+}
+needs_oldest=""
 if [ "${1:-}" = slow ]; then
   paths="$([ "$#" -lt 2 ] || slow_group "$2")"
+  case "${2:-versions}" in versions) needs_oldest=1 ;; esac
   # shellcheck disable=SC2086
   set -- -m slow $paths
 fi
 . launch/python.sh
 use_venv "pytest>=8 pytest-xdist>=3.6 hypothesis>=6 ruff==0.17.6 pyrefly==1.4.1 tensorboard>=2.18 pyroute2>=0.9 hydra-optuna-sweeper==1.3.0 hydra-submitit-launcher==1.2.0 hatchling==1.33.0 hatch-requirements-txt==0.4.1 openai==3.57.0 math-verify==0.9.0 deepspeed==0.19.8"
-
-# the oldest transformers that requirements.txt allows, with its hub client; tests/test_oldest_versions.py uses it
-oldest="transformers==5.17.0 huggingface-hub==1.33.0"
-if [ "$(cat .venv/oldest/installed 2>/dev/null)" != "$oldest" ]; then
-  rm -rf .venv/oldest
-  # shellcheck disable=SC2086
-  python -m pip install --no-compile --quiet --disable-pip-version-check --no-deps --target .venv/oldest $oldest || exit 1
-  compile_all .venv/oldest
-  echo "$oldest" > .venv/oldest/installed
-fi
+[ -z "$needs_oldest" ] || install_oldest
 
 export CUDA_VISIBLE_DEVICES=""  # the tests run on the CPU
 export PYTHONDONTWRITEBYTECODE=""  # until tests run: tests/conftest.py
@@ -54,4 +59,4 @@ room="$(df -Pk /dev/shm 2>/dev/null | awk 'NR == 2 { print $4 }')"
 if [ -z "${TMPDIR:-}" ] && [ "${room:-0}" -gt 4000000 ]; then
   export TMPDIR=/dev/shm
 fi
-exec python -m pytest -n 4 --dist worksteal -m "not slow"  # some tests wait more than they compute
+exec python -m pytest -n 3 --dist worksteal -m "not slow"

@@ -31,11 +31,12 @@ print(transformers.__version__)
 """
 
 
+@pytest.mark.slow
 def test_the_oldest_transformers_trains_merges_and_samples(tmp_path: Path, cache: Path) -> None:
     named = next(line for line in (ROOT / "requirements.txt").read_text().splitlines() if "transformers 5." in line)
     version = named.partition("transformers ")[2].split()[0]
     if not (OLDEST / "transformers").is_dir():
-        pytest.fail(f"{OLDEST} is not there: bash launch/test.sh installs transformers {version} into it")
+        pytest.fail(f"{OLDEST} is not there: `bash launch/test.sh slow versions` installs transformers {version} into it")
     runs = [[*words.split(), *SHARED.split(), f"output_root={tmp_path}", f"cache_dir={cache}"] for words in RUNS]
     environment = {**os.environ, "PYTHONPATH": f"{OLDEST}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(

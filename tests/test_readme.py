@@ -21,6 +21,8 @@ import pytest
 
 from halos.errors import UserError
 from halos.rundir import DRY_RUN
+from tests import composed
+from tests.losses import cases
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -159,7 +161,21 @@ def written(desk: Path) -> list[Path]:
     return sorted(path for path in (desk / "runs").rglob("*") if path.is_file() and path.name != DRY_RUN)
 
 
-@pytest.mark.parametrize("command", [line for line in ON_TRAIN if line not in GOING_ON])
+def is_of_a_loss_like_another(command: str) -> bool:
+    """Whether it differs from another line of the losses' table in the name of a loss that is computed as that one."""
+    alike = cases.LIKE_DPO | cases.LIKE_GRPO
+    return any(words_of(command) == [f"loss={name}", "model=tiny", "data=arithmetic", f"exp_name={name}"] for name in alike)
+
+
+ALIKE = [line for line in ON_TRAIN if is_of_a_loss_like_another(line)]
+
+
+@pytest.mark.parametrize("command", ALIKE)
+def test_every_command_for_a_loss_like_another_is_accepted(command: str) -> None:
+    assert composed.config_of(*words_of(command)).exp_name in cases.LIKE_DPO | cases.LIKE_GRPO
+
+
+@pytest.mark.parametrize("command", [line for line in ON_TRAIN if line not in (*GOING_ON, *ALIKE)])
 def test_every_documented_command_ends_dry(command: str, dry: Callable[..., int], desk: Path) -> None:
     if "=runs/reward/FINAL" in command and not (desk / "runs" / "reward" / "FINAL").exists():
         save_model(desk / "runs" / "reward" / "FINAL", "Llama", "AutoModelForSequenceClassification")

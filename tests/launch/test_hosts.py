@@ -105,7 +105,8 @@ def steps(run: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines() if '"train"' in line] if path.exists() else []
 
 
-@pytest.mark.parametrize("loss", ["killed", pytest.param("cut", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["killed", "cut"])
 def test_a_host_is_lost_and_the_run_resumes_on_the_other(loss: str, hosts: Hosts, tmp_path: Path, cache: Path) -> None:
     run = tmp_path / "run"
     words = [*RUN, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
