@@ -11,8 +11,9 @@ from halos.data.messages import turns_of
 from halos.data.numbers import number_in
 from halos.data.template import Template
 from halos.errors import UserError
-from halos.examples import Completion, Stepwise
+from halos.examples import Completion, Stepwise, Turns
 
+MARK = "\ue000"  # a character that no template writes
 COLUMNS = ("prompt", "completions", "labels")
 
 
@@ -77,12 +78,20 @@ def lay_out(template: Template, example: Stepwise, where: str) -> StepTexts:
     """Render the prompt as for an answer whose words are all steps. Raises UserError where the template changes these words."""
     texts = [str(turn["content"]) for turn in example.steps]
     words = example.separator.join(texts)
-    layout = template.lay_out(example.prompt, [({"role": "assistant", "content": words},)], where)
-    before, found, _ = layout.completions[0].partition(words.strip())
-    if not found:
+    layout = template.lay_out(example.prompt, [_answer(words)], where)
+    text, opening = layout.completions[0], ""
+    if text.count(words.strip()) > 1:  # what the template writes before an answer may have these words too
+        marked = template.lay_out(example.prompt, [_answer(MARK + words.lstrip())], where)
+        opening = marked.completions[0].partition(MARK)[0]
+    found = text.find(words.strip(), len(opening))
+    if found < 0 or not text.startswith(opening):
         raise UserError(f"{where}: the chat template changes the words of the steps: give another model.chat_template")
-    steps = (before + texts[0].lstrip(), *texts[1:])
+    steps = (text[:found] + texts[0].lstrip(), *texts[1:])
     return StepTexts(layout.prompt, steps, example.separator, example.step_labels, layout.exact, layout.notes)
+
+
+def _answer(words: str) -> Turns:
+    return ({"role": "assistant", "content": words},)
 
 
 def encode(laid_out: StepTexts, ids: Mapping[str, Sequence[int]], where: str) -> Encoded:

@@ -106,6 +106,18 @@ def test_without_a_template_the_tokens_are_those_of_trl(tmp_path: Path) -> None:
     assert np.where(item.completions[0].scored, 1, -100).tolist() == np.where(labels >= 0, 1, -100).tolist()
 
 
+def test_words_that_a_template_writes_itself_are_not_taken_for_a_step(tmp_path: Path) -> None:
+    """As Qwen3 begins an answer with an empty thought, in which a step such as `t` is found too."""
+    template = (
+        "{% for m in messages %}{{ m.role + ':' + ('<think></think>' if m.role == 'assistant' else '') }}"
+        "{{ m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+    )
+    words, rows = tokenizer(template), [{**ROW, "completions": [step], "labels": [True]} for step in ("t", " think", "im")]
+    data = prepared(jsonl(tmp_path / "a.jsonl", rows), tmp_path, kind=Stepwise, tokenizer=words)
+    texts = [words.decode(item.completions[0].ids) for item in data]
+    assert texts == ["<think></think>t\n", "<think></think> think\n", "<think></think>im\n"]
+
+
 def test_steps_beyond_max_length_are_counted_and_whole_rows_follow_truncation(tmp_path: Path) -> None:
     rows = [ROW, {**ROW, "completions": ["1 + 2 = 3."] * 9, "labels": [True] * 8 + [False]}, {**ROW, "prompt": "Add. " * 30}]
     path = jsonl(tmp_path / "a.jsonl", rows)
