@@ -1,7 +1,11 @@
 """The kinds of reward models: of a whole completion, or of each of its steps."""
 
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
+
+SAYS_GOOD = frozenset({"good", "right", "correct", "positive", "true", "yes", "+"})
+SAYS_BAD = frozenset({"bad", "wrong", "incorrect", "negative", "false", "no", "-"})
 
 
 class RewardKind(Enum):
@@ -44,6 +48,11 @@ class RewardKind(Enum):
     def names(self) -> tuple[str, ...]:
         """The labels in the order of the logits; none where there is a single score."""
         return {"score": (), "steps": ("bad", "good")}[self.value]
+
+    def reverses(self, names: Mapping[int, str]) -> bool:
+        """Whether a model's labels, by their numbers, say that the first logit is that of what is good."""
+        first, second = (str(names.get(number, "")).lower() for number in (0, 1))
+        return self is RewardKind.PROCESS and (first in SAYS_GOOD or second in SAYS_BAD)
 
     @property
     def task(self) -> str:

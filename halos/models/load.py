@@ -120,7 +120,7 @@ def load_model(
     config, reward = read_config(directory), RewardKind.OUTCOME if reward is True else reward or None
     auto, kind = CLASSES[reward], RewardKind.of_architectures(config.architectures)
     if reward and kind is reward:
-        _check_num_labels(directory, reward, getattr(config, "num_labels", 1))
+        _check_labels(directory, reward, config)
     try:
         plan = plan_for(config, reward=reward, attention=attention, longest=longest)
     except UserError as error:
@@ -136,7 +136,7 @@ def load_model(
     if reward:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     if reward is RewardKind.PROCESS:
-        _describe_steps(model, reward)
+        _describe_steps(model, reward, fresh=fresh)
     grow(model, len(tokenizer), new_tokens)
     if not reward:
         model.generation_config = settings_for(model.generation_config, tokenizer, stops)
@@ -210,17 +210,24 @@ def _size_facts(config: PretrainedConfig) -> dict[str, Any]:
     return {"model_type": config.model_type, **sizes}
 
 
-def _check_num_labels(directory: Path, kind: RewardKind, labels: int) -> None:
+def _check_labels(directory: Path, kind: RewardKind, config: PretrainedConfig) -> None:
+    """Raises UserError for a head of another number of labels, and for one whose labels say that they are the other way round."""
+    labels = getattr(config, "num_labels", 1)
     if labels != (wanted := kind.labels["num_labels"]):
         what = "a reward model" if kind is RewardKind.OUTCOME else "a process reward model"
         raise UserError(f"{directory} is a classifier with {labels} labels; {what} has {wanted}")
+    if kind.reverses(names := getattr(config, "id2label", None) or {}):
+        raise UserError(
+            f"{directory} names its labels {dict(names)}, and a process reward model's second is that of a good step: its"
+            " scores would be read the wrong way round. Exchange both rows of its head, and the names in its config.json"
+        )
 
 
-def _describe_steps(model: Any, kind: RewardKind) -> None:
-    """Name the labels of a process reward model, unless its base does; and turn off the dropout before its head where the base's
-    config asks for none: transformers' default is 0.1, where TRL turns all dropout off."""
+def _describe_steps(model: Any, kind: RewardKind, *, fresh: bool) -> None:
+    """Name the labels of a process reward model, unless its head is its base's, which does; and turn off the dropout before its
+    head where the base's config asks for none: transformers' default is 0.1, where TRL turns all dropout off."""
     config = model.config
-    if set(config.id2label.values()) == {f"LABEL_{number}" for number in range(len(kind.names))}:
+    if fresh or set(config.id2label.values()) == {f"LABEL_{number}" for number in range(len(kind.names))}:
         config.id2label = dict(enumerate(kind.names))
         config.label2id = {name: number for number, name in enumerate(kind.names)}
     asked = (getattr(config, name, None) for name in ("classifier_dropout", "hidden_dropout"))

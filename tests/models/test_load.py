@@ -125,3 +125,22 @@ def test_a_model_empty_has_the_generation_settings_of_a_loaded_one(tmp_path: Pat
     ]
     assert made[0].to_diff_dict() == made[1].to_diff_dict()
     assert (made[1].temperature, made[1].eos_token_id) == (0.6, [1, 200])
+
+
+def test_the_labels_of_a_process_reward_model_are_not_read_the_wrong_way_round(tmp_path: Path) -> None:
+    """Those of another kind's head are not those of the new one."""
+    tiny.build(base := tmp_path / "base")
+    tokenizer, path = load_tokenizer(base, add_tokens=[])[0], base / "config.json"
+    config = json.loads(path.read_text())
+
+    def loaded(architecture: str, *names: str) -> dict[int, str]:
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: number for number, name in enumerate(names)}}
+        path.write_text(json.dumps({**config, **labels, "architectures": [architecture]}))
+        settings: dict[str, Any] = {"dtype": torch.float32, "attention": "sdpa", "empty": True}
+        return load_model(base, tokenizer, reward=RewardKind.PROCESS, **settings).config.id2label
+
+    assert loaded("LlamaForSequenceClassification", "toxic", "polite") == {0: "bad", 1: "good"}
+    assert loaded("LlamaForTokenClassification", "Wrong", "Right") == {0: "Wrong", 1: "Right"}
+    for names in (("good", "bad"), ("Correct", "other"), ("0", "WRONG")):
+        with pytest.raises(UserError, match="its scores would be read the wrong way round"):
+            loaded("LlamaForTokenClassification", *names)
