@@ -129,9 +129,10 @@ def test_asking_changes_nothing(tmp_path):
 
 def test_a_lock_is_no_obstacle_and_stays(tmp_path):
     run = begun(tmp_path / "demo", "finished")
-    run.lock().acquire(1)
-    run.create(overwrite=True)
-    assert sorted(os.listdir(run.path)) == ["attempts", "run.lock"]
+    with run.lock() as lock:
+        lock.acquire(1)
+        run.create(overwrite=True)
+        assert sorted(os.listdir(run.path)) == ["attempts", "run.lock"]
     (run.path / ".run.lock.7-abc").write_text("{}")
     RunDir(run.path).refuse_occupied(overwrite=False)
 

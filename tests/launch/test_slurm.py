@@ -96,7 +96,7 @@ def holds_back(pid: str) -> bool:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
-@pytest.mark.parametrize("seconds", [0.0, 2.0, *(pytest.param(at, marks=pytest.mark.slow) for at in (0.5, 4.0))])
+@pytest.mark.parametrize("seconds", [0.0, *(pytest.param(at, marks=pytest.mark.slow) for at in (0.5, 2.0, 4.0))])
 def test_a_job_that_is_signalled_while_it_starts_is_requeued(seconds: float, slurm: dict[str, str], tmp_path: Path) -> None:
     """Whatever it is doing then: its interpreter, its imports, the meeting of its ranks."""
     words = [*RUN, f"output_root={tmp_path}", "exp_name=run"]

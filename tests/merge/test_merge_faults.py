@@ -40,13 +40,13 @@ def _wrong(draw: Draw, faults: Sequence[Fault], seeds: range, place: Path) -> li
 
 
 def test_a_sample_of_right_merges_holds_and_of_wrong_ones_fails(tmp_path: Path) -> None:
-    assert _right(merge_faults.draw, range(10), tmp_path) == []
+    assert _right(merge_faults.draw, range(5), tmp_path) == []
     assert _wrong(merge_faults.draw, merge_faults.FAULTS, range(len(merge_faults.FAULTS)), tmp_path) == []
 
 
 def test_a_sample_of_right_mixtures_holds_and_of_wrong_ones_fails(tmp_path: Path) -> None:
     faults = expert_merge_faults.FAULTS
-    assert _right(expert_merge_faults.draw, [*range(8), FLIPPED], tmp_path) == []
+    assert _right(expert_merge_faults.draw, [*range(3), FLIPPED], tmp_path) == []
     assert _wrong(expert_merge_faults.draw, faults, range(len(faults)), tmp_path) == []
 
 

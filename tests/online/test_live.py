@@ -194,7 +194,10 @@ def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_o
 
 @pytest.mark.parametrize(
     ("step", "changed", "sampled"),
-    [(4, ["online.epochs=3", "online.minibatches=1"], [1, 5, 7, 10]), (5, ["online.epochs=1"], [1, 5, 6, 7])],
+    [
+        (5, ["online.epochs=1"], [1, 5, 6, 7]),
+        pytest.param(4, ["online.epochs=3", "online.minibatches=1"], [1, 5, 7, 10], marks=pytest.mark.slow),
+    ],
 )
 def test_other_passes_that_a_resume_allows_go_on_with_a_batch_of_their_own(
     step: int, changed: list[str], sampled: list[int], cache: Path, tmp_path: Path
