@@ -7,16 +7,14 @@ from halos.examples import Example
 
 EQUAL = "with equal completions"  # why a pair is dropped
 HELD_OUT = "held out for evaluation"  # begins the notes of rows of training data that are
-
-
-UNKNOWN = -1  # offset
+UNKNOWN_OFFSET = -1
 
 
 class End(NamedTuple):
     """Where the line of a row ends: a reader that goes on there skips what is before it."""
 
     file: int  # of the files of its entry, counted from 0
-    offset: int  # bytes; UNKNOWN where the file has changed since: lines are counted
+    offset: int  # bytes; UNKNOWN_OFFSET where the file has changed since: lines are counted
     line: int
 
 

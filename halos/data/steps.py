@@ -9,11 +9,11 @@ import numpy as np
 from halos.data.encoded import Encoded
 from halos.data.messages import turns_of
 from halos.data.numbers import number_in
+from halos.data.omissions import SENTINEL
 from halos.data.template import Template
 from halos.errors import UserError
 from halos.examples import Completion, Stepwise, Turns
 
-MARK = "\ue000"  # a character that no template writes
 COLUMNS = ("prompt", "completions", "labels")
 
 
@@ -81,8 +81,8 @@ def lay_out(template: Template, example: Stepwise, where: str) -> StepTexts:
     layout = template.lay_out(example.prompt, [_answer(words)], where)
     text, opening = layout.completions[0], ""
     if text.count(words.strip()) > 1:  # what the template writes before an answer may have these words too
-        marked = template.lay_out(example.prompt, [_answer(MARK + words.lstrip())], where)
-        opening = marked.completions[0].partition(MARK)[0]
+        marked = template.lay_out(example.prompt, [_answer(SENTINEL + words.lstrip())], where)
+        opening = marked.completions[0].partition(SENTINEL)[0]
     found = text.find(words.strip(), len(opening))
     if found < 0 or not text.startswith(opening):
         raise UserError(f"{where}: the chat template changes the words of the steps: give another model.chat_template")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
-from halos.data.row import UNKNOWN, End, Row
+from halos.data.row import UNKNOWN_OFFSET, End, Row
 from halos.data.sources import OpenSource
 from halos.errors import UserError
 
@@ -27,7 +27,7 @@ class Place(NamedTuple):
 
     def of_changed_files(self) -> Place:
         """Return it by the number of its line: its byte may be another now."""
-        return self if self.end is None else self._replace(end=self.end._replace(offset=UNKNOWN))
+        return self if self.end is None else self._replace(end=self.end._replace(offset=UNKNOWN_OFFSET))
 
 
 START = Place()

@@ -76,7 +76,7 @@ OPTIMIZERS = {  # and schedules: every shipped one that needs no further package
 
 
 # runs of the other kinds are killed and resumed in tests/checkpoint/test_resume.py, and all of them in the long matrix
-KINDS_NOT_KILLED = [name for name in cases.one_of_each_kind() if name not in ("sft", "sppo", "kto", "reward")]
+KINDS_NOT_KILLED = cases.one_of_each_kind(but=("sft", "dpo", "kto", "reward"))
 
 
 @pytest.mark.parametrize(

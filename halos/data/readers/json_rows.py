@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from halos.data.readers.streams import opened, opened_text
-from halos.data.row import UNKNOWN, End, Row, row_of, type_name
+from halos.data.row import UNKNOWN_OFFSET, End, Row, row_of, type_name
 from halos.errors import UserError, first_line_of
 
 _NOT_BLANK = re.compile(r"[^ \t\r\n]")
@@ -39,7 +39,7 @@ def read_jsonl_after(path: Path, end: End) -> Iterator[Row]:
     """Read the rows of a file that is not compressed after the line that ends there, each with its own end."""
     offset = end.offset
     with opened(path) as lines:
-        if offset == UNKNOWN:
+        if offset == UNKNOWN_OFFSET:
             offset = sum(map(len, islice(lines, end.line)))
         elif offset:
             lines.seek(offset)
