@@ -44,7 +44,8 @@ from halos.report.read import Record, read_runs
 from halos.rollout.rewards import exact_match
 from halos.rundir import RunDir
 
-PAIRS, PROBLEMS, NEW_TOKENS, BATCH = 400, 200, 64, 50
+PAIRS, PROBLEMS = {"tiny": 400, "smollm2": 200}, {"tiny": 200, "smollm2": 100}  # held-out ones
+NEW_TOKENS, BATCH = 64, 50
 SEEDS = "seed=0,1,2"
 PAIRED = (
     "aot aot_unpaired apo_down apo_zero bco_pair cdpo cpo discopop dpo dpo_norm dpop exo f_dpo hinge ipo ld_dpo mpo nca orpo"
@@ -53,6 +54,7 @@ PAIRED = (
 OTHERS = "bco kto sft dft csft"  # labels and demonstrations, made of the same pairs
 ROLLOUTS = "cispo dapo dr_grpo grpo gspo opo ppo reinforce_plus_plus rloo sapo"  # pairs as rewards of 1 and -1
 MIXTURE = "loss.parts={dpo: {weight: 1, beta: 0.1}, sft: {weight: 1}}"
+ONLINE = ["online.loss=dpo", "online.steps=24", "online.eval_prompts=0", "online.sampler.max_new_tokens=24"]
 
 # exp_name of a sweep -> its overrides; the names of losses are those of config/loss
 SWEEPS = {
@@ -61,6 +63,8 @@ SWEEPS = {
         "humanline": ["loss=dpo,kto", "humanline=on"],
         "mixture": ["loss=mixture", MIXTURE],
         "gkd": ["loss=gkd", "reference.name_or_path=${output_root}/teacher/FINAL"],
+        "online": ["loss=online", *ONLINE],  # DPO on pairs of fresh samples: as many steps and pairs as offline
+        "online_humanline": ["loss=online", *ONLINE, "humanline=on"],
     },
     "smollm2": {
         "losses": ["loss=dpo,simpo,orpo,kto,bco"],
@@ -115,7 +119,7 @@ def jobs(model: str) -> Iterator[tuple[str, int]]:
     for overrides in SWEEPS[model].values():
         losses = overrides[0].removeprefix("loss=").split(",")
         for loss, seed in itertools.product(losses, SEEDS.removeprefix("seed=").split(",")):
-            yield (f"humanline {loss}" if "humanline=on" in overrides else loss), int(seed)
+            yield shown_as(["loss=" + loss, *overrides[1:]], "humanline=on" in overrides), int(seed)
 
 
 def refuse_twice(rows: Sequence[Measured], root: Path) -> None:
@@ -136,14 +140,14 @@ def table(model: str, root: Path, output: Path) -> None:
     begun = {(name_of(record), record.config["seed"]) for record in records}
     unfinished += [f"{name}, seed {seed}: not begun" for name, seed in jobs(model) if (name, seed) not in begun]
     disable_progress_bar()  # of transformers, one for each model that is loaded
-    started = measure(start, start, start.parent / "gallery.json")
+    started = measure(model, start, start, start.parent / "gallery.json")
     rows = [
-        Measured(name_of(one), one.config["seed"], measure(one.path / "FINAL", start, one.path / "gallery.json"))
+        Measured(name_of(one), one.config["seed"], measure(model, one.path / "FINAL", start, one.path / "gallery.json"))
         for one in tqdm(finished, desc="measuring", unit="run")
     ]
     refuse_twice(rows, root)
     output.mkdir(parents=True, exist_ok=True)
-    text = page(rows, started, [*unfinished, *skipped], pairs=PAIRS, problems=PROBLEMS)
+    text = page(rows, started, [*unfinished, *skipped], pairs=PAIRS[model], problems=PROBLEMS[model])
     (output / "gallery.md").write_text(text, encoding="utf-8")
     draw(rows, started, output / "gallery.png")
     print(text)
@@ -153,7 +157,13 @@ def name_of(record: Record) -> str:
     """The choice of `loss` that began the run, since choices share functions; `humanline` where log-ratios are clamped."""
     bounds = record.node("humanline")
     is_clamped = bounds.get("low") is not None or bounds.get("high") is not None
-    loss = next(word.removeprefix("loss=") for word in began_with(record.path) if word.startswith("loss="))
+    return shown_as(began_with(record.path), is_clamped)
+
+
+def shown_as(overrides: Sequence[str], is_clamped: bool) -> str:
+    """The name in the table of a run with these overrides: that of the loss, after what changes it."""
+    choices = dict(word.split("=", 1) for word in overrides if "=" in word)
+    loss = f"online {choices['online.loss']}" if choices["loss"] == "online" else choices["loss"]
     return f"humanline {loss}" if is_clamped else loss
 
 
@@ -163,24 +173,24 @@ def began_with(directory: Path) -> list[str]:
     return yaml.safe_load(first)["overrides"]
 
 
-def measure(model: Path, start: Path, kept: Path) -> dict[str, float]:
-    """Metrics of `model` against `start`, kept in a file in the run while both have the same weights; log-probs are sums over a
+def measure(model: str, trained: Path, start: Path, kept: Path) -> dict[str, float]:
+    """Metrics of `trained` against `start`, kept in a file in the run while both have the same weights; log-probs are sums over a
     completion, in nats.
 
     Implicit accuracy is the share of pairs whose chosen completion gained more log-prob than the rejected one, a tie counting
     half; ranking accuracy that of those whose chosen completion is the likelier; margin is the mean difference of the gains,
     drift the mean gain of the chosen completions; exact match is that of greedy answers.
     """
-    measured_of = [*(file_hash(each / "model.safetensors") for each in (model, start)), PAIRS, PROBLEMS, NEW_TOKENS]
+    pairs, problems = PAIRS[model], PROBLEMS[model]
+    measured_of = [*(file_hash(each / "model.safetensors") for each in (trained, start)), pairs, problems, NEW_TOKENS]
     if kept.is_file() and (before := json.loads(kept.read_text()))["of"] == measured_of:
         return before["metrics"]
-    rows = held_out()
-    now = pair_logps(model, rows)
-    gain = now - at_start(start)
-    texts = answers(str(model), [row["prompt"] for row in rows[:PROBLEMS]], BATCH, NEW_TOKENS)
-    right = [
-        exact_match(text, {"solution": row["chosen"][0]["content"]}) for text, row in zip(texts, rows[:PROBLEMS], strict=True)
-    ]
+    rows = held_out(pairs)
+    now = pair_logps(trained, rows)
+    gain = now - at_start(start, pairs)
+    asked = rows[:problems]
+    texts = answers(str(trained), [row["prompt"] for row in asked], BATCH, NEW_TOKENS)
+    right = [exact_match(text, {"solution": row["chosen"][0]["content"]}) for text, row in zip(texts, asked, strict=True)]
     metrics = {
         "implicit accuracy": share_above(gain[:, 0], gain[:, 1]),
         "ranking accuracy": share_above(now[:, 0], now[:, 1]),
@@ -195,13 +205,13 @@ def measure(model: Path, start: Path, kept: Path) -> dict[str, float]:
 
 
 @cache
-def held_out() -> list[dict[str, Any]]:
-    return list(itertools.islice(arithmetic.rows("eval"), PAIRS))
+def held_out(pairs: int) -> list[dict[str, Any]]:
+    return list(itertools.islice(arithmetic.rows("eval"), pairs))
 
 
 @cache
-def at_start(start: Path) -> Tensor:
-    return pair_logps(start, held_out())
+def at_start(start: Path, pairs: int) -> Tensor:
+    return pair_logps(start, held_out(pairs))
 
 
 def share_above(left: Tensor, right: Tensor) -> float:

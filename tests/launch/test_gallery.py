@@ -33,7 +33,11 @@ def points(arguments: list[str]) -> list[list[str]]:
 
 @pytest.mark.parametrize(
     ("model", "losses"),
-    [("tiny", ("dpo", "kto", "grpo", "mixture", "gkd")), ("smollm2", None), pytest.param("tiny", None, marks=pytest.mark.slow)],
+    [
+        ("tiny", ("dpo", "kto", "grpo", "mixture", "gkd", "online")),
+        ("smollm2", None),
+        pytest.param("tiny", None, marks=pytest.mark.slow),
+    ],
 )
 def test_every_job_of_the_gallery_is_accepted_and_has_its_budget(
     model: str, losses: tuple[str, ...] | None, gallery, tmp_path: Path
@@ -45,9 +49,8 @@ def test_every_job_of_the_gallery_is_accepted_and_has_its_budget(
     jobs = [job for sweep in sweeps for job in points(sweep) if "seed=0" in job]
     jobs = [job for job in jobs if losses is None or any(f"loss={loss}" in job for loss in losses)]
     configs = [config_of(*job) for job in jobs]
-    assert {(one.train.steps, one.train.batch_size) for one in configs} == {(24, 16) if model == "tiny" else (60, 16)}
-    if model == "tiny":
-        assert {one.optim["lr"] for one in configs} == {5e-5}, "not that of random weights"
+    assert {(one.train.steps, one.train.batch_size) for one in configs} == {(24, 16) if model == "tiny" else (12, 8)}
+    assert {one.optim["lr"] for one in configs} == {5e-5}, "not that of random weights"
     assert {one.model.name_or_path for one in configs} == {f"{tmp_path}/start/FINAL"}
     assert {one.peft.name for one in configs} == {"none" if model == "tiny" else "lora"}
     assert all(one.train.eval_every is None and one.checkpoint["every"] is None for one in configs)
@@ -129,3 +132,5 @@ def test_losses_that_share_a_function_keep_their_names(gallery, tmp_path: Path) 
     assert gallery.name_of(record) == "dapo"
     clamped = gallery.Record(tmp_path, "run", config | {"humanline": {"low": -1.5, "high": 1.5}}, "finished", 1, (), ())
     assert gallery.name_of(clamped) == "humanline dapo"
+    (tmp_path / "attempts" / "000.yaml").write_text("overrides: [experiment=gallery, loss=online, online.loss=dpo, seed=0]\n")
+    assert gallery.name_of(clamped) == "humanline online dpo"
