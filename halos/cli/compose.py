@@ -13,10 +13,12 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from halos.cli.overrides import parse
 from halos.config import validate
 from halos.config.overrides import Choices, Override, resolve_keys
 from halos.errors import UserError
@@ -82,6 +84,25 @@ class ConfigTree:
         resolved = resolve_keys(parsed, self.choices, keys(composed))
         set_values(composed, [one for one in resolved if not is_for_hydra(one)])
         return composed, resolved
+
+    def loss_choice(self, overrides: Sequence[str], target: object) -> str | None:
+        """Return the choice of config/loss, by the overrides or by an experiment among them; None where `target`, the run's loss
+        function, is not the choice's own."""
+        chosen = [text for text in overrides if parse(text, self.choices).chooses(self.choices)]
+        with self.initialized():
+            loader = GlobalHydra.instance().config_loader()
+            listed = loader.compute_defaults_list(self.name, [*self.searchpath, *chosen], RunMode.RUN)
+        choice = listed.overrides.known_choices.get("loss")
+        return choice if choice is not None and self._target_of(choice) == target else None
+
+    def _target_of(self, choice: str) -> object:
+        """Return loss._target_ of config/loss/CHOICE.yaml or of the choices that it extends; None where they have none."""
+        files = [path for each in self.directories if (path := each / "loss" / f"{choice}.yaml").is_file()]
+        node = plain(OmegaConf.load(files[0])) if files else {}
+        if (target := (node.get("loss") or {}).get("_target_")) is not None:
+            return target
+        bases = [name.rpartition("/")[2] for name in node.get("defaults", ()) if isinstance(name, str) and name != "_self_"]
+        return next((target for name in reversed(bases) if (target := self._target_of(name)) is not None), None)
 
 
 def set_values(composed: DictConfig, resolved: Sequence[Override]) -> None:

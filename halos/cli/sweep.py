@@ -88,6 +88,7 @@ def job(composed: DictConfig) -> float | None:
     tree, config, status = ConfigTree(directories), None, WRONG_INPUT
     try:
         config = validate.check(composed, overrides, tree.choices)
+        config.loss_choice = tree.loss_choice(overrides, config.loss.get("_target_"))
         if single.is_live(config):
             config = online.live_config(config, overrides, tree)
         changed = continue_if_started(config, overrides) if multirun or config.resume == AUTO else []

@@ -24,6 +24,7 @@ class Scope(StrEnum):
     HOST = "host"  # this machine
     COMMAND = "command"  # this command alone
     CODE = "code"  # must be passed on every command, and is never read from a saved run
+    RECORD = "record"  # for readers of a saved run: no key of a command
 
 
 def key(
@@ -48,3 +49,8 @@ def key(
     set_limits = {name: limit for name, limit in limits.items() if limit is not None}
     facts = {"limits": set_limits, "on_resume": on_resume, "scope": scope, "path": path, "shared": shared}
     return field(default=MISSING, metadata=facts)
+
+
+def record() -> Any:
+    """Declare a value that a command writes into its run for readers, and that no command sets; null in older runs."""
+    return field(default=None, metadata={"limits": {}, "on_resume": SAFE, "scope": Scope.RECORD, "path": False, "shared": None})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Any
 
+from halos.config.schema import Scope, keys_of
 from halos.config.suggest import about_loss, kind_of, nearest, schema_keys, unknown_key
 from halos.config.values import describe, show
 from halos.errors import UserError
@@ -125,6 +126,8 @@ def resolve_keys(overrides: Sequence[Override], choices: Choices, known: Sequenc
 
 
 def _resolve_one(override: Override, choices: Choices, known: Sequence[str]) -> Override:
+    if override.key in keys_of(Scope.RECORD):
+        raise UserError(f"there is no key {override.key!r}: a run records it; {COMMAND} --help lists the keys")
     kind = kind_of(override.key)
     exists = override.key in known
     if kind == "unknown" and not exists:

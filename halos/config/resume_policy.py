@@ -135,7 +135,7 @@ def _scorer(config: Config, past: PreviousRun) -> str | None:
 
 
 CONDITIONS: dict[str, Condition] = {STEPS: _num_steps, MICROBATCH: _microbatch, OBJECTIVE: _early_stopping, SCORER: _scorer}
-NOT_COMPARED = (Scope.PLACE, Scope.COMMAND, Scope.CODE)
+NOT_COMPARED = (Scope.PLACE, Scope.COMMAND, Scope.CODE, Scope.RECORD)
 TARGETED = ("loss", "optim", "schedule", "trainer", "checkpoint")  # nodes whose keys are the parameters of their _target_
 ON_RESUME: dict[str, str] = {key: facts["on_resume"] for key, facts in key_facts() if facts["scope"] not in NOT_COMPARED}
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
-from halos.config.keys import CONTENT, MATHEMATICS, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Scope, key
+from halos.config.keys import CONTENT, MATHEMATICS, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Scope, key, record
 from halos.config.rollout_modules import engine_names, scorer_names
 
 
@@ -239,6 +239,7 @@ class Config:
     dry_run_rows: int = key(least=1, scope=Scope.COMMAND)
     plugins: list[str] = key(scope=Scope.CODE)
     online: Online | None = None  # only with loss=online, whose YAML has the section
+    loss_choice: str | None = record()  # the choice of config/loss that the run began with, where its function is that choice's
 
 
 @cache

@@ -20,10 +20,11 @@ Rows = tuple[Mapping[str, Any], ...]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One run as recorded in its files. `label` is a short name, unique within a report."""
+    """One run as recorded in its files. `label` is a short name, unique within a report; `loss` see `loss_of`."""
 
     path: Path
     label: str
+    loss: str
     config: Mapping[str, Any]
     status: str
     step: int
@@ -31,17 +32,9 @@ class Record:
     evals: Rows
 
     @property
-    def loss(self) -> str:
-        """The name of the loss, halos.losses.dpo.dpo -> dpo; for online rounds that of each round's training."""
-        if self.is_online_run:
-            return f"online {self.node('online').get('loss')}"
-        return str(self.node("loss").get("_target_", "?")).rpartition(".")[0].rpartition(".")[2] or "?"
-
-    @property
     def is_online_run(self) -> bool:
         """Whether its steps are online rounds."""
-        online = self.node("online")
-        return bool(online) and online.get("steps") is None
+        return _is_online_run(self.config)
 
     @property
     def seconds(self) -> float:
@@ -54,6 +47,42 @@ class Record:
     def node(self, name: str) -> Mapping[str, Any]:
         part = self.config.get(name)
         return part if isinstance(part, Mapping) else {}
+
+
+def _is_online_run(config: Mapping[str, Any]) -> bool:
+    online = config.get("online")
+    return isinstance(online, Mapping) and bool(online) and online.get("steps") is None
+
+
+def loss_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
+    """Return the loss that a run was started with: the choice of config/loss, since choices share functions (dapo and gspo are
+    grpo's), and for online training `online` before the loss inside. `overrides` are those of its first attempt, by which older
+    runs are named. Where neither tells, as for a `_target_` of the user's, it is the function's: halos.losses.dpo.dpo -> dpo."""
+    online, loss = (node if isinstance(node := config.get(name), Mapping) else {} for name in ("online", "loss"))
+    target = str(loss.get("_target_", "?"))
+    function = target.rpartition(".")[0].rpartition(".")[2] or "?"
+    words = [*overrides, *(online.get("overrides") or [])]
+    if _is_online_run(config):
+        name = online.get("loss")
+    elif "loss_choice" in config:
+        name = config["loss_choice"] or function
+    elif any(word.lstrip("+").startswith("loss._target_=") for word in words):
+        name = function
+    else:
+        chosen = [word.removeprefix("loss=") for word in overrides if word.startswith("loss=")]
+        name = online.get("loss") or (chosen[-1] if chosen else function)
+    return f"online {name}" if online else str(name)
+
+
+def first_overrides(path: Path) -> list[str]:
+    """Return the overrides of a run's first attempt; none where the report has no readable record of it."""
+    first = path / "attempts" / "000.yaml"
+    try:
+        record = confined.parse_yaml(confined.read_text(first, within=path, most=confined.SETTINGS), str(first))
+    except UserError:
+        return []
+    overrides = record.get("overrides") if isinstance(record, Mapping) else []
+    return [str(each) for each in overrides] if isinstance(overrides, list) else []
 
 
 def series(rows: Rows, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -137,7 +166,9 @@ def _read(path: Path, label: str) -> Record:
         raise UserError(f"{path / 'metrics.jsonl'} has no row with split train or eval{more}")
     last = max(row["step"] for row in (*train, *evals))
     status = result["status"] if result else "unknown (no result.json)"
-    return Record(path, label, config, status, result["step"] if result else last, train, evals)
+    return Record(
+        path, label, loss_of(config, first_overrides(path)), config, status, result["step"] if result else last, train, evals
+    )
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -11,11 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from halos import confined
 from halos.config.schema import Scope, keys_of
-from halos.errors import UserError
 from halos.report.plots import palette, plot, save
-from halos.report.read import Record, read_runs
+from halos.report.read import Record, first_overrides, read_runs
 from halos.report.table import table
 
 NOT_SWEPT = keys_of(Scope.PLACE, Scope.HOST, Scope.COMMAND, Scope.CODE)
@@ -182,14 +180,7 @@ def _rank(value: float, mode: str) -> float:
 
 def _overrides(run: Path) -> dict[str, str]:
     """Return the overrides of a run's first start, key -> value."""
-    first = run / "attempts" / "000.yaml"
-    try:
-        record = confined.parse_yaml(confined.read_text(first, within=run, most=confined.SETTINGS), str(first))
-    except UserError:
-        return {}
-    overrides = record.get("overrides") if isinstance(record, dict) else []
-    overrides = overrides if isinstance(overrides, list) else []
-    pairs = [str(override).lstrip("+~").partition("=") for override in overrides]
+    pairs = [override.lstrip("+~").partition("=") for override in first_overrides(run)]
     return {key: value for key, _, value in pairs}
 
 

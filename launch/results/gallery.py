@@ -29,7 +29,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent), str(ROOT / "launch")]
 
 import torch
-import yaml
 from accuracy import answers
 from gallery_table import Measured, draw, page
 from torch import Tensor
@@ -40,9 +39,8 @@ from transformers.utils.logging import disable_progress_bar
 from halos.data import arithmetic
 from halos.errors import UserError
 from halos.hashes import file_hash
-from halos.report.read import Record, read_runs
+from halos.report.read import Record, first_overrides, read_runs
 from halos.rollout.rewards import exact_match
-from halos.rundir import RunDir
 
 PAIRS, PROBLEMS = {"tiny": 400, "smollm2": 200}, {"tiny": 200, "smollm2": 100}  # held-out ones
 NEW_TOKENS, BATCH = 64, 50
@@ -109,7 +107,7 @@ def run(model: str, root: Path, source: str | None) -> int:
 
 def refuse_other_budget(directory: Path, arguments: list[str]) -> None:
     """Raises UserError for a run that other arguments began: it would pass for the start of these."""
-    if (began := began_with(directory)) and began != arguments:
+    if (began := first_overrides(directory)) and began != arguments:
         asked, other = shlex.join(arguments), shlex.join(began)
         raise UserError(f"{directory} was trained by `{other}`, and not by `{asked}`: delete it, or give another --root")
 
@@ -119,7 +117,8 @@ def jobs(model: str) -> Iterator[tuple[str, int]]:
     for overrides in SWEEPS[model].values():
         losses = overrides[0].removeprefix("loss=").split(",")
         for loss, seed in itertools.product(losses, SEEDS.removeprefix("seed=").split(",")):
-            yield shown_as(["loss=" + loss, *overrides[1:]], "humanline=on" in overrides), int(seed)
+            inner = next((word.partition("=")[2] for word in overrides if word.startswith("online.loss=")), None)
+            yield shown_as(f"{loss} {inner}" if inner else loss, "humanline=on" in overrides), int(seed)
 
 
 def refuse_twice(rows: Sequence[Measured], root: Path) -> None:
@@ -154,23 +153,14 @@ def table(model: str, root: Path, output: Path) -> None:
 
 
 def name_of(record: Record) -> str:
-    """The choice of `loss` that began the run, since choices share functions; `humanline` where log-ratios are clamped."""
+    """The run's loss; `humanline` where log-ratios are clamped."""
     bounds = record.node("humanline")
     is_clamped = bounds.get("low") is not None or bounds.get("high") is not None
-    return shown_as(began_with(record.path), is_clamped)
+    return shown_as(record.loss, is_clamped)
 
 
-def shown_as(overrides: Sequence[str], is_clamped: bool) -> str:
-    """The name in the table of a run with these overrides: that of the loss, after what changes it."""
-    choices = dict(word.split("=", 1) for word in overrides if "=" in word)
-    loss = f"online {choices['online.loss']}" if choices["loss"] == "online" else choices["loss"]
+def shown_as(loss: str, is_clamped: bool) -> str:
     return f"humanline {loss}" if is_clamped else loss
-
-
-def began_with(directory: Path) -> list[str]:
-    """The overrides of a run's first attempt; none where there was no attempt."""
-    first = next(iter(RunDir(directory).read_attempts().values()), "overrides: []")
-    return yaml.safe_load(first)["overrides"]
 
 
 def measure(model: str, trained: Path, start: Path, kept: Path) -> dict[str, float]:

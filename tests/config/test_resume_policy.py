@@ -19,6 +19,7 @@ from halos.config.schema import (
     Objective,
     Peft,
     Reference,
+    Scope,
     Train,
     key_facts,
     keys_of,
@@ -197,4 +198,4 @@ def test_changes_of_attempts_are_applied_in_order_and_a_null_hook_is_removed() -
 
 def test_keys_that_are_never_taken_from_a_saved_run_belong_to_the_command() -> None:
     own = {"resume", "resume_changes", "overwrite", "dry_run", "dry_run_rows", "plugins", "exp_name", "output_root", "run_dir"}
-    assert set(keys_of(*NOT_COMPARED)) == own
+    assert set(keys_of(*NOT_COMPARED)) == {*own, *keys_of(Scope.RECORD)}

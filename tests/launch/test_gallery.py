@@ -124,13 +124,10 @@ def test_a_start_of_another_budget_is_refused_and_what_never_began_is_named(gall
     }
 
 
-def test_losses_that_share_a_function_keep_their_names(gallery, tmp_path: Path) -> None:
-    (tmp_path / "attempts").mkdir()
-    (tmp_path / "attempts" / "000.yaml").write_text("overrides: [experiment=gallery, loss=dapo, seed=0]\n")
-    config = {"loss": {"_target_": "halos.losses.grpo.grpo"}, "humanline": {"low": None, "high": None}}
-    record = gallery.Record(tmp_path, "run", config, "finished", 1, (), ())
+def test_a_run_with_clamped_ratios_has_a_row_of_its_own(gallery, tmp_path: Path) -> None:
+    config = {"humanline": {"low": None, "high": None}}
+    record = gallery.Record(tmp_path, "run", "dapo", config, "finished", 1, (), ())
     assert gallery.name_of(record) == "dapo"
-    clamped = gallery.Record(tmp_path, "run", config | {"humanline": {"low": -1.5, "high": 1.5}}, "finished", 1, (), ())
+    clamped = gallery.Record(tmp_path, "run", "dapo", {"humanline": {"low": -1.5, "high": 1.5}}, "finished", 1, (), ())
     assert gallery.name_of(clamped) == "humanline dapo"
-    (tmp_path / "attempts" / "000.yaml").write_text("overrides: [experiment=gallery, loss=online, online.loss=dpo, seed=0]\n")
-    assert gallery.name_of(clamped) == "humanline online dpo"
+    assert ("humanline online dpo", 0) in gallery.jobs("tiny")

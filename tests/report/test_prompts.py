@@ -16,7 +16,7 @@ def row(name: str, reward: float | None, split: str = "train") -> dict[str, Any]
 
 
 def record(path: Path, **online: Any) -> Record:
-    return Record(path, path.name, {"online": {"scorer": {"name": "function"}, **online}}, "finished", 2, (), ())
+    return Record(path, path.name, "online dpo", {"online": {"scorer": {"name": "function"}, **online}}, "finished", 2, (), ())
 
 
 def table(*records: Record, output: Path) -> list[list[str]]:

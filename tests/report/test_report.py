@@ -173,6 +173,24 @@ def test_a_local_model_is_named_by_its_last_part_and_a_hub_model_by_both(tmp_pat
     assert [row["model"] for row in cells(table(read_runs(places)[0]))] == list(names.values())
 
 
+def test_losses_that_share_a_function_keep_their_names(tmp_path: Path):
+    def named(name: str, overrides: Sequence[str] | None = None, loss: str = "grpo", **config: Any) -> str:
+        place = save(tmp_path / name, dpo_rows(), loss=loss, config=config)
+        if overrides is not None:
+            (place / "attempts" / "000.yaml").write_text(yaml.safe_dump({"overrides": overrides}))
+        return read_runs([place])[0][0].loss
+
+    assert named("recorded", ["loss=ppo"], loss_choice="dapo") == "dapo"
+    assert named("own function", ["loss=grpo"], loss="ipo", loss_choice=None) == "ipo"
+    assert named("older", ["experiment=x", "loss=gspo", "seed=0"]) == "gspo"
+    assert named("older, own function", ["loss=dpo", "loss._target_=mine.hinge.hinge"], loss="hinge") == "hinge"
+    assert named("older, copied without its records") == "grpo"
+    assert named("live", loss_choice="max_rl", online={"loss": "max_rl", "steps": 5}) == "online max_rl"
+    assert named("older live", ["loss=online"], online={"loss": "opo", "steps": 5, "overrides": []}) == "online opo"
+    assert named("rounds", loss_choice="online", online={"loss": "sapo", "steps": None}) == "online sapo"
+    assert {row["loss"] for row in cells(table(read_runs([tmp_path / "recorded", tmp_path / "older"])[0]))} == {"dapo", "gspo"}
+
+
 def test_a_sweep_lists_its_jobs_by_overrides_in_numeric_order(tmp_path: Path):
     for lr in ("1e-4", "1e-5", "3e-5"):
         save(tmp_path / "sweep" / f"optim.lr={lr}-0a1b2c3d", dpo_rows())
