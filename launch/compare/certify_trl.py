@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import trl
-from trl_replay import Batch, Outcome, trl_cpo, trl_dpo, trl_kto, trl_orpo, trl_reward
+from tensors import Batch, Outcome
+from trl_replay import trl_cpo, trl_dpo, trl_kto, trl_orpo, trl_reward
 
 from halos.certify.case import Case, Plan, Step
 from halos.certify.certificate import CHECKS, certify

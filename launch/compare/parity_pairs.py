@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from parity import Row, means
-from trl_replay import PAIRS, Batch, Outcome, trl_cpo, trl_dpo, trl_orpo
+from tensors import PAIRS, Batch, Outcome
+from trl_replay import trl_cpo, trl_dpo, trl_orpo
 
 from halos.losses import (
     aot,
