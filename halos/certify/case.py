@@ -83,7 +83,7 @@ class Case:
         return Case(self.inputs, items, partners, *tables, self.first_pass, self.sign, self.groups[order])
 
 
-def made(
+def synthetic_case(
     subject: Subject, *, count: int = ROWS, label: Callable[[int], float] = lambda n: LABELS[n % len(LABELS)], seed: int = 0,
     width: int = WIDTH, at_reference: bool = False, shift: Shift = nothing, dtype: torch.dtype = torch.float64,
     scale: float = 1.0, stretch: float = 1.0, first_pass: bool = False, sign: float = 1.0,

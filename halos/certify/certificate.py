@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from halos.certify import cost, directions, invariances
-from halos.certify.case import made
-from halos.certify.mutants import mutants
+from halos.certify import cost, directions, invariances, modifier
+from halos.certify.case import synthetic_case
+from halos.certify.modifier import MODIFIER
+from halos.certify.mutants import mutants, survivors
 from halos.certify.own import OwnLoss
 from halos.certify.subjects import Named
 from halos.certify.verdict import Check, Finding, failed, judged, not_applicable, passed
-from halos.certify.worked import function_of, problem, settings_of
+from halos.certify.worked import Worked, function_of, problem, settings_of
 from halos.config.mixture_parts import is_mixture
 from halos.errors import UserError, first_line_of
+from halos.trainers import humanline
 
 CONTRACT, NUMBERS, MUTANTS, EXEMPT = "contract", "worked numbers", "mutants", "exemptions"
 CHECKS: Mapping[str, Callable[[Any], Finding]] = {
@@ -50,12 +52,17 @@ def certify(loss: Named) -> Certificate:
         checks = list(_checks(loss))
         proved = bool(loss.worked.examples) and checks[-1].verdict == "pass"
         count, alive = _mutants(loss) if proved else (0, [])
-    checks += [Check.of(MUTANTS, _of_mutants(loss, count, alive))] if proved else []
+        checks += [Check.of(MUTANTS, _of_mutants(loss.worked, count, alive))] if proved else []
+        if loss.humanline is not None:
+            checks.append(clamp := _guarded(f"{MODIFIER} numbers", lambda: _numbers_of_modifier(loss)))
+            count, alive_of_clamp = modifier.surviving(loss.modifier.examples) if clamp.verdict == "pass" else (0, [])
+            checks.append(Check.of(f"{MODIFIER} {MUTANTS}", _of_mutants(loss.modifier, count, alive_of_clamp)))
+            alive = [*alive, *alive_of_clamp]
     return Certificate(loss, _exempted(loss, checks, alive), [text for _, text in alive])
 
 
 def _checks(loss: Named) -> Iterator[Check]:
-    subject = OwnLoss(loss.spec)
+    subject = OwnLoss(loss.spec, loss.humanline)
     contract = _guarded(CONTRACT, lambda: _contract(subject))
     yield contract
     if contract.verdict == "FAIL":
@@ -67,7 +74,7 @@ def _checks(loss: Named) -> Iterator[Check]:
 
 def _contract(subject: OwnLoss) -> Finding:
     """The trainer's own checks of what a loss returns: shapes, denominators, metrics, and a gradient."""
-    case = made(subject)
+    case = synthetic_case(subject)
     step = subject.step(case, case.whole)
     names = sorted(step.names[0])
     return passed(f"{len(names)} metrics: {', '.join(names)}")
@@ -104,35 +111,38 @@ def _mutants(loss: Named) -> tuple[int, list[tuple[int, str]]]:
 
     Found once for a function that several choices of config/loss have, where the examples say all that these differ in.
     """
-    function, alive = function_of(loss.spec), list[tuple[int, str]]()
+    function = function_of(loss.spec)
     given = [sorted(settings_of(loss.spec, example).items()) for example in loss.worked.examples]
     known = function.__module__, repr(given), repr(loss.worked.examples)
     if known in _KNOWN:
         return _KNOWN[known]
-    made = list(mutants(sys.modules[function.__module__], function.__name__))
-    for mutant in made:
-        try:
-            killed = any(problem(loss.spec, mutant.namespace, example) is not None for example in loss.worked.examples)
-        except Exception:  # it cannot even be computed
-            killed = True
-        if not killed:
-            alive.append((mutant.line, mutant.text))
-    return _KNOWN.setdefault(known, (len(made), alive))
+    every = list(mutants(sys.modules[function.__module__], function.__name__))
+    alive = survivors(every, lambda namespace, example: problem(loss.spec, namespace, example), loss.worked.examples)
+    return _KNOWN.setdefault(known, (len(every), alive))
 
 
-def _of_mutants(loss: Named, count: int, alive: Sequence[tuple[int, str]]) -> Finding:
+def _numbers_of_modifier(loss: Named) -> Finding:
+    for number, example in enumerate(examples := loss.modifier.examples, 1):
+        if (wrong := modifier.problem(vars(humanline), example)) is not None:
+            return failed(f"example {number} of {len(examples)}: {wrong}")
+    under = sum(MODIFIER in example for example in loss.worked.examples)
+    of_both = f"; {under} of {loss.name}'s own numbers are under it" if under else ""
+    return passed(f"{len(examples)} examples, computed in float64{of_both}")
+
+
+def _of_mutants(numbers: Worked, count: int, alive: Sequence[tuple[int, str]]) -> Finding:
     if not count:
         return not_applicable("its function has nothing to change: it calls another")
-    open_ = [(line, text) for line, text in alive if text not in loss.worked.exempt]
+    open_ = [(line, text) for line, text in alive if text not in numbers.exempt]
     some = "; ".join(f"line {line}: {text}" for line, text in open_[:SHOWN]) + ("; ..." if len(open_) > SHOWN else "")
     exempt = f", but for {len(alive) - len(open_)} that are declared to be equivalent" if len(alive) > len(open_) else ""
-    numbers = f"the worked numbers tell all {count} mutants from it{exempt}"
-    return judged(f"{len(open_)} of {count} give the worked numbers too: {some}" if open_ else None, numbers)
+    good = f"the worked numbers tell all {count} mutants from it{exempt}"
+    return judged(f"{len(open_)} of {count} give the worked numbers too: {some}" if open_ else None, good)
 
 
 def _exempted(loss: Named, checks: Sequence[Check], alive: Sequence[tuple[int, str]]) -> list[Check]:
     """The checks, of which a failed one that is declared with a reason counts as exempt. One that is declared in vain fails."""
-    exempt, failing = loss.worked.exempt, {check.name for check in checks if check.verdict == "FAIL"}
+    exempt, failing = {**loss.worked.exempt, **loss.modifier.exempt}, {check.name for check in checks if check.verdict == "FAIL"}
     out = [Check(check.name, "exempt", f"{exempt[check.name]} ({check.found})") if check.name in exempt and check.name in failing
            else check for check in checks]  # fmt: skip
     vain = [name for name in exempt if name not in failing and name not in {text for _, text in alive}]

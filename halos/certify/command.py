@@ -50,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     what, prog = "Prove a loss, ours or yours, without a model.", "python -m halos.losses.certify"
-    made = argparse.ArgumentParser(prog=prog, description=what)
+    options = argparse.ArgumentParser(prog=prog, description=what)
     loss = "a choice of config/loss, all, or the dotted path of a function of yours; then its keys, as KEY=VALUE"
-    made.add_argument("losses", nargs="+", metavar="LOSS", help=loss)
-    made.add_argument("--plugins", nargs="+", default=[], metavar="PACKAGE", help="packages of yours that may be imported")
-    made.add_argument("--examples", type=Path, metavar="FILE", help="worked examples in YAML, instead of the module's EXAMPLES")
-    made.add_argument("--output", type=Path, metavar="PAGE", help="write the page as Markdown or HTML: PAGE.md, PAGE.html")
-    made.add_argument("--json", type=Path, metavar="FILE", help="write what was found as JSON")
-    return made
+    options.add_argument("losses", nargs="+", metavar="LOSS", help=loss)
+    options.add_argument("--plugins", nargs="+", default=[], metavar="PACKAGE", help="packages of yours that may be imported")
+    options.add_argument("--examples", type=Path, metavar="FILE", help="worked examples in YAML, in place of EXAMPLES")
+    options.add_argument("--output", type=Path, metavar="PAGE", help="write the page as Markdown or HTML: PAGE.md, PAGE.html")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write what was found as JSON")
+    return options
 
 
 def _override(text: str) -> tuple[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from halos.certify.case import made
+from halos.certify.case import synthetic_case
 from halos.certify.own import OwnLoss
 from halos.certify.verdict import Finding, passed
 from halos.config.bind import LossSpec
@@ -40,7 +40,7 @@ def _memory(subject: OwnLoss) -> str:
 
 def _kept_bytes(subject: OwnLoss, count: int) -> float:
     """Bytes a scored token in float32 that autograd keeps for the loss, its inputs not counted."""
-    case = made(subject, count=count, width=LENGTH, dtype=torch.float32)
+    case = synthetic_case(subject, count=count, width=LENGTH, dtype=torch.float32)
     tokens = sum(int(completion.scored.sum()) for item in case.items for completion in item.completions)
     arguments, more = subject.inputs_of(case)
     kept = dict[int, int]()

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from halos.certify.case import Case, Subject, made
+from halos.certify.case import Case, Subject, synthetic_case
 from halos.certify.tabular import Shift
 from halos.certify.verdict import Finding, judged, not_applicable
 from halos.examples import Comparison, Demonstration, Judgement
@@ -39,7 +39,7 @@ def signs(subject: Subject) -> Finding:
         return _signs_of_advantages(subject)
     if subject.candidates:
         return not_applicable("it learns a teacher's distribution, and not to make completions more likely")
-    case = made(subject, at_reference=subject.refers)
+    case = synthetic_case(subject, at_reference=subject.refers)
     directions = list(wanted(case))
     if not directions:
         return _no_direction(subject)
@@ -83,7 +83,7 @@ def _signs_of_advantages(subject: Subject) -> Finding:
     have opposite signs, and negated advantages negate the slope."""
     slopes = []
     for sign in (1.0, -1.0):
-        case = made(subject, at_reference=True, first_pass=True, sign=sign)
+        case = synthetic_case(subject, at_reference=True, first_pass=True, sign=sign)
         subject.step(case, case.whole)
         slopes.append([case.policy.gradient(case.rows(n)[0]) for n in range(len(case.items))])
     ups = [n for n, each in enumerate(slopes[0]) if each.sum() < -1e-12]
@@ -101,7 +101,7 @@ def _signs_of_advantages(subject: Subject) -> Finding:
 
 def swap(subject: Subject) -> Finding:
     """A policy that prefers what it should, by 4 nats each way, has a smaller loss than one that prefers the opposite."""
-    probe = made(subject)
+    probe = synthetic_case(subject)
     directions = dict((row[1].ids.tobytes(), direction) for row, direction in wanted(probe))
     if not directions or not min(directions.values()) < 0:
         return not_applicable(_one_sided(subject))
@@ -111,7 +111,7 @@ def swap(subject: Subject) -> Finding:
 
     steps = []
     for by in (NATS, -NATS):
-        case = made(subject, at_reference=True, shift=moved(by))
+        case = synthetic_case(subject, at_reference=True, shift=moved(by))
         steps.append(subject.step(case, case.whole))
     right, wrong = (_rows(step.values, step.total) for step in steps)
     bad = int((right >= wrong).sum())

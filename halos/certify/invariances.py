@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from halos.certify.case import ROWS, Case, Step, Subject, made
+from halos.certify.case import ROWS, Case, Step, Subject, synthetic_case
 from halos.certify.verdict import Finding, judged, not_applicable
 from halos.examples import Judgement, Scored
+from halos.trainers.humanline import CLAMPED
 
 TOLERANCE = 1e-6  # relative, in float64: metrics are sums in float32
 STRETCH = 1e-4
@@ -63,7 +64,7 @@ def _same(subject: Subject, other: Callable[[Case], Step], good: str) -> Finding
 @lru_cache(maxsize=1)
 def whole_batch(subject: Subject) -> tuple[Case, Step]:
     """A global batch and its step in one micro-batch, which several checks compare with."""
-    case = made(subject)
+    case = synthetic_case(subject)
     step = subject.step(case, case.whole)
     kept = {name: each.clone() for name, each in step.gradients.items()}
     return case, Step(step.total, kept, step.metrics, step.names, step.values)
@@ -94,7 +95,7 @@ def float_types(subject: Subject) -> Finding:
     would not if the loss were computed in half precision somewhere."""
     steps, slopes = [], 0.0
     for dtype in (torch.float32, torch.float64):
-        case = made(subject, dtype=dtype)
+        case = synthetic_case(subject, dtype=dtype)
         steps.append(subject.step(case, case.whole))
         flat = case.policy.entries.values()
         slopes = sum(
@@ -122,7 +123,7 @@ def _coarse(subject: Subject, slopes: float) -> str | None:
     """Stretch the policy's numbers twice by the same small amount: a smooth loss moves by nearly the same, a coarse one jumps."""
     totals = []
     for stretch in (1.0, 1 + STRETCH, 1 + 2 * STRETCH):
-        case = made(subject, stretch=stretch)
+        case = synthetic_case(subject, stretch=stretch)
         totals.append(subject.step(case, case.whole).total)
     first, second = totals[1] - totals[0], totals[2] - totals[1]
     is_flat = first == second == 0 and slopes > 0
@@ -133,7 +134,7 @@ def _coarse(subject: Subject, slopes: float) -> str | None:
 
 def large_numbers(subject: Subject) -> Finding:
     """Log-probs of -30,000: loss and gradients stay finite, in float32."""
-    case = made(subject, scale=1e4, dtype=torch.float32)
+    case = synthetic_case(subject, scale=1e4, dtype=torch.float32)
     step = subject.step(case, case.whole)
     bad = [each for each in step.gradients.values() if not each.isfinite().all()]
     problem = f"the loss is {step.total}" if not math.isfinite(step.total) else "a gradient is not finite" if bad else None
@@ -141,22 +142,22 @@ def large_numbers(subject: Subject) -> Finding:
 
 
 def few_rows(subject: Subject) -> Finding:
-    case, names = made(subject, count=1), whole_batch(subject)[1].names[0]
+    case, names = synthetic_case(subject, count=1), whole_batch(subject)[1].names[0]
     return judged(_unfit(subject.step(case, case.whole), names), "finite, and all metrics are there")
 
 
 def absent_class(subject: Subject) -> Finding:
     """Only rows of one kind: labels of one class, or rewards that are all equal."""
-    found = []
+    problems = []
     if not issubclass(subject.inputs.example, Judgement | Scored):
         return not_applicable("its rows are of one class")
     names = whole_batch(subject)[1].names[0]
     for label in (1.0, 0.0):
-        case = made(subject, label=lambda _, label=label: label)
+        case = synthetic_case(subject, label=lambda _, label=label: label)
         problem = _unfit(subject.step(case, case.whole), names)
         if problem is not None:
-            found.append(f"where every label is {label:g}, {problem}")
-    return judged(found[0] if found else None, "rows that all have one label give finite numbers and the same metrics")
+            problems.append(f"where every label is {label:g}, {problem}")
+    return judged(problems[0] if problems else None, "rows that all have one label give finite numbers and the same metrics")
 
 
 def _unfit(step: Step, names: frozenset[str]) -> str | None:
@@ -175,13 +176,18 @@ def bad_numbers(subject: Subject) -> Finding:
     """NaN in the log-probs makes the loss NaN, so that the step is skipped; an infinite one makes the loss or a metric so."""
     seen, problem = [], None
     for value in (math.nan, -math.inf):
-        case = made(subject)
+        case = synthetic_case(subject)
         for row in case.rows(1):
             _spoil(case.policy.entry(row), value)
         step = subject.step(case, case.whole)
         loss_shows, metric_shows = not math.isfinite(step.total), not _all_finite(step)
         if math.isnan(value) and not loss_shows:
             problem = f"NaN in the log-probs of a row gives a loss of {step.total:.4g}: the step would not be skipped"
+        elif CLAMPED in step.metrics and not (loss_shows or metric_shows):
+            slopes = [case.policy.gradient(row)[0].item() for row in case.rows(1)]
+            problem = "a clamped infinite log-prob has a gradient" if any(slopes) else problem
+            seen.append(f"{value:g} is clamped and has no gradient")
+            continue
         elif not (loss_shows or metric_shows):
             problem = "an infinite log-prob shows neither in the loss nor in a metric"
         seen.append(f"{value:g} shows in {'the loss' if loss_shows else 'metrics'}{_which(step.values)}")
@@ -210,7 +216,7 @@ def value_at_reference(subject: Subject) -> Finding:
     """The loss of a policy that equals its reference, as at the start of a run, is finite with a finite gradient."""
     if not subject.refers:
         return not_applicable("reference-free")
-    case = made(subject, at_reference=True, first_pass=True)
+    case = synthetic_case(subject, at_reference=True, first_pass=True)
     step = subject.step(case, case.whole)
     problem = _unfit(step, step.names[0])
     spread = "" if step.values is None or step.values.numel() == 0 else _spread(step.values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from types import CodeType, ModuleType
@@ -57,6 +57,21 @@ def mutants(module: ModuleType, function: str) -> Iterator[Mutant]:
                 yield Mutant(getattr(node, "lineno", 0), f"{before} -> {after}", namespace)
 
 
+def survivors(
+    every: Iterable[Mutant], problem: Callable[[Mapping[str, Any], Any], str | None], examples: Sequence[Any]
+) -> list[tuple[int, str]]:
+    """Line and text of the mutants in which `problem` finds none with any example."""
+    alive = []
+    for mutant in every:
+        try:
+            killed = any(problem(mutant.namespace, example) is not None for example in examples)
+        except Exception:  # it cannot even be computed
+            killed = True
+        if not killed:
+            alive.append((mutant.line, mutant.text))
+    return alive
+
+
 def _compiled(module: ModuleType, definitions: list[ast.FunctionDef]) -> CodeType:
     return compile(ast.Module(list(definitions), []), str(module.__file__), "exec", dont_inherit=True)
 
@@ -68,15 +83,15 @@ def _same_in_both(definition: ast.FunctionDef) -> set[int]:
 
 
 def _reached(defined: Mapping[str, ast.FunctionDef], names: list[str]) -> list[ast.FunctionDef]:
-    queue, found = [name for name in names if name in defined], dict[str, ast.FunctionDef]()
+    queue, reached = [name for name in names if name in defined], dict[str, ast.FunctionDef]()
     while queue:
         name = queue.pop()
-        if name in found:
+        if name in reached:
             continue
-        found[name] = deepcopy(defined[name])
+        reached[name] = deepcopy(defined[name])
         called = {node.id for node in ast.walk(defined[name]) if isinstance(node, ast.Name)}
         queue += [each for each in defined if each in called]
-    return list(found.values())
+    return list(reached.values())
 
 
 def _first(definition: ast.FunctionDef) -> tuple[str, str] | None:

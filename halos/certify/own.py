@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,20 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from halos.certify.case import Case, Part, Plan, Step, made
+from halos.certify.case import Case, Part, Plan, Step, synthetic_case
 from halos.config.bind import LossSpec
 from halos.data.collate import mismatched_row
+from halos.trainers.humanline import CLAMPED, Humanline
 from halos.trainers.loss_checks import checked_loss, checked_statistics
-from halos.types import Acted, LossInput, Mean, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
+from halos.types import Acted, LossInput, Mean, Mismatched, PackRow, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 LONGEST = 4096  # tokens of a mismatched row
 
 
 @dataclass(frozen=True, eq=False)
 class OwnLoss:
-    """A loss as bind_loss returns it."""
+    """A loss as bind_loss returns it, under a modifier or none."""
 
     spec: LossSpec
+    humanline: Humanline | None = None
 
     @property
     def inputs(self) -> type[LossInput]:
@@ -53,7 +55,7 @@ class OwnLoss:
         total, sums, names, values = 0.0, dict[str, tuple[float, float]](), [], torch.full((len(case.items),), torch.nan)
         for part in (part for rank in plan for part in rank):
             positions, weight = (part, 1.0) if len(part) else (np.zeros(1, np.int64), 0.0)
-            arguments = self._arguments(case, positions, rollouts, padding)
+            arguments, clamped = self._arguments(case, positions, rollouts, padding)
             loss = checked_loss(
                 self.spec.function(*arguments, *self._more(case, statistics)), self.spec.name, arguments[0], len(positions)
             )
@@ -62,9 +64,10 @@ class OwnLoss:
             if share.requires_grad:
                 (share / world).backward()
             total += share.item() / world
-            means = {**loss.metrics, **{name: Mean.of(term.values) for name, term in loss.terms.items()}}
+            metrics = {**loss.metrics, **({CLAMPED: clamped} if clamped is not None else {})}
+            means = {**metrics, **{name: Mean.of(term.values) for name, term in loss.terms.items()}}
             names.append(frozenset(means))
-            for name, mean in loss.metrics.items() if weight else ():
+            for name, mean in metrics.items() if weight else ():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + mean.total.item(), before[1] + mean.count.item())
             if weight:
@@ -73,7 +76,7 @@ class OwnLoss:
 
     def inputs_of(self, case: Case) -> tuple[list[Any], list[Any]]:
         """The loss's arguments for the whole batch at once, and what else it is called with."""
-        arguments = self._arguments(case, case.whole[0][0], self._rollouts(case), 0)
+        arguments, _ = self._arguments(case, case.whole[0][0], self._rollouts(case), 0)
         return arguments, self._more(case, self._statistics(case, case.whole, 0))
 
     def _more(self, case: Case, statistics: Tensor | None) -> list[Any]:
@@ -89,8 +92,8 @@ class OwnLoss:
         """The state of a loss after a step on other rows."""
         assert self.spec.start is not None, "asked for where there is a state"
         assert self.spec.update is not None, "bind_loss requires both"
-        case = made(self, seed=7)
-        arguments = self._arguments(case, case.whole[0][0], self._rollouts(case), 0)
+        case = synthetic_case(self, seed=7)
+        arguments, _ = self._arguments(case, case.whole[0][0], self._rollouts(case), 0)
         statistics = self._statistics(case, case.whole, 0)
         known = [] if statistics is None else [statistics]
         metrics = self.spec.function(*arguments, *known, self.spec.start).metrics
@@ -105,19 +108,31 @@ class OwnLoss:
         counts = {"item": len(case.items), "token": sum(tokens.values()), **tokens}
         return {per: max(1, count) for per, count in counts.items()}
 
-    def _arguments(self, case: Case, positions: Part, rollouts: RolloutBatch | None, padding: int) -> list[Any]:
+    def _arguments(
+        self, case: Case, positions: Part, rollouts: RolloutBatch | None, padding: int
+    ) -> tuple[list[Any], Mean | None]:
+        """The loss's inputs, and the share of clamped tokens under humanline."""
         items = [case.items[n] for n in positions]
         rows, kind = self.inputs.rows(items), self.inputs
-        output = case.policy.output(rows, padding)
         if rollouts is not None:
+            output = case.policy.output(rows, padding)
             assert issubclass(kind, RolloutInput)
             logps = _logps(output)
             batch = _rows_of(rollouts, positions, logps.mask.shape[1])
             batch = replace(batch, old=logps.values.detach()) if case.first_pass else batch
             reference = TokenLogps(batch.reference, logps.mask) if batch.reference is not None else None
-            return [kind.of_rollouts(output, batch), *([reference] if self.spec.takes_reference else [])]
-        references = [kind.of(detached(case.reference.output(rows, padding)), items)] if self.refers else []
-        return [kind.of(output, items), *references]
+            return [kind.of_rollouts(output, batch), *([reference] if self.spec.takes_reference else [])], None
+        (output, *references), clamped = self._outputs(case, rows, padding)
+        return [kind.of(each, items) for each in (output, *references)], clamped
+
+    def _outputs(self, case: Case, rows: Sequence[PackRow], padding: int) -> tuple[list[Any], Mean | None]:
+        """What the policy gives for `rows`, and the reference where the loss has one; and the share of clamped tokens."""
+        policy = case.policy.output(rows, padding)
+        references = [detached(case.reference.output(rows, padding))] if self.refers else []
+        if self.humanline is None:
+            return [policy, *references], None
+        policy, clamped = self.humanline.clamp(_logps(policy), *references)
+        return [policy, *references], clamped
 
     def _rollouts(self, case: Case) -> RolloutBatch | None:
         """The global batch's old log-probs and advantages, where the loss is on rollouts."""
@@ -152,10 +167,9 @@ class OwnLoss:
         for positions in (part for rank in plan for part in rank if len(part)):
             if self.spec.statistics_inputs is Mismatched:
                 rows = [mismatched_row(case.items[n], case.partners[n], LONGEST) for n in positions]
-                tables = [case.policy, *([case.reference] if self.refers else [])]
-                arguments = [Mismatched(_logps(detached(table.output(rows, padding)))) for table in tables]
+                arguments = [Mismatched(_logps(detached(each))) for each in self._outputs(case, rows, padding)[0]]
             else:
-                arguments = self._arguments(case, positions, None, padding)
+                arguments, _ = self._arguments(case, positions, None, padding)
             values = checked_statistics(self.spec.statistics(*arguments), self.spec.name, len(positions))
             whole = values.new_zeros(len(case.items), *values.shape[1:]) if whole is None else whole
             whole[torch.from_numpy(positions)] = values

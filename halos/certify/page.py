@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from halos.certify.certificate import Certificate
@@ -18,7 +19,9 @@ WIDTH = 120
 def title(certificate: Certificate) -> str:
     spec = certificate.loss.spec
     keys = "".join(f" {name}={value}" for name, value in spec.settings.items())
-    return f"{certificate.loss.name}: {certificate.loss.target} of {spec.inputs.__name__}{keys}"
+    bounds = certificate.loss.humanline
+    under = f", humanline.low={bounds.low:g} humanline.high={bounds.high:g}" if bounds is not None else ""
+    return f"{certificate.loss.name}: {certificate.loss.target} of {spec.inputs.__name__}{keys}{under}"
 
 
 def verdict(certificate: Certificate) -> str:
@@ -71,7 +74,8 @@ def html(certificates: Sequence[Certificate]) -> str:
 def as_json(certificates: Sequence[Certificate]) -> list[dict[str, Any]]:
     return [
         {
-            "loss": each.loss.name, "target": each.loss.target, "settings": each.loss.spec.settings, "passes": each.passes,
+            "loss": each.loss.name, "target": each.loss.target, "settings": each.loss.spec.settings,
+            "humanline": each.loss.humanline and asdict(each.loss.humanline), "passes": each.passes,
             "checks": [{"name": check.name, "verdict": check.verdict, "found": check.found} for check in each.checks],
             "mutants_alive": list(each.alive),
         }

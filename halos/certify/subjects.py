@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 import yaml
 
 import halos.losses
-from halos.certify import worked
+from halos.certify import modifier, worked
+from halos.certify.modifier import MODIFIER
 from halos.certify.worked import Worked
 from halos.config.bind import LossSpec, bind_loss
 from halos.config.mixture_parts import is_mixture
 from halos.config.suggest import nearest
 from halos.errors import UserError, user_errors
 from halos.repository import CONFIG
+from halos.trainers.humanline import Humanline
 
 OURS = Path(halos.losses.__file__).parent / "worked.yaml"
 SHAPE = "a mapping with `examples`, a list, and optionally `exempt`, a mapping; or several of them under names of losses"
@@ -26,12 +28,14 @@ SHAPE = "a mapping with `examples`, a list, and optionally `exempt`, a mapping; 
 
 @dataclass(frozen=True)
 class Named:
-    """A loss as it is named, and what is worked for it."""
+    """A loss as it is named, and what is worked for it; and the same of humanline where the loss is proved under it."""
 
     name: str
     target: str
     spec: LossSpec
     worked: Worked
+    humanline: Humanline | None = None
+    modifier: Worked = field(default_factory=Worked)
 
 
 def choices() -> list[str]:
@@ -54,9 +58,15 @@ def named(name: str, overrides: Mapping[str, Any], plugins: Sequence[str], examp
     package = name.partition(".")[0]
     if name not in known and package not in ("halos", *plugins):
         raise UserError(f"{name} is outside halos: if you trust that package, add --plugins {package}")
-    settings = {**(_choice(name) if name in known else {"_target_": name}), **overrides}
+    keys, bounds = modifier.split(overrides, _read(CONFIG / MODIFIER / "on.yaml")[MODIFIER])
+    settings = {**(_choice(name) if name in known else {"_target_": name}), **keys}
     spec = bind_loss(settings, plugins)
-    return Named(name, str(settings["_target_"]), spec, _worked(name, spec, examples))
+    humanline = modifier.modifier_of(bounds, spec)
+    numbers = _worked(name, spec, examples)
+    if humanline is None:
+        plain = [each for each in numbers.examples if MODIFIER not in each]
+        return Named(name, str(settings["_target_"]), spec, Worked(plain, numbers.exempt))
+    return Named(name, str(settings["_target_"]), spec, numbers, humanline, Worked(**_read(OURS)[MODIFIER]))
 
 
 def _choice(name: str) -> dict[str, Any]:

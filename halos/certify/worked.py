@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
@@ -14,11 +14,13 @@ from torch import Tensor
 from halos.config.bind import LossSpec
 from halos.config.signature import keywords, positional
 from halos.errors import UserError
+from halos.trainers.humanline import Humanline
 from halos.types import Estimates, Loss, Mismatched, Sampled, TokenLogps
 
 TOLERANCE = 2e-6  # of numbers that are written with six digits, relative to those above 1
 RESULTS = ("values", "per", "gradient", "metrics", "advantages", "returns", "after", "start")
 PARTS = {"sampled": "advantages", "start": "start", "totals": "update"}  # of an example, and the function that it is of
+Ragged = dict[str, Tensor]  # the tensors that gradients are taken of, by name
 Namespace = Mapping[str, Any]  # what the names of the loss's module mean: it, or a mutant of it
 
 
@@ -40,11 +42,12 @@ def settings_of(spec: LossSpec, example: Mapping[str, Any]) -> dict[str, Any]:
 
 def problem(spec: LossSpec, namespace: Namespace, example: Mapping[str, Any]) -> str | None:
     """The first number in which the loss differs from the example; None where it has them all."""
-    settings = settings_of(spec, example)
-    for name, expected, found in _results(spec, namespace, example, settings):
-        if (wrong := _differs(name, expected, found)) is not None:
-            return wrong
-    return None
+    return first_difference(_results(spec, namespace, example, settings_of(spec, example)))
+
+
+def first_difference(results: Iterable[tuple[str, Any, Any]]) -> str | None:
+    """From names of results, what they should be and what they are."""
+    return next((wrong for result in results if (wrong := _differs(*result)) is not None), None)
 
 
 def _results(
@@ -60,7 +63,7 @@ def _results(
         estimates: Estimates = call("advantages", built(Sampled, example["sampled"]))
         found = {"advantages": estimates.advantages, "returns": estimates.returns}
         yield from ((name, example[name], found[name]) for name in found if name in example)
-        yield from (("metric " + name, each, _mean(estimates.metrics[name])) for name, each in example.get("metrics", {}).items())
+        yield from metrics(example, estimates.metrics)
         return
     if "start" in example:
         yield "start", example["start"], call("start")
@@ -68,7 +71,7 @@ def _results(
     if "totals" in example:
         yield "after", example["after"], call("update", example["state"], example["totals"])
         return
-    function, leaves = function_of(spec), dict[str, Tensor]()
+    function, leaves = function_of(spec), Ragged()
     loss: Loss = call(function.__name__, *_arguments(spec, call, example, leaves))
     expected = example["values"]
     if isinstance(expected, Mapping):
@@ -77,13 +80,22 @@ def _results(
     else:
         yield "values", expected, loss.values
         yield "per", example.get("per", "item"), loss.per
+    yield from gradients(example, loss.values.sum(), leaves)
+    yield from metrics(example, loss.metrics)
+
+
+def gradients(example: Mapping[str, Any], total: Tensor, leaves: Ragged) -> Iterator[tuple[str, Any, Any]]:
+    """The gradients of `total` that an example gives, by the names of their tensors."""
     if "gradient" in example:
-        found = torch.autograd.grad(loss.values.sum(), list(leaves.values()), allow_unused=True)
-        gradients = dict(zip(leaves, found, strict=True))
+        computed = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+        by_name = dict(zip(leaves, computed, strict=True))
         yield from (
-            (f"gradient {name}".strip(), each, _as_ragged(gradients[name], each)) for name, each in _flat(example["gradient"])
+            (f"gradient {name}".strip(), each, as_ragged(by_name[name], each)) for name, each in _flat(example["gradient"])
         )
-    yield from ((f"metric {name}", each, _mean(loss.metrics[name])) for name, each in example.get("metrics", {}).items())
+
+
+def metrics(example: Mapping[str, Any], means: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    yield from ((f"metric {name}", each, _mean(means[name])) for name, each in example.get("metrics", {}).items())
 
 
 @cache
@@ -101,27 +113,44 @@ def function_of(spec: LossSpec) -> Any:
     return getattr(spec.function, "func", spec.function)
 
 
-def _arguments(spec: LossSpec, call: Any, example: Mapping[str, Any], leaves: dict[str, Tensor]) -> Iterator[Any]:
+def _arguments(spec: LossSpec, call: Callable[..., Any], example: Mapping[str, Any], leaves: Ragged) -> list[Any]:
     """The loss's positional arguments; `leaves` gets the tensors of the first, by name."""
     function = function_of(spec)
-    hints, made = _hints(function), list[Any]()
-    for name in positional(function):
-        given = example.get(name)
-        if name == "statistics" and (given is None or isinstance(given, Mapping)):
-            rows = [built(Mismatched, {"completion": each}) for each in (given or {}).values()]
-            value = call("statistics", *(rows or made)).detach()
-        elif name == "state":
-            value = given
-        else:
-            value = None if given is None else built(hints[name], given, leaves if not made else None)
-        made.append(value)
-    return iter(made)
+    names, hints = positional(function), _hints(function)
+    inputs = [
+        None if example.get(name) is None else built(hints[name], example[name], leaves if name == names[0] else None)
+        for name in names if name not in ("statistics", "state")
+    ]  # fmt: skip
+    arguments = _modified(example, inputs)
+    given = example.get("statistics")
+    if "statistics" in names and (given is None or isinstance(given, Mapping)):
+        rows = [built(Mismatched, {"completion": each}) for each in (given or {}).values()]
+        arguments.append(call("statistics", *(_modified(example, rows) if rows else arguments)).detach())
+    elif "statistics" in names:
+        arguments.append(built(hints["statistics"], given))
+    return [*arguments, *([example.get("state")] if "state" in names else [])]
+
+
+def _modified(example: Mapping[str, Any], inputs: list[Any]) -> list[Any]:
+    """Policy and reference, the first clamped where the example is one under humanline."""
+    if "humanline" not in example:
+        return inputs
+    policy, reference = inputs
+    return [clamped(Humanline(**example["humanline"]), policy, reference), reference]
+
+
+def clamped(bounds: Humanline, policy: Any, reference: Any) -> Any:
+    """An input type with each TokenLogps in it clamped to the reference's; the trainer clamps a model's before it makes one."""
+    if isinstance(policy, TokenLogps):
+        return bounds.clamp(policy, reference)[0]
+    names = [each.name for each in fields(policy) if is_dataclass(getattr(policy, each.name))]
+    return replace(policy, **{name: clamped(bounds, getattr(policy, name), getattr(reference, name)) for name in names})
 
 
 # --- from lists to input types -----------------------------------------------------------------------------------------
 
 
-def built(kind: Any, given: Any, leaves: dict[str, Tensor] | None = None, name: str = "") -> Any:
+def built(kind: Any, given: Any, leaves: Ragged | None = None, name: str = "") -> Any:
     """An input type from lists: of TokenLogps ragged rows, or a mapping of its fields; of others a mapping of their fields."""
     kind = next((each for each in get_args(kind) if each is not type(None)), kind) if get_args(kind) else kind
     if kind is Tensor:
@@ -130,8 +159,8 @@ def built(kind: Any, given: Any, leaves: dict[str, Tensor] | None = None, name: 
         columns = given if isinstance(given, Mapping) else {"values": given}
         lengths = torch.tensor([[len(row)] for row in columns["values"]])
         mask = torch.arange(max(1, int(lengths.max()))) < lengths
-        made = {part: _tensor(rows) for part, rows in columns.items()}
-        return kind(_leaf(made.pop("values"), leaves, name), mask, **made)
+        tensors = {part: _tensor(rows) for part, rows in columns.items()}
+        return kind(_leaf(tensors.pop("values"), leaves, name), mask, **tensors)
     if not is_dataclass(kind) or not isinstance(given, Mapping):
         raise UserError(f"an example gives {name or 'an input'} as {given!r}: lists of numbers, or a mapping of fields")
     hints = _hints(kind)
@@ -142,7 +171,7 @@ def built(kind: Any, given: Any, leaves: dict[str, Tensor] | None = None, name: 
     return kind(**parts)
 
 
-def _leaf(value: Tensor, leaves: dict[str, Tensor] | None, name: str) -> Tensor:
+def _leaf(value: Tensor, leaves: Ragged | None, name: str) -> Tensor:
     if leaves is not None and value.is_floating_point():
         leaves[name] = value.requires_grad_()
     return value
@@ -154,8 +183,8 @@ def _tensor(given: Any) -> Tensor:
         width, nested = max(1, *map(len, given)), next((row[0] for row in given if row), 0.0)
         nothing = [0.0] * len(nested) if isinstance(nested, Sequence) else 0.0
         given = [[*row, *[nothing] * (width - len(row))] for row in given]
-    made = torch.tensor(given)
-    return made.double() if made.is_floating_point() else made
+    tensor = torch.tensor(given)
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 # --- comparison --------------------------------------------------------------------------------------------------------
@@ -169,8 +198,8 @@ def _flat(given: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, given
 
 
-def _as_ragged(found: Tensor | None, rows: Sequence[Any]) -> Tensor | None:
-    """A gradient with zeros where the rows of the example have ended: what padding gets does not count."""
+def as_ragged(found: Tensor | None, rows: Sequence[Any]) -> Tensor | None:
+    """A tensor (rows, time), such as a gradient, with zeros beyond the rows of the example: what padding gets does not count."""
     if found is None or found.ndim < 2:
         return found
     lengths = torch.tensor([[len(row)] for row in rows])
@@ -202,7 +231,7 @@ def _differs(name: str, expected: Any, found: Any) -> str | None:
 
 def legal(spec: LossSpec, example: Mapping[str, Any]) -> None:
     """Raises UserError for an example that has no result, or parts that the loss does not take."""
-    takes = (*positional(function_of(spec)), "keys", "sampled", "totals", "state", *RESULTS)
+    takes = (*positional(function_of(spec)), "keys", "sampled", "totals", "state", "humanline", *RESULTS)
     if unknown := [name for name in example if name not in takes]:
         raise UserError(f"an example of {spec.name} has {unknown[0]!r}: it may have {', '.join(takes)}")
     if not {"values", "advantages", "returns", "after", "start"} & example.keys():

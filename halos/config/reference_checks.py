@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from halos.config.schema import Config
+from halos.config.schema import Config, Humanline
 from halos.errors import UserError
 from halos.reward_kind import RewardKind
 
@@ -33,7 +33,8 @@ class LossTraits(Protocol):
 
 def check_reference(config: Config, loss: LossTraits) -> None:
     """Raises UserError with the first message."""
-    for complaint in (_taught(config, loss), _named(config, loss), _humanline(config, loss), _moving(config, loss)):
+    clamped = humanline_complaint(config.humanline, loss)
+    for complaint in (_taught(config, loss), _named(config, loss), clamped, _moving(config, loss)):
         if complaint:
             raise UserError(complaint)
 
@@ -50,9 +51,6 @@ def _taught(config: Config, loss: LossTraits) -> str | None:
         return f"loss={loss.name} learns from a teacher, and there is none: reference.name_or_path, a directory or a hub id"
     if config.reference.sync_every is not None:
         return f"reference.sync_every={config.reference.sync_every}: the teacher of loss={loss.name} does not move: leave it out"
-    settings = config.humanline
-    if settings.low is not None or settings.high is not None:
-        return f"humanline bounds log-ratios of tokens, and loss={loss.name} compares whole distributions: humanline=off"
     return None
 
 
@@ -87,12 +85,14 @@ def _moving(config: Config, loss: LossTraits) -> str | None:
     return None
 
 
-def _humanline(config: Config, loss: LossTraits) -> str | None:
-    settings = config.humanline
+def humanline_complaint(settings: Humanline, loss: LossTraits) -> str | None:
+    """Return why a loss does not go with these bounds; None where it does, or where there are none."""
     given = {"low": settings.low, "high": settings.high}
     bounds = [f"humanline.{name}={value:g}" for name, value in given.items() if value is not None]
     if not bounds:
         return None
+    if loss.candidates:
+        return f"{bounds[0]} bounds log-ratios of tokens, and loss={loss.name} compares whole distributions: humanline=off"
     if not loss.needs_reference or RewardKind.of(loss.inputs.head):
         return f"{bounds[0]} bounds log-ratios to a reference, and loss={loss.name} uses none: humanline=off, or another loss"
     if loss.on_rollouts:

@@ -13,6 +13,8 @@ import torch
 from halos.config import schema
 from halos.types import Mean, TokenLogps
 
+CLAMPED = "humanline/clamped"  # the metric: the share of tokens beyond a bound
+
 
 @dataclass(frozen=True, slots=True)
 class Humanline:
@@ -29,11 +31,15 @@ class Humanline:
         return cls(low, high)
 
     def clamp(self, policy: TokenLogps, reference: TokenLogps) -> tuple[TokenLogps, Mean]:
-        """Return the policy's log-probs, each at most at a bound from the reference's, and the share of tokens at one.
+        return clamp(policy, reference, low=self.low, high=self.high)
 
-        A token within the bounds keeps its log-prob to the bit; one beyond them has no gradient.
-        """
-        ratio = policy.values.detach() - reference.values
-        low, high = ratio < self.low, ratio > self.high
-        values = torch.where(low, reference.values + self.low, torch.where(high, reference.values + self.high, policy.values))
-        return replace(policy, values=values), Mean.of((low | high)[policy.mask])
+
+def clamp(policy: TokenLogps, reference: TokenLogps, *, low: float, high: float) -> tuple[TokenLogps, Mean]:
+    """Return the policy's log-probs, each at most at a bound from the reference's, and the share of tokens beyond one.
+
+    A token within the bounds keeps its log-prob to the bit; one beyond them has no gradient.
+    """
+    ratio = policy.values.detach() - reference.values
+    below, above = ratio < low, ratio > high
+    values = torch.where(below, reference.values + low, torch.where(above, reference.values + high, policy.values))
+    return replace(policy, values=values), Mean.of((below | above)[policy.mask])

@@ -20,7 +20,7 @@ from halos.logps.model import in_rows, mask_of, share_prompts
 from halos.logps.modes import Modes
 from halos.logps.router import RouterLoss
 from halos.trainers.ahead import NextStep, in_turn
-from halos.trainers.humanline import Humanline
+from halos.trainers.humanline import CLAMPED, Humanline
 from halos.trainers.loss_checks import checked_loss, checked_statistics
 from halos.trainers.microbatches import Bounds, MicroBatch, Split, gather_in_order, split_into_microbatches
 from halos.trainers.reference import ReferenceLogps
@@ -174,7 +174,7 @@ class Objective:
         counts, values = self._counts(len(microbatch.items), microbatch.scored), loss.values
         means = {name: Mean(part.values.detach().sum(), values.new_full((), float(counts[part.per])))
                  for name, part in loss.terms.items()}  # fmt: skip
-        clamped = {"humanline/clamped": self._clamped} if self._clamped is not None else {}
+        clamped = {CLAMPED: self._clamped} if self._clamped is not None else {}
         return {**loss.metrics, **clamped, **means}
 
     def _balance(self, microbatch: MicroBatch, routing: Tensor | None) -> Mean | None:

@@ -9,11 +9,16 @@ from textwrap import dedent
 
 import pytest
 
-from halos.certify import subjects
+from halos.certify import page, subjects
+from halos.certify.case import synthetic_case
 from halos.certify.certificate import Certificate, certify
 from halos.certify.command import main
+from halos.certify.own import OwnLoss
 from halos.errors import UserError
 from halos.repository import PACKAGES
+from halos.trainers import humanline
+from halos.trainers.humanline import Humanline
+from halos.types import Mean
 
 WRONG = '''
 import torch
@@ -191,6 +196,29 @@ def test_without_worked_numbers_nothing_is_proved(package: Path) -> None:
     assert failing(of(package, DPO, "loss", beta=0.1)) == {"worked numbers"}
 
 
+def test_a_loss_is_proved_under_humanline_by_the_trainers_own_clamp(monkeypatch: pytest.MonkeyPatch) -> None:
+    kto = subjects.named("kto", {"humanline": True, "humanline.low": -1.0}, [], None)
+    assert (kto.humanline, len(kto.worked.examples)) == (Humanline(-1.0, 1.5), 4)
+    certificate = certify(kto)
+    lines = {check.name: check for check in certificate.checks}
+    assert certificate.passes, certificate.checks
+    assert "humanline/clamped" in lines["contract"].found
+    assert lines["NaN and Inf"].found.endswith("-inf is clamped and has no gradient")
+    assert lines["humanline numbers"].found.endswith("1 of kto's own numbers are under it")
+    assert page.title(certificate).endswith("undesirable_weight=1.0, humanline.low=-1 humanline.high=1.5")
+    subject = OwnLoss(kto.spec, kto.humanline)
+    far = synthetic_case(subject, scale=1e4)
+    total, count = subject.step(far, far.whole).metrics["kl"]
+    assert abs(total / count) <= 1.5 * far.items[0].completions[0].ids.size * len(far.items), "mismatched completions too"
+
+    monkeypatch.setattr(Humanline, "clamp", lambda self, policy, reference: (policy, Mean.of(policy.sum)))
+    assert {"worked numbers", "NaN and Inf"} & failing(certify(kto)) >= {"worked numbers"}
+    assert certify(subjects.named("kto", {}, [], None)).passes
+    monkeypatch.undo()
+    monkeypatch.setattr(humanline, "clamp", lambda policy, reference, *, low, high: (policy, Mean.of(policy.sum)))
+    assert "humanline numbers" in failing(certify(kto))
+
+
 # --- the command -------------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +266,14 @@ def test_several_losses_make_one_page_and_one_that_fails_the_exit_status(
         ("dpo betta=1", "did you mean beta"),
         ("dpo ipo beta=1", "KEY=VALUE goes with one LOSS"),
         ("elsewhere.loss", r"elsewhere.loss is outside halos: if you trust that package, add --plugins elsewhere"),
+        (
+            "simpo humanline=on",
+            "humanline.low=-1.5 bounds log-ratios to a reference, and loss=simpo uses none",
+        ),
+        ("gkd humanline.high=1", "humanline.high=1 bounds log-ratios of tokens, and loss=gkd compares whole distributions"),
+        ("dpo humanline=yess", "humanline has no choice 'yess'; choices: on, off"),
+        ("dpo humanline.lov=-1", r"no key 'humanline.lov'; did you mean humanline.low\?"),
+        ("dpo humanline.low=1", r"humanline.low takes a number \(at most 0\) or null, not 1"),
         ("dpo --output page.pdf", "it ends in .md or .html"),
         ("dpo --examples none.yaml", "none.yaml cannot be read"),
         ("dpo --output none/page.md", "none/page.md cannot be written"),
