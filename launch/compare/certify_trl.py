@@ -19,17 +19,15 @@ from typing import Any
 import numpy as np
 import torch
 import trl
+from certify_peers import printed, without_gradients
 from tensors import Batch, Outcome
 from trl_replay import trl_cpo, trl_dpo, trl_kto, trl_orpo, trl_reward
 
 from halos.certify.case import Case, Plan, Step
-from halos.certify.certificate import CHECKS, certify
-from halos.certify.subjects import named
 from halos.certify.tabular import Table
 from halos.data.collate import mismatched_row
 from halos.types import Labelled, LossInput, Pair, PairScores, TokenLogps
 
-SHOWN = [name for name in CHECKS if name != "cost"]
 Backward = Callable[[float], None]  # of a share of the loss
 Run = Callable[[Case, np.ndarray, int], tuple[Outcome, Backward]]
 
@@ -46,9 +44,7 @@ class Theirs:
     candidates: int = 0
 
     def step(self, case: Case, plan: Plan, padding: int = 0) -> Step:
-        for entry in case.policy.entries.values():
-            for leaf in entry.values():
-                leaf.grad = None
+        without_gradients(case)
         parts = [[part for part in rank if len(part)] for rank in plan]
         values, total, names, finite = torch.full((len(case.items),), torch.nan), 0.0, [], True
         for rank in parts:
@@ -127,31 +123,11 @@ def theirs() -> list[Theirs]:
     ]
 
 
-def _line(name: str, verdicts: list[str]) -> str:
-    return f"| {name} | {' | '.join(verdicts)} |"
-
-
 def main() -> int:
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     print(f"The checks of `python -m halos.losses.certify` on TRL {trl.__version__}, torch {torch.__version__}\n")
-    print(_line("loss", SHOWN))
-    print(_line("---", ["---"] * len(SHOWN)))
-    notes = []
-    for loss in theirs():
-        verdicts = []
-        for name in SHOWN:
-            try:
-                finding = CHECKS[name](loss)
-                verdicts.append(finding.verdict)
-                notes += [f"- {loss.name}, {name}: {finding.found}"] if finding.verdict == "FAIL" else []
-            except Exception as error:  # of TRL's
-                verdicts.append("raises")
-                notes.append(f"- {loss.name}, {name}: it raises {type(error).__name__}: {str(error).splitlines()[0]}")
-        print(_line(f"TRL {loss.name}", verdicts), flush=True)
-    for name in ("dpo", "aot", "cpo", "orpo", "kto", "bco", "reward"):
-        found = {check.name: check.verdict for check in certify(named(name, {}, [], None)).checks}
-        print(_line(f"halos `{name}`", [found[each] for each in SHOWN]), flush=True)
+    notes = printed("TRL", theirs(), ("dpo", "aot", "cpo", "orpo", "kto", "bco", "reward"))
     print(f"\n{READING}\n\n" + "\n".join(notes))
     return 0
 

@@ -78,10 +78,12 @@ def named(logged: dict[str, Any]) -> dict[str, float]:
     return found
 
 
-def verl_value(values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, dict[str, float]]:
+def verl_value(
+    values: Tensor, old: Tensor, returns: Tensor, mask: Tensor, clip: float, counts: Counts | None = None
+) -> tuple[Tensor, dict[str, float]]:
     """The critic's loss, and its metrics under our names."""
     config = CriticConfig(**{name: value for name, value in ONE.items() if name != "rollout_n"}, cliprange_value=clip)
-    data = micro_batch(mask, values=old, returns=returns)
+    data = micro_batch(mask, counts=counts, values=old, returns=returns)
     loss, logged = value_loss(config, {"values": unpadded(values, mask)}, data)
     return loss, {"value/loss": loss.item(), "value/mean": logged["critic/vpred_mean"]}
 
