@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import trl
 from parity import Row, means, printed
-from parity_pairs import family_rows, paired_rows
+from parity_pairs import anchored_rows, family_rows, paired_rows
 from parity_rollouts import GATE, GSPO, of_clipped, of_grpo
 from tensors import PAIRS, WIDTH, Batch, Outcome
 from torch import Tensor
@@ -29,8 +29,8 @@ from trl_replay import (
     trl_sft,
 )
 
-from halos.losses import gkd, kto, reward, rloo, sft
-from halos.types import Labelled, Mismatched, PairScores
+from halos.losses import dft, gkd, kto, reward, rloo, sft
+from halos.types import Labelled, Loss, Mismatched, PairScores
 
 
 def rollout_rows() -> list[Row]:
@@ -133,10 +133,10 @@ def reward_rows() -> list[Row]:
 
     nothing = torch.zeros(PAIRS)
     return [
-        Row("bradley_terry, centering 0", "Reward", ours(nothing, 0.0), lambda: trl_reward(scores, None, None)),
-        Row("bradley_terry, margin column", "Reward, margin column", ours(margin, 0.0), lambda: trl_reward(scores, margin, None)),
+        Row("reward, centering 0", "Reward", ours(nothing, 0.0), lambda: trl_reward(scores, None, None)),
+        Row("reward, margin column", "Reward, margin column", ours(margin, 0.0), lambda: trl_reward(scores, margin, None)),
         Row(
-            "bradley_terry, margin, centering .01",
+            "reward, margin, centering .01",
             "Reward, center_rewards_coefficient .01",
             ours(margin, 0.01),
             lambda: trl_reward(scores, margin, 0.01),
@@ -147,10 +147,13 @@ def reward_rows() -> list[Row]:
 def sft_rows(batch: Batch) -> list[Row]:
     parts = [batch.rows(slice(0, 3)), batch.rows(slice(3, None))]
 
-    def ours() -> Outcome:
-        return batch.outcome(sft.sft(batch.policy_logps).values.sum() / batch.mask.sum(), {})
+    def ours(loss: Callable[..., Loss]) -> Callable[[], Outcome]:
+        return lambda: batch.outcome(loss(batch.policy_logps).values.sum() / batch.mask.sum(), {})
 
-    return [Row("sft, the whole batch", "SFT `nll`, micro-batches of 3 and 13 rows", ours, lambda: trl_sft(parts))]
+    return [
+        Row("sft, the whole batch", "SFT `nll`, micro-batches of 3 and 13 rows", ours(sft.sft), lambda: trl_sft(parts)),
+        Row("dft, the whole batch", "SFT `dft`, micro-batches of 3 and 13 rows", ours(dft.dft), lambda: trl_sft(parts, "dft")),
+    ]
 
 
 def distillation_rows() -> list[Row]:
@@ -180,8 +183,8 @@ def main() -> int:
     batch = Batch.random(0)
     print(f"halos against TRL {trl.__version__}, torch {torch.__version__}: the same {PAIRS} random pairs, float32\n")
     right = printed("TRL's trainer", "TRL's loss", [
-        *sft_rows(batch), *paired_rows(batch), *family_rows(batch), *kto_rows(), *reward_rows(), *rollout_rows(),
-        *distillation_rows(),
+        *sft_rows(batch), *paired_rows(batch), *family_rows(batch), *anchored_rows(batch), *kto_rows(), *reward_rows(),
+        *rollout_rows(), *distillation_rows(),
     ])  # fmt: skip
     print(
         "\nMetrics are compared where both log one of that name. IPO with sums exists only in TRL's online DPO, inside its step."

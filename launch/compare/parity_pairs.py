@@ -28,6 +28,8 @@ from halos.losses import (
     nca,
     orpo,
     robust,
+    rpo,
+    sft,
     simpo,
     slic,
     sppo,
@@ -52,8 +54,7 @@ def paired_rows(batch: Batch) -> list[Row]:
         def run() -> Outcome:
             alone = [batch.rows(slice(i, None, PAIRS)) for i in range(PAIRS)]
             parts = [(trl_cpo if loss_type == "hinge" else trl_dpo)(part, loss_type, **hyperparameters) for part in alone]
-            gradient = torch.stack([x.gradient for x in parts], 1).flatten(0, 1) / PAIRS
-            return Outcome(torch.stack([x.loss for x in parts]).mean(), gradient, {})
+            return _averaged(parts)
 
         return run
 
@@ -135,6 +136,39 @@ def paired_rows(batch: Batch) -> list[Row]:
             why_not="RSO's hinge, not SLiC: on log-ratios to a reference, scaled by beta",
         ),
     ]
+
+
+def anchored_rows(batch: Batch) -> list[Row]:
+    """Sums of DPO and others, which are several loss_types of TRL's."""
+    both, chosen = batch.pairs(), batch.mask[:PAIRS].sum()
+
+    def ours_rpo() -> Outcome:
+        return batch.outcome(rpo.rpo(*both, beta=0.1, alpha=1.0).values.mean(), {})
+
+    def ours_mpo() -> Outcome:
+        bco_loss = bco_pair.bco_pair(*both, bco.start(), beta=0.1).values.mean()
+        return batch.outcome(0.8 * dpo.dpo(*both, beta=0.1).values.mean() + 0.2 * bco_loss
+                             + sft.sft(both[0].chosen).values.sum() / chosen, {})  # fmt: skip
+
+    def theirs(given: Batch, **weights: float) -> Outcome:
+        return trl_dpo(given, "", beta=0.1, loss_types=list(weights), loss_weights=list(weights.values()))
+
+    def one_by_one() -> Outcome:
+        return _averaged([theirs(batch.rows(slice(i, None, PAIRS)), sigmoid=1.0, sft=1.0) for i in range(PAIRS)])
+
+    return [
+        Row("rpo, beta .1, alpha 1", "DPO `sigmoid` + `sft`, one pair at a time", ours_rpo, one_by_one),
+        Row("rpo, beta .1, alpha 1", "DPO `sigmoid` + `sft`", ours_rpo, lambda: theirs(batch, sigmoid=1.0, sft=1.0),
+            why_not="TRL's cross-entropy is a mean over the micro-batch's tokens, ours (the paper's) over pairs"),
+        Row("mpo, first step", "DPO .8 `sigmoid` + .2 `bco_pair` + `sft`", ours_mpo,
+            lambda: theirs(batch, sigmoid=0.8, bco_pair=0.2, sft=1.0)),
+    ]  # fmt: skip
+
+
+def _averaged(parts: list[Outcome]) -> Outcome:
+    """Of the pairs one by one."""
+    gradient = torch.stack([each.gradient for each in parts], 1).flatten(0, 1) / PAIRS
+    return Outcome(torch.stack([each.loss for each in parts]).mean(), gradient, {})
 
 
 def family_rows(batch: Batch) -> list[Row]:

@@ -65,15 +65,14 @@ def trl_dpo(
     batch: Batch, loss_type: str, *, beta: float, label_smoothing: float = 0.0, discopop_tau: float | None = None,
     log_sum_squares: Tensor | None = None, **settings: Any,
 ) -> Outcome:  # fmt: skip
-    """Run DPO's trainer. `settings` are attributes of it: ld_alpha, f_divergence_type, use_weighting."""
-    plain = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False}
+    """Run DPO's trainer. `settings` are attributes of it: ld_alpha, f_divergence_type, use_weighting, loss_types."""
+    plain = {"ld_alpha": None, "f_divergence_type": "reverse_kl", "use_weighting": False, "loss_types": [loss_type],
+             "loss_weights": [1.0]}  # fmt: skip
     trainer = bare(
         DPOTrainer,
         model=Replay(fused(batch.policy, batch.mask, log_sum_squares)),
         ref_model=Replay(fused(batch.reference, batch.mask)),
         precompute_ref_logps=False,
-        loss_types=[loss_type],
-        loss_weights=[1.0],
         beta=beta,
         label_smoothing=label_smoothing,
         **(plain | settings),
@@ -140,13 +139,13 @@ def trl_reward(scores: Tensor, margin: Tensor | None, centering: float | None) -
     return Outcome(loss.detach(), torch.autograd.grad(loss, scores)[0], logged(trainer))
 
 
-def trl_sft(batches: Sequence[Batch]) -> Outcome:
+def trl_sft(batches: Sequence[Batch], loss_type: str = "nll") -> Outcome:
     """Run the micro-batches of one step with the token count of the whole step, as transformers' Trainer passes it."""
     tokens = sum(batch.mask.sum() for batch in batches)
     losses, gradients = [], []
     for batch in batches:
         trainer = bare(SFTTrainer, compute_loss_func=None, label_smoother=None)
-        trainer.args = SimpleNamespace(loss_type="nll", average_tokens_across_devices=False)
+        trainer.args = SimpleNamespace(loss_type=loss_type, average_tokens_across_devices=False)
         trainer.model = Replay(fused(batch.policy, batch.mask))
         mask = behind_a_prompt(batch.mask)
         inputs = {"input_ids": mask, "attention_mask": mask, "labels": mask}

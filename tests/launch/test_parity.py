@@ -1,11 +1,13 @@
 """What decides in launch/compare that a loss equals a peer's, on samples that reach what may differ; no peer is needed."""
 
 import dataclasses
+import re
 import sys
 
 import pytest
 import torch
 
+from halos.certify.subjects import choices
 from halos.losses.rollouts import is_clipped
 from halos.repository import LAUNCH
 
@@ -46,3 +48,30 @@ def test_the_samples_are_beyond_every_clip_and_of_uneven_lengths() -> None:
     assert ((drawn.far.policy - drawn.far.reference) > 20).sum() == 1
     values = [of_grpo(drawn.batch, drawn.advantages, **keys)().loss.item() for keys in ({}, {"dual_clip": 3.0}, GSPO)]
     assert len(set(values)) == 3
+
+
+def rows_of(page: str) -> dict[str, dict[str, str]]:
+    """Of each name in a first column of losses_by_framework.md its cells by the head of their column."""
+    found, heads = {}, list[str]()
+    for line in page.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        heads = [] if not cells else heads or cells
+        found |= {name: dict(zip(heads, cells, strict=True)) for name in re.findall(r"`([^`]+)`", cells[0] if cells else "")}
+    return found
+
+
+def test_the_page_on_frameworks_has_every_loss_and_calls_equal_what_was_measured_to_be() -> None:
+    page = (LAUNCH / "results" / "losses_by_framework.md").read_text()
+    rows = rows_of(page)
+    assert set(choices()) <= rows.keys()
+    for peer, table in (("TRL", "losses_vs_trl.md"), ("verl", "losses_vs_verl.md")):
+        measured = (LAUNCH / "results" / table).read_text()
+        version = re.search(rf"against ({peer} [\d.]+)", measured)
+        assert version is not None
+        assert version[1] in page
+        ours = [line.split("|")[1] for line in measured.splitlines() if "**equal**" in line]
+        for name, cells in rows.items():
+            word = name.removeprefix("train.")
+            assert not cells.get(peer, "").startswith("equal") or any(re.search(rf"\b{word}\b", each) for each in ours), (
+                f"{table} does not show that {peer}'s {name} is equal"
+            )
