@@ -111,6 +111,10 @@ def _sums_own_rewards(now: RunFacts) -> bool:
     return len(paths) > 1 and any("." in path and not path.startswith("halos.") for path in paths)
 
 
+def _adds_nothing_to_deviations(now: RunFacts) -> bool:
+    return _of_loss("grpo")(now) and now.config.loss.get("epsilon") == 0
+
+
 # Oldest first. Whoever changes the arithmetic adds an entry here, with a higher number; changes of one release share it.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
@@ -149,6 +153,8 @@ HISTORY = (
              _drops_before_head),
     Revision(11, "2026-11-28", "an evaluation on several sources has no batch with rows of two, and metrics of each",
              lambda now: len((now.before.get("data") or {}).get("eval") or []) > 1, of="kept"),
+    Revision(12, "2026-11-28", "with loss.epsilon=0 equal rewards have advantages of 0, and not NaN or those of rounding",
+             _adds_nothing_to_deviations),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE = 7, 9, 11

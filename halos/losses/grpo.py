@@ -13,6 +13,7 @@ from halos.losses.rollouts import (
     all_equal,
     clipped,
     deviation,
+    divided,
     is_clipped,
     kl,
     log_ratio,
@@ -92,11 +93,11 @@ def advantages(
     mean, squares, sizes = of_group(sampled.rewards, sampled.groups)
     values = sampled.rewards - (mean if baseline == "mean" else _by_length(sampled))
     if advantage_scale == "group":
-        values = values / ((squares / (sizes - std_ddof).clamp(min=1)).sqrt() + epsilon)
+        values = divided(values, (squares / (sizes - std_ddof).clamp(min=1)).sqrt(), mean, epsilon)
     elif advantage_scale == "batch":
         count = len(sampled.rewards)
         spread = (sampled.rewards - sampled.rewards.mean()).square().sum() / max(1, count - std_ddof)
-        values = values / (spread.sqrt() + epsilon)
+        values = divided(values, spread.sqrt(), mean, epsilon)
     elif advantage_scale == "mean":
         values = torch.where(mean > 0, values / (mean + epsilon), 0.0)
     whole = torch.where(sampled.old.mask, values.float()[:, None], 0.0)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from halos.types import Mean, Rollouts, Sampled, ValuedRollouts
 
+ROUNDING = 1e-12  # of float64 sums over a batch, relative
 LARGEST = 20.0  # bound on a log-ratio before exp: e^20 is far beyond every clip, and finite
 
 KL = Literal["k1", "k2", "k3"]
@@ -86,6 +87,13 @@ def of_group(rewards: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     means = zeros.index_add(0, group, rewards) / sizes
     squares = zeros.index_add(0, group, (rewards - means[group]) ** 2)
     return means[group], squares[group], sizes[group]
+
+
+def divided(values: Tensor, spread: Tensor, size: Tensor, epsilon: float) -> Tensor:
+    """values / (spread + epsilon): (rows,). With an epsilon of 0, 0 where the spread of rewards of that `size` is rounding."""
+    if epsilon > 0:
+        return values / (spread + epsilon)
+    return torch.where(spread > ROUNDING * size.abs(), values / spread, 0.0)
 
 
 def all_equal(sampled: Sampled) -> Mean:

@@ -157,6 +157,13 @@ def test_changes_of_metrics_are_noted_and_refuse_nothing() -> None:
     assert (arithmetic_version.changes_since(0, pairs), len(arithmetic_version.notes_since(0, pairs))) == ([], 1)
 
 
+def test_equal_rewards_affect_only_runs_that_add_nothing_to_their_deviation() -> None:
+    for loss, epsilon, named in (("grpo", 0.0, True), ("grpo", 1e-6, False), ("rloo", None, False)):
+        now = computed()
+        now.config.loss = {"_target_": f"halos.losses.{loss}.{loss}", "epsilon": epsilon}
+        assert ("equal rewards have advantages of 0" in why(now, 11)) is named
+
+
 @pytest.mark.parametrize(
     ("now", "named"),
     [
