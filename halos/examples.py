@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,6 +25,15 @@ class SampledTokens:
     ids: tuple[int, ...] = ()  # the end token included where it was sampled; empty where the sampler returned text alone
     vocabulary: str | None = None  # identifies the tokenizer of the ids
     cut: bool = False  # at the sampler's max_new_tokens: it has no end token, and none is added to its text
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Taught:
+    """What a teacher says of the scored tokens of a completion."""
+
+    table: np.ndarray  # (tokens, 1 + 2 k) float32: log-prob of the token, nan if unknown; of k ids, -inf if fewer; the ids
+    vocabulary: str | None = None  # identifies the tokenizer of the ids
+    row: str | None = None  # the hash of the row that the teacher has read
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +76,7 @@ class Demonstration(Example):
 
     completion: Turns
     sampled: tuple[SampledTokens, ...] = field(default=(), kw_only=True)
+    taught: Taught | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, other: Example) -> Sequence[Example] | None:
@@ -210,6 +221,17 @@ class Item:
     labels: Mapping[str, float] = field(default_factory=dict)  # of the fields in `Example.labels`
     logps: np.ndarray | None = None  # (scored tokens,) float32, where a Scored came with its sampler's log-probs
     step_labels: np.ndarray | None = None  # (scored tokens,) float32 of a Stepwise, whose scored tokens end its steps
+    taught: np.ndarray | None = None  # (scored tokens, 1 + 2 k) float32, where a Demonstration came with what a teacher says
 
 
 PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion
+
+
+def row_hash(row: PackRow) -> bytes:
+    """Hash all that a row's log-probs depend on besides the model: its tokens, and which of them are scored."""
+    prompt, completion = row
+    digest = hashlib.blake2b(np.array([len(prompt), len(completion.ids)], np.int64).tobytes(), digest_size=16)
+    for ids in (prompt, completion.ids):
+        digest.update(np.ascontiguousarray(ids, np.int64).tobytes())
+    digest.update(np.ascontiguousarray(completion.scored, bool).tobytes())
+    return digest.digest()

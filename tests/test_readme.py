@@ -78,7 +78,27 @@ def words_of(command: str) -> list[str]:
     return words[first + 1 :]
 
 
+def taught(teacher: Path) -> list[dict[str, Any]]:
+    """A row with one id of each scored token, of the bundled tokenizer."""
+    import transformers
+
+    from halos.data.encoded import Encoded
+    from halos.data.formats import read_example
+    from halos.data.row import Row
+    from halos.data.tokenize import Encoder
+    from halos.models import tiny
+
+    tiny.build(teacher)
+    row = {"prompt": "Count to two.", "completion": "1 2"}
+    encoder = Encoder(transformers.AutoTokenizer.from_pretrained(teacher), max_length=64, truncation="error")
+    (encoded,) = encoder.encode([(read_example(Row(row, "a row"), score="last"), "a row")])
+    assert isinstance(encoded, Encoded)
+    ids = encoded.completions[0].ids.tolist()
+    return [{**row, "teacher_ids": [[each] for each in ids], "teacher_logps": [[-0.5]] * len(ids)}]
+
+
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.parent.mkdir(exist_ok=True)
     if path.suffix == ".parquet":
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -112,6 +132,7 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     place = tmp_path_factory.mktemp("desk")
     rows = {"votes.jsonl": VOTES, "pairs.jsonl": PAIRS, "held_out.jsonl": PAIRS, "chats.parquet": CHATS, "prompts.jsonl": PROMPTS,
             "rankings.jsonl": RANKED, "mixed.jsonl": MIXED}  # fmt: skip
+    rows |= dict.fromkeys(("taught/train.jsonl", "taught/eval.jsonl"), taught(place / "teacher"))
     for name in {name for line in ON_TRAIN for name in re.findall(r"[\w/]+\.(?:jsonl|parquet)", line)}:
         write_rows(place / name, rows[name])
     (place / "best.csv").write_text(BEST)

@@ -160,7 +160,8 @@ def built(kind: Any, given: Any, leaves: Ragged | None = None, name: str = "") -
         lengths = torch.tensor([[len(row)] for row in columns["values"]])
         mask = torch.arange(max(1, int(lengths.max()))) < lengths
         tensors = {part: _tensor(rows) for part, rows in columns.items()}
-        return kind(_leaf(tensors.pop("values"), leaves, name), mask, **tensors)
+        values = _leaf(tensors.pop("values"), leaves, name)
+        return kind(values, mask, **{part: _leaf(each, leaves, f"{name}.{part}".strip(".")) for part, each in tensors.items()})
     if not is_dataclass(kind) or not isinstance(given, Mapping):
         raise UserError(f"an example gives {name or 'an input'} as {given!r}: lists of numbers, or a mapping of fields")
     hints = _hints(kind)
@@ -202,8 +203,9 @@ def as_ragged(found: Tensor | None, rows: Sequence[Any]) -> Tensor | None:
     """A tensor (rows, time), such as a gradient, with zeros beyond the rows of the example: what padding gets does not count."""
     if found is None or found.ndim < 2:
         return found
-    lengths = torch.tensor([[len(row)] for row in rows])
-    return torch.where(torch.arange(found.shape[1]) < lengths, found, 0.0)[:, : max(1, int(lengths.max()))]
+    lengths = torch.tensor([len(row) for row in rows]).view(-1, *[1] * (found.ndim - 1))
+    inside = torch.arange(found.shape[1]).view(1, -1, *[1] * (found.ndim - 2)) < lengths
+    return torch.where(inside, found, 0.0)[:, : max(1, int(lengths.max()))]
 
 
 def _mean(mean: Any) -> Tensor:

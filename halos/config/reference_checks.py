@@ -47,11 +47,14 @@ def _taught(config: Config, loss: LossTraits) -> str | None:
             f"online.loss={loss.name}: it learns from what a teacher says of given completions, and samples have no teacher:"
             " give a loss with a KL to its reference"
         )
-    if config.reference.name_or_path is None:
-        return f"loss={loss.name} learns from a teacher, and there is none: reference.name_or_path, a directory or a hub id"
     if config.reference.sync_every is not None:
         return f"reference.sync_every={config.reference.sync_every}: the teacher of loss={loss.name} does not move: leave it out"
     return None
+
+
+def is_taught_by_rows(config: Config, loss: LossTraits) -> bool:
+    """Return whether what a teacher says is in the rows, so that the run holds no reference model."""
+    return bool(loss.candidates) and config.reference.name_or_path is None
 
 
 def _named(config: Config, loss: LossTraits) -> str | None:

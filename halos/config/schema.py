@@ -33,6 +33,7 @@ class Reference:
     sync_every: int | None = key(least=1)
     sync_weight: float = key(above=0, most=1)
     cache: str = key(one_of=("auto", "always", "never"), on_resume=SAFE)  # up to the rounding of sums in another order
+    export: str | None = key(on_resume=SAFE)  # a directory that rows with what a teacher says of them are written into
 
 
 @dataclass

@@ -40,7 +40,7 @@ def _schema(item: Item) -> pa.Schema:
         + [(f"{name}_key", pa.int64()) for name in ("prompt", *names)]
         + [(f"label_{name}", pa.float64()) for name in item.labels]
         + [("step_labels", FLOATS)] * (item.step_labels is not None)
-        + [("logps", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
+        + [("logps", FLOATS), ("taught", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
     )
 
 
@@ -62,9 +62,7 @@ class Counts:
     oddities: dict[str, int] = field(default_factory=dict)  # examples by what is odd about them, by the names of data/oddities.py
     splits: dict[str, int] = field(default_factory=dict)  # rows by the value of a column that names their split
     places: dict[str, list[str]] = field(default_factory=dict)  # the first rows of each reason and oddity, a.jsonl:12
-    noted: dict[str, int] = field(
-        default_factory=dict
-    )  # rows by what was made of their columns, and examples by what their layout says
+    noted: dict[str, int] = field(default_factory=dict)  # rows by what was made of their columns, or of their layout
     files: str = ""  # how many of each kind, where there are several kinds
 
     def drop(self, reason: str, where: str) -> None:
@@ -147,6 +145,7 @@ class Writer:
             for name, value in item.labels.items():
                 columns[f"label_{name}"].append(value)
             columns["logps"].append(() if item.logps is None else item.logps)
+            columns["taught"].append(() if item.taught is None else item.taught.reshape(-1))
             if item.step_labels is not None:
                 columns["step_labels"].append(item.step_labels)
             columns["source"].append(source)
@@ -205,7 +204,7 @@ def publish(hidden: Path, path: Path) -> None:
 def _hash_item(content: Any, item: Item, source: int) -> None:
     """Add all that training reads of an item to a hash; not its origin, so that the same rows from another file hash equally."""
     arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
-    arrays += [each for each in (item.logps, item.step_labels) if each is not None]
+    arrays += [each for each in (item.logps, item.step_labels, item.taught) if each is not None]
     labels = dict(item.labels)
     # three come first, whether an item has them or not: as they stand in the hashes that runs have recorded
     always = [bool(labels.pop("desirable", 1.0)), labels.pop("margin", 0.0), labels.pop("reward", 0.0)]
@@ -243,8 +242,8 @@ class Dataset:
         self.sources = numbers(table["source"])  # (N,) index into weights and report
         self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each
         self._names = names = _names(meta["completions"])
-        self._lists = {name: Lists(table[name]) for name in ("prompt", *names, *(f"{name}_spans" for name in names), "logps")}
-        self._step_labels = Lists(table["step_labels"]) if "step_labels" in table.column_names else None
+        self._lists = {each.name: Lists(table[each.name]) for each in table.schema if pa.types.is_list(each.type)}
+        self.taught = self._lists["taught"].lengths() > 0  # (N,) bool: whether each item has what a teacher says of it
         self._id, self._keys = table["id"], {name: table[f"{name}_key"] for name in ("prompt", *names)}
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
@@ -257,11 +256,13 @@ class Dataset:
     def __getitem__(self, row: int) -> Item:
         if not 0 <= row < len(self):
             raise IndexError(row)
-        lists, logps = self._lists, self._lists["logps"][row]
+        lists, step_labels = self._lists, self._lists.get("step_labels")
         completions = tuple(_completion(lists[name][row], lists[f"{name}_spans"][row]) for name in self._names)
         labels = {name: float(values[row]) for name, values in self.labels.items()}
-        steps = self._step_labels[row] if self._step_labels is not None else None
-        return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps if len(logps) else None, steps)
+        steps = step_labels[row] if step_labels is not None else None
+        logps, taught = (each if len(each := lists[name][row]) else None for name in ("logps", "taught"))
+        taught = taught.reshape(int(self.scored[row, 0]), -1) if taught is not None else None
+        return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps, steps, taught)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))

@@ -36,8 +36,9 @@ class Limit:
     def fitted(self, item: Item, remarks: Remarks) -> tuple[Item, Remarks] | str:
         """Return an example as it is kept, or why it is dropped. Raises UserError, naming the row, where it is refused."""
         encoded = Encoded(
-            item.prompt, item.completions, remarks.exact, remarks.merged, logps=item.logps, step_labels=item.step_labels
-        )
+            item.prompt, item.completions, remarks.exact, remarks.merged, logps=item.logps, step_labels=item.step_labels,
+            taught=item.taught,
+        )  # fmt: skip
         if encoded.length < self._most:
             return item, remarks
         if encoded.length > self._most and self._truncation == "error":
@@ -48,6 +49,6 @@ class Limit:
         if isinstance(shorter, str):
             return shorter
         oddity = self._ends.missing(shorter, remarks.sampling)
-        parts = {"completions": shorter.completions, "logps": shorter.logps, "step_labels": shorter.step_labels}
+        parts = {name: getattr(shorter, name) for name in ("completions", "logps", "step_labels", "taught")}
         cut = {"cut_completions": shorter.cut_completions, "cut_steps": shorter.cut_steps}
         return replace(item, **parts), replace(remarks, oddity=oddity, **cut)

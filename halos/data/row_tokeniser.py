@@ -105,7 +105,8 @@ class RowTokeniser:
                     continue
                 sampling = Sampling.of(example)
                 remarks = Remarks.of(encoded, self._ends.missing(encoded, sampling), sampling)
-                item = Item(encoded.prompt, encoded.completions, own, example.numbers(), encoded.logps, encoded.step_labels)
+                item = Item(encoded.prompt, encoded.completions, own, example.numbers(), encoded.logps, encoded.step_labels,
+                            encoded.taught)  # fmt: skip
                 outcomes.append(Outcome(where, own, (item, remarks)))
         return outcomes
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from halos.data import raw_text, steps
+from halos.data import raw_text, steps, teacher
 from halos.data.encoded import Encoded, cut_completions, refuse_length, unless_equal, why_dropped
 from halos.data.endings import CALL
 from halos.data.messages import SYSTEM, is_learned, moved_settings
@@ -55,7 +55,8 @@ class Encoder:
         tokenised = iter(self._encode(whole) if whole else [])
         encoded = iter([layout if isinstance(layout, str) else next(tokenised) for layout in layouts])
         kept = iter(self._keep([each for each, has_ids in zip(examples, sampled, strict=True) if has_ids]))
-        fitted = [self._fit(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
+        whole = [self._taught(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
+        fitted = [self._fit(each, *example) for each, example in zip(whole, examples, strict=True)]
         learned = [_unscored(each) if isinstance(example, Scored) and example.masked and isinstance(each, Encoded) else each
                    for each, (example, _) in zip(fitted, examples, strict=True)]  # fmt: skip
         return [unless_equal(each) for each in learned]
@@ -67,7 +68,9 @@ class Encoder:
         split = [self._by_turn(example, where) for example, where in examples]
         encoded = iter(self.encode([(part, where) for parts, (_, where) in zip(split, examples, strict=True) for part in parts]))
         self._laid_out.clear()
-        return [[_noted(next(encoded), apart=len(parts) > 1) for _ in parts] for parts in split]
+        results = [[next(encoded) for _ in parts] for parts in split]
+        return [[replace(each, notes=(*each.notes, APART)) if len(parts) > 1 and isinstance(each, Encoded) else each
+                 for each in parts] for parts in results]  # fmt: skip
 
     def _by_turn(self, example: Example, where: str) -> list[Example]:
         if not isinstance(example, Demonstration) or example.sampled or sum(map(is_learned, example.completion)) < 2:
@@ -89,6 +92,14 @@ class Encoder:
         for text, (_, where) in zip(texts, prompts, strict=True):
             _refuse_half_characters((text,), where)
         return [np.array(tokens.ids, np.int32) for tokens in self._tokenise(texts)] if texts else []
+
+    def _taught(self, encoded: Encoded | str, example: Example, where: str) -> Encoded | str:
+        """Add what a teacher says of the scored tokens, where the row has it. Raises UserError where it does not fit them."""
+        if not isinstance(example, Demonstration) or example.taught is None or isinstance(encoded, str):
+            return encoded
+        (completion,) = encoded.completions
+        row, ids = (encoded.prompt, completion), len(self._tokenizer)
+        return replace(encoded, taught=teacher.fitted(example.taught, row, vocabulary=self._vocabulary, num_ids=ids, where=where))
 
     def _is_sampled(self, example: Example) -> bool:
         """Return whether all completions of an example have token ids, and they are this tokenizer's."""
@@ -200,6 +211,8 @@ class Encoder:
 
     def _cut_turns(self, encoded: Encoded, example: Example, where: str) -> Encoded:
         """Remove as many of the oldest turns as necessary; where that is not enough, all but the last user turn."""
+        if encoded.taught is not None:
+            return encoded  # its teacher has read all turns
         shorter = _shortened(example)
         tried: dict[int, Encoded] = {}
 
@@ -248,10 +261,6 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash of a tokenizer's vocabulary."""
     vocabulary = sorted((number, token) for token, number in tokenizer.get_vocab().items())
     return hashlib.blake2b(repr(vocabulary).encode(errors="surrogatepass"), digest_size=8).hexdigest()
-
-
-def _noted(encoded: Encoded | str, *, apart: bool) -> Encoded | str:
-    return replace(encoded, notes=(*encoded.notes, APART)) if apart and isinstance(encoded, Encoded) else encoded
 
 
 def _unscored(encoded: Encoded) -> Encoded:

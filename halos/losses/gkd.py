@@ -32,16 +32,20 @@ def gkd(
     """beta KL(p || m) + (1 - beta) KL(q || m) of each token, with m = beta p + (1 - beta) q (eq. 1 of arXiv:2306.13649), where p
     is the teacher's distribution and q the policy's. KL(p || q) at beta 0, KL(q || p) at beta 1.
 
-    Both are known for the teacher's likeliest ids. All others count as one outcome (bucket), or not at all (drop).
+    Both are known for the teacher's likeliest ids, of which a token has fewer where log-probs of `reference` are -inf. All others
+    count as one outcome (bucket), or not at all (drop).
     """
     assert policy.candidates is not None, "asked for by `candidates`"
     assert reference.candidates is not None, "asked for by `candidates`"
     mask, p, q = policy.mask, reference.candidates, policy.candidates
-    mass = p.exp().sum(-1)
+    mass, said = p.exp().sum(-1), p != -torch.inf
     if tail == "bucket":
+        q = torch.where(said, q, -torch.inf)
         p, q = (torch.cat([known, _rest(known)], -1) for known in (p, q))
-    values = torch.where(mask, _divergence(p, q, beta).sum(-1), 0.0)
-    metrics = {"nll": Mean.of(-policy.values, mask), "teacher/nll": Mean.of(-reference.values, mask),
+        said = p != -torch.inf
+    p, q = (torch.where(said, known, 0.0) for known in (p, q))
+    values = torch.where(mask, torch.where(said, _divergence(p, q, beta), 0.0).sum(-1), 0.0)
+    metrics = {"nll": Mean.of(-policy.values, mask), "teacher/nll": Mean.of(-reference.values, mask & ~reference.values.isnan()),
                "teacher/mass": Mean.of(mass, mask)}  # fmt: skip
     return Loss(values, metrics, per="token")
 

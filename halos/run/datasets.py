@@ -1,5 +1,6 @@
 """The datasets of a run: tokenised once, by rank 0, and opened by all ranks."""
 
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -8,8 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec, learns_from_single
 from halos.config.plugins import code_hash
+from halos.config.reference_checks import is_taught_by_rows
 from halos.config.schema import Config
 from halos.confined import expanded
+from halos.data import teacher
 from halos.data.custom_format import entries_of
 from halos.data.dataset import Dataset, open_dataset
 from halos.data.held_out import Rule
@@ -110,6 +113,26 @@ def split_of(rows: Dataset, loss: LossSpec, seed: int, purpose: str) -> Split:
         raise UserError(f"data.{purpose}: {complaint}")
     context = f"data.{purpose}: {loss.name}"
     return Split(rows, mismatched_partners(rows.groups, seed, what=context) if loss.statistics_inputs is Mismatched else None)
+
+
+def refuse_other_teacher(config: Config, loss: LossSpec, splits: Iterable[tuple[str, Split]]) -> None:
+    """Raises UserError for a loss on what a teacher says where rows lack it and no teacher is named, or where both say it."""
+    if not loss.candidates:
+        return
+    for name, rows in [(name, split.rows) for name, split in splits if isinstance(split.rows, Dataset)]:
+        if is_taught_by_rows(config, loss) and not rows.taught.all():
+            lacking = rows.place(int(np.argmin(rows.taught)))
+            raise UserError(
+                f"loss={loss.name} learns from a teacher, and there is none: reference.name_or_path, a directory or a hub id; or"
+                f" rows with {teacher.IDS} and {teacher.LOGPS}, which {(~rows.taught).sum()} of {len(rows)} rows of data.{name}"
+                f" lack, such as {lacking}"
+            )
+        if not is_taught_by_rows(config, loss) and rows.taught.any():
+            raise UserError(
+                f"reference.name_or_path={config.reference.name_or_path} is a teacher, and {rows.taught.sum()} rows of"
+                f" data.{name} have what another says ({teacher.IDS}): leave out reference.name_or_path, or the columns:"
+                f" 'data.columns={{{teacher.IDS}: null, {teacher.LOGPS}: null}}'"
+            )
 
 
 def single_completions(rows: Dataset, loss: LossSpec) -> str | None:

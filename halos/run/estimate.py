@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from halos.config.reference_checks import is_taught_by_rows
 from halos.data.dataset import Dataset
 from halos.distributed.parameters import num_elements
 from halos.inspection import activations, speed
@@ -62,12 +63,17 @@ class Estimate:
         self.bounds = Bounds(train.microbatch_size, tokens, train.share_prompts and shares)
         self.activations = activations.of(model, self.device)
 
+    @property
+    def refers(self) -> bool:
+        """Whether a reference computes."""
+        return self.run.loss.needs_reference and not is_taught_by_rows(self.run.config, self.run.loss)
+
     def memory(self) -> Memory | None:
         """Return the memory of one process; None for sharded or quantised weights, and an unusual forward."""
         if self.activations is None or self.run.strategy.is_sharded or self.run.config.model.quantize:
             return None
         batch, config = self.largest(), self.run.config
-        copies = self.full and self.run.loss.needs_reference and config.reference.cache != "always"
+        copies = self.full and self.refers and config.reference.cache != "always"
         named = self.run.structure.reference is not None and config.reference.cache != "always"
         fused = config.optim.get("fused") in (True, "auto") and self.device.type == "cuda"
         return Memory(
@@ -153,7 +159,7 @@ class Estimate:
         train, logit = self.run.config.train, 2.0 * self.width * self.vocabulary if self.reads_logits else 0.0
         passes = (3 if self.full else 2) + bool(train.activation_checkpointing)
         flops = tokens * self.activations.flops * passes + scored * logit * (4 if self.trains_head else 2)
-        if self.run.loss.needs_reference:
+        if self.refers:
             part = min(1.0, once / tokens) if self.run.config.reference.cache == "always" else 1.0
             flops += part * (tokens * self.activations.flops + scored * logit)
         return flops

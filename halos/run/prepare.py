@@ -16,6 +16,7 @@ from halos.config.arithmetic_version import RunFacts
 from halos.config.bind import LossSpec, bind_hook, bind_loss, bind_trainer
 from halos.config.bind_optim import OptimizerSpec, ScheduleSpec, bind_optimizer, bind_schedule
 from halos.config.content_hashes import ContentHashes
+from halos.config.reference_checks import is_taught_by_rows
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.confined import expanded
@@ -121,6 +122,7 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     strategy = structure.loader.strategy(accelerator)
     strategy.refuse_model(structure.model)
     batches = open_batch_source(config, loss, structure.tokenizer, accelerator, structure.max_length)
+    datasets.refuse_other_teacher(config, loss, batches.splits)
     optimizer, schedule = bind_optimizer(config.optim, config.plugins), bind_schedule(config.schedule, config.plugins)
     schedule.check_range(batches.total)
     planned = plan_run(config, structure, loss, total=batches.total, main=accelerator.is_main_process)
@@ -196,7 +198,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     loader = models.ModelLoader(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())
     model = models.policy_structure(loader, reward=loss.reward)
     refuse_without_router(bare(model).config, config.train.router_aux_loss)
-    reference = models.locate_reference(loader) if loss.needs_reference else None
+    reference = models.locate_reference(loader) if loss.needs_reference and not is_taught_by_rows(config, loss) else None
     limits = positions.limits(model)
     if reference is not None:
         other = models.reference_structure(loader, reference)

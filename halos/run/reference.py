@@ -14,6 +14,7 @@ from torch import nn
 from halos.checkpoint.state import load_reference_values, random_state, restore_random_state, saved_reference
 from halos.checkpoint.weights import load_shards
 from halos.config.bind import LossSpec
+from halos.config.reference_checks import is_taught_by_rows
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.agreement import from_rank_0
@@ -43,15 +44,33 @@ def decided(prepared: PreparedRun) -> PreparedRun:
 def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
     """Return reference.cache, of which `auto` becomes always or never where the loss has a reference. Raises UserError for
     `always` where nothing can be computed beforehand."""
-    asked = config.reference.cache
+    asked, export = config.reference.cache, config.reference.export
+    if complaint := _complaint(config, loss):
+        raise UserError(complaint)
     if not loss.needs_reference or asked == "never":
         return asked
-    impossible = _why_impossible(config, loss, batches)
-    if asked == "always" and impossible:
-        raise UserError(f"reference.cache=always: {impossible}: leave it out")
+    if is_taught_by_rows(config, loss):
+        return "never"
+    impossible, wanted = _why_impossible(config, loss, batches), asked == "always" or export is not None
+    if impossible and wanted:
+        key = "reference.cache=always" if export is None else f"reference.export={export}"
+        raise UserError(f"{key}: {impossible}: leave it out")
     own_code = loss.has_own_rows or config.trainer["_target_"] is not None  # which may read what cannot be known beforehand
-    is_live = impossible is not None or (asked == "auto" and (_costs_nothing(config, batches) or own_code))
+    is_live = impossible is not None or (not wanted and (_costs_nothing(config, batches) or own_code))
     return "never" if is_live else "always"
+
+
+def _complaint(config: Config, loss: LossSpec) -> str | None:
+    """Return why keys about what a teacher says do not fit the loss and each other; None where they do."""
+    by_rows, cache, export = is_taught_by_rows(config, loss), config.reference.cache, config.reference.export
+    if by_rows and cache == "always":
+        return "reference.cache=always: the rows have what the teacher says: leave it out"
+    if export is None:
+        return None
+    if by_rows or not loss.candidates:
+        why = "the rows have that already" if by_rows else f"loss={loss.name} has no teacher"
+        return f"reference.export={export} writes what a teacher says of the rows, and {why}: leave it out"
+    return f"reference.export={export} needs reference.cache=always, not never" if cache == "never" else None
 
 
 def _why_impossible(config: Config, loss: LossSpec, batches: BatchSource) -> str | None:
@@ -78,7 +97,7 @@ def opened(
     """Return the reference model of a run that computes it at every step, or else where its log-probs are kept; neither where the
     policy itself is the reference. `version` is that of the run's arithmetic; `checkpoint` the one that it resumes from.
     One that moves is the run's `moving_reference` too."""
-    if not prepared.loss.needs_reference:
+    if not prepared.loss.needs_reference or is_taught_by_rows(prepared.config, prepared.loss):
         return None, None
     if prepared.config.reference.sync_every is not None:
         return _open_moving(prepared, current, saved_reference(checkpoint)), None

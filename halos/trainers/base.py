@@ -17,10 +17,12 @@ from halos.checkpoint.checkpointer import Checkpointer
 from halos.config.bind import LossSpec
 from halos.data.dataset import Dataset
 from halos.data.stream import StreamRows
+from halos.distributed.agreement import from_rank_0
 from halos.errors import UserError
 from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval, states_of
 from halos.metrics import Meter, Window
+from halos.trainers import teacher_rows
 from halos.trainers.evaluation import EvaluatedObjective
 from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
 from halos.trainers.memory import peak_mb
@@ -86,6 +88,14 @@ class Trainer(EvaluatedObjective):
         if self.reference_logps is not None:
             with suppress(StopRequestedError):  # the loop stops for the same request
                 self.reference_logps.prepare()
+                if self.run.config.reference.export is not None:
+                    self._export(self.reference_logps)
+
+    def _export(self, known: ReferenceLogps) -> None:
+        """Write rows with what the teacher says of them."""
+        config, tokenizer = self.run.config, self.run.tokenizer
+        splits = {name: split for name, split in (("train", self.train), ("eval", self.eval_data)) if split}
+        from_rank_0(self.run.accelerator, lambda: teacher_rows.export(config, tokenizer, splits, known))
 
     # --- the loop --------------------------------------------------------------------------------------------------------
 

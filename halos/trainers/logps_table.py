@@ -19,7 +19,6 @@ from safetensors.numpy import save
 from halos.checkpoint import manifest
 from halos.checkpoint.commit import DiskFullError, staged
 from halos.errors import UserError
-from halos.examples import PackRow
 from halos.hashes import file_hash
 
 log = logging.getLogger(__name__)
@@ -27,16 +26,6 @@ log = logging.getLogger(__name__)
 NAME = "reference"  # directory below cache_dir
 HASH = "S16"  # numpy's type of a row's hash
 ARRAYS = ("hashes", "starts", "logps")  # files of a table
-
-
-def row_hash(row: PackRow) -> bytes:
-    """Hash all that a row's log-probs depend on besides the model: its tokens, and which of them are scored."""
-    prompt, completion = row
-    digest = hashlib.blake2b(np.array([len(prompt), len(completion.ids)], np.int64).tobytes(), digest_size=16)
-    for ids in (prompt, completion.ids):
-        digest.update(np.ascontiguousarray(ids, np.int64).tobytes())
-    digest.update(np.ascontiguousarray(completion.scored, bool).tobytes())
-    return digest.digest()
 
 
 @dataclass(frozen=True)

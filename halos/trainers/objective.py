@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from halos.config.bind import LossSpec
+from halos.config.reference_checks import is_taught_by_rows
 from halos.data.collate import mismatched_row, pack_on_host
+from halos.data.teacher import IDS, likeliest
 from halos.distributed.device import seed_generators
+from halos.errors import UserError
 from halos.examples import Item, PackRow
 from halos.hooks.base import Run
 from halos.hooks.loss_state import LOSS_STATE, LossState
@@ -198,7 +201,16 @@ class Objective:
         return pack_on_host(rows, share=self.shares_prompts and share_prompts(by)).to(self.run.accelerator.device)
 
     def _pack(self, items: Sequence[Item]) -> HostSequences:
-        return self._pack_rows(self.rows(items)).pinned(self.run.accelerator.device)
+        packed = self._pack_rows(self.rows(items))
+        if is_taught_by_rows(self.run.config, self.loss):
+            packed = packed.with_reference(self._taught([items[leaf] for leaf in packed.leaves]))
+        return packed.pinned(self.run.accelerator.device)
+
+    def _taught(self, items: Sequence[Item]) -> np.ndarray:
+        """What the rows of `items` have of a teacher: (scored, 1 + 2 k) float32. Raises UserError for a row that has nothing."""
+        if lacking := [item.id for item in items if item.taught is None]:
+            raise UserError(f"{lacking[0].rpartition('#')[0]}: there is no reference.name_or_path, and the row has no {IDS}")
+        return np.concatenate([likeliest(item.taught, self.loss.candidates) for item in items if item.taught is not None])
 
     def _pack_rows(self, rows: Sequence[PackRow]) -> HostSequences:
         """Pack rows with the reference's log-probs where they are known; of rollouts all is known elsewhere."""

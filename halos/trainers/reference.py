@@ -18,8 +18,8 @@ from tqdm import tqdm
 from halos.checkpoint.manifest import human_size
 from halos.distributed.agreement import from_rank_0
 from halos.errors import UserError
-from halos.examples import PackRow
-from halos.trainers.logps_table import LogpsCache, Part, Table, row_hash
+from halos.examples import PackRow, row_hash
+from halos.trainers.logps_table import LogpsCache, Part, Table
 from halos.trainers.reference_rows import Plan, Source, sources
 from halos.types import Acted
 

@@ -14,8 +14,8 @@ from halos.config.plugins import code_hash
 from halos.config.schema import Train
 from halos.data.collate import mismatched_row
 from halos.data.dataset import Dataset
-from halos.examples import PackRow
-from halos.trainers.logps_table import HASH, row_hash
+from halos.examples import PackRow, row_hash
+from halos.trainers.logps_table import HASH
 
 if TYPE_CHECKING:
     from halos.trainers.microbatches import Split

@@ -64,6 +64,40 @@ def test_what_the_cache_holds_gives_the_step_of_a_teacher_beside_the_policy_in_m
     agree([*(step_in(cached, size) for size in (11, 4, 1)), step_in(live, 4)])
 
 
+def test_rows_with_what_a_teacher_says_train_as_its_cache_does_without_the_teacher(
+    teacher: Path, trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    small = [f"data.{name}=[{{path: arithmetic, split: '{name}[:12]'}}]" for name in ("train", "eval")]
+    cached = trainer(*words(teacher, *small, f"reference.export={tmp_path}", "exp_name=exporting"))
+    cached.prepare_reference()
+    lines = (tmp_path / "train.jsonl").read_text().splitlines()
+    assert cached.eval_data is not None
+    assert (len(lines), len((tmp_path / "eval.jsonl").read_text().splitlines())) == (
+        len(cached.train.rows),
+        len(cached.eval_data.rows),
+    )
+    (tmp_path / "few.jsonl").write_text("\n".join(lines[:11]))
+    given = [word for word in words(teacher) if not word.startswith("reference")]
+    few = [f"data.train=[{tmp_path}/few.jsonl]", "data.eval=[]", "exp_name=taught"]
+    taught = trainer(*given, *few)
+    assert (taught.reference, taught.reference_logps) == (None, None)
+    assert [item.id.rpartition(":")[2] for item in taught.train.rows] == [f"{n}#0" for n in range(1, 12)]
+    assert all(
+        np.array_equal(mine.completions[0].ids, theirs.completions[0].ids)
+        for mine, theirs in zip(taught.train.rows, cached.train.rows, strict=False)
+    )
+    agree([step_in(cached, 4), *(step_in(taught, size) for size in (11, 4, 1))])
+    for more, complaint in (
+        ([f"reference.name_or_path={teacher}"], "is a teacher, and 11 rows of data.train have what another says"),
+        (["reference.cache=always"], "reference.cache=always: the rows have what the teacher says"),
+        ([f"reference.export={tmp_path}/again"], "and the rows have that already: leave it out"),
+    ):
+        with pytest.raises(UserError, match=complaint):
+            trainer(*given, *few[:2], "exp_name=refused", *more)
+    with pytest.raises(UserError, match="writes what a teacher says of the rows, and loss=dpo has no teacher"):
+        trainer("loss=dpo", "exp_name=refused", f"reference.export={tmp_path}")
+
+
 @torch.no_grad()
 def test_the_first_loss_is_the_divergence_to_transformers_own_teacher(
     teacher: Path, trainer: Callable[..., Trainer], cache: Path
@@ -101,7 +135,10 @@ def test_a_run_that_was_stopped_ends_as_one_that_was_not(peft: str, teacher: Pat
 def test_a_teacher_that_is_missing_or_speaks_otherwise_is_refused_before_a_model_loads(
     teacher: Path, tmp_path: Path, trainer: Callable[..., Trainer]
 ) -> None:
-    with pytest.raises(UserError, match=r"loss=gkd learns from a teacher, and there is none: reference.name_or_path"):
+    message = (
+        r"there is none: reference.name_or_path, .* rows with teacher_ids and teacher_logps, which \d+ of \d+ rows of data.train"
+    )
+    with pytest.raises(UserError, match=message):
         trainer("loss=gkd")
     for word, complaint in (("reference.sync_every=2", "does not move"), ("humanline.low=-1.5", "compares whole distributions")):
         with pytest.raises(UserError, match=complaint):

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from halos.examples import Completion, PackRow
-from halos.trainers.logps_table import ARRAYS, HASH, LogpsCache, Part, Table, row_hash
+from halos.examples import Completion, PackRow, row_hash
+from halos.trainers.logps_table import ARRAYS, HASH, LogpsCache, Part, Table
 from halos.trainers.reference_rows import cut
 
 FACTS = {"weights": "of a model", "data": "of rows"}
