@@ -84,7 +84,9 @@ class EndTokens:
 
 def _ends_of_turns(completion: Completion) -> np.ndarray:
     """Return the last index of every run of scored tokens."""
-    return np.flatnonzero(np.diff(completion.scored.astype(np.int8), append=0) == -1)
+    ends = completion.scored.copy()
+    ends[:-1] &= ~completion.scored[1:]
+    return np.flatnonzero(ends)
 
 
 def count_split(record: Mapping[str, Any], counts: Counts) -> None:
