@@ -25,7 +25,7 @@ ONLINE = "online"  # the section of the configuration that only online runs have
 # keys of the training that follow from online's in a live loop; of a policy gradient alone
 IN_LIVE_LOOPS = {
     "online.sampler.temperature": "train.temperature",
-    **{f"online.{name}": f"train.{name}" for name in ("correction", "correction_level", "correction_cap")},
+    **{f"online.{name}": f"train.{name}" for name in ("correction", "correction_level", "correction_cap", "correction_floor")},
 }
 LIVE_STEPS = ("online.steps", "online.minibatches", "online.epochs")  # whose product train.steps is
 REPLACEABLE_GROUPS = ("logging", "checkpoint")  # they affect no training step

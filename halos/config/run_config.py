@@ -38,10 +38,12 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("data", "lost"): "error", ("data", "system"): "keep", ("data", "chat_template_kwargs"): {},
     ("train", "share_prompts"): False, ("train", "microbatch_tokens"): None,
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,
+    ("train", "correction_floor"): None,
     ("online", "minibatches"): 1, ("online", "epochs"): 1, ("online", "steps_per_round"): 8,
     ("online", "truncated"): "keep",
     ("online", "eval_samples"): 1, ("online", "eval_temperature"): 0.0, ("online", "pass_reward"): None,
     ("online", "correction"): "none", ("online", "correction_level"): None, ("online", "correction_cap"): 2.0,
+    ("online", "correction_floor"): None,
     ("online.scorer", "aggregation"): "sum",
 }  # fmt: skip
 BUDGET = "microbatch_tokens"  # in an attempt's record: what `auto` meant

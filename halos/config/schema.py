@@ -109,9 +109,10 @@ class Train:
     early_stopping: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step
     alarms: str = key(one_of=("off", "warn", "stop"), on_resume=SAFE)  # they change no step
     temperature: float = key(above=0)  # of the softmax that log-probs are computed from
-    correction: str = key(one_of=("auto", "none", "truncate", "mask"))  # of rollouts whose sampler computes otherwise
-    correction_level: str | None = key(one_of=("token", "sequence"))
+    correction: str = key(one_of=("auto", "none", "truncate", "mask", "reject"))  # of rollouts whose sampler computes otherwise
+    correction_level: str | None = key(one_of=("token", "sequence", "geometric"))
     correction_cap: float = key(least=1)
+    correction_floor: float | None = key(least=0, most=1)
 
 
 @dataclass
@@ -197,9 +198,10 @@ class Online:
     sampler: Sampler = key()
     scorer: Scorer = key()
     feedback: Feedback = key()
-    correction: str = key(one_of=("auto", "none", "truncate", "mask"))
-    correction_level: str | None = key(one_of=("token", "sequence"))
+    correction: str = key(one_of=("auto", "none", "truncate", "mask", "reject"))
+    correction_level: str | None = key(one_of=("token", "sequence", "geometric"))
     correction_cap: float = key(least=1)
+    correction_floor: float | None = key(least=0, most=1)
     reference: str = key(one_of=("start", "last"))
     carry_optimizer: bool = key()
     keep_rounds: int | None = key(least=1, on_resume=SAFE)

@@ -50,6 +50,14 @@ OTHER_NAMES = {
     "lr_scheduler_type": "schedule",
     "num_generations": "online.samples_per_prompt",
     "max_completion_length": "online.sampler.max_new_tokens",
+    "vllm_importance_sampling_mode": "train.correction",
+    "vllm_importance_sampling_cap": "train.correction_cap",
+    "vllm_importance_sampling_clip_max": "train.correction_cap",
+    "vllm_importance_sampling_clip_min": "train.correction_floor",
+    "rollout_is": "train.correction",
+    "rollout_is_threshold": "train.correction_cap",
+    "rollout_rs": "train.correction",
+    "rollout_rs_threshold": "train.correction_floor",
 }
 
 

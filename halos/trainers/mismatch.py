@@ -24,15 +24,17 @@ LARGEST_DIFFERENCE = "mismatch/max"  # metric; the others are means
 
 @dataclass(frozen=True, slots=True)
 class Correction:
-    """A weight w = pi_trainer / pi_sampler for every advantage, of each token or of whole completions, bounded by `cap`.
+    """A weight for every advantage by w = pi_trainer / pi_sampler: of each token, of a whole completion (their product), or of a
+    completion per token (their geometric mean).
 
-    `truncate` is min(w, cap), truncated importance sampling (E. Ionides, 2008); `mask` is w between 1 / cap and cap, and 0
-    outside.
+    `truncate` is w held between `floor` and `cap`: truncated importance sampling (E. Ionides, 2008), where there is no floor.
+    `mask` is w between them, and 0 outside; `reject` is 1 and 0. Without a floor these two begin at 1 / cap.
     """
 
-    kind: str  # none | truncate | mask
-    level: str  # token | sequence
+    kind: str  # none | truncate | mask | reject
+    level: str  # token | sequence | geometric
     cap: float
+    floor: float | None = None
 
     @classmethod
     def of(cls, train: Train, loss: LossSpec, *, same_arithmetic: bool) -> Correction:
@@ -40,23 +42,38 @@ class Correction:
         kind = train.correction
         if kind == "auto":
             kind = "none" if same_arithmetic else "truncate"
-        return cls(kind, train.correction_level or loss.ratio_level, train.correction_cap)
+        return cls(kind, train.correction_level or loss.ratio_level, train.correction_cap, train.correction_floor)
 
     def weigh(self, advantages: Tensor, old: Tensor, sampled: Tensor, mask: Tensor) -> tuple[Tensor, dict[str, Mean]]:
         """Weigh advantages, and measure the mismatch. All tensors are (rows, time); `sampled`, the sampler's log-probs, is NaN
         where they are not known: there the weight is 1."""
         known = mask & ~sampled.isnan()
         difference = torch.where(known, old - sampled, 0.0)
-        logs = difference.sum(-1, keepdim=True) if self.level == "sequence" else difference
-        counted = known.any(-1, keepdim=True) if self.level == "sequence" else known
-        ratio = logs.clamp(-LARGEST, LARGEST).exp()
-        within = ratio <= self.cap if self.kind != "mask" else (ratio <= self.cap) & (ratio >= 1 / self.cap)
+        logs, counted = self._by_level(difference, known)
+        ratio, least = logs.clamp(-LARGEST, LARGEST).exp(), self._least
+        within = (ratio <= self.cap) & (ratio >= least)
         metrics = {"mismatch/mean": Mean.of(difference.abs(), known), "mismatch/weight": Mean.of(ratio, counted),
                    "mismatch/weight_square": Mean.of(ratio**2, counted)}  # fmt: skip
         if self.kind == "none":
             return advantages, metrics
         metrics["mismatch/bounded"] = Mean.of(~within, counted)
-        return advantages * (torch.where(within, ratio, 0.0) if self.kind == "mask" else ratio.clamp(max=self.cap)), metrics
+        if self.kind == "truncate":
+            return advantages * ratio.clamp(least, self.cap), metrics
+        return advantages * torch.where(within, ratio if self.kind == "mask" else 1.0, 0.0), metrics
+
+    @property
+    def _least(self) -> float:
+        if self.floor is not None:
+            return self.floor
+        return 0.0 if self.kind == "truncate" else 1 / self.cap
+
+    def _by_level(self, difference: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """log w, and where there is one: (rows, time), or (rows, 1) of completions."""
+        if self.level == "token":
+            return difference, known
+        total = difference.sum(-1, keepdim=True)
+        tokens = known.sum(-1, keepdim=True)
+        return total if self.level == "sequence" else total / tokens.clamp(min=1), tokens > 0
 
 
 def largest(old: Tensor, sampled: Tensor, mask: Tensor) -> Tensor:

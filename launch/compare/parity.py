@@ -34,6 +34,7 @@ def far(ours: float, theirs: float) -> bool:
 def compared(row: Row) -> tuple[str, bool]:
     """Return the row in Markdown, and whether its result is the expected one."""
     ours, theirs = row.run_ours(), row.run_theirs()
+    assert ours.gradient.any() or theirs.gradient.any(), f"{row.ours}: there is nothing to compare"
     off = abs(ours.loss - theirs.loss).item()
     gap = (ours.gradient - theirs.gradient).abs().max().item()
     near = row.gradient_alone or off <= TOLERANCE * max(1.0, abs(theirs.loss.item()))

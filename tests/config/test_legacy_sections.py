@@ -43,6 +43,8 @@ def test_keys_of_a_target_or_of_online_runs_are_added_to_the_runs_that_have_them
     scored = saved_run(loss=rloo, online={"steps": 3, "scorer": {"name": "function", "functions": ["ends"]}})
     assert run_config.load(scored, {}, "runs/demo")["online"]["scorer"]["aggregation"] == "sum"
     assert "online.scorer.aggregation" in run_config.added_keys(scored, "runs/demo")
+    weighed = run_config.load(saved_run(loss=rloo, online={"steps": 3}, train={"correction": "mask"}), {}, "runs/demo")
+    assert [weighed[section]["correction_floor"] for section in ("train", "online")] == [None, None]
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("adam", {"betas", "eps"}), ("rmsprop", {"eps"}), ("sgd", set())])

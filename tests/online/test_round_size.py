@@ -10,6 +10,7 @@ from halos.cli.online import live_config, overrides_of_rounds, round_config
 from halos.config import validate
 from halos.config.bind import bind_loss
 from halos.errors import UserError
+from halos.online.plan import OnlinePlan
 from halos.online.round_size import RoundSize
 
 BASE = ["loss=online", "model=tiny", "data=arithmetic", "exp_name=x"]
@@ -76,6 +77,18 @@ def test_dr_grpo_divides_by_the_tokens_that_sampling_may_give(words: list[str], 
     assert live_config(validate.check(tree.compose(live), live, tree.choices), live, tree).loss["max_tokens"] == tokens
     (given,) = [validate.check(tree.compose(words), words, tree.choices) for words in [["loss=dr_grpo", *BASE[1:]]]]
     assert given.loss["max_tokens"] == 1024, "of a data set nothing tells how long its samples could be"
+
+
+def test_rounds_and_live_loops_train_with_the_correction_of_the_online_run() -> None:
+    named = {"correction": "reject", "correction_level": "geometric", "correction_cap": 1.5, "correction_floor": 0.5}
+    tree, words = ConfigTree(), [*BASE, "online.loss=grpo", *(f"online.{name}={value}" for name, value in named.items())]
+    config = validate.check(tree.compose(words), words, tree.choices)
+    overrides, _ = overrides_of_rounds(words, config, tree)
+    inner = round_config(config, overrides, tree)
+    of_round = tree.compose(OnlinePlan(config, inner, overrides, bind_loss(inner.loss, [])).overrides_of(0))
+    live = [*words, "online.steps=3"]
+    of_loop = live_config(validate.check(tree.compose(live), live, tree.choices), live, tree)
+    assert [{name: getattr(one.train, name) for name in named} for one in (of_round, of_loop)] == [named, named]
 
 
 def test_a_carried_optimizer_has_a_constant_rate_with_one_warmup_unless_a_schedule_is_chosen(tmp_path: Path) -> None:
