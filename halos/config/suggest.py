@@ -8,7 +8,7 @@ from difflib import SequenceMatcher
 from functools import cache
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from halos.config.schema import Config
+from halos.config.schema import Config, Scope
 from halos.config.values import describe
 from halos.repository import COMMAND
 
@@ -168,7 +168,7 @@ def nearest(word: str, known: Iterable[str]) -> str | None:
 
 @cache
 def schema_keys() -> dict[str, Any]:
-    """Return every key of the schema, sections included, with its type: `train.steps` -> int."""
+    """Return every key that a command may set, sections included, with its type: `train.steps` -> int."""
     return _keys_of(Config, "")
 
 
@@ -176,6 +176,8 @@ def _keys_of(schema: Any, prefix: str) -> dict[str, Any]:
     keys: dict[str, Any] = {}
     hints = get_type_hints(schema)
     for field in fields(schema):
+        if field.metadata.get("scope") is Scope.RECORD:
+            continue
         kind = hints[field.name]
         kind = next((part for part in get_args(kind) if is_dataclass(part)), kind)  # a section that may be null
         keys[prefix + field.name] = kind

@@ -57,7 +57,7 @@ def found(new: Config, old: Config | None = None, path: Path = Path("nowhere"), 
 
 def test_every_key_of_the_schema_is_compared_or_belongs_to_the_command() -> None:
     every = {key for key, kind in schema_keys().items() if not is_dataclass(kind)}
-    assert {key for key, _ in key_facts()} == every
+    assert {key for key, _ in key_facts()} == every | set(keys_of(Scope.RECORD))
     assert set(ON_RESUME) == every - set(keys_of(*NOT_COMPARED))
     assert set(ON_RESUME.values()) == {MATHEMATICS, SAFE, CONTENT, *CONDITIONS}
 
