@@ -115,7 +115,7 @@ OF_LOSSES = {
 LOSSES = {
     "rdpo": "arXiv:2403.19159", "tdpo": "arXiv:2404.11999", "rrhf": "arXiv:2304.05302",
     "xpo": "arXiv:2405.21046", "nash_md": "arXiv:2312.00886", "raft": "arXiv:2304.06767", "remax": "arXiv:2310.10505",
-    "prime": "arXiv:2502.01456", "vapo": "arXiv:2504.05118",
+    "prime": "arXiv:2502.01456", "vapo": "arXiv:2504.05118", "luspo": "arXiv:2602.05261", "vespo": "arXiv:2602.10693",
 }  # fmt: skip
 NAMESAKES = {"sigmoid": "dpo", "dpo_pair": "dpo", "rm": "reward", "reward_model": "reward", "bradley_terry": "reward",
              "lm": "sft", "kto_pair": "kto", "reinforce++": "reinforce_plus_plus", "reinforce_pp": "reinforce_plus_plus",
@@ -135,9 +135,7 @@ def about_loss(loss: str) -> str | None:
         return f"here it modifies any loss with a reference: loss=dpo {MODIFIERS[name]}"
     if name not in LOSSES:
         return None
-    return (
-        f"it is known ({LOSSES[name]}) but not built in; it takes one function of your own (halos/losses/README.md, Add a loss)"
-    )
+    return f"it is known ({LOSSES[name]}) but not built in: halos/losses/README.md says why under Not built in, and what to use"
 
 
 def of_losses(name: str, legal: Iterable[str]) -> str | None:

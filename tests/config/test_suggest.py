@@ -8,6 +8,7 @@ import pytest
 from halos.config import suggest
 from halos.config.mixture_parts import defaults_of
 from halos.errors import UserError
+from halos.repository import PACKAGES
 from tests.composed import config_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,3 +74,10 @@ def test_every_key_that_is_suggested_for_a_loss_is_one_of_it() -> None:
     for key, losses in suggest.OF_LOSSES.values():
         for loss in losses.replace(" or ", ", ").split(", "):
             assert key in defaults_of(loss), (key, loss)
+
+
+def test_what_is_not_built_in_has_its_reason_where_the_message_says() -> None:
+    (table,) = re.findall(r"## Not built in, and why\n\n(.*?)\n\n", (PACKAGES / "halos/losses/README.md").read_text(), re.S)
+    papers = dict(re.findall(r"^\| `(\w+)` \| \[([\d.]+)\]", table, re.M))
+    assert {name: f"arXiv:{paper}" for name, paper in papers.items()} == suggest.LOSSES
+    assert "README.md says why under Not built in" in str(suggest.about_loss("Nash-MD"))
