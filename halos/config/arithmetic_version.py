@@ -155,9 +155,11 @@ HISTORY = (
              lambda now: len((now.before.get("data") or {}).get("eval") or []) > 1, of="kept"),
     Revision(12, "2026-11-28", "with loss.epsilon=0 equal rewards have advantages of 0, and not NaN or those of rounding",
              _adds_nothing_to_deviations),
+    Revision(13, "2026-11-28", "objective=cispo bounds its ratio from below where loss.clip_low is given",
+             lambda now: now.config.loss.get("objective") == "cispo", of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
-FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE = 7, 9, 11
+FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW = 7, 9, 11, 13
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:

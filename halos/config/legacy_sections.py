@@ -23,12 +23,13 @@ NAMES: dict[str, dict[str, tuple[str, tuple[str, ...]]]] = {
         "cosine": ("halos.schedules.cosine", ("warmup", "final")),
     },
 }
+GRPO = "halos.losses.grpo.grpo"
 NO_BONUS = {"entropy_coefficient": 0.0, "entropy_target": None, "entropy_step": 0.005, "entropy_most": 1.0}
 # keys that a target took later, with the value that a run without them had
 ADDED: dict[tuple[str, str], dict[str, Any]] = {
     ("optim", NAMES["optim"]["adamw"][0]): {"fused": False},
-    ("loss", "halos.losses.grpo.grpo"): {"kl_ratio": False, "baseline": "mean", "dual_clip": None, "tau_positive": None,
-                                         "tau_negative": None, "off_policy_threshold": None, **NO_BONUS},
+    ("loss", GRPO): {"kl_ratio": False, "baseline": "mean", "dual_clip": None, "tau_positive": None, "tau_negative": None,
+                     "off_policy_threshold": None, **NO_BONUS},
     ("loss", "halos.losses.ppo.ppo"): {"dual_clip": None, **NO_BONUS},
     ("loss", "halos.losses.rloo.rloo"): {"dual_clip": None, **NO_BONUS},
     ("loss", "halos.losses.reinforce_plus_plus.reinforce_plus_plus"): {"dual_clip": None, **NO_BONUS},
@@ -61,6 +62,13 @@ def upgrade(settings: dict[str, Any]) -> None:
     for key, value in added_keys(settings).items():
         section, name = key.split(".")
         settings[section][name] = value
+
+
+def forget_unread(settings: dict[str, Any]) -> None:
+    """Drop the lower bound of a ratio from a run that began while objective=cispo did not read it."""
+    loss = settings.get("loss")
+    if isinstance(loss, dict) and (loss.get("_target_"), loss.get("objective")) == (GRPO, "cispo"):
+        loss["clip_low"] = None
 
 
 def added_keys(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def _load(text: str, attempts: tuple[tuple[str, str], ...], run_dir: str) -> dic
         try:
             resume_policy.apply_changes(settings, {renamed_keys.current_name(key): values for key, values in changed.items()})
             legacy_sections.upgrade(settings)
+            if _version(record, f"{run_dir}/attempts/{name}") < arithmetic_version.CISPO_BOUNDED_BELOW:
+                legacy_sections.forget_unread(settings)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{run_dir}/attempts/{name} cannot be read: `changed` is not {{key: [old, new]}}") from error
     try:
@@ -129,9 +131,13 @@ def recorded_content(attempts: Mapping[str, str], run_dir: str) -> ContentHashes
 def first_version(attempts: Mapping[str, str], run_dir: str) -> int:
     """Return the version of the arithmetic that the run in `run_dir` began with; this version's where it has not begun."""
     for name, record in attempts.items():
-        content = ContentHashes.from_record(_parsed(record, f"{run_dir}/attempts/{name}"))
-        return arithmetic_version.recorded_version(content.hashes if content is not None else None)
+        return _version(record, f"{run_dir}/attempts/{name}")
     return arithmetic_version.VERSION
+
+
+def _version(record: str, name: str) -> int:
+    content = ContentHashes.from_record(_parsed(record, name))
+    return arithmetic_version.recorded_version(content.hashes if content is not None else None)
 
 
 def recorded_total(attempts: Mapping[str, str]) -> int | None:

@@ -53,7 +53,8 @@ def check(
             "loss.objective=sapo has a gate and no clip: give loss.tau_positive and tau_negative, and null for clip_low and"
             " clip_high"
         )
-    if objective != "sapo" and (None in gated or soft != (None, None)):
+    needed = (clip_high,) if objective == "cispo" else gated  # its ratio may have no lower bound
+    if objective != "sapo" and (None in needed or soft != (None, None)):
         return (
             f"loss.objective={objective} has a clip and no gate: give loss.clip_low and clip_high, and null for tau_positive and"
             " tau_negative"
@@ -143,8 +144,9 @@ def grpo(
     if objective == "sapo":
         values, clip_acts = gated(r, policy.advantages, _given(tau_positive), _given(tau_negative)), torch.zeros_like(mask)
     elif objective == "cispo":
-        values = -r.clamp(max=1 + _given(clip_high)).detach() * policy.advantages * policy.logps.values
-        clip_acts = r > 1 + _given(clip_high)
+        least, most = 0.0 if clip_low is None else 1 - clip_low, 1 + _given(clip_high)
+        values = -r.clamp(least, most).detach() * policy.advantages * policy.logps.values
+        clip_acts = (r < least) | (r > most)
     else:
         bounds = _given(clip_low), _given(clip_high), dual_clip
         values, clip_acts = clipped(r, policy.advantages, *bounds), is_clipped(r, policy.advantages, *bounds)

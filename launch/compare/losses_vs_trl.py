@@ -57,7 +57,7 @@ def rollout_rows() -> list[Row]:
             theirs(loss_type="dapo", epsilon_high=0.28)),
         Row("gspo", "GRPO `grpo`, importance_sampling_level sequence", ours(**GSPO),
             theirs(importance_sampling_level="sequence", epsilon_low=3e-4, epsilon_high=4e-4)),
-        Row("cispo", "GRPO `cispo`, epsilon_high 5", ours(objective="cispo", aggregation="token", clip_high=4.0),
+        Row("cispo", "GRPO `cispo`, epsilon_high 5", ours(objective="cispo", aggregation="token", clip_low=None, clip_high=4.0),
             theirs(loss_type="cispo", epsilon_high=5.0), note="our clip_high 4 is a cap of 5 on the ratio, as TRL counts it"),
         Row("sapo", "GRPO `sapo`", ours(**GATE), theirs(loss_type="sapo", tau=(1.0, 1.05))),
         Row("grpo, dual_clip 1.03", "GRPO `grpo`, delta 1.03", ours(**tight[0], dual_clip=1.03), theirs(**tight[1], delta=1.03)),

@@ -38,7 +38,8 @@ def policy_rows(drawn: Samples) -> list[Row]:
     """Policy losses with the same advantages; the aggregation of ours has verl's name in MEANS."""
     batch, first = drawn.batch, drawn.first_pass
     ours, theirs = (partial(_ours, drawn), partial(_theirs, drawn))
-    apart, cispo = {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}, {"aggregation": "token", "objective": "cispo"}
+    apart = {"clip_ratio_low": 3e-4, "clip_ratio_high": 4e-4}
+    cispo = {"aggregation": "token", "objective": "cispo", "clip_low": None}
     plus, product = (partial(of_clipped, each, advantages=drawn.advantages)
                      for each in (reinforce_plus_plus.reinforce_plus_plus, rloo.rloo))  # fmt: skip
     return [
@@ -54,6 +55,7 @@ def policy_rows(drawn: Samples) -> list[Row]:
             why_not="verl's sapo takes the mean of sequence means whatever loss_agg_mode says"),
         Row("cispo, clip_high 4", "`cispo`, clip_ratio_low 1, clip_ratio_high 4", ours(**cispo, clip_high=4.0),
             theirs("cispo", MEANS["token"], clip_ratio_low=1.0, clip_ratio_high=4.0)),
+        Row("cispo, clip_low .2, clip_high .2", "`cispo`", ours(**{**cispo, "clip_low": 0.2}), theirs("cispo", MEANS["token"])),
         Row("cispo, clip_high 4", "`cispo`", ours(**cispo, clip_high=4.0), theirs("cispo", MEANS["token"]),
             why_not="verl bounds the ratio from below too, by default to between .8 and 1.2; the paper from above alone"),
         Row("cispo, first pass", "`gpg`", ours(first, **cispo), theirs("gpg", MEANS["token"], first)),

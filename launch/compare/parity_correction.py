@@ -49,7 +49,7 @@ def correction_rows(drawn: Samples) -> list[Row]:
               ours("mask", level, FLOOR), weighted(level, f"{FLOOR}_{CAP}"), note=uncounted) for level in both),
         *_rejected_rows(drawn, ours, theirs),
         Row(f"cispo, old log-probs of the sampler, clip_high {CAP - 1}", "`bypass_mode`, reinforce, rollout_is token",
-            of_grpo(straight, advantages, objective="cispo", aggregation="token", clip_high=CAP - 1), by_sampler),
+            of_grpo(straight, advantages, objective="cispo", aggregation="token", clip_low=None, clip_high=CAP - 1), by_sampler),
     ]  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from halos.config import resume_policy, run_config
+from halos.config.arithmetic_version import CISPO_BOUNDED_BELOW
 from halos.config.legacy_sections import upgrade, with_target
 from halos.errors import UserError
 
@@ -45,6 +46,27 @@ def test_keys_of_a_target_or_of_online_runs_are_added_to_the_runs_that_have_them
     assert "online.scorer.aggregation" in run_config.added_keys(scored, "runs/demo")
     weighed = run_config.load(saved_run(loss=rloo, online={"steps": 3}, train={"correction": "mask"}), {}, "runs/demo")
     assert [weighed[section]["correction_floor"] for section in ("train", "online")] == [None, None]
+
+
+def test_a_run_that_began_while_cispo_did_not_read_a_lower_bound_goes_on_without_one() -> None:
+    def record(version: int, **changed: list[Any]) -> str:
+        node = {
+            "content": {"arithmetic": str(version)},
+            "sources": {},
+            "changed": {f"loss.{key}": both for key, both in changed.items()},
+        }
+        return yaml.safe_dump(node)
+
+    def bound(objective: str, *records: str) -> Any:
+        saved = saved_run(loss={"_target_": "halos.losses.grpo.grpo", "objective": objective, "clip_low": 0.2})
+        attempts = {f"{number:03d}.yaml": text for number, text in enumerate(records)}
+        return run_config.load(saved, attempts, "runs/demo")["loss"]["clip_low"]
+
+    before, now = CISPO_BOUNDED_BELOW - 1, CISPO_BOUNDED_BELOW
+    assert bound("cispo", record(before), record(now)) is None
+    assert bound("cispo", record(before), record(before, clip_low=[0.2, 0.5])) is None
+    assert bound("cispo", record(before), record(now, clip_low=[None, 0.5])) == 0.5
+    assert bound("cispo", record(now)) == bound("clip", record(before)) == 0.2
 
 
 @pytest.mark.parametrize(("name", "keeps"), [("adam", {"betas", "eps"}), ("rmsprop", {"eps"}), ("sgd", set())])

@@ -81,13 +81,17 @@ def test_gspo_has_one_ratio_for_a_completion() -> None:
 
 
 def test_cispo_caps_the_weight_and_keeps_every_gradient() -> None:
-    policy = rollouts([1.0, -0.5])
-    loss = grpo(policy, None, **{**PLAIN, "objective": "cispo", "clip_high": 0.1, "aggregation": "token"})
+    policy, keys = rollouts([1.0, -0.5]), {**PLAIN, "objective": "cispo", "clip_high": 0.1, "aggregation": "token"}
+    loss = grpo(policy, None, **{**keys, "clip_low": None})
     weight = np.minimum(RATIO, 1.1)
     np.testing.assert_allclose(numbers(loss), -weight * A * padded(NEW).double().numpy() * MASK, rtol=1e-6)
     (gradient,) = gradients(loss, policy.logps.values)
     np.testing.assert_allclose(gradient, -weight * A * MASK, rtol=1e-6)
     assert number(loss.metrics["clip_fraction"]) == pytest.approx(2 / 5)  # e^0.2 and e^0.3 are above 1.1
+    bounded = grpo(policy, None, **{**keys, "clip_low": 0.3})
+    weight = weight.clip(0.7)  # which e^-0.5 is below
+    np.testing.assert_allclose(numbers(bounded), -weight * A * padded(NEW).double().numpy() * MASK, rtol=1e-6)
+    assert number(bounded.metrics["clip_fraction"]) == pytest.approx(3 / 5)
 
 
 def test_the_kl_to_the_reference_is_added_token_by_token() -> None:

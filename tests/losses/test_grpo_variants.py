@@ -134,3 +134,6 @@ def test_a_clip_and_a_gate_exclude_each_other() -> None:
     assert "no gate" in str(check(**{**FIT, **gate}))
     assert "ratio=token" in str(check(**{**FIT, **gate, "objective": "sapo", "ratio": "sequence"}))
     assert "dual_clip" in str(check(**{**FIT, "objective": "cispo", "dual_clip": 3.0}))
+    assert check(**{**FIT, "objective": "cispo", "clip_low": None}) is None
+    for objective, name in (("cispo", "clip_high"), ("clip", "clip_low")):
+        assert "give loss.clip_low and clip_high" in str(check(**{**FIT, "objective": objective, name: None}))
