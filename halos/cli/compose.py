@@ -13,14 +13,13 @@ from typing import Any
 import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from halos.cli.overrides import parse
 from halos.config import validate
 from halos.config.overrides import Choices, Override, resolve_keys
+from halos.config.schema import Config
 from halos.errors import UserError
 from halos.repository import CONFIG, LAUNCH, ROOT
 
@@ -67,12 +66,15 @@ class ConfigTree:
         return hydra.initialize_config_dir(str(self.directories[0]), version_base=VERSION)
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Compose a configuration. Raises UserError if Hydra cannot."""
+        """Compose a configuration; its `loss_choice` is that of config/loss. Raises UserError if Hydra cannot."""
         with self.initialized():
             try:
-                return hydra.compose(self.name, [*self.searchpath, *overrides])
+                composed = hydra.compose(self.name, [*self.searchpath, *overrides], return_hydra_config=True)
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError, OSError) as error:
                 raise UserError(explain(error)) from error
+        with open_dict(composed):
+            composed["loss_choice"] = composed.pop("hydra").runtime.choices.get("loss")
+        return composed
 
     def compose_parsed(self, parsed: Sequence[Override]) -> tuple[DictConfig, list[Override]]:
         """Compose once with the choices, then set the values. Also returns the overrides with resolved keys."""
@@ -85,15 +87,11 @@ class ConfigTree:
         set_values(composed, [one for one in resolved if not is_for_hydra(one)])
         return composed, resolved
 
-    def loss_choice(self, overrides: Sequence[str], target: object) -> str | None:
-        """Return the choice of config/loss, by the overrides or by an experiment among them; None where `target`, the run's loss
-        function, is not the choice's own."""
-        chosen = [text for text in overrides if parse(text, self.choices).chooses(self.choices)]
-        with self.initialized():
-            loader = GlobalHydra.instance().config_loader()
-            listed = loader.compute_defaults_list(self.name, [*self.searchpath, *chosen], RunMode.RUN)
-        choice = listed.overrides.known_choices.get("loss")
-        return choice if choice is not None and self._target_of(choice) == target else None
+    def own_choice(self, config: Config) -> str | None:
+        """Return the choice of config/loss, by the overrides or by an experiment among them; None where the run's loss function
+        is not the choice's own."""
+        choice = config.loss_choice
+        return choice if choice is not None and self._target_of(choice) == config.loss.get("_target_") else None
 
     def _target_of(self, choice: str) -> object:
         """Return loss._target_ of config/loss/CHOICE.yaml or of the choices that it extends; None where they have none."""

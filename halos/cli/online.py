@@ -126,7 +126,7 @@ def _training(
     for name, value in outer.items():
         OmegaConf.update(composed, name, value, force_add=True)
     training = validate.check(composed, command, tree.choices)
-    training.loss_choice = tree.loss_choice(overrides, training.loss.get("_target_"))
+    training.loss_choice = tree.own_choice(training)
     from halos.config.bind import bind_loss, refuse_if_not_a_policy_loss  # here: they import torch, which validation has by now
 
     assert config.online is not None

@@ -19,7 +19,7 @@ def start(parsed: Sequence[Override], tree: ConfigTree) -> Result:
     composed, resolved = tree.compose_parsed(parsed)
     overrides = [one.text for one in resolved]
     config = validate.check(composed, overrides, tree.choices)
-    config.loss_choice = tree.loss_choice(overrides, config.loss.get("_target_"))
+    config.loss_choice = tree.own_choice(config)
     if is_live(config):
         config = online.live_config(config, overrides, tree)
     changed = continue_if_started(config, overrides) if config.resume == AUTO else []

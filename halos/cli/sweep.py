@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
 from hydra.types import HydraContext, RunMode
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -84,11 +84,12 @@ def job(composed: DictConfig) -> float | None:
     if multirun and not any(text.lstrip("+").startswith("run_dir=") for text in overrides):
         shared: list[str] = plain(settings.job.config.override_dirname.exclude_keys)
         composed.run_dir = f"{plain(composed)['run_dir']}/{job_name(overrides, shared)}"
+    OmegaConf.update(composed, "loss_choice", settings.runtime.choices.get("loss"), force_add=True)
     directories = tuple(Path(source.path) for source in settings.runtime.config_sources if source.schema == "file")
     tree, config, status = ConfigTree(directories), None, WRONG_INPUT
     try:
         config = validate.check(composed, overrides, tree.choices)
-        config.loss_choice = tree.loss_choice(overrides, config.loss.get("_target_"))
+        config.loss_choice = tree.own_choice(config)
         if single.is_live(config):
             config = online.live_config(config, overrides, tree)
         changed = continue_if_started(config, overrides) if multirun or config.resume == AUTO else []
