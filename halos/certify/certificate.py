@@ -35,7 +35,7 @@ NO_EXAMPLES = "it has none: EXAMPLES beside the function, or --examples FILE (ha
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was found about a loss; `alive` are the mutants that its worked numbers do not tell from it."""
+    """The checks of a loss; `alive` are the mutants that its worked numbers do not tell from it."""
 
     loss: Named
     checks: Sequence[Check]
@@ -143,7 +143,8 @@ def _of_mutants(numbers: Worked, count: int, alive: Sequence[tuple[int, str]]) -
 def _exempted(loss: Named, checks: Sequence[Check], alive: Sequence[tuple[int, str]]) -> list[Check]:
     """The checks, of which a failed one that is declared with a reason counts as exempt. One that is declared in vain fails."""
     exempt, failing = {**loss.worked.exempt, **loss.modifier.exempt}, {check.name for check in checks if check.verdict == "FAIL"}
-    out = [Check(check.name, "exempt", f"{exempt[check.name]} ({check.found})") if check.name in exempt and check.name in failing
-           else check for check in checks]  # fmt: skip
+    counted = failing & exempt.keys()
+    out = [Check(each.name, "exempt", f"{exempt[each.name]} ({each.evidence})") if each.name in counted else each
+           for each in checks]  # fmt: skip
     vain = [name for name in exempt if name not in failing and name not in {text for _, text in alive}]
     return [*out, Check(EXEMPT, "FAIL", f"declared, but nothing fails: {'; '.join(vain)}")] if vain else out

@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--plugins", nargs="+", default=[], metavar="PACKAGE", help="packages of yours that may be imported")
     options.add_argument("--examples", type=Path, metavar="FILE", help="worked examples in YAML, in place of EXAMPLES")
     options.add_argument("--output", type=Path, metavar="PAGE", help="write the page as Markdown or HTML: PAGE.md, PAGE.html")
-    options.add_argument("--json", type=Path, metavar="FILE", help="write what was found as JSON")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the evidence as JSON")
     return options
 
 

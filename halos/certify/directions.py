@@ -128,7 +128,7 @@ def _rows(values: Tensor | None, total: float) -> Tensor:
 def _one_sided(subject: Subject) -> str:
     if issubclass(subject.inputs, RolloutInput):
         return "advantages, no two sides"
-    return "one kind of completion" if issubclass(subject.inputs.example, Demonstration) else _no_direction(subject).found
+    return "one kind of completion" if issubclass(subject.inputs.example, Demonstration) else _no_direction(subject).evidence
 
 
 def _no_direction(subject: Subject) -> Finding:

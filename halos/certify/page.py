@@ -34,15 +34,15 @@ def text(certificate: Certificate) -> str:
     lines = [title(certificate)]
     for check in certificate.checks:
         start = f"  {check.verdict:6s}  {check.name:18s}  "
-        lines.append(textwrap.fill(one_line(check.found), WIDTH, initial_indent=start, subsequent_indent=" " * len(start)))
+        lines.append(textwrap.fill(one_line(check.evidence), WIDTH, initial_indent=start, subsequent_indent=" " * len(start)))
     return "\n".join([*lines, f"{certificate.loss.name} {verdict(certificate)}"])
 
 
 def markdown(certificates: Sequence[Certificate]) -> str:
     parts = [_versions(), *(_summary(certificates) if len(certificates) > 1 else ())]
     for certificate in certificates:
-        rows = [f"| {check.verdict} | {check.name} | {_cell(check.found)} |" for check in certificate.checks]
-        head = "| | check | found |\n| --- | --- | --- |"
+        rows = [f"| {check.verdict} | {check.name} | {_cell(check.evidence)} |" for check in certificate.checks]
+        head = "| | check | evidence |\n| --- | --- | --- |"
         alive = [f"- `{each}`" for each in certificate.alive]
         alive = ["", "Mutants that give its worked numbers too:", "", *alive] if alive else []
         parts.append("\n".join([f"## {certificate.loss.name}", "", f"{_cell(title(certificate))}", "", head, *rows, *alive]))
@@ -53,18 +53,18 @@ def _summary(certificates: Sequence[Certificate]) -> Iterable[str]:
     yield "\n".join(["| loss | |", "| --- | --- |", *(f"| {each.loss.name} | {verdict(each)} |" for each in certificates)])
 
 
-def _cell(found: str) -> str:
-    return one_line(found).replace("|", "\\|")
+def _cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|")
 
 
 def html(certificates: Sequence[Certificate]) -> str:
     body = []
     for certificate in certificates:
-        rows = [(check.name, check.verdict, check.found) for check in certificate.checks]
+        rows = [(check.name, check.verdict, check.evidence) for check in certificate.checks]
         alive = tag("ul", *(tag("li", each) for each in certificate.alive))
         more = [tag("p", "Mutants that give its worked numbers too:"), alive] if certificate.alive else []
         body.append(
-            tag("section", tag("h2", certificate.loss.name), table(title(certificate), ("check", "", "found"), rows), *more)
+            tag("section", tag("h2", certificate.loss.name), table(title(certificate), ("check", "", "evidence"), rows), *more)
         )
     head = tag("head", tag("meta", charset="utf-8"), tag("title", "halos.losses.certify"), tag("style", STYLE))
     whole = tag("html", head, tag("body", tag("h1", "Losses"), tag("p", _versions()), joined(body)), lang="en")
@@ -76,7 +76,7 @@ def as_json(certificates: Sequence[Certificate]) -> list[dict[str, Any]]:
         {
             "loss": each.loss.name, "target": each.loss.target, "settings": each.loss.spec.settings,
             "humanline": each.loss.humanline and asdict(each.loss.humanline), "passes": each.passes,
-            "checks": [{"name": check.name, "verdict": check.verdict, "found": check.found} for check in each.checks],
+            "checks": [{"name": check.name, "verdict": check.verdict, "evidence": check.evidence} for check in each.checks],
             "mutants_alive": list(each.alive),
         }
         for each in certificates

@@ -1,4 +1,4 @@
-"""What a check found, in one line."""
+"""The result of a check, in one line."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ Verdict = Literal["pass", "FAIL", "exempt", "-"]  # exempt: it fails, as the los
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`found` says what was seen, or why the check does not apply."""
+    """`evidence` says what was seen, or why the check does not apply."""
 
     verdict: Verdict
-    found: str
+    evidence: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,19 +22,19 @@ class Check:
 
     name: str
     verdict: Verdict
-    found: str
+    evidence: str
 
     @classmethod
     def of(cls, name: str, finding: Finding) -> Check:
-        return cls(name, finding.verdict, finding.found)
+        return cls(name, finding.verdict, finding.evidence)
 
 
-def passed(found: str) -> Finding:
-    return Finding("pass", found)
+def passed(evidence: str) -> Finding:
+    return Finding("pass", evidence)
 
 
-def failed(found: str) -> Finding:
-    return Finding("FAIL", found)
+def failed(evidence: str) -> Finding:
+    return Finding("FAIL", evidence)
 
 
 def not_applicable(why: str) -> Finding:

@@ -61,8 +61,8 @@ def _results(
 
     if "sampled" in example:
         estimates: Estimates = call("advantages", built(Sampled, example["sampled"]))
-        found = {"advantages": estimates.advantages, "returns": estimates.returns}
-        yield from ((name, example[name], found[name]) for name in found if name in example)
+        computed = {"advantages": estimates.advantages, "returns": estimates.returns}
+        yield from ((name, example[name], computed[name]) for name in computed if name in example)
         yield from metrics(example, estimates.metrics)
         return
     if "start" in example:
@@ -199,29 +199,29 @@ def _flat(given: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, given
 
 
-def as_ragged(found: Tensor | None, rows: Sequence[Any]) -> Tensor | None:
+def as_ragged(computed: Tensor | None, rows: Sequence[Any]) -> Tensor | None:
     """A tensor (rows, time), such as a gradient, with zeros beyond the rows of the example: what padding gets does not count."""
-    if found is None or found.ndim < 2:
-        return found
-    lengths = torch.tensor([len(row) for row in rows]).view(-1, *[1] * (found.ndim - 1))
-    inside = torch.arange(found.shape[1]).view(1, -1, *[1] * (found.ndim - 2)) < lengths
-    return torch.where(inside, found, 0.0)[:, : max(1, int(lengths.max()))]
+    if computed is None or computed.ndim < 2:
+        return computed
+    lengths = torch.tensor([len(row) for row in rows]).view(-1, *[1] * (computed.ndim - 1))
+    inside = torch.arange(computed.shape[1]).view(1, -1, *[1] * (computed.ndim - 2)) < lengths
+    return torch.where(inside, computed, 0.0)[:, : max(1, int(lengths.max()))]
 
 
 def _mean(mean: Any) -> Tensor:
     return mean.total / mean.count
 
 
-def _differs(name: str, expected: Any, found: Any) -> str | None:
+def _differs(name: str, expected: Any, computed: Any) -> str | None:
     if isinstance(expected, str):
-        return None if expected == found else f"{name} is {found}, not {expected}"
+        return None if expected == computed else f"{name} is {computed}, not {expected}"
     if isinstance(expected, Mapping):
-        wrong = [key for key, each in expected.items() if abs(found[key] - each) > TOLERANCE * max(1.0, abs(each))]
-        return f"{name}: {wrong[0]} is {found[wrong[0]]:.7g}, not {expected[wrong[0]]:.7g}" if wrong else None
+        wrong = [key for key, each in expected.items() if abs(computed[key] - each) > TOLERANCE * max(1.0, abs(each))]
+        return f"{name}: {wrong[0]} is {computed[wrong[0]]:.7g}, not {expected[wrong[0]]:.7g}" if wrong else None
     wanted = _tensor(expected).double()
-    if found is None:
+    if computed is None:
         return f"there is no {name}"
-    got = torch.as_tensor(found).detach().double()
+    got = torch.as_tensor(computed).detach().double()
     if got.shape != wanted.shape:
         return f"{name} has the shape {tuple(got.shape)}, not {tuple(wanted.shape)}"
     off = ~((got - wanted).abs() <= TOLERANCE * wanted.abs().clamp(min=1.0))  # NaN too

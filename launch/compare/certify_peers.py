@@ -31,7 +31,7 @@ def printed(peer: str, subjects: Sequence[Any], ours: Sequence[str]) -> list[str
             try:
                 finding = CHECKS[name](loss)
                 verdicts.append(finding.verdict)
-                notes += [f"- {loss.name}, {name}: {finding.found}"] if finding.verdict == "FAIL" else []
+                notes += [f"- {loss.name}, {name}: {finding.evidence}"] if finding.verdict == "FAIL" else []
             except Exception as error:  # of the peer's
                 verdicts.append("raises")
                 notes.append(f"- {loss.name}, {name}: it raises {type(error).__name__}: {first_line_of(error)}")

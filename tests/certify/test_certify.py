@@ -162,7 +162,7 @@ def test_worked_numbers_that_see_too_little_leave_mutants_alive(package: Path) -
     certificate = of(package, f"{DPO}\n\nEXAMPLES = [{start!r}]", "loss", beta=0.5)
     (line,) = [check for check in certificate.checks if check.verdict == "FAIL"]
     assert (line.name, "beta * (chosen - rejected) -> beta / (chosen - rejected)" in certificate.alive) == ("mutants", False)
-    assert "line 10: beta * (chosen - rejected)" not in line.found
+    assert "line 10: beta * (chosen - rejected)" not in line.evidence
     assert "beta * (chosen - rejected) -> beta * (rejected - chosen)" not in certificate.alive
     assert "policy.chosen.sum - reference.chosen.sum -> reference.chosen.sum - policy.chosen.sum" in certificate.alive
 
@@ -174,7 +174,7 @@ def test_a_number_worked_by_hand_kills_every_mutant_and_a_wrong_one_is_named(pac
     wrong = {**NUMBERS, "values": [0.313272]}
     (line,) = [check for check in of(package, f"{DPO}\n\nEXAMPLES = [{NUMBERS!r}, {wrong!r}]", "loss", beta=0.1).checks
                if check.verdict == "FAIL"]  # fmt: skip
-    assert line.found == "example 2 of 2: values[0] is 0.3132617, not 0.313272"
+    assert line.evidence == "example 2 of 2: values[0] is 0.3132617, not 0.313272"
 
 
 def test_what_is_declared_not_to_hold_counts_with_its_reason_and_not_in_vain(package: Path) -> None:
@@ -182,14 +182,14 @@ def test_what_is_declared_not_to_hold_counts_with_its_reason_and_not_in_vain(pac
     certificate = of(package, kept, "wrong_sign")
     lines = {check.name: check for check in certificate.checks}
     assert lines["gradient signs"].verdict == "exempt"
-    assert lines["gradient signs"].found.startswith("it unlearns (the chosen completion is pushed the wrong way")
+    assert lines["gradient signs"].evidence.startswith("it unlearns (the chosen completion is pushed the wrong way")
     assert failing(certificate) == {"worked numbers"}
     assert failing(of(package, kept, "hides_nan")) == {"exemptions", "NaN and Inf", "worked numbers"}
 
 
 def test_a_side_that_is_not_pushed_is_said(package: Path) -> None:
     (line,) = [check for check in of(package, WRONG, "one_side").checks if check.name == "gradient signs"]
-    assert line.found.endswith("; 6 of 12 completions are not pushed")
+    assert line.evidence.endswith("; 6 of 12 completions are not pushed")
 
 
 def test_without_worked_numbers_nothing_is_proved(package: Path) -> None:
@@ -202,9 +202,9 @@ def test_a_loss_is_proved_under_humanline_by_the_trainers_own_clamp(monkeypatch:
     certificate = certify(kto)
     lines = {check.name: check for check in certificate.checks}
     assert certificate.passes, certificate.checks
-    assert "humanline/clamped" in lines["contract"].found
-    assert lines["NaN and Inf"].found.endswith("-inf is clamped and has no gradient")
-    assert lines["humanline numbers"].found.endswith("1 of kto's own numbers are under it")
+    assert "humanline/clamped" in lines["contract"].evidence
+    assert lines["NaN and Inf"].evidence.endswith("-inf is clamped and has no gradient")
+    assert lines["humanline numbers"].evidence.endswith("1 of kto's own numbers are under it")
     assert page.title(certificate).endswith("undesirable_weight=1.0, humanline.low=-1 humanline.high=1.5")
     subject = OwnLoss(kto.spec, kto.humanline)
     far = synthetic_case(subject, scale=1e4)
