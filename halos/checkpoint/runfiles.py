@@ -8,7 +8,7 @@ from typing import Any
 
 from halos import confined, seals
 from halos.checkpoint import lineage, manifest, select
-from halos.config import legacy_sections, resume_policy, run_config
+from halos.config import arithmetic_version, legacy_sections, resume_policy, run_config
 from halos.config.resume_policy import Change
 from halos.config.schema import Scope, keys_of
 from halos.errors import UserError
@@ -75,6 +75,8 @@ def _changed_keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapp
         dict(last["config"]),
     )
     legacy_sections.upgrade(sealed_settings)
+    if arithmetic_version.recorded_version(last.get("content")) < arithmetic_version.CISPO_BOUNDED_BELOW:
+        legacy_sections.forget_unread(sealed_settings)
     later = {
         key for name in (names if attempt is None else names[len(until) :]) for key in run_config.changed_keys(records[name])
     }

@@ -12,7 +12,7 @@ from halos.config.schema import Config, Scope
 from halos.config.values import describe
 from halos.repository import COMMAND
 
-# Names of keys elsewhere (TRL, transformers, PEFT's wrappers, the HALOs repository) -> here
+# Names of keys elsewhere (TRL, verl, transformers, PEFT's wrappers, the HALOs repository) -> here
 OTHER_NAMES = {
     "learning_rate": "optim.lr",
     "optimizer": "optim",
@@ -106,6 +106,19 @@ OF_LOSSES = {
     "importance_sampling_level": ("ratio", "grpo"),
     "use_bias_correction_kl": ("kl_ratio", "grpo"),
     "cliprange": ("clip_low", "ppo"),
+    "clip_ratio_low": ("clip_low", "grpo"),
+    "clip_ratio_high": ("clip_high", "grpo"),
+    "clip_ratio_c": ("dual_clip", "grpo"),
+    "loss_agg_mode": ("aggregation", "grpo"),
+    "loss_scale_factor": ("max_tokens", "dr_grpo"),
+    "norm_adv_by_std_in_grpo": ("advantage_scale", "grpo"),
+    "kl_loss_coef": ("beta", "grpo"),
+    "kl_loss_type": ("kl_estimator", "grpo"),
+    "entropy_coeff": ("entropy_coefficient", "grpo"),
+    "entropy_coef": ("entropy_coefficient", "grpo"),
+    "tau_pos": ("tau_positive", "sapo"),
+    "tau_neg": ("tau_negative", "sapo"),
+    "off_policy_mask_threshold": ("off_policy_threshold", "grpo"),
     "cliprange_value": ("value_clip", "ppo"),
     "vf_coef": ("value_coefficient", "ppo"),
     "kl_coef": ("kl_coefficient", "ppo"),

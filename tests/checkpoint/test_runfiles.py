@@ -14,6 +14,7 @@ from halos import seals
 from halos.checkpoint import __main__ as cli
 from halos.checkpoint import manifest, runfiles
 from halos.cli import resume as resuming
+from halos.config.arithmetic_version import CISPO_BOUNDED_BELOW
 from halos.errors import UserError
 from halos.rundir import RunDir
 
@@ -227,3 +228,19 @@ def test_a_save_that_says_nonsense_of_what_it_came_after_says_nothing(
     (path / "manifest.json").write_text(manifest.describe(path, {"step": 2}))
     assert runfiles.changed(RunDir(directory)) == []
     assert "none is under a seal" in verified(directory, capsys)[1]["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("version", [CISPO_BOUNDED_BELOW - 1, CISPO_BOUNDED_BELOW])
+def test_a_key_that_a_run_did_not_read_when_it_began_is_not_taken_for_changed(version: int, directory: Path) -> None:
+    loss = {"_target_": "halos.losses.grpo.grpo", "objective": "cispo", "clip_low": 0.2}
+    record, path = directory / "attempts" / "000.yaml", directory / "checkpoints" / "step-00000002"
+    (directory / "config.yaml").write_text(
+        yaml.safe_dump(yaml.safe_load((directory / "config.yaml").read_text()) | {"loss": loss})
+    )
+    record.write_text(re.sub(r"arithmetic: \S+", f"arithmetic: {version}", record.read_text()))
+    chain = json.loads((path / "lineage.json").read_text())
+    chain["runs"][-1]["config"]["loss"], chain["runs"][-1]["content"]["arithmetic"] = loss, version
+    (path / "lineage.json").write_text(json.dumps(chain))
+    (path / "manifest.json").write_text(manifest.describe(path, {"step": 2}))
+    assert resuming.last_settings(RunDir(directory))["loss"]["clip_low"] == (0.2 if version == CISPO_BOUNDED_BELOW else None)
+    assert [change.key for change in runfiles.changed(RunDir(directory)) if change.key.startswith("loss.clip")] == []

@@ -24,6 +24,8 @@ ROOT = Path(__file__).resolve().parents[2]
     ("gamma_beta_ratio=0.5", "it is loss.gamma_over_beta of loss=simpo"),
     ("rpo_alpha=1", "it is loss.alpha of loss=rpo"),
     ("ld_alpha=0.5", "it is loss.alpha of loss=ld_dpo"),
+    ("clip_ratio_c=3", "it is loss.dual_clip of loss=grpo"),
+    ("train.vllm_importance_sampling_clip_min=0.5", "did you mean train.correction_floor?"),
     ("discopop_tau=0.05", "it is loss.tau of loss=discopop"),
     ("loss.use_weighting=true", "it is a loss of its own, loss=wpo"),
     ("precompute_ref_log_probs=true", "reference.cache=always computes the reference's log-probs once"),
