@@ -27,10 +27,10 @@ class Part(NamedTuple):
     other: Message  # the turn with another such part
     needed: bool  # else it may be left out: a thought that nothing is learned from
 
-    def refusal(self, where: str) -> UserError:
+    def refusal(self, where: str, remedy: str = "") -> UserError:
         shown = self.words if len(self.words) <= 60 else f"{self.words[:57]}..."
         more = MERGE if self.other["role"] in SYSTEM else ""
-        return UserError(f"{where}: the chat template leaves out {self.what} ({shown!r}): {REMEDY}{more}")
+        return UserError(f"{where}: the chat template leaves out {self.what} ({shown!r}): {REMEDY}{more}{remedy}")
 
 
 class OmissionCheck:

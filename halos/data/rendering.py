@@ -24,16 +24,21 @@ def system_remedy(turns: Sequence[Message]) -> str:
 class Renderer:
     """A chat template of a tokenizer; what it cannot read in one form it gets in another, which is tried once."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, jinja: str) -> None:
-        self._tokenizer, self.jinja = tokenizer, jinja
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, jinja: str, *, refuse_tools: bool = True) -> None:
+        """With `refuse_tools` a row with tools is refused where the template never reads them; else they are left out."""
+        self._tokenizer, self.jinja, self._refuse_tools = tokenizer, jinja, refuse_tools
         self._text_arguments = False  # whether arguments of tool calls are given as JSON text (DeepSeek-V3)
         self._developer: str | None = None  # the role of a developer's turn, once it is known
 
     def __call__(self, turns: Sequence[Message], where: str, *, generate: bool) -> str:
         """Raises UserError, naming the row, where the template refuses it."""
         plain, settings = [self._plain(turn) for turn in turns], (turns[0].get(SETTINGS) if turns else None) or {}
-        if unread := [name for name in settings if not re.search(rf"\b{re.escape(name)}\b", self.jinja)]:
-            raise UserError(f"{where}: the chat template does not read {', '.join(unread)}, which the row gives it")
+        if unread := [name for name in settings if self._refuses(name)]:
+            raise UserError(
+                f"{where}: the chat template does not read {', '.join(unread)}, which the row gives it; give another"
+                " model.chat_template, or leave them out, "
+                + ("'data.columns={tools: null}' or data.lost=keep" if "tools" in unread else f"'data.columns={{{SETTINGS}: null}}'")
+            )
         try:
             text = self._apply(plain, settings, generate=generate)
             return text if self._text_arguments else self._without_python(plain, text, settings, generate=generate)
@@ -47,6 +52,10 @@ class Renderer:
                     self._text_arguments = True
                     return text
             raise UserError(f"{where}: the chat template refuses this row: {error}{system_remedy(turns)}") from error
+
+    def _refuses(self, setting: str) -> bool:
+        needed = self._refuse_tools or setting != "tools"
+        return needed and not re.search(rf"\b{re.escape(setting)}\b", self.jinja)
 
     def _without_python(self, plain: list[dict[str, Any]], text: str, settings: Mapping[str, Any], *, generate: bool) -> str:
         """Return a rendering with arguments of tool calls as JSON, where `text` has them as Python prints an object: a template

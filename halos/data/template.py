@@ -87,7 +87,7 @@ class Template:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, lost: str = "error") -> None:
         self._lost = lost
         self._tokenizer = tokenizer
-        self._render = Renderer(tokenizer, chat_template(tokenizer, None))
+        self._render = Renderer(tokenizer, chat_template(tokenizer, None), refuse_tools=lost == "error")
         added = tokenizer.added_tokens_decoder.values()
         special = {*tokenizer.all_special_tokens, *(str(token) for token in added if token.special)}
         self._special = any_of(special)
@@ -151,7 +151,7 @@ class Template:
             exact &= spans[-1][0] == len(opening)
         for part in self._row_check.missing(turns, full, learned=[len(prompt) + n for n in learned]):
             if part.needed and self._lost == "error":
-                raise part.refusal(where)
+                raise part.refusal(where, "; data.lost=drop or keep drops such rows, or keeps them as they are rendered")
             if part.needed and self._lost == "drop":
                 raise LostError(f"of which the chat template leaves out {part.what}")
             notes[f"lose {part.what}, which the chat template leaves out"] = None

@@ -38,6 +38,16 @@ def test_a_row_of_which_a_part_is_lost_is_refused_or_dropped_or_kept_and_counted
     assert [place.rpartition("/")[2] for place in kept.places[note]] == ["a.jsonl:2", "a.jsonl:3"]
 
 
+def test_tools_that_a_template_never_reads_are_refused_or_dropped_or_kept_like_all_that_it_leaves_out(tmp_path):
+    rows = [PLAIN, {**PLAIN, "tools": [{"type": "function", "function": {"name": "add", "parameters": {}}}]}]
+    with pytest.raises(UserError, match=r"a\.jsonl:2: the chat template does not read tools.*tools: null}' or data.lost=keep"):
+        dataset(tmp_path, rows, CHATML)
+    (dropped,) = dataset(tmp_path, rows, CHATML, lost="drop").report
+    assert (dropped.kept, dropped.dropped) == (1, {"of which the chat template leaves out the tools": 1})
+    (kept,) = (data := dataset(tmp_path, rows, CHATML, lost="keep")).report
+    assert (len(data), kept.noted) == (2, {"lose the tools, which the chat template leaves out": 1})
+
+
 def test_an_earlier_thought_that_the_template_leaves_out_is_counted_and_not_refused(tmp_path):
     for thought in (THOUGHT, {**says("32"), "reasoning_content": "carry the one"}):
         rows = [{"messages": [user("12 + 20?"), thought, user("And?"), says("Two.")]}] * 3 + [PLAIN]
