@@ -37,7 +37,11 @@ class Renderer:
             raise UserError(
                 f"{where}: the chat template does not read {', '.join(unread)}, which the row gives it; give another"
                 " model.chat_template, or leave them out, "
-                + ("'data.columns={tools: null}' or data.lost=keep" if "tools" in unread else f"'data.columns={{{SETTINGS}: null}}'")
+                + (
+                    "'data.columns={tools: null}' or data.lost=keep"
+                    if "tools" in unread
+                    else f"'data.columns={{{SETTINGS}: null}}'"
+                )
             )
         try:
             text = self._apply(plain, settings, generate=generate)

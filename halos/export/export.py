@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from peft import PeftConfig
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from halos import confined
 from halos.checkpoint import card, integrity, lineage, manifest, select
@@ -27,8 +27,10 @@ from halos.export.consolidate import consolidated
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import deviation, expected
 from halos.merge.base_weights import TensorNames
-from halos.merge.merge_and_prove import case_of, merge_and_prove, vocabulary_of
+from halos.merge.merge_and_prove import case_of, merge_and_prove, read_tokenizer, vocabulary_of
+from halos.merge.proof import Case
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
+from halos.models.load import describe_head
 from halos.reward_kind import RewardKind
 from halos.rundir import is_run
 
@@ -106,7 +108,7 @@ def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: 
     base = _base(saved, base)
     with _new_directory(output, path) as hidden:
         case = case_of(base, saved.adapter, _vocabulary(saved, base), dtype=dtype)
-        result = merge_and_prove(case, hidden, lineage.hashes, shard=shard)
+        result = merge_and_prove(case, hidden, lineage.hashes, model=_described(case, base, saved.tokenizer), shard=shard)
         if not result.holds:
             raise UserError(f"the merged model differs from base and adapter: {result}. Nothing was exported")
         _copy_tokenizer_and_head(saved, hidden)
@@ -114,6 +116,15 @@ def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: 
             _copy_generation(base, saved, hidden)
         _write_description(saved, hidden, output.name, adapter=False, reward=case.reward)
     return str(result)
+
+
+def _described(case: Case, base: Path, tokenizer: Path) -> PreTrainedModel:
+    """Return the model without weights; of a reward model with the config that its run writes into FINAL."""
+    model = case.empty_model()
+    if case.reward is not None and (tokenizer / "tokenizer_config.json").is_file():
+        pad = read_tokenizer(tokenizer).pad_token_id
+        describe_head(model, case.reward, pad, fresh=RewardKind.of_architectures(_config(base).architectures) is not case.reward)
+    return model
 
 
 def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:

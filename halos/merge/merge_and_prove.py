@@ -58,9 +58,9 @@ def vocabulary_of(base: Path, adapter: Path, tokenizer: Path, added: Sequence[st
     saved = Vocabulary.load(adapter)
     if saved is not None or not (tokenizer / "tokenizer.json").is_file():
         return saved or Vocabulary()
-    current = _tokenizer(tokenizer)
+    current = read_tokenizer(tokenizer)
     if added is not None:
-        known = _tokenizer(base).get_vocab()
+        known = read_tokenizer(base).get_vocab()
         return Vocabulary.of(current, [token for token in added if token not in known])
     with user_errors(f"{base}/config.json is not a configuration that transformers knows"):
         rows = AutoConfig.from_pretrained(base, **NO_CODE).get_text_config().vocab_size
@@ -74,7 +74,7 @@ def vocabulary_of(base: Path, adapter: Path, tokenizer: Path, added: Sequence[st
     return Vocabulary(len(current))
 
 
-def _tokenizer(directory: Path) -> PreTrainedTokenizerBase:
+def read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     with user_errors(f"{directory}: its tokenizer cannot be read"):
         tokenizer = AutoTokenizer.from_pretrained(directory, **NO_CODE)
     assert tokenizer is not None

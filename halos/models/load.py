@@ -134,9 +134,7 @@ def load_model(
         model = _empty_model(auto, directory, config, extra) if empty else load_weights(auto, directory, extra, fresh_head=fresh)
     remember(model, plan)
     if reward:
-        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    if reward is RewardKind.PROCESS:
-        _describe_steps(model, reward, fresh=fresh)
+        describe_head(model, reward, tokenizer.pad_token_id, fresh=fresh)
     grow(model, len(tokenizer), new_tokens)
     if not reward:
         model.generation_config = settings_for(model.generation_config, tokenizer, stops)
@@ -221,6 +219,14 @@ def _check_labels(directory: Path, kind: RewardKind, config: PretrainedConfig) -
             f"{directory} names its labels {dict(names)}, and a process reward model's second is that of a good step: its"
             " scores would be read the wrong way round. Exchange both rows of its head, and the names in its config.json"
         )
+
+
+def describe_head(model: Any, kind: RewardKind, pad: int | None, *, fresh: bool) -> None:
+    """Write into a reward model's config what transformers needs to know of its head, which is `fresh` unless it is its base's:
+    the padding token, by which it finds the end of a row, and the names of labels."""
+    model.config.get_text_config().pad_token_id = pad
+    if kind is RewardKind.PROCESS:
+        _describe_steps(model, kind, fresh=fresh)
 
 
 def _describe_steps(model: Any, kind: RewardKind, *, fresh: bool) -> None:

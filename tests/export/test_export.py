@@ -138,6 +138,20 @@ def test_a_reward_model_keeps_its_score(runs: Path, tmp_path: Path, ends: Any) -
     assert front(tmp_path / "out")["pipeline_tag"] == "text-classification"
 
 
+def test_a_step_of_a_reward_model_is_exported_with_the_labels_dropout_and_padding_token_of_final(
+    cache: Path, tmp_path: Path, ends: Any
+) -> None:
+    base = shutil.copytree(locate("tiny", None, cache), tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "pad_token_id": None}))
+    given = ("loss=prm", "peft=lora", "model=path", f"model.name_or_path={base}", "train.max_length=256", "exp_name=steps")
+    assert run(compose(cache, tmp_path, *SHORT, *given), []) == 0
+    assert ends("merge", tmp_path / "steps" / "checkpoints" / "step-00000002", "--output", tmp_path / "out")[0] == 0
+    final, exported = (json.loads((at / "config.json").read_text()) for at in (tmp_path / "steps" / "FINAL", tmp_path / "out"))
+    assert exported == final
+    assert (final["id2label"], final["pad_token_id"], final["classifier_dropout"]) == ({"0": "bad", "1": "good"}, 0, 0.0)
+
+
 def test_a_copy_that_is_not_the_original_is_not_left_behind(
     runs: Path, tmp_path: Path, ends: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
