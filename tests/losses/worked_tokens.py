@@ -103,8 +103,9 @@ def grpo(policy: Any, example: Mapping[str, Any], held: Any) -> Result:
         log_ratio = lp - before
         r = np.exp(np.full(len(lp), log_ratio.mean()) if k["ratio"] == "sequence" else log_ratio)
         if k["objective"] == "cispo":
-            weight = np.exp(fixed - before)
-            value, act = -np.minimum(weight, 1 + k["clip_high"]) * a * lp, weight > 1 + k["clip_high"]
+            weight, least = np.exp(fixed - before), -np.inf if k["clip_low"] is None else 1 - k["clip_low"]
+            bounded = np.clip(weight, least, 1 + k["clip_high"])
+            value, act = -bounded * a * lp, bounded != weight
         elif k["objective"] == "sapo":
             tau = np.where(a > 0, k["tau_positive"], k["tau_negative"])
             value, act = -4 / tau * sigmoid(tau * (r - 1)) * a, np.zeros(len(lp), bool)
