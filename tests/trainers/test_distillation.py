@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,11 @@ from world import copied, resume, stopped
 from halos.config.bind import bind_loss
 from halos.errors import UserError
 from halos.models.locate import locate
+from halos.run.datasets import refuse_other_teacher
 from halos.run.lifecycle import run
+from halos.run.reference import decision
 from halos.trainers.base import Trainer
+from tests import composed
 
 from .test_exact_step import agree, step_in
 
@@ -86,16 +90,28 @@ def test_rows_with_what_a_teacher_says_train_as_its_cache_does_without_the_teach
         np.array_equal(mine.completions[0].ids, theirs.completions[0].ids)
         for mine, theirs in zip(taught.train.rows, cached.train.rows, strict=False)
     )
-    agree([step_in(cached, 4), *(step_in(taught, size) for size in (11, 4, 1))])
-    for more, complaint in (
-        ([f"reference.name_or_path={teacher}"], "is a teacher, and 11 rows of data.train have what another says"),
-        (["reference.cache=always"], "reference.cache=always: the rows have what the teacher says"),
-        ([f"reference.export={tmp_path}/again"], "and the rows have that already: leave it out"),
-    ):
-        with pytest.raises(UserError, match=complaint):
-            trainer(*given, *few[:2], "exp_name=refused", *more)
-    with pytest.raises(UserError, match="writes what a teacher says of the rows, and loss=dpo has no teacher"):
-        trainer("loss=dpo", "exp_name=refused", f"reference.export={tmp_path}")
+    agree([step_in(cached, 4), *(step_in(taught, size) for size in (11, 1))])
+    with pytest.raises(UserError, match=r"is a teacher, and 11 rows of data\.train have what another says"):
+        refuse_other_teacher(cached.run.config, cached.loss, [("train", taught.train)])
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (["loss=gkd", "reference.cache=always"], "reference.cache=always: the rows have what the teacher says"),
+        (["loss=gkd", "reference.export=again"], "and the rows have that already: leave it out"),
+        (["loss=dpo", "reference.export=rows"], "writes what a teacher says of the rows, and loss=dpo has no teacher"),
+        (
+            ["loss=gkd", "reference.name_or_path=tiny", "reference.cache=never", "reference.export=x"],
+            "not never",
+        ),
+    ],
+)
+def test_keys_about_a_teacher_that_contradict_each_other_are_refused(more: list[str], complaint: str) -> None:
+    config = composed.config_of(*more, "model=tiny", "data=arithmetic", "exp_name=x")
+    batches: Any = None  # is not asked
+    with pytest.raises(UserError, match=complaint):
+        decision(config, bind_loss(config.loss, []), batches)
 
 
 @torch.no_grad()
