@@ -23,7 +23,9 @@ def files_of_split(root: Path, split: str, purpose: str) -> list[Path]:
         if longer:
             return splits[longer[0]]
     has = ", ".join(name or "files of no split" for name in splits)
-    raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); known names are: {', '.join(SPLITS)}")
+    known = f"known names are: {', '.join(SPLITS)}"
+    remedy = "leave the name out; a slice of all rows is split: '[:100]'" if splits.keys() == {""} else known
+    raise UserError(f"{root}: no files of split '{wanted[0]}' (found: {has}); {remedy}")
 
 
 def files_of_pattern(pattern: str, split: str, *, any_kind: bool) -> list[Path]:

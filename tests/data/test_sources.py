@@ -124,7 +124,8 @@ def test_a_directory_without_splits_is_read_whole_and_one_without_the_split_is_r
     jsonl(tmp_path / "a.jsonl", ROWS[:1])
     jsonl(tmp_path / "training_notes.jsonl", ROWS[1:2])
     assert prompts(str(tmp_path)) == prompts(str(tmp_path), "eval") == ["0?", "1?"]
-    refuses({"path": str(tmp_path), "split": "test"}, "no files of split 'test'")
+    refuses({"path": str(tmp_path), "split": "test"}, r"no files of split 'test'.*split: '\[:100\]'")
+    assert prompts({"path": str(tmp_path), "split": "[:1]"}) == ["0?"]
     jsonl(tmp_path / "train.jsonl", ROWS)
     refuses(str(tmp_path), r"a\.jsonl belongs to no split")
 
