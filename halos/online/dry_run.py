@@ -37,7 +37,7 @@ def run(plan: OnlinePlan, tokenizer: PreTrainedTokenizerBase, write: Callable[[]
     work = (Fact("rounds", str(plan.online.rounds), f"{len(plan.prompts):,} prompts, {plan.size.prompts:,} of them a round"),
             Fact("steps", f"up to {plan.size.steps:,} a round"))  # fmt: skip
     facts = Facts(
-        title=f"{plan.config.exp_name}, rounds of {plan.loss.name}", overrides=tuple(typed), run=str(plan.directory.path),
+        title=f"{plan.config.exp_name}, rounds of {plan.online.loss}", overrides=tuple(typed), run=str(plan.directory.path),
         header=header.lines(), covers=COVERED, checks=template_checks.checks_of(tokenizer), rows=tuple(shown), work=work,
         versions=publish.version_facts(tokenizer),
     )  # fmt: skip

@@ -15,7 +15,7 @@ def write(plan: OnlinePlan) -> None:
     """Log what the rounds sample and learn from."""
     online, size, held_out = plan.online, plan.size, min(plan.online.eval_prompts, len(plan.eval_prompts))
     given = "online.prompts_per_round" if online.prompts_per_round is not None else "online.steps_per_round"
-    log.info("online     %d rounds of %s, %s feedback by %s", online.rounds, plan.loss.name, plan.kind, online.scorer.name)
+    log.info("online     %d rounds of %s, %s feedback by %s", online.rounds, online.loss, plan.kind, online.scorer.name)
     log.info("prompts    %d, %d a round, %d samples of each; %d held out%s", len(plan.prompts), size.prompts,
              online.samples_per_prompt, held_out, evaluation.plan_of(online) if held_out else "")  # fmt: skip
     log.info("steps      up to %d a round on one set of samples (by %s)", size.steps, plan.steps_are_set_by or given)

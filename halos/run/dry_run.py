@@ -44,8 +44,9 @@ def write(run: PreparedRun, accelerator: Accelerator, overrides: Sequence[str], 
         ]
         memory, sources, histograms, work = None, [], [], [Fact("steps", f"{batches.total:,}", batches.lines()[0][1])]
     work += [Fact(name, line) for name, line in run.planned.lines]
+    loss = config.loss_choice or run.loss.name
     facts = Facts(
-        f"{config.exp_name}, {run.loss.name} of {config.model.name_or_path}", tuple(overrides), str(run.directory.path),
+        f"{config.exp_name}, {loss} of {config.model.name_or_path}", tuple(overrides), str(run.directory.path),
         header.lines(), COVERED, batches.checks, tuple(sources), tuple(histograms),
         run.structure.max_length, tuple(shown), tuple(work), memory.facts() if memory else (),
         publish.version_facts(tokenizer),

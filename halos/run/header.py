@@ -123,13 +123,18 @@ def _microbatch(train: Train, share: int) -> str:
     return f"up to {items} and {tokens}"
 
 
+def _loss(config: Config, loss: LossSpec) -> str:
+    """The choice of config/loss, or the function where it is not a choice's own, and its keys."""
+    return f"{config.loss_choice or loss.name} {_listed(loss.settings, '  ').lstrip()}".rstrip()
+
+
 def _log(name: str, line: str) -> None:
     log.info("%-10s %s", name, line)
 
 
 def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     """Log the loss, the model and the reference, the plan of the forward pass, and the trained parameters."""
-    _log("loss", f"{loss.name} {_listed(loss.settings, '  ').lstrip()}".rstrip())
+    _log("loss", _loss(config, loss))
     named = "what the rows have of a teacher" if is_taught_by_rows(config, loss) else _reference(config)
     suffix = f", reference: {named}" if loss.needs_reference else ""
     trained, total = (_count(structure.model, trained=only) for only in (True, False))

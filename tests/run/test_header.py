@@ -46,3 +46,10 @@ def test_a_warning_says_at_which_length_much_of_the_data_is_left_out(
 def test_keys_are_listed_as_they_would_be_typed() -> None:
     keys = {"ratio": "token", "dual_clip": None, "kl_ratio": True, "beta": 0.1}
     assert header._listed(keys, "  ") == "  ratio=token  dual_clip=null  kl_ratio=true  beta=0.1"
+
+
+def test_a_loss_has_the_name_that_was_chosen_and_not_that_of_a_function_that_choices_share() -> None:
+    loss: Any = SimpleNamespace(name="grpo", settings={"beta": 0.0})
+    chosen: Any = SimpleNamespace(loss_choice="dapo")
+    own: Any = SimpleNamespace(loss_choice=None)
+    assert (header._loss(chosen, loss), header._loss(own, loss)) == ("dapo beta=0.0", "grpo beta=0.0")
