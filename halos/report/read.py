@@ -56,9 +56,12 @@ def _is_online_run(config: Mapping[str, Any]) -> bool:
 
 def loss_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
     """Return the loss that a run was started with: the choice of config/loss, since choices share functions (dapo and gspo are
-    grpo's), and for online training `online` before the loss inside. `overrides` are those of its first attempt, by which older
-    runs are named. Where neither tells, as for a `_target_` of the user's, it is the function's: halos.losses.dpo.dpo -> dpo."""
-    online, loss = (node if isinstance(node := config.get(name), Mapping) else {} for name in ("online", "loss"))
+    grpo's), `online` before the loss inside of online training, and `humanline` before one whose log-ratios are clamped.
+    `overrides` are those of its first attempt, by which older runs are named. Where neither tells, as for a `_target_` of the
+    user's, it is the function's: halos.losses.dpo.dpo -> dpo."""
+    online, loss, bounds = (
+        node if isinstance(node := config.get(name), Mapping) else {} for name in ("online", "loss", "humanline")
+    )
     target = str(loss.get("_target_", "?"))
     function = target.rpartition(".")[0].rpartition(".")[2] or "?"
     words = [*overrides, *(online.get("overrides") or [])]
@@ -71,7 +74,8 @@ def loss_of(config: Mapping[str, Any], overrides: Sequence[str]) -> str:
     else:
         chosen = [word.removeprefix("loss=") for word in overrides if word.startswith("loss=")]
         name = online.get("loss") or (chosen[-1] if chosen else function)
-    return f"online {name}" if online else str(name)
+    is_clamped = bounds.get("low") is not None or bounds.get("high") is not None
+    return f"{'humanline ' if is_clamped else ''}{'online ' if online else ''}{name}"
 
 
 def first_overrides(path: Path) -> list[str]:

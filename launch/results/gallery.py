@@ -39,7 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 from halos.data import arithmetic
 from halos.errors import UserError
 from halos.hashes import file_hash
-from halos.report.read import Record, first_overrides, read_runs
+from halos.report.read import first_overrides, read_runs
 from halos.rollout.rewards import exact_match
 
 PAIRS, PROBLEMS = {"tiny": 400, "smollm2": 200}, {"tiny": 200, "smollm2": 100}  # held-out ones
@@ -118,7 +118,8 @@ def jobs(model: str) -> Iterator[tuple[str, int]]:
         losses = overrides[0].removeprefix("loss=").split(",")
         for loss, seed in itertools.product(losses, SEEDS.removeprefix("seed=").split(",")):
             inner = next((word.partition("=")[2] for word in overrides if word.startswith("online.loss=")), None)
-            yield shown_as(f"{loss} {inner}" if inner else loss, "humanline=on" in overrides), int(seed)
+            modifier = "humanline " if "humanline=on" in overrides else ""
+            yield f"{modifier}{loss} {inner}" if inner else f"{modifier}{loss}", int(seed)
 
 
 def refuse_twice(rows: Sequence[Measured], root: Path) -> None:
@@ -136,12 +137,12 @@ def table(model: str, root: Path, output: Path) -> None:
     records, skipped = read_runs([path for name in SWEEPS[model] if (path := root / name).is_dir()] or [root / "losses"])
     finished = [record for record in records if record.status == "finished"]
     unfinished = [f"{record.path.parent.name}/{record.label}: {record.status}" for record in records if record not in finished]
-    begun = {(name_of(record), record.config["seed"]) for record in records}
+    begun = {(record.loss, record.config["seed"]) for record in records}
     unfinished += [f"{name}, seed {seed}: not begun" for name, seed in jobs(model) if (name, seed) not in begun]
     disable_progress_bar()  # of transformers, one for each model that is loaded
     started = measure(model, start, start, start.parent / "gallery.json")
     rows = [
-        Measured(name_of(one), one.config["seed"], measure(model, one.path / "FINAL", start, one.path / "gallery.json"))
+        Measured(one.loss, one.config["seed"], measure(model, one.path / "FINAL", start, one.path / "gallery.json"))
         for one in tqdm(finished, desc="measuring", unit="run")
     ]
     refuse_twice(rows, root)
@@ -150,17 +151,6 @@ def table(model: str, root: Path, output: Path) -> None:
     (output / "gallery.md").write_text(text, encoding="utf-8")
     draw(rows, started, output / "gallery.png")
     print(text)
-
-
-def name_of(record: Record) -> str:
-    """The run's loss; `humanline` where log-ratios are clamped."""
-    bounds = record.node("humanline")
-    is_clamped = bounds.get("low") is not None or bounds.get("high") is not None
-    return shown_as(record.loss, is_clamped)
-
-
-def shown_as(loss: str, is_clamped: bool) -> str:
-    return f"humanline {loss}" if is_clamped else loss
 
 
 def measure(model: str, trained: Path, start: Path, kept: Path) -> dict[str, float]:

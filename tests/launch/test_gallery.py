@@ -124,10 +124,5 @@ def test_a_start_of_another_budget_is_refused_and_what_never_began_is_named(gall
     }
 
 
-def test_a_run_with_clamped_ratios_has_a_row_of_its_own(gallery, tmp_path: Path) -> None:
-    config = {"humanline": {"low": None, "high": None}}
-    record = gallery.Record(tmp_path, "run", "dapo", config, "finished", 1, (), ())
-    assert gallery.name_of(record) == "dapo"
-    clamped = gallery.Record(tmp_path, "run", "dapo", {"humanline": {"low": -1.5, "high": 1.5}}, "finished", 1, (), ())
-    assert gallery.name_of(clamped) == "humanline dapo"
+def test_the_table_waits_for_online_runs_too(gallery) -> None:
     assert ("humanline online dpo", 0) in gallery.jobs("tiny")

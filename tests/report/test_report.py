@@ -188,6 +188,10 @@ def test_losses_that_share_a_function_keep_their_names(tmp_path: Path):
     assert named("live", loss_choice="max_rl", online={"loss": "max_rl", "steps": 5}) == "online max_rl"
     assert named("older live", ["loss=online"], online={"loss": "opo", "steps": 5, "overrides": []}) == "online opo"
     assert named("rounds", loss_choice="online", online={"loss": "sapo", "steps": None}) == "online sapo"
+    clamped = {"low": -1.5, "high": None}
+    assert named("clamped", loss_choice="dpo", humanline=clamped) == "humanline dpo"
+    assert named("moves alone", loss_choice="dpo", humanline={"low": None, "high": None}) == "dpo"
+    assert named("clamped live", humanline=clamped, online={"loss": "dpo", "steps": 5}) == "humanline online dpo"
     assert {row["loss"] for row in cells(table(read_runs([tmp_path / "recorded", tmp_path / "older"])[0]))} == {"dapo", "gspo"}
 
 
