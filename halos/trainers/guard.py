@@ -159,7 +159,6 @@ class Guard:
         keys = [f"a lower optim.lr (now {config.optim['lr']:g})"]
         keys += ["train.max_grad_norm=1 (now null)"] if config.train.max_grad_norm is None else []
         keys += ["train.precision=float32"] if run.accelerator.mixed_precision != "no" else []
-        keys += [f"a larger loss.epsilon (now {config.loss['epsilon']})"] if "epsilon" in config.loss else []
         rows = f"Look at the rows in {run.directory.bad_rows}; where they are right, " if run.skipped_steps else "Perhaps "
         until = known_good.read(run.directory).until
         origin = (

@@ -42,7 +42,7 @@ from halos.hashes import file_hash
 from halos.report.read import first_overrides, read_runs
 from halos.rollout.rewards import exact_match
 
-PAIRS, PROBLEMS = {"tiny": 400, "smollm2": 200}, {"tiny": 200, "smollm2": 100}  # held-out ones
+PAIRS, PROBLEMS = {"tiny": 400, "smollm2": 100}, {"tiny": 200, "smollm2": 50}  # held-out ones
 NEW_TOKENS, BATCH = 64, 50
 SEEDS = "seed=0,1,2"
 PAIRED = (
