@@ -9,6 +9,7 @@ EXAMPLES = worked.examples()
 
 @pytest.mark.parametrize("loss", sorted(EXAMPLES))
 def test_the_worked_numbers_of_a_loss_are_those_of_its_formula(loss: str) -> None:
+    assert loss in worked.FORMULAS, f"{loss} needs a formula in NumPy: in tests/losses/worked_pairs.py, or worked_tokens.py"
     for number, example in enumerate(EXAMPLES[loss], 1):
         results = worked.numbers(loss, example)
         given = {name: example[name] for name in (*worked.FOUND, "gradient", "metrics") if name in example}
