@@ -57,6 +57,11 @@ def is_taught_by_rows(config: Config, loss: LossTraits) -> bool:
     return bool(loss.candidates) and config.reference.name_or_path is None
 
 
+def has_reference(config: Config, loss: LossTraits) -> bool:
+    """Return whether a reference model computes, before the first step or at every one."""
+    return loss.needs_reference and not is_taught_by_rows(config, loss)
+
+
 def _named(config: Config, loss: LossTraits) -> str | None:
     if config.reference.name_or_path is None or loss.needs_reference:
         return None

@@ -14,7 +14,7 @@ from halos.checkpoint.checkpointer import Checkpointer
 from halos.checkpoint.state import load_optimizer, restore
 from halos.config import run_config
 from halos.config.arithmetic_version import EVALUATED_BY_SOURCE, FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER
-from halos.config.reference_checks import is_taught_by_rows
+from halos.config.reference_checks import has_reference
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
@@ -101,7 +101,7 @@ def _load(run: PreparedRun, accelerator: Accelerator, checkpoint: Path | None) -
         saved_model, sharded = weights.saved_model(checkpoint)
         refuse_different_architecture(loader.base, saved_model)
         fill = partial(weights.load_shards, saved_model, run.strategy) if sharded else None
-    refers = run.loss.needs_reference and not is_taught_by_rows(run.config, run.loss)
+    refers = has_reference(run.config, run.loss)
     model = models.load_policy(loader, reward=planned.reward, refers=refers, checkpoint=checkpoint)
     module, optimizer = run.strategy.wrap(
         models.add_head(loader, model, run.loss, checkpoint),

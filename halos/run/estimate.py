@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from halos.config.reference_checks import is_taught_by_rows
+from halos.config.reference_checks import has_reference
 from halos.data.dataset import Dataset
 from halos.distributed.parameters import num_elements
 from halos.inspection import activations, speed
@@ -66,7 +66,7 @@ class Estimate:
     @property
     def refers(self) -> bool:
         """Whether a reference computes."""
-        return self.run.loss.needs_reference and not is_taught_by_rows(self.run.config, self.run.loss)
+        return has_reference(self.run.config, self.run.loss)
 
     def memory(self) -> Memory | None:
         """Return the memory of one process; None for sharded or quantised weights, and an unusual forward."""

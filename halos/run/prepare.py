@@ -16,7 +16,7 @@ from halos.config.arithmetic_version import RunFacts
 from halos.config.bind import LossSpec, bind_hook, bind_loss, bind_trainer
 from halos.config.bind_optim import OptimizerSpec, ScheduleSpec, bind_optimizer, bind_schedule
 from halos.config.content_hashes import ContentHashes
-from halos.config.reference_checks import is_taught_by_rows
+from halos.config.reference_checks import has_reference
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.confined import expanded
@@ -198,7 +198,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     loader = models.ModelLoader(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())
     model = models.policy_structure(loader, reward=loss.reward)
     refuse_without_router(bare(model).config, config.train.router_aux_loss)
-    reference = models.locate_reference(loader) if loss.needs_reference and not is_taught_by_rows(config, loss) else None
+    reference = models.locate_reference(loader) if has_reference(config, loss) else None
     limits = positions.limits(model)
     if reference is not None:
         other = models.reference_structure(loader, reference)

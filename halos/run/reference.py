@@ -14,7 +14,7 @@ from torch import nn
 from halos.checkpoint.state import load_reference_values, random_state, restore_random_state, saved_reference
 from halos.checkpoint.weights import load_shards
 from halos.config.bind import LossSpec
-from halos.config.reference_checks import is_taught_by_rows
+from halos.config.reference_checks import has_reference, is_taught_by_rows
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.agreement import from_rank_0
@@ -97,7 +97,7 @@ def opened(
     """Return the reference model of a run that computes it at every step, or else where its log-probs are kept; neither where the
     policy itself is the reference. `version` is that of the run's arithmetic; `checkpoint` the one that it resumes from.
     One that moves is the run's `moving_reference` too."""
-    if not prepared.loss.needs_reference or is_taught_by_rows(prepared.config, prepared.loss):
+    if not has_reference(prepared.config, prepared.loss):
         return None, None
     if prepared.config.reference.sync_every is not None:
         return _open_moving(prepared, current, saved_reference(checkpoint)), None
