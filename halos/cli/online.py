@@ -89,7 +89,7 @@ def compose_inner(config: Config, overrides: Sequence[str], tree: ConfigTree) ->
 
 def round_config(config: Config, overrides: Sequence[str], tree: ConfigTree) -> Config:
     """Return the configuration of a round's training; only its feedback data do not exist yet."""
-    outer = {name: asdict(config)[name] for name in ("exp_name", "run_dir", "data")}
+    outer = {name: asdict(config)[name] for name in ("exp_name", "output_root", "run_dir", "data")}
     return _training(config, overrides, {**outer, "online": None}, overrides, tree)[0]
 
 

@@ -114,7 +114,10 @@ def _check_jobs(resolved: Sequence[Override], overrides: Sequence[str], tree: Co
     for number, job_overrides in enumerate(jobs):
         try:
             config = validate.check(tree.compose(job_overrides), overrides, tree.choices)
-            if config.online is not None:
+            if single.is_live(config):
+                words = zip(job_overrides, enumerable(resolved), strict=True)
+                online.live_config(config, [text for text, one in words if not one.is_hydra], tree)
+            elif config.online is not None:
                 online.round_config(config, online.overrides_of_rounds(job_overrides, config, tree)[0], tree)
         except UserError as error:
             swept = [text for text, one in zip(job_overrides, enumerable(resolved), strict=True) if one.is_sweep]

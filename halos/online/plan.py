@@ -223,6 +223,7 @@ class OnlinePlan:
         config, inner, online, directory = self.config, self.inner, self.online, self.directory_of(number)
         overrides = [
             *self.overrides, f"data.train=[{quoted(directory / 'feedback.jsonl')}]", "data.eval=[]",
+            f"output_root={quoted(config.output_root)}",  # which values of a recipe may start with
             f"run_dir={quoted(directory / 'train')}", f"exp_name={quoted(f'{config.exp_name}-{number:03d}')}",
             f"seed={config.seed + number}", "resume=auto", f"cache_dir={quoted(config.cache_dir)}",
         ]  # fmt: skip

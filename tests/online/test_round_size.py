@@ -6,10 +6,11 @@ import pytest
 
 import train
 from halos.cli.compose import ConfigTree
-from halos.cli.online import live_config, overrides_of_rounds, round_config
+from halos.cli.online import compose_inner, live_config, overrides_of_rounds, round_config
 from halos.config import validate
 from halos.config.bind import bind_loss
 from halos.errors import UserError
+from halos.models import tiny
 from halos.online.plan import OnlinePlan
 from halos.online.round_size import RoundSize
 
@@ -147,3 +148,27 @@ def test_keys_that_do_not_set_the_size_are_refused(words: list[str], said: str) 
     tree = ConfigTree()
     with pytest.raises(UserError, match=said):
         validate.check(tree.compose([*BASE, "online.loss=grpo", *words]), [*BASE, *words], tree.choices)
+
+
+@pytest.mark.parametrize("loop", [(), ("online.steps=3",)], ids=["rounds", "live"])
+def test_a_path_within_output_root_is_that_of_the_run(loop: tuple[str, ...], tmp_path: Path, cache: Path) -> None:
+    """In a recipe, and in a sweep, where nothing but the composition knows the value that was given."""
+    tiny.build(tmp_path / "start" / "FINAL")
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\nmodel: {name_or_path: '${output_root}/start/FINAL'}\n"
+    )
+    words = [*BASE, "online.loss=dpo", "experiment=mine", f"output_root={tmp_path}", f"cache_dir={cache}", *loop]
+    tree = ConfigTree.of_options(None, str(tmp_path), None)
+    config = validate.check(tree.compose(words), words, tree.choices)
+    if loop:
+        assert live_config(config, words, tree).model.name_or_path == f"{tmp_path}/start/FINAL"
+    else:
+        overrides, _ = overrides_of_rounds(words, config, tree)
+        inner = round_config(config, overrides, tree)
+        plan = OnlinePlan(config, inner, overrides, bind_loss(inner.loss, []))
+        assert [compose_inner(config, plan.overrides_of(0), tree).model.name_or_path, inner.model.name_or_path] == [
+            f"{tmp_path}/start/FINAL"
+        ] * 2
+    given = ["--config-dir", str(tmp_path), *words, "dry_run=true"]
+    assert train.start(given) == train.start(["-m", *given, "seed=0,1"]) == 0
