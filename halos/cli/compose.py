@@ -108,6 +108,8 @@ def set_values(composed: DictConfig, resolved: Sequence[Override]) -> None:
     try:
         for one in resolved:
             parent, _, name = one.key.rpartition(".")
+            if parent and not name.isdecimal() and OmegaConf.is_list(OmegaConf.select(composed, parent)):
+                raise UserError(f"{one.key}: {parent} is a list, which has no key {name!r}: give all of it, {parent}=[...]")
             with open_dict(composed) if one.sign else nullcontext():
                 if one.sign == "~":
                     del OmegaConf.select(composed, parent)[name]

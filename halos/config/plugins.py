@@ -27,10 +27,9 @@ def make_importable(packages: Sequence[str]) -> None:
     `plugins`. Raises UserError for a package that does not exist.
     """
     for package in packages:
-        name = package.partition(".")[0]
-        here = Path.cwd()
-        if not package.isidentifier() and not all(part.isidentifier() for part in package.split(".")):
+        if not isinstance(package, str) or not all(part.isidentifier() for part in package.split(".")):
             raise UserError(f"plugins names {package!r}, which is no package: plugins=[mypackage]")
+        name, here = package.partition(".")[0], Path.cwd()
         if name in sys.modules or find_spec(name) is not None:
             continue
         if not (here / name).is_dir() and not (here / f"{name}.py").is_file():

@@ -64,3 +64,9 @@ def test_command_lines() -> None:
         assert message.strip()
         assert "\n" not in message.strip(), f"seed {seed}: {line}"
     assert accepted > 0.02 * count
+
+
+@pytest.mark.parametrize("word", ["++peft.modules_to_save.x=a", "++data.train.x=3", "~data.train.x"])
+def test_a_key_within_a_list_is_refused(word: str) -> None:
+    with pytest.raises(UserError, match=r"is a list, which has no key 'x': give all of it|takes a list"):
+        config_of("loss=dpo", *BASE, word)
