@@ -157,9 +157,11 @@ HISTORY = (
              _adds_nothing_to_deviations),
     Revision(13, "2026-11-28", "objective=cispo bounds its ratio from below where loss.clip_low is given",
              lambda now: now.config.loss.get("objective") == "cispo", of="kept"),
+    Revision(14, "2026-11-28", "of data that a run sees at most half of, the reference's log-probs are those of what it sees",
+             lambda now: now.refers, of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
-FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW = 7, 9, 11, 13
+FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS = 7, 9, 11, 13, 14
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:

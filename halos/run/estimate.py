@@ -22,6 +22,7 @@ from halos.logps.head import logits_at_once
 from halos.logps.model import bare
 from halos.run.batch_source import DatasetSource
 from halos.run.prepare import PreparedRun
+from halos.run.reference import visited
 from halos.run.token_budget import ON_CPU, UNTRIED
 from halos.trainers.microbatches import Bounds
 from halos.trainers.reference_rows import BUDGETS
@@ -143,7 +144,9 @@ class Estimate:
         own, trunks = self.bounds.tokens_of(self.rows, np.arange(len(self.rows)))
         share = float(own.sum() + trunks.sum()) / float(self.rows.lengths.sum())
         tokens, scored = steps.all_tokens * share, steps.scored * steps.all_tokens / steps.tokens
-        flops = self.flops(tokens, scored, once=share * steps.tokens)
+        read = visited(self.run)
+        once = share * float(self.rows.lengths[... if read is None else read].sum())
+        flops = self.flops(tokens, scored, once=once)
         half = self.accelerator.mixed_precision == "bf16"
         dtype = torch.bfloat16 if half else torch.float32
         rate = speed.gemm_rate(self.width, 4 * self.width, dtype, self.device)
@@ -160,7 +163,7 @@ class Estimate:
         passes = (3 if self.full else 2) + bool(train.activation_checkpointing)
         flops = tokens * self.activations.flops * passes + scored * logit * (4 if self.trains_head else 2)
         if self.refers:
-            part = min(1.0, once / tokens) if self.run.config.reference.cache == "always" else 1.0
+            part = once / tokens if self.run.config.reference.cache == "always" else 1.0
             flops += part * (tokens * self.activations.flops + scored * logit)
         return flops
 

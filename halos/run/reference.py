@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -13,6 +14,7 @@ from torch import nn
 
 from halos.checkpoint.state import load_reference_values, random_state, restore_random_state, saved_reference
 from halos.checkpoint.weights import load_shards
+from halos.config.arithmetic_version import VISITED_ROWS
 from halos.config.bind import LossSpec
 from halos.config.reference_checks import has_reference, is_taught_by_rows
 from halos.config.schema import Config
@@ -26,7 +28,7 @@ from halos.hooks.base import Run
 from halos.logps.model import ModelWithHead
 from halos.prove import verdict
 from halos.run import models
-from halos.run.batch_source import BatchSource
+from halos.run.batch_source import BatchSource, DatasetSource
 from halos.run.prepare import PreparedRun
 from halos.trainers.reference import ReferenceCache
 from halos.versions import versions
@@ -108,7 +110,23 @@ def opened(
         checkpoint is None and prepared.structure.reference is None,
     )
     start = _traces(current) if is_start and prepared.config.peft.name == "none" else None
-    return None, ReferenceCache(expanded(prepared.config.cache_dir), facts, partial(_load_for_a_pass, prepared, current, start))
+    load = partial(_load_for_a_pass, prepared, current, start)
+    return None, ReferenceCache(
+        expanded(prepared.config.cache_dir), facts, load, visited(prepared) if version >= VISITED_ROWS else None
+    )
+
+
+def visited(prepared: PreparedRun) -> np.ndarray | None:
+    """Return the items of the training data that the run's steps train on, ascending, where these are at most half of it and
+    no more is read of the reference; else None."""
+    config, loss, batches = prepared.config, prepared.loss, prepared.batches
+    reads_more = loss.on_rollouts or loss.has_own_rows or config.trainer["_target_"] is not None
+    if reads_more or config.reference.export is not None or not isinstance(batches, DatasetSource):
+        return None
+    if not 0 < batches.total <= batches.order.batches_per_epoch:
+        return None
+    items = np.unique(np.concatenate([batches.order.batch(step) for step in range(batches.total)]))
+    return items if 2 * len(items) <= len(batches.train.rows) else None
 
 
 def _load(prepared: PreparedRun, current: Run, saved: Path | None = None) -> nn.Module | None:

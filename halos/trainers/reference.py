@@ -44,6 +44,7 @@ class ReferenceCache:
     cache_dir: Path
     depends_on: Mapping[str, Any]  # all that decides them besides the rows; the same on all ranks
     load: Callable[[], nn.Module | None]  # the reference; None where the policy in memory can compute as its reference
+    visited: np.ndarray | None = None  # items of the training data to read, ascending; None: all
 
 
 class ReferenceLogps:
@@ -51,7 +52,7 @@ class ReferenceLogps:
 
     def __init__(self, trainer: Objective, splits: Mapping[str, Split], cache: ReferenceCache) -> None:
         self.trainer, self.run, self._cache = trainer, trainer.run, cache
-        self._sources = list(sources(trainer, splits))
+        self._sources = list(sources(trainer, splits, cache.visited))
         self._tables: list[Table] | None = None
         self._loaded = False  # the reference, for all passes
 
@@ -80,7 +81,8 @@ class ReferenceLogps:
         if (logps := next(found, None)) is None:
             raise UserError(
                 f"{type(self.trainer).__name__} or {self.trainer.loss.inputs.__name__} makes rows of a micro-batch that are not"
-                " those of its items alone, so that the reference's log-probs of them are not known: reference.cache=never"
+                " those of its items alone, or of items that are in none of the run's steps, so that the reference's log-probs of"
+                " them are not known: reference.cache=never"
             )
         return logps
 
@@ -226,5 +228,7 @@ class ReferenceLogps:
     def _say(self, source: Source, cache: LogpsCache, plan: Plan, done: int, reused: int, seconds: float) -> None:
         size = human_size(sum(path.stat().st_size for path in cache.path.glob("*"))) if self.run.main else ""
         before = f", {reused} of them before" if reused else ""
+        few = len(source.items) < source.of
+        name = f"{source.name} ({len(source.items)} of {source.of} items: those of the run's steps)" if few else source.name
         log.info("%-10s log-probs of %s, %d rows of %d tokens%s, in %.1f s (%.0f tokens a second): %s in %s", "reference",
-                 source.name, len(plan.hashes), done + reused, before, seconds, done / seconds, size, cache.path)  # fmt: skip
+                 name, len(plan.hashes), done + reused, before, seconds, done / seconds, size, cache.path)  # fmt: skip

@@ -31,7 +31,8 @@ class Source:
     """Rows of a dataset's items."""
 
     name: str
-    items: int
+    items: np.ndarray  # (items,) which of the dataset, ascending
+    of: int  # items of the dataset
     rows_of: Callable[[int], Sequence[PackRow]]  # the rows of an item
     facts: Mapping[str, Any]  # what the rows depend on
 
@@ -49,7 +50,7 @@ class Plan:
     def of(cls, source: Source, settings: Train, budget: int | None) -> Plan:
         """`settings` and `budget`, in tokens, bound a micro-batch of training."""
         hashes, places, tokens = dict[bytes, None](), list[tuple[int, int]](), list[int]()
-        for item in range(source.items):
+        for item in source.items.tolist():
             for number, row in enumerate(source.rows_of(item)):
                 if (key := row_hash(row)) not in hashes:
                     hashes[key] = None
@@ -75,19 +76,24 @@ def cut(sizes: Sequence[int], budget: int | None, most: int | None) -> list[np.n
     return [np.arange(start, end) for start, end in zip(starts, [*starts[1:], len(sizes)], strict=True)] if sizes else []
 
 
-def sources(trainer: Objective, splits: Mapping[str, Split]) -> Iterator[Source]:
-    """The rows of every split, and those with mismatched completions where the loss needs them."""
+def sources(trainer: Objective, splits: Mapping[str, Split], visited: np.ndarray | None) -> Iterator[Source]:
+    """The rows of every split, and those with mismatched completions where the loss needs them.
+
+    `visited` are the items of "train" to read, ascending; None: all."""
     kinds = [f"{each.__module__}.{each.__qualname__}" for each in (trainer.loss.inputs, type(trainer))]
     kinds += [str(code_hash(kind)) for kind in kinds]  # of those of the user's own
     for name, split in splits.items():
         if not isinstance(split.rows, Dataset):
             continue
-        facts = {"data": split.rows.content, "rows": kinds}
-        yield Source(name, len(split.rows), partial(_own, trainer, split.rows), facts)
+        some = visited if name == "train" else None
+        items, data = (np.arange(len(split.rows)) if some is None else some), {"data": split.rows.content}
+        data |= {"items": hashlib.sha256(some.astype(np.int64).tobytes()).hexdigest()} if some is not None else {}
+        yield Source(name, items, len(split.rows), partial(_own, trainer, split.rows), {**data, "rows": kinds})
         if isinstance(partners := split.mismatched_partners, np.ndarray):
             longest, digest = trainer.run.max_length, hashlib.sha256(partners.astype(np.int64).tobytes()).hexdigest()
-            facts = {"data": split.rows.content, "partners": digest, "longest": longest}
-            yield Source(f"{name}, mismatched", len(split.rows), partial(_mismatched, split.rows, partners, longest), facts)
+            facts = {**data, "partners": digest, "longest": longest}
+            rows_of = partial(_mismatched, split.rows, partners, longest)
+            yield Source(f"{name}, mismatched", items, len(split.rows), rows_of, facts)
 
 
 def _own(trainer: Objective, rows: Dataset, n: int) -> Sequence[PackRow]:
