@@ -10,7 +10,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = sorted((ROOT / "halos").rglob("*.py"))
 FLOORS = [
-    {"redaction", "transfer"},
+    {"collection", "redaction", "transfer"},
     {"errors", "examples", "intervals", "loss_result", "ranges", "repository", "reward_kind", "sequences"},
     {"types"},
     {"confined"},

@@ -14,6 +14,7 @@ from halos.cli.overrides import parse
 from halos.cli.result import Result
 from halos.cli.resume import AUTO, requested_run
 from halos.cli.status import FAILED, refuse
+from halos.collection import collect_rarely
 from halos.config import renamed_keys
 from halos.config.overrides import Override, check_choices, quote_nested, unreadable
 from halos.config.secrets import refuse_secrets
@@ -27,6 +28,7 @@ from halos.repository import COMMAND
 
 def main() -> None:
     """Run the command line and exit with its status."""
+    collect_rarely()
     exit_on_stop_signal()
     write_redacted_tracebacks()
     try:

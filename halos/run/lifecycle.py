@@ -1,14 +1,14 @@
 """One attempt at a run, from its start to its exit status: lock, stop requests, training loop, result.json."""
 
-import gc
 import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 from halos.checkpoint import integrity
+from halos.collection import freeze_imports
 from halos.config import resume_policy, run_config
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
@@ -49,7 +49,7 @@ def run(config: Config, overrides: list[str], changed: Sequence[Change] = ()) ->
         try:
             request.listen(_raise_stop_requested, second_interrupt_kills=False)
             request.listen_for_launcher_death()
-            _freeze_imports()
+            freeze_imports()
             train, dtype = config.train, config.model.dtype
             accelerator = make_accelerator(train.precision, dtype, deterministic=train.deterministic)
             request_stop_when_launcher_dies(launched())
@@ -86,13 +86,6 @@ def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, h
         hint, budget = "", None
     log.error("out of memory (%s). What helps: %s.%s", message[:300], remedies(config, budget), hint)
     return FAILED
-
-
-@cache
-def _freeze_imports() -> None:
-    """Exclude what was imported from garbage collection: 440,000 objects, which each full collection would walk for 0.27 s, and
-    transformers' sampling loop triggers two at every call."""
-    gc.freeze()
 
 
 def _stopped_before_training(directory: RunDir, reason: str, *, held: bool) -> int:

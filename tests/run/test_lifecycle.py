@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from halos.checkpoint import manifest
+from halos.collection import collect_rarely, freeze_imports
 from halos.config.schema import Config
-from halos.run.lifecycle import _freeze_imports, _nothing_to_do, run
+from halos.run.lifecycle import _nothing_to_do, run
 from halos.rundir import RunDir
 
 
@@ -16,10 +17,14 @@ def test_imports_are_frozen_once_and_later_runs_freeze_no_garbage(
     configure: Callable[..., Config],
 ) -> None:
     gc.unfreeze()
-    _freeze_imports.cache_clear()  # an earlier test may have called it
+    freeze_imports.cache_clear()  # an earlier test may have called it
+    usual = gc.get_threshold()
+    collect_rarely()
+    assert gc.get_threshold() != usual
     assert run(configure("loss=sft", "dry_run=true"), []) == 0
     frozen = gc.get_freeze_count()
     assert frozen > 100_000
+    assert gc.get_threshold() == usual, "training collects as usual"
     assert run(configure("loss=sft", "dry_run=true"), []) == 0
     assert gc.get_freeze_count() <= frozen
 
