@@ -28,7 +28,7 @@ class SampledTokens:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Taught:
+class TeacherLogps:
     """What a teacher says of the scored tokens of a completion."""
 
     table: np.ndarray  # (tokens, 1 + 2 k) float32: log-prob of the token, nan if unknown; of k ids, -inf if fewer; the ids
@@ -76,7 +76,7 @@ class Demonstration(Example):
 
     completion: Turns
     sampled: tuple[SampledTokens, ...] = field(default=(), kw_only=True)
-    taught: Taught | None = field(default=None, kw_only=True)
+    teacher_logps: TeacherLogps | None = field(default=None, kw_only=True)
 
     @classmethod
     def of(cls, other: Example) -> Sequence[Example] | None:
@@ -221,7 +221,9 @@ class Item:
     labels: Mapping[str, float] = field(default_factory=dict)  # of the fields in `Example.labels`
     logps: np.ndarray | None = None  # (scored tokens,) float32, where a Scored came with its sampler's log-probs
     step_labels: np.ndarray | None = None  # (scored tokens,) float32 of a Stepwise, whose scored tokens end its steps
-    taught: np.ndarray | None = None  # (scored tokens, 1 + 2 k) float32, where a Demonstration came with what a teacher says
+    teacher_logps: np.ndarray | None = (
+        None  # (scored tokens, 1 + 2 k) float32, where a Demonstration came with what a teacher says
+    )
 
 
 PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion

@@ -76,7 +76,7 @@ def _changed_keys(run: RunDir, text: str, records: Mapping[str, str], last: Mapp
     )
     legacy_sections.upgrade(sealed_settings)
     if arithmetic_version.recorded_version(last.get("content")) < arithmetic_version.CISPO_BOUNDED_BELOW:
-        legacy_sections.forget_unread(sealed_settings)
+        legacy_sections.drop_unread_clip_low(sealed_settings)
     later = {
         key for name in (names if attempt is None else names[len(until) :]) for key in run_config.changed_keys(records[name])
     }

@@ -64,7 +64,7 @@ def upgrade(settings: dict[str, Any]) -> None:
         settings[section][name] = value
 
 
-def forget_unread(settings: dict[str, Any]) -> None:
+def drop_unread_clip_low(settings: dict[str, Any]) -> None:
     """Drop the lower bound of a ratio from a run that began while objective=cispo did not read it."""
     loss = settings.get("loss")
     if isinstance(loss, dict) and (loss.get("_target_"), loss.get("objective")) == (GRPO, "cispo"):

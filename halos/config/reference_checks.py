@@ -34,12 +34,12 @@ class LossTraits(Protocol):
 def check_reference(config: Config, loss: LossTraits) -> None:
     """Raises UserError with the first message."""
     clamped = humanline_complaint(config.humanline, loss)
-    for complaint in (_taught(config, loss), _named(config, loss), clamped, _moving(config, loss)):
+    for complaint in (_complain_of_teacher(config, loss), _named(config, loss), clamped, _moving(config, loss)):
         if complaint:
             raise UserError(complaint)
 
 
-def _taught(config: Config, loss: LossTraits) -> str | None:
+def _complain_of_teacher(config: Config, loss: LossTraits) -> str | None:
     if not loss.candidates:
         return None
     if config.online is not None:
@@ -52,14 +52,14 @@ def _taught(config: Config, loss: LossTraits) -> str | None:
     return None
 
 
-def is_taught_by_rows(config: Config, loss: LossTraits) -> bool:
+def reads_teacher_columns(config: Config, loss: LossTraits) -> bool:
     """Return whether what a teacher says is in the rows, so that the run holds no reference model."""
     return bool(loss.candidates) and config.reference.name_or_path is None
 
 
 def has_reference(config: Config, loss: LossTraits) -> bool:
     """Return whether a reference model computes, before the first step or at every one."""
-    return loss.needs_reference and not is_taught_by_rows(config, loss)
+    return loss.needs_reference and not reads_teacher_columns(config, loss)
 
 
 def _named(config: Config, loss: LossTraits) -> str | None:

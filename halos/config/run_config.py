@@ -80,7 +80,7 @@ def _load(text: str, attempts: tuple[tuple[str, str], ...], run_dir: str) -> dic
             resume_policy.apply_changes(settings, {renamed_keys.current_name(key): values for key, values in changed.items()})
             legacy_sections.upgrade(settings)
             if _version(record, f"{run_dir}/attempts/{name}") < arithmetic_version.CISPO_BOUNDED_BELOW:
-                legacy_sections.forget_unread(settings)
+                legacy_sections.drop_unread_clip_low(settings)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(f"{run_dir}/attempts/{name} cannot be read: `changed` is not {{key: [old, new]}}") from error
     try:

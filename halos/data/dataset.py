@@ -40,7 +40,7 @@ def _schema(item: Item) -> pa.Schema:
         + [(f"{name}_key", pa.int64()) for name in ("prompt", *names)]
         + [(f"label_{name}", pa.float64()) for name in item.labels]
         + [("step_labels", FLOATS)] * (item.step_labels is not None)
-        + [("logps", FLOATS), ("taught", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
+        + [("logps", FLOATS), ("teacher_logps", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
     )
 
 
@@ -145,7 +145,7 @@ class Writer:
             for name, value in item.labels.items():
                 columns[f"label_{name}"].append(value)
             columns["logps"].append(() if item.logps is None else item.logps)
-            columns["taught"].append(() if item.taught is None else item.taught.reshape(-1))
+            columns["teacher_logps"].append(() if item.teacher_logps is None else item.teacher_logps.reshape(-1))
             if item.step_labels is not None:
                 columns["step_labels"].append(item.step_labels)
             columns["source"].append(source)
@@ -204,7 +204,7 @@ def publish(hidden: Path, path: Path) -> None:
 def _hash_item(content: Any, item: Item, source: int) -> None:
     """Add all that training reads of an item to a hash; not its origin, so that the same rows from another file hash equally."""
     arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
-    arrays += [each for each in (item.logps, item.step_labels, item.taught) if each is not None]
+    arrays += [each for each in (item.logps, item.step_labels, item.teacher_logps) if each is not None]
     labels = dict(item.labels)
     # three come first, whether an item has them or not: as they stand in the hashes that runs have recorded
     always = [bool(labels.pop("desirable", 1.0)), labels.pop("margin", 0.0), labels.pop("reward", 0.0)]
@@ -243,7 +243,9 @@ class Dataset:
         self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each
         self._names = names = _names(meta["completions"])
         self._lists = {each.name: Lists(table[each.name]) for each in table.schema if pa.types.is_list(each.type)}
-        self.taught = self._lists["taught"].lengths() > 0  # (N,) bool: whether each item has what a teacher says of it
+        self.has_teacher = (
+            self._lists["teacher_logps"].lengths() > 0
+        )  # (N,) bool: whether each item has what a teacher says of it
         self._id, self._keys = table["id"], {name: table[f"{name}_key"] for name in ("prompt", *names)}
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens
@@ -260,9 +262,9 @@ class Dataset:
         completions = tuple(_completion(lists[name][row], lists[f"{name}_spans"][row]) for name in self._names)
         labels = {name: float(values[row]) for name, values in self.labels.items()}
         steps = step_labels[row] if step_labels is not None else None
-        logps, taught = (each if len(each := lists[name][row]) else None for name in ("logps", "taught"))
-        taught = taught.reshape(int(self.scored[row, 0]), -1) if taught is not None else None
-        return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps, steps, taught)
+        logps, teacher_logps = (each if len(each := lists[name][row]) else None for name in ("logps", "teacher_logps"))
+        teacher_logps = teacher_logps.reshape(int(self.scored[row, 0]), -1) if teacher_logps is not None else None
+        return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps, steps, teacher_logps)
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))

@@ -29,7 +29,7 @@ class Encoded:
     tokenised_anew: bool = False  # sampled completions whose token ids were missing or another tokenizer's
     by_ids: bool = True  # whether it is shortened by its ids alone: it has no earlier turns that may go
     step_labels: np.ndarray | None = None  # (scored tokens,) of a Stepwise
-    taught: np.ndarray | None = None  # (scored tokens, 1 + 2 k) of a Demonstration that has what a teacher says
+    teacher_logps: np.ndarray | None = None  # (scored tokens, 1 + 2 k) of a Demonstration that has what a teacher says
 
     @property
     def length(self) -> int:
@@ -61,9 +61,9 @@ def cut_completions(encoded: Encoded, max_length: int) -> Encoded | str:
         return TOO_LONG
     logps = None if encoded.logps is None else encoded.logps[:max_tokens]
     kept = int(completions[0].scored.sum())
-    taught = None if encoded.taught is None else encoded.taught[:kept]
+    teacher_logps = None if encoded.teacher_logps is None else encoded.teacher_logps[:kept]
     if (labels := encoded.step_labels) is None:
-        return replace(encoded, completions=completions, cut_completions=cut, logps=logps, taught=taught)
+        return replace(encoded, completions=completions, cut_completions=cut, logps=logps, teacher_logps=teacher_logps)
     return replace(encoded, completions=completions, cut_completions=cut, cut_steps=len(labels) - kept, step_labels=labels[:kept])
 
 

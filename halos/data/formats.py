@@ -13,7 +13,7 @@ from halos.data.schemas.schema import PROMPTS
 from halos.data.schemas.table import Reading, asked_in, recognised
 from halos.data.steps import COLUMNS as STEPWISE
 from halos.data.steps import labels_of, stepwise
-from halos.data.teacher import taught
+from halos.data.teacher import parse_columns
 from halos.errors import UserError
 from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, Scored, Stepwise, Turns
 
@@ -57,8 +57,8 @@ def parse(row: Row, *, score: str) -> Parsed:
     refuse_weights(reading.columns, row.where)
     if form:
         refuse_contradictions(reading.columns, form, example, row.where)
-    if isinstance(example, Demonstration) and (said := taught(reading.columns, row.where)) is not None:
-        example = replace(example, taught=said)
+    if isinstance(example, Demonstration) and (logps := parse_columns(reading.columns, row.where)) is not None:
+        example = replace(example, teacher_logps=logps)
     return Parsed(example, reading.notes)
 
 

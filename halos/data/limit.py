@@ -37,7 +37,7 @@ class Limit:
         """Return an example as it is kept, or why it is dropped. Raises UserError, naming the row, where it is refused."""
         encoded = Encoded(
             item.prompt, item.completions, remarks.exact, remarks.merged, logps=item.logps, step_labels=item.step_labels,
-            taught=item.taught,
+            teacher_logps=item.teacher_logps,
         )  # fmt: skip
         if encoded.length < self._most:
             return item, remarks
@@ -49,6 +49,6 @@ class Limit:
         if isinstance(shorter, str):
             return shorter
         oddity = self._ends.missing(shorter, remarks.sampling)
-        parts = {name: getattr(shorter, name) for name in ("completions", "logps", "step_labels", "taught")}
+        parts = {name: getattr(shorter, name) for name in ("completions", "logps", "step_labels", "teacher_logps")}
         cut = {"cut_completions": shorter.cut_completions, "cut_steps": shorter.cut_steps}
         return replace(item, **parts), replace(remarks, oddity=oddity, **cut)

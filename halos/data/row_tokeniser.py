@@ -106,7 +106,7 @@ class RowTokeniser:
                 sampling = Sampling.of(example)
                 remarks = Remarks.of(encoded, self._ends.missing(encoded, sampling), sampling)
                 item = Item(encoded.prompt, encoded.completions, own, example.numbers(), encoded.logps, encoded.step_labels,
-                            encoded.taught)  # fmt: skip
+                            encoded.teacher_logps)  # fmt: skip
                 outcomes.append(Outcome(where, own, (item, remarks)))
         return outcomes
 

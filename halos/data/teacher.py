@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from halos.errors import UserError
-from halos.examples import PackRow, Taught, row_hash
+from halos.examples import PackRow, TeacherLogps, row_hash
 
 IDS, LOGPS, TOKEN_LOGPS = "teacher_ids", "teacher_logps", "teacher_token_logps"  # the last: of the row's own tokens
 VOCABULARY, ROW = "teacher_vocabulary", "teacher_row"  # hashes: of the tokenizer, and of the tokens that the teacher has read
 MOST = 1.01  # of the sum of probabilities: those of a teacher in half precision are rounded
 
 
-def taught(columns: Mapping[str, Any], where: str) -> Taught | None:
+def parse_columns(columns: Mapping[str, Any], where: str) -> TeacherLogps | None:
     """Parse a row's teacher columns; None where it has none. Raises UserError for what are no log-probs of distinct ids."""
     if not {IDS, LOGPS} & columns.keys():
         return None
@@ -38,7 +38,7 @@ def taught(columns: Mapping[str, Any], where: str) -> Taught | None:
         if not _is_list(known) or len(known) != len(ids) or not all(_is_logp(each) for each in known):
             raise UserError(f"{where}: {TOKEN_LOGPS} is no list of a log-prob for each of the {len(ids)} tokens of {IDS}")
         table[:, 0] = known
-    return Taught(table, columns.get(VOCABULARY), columns.get(ROW))
+    return TeacherLogps(table, columns.get(VOCABULARY), columns.get(ROW))
 
 
 def _is_list(value: Any) -> bool:
@@ -64,26 +64,26 @@ def _check(ids: Sequence[Any], logps: Sequence[Any], of: str) -> None:
         raise UserError(f"{of} {LOGPS} has probabilities that sum to {total:.4g}, more than 1: it takes natural logarithms")
 
 
-def fitted(said: Taught, row: PackRow, *, vocabulary: str, num_ids: int, where: str) -> np.ndarray:
+def fitted(given: TeacherLogps, row: PackRow, *, vocabulary: str, num_ids: int, where: str) -> np.ndarray:
     """Return what a teacher says of the scored tokens of an encoded completion: (scored, 1 + 2 k) float32.
 
     Raises UserError where it has read other tokens, or ids are not of the tokenizer with this `vocabulary` and `num_ids`.
     """
-    scored, width = int(row[1].scored.sum()), said.table.shape[1] // 2
-    if said.vocabulary is not None and said.vocabulary != vocabulary:
+    scored, width = int(row[1].scored.sum()), given.table.shape[1] // 2
+    if given.vocabulary is not None and given.vocabulary != vocabulary:
         raise UserError(
-            f"{where}: {VOCABULARY} is {said.vocabulary}, and the policy's tokenizer has {vocabulary}: the ids mean other tokens"
+            f"{where}: {VOCABULARY} is {given.vocabulary}, and the policy's tokenizer has {vocabulary}: the ids mean other tokens"
         )
-    if len(said.table) != scored:
+    if len(given.table) != scored:
         raise UserError(
-            f"{where}: {IDS} has {len(said.table)} lists, and {scored} tokens are scored by this tokenizer and chat template, the"
-            " end token included: the teacher has read another text"
+            f"{where}: {IDS} has {len(given.table)} lists, and {scored} tokens are scored by this tokenizer and chat template,"
+            " the end token included: the teacher has read another text"
         )
-    if said.row is not None and said.row != row_hash(row).hex():
+    if given.row is not None and given.row != row_hash(row).hex():
         raise UserError(f"{where}: {ROW} is the hash of other tokens than this tokenizer and chat template make of the row")
-    if (largest := int(said.table[:, 1 + width :].max(initial=0))) >= num_ids:
+    if (largest := int(given.table[:, 1 + width :].max(initial=0))) >= num_ids:
         raise UserError(f"{where}: {IDS} has the id {largest}, and the tokenizer {num_ids} ids")
-    return said.table
+    return given.table
 
 
 def likeliest(table: np.ndarray, top_k: int) -> np.ndarray:

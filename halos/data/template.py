@@ -125,8 +125,8 @@ class Template:
     def _lookalike(self, turn: Message) -> re.Match[str] | None:
         """Find the text of a special token in what a turn says: the tokenizer would read it as that token."""
         calls = [json.dumps(call, ensure_ascii=False, default=str) for call in turn.get("tool_calls") or ()]
-        said = (turn.get("content"), turn.get(REASONING), *calls)
-        return next((found for words in said if words and (found := self._special.search(words))), None)
+        texts = (turn.get("content"), turn.get(REASONING), *calls)
+        return next((found for words in texts if words and (found := self._special.search(words))), None)
 
     def _render_completion(
         self, prompt: Turns, completion: Turns, start: str, where: str, notes: dict[str, None], *, cut: bool

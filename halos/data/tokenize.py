@@ -55,8 +55,8 @@ class Encoder:
         tokenised = iter(self._encode(whole) if whole else [])
         encoded = iter([layout if isinstance(layout, str) else next(tokenised) for layout in layouts])
         kept = iter(self._keep([each for each, has_ids in zip(examples, sampled, strict=True) if has_ids]))
-        whole = [self._taught(next(kept if has_ids else encoded), *each) for has_ids, each in zip(sampled, examples, strict=True)]
-        fitted = [self._fit(each, *example) for each, example in zip(whole, examples, strict=True)]
+        encodings = (next(kept if has_ids else encoded) for has_ids in sampled)
+        fitted = [self._fit(self._with_teacher(each, *of), *of) for each, of in zip(encodings, examples, strict=True)]
         learned = [_unscored(each) if isinstance(example, Scored) and example.masked and isinstance(each, Encoded) else each
                    for each, (example, _) in zip(fitted, examples, strict=True)]  # fmt: skip
         return [unless_equal(each) for each in learned]
@@ -93,13 +93,13 @@ class Encoder:
             _refuse_half_characters((text,), where)
         return [np.array(tokens.ids, np.int32) for tokens in self._tokenise(texts)] if texts else []
 
-    def _taught(self, encoded: Encoded | str, example: Example, where: str) -> Encoded | str:
+    def _with_teacher(self, encoded: Encoded | str, example: Example, where: str) -> Encoded | str:
         """Add what a teacher says of the scored tokens, where the row has it. Raises UserError where it does not fit them."""
-        if not isinstance(example, Demonstration) or example.taught is None or isinstance(encoded, str):
+        if not isinstance(example, Demonstration) or example.teacher_logps is None or isinstance(encoded, str):
             return encoded
-        (completion,) = encoded.completions
-        row, ids = (encoded.prompt, completion), len(self._tokenizer)
-        return replace(encoded, taught=teacher.fitted(example.taught, row, vocabulary=self._vocabulary, num_ids=ids, where=where))
+        row, ids = (encoded.prompt, encoded.completions[0]), len(self._tokenizer)
+        fitted = teacher.fitted(example.teacher_logps, row, vocabulary=self._vocabulary, num_ids=ids, where=where)
+        return replace(encoded, teacher_logps=fitted)
 
     def _is_sampled(self, example: Example) -> bool:
         """Return whether all completions of an example have token ids, and they are this tokenizer's."""
@@ -211,7 +211,7 @@ class Encoder:
 
     def _cut_turns(self, encoded: Encoded, example: Example, where: str) -> Encoded:
         """Remove as many of the oldest turns as necessary; where that is not enough, all but the last user turn."""
-        if encoded.taught is not None:
+        if encoded.teacher_logps is not None:
             return encoded  # its teacher has read all turns
         shorter = _shortened(example)
         tried: dict[int, Encoded] = {}

@@ -17,15 +17,15 @@ def drawn(lengths: Lengths, max_length: int | None) -> Html:
     foot = HEIGHT + 15
     axis = [tag("line", x1=0, x2=WIDTH, y1=HEIGHT, y2=HEIGHT, class_="axis"), tag("text", "0", x=0, y=foot),
             tag("text", f"{end} tokens", x=WIDTH, y=foot, text_anchor="end")]  # fmt: skip
-    title, said = f"{lengths.part} ({lengths.split})", _said(lengths)
+    title, text = f"{lengths.part} ({lengths.split})", _summary(lengths)
     if max_length is not None:
-        said += f", max_length {max_length}{'' if marked else ' (beyond the axis)'}"
-    picture = tag("svg", joined(bars), _mark(marked, scale) if marked else "", *axis, role="img", aria_label=f"{title}: {said}",
+        text += f", max_length {max_length}{'' if marked else ' (beyond the axis)'}"
+    picture = tag("svg", joined(bars), _mark(marked, scale) if marked else "", *axis, role="img", aria_label=f"{title}: {text}",
                   viewBox=f"-2 -4 {WIDTH + 4} {HEIGHT + FOOT + 4}")  # fmt: skip
-    return tag("figure", tag("figcaption", tag("strong", title), f": {said}"), picture)
+    return tag("figure", tag("figcaption", tag("strong", title), f": {text}"), picture)
 
 
-def _said(lengths: Lengths) -> str:
+def _summary(lengths: Lengths) -> str:
     most = f"99% up to {lengths.at_percentile_99:.0f}, longest {lengths.most}"
     return f"mean {lengths.mean:.0f}, median {lengths.median:.0f}, {most}"
 
@@ -38,6 +38,6 @@ def _mark(limit: int, scale: float) -> Html:
 def _bar(start: int, stop: int, count: int, scale: float, top: int) -> Html:
     height = max(1.0, HEIGHT * count / top)
     lasts = stop - 1
-    said = f"{start}{f' to {lasts}' if lasts > start else ''} tokens: {count}"
-    return tag("rect", tag("title", said), x=round(start * scale, 1), y=round(HEIGHT - height, 1),
+    label = f"{start}{f' to {lasts}' if lasts > start else ''} tokens: {count}"
+    return tag("rect", tag("title", label), x=round(start * scale, 1), y=round(HEIGHT - height, 1),
                width=round(max(0.8, (stop - start) * scale - 1), 1), height=round(height, 1))  # fmt: skip

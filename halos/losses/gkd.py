@@ -38,13 +38,13 @@ def gkd(
     assert policy.candidates is not None, "asked for by `candidates`"
     assert reference.candidates is not None, "asked for by `candidates`"
     mask, p, q = policy.mask, reference.candidates, policy.candidates
-    mass, said = p.exp().sum(-1), p != -torch.inf
+    mass, known_ids = p.exp().sum(-1), p != -torch.inf
     if tail == "bucket":
-        q = torch.where(said, q, -torch.inf)
+        q = torch.where(known_ids, q, -torch.inf)
         p, q = (torch.cat([known, _rest(known)], -1) for known in (p, q))
-        said = p != -torch.inf
-    p, q = (torch.where(said, known, 0.0) for known in (p, q))
-    values = torch.where(mask, torch.where(said, _divergence(p, q, beta), 0.0).sum(-1), 0.0)
+        known_ids = p != -torch.inf
+    p, q = (torch.where(known_ids, known, 0.0) for known in (p, q))
+    values = torch.where(mask, torch.where(known_ids, _divergence(p, q, beta), 0.0).sum(-1), 0.0)
     metrics = {"nll": Mean.of(-policy.values, mask), "teacher/nll": Mean.of(-reference.values, mask & ~reference.values.isnan()),
                "teacher/mass": Mean.of(mass, mask)}  # fmt: skip
     return Loss(values, metrics, per="token")

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec, learns_from_single
 from halos.config.plugins import code_hash
-from halos.config.reference_checks import is_taught_by_rows
+from halos.config.reference_checks import reads_teacher_columns
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.data import teacher
@@ -120,16 +120,16 @@ def refuse_other_teacher(config: Config, loss: LossSpec, splits: Iterable[tuple[
     if not loss.candidates:
         return
     for name, rows in [(name, split.rows) for name, split in splits if isinstance(split.rows, Dataset)]:
-        if is_taught_by_rows(config, loss) and not rows.taught.all():
-            lacking = rows.place(int(np.argmin(rows.taught)))
+        if reads_teacher_columns(config, loss) and not rows.has_teacher.all():
+            lacking = rows.place(int(np.argmin(rows.has_teacher)))
             raise UserError(
                 f"loss={loss.name} learns from a teacher, and there is none: reference.name_or_path, a directory or a hub id; or"
-                f" rows with {teacher.IDS} and {teacher.LOGPS}, which {(~rows.taught).sum()} of {len(rows)} rows of data.{name}"
-                f" lack, such as {lacking}"
+                f" rows with {teacher.IDS} and {teacher.LOGPS}, which {(~rows.has_teacher).sum()} of {len(rows)} rows of"
+                f" data.{name} lack, such as {lacking}"
             )
-        if not is_taught_by_rows(config, loss) and rows.taught.any():
+        if not reads_teacher_columns(config, loss) and rows.has_teacher.any():
             raise UserError(
-                f"reference.name_or_path={config.reference.name_or_path} is a teacher, and {rows.taught.sum()} rows of"
+                f"reference.name_or_path={config.reference.name_or_path} is a teacher, and {rows.has_teacher.sum()} rows of"
                 f" data.{name} have what another says ({teacher.IDS}): leave out reference.name_or_path, or the columns:"
                 f" 'data.columns={{{teacher.IDS}: null, {teacher.LOGPS}: null}}'"
             )

@@ -14,7 +14,7 @@ from transformers import PretrainedConfig
 
 from halos.config.bind import LossSpec
 from halos.config.bind_optim import bind_optimizer, bind_schedule
-from halos.config.reference_checks import is_taught_by_rows
+from halos.config.reference_checks import reads_teacher_columns
 from halos.config.schema import Config, Train
 from halos.config.values import show
 from halos.data.collate import num_truncated_mismatches
@@ -135,7 +135,7 @@ def _log(name: str, line: str) -> None:
 def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     """Log the loss, the model and the reference, the plan of the forward pass, and the trained parameters."""
     _log("loss", _loss(config, loss))
-    named = "what the rows have of a teacher" if is_taught_by_rows(config, loss) else _reference(config)
+    named = "what the rows have of a teacher" if reads_teacher_columns(config, loss) else _reference(config)
     suffix = f", reference: {named}" if loss.needs_reference else ""
     trained, total = (_count(structure.model, trained=only) for only in (True, False))
     dtype = str(next(structure.model.parameters()).dtype).removeprefix("torch.")

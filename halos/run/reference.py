@@ -16,7 +16,7 @@ from halos.checkpoint.state import load_reference_values, random_state, restore_
 from halos.checkpoint.weights import load_shards
 from halos.config.arithmetic_version import VISITED_ROWS
 from halos.config.bind import LossSpec
-from halos.config.reference_checks import has_reference, is_taught_by_rows
+from halos.config.reference_checks import has_reference, reads_teacher_columns
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.agreement import from_rank_0
@@ -51,7 +51,7 @@ def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
         raise UserError(complaint)
     if not loss.needs_reference or asked == "never":
         return asked
-    if is_taught_by_rows(config, loss):
+    if reads_teacher_columns(config, loss):
         return "never"
     impossible, wanted = _why_impossible(config, loss, batches), asked == "always" or export is not None
     if impossible and wanted:
@@ -64,7 +64,7 @@ def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
 
 def _complaint(config: Config, loss: LossSpec) -> str | None:
     """Return why keys about what a teacher says do not fit the loss and each other; None where they do."""
-    by_rows, cache, export = is_taught_by_rows(config, loss), config.reference.cache, config.reference.export
+    by_rows, cache, export = reads_teacher_columns(config, loss), config.reference.cache, config.reference.export
     if by_rows and cache == "always":
         return "reference.cache=always: the rows have what the teacher says: leave it out"
     if export is None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from halos.config.bind import LossSpec
-from halos.config.reference_checks import is_taught_by_rows
+from halos.config.reference_checks import reads_teacher_columns
 from halos.data.collate import mismatched_row, pack_on_host
 from halos.data.teacher import IDS, likeliest
 from halos.distributed.device import seed_generators
@@ -202,15 +202,17 @@ class Objective:
 
     def _pack(self, items: Sequence[Item]) -> HostSequences:
         packed = self._pack_rows(self.rows(items))
-        if is_taught_by_rows(self.run.config, self.loss):
-            packed = packed.with_reference(self._taught([items[leaf] for leaf in packed.leaves]))
+        if reads_teacher_columns(self.run.config, self.loss):
+            packed = packed.with_reference(self._teacher_logps([items[leaf] for leaf in packed.leaves]))
         return packed.pinned(self.run.accelerator.device)
 
-    def _taught(self, items: Sequence[Item]) -> np.ndarray:
+    def _teacher_logps(self, items: Sequence[Item]) -> np.ndarray:
         """What the rows of `items` have of a teacher: (scored, 1 + 2 k) float32. Raises UserError for a row that has nothing."""
-        if lacking := [item.id for item in items if item.taught is None]:
+        if lacking := [item.id for item in items if item.teacher_logps is None]:
             raise UserError(f"{lacking[0].rpartition('#')[0]}: there is no reference.name_or_path, and the row has no {IDS}")
-        return np.concatenate([likeliest(item.taught, self.loss.candidates) for item in items if item.taught is not None])
+        return np.concatenate(
+            [likeliest(item.teacher_logps, self.loss.candidates) for item in items if item.teacher_logps is not None]
+        )
 
     def _pack_rows(self, rows: Sequence[PackRow]) -> HostSequences:
         """Pack rows with the reference's log-probs where they are known; of rollouts all is known elsewhere."""
@@ -252,9 +254,9 @@ class Objective:
         """The batch with what its teacher says, computed now where it is not known, for a loss on the teacher's likeliest ids."""
         if not self.loss.candidates or batch.reference is not None:
             return batch
-        said = self._refer(batch)
+        known = self._refer(batch)
         at = (batch.rows, batch.columns)
-        return replace(batch, reference=said.values[at], likeliest=torch.cat([said.candidates[at], said.ids[at].float()], -1))
+        return replace(batch, reference=known.values[at], likeliest=torch.cat([known.candidates[at], known.ids[at].float()], -1))
 
     def _reference(self, batch: Sequences) -> Any:
         """The reference's output: known, or computed now."""

@@ -91,7 +91,7 @@ class ReferenceLogps:
     def _table(self, source: Source) -> Table:
         """The table of a source: that of the cache, else computed now, by one of all runs that need it."""
         cache = LogpsCache(self._cache.cache_dir, {**self._cache.depends_on, **source.facts})
-        is_mine = is_written = told = False
+        is_mine = is_written = is_waiting = False
         try:
             while (table := self._read(cache)) is None:
                 if is_mine and is_written:
@@ -105,9 +105,9 @@ class ReferenceLogps:
                 is_mine = self._from_rank_0(cache.acquire)
                 if not is_mine:
                     self._raise_if_stopped()
-                    if not told:
+                    if not is_waiting:
                         log.info("another run is computing the same reference log-probs (%s): waiting for it", source.name)
-                    told = True
+                    is_waiting = True
                     time.sleep(WAIT)
         finally:
             cache.release()
@@ -165,7 +165,7 @@ class ReferenceLogps:
         trainer, quiet, began, cpu = self.trainer, None if run.main else True, time.perf_counter(), time.process_time()
         if not self._loaded:
             trainer.reference, self._loaded = self._cache.load(), True
-        done = reused = told = 0
+        done = reused = reports = 0
         bar = tqdm(total=int(plan.tokens.sum()), desc=f"reference, {source.name}", unit=" tokens", unit_scale=True, delay=2,
                    leave=False, disable=quiet)  # fmt: skip
         try:
@@ -180,7 +180,7 @@ class ReferenceLogps:
                     done += size
                 parts += [part] if part is not None else []
                 bar.n = done + reused
-                told = self._report(source, plan, done, reused, time.perf_counter() - began, told)
+                reports = self._report(source, plan, done, reused, time.perf_counter() - began, reports)
         finally:
             bar.close()
         run.strategy.reshard(trainer.reference if trainer.reference is not None else run.module)
@@ -214,12 +214,12 @@ class ReferenceLogps:
         table = values.cpu().numpy()
         return [table[n, :count] for n, count in enumerate(counts)]
 
-    # --- what is said about it -------------------------------------------------------------------------------------------
+    # --- its lines in the log --------------------------------------------------------------------------------------------
 
-    def _report(self, source: Source, plan: Plan, done: int, reused: int, seconds: float, told: int) -> int:
+    def _report(self, source: Source, plan: Plan, done: int, reused: int, seconds: float, reports: int) -> int:
         """A line for logs, in which no bar is seen, every REPORT_EVERY seconds; return how many there were."""
-        if seconds < (told + 1) * REPORT_EVERY or not done:
-            return told
+        if seconds < (reports + 1) * REPORT_EVERY or not done:
+            return reports
         total = int(plan.tokens.sum())
         left = (total - done - reused) * seconds / done
         log.info("reference  %s: %d of %d tokens read, about %.0f s left", source.name, done + reused, total, left)

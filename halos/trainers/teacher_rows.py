@@ -66,8 +66,8 @@ def _records(
             counts[CUT] += 1
             continue
         counts[WRITTEN] += 1
-        said = _said(known.find((item.prompt, item.completions[0])), num_ids)
-        yield {**record, **said, VOCABULARY: vocabulary, ROW: _hash(item).hex()}
+        columns = _columns(known.find((item.prompt, item.completions[0])), num_ids)
+        yield {**record, **columns, VOCABULARY: vocabulary, ROW: _hash(item).hex()}
     counts[CUT] += len(items)
 
 
@@ -98,7 +98,7 @@ def _hash(item: Item) -> bytes:
     return row_hash((item.prompt, item.completions[0]))
 
 
-def _said(table: np.ndarray, num_ids: int) -> dict[str, Any]:
+def _columns(table: np.ndarray, num_ids: int) -> dict[str, Any]:
     """The columns of (scored, 1 + 2 k): without ids that are in no text, with which a model's vocabulary may be padded."""
     width = table.shape[1] // 2
     logps, ids = np.minimum(table[:, : 1 + width], 0.0), table[:, 1 + width :].astype(np.int64)

@@ -47,11 +47,11 @@ def test_ragged_lists_become_one_table_of_the_likeliest_ids(encoder: Encoder, pl
     columns = said(count)
     columns |= {"teacher_ids": [[3, 4, 9]] + [[6]] * (count - 1), "teacher_logps": [[-2.0, HALF, -3.0]] + [[-1]] * (count - 1)}
     columns |= {"teacher_token_logps": [-0.25] * count, "teacher_row": row_hash((plain.prompt, plain.completions[0])).hex()}
-    table = encoded(encoder, columns).taught
+    table = encoded(encoder, columns).teacher_logps
     assert table is not None
     assert likeliest(table, 2)[:2].tolist() == [[-0.25, np.float32(HALF), -2.0, 4.0, 3.0], [-0.25, -1.0, -np.inf, 6.0, 0.0]]
     assert likeliest(table[:1], 4)[0].tolist() == [-0.25, np.float32(HALF), -2.0, -3.0, -np.inf, 4.0, 3.0, 9.0, 0.0]
-    bare = encoded(encoder, said(count)).taught
+    bare = encoded(encoder, said(count)).teacher_logps
     assert bare is not None
     assert np.isnan(bare[:, 0]).all(), "nothing is known of the row's own tokens"
 
@@ -60,8 +60,8 @@ def test_a_row_that_is_cut_keeps_what_is_said_of_its_first_tokens(encoder: Encod
     count = int(plain.completions[0].scored.sum())
     short = Encoder(encoder._tokenizer, max_length=len(plain.prompt) + 1, truncation="truncate")
     cut = encoded(short, said(count))
-    assert cut.taught is not None
-    assert (count > 1, cut.taught.shape) == (True, (1, 5))
+    assert cut.teacher_logps is not None
+    assert (count > 1, cut.teacher_logps.shape) == (True, (1, 5))
 
 
 @pytest.mark.parametrize(
@@ -110,8 +110,8 @@ def test_the_hash_of_its_tokenizer_is_accepted_and_turns_that_a_teacher_has_read
     with_teacher = read_example(row._replace(record=columns), score="last")
     assert isinstance(with_teacher, Demonstration)
     short = Encoder(encoder._tokenizer, max_length=len(whole.prompt) + 1, truncation="truncate")
-    (plain, taught) = short.encode([(replace(with_teacher, taught=None), row.where), (with_teacher, row.where)])
+    (plain, taught) = short.encode([(replace(with_teacher, teacher_logps=None), row.where), (with_teacher, row.where)])
     assert isinstance(plain, Encoded)
     assert isinstance(taught, Encoded)
     assert (plain.cut_turns, taught.cut_turns, len(taught.prompt)) == (True, False, len(whole.prompt))
-    assert taught.taught is not None
+    assert taught.teacher_logps is not None

@@ -59,11 +59,11 @@ def answered(columns: Columns, where: str) -> Change | None:
     if is_pair(columns):
         return _pair(columns, where)
     asked = _one(columns, (*PROMPTS, "input") if not {*PROMPTS} & columns.keys() else PROMPTS, "prompt", where)
-    said = _one(columns, ANSWERS, "completion", where) if asked else None
-    if asked is None or said is None:
+    answer = _one(columns, ANSWERS, "completion", where) if asked else None
+    if asked is None or answer is None:
         return None
     new = without(columns, *PROMPTS, *ANSWERS, *([asked] if asked == "input" else []))
-    return Change({"prompt": columns[asked], "completion": columns[said], **new}, f"read as {asked} + {said}")
+    return Change({"prompt": columns[asked], "completion": columns[answer], **new}, f"read as {asked} + {answer}")
 
 
 def _pair(columns: Columns, where: str) -> Change | None:
