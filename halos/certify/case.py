@@ -105,16 +105,18 @@ def synthetic_case(
 
 
 def _item(kind: type[LossInput], number: int, label: float, width: int) -> Item:
-    """Lengths from 1 to `width` that differ between completions; one completion has a token that is not scored. Two items of
-    rollouts share a prompt."""
+    """Lengths up to `width`, a multiple of WIDTH, that differ between completions; one completion has a token that is not scored.
+    Two items of rollouts share a prompt."""
     prompt = np.array([number // 2 if issubclass(kind, RolloutInput) else number, 7], np.int32)
     completions = []
     for which in range(len(kind.example.completed)):
-        length = 1 + (5 * number + 3 * which + 2) % width
+        length = (1 + (5 * number + 3 * which + 2) % WIDTH) * (width // WIDTH)
         scored = np.ones(length, bool)
         if number == 2 and length > 2:
             scored[1] = False
-        completions.append(Completion(np.arange(length, dtype=np.int32) + 100 * number + 50 * which + 10, scored))
+        completions.append(
+            Completion(np.arange(length, dtype=np.int32) + (100 * number + 50 * which) * (width // WIDTH) + 10, scored)
+        )
     return Item(prompt, tuple(completions), f"row {number}", dict.fromkeys(kind.example.labels, label),
                 step_labels=_step_labels(completions[0], label) if issubclass(kind.example, Stepwise) else None)  # fmt: skip
 

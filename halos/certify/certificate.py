@@ -23,6 +23,7 @@ from halos.trainers import humanline
 CONTRACT, NUMBERS, MUTANTS, EXEMPT = "contract", "worked numbers", "mutants", "exemptions"
 CHECKS: Mapping[str, Callable[[Any], Finding]] = {
     "policy = reference": invariances.value_at_reference, "gradient signs": directions.signs, "swap": directions.swap,
+    "long completions": directions.long_completions,
     "padding": invariances.padding, "micro-batches": invariances.microbatches, "accumulation": invariances.accumulation,
     "ranks": invariances.ranks, "order of rows": invariances.order, "float32": invariances.float_types,
     "large log-probs": invariances.large_numbers, "one row": invariances.few_rows, "an empty class": invariances.absent_class,

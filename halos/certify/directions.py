@@ -8,13 +8,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from halos.certify.case import Case, Subject, synthetic_case
+from halos.certify.case import WIDTH, Case, Subject, synthetic_case
 from halos.certify.tabular import Shift
 from halos.certify.verdict import Finding, judged, not_applicable
 from halos.examples import Comparison, Demonstration, Judgement
 from halos.types import PackRow, RolloutInput
 
 NATS = 4.0  # by which a completion is made more or less likely than under the reference
+LONG = 256  # times the tokens of other checks: completions of up to 1536
 
 
 def wanted(case: Case) -> Iterator[tuple[PackRow, float]]:
@@ -55,10 +56,38 @@ def signs(subject: Subject) -> Finding:
         names = _names(subject, directions)
         problem = f"{names[wrong[0][0]]} is pushed the wrong way ({len(wrong)} of {len(slopes)} completions)"
     else:
-        problem = None
+        problem = _still_side(subject, directions, slopes)
     still = sum(abs(slope) <= 1e-6 * largest for slope in slopes)
     rest = f"; {still} of {len(slopes)} completions are not pushed" if still else ""
     return judged(problem, f"{_meaning(subject)}{rest}")
+
+
+def _still_side(subject: Subject, directions: list[tuple[PackRow, float]], slopes: list[float]) -> str | None:
+    """What is wrong where one of two sides has no gradient in any row."""
+    names = _names(subject, directions)
+    pushed = {name for name, slope in zip(names, slopes, strict=True) if slope}
+    still = [name for name in names if name not in pushed]
+    return f"{still[0]} is never pushed: its gradients are all 0" if still else None
+
+
+def long_completions(subject: Subject) -> Finding:
+    """A token of a completion with a gradient has one, however late it comes: where policy and reference are equal, and nothing
+    is clipped; a teacher's distribution is another."""
+    if subject.inputs.head not in ("language", "value"):
+        return not_applicable("it reads no log-probs of tokens")
+    case = synthetic_case(subject, width=WIDTH * LONG, at_reference=not subject.candidates, first_pass=True)
+    subject.step(case, case.whole)
+    most = 0
+    for n in range(len(case.items)):
+        for row in case.rows(n):
+            gradients = [leaf.grad.reshape(len(leaf), -1) for leaf in case.policy.entry(row).values() if leaf.grad is not None]
+            reached = torch.cat(gradients, 1).any(1) if gradients else torch.zeros(0, dtype=torch.bool)
+            if reached.any() and not reached.all():
+                first, count = int((~reached).nonzero()[0]), int((~reached).sum())
+                rest = f", and {count - 1} others" if count > 1 else ""
+                return judged(f"token {first + 1} of the {len(reached)} of a completion has no gradient{rest}", "")
+            most = max(most, len(reached))
+    return judged(None, f"every token of completions of up to {most} tokens has a gradient")
 
 
 def _names(subject: Subject, directions: list[tuple[PackRow, float]]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Mutants of a loss: its functions with one operator, operand, constant or call changed."""
+"""Mutants of a loss: its functions with one operator, operand, constant or call changed, and the constants of its module."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class Mutant:
 
 def mutants(module: ModuleType, function: str) -> Iterator[Mutant]:
     """Every mutant of `function`, of the module's other functions that take part, and of what these call in the module."""
-    source = inspect.getsource(module)
-    defined = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    body = ast.parse(inspect.getsource(module)).body
+    defined = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     reached = _reached(defined, [function, *PARTS])
+    yield from _constants(module, body, reached)
     for definition in reached:
         policy, others = _first(definition), _compiled(module, [each for each in reached if each is not definition])
         same = _same_in_both(definition)
@@ -48,13 +49,26 @@ def mutants(module: ModuleType, function: str) -> Iterator[Mutant]:
                     parent if isinstance(parent, ast.expr | ast.keyword) and isinstance(node, ast.Constant | ast.Name) else node
                 )
                 before = ast.unparse(shown)
-                _put(parent, name, index, ast.copy_location(changed, node))
+                _put(parent, name, index, ast.fix_missing_locations(ast.copy_location(changed, node)))
                 after = ast.unparse(changed if shown is node else shown)
                 namespace = dict(vars(module))
                 for code in (others, _compiled(module, [definition])):
                     exec(code, namespace)
                 _put(parent, name, index, node)
                 yield Mutant(getattr(node, "lineno", 0), f"{before} -> {after}", namespace)
+
+
+def _constants(module: ModuleType, body: Sequence[ast.stmt], reached: list[ast.FunctionDef]) -> Iterator[Mutant]:
+    """The numbers that the module gives a name, and functions that take part read."""
+    read = {node.id for each in reached for node in ast.walk(each) if isinstance(node, ast.Name)}
+    for statement in body:
+        match statement:
+            case ast.Assign(targets=[ast.Name(name)]) | ast.AnnAssign(target=ast.Name(name)) if name in read:
+                value = vars(module)[name]
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    namespace = {**vars(module), name: value + 1}
+                    exec(_compiled(module, reached), namespace)
+                    yield Mutant(statement.lineno, f"{name} = {value} -> {name} = {value + 1}", namespace)
 
 
 def survivors(
@@ -185,6 +199,8 @@ def _is_squared(parent: ast.AST) -> bool:
 
 def _calls(call: ast.Call) -> Iterator[ast.expr]:
     match call.func, call.args:
+        case ast.Attribute(value, "no_grad"), []:
+            yield ast.Call(ast.Attribute(value, "enable_grad", ast.Load()), [], [])
         case ast.Attribute(value, name), _ if name in DROPPED and not _is_named(value, "torch"):
             yield value
         case ((ast.Attribute(attr=name) | ast.Name(id=name)), [argument]) if name in DROPPED:

@@ -187,9 +187,26 @@ def test_what_is_declared_not_to_hold_counts_with_its_reason_and_not_in_vain(pac
     assert failing(of(package, kept, "hides_nan")) == {"exemptions", "NaN and Inf", "worked numbers"}
 
 
-def test_a_side_that_is_not_pushed_is_said(package: Path) -> None:
+def test_a_side_that_is_never_pushed_fails(package: Path) -> None:
     (line,) = [check for check in of(package, WRONG, "one_side").checks if check.name == "gradient signs"]
-    assert line.evidence.endswith("; 6 of 12 completions are not pushed")
+    assert (line.verdict, line.evidence) == ("FAIL", "the rejected completion is never pushed: its gradients are all 0")
+
+
+def test_a_loss_that_reads_no_more_than_some_tokens_fails(package: Path) -> None:
+    early = DPO.replace("def loss", "FIRST = 500\n\n\ndef loss").replace("chosen.sum", "chosen.values[:, :FIRST].sum(-1)")
+    lines = {check.name: check for check in of(package, f"{early}\n\nEXAMPLES = [{NUMBERS!r}]", "loss", beta=0.1).checks}
+    assert lines["long completions"].verdict == lines["mutants"].verdict == "FAIL"
+    assert lines["long completions"].evidence == "token 501 of the 768 of a completion has no gradient, and 267 others"
+    assert "FIRST = 500 -> FIRST = 501" in lines["mutants"].evidence
+
+
+def test_a_side_that_is_kept_out_of_the_gradient_is_a_mutant(package: Path) -> None:
+    kept_out = DPO.replace("    rejected = policy", "    with torch.no_grad():\n        rejected = policy").replace(
+        "\n\n\n", "\n", 1
+    )
+    certificate = of(package, f"import torch\n{kept_out}\n\nEXAMPLES = [{NUMBERS!r}]", "loss", beta=0.1)
+    assert "torch.no_grad() -> torch.enable_grad()" in certificate.alive
+    assert failing(certificate) == {"gradient signs", "mutants"}
 
 
 def test_without_worked_numbers_nothing_is_proved(package: Path) -> None:
