@@ -132,7 +132,8 @@ READING = """Advantages are those of verl's `grpo` unless another estimator is n
 `accumulation` 1 + 3 + 2 rows, and the three `ranks` 3, 2 and 1. verl's engine sends the tokens and rows of the global batch
 along, so that a loss that is a sum over them does not depend on the cut. `seq-mean-token-sum-norm` without loss_scale_factor
 divides by the width of the tensor, `geo_mean` by the rows of the micro-batch, and `clip_cov` and `kl_cov` choose tokens by their
-covariance within it; these three do not bound a ratio before the exponential. What verl logs of a policy loss are means of
+covariance within it; these three do not bound a ratio before the exponential. `clip_cov`
+means to leave tokens without a gradient. What verl logs of a policy loss are means of
 micro-batches' means, and not in this table."""
 
 
