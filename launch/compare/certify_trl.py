@@ -104,8 +104,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 READING = """`micro-batches` has one row in each, `accumulation` 1 + 3 + 2 rows, and the three `ranks` 3, 2 and 1, as the last
 batch of an epoch may: TRL's means of means are exact where all are of equal size and a loss has one denominator, as
-those that pass `micro-batches`. At the start DiscoPOP's slope, and `apo_down`'s of 0 for what is chosen, are what their formulas have:
-halos declares them so. The policy gradients of TRL, whose advantages and denominators are computed outside of their loss methods, are not in this table."""
+those that pass `micro-batches`. At the start DiscoPOP's slope, and `apo_down`'s of 0 for what is chosen, are what their
+formulas have: halos declares them so. The policy gradients of TRL, whose advantages and denominators are computed outside of
+their loss methods, are not in this table."""
 
 
 def theirs() -> list[Theirs]:
