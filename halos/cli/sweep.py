@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -43,12 +44,23 @@ def run_sweep(parsed: Sequence[Override], overrides: Sequence[str], flags: Seque
         if jobs[0][0].dry_run:
             _check_launcher(tree, [one.text for one in resolved if one.is_hydra])
             return _dry_run(jobs, resolved, tree)
+        resolved = _added_by_swept_choices(resolved, tree)
     shared = f"hydra.job.config.override_dirname.exclude_keys={[one.key for one in resolved if not one.is_sweep]}"
     arguments = [one.text for one in resolved] + _optuna_defaults(resolved, jobs[0][0]) + [shared]
     try:
         return enter_hydra([*arguments, *flags], known)
     finally:
         _report([Path(config.run_dir) for config, _ in jobs])
+
+
+def _added_by_swept_choices(resolved: Sequence[Override], tree: ConfigTree) -> list[Override]:
+    """The overrides, of which those of keys that only a swept choice has are added (`++`): Hydra composes a configuration without
+    the swept choices too, and would refuse them. Every job has been checked for keys that do not exist."""
+    if not any(one.is_sweep and one.chooses(tree.choices) for one in resolved):
+        return list(resolved)
+    fixed = set(keys(tree.compose([one.text for one in resolved if one.chooses(tree.choices) and not one.is_sweep])))
+    return [one if one.sign or one.is_sweep or one.is_hydra or one.chooses(tree.choices) or one.key in fixed
+            else replace(one, sign="++") for one in resolved]  # fmt: skip
 
 
 def run_through_hydra(parsed: Sequence[Override], flags: Sequence[str], tree: ConfigTree) -> int:

@@ -87,6 +87,22 @@ def test_jobs_in_this_process_run_on_after_one_failed_and_are_not_trained_twice(
     assert list(sweep.attempts().values()) == [1]
 
 
+def test_a_sweep_over_losses_takes_the_keys_that_come_with_them(sweep: Sweep) -> None:
+    sweep.words[0] = "loss=dpo,cdpo"
+    words = ("hydra/launcher=basic", "train.steps=1", "checkpoint.every=null", "loss.beta=0.3", "objective.metric=loss",
+             "objective.mode=min")  # fmt: skip
+    status, told = sweep.run(*words)
+    assert status == 0, told
+    configs = [yaml.safe_load((path / "config.yaml").read_text()) for path in sweep.runs().values()]
+    assert sorted((each["loss_choice"], each["loss"]["beta"], each["objective"]["metric"]) for each in configs) == [
+        ("cdpo", 0.3, "loss"), ("dpo", 0.3, "loss")
+    ]  # fmt: skip
+    assert sweep.run(*words)[0] == 0
+    assert set(sweep.attempts().values()) == {1}, "given again, it has nothing to do"
+    status, told = sweep.run(*words, "loss.smoothing=0.1")
+    assert (status, "dpo takes no 'smoothing'" in told) == (2, True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_sweep_leaves_no_process_and_the_same_command_completes_it(
