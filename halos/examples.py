@@ -34,6 +34,7 @@ class TeacherLogps:
     table: np.ndarray  # (tokens, 1 + 2 k) float32: log-prob of the token, nan if unknown; of k ids, -inf if fewer; the ids
     vocabulary: str | None = None  # identifies the tokenizer of the ids
     row: str | None = None  # the hash of the row that the teacher has read
+    temperature: float | None = None  # by which its logits were divided
 
 
 @dataclass(frozen=True, slots=True)

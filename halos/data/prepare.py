@@ -47,13 +47,14 @@ class Making:
     purpose: str
     transform: Callable[[Any], Example] | None
     transform_key: str
+    temperature: float | None = None  # of training, where the loss learns from a teacher, whose log-probs must be of the same
 
     def facts(self) -> list[Any]:
         """Return what items of any max_length depend on."""
         code = code_hash(f"{self.kind.__module__}.{self.kind.__name__}")  # of the user's own type
         converts = f"{self.transform_key} {_code_of(self.transform)}"
         common = [self.kind.__name__, self.score, self.lost, converts, code, cache.code_version()]
-        return [*common, *_tokenizer(self.tokenizer)]
+        return [*common, *_tokenizer(self.tokenizer), *([self.temperature] if self.temperature is not None else [])]
 
     def key(self, opened: Sequence[OpenSource]) -> str:
         sources = [[each.fingerprint for each in opened], [asdict(each.source) for each in opened]]
@@ -70,7 +71,7 @@ class Making:
         one, other = (
             RowTokeniser(
                 self.tokenizer, kind=self.kind, score=self.score, max_length=most, truncation=longer, lost=self.lost,
-                transform=self.transform,
+                transform=self.transform, temperature=self.temperature,
             )
             for most, longer in ((NONE, "error"), (self.max_length, self.truncation))
         )  # fmt: skip
@@ -99,6 +100,7 @@ def prepare(
     purpose: str = "train",
     transform: Callable[[Any], Example] | None = None,
     transform_key: str = "",
+    temperature: float | None = None,
     rule: Rule | None = None,
     train: Sequence[str | Mapping[str, Any]] = (),
 ) -> Path:
@@ -108,7 +110,7 @@ def prepare(
     those of the entries `train` are added. Call it on one rank; the others open what it returns.
     """
     opened = _opened(entries, kind, purpose, rule, train, score)
-    making = Making(kind, tokenizer, max_length, truncation, score, lost, purpose, transform, transform_key)
+    making = Making(kind, tokenizer, max_length, truncation, score, lost, purpose, transform, transform_key, temperature)
     base = expanded(cache_dir)
     path = base / cache.DATA / making.key(opened)
     cache.keep(path)

@@ -45,9 +45,11 @@ class RowTokeniser:
         truncation: str,
         lost: str = "error",
         transform: Callable[[Any], Example] | None = None,
+        temperature: float | None = None,
     ) -> None:
         self.tokenizer, self.kind, self.transform = tokenizer, kind, transform
-        self._settings: dict[str, Any] = {"score": score, "max_length": max_length, "truncation": truncation, "lost": lost}
+        self._settings: dict[str, Any] = {"score": score, "max_length": max_length, "truncation": truncation, "lost": lost,
+                                          "temperature": temperature}  # fmt: skip
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self.tokenizer, {"kind": self.kind, "transform": self.transform, **self._settings})

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
+from halos.data.encoded import Encoded
 from halos.errors import UserError
-from halos.examples import PackRow, TeacherLogps, row_hash
+from halos.examples import Demonstration, Example, PackRow, TeacherLogps, row_hash
 
 IDS, LOGPS, TOKEN_LOGPS = "teacher_ids", "teacher_logps", "teacher_token_logps"  # the last: of the row's own tokens
 VOCABULARY, ROW = "teacher_vocabulary", "teacher_row"  # hashes: of the tokenizer, and of the tokens that the teacher has read
+TEMPERATURE = "teacher_temperature"  # by which the teacher's logits were divided
 MOST = 1.01  # of the sum of probabilities: those of a teacher in half precision are rounded
 
 
@@ -38,15 +41,21 @@ def parse_columns(columns: Mapping[str, Any], where: str) -> TeacherLogps | None
         if not _is_list(known) or len(known) != len(ids) or not all(_is_logp(each) for each in known):
             raise UserError(f"{where}: {TOKEN_LOGPS} is no list of a log-prob for each of the {len(ids)} tokens of {IDS}")
         table[:, 0] = known
-    return TeacherLogps(table, columns.get(VOCABULARY), columns.get(ROW))
+    if (temperature := columns.get(TEMPERATURE)) is not None and not (_is_number(temperature) and 0 < temperature < np.inf):
+        raise UserError(f"{where}: {TEMPERATURE} is {temperature!r}, not a number above 0")
+    return TeacherLogps(table, columns.get(VOCABULARY), columns.get(ROW), temperature)
 
 
 def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def _is_logp(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and -np.inf < float(value) <= 0
+    return _is_number(value) and -np.inf < float(value) <= 0
 
 
 def _check(ids: Sequence[Any], logps: Sequence[Any], of: str) -> None:
@@ -64,15 +73,31 @@ def _check(ids: Sequence[Any], logps: Sequence[Any], of: str) -> None:
         raise UserError(f"{of} {LOGPS} has probabilities that sum to {total:.4g}, more than 1: it takes natural logarithms")
 
 
-def fitted(given: TeacherLogps, row: PackRow, *, vocabulary: str, num_ids: int, where: str) -> np.ndarray:
+def with_teacher(encoded: Encoded | str, example: Example, where: str, **known: Any) -> Encoded | str:
+    """Add what a teacher says of the scored tokens, where the row has it. Raises as `fitted`, which gets `known`."""
+    if not isinstance(example, Demonstration) or example.teacher_logps is None or isinstance(encoded, str):
+        return encoded
+    row = (encoded.prompt, encoded.completions[0])
+    return replace(encoded, teacher_logps=fitted(example.teacher_logps, row, **known, where=where))
+
+
+def fitted(
+    given: TeacherLogps, row: PackRow, *, vocabulary: str, num_ids: int, temperature: float | None, where: str
+) -> np.ndarray:
     """Return what a teacher says of the scored tokens of an encoded completion: (scored, 1 + 2 k) float32.
 
-    Raises UserError where it has read other tokens, or ids are not of the tokenizer with this `vocabulary` and `num_ids`.
+    Raises UserError where it has read other tokens, ids are not of the tokenizer with this `vocabulary` and `num_ids`, or its
+    temperature is not that of training; None: nothing is learned of it.
     """
     scored, width = int(row[1].scored.sum()), given.table.shape[1] // 2
     if given.vocabulary is not None and given.vocabulary != vocabulary:
         raise UserError(
             f"{where}: {VOCABULARY} is {given.vocabulary}, and the policy's tokenizer has {vocabulary}: the ids mean other tokens"
+        )
+    if None not in (given.temperature, temperature) and given.temperature != temperature:
+        raise UserError(
+            f"{where}: {TEMPERATURE} is {given.temperature:g}, and train.temperature={temperature:g}: the teacher's"
+            f" log-probs are of another distribution; train.temperature={given.temperature:g} is theirs"
         )
     if len(given.table) != scored:
         raise UserError(

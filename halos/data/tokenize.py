@@ -4,6 +4,7 @@ import hashlib
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -36,10 +37,16 @@ class _Tokens(NamedTuple):
 class Encoder:
     """Tokenises examples. A prompt has the ids of the prompt alone, as a sampler gets it."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str, lost: str = "error") -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, *, max_length: int, truncation: str, lost: str = "error",
+        temperature: float | None = None,
+    ) -> None:  # fmt: skip
+        """`temperature` is that of training, where a teacher's log-probs are read."""
         self._tokenizer, self._template = tokenizer, Template(tokenizer, lost=lost)
         self._laid_out: dict[int, Layout | str] = {}  # by the id of an example whose layout was tried already
         self._max_length, self._truncation, self._vocabulary = max_length, truncation, vocabulary_of(tokenizer)
+        known = {"vocabulary": self._vocabulary, "num_ids": len(tokenizer), "temperature": temperature}
+        self._with_teacher = partial(teacher.with_teacher, **known)
         added = tokenizer.added_tokens_decoder.values()
         self._seams = any_of(str(t) for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
@@ -92,14 +99,6 @@ class Encoder:
         for text, (_, where) in zip(texts, prompts, strict=True):
             _refuse_half_characters((text,), where)
         return [np.array(tokens.ids, np.int32) for tokens in self._tokenise(texts)] if texts else []
-
-    def _with_teacher(self, encoded: Encoded | str, example: Example, where: str) -> Encoded | str:
-        """Add what a teacher says of the scored tokens, where the row has it. Raises UserError where it does not fit them."""
-        if not isinstance(example, Demonstration) or example.teacher_logps is None or isinstance(encoded, str):
-            return encoded
-        row, ids = (encoded.prompt, encoded.completions[0]), len(self._tokenizer)
-        fitted = teacher.fitted(example.teacher_logps, row, vocabulary=self._vocabulary, num_ids=ids, where=where)
-        return replace(encoded, teacher_logps=fitted)
 
     def _is_sampled(self, example: Example) -> bool:
         """Return whether all completions of an example have token ids, and they are this tokenizer's."""

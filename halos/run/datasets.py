@@ -69,6 +69,7 @@ def making(config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, m
         loss.example_type or loss.inputs.example, tokenizer, max_length, config.train.truncation, config.data.score,
         config.data.lost, purpose, loss.examples,
         f"{loss.name} {loss.settings} {code_hash(config.loss['_target_'])}" if loss.examples else "",
+        config.train.temperature if loss.candidates else None,
     )  # fmt: skip
 
 
@@ -90,6 +91,7 @@ def _open(
                 lost=config.data.lost,
                 transform=loss.examples,
                 transform_key=f"{loss.name} {loss.settings} {code_hash(config.loss['_target_'])}" if loss.examples else "",
+                temperature=config.train.temperature if loss.candidates else None,
                 cache_dir=expanded(config.cache_dir),
                 rule=None if fraction is None else Rule(fraction, config.data.near_duplicates),
                 train=() if fraction is None or purpose == "train" else entries_of(config.data, "train"),

@@ -19,7 +19,7 @@ from halos.data.encoded import Encoded
 from halos.data.formats import as_kind, parse
 from halos.data.row import Row
 from halos.data.sources import Source, open_source
-from halos.data.teacher import IDS, LOGPS, ROW, TOKEN_LOGPS, VOCABULARY
+from halos.data.teacher import IDS, LOGPS, ROW, TEMPERATURE, TOKEN_LOGPS, VOCABULARY
 from halos.data.tokenize import Encoder, vocabulary_of
 from halos.errors import UserError
 from halos.examples import TEXT, Demonstration, Item, row_hash
@@ -67,7 +67,8 @@ def _records(
             continue
         counts[WRITTEN] += 1
         columns = _columns(known.find((item.prompt, item.completions[0])), num_ids)
-        yield {**record, **columns, VOCABULARY: vocabulary, ROW: _hash(item).hex()}
+        of = {VOCABULARY: vocabulary, ROW: _hash(item).hex(), TEMPERATURE: config.train.temperature}
+        yield {**record, **columns, **of}
     counts[CUT] += len(items)
 
 

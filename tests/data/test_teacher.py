@@ -23,7 +23,9 @@ HALF = float(np.log(0.5))
 
 @pytest.fixture(scope="module")
 def encoder(cache: Path) -> Encoder:
-    return Encoder(AutoTokenizer.from_pretrained(locate("tiny", None, cache)), max_length=256, truncation="truncate")
+    return Encoder(
+        AutoTokenizer.from_pretrained(locate("tiny", None, cache)), max_length=256, truncation="truncate", temperature=1.0
+    )
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +86,11 @@ def test_a_row_that_is_cut_keeps_what_is_said_of_its_first_tokens(encoder: Encod
         ({"teacher_token_logps": [-1.0]}, r"teacher_token_logps is no list of a log-prob for each of the \d+ tokens"),
         ({"teacher_vocabulary": "ab12"}, "teacher_vocabulary is ab12, and the policy's tokenizer has"),
         ({"teacher_row": "ab12"}, "teacher_row is the hash of other tokens"),
+        (
+            {"teacher_temperature": 2.0},
+            "teacher_temperature is 2, and train.temperature=1: the teacher's log-probs are of another",
+        ),
+        ({"teacher_temperature": 0}, "teacher_temperature is 0, not a number above 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_row(

@@ -1,5 +1,6 @@
 """A run of a few steps reads the reference only of the rows in its steps, and its steps are those of a live reference."""
 
+import json
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -95,10 +96,11 @@ def test_jobs_share_a_table_where_they_see_the_same_rows(world: World, read: Cou
     assembled(world, "rate", *FEW, "optim.lr=1e-2", "loss=ipo").prepare_reference()
     assembled(world, "cut", *FEW, "train.steps=4", "train.batch_size=3").prepare_reference()
     assert not read, "the same 12 rows"
-    other = assembled(world, "seed", *FEW, "seed=7")
-    other.prepare_reference()
-    assert read["train"] == 24
-    other.step(other.order.batch(0))  # finds its rows
+    for loss in ("dpo", "kto"):
+        assembled(world, f"{loss}-before", f"loss={loss}", *FEW).prepare_reference()
+        other = assembled(world, f"{loss}-seed", f"loss={loss}", *FEW, "seed=7")
+        other.prepare_reference()
+        other.step(other.order.batch(0))  # finds its rows
 
 
 def test_all_rows_are_read_where_more_than_the_steps_need_them(world: World, read: Counter[str], tmp_path: Path) -> None:
@@ -113,6 +115,13 @@ def test_all_rows_are_read_where_more_than_the_steps_need_them(world: World, rea
     )
     weighted = [f"data.train=[{{path: {world.data}, epochs: 0.3}}]", "train.steps=null", "train.epochs=1"]
     assert rows_read(world, read, "weighted", *FEW, *weighted) == 24, "an epoch that draws 12 of them"
+    teacher = shutil.copytree(world.base, world.place / "teacher")
+    export = [f"reference.name_or_path={teacher}", f"reference.export={tmp_path / 'export'}", "data.eval=[]", "loss=gkd",
+              "objective.metric=loss", "objective.mode=min", "loss.top_k=2"]  # fmt: skip
+    asked = [json.dumps({"prompt": f"Count {n}", "completion": f"one {n}"}) for n in range(ROWS)]
+    world.data.write_text("\n".join(asked))
+    assert rows_read(world, read, "kept", *FEW, *export[:1], *export[2:]) == 12
+    assert rows_read(world, read, "export", *FEW, *export) == ROWS
     world.data.write_text("".join(SCORED * 2))
     assert rows_read(world, read, "rollouts", *FEW, "loss=grpo", "loss.beta=0.1", "data.eval=[]", "objective.metric=loss",
                      "objective.mode=min", "train.steps=1", "train.batch_size=6") == 22, "all that differ"  # fmt: skip

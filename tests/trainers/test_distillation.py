@@ -20,6 +20,7 @@ from halos.models.locate import locate
 from halos.run.datasets import refuse_other_teacher
 from halos.run.lifecycle import run
 from halos.run.reference import decision
+from halos.trainers import teacher_rows
 from halos.trainers.base import Trainer
 from tests import composed
 
@@ -91,8 +92,22 @@ def test_rows_with_what_a_teacher_says_train_as_its_cache_does_without_the_teach
         for mine, theirs in zip(taught.train.rows, cached.train.rows, strict=False)
     )
     agree([step_in(cached, 4), *(step_in(taught, size) for size in (11, 1))])
+    with pytest.raises(UserError, match=r"few\.jsonl:1: teacher_temperature is [12], and train\.temperature=3"):
+        trainer(
+            *(word for word in given if not word.startswith("train.temperature")),
+            *few[:2],
+            "exp_name=hotter",
+            "train.temperature=3",
+        )
     with pytest.raises(UserError, match=r"is a teacher, and 11 rows of data\.train have what another says"):
         refuse_other_teacher(cached.run.config, cached.loss, [("train", taught.train)])
+
+
+def test_ids_that_only_a_padded_vocabulary_has_are_not_written() -> None:
+    table = np.array([[-1.0, -0.5, -2.0, 3, 99]], np.float32)
+    assert teacher_rows._columns(table, 99) == {
+        "teacher_ids": [[3]], "teacher_logps": [[-0.5]], "teacher_token_logps": [-1.0]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
