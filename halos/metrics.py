@@ -1,5 +1,6 @@
 """Means that are exact over micro-batches, ranks and steps: totals and counts are summed, and divided once."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -53,8 +54,11 @@ def loss_of(means: Mapping[str, float]) -> dict[str, float]:
     return {"loss": sum(parts)} if parts and "loss" not in means else {}
 
 
+LARGEST_DIFFERENCE = "mismatch/max"  # a metric that is the largest of what it is over; the others are means
+
+
 class Window:
-    """Totals since the last logged step."""
+    """Totals since the last logged step; of a metric that is the largest, the largest."""
 
     def __init__(self) -> None:
         self.totals: dict[str, list[float]] = {}
@@ -62,6 +66,9 @@ class Window:
     def add(self, totals: Mapping[str, tuple[float, float]]) -> None:
         for name, (total, count) in totals.items():
             sums = self.totals.setdefault(name, [0.0, 0.0])
+            if name == LARGEST_DIFFERENCE:
+                sums[:] = [total if math.isnan(total) else max(sums[0], total), 1.0]
+                continue
             sums[0] += total
             sums[1] += count
 

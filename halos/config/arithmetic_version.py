@@ -14,6 +14,7 @@ from halos.config.schema import Config
 from halos.reward_kind import RewardKind
 
 PAIRED = ("dpo", "cdpo", "ipo", "simpo", "slic", "bradley_terry")
+ON_ROLLOUTS = ("grpo", "rloo", "ppo", "reinforce_plus_plus")
 KEY = "arithmetic"  # under which an attempt's record, a lineage and a manifest hold the version
 
 
@@ -159,6 +160,8 @@ HISTORY = (
              lambda now: now.config.loss.get("objective") == "cispo", of="kept"),
     Revision(14, "2026-11-28", "of data that a run sees at most half of, the reference's log-probs are those of what it sees",
              lambda now: now.refers, of="kept"),
+    Revision(14, "2026-11-28", "of several steps mismatch/max is the largest, and not a mean",
+             lambda now: _of_loss(*ON_ROLLOUTS)(now) and now.config.train.log_every > 1, of="metrics"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS = 7, 9, 11, 13, 14

@@ -18,6 +18,7 @@ from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Item
 from halos.hooks.base import Run
+from halos.metrics import LARGEST_DIFFERENCE
 from halos.online.live_rollouts import LiveRollouts
 from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows, number_in
 from halos.online.policy import PolicyEngine
@@ -201,7 +202,7 @@ class RolloutSource:
         prompts = [tuple(map(int, sample.prompt.ids)) for sample in some]
         differences = rescore.differences(some, prompts, self.engine.own_logps)
         mean, largest = float(differences.mean()), float(differences.max())
-        self.run.window.add({"mismatch/mean": (mean, 1.0), "mismatch/max": (largest, 1.0)})
+        self.run.window.add({"mismatch/mean": (mean, 1.0), LARGEST_DIFFERENCE: (largest, 1.0)})
         if mean > (bound := rescore.warned_above(self.online.sampler)) and not self._mismatched:
             self._mismatched = True
             log.warning("step %d: %s", self.run.step, rescore.warning(mean, largest, len(some), bound))

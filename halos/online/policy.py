@@ -17,7 +17,7 @@ from halos.hooks.base import Run
 from halos.logps.model import ActorCritic, LanguageModel, bare
 from halos.merge import merge
 from halos.merge.merge_and_prove import case_of
-from halos.online.unsharded import POLICY, Unsharded
+from halos.online.unsharded import Unsharded, policy_origin
 from halos.rollout import rescore
 from halos.rollout.engines.engine import Engine, PolicyServer, open_engine, stop_ids
 from halos.rollout.kl import token_logps
@@ -34,6 +34,7 @@ class PolicyEngine:
         self.run, self.server, self.policy = run, server, policy
         self.probed, self._reloads = rescore.probe_requests(probed), rescore.ReloadProof()
         self.settings = run.config.online.sampler
+        self.origin = policy_origin(run.tokenizer)
         self._served: int | None = None  # the step whose weights the server has
         if server is not None:
             server.stops = tuple(stop_ids(bare(run.model).generation_config, run.tokenizer))
@@ -47,7 +48,7 @@ class PolicyEngine:
             return
         with self.policy.opened() as model:
             dtype = str(model.dtype).removeprefix("torch.")
-            yield open_engine(self.settings, POLICY, directory=None, tokenizer=self.run.tokenizer, model=lambda: model,
+            yield open_engine(self.settings, self.origin, directory=None, tokenizer=self.run.tokenizer, model=lambda: model,
                               dtype=dtype)  # fmt: skip
 
     def _push(self, server: PolicyServer) -> None:
@@ -106,4 +107,4 @@ def server_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> PolicyServe
     """The server that samples; None where this process does. Raises UserError for an engine whose weights cannot be replaced."""
     assert config.online is not None
     sampler, model = config.online.sampler, str(config.model.name_or_path)
-    return engine_class(sampler.name).open_server(sampler, POLICY, tokenizer=tokenizer, model=model)
+    return engine_class(sampler.name).open_server(sampler, policy_origin(tokenizer), tokenizer=tokenizer, model=model)

@@ -11,14 +11,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.checkpoint import weights
+from halos.data.tokenize import vocabulary_of
 from halos.hooks.base import Run
 from halos.logps.model import bare
 from halos.rollout.types import Origin
 
-POLICY = Origin("policy")
+
+def policy_origin(tokenizer: PreTrainedTokenizerBase) -> Origin:
+    """What samples of the policy in training say of where they come from: with it a data set of them keeps their ids."""
+    return Origin("policy", vocabulary_of(tokenizer))
 
 
 class Unsharded:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from halos import confined
+from halos.config.resume_policy import apply_changes
+from halos.config.run_config import changed_keys
 from halos.errors import UserError
 from halos.rundir import RunDir, is_run
 
@@ -47,6 +51,15 @@ class Record:
     def node(self, name: str) -> Mapping[str, Any]:
         part = self.config.get(name)
         return part if isinstance(part, Mapping) else {}
+
+
+def _continued(run: RunDir, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with what its resumes have changed; a key that has another name since stays as the run began."""
+    for record in run.read_attempts().values():
+        for key, values in changed_keys(record).items():
+            with suppress(KeyError, TypeError, ValueError):
+                apply_changes(config, {key: values})
+    return config
 
 
 def _is_online_run(config: Mapping[str, Any]) -> bool:
@@ -159,6 +172,7 @@ def _read(path: Path, label: str) -> Record:
     config = confined.parse_yaml(run.read_config(), str(run.config))
     if not isinstance(config, Mapping):
         raise UserError(f"{run.config} holds no configuration")
+    config = _continued(run, deepcopy(dict(config)))
     rows = run.read_metrics()
     result = run.read_result()
     if result is None and (path / "result.json").exists():

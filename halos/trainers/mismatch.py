@@ -16,10 +16,10 @@ from torch import Tensor
 from halos.config.bind import LossSpec
 from halos.config.schema import Train
 from halos.losses.rollouts import LARGEST
+from halos.metrics import LARGEST_DIFFERENCE
 from halos.types import Mean
 
 Totals = Mapping[str, tuple[float, float]]
-LARGEST_DIFFERENCE = "mismatch/max"  # metric; the others are means
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ def computed(**other: Any) -> RunFacts:
     """Full fine-tuning of a small language model in float32."""
     config: Any = SimpleNamespace(
         peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0, target_modules="all-linear"), online=None,
-        train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512),
+        train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512,
+                              log_every=1),
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True},
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}

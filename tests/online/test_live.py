@@ -1,5 +1,6 @@
 """The live loop: a step trains on samples of the policy in that step, under every strategy."""
 
+import gzip
 import json
 import math
 import multiprocessing
@@ -17,11 +18,12 @@ import torch
 import yaml
 from conftest import SMALL
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
 from halos.checkpoint.select import step_of
 from halos.config import run_config
+from halos.data.tokenize import vocabulary_of
 from halos.errors import UserError
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
@@ -178,6 +180,11 @@ def test_a_run_killed_within_a_batch_ends_with_the_weights_of_an_uninterrupted_o
     assert {step_of(path): (path / "batch").is_dir() for path in saves} == {step: step % 4 != 0 for step in range(1, 13)}
     rollouts = sorted((tmp_path / "whole" / "rollouts").iterdir())
     assert [path.name for path in rollouts] == ["000000.jsonl.gz", "000001.jsonl.gz", "000002.jsonl.gz"]
+    records = [json.loads(line) for line in gzip.decompress(rollouts[0].read_bytes()).splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole" / "FINAL")
+    assert {row["vocabulary"] for row in records if row.get("output_ids")} == {vocabulary_of(tokenizer)}, (
+        "a data set of them has ids"
+    )
     for step in killed:
         shutil.copytree(tmp_path / "whole", tmp_path / f"cut{step}")
         shutil.copy(rollouts[-1], tmp_path / f"cut{step}" / "rollouts" / "000009.jsonl.gz")  # of an attempt that came further

@@ -161,6 +161,14 @@ def test_an_unfinished_run_is_reported_so_far(tmp_path: Path, status: str | None
     assert (row["status"], row["steps"]) == (said, "20 of 50")
 
 
+def test_a_run_that_was_continued_is_reported_with_what_it_has_now(tmp_path: Path):
+    place = save(tmp_path / "a", dpo_rows(20), status="stopped", config={"train": {"steps": 4}})
+    for number, change in enumerate(({"train.steps": [4, 50]}, {"train.steps": [50, 60], "renamed.since": [1, 2]})):
+        (place / "attempts" / f"{number:03d}.yaml").write_text(yaml.safe_dump({"changed": change}))
+    (record,) = read_runs([place])[0]
+    assert cells(table([record]))[0]["steps"] == "20 of 60"
+
+
 def test_an_incomplete_last_line_is_skipped(tmp_path: Path):
     text = "".join(json.dumps(row) + "\n" for row in dpo_rows()) + '{"step": 41, "spl'
     (record,), _ = read_runs([save(tmp_path / "a", text)])

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from halos.config.bind import LossSpec
 from halos.config.schema import Train
+from halos.metrics import Window
 from halos.trainers import mismatch
 from halos.trainers.mismatch import Correction
 from halos.types import Mean
@@ -89,3 +90,13 @@ def test_log_probs_that_the_sampler_did_not_keep_are_corrected_and_counted_nowhe
     advantages, metrics = Correction("truncate", "token", 2.0).weigh(ADVANTAGES, OLD, nothing, MASK)
     assert torch.equal(advantages, ADVANTAGES)
     assert all(mean.count == 0 for mean in metrics.values())
+
+
+def test_over_steps_the_largest_difference_is_the_largest_and_the_others_are_means() -> None:
+    window = Window()
+    for value in (0.25, 1.0, 0.5):
+        window.add({"mismatch/max": (value, 1.0), "mismatch/mean": (value, 1.0)})
+    assert window.means() == {"mismatch/max": 1.0, "mismatch/mean": pytest.approx(1.75 / 3)}
+    window.add({"mismatch/max": (math.nan, 1.0)})
+    window.add({"mismatch/max": (2.0, 1.0)})
+    assert math.isnan(window.means()["mismatch/max"])
