@@ -40,11 +40,20 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
         _reference_revision(config),
         _resume_changes(config),
         _online(config, overrides),
+        _idle_correction(config, overrides),
         stream_checks.complaint(config, overrides),
     )
     for complaint in complaints:
         if complaint:
             raise UserError(complaint)
+
+
+def _idle_correction(config: Config, overrides: Sequence[str]) -> str | None:
+    for name, section in (("train", config.train), ("online", config.online)):
+        idle = [key for key in typed_keys(overrides) if key.startswith(f"{name}.correction_")]
+        if idle and section is not None and section.correction == "none" and config.resume is None:
+            return f"{idle[0]} has no effect with {name}.correction=none: leave it out"
+    return None
 
 
 def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]) -> None:

@@ -243,9 +243,8 @@ class Dataset:
         self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each
         self._names = names = _names(meta["completions"])
         self._lists = {each.name: Lists(table[each.name]) for each in table.schema if pa.types.is_list(each.type)}
-        self.has_teacher = (
-            self._lists["teacher_logps"].lengths() > 0
-        )  # (N,) bool: whether each item has what a teacher says of it
+        self.has_teacher = self._lists["teacher_logps"].lengths() > 0  # (N,) bool: whether each has what a teacher says of it
+        self.has_logps = self._lists["logps"].lengths() > 0  # (N,) bool: whether each has its sampler's log-probs
         self._id, self._keys = table["id"], {name: table[f"{name}_key"] for name in ("prompt", *names)}
         self.scored = np.stack([numbers(table[f"{name}_scored"]) for name in names], 1)  # (N, completions) scored tokens
         self.prompt_lengths = self._lists["prompt"].lengths()  # (N,) tokens

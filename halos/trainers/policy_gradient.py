@@ -66,6 +66,7 @@ class PolicyGradientTrainer(Trainer):
         self.rollouts.refuse_lost()
 
     def prepare(self) -> None:
+        self._warn_of_idle_correction()
         with suppress(StopRequestedError):  # the loop stops for the same request
             for split in self.rollouts.splits.values():
                 self.rollouts.of(split)
@@ -109,6 +110,15 @@ class PolicyGradientTrainer(Trainer):
 
     def derived(self, means: Mapping[str, float]) -> dict[str, float]:
         return {**super().derived(means), **mismatch.derived(means)}
+
+    def _warn_of_idle_correction(self) -> None:
+        rows, kind = self.train.rows, self.settings.correction
+        if kind in ("auto", "none") or not isinstance(rows, Dataset) or rows.has_logps.all() or not self.run.main:
+            return
+        log.warning(
+            "train.correction=%s corrects nothing of %d of %d rows of data.train, which have no log-probs of their sampler: these"
+            " are `logps` beside `output_ids` and the `vocabulary` of this tokenizer", kind, (~rows.has_logps).sum(), len(rows),
+        )  # fmt: skip
 
     def _warn_of_mismatch(self, total: float, count: float) -> None:
         if not self._mismatched and self.run.main and total > WARNED * count:

@@ -397,6 +397,7 @@ def test_wrong_overrides_are_refused_before_anything_starts(tmp_path: Path, cach
         (["online.loss=dpo", "online.feedback.drop_equal=true"], "online.feedback.drop_equal has no effect on pairwise feedback"),
         (["online.loss=grpo", "online.feedback.threshold=1"], "online.feedback.threshold has no effect on scalar feedback"),
         (["online.loss=grpo", "train.temperature=0.5"], "train.temperature=0.5 and online.sampler.temperature=1 are one number"),
+        (["online.loss=grpo", "online.correction=none", "online.correction_cap=3"], "correction_cap has no effect with"),
         (["online.loss=dpo", "online.feedback.kind=binary"], "online.feedback.kind=binary: dpo learns from pairs: prompt"),
         (["online.loss=dpo", "online.scorer.functions=[exact_macth]"], "did you mean exact_match"),
         (["online.loss=dpo", "online.scorer.name=judge"], "online.scorer.model is missing"),

@@ -92,6 +92,15 @@ def test_old_log_probs_are_those_of_the_start_where_the_sampler_kept_none(scored
     assert made.step(np.arange(11))["approx_kl"][0] > 0.0, "the policy has moved, what it was has not"
 
 
+def test_a_correction_of_rows_without_their_samplers_log_probs_is_said_to_do_nothing(
+    scored: str, trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
+) -> None:
+    made = trainer("loss=grpo", scored, "data.eval=[]", "train.correction=mask")
+    made.prepare()
+    rows = len(made.train.rows)
+    assert f"train.correction=mask corrects nothing of {rows} of {rows} rows of data.train" in caplog.text
+
+
 @pytest.fixture(scope="module")
 def vocabulary(cache: Path) -> str:
     return vocabulary_of(AutoTokenizer.from_pretrained(locate("tiny", None, cache)))
