@@ -22,7 +22,7 @@ def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, 
     runs = lineage["runs"] if lineage else []
     parts = [_front_matter(runs, adapter=adapter, reward=reward), f"# {title}", _summary(runs, adapter=adapter)]
     if runs:
-        parts += [_metrics(runs[-1]), _settings(runs[-1]["config"]), _lineage(runs)]
+        parts += [_metrics(runs[-1]), _settings(runs[-1]["config"]), _changed(runs[-1]), _lineage(runs)]
     vocabulary = Vocabulary.load(directory) or Vocabulary.load(directory / "adapter") if adapter else None
     parts.append(_how_to_load(runs, adapter=adapter, reward=reward, vocabulary=vocabulary))
     (directory / NAME).write_text("\n\n".join(part for part in parts if part) + "\n")
@@ -82,6 +82,17 @@ def _settings(config: Mapping[str, Any]) -> str:
             if values.get(name) not in (None, [], {}) and not name.startswith("_"):
                 rows.append(f"| {section}.{name} | {values[name]} |")
     return "\n".join(["## Settings", "", "| key | value |", "| --- | --- |", *rows, f"| seed | {config['seed']} |"])
+
+
+def _changed(run: Mapping[str, Any]) -> str:
+    """What the settings were before resumes changed them."""
+    lines = [
+        f"| {change['from']} | {key} | {old} | {new} |"
+        for change in run.get("changed") or [] for key, (old, new) in change["keys"].items()
+    ]  # fmt: skip
+    if not lines:
+        return ""
+    return "\n".join(["Resumes have changed settings:", "", "| from | key | was | became |", "| --- | --- | --- | --- |", *lines])
 
 
 def _lineage(runs: list[Any]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from halos import __version__
+from halos import __version__, confined
 from halos.checkpoint import card, lineage
 from halos.checkpoint.select import name_of
 from halos.hooks.base import Run
@@ -20,7 +20,7 @@ def begin(run: Run) -> dict[str, Any]:
     if run.step and isinstance(run.model, PeftModel):
         lineage.refuse_other_base(lineage.read(saved), run.base, str(saved))
     loss = run.config.loss["_target_"].split(".")[-2]
-    facts = {"data": run.content.sources, "content": run.content.hashes}
+    facts = {"data": run.content.sources, "content": run.content.hashes, **_changes(run)}
     start = run.config.peft.init_from if run.config.peft.name == "lora" else None
     adapter = Path(start) if start is not None else None
     return lineage.begin(run.base, asdict(run.config), adapter=adapter, loss=loss, **facts, halos=__version__)
@@ -36,3 +36,11 @@ def write(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> Non
     full = lineage.write(path, chain, weights, step=run.step, before=first, metrics=run.last_eval, record=record)
     if final and not run.failure:
         card.write(path, full, adapter="model" not in weights, reward=run.reward, title=run.config.exp_name or path.name)
+
+
+def _changes(run: Run) -> dict[str, Any]:
+    """What resumes have changed, oldest first: of each from which checkpoint on, and its keys with what they were and became. The
+    configuration of a lineage is that of the last."""
+    records = [confined.parse_yaml(text, name) for name, text in run.directory.read_attempts().items()]
+    changes = [{"from": each.get("resumed_from"), "keys": each["changed"]} for each in records if each.get("changed")]
+    return {"changed": changes} if changes else {}

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
+from world import World, resume
 
 from halos.checkpoint import lineage
 
@@ -26,3 +27,15 @@ def test_a_password_that_an_earlier_version_recorded_is_not_in_the_public_lineag
     recorded = {"format": lineage.FORMAT, "runs": [{"config": {"online": {"scorer": {"url": "http://alice:hunter2pass@host"}}}}]}
     (run,) = lineage.public(recorded)["runs"]
     assert run["config"]["online"]["scorer"]["url"] == "http://<password>@host"
+
+
+def test_settings_that_a_resume_has_changed_are_in_the_lineage_and_on_the_card(tmp_path: Path, cache: Path) -> None:
+    world = World(tmp_path, cache)
+    directory = world.begin("changed", "train.prove=off")
+    assert resume(directory, "loss.beta=0.9", "resume_changes=allow") == 0
+    (run,) = lineage.read(directory / "FINAL")["runs"]
+    assert run["changed"] == [{"from": "checkpoints/step-00000002", "keys": {"loss.beta": [0.1, 0.9]}}]
+    assert run["config"]["loss"]["beta"] == 0.9
+    assert "| checkpoints/step-00000002 | loss.beta | 0.1 | 0.9 |" in (directory / "FINAL" / "README.md").read_text()
+    (before,) = lineage.read(directory / "checkpoints" / "step-00000002")["runs"]
+    assert "changed" not in before
