@@ -222,9 +222,7 @@ class Item:
     labels: Mapping[str, float] = field(default_factory=dict)  # of the fields in `Example.labels`
     logps: np.ndarray | None = None  # (scored tokens,) float32, where a Scored came with its sampler's log-probs
     step_labels: np.ndarray | None = None  # (scored tokens,) float32 of a Stepwise, whose scored tokens end its steps
-    teacher_logps: np.ndarray | None = (
-        None  # (scored tokens, 1 + 2 k) float32, where a Demonstration came with what a teacher says
-    )
+    teacher_logps: np.ndarray | None = None  # (scored tokens, 1 + 2 k) float32, of a Demonstration that has what a teacher says
 
 
 PackRow = tuple[np.ndarray, Completion]  # a prompt's ids, and a completion

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,11 @@ def _numbers(loss: Named) -> Finding:
     for number, example in enumerate(examples, 1):
         if (wrong := problem(loss.spec, namespace, example)) is not None:
             return failed(f"example {number} of {len(examples)}: {wrong}")
+    sizes = {size for example in examples for size in Counter(example.get("sampled", {}).get("groups", ())).values()}
+    if len(sizes) == 1:
+        return failed(
+            f"every group in its examples has {sizes.pop()}: give groups of two sizes, or what divides by it is not seen"
+        )
     return passed(f"{len(examples)} example{'s' if len(examples) > 1 else ''}, computed in float64")
 
 

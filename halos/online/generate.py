@@ -9,10 +9,10 @@ from halos.config.schema import Sampler
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.hooks.base import Prompts, Run
-from halos.online.unsharded import Unsharded, policy_origin
+from halos.online.unsharded import Unsharded
 from halos.rollout.prompts import fitting
 from halos.rollout.ranks import Ranks
-from halos.rollout.types import Prompt, Sample, requests_for
+from halos.rollout.types import Origin, Prompt, Sample, requests_for
 
 
 class PolicyGenerator:
@@ -20,7 +20,6 @@ class PolicyGenerator:
 
     def __init__(self, run: Run, policy: Unsharded) -> None:
         self.run, self.policy = run, policy
-        self.origin = policy_origin(run.tokenizer)
         self.encoder = Encoder(run.tokenizer, max_length=2**31, truncation="drop")
         self.ranks = Ranks(run.accelerator.process_index, run.accelerator.num_processes)
 
@@ -43,6 +42,6 @@ class PolicyGenerator:
         with self.policy.opened() as model:
             if mine := requests[self.ranks.rank :: self.ranks.world]:
                 settings = section(Sampler, temperature=temperature, max_new_tokens=max_new_tokens)
-                samples = list(HFEngine(model, self.run.tokenizer, settings, self.origin).sample(mine))
+                samples = list(HFEngine(model, self.run.tokenizer, settings, Origin("policy")).sample(mine))
         texts = {key: text for part in self.ranks.gather([(each.key, each.text) for each in samples]) for key, text in part}
         return [texts[request.key] for request in requests]

@@ -54,11 +54,13 @@ class Record:
 
 
 def _continued(run: RunDir, config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration with what its resumes have changed; a key that has another name since stays as the run began."""
-    for record in run.read_attempts().values():
-        for key, values in changed_keys(record).items():
-            with suppress(KeyError, TypeError, ValueError):
-                apply_changes(config, {key: values})
+    """The configuration with what its resumes have changed. A key that has another name since stays as the run began, and so does
+    what a damaged record says, which `halos.checkpoint verify` names."""
+    with suppress(UserError):
+        for record in run.read_attempts().values():
+            for key, values in changed_keys(record).items():
+                with suppress(KeyError, TypeError, ValueError):
+                    apply_changes(config, {key: values})
     return config
 
 

@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from textwrap import dedent
 
@@ -14,6 +16,7 @@ from halos.certify.case import synthetic_case
 from halos.certify.certificate import Certificate, certify
 from halos.certify.command import main
 from halos.certify.own import OwnLoss
+from halos.certify.worked import Worked
 from halos.errors import UserError
 from halos.repository import PACKAGES
 from halos.trainers import humanline
@@ -207,6 +210,15 @@ def test_a_side_that_is_kept_out_of_the_gradient_is_a_mutant(package: Path) -> N
     certificate = of(package, f"import torch\n{kept_out}\n\nEXAMPLES = [{NUMBERS!r}]", "loss", beta=0.1)
     assert "torch.no_grad() -> torch.enable_grad()" in certificate.alive
     assert failing(certificate) == {"gradient signs", "mutants"}
+
+
+def test_what_divides_by_the_size_of_a_group_is_seen_by_groups_of_two_sizes() -> None:
+    grpo = subjects.named("grpo", {}, [], None)
+    assert failing(certify(grpo)) == set()
+    of_two = [each for each in grpo.worked.examples if set(Counter(each.get("sampled", {}).get("groups", ())).values()) <= {2}]
+    assert any("sampled" in each for each in of_two)
+    (line,) = [each for each in certify(replace(grpo, worked=Worked(of_two, {}))).checks if each.name == "worked numbers"]
+    assert line.evidence == "every group in its examples has 2: give groups of two sizes, or what divides by it is not seen"
 
 
 def test_without_worked_numbers_nothing_is_proved(package: Path) -> None:
