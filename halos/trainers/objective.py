@@ -83,7 +83,7 @@ class Objective:
     def _microbatches(self, split: Split, indices: np.ndarray) -> list[MicroBatch]:
         """This rank's micro-batches of a global batch."""
         if self.reference_logps is not None:
-            self.reference_logps.prepare()  # here, and not in a thread
+            self.reference_logps.cover(split, indices)  # here, and not in a thread
         return self._prepared.take(self._key_of(split, indices, self.run.step)) or self._split(split, indices, self.run.step)
 
     def _prepare(self, split: Split, indices: np.ndarray, step: int) -> None:

@@ -52,7 +52,10 @@ class ReferenceLogps:
 
     def __init__(self, trainer: Objective, splits: Mapping[str, Split], cache: ReferenceCache) -> None:
         self.trainer, self.run, self._cache = trainer, trainer.run, cache
-        self._sources = list(sources(trainer, splits, cache.visited))
+        self._splits, self._sources = splits, list(sources(trainer, splits, cache.visited))
+        self._visited: np.ndarray | None = None  # (items,) bool: those of the training data that are read; None: all
+        if cache.visited is not None:
+            self._visited = np.isin(np.arange(len(splits["train"].rows)), cache.visited)
         self._tables: list[Table] | None = None
         self._loaded = False  # the reference, for all passes
 
@@ -71,6 +74,13 @@ class ReferenceLogps:
         finally:
             self.trainer.reference, self._loaded = before, False
 
+    def cover(self, split: Split, indices: np.ndarray) -> None:
+        """Prepare; and where items of a step are not among those that the run was to see, read all. Every rank calls, with the
+        same items. Raises as `prepare`."""
+        if self._visited is not None and split is self._splits["train"] and not self._visited[indices].all():
+            self._sources, self._tables, self._visited = list(sources(self.trainer, self._splits, None)), None, None
+        self.prepare()
+
     def find(self, row: PackRow) -> np.ndarray:
         """The log-probs of a row's scored tokens: (tokens,) float32. Raises UserError for a row that is of no data set, and
         RuntimeError before `prepare`: by the time of a step the policy may no longer be the reference that it starts as."""
@@ -81,8 +91,7 @@ class ReferenceLogps:
         if (logps := next(found, None)) is None:
             raise UserError(
                 f"{type(self.trainer).__name__} or {self.trainer.loss.inputs.__name__} makes rows of a micro-batch that are not"
-                " those of its items alone, or of items that are in none of the run's steps, so that the reference's log-probs of"
-                " them are not known: reference.cache=never"
+                " those of its items alone, so that the reference's log-probs of them are not known: reference.cache=never"
             )
         return logps
 

@@ -86,7 +86,7 @@ def test_a_new_file_is_an_engine_everywhere(echo: None, configure: Callable[...,
         refuse_saved_addresses(config, [])
     refuse_saved_addresses(config, ["online.sampler.url"])  # the other key is none of its own
     with pytest.raises(UserError, match=r"a live loop samples with .*, not echo"):
-        policy.server_of(config, None)  # type: ignore[arg-type]
+        policy.server_of(config, SimpleNamespace(get_vocab=dict))  # type: ignore[arg-type]
     command = Stages(config).sample("model", tmp_path / "p", tmp_path / "s", seed=0, max_length=9, reference=None)
     assert command[1:3] == ["-m", "halos.online.sample"], "it has no model to spread over two processes"
 

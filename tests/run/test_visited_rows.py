@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from conftest import compose
@@ -138,3 +139,17 @@ def test_an_older_run_goes_on_with_all_rows(world: World, read: Counter[str], mo
     assert trainer is not None
     trainer.prepare_reference()
     assert read["train"] == 2 * ROWS
+
+
+def test_a_step_on_other_rows_reads_all_of_them(world: World, read: Counter[str]) -> None:
+    """A trainer whose `step` is called by other code than its loop: the policy has moved by then."""
+    few, live = assembled(world, "few", *FEW), assembled(world, "live", *FEW, "reference.cache=never")
+    few.prepare_reference()
+    for made in (few, live):
+        made.step(made.order.batch(0))
+    assert read["train"] == 24
+    others = np.setdiff1d(np.arange(ROWS), np.concatenate([few.order.batch(n) for n in range(3)]))[:4]
+    one, other = (made.step(others) for made in (few, live))
+    assert read["train"] == 24 + 2 * ROWS
+    assert one["loss"][0] == pytest.approx(other["loss"][0], rel=1e-5)
+    few.step(few.order.batch(1))
