@@ -10,7 +10,7 @@ slow_group() { # prints the paths of its tests
   case "$1" in
     kills) echo tests/checkpoint ;;
     moves) echo tests/launch/test_exactness.py tests/launch/test_earlier_runs.py ;;
-    strategies) echo tests/launch/test_strategies.py tests/launch/test_two_processes.py ;;
+    strategies) echo tests/launch/test_strategies.py tests/launch/test_two_processes.py tests/launch/test_every_loss_on_two.py ;;
     signals) echo tests/launch/test_signals.py tests/launch/test_slurm.py tests/launch/test_hosts.py ;;
     sweeps) echo tests/launch/test_sweeps.py tests/launch/test_gallery.py ;;
     online) echo tests/online ;;
