@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -192,9 +193,11 @@ def test_rows_larger_than_a_pipes_buffer_arrive_and_wait_for_nobody_who_hangs(mo
 
 def ended(child: int) -> None:
     until = time.monotonic() + 10
-    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < until, "the process that the function had started goes on"
-        time.sleep(0.05)
+    with suppress(psutil.NoSuchProcess):  # it may end between two looks
+        process = psutil.Process(child)
+        while process.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < until, "the process that the function had started goes on"
+            time.sleep(0.05)
 
 
 def test_what_a_function_started_ends_with_it(tmp_path: Path) -> None:
