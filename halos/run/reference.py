@@ -57,9 +57,13 @@ def decision(config: Config, loss: LossSpec, batches: BatchSource) -> str:
     if impossible and wanted:
         key = "reference.cache=always" if export is None else f"reference.export={export}"
         raise UserError(f"{key}: {impossible}: leave it out")
-    own_code = loss.has_own_rows or config.trainer["_target_"] is not None  # which may read what cannot be known beforehand
-    is_live = impossible is not None or (not wanted and (_costs_nothing(config, batches) or own_code))
+    is_live = impossible is not None or (not wanted and (_costs_nothing(config, batches) or _has_own_code(config, loss)))
     return "never" if is_live else "always"
+
+
+def _has_own_code(config: Config, loss: LossSpec) -> bool:
+    """Return whether code of the user's own may read rows that cannot be known beforehand."""
+    return loss.has_own_rows or config.trainer["_target_"] is not None
 
 
 def _complaint(config: Config, loss: LossSpec) -> str | None:
@@ -120,8 +124,8 @@ def visited(prepared: PreparedRun) -> np.ndarray | None:
     """Return the items of the training data that the run's steps train on, ascending, where these are at most half of it and
     no more is read of the reference; else None."""
     config, loss, batches = prepared.config, prepared.loss, prepared.batches
-    reads_more = loss.on_rollouts or loss.has_own_rows or config.trainer["_target_"] is not None
-    if reads_more or config.reference.export is not None or not isinstance(batches, DatasetSource):
+    reads_more = loss.on_rollouts or config.reference.export is not None or _has_own_code(config, loss)
+    if reads_more or not isinstance(batches, DatasetSource):
         return None
     if not 0 < batches.total <= batches.order.batches_per_epoch:
         return None

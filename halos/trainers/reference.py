@@ -66,11 +66,13 @@ class ReferenceLogps:
     def prepare(self) -> None:
         """Read all tables, and compute what is missing. Every rank calls. Raises StopRequestedError, and UserError where they
         cannot be written or read."""
-        if self._tables is not None:
-            return
+        if self._tables is None:
+            self._tables = self._tables_of(self._sources)
+
+    def _tables_of(self, some: Sequence[Source]) -> list[Table]:
         before = self.trainer.reference
         try:
-            self._tables = [self._table(source) for source in self._sources]
+            return [self._table(source) for source in some]
         finally:
             self.trainer.reference, self._loaded = before, False
 
@@ -78,7 +80,8 @@ class ReferenceLogps:
         """Prepare; and where items of a step are not among those that the run was to see, read all. Every rank calls, with the
         same items. Raises as `prepare`."""
         if self._visited is not None and split is self._splits["train"] and not self._visited[indices].all():
-            self._sources, self._tables, self._visited = list(sources(self.trainer, self._splits, None)), None, None
+            whole = list(sources(self.trainer, self._splits, None))
+            self._sources, self._tables, self._visited = whole, self._tables_of(whole), None  # a thread may read the former ones
         self.prepare()
 
     def find(self, row: PackRow) -> np.ndarray:
