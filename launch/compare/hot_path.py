@@ -83,12 +83,6 @@ def check_trl(python: str | None) -> str:
     return found[0]
 
 
-def fast_dtype() -> str:
-    """bfloat16 where the processor multiplies it in hardware, as launch/python.sh decides."""
-    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    return "bfloat16" if "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
-
-
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="a directory with a language model and a chat template")
@@ -100,7 +94,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=8, help="of each run; the first one warms up (default: 8)")
     parser.add_argument("--batch-size", type=int, default=4, help="pairs per step, or their halves (default: 4)")
     parser.add_argument("--max-length", type=int, default=512, help="tokens (default: 512)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=fast_dtype(), help="(here: %(default)s)")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="(default: the one that is multiplied faster)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of the rows")
     parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", help="further keys for halos")
     parser.add_argument("--output", type=Path, default=Path("hot_path.json"), help="the results (default: %(default)s)")
@@ -124,6 +118,9 @@ def main() -> None:
     version = None if given.no_trl else check_trl(given.trl_python)
     from transformers import AutoTokenizer
 
+    from halos.inspection.speed import fast_dtype
+
+    given.dtype = given.dtype or fast_dtype()
     tokenizer, size = AutoTokenizer.from_pretrained(given.model), Dimensions.of(str(given.model))
     pairs, dropped = choose(given.data, tokenizer, count=given.steps * given.batch_size, limit=given.max_length, seed=given.seed)
     print(f"{len(pairs)} pairs of {given.data or 'made-up words'}; {dropped} others were longer than {given.max_length} tokens")

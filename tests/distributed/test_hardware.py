@@ -1,13 +1,15 @@
-"""Hardware is detected: a GPU, which torch is only made to believe in here, and a processor without bfloat16."""
+"""Hardware is detected: a GPU, which torch is only made to believe in here, and a processor that is slow in bfloat16."""
 
 import os
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import SMALL
 
+from halos import train
+from halos.inspection import speed
 from tests import processes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,12 +29,15 @@ def test_one_process_on_one_gpu_needs_no_launcher() -> None:
     assert done.stdout.split() == ["cuda", "1", "bf16"], done.stderr
 
 
-def test_a_processor_that_only_emulates_bfloat16_is_named(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        pytest.skip("no /proc/cpuinfo to compare with")
-    overrides = ["train.steps=1", "train.batch_size=2", "train.eval_at_start=false", "exp_name=run"]
-    done = command("loss=sft", "train.precision=bfloat16", *overrides)
-    emulated = "avx2" in flags and "avx512_bf16" not in flags and "amx_bf16" not in flags
-    assert ("this processor has no bfloat16" in done.stdout + done.stderr) is emulated
+@pytest.mark.parametrize(("bfloat16", "said"), [(1.7, "at 59% of the rate"), (65, "at 1.5% of the rate"), (0.5, None)])
+def test_a_processor_that_multiplies_bfloat16_slowly_is_named(
+    bfloat16: float, said: str | None, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    seconds = {torch.bfloat16: [99.0, bfloat16, 98.0], torch.float32: [1.0, 8.0, 3.0]}
+    monkeypatch.setattr(speed, "product_seconds", lambda _inner, _outer, dtypes, *_, **__: [seconds[dtype] for dtype in dtypes])
+    words = ["loss=sft", "train.steps=1", "train.batch_size=2", "train.eval_at_start=false", f"cache_dir={cache}"]
+    train([*SMALL, *words, "train.precision=bfloat16", f"output_root={tmp_path}", "exp_name=run"])
+    warnings = [line for line in capsys.readouterr().out.splitlines() if "multiplies bfloat16" in line]
+    assert len(warnings) == (said is not None), warnings
+    assert said is None or f"multiplies bfloat16 {said} of float32" in warnings[0]
