@@ -162,9 +162,11 @@ HISTORY = (
              lambda now: now.refers, of="kept"),
     Revision(14, "2026-11-28", "of several steps mismatch/max is the largest, and not a mean",
              lambda now: _of_loss(*ON_ROLLOUTS)(now) and now.config.train.log_every > 1, of="metrics"),
+    Revision(15, "2026-11-28", "the products of a layer's adapter add to the layer's own",
+             lambda now: now.config.peft.name == "lora", of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
-FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS = 7, 9, 11, 13, 14
+FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:

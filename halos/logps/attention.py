@@ -5,6 +5,7 @@ dense block-diagonal mask; on a GPU flash_attention_2 is used instead where it i
 """
 
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import torch
@@ -102,16 +103,16 @@ def attend_by_tree(
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    settings, outputs = _Settings(scale, sliding_window, softcap, s_aux, dropout), []
-    sizes = [sum(tree) for tree in trees]
-    for tree, q, k, v in zip(trees, query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), strict=True):
-        trunk, end = tree[0], sum(tree[:2])  # which the first branch follows, so that both are one sequence
-        outputs.append(settings.attend(q[:, :, :end], k[:, :, :end], v[:, :, :end]))
-        for branch in filter(None, tree[2:]):
-            own = slice(end, end + branch)
-            both = [torch.cat([each[:, :, :trunk], each[:, :, own]], 2) for each in (k, v)]
-            outputs.append(settings.attend(q[:, :, own], *both))
-            end += branch
+    settings, outputs = _Settings(scale, sliding_window, softcap, s_aux, dropout), list[Tensor]()
+    # the trunk is followed by the first branch, so that both are one sequence; one split, since each slice's gradient is a whole
+    sizes = [[sum(tree[:2]), *filter(None, tree[2:])] for tree in trees]
+    parts = zip(*(each.split([size for tree in sizes for size in tree], 2) for each in (query, key, value)), strict=True)
+    for tree, branches in zip(trees, sizes, strict=True):
+        q, k, v = next(parts)
+        outputs.append(settings.attend(q, k, v))
+        trunk = [each[:, :, : tree[0]] for each in (k, v)] if len(branches) > 1 else []
+        for q, *own in islice(parts, len(branches) - 1):
+            outputs.append(settings.attend(q, *(torch.cat(both, 2) for both in zip(trunk, own, strict=True))))
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # contiguous: some models call view on it
 
 

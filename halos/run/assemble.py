@@ -13,7 +13,7 @@ from halos.checkpoint import weights
 from halos.checkpoint.checkpointer import Checkpointer
 from halos.checkpoint.state import load_optimizer, restore
 from halos.config import run_config
-from halos.config.arithmetic_version import EVALUATED_BY_SOURCE, FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER
+from halos.config.arithmetic_version import EVALUATED_BY_SOURCE, FROZEN_HEAD_ONCE, FUSED_LORA, SIBLINGS_TOGETHER
 from halos.config.reference_checks import has_reference
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
@@ -22,6 +22,7 @@ from halos.data.stream import StreamRows
 from halos.hooks.base import Run
 from halos.inspection.findings import refuse_errors
 from halos.lock import RunLock
+from halos.logps import lora_linear
 from halos.logps.model import ActorCritic, LanguageModel
 from halos.logs import Recorded
 from halos.models.load import refuse_different_architecture
@@ -122,3 +123,5 @@ def _keep_arithmetic(module: nn.Module, version: int) -> None:
     for part in module.modules():
         if isinstance(part, LanguageModel | ActorCritic):
             part.recomputes_head = version < FROZEN_HEAD_ONCE
+    if version >= FUSED_LORA:
+        lora_linear.fuse(module)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import train
 from halos.config import arithmetic_version
-from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, HISTORY, VERSION, Revision, RunFacts
+from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, FUSED_LORA, HISTORY, VERSION, Revision, RunFacts
 
 
 def computed(**other: Any) -> RunFacts:
@@ -184,19 +184,20 @@ def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_
         assert ("does not apply" in why(computed(before=before), 5)) is named
 
 
-def test_a_run_goes_on_with_the_frozen_head_of_the_version_that_began_it(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("since", [FROZEN_HEAD_ONCE, FUSED_LORA])
+def test_a_run_goes_on_with_the_frozen_head_and_the_adapter_of_the_version_that_began_it(
+    since: int, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def weights(name: str, *words: str) -> dict[str, torch.Tensor]:
         assert train.start([*words, f"cache_dir={cache}"]) == 0
         return load_file(tmp_path / name / "FINAL" / "adapter" / "adapter_model.safetensors")
 
-    words = [*SMALL, "loss=dpo", "peft=lora", "train.steps=4", "checkpoint.every=2", f"output_root={tmp_path}"]
+    words = [*SMALL, "loss=dpo", "peft=lora", "train.steps=2", "checkpoint.every=1", f"output_root={tmp_path}"]
     now = weights("now", *words, "exp_name=now")
-    monkeypatch.setattr(arithmetic_version, "VERSION", FROZEN_HEAD_ONCE - 1)
+    monkeypatch.setattr(arithmetic_version, "VERSION", since - 1)
     before = weights("before", *words, "exp_name=before")
     assert not all(torch.equal(now[name], before[name]) for name in now), "the two ways round otherwise"
     monkeypatch.undo()
     run = tmp_path / "before"
-    resumed = weights("before", f"resume={run}/checkpoints/step-00000002")
+    resumed = weights("before", f"resume={run}/checkpoints/step-00000001")
     assert all(torch.equal(resumed[name], before[name]) for name in before)
