@@ -159,7 +159,12 @@ def test_in_half_precision_it_is_no_farther_from_float64_than_peft(
         for x, values in zip(batches, expected, strict=True):
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 computed = results(model, x)
-            by_batch.append([float((one - its).detach().norm() / its.norm()) for one, its in zip(computed, values, strict=True)])
+            by_batch.append(
+                [
+                    float((one.detach() - its.detach()).norm() / its.detach().norm())
+                    for one, its in zip(computed, values, strict=True)
+                ]
+            )
         return torch.tensor(by_batch).mean(0)
 
     of_peft = distances()
