@@ -1,4 +1,5 @@
-"""Garbage collection: rare while libraries are imported, which make 440,000 objects and no garbage; none of them after."""
+"""Garbage collection: rare while libraries are imported, which make 440,000 objects and no garbage; none of them after. Rare in
+processes that tokenise, too."""
 
 import gc
 from functools import cache

@@ -84,6 +84,8 @@ class EndTokens:
 
 def _ends_of_turns(completion: Completion) -> np.ndarray:
     """Return the last index of every run of scored tokens."""
+    if len(completion.scored) and completion.scored.all():
+        return np.array([len(completion.scored) - 1])
     ends = completion.scored.copy()
     ends[:-1] &= ~completion.scored[1:]
     return np.flatnonzero(ends)

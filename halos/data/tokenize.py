@@ -8,7 +8,8 @@ from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 from halos.data import raw_text, steps, teacher
 from halos.data.encoded import Encoded, cut_completions, refuse_length, unless_equal, why_dropped
@@ -166,6 +167,8 @@ class Encoder:
 
     def _tokenise(self, texts: list[str], *, starts: bool = False) -> list[_Tokens]:
         # Rendered text contains its special tokens, BOS included.
+        if not starts and (backend := backend_of(self._tokenizer)) is not None:
+            return [_Tokens(encoding.ids, []) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
         encoding = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=starts)
         offsets = encoding["offset_mapping"] if starts else [()] * len(texts)
         return [_Tokens(ids, [start for start, _ in spans]) for ids, spans in zip(encoding["input_ids"], offsets, strict=True)]
@@ -254,6 +257,19 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
         if last is not None and (last in tokenizer.added_tokens_decoder or last == tokenizer.eos_token_id):
             stops[last] = None
     return tuple(stops)
+
+
+def backend_of(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """Return the tokenizers library's own, set up as transformers would for whole texts, where a call does nothing but call it;
+    it can leave out where tokens begin, which takes a quarter of the time."""
+    own = TokenizersBackend._encode_plus, TokenizersBackend.__call__
+    if not isinstance(tokenizer, TokenizersBackend) or (type(tokenizer)._encode_plus, type(tokenizer).__call__) != own:
+        return None
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:

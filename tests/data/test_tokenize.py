@@ -232,3 +232,31 @@ def test_ids_and_marks_are_compact_arrays():
     done = encoded(Demonstration(PROMPT, ANSWER))
     assert done.prompt.dtype == done.completions[0].ids.dtype == np.int32
     assert done.completions[0].scored.dtype == bool
+
+
+@pytest.mark.parametrize("style", ["bytes", "prefix", "spm", "unigram"])
+def test_ids_are_those_of_the_tokenizers_own_call_whatever_it_was_used_for_before(style):
+    texts = ["", " two  blanks ", "<|im_start|>user\nWhat is 12 + 30?<|im_end|>\n", "naïve façade, 東京 🙂\n\n", "x" * 300]
+    made = tokenizer(CHATML, style=style)
+    expected = made(texts, add_special_tokens=False)["input_ids"]
+    encoder = Encoder(made, max_length=1000, truncation="drop")
+    assert [tokens.ids for tokens in encoder._tokenise(texts)] == expected
+    made(texts, truncation=True, max_length=3, padding="max_length")
+    assert [tokens.ids for tokens in encoder._tokenise(texts)] == expected
+    assert [tokens.ids for tokens in encoder._tokenise(texts, starts=True)] == expected
+    made.split_special_tokens = True
+    split = made(texts, add_special_tokens=False)["input_ids"]
+    assert split != expected
+    assert [tokens.ids for tokens in encoder._tokenise(texts)] == split
+
+
+def test_a_tokenizer_with_a_call_of_its_own_is_called():
+    made = tokenizer(CHATML)
+
+    class Upper(type(made)):
+        def _encode_plus(self, text, *args, **kwargs):
+            return super()._encode_plus([each.upper() for each in text], *args, **kwargs)
+
+    expected = made(["ABC"], add_special_tokens=False)["input_ids"]
+    made.__class__ = Upper
+    assert [tokens.ids for tokens in Encoder(made, max_length=9, truncation="drop")._tokenise(["abc"])] == expected
