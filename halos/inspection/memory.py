@@ -23,6 +23,7 @@ class Memory:
     head: int  # logits and what else the head makes of them
     accumulates: bool  # a batch has several micro-batches, so that all gradients exist from the second on
     stepping: int  # what the optimizer makes besides its state
+    heap: int = 0  # what the C library's allocator keeps free between the blocks that a step allocates and frees; 0 on a GPU
     beforehand: int = 0  # what the pass over the reference's log-probs makes, before there are gradients and optimizer state
 
     @property
@@ -33,7 +34,7 @@ class Memory:
     @property
     def of_step(self) -> int:
         backward = self.activations + self.working + self.head + (self.gradients if self.accumulates else 0)
-        return self._held + self.optimizer + self.reference + max(backward, self.gradients + self.stepping)
+        return self._held + self.optimizer + self.reference + self.heap + max(backward, self.gradients + self.stepping)
 
     @property
     def of_pass(self) -> int:
@@ -69,6 +70,7 @@ class Memory:
             ("reference", self.reference, "a second model"),
             ("activations", self.activations + self.working, "of the largest micro-batch"),
             ("logits", self.head, "a chunk of them, and the gradient of the head's weight"),
+            ("heap", self.heap, "free between its blocks, measured to be half of the activations"),
             (BEFOREHAND, self.beforehand, "the pass over the reference, before the first step"),
             ("libraries", self.libraries, "of the process, as now"),
         ]

@@ -1,6 +1,7 @@
 """Estimates of a prepared run of a data set before it reads weights: its memory by part, and its time."""
 
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from halos.inspection.activations import Activations
 from halos.inspection.facts import Fact
 from halos.inspection.memory import Memory
 from halos.inspection.steps import Steps, longest_batches
+from halos.logps import lora_linear
 from halos.logps.head import logits_at_once
 from halos.logps.model import bare
 from halos.run.batch_source import DatasetSource
@@ -29,6 +31,7 @@ from halos.trainers.reference_rows import BUDGETS
 
 TEMPORARIES = 2  # of the size of the largest trained parameter, that an optimizer makes which is not fused
 CHUNKS = 2  # of logits at once: logsumexp makes a second one
+HEAP = 0.5  # of the activations, which glibc keeps between blocks of other sizes: measured by launch/results/dry_run_memory.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +65,7 @@ class Estimate:
         train, shares = run.config.train, run.structure.verdict.plan.shares
         tokens = train.microbatch_tokens if isinstance(train.microbatch_tokens, int | None) else _automatic(self.device)
         self.bounds = Bounds(train.microbatch_size, tokens, train.share_prompts and shares)
+        lora_linear.fuse(model)  # as in a run
         self.activations = activations.of(model, self.device)
 
     @property
@@ -76,6 +80,8 @@ class Estimate:
         batch, config = self.largest(), self.run.config
         copies = self.full and self.refers and config.reference.cache != "always"
         named = self.run.structure.reference is not None and config.reference.cache != "always"
+        kept, working = self._kept(self.activations, batch), self.activations.working * batch.tokens
+        keeps_heap = self.device.type == "cpu" and platform.libc_ver()[0] == "glibc"
         fused = config.optim.get("fused") in (True, "auto") and self.device.type == "cuda"
         return Memory(
             libraries=_resident() if self.device.type == "cpu" else 0,
@@ -83,11 +89,12 @@ class Estimate:
             optimizer=self.run.planned.optimizer_bytes,
             reference=self.weights if copies or named else 0,
             gradients=sum(self.trained),
-            activations=round(self._kept(self.activations, batch)),
-            working=round(self.activations.working * batch.tokens),
+            activations=round(kept),
+            working=round(working),
             head=self._head(batch),
             accumulates=not batch.alone,
             stepping=0 if fused else TEMPORARIES * max(self.trained, default=0),
+            heap=round(HEAP * (kept + working)) if keeps_heap else 0,
             beforehand=self._beforehand(self.activations, batch) if config.reference.cache == "always" else 0,
         )
 

@@ -130,6 +130,7 @@ def test_the_peak_is_in_the_backward_pass_or_in_the_step() -> None:
     assert Memory(**sizes, activations=30, accumulates=True, stepping=8).peak == 36 + 43
     assert Memory(**sizes, activations=3, accumulates=False, stepping=8).peak == 36 + 18
     assert Memory(**sizes, activations=3, accumulates=False, stepping=8, beforehand=90).peak == 11 + 90
+    assert Memory(**sizes, activations=3, accumulates=False, stepping=8, heap=16).peak == 36 + 18 + 16
     assert one.line().startswith("about 69 B at the peak: weights 10 B, gradients 10 B, optimizer 20 B, reference 5 B, ")
     first = Memory(**sizes, activations=3, accumulates=False, stepping=8, beforehand=90)
     assert first.line().startswith(
