@@ -15,6 +15,7 @@ from halos.examples import Completion, PackRow
 from halos.inspection import activations, speed
 from halos.inspection.memory import Memory
 from halos.inspection.steps import Steps
+from halos.logps import lora_linear
 from halos.logps.hidden import hidden_states
 from halos.logps.model import bare
 from halos.run import reference
@@ -55,6 +56,7 @@ def test_activations_estimated_from_shapes_are_those_of_a_real_forward_pass(
     peft: str, prepared_run: Callable[..., PreparedRun]
 ) -> None:
     run = prepared_run("loss=sft", f"peft={peft}")
+    lora_linear.fuse(run.structure.model)  # as a run does
     real = run.structure.model.to_empty(device="cpu").train()
     with torch.no_grad():
         for each in [*real.parameters(), *real.buffers()]:
