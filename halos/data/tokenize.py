@@ -11,10 +11,10 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
-from halos.data import raw_text, steps, teacher
+from halos.data import raw_text, shorten, steps, teacher
 from halos.data.encoded import Encoded, cut_completions, refuse_length, unless_equal, why_dropped
 from halos.data.endings import CALL
-from halos.data.messages import SYSTEM, is_learned, moved_settings
+from halos.data.messages import is_learned
 from halos.data.template import Layout, LostError, Span, Template, TogetherError, any_of
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Scored, Stepwise, Turns
@@ -200,7 +200,7 @@ class Encoder:
             encoded = replace(encoded, tokenised_anew=True)
         if encoded.length <= self._max_length:
             is_masked = isinstance(example, Scored) and example.masked  # which no scored token shows to be cut too short
-            may_lose_turns = bool(_starts(example)) and not self._is_sampled(example)
+            may_lose_turns = bool(shorten.starts(example)) and not self._is_sampled(example)
             return replace(encoded, by_ids=False) if may_lose_turns or is_masked else encoded
         if self._truncation == "error":
             refuse_length(encoded, self._max_length, where)
@@ -215,7 +215,7 @@ class Encoder:
         """Remove as many of the oldest turns as necessary; where that is not enough, all but the last user turn."""
         if encoded.teacher_logps is not None:
             return encoded  # its teacher has read all turns
-        shorter = _shortened(example)
+        shorter = shorten.shortened(example)
         tried: dict[int, Encoded] = {}
 
         def fits(n: int) -> bool:
@@ -281,35 +281,3 @@ def vocabulary_of(tokenizer: PreTrainedTokenizerBase) -> str:
 def _unscored(encoded: Encoded) -> Encoded:
     completions = tuple(Completion(each.ids, np.zeros_like(each.scored)) for each in encoded.completions)
     return replace(encoded, completions=completions, logps=None)
-
-
-def _shortened(example: Example) -> list[Example]:
-    """Return the example without its oldest turns, ever shorter: system turns stay, and the first other turn is the user's.
-
-    The shortest keeps the last user turn and what follows it. Where all assistant turns of a conversation are scored, the
-    oldest of those are removed too.
-    """
-    return [_starting_at(example, n) for n in _starts(example)]
-
-
-def _starts(example: Example) -> list[int]:
-    """Return the turns of the user's with which a shorter example may start."""
-    (first, *others), turns = example.completions, example.prompt
-    turns += () if others else first
-    others = [n for n, turn in enumerate(turns) if turn["role"] not in SYSTEM]
-    return [n for n in others[1:] if turns[n]["role"] == "user"]
-
-
-def _starting_at(example: Example, start: int) -> Example:
-    prompt = example.prompt
-    if start < len(prompt):
-        return replace(example, prompt=moved_settings(_system_turns(prompt[:start]) + prompt[start:], prompt[0]))
-    ((name, completion),) = zip(example.completed, example.completions, strict=True)
-    turns = prompt + completion
-    answer = next(n for n in range(start, len(turns)) if is_learned(turns[n]))
-    kept = moved_settings(_system_turns(turns[:start]) + turns[start:answer], prompt[0])
-    return replace(example, prompt=kept, **{name: turns[answer:]})
-
-
-def _system_turns(turns: Turns) -> Turns:
-    return tuple(turn for turn in turns if turn["role"] in SYSTEM)

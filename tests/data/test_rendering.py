@@ -7,8 +7,8 @@ import pytest
 from halos.data.files import Row
 from halos.data.formats import read_example, read_prompt
 from halos.data.messages import SETTINGS
+from halos.data.shorten import shortened
 from halos.data.template import Layout, Template
-from halos.data.tokenize import _shortened
 from halos.errors import UserError
 from halos.types import Demonstration
 
@@ -80,8 +80,8 @@ def test_a_conversation_that_loses_its_oldest_turns_keeps_its_tools():
     turns = [user("one"), says("two"), user("three"), says("four"), user("five"), says("six")]
     whole = read({"messages": turns, "tools": [TOOL]})
     shorter = [
-        *_shortened(whole),
-        *_shortened(replace(whole, prompt=whole.prompt[:1], completion=(*whole.prompt[1:], *turns[-1:]))),
+        *shortened(whole),
+        *shortened(replace(whole, prompt=whole.prompt[:1], completion=(*whole.prompt[1:], *turns[-1:]))),
     ]
     assert len(shorter) == 4
     assert all(each.prompt[0][SETTINGS] == {"tools": [TOOL]} for each in shorter)
