@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
-from halos.config.schema import Config, Humanline
+from halos.config.schema import Config, Humanline, Online
 from halos.errors import UserError
 from halos.reward_kind import RewardKind
 
@@ -91,6 +91,16 @@ def _moving(config: Config, loss: LossTraits) -> str | None:
     if lora and config.peft.init_from is not None and reference.adapter == "off":
         return f"{every} with reference.adapter=off: a reference that moves starts as the policy does: leave one of them out"
     return None
+
+
+def refuse_moving_between_rounds(config: Config, online: Online, loss: LossTraits) -> None:
+    """Raises UserError where the reference of an adapter's later rounds would move from the first policy, which is its base."""
+    every, lora = config.reference.sync_every, config.peft.name == "lora"
+    if lora and every is not None and loss.needs_reference and online.reference != "last" and online.rounds > 1:
+        raise UserError(
+            f"reference.sync_every={every} (which humanline=on sets) moves the reference from the policy that a round starts"
+            f" with, and online.reference={online.reference} keeps it at the first policy: online.reference=last goes with it"
+        )
 
 
 def humanline_complaint(settings: Humanline, loss: LossTraits) -> str | None:

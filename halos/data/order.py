@@ -132,6 +132,8 @@ class GroupOrder:
                 f" train.batch_size={largest} or more"
             )
         at_once = batch_size // largest
+        self.largest = self._members[int(np.argmax([len(rows) for rows in self._members]))]  # the rows of the largest group
+        self.mean_size = at_once * len(groups) / len(self._members)  # rows of a batch
         of_groups = np.zeros(len(starts), np.int64)
         if sources is not None and share_out is not None:
             of_groups = sources[order[starts]]

@@ -12,6 +12,7 @@ from halos.inspection.findings import Check, Finding, Level, counted, first_plac
 from halos.reward_kind import RewardKind
 
 FEW = 0.01  # of the rows: below it repetitions are worth a note, and no warning
+FULL = 0.9  # of a batch of whole groups: below it a step has noticeably fewer completions than was asked for
 CUSTOM = "or make the examples with a function of yours (data.format)"
 
 
@@ -38,6 +39,16 @@ def checks_of(
     if held_out is not None:
         checks.append(Check("held-out rows are no training rows", tuple(_leaks(train, held_out))))
     return tuple(checks)
+
+
+def of_groups(data: Dataset, largest: np.ndarray, mean: float, batch_size: int) -> Check:
+    """Check that batches of whole groups are about full: they have `mean` rows, and the `largest` group these."""
+    found = Finding(
+        "warning", f"a step has {mean:.3g} completions on average, and train.batch_size={batch_size}: it takes whole groups, as"
+        f" many as fit where all are as large as the largest, which has {len(largest)}", _rows(data, largest[:1]),
+        "give groups of one size, and a train.batch_size that is a multiple of it",
+    )  # fmt: skip
+    return Check("groups of completions fill the batches", (found,) if mean < FULL * batch_size else ())
 
 
 Splits = Sequence[tuple[str, Dataset]]

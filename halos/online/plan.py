@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from halos.checkpoint.select import checkpoints, step_of
 from halos.config import run_config
 from halos.config.bind import LossSpec, refuse_single_samples
+from halos.config.reference_checks import refuse_moving_between_rounds
 from halos.config.resume_policy import value_at
 from halos.config.rollout_modules import engine_class, scorer_class, scorer_names
 from halos.config.schema import Config, Online, path_keys
@@ -145,6 +146,7 @@ class OnlinePlan:
             )
         self._check_feedback()
         self._check_temperature()
+        refuse_moving_between_rounds(self.inner, online, self.loss)
         self.prompts = read_prompts(entries_of(self.config.data, "train"), "train")
         entries = entries_of(self.config.data, "eval") if online.eval_prompts else []
         names = {prompt.id for prompt in self.prompts}

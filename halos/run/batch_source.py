@@ -15,10 +15,11 @@ from halos.config.bind import LossSpec, refuse_single_samples
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
+from halos.data.order import GroupOrder
 from halos.distributed.agreement import require_same_on_all_ranks
 from halos.errors import UserError
 from halos.hooks.base import Run
-from halos.inspection import template_checks
+from halos.inspection import data_checks, template_checks
 from halos.inspection.findings import Check
 from halos.inspection.steps import Steps
 from halos.online.live import LivePrompts, RolloutSource
@@ -97,6 +98,9 @@ class DatasetSource:
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
         self.mixture = datasets.mixture_lines(self.train.rows, self.order, self.total)
         self.checks = datasets.checks(self.train, self.eval_data, loss, tokenizer)
+        if isinstance(self.order, GroupOrder):
+            mean, size = self.order.mean_size, config.train.batch_size
+            self.checks += (data_checks.of_groups(self.train.rows, self.order.largest, mean, size),)
         self.unmeasured = datasets.unavailable_metrics(config, loss, self.eval_data)
         self.splits = [("train", self.train)] + ([("held out", self.eval_data)] if self.eval_data else [])
 

@@ -125,8 +125,9 @@ class PolicyGradientTrainer(Trainer):
             self._mismatched = True
             log.warning(
                 "the sampler's log-probs are %.2g nats a token from this trainer's own on average (mismatch/mean), which is more"
-                " than rounding (up to %g): it sampled from another model or other weights, in a coarser dtype, or it returns"
-                " log-probs before temperature or after top_p or top_k", total / count, WARNED,
+                " than rounding (up to %g): it sampled from another model or other weights, at another temperature than"
+                " train.temperature=%g, in a coarser dtype, or it returns log-probs before temperature or after top_p or top_k",
+                total / count, WARNED, self.run.config.train.temperature,
             )  # fmt: skip
 
     # --- a global batch --------------------------------------------------------------------------------------------------

@@ -404,6 +404,7 @@ def test_wrong_overrides_are_refused_before_anything_starts(tmp_path: Path, cach
         (["online.loss=dpo", "online.sampler.name=vllm"], "online.sampler.python is missing"),
         (["online.loss=dpo", "online.reference=last", "reference.name_or_path=tiny"], "are two references"),
         (["online.loss=simpo", "reference.name_or_path=tiny"], "uses no reference model"),
+        (["online.loss=dpo", "humanline=on", "peft=lora", "online.rounds=2"], "online.reference=last goes with it"),
         (["online.loss=dpo", "online.rouns=3"], "online.rounds"),
     ):
         assert said in refused(words, tmp_path, cache), words

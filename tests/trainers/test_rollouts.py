@@ -16,11 +16,14 @@ from transformers import AutoTokenizer
 
 from halos.config import arithmetic_version
 from halos.config.arithmetic_version import SIBLINGS_TOGETHER
+from halos.config.schema import Config
 from halos.data import arithmetic
 from halos.data.order import GroupOrder
 from halos.data.tokenize import vocabulary_of
+from halos.distributed.launch import make_accelerator
 from halos.errors import UserError
 from halos.models.locate import locate
+from halos.run.prepare import prepare
 from halos.trainers.base import Trainer
 from tests.losses import cases
 
@@ -270,6 +273,8 @@ def test_a_batch_holds_whole_groups() -> None:
     groups = np.array([0, 0, 0, 1, 1, 2, 2, 2, 3])
     order = GroupOrder(groups, [1.0], 6, 0)
     assert order.batches_per_epoch == 2
+    assert order.mean_size == np.mean([len(order.batch(k)) for k in range(2)])
+    assert order.largest.tolist() in ([0, 1, 2], [5, 6, 7])
     for epoch in range(3):
         batches = [order.batch(epoch * 2 + k) for k in range(2)]
         assert sorted(np.concatenate(batches)) == list(range(9))
@@ -280,6 +285,25 @@ def test_a_batch_holds_whole_groups() -> None:
         GroupOrder(groups, [1.0], 2, 0)
     with pytest.raises(UserError, match="would split groups of samples"):
         GroupOrder(groups, [0.5], 6, 0)
+
+
+def test_groups_that_leave_batches_half_empty_are_named_with_the_largest(
+    configure: Callable[..., Config], tmp_path: Path
+) -> None:
+    def warned(*sizes: int) -> list[str]:
+        rows = [
+            {"prompt": f"{group}?", "completion": f"{n}", "reward": n} for group, size in enumerate(sizes) for n in range(size)
+        ]
+        (path := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        config = configure("loss=grpo", f"data.train=[{path}]", "data.eval=[]", "train.batch_size=8", "train.steps=1")
+        run = prepare(config, make_accelerator(config.train.precision, config.model.dtype), None)
+        return [each.line() for check in run.batches.checks for each in check.findings if "whole groups" in each.text]
+
+    assert warned(4, 4, 4, 4) == []
+    (line,) = warned(2, 2, 8, 2)
+    assert line.startswith("a step has 3.5 completions on average, and train.batch_size=8")
+    assert "which has 8" in line
+    assert "rows.jsonl:5" in line
 
 
 def test_a_value_head_is_saved_next_to_the_policy_and_loaded_again(
