@@ -49,10 +49,13 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
 
 
 def _idle_correction(config: Config, overrides: Sequence[str]) -> str | None:
+    """Bounds of a correction that is none; their defaults are no mistake, which online runs pass on to their rounds."""
+    defaults = {"correction_level": None, "correction_cap": 2.0, "correction_floor": None}
     for name, section in (("train", config.train), ("online", config.online)):
-        idle = [key for key in typed_keys(overrides) if key.startswith(f"{name}.correction_")]
+        typed = [key.partition(".")[2] for key in typed_keys(overrides) if key.startswith(f"{name}.correction_")]
+        idle = [key for key in typed if key in defaults and getattr(section, key, defaults[key]) != defaults[key]]
         if idle and section is not None and section.correction == "none" and config.resume is None:
-            return f"{idle[0]} has no effect with {name}.correction=none: leave it out"
+            return f"{name}.{idle[0]} has no effect with {name}.correction=none: leave it out"
     return None
 
 

@@ -232,11 +232,10 @@ class OnlinePlan:
         if not self._length_is_set:
             overrides.append("train.steps=null")  # the number in a bundled model's YAML is for full data sets
         if self.loss.on_rollouts:
-            overrides += [f"train.temperature={online.sampler.temperature}", f"train.correction={online.correction}"]
             level, floor = online.correction_level or "null", online.correction_floor
-            if online.correction != "none":  # beside which they are refused
-                overrides += [f"train.correction_level={level}", f"train.correction_cap={online.correction_cap}",
-                              f"train.correction_floor={'null' if floor is None else floor}"]  # fmt: skip
+            overrides += [f"train.temperature={online.sampler.temperature}", f"train.correction={online.correction}",
+                          f"train.correction_level={level}", f"train.correction_cap={online.correction_cap}",
+                          f"train.correction_floor={'null' if floor is None else floor}"]  # fmt: skip
         if online.carry_optimizer:
             overrides.append("checkpoint.at_end=true")
         if number and self.one_warmup:

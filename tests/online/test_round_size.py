@@ -92,14 +92,13 @@ def test_rounds_and_live_loops_train_with_the_correction_of_the_online_run() -> 
     assert [{name: getattr(one.train, name) for name in named} for one in (of_round, of_loop)] == [named, named]
 
 
-@pytest.mark.parametrize("correction", ["none", "truncate", "auto"])
-def test_the_overrides_of_a_round_are_accepted_with_every_correction(correction: str) -> None:
-    tree, words = ConfigTree(), [*BASE, "online.loss=grpo", f"online.correction={correction}"]
-    config = validate.check(tree.compose(words), words, tree.choices)
-    overrides, _ = overrides_of_rounds(words, config, tree)
-    inner = round_config(config, overrides, tree)
-    given = OnlinePlan(config, inner, overrides, bind_loss(inner.loss, [])).overrides_of(0)
-    assert validate.check(tree.compose(given), given, tree.choices).train.correction == correction
+def test_the_defaults_of_a_corrections_bounds_are_accepted_without_one() -> None:
+    """Online runs of earlier versions pass them on to their rounds."""
+    defaults = ("correction=none", "correction_level=null", "correction_cap=2.0", "correction_floor=null")
+    tree, words = ConfigTree(), [*BASE, "online.loss=grpo", *(f"online.{each}" for each in defaults)]
+    online = validate.check(tree.compose(words), words, tree.choices).online
+    assert online is not None
+    assert online.correction == "none"
 
 
 def test_a_carried_optimizer_has_a_constant_rate_with_one_warmup_unless_a_schedule_is_chosen(tmp_path: Path) -> None:
