@@ -10,6 +10,7 @@ from peft import PeftModel
 from halos import __version__, confined
 from halos.checkpoint import card, lineage
 from halos.checkpoint.select import name_of
+from halos.config import run_config
 from halos.hooks.base import Run
 
 
@@ -39,8 +40,17 @@ def write(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> Non
 
 
 def _changes(run: Run) -> dict[str, Any]:
-    """What resumes have changed, oldest first: of each from which checkpoint on, and its keys with what they were and became. The
-    configuration of a lineage is that of the last."""
-    records = [confined.parse_yaml(text, name) for name, text in run.directory.read_attempts().items()]
-    changes = [{"from": each.get("resumed_from"), "keys": each["changed"]} for each in records if each.get("changed")]
+    """Changes by resumes on the line of training that led here, oldest first: of each from which checkpoint on, and its keys with
+    what they were before on that line and became. The configuration of a lineage is that of the last."""
+    line: dict[int, dict[str, Any]] = {}  # by the step that an attempt resumed from, in ascending order
+    for name, text in run.directory.read_attempts().items():
+        start = confined.parse_yaml(text, name).get("resumed_from")
+        step = int(str(start).rpartition("-")[2]) if str(start).startswith("checkpoints/") else 0
+        behind = [line.pop(later)["keys"] for later in sorted(line) if later >= step]
+        keys: dict[str, Any] = {}
+        for changed in [*behind, run_config.changed_keys(text)]:  # a resume keeps the settings of attempts that it goes behind
+            for key, (old, new) in changed.items():
+                keys[key] = [keys[key][0] if key in keys else old, new]
+        line[step] = {"from": start, "keys": {key: values for key, values in keys.items() if values[0] != values[1]}}
+    changes = [change for change in line.values() if change["keys"]]
     return {"changed": changes} if changes else {}

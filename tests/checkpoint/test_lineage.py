@@ -1,6 +1,7 @@
 """Weights have one hash, over all their files and whatever those are called."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -39,3 +40,26 @@ def test_settings_that_a_resume_has_changed_are_in_the_lineage_and_on_the_card(t
     assert "| checkpoints/step-00000002 | loss.beta | 0.1 | 0.9 |" in (directory / "FINAL" / "README.md").read_text()
     (before,) = lineage.read(directory / "checkpoints" / "step-00000002")["runs"]
     assert "changed" not in before
+
+
+def test_only_changes_on_the_line_of_training_that_led_here_are_listed(tmp_path: Path, cache: Path) -> None:
+    directory = World(tmp_path, cache).train("superseded", "train.steps=6", "train.prove=off", "optim.lr=1e-3")
+
+    def changed(step: int, *words: str) -> list[dict[str, Any]]:
+        checkpoint = directory / "checkpoints" / f"step-{step:08d}"
+        assert resume(checkpoint, *words, "resume_changes=allow") == 0
+        (run,) = lineage.read(directory / "FINAL")["runs"]
+        card = (directory / "FINAL" / "README.md").read_text().splitlines()
+        rows = [line for line in card if line.startswith("| checkpoints/")]
+        listed = run.get("changed", [])
+        expected = [(change["from"], key, *values) for change in listed for key, values in change["keys"].items()]
+        assert rows == [f"| {' | '.join(map(str, row))} |" for row in expected]
+        return [{change["from"][-1]: change["keys"]} for change in listed]
+
+    first = {"2": {"optim.lr": [1e-3, 5e-4], "loss.beta": [0.1, 0.5]}}
+    assert changed(2, "optim.lr=5e-4", "loss.beta=0.5") == [first]
+    assert changed(4, "optim.lr=2e-4") == [first, {"4": {"optim.lr": [5e-4, 2e-4]}}]
+    assert changed(4, "optim.lr=3e-4") == [first, {"4": {"optim.lr": [5e-4, 3e-4]}}]
+    assert changed(2, "loss.beta=0.1") == [{"2": {"optim.lr": [1e-3, 3e-4]}}]  # lr stays as the last attempt had it
+    assert changed(4, "optim.lr=1e-3") == [{"2": {"optim.lr": [1e-3, 3e-4]}}, {"4": {"optim.lr": [3e-4, 1e-3]}}]
+    assert changed(2) == []
