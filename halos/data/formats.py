@@ -9,7 +9,7 @@ from halos.data.messages import is_learned, turns_of, with_settings, with_system
 from halos.data.parts import check_completion, label_of, number_of, prompt_and_completion
 from halos.data.records import RECORDS, refuse_other_logps, with_reward
 from halos.data.row import Row
-from halos.data.schemas.schema import PROMPTS
+from halos.data.schemas.schema import ANSWERS, PROMPTS
 from halos.data.schemas.table import Reading, asked_in, recognised
 from halos.data.steps import COLUMNS as STEPWISE
 from halos.data.steps import labels_of, stepwise
@@ -82,6 +82,8 @@ def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tu
         return _conversation(turns, row.where, score), TALK
     if row.schemas and isinstance(text := columns.get("text"), str) and text.strip():
         return Demonstration((), ({"role": TEXT, "content": text},)), ("text",)
+    if row.schemas and {*PROMPTS} & columns.keys() and (silent := [name for name in ANSWERS if columns.get(name) == ""]):
+        raise UserError(f"{row.where}: {silent[0]} is empty: the assistant says nothing")
     given = row.original or row.record
     found = ", ".join(name for name, value in given.items() if value is not None) or "none"
     if empty := [name for name, value in given.items() if value is None]:

@@ -99,6 +99,8 @@ def test_pairs_of_sharegpt_have_one_turn_each_or_several() -> None:
         ({"question": "One?", "answer": "one", "reward": 1, "label": "good"}, "so 'reward' would be lost"),
         ({"text": "a", "label": 1}, "read as text, so 'label' would be lost"),
         ({"text": " "}, "columns found: text;"),
+        ({"question": "Add", "answer": ""}, "answer is empty: the assistant says nothing"),
+        ({"instruction": "Add.", "input": "1, 1", "output": ""}, "output is empty: the assistant says nothing"),
         ({"instruction": [*Q], "input": "1", "output": "2"}, "input beside instruction, which is no text"),
     ],
 )  # fmt: skip
