@@ -52,8 +52,10 @@ def named(name: str, overrides: Mapping[str, Any], plugins: Sequence[str], examp
     """A loss of config/loss, or the function at a dotted path. Raises UserError where it does not exist or cannot be bound."""
     known = _names()
     if "." not in name and name not in known:
+        if (CONFIG / "loss" / f"{name}.yaml").is_file():
+            raise UserError(f"{name} is a loop, whose loss is {name}.loss: certify that by its own name, such as dpo")
         near = nearest(name, known)
-        raise UserError(f"there is no loss {name!r}{f': did you mean {near}?' if near else ''}. There are {', '.join(known)};"
+        raise UserError(f"there is no loss {name!r}{f': did you mean {near}?' if near else '.'} There are {', '.join(known)};"
                         " a loss of yours is the dotted path of its function, with --plugins its package")  # fmt: skip
     package = name.partition(".")[0]
     if name not in known and package not in ("halos", *plugins):
@@ -81,7 +83,12 @@ def _choice(name: str) -> dict[str, Any]:
 @cache
 def _read(path: Path) -> dict[str, Any]:
     with user_errors(f"{path} cannot be read"):
-        node = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        try:
+            node = yaml.safe_load(text)
+        except yaml.MarkedYAMLError as error:
+            line = f", line {error.problem_mark.line + 1}" if error.problem_mark is not None else ""
+            raise UserError(f"{path}{line}: this is not YAML, in which worked examples are {SHAPE}") from error
     if not isinstance(node, dict):
         raise UserError(f"{path} holds a {type(node).__name__}: {SHAPE}")
     return node

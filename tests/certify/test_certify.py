@@ -289,8 +289,9 @@ def test_several_losses_make_one_page_and_one_that_fails_the_exit_status(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("dpoo", "there is no loss 'dpoo': did you mean dpo"),
-        ("online", "there is no loss 'online'"),
+        ("dpoo", r"there is no loss 'dpoo': did you mean dpo\? There are aot"),
+        ("zzzz", r"there is no loss 'zzzz'\. There are aot"),
+        ("online", r"online is a loop, whose loss is online\.loss: certify that by its own name"),
         ("dpo beta=-1", r"loss.beta takes a number \(above 0\), not -1"),
         ("dpo betta=1", "did you mean beta"),
         ("dpo ipo beta=1", "KEY=VALUE goes with one LOSS"),
@@ -305,11 +306,13 @@ def test_several_losses_make_one_page_and_one_that_fails_the_exit_status(
         ("dpo humanline.low=1", r"humanline.low takes a number \(at most 0\) or null, not 1"),
         ("dpo --output page.pdf", "it ends in .md or .html"),
         ("dpo --examples none.yaml", "none.yaml cannot be read"),
+        ("dpo --examples rows.jsonl", r"rows\.jsonl, line 2: this is not YAML, in which worked examples are a mapping"),
         ("dpo --output none/page.md", "none/page.md cannot be written"),
     ],
 )
 def test_wrong_input_is_one_message(words: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"values": [1]}\n' * 2)
     with pytest.raises(UserError, match=message):
         main(words.split())
 
