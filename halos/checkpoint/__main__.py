@@ -48,9 +48,12 @@ def _condition(path: Path) -> str:
 def ls(run: Path) -> int:
     """List checkpoints with size, condition (BAD: damaged; NEWER: saved by a later version) and evaluation metrics."""
     for path in _saved(run):
-        metrics = select.metrics_of(path).get("eval", {})
+        saved = select.metrics_of(path)
+        metrics = saved.get("eval", {})
         values = "  ".join(f"{one_line(k)} {v:.4g}" for k, v in metrics.items() if isinstance(v, float) and k != "seconds")
-        print(f"{one_line(path.name):14s} {_size(path):>10s}  {_condition(path):5s}  {values}")
+        step = metrics.get("step")
+        earlier = f"evaluation of step {one_line(str(step))}:  " if values and step not in (None, saved.get("step")) else ""
+        print(f"{one_line(path.name):14s} {_size(path):>10s}  {_condition(path):5s}  {earlier}{values}")
     return 0
 
 

@@ -59,9 +59,13 @@ def _metrics(run: Mapping[str, Any]) -> str:
     names = [name for name, value in after.items() if isinstance(value, float) and name != "seconds"]
     if not names:
         return ""
-    lines = [f"| {name} | {_short(before.get(name))} | {_short(after[name])} |" for name in names]
-    start = f"step {before['step']}" if before else "before"
-    return "\n".join(["## On held-out data", "", f"| | {start} | step {after.get('step', '')} |", "| --- | --- | --- |", *lines])
+    step, of = run["result"].get("step"), after.get("step", "")
+    other = f"These weights are of step {step}; the last evaluation before them is of step {of}."
+    columns = {f"step {before['step']}" if before else "before": before} if before.get("step") != of else {}
+    columns[f"step {of}"] = after
+    lines = [f"| {' | '.join([name, *(_short(each.get(name)) for each in columns.values())])} |" for name in names]
+    head = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    return "\n".join(["## On held-out data", "", *([other, ""] if of not in ("", step) else []), *head, *lines])
 
 
 def _short(value: Any) -> str:

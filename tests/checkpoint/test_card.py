@@ -29,3 +29,15 @@ def test_the_code_that_loads_a_model_says_what_its_path_is() -> None:
     text = card._how_to_load([], adapter=False, reward=None, vocabulary=None)
     assert 'path = "path/to/this/directory"  # where this file lies' in text
     assert text.count("from_pretrained(path)") == 2
+
+
+def test_an_evaluation_has_the_step_that_it_is_of_once_also_beside_a_later_checkpoint() -> None:
+    def lines(step: int, before: int | None, after: int) -> list[str]:
+        evaluations = {at: {"step": at, "loss": 0.5 - at / 100} for at in (0, 4)}
+        result = {"step": step, "before": evaluations.get(before), "metrics": evaluations[after]}
+        return card._metrics({"result": result}).splitlines()[2:]
+
+    table = ["| | step 0 |", "| --- | --- |", "| loss | 0.5 |"]
+    assert lines(2, 0, 0) == ["These weights are of step 2; the last evaluation before them is of step 0.", "", *table]
+    assert lines(4, 0, 4) == ["| | step 0 | step 4 |", "| --- | --- | --- |", "| loss | 0.5 | 0.46 |"]
+    assert lines(4, None, 4) == ["| | before | step 4 |", "| --- | --- | --- |", "| loss |  | 0.46 |"]

@@ -1,5 +1,6 @@
 """python -m halos.checkpoint, as a user runs it."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,21 @@ def test_a_run_is_listed_verified_and_merged_at_any_step(
     capsys.readouterr()
     assert typed(monkeypatch, "verify", place) == 1
     assert "step-00000004/adapter/adapter_model.safetensors: 0 bytes instead of" in capsys.readouterr().out
+
+
+def test_an_evaluation_of_another_step_is_listed_with_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (2, 4):
+        saved = tmp_path / "run" / "checkpoints" / f"step-{step:08d}"
+        saved.mkdir(parents=True)
+        (saved / "metrics.json").write_text(json.dumps({"step": step, "eval": {"step": 2, "loss": 0.5}}))
+        (saved / manifest.NAME).write_text(manifest.describe(saved, {}))
+    assert typed(monkeypatch, "ls", str(tmp_path / "run")) == 0
+    own, other = capsys.readouterr().out.splitlines()
+    assert own.endswith("  loss 0.5")
+    assert "evaluation" not in own
+    assert other.endswith("  evaluation of step 2:  loss 0.5")
 
 
 def test_a_checkpoint_of_a_newer_version_is_named_as_such(
