@@ -31,7 +31,7 @@ from halos.trainers.reference_rows import BUDGETS
 
 TEMPORARIES = 2  # of the size of the largest trained parameter, that an optimizer makes which is not fused
 CHUNKS = 2  # of logits at once: logsumexp makes a second one
-HEAP = 0.5  # of the activations, which glibc keeps between blocks of other sizes: measured by launch/results/dry_run_memory.py
+HEAP = 0.6  # of the activations, which glibc keeps between blocks of other sizes: measured by launch/results/dry_run_memory.py
 
 
 @dataclass(frozen=True, slots=True)
