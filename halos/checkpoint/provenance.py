@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from halos import __version__, confined
 from halos.checkpoint import card, lineage
-from halos.checkpoint.select import name_of
+from halos.checkpoint.select import name_of, step_of
 from halos.config import run_config
 from halos.hooks.base import Run
 
@@ -45,7 +45,7 @@ def _changes(run: Run) -> dict[str, Any]:
     line: dict[int, dict[str, Any]] = {}  # by the step that an attempt resumed from, in ascending order
     for name, text in run.directory.read_attempts().items():
         start = confined.parse_yaml(text, name).get("resumed_from")
-        step = int(str(start).rpartition("-")[2]) if str(start).startswith("checkpoints/") else 0
+        step = step_of(Path(start)) if str(start).startswith("checkpoints/") else 0
         behind = [line.pop(later)["keys"] for later in sorted(line) if later >= step]
         keys: dict[str, Any] = {}
         for changed in [*behind, run_config.changed_keys(text)]:  # a resume keeps the settings of attempts that it goes behind

@@ -14,6 +14,7 @@ from halos.config import defaults, idle_online, renamed_keys, stream_checks
 from halos.config.overrides import typed_keys
 from halos.config.reference_checks import LossTraits, check_reference
 from halos.config.rollout_modules import engine_class, scorer_class
+from halos.config.run_config import ADDED_KEYS
 from halos.config.schema import Config, Scorer
 from halos.errors import UserError
 from halos.reward_kind import RewardKind
@@ -49,12 +50,12 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
 
 
 def _idle_correction(config: Config, overrides: Sequence[str]) -> str | None:
-    """Bounds of a correction that is none; their defaults are no mistake, which online runs pass on to their rounds."""
-    defaults = {"correction_level": None, "correction_cap": 2.0, "correction_floor": None}
+    """Bounds of a correction that is none; values that act as none are no mistake, which online runs pass on to their rounds."""
     for name, section in (("train", config.train), ("online", config.online)):
+        if section is None or section.correction != "none" or config.resume is not None:
+            continue
         typed = [key.partition(".")[2] for key in typed_keys(overrides) if key.startswith(f"{name}.correction_")]
-        idle = [key for key in typed if key in defaults and getattr(section, key, defaults[key]) != defaults[key]]
-        if idle and section is not None and section.correction == "none" and config.resume is None:
+        if idle := [key for key in typed if getattr(section, key) != ADDED_KEYS[name, key]]:
             return f"{name}.{idle[0]} has no effect with {name}.correction=none: leave it out"
     return None
 

@@ -70,7 +70,7 @@ class Memory:
             ("reference", self.reference, "a second model"),
             ("activations", self.activations + self.working, "of the largest micro-batch"),
             ("logits", self.head, "a chunk of them, and the gradient of the head's weight"),
-            ("heap", self.heap, "free between its blocks, measured to be 0.6 of the activations"),
+            ("heap", self.heap, "what the C library keeps free between its blocks"),
             (BEFOREHAND, self.beforehand, "the pass over the reference, before the first step"),
             ("libraries", self.libraries, "of the process, as now"),
         ]
