@@ -47,6 +47,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("online.scorer", "aggregation"): "sum",
 }  # fmt: skip
 BUDGET = "microbatch_tokens"  # in an attempt's record: what `auto` meant
+CHECKPOINTING = "activation_checkpointing"  # in an attempt's record, true: what null meant
 ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}, "humanline": {"low": None, "high": None}}
 
 
@@ -151,6 +152,11 @@ def recorded_budget(attempts: Mapping[str, str]) -> int | None:
     """Return the token budget that a run with train.microbatch_tokens=auto began with (name -> text); None where none is."""
     records = (_parsed(record, "an attempt's record").get(BUDGET) for record in attempts.values())
     return next((tokens for tokens in records if type(tokens) is int), None)
+
+
+def recorded_checkpointing(attempts: Mapping[str, str]) -> bool:
+    """Return whether a run with train.activation_checkpointing=null began with checkpointed activations (name -> text)."""
+    return any(_parsed(record, "an attempt's record").get(CHECKPOINTING) is True for record in attempts.values())
 
 
 def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:

@@ -102,7 +102,7 @@ class Train:
     max_grad_norm: float | None = key(above=0)
     max_bad_steps: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
-    activation_checkpointing: bool = key(on_resume=SAFE)
+    activation_checkpointing: bool | None = key(on_resume=SAFE)
     deterministic: bool = key(on_resume=SAFE)
     compile: bool = key()
     router_aux_loss: float | None = key(least=0)

@@ -93,6 +93,7 @@ class Run:
     stop: Stop | None = None  # set by a hook, on every rank alike, or after a stop request
     failure: str | None = None  # why the run ends as "failed", where no exception says it
     microbatch_tokens: int | None = None  # the bound of a micro-batch: train.microbatch_tokens, or what its `auto` means
+    activation_checkpointing: bool = False  # train.activation_checkpointing, or what its null means
     moving_reference: MovingReference | None = None  # a reference that follows the policy: reference.sync_every
     reference: dict[str, str] = field(default_factory=dict)  # key and content of the reference's log-probs, by names of rows
     reference_cpu_seconds: float = 0.0  # that this process spent on them before the first step

@@ -33,7 +33,7 @@ from halos.run.optimizer import make_optimizer
 from halos.run.prepare import PreparedRun, prepare
 from halos.schedules import LearningRates
 from halos.trainers.base import Batches, Parts, Trainer
-from halos.trainers.microbatches import Split
+from halos.trainers.microbatches import Bounds, Split
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ def assemble(
         restore(current, resumed_from.path)  # after loading models, which draws random numbers
     elif config.optim["init_from"] is not None:
         load_optimizer(Path(config.optim["init_from"]) / "state", current.strategy, current.module, current.optimizer)
-    budget = token_budget.settle(current, run.planned.optimizer_bytes)
+    settled = token_budget.settle(current, run.planned.optimizer_bytes, _longest_item(run))
     proof.prove_loaded(current, run.structure.verdict)
     policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=None))
     current.generator = None if current.reward else PolicyGenerator(current, policy)
@@ -73,7 +73,7 @@ def assemble(
     trainer.refuse_lost_cache()
     if accelerator.is_main_process:
         # last: a refused resume leaves the run as it was
-        resume.record_attempt(current, overrides, resumed_from, changed, run.changed, budget)
+        resume.record_attempt(current, overrides, resumed_from, changed, run.changed, settled)
     header.write(run, accelerator)
     return trainer
 
@@ -81,6 +81,12 @@ def assemble(
 def _rows_of_step(split: Split, order: Batches, step: int) -> list[str]:
     """Where the rows of a global batch came from; none of a live loop, whose rows of earlier steps are gone."""
     return [split.rows[int(row)].id for row in order.batch(step)] if isinstance(split.rows, Dataset | StreamRows) else []
+
+
+def _longest_item(run: PreparedRun) -> int:
+    bounds = Bounds(None, None, run.config.train.share_prompts and run.structure.verdict.plan.shares)
+    items = [token_budget.longest_item(split.rows, bounds, run.planned.max_length) for _, split in run.batches.splits]
+    return max(items, default=run.planned.max_length)
 
 
 def _check(config: Config, overrides: list[str], accelerator: Accelerator, lock: RunLock | None) -> None:

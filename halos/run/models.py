@@ -122,9 +122,9 @@ def load_policy(loader: ModelLoader, *, reward: RewardKind | None, refers: bool,
     source, sharded = saved_model(checkpoint) if checkpoint and not lora else (loader.base, False)
     model = loader.load(source, dtype, reward=reward, quantize=config.model.quantize, empty=sharded)
     if config.model.quantize:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=config.train.activation_checkpointing)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=bool(config.train.activation_checkpointing))
     if config.train.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpoint_activations(model)
     if not lora:
         return model
     adapted = adapter.attach(model, asdict(config.peft), base=str(loader.base), reward=reward, seed=config.seed)
@@ -135,6 +135,11 @@ def load_policy(loader: ModelLoader, *, reward: RewardKind | None, refers: bool,
     if checkpoint:
         adapter.load_adapter(adapted, checkpoint / "adapter")
     return adapted
+
+
+def checkpoint_activations(model: nn.Module) -> None:
+    """Let a model's layers keep their inputs alone, and compute the rest again in the backward pass."""
+    bare(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def policy_structure(loader: ModelLoader, *, reward: RewardKind | None) -> nn.Module:

@@ -1,7 +1,7 @@
 """Start or resume a run: its directory, the checkpoint that it resumes from, and the record of this start."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +107,10 @@ def _refuse_too_few_steps(config: Config, directory: RunDir, source: Path | None
 
 def record_attempt(
     current: Run, overrides: list[str], source: select.Selection, changed: Sequence[Change], content_changed: Sequence[Change],
-    budget: int | None,
+    settled: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Write attempts/NNN.yaml, and set aside what a resumed run leaves behind. `changed` are keys, or contents of files; `budget`
-    is what train.microbatch_tokens=auto means."""
+    """Write attempts/NNN.yaml, and set aside what a resumed run leaves behind. `changed` are keys, or contents of files;
+    `settled` is what keys mean whose value the run has chosen."""
     directory, resume = current.directory, current.config.resume
     for line in source.passed_over:
         log.warning(line)
@@ -129,7 +129,6 @@ def record_attempt(
     keys = [each for each in changed if each not in contents]
     altered = changes_record(changed=keys, content_changed=[*contents, *content_changed])
     hashes = current.content.record() if current.content is not None else {}
-    settled = {run_config.BUDGET: budget} if budget is not None else {}
     directory.start_attempt({**attempt, **settled, **altered, "passed_over": source.passed_over, **hashes})
     if damaged := directory.truncate_metrics(current.step if source.path else -1):
         log.warning("%d lines of metrics.jsonl were damaged, and were moved to %s", damaged, DAMAGED)

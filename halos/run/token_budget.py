@@ -1,9 +1,9 @@
-"""The token budget of a micro-batch, where train.microbatch_tokens=auto: on a GPU what fits into its memory, measured."""
+"""The token budget of a micro-batch, and whether activations are checkpointed, where that is left to the GPU's memory."""
 
 import logging
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,12 @@ from torch.utils._pytree import tree_leaves
 
 from halos.config import run_config
 from halos.data.collate import pack_on_host
+from halos.data.dataset import Dataset
 from halos.examples import Completion, PackRow
 from halos.hooks.base import Run
-from halos.trainers.memory import TRIED
+from halos.run.models import checkpoint_activations
+from halos.trainers.memory import TRIED, is_out_of_memory
+from halos.trainers.microbatches import Bounds
 
 log = logging.getLogger(__name__)
 
@@ -72,48 +75,90 @@ class Cost:
         per_token = max(1.0, (peaks[1] - peaks[0]) / (TRIALS[1] - TRIALS[0]))
         return cls(max(0.0, peaks[0] - per_token * TRIALS[0]), per_token)
 
-    def tokens_in(self, memory: float) -> int:
-        """The largest number of a grid, 2^k or 3 * 2^k, whose micro-batch fits, within LEAST and MOST: neither a few bytes nor
-        another GPU of the same kind changes it."""
-        fitting = (SHARE * memory - self.fixed) / self.per_token
-        if fitting < LEAST:
-            return LEAST
-        power = 2 ** int(math.log2(fitting))
-        return min(MOST, power * 3 // 2 if power * 3 // 2 <= fitting else power)
+    def fitting(self, memory: float) -> float:
+        """The tokens of the largest micro-batch that fits into this many bytes."""
+        return (SHARE * memory - self.fixed) / self.per_token
 
 
-def settle(run: Run, optimizer_bytes: int, memory: DeviceMemory | None = None) -> int | None:
-    """Set the run's token budget: the typed one, or where that is `auto` one that is the same on every rank, which is returned.
-    It is as the run's earlier attempts have recorded it, so that no resume on another machine changes a step.
+def on_grid(fitting: float) -> int:
+    """The largest number of a grid, 2^k or 3 * 2^k, of up to `fitting` tokens, within LEAST and MOST: neither a few bytes nor
+    another GPU of the same kind changes it."""
+    if fitting < LEAST:
+        return LEAST
+    power = 2 ** int(math.log2(fitting))
+    return min(MOST, power * 3 // 2 if power * 3 // 2 <= fitting else power)
 
-    `optimizer_bytes`: of the optimizer's whole state, which a new run does not have yet.
+
+def settle(run: Run, optimizer_bytes: int, longest: int, memory: DeviceMemory | None = None) -> dict[str, Any]:
+    """Set the run's token budget, and whether it checkpoints activations: as typed, or where that is `auto` and null as measured,
+    the same on every rank. What was not typed is returned for the record of the attempt, and is as the run's earlier attempts
+    have recorded it, so that no resume on another machine changes a step.
+
+    `optimizer_bytes`: of the optimizer's whole state, which a new run does not have yet. `longest`: tokens of the longest item.
     """
-    if not isinstance(typed := run.config.train.microbatch_tokens, str):
-        run.microbatch_tokens = typed
-        return None
-    recorded = run_config.recorded_budget(run.directory.read_attempts()) if run.config.resume else None
-    tokens = gather_object([recorded])[0]
-    if is_cuda := run.accelerator.device.type == "cuda":
+    train, is_cuda = run.config.train, run.accelerator.device.type == "cuda"
+    run.activation_checkpointing = bool(train.activation_checkpointing)
+    if not isinstance(train.microbatch_tokens, str):
+        run.microbatch_tokens = train.microbatch_tokens
+        return {}
+    attempts = run.directory.read_attempts() if run.config.resume else {}
+    tokens, checkpointed = gather_object(
+        [(run_config.recorded_budget(attempts), run_config.recorded_checkpointing(attempts))]
+    )[0]  # fmt: skip
+    if checkpointed and train.activation_checkpointing is None:
+        _checkpoint_activations(run)
+    if is_cuda:
         memory = memory or CudaMemory(run.accelerator.device)
     if tokens is None and memory is not None and run.strategy.takes_trials:
-        tokens = _measured(run, optimizer_bytes, memory)
+        tokens = _measured(run, optimizer_bytes, longest, memory)
     run.microbatch_tokens = min(gather_object([tokens or (UNTRIED if is_cuda else ON_CPU)]))
     if run.main:
         log.info("%-10s %d tokens in a micro-batch", "budget", run.microbatch_tokens)
-    return run.microbatch_tokens
+    measured = run.activation_checkpointing and train.activation_checkpointing is None
+    return {run_config.BUDGET: run.microbatch_tokens, **({run_config.CHECKPOINTING: True} if measured else {})}
 
 
-def _measured(run: Run, optimizer_bytes: int, memory: DeviceMemory) -> int:
-    """The tokens that fit on this rank. Every rank calls."""
+def longest_item(rows: Any, bounds: Bounds, max_length: int) -> int:
+    """The tokens that a micro-batch of one item has at most; of rows that are not known yet, those of one completion."""
+    if not isinstance(rows, Dataset):
+        return max_length
+    own, trunks = bounds.tokens_of(rows, np.arange(len(rows)))
+    return int((own + trunks).max(initial=0))
+
+
+def _measured(run: Run, optimizer_bytes: int, longest: int, memory: DeviceMemory) -> int:
+    """The tokens that fit on this rank, with activations checkpointed where on some rank `longest` do not. Every rank calls."""
     ranks = 1 if run.strategy.parameter_layout == "whole" else run.accelerator.num_processes
-    free = memory.free() - (0 if run.optimizer.state else optimizer_bytes // ranks)
-    devices = [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        _peak(run, TRIALS[0], memory)  # once more than is measured: libraries allocate workspaces that stay
-        cost = Cost.of((_peak(run, TRIALS[0], memory), _peak(run, TRIALS[1], memory)))
-    tokens = cost.tokens_in(free)
-    log.debug("%.0f bytes a token, %.0f besides, %.0f free: %d tokens", cost.per_token, cost.fixed, free, tokens)
-    return tokens
+    ahead = 0 if run.optimizer.state else optimizer_bytes // ranks
+    fitting = _fitting(run, ahead, memory)
+    if run.config.train.activation_checkpointing is None and (least := min(gather_object([fitting]))) < longest:
+        if run.main:
+            log.info("%-10s checkpointed: %d tokens fit, and the longest item has %d", "activations", max(0, least), longest)
+        _checkpoint_activations(run)
+        fitting = _fitting(run, ahead, memory)
+    return on_grid(fitting)
+
+
+def _checkpoint_activations(run: Run) -> None:
+    checkpoint_activations(run.model)
+    run.activation_checkpointing = True
+
+
+def _fitting(run: Run, ahead: int, memory: DeviceMemory) -> float:
+    """The tokens that fit besides `ahead` bytes, by trials; none where a process by itself has no memory for a trial."""
+    free, devices = memory.free() - ahead, [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices):
+            _peak(run, TRIALS[0], memory)  # once more than is measured: libraries allocate workspaces that stay
+            cost = Cost.of((_peak(run, TRIALS[0], memory), _peak(run, TRIALS[1], memory)))
+    except Exception as error:
+        may_checkpoint = run.config.train.activation_checkpointing is None and not run.activation_checkpointing
+        if not is_out_of_memory(error) or not may_checkpoint or run.accelerator.num_processes > 1:  # others would wait
+            raise
+        run.strategy.zero_grad(run.optimizer)
+        return 0.0
+    log.debug("%.0f bytes a token, %.0f besides, %.0f free", cost.per_token, cost.fixed, free)
+    return cost.fitting(free)
 
 
 def _peak(run: Run, tokens: int, memory: DeviceMemory) -> int:

@@ -173,7 +173,8 @@ class ReferenceLogps:
 
     def _compute(self, source: Source, cache: LogpsCache) -> None:
         """Compute all parts that an interrupted pass has not left, and publish the table. All ranks compute, rank 0 writes."""
-        run, plan, parts = self.run, Plan.of(source, self.trainer.settings, self.run.microbatch_tokens), list[Part]()
+        run, settings, parts = self.run, self.trainer.settings, list[Part]()
+        plan = Plan.of(source, settings, run.microbatch_tokens, is_checkpointed=run.activation_checkpointing)
         trainer, quiet, began, cpu = self.trainer, None if run.main else True, time.perf_counter(), time.process_time()
         if not self._loaded:
             trainer.reference, self._loaded = self._cache.load(), True

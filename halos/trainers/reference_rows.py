@@ -47,8 +47,8 @@ class Plan:
     parts: list[list[np.ndarray]]  # of each part its batches: indices of rows
 
     @classmethod
-    def of(cls, source: Source, settings: Train, budget: int | None) -> Plan:
-        """`settings` and `budget`, in tokens, bound a micro-batch of training."""
+    def of(cls, source: Source, settings: Train, budget: int | None, *, is_checkpointed: bool) -> Plan:
+        """`settings` and `budget`, in tokens, bound a micro-batch of training; `is_checkpointed`: with few activations."""
         hashes, places, tokens = dict[bytes, None](), list[tuple[int, int]](), list[int]()
         for item in source.items.tolist():
             for number, row in enumerate(source.rows_of(item)):
@@ -57,7 +57,7 @@ class Plan:
                     places.append((item, number))
                     tokens.append(len(row[0]) + len(row[1].ids))
         most, rows_of_item = settings.microbatch_size, 1 + max((number for _, number in places), default=0)
-        times = 1 if settings.activation_checkpointing else BUDGETS
+        times = 1 if is_checkpointed else BUDGETS
         budget = budget and max(budget, min(times * budget, MOST))
         batches = cut(tokens, budget, most and times * most * rows_of_item)
         sizes = [sum(tokens[n] for n in batch) for batch in batches]

@@ -12,10 +12,12 @@ import torch
 from halos.config import run_config
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.logps.model import bare
 from halos.run import token_budget
 from halos.run.lifecycle import run
-from halos.run.token_budget import LEAST, MOST, TRIALS, Cost, settle
+from halos.run.token_budget import LEAST, MOST, TRIALS, Cost, on_grid, settle
 from halos.trainers.base import Trainer
+from halos.trainers.microbatches import Bounds
 from train import start
 
 GB = 10**9
@@ -47,7 +49,7 @@ class Memory:
 def test_the_budget_is_what_fits_rounded_down_to_a_grid(memory: float, tokens: int) -> None:
     cost = Cost.of((3 * GB, 5 * GB))  # 2 GB for each 1024 tokens, and 1 GB besides
     assert cost.fixed == 1 * GB
-    assert cost.tokens_in(memory) == tokens
+    assert on_grid(cost.fitting(memory)) == tokens
 
 
 def test_it_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,10 +60,12 @@ def test_it_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer], mon
 
     def measured(free: float, optimizer_bytes: int = 0) -> Any:
         train.microbatch_tokens = "auto"
-        return settle(run, optimizer_bytes, Memory(made, round(free)))
+        settled = settle(run, optimizer_bytes, 0, Memory(made, round(free)))
+        assert settled == {"microbatch_tokens": run.microbatch_tokens}
+        return run.microbatch_tokens
 
     fits = (FIXED + 6144 * PER_TOKEN) / token_budget.SHARE
-    assert measured(fits + 1) == run.microbatch_tokens == 6144
+    assert measured(fits + 1) == 6144
     assert measured(fits - 1) == 4096
     assert measured(fits + 1_000_001, 1_000_000) == 6144
     assert measured(fits + 1_000_001, 1_000_000 + 2) == 4096, "moments that the first step will make"
@@ -91,10 +95,80 @@ def test_a_resume_keeps_what_was_recorded(trainer: Callable[..., Trainer], monke
     monkeypatch.setattr(token_budget, "ON_CPU", 2 * recorded)
     for resume, tokens in ((None, 2 * recorded), ("runs/mine", recorded)):
         train.microbatch_tokens, made.run.config.resume = "auto", resume
-        assert settle(made.run, 0) == made.run.microbatch_tokens == tokens
+        assert settle(made.run, 0, 0) == {"microbatch_tokens": tokens}
+        assert made.run.microbatch_tokens == tokens
     typed = trainer("loss=sft", "train.microbatch_tokens=99", "exp_name=typed")
     assert typed.bounds.tokens == 99
     assert run_config.recorded_budget(typed.run.directory.read_attempts()) is None
+
+
+class Checkpointing(Memory):
+    """A device on which checkpointed activations take a tenth, and which may have no room for a trial without."""
+
+    def __init__(self, made: Trainer, free: int, *, most: float = float("inf")) -> None:
+        super().__init__(made, free)
+        self.model, self.most = bare(made.run.model), most
+
+    def peak(self) -> int:
+        taken = FIXED + (super().peak() - FIXED) // (10 if self.model.is_gradient_checkpointing else 1)
+        if taken > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return taken
+
+
+def room_for(tokens: int) -> int:
+    return round((FIXED + tokens * PER_TOKEN) / token_budget.SHARE)
+
+
+def test_activations_are_checkpointed_only_where_the_longest_item_does_not_fit_without(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    made, roomy = trainer("loss=sft"), trainer("loss=sft", "exp_name=roomy")
+    for each in (made, roomy):
+        each.run.config.train.microbatch_tokens = "auto"
+    caplog.set_level("INFO")
+    fits = Checkpointing(roomy, room_for(2000))
+    assert settle(roomy.run, 0, 1999, fits) == {"microbatch_tokens": 1536}
+    assert not roomy.run.activation_checkpointing
+    assert not fits.model.is_gradient_checkpointing
+    small = Checkpointing(made, room_for(2000))
+    assert settle(made.run, 0, 2001, small) == {"microbatch_tokens": 16_384, "activation_checkpointing": True}
+    assert made.run.activation_checkpointing
+    assert small.model.is_gradient_checkpointing
+    assert "checkpointed: 2000 tokens fit, and the longest item has 2001" in caplog.text
+    made.run.config.resume = "runs/mine"
+    monkeypatch.setattr(run_config, "recorded_budget", lambda _: 96)
+    monkeypatch.setattr(run_config, "recorded_checkpointing", lambda _: True)
+    other = trainer("loss=sft", "exp_name=other")
+    other.run.config.resume, other.run.config.train.microbatch_tokens = "runs/mine", "auto"
+    assert settle(other.run, 0, 1, Checkpointing(other, room_for(10**6)))["activation_checkpointing"], "as it began"
+    assert bare(other.run.model).is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("typed", [True, False])
+def test_what_is_typed_is_kept(trainer: Callable[..., Trainer], *, typed: bool) -> None:
+    made = trainer("loss=sft", "train.microbatch_tokens=auto", f"train.activation_checkpointing={typed}".lower())
+    settled = settle(made.run, 0, 10**6, Checkpointing(made, room_for(2000)))
+    assert settled == {"microbatch_tokens": 16_384 if typed else 1536}
+    assert made.run.activation_checkpointing is typed is bare(made.run.model).is_gradient_checkpointing
+
+
+def test_a_trial_that_runs_out_of_memory_is_one_that_does_not_fit(trainer: Callable[..., Trainer]) -> None:
+    made = trainer("loss=sft", "train.microbatch_tokens=auto")
+    scarce = FIXED + PER_TOKEN * TRIALS[0] - 1
+    settled = settle(made.run, 0, 1, Checkpointing(made, room_for(1100), most=scarce))
+    assert settled == {"microbatch_tokens": 8192, "activation_checkpointing": True}
+    assert all(parameter.grad is None for parameter in made.run.module.parameters())
+    with pytest.raises(torch.OutOfMemoryError):  # with and without
+        settle(made.run, 0, 1, Checkpointing(made, room_for(1100), most=1))
+
+
+def test_the_longest_item_is_counted_with_its_prompt_once_where_that_is_shared(trainer: Callable[..., Trainer]) -> None:
+    rows = trainer("loss=dpo").train.rows
+    shared, apart = (token_budget.longest_item(rows, Bounds(None, None, share), 9) for share in (True, False))
+    assert apart == rows.lengths.sum(1).max()
+    assert shared < apart
+    assert token_budget.longest_item(object(), Bounds(None, None, share=True), 9) == 9
 
 
 def test_a_run_that_was_saved_with_auto_resumes(configure: Callable[..., Config], tmp_path: Path) -> None:
