@@ -13,5 +13,5 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 def pinned(values: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the host in memory from which `device` copies by itself."""
-    return values.pin_memory() if device.type == "cuda" and not values.is_pinned() else values
+    """A tensor of the host in memory from which `device` copies by itself; one without storage, of an estimate, as it is."""
+    return values.pin_memory() if device.type == "cuda" and type(values) is Tensor and not values.is_pinned() else values

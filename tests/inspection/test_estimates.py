@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from halos.config.schema import Config
 from halos.data.collate import pack
@@ -22,6 +23,7 @@ from halos.run import reference
 from halos.run.batch_source import DatasetSource
 from halos.run.estimate import Estimate
 from halos.run.prepare import PreparedRun, prepare
+from halos.transfer import pinned
 
 
 @pytest.fixture
@@ -49,6 +51,12 @@ def bytes_kept(model: nn.Module, rows: list[PackRow]) -> int:
         kept = hidden_states(bare(model), pack(rows, share=True))  # alive until the bytes are counted
     assert kept.requires_grad
     return sum(saved.values())
+
+
+def test_tensors_without_storage_are_not_pinned_for_a_gpu() -> None:
+    with FakeTensorMode():
+        values = torch.empty(3)
+        assert pinned(values, torch.device("cuda")) is values
 
 
 @pytest.mark.parametrize("peft", ["none", "lora"])
