@@ -19,7 +19,7 @@ class Model:
     name_or_path: str | None = key(on_resume=CONTENT, path=True)  # a directory, a hub id, a .gguf file, or `tiny`
     revision: str | None = key(on_resume=CONTENT)
     dtype: str = key(one_of=("auto", "float32", "bfloat16", "float16"))
-    attention: str = key(one_of=("auto", "segments", "flash_attention_2"))
+    attention: str = key(one_of=("auto", "segments", "varlen", "flash_attention_2"))
     chat_template: str | None = key(on_resume=CONTENT, path=True)
     add_tokens: list[str] = key()
     quantize: str | None = key(one_of=("4bit", "8bit"))

@@ -1,7 +1,8 @@
-"""Attention over packed sequences, one at a time: nothing attends across sequences, and a shared prompt is computed once.
+"""Attention over packed sequences: nothing attends across sequences, and a shared prompt is computed once.
 
-Registered with transformers under `SEGMENTS`, so no model's code is changed. On a CPU it is several times faster than one
-dense block-diagonal mask; on a GPU flash_attention_2 is used instead where it is installed.
+Registered with transformers, so no model's code is changed. Under `SEGMENTS` sequences attend one at a time: on a CPU several
+times faster than one dense block-diagonal mask, on a GPU hundreds of small kernels a layer. Under `VARLEN` one kernel computes
+them all (varlen.py), and what it cannot take, one layer's sinks or all on a CPU, is computed one at a time.
 """
 
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from halos.errors import UserError
+from halos.logps import varlen
 from halos.types import Tree
 
-SEGMENTS = "halos_segments"
+PREFIX = "halos_"  # of a value of model.attention, as transformers knows it
+SEGMENTS, VARLEN = f"{PREFIX}segments", f"{PREFIX}varlen"
+TREES = (SEGMENTS, VARLEN)  # attention that takes the trees of packed sequences
 
 
 def _eager(
@@ -116,7 +120,30 @@ def attend_by_tree(
     return torch.cat(outputs, 2).transpose(1, 2).contiguous(), None  # contiguous: some models call view on it
 
 
+def attend_in_one_call(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    trees: tuple[Tree, ...] | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """The same as `attend_by_tree`, by one kernel where it takes the inputs."""
+    if trees is not None and varlen.takes(query, key, value, softcap=softcap, sinks=s_aux, dropout=dropout):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return varlen.attend(query, key, value, trees, scale=scale, window=sliding_window), None
+    kinds: dict[str, Any] = {"softcap": softcap, "trees": trees, "s_aux": s_aux}
+    return attend_by_tree(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kinds)
+
+
 def register() -> None:
-    """Register `attn_implementation=SEGMENTS` with transformers, which makes no mask for attention that has registered none: each
-    sequence is causal by itself. For any other it searches the positions for packed sequences, and the host waits."""
+    """Register the `attn_implementation`s of TREES with transformers, which makes no mask for attention that has registered none:
+    each sequence is causal by itself. For any other it searches the positions for packed sequences, and the host waits."""
     AttentionInterface.register(SEGMENTS, attend_by_tree)
+    AttentionInterface.register(VARLEN, attend_in_one_call)

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from halos.logps.attention import SEGMENTS
+from halos.logps.attention import TREES
 from halos.transfer import to_device
 from halos.types import Sequences
 
-PACKS = (SEGMENTS, "flash_attention_2")  # attention that takes sequence boundaries; with any other, sequences go one at a time
+PACKS = (*TREES, "flash_attention_2")  # attention that takes sequence boundaries; with any other, sequences go one at a time
 
 
 def name_of_backbone(model: PreTrainedModel) -> str | None:
@@ -81,7 +81,7 @@ def max_rows_over_ranks(batch: Sequences) -> int:
 
 
 def _packed(backbone: nn.Module, attention: str, batch: Sequences) -> Tensor:
-    if attention == SEGMENTS:
+    if attention in TREES:
         extra: dict[str, object] = {"trees": batch.trees}
     else:
         ends = to_device(torch.tensor([0, *accumulate(batch.lengths)], dtype=torch.int32), batch.ids.device)

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from halos.errors import UserError
 from halos.logps import miniature
-from halos.logps.attention import SEGMENTS, register
+from halos.logps.attention import TREES, register
 from halos.logps.auto import CLASSES
 from halos.logps.head import Head, classifier_of
 from halos.logps.hidden import PACKS, hidden_states, whole_model
@@ -120,7 +120,7 @@ def _choose(kind: type["_LanguageTrial"], config: PretrainedConfig, attention: s
         why = kind(config, seed=1).why_not_packed(attention, head)
     if why is not None:
         return ForwardPlan(None, head, why)
-    return ForwardPlan(attention, head, shares=attention == SEGMENTS and trial.is_tree_right(attention, head))
+    return ForwardPlan(attention, head, shares=attention in TREES and trial.is_tree_right(attention, head))
 
 
 class _LanguageTrial:

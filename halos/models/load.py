@@ -21,7 +21,8 @@ from transformers.initialization import no_init_weights
 
 from halos.confined import NO_CODE, SAFELY
 from halos.errors import UserError, user_errors
-from halos.logps.attention import SEGMENTS, register
+from halos.logps import varlen_trial
+from halos.logps.attention import SEGMENTS, VARLEN, register
 from halos.logps.auto import CLASSES
 from halos.logps.hidden import PACKS
 from halos.logps.plan import plan_for, remember
@@ -74,15 +75,20 @@ def weights_dtype(name: str, *, trained: bool, half: bool) -> torch.dtype:
 
 
 def attention(name: str, *, half: bool, device: torch.device) -> str:
-    """Resolve model.attention. `auto`: flash-attention where it is installed and runs (half precision, GPU), else segments."""
-    installed = importlib.util.find_spec("flash_attn") is not None
-    if name == "flash_attention_2" and not (installed and half and device.type == "cuda"):
+    """Resolve model.attention. `auto`: flash-attention where it is installed and runs (half precision, GPU), else one kernel for
+    all sequences where a trial on this GPU finds it right, else segments. Raises UserError for one that cannot run here."""
+    register()
+    on_gpu, installed = half and device.type == "cuda", importlib.util.find_spec("flash_attn") is not None
+    if name == "flash_attention_2" and not (installed and on_gpu):
         missing = "the package flash-attn: pip install flash-attn" if not installed else "a GPU and bfloat16 (train.precision)"
         raise UserError(f"model.attention=flash_attention_2 needs {missing}; or use model.attention=segments")
-    if name == "flash_attention_2" or (name == "auto" and installed and half and device.type == "cuda"):
+    if name == "flash_attention_2" or (name == "auto" and installed and on_gpu):
         return "flash_attention_2"
-    register()
-    return SEGMENTS
+    if name == "varlen" and not on_gpu:
+        raise UserError("model.attention=varlen needs a GPU and bfloat16 (train.precision); or use model.attention=segments")
+    if name == "varlen" and (why := varlen_trial.why_not(device)) is not None:
+        raise UserError(f"model.attention=varlen: torch's varlen kernel {why}; use model.attention=segments")
+    return VARLEN if name == "varlen" or (name == "auto" and on_gpu and varlen_trial.why_not(device) is None) else SEGMENTS
 
 
 def _quantization(kind: str | None) -> dict[str, Any]:

@@ -64,7 +64,7 @@ class ForwardSpec:
         return self.autocast or self.dtype is not torch.float32
 
     def in_float32(self) -> "ForwardSpec":
-        """The same forward in float32, for which flash-attn has no kernels."""
+        """The same forward in float32, for which flash attention has no kernels."""
         return replace(self, dtype=torch.float32, autocast=False, attention=SEGMENTS)
 
 

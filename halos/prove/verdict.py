@@ -13,6 +13,7 @@ from halos import confined
 from halos.errors import UserError
 from halos.hashes import source_hash
 from halos.logps import miniature
+from halos.logps.attention import PREFIX
 from halos.logps.plan import ForwardPlan, plan_for
 from halos.prove import checks
 from halos.prove.small_copy import Check, ForwardSpec
@@ -38,7 +39,9 @@ class Verdict:
 
     @property
     def line(self) -> str:
-        way = "packed rows" if self.plan.is_packed else f"one row at a time, since rows cannot be packed: {self.plan.why}"
+        way = f"one row at a time, since rows cannot be packed: {self.plan.why}"
+        if self.plan.is_packed:
+            way = f"packed rows, model.attention={str(self.plan.attention).removeprefix(PREFIX)}"
         if not self.checks:
             return f"{way}; NOT PROVED (train.prove=off)"
         first = self.checks[0]

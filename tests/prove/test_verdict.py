@@ -100,11 +100,11 @@ def test_a_run_writes_what_was_proved_and_says_where_nothing_was(
     holds = {check["what"]: check["error"] <= check["allowed"] for check in report["copy"] + report["start"]}
     assert {"log-probs", "the reference's log-probs", "one row, as it is trained"} <= holds.keys()
     assert all(holds.values())
-    assert "packed rows; on a small copy log-probs within" in caplog.text
+    assert "packed rows, model.attention=segments; on a small copy log-probs within" in caplog.text
     assert trainer("loss=dpo", "peft=lora", "train.prove=off", "exp_name=off")
     report = json.loads((tmp_path / "off" / "forward_report.json").read_text())
     assert (report["prove"], report["copy"], report["start"]) == ("off", [], [])
-    assert "packed rows; NOT PROVED (train.prove=off)" in caplog.text
+    assert "packed rows, model.attention=segments; NOT PROVED (train.prove=off)" in caplog.text
 
 
 def test_a_copy_that_has_not_the_layers_of_the_runs_adapter_says_what_it_has_instead() -> None:
