@@ -164,9 +164,12 @@ HISTORY = (
              lambda now: _of_loss(*ON_ROLLOUTS)(now) and now.config.train.log_every > 1, of="metrics"),
     Revision(15, "2026-11-28", "the products of a layer's adapter add to the layer's own",
              lambda now: now.config.peft.name == "lora", of="kept"),
+    Revision(16, "2026-11-29", "on a GPU model.attention=auto may be one kernel for all packed sequences",
+             lambda now: now.packed and now.half and now.config.model.attention == "auto", of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15
+ATTENTION_IN_ONE_CALL = 16
 
 
 def recorded_version(record: Mapping[str, Any] | None) -> int:

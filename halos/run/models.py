@@ -12,11 +12,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from halos.checkpoint.weights import load_value_head, saved_model
+from halos.config.arithmetic_version import ATTENTION_IN_ONE_CALL
 from halos.config.bind import LossSpec
+from halos.config.run_config import first_version
 from halos.config.schema import Config
 from halos.confined import expanded
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
+from halos.logps.attention import SEGMENTS, VARLEN
 from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, ProcessRewardModel, RewardModel, bare
 from halos.logps.reference_values import remember_reference_values
 from halos.logps.vocabulary import Vocabulary
@@ -24,6 +27,7 @@ from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_different_tokenizer, weights_dtype
 from halos.models.locate import locate
 from halos.reward_kind import RewardKind
+from halos.rundir import RunDir
 
 log = logging.getLogger(__name__)
 
@@ -93,8 +97,14 @@ class ModelLoader:
 
     def attention(self, dtype: torch.dtype) -> str:
         """The attention for packed sequences of a model with weights of this dtype."""
-        half = dtype is torch.bfloat16 or self.machine.mixed_precision == "bf16"
-        return attention(self.config.model.attention, half=half, device=self.machine.device)
+        half, name = dtype is torch.bfloat16 or self.machine.mixed_precision == "bf16", self.config.model.attention
+        found = attention(name, half=half, device=self.machine.device)
+        return SEGMENTS if name == "auto" and found == VARLEN and self._began_before(ATTENTION_IN_ONE_CALL) else found
+
+    def _began_before(self, version: int) -> bool:
+        """Return whether this is the resume of a run that an earlier version of the arithmetic began."""
+        directory = RunDir(self.config.run_dir)
+        return bool(self.config.resume) and first_version(directory.read_attempts(), str(directory.path)) < version
 
     @property
     def dtype(self) -> torch.dtype:

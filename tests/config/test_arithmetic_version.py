@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +16,17 @@ from safetensors.torch import load_file
 
 import train
 from halos.config import arithmetic_version
-from halos.config.arithmetic_version import FROZEN_HEAD_ONCE, FUSED_LORA, HISTORY, VERSION, Revision, RunFacts
+from halos.config.arithmetic_version import (
+    ATTENTION_IN_ONE_CALL,
+    FROZEN_HEAD_ONCE,
+    FUSED_LORA,
+    HISTORY,
+    VERSION,
+    Revision,
+    RunFacts,
+)
+from halos.logps import varlen_trial
+from halos.run.models import ModelLoader
 
 
 def computed(**other: Any) -> RunFacts:
@@ -22,7 +35,7 @@ def computed(**other: Any) -> RunFacts:
         peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0, target_modules="all-linear"), online=None,
         train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512,
                               log_every=1),
-        loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True},
+        loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True}, model=SimpleNamespace(attention="auto"),
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
     return RunFacts(config, **{**known, "head": "layer", **other})
@@ -201,3 +214,24 @@ def test_a_run_goes_on_with_the_frozen_head_and_the_adapter_of_the_version_that_
     run = tmp_path / "before"
     resumed = weights("before", f"resume={run}/checkpoints/step-00000001")
     assert all(torch.equal(resumed[name], before[name]) for name in before)
+
+
+def test_a_run_on_a_gpu_goes_on_with_the_attention_of_the_version_that_began_it(
+    trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(varlen_trial, "why_not", lambda device: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    gpu: Any = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16")
+
+    def attention(config: Any, **changes: Any) -> str:
+        unread: Any = None
+        loader = ModelLoader(replace(config, **changes), *[unread] * 4, gpu, unread)
+        return loader.attention(torch.float32).removeprefix("halos_")
+
+    now = trainer("loss=sft", "exp_name=now").run.config
+    monkeypatch.setattr(arithmetic_version, "VERSION", ATTENTION_IN_ONE_CALL - 1)
+    before = trainer("loss=sft", "exp_name=before").run.config
+    assert attention(now, resume=now.run_dir) == "varlen"
+    assert attention(before, resume=before.run_dir) == "segments"
+    assert attention(before, resume=before.run_dir, model=replace(before.model, attention="varlen")) == "varlen"
+    assert attention(before) == "varlen", "a new run in the place of that one"
