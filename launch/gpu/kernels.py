@@ -19,6 +19,8 @@ HEADS, KV_HEADS, SIZE = 4, 2, 64
 BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # relative, of outputs and gradients
 NEW_SHAPE = 20.0  # ms
 
+Attention = Callable[..., tuple[Tensor, None]]
+
 
 def check(name: str, place: Place) -> Result:
     prepare_torch()
@@ -38,26 +40,26 @@ def check(name: str, place: Place) -> Result:
 # --- right -------------------------------------------------------------------------------------------------------------
 
 
-def attention_error(device: str, dtype: torch.dtype) -> float:
-    """The largest relative error of the output and of the gradients of q, k and v."""
-    made, weight = _tensors(TREES, device, dtype), None
+def attention_error(device: str, dtype: torch.dtype, attention: Attention | None = None) -> float:
+    """The largest relative error of the output and of the gradients of q, k and v; of `attend_by_tree` unless `attention`."""
+    made, weight = tensors(TREES, device, dtype), None
     module, results = nn.Module(), []
     for exact in (False, True):
         inputs = [each.detach().double() if exact else each.detach() for each in made]
         inputs = [each.requires_grad_() for each in inputs]
-        output = _by_hand(*inputs) if exact else attend_by_tree(module, *inputs, None, trees=TREES)[0]
+        output = _by_hand(*inputs) if exact else (attention or attend_by_tree)(module, *inputs, None, trees=TREES)[0]
         weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(device) if weight is None else weight
         (output.double() * weight).sum().backward()
         results.append([output, *(each.grad for each in inputs)])
     return max(_relative(ours, exact) for ours, exact in zip(*results, strict=True))
 
 
-def _tensors(
-    trees: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype, heads: int = HEADS, kv: int = KV_HEADS
+def tensors(
+    trees: Sequence[tuple[int, ...]], device: str, dtype: torch.dtype, heads: int = HEADS, kv: int = KV_HEADS, *, size: int = SIZE
 ) -> list[Tensor]:
     """Query, key and value, (1, heads, tokens, size), with the strides of a model's projections."""
     generator, total = torch.Generator().manual_seed(0), sum(map(sum, trees))
-    return [torch.randn(1, total, n, SIZE, generator=generator).to(device, dtype).transpose(1, 2) for n in (heads, kv, kv)]
+    return [torch.randn(1, total, n, size, generator=generator).to(device, dtype).transpose(1, 2) for n in (heads, kv, kv)]
 
 
 def _by_hand(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -108,7 +110,7 @@ def _relative(one: Tensor | None, exact: Tensor | None) -> float:
 # --- fast --------------------------------------------------------------------------------------------------------------
 
 
-def _milliseconds(place: Place, run: Callable[[], object]) -> float:
+def milliseconds(place: Place, run: Callable[[], object]) -> float:
     if place.cuda:
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -126,13 +128,13 @@ def _times(place: Place) -> dict[str, float]:
     module = nn.Module()
 
     def attend(trees: tuple[tuple[int, ...], ...]) -> Callable[[], object]:
-        inputs = [each.requires_grad_() for each in _tensors(trees, place.device, dtype, heads, kv)]
+        inputs = [each.requires_grad_() for each in tensors(trees, place.device, dtype, heads, kv)]
         return lambda: attend_by_tree(module, *inputs, None, trees=trees)[0].sum().backward()
 
     known = attend(((long,),) * 8)
-    repeated = [_milliseconds(place, known) for _ in range(6)][1:]
+    repeated = [milliseconds(place, known) for _ in range(6)][1:]
     # of one size, so that nothing but the shape is new
-    new = [_milliseconds(place, attend(((long + n,), (long - n,), *((long,),) * 6))) for n in range(1, 6)]
+    new = [milliseconds(place, attend(((long + n,), (long - n,), *((long,),) * 6))) for n in range(1, 6)]
     usual = statistics.median(repeated)
     return {"new shape ms": max(0.0, statistics.median(new) - usual), "attention ms": usual, **_head_and_optimizer(place, dtype)}
 
@@ -153,4 +155,4 @@ def _head_and_optimizer(place: Place, dtype: torch.dtype) -> dict[str, float]:
         parameter.grad = torch.randn_like(parameter)
     step = torch.optim.AdamW(parameters, lr=1e-9, fused=True).step
     timed = {"head ms": head, "AdamW ms": step}
-    return {name: statistics.median([_milliseconds(place, run) for _ in range(5)][1:]) for name, run in timed.items()}
+    return {name: statistics.median([milliseconds(place, run) for _ in range(5)][1:]) for name, run in timed.items()}

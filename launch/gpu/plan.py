@@ -65,6 +65,8 @@ CHECKS = [
     _crash("wide-sft-full", needs=["model-wide"]),
     _crash("wide-dpo-lora", needs=["model-wide"]),
     Check("kernels", "kernels.check", 75, "right; a new shape costs at most 20 ms more than a known one", quick=True, alone=True),
+    Check("varlen", "varlen.check", 75, "right, the same bits twice; one kernel for all sequences beside one for each, measured",
+          quick=True, alone=True, half=True),
     Check("speed-small-full", "speed.check", 75, "measured", quick=True, alone=True, needs=("model-small",)),
     Check("speed-1.5b-full", "speed.check", 90, "MFU at least 30 % on an H100 or H200", alone=True, memory=60, half=True,
           needs=("model-1.5b",)),

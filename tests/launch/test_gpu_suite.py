@@ -231,6 +231,25 @@ def test_the_kernels_yardsticks_are_float64_and_notice_an_error(monkeypatch: pyt
     assert kernels.attention_error("cpu", torch.float32) > 0.1, "a branch that sees its sibling"
 
 
+def test_one_kernel_for_all_sequences_is_measured_beside_one_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from gpu import kernels, varlen
+    from gpu.place import Place
+
+    place, trees = Place("", "cpu", quick=True), ((9, 4, 6), (8,), (7, 3, 2, 5))
+    found = varlen.measured(place, trees, torch.float32, window=4)
+    assert found["segments ms"] > 0 < found["varlen ms"]
+    assert not found["taken"], "a CPU has no such kernel"
+    assert varlen.repeats(place, trees, torch.float32)
+    assert varlen.check("varlen", place).status == "skipped"
+    given: list[bool] = []
+    monkeypatch.setattr(varlen, "attend_in_one_call", lambda *a, **more: given.append(True) or kernels.attend_by_tree(*a, **more))
+    assert kernels.attention_error("cpu", torch.float32, varlen.attend_in_one_call) < 1e-6
+    assert given == [True]
+    monkeypatch.setattr(varlen, "attend_in_one_call", lambda *a, **more: (torch.rand(1) * a[1] * a[2].sum() * a[3].sum(), None))
+    assert not varlen.repeats(place, trees, torch.float32)
+
+
 @pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_the_naive_step_is_the_trainers(loss: str, trainer: Callable[..., Trainer]) -> None:
     from gpu.exact import GRADIENT, Case, errors

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from halos.data.collate import pack
 from halos.errors import UserError
+from halos.examples import Completion
 from halos.inspection import activations
 from halos.logps import attention, plan, varlen, varlen_trial
 from halos.logps.attention import SEGMENTS, VARLEN, attend_by_tree, attend_in_one_call
 from halos.logps.hidden import PACKS
+from halos.logps.model import LanguageModel
 from halos.models.load import attention as chosen
 from halos.types import Tree
 
@@ -203,6 +207,52 @@ def test_sequence_ends_are_made_once_for_all_layers_and_outlive_an_evaluation(
     assert not any(each.is_inference() for each in seen[0])
     attend_in_one_call(nn.Module(), *inputs, None, trees=((3, 6), (5,)))
     assert len(made) == 2
+
+
+@pytest.mark.parametrize(("name", "more", "calls"), [
+    ("Llama", {}, 2), ("Mistral", {"sliding_window": 5}, 2), ("Gemma2", {"sliding_window": 5, "attn_logit_softcapping": 2.0}, 0),
+    ("GptOss", {"sliding_window": 5, "num_local_experts": 2, "num_experts_per_tok": 2}, 0),
+])  # fmt: skip
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_models_log_probs_and_gradients_are_those_of_one_sequence_at_a_time(
+    kernel: Callable[[Kernel], None], name: str, more: dict[str, Any], calls: int, checkpointing: bool
+) -> None:
+    """Layers with soft caps or sinks attend one sequence at a time."""
+    made = list[int]()
+
+    def counted(*given: Any, **others: Any) -> Tensor:
+        made.append(1)
+        return stand_in(*given, **others)
+
+    kernel(counted)
+    attention.register()
+    config = getattr(transformers, f"{name}Config")(
+        **{**LLAMA.to_dict(), "model_type": None, "head_dim": 8, "pad_token_id": 0, **more}
+    )
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=SEGMENTS).train()
+    model = model.double() if calls else model
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    draw = np.random.default_rng(0)
+    prompts = [draw.integers(3, 90, n).astype(np.int32) for n in (7, 4)]
+    rows = [
+        (prompts[which], Completion(draw.integers(3, 90, n).astype(np.int32), np.ones(n, bool)))
+        for which, n in ((0, 3), (1, 6), (0, 1), (0, 8))
+    ]
+    results = []
+    for way in (SEGMENTS, VARLEN):
+        model.set_attn_implementation(way)
+        module = LanguageModel(model)
+        assert module.plan.shares
+        logps = module(pack(rows, share=True)).sum
+        torch.tanh(logps / 50).sum().backward()
+        results.append([logps.detach(), *(each.grad for each in model.parameters() if each.grad is not None)])
+        model.zero_grad()
+    assert len(made) == calls * (1 + checkpointing)
+    assert len(results[0]) == len(results[1]) > 10
+    for one, other in zip(*results, strict=True):
+        assert (one - other).norm() <= 1e-6 * one.norm()
 
 
 # --- which calls it takes ----------------------------------------------------------------------------------------------
