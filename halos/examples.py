@@ -155,6 +155,7 @@ class Scored(Example):
     vocabulary: str | None = None
     cut: bool = field(default=False, kw_only=True)  # as that of SampledTokens
     masked: bool = field(default=False, kw_only=True)  # its reward counts in its group, and its tokens are not learned from
+    temperature: float | None = field(default=None, kw_only=True)  # it was sampled at; 0: greedily, with log-probs at 1
 
     @property
     def sampled(self) -> tuple[SampledTokens, ...]:

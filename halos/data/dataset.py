@@ -61,6 +61,7 @@ class Counts:
     dropped: dict[str, int] = field(default_factory=dict)  # examples by reason
     oddities: dict[str, int] = field(default_factory=dict)  # examples by what is odd about them, by the names of data/oddities.py
     splits: dict[str, int] = field(default_factory=dict)  # rows by the value of a column that names their split
+    temperatures: dict[str, int] = field(default_factory=dict)  # examples with log-probs of their sampler, by its temperature
     places: dict[str, list[str]] = field(default_factory=dict)  # the first rows of each reason and oddity, a.jsonl:12
     noted: dict[str, int] = field(default_factory=dict)  # rows by what was made of their columns, or of their layout
     files: str = ""  # how many of each kind, where there are several kinds

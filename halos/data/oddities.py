@@ -23,6 +23,7 @@ SAMPLED_WITHOUT_END = "sampled without an end token, and not marked as cut (fini
 MASKED = "masked"
 SPLIT_COLUMNS = ("split", "subset")
 MOST_SPLITS = 20  # values; a column with more names no splits
+MOST_TEMPERATURES = 20  # that are told apart
 HELD_OUT = re.compile(r"(test|eval|valid|val|dev|held)", re.IGNORECASE)  # how names of splits begin that are not to be trained on
 
 
@@ -89,6 +90,19 @@ def _ends_of_turns(completion: Completion) -> np.ndarray:
     ends = completion.scored.copy()
     ends[:-1] &= ~completion.scored[1:]
     return np.flatnonzero(ends)
+
+
+def count_temperature(temperature: float, where: str, counts: Counts) -> None:
+    """Count an example that is kept with its sampler's log-probs, by the temperature that they are of."""
+    name = f"{temperature:g}"
+    if name in counts.temperatures or len(counts.temperatures) < MOST_TEMPERATURES:
+        counts.temperatures[name] = counts.temperatures.get(name, 0) + 1
+        counts.remember(sampled_at(name), where)
+
+
+def sampled_at(temperature: str) -> str:
+    """The name under which the first places of examples with a temperature are remembered."""
+    return f"sampled at temperature {temperature}"
 
 
 def count_split(record: Mapping[str, Any], counts: Counts) -> None:

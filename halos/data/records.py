@@ -80,7 +80,7 @@ def with_reward(columns: Mapping[str, Any], prompt: Turns, completion: Turns, wh
     if not tokens.ids and not says_something(completion):
         raise UserError(f"{where}: output is empty, and there are no output_ids to tell what was sampled")
     return Scored(prompt, completion, reward, tokens.ids, tuple(map(float, logps)), tokens.vocabulary, cut=tokens.cut,
-                  masked=bool(masked))  # fmt: skip
+                  masked=bool(masked), temperature=_temperature(columns, where) if logps else None)  # fmt: skip
 
 
 def refuse_other_logps(ids: Sequence[Any], logps: Any, where: str) -> None:
@@ -89,6 +89,17 @@ def refuse_other_logps(ids: Sequence[Any], logps: Any, where: str) -> None:
         raise UserError(f"{where}: logps is {str(logps)[:60]}, not a list of finite numbers")
     if logps and len(logps) != len(ids):
         raise UserError(f"{where}: logps has {len(logps)} numbers for {len(ids)} output_ids")
+
+
+def _temperature(columns: Mapping[str, Any], where: str) -> float | None:
+    """Return the temperature that log-probs are of; None where the row does not say it."""
+    if (value := columns.get("temperature")) is None:
+        return None
+    if (temperature := number_in(value)) is None or temperature < 0:
+        raise UserError(
+            f"{where}: temperature is {value!r}; beside logps it takes the number they were sampled at, 0 for greedily"
+        )
+    return temperature
 
 
 RECORDS: dict[str, Callable[[Mapping[str, Any], str], Example]] = {

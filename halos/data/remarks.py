@@ -8,7 +8,7 @@ from typing import Any
 
 from halos.data.dataset import CUT_COMPLETIONS, CUT_TURNS, Counts
 from halos.data.encoded import Encoded
-from halos.data.oddities import Sampling
+from halos.data.oddities import Sampling, count_temperature
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +25,13 @@ class Remarks:
     cut_turns: bool = False
     cut_completions: int = 0
     cut_steps: int = 0
+    temperature: float | None = None  # of its sampler's log-probs, where it has them
 
     @classmethod
-    def of(cls, encoded: Encoded, oddity: str | None, sampling: Sampling) -> Remarks:
+    def of(cls, encoded: Encoded, oddity: str | None, sampling: Sampling, temperature: float | None = None) -> Remarks:
         return cls(encoded.exact, encoded.merged, encoded.tokenised_anew, encoded.by_ids, encoded.notes, oddity, sampling,
-                   encoded.cut_turns, encoded.cut_completions, encoded.cut_steps)  # fmt: skip
+                   encoded.cut_turns, encoded.cut_completions, encoded.cut_steps,
+                   None if encoded.logps is None else temperature)  # fmt: skip
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> Remarks:
@@ -55,3 +57,5 @@ class Remarks:
             counts.remember(note, where)
         if self.oddity:
             counts.note(self.oddity, where)
+        if self.temperature is not None:
+            count_temperature(self.temperature, where, counts)

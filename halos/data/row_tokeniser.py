@@ -14,7 +14,7 @@ from halos.data.oddities import EndTokens, Sampling
 from halos.data.remarks import Remarks
 from halos.data.row import EQUAL, HELD_OUT, Row
 from halos.data.tokenize import Encoder
-from halos.examples import Example, Item, Judgement
+from halos.examples import Example, Item, Judgement, Scored
 
 BATCH = 1000  # examples tokenised in one call
 LEFT_OUT = "left out by data.format"
@@ -106,7 +106,8 @@ class RowTokeniser:
                     outcomes.append(Outcome(where, own, encoded))
                     continue
                 sampling = Sampling.of(example)
-                remarks = Remarks.of(encoded, self._ends.missing(encoded, sampling), sampling)
+                temperature = example.temperature if isinstance(example, Scored) else None
+                remarks = Remarks.of(encoded, self._ends.missing(encoded, sampling), sampling, temperature)
                 item = Item(encoded.prompt, encoded.completions, own, example.numbers(), encoded.logps, encoded.step_labels,
                             encoded.teacher_logps)  # fmt: skip
                 outcomes.append(Outcome(where, own, (item, remarks)))

@@ -17,10 +17,16 @@ CUSTOM = "or make the examples with a function of yours (data.format)"
 
 
 def checks_of(
-    train: Dataset, held_out: Dataset | None, tokenizer: PreTrainedTokenizerBase, *, reward: RewardKind | None, on_rollouts: bool
+    train: Dataset,
+    held_out: Dataset | None,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reward: RewardKind | None,
+    on_rollouts: bool,
+    temperature: float = 1.0,
 ) -> tuple[Check, ...]:
     """Check the data of a run. `reward`: of a reward model, which scores no token by its log-prob. `on_rollouts`:
-    the loss compares the rewards of completions of one prompt, which may be equal."""
+    the loss compares the rewards of completions of one prompt, which may be equal. `temperature`: of training."""
     splits = [("train", train)] + ([("eval", held_out)] if held_out is not None else [])
     checks = [
         Check("a prompt begins with at most one BOS", tuple(_double_bos(splits, tokenizer))),
@@ -36,6 +42,8 @@ def checks_of(
     elif reward is None:
         checks += [Check("examples have scored tokens", tuple(_unscored(splits))),
                    Check("scored turns end in a scored end token", tuple(_without_end(splits)))]  # fmt: skip
+    if on_rollouts:
+        checks.append(Check("rows were sampled at train.temperature", tuple(_other_temperature(splits, temperature))))
     if held_out is not None:
         checks.append(Check("held-out rows are no training rows", tuple(_leaks(train, held_out))))
     return tuple(checks)
@@ -203,6 +211,23 @@ def _without_end(splits: Splits) -> Iterable[Finding]:
     for name, total, places in _odd(splits, oddities.SAMPLED_WITHOUT_END):
         text = f"data.{name}: {counted(total, 'example was', 'examples were')} {oddities.SAMPLED_WITHOUT_END}"
         yield Finding("warning", text, places, "keep the end token in output_ids where it was sampled")
+
+
+def _other_temperature(splits: Splits, own: float) -> Iterable[Finding]:
+    """Yield rows whose log-probs are of another softmax than training's: their weights against the sampler are between two."""
+    for name, data in splits:
+        others = {
+            each: sum(counts.temperatures.get(each, 0) for counts in data.report)
+            for each in dict.fromkeys(each for counts in data.report for each in counts.temperatures)
+            if each != f"{own:g}"
+        }
+        for other, total in others.items():
+            greedy = " (greedily, with log-probs at 1)" if other == "0" else ""
+            text = f"data.{name}: {counted(total, 'row was', 'rows were')} sampled at temperature {other}{greedy}, and"
+            text += f" train.temperature={own:g}"
+            theirs = "" if greedy else f" train.temperature={other} makes the two equal, or"
+            remedy = f"mismatch/* and train.correction weigh the two against each other:{theirs} sample at {own:g}"
+            yield Finding("warning", text, _places(data.report, oddities.sampled_at(other), total), remedy)
 
 
 def _padding(tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:

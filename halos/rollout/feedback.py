@@ -252,13 +252,15 @@ def _row(rollout: Rollout) -> Row:
     sample = rollout.sample
     about = {"prompt_id": rollout.prompt.id, "sample_id": sample.number, "prompt": list(rollout.prompt.turns),
              "reward": rollout.reward}  # fmt: skip
+    facts = {"temperature": sample.temperature, "finish": sample.finish}
     return {**about, "output": sample.messages, "seed": sample.seed, **_origin(rollout), "cost": rollout.score.cost,
-            **({} if sample.finish is None else {"finish": sample.finish}), **sample.token_row()}  # fmt: skip
+            **{name: value for name, value in facts.items() if value is not None}, **sample.token_row()}  # fmt: skip
 
 
 def _tokens(sample: Sample, side: str) -> Row:
     """The tokens that were sampled, which the text need not give again, and why they end there."""
-    tokens = {"finish": sample.finish, "output_ids": list(sample.ids) or None, "vocabulary": sample.vocabulary}
+    tokens = {"finish": sample.finish, "output_ids": list(sample.ids) or None, "vocabulary": sample.vocabulary,
+              "temperature": sample.temperature}  # fmt: skip
     return {f"{name}_{side}": value for name, value in tokens.items() if value is not None}
 
 

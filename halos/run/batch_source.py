@@ -97,7 +97,7 @@ class DatasetSource:
         self.single = datasets.single_completions(self.train.rows, loss)
         self.total = config.train.steps or math.ceil((config.train.epochs or 0) * self.order.batches_per_epoch)
         self.mixture = datasets.mixture_lines(self.train.rows, self.order, self.total)
-        self.checks = datasets.checks(self.train, self.eval_data, loss, tokenizer)
+        self.checks = datasets.checks(self.train, self.eval_data, loss, tokenizer, config.train.temperature)
         if isinstance(self.order, GroupOrder):
             mean, size = self.order.mean_size, config.train.batch_size
             self.checks += (data_checks.of_groups(self.train.rows, self.order.largest, mean, size),)

@@ -172,12 +172,16 @@ def unavailable_metrics(config: Config, loss: LossSpec, eval_data: Split | None)
     return frozenset(lacking)
 
 
-def checks(train: Split, eval_data: Split | None, loss: LossSpec, tokenizer: PreTrainedTokenizerBase) -> tuple[Check, ...]:
+def checks(
+    train: Split, eval_data: Split | None, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, temperature: float
+) -> tuple[Check, ...]:
     """Check what the rows and the chat template would teach."""
     assert isinstance(train.rows, Dataset)
     held_out = eval_data.rows if eval_data and isinstance(eval_data.rows, Dataset) else None
     return (
-        *data_checks.checks_of(train.rows, held_out, tokenizer, reward=loss.reward, on_rollouts=loss.on_rollouts),
+        *data_checks.checks_of(
+            train.rows, held_out, tokenizer, reward=loss.reward, on_rollouts=loss.on_rollouts, temperature=temperature
+        ),
         *template_checks.checks_of(tokenizer),
     )
 

@@ -114,7 +114,7 @@ class StreamSource(DatasetSource):
         self._is_begun = True
         self.train = datasets.split_of(rows, self._loss, config.seed, "train")
         self.order = Order(rows.sources, rows.weights, config.train.batch_size, config.seed)  # for estimates
-        self.checks = datasets.checks(self.train, self.eval_data, self._loss, self._tokenizer)
+        self.checks = datasets.checks(self.train, self.eval_data, self._loss, self._tokenizer, config.train.temperature)
         self.splits = [("train", self.train), *([("held out", self.eval_data)] if self.eval_data else [])]
 
     # --- blocks ----------------------------------------------------------------------------------------------------------
@@ -141,7 +141,9 @@ class StreamSource(DatasetSource):
             log.info("%-10s block %d: %s", "stream", block.number + 1, line)
         if block.data is None:
             return
-        checks = datasets.checks(Split(block.data, None), self.eval_data, self._loss, self._tokenizer)
+        checks = datasets.checks(
+            Split(block.data, None), self.eval_data, self._loss, self._tokenizer, self._config.train.temperature
+        )
         refuse_errors(checks)
         for finding in (each for check in checks for each in check.findings if each.level == "warning"):
             if self._accelerator.is_main_process:

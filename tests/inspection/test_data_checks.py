@@ -143,6 +143,29 @@ def test_few_repetitions_are_only_noted_and_masked_samples_are_no_mistake(tmp_pa
     assert findings(data, on_rollouts=True) == []
 
 
+def test_rows_sampled_at_another_temperature_than_training_are_found(tmp_path: Path) -> None:
+    ids, vocabulary = [5, 6], vocabulary_of(tokenizer())
+    tokens = {"output_ids": ids, "logps": [-1.0, -2.0], "vocabulary": vocabulary, "finish": "length"}
+    heats = [1, 0.7, 0.7, None, 0]
+    rows = [{"prompt": f"Who is {n}?", "completion": "x", "reward": n, **tokens, "temperature": t} for n, t in enumerate(heats)]
+    rows.append({**rows[1], "prompt": "Where?", "output_ids": None, "logps": None})
+    rows.append({**rows[1], "prompt": "Who else?", "vocabulary": "another"})  # whose log-probs are not kept
+    data = prepared(jsonl(tmp_path / "a.jsonl", rows), tmp_path, kind=Scored)
+    warm, greedy = findings(data, on_rollouts=True, temperature=1.0)
+    assert warm.level == "warning"
+    assert warm.text == "data.train: 2 rows were sampled at temperature 0.7, and train.temperature=1"
+    assert warm.places == tuple(f"{tmp_path}/a.jsonl:{n}" for n in (2, 3))
+    assert "train.temperature=0.7 makes the two equal, or sample at 1" in warm.remedy
+    assert "1 row was sampled at temperature 0 (greedily, with log-probs at 1), and" in greedy.text
+    assert "train.temperature=0" not in greedy.remedy, "which it does not take"
+    found = findings(data, on_rollouts=True, temperature=0.7)
+    assert [one.text.partition("sampled at temperature ")[2][:2] for one in found] == ["1,", "0 "]
+    assert findings(data, temperature=0.3) == [], "only losses on rollouts read log-probs"
+    for wrong in ("hot", -1):
+        with pytest.raises(UserError, match=r"wrong.jsonl:1: temperature is ('hot'|-1); beside logps it takes the number"):
+            prepared(jsonl(tmp_path / "wrong.jsonl", [{**rows[0], "temperature": wrong}]), tmp_path, kind=Scored)
+
+
 def test_examples_that_never_end_are_refused_and_some_are_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EndTokens, "of", lambda *_: EndTokens(frozenset(), 200))
     (found,) = of_rows(tmp_path, SOUND)

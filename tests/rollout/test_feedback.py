@@ -121,6 +121,22 @@ def test_scores_keep_tokens_and_where_they_come_from() -> None:
     assert [rows[0][name] for name in ("labeller", "generator", "seed", "prompt_id", "cost")] == ["me", "model", 7, "p0", 0.0]
 
 
+def test_rows_of_feedback_carry_the_temperature_of_each_sample() -> None:
+    """Without it nobody can tell which softmax their log-probs are of."""
+    given = [{**row, "temperature": 0.7} for row in samples([0.1, 0.9])]
+    for kind in ("scalar", "binary"):
+        rows, _ = make(given, **{**DEFAULTS, "kind": kind})
+        assert [row["temperature"] for row in rows] == [0.7, 0.7]
+    example = read_example(DataRow(make(given, **{**DEFAULTS, "kind": "scalar"})[0][0], "x"), score="last")
+    assert isinstance(example, Scored)
+    assert example.temperature == 0.7
+    given[1]["temperature"] = 1.3
+    (pair,), _ = make(given, **DEFAULTS)
+    assert {pair["sample_id_A"]: pair["temperature_A"], pair["sample_id_B"]: pair["temperature_B"]} == {0: 0.7, 1: 1.3}
+    rows, _ = make(samples([0.1, 0.9]), **{**DEFAULTS, "kind": "scalar"})
+    assert "temperature" not in rows[0], "other tools need not say it"
+
+
 def test_groups_of_equal_scores_stay_unless_drop_equal() -> None:
     given = samples([1.0, 1.0], [0.0, 1.0])
     assert [len(make(given, **{**DEFAULTS, "kind": "scalar", "drop_equal": drop})[0]) for drop in (False, True)] == [4, 2]

@@ -66,10 +66,10 @@ def test_lines_of_feedback_are_what_they_were() -> None:
         return line(made[0].to_row())
 
     said = '"output": [{"role": "assistant", "content": "é 2"}], "seed": ' + str(SEEDS[0])
-    common = f'{ABOUT.format(n=0)}, "reward": 1.0, {said}, {MADE_BY}, "finish": "stop", {TOKENS}'
+    common = f'{ABOUT.format(n=0)}, "reward": 1.0, {said}, {MADE_BY}, "temperature": 0.5, "finish": "stop", {TOKENS}'
     assert first("scalar") == f'{{{common}, "type": "scalar_feedback"}}'
     assert first("binary") == f'{{{common}, "type": "binary_feedback", "label": 1, "threshold": 0.5}}'
-    tokens = '"finish_{0}": "stop", "output_ids_{0}": [7, 1], "vocabulary_{0}": "v"'
+    tokens = '"finish_{0}": "stop", "output_ids_{0}": [7, 1], "vocabulary_{0}": "v", "temperature_{0}": 0.5'
     sides = f"{tokens.format('A')}, {tokens.format('B')}"
     assert first("pairwise") == (
         '{"type": "pairwise_feedback", "prompt_id": "a", "prompt": [{"role": "user", "content": "1 + 1?"}],'
