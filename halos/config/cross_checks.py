@@ -62,7 +62,7 @@ def _idle_correction(config: Config, overrides: Sequence[str]) -> str | None:
 
 def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]) -> None:
     """Raises UserError for settings that this loss does not read, or that do not fit it."""
-    check_reference(config, loss)
+    check_reference(config, loss, overrides)
     typed = [key for key in typed_keys(overrides) if key.partition(".")[2].startswith("correction")]
     if typed and not loss.on_rollouts:
         raise UserError(f"{typed[0]} weighs the advantages of a policy gradient, and loss={loss.name} has none: leave it out")

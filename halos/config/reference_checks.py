@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
+from halos.config.overrides import typed_keys
 from halos.config.schema import Config, Humanline, Online
 from halos.errors import UserError
 from halos.reward_kind import RewardKind
@@ -31,10 +33,10 @@ class LossTraits(Protocol):
     def ratio_level(self) -> str: ...
 
 
-def check_reference(config: Config, loss: LossTraits) -> None:
+def check_reference(config: Config, loss: LossTraits, overrides: Sequence[str]) -> None:
     """Raises UserError with the first message."""
-    clamped = humanline_complaint(config.humanline, loss)
-    for complaint in (_complain_of_teacher(config, loss), _named(config, loss), clamped, _moving(config, loss)):
+    clamped, idle = humanline_complaint(config.humanline, loss), _idle_cache(config, loss, overrides)
+    for complaint in (_complain_of_teacher(config, loss), _named(config, loss), clamped, _moving(config, loss), idle):
         if complaint:
             raise UserError(complaint)
 
@@ -91,6 +93,16 @@ def _moving(config: Config, loss: LossTraits) -> str | None:
     if lora and config.peft.init_from is not None and reference.adapter == "off":
         return f"{every} with reference.adapter=off: a reference that moves starts as the policy does: leave one of them out"
     return None
+
+
+def _idle_cache(config: Config, loss: LossTraits, overrides: Sequence[str]) -> str | None:
+    cache, is_typed = config.reference.cache, "reference.cache" in typed_keys(overrides)
+    if loss.needs_reference or cache == "auto" or not is_typed or config.resume is not None:
+        return None
+    return (
+        f"reference.cache={cache} is of the reference's log-probs, and loss={loss.name} uses no reference model: leave it out,"
+        " or choose a loss that does"
+    )
 
 
 def refuse_moving_between_rounds(config: Config, online: Online, loss: LossTraits) -> None:

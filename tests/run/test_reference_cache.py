@@ -381,8 +381,8 @@ def test_auto_is_live_where_a_reference_costs_no_memory_and_is_read_once(configu
     assert made("peft=lora", total=3, cache="always") == made(name="mine.Trainer", cache="always") == "always"
     with pytest.raises(UserError, match=r"reference\.cache=always: a live loop learns from what it has just sampled"):
         made(epoch=None, cache="always")
-    config = configure("loss=sft", "reference.cache=always")
-    assert decision(config, bind_loss(config.loss, []), cast(Any, None)) == "always", "nothing to decide"
+    config = configure("loss=sft")
+    assert decision(config, bind_loss(config.loss, []), cast(Any, None)) == "auto", "nothing to decide"
 
 
 def test_in_bfloat16_the_first_log_ratio_is_no_larger_than_between_two_cuts(world: World) -> None:
