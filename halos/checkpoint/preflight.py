@@ -1,5 +1,6 @@
 """Checks before any weights are read of what would only fail at the end: the merge, and the space on the disk."""
 
+import logging
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from peft import PeftModel
 
 from halos.checkpoint import manifest, select, space
 from halos.checkpoint.final import merged_dtype
+from halos.config.cross_checks import pinned_beyond
 from halos.confined import expanded
 from halos.errors import UserError
 from halos.hooks.base import PlannedRun
@@ -16,13 +18,19 @@ from halos.merge.merge_and_prove import case_of
 from halos.merge.preflight import check_merge_once
 from halos.rundir import nearest_existing
 
+log = logging.getLogger(__name__)
 MOST_STEPS = 10**6  # whose checkpoints are counted: of a longer run, what it keeps for ever is underestimated
 
 
 def check(policy: CheckpointHook, planned: PlannedRun) -> None:
-    """Raises UserError if the adapter could not be merged or the disk is too small; adds a header line on disk use."""
+    """Raises UserError if the adapter could not be merged, the disk is too small, or a pinned step is beyond the run's end; adds
+    a header line on disk use."""
     if not planned.main:
         return
+    if beyond := pinned_beyond(planned.config, planned.total_steps):
+        if planned.config.train.steps is not None:
+            raise UserError(beyond)
+        log.warning("%s", beyond)  # epochs end elsewhere with other rows: rounds of an online run have as many as were sampled
     if isinstance(planned.model, PeftModel) and policy.merge_lora:
         dtype = merged_dtype(policy, bare(planned.model))
         case = case_of(planned.base, Path("adapter"), planned.vocabulary, dtype=dtype, reward=planned.reward)

@@ -185,6 +185,8 @@ def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
             f"checkpoint.keep_best={checkpoint['keep_best']} chooses among checkpoints, and checkpoint.every is null:"
             " give it a number of steps, or leave keep_best out"
         )
+    if "train.steps" in typed and train.steps and (idle := pinned_beyond(config, train.steps)):
+        return idle
     patience = train.early_stopping
     if patience is not None and "train.early_stopping" in typed and train.eval_every and train.steps:
         before_end = train.eval_at_start + (train.steps - 1) // train.eval_every
@@ -195,6 +197,17 @@ def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
                 " or leave it out"
             )
     return None
+
+
+def pinned_beyond(config: Config, total: int) -> str | None:
+    """Return a message about pinned steps that a new run of `total` steps never reaches; None where there are none."""
+    beyond = [step for step in config.checkpoint.get("pinned") or () if step > total]
+    if not beyond or config.resume is not None:
+        return None
+    return (
+        f"checkpoint.pinned has {', '.join(map(str, beyond))}, and the run ends at step {total}, so nothing would be saved there:"
+        f" give steps up to {total}, or leave {'them' if len(beyond) > 1 else 'it'} out"
+    )
 
 
 def _amount(entries: Sequence[Any], config: Config) -> str | None:

@@ -222,6 +222,10 @@ WRONG = [
         (["checkpoint.merge_dtype=bfloat16"], ["checkpoint.merge_dtype=bfloat16 is of merged weights", "--dtype bfloat16"]),
         (["peft={lora_alpha: 8,r:8}"], ["peft.lora_alpha has no effect with peft=none"]),
         (["checkpoint.keep_best=3", "checkpoint.every=null"], ["checkpoint.keep_best=3", "checkpoint.every is null"]),
+        (
+            ["checkpoint.pinned=[5,30,40]", "train.steps=20"],
+            ["checkpoint.pinned has 30, 40", "ends at step 20", "steps up to 20"],
+        ),
         (["train.early_stopping=2", "train.steps=200"], ["train.early_stopping=2 acts at evaluation 3", "gives 2 before"]),
     ],
 )
@@ -239,6 +243,7 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
         ["loss=sft", "objective.metric=perplexity"], ["loss=sft", "objective.metric=kl", "objective.mode=min"],
         ["train.steps=null", "train.epochs=2"], ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
         ["train.early_stopping=2", "train.steps=201"], ["loss=sft", "reference.cache=auto"],
+        ["checkpoint.pinned=[20]", "train.steps=20"],
     ],
 )  # fmt: skip
 def test_what_is_typed_and_acts_is_accepted(typed):

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,20 @@ def test_a_refused_run_has_a_page_too(configure: Callable[..., Config], tmp_path
             run(config, [])
     assert "This run would be refused" in page_of(config).text
     assert not is_run(Path(config.run_dir))
+
+
+def test_a_pinned_step_beyond_the_end_of_the_run_is_refused_and_of_epochs_a_warning(
+    configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    beyond = "checkpoint.pinned has 9, and the run ends at step {0}, so nothing would be saved there: give steps up to {0}"
+    config = configure("loss=sft", "checkpoint.pinned=[6,9]", "dry_run=true")
+    with pytest.raises(UserError, match=re.escape(beyond.format(6))):
+        run(replace(config, train=replace(config.train, steps=6)), [])
+    for steps, said in ((8, True), (9, False)):
+        epochs = f"train.epochs={steps / 6}"  # of 48 rows, 8 in a batch
+        config = configure("loss=sft", "checkpoint.pinned=[9]", "train.batch_size=8", epochs, "dry_run=true")
+        assert run(config, []) == 0
+        assert (beyond.format(8) in str(capsys.readouterr())) is said
 
 
 def test_a_live_loop_and_rounds_show_their_prompts(tmp_path: Path, cache: Path) -> None:
