@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from halos.data.contradictions import refuse_contradictions, refuse_unread_inputs, refuse_weights
 from halos.data.messages import is_learned, turns_of, with_settings, with_system
+from halos.data.oddities import UNANSWERED
 from halos.data.parts import check_completion, label_of, number_of, prompt_and_completion
 from halos.data.records import RECORDS, refuse_other_logps, with_reward
 from halos.data.row import Row
@@ -32,6 +33,7 @@ class Parsed(NamedTuple):
     example: Example | None
     notes: tuple[str, ...] = ()
     dropped: str = ""
+    oddities: tuple[str, ...] = ()  # what the example no longer shows, by the names of data/oddities.py
 
 
 def read_example(row: Row, *, score: str) -> Example:
@@ -59,7 +61,8 @@ def parse(row: Row, *, score: str) -> Parsed:
         refuse_contradictions(reading.columns, form, example, row.where)
     if isinstance(example, Demonstration) and (logps := parse_columns(reading.columns, row.where)) is not None:
         example = replace(example, teacher_logps=logps)
-    return Parsed(example, reading.notes)
+    is_unanswered = form == TALK and reading.columns["messages"][-1]["role"] != "assistant"
+    return Parsed(example, reading.notes, oddities=(UNANSWERED,) if is_unanswered else ())
 
 
 def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from halos.data.encoded import Encoded
 from halos.examples import Completion, Example, Scored, Turns
 
 ENDS_WITH_ASSISTANT = "whose prompt ends with a turn of the assistant"
+UNANSWERED = "whose last turns, which the assistant does not answer, are left out"
 NO_WORDS = "whose prompt has no words"
 BLANKS_APART = "whose completions differ in blanks alone"
 NO_END = "whose last scored turn ends in no scored end token"

@@ -86,7 +86,7 @@ class RowTokeniser:
                 counts.drop(parsed.dropped, row.where)
                 continue
             oddities.count_split(row.original or row.record, counts)
-            for oddity in oddities.of_example(example):
+            for oddity in (*parsed.oddities, *oddities.of_example(example)):
                 counts.note(oddity, row.where)
             converted = as_kind(example, self.kind, row)
             if not converted:

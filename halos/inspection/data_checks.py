@@ -31,6 +31,7 @@ def checks_of(
     checks = [
         Check("a prompt begins with at most one BOS", tuple(_double_bos(splits, tokenizer))),
         Check("prompts have words, and end with a turn to answer", tuple(_odd_prompts(splits))),
+        Check("conversations end with the assistant", tuple(_unanswered(splits))),
         Check("rows are of one split", tuple(_mixed_splits(splits))),
         Check("completions of a pair differ", tuple(_equal_completions(splits))),
         Check("no example contradicts another", tuple(_contradictions(train))),
@@ -109,6 +110,12 @@ def _odd_prompts(splits: Splits) -> Iterable[Finding]:
         if 0 < len(empty) < len(data):  # of all rows it is plain text
             text = f"data.{name}: {counted(len(empty), 'prompt has', 'prompts have')} no tokens, so that all of the row is scored"
             yield Finding("warning", text, _rows(data, empty), "give them a prompt, or remove them")
+
+
+def _unanswered(splits: Splits) -> Iterable[Finding]:
+    for name, total, places in _odd(splits, oddities.UNANSWERED):
+        text = f"data.{name}: {counted(total, 'conversation ends', 'conversations end')} with turns that the assistant does not"
+        yield Finding("note", f"{text} answer: nothing is learned from them, and they are left out", places)
 
 
 def _mixed_splits(splits: Splits) -> Iterable[Finding]:

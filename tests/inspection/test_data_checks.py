@@ -59,6 +59,9 @@ ANSWERED = {"prompt": [user("Hi"), says("Hello")], "completion": [says("and agai
 CASES = [
     ("a prompt that ends with the assistant", Demonstration, [*SOUND, ANSWERED], {},
      ("warning", "data.train: 1 prompt ends with a turn of the assistant", ("a.jsonl:9",))),
+    ("a last turn without an answer", Demonstration, [*SOUND, {"messages": [*TWO_TURNS["messages"], user("c")]}], {},
+     ("note", "data.train: 1 conversation ends with turns that the assistant does not answer: nothing is learned from them, and"
+      " they are left out", ("a.jsonl:9",))),
     ("a prompt without words", Demonstration, [*SOUND, {"prompt": " \n", "completion": "x"}], {},
      ("warning", "data.train: 1 prompt has no words", ("a.jsonl:9",))),
     ("rows of several splits", Demonstration, [{**row, "split": "test" if n > 5 else "train"} for n, row in enumerate(SOUND)], {},
