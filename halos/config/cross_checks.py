@@ -10,7 +10,7 @@ from dataclasses import fields
 from importlib.util import find_spec
 from typing import Any
 
-from halos.config import defaults, idle_online, renamed_keys, stream_checks
+from halos.config import checkpoint_checks, defaults, idle_online, renamed_keys, stream_checks
 from halos.config.overrides import typed_keys
 from halos.config.reference_checks import LossTraits, check_reference
 from halos.config.rollout_modules import engine_class, scorer_class
@@ -36,6 +36,7 @@ def check_combinations(config: Config, overrides: Sequence[str]) -> None:
         _evaluation(config),
         _objective(config, overrides),
         _idle_evaluation(config, overrides),
+        checkpoint_checks.complaint(config, overrides),
         _loraplus(config),
         _lr_by_name(config),
         _reference_revision(config),
@@ -174,19 +175,11 @@ def _objective(config: Config, overrides: Sequence[str]) -> str | None:
 
 def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
     """Settings of the evaluation that would never act in this run."""
-    typed, train, checkpoint = typed_keys(overrides), config.train, config.checkpoint
+    typed, train = typed_keys(overrides), config.train
     if config.data.eval_fraction is None and "data.near_duplicates" in typed and config.resume is None:
         return "data.near_duplicates is of prompts that are held out: it has no effect without data.eval_fraction"
     if amount := _amount(config.data.eval, config):
         return f"data.eval: {amount} has no effect, since an evaluation takes every row once: leave it out"
-    saves = checkpoint.get("every") is not None or checkpoint.get("pinned") or "every" not in checkpoint
-    if checkpoint.get("keep_best") and "checkpoint.keep_best" in typed and not saves:
-        return (
-            f"checkpoint.keep_best={checkpoint['keep_best']} chooses among checkpoints, and checkpoint.every is null:"
-            " give it a number of steps, or leave keep_best out"
-        )
-    if "train.steps" in typed and train.steps and (idle := pinned_beyond(config, train.steps)):
-        return idle
     patience = train.early_stopping
     if patience is not None and "train.early_stopping" in typed and train.eval_every and train.steps:
         before_end = train.eval_at_start + (train.steps - 1) // train.eval_every
@@ -197,17 +190,6 @@ def _idle_evaluation(config: Config, overrides: Sequence[str]) -> str | None:
                 " or leave it out"
             )
     return None
-
-
-def pinned_beyond(config: Config, total: int) -> str | None:
-    """Return a message about pinned steps that a new run of `total` steps never reaches; None where there are none."""
-    beyond = [step for step in config.checkpoint.get("pinned") or () if step > total]
-    if not beyond or config.resume is not None:
-        return None
-    return (
-        f"checkpoint.pinned has {', '.join(map(str, beyond))}, and the run ends at step {total}, so nothing would be saved there:"
-        f" give steps up to {total}, or leave {'them' if len(beyond) > 1 else 'it'} out"
-    )
 
 
 def _amount(entries: Sequence[Any], config: Config) -> str | None:

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 
 from halos.checkpoint import commit, known_good, manifest, pruner, select
+from halos.checkpoint.preflight import judged_by_earlier
 from halos.checkpoint.pruner import Pruner
 from halos.errors import UserError
 from halos.hooks.checkpoint import CheckpointHook
@@ -302,6 +303,29 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_knows_of_none_after_it_an
 def hook(**knobs: Any) -> CheckpointHook:
     given = {"every": 100, "keep_last": 1, "keep_best": 0, "keep_every": None, "pinned": [], "on_full_disk": "warn"}
     return CheckpointHook(**{**given, "async_save": False, "merge_lora": True, "merge_dtype": "auto", "at_end": False, **knobs})
+
+
+@pytest.mark.parametrize(
+    ("every", "eval_every", "before", "remedy"),
+    [
+        (30, 20, ", step 30 by 20", "checkpoint.every=40 or train.eval_every=15"),
+        (50, 100, "", "checkpoint.every=100 or train.eval_every=50"),
+        (7, 5, ", step 7 by 5", "checkpoint.every=10 or train.eval_every=1 "),
+    ],
+)
+def test_checkpoints_that_are_judged_by_an_earlier_evaluation_are_a_warning(
+    every: int, eval_every: int, before: str, remedy: str
+) -> None:
+    said = judged_by_earlier(hook(every=every, keep_best=2), eval_every, 1000)
+    assert said is not None
+    assert said.startswith(
+        f"checkpoint.keep_best=2: checkpoint.every={every} is no multiple of train.eval_every={eval_every}, so"
+    )
+    assert f"the last one before them{before}: {remedy}" in said
+    assert judged_by_earlier(hook(every=every), eval_every, 1000) is None, "nothing is judged"
+    assert judged_by_earlier(hook(every=every, keep_best=2), eval_every, every) is None, "the only save is the end's"
+    assert judged_by_earlier(hook(every=every * eval_every, keep_best=2), eval_every, 1000) is None
+    assert judged_by_earlier(hook(every=None, keep_best=2), eval_every, 1000) is None
 
 
 def test_pinned_steps_are_saved_whatever_the_interval() -> None:

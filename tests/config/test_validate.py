@@ -226,6 +226,10 @@ WRONG = [
             ["checkpoint.pinned=[5,30,40]", "train.steps=20"],
             ["checkpoint.pinned has 30, 40", "ends at step 20", "steps up to 20"],
         ),
+        (
+            ["checkpoint.keep_best=3", "train.eval_every=null"],
+            ["checkpoint.keep_best=3 chooses by evaluations", "eval_every is null"],
+        ),
         (["train.early_stopping=2", "train.steps=200"], ["train.early_stopping=2 acts at evaluation 3", "gives 2 before"]),
     ],
 )

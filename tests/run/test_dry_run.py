@@ -69,6 +69,15 @@ def test_a_pinned_step_beyond_the_end_of_the_run_is_refused_and_of_epochs_a_warn
         assert (beyond.format(8) in str(capsys.readouterr())) is said
 
 
+def test_a_run_says_that_its_best_checkpoints_are_judged_by_earlier_evaluations(
+    configure: Callable[..., Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for eval_every, said in ((4, True), (3, False)):
+        words = ["checkpoint.keep_best=1", "checkpoint.every=6", f"train.eval_every={eval_every}", "dry_run=true"]
+        assert run(configure("loss=sft", *words), []) == 0
+        assert ("no multiple of train.eval_every=4, so" in str(capsys.readouterr())) is said
+
+
 def test_a_live_loop_and_rounds_show_their_prompts(tmp_path: Path, cache: Path) -> None:
     words = ["loss=online", "online.loss=grpo", *SMALL, "online.scorer.functions=[exact_match]", "dry_run=true"]
     for name, loop in (("live", ["online.steps=3", "train.batch_size=8"]), ("rounds", ["online.rounds=2"])):
