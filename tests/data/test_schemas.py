@@ -244,6 +244,15 @@ def test_what_was_made_of_rows_is_counted(tmp_path: Path) -> None:
     assert plain.labels["margin"].tolist() == [0.0]
 
 
+def test_a_row_is_counted_under_one_reading(tmp_path: Path) -> None:
+    rows = [{"instruction": f"Add {n}.", "input": about, "output": "2"} for n, about in enumerate(["1, 1", "", " ", None])]
+    data = prepared(jsonl(tmp_path / "a.jsonl", rows), tmp_path)
+    assert data.report[0].noted == {"read as Alpaca": 3, "read as instruction + output": 1}
+    assert read(**rows[1]) == read(instruction="Add 1.", output="2")
+    pair = {"instruction": "Add.", "input": "", "chosen": "2", "rejected": "3"}
+    assert parse(Row(pair, WHERE), score="last").notes == ("read as Alpaca",)
+
+
 @pytest.mark.parametrize("bos", [True, False])
 def test_text_is_trained_on_as_it_is(tmp_path: Path, bos: bool) -> None:
     made = tokenizer(bos=bos)

@@ -6,6 +6,7 @@ from halos.data.schemas.schema import ANSWERS, PROMPTS, Change, Columns, Schema,
 from halos.errors import UserError
 
 INPUTS = ("input", "context")  # what an instruction or a question is about
+READ_AS_ALPACA = "read as Alpaca"
 _CANONICAL = ({"prompt", "completion"}, {"messages"})
 
 
@@ -30,14 +31,15 @@ def alpaca(columns: Columns, where: str) -> Change | None:
     history = _history(columns.get("history"))
     parts = [*about, *(["history"] if history else [])]
     if not parts:
-        return None
+        is_blank = asked == "instruction" and isinstance(columns.get("input"), str)  # an Alpaca row that is about nothing
+        return Change(without(columns, "input"), READ_AS_ALPACA) if is_blank else None
     prompt = columns[asked]
     if not isinstance(prompt, str):
         raise UserError(f"{where}: {', '.join(parts)} beside {asked}, which is no text")
     prompt = "\n\n".join([prompt, *(columns[name] for name in about)])
     turns = [*history, {"role": "user", "content": prompt}] if history else prompt
     note = (
-        "read as Alpaca"
+        READ_AS_ALPACA
         if asked == "instruction"
         else f"with {', '.join([*about, *(['history'] if history else [])])} in the prompt"
     )

@@ -16,6 +16,11 @@ class Change(NamedTuple):
     note: str = ""
     dropped: str = ""
 
+    @property
+    def is_reading(self) -> bool:
+        """Whether the note says what the whole row is read as."""
+        return self.note.startswith("read as ")
+
 
 @dataclass(frozen=True, slots=True)
 class Schema:

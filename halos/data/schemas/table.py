@@ -22,9 +22,9 @@ class Reading(NamedTuple):
 
 
 def recognised(columns: Mapping[str, Any], where: str) -> Reading:
-    """Apply every schema to the columns of a row, without those that are null. Raises UserError, naming the row, for columns
-    that could be read in several ways."""
-    found, notes = dict(columns), []
+    """Apply every schema to the columns of a row, without those that are null; the first that reads the whole row gives its
+    name to the reading. Raises UserError, naming the row, for columns that could be read in several ways."""
+    found, notes, is_read = dict(columns), list[str](), False
     for schema in SCHEMAS:
         change = schema.apply(found, where) if not schema.needs or not schema.needs.isdisjoint(found) else None
         if change is None:
@@ -32,7 +32,8 @@ def recognised(columns: Mapping[str, Any], where: str) -> Reading:
         if change.dropped:
             return Reading(found, tuple(notes), change.dropped)
         found = change.columns
-        notes += [change.note] if change.note else []
+        notes += [change.note] if change.note and not (is_read and change.is_reading) else []
+        is_read |= change.is_reading
     return Reading(found, tuple(notes))
 
 
