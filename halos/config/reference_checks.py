@@ -96,12 +96,13 @@ def _moving(config: Config, loss: LossTraits) -> str | None:
 
 
 def _idle_cache(config: Config, loss: LossTraits, overrides: Sequence[str]) -> str | None:
-    cache, is_typed = config.reference.cache, "reference.cache" in typed_keys(overrides)
-    if loss.needs_reference or cache == "auto" or not is_typed or config.resume is not None:
+    """A cache of what no reference says; `never` holds for such a loss anyway."""
+    is_typed = "reference.cache" in typed_keys(overrides)
+    if loss.needs_reference or config.reference.cache != "always" or not is_typed or config.resume is not None:
         return None
     return (
-        f"reference.cache={cache} is of the reference's log-probs, and loss={loss.name} uses no reference model: leave it out,"
-        " or choose a loss that does"
+        f"reference.cache=always keeps the reference's log-probs, and loss={loss.name} uses no reference model: leave it out, or"
+        " choose a loss that does"
     )
 
 

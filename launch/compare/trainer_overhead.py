@@ -35,7 +35,7 @@ def assembled(given: argparse.Namespace, place: str) -> Trainer:
     words = [f"loss={given.loss}", "data=arithmetic", f"model.name_or_path={given.model}", "data.eval=[]", "exp_name=x",
              f"train.batch_size={given.batch_size}", f"train.microbatch_size={given.microbatch_size}", f"run_dir={place}/x",
              f"train.steps={10 * given.steps}", "checkpoint.every=null", "train.precision=float32", "model.dtype=float32",
-             *([] if given.loss == "sft" else ["reference.cache=never"]),
+             "reference.cache=never",
              ]  # fmt: skip
     with hydra.initialize_config_dir(str(ROOT / "config"), version_base="1.3"):
         config = validate.check(hydra.compose("config", words), words)

@@ -105,7 +105,7 @@ def assembled(case: str, place: Place, name: str, *, precision: str) -> Case:
         f"loss={loss}", *words, f"model.name_or_path={place.model(name)}", f"train.precision={precision}",
         f"data.train=['{made.path}']", "data.eval=[]", "train.max_grad_norm=null", f"train.batch_size={BATCH}",
         f"train.max_length={rows.LONGEST}", "train.steps=1000", "checkpoint.every=null", "exp_name=exact",
-        *(["reference.cache=never"] if loss in ("dpo", "kto") else []),  # steps are taken without a run around them
+        "reference.cache=never",  # steps are taken without a run around them
         f"run_dir={place.run(f'{name}-{list(CASES).index(case)}')}",
     ]  # fmt: skip
     with hydra.initialize_config_dir(str(CONFIG), version_base="1.3"):

@@ -213,11 +213,8 @@ WRONG = [
         (["loss=sft", "objective.metric=logps/completion"], ["objective.metric=logps/completion would be minimised", "mode=max"]),
         (["train.steps=3", "train.epochs=2"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
         (["train={steps: 3, epochs: 2}"], ["train.steps=3 and train.epochs=2 are two lengths of one run: give one"]),
-        (["loss=sft", "reference.cache=always"], ["reference.cache=always is of the reference's", "loss=sft uses no reference"]),
-        (
-            ["loss=grpo", "loss.beta=0", "reference={cache: never}"],
-            ["reference.cache=never is of", "loss=grpo uses no reference"],
-        ),
+        (["loss=sft", "reference.cache=always"], ["reference.cache=always keeps the", "loss=sft uses no reference"]),
+        (["loss=grpo", "loss.beta=0", "reference={cache: always}"], ["reference.cache=always keeps", "loss=grpo uses no"]),
         (["reference.adapter=start"], ["reference.adapter has no effect with peft=none"]),
         (["checkpoint.merge_dtype=bfloat16"], ["checkpoint.merge_dtype=bfloat16 is of merged weights", "--dtype bfloat16"]),
         (["peft={lora_alpha: 8,r:8}"], ["peft.lora_alpha has no effect with peft=none"]),
@@ -247,7 +244,7 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
         ["loss=sft", "objective.metric=perplexity"], ["loss=sft", "objective.metric=kl", "objective.mode=min"],
         ["train.steps=null", "train.epochs=2"], ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
         ["train.early_stopping=2", "train.steps=201"], ["loss=sft", "reference.cache=auto"],
-        ["checkpoint.pinned=[20]", "train.steps=20"],
+        ["loss=sft", "reference.cache=never"], ["checkpoint.pinned=[20]", "train.steps=20"],
     ],
 )  # fmt: skip
 def test_what_is_typed_and_acts_is_accepted(typed):

@@ -157,7 +157,7 @@ def test_a_part_alone_with_the_weight_1_is_the_loss_itself(loss: str, trainer: C
         "train.microbatch_size=4",
         "train.max_grad_norm=null",
         "optim.lr=1e-3",
-        *(["reference.cache=never"] if loss == "kto" else []),
+        "reference.cache=never",
     ]
     alone = trainer(f"loss={loss}", *words, "exp_name=alone")
     part = trainer("loss=mixture", f"loss.parts={{{loss}: {{weight: 1}}}}", *words, "exp_name=part")
