@@ -36,7 +36,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("data", "eval_fraction"): None, ("data", "near_duplicates"): None, ("data", "weights"): "rows",
     ("data", "stream"): False, ("data", "stream_block"): 20_000,
     ("data", "lost"): "error", ("data", "system"): "keep", ("data", "chat_template_kwargs"): {},
-    ("train", "share_prompts"): False, ("train", "microbatch_tokens"): None, ("train", "compile"): False,
+    ("train", "share_prompts"): False, ("train", "microbatch_tokens"): None,
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,
     ("train", "correction_floor"): None,
     ("online", "minibatches"): 1, ("online", "epochs"): 1, ("online", "steps_per_round"): 8,

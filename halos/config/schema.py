@@ -104,7 +104,6 @@ class Train:
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
     activation_checkpointing: bool | None = key(on_resume=SAFE)
     deterministic: bool = key(on_resume=SAFE)
-    compile: bool = key()
     router_aux_loss: float | None = key(least=0)
     prove: str = key(one_of=("auto", "always", "off"), on_resume=SAFE)  # it checks, and changes nothing
     early_stopping: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step

@@ -37,7 +37,6 @@ from halos.hooks.log import MetricsLog
 from halos.hooks.loss_state import LOSS_STATE, LossState
 from halos.hooks.progress import ProgressBar
 from halos.lock import RunLock
-from halos.logps.compiled import regions_of
 from halos.logps.model import bare
 from halos.logps.router import refuse_without_router
 from halos.logps.vocabulary import Vocabulary
@@ -122,8 +121,6 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     structure = structure_of(config, loss, accelerator, base)
     strategy = structure.loader.strategy(accelerator)
     strategy.refuse_model(structure.model)
-    if config.train.compile:
-        refuse_uncompilable(structure.model, strategy)
     batches = open_batch_source(config, loss, structure.tokenizer, accelerator, structure.max_length)
     datasets.refuse_other_teacher(config, loss, batches.splits)
     optimizer, schedule = bind_optimizer(config.optim, config.plugins), bind_schedule(config.schedule, config.plugins)
@@ -135,17 +132,6 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
         config, loss, trainer, directory, structure, strategy, batches, optimizer, schedule, checkpoint, hooks, planned, content,
         changed,
     )  # fmt: skip
-
-
-def refuse_uncompilable(model: nn.Module, strategy: Strategy) -> None:
-    """Raises UserError where train.compile would do nothing, or could not."""
-    if not strategy.can_compile:
-        raise UserError(
-            f"train.compile=true: {strategy.name} gathers the parameters of each module when it is called, so that modules cannot"
-            " be compiled together: leave it out, or use FSDP"
-        )
-    if not regions_of(model):
-        raise UserError(f"train.compile=true: {type(bare(model)).__name__} has no norm or network that gains by it: leave it out")
 
 
 def hash_inputs(

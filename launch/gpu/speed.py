@@ -19,10 +19,10 @@ Record = dict[str, Any]
 
 
 def check(name: str, place: Place) -> Result:
-    """The run `speed-MODEL-full` or `speed-MODEL-lora`: DPO on pairs with the lengths of answers; `-compiled`: train.compile."""
-    _, model, kind, *compiled = name.split("-")
+    """The run `speed-MODEL-full` or `speed-MODEL-lora`: DPO on pairs with the lengths of answers."""
+    _, model, kind = name.split("-")
     batch, steps = (PAIRS[model], STEPS) if place.cuda else (4, WARM_UP + 1 + LEAST)
-    measured = _measure(f"dpo-{kind}", model, place, name, batch=batch, steps=steps, compiled=bool(compiled))
+    measured = _measure(f"dpo-{kind}", model, place, name, batch=batch, steps=steps)
     if isinstance(measured, Result):
         return measured
     found = figures(measured, place.card["peak"])
@@ -46,9 +46,7 @@ def syncs(name: str, place: Place) -> Result:
     return Result.of(max(counts.values()) <= SYNCHRONISATIONS, f"{figure}: {' '.join(lines)}"[:300], places=places)
 
 
-def _measure(
-    workload: str, model: str, place: Place, name: str, *, batch: int, steps: int, compiled: bool = False
-) -> Record | Result:
+def _measure(workload: str, model: str, place: Place, name: str, *, batch: int, steps: int) -> Record | Result:
     """Run a workload with the hook that measures; its record, with what is known of the rows."""
     made = rows.make(workload, model, place, steps=steps, batch_size=batch, answers=True)
     loss, kind = workload.split("-")
@@ -60,7 +58,7 @@ def _measure(
         name, f"loss={loss}", f"model.name_or_path={place.model(model)}", f"peft={'lora' if kind == 'lora' else 'none'}",
         f"data.train=['{made.path}']", "data.eval=[]", f"train.steps={steps}", f"train.batch_size={made.batch_size}",
         f"train.max_length={rows.LONGEST}", "optim.lr=1e-6", "schedule=constant", "checkpoint.every=null",
-        "checkpoint.merge_lora=false", "plugins=[gpu]", hook, f"train.compile={str(compiled).lower()}",
+        "checkpoint.merge_lora=false", "plugins=[gpu]", hook,
     )  # fmt: skip
     if done.returncode or not output.is_file():
         return Result.crash(done)
