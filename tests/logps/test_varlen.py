@@ -395,6 +395,10 @@ def with_window_off_by_one(*given: Any, window_size: tuple[int, int], **more: An
     return stand_in(*given, window_size=(window_size[0] + (window_size[0] >= 0), 0), **more)
 
 
+def with_usual_scale(query: Tensor, *given: Any, scale: float, **more: Any) -> Tensor:
+    return stand_in(query, *given, scale=query.shape[-1] ** -0.5, **more)
+
+
 def raising(*_: Any, **__: Any) -> Tensor:
     raise RuntimeError("no kernel image is available\nfor this device")
 
@@ -409,6 +413,7 @@ KERNELS: list[tuple[Kernel, str]] = [
     (lambda *given, **more: stand_in(*given, **more, upper_left=True), r"is not exact: its output is \d off for heads of 64$"),
     (lambda *given, **more: stand_in(*given, **more) * float("nan"), r"is not exact: its output is inf off"),
     (with_window_off_by_one, r"is not exact: its output is 0\.\d+ off for heads of 128 and a window of 40$"),
+    (with_usual_scale, r"is not exact: its output is 0\.\d+ off for heads of 128 and a window of 40$"),
     (without_gradient, r"is not exact: the gradient of its keys is \d off"),
     (leaking, r"lets branches read each other$"),
 ]
