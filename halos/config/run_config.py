@@ -47,7 +47,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("online.scorer", "aggregation"): "sum",
 }  # fmt: skip
 BUDGET = "microbatch_tokens"  # in an attempt's record: what `auto` meant
-CHECKPOINTING = "activation_checkpointing"  # in an attempt's record, true: what null meant
+CHECKPOINTING = "activation_checkpointing"  # in an attempt's record: what null meant
 ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}, "humanline": {"low": None, "high": None}}
 
 
@@ -154,9 +154,11 @@ def recorded_budget(attempts: Mapping[str, str]) -> int | None:
     return next((tokens for tokens in records if type(tokens) is int), None)
 
 
-def recorded_checkpointing(attempts: Mapping[str, str]) -> bool:
-    """Return whether a run with train.activation_checkpointing=null began with checkpointed activations (name -> text)."""
-    return any(_parsed(record, "an attempt's record").get(CHECKPOINTING) is True for record in attempts.values())
+def recorded_checkpointing(attempts: Mapping[str, str]) -> bool | None:
+    """Return whether a run with train.activation_checkpointing=null began with checkpointed activations (name -> text); None
+    where no attempt has measured it."""
+    records = (_parsed(record, "an attempt's record").get(CHECKPOINTING) for record in attempts.values())
+    return next((measured for measured in records if type(measured) is bool), None)
 
 
 def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:

@@ -81,10 +81,11 @@ def _out_of_memory(config: Config, directory: RunDir, error: BaseException, *, h
         directory.write_result("failed", before["step"], before["metrics"], reason=f"out of memory: {message}")
         last = next(reversed(directory.checkpoints_by_step().values()), None)
         hint = f" Resume from {last.name}: {COMMAND} resume={directory.path} KEY=VALUE." if last else ""
-        budget = run_config.recorded_budget(directory.read_attempts())
+        attempts = directory.read_attempts()
     else:
-        hint, budget = "", None
-    log.error("out of memory (%s). What helps: %s.%s", message[:300], remedies(config, budget), hint)
+        hint, attempts = "", {}
+    budget, checkpointed = run_config.recorded_budget(attempts), run_config.recorded_checkpointing(attempts)
+    log.error("out of memory (%s). What helps: %s.%s", message[:300], remedies(config, budget, checkpointed=checkpointed), hint)
     return FAILED
 
 

@@ -97,25 +97,28 @@ def settle(run: Run, optimizer_bytes: int, longest: int, memory: DeviceMemory | 
     `optimizer_bytes`: of the optimizer's whole state, which a new run does not have yet. `longest`: tokens of the longest item.
     """
     train, is_cuda = run.config.train, run.accelerator.device.type == "cuda"
-    run.activation_checkpointing = bool(train.activation_checkpointing)
-    if not isinstance(train.microbatch_tokens, str):
-        run.microbatch_tokens = train.microbatch_tokens
-        return {}
+    leaves_tokens, leaves_checkpointing = isinstance(train.microbatch_tokens, str), train.activation_checkpointing is None
     attempts = run.directory.read_attempts() if run.config.resume else {}
-    tokens, checkpointed = gather_object(
-        [(run_config.recorded_budget(attempts), run_config.recorded_checkpointing(attempts))]
-    )[0]  # fmt: skip
-    if checkpointed and train.activation_checkpointing is None:
+    recorded = gather_object([(run_config.recorded_budget(attempts), run_config.recorded_checkpointing(attempts))])[0]
+    run.microbatch_tokens = recorded[0] if isinstance(train.microbatch_tokens, str) else train.microbatch_tokens
+    run.activation_checkpointing = bool(train.activation_checkpointing)
+    if leaves_checkpointing and recorded[1]:
         _checkpoint_activations(run)
     if is_cuda:
         memory = memory or CudaMemory(run.accelerator.device)
-    if tokens is None and memory is not None and run.strategy.takes_trials:
-        tokens = _measured(run, optimizer_bytes, longest, memory)
-    run.microbatch_tokens = min(gather_object([tokens or (UNTRIED if is_cuda else ON_CPU)]))
-    if run.main:
-        log.info("%-10s %d tokens in a micro-batch", "budget", run.microbatch_tokens)
-    measured = run.activation_checkpointing and train.activation_checkpointing is None
-    return {run_config.BUDGET: run.microbatch_tokens, **({run_config.CHECKPOINTING: True} if measured else {})}
+    is_open = (leaves_tokens and recorded[0] is None) or (leaves_checkpointing and recorded[1] is None)
+    if is_open and memory is not None and run.strategy.takes_trials:
+        needed = max(longest, run.microbatch_tokens or 0)
+        fitting = _measured(run, optimizer_bytes, needed, memory, decides=leaves_checkpointing and recorded[1] is None)
+        if leaves_tokens and recorded[0] is None:
+            run.microbatch_tokens = on_grid(fitting)
+    if leaves_tokens:
+        run.microbatch_tokens = min(gather_object([run.microbatch_tokens or (UNTRIED if is_cuda else ON_CPU)]))
+        if run.main:
+            log.info("%-10s %d tokens in a micro-batch", "budget", run.microbatch_tokens)
+    settled = {run_config.BUDGET: run.microbatch_tokens} if leaves_tokens else {}
+    knows = leaves_checkpointing and (recorded[1] is not None or memory is not None)
+    return settled | ({run_config.CHECKPOINTING: run.activation_checkpointing} if knows else {})
 
 
 def longest_item(rows: Any, bounds: Bounds, max_length: int) -> int:
@@ -126,17 +129,18 @@ def longest_item(rows: Any, bounds: Bounds, max_length: int) -> int:
     return int((own + trunks).max(initial=0))
 
 
-def _measured(run: Run, optimizer_bytes: int, longest: int, memory: DeviceMemory) -> int:
-    """The tokens that fit on this rank, with activations checkpointed where on some rank `longest` do not. Every rank calls."""
+def _measured(run: Run, optimizer_bytes: int, needed: int, memory: DeviceMemory, *, decides: bool) -> float:
+    """The tokens that fit on this rank; where it `decides`, with activations checkpointed if on some rank those `needed` do not
+    fit. Every rank calls."""
     ranks = 1 if run.strategy.parameter_layout == "whole" else run.accelerator.num_processes
     ahead = 0 if run.optimizer.state else optimizer_bytes // ranks
-    fitting = _fitting(run, ahead, memory)
-    if run.config.train.activation_checkpointing is None and (least := min(gather_object([fitting]))) < longest:
+    fitting = _fitting(run, ahead, memory, may_fail=decides and run.accelerator.num_processes == 1)  # else others would wait
+    if decides and (least := min(gather_object([fitting]))) < needed:
         if run.main:
-            log.info("%-10s checkpointed: %d tokens fit, and the longest item has %d", "activations", max(0, least), longest)
+            log.info("%-10s checkpointed: %d tokens fit, and a micro-batch may have %d", "activations", max(0, least), needed)
         _checkpoint_activations(run)
         fitting = _fitting(run, ahead, memory)
-    return on_grid(fitting)
+    return fitting
 
 
 def _checkpoint_activations(run: Run) -> None:
@@ -144,16 +148,15 @@ def _checkpoint_activations(run: Run) -> None:
     run.activation_checkpointing = True
 
 
-def _fitting(run: Run, ahead: int, memory: DeviceMemory) -> float:
-    """The tokens that fit besides `ahead` bytes, by trials; none where a process by itself has no memory for a trial."""
+def _fitting(run: Run, ahead: int, memory: DeviceMemory, *, may_fail: bool = False) -> float:
+    """The tokens that fit besides `ahead` bytes, by trials; if they `may_fail`, none where there is no memory for a trial."""
     free, devices = memory.free() - ahead, [run.accelerator.device] if run.accelerator.device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices):
             _peak(run, TRIALS[0], memory)  # once more than is measured: libraries allocate workspaces that stay
             cost = Cost.of((_peak(run, TRIALS[0], memory), _peak(run, TRIALS[1], memory)))
     except Exception as error:
-        may_checkpoint = run.config.train.activation_checkpointing is None and not run.activation_checkpointing
-        if not is_out_of_memory(error) or not may_checkpoint or run.accelerator.num_processes > 1:  # others would wait
+        if not may_fail or not is_out_of_memory(error):
             raise
         run.strategy.zero_grad(run.optimizer)
         return 0.0

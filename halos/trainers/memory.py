@@ -28,8 +28,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(message in str(error).lower() for message in MESSAGES)
 
 
-def remedies(config: Config, budget: int | None = None) -> str:
-    """The keys with which this run would take less memory. `budget`: what train.microbatch_tokens=auto means, if known."""
+def remedies(config: Config, budget: int | None = None, *, checkpointed: bool | None = None) -> str:
+    """The keys with which this run would take less memory. `budget`: what train.microbatch_tokens=auto means, if known;
+    `checkpointed`: what train.activation_checkpointing=null does."""
     keys, train = [], config.train
     size, tokens = train.microbatch_size, train.microbatch_tokens
     tokens = budget or TRIED if isinstance(tokens, str) else tokens
@@ -39,7 +40,7 @@ def remedies(config: Config, budget: int | None = None) -> str:
             "the same results up to rounding, unless the model has dropout"
         )  # fmt: skip
         keys.append(f"{_half_a_microbatch(size, tokens)} ({effect})")
-    if not train.activation_checkpointing:
+    if not (checkpointed if train.activation_checkpointing is None else train.activation_checkpointing):
         keys.append("train.activation_checkpointing=true (does not change results, costs time)")
     if config.peft.name == "none":
         keys.append("peft=lora")

@@ -52,6 +52,8 @@ def test_out_of_memory_is_one_message_with_the_keys_that_help_and_the_traceback_
 def test_a_smaller_microbatch_is_said_to_change_what_loras_dropout_drops(configure: Callable[..., Config]) -> None:
     from halos.trainers.memory import remedies
 
+    assert "activation_checkpointing" not in remedies(configure("loss=sft"), checkpointed=True), "it does already"
+    assert "activation_checkpointing=true" in remedies(configure("loss=sft"), checkpointed=False)
     said = remedies(configure("loss=sft", "peft=lora", "peft.lora_dropout=0.1", "train.microbatch_size=8"))
     both = "train.microbatch_tokens=8192 train.microbatch_size=4"
     assert f"{both} (dropout then drops other elements: a resume needs resume_changes=allow)" in said

@@ -61,7 +61,7 @@ def test_it_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer], mon
     def measured(free: float, optimizer_bytes: int = 0) -> Any:
         train.microbatch_tokens = "auto"
         settled = settle(run, optimizer_bytes, 0, Memory(made, round(free)))
-        assert settled == {"microbatch_tokens": run.microbatch_tokens}
+        assert settled == {"microbatch_tokens": run.microbatch_tokens, "activation_checkpointing": False}
         return run.microbatch_tokens
 
     fits = (FIXED + 6144 * PER_TOKEN) / token_budget.SHARE
@@ -121,28 +121,49 @@ def room_for(tokens: int) -> int:
 
 
 def test_activations_are_checkpointed_only_where_the_longest_item_does_not_fit_without(
-    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     made, roomy = trainer("loss=sft"), trainer("loss=sft", "exp_name=roomy")
     for each in (made, roomy):
         each.run.config.train.microbatch_tokens = "auto"
     caplog.set_level("INFO")
     fits = Checkpointing(roomy, room_for(2000))
-    assert settle(roomy.run, 0, 1999, fits) == {"microbatch_tokens": 1536}
+    assert settle(roomy.run, 0, 1999, fits) == {"microbatch_tokens": 1536, "activation_checkpointing": False}
     assert not roomy.run.activation_checkpointing
     assert not fits.model.is_gradient_checkpointing
     small = Checkpointing(made, room_for(2000))
     assert settle(made.run, 0, 2001, small) == {"microbatch_tokens": 16_384, "activation_checkpointing": True}
     assert made.run.activation_checkpointing
     assert small.model.is_gradient_checkpointing
-    assert "checkpointed: 2000 tokens fit, and the longest item has 2001" in caplog.text
-    made.run.config.resume = "runs/mine"
-    monkeypatch.setattr(run_config, "recorded_budget", lambda _: 96)
-    monkeypatch.setattr(run_config, "recorded_checkpointing", lambda _: True)
-    other = trainer("loss=sft", "exp_name=other")
-    other.run.config.resume, other.run.config.train.microbatch_tokens = "runs/mine", "auto"
-    assert settle(other.run, 0, 1, Checkpointing(other, room_for(10**6)))["activation_checkpointing"], "as it began"
-    assert bare(other.run.model).is_gradient_checkpointing
+    assert "checkpointed: 2000 tokens fit, and a micro-batch may have 2001" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("typed", "longest", "expected"), [(2001, 9, True), (1999, 9, False), (9, 2001, True), (None, 1999, False)]
+)
+def test_with_a_typed_budget_activations_are_checkpointed_where_that_or_an_item_does_not_fit(
+    trainer: Callable[..., Trainer], *, typed: int | None, longest: int, expected: bool
+) -> None:
+    made = trainer("loss=sft", f"train.microbatch_tokens={'null' if typed is None else typed}")
+    settled = settle(made.run, 0, longest, Checkpointing(made, room_for(2000)))
+    assert settled == {"activation_checkpointing": expected}
+    assert made.run.microbatch_tokens == typed
+    assert made.run.activation_checkpointing is expected is bare(made.run.model).is_gradient_checkpointing
+
+
+@pytest.mark.parametrize("tokens", ["auto", 96])
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_resume_checkpoints_as_the_run_began_on_any_device(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch, *, recorded: bool, tokens: str | int
+) -> None:
+    made = trainer("loss=sft")
+    made.run.config.resume, made.run.config.train.microbatch_tokens = "runs/mine", tokens
+    attempts = {"001.yaml": "{}", "002.yaml": f"{{activation_checkpointing: {recorded}, microbatch_tokens: 96}}"}
+    monkeypatch.setattr(type(made.run.directory), "read_attempts", lambda _: attempts)
+    settled = settle(made.run, 0, 10**6 if recorded else 1, Checkpointing(made, room_for(2000)))
+    assert settled == {**({"microbatch_tokens": 96} if tokens == "auto" else {}), "activation_checkpointing": recorded}
+    assert made.run.activation_checkpointing is recorded is bare(made.run.model).is_gradient_checkpointing
+    assert made.run.microbatch_tokens == 96
 
 
 @pytest.mark.parametrize("typed", [True, False])
