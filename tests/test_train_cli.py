@@ -457,7 +457,7 @@ TB = {"_target_": "halos.hooks.trackers.TensorBoard"}
             ["train={log_every: 5}", "train.eval_at_start=false"],
             {"train.log_every": [1, 5], "train.eval_at_start": [True, False]},
         ),
-        (["++train.activation_checkpointing=true"], {"train.activation_checkpointing": [False, True]}),
+        (["++train.activation_checkpointing=true"], {"train.activation_checkpointing": [None, True]}),
         (["train.microbatch_size=2"], {"train.microbatch_size": [None, 2]}),
         (["checkpoint.every=7", "checkpoint.keep_last=5"], {"checkpoint.every": [100, 7], "checkpoint.keep_last": [2, 5]}),
         (["checkpoint=default"], {}),

@@ -99,26 +99,27 @@ def settle(run: Run, optimizer_bytes: int, longest: int, memory: DeviceMemory | 
     train, is_cuda = run.config.train, run.accelerator.device.type == "cuda"
     leaves_tokens, leaves_checkpointing = isinstance(train.microbatch_tokens, str), train.activation_checkpointing is None
     attempts = run.directory.read_attempts() if run.config.resume else {}
-    recorded = gather_object([(run_config.recorded_budget(attempts), run_config.recorded_checkpointing(attempts))])[0]
-    run.microbatch_tokens = recorded[0] if isinstance(train.microbatch_tokens, str) else train.microbatch_tokens
+    known, checkpointed = gather_object(
+        [(run_config.recorded_budget(attempts), run_config.recorded_checkpointing(attempts))]
+    )[0]  # fmt: skip
+    run.microbatch_tokens = train.microbatch_tokens if not isinstance(train.microbatch_tokens, str) else known
     run.activation_checkpointing = bool(train.activation_checkpointing)
-    if leaves_checkpointing and recorded[1]:
+    if leaves_checkpointing and checkpointed:
         _checkpoint_activations(run)
-    if is_cuda:
-        memory = memory or CudaMemory(run.accelerator.device)
-    is_open = (leaves_tokens and recorded[0] is None) or (leaves_checkpointing and recorded[1] is None)
-    if is_open and memory is not None and run.strategy.takes_trials:
-        needed = max(longest, run.microbatch_tokens or 0)
-        fitting = _measured(run, optimizer_bytes, needed, memory, decides=leaves_checkpointing and recorded[1] is None)
-        if leaves_tokens and recorded[0] is None:
-            run.microbatch_tokens = on_grid(fitting)
+    if is_cuda and memory is None:
+        memory = CudaMemory(run.accelerator.device)
+    decides = leaves_checkpointing and checkpointed is None
+    if memory is not None and run.strategy.takes_trials and (decides or (leaves_tokens and known is None)):
+        fitting = _measured(run, optimizer_bytes, max(longest, run.microbatch_tokens or 0), memory, decides=decides)
+        run.microbatch_tokens = on_grid(fitting) if leaves_tokens and known is None else run.microbatch_tokens
+        checkpointed = run.activation_checkpointing
     if leaves_tokens:
         run.microbatch_tokens = min(gather_object([run.microbatch_tokens or (UNTRIED if is_cuda else ON_CPU)]))
         if run.main:
             log.info("%-10s %d tokens in a micro-batch", "budget", run.microbatch_tokens)
     settled = {run_config.BUDGET: run.microbatch_tokens} if leaves_tokens else {}
-    knows = leaves_checkpointing and (recorded[1] is not None or memory is not None)
-    return settled | ({run_config.CHECKPOINTING: run.activation_checkpointing} if knows else {})
+    is_settled = leaves_checkpointing and checkpointed is not None
+    return settled | ({run_config.CHECKPOINTING: checkpointed} if is_settled else {})
 
 
 def longest_item(rows: Any, bounds: Bounds, max_length: int) -> int:

@@ -184,6 +184,14 @@ def test_a_trial_that_runs_out_of_memory_is_one_that_does_not_fit(trainer: Calla
         settle(made.run, 0, 1, Checkpointing(made, room_for(1100), most=1))
 
 
+def test_where_no_trial_can_be_made_nothing_is_said_of_activations(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer("loss=sft", "train.microbatch_tokens=auto")
+    monkeypatch.setattr(type(made.run.strategy), "takes_trials", False)
+    assert settle(made.run, 0, 10**6, Checkpointing(made, room_for(2000))) == {"microbatch_tokens": token_budget.ON_CPU}
+
+
 def test_the_longest_item_is_counted_with_its_prompt_once_where_that_is_shared(trainer: Callable[..., Trainer]) -> None:
     rows = trainer("loss=dpo").train.rows
     shared, apart = (token_budget.longest_item(rows, Bounds(None, None, share), 9) for share in (True, False))
