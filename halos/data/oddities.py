@@ -24,7 +24,7 @@ SAMPLED_WITHOUT_END = "sampled without an end token, and not marked as cut (fini
 MASKED = "masked"
 SPLIT_COLUMNS = ("split", "subset")
 MOST_SPLITS = 20  # values; a column with more names no splits
-MOST_TEMPERATURES = 20  # that are told apart
+MOST_TEMPERATURES = 20  # that are counted each by itself
 HELD_OUT = re.compile(r"(test|eval|valid|val|dev|held)", re.IGNORECASE)  # how names of splits begin that are not to be trained on
 
 

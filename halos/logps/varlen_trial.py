@@ -43,15 +43,15 @@ def _wrong(seed: int, size: int, window: int | None, scaled: float, device: torc
     inputs = [each.bfloat16() for each in random_inputs(trees, seed, size)]
     scale = scaled * size**-0.5
     ours = partial(varlen.attend, trees=trees, scale=scale, window=window)
-    made = [each.to(device) for each in inputs]
+    on_device = [each.to(device) for each in inputs]
     alone = partial(_one_at_a_time, trees=trees, window=window, scale=scale)
     exact = _with_gradients(alone, [each.float() for each in inputs])
-    for name, mine, theirs in zip(("output", "queries", "keys", "values"), _with_gradients(ours, made), exact, strict=True):
+    for name, mine, theirs in zip(("output", "queries", "keys", "values"), _with_gradients(ours, on_device), exact, strict=True):
         error = _largest_error(mine.cpu().float(), theirs, trees)
         if not error <= BOUND:
             what = "its output" if name == "output" else f"the gradient of its {name}"
             return f"is not exact: {what} is {error:.1g} off for heads of {size}{f' and a window of {window}' if window else ''}"
-    return "lets branches read each other" if _leaks(ours, made, trees) else None
+    return "lets branches read each other" if _leaks(ours, on_device, trees) else None
 
 
 def random_trees(seed: int) -> tuple[Tree, ...]:

@@ -98,8 +98,8 @@ class ModelLoader:
     def attention(self, dtype: torch.dtype) -> str:
         """The attention for packed sequences of a model with weights of this dtype."""
         half, name = dtype is torch.bfloat16 or self.machine.mixed_precision == "bf16", self.config.model.attention
-        found = attention(name, half=half, device=self.machine.device)
-        return SEGMENTS if name == "auto" and found == VARLEN and self._began_before(ATTENTION_IN_ONE_CALL) else found
+        chosen = attention(name, half=half, device=self.machine.device)
+        return SEGMENTS if name == "auto" and chosen == VARLEN and self._began_before(ATTENTION_IN_ONE_CALL) else chosen
 
     def _began_before(self, version: int) -> bool:
         """Return whether this is the resume of a run that an earlier version of the arithmetic began."""
