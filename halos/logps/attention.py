@@ -129,17 +129,14 @@ def attend_in_one_call(
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
-    softcap: float | None = None,
-    trees: tuple[Tree, ...] | None = None,
-    s_aux: Tensor | None = None,
-    **_: Any,
+    **more: Any,
 ) -> tuple[Tensor, None]:
     """The same as `attend_by_tree`, by one kernel where it takes the inputs."""
-    if trees is not None and varlen.takes(query, key, value, softcap=softcap, sinks=s_aux, dropout=dropout):
+    trees, softcap, sinks = (more.get(name) for name in ("trees", "softcap", "s_aux"))
+    if trees is not None and varlen.takes(query, key, value, softcap=softcap, sinks=sinks, dropout=dropout):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return varlen.attend(query, key, value, trees, scale=scale, window=sliding_window), None
-    kinds: dict[str, Any] = {"softcap": softcap, "trees": trees, "s_aux": s_aux}
-    return attend_by_tree(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **kinds)
+    return attend_by_tree(module, query, key, value, attention_mask, dropout, scaling, sliding_window, **more)
 
 
 def register() -> None:

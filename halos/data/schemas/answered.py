@@ -6,7 +6,6 @@ from halos.data.schemas.schema import ANSWERS, PROMPTS, Change, Columns, Schema,
 from halos.errors import UserError
 
 INPUTS = ("input", "context")  # what an instruction or a question is about
-READ_AS_ALPACA = "read as Alpaca"
 _CANONICAL = ({"prompt", "completion"}, {"messages"})
 
 
@@ -32,18 +31,16 @@ def alpaca(columns: Columns, where: str) -> Change | None:
     parts = [*about, *(["history"] if history else [])]
     if not parts:
         is_blank = asked == "instruction" and isinstance(columns.get("input"), str)  # an Alpaca row that is about nothing
-        return Change(without(columns, "input"), READ_AS_ALPACA) if is_blank else None
+        return Change(without(columns, "input"), read_as="Alpaca") if is_blank else None
     prompt = columns[asked]
     if not isinstance(prompt, str):
         raise UserError(f"{where}: {', '.join(parts)} beside {asked}, which is no text")
     prompt = "\n\n".join([prompt, *(columns[name] for name in about)])
     turns = [*history, {"role": "user", "content": prompt}] if history else prompt
-    note = (
-        READ_AS_ALPACA
-        if asked == "instruction"
-        else f"with {', '.join([*about, *(['history'] if history else [])])} in the prompt"
+    changed = without(columns, *parts, **{asked: turns})
+    return (
+        Change(changed, read_as="Alpaca") if asked == "instruction" else Change(changed, f"with {', '.join(parts)} in the prompt")
     )
-    return Change(without(columns, *parts, **{asked: turns}), note)
 
 
 def _history(value: Any) -> list[dict[str, str]]:
@@ -65,14 +62,14 @@ def answered(columns: Columns, where: str) -> Change | None:
     if asked is None or answer is None:
         return None
     new = without(columns, *PROMPTS, *ANSWERS, *([asked] if asked == "input" else []))
-    return Change({"prompt": columns[asked], "completion": columns[answer], **new}, f"read as {asked} + {answer}")
+    return Change({"prompt": columns[asked], "completion": columns[answer], **new}, read_as=f"{asked} + {answer}")
 
 
 def _pair(columns: Columns, where: str) -> Change | None:
     if "prompt" in columns or any(_starts_with_prompt(columns[name]) for name in ("chosen", "rejected")):
         return None
     asked = _one(columns, (*PROMPTS, "input") if not {*PROMPTS} & columns.keys() else PROMPTS, "prompt", where)
-    return Change(without(columns, asked, prompt=columns[asked]), f"read as {asked} + chosen + rejected") if asked else None
+    return Change(without(columns, asked, prompt=columns[asked]), read_as=f"{asked} + chosen + rejected") if asked else None
 
 
 def _starts_with_prompt(turns: Any) -> bool:

@@ -38,7 +38,7 @@ def hh(columns: Columns, where: str) -> Change | None:
         return None
     answers = {name: columns[name].strip() for name in ("chosen", "rejected", "completion") if name not in turns
                and isinstance(columns.get(name), str)} if "prompt" in turns else {}  # fmt: skip
-    return Change({**columns, **answers, **turns}, "read as HH")
+    return Change({**columns, **answers, **turns}, read_as="HH")
 
 
 def implicit_prompt(columns: Columns, where: str) -> Change | None:
@@ -97,7 +97,7 @@ def ultrafeedback(columns: Columns, where: str) -> Change | None:
     new = {"prompt": columns["instruction"], "chosen": best[1], "rejected": worst[1], "margin": best[0] - worst[0]}
     return Change(
         without(columns, "instruction", "completions", **new),
-        "read as UltraFeedback, with the margin of best and worst",
+        read_as="UltraFeedback, with the margin of best and worst",
     )
 
 

@@ -10,16 +10,13 @@ ANSWERS = ("completion", "response", "answer", "output")
 
 
 class Change(NamedTuple):
-    """The columns that a schema makes of a row's; `note` is what was done, for the header, and `dropped` why nothing can be."""
+    """The columns that a schema makes of a row's; `note` is what was done, for the header, or `read_as` what the whole row is
+    read as, and `dropped` why nothing can be."""
 
     columns: dict[str, Any]
     note: str = ""
     dropped: str = ""
-
-    @property
-    def is_reading(self) -> bool:
-        """Whether the note says what the whole row is read as."""
-        return self.note.startswith("read as ")
+    read_as: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,7 +31,7 @@ def apply(columns: Columns, where: str) -> Change | None:
                 f"{where}: columns '{talk}' and '{target}' hold different turns: data.columns={{{talk}: null}} leaves one out"
             )
         found = without(found, talk, **{target: changed[talk]})
-    return Change(found, "read as ShareGPT")
+    return Change(found, read_as="ShareGPT")
 
 
 def _has_turns(value: Any, column: str) -> bool:

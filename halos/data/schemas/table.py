@@ -32,8 +32,9 @@ def recognised(columns: Mapping[str, Any], where: str) -> Reading:
         if change.dropped:
             return Reading(found, tuple(notes), change.dropped)
         found = change.columns
-        notes += [change.note] if change.note and not (is_read and change.is_reading) else []
-        is_read |= change.is_reading
+        notes += [change.note] if change.note else []
+        notes += [f"read as {change.read_as}"] if change.read_as and not is_read else []
+        is_read |= bool(change.read_as)
     return Reading(found, tuple(notes))
 
 
