@@ -256,6 +256,22 @@ def test_a_server_that_forgot_its_weights_gets_them_again(
     assert len(server.loaded) > 1
 
 
+def test_a_server_that_is_lost_while_it_loads_is_given_its_weights_again(
+    policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer], tmp_path: Path
+) -> None:
+    save_file({name: value * 1.3 for name, value in policy[0].state_dict().items() if name != "lm_head.weight"},
+              tmp_path / "model.safetensors")  # fmt: skip
+    found = []
+    for behaviour in ({}, {"lost_in_load": 1}, {"drops": 1, "forgets": True, "lost_in_load": 2}):  # as sampling begins, or in it
+        server = serve(**behaviour)
+        pushed = engine(policy, server, concurrency=1)
+        pushed.load(tmp_path)
+        pushed.weights = tmp_path
+        found.append(sampled(pushed, requests(4)))
+    assert found[0] == found[1] == found[2] != sampled(engine(policy, serve()), requests(4))
+    assert len(server.loaded) == 3  # and not once more for each completion
+
+
 @pytest.mark.parametrize(
     ("behaviour", "said"),
     [

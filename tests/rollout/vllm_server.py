@@ -43,6 +43,7 @@ class Behaviour:
     reloads: bool = True
     drops: int = 0  # of the first completions the connection breaks
     forgets: bool = False  # with the first that fails, its weights are those that it was started with
+    lost_in_load: int = 0  # the load (from 1) between whose weights and prefix cache it breaks, and forgets them
     busy: int = 0  # of the first completions are turned away
     first_waits_for: int = 0  # completions after which the first is answered
     held_until: int = 0  # no completion is answered before so many were in flight
@@ -61,6 +62,7 @@ class VLLMServer:
         self.asked: Counter[int] = Counter()
         self.bodies: list[dict[str, Any]] = []
         self.most = self._now = self._answered = 0
+        self._was_lost_in_load = False
         self._enough, self._lock = threading.Condition(), threading.Lock()
         self._server = _Server(("127.0.0.1", 0), _handler(self))
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
@@ -85,7 +87,7 @@ class VLLMServer:
             return MISSING, {"error": {"message": "Not Found"}}
         return self._completion(body)
 
-    def _develop(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+    def _develop(self, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]] | None:
         if not self.behaviour.dev_mode:
             return MISSING, {"detail": "Not Found"}
         if path == "/collective_rpc":
@@ -93,7 +95,13 @@ class VLLMServer:
             directory = Path(body["kwargs"]["weights_path"])
             self.loaded.append(str(directory))
             if self.behaviour.reloads:
-                self._set(load_file(directory / "model.safetensors"))
+                with self._lock:
+                    self._set(load_file(directory / "model.safetensors"))
+        elif len(self.loaded) == self.behaviour.lost_in_load and not self._was_lost_in_load:
+            self._was_lost_in_load = True
+            with self._lock:
+                self._set(self.base)
+            return None
         return 200, {}
 
     def _set(self, weights: dict[str, Tensor]) -> None:
@@ -107,14 +115,14 @@ class VLLMServer:
             number = sum(self.asked.values())
             self.asked[body["seed"]] += 1
             self.bodies.append(body)
+            if how.forgets and number == 0:  # before a second one comes in
+                self._set(self.base)
         with self._enough:
             self._now += 1
             self.most = max(self.most, self._now)
             self._enough.notify_all()
             self._enough.wait_for(lambda: self.most >= how.held_until, timeout=20)
         try:
-            if how.forgets and number < max(how.drops, how.busy):
-                self._set(self.base)
             if number < how.drops:
                 return None
             if number < how.busy:

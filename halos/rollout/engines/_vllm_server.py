@@ -44,7 +44,7 @@ class ServerEngine(TokenEngine, PolicyServer):
         super().__init__(tokenizer, settings, origin, stops=stops)
         assert settings.url is not None
         self.url, self.model = settings.url.rstrip("/"), settings.model or model or origin.generator
-        self._is_lost = False
+        self._losses = self._losses_loaded = 0  # how often it was lost, and of those, before its weights were loaded
 
     @classmethod
     def open(
@@ -63,9 +63,8 @@ class ServerEngine(TokenEngine, PolicyServer):
         async def ask(client: httpx.AsyncClient, request: Request) -> Sample:
             async def ready() -> None:
                 async with loading:
-                    if self._is_lost and self.weights is not None:
+                    if self._losses != self._losses_loaded and self.weights is not None:
                         await self._load(client, self.weights)
-                    self._is_lost = False
 
             return await self._ask(client, request, ready)
 
@@ -92,7 +91,7 @@ class ServerEngine(TokenEngine, PolicyServer):
         return self._sample(request, choice["token_ids"], choice["logprobs"]["token_logprobs"], choice["finish_reason"])
 
     def _lose(self) -> None:
-        self._is_lost = True
+        self._losses += 1
 
     # --- the weights of a live loop --------------------------------------------------------------------------------------
 
@@ -110,5 +109,9 @@ class ServerEngine(TokenEngine, PolicyServer):
 
     async def _load(self, client: httpx.AsyncClient, weights: Path) -> None:
         root, reload = self.url.removesuffix("/v1"), {"method": "reload_weights", "kwargs": {"weights_path": str(weights)}}
-        for path, body in (("collective_rpc", reload), ("reset_prefix_cache", dict[str, Any]())):
-            await post(client, f"{root}/{path}", body, remedies=REMEDIES, lost=self._lose)
+        losses = -1
+        while losses != self._losses:  # it may have been lost after the first was answered
+            losses = self._losses
+            for path, body in (("collective_rpc", reload), ("reset_prefix_cache", dict[str, Any]())):
+                await post(client, f"{root}/{path}", body, remedies=REMEDIES, lost=self._lose)
+        self._losses_loaded = losses
