@@ -123,3 +123,9 @@ def test_a_wheel_trains_where_there_is_no_repository(tmp_path: Path, words: list
     command = [sys.executable, "-c", asked]
     said = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=True).stdout.split()
     assert said == [str(site / "halos" / "__init__.py"), "halos"]
+
+
+def test_a_process_that_tokenises_imports_no_torch() -> None:
+    program = "import sys, halos.data.tokenise_worker, halos.data.shards; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

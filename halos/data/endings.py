@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from halos.errors import UserError
-from halos.types import Message, Turns
+from halos.examples import Message, Turns
 
 WORD, ASKED, NAME = "halos0answer", "halos0question", "halos0name"
 CALL_ID = "call00001"  # nine letters or digits, as Mistral's templates demand

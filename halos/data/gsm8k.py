@@ -9,7 +9,7 @@ from typing import Any
 from halos.data.readers.json_rows import read_jsonl
 from halos.data.row import Row
 from halos.errors import UserError
-from halos.types import Demonstration, Example, Judgement
+from halos.examples import Demonstration, Example, Judgement
 
 EVAL_FRACTION = 0.1  # of the problems, at the end of the file
 _MARKS = re.compile(r"<<[^<>\n]*>>")  # the calculator's: 48/2 = <<48/2=24>>24

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from halos.data.messages import REASONING, SETTINGS, SYSTEM
 from halos.errors import UserError
-from halos.types import Message, Turns
+from halos.examples import Message, Turns
 
 LEARNED, EARLIER = "a thought that is to be learned", "an earlier thought"
 SENTINEL = "halos0sentinel"

@@ -6,7 +6,7 @@ from typing import Any
 from halos.data.messages import is_learned, turns_of
 from halos.data.numbers import ClassNumber, number_in
 from halos.errors import UserError
-from halos.types import Turns
+from halos.examples import Turns
 
 
 def check_completion(turns: Turns, column: str, where: str) -> Turns:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.data.messages import OURS, REASONING, REASONING_NAMES, SETTINGS, SYSTEM
 from halos.errors import UserError
-from halos.types import Message
+from halos.examples import Message
 
 WORD = "halos0developer"
 _ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)

@@ -26,7 +26,7 @@ from halos.data.row_filter import RowFilter
 from halos.data.sampled import sampled_hash
 from halos.data.split import Split, splits_of
 from halos.errors import UserError
-from halos.types import Demonstration, Example
+from halos.examples import Demonstration, Example
 
 BUILT_IN = "arithmetic"
 _NAME = re.compile(r"[\w.-]+")

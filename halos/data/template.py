@@ -16,7 +16,7 @@ from halos.data.omissions import OmissionCheck
 from halos.data.preamble import with_preamble
 from halos.data.rendering import Renderer, system_remedy
 from halos.errors import UserError
-from halos.types import Message, Turns
+from halos.examples import Message, Turns
 
 # For tokenizers without a template: those of base models.
 PLAIN = """\
