@@ -240,36 +240,41 @@ def test_a_server_that_is_lost_or_busy_is_asked_again_with_the_same_results(
         sampled(never, requests(2))
 
 
-def test_a_server_that_forgot_its_weights_gets_them_again(
-    policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer], tmp_path: Path
-) -> None:
+@pytest.fixture
+def sampled_by(policy: tuple[PreTrainedModel, Any], tmp_path: Path) -> Callable[..., dict[Any, Sample]]:
+    """`sampled_by(server, concurrency=3)`: samples of other weights than those that the server was started with."""
     save_file({name: value * 1.3 for name, value in policy[0].state_dict().items() if name != "lm_head.weight"},
               tmp_path / "model.safetensors")  # fmt: skip
-    found = []
-    for behaviour in ({}, {"drops": 3, "forgets": True}, {"busy": 3, "forgets": True}):  # itself, or behind a proxy
-        server = serve(**behaviour)
-        pushed = engine(policy, server, concurrency=3)  # as many as break
-        pushed.load(tmp_path)
-        pushed.weights = tmp_path
-        found.append(sampled(pushed, requests(8)))
-    assert found[0] == found[1] == found[2] != sampled(engine(policy, serve()), requests(8))
-    assert len(server.loaded) > 1
+
+    def sample(server: VLLMServer, concurrency: int) -> dict[Any, Sample]:
+        loaded = engine(policy, server, concurrency=concurrency)
+        loaded.load(tmp_path)
+        loaded.weights = tmp_path
+        return sampled(loaded, requests(8))
+
+    return sample
+
+
+def test_a_server_that_forgot_its_weights_gets_them_again(
+    policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer], sampled_by: Callable[..., dict[Any, Sample]]
+) -> None:
+    clean = sampled_by(serve(), concurrency=3)
+    assert clean != sampled(engine(policy, serve()), requests(8))
+    for trouble in ({"drops": 3}, {"busy": 3}):  # itself, or behind a proxy
+        server = serve(**trouble, forgets=True)
+        assert sampled_by(server, concurrency=3) == clean, trouble  # as many in flight as fail
+        assert len(server.loaded) > 1
 
 
 def test_a_server_that_is_lost_while_it_loads_is_given_its_weights_again(
-    policy: tuple[PreTrainedModel, Any], serve: Callable[..., VLLMServer], tmp_path: Path
+    serve: Callable[..., VLLMServer], sampled_by: Callable[..., dict[Any, Sample]]
 ) -> None:
-    save_file({name: value * 1.3 for name, value in policy[0].state_dict().items() if name != "lm_head.weight"},
-              tmp_path / "model.safetensors")  # fmt: skip
-    found = []
-    for behaviour in ({}, {"lost_in_load": 1}, {"drops": 1, "forgets": True, "lost_in_load": 2}):  # as sampling begins, or in it
-        server = serve(**behaviour)
-        pushed = engine(policy, server, concurrency=1)
-        pushed.load(tmp_path)
-        pushed.weights = tmp_path
-        found.append(sampled(pushed, requests(4)))
-    assert found[0] == found[1] == found[2] != sampled(engine(policy, serve()), requests(4))
-    assert len(server.loaded) == 3  # and not once more for each completion
+    clean = sampled_by(serve(), concurrency=1)
+    between = {"drops": 1, "forgets": True, "lost_in_load": 2}
+    for trouble, loads in (({"lost_in_load": 1}, 2), (between, 3)):  # before the first sample, or between two
+        server = serve(**trouble)
+        assert sampled_by(server, concurrency=1) == clean, trouble
+        assert len(server.loaded) == loads  # and not once more for each completion
 
 
 @pytest.mark.parametrize(
