@@ -41,6 +41,13 @@ def numbers(column: pa.ChunkedArray) -> np.ndarray:
     return np.concatenate([_view(chunk) for chunk in column.chunks])
 
 
+def lists(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the lists of a column of one chunk: list n is values[bounds[n]:bounds[n + 1]]. `bounds` is (N + 1,), from 0 on."""
+    (chunk,) = column.chunks
+    bounds, values = _view(chunk.offsets).astype(np.int64), _view(chunk.values)
+    return bounds - bounds[0], values[bounds[0] : bounds[-1]]
+
+
 class Lists:
     """A column of lists as views into the mapped file."""
 

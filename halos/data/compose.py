@@ -9,17 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
-from halos.data.dataset import Counts, Writer
+from halos.data.dataset import Counts
 from halos.data.limit import Limit
 from halos.data.mixture import Amount
 from halos.data.names import names_of
 from halos.data.progress import Progress
 from halos.data.remarks import Remarks
 from halos.data.row import Row
-from halos.data.row_tokeniser import BATCH, RowTokeniser
+from halos.data.row_tokeniser import RowTokeniser
 from halos.data.shards import Shard, Shards, in_chunks
 from halos.data.sources import OpenSource
+from halos.data.writer import NO_ROWS, Writer, as_rows
 from halos.errors import UserError
 from halos.examples import Item
 
@@ -32,30 +34,30 @@ class Entry:
     shards: Shards
     again: RowTokeniser  # of rows that are to lose turns: within max_length
 
-    def batches(self, counts: Counts, limit: Limit) -> Iterator[tuple[str, list[Item]]]:
-        """Yield the items, some at a time, with the name of their type, and add what becomes of the rows to `counts`."""
+    def batches(self, counts: Counts, limit: Limit) -> Iterator[tuple[str, pa.Table]]:
+        """Yield its examples as rows for Writer, some at a time, with the name of their type, and add what becomes of the rows
+        of the file to `counts`."""
         known, chunks = self.shards.known(), _chunks(self.source)
         for number, path in enumerate(self.shards.made(in_chunks(self.source.rows())) if known is None else known):
             yield from self.of_shard(path, counts, limit, lambda n=number: next(rows for m, rows in chunks if m == n))
 
     def of_shard(
         self, path: Path, counts: Counts, limit: Limit, rows: Callable[[], Sequence[Row]]
-    ) -> Iterator[tuple[str, list[Item]]]:
+    ) -> Iterator[tuple[str, pa.Table]]:
         """As `batches`, of one shard, which was made of `rows`."""
-        shard, kept = self.shards.read(path), list[Item]()
+        shard = self.shards.read(path)
         counts.add(shard.counts)
-        shortened = self._shortened(shard, limit, rows)
-        for item, remarks in shard.items():
-            where, result = item.id.rpartition("#")[0], shortened.get(item.id) or limit.fitted(item, remarks)
-            if isinstance(result, str):
-                counts.drop(result, where)
-                continue
-            result[1].count(where, counts)
-            kept.append(result[0])
-            if len(kept) == BATCH:
-                yield shard.kind, kept
-                kept = []
-        yield shard.kind, kept
+        if shard.data is None:
+            yield shard.kind, NO_ROWS
+            return
+        shortened, is_left, start = self._shortened(shard, limit, rows), limit.leaves(shard.data.lengths), 0
+
+        def fit(item: Item, remarks: Remarks) -> tuple[Item, Remarks] | str:
+            return shortened.get(item.id) or limit.fitted(item, remarks)
+
+        for batch in shard.batches():
+            numbers = np.arange(start, start := start + batch.num_rows)
+            yield shard.kind, _fitted(shard, batch, numbers, is_left[numbers], fit, counts)
 
     def _shortened(
         self, shard: Shard, limit: Limit, rows: Callable[[], Sequence[Row]]
@@ -75,6 +77,36 @@ class Entry:
         return found
 
 
+def _fitted(
+    shard: Shard, batch: pa.Table, numbers: np.ndarray, is_left: np.ndarray,
+    fit: Callable[[Item, Remarks], tuple[Item, Remarks] | str], counts: Counts,
+) -> pa.Table:  # fmt: skip
+    """Return those rows of a batch that are kept, each as it is where `is_left` (N,), else as `fit` makes it, and count them.
+    `numbers` (N,) are their numbers in the shard."""
+    assert shard.data is not None
+    remarks = shard.data.sources[numbers]
+    together = is_left & np.array([each.is_plain for each in shard.remarks])[remarks]
+    for number, examples in zip(*np.unique(remarks[together], return_counts=True), strict=True):
+        shard.remarks[number].count_plain(int(examples), counts)
+    order, others, ids = np.arange(len(numbers)), list[Item](), batch["id"].to_pylist()
+    for row in np.flatnonzero(~together):
+        where = ids[row].rpartition("#")[0]
+        if is_left[row]:
+            shard.remarks[remarks[row]].count(where, counts)
+            continue
+        if isinstance(result := fit(*shard.item(int(numbers[row]))), str):
+            counts.drop(result, where)
+            order[row] = -1
+            continue
+        order[row] = len(numbers) + len(others)
+        others.append(result[0])
+        result[1].count(where, counts)
+    kept = order[order >= 0]
+    if len(kept) == len(numbers) and not others:
+        return batch
+    return pa.concat_tables([batch, as_rows(others)] if others else [batch]).take(kept)
+
+
 def _chunks(source: OpenSource) -> Iterator[tuple[int, list[Row]]]:
     yield from enumerate(in_chunks(source.rows()))
 
@@ -88,9 +120,9 @@ def write(directory: Path, entries: Sequence[Entry], limit: Limit, made: Mapping
             counts = Counts(source.path, files=entry.source.files)
             report.append(counts)
             with entry.shards.held():
-                for written, items in entry.batches(counts, limit):
-                    kind = written if items or not kind else kind  # of no examples it is not known
-                    writer.write([(item, number) for item in items])
+                for written, rows in entry.batches(counts, limit):
+                    kind = written if rows.num_rows or not kind else kind  # of no examples it is not known
+                    writer.write(rows, [number] * rows.num_rows)
                     progress.reach(source.path, sum(each.rows for each in report))
             if not counts.kept and not entry.source.may_be_empty:
                 raise UserError(f"{counts.line()}: none of them can be used")

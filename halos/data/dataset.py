@@ -1,10 +1,9 @@
-"""Tokenised data set on disk: written once as Arrow, memory-mapped by every process, read item by item as numpy slices."""
+"""Tokenised data set on disk: an Arrow file, memory-mapped by every process, read item by item as numpy slices."""
 
 import hashlib
 import json
-import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,21 @@ import pyarrow as pa
 
 from halos import confined
 from halos.data import cache
-from halos.data.arrow import FLOATS, INTS, Lists, column, numbers
+from halos.data.arrow import Lists, numbers
 from halos.data.cache import META
 from halos.data.mixture import Amount
 from halos.errors import UserError
 from halos.examples import Completion, Item
-from halos.hashes import digest, file_hash
+from halos.hashes import file_hash
 
 ROWS, SEAL = "rows.arrow", "seal"
 PLACES = 3  # rows named for each reason
 CUT_TURNS, CUT_COMPLETIONS = "lost their oldest turns", "completions cut at max_length"
 
 
-def _names(num_completions: int) -> list[str]:
+def completion_columns(num_completions: int) -> list[str]:
     """Return the columns of token ids; each also has a column of its scored spans, and one with the number of scored tokens."""
     return [f"completion_{number}" for number in range(num_completions)]
-
-
-def _schema(item: Item) -> pa.Schema:
-    """Return the schema for items of the same example type as `item`."""
-    names = _names(len(item.completions))
-    return pa.schema(
-        [(name, INTS) for name in ("prompt", *names, *(f"{name}_spans" for name in names))]
-        + [(f"{name}_scored", pa.int32()) for name in names]
-        + [(f"{name}_key", pa.int64()) for name in ("prompt", *names)]
-        + [(f"label_{name}", pa.float64()) for name in item.labels]
-        + [("step_labels", FLOATS)] * (item.step_labels is not None)
-        + [("logps", FLOATS), ("teacher_logps", FLOATS), ("source", pa.int32()), ("group", pa.int64()), ("id", pa.string())]
-    )
 
 
 @dataclass(slots=True)
@@ -114,71 +100,7 @@ class Counts:
         return "; ".join(parts + [f"{count} {what}" for what, count in notes.items() if count])
 
 
-class Writer:
-    """Appends items to an Arrow file, a batch at a time; equal prompts get the same group number."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._file = (directory / ROWS).open("wb")
-        self._arrow: pa.RecordBatchFileWriter | None = None  # opened with the first items, which decide the columns
-        self._schema, self._shape = pa.schema([]), (0, list[str]())
-        self._groups: dict[bytes, int] = {}
-        self._content, self._tokens = hashlib.sha256(), 0
-
-    def write(self, items: Sequence[tuple[Item, int]]) -> None:
-        """Write a batch of items, all of one example type, each with the index of its source."""
-        if not items:
-            return
-        if self._arrow is None:
-            first = items[0][0]
-            self._schema, self._shape = _schema(first), (len(first.completions), list(first.labels))
-            self._arrow = pa.ipc.new_file(self._file, self._schema)
-        columns: dict[str, list[Any]] = {name: [] for name in self._schema.names}
-        for item, source in items:
-            _hash_item(self._content, item, source)
-            columns["prompt"].append(item.prompt)
-            self._tokens += sum(len(item.prompt) + len(each.ids) for each in item.completions)
-            for name, completion in zip(_names(self._shape[0]), item.completions, strict=True):
-                columns[name].append(completion.ids)
-                columns[f"{name}_spans"].append(_spans(completion.scored))
-                columns[f"{name}_scored"].append(int(completion.scored.sum()))
-                columns[f"{name}_key"].append(_key(completion.ids))
-            for name, value in item.labels.items():
-                columns[f"label_{name}"].append(value)
-            columns["logps"].append(() if item.logps is None else item.logps)
-            columns["teacher_logps"].append(() if item.teacher_logps is None else item.teacher_logps.reshape(-1))
-            if item.step_labels is not None:
-                columns["step_labels"].append(item.step_labels)
-            columns["source"].append(source)
-            prompt = hashlib.blake2b(item.prompt.tobytes(), digest_size=16).digest()
-            columns["group"].append(self._groups.setdefault(prompt, len(self._groups)))
-            columns["prompt_key"].append(_key(item.prompt))
-            columns["id"].append(item.id)
-        arrays = [column(columns[each.name], each.type) for each in self._schema]
-        self._arrow.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
-
-    def finish(self, meta: dict[str, Any]) -> None:
-        """Write the metadata and sync both files to disk."""
-        if self._arrow is not None:  # else the rows are none
-            self._arrow.close()
-        self._file.flush()
-        amounts = [each for each in meta.get("amounts", ()) if each[0] is None and any(each)]  # counts and passes
-        self._content.update(json.dumps([meta["kind"], meta["weights"], *([meta["amounts"]] if amounts else [])]).encode())
-        completions, labels = self._shape
-        whole = {**meta, "completions": completions, "labels": labels, "content": self._content.hexdigest(),
-                 "tokens": self._tokens, "rows": digest(self._directory / ROWS)}  # fmt: skip
-        with (self._directory / META).open("w") as meta_file:
-            json.dump({**whole, SEAL: _seal_of(whole)}, meta_file, indent=1)
-            for file in (self._file, meta_file):
-                file.flush()
-                os.fsync(file.fileno())
-
-    def close(self) -> None:
-        """Close the file, finished or not."""
-        self._file.close()
-
-
-def _seal_of(meta: Mapping[str, Any]) -> str:
+def seal_of(meta: Mapping[str, Any]) -> str:
     unsealed = {name: value for name, value in meta.items() if name != SEAL}
     return hashlib.sha256(json.dumps(unsealed, sort_keys=True).encode()).hexdigest()
 
@@ -188,7 +110,7 @@ def is_whole(path: Path, hashes: Path | None = None) -> bool:
     when the file has changed."""
     try:
         meta = confined.load_object(path / META)
-        return meta.get(SEAL) == _seal_of(meta) and meta["rows"] == file_hash(path / ROWS, hashes)
+        return meta.get(SEAL) == seal_of(meta) and meta["rows"] == file_hash(path / ROWS, hashes)
     except (UserError, OSError, KeyError):
         return False
 
@@ -200,30 +122,6 @@ def publish(hidden: Path, path: Path) -> None:
     except OSError:
         if not is_whole(path):
             raise
-
-
-def _hash_item(content: Any, item: Item, source: int) -> None:
-    """Add all that training reads of an item to a hash; not its origin, so that the same rows from another file hash equally."""
-    arrays = [item.prompt, *(part for each in item.completions for part in (each.ids, each.scored))]
-    arrays += [each for each in (item.logps, item.step_labels, item.teacher_logps) if each is not None]
-    labels = dict(item.labels)
-    # three come first, whether an item has them or not: as they stand in the hashes that runs have recorded
-    always = [bool(labels.pop("desirable", 1.0)), labels.pop("margin", 0.0), labels.pop("reward", 0.0)]
-    content.update(json.dumps([source, *always, [len(array) for array in arrays], *([labels] if labels else [])]).encode())
-    for array in arrays:
-        content.update(np.ascontiguousarray(array).tobytes())
-
-
-def _key(ids: np.ndarray) -> int:
-    """Return 64 bits that identify token ids by their content, the same in every data set."""
-    return int.from_bytes(hashlib.blake2b(np.asarray(ids, np.int32).tobytes(), digest_size=8).digest(), signed=True)
-
-
-def _spans(scored: np.ndarray) -> np.ndarray:
-    """Return the runs of True as [start, end, start, end, ...]."""
-    if scored.all():
-        return np.array([0, len(scored)], np.int32)
-    return np.flatnonzero(np.diff(scored, prepend=False, append=False)).astype(np.int32)
 
 
 class Dataset:
@@ -242,7 +140,8 @@ class Dataset:
         self.groups = numbers(table["group"])  # (N,) equal prompts share a number
         self.sources = numbers(table["source"])  # (N,) index into weights and report
         self.labels: dict[str, np.ndarray] = {name: numbers(table[f"label_{name}"]) for name in meta["labels"]}  # (N,) each
-        self._names = names = _names(meta["completions"])
+        self._table = table
+        self._names = names = completion_columns(meta["completions"])
         self._lists = {each.name: Lists(table[each.name]) for each in table.schema if pa.types.is_list(each.type)}
         self.has_teacher = self._lists["teacher_logps"].lengths() > 0  # (N,) bool: whether each has what a teacher says of it
         self.has_logps = self._lists["logps"].lengths() > 0  # (N,) bool: whether each has its sampler's log-probs
@@ -265,6 +164,10 @@ class Dataset:
         logps, teacher_logps = (each if len(each := lists[name][row]) else None for name in ("logps", "teacher_logps"))
         teacher_logps = teacher_logps.reshape(int(self.scored[row, 0]), -1) if teacher_logps is not None else None
         return Item(lists["prompt"][row], completions, self._id[row].as_py(), labels, logps, steps, teacher_logps)
+
+    def batches(self) -> Iterator[pa.Table]:
+        """Yield all columns of the rows, as many at a time as were written."""
+        return (pa.Table.from_batches([batch]) for batch in self._table.to_batches())
 
     def __iter__(self) -> Iterator[Item]:
         return (self[row] for row in range(len(self)))

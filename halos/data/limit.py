@@ -33,6 +33,10 @@ class Limit:
             return np.zeros(0, np.int64)
         return np.flatnonzero((data.lengths.max(1) > self._most) & ~by_ids)
 
+    def leaves(self, lengths: np.ndarray) -> np.ndarray:
+        """Return which examples `fitted` leaves as they are, by their tokens: `lengths` (N, completions), bool (N,)."""
+        return lengths.max(1) < self._most
+
     def fitted(self, item: Item, remarks: Remarks) -> tuple[Item, Remarks] | str:
         """Return an example as it is kept, or why it is dropped. Raises UserError, naming the row, where it is refused."""
         encoded = Encoded(

@@ -40,18 +40,27 @@ class Remarks:
         others: dict[str, Any] = {**values, "notes": tuple(values["notes"]), "sampling": Sampling(tuple(cut), has_ids)}
         return cls(**others)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether no row is named for them."""
+        return not (self.notes or self.oddity or self.cut_turns or self.cut_completions or self.temperature is not None)
+
+    def count_plain(self, examples: int, counts: Counts) -> None:
+        """Count examples that are kept, whose remarks are plain."""
+        counts.kept += examples
+        counts.inexact += examples * (not self.exact)
+        counts.merged += examples * self.merged
+        counts.tokenised_anew += examples * self.tokenised_anew
+        counts.cut_steps += examples * self.cut_steps
+
     def count(self, where: str, counts: Counts) -> None:
         """Count an example that is kept, of the row at `where`."""
-        counts.kept += 1
+        self.count_plain(1, counts)
         for shortened, what in ((self.cut_turns, CUT_TURNS), (self.cut_completions, CUT_COMPLETIONS)):
             if shortened:
                 counts.remember(what, where)
         counts.cut_turns += self.cut_turns
         counts.cut_completions += self.cut_completions
-        counts.cut_steps += self.cut_steps
-        counts.inexact += not self.exact
-        counts.merged += self.merged
-        counts.tokenised_anew += self.tokenised_anew
         counts.read_as(self.notes)
         for note in self.notes:
             counts.remember(note, where)

@@ -20,13 +20,16 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from halos import confined
 from halos.data.cache import ABOUT, Held, touch
-from halos.data.dataset import META, Counts, Dataset, Writer, is_whole, publish
+from halos.data.dataset import META, Counts, Dataset, is_whole, publish
 from halos.data.remarks import Remarks
 from halos.data.row import Row
 from halos.data.row_tokeniser import RowTokeniser
 from halos.data.tokenise_worker import Worker, WorkerError
+from halos.data.writer import OF_SET, Writer, as_rows, with_ids
 from halos.errors import UserError
 from halos.examples import Item
 
@@ -53,9 +56,10 @@ class Shard:
     data: Dataset | None  # its `sources` are indices into remarks; None where no example is kept
     place: Callable[[str], str]  # of a row, by that in the file
 
-    def items(self) -> Iterator[tuple[Item, Remarks]]:
-        for row in range(len(self.data) if self.data else 0):
-            yield self.item(row)
+    def batches(self) -> Iterator[pa.Table]:
+        """Yield its examples as rows for a data set."""
+        for batch in self.data.batches() if self.data else ():
+            yield with_ids(batch.drop_columns(OF_SET), [self.place(each) for each in batch["id"].to_pylist()])
 
     def item(self, row: int) -> tuple[Item, Remarks]:
         assert self.data is not None
@@ -153,16 +157,16 @@ def write_shard(directory: Path, rows: Sequence[Row], tokenise: RowTokeniser, pa
     with closing(Writer(directory)) as writer:
         remarks = dict[Remarks, int]()
         for written, outcomes in tokenise.batches(rows, counts):
-            kind, items = written, list[tuple[Item, int]]()
+            kind, items, sources = written, list[Item](), list[int]()
             for where, _, result in outcomes:
                 if isinstance(result, str):
                     counts.drop(result, where)
                     continue
                 each, remark = result
-                named = replace(each, id=_here(each.id, path))
-                items.append((named, remarks.setdefault(remark, len(remarks))))
+                items.append(replace(each, id=_here(each.id, path)))
+                sources.append(remarks.setdefault(remark, len(remarks)))
             counts.kept += len(items)
-            writer.write(items)
+            writer.write(as_rows(items), sources)
         counts.places = {why: [_here(where, path) for where in places] for why, places in counts.places.items()}
         writer.finish({"kind": kind.__name__, "weights": [1.0], "report": [asdict(counts)],
                        "remarks": [asdict(each) for each in remarks]})  # fmt: skip

@@ -14,10 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from halos import confined
 from halos.data.cache import ABOUT, META, Held, touch
 from halos.data.compose import Entry
-from halos.data.dataset import Counts, Dataset, Writer, is_whole
+from halos.data.dataset import Counts, Dataset, is_whole
 from halos.data.names import names_of
 from halos.data.prepare import Making, make
 from halos.data.row import Row
@@ -25,8 +27,8 @@ from halos.data.shards import SHARD, Shards, write_shard
 from halos.data.sources import OpenSource
 from halos.data.stream_rows import Place, StreamReader
 from halos.data.tokenise_worker import Worker, WorkerError
+from halos.data.writer import Writer
 from halos.errors import UserError
-from halos.examples import Item
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +151,9 @@ class Blocks:
         with closing(Writer(directory)) as writer:
             for number, entry in enumerate(self._entries):
                 own = [row for source, row in rows if source == number]
-                for written, items in self._kept(directory / "shard", entry, own, report[number], apart=len(rows) > SHARD):
-                    kind = written if items else kind
-                    writer.write([(item, number) for item in items])
+                for written, kept in self._kept(directory / "shard", entry, own, report[number], apart=len(rows) > SHARD):
+                    kind = written if kept.num_rows else kind
+                    writer.write(kept, [number] * kept.num_rows)
             span = f"{rows[0][1].where} to {rows[-1][1].where}" if rows else "no rows"
             facts = {"kind": kind, "weights": [1.0] * len(report), "names": names_of([each.source for each in self._sources])}
             writer.finish({**facts, "report": [asdict(counts) for counts in report],
@@ -159,9 +161,9 @@ class Blocks:
 
     def _kept(
         self, shard: Path, entry: Entry, rows: Sequence[Row], counts: Counts, *, apart: bool
-    ) -> Iterator[tuple[str, list[Item]]]:
-        """Tokenise rows of one source, and yield the items within max_length; what becomes of the rows is added to `counts`.
-        `apart`: in another process, if that is possible."""
+    ) -> Iterator[tuple[str, pa.Table]]:
+        """Tokenise rows of one source, and yield the examples within max_length as rows for Writer; what becomes of the rows of
+        the file is added to `counts`. `apart`: in another process, if that is possible."""
         path = entry.source.source.path
         for start in range(0, len(rows), SHARD):
             some = rows[start : start + SHARD]
