@@ -28,7 +28,7 @@ def build(family: str, directory: Path, *, fused: bool = False, dtype: torch.dty
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     kind = getattr(transformers, f"{family}Config")
     ends = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = kind(**{**SIZES, **FAMILIES[family], **ends, "vocab_size": len(tokenizer), **settings})
+    config = kind(**{**SIZES, **FAMILIES.get(family, {}), **ends, "vocab_size": len(tokenizer), **settings})
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     for name, buffer in model.named_buffers():

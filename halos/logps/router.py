@@ -31,10 +31,9 @@ def refuse_without_router(config: PretrainedConfig, weight: float | None) -> Non
 
 def weight_in(config: PretrainedConfig) -> float:
     """The weight of the loss in the model's own forward: its coefficient, where the config asks for router logits."""
-    text = config.get_text_config()
-    if not (getattr(text, "output_router_logits", False) and has_balancing_loss(config)):
+    if not (getattr(config.get_text_config(), "output_router_logits", False) and has_balancing_loss(config)):
         return 0.0
-    return float(getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0)  # JetMoE's name
+    return float(_setting(config, "router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight") or 0.0)  # the others: JetMoE, DBRX
 
 
 def has_balancing_loss(config: PretrainedConfig) -> bool:
@@ -44,12 +43,19 @@ def has_balancing_loss(config: PretrainedConfig) -> bool:
     return kind is not None and hasattr(sys.modules[kind.__module__], "load_balancing_loss_func")
 
 
+def _setting(config: PretrainedConfig, *names: str) -> Any:
+    """Return the first of the names that the config of the text model has, or its part on experts, as DBRX has one."""
+    text = config.get_text_config()
+    parts = (text, getattr(text, "ffn_config", None))
+    return next((value for part in parts for name in names if (value := getattr(part, name, None)) is not None), None)
+
+
 class RouterLoss:
     """Records a policy's router logits in its latest forward pass, and computes that pass's part of the balancing loss."""
 
     def __init__(self, model: nn.Module, weight: float) -> None:
         inner = bare(model)
-        self.weight, self._top_k = weight, int(inner.config.get_text_config().num_experts_per_tok)
+        self.weight, self._top_k = weight, int(_setting(inner.config, "num_experts_per_tok", "moe_top_k"))
         self._is_recording = False
         self._logits: list[Tensor] = []  # one per layer: (tokens, experts)
         backbone = backbone_of(inner)

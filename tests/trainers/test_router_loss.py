@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,11 +17,18 @@ from tests.mixtures import EXPERTS, build
 from tests.trainers.test_exact_step import relative, step
 
 BATCH = np.arange(11)
+HALF: dict[str, dict[str, Any]] = {  # weighs the loss by a half, as each family says so
+    "Mixtral": {"router_aux_loss_coef": 0.5},
+    "Dbrx": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512,
+             "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+             "ffn_config": {"ffn_hidden_size": 24, "hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2,
+                            "moe_loss_weight": 0.5}},
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def mixtral(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build("Mixtral", tmp_path_factory.mktemp("models") / "mixtral", output_router_logits=True, router_aux_loss_coef=0.5)
+    return build("Mixtral", tmp_path_factory.mktemp("models") / "mixtral", output_router_logits=True, **HALF["Mixtral"])
 
 
 @pytest.mark.parametrize(
@@ -47,11 +55,12 @@ def test_microbatches_of_any_size_balance_the_same_batch(
         assert mine / passes == pytest.approx(total / count, rel=1e-6)
 
 
-def test_it_is_what_transformers_adds(trainer: Callable[..., Trainer], mixtral: Path) -> None:
+@pytest.mark.parametrize("family", HALF)
+def test_it_is_what_transformers_adds(trainer: Callable[..., Trainer], tmp_path: Path, family: str) -> None:
     """The gradient with the loss less the one without is that of transformers' own function over one padded batch."""
-    gradients = []
+    directory, gradients = build(family, tmp_path / "mixture", output_router_logits=True, **HALF[family]), []
     for weight in ("null", "0"):
-        made = trainer("loss=sft", f"model.name_or_path={mixtral}", "train.max_grad_norm=null", "train.batch_size=11",
+        made = trainer("loss=sft", f"model.name_or_path={directory}", "train.max_grad_norm=null", "train.batch_size=11",
                        "train.microbatch_size=3", f"train.router_aux_loss={weight}", f"exp_name=w{weight}")  # fmt: skip
         gradients.append(step(made, BATCH)[1])
     rows = made.rows([made.train.rows[int(row)] for row in BATCH])
@@ -61,7 +70,7 @@ def test_it_is_what_transformers_adds(trainer: Callable[..., Trainer], mixtral: 
     mask = torch.stack([(torch.arange(width) < len(row)).long() for row in sequences])
     model = bare(made.run.model)
     model.set_attn_implementation("eager")
-    logits = model.model(input_ids=ids, attention_mask=mask, output_router_logits=True).router_logits
+    logits = model.base_model(input_ids=ids, attention_mask=mask, output_router_logits=True).router_logits
     theirs = 0.5 * load_balancing_loss_func(logits, 4, 2, mask)
     wanted = torch.autograd.grad(theirs, [*model.parameters()], materialize_grads=True)  # the head has none
     flat = torch.cat([gradient.flatten() for gradient in wanted])
