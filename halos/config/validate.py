@@ -45,6 +45,7 @@ def check(composed: DictConfig, overrides: Sequence[str] = (), choices: Choices 
     _require_choices(composed, choices or {})
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
+        _refuse_numbers_for_truth(composed)
         check_ranges(OmegaConf.to_container(merged))
         resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(merged)
@@ -75,6 +76,13 @@ def _resolve_targets(config: Config, overrides: Sequence[str]) -> None:
     config.optim, config.schedule = (with_target(name, getattr(config, name), keys) for name in ("optim", "schedule"))
     config.optim = fit_shared(config.optim)
     config.loss = completed(config.loss) if is_mixture(config.loss) else config.loss
+
+
+def _refuse_numbers_for_truth(composed: DictConfig) -> None:
+    """Raises UserError for a key of true or false with a number other than 1 and 0, which OmegaConf takes as true."""
+    for key, kind in schema_keys().items():
+        if kind in (bool, bool | None) and type(value := _raw(composed, key)) is int and value not in (0, 1):
+            raise UserError(f"{key} takes {_expected(key)}, not {value}")
 
 
 def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence[str] = ()) -> str:

@@ -133,6 +133,7 @@ WRONG = [
     ({"train__steps": 1.5}, ["train.steps", "not 1.5"]),
     ({"train__steps": 0}, ["train.steps takes a whole number (at least 1) or null, not 0"]),
     ({"train__eval_at_start": "maybe"}, ["train.eval_at_start takes true or false, not 'maybe'"]),
+    ({"train__activation_checkpointing": 7}, ["train.activation_checkpointing takes true or false or null, not 7"]),
     ({"train__truncation": "cut"}, ["train.truncation takes drop, truncate, error, not 'cut'"]),
     ({"model__quantize": "3bit"}, ["model.quantize takes 4bit, 8bit or null, not '3bit'"]),
     ({"peft__name": "lora2"}, ["peft.name", "did you mean lora?"]),
