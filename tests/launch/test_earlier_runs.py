@@ -7,7 +7,6 @@ order, to what float32 leaves of that after their steps.
 from __future__ import annotations
 
 import json
-import platform
 import shutil
 import sys
 import tarfile
@@ -60,11 +59,10 @@ def start(run: Path, *words: str) -> tuple[int, str]:
 
 
 def is_made_on(commit: str) -> bool:
-    import torch
+    from tests.fixtures.earlier_runs.make import machine
 
-    here = {"torch": torch.__version__, "cpu_capability": torch.backends.cpu.get_cpu_capability(), "machine": platform.machine()}
-    made = json.loads((FIXTURES / commit / "machine.json").read_text())
-    return here == {name: made[name] for name in here}
+    made, here = json.loads((FIXTURES / commit / "machine.json").read_text()), machine()
+    return all(here[name] == made[name] for name in ("torch", "cpu_capability", "machine", "vendor"))
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -88,7 +86,8 @@ def compare(run: Path, expected: Path, commit: str, within: str = "") -> None:
     from safetensors.torch import load_file
     from torch.testing import assert_close
 
-    near = {"rel": 0.0, "abs": 0.0} if is_made_on(commit) else {"rel": 1e-6, "abs": 1e-6}
+    # 14 steps amplify another rounding: on an AMD processor, where 883a8c3's own code gives what this one does, to 1.2e-6
+    near = {"rel": 0.0, "abs": 0.0} if is_made_on(commit) else {"rel": 1e-5, "abs": 1e-5}
     for file, outcome in json.loads((expected / "outcome.json").read_text()).items():
         found = rows(run / file) if file.startswith(within) else []
         assert len(found) == len(outcome) or not file.startswith(within)
