@@ -44,7 +44,8 @@ def _check(named: list[tuple[str, str]], known: Mapping[str, Any], path: str) ->
 
 
 def _renamed(record: Mapping[str, Any], columns: Mapping[str, str | None]) -> dict[str, Any]:
-    """Return a row with its columns renamed; one that is renamed takes the place of another of that name."""
+    """Return a row with its columns renamed, null where it lacks one; one that is renamed takes the place of another of that
+    name."""
     moved = {old for old in columns.values() if old is not None}
     kept = {name: value for name, value in record.items() if name not in moved and name not in columns}
-    return {**{new: record[old] for new, old in columns.items() if old is not None and old in record}, **kept}
+    return {**{new: record.get(old) for new, old in columns.items() if old is not None}, **kept}

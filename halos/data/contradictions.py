@@ -3,13 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from halos.data.numbers import number_in
 from halos.errors import UserError
 from halos.examples import Example
 
-VERDICTS = ("label", "reward", "margin")  # numbers that some form learns from
+VERDICTS = ("label", "kto_tag", "reward", "margin")  # that some form learns from
 ANSWERS = ("completion", "chosen", "rejected", "messages")
 WEIGHTS = ("weight", "train")  # of a turn of messages; no form reads one of a row
-INPUTS = ("input", "context", "history")  # what a prompt may be about; a known schema joins it
+INPUTS = ("input", "context", "choices", "history")  # what a prompt may be about; a known schema joins some
+TRUTH = {"true": 1, "false": 0}  # in files whose fields are text
+ABOUT = ("context", "choices")
 EMPTY = (None, "", "[]", [], {})
 REMEDY = "leave it out or rename it, or make the example with a function of yours (data.format)"
 
@@ -18,27 +21,48 @@ def refuse_weights(columns: Mapping[str, Any], where: str) -> None:
     """Raises UserError for a row that says it is not to be trained on, or not as much as others."""
     for name in WEIGHTS:
         value = columns.get(name, 1)
-        if isinstance(value, int | float) and value != 1:
+        number = TRUTH.get(value.strip().lower(), number_in(value)) if isinstance(value, str) else value
+        if isinstance(number, int | float) and number != 1:
             raise UserError(
-                f"{where}: the row has {name}={value}, which would be lost: a turn of messages may have a {name} of 0, an entry"
+                f"{where}: the row has {name}={value!r}, which would be lost: a turn of messages may have a {name} of 0, an entry"
                 f" of data.train a weight, and a row neither; {REMEDY}"
             )
 
 
-def refuse_unread_inputs(columns: Mapping[str, Any], where: str, *, schemas: bool) -> None:
-    """Raises UserError for a column that belongs to the prompt, and is neither joined to it nor in it."""
+def refuse_unread_inputs(columns: Mapping[str, Any], where: str, *, schemas: bool, is_prompt: bool = False) -> None:
+    """Raises UserError for a column that belongs to the prompt, and is neither joined to it nor in it. `is_prompt`: a model is to
+    answer the row."""
     asked = "instruction" if "prompt" not in columns else "prompt"
     is_answered = asked in columns and not {"completion", "chosen"}.isdisjoint(columns) and schemas
+    about = is_answered or (is_prompt and asked in columns)
+    belongs = {"history": True, "input": is_answered or (asked in columns and asked == "instruction"), "context": about,
+               "choices": about}  # fmt: skip
     for name in INPUTS:
         value = columns.get(name)
-        belongs = {"history": True, "input": is_answered or (asked in columns and asked == "instruction"),
-                   "context": is_answered and isinstance(value, str)}[name]  # fmt: skip
-        if value in EMPTY or not belongs or (name != "history" and str(value).strip() in _words(columns[asked])):
+        if value in EMPTY or not belongs[name] or (name in ABOUT and not _says_something(value)):
             continue
-        raise UserError(
-            f"{where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns, or leave"
-            f" it out (data.columns={{{name}: null}})"
-        )
+        if name == "history" or str(value).strip() not in _words(columns[asked]):
+            raise UserError(
+                f"{where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns, or"
+                f" leave it out (data.columns={{{name}: null}})"
+            )
+
+
+def unread_beside(turns: Any, columns: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what is to be counted of the columns beside a whole conversation, `turns`: of those that may belong to it."""
+    words = _words(turns)
+    unread = [
+        name for name in ("input", *ABOUT) if _says_something(columns.get(name)) and str(columns[name]).strip() not in words
+    ]
+    return tuple(f"with a column '{name}', which is not read beside messages" for name in unread)
+
+
+def _says_something(value: Any) -> bool:
+    """Return whether there are words in a column: text, or in an object or a list a text of several."""
+    if isinstance(value, Mapping | list):
+        parts = value.values() if isinstance(value, Mapping) else value
+        return any(_says_something(part) and (not isinstance(part, str) or " " in part.strip()) for part in parts)
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _words(value: Any) -> str:

@@ -44,6 +44,8 @@ def own_rows(target: str, path: Path) -> Iterator[Row]:
         for number, record in enumerate(function(path), 1):
             if not isinstance(record, Mapping):
                 raise UserError(f"it yields {type(record).__name__}: a row must be a dict of its columns")
+            if unnamed := [name for name in record if not isinstance(name, str)]:
+                raise UserError(f"it yields a row with a column {unnamed[0]!r}: names of columns must be text")
             yield Row(dict(record), f"{path}:{number}")
             number += 1
     except UserError as error:
@@ -53,10 +55,13 @@ def own_rows(target: str, path: Path) -> Iterator[Row]:
 
 
 def convert_rows(target: str, rows: Iterator[Row]) -> Iterator[Row]:
-    """Convert `rows` by the function: each to one row, to several, or to one marked `left_out`. Raises UserError, naming the row,
-    for any error of the function."""
+    """Convert `rows` by the function, but those that are left out before: each to one row, to several, or to one marked
+    `left_out`. Raises UserError, naming the row, for any error of the function."""
     function = load_format(target, "data.format", [target.partition(".")[0]])
     for row in rows:
+        if row.left_out:
+            yield row
+            continue
         result = _call(function, target, row)
         several = isinstance(result, Sequence) and not isinstance(result, str)
         for number, example in enumerate(result if several else [result], 1):

@@ -135,6 +135,7 @@ class Dataset:
         self.weights: tuple[float, ...] = tuple(meta["weights"])  # of the sources, 1 where an entry has none
         self.amounts = tuple(Amount(*each) for each in meta.get("amounts", [])) or (Amount(),) * len(self.weights)
         self.content: str = meta["content"]  # a hash of all items in their order, their kind and the sources' weights
+        self.largest_id: int = meta["largest_id"]  # of a token
         self.report = tuple(Counts(**counts) for counts in meta["report"])  # one per source
         self.names: tuple[str, ...] = tuple(meta.get("names", (counts.name for counts in self.report)))
         self.groups = numbers(table["group"])  # (N,) equal prompts share a number

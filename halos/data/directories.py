@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from halos.data.files import SPLITS, by_split, files_by_split, matching, root_of
+from halos.data.files import ALIASES, SPLITS, by_split, files_by_split, matching, root_of
 from halos.data.split import default_splits
 from halos.errors import UserError
 
@@ -14,14 +14,14 @@ def files_of_split(root: Path, split: str, purpose: str) -> list[Path]:
     splits = files_by_split(root)
     if not split and splits.keys() == {""}:
         return splits[""]
-    wanted = (split.lower(),) if split else default_splits(purpose)
+    wanted = (ALIASES.get(split.lower(), split.lower()),) if split else default_splits(purpose)
     for name in wanted:
-        if name in splits:
-            return splits[name]
-        if len(longer := [other for other in splits if re.match(rf"{re.escape(name)}[-_.]", other)]) > 1:
-            raise UserError(f"{root}: which of {', '.join(longer)}? Write {{path: {root}, split: {longer[0]}}}, or name each")
-        if longer:
-            return splits[longer[0]]
+        longer = [other for other in splits if re.match(rf"{re.escape(name)}[-_.]", other)]
+        found = [*([name] if name in splits else []), *longer]
+        if len(found) > 1 and not (split and name in splits):
+            raise UserError(f"{root}: which of {', '.join(found)}? Write {{path: {root}, split: {found[0]}}}, or name each")
+        if found:
+            return splits[found[0]]
     has = ", ".join(name or "files of no split" for name in splits)
     known = f"known names are: {', '.join(SPLITS)}"
     remedy = "leave the name out; a slice of all rows is split: '[:100]'" if splits.keys() == {""} else known

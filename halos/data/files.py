@@ -80,6 +80,7 @@ def files_by_split(root: Path) -> dict[str, list[Path]]:
         others = [path for path in everything if is_data(path)]
         raise UserError(f"{root}: {KINDS}, and this directory has none{f' (but {others[0].name})' if others else ''}")
     _refuse_twins(files, root)
+    _refuse_missing_shards(files)
     splits = by_split(files, root)
     if len(splits) > 1 and "" in splits:
         raise UserError(f"{root}: {splits[''][0].name} belongs to no split, other files do ({', '.join(filter(None, splits))})")
@@ -115,15 +116,41 @@ def _refuse_twins(files: Sequence[Path], root: Path) -> None:
 
 
 SPLITS = ("train", "eval", "test", "validation", "valid", "val", "dev")
+ALIASES = {"training": "train", "evaluation": "eval", "testing": "test", "development": "dev"}
 _NAMED = re.compile(rf"({'|'.join(SPLITS)})(?:$|[-_.])", re.IGNORECASE)
+_ENDS = re.compile(rf"(?:^|[-_.])({'|'.join((*ALIASES, *sorted(SPLITS, key=len, reverse=True)))})$", re.IGNORECASE)
 _SHARD = re.compile(r"(?:[-_.](?:part|shard)?[-_.]?\d+)+(?:[-_.]of[-_.]\d+)?$", re.IGNORECASE)
+_NUMBERED = re.compile(r"(.*?)(\d+)[-_.]of[-_.](\d+)$", re.IGNORECASE)
 
 
 def _split_of(path: Path) -> str:
-    """Return `test` for test/a.jsonl, test.jsonl and test-00000-of-00002.parquet, `test_prefs` for test_prefs-00000-of-00001."""
-    inner = path.with_suffix("") if path.suffix.removeprefix(".").lower() in CODECS else path
-    parts = [_SHARD.sub("", part) for part in (*path.parts[:-1], inner.stem)]
-    return next((part.lower() for part in parts if _NAMED.match(part)), "")
+    """Return `test` for test/a.jsonl, a_test.jsonl and test-00000-of-00002.parquet, `test_prefs` for test_prefs-0-of-1."""
+    parts = [_SHARD.sub("", part).lower() for part in (*path.parts[:-1], _stem(path))]
+    if named := next((part for part in parts if _NAMED.match(part)), None):
+        return named
+    ends = next((found[1] for part in parts if (found := _ENDS.search(part))), "")
+    return ALIASES.get(ends, ends)
+
+
+def _stem(path: Path) -> str:
+    """Return the name of a file without its suffixes."""
+    return (path.with_suffix("") if path.suffix.removeprefix(".").lower() in CODECS else path).stem
+
+
+def _refuse_missing_shards(files: Sequence[Path]) -> None:
+    """Raises UserError where names such as train-00000-of-00003 say that there are more files."""
+    shards = dict[tuple[Path, str, int], set[int]]()
+    for path in files:
+        if found := _NUMBERED.fullmatch(_stem(path)):
+            shards.setdefault((path.parent, found[1], int(found[3])), set()).add(int(found[2]))
+    for (parent, name, count), numbers in shards.items():
+        first = min(1, *numbers) if len(numbers) > 1 else 0
+        if len(numbers) < count:
+            missing = next(number for number in range(first, first + count) if number not in numbers)
+            raise UserError(
+                f"{parent / name}*: {len(numbers)} of {count} files are here, and number {missing} is missing: copy it too, or"
+                " give those that are here one by one"
+            )
 
 
 # --- directories that save_to_disk of `datasets` has written -----------------------------------------------------------

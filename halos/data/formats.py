@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from halos.data.contradictions import refuse_contradictions, refuse_unread_inputs, refuse_weights
-from halos.data.messages import is_learned, turns_of, with_settings, with_system
+from halos.data.contradictions import refuse_contradictions, refuse_unread_inputs, refuse_weights, unread_beside
+from halos.data.messages import has_null_arguments, is_learned, turns_of, with_settings, with_system
 from halos.data.oddities import UNANSWERED
 from halos.data.parts import check_completion, label_of, number_of, prompt_and_completion
 from halos.data.records import RECORDS, refuse_other_logps, with_reward
 from halos.data.row import Row
+from halos.data.schemas.pairs import hh_turns
 from halos.data.schemas.schema import ANSWERS, PROMPTS
 from halos.data.schemas.table import Reading, asked_in, recognised
 from halos.data.steps import COLUMNS as STEPWISE
@@ -20,6 +21,8 @@ from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, 
 
 # the columns of each form of a row; those with a label or a reward add it
 PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
+SAY = ("text", "chosen", *PROMPTS, *ANSWERS, *TALK)
+NO_TEXT, NULL_ARGUMENTS = "whose text is empty", "with arguments of tool calls that are null, which are left out"
 _EXPECTED = (
     "messages; prompt + completion; prompt + chosen + rejected; prompt + completion + label (or reward); prompt +"
     " completions + labels, of steps; or those of a schema in"
@@ -55,6 +58,10 @@ def parse(row: Row, *, score: str) -> Parsed:
     reading = _reading(row)
     if reading.dropped:
         return Parsed(None, reading.notes, reading.dropped)
+    if row.schemas and "text" in row.record and not any(str(reading.columns.get(name) or "").strip() for name in SAY):
+        return Parsed(None, reading.notes, NO_TEXT)
+    if has_null_arguments(reading.columns):
+        reading = reading._replace(notes=(*reading.notes, NULL_ARGUMENTS))
     example, form = _read(reading.columns, row, score)
     refuse_weights(reading.columns, row.where)
     if form:
@@ -62,7 +69,8 @@ def parse(row: Row, *, score: str) -> Parsed:
     if isinstance(example, Demonstration) and (logps := parse_columns(reading.columns, row.where)) is not None:
         example = replace(example, teacher_logps=logps)
     is_unanswered = form == TALK and reading.columns["messages"][-1]["role"] != "assistant"
-    return Parsed(example, reading.notes, oddities=(UNANSWERED,) if is_unanswered else ())
+    unread = unread_beside(reading.columns["messages"], reading.columns) if form == TALK and row.schemas else ()
+    return Parsed(example, (*reading.notes, *unread), oddities=(UNANSWERED,) if is_unanswered else ())
 
 
 def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tuple[str, ...]]:
@@ -95,17 +103,19 @@ def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tu
 
 
 def read_prompt(row: Row) -> tuple[Turns, str | None]:
-    """Return a row's prompt, and its answer if it has one: column `solution` or `answer`, else the completion."""
+    """Return a row's prompt, and its answer if it has one: column `answer`, else `solution`, which may be worked; else the
+    completion."""
     if row.example is not None:
         return row.example.prompt, _known_answer(row.example)
     given = {name: value for name, value in row.record.items() if value is not None}
-    answer = next((str(given[name]) for name in ("solution", "answer") if name in given), None)
+    answer = next((str(given[name]) for name in ("answer", "solution") if name in given), None)
     is_known = not row.schemas or str(given.get("type")) in RECORDS
     if {*PROMPTS} & given.keys() and not {"completion", "chosen"} & given.keys() and not is_known:
         row = row._replace(record=asked_in(given, row.where), schemas=False)
     columns = _reading(row).columns
     asked = columns.get("prompt", columns.get("instruction"))
     if asked is not None and not {"completion", "chosen"} & columns.keys():
+        refuse_unread_inputs(columns, row.where, schemas=not is_known, is_prompt=True)
         return turns_of(asked, "user", "prompt", row.where), answer
     example, form = _read(columns, row, "last")  # no contradictions are refused: nothing is learned from the row
     if not example.prompt:
@@ -145,12 +155,23 @@ def _reading(row: Row) -> Reading:
     would be lost."""
     columns = {name: value for name, value in row.record.items() if value is not None}
     is_record = str(columns.get("type")) in RECORDS
+    if row.schemas and row.record.get("prompt", "") is None and isinstance(columns.get("chosen"), str):
+        _refuse_null_prompt(columns, row.where)
     reading = recognised(columns, row.where) if row.schemas and not is_record else Reading(columns)
     columns = reading.columns
     if is_record:
         return reading
     refuse_unread_inputs(columns, row.where, schemas=row.schemas)
     return reading._replace(columns=with_settings(with_system(columns, row.where), row.where))
+
+
+def _refuse_null_prompt(columns: Mapping[str, Any], where: str) -> None:
+    """Raises UserError for a pair of texts without the prompt that other rows have: how both begin need not be it."""
+    if isinstance(columns.get("rejected"), str) and hh_turns(columns["chosen"]) is None:
+        raise UserError(
+            f"{where}: prompt is null, and chosen and rejected are text, which answers a prompt: data.filter='prompt is not None'"
+            " leaves such rows out (the filter reads the names of the file)"
+        )
 
 
 def as_kind(example: Example, kind: type[Example], row: Row) -> list[Example]:

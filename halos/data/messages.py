@@ -81,10 +81,15 @@ def _settings(columns: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 def _functions(value: Any) -> list[Mapping[str, Any]]:
     """Return the functions that a row of OpenAI's older form describes; none for a column of another meaning."""
-    is_told = isinstance(value, list) and all(
-        isinstance(each, Mapping) and {"name", "parameters"} <= each.keys() for each in value
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return []
+    are_described = isinstance(value, list) and all(
+        isinstance(each, Mapping) and "name" in each and not {"description", "parameters"}.isdisjoint(each) for each in value
     )
-    return list(value) if is_told else []
+    return list(value) if are_described else []
 
 
 def _parsed(value: Any, empty: Any, where: str, column: str) -> Any:
@@ -92,8 +97,8 @@ def _parsed(value: Any, empty: Any, where: str, column: str) -> Any:
         return empty if value is None else value
     try:
         return json.loads(value) if value.strip() else empty
-    except ValueError as error:
-        raise UserError(f"{where}: {column} is text that is no JSON: {error}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: {column} is text that is no JSON: {str(error)[:200]}") from error
 
 
 def _tool(tool: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -200,13 +205,32 @@ def _function(function: Mapping[str, Any]) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            parsed = json.loads(arguments)
-        except ValueError:
+            parsed = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
             parsed = arguments
         arguments = parsed if isinstance(parsed, dict) else arguments
-    elif isinstance(arguments, Mapping):
-        arguments = _without_nulls(arguments)
+    elif isinstance(arguments, list) and all(isinstance(pair, tuple) and len(pair) == 2 for pair in arguments):  # a table's map
+        arguments = dict(arguments)
+    elif arguments is None or isinstance(arguments, Mapping):
+        arguments = _without_nulls(arguments or {})
     return {**function, **({"arguments": arguments} if "arguments" in function else {})}
+
+
+def has_null_arguments(columns: Mapping[str, Any]) -> bool:
+    """Return whether a turn of a row calls a tool with null for an argument, which `turns_of` leaves out."""
+    turns = [turn for value in columns.values() if isinstance(value, list) for turn in value if isinstance(turn, Mapping)]
+    calls = [call for turn in turns if isinstance(turn.get("tool_calls"), list) for call in turn["tool_calls"]]
+    functions = [call.get("function", call) for call in calls if isinstance(call, Mapping)]
+    arguments = [each.get("arguments") for each in functions if isinstance(each, Mapping)]
+    return any(isinstance(each, Mapping) and _without_nulls(each) != each for each in arguments)
+
+
+def is_turn(value: Any) -> bool:
+    """Return whether an object has the keys of a turn, OpenAI's or ShareGPT's."""
+    if not isinstance(value, Mapping):
+        return False
+    says = {"content", "tool_calls", "function_call", *REASONING_NAMES}
+    return ("role" in value and not says.isdisjoint(value)) or {"from", "value"} <= value.keys()
 
 
 def _without_nulls(value: Any) -> Any:

@@ -21,6 +21,14 @@ def number_in(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def exact(value: Any) -> int | float | None:
+    """Return what `number_in` does, a whole number with all of its digits."""
+    number = number_in(value)
+    if number is None or isinstance(value, float | Decimal):
+        return number
+    return int(value) if isinstance(value, int) or re.fullmatch(r"\s*[+-]?\d+\s*", value) else number
+
+
 class ClassNumber(int):
     """The number of a class in a table of `datasets` whose name is a verdict: 0 may be `chosen`, the first of the names."""
 

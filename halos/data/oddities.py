@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.data.dataset import Counts
 from halos.data.encoded import Encoded
+from halos.data.messages import REASONING
 from halos.examples import Completion, Example, Scored, Turns
 
 ENDS_WITH_ASSISTANT = "whose prompt ends with a turn of the assistant"
@@ -44,7 +45,8 @@ def of_example(example: Example) -> list[str]:
 
 
 def _without_blanks(turns: Turns) -> list[tuple[Any, ...]]:
-    return [(turn["role"], "".join(str(turn.get("content") or "").split()), repr(turn.get("tool_calls") or "")) for turn in turns]
+    return [(turn["role"], *("".join(str(turn.get(name) or "").split()) for name in ("content", REASONING)),
+             repr(turn.get("tool_calls") or "")) for turn in turns]  # fmt: skip
 
 
 class Sampling(NamedTuple):

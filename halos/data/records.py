@@ -53,7 +53,7 @@ def _sampled_tokens(columns: Mapping[str, Any], outputs: Sequence[str], where: s
 def _tokens(columns: Mapping[str, Any], where: str, *, of: str = "") -> SampledTokens:
     """Parse a completion's tokens, from columns whose names end in `of`. Raises UserError where they are no token ids."""
     ids = columns.get(f"output_ids{of}")
-    if ids is not None and not (isinstance(ids, Sequence) and all(type(each) is int and each >= 0 for each in ids)):
+    if ids is not None and not (isinstance(ids, Sequence) and all(type(each) is int and 0 <= each < 2**31 for each in ids)):
         raise UserError(f"{where}: output_ids{of} is {str(ids)[:60]}, not a list of token ids")
     return SampledTokens(tuple(ids or ()), columns.get(f"vocabulary{of}"), columns.get(f"finish{of}") == CUT)
 

@@ -13,7 +13,7 @@ from halos.errors import UserError
 from halos.examples import Message
 
 WORD = "halos0developer"
-_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError)
+_ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError)
 
 
 def system_remedy(turns: Sequence[Message]) -> str:

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from halos.data.numbers import number_in
+from halos.data.numbers import exact
 from halos.errors import UserError
 
 Value = Callable[[Mapping[str, Any]], Any]  # of an expression, from the columns of a row
@@ -45,6 +45,8 @@ class RowFilter:
             raise UserError(f"{where}: filter={self._text!r}: {error}") from error
         except ZeroDivisionError as error:
             raise UserError(f"{where}: filter={self._text!r}: divides by zero") from error
+        except OverflowError as error:
+            raise UserError(f"{where}: filter={self._text!r}: its numbers are too large") from error
 
     def _parsed(self, node: ast.expr) -> Value:
         match node:
@@ -100,7 +102,7 @@ def _compare(op: ast.cmpop, one: Any, other: Any) -> bool:
             return _equal(one, other) == isinstance(op, ast.Eq)
         case ast.In() | ast.NotIn():
             return _contains(other, one) == isinstance(op, ast.In)
-    if isinstance(one, str) and isinstance(other, str):
+    if isinstance(one, str) and isinstance(other, str) and (exact(one) is None or exact(other) is None):
         return _ORDER[type(op)](one, other)
     return _ORDER[type(op)](_number(one), _number(other))
 
@@ -111,7 +113,7 @@ def _equal(one: Any, other: Any) -> bool:
         if isinstance(text, str) and isinstance(value, bool):
             return _TRUE_OR_FALSE.get(text.strip().lower()) is value
         if isinstance(text, str) and isinstance(value, int | float):
-            return number_in(text) == value
+            return exact(text) == value
     return one == other
 
 
@@ -133,8 +135,8 @@ def _part(whole: Any, key: str | int) -> Any:
     raise _Mismatch(f"{_shown(whole)} has no part [{key!r}]")
 
 
-def _number(value: Any) -> float:
-    number = number_in(value)
+def _number(value: Any) -> int | float:
+    number = exact(value)
     if number is None:
         hint = "; write `column is not None and ...`" if value is None else ""
         raise _Mismatch(f"{_shown(value)} is no number{hint}")

@@ -14,6 +14,7 @@ from halos.data.oddities import EndTokens, Sampling
 from halos.data.remarks import Remarks
 from halos.data.row import EQUAL, HELD_OUT, Row
 from halos.data.tokenize import Encoder
+from halos.errors import UserError
 from halos.examples import Example, Item, Judgement, Scored
 
 BATCH = 1000  # examples tokenised in one call
@@ -79,7 +80,10 @@ class RowTokeniser:
                 counts.examples += 1
                 counts.drop(row.note or LEFT_OUT, row.where)
                 continue
-            parsed = parse(row, score=self._settings["score"])
+            try:
+                parsed = parse(row, score=self._settings["score"])
+            except RecursionError as error:
+                raise UserError(f"{row.where}: its columns are nested too deeply to be read") from error
             counts.read_as(parsed.notes)
             if (example := parsed.example) is None:
                 counts.examples += 1

@@ -19,19 +19,20 @@ from halos.data.template import Layout, LostError, Span, Template, TogetherError
 from halos.errors import UserError
 from halos.examples import Completion, Demonstration, Example, Scored, Stepwise, Turns
 
+WITHIN_TOKEN = "with a later scored turn that begins within a token, which is not scored"
 APART = "are single turns of conversations, whose scored turns the chat template cannot render together"
 
 
 class _Tokens(NamedTuple):
     ids: list[int]
-    starts: list[int]  # character at which each begins; empty where not requested
+    bounds: Sequence[Span]  # characters of each; empty where not requested
 
     def scored(self, spans: Sequence[Span], shift: int) -> np.ndarray:
         """Return a mask of the tokens that begin inside a span. `shift` is the character from which spans count; a single span is
         the whole completion."""
         if len(spans) == 1:
             return np.ones(len(self.ids), bool)
-        starts = np.array(self.starts) - shift
+        starts = np.array([start for start, _ in self.bounds]) - shift
         return np.any([(start <= starts) & (starts < end) for start, end in spans], axis=0)
 
 
@@ -138,8 +139,8 @@ class Encoder:
         prompt_ids = {prompt: tokens.ids for prompt, tokens in zip(prompts, self._tokenise(prompts), strict=True)}
         seams = {prompt: self._seam(prompt) for prompt in prompts}
         tails = [layout.prompt[seams[layout.prompt] :] + text for layout in layouts for text in layout.completions]
-        needs_starts = any(len(spans) > 1 for layout in layouts for spans in layout.spans)
-        tokens = iter(self._tokenise(tails, starts=needs_starts))
+        needs_bounds = any(len(spans) > 1 for layout in layouts for spans in layout.spans)
+        tokens = iter(self._tokenise(tails, bounds=needs_bounds))
         return [
             self._join(layout, prompt_ids[layout.prompt], seams[layout.prompt], [next(tokens) for _ in layout.completions])
             for layout in layouts
@@ -165,30 +166,33 @@ class Encoder:
         """Return where the last added token of the prompt starts: no merge crosses it, so the text before is tokenised once."""
         return max((match.start() for match in self._seams.finditer(prompt)), default=0)
 
-    def _tokenise(self, texts: list[str], *, starts: bool = False) -> list[_Tokens]:
+    def _tokenise(self, texts: list[str], *, bounds: bool = False) -> list[_Tokens]:
         # Rendered text contains its special tokens, BOS included.
-        if not starts and (backend := backend_of(self._tokenizer)) is not None:
+        if not bounds and (backend := backend_of(self._tokenizer)) is not None:
             return [_Tokens(encoding.ids, []) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-        encoding = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=starts)
-        offsets = encoding["offset_mapping"] if starts else [()] * len(texts)
-        return [_Tokens(ids, [start for start, _ in spans]) for ids, spans in zip(encoding["input_ids"], offsets, strict=True)]
+        encoding = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=bounds)
+        offsets = encoding["offset_mapping"] if bounds else [()] * len(texts)
+        return [_Tokens(*each) for each in zip(encoding["input_ids"], offsets, strict=True)]
 
     def _join(self, layout: Layout, prompt: list[int], seam: int, tails: list[_Tokens]) -> Encoded:
         """Split off each completion's ids: the suffix of the joint tokenisation, or the completion tokenised alone where a merge
         crosses the prompt's end."""
+        notes = layout.notes
         repeated = prompt[len(prompt) - 1 - prompt[::-1].index(tails[0].ids[0]) :] if seam else prompt
         completions, merged = [], False
         for text, spans, tail in zip(layout.completions, layout.spans, tails, strict=True):
             shift = len(layout.prompt) - seam
             if tail.ids[: len(repeated)] == repeated:
-                tail = _Tokens(tail.ids[len(repeated) :], tail.starts[len(repeated) :])
+                tail = _Tokens(tail.ids[len(repeated) :], tail.bounds[len(repeated) :])
             else:
-                (tail,), shift, merged = self._tokenise([text], starts=True), 0, True
+                (tail,), shift, merged = self._tokenise([text], bounds=True), 0, True
+            if any(first < start + shift < end for start, _ in spans[1:] for first, end in tail.bounds):
+                notes = (*notes, WITHIN_TOKEN)
             scored = tail.scored(spans, shift)
             if not prompt:
                 scored[0] = False  # it has no context to be predicted from
             completions.append(Completion(np.array(tail.ids, np.int32), scored))
-        return Encoded(np.array(prompt, np.int32), tuple(completions), layout.exact, merged, notes=layout.notes)
+        return Encoded(np.array(prompt, np.int32), tuple(completions), layout.exact, merged, notes=notes)
 
     # --- max_length ----------------------------------------------------------------------------------------------------
 

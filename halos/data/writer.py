@@ -72,7 +72,7 @@ class Writer:
         self._arrow: pa.RecordBatchFileWriter | None = None  # opened with the first rows, which decide the columns
         self._completions, self._labels = list[str](), list[str]()
         self._groups: dict[bytes, int] = {}
-        self._content, self._tokens = hashlib.sha256(), 0
+        self._content, self._tokens, self._largest_id = hashlib.sha256(), 0, -1
 
     def write(self, rows: pa.Table, sources: Sequence[int]) -> None:
         """Write a batch of `as_rows`, each with the index of its source; all batches are of one example type."""
@@ -85,6 +85,8 @@ class Writer:
         prompts = [hashlib.blake2b(ids, digest_size=16).digest() for ids in _bytes(rows["prompt"])]
         groups = [self._groups.setdefault(prompt, len(self._groups)) for prompt in prompts]
         self._tokens += sum(int((_lengths(rows["prompt"]) + _lengths(rows[name])).sum()) for name in self._completions)
+        largest = [int(lists(rows[name])[1].max(initial=-1)) for name in ("prompt", *self._completions)]
+        self._largest_id = max(self._largest_id, *largest)
         self._hash(rows, sources)
         rows = rows.append_column("source", column(list(sources), pa.int32())).append_column("group", column(groups, pa.int64()))
         self._arrow = self._arrow or pa.ipc.new_file(self._file, rows.schema)
@@ -127,7 +129,7 @@ class Writer:
         amounts = [each for each in meta.get("amounts", ()) if each[0] is None and any(each)]  # counts and passes
         self._content.update(json.dumps([meta["kind"], meta["weights"], *([meta["amounts"]] if amounts else [])]).encode())
         whole = {**meta, "completions": len(self._completions), "labels": self._labels, "content": self._content.hexdigest(),
-                 "tokens": self._tokens, "rows": digest(self._directory / ROWS)}  # fmt: skip
+                 "tokens": self._tokens, "largest_id": self._largest_id, "rows": digest(self._directory / ROWS)}  # fmt: skip
         with (self._directory / META).open("w") as meta_file:
             json.dump({**whole, SEAL: seal_of(whole)}, meta_file, indent=1)
             for file in (self._file, meta_file):

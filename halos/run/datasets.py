@@ -137,6 +137,19 @@ def refuse_other_teacher(config: Config, loss: LossSpec, splits: Iterable[tuple[
             )
 
 
+def refuse_unknown_ids(known: int, splits: Iterable[tuple[str, Split]]) -> None:
+    """Raises UserError for a row with a token id for which the policy has no embedding: it has `known`."""
+    for name, rows in [(name, split.rows) for name, split in splits if isinstance(split.rows, Dataset)]:
+        if rows.largest_id >= known:
+            largest = (max(int(ids.max(initial=-1)) for ids in (item.prompt, *(each.ids for each in item.completions)))
+                       for item in rows)  # fmt: skip
+            row, unknown = next((row, each) for row, each in enumerate(largest) if each >= known)
+            raise UserError(
+                f"data.{name}: {rows.place(row)} has the token id {unknown}, and the policy knows {known} ids: its sampled tokens"
+                " (output_ids) are another model's; without them its text is tokenised"
+            )
+
+
 def single_completions(rows: Dataset, loss: LossSpec) -> str | None:
     """Return a line about prompts with one completion, from which a loss that compares several learns nothing; None without."""
     if not loss.on_rollouts or learns_from_single(loss):

@@ -39,7 +39,7 @@ from halos.hooks.progress import ProgressBar
 from halos.lock import RunLock
 from halos.logps.model import bare
 from halos.logps.router import refuse_without_router
-from halos.logps.vocabulary import Vocabulary
+from halos.logps.vocabulary import Vocabulary, table
 from halos.models import positions
 from halos.models.load import load_tokenizer
 from halos.models.locate import locate
@@ -123,6 +123,8 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     strategy.refuse_model(structure.model)
     batches = open_batch_source(config, loss, structure.tokenizer, accelerator, structure.max_length)
     datasets.refuse_other_teacher(config, loss, batches.splits)
+    known = len(table(bare(structure.model).get_input_embeddings()))
+    datasets.refuse_unknown_ids(max(known, len(structure.tokenizer)), batches.splits)
     optimizer, schedule = bind_optimizer(config.optim, config.plugins), bind_schedule(config.schedule, config.plugins)
     schedule.check_range(batches.total)
     planned = plan_run(config, structure, loss, total=batches.total, main=accelerator.is_main_process)

@@ -17,7 +17,20 @@ from halos.types import Comparison, Demonstration
 
 from .tokenizers import jsonl, prepared
 
-ROW = {"score_ratio": 3.0, "lang": "EN", "n": "12", "tags": ["a", "b"], "meta": {"ok": True}, "none": None, "flag": "True"}
+ROW = {
+    "score_ratio": 3.0,
+    "lang": "EN",
+    "n": "12",
+    "tags": ["a", "b"],
+    "meta": {"ok": True},
+    "none": None,
+    "flag": "True",
+    "id": "1234567890123456789",
+    "whole": 1234567890123456789,
+    "ten": "10",
+    "hundred": "100",
+    "nine": "9.5",
+}
 
 
 @pytest.mark.parametrize(
@@ -34,6 +47,9 @@ ROW = {"score_ratio": 3.0, "lang": "EN", "n": "12", "tags": ["a", "b"], "meta": 
         ("none == 'x' or lower(none) == 'x' or meta['no'] == 1 or none['a'] == 1", False),
         ("meta['ok'] and tags[0] == 'a' and tags[-1] == 'b' and tags[5] is None", True),
         ("score_ratio - 1 >= n / 6 and 2 * 3 + 1 == 7", True),
+        ("ten > nine and hundred > ten and ten < 'b'", True),  # two numbers as text are compared as numbers
+        ("id == 1234567890123456789 and whole > 1234567890123456788 and id - 1 == 1234567890123456788", True),
+        ("id == 1234567890123456788 or whole < id", False),
     ],
 )  # fmt: skip
 def test_a_filter_is_a_condition_on_columns(text: str, holds: bool) -> None:
@@ -132,6 +148,8 @@ def fails(path):
 
 def no_rows(path): return ["a"]
 
+def unnamed(path): return [{0: "a"}]
+
 def nothing(path): return None
 
 def two(path, other): ...
@@ -170,6 +188,7 @@ def test_a_reader_turns_any_file_into_rows_and_its_code_counts(own: Path, tmp_pa
     [
         ("fails", r"a\.eq:2: ownreader\.fails fails: KeyError: 'b'"),
         ("no_rows", r"a\.eq:1: ownreader\.no_rows: it yields str: a row must be a dict"),
+        ("unnamed", r"a\.eq:1: ownreader\.unnamed: it yields a row with a column 0: names of columns must be text"),
         ("nothing", r"a\.eq:1: ownreader\.nothing fails: TypeError: 'NoneType' object is not iterable"),
         ("two", "ownreader.two is no reader: it must be a function of one path"),
         ("red", "ownreader has no 'red'; it has"),

@@ -3,7 +3,8 @@
 import pytest
 
 from halos.data.files import Row
-from halos.data.formats import read_example, read_prompt
+from halos.data.formats import parse, read_example, read_prompt
+from halos.data.oddities import BLANKS_APART, of_example
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Judgement, Scored
 
@@ -35,6 +36,10 @@ def read(columns: dict[str, object]) -> object:
         ({**DONE, "weight": 0}, "the row has weight=0, which would be lost: a turn of messages may have a weight of 0"),
         ({**TALK, "weight": 0.5}, "weight=0.5"),
         ({**PAIR, "train": False}, "train=False"),
+        ({**DONE, "weight": "0.5"}, "weight='0.5'"),  # of a csv file
+        ({**DONE, "train": "False"}, "train='False'"),
+        ({**TALK, "kto_tag": False}, "so 'kto_tag' would be lost"),
+        ({**DONE, "kto_tag": False, "label": True}, "so 'kto_tag' would be lost"),
         ({"type": "binary_feedback", "prompt": "One?", "output": "one", "label": 1, "weight": 0}, "weight=0"),
     ],
 )  # fmt: skip
@@ -48,15 +53,23 @@ def test_a_column_that_another_form_learns_from_is_refused_by_name(columns: dict
     {"prompt": "Translate.", "input": "Bonjour", "output": "Hello"},
     {"prompt": "Who?", "context": "Bob did.", "completion": "Bob"},
     {"prompt": [user("Who?")], "context": "Bob did.", "chosen": "Bob", "rejected": "Al"},
+    {"question": "Who?", "context": {"title": ["A"], "sentences": [["Bob is here."]]}, "answer": "Bob"},
+    {"prompt": "Who?", "context": ["Bob is here."], "completion": "Bob"},
 ])  # fmt: skip
 def test_what_a_prompt_is_about_is_refused_where_it_is_not_joined_to_it(columns: dict[str, object]) -> None:
     name = "input" if "input" in columns else "context"
     with pytest.raises(UserError, match=rf"^a\.jsonl:12: a column '{name}' is not read, and would be lost: .*{name}: null"):
         read(columns)
-    # it is in the prompt, or no text, or the row is of another form
+    # it is in the prompt, or has no words, or the row is of another form, where it is counted
     read({"prompt": "Who? Bob did.", "context": " Bob did. ", "completion": "Bob"})
     read({"prompt": "Who?", "context": {"source": "web"}, "completion": "Bob"})
-    read({**TALK, "prompt": "One?", "context": "Bob did.", "input": "Bob did."})
+    read({"prompt": "Who?", "completion": "Bob", "weight": "1", "train": "true", "label": True, "kto_tag": "yes"})
+    parsed = parse(Row({**TALK, "prompt": "One?", "context": "Bob did.", "input": "One?"}, "a.jsonl:12"), score="last")
+    assert parsed.notes == ("with a column 'context', which is not read beside messages",)
+    with pytest.raises(UserError, match="a column 'choices' is not read"):
+        read({"question": "Who?", "choices": ["Bob Low", "Al Low"], "answer": "Bob Low"})
+    with pytest.raises(UserError, match="a column 'context' is not read"):
+        read_prompt(Row({"prompt": "Who?", "context": "Bob did."}, "a.jsonl:12"))
 
 
 @pytest.mark.parametrize(
@@ -82,3 +95,11 @@ def test_columns_that_repeat_an_answer_or_describe_the_row_are_accepted(columns:
 def test_rows_that_give_prompts_may_have_any_columns_and_a_bad_answer_is_no_solution() -> None:
     assert read_prompt(Row({**TALK, "label": "positive", "weight": 0}, "a.jsonl:12")) == (Q, "one")
     assert read_prompt(Row({**TALK, "label": False}, "a.jsonl:12")) == (Q, None)
+
+
+def test_completions_that_differ_in_their_thoughts_do_not_differ_in_blanks_alone() -> None:
+    def thinks(thought: str, answer: str) -> tuple[dict[str, str], ...]:
+        return ({"role": "assistant", "content": answer, "reasoning_content": thought},)
+
+    assert BLANKS_APART not in of_example(Comparison(Q, thinks("One.", "1"), thinks("Two.", "1")))
+    assert BLANKS_APART in of_example(Comparison(Q, thinks("One.", "1"), thinks("One. ", " 1")))

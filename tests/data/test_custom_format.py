@@ -31,6 +31,8 @@ def asks(row):
 def each(row):
     return [{"prompt": row["q"], "completion": word} for word in row["a"].split()] + [None]
 
+def lenient(row): return {"prompt": row.get("q", "Q"), "completion": row.get("a", "A")}
+
 def nothing(row): return None if row["a"] == "two" else []
 
 def typed(row):
@@ -75,6 +77,13 @@ def test_one_row_may_become_several_or_none(rows: Callable[[str], list[Any]], tm
         ("a.jsonl:1.1", False), ("a.jsonl:1.2", True), ("a.jsonl:2.1", False), ("a.jsonl:2.2", True),
     ]  # fmt: skip
     assert [row.left_out for row in rows("nothing")] == [True, True], "an empty list too"
+
+
+def test_a_function_does_not_see_rows_that_a_filter_left_out(rows: Callable[[str], list[Any]], tmp_path: Path) -> None:
+    rows("lenient")
+    entry = {"path": str(tmp_path / "a.jsonl"), "format": "ownrows.lenient", "filter": "q == 'one?'"}
+    kept, left = open_source(Source.of(entry), Demonstration, "train").rows()
+    assert (kept.record["prompt"], left.left_out, left.note) == ("one?", True, "filtered out by q == 'one?'")
 
 
 @pytest.mark.parametrize(("kind", "wanted"), [

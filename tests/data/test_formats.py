@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halos.data.files import Row
-from halos.data.formats import as_kind, read_example, read_prompt
+from halos.data.formats import as_kind, parse, read_example, read_prompt
 from halos.errors import UserError
 from halos.examples import SampledTokens
 from halos.types import Comparison, Demonstration, Judgement, Scored
@@ -263,6 +263,11 @@ def test_arguments_of_a_tool_call_become_an_object():
     assert arguments('{"city": "Rome", "unit": null}') == {"city": "Rome", "unit": None}
     assert arguments({"city": "Rome", "of_another_row": None, "of": {"x": None, "y": 1}}) == {"city": "Rome", "of": {"y": 1}}
     assert arguments("Rome") == "Rome"
+    assert arguments("") == arguments(None) == arguments([]) == {}
+    assert arguments([("city", "Rome")]) == {"city": "Rome"}, "a map of a table"
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": {"x": 1, "unit": None}}}]}
+    parsed = parse(Row({"messages": [*Q, call]}, WHERE), score="last")
+    assert parsed.notes == ("with arguments of tool calls that are null, which are left out",)
     refuses("tool_calls of messages must be a list of objects", messages=[*Q, {**says("a"), "tool_calls": "add"}])
 
 
@@ -275,6 +280,9 @@ def test_calls_and_tools_of_openai_s_older_form_are_those_of_the_newer():
     assert read("all", messages=older) == read("all", messages=newer)
     assert read(messages=older, functions=tools) == read(messages=newer, tools=tools) != read(messages=newer)
     assert read(messages=older, functions="[1]") == read(messages=newer)
+    assert read(messages=older, functions=json.dumps(tools)) == read(messages=newer, tools=tools)
+    described = [{"name": "now", "description": "time"}]
+    assert read(messages=older, functions=described) == read(messages=newer, tools=described) != read(messages=newer)
     assert read(messages=older, functions=[{"name": "main", "code": "int x;"}]) == read(messages=newer), "of another meaning"
     refuses("tool_calls and function_call", messages=[*Q, {**newer[1], "function_call": function}])
 

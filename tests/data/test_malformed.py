@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from halos.errors import UserError
 from halos.examples import Comparison, Demonstration, Example, Judgement, Scored
 
 from . import malformed
-from .tokenizers import tokenizer
+from .tokenizers import TOOLS, jsonl, prepared, tokenizer
 
 WHERE = "a.jsonl:12"
 KINDS: tuple[type[Example], ...] = (Comparison, Demonstration, Judgement, Scored)
@@ -61,6 +62,20 @@ def test_rows(count: int) -> None:
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
     assert min(outcomes[name] / count for name in ("read", "refused")) > 0.1
     assert outcomes["dropped"]
+
+
+def test_what_is_nested_too_deeply_is_one_message(tmp_path: Path) -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(900):
+        deep = {"a": deep}
+    asked = {"role": "user", "content": "One?"}
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": deep}}]}
+    answered = [asked, {"role": "assistant", "content": "one"}]
+    for row in ({"messages": [asked, call]}, {"messages": answered, "tools": "[" * 200_000},
+                {"messages": answered, "chat_template_kwargs": "[" * 200_000}):  # fmt: skip
+        with pytest.raises(UserError, match=r"a\.jsonl:1: ") as error:
+            prepared(jsonl(tmp_path / "a.jsonl", [row]), tmp_path, tokenizer=tokenizer(TOOLS))
+        assert len(str(error.value)) < 500
 
 
 @pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.slow)])

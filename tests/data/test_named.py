@@ -173,7 +173,7 @@ def test_answers_in_trees_are_paired_with_the_next_better_one(tmp_path: Path) ->
     found = [message("abcx", "abc", 2), message("abcy", "abc", 0), message("abcz", "abc", 1), message("abcw", "abc", None),
              message("ab", "a", 0), message("a", None, None), message("abc", "ab", 0), message("ac", "a", 1, lang="de"),
              message("pqrs", "pqr", 0), message("pqrt", "pqr", 1), message("ad", "a", 2, deleted=True),
-             message("abd", "ab", 1)]  # fmt: skip
+             message("abd", "ab", 1), message("ae", "a", 3)]  # fmt: skip
     made = read(tmp_path, "oasst", found, filter="lang == 'en'")
     path = [user("a"), turn("assistant", "ab"), user("abc")]
     assert [(row.record["chosen"], row.record["rejected"]) for row in made if not row.left_out] == [
@@ -182,7 +182,7 @@ def test_answers_in_trees_are_paired_with_the_next_better_one(tmp_path: Path) ->
     ]
     assert [row.record["prompt"] for row in made if not row.left_out] == [path, path]
     assert [(row.where.rpartition(":")[2], row.note) for row in made if row.left_out] == [
-        ("8", "filtered out by lang == 'en'"), ("10", oasst.INCOMPLETE),
+        ("8", "filtered out by lang == 'en'"), ("10", oasst.INCOMPLETE), ("13", oasst.NO_BETTER),
     ]  # fmt: skip
     with pytest.raises(UserError, match=r"a\.jsonl:1: no row of oasst, which has message_id, parent_id"):
         read(tmp_path, "oasst", [{"text": "a", "role": "b", "rank": 1}])

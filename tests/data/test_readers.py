@@ -12,6 +12,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from halos.data.files import Row
@@ -109,6 +110,8 @@ def test_other_separators_and_messages_in_a_field(tmp_path: Path) -> None:
     assert records(str(tmp_path / "a.csv")) == [{"prompt": "a,b", "completion": "c"}]
     assert records(str(tmp_path / "b.tsv")) == [{"prompt": 'a,"b"', "completion": "c"}]
     assert records(str(tmp_path / "c.csv")) == [{"prompt": turns, "completion": "[{}"}]
+    (tmp_path / "e.csv").write_text('completion,scores\n"[{""a"": 1}]","[{""a"": 1}]"\n')
+    assert records(str(tmp_path / "e.csv")) == [{"completion": '[{"a": 1}]', "scores": [{"a": 1}]}], "an answer in JSON"
 
 
 def test_an_object_that_names_a_column_twice_is_refused(tmp_path: Path) -> None:
@@ -155,6 +158,14 @@ def test_arrow_files_are_read_and_a_part_of_one_is_refused(tmp_path: Path, write
     assert rows[9].where == f"{path}:10"
     path.write_bytes(path.read_bytes()[:-8])
     refuses(str(path), r"a\.arrow: ")
+
+
+def test_a_table_with_two_columns_of_one_name_is_refused(tmp_path: Path) -> None:
+    table = pa.Table.from_arrays(
+        [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["prompt", "completion", "completion"]
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    refuses(str(tmp_path / "a.parquet"), r"a\.parquet: two columns are named 'completion'")
 
 
 def test_directories_of_save_to_disk_are_read_in_their_order(tmp_path: Path) -> None:

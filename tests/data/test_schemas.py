@@ -98,7 +98,11 @@ def test_pairs_of_sharegpt_have_one_turn_each_or_several() -> None:
         ({"question": "One?", "answer": 1}, "completion must be text or a list"),
         ({"question": "One?", "answer": "one", "reward": 1, "label": "good"}, "so 'reward' would be lost"),
         ({"text": "a", "label": 1}, "read as text, so 'label' would be lost"),
-        ({"text": " "}, "columns found: text;"),
+        ({"prompt": None, "chosen": "It is 5", "rejected": "It is 6"}, "prompt is null, and chosen and rejected are text"),
+        ({"problem": "2+3", "chosen": "It is 5", "rejected": "It is 6"}, "it may be problem"),
+        ({"asks": "二加三等于多少", "chosen": "It is 5", "rejected": "It is 6"}, "it may be asks"),
+        ({"asks": ["What is it?"], "chosen": "It is 5", "rejected": "It is 6"}, "it may be asks"),
+        ({"chosen": "Human: Hi\nAssistant: Hello!", "rejected": "Human: Hi\nAssistant: No."}, "marks of turns"),
         ({"question": "Add", "answer": ""}, "answer is empty: the assistant says nothing"),
         ({"instruction": "Add.", "input": "1, 1", "output": ""}, "output is empty: the assistant says nothing"),
         ({"instruction": [*Q], "input": "1", "output": "2"}, "input beside instruction, which is no text"),
@@ -106,6 +110,16 @@ def test_pairs_of_sharegpt_have_one_turn_each_or_several() -> None:
 )  # fmt: skip
 def test_what_could_be_read_in_several_ways_or_lost_is_refused(columns: dict[str, Any], words: str) -> None:
     refuses(words.replace("{", r"\{"), **columns)
+
+
+def test_answers_that_are_json_of_other_objects_are_text() -> None:
+    for answer in ('{"from": "Berlin", "to": "Rome"}', '{"name": "Bob", "role": "admin"}', '[{"name": "Bob"}]'):
+        assert read(prompt="One?", completion=answer) == Demonstration(Q, (says(answer),))
+
+
+def test_a_row_of_empty_text_is_dropped_and_counted() -> None:
+    for text in (" ", "", None):
+        assert parse(Row({"text": text, "id": 3}, WHERE), score="last").dropped == "whose text is empty"
 
 
 def test_turns_as_json_text_are_turns_in_every_column_and_python_s_are_refused() -> None:
@@ -150,6 +164,8 @@ def test_a_prompt_alone_is_read_under_any_name_and_nothing_of_its_answer_is_refu
         return read_prompt(Row(columns, WHERE))
 
     assert asked(question="One?", answer="1", response="one") == (Q, "1")
+    assert asked(question="One?", answer="1", solution="It is 1.") == (Q, "1")
+    assert asked(instruction="", input="One?") == (Q, None)
     assert asked(instruction="Add.", input="1, 1") == ((user("Add.\n\n1, 1"),), None)
     assert asked(prompt="\n\nHuman: One?\n\nAssistant:") == (Q, None)
     assert asked(prompt="One?", text="x", input="y", question="no") == (Q, None)
@@ -169,6 +185,7 @@ def test_text_with_the_markers_of_hh_is_turns() -> None:
     first = "\n\nHuman: Hi:\n\nthere\n\nAssistant: Hello!\n\nHuman: One?\n\nAssistant:"
     prompt = (user("Hi:\n\nthere"), says("Hello!"), *Q)
     assert read(chosen=f"{first} one", rejected=f"{first} two") == Comparison(prompt, GOOD, BAD)
+    assert read(chosen=f"{first} one".replace("\n", "\r\n"), rejected=f"{first} two") == Comparison(prompt, GOOD, BAD)
     assert read(prompt=first, chosen=" one", rejected=" two", response=" one") == Comparison(prompt, GOOD, BAD)
     assert read(prompt=first, completion=" one") == Demonstration(prompt, GOOD)
     refuses(

@@ -313,7 +313,9 @@ def test_linked_directories_are_read_and_circular_links_end(tmp_path: Path) -> N
     assert len(read(str(tmp_path / "d"))) == 5
 
 
-@pytest.mark.parametrize("name", ["train-00001.jsonl.zip", "train.parquet.gz", "train/data.pkl", "train.gz"])
+@pytest.mark.parametrize(
+    "name", ["train-00001.jsonl.zip", "train.parquet.gz", "train/data.pkl", "train.gz", "b.xlsx", "b.orc", "b.jsonl.gz.part"]
+)
 def test_data_that_would_be_skipped_is_named(tmp_path: Path, name: str) -> None:
     jsonl(tmp_path / "train-00000.jsonl", ROWS)
     (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -330,6 +332,27 @@ def test_splits_with_longer_names_are_selected_by_name_and_never_mixed(tmp_path:
     assert prompts(str(tmp_path), "eval") == ["2?", "2?"]
     refuses(str(tmp_path), "which of train_prefs, train_sft")
     refuses({"path": str(tmp_path), "split": "train"}, "which of train_prefs, train_sft")
+    jsonl(tmp_path / "train.jsonl", ROWS[3:4])
+    refuses(str(tmp_path), "which of train, train_prefs, train_sft")
+    assert prompts({"path": str(tmp_path), "split": "train"}) == ["3?"]
+
+
+@pytest.mark.parametrize("names", [("a_train", "a_test"), ("training", "testing"), ("a-training-00001", "b-evaluation")])
+def test_a_split_may_be_the_end_of_a_name(tmp_path: Path, names: tuple[str, str]) -> None:
+    for number, name in enumerate(names):
+        jsonl(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
+    assert (prompts(str(tmp_path)), prompts(str(tmp_path), "eval")) == (["0?"], ["1?"])
+    refuses(f"{tmp_path}/*.jsonl", "matches files of")
+
+
+@pytest.mark.parametrize("numbers", [(0, 2), (1, 2), (0,), (2, 3)])
+def test_a_directory_without_some_of_its_numbered_files_is_refused(tmp_path: Path, numbers: tuple[int, ...]) -> None:
+    for number in numbers:
+        jsonl(tmp_path / f"train-{number:05d}-of-00003.jsonl", ROWS[:1])
+    refuses(str(tmp_path), rf"train-\*: {len(numbers)} of 3 files are here, and number \d is missing")
+    for number in (1, 2, 3) if 3 in numbers else (0, 1, 2):
+        jsonl(tmp_path / f"train-{number:05d}-of-00003.jsonl", ROWS[:1])
+    assert prompts(str(tmp_path)) == ["0?"] * 3
 
 
 def test_no_mutation_of_a_file_of_rows_is_a_traceback(tmp_path: Path) -> None:

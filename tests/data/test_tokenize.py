@@ -4,7 +4,7 @@ import pytest
 from halos.data.collate import pack
 from halos.data.encoded import PROMPT_TOO_LONG, TOO_LONG, Encoded
 from halos.data.row import EQUAL
-from halos.data.tokenize import Encoder, any_of, vocabulary_of
+from halos.data.tokenize import WITHIN_TOKEN, Encoder, any_of, vocabulary_of
 from halos.errors import UserError
 from halos.examples import SampledTokens
 from halos.types import Comparison, Demonstration, Example, Judgement, Scored, Turns
@@ -138,6 +138,17 @@ def test_scored_turns_are_found_where_the_first_completion_was_tokenised_apart()
     assert made.decode(completion.ids[~completion.scored]) == "What is"
 
 
+def test_a_later_scored_turn_that_begins_within_a_token_is_counted():
+    joining = "{% for m in messages %}{{ m['content'] + ('' if m['role'] == 'user' else '</s>') }}{% endfor %}"
+    for asked, said, is_within in (("Answ", "er two", True), ("Answer", " two", False)):
+        turns = (says("one"), user(asked), says(said))
+        done = encoded(Demonstration((user("What?"),), turns), tokenizer(joining))
+        assert (WITHIN_TOKEN in done.notes) == is_within
+        completion = done.completions[0]
+        text = tokenizer(joining).decode(completion.ids[completion.scored])
+        assert text == "one</s> two</s>"
+
+
 def test_after_an_empty_prompt_the_first_token_is_not_counted_as_scored():
     bare = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     done = encoded(Demonstration((user(""),), (says("one two"),)), tokenizer(bare))
@@ -243,7 +254,7 @@ def test_ids_are_those_of_the_tokenizers_own_call_whatever_it_was_used_for_befor
     assert [tokens.ids for tokens in encoder._tokenise(texts)] == expected
     made(texts, truncation=True, max_length=3, padding="max_length")
     assert [tokens.ids for tokens in encoder._tokenise(texts)] == expected
-    assert [tokens.ids for tokens in encoder._tokenise(texts, starts=True)] == expected
+    assert [tokens.ids for tokens in encoder._tokenise(texts, bounds=True)] == expected
     made.split_special_tokens = True
     split = made(texts, add_special_tokens=False)["input_ids"]
     assert split != expected

@@ -196,6 +196,16 @@ def test_a_batch_of_masked_samples_alone_leaves_the_kl_coefficient_and_gives_no_
     assert made._controller().value == 0.1
 
 
+def test_sampled_ids_that_the_policy_has_no_embedding_for_are_refused_by_their_row(
+    vocabulary: str, tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    rows = [{"type": "scalar_feedback", "prompt": "One?", "output": "x", "reward": 0.5, "output_ids": [30, token],
+             "vocabulary": vocabulary} for token in (31, 60_000)]  # fmt: skip
+    (tmp_path / "m.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"m\.jsonl:2 has the token id 60000, and the policy knows \d+ ids"):
+        trainer("loss=ppo", f"data.train=['{tmp_path / 'm.jsonl'}']", "data.eval=[]", "train.batch_size=2")
+
+
 def test_old_log_probs_that_rounding_moves_beyond_the_clip_are_warned_of(
     scored: str, trainer: Callable[..., Trainer], caplog: pytest.LogCaptureFixture
 ) -> None:

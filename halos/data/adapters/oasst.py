@@ -8,7 +8,7 @@ from halos.data.row import Row
 from halos.errors import UserError
 
 ROLES = {"prompter": "user", "assistant": "assistant"}
-INCOMPLETE = "whose conversation is not whole"
+INCOMPLETE, NO_BETTER = "whose conversation is not whole", "whose next better answer is deleted"
 
 
 def oasst(read: Read, purpose: str) -> Iterator[Row]:
@@ -31,6 +31,8 @@ def oasst(read: Read, purpose: str) -> Iterator[Row]:
         worse = row.record
         better = answers.get((worse["parent_id"], int(worse["rank"]) - 1))
         if better is None:
+            if int(worse["rank"]) > 0:  # the best has none above it
+                yield Row({}, row.where, left_out=True, note=NO_BETTER)
             continue
         prompt = _path(messages, worse["parent_id"])
         if prompt is None:

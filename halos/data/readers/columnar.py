@@ -1,6 +1,7 @@
 """Read rows of parquet and arrow files, counted from 1."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,14 +48,17 @@ def _arrow_batches(path: Path) -> Iterator[Any]:
 
 
 def _rows(batches: Iterator[Any], path: Path, kind: str) -> Iterator[Row]:
-    number, classes = 0, dict[str, Sequence[str]]()
+    number, classes, twice = 0, dict[str, Sequence[str]](), list[str]()
     while True:
         with user_errors(f"{path}: not a readable {kind} file, from row {number + 1} on"):
             batch = next(batches, None)
             if batch is not None:
                 batch.validate(full=True)  # offsets of a damaged file would be followed anywhere
+                twice = [name for name, count in Counter(batch.schema.names).items() if count > 1]
         if batch is None:
             return
+        if twice:
+            raise UserError(f"{path}: two columns are named '{twice[0]}': write the file again with a name for each")
         classes = classes or class_names(batch.schema.metadata)
         for start in range(0, batch.num_rows, BATCH):
             with user_errors(f"{path}: not a readable {kind} file, from row {number + 1} on"):

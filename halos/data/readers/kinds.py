@@ -37,7 +37,8 @@ COMMANDS = {  # by suffix: how to make rows or files of it
     "tar": "mkdir '{stem}' && tar -xf '{path}' -C '{stem}'",
 }  # fmt: skip
 _SAME = {"xls": "xlsx", "pickle": "pkl", "yml": "yaml", "tgz": "tar"}
-NOT_READ = {"zip", "tar", "tgz", "pickle", "pkl"}  # data that a directory may hold, and that is not read
+NOT_READ = {"zip", "tar", "tgz", "pickle", "pkl", "xlsx", "xls", "orc", "avro", "h5", "hdf5"}  # data in directories
+UNFINISHED = ("part", "partial", "crdownload", "incomplete", "aria2")  # suffixes of files that are still copied
 
 
 def is_read(path: Path) -> bool:
@@ -47,6 +48,8 @@ def is_read(path: Path) -> bool:
 
 def is_data(path: Path) -> bool:
     """Return whether a file that is not read seems to hold data."""
+    if suffix_of(path) in UNFINISHED:
+        return is_data(path.with_suffix("")) or is_read(path.with_suffix(""))
     return suffix_of(path) in NOT_READ or inner_suffix(path) in READERS or suffix_of(path) in CODECS
 
 

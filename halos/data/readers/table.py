@@ -9,11 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from halos.data.messages import is_turn
 from halos.data.readers.streams import opened_text
 from halos.data.row import Row
 from halos.errors import UserError, first_line_of
 
 _OBJECTS = re.compile(r"\s*\[\s*\{")  # how JSON of a list of objects begins
+TEXTS = ("text", "prompt", "instruction", "question", "query", "chosen", "rejected", "completion", "response", "answer", "output")
 
 
 def read_csv(path: Path) -> Iterator[Row]:
@@ -84,7 +86,8 @@ def _record(names: Sequence[str], fields: Sequence[str], where: str) -> dict[str
 
 
 def _value(field: str, name: str, where: str) -> Any:
-    """Return a field: text; null where it is empty; and a list of messages where it is the JSON text of one."""
+    """Return a field: text; null where it is empty; and a list of objects where it is the JSON text of one, of turns in a column
+    that is text in other files."""
     if not _OBJECTS.match(field):
         return field or None
     try:
@@ -93,4 +96,4 @@ def _value(field: str, name: str, where: str) -> Any:
         if "'role'" in field or "'from'" in field:
             raise UserError(f"{where}: {name} is a list of messages as Python prints it: write it as JSON") from None
         return field
-    return value if all(isinstance(each, dict) for each in value) else field
+    return value if all(isinstance(each, dict) and (name not in TEXTS or is_turn(each)) for each in value) else field

@@ -35,7 +35,7 @@ def alpaca(columns: Columns, where: str) -> Change | None:
     prompt = columns[asked]
     if not isinstance(prompt, str):
         raise UserError(f"{where}: {', '.join(parts)} beside {asked}, which is no text")
-    prompt = "\n\n".join([prompt, *(columns[name] for name in about)])
+    prompt = "\n\n".join(text for text in (prompt, *(columns[name] for name in about)) if text.strip())
     turns = [*history, {"role": "user", "content": prompt}] if history else prompt
     changed = without(columns, *parts, **{asked: turns})
     return (

@@ -4,6 +4,7 @@ import json
 import re
 from typing import Any
 
+from halos.data.messages import is_turn
 from halos.data.schemas.schema import Change, Columns, Schema
 from halos.data.schemas.sharegpt import TURNS
 from halos.errors import UserError
@@ -19,7 +20,7 @@ def apply(columns: Columns, where: str) -> Change | None:
 
 
 def turns_in(text: str, column: str, where: str) -> list[Any] | None:
-    """Return the turns that text holds, a list of objects with a role each or one such object; None for other text."""
+    """Return the turns that text holds, a list of them or one; None for other text."""
     if not _JSON.match(text) and not _PYTHON.match(text):
         return None
     try:
@@ -29,11 +30,11 @@ def turns_in(text: str, column: str, where: str) -> list[Any] | None:
             raise UserError(f"{where}: {column} is a list of messages as Python prints it: write it as JSON") from None
         return None
     turns = value if isinstance(value, list) else [value]
-    return turns if all(isinstance(turn, dict) and ("role" in turn or "from" in turn) for turn in turns) else None
+    return turns if all(map(is_turn, turns)) else None
 
 
 SCHEMA = Schema(
-    "turns as text", f"{', '.join(f'`{name}`' for name in TURNS)} as JSON text of turns, objects with a `role` or `from`",
+    "turns as text", f"{', '.join(f'`{name}`' for name in TURNS)} as JSON of turns, `{{role, content}}` or `{{from, value}}`",
     "these turns", apply,
     {"prompt": '[{"role": "user", "content": "Hi"}]', "completion": "Hello!"}, {"prompt": "Hi", "completion": "Hello!"},
 )  # fmt: skip

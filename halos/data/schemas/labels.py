@@ -9,9 +9,11 @@ NAMES = ("label", "kto_tag")
 
 def label(columns: Columns, where: str) -> Change | None:
     """Turn a verdict in words, of a completion, into true or false. Raises UserError for an unknown word."""
+    if agree := {*NAMES} <= columns.keys() and verdict_in(columns["label"]) == verdict_in(columns["kto_tag"]):
+        columns = without(columns, "kto_tag")
     name = next((name for name in NAMES if name in columns), None)
     if name is None or not {"prompt", "completion"} <= columns.keys() or (name == "label" and not isinstance(columns[name], str)):
-        return None
+        return Change(dict(columns)) if agree else None
     verdict = verdict_in(columns[name])
     if verdict is None:
         raise UserError(

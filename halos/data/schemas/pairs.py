@@ -6,7 +6,7 @@ from typing import Any
 
 from halos.data.numbers import number_in
 from halos.data.row import EQUAL
-from halos.data.schemas.schema import Change, Columns, Schema, is_pair, without
+from halos.data.schemas.schema import PROMPTS, Change, Columns, Schema, is_pair, without
 from halos.errors import UserError
 
 EQUAL_SCORES = "whose completions have equal scores"
@@ -15,6 +15,8 @@ CONTRADICTING = "whose scores contradict their order"
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen-rating", "rejected-rating"),
           ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"))  # fmt: skip
 _MARK = re.compile(r"(?:^|\n\n)\s*(Human|Assistant|(?<![\s\S])System): ?")  # a system turn comes first
+_MARKED = re.compile(r"\s*Human:.*\n\s*Assistant:", re.DOTALL)
+ASKS = (*PROMPTS, "input", "problem", "q", "user")  # names of columns that ask, whatever they hold
 _ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
@@ -23,6 +25,7 @@ def hh_turns(text: str) -> list[dict[str, str]] | None:
 
     A last marker of the assistant without words, where an answer goes, is no turn.
     """
+    text = text.replace("\r\n", "\n")
     if "\n\nAssistant:" not in text or not (start := text.lstrip()).startswith(("Human:", "System:")):
         return None
     parts = _MARK.split(start)[1:]
@@ -47,7 +50,8 @@ def implicit_prompt(columns: Columns, where: str) -> Change | None:
     chosen, rejected = columns.get("chosen"), columns.get("rejected")
     if "prompt" in columns or not isinstance(chosen, str) or not isinstance(rejected, str):
         return None
-    others = [name for name in columns if name not in ("chosen", "rejected", "system") and _sentence(columns[name])]
+    others = [name for name in columns if name not in ("chosen", "rejected", "system")
+              and (_sentence(columns[name]) or name.lower() in ASKS)]  # fmt: skip
     if others:
         raise UserError(
             f"{where}: chosen and rejected are text, and there is no prompt: it may be {' or '.join(others)}"
@@ -56,6 +60,11 @@ def implicit_prompt(columns: Columns, where: str) -> Change | None:
         )
     if chosen == rejected:
         return Change(dict(columns), dropped=EQUAL)
+    if all(_MARKED.match(text) for text in (chosen, rejected)):
+        raise UserError(
+            f"{where}: chosen and rejected have marks of turns (Human:, Assistant:), which are read where each is after a blank"
+            " line: write such lines, or make turns of them with a function of yours (data.format)"
+        )
     most = min(len(chosen), len(rejected))
     same = next((n for n in range(most) if chosen[n] != rejected[n]), most)
     blank = re.search(r"\s\S*\Z", chosen[:same])
@@ -102,7 +111,10 @@ def ultrafeedback(columns: Columns, where: str) -> Change | None:
 
 
 def _sentence(value: Any) -> bool:
-    return isinstance(value, str) and len(value.split()) > 1
+    """Return whether a column may ask something: several words, of a script without blanks too, or a question mark."""
+    if isinstance(value, str):
+        return len(value.split()) > 1 or "?" in value or any(letter.isalpha() and letter > "\u2e7f" for letter in value)
+    return isinstance(value, list) and any(map(_sentence, value))
 
 
 def _text(value: Any) -> bool:
