@@ -27,7 +27,7 @@ except ImportError:
 SMALL = 2**26  # bytes of a JSON file: the tokenizer.json of a large vocabulary has 34 MB
 SETTINGS = 2**20  # bytes of a YAML file, which is read at about 100 kB a second
 LARGE = 2**32  # bytes of a data file
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the last: beyond a limit on the size of files
 NODES = 100_000  # values in a YAML file, with aliases expanded
 REMEDY = "nothing is read or written through it; put what it points to in its place, or delete it"
 NO_CODE: dict[str, Any] = {"trust_remote_code": False}  # for every from_pretrained; without it transformers asks on the terminal

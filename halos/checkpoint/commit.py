@@ -1,6 +1,5 @@
 """Atomic publication of a directory: written under a hidden name, listed in a manifest, synced, then renamed by one rank."""
 
-import errno
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ REPLACED = ".replaced-"
 # .NAME.PID: a temporary file of ours that is renamed to NAME; other hidden files may belong to somebody else
 TEMPORARY = re.compile(r"\.[\w.-]+\.(?:json|jsonl|yaml|md|html|reserve)\.\d+")
 # safetensors and torch.distributed.checkpoint wrap the system's error and keep its words
-FULL = re.compile(rf"(?:\[Errno|os error) (?:{errno.ENOSPC}|{errno.EDQUOT})\b")
+FULL = re.compile(rf"(?:\[Errno|os error) (?:{'|'.join(map(str, confined.DISK_FULL))})\b")
 
 Gather = Callable[[list[Any]], list[Any]]
 

@@ -28,9 +28,28 @@ GRPO = "halos.losses.grpo.grpo"
 OUTER = {"loss", "online", "data", "objective", "hooks", "logging", *keys_of(Scope.PLACE, Scope.COMMAND)}
 
 
+# Keys of the whole online run, which the training inside it has too
+COMMON = {"model", "data", "online", "seed", *keys_of(Scope.PLACE, Scope.COMMAND, Scope.HOST)}
+
+
+def _refuse_common(overrides: Sequence[str]) -> None:
+    """Raises UserError for an override of the training alone that would train another policy than is sampled from, or do
+    nothing."""
+    for text in overrides:
+        key = text.lstrip("+~").partition("=")[0].partition("@")[0]
+        if key == "loss":
+            raise UserError(f"online.overrides=[{text}]: online.loss names the loss that is trained with")
+        if key.partition(".")[0] in COMMON:
+            raise UserError(
+                f"online.overrides=[{text}]: {key} is of the whole online run, and the training inside it follows: give it"
+                " outside online.overrides"
+            )
+
+
 def inner_overrides(overrides: Sequence[str], config: Config) -> list[str]:
     """Return the overrides of an online run that apply to the training inside it."""
     assert config.online is not None
+    _refuse_common(config.online.overrides)
     passed = [text for text in overrides if text.lstrip("+~").partition("=")[0].partition("@")[0].partition(".")[0] not in OUTER]
     recipe = ["online=null"] if any(text.startswith("experiment=") for text in passed) else []  # that section is the online run's
     return [f"loss={config.online.loss}", *passed, *config.online.overrides, *recipe]

@@ -183,7 +183,8 @@ RunType = TypeVar("RunType", bound=AnyRun, contravariant=True, default=Run)
 
 
 class Hook(Generic[RunType]):
-    """Each method does nothing by default. Every rank runs every hook; guard output with `run.main`, never a collective.
+    """Each method does nothing by default. Every rank runs every hook; guard output with `run.main`, never a collective, nor
+    `run.stop`: a rank that stops alone leaves the others waiting for it.
 
     A plain `Hook` is for a training run. A `Hook[AnyRun]`, such as the trackers, uses only what online rounds have too; with
     loss=online the rounds call `on_start`, `on_eval`, `on_examples` and `on_end`, and keep the hook's state.

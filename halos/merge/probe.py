@@ -25,6 +25,7 @@ from halos.types import Acted, Sequences, TokenLogps
 
 ROWS, LENGTH = 12, 32
 REWARD_ROWS = 64  # for a reward model, whose rows have only one score each
+DRAWS, SCORE_DRAWS = 2, 8  # of noise: scores of all rows move together, so that from draw to draw it differs by a factor of 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +185,6 @@ def noise(
     temperature: float,
     reward: RewardKind | None,
     routes: Routes = (),
-    draws: int = 2,
 ) -> Noise:
     """Measure how far the values move if every module's output is off by one rounding of the terms it sums.
 
@@ -193,7 +193,7 @@ def noise(
     """
     settings: dict[str, Any] = {"temperature": temperature, "reward": reward, "routes": routes}
     exact, chosen = outputs_and_routes(model, ids, **settings)
-    moved, rerouted = [], []
+    moved, rerouted, draws = [], [], SCORE_DRAWS if reward is RewardKind.OUTCOME else DRAWS
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         handles = [each.register_forward_hook(_rounding_hook(unit, generator)) for each in model.modules() if each is not model]

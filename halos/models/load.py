@@ -125,8 +125,7 @@ def load_model(
     """
     config, reward = read_config(directory), RewardKind.OUTCOME if reward is True else reward or None
     auto, kind = CLASSES[reward], RewardKind.of_architectures(config.architectures)
-    if reward and kind is reward:
-        _check_labels(directory, reward, config)
+    _refuse_other_kind(directory, reward, kind, config)
     try:
         plan = plan_for(config, reward=reward, attention=attention, longest=longest)
     except UserError as error:
@@ -212,6 +211,17 @@ def _size_facts(config: PretrainedConfig) -> dict[str, Any]:
     facts = config.get_text_config().to_dict()
     sizes = {name: value for name, value in facts.items() if type(value) is int and not name.endswith(("_id", "vocab_size"))}
     return {"model_type": config.model_type, **sizes}
+
+
+def _refuse_other_kind(directory: Path, wanted: RewardKind | None, kind: RewardKind | None, config: PretrainedConfig) -> None:
+    """Raises UserError for a reward model as a language model, and for one with other labels."""
+    if wanted is None and kind is not None:
+        raise UserError(
+            f"{directory} is a reward model ({', '.join(config.architectures or [])}): a policy, reference or teacher is a causal"
+            " language model"
+        )
+    if wanted is not None and kind is wanted:
+        _check_labels(directory, wanted, config)
 
 
 def _check_labels(directory: Path, kind: RewardKind, config: PretrainedConfig) -> None:

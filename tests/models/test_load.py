@@ -39,6 +39,20 @@ def test_new_tokens_start_at_the_mean_of_the_others(tmp_path: Path) -> None:
         assert torch.allclose(table[tokenizer.get_vocab()[token]], table[:known].mean(0), atol=1e-6)
 
 
+def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "tiny")
+    tokenizer, _ = load_tokenizer(tmp_path / "tiny", add_tokens=[])
+    common: dict[str, Any] = {"dtype": torch.float32, "attention": "sdpa"}
+    for kind in RewardKind:
+        load_model(tmp_path / "tiny", tokenizer, reward=kind, **common).save_pretrained(tmp_path / kind.value)
+        load_model(tmp_path / kind.value, tokenizer, reward=kind, **common)
+        for empty in (True, False):
+            with pytest.raises(
+                UserError, match=rf"{kind.value} is a reward model \(Llama{kind.architecture}\): a policy, reference"
+            ):
+                load_model(tmp_path / kind.value, tokenizer, reward=None, empty=empty, **common)
+
+
 def without(directory: Path, name: str, settings: dict[str, Any]) -> None:
     """Write a small base without one tensor to `directory`."""
     tiny.build(directory)

@@ -406,6 +406,14 @@ def test_wrong_overrides_are_refused_before_anything_starts(tmp_path: Path, cach
         (["online.loss=simpo", "reference.name_or_path=tiny"], "uses no reference model"),
         (["online.loss=dpo", "humanline=on", "peft=lora", "online.rounds=2"], "online.reference=last goes with it"),
         (["online.loss=dpo", "online.rouns=3"], "online.rounds"),
+        *(
+            (
+                ["online.loss=dpo", f"online.overrides=[{text}]"],
+                f"online.overrides=[{text}]: {text.partition('=')[0]} is of the whole",
+            )
+            for text in ("model.name_or_path=other", "data.train=[x.jsonl]", "seed=3", "run_dir=x", "resume=x", "cache_dir=x")
+        ),
+        (["online.loss=dpo", "online.overrides=[loss=kto]"], "online.loss names the loss"),
     ):
         assert said in refused(words, tmp_path, cache), words
     assert not (tmp_path / "online").exists()
