@@ -22,6 +22,7 @@ from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, 
 # the columns of each form of a row; those with a label or a reward add it
 PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
 SAY = ("text", "chosen", *PROMPTS, *ANSWERS, *TALK)
+KNOWN = {*SAY, "rejected", "label", "reward", "conversations", "system", "input", "margin"}
 NO_TEXT, NULL_ARGUMENTS = "whose text is empty", "with arguments of tool calls that are null, which are left out"
 _EXPECTED = (
     "messages; prompt + completion; prompt + chosen + rejected; prompt + completion + label (or reward); prompt +"
@@ -99,7 +100,9 @@ def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tu
     found = ", ".join(name for name, value in given.items() if value is not None) or "none"
     if empty := [name for name, value in given.items() if value is None]:
         found += f" (and null: {', '.join(empty)})"
-    raise UserError(f"{row.where}: columns found: {found}; a row that can be trained on has {_EXPECTED}")
+    others = {name: name.lower() for name in given if name != name.lower() and name.lower() in KNOWN}
+    hint = f"; names are in small letters: data.columns={{{', '.join(f'{new}: {old}' for old, new in others.items())}}}"
+    raise UserError(f"{row.where}: columns found: {found}{hint if others else ''}; a row that can be trained on has {_EXPECTED}")
 
 
 def read_prompt(row: Row) -> tuple[Turns, str | None]:

@@ -136,6 +136,8 @@ def _turn(turn: Any, column: str, where: str) -> Message:
     turn = {name: value for name, value in turn.items() if value is not None and (name != "tool_calls" or value not in ([], ""))}
     turn = _with_tool_calls(turn, column, where)
     role = turn.get("role")
+    if isinstance(role, str) and role.lower() in ROLES:
+        role = turn["role"] = role.lower()
     if role not in ROLES:
         raise UserError(f"{where}: {column} has a turn of unknown role {role!r}; roles are {', '.join(ROLES)}")
     for name in ("content", *REASONING_NAMES):

@@ -54,5 +54,6 @@ def verdict_in(value: Any) -> bool | None:
         return value.is_desirable
     if isinstance(value, str):
         words = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", value.strip().lower())
+        words = re.sub(r"(?<=[01])\.0*$", "", words)  # as a table of floats writes 1
         return True if words in DESIRABLE else False if words in UNDESIRABLE else None
     return bool(value > 0) if isinstance(value, int | float) and value in (-1, 0, 1) else None

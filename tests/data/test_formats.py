@@ -30,6 +30,7 @@ def refuses(message: str, **columns) -> None:
 
 
 def test_prompt_and_completion_are_a_demonstration_as_text_or_as_messages():
+    assert read(messages=[turn("User", "One?"), turn("ASSISTANT", "one")]) == Demonstration(Q, GOOD)
     assert read(prompt="One?", completion="one") == Demonstration(Q, GOOD)
     assert read(prompt=list(Q), completion=list(GOOD)) == Demonstration(Q, GOOD)
     assert read(prompt=list(Q), completion=[*Q, *GOOD]) == Demonstration(Q, GOOD), "the prompt repeated"

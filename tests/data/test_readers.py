@@ -110,6 +110,11 @@ def test_other_separators_and_messages_in_a_field(tmp_path: Path) -> None:
     assert records(str(tmp_path / "a.csv")) == [{"prompt": "a,b", "completion": "c"}]
     assert records(str(tmp_path / "b.tsv")) == [{"prompt": 'a,"b"', "completion": "c"}]
     assert records(str(tmp_path / "c.csv")) == [{"prompt": turns, "completion": "[{}"}]
+    (tmp_path / "f.csv").write_text("sep=;\nprompt;completion\na,b;c\nd;e;f\n")
+    assert records({"path": str(tmp_path / "f.csv"), "split": "[:1]"}) == [{"prompt": "a,b", "completion": "c"}]
+    refuses(str(tmp_path / "f.csv"), r"f\.csv:4: 3 fields")
+    (tmp_path / "g.csv").write_text("prompt,completion\na,b\n", encoding="utf-16")
+    refuses(str(tmp_path / "g.csv"), r"g\.csv:1: not UTF-8 text: convert it, for example iconv -f UTF-16")
     (tmp_path / "e.csv").write_text('completion,scores\n"[{""a"": 1}]","[{""a"": 1}]"\n')
     assert records(str(tmp_path / "e.csv")) == [{"completion": '[{"a": 1}]', "scores": [{"a": 1}]}], "an answer in JSON"
 

@@ -103,6 +103,7 @@ def test_pairs_of_sharegpt_have_one_turn_each_or_several() -> None:
         ({"asks": "二加三等于多少", "chosen": "It is 5", "rejected": "It is 6"}, "it may be asks"),
         ({"asks": ["What is it?"], "chosen": "It is 5", "rejected": "It is 6"}, "it may be asks"),
         ({"chosen": "Human: Hi\nAssistant: Hello!", "rejected": "Human: Hi\nAssistant: No."}, "marks of turns"),
+        ({"Prompt": "One?", "Completion": "one"}, "data.columns={prompt: Prompt, completion: Completion}; a row that"),
         ({"question": "Add", "answer": ""}, "answer is empty: the assistant says nothing"),
         ({"instruction": "Add.", "input": "1, 1", "output": ""}, "output is empty: the assistant says nothing"),
         ({"instruction": [*Q], "input": "1", "output": "2"}, "input beside instruction, which is no text"),
@@ -237,7 +238,7 @@ def test_ultrafeedback_prefers_the_best_to_the_worst() -> None:
 
 def test_labels_may_be_words() -> None:
     row = {"prompt": "One?", "completion": "one"}
-    for words, wanted in ((DESIRABLE, True), (UNDESIRABLE, False)):
+    for words, wanted in (((*DESIRABLE, "1.0"), True), ((*UNDESIRABLE, "0.0", "-1.0"), False)):
         for word in words:
             assert read(**row, label=f" {word.title()} ").desirable is wanted
     assert read(**row, label="Thumbs_Up") == read(**row, kto_tag=1) == Judgement(Q, GOOD, True)

@@ -15,6 +15,7 @@ from halos.data.row import Row
 from halos.errors import UserError, first_line_of
 
 _OBJECTS = re.compile(r"\s*\[\s*\{")  # how JSON of a list of objects begins
+_SEPARATOR = re.compile(r"sep=(.)\r?\n?")  # the first line of some files of Excel
 TEXTS = ("text", "prompt", "instruction", "question", "query", "chosen", "rejected", "completion", "response", "answer", "output")
 
 
@@ -31,14 +32,16 @@ def _read(path: Path, delimiters: str) -> Iterator[Row]:
     """Read the rows, each named by the line on which it starts. Raises UserError for a row of other than the header's columns."""
     csv.field_size_limit(2**31 - 1)
     with opened_text(path) as file:
-        lines = _lines(file, path)
+        lines, skipped = _lines(file, path), 0
         first = next(lines, "")
-        delimiter = next((each for each in delimiters if each in first), delimiters[0])
+        if named := _SEPARATOR.fullmatch(first):
+            first, skipped = next(lines, ""), 1
+        delimiter = named[1] if named else next((each for each in delimiters if each in first), delimiters[0])
         spaced = f"{delimiter} " in first  # and so are the rows: a quote after a blank would be a part of the text
         reader = csv.reader(chain([first], lines), delimiter=delimiter, skipinitialspace=spaced, strict=True)
         names = list[str]()
         while True:
-            where = f"{path}:{reader.line_num + 1}"
+            where = f"{path}:{reader.line_num + 1 + skipped}"
             try:
                 fields = next(reader, None)
             except csv.Error as error:
@@ -59,9 +62,10 @@ def _lines(file: Iterator[str], path: Path) -> Iterator[str]:
             line = next(file, None)
         except UnicodeDecodeError as error:
             before = error.object[: error.start].count(b"\n")  # the lines that were read with this one
+            code = "UTF-16" if number == 0 and error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
             raise UserError(
                 f"{path}:{number + before + 1}: not UTF-8 text: convert it, for example"
-                f" iconv -f WINDOWS-1252 -t UTF-8 '{path}' > '{path.with_suffix('.utf8.csv')}'"
+                f" iconv -f {code} -t UTF-8 '{path}' > '{path.with_suffix('.utf8.csv')}'"
             ) from error
         if line is None:
             return
