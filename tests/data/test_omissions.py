@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 
+from halos.data import omissions
 from halos.data.dataset import Dataset
 from halos.data.omissions import OmissionCheck
+from halos.data.rendering import Renderer
 from halos.data.template import Template
 from halos.errors import UserError
 
@@ -103,3 +105,58 @@ def test_what_a_template_cuts_off_with_a_thought_is_missed(answer, lost):
         Template(tokenizer(cuts)).lay_out((user("Which?"),), ((says(answer),),), "row 1")
     assert Template(tokenizer(cuts)).lay_out((user("Which?"),), ((says("<think>one</think>Two."),),), "row 1").notes == ()
     assert Template(tokenizer(CHATML)).lay_out((user("Which?"),), ((says(answer),),), "row 1").notes == ()
+
+
+def trajectory(calls: int) -> tuple[dict[str, Any], ...]:
+    """An agent's conversation, of which most turns are calls of a tool and what it gives back."""
+    talk = [turn("system", "Be brief."), user("Mend it.")]
+    for number in range(calls):
+        arguments = {"path": f"a{number}.py", "lines": number}
+        call = {"type": "function", "function": {"name": "read", "arguments": arguments}}
+        talk += [{**says(f"Look at {number}."), "tool_calls": [call]}, turn("tool", f'line "{number}"\n')]
+    return (*talk, says("Done."))
+
+
+BY_TURN = "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}{% for c in m.tool_calls or [] %}{{ c.function.name }}"
+AS_JSON = (
+    BY_TURN.replace("m.content | trim", "m.content | tojson") + "{{ c.function.arguments | tojson }}{% endfor %}{% endfor %}"
+)
+BY_NAME = BY_TURN + "{% for k, v in c.function.arguments | items %}<{{ k }}>{{ v }}{% endfor %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize("template", [AS_JSON, BY_NAME])
+def test_a_long_conversation_of_a_new_shape_is_checked_by_one_rendering(template):
+    render, seen = Renderer(tokenizer(template), template), list[int]()
+
+    def counted(turns):
+        seen.append(len(turns))
+        return render(turns, "a row", generate=False)
+
+    check = OmissionCheck(counted)
+    for calls in (3, 40):
+        talk = trajectory(calls)
+        assert check.missing(talk, render(talk, "a row", generate=False)) == []
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(("template", "turns", "missing"), [
+    ("{% for m in messages %}{{ m.content | upper }}{% endfor %}", (user("a"), says("b")), []),
+    ("{% for m in messages %}{{ m.content | upper if loop.first else '' }}{% endfor %}", (user("a"), says("b")), [1]),
+    # The mark of the first turn brings the second one back, which its words hide:
+    ("{{ messages[0].content }}{% if messages[0].content != 'hush' %}{{ messages[1].content }}{% endif %}",
+     (turn("system", "hush"), user("a"), says("b")), [1, 2]),
+    ("{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}{{ c.function.arguments.values() | list }}"
+     "{% endfor %}{% endfor %}", trajectory(2), [2, 4]),  # the names of the tools
+])  # fmt: skip
+def test_what_marks_in_all_parts_do_not_tell_is_tried_part_by_part(template, turns, missing):
+    render = Renderer(tokenizer(template), template)
+    check = OmissionCheck(lambda turns: render(turns, "a row", generate=False))
+    assert [part.number for part in check.missing(turns, render(turns, "a row", generate=False))] == missing
+
+
+def test_the_shapes_that_are_remembered_are_bounded(monkeypatch):
+    monkeypatch.setattr(omissions, "MOST_SHAPES", 5)
+    check = OmissionCheck(lambda turns: "".join(each["content"] for each in turns))
+    for length in range(1, 20):
+        check.missing((user("a"),) * length, "a" * length)
+    assert len(check._shapes) == 5
