@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -140,6 +141,30 @@ def test_a_part_that_a_process_holds_is_free_once_it_ends(tmp_path: Path) -> Non
     holder.wait()
     with cache.alone(part) as is_free:
         assert is_free
+
+
+def test_what_a_killed_process_leaves_in_a_source_is_counted_apart_and_goes_unless_a_run_holds_the_source(
+    tmp_path: Path, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "SHARD", 10)
+    monkeypatch.setattr(shards, "processes", lambda: 1)
+    prepared(rows(tmp_path / "a.jsonl", 25), tmp_path / "cache", kind=Comparison)
+    gc.collect()
+    (source,) = (tmp_path / "cache" / "shards").iterdir()
+    before = {each.path: (each.rows, each.tokens, each.size) for each in stored(tmp_path / "cache")}
+    leftover = source / ".000001-0123abcd"
+    shutil.copytree(source / "000001", leftover)
+    after = {each.path: (each.rows, each.tokens, each.size) for each in stored(tmp_path / "cache")}
+    size = sum(file.stat().st_size for file in leftover.iterdir())
+    assert after == {**before, leftover: (0, None, size)}
+    assert [line.split()[:2] for line in typed("ls")[1].splitlines() if "unfinished" in line] == [["source", source.name[:8]]]
+    held = cache.Held(source)
+    assert "unfinished, but a run uses it: it stays" in typed("prune", "--unusable", "--yes")[1]
+    held.close()
+    assert "1 would be removed" in typed("prune", "--unusable")[1]
+    assert leftover.is_dir()
+    assert "1 removed" in typed("prune", "--unusable", "--yes")[1]
+    assert {path.name for path in source.iterdir() if path.is_dir()} == {"000000", "000001", "000002"}
 
 
 @pytest.mark.parametrize(
