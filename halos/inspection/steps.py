@@ -27,6 +27,7 @@ class Steps:
     total: int  # steps of the run
     per_epoch: int
     rows: int  # in those steps
+    all_rows: int  # in all steps of the run, as far as that is known beforehand
     tokens: int
     scored: int
     longest: int  # the batch with the most tokens
@@ -35,23 +36,26 @@ class Steps:
     part: str = "epoch"  # what `per_epoch`, and counts over an epoch, are of; a block of a stream
 
     @classmethod
-    def of(cls, data: Dataset, order: Batches, total: int, *, part: str = "epoch") -> "Steps":
+    def of(cls, data: Dataset, order: Batches, total: int, *, part: str = "epoch", rows_a_step: int | None = None) -> "Steps":
+        """`rows_a_step`: of every step, where batches go on from one part to the next."""
         lengths, scored = data.lengths.sum(1), data.scored.sum(1)
         batches = [order.batch(number) for number in range(min(order.batches_per_epoch, max(1, total)))]
         tokens = [int(lengths[batch].sum()) for batch in batches]
         longest = int(np.argmax(tokens))
         read = sum(int(scored[batch].sum()) for batch in batches)
-        return cls(total, order.batches_per_epoch, sum(map(len, batches)), sum(tokens), read, longest, tokens[longest],
+        rows, (parts, rest) = sum(map(len, batches)), divmod(total, order.batches_per_epoch)
+        all_rows = rows_a_step * total if rows_a_step else parts * rows + sum(map(len, batches[:rest]))
+        return cls(total, order.batches_per_epoch, rows, all_rows, sum(tokens), read, longest, tokens[longest],
                    len(batches[-1]), part)  # fmt: skip
 
     @property
     def all_tokens(self) -> int:
-        """The tokens of all steps, estimated where there are several epochs."""
-        return round(self.tokens * self.total / min(self.per_epoch, max(1, self.total)))
+        """The tokens of all steps, estimated where they have more rows than were counted."""
+        return round(self.tokens * self.all_rows / self.rows)
 
     def lines(self) -> list[tuple[str, str]]:
         """Return a line each on the epochs where there are several, on the tokens and on the longest batch, with their names."""
-        several = self.total > self.per_epoch
+        several = self.all_rows > self.rows
         whole = (
             f"{'about ' if several else ''}{self.all_tokens:,} in all steps, {self.all_tokens / max(1, self.total):,.0f} a step"
         )
@@ -76,7 +80,7 @@ class Steps:
         return f"a{'n' if self.part == 'epoch' else ''} {self.part}"
 
     def facts(self, batch_size: int) -> list[Fact]:
-        epochs = self.total / self.per_epoch
+        epochs = self.all_rows / self.rows if self.total >= self.per_epoch else self.total / self.per_epoch
         part = self._a_part if self.total >= self.per_epoch else "all steps"
         scored = f"{self.scored:,} of them scored" if self.scored else ""
         return [

@@ -161,7 +161,9 @@ class StreamSource(DatasetSource):
 
     def steps(self) -> Steps:
         assert self._block.data is not None
-        return Steps.of(self._block.data, self.order, self.total, part="block")
+        is_epoch = self._block.number == 0 and self._block.after is None  # whose last batch takes what is left
+        rows = None if is_epoch else self._config.train.batch_size
+        return Steps.of(self._block.data, self.order, self.total, part="block", rows_a_step=rows)
 
     def lines(self) -> list[tuple[str, str]]:
         size, at, number = self._config.data.stream_block, self._position, self._block.number + 1

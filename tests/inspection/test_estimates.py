@@ -118,6 +118,7 @@ def test_the_parts_of_a_run_are_those_of_its_shapes_and_its_largest_micro_batch(
     part = Steps.of(rows, batches.order, 2).lines()
     assert part[0][1].startswith(f"{sum(int(rows.lengths[batches.order.batch(n)].sum()) for n in range(2)):,} in all steps")
     assert "epoch" not in str(part)
+    assert Steps.of(rows, batches.order, 9).all_rows == 48 + 3 * 8
     uneven = replace(steps, total=24, per_epoch=4, rows=26, last=2).lines()[0]
     assert uneven == ("epochs", "6, each of 4 steps on 26 items, the last on 2")
     (time,) = estimate.time(steps)

@@ -1,6 +1,7 @@
 """Runs on a stream: a resumed run sees the same batches, on any number of ranks, and what cannot be streamed is refused."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -62,6 +63,20 @@ def test_a_row_that_cannot_be_read_ends_the_run_and_it_goes_on_once_that_is_righ
     assert resume(directory, "resume_changes=allow") == 0
     right = world.train("right", *words)
     assert (final(directory), losses(directory)) == (final(right), losses(right))
+
+
+@pytest.mark.parametrize("block", [10, 30], ids=["blocks", "one block"])
+def test_the_tokens_of_all_steps_are_estimated_by_rows(world: World, block: int) -> None:
+    """A block of 10 rows fills one batch of 6 and a part of the next, and 24 rows four."""
+    run = world.train(f"estimated-{block}", *STREAM, f"data.stream_block={block}", "train.steps=12")
+    found = re.search(r"tokens +([\d,]+) a block; about ([\d,]+) in all steps", log_of(run))
+    assert found is not None
+    of_block, of_all = (int(each.replace(",", "")) for each in found.groups())
+    (*_, trained) = (
+        row["tokens"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "tokens" in row
+    )
+    assert of_all == round(of_block * 72 / min(block, 24))
+    assert of_all == pytest.approx(trained, rel=0.05)
 
 
 def test_what_cannot_be_streamed_is_refused_in_one_message(world: World, cache: Path, tmp_path: Path) -> None:
