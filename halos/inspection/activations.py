@@ -21,6 +21,7 @@ from halos.data.collate import pack
 from halos.examples import Completion, PackRow
 from halos.logps.hidden import backbone_of, hidden_states
 from halos.logps.model import bare
+from halos.logps.modes import adapter_off
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,7 @@ class Activations:
     kept: float  # bytes for each token
     kept_by_branches: float  # further bytes for each token that a further branch of a shared prompt attends to
     working: float  # bytes for each token that live while a layer is computed
+    forward: float  # bytes for each token at the peak of a forward pass without gradients and adapter
     flops: float  # of the forward pass, for each token
 
 
@@ -50,12 +52,15 @@ def of(model: nn.Module, device: torch.device) -> Activations | None:
             model.train()
             alone = _forward(model, [_row(TRUNK, 2 * BRANCH)], device)
             shared = _forward(model, [_row(TRUNK, BRANCH)] * 2, device)
+            with adapter_off(model):
+                passed = _forward(model.eval(), [_row(TRUNK, 2 * BRANCH)], device, grad=False)
     except Exception as error:  # any architecture may need the values of a tensor
         log.debug("activations cannot be estimated: %s: %s", type(error).__name__, error)
         return None
     tokens = TRUNK + 2 * BRANCH
     more = max(0.0, shared.kept - alone.kept) / (TRUNK + BRANCH)
-    return Activations(alone.kept / tokens, more, (alone.peak - alone.kept) / tokens, alone.flops / tokens)
+    working = (alone.peak - alone.kept) / tokens
+    return Activations(alone.kept / tokens, more, working, passed.peak / tokens, alone.flops / tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,11 +97,11 @@ class _Allocated(TorchDispatchMode):
         self.live -= self._known.pop(key)
 
 
-def _forward(model: nn.Module, rows: Sequence[PackRow], device: torch.device) -> _Pass:
+def _forward(model: nn.Module, rows: Sequence[PackRow], device: torch.device, *, grad: bool = True) -> _Pass:
     batch = pack(rows, share=True).to(device)
     counter = FlopCounterMode(display=False)
     allocated = _Allocated([*model.parameters(), *model.buffers(), batch.ids, batch.positions])
-    with torch.enable_grad(), counter, allocated:
+    with torch.set_grad_enabled(grad), counter, allocated:
         hidden = hidden_states(bare(model), batch)
         found = _Pass(allocated.live, allocated.peak, counter.get_total_flops())
     assert len(hidden) == len(batch.ids)

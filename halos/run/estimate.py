@@ -27,7 +27,7 @@ from halos.run.prepare import PreparedRun
 from halos.run.reference import visited
 from halos.run.token_budget import ON_CPU, UNTRIED
 from halos.trainers.microbatches import Bounds
-from halos.trainers.reference_rows import BUDGETS
+from halos.trainers.reference_rows import bounds, cut
 
 TEMPORARIES = 2  # of the size of the largest trained parameter, that an optimizer makes which is not fused
 CHUNKS = 2  # of logits at once: logsumexp makes a second one
@@ -95,16 +95,30 @@ class Estimate:
             accumulates=not batch.alone,
             stepping=0 if fused else TEMPORARIES * max(self.trained, default=0),
             heap=round(HEAP * (kept + working)) if keeps_heap else 0,
-            beforehand=self._beforehand(self.activations, batch) if config.reference.cache == "always" else 0,
+            beforehand=self._beforehand(self.activations, keeps_heap) if config.reference.cache == "always" else 0,
         )
 
-    def _beforehand(self, each: Activations, batch: MicroBatch) -> int:
-        """Of the pass over the reference: larger micro-batches, of which one layer is held at a time."""
-        times = 1 if self.run.config.train.activation_checkpointing else BUDGETS
-        tokens = min(times * batch.tokens, int(self.rows.lengths.sum()))
-        scored = min(times * batch.scored, int(self.rows.scored.sum()))
-        chunk = min(scored, max(1, logits_at_once(self.device) // self.vocabulary)) * self.vocabulary * 4
-        return round((each.kept / self._layers + each.working) * tokens) + CHUNKS * chunk + scored * self.width * 4
+    def _beforehand(self, each: Activations, keeps_heap: bool) -> int:
+        """Of the pass over the reference, whose batches have bounds of their own: the layers, and then the head."""
+        tokens, scored = self._largest_of_pass()
+        head = CHUNKS * self._chunk(scored) + (tokens + scored) * self.width * 4
+        peak = max(each.forward * tokens, head)
+        return round(peak * (1 + HEAP)) if keeps_heap else round(peak)
+
+    def _largest_of_pass(self) -> tuple[int, int]:
+        """Return the tokens that are computed and those that are scored in the largest batch of the pass over the reference."""
+        train, lengths = self.run.config.train, self.rows.lengths
+        read = visited(self.run)
+        items = np.arange(len(lengths)) if read is None else read
+        sizes, scored = lengths[items].ravel(), self.rows.scored[items].ravel()
+        checkpointed = bool(train.activation_checkpointing)
+        cuts = cut(sizes.tolist(), *bounds(train, self.bounds.tokens, lengths.shape[1], is_checkpointed=checkpointed))
+        largest = max(cuts, key=lambda batch: int(sizes[batch].sum()))
+        held = np.unique(items[largest // lengths.shape[1]])
+        return min(self._computed(held), int(sizes[largest].sum())), int(scored[largest].sum())
+
+    def _chunk(self, scored: int) -> int:
+        return min(scored, max(1, logits_at_once(self.device) // self.vocabulary)) * self.vocabulary * 4
 
     @property
     def _layers(self) -> int:
@@ -119,7 +133,7 @@ class Estimate:
     def _head(self, batch: MicroBatch) -> int:
         if not self.reads_logits:
             return 0
-        chunk = min(batch.scored, max(1, logits_at_once(self.device) // self.vocabulary)) * self.vocabulary * 4
+        chunk = self._chunk(batch.scored)
         gradient = self.vocabulary * self.width * 4 if self.trains_head else 0
         return max(CHUNKS * chunk, chunk + gradient) + 2 * batch.scored * self.width * 4
 

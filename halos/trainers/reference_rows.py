@@ -56,13 +56,17 @@ class Plan:
                     hashes[key] = None
                     places.append((item, number))
                     tokens.append(len(row[0]) + len(row[1].ids))
-        most, rows_of_item = settings.microbatch_size, 1 + max((number for _, number in places), default=0)
-        times = 1 if is_checkpointed else BUDGETS
-        budget = budget and max(budget, min(times * budget, MOST))
-        batches = cut(tokens, budget, most and times * most * rows_of_item)
+        rows_of_item = 1 + max((number for _, number in places), default=0)
+        batches = cut(tokens, *bounds(settings, budget, rows_of_item, is_checkpointed=is_checkpointed))
         sizes = [sum(tokens[n] for n in batch) for batch in batches]
         parts = [[batches[n] for n in part] for part in cut(sizes, PART, None)]
         return cls(np.array(list(hashes), HASH), np.array(places, np.int64).reshape(-1, 2), np.array(tokens, np.int64), parts)
+
+
+def bounds(settings: Train, budget: int | None, rows_of_item: int, *, is_checkpointed: bool) -> tuple[int | None, int | None]:
+    """Return how many tokens and rows a batch of the pass holds; as to `settings` and `budget` see Plan.of."""
+    most, times = settings.microbatch_size, 1 if is_checkpointed else BUDGETS
+    return budget and max(budget, min(times * budget, MOST)), most and times * most * rows_of_item
 
 
 def cut(sizes: Sequence[int], budget: int | None, most: int | None) -> list[np.ndarray]:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from halos.inspection.steps import Steps
 from halos.logps import lora_linear
 from halos.logps.hidden import hidden_states
 from halos.logps.model import bare
+from halos.logps.modes import adapter_off
 from halos.run import reference
 from halos.run.batch_source import DatasetSource
 from halos.run.estimate import Estimate
@@ -53,6 +56,14 @@ def bytes_kept(model: nn.Module, rows: list[PackRow]) -> int:
     return sum(saved.values())
 
 
+def bytes_at_peak(model: nn.Module, rows: list[PackRow]) -> int:
+    """Bytes that torch's allocator has given out at the peak of a real forward pass without gradients."""
+    with torch.no_grad(), torch.profiler.profile(profile_memory=True) as profiled:
+        hidden_states(bare(model), pack(rows, share=True))
+    found: Any = profiled.profiler
+    return max(accumulate(each.nbytes() for each in found.kineto_results.events() if each.name() == "[memory]"))
+
+
 def test_tensors_without_storage_are_not_pinned_for_a_gpu() -> None:
     with FakeTensorMode():
         values = torch.empty(3)
@@ -79,6 +90,8 @@ def test_activations_estimated_from_shapes_are_those_of_a_real_forward_pass(
     assert found is not None
     assert 100 * found.kept == pytest.approx(alone, rel=0.1)
     assert 140 * found.kept + 100 * found.kept_by_branches == pytest.approx(shared, rel=0.1)
+    with adapter_off(real):
+        assert 300 * found.forward == pytest.approx(bytes_at_peak(real.eval(), [row(150, 150)]), rel=0.1)
     assert found.flops > 0
     assert found.working > 0
 
@@ -132,6 +145,22 @@ def test_the_parts_of_a_run_are_those_of_its_shapes_and_its_largest_micro_batch(
     assert adapted.gradients < memory.gradients / 4
     assert (adapted.reference, adapted.accumulates) == (0, False)
     assert lora.flops(1e6, 1e5, once=1e6) < estimate.flops(1e6, 1e5, once=1e6)
+
+
+@pytest.mark.parametrize(("words", "items"), [("train.microbatch_tokens=16384", 48), ("train.microbatch_size=1", 4)])
+def test_the_pass_over_the_reference_is_estimated_by_its_own_batches(
+    words: str, items: int, prepared_run: Callable[..., PreparedRun]
+) -> None:
+    """Four times the bounds of a micro-batch, which a batch of the run does not bound; a prompt's rows have it in common."""
+    run = prepared_run("loss=dpo", "reference.cache=always", "train.batch_size=2", "train.microbatch_tokens=null", words)
+    estimate = Estimate(run, make_accelerator("float32", "float32"))
+    rows, memory, each = estimate.rows, estimate.memory(), estimate.activations
+    assert memory is not None
+    assert each is not None
+    computed = rows.lengths.sum(1) - rows.prompt_lengths
+    most = max(int(computed[start : start + items].sum()) for start in range(0, 48, items))
+    assert memory.beforehand >= each.forward * most
+    assert memory.beforehand == pytest.approx((1.6 if memory.heap else 1) * each.forward * most, rel=0.2)
 
 
 def test_the_peak_is_in_the_backward_pass_or_in_the_step() -> None:

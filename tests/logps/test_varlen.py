@@ -358,7 +358,7 @@ def test_an_estimate_from_shapes_calls_torchs_kernel_and_leaves_nothing_behind(m
         model = transformers.LlamaForCausalLM(LLAMA)
     model.set_attn_implementation(VARLEN)
     assert activations.of(model.bfloat16(), CPU) is not None
-    assert len(calls) == 2 * LLAMA.num_hidden_layers, "of a sequence, and of two that share a prompt"
+    assert len(calls) == 3 * LLAMA.num_hidden_layers, "of a sequence, of two that share a prompt, and without gradients"
     assert varlen.layout_of.cache_info().currsize == 0
 
 
