@@ -119,8 +119,8 @@ SPLITS = ("train", "eval", "test", "validation", "valid", "val", "dev")
 ALIASES = {"training": "train", "evaluation": "eval", "testing": "test", "development": "dev"}
 _NAMED = re.compile(rf"({'|'.join(SPLITS)})(?:$|[-_.])", re.IGNORECASE)
 _ENDS = re.compile(rf"(?:^|[-_.])({'|'.join((*ALIASES, *sorted(SPLITS, key=len, reverse=True)))})$", re.IGNORECASE)
-_SHARD = re.compile(r"(?:[-_.](?:part|shard)?[-_.]?\d+)+(?:[-_.]of[-_.]\d+)?$", re.IGNORECASE)
-_NUMBERED = re.compile(r"(.*?)(\d+)[-_.]of[-_.](\d+)$", re.IGNORECASE)
+_SHARD = re.compile(r"(?:[-_.](?:part|shard)?[-_.]?\d+)+(?:[-_.]of[-_.]\d+(?:-[0-9a-f]{16})?)?$", re.IGNORECASE)
+_NUMBERED = re.compile(r"(.*?)(\d+)[-_.]of[-_.](\d+)(?:-[0-9a-f]{16})?", re.IGNORECASE)  # push_to_hub has added a hash
 
 
 def _split_of(path: Path) -> str:

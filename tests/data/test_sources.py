@@ -345,6 +345,16 @@ def test_a_split_may_be_the_end_of_a_name(tmp_path: Path, names: tuple[str, str]
     refuses(f"{tmp_path}/*.jsonl", "matches files of")
 
 
+def test_numbered_files_of_the_hub_may_have_a_hash_in_their_names(tmp_path: Path) -> None:
+    for number, name in enumerate(("train-{}-of-00003-a3ecf92756993583", "train_prefs-{}-of-00001-a3ecf92756993583")):
+        for part in range(3 - 2 * number):
+            jsonl(tmp_path / f"{name.format(f'{part:05d}')}.jsonl", ROWS[number : number + 1])
+    assert prompts({"path": str(tmp_path), "split": "train"}) == ["0?"] * 3
+    assert prompts({"path": str(tmp_path), "split": "train_prefs"}) == ["1?"]
+    (tmp_path / "train-00001-of-00003-a3ecf92756993583.jsonl").unlink()
+    refuses(str(tmp_path), r"train-\*: 2 of 3 files are here, and number 1 is missing")
+
+
 @pytest.mark.parametrize("numbers", [(0, 2), (1, 2), (0,), (2, 3)])
 def test_a_directory_without_some_of_its_numbered_files_is_refused(tmp_path: Path, numbers: tuple[int, ...]) -> None:
     for number in numbers:
