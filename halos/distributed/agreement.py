@@ -1,16 +1,20 @@
 """A check that all ranks agree: on data, hooks, tensors, and whether something is wrong; and what rank 0 alone computes."""
 
 import socket
+import time
 from collections.abc import Callable
 from itertools import zip_longest
 from typing import TypeVar
 
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
+from halos.distributed.environment import world_size
 from halos.errors import UserError
 
 Value = TypeVar("Value")
+PERIOD = 0.05  # seconds between two looks
 
 
 def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | None, problem: str | None = None) -> None:
@@ -30,6 +34,20 @@ def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | N
                 f"the {name} of rank {rank} on {host} is not that of rank 0 on {first_host}: {actual.strip()} instead of"
                 f" {expected.strip()}. Every rank needs the same command, and every host the same files"
             )
+
+
+def wait_for_all_ranks(event: str, patience: float) -> int:
+    """Return how many ranks have come to `event`, a name that no other has: all, or those that have after `patience` seconds. It
+    is no collective: the others may be waiting in one."""
+    size = world_size()
+    if size == 1 or not dist.is_initialized():
+        return size
+    store, deadline = dist.distributed_c10d._get_default_store(), time.monotonic() + patience
+    come = store.add(f"halos/{event}", 1)
+    while come < size and time.monotonic() < deadline:
+        time.sleep(PERIOD)
+        come = store.add(f"halos/{event}", 0)
+    return come
 
 
 def from_rank_0(accelerator: Accelerator, function: Callable[[], Value]) -> Value:

@@ -17,6 +17,7 @@ from typing_extensions import TypeVar  # with a default; torch brings it
 
 from halos.config.content_hashes import ContentHashes
 from halos.config.schema import Config
+from halos.distributed.agreement import wait_for_all_ranks
 from halos.distributed.moving_reference import MovingReference
 from halos.distributed.strategy import Strategy
 from halos.errors import UserError
@@ -26,6 +27,7 @@ from halos.reward_kind import RewardKind
 from halos.rundir import RunDir
 from halos.schedules import LearningRates
 
+PATIENCE = 600.0  # seconds between the ranks whose hooks stop the run
 Metrics = Mapping[str, Any]
 Prompts = Sequence[str | Sequence[Mapping[str, str]]]  # each a user's text, or the turns of a dialogue
 
@@ -131,6 +133,17 @@ class Run:
         """All-reduce the stop request: saving needs every rank, so a signal to one stops all. Every rank calls."""
         requested = torch.tensor([float(bool(self.stop_requested))], device=self.accelerator.device)
         self.stop_if_requested(bool(self.accelerator.reduce(requested, reduction="sum").item()))
+
+    def refuse_lone_stop(self) -> None:
+        """Raises UserError where a hook has stopped the run on some ranks alone: the others wait for them in the next step."""
+        if (stop := self._stop) is None or stop.signalled or stop.failed:  # these are of every rank
+            return
+        size = self.accelerator.num_processes
+        if (come := wait_for_all_ranks(f"stop at step {self.step}", PATIENCE)) < size:
+            raise UserError(
+                f"a hook set run.stop at step {self.step} ({stop.reason}), and {come} of {size} ranks stopped there: it must be"
+                " set on all of them, at the same step"
+            )
 
     def stop_if_requested(self, on_any_rank: bool) -> None:
         """Set `stop`; `on_any_rank` is the all-reduced request, the same on every rank."""

@@ -127,6 +127,7 @@ class Trainer(EvaluatedObjective):
                 self.evaluate()
             if checkpointer.due() and not run.stop:
                 checkpointer.save(final=False)
+        run.refuse_lone_stop()
         if not run.stopped_early and run.last_eval.get("step") != run.step:
             self.evaluate()
         checkpointer.finish_save()

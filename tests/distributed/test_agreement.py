@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.distributed import HashStore
 
 from halos.distributed import agreement, launch, strategies
 from halos.distributed.replicated import Replicated
@@ -47,6 +49,16 @@ def test_ranks_with_other_settings_or_data_are_refused_before_a_run_begins(tmp_p
     assert done.returncode == 1
     assert "error: the code of yours (by its hash) of rank 1 on" in done.stderr, done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_do_not_come_to_an_event_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = HashStore()
+    monkeypatch.setattr(agreement.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(agreement.dist.distributed_c10d, "_get_default_store", lambda: store)
+    monkeypatch.setattr(agreement, "world_size", lambda: 2)
+    assert agreement.wait_for_all_ranks("one", 0.2) == 1
+    with ThreadPoolExecutor(2) as ranks:
+        assert list(ranks.map(lambda _: agreement.wait_for_all_ranks("two", 60.0), range(2))) == [2, 2]
 
 
 @pytest.mark.parametrize(
