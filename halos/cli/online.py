@@ -29,14 +29,14 @@ OUTER = {"loss", "online", "data", "objective", "hooks", "logging", *keys_of(Sco
 
 
 # Keys of the whole online run, which the training inside it has too
-COMMON = {"model", "data", "online", "seed", *keys_of(Scope.PLACE, Scope.COMMAND, Scope.HOST)}
+COMMON = {"model", "data", "experiment", "online", "seed", *keys_of(Scope.PLACE, Scope.COMMAND, Scope.HOST)}
 
 
 def _refuse_common(overrides: Sequence[str]) -> None:
     """Raises UserError for an override of the training alone that would train another policy than is sampled from, or do
     nothing."""
     for text in overrides:
-        key = text.lstrip("+~").partition("=")[0].partition("@")[0]
+        key = text.strip().lstrip("+~").partition("=")[0].partition("@")[0]
         if key == "loss":
             raise UserError(f"online.overrides=[{text}]: online.loss names the loss that is trained with")
         if key.partition(".")[0] in COMMON:

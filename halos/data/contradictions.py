@@ -1,6 +1,6 @@
 """Refuse a row of which a part that would be learned from is lost: it is read in one form, and has columns of another."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from halos.data.numbers import number_in
@@ -13,6 +13,7 @@ WEIGHTS = ("weight", "train")  # of a turn of messages; no form reads one of a r
 INPUTS = ("input", "context", "choices", "history")  # what a prompt may be about; a known schema joins some
 TRUTH = {"true": 1, "false": 0}  # in files whose fields are text
 ABOUT = ("context", "choices")
+MIN_SENTENCE = 3  # words
 EMPTY = (None, "", "[]", [], {})
 REMEDY = "leave it out or rename it, or make the example with a function of yours (data.format)"
 
@@ -39,9 +40,11 @@ def refuse_unread_inputs(columns: Mapping[str, Any], where: str, *, schemas: boo
                "choices": about}  # fmt: skip
     for name in INPUTS:
         value = columns.get(name)
-        if value in EMPTY or not belongs[name] or (name in ABOUT and not _says_something(value)):
+        if value in EMPTY or not belongs[name]:
             continue
-        if name == "history" or str(value).strip() not in _words(columns[asked]):
+        parts = _parts(name, value)
+        said = _plain(" ".join(_words(columns.get(each, "")) for each in (asked, *ANSWERS)))
+        if name == "history" or not all(part in said for part in parts):
             raise UserError(
                 f"{where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns, or"
                 f" leave it out (data.columns={{{name}: null}})"
@@ -50,19 +53,37 @@ def refuse_unread_inputs(columns: Mapping[str, Any], where: str, *, schemas: boo
 
 def unread_beside(turns: Any, columns: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what is to be counted of the columns beside a whole conversation, `turns`: of those that may belong to it."""
-    words = _words(turns)
-    unread = [
-        name for name in ("input", *ABOUT) if _says_something(columns.get(name)) and str(columns[name]).strip() not in words
-    ]
+    said = _plain(_words(turns))
+    unread = [name for name in ("input", *ABOUT) if not all(part in said for part in _parts(name, columns.get(name)))]
     return tuple(f"with a column '{name}', which is not read beside messages" for name in unread)
 
 
-def _says_something(value: Any) -> bool:
-    """Return whether there are words in a column: text, or in an object or a list a text of several."""
+def says_something(value: Any) -> bool:
+    """Return whether a column holds words that may be learned from: several, or an object or list with any text."""
     if isinstance(value, Mapping | list):
-        parts = value.values() if isinstance(value, Mapping) else value
-        return any(_says_something(part) and (not isinstance(part, str) or " " in part.strip()) for part in parts)
-    return isinstance(value, str) and bool(value.strip())
+        return any(_texts(value))
+    return isinstance(value, str) and len(value.split()) > 1
+
+
+def _parts(name: str, value: Any) -> list[str]:
+    """Return the texts of a column that a prompt must have: a context's in a list or an object are sentences."""
+    if name == "input" and not isinstance(value, str | None):
+        return [_plain(str(value))]
+    least = MIN_SENTENCE if name == "context" and not isinstance(value, str) else 1
+    return [_plain(text) for text in _texts(value) if len(text.split()) >= least]
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in a value that is not blank."""
+    if isinstance(value, Mapping | list):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(part)
+    elif isinstance(value, str) and value.strip():
+        yield value
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
 
 
 def _words(value: Any) -> str:

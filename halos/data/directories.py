@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from halos.data.files import ALIASES, SPLITS, by_split, files_by_split, matching, root_of
+from halos.data.files import ALIASES, SPLITS, by_split, files_by_split, matching, refuse_missing_shards, root_of
 from halos.data.split import default_splits
 from halos.errors import UserError
 
@@ -13,6 +13,7 @@ def files_of_split(root: Path, split: str, purpose: str) -> list[Path]:
     such a name, and where several do."""
     splits = files_by_split(root)
     if not split and splits.keys() == {""}:
+        refuse_missing_shards(splits[""])
         return splits[""]
     wanted = (ALIASES.get(split.lower(), split.lower()),) if split else default_splits(purpose)
     for name in wanted:
@@ -21,6 +22,7 @@ def files_of_split(root: Path, split: str, purpose: str) -> list[Path]:
         if len(found) > 1 and not (split and name in splits):
             raise UserError(f"{root}: which of {', '.join(found)}? Write {{path: {root}, split: {found[0]}}}, or name each")
         if found:
+            refuse_missing_shards(splits[found[0]])
             return splits[found[0]]
     has = ", ".join(name or "files of no split" for name in splits)
     known = f"known names are: {', '.join(SPLITS)}"

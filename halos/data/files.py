@@ -80,7 +80,6 @@ def files_by_split(root: Path) -> dict[str, list[Path]]:
         others = [path for path in everything if is_data(path)]
         raise UserError(f"{root}: {KINDS}, and this directory has none{f' (but {others[0].name})' if others else ''}")
     _refuse_twins(files, root)
-    _refuse_missing_shards(files)
     splits = by_split(files, root)
     if len(splits) > 1 and "" in splits:
         raise UserError(f"{root}: {splits[''][0].name} belongs to no split, other files do ({', '.join(filter(None, splits))})")
@@ -88,9 +87,21 @@ def files_by_split(root: Path) -> dict[str, list[Path]]:
 
 
 def by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
+    """Return files by the split that a part of their path begins with, as `test_prefs`; where none does, by the split that their
+    names end with, if files that are named alike otherwise end in others, as `a_train` and `a_test` do."""
+    names = [_split_of(path.relative_to(root)) for path in files]
+    if not any(names):
+        ends = [_ENDS.search(_SHARD.sub("", _stem(path)).lower()) for path in files]
+        stems = [
+            _SHARD.sub("", _stem(path)).lower()[: found.start() if found else None]
+            for path, found in zip(files, ends, strict=True)
+        ]
+        kinds = {stem: {found and found[1] for other, found in zip(stems, ends, strict=True) if other == stem} for stem in stems}
+        if any(len(each) > 1 for each in kinds.values()) or (all(ends) and len({found[1] for found in ends if found}) > 1):
+            names = [ALIASES.get(found[1], found[1]) if found else "" for found in ends]
     splits: dict[str, list[Path]] = {}
-    for path in files:
-        splits.setdefault(_split_of(path.relative_to(root)), []).append(path)
+    for path, name in zip(files, names, strict=True):
+        splits.setdefault(name, []).append(path)
     return splits
 
 
@@ -120,16 +131,14 @@ ALIASES = {"training": "train", "evaluation": "eval", "testing": "test", "develo
 _NAMED = re.compile(rf"({'|'.join(SPLITS)})(?:$|[-_.])", re.IGNORECASE)
 _ENDS = re.compile(rf"(?:^|[-_.])({'|'.join((*ALIASES, *sorted(SPLITS, key=len, reverse=True)))})$", re.IGNORECASE)
 _SHARD = re.compile(r"(?:[-_.](?:part|shard)?[-_.]?\d+)+(?:[-_.]of[-_.]\d+(?:-[0-9a-f]{16})?)?$", re.IGNORECASE)
-_NUMBERED = re.compile(r"(.*?)(\d+)[-_.]of[-_.](\d+)(?:-[0-9a-f]{16})?", re.IGNORECASE)  # push_to_hub has added a hash
+_NUMBERED = re.compile(r"(.*?)(\d{5})[-_.]of[-_.](\d{5})(?:-[0-9a-f]{16})?", re.IGNORECASE)  # push_to_hub has added a hash
 
 
 def _split_of(path: Path) -> str:
-    """Return `test` for test/a.jsonl, a_test.jsonl and test-00000-of-00002.parquet, `test_prefs` for test_prefs-0-of-1."""
+    """Return `test` for test/a.jsonl, test.jsonl and test-00000-of-00002.parquet, `test_prefs` for test_prefs-00000-of-00001."""
     parts = [_SHARD.sub("", part).lower() for part in (*path.parts[:-1], _stem(path))]
-    if named := next((part for part in parts if _NAMED.match(part)), None):
-        return named
-    ends = next((found[1] for part in parts if (found := _ENDS.search(part))), "")
-    return ALIASES.get(ends, ends)
+    named = next((part for part in parts if _NAMED.match(part) or part in ALIASES), "")
+    return ALIASES.get(named, named)
 
 
 def _stem(path: Path) -> str:
@@ -137,19 +146,19 @@ def _stem(path: Path) -> str:
     return (path.with_suffix("") if path.suffix.removeprefix(".").lower() in CODECS else path).stem
 
 
-def _refuse_missing_shards(files: Sequence[Path]) -> None:
+def refuse_missing_shards(files: Sequence[Path]) -> None:
     """Raises UserError where names such as train-00000-of-00003 say that there are more files."""
-    shards = dict[tuple[Path, str, int], set[int]]()
+    shards = dict[tuple[str, int], set[int]]()
     for path in files:
         if found := _NUMBERED.fullmatch(_stem(path)):
-            shards.setdefault((path.parent, found[1], int(found[3])), set()).add(int(found[2]))
-    for (parent, name, count), numbers in shards.items():
-        first = min(1, *numbers) if len(numbers) > 1 else 0
+            shards.setdefault((found[1], int(found[3])), set()).add(int(found[2]))
+    for (name, count), numbers in shards.items():
         if len(numbers) < count:
+            first = min(1, *numbers) if len(numbers) > 1 else 0
             missing = next(number for number in range(first, first + count) if number not in numbers)
             raise UserError(
-                f"{parent / name}*: {len(numbers)} of {count} files are here, and number {missing} is missing: copy it too, or"
-                " give those that are here one by one"
+                f"{files[0].parent / name}*: {len(numbers)} of {count} files are here, and number {missing} is missing: copy it"
+                " too, or give those that are here one by one"
             )
 
 

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from halos.data.contradictions import refuse_contradictions, refuse_unread_inputs, refuse_weights, unread_beside
+from halos.data.contradictions import (
+    refuse_contradictions,
+    refuse_unread_inputs,
+    refuse_weights,
+    says_something,
+    unread_beside,
+)
 from halos.data.messages import has_null_arguments, is_learned, turns_of, with_settings, with_system
 from halos.data.oddities import UNANSWERED
 from halos.data.parts import check_completion, label_of, number_of, prompt_and_completion
@@ -21,8 +27,20 @@ from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, 
 
 # the columns of each form of a row; those with a label or a reward add it
 PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
-SAY = ("text", "chosen", *PROMPTS, *ANSWERS, *TALK)
-KNOWN = {*SAY, "rejected", "label", "reward", "conversations", "system", "input", "margin"}
+KNOWN = {
+    *PROMPTS,
+    *ANSWERS,
+    "messages",
+    "text",
+    "chosen",
+    "rejected",
+    "label",
+    "reward",
+    "conversations",
+    "system",
+    "input",
+    "margin",
+}
 NO_TEXT, NULL_ARGUMENTS = "whose text is empty", "with arguments of tool calls that are null, which are left out"
 _EXPECTED = (
     "messages; prompt + completion; prompt + chosen + rejected; prompt + completion + label (or reward); prompt +"
@@ -59,7 +77,7 @@ def parse(row: Row, *, score: str) -> Parsed:
     reading = _reading(row)
     if reading.dropped:
         return Parsed(None, reading.notes, reading.dropped)
-    if row.schemas and "text" in row.record and not any(str(reading.columns.get(name) or "").strip() for name in SAY):
+    if row.schemas and _is_empty_text(row.record, reading.columns):
         return Parsed(None, reading.notes, NO_TEXT)
     if has_null_arguments(reading.columns):
         reading = reading._replace(notes=(*reading.notes, NULL_ARGUMENTS))
@@ -72,6 +90,13 @@ def parse(row: Row, *, score: str) -> Parsed:
     is_unanswered = form == TALK and reading.columns["messages"][-1]["role"] != "assistant"
     unread = unread_beside(reading.columns["messages"], reading.columns) if form == TALK and row.schemas else ()
     return Parsed(example, (*reading.notes, *unread), oddities=(UNANSWERED,) if is_unanswered else ())
+
+
+def _is_empty_text(record: Mapping[str, Any], columns: Mapping[str, Any]) -> bool:
+    """Return whether a row is one of text, without any, and has nothing else that may be learned from."""
+    given = record.get("text", "no such column")
+    is_blank = given is None or (isinstance(given, str) and not given.strip())
+    return is_blank and not any(says_something(value) for name, value in columns.items() if name != "text")
 
 
 def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tuple[str, ...]]:

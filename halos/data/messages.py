@@ -227,14 +227,6 @@ def has_null_arguments(columns: Mapping[str, Any]) -> bool:
     return any(isinstance(each, Mapping) and _without_nulls(each) != each for each in arguments)
 
 
-def is_turn(value: Any) -> bool:
-    """Return whether an object has the keys of a turn, OpenAI's or ShareGPT's."""
-    if not isinstance(value, Mapping):
-        return False
-    says = {"content", "tool_calls", "function_call", *REASONING_NAMES}
-    return ("role" in value and not says.isdisjoint(value)) or {"from", "value"} <= value.keys()
-
-
 def _without_nulls(value: Any) -> Any:
     """Remove null keys: in a table every row has the columns of all others."""
     if isinstance(value, Mapping):

@@ -38,7 +38,7 @@ class Renderer:
                 f"{where}: the chat template does not read {', '.join(unread)}, which the row gives it; give another"
                 " model.chat_template, or leave them out, "
                 + (
-                    "'data.columns={tools: null}' or data.lost=keep"
+                    "'data.columns={tools: null}' (or functions, where the row has those) or data.lost=keep"
                     if "tools" in unread
                     else f"'data.columns={{{SETTINGS}: null}}'"
                 )

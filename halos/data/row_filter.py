@@ -3,6 +3,7 @@
 import ast
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from halos.data.numbers import exact
@@ -86,15 +87,18 @@ class RowFilter:
             if isinstance(op, ast.Is | ast.IsNot) and not (isinstance(right, ast.Constant) and right.value is None):
                 raise ValueError
         values = [self._parsed(node) for node in nodes]
+        texts = [isinstance(node, ast.Constant) and isinstance(node.value, str) for node in nodes]
+        quoted = [one or other for one, other in pairwise(texts)]
 
         def holds(columns: Mapping[str, Any]) -> bool:
             found = [value(columns) for value in values]
-            return all(_compare(op, one, other) for op, one, other in zip(ops, found, found[1:], strict=False))
+            return all(_compare(*each) for each in zip(ops, found, found[1:], quoted, strict=False))
 
         return holds
 
 
-def _compare(op: ast.cmpop, one: Any, other: Any) -> bool:
+def _compare(op: ast.cmpop, one: Any, other: Any, quoted: bool) -> bool:
+    """Compare two values, one of which is text in quotes where `quoted`: else text that is a number is one."""
     match op:
         case ast.Is() | ast.IsNot():
             return (one is None) == isinstance(op, ast.Is)
@@ -102,7 +106,7 @@ def _compare(op: ast.cmpop, one: Any, other: Any) -> bool:
             return _equal(one, other) == isinstance(op, ast.Eq)
         case ast.In() | ast.NotIn():
             return _contains(other, one) == isinstance(op, ast.In)
-    if isinstance(one, str) and isinstance(other, str) and (exact(one) is None or exact(other) is None):
+    if isinstance(one, str) and isinstance(other, str) and (quoted or exact(one) is None or exact(other) is None):
         return _ORDER[type(op)](one, other)
     return _ORDER[type(op)](_number(one), _number(other))
 

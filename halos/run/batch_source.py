@@ -55,6 +55,7 @@ class BatchSource(Protocol):
     splits: list[tuple[str, Split]]  # of the datasets on disk, by their names in the header
     unmeasured: frozenset[str]  # metrics that the evaluation data cannot yield
     checks: tuple[Check, ...]  # of the data and the chat template
+    known_ids: int | None  # of tokens, that the policy has embeddings for: for rows that are read while it trains
 
     def steps(self) -> Steps | None:
         """Return counts of the steps and their tokens; None where they are not known beforehand."""
@@ -83,6 +84,8 @@ class BatchSource(Protocol):
 
 class DatasetSource:
     """Batches of a dataset."""
+
+    known_ids: int | None = None
 
     def __init__(
         self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int
@@ -134,6 +137,8 @@ class DatasetSource:
 
 class PolicySource:
     """Completions sampled from the policy in training."""
+
+    known_ids: int | None = None
 
     def __init__(
         self, config: Config, loss: LossSpec, tokenizer: PreTrainedTokenizerBase, accelerator: Accelerator, max_length: int

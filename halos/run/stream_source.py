@@ -130,6 +130,8 @@ class StreamSource(DatasetSource):
         content = block.content if block is not None else None
         require_same_on_all_ranks(self._accelerator, f"block {number + 1} of data.train (by its hash)", content, problem)
         assert block is not None
+        if block.data is not None and self.known_ids is not None:
+            datasets.refuse_unknown_ids(self.known_ids, [("train", Split(block.data, None))])
         if number not in self._known and (self._is_begun or not block.kept):
             self._tell(block)
         return block

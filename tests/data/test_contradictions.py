@@ -55,9 +55,10 @@ def test_a_column_that_another_form_learns_from_is_refused_by_name(columns: dict
     {"prompt": [user("Who?")], "context": "Bob did.", "chosen": "Bob", "rejected": "Al"},
     {"question": "Who?", "context": {"title": ["A"], "sentences": [["Bob is here."]]}, "answer": "Bob"},
     {"prompt": "Who?", "context": ["Bob is here."], "completion": "Bob"},
+    {"question": "Who?", "choices": ["Bob", "Al"], "answer": "A"},
 ])  # fmt: skip
 def test_what_a_prompt_is_about_is_refused_where_it_is_not_joined_to_it(columns: dict[str, object]) -> None:
-    name = "input" if "input" in columns else "context"
+    name = next(name for name in ("input", "context", "choices") if name in columns)
     with pytest.raises(UserError, match=rf"^a\.jsonl:12: a column '{name}' is not read, and would be lost: .*{name}: null"):
         read(columns)
     # it is in the prompt, or has no words, or the row is of another form, where it is counted
@@ -66,8 +67,9 @@ def test_what_a_prompt_is_about_is_refused_where_it_is_not_joined_to_it(columns:
     read({"prompt": "Who?", "completion": "Bob", "weight": "1", "train": "true", "label": True, "kto_tag": "yes"})
     parsed = parse(Row({**TALK, "prompt": "One?", "context": "Bob did.", "input": "One?"}, "a.jsonl:12"), score="last")
     assert parsed.notes == ("with a column 'context', which is not read beside messages",)
-    with pytest.raises(UserError, match="a column 'choices' is not read"):
-        read({"question": "Who?", "choices": ["Bob Low", "Al Low"], "answer": "Bob Low"})
+    read({"prompt": "Who?\nA. Bob  Low\nB. Al", "choices": {"label": ["A", "B"], "text": ["Bob Low", "Al"]}, "completion": "A"})
+    read({"prompt": "Who? Bob did.\nIs it?", "context": {"a": [["Bob did. Is"]], "of": "the web"}, "completion": "Bob"})
+    read({"prompt": "Who?", "choices": [{"index": 0, "text": "Bob Low"}], "completion": "Bob Low"})
     with pytest.raises(UserError, match="a column 'context' is not read"):
         read_prompt(Row({"prompt": "Who?", "context": "Bob did."}, "a.jsonl:12"))
 

@@ -100,6 +100,8 @@ def test_pairs_of_sharegpt_have_one_turn_each_or_several() -> None:
         ({"text": "a", "label": 1}, "read as text, so 'label' would be lost"),
         ({"prompt": None, "chosen": "It is 5", "rejected": "It is 6"}, "prompt is null, and chosen and rejected are text"),
         ({"problem": "2+3", "chosen": "It is 5", "rejected": "It is 6"}, "it may be problem"),
+        ({"completion": '[{"role": "assistant", "text": "Yo"}]', "prompt": "One?"}, "content is NoneType, not text"),
+        ({"prompt": '[{"role": "user", "content": "Hi"}, {"who": 1}]', "completion": "one"}, "needs role and content"),
         ({"asks": "二加三等于多少", "chosen": "It is 5", "rejected": "It is 6"}, "it may be asks"),
         ({"asks": ["What is it?"], "chosen": "It is 5", "rejected": "It is 6"}, "it may be asks"),
         ({"chosen": "Human: Hi\nAssistant: Hello!", "rejected": "Human: Hi\nAssistant: No."}, "marks of turns"),
@@ -120,7 +122,16 @@ def test_answers_that_are_json_of_other_objects_are_text() -> None:
 
 def test_a_row_of_empty_text_is_dropped_and_counted() -> None:
     for text in (" ", "", None):
-        assert parse(Row({"text": text, "id": 3}, WHERE), score="last").dropped == "whose text is empty"
+        row = {"text": text, "id": 3, "url": "https://a.b/?c=d"}
+        assert parse(Row(row, WHERE), score="last").dropped == "whose text is empty"
+        refuses("columns found: (text, )?problem", text=text, problem="What is it?")
+        refuses("columns found: (text, )?dialogue", text=text, dialogue=["Hi", "Yo"])
+
+
+def test_columns_beside_a_pair_of_texts_that_ask_nothing_are_ignored() -> None:
+    others = {"user": "u17", "source": "https://x.y/?id=3", "category": "数学", "tags": ["open qa"], "Input": 3}
+    pair = {"chosen": "It is 5", "rejected": "It is 6"}
+    assert read(**pair, **others) == read(**pair) == Comparison((user("It is"),), (says("5"),), (says("6"),))
 
 
 def test_turns_as_json_text_are_turns_in_every_column_and_python_s_are_refused() -> None:

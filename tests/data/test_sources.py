@@ -337,7 +337,23 @@ def test_splits_with_longer_names_are_selected_by_name_and_never_mixed(tmp_path:
     assert prompts({"path": str(tmp_path), "split": "train"}) == ["3?"]
 
 
-@pytest.mark.parametrize("names", [("a_train", "a_test"), ("training", "testing"), ("a-training-00001", "b-evaluation")])
+@pytest.mark.parametrize("names", [("unit_test", "law"), ("web-dev", "finance"), ("human_eval",), ("lesson-00002-of-00005",)])
+def test_the_end_of_a_name_is_no_split_where_no_other_file_ends_in_another(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for number, name in enumerate(names):
+        jsonl(tmp_path / f"{name.replace('lesson-00002-of-00005', 'lesson-2-of-5')}.jsonl", ROWS[number : number + 1])
+    assert sorted(prompts(str(tmp_path))) == [f"{number}?" for number in range(len(names))]
+
+
+def test_numbered_files_of_another_split_may_be_missing(tmp_path: Path) -> None:
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "test-00000-of-00002"):
+        jsonl(tmp_path / f"{name}.jsonl", ROWS[:1])
+    assert prompts(str(tmp_path)) == ["0?", "0?"]
+    refuses(str(tmp_path), r"test-\*: 1 of 2 files are here", "eval")
+
+
+@pytest.mark.parametrize(
+    "names", [("a_train", "a_test"), ("training", "testing"), ("a-training-00001", "b-evaluation"), ("a_train", "b_test")]
+)
 def test_a_split_may_be_the_end_of_a_name(tmp_path: Path, names: tuple[str, str]) -> None:
     for number, name in enumerate(names):
         jsonl(tmp_path / f"{name}.jsonl", ROWS[number : number + 1])
@@ -352,7 +368,7 @@ def test_numbered_files_of_the_hub_may_have_a_hash_in_their_names(tmp_path: Path
     assert prompts({"path": str(tmp_path), "split": "train"}) == ["0?"] * 3
     assert prompts({"path": str(tmp_path), "split": "train_prefs"}) == ["1?"]
     (tmp_path / "train-00001-of-00003-a3ecf92756993583.jsonl").unlink()
-    refuses(str(tmp_path), r"train-\*: 2 of 3 files are here, and number 1 is missing")
+    refuses({"path": str(tmp_path), "split": "train"}, r"train-\*: 2 of 3 files are here, and number 1 is missing")
 
 
 @pytest.mark.parametrize("numbers", [(0, 2), (1, 2), (0,), (2, 3)])

@@ -411,7 +411,15 @@ def test_wrong_overrides_are_refused_before_anything_starts(tmp_path: Path, cach
                 ["online.loss=dpo", f"online.overrides=[{text}]"],
                 f"online.overrides=[{text}]: {text.partition('=')[0]} is of the whole",
             )
-            for text in ("model.name_or_path=other", "data.train=[x.jsonl]", "seed=3", "run_dir=x", "resume=x", "cache_dir=x")
+            for text in (
+                "model.name_or_path=other",
+                "data.train=[x.jsonl]",
+                "seed=3",
+                "run_dir=x",
+                "resume=x",
+                "experiment=gallery",
+                "cache_dir=x",
+            )
         ),
         (["online.loss=dpo", "online.overrides=[loss=kto]"], "online.loss names the loss"),
     ):

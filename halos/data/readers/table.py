@@ -9,9 +9,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from halos.data.messages import is_turn
 from halos.data.readers.streams import opened_text
 from halos.data.row import Row
+from halos.data.schemas.sharegpt import is_turn
 from halos.errors import UserError, first_line_of
 
 _OBJECTS = re.compile(r"\s*\[\s*\{")  # how JSON of a list of objects begins
@@ -100,4 +100,5 @@ def _value(field: str, name: str, where: str) -> Any:
         if "'role'" in field or "'from'" in field:
             raise UserError(f"{where}: {name} is a list of messages as Python prints it: write it as JSON") from None
         return field
-    return value if all(isinstance(each, dict) and (name not in TEXTS or is_turn(each)) for each in value) else field
+    are_objects = all(isinstance(each, dict) for each in value)
+    return value if are_objects and (name not in TEXTS or any(map(is_turn, value))) else field

@@ -4,9 +4,8 @@ import json
 import re
 from typing import Any
 
-from halos.data.messages import is_turn
 from halos.data.schemas.schema import Change, Columns, Schema
-from halos.data.schemas.sharegpt import TURNS
+from halos.data.schemas.sharegpt import TURNS, is_turn
 from halos.errors import UserError
 
 _JSON, _PYTHON = re.compile(r"\s*(\[\s*)?\{"), re.compile(r"\s*(array\()?\[\s*\{'(role|from|content|value)'")
@@ -20,7 +19,7 @@ def apply(columns: Columns, where: str) -> Change | None:
 
 
 def turns_in(text: str, column: str, where: str) -> list[Any] | None:
-    """Return the turns that text holds, a list of them or one; None for other text."""
+    """Return the turns that text holds, a list of objects with one at least, or one; None for other text."""
     if not _JSON.match(text) and not _PYTHON.match(text):
         return None
     try:
@@ -30,7 +29,7 @@ def turns_in(text: str, column: str, where: str) -> list[Any] | None:
             raise UserError(f"{where}: {column} is a list of messages as Python prints it: write it as JSON") from None
         return None
     turns = value if isinstance(value, list) else [value]
-    return turns if all(map(is_turn, turns)) else None
+    return turns if any(map(is_turn, turns)) else None
 
 
 SCHEMA = Schema(

@@ -16,7 +16,8 @@ SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score")
           ("chosen_rating", "rejected_rating"), ("rating_chosen", "rating_rejected"))  # fmt: skip
 _MARK = re.compile(r"(?:^|\n\n)\s*(Human|Assistant|(?<![\s\S])System): ?")  # a system turn comes first
 _MARKED = re.compile(r"\s*Human:.*\n\s*Assistant:", re.DOTALL)
-ASKS = (*PROMPTS, "input", "problem", "q", "user")  # names of columns that ask, whatever they hold
+ASKS = (*PROMPTS, "problem", "q")  # names of columns that ask, whatever they hold
+MIN_LETTERS = 6  # of a script without blanks, in a column that may ask something
 _ROLES = {"Human": "user", "Assistant": "assistant", "System": "system"}
 
 
@@ -111,10 +112,11 @@ def ultrafeedback(columns: Columns, where: str) -> Change | None:
 
 
 def _sentence(value: Any) -> bool:
-    """Return whether a column may ask something: several words, of a script without blanks too, or a question mark."""
+    """Return whether a column may ask something: several words, or text of a script without blanks, or with a question mark."""
     if isinstance(value, str):
-        return len(value.split()) > 1 or "?" in value or any(letter.isalpha() and letter > "\u2e7f" for letter in value)
-    return isinstance(value, list) and any(map(_sentence, value))
+        without_blanks = sum(letter.isalpha() and letter > "\u2e7f" for letter in value) >= MIN_LETTERS
+        return len(value.split()) > 1 or without_blanks or ("?" in value and "://" not in value)
+    return isinstance(value, list) and any(isinstance(each, str) and "?" in each and "://" not in each for each in value)
 
 
 def _text(value: Any) -> bool:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from halos.data.messages import ROLES as OPENAI_ROLES
 from halos.data.schemas.schema import Change, Columns, Schema, is_pair, without
 from halos.errors import UserError
 
@@ -13,8 +14,17 @@ ROLES = {
     **dict.fromkeys(("observation", "tool", "tool_response", "function_response"), "tool"),
     "system": "system", "function_call": "function_call", "tool_call": "function_call",
 }  # fmt: skip
+KNOWN = {*ROLES, *OPENAI_ROLES, "function"}
 TALKS = ("conversations", "conversation")
 TURNS = (*TALKS, "messages", "prompt", "chosen", "rejected", "completion")
+
+
+def is_turn(value: Any) -> bool:
+    """Return whether an object means to be a turn, OpenAI's or ShareGPT's: it has a known role, or says something."""
+    if not isinstance(value, Mapping):
+        return False
+    roles = {str(value.get("role")).lower(), str(value.get("from")).lower()} & KNOWN
+    return bool(roles) or {"role", "content"} <= value.keys() or {"from", "value"} <= value.keys()
 
 
 def apply(columns: Columns, where: str) -> Change | None:
