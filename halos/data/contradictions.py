@@ -42,9 +42,9 @@ def refuse_unread_inputs(columns: Mapping[str, Any], where: str, *, schemas: boo
         value = columns.get(name)
         if value in EMPTY or not belongs[name]:
             continue
-        parts = _parts(name, value)
-        said = _plain(" ".join(_words(columns.get(each, "")) for each in (asked, *ANSWERS)))
-        if name == "history" or not all(part in said for part in parts):
+        places = (asked, *ANSWERS) if name == "choices" else (asked,)  # an interface's choices are the answers
+        said = _plain(" ".join(_words(columns.get(each, "")) for each in places))
+        if name == "history" or not all(part in said for part in _parts(name, value)):
             raise UserError(
                 f"{where}: a column '{name}' is not read, and would be lost: put its content into {asked}, as text or turns, or"
                 f" leave it out (data.columns={{{name}: null}})"

@@ -87,22 +87,26 @@ def files_by_split(root: Path) -> dict[str, list[Path]]:
 
 
 def by_split(files: Sequence[Path], root: Path) -> dict[str, list[Path]]:
-    """Return files by the split that a part of their path begins with, as `test_prefs`; where none does, by the split that their
-    names end with, if files that are named alike otherwise end in others, as `a_train` and `a_test` do."""
+    """Return files by the split that a part of their path begins with, as `test_prefs`, or where none does, by the end of their
+    names."""
     names = [_split_of(path.relative_to(root)) for path in files]
-    if not any(names):
-        ends = [_ENDS.search(_SHARD.sub("", _stem(path)).lower()) for path in files]
-        stems = [
-            _SHARD.sub("", _stem(path)).lower()[: found.start() if found else None]
-            for path, found in zip(files, ends, strict=True)
-        ]
-        kinds = {stem: {found and found[1] for other, found in zip(stems, ends, strict=True) if other == stem} for stem in stems}
-        if any(len(each) > 1 for each in kinds.values()) or (all(ends) and len({found[1] for found in ends if found}) > 1):
-            names = [ALIASES.get(found[1], found[1]) if found else "" for found in ends]
     splits: dict[str, list[Path]] = {}
-    for path, name in zip(files, names, strict=True):
+    for path, name in zip(files, names if any(names) else _splits_at_end(files), strict=True):
         splits.setdefault(name, []).append(path)
     return splits
+
+
+def _splits_at_end(files: Sequence[Path]) -> list[str]:
+    """Return the splits that names end with, if those that are alike but for it have others, or all files have one of several:
+    `a_train` and `a_test`, not `unit_test` beside `law`. Else none."""
+    bare = [_SHARD.sub("", _stem(path)).lower() for path in files]
+    ends, alike = list[str](), dict[str, set[str]]()
+    for name in bare:
+        found = _ENDS.search(name)
+        ends.append(ALIASES.get(found[1], found[1]) if found else "")
+        alike.setdefault(name[: found.start()] if found else name, set()).add(ends[-1])
+    are_splits = any(len(each) > 1 for each in alike.values()) or (all(ends) and len({*ends}) > 1)
+    return ends if are_splits else [""] * len(files)
 
 
 def kinds_of(files: Sequence[Path]) -> str:

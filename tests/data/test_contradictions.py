@@ -51,7 +51,7 @@ def test_a_column_that_another_form_learns_from_is_refused_by_name(columns: dict
 @pytest.mark.parametrize("columns", [
     {"instruction": "Add one.", "input": 41, "output": "42"}, {"instruction": "Sort.", "input": ["b", "a"], "output": "a b"},
     {"prompt": "Translate.", "input": "Bonjour", "output": "Hello"},
-    {"prompt": "Who?", "context": "Bob did.", "completion": "Bob"},
+    {"prompt": "Who?", "context": "Bob did.", "completion": "Bob did."},
     {"prompt": [user("Who?")], "context": "Bob did.", "chosen": "Bob", "rejected": "Al"},
     {"question": "Who?", "context": {"title": ["A"], "sentences": [["Bob is here."]]}, "answer": "Bob"},
     {"prompt": "Who?", "context": ["Bob is here."], "completion": "Bob"},
