@@ -27,20 +27,7 @@ from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, 
 
 # the columns of each form of a row; those with a label or a reward add it
 PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
-KNOWN = {
-    *PROMPTS,
-    *ANSWERS,
-    "messages",
-    "text",
-    "chosen",
-    "rejected",
-    "label",
-    "reward",
-    "conversations",
-    "system",
-    "input",
-    "margin",
-}
+KNOWN = {*PROMPTS, *ANSWERS, *TALK, *PAIR, "text", "label", "reward", "conversations", "system", "input"}
 NO_TEXT, NULL_ARGUMENTS = "whose text is empty", "with arguments of tool calls that are null, which are left out"
 _EXPECTED = (
     "messages; prompt + completion; prompt + chosen + rejected; prompt + completion + label (or reward); prompt +"
@@ -96,7 +83,8 @@ def _is_empty_text(record: Mapping[str, Any], columns: Mapping[str, Any]) -> boo
     """Return whether a row is one of text, without any, and has nothing else that may be learned from."""
     given = record.get("text", "no such column")
     is_blank = given is None or (isinstance(given, str) and not given.strip())
-    return is_blank and not any(says_something(value) for name, value in columns.items() if name != "text")
+    others = {name: value for name, value in columns.items() if name != "text"}
+    return is_blank and not any(says_something(value) or (name in KNOWN and value) for name, value in others.items())
 
 
 def _read(columns: Mapping[str, Any], row: Row, score: str) -> tuple[Example, tuple[str, ...]]:

@@ -187,7 +187,7 @@ class Encoder:
             else:
                 (tail,), shift, merged = self._tokenise([text], bounds=True), 0, True
             if any(first < start + shift < end for start, _ in spans[1:] for first, end in tail.bounds):
-                notes = (*notes, WITHIN_TOKEN)
+                notes = (*layout.notes, WITHIN_TOKEN)
             scored = tail.scored(spans, shift)
             if not prompt:
                 scored[0] = False  # it has no context to be predicted from

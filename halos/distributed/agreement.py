@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from halos.distributed.environment import world_size
+from halos.distributed.rendezvous import PATIENCE, PERIOD
 from halos.errors import UserError
 
 Value = TypeVar("Value")
-PERIOD = 0.05  # seconds between two looks
 
 
 def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | None, problem: str | None = None) -> None:
@@ -36,7 +36,7 @@ def require_same_on_all_ranks(accelerator: Accelerator, name: str, text: str | N
             )
 
 
-def wait_for_all_ranks(event: str, patience: float) -> int:
+def wait_for_all_ranks(event: str, patience: float = PATIENCE) -> int:
     """Return how many ranks have come to `event`, a name that no other has: all, or those that have after `patience` seconds. It
     is no collective: the others may be waiting in one."""
     size = world_size()

@@ -27,7 +27,6 @@ from halos.reward_kind import RewardKind
 from halos.rundir import RunDir
 from halos.schedules import LearningRates
 
-PATIENCE = 600.0  # seconds between the ranks whose hooks stop the run
 Metrics = Mapping[str, Any]
 Prompts = Sequence[str | Sequence[Mapping[str, str]]]  # each a user's text, or the turns of a dialogue
 
@@ -139,7 +138,7 @@ class Run:
         if (stop := self._stop) is None or stop.signalled or stop.failed:  # these are of every rank
             return
         size = self.accelerator.num_processes
-        if (come := wait_for_all_ranks(f"stop at step {self.step}", PATIENCE)) < size:
+        if (come := wait_for_all_ranks(f"stop at step {self.step}")) < size:
             raise UserError(
                 f"a hook set run.stop at step {self.step} ({stop.reason}), and {come} of {size} ranks stopped there: it must be"
                 " set on all of them, at the same step"

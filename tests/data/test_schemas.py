@@ -125,6 +125,7 @@ def test_a_row_of_empty_text_is_dropped_and_counted() -> None:
         row = {"text": text, "id": 3, "url": "https://a.b/?c=d"}
         assert parse(Row(row, WHERE), score="last").dropped == "whose text is empty"
         refuses("columns found: (text, )?problem", text=text, problem="What is it?")
+        assert text or read(text=text, prompt="One?", completion="one") == Demonstration(Q, GOOD)
         refuses("columns found: (text, )?dialogue", text=text, dialogue=["Hi", "Yo"])
 
 
