@@ -15,7 +15,10 @@ from world import World, copied, final, log_of, losses, pairs, refusal, resume, 
 from halos.config.bind import bind_loss
 from halos.config.schema import Config
 from halos.config.stream_checks import complaint
+from halos.data.tokenize import vocabulary_of
 from halos.errors import UserError
+from halos.models.load import load_tokenizer
+from halos.run.lifecycle import run
 from halos.run.stream_source import refuse_unfit
 
 STREAM = ["data.stream=true", "data.stream_block=10", "train.batch_size=6"]
@@ -77,6 +80,28 @@ def test_the_tokens_of_all_steps_are_estimated_by_rows(world: World, block: int)
     )
     assert of_all == round(of_block * 72 / min(block, 24))
     assert of_all == pytest.approx(trained, rel=0.05)
+
+
+def test_a_token_that_the_policy_does_not_know_is_refused_by_its_row_in_a_later_block_too(world: World, tmp_path: Path) -> None:
+    known = vocabulary_of(load_tokenizer(world.base, add_tokens=[])[0])
+    rows = [{"type": "binary_feedback", "prompt": f"Count {n}", "output": "x", "label": n % 2, "vocabulary": known,
+             "output_ids": [5, 60_000 * (n == 7)]} for n in range(8)]  # fmt: skip
+    (tmp_path / "ids.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = compose(
+        world.cache,
+        tmp_path / "runs",
+        "loss=kto",
+        f"model.name_or_path={world.base}",
+        "data.eval=[]",
+        "exp_name=ids",
+        f"data.train=[{tmp_path}/ids.jsonl]",
+        *STREAM,
+        "data.stream_block=4",
+        "train.batch_size=2",
+        "train.steps=4",
+    )
+    with pytest.raises(UserError, match=r"ids\.jsonl:8 has the token id 60000, and the policy knows"):
+        run(config, [])
 
 
 def test_what_cannot_be_streamed_is_refused_in_one_message(world: World, cache: Path, tmp_path: Path) -> None:
