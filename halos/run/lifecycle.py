@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,15 +141,25 @@ def _train(trainer: Trainer, request: StopRequest) -> int:
         raise
     finally:
         try:
-            trainer.checkpointer.end()
-            current.call_hooks(lambda hook: hook.on_end(current))
-        finally:  # even if a hook raises
+            _end(trainer)
+        except BaseException as error:
+            note = note or f"after the last step: {type(error).__name__}: {error}"
+            raise
+        finally:
             if current.main:
                 measured = current.last_eval.items()
                 metrics = {name: value for name, value in measured if name != "split" and not name.startswith("seconds")}
                 seconds = time.perf_counter() - began
                 current.directory.result.write(status, current.step, metrics, reason=note, seconds=seconds)
     return _close(current, status, note)
+
+
+def _end(trainer: Trainer) -> None:
+    """Close all that is open: what raises keeps no other hook from closing what it has."""
+    with ExitStack() as stack:
+        for hook in reversed(trainer.run.hooks.values()):
+            stack.callback(hook.on_end, trainer.run)
+        stack.callback(trainer.checkpointer.end)
 
 
 def _name_log(current: Run, error: BaseException) -> None:

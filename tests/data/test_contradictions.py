@@ -24,7 +24,8 @@ def read(columns: dict[str, object]) -> object:
     [
         ({**DONE, "label": True, "reward": 0.5}, "read as prompt [+] completion [+] label, so 'reward' would be lost: leave"),
         ({**DONE, "label": True, "margin": 2.0}, "so 'margin' would be lost"),
-        ({**TALK, "label": False}, "columns found: messages, label. The row is read as messages, so 'label' would be lost"),
+        ({**TALK, "label": "maths"}, "columns found: messages, label. The row is read as messages, so 'label' would be lost"),
+        ({**TALK, "label": 3}, "read as messages, so 'label' would be lost"),
         ({**TALK, "reward": -3.0}, "so 'reward' would be lost: .*data.format"),
         ({**PAIR, "label": 0}, "read as prompt [+] chosen [+] rejected, so 'label' would be lost"),
         ({**PAIR, "completion": "three"}, "so 'completion', which holds another answer, would be lost"),
@@ -38,7 +39,8 @@ def read(columns: dict[str, object]) -> object:
         ({**PAIR, "train": False}, "train=False"),
         ({**DONE, "weight": "0.5"}, "weight='0.5'"),  # of a csv file
         ({**DONE, "train": "False"}, "train='False'"),
-        ({**TALK, "kto_tag": False}, "so 'kto_tag' would be lost"),
+        ({**TALK, "kto_tag": "maths"}, "so 'kto_tag' would be lost"),
+        ({**TALK, "label": True, "reward": 0.5}, "so 'label' would be lost"),
         ({**DONE, "kto_tag": False, "label": True}, "so 'kto_tag' would be lost"),
         ({"type": "binary_feedback", "prompt": "One?", "output": "one", "label": 1, "weight": 0}, "weight=0"),
     ],

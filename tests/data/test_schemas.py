@@ -261,6 +261,19 @@ def test_labels_may_be_words() -> None:
 # --- the header, and text ----------------------------------------------------------------------------------------------
 
 
+def test_a_label_beside_messages_is_about_the_last_turn() -> None:
+    talk = [user("Zero?"), says("zero"), *Q, *BAD]
+    wrong = Judgement((user("Zero?"), says("zero"), *Q), BAD, desirable=False)
+    for label in ({"label": False}, {"kto_tag": False}, {"label": "bad"}, {"label": 0, "kto_tag": "False"}):
+        assert read(messages=talk, **label) == wrong
+    assert read(conversations=[said("human", "One?"), said("gpt", "one")], kto_tag=True) == Judgement(Q, GOOD, desirable=True)
+    assert read(messages=json.dumps([*Q, *GOOD]), label="1") == Judgement(Q, GOOD, desirable=True)
+    assert read_prompt(Row({"messages": [*Q, *GOOD, *Q], "label": True}, WHERE)) == (Q, "one")
+    refuses("so 'kto_tag' would be lost", messages=[*talk, user("Sure?")], kto_tag=True)
+    refuses("there is no turn to answer", messages=[says("one")], label=True)
+    refuses("so 'label' would be lost", messages=talk, label=True, chosen=[*Q, *GOOD])
+
+
 def test_what_was_made_of_rows_is_counted(tmp_path: Path) -> None:
     rows = [{"chosen": f"Say {n}. one", "rejected": f"Say {n}. two", "score_chosen": n, "score_rejected": 1} for n in range(3)]
     path = jsonl(tmp_path / "a.jsonl", [*rows, {"chosen": "a", "rejected": "a"}])

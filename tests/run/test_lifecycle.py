@@ -9,6 +9,9 @@ import pytest
 from halos.checkpoint import manifest
 from halos.collection import collect_rarely, freeze_imports
 from halos.config.schema import Config
+from halos.hooks.base import Hook, Run
+from halos.hooks.log import MetricsLog
+from halos.hooks.progress import ProgressBar
 from halos.run.lifecycle import _nothing_to_do, run
 from halos.rundir import RunDir
 
@@ -27,6 +30,27 @@ def test_imports_are_frozen_once_and_later_runs_freeze_no_garbage(
     assert gc.get_threshold() == usual, "training collects as usual"
     assert run(configure("loss=sft", "dry_run=true"), []) == 0
     assert gc.get_freeze_count() <= frozen
+
+
+def test_a_hook_that_fails_at_the_end_is_named_in_the_result_and_the_others_end(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = []
+
+    def fails(hook: Hook, run: Run) -> None:
+        ended.append(type(hook))
+        raise ValueError("cannot close")
+
+    monkeypatch.setattr(MetricsLog, "on_end", fails)
+    monkeypatch.setattr(ProgressBar, "on_end", fails)
+    config = configure("loss=sft", "train.steps=1", "train.batch_size=4", "checkpoint.every=null")
+    with pytest.raises(ValueError, match="cannot close"):
+        run(config, [])
+    assert {*ended} == {MetricsLog, ProgressBar}
+    result = RunDir(config.run_dir).read_result()
+    assert result is not None
+    assert result["status"] == "finished", "FINAL is whole"
+    assert result["reason"] == "after the last step: ValueError: cannot close"
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,24 @@
-"""Labels in words, and text alone."""
+"""Labels of conversations, labels in words, and text alone."""
+
+from collections.abc import Mapping
 
 from halos.data.numbers import DESIRABLE, UNDESIRABLE, verdict_in
 from halos.data.schemas.schema import ANSWERS, PROMPTS, Change, Columns, Schema, is_pair, without
 from halos.errors import UserError
 
 NAMES = ("label", "kto_tag")
+OTHER_FORMS = {*PROMPTS, *ANSWERS, "chosen", "rejected", "reward", "text"}  # which a label beside messages may belong to
+
+
+def labelled_talk(columns: Columns, where: str) -> Change | None:
+    """Split the messages of a row that has a label before the last turn, the assistant's, which the label is about."""
+    turns, name = columns.get("messages"), next((name for name in NAMES if name in columns), None)
+    if name is None or not isinstance(turns, list) or len(turns) < 2 or OTHER_FORMS & columns.keys():
+        return None
+    is_answer = isinstance(turns[-1], Mapping) and str(turns[-1].get("role")).lower() == "assistant"
+    if verdict_in(columns[name]) is None or not is_answer:
+        return None
+    return Change(without(columns, "messages", prompt=turns[:-1], completion=turns[-1:]), read_as="labelled messages")
 
 
 def label(columns: Columns, where: str) -> Change | None:
@@ -36,6 +50,13 @@ def text(columns: Columns, where: str) -> Change | None:
     )
 
 
+TALKS = Schema(
+    "labelled messages", "`messages` or `conversations` that end with the assistant, and a `label` (or `kto_tag`)",
+    "`prompt` + `completion` + `label`: the label is about the last turn", labelled_talk,
+    {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "No."}], "label": False},
+    {"prompt": "Hi", "completion": "No.", "label": False},
+    needs=frozenset(NAMES),
+)  # fmt: skip
 LABELS = Schema(
     "labels in words", f"a `label` (or `kto_tag`) that says {', '.join(DESIRABLE)}; or {', '.join(UNDESIRABLE)}",
     "true or false; another word is refused", label,

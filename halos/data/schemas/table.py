@@ -5,12 +5,25 @@ from typing import Any, NamedTuple
 
 from halos.data.schemas.answered import ALPACA, ANSWERED, ORCA
 from halos.data.schemas.json_turns import SCHEMA as JSON_TURNS
-from halos.data.schemas.labels import LABELS, TEXT
+from halos.data.schemas.labels import LABELS, TALKS, TEXT
 from halos.data.schemas.pairs import HH, IMPLICIT, MARGINS, ULTRAFEEDBACK, hh_turns
 from halos.data.schemas.schema import PROMPTS, Schema
 from halos.data.schemas.sharegpt import SCHEMA as SHAREGPT
 
-SCHEMAS: tuple[Schema, ...] = (JSON_TURNS, ORCA, SHAREGPT, ULTRAFEEDBACK, TEXT, ALPACA, ANSWERED, HH, IMPLICIT, MARGINS, LABELS)
+SCHEMAS: tuple[Schema, ...] = (
+    JSON_TURNS,
+    ORCA,
+    SHAREGPT,
+    ULTRAFEEDBACK,
+    TEXT,
+    ALPACA,
+    ANSWERED,
+    HH,
+    IMPLICIT,
+    MARGINS,
+    TALKS,
+    LABELS,
+)
 
 
 class Reading(NamedTuple):
