@@ -1,5 +1,6 @@
 """Rename and leave out columns of rows, and leave out rows by an expression of their columns."""
 
+import re
 from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from typing import Any
@@ -38,8 +39,10 @@ def with_columns(
 def _check(named: list[tuple[str, str]], known: Mapping[str, Any], path: str) -> None:
     for key, name in named:
         if known and name not in known:
+            near = next((each for each in known if name in re.split(r"\W+", each)), None)  # filter='chosen-rating > 3' subtracts
+            hint = f"column('{near}') in a filter is the column '{near}';" if near and key.startswith("filter") else ""
             near = nearest(name, known)
-            hint = f"did you mean '{near}'?" if near else "it has"
+            hint = hint or (f"did you mean '{near}'?" if near else "it has")
             raise UserError(f"data entry {path}: {key}: its rows have no column '{name}'; {hint} ({', '.join(known)})")
 
 

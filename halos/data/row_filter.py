@@ -19,8 +19,8 @@ _ARITHMETIC: dict[type[ast.operator], Callable[[Any, Any], Any]] = {
 }  # fmt: skip
 _TRUE_OR_FALSE = {"true": True, "false": False}
 TAKES = (
-    "it takes columns, parts of them (meta['lang']), numbers, text in quotes, lists, and, or, not, ==, !=, <, <=, >, >=, in,"
-    " not in, is None, is not None, + - * /, len() and lower()"
+    "it takes columns (one whose name is no word as column('chosen-rating')), parts of them (meta['lang']), numbers, text in"
+    " quotes, lists, and, or, not, ==, !=, <, <=, >, >=, in, not in, is None, is not None, + - * /, len() and lower()"
 )
 
 
@@ -53,7 +53,7 @@ class RowFilter:
         match node:
             case ast.Constant(value) if value is None or isinstance(value, str | int | float):
                 return lambda columns: value
-            case ast.Name(name):
+            case ast.Name(name) | ast.Call(ast.Name("column"), [ast.Constant(str(name))], []):
                 self.columns[name] = None
                 return lambda columns: columns.get(name)
             case ast.Subscript(of, part) if isinstance(key := ast.literal_eval(part), str | int):  # raises ValueError for others

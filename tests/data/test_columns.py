@@ -30,6 +30,8 @@ ROW = {
     "ten": "10",
     "hundred": "100",
     "nine": "9.5",
+    "chosen-rating": 4,
+    "column": 7,
 }
 
 
@@ -50,6 +52,7 @@ ROW = {
         ("ten > nine and hundred > ten and ten < 'b' and not ten > '9'", True),  # two numbers as text are compared as numbers
         ("id == 1234567890123456789 and whole > 1234567890123456788 and id - 1 == 1234567890123456788", True),
         ("id == 1234567890123456788 or whole < id", False),
+        ("column('chosen-rating') == 4 and column('column') == column and column('meta')['ok']", True),
     ],
 )  # fmt: skip
 def test_a_filter_is_a_condition_on_columns(text: str, holds: bool) -> None:
@@ -68,6 +71,7 @@ def test_a_filter_is_a_condition_on_columns(text: str, holds: bool) -> None:
         ("(lambda: True)()", "is not understood"),
         ("lang is 'EN'", "is not understood"),
         ("n ** 99999", "is not understood"),
+        ("column(lang) == 1", "is not understood; it takes columns [(]one whose name is no word as column[(]'chosen-rating'[)]"),
         ("score_ratio > 'x'", "a:1: filter=.*'x' is no number"),
         ("none > 2", "a:1: filter=.*null is no number; write `column is not None and"),
         ("len(none) > 2", "len\\(\\) of null; write"),
@@ -85,7 +89,8 @@ def test_what_is_no_condition_is_refused(text: str, words: str) -> None:
 
 
 ROWS: list[dict[str, Any]] = [
-    {"question": f"{n}?", "best": f"{n}", "worst": "no", "score": n, "prompt": "id", "label": 1, "more": n} for n in range(6)
+    {"question": f"{n}?", "best": f"{n}", "worst": "no", "score": n, "prompt": "id", "label": 1, "more": n, "b-rating": n}
+    for n in range(6)
 ]
 COLUMNS = {"prompt": "question", "chosen": "best", "rejected": "worst", "label": None}
 
@@ -102,7 +107,7 @@ def test_columns_are_renamed_and_left_out_and_rows_filtered_before(tmp_path: Pat
     data = prepared(entry, tmp_path, kind=Comparison)
     assert data.lines() == [f"{path}: 6 rows, 3 examples kept; dropped 3 (3 filtered out by score >= 2 and question != '3?')"]
     assert read({"path": path, "columns": COLUMNS})[0] == {
-        "prompt": "0?", "chosen": "0", "rejected": "no", "score": 0,
+        "prompt": "0?", "chosen": "0", "rejected": "no", "score": 0, "b-rating": 0,
     }  # fmt: skip
     assert read({"path": path, "columns": {"prompt": "question", "question": "prompt"}})[1]["question"] == "id"
     assert [row.get("more") for row in read({"path": path, "filter": "more is not None"})] == [None, 1, 2, 3, 4, 5], (
@@ -125,6 +130,7 @@ def test_columns_are_renamed_and_left_out_and_rows_filtered_before(tmp_path: Pat
         ({"columns": {"lable": None}}, "columns: lable: null: its rows have no column 'lable'; did you mean 'label'"),
         ({"filter": "scor > 1"}, "filter='scor > 1': its rows have no column 'scor'; did you mean 'score'"),
         ({"filter": 7}, "filter=7 must be text"),
+        ({"filter": "b-rating > 3"}, "no column 'b'; column[(]'b-rating'[)] in a filter is the column 'b-rating'; [(]question"),
         ({"columns": ["a"]}, "columns=\\['a'\\] must be names"),
         ({"columns": {"prompt": 1}}, "must be names"),
     ],
