@@ -165,6 +165,12 @@ def parse_json(text: str, name: str) -> Any:
     return value
 
 
+def to_yaml(value: Any) -> str:
+    """Return plain values as YAML, in their order; by libyaml where PyYAML has it, which takes a tenth of the time."""
+    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
+    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=10_000)
+
+
 def parse_yaml(text: str, name: str) -> Any:
     """Parse YAML into plain values, without tags. Raises UnreadableError if it is invalid."""
     if len(text) > SETTINGS:

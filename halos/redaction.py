@@ -50,7 +50,7 @@ def environment_secrets() -> dict[str, str]:
         value = value.strip()
         if name.upper().endswith(SUFFIXES) and len(value) >= MIN_LENGTH:
             known[value] = name
-        elif (found := _USERINFO.match(value)) and _is_secret(found):
+        elif "://" in value and (found := _USERINFO.match(value)) and _is_secret(found):
             password = found["userinfo"].partition(":")[2] or found["userinfo"]
             known |= {each: name for each in (password, unquote(password)) if len(each) >= MIN_LENGTH}
     return known

@@ -31,7 +31,7 @@ def seal(text: str) -> str:
 def attempt(record: Mapping[str, Any], *, config: str, before: str | None) -> str:
     """Return the text of an attempt's record, which seals itself, the configuration and the record `before` it."""
     hashes_of = {"config": digest(config), "before": digest(before) if before is not None else None}
-    return seal(yaml.safe_dump({**record, SEALED: hashes_of}, sort_keys=False, allow_unicode=True))
+    return seal(confined.to_yaml({**record, SEALED: hashes_of}))
 
 
 def is_whole(text: str) -> bool | None:

@@ -3,6 +3,7 @@
 import pickle
 from pathlib import Path
 
+import hydra
 import pytest
 
 from halos.cli.compose import CONFIG, ConfigTree
@@ -14,6 +15,7 @@ SMALL = ("model=tiny", "data=arithmetic", "exp_name=x")
 @pytest.fixture
 def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(composed.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(composed, "_tree", ConfigTree)
     composed.remember()
     return tmp_path
 
@@ -26,6 +28,20 @@ def test_what_has_been_composed_is_read_and_not_composed_again(memory: Path) -> 
     file.write_bytes(pickle.dumps(remembered))
     assert composed.config_of(*SMALL, "loss=dpo").seed == 12345
     assert composed.config_of(*SMALL, "loss=kto").seed != 12345
+
+
+def test_a_tree_composes_the_same_once_and_what_it_returns_may_be_changed(memory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, compose = list[object](), hydra.compose
+    monkeypatch.setattr(hydra, "compose", lambda *given, **settings: (calls.append(given), compose(*given, **settings))[1])
+    tree = ConfigTree()
+    tree.compose(["loss=dpo"]).seed = 12345
+    again = tree.compose(["loss=dpo"])
+    again.seed += 1
+    assert (again.seed, tree.compose(["loss=dpo"]).seed) == (1, 0)
+    assert tree.compose(["loss=kto"]).loss_choice == "kto"
+    assert len(calls) == 2
+    assert ConfigTree().compose(["loss=dpo"]).seed == 0
+    assert len(calls) == 3, "files may have changed between two commands"
 
 
 def test_another_directory_is_always_composed_anew(memory: Path, tmp_path_factory: pytest.TempPathFactory) -> None:

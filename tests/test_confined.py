@@ -239,3 +239,18 @@ def test_untrusted_text_cannot_forge_a_line_or_control_the_terminal() -> None:
     assert printable(name) == r"a\x1b]0;title\x07\rb\ud800\u202ec\u2028d"
     assert one_line("a\nb") == r"a\nb"
     assert printable("a\nb\té…\u200d") == "a\nb\té…\u200d"
+
+
+def test_yaml_is_written_in_order_and_read_as_it_was() -> None:
+    value = {
+        "z": 1,
+        "a": [None, True, 1e-6, 2.0, "1", "no", "a: b", "zwei\nZeilen", "naïve 👍", " blank "],
+        "é": {},
+        "": [],
+        "long": "x " * 400,
+    }
+    text = confined.to_yaml(value)
+    assert confined.parse_yaml(text, "a.yaml") == value
+    assert list(confined.parse_yaml(text, "a.yaml")) == list(value)
+    assert "naïve" in text, "as it is typed"
+    assert max(map(len, text.splitlines())) > 700, "a value is on one line"

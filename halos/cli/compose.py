@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -54,6 +55,10 @@ class ConfigTree:
                     options.setdefault(group, []).append(file.stem)
         return options
 
+    @cached_property
+    def _composed(self) -> dict[tuple[str, ...], bytes]:
+        return {}
+
     @property
     def searchpath(self) -> list[str]:
         """The override that makes Hydra search the other directories."""
@@ -66,7 +71,13 @@ class ConfigTree:
         return hydra.initialize_config_dir(str(self.directories[0]), version_base=VERSION)
 
     def compose(self, overrides: Sequence[str]) -> DictConfig:
-        """Compose a configuration; its `loss_choice` is that of config/loss. Raises UserError if Hydra cannot."""
+        """Compose a configuration; its `loss_choice` is that of config/loss. Raises UserError if Hydra cannot.
+
+        One command may ask for the same several times (jobs of a sweep, the training of each round), and Hydra takes an eighth of
+        a second: a tree composes it once.
+        """
+        if (before := self._composed.get(tuple(overrides))) is not None:
+            return pickle.loads(before)
         with self.initialized():
             try:
                 composed = hydra.compose(self.name, [*self.searchpath, *overrides], return_hydra_config=True)
@@ -74,6 +85,7 @@ class ConfigTree:
                 raise UserError(explain(error)) from error
         with open_dict(composed):
             composed["loss_choice"] = composed.pop("hydra").runtime.choices.get("loss")
+        self._composed[tuple(overrides)] = pickle.dumps(composed)
         return composed
 
     def compose_parsed(self, parsed: Sequence[Override]) -> tuple[DictConfig, list[Override]]:

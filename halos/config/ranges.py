@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from halos.config.schema import Config
@@ -17,7 +18,7 @@ def check_ranges(node: Any, schema: Any = Config, prefix: str = "", *, spelled: 
 
     Raises UserError. `spelled` maps a key to its name where the user set it.
     """
-    hints = get_type_hints(schema)
+    hints = _hints(schema)
     for field in fields(schema):
         key, value = prefix + field.name, node.get(field.name)
         section = next((part for part in (hints[field.name], *get_args(hints[field.name])) if is_dataclass(part)), None)
@@ -25,6 +26,11 @@ def check_ranges(node: Any, schema: Any = Config, prefix: str = "", *, spelled: 
             check_ranges(value, section, f"{key}.", spelled=spelled)
         elif (limits := field.metadata.get("limits")) and value is not None and not _is_open(value):
             _check_range(spelled(key), value, limits, describe(hints[field.name]))
+
+
+@cache
+def _hints(schema: Any) -> dict[str, Any]:
+    return get_type_hints(schema)
 
 
 def _is_open(value: Any) -> bool:

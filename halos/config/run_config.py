@@ -12,7 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -22,7 +21,7 @@ from halos.config.content_hashes import ContentHashes
 from halos.config.schema import Config
 from halos.config.suggest import unknown_key
 from halos.config.values import as_argument
-from halos.confined import parse_yaml
+from halos.confined import parse_yaml, to_yaml
 from halos.errors import UserError, first_line_of
 from halos.repository import CONFIG
 
@@ -53,7 +52,7 @@ ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}, "humanline": {"
 
 def dump(config: Config) -> str:
     """Return the text of config.yaml."""
-    return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True, width=10_000)
+    return to_yaml(asdict(config))
 
 
 def load(text: str, attempts: Mapping[str, str], run_dir: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -42,10 +43,12 @@ def check(composed: DictConfig, overrides: Sequence[str] = (), choices: Choices 
     """
     refuse_secrets(OmegaConf.to_container(composed), overrides)
     renamed_keys.move_sections(composed, overrides)
-    _require_choices(composed, choices or {})
+    plain = OmegaConf.to_container(composed)  # interpolations unresolved
+    assert isinstance(plain, dict)
+    _require_choices(composed, plain, choices or {})
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), composed)
-        _refuse_numbers_for_truth(composed)
+        merged = OmegaConf.merge(_schema(), composed)
+        _refuse_numbers_for_truth(plain)
         check_ranges(OmegaConf.to_container(merged))
         resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
         config = OmegaConf.to_object(merged)
@@ -78,10 +81,16 @@ def _resolve_targets(config: Config, overrides: Sequence[str]) -> None:
     config.loss = completed(config.loss) if is_mixture(config.loss) else config.loss
 
 
-def _refuse_numbers_for_truth(composed: DictConfig) -> None:
+@cache
+def _schema() -> DictConfig:
+    """The schema as OmegaConf has it, which merges copies of it."""
+    return OmegaConf.structured(Config)
+
+
+def _refuse_numbers_for_truth(plain: Mapping[str, Any]) -> None:
     """Raises UserError for a key of true or false with a number other than 1 and 0, which OmegaConf takes as true."""
     for key, kind in schema_keys().items():
-        if kind in (bool, bool | None) and type(value := _raw(composed, key)) is int and value not in (0, 1):
+        if kind in (bool, bool | None) and type(value := _value_at(key, plain)) is int and value not in (0, 1):
             raise UserError(f"{key} takes {_expected(key)}, not {value}")
 
 
@@ -93,7 +102,7 @@ def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence
         return unknown_key(key, known)
     if isinstance(error, MissingMandatoryValue):
         return f"{key} is missing: it takes {_expected(key)}"
-    value = _raw(composed, key)
+    value = _value_at(key, OmegaConf.to_container(composed))
     if isinstance(error, InterpolationResolutionError):
         return f"{key} is {value}, which cannot be resolved: {reason}"
     if isinstance(error, ValidationError):
@@ -102,9 +111,7 @@ def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence
     return f"{key}: {reason}" if key else reason
 
 
-def _raw(composed: DictConfig, key: str) -> Any:
-    """Return the value at a key, with interpolations unresolved."""
-    node: Any = OmegaConf.to_container(composed)
+def _value_at(key: str, node: Any) -> Any:
     for part in key.replace("[", ".").replace("]", "").split("."):
         if isinstance(node, list):
             node = node[int(part)]
@@ -127,10 +134,8 @@ def _expected(key: str) -> str:
     return describe(element)
 
 
-def _require_choices(composed: DictConfig, choices: Choices) -> None:
+def _require_choices(composed: DictConfig, plain: Mapping[str, Any], choices: Choices) -> None:
     """Raises UserError for a required choice that is still null, with the options that it has."""
-    plain = OmegaConf.to_container(composed)
-    assert isinstance(plain, dict)
 
     def absent(section: str, name: str) -> bool:
         node = plain.get(section)

@@ -83,6 +83,14 @@ def seed_generators(device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch's generators of the CPU and of every device there is, as `torch.manual_seed` does, without its queues."""
+    if torch.accelerator.is_available():
+        torch.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
 def is_accelerate_launch(arguments: list[str]) -> bool:
     """Return whether a command line is `accelerate launch`, or its module by -m or by path."""
     if any("accelerate/commands/launch" in each or "accelerate.commands.launch" in each for each in arguments):

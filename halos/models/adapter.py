@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import ModulesToSaveWrapper
 from safetensors import safe_open
@@ -14,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from halos import confined
 from halos.config.suggest import nearest
+from halos.distributed.device import seed_all
 from halos.errors import UserError, user_errors
 from halos.logps.reference_values import remember_base_values
 from halos.merge import lora
@@ -36,7 +36,7 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     _refuse_unmatched_modules(model, settings["modules_to_save"])
     model.config._name_or_path = base
     own = {id(parameter) for parameter in model.parameters()}
-    torch.manual_seed(seed)
+    seed_all(seed)
     try:
         # there is nothing to initialise on the meta device
         adapted = get_peft_model(model, config, low_cpu_mem_usage=model.device.type == "meta")

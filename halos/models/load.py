@@ -20,6 +20,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 
 from halos.confined import NO_CODE, SAFELY
+from halos.distributed.device import seed_all
 from halos.errors import UserError, user_errors
 from halos.logps import varlen_trial
 from halos.logps.attention import SEGMENTS, VARLEN, register
@@ -133,7 +134,7 @@ def load_model(
     chosen = plan.attention or (attention if attention not in PACKS else None)
     extra: dict[str, Any] = {"dtype": dtype, "attn_implementation": chosen, **SAFELY, **_quantization(quantize)}
     extra |= reward.labels if reward else {}
-    torch.manual_seed(seed)  # a fresh score head is initialised here
+    seed_all(seed)  # a fresh score head is initialised here
     with user_errors(f"{directory} could not be loaded as a {auto.__name__}"):
         fresh = reward is not None and kind is not reward
         model = _empty_model(auto, directory, config, extra) if empty else load_weights(auto, directory, extra, fresh_head=fresh)

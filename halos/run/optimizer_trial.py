@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from torch.optim import Optimizer
 
 from halos.config.bind_optim import OptimizerSpec
+from halos.distributed.device import seed_generators
 from halos.errors import UserError
 from halos.run.optimizer import make_optimizer_over
 
@@ -48,7 +49,7 @@ def try_out(spec: OptimizerSpec, device: torch.device, layout: Layout) -> dict[s
     cannot work with `layout`."""
     spec = replace(spec, lr=LR, lr_by_name={}, loraplus_lr_ratio=None)
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-        torch.manual_seed(0)
+        seed_generators(device, 0)
         start = {name: torch.randn(shape).to(device) for name, shape in SHAPES.items()}
         gradients = [{name: torch.randn(shape).to(device) for name, shape in SHAPES.items()} for _ in SCHEDULE]
         try:
@@ -100,7 +101,9 @@ def _steps(
                 shard.grad = part.reshape(shard.shape).clone()
         for group in optimizer.param_groups:
             group["lr"] = LR * rates[number]
-        torch.manual_seed(number)  # for optimizers that draw random numbers: a run saves its generators
+        seed_generators(
+            module.shards("vector")[0].device, number
+        )  # for optimizers that draw random numbers: a run saves its generators
         optimizer.step()
         optimizer.zero_grad()
 

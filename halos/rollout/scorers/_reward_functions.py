@@ -12,7 +12,6 @@ from types import ModuleType
 from typing import Any
 
 from halos.config.plugins import make_importable
-from halos.config.suggest import nearest
 from halos.errors import UserError
 
 OWN = "halos.online.rewards"  # the dotted path that users write and files record
@@ -80,6 +79,8 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
     if not inspect.isfunction(members.get(name)):
         known = [word for word, part in members.items() if inspect.isfunction(part) and part.__module__ == imported.__name__
                  and _first_names(part) in (ONE, GROUP)]  # fmt: skip
+        from halos.config.suggest import nearest  # which imports the schema: no worker process needs it
+
         near = nearest(name, known)
         raise UserError(f"there is no reward {path}{f' (did you mean {near}?)' if near else ''}; {module} has {', '.join(known)}")
     is_grouped, is_async = _kind(path, members[name])
