@@ -145,8 +145,9 @@ def _tokens(config: Config) -> str | None:
     if any(name in module for module in config.peft.modules_to_save for name in EMBEDDINGS):
         return None
     return (
-        f"model.add_tokens adds {', '.join(config.model.add_tokens)} to an embedding that LoRA leaves frozen:"
-        " add 'peft.modules_to_save=[embed_tokens]' (embed_in for pythia), or train with peft=none"
+        f"model.add_tokens adds {', '.join(config.model.add_tokens)} to an embedding and a head that LoRA leaves frozen:"
+        " add 'peft.modules_to_save=[embed_tokens,lm_head]' (embed_in and embed_out for pythia; the first alone where they are in"
+        " prompts only), or train with peft=none"
     )
 
 

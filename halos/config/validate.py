@@ -87,7 +87,7 @@ def _schema() -> DictConfig:
     return OmegaConf.structured(Config)
 
 
-def _refuse_numbers_for_truth(plain: Mapping[str, Any]) -> None:
+def _refuse_numbers_for_truth(plain: object) -> None:
     """Raises UserError for a key of true or false with a number other than 1 and 0, which OmegaConf takes as true."""
     for key, kind in schema_keys().items():
         if kind in (bool, bool | None) and type(value := _value_at(key, plain)) is int and value not in (0, 1):
@@ -134,7 +134,7 @@ def _expected(key: str) -> str:
     return describe(element)
 
 
-def _require_choices(composed: DictConfig, plain: Mapping[str, Any], choices: Choices) -> None:
+def _require_choices(composed: DictConfig, plain: Mapping[Any, Any], choices: Choices) -> None:
     """Raises UserError for a required choice that is still null, with the options that it has."""
 
     def absent(section: str, name: str) -> bool:

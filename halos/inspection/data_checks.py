@@ -11,6 +11,8 @@ from halos.data.row import EQUAL
 from halos.inspection.findings import Check, Finding, Level, counted, first_places
 from halos.reward_kind import RewardKind
 
+Splits = Sequence[tuple[str, Dataset]]
+
 FEW = 0.01  # of the rows: below it repetitions are worth a note, and no warning
 FULL = 0.9  # of a batch of whole groups: below it a step has noticeably fewer completions than was asked for
 CUSTOM = "or make the examples with a function of yours (data.format)"
@@ -60,7 +62,9 @@ def of_groups(data: Dataset, largest: np.ndarray, mean: float, batch_size: int) 
     return Check("groups of completions fill the batches", (found,) if mean < FULL * batch_size else ())
 
 
-Splits = Sequence[tuple[str, Dataset]]
+def of_frozen_tokens(splits: Splits, frozen: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Check:
+    """Check that no scored token is among `frozen`: tokens that were added, whose rows of the output head are not trained."""
+    return Check("scored tokens can be learned", tuple(_unlearnable(splits, frozen, tokenizer)) if frozen else ())
 
 
 def _odd(splits: Splits, oddity: str) -> Iterable[tuple[str, int, tuple[str, ...]]]:
@@ -203,6 +207,20 @@ def _unscored(splits: Splits) -> Iterable[Finding]:
         elif len(empty) > masked:
             text = f"data.{name}: {counted(len(empty), 'example has', 'examples have')} a completion without a scored token"
             yield Finding("warning", text, _rows(data, empty), "nothing is learned from it: remove such rows")
+
+
+def _unlearnable(splits: Splits, frozen: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:
+    for name, data in splits:
+        rows = [row for row, item in enumerate(data)
+                if any(np.isin(each.ids[each.scored], frozen).any() for each in item.completions)]  # fmt: skip
+        if rows:
+            added = ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(frozen))))
+            text = f"data.{name}: {counted(len(rows), 'example has scored tokens', 'examples have scored tokens')} of"
+            remedy = "'peft.modules_to_save=[embed_tokens,lm_head]' trains them (embed_in and embed_out for pythia)"
+            yield Finding(
+                "warning", f"{text} model.add_tokens ({added}), whose rows of the output head are frozen, so all stay equally"
+                " likely", _rows(data, np.array(rows)), remedy,
+            )  # fmt: skip
 
 
 def _without_end(splits: Splits) -> Iterable[Finding]:

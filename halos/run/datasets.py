@@ -5,6 +5,7 @@ from functools import partial
 
 import numpy as np
 from accelerate import Accelerator
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from halos.config.bind import LossSpec, learns_from_single
@@ -26,6 +27,8 @@ from halos.distributed.turns import rank_0_first
 from halos.errors import UserError
 from halos.inspection import data_checks, template_checks
 from halos.inspection.findings import Check
+from halos.logps.model import bare
+from halos.logps.vocabulary import Vocabulary
 from halos.trainers.microbatches import Split
 from halos.types import Labelled, Mismatched
 
@@ -148,6 +151,15 @@ def refuse_unknown_ids(known: int, splits: Iterable[tuple[str, Split]]) -> None:
                 f"data.{name}: {rows.place(row)} has the token id {unknown}, and the policy knows {known} ids: its sampled tokens"
                 " (output_ids) are another model's; without them its text is tokenised"
             )
+
+
+def frozen_tokens(splits: Iterable[tuple[str, Split]], policy: nn.Module, vocabulary: Vocabulary,
+                  tokenizer: PreTrainedTokenizerBase) -> Check:  # fmt: skip
+    """Check that no scored token is one that was added whose row of the policy's head stays as it is."""
+    head = bare(policy).get_output_embeddings()
+    trained = head is None or any(parameter.requires_grad for parameter in head.parameters())
+    data = [("eval" if name == "held out" else name, split.rows) for name, split in splits if isinstance(split.rows, Dataset)]
+    return data_checks.of_frozen_tokens(data, () if trained else vocabulary.new, tokenizer)
 
 
 def single_completions(rows: Dataset, loss: LossSpec) -> str | None:

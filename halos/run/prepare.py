@@ -126,6 +126,8 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     known = len(table(bare(structure.model).get_input_embeddings()))
     batches.known_ids = max(known, len(structure.tokenizer))
     datasets.refuse_unknown_ids(batches.known_ids, batches.splits)
+    vocabulary = structure.loader.vocabulary
+    batches.checks += (datasets.frozen_tokens(batches.splits, structure.model, vocabulary, structure.tokenizer),)
     optimizer, schedule = bind_optimizer(config.optim, config.plugins), bind_schedule(config.schedule, config.plugins)
     schedule.check_range(batches.total)
     planned = plan_run(config, structure, loss, total=batches.total, main=accelerator.is_main_process)

@@ -176,7 +176,7 @@ WRONG = [
     ({"train__steps": None, "train__epochs": None}, ["train.steps", "train.epochs", "train.steps=100"]),
     ({"reference__name_or_path": "a/b", "loss": {"_target_": "halos.losses.sft.sft"}}, ["reference.name_or_path", "loss=sft"]),
     ({"model__quantize": "4bit"}, ["model.quantize=4bit", "peft=lora"]),
-    ({"model__add_tokens": ["<x>"], "peft__name": "lora"}, ["model.add_tokens", "peft.modules_to_save=[embed_tokens]"]),
+    ({"model__add_tokens": ["<x>"], "peft__name": "lora"}, ["model.add_tokens", "peft.modules_to_save=[embed_tokens,lm_head]"]),
     ({"train__early_stopping": 2, "data__eval": []}, ["train.early_stopping=2", "data.eval"]),
     ({"checkpoint__keep_best": 2, "data__eval": []}, ["checkpoint.keep_best=2", "data.eval"]),
     ({"train__early_stopping": 2, "train__eval_every": None}, ["train.early_stopping=2", "train.eval_every"]),
