@@ -62,6 +62,7 @@ def try_out(spec: OptimizerSpec, device: torch.device, layout: Layout) -> dict[s
             resumed = _resumed(values, state, spec, gradients)
             undecayed = _after_all_steps(start, without := replace(spec, weight_decay=0.0), gradients)
             at_one_rate = _after_all_steps(start, spec, gradients, rates=(1.0,) * len(SCHEDULE))
+            _refuse_kept(optimizer, start, spec, gradients)
         except UserError:
             raise
         except Exception as error:  # a user's own may raise anything
@@ -171,6 +172,56 @@ def _refuse_lost(before: Mapping[str, Any], after: Mapping[str, Any], spec: Opti
             f"optim {spec.name}: steps change {', '.join(changed)}, which a checkpoint does not hold: keep everything that a step"
             " changes in self.state[parameter], a number as torch.tensor(0.0)"
         )
+
+
+def _refuse_kept(
+    optimizer: Optimizer, start: Mapping[str, Tensor], spec: OptimizerSpec, gradients: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Raises UserError for tensors outside the state that outlast a step, such as the slow weights of Lookahead, which steps read
+    after more than those of the trial. What a step overwrites is none, nor what is the same whatever the weights were."""
+    if not _tensors(optimizer):
+        return
+    negative, opposite = ([{name: -value for name, value in each.items()} for each in them] for them in ((start,), gradients))
+    modules = [_Parameters({name: [value] for name, value in values.items()}) for values in (start, start, *negative)]
+    optimizers = [_make(module, spec) for module in modules]
+    for module, each, theirs in zip(modules, optimizers, (gradients, gradients, opposite), strict=True):
+        _steps(module, each, theirs, 0, 1)
+    one, another, unlike = map(_tensors, optimizers)
+    dependent = [name for name, value in one.items() if name not in unlike or not torch.equal(value, unlike[name])]
+    for value in map(another.__getitem__, dependent):
+        value.copy_(~value if value.dtype is torch.bool else value + 1)
+    for module, each in zip(modules[:2], optimizers, strict=False):
+        _steps(module, each, gradients, 2)
+    after, changed = _tensors(optimizers[0]), _tensors(optimizers[1])
+    if kept := [name for name in dependent if name in after and not torch.equal(after[name], changed.get(name, torch.empty(0)))]:
+        raise UserError(
+            f"optim {spec.name}: {', '.join(kept)} outlasts a step, and a checkpoint does not hold it: keep everything that later"
+            " steps read in self.state[parameter]"
+        )
+
+
+def _tensors(optimizer: Optimizer) -> dict[str, Tensor]:
+    """Return the tensors of several elements that an optimizer keeps outside its state, by name, but for the parameters."""
+    found, parameters = dict[str, Tensor](), {id(each) for group in optimizer.param_groups for each in group["params"]}
+
+    def search(name: str, value: Any, depth: int = 4) -> None:
+        if isinstance(value, Tensor):
+            if value.numel() > 1 and id(value) not in parameters:
+                found[name] = value.detach()
+        elif isinstance(value, Mapping):
+            for number, each in enumerate(value.values()):
+                search(f"{name}[{number}]", each, depth)
+        elif isinstance(value, Sequence | Set) and not isinstance(value, str):
+            for number, each in enumerate(value):
+                search(f"{name}[{number}]", each, depth)
+        elif depth and hasattr(value, "__dict__") and not isinstance(value, type | ModuleType | nn.Module | Optimizer):
+            for attribute, each in vars(value).items():
+                search(f"{name}.{attribute}", each, depth - 1)
+
+    for name, value in vars(optimizer).items():
+        if name not in ("state", "param_groups", "defaults"):
+            search(f"self.{name}", value)
+    return found
 
 
 def _resumed(

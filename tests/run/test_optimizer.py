@@ -258,6 +258,23 @@ def shares_a_tensor(self: Step, grad: torch.Tensor, state: Any, group: Any) -> A
     return grad + group["weight_decay"]
 
 
+def looks_ahead(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.slow = slow = getattr(self, "slow", {})  # type: ignore[attr-defined]
+    slow.setdefault(grad.shape, grad.clone())  # and reads it at the fifth step
+    return counts_in_a_tensor(self, grad, state, group)
+
+
+def averages_elsewhere(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.means = means = getattr(self, "means", {})  # type: ignore[attr-defined]
+    means[grad.shape] = 0.5 * means.get(grad.shape, 0.0) + grad
+    return counts_in_a_tensor(self, grad, state, group)
+
+
+def overwrites_a_buffer(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.buffer = {grad.shape: grad * 2, "table": torch.arange(256)}  # type: ignore[attr-defined]
+    return counts_in_a_tensor(self, self.buffer[grad.shape] / 2, state, group)
+
+
 def fails(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
     raise ZeroDivisionError("of mine")
 
@@ -271,6 +288,8 @@ def fails(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
         (acts_after_the_trial, r"steps change self\.count, which"),
         (acts_by_its_group_after_the_trial, r"steps change param_groups\[0\]\['seen'\]"),
         (acts_by_another_object_after_the_trial, r"steps change self\.helper, which"),
+        (looks_ahead, r"optim Step: self\.slow\[0\], .* outlasts a step, and a checkpoint does not hold it"),
+        (averages_elsewhere, r"optim Step: self\.means\[0\], self\.means\[1\], self\.means\[2\] outlasts a step"),
         (counts_outside_itself, "does not resume from its saved state bit for bit"),
         (shares_a_tensor, "fails on small parameters: RuntimeError.*share memory"),
         (fails, "fails on small parameters: ZeroDivisionError: of mine"),
@@ -281,7 +300,7 @@ def test_an_optimizer_that_would_not_resume_exactly_is_refused_before_training(m
     tried = replace(spec(), name="Step", make=partial(Step, move=move))
     with pytest.raises(UserError, match=message):
         try_out(tried, CPU, "whole")
-    for accepted in (counts_in_a_tensor, sets_a_cache_once):
+    for accepted in (counts_in_a_tensor, sets_a_cache_once, overwrites_a_buffer):
         try_out(replace(tried, make=partial(Step, move=accepted)), CPU, "whole")
 
 
