@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+from halos.errors import UserError
 from halos.rollout.types import Rollout, Score
 
 _DETAIL = re.compile(r": | \(")  # what follows is about one sample
@@ -19,6 +20,10 @@ def reasons(scores: Iterable[Score]) -> dict[str, int]:
             reason = _DETAIL.split(score.problem, maxsplit=1)[0] or "no reason is recorded"
             counts[reason] = counts.get(reason, 0) + 1
     return dict(sorted(counts.items(), key=lambda each: -each[1]))
+
+
+class NoScoresError(UserError):
+    """No sample has a score. What gives them, perhaps a server, may work again later: a run saves a checkpoint before it ends."""
 
 
 def lack(scores: Sequence[Score]) -> str | None:

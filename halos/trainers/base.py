@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -22,6 +22,7 @@ from halos.errors import UserError
 from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval, states_of
 from halos.metrics import Meter, Window
+from halos.rollout.scores import NoScoresError
 from halos.trainers import teacher_rows
 from halos.trainers.evaluation import EvaluatedObjective
 from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
@@ -116,24 +117,39 @@ class Trainer(EvaluatedObjective):
             self.evaluate()
         states_of(run.hooks)  # refuses one that no checkpoint could keep
         self._start_window()
-        first = run.step + 1
+        first, self._saved = run.step + 1, run.step
         while run.step < run.total_steps and not run.stop:
-            self._log(self._one_step())
+            with self._saved_without_scores():
+                self._log(self._one_step())
             if run.step == first:
                 states_of(run.hooks)  # again, since the first save may be hours away
             if run.step == run.total_steps or run.stop:
                 break
             if self._evaluation_due():
-                self.evaluate()
+                with self._saved_without_scores():
+                    self.evaluate()
             if checkpointer.due() and not run.stop:
                 checkpointer.save(final=False)
+                self._saved = run.step
         run.refuse_lone_stop()
         if not run.stopped_early and run.last_eval.get("step") != run.step:
-            self.evaluate()
+            with self._saved_without_scores():
+                self.evaluate()
         checkpointer.finish_save()
         if run.failed or (not run.stopped_early and self.guard.refuse_final()):
             return  # earlier checkpoints stay
         checkpointer.finish()
+
+    @contextmanager
+    def _saved_without_scores(self) -> Iterator[None]:
+        """Save a checkpoint before the run ends where samples get no scores: the steps until here are sound."""
+        try:
+            yield
+        except NoScoresError:
+            if self.run.step > self._saved:
+                self.checkpointer.save(final=False)
+                log.warning("saved a checkpoint of step %d, from which the run resumes once samples get scores", self.run.step)
+            raise
 
     def _one_step(self) -> Totals:
         """Raises UserError where a subclass's `step` does not do what the loop relies on."""

@@ -441,6 +441,39 @@ def test_samples_without_a_score_are_counted_and_where_none_has_one_the_reason_e
     assert multiprocessing.active_children() == before, "processes that call reward functions end with their run, however it ends"
 
 
+@pytest.mark.parametrize("fails", ["in training", "in the last evaluation"])
+def test_a_checkpoint_is_saved_where_what_scores_the_samples_fails_and_its_resume_is_exact(
+    fails: str, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = f"rewards_failing_{fails.replace(' ', '_')}"
+    (tmp_path / f"{module}.py").write_text(
+        "from pathlib import Path\nup, place = True, Path(__file__).parent\n"
+        "def of(completion, row):\n"
+        "    calls = place / 'calls'\n"
+        "    calls.write_text(f'{int(calls.read_text()) + 1}')\n"
+        "    if int(calls.read_text()) > int((place / 'most').read_text()): raise ConnectionError('down')\n"
+        "    return float(len(completion))\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    held_out = "data.eval=[]" if fails == "in training" else "online.eval_prompts=2"
+    words = [*SMALL, *LIVE, "online.steps=2", held_out, "train.eval_at_start=false", "train.eval_every=null",
+             f"cache_dir={cache}", f"online.scorer.functions=[{module}.of]", f"plugins=[{module}]",
+             "checkpoint.every=null", f"output_root={tmp_path}"]  # fmt: skip
+    (tmp_path / "calls").write_text("0")
+    (tmp_path / "most").write_text("1000000")
+    assert train.start([*words, "exp_name=whole"]) == 0
+    (tmp_path / "calls").write_text("0")
+    (tmp_path / "most").write_text("13" if fails == "in training" else "25")  # one is a trial at the start
+    with pytest.raises(UserError, match=r"none of \d+ samples has a score: .* ConnectionError"):
+        train.start([*words, "exp_name=cut"])
+    [saved] = (tmp_path / "cut" / "checkpoints").iterdir()
+    assert saved.name == ("step-00000001" if fails == "in training" else "step-00000002")
+    (tmp_path / "most").write_text("1000000")
+    assert train.start([f"resume={tmp_path / 'cut'}", f"plugins=[{module}]"]) == 0
+    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+
+
 def without_later_keys(config: Any) -> dict[str, Any]:
     settings = asdict(config)
     del settings["online"]["keep_rollouts"], settings["online"]["scorer"]["aggregation"]
