@@ -22,7 +22,7 @@ class Result:
     exit_status: int  # of the command
     run_dir: Path
     step: int
-    metrics: Mapping[str, float]  # of the last evaluation
+    metrics: Mapping[str, float]  # of the last evaluation; empty without one (data.eval=[])
     reason: str | None  # why it stopped or failed
 
     @property

@@ -1,5 +1,6 @@
 """Checks of a chat template by a few made-up conversations, whatever turns the data have."""
 
+import re
 from collections.abc import Iterable
 
 from jinja2 import TemplateError
@@ -7,6 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.inspection.findings import Check, Finding
 
+MARK = re.compile(r"<\|[\w-]+\|>|<\w+_of_\w+>")  # <|im_end|>, <end_of_turn>
 RULES, QUESTION, ANSWER, MORE = "halos0rules", "halos0question", "halos0answer", "halos0more"
 
 
@@ -16,6 +18,7 @@ def checks_of(tokenizer: PreTrainedTokenizerBase) -> tuple[Check, ...]:
     return (
         Check("the chat template renders system turns", tuple(_system(probe))),
         Check("earlier text stays as it was when a turn is added", tuple(_prefix(probe))),
+        Check("the marks that the chat template writes are tokens", tuple(_marks(probe, tokenizer))),
     )
 
 
@@ -40,6 +43,17 @@ def _system(probe: _Probe) -> Iterable[Finding]:
         yield Finding("note", "the chat template refuses system turns, and rows with one would be refused")
     elif RULES not in text:
         yield Finding("note", "the chat template leaves system turns out, and rows with one would be refused")
+
+
+def _marks(probe: _Probe, tokenizer: PreTrainedTokenizerBase) -> Iterable[Finding]:
+    text = probe.render(("user", QUESTION), ("assistant", ANSWER)) or ""
+    spelled = [mark for mark in dict.fromkeys(MARK.findall(text)) if len(tokenizer.encode(mark, add_special_tokens=False)) > 1]
+    if spelled:
+        marks = ", ".join(spelled)
+        yield Finding(
+            "note", f"the chat template writes {marks}, which the tokenizer spells out: no single tokens", (),
+            f"'model.add_tokens=[{','.join(repr(mark) for mark in spelled)}]' makes them tokens, or another model.chat_template",
+        )  # fmt: skip
 
 
 def _prefix(probe: _Probe) -> Iterable[Finding]:

@@ -19,6 +19,7 @@ from halos.report.table import table
 NOT_SWEPT = keys_of(Scope.PLACE, Scope.HOST, Scope.COMMAND, Scope.CODE)
 # metrics with the same scale for every loss, of which more is better
 COMPARABLE = ("rewards/accuracies", "logps/accuracies", "accuracy", "win_rate", "reward")
+OF_REWARDS = ("reward", "win_rate")  # which a scorer gives: another one has other scales
 MAX_TICKS = 7  # numeric values of a key; more have automatic ticks
 MAX_NAMES = 12  # non-numeric values of a key; a key with more has no figure
 
@@ -149,12 +150,16 @@ def _ranking(records: Sequence[Record], keys: Sequence[str]) -> tuple[str, str |
     metric, mode = _objective(records)
     several_losses = len({record.loss for record in records}) > 1 or not {"loss", "online.loss"}.isdisjoint(keys)
     scaling_key = next((key for key in keys if key.startswith("loss.")), None)
-    if metric in COMPARABLE or (not several_losses and scaling_key is None):
+    rewards = next((key for key in keys if key.startswith("online.scorer.")), None)
+    comparable = [name for name in COMPARABLE if rewards is None or name not in OF_REWARDS]
+    if metric in comparable or (not several_losses and scaling_key is None and not (rewards and metric in OF_REWARDS)):
         return metric, mode, ""
     reason = (
-        f"the scale of {metric} differs between losses" if several_losses else f"the scale of {metric} depends on {scaling_key}"
+        f"the scale of {metric} differs between losses"
+        if several_losses
+        else f"the scale of {metric} depends on {scaling_key or rewards}"
     )
-    shared = next((name for name in COMPARABLE if all(math.isfinite(_last(record, name)) for record in records)), None)
+    shared = next((name for name in comparable if all(math.isfinite(_last(record, name)) for record in records)), None)
     if shared is None:
         return metric, None, f"Not ranked: {reason}, and the runs have no other metric in common."
     return shared, "max", f"Ranked by {shared}: {reason}."

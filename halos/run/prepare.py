@@ -59,6 +59,8 @@ log = logging.getLogger(__name__)
 
 VALUE_HEAD = ("value_head.weight", "value_head.bias")  # parameters of a policy with a value head
 
+REPLACEABLE = ("progress", "early_stopping", "alarms")  # names of built-in hooks that a hook of the user's may have
+
 
 @dataclass(frozen=True, slots=True)
 class Structure:
@@ -270,4 +272,7 @@ def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, 
         hooks[STREAM] = StreamPosition()
     if loss.adapt_entropy is not None and loss.settings.get("entropy_target") is not None:
         hooks["entropy_coefficient"] = EntropyCoefficient(loss.settings["entropy_coefficient"])
+    if taken := [name for name in config.hooks if name in hooks and name not in REPLACEABLE]:
+        own = "a policy of yours is checkpoint._target_" if taken[0] == "checkpoint" else "choose another"
+        raise UserError(f"hooks.{taken[0]} is the name of a hook without which the run would not be whole: {own}")
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", node, config.plugins)() for name, node in config.hooks.items()}

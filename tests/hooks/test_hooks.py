@@ -145,6 +145,21 @@ def test_a_hook_from_the_users_own_package_works_and_needs_plugins(
     assert "note.txt" in listed
 
 
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [("metrics", "choose another"), ("checkpoint", "a policy of yours is checkpoint._target_"), ("progress", ""), ("alarms", "")],
+)
+def test_a_hook_takes_the_place_of_no_built_in_one_without_which_a_run_is_not_whole(
+    name: str, refused: str, configure: Callable[..., Config]
+) -> None:
+    config = configure(*FEW, f"+hooks.{name}={{_target_: halos.hooks.progress.ProgressBar}}", "dry_run=true")
+    if not refused:
+        assert run(config, []) == 0
+        return
+    with pytest.raises(UserError, match=f"hooks.{name} is the name of a hook without which .*: {refused}"):
+        run(config, [])
+
+
 def test_jobs_of_a_sweep_have_names_of_their_own_in_one_group() -> None:
     from halos.hooks.trackers import names_of
     from halos.rundir import RunDir

@@ -215,6 +215,7 @@ def test_a_reward_model_needs_no_end_tokens_but_a_padding_token(tmp_path: Path, 
         (GEMMA, ["the chat template refuses system turns"]),
         (CHATML.replace("{{", "{{ '' if m['role'] == 'system' else", 1), ["the chat template leaves system turns out"]),
         (LAST_THOUGHT + "{% if messages | length == 2 %}{{ 'x' }}{% endif %}", ["changes an answer once another turn follows"]),
+        (CHATML.replace("<|im_end|>", "<|nowhere|>"), ["the chat template writes <|nowhere|>, which the tokenizer spells out"]),
         (CHATML.replace("assistant\n", "assistant\n<think>"), ["renders a prompt otherwise once it is answered"]),
     ],
 )

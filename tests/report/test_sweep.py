@@ -92,6 +92,15 @@ def test_margins_whose_scale_depends_on_a_hyperparameter_are_replaced_by_a_metri
     assert "scale of rewards/margins depends on loss.beta" in text
 
 
+def test_rewards_of_several_scorers_are_not_ranked(tmp_path):
+    for name, function, reward in (("a-1", "length", 9.0), ("b-2", "exact", 0.5)):
+        words = ["loss=online", "online.steps=2", "++train.seed=1", f"online.scorer.functions=[{function}]"]
+        run(tmp_path, name, words, [reward], metric="reward")
+    text = compare(tmp_path)[0]
+    assert "reward (not ranked)" in text
+    assert "Not ranked: the scale of reward depends on online.scorer.functions, and the runs have no other metric" in text
+
+
 def test_a_directory_without_runs_is_one_message(tmp_path):
     assert not is_sweep(tmp_path)
     with pytest.raises(UserError, match="neither a run nor a directory of runs"):

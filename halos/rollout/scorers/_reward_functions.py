@@ -59,6 +59,14 @@ def parts_of(entries: Sequence[Any], plugins: Sequence[str]) -> list[Part]:
     return [_part(entry, plugins) for entry in entries]
 
 
+def _source(function: Callable[..., Any]) -> str:
+    """The source of a function; empty where there is none."""
+    try:
+        return inspect.getsource(function)
+    except (OSError, TypeError):
+        return ""
+
+
 def _part(entry: Any, plugins: Sequence[str]) -> Part:
     fields = {"function": entry} if isinstance(entry, str) else entry
     if not isinstance(fields, Mapping) or not isinstance(fields.get("function"), str):
@@ -85,7 +93,7 @@ def _part(entry: Any, plugins: Sequence[str]) -> Part:
         raise UserError(f"there is no reward {path}{f' (did you mean {near}?)' if near else ''}; {module} has {', '.join(known)}")
     is_grouped, is_async = _kind(path, members[name])
     _check_keys(path, members[name], settings)
-    needed = next((package for package in PACKAGES if package in inspect.getsource(members[name])), None)
+    needed = next((package for package in PACKAGES if package in _source(members[name])), None)
     if needed:
         try:
             import_module(needed)
