@@ -5,8 +5,10 @@ from pathlib import Path
 
 import hydra
 import pytest
+from omegaconf import OmegaConf
 
 from halos.cli.compose import CONFIG, ConfigTree
+from halos.cli.overrides import parse
 from tests import composed
 
 SMALL = ("model=tiny", "data=arithmetic", "exp_name=x")
@@ -48,3 +50,19 @@ def test_another_directory_is_always_composed_anew(memory: Path, tmp_path_factor
     own = tmp_path_factory.mktemp("config")
     ConfigTree((CONFIG, own)).compose(["loss=dpo"])
     assert list(memory.iterdir()) == []
+
+
+def test_what_is_typed_for_a_key_that_takes_text_is_text() -> None:
+    tree = ConfigTree()
+
+    def given(key: str, *typed: str) -> object:
+        composed_, _ = tree.compose_parsed([parse(text, tree.choices) for text in ("loss=dpo", "model=tiny", *typed)])
+        return OmegaConf.select(composed_, key)
+
+    for name in ("12e4567", "1e3", "007", "true", "1_000", "0.10"):
+        assert given("exp_name", f"exp_name={name}") == name
+    assert given("exp_name", "exp_name='1e3'") == "1e3"
+    assert given("exp_name", "exp_name=null") is None
+    assert given("model.revision", "model.revision=12e4567") == "12e4567"
+    assert given("train.steps", "train.steps=1_000") == 1000
+    assert given("optim.lr", "optim.lr=1e-3") == 1e-3

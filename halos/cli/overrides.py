@@ -12,12 +12,15 @@ from hydra.core.override_parser.types import Glob
 from hydra.errors import HydraException
 
 from halos.config.overrides import Choices, Override, unreadable
-from halos.config.suggest import kind_of
+from halos.config.suggest import kind_of, schema_keys
 from halos.errors import UserError
 
 
 def parse(text: str, choices: Choices) -> Override:
-    """Parse one override. A sweep's values are kept as text; an interval has none. Raises UserError if it is not an override."""
+    """Parse one override. A sweep's values are kept as text; an interval has none. Raises UserError if it is not an override.
+
+    A number for a key that takes text is quoted, since Hydra reads 12e4567, a commit, as infinity.
+    """
     try:
         override = OverridesParser.create().parse_override(text)
         sweep, value = override.is_sweep_override(), override.value()
@@ -31,7 +34,11 @@ def parse(text: str, choices: Choices) -> Override:
     except HydraException as error:
         raise UserError(unreadable(text, str(error).strip().splitlines()[-1])) from error
     sign = text[: len(text) - len(text.lstrip("+~"))]
-    return Override(sign, override.key_or_group, override.package, text.partition("=")[2], values, sweep)
+    given, key = text.partition("=")[2], override.key_or_group
+    takes_text = schema_keys().get(key) in (str, str | None) and not (key == "resume" and isinstance(value, bool))
+    if takes_text and not sweep and isinstance(value, bool | int | float):
+        given, values = f"'{given.strip()}'", (given.strip(),)
+    return Override(sign, key, override.package, given, values, sweep)
 
 
 def enumerable(parsed: Sequence[Override]) -> list[Override]:
