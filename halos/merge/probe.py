@@ -178,29 +178,23 @@ class Noise:
 
 
 def noise(
-    model: nn.Module,
-    ids: Tensor,
-    unit: float,
-    *,
-    temperature: float,
-    reward: RewardKind | None,
-    routes: Routes = (),
+    model: nn.Module, exact: ProbeOutputs, unit: float, *, temperature: float, reward: RewardKind | None, routes: Routes = ()
 ) -> Noise:
-    """Measure how far the values move if every module's output is off by one rounding of the terms it sums.
+    """Measure how far the values move from the model's `exact` ones if every module's output is off by one rounding of the terms
+    it sums.
 
     This propagates a rounding at each weight and product to the end, for any depth and architecture. A mixture's tokens take
     `routes` all the same.
     """
     settings: dict[str, Any] = {"temperature": temperature, "reward": reward, "routes": routes}
-    exact, chosen = outputs_and_routes(model, ids, **settings)
     moved, rerouted, draws = [], [], SCORE_DRAWS if reward is RewardKind.OUTCOME else DRAWS
     for seed in range(draws):
         generator = torch.Generator().manual_seed(seed)
         handles = [each.register_forward_hook(_rounding_hook(unit, generator)) for each in model.modules() if each is not model]
         try:
-            values, others = outputs_and_routes(model, ids, **settings)
-            moved.append(values - exact)
-            rerouted.append(rerouted_fraction(others, chosen))
+            values, others = outputs_and_routes(model, exact.ids, **settings)
+            moved.append(values - exact.values)
+            rerouted.append(rerouted_fraction(others, exact.routes))
         finally:
             for handle in handles:
                 handle.remove()

@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from halos.logps.auto import CLASSES
 from halos.logps.modes import adapter_off
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import deviation, expected, probe
-from halos.merge.probe import ProbeOutputs, bit_sum, outputs_and_routes, outputs_of, rms
+from halos.merge.probe import Noise, ProbeOutputs, bit_sum, outputs_and_routes, outputs_of, rms
 from halos.merge.routing import decisions, rerouted_fraction
 from halos.merge.safetensors_io import SafeFile, blocks
 from halos.reward_kind import RewardKind
@@ -228,9 +229,13 @@ def _compare_outputs(
     count = decisions(first.routes)
     in_half = probe.rerouted_in_half(model, first.ids, **settings) if count and live is not None and live.unit > SINGLE else 0.0
 
+    @cache
+    def noise_of(unit: float) -> Noise:  # often the same for all comparisons
+        return probe.noise(model, loaded, unit, **settings)
+
     def compared(what: str, one: ProbeOutputs, other: ProbeOutputs, *units: float) -> list[Comparison]:
         """Compare outputs and routes of two computations, each of which may be off by its own rounding `units`."""
-        noise = probe.noise(model, first.ids, math.hypot(*units), **settings)
+        noise = noise_of(math.hypot(*units))
         measure = f"typical difference of {kind} {what}"
         results = [Comparison(measure, rms(one.values - other.values), FACTOR * rms(noise.moved))]
         if count:
