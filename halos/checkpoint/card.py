@@ -17,6 +17,14 @@ SETTINGS: dict[str, tuple[str, ...] | None] = {
 }  # fmt: skip
 
 
+SCORE = [  # a template may write more after the end token of an answer, such as a line end, at which nothing was trained
+    "",
+    'turns = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]',
+    "text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()  # up to the end token: the score is read there",
+    'score = model.eval()(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0].item()',
+]
+
+
 def write(directory: Path, lineage: Mapping[str, Any] | None, *, adapter: bool, reward: RewardKind | None, title: str) -> None:
     """Write README.md next to the weights in `directory`, those of an `adapter` or of a whole model."""
     runs = lineage["runs"] if lineage else []
@@ -123,6 +131,7 @@ def _how_to_load(runs: list[Any], *, adapter: bool, reward: RewardKind | None, v
     else:
         lines = [f"from transformers import {auto}, AutoTokenizer", "", *path_lines, f"model = {auto}.from_pretrained(path)"]
     lines.append("tokenizer = AutoTokenizer.from_pretrained(path)")
+    lines += SCORE if reward is RewardKind.OUTCOME else []
     return "\n".join(["## Load", "", "```python", *lines, "```"])
 
 
