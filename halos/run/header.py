@@ -145,10 +145,22 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     _log("model", f"{config.model.name_or_path} ({dtype}){suffix}")
     _log("forward", structure.verdict.line)
     _log("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
+    _warn_of_half_weights(structure.model)
     for number, line in enumerate(targets.lines(structure.model)):
         _log("" if number else "adapter", line)
     if has_balancing_loss(settings := bare(structure.model).config):
         _log("router", _balancing(settings, config.train.router_aux_loss))
+
+
+def _warn_of_half_weights(model: nn.Module) -> None:
+    """Say what is lost where trained weights are held in half precision: an update is added to them in it."""
+    kinds = {parameter.dtype for parameter in model.parameters() if parameter.requires_grad and parameter.is_floating_point()}
+    if half := next((kind for kind in kinds if kind in (torch.bfloat16, torch.float16)), None):
+        name, parts = str(half).removeprefix("torch."), round(2 / torch.finfo(half).eps)
+        log.warning(
+            "the trained weights are held in %s (model.dtype): an update of less than a %dth of a weight is rounded away;"
+            " model.dtype=float32 train.precision=bfloat16 computes in bfloat16 too and keeps every update", name, parts,
+        )  # fmt: skip
 
 
 def _reference(config: Config) -> str:

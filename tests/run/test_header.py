@@ -5,6 +5,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from halos.data.dataset import Counts
 from halos.data.encoded import PROMPT_TOO_LONG, TOO_LONG
@@ -53,3 +55,26 @@ def test_a_loss_has_the_name_that_was_chosen_and_not_that_of_a_function_that_cho
     chosen: Any = SimpleNamespace(loss_choice="dapo")
     own: Any = SimpleNamespace(loss_choice=None)
     assert (header._loss(chosen, loss), header._loss(own, loss)) == ("dapo beta=0.0", "grpo beta=0.0")
+
+
+@pytest.mark.parametrize(
+    ("trained", "frozen", "said"),
+    [
+        (torch.bfloat16, torch.bfloat16, "held in bfloat16 (model.dtype): an update of less than a 256th of a weight"),
+        (torch.float16, torch.float16, "held in float16 (model.dtype): an update of less than a 2048th of a weight"),
+        (torch.float32, torch.bfloat16, ""),  # an adapter
+    ],
+)
+def test_weights_that_are_trained_in_half_precision_are_named(
+    trained: torch.dtype, frozen: torch.dtype, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = nn.Sequential(nn.Linear(2, 2, dtype=trained), nn.Linear(2, 2, dtype=frozen).requires_grad_(said != ""))
+    with caplog.at_level("WARNING"):
+        logging.getLogger("halos").propagate = True
+        header._warn_of_half_weights(model)
+    assert [said in record.getMessage() for record in caplog.records] == ([True] * len(caplog.records) if said else [])
+    assert bool(caplog.records) == bool(said)
+    one = torch.ones(1, dtype=trained)
+    if said:  # the number is that of the arithmetic
+        part = int(said.split("than a ")[1].split("th")[0])
+        assert one + 0.99 / part == one != one + 1.01 / part
