@@ -61,6 +61,7 @@ def _merge(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any
         # merge and proof read the base's files again: neither would notice a change in a row that no probe token uses
         lineage.refuse_other_base(chain or None, run.base, "this run")
         case = case_of(run.base, path / "adapter", run.vocabulary, dtype=merged_dtype(policy, model))
+        log.info("merging the adapter; the merged model is then compared with the trained one, in float32 on the CPU")
         result = merge_and_prove(case, path, lineage.hashes, model=model, live=live)
     except (UserError, OSError, RuntimeError, AssertionError) as error:
         return f"the adapter could not be merged: {type(error).__name__}: {error}. It is kept in FINAL/adapter"

@@ -173,7 +173,7 @@ def outputs_and_routes(model: Any, ids: Tensor, **settings: Any) -> tuple[Tensor
 class Noise:
     """The effect of one rounding at each module."""
 
-    moved: Tensor  # (draws, values)
+    moved: Tensor  # (number,) of values, of all draws
     rerouted: float  # the fraction of a mixture's routing decisions that change
 
 
@@ -184,21 +184,24 @@ def noise(
     it sums.
 
     This propagates a rounding at each weight and product to the end, for any depth and architecture. A mixture's tokens take
-    `routes` all the same.
+    `routes` all the same. Each draw is of all rows; of scores each is of other rows, unless they are routed.
     """
     settings: dict[str, Any] = {"temperature": temperature, "reward": reward, "routes": routes}
     moved, rerouted, draws = [], [], SCORE_DRAWS if reward is RewardKind.OUTCOME else DRAWS
-    for seed in range(draws):
+    parts = [(exact.ids, exact.values)] * draws
+    if reward is RewardKind.OUTCOME and not routes:
+        parts = list(zip(exact.ids.chunk(draws), exact.values.chunk(draws), strict=True))
+    for seed, (ids, before) in enumerate(parts):
         generator = torch.Generator().manual_seed(seed)
         handles = [each.register_forward_hook(_rounding_hook(unit, generator)) for each in model.modules() if each is not model]
         try:
-            values, others = outputs_and_routes(model, exact.ids, **settings)
-            moved.append(values - exact.values)
+            values, others = outputs_and_routes(model, ids, **settings)
+            moved.append(values - before)
             rerouted.append(rerouted_fraction(others, exact.routes))
         finally:
             for handle in handles:
                 handle.remove()
-    return Noise(torch.stack(moved), sum(rerouted) / draws)
+    return Noise(torch.cat(moved), sum(rerouted) / draws)
 
 
 def rerouted_in_half(model: Any, ids: Tensor, **settings: Any) -> float:
