@@ -204,6 +204,7 @@ WRONG = [
     (["data.train=a.jsonl,b.jsonl"], ["data.train=[a.jsonl,b.jsonl]"]),
     (["data.train=[a.jsonl,", "b.jsonl]"], ["'data.train=[a.jsonl, ...'"]),
     (["data.train[0]=a.jsonl"], ["data.train.0.path="]),
+    (['peft.rank_pattern={"layers.0.q_proj": 2}'], ["have no quotes: 'peft.rank_pattern={layers.0.q_proj: 2}'"]),
     (["exp_name=a,b"], ["-m", "'exp_name=\"a,b\"'"]),
     (["loss=dpo,kto"], ["one choice", "-m"]),
     (["exp_name=a=b"], ["'exp_name=\"a=b\"'"]),

@@ -42,7 +42,9 @@ def bind_loss(settings: Mapping[str, Any], plugins: Sequence[str], key: str = "l
         )
     _check_token_statistics(first)
     own = _functions_of(module, first, arguments)
-    hyperparameters = fit_all(settings, legal_keys([function, *own.values()]), key, name)
+    legal = legal_keys([function, *own.values()])
+    given = {key: value for each in (*own.values(), function) for key, value in defaults(each).items() if key in legal}
+    hyperparameters = fit_all({**given, **settings}, legal, key, name)
     bound = {each: bind(helper, hyperparameters) for each, helper in own.items()}
     if "check" in bound and (complaint := bound["check"]()):
         raise UserError(f"loss {name}: {complaint}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from halos.errors import UserError
 from halos.repository import COMMAND
 
 Choices = Mapping[str, Sequence[str]]
+_QUOTED_KEY = re.compile(r"""([{,]\s*)(['"])([\w./*-]+)\2\s*:""")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,8 @@ def unreadable(text: str, reason: str) -> str:
     opened = sum(value.count(mark) for mark in "[{(") - sum(value.count(mark) for mark in "]})")
     if opened > 0:
         return f"{text!r} ends inside a bracket: leave out the space after it, or put quotes around the whole, '{text} ...'"
+    if (unquoted := _QUOTED_KEY.sub(r"\1\3:", value)) != value:
+        return f"cannot read {text!r}: keys of a mapping have no quotes: {shlex.quote(f'{key}={unquoted}')}"
     if value.startswith("["):
         return f"cannot read {text!r} ({reason}); quote the item that cannot be read, and the whole for the shell"
     inner = value.strip("'\"").replace('"', r"\"")

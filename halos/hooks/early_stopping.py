@@ -30,9 +30,10 @@ class EarlyStopping(Hook):
         self._stop_if_out_of_patience(run)
 
     def _stop_if_out_of_patience(self, run: Run) -> None:
-        if self.best is not None and self.since >= self.patience and run.step < run.total_steps:
+        if self.since >= self.patience and run.step < run.total_steps:
             metric = run.config.objective.metric
-            reason = f"{metric} has not improved on {self.best:.4g} for {self.patience} evaluations"
+            was = "has been nan" if self.best is None else f"has not improved on {self.best:.4g}"
+            reason = f"{metric} {was} for {self.patience} evaluations"
             run.stop = Stop(reason, finished=True)
 
     def state_dict(self) -> dict[str, Any]:

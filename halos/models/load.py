@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 from transformers import (
+    AddedToken,
     AutoConfig,
     AutoTokenizer,
     GenerationConfig,
@@ -51,7 +52,8 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTraine
         tokenizer.pad_token = tokenizer.eos_token
     known = tokenizer.get_vocab()
     new = [token for token in add_tokens if token not in known]
-    tokenizer.add_tokens(new, special_tokens=True)
+    # no special tokens: decoded text, which rewards and judges read, leaves those out
+    tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in new])
     return tokenizer, new
 
 

@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         return compare(args, samples, scorer, ranks)
     request = {"samples": digest(args.samples), **scorer.request()}
     file = ResumableFile(scores, request, rank=ranks.rank, recorded_since=scorer.recorded_since)
-    if not ranks.from_rank_0(file.is_done()):
+    if not ranks.from_rank_0(file.is_done() and not _lacking(_rollouts(scores))):
         open_on_all_ranks(file, ranks)
         with closing(scorer):
             seconds = _score(samples, scorer, file, ranks)
@@ -155,15 +155,25 @@ def _make_feedback(args: argparse.Namespace, scores: Path, threshold: float | st
                "drop_equal": settings.drop_equal, "seed": args.seed, **feedback.truncation(args.truncated)}  # fmt: skip
     if args.feedback.exists() and read_meta(args.feedback).get("request") != request:
         raise UserError(f"{args.feedback} exists already, made from other scores or with other settings: name another file")
-    rows = read(scores)
-    rollouts = [Rollout.from_row(row, f"{scores}:{number}") for number, row in enumerate(rows, 1)]
-    training = [rollout.score for rollout in rollouts if not rollout.prompt.is_eval]
-    relevant = training or [rollout.score for rollout in rollouts]
-    if all(score.value is None for score in relevant):
-        raise UserError(f"{lack(relevant)}; no feedback is written, and {scores} has the reason for each")
+    rollouts = _rollouts(scores)
+    if line := _lacking(rollouts):
+        raise UserError(
+            f"{line}; no feedback is written, {scores} has the reason for each, and the same command scores them again"
+        )
     result, left_out = feedback.make(rollouts, settings, kind=args.kind, seed=args.seed, truncated=args.truncated)
     write_sealed(args.feedback, [each.to_row() for each in result], request, left_out)
-    _report(args, rows, left_out)
+    _report(args, read(scores), left_out)
+
+
+def _rollouts(scores: Path) -> list[Rollout]:
+    return [Rollout.from_row(row, f"{scores}:{number}") for number, row in enumerate(read(scores), 1)]
+
+
+def _lacking(rollouts: Sequence[Rollout]) -> str | None:
+    """Say why none of the samples to learn from, or where there are none of any, has a score; None where one has."""
+    training = [rollout.score for rollout in rollouts if not rollout.prompt.is_eval]
+    relevant = training or [rollout.score for rollout in rollouts]
+    return lack(relevant) if all(score.value is None for score in relevant) else None
 
 
 def counts(rows: Sequence[Row]) -> dict[str, Any]:

@@ -30,6 +30,8 @@ log = open(__file__ + ".imported", "a").write("x")
 def mine(policy: Pair, *, share: Annotated[float, Range(least=0, below=1)], steps: int | None, kind: Literal["a", "b"],
          flags: list[bool], on: bool, weights: dict[str, float]): ...
 
+def lazy(policy: Pair, *, beta: float = 0.25, tau: float): ...
+
 def forgetful(policy: Pair, statistics, *, beta: float): ...
 
 def odd(policy: int, *, beta: float): ...
@@ -200,6 +202,14 @@ def test_null_and_whole_numbers_fit_where_the_annotation_says_so(plugin):
 def test_a_loss_with_statistics_needs_the_function(plugin):
     with pytest.raises(UserError, match="no function of that name"):
         bind_loss({"_target_": "toyplugin.forgetful", "beta": 1.0}, ["toyplugin"])
+
+
+def test_a_default_in_the_signature_of_a_loss_is_that_of_its_key(plugin):
+    mine = {"_target_": "toyplugin.lazy", "tau": 1}
+    assert bind_loss(mine, ["toyplugin"]).settings == {"beta": 0.25, "tau": 1.0}
+    assert bind_loss({**mine, "beta": 2}, ["toyplugin"]).settings["beta"] == 2.0
+    with pytest.raises(UserError, match=r"loss\.tau is missing"):
+        bind_loss({"_target_": "toyplugin.lazy"}, ["toyplugin"])
 
 
 def test_a_function_of_another_type_is_no_loss(plugin):

@@ -97,6 +97,15 @@ def test_early_stopping_counts_evaluations_without_improvement_and_remembers_the
     assert "has not improved on 0.9" in current.stop.reason
 
 
+def test_an_objective_that_is_never_a_number_is_no_improvement() -> None:
+    current: Any = SimpleNamespace(config=SimpleNamespace(objective=Objective("loss", "min")), stop=None, step=1, total_steps=9)
+    hook = EarlyStopping(patience=2)
+    hook.on_eval(current, {"loss": math.nan})
+    assert current.stop is None
+    hook.on_eval(current, {"loss": math.nan})
+    assert current.stop.reason == "loss has been nan for 2 evaluations"
+
+
 def test_a_run_that_stops_early_is_finished_with_a_final_model(configure: Callable[..., Config], tmp_path: Path) -> None:
     words = ["loss=sft", "train.steps=9", "train.batch_size=8", "train.eval_every=1", "optim.lr=1e-12", "train.early_stopping=2"]
     assert run(configure(*words, "objective.metric=loss", "checkpoint.every=null"), []) == 0

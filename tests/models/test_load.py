@@ -39,6 +39,16 @@ def test_new_tokens_start_at_the_mean_of_the_others(tmp_path: Path) -> None:
         assert torch.allclose(table[tokenizer.get_vocab()[token]], table[:known].mean(0), atol=1e-6)
 
 
+def test_rewards_and_judges_see_tokens_that_were_added(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "tiny")
+    tokenizer, new = load_tokenizer(tmp_path / "tiny", add_tokens=["<think>", "</think>"])
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for each in (tokenizer, AutoTokenizer.from_pretrained(tmp_path / "saved")):
+        ids = each.encode("<|user|>2<think>so</think>3<|end|>", add_special_tokens=False)
+        assert {*each.convert_tokens_to_ids(new)} <= {*ids}, "each is one token"
+        assert each.decode(ids, skip_special_tokens=True) == "2<think>so</think>3"
+
+
 def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:
     tiny.build(tmp_path / "tiny")
     tokenizer, _ = load_tokenizer(tmp_path / "tiny", add_tokens=[])

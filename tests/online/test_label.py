@@ -178,6 +178,26 @@ def test_where_no_sample_has_a_score_the_reason_is_the_error_and_no_feedback_is_
         assert len(read(place / "f.scores.jsonl")) == 6
 
 
+def test_where_no_sample_had_a_score_the_same_command_scores_them_again(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (place / "serverdown.py").write_text(
+        "from pathlib import Path\n"
+        "def of(completion, row):\n"
+        "    if not Path(__file__).with_name('up').exists(): raise ConnectionError\n"
+        "    return float(len(completion))\n"
+    )
+    monkeypatch.syspath_prepend(str(place))
+    words = [str(place / "s.jsonl"), str(place / "f.jsonl"), "--reward", "serverdown.of", "--plugins", "serverdown",
+             "--feedback", "scalar", "--processes", "1"]  # fmt: skip
+    monkeypatch.setenv("PYTHONPATH", str(place))
+    assert label(words) == 2
+    (place / "up").touch()
+    assert label(words) == 0
+    assert all(row["reward"] is not None for row in read(place / "f.scores.jsonl"))
+    before = (place / "f.scores.jsonl").stat().st_mtime_ns
+    assert label(words) == 0
+    assert (place / "f.scores.jsonl").stat().st_mtime_ns == before, "what has scores is not scored again"
+
+
 def test_a_directory_that_cannot_be_created_is_refused_before_a_sample_is_scored(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
