@@ -102,9 +102,10 @@ class HFEngine(Engine):
     def _batching(self, requests: Sequence[Request]) -> ContinuousBatchingConfig:
         from transformers import ContinuousBatchingConfig
 
-        longest = max(len(request.ids) + request.max_new_tokens for request in requests)
-        # at least enough for the longest sequence, else it could never be scheduled
-        pages = max(self.settings.cache_tokens // PAGE, -(-longest // PAGE) + 2)
+        needed = [-(-(len(request.ids) + request.max_new_tokens) // PAGE) + 1 for request in requests]
+        # it is zeroed for every call: no more than twice what all take together, which leaves the schedule that of a larger one;
+        # and enough for the longest, which could never be scheduled otherwise
+        pages = max(min(self.settings.cache_tokens // PAGE, 2 * sum(needed) + 8), max(needed) + 1)
         tokens = min(MAX_BATCH_TOKENS, max(self.settings.batch_size, max(len(request.ids) for request in requests)) * 2)
         known = inspect.signature(ContinuousBatchingConfig).parameters  # transformers 5.17 calls a page a block
         more: dict[str, Any] = {"page_size" if "page_size" in known else "block_size": PAGE}
