@@ -45,6 +45,25 @@ def _tree() -> ConfigTree:
     return ConfigTree()
 
 
+def _parse_once() -> None:
+    """Keep what OmegaConf made of a file of config/, which is a third of a composition, until the file changes."""
+    from omegaconf import OmegaConf
+
+    load, known = OmegaConf.load, dict[tuple[str, int, int], bytes]()
+
+    def parsed(file: Any) -> Any:
+        path = Path(getattr(file, "name", file))
+        if not path.is_relative_to(CONFIG):
+            return load(file)
+        status = path.stat()
+        key = str(path), status.st_mtime_ns, status.st_size
+        if key not in known:
+            known[key] = pickle.dumps(load(file))
+        return pickle.loads(known[key])
+
+    OmegaConf.load = staticmethod(parsed)
+
+
 def share() -> None:
     """A directory for this test run, if it has none yet: pytest's workers and the processes of tests inherit the variable."""
     if VARIABLE not in os.environ:
@@ -54,9 +73,11 @@ def share() -> None:
 
 @cache
 def remember() -> None:
-    """From here on `hydra.compose` looks first whether that has been composed."""
+    """From here on `hydra.compose` looks first whether that has been composed, and no file of config/ is parsed twice."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
+
+    _parse_once()
 
     compose, files = hydra.compose, b"".join(sha256(path.read_bytes()).digest() for path in sorted(CONFIG.rglob("*.yaml")))
 

@@ -242,6 +242,7 @@ def _warm_up() -> None:
         if find_spec(name.partition(".")[0]):
             importlib.import_module(name)
     composed.remember()
+    composed.config_of("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=x")  # parses what nearly every command composes
     mapping = importlib.import_module("transformers.conversion_mapping")
     mapping.get_checkpoint_conversion_mapping("llama")  # some hundred patterns, compiled at the first model
     rendezvous = importlib.import_module("torch.distributed.elastic.rendezvous.dynamic_rendezvous")
