@@ -146,9 +146,11 @@ class VLLMServer:
         settings = {name: how.generation_config.get(name, value) if body.get(name) is None else body[name]
                     for name, value in DEFAULTS.items()} | how.forced  # fmt: skip
         generator, finish = np.random.default_rng(body["seed"]), "length"
+        cache, new = None, prompt  # what the cache holds, and the tokens after it
         ends = {self.end, *how.stops, *(body.get("stop_token_ids") or ())}
         for _ in range(min(body["max_tokens"], how.generation_config.get("max_new_tokens", body["max_tokens"]))):
-            logits = self.model(torch.tensor([prompt + ids])).logits[0, -1].float()
+            read = self.model(torch.tensor([new]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+            logits, cache = read.logits[0, -1].float(), read.past_key_values
             processed = process(logits, prompt, ids, **settings)
             if settings["temperature"] == 0:
                 token = int(processed.argmax())
@@ -156,6 +158,7 @@ class VLLMServer:
                 cumulative = processed.double().softmax(-1).cumsum(-1)
                 token = int((cumulative < generator.random()).sum().clamp(max=len(logits) - 1))
             ids.append(token)
+            new = [token]
             logps.append(float((processed if how.processed else logits).log_softmax(-1)[token]))
             if token in ends:
                 finish = "stop"
