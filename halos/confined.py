@@ -167,8 +167,11 @@ def parse_json(text: str, name: str) -> Any:
 
 def to_yaml(value: Any) -> str:
     """Return plain values as YAML, in their order; by libyaml where PyYAML has it, which takes a tenth of the time."""
-    dumper = getattr(yaml, "CSafeDumper", yaml.SafeDumper)
-    return yaml.dump(value, Dumper=dumper, sort_keys=False, allow_unicode=True, width=10_000)
+    settings: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 10_000}
+    try:
+        return yaml.dump(value, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), **settings)
+    except UnicodeEncodeError:  # of a file's name that is no UTF-8
+        return yaml.safe_dump(value, **settings)
 
 
 def parse_yaml(text: str, name: str) -> Any:

@@ -66,3 +66,5 @@ def test_what_is_typed_for_a_key_that_takes_text_is_text() -> None:
     assert given("model.revision", "model.revision=12e4567") == "12e4567"
     assert given("train.steps", "train.steps=1_000") == 1000
     assert given("optim.lr", "optim.lr=1e-3") == 1e-3
+    assert parse("exp_name=12e4567,main,1e3", tree.choices).values == ("'12e4567'", "main", "'1e3'")
+    assert parse("optim.lr=1e-3,2", tree.choices).values == ("0.001", "2")

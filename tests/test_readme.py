@@ -292,7 +292,7 @@ def test_every_bundled_choice_of_a_model_ends_dry(choice: str, dry: Callable[...
 
 
 WRONG = [
-    ("loss=dpo peft=lora peft.target_modules=[q_proj,q_projj]", "peft.target_modules: q_projj is no layer of this model"),
+    ("loss=dpo peft=lora peft.target_modules=[q_projj]", "Target modules {'q_projj'} not found"),
     ("loss=dpo reference.name_or_path=runs/none", "reference.name_or_path=runs/none"),
     ("loss=dpo peft=lora peft.modules_to_save=[lm_headd]", "modules_to_save"),
     ("loss=online online.loss=grpo data.train=[bare.jsonl] data.eval=[]", "exact_match needs a column `solution`"),

@@ -21,6 +21,7 @@ SCORE = [  # a template may write more after the end token of an answer, such as
     "",
     'turns = [{"role": "user", "content": "What is 2 + 3?"}, {"role": "assistant", "content": "5"}]',
     "text = tokenizer.apply_chat_template(turns, tokenize=False).rstrip()  # up to the end token: the score is read there",
+    'text += "" if text.endswith(tuple(map(str, tokenizer.added_tokens_decoder.values()))) else tokenizer.eos_token',
     'score = model.eval()(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits[0, 0].item()',
 ]
 

@@ -38,7 +38,16 @@ def parse(text: str, choices: Choices) -> Override:
     takes_text = schema_keys().get(key) in (str, str | None) and not (key == "resume" and isinstance(value, bool))
     if takes_text and not sweep and isinstance(value, bool | int | float):
         given, values = f"'{given.strip()}'", (given.strip(),)
+    elif takes_text and sweep and not set(given) & set("()[]{}'\""):
+        values = tuple(map(_quoted, given.split(",")))
+        given = ",".join(values)
     return Override(sign, key, override.package, given, values, sweep)
+
+
+def _quoted(value: str) -> str:
+    """Quote one value of a sweep where Hydra would read it as a number."""
+    read = OverridesParser.create().parse_override(f"x={value.strip()}").value()
+    return f"'{value.strip()}'" if isinstance(read, bool | int | float) else value.strip()
 
 
 def enumerable(parsed: Sequence[Override]) -> list[Override]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from jinja2 import TemplateError
 from torch import nn
 from transformers import (
     AddedToken,
@@ -55,6 +56,17 @@ def load_tokenizer(directory: Path, *, add_tokens: list[str]) -> tuple[PreTraine
     # no special tokens: decoded text, which rewards and judges read, leaves those out
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in new])
     return tokenizer, new
+
+
+def keep_marks_special(tokenizer: PreTrainedTokenizerBase, new: Sequence[str]) -> None:
+    """Make special tokens of the `new` ones that the chat template writes around turns: they end turns, and decoded text leaves
+    them out; what else was added, such as a mark of a thought, is text."""
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):  # which refuses such turns: by what it holds
+        text = str(tokenizer.chat_template)
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in new if token in text])
 
 
 def refuse_different_tokenizer(reference: Path, tokenizer: PreTrainedTokenizerBase, new_ids: Sequence[int]) -> None:

@@ -107,20 +107,20 @@ def _linear(model: PreTrainedModel) -> list[str]:
 
 def _matched(model: PreTrainedModel, wanted: str | list[str]) -> list[str]:
     """Return the full names of the modules that match a list of names or a pattern."""
-    refuse_unmatched(model, wanted)
+    if others := unmatched(model, wanted):
+        raise UserError(f"peft.target_modules: {others[0]} is no layer of this model{_layers_hint(model)}")
     config = LoraConfig(target_modules=wanted)
     return [name for name, _ in model.named_modules() if name and check_target_module_exists(config, name)]
 
 
-def refuse_unmatched(model: PreTrainedModel, wanted: Wanted) -> None:
-    """Raises UserError for a name, or a pattern, that matches no module: PEFT ignores one name of several silently."""
+def unmatched(model: nn.Module, wanted: Wanted) -> list[str]:
+    """Return the names, or the pattern, that match no module: PEFT ignores one name of several silently."""
     if wanted is None or wanted == ALL_LINEAR:
-        return
+        return []
     modules = [name for name, _ in model.named_modules() if name]
-    for one in [wanted] if isinstance(wanted, str) else wanted:
-        config = LoraConfig(target_modules=one if isinstance(wanted, str) else [one])
-        if not any(check_target_module_exists(config, name) for name in modules):
-            raise UserError(f"peft.target_modules: {one} is no layer of this model{_layers_hint(model)}")
+    configs = {one: LoraConfig(target_modules=one if isinstance(wanted, str) else [one])
+               for one in ([wanted] if isinstance(wanted, str) else wanted)}  # fmt: skip
+    return [one for one, config in configs.items() if not any(check_target_module_exists(config, name) for name in modules)]
 
 
 def _peft_would_convert(model: PreTrainedModel, leaf: str) -> bool:

@@ -29,7 +29,7 @@ from halos.rollout.engines.engine import PolicyServer
 from halos.rollout.prompts import answer, eval_prompts, fitting, for_round, read_prompts, room_for_prompts
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
-from halos.rollout.scores import NoScoresError, by_function, function_metrics, lack
+from halos.rollout.scores import ScoringError, by_function, function_metrics, lack
 from halos.rollout.spent import SECONDS
 from halos.rollout.types import Prompt, Request, Rollout, Sample, requests_for
 from halos.types import Mismatched
@@ -157,7 +157,7 @@ class RolloutSource:
                 break
         line = lack([rollout.score for rollout in rollouts])
         if all(rollout.score.value is None for rollout in rollouts):
-            raise NoScoresError(f"step {self.run.step}: {line}")
+            raise ScoringError(f"step {self.run.step}: {line}")
         if not have:  # with nothing to learn, which the trainer warns of, and which ends no run
             have = self._fill(number, rollouts, drop_equal=False)
         if not have:
@@ -219,7 +219,7 @@ class RolloutSource:
             for hook in self.run.hooks.values():
                 hook.on_examples(self.run, rows)
         if "reward" not in metrics:
-            raise NoScoresError(f"evaluation: {lack([rollout.score for rollout in rollouts])}")
+            raise ScoringError(f"evaluation: {lack([rollout.score for rollout in rollouts])}")
         spent = {f"{SECONDS}{name}": round(value, 3) for name, value in seconds.items()}
         return {**metrics, **function_metrics(rollouts), "examples": len(rollouts), **spent}
 

@@ -20,6 +20,7 @@ NOT_SWEPT = keys_of(Scope.PLACE, Scope.HOST, Scope.COMMAND, Scope.CODE)
 # metrics with the same scale for every loss, of which more is better
 COMPARABLE = ("rewards/accuracies", "logps/accuracies", "accuracy", "win_rate", "reward")
 OF_REWARDS = ("reward", "win_rate")  # which a scorer gives: another one has other scales
+SCALES = {f"online.scorer.{name}" for name in ("name", "functions", "aggregation", "model", "label", "pairwise", "rubric")}
 MAX_TICKS = 7  # numeric values of a key; more have automatic ticks
 MAX_NAMES = 12  # non-numeric values of a key; a key with more has no figure
 
@@ -150,15 +151,13 @@ def _ranking(records: Sequence[Record], keys: Sequence[str]) -> tuple[str, str |
     metric, mode = _objective(records)
     several_losses = len({record.loss for record in records}) > 1 or not {"loss", "online.loss"}.isdisjoint(keys)
     scaling_key = next((key for key in keys if key.startswith("loss.")), None)
-    rewards = next((key for key in keys if key.startswith("online.scorer.")), None)
+    rewards = next((key for key in keys if key in SCALES), None)
     comparable = [name for name in COMPARABLE if rewards is None or name not in OF_REWARDS]
     if metric in comparable or (not several_losses and scaling_key is None and not (rewards and metric in OF_REWARDS)):
         return metric, mode, ""
-    reason = (
-        f"the scale of {metric} differs between losses"
-        if several_losses
-        else f"the scale of {metric} depends on {scaling_key or rewards}"
-    )
+    scaling_key = rewards if metric in OF_REWARDS else scaling_key
+    several = several_losses and not (rewards and metric in OF_REWARDS)
+    reason = f"the scale of {metric} " + ("differs between losses" if several else f"depends on {scaling_key}")
     shared = next((name for name in comparable if all(math.isfinite(_last(record, name)) for record in records)), None)
     if shared is None:
         return metric, None, f"Not ranked: {reason}, and the runs have no other metric in common."

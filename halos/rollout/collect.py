@@ -12,6 +12,7 @@ from halos.errors import UserError
 from halos.rollout.engines.engine import Engine
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
+from halos.rollout.scores import ScoringError
 from halos.rollout.types import Key, Prompt, Request, Rollout, Sample
 
 STORED_AT_ONCE = 64  # answers or scores: what a crash can lose
@@ -75,7 +76,7 @@ def collect(
     parts = ranks.gather((bare, sampling, problem))
     for _, _, problem in parts:
         if problem is not None:  # on every rank, so that none waits for another
-            raise UserError(problem)
+            raise ScoringError(problem)
     slowest, passed = max(sampling for _, sampling, _ in parts), time.perf_counter() - began
     for name, spent in (("sample", min(slowest, passed)), ("score", max(0.0, passed - slowest))):
         seconds[name] = seconds.get(name, 0.0) + spent

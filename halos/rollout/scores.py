@@ -22,8 +22,8 @@ def reasons(scores: Iterable[Score]) -> dict[str, int]:
     return dict(sorted(counts.items(), key=lambda each: -each[1]))
 
 
-class NoScoresError(UserError):
-    """No sample has a score. What gives them, perhaps a server, may work again later: a run saves a checkpoint before it ends."""
+class ScoringError(UserError):
+    """Samples got no scores. What gives them, perhaps a server, may work again later: a run saves a checkpoint before it ends."""
 
 
 def lack(scores: Sequence[Score]) -> str | None:

@@ -146,6 +146,8 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
     _log("forward", structure.verdict.line)
     _log("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
     _warn_of_half_weights(structure.model)
+    if config.peft.name == "lora" and (others := targets.unmatched(structure.model, config.peft.target_modules)):
+        log.warning("peft.target_modules: %s matches no layer of this model", ", ".join(others))
     for number, line in enumerate(targets.lines(structure.model)):
         _log("" if number else "adapter", line)
     if has_balancing_loss(settings := bare(structure.model).config):

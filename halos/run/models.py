@@ -23,7 +23,7 @@ from halos.logps.attention import SEGMENTS, VARLEN
 from halos.logps.model import ActorCritic, LanguageModel, ModelWithHead, ProcessRewardModel, RewardModel, bare
 from halos.logps.reference_values import remember_reference_values
 from halos.logps.vocabulary import Vocabulary
-from halos.models import adapter, targets
+from halos.models import adapter
 from halos.models.load import attention, freeze, load_model, refuse_different_tokenizer, weights_dtype
 from halos.models.locate import locate
 from halos.reward_kind import RewardKind
@@ -161,8 +161,6 @@ def policy_structure(loader: ModelLoader, *, reward: RewardKind | None) -> nn.Mo
     model = loader.load_structure(loader.base, loader.dtype, reward=reward)
     if config.peft.name == "none":
         return model.eval()
-    if not config.resume:
-        targets.refuse_unmatched(model, config.peft.target_modules)
     adapted = adapter.attach(model, asdict(config.peft), base=str(loader.base), reward=reward, seed=config.seed)
     if config.peft.init_from is not None and not config.resume:
         adapter.refuse_different_settings(adapted, Path(config.peft.init_from))

@@ -181,32 +181,41 @@ def _refuse_kept(
     after more than those of the trial. What a step overwrites is none, nor what is the same whatever the weights were."""
     if not _tensors(optimizer):
         return
-    negative, opposite = ([{name: -value for name, value in each.items()} for each in them] for them in ((start,), gradients))
+    negative, opposite = (
+        [{name: -1.5 * value for name, value in each.items()} for each in them] for them in ((start,), gradients)
+    )
     modules = [_Parameters({name: [value] for name, value in values.items()}) for values in (start, start, *negative)]
     optimizers = [_make(module, spec) for module in modules]
     for module, each, theirs in zip(modules, optimizers, (gradients, gradients, opposite), strict=True):
         _steps(module, each, theirs, 0, 1)
     one, another, unlike = map(_tensors, optimizers)
-    dependent = [name for name, value in one.items() if name not in unlike or not torch.equal(value, unlike[name])]
+    dependent = [name for name, value in one.items() if name not in unlike or not _same(value, unlike[name])]
     for value in map(another.__getitem__, dependent):
         value.copy_(~value if value.dtype is torch.bool else value + 1)
     for module, each in zip(modules[:2], optimizers, strict=False):
         _steps(module, each, gradients, 2)
     after, changed = _tensors(optimizers[0]), _tensors(optimizers[1])
-    if kept := [name for name in dependent if name in after and not torch.equal(after[name], changed.get(name, torch.empty(0)))]:
+    if kept := [name for name in dependent if name in after and not (name in changed and _same(after[name], changed[name]))]:
         raise UserError(
             f"optim {spec.name}: {', '.join(kept)} outlasts a step, and a checkpoint does not hold it: keep everything that later"
             " steps read in self.state[parameter]"
         )
 
 
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors are equal bit for bit, nan included."""
+    return one.shape == other.shape and torch.equal(*(each.contiguous().view(torch.uint8) for each in (one, other)))
+
+
 def _tensors(optimizer: Optimizer) -> dict[str, Tensor]:
-    """Return the tensors of several elements that an optimizer keeps outside its state, by name, but for the parameters."""
-    found, parameters = dict[str, Tensor](), {id(each) for group in optimizer.param_groups for each in group["params"]}
+    """Return tensors of several elements that an optimizer keeps outside its state, but for views of that or of parameters."""
+    found, saved = dict[str, Tensor](), [each for group in optimizer.param_groups for each in group["params"]]
+    saved += [each for state in optimizer.state.values() for each in state.values() if isinstance(each, Tensor)]
+    known = {each.untyped_storage().data_ptr() for each in saved}
 
     def search(name: str, value: Any, depth: int = 4) -> None:
         if isinstance(value, Tensor):
-            if value.numel() > 1 and id(value) not in parameters:
+            if value.numel() > 1 and value.untyped_storage().data_ptr() not in known:
                 found[name] = value.detach()
         elif isinstance(value, Mapping):
             for number, each in enumerate(value.values()):

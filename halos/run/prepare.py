@@ -41,7 +41,7 @@ from halos.logps.model import bare
 from halos.logps.router import refuse_without_router
 from halos.logps.vocabulary import Vocabulary, table
 from halos.models import positions
-from halos.models.load import load_tokenizer
+from halos.models.load import keep_marks_special, load_tokenizer
 from halos.models.locate import locate
 from halos.prove.verdict import Verdict
 from halos.run import datasets, input_hashes, models, proof
@@ -59,6 +59,7 @@ log = logging.getLogger(__name__)
 
 VALUE_HEAD = ("value_head.weight", "value_head.bias")  # parameters of a policy with a value head
 
+LIVE = ("live_batch", "live_rollouts")  # hooks of a live loop, which joins them later
 REPLACEABLE = ("progress", "early_stopping", "alarms")  # names of built-in hooks that a hook of the user's may have
 
 
@@ -201,6 +202,7 @@ def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: 
     tokenizer.chat_template = template_of_run(
         tokenizer, config.model.chat_template, config.data.chat_template_kwargs, config.data.system
     )
+    keep_marks_special(tokenizer, new_tokens)
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
     loader = models.ModelLoader(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())
     model = models.policy_structure(loader, reward=loss.reward)
@@ -272,7 +274,8 @@ def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, 
         hooks[STREAM] = StreamPosition()
     if loss.adapt_entropy is not None and loss.settings.get("entropy_target") is not None:
         hooks["entropy_coefficient"] = EntropyCoefficient(loss.settings["entropy_coefficient"])
-    if taken := [name for name in config.hooks if name in hooks and name not in REPLACEABLE]:
+    needed = {*hooks, *LIVE} - {*REPLACEABLE}
+    if taken := [name for name in config.hooks if name in needed]:
         own = "a policy of yours is checkpoint._target_" if taken[0] == "checkpoint" else "choose another"
         raise UserError(f"hooks.{taken[0]} is the name of a hook without which the run would not be whole: {own}")
     return checkpoint, hooks | {name: bind_hook(f"hooks.{name}", node, config.plugins)() for name, node in config.hooks.items()}

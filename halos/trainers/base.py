@@ -22,7 +22,7 @@ from halos.errors import UserError
 from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval, states_of
 from halos.metrics import Meter, Window
-from halos.rollout.scores import NoScoresError
+from halos.rollout.scores import ScoringError
 from halos.trainers import teacher_rows
 from halos.trainers.evaluation import EvaluatedObjective
 from halos.trainers.guard import Contribution, Guard, propagate_nonfinite
@@ -102,7 +102,7 @@ class Trainer(EvaluatedObjective):
 
     def fit(self) -> None:
         """Train to the last step, or until a hook or a signal stops the run. Only a run that finished writes `FINAL`."""
-        with self.run.resources, closing(self._prepared):
+        with self.run.resources, closing(self._prepared), self._saved_without_scores():
             self._fit()
 
     def _fit(self) -> None:
@@ -117,24 +117,20 @@ class Trainer(EvaluatedObjective):
             self.evaluate()
         states_of(run.hooks)  # refuses one that no checkpoint could keep
         self._start_window()
-        first, self._saved = run.step + 1, run.step
+        first = run.step + 1
         while run.step < run.total_steps and not run.stop:
-            with self._saved_without_scores():
-                self._log(self._one_step())
+            self._log(self._one_step())
             if run.step == first:
                 states_of(run.hooks)  # again, since the first save may be hours away
             if run.step == run.total_steps or run.stop:
                 break
             if self._evaluation_due():
-                with self._saved_without_scores():
-                    self.evaluate()
+                self.evaluate()
             if checkpointer.due() and not run.stop:
                 checkpointer.save(final=False)
-                self._saved = run.step
         run.refuse_lone_stop()
         if not run.stopped_early and run.last_eval.get("step") != run.step:
-            with self._saved_without_scores():
-                self.evaluate()
+            self.evaluate()
         checkpointer.finish_save()
         if run.failed or (not run.stopped_early and self.guard.refuse_final()):
             return  # earlier checkpoints stay
@@ -145,10 +141,14 @@ class Trainer(EvaluatedObjective):
         """Save a checkpoint before the run ends where samples get no scores: the steps until here are sound."""
         try:
             yield
-        except NoScoresError:
-            if self.run.step > self._saved:
-                self.checkpointer.save(final=False)
-                log.warning("saved a checkpoint of step %d, from which the run resumes once samples get scores", self.run.step)
+        except ScoringError:
+            step, checkpointer = self.run.step, self.checkpointer
+            checkpointer.finish_save()
+            if step > checkpointer.saved:
+                checkpointer.save(final=False)
+            checkpointer.finish_save()
+            if step == checkpointer.saved > 0:  # not where the disk is full
+                log.warning("step %d is saved, from which the run resumes once samples get scores", step)
             raise
 
     def _one_step(self) -> Totals:

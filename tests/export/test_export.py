@@ -436,13 +436,13 @@ def test_the_code_on_an_adapters_card_gives_the_model_that_was_trained(
     assert torch.allclose(mine, theirs, atol=2e-5)
 
 
-@pytest.mark.parametrize("after", ["", "\n"])
+@pytest.mark.parametrize(("end", "after"), [("<|end|>", ""), ("<|end|>", "\n"), ("", "\n")])
 def test_the_code_on_a_reward_models_card_gives_the_score_that_it_was_trained_to_give(
-    after: str, configure: Callable[..., Config], tmp_path: Path
+    end: str, after: str, configure: Callable[..., Config], tmp_path: Path
 ) -> None:
     template = tmp_path / "t.jinja"
     template.write_text(
-        "{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}"
+        f"{{% for m in messages %}}{{{{ '<|' + m['role'] + '|>' + m['content'] + '{end}' }}}}"
         f"{{% if m['role'] == 'assistant' %}}{{{{ {after!r} }}}}{{% endif %}}{{% endfor %}}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
     )
@@ -454,7 +454,7 @@ def test_the_code_on_a_reward_models_card_gives_the_score_that_it_was_trained_to
     (code,) = re.findall(r"```python\n(.*?)```", (final / "README.md").read_text(), re.S)
     scope: dict[str, Any] = {}
     exec(code.replace('"path/to/this/directory"', repr(str(final))), scope)
-    tokens = scope["tokenizer"].encode("<|user|>What is 2 + 3?<|end|><|assistant|>5<|end|>", add_special_tokens=False)
+    tokens = scope["tokenizer"].encode(f"<|user|>What is 2 + 3?{end}<|assistant|>5<|end|>", add_special_tokens=False)
     with torch.no_grad():
         trained = scope["model"](input_ids=torch.tensor([tokens])).logits[0, 0].item()
     assert scope["score"] == trained

@@ -156,7 +156,13 @@ def test_a_hook_from_the_users_own_package_works_and_needs_plugins(
 
 @pytest.mark.parametrize(
     ("name", "refused"),
-    [("metrics", "choose another"), ("checkpoint", "a policy of yours is checkpoint._target_"), ("progress", ""), ("alarms", "")],
+    [
+        ("metrics", "choose another"),
+        ("live_batch", "choose another"),
+        ("checkpoint", "a policy of yours is checkpoint._target_"),
+        ("progress", ""),
+        ("alarms", ""),
+    ],
 )
 def test_a_hook_takes_the_place_of_no_built_in_one_without_which_a_run_is_not_whole(
     name: str, refused: str, configure: Callable[..., Config]

@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import train
 from halos.config.defaults import section
 from halos.config.schema import Config, Scorer
+from halos.data.tokenize import end_of_turn
 from halos.errors import UserError
 from halos.logps.vocabulary import Vocabulary
 from halos.models import tiny
-from halos.models.load import load_model, load_tokenizer
+from halos.models.load import keep_marks_special, load_model, load_tokenizer
 from halos.reward_kind import RewardKind
 from halos.rollout.scorers.reward_model import RewardModel
 from halos.run.lifecycle import run
@@ -47,6 +48,20 @@ def test_rewards_and_judges_see_tokens_that_were_added(tmp_path: Path) -> None:
         ids = each.encode("<|user|>2<think>so</think>3<|end|>", add_special_tokens=False)
         assert {*each.convert_tokens_to_ids(new)} <= {*ids}, "each is one token"
         assert each.decode(ids, skip_special_tokens=True) == "2<think>so</think>3"
+
+
+def test_marks_of_turns_that_were_added_stay_special_and_end_the_turns(tmp_path: Path) -> None:
+    tiny.build(tmp_path / "tiny")
+    new = ["<|im_start|>", "<|im_end|>", "<think>"]
+    tokenizer, _ = load_tokenizer(tmp_path / "tiny", add_tokens=new)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    keep_marks_special(tokenizer, new)
+    ids = tokenizer.encode("<|im_start|>user\n<think>so<|im_end|>", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "user\n<think>so"
+    assert end_of_turn(tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
 
 
 def test_a_reward_model_is_no_policy(tmp_path: Path) -> None:

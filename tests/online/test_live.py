@@ -458,7 +458,7 @@ def test_a_checkpoint_is_saved_where_what_scores_the_samples_fails_and_its_resum
     held_out = "data.eval=[]" if fails == "in training" else "online.eval_prompts=2"
     words = [*SMALL, *LIVE, "online.steps=2", held_out, "train.eval_at_start=false", "train.eval_every=null",
              f"cache_dir={cache}", f"online.scorer.functions=[{module}.of]", f"plugins=[{module}]",
-             "checkpoint.every=null", f"output_root={tmp_path}"]  # fmt: skip
+             "checkpoint.every=null", "checkpoint.async_save=true", f"output_root={tmp_path}"]  # fmt: skip
     (tmp_path / "calls").write_text("0")
     (tmp_path / "most").write_text("1000000")
     assert train.start([*words, "exp_name=whole"]) == 0

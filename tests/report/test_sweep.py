@@ -101,6 +101,14 @@ def test_rewards_of_several_scorers_are_not_ranked(tmp_path):
     assert "Not ranked: the scale of reward depends on online.scorer.functions, and the runs have no other metric" in text
 
 
+def test_rewards_are_ranked_where_the_key_of_the_scorer_changes_no_scale(tmp_path):
+    for name, size, reward in (("a-1", 8, 0.25), ("b-2", 16, 0.5)):
+        run(tmp_path, name, ["loss=online", "online.steps=2", f"online.scorer.batch_size={size}"], [reward], metric="reward")
+    text = compare(tmp_path)[0]
+    assert "reward (max)" in text
+    assert text.index("0.5") < text.index("0.25")
+
+
 def test_a_directory_without_runs_is_one_message(tmp_path):
     assert not is_sweep(tmp_path)
     with pytest.raises(UserError, match="neither a run nor a directory of runs"):

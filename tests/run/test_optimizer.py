@@ -270,6 +270,19 @@ def averages_elsewhere(self: Step, grad: torch.Tensor, state: Any, group: Any) -
     return counts_in_a_tensor(self, grad, state, group)
 
 
+def looks_at_what_is_saved(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    state.setdefault("mean", torch.zeros_like(grad)).mul_(0.5).add_(grad)
+    self.views = [state["mean"].view(-1)]  # type: ignore[attr-defined]
+    self.scratch = {grad.shape: torch.full_like(grad, float("nan"))}  # type: ignore[attr-defined]
+    return state["mean"] + group["weight_decay"]
+
+
+def averages_squares_elsewhere(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
+    self.squares = squares = getattr(self, "squares", {})  # type: ignore[attr-defined]
+    squares[grad.shape] = 0.5 * squares.get(grad.shape, 0.0) + grad**2
+    return counts_in_a_tensor(self, grad, state, group)
+
+
 def overwrites_a_buffer(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
     self.buffer = {grad.shape: grad * 2, "table": torch.arange(256)}  # type: ignore[attr-defined]
     return counts_in_a_tensor(self, self.buffer[grad.shape] / 2, state, group)
@@ -290,6 +303,7 @@ def fails(self: Step, grad: torch.Tensor, state: Any, group: Any) -> Any:
         (acts_by_another_object_after_the_trial, r"steps change self\.helper, which"),
         (looks_ahead, r"optim Step: self\.slow\[0\], .* outlasts a step, and a checkpoint does not hold it"),
         (averages_elsewhere, r"optim Step: self\.means\[0\], self\.means\[1\], self\.means\[2\] outlasts a step"),
+        (averages_squares_elsewhere, r"optim Step: self\.squares\[0\], .* outlasts a step"),
         (counts_outside_itself, "does not resume from its saved state bit for bit"),
         (shares_a_tensor, "fails on small parameters: RuntimeError.*share memory"),
         (fails, "fails on small parameters: ZeroDivisionError: of mine"),
@@ -300,7 +314,7 @@ def test_an_optimizer_that_would_not_resume_exactly_is_refused_before_training(m
     tried = replace(spec(), name="Step", make=partial(Step, move=move))
     with pytest.raises(UserError, match=message):
         try_out(tried, CPU, "whole")
-    for accepted in (counts_in_a_tensor, sets_a_cache_once, overwrites_a_buffer):
+    for accepted in (counts_in_a_tensor, sets_a_cache_once, overwrites_a_buffer, looks_at_what_is_saved):
         try_out(replace(tried, make=partial(Step, move=accepted)), CPU, "whole")
 
 
