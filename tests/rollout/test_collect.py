@@ -12,6 +12,7 @@ import pytest
 from halos.errors import UserError
 from halos.rollout.collect import InMemory, collect, sample, score
 from halos.rollout.ranks import Ranks
+from halos.rollout.scores import ScoringError
 from halos.rollout.types import Origin, Prompt, Request, Rollout, Sample, Score, requests_for
 
 ORIGIN = Origin("policy")
@@ -154,6 +155,7 @@ def test_a_paid_scorer_scores_the_samples_of_all_ranks_on_rank_0_and_its_refusal
     assert [rollout.key for rollout in one] == [request.key for request in REQUESTS]
     assert sorted(scored) == [(0, 6), (1, 0)]
     assert [str(each) for each in both(0)] == ["the cap is reached"] * 2
+    assert all(isinstance(each, ScoringError) for each in both(0)), "so that a run saves a checkpoint before it ends"
 
 
 def test_a_rank_samples_all_of_a_prompt_where_a_score_depends_on_its_other_samples() -> None:
