@@ -40,7 +40,7 @@ def _check(named: list[tuple[str, str]], known: Mapping[str, Any], path: str) ->
     for key, name in named:
         if known and name not in known:
             near = next((each for each in known if name in re.split(r"\W+", each)), None)  # filter='chosen-rating > 3' subtracts
-            hint = f"column('{near}') in a filter is the column '{near}';" if near and key.startswith("filter") else ""
+            hint = f"column('{near}') in a filter is '{near}'; it has" if near and key.startswith("filter") else ""
             near = nearest(name, known)
             hint = hint or (f"did you mean '{near}'?" if near else "it has")
             raise UserError(f"data entry {path}: {key}: its rows have no column '{name}'; {hint} ({', '.join(known)})")
