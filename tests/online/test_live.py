@@ -460,9 +460,6 @@ def test_a_checkpoint_is_saved_where_what_scores_the_samples_fails_and_its_resum
              f"cache_dir={cache}", f"online.scorer.functions=[{module}.of]", f"plugins=[{module}]",
              "checkpoint.every=null", "checkpoint.async_save=true", f"output_root={tmp_path}"]  # fmt: skip
     (tmp_path / "calls").write_text("0")
-    (tmp_path / "most").write_text("1000000")
-    assert train.start([*words, "exp_name=whole"]) == 0
-    (tmp_path / "calls").write_text("0")
     (tmp_path / "most").write_text("13" if fails == "in training" else "25")  # one is a trial at the start
     with pytest.raises(UserError, match=r"none of \d+ samples has a score: .* ConnectionError"):
         train.start([*words, "exp_name=cut"])
@@ -470,8 +467,10 @@ def test_a_checkpoint_is_saved_where_what_scores_the_samples_fails_and_its_resum
     assert saved.name == ("step-00000001" if fails == "in training" else "step-00000002")
     (tmp_path / "most").write_text("1000000")
     assert train.start([f"resume={tmp_path / 'cut'}", f"plugins=[{module}]"]) == 0
-    whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
-    assert all(torch.equal(value, cut[name]) for name, value in whole.items())
+    if fails == "in training":
+        assert train.start([*words, "exp_name=whole"]) == 0
+        whole, cut = weights(tmp_path / "whole"), weights(tmp_path / "cut")
+        assert all(torch.equal(value, cut[name]) for name, value in whole.items())
 
 
 def without_later_keys(config: Any) -> dict[str, Any]:

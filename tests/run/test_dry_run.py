@@ -55,18 +55,20 @@ def test_a_refused_run_has_a_page_too(configure: Callable[..., Config], tmp_path
     assert not is_run(Path(config.run_dir))
 
 
-@pytest.mark.parametrize("where", ["completion", "prompt"])
+@pytest.mark.parametrize(
+    ("where", "modules", "is_named"),
+    [("completion", "embed_tokens", True), ("completion", "embed_tokens,lm_head", False), ("prompt", "embed_tokens", False)],
+)
 def test_a_token_that_was_added_and_cannot_be_learned_is_named(
-    where: str, configure: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    where: str, modules: str, is_named: bool, configure: Callable[..., Config], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, other = tmp_path / "rows.jsonl", {"completion": "prompt", "prompt": "completion"}[where]
     data.write_text("".join(json.dumps({where: f"<think>{n}", other: f"It is {n}"}) + "\n" for n in range(4)))
     words = ["loss=sft", f"data.train=[{data}]", "data.eval=[]", "model.add_tokens=['<think>']", "dry_run=true"]
-    for name, modules in (("lora", "embed_tokens"), ("lora", "embed_tokens,lm_head"), ("none", "")):
-        assert run(configure(*words, f"peft={name}", *([f"peft.modules_to_save=[{modules}]"] if modules else [])), []) == 0
-        said = " ".join(capsys.readouterr().out.split())
-        named = "4 examples have scored tokens of model.add_tokens (<think>), whose rows of the output head are frozen" in said
-        assert named == (modules == "embed_tokens" and where == "completion"), (name, modules)
+    assert run(configure(*words, "peft=lora", f"peft.modules_to_save=[{modules}]"), []) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    text = "4 examples have scored tokens of model.add_tokens (<think>), whose rows of the output head are frozen"
+    assert (text in said) == is_named
 
 
 def test_a_pinned_step_beyond_the_end_of_the_run_is_refused_and_of_epochs_a_warning(
