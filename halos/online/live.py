@@ -35,6 +35,7 @@ from halos.rollout.types import Prompt, Request, Rollout, Sample, requests_for
 from halos.types import Mismatched
 
 log = logging.getLogger(__name__)
+HOOKS = ("live_batch", "live_rollouts")  # names under which a loop's batch and its rollouts are saved
 
 RETRY_OFFSET = 100_003  # in batches of prompts: where the prompts of a further attempt at a batch are taken from
 ATTEMPTS = 10  # the first at the batch's own prompts, the others at further ones, while it is not full
@@ -121,7 +122,7 @@ class RolloutSource:
         self.rows = LiveRows(loss.inputs.example, sampled_here=server is None, minibatches=self.online.minibatches,
                              epochs=self.online.epochs, seed=run.config.seed)  # fmt: skip
         self.files = LiveRollouts(keep=self.online.keep_rollouts, passes=self.rows.passes, scorer=scorer)
-        run.hooks |= {"live_batch": LiveBatch(self.rows), "live_rollouts": self.files}
+        run.hooks |= dict(zip(HOOKS, (LiveBatch(self.rows), self.files), strict=True))
         run.seconds_outside_training = {"sample": 0.0, "score": 0.0}
         self._made: dict[str, int] = {}  # counts of the batch's feedback
         self._warned = False  # of samples without a score

@@ -43,6 +43,7 @@ from halos.logps.vocabulary import Vocabulary, table
 from halos.models import positions
 from halos.models.load import keep_marks_special, load_tokenizer
 from halos.models.locate import locate
+from halos.online import live
 from halos.prove.verdict import Verdict
 from halos.run import datasets, input_hashes, models, proof
 from halos.run.available_metrics import refuse_padded_loss, refuse_unavailable_objective
@@ -59,7 +60,6 @@ log = logging.getLogger(__name__)
 
 VALUE_HEAD = ("value_head.weight", "value_head.bias")  # parameters of a policy with a value head
 
-LIVE = ("live_batch", "live_rollouts")  # hooks of a live loop, which joins them later
 REPLACEABLE = ("progress", "early_stopping", "alarms")  # names of built-in hooks that a hook of the user's may have
 
 
@@ -274,7 +274,7 @@ def hooks_of(config: Config, loss: LossSpec) -> tuple[CheckpointHook, dict[str, 
         hooks[STREAM] = StreamPosition()
     if loss.adapt_entropy is not None and loss.settings.get("entropy_target") is not None:
         hooks["entropy_coefficient"] = EntropyCoefficient(loss.settings["entropy_coefficient"])
-    needed = {*hooks, *LIVE} - {*REPLACEABLE}
+    needed = {*hooks, *live.HOOKS} - {*REPLACEABLE}
     if taken := [name for name in config.hooks if name in needed]:
         own = "a policy of yours is checkpoint._target_" if taken[0] == "checkpoint" else "choose another"
         raise UserError(f"hooks.{taken[0]} is the name of a hook without which the run would not be whole: {own}")
