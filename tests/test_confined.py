@@ -253,4 +253,5 @@ def test_yaml_is_written_in_order_and_read_as_it_was() -> None:
     assert confined.parse_yaml(text, "a.yaml") == value
     assert list(confined.parse_yaml(text, "a.yaml")) == list(value)
     assert "naïve" in text, "as it is typed"
+    assert "caf" in confined.to_yaml({"data": "caf\udce9.jsonl"}), "a file's name that is no UTF-8"
     assert max(map(len, text.splitlines())) > 700, "a value is on one line"

@@ -62,6 +62,25 @@ def test_the_same_request_gives_the_same_text_in_any_batch(policy: tuple[PreTrai
     assert texts(sampled(policy, asked(policy[1], seed=1))) != texts(whole)
 
 
+@pytest.mark.parametrize("batch_size", [4, 32])
+def test_a_cache_of_what_the_requests_take_gives_the_samples_of_a_larger_one(
+    batch_size: int, policy: tuple[PreTrainedModel, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests, pages, chosen = asked(policy[1], tokens=40), list[int](), HFEngine._batching
+
+    def counted(engine: HFEngine, given: Any, least: int = 0) -> Any:
+        config = chosen(engine, given)
+        config.num_blocks = max(config.num_blocks, least)
+        pages.append(config.num_blocks)
+        return config
+
+    monkeypatch.setattr(HFEngine, "_batching", counted)
+    own = sampled(policy, requests, batch_size=batch_size, cache_tokens=65536)
+    monkeypatch.setattr(HFEngine, "_batching", lambda engine, given: counted(engine, given, 2048))
+    assert sampled(policy, requests, batch_size=batch_size, cache_tokens=65536) == own, "log-probs to the bit"
+    assert pages[0] < 200 < pages[1] == 2048
+
+
 def test_log_probs_are_the_policys_own(policy: tuple[PreTrainedModel, Any]) -> None:
     for temperature in (1.0, 0.7):
         requests = asked(policy[1], temperature=temperature)
