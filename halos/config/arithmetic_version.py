@@ -73,6 +73,14 @@ def _trains_biases(now: RunFacts) -> bool:
     return now.refers and now.config.peft.name == "lora" and now.config.peft.bias != "none"
 
 
+def _refers_to_other_values(now: RunFacts) -> bool:
+    """Return whether the policy is its own reference at every step, with other values of what it trains."""
+    peft, reference = now.config.peft, now.config.reference
+    is_own = now.refers and peft.name == "lora" and reference.name_or_path is None and reference.cache != "always"
+    starts_adapted = peft.init_from is not None and reference.adapter == "start"
+    return now.half and is_own and (peft.bias != "none" or starts_adapted or reference.sync_every is not None)
+
+
 def _samples_by_directory(now: RunFacts) -> bool:
     data = now.before.get("data") or {}
     entries = [entry for purpose in ("train", "eval") for entry in data.get(purpose) or []]
@@ -166,6 +174,8 @@ HISTORY = (
              lambda now: now.config.peft.name == "lora", of="kept"),
     Revision(16, "2026-11-29", "on a GPU model.attention=auto may be one kernel for all packed sequences",
              lambda now: now.packed and now.half and now.config.model.attention == "auto", of="kept"),
+    Revision(17, "2026-11-29", "after its own reference a policy computes in half precision from its own values, and not from the"
+             " reference's", _refers_to_other_values),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

@@ -70,15 +70,18 @@ def reference_values_of(model: nn.Module) -> dict[str, Tensor]:
 @contextmanager
 def with_values(module: nn.Module, values: dict[str, Tensor], layout: Layout) -> Iterator[None]:
     """Parameters of `module` set to `values`, and back on leaving. Through `.data`, without the version counter of autograd:
-    tensors saved for a backward pass hold their own values again before it runs."""
+    tensors saved for a backward pass hold their own values again before it runs. Autocast keeps its casts of parameters until its
+    context ends, so they are dropped both times."""
     parts = [pair for name, value in values.items() for pair in layout.parts(module.get_parameter(name), value)]
     trained = [shard.clone() for shard, _ in parts]
     with torch.no_grad():
         for shard, value in parts:
             shard.copy_(value)
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
         with torch.no_grad():
             for (shard, _), value in zip(parts, trained, strict=True):
                 shard.copy_(value)
+        torch.clear_autocast_cache()

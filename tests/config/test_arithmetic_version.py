@@ -32,7 +32,9 @@ from halos.run.models import ModelLoader
 def computed(**other: Any) -> RunFacts:
     """Full fine-tuning of a small language model in float32."""
     config: Any = SimpleNamespace(
-        peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0, target_modules="all-linear"), online=None,
+        peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0, target_modules="all-linear", init_from=None),
+        online=None,
+        reference=SimpleNamespace(name_or_path=None, cache="never", adapter="start", sync_every=None),
         train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512,
                               log_every=1),
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True}, model=SimpleNamespace(attention="auto"),
@@ -188,6 +190,25 @@ def test_equal_rewards_affect_only_runs_that_add_nothing_to_their_deviation() ->
 def test_float32_sums_of_logits_affect_runs_in_half_precision_alone(now: RunFacts, named: bool) -> None:
     now.config.peft.name = "lora"  # a frozen head too
     assert ("float32 sums" in why(now, 5)) is named
+
+
+@pytest.mark.parametrize(
+    ("peft", "reference", "named"),
+    [
+        ({"init_from": "adapter"}, {}, True), ({"bias": "all"}, {}, True), ({}, {"sync_every": 8}, True), ({}, {}, False),
+        ({"init_from": "adapter"}, {"adapter": "off"}, False), ({"init_from": "adapter"}, {"cache": "always"}, False),
+        ({"init_from": "adapter"}, {"name_or_path": "other"}, False),
+    ],
+)  # fmt: skip
+def test_a_reference_with_other_values_of_what_is_trained_affects_runs_in_half_precision(
+    peft: dict[str, str], reference: dict[str, object], named: bool
+) -> None:
+    for half in (True, False):
+        now = computed(half=half, refers=True)
+        now.config.peft.name = "lora"
+        vars(now.config.peft).update(peft)
+        vars(now.config.reference).update(reference)
+        assert ("from its own values" in why(now, 16)) is (named and half)
 
 
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:

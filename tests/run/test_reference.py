@@ -39,6 +39,11 @@ def refer(trainer: Trainer) -> torch.Tensor:
     return trainer._refer(batch).values.clone()
 
 
+def refer_in_half(trainer: Trainer) -> torch.Tensor:
+    with trainer.run.accelerator.autocast():
+        return refer(trainer)
+
+
 def test_the_first_loss_is_log_2_and_the_reference_never_changes(begun: tuple[World, list[str]]) -> None:
     world, words = begun
     trainer = assembled(world, "dpo", *words)
@@ -56,6 +61,26 @@ def test_the_first_loss_is_log_2_and_the_reference_never_changes(begun: tuple[Wo
     assert (first - refer(base)).abs().max() > 0.05, "the adapter has learned something"
     base.evaluate()
     assert abs(base.run.last_eval["loss"] - math.log(2)) > 1e-3
+
+
+def test_under_autocast_the_policy_computes_from_its_own_values_after_those_of_its_reference(
+    begun: tuple[World, list[str]],
+) -> None:
+    world, words = begun
+    trainer = assembled(world, "half", *words, "train.precision=bfloat16")
+    rows = [trainer.train.rows[n] for n in range(8)]
+    expected = refer_in_half(trainer)
+    with torch.no_grad():
+        for parameter in trainer.run.module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)), alpha=0.05)
+    alone = trainer._output(rows).values
+    assert not torch.equal(alone, expected)
+    policy, reference = trainer._forward(pack(trainer.rows(rows)), lambda output: output.values)
+    assert torch.equal(policy, alone)
+    assert torch.equal(reference, expected)
+    policy.sum().backward()
+    assert all(each.grad is not None for each in trainer.run.module.parameters() if each.requires_grad)
 
 
 def test_a_resumed_run_has_the_same_reference(begun: tuple[World, list[str]]) -> None:
