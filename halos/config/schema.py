@@ -104,6 +104,8 @@ class Train:
     precision: str = key(one_of=("auto", "float32", "bfloat16"))
     activation_checkpointing: bool | None = key(on_resume=SAFE)
     deterministic: bool = key(on_resume=SAFE)
+    compile: bool = key()
+    working_weights: str = key(one_of=("microbatch", "step"), on_resume=SAFE)  # the same numbers
     router_aux_loss: float | None = key(least=0)
     prove: str = key(one_of=("auto", "always", "off"), on_resume=SAFE)  # it checks, and changes nothing
     early_stopping: int | None = key(least=1, on_resume=SAFE)  # it ends a run, and changes no step

@@ -101,6 +101,7 @@ class DeepSpeed3(DeepSpeed):
 
     is_sharded = True
     shards_are_copied = True
+    can_compile = False  # its hooks gather the parameters of each module
 
     @classmethod
     def is_requested(cls) -> bool:

@@ -42,6 +42,7 @@ class Strategy(ABC):
     shards_are_copied: ClassVar[bool] = False  # `shards` returns copies, not the module's own tensors
 
     takes_trials: ClassVar[bool] = True  # a forward and backward pass that no step follows
+    can_compile: ClassVar[bool] = True  # parts of a layer, which have their parameters when they are called
 
     launched_as: ClassVar[str] = "DDP"  # the name in accelerate's config
     needs_process_group: ClassVar[bool] = False  # even for one rank

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 from halos.logps.distribution import Reading
+from halos.logps.working_weights import cast
 
 HALVES = (torch.bfloat16, torch.float16)
 CAST_AT_ONCE = 2**24  # elements of a half-precision weight that a CPU, which has no mixed product, casts to float32: 64 MiB
@@ -97,7 +98,7 @@ class _Read(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, reading: Reading, softmax: Softmax) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            half_weight, half_bias = cast(weight, hidden.dtype).detach(), None if bias is None else bias.to(hidden.dtype)
             parts = []
             for chunk, some in zip(hidden.split(softmax.rows), reading.split(softmax.rows), strict=True):
                 logits, _ = softmax.logits(products(chunk, half_weight, half_bias))
@@ -112,7 +113,7 @@ class _Read(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
         hidden, weight, bias, norms, values = ctx.saved_tensors
         softmax: Softmax = ctx.softmax
-        half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        half_weight, half_bias = cast(weight, hidden.dtype).detach(), None if bias is None else bias.to(hidden.dtype)
         grad_hidden, (_, trains_weight, trains_bias, *_) = torch.empty_like(hidden), ctx.needs_input_grad
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trains_weight else None
         grad_bias = torch.zeros(bias.shape, dtype=torch.float32, device=bias.device) if trains_bias else None
@@ -138,7 +139,7 @@ class _FrozenLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, softmax: Softmax) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            half_weight, half_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+            half_weight, half_bias = cast(weight, hidden.dtype).detach(), None if bias is None else bias.to(hidden.dtype)
             parts, slopes_of_logp = [], torch.empty_like(hidden)
             for first in range(0, len(hidden), softmax.rows):
                 rows = slice(first, first + softmax.rows)

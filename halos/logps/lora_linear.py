@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from halos.logps.working_weights import cast
+
 
 class _AdaptedLinear(torch.autograd.Function):
     """x (..., in), a frozen weight (out, in) and bias (out,) or None, trained A (r, in) and B (out, r), all of one dtype, and
@@ -57,7 +59,7 @@ class LoraLinear(Linear):
         if (torch.get_autocast_dtype(device) if autocast else x.dtype) != base.dtype or (a.dtype != base.dtype and not autocast):
             return super().forward(x)
         kind = base.dtype
-        return adapted_linear(x.to(kind), base, bias, a.to(kind), b.to(kind), self.scaling[active[0]])
+        return adapted_linear(x.to(kind), base, bias, cast(a, kind), cast(b, kind), self.scaling[active[0]])
 
     def _is_plain(self, adapter: str) -> bool:
         """Return whether these are torch's linear layers: whole, not quantised, and with weights that are always there."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from halos.errors import UserError
+from halos.logps.compiled import eager
 from halos.logps.distribution import Reading
 from halos.logps.head import Head, from_logits, scores_of
 from halos.logps.hidden import hidden_states, is_packed, max_rows_over_ranks, whole_model
@@ -49,13 +50,14 @@ def sources_of_rows(batch: Sequences) -> list[Tensor]:
 
 @contextmanager
 def plainly(model: nn.Module) -> Iterator[None]:
-    """Inside, the model uses transformers' default attention, as `generate` and unpacked sequences need. For hooks that sample:
-    `with plainly(run.model): run.model.generate(...)`."""
+    """Inside, the model computes as transformers wrote it, with its default attention, as `generate` and unpacked sequences need.
+    For hooks that sample: `with plainly(run.model): run.model.generate(...)`."""
     inner = bare(model)
     before = str(inner.config._attn_implementation)
     inner.set_attn_implementation(inner.get_correct_attn_implementation(None) if is_packed(inner) else before)
     try:
-        yield
+        with eager():
+            yield
     finally:
         inner.set_attn_implementation(before)
 

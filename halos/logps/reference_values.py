@@ -12,6 +12,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from halos.logps.working_weights import drop_casts
+
 
 class Layout(Protocol):
     """How the ranks of a run shard a model, as far as its forward pass must know."""
@@ -77,11 +79,11 @@ def with_values(module: nn.Module, values: dict[str, Tensor], layout: Layout) ->
     with torch.no_grad():
         for shard, value in parts:
             shard.copy_(value)
-    torch.clear_autocast_cache()
+    drop_casts()
     try:
         yield
     finally:
         with torch.no_grad():
             for (shard, _), value in zip(parts, trained, strict=True):
                 shard.copy_(value)
-        torch.clear_autocast_cache()
+        drop_casts()

@@ -22,7 +22,7 @@ from halos.data.stream import StreamRows
 from halos.hooks.base import Run
 from halos.inspection.findings import refuse_errors
 from halos.lock import RunLock
-from halos.logps import lora_linear
+from halos.logps import compiled, lora_linear
 from halos.logps.model import ActorCritic, LanguageModel
 from halos.logs import Recorded
 from halos.models.load import refuse_different_architecture
@@ -52,6 +52,8 @@ def assemble(
     version = run_config.first_version(run.directory.read_attempts(), str(run.directory.path))
     current = _load(run, accelerator, resumed_from.path)
     _keep_arithmetic(current.module, version)
+    if config.train.compile:
+        compiled.compile_regions(current.module)
     frozen, kept = reference.opened(run, current, accelerator, version, resumed_from.path)
     if resumed_from.path is not None:
         restore(current, resumed_from.path)  # after loading models, which draws random numbers

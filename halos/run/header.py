@@ -22,6 +22,7 @@ from halos.data.encoded import PROMPT_TOO_LONG, TOO_LONG
 from halos.distributed.parameters import num_elements
 from halos.inspection.findings import Check
 from halos.inspection.speed import bfloat16_gain
+from halos.logps.compiled import regions_of
 from halos.logps.model import bare
 from halos.logps.router import has_balancing_loss, weight_in
 from halos.models import targets
@@ -144,6 +145,10 @@ def write_model(config: Config, loss: LossSpec, structure: Structure) -> None:
         _log("", f"of log(policy / reference) of a token within {humanline.low:g} and {humanline.high:g} (humanline)")
     _log("model", f"{config.model.name_or_path} ({dtype}){suffix}")
     _log("forward", structure.verdict.line)
+    if config.train.compile:
+        _log("compiled", f"{', '.join(sorted({type(each).__name__ for each in regions_of(structure.model)}))}, when first called")
+    if config.train.working_weights == "step":
+        _log("weights", "float32, cast to bfloat16 once a step")
     _log("parameters", f"{_short(trained)} trained of {_short(total)} ({100 * trained / total:.2f}%)")
     _warn_of_half_weights(structure.model)
     if config.peft.name == "lora" and (others := targets.unmatched(structure.model, config.peft.target_modules)):

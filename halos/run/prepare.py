@@ -45,7 +45,7 @@ from halos.models.load import keep_marks_special, load_tokenizer
 from halos.models.locate import locate
 from halos.online import live
 from halos.prove.verdict import Verdict
-from halos.run import datasets, input_hashes, models, proof
+from halos.run import datasets, input_hashes, models, proof, step_checks
 from halos.run.available_metrics import refuse_padded_loss, refuse_unavailable_objective
 from halos.run.batch_source import BatchSource
 from halos.run.batches import open_batch_source
@@ -124,6 +124,7 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     structure = structure_of(config, loss, accelerator, base)
     strategy = structure.loader.strategy(accelerator)
     strategy.refuse_model(structure.model)
+    step_checks.refuse_unfit(config.train, structure.model, strategy, accelerator)
     batches = open_batch_source(config, loss, structure.tokenizer, accelerator, structure.max_length)
     datasets.refuse_other_teacher(config, loss, batches.splits)
     known = len(table(bare(structure.model).get_input_embeddings()))

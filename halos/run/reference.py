@@ -25,6 +25,7 @@ from halos.distributed.parameters import local_part
 from halos.errors import UserError
 from halos.hashes import source_hash
 from halos.hooks.base import Run
+from halos.logps import compiled
 from halos.logps.model import ModelWithHead
 from halos.prove import verdict
 from halos.run import models
@@ -139,7 +140,11 @@ def _load(prepared: PreparedRun, current: Run, saved: Path | None = None) -> nn.
     model = models.load_reference(structure.loader, current.model, structure.reference, empty=saved is not None)
     models.teach(model, current.model, prepared.loss.candidates)
     fill = partial(load_shards, saved, strategy) if saved is not None else None
-    return strategy.wrap_frozen(model, fill) if model is not None else None
+    if model is None:
+        return None
+    if prepared.config.train.compile:
+        compiled.compile_regions(model, like=current.module)
+    return strategy.wrap_frozen(model, fill)
 
 
 def _open_moving(prepared: PreparedRun, current: Run, saved: Path | None) -> nn.Module | None:
@@ -196,6 +201,7 @@ def _facts(prepared: PreparedRun, version: int) -> Mapping[str, Any]:
         "precision": loader.machine.mixed_precision,
         "attention": loader.attention(dtype),
         "temperature": config.train.temperature,
+        **({"compile": True} if config.train.compile else {}),
         **({"likeliest": prepared.loss.candidates} if prepared.loss.candidates else {}),
         "device": loader.machine.device.type,
         "sharded": strategy.name if strategy.is_sharded else None,

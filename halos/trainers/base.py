@@ -21,6 +21,7 @@ from halos.distributed.agreement import from_rank_0
 from halos.errors import UserError
 from halos.examples import Item
 from halos.hooks.base import Run, call_on_eval, states_of
+from halos.logps.working_weights import kept_casts
 from halos.metrics import Meter, Window
 from halos.rollout.scores import ScoringError
 from halos.trainers import teacher_rows
@@ -173,7 +174,8 @@ class Trainer(EvaluatedObjective):
         run.learning_rates.set(run.step)
         self.modes.train()
         microbatches = self._microbatches(self.train, indices)
-        meter, parts = self._backward(microbatches, indices)
+        with kept_casts() if self.settings.working_weights == "step" else nullcontext():
+            meter, parts = self._backward(microbatches, indices)
         self._move_reference()
         totals = self._reduce(meter, strategy.clip(run.module, self.settings.max_grad_norm))
         norm = totals["grad_norm"][0]

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import is_fake
 
 MIB = 2**20
 
@@ -87,7 +88,7 @@ def loaded_mib(policy: torch.nn.Module) -> float:
     """Resident memory without what is free but not returned, and without tensors besides the policy's: a second model counts as
     memory above the loaded one. Weights that are only mapped from their file are read first."""
     own = storages([*policy.parameters(), *policy.buffers()])
-    others = storages(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor))
+    others = storages(one for one in gc.get_objects() if issubclass(type(one), torch.Tensor) and not is_fake(one))
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     besides = sum(size for place, size in others.items() if place not in own)

@@ -31,6 +31,7 @@ RUNS: dict[str, list[str]] = {
     "ppo-offline": ["loss=ppo", *TINY],
     "live-lora": [*LIVE, LORA],
     "rounds": ROUNDS,
+    "compiled": ["loss=dpo", LORA, *TINY, "train.compile=true"],
     "async-save": ["loss=dpo", *TINY, "checkpoint.every=2", "checkpoint.async_save=true"],
     "muon": ["loss=sft", *TINY, "optim=muon"],
     "flash-attention-2": ["loss=dpo", LORA, *TINY, "model.attention=flash_attention_2", BFLOAT16],

@@ -56,6 +56,7 @@ CHECKS = [
     _crash("ppo-offline"),
     _crash("live-lora", seconds=100),
     _crash("rounds", seconds=150),
+    _crash("compiled", seconds=120),
     _crash("async-save"),
     _crash("muon"),
     _crash("flash-attention-2", half=True),
@@ -72,6 +73,8 @@ CHECKS = [
     Check("speed-1.5b-lora", "speed.check", 80, "measured", alone=True, memory=24, half=True, needs=("model-1.5b",)),
     Check("speed-8b-lora", "speed.check", 120, "MFU at least 35 % on an H100 or H200", alone=True, memory=70, half=True,
           needs=("model-8b",)),
+    Check("speed-1.5b-full-cast", "speed.check", 90, "measured", alone=True, memory=60, half=True, needs=("model-1.5b",)),
+    Check("speed-1.5b-lora-compiled", "speed.check", 120, "measured", alone=True, memory=24, half=True, needs=("model-1.5b",)),
 ]  # fmt: skip
 BY_NAME = {check.name: check for check in CHECKS}
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from gpu import rows
@@ -13,16 +14,17 @@ PAIRS = {"small": 32, "1.5b": 32, "8b": 16}  # a step
 SECONDS = 25.0  # of steps, after which a run ends early
 MUST = {"speed-1.5b-full": 0.30, "speed-8b-lora": 0.35}  # MFU on the cards below
 JUDGED = ("H100", "H200")
+OPTIONS = {"compiled": "train.compile=true", "cast": "train.working_weights=step"}
 SYNCHRONISATIONS = 1  # of a step: the gradient norm's
 
 Record = dict[str, Any]
 
 
 def check(name: str, place: Place) -> Result:
-    """The run `speed-MODEL-full` or `speed-MODEL-lora`: DPO on pairs with the lengths of answers."""
-    _, model, kind = name.split("-")
+    """The run `speed-MODEL-full` or `speed-MODEL-lora`: DPO on pairs with the lengths of answers; with a key of OPTIONS."""
+    _, model, kind, *options = name.split("-")
     batch, steps = (PAIRS[model], STEPS) if place.cuda else (4, WARM_UP + 1 + LEAST)
-    measured = _measure(f"dpo-{kind}", model, place, name, batch=batch, steps=steps)
+    measured = _measure(f"dpo-{kind}", model, place, name, batch=batch, steps=steps, options=options)
     if isinstance(measured, Result):
         return measured
     found = figures(measured, place.card["peak"])
@@ -46,7 +48,9 @@ def syncs(name: str, place: Place) -> Result:
     return Result.of(max(counts.values()) <= SYNCHRONISATIONS, f"{figure}: {' '.join(lines)}"[:300], places=places)
 
 
-def _measure(workload: str, model: str, place: Place, name: str, *, batch: int, steps: int) -> Record | Result:
+def _measure(
+    workload: str, model: str, place: Place, name: str, *, batch: int, steps: int, options: Sequence[str] = ()
+) -> Record | Result:
     """Run a workload with the hook that measures; its record, with what is known of the rows."""
     made = rows.make(workload, model, place, steps=steps, batch_size=batch, answers=True)
     loss, kind = workload.split("-")
@@ -58,7 +62,7 @@ def _measure(workload: str, model: str, place: Place, name: str, *, batch: int, 
         name, f"loss={loss}", f"model.name_or_path={place.model(model)}", f"peft={'lora' if kind == 'lora' else 'none'}",
         f"data.train=['{made.path}']", "data.eval=[]", f"train.steps={steps}", f"train.batch_size={made.batch_size}",
         f"train.max_length={rows.LONGEST}", "optim.lr=1e-6", "schedule=constant", "checkpoint.every=null",
-        "checkpoint.merge_lora=false", "plugins=[gpu]", hook,
+        "checkpoint.merge_lora=false", "plugins=[gpu]", hook, *map(OPTIONS.__getitem__, options),
     )  # fmt: skip
     if done.returncode or not output.is_file():
         return Result.crash(done)

@@ -25,6 +25,7 @@ from halos.data.collate import pack
 from halos.distributed.launch import make_accelerator
 from halos.errors import UserError
 from halos.examples import Item, PackRow
+from halos.logps import compiled
 from halos.run import models
 from halos.run.assemble import assemble
 from halos.run.reference import decision
@@ -157,11 +158,15 @@ STALE: dict[str, Callable[[World], tuple[str, ...]]] = {
     "dtype": lambda _: ("model.dtype=bfloat16",),
     "precision": lambda _: ("train.precision=bfloat16",),
     "temperature": lambda _: ("train.temperature=0.7",),
+    "compiled code": lambda _: ("train.compile=true",),
     "vocabulary": lambda _: ("model.add_tokens=['<|new|>']",),
 }
 
 
-def test_what_the_numbers_depend_on_is_noticed_and_nothing_else(world: World, computed: list[str]) -> None:
+def test_what_the_numbers_depend_on_is_noticed_and_nothing_else(
+    world: World, computed: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "compile_regions", lambda model, like=None: None)
     assembled(world, "first").prepare_reference()
     assert computed == ["train", "eval"]
     same = ("loss=ipo", "optim.lr=1e-2", "seed=3", "train.batch_size=6", "train.microbatch_tokens=99", "train.steps=9")
