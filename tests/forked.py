@@ -32,8 +32,8 @@ from tests import composed
 READ_AT_START = ("HF_HOME", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "LD_PRELOAD", "PYTHONHASHSEED")
 PRELOADED = (  # imported by train.py, by the commands that it starts, and by a run of a small model
     "accelerate.commands.launch", "antlr4.LL1Analyzer", "datasets", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer",
-    "halos.models.tiny", "halos.online.label", "halos.online.rounds", "halos.online.sample",
-    "halos.optimizers.standard", "halos.run", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "peft",
+    "halos.models.tiny", "halos.online.label", "halos.online.rounds", "halos.online.sample", "halos.optimizers.standard",
+    "halos.report.sweep", "halos.run", "hydra._internal.hydra", "hydra.core.override_parser.overrides_parser", "peft",
     "torch.distributed.run", "transformers.models.llama.configuration_llama", "transformers.models.llama.modeling_llama",
 )  # fmt: skip
 COLLECT_AFTER = (50_000, 20, 100)  # of gc.set_threshold: with Python's own, collections take a sixth of the time of all tests

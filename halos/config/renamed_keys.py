@@ -40,9 +40,10 @@ def deprecation_note(overrides: Collection[str]) -> str | None:
     return None if old is None else f"{old} is now {current_name(old)}; the old name is still accepted"
 
 
-def move_sections(composed: DictConfig, overrides: Collection[str] = ()) -> None:
-    """Move old sections into new ones, in place. `overrides` of the new name win over a YAML's values under the old one."""
-    keys = {key.group(2) for key in map(_WORD.fullmatch, overrides) if key}
+def move_sections(composed: DictConfig, overrides: Collection[str] = ()) -> bool:
+    """Move old sections into new ones, in place; return whether there were any. `overrides` of the new name win over a YAML's
+    values under the old one."""
+    keys, moved = {key.group(2) for key in map(_WORD.fullmatch, overrides) if key}, False
     for old, new in SECTIONS.items():
         section = OmegaConf.select(composed, old)
         if section is None:
@@ -55,6 +56,8 @@ def move_sections(composed: DictConfig, overrides: Collection[str] = ()) -> None
                     OmegaConf.update(composed, key, value)
             del OmegaConf.select(composed, parent)[name]
         _warn_once(old, new)
+        moved = True
+    return moved
 
 
 @cache  # a sweep composes the same YAML for each of its jobs

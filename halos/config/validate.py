@@ -41,16 +41,16 @@ def check(composed: DictConfig, overrides: Sequence[str] = (), choices: Choices 
     `overrides` are those of the command line, unchanged; `choices` the options of each group, for messages. Torch is imported
     last, by the loss, so that most mistakes are reported in well under a second.
     """
-    refuse_secrets(OmegaConf.to_container(composed), overrides)
-    renamed_keys.move_sections(composed, overrides)
     plain = OmegaConf.to_container(composed)  # interpolations unresolved
+    refuse_secrets(plain, overrides)
+    if renamed_keys.move_sections(composed, overrides):
+        plain = OmegaConf.to_container(composed)
     assert isinstance(plain, dict)
     _require_choices(composed, plain, choices or {})
     try:
         merged = OmegaConf.merge(_schema(), composed)
         _refuse_numbers_for_truth(plain)
-        check_ranges(OmegaConf.to_container(merged))
-        resolved = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+        resolved = _resolved(merged)
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
         raise UserError(explain(error, composed)) from error
@@ -79,6 +79,15 @@ def _resolve_targets(config: Config, overrides: Sequence[str]) -> None:
     config.optim, config.schedule = (with_target(name, getattr(config, name), keys) for name in ("optim", "schedule"))
     config.optim = fit_shared(config.optim)
     config.loss = completed(config.loss) if is_mixture(config.loss) else config.loss
+
+
+def _resolved(merged: Any) -> Any:
+    """The configuration with its interpolations resolved; where one cannot be, values out of their range are reported first."""
+    try:
+        return OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException:
+        check_ranges(OmegaConf.to_container(merged))
+        raise
 
 
 @cache

@@ -22,9 +22,9 @@ from halos.run.lifecycle import run
 from tests import processes
 
 TIMED = {"seconds", "tokens_per_second", "peak_memory_mb"}
-# 48 rows (96 for kto) in batches of 8: the steps cross epochs, the kill falls between saves and after an evaluation
-SETTINGS = ["train.steps=14", "train.batch_size=8", "train.microbatch_size=3", "train.eval_every=5", "checkpoint.every=3",
-            "optim.lr=1e-3"]  # fmt: skip
+# 24 rows (48 for kto) in batches of 8: the steps cross epochs, the kill falls between saves and after an evaluation
+SETTINGS = ["train.steps=9", "train.batch_size=8", "train.microbatch_size=3", "train.eval_every=7", "checkpoint.every=3",
+            "optim.lr=1e-3", "data.train=[{path: arithmetic, split: 'train[:24]'}]"]  # fmt: skip
 LORA = ["peft=lora", "peft.lora_dropout=0.1"]
 MOVING = ["humanline=on", "reference.sync_every=3"]
 SOFT = [*LORA, "reference.sync_every=1", "reference.sync_weight=0.6", "checkpoint.async_save=true"]
@@ -66,8 +66,8 @@ def test_a_killed_run_ends_where_an_uninterrupted_one_does(
 ) -> None:
     overrides = [f"loss={loss}", *peft, *SETTINGS]
     assert run(configure(*overrides, "exp_name=whole"), []) == 0
-    killed(11, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *overrides, "exp_name=killed"])
-    assert rows(tmp_path / "killed")[-1]["step"] == 10
+    killed(8, [*SMALL, f"cache_dir={cache}", f"output_root={tmp_path}", *overrides, "exp_name=killed"])
+    assert rows(tmp_path / "killed")[-1]["step"] == 7
     assert not (tmp_path / "killed" / "FINAL").exists()
     assert train.start([f"resume={tmp_path / 'killed'}"]) == 0
     same(tmp_path / "whole", tmp_path / "killed")

@@ -124,7 +124,7 @@ def equal(module: LanguageModel, seeds: range, expected: list[list[torch.Tensor]
             assert (mine - its).norm() <= 5e-6 * its.norm()
 
 
-@pytest.mark.parametrize(("name", "lora"), [("Llama", False), ("Qwen3", True)])
+@pytest.mark.parametrize(("name", "lora"), [("Llama", False), pytest.param("Qwen3", True, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("quick")
 def test_numbers_and_gradients_are_those_of_the_model_and_no_length_is_compiled_again(name: str, *, lora: bool) -> None:
     model = model_of(name)

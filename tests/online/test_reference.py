@@ -30,7 +30,8 @@ Start = Callable[..., OnlinePlan]
 ADAPTERS = {"full": [], "lora": ["peft=lora", "peft.r=4"]}
 TRAINING = ["train.batch_size=8", "train.steps=3", "optim.lr=1e-2", "schedule=constant", "schedule.warmup=0", "train.prove=off",
             "reference.cache=never"]  # fmt: skip
-ONLINE = ["loss=online", "data=arithmetic", "online.loss=dpo"]
+ONLINE = ["loss=online", "data=arithmetic", "online.loss=dpo", "data.train=[{path: arithmetic, split: 'train[:48]'}]",
+          "data.eval=[{path: arithmetic, split: 'eval[:12]'}]"]  # fmt: skip
 
 
 def plan_of(place: Path, cache: Path, *words: str) -> OnlinePlan:

@@ -179,5 +179,6 @@ def test_a_path_within_output_root_is_that_of_the_run(loop: tuple[str, ...], tmp
         assert [compose_inner(config, plan.overrides_of(0), tree).model.name_or_path, inner.model.name_or_path] == [
             f"{tmp_path}/start/FINAL"
         ] * 2
-    given = ["--config-dir", str(tmp_path), *words, "dry_run=true"]
+    some = ["data.train=[{path: arithmetic, split: 'train[:99]'}]", "data.eval=[{path: arithmetic, split: 'eval[:9]'}]"]
+    given = ["--config-dir", str(tmp_path), *words, *some, "dry_run=true"]
     assert train.start(given) == train.start(["-m", *given, "seed=0,1"]) == 0

@@ -51,6 +51,7 @@ SMALL = [
     "online.samples_per_prompt=3", "online.eval_prompts=4", "online.eval_samples=2",
     "online.eval_temperature=0.7", "online.sampler.max_new_tokens=8", "online.sampler.batch_size=4", "online.kl_samples=4",
     "online.scorer.functions=[{function: length, target: 3}]", "train.batch_size=6", "optim.lr=1e-3",
+    "data.train=[{path: arithmetic, split: 'train[:48]'}]", "data.eval=[{path: arithmetic, split: 'eval[:12]'}]",
 ]  # fmt: skip
 
 
