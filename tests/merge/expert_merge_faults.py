@@ -12,6 +12,7 @@ import transformers
 from merge_faults import DTYPES, SIZES, WORDS, Fault, Tensors, Trial, in_the_files, new_tokens, patched, said, train
 from merge_faults import FAULTS as OF_ANY
 
+from halos.checkpoint.weights import save_adapter
 from halos.logps.vocabulary import grow
 from halos.merge import proof
 from halos.merge.experts import ExpertUpdates
@@ -54,7 +55,7 @@ def draw(seed: int, place: Path, *, alone: bool = True) -> Trial:
         warnings.simplefilter("ignore")
         adapted = adapter.attach(model, chosen, base=str(base), reward=None, seed=seed)
     size = train(dice, adapted, seed)
-    adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
+    save_adapter(place / "adapter", adapted)
     (place / "merged").mkdir()
     live, moved = said(adapted, probe_ids(vocabulary, WORDS, longest=SIZES["max_position_embeddings"]), half=half)
     case = proof.Case(base, place / "adapter", None, getattr(torch, dtype), max(vocabulary.size, WORDS), vocabulary.new)

@@ -20,6 +20,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from halos.checkpoint import lineage
+from halos.checkpoint.weights import save_adapter
 from halos.logps.model import LanguageModel
 from halos.logps.vocabulary import Vocabulary, grow
 from halos.merge import lora, merge, proof
@@ -89,7 +90,7 @@ def draw(seed: int, place: Path, *, alone: bool = True) -> Trial:
         adapted = peft.get_peft_model(model, peft.LoraConfig(task_type="CAUSAL_LM", **chosen))
     lora.pin_patterns(adapted)
     size = train(dice, adapted, seed)
-    adapted.save_pretrained(str(place / "adapter"), save_embedding_layers=False)
+    save_adapter(place / "adapter", adapted)
     (place / "merged").mkdir()
     ids = probe_ids(vocabulary, config.vocab_size, longest=SIZES["max_position_embeddings"])
     live, moved = said(adapted, ids, half=half)

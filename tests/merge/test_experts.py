@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from halos.checkpoint import lineage
+from halos.checkpoint.weights import save_adapter
 from halos.errors import UserError
 from halos.merge import deviation, proof
 from halos.merge.expected_experts import Factors
@@ -37,7 +38,7 @@ def trained(directory: Path, family: str, *, dtype: torch.dtype = torch.float32,
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
-    model.save_pretrained(str(directory / "adapter"), save_embedding_layers=False)
+    save_adapter(directory / "adapter", model)
     (directory / "merged").mkdir()
     return model.eval(), proof.Case(base, directory / "adapter", None, dtype)
 

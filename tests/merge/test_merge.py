@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file
 
 from halos.checkpoint import lineage
+from halos.checkpoint.weights import save_adapter
 from halos.errors import UserError
 from halos.logps.auto import CLASSES
 from halos.logps.vocabulary import Vocabulary, grow
@@ -174,7 +175,7 @@ def forward(model: Any) -> Any:
 def trained(directory: Path, name: str, variant: Variant, *, tied: bool, dtype: str = "float32") -> tuple[Any, proof.Case]:
     """A base and an adapter in `directory`, the model that was trained, and what there is to merge."""
     model = adapted(make_base(name, directory / "base", tied=tied, variant=variant), name, **variant.settings)
-    model.save_pretrained(str(directory / "adapter"), save_embedding_layers=False)
+    save_adapter(directory / "adapter", model)
     kind = getattr(torch, dtype)
     case = proof.Case(directory / "base", directory / "adapter", variant.reward, kind, variant.vocabulary, variant.tokens)
     (directory / "merged").mkdir()

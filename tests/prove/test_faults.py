@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from halos.logps import attention, head, hidden, model, modes
 from halos.logps.attention import SEGMENTS
+from halos.logps.plan import plan_for
 from halos.prove import checks, small_copy
 from halos.prove.small_copy import SAME_PROMPT as SAME
 from halos.reward_kind import RewardKind
@@ -404,24 +405,21 @@ def wrong(asked: small_copy.ForwardSpec) -> list[checks.Check]:
     return [check for check in checks.prove(asked)[1] if not check.holds]
 
 
-RIGHT: dict[str, bool] = {}
+RIGHT = {f"{base} {more}": of(base, **more) for _, base, more in FAULTS}
 
 
-def is_right(base: str, more: dict[str, Any]) -> bool:
-    """Whether all checks hold without a fault; this also caches the plan of the architecture."""
-    key = f"{base} {more}"
-    if key not in RIGHT:
-        RIGHT[key] = not wrong(of(base, **more))
-    return RIGHT[key]
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("name", RIGHT)
+def test_without_a_fault_all_checks_hold(name: str, autocast: bool) -> None:
+    assert not wrong(replace(RIGHT[name], autocast=autocast))
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_an_injected_fault_is_detected(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inject, base, more = CASES[name]
-    more = {**more, "autocast": autocast}
-    asked = of(base, **more)
-    assert is_right(base, more)
+    asked = of(base, **more, autocast=autocast)
+    plan_for(asked.config, reward=asked.reward, attention=asked.attention)  # as it is without the fault
     inject(monkeypatch)
     assert wrong(asked)
 
