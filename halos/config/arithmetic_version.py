@@ -81,6 +81,10 @@ def _refers_to_other_values(now: RunFacts) -> bool:
     return now.half and is_own and (peft.bias != "none" or starts_adapted or reference.sync_every is not None)
 
 
+def _trains_whole_layers(now: RunFacts) -> bool:
+    return now.half and now.config.peft.name == "lora" and bool(now.config.peft.modules_to_save)
+
+
 def _samples_by_directory(now: RunFacts) -> bool:
     data = now.before.get("data") or {}
     entries = [entry for purpose in ("train", "eval") for entry in data.get(purpose) or []]
@@ -176,6 +180,8 @@ HISTORY = (
              lambda now: now.packed and now.half and now.config.model.attention == "auto", of="kept"),
     Revision(17, "2026-11-29", "after its own reference a policy computes in half precision from its own values, and not from the"
              " reference's", _refers_to_other_values),
+    Revision(17, "2026-11-29", "layers of peft.modules_to_save compute in the base's dtype, and a head among them sums in"
+             " float32", _trains_whole_layers),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

@@ -46,6 +46,12 @@ class FSDP2(Strategy):
     def refuse_model(self, model: nn.Module) -> None:
         if not _layers(model):
             raise UserError(f"FSDP: {type(bare(model)).__name__} has no layers to shard by; launch it with a DDP config")
+        dora = any("lora_magnitude_vector" in name for name, _ in model.named_parameters())
+        if dora and self._precision().param_dtype is not None:
+            raise UserError(
+                "peft.use_dora=true: FSDP gathers layers in bfloat16, and DoRA's magnitudes with them, which are compared with"
+                " norms in float32: launch it with a DDP config, or set train.precision=float32"
+            )
 
     def _distribute(self, module: ModelWithHead, fill: Fill | None) -> nn.Module:
         layers, accelerator, plugin = _layers(module), self.accelerator, FullyShardedDataParallelPlugin()

@@ -71,7 +71,7 @@ class Head:
             return cls(model, None, temperature=temperature)
         config = model.config.get_text_config()
         scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-        layer = model.get_output_embeddings()
+        layer = linear_head.computing(model.get_output_embeddings())
         assert isinstance(layer, nn.Module), f"{type(model).__name__} has no LM head"
         return cls(model, layer, scale, getattr(config, "final_logit_softcapping", None), temperature, recomputes)
 

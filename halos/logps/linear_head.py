@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
@@ -36,6 +37,15 @@ class Softmax:
             capped = torch.tanh(logits / self.softcap)
             logits, slope = self.softcap * capped, 1 - capped.square()
         return (logits if self.temperature == 1.0 else logits / self.temperature), slope
+
+
+def computing(layer: nn.Module | None) -> nn.Module | None:
+    """The layer that computes: of one that is trained whole beside an adapter its copy, or the base's where adapters are off."""
+    if not isinstance(layer, ModulesToSaveWrapper):
+        return layer
+    names = layer.active_adapters
+    is_own = layer.disable_adapters or not names or any(name not in layer.modules_to_save for name in names)
+    return layer.original_module if is_own else layer.modules_to_save[names[0]]
 
 
 def is_plain(layer: nn.Module | None) -> TypeGuard[nn.Linear]:

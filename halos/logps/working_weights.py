@@ -1,27 +1,46 @@
 """bfloat16 working weights: casts of float32 weights, by autocast and by our own layers, made once for all of a step."""
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 _kept: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] | None = None  # by id of the weight: it, which stays, and its cast
+_thread = threading.local()
 
 
 @contextmanager
-def kept_casts() -> Iterator[None]:
-    """Within, a cast stays until the end, and not until the end of each forward pass. No weight may change within, unless
-    `drop_casts` follows."""
+def kept_casts(keep: bool) -> Iterator[None]:
+    """Within, if `keep`, a cast stays until the end, and not until the end of each forward pass. No weight may change within,
+    unless `drop_casts` follows."""
     global _kept
-    torch.autocast_increment_nesting()
-    _kept = {}
+    if keep:
+        torch.autocast_increment_nesting()
+        _kept = {}
     try:
         yield
     finally:
-        _kept = None
-        torch.autocast_decrement_nesting()
-        torch.clear_autocast_cache()
+        if keep:
+            _kept = None
+            torch.autocast_decrement_nesting()
+        torch.clear_autocast_cache()  # also of what was cast in a thread that keeps casts
+
+
+def keep_in_backward(outputs: Sequence[Tensor]) -> None:
+    """Let the backward pass through a model's `outputs` keep casts too. It runs in another thread on a GPU, whose contexts of
+    autocast would drop those of all threads as they end."""
+    owner = threading.get_ident()
+
+    def keep(_: Tensor) -> None:
+        if threading.get_ident() != owner and not hasattr(_thread, "keeps"):
+            torch.autocast_increment_nesting()  # for as long as the thread lives
+            _thread.keeps = True
+
+    for output in outputs:
+        if _kept is not None and output.requires_grad:
+            output.register_hook(keep)
 
 
 def drop_casts() -> None:

@@ -4,8 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import transpose
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -15,6 +19,7 @@ from halos import confined
 from halos.config.suggest import nearest
 from halos.distributed.device import seed_all
 from halos.errors import UserError, user_errors
+from halos.logps.linear_head import HALVES
 from halos.logps.reference_values import remember_base_values
 from halos.merge import lora
 from halos.models import targets
@@ -47,10 +52,35 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # a head that is trained whole has the base's dtype; its updates would vanish in bfloat16
             parameter.data = parameter.data.float()
+    _set_magnitudes(adapted)
+    _keep_dtypes(adapted)
     lora.refuse_unmatched_patterns(adapted, settings)
     lora.pin_patterns(adapted)
     remember_base_values(adapted, own)
     return adapted
+
+
+def _set_magnitudes(model: PeftModel) -> None:
+    """Set DoRA's magnitudes, which PEFT rounds to a half-precision base's dtype, to the norms that a forward pass divides by."""
+    for layer in [each for each in model.modules() if isinstance(each, LoraLayer)]:
+        for vector in layer.lora_magnitude_vector.values():
+            weight: Any = layer.get_base_layer().weight
+            if type(vector) is DoraLinearLayer and weight.dtype in HALVES:
+                rows = transpose(weight.data.float(), vector.fan_in_fan_out)
+                vector.weight.data = torch.linalg.norm(rows, dim=1)
+
+
+def _keep_dtypes(model: PeftModel) -> None:
+    """Let embeddings and norms that are trained whole, in float32, return the base's dtype: what follows them would else compute
+    in another than the reference and the merged model do. Linear layers do under autocast."""
+    for wrapper in [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]:
+        if not isinstance(wrapper.original_module, nn.Linear):
+            wrapper.register_forward_hook(_in_dtype_of_base)
+
+
+def _in_dtype_of_base(wrapper: Any, inputs: Any, output: Any) -> Any:
+    dtype = next((each.dtype for each in wrapper.original_module.parameters()), None)
+    return output.to(dtype) if dtype in HALVES and isinstance(output, Tensor) and output.is_floating_point() else output
 
 
 def _share_configuration(model: PeftModel) -> None:

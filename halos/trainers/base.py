@@ -174,7 +174,7 @@ class Trainer(EvaluatedObjective):
         run.learning_rates.set(run.step)
         self.modes.train()
         microbatches = self._microbatches(self.train, indices)
-        with kept_casts() if self.settings.working_weights == "step" else nullcontext():
+        with kept_casts(self.settings.working_weights == "step"):
             meter, parts = self._backward(microbatches, indices)
         self._move_reference()
         totals = self._reduce(meter, strategy.clip(run.module, self.settings.max_grad_norm))

@@ -22,6 +22,7 @@ from halos.hooks.loss_state import LOSS_STATE, LossState
 from halos.logps.model import in_rows, mask_of, share_prompts
 from halos.logps.modes import Modes
 from halos.logps.router import RouterLoss
+from halos.logps.working_weights import keep_in_backward
 from halos.trainers.ahead import NextStep, in_turn
 from halos.trainers.humanline import CLAMPED, Humanline
 from halos.trainers.loss_checks import checked_loss, checked_statistics
@@ -248,6 +249,7 @@ class Objective:
         with self.router.recording() if self.router is not None and module.training else nullcontext():
             output = module(batch)
         self.outputs = tree_leaves(output)
+        keep_in_backward(self.outputs)
         return output
 
     def _with_likeliest(self, batch: Sequences) -> Sequences:

@@ -32,7 +32,8 @@ from halos.run.models import ModelLoader
 def computed(**other: Any) -> RunFacts:
     """Full fine-tuning of a small language model in float32."""
     config: Any = SimpleNamespace(
-        peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0, target_modules="all-linear", init_from=None),
+        peft=SimpleNamespace(name="none", bias="none", lora_dropout=0.0, target_modules="all-linear",
+            init_from=None, modules_to_save=[]),
         online=None,
         reference=SimpleNamespace(name_or_path=None, cache="never", adapter="start", sync_every=None),
         train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512,
@@ -209,6 +210,13 @@ def test_a_reference_with_other_values_of_what_is_trained_affects_runs_in_half_p
         vars(now.config.peft).update(peft)
         vars(now.config.reference).update(reference)
         assert ("from its own values" in why(now, 16)) is (named and half)
+
+
+def test_layers_that_are_trained_whole_affect_runs_in_half_precision() -> None:
+    for half, layers, named in ((True, ["lm_head"], True), (False, ["lm_head"], False), (True, [], False)):
+        now = computed(half=half)
+        vars(now.config.peft).update(name="lora", modules_to_save=layers)
+        assert ("compute in the base's dtype" in why(now, 16)) is named
 
 
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:

@@ -31,9 +31,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from halos.logps import attention, head, hidden, model, modes
+from halos.logps import attention, head, hidden, linear_head, model, modes
 from halos.logps.attention import SEGMENTS
-from halos.logps.plan import plan_for
 from halos.prove import checks, small_copy
 from halos.prove.small_copy import SAME_PROMPT as SAME
 from halos.reward_kind import RewardKind
@@ -212,7 +211,7 @@ def no_bias(patch: Patch) -> None:
 
 
 def no_adapter_on_the_head(patch: Patch) -> None:
-    of_the_layer(patch, lambda layer, states: getattr(layer, "original_module", layer)(states))
+    around(patch, linear_head, "computing", lambda real, layer: getattr(layer, "original_module", layer))
 
 
 def rows_in_another_order(patch: Patch) -> None:
@@ -414,12 +413,17 @@ def test_without_a_fault_all_checks_hold(name: str, autocast: bool) -> None:
     assert not wrong(replace(RIGHT[name], autocast=autocast))
 
 
+def choose_plans(asked: small_copy.ForwardSpec) -> None:
+    """As they are without the fault: this process keeps those of the architecture, and of the small model with its adapter."""
+    small_copy.SmallCopy(asked)
+
+
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_an_injected_fault_is_detected(name: str, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     inject, base, more = CASES[name]
     asked = of(base, **more, autocast=autocast)
-    plan_for(asked.config, reward=asked.reward, attention=asked.attention)  # as it is without the fault
+    choose_plans(asked)
     inject(monkeypatch)
     assert wrong(asked)
 

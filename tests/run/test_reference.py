@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,29 @@ def test_a_resumed_run_has_the_same_reference(begun: tuple[World, list[str]]) ->
     assert [row["loss"] for row in rows[0]] == [row["loss"] for row in rows[1]]
     mine, theirs = (load_file(each / "FINAL" / "model.safetensors") for each in (whole, directory))
     assert all(torch.equal(value, theirs[name]) for name, value in mine.items())
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        "peft.use_dora=true",
+        "peft.modules_to_save=[embed_tokens]",
+        "peft.modules_to_save=[norm]",
+        "peft.modules_to_save=[lm_head]",
+    ],
+)
+def test_a_fresh_adapter_on_a_base_in_half_precision_is_its_reference_to_the_bit(
+    adapter: str, trainer: Callable[..., Trainer]
+) -> None:
+    made = trainer("loss=dpo", "peft=lora", adapter, "model.dtype=bfloat16", "reference.cache=never")
+    rows = [made.train.rows[n] for n in range(8)]
+    policy, reference = made._forward(pack(made.rows(rows)), lambda output: output.values)
+    assert torch.equal(policy, reference)
+
+
+def test_a_head_that_is_trained_whole_has_logits_of_float32_sums(trainer: Callable[..., Trainer]) -> None:
+    """Those of the base's head, which its weights still are, and not rounded to bfloat16."""
+    made = trainer("loss=dpo", "peft=lora", "peft.modules_to_save=[lm_head]", "train.precision=bfloat16", "reference.cache=never")
+    plain = trainer("loss=dpo", "peft=lora", "train.precision=bfloat16", "reference.cache=never", "exp_name=plain")
+    policies = [each._output([each.train.rows[n] for n in range(8)]).values for each in (made, plain)]
+    assert torch.equal(*policies)

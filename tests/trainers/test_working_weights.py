@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,18 @@ class Casts(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+def backward_in_another_thread(trainer: Trainer) -> None:
+    """As autograd does on a GPU."""
+    strategy = trainer.run.strategy
+    backward = strategy.backward
+
+    def elsewhere(*given: Any, **named: Any) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(backward, *given, **named).result()
+
+    strategy.backward = elsewhere  # type: ignore[method-assign]
+
+
 def steps(trainer: Trainer) -> tuple[list[Any], dict[str, torch.Tensor], Counter[int]]:
     """The totals and the weights of two steps in several micro-batches, and how often each weight was cast in the second."""
     totals: Sequence[Any] = [trainer.step(np.arange(8))]
@@ -42,19 +55,24 @@ def steps(trainer: Trainer) -> tuple[list[Any], dict[str, torch.Tensor], Counter
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "threaded"),
     [
-        "loss=sft",
-        "loss=dpo train.activation_checkpointing=true",
-        "loss=kto",
-        "loss=dpo peft=lora peft.r=2",
-        "loss=dpo peft=lora peft.r=2 model.dtype=bfloat16",
+        ("loss=sft", False),
+        ("loss=dpo train.activation_checkpointing=true", True),
+        ("loss=kto", True),
+        ("loss=dpo peft=lora peft.r=2", False),
+        ("loss=dpo peft=lora peft.r=2 model.dtype=bfloat16", True),
     ],
 )
-def test_a_step_is_the_same_to_the_bit_and_casts_each_weight_once(words: str, trainer: Callable[..., Trainer]) -> None:
+def test_a_step_is_the_same_to_the_bit_and_casts_each_weight_once(
+    words: str, threaded: bool, trainer: Callable[..., Trainer]
+) -> None:
     settings = [*words.split(), "train.precision=bfloat16", "train.microbatch_size=2", "train.batch_size=8", "optim.lr=1e-2"]
     totals, weights, often = steps(trainer(*settings))
-    same, equal, once = steps(trainer(*settings, "train.working_weights=step", "exp_name=kept"))
+    kept = trainer(*settings, "train.working_weights=step", "exp_name=kept")
+    if threaded:
+        backward_in_another_thread(kept)
+    same, equal, once = steps(kept)
     assert same == totals
     assert all(torch.equal(value, equal[name]) for name, value in weights.items())
     assert min(often.values()) >= 4  # micro-batches

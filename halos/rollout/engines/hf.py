@@ -141,7 +141,7 @@ def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
     float32 weight is cast once, and not for every token."""
     from halos.logps import linear_head
 
-    layer = model.get_output_embeddings()
+    layer = linear_head.computing(model.get_output_embeddings())
     if not linear_head.is_plain(layer):
         yield
         return
