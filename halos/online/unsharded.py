@@ -44,7 +44,7 @@ class Unsharded:
         device = self.run.accelerator.device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             for model in self._whole():
-                with computing_as_trained(model, self.run.accelerator), eager(), _without_balancing(model):
+                with computing_as_trained(model, self.run.accelerator), eager():
                     yield model
 
     def _whole(self) -> Iterator[PreTrainedModel]:
@@ -67,20 +67,6 @@ class Unsharded:
             yield copy
         finally:
             self._copy.to("meta")
-
-
-@contextmanager
-def _without_balancing(model: PreTrainedModel) -> Iterator[None]:
-    """Within, a mixture does not return its routers' logits, of which transformers would compute a loss as it samples."""
-    config = model.config.get_text_config()
-    before = getattr(config, "output_router_logits", None)
-    if before:
-        config.output_router_logits = False
-    try:
-        yield
-    finally:
-        if before:
-            config.output_router_logits = before
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from halos.config.defaults import section
 from halos.config.schema import Sampler
@@ -21,6 +21,7 @@ from halos.models.locate import locate
 from halos.rollout.engines.hf import HFEngine
 from halos.rollout.prompts import fitting
 from halos.rollout.types import Origin, Prompt, Request, Sample, requests_for
+from tests.mixtures import build
 
 PROMPTS = [Prompt(str(n), tuple(row["prompt"])) for n, row in zip(range(6), arithmetic.rows("eval"), strict=False)]
 
@@ -107,6 +108,19 @@ def test_the_model_is_as_it_was_afterwards(policy: tuple[PreTrainedModel, Any]) 
     sampled(policy, asked(policy[1])[:2])
     assert (model.training, model.config._attn_implementation) == (True, SEGMENTS)
     model.eval().set_attn_implementation("sdpa")
+
+
+def test_a_mixture_that_returns_its_routers_logits_is_sampled_without_them(
+    policy: tuple[PreTrainedModel, Any], tmp_path: Path
+) -> None:
+    tokenizer = policy[1]
+    place = build("Mixtral", tmp_path / "mixture")
+    model = AutoModelForCausalLM.from_pretrained(place).eval()
+    requests = asked(tokenizer, tokens=3)[:2]
+    expected = texts(sampled((model, tokenizer), requests))
+    model.config.output_router_logits = True
+    assert texts(sampled((model, tokenizer), requests)) == expected
+    assert model.config.output_router_logits
 
 
 def test_zero_temperature_and_one_token_of_the_top_are_greedy(policy: tuple[PreTrainedModel, Any]) -> None:

@@ -63,7 +63,7 @@ class HFEngine(Engine):
         for name, request in by_name.items():
             manager.add_request(list(request.ids), request_id=name, max_new_tokens=request.max_new_tokens)
         try:
-            with _keys_in_dtype_of_cache(), _logits_in_float32(self.model):
+            with _keys_in_dtype_of_cache(), _logits_in_float32(self.model), _without_balancing(self.model):
                 manager.start()
                 yield from self._answers(manager, by_name, processor)
         finally:
@@ -159,6 +159,20 @@ def _logits_in_float32(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         del layer.forward
+
+
+@contextmanager
+def _without_balancing(model: PreTrainedModel) -> Iterator[None]:
+    """Within, a mixture does not return its routers' logits, of which transformers would compute a loss as it samples."""
+    config = model.config.get_text_config()
+    before = getattr(config, "output_router_logits", None)
+    if before:
+        config.output_router_logits = False
+    try:
+        yield
+    finally:
+        if before:
+            config.output_router_logits = before
 
 
 ENGINE = HFEngine
