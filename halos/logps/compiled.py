@@ -76,6 +76,7 @@ def _is_region(module: nn.Module) -> bool:
         and not any(each.requires_grad and each.ndim == 1 for each in module.parameters())
         and not type(module).__module__.startswith("torch.")  # its norms are one kernel each, and containers only contain
         and not isinstance(module, BaseTunerLayer)
+        and not any(isinstance(part, nn.ModuleList) for part in module.modules())  # experts, chosen by the values
     )
 
 
@@ -85,8 +86,9 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
     from torch._dynamo import config, mark_dynamic  # a second of imports, which other runs are spared
     from torch._dynamo.exc import TorchDynamoException
 
-    config.recompile_limit = max(config.recompile_limit, VARIANTS)
-    fast: Any = torch.compile(kind.forward, options=OPTIONS)
+    config.optimize_ddp = False  # it would cut each region at DDP's buckets, which are larger, and not the reference's
+    settings: Any = {"options": OPTIONS, "recompile_limit": VARIANTS}  # dynamo's own limit is of one thread
+    fast: Any = torch.compile(kind.forward, **settings)
 
     def forward(self: nn.Module, hidden: Tensor) -> Any:
         if _eager or not _is_packed(hidden) or _has_hooks(self):

@@ -99,6 +99,8 @@ class Head:
         """
         rows = max(1, (LOGITS_AT_ONCE if self.recomputes else logits_at_once(hidden.device)) // vocabulary)
         layer = self.layer
+        if linear_head.is_plain(layer) and not torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.to(layer.weight.dtype)  # a norm that is trained too returns the base's
         if linear_head.is_plain(layer) and self._is_linear(layer, hidden):
             softmax = linear_head.Softmax(self.scale, self.softcap, self.temperature, rows)
             return linear_head.read(layer, hidden, reading, softmax, recompute=self.recomputes)

@@ -16,13 +16,13 @@ from halos.logps.working_weights import cast
 
 
 class _AdaptedLinear(torch.autograd.Function):
-    """x (..., in), a frozen weight (out, in) and bias (out,) or None, trained A (r, in) and B (out, r), all of one dtype, and
-    alpha/r: (..., out)."""
+    """x (..., in), a frozen weight (out, in) and bias (out,) or None, all of one dtype; trained A (r, in) and B (out, r), which
+    are cast to it; and alpha/r: (..., out). Each call's gradients of A and B are in their own dtype, in which they are summed."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        output, low = linear(x, weight, bias), linear(x, a)
-        output.view(-1, output.shape[-1]).addmm_(low.view(-1, low.shape[-1]), b.t(), alpha=scale)
+        output, low = linear(x, weight, bias), linear(x, cast(a, x.dtype).detach())
+        output.view(-1, output.shape[-1]).addmm_(low.view(-1, low.shape[-1]), cast(b, x.dtype).detach().t(), alpha=scale)
         ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
         return output
@@ -30,13 +30,14 @@ class _AdaptedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore[bad-override]
-        x, weight, a, b, low = ctx.saved_tensors
+        x, weight, own_a, own_b, low = ctx.saved_tensors
+        a, b = cast(own_a, x.dtype).detach(), cast(own_b, x.dtype).detach()
         grad = grad_outputs[0].reshape(-1, weight.shape[0])
         for_x, _, _, for_a, for_b, _ = ctx.needs_input_grad
         grad_low = torch.addmm(low.view(-1, low.shape[-1]), grad, b, beta=0, alpha=ctx.scale)  # with beta=0 the first is not read
         grad_x = (grad @ weight).addmm_(grad_low, a).view(x.shape) if for_x else None
-        grad_a = grad_low.t() @ x.reshape(-1, x.shape[-1]) if for_a else None
-        grad_b = torch.addmm(b, grad.t(), low.view(-1, low.shape[-1]), beta=0, alpha=ctx.scale) if for_b else None
+        grad_a = (grad_low.t() @ x.reshape(-1, x.shape[-1])).to(own_a.dtype) if for_a else None
+        grad_b = torch.addmm(b, grad.t(), low.view(-1, low.shape[-1]), beta=0, alpha=ctx.scale).to(own_b.dtype) if for_b else None
         return grad_x, None, None, grad_a, grad_b, None
 
 
@@ -59,7 +60,7 @@ class LoraLinear(Linear):
         if (torch.get_autocast_dtype(device) if autocast else x.dtype) != base.dtype or (a.dtype != base.dtype and not autocast):
             return super().forward(x)
         kind = base.dtype
-        return adapted_linear(x.to(kind), base, bias, cast(a, kind), cast(b, kind), self.scaling[active[0]])
+        return adapted_linear(x.to(kind), base, bias, a, b, self.scaling[active[0]])
 
     def _is_plain(self, adapter: str) -> bool:
         """Return whether these are torch's linear layers: whole, not quantised, and with weights that are always there."""

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from halos import confined
 from halos.config.suggest import nearest
@@ -64,9 +65,9 @@ def _set_magnitudes(model: PeftModel) -> None:
     """Set DoRA's magnitudes, which PEFT rounds to a half-precision base's dtype, to the norms that a forward pass divides by."""
     for layer in [each for each in model.modules() if isinstance(each, LoraLayer)]:
         for vector in layer.lora_magnitude_vector.values():
-            weight: Any = layer.get_base_layer().weight
-            if type(vector) is DoraLinearLayer and weight.dtype in HALVES:
-                rows = transpose(weight.data.float(), vector.fan_in_fan_out)
+            base: Any = layer.get_base_layer()
+            if type(vector) is DoraLinearLayer and type(base) in (nn.Linear, Conv1D) and base.weight.dtype in HALVES:
+                rows = transpose(base.weight.data.float(), vector.fan_in_fan_out)
                 vector.weight.data = torch.linalg.norm(rows, dim=1)
 
 
@@ -79,7 +80,9 @@ def _keep_dtypes(model: PeftModel) -> None:
 
 
 def _in_dtype_of_base(wrapper: Any, inputs: Any, output: Any) -> Any:
-    dtype = next((each.dtype for each in wrapper.original_module.parameters()), None)
+    dtype, own = next((each.dtype for each in wrapper.original_module.parameters()), None), wrapper.original_module
+    if isinstance(own, nn.LayerNorm | nn.RMSNorm) and isinstance(output, Tensor) and torch.is_autocast_enabled("cuda"):
+        return output  # on a GPU autocast computes the base's own in float32 too
     return output.to(dtype) if dtype in HALVES and isinstance(output, Tensor) and output.is_floating_point() else output
 
 

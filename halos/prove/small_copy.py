@@ -89,7 +89,9 @@ class SmallCopy:
         self.plan = plan_for(spec.config, reward=spec.reward, attention=spec.attention, longest=spec.longest)
         self.base = self._build()
         self.rows = rows(self.base.config.get_text_config().pad_token_id if spec.reward is RewardKind.OUTCOME else None)
-        model: nn.Module = copy.deepcopy(self.base)
+        copied = copy.deepcopy(self.base)
+        remember(copied, self.plan)
+        model: nn.Module = copied
         if spec.peft is not None:
             assert isinstance(model, PreTrainedModel)
             model = self._adapted(model, dict(spec.peft))

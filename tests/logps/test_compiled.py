@@ -65,7 +65,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Trace without generating code."""
     compile = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function, options: compile(function, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: compile(function, backend="aot_eager"))
 
 
 def frozen(model: PreTrainedModel) -> PreTrainedModel:
@@ -154,7 +154,7 @@ def test_sampling_and_the_forward_that_proves_a_runs_own_are_not_compiled(monkey
     def recording(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda part, hidden: (calls.append(tuple(hidden.shape)), function(part, hidden))[1]
 
-    monkeypatch.setattr(torch, "compile", lambda function, options: recording(function))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: recording(function))
     module = LanguageModel(frozen(model_of("Llama")))
     compile_regions(module)
     with module.plainly():
@@ -196,7 +196,7 @@ def test_a_compiler_that_fails_is_one_message(monkeypatch: pytest.MonkeyPatch) -
     def failing(*_: object) -> None:
         raise BackendCompilerFailed(lambda: None, RuntimeError("no working C++ compiler"), None)
 
-    monkeypatch.setattr(torch, "compile", lambda function, options: failing)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: failing)
     module = LanguageModel(frozen(model_of("Llama")))
     compile_regions(module)
     with pytest.raises(UserError, match=r"train.compile=true: torch.compile of LlamaRMSNorm failed: .*Leave it out, or see"):

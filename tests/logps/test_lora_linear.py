@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from halos.logps import lora_linear
 from halos.logps.lora_linear import LoraLinear, fuse
+from halos.logps.working_weights import kept_casts
 from halos.trainers.base import Trainer
 
 
@@ -74,6 +75,22 @@ def test_gradients_are_those_of_finite_differences() -> None:
     fuse(model)
     parameters = list(trained(model).values())
     assert torch.autograd.gradcheck(lambda x, *_: model(x), (x, *parameters))
+
+
+def test_of_several_calls_the_gradients_are_summed_in_float32_where_casts_are_kept_too() -> None:
+    model, inputs = adapted(dtype=torch.bfloat16), [torch.randn(5, 7).bfloat16() for _ in range(64)]
+    fuse(model)
+    for parameter in trained(model).values():
+        parameter.data = parameter.data.float()
+
+    def gradients(keep: bool) -> tuple[Tensor, ...]:
+        with kept_casts(keep):
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = torch.stack([model(x).float().square().sum() for x in inputs]).sum()
+            return torch.autograd.grad(loss, list(trained(model).values()))
+
+    for kept, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(kept, expected)
 
 
 def test_of_a_noncontiguous_input_and_one_that_needs_no_gradient() -> None:

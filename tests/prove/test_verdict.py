@@ -19,7 +19,7 @@ from halos.logps.model import LanguageModel
 from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
 from halos.prove import checks, loaded_model, verdict
-from halos.prove.small_copy import ForwardSpec
+from halos.prove.small_copy import ForwardSpec, SmallCopy
 
 LLAMA = transformers.LlamaConfig(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, vocab_size=300)
 SPEC = ForwardSpec(config=LLAMA, peft=None, attention=SEGMENTS, reward=None, valued=False, refers=False, longest=None,
@@ -64,6 +64,18 @@ def test_numbers_that_are_not_the_models_own_are_refused_and_not_cached(tmp_path
         verdict.verdict_on(SPEC, tmp_path, again=False)
     assert "train.prove=off" in str(refusal.value)
     assert not (tmp_path / "forward").exists()
+
+
+def test_the_small_copy_has_the_plan_of_the_run() -> None:
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+            "original_max_position_embeddings": 64}  # fmt: skip
+    config = transformers.Phi3Config(
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=300,
+        pad_token_id=0, max_position_embeddings=512, original_max_position_embeddings=64, rope_parameters=rope,
+    )  # fmt: skip
+    copied = SmallCopy(replace(SPEC, config=config, longest=64))
+    assert copied.module.plan == copied.plan
+    assert copied.plan.is_packed
 
 
 def test_one_row_through_the_loaded_model_sees_what_is_wrong_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
