@@ -53,6 +53,9 @@ def attach(model: PreTrainedModel, settings: dict[str, Any], *, base: str, rewar
     for parameter in adapted.parameters():
         if parameter.requires_grad:  # a head that is trained whole has the base's dtype; its updates would vanish in bfloat16
             parameter.data = parameter.data.float()
+    for norm in [module for module in adapted.modules() if isinstance(module, nn.LayerNorm)]:
+        if len({each.dtype for each in norm.parameters()}) > 1:  # bias=all: torch computes with both in one dtype
+            norm.float()
     _set_magnitudes(adapted)
     _keep_dtypes(adapted)
     lora.refuse_unmatched_patterns(adapted, settings)

@@ -15,6 +15,7 @@ from halos.data.collate import pack_on_host
 from halos.data.dataset import Dataset
 from halos.examples import Completion, PackRow
 from halos.hooks.base import Run
+from halos.logps.working_weights import kept_casts
 from halos.run.models import checkpoint_activations
 from halos.trainers.memory import TRIED, is_out_of_memory
 from halos.trainers.microbatches import Bounds
@@ -171,10 +172,11 @@ def _peak(run: Run, tokens: int, memory: DeviceMemory) -> int:
     module.train()
     memory.start()
     batch = pack_on_host(_rows(tokens, run)).to(run.accelerator.device)
-    with run.accelerator.autocast():
-        outputs = [leaf for leaf in tree_leaves(module(batch)) if leaf.requires_grad]
-    strategy.backward(module, torch.stack([leaf.float().mean() for leaf in outputs]).sum(), last=True)
-    peak = memory.peak()
+    with kept_casts(run.config.train.working_weights == "step"):
+        with run.accelerator.autocast():
+            outputs = [leaf for leaf in tree_leaves(module(batch)) if leaf.requires_grad]
+        strategy.backward(module, torch.stack([leaf.float().mean() for leaf in outputs]).sum(), last=True)
+        peak = memory.peak()
     strategy.zero_grad(run.optimizer)
     module.train(training)
     return peak

@@ -12,6 +12,7 @@ import torch
 from halos.config import run_config
 from halos.config.schema import Config
 from halos.errors import UserError
+from halos.logps import working_weights
 from halos.logps.model import bare
 from halos.run import token_budget
 from halos.run.lifecycle import run
@@ -76,6 +77,23 @@ def test_it_is_measured_and_leaves_no_trace(trainer: Callable[..., Trainer], mon
     assert all(torch.equal(p, was) and p.grad is None for p, was in zip(run.module.parameters(), before, strict=True))
     assert torch.equal(torch.get_rng_state(), random)
     assert not run.module.training
+
+
+def test_trials_hold_the_casts_that_a_step_holds(trainer: Callable[..., Trainer]) -> None:
+    """To the end of the backward pass, where nothing else would keep them."""
+    for kept in ("step", "microbatch"):
+        made = trainer("loss=sft", "train.precision=bfloat16", f"train.working_weights={kept}", f"exp_name={kept}")
+        held = list[bool]()
+
+        class Casts(Memory):
+            def peak(self, held: list[bool] = held) -> int:
+                held.append(bool(working_weights._kept))
+                return super().peak()
+
+        made.run.config.train.microbatch_tokens = "auto"
+        settle(made.run, 0, 0, Casts(made, 80 * GB))
+        assert held
+        assert all(each is (kept == "step") for each in held)
 
 
 def test_trials_are_of_rows_as_long_as_any(trainer: Callable[..., Trainer]) -> None:
