@@ -30,6 +30,7 @@ class RunFacts:
     refers: bool  # the loss needs a reference
     packed: bool  # sequences are packed (logps/plan.py)
     head: str  # how hidden states become log-probs: layer | own | whole (logps/plan.py)
+    device: str  # its type: cpu | cuda | ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,8 @@ HISTORY = (
              " reference's", _refers_to_other_values),
     Revision(17, "2026-11-29", "layers of peft.modules_to_save compute in the base's dtype, and a head among them sums in"
              " float32", _trains_whole_layers),
+    Revision(18, "2026-11-29", "on a CPU logits of bfloat16 products are sums of two terms, and attention in bfloat16 is by"
+             " blocks of queries", lambda now: now.half and now.device == "cpu"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from halos.errors import UserError
-from halos.logps import varlen
+from halos.logps import blockwise, varlen
 from halos.types import Tree
 
 PREFIX = "halos_"  # of a value of model.attention, as transformers knows it
@@ -63,12 +63,15 @@ class _Settings:
     softcap: float | None
     sinks: Tensor | None
     dropout: float
+    is_blockwise: bool = False  # keys and values have fewer heads then, where several queries share them
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attention of the last tokens of a sequence to all of it: query (1, heads, queries, head_dim), key and value
         (1, heads, keys, head_dim)."""
         queries, keys = query.shape[2], key.shape[2]
         window = self.window if self.window is not None and self.window < keys else None
+        if self.is_blockwise:
+            return blockwise.attend(query, key, value, scale=self.scale, window=window)
         if self.softcap is not None or self.sinks is not None:
             mask = _causal(queries, keys, window, device=query.device)
             return _eager(query, key, value, mask, scale=self.scale, softcap=self.softcap, sinks=self.sinks, dropout=self.dropout)
@@ -103,11 +106,14 @@ def attend_by_tree(
             f"{type(module).__name__} was called without the lengths of packed sequences: call generate and model(...) of a model"
             " in training inside `with halos.logps.model.plainly(model):`"
         )
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1:
+    groups, is_plain = query.shape[1] // key.shape[1], softcap is None and s_aux is None and not dropout
+    is_blockwise = is_plain and blockwise.takes(query, key, value)
+    if is_blockwise:
+        query, key, value = (each.bfloat16() for each in (query, key, value))
+    elif groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    settings, outputs = _Settings(scale, sliding_window, softcap, s_aux, dropout), list[Tensor]()
+    settings, outputs = _Settings(scale, sliding_window, softcap, s_aux, dropout, is_blockwise), list[Tensor]()
     # the trunk is followed by the first branch, so that both are one sequence; one split, since each slice's gradient is a whole
     sizes = [[sum(tree[:2]), *filter(None, tree[2:])] for tree in trees]
     parts = zip(*(each.split([size for tree in sizes for size in tree], 2) for each in (query, key, value)), strict=True)

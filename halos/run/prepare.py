@@ -170,6 +170,7 @@ def run_facts(config: Config, loss: LossSpec, structure: Structure) -> RunFacts:
     return RunFacts(
         config, before, bare(structure.model).config.get_text_config().to_dict(), half=half, reads=loss.inputs.head,
         refers=loss.needs_reference, packed=plan.is_packed, head=plan.head,
+        device=loader.machine.device.type,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def computed(**other: Any) -> RunFacts:
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True}, model=SimpleNamespace(attention="auto"),
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
-    return RunFacts(config, **{**known, "head": "layer", **other})
+    return RunFacts(config, **{**known, "head": "layer", "device": "cuda", **other})
 
 
 def why(now: RunFacts, since: int = 0) -> str:
@@ -217,6 +217,11 @@ def test_layers_that_are_trained_whole_affect_runs_in_half_precision() -> None:
         now = computed(half=half)
         vars(now.config.peft).update(name="lora", modules_to_save=layers)
         assert ("compute in the base's dtype" in why(now, 16)) is named
+
+
+def test_how_a_cpu_multiplies_affects_runs_in_half_precision_on_one() -> None:
+    for half, device, named in ((True, "cpu", True), (True, "cuda", False), (False, "cpu", False)):
+        assert ("sums of two terms" in why(computed(half=half, device=device), 17)) is named
 
 
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:
