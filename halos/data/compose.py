@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from halos.data import arrow
 from halos.data.dataset import Counts
 from halos.data.limit import Limit
 from halos.data.mixture import Amount
@@ -21,9 +22,11 @@ from halos.data.row import Row
 from halos.data.row_tokeniser import RowTokeniser
 from halos.data.shards import Shard, Shards, in_chunks
 from halos.data.sources import OpenSource
-from halos.data.writer import NO_ROWS, Writer, as_rows
+from halos.data.writer import LABEL, NO_ROWS, Writer, as_rows
 from halos.errors import UserError
-from halos.examples import Item
+from halos.examples import Item, Scored
+
+REPEATED = "completions that another pair of their prompt has too"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +110,33 @@ def _fitted(
     return pa.concat_tables([batch, as_rows(others)] if others else [batch]).take(kept)
 
 
+def _each_once(rows: pa.Table, halves: set[tuple[int, int, float]], counts: Counts) -> pa.Table:
+    """Return rows without halves of pairs that are among `halves` by prompt, completion and reward, and add the others to it. A
+    completion that was preferred to three others was sampled once, and counts once in the mean of its group."""
+    if not rows.num_rows:
+        return rows
+    columns = [arrow.numbers(rows[name]).tolist() for name in ("prompt_key", "completion_0_key", f"{LABEL}reward")]
+    kept = list[int]()
+    for row, (name, key) in enumerate(zip(rows["id"].to_pylist(), zip(*columns, strict=True), strict=True)):
+        where, _, number = name.rpartition("#")
+        if number == "0":
+            kept.append(row)
+        elif key in halves:
+            counts.kept -= 1
+            counts.drop(REPEATED, where)
+        else:
+            halves.add(key)
+            kept.append(row)
+    return rows if len(kept) == rows.num_rows else rows.take(kept)
+
+
 def _chunks(source: OpenSource) -> Iterator[tuple[int, list[Row]]]:
     yield from enumerate(in_chunks(source.rows()))
 
 
 def write(directory: Path, entries: Sequence[Entry], limit: Limit, made: Mapping[str, Any]) -> None:
     """Write the data set; `made` is for people who look into the cache. Raises UserError, naming the row or the source."""
-    report, kind, progress = [], "", Progress()
+    report, kind, progress, halves = [], "", Progress(), set[tuple[int, int, float]]()
     with progress, closing(Writer(directory)) as writer:
         for number, entry in enumerate(entries):
             source = entry.source.source
@@ -122,6 +145,7 @@ def write(directory: Path, entries: Sequence[Entry], limit: Limit, made: Mapping
             with entry.shards.held():
                 for written, rows in entry.batches(counts, limit):
                     kind = written if rows.num_rows or not kind else kind  # of no examples it is not known
+                    rows = _each_once(rows, halves, counts) if written == Scored.__name__ else rows
                     writer.write(rows, [number] * rows.num_rows)
                     progress.reach(source.path, sum(each.rows for each in report))
             if not counts.kept and not entry.source.may_be_empty:

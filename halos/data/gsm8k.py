@@ -9,8 +9,9 @@ from typing import Any
 from halos.data.readers.json_rows import read_jsonl
 from halos.data.row import Row
 from halos.errors import UserError
-from halos.examples import Demonstration, Example, Judgement
+from halos.examples import Demonstration, Example, Judgement, Scored, Stepwise
 
+LABELLED = (Judgement, Scored, Stepwise)  # kinds that a label becomes: a reward of 1 or -1, or the label of one step
 EVAL_FRACTION = 0.1  # of the problems, at the end of the file
 _MARKS = re.compile(r"<<[^<>\n]*>>")  # the calculator's: 48/2 = <<48/2=24>>24
 _ANSWER = re.compile(r"\nA: *(?=[^\n]*\s*$)")  # model solutions end `A: 24`, the published ones `#### 24`
@@ -49,7 +50,7 @@ def _records(problem: dict[str, Any], kind: type[Example]) -> Iterator[dict[str,
         return
     solutions = [value for value in problem.values() if isinstance(value, dict)]
     labelled = [(normalise(each["solution"]), bool(each["is_correct"])) for each in solutions]
-    if kind is Judgement:
+    if kind in LABELLED:
         yield from ({"prompt": prompt, "completion": text, "label": right} for text, right in labelled)
         return
     right, wrong = ([text for text, correct in labelled if correct is wanted] for wanted in (True, False))

@@ -34,7 +34,10 @@ NamedExample = tuple[Example, str, str]  # the example, the position of its row,
 
 
 class RowTokeniser:
-    """Makes items of rows, by settings that are the same for all of them. It can be sent to another process."""
+    """Makes items of rows, by settings that are the same for all of them. It can be sent to another process.
+
+    The one item of a row has the id `a.jsonl:12#0`; several, the halves of a pair, are numbered from 1.
+    """
 
     def __init__(
         self,
@@ -96,7 +99,7 @@ class RowTokeniser:
             if not converted:
                 counts.examples += 1
                 counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL, row.where)
-            for number, each in enumerate(converted):
+            for number, each in enumerate(converted, int(len(converted) > 1)):
                 counts.examples += 1
                 yield self.transform(each) if self.transform else each, row.where, f"{row.where}#{number}"
 

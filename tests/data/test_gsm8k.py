@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from halos.data.formats import read_example
+from halos.data.formats import as_kind, read_example
 from halos.data.gsm8k import normalise
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
-from halos.types import Comparison, Demonstration, Example, Judgement
+from halos.types import Comparison, Demonstration, Example, Judgement, Scored, Stepwise
 
 
 @pytest.fixture
@@ -57,6 +57,23 @@ def test_labels_are_each_solution_once(root: Path):
     assert len(labels) == 18 * 4
     assert [label.desirable for label in labels[:4]] == [True, False, True, False]
     assert len({label.completion[0]["content"] + label.prompt[0]["content"] for label in labels}) == 18 * 4
+
+
+@pytest.mark.parametrize("kind", [Scored, Stepwise])
+def test_losses_on_rewards_and_steps_learn_from_each_solution_once_whatever_the_others_are(root: Path, kind: type[Example]):
+    file = root / "model_solutions.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for solution in ("6b_verification", "175b_verification"):
+        rows[0][solution]["is_correct"] = True  # all four are right, so that no pair has them
+    rows[1]["6b_verification"]["is_correct"] = True
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = open_source(Source.of({"path": str(root), "format": "gsm8k"}), kind, "train")
+    made = [each for row in opened.rows() for each in as_kind(read_example(row, score="last"), kind, row)]
+    values = [each.reward if isinstance(each, Scored) else each.step_labels[0] for each in made]
+    wrong = -1 if kind is Scored else 0
+    assert (len(made), values[:12]) == (18 * 4, [1, 1, 1, 1, 1, 1, 1, wrong, 1, wrong, 1, wrong])
+    if kind is Stepwise:
+        assert all(len(each.steps) == 1 for each in made), "the label is of the whole solution"
 
 
 @pytest.mark.parametrize("kind", [Demonstration, Comparison, Judgement])

@@ -17,7 +17,7 @@ from halos.data.dataset import Dataset, open_dataset
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.losses.csft import examples as csft_examples
-from halos.types import Comparison, Demonstration, Judgement
+from halos.types import Comparison, Demonstration, Judgement, Scored
 
 from .tokenizers import LLAMA3, THINKING, jsonl, prepared, tokenizer, turn
 
@@ -83,8 +83,20 @@ def test_a_pair_serves_losses_on_labels_and_on_demonstrations(tmp_path: Path):
         (["one<|im_end|>"], 1.0),
         (["two<|im_end|>"], 0.0),
     ]
-    assert [item.id.rpartition("#")[2] for item in labels] == ["0", "1"]
+    assert [item.id.rpartition("#")[2] for item in labels] == ["1", "2"]
     assert words(prepared(path, tmp_path, kind=Demonstration), 0) == ["one<|im_end|>"]
+
+
+def test_a_completion_of_several_pairs_counts_once_in_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(row_tokeniser, "BATCH", 3)  # so that the halves of a pair lie in several batches
+    pairs = [{"prompt": "Q?", "chosen": chosen, "rejected": "X"} for chosen in "ABC"]
+    (other := pairs[0].copy())["prompt"] = "R?"
+    again = {"prompt": "Q?", "completion": "A", "reward": 1}  # a sample that was drawn twice stays
+    data = prepared(jsonl(tmp_path / "a.jsonl", [*pairs, other, again, again]), tmp_path, kind=Scored)
+    said = [(words(data, row)[0][0], data[row].labels["reward"], int(data.groups[row])) for row in range(len(data))]
+    assert said == [("A", 1, 0), ("X", -1, 0), ("B", 1, 0), ("C", 1, 0), ("A", 1, 1), ("X", -1, 1), ("A", 1, 0), ("A", 1, 0)]
+    assert "6 rows, 8 examples kept; dropped 2 (2 completions that another pair of their prompt has too)" in data.lines()[0]
+    assert len(prepared(jsonl(tmp_path / "b.jsonl", pairs), tmp_path, kind=Judgement)) == 6, "KTO has no groups"
 
 
 def test_a_tokenizer_without_an_end_token_serves_where_the_template_writes_one(tmp_path: Path):
