@@ -125,6 +125,13 @@ def _sums_own_rewards(now: RunFacts) -> bool:
     return len(paths) > 1 and any("." in path and not path.startswith("halos.") for path in paths)
 
 
+def _matches_answers(now: RunFacts) -> bool:
+    """Return whether rewards compare final answers; the code of our own functions is not among what a resume compares."""
+    scorer = (now.before.get("online") or {}).get("scorer") or {}
+    paths = [str(each.get("function") if isinstance(each, Mapping) else each) for each in scorer.get("functions") or []]
+    return any(path.removeprefix("halos.online.rewards.") in ("exact_match", "maths") for path in paths)
+
+
 def _adds_nothing_to_deviations(now: RunFacts) -> bool:
     return _of_loss("grpo")(now) and now.config.loss.get("epsilon") == 0
 
@@ -185,6 +192,8 @@ HISTORY = (
              " float32", _trains_whole_layers),
     Revision(18, "2026-11-29", "on a CPU logits of bfloat16 products are sums of two terms, and attention in bfloat16 is by"
              " blocks of queries", lambda now: now.half and now.device == "cpu"),
+    Revision(18, "2026-11-30", "exact_match compares numbers by their values, and by one rule in answers and solutions; an answer"
+             " begins after the last ####", _matches_answers),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

@@ -10,31 +10,45 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
-_FINAL = re.compile(r"####\s*(\S.*?)\s*\Z")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_WHOLLY_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]+)?|\.[0-9]+)")  # no nan, and no exponent: 1e999999 is text
+_GROUPING = re.compile(r"(?<=[0-9])(?<!\b0),(?=(?:[0-9]{2,3},)*[0-9]{3}(?![0-9]))")  # of 1,000 and 1,00,000, not of 3,5 and 0,125
 
 
 def exact_match(completion: str, row: Mapping[str, Any]) -> float:
     """1 where the final answer of the completion (`#### 12`, GSM8K's convention) equals the solution's, else 0.
 
-    The accuracy of generated answers is its mean: `reward` of an online evaluation, and what launch/accuracy.py reports.
+    Two decimal numbers are equal by their values (`1,000`, `1000.` and `1000.0`), all else as text: `$5`, `5%` and `5 km` are not
+    `5`, nor is `1e3` 1000. The accuracy of generated answers is its mean: `reward` of an online evaluation, and what
+    launch/accuracy.py reports.
     """
-    wanted = final_answer(solution_of(row)) or solution_of(row).strip()
-    return float(final_answer(completion) == wanted)
+    wanted = final_answer(solution_of(row)) or _plain(solution_of(row))
+    answered = final_answer(completion)
+    return float(answered is not None and _value(answered) == _value(wanted))
 
 
 def final_answer(text: str) -> str | None:
-    """The text after the last `####`, without commas; None where there is none."""
-    match = _FINAL.search(text)
-    return match[1].replace(",", "").rstrip(".") if match else None
+    """The text after the last `####`, without commas of thousands or a final dot; None where there is none, or more lines."""
+    _, mark, rest = text.rpartition("####")
+    answer = _plain(rest)
+    return answer if mark and answer and "\n" not in answer else None
+
+
+def _plain(text: str) -> str:
+    return _GROUPING.sub("", text.strip()).rstrip(".").rstrip()
+
+
+def _value(answer: str) -> Decimal | str:
+    return Decimal(answer) if _WHOLLY_NUMBER.fullmatch(answer) else answer
 
 
 def last_number(completion: str, row: Mapping[str, Any]) -> float:
     """1 where the last number of the completion equals that of the solution, else 0: for models that follow no convention."""
     answered, wanted = ([text.replace(",", "") for text in _NUMBER.findall(part)] for part in (completion, solution_of(row)))
-    return float(bool(answered) and bool(wanted) and float(answered[-1]) == float(wanted[-1]))
+    return float(bool(answered) and bool(wanted) and Decimal(answered[-1]) == Decimal(wanted[-1]))
 
 
 def maths(completion: str, row: Mapping[str, Any]) -> float:

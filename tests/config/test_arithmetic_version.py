@@ -231,6 +231,16 @@ def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_
         assert ("does not apply" in why(computed(before=before), 5)) is named
 
 
+def test_runs_whose_rewards_compare_final_answers_are_affected_by_how_they_are_compared() -> None:
+    for functions, named in (
+        (["ends", "exact_match"], True), ([{"function": "halos.online.rewards.maths"}], True), (["mine.exact_match"], False),
+        (["last_number"], False), ([], False),
+    ):  # fmt: skip
+        before = {"online": {"scorer": {"functions": functions}}}
+        assert ("numbers by their values" in why(computed(before=before), 17)) is named
+    assert not why(computed(), 17)
+
+
 @pytest.mark.parametrize("since", [FROZEN_HEAD_ONCE, FUSED_LORA])
 def test_a_run_goes_on_with_the_frozen_head_and_the_adapter_of_the_version_that_began_it(
     since: int, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

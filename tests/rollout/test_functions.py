@@ -75,6 +75,7 @@ def test_the_bundled_rewards() -> None:
     assert rewards.exact_match("so\n#### 5", ROW) == rewards.exact_match("4", ROW) == 0
     assert rewards.exact_match("#### 1,200", {"solution": "#### 1200"}) == 1
     assert rewards.last_number("It is 4.", ROW) == 1
+    assert rewards.last_number("9007199254740993", {"solution": "9007199254740992"}) == 0
     assert rewards.last_number("4 or 5", ROW) == rewards.last_number("four", ROW) == 0
     assert rewards.maths("The answer is $\\frac{8}{2}$", ROW) == 1
     assert rewards.maths("#### 5", ROW) == 0
@@ -87,7 +88,32 @@ def test_the_bundled_rewards() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "answer"), [("3 + 4 = 7\n#### 7", "7"), ("#### -2 ", "-2"), ("so 7", None), ("#### 7\nmore", None), ("#### 7.", "7")]
+    ("answer", "solution", "right"),
+    [
+        ("1,000", "1,000", 1), ("1000", "1,000", 1), ("1,000", "1000", 1), ("5.", "5.", 1), ("5", 5.0, 1), ("5.50", "5.5", 1),
+        ("1,00,000", "100000", 1), ("-0", "0", 1), ("+7", "7", 1), (".5", "0.5", 1), ("6", "5 #### 6", 1), ("5", "5 #### 6", 0),
+        ("Paris.", "Paris", 1), ("$1,000", "$1000", 1), ("x #### 4 #### 5", "5", 1), ("9007199254740993", "9007199254740992", 0),
+        ("3,5", "35", 0), ("0,125", "125", 0), ("$5", "5", 0), ("5%", "5", 0), ("5 km", "5", 0), ("1e3", "1000", 0),
+        ("nan", "nan", 1), ("inf", "1e999999999", 0), ("1e999999999", "1e999999998", 0), ("1/2", "0.5", 0), ("Paris", "5", 0),
+    ],
+)  # fmt: skip
+def test_exact_match_compares_both_sides_by_one_rule(answer: str, solution: str | float, right: int) -> None:
+    for solved in (solution, f"so\n#### {solution}"):
+        assert rewards.exact_match(f"so\n#### {answer}", {"solution": solved}) == right, solved
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("3 + 4 = 7\n#### 7", "7"),
+        ("#### -2 ", "-2"),
+        ("so 7", None),
+        ("#### 7\nmore", None),
+        ("#### 7.", "7"),
+        ("x #### 5 #### 6", "6"),
+        ("####\n8", "8"),
+        ("#### ", None),
+    ],
 )
 def test_an_answer_is_what_a_text_ends_with(text: str, answer: str | None) -> None:
     assert rewards.final_answer(text) == answer
