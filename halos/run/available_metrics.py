@@ -1,7 +1,10 @@
 """Which metrics an evaluation yields, found by calling the loss on dummy inputs: other objectives are refused before loading, and
-so is a loss that depends on padding."""
+so is a loss that fails on them or depends on padding."""
 
+import inspect
+import logging
 import math
+import traceback
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -15,13 +18,18 @@ from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.config.suggest import nearest
 from halos.data.dataset import Dataset
-from halos.errors import UserError
+from halos.errors import UserError, first_line_of
 from halos.examples import Completion, Item, Stepwise
+from halos.repository import PACKAGES
 from halos.rollout import evaluation
 from halos.run.datasets import eval_sources
+from halos.trainers.loss_checks import checked_loss
 from halos.types import TOKEN_STATISTICS, Acted, LossInput, Mismatched, RolloutBatch, RolloutInput, Sampled, TokenLogps
 
 ALWAYS = ("loss", "examples")
+AT_FAULT = (AttributeError, NameError, TypeError)  # raised by code that other rows would not mend
+
+log = logging.getLogger(__name__)
 
 
 def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequence[str]) -> None:
@@ -77,9 +85,40 @@ def metrics_of(loss: LossSpec) -> frozenset[str] | None:
         if loss.advantages is not None:
             controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}
             names |= loss.advantages(_sampled(loss), **controlled).metrics.keys()
-    except Exception:  # the first evaluation reports it, whatever it is
+    except Exception:  # refuse_failing_loss reports it, whatever it is
         return None
     return frozenset(names | loss.derive(dict.fromkeys(names, 0.0)).keys())
+
+
+def refuse_failing_loss(loss: LossSpec) -> None:
+    """Call the loss as a step does. Raises UserError where what it returns is wrong, and where its code is: an error of another
+    kind, or with an input type of the user's own, is a warning, since the rows of the run may have what dummy ones lack."""
+    try:
+        arguments = _arguments(loss, padding=1, learned=True)  # so that no row is as long as there are rows
+        returned = loss.function(*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        what = f"the loss {loss.name} raises an error on made-up rows, in {_place(error)}: {first_line_of(error)}"
+        if isinstance(error, AT_FAULT) and loss.inputs.__module__.partition(".")[0] == "halos":
+            raise UserError(what) from error
+        log.warning("%s; the first step tells whether it does on those of the run", what)
+        return
+    checked_loss(returned, f"{loss.name}{_file(loss)}", arguments[0], 2)
+
+
+def _place(error: Exception) -> str:
+    """Return the last line outside this package and libraries from which an error came, `mylosses/mine.py:7`."""
+    frames, ours = traceback.extract_tb(error.__traceback__), str(PACKAGES / "halos")
+    outside = [each for each in frames if "site-packages" not in each.filename and not each.filename.startswith(ours)]
+    last = (outside or frames)[-1]
+    return f"{last.filename}:{last.lineno}"
+
+
+def _file(loss: LossSpec) -> str:
+    """Return where the code of a loss is, in brackets; empty where it has none."""
+    code = getattr(inspect.unwrap(getattr(loss.function, "func", loss.function)), "__code__", None)
+    return f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
 
 
 def refuse_padded_loss(loss: LossSpec) -> None:
@@ -97,8 +136,9 @@ def refuse_padded_loss(loss: LossSpec) -> None:
         )
 
 
-def _arguments(loss: LossSpec, padding: int = 0) -> list[Any]:
-    """Return dummy arguments for the loss: two sequences of two tokens of each type that it takes, and `padding`."""
+def _arguments(loss: LossSpec, padding: int = 0, *, learned: bool = False) -> list[Any]:
+    """Return dummy arguments for the loss: two sequences of two tokens of each type that it takes, and `padding`; the first with
+    gradients where it is `learned`."""
     reference_type = TokenLogps if loss.on_rollouts else loss.inputs
     more = [dummy(reference_type, padding, (), loss.candidates) if loss.needs_reference else None] if loss.takes_reference else []
     if loss.statistics is not None:
@@ -106,10 +146,12 @@ def _arguments(loss: LossSpec, padding: int = 0) -> list[Any]:
         references = [dummy(statistics_type, padding)] if loss.needs_reference else []
         more.append(loss.statistics(dummy(statistics_type, padding), *references))
     more += [loss.start] if loss.start is not None else []
-    return [dummy(loss.inputs, padding, loss.token_statistics, loss.candidates), *more]
+    return [dummy(loss.inputs, padding, loss.token_statistics, loss.candidates, learned=learned), *more]
 
 
-def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS, candidates: int = 0) -> Any:
+def dummy(
+    kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS, candidates: int = 0, *, learned: bool = False
+) -> Any:  # fmt: skip
     """Return an instance of an input type: two examples with two scored tokens per completion, built by the type itself."""
     if kind is Mismatched:
         return Mismatched(_logps(2, padding))
@@ -118,20 +160,23 @@ def dummy(kind: type, padding: int = 0, statistics: Sequence[str] = TOKEN_STATIS
     items = [Item(np.zeros(1, np.int32), (completion,) * len(example.completed), str(n), dict.fromkeys(example.labels, float(n)),
                   step_labels=np.array([n, 1 - n], np.float32) if issubclass(example, Stepwise) else None)
              for n in (1, 0)]  # fmt: skip
-    logps = _logps(len(kind.rows(items)), padding, statistics, candidates)
+    logps = _logps(len(kind.rows(items)), padding, statistics, candidates, learned=learned)
     outputs = {"language": logps, "value": Acted(logps, logps.values), "score": logps.values[:, 0],
                "steps": torch.stack([torch.zeros_like(logps.values), logps.values], -1)}  # fmt: skip
     if issubclass(kind, RolloutInput):
-        over_time = logps.values
+        over_time = logps.values.detach()
         batch = RolloutBatch(over_time, over_time, over_time[:, 0], over_time, over_time, over_time, over_time, {})
         return kind.of_rollouts(outputs[kind.head], batch)
     return kind.of(outputs[kind.head], items)
 
 
-def _logps(rows: int, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS, candidates: int = 0) -> TokenLogps:
+def _logps(
+    rows: int, padding: int = 0, statistics: Sequence[str] = TOKEN_STATISTICS, candidates: int = 0, *, learned: bool = False
+) -> TokenLogps:  # fmt: skip
     """Return dummy log-probs that differ between sequences, with so many positions of padding."""
     values, mask = -torch.arange(1.0, 2 * rows + 1).reshape(rows, 2) / 2, torch.ones(rows, 2, dtype=torch.bool)
-    values, mask = F.pad(values, (0, padding)), F.pad(mask, (0, padding))
+    values = values * 1.25 if learned else values  # of zeros, as where policy and reference are equal, no gradient is asked
+    values, mask = F.pad(values, (0, padding)).requires_grad_(learned), F.pad(mask, (0, padding))
     further = values[..., None].expand(*values.shape, candidates) - math.log(candidates + 1) if candidates else None
     return TokenLogps(
         values, mask, candidates=further, **{name: -values / 2 if name == "entropy" else values for name in statistics}

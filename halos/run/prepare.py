@@ -46,7 +46,7 @@ from halos.models.locate import locate
 from halos.online import live
 from halos.prove.verdict import Verdict
 from halos.run import datasets, input_hashes, models, proof, step_checks
-from halos.run.available_metrics import refuse_padded_loss, refuse_unavailable_objective
+from halos.run.available_metrics import refuse_failing_loss, refuse_padded_loss, refuse_unavailable_objective
 from halos.run.batch_source import BatchSource
 from halos.run.batches import open_batch_source
 from halos.run.initial_adapter import refuse_mismatched_adapter
@@ -109,6 +109,7 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     checkpoint, hooks = hooks_of(config, loss)
     if config.trainer["_target_"] is None:
         measuring = [name for name, hook in hooks.items() if can_measure(hook)]
+        refuse_failing_loss(loss)
         refuse_unavailable_objective(config, loss, measuring)
         refuse_padded_loss(loss)
         if measuring and not config.data.has_eval and accelerator.is_main_process:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halos.config.bind import bind_loss
+from halos.config.loss_spec import LossSpec
 from halos.config.schema import Config
 from halos.errors import UserError
 from halos.run import available_metrics
 from halos.run.assemble import assemble
 from halos.trainers.base import Trainer
-from halos.types import Loss, TokenLogps
+from halos.types import Loss, Mean, Pair, TokenLogps
 from tests.losses import cases
 
 
@@ -33,6 +35,53 @@ def test_the_available_metrics_are_those_of_an_evaluation(loss: str, trainer: Ca
     training.evaluate()
     names = available_metrics.metrics_of(training.loss)
     assert names == training.run.last_eval.keys() - {"step", "split", "seconds"}
+
+
+def of_pairs(function: Callable[..., Any]) -> LossSpec:
+    dpo = bind_loss(next(case.settings for case in cases.of_this_package() if case.name == "dpo"), [])
+    return replace(dpo, name="mine", function=function)
+
+
+def margins(policy: Pair, reference: Pair) -> Tensor:
+    return policy.chosen.sum - policy.rejected.sum - reference.chosen.sum + reference.rejected.sum
+
+
+@pytest.mark.parametrize("case", cases.of_this_package(), ids=lambda case: case.name)
+def test_no_loss_of_ours_fails_on_made_up_rows(case: cases.Case, caplog: pytest.LogCaptureFixture) -> None:
+    available_metrics.refuse_failing_loss(bind_loss(case.settings, []))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda policy, reference: F.softplus(-margins(policy, reference)), "returns a Tensor: return a halos.types.Loss"),
+        (lambda policy, reference: Loss(margins(policy, reference).mean(), {}), r"returns values of shape \(\) for 2 items"),
+        (lambda policy, reference: Loss(policy.chosen.values.sum(0), {}), r"returns values of shape \(3,\) for 2 items"),
+        (lambda policy, reference: Loss(margins(policy, reference).detach(), {}), "returns values without a gradient"),
+        (
+            lambda policy, reference: Loss(margins(policy, reference), {"lr": Mean.of(torch.ones(2))}),
+            "returns a metric lr, which is the",
+        ),
+    ],
+)
+def test_what_a_loss_returns_is_checked_before_a_run(function: Callable[..., Any], message: str) -> None:
+    with pytest.raises(UserError, match=rf"^the loss mine \(.*test_available_metrics\.py:\d+\) {message}"):
+        available_metrics.refuse_failing_loss(of_pairs(function))
+
+
+def test_a_loss_whose_code_is_wrong_is_refused_and_one_that_needs_other_rows_is_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(
+        UserError, match=r"the loss mine raises an error on made-up rows, in .*metrics\.py:\d+: AttributeError: 'Pai"
+    ):
+        available_metrics.refuse_failing_loss(of_pairs(lambda policy, reference: Loss(policy.choosen.sum, {})))
+    with pytest.raises(UserError, match=r"in .*test_available_metrics\.py:\d+: TypeError: "):
+        available_metrics.refuse_failing_loss(of_pairs(lambda policy, reference: Loss(torch.tanh("h"), {})))
+    assert not caplog.records
+    available_metrics.refuse_failing_loss(of_pairs(lambda policy, reference: Loss(margins(policy, reference).topk(5).values, {})))
+    assert "the first step tells whether it does on those of the run" in caplog.text
 
 
 def test_a_loss_that_depends_on_padding_is_refused() -> None:
@@ -67,7 +116,7 @@ def test_a_mistyped_objective_is_refused_even_if_the_first_evaluation_is_far_off
 def test_an_objective_that_a_users_loss_does_not_measure_costs_no_training(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(available_metrics, "dummy", lambda *_: None)  # as for a loss that fails on dummy inputs
+    monkeypatch.setattr(available_metrics, "metrics_of", lambda _: None)  # as of a loss that fails on dummy inputs
     training = trainer(
         "loss=sft",
         "objective.metric=none",
