@@ -6,6 +6,7 @@ from halos.errors import UserError
 from halos.examples import Example
 
 EQUAL = "with equal completions"  # why a pair is dropped
+LEFT_OUT = "left out by data.format"
 HELD_OUT = "held out for evaluation"  # begins the notes of rows of training data that are
 UNKNOWN_OFFSET = -1
 

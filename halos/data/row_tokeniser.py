@@ -12,13 +12,12 @@ from halos.data.dataset import Counts
 from halos.data.formats import as_kind, parse
 from halos.data.oddities import EndTokens, Sampling
 from halos.data.remarks import Remarks
-from halos.data.row import EQUAL, HELD_OUT, Row
+from halos.data.row import EQUAL, HELD_OUT, LEFT_OUT, Row
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
 from halos.examples import Example, Item, Judgement, Scored
 
 BATCH = 1000  # examples tokenised in one call
-LEFT_OUT = "left out by data.format"
 UNDESIRABLE = "undesirable, not to be imitated"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -26,7 +27,7 @@ from halos.online.unsharded import Unsharded
 from halos.rollout import evaluation, feedback, measure, rescore
 from halos.rollout.collect import collect
 from halos.rollout.engines.engine import PolicyServer
-from halos.rollout.prompts import answer, eval_prompts, fitting, for_round, read_prompts, room_for_prompts
+from halos.rollout.prompts import answer, eval_prompts, fitting, for_round, read_prompts, room_for_prompts, unused_rows
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.scores import ScoringError, by_function, function_metrics, lack
@@ -51,8 +52,9 @@ class LivePrompts:
         _check_feedback(config, loss)
         self.max_length, new = max_length, online.sampler.max_new_tokens
         encoder, room = Encoder(tokenizer, max_length=2**31, truncation="drop"), room_for_prompts(new, max_length)
-        train = read_prompts(entries_of(config.data, "train"), "train")
-        held_out = read_prompts(entries_of(config.data, "eval"), "eval") if config.data.eval and online.eval_prompts else []
+        unused, of_eval = Counter[str](), entries_of(config.data, "eval") if config.data.eval and online.eval_prompts else []
+        train = read_prompts(entries_of(config.data, "train"), "train", unused=unused)
+        held_out = read_prompts(of_eval, "eval", unused=unused) if of_eval else []
         held_out = eval_prompts(held_out, count=online.eval_prompts, seed=config.seed, samples=online.eval_samples,
                                 temperature=online.eval_temperature)  # fmt: skip
         self.train = fitting(train, encoder, room)
@@ -81,6 +83,7 @@ class LivePrompts:
         self.line += f"; {len(self.evaluation)} held out{evaluation.plan_of(online) if self.evaluation else ''}"
         if dropped := len(train) + len(held_out) - len(self.train) - len(self.evaluation):
             self.line += f"; {dropped} prompts leave no room for an answer"
+        self.line += unused_rows(unused)
 
     def requests(self, prompts: Sequence[Prompt], seed: int) -> list[Request]:
         sampler = self.online.sampler

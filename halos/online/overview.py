@@ -7,6 +7,7 @@ import logging
 from halos.online.plan import OnlinePlan
 from halos.online.round_size import MANY_STEPS
 from halos.rollout import evaluation
+from halos.rollout.prompts import unused_rows
 
 log = logging.getLogger(__name__)
 
@@ -16,8 +17,9 @@ def write(plan: OnlinePlan) -> None:
     online, size, held_out = plan.online, plan.size, min(plan.online.eval_prompts, len(plan.eval_prompts))
     given = "online.prompts_per_round" if online.prompts_per_round is not None else "online.steps_per_round"
     log.info("online     %d rounds of %s, %s feedback by %s", online.rounds, online.loss, plan.kind, online.scorer.name)
-    log.info("prompts    %d, %d a round, %d samples of each; %d held out%s", len(plan.prompts), size.prompts,
-             online.samples_per_prompt, held_out, evaluation.plan_of(online) if held_out else "")  # fmt: skip
+    log.info("prompts    %d, %d a round, %d samples of each; %d held out%s%s", len(plan.prompts), size.prompts,
+             online.samples_per_prompt, held_out, evaluation.plan_of(online) if held_out else "",
+             unused_rows(plan.unused))  # fmt: skip
     log.info("steps      up to %d a round on one set of samples (by %s)", size.steps, plan.steps_are_set_by or given)
     log.info("optimizer  %s", _optimizer(plan))
     if (tokens := plan.inner.loss.get("max_tokens")) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -44,6 +45,7 @@ class OnlinePlan:
     one_warmup: bool = False  # the rate is constant over all rounds, and warms up in the first alone
     prompts: list[Prompt] = field(default_factory=list)
     eval_prompts: list[Prompt] = field(default_factory=list)
+    unused: Counter[str] = field(default_factory=Counter)  # rows of the data that give no prompt, by why
     max_length: int = 0  # in tokens: train.max_length, or the model's number of positions where that is smaller
 
     def __post_init__(self) -> None:
@@ -147,10 +149,10 @@ class OnlinePlan:
         self._check_feedback()
         self._check_temperature()
         refuse_moving_between_rounds(self.inner, online, self.loss)
-        self.prompts = read_prompts(entries_of(self.config.data, "train"), "train")
+        self.prompts = read_prompts(entries_of(self.config.data, "train"), "train", unused=self.unused)
         entries = entries_of(self.config.data, "eval") if online.eval_prompts else []
         names = {prompt.id for prompt in self.prompts}
-        self.eval_prompts = read_prompts(entries, "eval", others=names) if entries else []
+        self.eval_prompts = read_prompts(entries, "eval", others=names, unused=self.unused) if entries else []
         if not self.prompts:
             raise UserError("data.train has no prompts")
         scorer.check_prompts(self.prompts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, count
@@ -16,6 +17,7 @@ from halos.config.rollout_modules import scorer_class
 from halos.data.files import Row as DataRow
 from halos.data.formats import read_prompt
 from halos.data.order import Order
+from halos.data.row import LEFT_OUT
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
 from halos.rollout.rows import DATA, Row, as_json
@@ -27,19 +29,23 @@ log = logging.getLogger(__name__)
 _OF_PROMPT = ("type", "prompt_id", "prompt", "samples", "temperature", "seed", "split")  # keys of a prompt in a row
 
 
-def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str, *, others: Collection[str] = ()) -> list[Prompt]:
+def read_prompts(
+    entries: Sequence[str | Mapping[str, Any]], purpose: str, *, others: Collection[str] = (), unused: Counter[str] | None = None
+) -> list[Prompt]:  # fmt: skip
     """The prompts of data entries, each with its row of the data. Rows with the same prompt give one prompt, that of the first,
     since samples of one prompt are one group; those whose other columns differ are counted in a warning.
     `others`: ids that none may have, such as those of training prompts, whose samples are in one file with evaluation's.
+    `unused` counts the rows that give no prompt, by why.
 
     Raises UserError for rows without a prompt, and for two prompts with one id.
     """
     by_id: dict[str, tuple[Prompt, str]] = {}
     unique: dict[tuple[str, str | None], tuple[Prompt, str]] = {}
-    repeats = list[tuple[str, str, list[str]]]()
+    repeats, unused = list[tuple[str, str, list[str]]](), Counter() if unused is None else unused
     for entry in entries:
         for record in open_source(Source.of(entry), Demonstration, purpose).rows():
             if record.left_out:
+                unused[f"of data.{purpose} {record.note or LEFT_OUT}"] += 1
                 continue
             prompt = _read(record, by_id, others)
             first = by_id.setdefault(prompt.id, (prompt, record.where))
@@ -47,6 +53,7 @@ def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str, *, ot
                 raise UserError(f"{record.where}: two prompts have the prompt_id {prompt.id!r}")
             if first[0] is prompt:
                 first = unique.setdefault((repr(prompt.turns), prompt.split), first)
+            unused[f"of data.{purpose} with the prompt of an earlier row"] += first[0] is not prompt
             if first[0] is not prompt and (differing := _differing(first[0], prompt)):
                 repeats.append((record.where, first[1], differing))
     if repeats:
@@ -57,6 +64,11 @@ def read_prompts(entries: Sequence[str | Mapping[str, Any]], purpose: str, *, ot
             " is used, and reward functions get its columns", purpose, len(repeats), ", ".join(columns), where, first_where,
         )  # fmt: skip
     return [prompt for prompt, _ in unique.values()]
+
+
+def unused_rows(unused: Mapping[str, int]) -> str:
+    """What `read_prompts` counted, for the end of a line: `; 8 rows of data.train filtered out by level>0`."""
+    return "".join(f"; {count} {'row' if count == 1 else 'rows'} {why}" for why, count in unused.items() if count)
 
 
 def _differing(one: Prompt, other: Prompt) -> list[str]:

@@ -11,7 +11,7 @@ from halos.config.custom_formats import custom_formats
 from halos.config.schema import Data
 from halos.data.custom_format import convert_rows, entries_of, with_common
 from halos.data.formats import read_example
-from halos.data.row_tokeniser import LEFT_OUT
+from halos.data.row import LEFT_OUT
 from halos.data.sources import Source, content_hash, open_source
 from halos.errors import UserError
 from halos.types import Comparison, Demonstration, Judgement, Scored

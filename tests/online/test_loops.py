@@ -1,5 +1,6 @@
 """The keys of online runs in rounds and in live loops: the same in both, or refused in one."""
 
+import json
 import re
 from dataclasses import fields
 from pathlib import Path
@@ -35,6 +36,19 @@ def test_the_manual_says_of_every_key_what_it_is_in_rounds_and_in_live_loops() -
     assert {f"online.{each.name}" for each in fields(Online)} <= table().keys()
     refused = {key for key, cells in table().items() if any(cell.startswith("refused") for cell in cells)}
     assert refused == TRIED.keys()
+
+
+def test_the_header_counts_the_rows_that_give_no_prompt(tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"{n % 7}?", "answer": "1", "level": n % 2}) + "\n" for n in range(16)))
+    words = [*BASE, f"data.train=[{path}]", "data.eval=[]", "data.filter='level > 0'", f"cache_dir={cache}"]
+    for loop in (["online.loss=grpo"], LIVE):
+        assert train.start([*words, *loop, "online.scorer.functions=[exact_match]", f"output_root={tmp_path}"]) == 0
+        [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("prompts ")]
+        assert line.startswith("prompts    7"), line
+        assert line.endswith(
+            "; 8 rows of data.train filtered out by level > 0; 1 row of data.train with the prompt of an earlier row"
+        )
 
 
 @pytest.mark.parametrize("key", TRIED)

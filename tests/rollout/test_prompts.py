@@ -1,13 +1,14 @@
 """No prompt is used twice before all were used once, whatever the size of a round."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from halos.errors import UserError
-from halos.rollout.prompts import digest, eval_prompts, for_round, read_prompts
+from halos.rollout.prompts import digest, eval_prompts, for_round, read_prompts, unused_rows
 from halos.rollout.types import Prompt, requests_for
 
 ROWS = [Prompt(str(n), ({"role": "user", "content": str(n)},)) for n in range(10)]
@@ -57,6 +58,16 @@ def test_rows_of_one_prompt_are_one_and_answers_come_along(tmp_path: Path) -> No
     found = read_prompts([str(path)], "train")
     assert [(row.turns[0]["content"], row.columns["solution"]) for row in found] == [("One?", "1"), ("Two?", "2")]
     assert found[0].id.endswith("a.jsonl:1")
+
+
+def test_rows_that_give_no_prompt_are_counted_by_why(tmp_path: Path) -> None:
+    path, unused = tmp_path / "a.jsonl", Counter[str]()
+    rows = [{"prompt": f"{n // 2}?", "answer": "1", "level": n % 3} for n in range(9)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert len(read_prompts([{"path": str(path), "filter": "level > 0"}], "train", unused=unused)) == 5
+    repeated = "of data.train with the prompt of an earlier row"
+    assert unused_rows(unused) == f"; 3 rows of data.train filtered out by level > 0; 1 row {repeated}"
+    assert unused_rows({repeated: 0}) == ""
 
 
 def test_rows_without_a_prompt_and_shared_ids_are_refused_by_name(tmp_path: Path) -> None:
