@@ -15,9 +15,10 @@ from halos.data.remarks import Remarks
 from halos.data.row import EQUAL, HELD_OUT, LEFT_OUT, Row
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
-from halos.examples import Example, Item, Judgement, Scored
+from halos.examples import Demonstration, Example, Item, Judgement, Scored
 
 BATCH = 1000  # examples tokenised in one call
+IMITATED = "with a reward, which is not read: all are imitated (data.filter='reward > 0' leaves some out)"
 UNDESIRABLE = "undesirable, not to be imitated"
 
 
@@ -98,6 +99,8 @@ class RowTokeniser:
             if not converted:
                 counts.examples += 1
                 counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL, row.where)
+            elif isinstance(example, Scored) and isinstance(converted[0], Demonstration):
+                counts.read_as((IMITATED,))
             for number, each in enumerate(converted, int(len(converted) > 1)):
                 counts.examples += 1
                 yield self.transform(each) if self.transform else each, row.where, f"{row.where}#{number}"

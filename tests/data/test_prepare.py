@@ -87,6 +87,16 @@ def test_a_pair_serves_losses_on_labels_and_on_demonstrations(tmp_path: Path):
     assert words(prepared(path, tmp_path, kind=Demonstration), 0) == ["one<|im_end|>"]
 
 
+def test_completions_that_are_imitated_whatever_their_reward_are_counted(tmp_path: Path):
+    rows = [{"prompt": "Q?", "completion": f"A {n}", "reward": n} for n in (1, 0, -5)]
+    path = jsonl(tmp_path / "a.jsonl", [*rows, {"prompt": "Q?", "completion": "B"}])
+    [line] = prepared(path, tmp_path).lines()
+    assert "4 rows, 4 examples kept; 3 with a reward, which is not read: all are imitated (data.filter='reward > 0'" in line
+    assert "not read" not in prepared(jsonl(tmp_path / "b.jsonl", rows), tmp_path, kind=Scored).lines()[0]
+    [line] = prepared({"path": path, "filter": "reward is None or reward > 0"}, tmp_path).lines()
+    assert "2 examples kept" in line
+
+
 def test_a_completion_of_several_pairs_counts_once_in_its_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(row_tokeniser, "BATCH", 3)  # so that the halves of a pair lie in several batches
     pairs = [{"prompt": "Q?", "chosen": chosen, "rejected": "X"} for chosen in "ABC"]
