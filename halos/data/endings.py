@@ -44,8 +44,8 @@ class Endings:
         if self._try(asked) is None:
             asked = before
         tail = self._after(self._try((*asked, _answer(WORD, calls=calls))))
-        if tail is None:  # the template refuses it, or leaves such turns out
-            return Ending("", "", "")
+        if tail is None:  # the template refuses such turns, or leaves calls out: what else they say ends as plain words do
+            return self.of(_answer(WORD, calls=False), before) if calls else Ending("", "", "")
         result = {"role": "tool", "content": ASKED, "name": NAME, "tool_call_id": CALL_ID}
         followed = (*asked, _answer(WORD, calls=calls), result if calls else {"role": "user", "content": ASKED + "2"})
         gap = self._after(self._try(followed)) or self._after(self._try((*followed, _answer("x", calls=False))))

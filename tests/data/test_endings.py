@@ -9,7 +9,7 @@ from halos.errors import UserError
 from halos.types import Comparison, Demonstration
 from launch.templates import CHECKS, FIXTURES, Family, asks, cells, families, fault_of, line, says
 
-from .tokenizers import CHATML, LAST_THOUGHT, NO_END, jsonl, prepared, tokenizer, turn, user
+from .tokenizers import CHATML, GEMMA, LAST_THOUGHT, LLAMA3, NO_END, THINKING, jsonl, prepared, tokenizer, turn, user
 from .tokenizers import says as answer
 
 PROMPT = (user("What is 1 + 1?"),)
@@ -52,6 +52,15 @@ def test_where_the_next_turn_ends_a_turn_its_first_token_is_scored_and_stops_gen
     layout = Template(tokenizer(BY_NEXT)).lay_out(PROMPT, ((call, turn("tool", "2"), *TALK),), "")
     text, spans = layout.completions[0], layout.spans[0]
     assert [text[start:end].rpartition(">")[0].rpartition("<")[2] for start, end in spans] == ["|good|", "|user|", "|user|"]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA, THINKING, BY_NEXT.replace("m['tool_calls']", "none")])
+def test_a_turn_of_which_the_template_drops_the_calls_ends_as_its_words_would_alone(template: str):
+    made = tokenizer(template)
+    call = {**answer("It is 2."), "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]}
+    kept, plain = (Template(made, lost="keep").lay_out(PROMPT, ((each,),), "") for each in (call, answer("It is 2.")))
+    assert (kept.completions, kept.spans) == (plain.completions, plain.spans)
+    assert plain.completions[0].endswith(made.convert_ids_to_tokens(end_of_turn(made)[0]))
 
 
 @pytest.mark.parametrize(
