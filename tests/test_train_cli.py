@@ -201,6 +201,8 @@ WRONG = [
     (["train.steps=many"], ["train.steps takes a whole number"]),
     (["seed=${nope}"], ["seed is ${nope}"]),
     (["data.train=a.jsonl"], ["data.train=[a.jsonl]"]),
+    (["data.train={path: a.jsonl}"], ["data.train takes a list, not {path: 'a.jsonl'}: write 'data.train=[...]'"]),
+    (["data.columns=[prompt]"], ["data.columns takes a mapping, not ['prompt']: write 'data.columns={NAME: VALUE}'"]),
     (["data.train=a.jsonl,b.jsonl"], ["data.train=[a.jsonl,b.jsonl]"]),
     (["data.train=[a.jsonl,", "b.jsonl]"], ["'data.train=[a.jsonl, ...'"]),
     (["data.train[0]=a.jsonl"], ["data.train.0.path="]),

@@ -126,6 +126,7 @@ def set_values(composed: DictConfig, resolved: Sequence[Override]) -> None:
                 if one.sign == "~":
                     del OmegaConf.select(composed, parent)[name]
                 else:
+                    validate.refuse_other_container(one.key, one.values[0])
                     OmegaConf.update(composed, one.key, one.values[0], merge=True)
     except OmegaConfBaseException as error:
         raise UserError(explain(error, keys(composed))) from error

@@ -47,6 +47,8 @@ def check(composed: DictConfig, overrides: Sequence[str] = (), choices: Choices 
         plain = OmegaConf.to_container(composed)
     assert isinstance(plain, dict)
     _require_choices(composed, plain, choices or {})
+    for key in schema_keys():
+        refuse_other_container(key, _value_at(key, plain))
     try:
         merged = OmegaConf.merge(_schema(), composed)
         _refuse_numbers_for_truth(plain)
@@ -101,6 +103,15 @@ def _refuse_numbers_for_truth(plain: object) -> None:
     for key, kind in schema_keys().items():
         if kind in (bool, bool | None) and type(value := _value_at(key, plain)) is int and value not in (0, 1):
             raise UserError(f"{key} takes {_expected(key)}, not {value}")
+
+
+def refuse_other_container(key: str, value: Any) -> None:
+    """Raises UserError for a list where `key` takes a mapping, and for a mapping where it takes a list."""
+    takes_list, takes_mapping = (what in (expected := _expected(key)) for what in ("a list", "a mapping"))
+    if isinstance(value, Mapping) and takes_list and not takes_mapping:
+        raise UserError(f"{key} takes {expected}, not {show(value)}: write '{key}=[...]', with brackets around its entries")
+    if isinstance(value, list) and takes_mapping and not takes_list:
+        raise UserError(f"{key} takes {expected}, not {show(value)}: write '{key}={{NAME: VALUE}}'")
 
 
 def explain(error: OmegaConfBaseException, composed: DictConfig, known: Sequence[str] = ()) -> str:

@@ -187,6 +187,8 @@ WRONG = [
     ({"data__train": ["no.jsonl"]}, ["data.train.0", "no.jsonl"]),
     ({"data__eval": [{"path": "./dir"}]}, ["data.eval.0", "./dir"]),
     ({"data__train": ["arithmetc"]}, ["data.train.0", "arithmetc", "org/name", "arithmetic"]),
+    ({"data__train": {"path": "a.jsonl"}}, ["data.train takes a list, not {path: 'a.jsonl'}: write 'data.train=[...]'"]),
+    ({"data__columns": ["prompt"]}, ["data.columns takes a mapping, not ['prompt']: write 'data.columns={NAME: VALUE}'"]),
     ({"data__root": "/no/such"}, ["data.root", "/no/such"]),
     ({"data__train": [{"path": None, "format": "gsm8k"}]}, ["data.root=DIRECTORY"]),
     ({"model__name_or_path": "smolm2"}, ["model.name_or_path", "model=smollm2", "org/name"]),
