@@ -109,6 +109,8 @@ def changed(
     """Return the inputs that differ from the last start's, and changes of the arithmetic. Raises UserError unless
     resume_changes=allow. `tokens_until(step)` counts the tokens before a step in the data as they are read now."""
     directory = RunDir(config.run_dir)
+    if not directory.attempts() and not select.checkpoints(directory.checkpoints):
+        return []  # its start ended before it was recorded, so that nothing was computed
     before = recorded(directory)
     since = _computed_with(directory, before)
     changes = [*_changed_content(config, before, now), *arithmetic_version.changes_since(since, computed)]

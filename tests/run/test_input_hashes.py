@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,14 +15,16 @@ import pytest
 import yaml
 from conftest import compose
 from safetensors.torch import load_file, save_file
-from world import TEMPLATE, World, attempts, copied, pairs, refusal, resume, stopped
+from world import TEMPLATE, World, attempts, copied, final, pairs, refusal, resume, stopped
 
 from halos.checkpoint import lineage, manifest, select
+from halos.config import arithmetic_version
 from halos.config.content_hashes import ContentHashes
 from halos.config.plugins import code_hash
+from halos.distributed.signals import STOPPED
 from halos.models.load import load_tokenizer
 from halos.rollout.scorers.function import Functions
-from halos.run import input_hashes
+from halos.run import assemble, input_hashes
 from halos.run.lifecycle import run
 from halos.rundir import RunDir
 from halos.sweep.job import Job
@@ -110,6 +114,31 @@ def test_the_arithmetic_version_of_a_run_is_that_of_its_newest_start_else_of_its
     assert input_hashes._computed_with(directory, ContentHashes({"arithmetic": "4"})) == 4
     (path / manifest.NAME).write_text("{")
     assert input_hashes._computed_with(directory, None) == 3
+
+
+def test_a_start_that_was_stopped_while_its_model_loaded_starts_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def terminated(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = compose(world.cache, world.place / "runs", *world.words("terminated", "train.precision=bfloat16"))
+    directory = Path(config.run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(assemble, "_load", terminated)
+        assert run(config, []) == STOPPED
+    assert attempts(directory) == []
+    assert resume(directory) == 0
+    assert final(directory) == final(world.train("not_terminated", "train.precision=bfloat16"))
+
+
+def test_a_run_of_a_version_that_recorded_no_starts_is_compared(world: World) -> None:
+    directory = world.begin("unrecorded", "train.precision=bfloat16")
+    for path in directory.glob("attempts/*"):
+        path.unlink()
+    for path in directory.glob("checkpoints/*/manifest.json"):
+        (path.parent / lineage.NAME).unlink()
+        path.write_text(manifest.describe(path.parent, {"step": 2}))
+    (directory / "checkpoints.jsonl").unlink()
+    assert f"arithmetic 0 -> {arithmetic_version.VERSION}" in refusal(directory)
 
 
 HINGE = """
