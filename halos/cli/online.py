@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
-from halos.cli.resume import IN_LIVE_LOOPS, LIVE_STEPS, added_keys, last_settings
+from halos.cli.resume import GRPO, IN_LIVE_LOOPS, LIVE_STEPS, added_keys, last_settings
 from halos.config import idle_online, validate
 from halos.config.overrides import check_choices, typed_keys, unknown_inner_loss
 from halos.config.resume_policy import Change, value_at
@@ -23,7 +23,6 @@ from halos.rundir import RunDir
 if TYPE_CHECKING:
     from halos.config.bind import LossSpec
 
-GRPO = "halos.losses.grpo.grpo"
 # Keys of the online run, not of the training inside it
 OUTER = {"loss", "online", "data", "objective", "hooks", "logging", *keys_of(Scope.PLACE, Scope.COMMAND)}
 
@@ -88,6 +87,17 @@ def _divisor(
     if loss["max_tokens"] != tree.compose([f"loss={online.loss}"]).loss.max_tokens:
         return None  # by a recipe
     return online.sampler.max_new_tokens or max_length
+
+
+def _with_divisor(overrides: Sequence[str], config: Config, tree: ConfigTree) -> list[str]:
+    """Return the overrides of rounds that go on, with the divisor of the present keys where it was computed from them."""
+    assert config.online is not None
+    others = [text for text in overrides if not text.startswith("loss.max_tokens=") or text in config.online.overrides]
+    if len(others) == len(overrides):
+        return others
+    composed = compose_inner(config, others, tree)
+    tokens = _divisor(config, composed.loss, composed.train.max_length, typed_keys(others), tree)
+    return list(overrides) if tokens is None else [*others, f"loss.max_tokens={tokens}"]
 
 
 def compose_inner(config: Config, overrides: Sequence[str], tree: ConfigTree) -> DictConfig:
@@ -166,7 +176,7 @@ def run_rounds(config: Config, command: Sequence[str], changed: Sequence[Change]
         overrides = inner_overrides(command, config)
         since = [text for text in overrides[1:] if text not in config.online.overrides]
         run_dir = RunDir(config.run_dir)
-        overrides = [*driver.stored_overrides(run_dir.path), *since]
+        overrides = _with_divisor([*driver.stored_overrides(run_dir.path), *since], config, tree)
         added = added_keys(run_dir, last_settings(run_dir), overrides)
         # the rounds themselves set the adapter and its reference for each training
         theirs = {key: value for key, value in added.items() if key.startswith("train.") or key == "optim.fused"}

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from halos.cli.compose import ConfigTree, keys, plain, set_values
 from halos.cli.overrides import repeatable
 from halos.config import resume_policy, run_config, validate
-from halos.config.overrides import Choices, Override, resolve_keys
+from halos.config.overrides import Choices, Override, resolve_keys, typed_keys
 from halos.config.resume_policy import Change, PreviousRun
 from halos.config.schema import SAFE, Config
 from halos.config.secrets import refuse_saved_addresses
@@ -28,6 +28,7 @@ IN_LIVE_LOOPS = {
     **{f"online.{name}": f"train.{name}" for name in ("correction", "correction_level", "correction_cap", "correction_floor")},
 }
 LIVE_STEPS = ("online.steps", "online.minibatches", "online.epochs")  # whose product train.steps is
+GRPO = "halos.losses.grpo.grpo"  # whose max_tokens may follow from online's too
 REPLACEABLE_GROUPS = ("logging", "checkpoint")  # they affect no training step
 
 
@@ -58,6 +59,7 @@ def load_run(path: str, parsed: Sequence[Override], tree: ConfigTree) -> tuple[C
     values = [repeatable(one) for one in parsed if not one.chooses(tree.choices)]
     set_values(composed, resolved := resolve_keys(values, tree.choices, keys(composed)))
     _set_what_follows(composed, {one.key for one in resolved})
+    _set_divisor(composed, settings, {one.key for one in resolved})
     if missing := _missing_keys(plain(composed)):
         raise UserError(f"{run_dir.config} has no {missing[0]}, which this version needs: pass {missing[0]}=VALUE")
     config = validate.check(composed, [one.text for one in parsed], tree.choices)
@@ -79,6 +81,17 @@ def _set_what_follows(composed: DictConfig, overridden: Collection[str]) -> None
             OmegaConf.update(composed, follows, value)
         elif follows in overridden:
             OmegaConf.update(composed, key, other)
+
+
+def _set_divisor(composed: DictConfig, settings: dict[str, Any], overridden: Collection[str]) -> None:
+    """In a live loop of Dr. GRPO set the tokens that its sum is divided by, where they are as many as sampling might give."""
+    given = {*overridden, *typed_keys((settings.get(ONLINE) or {}).get("overrides") or [])}
+    if settings.get(ONLINE) is None or composed.loss.get("_target_") != GRPO or "loss.max_tokens" in given:
+        return
+    longest = [resume_policy.value_at(node, "online.sampler.max_new_tokens") or resume_policy.value_at(node, "train.max_length")
+               for node in (settings, plain(composed))]  # fmt: skip
+    if composed.loss.get("max_tokens") == longest[0]:
+        composed.loss.max_tokens = longest[1]
 
 
 def _set_steps(composed: DictConfig, overridden: Collection[str]) -> None:

@@ -12,7 +12,7 @@ from halos.config.bind_optim import bind_schedule
 from halos.config.paths import BUNDLED_MODELS, absolute
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import CONTENT, MICROBATCH, OBJECTIVE, SAFE, SCORER, STEPS, Config, Scope, key_facts
-from halos.config.values import show
+from halos.config.values import as_argument, show
 from halos.confined import UnreadableError, load_json
 from halos.errors import UserError
 
@@ -136,6 +136,7 @@ def _scorer(config: Config, past: PreviousRun) -> str | None:
 
 CONDITIONS: dict[str, Condition] = {STEPS: _num_steps, MICROBATCH: _microbatch, OBJECTIVE: _early_stopping, SCORER: _scorer}
 NOT_COMPARED = (Scope.PLACE, Scope.COMMAND, Scope.CODE, Scope.RECORD)
+COMPOSED = ("online.loss", "online.overrides")  # keys that compose the training inside an online run, once
 TARGETED = ("loss", "optim", "schedule", "trainer", "checkpoint")  # nodes whose keys are the parameters of their _target_
 ON_RESUME: dict[str, str] = {key: facts["on_resume"] for key, facts in key_facts() if facts["scope"] not in NOT_COMPARED}
 
@@ -166,7 +167,8 @@ def refuse_unsafe(changes: Sequence[Change], path: Path) -> None:
 
 
 def refuse_impossible(changes: Sequence[Change], past: PreviousRun) -> None:
-    """Raises UserError, whatever resume_changes says, where a checkpoint of the run holds other weights than would be trained."""
+    """Raises UserError, whatever resume_changes says, where a checkpoint of the run holds other weights than would be trained,
+    and for keys that only a start reads."""
     change = next((change for change in changes if change.key == "peft.name"), None)
     if change is not None and past.newest is not None:
         held = "an adapter and no whole model" if change.old == "lora" else "a whole model and no adapter"
@@ -174,6 +176,12 @@ def refuse_impossible(changes: Sequence[Change], past: PreviousRun) -> None:
             f"{change}: the checkpoints of {past.path} hold {held}, so this run cannot go on with that. Leave it out; or start a"
             " new run, without resume=, from the model that this one has trained (FINAL, or what"
             f" python -m halos.checkpoint export {past.path} writes)"
+        )
+    if (change := next((change for change in changes if change.key in COMPOSED), None)) is not None:
+        raise UserError(
+            f"{change}: {past.path} keeps the loss and the overrides that its training was composed of when it began. Leave that"
+            " out, and give a key of train, optim or checkpoint by itself; or start a new run, without resume=, from the model"
+            f" that this one has trained ({as_argument('model.name_or_path', past.path / 'FINAL')})"
         )
 
 
