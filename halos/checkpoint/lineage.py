@@ -15,6 +15,7 @@ from halos import confined
 from halos.errors import UserError
 from halos.hashes import file_hashes
 from halos.merge.safetensors_io import weight_files
+from halos.models.content_hashes import CONFIG, changed_settings, config_hashes, settings_of
 from halos.redaction import redact
 
 NAME = "lineage.json"
@@ -68,6 +69,8 @@ def begin(base: Path, config: Mapping[str, Any], *, adapter: Path | None = None,
     """Return the lineage of a run that starts from `base`, or from an `adapter` on it; `facts` are added to the run's entry."""
     before, weights, model = of_adapter(adapter) if adapter else read(base), identity(base), config["model"]
     origin: dict[str, Any] = {"name": model["name_or_path"], "revision": model["revision"], "sha256": weights}
+    if (base / CONFIG).is_file():
+        origin["config"] = settings_of(base / CONFIG)
     start = {} if adapter is None else {"adapter": {"path": str(adapter), "sha256": identity(adapter)}}
     kind, identity_now = ("model", weights) if adapter is None else ("adapter", start["adapter"]["sha256"])
     if before is not None and before["runs"][-1]["result"].get(kind) != identity_now:
@@ -99,6 +102,25 @@ def write(directory: Path, lineage: Mapping[str, Any], weights: Mapping[str, Pat
 
 
 def refuse_other_base(lineage: Mapping[str, Any] | None, base: Path, what: str, cache: Path | None = None) -> None:
+    """Raises UserError where `base` does not have the weights and the config.json that `what` was trained on."""
+    refuse_other_weights(lineage, base, what, cache)
+    if lineage is None:
+        return
+    run, path = lineage["runs"][-1], base / CONFIG
+    recorded, content = run["base"].get("config"), run.get("content")
+    changes = changed_settings(recorded, path) if isinstance(recorded, dict) else []
+    if not isinstance(recorded, dict) and isinstance(content, dict):  # an older run recorded no more than the file's hash
+        now = config_hashes("model", base, (CONFIG,))
+        changes = [f"{key} has another hash" for key, value in now.items() if content.get(key) not in (None, value)]
+    if changes:
+        more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+        raise UserError(
+            f"{what} was trained on {run['base']['name']}, whose config.json {path} differs from now: {changes[0]}{more}."
+            " Restore the file, or give the base as it was trained on"
+        )
+
+
+def refuse_other_weights(lineage: Mapping[str, Any] | None, base: Path, what: str, cache: Path | None = None) -> None:
     """Raises UserError where `base` does not have the weights that `what` was trained on."""
     if lineage is None:
         return

@@ -19,7 +19,7 @@ def begin(run: Run) -> dict[str, Any]:
     assert run.content is not None, "rank 0 has hashed what the run depends on"
     saved = run.directory.checkpoints / name_of(run.step)
     if run.step and isinstance(run.model, PeftModel):
-        lineage.refuse_other_base(lineage.read(saved), run.base, str(saved))
+        lineage.refuse_other_weights(lineage.read(saved), run.base, str(saved))  # the resume has compared its config.json
     loss = run.config.loss["_target_"].split(".")[-2]
     facts = {"data": run.content.sources, "content": run.content.hashes, **_changes(run)}
     start = run.config.peft.init_from if run.config.peft.name == "lora" else None

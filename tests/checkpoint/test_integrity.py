@@ -178,6 +178,13 @@ def test_an_adapter_of_another_base_is_refused_by_content(world: World, final: P
     assert f"was trained on {world.base}, whose weights are not those of {other.base}" in said
 
 
+def test_an_adapter_does_not_begin_on_a_base_with_another_config(world: World, final: Path, tmp_path: Path) -> None:
+    base = copied(world.base, tmp_path)
+    edited = {**json.loads((base / "config.json").read_text()), "rms_norm_eps": 0.5}
+    (base / "config.json").write_text(json.dumps(edited))
+    assert "rms_norm_eps 1e-06 -> 0.5" in begins(world, final, f"model.name_or_path={base}")
+
+
 def swapped(token: re.Match[str]) -> str:
     return {'"<|end|>"': '"<|user|>"', '"<|user|>"': '"<|end|>"'}[token[0]]
 

@@ -1,13 +1,17 @@
-"""Weights have one hash, over all their files and whatever those are called."""
+"""Weights have one hash, over all their files and whatever those are called; a base is its weights and its config.json."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from safetensors.numpy import save_file
 from world import World, resume
 
 from halos.checkpoint import lineage
+from halos.errors import UserError
+from halos.models.content_hashes import config_hashes
 
 
 def test_every_file_of_the_weights_counts_and_their_names_do_not(tmp_path: Path) -> None:
@@ -22,6 +26,29 @@ def test_every_file_of_the_weights_counts_and_their_names_do_not(tmp_path: Path)
         path.write_bytes(content)
         path.rename(path.with_name(f"other-{path.name}"))
     assert lineage.identity(tmp_path) == whole
+
+
+def test_a_base_is_its_config_too_however_another_version_of_transformers_writes_that(tmp_path: Path, cache: Path) -> None:
+    base = World(tmp_path, cache).base
+    model = {"name_or_path": str(base), "revision": None, "train": {}}
+    chain = lineage.begin(base, {"model": model}, content=config_hashes("model", base))
+    path, settings = base / "config.json", json.loads((base / "config.json").read_text())
+    older = {**settings, "torch_dtype": settings["dtype"], "rope_theta": settings["rope_parameters"]["rope_theta"]}
+    for key in ("dtype", "rope_parameters", "mlp_bias"):
+        del older[key]
+    path.write_text(json.dumps({**older, "transformers_version": "4.40.0", "_name_or_path": "elsewhere"}))
+    lineage.refuse_other_base(chain, base, "it")
+    path.write_text(json.dumps({**older, "rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match=r"it was trained on .*/base, whose config.json .*: rms_norm_eps 1e-06 -> 0.5\. Restore"):
+        lineage.refuse_other_base(chain, base, "it")
+    del chain["runs"][0]["base"]["config"]  # as a version wrote it that recorded the file's hash alone
+    with pytest.raises(UserError, match=r"model.config.json has another hash"):
+        lineage.refuse_other_base(chain, base, "it")
+    path.write_text(json.dumps({**settings, "transformers_version": "4.40.0"}))
+    lineage.refuse_other_base(chain, base, "it")
+    path.write_text(json.dumps({**settings, "rms_norm_eps": 0.5}))
+    del chain["runs"][0]["content"]  # as one that recorded the weights' hash alone
+    lineage.refuse_other_base(chain, base, "it")
 
 
 def test_a_password_that_an_earlier_version_recorded_is_not_in_the_public_lineage() -> None:

@@ -290,6 +290,16 @@ def test_a_base_of_other_weights_is_refused(overrides: list[str], moved: tuple[P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "step"]
 
 
+@pytest.mark.parametrize("overrides", [[], ["--adapter"]])
+def test_a_base_of_another_config_is_refused(overrides: list[str], moved: tuple[Path, Path], tmp_path: Path, ends: Any) -> None:
+    saved, base = moved
+    config = base / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "rms_norm_eps": 0.5}))
+    status, said = ends("export", saved, "--output", tmp_path / "out", "--base", base, *overrides)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "rms_norm_eps 1e-06 -> 0.5" in said
+
+
 def test_an_adapter_does_not_go_on_from_another_base(configure: Callable[..., Config], tmp_path: Path, runs: Path) -> None:
     shutil.copytree(runs / "lora" / "FINAL", tmp_path / "base", ignore=shutil.ignore_patterns("manifest.json"))
     overrides = ["loss=sft", "peft=lora", "model=path", f"model.name_or_path={tmp_path / 'base'}", *SHORT]
