@@ -28,16 +28,28 @@ def check(directory: Path, key: str, cache: Path | None = None) -> None:
     A directory from elsewhere has no manifest and is not checked. With a `cache` (a cache_dir) a file is hashed once, until its
     times change. A directory with a lineage and no manifest gets a warning where its weights do not match the lineage.
     """
-    root = next((path for path in (directory, directory.parent) if _is_ours(path)), None)
-    if root is None:
-        _warn_of_other_weights(directory, cache)
-        return
-    if faults := _damage(root, "" if root == directory else f"{directory.name}/", cache):
+    real = directory.resolve()
+    damaged = {root: faults for root, part in _roots(real) if (faults := _damage(root, part, cache))}
+    if damaged:
+        faults, listings = next(iter(damaged.values())), " and ".join(str(root / manifest.NAME) for root in damaged)
         more = f" and {len(faults) - 1} more" if len(faults) > 1 else ""
         raise UserError(
             f"{key}={directory} is not what was saved there: {faults[0]}{more}. Restore it from a copy; or, if the change is"
-            f" intended, delete {root / manifest.NAME}"
+            f" intended, delete {listings}"
         )
+    if not any(map(_is_ours, (real, real.parent))):
+        _warn_of_other_weights(real, cache)
+
+
+def _roots(directory: Path) -> list[tuple[Path, str]]:
+    """Return the directories whose manifests list the files of `directory`, each with the prefix of these files: that above
+    it, of which an adapter that has a manifest of its own may be a part, and itself."""
+    own, part = [(directory, "")] if _is_ours(directory) else [], f"{directory.name}/"
+    if not _is_ours(directory.parent):
+        return own
+    listing = manifest.read(directory.parent)
+    is_part = isinstance(listing, manifest.Fault) or any(name.startswith(part) for name in listing["files"])
+    return [(directory.parent, part), *own] if is_part or not own else own
 
 
 def _is_ours(directory: Path) -> bool:
@@ -59,9 +71,9 @@ def _is_loaded(name: str) -> bool:
 
 
 def _warn_of_other_weights(directory: Path, cache: Path | None) -> None:
-    chain = lineage.read(directory)
+    chain, kind = lineage.read(directory), "adapter" if (directory / "adapter_config.json").is_file() else "model"
     result = chain["runs"][-1].get("result") if chain is not None else None
-    if isinstance(result, dict) and "model" in result and result["model"] != lineage.identity(directory, cache):
+    if isinstance(result, dict) and kind in result and result[kind] != lineage.identity(directory, cache):
         log.warning("%s: these are not the weights that its lineage.json ends with", directory)
 
 

@@ -61,7 +61,8 @@ def _fits(value: Any, shape: Any) -> bool:
 
 
 def of_adapter(directory: Path) -> dict[str, Any] | None:
-    """Return the lineage of an adapter, from its directory or, in a checkpoint, from the directory above."""
+    """Return the lineage of an adapter, from its directory or, in a checkpoint of an older version, from the directory above."""
+    directory = directory.resolve()
     return read(directory) or read(directory.parent)
 
 

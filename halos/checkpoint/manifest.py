@@ -47,10 +47,18 @@ def files_of(directory: Path) -> list[Path]:
 
 
 def _below(directory: Path) -> Iterator[tuple[Path, bool]]:
-    """Yield everything that is not a directory, and whether it is a regular file."""
+    """Yield everything that is not a directory, and whether it is a regular file, as are the links of a snapshot in the hub's
+    cache that stay in it."""
+    home = confined.root_of(directory)
+    inside = home.resolve() if home != directory else None
     for parent, directories, names in os.walk(directory):
         yield from ((Path(parent, name), False) for name in directories if Path(parent, name).is_symlink())
-        yield from ((path := Path(parent, name), not path.is_symlink() and path.is_file()) for name in names)
+        yield from ((path := Path(parent, name), _is_regular(path, inside)) for name in names)
+
+
+def _is_regular(path: Path, inside: Path | None) -> bool:
+    is_inside = inside is not None and path.resolve().is_relative_to(inside)
+    return path.is_file() and (is_inside or not path.is_symlink())
 
 
 def seal(text: str) -> str:
@@ -72,7 +80,7 @@ def read(directory: Path) -> dict[str, Any] | Fault:
     if not os.path.lexists(directory / NAME):
         return Fault(NAME, "missing")
     try:
-        text = confined.read_text(directory / NAME, within=directory)
+        text = confined.read_text(directory / NAME, within=confined.root_of(directory))
         manifest = confined.parse_json(text, NAME)
     except UserError as error:
         return Fault(NAME, f"unreadable ({error})")

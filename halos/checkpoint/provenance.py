@@ -1,5 +1,6 @@
 """Where a run's weights come from, written into its checkpoints and FINAL: lineage.json, and FINAL's model card."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 from peft import PeftModel
 
 from halos import __version__, confined
-from halos.checkpoint import card, lineage
+from halos.checkpoint import card, lineage, manifest
 from halos.checkpoint.select import name_of, step_of
 from halos.config import run_config
 from halos.hooks.base import Run
@@ -28,13 +29,16 @@ def begin(run: Run) -> dict[str, Any]:
 
 
 def write(chain: Mapping[str, Any], run: Run, path: Path, *, final: bool) -> None:
-    """Write lineage.json of the checkpoint or FINAL at `path`, and FINAL's model card."""
+    """Write lineage.json of the checkpoint or FINAL at `path`, also into its adapter, and FINAL's model card."""
     directories = {"adapter": path / "adapter", "model": path if final else path / "model"}
     weights = {kind: directory for kind, directory in directories.items() if any(directory.glob("*.safetensors"))}
     evaluations = [row for row in run.directory.read_metrics() if row.get("split") == "eval"]
     first = evaluations[0] if evaluations and evaluations[0]["step"] < run.step else None
     record = {"attempt": run.directory.next_attempt() - 1, "metrics": run.directory.metrics.seal(run.step)}
     full = lineage.write(path, chain, weights, step=run.step, before=first, metrics=run.last_eval, record=record)
+    if adapter := weights.get("adapter"):  # so that a copy of it alone is identified and checked too
+        shutil.copy(path / lineage.NAME, adapter)
+        (adapter / manifest.NAME).write_text(manifest.describe(adapter, {"step": run.step}))
     if final and not run.failure:
         card.write(path, full, adapter="model" not in weights, reward=run.reward, title=run.config.exp_name or path.name)
 

@@ -55,7 +55,7 @@ class SavedModel:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such directory")
         confined.refuse_links(path / "FINAL", path)
-        path = path / "FINAL" if (path / "FINAL").is_dir() else path
+        path = (path / "FINAL" if (path / "FINAL").is_dir() else path).resolve()
         if is_run(path):
             newest = next(reversed(select.checkpoints(path / "checkpoints")), None)
             instead = f"name a checkpoint, such as {newest}" if newest else "and it has saved no checkpoint"
@@ -91,7 +91,7 @@ class SavedModel:
 
     @property
     def lineage(self) -> dict[str, Any] | None:
-        return lineage.read(self.path) or (lineage.read(self.path.parent) if self.path.name == "adapter" else None)
+        return lineage.of_adapter(self.path) if self.adapter == self.path else lineage.read(self.path)
 
 
 def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: Path | None = None, shard: int = SHARD) -> str:

@@ -42,7 +42,8 @@ def _compare_names(config: Config, adapter: Path, base: Path) -> None:
 
 def _refuse_other_tokenizer(adapter: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Compare with the tokenizer saved with the adapter: in its directory, or next to it in FINAL or in a checkpoint."""
-    directories = (adapter, adapter.parent / "tokenizer", adapter.parent)
+    real = adapter.resolve()
+    directories = (real, real.parent / "tokenizer", real.parent)
     directory = next((each for each in directories if (each / "tokenizer.json").is_file()), None)
     if directory is None:
         return

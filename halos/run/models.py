@@ -223,8 +223,8 @@ def add_head(loader: ModelLoader, model: nn.Module, loss: LossSpec, checkpoint: 
     wrapped.token_statistics = loss.token_statistics
     if not isinstance(wrapped, ActorCritic):
         return wrapped
-    adapter = loader.config.peft.init_from
-    near_adapter = [Path(adapter), Path(adapter).parent] if adapter else []  # exported, or in a checkpoint
+    adapter = Path(loader.config.peft.init_from).resolve() if loader.config.peft.init_from else None
+    near_adapter = [adapter, adapter.parent] if adapter else []  # exported, or in a checkpoint
     for directory in (checkpoint,) if checkpoint else (*near_adapter, loader.base):
         if load_value_head(directory, wrapped.value_head):
             log.info("%-10s from %s", "value head", directory)

@@ -411,6 +411,8 @@ def test_a_strangers_base_or_adapter_is_not_merged_and_runs_no_code(
 ) -> None:  # fmt: skip
     built = locate("tiny", None, cache)
     base, adapter = shutil.copytree(built, tmp_path / "base"), shutil.copytree(run / STEP / "adapter", tmp_path / "adapter")
+    for name in ("lineage.json", "manifest.json"):  # which a stranger's has not, or makes to fit
+        (adapter / name).unlink()
     plant(adapter, base, outside)
     given = [*words, str(base)] if words else []
     command = ["checkpoint", "merge", str(adapter), "--output", str(tmp_path / "out"), *given]

@@ -73,6 +73,62 @@ def test_a_flipped_bit_of_an_adapter_is_refused_and_of_what_lies_beside_it_is_no
     assert f"peft.init_from={final / 'adapter'} is not what was saved there: adapter/adapter_model.safetensors" in said
 
 
+@pytest.fixture(params=["link", "copy"])
+def alone(request: pytest.FixtureRequest, final: Path, tmp_path: Path) -> Path:
+    """The adapter of FINAL under another name."""
+    path = tmp_path / "my_adapter"
+    if request.param == "copy":
+        return Path(shutil.copytree(final / "adapter", path))
+    path.symlink_to(final / "adapter")
+    return path
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "lineage.json"])
+def test_an_adapter_that_is_reached_by_a_link_or_was_copied_is_checked(name: str, alone: Path, world: World) -> None:
+    integrity.check(alone, "peft.init_from")
+    flip(alone / name)
+    said = world.refusal("next", "peft=lora", "peft.r=2", f"peft.init_from={alone}")
+    assert f"peft.init_from={alone} is not what was saved there" in said
+    assert f"{name}: contents changed" in said
+    assert f"delete {alone.resolve() / 'manifest.json'}" in said or f"and {alone.resolve() / 'manifest.json'}" in said
+
+
+def test_an_adapter_that_is_reached_by_a_link_or_was_copied_knows_its_base(alone: Path, world: World, tmp_path: Path) -> None:
+    other = World(tmp_path / "other", world.cache)
+    flip(other.base / "model.safetensors")
+    words = ["peft=lora", "peft.r=2", f"peft.init_from={alone}", f"model.name_or_path={other.base}"]
+    assert "it is another model or was changed since" in world.refusal("next", *words)
+    with pytest.raises(UserError, match="it is another model or was changed since"):
+        export.merged(alone, tmp_path / "out", base=other.base)
+    assert lineage.of_adapter(alone) == lineage.read(alone.resolve())
+
+
+def test_an_adapter_of_an_older_version_which_holds_no_lineage_is_checked_through_a_link_too(
+    world: World, final: Path, tmp_path: Path
+) -> None:
+    for name in ("lineage.json", "manifest.json"):
+        (final / "adapter" / name).unlink()
+    (final / "manifest.json").write_text(manifest.describe(final, {}))
+    (tmp_path / "link").symlink_to(final / "adapter")
+    assert lineage.of_adapter(tmp_path / "link") == export.SavedModel.at(tmp_path / "link").lineage == lineage.read(final)
+    flip(final / "adapter" / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"adapter/adapter_model.safetensors: contents changed"):
+        integrity.check(tmp_path / "link", "peft.init_from")
+
+
+def test_a_copied_adapter_without_its_manifest_is_told_by_its_lineage(
+    final: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = copied(final / "adapter", tmp_path)
+    (alone / "manifest.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        integrity.check(alone, "peft.init_from")
+        assert not caplog.records
+        flip(alone / "adapter_model.safetensors")
+        integrity.check(alone, "peft.init_from")
+    assert "not the weights that its lineage.json ends with" in caplog.text
+
+
 @pytest.mark.parametrize("name", ["value_head/model.safetensors", "lineage.json"])
 def test_what_goes_with_an_adapter_is_checked_with_it(name: str, final: Path) -> None:
     (final / "value_head").mkdir()
@@ -174,6 +230,7 @@ def test_an_adapter_of_another_base_is_refused_by_content(world: World, final: P
     assert "it is another model or was changed since" in begins(world, final, f"model.name_or_path={other.base}")
     for name in ("lineage.json", "manifest.json"):  # as an adapter from elsewhere comes
         (final / name).unlink()
+        (final / "adapter" / name).unlink()
     said = begins(world, final, f"model.name_or_path={other.base}")
     assert f"was trained on {world.base}, whose weights are not those of {other.base}" in said
 
