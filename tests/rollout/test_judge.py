@@ -184,21 +184,30 @@ def test_placeholders_inside_an_answer_are_not_filled(stub: Callable[..., Stub],
     assert "{prompt} {completion}" in text
 
 
-@pytest.mark.parametrize("text", ['{"score": 7}', '```json\n{"score": 7.0}\n```', 'Sure: {"score": 7}'])
+READ = ['{"score": 7}', '```json\n{"score": 7.0}\n```', 'Sure: {"score": 7}', '{"criteria": {"score": 1}, "score": 7}',
+        '{"score": 7, "details": [{"score": 2}]}', r'{"reason": "since \\frac{1}{2} is }{", "score": 7}',
+        r'The {first} has \frac{1}{2}: {"score": 7, "of": {}}']  # fmt: skip
+
+
+@pytest.mark.parametrize("text", READ)
 def test_a_score_is_read(text: str) -> None:
     assert read_score(Answer(text, 0.0, "stop")).value == 7.0
 
 
-@pytest.mark.parametrize(
-    "text", ["", "7", '{"score": ', '{"score": "7"}', '{"score": 11}', '{"score": true}', '{"score": 7} or {"score": 8}', "[7]"]
-)
+NOT_READ = ["", "7", '{"score": ', '{"score": "7"}', '{"score": 11}', '{"score": true}', '{"score": 7} or {"score": 8}', "[7]",
+            '{"score": {"score": 7}}', '{"details": {"score": 7}}', '{"criteria": {"score": 7}, "sco', "{'a': {\"score\": 7}}",
+            '{"a": {}} {"score": 7}', '{"a":' * 9999]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", NOT_READ, ids=lambda text: text[:40])
 def test_an_answer_without_a_valid_score_gives_none(text: str) -> None:
     assert read_score(Answer(text, 0.0, "stop")).value is None
 
 
 def test_a_preference_is_read_and_nothing_else() -> None:
-    said = ['{"better": "A"}', '{"better": "tie"}', '{"better": "a"}', "A", '{"better": ["A"]}']
-    assert [read_preference(Answer(text, 0.0, "stop")) for text in said] == ["A", "tie", None, None, None]
+    said = ['{"better": "A"}', '{"better": "tie"}', '{"first": {"better": "B"}, "better": "A"}', '{"better": "a"}', "A",
+            '{"better": ["A"]}']  # fmt: skip
+    assert [read_preference(Answer(text, 0.0, "stop")) for text in said] == ["A", "tie", "A", None, None, None]
 
 
 def test_a_judge_compares_in_an_order_that_is_drawn_and_recorded(stub: Callable[..., Stub], tmp_path: Path) -> None:

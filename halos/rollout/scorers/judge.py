@@ -27,7 +27,7 @@ from halos.rollout.types import Sample, Score, question
 RUBRICS = Path(__file__).with_name("rubrics")
 SCALAR, PAIRWISE = ("prompt", "completion"), ("prompt", "first", "second")
 TIMEOUT = 120.0  # seconds for one answer
-_OBJECT = re.compile(r"\{[^{}]*\}")
+_BRACE = re.compile(r"[{}]")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,15 +257,21 @@ def read_preference(answer: Answer) -> str | None:
 
 
 def _parse(text: str) -> dict[str, Any] | None:
-    """The only JSON object in an answer, which may be in a code fence; None where there is not exactly one."""
-    objects = _OBJECT.findall(text)
-    if len(objects) != 1:
-        return None
-    try:
-        parsed = json.loads(objects[0])
-    except ValueError:
-        return None
-    return parsed if isinstance(parsed, dict) else None
+    """The only outermost JSON object in an answer, which may be in a code fence; None where there is not exactly one. Nothing is
+    read within braces that are no JSON, such as those of an object that was cut."""
+    objects, depth, brace = list[dict[str, Any]](), 0, _BRACE.search(text)
+    while brace is not None:
+        end = brace.end()
+        try:
+            if brace[0] == "{" and depth == 0:
+                parsed, end = json.JSONDecoder().raw_decode(text, brace.start())
+                objects.append(parsed)
+            else:
+                depth = max(depth + (1 if brace[0] == "{" else -1), 0)
+        except (ValueError, RecursionError):
+            depth = 1
+        brace = _BRACE.search(text, end)
+    return objects[0] if len(objects) == 1 else None
 
 
 def _excerpt(answer: Answer) -> str:
