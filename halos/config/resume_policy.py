@@ -138,6 +138,7 @@ CONDITIONS: dict[str, Condition] = {STEPS: _num_steps, MICROBATCH: _microbatch, 
 NOT_COMPARED = (Scope.PLACE, Scope.COMMAND, Scope.CODE, Scope.RECORD)
 COMPOSED = ("online.loss", "online.overrides")  # keys that compose the training inside an online run, once
 TARGETED = ("loss", "optim", "schedule", "trainer", "checkpoint")  # nodes whose keys are the parameters of their _target_
+LENGTH = ("train.steps", "train.epochs", "train.early_stopping")  # keys with which a finished run may go on
 ON_RESUME: dict[str, str] = {key: facts["on_resume"] for key, facts in key_facts() if facts["scope"] not in NOT_COMPARED}
 
 

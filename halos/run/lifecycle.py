@@ -100,7 +100,7 @@ def _stopped_before_training(directory: RunDir, reason: str, *, held: bool) -> i
 
 def _nothing_to_do(config: Config, directory: RunDir, changed: Sequence[Change]) -> bool:
     """Return whether a resumed run is finished and nothing asks for more; log how to continue it."""
-    more = {"train.steps", "train.epochs", "train.early_stopping"} & {change.key for change in changed}
+    more = {*resume_policy.LENGTH} & {change.key for change in changed}
     if not directory.is_finished() or not directory.final.is_dir() or more or directory.requested_checkpoint(config.resume):
         return False
     input_hashes.refuse_other_code(config, directory)

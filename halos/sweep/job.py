@@ -25,17 +25,16 @@ class Job:
     label: str
     path: Path  # its run directory
     log: Path  # output of its processes
+    asks_no_more: bool = True  # than the run in `path`, if that is finished: its settings are those of now
 
     @property
     def run(self) -> RunDir:
         return RunDir(self.path)
 
     def is_done(self) -> bool:
-        """Return whether an earlier start has finished it, and `overwrite=true` does not ask for it again. A job with code of the
-        user's is never done by its files alone: its process compares the code."""
-        if "overwrite=true" in [override.lstrip("+").lower() for override in self.overrides]:
-            return False
-        if not is_run(self.path) or not self.run.is_finished() or not self.run.final.is_dir():
+        """Return whether an earlier start has finished what it asks for. A job with code of the user's is never done by its files
+        alone: its process compares the code."""
+        if not self.asks_no_more or not is_run(self.path) or not self.run.is_finished() or not self.run.final.is_dir():
             return False
         try:
             content = recorded_content(self.run.read_attempts(), str(self.path))

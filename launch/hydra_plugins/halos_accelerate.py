@@ -12,11 +12,12 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf
 
+from halos.config.values import quoted
 from halos.distributed.children import CONFIGS, accelerate_config
 from halos.distributed.signals import STOPPED
 from halos.errors import JobsFailedError, UserError
 from halos.repository import TRAIN
-from halos.rundir import job_name
+from halos.rundir import is_run, job_name
 
 
 class AccelerateLauncher(Launcher):
@@ -74,13 +75,27 @@ class AccelerateLauncher(Launcher):
             path = Path(str(OmegaConf.select(composed, "run_dir")))
             if not any(override.lstrip("+").startswith("run_dir=") for override in overrides):
                 path = path / job_name(overrides, OmegaConf.select(composed, "hydra.job.config.override_dirname.exclude_keys"))
-            jobs.append(Job(number, tuple(overrides), label, path, log_of(sweep, path)))
+            words = [word for word in overrides if not word.startswith("resume=")]
+            jobs.append(Job(number, tuple(words), label, path, log_of(sweep, path), self._asks_no_more(words, path)))
         paths = [job.path for job in jobs]
         if twice := next((path for path in paths if paths.count(path) > 1), None):
             raise UserError(
                 f"two jobs of this sweep would run in {twice}: leave out run_dir=, and each gets a directory of its own"
             )
         return jobs
+
+    def _asks_no_more(self, words: Sequence[str], path: Path) -> bool:
+        """Compare the job with the run that was started in `path`, if any: an experiment file that it composes from may have been
+        edited since."""
+        from halos.cli.compose import ConfigTree  # here: it imports hydra's entry, which looks for this plugin
+        from halos.cli.overrides import parse
+        from halos.cli.single import asks_no_more
+
+        if not is_run(path):
+            return True
+        sources = self.config.hydra.runtime.config_sources
+        tree = ConfigTree(tuple(Path(str(each.path)) for each in sources if each.schema == "file"))
+        return asks_no_more([parse(word, tree.choices) for word in (*words, f"run_dir={quoted(str(path))}")], tree)
 
     def _command(self, job: Any, config: Path, processes: int) -> list[str]:
         many = ["--num_processes", str(processes)] if self.num_processes else []
@@ -89,8 +104,7 @@ class AccelerateLauncher(Launcher):
         own = [word for each in sources if each.provider == "command-line" for word in ("--config-dir", str(each.path))]
         return [
             sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), *many, *port, *self.args,
-            str(TRAIN), *own, *(word for word in job.overrides if not word.startswith("resume=")), f"run_dir={job.path}",
-            "resume=auto",
+            str(TRAIN), *own, *job.overrides, f"run_dir={job.path}", "resume=auto",
         ]  # fmt: skip
 
     def _returned(self, job: Any, state: str) -> JobReturn:

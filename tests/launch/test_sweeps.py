@@ -87,6 +87,29 @@ def test_jobs_in_this_process_run_on_after_one_failed_and_are_not_trained_twice(
     assert list(sweep.attempts().values()) == [1]
 
 
+def test_a_finished_job_whose_experiment_was_edited_since_is_refused_and_not_taken_for_it(sweep: Sweep, tmp_path: Path) -> None:
+    experiment = tmp_path / "conf" / "experiment" / "mine.yaml"
+    experiment.parent.mkdir(parents=True)
+    grid = [*LAUNCHER, "--config-dir", str(tmp_path / "conf"), "experiment=mine", "train.steps=1", "seed=1"]
+
+    def run(settings: str) -> tuple[int, str]:
+        experiment.write_text(f"# @package _global_\n{settings}\n")
+        return sweep.run(*grid)
+
+    assert run("optim: {lr: 1e-3}")[0] == 0
+    status, told = run("optim: {lr: 1e-3}  # the same")
+    assert status == 0
+    assert "job 0 finished before" in told, "its process is not started: " + told
+    status, told = run("optim: {lr: 5e-2}")
+    assert status == 1
+    assert "would no longer compute what it began: optim.lr 0.001 -> 0.05" in told
+    assert list(sweep.attempts().values()) == [1]
+    status, told = run("optim: {lr: 5e-2}\noverwrite: true")
+    assert status == 0, told
+    (config,) = [yaml.safe_load((path / "config.yaml").read_text()) for path in sweep.runs().values()]
+    assert config["optim"]["lr"] == 0.05
+
+
 def test_a_sweep_over_losses_takes_the_keys_that_come_with_them(sweep: Sweep) -> None:
     sweep.words[0] = "loss=dpo,cdpo"
     words = ("hydra/launcher=basic", "train.steps=1", "checkpoint.every=null", "loss.beta=0.3", "objective.metric=loss",

@@ -1,6 +1,7 @@
 """The state of a job, read from its files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -44,7 +45,7 @@ def test_the_objective_is_the_run_s_own_and_none_until_it_is_finished(job):
     assert not job.is_done()  # without FINAL
     run.final.mkdir()
     assert job.is_done()
-    assert not Job(0, (*job.overrides, "overwrite=true"), "", job.path, job.log).is_done()
+    assert not replace(job, asks_no_more=False).is_done()
 
 
 def test_the_last_words_of_a_failed_job_are_its_own_message_or_the_end_of_its_log(job):
