@@ -5,6 +5,7 @@ Every start of a run and every checkpoint record the version that they were comp
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -136,6 +137,11 @@ def _adds_nothing_to_deviations(now: RunFacts) -> bool:
     return _of_loss("grpo")(now) and now.config.loss.get("epsilon") == 0
 
 
+def _names_beginnings(now: RunFacts) -> bool:
+    """Return whether a pattern of optim.lr_by_name may depend on what a parameter's name begins with."""
+    return any(re.search(r"^\W|\^|model|module", str(pattern)) for pattern in now.config.optim.get("lr_by_name") or {})
+
+
 # Oldest first. Whoever changes the arithmetic adds an entry here, with a higher number; changes of one release share it.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
@@ -194,6 +200,8 @@ HISTORY = (
              " blocks of queries", lambda now: now.half and now.device == "cpu"),
     Revision(18, "2026-11-30", "exact_match compares numbers by their values, and by one rule in answers and solutions; an answer"
              " begins after the last ####", _matches_answers),
+    Revision(18, "2026-11-29", "optim.lr_by_name matches names of the model itself, without what wraps it in a launch",
+             _names_beginnings),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

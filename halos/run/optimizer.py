@@ -11,6 +11,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from halos.config.bind_optim import OptimizerSpec
 from halos.distributed.parameters import shape_of
 from halos.errors import UserError
+from halos.logps.model import ModelWithHead
 
 Named = Sequence[tuple[str, nn.Parameter]]
 LORA_B = re.compile(r"\.lora_(?:embedding_)?B\b")
@@ -31,7 +32,11 @@ def make_optimizer_over(named: Named, spec: OptimizerSpec, hidden: frozenset[nn.
 
 
 def trained_parameters(module: nn.Module) -> Named:
-    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    """Return them by their names in the model itself, whatever wraps it; those of a value head begin with value_head."""
+    whole = next((part for part in module.modules() if isinstance(part, ModelWithHead)), None)
+    named = module.named_parameters() if whole is None else whole.named_parameters()
+    wrapped = "" if whole is None else "model."
+    return [(name.removeprefix(wrapped), parameter) for name, parameter in named if parameter.requires_grad]
 
 
 def parameter_groups(named: Named, spec: OptimizerSpec) -> list[dict[str, Any]]:

@@ -39,6 +39,7 @@ def computed(**other: Any) -> RunFacts:
         train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512,
                               log_every=1),
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True}, model=SimpleNamespace(attention="auto"),
+        optim={},
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
     return RunFacts(config, **{**known, "head": "layer", "device": "cuda", **other})
@@ -222,6 +223,12 @@ def test_layers_that_are_trained_whole_affect_runs_in_half_precision() -> None:
 def test_how_a_cpu_multiplies_affects_runs_in_half_precision_on_one() -> None:
     for half, device, named in ((True, "cpu", True), (True, "cuda", False), (False, "cpu", False)):
         assert ("sums of two terms" in why(computed(half=half, device=device), 17)) is named
+def test_patterns_of_names_affect_runs_where_they_may_depend_on_how_a_name_begins() -> None:
+    for pattern, named in ((r"^layers\.0", True), (r"model\.norm", True), (r"\.norm", True), ("value_head", False)):
+        now = computed()
+        now.config.optim["lr_by_name"] = {pattern: 0.0}
+        assert ("names of the model itself" in why(now, 17)) is named
+    assert why(computed(), 17) == ""
 
 
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:

@@ -1,6 +1,7 @@
 """Which parameters an optimizer decays and how fast each learns, with what it was set up, and what is tried of it."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,21 @@ import torch
 import yaml
 from torch import nn
 from torch.optim import SGD, Adafactor, Adam, AdamW, RMSprop
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from halos.config.bind_optim import OptimizerSpec, bind_optimizer
 from halos.errors import UserError
+from halos.logps.model import ActorCritic, LanguageModel
 from halos.optimizers.muon import CombinedOptimizer
-from halos.run.optimizer import hidden_matrices, make_optimizer, parameter_groups, refuse_unfit, state_bytes
+from halos.run.optimizer import (
+    hidden_matrices,
+    make_optimizer,
+    parameter_groups,
+    refuse_unfit,
+    state_bytes,
+    trained_parameters,
+)
 from halos.run.optimizer_trial import try_out
 
 CONFIG = Path(__file__).parents[2] / "config"
@@ -75,6 +85,32 @@ def test_rates_go_by_name_then_by_lora_plus_then_by_the_optimizers_own() -> None
     }  # fmt: skip
     first = parameter_groups(list(Block().named_parameters()), spec(lr_by_name={"embed": 1.0}))[0]
     assert first["lr"] == 0.25, "the first group's is the one that is logged"
+
+
+class Wrapped(nn.Module):
+    """As DDP holds a module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [LanguageModel, ActorCritic, lambda model: Wrapped(ActorCritic(model))])
+def test_names_are_those_of_the_model_whatever_wraps_it(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2, vocab_size=9)
+    )
+    own = dict(model.named_parameters())
+    module = wrap(model)
+    found = dict(trained_parameters(module))
+    assert {name: parameter for name, parameter in found.items() if not name.startswith("value_head.")} == own
+    rates = {r"^model\.layers\.0\.": 0.0, "^value_head": 0.5, r"model\.norm": 0.125}
+    groups = make_optimizer(module, spec(lr_by_name=rates)).param_groups
+    given = {parameter: group["lr"] for group in groups for parameter in group["params"]}
+    for name, parameter in found.items():
+        kind = name.startswith("model.layers.0."), name.startswith("value_head."), name == "model.norm.weight"
+        assert given[parameter] == (0.0 if kind[0] else 0.5 if kind[1] else 0.125 if kind[2] else 0.25), name
+    refuse_unfit(model, spec(lr_by_name=rates), more=["value_head.weight"])
 
 
 @pytest.mark.parametrize(
