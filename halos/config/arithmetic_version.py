@@ -202,6 +202,8 @@ HISTORY = (
              " begins after the last ####", _matches_answers),
     Revision(18, "2026-11-29", "optim.lr_by_name matches names of the model itself, without what wraps it in a launch",
              _names_beginnings),
+    Revision(18, "2026-11-29", "an evaluation of a loss on rollouts has all samples of a prompt in one batch",
+             _of_loss(*ON_ROLLOUTS), of="metrics"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

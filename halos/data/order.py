@@ -164,11 +164,28 @@ def _sample(rows: np.ndarray, wanted: int, stream: np.random.Philox) -> np.ndarr
     return np.concatenate([np.tile(rows, repeats), remainder])
 
 
-def eval_batches(sources: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Return batches with every row once, in the order of the data. `sources` (rows,) numbers their sources: no batch has two."""
+def eval_batches(sources: np.ndarray, batch_size: int, groups: np.ndarray | None = None) -> list[np.ndarray]:
+    """Return batches with every row once, in the order of the data. `sources` (rows,) numbers their sources: no batch has two.
+    With `groups` (rows,) every group of a source is in one batch, which is larger than `batch_size` where the group is."""
+    if groups is not None:
+        parts = [np.flatnonzero(sources == number) for number in np.unique(sources)]
+        return [batch for rows in parts for batch in _of_whole_groups(rows, groups[rows], batch_size)]
     cuts = [0, *(np.flatnonzero(np.diff(sources)) + 1).tolist(), len(sources)]
     return [np.arange(start, min(start + batch_size, end)) for first, end in pairwise(cuts)
             for start in range(first, end, batch_size)]  # fmt: skip
+
+
+def _of_whole_groups(rows: np.ndarray, groups: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Return batches of as many whole groups as fit, in the order of each group's first row; a larger group is alone."""
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    order = np.argsort(first[inverse], kind="stable")
+    batches = list[np.ndarray]()
+    for members in np.split(rows[order], np.flatnonzero(np.diff(inverse[order])) + 1):
+        if batches and len(batches[-1]) + len(members) <= batch_size:
+            batches[-1] = np.concatenate([batches[-1], members])
+        else:
+            batches.append(members)
+    return batches
 
 
 def mismatched_partners(groups: np.ndarray, seed: int, *, what: str) -> np.ndarray:

@@ -29,7 +29,8 @@ class EvaluatedObjective(Objective):
         names, sources = self._eval_sources(data)
         meters = {number: Meter() for number in np.unique(sources).tolist()}
         quiet = not run.main or not sys.stderr.isatty()
-        batches = eval_batches(sources, self.settings.batch_size)
+        groups = data.rows.groups if self.loss.on_rollouts else None  # of which advantages are computed
+        batches = eval_batches(sources, self.settings.batch_size, groups)
         for indices in tqdm(batches, desc="held out", unit="batch", leave=False, disable=quiet):
             run.sync_stop_request()
             if run.stopped_early:

@@ -231,6 +231,14 @@ def test_patterns_of_names_affect_runs_where_they_may_depend_on_how_a_name_begin
     assert why(computed(), 17) == ""
 
 
+def test_evaluations_on_rollouts_have_other_metrics() -> None:
+    for loss, named in (("grpo", True), ("rloo", True), ("dpo", False)):
+        now = computed()
+        now.config.loss["_target_"] = f"halos.losses.{loss}.{loss}"
+        notes = arithmetic_version.notes_since(17, now)
+        assert any("all samples of a prompt in one batch" in note for note in notes) is named
+
+
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:
     own, weighted = "mine.reward", {"function": "mine.reward", "weight": 2.0}
     for functions, named in ((["ends", own], True), ([weighted, "ends"], True), ([own], False), (["ends", "maths"], False)):

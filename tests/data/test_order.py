@@ -73,6 +73,13 @@ def test_evaluation_sees_every_row_once_in_order():
     assert [batch.tolist() for batch in eval_batches(np.array([0, 0, 0, 1, 3, 3]), 2)] == [[0, 1], [2], [3], [4, 5]]
 
 
+def test_evaluation_keeps_groups_whole_within_a_source_however_rows_are_ordered():
+    groups, sources = np.array([5, 2, 5, 2, 9, 9, 9, 5, 1]), np.array([0] * 7 + [1, 1])
+    assert [batch.tolist() for batch in eval_batches(sources, 4, groups)] == [[0, 2, 1, 3], [4, 5, 6], [7, 8]]
+    assert [batch.tolist() for batch in eval_batches(sources, 2, groups)] == [[0, 2], [1, 3], [4, 5, 6], [7, 8]]
+    assert eval_batches(sources[:0], 2, groups[:0]) == []
+
+
 # --- mismatched partners -----------------------------------------------------------------------------------------------
 
 

@@ -54,6 +54,26 @@ def test_microbatches_of_any_size_give_the_same_step(loss: str, scored: str, tra
     agree([step_in(made, size) for size in (11, 4, 1)])
 
 
+def test_an_evaluation_depends_neither_on_the_order_of_rows_nor_on_the_size_of_a_batch(
+    scored: str, tmp_path: Path, trainer: Callable[..., Trainer]
+) -> None:
+    rows = (tmp_path / "scored.jsonl").read_text().splitlines()
+    (tmp_path / "mixed.jsonl").write_text("".join(f"{rows[n]}\n" for n in (7, 2, 9, 0, 5, 10, 3, 8, 1, 6, 4)))
+    found = []
+    for name, size in (("scored", 4), ("mixed", 4), ("scored", 5), ("mixed", 11)):
+        made = trainer("loss=dapo", scored, f"data.eval=['{tmp_path}/{name}.jsonl']", f"train.batch_size={size}",
+                       "train.microbatch_size=2", f"exp_name={name}{size}")  # fmt: skip
+        made.prepare()
+        _unsettle(made)
+        made.evaluate()
+        found.append({key: made.run.last_eval[key] for key in ("loss", "reward", "groups/all_equal")})
+    assert found[0]["loss"] != 0
+    for each in found[1:]:
+        assert each["loss"] == pytest.approx(found[0]["loss"], rel=1e-4)
+        assert each["groups/all_equal"] == pytest.approx(found[0]["groups/all_equal"])
+        assert each["reward"] == pytest.approx(found[0]["reward"])
+
+
 def test_groups_dealt_to_ranks_give_the_step_of_one(
     scored: str, trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
