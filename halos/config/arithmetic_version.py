@@ -142,6 +142,10 @@ def _names_beginnings(now: RunFacts) -> bool:
     return any(re.search(r"^\W|\^|model|module", str(pattern)) for pattern in now.config.optim.get("lr_by_name") or {})
 
 
+def _clamps(now: RunFacts) -> bool:
+    return now.config.humanline.low is not None or now.config.humanline.high is not None
+
+
 # Oldest first. Whoever changes the arithmetic adds an entry here, with a higher number; changes of one release share it.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
@@ -204,6 +208,7 @@ HISTORY = (
              _names_beginnings),
     Revision(18, "2026-11-29", "an evaluation of a loss on rollouts has all samples of a prompt in one batch",
              _of_loss(*ON_ROLLOUTS), of="metrics"),
+    Revision(18, "2026-11-29", "with humanline logps/... are the policy's log-probs, and not clamped", _clamps, of="metrics"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

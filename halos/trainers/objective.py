@@ -40,6 +40,7 @@ class Objective:
         self.settings = run.config.train
         self.humanline = Humanline.of(run.config.humanline)
         self._clamped: Mean | None = None  # tokens of the last forward pass
+        self._unclamped: Any = None  # the loss's first argument in the last forward pass, as it was before that
         self.router = RouterLoss.of(run.model, self.settings.router_aux_loss)
         self.deals_together = True  # items of a prompt; not in a run that an earlier version began
         # the next micro-batch, by a thread; not where the user's own code may draw from the generators that the step draws from
@@ -162,7 +163,14 @@ class Objective:
         state = self._state()
         further = [each for each in (statistics, state and state.values) if each is not None]
         loss = self.loss.function(*arguments, *further, **self.adapted())
-        return checked_loss(loss, self.loss.name, arguments[0], len(microbatch.items))
+        loss = checked_loss(loss, self.loss.name, arguments[0], len(microbatch.items))
+        return loss if self._unclamped is None else self._with_own_logps(loss, [*arguments[1:], *further])
+
+    @torch.no_grad()
+    def _with_own_logps(self, loss: Loss, more: Sequence[Any]) -> Loss:
+        """The loss with the policy's log-probs in its metrics `logps/...`, and not what humanline made of them."""
+        own = self.loss.function(self._unclamped, *more, **self.adapted()).metrics
+        return replace(loss, metrics={**loss.metrics, **{name: own[name] for name in own if "logps" in name.split("/")}})
 
     def _state(self) -> LossState | None:
         state = self.run.hooks[LOSS_STATE] if self.loss.start is not None else None
@@ -230,6 +238,7 @@ class Objective:
             references = [self._reference(batch)] if self.loss.needs_reference else []
             policy = self._policy(batch)
             if self.humanline is not None:
+                self._unclamped = shape(policy.detach())
                 policy, self._clamped = self.humanline.clamp(policy, *references)
             return [shape(policy), *map(shape, references)]
 

@@ -39,7 +39,7 @@ def computed(**other: Any) -> RunFacts:
         train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512,
                               log_every=1),
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True}, model=SimpleNamespace(attention="auto"),
-        optim={},
+        optim={}, humanline=SimpleNamespace(low=None, high=None),
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
     return RunFacts(config, **{**known, "head": "layer", "device": "cuda", **other})
@@ -237,6 +237,13 @@ def test_evaluations_on_rollouts_have_other_metrics() -> None:
         now.config.loss["_target_"] = f"halos.losses.{loss}.{loss}"
         notes = arithmetic_version.notes_since(17, now)
         assert any("all samples of a prompt in one batch" in note for note in notes) is named
+
+
+def test_runs_under_humanline_have_other_metrics() -> None:
+    for bound, named in ((-1.5, True), (None, False)):
+        now = computed()
+        now.config.humanline.low = bound
+        assert any("policy's log-probs" in note for note in arithmetic_version.notes_since(17, now)) is named
 
 
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:

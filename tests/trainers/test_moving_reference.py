@@ -15,6 +15,8 @@ from halos.trainers.base import Trainer
 from halos.trainers.humanline import Humanline
 from halos.types import TokenLogps
 
+from .test_exact_step import _unsettle
+
 STEPS = ["train.batch_size=4", "optim.lr=0.01", "schedule=constant", "train.steps=6"]
 
 
@@ -101,6 +103,29 @@ def test_bounds_that_no_token_reaches_change_not_one_bit_and_narrow_ones_hold_th
     assert count == scored.sum()
     for name, total in (("rewards/chosen", totals["rewards/chosen"][0]), ("rewards/rejected", totals["rewards/rejected"][0])):
         assert abs(total) <= 0.1 * 0.02 * scored.sum() + 1e-6, name  # beta times the bound, of every token
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [["loss=dpo"], ["loss=kto"], ["loss=mixture", "loss.parts={wpo: {weight: 1}, sft: {weight: 1}}"]],
+    ids=["dpo", "kto", "mix"],
+)
+def test_log_probs_are_reported_as_the_policy_has_them_and_rewards_as_they_are_clamped(
+    loss: list[str], trainer: Callable[..., Trainer]
+) -> None:
+    found = []
+    for bounds in ([], ["humanline.low=-0.001", "humanline.high=0.001", "exp_name=narrow"]):
+        one = trainer(*loss, "train.microbatch_size=3", *bounds, *STEPS)
+        _unsettle(one)
+        one.evaluate()
+        found.append(one.run.last_eval)
+    free, narrow = found
+    assert free.keys() == narrow.keys() - {"humanline/clamped"}
+    own = [name for name in free if "logps" in name]
+    assert len(own) >= 2
+    assert {name: narrow[name] for name in own} == {name: free[name] for name in own}
+    [rewards] = [name for name in free if name.endswith("rewards/chosen")]
+    assert abs(narrow[rewards]) < 0.1 * abs(free[rewards])
 
 
 def test_the_mismatched_completions_of_kto_are_clamped_too(trainer: Callable[..., Trainer]) -> None:
