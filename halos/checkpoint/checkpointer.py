@@ -18,6 +18,7 @@ from halos.checkpoint.commit import DiskFullError, Gather, staged
 from halos.checkpoint.pruner import Pruner
 from halos.checkpoint.saving import Copier, PendingSave
 from halos.config import arithmetic_version
+from halos.data import dates
 from halos.hooks.base import Run, Stop
 from halos.hooks.checkpoint import CheckpointHook
 from halos.metrics_file import finite
@@ -175,7 +176,7 @@ class Checkpointer:
                 if run.main and not sharded:
                     weights.save_weights(path, run.model, mutable.get("weights", values), run.vocabulary)
                 if run.main:
-                    run.tokenizer.save_pretrained(path / "tokenizer")
+                    dates.save_undated(run.tokenizer, path / "tokenizer")
                     (directory / "progress.json").write_text(progress)
             deferred.release()
 

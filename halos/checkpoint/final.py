@@ -10,6 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from halos.checkpoint import lineage, state, weights
+from halos.data import dates
 from halos.errors import UserError
 from halos.hooks.base import Run
 from halos.hooks.checkpoint import CheckpointHook
@@ -32,7 +33,7 @@ def write(run: Run, policy: CheckpointHook, path: Path, chain: Mapping[str, Any]
         weights.save_weights(path, run.model, values, run.vocabulary)
     else:
         weights.save_model(path, bare(run.model), weights.split_value_head(path, values))
-    run.tokenizer.save_pretrained(path)
+    dates.save_undated(run.tokenizer, path)
     if live is not None:
         random_state = state.random_state()  # loading the merged model draws random numbers
         run.failure = _merge(run, policy, path, chain, live)

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from halos.cli.compose import ConfigTree, plain
 from halos.cli.overrides import parse
 from halos.cli.resume import GRPO, IN_LIVE_LOOPS, LIVE_STEPS, added_keys, last_settings
-from halos.config import idle_online, validate
+from halos.config import idle_online, run_config, validate
 from halos.config.overrides import check_choices, typed_keys, unknown_inner_loss
 from halos.config.resume_policy import Change, value_at
 from halos.config.schema import Config, Scope, keys_of
@@ -185,7 +185,8 @@ def run_rounds(config: Config, command: Sequence[str], changed: Sequence[Change]
     else:
         overrides, one_warmup = overrides_of_rounds(command, config, tree)
     training = round_config(config, overrides, tree)
-    preview = partial(RoundPreview, training)
+    day = run_config.day_of(config, RunDir(config.run_dir).read_attempts() if config.resume else {})
+    preview = partial(RoundPreview, training, day=day)
     status = driver.run(config, training, overrides, command, changed, preview, one_warmup=one_warmup)
     if not config.dry_run and RunDir(config.run_dir).read_metrics():
         _report(config)

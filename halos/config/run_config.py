@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Mapping
 from copy import copy, deepcopy
 from dataclasses import asdict
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
     ("data", "eval_fraction"): None, ("data", "near_duplicates"): None, ("data", "weights"): "rows",
     ("data", "stream"): False, ("data", "stream_block"): 20_000,
     ("data", "lost"): "error", ("data", "system"): "keep", ("data", "chat_template_kwargs"): {},
+    ("data", "date"): None,
     ("train", "share_prompts"): False, ("train", "microbatch_tokens"): None, ("train", "compile"): False,
     ("train", "working_weights"): "microbatch",
     ("train", "correction"): "none", ("train", "correction_level"): None, ("train", "correction_cap"): 2.0,
@@ -48,6 +50,7 @@ ADDED_KEYS: dict[tuple[str, str], Any] = {
 }  # fmt: skip
 BUDGET = "microbatch_tokens"  # in an attempt's record: what `auto` meant
 CHECKPOINTING = "activation_checkpointing"  # in an attempt's record: what null meant
+DATE = "date"  # in an attempt's record: the day that the chat template writes
 ADDED_SECTIONS: dict[str, Any] = {"trainer": {"_target_": None}, "humanline": {"low": None, "high": None}}
 
 
@@ -159,6 +162,17 @@ def recorded_checkpointing(attempts: Mapping[str, str]) -> bool | None:
     where no attempt has measured it."""
     records = (_parsed(record, "an attempt's record").get(CHECKPOINTING) for record in attempts.values())
     return next((measured for measured in records if type(measured) is bool), None)
+
+
+def day_of(config: Config, attempts: Mapping[str, str]) -> date:
+    """Return the day that the chat template is to write: data.date, else the one that the run has recorded in its attempts (name
+    -> text), else today."""
+    records = (_parsed(record, "an attempt's record").get(DATE) for record in attempts.values())
+    day = config.data.date or next((recorded for recorded in records if recorded is not None), None)
+    try:
+        return date.today() if day is None else date.fromisoformat(str(day))
+    except ValueError as error:
+        raise UserError(f"data.date={day}: give a day, such as data.date={date.today()}") from error
 
 
 def compose_for_resume(settings: dict[str, Any], run_dir: str, resume: str) -> DictConfig:

@@ -63,6 +63,7 @@ class Data:
     lost: str = key(one_of=("error", "drop", "keep"))  # of a row of which the chat template leaves out a part
     system: str = key(one_of=("keep", "merge"))  # merge: into the first user turn
     chat_template_kwargs: dict[str, Any] = key()  # what the chat template gets besides the turns
+    date: str | None = key(on_resume=CONTENT)  # the day that the chat template writes as the current date
 
     @property
     def has_eval(self) -> bool:

@@ -4,12 +4,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from itertools import chain
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from halos.confined import expanded
+from halos.data.dates import with_date, writes_date
 from halos.data.endings import Ending, Endings, common
 from halos.data.messages import REASONING, is_learned
 from halos.data.omissions import OmissionCheck
@@ -33,9 +35,13 @@ PLAIN = """\
 Span = tuple[int, int]
 
 
-def template_of_run(tokenizer: PreTrainedTokenizerBase, override: str | None, settings: Mapping[str, Any], system: str) -> str:
-    """Return the template to use and to save with the model: `chat_template` with data.chat_template_kwargs and data.system."""
-    return with_preamble(chat_template(tokenizer, override), settings, merges_system=system == "merge")
+def template_of_run(
+    tokenizer: PreTrainedTokenizerBase, override: str | None, settings: Mapping[str, Any], system: str, day: date | None = None
+) -> str:
+    """Return the template to use: `chat_template` with data.chat_template_kwargs and data.system, which writes `day` if it writes
+    a date; the one to save with the model is `dates.without_date` of it."""
+    template = with_preamble(chat_template(tokenizer, override), settings, merges_system=system == "merge")
+    return with_date(template, day) if day is not None and writes_date(tokenizer, template) else template
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, override: str | None) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
+from datetime import date
 from types import NoneType
 from typing import Any, Generic, TypeVar, get_args, get_origin, get_type_hints
 
@@ -160,3 +161,8 @@ def _parser_of(kind: Any) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(f"takes {describe(kind)}, not {text!r}") from error
 
     return parse
+
+
+def day(text: str) -> date:
+    """The value of an option that is a day, such as 2026-07-31."""
+    return date.fromisoformat(text)

@@ -46,6 +46,7 @@ class OnlinePlan:
     prompts: list[Prompt] = field(default_factory=list)
     eval_prompts: list[Prompt] = field(default_factory=list)
     unused: Counter[str] = field(default_factory=Counter)  # rows of the data that give no prompt, by why
+    date: str | None = None  # that the chat template writes in all rounds
     max_length: int = 0  # in tokens: train.max_length, or the model's number of positions where that is smaller
 
     def __post_init__(self) -> None:
@@ -238,6 +239,8 @@ class OnlinePlan:
             overrides += [f"train.temperature={online.sampler.temperature}", f"train.correction={online.correction}",
                           f"train.correction_level={level}", f"train.correction_cap={online.correction_cap}",
                           f"train.correction_floor={'null' if floor is None else floor}"]  # fmt: skip
+        if self.date is not None:
+            overrides.append(f"data.date={self.date}")
         if online.carry_optimizer:
             overrides.append("checkpoint.at_end=true")
         if number and self.one_warmup:

@@ -129,7 +129,7 @@ class Round:
         policy, before = plan.policy(self.number), plan.last_policy(self.number)
         command = plan.stages.sample(policy, self.directory / "prompts.jsonl", path, seed=seed,
                                      max_length=plan.max_length, reference=plan.start,
-                                     revision=plan.revision(self.number), previous=before,
+                                     revision=plan.revision(self.number), previous=before, date=plan.date,
                                      previous_revision=plan.revision(self.number - 1) if before else None)  # fmt: skip
         self._write_state(policy=policy)
         self._stage("sample", command)

@@ -27,6 +27,7 @@ from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.config.secrets import refuse_saved_overrides
 from halos.confined import write_whole
+from halos.data.dates import date_of
 from halos.distributed.environment import world_size
 from halos.distributed.signals import STOPPED
 from halos.errors import UserError
@@ -94,6 +95,7 @@ def run(
     idle_online.refuse_idle_reference(config, typed, is_read=plan.loss.needs_reference)
     plan.prepare()
     outlined = outline(trackers=trackers_of(config))
+    plan.date = date_of(outlined.tokenizer)
     prompt = plan.first_fitting_prompt(outlined.tokenizer, outlined.max_length)
     directory = plan.directory
     if config.resume and _is_over(plan):
@@ -197,7 +199,8 @@ class OnlineRun:
         write_whole(directory.path / OVERRIDES, json.dumps(stored, indent=1) + "\n")
         add_log_file(directory.log_of(0))
         remove_leftovers(directory.path)
-        directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **versions()})
+        day = {} if self.plan.date is None else {run_config.DATE: self.plan.date}
+        directory.start_attempt({**attempt, "total_steps": self.plan.online.rounds, **day, **versions()})
         self.hooks = trackers_of(self.config)
         for name, state in self._saved_hook_states().items():
             if name in self.hooks and isinstance(state, dict):

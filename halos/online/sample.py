@@ -27,7 +27,7 @@ from halos.config.schema import Sampler, mathematics
 from halos.confined import expanded
 from halos.distributed.children import exit_process
 from halos.errors import UserError, command
-from halos.online.options import SAMPLER
+from halos.online.options import SAMPLER, day
 from halos.online.records import FileStore, ResumableFile, open_on_all_ranks
 from halos.online.rescored import RescoringPolicy, device_beside, divergence
 from halos.rollout import collect
@@ -54,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--chat-template", help="jinja, or a file of it (default: the model's own)")
     options.add_argument("--chat-template-kwargs", type=json.loads, default={}, help="JSON: what it gets besides the turns")
     options.add_argument("--system", default="keep", choices=("keep", "merge"), help="merge: into the first user turn")
+    options.add_argument("--date", type=day, help="what the chat template writes as the current date (default: today)")
     options.add_argument("--revision")
     options.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     options.add_argument("--reference", help="the model to which --kl-samples estimates the KL")
@@ -128,9 +129,8 @@ def _checked(args: argparse.Namespace) -> Sampler:
 def _sample(requests: Sequence[Request], policy: Policy, file: ResumableFile, ranks: Ranks) -> float:
     """Sample this rank's share of the requests that have no sample yet. Return the seconds until the last rank was done, without
     the start of the engine."""
-    size, store = CHUNK * policy.sampler.batch_size, FileStore[Sample](file)
-    if not engine_class(policy.sampler.name).shares_batches:
-        size = 1
+    size = CHUNK * policy.sampler.batch_size if engine_class(policy.sampler.name).shares_batches else 1
+    store = FileStore[Sample](file)
     chunks = [requests[start : start + size] for start in range(0, len(requests), size)]
     mine = [chunk for chunk in chunks[ranks.rank :: ranks.world] if not all(store.has(each.key) for each in chunk)]
     with (
@@ -189,7 +189,8 @@ class Policy:
         if ranks.main:
             integrity.check_all([("MODEL", self.directory), ("--reference", args.reference)], cache)
         self.tokenizer, _ = load_tokenizer(self.directory, add_tokens=[])
-        self.tokenizer.chat_template = template_of_run(self.tokenizer, args.chat_template, args.chat_template_kwargs, args.system)
+        given = args.chat_template, args.chat_template_kwargs, args.system, args.date
+        self.tokenizer.chat_template = template_of_run(self.tokenizer, *given)
         self.origin = Origin(str(args.model), vocabulary_of(self.tokenizer))
 
     def request(self, prompts: Sequence[Prompt]) -> dict[str, Any]:
@@ -272,9 +273,8 @@ class Policy:
     def compared(self, file: ResumableFile, requests: Sequence[Request]) -> tuple[dict[str, Any], float]:
         """What the samples are beside the policy's own log-probs, and beside the reference's. And the seconds that it took, once
         these were loaded."""
-        rows = [file.rows[request.key] for request in requests]
         count = self.args.rescore if self.directory is not None else 0
-        facts = self.rescoring.mismatch(rows, requests, self.sampler, count)
+        facts = self.rescoring.mismatch([file.rows[request.key] for request in requests], requests, self.sampler, count)
         self.rescoring.model = None  # the reference takes its room
         divergence, more = self.divergence(file, requests)
         return facts | divergence, self.rescoring.seconds + more

@@ -100,9 +100,9 @@ class Stages:
 
     def sample(
         self, policy: str, prompts: Path, output: Path, *, seed: int, max_length: int, reference: str | None,
-        revision: str | None = None, previous: str | None = None, previous_revision: str | None = None,
+        revision: str | None = None, previous: str | None = None, previous_revision: str | None = None, date: str | None = None,
     ) -> list[str]:  # fmt: skip
-        """The command that samples from `policy`; `previous` is the one before it."""
+        """The command that samples from `policy`; `previous` is the one before it, `date` what the chat template writes."""
         online, sampler = self.online, self.online.sampler
         arguments = [
             policy, "--data", str(prompts), "--output", str(output), "--max-length", str(max_length), "--seed", str(seed),
@@ -112,7 +112,7 @@ class Stages:
         arguments += _options(chat_template=model.chat_template, revision=revision)
         data = self.config.data
         arguments += _options(chat_template_kwargs=json.dumps(data.chat_template_kwargs) if data.chat_template_kwargs else None,
-                              system=data.system if data.system != "keep" else None)  # fmt: skip
+                              system=data.system if data.system != "keep" else None, date=date)  # fmt: skip
         arguments += ["--rescore", str(online.rescore)]
         arguments += _options(previous=previous, previous_revision=previous_revision)
         if reference is not None and online.kl_samples:

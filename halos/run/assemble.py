@@ -18,6 +18,7 @@ from halos.config.reference_checks import has_reference
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.data.dataset import Dataset
+from halos.data.dates import date_of
 from halos.data.stream import StreamRows
 from halos.hooks.base import Run
 from halos.inspection.findings import refuse_errors
@@ -60,6 +61,7 @@ def assemble(
     elif config.optim["init_from"] is not None:
         load_optimizer(Path(config.optim["init_from"]) / "state", current.strategy, current.module, current.optimizer)
     settled = token_budget.settle(current, run.planned.optimizer_bytes, _longest_item(run))
+    settled |= {} if (day := date_of(current.tokenizer)) is None else {run_config.DATE: day}
     proof.prove_loaded(current, run.structure.verdict)
     policy = Unsharded(current, partial(models.policy_structure, run.structure.loader, reward=None))
     current.generator = None if current.reward else PolicyGenerator(current, policy)

@@ -18,6 +18,7 @@ from halos.config.resume_policy import Change
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config, Data
 from halos.data.custom_format import entries_of
+from halos.data.dates import without_date
 from halos.data.sources import content_hash
 from halos.errors import UserError
 from halos.hashes import json_hash
@@ -41,6 +42,7 @@ def read(
         arithmetic_version.KEY: str(arithmetic_version.VERSION),
         **rows,
         **tokenizer_hashes("model", base, tokenizer, cache),
+        "model.chat_template": json_hash(without_date(str(tokenizer.chat_template))),  # a date shows in the hashes of the rows
         **_model("model", base, cache),
         **_model("reference", reference, cache),
         "peft.init_from": None,

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import torch
@@ -20,9 +21,10 @@ from halos.config.reference_checks import has_reference
 from halos.config.resume_policy import Change
 from halos.config.schema import Config
 from halos.confined import expanded
+from halos.data.dates import date_of
 from halos.data.template import template_of_run
 from halos.data.tokenize import end_of_turn
-from halos.distributed.agreement import require_same_on_all_ranks
+from halos.distributed.agreement import from_rank_0, require_same_on_all_ranks
 from halos.distributed.strategies import requested_strategy
 from halos.distributed.strategy import Strategy
 from halos.distributed.turns import rank_0_first
@@ -122,7 +124,8 @@ def prepare(config: Config, accelerator: Accelerator, lock: RunLock | None) -> P
     with rank_0_first():
         base = locate_base(config)
     refuse_damaged_inputs(config, base, accelerator)
-    structure = structure_of(config, loss, accelerator, base)
+    day = from_rank_0(accelerator, lambda: run_config.day_of(config, directory.read_attempts() if config.resume else {}))
+    structure = structure_of(config, loss, accelerator, base, day)
     strategy = structure.loader.strategy(accelerator)
     strategy.refuse_model(structure.model)
     step_checks.refuse_unfit(config.train, structure.model, strategy, accelerator)
@@ -195,16 +198,18 @@ def locate_base(config: Config) -> Path:
     return locate(config.model.name_or_path, config.model.revision, expanded(config.cache_dir))
 
 
-def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: Path) -> Structure:
-    """Load tokenizer and models without weights, and prove the forward pass. Raises UserError for an unsupported model, and for a
-    tokenizer, adapter or reference that does not fit the base."""
+def structure_of(config: Config, loss: LossSpec, machine: models.Machine, base: Path, day: date) -> Structure:
+    """Load tokenizer and models without weights, and prove the forward pass; a chat template that writes a date writes `day`.
+    Raises UserError for an unsupported model, and for a tokenizer, adapter or reference that does not fit the base."""
     tokenizer, new_tokens = load_tokenizer(base, add_tokens=config.model.add_tokens)
     if machine.is_main_process and isinstance(tokenizer.chat_template, dict) and len(tokenizer.chat_template) > 1:
         names = ", ".join(tokenizer.chat_template)
         log.warning("%s has several chat templates (%s): one of them is used, and saved", base, names)
     tokenizer.chat_template = template_of_run(
-        tokenizer, config.model.chat_template, config.data.chat_template_kwargs, config.data.system
+        tokenizer, config.model.chat_template, config.data.chat_template_kwargs, config.data.system, day
     )
+    if config.data.date is not None and date_of(tokenizer) is None:
+        raise UserError(f"data.date={config.data.date}: the chat template writes no date: leave it out")
     keep_marks_special(tokenizer, new_tokens)
     vocabulary = Vocabulary.of(tokenizer, new_tokens)
     loader = models.ModelLoader(config, base, tokenizer, vocabulary, end_of_turn(tokenizer), machine, requested_strategy())

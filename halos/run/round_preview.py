@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from datetime import date
 
 import torch
 
@@ -23,12 +24,12 @@ log = logging.getLogger(__name__)
 class RoundPreview:
     """Raises UserError as the first round's training would; `config` is that training's."""
 
-    def __init__(self, config: Config, *, trackers: Mapping[str, Hook[AnyRun]]) -> None:
+    def __init__(self, config: Config, *, day: date, trackers: Mapping[str, Hook[AnyRun]]) -> None:
         self.config, self.loss = config, bind_loss(config.loss, config.plugins)
         checkpoint, hooks = hooks_of(config, self.loss)
         half = config.train.precision == "bfloat16" or config.model.dtype == "bfloat16"
         driver = DriverMachine(torch.device("cuda" if torch.cuda.is_available() else "cpu"), "bf16" if half else "no")
-        structure = self.structure = structure_of(config, self.loss, driver, locate_base(config))
+        structure = self.structure = structure_of(config, self.loss, driver, locate_base(config), day)
         self.tokenizer, self.max_length = structure.tokenizer, structure.max_length
         planned = plan_run(config, structure, self.loss, total=1, main=True)
         if problem := problem_with_hooks(checkpoint, [*hooks.values(), *trackers.values()], planned):

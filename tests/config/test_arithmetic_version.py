@@ -223,6 +223,8 @@ def test_layers_that_are_trained_whole_affect_runs_in_half_precision() -> None:
 def test_how_a_cpu_multiplies_affects_runs_in_half_precision_on_one() -> None:
     for half, device, named in ((True, "cpu", True), (True, "cuda", False), (False, "cpu", False)):
         assert ("sums of two terms" in why(computed(half=half, device=device), 17)) is named
+
+
 def test_patterns_of_names_affect_runs_where_they_may_depend_on_how_a_name_begins() -> None:
     for pattern, named in ((r"^layers\.0", True), (r"model\.norm", True), (r"\.norm", True), ("value_head", False)):
         now = computed()

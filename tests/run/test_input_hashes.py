@@ -346,7 +346,7 @@ def test_a_relative_path_leads_to_the_same_files_from_another_directory(
     settings = yaml.safe_load((directory / "config.yaml").read_text())
     defaults = {"root": None, "score": "last", "format": None, "reader": None, "columns": {}, "filter": None, "schemas": True,
                 "eval_fraction": None, "near_duplicates": 0.8, "stream": False, "stream_block": 20000, "weights": "share",
-                "lost": "error", "system": "keep", "chat_template_kwargs": {}}  # fmt: skip
+                "lost": "error", "system": "keep", "chat_template_kwargs": {}, "date": None}  # fmt: skip
     assert settings["data"] | {"root": None} == {"train": [{"path": str(world.data)}], "eval": [str(world.eval_data)], **defaults}
     assert settings["model"]["name_or_path"] == str(world.base)
 
