@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from halos.errors import UserError
+
 
 @dataclass(frozen=True, slots=True)
 class Mean:
@@ -39,10 +41,15 @@ class Loss:
     @classmethod
     def sum(cls, **parts: Loss) -> Loss:
         """The sum of losses with denominators of their own. The metric `loss` is its value, and `loss/NAME` that of each part; of
-        metrics of one name the last part's is kept."""
-        flat: dict[str, Loss] = {}
+        metrics of one name the last part's is kept. Raises UserError for two terms of one name."""
+        flat, part_of = dict[str, Loss](), dict[str, str]()
         for name, part in parts.items():
-            flat |= {f"{name}_{inner}": each for inner, each in part.parts.items()} or {name: part}
+            for term, each in ({f"{name}_{inner}": each for inner, each in part.parts.items()} or {name: part}).items():
+                if term in flat:
+                    raise UserError(
+                        f"a sum of losses has the term {term} twice, of {part_of[term]} and of {name}: give {name} another name"
+                    )
+                flat[term], part_of[term] = each, name
         values = [each.values.sum(-1) if each.values.ndim > 1 else each.values for each in flat.values()]
         metrics = {name: mean for part in parts.values() for name, mean in part.metrics.items()}
         return cls(torch.stack(values).sum(0), metrics, parts=flat)

@@ -78,13 +78,16 @@ def refuse_hidden_metrics(sources: Sequence[str], names: Collection[str]) -> Non
 
 
 def metrics_of(loss: LossSpec) -> frozenset[str] | None:
-    """Return the names of a loss's evaluation metrics; None if it fails on dummy inputs, as a user's own loss may."""
+    """Return the names of a loss's evaluation metrics; None if it fails on dummy inputs, as a user's own loss may. Raises
+    the loss's UserError."""
     try:
         returned = loss.function(*_arguments(loss))
         names = {*ALWAYS, *returned.metrics, *returned.terms}
         if loss.advantages is not None:
             controlled = {"kl_coefficient": loss.settings["kl_coefficient"]} if loss.adapt is not None else {}
             names |= loss.advantages(_sampled(loss), **controlled).metrics.keys()
+    except UserError:  # two terms of one name
+        raise
     except Exception:  # refuse_failing_loss reports it, whatever it is
         return None
     return frozenset(names | loss.derive(dict.fromkeys(names, 0.0)).keys())

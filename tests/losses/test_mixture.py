@@ -15,6 +15,8 @@ from halos.losses.bco import start, update
 from halos.losses.bco_pair import bco_pair
 from halos.losses.dpo import dpo
 from halos.losses.wpo import WeightedPair
+from halos.run.available_metrics import refuse_unavailable_objective
+from halos.run.lifecycle import run
 from halos.trainers.base import Trainer
 from halos.types import Labelled, Mismatched, Pair, PairScores, TokenLogps
 from tests.trainers.test_exact_step import BATCH, step
@@ -170,3 +172,13 @@ def test_a_part_alone_with_the_weight_1_is_the_loss_itself(loss: str, trainer: C
     assert {f"{loss}/{name}" for name in metrics[0] if name.startswith("rewards/")} <= metrics[1].keys()
     evaluated = [made.run.last_eval for made in (alone, part) if made.evaluate() is None]
     assert evaluated[1][f"{loss}/rewards/margins"] == evaluated[0]["rewards/margins"]
+
+
+def test_two_terms_of_one_name_are_refused_before_a_model_loads(configure: Callable[..., Any]) -> None:
+    """ORPO has the terms nll and odds."""
+    twice = "loss.parts={orpo: {weight: 1}, orpo_nll: {loss: sft, weight: 5}}"
+    config = configure("loss=mixture", twice, "model.name_or_path=no/such")
+    with pytest.raises(UserError, match="the term orpo_nll twice, of orpo and of orpo_nll: give orpo_nll another name"):
+        run(config, [])
+    with pytest.raises(UserError, match="the term orpo_nll twice, of orpo_nll and of orpo"):
+        refuse_unavailable_objective(config, mixed({"orpo_nll": {"loss": "sft", "weight": 5}, "orpo": {"weight": 1}}), [])
