@@ -100,7 +100,8 @@ class TokenLogps(LossInput):
 
     @staticmethod
     def derived(means: Mapping[str, float]) -> dict[str, float]:
-        return {"perplexity": math.exp(min(means.get("nll", means["loss"]), 700.0))}
+        """Of a loss with the metric nll, the mean of -log pi over the scored tokens."""
+        return {"perplexity": math.exp(min(means["nll"], 700.0))} if "nll" in means else {}
 
 
 # FSDP finds the tensors of a module's output through pytrees; their gradients trigger its all-gather in the backward pass

@@ -208,7 +208,10 @@ HISTORY = (
              _names_beginnings),
     Revision(18, "2026-11-29", "an evaluation of a loss on rollouts has all samples of a prompt in one batch",
              _of_loss(*ON_ROLLOUTS), of="metrics"),
-    Revision(18, "2026-11-29", "with humanline logps/... are the policy's log-probs, and not clamped", _clamps, of="metrics"),
+    Revision(18, "2026-11-29", "with humanline logps/... and nll are of the policy's log-probs, and not of clamped ones",
+             _clamps, of="metrics"),
+    Revision(18, "2026-11-29", "perplexity is that of the metric nll, and not of a loss which may be something else",
+             lambda now: now.reads == "language" and not str(now.config.loss.get("_target_")).startswith("halos."), of="metrics"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

@@ -168,9 +168,10 @@ class Objective:
 
     @torch.no_grad()
     def _with_own_logps(self, loss: Loss, more: Sequence[Any]) -> Loss:
-        """The loss with the policy's log-probs in its metrics `logps/...`, and not what humanline made of them."""
+        """The loss with the policy's log-probs in its metrics `logps/...` and `nll`, and not what humanline made of them."""
         own = self.loss.function(self._unclamped, *more, **self.adapted()).metrics
-        return replace(loss, metrics={**loss.metrics, **{name: own[name] for name in own if "logps" in name.split("/")}})
+        kept = {name: own[name] for name in own if {"logps", "nll"} & {*name.split("/")}}
+        return replace(loss, metrics={**loss.metrics, **kept})
 
     def _state(self) -> LossState | None:
         state = self.run.hooks[LOSS_STATE] if self.loss.start is not None else None

@@ -248,6 +248,13 @@ def test_runs_under_humanline_have_other_metrics() -> None:
         assert any("policy's log-probs" in note for note in arithmetic_version.notes_since(17, now)) is named
 
 
+def test_losses_of_the_users_own_may_have_lost_a_perplexity_that_was_none() -> None:
+    for target, named in (("mine.loss", True), ("halos.losses.sft.sft", False)):
+        now = computed()
+        now.config.loss["_target_"] = target
+        assert any("perplexity is that of" in note for note in arithmetic_version.notes_since(17, now)) is named
+
+
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:
     own, weighted = "mine.reward", {"function": "mine.reward", "weight": 2.0}
     for functions, named in ((["ends", own], True), ([weighted, "ends"], True), ([own], False), (["ends", "maths"], False)):

@@ -133,7 +133,7 @@ def test_a_key_beside_the_parts_and_a_stranger_without_its_keys_are_refused(
 def test_what_follows_from_a_parts_metrics_stands_under_its_name() -> None:
     spec = mixed({"sft": {"weight": 2}})
     assert spec.derive({"loss": 3.0}) == {}
-    assert spec.derive({"loss/sft": 3.0, "sft/logps/completion": -9.0}) == pytest.approx({"sft/perplexity": np.exp(1.5)})
+    assert spec.derive({"loss/sft": 3.0, "sft/nll": 1.5}) == pytest.approx({"sft/perplexity": np.exp(1.5)})
     labels = mixed({"bco": {"weight": 1}}).derive({"bco/rewards/chosen": 2.0, "bco/rewards/rejected": 0.5, "loss/bco": 1.0})
     assert labels == {"bco/rewards/margins": 1.5}
 
@@ -182,3 +182,25 @@ def test_two_terms_of_one_name_are_refused_before_a_model_loads(configure: Calla
         run(config, [])
     with pytest.raises(UserError, match="the term orpo_nll twice, of orpo_nll and of orpo"):
         refuse_unavailable_objective(config, mixed({"orpo_nll": {"loss": "sft", "weight": 5}, "orpo": {"weight": 1}}), [])
+
+
+def test_a_part_of_the_users_own_that_is_a_sum_of_losses_trains(
+    trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "summed_part.py").write_text(
+        "from halos.types import Loss, TokenLogps\ndef mine(policy: TokenLogps) -> Loss:\n"
+        "    return Loss.sum(one=Loss(-policy.values, {}, per='token'), two=Loss(policy.mean**2, {}))\n"
+    )
+    words = ["plugins=[summed_part]", "loss._target_=summed_part.mine", "train.batch_size=4"]
+    parts = "loss.parts={mine: {weight: 2, _target_: summed_part.mine}, sft: {weight: 1}}"
+    means = []
+    for more in (["loss=sft", words[1]], ["loss=mixture", parts]):
+        made = trainer(*more, words[0], words[2], f"exp_name={more[0][5:]}")
+        made.evaluate()
+        means.append(made.run.last_eval)
+    alone, mixed_in = means
+    assert "perplexity" not in alone, "its loss is another mean"
+    assert mixed_in["loss/mine_one"] == pytest.approx(2 * alone["loss/one"])
+    assert mixed_in["sft/perplexity"] == pytest.approx(np.exp(alone["loss/one"]))
+    assert "mine/perplexity" not in mixed_in

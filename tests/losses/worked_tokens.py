@@ -13,12 +13,13 @@ from tests.losses.worked_pairs import Result, Rows, clamped, loss_of, rows, sigm
 
 
 def nll(policy: Any, example: Mapping[str, Any], held: Any) -> Result:
-    return [-row for row in rows(policy)], {"logps/completion": np.mean([row.sum() for row in rows(policy)])}
+    metrics = {"logps/completion": np.mean([row.sum() for row in rows(policy)]), "nll": -np.concatenate(rows(policy)).mean()}
+    return [-row for row in rows(policy)], metrics
 
 
 def dft(policy: Any, example: Mapping[str, Any], held: Any) -> Result:
     values = [-np.exp(fixed) * row for row, fixed in zip(rows(policy), rows(held), strict=True)]
-    return values, {**nll(policy, example, held)[1], "nll": -np.concatenate(rows(policy)).mean()}
+    return values, nll(policy, example, held)[1]
 
 
 def humanline(policy: Any, example: Mapping[str, Any], held: Any) -> Result:

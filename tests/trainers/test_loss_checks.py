@@ -67,8 +67,8 @@ def test_losses_in_half_precision_are_summed_in_float32() -> None:
 
 def test_a_metric_of_the_losss_own_is_not_overwritten_by_a_derived_one(trainer: Callable[..., Trainer]) -> None:
     built = trainer("loss=sft")
-    assert built.derived({"loss": 0.0}) == {"perplexity": 1.0}
-    assert built.derived({"loss": 0.0, "perplexity": 7.0}) == {}
+    assert built.derived({"nll": 0.0}) == {"perplexity": 1.0}
+    assert built.derived({"nll": 0.0, "perplexity": 7.0}) == {}
 
 
 @pytest.mark.parametrize(("values", "message"), [(torch.zeros(1), r"shape \(1,\) for 3 items"), (0.5, "a float for 3 items")])
@@ -81,7 +81,7 @@ def test_statistics_are_one_for_each_item(values: Any, message: str) -> None:
 def test_no_name_that_the_trainer_logs_may_be_a_metric_of_a_loss(trainer: Callable[..., Trainer]) -> None:
     built = trainer("loss=sft", "train.steps=1", "train.eval_every=null", "checkpoint.every=null", "train.log_every=1")
     built.fit()
-    own = {"perplexity", "logps/completion"}  # of the loss and its input type
+    own = {"perplexity", "logps/completion", "nll"}  # of the loss and its input type
     assert built.run.last_train.keys() - own <= RESERVED
     for name in RESERVED:
         with pytest.raises(UserError, match=f"a metric {name}, which is the trainer's"):
