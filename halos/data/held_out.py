@@ -9,7 +9,7 @@ from enum import IntEnum
 from halos.data.formats import parse
 from halos.data.messages import SYSTEM
 from halos.data.near_duplicates import NearDuplicates
-from halos.data.row import HELD_OUT, Row
+from halos.data.row import HELD_OUT, Row, depth_limited
 from halos.data.sources import OpenSource
 from halos.errors import UserError
 from halos.examples import TEXT, Example
@@ -101,9 +101,11 @@ def _sides(key: str, opened: Sequence[OpenSource], rule: Rule, score: str) -> li
 
 
 def _side_of(row: Row, sides: Sides, score: str) -> Side:
-    if row.left_out or (example := parse(row, score=score).example) is None:
+    if row.left_out:
         return Side.TRAIN
-    return sides.side(prompt_text(example))
+    with depth_limited(row.where):
+        example = parse(row, score=score).example
+        return Side.TRAIN if example is None else sides.side(prompt_text(example))
 
 
 _IN_TRAINING = {Side.EVAL: HELD_OUT, Side.EVAL_AS_NEAR: NEAR_HELD_OUT, Side.NEITHER: NEAR_BOTH}

@@ -1,5 +1,7 @@
 """Row: the columns of one row of data, and its position, so that messages can name it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from halos.errors import UserError
@@ -42,3 +44,12 @@ def row_of(value: Any, where: str) -> Row:
 def type_name(value: Any) -> str:
     names = {"list": "a list", "str": "text", "int": "a number", "float": "a number", "bool": "true or false", "NoneType": "null"}
     return names.get(type(value).__name__, type(value).__name__)
+
+
+@contextmanager
+def depth_limited(where: str) -> Iterator[None]:
+    """Raises UserError, naming the row, where what is read inside is nested too deeply."""
+    try:
+        yield
+    except RecursionError as error:
+        raise UserError(f"{where}: its columns are nested too deeply to be read") from error

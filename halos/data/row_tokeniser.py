@@ -12,9 +12,8 @@ from halos.data.dataset import Counts
 from halos.data.formats import as_kind, parse
 from halos.data.oddities import EndTokens, Sampling
 from halos.data.remarks import Remarks
-from halos.data.row import EQUAL, HELD_OUT, LEFT_OUT, Row
+from halos.data.row import EQUAL, HELD_OUT, LEFT_OUT, Row, depth_limited
 from halos.data.tokenize import Encoder
-from halos.errors import UserError
 from halos.examples import Demonstration, Example, Item, Judgement, Scored
 
 BATCH = 1000  # examples tokenised in one call
@@ -83,10 +82,8 @@ class RowTokeniser:
                 counts.examples += 1
                 counts.drop(row.note or LEFT_OUT, row.where)
                 continue
-            try:
+            with depth_limited(row.where):
                 parsed = parse(row, score=self._settings["score"])
-            except RecursionError as error:
-                raise UserError(f"{row.where}: its columns are nested too deeply to be read") from error
             counts.read_as(parsed.notes)
             if (example := parsed.example) is None:
                 counts.examples += 1

@@ -17,7 +17,7 @@ from halos.config.rollout_modules import scorer_class
 from halos.data.files import Row as DataRow
 from halos.data.formats import read_prompt
 from halos.data.order import Order
-from halos.data.row import LEFT_OUT
+from halos.data.row import LEFT_OUT, depth_limited
 from halos.data.sources import Source, open_source
 from halos.errors import UserError
 from halos.rollout.rows import DATA, Row, as_json
@@ -47,7 +47,8 @@ def read_prompts(
             if record.left_out:
                 unused[f"of data.{purpose} {record.note or LEFT_OUT}"] += 1
                 continue
-            prompt = _read(record, by_id, others)
+            with depth_limited(record.where):
+                prompt = _read(record, by_id, others)
             first = by_id.setdefault(prompt.id, (prompt, record.where))
             if first[0].turns != prompt.turns:
                 raise UserError(f"{record.where}: two prompts have the prompt_id {prompt.id!r}")

@@ -195,3 +195,12 @@ def test_data_of_which_nothing_is_held_out_are_refused(tmp_path: Path):
     path = jsonl(tmp_path / "a.jsonl", [pair(next(texts(Side.TRAIN)))])
     with pytest.raises(UserError, match=r"data\.eval_fraction holds none of the rows of data\.train out: increase it"):
         both([path], tmp_path, HALF)
+
+
+def test_a_row_that_is_nested_too_deeply_is_refused_by_name(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(300):
+        deep = [{"name": deep}]
+    path = jsonl(tmp_path / "a.jsonl", [{**pair("One?"), "tools": deep}])
+    with pytest.raises(UserError, match=r"a\.jsonl:1: its columns are nested too deeply to be read"):
+        both([path], tmp_path, HALF)

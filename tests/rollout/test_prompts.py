@@ -106,3 +106,10 @@ def test_a_prompt_of_both_training_and_evaluation_is_in_a_round_twice(named: dic
     name = named.get("prompt_id", "a.jsonl:1")
     again = read_prompts([str(round_file)], "train")
     assert [(prompt.id, prompt.split) for prompt in again] == [(name, "train"), (f"{name}~2", "eval")]
+
+
+def test_a_row_that_is_nested_too_deeply_is_refused_by_name(tmp_path: Path) -> None:
+    deep = '[{"name":' * 300 + "1" + "}]" * 300
+    (path := tmp_path / "a.jsonl").write_text(f'{{"prompt": "One?", "tools": {deep}}}\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:1: its columns are nested too deeply to be read"):
+        read_prompts([str(path)], "train")
