@@ -1,10 +1,12 @@
 """Text that is trained on as it is, without a chat template: a BOS where the tokenizer adds one, the text, an end token."""
 
+from collections.abc import Callable, Sequence
+
 from transformers import PreTrainedTokenizerBase
 
 from halos.data.template import Layout
 from halos.errors import UserError
-from halos.examples import TEXT, Example
+from halos.examples import TEXT, Example, Message
 
 
 def is_raw(example: Example) -> bool:
@@ -12,8 +14,11 @@ def is_raw(example: Example) -> bool:
     return len(first) == 1 and first[0]["role"] == TEXT
 
 
-def layout(tokenizer: PreTrainedTokenizerBase, example: Example) -> Layout:
+def layout(
+    tokenizer: PreTrainedTokenizerBase, example: Example, notes_on: Callable[[Sequence[Message]], tuple[str, ...]]
+) -> Layout:
     """Lay out an example that `is_raw`: all of it is scored but the BOS. Neither a BOS nor an end token is doubled.
+    `notes_on` has what is to be counted of turns.
 
     Raises UserError for a tokenizer without an end token.
     """
@@ -21,8 +26,10 @@ def layout(tokenizer: PreTrainedTokenizerBase, example: Example) -> Layout:
     if eos is None:
         raise UserError("the tokenizer has no end token, so no text could end")
     bos = str(tokenizer.bos_token) if _adds_bos(tokenizer) else ""
-    text = text.removeprefix(bos) + ("" if text.rstrip().endswith(eos) else eos)
-    return Layout(bos, (text,), (((0, len(text)),),), exact=True)
+    text = text.removeprefix(bos)
+    text = text.rstrip() if text.rstrip().endswith(eos) else text + eos
+    notes = notes_on([{"role": TEXT, "content": text.removesuffix(eos)}])
+    return Layout(bos, (text,), (((0, len(text)),),), exact=True, notes=notes)
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

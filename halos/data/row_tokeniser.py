@@ -19,6 +19,8 @@ from halos.examples import Demonstration, Example, Item, Judgement, Scored
 BATCH = 1000  # examples tokenised in one call
 IMITATED = "with a reward, which is not read: all are imitated (data.filter='reward > 0' leaves some out)"
 UNDESIRABLE = "undesirable, not to be imitated"
+NOT_IMITATED = "masked or empty, not to be imitated"
+_NOTHING_TO_LEARN: dict[type[Example], str] = {Judgement: UNDESIRABLE, Scored: NOT_IMITATED}  # of other examples: pairs
 
 
 class Outcome(NamedTuple):
@@ -95,7 +97,7 @@ class RowTokeniser:
             converted = as_kind(example, self.kind, row)
             if not converted:
                 counts.examples += 1
-                counts.drop(UNDESIRABLE if isinstance(example, Judgement) else EQUAL, row.where)
+                counts.drop(_NOTHING_TO_LEARN.get(type(example), EQUAL), row.where)
             elif isinstance(example, Scored) and isinstance(converted[0], Demonstration):
                 counts.read_as((IMITATED,))
             for number, each in enumerate(converted, int(len(converted) > 1)):

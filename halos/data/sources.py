@@ -91,7 +91,10 @@ class Source:
         if self.filter is not None:
             if not isinstance(self.filter, str):
                 raise UserError(f"data entry {self.path}: filter={self.filter!r} must be text, such as 'score >= 2'")
-            RowFilter(self.filter)
+            try:
+                RowFilter(self.filter)
+            except UserError as error:
+                raise UserError(f"data entry {self.path}: {error}") from error
 
     def _check_amount(self) -> None:
         given = {"weight": self.weight, "count": self.count, "epochs": self.epochs}

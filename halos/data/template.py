@@ -108,9 +108,8 @@ class Template:
     def lay_out(self, prompt: Turns, completions: Sequence[Turns], where: str, *, cut: Sequence[bool] = ()) -> Layout:
         """Render a prompt and its completions, without an end token where they are `cut`. Raises UserError, naming the row, where
         the template refuses or omits a part."""
-        start, notes = self._render(prompt, where, generate=True), dict[str, None]()
-        if token := next((found[0] for turn in (*prompt, *chain(*completions)) if (found := self._lookalike(turn))), None):
-            notes[f"have the text of a special token in their words ({token}), which becomes that token"] = None
+        start = self._render(prompt, where, generate=True)
+        notes = dict.fromkeys(self.notes_on((*prompt, *chain(*completions))))
         rendered = [self._render_completion(prompt, turns, start, where, notes, cut=bool(cut) and cut[n])
                     for n, turns in enumerate(completions)]  # fmt: skip
         # Completions of one prompt share its tokens, so the prompt ends where the first of them deviates from `start`.
@@ -119,6 +118,11 @@ class Template:
         texts = tuple(text[end:] for text, _, _ in rendered)
         spans = tuple(((0, spans[0][1] - end), *((a - end, b - end) for a, b in spans[1:])) for _, spans, _ in rendered)
         return Layout(start[:end], texts, spans, all(exact for _, _, exact in rendered), tuple(notes))
+
+    def notes_on(self, turns: Sequence[Message]) -> tuple[str, ...]:
+        """Return what is to be counted of turns in whose words is the text of a special token."""
+        token = next((found[0] for turn in turns if (found := self._lookalike(turn))), None)
+        return (f"have the text of a special token in their words ({token}), which becomes that token",) if token else ()
 
     def generation_prompt(self, prompt: Turns, where: str) -> str:
         """Return the text that a sampler gets for `prompt`."""

@@ -127,7 +127,7 @@ class Encoder:
 
     def _lay_out(self, example: Example, where: str) -> Layout:
         if raw_text.is_raw(example):
-            layout = raw_text.layout(self._tokenizer, example)
+            layout = raw_text.layout(self._tokenizer, example, self._template.notes_on)
         else:
             cut = [each.cut for each in example.sampled]
             layout = self._template.lay_out(example.prompt, example.completions, where, cut=cut)

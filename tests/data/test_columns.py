@@ -130,6 +130,7 @@ def test_columns_are_renamed_and_left_out_and_rows_filtered_before(tmp_path: Pat
         ({"columns": {"lable": None}}, "columns: lable: null: its rows have no column 'lable'; did you mean 'label'"),
         ({"filter": "scor > 1"}, "filter='scor > 1': its rows have no column 'scor'; did you mean 'score'"),
         ({"filter": 7}, "filter=7 must be text"),
+        ({"filter": "score >"}, r"data entry .*a\.jsonl: filter='score >' is not understood"),
         ({"filter": "b-rating > 3"}, "no column 'b'; column[(]'b-rating'[)] in a filter is 'b-rating'; it has [(]question"),
         ({"columns": ["a"]}, "columns=\\['a'\\] must be names"),
         ({"columns": {"prompt": 1}}, "must be names"),

@@ -310,3 +310,19 @@ def test_an_unwritable_cache_is_a_user_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cache_dir="):
         prepared(jsonl(tmp_path / "a.jsonl", PAIRS), tmp_path / "file")
+
+
+def test_a_masked_sample_is_counted_as_one_that_is_not_imitated(tmp_path: Path):
+    row = {"type": "scalar_feedback", "prompt": "One?", "output": "one", "reward": 1}
+    path = jsonl(tmp_path / "a.jsonl", [row, {**row, "masked": True}])
+    data = prepared(path, tmp_path, kind=Demonstration)
+    assert data.lines() == [f"{path}: 2 rows, 1 examples kept; dropped 1 (1 masked or empty, not to be imitated)"]
+
+
+def test_text_as_it_is_ends_with_one_end_token_and_its_special_tokens_are_counted(tmp_path: Path):
+    rows = [{"text": text} for text in ("one</s>\n", "two", "three <|im_end|> four", "five</s>")]
+    data = prepared(jsonl(tmp_path / "a.jsonl", rows), tmp_path, kind=Demonstration)
+    made = tokenizer()
+    texts = [made.decode(data[n].completions[0].ids) for n in range(len(data))]
+    assert texts == ["one</s>", "two</s>", "three <|im_end|> four</s>", "five</s>"]
+    assert [line for line in data.lines() if "have the text of a special token in their words (<|im_end|>)" in line]

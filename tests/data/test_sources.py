@@ -282,7 +282,16 @@ BAD = {
     "lists without end in a list": ("a.json", b'[{"a": ' + b"[" * 10**5, r"a\.json:1: .* nested too deeply"),
     "objects without end": ("a.json", b'{"a":' * 10**5, r"a\.json: .* nested too deeply"),
     "a parquet file of nothing": ("a.parquet", b"PAR1PAR1", r"a\.parquet: not a readable parquet file"),
-    "bytes that are no text": ("a.jsonl", b'{"a": "\xff"}', r"a\.jsonl:1: not UTF-8 text"),
+    "bytes that are no text": (
+        "a.jsonl",
+        b'{"a": "\xff"}',
+        r"a\.jsonl:1: not UTF-8 text: convert it, for example iconv -f WINDOWS",
+    ),
+    "another encoding": (
+        "a.jsonl",
+        '{"a": 1}'.encode("utf-16"),
+        r"a\.jsonl:1: not UTF-8 text: .* iconv -f UTF-16 .*a\.utf8\.jsonl",
+    ),
 }
 
 

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from halos.data.readers.streams import opened, opened_text
+from halos.data.readers.streams import not_utf8, opened, opened_text
 from halos.data.row import UNKNOWN_OFFSET, End, Row, row_of, type_name
 from halos.errors import UserError, first_line_of
 
@@ -51,7 +51,7 @@ def read_jsonl_after(path: Path, end: End) -> Iterator[Row]:
             try:
                 text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip()
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 text") from error
+                raise not_utf8(path, number, line) from error
             with _decoding(where):
                 value = _DECODER.decode(text)
                 _refuse_lone_surrogates(value, text)

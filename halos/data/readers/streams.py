@@ -55,3 +55,12 @@ def opened_text(path: Path) -> Iterator[io.TextIOWrapper]:
     """Open a file of UTF-8 text, with line ends as they are."""
     with opened(path) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
         yield text
+
+
+def not_utf8(path: Path, line: int, content: bytes) -> UserError:
+    """Return what to raise for a line of a file that is no UTF-8; `content` begins with the line."""
+    code = "UTF-16" if line == 1 and content.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
+    return UserError(
+        f"{path}:{line}: not UTF-8 text: convert it, for example"
+        f" iconv -f {code} -t UTF-8 '{path}' > '{path.with_suffix(f'.utf8{path.suffix}')}'"
+    )

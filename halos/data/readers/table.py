@@ -9,7 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from halos.data.readers.streams import opened_text
+from halos.data.readers.streams import not_utf8, opened_text
 from halos.data.row import Row
 from halos.data.schemas.sharegpt import is_turn
 from halos.errors import UserError, first_line_of
@@ -62,11 +62,7 @@ def _lines(file: Iterator[str], path: Path) -> Iterator[str]:
             line = next(file, None)
         except UnicodeDecodeError as error:
             before = error.object[: error.start].count(b"\n")  # the lines that were read with this one
-            code = "UTF-16" if number == 0 and error.object.startswith((b"\xff\xfe", b"\xfe\xff")) else "WINDOWS-1252"
-            raise UserError(
-                f"{path}:{number + before + 1}: not UTF-8 text: convert it, for example"
-                f" iconv -f {code} -t UTF-8 '{path}' > '{path.with_suffix('.utf8.csv')}'"
-            ) from error
+            raise not_utf8(path, number + before + 1, error.object) from error
         if line is None:
             return
         number += 1
