@@ -58,7 +58,7 @@ def compare(path: Path, output: Path | None = None) -> tuple[str, list[Path]]:
     _write(written[1], f"# {path.name}\n\n{text}\n{table([run.record for run in runs])}")
     output = output or path / "report"
     written += plot([run.record for run in runs], output)
-    if figure := draw(runs, keys, metric):
+    if mode is not None and (figure := draw(runs, keys, metric)):  # else the objectives have no common axis
         written.append(save(figure, output / "objective.png"))
     return text, written
 

@@ -75,7 +75,8 @@ def test_of_several_objectives_the_one_that_most_runs_measure_is_shown_and_diffe
     row = {"step": 9, "split": "eval", "rewards/margins": 0.3, "rewards/accuracies": 0.5}
     with (tmp_path / "a-1" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
-    text = compare(tmp_path)[0]
+    text, written = compare(tmp_path)
+    assert "objective.png" not in [path.name for path in written], "the two have no common axis"
     assert "rewards/margins (not ranked)" in text
     assert "Not ranked: the scale of rewards/margins differs between losses" in text
 
