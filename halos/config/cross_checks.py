@@ -17,6 +17,7 @@ from halos.config.rollout_modules import engine_class, scorer_class
 from halos.config.run_config import ADDED_KEYS
 from halos.config.schema import Config, Scorer
 from halos.errors import UserError
+from halos.examples import Demonstration
 from halos.reward_kind import RewardKind
 
 BETTER_LOW = ("loss", "nll", "perplexity", "kl", "router_aux_loss", "value/loss")  # metrics
@@ -67,6 +68,13 @@ def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]
     typed = [key for key in typed_keys(overrides) if key.partition(".")[2].startswith("correction")]
     if typed and not loss.on_rollouts:
         raise UserError(f"{typed[0]} weighs the advantages of a policy gradient, and loss={loss.name} has none: leave it out")
+    if "data.score" in typed_keys(overrides) and config.data.score != "last" and config.online is None and config.resume is None:
+        example = loss.example_type or loss.inputs.example
+        if example.of(Demonstration((), ({"role": "assistant", "content": "an answer"},))) is None:
+            raise UserError(
+                f"data.score={config.data.score} is of conversations (messages), and loss={loss.name} learns from"
+                f" {example.columns or example.__name__}: leave it out"
+            )
     if RewardKind.of(loss.inputs.head) and config.train.temperature != 1 and config.resume is None:
         raise UserError(
             f"train.temperature has no effect with loss={loss.name}, which gives scores and no log-probs: leave it out"

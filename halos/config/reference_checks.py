@@ -27,6 +27,9 @@ class LossTraits(Protocol):
     def inputs(self) -> Any: ...
 
     @property
+    def example_type(self) -> Any: ...
+
+    @property
     def on_rollouts(self) -> bool: ...
 
     @property

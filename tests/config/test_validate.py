@@ -206,6 +206,7 @@ WRONG = [
         (["objective.metric=kl"], ["objective.metric=kl is better low", "objective.mode=min"]),
         (["loss=reward", "train.temperature=0.5"], ["train.temperature has no effect with loss=reward"]),
         (["loss=prm", "train.temperature=0.5"], ["train.temperature has no effect with loss=prm"]),
+        (["loss=dpo", "data.score=all"], ["data.score=all is of conversations (messages), and loss=dpo learns from pairs"]),
         (["loss=prm", "loss.separator=''"], ["loss prm: separator is empty"]),
         (["loss=dpo", "reference.revision=main"], ["reference.revision=main has no effect without reference.name_or_path"]),
         ([*LIVE, "online.sampler.url=http://x/v1"], ["online.sampler.url has no effect with online.sampler.name=hf"]),
@@ -243,6 +244,8 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
 @pytest.mark.parametrize(
     "typed",
     [
+        ["loss=sft", "data.score=all"],
+        ["loss=dpo", "data.score=last"],
         ["objective.metric=kl", "objective.mode=max"], ["objective.metric=loss", "objective.mode=min"],
         [*LIVE, "online.sampler.cache_tokens=999", "online.reference=start", "online.config_file=null"],
         ["loss=sft", "objective.metric=perplexity"], ["loss=sft", "objective.metric=kl", "objective.mode=min"],
