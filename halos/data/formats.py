@@ -26,6 +26,7 @@ from halos.errors import UserError
 from halos.examples import TEXT, Comparison, Demonstration, Example, Judgement, Scored, Stepwise, Turns
 
 # the columns of each form of a row; those with a label or a reward add it
+NEGATIVE_MARGIN = "with a negative margin, by which the rejected completion is better (data.filter='margin >= 0' leaves them out)"
 PAIR, ANSWERED, TALK = ("prompt", "chosen", "rejected", "margin"), ("prompt", "completion"), ("messages",)
 KNOWN = {*PROMPTS, *ANSWERS, *TALK, *PAIR, "text", "label", "reward", "conversations", "system", "input"}
 NO_TEXT, NULL_ARGUMENTS = "whose text is empty", "with arguments of tool calls that are null, which are left out"
@@ -76,7 +77,8 @@ def parse(row: Row, *, score: str) -> Parsed:
         example = replace(example, teacher_logps=logps)
     is_unanswered = form == TALK and reading.columns["messages"][-1]["role"] != "assistant"
     unread = unread_beside(reading.columns["messages"], reading.columns) if form == TALK and row.schemas else ()
-    return Parsed(example, (*reading.notes, *unread), oddities=(UNANSWERED,) if is_unanswered else ())
+    negative = (NEGATIVE_MARGIN,) if form == PAIR and isinstance(example, Comparison) and (example.margin or 0) < 0 else ()
+    return Parsed(example, (*reading.notes, *unread, *negative), oddities=(UNANSWERED,) if is_unanswered else ())
 
 
 def _is_empty_text(record: Mapping[str, Any], columns: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from halos.data.files import Row
-from halos.data.formats import as_kind, parse, read_example, read_prompt
+from halos.data.formats import NEGATIVE_MARGIN, as_kind, parse, read_example, read_prompt
 from halos.errors import UserError
 from halos.examples import SampledTokens
 from halos.types import Comparison, Demonstration, Judgement, Scored
@@ -49,6 +49,9 @@ def test_chosen_and_rejected_are_a_comparison_with_its_margin():
     assert read(prompt="One?", chosen="one", rejected="two") == Comparison(Q, GOOD, BAD)
     assert read(prompt="One?", chosen="one", rejected="two", margin=2) == Comparison(Q, GOOD, BAD, 2.0)
     assert read(prompt="One?", chosen=list(GOOD), rejected="two") == Comparison(Q, GOOD, BAD)
+    said = {margin: parse(Row({"prompt": "One?", "chosen": "one", "rejected": "two", "margin": margin}, "a"), score="last").notes
+            for margin in (-1, 0)}  # fmt: skip
+    assert said == {-1: (NEGATIVE_MARGIN,), 0: ()}
     refuses("margin is 'far'", prompt="One?", chosen="one", rejected="two", margin="far")
     refuses("margin is nan", prompt="One?", chosen="one", rejected="two", margin=float("nan"))
 
