@@ -105,7 +105,9 @@ def compose_inner(config: Config, overrides: Sequence[str], tree: ConfigTree) ->
     online, known = config.online, tree.choices["loss"]
     assert online is not None
     if online.loss is None:
-        raise UserError(f"online.loss is missing: the loss that each round trains with, one of {', '.join(known)}")
+        raise UserError(
+            "online.loss is missing: the loss that the policy is trained with, such as dpo, grpo, kto or ppo; config/loss has all"
+        )
     if online.loss not in known:
         raise UserError(unknown_inner_loss(online.loss, known))
     parsed = [parse(text, tree.choices) for text in overrides]

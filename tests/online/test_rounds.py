@@ -390,7 +390,7 @@ def refused(words: list[str], place: Path, cache: Path) -> str:
 
 def test_wrong_overrides_are_refused_before_anything_starts(tmp_path: Path, cache: Path) -> None:
     for words, said in (
-        ([], "online.loss is missing"),
+        ([], "online.loss is missing: the loss that the policy is trained with, such as dpo, grpo,"),
         (["online.loss=ddpo"], "did you mean dpo?"),
         (["online.loss=reward"], "online.loss=reward: "),
         (["online.loss=dpo", "online.overrides=[loss.bta=1]"], "loss.bta"),
