@@ -84,6 +84,20 @@ def test_a_loss_whose_code_is_wrong_is_refused_and_one_that_needs_other_rows_is_
     assert "the first step tells whether it does on those of the run" in caplog.text
 
 
+def test_a_users_loss_is_called_before_a_model_loads(
+    configure: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from halos.distributed.launch import make_accelerator
+
+    code = "from halos.types import Loss, TokenLogps\n\ndef mine(policy: TokenLogps) -> Loss:\n    return Loss(policy.sums, {})\n"
+    (tmp_path / "sumloss.py").write_text(code)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = configure("loss=sft", "loss._target_=sumloss.mine", "plugins=[sumloss]")
+    config.model.name_or_path = str(tmp_path / "none")  # which is never looked at
+    with pytest.raises(UserError, match=r"raises an error on made-up rows, in .*sumloss\.py:4: AttributeError: .* 'sums'"):
+        assemble(config, [], make_accelerator("auto"))
+
+
 def test_a_loss_that_depends_on_padding_is_refused() -> None:
     for case in cases.of_this_package():
         available_metrics.refuse_padded_loss(bind_loss(case.settings, []))
