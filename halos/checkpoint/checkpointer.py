@@ -189,7 +189,9 @@ class Checkpointer:
         self._write_records(self.run, path, metrics, final=True)
 
     def _metrics(self) -> dict[str, Any]:
-        return {"step": self.run.step, "train": self.run.last_train, "eval": self.run.last_eval}
+        run = self.run
+        waits = run.stopped_early and run.last_eval.get("step") != run.step  # it is evaluated, if it is due, by the next start
+        return {"step": run.step, "train": run.last_train, "eval": {} if waits else run.last_eval}
 
     def _write_records(self, run: Run, path: Path, metrics: dict[str, Any], *, final: bool) -> None:
         if run.main:

@@ -78,7 +78,9 @@ class Pruner:
         paths = {select.step_of(path): path for path in select.checkpoints(run.directory.checkpoints)}
         # a checkpoint that was damaged or removed since must not count among those to keep
         whole = [step for step in self._whole & paths.keys() if not manifest.verify(paths[step], contents=False)]
-        scores = {step: select.score_of(paths[step], objective.metric) for step in whole}
+        rows = run.directory.read_metrics() if self.policy.keep_best else []
+        evaluations = {row["step"]: row for row in rows if row.get("split") == "eval"}  # a run that was stopped made some later
+        scores = {step: select.score_of(paths[step], objective.metric, evaluations) for step in whole}
         retention = self.policy.retention(largest=objective.mode == "max")
         with _best_effort():
             remove = commit.discard([paths[step] for step in retention.expendable(scores, self._good_until)])

@@ -185,9 +185,10 @@ def require_whole(path: Path) -> Path:
     return path
 
 
-def score_of(path: Path, metric: str) -> float | None:
-    """Return a checkpoint's evaluation metric, or None where it has none."""
-    score = metrics_of(path).get("eval", {}).get(metric)
+def score_of(path: Path, metric: str, evaluations: Mapping[int, Mapping[str, Any]]) -> float | None:
+    """Return a checkpoint's evaluation metric, or None where it has none: of its own step where that is among `evaluations`, else
+    what was saved with it."""
+    score = evaluations.get(step_of(path), metrics_of(path).get("eval", {})).get(metric)
     return score if isinstance(score, float) or type(score) is int else None
 
 

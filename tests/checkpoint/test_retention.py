@@ -10,14 +10,18 @@ from typing import Any
 
 import hypothesis.strategies as st
 import pytest
+from conftest import SMALL
 from hypothesis import given, settings
 
+import train
 from halos.checkpoint import commit, known_good, manifest, pruner, select
 from halos.checkpoint.preflight import judged_by_earlier
 from halos.checkpoint.pruner import Pruner
 from halos.errors import UserError
+from halos.hooks.base import Stop
 from halos.hooks.checkpoint import CheckpointHook
 from halos.hooks.retention import Retention
+from halos.trainers.base import Trainer
 
 
 def policy(
@@ -122,7 +126,7 @@ class World:
         objective = SimpleNamespace(metric="loss", mode="max" if self.largest else "min")
         self.run: Any = SimpleNamespace(
             main=True, step=0, finite_at=-1, config=SimpleNamespace(objective=objective),
-            directory=SimpleNamespace(checkpoints=Path("disk")),
+            directory=SimpleNamespace(checkpoints=Path("disk"), read_metrics=list),
         )  # fmt: skip
         self.record = known_good.KnownGood()
         self.broken = False  # the current weights are
@@ -138,7 +142,7 @@ class World:
         saved = self.disk[select.step_of(path)]
         return [] if saved.sizes and (saved.contents or not contents) else [manifest.Fault("file", "damaged")]
 
-    def score_of(self, path: Path, _: str) -> float | None:
+    def score_of(self, path: Path, *_: Any) -> float | None:
         return self.disk[select.step_of(path)].score
 
     def discard(self, paths: Sequence[Path]) -> Callable[[], None]:
@@ -295,6 +299,34 @@ def test_a_run_that_goes_on_from_an_earlier_checkpoint_knows_of_none_after_it_an
     world.disk, world.run.step, world.record = {2: Saved(None, good=True)}, 2, known_good.KnownGood(6, doubted_at=9)
     world.pruner.start()
     assert world.record == known_good.KnownGood(2)
+
+
+LOSSES = {0: 5.0, 2: 1.0, 4: 3.0, 6: 4.0}
+WITH_BEST = ["loss=sft", "train.steps=7", "train.batch_size=4", "train.eval_every=2", "train.eval_at_start=true",
+             "checkpoint.every=2", "checkpoint.keep_last=1", "checkpoint.keep_best=1", "objective.metric=loss",
+             "objective.mode=min", "resume=auto"]  # fmt: skip
+
+
+@pytest.mark.parametrize("stopped_at", [None, 2, 3, 4])
+def test_a_run_that_was_stopped_keeps_the_checkpoints_of_one_that_was_not(
+    stopped_at: int | None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stop saves before the evaluation that is due, and at steps at which no other run saves."""
+    one_step, stops = Trainer.step, [stopped_at]
+
+    def step(self: Trainer, indices: Any) -> Any:
+        totals = one_step(self, indices)
+        if self.run.step in stops:
+            stops.clear()
+            self.run.stop = Stop("a signal", finished=False)
+        return totals
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(Trainer, "_eval_means", lambda self: {"loss": LOSSES.get(self.run.step, 9.0)})
+    command = [*SMALL, *WITH_BEST, f"cache_dir={cache}", f"output_root={tmp_path}", "exp_name=run"]
+    for status in [0] if stopped_at is None else [1, 0]:
+        assert train.start(command) == status
+    assert [select.step_of(path) for path in select.checkpoints(tmp_path / "run" / "checkpoints")] == [2, 6]
 
 
 # --- settings ----------------------------------------------------------------------------------------------------------
