@@ -21,10 +21,7 @@ def _saved(run: Path) -> list[Path]:
     """Return a run's checkpoints and its FINAL; or `run` itself where it is one of them."""
     if (run / manifest.NAME).exists():
         return [run]
-    if run.is_dir():
-        confined.inspect(run, home=run)
-    saved = select.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
-    saved = saved or select.checkpoints(run)  # RUN/checkpoints itself
+    saved = _inside(run) or select.checkpoints(run)  # RUN/checkpoints itself
     if not run.is_dir():
         raise UserError(
             f"{run} is a file: give a run's directory, or a checkpoint's"
@@ -36,6 +33,13 @@ def _saved(run: Path) -> list[Path]:
     if not saved:
         raise UserError(f"{run} holds no checkpoints: it is neither a run directory nor a checkpoint")
     return saved
+
+
+def _inside(run: Path) -> list[Path]:
+    """Return the checkpoints and the FINAL in a run's directory; none where it has saved none, or has deleted them."""
+    if run.is_dir():
+        confined.inspect(run, home=run)
+    return select.checkpoints(run / "checkpoints") + [path for path in [run / "FINAL"] if path.is_dir()]
 
 
 def _condition(path: Path) -> str:
@@ -59,16 +63,16 @@ def ls(run: Path) -> int:
 
 def verify(run: Path) -> int:
     """Verify every file of a run: checkpoints by their manifests, other files by their seals; status 1 if one has changed."""
-    bad = False
-    for directory in filter(is_run, [run, *sorted(run.glob("rounds/*/train"))]):
+    bad, rounds = False, sorted(run.glob("rounds/*/train"))
+    for directory in filter(is_run, [run, *rounds]):
         from halos.checkpoint import runfiles  # here, because it imports torch
 
         prefix = f"{directory.relative_to(run)}/" if directory != run else ""
         for name, finding in runfiles.report(RunDir(directory)).items():
             print(f"{one_line(prefix + name)}: {one_line(finding)}")
             bad |= not finding.startswith("ok")
-        bad |= bool(prefix) and _verify_checkpoints(directory, prefix)
-    return int(_verify_checkpoints(run, "") or bad)
+        bad |= bool(prefix) and _verify_checkpoints(directory, _inside(directory), prefix)
+    return int(_verify_checkpoints(run, _inside(run) if rounds else _saved(run), "") or bad)
 
 
 def _other_directories(run: Path) -> list[Path]:
@@ -76,10 +80,10 @@ def _other_directories(run: Path) -> list[Path]:
     return sorted(path.parent for pattern in OTHER_MANIFESTS for path in run.glob(f"{pattern}/{manifest.NAME}"))
 
 
-def _verify_checkpoints(run: Path, prefix: str) -> bool:
+def _verify_checkpoints(run: Path, saved: Sequence[Path], prefix: str) -> bool:
     """Print a line for each file that has a manifest; return whether one of them changed."""
     bad, others = False, _other_directories(run)
-    for path in [*_saved(run), *others]:
+    for path in [*saved, *others]:
         faults = {fault.file: fault for fault in manifest.verify(path)}
         listing = manifest.read(path)
         listed = {} if isinstance(listing, manifest.Fault) else listing["files"]

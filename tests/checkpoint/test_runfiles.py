@@ -244,3 +244,28 @@ def test_a_key_that_a_run_did_not_read_when_it_began_is_not_taken_for_changed(ve
     (path / "manifest.json").write_text(manifest.describe(path, {"step": 2}))
     assert resuming.last_settings(RunDir(directory))["loss"]["clip_low"] == (0.2 if version == CISPO_BOUNDED_BELOW else None)
     assert [change.key for change in runfiles.changed(RunDir(directory)) if change.key.startswith("loss.clip")] == []
+
+
+def test_verify_looks_into_every_round_and_at_the_last_policy_whatever_was_deleted_or_is_not_there_yet(
+    finished: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(finished, earlier := finished / "rounds" / "000" / "train", ignore=shutil.ignore_patterns("rounds"))
+    shutil.copytree(earlier, finished / "rounds" / "001" / "train")
+    begun = shutil.copytree(earlier, finished / "rounds" / "002" / "train")
+    for place in (earlier / "FINAL", earlier / "checkpoints", finished / "checkpoints", *begun.iterdir()):
+        if place.name != "config.yaml":
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+    (begun / "attempts").mkdir()
+    status, said = verified(finished, capsys)
+    assert status == 0, said
+    weights = ["rounds/001/train/FINAL/model.safetensors", "rounds/001/train/step-00000004/model/model.safetensors",
+               "FINAL/model.safetensors"]  # fmt: skip
+    assert {*weights, "rounds/000/train/metrics.jsonl", "rounds/002/train/config.yaml"} <= said.keys()
+    for name in ("FINAL", "rounds/001/train/FINAL"):
+        content = (path := finished / name / "model.safetensors").read_bytes()
+        path.write_bytes(flipped(path, 900))
+        status, said = verified(finished, capsys)
+        assert (status, said[f"{name}/model.safetensors"].startswith("ok")) == (1, False)
+        path.write_bytes(content)
+    shutil.rmtree(finished / "FINAL")
+    assert verified(finished, capsys)[0] == 0, "its rounds go on"
