@@ -129,10 +129,10 @@ def record_attempt(
     keys = [each for each in changed if each not in contents]
     altered = changes_record(changed=keys, content_changed=[*contents, *content_changed])
     hashes = current.content.record() if current.content is not None else {}
+    directory.write_result("running", current.step, {})  # first: "finished" beside a record of more steps would say they are done
     directory.start_attempt({**attempt, **settled, **altered, "passed_over": source.passed_over, **hashes})
     if damaged := directory.truncate_metrics(current.step if source.path else -1):
         log.warning("%d lines of metrics.jsonl were damaged, and were moved to %s", damaged, DAMAGED)
-    directory.write_result("running", current.step, {})
 
 
 def _not_known_to_be_good(directory: RunDir, step: int) -> str:

@@ -3,9 +3,11 @@
 import gc
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
+import train
 from halos.checkpoint import manifest
 from halos.collection import collect_rarely, freeze_imports
 from halos.config.schema import Config
@@ -76,3 +78,28 @@ def test_a_finished_run_can_be_continued_where_a_longer_one_would_have_begun_ali
     assert said in last
     assert f"{saved_twice.path} train.steps=MORE" in last
     assert ("resume_changes=allow" in last) == (said != "to continue: ")
+
+
+class KilledError(BaseException):
+    """Simulates SIGKILL."""
+
+
+def test_a_longer_run_that_was_killed_when_its_start_was_recorded_takes_the_steps_that_are_left(
+    configure: Callable[..., Config], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["loss=sft", "train.batch_size=4", "schedule=constant", "schedule.warmup=0", "checkpoint.at_end=true"]
+    directory = RunDir((config := configure(*words, "train.steps=2")).run_dir)
+    assert run(config, []) == 0
+    recorded = RunDir.start_attempt
+
+    def killed(*arguments: Any) -> None:
+        recorded(*arguments)
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDir, "start_attempt", killed)
+        with pytest.raises(KilledError):
+            train.start([f"resume={directory.path}", "train.steps=4"])
+    assert train.start([f"resume={directory.path}", "train.steps=4"]) == 0
+    assert (result := directory.read_result())
+    assert (result["status"], result["step"]) == ("finished", 4)
