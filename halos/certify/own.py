@@ -123,7 +123,7 @@ class OwnLoss:
             reference = TokenLogps(batch.reference, logps.mask) if batch.reference is not None else None
             return [kind.of_rollouts(output, batch), *([reference] if self.spec.takes_reference else [])], None
         (output, *references), clamped = self._outputs(case, rows, padding)
-        return [kind.of(each, items) for each in (output, *references)], clamped
+        return [*(kind.of(each, items) for each in (output, *references)), *self.spec.unneeded], clamped
 
     def _outputs(self, case: Case, rows: Sequence[PackRow], padding: int) -> tuple[list[Any], Mean | None]:
         """What the policy gives for `rows`, and the reference where the loss has one; and the share of clamped tokens."""
@@ -167,7 +167,8 @@ class OwnLoss:
         for positions in (part for rank in plan for part in rank if len(part)):
             if self.spec.statistics_inputs is Mismatched:
                 rows = [mismatched_row(case.items[n], case.partners[n], LONGEST) for n in positions]
-                arguments = [Mismatched(_logps(detached(each))) for each in self._outputs(case, rows, padding)[0]]
+                outputs = self._outputs(case, rows, padding)[0]
+                arguments = [*(Mismatched(_logps(detached(each))) for each in outputs), *self.spec.unneeded]
             else:
                 arguments, _ = self._arguments(case, positions, None, padding)
             values = checked_statistics(self.spec.statistics(*arguments), self.spec.name, len(positions))

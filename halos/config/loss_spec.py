@@ -40,6 +40,11 @@ class LossSpec:
         return issubclass(self.inputs, RolloutInput)
 
     @property
+    def unneeded(self) -> list[None]:
+        """What it and its statistics get in the place of a reference that they take and do not need."""
+        return [None] if self.takes_reference and not self.needs_reference else []
+
+    @property
     def reward(self) -> RewardKind | None:
         """The kind of reward model that it trains; None where it trains a policy."""
         return RewardKind.of(self.inputs.head)

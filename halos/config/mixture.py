@@ -94,7 +94,7 @@ def _function(parts: Sequence[Part], inputs: type[LossInput], *, needs_reference
         for part in parts:
             spec, wanted = part.loss, part.loss.inputs
             arguments = [given_to(wanted, policy)]
-            arguments += [given_to(wanted, reference)] if spec.takes_reference and reference is not None else []
+            arguments += [given_to(wanted, reference)] if spec.needs_reference and reference is not None else spec.unneeded
             arguments += [statistics] if spec.statistics is not None else []
             arguments += [_of(part.name, state)] if spec.start is not None else []
             losses[part.name] = in_terms_of(inputs, wanted, spec.function(*arguments))
@@ -104,10 +104,15 @@ def _function(parts: Sequence[Part], inputs: type[LossInput], *, needs_reference
 
 
 def _statistics(loss: LossSpec) -> Callable[..., Tensor]:
-    """Those of the one part that has some, which takes no reference where it needs none."""
+    """Those of the one part that has some, which gets no reference where it needs none."""
     assert loss.statistics is not None
     function, count, wanted = loss.statistics, 1 + loss.needs_reference, loss.inputs
-    return lambda *given: function(*(each if isinstance(each, Mismatched) else given_to(wanted, each) for each in given[:count]))
+
+    def statistics(*given: Any) -> Tensor:
+        known = (each if isinstance(each, Mismatched) else given_to(wanted, each) for each in given[:count])
+        return function(*known, *loss.unneeded)
+
+    return statistics
 
 
 def _read_by_statistics(loss: LossSpec, inputs: type[LossInput]) -> type:

@@ -143,10 +143,11 @@ def _arguments(loss: LossSpec, padding: int = 0, *, learned: bool = False) -> li
     """Return dummy arguments for the loss: two sequences of two tokens of each type that it takes, and `padding`; the first with
     gradients where it is `learned`."""
     reference_type = TokenLogps if loss.on_rollouts else loss.inputs
-    more = [dummy(reference_type, padding, (), loss.candidates) if loss.needs_reference else None] if loss.takes_reference else []
+    needed = loss.takes_reference and loss.needs_reference
+    more: list[Any] = [dummy(reference_type, padding, (), loss.candidates)] if needed else [*loss.unneeded]
     if loss.statistics is not None:
         statistics_type = loss.statistics_inputs or loss.inputs
-        references = [dummy(statistics_type, padding)] if loss.needs_reference else []
+        references = [dummy(statistics_type, padding)] if loss.needs_reference else loss.unneeded
         more.append(loss.statistics(dummy(statistics_type, padding), *references))
     more += [loss.start] if loss.start is not None else []
     return [dummy(loss.inputs, padding, loss.token_statistics, loss.candidates, learned=learned), *more]

@@ -156,7 +156,7 @@ class Objective:
         if self.loss.statistics is not None and statistics is None:
             # a single micro-batch: the loss's own forward pass gives its statistics too
             with torch.no_grad():
-                values = self.loss.statistics(*(argument.detach() for argument in arguments))
+                values = self.loss.statistics(*(given if given is None else given.detach() for given in arguments))
             values = checked_statistics(values, self.loss.name, len(microbatch.items))
             own = len(values) if microbatch.weight else 0
             statistics = gather_in_order(values[:own], microbatch.positions[:own], total, self.run.accelerator)
@@ -241,7 +241,7 @@ class Objective:
             if self.humanline is not None:
                 self._unclamped = shape(policy.detach())
                 policy, self._clamped = self.humanline.clamp(policy, *references)
-            return [shape(policy), *map(shape, references)]
+            return [shape(policy), *map(shape, references), *self.loss.unneeded]
 
     def _read(self, microbatch: MicroBatch) -> Any:
         """The policy's output for a micro-batch."""

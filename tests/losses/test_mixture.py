@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from halos.certify.case import synthetic_case
+from halos.certify.own import OwnLoss
 from halos.config.bind import bind_loss
 from halos.config.mixture_parts import completed
 from halos.errors import UserError
@@ -204,3 +206,36 @@ def test_a_part_of_the_users_own_that_is_a_sum_of_losses_trains(
     assert mixed_in["loss/mine_one"] == pytest.approx(2 * alone["loss/one"])
     assert mixed_in["sft/perplexity"] == pytest.approx(np.exp(alone["loss/one"]))
     assert "mine/perplexity" not in mixed_in
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["needed", "unneeded"])
+def test_a_loss_that_may_need_no_reference_gets_none_alone_and_as_a_part(
+    own: bool, trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With statistics, which take what it takes. Policy and reference are equal."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "may_refer.py").write_text(
+        "from halos.types import Loss, Pair\n"
+        "def needs_reference(*, refers: bool) -> bool:\n    return refers\n"
+        "def statistics(policy: Pair, reference: Pair | None):\n"
+        "    return policy.chosen.sum - (0 if reference is None else reference.chosen.sum)\n"
+        "def mine(policy: Pair, reference: Pair | None, statistics, *, refers: bool) -> Loss:\n"
+        "    assert refers is (reference is not None)\n"
+        "    return Loss((policy.chosen.sum - policy.rejected.sum - statistics.mean())**2, {})\n"
+    )
+    part = f"mine: {{weight: 1, _target_: may_refer.mine, refers: {str(own).lower()}}}"
+    more = ["plugins=[may_refer]", "objective.metric=loss", "objective.mode=min", "train.batch_size=4", "train.microbatch_size=2"]
+    found = []
+    for run_number, words in enumerate((
+        ["loss=dpo", "~loss.beta", "loss._target_=may_refer.mine", f"+loss.refers={own}"],
+        ["loss=mixture", f"loss.parts={{{part}}}"],
+        ["loss=mixture", f"loss.parts={{{part}, dpo: {{weight: 1}}}}"],
+    )):  # fmt: skip
+        made = trainer(*words, *more, f"exp_name=run{run_number}")
+        made.evaluate()
+        found.append(made.run.last_eval["loss/mine" if run_number else "loss"])
+        made.step(made.order.batch(0))
+    assert found == pytest.approx([found[0]] * 3)
+    subject = OwnLoss(bind_loss({"_target_": "may_refer.mine", "refers": own}, ["may_refer"]))
+    case = synthetic_case(subject)
+    assert np.isfinite(subject.step(case, case.whole).total)
