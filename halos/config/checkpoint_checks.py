@@ -1,10 +1,11 @@
-"""Keys of `checkpoint` that would never act in a run: it saves, evaluates or ends otherwise."""
+"""Keys of `checkpoint` that would never act in a run: it saves, evaluates or ends otherwise; and what acts by a constant."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from halos.config.overrides import typed_keys
+from halos.config.reference_checks import LossTraits
 from halos.config.schema import Config
 
 
@@ -35,3 +36,22 @@ def pinned_beyond(config: Config, total: int) -> str | None:
         f"checkpoint.pinned has {', '.join(map(str, beyond))}, and the run ends at step {total}, so nothing would be saved there:"
         f" give steps up to {total}, or leave {'them' if len(beyond) > 1 else 'it'} out"
     )
+
+
+def watches_rewards_of_data(config: Config, loss: LossTraits) -> str | None:
+    """Return a message where something acts by the mean of the rewards in a file, which no training changes."""
+    metric, watched = config.objective.metric, watching(config)
+    if watched is None or config.online is not None or config.resume is not None:
+        return None
+    if not loss.on_rollouts or metric.rpartition("/")[2] != "reward":
+        return None
+    return (
+        f"{watched} watches objective.metric={metric}, which with loss={loss.name} is the mean of the rewards in data.eval and"
+        " never changes: add objective.metric=loss objective.mode=min, or leave it out"
+    )
+
+
+def watching(config: Config) -> str | None:
+    """Return the key that acts by the objective, with its value; None where none does."""
+    keys = {"train.early_stopping": config.train.early_stopping, "checkpoint.keep_best": config.checkpoint.get("keep_best")}
+    return next((f"{key}={value}" for key, value in keys.items() if value), None)

@@ -85,6 +85,8 @@ def check_loss_traits(config: Config, loss: LossTraits, overrides: Sequence[str]
             f"correction_level=token: loss={loss.name} has one ratio for a whole completion, and so has its correction:"
             " leave it out, or choose sequence"
         )
+    if complaint := checkpoint_checks.watches_rewards_of_data(config, loss):
+        raise UserError(complaint)
 
 
 def _exp_name(config: Config) -> str | None:
@@ -160,9 +162,8 @@ def _tokens(config: Config) -> str | None:
 
 
 def _evaluation(config: Config) -> str | None:
-    patience, best = config.train.early_stopping, config.checkpoint.get("keep_best")
-    if not config.data.has_eval and (patience or best):
-        key = f"train.early_stopping={patience}" if patience else f"checkpoint.keep_best={best}"
+    patience = config.train.early_stopping
+    if not config.data.has_eval and (key := checkpoint_checks.watching(config)):
         return f"{key} watches {config.objective.metric} of the evaluation, but data.eval is []: give data.eval, or leave it out"
     if patience and config.train.eval_every is None:
         return f"train.early_stopping={patience} counts evaluations, but train.eval_every is null: give it a number of steps"

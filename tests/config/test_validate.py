@@ -28,6 +28,8 @@ CONFIG = ROOT / "config"
 LOSSES = sorted({path.stem for path in (CONFIG / "loss").glob("*.yaml")} - {"mixture"})  # which a command gives its parts
 RUN = ("loss=dpo", "model=tiny", "data=arithmetic", "exp_name=demo")
 LIVE = ("loss=online", "online.loss=grpo", "online.steps=5", "model=tiny", "data=arithmetic", "exp_name=demo")
+ROLLOUTS = ("loss=dapo",)
+ROUNDS = tuple("online.rounds=2" if word == "online.steps=5" else word for word in LIVE)
 CHOICES = {group.name: sorted(path.stem for path in group.glob("*.yaml")) for group in CONFIG.iterdir() if group.is_dir()}
 
 
@@ -232,6 +234,11 @@ WRONG = [
             ["checkpoint.keep_best=3", "train.eval_every=null"],
             ["checkpoint.keep_best=3 chooses by evaluations", "eval_every is null"],
         ),
+        (
+            [*ROLLOUTS, "train.early_stopping=2", "train.eval_every=5"],
+            ["early_stopping=2 watches objective.metric=reward", "never changes", "metric=loss"],
+        ),
+        ([*ROLLOUTS, "checkpoint.keep_best=1"], ["keep_best=1 watches objective.metric=reward", "never changes", "mode=min"]),
         (["train.early_stopping=2", "train.steps=200"], ["train.early_stopping=2 acts at evaluation 3", "gives 2 before"]),
     ],
 )
@@ -252,6 +259,8 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
         ["train.steps=null", "train.epochs=2"], ["checkpoint.keep_best=3", "checkpoint.every=null", "checkpoint.pinned=[5]"],
         ["train.early_stopping=2", "train.steps=201"], ["loss=sft", "reference.cache=auto"],
         ["loss=sft", "reference.cache=never"], ["checkpoint.pinned=[20]", "train.steps=20"],
+        [*ROLLOUTS, "checkpoint.keep_best=1", "objective.metric=loss", "objective.mode=min"],
+        [*LIVE, "checkpoint.keep_best=1"], [*ROUNDS, "checkpoint.keep_best=1"],
     ],
 )  # fmt: skip
 def test_what_is_typed_and_acts_is_accepted(typed):
