@@ -212,6 +212,8 @@ HISTORY = (
              _clamps, of="metrics"),
     Revision(18, "2026-11-29", "perplexity is that of the metric nll, and not of a loss which may be something else",
              lambda now: now.reads == "language" and not str(now.config.loss.get("_target_")).startswith("halos."), of="metrics"),
+    Revision(18, "2026-11-29", "a live batch is refilled with the prompts after its own, and the next goes on after these",
+             lambda now: now.config.online is not None and now.config.online.steps is not None, of="kept"),
 )  # fmt: skip
 VERSION = HISTORY[-1].number
 FROZEN_HEAD_ONCE, SIBLINGS_TOGETHER, EVALUATED_BY_SOURCE, CISPO_BOUNDED_BELOW, VISITED_ROWS, FUSED_LORA = 7, 9, 11, 13, 14, 15

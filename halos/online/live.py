@@ -21,13 +21,13 @@ from halos.examples import Completion, Demonstration, Example, Item
 from halos.hooks.base import Run
 from halos.metrics import LARGEST_DIFFERENCE
 from halos.online.live_rollouts import LiveRollouts
-from halos.online.live_rows import DIRECTORY, LiveBatch, LiveRows, number_in
+from halos.online.live_rows import BATCH, DIRECTORY, LiveBatch, LiveRows, number_in
 from halos.online.policy import PolicyEngine
 from halos.online.unsharded import Unsharded
 from halos.rollout import evaluation, feedback, measure, rescore
 from halos.rollout.collect import collect
 from halos.rollout.engines.engine import PolicyServer
-from halos.rollout.prompts import answer, eval_prompts, fitting, for_round, read_prompts, room_for_prompts, unused_rows
+from halos.rollout.prompts import answer, drawn_after, eval_prompts, fitting, read_prompts, room_for_prompts, unused_rows
 from halos.rollout.ranks import Ranks
 from halos.rollout.scorers.scorer import Scorer
 from halos.rollout.scores import ScoringError, by_function, function_metrics, lack
@@ -36,10 +36,10 @@ from halos.rollout.types import Prompt, Request, Rollout, Sample, requests_for
 from halos.types import Mismatched
 
 log = logging.getLogger(__name__)
-HOOKS = ("live_batch", "live_rollouts")  # names under which a loop's batch and its rollouts are saved
+HOOKS = (BATCH, "live_rollouts")  # names under which a loop's batch and its rollouts are saved
 
-RETRY_OFFSET = 100_003  # in batches of prompts: where the prompts of a further attempt at a batch are taken from
-ATTEMPTS = 10  # the first at the batch's own prompts, the others at further ones, while it is not full
+RETRY_OFFSET = 100_003  # in batches: where runs that do not count their prompts take those of a further attempt at a batch from
+ATTEMPTS = 10  # the first at as many prompts as a batch has, the others at further ones, while it is not full
 WITHOUT_SCORE = "samples/without_score"  # the fraction of a batch's samples
 
 
@@ -146,10 +146,12 @@ class RolloutSource:
 
     def _sample(self, number: int) -> None:
         """Sample batch `number`, from further prompts until it is full: of some nothing can be learned. Each is sampled once."""
-        rollouts, full, have = list[Rollout](), self.prompts.per_batch, 0
+        rollouts, full, have, drawn = list[Rollout](), self.prompts.per_batch, 0, self.rows.drawn
         for attempt in range(ATTEMPTS):
-            chosen = for_round(self.prompts.train, number + attempt * RETRY_OFFSET, count=full - have,
-                               samples=self.online.samples_per_prompt, seed=self.config.seed)  # fmt: skip
+            start = (number + attempt * RETRY_OFFSET) * (full - have) if drawn is None else drawn
+            chosen = drawn_after(self.prompts.train, start, count=full - have, samples=self.online.samples_per_prompt,
+                                 seed=self.config.seed)  # fmt: skip
+            drawn = None if drawn is None else drawn + full - have
             sampled = {rollout.prompt.id for rollout in rollouts}
             chosen = [prompt for prompt in chosen if prompt.id not in sampled]
             if not chosen:
@@ -175,6 +177,7 @@ class RolloutSource:
                 f"step {self.run.step}: of {len(rollouts)} samples only those of one prompt have a score and words, and"
                 f" {self.loss.name} pairs each prompt with an answer to another"
             )
+        self.rows.drawn = drawn  # a checkpoint that is saved after an error in a batch draws its prompts again
         self._warn_of_labels()
         self._count(rollouts)
         self.files.write(self.run, number, rollouts)

@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from halos import confined
+from halos.checkpoint import select, state
 from halos.data.order import mismatched_partners
 from halos.examples import Completion, Example, Item
 from halos.hooks.base import Hook, Run
@@ -19,6 +21,7 @@ from halos.trainers import rollout_cache
 from halos.trainers.rollout_cache import RolloutCache
 
 DIRECTORY = "batch"  # in a checkpoint
+BATCH = "live_batch"  # the name under which a loop's LiveBatch is one of the run's hooks
 ROWS, NAMES = "rows.safetensors", "rows.json"
 
 
@@ -32,6 +35,7 @@ class LiveRows:
         self.kind, self.seed, self.sampled_here = kind, seed, sampled_here  # by the model in training, in this process
         self.minibatches, self.epochs = minibatches, epochs
         self.number = -1  # of the batch
+        self.drawn: int | None = None  # prompts so far; None in a run that began before this was counted
         self.cache: RolloutCache | None = None  # of a policy gradient, computed from the policy that sampled
         self._partners: np.ndarray | None = None
         self._set([], np.zeros(0, np.int64))
@@ -132,10 +136,19 @@ class LivePartners:
 
 
 class LiveBatch(Hook):
-    """Saves the batch in checkpoints of steps between its first and its last, so that a resumed run goes on with it."""
+    """Saves the batch in checkpoints of steps between its first and its last, so that a resumed run goes on with it; and how many
+    prompts were drawn."""
 
     def __init__(self, rows: LiveRows) -> None:
         self.rows = rows
+
+    def on_start(self, run: Run) -> None:
+        checkpoint = run.directory.checkpoints / select.name_of(run.step)  # other hooks are restored from it before this is made
+        states = state.load_progress(checkpoint / "state", run.step)["hooks"] if run.step else {}
+        self.rows.drawn = states.get(BATCH, {}).get("drawn") if run.step else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"drawn": self.rows.drawn}
 
     def on_save(self, run: Run, path: Path, *, final: bool) -> Callable[[], None] | None:
         if run.main and not final and run.step % self.rows.passes:

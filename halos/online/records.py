@@ -13,7 +13,7 @@ from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.rollout.jsonl import complete_lines, to_line
 from halos.rollout.ranks import Ranks
-from halos.rollout.types import Key, Rollout, Row, Sample
+from halos.rollout.types import TRAIN, Key, Rollout, Row, Sample
 
 Item = TypeVar("Item", Sample, Rollout)
 
@@ -82,6 +82,18 @@ def read_meta(path: Path) -> Row:
         return confined.load_object(meta_path(path))
     except UnreadableError:
         return {}
+
+
+def num_drawn(rounds: Sequence[Path]) -> int:
+    """Return how many prompts the rounds in these directories have drawn. Older rounds did not record it: each drew as many as
+    the largest of them has, since what a round drew twice it has once."""
+    if not rounds:
+        return 0
+    files = [each / "prompts.jsonl" for each in rounds]
+    drawn = read_meta(files[-1]).get("drawn")
+    if isinstance(drawn, int):
+        return drawn
+    return len(rounds) * max(sum(row.get("split") == TRAIN for row in read(path)) for path in files)
 
 
 class ResumableFile:

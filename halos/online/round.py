@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from halos import confined, seals
-from halos.checkpoint import integrity, lineage
-from halos.config import run_config
+from halos.checkpoint import integrity
 from halos.config.bind import learns_from_single
 from halos.confined import UnreadableError, write_whole
-from halos.data.sources import content_hash
 from halos.errors import UserError
 from halos.hashes import digest
-from halos.models.locate import locate
+from halos.online.origins import sampled_from, trained_on
 from halos.online.plan import OnlinePlan
-from halos.online.records import meta_path, read, read_meta, write
+from halos.online.records import meta_path, num_drawn, read, read_meta, write_sealed
 from halos.online.stages import StageError
 from halos.rollout import evaluation, feedback, measure, rescore
-from halos.rollout.prompts import eval_prompts, for_round
+from halos.rollout.prompts import drawn_after, eval_prompts
 from halos.rollout.scores import function_metrics, lack
 from halos.rollout.spent import START, Spent
 from halos.rollout.types import EVAL, TRAIN, Prompt, Rollout, Sample, Score
@@ -61,8 +59,9 @@ class Round:
     def run(self) -> RoundResult:
         """Run the stages that are not done: prompts, samples, feedback, training."""
         plan, online = self.plan, self.plan.online
-        self._prompts(for_round(plan.prompts, self.number, count=plan.size.prompts, samples=online.samples_per_prompt,
-                                seed=plan.config.seed))  # fmt: skip
+        drawn, count = num_drawn([plan.directory_of(number) for number in range(self.number)]), plan.size.prompts
+        chosen = drawn_after(plan.prompts, drawn, count=count, samples=online.samples_per_prompt, seed=plan.config.seed)
+        self._prompts(chosen, drawn=drawn + min(count, len(plan.prompts)))
         self._sample()
         self._label()
         self._train()
@@ -70,7 +69,7 @@ class Round:
 
     def evaluate(self) -> RoundResult:
         """Sample and score the evaluation prompts only."""
-        self._prompts([])
+        self._prompts([], drawn=0)
         self._sample()
         self._label()
         return self._result()
@@ -110,13 +109,13 @@ class Round:
         seconds = record.get("seconds")
         return float(seconds) if isinstance(seconds, (int, float)) else None
 
-    def _prompts(self, chosen: Sequence[Prompt]) -> None:
+    def _prompts(self, chosen: Sequence[Prompt], *, drawn: int) -> None:
         path, plan = self.directory / "prompts.jsonl", self.plan
         if not path.is_file():
             online, seed = plan.online, plan.config.seed
             held_out = eval_prompts(plan.eval_prompts, count=online.eval_prompts, seed=seed, samples=online.eval_samples,
                                     temperature=online.eval_temperature)  # fmt: skip
-            write(path, [prompt.to_row() for prompt in (*chosen, *held_out)])
+            write_sealed(path, [prompt.to_row() for prompt in (*chosen, *held_out)], {}, {"drawn": drawn})
 
     def _sample(self) -> None:
         path, plan = self.directory / "samples.jsonl", self.plan
@@ -173,7 +172,7 @@ class Round:
         if is_run(run.path) and run.is_finished() and run.final.is_dir():
             integrity.check_final(run, plan.cache)
             rows = self.directory / "feedback.jsonl"
-            if not _trained_on(run, rows):
+            if not trained_on(run, rows):
                 raise UserError(f"{run.path} was trained on other rows than those of {rows}: {self._remedy}")
             return
         rows = read(self.directory / "feedback.jsonl")
@@ -281,20 +280,3 @@ def refuse_too_few_rounds(plan: OnlinePlan) -> None:
             f"{path} has done {done} rounds, and would end after {plan.online.rounds}: give online.rounds={done} or more; the"
             f" policy of an earlier round is its train/FINAL, as long as online.keep_rounds keeps it"
         )
-
-
-def sampled_from(samples: Path, policy: str, revision: str | None, cache: Path) -> bool:
-    """Whether samples come from a policy's weights, compared by hash; for a server's samples, where no hash is known, by name."""
-    request = read_meta(samples).get("request")
-    if not isinstance(request, dict):
-        return False
-    weights = request.get("model_sha256")
-    if weights is None:
-        return request.get("model") == policy
-    return weights == lineage.identity(locate(policy, revision, cache), cache)
-
-
-def _trained_on(run: RunDir, rows: Path) -> bool:
-    """Whether a training run used the rows of a file; True where the run is too old to have recorded them."""
-    recorded = run_config.recorded_content(run.read_attempts(), str(run.path))
-    return recorded is None or [each.get("hash") for each in recorded.sources["train"]] == [content_hash(str(rows), "train")]

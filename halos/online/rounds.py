@@ -34,8 +34,9 @@ from halos.errors import UserError
 from halos.hooks.base import AnyRun, Hook, call_on_eval, states_of
 from halos.logs import add_log_file
 from halos.online import dry_run, overview
+from halos.online.origins import sampled_from
 from halos.online.plan import OnlinePlan
-from halos.online.round import STATE, Round, RoundResult, refuse_too_few_rounds, sampled_from
+from halos.online.round import STATE, Round, RoundResult, refuse_too_few_rounds
 from halos.online.stages import WRONG_INPUT, RefusedError, StageError, StoppedError
 from halos.repository import COMMAND
 from halos.rollout import evaluation, measure

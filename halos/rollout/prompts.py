@@ -154,12 +154,12 @@ def _unused(name: str, *taken: Collection[str]) -> str:
     return next(each for each in names if not any(each in some for some in taken))
 
 
-def for_round(prompts: Sequence[Prompt], number: int, *, count: int, samples: int, seed: int) -> list[Prompt]:
-    """`count` prompts for round `number`, a pure function of the seed. No prompt is used twice before all were used once."""
-    rows = min(count, len(prompts))
-    order, start = Order(np.zeros(len(prompts), np.int32), [1.0], 1, seed), number * rows
-    chosen = [int(order.batch(position)[0]) for position in range(start, start + rows)]
-    # where an epoch ends within the round, a prompt may be drawn twice: it is used once
+def drawn_after(prompts: Sequence[Prompt], drawn: int, *, count: int, samples: int, seed: int) -> list[Prompt]:
+    """The next `count` prompts, or as many as there are, after the first `drawn` of an order that is a function of the seed. No
+    prompt is drawn twice before all were drawn once."""
+    order = Order(np.zeros(len(prompts), np.int32), [1.0], 1, seed)
+    chosen = [int(order.batch(position)[0]) for position in range(drawn, drawn + min(count, len(prompts)))]
+    # where an epoch ends among them, a prompt may be drawn twice: it is used once
     return [replace(prompts[index], samples=samples, split=TRAIN) for index in dict.fromkeys(chosen)]
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from halos.models import tiny
 from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
 from halos.online.live import RolloutSource, usable_feedback
-from halos.online.live_rows import LiveRows
+from halos.online.live_rows import LiveBatch, LiveRows
 from halos.repository import CONFIG
 from halos.rollout import batch_files, feedback
-from halos.rollout.prompts import digest
+from halos.rollout.prompts import digest, drawn_after, read_prompts
 from halos.rollout.types import Prompt, Rollout, Sample, Score
 from halos.run import batch_source
 from halos.types import Demonstration, Judgement, Scored
@@ -347,6 +348,33 @@ def test_a_server_that_restarted_after_an_evaluation_gets_the_weights_again(
              f"online.sampler.url={server.url}"]  # fmt: skip
     assert train.start([*SMALL, *LIVE, *words, "exp_name=run", f"cache_dir={cache}", f"output_root={tmp_path}"]) == 0
     assert [row["mismatch/max"] < 1e-4 for row in rows(tmp_path / "run", "train")] == [True] * 3
+
+
+def test_no_prompt_of_a_loop_is_sampled_again_before_all_were(cache: Path, tmp_path: Path) -> None:
+    words = ["online.steps=3", "online.feedback.drop_equal=true", "online.samples_per_prompt=2", "data.eval=[]", "exp_name=run",
+             "data.train=[{path: arithmetic, split: 'train[:400]'}]"]  # fmt: skip
+    assert train.start([*SMALL, *LIVE, *words, f"cache_dir={cache}", f"output_root={tmp_path}"]) == 0
+    files = batch_files.files_of(tmp_path / "run").values()
+    drawn = [[row["prompt_id"] for row in batch_files.read(path, within=tmp_path)][::2] for path in files]
+    assert all(map(len, drawn))
+    assert len([*chain(*drawn)]) == len({*chain(*drawn)}) > 3 * 6, "some of the batches were refilled"
+
+
+def test_a_loop_that_began_before_prompts_were_counted_takes_them_as_it_began(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*SMALL, *LIVE, "online.feedback.drop_equal=true", "online.samples_per_prompt=2", "data.eval=[]", "exp_name=run"]
+    with monkeypatch.context() as patched:
+        patched.setattr(LiveBatch, "state_dict", lambda self: {})  # as an older version saved it
+        assert train.start([*words, f"cache_dir={cache}", f"output_root={tmp_path}"]) == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert train.start([f"resume={checkpoints / 'step-00000002'}"]) == 0
+    progress = json.loads((checkpoints / "step-00000004" / "state" / "progress.json").read_text())
+    assert progress["hooks"]["live_batch"] == {"drawn": None}
+    prompts = read_prompts([{"path": "arithmetic", "split": "train[:48]"}], "train")
+    rollouts = batch_files.read(batch_files.files_of(tmp_path / "run")[2], within=tmp_path)
+    first = [row["prompt_id"] for row in rollouts][: 2 * 6 : 2]
+    assert first == [each.id for each in drawn_after(prompts, 2 * 6, count=6, samples=2, seed=0)]
 
 
 def test_a_refilled_batch_has_every_prompt_once(cache: Path, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ from halos.models.load import load_model, load_tokenizer
 from halos.models.locate import locate
 from halos.online import rounds
 from halos.online.plan import OnlinePlan, _last_checkpoint
-from halos.online.records import read, write, write_sealed
+from halos.online.records import meta_path, read, write, write_sealed
 from halos.online.round import Round, RoundResult
 from halos.online.rounds import stored_overrides
 from halos.online.stages import Stages, StoppedError
@@ -209,13 +209,41 @@ def test_a_round_that_is_done_is_not_repeated_though_its_weights_are_deleted(
     assert (started.story(), started.rows("train")) == (before, rows)
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_round_of_another_size_goes_on_where_the_rounds_before_ended(
+    recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for stage in ("_sample", "_label", "_train", "_result"):
+        monkeypatch.setattr(Round, stage, lambda self: None)
+    prompts = [Prompt(str(n), ({"role": "user", "content": str(n)},)) for n in range(40)]
+    online = SimpleNamespace(samples_per_prompt=2, eval_prompts=0, eval_samples=1, eval_temperature=0.0)
+    plan: Any = SimpleNamespace(prompts=prompts, eval_prompts=[], online=online, config=SimpleNamespace(seed=0),
+                                directory=RunDir(tmp_path), directory_of=lambda number: tmp_path / f"{number:03d}")  # fmt: skip
+
+    def drawn(number: int, count: int) -> list[str]:
+        plan.size = SimpleNamespace(prompts=count)
+        Round(plan, number, plan.directory_of(number)).run()
+        file = plan.directory_of(number) / "prompts.jsonl"
+        if not recorded:  # as an older version wrote it
+            meta_path(file).unlink(missing_ok=True)
+        return [row["prompt_id"] for row in read(file)]
+
+    first = drawn(0, 12) + drawn(1, 12)
+    assert first == drawn(0, 12) + drawn(1, 5), "what a round has drawn is kept"
+    every = first + drawn(2, 6) + drawn(3, 10 if recorded else 4)
+    assert len({*every}) == len(every) == (40 if recorded else 34)
+
+
 @pytest.mark.slow
 def test_a_finished_run_continues_when_more_rounds_are_requested(tmp_path: Path, cache: Path) -> None:
     started = StartedRun(tmp_path, cache, ["online.loss=sft"])
     started.finish()
     before = started.story()
-    started.finish("online.rounds=3")
+    started.finish("online.rounds=3", "online.prompts_per_round=9")
     after = started.story()
+    drawn = [row["prompt_id"] for path in sorted(started.run.glob("rounds/*/prompts.jsonl")) for row in read(path)
+             if row["split"] == "train"]  # fmt: skip
+    assert len(drawn) == len({*drawn}) == 6 + 6 + 9
     assert {name: value for name, value in after.items() if name in before and name.startswith("rounds/00")} == {
         name: value for name, value in before.items() if name.startswith("rounds/00")
     }

@@ -12,7 +12,7 @@ from halos.config.defaults import section
 from halos.config.schema import Scorer
 from halos.data.files import Row
 from halos.errors import UserError
-from halos.rollout.prompts import _data_of, columns_digest, content_hashes, digest, eval_prompts, for_round, read_prompts
+from halos.rollout.prompts import _data_of, columns_digest, content_hashes, digest, drawn_after, eval_prompts, read_prompts
 from halos.rollout.rows import as_json
 from halos.rollout.scorers._evaluate import row_of
 from halos.rollout.scorers._reward_functions import parts_of
@@ -45,7 +45,7 @@ def through_files(prompt: Prompt, place: Path) -> Sample:
 
 def test_every_column_arrives_with_its_type_in_both_loops_and_none_is_taken_for_a_key_of_the_sample(tmp_path: Path) -> None:
     read = read_prompts(written(tmp_path / "rows.jsonl", WHOLE), "train")
-    [prompt] = for_round(read, 0, count=1, samples=1, seed=0)
+    [prompt] = drawn_after(read, 0, count=1, samples=1, seed=0)
     live, of_rounds = row_of(sampled(prompt)), row_of(through_files(prompt, tmp_path))
     assert live == of_rounds
     assert live["data"] == WHOLE

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from halos.errors import UserError
-from halos.rollout.prompts import digest, eval_prompts, for_round, read_prompts, unused_rows
+from halos.rollout.prompts import digest, drawn_after, eval_prompts, read_prompts, unused_rows
 from halos.rollout.types import Prompt, requests_for
 
 ROWS = [Prompt(str(n), ({"role": "user", "content": str(n)},)) for n in range(10)]
@@ -19,15 +19,16 @@ def ids(prompts: list[Prompt]) -> list[str]:
 
 
 def test_no_prompt_comes_again_before_all_have() -> None:
-    rounds = [ids(for_round(ROWS, k, count=4, samples=2, seed=0)) for k in range(5)]
+    rounds = [ids(drawn_after(ROWS, 4 * k, count=4, samples=2, seed=0)) for k in range(5)]
     assert len(set(rounds[0] + rounds[1])) == 8
     assert sorted(name for names in rounds for name in names) == sorted(ids(ROWS) * 2)
-    assert rounds != [ids(for_round(ROWS, k, count=4, samples=2, seed=1)) for k in range(5)]
-    assert rounds[3] == ids(for_round(ROWS, 3, count=4, samples=9, seed=0)), "a round does not depend on the ones before"
+    assert rounds != [ids(drawn_after(ROWS, 4 * k, count=4, samples=2, seed=1)) for k in range(5)]
+    assert rounds[3] == ids(drawn_after(ROWS, 12, count=4, samples=9, seed=0)), "it does not depend on what was drawn before"
+    assert rounds[0] + rounds[1] == ids(drawn_after(ROWS, 0, count=8, samples=2, seed=0)), "nor on how many at once"
 
 
 def test_a_round_larger_than_the_data_has_each_prompt_once() -> None:
-    assert sorted(ids(for_round(ROWS, 1, count=99, samples=2, seed=0))) == sorted(ids(ROWS))
+    assert sorted(ids(drawn_after(ROWS, 10, count=99, samples=2, seed=0))) == sorted(ids(ROWS))
 
 
 def test_evaluation_prompts_are_answered_once_and_greedily() -> None:
@@ -83,7 +84,7 @@ def test_rows_without_a_prompt_and_shared_ids_are_refused_by_name(tmp_path: Path
 def test_a_file_of_prompts_is_what_it_was_and_read_again_gives_the_same(tmp_path: Path) -> None:
     """To the byte, and with its hash, which runs that were begun before compare."""
     asked = Prompt("a", ({"role": "user", "content": "1 + 1?"},), columns={"solution": "2"})
-    written = [*for_round([asked], 0, count=1, samples=4, seed=0), *eval_prompts([asked], count=1, seed=0)]
+    written = [*drawn_after([asked], 0, count=1, samples=4, seed=0), *eval_prompts([asked], count=1, seed=0)]
     assert [json.dumps(prompt.to_row()) for prompt in written] == [
         '{"type": "prompt", "prompt_id": "a", "prompt": [{"role": "user", "content": "1 + 1?"}], "solution": "2",'
         ' "samples": 4, "split": "train"}',
@@ -101,7 +102,7 @@ def test_a_prompt_of_both_training_and_evaluation_is_in_a_round_twice(named: dic
     path.write_text(json.dumps({"prompt": "One?", **named}) + "\n")
     train = read_prompts([str(path)], "train")
     held_out = read_prompts([str(path)], "eval", others=ids(train))
-    both = [*for_round(train, 0, count=1, samples=2, seed=0), *eval_prompts(held_out, count=1, seed=0)]
+    both = [*drawn_after(train, 0, count=1, samples=2, seed=0), *eval_prompts(held_out, count=1, seed=0)]
     round_file.write_text("".join(json.dumps(prompt.to_row()) + "\n" for prompt in both))
     name = named.get("prompt_id", "a.jsonl:1")
     again = read_prompts([str(round_file)], "train")
