@@ -1,7 +1,8 @@
-"""From which weights samples of a round come, and on which rows its training was: compared by content."""
+"""From which weights samples of a round come, what scored them, and on which rows its training was: compared by content."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from halos.checkpoint import lineage
@@ -21,6 +22,18 @@ def sampled_from(samples: Path, policy: str, revision: str | None, cache: Path) 
     if weights is None:
         return request.get("model") == policy
     return weights == lineage.identity(locate(policy, revision, cache), cache)
+
+
+def scored_alike(one: Path, other: Path, recorded_since: Collection[str]) -> bool:
+    """Whether the scores in two files were asked of one scorer, of other samples; True where one does not record what was asked.
+    Of `recorded_since`, which older files lack, only what both have is compared."""
+    first, second = (read_meta(path).get("request") for path in (one, other))
+    if not isinstance(first, dict) or not isinstance(second, dict):
+        return True
+    names = (first.keys() | second.keys()) - {"samples"}
+    return all(
+        first.get(key) == second.get(key) or (key in recorded_since and (key not in first or key not in second)) for key in names
+    )
 
 
 def trained_on(run: RunDir, rows: Path) -> bool:

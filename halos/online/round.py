@@ -12,10 +12,11 @@ from typing import Any
 from halos import confined, seals
 from halos.checkpoint import integrity
 from halos.config.bind import learns_from_single
+from halos.config.rollout_modules import scorer_class
 from halos.confined import UnreadableError, write_whole
 from halos.errors import UserError
 from halos.hashes import digest
-from halos.online.origins import sampled_from, trained_on
+from halos.online.origins import sampled_from, scored_alike, trained_on
 from halos.online.plan import OnlinePlan
 from halos.online.records import meta_path, num_drawn, read, read_meta, write_sealed
 from halos.online.stages import StageError
@@ -265,8 +266,11 @@ class Round:
         return measure.with_verdicts([Sample.from_row(row, str(samples)) for row in read(samples)], rows)
 
     def _first_rollouts(self) -> list[Rollout]:
-        """The rollouts of the first round; none where a judge compares."""
+        """The rollouts of the first round; none where a judge compares, or where another scorer than this round's gave their
+        scores, of which no number is comparable."""
         path = self.plan.directory_of(0) / "scores.jsonl"
+        if not scored_alike(path, self.directory / path.name, scorer_class(self.plan.online.scorer.name).recorded_since):
+            return []
         return [Rollout.from_row(row, str(path)) for row in read(path) if "output" in row] if path.is_file() else []
 
 

@@ -529,6 +529,15 @@ def test_samples_without_a_score_are_those_of_training_in_the_metrics_of_trainin
     assert current._train_metrics(rollouts)["without_score"] == 1
 
 
+def test_there_is_no_win_rate_over_answers_that_another_scorer_scored(tmp_path: Path) -> None:
+    plan: Any = SimpleNamespace(directory=RunDir(tmp_path), directory_of=lambda number: tmp_path / str(number),
+                                online=SimpleNamespace(scorer=SimpleNamespace(name="function")))  # fmt: skip
+    row = Rollout(Sample(Prompt("p", (), "eval"), 0, "x"), Score(1.0)).to_row()
+    for number, functions in enumerate((["length"], ["length"], ["longer"])):
+        write_sealed(tmp_path / str(number) / "scores.jsonl", [row], {"functions": functions, "samples": str(number)}, {})
+    assert [len(Round(plan, number, tmp_path / str(number))._first_rollouts()) for number in range(3)] == [1, 1, 0]
+
+
 # --- what an online run resumes from
 
 
