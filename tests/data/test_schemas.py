@@ -303,7 +303,7 @@ def test_text_is_trained_on_as_it_is(tmp_path: Path, bos: bool) -> None:
     data = prepared(jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts]), tmp_path, tokenizer=made)
     whole = [made.decode([*item.prompt, *item.completions[0].ids]) for item in data]
     start = "<s>" if bos else ""
-    assert whole == [f"{start}Once upon a time</s>", "<s>Once</s>", f"{start}{texts[2]}"]
+    assert whole == [f"{start}Once upon a time</s>", "<s>Once</s>", f"{start}{texts[2].rstrip()}"]
     for item in data:
         (completion,) = item.completions
         assert completion.scored.tolist() == [bos, *[True] * (len(completion.ids) - 1)], "the first token has nothing before it"
