@@ -146,6 +146,11 @@ def _clamps(now: RunFacts) -> bool:
     return now.config.humanline.low is not None or now.config.humanline.high is not None
 
 
+def _renders_otherwise_in_rounds(now: RunFacts) -> bool:
+    online, data = now.config.online, now.config.data
+    return online is not None and online.steps is None and bool(data.system != "keep" or data.chat_template_kwargs)
+
+
 # Oldest first. Whoever changes the arithmetic adds an entry here, with a higher number; changes of one release share it.
 HISTORY = (
     Revision(1, "2026-11-26", "a trained head's gradient is summed in float32 over its chunks", _sums_head_in_parts),
@@ -204,6 +209,8 @@ HISTORY = (
              " blocks of queries", lambda now: now.half and now.device == "cpu"),
     Revision(18, "2026-11-30", "exact_match compares numbers by their values, and by one rule in answers and solutions; an answer"
              " begins after the last ####", _matches_answers),
+    Revision(18, "2026-11-29", "rounds train with data.system and data.chat_template_kwargs, with which they sample",
+             _renders_otherwise_in_rounds),
     Revision(18, "2026-11-29", "optim.lr_by_name matches names of the model itself, without what wraps it in a launch",
              _names_beginnings),
     Revision(18, "2026-11-29", "an evaluation of a loss on rollouts has all samples of a prompt in one batch",

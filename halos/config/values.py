@@ -59,6 +59,15 @@ def quoted(value: Any) -> str:
     return f"'{text}'"
 
 
+def typed(value: Any) -> str:
+    """Return a value in Hydra's grammar, with text quoted at any depth; names in a mapping are as they are."""
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{name}:{typed(part)}" for name, part in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(typed, value)) + "]"
+    return quoted(value) if isinstance(value, str) else show(value)
+
+
 def as_argument(key: str, value: Any) -> str:
     """Return `key=value` for a shell, quoted for Hydra where necessary, and then for the shell."""
     plain = isinstance(value, str | Path) and re.fullmatch(r"[\w./@:+-]+", str(value), re.ASCII)

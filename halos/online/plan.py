@@ -19,7 +19,7 @@ from halos.config.reference_checks import refuse_moving_between_rounds
 from halos.config.resume_policy import value_at
 from halos.config.rollout_modules import engine_class, scorer_class, scorer_names
 from halos.config.schema import Config, Online, path_keys
-from halos.config.values import quoted
+from halos.config.values import quoted, typed
 from halos.data.custom_format import entries_of
 from halos.data.tokenize import Encoder
 from halos.errors import UserError
@@ -241,6 +241,7 @@ class OnlinePlan:
                           f"train.correction_floor={'null' if floor is None else floor}"]  # fmt: skip
         if self.date is not None:
             overrides.append(f"data.date={self.date}")
+        overrides += [f"data.system={config.data.system}", f"data.chat_template_kwargs={typed(config.data.chat_template_kwargs)}"]
         if online.carry_optimizer:
             overrides.append("checkpoint.at_end=true")
         if number and self.one_warmup:

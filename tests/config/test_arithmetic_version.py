@@ -39,6 +39,7 @@ def computed(**other: Any) -> RunFacts:
         train=SimpleNamespace(microbatch_size=4, microbatch_tokens=None, share_prompts=False, max_length=512,
                               log_every=1),
         loss={"_target_": "halos.losses.sft.sft"}, checkpoint={"merge_lora": True}, model=SimpleNamespace(attention="auto"),
+        data=SimpleNamespace(system="keep", chat_template_kwargs={}),
         optim={}, humanline=SimpleNamespace(low=None, high=None),
     )  # fmt: skip
     known = {"before": {}, "model": {"vocab_size": 350}, "half": False, "reads": "language", "refers": False, "packed": True}
@@ -253,6 +254,16 @@ def test_losses_of_the_users_own_may_have_lost_a_perplexity_that_was_none() -> N
         now = computed()
         now.config.loss["_target_"] = target
         assert any("perplexity is that of" in note for note in arithmetic_version.notes_since(17, now)) is named
+
+
+def test_settings_of_the_template_affect_rounds_that_trained_without_them() -> None:
+    for steps, kwargs, system, named in (
+        (None, {"a": 1}, "keep", True), (None, {}, "merge", True), (None, {}, "keep", False), (9, {"a": 1}, "keep", False),
+    ):  # fmt: skip
+        now = computed()
+        vars(now.config).update(online=SimpleNamespace(steps=steps, loss="dpo"))
+        vars(now.config.data).update(chat_template_kwargs=kwargs, system=system)
+        assert ("with which they sample" in why(now, 17)) is named
 
 
 def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_none_means() -> None:
