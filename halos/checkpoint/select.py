@@ -185,6 +185,14 @@ def require_whole(path: Path) -> Path:
     return path
 
 
+def refuse_older_final(run: Path) -> None:
+    """Raises UserError where a run has gone on since it wrote FINAL, and has a newer checkpoint."""
+    listing, saved = manifest.read(run / "FINAL"), checkpoints(run / "checkpoints")
+    step = None if isinstance(listing, manifest.Fault) else listing.get("step")
+    if saved and type(step) is int and step < step_of(saved[-1]):
+        raise UserError(f"{run} has gone on since its FINAL, which is of step {step}: name {run / 'FINAL'}, or {saved[-1]}")
+
+
 def score_of(path: Path, metric: str, evaluations: Mapping[int, Mapping[str, Any]]) -> float | None:
     """Return a checkpoint's evaluation metric, or None where it has none: of its own step where that is among `evaluations`, else
     what was saved with it."""

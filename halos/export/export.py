@@ -55,6 +55,7 @@ class SavedModel:
         if not path.is_dir():
             raise UserError(f"{path}: there is no such directory")
         confined.refuse_links(path / "FINAL", path)
+        select.refuse_older_final(path)
         path = (path / "FINAL" if (path / "FINAL").is_dir() else path).resolve()
         if is_run(path):
             newest = next(reversed(select.checkpoints(path / "checkpoints")), None)

@@ -350,6 +350,17 @@ def test_an_export_to_where_nothing_can_be_written_is_one_message(
     assert said.endswith("; name another --output\n")
 
 
+def test_a_run_that_goes_on_after_its_final_is_asked_which_model_is_meant(runs: Path, tmp_path: Path, ends: Any) -> None:
+    going_on = shutil.copytree(runs / "lora", tmp_path / "run")
+    final, step = going_on / "FINAL", going_on / "checkpoints" / "step-00000004"
+    (final / manifest.NAME).write_text(manifest.describe(final, {"step": 2}))
+    status, said = ends("export", going_on, "--output", tmp_path / "out")
+    assert (status, (tmp_path / "out").exists()) == (2, False)
+    assert f"has gone on since its FINAL, which is of step 2: name {final}, or {step}" in said
+    assert ends("export", final, "--output", tmp_path / "of_final")[0] == 0
+    assert ends("export", step, "--output", tmp_path / "of_step")[0] == 0
+
+
 def test_a_checkpoint_that_is_not_whole_is_not_exported(step: Path, tmp_path: Path, ends: Any) -> None:
     shutil.copytree(step, tmp_path / "step")
     (tmp_path / "step" / "metrics.json").write_text("{}")
