@@ -41,6 +41,8 @@ def _completed(name: Any, node: Any) -> dict[str, Any]:
     key = f"loss.parts.{name}"
     if not isinstance(name, str) or not name.isidentifier():
         raise UserError(f"loss.parts: a part cannot be named {name!r}: use letters, digits and _")
+    if name == "loss":
+        raise UserError("loss.parts: a part cannot be named loss, as metrics loss/... are of all parts: name it otherwise")
     if not isinstance(node, Mapping) or "weight" not in node:
         raise UserError(f"{key} takes a mapping with a weight, and keys of the loss: {{weight: 1}}, not {show(node)}")
     if node.get("_target_") is not None:

@@ -5,13 +5,30 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from halos.losses.entropy import Coefficient, adapt_entropy, check, token_statistics, with_entropy  # noqa: F401
+from halos.losses.entropy import Coefficient, adapt_entropy, token_statistics, with_entropy  # noqa: F401
+from halos.losses.entropy import check as check_entropy
 from halos.losses.rollouts import KL, all_equal, clipped, is_clipped, log_ratio, mean_kl, report, rewards_per_token, whiten
 from halos.types import Estimates, Loss, Mean, Range, Sampled, ValuedRollouts
 
 
 def needs_reference(*, kl_coefficient: float) -> bool:
     return kl_coefficient > 0
+
+
+def check(
+    *,
+    kl_coefficient: float,
+    kl_target: float | None,
+    entropy_coefficient: float,
+    entropy_target: float | None,
+    entropy_most: float,
+) -> str | None:
+    if kl_target is not None and kl_coefficient == 0:
+        return (
+            f"loss.kl_target={kl_target:g} is followed by a factor of loss.kl_coefficient, and 0 stays 0: give a coefficient"
+            " above 0, or leave the target out"
+        )
+    return check_entropy(entropy_coefficient=entropy_coefficient, entropy_target=entropy_target, entropy_most=entropy_most)
 
 
 def adapt(

@@ -24,6 +24,8 @@ def checked_loss(loss: Any, name: str, policy: Any, items: int) -> Loss:
     if not isinstance(loss, Loss):
         raise UserError(f"the loss {name} returns a {type(loss).__name__}: return a halos.types.Loss")
     for term in loss.terms.values():
+        if not isinstance(term.values, Tensor):
+            raise UserError(f"the loss {name} returns a {type(term.values).__name__} as its values: return a tensor of losses")
         _refuse_shape(term, name, policy, items)
     if torch.is_grad_enabled() and not loss.values.requires_grad and any(part.requires_grad for part in _tensors(policy)):
         _refuse_constant(loss.values, name)

@@ -43,6 +43,7 @@ def test_losses_of_items_or_tokens_pass(shape: tuple[int, ...]) -> None:
         (Loss(torch.zeros(3), {7: COUNT}), TOKENS, "a metric 7, whose name is a int: names are text"),  # type: ignore[dict-item]
         (Loss(torch.zeros(3), {"mine": Mean(torch.zeros(3), torch.ones(3))}), TOKENS, r"metric mine .*: use halos.types.Mean.of"),
         (Loss(torch.zeros(3), {"mine": Mean(1.0, 2.0)}), TOKENS, r"metric mine .*: use halos.types.Mean.of"),  # type: ignore[arg-type]
+        (Loss(0.5, {}), TOKENS, "mine returns a float as its values: return a tensor"),  # type: ignore[arg-type]
         (Loss(torch.ones(3), {}), LEARNED, "values without a gradient: compute them from its first argument"),
         (Loss(torch.zeros(3), {"mine": 0.5}), TOKENS, "a float as metric mine: return halos.types.Mean.of"),  # type: ignore[dict-item]
     ],
