@@ -19,6 +19,9 @@ MARKS = (b'"sha256"', b'"seal"', b'"files"', b'"format"')
 # files that loading a model reads, whether or not a manifest lists them
 LOADED = ("*.safetensors", "*.index.json", "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json",
           "*.jinja", "vocab*", "merges.txt")  # fmt: skip
+# prefixes of files that go with an adapter or a model which is a part of a checkpoint or FINAL
+WITH_EACH_PART = ("value_head/", "lineage.json", "tokenizer", "special_tokens_map.json", "chat_template",
+                  "generation_config.json")  # fmt: skip
 EDITABLE = ("README.md",)  # people may rewrite these
 
 
@@ -61,8 +64,8 @@ def _is_ours(directory: Path) -> bool:
 
 
 def _damage(root: Path, part: str, cache: Path | None) -> list[manifest.Fault]:
-    """Return the faults of all files saved at `root`, or of one `part` of them with its value head and lineage."""
-    faults = manifest.verify(root, digest=partial(file_hash, cache=cache), only=(part, "value_head/", "lineage.json"))
+    """Return the faults of all files saved at `root`, or of one `part` of them with what goes with it."""
+    faults = manifest.verify(root, digest=partial(file_hash, cache=cache), only=(part, *WITH_EACH_PART))
     return [fault for fault in faults if fault.file not in EDITABLE and (fault.is_listed or _is_loaded(fault.file))]
 
 

@@ -7,10 +7,9 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
@@ -18,12 +17,13 @@ from peft import PeftConfig
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from halos import confined
-from halos.checkpoint import card, integrity, lineage, manifest, select
+from halos.checkpoint import card, lineage, select
 from halos.checkpoint.commit import HIDDEN, staged
-from halos.checkpoint.weights import HEAD_FILE, SHARDED, VALUE_HEAD
+from halos.checkpoint.weights import HEAD_FILE, VALUE_HEAD
 from halos.confined import NO_CODE
 from halos.errors import UserError, user_errors
 from halos.export.consolidate import consolidated
+from halos.export.saved_model import SavedModel
 from halos.logps.vocabulary import Vocabulary
 from halos.merge import deviation, expected
 from halos.merge.base_weights import TensorNames
@@ -32,67 +32,10 @@ from halos.merge.proof import Case
 from halos.merge.safetensors_io import SHARD, Entry, SafeFile, blocks, weight_files, write_sharded
 from halos.models.load import describe_head
 from halos.reward_kind import RewardKind
-from halos.rundir import is_run
 
 TEMPLATES = "additional_chat_templates"  # directory of the tokenizer's named chat templates, next to the default one
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "vocab*", "merges.txt")
 CASTABLE = {torch.float64, torch.float32, torch.float16, torch.bfloat16}  # dtypes of weights that --dtype converts
-
-
-@dataclass(frozen=True, slots=True)
-class SavedModel:
-    """The directories of a checkpoint, of FINAL, or of one adapter or model from elsewhere."""
-
-    path: Path
-    adapter: Path | None
-    model: Path | None
-    sharded: Path | None = None  # a model that the ranks wrote as shards
-    head: Path | None = None  # the directory of a value head, if not `path`
-
-    @classmethod
-    def at(cls, path: Path) -> "SavedModel":
-        """Look at `path`. Raises UserError where nothing is saved there, or a file has changed since."""
-        if not path.is_dir():
-            raise UserError(f"{path}: there is no such directory")
-        confined.refuse_links(path / "FINAL", path)
-        select.refuse_older_final(path)
-        path = (path / "FINAL" if (path / "FINAL").is_dir() else path).resolve()
-        if is_run(path):
-            newest = next(reversed(select.checkpoints(path / "checkpoints")), None)
-            instead = f"name a checkpoint, such as {newest}" if newest else "and it has saved no checkpoint"
-            raise UserError(f"{path} has no FINAL yet: {instead}")
-        confined.inspect(path, home=confined.root_of(path))  # what is exported may go to the hub
-        faults = manifest.verify(path) if (path / manifest.NAME).exists() else []
-        if faults:
-            raise UserError(f"{path} is not whole: {'; '.join(str(fault) for fault in faults[:3])}")
-        integrity.check(path, "export")
-        adapter = next((each for each in (path / "adapter", path) if (each / "adapter_config.json").is_file()), None)
-        model = next((each for each in (path / "model", path) if (each / "config.json").is_file()), None)
-        if adapter is not None and adapter == model:
-            raise UserError(
-                f"{path} holds a whole model and an adapter side by side, and from_pretrained would load one onto the other: move"
-                " adapter_config.json and adapter_model.safetensors into a directory of their own, and export one of the two"
-            )
-        sharded = path / SHARDED if (path / SHARDED).is_dir() else None
-        if adapter is None and model is None and sharded is None:
-            raise UserError(
-                f"{path} holds neither an adapter nor a model: give a checkpoint, FINAL, or a directory of one of them"
-            )
-        return cls(path, adapter, model, sharded)
-
-    def copy(self, file: Path, output: Path) -> None:
-        """Copy one of its files unchanged into `output`."""
-        if not file.is_file():
-            raise UserError(f"{file} is not there: {self.path} is not whole")
-        confined.copy(file, output / file.name, within=confined.root_of(self.path))
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.path / "tokenizer" if (self.path / "tokenizer").is_dir() else self.path
-
-    @property
-    def lineage(self) -> dict[str, Any] | None:
-        return lineage.of_adapter(self.path) if self.adapter == self.path else lineage.read(self.path)
 
 
 def merged(path: Path, output: Path, *, dtype: torch.dtype | None = None, base: Path | None = None, shard: int = SHARD) -> str:
@@ -141,8 +84,8 @@ def adapter(path: Path, output: Path, *, base: Path | None = None) -> str:
         vocabulary = Vocabulary.load(saved.adapter)
         if vocabulary is not None:
             vocabulary.save(hidden)
-        if (saved.path / "generation_config.json").is_file():
-            _copy_generation(saved.path, saved, hidden)
+        if (saved.home / "generation_config.json").is_file():
+            _copy_generation(saved.home, saved, hidden)
         chain, settings = saved.lineage, hidden / "adapter_config.json"
         name = chain["runs"][-1]["base"]["name"] if chain else ""
         if base is not None or lineage.on_the_hub(name):
@@ -273,16 +216,15 @@ def _copy_tokenizer_and_head(saved: SavedModel, output: Path) -> None:
         (output / TEMPLATES).mkdir()
         for file in templates:
             saved.copy(file, output / TEMPLATES)
-    candidates = (saved.head,) if saved.head is not None else (saved.path, saved.path.parent)
-    head = next((at for at in candidates if (at / VALUE_HEAD / HEAD_FILE).is_file()), None)
-    if head is not None and (head in (saved.path, saved.head) or saved.path.name in ("adapter", "model")):
+    head = saved.head or saved.home
+    if (head / VALUE_HEAD / HEAD_FILE).is_file():
         (output / VALUE_HEAD).mkdir()
         confined.copy(head / VALUE_HEAD / HEAD_FILE, output / VALUE_HEAD / HEAD_FILE, within=head)
 
 
 def _copy_generation(model: Path, saved: SavedModel, output: Path) -> None:
     """Copy the generation settings of `saved`, else those of `model`."""
-    source = next((at for at in (saved.path, model) if (at / "generation_config.json").is_file()), None)
+    source = next((at for at in (saved.home, model) if (at / "generation_config.json").is_file()), None)
     if source is not None:
         with user_errors(f"{source}/generation_config.json cannot be used"):
             GenerationConfig.from_pretrained(source).save_pretrained(output)
@@ -295,6 +237,6 @@ def _write_description(saved: SavedModel, output: Path, title: str, *, adapter: 
         if chain is not None:
             facts = {key: value for key, value in chain["runs"][-1]["result"].items() if key not in ("model", "record")}
             chain = lineage.write(output, lineage.public(chain), {"adapter" if adapter else "model": output}, **facts)
-        if metrics := select.metrics_of(saved.path):
+        if metrics := select.metrics_of(saved.home):
             (output / "metrics.json").write_text(json.dumps(metrics, indent=1))
         card.write(output, chain, adapter=adapter, reward=reward, title=title)

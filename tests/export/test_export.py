@@ -31,6 +31,7 @@ from halos.models.locate import locate
 from halos.run.lifecycle import run
 from tests import mixtures
 
+VARYING = ("manifest.json", "README.md", "merge_report.json")  # the title and the time of an export
 SHORT = ["train.steps=4", "train.batch_size=8", "checkpoint.every=2", "optim.lr=1e-2", "train.eval_at_start=true"]
 
 
@@ -114,6 +115,28 @@ def test_an_adapter_alone_loads_with_peft(step: Path, tmp_path: Path, ends: Any)
     assert (logits(peft.PeftModel.from_pretrained(base, str(out))) - before).abs().max() > 1e-3
     assert front(out)["library_name"] == "peft"
     assert lineage.read(out)["runs"][-1]["result"]["adapter"] == lineage.identity(step / "adapter")  # type: ignore[index]
+
+
+@pytest.mark.parametrize("overrides", [["--merged"], ["--adapter"]])
+@pytest.mark.parametrize("place", ["checkpoints/step-00000002", "FINAL"])
+def test_the_adapters_own_directory_is_exported_with_all_that_goes_with_it(
+    place: str, overrides: list[str], runs: Path, tmp_path: Path, ends: Any
+) -> None:
+    whole, own = tmp_path / "whole", tmp_path / "own"
+    base = str(peft.PeftConfig.from_pretrained(str(runs / "lora" / place / "adapter")).base_model_name_or_path)
+    for path, output in ((runs / "lora" / place, whole), (runs / "lora" / place / "adapter", own)):
+        assert ends("export", path, "--output", output, "--base", base, *overrides)[0] == 0
+    both = [{path.name: path.read_bytes() for path in at.iterdir() if path.name not in VARYING} for at in (whole, own)]
+    assert both[0] == both[1]
+    assert {"tokenizer.json", "generation_config.json", "chat_template.jinja", "lineage.json"} <= both[0].keys()
+    assert json.loads(both[1]["generation_config.json"])["eos_token_id"] == [1], "a list: the run's, and not the base's"
+
+
+def test_what_goes_with_an_adapter_is_not_exported_damaged(runs: Path, tmp_path: Path, ends: Any) -> None:
+    final = Path(shutil.copytree(runs / "lora" / "FINAL", tmp_path / "FINAL"))
+    (final / "chat_template.jinja").write_text("{{ 'other' }}")
+    status, said = ends("export", final / "adapter", "--adapter", "--output", tmp_path / "out")
+    assert (status, "chat_template.jinja: " in said) == (2, True), said
 
 
 @pytest.mark.parametrize("place", ["checkpoints/step-00000002", "FINAL"])
