@@ -316,7 +316,9 @@ def test_a_masked_sample_is_counted_as_one_that_is_not_imitated(tmp_path: Path):
     row = {"type": "scalar_feedback", "prompt": "One?", "output": "one", "reward": 1}
     path = jsonl(tmp_path / "a.jsonl", [row, {**row, "masked": True}])
     data = prepared(path, tmp_path, kind=Demonstration)
-    assert data.lines() == [f"{path}: 2 rows, 1 examples kept; dropped 1 (1 masked or empty, not to be imitated)"]
+    assert data.lines() == [
+        f"{path}: 2 rows, 1 examples kept; dropped 1 (1 masked or empty, not to be imitated); 1 {row_tokeniser.IMITATED}"
+    ]
 
 
 def test_text_as_it_is_ends_with_one_end_token_and_its_special_tokens_are_counted(tmp_path: Path):

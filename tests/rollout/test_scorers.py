@@ -210,7 +210,7 @@ def test_the_arguments_that_choose_a_scorer_are_parsed_as_its_settings(settings:
 
 # What else these words name: the functions of tool calls, and a loss that is asked for by another name
 OTHER_MEANINGS = {
-    "data/messages.py", "data/omissions.py", "data/endings.py", "data/rendering.py", "data/schemas/sharegpt.py",
+    "data/messages.py", "data/omissions.py", "data/dates.py", "data/endings.py", "data/rendering.py", "data/schemas/sharegpt.py",
     "config/suggest.py", "config/arithmetic_version.py",
 }  # fmt: skip
 
