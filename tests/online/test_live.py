@@ -91,16 +91,13 @@ def test_the_sampler_of_a_sharded_policy_rounds_the_layers_as_training_does(
 ) -> None:
     """FSDP2 all-gathers layers in bfloat16, weights of norms included, which autocast leaves in float32: 1e-2 apart, and so are
     two kernels of attention."""
-    (tmp_path / "one_kernel.py").write_text("from halos.logps import blockwise\nblockwise.takes = lambda *of: False\n")
+    (tmp_path / "one_kernel.py").write_text(
+        "from halos.hooks.base import Hook\nfrom halos.logps import blockwise\nblockwise.takes = lambda *of: False\n"
+        "class Imported(Hook):\n    pass\n"
+    )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    words = [
-        "plugins=[one_kernel]",
-        *LIVE,
-        "data.eval=[]",
-        "online.steps=2",
-        "online.sampler.max_new_tokens=16",
-        "train.precision=bfloat16",
-    ]
+    words = [*LIVE, "data.eval=[]", "online.steps=2", "online.sampler.max_new_tokens=16", "train.precision=bfloat16",
+             "plugins=[one_kernel]", "+hooks.one_kernel={_target_: one_kernel.Imported}"]  # fmt: skip
     command(*words, "online.scorer.functions=[{function: length, target: 12}]", "exp_name=two", launch=2, config="cpu2_fsdp2")
     for row in rows(tmp_path / "two", "train"):
         assert 0 < row["mismatch/mean"] < 3e-3
