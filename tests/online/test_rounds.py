@@ -239,7 +239,7 @@ def test_a_finished_run_continues_when_more_rounds_are_requested(tmp_path: Path,
     started = StartedRun(tmp_path, cache, ["online.loss=sft"])
     started.finish()
     before = started.story()
-    started.finish("online.rounds=3", "online.prompts_per_round=9")
+    started.finish("online.rounds=3", "online.prompts_per_round=9", "resume_changes=allow")
     after = started.story()
     drawn = [row["prompt_id"] for path in sorted(started.run.glob("rounds/*/prompts.jsonl")) for row in read(path)
              if row["split"] == "train"]  # fmt: skip
