@@ -207,7 +207,7 @@ HISTORY = (
              " float32", _trains_whole_layers),
     Revision(18, "2026-11-29", "on a CPU logits of bfloat16 products are sums of two terms, and attention in bfloat16 is by"
              " blocks of queries", lambda now: now.half and now.device == "cpu"),
-    Revision(18, "2026-11-30", "exact_match compares numbers by their values, and by one rule in answers and solutions; an answer"
+    Revision(18, "2026-11-29", "exact_match compares numbers by their values, and by one rule in answers and solutions; an answer"
              " begins after the last ####", _matches_answers),
     Revision(18, "2026-11-29", "rounds train with data.system and data.chat_template_kwargs, with which they sample",
              _renders_otherwise_in_rounds),
