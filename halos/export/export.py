@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrai
 
 from halos import confined
 from halos.checkpoint import card, lineage, select
-from halos.checkpoint.commit import HIDDEN, staged
+from halos.checkpoint.commit import HIDDEN, DiskFullError, staged
 from halos.checkpoint.weights import HEAD_FILE, VALUE_HEAD
 from halos.confined import NO_CODE
 from halos.errors import UserError, user_errors
@@ -175,6 +175,8 @@ def _new_directory(output: Path, path: Path) -> Iterator[Path]:
             except BaseException:
                 shutil.rmtree(output.with_name(HIDDEN + output.name), ignore_errors=True)
                 raise
+    except DiskFullError as error:
+        raise UserError(f"{output}: no space is left there. Nothing was exported: free some, or name another --output") from error
     except Timeout as error:
         raise UserError(f"{output} is being written by another process: wait for it, or name another --output") from error
 

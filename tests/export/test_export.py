@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import shutil
 import sys
 import warnings
@@ -103,6 +104,18 @@ def test_final_is_handed_over_as_it_was_proved(runs: Path, tmp_path: Path, ends:
         assert mine.read_bytes()[-1000:] == final.read_bytes()[-1000:], mine.name
     mine, final = (load_file(place / "model.safetensors") for place in (tmp_path / "out", runs / "lora" / "FINAL"))
     assert all(tensor.equal(mine[name]) for name, tensor in final.items())
+
+
+@pytest.mark.parametrize("overrides", [["--merged"], ["--adapter"]])
+def test_a_disk_that_is_full_is_said_and_leaves_nothing(overrides: list[str], step: Path, tmp_path: Path, ends: Any) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        status, said = ends("export", step, "--output", tmp_path / "out", *overrides)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (status, list(tmp_path.iterdir())) == (2, [])
+    assert re.search("out: no space is left there. Nothing was exported", said)
 
 
 def test_an_adapter_alone_loads_with_peft(step: Path, tmp_path: Path, ends: Any) -> None:
