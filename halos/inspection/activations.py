@@ -22,6 +22,7 @@ from halos.examples import Completion, PackRow
 from halos.logps.hidden import backbone_of, hidden_states
 from halos.logps.model import bare
 from halos.logps.modes import adapter_off
+from halos.logps.varlen import layout_of
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,8 @@ def of(model: nn.Module, device: torch.device) -> Activations | None:
     except Exception as error:  # any architecture may need the values of a tensor
         log.debug("activations cannot be estimated: %s: %s", type(error).__name__, error)
         return None
+    finally:
+        layout_of.cache_clear()  # its tensors have no storage, and a run may follow in this process
     tokens = TRUNK + 2 * BRANCH
     more = max(0.0, shared.kept - alone.kept) / (TRUNK + BRANCH)
     working = (alone.peak - alone.kept) / tokens

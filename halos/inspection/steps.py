@@ -87,7 +87,7 @@ class Steps:
             Fact(
                 "steps",
                 f"{self.total:,}",
-                f"each of {batch_size} items; {self.per_epoch:,} {self._a_part}, {epochs:.3g} {self.part}{"s" * (epochs != 1)}",
+                f"each of {batch_size} items; {self.per_epoch:,} {self._a_part}, {epochs:.3g} {self.part}{'s' * (epochs != 1)}",
             ),
             Fact(f"tokens of {part}", f"{self.tokens:,}", scored),
             Fact("tokens of all steps", f"{self.all_tokens:,}", f"{self.all_tokens / max(1, self.total):,.0f} a step"),

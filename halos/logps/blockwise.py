@@ -6,7 +6,6 @@ backward pass computes the weights of a block again.
 """
 
 from collections.abc import Iterator
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 BLOCK = 64  # queries: their logits stay in a core's cache
+# added to the logits of a block's own keys, of which a query does not see later ones; made here, whatever mode a call is in
+_LATER = torch.full((BLOCK, BLOCK), float("-inf"), device="cpu").triu(1)
 
 
 def takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -98,14 +99,8 @@ def _weights(rows: Tensor, key: Tensor, block: _Block, earlier: int, scale: floa
     logits = torch.baddbmm(rows.new_empty(()), rows, seen.mT, beta=0, alpha=scale)
     size = block.end - block.start
     by_query = logits.view(len(key), -1, size, logits.shape[2])
-    by_query[..., -size:] += _later(size)  # of other queries of the block
+    by_query[..., -size:] += _LATER[:size, :size]  # of other queries of the block
     if window is not None and block.first + window < block.last:
         oldest = torch.arange(earlier + block.start, earlier + block.end)[:, None] - window
         by_query.masked_fill_(torch.arange(block.first, block.last) <= oldest, float("-inf"))
     return logits.softmax(-1)
-
-
-@cache
-def _later(size: int) -> Tensor:
-    """What is added to the logits of a block's own keys: -inf for those after a query."""
-    return torch.full((size, size), float("-inf")).triu(1)

@@ -1,11 +1,13 @@
 """Attention by blocks of queries in bfloat16, held against a dense softmax in float64."""
 
+import importlib.util
 import math
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from halos.logps import attention, blockwise
@@ -55,6 +57,21 @@ def test_values_and_gradients_are_those_of_the_definition(queries: int, keys: in
         assert ours.shape == theirs.shape
         assert ours.dtype is torch.bfloat16
         assert (ours - theirs).norm() <= 2**-7 * theirs.norm() + 1e-6
+
+
+def test_a_call_without_storage_leaves_nothing_to_later_ones() -> None:
+    """As the estimate of a dry run makes before the run itself, in one process."""
+    spec = importlib.util.spec_from_file_location("fresh_blockwise", blockwise.__file__)
+    assert spec is not None
+    assert spec.loader is not None
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert fresh.attend(*drawn(100, 100)[:3], scale=0.3, window=None).shape == (1, HEADS, 100, SIZE)
+    query, key, value = (each.detach() for each in drawn(100, 100)[:3])
+    before = fresh.attend(query, key, value, scale=0.3, window=None)
+    key[:, :, 50:] += 1
+    assert torch.equal(fresh.attend(query, key, value, scale=0.3, window=None)[:, :, :50], before[:, :, :50])
 
 
 def test_it_is_no_less_exact_than_torchs_own() -> None:
