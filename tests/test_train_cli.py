@@ -226,6 +226,7 @@ WRONG = [
     (["hooks.x.api_key=abc=def"], ["hooks.x.api_key", "WANDB_API_KEY"]),
     (["model.revision=tk_0123456789abcdefghij"], ["model.revision"]),
     (["resume=x", "-m"], ["-m"]),
+    (["train.steps=5", "train.epochs=1", "resume=auto"], ["train.steps=5 and train.epochs=1 are two lengths of one run"]),
 ]
 
 

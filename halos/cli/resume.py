@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from halos.cli.compose import ConfigTree, keys, plain, set_values
 from halos.cli.overrides import repeatable
@@ -15,6 +16,7 @@ from halos.config.overrides import Choices, Override, resolve_keys, typed_keys
 from halos.config.resume_policy import Change, PreviousRun
 from halos.config.schema import SAFE, Config
 from halos.config.secrets import refuse_saved_addresses
+from halos.confined import expanded
 from halos.distributed.environment import count_from_environment
 from halos.errors import UserError, printable
 from halos.repository import CONFIG
@@ -108,6 +110,17 @@ def _set_steps(composed: DictConfig, overridden: Collection[str]) -> None:
         raise UserError(f"train.steps={steps} ends within a batch, from which {each} steps learn: give online.steps instead")
     else:
         OmegaConf.update(composed, "online.steps", steps // each)
+
+
+def begin_where_none(composed: DictConfig) -> None:
+    """Take resume=auto out of a composed configuration where there is no run of its name: what it begins is checked as any other
+    start is."""
+    try:
+        is_new = composed.resume == AUTO and not is_run(expanded(composed.run_dir))
+    except OmegaConfBaseException:  # which the check of all keys reports
+        return
+    if is_new:
+        composed.resume = None
 
 
 def continue_if_started(config: Config, overrides: Sequence[str]) -> list[Change]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from halos.cli import online
 from halos.cli.compose import ConfigTree
 from halos.cli.result import Result
-from halos.cli.resume import AUTO, continue_if_started, load_run
+from halos.cli.resume import AUTO, begin_where_none, continue_if_started, load_run
 from halos.config import validate
 from halos.config.overrides import Override
 from halos.config.resume_policy import LENGTH, Change
@@ -37,6 +37,7 @@ def asks_no_more(parsed: Sequence[Override], tree: ConfigTree) -> bool:
 def _configured(parsed: Sequence[Override], tree: ConfigTree) -> tuple[Config, list[str]]:
     """Compose and check a new run; also returns its overrides with resolved keys."""
     composed, resolved = tree.compose_parsed(parsed)
+    begin_where_none(composed)
     overrides = [one.text for one in resolved]
     config = validate.check(composed, overrides, tree.choices)
     config.loss_choice = tree.own_choice(config)

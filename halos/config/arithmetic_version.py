@@ -130,7 +130,9 @@ def _matches_answers(now: RunFacts) -> bool:
     """Return whether rewards compare final answers; the code of our own functions is not among what a resume compares."""
     scorer = (now.before.get("online") or {}).get("scorer") or {}
     paths = [str(each.get("function") if isinstance(each, Mapping) else each) for each in scorer.get("functions") or []]
-    return any(path.removeprefix("halos.online.rewards.") in ("exact_match", "maths") for path in paths)
+    own = ("halos.online.rewards.", "halos.rollout.rewards.")  # where they stood, and stand
+    names = {path.removeprefix(own[0]).removeprefix(own[1]) for path in paths}
+    return not names.isdisjoint(("exact_match", "maths"))
 
 
 def _adds_nothing_to_deviations(now: RunFacts) -> bool:

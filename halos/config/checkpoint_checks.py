@@ -38,12 +38,13 @@ def pinned_beyond(config: Config, total: int) -> str | None:
     )
 
 
-def watches_rewards_of_data(config: Config, loss: LossTraits) -> str | None:
-    """Return a message where something acts by the mean of the rewards in a file, which no training changes."""
+def watches_rewards_of_data(config: Config, loss: LossTraits, sources: Sequence[str] = ()) -> str | None:
+    """Return a message where something acts by the mean of the rewards in a file, which no training changes; `sources` are the
+    names of those that are measured apart. A hook may measure rewards of its own."""
     metric, watched = config.objective.metric, watching(config)
     if watched is None or config.online is not None or config.resume is not None:
         return None
-    if not loss.on_rollouts or metric.rpartition("/")[2] != "reward":
+    if not loss.on_rollouts or metric not in ("reward", *(f"{source}/reward" for source in sources)):
         return None
     return (
         f"{watched} watches objective.metric={metric}, which with loss={loss.name} is the mean of the rewards in data.eval and"

@@ -129,7 +129,8 @@ def _peft(config: Config, overrides: Sequence[str]) -> str | None:
                 f"checkpoint.merge_dtype={dtype} is of merged weights, and with peft=none nothing is merged: leave it out;"
                 f" afterwards, python -m halos.checkpoint export RUN --output DIR --dtype {dtype} converts"
             )
-    if wrong := next((name for name, alpha in config.peft.alpha_pattern.items() if not 0 < alpha < math.inf), None):
+    wrong = next((name for name, alpha in config.peft.alpha_pattern.items() if not 0 < alpha < math.inf), None)
+    if wrong and config.resume is None:
         return f"peft.alpha_pattern.{wrong} takes a number (above 0), not {config.peft.alpha_pattern[wrong]:g}"
     for key in ("lora_dropout", "use_dora"):
         value = getattr(config.peft, key)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from halos.config.bind import LossSpec
+from halos.config.checkpoint_checks import watches_rewards_of_data
 from halos.config.rollout_modules import scorer_class
 from halos.config.schema import Config
 from halos.config.suggest import nearest
@@ -42,6 +43,8 @@ def refuse_unavailable_objective(config: Config, loss: LossSpec, measuring: Sequ
         names = metrics_of(loss)
     sources = [] if online is not None else eval_sources(config)
     refuse_hidden_metrics(sources, names or ())
+    if complaint := watches_rewards_of_data(config, loss, sources):
+        raise UserError(complaint)
     of_source = next((name for name in sources if metric.removeprefix(f"{name}/") in (names or ())), None)
     if names is None or metric in names or of_source is not None or config.data.has_eval == bool(measuring):
         return

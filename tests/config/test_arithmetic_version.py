@@ -276,7 +276,7 @@ def test_only_sums_with_a_reward_function_of_the_users_own_are_affected_by_what_
 def test_runs_whose_rewards_compare_final_answers_are_affected_by_how_they_are_compared() -> None:
     for functions, named in (
         (["ends", "exact_match"], True), ([{"function": "halos.online.rewards.maths"}], True), (["mine.exact_match"], False),
-        (["last_number"], False), ([], False),
+        (["last_number"], False), ([], False), (["halos.rollout.rewards.exact_match"], True),
     ):  # fmt: skip
         before = {"online": {"scorer": {"functions": functions}}}
         assert ("numbers by their values" in why(computed(before=before), 17)) is named

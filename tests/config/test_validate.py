@@ -263,7 +263,9 @@ def test_what_is_typed_and_would_never_act_is_refused(typed, words):
         ["train.early_stopping=2", "train.steps=201"], ["loss=sft", "reference.cache=auto"],
         ["loss=sft", "reference.cache=never"], ["checkpoint.pinned=[20]", "train.steps=20"],
         [*ROLLOUTS, "checkpoint.keep_best=1", "objective.metric=loss", "objective.mode=min"],
+        [*ROLLOUTS, "checkpoint.keep_best=1", "objective.metric=gen/reward", "objective.mode=max"],  # of a hook
         [*LIVE, "checkpoint.keep_best=1"], [*ROUNDS, "checkpoint.keep_best=1"],
+        ["peft=lora", "peft.alpha_pattern={q_proj: 0}", "resume=runs/begun_before"],
     ],
 )  # fmt: skip
 def test_what_is_typed_and_acts_is_accepted(typed):

@@ -127,6 +127,18 @@ def test_a_mistyped_objective_is_refused_even_if_the_first_evaluation_is_far_off
         assemble(config, [], make_accelerator("auto"))
 
 
+def test_the_rewards_of_one_file_among_several_are_constant_too(configure: Callable[..., Config], tmp_path: Path) -> None:
+    """And those that a hook measures are not, whatever it is called."""
+    (tmp_path / "a.jsonl").write_text("{}\n")
+    entries = f"data.eval=[{{path: {tmp_path}/a.jsonl, name: one}}, {{path: {tmp_path}/a.jsonl, name: two}}]"
+    loss = bind_loss(next(case.settings for case in cases.of_this_package() if case.name == "grpo"), [])
+    for metric in ("one/reward", "gen/reward"):
+        config = configure("loss=grpo", "data=files", f"data.train=[{tmp_path}/a.jsonl]", entries, "checkpoint.keep_best=1",
+                           f"objective.metric={metric}", "objective.mode=max")  # fmt: skip
+        with pytest.raises(UserError, match="is not measured" if metric == "gen/reward" else "one/reward, which.* never changes"):
+            available_metrics.refuse_unavailable_objective(config, loss, [])
+
+
 def test_an_objective_that_a_users_loss_does_not_measure_costs_no_training(
     trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
