@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from halos.config.plugins import code_hash
 from halos.confined import expanded
-from halos.data import cache, compose
+from halos.data import cache, compose, fast_tokenizer
 from halos.data.compose import Entry
 from halos.data.dataset import is_whole, publish
 from halos.data.held_out import Rule, divided
@@ -204,4 +204,5 @@ def _tokenizer(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     backend = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
     named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     special = json.dumps({**named, "split_special_tokens": tokenizer.split_special_tokens}, sort_keys=True)
-    return [backend, special, chat_template(tokenizer, None), tokenizers.__version__, transformers.__version__]
+    versions = [tokenizers.__version__, transformers.__version__, *filter(None, [fast_tokenizer.version()])]
+    return [backend, special, chat_template(tokenizer, None), *versions]

@@ -29,7 +29,7 @@ class Worker:
     def __init__(self, tokenise: Any) -> None:
         settings = _pickled(tokenise)
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "TOKENIZERS_PARALLELISM": "false",
-                       "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+                       "RAYON_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
         self._process = subprocess.Popen(
             [sys.executable, "-m", "halos.data.tokenise_worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
             start_new_session=True,

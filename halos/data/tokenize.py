@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase, TokenizersBackend
 from halos.data import raw_text, shorten, steps, teacher
 from halos.data.encoded import Encoded, cut_completions, refuse_length, unless_equal, why_dropped
 from halos.data.endings import CALL
+from halos.data.fast_tokenizer import FastTokenizer
 from halos.data.messages import is_learned
 from halos.data.template import Layout, LostError, Span, Template, TogetherError, any_of
 from halos.errors import UserError
@@ -50,6 +51,7 @@ class Encoder:
         known = {"vocabulary": self._vocabulary, "num_ids": len(tokenizer), "temperature": temperature}
         self._with_teacher = partial(teacher.with_teacher, **known)
         added = tokenizer.added_tokens_decoder.values()
+        self._fast: FastTokenizer | None = None
         self._seams = any_of(str(t) for t in added if not (t.normalized or t.lstrip or t.rstrip or t.single_word))
 
     def encode(self, examples: Sequence[tuple[Example, str]]) -> list[Encoded | str]:
@@ -169,7 +171,8 @@ class Encoder:
     def _tokenise(self, texts: list[str], *, bounds: bool = False) -> list[_Tokens]:
         # Rendered text contains its special tokens, BOS included.
         if not bounds and (backend := backend_of(self._tokenizer)) is not None:
-            return [_Tokens(encoding.ids, []) for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+            self._fast = self._fast or FastTokenizer(backend)
+            return [_Tokens(ids, []) for ids in self._fast(texts)]
         encoding = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=bounds)
         offsets = encoding["offset_mapping"] if bounds else [()] * len(texts)
         return [_Tokens(*each) for each in zip(encoding["input_ids"], offsets, strict=True)]
