@@ -46,8 +46,10 @@ class FastTokenizer:
 
     def __init__(self, backend: Tokenizer) -> None:
         """`backend` neither truncates nor pads."""
-        self._backend, self._fast, self._is_tried = backend, None, False
-        self._characters = self._texts = 0
+        self._backend = backend
+        self._fast: _Fast | None = None
+        self._is_tried = False
+        self._characters = self._texts = 0  # since it was loaded, or before; and all that it was given
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Raises UserError where fastokens, which was proved equal before, gives other ids."""
