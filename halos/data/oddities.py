@@ -24,6 +24,7 @@ NO_EARLIER_END = "with an earlier scored turn that ends in no scored end token"
 SAMPLED_WITHOUT_END = "sampled without an end token, and not marked as cut (finish=length)"
 MASKED = "masked"
 SPLIT_COLUMNS = ("split", "subset")
+FIRST_LETTERS = 40  # of a turn, by which it is told from another before all of its words are read
 MOST_SPLITS = 20  # values; a column with more names no splits
 MOST_TEMPERATURES = 20  # that are counted each by itself
 HELD_OUT = re.compile(r"(test|eval|valid|val|dev|held)", re.IGNORECASE)  # how names of splits begin that are not to be trained on
@@ -36,12 +37,22 @@ def of_example(example: Example) -> list[str]:
         found.append(ENDS_WITH_ASSISTANT)
     if prompt and not any(turn.get("tool_calls") or str(turn.get("content") or "").strip() for turn in prompt):
         found.append(NO_WORDS)
-    first, *others = [_without_blanks(turns) for turns in example.completions]
-    if first in others and not all(turns == example.completions[0] for turns in example.completions[1:]):
+    first, *others = example.completions
+    if any(_differ_in_blanks_at_most(first, turns) for turns in others) and not all(turns == first for turns in others):
         found.append(BLANKS_APART)
     if isinstance(example, Scored) and example.masked:
         found.append(MASKED)
     return found
+
+
+def _differ_in_blanks_at_most(first: Turns, other: Turns) -> bool:
+    if len(first) != len(other):
+        return False
+    for one, another in zip(first, other, strict=True):  # how they begin tells most apart
+        begin, begins = ("".join(str(turn.get("content") or "")[:FIRST_LETTERS].split()) for turn in (one, another))
+        if not begin.startswith(begins) and not begins.startswith(begin):
+            return False
+    return _without_blanks(first) == _without_blanks(other)
 
 
 def _without_blanks(turns: Turns) -> list[tuple[Any, ...]]:
@@ -76,20 +87,23 @@ class EndTokens:
     def missing(self, encoded: Encoded, sampling: Sampling) -> str | None:
         """Return what is odd about an example of which a scored turn ends in none of the tokens, and was not cut."""
         for number, completion in enumerate(encoded.completions if encoded.step_labels is None else ()):
-            is_cut = len(encoded.prompt) + len(completion.ids) >= self.max_length
-            is_cut |= bool(sampling.cut) and sampling.cut[number]
-            *earlier, last = [int(token) in self.ids for token in completion.ids[_ends_of_turns(completion)]] or [True]
-            if not last and not is_cut:
-                return SAMPLED_WITHOUT_END if sampling.has_ids else NO_END
-            if not all(earlier):
+            tokens = completion.ids[_ends_of_turns(completion)].tolist()
+            if not tokens:
+                continue
+            if tokens[-1] not in self.ids:
+                is_cut = len(encoded.prompt) + len(completion.ids) >= self.max_length
+                is_cut |= bool(sampling.cut) and sampling.cut[number]
+                if not is_cut:
+                    return SAMPLED_WITHOUT_END if sampling.has_ids else NO_END
+            if not self.ids.issuperset(tokens[:-1]):
                 return NO_EARLIER_END
         return None
 
 
-def _ends_of_turns(completion: Completion) -> np.ndarray:
+def _ends_of_turns(completion: Completion) -> np.ndarray | slice:
     """Return the last index of every run of scored tokens."""
     if len(completion.scored) and completion.scored.all():
-        return np.array([len(completion.scored) - 1])
+        return slice(-1, None)
     ends = completion.scored.copy()
     ends[:-1] &= ~completion.scored[1:]
     return np.flatnonzero(ends)
