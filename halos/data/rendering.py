@@ -13,6 +13,7 @@ from halos.errors import UserError
 from halos.examples import Message
 
 WORD = "halos0developer"
+PLAIN_ROLES = ("system", "user", "assistant", "tool")  # which every template gets as they are
 _ERRORS = (TemplateError, TypeError, ValueError, KeyError, AttributeError, RecursionError)
 
 
@@ -64,7 +65,8 @@ class Renderer:
     def _without_python(self, plain: list[dict[str, Any]], text: str, settings: Mapping[str, Any], *, generate: bool) -> str:
         """Return a rendering with arguments of tool calls as JSON, where `text` has them as Python prints an object: a template
         that prints them as they are expects text (Functionary)."""
-        for printed in [str(arguments) for turn in plain for arguments in _arguments(turn) if arguments]:
+        for printed in [str(arguments) for turn in plain if "tool_calls" in turn for arguments in _arguments(turn)
+                        if arguments]:  # fmt: skip
             if printed in text:
                 given = self._apply(_with_text_arguments(plain), settings, generate=generate)
                 if text.count(printed) > given.count(printed):  # else they are words of another turn
@@ -81,6 +83,8 @@ class Renderer:
         return text
 
     def _plain(self, turn: Message) -> dict[str, Any]:
+        if len(turn) == 2 and type(turn.get("content")) is str and turn["role"] in PLAIN_ROLES:
+            return dict(turn)  # as most are
         # transformers drops null keys from 5.18 on; templates print None where they meet it.
         plain = {name: value for name, value in turn.items() if value is not None and name not in OURS}
         if REASONING in plain:
