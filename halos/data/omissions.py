@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from halos.examples import Message, Turns
 LEARNED, EARLIER = "a thought that is to be learned", "an earlier thought"
 SENTINEL = "halos0sentinel"
 MOST_SHAPES = 10_000  # that are remembered
+FEW_TURNS = 16  # of words alone: the shapes of conversations with no more are looked up in a few steps
 _MARK = re.compile(rf"{SENTINEL}(\d+)z")  # of a part, by its index
 _TOOL = {"type": "function", "function": {"name": SENTINEL, "description": SENTINEL, "parameters": {}}}
 _THINK_TAG = re.compile("<think>|</think>")
@@ -76,9 +77,12 @@ class OmissionCheck:
         A part is present if replacing it changes the rendering, since templates trim, escape and reformat. That is tried once
         per shape of conversation, and whenever the words are or are not literally in the text, unlike those of an earlier row.
         """
-        found = chain.from_iterable(_parts(n, turn, learned=n in learned) for n, turn in enumerate(turns))
-        parts = [Part(index, *part) for index, part in enumerate(found)]
-        shape = _digest([*map(_shape, turns), *((part.number, part.what) for part in parts)])
+        if (plain := _plain_shape(turns)) is not None:
+            known = self._shapes.get(_digest_of_plain(plain))
+            if known is not None and not known and all(turn["content"].strip() in text for turn in turns):
+                return []  # as of the earlier row of this shape
+        parts = _all_parts(turns, learned)
+        shape = _digest(turns, parts)
         known, tried, lost = self._shapes.get(shape), list[Part](), set[int]()
         for part in parts:
             there = part.words in text
@@ -124,8 +128,29 @@ class OmissionCheck:
             return True
 
 
-def _digest(shape: Sequence[Any]) -> bytes:
+def _digest(turns: Turns, parts: Sequence[Part]) -> bytes:
+    """Return a hash of the shape of a conversation with these parts."""
+    shape = [*map(_shape, turns), *((part.number, part.what) for part in parts)]
     return hashlib.blake2b(repr(shape).encode(), digest_size=16).digest()
+
+
+def _plain_shape(turns: Turns) -> tuple[tuple[str, bool], ...] | None:
+    """Return the roles of a few turns that have words alone, and no thoughts among them, and which of them are blank; None for
+    other turns."""
+    shape = list[tuple[str, bool]]()
+    for turn in turns if len(turns) <= FEW_TURNS else ():
+        role, content = turn.get("role"), turn.get("content")
+        if len(turn) != 2 or type(role) is not str or type(content) is not str or "think>" in content:
+            return None
+        shape.append((role, not content or content.isspace()))
+    return tuple(shape) or None
+
+
+@lru_cache(1000)
+def _digest_of_plain(shape: Sequence[tuple[str, bool]]) -> bytes:
+    """Return the `_digest` of turns by their `_plain_shape`."""
+    turns = tuple({"role": role, "content": "" if is_blank else "x"} for role, is_blank in shape)
+    return _digest(turns, _all_parts(turns, ()))
 
 
 def _shape(turn: Message) -> tuple[Any, ...]:
@@ -139,6 +164,11 @@ def _replaced(turns: Turns, values: Sequence[tuple[Part, Any]]) -> Turns:
     for part, value in reversed(values):  # the last first: places in the text before it stay as they are
         changed[part.number] = part.put(changed[part.number], value)
     return tuple(changed)
+
+
+def _all_parts(turns: Turns, learned: Collection[int]) -> list[Part]:
+    found = chain.from_iterable(_parts(n, turn, learned=n in learned) for n, turn in enumerate(turns))
+    return [Part(index, *part) for index, part in enumerate(found)]
 
 
 def _parts(number: int, turn: Message, *, learned: bool) -> Iterator[tuple[int, str, str, Any, Put, bool]]:
